@@ -1,0 +1,8 @@
+"""pa_compiler: compiles paged attention for the exact shape of a model."""
+
+from pa_compiler import reference
+from pa_compiler.compiler import compile  # noqa: A004  (the public name)
+from pa_compiler.module import Module, WorkItem, load
+from pa_compiler.spec import PagedAttentionSpec
+
+__all__ = ["Module", "PagedAttentionSpec", "WorkItem", "compile", "load", "reference"]

@@ -1,0 +1,211 @@
+"""The pa-compiler command. TVM is imported only by the commands that compile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+import pa_compiler
+from pa_compiler import cases, generate, report
+from pa_compiler.options import SeqLens, replace, spec_options, usage_errors
+from pa_compiler.spec import PagedAttentionSpec
+
+if TYPE_CHECKING:
+    from pa_compiler.module import Module
+
+_STDOUT = Console()
+_STDERR = Console(stderr=True)
+_LEXERS = {"tensorir": "python", "scheduled": "python", "host": "cpp", "llvm": "llvm", "asm": "gas"}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True})
+@click.version_option(package_name="pa-compiler")
+def main() -> None:
+    """Compile paged attention from TensorIR to one shared library, run it, and look inside."""
+
+
+@main.command()
+@click.option("--case", "case_name", type=click.Choice(list(cases.CASES)), help="Start from one of the seed's cases.")
+@spec_options
+@click.option("--batch", type=click.IntRange(min=0), default=cases.DEFAULT.batch, help="Sequences.")
+@click.option(
+    "--seq-len",
+    "seq_lens",
+    type=SeqLens(),
+    default=",".join(map(str, cases.DEFAULT.seq_lens)),
+    envvar="PA_SEQ_LEN",
+    show_envvar=True,
+    help="Tokens of each sequence. A shorter list is repeated to fill the batch, a longer one is cut.",
+)
+@click.option(
+    "--max-model-len",
+    type=click.IntRange(min=1),
+    show_default="the longest length",
+    help="Tokens that one row of block_table can name.",
+)
+@click.option("--scale", type=float, show_default="1/sqrt(head_dim); 1 with --case", help="Factor of the scores.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    show_default="PA_NUM_THREADS, else the CPUs of this process",
+    help="Threads that share the work.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the inputs.")
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    show_default="as many as fit in a second, 3 to 100",
+    help="Timed calls, after one to warm up.",
+)
+def run(
+    case_name: str, target: Any, pipeline: str, threads: int | None, seed: int, repeat: int | None, **_: Any
+) -> None:
+    """Compile, run on random inputs, time it, and compare with NumPy in float64.
+
+    The exit status is 1 if the result is outside the tolerance.
+    """
+    base = cases.CASES.get(case_name, cases.DEFAULT)
+    case = replace(base, spec=replace(base.spec))
+    _check_memory(case)
+    module = _compile(case.spec, target, pipeline)
+    if threads is not None:
+        module.num_threads = threads
+    report.print_header(_STDOUT, case, module)
+    report.print_plan(_STDOUT, module.plan(case.context_lens))
+    inputs = _make_inputs(case, seed)
+    with usage_errors():
+        out, seconds = _measure(module, case, inputs, repeat)
+    report.print_times(_STDOUT, case, seconds)
+    with _step("Comparing with NumPy in float64", case.batch) as advance:
+        errors = cases.compare(out, case, inputs, advance)
+    if not report.print_errors(_STDOUT, case, errors):
+        sys.exit(1)
+
+
+@main.command()
+@spec_options
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The shared library."
+)
+def build(output: Path, target: Any, pipeline: str, **_: Any) -> None:
+    """Compile a spec to one shared library, for pa_compiler.load()."""
+    module = _compile(replace(cases.DEFAULT.spec), target, pipeline)
+    try:
+        module.save(output)
+    except OSError as error:
+        raise click.FileError(str(output), error.strerror or str(error)) from error
+    click.echo(f"{output}: {output.stat().st_size:,} bytes")
+
+
+@main.command()
+@spec_options
+@click.option("--stage", type=click.Choice(list(_LEXERS)), default="tensorir", help="Stage to print.")
+def inspect(stage: str, target: Any, pipeline: str, **_: Any) -> None:
+    """Print what one stage of the compiler produced for a spec."""
+    spec = replace(cases.DEFAULT.spec)
+    with _step("Compiling"), usage_errors():
+        from pa_compiler import compiler
+
+        text = compiler.emit(spec, target, pipeline)[stage]
+    report.print_code(_STDOUT, text, _LEXERS[stage])
+
+
+@main.command("generate")
+@click.option("--check", is_flag=True, help="Write nothing: print a diff and exit with 1 if anything differs.")
+@click.option(
+    "--directory", type=click.Path(file_okay=False, path_type=Path), default="generated", help="Where the files are."
+)
+def generate_command(check: bool, directory: Path) -> None:
+    """Write generated/ again: what the compiler emits for a few named specs."""
+    with _step("Compiling"):
+        diff = generate.check(directory) if check else ""
+        changed = [] if check else generate.write(directory)
+    report.print_code(_STDOUT, diff, "diff")
+    if diff:
+        raise click.ClickException(f"{directory}: not what the compiler emits. To write it: pa-compiler generate")
+    for path in changed:
+        click.echo(directory / path)
+    click.echo(f"{directory}: as the compiler emits it, {len(changed)} files changed.")
+
+
+@main.group("cache")
+def cache_command() -> None:
+    """Look after the compiled modules that are kept on disk."""
+
+
+@cache_command.command("dir")
+def cache_dir() -> None:
+    """Print where compiled modules are kept: PA_CACHE_DIR, else the user's cache directory."""
+    from pa_compiler import cache
+
+    click.echo(cache.directory())
+
+
+@cache_command.command("clear")
+def cache_clear() -> None:
+    """Delete all compiled modules."""
+    from pa_compiler import cache
+
+    cache.clear()
+
+
+@contextlib.contextmanager
+def _step(label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Show on stderr that something is going on: a bar on a terminal, a line elsewhere."""
+    if not _STDERR.is_terminal:
+        _STDERR.print(f"{label} ...")
+        yield lambda count: None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_STDERR, transient=True) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def _check_memory(case: cases.Case) -> None:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # The comparison holds the caches and one more copy of the values.
+    needed = case.cache_bytes * 3 // 2
+    if needed > memory:
+        raise click.UsageError(f"{needed / 1e9:.1f} GB are needed and this machine has {memory / 1e9:.1f} GB.")
+
+
+def _compile(spec: PagedAttentionSpec, target: Any, pipeline: str) -> Module:
+    try:
+        with _step("Compiling"), usage_errors():
+            return pa_compiler.compile(spec, target, pipeline)
+    except (OSError, RuntimeError) as error:
+        if type(error).__module__ != "builtins":  # TVM's own, a mistake of ours: the traceback is wanted
+            raise
+        raise click.ClickException(str(error)) from error
+
+
+def _make_inputs(case: cases.Case, seed: int) -> cases.Inputs:
+    elements = case.batch * case.spec.num_heads * case.spec.head_dim
+    elements += case.cache_bytes // cases.np.dtype(case.spec.dtype).itemsize
+    with _step("Making the inputs", elements) as advance:
+        return cases.make_inputs(case, seed, advance)
+
+
+def _measure(module: Module, case: cases.Case, inputs: cases.Inputs, repeat: int | None) -> tuple[Any, list[float]]:
+    """Run once to warm up, then time each of the repeats. No bar: it would take time from what is measured."""
+
+    def timed() -> float:
+        start = time.perf_counter()
+        module.decode(*inputs, case.scale, out)
+        return time.perf_counter() - start
+
+    out = module.decode(*inputs, case.scale)
+    first = timed()
+    if repeat is None:
+        repeat = min(100, max(3, int(1 / max(first, 1e-9))))
+    return out, [timed() for _ in range(repeat)]

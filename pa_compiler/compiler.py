@@ -1,0 +1,185 @@
+"""compile(): the pipeline from a spec to a module, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.resources
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pa_compiler import cache as _cache
+from pa_compiler import host, tiling
+from pa_compiler import target as _target
+from pa_compiler.module import Module
+from pa_compiler.spec import PagedAttentionSpec
+
+if TYPE_CHECKING:
+    from tvm import IRModule
+
+PIPELINES = ("fused", "staged")
+STAGE_FILES = {
+    "tensorir": "tensorir.py",
+    "scheduled": "scheduled.py",
+    "host": "host.cc",
+    "llvm": "kernels.ll",
+    "asm": "kernels.s",
+}
+"""What the stages produce, in order: the name in Module.sources, and the file."""
+
+# TVM takes a second to import. What needs it is imported inside the functions that compile: loading a module, or finding
+# one in the cache, does without.
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A spec's kernels before and after scheduling, and the host code that goes with them."""
+
+    target: _target.CpuTarget
+    kernels: IRModule
+    scheduled: IRModule
+    host: str
+
+
+def compile(  # noqa: A001  (the public name)
+    spec: PagedAttentionSpec,
+    target: _target.TargetLike = "llvm",
+    pipeline: str = "fused",
+    *,
+    cache: bool = True,
+    dump_dir: str | os.PathLike[str] | None = None,
+) -> Module:
+    """Compile paged decode attention for one spec, or take it from the cache.
+
+    Args:
+        spec: The attention's exact shape.
+        target: "llvm" for this machine's CPU with all its features, or {"kind": "llvm", "mcpu": ..., "mattr": [...]}.
+        pipeline: "fused", one kernel for all stages, or "staged", the four kernels of the seed driven block by block:
+            slower, easier to follow, and a second opinion.
+        cache: Whether to look in the cache on disk, and to leave the result there.
+        dump_dir: A directory that gets what each stage produced, numbered in order.
+
+    Returns:
+        A module whose decode() runs the compiled kernels.
+
+    Raises:
+        TypeError, ValueError: a bad argument.
+        RuntimeError: there is no C++ compiler, or it failed.
+    """
+    config = _checked(spec, target, pipeline)
+    if cache:
+        name = _cache.key(_inputs(spec, config, pipeline))
+        module = _read(_cache.get_or_build(name, lambda directory: _build(spec, config, pipeline, directory)))
+    else:
+        with tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
+            _build(spec, config, pipeline, Path(directory))
+            module = _read(Path(directory))
+    if dump_dir is not None:
+        Path(dump_dir).mkdir(parents=True, exist_ok=True)
+        for number, (stage, text) in enumerate(module.sources.items(), start=1):
+            (Path(dump_dir) / f"{number}_{STAGE_FILES[stage]}").write_text(text)
+    return module
+
+
+def emit(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline: str = "fused") -> dict[str, str]:
+    """The text of every stage, as in Module.sources, without building the library. Arguments as for compile."""
+    from pa_compiler import build
+
+    lowered = lower(spec, _checked(spec, target, pipeline), pipeline)
+    with tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
+        return _texts(lowered, build.compile_kernels(lowered.scheduled, lowered.target, Path(directory)))
+
+
+def lower(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> Lowered:
+    """spec -> kernels -> schedules, and spec -> host; config is a normalized target."""
+    from pa_compiler import kernels, schedules
+
+    target = _target.resolve(config)
+    tiles = tiling.choose(spec, target, pipeline)
+    unscheduled = kernels.build(spec, tiles, pipeline)
+    names = [kernel.__name__ for kernel in kernels.PIPELINES[pipeline]]
+    return Lowered(
+        target=target,
+        kernels=unscheduled,
+        scheduled=schedules.schedule(kernels.build(spec, tiles, pipeline), tiles),
+        host=host.render(spec, tiles, target, pipeline, names, _manifest(spec, target, pipeline)),
+    )
+
+
+def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> None:
+    """Fill an empty directory with pa.so and the texts of the stages."""
+    from pa_compiler import build
+
+    build.cxx()  # a missing compiler is said before a second is spent on TVM
+    lowered = lower(spec, config, pipeline)
+    with tempfile.TemporaryDirectory(prefix="pa_compiler.") as scratch:
+        compiled = build.compile_kernels(lowered.scheduled, lowered.target, Path(scratch))
+        library = build.link(lowered.host, compiled, Path(scratch))
+        shutil.copyfile(library, directory / "pa.so")
+    for stage, text in _texts(lowered, compiled).items():
+        (directory / STAGE_FILES[stage]).write_text(text)
+
+
+def _texts(lowered: Lowered, compiled: Any) -> dict[str, str]:  # noqa: ANN401  (build.Kernels, which imports TVM)
+    return {
+        "tensorir": lowered.kernels.script() + "\n",
+        "scheduled": lowered.scheduled.script() + "\n",
+        "host": lowered.host,
+        "llvm": compiled.llvm,
+        "asm": compiled.asm,
+    }
+
+
+def _read(entry: Path) -> Module:
+    return Module(entry / "pa.so", {stage: (entry / file).read_text() for stage, file in STAGE_FILES.items()})
+
+
+def _checked(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str) -> dict[str, Any]:
+    if not isinstance(spec, PagedAttentionSpec):
+        raise TypeError(f"spec: expected a PagedAttentionSpec, got {type(spec).__name__}")
+    if pipeline not in PIPELINES:
+        raise ValueError(f"pipeline: expected one of {', '.join(PIPELINES)}, got {pipeline!r}")
+    return _target.normalize(target)
+
+
+def _manifest(spec: PagedAttentionSpec, target: _target.CpuTarget, pipeline: str) -> dict[str, Any]:
+    """What a library says of itself; Module reads its spec, pipeline and target from here."""
+    return {
+        "spec": dataclasses.asdict(spec),
+        "pipeline": pipeline,
+        "target": json.loads(target.config),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("pa-compiler", "apache-tvm", "apache-tvm-ffi")}
+
+
+def _inputs(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> dict[str, object]:
+    """All that a build depends on."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    status = os.stat(compiler) if compiler else None
+    return {
+        "spec": dataclasses.asdict(spec),
+        "target": _target.fingerprint(config),
+        "pipeline": pipeline,
+        "versions": _versions(),
+        "text": text_digest(),
+        "compiler": [compiler, status.st_size, status.st_mtime_ns] if status else None,
+    }
+
+
+def text_digest() -> str:
+    """A digest of the text of the package: kernels, schedules, templates and everything between them."""
+    digest = hashlib.sha256()
+    for package in ("pa_compiler", "pa_compiler.kernels", "pa_compiler.schedules", "pa_compiler.templates"):
+        for file in sorted(importlib.resources.files(package).iterdir(), key=lambda file: file.name):
+            if file.name.endswith((".py", ".j2")):
+                digest.update(f"{package}/{file.name}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()

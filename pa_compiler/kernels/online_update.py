@@ -1,0 +1,71 @@
+"""Stage 4: fold one partial result (acc, row_max, row_sum) into the running one.
+
+The online softmax of M. Milakov and N. Gimelshein, Online normalizer calculation for softmax, 2018, section 3, for whole
+tiles as in FlashAttention (T. Dao et al., 2022, algorithm 1). The same merge joins tiles, blocks and block ranges.
+"""
+
+from collections.abc import Callable
+
+from tvm.script import tirx as T
+
+from pa_compiler.kernels.exp import exp
+from pa_compiler.kernels.softmax_prepare import EMPTY_ROW_MAX
+from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiling import Tiling
+
+
+def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """Fold (tile_acc, tile_max, tile_sum)[tile_slot] into (acc, row_max, row_sum)[slot], as step `step` of num_steps.
+
+    With m = max(row_max, tile_max), alpha = exp(row_max - m) and beta = exp(tile_max - m):
+    row_sum = alpha * row_sum + beta * tile_sum, acc = alpha * acc + beta * tile_acc, row_max = m.
+    Step 0 starts from the empty result. A result whose sum is 0 is empty and changes nothing, whatever its maximum: no
+    stand-in for -inf is ever compared with a score.
+    """
+    rows, head_dim = tiling.row_tile, spec.head_dim
+
+    @T.inline
+    def stage(tile_max, tile_sum, tile_acc, tile_slot, row_max, row_sum, acc, slot, step, num_steps):
+        with T.sblock("online_update"):
+            T.reads(
+                tile_max[tile_slot, 0:rows],
+                tile_sum[tile_slot, 0:rows],
+                tile_acc[tile_slot, 0:head_dim, 0:rows],
+                row_max[slot, 0:rows],
+                row_sum[slot, 0:rows],
+            )
+            T.writes(row_max[slot, 0:rows], row_sum[slot, 0:rows], acc[slot, 0:head_dim, 0:rows])
+            new_max = T.sblock_alloc_buffer((rows,), "float32")
+            new_sum = T.sblock_alloc_buffer((rows,), "float32")
+            alpha = T.sblock_alloc_buffer((rows,), "float32")
+            beta = T.sblock_alloc_buffer((rows,), "float32")
+            for r in range(rows):
+                with T.sblock("rescale"):
+                    vr = T.axis.spatial(rows, r)
+                    old_max: T.let = T.Select(step == 0, T.float32(EMPTY_ROW_MAX), row_max[slot, vr])
+                    old_sum: T.let = T.Select(step == 0, T.float32(0), row_sum[slot, vr])
+                    both: T.let = T.max(old_max, tile_max[tile_slot, vr])
+                    old_or_both: T.let = T.Select(tile_sum[tile_slot, vr] == T.float32(0), old_max, both)
+                    m: T.let = T.Select(old_sum == T.float32(0), tile_max[tile_slot, vr], old_or_both)
+                    a: T.let = T.Select(old_sum == T.float32(0), T.float32(0), exp(old_max - m))
+                    b: T.let = T.Select(
+                        tile_sum[tile_slot, vr] == T.float32(0), T.float32(0), exp(tile_max[tile_slot, vr] - m)
+                    )
+                    new_max[vr] = m
+                    new_sum[vr] = a * old_sum + b * tile_sum[tile_slot, vr]
+                    alpha[vr] = a
+                    beta[vr] = b
+            for r in range(rows):
+                with T.sblock("row"):
+                    vr = T.axis.spatial(rows, r)
+                    row_max[slot, vr] = new_max[vr]
+                    row_sum[slot, vr] = new_sum[vr]
+            for d, r in T.grid(head_dim, rows):
+                with T.sblock("acc"):
+                    vr, vd = T.axis.remap("SS", [r, d])
+                    vstep = T.axis.reduce(num_steps, step)
+                    with T.init():
+                        acc[slot, vd, vr] = T.float32(0)
+                    acc[slot, vd, vr] = alpha[vr] * acc[slot, vd, vr] + beta[vr] * tile_acc[tile_slot, vd, vr]
+
+    return stage

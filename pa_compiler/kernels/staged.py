@@ -1,0 +1,191 @@
+"""The staged pipeline: the four stages as four PrimFuncs, which the host drives block by block as the seed does.
+
+Each takes the sequences [batch_start, batch_start + num_seqs) of one chunk at once. The intermediates are float32 and
+indexed by the position in the chunk: scores and probs [batch_chunk, tokens, row_tile], tile_max and tile_sum
+[batch_chunk, row_tile], tile_acc [batch_chunk, head_dim, row_tile]; tokens is block_size padded to whole token groups.
+A sequence that has ended takes part with valid_len == 0 and reads nothing.
+"""
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from pa_compiler.kernels import online_update as update
+from pa_compiler.kernels import pv_matmul as pv
+from pa_compiler.kernels import qk_matmul as qk
+from pa_compiler.kernels import softmax_prepare as softmax
+from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiling import Tiling
+
+
+def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
+    """scores of block block_idx of every sequence of the chunk, for the heads [head_start, head_start + num_rows)."""
+    heads, kv_heads, head_dim = T.int64(spec.num_heads), T.int64(spec.num_kv_heads), T.int64(spec.head_dim)
+    block_size, dtype, chunk = spec.block_size, spec.dtype, spec.batch_chunk
+    itemsize = 4 if dtype == "float32" else 2
+    rows, tokens = tiling.row_tile, tiling.padded_kv_tile
+    load_query_stage = qk.load_query(spec, tiling)
+    qk_stage = qk.qk_matmul(spec, tiling)
+
+    @T.prim_func(s_tir=True)
+    def qk_matmul(
+        query_handle: T.handle,
+        key_cache_handle: T.handle,
+        block_table_handle: T.handle,
+        context_lens_handle: T.handle,
+        scores_handle: T.handle,
+        batch_start: T.int32,
+        num_seqs: T.int32,
+        kv_head: T.int32,
+        head_start: T.int32,
+        num_rows: T.int32,
+        block_idx: T.int32,
+    ):
+        batch, num_blocks, max_blocks = T.int64(), T.int64(), T.int64()
+        q_batch, q_head, table_seq = T.int64(), T.int64(), T.int64()
+        k_block, k_slot, k_head = T.int64(), T.int64(), T.int64()
+        query = T.match_buffer(
+            query_handle, (batch, heads, head_dim), dtype, strides=[q_batch, q_head, T.int64(1)], align=itemsize,
+            offset_factor=1,
+        )  # fmt: skip
+        key_cache = T.match_buffer(
+            key_cache_handle, (num_blocks, T.int64(block_size), kv_heads, head_dim), dtype,
+            strides=[k_block, k_slot, k_head, T.int64(1)], align=itemsize, offset_factor=1,
+        )  # fmt: skip
+        block_table = T.match_buffer(
+            block_table_handle, (batch, max_blocks), "int32", strides=[table_seq, T.int64(1)], align=4, offset_factor=1
+        )
+        context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4, offset_factor=1)
+        scores = T.match_buffer(scores_handle, (chunk, tokens, rows), "float32")
+        for s in range(num_seqs):
+            with T.sblock("sequence"):
+                vs = T.axis.spatial(num_seqs, s)
+                T.reads()
+                T.writes()
+                q_tile = T.sblock_alloc_buffer((1, spec.head_dim, rows), "float32")
+                seq: T.let = batch_start + vs
+                tile_start: T.let = block_idx * block_size
+                valid_len: T.let = T.max(T.min(context_lens[seq] - tile_start, block_size), 0)
+                load_query_stage(query, q_tile, seq, 0, head_start, num_rows)
+                qk_stage(key_cache, block_table, q_tile, scores, seq, vs, kv_head, tile_start, valid_len)
+
+    return qk_matmul
+
+
+def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
+    """probs, tile_max and tile_sum of block block_idx, every column of probs written; scale as in decode."""
+    chunk, block_size = spec.batch_chunk, spec.block_size
+    rows, tokens = tiling.row_tile, tiling.padded_kv_tile
+    softmax_stage = softmax.softmax_prepare(spec, tiling)
+
+    @T.prim_func(s_tir=True)
+    def softmax_prepare(
+        context_lens_handle: T.handle,
+        scores_handle: T.handle,
+        probs_handle: T.handle,
+        tile_max_handle: T.handle,
+        tile_sum_handle: T.handle,
+        batch_start: T.int32,
+        num_seqs: T.int32,
+        block_idx: T.int32,
+        scale: T.float32,
+    ):
+        batch = T.int64()
+        context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4, offset_factor=1)
+        scores = T.match_buffer(scores_handle, (chunk, tokens, rows), "float32")
+        probs = T.match_buffer(probs_handle, (chunk, tokens, rows), "float32")
+        tile_max = T.match_buffer(tile_max_handle, (chunk, rows), "float32")
+        tile_sum = T.match_buffer(tile_sum_handle, (chunk, rows), "float32")
+        for s in range(num_seqs):
+            with T.sblock("sequence"):
+                vs = T.axis.spatial(num_seqs, s)
+                T.reads()
+                T.writes()
+                valid_len: T.let = T.max(T.min(context_lens[batch_start + vs] - block_idx * block_size, block_size), 0)
+                softmax_stage(
+                    scores, probs, tile_max, tile_sum, vs, scale, valid_len, tokens // tiling.token_group
+                )  # fmt: skip
+
+    return softmax_prepare
+
+
+def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
+    """tile_acc of block block_idx of every sequence of the chunk."""
+    kv_heads, head_dim = T.int64(spec.num_kv_heads), T.int64(spec.head_dim)
+    block_size, dtype, chunk = spec.block_size, spec.dtype, spec.batch_chunk
+    itemsize = 4 if dtype == "float32" else 2
+    rows, tokens = tiling.row_tile, tiling.padded_kv_tile
+    pv_stage = pv.pv_matmul(spec, tiling)
+
+    @T.prim_func(s_tir=True)
+    def pv_matmul(
+        value_cache_handle: T.handle,
+        block_table_handle: T.handle,
+        context_lens_handle: T.handle,
+        probs_handle: T.handle,
+        tile_acc_handle: T.handle,
+        batch_start: T.int32,
+        num_seqs: T.int32,
+        kv_head: T.int32,
+        block_idx: T.int32,
+    ):
+        batch, num_blocks, max_blocks, table_seq = T.int64(), T.int64(), T.int64(), T.int64()
+        v_block, v_slot, v_head = T.int64(), T.int64(), T.int64()
+        value_cache = T.match_buffer(
+            value_cache_handle, (num_blocks, T.int64(block_size), kv_heads, head_dim), dtype,
+            strides=[v_block, v_slot, v_head, T.int64(1)], align=itemsize, offset_factor=1,
+        )  # fmt: skip
+        block_table = T.match_buffer(
+            block_table_handle, (batch, max_blocks), "int32", strides=[table_seq, T.int64(1)], align=4, offset_factor=1
+        )
+        context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4, offset_factor=1)
+        probs = T.match_buffer(probs_handle, (chunk, tokens, rows), "float32")
+        tile_acc = T.match_buffer(tile_acc_handle, (chunk, spec.head_dim, rows), "float32")
+        for s in range(num_seqs):
+            with T.sblock("sequence"):
+                vs = T.axis.spatial(num_seqs, s)
+                T.reads()
+                T.writes()
+                seq: T.let = batch_start + vs
+                tile_start: T.let = block_idx * block_size
+                valid_len: T.let = T.max(T.min(context_lens[seq] - tile_start, block_size), 0)
+                pv_stage(value_cache, block_table, probs, tile_acc, seq, vs, kv_head, tile_start, valid_len)
+
+    return pv_matmul
+
+
+def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
+    """Fold tile_max, tile_sum, tile_acc of block block_idx into the partial results in slots [partial_start, ...)."""
+    chunk, rows, head_dim = spec.batch_chunk, tiling.row_tile, spec.head_dim
+    update_stage = update.online_update(spec, tiling)
+
+    @T.prim_func(s_tir=True)
+    def online_update(
+        tile_max_handle: T.handle,
+        tile_sum_handle: T.handle,
+        tile_acc_handle: T.handle,
+        partial_max_handle: T.handle,
+        partial_sum_handle: T.handle,
+        partial_acc_handle: T.handle,
+        num_seqs: T.int32,
+        block_idx: T.int32,
+        num_blocks: T.int32,
+        partial_start: T.int32,
+    ):
+        slots = T.int64()
+        tile_max = T.match_buffer(tile_max_handle, (chunk, rows), "float32")
+        tile_sum = T.match_buffer(tile_sum_handle, (chunk, rows), "float32")
+        tile_acc = T.match_buffer(tile_acc_handle, (chunk, head_dim, rows), "float32")
+        partial_max = T.match_buffer(partial_max_handle, (slots, T.int64(rows)), "float32")
+        partial_sum = T.match_buffer(partial_sum_handle, (slots, T.int64(rows)), "float32")
+        partial_acc = T.match_buffer(partial_acc_handle, (slots, T.int64(head_dim), T.int64(rows)), "float32")
+        for s in range(num_seqs):
+            with T.sblock("sequence"):
+                vs = T.axis.spatial(num_seqs, s)
+                T.reads()
+                T.writes()
+                slot: T.let = partial_start + vs
+                update_stage(
+                    tile_max, tile_sum, tile_acc, vs, partial_max, partial_sum, partial_acc, slot, block_idx, num_blocks
+                )
+
+    return online_update

@@ -1,0 +1,243 @@
+"""Module: a compiled library, loaded. Neither loading nor decoding imports TVM."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import tvm_ffi
+
+from pa_compiler.spec import PagedAttentionSpec
+
+_NUMPY_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int32": np.dtype(np.int32),
+}
+
+# The position of each array in the library's argument list, for the bit mask that says which hold bfloat16 as uint16.
+_POSITIONS = {"query": 0, "key_cache": 1, "value_cache": 2, "block_table": 3, "context_lens": 4, "out": 5, "lse": 6}
+
+
+class WorkItem(NamedTuple):
+    """One kernel call of the plan: consecutive sequences of a chunk, one head tile, the blocks [block_begin, block_end).
+
+    num_tokens counts the KV tokens that it reads.
+    """
+
+    batch_start: int
+    num_seqs: int
+    kv_head: int
+    head_start: int
+    num_rows: int
+    block_begin: int
+    block_end: int
+    num_tokens: int
+
+
+class Module:
+    """Compiled paged decode attention for one spec.
+
+    Made by pa_compiler.compile and pa_compiler.load. Calls from several threads at once are safe and independent.
+
+    Attributes:
+        spec: The PagedAttentionSpec that it was compiled for.
+        pipeline: "fused" or "staged".
+        target: The TVM target dict that it was compiled for.
+        sources: The text of each stage, in order: tensorir, scheduled, host, llvm, asm. Empty for a loaded module.
+        num_threads: Threads that decode uses at most. Results are bitwise the same for every value.
+    """
+
+    def __init__(self, library: Path, sources: Mapping[str, str] | None = None) -> None:
+        self._library = library.read_bytes()
+        functions = tvm_ffi.load_module(str(library))
+        self._decode = functions["decode"]
+        self._plan = functions["plan"]
+        manifest = json.loads(functions["manifest"]())
+        self.spec = PagedAttentionSpec(**manifest["spec"])
+        self.pipeline: str = manifest["pipeline"]
+        self.target: dict[str, Any] = manifest["target"]
+        self.sources: Mapping[str, str] = types.MappingProxyType(dict(sources or {}))
+        self._num_threads = _default_num_threads()
+        self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
+        cache_dtype = self.spec.dtype
+        dtypes = {"query": cache_dtype, "key_cache": cache_dtype, "value_cache": cache_dtype, "lse": "float32"}
+        dtypes |= {"block_table": "int32", "context_lens": "int32", "out": self.spec.out_dtype or cache_dtype}
+        self._dtypes = dtypes
+
+    def __repr__(self) -> str:
+        return f"Module({self.spec}, pipeline={self.pipeline!r}, mcpu={self.target.get('mcpu')!r})"
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that decode uses at most; PA_NUM_THREADS, or else the CPUs that this process may use."""
+        return self._num_threads
+
+    @num_threads.setter
+    def num_threads(self, value: int) -> None:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"num_threads: expected an int, got {value!r} of type {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"num_threads: expected at least 1, got {value}")
+        self._num_threads = value
+
+    def decode(
+        self,
+        query: Any,
+        key_cache: Any,
+        value_cache: Any,
+        block_table: Any,
+        context_lens: Any,
+        scale: float | None = None,
+        out: Any = None,
+        *,
+        lse: Any = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """Attend from one query token of each sequence to its context in the paged cache.
+
+        Arrays are NumPy arrays (bfloat16 as ml_dtypes.bfloat16), torch CPU tensors, or anything with DLPack. They are
+        taken as they are, never copied: only the last axis must be contiguous, and data aligned to its elements.
+
+        Args:
+            query: [batch, num_heads, head_dim], dtype.
+            key_cache: NHD [num_blocks, block_size, num_kv_heads, head_dim] or HND [num_blocks, num_kv_heads, block_size,
+                head_dim], dtype. Slots past a sequence's length are never read into the result.
+            value_cache: As key_cache.
+            block_table: [batch, max_blocks], int32: the block ids of each sequence's context in order. Entries past those
+                that its length needs may hold anything.
+            context_lens: [batch], int32: tokens of each sequence, 0 to max_blocks * block_size.
+            scale: Factor on the scores; by default 1 / sqrt(head_dim).
+            out: [batch, num_heads, head_dim], out_dtype, written and returned; by default a new array of query's kind.
+            lse: [batch, num_heads], float32, written like out. Giving it implies return_lse.
+            return_lse: Whether to return lse as well: the logarithm (natural) of the sum of exp(scale * score).
+
+        Returns:
+            out, or (out, lse). A sequence of length 0 gives out 0 and lse -inf.
+
+        Raises:
+            TypeError: an argument is not an array, or has another dtype.
+            ValueError: rank, shape, strides, alignment, device, a length, scale, or out or lse sharing memory.
+            IndexError: a used block id is outside [0, num_blocks).
+            RuntimeError: this CPU lacks features that the module is built for.
+            Everything is checked before anything is written; contents of the arrays must not change meanwhile.
+        """
+        if scale is None:
+            scale = self._default_scale
+        elif not isinstance(scale, numbers.Real) or isinstance(scale, bool):
+            raise TypeError(f"scale: expected a number, got {scale!r} of type {type(scale).__name__}")
+        given = {"query": query, "key_cache": key_cache, "value_cache": value_cache}
+        given |= {"block_table": block_table, "context_lens": context_lens}
+        bfloat16_bits = 0
+        arguments = []
+        for name, array in given.items():
+            argument, is_bits = self._argument(name, array)
+            arguments.append(argument)
+            bfloat16_bits |= is_bits << _POSITIONS[name]
+        if out is None:
+            out = self._new_like(query, "out", (*query.shape[:1], self.spec.num_heads, self.spec.head_dim))
+        argument, is_bits = self._argument("out", out, written=True)
+        bfloat16_bits |= is_bits << _POSITIONS["out"]
+        arguments.append(argument)
+        if return_lse and lse is None:
+            lse = self._new_like(query, "lse", (*query.shape[:1], self.spec.num_heads))
+        arguments.append(None if lse is None else self._argument("lse", lse, written=True)[0])
+        self._decode(*arguments, float(scale), bfloat16_bits, self._num_threads)
+        return out if lse is None else (out, lse)
+
+    def plan(self, context_lens: Any) -> list[WorkItem]:
+        """The work items that decode runs for these lengths ([batch], int32), in the order they are dealt to threads.
+
+        A pure function of the lengths: no kernel runs.
+        """
+        argument, _ = self._argument("context_lens", context_lens)
+        flat = [int(value) for value in self._plan(argument)]
+        width = len(WorkItem._fields)
+        return [WorkItem(*flat[start : start + width]) for start in range(0, len(flat), width)]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the shared library to a file. It needs tvm-ffi (and GCC's run-time libraries) to run, not TVM."""
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            partial.write_bytes(self._library)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _argument(self, name: str, array: Any, *, written: bool = False) -> tuple[Any, bool]:
+        """What the library is given for an array, and whether it is bfloat16 declared as uint16."""
+        expected = self._dtypes[name]
+        if not isinstance(array, np.ndarray):
+            if not hasattr(array, "__dlpack__"):
+                raise TypeError(f"{name}: expected an array with DLPack, got {type(array).__name__}")
+            try:
+                return tvm_ffi.from_dlpack(array), False
+            except (BufferError, RuntimeError, TypeError, ValueError) as error:
+                raise TypeError(f"{name}: expected an array with DLPack, got one that refuses: {error}") from error
+        if array.dtype != _NUMPY_DTYPES[expected]:
+            raise TypeError(f"{name}: expected dtype {expected}, got {array.dtype}")
+        if any(stride % array.itemsize for stride in array.strides):
+            raise ValueError(
+                f"{name}: expected strides that are multiples of its {array.itemsize}-byte elements, got {array.strides}"
+            )
+        if not array.flags.writeable:
+            if written:
+                raise ValueError(f"{name}: expected a writable array, got a read-only one")
+            array = np.asarray(_Writable(array))
+        if expected == "bfloat16":
+            return tvm_ffi.from_dlpack(array.view(np.uint16)), True
+        return tvm_ffi.from_dlpack(array), False
+
+    def _new_like(self, query: Any, name: str, shape: tuple[int, ...]) -> Any:
+        """A new array of query's kind for out or lse."""
+        dtype = self._dtypes[name]
+        if isinstance(query, np.ndarray):
+            return np.empty(shape, _NUMPY_DTYPES[dtype])
+        if type(query).__module__.partition(".")[0] == "torch":
+            import torch
+
+            return torch.empty(shape, dtype=getattr(torch, dtype))
+        return tvm_ffi.from_dlpack(np.empty(shape, _NUMPY_DTYPES[dtype]))
+
+
+def load(path: str | os.PathLike[str]) -> Module:
+    """Load a library that Module.save wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        RuntimeError: it is not a library of pa_compiler.
+    """
+    library = Path(path).absolute()
+    if not library.is_file():
+        raise FileNotFoundError(f"path: expected a library written by Module.save, got {library}")
+    return Module(library)
+
+
+class _Writable:
+    """A read-only NumPy array's memory, declared writable: DLPack before 1.0 cannot say that an array is read-only."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array  # keeps the memory alive
+        interface = array.view(np.uint16).__array_interface__ if array.dtype == ml_dtypes.bfloat16 else None
+        interface = dict(interface or array.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface
+
+
+def _default_num_threads() -> int:
+    text = os.environ.get("PA_NUM_THREADS")
+    if text is None:
+        return len(os.sched_getaffinity(0))
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"PA_NUM_THREADS: expected a whole number from 1 on, got {text!r}")
+    return int(text)

@@ -1,0 +1,112 @@
+"""Options that several commands take, and what becomes of their values."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from pa_compiler import cases
+from pa_compiler.spec import DTYPES, KV_LAYOUTS
+
+_Record = TypeVar("_Record", bound=Any)
+
+
+class SeqLens(click.ParamType):
+    """Lengths in tokens with commas between them."""
+
+    name = "LENGTHS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Parse an option's value."""
+        try:
+            lengths = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            lengths = ()
+        if not lengths or not all(0 <= length < 2**31 for length in lengths):
+            self.fail(f"expected lengths of 0 or more with commas between them, such as 33,64,17,128, got {value!r}")
+        return lengths
+
+
+class Target(click.ParamType):
+    """llvm, the name of a CPU, or a TVM target as JSON."""
+
+    name = "TARGET"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | dict[str, Any]:
+        """Parse an option's value."""
+        if value == "llvm":
+            return "llvm"
+        if not value.startswith("{"):
+            return {"kind": "llvm", "mcpu": value}
+        try:
+            return dict(json.loads(value))
+        except ValueError as error:
+            self.fail(f"expected llvm, the name of a CPU, or a target as JSON, got {value!r}: {error}")
+
+
+def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add an option for each field of the spec, and --target and --pipeline."""
+    integers = {
+        "num_heads": "Query heads, a multiple of --num-kv-heads.",
+        "num_kv_heads": "Heads of the caches.",
+        "head_dim": "Elements of one head.",
+        "block_size": "Tokens in one block of the cache.",
+        "head_tile": "Query heads that a kernel takes at a time, a power of two.",
+        "batch_chunk": "Sequences of one chunk.",
+    }
+    names = {
+        "dtype": (DTYPES, "Type of query, key_cache and value_cache."),
+        "out_dtype": (DTYPES, "Type of out."),
+        "kv_layout": (KV_LAYOUTS, "Layout of the caches."),
+    }
+
+    def option(field: str, kind: Any, text: str) -> Callable[[Any], Any]:
+        return click.option(_flag(field), type=kind, default=getattr(cases.DEFAULT.spec, field), help=text)
+
+    decorators = [option(field, int, text) for field, text in integers.items()]
+    decorators += [option(field, click.Choice(choices), text) for field, (choices, text) in names.items()]
+    decorators += [
+        click.option(
+            "--target",
+            type=Target(),
+            default="llvm",
+            help="llvm for this CPU, the name of a CPU such as x86-64-v3, or a TVM target as JSON.",
+        ),
+        click.option("--pipeline", type=click.Choice(["fused", "staged"]), default="fused"),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def replace(base: _Record, **changes: Any) -> _Record:
+    """Replace fields of a spec or a case by changes and by the options of this command that the user gave."""
+    ctx = click.get_current_context()
+    fields = {field.name for field in dataclasses.fields(base)} - changes.keys()
+    given = {name for name in fields & ctx.params.keys() if ctx.get_parameter_source(name) != ParameterSource.DEFAULT}
+    with usage_errors():
+        return dataclasses.replace(base, **changes, **{name: ctx.params[name] for name in given})
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn an error of the API about a value that an option gave into a usage error of that option."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        name, _, rest = str(error).partition(": ")
+        ctx = click.get_current_context()
+        for param in ctx.command.params:
+            if param.name == name:
+                raise click.BadParameter(rest, ctx, param) from error
+        raise

@@ -1,0 +1,73 @@
+"""Paged attention in NumPy, in float64: what every kernel is measured against.
+
+It gathers, multiplies and takes a plain softmax over the whole sequence: no tiles, no online rescaling, nothing shared
+with the kernels, so that a mistake in one cannot hide in the other.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def decode(
+    query: np.ndarray,
+    key_cache: np.ndarray,
+    value_cache: np.ndarray,
+    block_table: np.ndarray,
+    context_lens: np.ndarray,
+    scale: float | None = None,
+    *,
+    kv_layout: str = "NHD",
+    return_lse: bool = False,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Attend from one query token per sequence to the first context_len tokens of that sequence.
+
+    For each query head h, with kv head g = h // (num_heads // num_kv_heads) and tokens t < context_len:
+    out[h] = sum_t softmax_t(scale * query[h] . key[t, g]) * value[t, g].
+
+    One sequence is in float64 at a time, and only slots in use are read: a cache of any size, with anything in its
+    other slots, and a block table with anything in its surplus entries, will do. Block ids are trusted.
+
+    Args:
+        query: [batch, num_heads, head_dim], any floating dtype.
+        key_cache: [num_blocks, block_size, num_kv_heads, head_dim], or for "HND"
+            [num_blocks, num_kv_heads, block_size, head_dim], any floating dtype.
+        value_cache: The same shape as key_cache; its last axis may differ, and is then the last axis of out.
+        block_table: [batch, max_blocks], integers: the block that holds tokens [i * block_size, (i + 1) * block_size).
+        context_lens: [batch], integers: tokens in each sequence.
+        scale: Factor on every score; 1 / sqrt(head_dim) where it is None.
+        kv_layout: "NHD" or "HND".
+        return_lse: Return lse too.
+
+    Returns:
+        out: [batch, num_heads, head_dim], float64; 0 for a sequence of length 0.
+        lse: [batch, num_heads], float64, with return_lse: the natural logarithm of the softmax's denominator,
+            log sum_t exp(score_t); -inf for a sequence of length 0.
+    """
+    if kv_layout == "HND":
+        key_cache, value_cache = key_cache.swapaxes(1, 2), value_cache.swapaxes(1, 2)
+    elif kv_layout != "NHD":
+        raise ValueError(f"kv_layout: expected NHD or HND, got {kv_layout!r}")
+    batch, num_heads, head_dim = query.shape
+    _, block_size, num_kv_heads, value_dim = value_cache.shape
+    if scale is None:
+        scale = 1 / math.sqrt(head_dim)
+
+    out = np.zeros((batch, num_heads, value_dim))
+    lse = np.full((batch, num_heads), -np.inf)
+    for sequence in np.flatnonzero(context_lens):
+        token = np.arange(context_lens[sequence])
+        slots = block_table[sequence, token // block_size], token % block_size
+        key = key_cache[slots].astype(np.float64).transpose(1, 2, 0)  # [num_kv_heads, head_dim, tokens]
+        value = value_cache[slots].astype(np.float64).transpose(1, 0, 2)  # [num_kv_heads, tokens, value_dim]
+        grouped = query[sequence].astype(np.float64).reshape(num_kv_heads, -1, head_dim)
+
+        scores = scale * (grouped @ key)  # [num_kv_heads, group, tokens]
+        row_max = scores.max(axis=-1, keepdims=True)
+        weights = np.exp(scores - row_max)
+        row_sum = weights.sum(axis=-1, keepdims=True)
+        out[sequence] = (weights @ value / row_sum).reshape(num_heads, value_dim)
+        lse[sequence] = (row_max + np.log(row_sum)).reshape(num_heads)
+    return (out, lse) if return_lse else out

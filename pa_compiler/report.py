@@ -1,0 +1,115 @@
+"""What the pa-compiler command prints."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from pa_compiler.cases import Case, Errors, tolerance
+
+if TYPE_CHECKING:
+    from pa_compiler.module import Module, WorkItem
+
+_LONG_PLAN = 12
+_SHOWN_OF_LONG_PLAN = 6
+
+
+def print_header(console: Console, case: Case, module: Module) -> None:
+    """Print the spec, what it is compiled for, and the size of the call."""
+    spec, target = case.spec, module.target
+    features = f", {len(target['mattr'])} features stated" if target.get("mattr") else ""
+    lens = case.context_lens
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row(
+        "spec",
+        f"{_count(spec.num_heads, 'query head')} on {_count(spec.num_kv_heads, 'kv head')} of {spec.head_dim}, "
+        f"{spec.dtype} in, {spec.out_dtype} out",
+    )
+    table.add_row("cache", f"{spec.kv_layout}, blocks of {_count(spec.block_size, 'token')}")
+    table.add_row("tiles", f"head_tile {spec.head_tile}, batch_chunk {spec.batch_chunk}")
+    table.add_row("target", f"{target['kind']}, {target.get('mcpu', 'this CPU')}{features}")
+    table.add_row("pipeline", f"{module.pipeline}, {_count(module.num_threads, 'thread')}")
+    lengths = f" of {lens.min():,} to {lens.max():,} tokens" if case.batch else ""
+    table.add_row("call", f"{_count(case.batch, 'sequence')}{lengths}, {_count(case.num_tokens, 'token')} in all")
+    console.print(table)
+
+
+def print_plan(console: Console, items: Sequence[WorkItem]) -> None:
+    """Print the work items: all of a short plan, the first few and a summary of a long one."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"Plan: {_count(len(items), 'work item')}", title_justify="left")
+    for name in ("item", "sequences", "kv head", "heads", "blocks", "tokens"):
+        table.add_column(name, justify="right")
+    shown = items if len(items) <= _LONG_PLAN else items[:_SHOWN_OF_LONG_PLAN]
+    for index, item in enumerate(shown):
+        table.add_row(
+            str(index),
+            _range(item.batch_start, item.batch_start + item.num_seqs),
+            str(item.kv_head),
+            _range(item.head_start, item.head_start + item.num_rows),
+            _range(item.block_begin, item.block_end),
+            f"{item.num_tokens:,}",
+        )
+    if len(items) > len(shown):
+        tokens = [item.num_tokens for item in items]
+        table.add_row("...", "", "", "", "", "")
+        table.caption = f"{len(items) - len(shown):,} more; {min(tokens):,} to {max(tokens):,} tokens an item"
+        table.caption_justify = "left"
+    console.print(table)
+
+
+def print_times(console: Console, case: Case, seconds: Sequence[float]) -> None:
+    """Print the median time of a call and the rates that it means."""
+    median = statistics.median(seconds)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("time", f"{_time(median)}, median of {len(seconds)} ({_time(min(seconds))} to {_time(max(seconds))})")
+    table.add_row(
+        "rate", f"{case.flops / median / 1e9:.1f} GFLOP/s, {case.kv_bytes / median / 1e9:.2f} GB/s of KV read"
+    )
+    console.print(table)
+
+
+def print_errors(console: Console, case: Case, errors: Errors) -> bool:
+    """Print the error against the reference, and PASS or FAIL; return whether it passed."""
+    passed = errors.of_tolerance <= 1
+    of_out, of_magnitude = tolerance(case)
+    bound = f"{of_out:g} |out| + {of_magnitude:g} sum(p |v|)" if of_out else f"{of_magnitude:g} sum(p |v|)"
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("error", f"at most {errors.largest:.2e} from NumPy in float64; {errors.of_tolerance:.3f} of {bound}")
+    table.add_row(
+        "result", Text("PASS", "bold green") if passed else Text("FAIL: the error is over the tolerance", "bold red")
+    )
+    console.print(table)
+    return passed
+
+
+def print_code(console: Console, text: str, lexer: str) -> None:
+    """Print text with colours on a terminal, and byte for byte elsewhere. Lines are never cut."""
+    if console.is_terminal:
+        console.print(Syntax(text, lexer, background_color="default").highlight(text), soft_wrap=True, end="")
+    else:
+        console.file.write(text)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _range(begin: int, end: int) -> str:
+    return str(begin) if end - begin == 1 else f"{begin}-{end - 1}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:,.3f} ms" if seconds < 0.1 else f"{seconds:,.3f} s"

@@ -1,0 +1,88 @@
+"""PagedAttentionSpec: the exact shape of one model's attention. Every field is checked once, here."""
+
+from __future__ import annotations
+
+import dataclasses
+
+DTYPES = ("float32", "float16", "bfloat16")
+KV_LAYOUTS = ("NHD", "HND")
+
+_INTEGER_RANGES = {
+    "num_heads": (1, 65536),
+    "num_kv_heads": (1, 65536),
+    "head_dim": (1, 8192),
+    "block_size": (1, 65536),
+    "head_tile": (1, 64),
+    "batch_chunk": (1, 1024),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedAttentionSpec:
+    """What is known about the attention at compile time.
+
+    Attributes:
+        num_heads: Query heads; a multiple of num_kv_heads.
+        num_kv_heads: Heads of the key and value caches.
+        head_dim: Elements of one head.
+        block_size: Tokens in one block of the cache.
+        dtype: Element type of query, key_cache and value_cache: "float32", "float16" or "bfloat16".
+        out_dtype: Element type of out; dtype where it is None.
+        kv_layout: "NHD", caches [num_blocks, block_size, num_kv_heads, head_dim], or
+            "HND", caches [num_blocks, num_kv_heads, block_size, head_dim].
+        head_tile: Query heads of one kv head that a kernel takes at a time; a power of two up to 64.
+        batch_chunk: Sequences of one chunk, the unit that batch_start steps by.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is outside what can be compiled.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: str
+    out_dtype: str | None = None
+    kv_layout: str = "NHD"
+    head_tile: int = 16
+    batch_chunk: int = 16
+
+    def __post_init__(self) -> None:
+        if self.out_dtype is None:
+            object.__setattr__(self, "out_dtype", self.dtype)
+        for name, (low, high) in _INTEGER_RANGES.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}")
+            if not low <= value <= high:
+                raise ValueError(f"{name}: expected {low} to {high}, got {value}")
+        for name, choices in (("dtype", DTYPES), ("out_dtype", DTYPES), ("kv_layout", KV_LAYOUTS)):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise TypeError(f"{name}: expected a string, got {value!r} of type {type(value).__name__}")
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}"
+            )
+        if self.head_tile & (self.head_tile - 1):
+            raise ValueError(f"head_tile: expected a power of two, got {self.head_tile}")
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one kv head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def head_tiles_per_group(self) -> int:
+        """Tiles of head_tile heads that cover one group; the last may be ragged."""
+        return -(-self.group // self.head_tile)
+
+    @property
+    def cache_shape(self) -> tuple[str | int, ...]:
+        """Shape of key_cache and value_cache in kv_layout, with the run-time extent by name."""
+        if self.kv_layout == "NHD":
+            return ("num_blocks", self.block_size, self.num_kv_heads, self.head_dim)
+        return ("num_blocks", self.num_kv_heads, self.block_size, self.head_dim)

@@ -1,0 +1,11 @@
+"""Schedules: how the kernels run on a target. One file per strategy; a schedule changes loops and layouts, not results."""
+
+from tvm import IRModule
+
+from pa_compiler.schedules import heads_in_lanes
+from pa_compiler.tiling import Tiling
+
+
+def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
+    """The module with every PrimFunc scheduled; the one given stays as it is."""
+    return heads_in_lanes.schedule(mod, tiling)

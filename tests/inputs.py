@@ -1,0 +1,115 @@
+"""Inputs for decode: random data in shuffled blocks, with poison wherever a kernel has no business."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+INT32 = np.iinfo(np.int32)
+GARBAGE_IDS = np.array([-1, INT32.min, INT32.max, 1 << 30, -7], np.int32)
+"""What surplus entries of block_table hold: each of them faults, or reads far away, if it is used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The five arrays of one decode call. Blocks lie in any order; everything that is not used holds poison."""
+
+    query: np.ndarray
+    key_cache: np.ndarray
+    value_cache: np.ndarray
+    block_table: np.ndarray
+    context_lens: np.ndarray
+    out_dtype: np.dtype
+
+    @property
+    def arguments(self) -> tuple[np.ndarray, ...]:
+        """The arrays in decode's order."""
+        return self.query, self.key_cache, self.value_cache, self.block_table, self.context_lens
+
+    @property
+    def out(self) -> np.ndarray:
+        """A fresh out, all NaN, so that an element nobody wrote is seen."""
+        return np.full(self.query.shape, np.nan, self.out_dtype)
+
+    @property
+    def lse(self) -> np.ndarray:
+        """A fresh lse, all NaN."""
+        return np.full(self.query.shape[:2], np.nan, np.float32)
+
+    def replace(self, **arrays: np.ndarray) -> Inputs:
+        """Inputs with other arrays in place of some."""
+        return dataclasses.replace(self, **arrays)
+
+    def take(self, order) -> Inputs:
+        """Sequences picked, repeated or reordered by index; the caches stay as they are."""
+        rows = {name: getattr(self, name)[order] for name in ("query", "block_table", "context_lens")}
+        return self.replace(**rows)
+
+
+def make_inputs(spec, context_lens, *, seed=0, poison="nan", placement=None, spare_blocks=3, surplus=2) -> Inputs:
+    """Draw the inputs of one call.
+
+    Args:
+        spec: The PagedAttentionSpec.
+        context_lens: Tokens of each sequence.
+        seed: Seed of the data; query and key are uniform(-0.5, 0.5), value is uniform(-1, 1).
+        poison: A name in POISONS, for unused slots and blocks; "none" leaves 0 there.
+        placement: Seed of the blocks' places in the cache. It moves blocks and changes nothing else.
+        spare_blocks: Blocks that no sequence uses.
+        surplus: Entries of block_table past what the longest sequence needs.
+    """
+    rng = np.random.default_rng(seed)
+    context_lens = np.asarray(context_lens, np.int32)
+    dtype = DTYPES[spec.dtype]
+    blocks_per_sequence = -(-context_lens // spec.block_size)
+    used = int(blocks_per_sequence.sum())
+    num_blocks = used + spare_blocks
+    place = np.random.default_rng(seed if placement is None else placement).permutation(num_blocks)[:used]
+
+    block_table = np.resize(GARBAGE_IDS, (len(context_lens), int(blocks_per_sequence.max(initial=0)) + surplus))
+    is_used = np.arange(block_table.shape[1]) < blocks_per_sequence[:, None]
+    block_table[is_used] = place
+
+    valid = np.zeros((num_blocks, spec.block_size), bool)
+    positions = np.arange(block_table.shape[1] * spec.block_size).reshape(1, -1, spec.block_size)
+    valid[place] = (positions < context_lens[:, None, None])[is_used]
+
+    query = _uniform(rng, (len(context_lens), spec.num_heads, spec.head_dim), 0.5, dtype)
+    caches = []
+    for bound in (0.5, 1.0):
+        logical = _uniform(rng, (used, spec.block_size, spec.num_kv_heads, spec.head_dim), bound, dtype)
+        cache = np.empty((num_blocks, *logical.shape[1:]), dtype)
+        cache[place] = logical
+        cache[~valid] = poison_value(poison, dtype)
+        caches.append(cache if spec.kv_layout == "NHD" else np.ascontiguousarray(cache.swapaxes(1, 2)))
+    return Inputs(query, *caches, block_table, context_lens, DTYPES[spec.out_dtype])
+
+
+POISONS = ("nan", "signalling_nan", "inf", "negative_inf", "huge", "all_ones")
+
+
+def poison_value(name: str, dtype: np.dtype) -> np.ndarray:
+    """A scalar of dtype that spoils any sum it gets into."""
+    info = ml_dtypes.finfo(dtype)
+    unsigned = np.dtype(f"u{dtype.itemsize}")
+    infinity = np.array(np.inf, dtype).view(unsigned)
+    return {
+        "none": np.zeros((), dtype),
+        "nan": np.array(np.nan, dtype),
+        "signalling_nan": (infinity + unsigned.type(1)).astype(unsigned).view(dtype),
+        "inf": np.array(np.inf, dtype),
+        "negative_inf": np.array(-np.inf, dtype),
+        "huge": np.array(info.max, dtype),
+        "all_ones": np.array(np.iinfo(unsigned).max, unsigned).view(dtype),
+    }[name]
+
+
+def _uniform(rng: np.random.Generator, shape: tuple[int, ...], bound: float, dtype: np.dtype) -> np.ndarray:
+    drawn = rng.random(shape, dtype=np.float32)
+    drawn -= np.float32(0.5)
+    drawn *= np.float32(2 * bound)
+    return drawn.astype(dtype, copy=False)

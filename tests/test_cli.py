@@ -1,0 +1,187 @@
+"""The pa-compiler command, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import pa_compiler
+from pa_compiler import cases, cli
+
+SMALL = "--num-heads 4 --num-kv-heads 2 --head-dim 16 --block-size 16 --seq-len 33,0,17 --repeat 2".split()
+
+
+@pytest.fixture
+def invoke(build_cache):
+    """invoke(words...) -> result, with stdout and stderr apart; an exception that the command lets out is raised."""
+
+    def run(*words, **env):
+        return CliRunner().invoke(cli.main, words, env=env, catch_exceptions=False)
+
+    return run
+
+
+def test_run_prints_spec_plan_time_rate_and_error(invoke):
+    result = invoke("run", *SMALL, "--batch", "3", "--threads", "2")
+    assert result.exit_code == 0
+    for expected in (
+        "4 query heads on 2 kv heads of 16, bfloat16 in, float32 out",
+        "NHD, blocks of 16 tokens",
+        "fused, 2 threads",
+        "3 sequences of 0 to 33 tokens, 50 tokens in all",
+        "Plan: ",
+        " ms, median of 2",
+        "GFLOP/s",
+        "GB/s of KV read",
+        "0.01 |out| + 0.008 sum(p |v|)",
+        "PASS",
+    ):
+        assert expected in result.stdout
+    assert "\x1b" not in result.output
+
+
+@pytest.mark.parametrize("pipeline", ["fused", "staged"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
+def test_run_passes(invoke, pipeline, dtype, kv_layout):
+    result = invoke("run", *SMALL, "--pipeline", pipeline, "--dtype", dtype, "--kv-layout", kv_layout)
+    assert (result.exit_code, "PASS" in result.stdout) == (0, True), result.output
+
+
+@pytest.mark.parametrize("case", ["CaseSmall1", "CaseVarSeq4"])
+def test_run_a_case_of_the_seed(invoke, case):
+    result = invoke("run", "--case", case, "--repeat", "2")
+    assert (result.exit_code, "PASS" in result.stdout) == (0, True), result.output
+    assert f"{cases.CASES[case].num_tokens} tokens" in result.stdout
+
+
+def test_an_option_replaces_what_the_case_says(invoke):
+    result = invoke("run", "--case", "CaseVarSeq4", "--num-heads", "5", "--batch", "1", "--repeat", "2")
+    assert result.exit_code == 0
+    assert "5 query heads" in result.stdout
+    assert "1 sequence of 33 to 33 tokens" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("lengths", "total"),
+    [("33,64", 33 + 64 + 33), ("33,64,17,128,5", 33 + 64 + 17), ("40", 3 * 40)],
+    ids=["repeated", "cut", "one"],
+)
+def test_seq_len_rule(invoke, lengths, total):
+    words = ["run", *SMALL[:-4], "--batch", "3", "--repeat", "2"]
+    assert f"{total} tokens in all" in invoke(*words, "--seq-len", lengths).stdout
+    assert f"{total} tokens in all" in invoke(*words, PA_SEQ_LEN=lengths).stdout
+
+
+def test_a_long_plan_is_summarised(invoke):
+    result = invoke("run", *SMALL, "--batch", "200", "--batch-chunk", "1")
+    assert " more; " in result.stdout
+    assert len(result.stdout.splitlines()) < 30
+
+
+def test_an_empty_batch(invoke):
+    result = invoke("run", *SMALL, "--batch", "0")
+    assert (result.exit_code, "0 sequences, 0 tokens" in result.stdout) == (0, True)
+
+
+@pytest.mark.parametrize("errors", [cases.Errors(1.0, 1.01), cases.Errors(np.nan, np.nan)], ids=["wide", "nan"])
+def test_a_wrong_result_fails(invoke, monkeypatch, errors):
+    monkeypatch.setattr(cases, "compare", lambda *_: errors)
+    result = invoke("run", *SMALL)
+    assert (result.exit_code, "FAIL" in result.stdout, "PASS" in result.stdout) == (1, True, False)
+
+
+def test_a_narrow_terminal_cuts_nothing(invoke):
+    result = invoke("run", *SMALL, COLUMNS="44")
+    assert max(map(len, result.stdout.splitlines())) <= 44
+    assert "KV read" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-heads", "7", "--num-kv-heads", "3"], "'--num-heads': expected a multiple of num_kv_heads = 3, got 7"),
+        (["--head-dim", "0"], "'--head-dim': expected 1 to 8192, got 0"),
+        (["--head-dim", "x"], "'--head-dim': 'x' is not a valid integer"),
+        (["--dtype", "int8"], "'int8' is not one of 'float32', 'float16', 'bfloat16'"),
+        (["--head-tile", "3"], "'--head-tile': expected a power of two, got 3"),
+        (["--seq-len", "3,x"], "got '3,x'"),
+        (["--seq-len", "3,-1"], "got '3,-1'"),
+        (["--seq-len", ""], "got ''"),
+        (["--seq-len", "99", "--max-model-len", "98"], "expected at most max_model_len = 98, got 99"),
+        (["--batch", "-1"], "-1 is not in the range x>=0"),
+        (["--threads", "0"], "0 is not in the range x>=1"),
+        (["--target", "warp9"], "'--target': expected an mcpu that LLVM knows, such as x86-64-v3, got 'warp9'"),
+        (["--target", "{"], "as JSON, got '{'"),
+        (["--target", '{"kind": "cuda"}'], "'--target': expected kind 'llvm', got 'cuda'"),
+        (["--scale", "nan"], "'--scale'"),
+        (["--case", "Case9"], "'Case9' is not one of 'Case1'"),
+        (["--batch", "100000", "--seq-len", "2000000"], "GB are needed and this machine has"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_option_is_a_usage_error(invoke, words, message):
+    result = invoke("run", *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_a_missing_system_compiler_is_named(invoke, tmp_path):
+    result = invoke("run", *SMALL, CXX="no-such-compiler", PA_CACHE_DIR=str(tmp_path))
+    assert result.exit_code == 1
+    assert "no-such-compiler" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_build_writes_a_library_that_loads(invoke, tmp_path):
+    library = tmp_path / "pa.so"
+    result = invoke("build", "-o", str(library), "--num-heads", "4", "--head-dim", "16", "--block-size", "16")
+    assert result.exit_code == 0
+    assert f"{library.stat().st_size:,} bytes" in result.stdout
+    module = pa_compiler.load(library)
+    assert module.spec == pa_compiler.PagedAttentionSpec(4, 1, 16, 16, "bfloat16", "float32")
+
+
+def test_build_to_a_folder_that_is_not_there(invoke, tmp_path):
+    result = invoke("build", "-o", str(tmp_path / "no" / "pa.so"), "--head-dim", "16")
+    assert result.exit_code == 1
+    assert "No such file or directory" in result.stderr
+
+
+@pytest.mark.parametrize("stage", ["tensorir", "scheduled", "host", "llvm", "asm"])
+def test_inspect_prints_a_stage_as_it_is(invoke, stage):
+    from pa_compiler import compiler
+
+    target = {"kind": "llvm", "mcpu": "x86-64-v3"}
+    result = invoke("inspect", "--stage", stage, "--target", json.dumps(target), "--head-dim", "16")
+    spec = pa_compiler.PagedAttentionSpec(16, 1, 16, 128, "bfloat16", "float32")
+    assert result.exit_code == 0
+    assert result.stdout == compiler.emit(spec, target, "fused")[stage]
+
+
+def test_cache(invoke, tmp_path):
+    env = {"PA_CACHE_DIR": str(tmp_path / "cache")}
+    assert invoke("cache", "dir", **env).stdout == f"{tmp_path / 'cache'}\n"
+    assert invoke("run", *SMALL, **env).exit_code == 0
+    assert list((tmp_path / "cache").rglob("*.so"))
+    assert invoke("cache", "clear", **env).exit_code == 0
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_help_and_version_do_not_import_tvm(invoke):
+    assert invoke("--version").stdout == "pa-compiler, version 0.1.0\n"
+    code = "import sys; from pa_compiler import cli; sys.exit('tvm' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_installed_command(build_cache):
+    command = [sys.executable.replace("python", "pa-compiler").rstrip("0123456789."), "run", *SMALL]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert (done.returncode, "PASS" in done.stdout) == (0, True), done.stderr
+    assert "Comparing with NumPy" in done.stderr

@@ -1,0 +1,243 @@
+"""Every kind of bad argument: its exception, a message with the argument and both values, and nothing written."""
+
+from __future__ import annotations
+
+import re
+import types
+
+import numpy as np
+import pytest
+from inputs import DTYPES, INT32, make_inputs
+from numpy.lib.stride_tricks import as_strided
+
+import pa_compiler
+from pa_compiler import PagedAttentionSpec
+
+SPEC = PagedAttentionSpec(num_heads=6, num_kv_heads=2, head_dim=24, block_size=8, dtype="float16", out_dtype="float32")
+LENGTHS = [9, 0, 20, 7]  # 6 blocks in use and 4 spare: num_blocks is 10; max_blocks is 3 + 1, a capacity of 32 tokens
+BFLOAT16 = DTYPES["bfloat16"]
+
+
+class OnAnotherDevice:
+    """A DLPack object on a GPU, whose data nobody may ask for."""
+
+    def __dlpack_device__(self):
+        return (2, 0)
+
+    def __dlpack__(self, **_):
+        raise BufferError("data of another device was asked for")
+
+
+def strided(array):
+    """The same values in every other element of a wider last axis."""
+    return np.repeat(array, 2, axis=-1)[..., ::2]
+
+
+def misaligned(array):
+    """The same values one byte off the element's alignment."""
+    copy = np.empty(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def with_at(array, index, value):
+    changed = array.copy()
+    changed[index] = value
+    return changed
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+def over(array, dtype, shape):
+    """An array of dtype and shape in the memory of another one."""
+    return np.ndarray(shape, dtype, array.data)
+
+
+def inside_out(call, name):
+    """An argument, with its values, moved into out's memory."""
+    array = getattr(call, name)
+    moved = over(call.out, array.dtype, array.shape)
+    moved[...] = array
+    return {name: moved}
+
+
+V, T, I = ValueError, TypeError, IndexError  # noqa: E741  (a column of this table)
+
+# id, error, the argument at fault, what its message also has to show, the argument in place of a good call's one
+BAD = [
+    ("query_rank_2", V, "query", "3 2", lambda c: c.query[0]),
+    ("query_rank_4", V, "query", "3 4", lambda c: c.query[None]),
+    ("query_heads", V, "query", "6 5", lambda c: c.query[:, :5]),
+    ("query_head_dim", V, "query", "24 23", lambda c: c.query[..., :23]),
+    ("query_float32", T, "query", "float16 float32", lambda c: c.query.astype(np.float32)),
+    ("query_bfloat16", T, "query", "float16 bfloat16", lambda c: c.query.astype(BFLOAT16)),
+    ("query_int16", T, "query", "float16 int16", lambda c: c.query.view(np.int16)),
+    ("query_big_endian", T, "query", "float16", lambda c: c.query.astype(">f2")),
+    ("query_list", T, "query", "list", lambda c: c.query.tolist()),
+    ("query_none", T, "query", "NoneType", lambda c: None),
+    ("query_last_axis_stride", V, "query", "1 2", lambda c: strided(c.query)),
+    ("query_last_axis_reversed", V, "query", "1 -1", lambda c: c.query[..., ::-1]),
+    ("query_misaligned", V, "query", "2", lambda c: misaligned(c.query)),
+    ("query_on_gpu", V, "query", "cpu cuda", lambda c: OnAnotherDevice()),
+    ("key_rank_3", V, "key_cache", "4 3", lambda c: c.key_cache[0]),
+    ("key_rank_5", V, "key_cache", "4 5", lambda c: c.key_cache[None]),
+    ("key_block_size", V, "key_cache", "8 7", lambda c: c.key_cache[:, :7]),
+    ("key_kv_heads", V, "key_cache", "2 1", lambda c: c.key_cache[:, :, :1]),
+    ("key_head_dim", V, "key_cache", "24 20", lambda c: c.key_cache[..., :20]),
+    ("key_other_layout", V, "key_cache", "8 2", lambda c: c.key_cache.swapaxes(1, 2)),
+    ("key_float32", T, "key_cache", "float16 float32", lambda c: c.key_cache.astype(np.float32)),
+    ("key_uint8", T, "key_cache", "float16 uint8", lambda c: c.key_cache.view(np.uint8)),
+    ("key_last_axis_stride", V, "key_cache", "1 2", lambda c: strided(c.key_cache)),
+    ("key_misaligned", V, "key_cache", "2", lambda c: misaligned(c.key_cache)),
+    ("key_on_gpu", V, "key_cache", "cpu cuda", lambda c: OnAnotherDevice()),
+    ("key_string", T, "key_cache", "str", lambda c: "cache"),
+    ("value_rank_3", V, "value_cache", "4 3", lambda c: c.value_cache[0]),
+    ("value_block_size", V, "value_cache", "8 4", lambda c: c.value_cache[:, ::2]),
+    ("value_head_dim", V, "value_cache", "24 12", lambda c: c.value_cache[..., :12]),
+    ("value_num_blocks", V, "value_cache", "10 9", lambda c: c.value_cache[:9]),
+    ("value_float64", T, "value_cache", "float16 float64", lambda c: c.value_cache.astype(np.float64)),
+    ("value_last_axis_stride", V, "value_cache", "1 2", lambda c: strided(c.value_cache)),
+    ("value_misaligned", V, "value_cache", "2", lambda c: misaligned(c.value_cache)),
+    ("table_rank_1", V, "block_table", "2 1", lambda c: c.block_table[0]),
+    ("table_batch", V, "block_table", "4 3", lambda c: c.block_table[:3]),
+    ("table_int64", T, "block_table", "int32 int64", lambda c: c.block_table.astype(np.int64)),
+    ("table_uint32", T, "block_table", "int32 uint32", lambda c: c.block_table.view(np.uint32)),
+    ("table_float32", T, "block_table", "int32 float32", lambda c: c.block_table.view(np.float32)),
+    ("table_last_axis_stride", V, "block_table", "1 2", lambda c: strided(c.block_table)),
+    ("table_misaligned", V, "block_table", "4", lambda c: misaligned(c.block_table)),
+    ("table_list", T, "block_table", "list", lambda c: c.block_table.tolist()),
+    ("table_width_0", V, "context_lens", "0 9", lambda c: {"block_table": c.block_table[:, :0]}),
+    ("lens_rank_0", V, "context_lens", "1 0", lambda c: c.context_lens[0, ...]),
+    ("lens_rank_2", V, "context_lens", "1 2", lambda c: c.context_lens[None]),
+    ("lens_batch", V, "context_lens", "4 5", lambda c: np.zeros(5, np.int32)),
+    ("lens_int64", T, "context_lens", "int32 int64", lambda c: c.context_lens.astype(np.int64)),
+    ("lens_stride", V, "context_lens", "1 2", lambda c: strided(c.context_lens)),
+    ("lens_misaligned", V, "context_lens", "4", lambda c: misaligned(c.context_lens)),
+    ("lens_minus_1", V, "context_lens", "0 -1 1", lambda c: with_at(c.context_lens, 1, -1)),
+    ("lens_int_min", V, "context_lens", f"{INT32.min} 3", lambda c: with_at(c.context_lens, 3, INT32.min)),
+    ("lens_over_capacity", V, "context_lens", "32 33", lambda c: with_at(c.context_lens, 0, 33)),
+    ("lens_int_max", V, "context_lens", f"32 {INT32.max} 2", lambda c: with_at(c.context_lens, 2, INT32.max)),
+    ("id_minus_1", I, "block_table", "-1 10 0", lambda c: with_at(c.block_table, (0, 0), -1)),
+    ("id_num_blocks", I, "block_table", "10 0 1", lambda c: with_at(c.block_table, (0, 1), 10)),
+    ("id_int_min", I, "block_table", f"{INT32.min} 10 3 0", lambda c: with_at(c.block_table, (3, 0), INT32.min)),
+    ("id_int_max", I, "block_table", f"{INT32.max} 10 3 0", lambda c: with_at(c.block_table, (3, 0), INT32.max)),
+    ("id_of_short_block", I, "block_table", "99 10 2", lambda c: with_at(c.block_table, (2, 2), 99)),
+    ("no_blocks", I, "block_table", "0", lambda c: {"key_cache": c.key_cache[:0], "value_cache": c.value_cache[:0]}),
+    ("scale_nan", V, "scale", "finite nan", lambda c: float("nan")),
+    ("scale_inf", V, "scale", "finite inf", lambda c: float("inf")),
+    ("scale_minus_inf", V, "scale", "finite -inf", lambda c: -np.inf),
+    ("scale_over_float32", V, "scale", "1e+39", lambda c: 1e39),
+    ("scale_string", T, "scale", "str", lambda c: "1.0"),
+    ("scale_complex", T, "scale", "complex", lambda c: 1j),
+    ("scale_array", T, "scale", "ndarray", lambda c: np.ones(4)),
+    ("out_rank_2", V, "out", "3 2", lambda c: c.out.reshape(4, -1)),
+    ("out_batch", V, "out", "4 3", lambda c: c.out[:3]),
+    ("out_heads", V, "out", "6 5", lambda c: c.out[:, :5]),
+    ("out_head_dim", V, "out", "24 23", lambda c: c.out[..., :23]),
+    ("out_float16", T, "out", "float32 float16", lambda c: c.out.astype(np.float16)),
+    ("out_list", T, "out", "list", lambda c: c.out.tolist()),
+    ("out_read_only", V, "out", "read-only", lambda c: read_only(c.out)),
+    ("out_last_axis_stride", V, "out", "1 2", lambda c: strided(c.out)),
+    ("out_misaligned", V, "out", "4", lambda c: misaligned(c.out)),
+    ("out_on_gpu", V, "out", "cpu cuda", lambda c: OnAnotherDevice()),
+    ("out_broadcast_sequences", V, "out", "overlap", lambda c: as_strided(c.out, strides=(0, 96, 4))),
+    ("out_heads_overlap", V, "out", "overlap", lambda c: as_strided(c.out, strides=(576, 92, 4))),
+    ("out_over_query", V, "out", "overlap query", lambda c: inside_out(c, "query")),
+    ("out_over_key_cache", V, "out", "overlap key_cache", lambda c: over(c.key_cache, np.float32, c.out.shape)),
+    ("out_over_value_cache", V, "out", "overlap value_cache", lambda c: over(c.value_cache, np.float32, c.out.shape)),
+    ("out_over_block_table", V, "out", "overlap block_table", lambda c: inside_out(c, "block_table")),
+    ("out_over_context_lens", V, "out", "overlap context_lens", lambda c: inside_out(c, "context_lens")),
+    ("lse_rank_3", V, "lse", "2 3", lambda c: c.lse[None]),
+    ("lse_heads", V, "lse", "6 2", lambda c: c.lse[:, :2]),
+    ("lse_batch", V, "lse", "4 2", lambda c: c.lse[::2]),
+    ("lse_float64", T, "lse", "float32 float64", lambda c: c.lse.astype(np.float64)),
+    ("lse_list", T, "lse", "list", lambda c: c.lse.tolist()),
+    ("lse_last_axis_stride", V, "lse", "1 2", lambda c: strided(c.lse)),
+    ("lse_misaligned", V, "lse", "4", lambda c: misaligned(c.lse)),
+    ("lse_read_only", V, "lse", "read-only", lambda c: read_only(c.lse)),
+    ("lse_broadcast_sequences", V, "lse", "overlap", lambda c: as_strided(c.lse, strides=(0, 4))),
+    ("lse_over_out", V, "lse", "overlap out", lambda c: over(c.out, np.float32, c.lse.shape)),
+    ("lse_over_query", V, "lse", "overlap query", lambda c: over(c.query, np.float32, c.lse.shape)),
+]
+
+
+def good_call():
+    inputs = make_inputs(SPEC, LENGTHS, spare_blocks=4, surplus=1)
+    names = ("query", "key_cache", "value_cache", "block_table", "context_lens")
+    arrays = dict(zip(names, inputs.arguments, strict=True))
+    return types.SimpleNamespace(**arrays, scale=None, out=inputs.out, lse=inputs.lse)
+
+
+def bytes_of(call):
+    return {name: value.tobytes() for name, value in call.items() if isinstance(value, np.ndarray)}
+
+
+@pytest.mark.parametrize(
+    ("error", "argument", "shows", "change"), [row[1:] for row in BAD], ids=[row[0] for row in BAD]
+)
+def test_refused_before_anything_is_written(compiled, error, argument, shows, change):
+    good = good_call()
+    changed = change(good)
+    call = {**vars(good), **(changed if isinstance(changed, dict) else {argument: changed})}
+    before, good_before = bytes_of(call), bytes_of(vars(good))
+    with pytest.raises(error, match=rf"^{argument}\b") as caught:
+        compiled(SPEC).decode(**call)
+    for value in shows.split():
+        assert re.search(rf"(?<![\w-]){re.escape(value)}(?!\w)", str(caught.value)), f"{value!r}: {caught.value}"
+    assert bytes_of(call) == before
+    assert bytes_of(vars(good)) == good_before
+
+
+def test_the_good_call_is_good(compiled):
+    call = good_call()
+    compiled(SPEC).decode(**vars(call))
+    assert np.isfinite(call.out).all()
+
+
+def test_neighbours_in_memory_do_not_overlap(compiled):
+    """The last byte of one array next to the first byte of another: query, out, lse, query's copy."""
+    good = good_call()
+    room = np.zeros(2 * good.query.nbytes + good.out.nbytes + good.lse.nbytes, np.uint8)
+    start = 0
+    for name in ("query", "out", "lse"):
+        array = getattr(good, name)
+        moved = over(room[start:], array.dtype, array.shape)
+        moved[...] = array
+        setattr(good, name, moved)
+        start += array.nbytes
+    compiled(SPEC).decode(**vars(good))
+    assert np.isfinite(good.out).all()
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "shows"),
+    [
+        ("cuda", ValueError, "cuda"),
+        ("llvm -mcpu=skylake", ValueError, "llvm -mcpu=skylake"),
+        ({"kind": "cuda"}, ValueError, "cuda"),
+        ({"mcpu": "x86-64-v3"}, ValueError, "None"),
+        ({"kind": "llvm", "mcpu": "pentium-9000"}, ValueError, "pentium-9000"),
+        ({"kind": "llvm", "mattr": "+avx2"}, ValueError, "+avx2"),
+        ({"kind": "llvm", "cpu": "x86-64-v3"}, ValueError, "cpu"),
+        (None, TypeError, "NoneType"),
+    ],
+    ids=str,
+)
+def test_target_is_refused(target, error, shows):
+    with pytest.raises(error, match=rf"^target\b.*{re.escape(shows)}"):
+        pa_compiler.compile(SPEC, target=target)
+
+
+@pytest.mark.parametrize("pipeline", ["", "Fused", "magic", None])
+def test_pipeline_is_refused(pipeline):
+    with pytest.raises((TypeError, ValueError), match=rf"^pipeline\b.*fused.*staged.*{pipeline}"):
+        pa_compiler.compile(SPEC, pipeline=pipeline)
+
+
+@pytest.mark.parametrize("spec", [None, {"num_heads": 6}, "float16"], ids=str)
+def test_spec_is_refused(spec):
+    with pytest.raises(TypeError, match=r"^spec\b.*PagedAttentionSpec"):
+        pa_compiler.compile(spec)

@@ -1,0 +1,231 @@
+"""What must not change a single bit: threads, neighbours, places in the cache, strides, alignment."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import mmap
+import os
+import signal
+import warnings
+
+import numpy as np
+import pytest
+from inputs import DTYPES, make_inputs
+from tolerances import assert_same_bits
+
+from pa_compiler import PagedAttentionSpec
+
+PIPELINES = ("fused", "staged")
+SPECS = {
+    "float32": PagedAttentionSpec(6, 2, 16, 5, "float32"),
+    "float16": PagedAttentionSpec(17, 1, 24, 16, "float16", "float32"),
+    "bfloat16_HND": PagedAttentionSpec(8, 8, 32, 8, "bfloat16", kv_layout="HND"),
+}
+LENGTHS = [5000, 0, 1, 17, 2048, 2049, 33, 40, 1, 129, 64, 250, 0, 7, 8, 9, 10, 4099, 3]
+
+every_spec = pytest.mark.parametrize(
+    ("spec", "pipeline"),
+    [pytest.param(spec, pipeline, id=f"{name}-{pipeline}") for name, spec in SPECS.items() for pipeline in PIPELINES],
+)
+
+
+def decode(module, inputs):
+    return module.decode(*inputs.arguments, out=inputs.out, lse=inputs.lse, return_lse=True)
+
+
+def assert_same(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        assert_same_bits(one, other)
+
+
+@every_spec
+def test_threads(compiled, spec, pipeline):
+    module, inputs = compiled(spec, pipeline), make_inputs(spec, LENGTHS)
+    module.num_threads = 1
+    expected = decode(module, inputs)
+    for threads in (2, 3, 8, 2, 1):
+        module.num_threads = threads
+        for _ in range(5):
+            assert_same(decode(module, inputs), expected)
+
+
+@every_spec
+@pytest.mark.parametrize("length", [0, 1, 37, 2500])
+def test_alone_and_at_every_position(compiled, spec, pipeline, length):
+    """Of batches that end just before, at and after a chunk of 16."""
+    module = compiled(spec, pipeline)
+    inputs = make_inputs(spec, [*np.random.default_rng(3).integers(0, 70, 33), length])
+    alone = decode(module, inputs.take([33]))
+    for batch in (15, 16, 17, 31, 32, 33):
+        for position in range(batch):
+            order = np.arange(batch)
+            order[position] = 33
+            out, lse = decode(module, inputs.take(order))
+            assert_same((out[position : position + 1], lse[position : position + 1]), alone)
+
+
+@every_spec
+def test_places_of_blocks(compiled, spec, pipeline):
+    module = compiled(spec, pipeline)
+    expected = decode(module, make_inputs(spec, LENGTHS, placement=0))
+    for placement in range(1, 20):
+        moved = make_inputs(spec, LENGTHS, placement=placement, spare_blocks=placement * 7)
+        assert_same(decode(module, moved), expected)
+
+
+def interleaved(inputs):
+    both = np.stack([inputs.key_cache, inputs.value_cache], axis=1)  # [num_blocks, 2, ...]
+    return inputs.replace(key_cache=both[:, 0], value_cache=both[:, 1])
+
+
+def inside_larger(inputs):
+    def inside(array):
+        larger = np.full([extent + 3 for extent in array.shape], np.nan, array.dtype)
+        view = larger[tuple(slice(1, extent + 1) for extent in array.shape)]
+        view[...] = array
+        return view
+
+    return inputs.replace(key_cache=inside(inputs.key_cache), value_cache=inside(inputs.value_cache))
+
+
+def one_layer_of_many(inputs):
+    def layer(array):
+        layers = np.full((array.shape[0], 3, *array.shape[1:]), np.nan, array.dtype)
+        layers[:, 1] = array
+        return layers[:, 1]
+
+    return inputs.replace(key_cache=layer(inputs.key_cache), value_cache=layer(inputs.value_cache))
+
+
+def slice_of_qkv(inputs):
+    batch, heads, head_dim = inputs.query.shape
+    qkv = np.full((batch, heads + 4, head_dim), np.nan, inputs.query.dtype)
+    qkv[:, 2 : heads + 2] = inputs.query
+    return inputs.replace(query=qkv[:, 2 : heads + 2])
+
+
+def backwards(inputs):
+    def reverse(array):
+        return array[::-1].copy()[::-1]
+
+    return inputs.replace(
+        query=reverse(inputs.query), key_cache=reverse(inputs.key_cache), value_cache=reverse(inputs.value_cache)
+    )
+
+
+def wide_table(inputs):
+    table = np.full((2 * len(inputs.block_table), inputs.block_table.shape[1] + 9), -1, np.int32)
+    table[::2, 4:-5] = inputs.block_table
+    return inputs.replace(block_table=table[::2, 4:-5])
+
+
+def slots_swapped_with_heads(inputs):
+    """The other kv layout's memory under this layout's shape."""
+    return inputs.replace(
+        key_cache=inputs.key_cache.swapaxes(1, 2).copy().swapaxes(1, 2),
+        value_cache=inputs.value_cache.swapaxes(1, 2).copy().swapaxes(1, 2),
+    )
+
+
+VIEWS = (interleaved, inside_larger, one_layer_of_many, slice_of_qkv, backwards, wide_table, slots_swapped_with_heads)
+
+
+@every_spec
+@pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)
+def test_strides(compiled, spec, pipeline, view):
+    module, inputs = compiled(spec, pipeline), make_inputs(spec, LENGTHS)
+    assert_same(decode(module, view(inputs)), decode(module, inputs))
+
+
+@every_spec
+def test_strided_results(compiled, spec, pipeline):
+    """out and lse inside larger arrays, of which the rest is left as it was."""
+    module, inputs = compiled(spec, pipeline), make_inputs(spec, LENGTHS)
+    expected = decode(module, inputs)
+    batch, heads, head_dim = inputs.query.shape
+    larger_out = np.full((batch + 1, 2, heads + 1, head_dim + 3), 7, inputs.out_dtype)
+    larger_lse = np.full((2 * batch, heads + 2), 7, np.float32)
+    out, lse = larger_out[1:, 1, :-1, 2:-1], larger_lse[::2, 1:-1]
+    module.decode(*inputs.arguments, out=out, lse=lse)
+    assert_same((out, lse), expected)
+    out[...], lse[...] = 7, 7
+    assert (larger_out == 7).all()
+    assert (larger_lse == 7).all()
+
+
+@every_spec
+@pytest.mark.parametrize("elements", [1, 3, 8])
+def test_alignment(compiled, spec, pipeline, elements):
+    """Arrays that start at a 64-byte line plus a few elements: NumPy promises no more than the element's alignment."""
+
+    def shift(array):
+        line = 64 // array.itemsize
+        room = np.empty(array.size + 2 * line, array.dtype)
+        start = -(room.ctypes.data // array.itemsize) % line + elements
+        room[start : start + array.size] = array.reshape(-1)
+        return room[start : start + array.size].reshape(array.shape)
+
+    module, inputs = compiled(spec, pipeline), make_inputs(spec, LENGTHS)
+    expected = decode(module, inputs)
+    out, lse = shift(inputs.out), shift(inputs.lse)
+    assert (out.ctypes.data - elements * out.itemsize) % 64 == 0
+    module.decode(*(shift(array) for array in inputs.arguments), out=out, lse=lse)
+    assert_same((out, lse), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_cache_of_more_than_2_to_the_32_elements(compiled, pipeline, dtype):
+    """The same data at the bottom and at the top of a sparse mapping; where a 32-bit offset wraps to, there is 0."""
+    spec = PagedAttentionSpec(4, 1, 128, 16, dtype)
+    small = make_inputs(spec, [100, 33, 16], spare_blocks=0)
+    used = len(small.key_cache)
+    elements_per_block = 2 * 16 * 128
+    num_blocks = (1 << 32) // elements_per_block + 1000
+    no_reserve = 0x4000  # MAP_NORESERVE, which the mmap module names from Python 3.12 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = mmap.mmap(-1, num_blocks * elements_per_block * DTYPES[dtype].itemsize, flags=flags)
+    both = np.frombuffer(memory, DTYPES[dtype]).reshape(num_blocks, 2, 16, 1, 128)
+    module = compiled(spec, pipeline)
+    results = []
+    for first in (0, num_blocks - used):
+        both[first : first + used, 0], both[first : first + used, 1] = small.key_cache, small.value_cache
+        table = (small.block_table % used + first).astype(np.int32)  # surplus entries turn into some block, unread
+        high = small.replace(key_cache=both[:, 0], value_cache=both[:, 1], block_table=table)
+        results.append(decode(module, high))
+    expected = decode(module, small)
+    for result in results:
+        assert_same(result, expected)
+
+
+@every_spec
+def test_calls_at_once(compiled, spec, pipeline):
+    module = compiled(spec, pipeline)
+    batches = [make_inputs(spec, LENGTHS[start:], seed=start) for start in range(8)]
+    expected = [decode(module, inputs) for inputs in batches]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            for actual, serial in zip(pool.map(lambda inputs: decode(module, inputs), batches), expected, strict=True):
+                assert_same(actual, serial)
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_fork_after_a_parallel_call(compiled, pipeline):
+    """The child gets the same bits, or a RuntimeError that names the fork, within ten seconds."""
+    spec = SPECS["float32"]
+    module, inputs = compiled(spec, pipeline), make_inputs(spec, LENGTHS)
+    expected = decode(module, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of what is tested here
+        child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        code = 1
+        try:
+            assert_same(decode(module, inputs), expected)
+            code = 0
+        except RuntimeError as error:
+            code = 0 if "fork" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0

@@ -1,0 +1,82 @@
+"""The oracle itself, against loops simple enough to be seen to be right."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from inputs import Inputs, make_inputs
+
+from pa_compiler import PagedAttentionSpec, reference
+
+
+def attention_by_loops(inputs: Inputs, spec: PagedAttentionSpec, scale: float):
+    """One token, one head, one element at a time."""
+    out = np.zeros(inputs.query.shape)
+    lse = np.full(inputs.query.shape[:2], -math.inf)
+    for sequence, length in enumerate(inputs.context_lens):
+        for head in range(spec.num_heads):
+            kv_head = head // spec.group
+
+            def read(cache, token, kv_head=kv_head, sequence=sequence):
+                block, slot = inputs.block_table[sequence, token // spec.block_size], token % spec.block_size
+                return cache[block, slot, kv_head] if spec.kv_layout == "NHD" else cache[block, kv_head, slot]
+
+            query = inputs.query[sequence, head]
+            scores = [
+                scale * sum(float(q) * float(k) for q, k in zip(query, read(inputs.key_cache, token), strict=True))
+                for token in range(length)
+            ]
+            denominator = sum(math.exp(score) for score in scores)
+            for token, score in enumerate(scores):
+                value = read(inputs.value_cache, token).astype(np.float64)
+                out[sequence, head] += math.exp(score) / denominator * value
+            if length:
+                lse[sequence, head] = math.log(denominator)
+    return out, lse
+
+
+SPECS = {
+    "one_head": PagedAttentionSpec(1, 1, 3, 2, "float32"),
+    "groups_of_3": PagedAttentionSpec(6, 2, 4, 3, "float16"),
+    "own_kv_head_each": PagedAttentionSpec(3, 3, 5, 1, "bfloat16"),
+    "HND": PagedAttentionSpec(4, 2, 4, 3, "float32", kv_layout="HND"),
+}
+
+
+@pytest.mark.parametrize("scale", [None, 1.0, -0.5, 0.0])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_equals_loops(spec, scale):
+    inputs = make_inputs(spec, [0, 1, spec.block_size, 2 * spec.block_size + 1, 0])
+    expected = attention_by_loops(inputs, spec, 1 / math.sqrt(spec.head_dim) if scale is None else scale)
+    actual = reference.decode(*inputs.arguments, scale, kv_layout=spec.kv_layout, return_lse=True)
+    assert actual[0].dtype == actual[1].dtype == np.float64
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(actual[1], expected[1], rtol=1e-12, atol=1e-14)
+
+
+def test_empty_sequences_are_zero():
+    spec = SPECS["groups_of_3"]
+    out, lse = reference.decode(*make_inputs(spec, [0, 0]).arguments, return_lse=True)
+    assert not out.any()
+    assert np.isneginf(lse).all()
+
+
+def test_no_sequences():
+    spec = SPECS["one_head"]
+    assert reference.decode(*make_inputs(spec, []).arguments).shape == (0, 1, 3)
+
+
+def test_scores_far_from_zero_do_not_overflow():
+    spec = SPECS["one_head"]
+    inputs = make_inputs(spec, [5])
+    out = reference.decode(*inputs.arguments, 1e30)
+    best = np.argmax(inputs.key_cache[inputs.block_table[0, :3]].reshape(-1, 3)[:5] @ inputs.query[0, 0])
+    np.testing.assert_array_equal(out[0, 0], inputs.value_cache[inputs.block_table[0, best // 2], best % 2, 0])
+
+
+def test_unknown_layout_is_refused():
+    inputs = make_inputs(SPECS["one_head"], [1])
+    with pytest.raises(ValueError, match=r"kv_layout.*NHD.*DHN"):
+        reference.decode(*inputs.arguments, kv_layout="DHN")

@@ -1,0 +1,100 @@
+"""PagedAttentionSpec: defaults, what it refuses, and what a refusal says."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import pytest
+
+from pa_compiler import PagedAttentionSpec
+
+GOOD = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "block_size": 16, "dtype": "bfloat16"}
+
+REFUSED = [  # field, bad value, error, what the message says besides the field and the value
+    ("num_heads", 0, ValueError, "1"),
+    ("num_heads", -32, ValueError, "1"),
+    ("num_heads", 33, ValueError, "num_kv_heads.*8"),
+    ("num_heads", 4, ValueError, "num_kv_heads.*8"),
+    ("num_heads", 32.0, TypeError, "int"),
+    ("num_heads", "32", TypeError, "int"),
+    ("num_heads", True, TypeError, "int"),
+    ("num_heads", None, TypeError, "int"),
+    ("num_kv_heads", 0, ValueError, "1"),
+    ("num_kv_heads", 8.0, TypeError, "int"),
+    ("head_dim", 0, ValueError, "1"),
+    ("head_dim", -1, ValueError, "1"),
+    ("head_dim", 1 << 40, ValueError, "1"),
+    ("head_dim", "128", TypeError, "int"),
+    ("block_size", 0, ValueError, "1"),
+    ("block_size", 16.5, TypeError, "int"),
+    ("dtype", "float64", ValueError, "float32.*float16.*bfloat16"),
+    ("dtype", "FLOAT16", ValueError, "float32.*float16.*bfloat16"),
+    ("dtype", "", ValueError, "float32.*float16.*bfloat16"),
+    ("dtype", None, TypeError, "string"),
+    ("dtype", float, TypeError, "string"),
+    ("out_dtype", "int8", ValueError, "float32.*float16.*bfloat16"),
+    ("out_dtype", 32, TypeError, "string"),
+    ("kv_layout", "NDH", ValueError, "NHD.*HND"),
+    ("kv_layout", "nhd", ValueError, "NHD.*HND"),
+    ("kv_layout", None, TypeError, "string"),
+    ("head_tile", 0, ValueError, "1"),
+    ("head_tile", 12, ValueError, "power of two"),
+    ("head_tile", 128, ValueError, "64"),
+    ("head_tile", 16.0, TypeError, "int"),
+    ("batch_chunk", 0, ValueError, "1"),
+    ("batch_chunk", 1025, ValueError, "1024"),
+    ("batch_chunk", "16", TypeError, "int"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "error", "says"), REFUSED, ids=[f"{f}={v}" for f, v, *_ in REFUSED])
+def test_refused(field, value, error, says):
+    with pytest.raises(error, match=rf"^{field}\b.*{says}") as caught:
+        PagedAttentionSpec(**{**GOOD, field: value})
+    assert str(value) in str(caught.value)
+
+
+def test_defaults():
+    spec = PagedAttentionSpec(**GOOD)
+    assert (spec.out_dtype, spec.kv_layout, spec.head_tile, spec.batch_chunk) == ("bfloat16", "NHD", 16, 16)
+    assert spec.group == 4
+
+
+def test_dtype_is_required():
+    with pytest.raises(TypeError, match="dtype"):
+        PagedAttentionSpec(32, 8, 128, 16)
+
+
+def test_positional_order():
+    spec = PagedAttentionSpec(6, 2, 80, 5, "float16", "float32", "HND", 8, 4)
+    assert dataclasses.asdict(spec) == {
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 80,
+        "block_size": 5,
+        "dtype": "float16",
+        "out_dtype": "float32",
+        "kv_layout": "HND",
+        "head_tile": 8,
+        "batch_chunk": 4,
+    }
+
+
+@pytest.mark.parametrize("field", GOOD)
+def test_frozen(field):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(PagedAttentionSpec(**GOOD), field, 1)
+
+
+def test_equal_specs_are_one_key():
+    spec = PagedAttentionSpec(**GOOD)
+    same = PagedAttentionSpec(**GOOD, out_dtype="bfloat16")
+    assert len({spec, same, dataclasses.replace(spec), pickle.loads(pickle.dumps(spec))}) == 1
+    assert dataclasses.replace(spec, block_size=32) != spec
+
+
+@pytest.mark.parametrize("field", ["num_heads", "num_kv_heads", "head_dim", "block_size", "head_tile", "batch_chunk"])
+def test_one_is_the_least(field):
+    ones = dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "block_size", "head_tile", "batch_chunk"), 1)
+    assert getattr(PagedAttentionSpec(**ones, dtype="float32"), field) == 1
