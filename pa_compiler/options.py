@@ -100,7 +100,7 @@ def _flag(name: str) -> str:
 
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn an error of the API about a value that an option gave into a usage error of that option."""
+    """Show the API's errors without a traceback; one about a value that an option gave names the option."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -110,3 +110,7 @@ def usage_errors() -> Iterator[None]:
             if param.name == name:
                 raise click.BadParameter(rest, ctx, param) from error
         raise
+    except (OSError, RuntimeError) as error:
+        if type(error).__module__ != "builtins":  # TVM's own: a defect of the compiler, where the traceback helps
+            raise
+        raise click.ClickException(str(error)) from error

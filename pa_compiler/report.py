@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -17,6 +17,7 @@ from pa_compiler.cases import Case, Errors, tolerance
 if TYPE_CHECKING:
     from pa_compiler.module import Module, WorkItem
 
+_VECTOR_EXTENSIONS = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sse4.2": "SSE4.2"}
 _LONG_PLAN = 12
 _SHOWN_OF_LONG_PLAN = 6
 
@@ -24,11 +25,8 @@ _SHOWN_OF_LONG_PLAN = 6
 def print_header(console: Console, case: Case, module: Module) -> None:
     """Print the spec, what it is compiled for, and the size of the call."""
     spec, target = case.spec, module.target
-    features = f", {len(target['mattr'])} features stated" if target.get("mattr") else ""
     lens = case.context_lens
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+    table = _facts()
     table.add_row(
         "spec",
         f"{_count(spec.num_heads, 'query head')} on {_count(spec.num_kv_heads, 'kv head')} of {spec.head_dim}, "
@@ -36,7 +34,7 @@ def print_header(console: Console, case: Case, module: Module) -> None:
     )
     table.add_row("cache", f"{spec.kv_layout}, blocks of {_count(spec.block_size, 'token')}")
     table.add_row("tiles", f"head_tile {spec.head_tile}, batch_chunk {spec.batch_chunk}")
-    table.add_row("target", f"{target['kind']}, {target.get('mcpu', 'this CPU')}{features}")
+    table.add_row("target", ", ".join([target["kind"], target["mcpu"], *_vector_extension(target)]))
     table.add_row("pipeline", f"{module.pipeline}, {_count(module.num_threads, 'thread')}")
     lengths = f" of {lens.min():,} to {lens.max():,} tokens" if case.batch else ""
     table.add_row("call", f"{_count(case.batch, 'sequence')}{lengths}, {_count(case.num_tokens, 'token')} in all")
@@ -69,9 +67,7 @@ def print_plan(console: Console, items: Sequence[WorkItem]) -> None:
 def print_times(console: Console, case: Case, seconds: Sequence[float]) -> None:
     """Print the median time of a call and the rates that it means."""
     median = statistics.median(seconds)
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+    table = _facts()
     table.add_row("time", f"{_time(median)}, median of {len(seconds)} ({_time(min(seconds))} to {_time(max(seconds))})")
     table.add_row(
         "rate", f"{case.flops / median / 1e9:.1f} GFLOP/s, {case.kv_bytes / median / 1e9:.2f} GB/s of KV read"
@@ -84,10 +80,10 @@ def print_errors(console: Console, case: Case, errors: Errors) -> bool:
     passed = errors.of_tolerance <= 1
     of_out, of_magnitude = tolerance(case)
     bound = f"{of_out:g} |out| + {of_magnitude:g} sum(p |v|)" if of_out else f"{of_magnitude:g} sum(p |v|)"
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row("error", f"at most {errors.largest:.2e} from NumPy in float64; {errors.of_tolerance:.3f} of {bound}")
+    table = _facts()
+    table.add_row(
+        "error", f"at most {errors.largest:.2e} from NumPy in float64; {errors.of_tolerance:.2g} of the bound {bound}"
+    )
     table.add_row(
         "result", Text("PASS", "bold green") if passed else Text("FAIL: the error is over the tolerance", "bold red")
     )
@@ -101,6 +97,19 @@ def print_code(console: Console, text: str, lexer: str) -> None:
         console.print(Syntax(text, lexer, background_color="default").highlight(text), soft_wrap=True, end="")
     else:
         console.file.write(text)
+
+
+def _facts() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", min_width=8)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _vector_extension(target: dict[str, Any]) -> list[str]:
+    """The widest vector extension that a target states; none where its mcpu implies it."""
+    stated = target.get("mattr", ())
+    return [name for feature, name in _VECTOR_EXTENSIONS.items() if f"+{feature}" in stated][:1]
 
 
 def _count(number: int, noun: str) -> str:

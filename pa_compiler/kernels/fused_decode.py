@@ -80,7 +80,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                q_tile = T.sblock_alloc_buffer((1, spec.head_dim, rows), "float32")
+                q_tile = T.sblock_alloc_buffer((spec.head_dim, rows), "float32")
                 row_max = T.sblock_alloc_buffer((1, rows), "float32")
                 row_sum = T.sblock_alloc_buffer((1, rows), "float32")
                 acc = T.sblock_alloc_buffer((1, spec.head_dim, rows), "float32")
@@ -89,7 +89,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 range_len: T.let = T.max(T.min(block_end * block_size, context_lens[seq]) - range_begin, 0)
                 # an empty range takes one step with valid_len == 0, which gives the empty result
                 num_steps: T.let = T.max(T.ceildiv(range_len, kv_tile), 1)
-                load_query_stage(query, q_tile, seq, 0, head_start, num_rows)
+                load_query_stage(query, q_tile, seq, head_start, num_rows)
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)

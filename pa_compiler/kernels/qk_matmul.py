@@ -10,16 +10,16 @@ from pa_compiler.tiling import Tiling
 
 
 def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """q_tile[slot, :, r] = float32(query[seq, head_start + r, :]) for r < num_rows, 0 in the rows that pad the tile."""
+    """q_tile[:, r] = float32(query[seq, head_start + r, :]) for r < num_rows, 0 in the rows that pad the tile."""
     rows, head_dim = tiling.row_tile, spec.head_dim
 
     @T.inline
-    def stage(query, q_tile, seq, slot, head_start, num_rows):
+    def stage(query, q_tile, seq, head_start, num_rows):
         with T.sblock("load_query"):
             for d, r in T.grid(head_dim, rows):
                 with T.sblock("q_tile"):
                     vr, vd = T.axis.remap("SS", [r, d])
-                    q_tile[slot, vd, vr] = T.if_then_else(
+                    q_tile[vd, vr] = T.if_then_else(
                         vr < num_rows, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0)
                     )
 
@@ -27,7 +27,7 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
 
 
 def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """scores[slot, t, r] = sum over d of q_tile[slot, d, r] * key of token tile_start + t, for t < valid_len.
+    """scores[slot, t, r] = sum over d of q_tile[d, r] * key of token tile_start + t, for t < valid_len.
 
     Tokens are visited in groups of token_group. The last group is filled up by reading its last valid token again:
     no slot at or past valid_len is read, and the scores there are finite wherever the valid ones are.
@@ -42,7 +42,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
             T.reads(
                 key_cache[0 : key_cache.shape[0], 0 : spec.block_size, kv_head, 0:head_dim],
                 block_table[seq, 0 : block_table.shape[1]],
-                q_tile[slot, 0:head_dim, 0:rows],
+                q_tile[0:head_dim, 0:rows],
             )
             T.writes(scores[slot, 0:tokens, 0:rows])
             k_tile = T.sblock_alloc_buffer((tokens, head_dim), "float32")
@@ -63,6 +63,6 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     vr, vd = T.axis.remap("SR", [r, d])
                     with T.init():
                         scores[slot, vt, vr] = T.float32(0)
-                    scores[slot, vt, vr] += q_tile[slot, vd, vr] * k_tile[vt, vd]
+                    scores[slot, vt, vr] += q_tile[vd, vr] * k_tile[vt, vd]
 
     return stage

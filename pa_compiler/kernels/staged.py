@@ -61,11 +61,11 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                q_tile = T.sblock_alloc_buffer((1, spec.head_dim, rows), "float32")
+                q_tile = T.sblock_alloc_buffer((spec.head_dim, rows), "float32")
                 seq: T.let = batch_start + vs
                 tile_start: T.let = block_idx * block_size
                 valid_len: T.let = T.max(T.min(context_lens[seq] - tile_start, block_size), 0)
-                load_query_stage(query, q_tile, seq, 0, head_start, num_rows)
+                load_query_stage(query, q_tile, seq, head_start, num_rows)
                 qk_stage(key_cache, block_table, q_tile, scores, seq, vs, kv_head, tile_start, valid_len)
 
     return qk_matmul
