@@ -16,7 +16,7 @@ from tvm.target import Target
 
 from pa_compiler.target import CpuTarget
 
-_COMPILE_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+_COMPILE_FLAGS = ("-std=c++17", "-O2", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 
 # Only the entry points leave the library: two of them in one process do not see each other's kernels.
 _EXPORTS = "{ global: __tvm_ffi_decode; __tvm_ffi_plan; __tvm_ffi_manifest; local: *; };\n"
@@ -54,7 +54,7 @@ def link(host: str, kernels: Kernels, directory: Path) -> Path:
     object_file.write_bytes(kernels.object_code)
     exports.write_text(_EXPORTS)
     library = directory / "pa.so"
-    includes = (tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())
+    includes = (tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())  # often the same
     command = [
         cxx(),
         *_COMPILE_FLAGS,
@@ -63,6 +63,7 @@ def link(host: str, kernels: Kernels, directory: Path) -> Path:
         "-shared",
         f"-Wl,--version-script={exports}",
         "-Wl,--no-undefined",
+        "-Wl,-z,nodelete",  # its threads outlive the module that loaded it
         f"-L{Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}",
         "-ltvm_ffi",
         "-lm",

@@ -38,10 +38,10 @@ STAGE_FILES = {
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """A spec's kernels before and after scheduling, and the host code that goes with them."""
+    """A spec's kernels before scheduling, as text, and after, and the host code that goes with them."""
 
     target: _target.CpuTarget
-    kernels: IRModule
+    tensorir: str
     scheduled: IRModule
     host: str
 
@@ -102,11 +102,12 @@ def lower(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> Lo
     target = _target.resolve(config)
     tiles = tiling.choose(spec, target, pipeline)
     unscheduled = kernels.build(spec, tiles, pipeline)
+    tensorir = unscheduled.script() + "\n"  # now: scheduling may change the PrimFuncs that it is given
     names = [kernel.__name__ for kernel in kernels.PIPELINES[pipeline]]
     return Lowered(
         target=target,
-        kernels=unscheduled,
-        scheduled=schedules.schedule(kernels.build(spec, tiles, pipeline), tiles),
+        tensorir=tensorir,
+        scheduled=schedules.schedule(unscheduled, tiles),
         host=host.render(spec, tiles, target, pipeline, names, _manifest(spec, target, pipeline)),
     )
 
@@ -127,7 +128,7 @@ def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, dire
 
 def _texts(lowered: Lowered, compiled: Any) -> dict[str, str]:  # noqa: ANN401  (build.Kernels, which imports TVM)
     return {
-        "tensorir": lowered.kernels.script() + "\n",
+        "tensorir": lowered.tensorir,
         "scheduled": lowered.scheduled.script() + "\n",
         "host": lowered.host,
         "llvm": compiled.llvm,

@@ -160,9 +160,7 @@ class Module:
         A pure function of the lengths: no kernel runs.
         """
         argument, _ = self._argument("context_lens", context_lens)
-        flat = [int(value) for value in self._plan(argument)]
-        width = len(WorkItem._fields)
-        return [WorkItem(*flat[start : start + width]) for start in range(0, len(flat), width)]
+        return [WorkItem(*map(int, line.split())) for line in self._plan(argument).splitlines()]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the shared library to a file. It needs tvm-ffi (and GCC's run-time libraries) to run, not TVM."""

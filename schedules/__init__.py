@@ -7,5 +7,5 @@ from pa_compiler.tiling import Tiling
 
 
 def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
-    """The module with every PrimFunc scheduled; the one given stays as it is."""
+    """The module with every PrimFunc scheduled. The one given may be changed: use it no more."""
     return heads_in_lanes.schedule(mod, tiling)

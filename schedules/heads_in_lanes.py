@@ -20,7 +20,7 @@ from pa_compiler.tiling import Tiling
 
 def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
     """Schedule every stage of every PrimFunc of either pipeline."""
-    sch = Schedule(IRModule(dict(mod.functions_items())))
+    sch = Schedule(mod)
     for variable in mod.get_global_vars():
         sch.work_on(variable.name_hint)
         present = _sblock_names(sch)

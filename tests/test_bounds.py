@@ -8,6 +8,7 @@ import mmap
 import numpy as np
 import pytest
 from inputs import make_inputs
+from specs import SPECS, parametrize
 from tolerances import assert_same_bits
 
 from pa_compiler import PagedAttentionSpec
@@ -16,13 +17,6 @@ PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
 
-SPECS = {
-    "one_element_heads": PagedAttentionSpec(3, 3, 1, 1, "float16"),
-    "ragged_everything": PagedAttentionSpec(17, 1, 7, 5, "float32"),
-    "HND": PagedAttentionSpec(6, 2, 24, 5, "bfloat16", "float32", "HND"),
-    "whole_tiles": PagedAttentionSpec(16, 1, 16, 16, "float16"),
-    "no_copy": PagedAttentionSpec(16, 1, 16, 128, "float32"),
-}
 LENGTHS = [1, 0, 4, 5, 6, 16, 17, 127, 128, 129, 3]
 
 
@@ -41,8 +35,7 @@ def fenced(array: np.ndarray, side: str, protection: int = PROT_READ | PROT_WRIT
 
 
 @pytest.mark.parametrize("side", ["start", "end"])
-@pytest.mark.parametrize("pipeline", ["fused", "staged"])
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@parametrize({**SPECS, "one_element": PagedAttentionSpec(3, 3, 1, 1, "float16")})
 def test_stays_inside_every_buffer(compiled, spec, pipeline, side):
     """The inputs lie in read-only pages too. No block is spare: each placement ends the cache with another one."""
     module = compiled(spec, pipeline)

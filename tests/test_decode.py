@@ -7,38 +7,52 @@ and batches that it has a use for through it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 from inputs import DTYPES, make_inputs
+from specs import BASE, PIPELINES, every_pipeline, every_spec
 from tolerances import assert_close_to_oracle, assert_same_bits
 
 from pa_compiler import PagedAttentionSpec
 from pa_compiler.cases import CASES
 
-PIPELINES = ("fused", "staged")
-BASE = PagedAttentionSpec(num_heads=8, num_kv_heads=2, head_dim=32, block_size=8, dtype="float32")
-
-SPECS = {
+SHAPES = {  # heads, kv heads, head_dim: groups 1 to 8, 12, 16 and 64, and tiles of 16 heads with 1 and 2 left over
     **{
-        f"heads_{count}": {"num_heads": count, "num_kv_heads": 1}
-        for count in (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 17, 31, 33, 64, 65)
+        f"{heads}_heads_of_{head_dim}": (heads, 1, head_dim)
+        for heads, head_dim in zip(
+            (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 17, 33, 64, 65),
+            (8, 16, 64, 80, 96, 112, 128, 192, 256, 1, 7, 100, 64, 80),
+            strict=True,
+        )
     },
     **{
-        f"heads_{heads}_over_{kv_heads}": {"num_heads": heads, "num_kv_heads": kv_heads}
-        for heads, kv_heads in ((3, 3), (32, 8), (10, 2), (34, 2), (66, 2), (128, 2))
+        f"{heads}_heads_over_{kv_heads}": (heads, kv_heads, 32)
+        for heads, kv_heads in ((3, 3), (32, 8), (34, 2), (128, 2))
     },
-    **{f"head_dim_{size}": {"head_dim": size} for size in (1, 7, 8, 16, 64, 80, 96, 100, 112, 128, 192, 256)},
-    **{f"head_tile_{size}": {"head_tile": size, "num_heads": 20, "num_kv_heads": 1} for size in (1, 4, 64)},
-    **{f"batch_chunk_{size}": {"batch_chunk": size} for size in (1, 5, 1024)},
 }
-"""Each varies one thing of BASE; the dtypes take turns."""
-
-STAGED_TOO = ("heads_1", "heads_5", "heads_17", "heads_65", "heads_34_over_2", "head_dim_7", "head_dim_256")
-STAGED_TOO += ("head_tile_4", "batch_chunk_5")
+SPECS = {  # the dtypes take turns
+    **{
+        name: PagedAttentionSpec(heads, kv_heads, head_dim, 8, dtype)
+        for (name, (heads, kv_heads, head_dim)), dtype in zip(SHAPES.items(), itertools.cycle(DTYPES), strict=False)
+    },
+    **{f"head_tile_{size}": PagedAttentionSpec(20, 1, 16, 8, "float32", head_tile=size) for size in (1, 4, 64)},
+    **{f"batch_chunk_{size}": dataclasses.replace(BASE, batch_chunk=size) for size in (1, 5)},
+    "float32_to_float16": dataclasses.replace(BASE, out_dtype="float16"),
+    "float32_to_bfloat16": dataclasses.replace(BASE, out_dtype="bfloat16"),
+    "float16_to_bfloat16": PagedAttentionSpec(6, 2, 24, 5, "float16", "bfloat16"),
+    "bfloat16_to_float16": PagedAttentionSpec(6, 2, 24, 5, "bfloat16", "float16"),
+}
+STAGED_TOO = ("1_heads_of_8", "5_heads_of_96", "17_heads_of_7", "65_heads_of_80", "12_heads_of_256", "34_heads_over_2")
+STAGED_TOO += ("head_tile_4", "batch_chunk_5", "float32_to_float16")
 
 FEW_SEQUENCES = {"Case1": 3, "Case2": 2, "Case3": 2}
 """Of the seed's three big cases, in the default run."""
+
+
+def of_block_size(size):
+    return PagedAttentionSpec(4, 2, 16, size, "float32")
 
 
 def check(module, inputs, scale=None):
@@ -46,15 +60,8 @@ def check(module, inputs, scale=None):
     assert_close_to_oracle(module.spec, inputs, out, lse, scale)
 
 
-def spec_variants():
-    for index, (name, fields) in enumerate(SPECS.items()):
-        spec = dataclasses.replace(BASE, **{"dtype": tuple(DTYPES)[index % 3], "out_dtype": None, **fields})
-        for pipeline in PIPELINES if name in STAGED_TOO else ("fused",):
-            yield pytest.param(spec, pipeline, id=f"{name}-{spec.dtype}-{pipeline}")
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@every_pipeline
 @pytest.mark.parametrize("name", CASES)
 def test_seed_case(compiled, name, pipeline, dtype):
     _check_seed_case(compiled, name, pipeline, dtype, FEW_SEQUENCES.get(name))
@@ -62,7 +69,7 @@ def test_seed_case(compiled, name, pipeline, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@every_pipeline
 @pytest.mark.parametrize("name", FEW_SEQUENCES)
 def test_seed_case_at_full_size(compiled, name, pipeline, dtype):
     _check_seed_case(compiled, name, pipeline, dtype, None)
@@ -76,81 +83,68 @@ def _check_seed_case(compiled, name, pipeline, dtype, sequences):
     check(compiled(spec, pipeline), make_inputs(spec, context_lens, surplus=surplus), case.scale)
 
 
-@pytest.mark.parametrize(("spec", "pipeline"), spec_variants())
-def test_spec(compiled, spec, pipeline):
+@every_spec
+def test_shared_spec(compiled, spec, pipeline):
+    _check_spec(compiled, spec, pipeline)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_spec(compiled, name):
+    for pipeline in PIPELINES if name in STAGED_TOO else ("fused",):
+        _check_spec(compiled, SPECS[name], pipeline)
+
+
+def _check_spec(compiled, spec, pipeline):
     size = spec.block_size
     lengths = [0, 1, size - 1, size, size + 1, 2 * size, 3 * size + 1, 0, 130, 17 * size - 1]
     check(compiled(spec, pipeline), make_inputs(spec, lengths * 2))  # 20: a full chunk of 16 and a short one
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@every_pipeline
 @pytest.mark.parametrize("num_heads", range(1, 66))
 def test_every_head_count(compiled, num_heads, pipeline):
-    spec = dataclasses.replace(BASE, num_heads=num_heads, num_kv_heads=1, head_dim=16)
+    spec = PagedAttentionSpec(num_heads, 1, 16, 8, "float32")
     check(compiled(spec, pipeline), make_inputs(spec, [0, 1, 7, 8, 9, 33, 130]))
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@every_pipeline
 @pytest.mark.parametrize("block_size", [1, 5, 8, 16, 64, 128, 256])
 def test_every_length_to_three_blocks(compiled, block_size, pipeline):
-    spec = PagedAttentionSpec(4, 2, 16, block_size, "float32")
+    spec = of_block_size(block_size)
     lengths = np.random.default_rng(block_size).permutation(3 * block_size + 2)  # neighbours in a chunk differ
     check(compiled(spec, pipeline), make_inputs(spec, lengths))
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@every_pipeline
 def test_every_batch_to_49(compiled, pipeline):
     module = compiled(BASE, pipeline)
     for batch in range(50):
         check(module, make_inputs(BASE, np.random.default_rng(batch).integers(0, 26, batch), seed=batch))
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_before_tokens(compiled, dtype, pipeline):
-    spec = dataclasses.replace(BASE, num_heads=34, dtype=dtype, out_dtype=dtype, kv_layout="HND")
-    check(compiled(spec, pipeline), make_inputs(spec, [0, 1, 7, 8, 9, 31, 200]))
-
-
-@pytest.mark.parametrize(
-    ("dtype", "out_dtype", "pipeline"),
-    [
-        ("float32", "float16", "fused"),
-        ("float32", "bfloat16", "staged"),
-        ("float16", "float32", "staged"),
-        ("float16", "bfloat16", "fused"),
-        ("bfloat16", "float32", "fused"),
-        ("bfloat16", "float16", "fused"),
-    ],
-)
-def test_out_dtype(compiled, dtype, out_dtype, pipeline):
-    spec = dataclasses.replace(BASE, dtype=dtype, out_dtype=out_dtype)
-    check(compiled(spec, pipeline), make_inputs(spec, [0, 1, 7, 8, 9, 31, 200]))
-
-
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@every_pipeline
 @pytest.mark.parametrize("block_size", [16, 5])
 def test_lengths_around_the_splits(compiled, block_size, pipeline):
     """2048 tokens and their multiples, which a block of 5 does not divide."""
-    spec = PagedAttentionSpec(5, 1, 16, block_size, "float32")
+    spec = of_block_size(block_size)
     around = [2048 * ranges + offset for ranges in (1, 2, 3) for offset in (-5, -1, 0, 1, 2, 5)]
     check(compiled(spec, pipeline), make_inputs(spec, [*around, 0, 1, 8192]))
 
 
 def test_131072_tokens(compiled):
-    spec = PagedAttentionSpec(4, 1, 64, 16, "float32")
+    spec = of_block_size(16)
     check(compiled(spec), make_inputs(spec, [131072, 3]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@every_pipeline
 def test_a_million_tokens(compiled, pipeline):
-    spec = PagedAttentionSpec(4, 1, 64, 16, "float32")
+    spec = of_block_size(16)
     check(compiled(spec, pipeline), make_inputs(spec, [1_000_003]))
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@every_pipeline
 @pytest.mark.parametrize(
     "scale", [None, 1, 0.1, -1.0, 0.0, -0.0, 30.0, 1e-30, np.float32(0.5), np.float64(0.3)], ids=repr
 )
@@ -158,7 +152,7 @@ def test_scale(compiled, scale, pipeline):
     check(compiled(BASE, pipeline), make_inputs(BASE, [0, 1, 9, 31, 2500]), scale)
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@every_pipeline
 def test_sequences_may_share_blocks(compiled, pipeline):
     """A common prefix, and the same sequence twice."""
     inputs = make_inputs(BASE, [40, 37, 25, 40, 19]).take([0, 1, 2, 3, 4, 1])
@@ -167,7 +161,7 @@ def test_sequences_may_share_blocks(compiled, pipeline):
     check(compiled(BASE, pipeline), inputs)
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@every_pipeline
 def test_what_is_returned(compiled, pipeline):
     module, inputs = compiled(BASE, pipeline), make_inputs(BASE, [0, 3, 40, 2500])
     out = module.decode(*inputs.arguments)
@@ -184,7 +178,7 @@ def test_what_is_returned(compiled, pipeline):
     assert np.isneginf(given_lse[0]).all()
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@every_pipeline
 def test_inputs_are_left_alone(compiled, pipeline):
     inputs = make_inputs(BASE, [0, 3, 40, 9])
     before = [array.tobytes() for array in inputs.arguments]
@@ -192,7 +186,7 @@ def test_inputs_are_left_alone(compiled, pipeline):
     assert [array.tobytes() for array in inputs.arguments] == before
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@every_pipeline
 def test_nothing_to_read(compiled, pipeline):
     """No sequences, no blocks, no width, and all of them at once, as a batch that has just been formed has it."""
     module = compiled(BASE, pipeline)

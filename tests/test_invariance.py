@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import mmap
 import os
 import signal
@@ -10,23 +11,13 @@ import warnings
 
 import numpy as np
 import pytest
-from inputs import DTYPES, make_inputs
+from inputs import make_inputs
+from specs import BASE, DTYPE_SPECS, every_pipeline, every_spec, parametrize
 from tolerances import assert_same_bits
 
-from pa_compiler import PagedAttentionSpec
+import pa_compiler
 
-PIPELINES = ("fused", "staged")
-SPECS = {
-    "float32": PagedAttentionSpec(6, 2, 16, 5, "float32"),
-    "float16": PagedAttentionSpec(17, 1, 24, 16, "float16", "float32"),
-    "bfloat16_HND": PagedAttentionSpec(8, 8, 32, 8, "bfloat16", kv_layout="HND"),
-}
 LENGTHS = [5000, 0, 1, 17, 2048, 2049, 33, 40, 1, 129, 64, 250, 0, 7, 8, 9, 10, 4099, 3]
-
-every_spec = pytest.mark.parametrize(
-    ("spec", "pipeline"),
-    [pytest.param(spec, pipeline, id=f"{name}-{pipeline}") for name, spec in SPECS.items() for pipeline in PIPELINES],
-)
 
 
 def decode(module, inputs):
@@ -173,29 +164,24 @@ def test_alignment(compiled, spec, pipeline, elements):
     assert_same((out, lse), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pipeline", PIPELINES)
-def test_cache_of_more_than_2_to_the_32_elements(compiled, pipeline, dtype):
+@parametrize(DTYPE_SPECS)
+def test_cache_of_more_than_2_to_the_32_elements(compiled, spec, pipeline):
     """The same data at the bottom and at the top of a sparse mapping; where a 32-bit offset wraps to, there is 0."""
-    spec = PagedAttentionSpec(4, 1, 128, 16, dtype)
     small = make_inputs(spec, [100, 33, 16], spare_blocks=0)
-    used = len(small.key_cache)
-    elements_per_block = 2 * 16 * 128
-    num_blocks = (1 << 32) // elements_per_block + 1000
+    shape, used = small.key_cache.shape[1:], len(small.key_cache)
+    num_blocks = (1 << 32) // (2 * math.prod(shape)) + 1000
     no_reserve = 0x4000  # MAP_NORESERVE, which the mmap module names from Python 3.12 on
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    memory = mmap.mmap(-1, num_blocks * elements_per_block * DTYPES[dtype].itemsize, flags=flags)
-    both = np.frombuffer(memory, DTYPES[dtype]).reshape(num_blocks, 2, 16, 1, 128)
+    memory = mmap.mmap(-1, num_blocks * 2 * math.prod(shape) * small.key_cache.itemsize, flags=flags)
+    both = np.frombuffer(memory, small.key_cache.dtype).reshape(num_blocks, 2, *shape)
     module = compiled(spec, pipeline)
-    results = []
-    for first in (0, num_blocks - used):
-        both[first : first + used, 0], both[first : first + used, 1] = small.key_cache, small.value_cache
-        table = (small.block_table % used + first).astype(np.int32)  # surplus entries turn into some block, unread
-        high = small.replace(key_cache=both[:, 0], value_cache=both[:, 1], block_table=table)
-        results.append(decode(module, high))
     expected = decode(module, small)
-    for result in results:
-        assert_same(result, expected)
+    for first in (0, num_blocks - used):
+        both[first : first + used] = np.stack([small.key_cache, small.value_cache], axis=1)
+        table = (small.block_table % used + first).astype(np.int32)  # surplus entries turn into some block, unread
+        assert_same(
+            decode(module, small.replace(key_cache=both[:, 0], value_cache=both[:, 1], block_table=table)), expected
+        )
 
 
 @every_spec
@@ -209,12 +195,16 @@ def test_calls_at_once(compiled, spec, pipeline):
                 assert_same(actual, serial)
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
-def test_fork_after_a_parallel_call(compiled, pipeline):
+@every_pipeline
+@pytest.mark.parametrize("child_calls_first", [False, True], ids=["same_module", "module_new_to_the_child"])
+def test_fork_after_a_parallel_call(compiled, tmp_path, pipeline, child_calls_first):
     """The child gets the same bits, or a RuntimeError that names the fork, within ten seconds."""
-    spec = SPECS["float32"]
-    module, inputs = compiled(spec, pipeline), make_inputs(spec, LENGTHS)
+    module, inputs = compiled(BASE, pipeline), make_inputs(BASE, LENGTHS)
     expected = decode(module, inputs)
+    if child_calls_first:  # a copy of the library with run-time state of its own
+        module.save(tmp_path / "copy.so")
+        module = pa_compiler.load(tmp_path / "copy.so")
+        module.num_threads = 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of what is tested here
         child = os.fork()

@@ -1,0 +1,175 @@
+"""Module: the texts it carries, saving and loading without TVM, threads, targets, and the plan."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from inputs import make_inputs
+from specs import BASE, SPECS, every_pipeline
+from tolerances import assert_close_to_oracle, assert_same_bits
+
+import pa_compiler
+
+STAGES = ["tensorir", "scheduled", "host", "llvm", "asm"]
+LENGTHS = [0, 1, 37, 2500, 5]
+
+WITHOUT_TVM = """
+import sys
+import numpy as np
+import pa_compiler
+module = pa_compiler.load(sys.argv[1])
+arrays = np.load(sys.argv[2])
+np.save(sys.argv[3], module.decode(**arrays))
+tvm = sorted(name for name in sys.modules if name == "tvm" or name.startswith("tvm."))
+assert not tvm, tvm
+"""
+
+
+@every_pipeline
+def test_sources(compiled, pipeline):
+    module = compiled(BASE, pipeline)
+    assert list(module.sources) == STAGES
+    kernels = {"fused": ["fused_decode"], "staged": ["qk_matmul", "softmax_prepare", "pv_matmul", "online_update"]}
+    for stage, text in module.sources.items():
+        for name in (*kernels[pipeline], "merge_partials"):
+            assert name in text, f"{stage} has no {name}"
+    with pytest.raises(TypeError):
+        module.sources["host"] = ""
+
+
+def test_the_same_every_time(compiled, tmp_path):
+    """No time, path or order of a set gets into any text, nor does the cache."""
+    again = pa_compiler.compile(BASE, cache=False, dump_dir=tmp_path)
+    expected = compiled(BASE).sources
+    for stage in STAGES:
+        assert again.sources[stage] == expected[stage], stage
+    assert pa_compiler.compiler.emit(BASE) == dict(expected)
+    dumped = sorted(tmp_path.iterdir())
+    assert [path.name[:2] for path in dumped] == ["1_", "2_", "3_", "4_", "5_"]
+    assert [path.read_text() for path in dumped] == list(expected.values())
+
+
+@every_pipeline
+def test_what_a_module_knows_of_itself(compiled, tmp_path, pipeline):
+    module = compiled(BASE, pipeline)
+    module.save(tmp_path / "pa.so")
+    loaded = pa_compiler.load(str(tmp_path / "pa.so"))
+    for one in (module, loaded):
+        assert one.spec == BASE
+        assert one.pipeline == pipeline
+        assert one.target["kind"] == "llvm"
+        assert one.target["mcpu"]
+    assert loaded.target == module.target
+    assert not loaded.sources
+    assert [path.name for path in tmp_path.iterdir()] == ["pa.so"]
+
+
+@every_pipeline
+def test_load_and_decode_without_tvm(compiled, tmp_path, pipeline):
+    module, inputs = compiled(BASE, pipeline), make_inputs(BASE, LENGTHS)
+    module.save(tmp_path / "pa.so")
+    names = ("query", "key_cache", "value_cache", "block_table", "context_lens")
+    np.savez(tmp_path / "inputs.npz", **dict(zip(names, inputs.arguments, strict=True)))
+    paths = [str(tmp_path / name) for name in ("pa.so", "inputs.npz", "out.npy")]
+    subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT_TVM, *paths], check=True, cwd=tmp_path)
+    assert_same_bits(np.load(paths[-1]), module.decode(*inputs.arguments))
+
+
+def test_load_refuses_what_it_did_not_save(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing\.so"):
+        pa_compiler.load(tmp_path / "missing.so")
+    (tmp_path / "text.so").write_text("not a library")
+    with pytest.raises(RuntimeError, match=r"text\.so"):
+        pa_compiler.load(tmp_path / "text.so")
+
+
+def test_save_replaces_and_leaves_nothing_behind(compiled, tmp_path):
+    path = tmp_path / "pa.so"
+    path.write_text("old")
+    compiled(BASE).save(path)
+    assert pa_compiler.load(path).spec == BASE
+    with pytest.raises(OSError, match="missing"):
+        compiled(BASE).save(tmp_path / "missing" / "pa.so")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(0, ValueError), (-1, ValueError), (1.0, TypeError), ("2", TypeError), (True, TypeError)],
+    ids=repr,
+)
+def test_num_threads_is_checked(compiled, value, error):
+    module = compiled(BASE)
+    with pytest.raises(error, match=rf"^num_threads\b.*{value}"):
+        module.num_threads = value
+    assert module.num_threads == 2
+
+
+def test_num_threads_from_the_environment(compiled, tmp_path, monkeypatch):
+    compiled(BASE).save(tmp_path / "pa.so")
+    assert pa_compiler.load(tmp_path / "pa.so").num_threads == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("PA_NUM_THREADS", "5")
+    assert pa_compiler.load(tmp_path / "pa.so").num_threads == 5
+    for bad in ("0", "-1", "two", "", "1.5", "²"):
+        monkeypatch.setenv("PA_NUM_THREADS", bad)
+        with pytest.raises(ValueError, match=rf"PA_NUM_THREADS.*{bad!r}"):
+            pa_compiler.load(tmp_path / "pa.so")
+
+
+@every_pipeline
+@pytest.mark.parametrize("mcpu", ["x86-64", "x86-64-v3"])
+@pytest.mark.parametrize("name", ["float32", "bfloat16_HND"])
+def test_older_targets(compiled, name, mcpu, pipeline):
+    spec = SPECS[name]
+    module, inputs = compiled(spec, pipeline, {"kind": "llvm", "mcpu": mcpu}), make_inputs(spec, LENGTHS)
+    assert module.target == {"kind": "llvm", "mcpu": mcpu}
+    assert "zmm" not in module.sources["asm"]
+    assert ("ymm" in module.sources["asm"]) == (mcpu == "x86-64-v3")
+    out, lse = module.decode(*inputs.arguments, return_lse=True)
+    assert_close_to_oracle(spec, inputs, out, lse)
+
+
+def has_avx512():
+    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+    return {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= set(flags)
+
+
+@every_pipeline
+@pytest.mark.skipif(not has_avx512(), reason="this CPU has no AVX-512: code for x86-64-v4 is compiled and not run")
+def test_avx512(compiled, pipeline):
+    spec = SPECS["float16"]
+    module, inputs = compiled(spec, pipeline, {"kind": "llvm", "mcpu": "x86-64-v4"}), make_inputs(spec, LENGTHS)
+    out, lse = module.decode(*inputs.arguments, return_lse=True)
+    assert_close_to_oracle(spec, inputs, out, lse)
+
+
+@every_pipeline
+def test_avx512_is_compiled_anywhere_and_refused_where_it_is_missing(compiled, pipeline):
+    spec = SPECS["float16"]
+    module, inputs = compiled(spec, pipeline, {"kind": "llvm", "mcpu": "x86-64-v4"}), make_inputs(spec, LENGTHS)
+    assert "zmm" in module.sources["asm"]
+    if not has_avx512():
+        out = inputs.out
+        with pytest.raises(RuntimeError, match=r"avx512f.*avx512"):
+            module.decode(*inputs.arguments, out=out)
+        assert_same_bits(out, inputs.out)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match=r"no-such-compiler.*g\+\+.*apt-get install g\+\+"):
+        pa_compiler.compile(BASE, cache=False)
+
+
+def test_a_failing_compiler_is_quoted(monkeypatch, tmp_path):
+    compiler = tmp_path / "broken-g++"
+    compiler.write_text("#!/bin/sh\necho 'no room on device' >&2\nexit 3\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(RuntimeError, match=r"(?s)broken-g\+\+.*3.*no room on device"):
+        pa_compiler.compile(BASE, cache=False)

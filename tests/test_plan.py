@@ -1,0 +1,134 @@
+"""The plan of work items: a pure function of the lengths that covers everything once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from specs import BASE, SPECS, every_pipeline, every_spec
+
+BATCHES = {
+    "none": [],
+    "empty": [0, 0, 0],
+    "one_token": [1],
+    "chunk_and_a_half": list(range(24)),
+    "around_a_split": [2047, 2048, 2049, 0, 4095, 4096, 4097],
+    "long_and_short": [20000, 1, 1, 1, 8192, 5, 0, 16001] * 3,
+    "random": np.random.default_rng(0).integers(0, 9000, 49).tolist(),
+}
+
+every_batch = pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
+
+
+def plan(module, lengths):
+    return module.plan(np.asarray(lengths, np.int32))
+
+
+def blocks_of(spec, length):
+    return -(-length // spec.block_size)
+
+
+def ranges_of(spec, items, lengths, sequence):
+    """The block ranges that one sequence is cut into, for its first head."""
+    return sorted(
+        (item.block_begin, min(item.block_end, blocks_of(spec, lengths[sequence])))
+        for item in items
+        if item.head_start == 0 and item.batch_start <= sequence < item.batch_start + item.num_seqs
+    )
+
+
+@every_spec
+@every_batch
+def test_each_block_of_each_head_once(compiled, spec, pipeline, lengths):
+    items = plan(compiled(spec, pipeline), lengths)
+    visits = np.zeros((len(lengths), spec.num_heads, blocks_of(spec, max(lengths, default=0))), int)
+    for item in items:
+        heads = slice(item.head_start, item.head_start + item.num_rows)
+        for sequence in range(item.batch_start, item.batch_start + item.num_seqs):
+            end = min(item.block_end, blocks_of(spec, lengths[sequence]))
+            visits[sequence, heads, item.block_begin : end] += 1
+    used = np.arange(visits.shape[2]) < np.array([blocks_of(spec, length) for length in lengths]).reshape(-1, 1, 1)
+    np.testing.assert_array_equal(visits, np.broadcast_to(used, visits.shape))
+
+
+@every_spec
+@every_batch
+def test_items_keep_to_one_tile_and_one_chunk(compiled, spec, pipeline, lengths):
+    for item in plan(compiled(spec, pipeline), lengths):
+        assert 1 <= item.num_rows <= spec.head_tile
+        assert 1 <= item.num_seqs <= spec.batch_chunk
+        for head in (item.head_start, item.head_start + item.num_rows - 1):
+            assert head // spec.group == item.kv_head
+        last = item.batch_start + item.num_seqs - 1
+        assert item.batch_start // spec.batch_chunk == last // spec.batch_chunk
+
+
+@every_spec
+@every_batch
+def test_tokens_are_counted_and_the_longest_item_is_dealt_first(compiled, spec, pipeline, lengths):
+    items = plan(compiled(spec, pipeline), lengths)
+    for item in items:
+        begin, end = item.block_begin * spec.block_size, item.block_end * spec.block_size
+        sequences = lengths[item.batch_start : item.batch_start + item.num_seqs]
+        assert item.num_tokens == sum(max(0, min(end, length) - begin) for length in sequences)
+    tokens = [item.num_tokens for item in items]
+    assert tokens == sorted(tokens, reverse=True)
+
+
+@every_batch
+def test_a_sequence_is_cut_by_its_own_length_alone(compiled, lengths):
+    module = compiled(BASE)
+    items = plan(module, lengths)
+    for sequence, length in enumerate(lengths):
+        alone = ranges_of(BASE, plan(module, [length]), [length], 0)
+        assert ranges_of(BASE, items, lengths, sequence) == alone
+
+
+def test_long_sequences_are_split(compiled):
+    """Into ranges of at most 2048 tokens, up to whole blocks; a shorter one is left whole."""
+    module = compiled(BASE)
+    for length in (2049 + BASE.block_size, 5000, 131072):
+        ranges = ranges_of(BASE, plan(module, [length]), [length], 0)
+        assert len(ranges) > 1
+        assert all((end - begin - 1) * BASE.block_size < 2048 for begin, end in ranges)
+    assert len(ranges_of(BASE, plan(module, [2048]), [2048], 0)) == 1
+
+
+@every_pipeline
+@every_batch
+def test_pure(compiled, pipeline, lengths):
+    """The same again, and at any number of threads."""
+    module = compiled(BASE, pipeline)
+    plans = []
+    for threads in (1, 2, 7, 2):
+        module.num_threads = threads
+        plans.append(plan(module, lengths))
+    assert plans == [plans[0]] * 4
+
+
+def test_plan_names_its_fields(compiled):
+    (item,) = plan(compiled(SPECS["float32_whole_tiles"]), [300])
+    assert item._asdict() == {
+        "batch_start": 0,
+        "num_seqs": 1,
+        "kv_head": 0,
+        "head_start": 0,
+        "num_rows": 4,
+        "block_begin": 0,
+        "block_end": 3,
+        "num_tokens": 300,
+    }
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "shows"),
+    [
+        (np.array([3, -1], np.int32), ValueError, "-1"),
+        (np.array([[3]], np.int32), ValueError, r"\[1, 1\]"),
+        (np.array([3.0], np.float32), TypeError, "float32"),
+        ([3], TypeError, "list"),
+    ],
+    ids=["negative", "rank_2", "float", "list"],
+)
+def test_bad_lengths_are_refused(compiled, lengths, error, shows):
+    with pytest.raises(error, match=rf"^context_lens\b.*{shows}"):
+        compiled(BASE).plan(lengths)
