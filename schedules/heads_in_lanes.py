@@ -80,7 +80,7 @@ def _pv_matmul(sch: Schedule, tiling: Tiling) -> None:
 
 
 def _online_update(sch: Schedule, tiling: Tiling) -> None:
-    _vectorize_rows(sch, "rescale", "row", "acc")
+    _vectorize_rows(sch, "rescale", "new_sum", "row", "acc")
 
 
 def _store_partial(sch: Schedule, tiling: Tiling) -> None:

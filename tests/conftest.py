@@ -36,3 +36,10 @@ def compiled(build_cache):
         return module
 
     return compile_module
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache directory of the test's own, not made yet."""
+    monkeypatch.setenv("PA_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -5,33 +5,30 @@ n = round(x / ln 2) and |f| <= ln(2) / 2, and a polynomial of degree 6 for exp(f
 Methods and Programs for Mathematical Functions, 1989).
 """
 
-from tvm.ir import Expr
 from tvm.script import tirx as T
 
 _LOG2_E = 1.4426950408889634
 _LN2_HIGH = 0.693359375  # ten bits: n * _LN2_HIGH is exact for every n that occurs
 _LN2_LOW = -2.12194440e-4
-_COEFFICIENTS = (
-    1.9875691500e-4,
-    1.3981999507e-3,
-    8.3334519073e-3,
-    4.1665795894e-2,
-    1.6666665459e-1,
-    5.0000001201e-1,
-)
+_C2, _C3, _C4 = 5.0000001201e-1, 1.6666665459e-1, 4.1665795894e-2
+_C5, _C6, _C7 = 8.3334519073e-3, 1.3981999507e-3, 1.9875691500e-4
 _SMALLEST = -87.0  # below it exp leaves the normal float32 numbers: the result is 0
 _ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves round(t) in the low bits of the significand
 _ROUND_BITS = 0x4B400000
 
 
-def exp(x: Expr) -> Expr:
-    """exp(x) for float32 x <= 0, relative error below 2e-7; exactly 1 at 0, exactly 0 below -87, NaN for NaN."""
-    clamped = T.Select(x < T.float32(_SMALLEST), T.float32(_SMALLEST), x)  # this order keeps NaN
-    bits = T.reinterpret("int32", clamped * T.float32(_LOG2_E) + T.float32(_ROUND))
-    n = T.Cast("float32", bits - _ROUND_BITS)
-    f = clamped - n * T.float32(_LN2_HIGH) - n * T.float32(_LN2_LOW)
-    series = T.float32(_COEFFICIENTS[0])
-    for coefficient in _COEFFICIENTS[1:]:
-        series = series * f + T.float32(coefficient)
-    two_to_n = T.reinterpret("float32", T.shift_left(bits + 127, 23))
-    return T.Select(x < T.float32(_SMALLEST), T.float32(0), (series * f * f + f + T.float32(1)) * two_to_n)
+@T.inline
+def store_exp(buffer, indices, x, valid):
+    """buffer[indices] = exp(x) where valid, else 0; for float32 x <= 0, with a relative error below 2e-7.
+
+    Exactly 1 at 0, exactly 0 below -87, NaN for NaN.
+    """
+    arg: T.let = x
+    clamped: T.let = T.Select(arg < T.float32(_SMALLEST), T.float32(_SMALLEST), arg)  # this order keeps NaN
+    bits: T.let = T.reinterpret("int32", clamped * T.float32(_LOG2_E) + T.float32(_ROUND))
+    n: T.let = T.Cast("float32", bits - _ROUND_BITS)
+    f: T.let = clamped - n * T.float32(_LN2_HIGH) - n * T.float32(_LN2_LOW)
+    high: T.let = ((T.float32(_C7) * f + T.float32(_C6)) * f + T.float32(_C5)) * f + T.float32(_C4)
+    series: T.let = ((high * f + T.float32(_C3)) * f + T.float32(_C2)) * f * f + f + T.float32(1)
+    power: T.let = T.reinterpret("float32", T.shift_left(bits + 127, 23))
+    buffer[indices] = T.Select(valid, T.Select(arg < T.float32(_SMALLEST), T.float32(0), series * power), T.float32(0))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from pa_compiler.kernels.exp import exp
+from pa_compiler.kernels.exp import store_exp
 from pa_compiler.kernels.softmax_prepare import EMPTY_ROW_MAX
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiling import Tiling
@@ -47,14 +47,14 @@ def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                     both: T.let = T.max(old_max, tile_max[tile_slot, vr])
                     old_or_both: T.let = T.Select(tile_sum[tile_slot, vr] == T.float32(0), old_max, both)
                     m: T.let = T.Select(old_sum == T.float32(0), tile_max[tile_slot, vr], old_or_both)
-                    a: T.let = T.Select(old_sum == T.float32(0), T.float32(0), exp(old_max - m))
-                    b: T.let = T.Select(
-                        tile_sum[tile_slot, vr] == T.float32(0), T.float32(0), exp(tile_max[tile_slot, vr] - m)
-                    )
                     new_max[vr] = m
-                    new_sum[vr] = a * old_sum + b * tile_sum[tile_slot, vr]
-                    alpha[vr] = a
-                    beta[vr] = b
+                    store_exp(alpha, (vr,), old_max - m, old_sum != T.float32(0))
+                    store_exp(beta, (vr,), tile_max[tile_slot, vr] - m, tile_sum[tile_slot, vr] != T.float32(0))
+            for r in range(rows):
+                with T.sblock("new_sum"):
+                    vr = T.axis.spatial(rows, r)
+                    old_sum: T.let = T.Select(step == 0, T.float32(0), row_sum[slot, vr])
+                    new_sum[vr] = alpha[vr] * old_sum + beta[vr] * tile_sum[tile_slot, vr]
             for r in range(rows):
                 with T.sblock("row"):
                     vr = T.axis.spatial(rows, r)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from pa_compiler.kernels.exp import exp
+from pa_compiler.kernels.exp import store_exp
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
@@ -42,9 +42,9 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                 with T.sblock("probs"):
                     vt = T.axis.spatial(tokens, to * group + ti)
                     vr = T.axis.spatial(rows, r)
-                    probs[slot, vt, vr] = T.Select(
-                        vt < valid_len, exp(scores[slot, vt, vr] * scale - tile_max[slot, vr]), T.float32(0)
-                    )
+                    store_exp(
+                        probs, (slot, vt, vr), scores[slot, vt, vr] * scale - tile_max[slot, vr], vt < valid_len
+                    )  # fmt: skip
             for to, ti, r in T.grid(num_groups, group, rows):
                 with T.sblock("tile_sum"):
                     vt = T.axis.reduce(tokens, to * group + ti)

@@ -1,0 +1,139 @@
+"""Entries of the build cache: what damage they survive, who builds them, and whose directory they are in."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import shutil
+import signal
+import stat
+import time
+import warnings
+
+import pytest
+
+from pa_compiler import cache
+
+
+def write_library(directory):
+    (directory / "pa.so").write_bytes(b"library" * 100)
+    (directory / "host.cc").write_text("host")
+
+
+def entries(own_cache):
+    return sorted(path for path in own_cache.iterdir() if path.is_dir())
+
+
+def flip_a_byte(entry):
+    damaged = bytearray((entry / "pa.so").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (entry / "pa.so").write_bytes(damaged)
+
+
+def replace_by_file(entry):
+    shutil.rmtree(entry)
+    entry.write_text("not a directory")
+
+
+DAMAGES = {
+    "flipped": flip_a_byte,
+    "cut": lambda entry: os.truncate(entry / "pa.so", 100),
+    "emptied": lambda entry: os.truncate(entry / "pa.so", 0),
+    "removed": lambda entry: (entry / "pa.so").unlink(),
+    "source_changed": lambda entry: (entry / "host.cc").write_text("other"),
+    "file_added": lambda entry: (entry / "more.so").write_text(""),
+    "digests_removed": lambda entry: (entry / "digests.json").unlink(),
+    "digests_cut": lambda entry: os.truncate(entry / "digests.json", 7),
+    "digests_empty": lambda entry: (entry / "digests.json").write_text("{}"),
+    "digests_a_list": lambda entry: (entry / "digests.json").write_text('["pa.so", "host.cc"]'),
+    "digests_a_number": lambda entry: (entry / "digests.json").write_text("7"),
+    "digests_binary": lambda entry: (entry / "digests.json").write_bytes(b"\xff\xfe\x00"),
+    "entry_a_file": replace_by_file,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_entry_is_built_again(own_cache, damage):
+    entry = cache.get_or_build("name", write_library)
+    assert cache.get_or_build("name", None) == entry
+    damage(entry)
+    assert cache.get_or_build("name", write_library) == entry
+    assert (entry / "pa.so").read_bytes() == b"library" * 100
+    assert cache.get_or_build("name", None) == entry
+
+
+def test_a_failed_build_leaves_nothing(own_cache):
+    def fail(directory):
+        write_library(directory)
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        cache.get_or_build("name", fail)
+    assert not entries(own_cache)
+    assert cache.get_or_build("name", write_library).is_dir()
+
+
+def test_a_killed_build_is_done_again(own_cache):
+    """SIGKILL between two writes: no half entry is served, no lock is left held."""
+
+    def die(directory):
+        (directory / "pa.so").write_bytes(b"libr")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of fork in a process with threads
+        child = os.fork()
+    if child == 0:
+        cache.get_or_build("name", die)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    entry = cache.get_or_build("name", write_library)
+    assert (entry / "pa.so").read_bytes() == b"library" * 100
+
+
+def test_threads_build_once(own_cache):
+    asked = []
+
+    def build(directory):
+        asked.append(directory)
+        time.sleep(0.2)
+        write_library(directory)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        results = set(pool.map(lambda _: cache.get_or_build("name", build), range(16)))
+    assert len(asked) == len(results) == 1
+
+
+def test_directory_is_the_users_alone(own_cache):
+    assert cache.directory() == own_cache
+    assert stat.S_IMODE(own_cache.stat().st_mode) == 0o700
+    own_cache.chmod(0o777)
+    cache.directory()
+    assert stat.S_IMODE(own_cache.stat().st_mode) == 0o700
+
+
+def test_directory_of_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.delenv("PA_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.directory() == tmp_path / "pa_compiler"
+
+
+def test_a_symbolic_link_is_refused(own_cache, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    own_cache.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PermissionError, match="symbolic link"):
+        cache.directory()
+
+
+def test_somebody_elses_directory_is_refused(own_cache, monkeypatch):
+    owner = cache.directory().stat().st_uid
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    with pytest.raises(PermissionError, match=rf"{owner + 1}.*{owner}"):
+        cache.directory()
+
+
+def test_clear(own_cache):
+    cache.get_or_build("name", write_library)
+    cache.clear()
+    assert not list(own_cache.iterdir())
+    cache.clear()

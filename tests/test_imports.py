@@ -1,0 +1,82 @@
+"""Imports follow the arrows of DESIGN.md and never point back."""
+
+from __future__ import annotations
+
+import ast
+import importlib.resources
+import subprocess
+import sys
+
+import pytest
+
+# Each part may import the parts named here, and no others. kernels and schedules are one part each.
+ARROWS = {
+    "spec": set(),
+    "reference": set(),
+    "target": set(),
+    "cache": set(),
+    "tiling": {"spec", "target"},
+    "kernels": {"spec", "tiling"},
+    "schedules": {"tiling"},
+    "host": {"spec", "target", "tiling"},
+    "build": {"target"},
+    "module": {"spec"},
+    "compiler": {"spec", "target", "tiling", "kernels", "schedules", "host", "build", "module", "cache"},
+    "cases": {"spec", "reference"},
+    "__init__": {"spec", "reference", "module", "compiler"},
+    "generate": {"spec", "compiler", "host"},
+    "report": {"cases", "module"},
+    "options": {"spec", "cases"},
+    "cli": {"__init__", "spec", "cases", "cache", "generate", "report", "options", "module", "compiler"},
+}
+
+
+def sources():
+    """(part, path) of every Python file of the package."""
+    for package in ("pa_compiler", "pa_compiler.kernels", "pa_compiler.schedules", "pa_compiler.templates"):
+        for path in importlib.resources.files(package).iterdir():
+            if path.name.endswith(".py"):
+                part = path.stem if package == "pa_compiler" else package.rpartition(".")[2]
+                yield pytest.param(part, path, id=f"{package}.{path.stem}")
+
+
+def imported_parts(tree):
+    """Parts of pa_compiler that a file imports anywhere in it, inside functions and for type checks too."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"line {node.lineno}: imports are absolute here"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, _, part = name.partition(".")
+            if package == "pa_compiler":
+                yield part.partition(".")[0] or "__init__"
+
+
+@pytest.mark.parametrize(("part", "path"), sources())
+def test_imports_follow_the_arrows(part, path):
+    imported = set(imported_parts(ast.parse(path.read_text()))) - {part}
+    assert imported <= ARROWS.get(part, set())
+
+
+def test_the_arrows_have_no_cycle():
+    order = list(ARROWS)
+    for part, imported in ARROWS.items():
+        assert all(order.index(name) < order.index(part) for name in imported), part
+
+
+@pytest.mark.parametrize("module", ["pa_compiler", "pa_compiler.cases", "pa_compiler.cli", "pa_compiler.cache"])
+def test_importing_does_not_import_tvm(module):
+    code = f"import sys, {module}; assert 'tvm' not in sys.modules; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("part", ["spec", "reference"])
+def test_needs_nothing_but_numpy(part):
+    """The spec and the oracle stand on their own."""
+    tree = ast.parse(importlib.resources.files("pa_compiler").joinpath(f"{part}.py").read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert names <= {"__future__", "dataclasses", "math", "numpy"}
