@@ -22,6 +22,8 @@ from pa_compiler.spec import PagedAttentionSpec
 if TYPE_CHECKING:
     from tvm import IRModule
 
+    from pa_compiler.build import Kernels
+
 PIPELINES = ("fused", "staged")
 STAGE_FILES = {
     "tensorir": "tensorir.py",
@@ -40,7 +42,6 @@ STAGE_FILES = {
 class Lowered:
     """A spec's kernels before scheduling, as text, and after, and the host code that goes with them."""
 
-    target: _target.CpuTarget
     tensorir: str
     scheduled: IRModule
     host: str
@@ -90,25 +91,23 @@ def emit(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline
     """The text of every stage, as in Module.sources, without building the library. Arguments as for compile."""
     from pa_compiler import build
 
-    lowered = lower(spec, _checked(spec, target, pipeline), pipeline)
+    cpu = _target.resolve(_checked(spec, target, pipeline))
+    lowered = lower(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline)
     with tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
-        return _texts(lowered, build.compile_kernels(lowered.scheduled, lowered.target, Path(directory)))
+        return _texts(lowered, build.compile_kernels(lowered.scheduled, cpu, Path(directory)))
 
 
-def lower(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> Lowered:
-    """spec -> kernels -> schedules, and spec -> host; config is a normalized target."""
+def lower(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: tiling.Tiling, pipeline: str) -> Lowered:
+    """spec -> kernels -> schedules, and spec -> host."""
     from pa_compiler import kernels, schedules
 
-    target = _target.resolve(config)
-    tiles = tiling.choose(spec, target, pipeline)
     unscheduled = kernels.build(spec, tiles, pipeline)
     tensorir = unscheduled.script() + "\n"  # now: scheduling may change the PrimFuncs that it is given
     names = [kernel.__name__ for kernel in kernels.PIPELINES[pipeline]]
     return Lowered(
-        target=target,
         tensorir=tensorir,
         scheduled=schedules.schedule(unscheduled, tiles),
-        host=host.render(spec, tiles, target, pipeline, names, _manifest(spec, target, pipeline)),
+        host=host.render(spec, tiles, cpu, pipeline, names, _manifest(spec, cpu, pipeline)),
     )
 
 
@@ -117,16 +116,23 @@ def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, dire
     from pa_compiler import build
 
     build.cxx()  # a missing compiler is said before a second is spent on TVM
-    lowered = lower(spec, config, pipeline)
+    cpu = _target.resolve(config)
+    build_library(lower(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline), cpu, directory)
+
+
+def build_library(lowered: Lowered, cpu: _target.CpuTarget, directory: Path) -> None:
+    """Compile and link what was lowered; leave pa.so and the texts of the stages in an empty directory."""
+    from pa_compiler import build
+
     with tempfile.TemporaryDirectory(prefix="pa_compiler.") as scratch:
-        compiled = build.compile_kernels(lowered.scheduled, lowered.target, Path(scratch))
+        compiled = build.compile_kernels(lowered.scheduled, cpu, Path(scratch))
         library = build.link(lowered.host, compiled, Path(scratch))
         shutil.copyfile(library, directory / "pa.so")
     for stage, text in _texts(lowered, compiled).items():
         (directory / STAGE_FILES[stage]).write_text(text)
 
 
-def _texts(lowered: Lowered, compiled: Any) -> dict[str, str]:  # noqa: ANN401  (build.Kernels, which imports TVM)
+def _texts(lowered: Lowered, compiled: Kernels) -> dict[str, str]:
     return {
         "tensorir": lowered.tensorir,
         "scheduled": lowered.scheduled.script() + "\n",

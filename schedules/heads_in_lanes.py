@@ -87,12 +87,17 @@ def _store_partial(sch: Schedule, tiling: Tiling) -> None:
     _vectorize_rows(sch, "store_row", "store_acc")
 
 
+def _normalize(sch: Schedule, tiling: Tiling) -> None:
+    _vectorize_rows(sch, "normalize")
+
+
 _STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
     "qk_matmul": _qk_matmul,
     "softmax_prepare": _softmax_prepare,
     "pv_matmul": _pv_matmul,
     "online_update": _online_update,
     "store_partial": _store_partial,
+    "normalize": _normalize,
 }
 
 

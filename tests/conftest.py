@@ -28,7 +28,9 @@ def compiled(build_cache):
 
     @functools.cache
     def compile_once(spec, pipeline, target_text):
-        return pa_compiler.compile(spec, target=json.loads(target_text), pipeline=pipeline)
+        with pytest.MonkeyPatch.context() as patch:  # a test may have turned PA_CACHE_DIR to a directory of its own
+            patch.setenv("PA_CACHE_DIR", str(build_cache))
+            return pa_compiler.compile(spec, target=json.loads(target_text), pipeline=pipeline)
 
     def compile_module(spec, pipeline="fused", target="llvm"):
         module = compile_once(spec, pipeline, json.dumps(target))

@@ -48,6 +48,7 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             row_max = T.sblock_alloc_buffer((1, rows), "float32")
             row_sum = T.sblock_alloc_buffer((1, rows), "float32")
             acc = T.sblock_alloc_buffer((1, spec.head_dim, rows), "float32")
+            normalized = T.sblock_alloc_buffer((spec.head_dim, rows), "float32")
             for step in range(num_partials):
                 with T.sblock("partial"):
                     vstep = T.axis.opaque(num_partials, step)
@@ -55,14 +56,17 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     T.writes()
                     slot: T.let = partial_start + vstep
                     update_stage(partial_max, partial_sum, partial_acc, slot, row_max, row_sum, acc, 0, vstep, num_partials)
+            for d, r in T.grid(spec.head_dim, rows):
+                with T.sblock("normalize"):
+                    vd, vr = T.axis.remap("SS", [d, r])
+                    normalized[vd, vr] = T.Select(
+                        row_sum[0, vr] == T.float32(0), T.float32(0), acc[0, vd, vr] / row_sum[0, vr]
+                    )
             for r, d in T.grid(num_rows, spec.head_dim):
                 with T.sblock("out"):
                     vr = T.axis.spatial(num_rows, r)
                     vd = T.axis.spatial(spec.head_dim, d)
-                    out[seq, head_start + vr, vd] = T.Cast(
-                        out_dtype,
-                        T.Select(row_sum[0, vr] == T.float32(0), T.float32(0), acc[0, vd, vr] / row_sum[0, vr]),
-                    )
+                    out[seq, head_start + vr, vd] = T.Cast(out_dtype, normalized[vd, vr])
             for r in range(num_rows):
                 with T.sblock("lse"):
                     vr = T.axis.spatial(num_rows, r)
