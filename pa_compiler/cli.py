@@ -28,7 +28,7 @@ _LEXERS = {"tensorir": "python", "scheduled": "python", "host": "cpp", "llvm": "
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True})
-@click.version_option(package_name="pa-compiler")
+@click.version_option(package_name="pa-compiler", prog_name="pa-compiler")
 def main() -> None:
     """Compile paged attention from TensorIR to one shared library, run it, and look inside."""
 
@@ -81,8 +81,9 @@ def run(
     module = _compile(case.spec, target, pipeline)
     if threads is not None:
         module.num_threads = threads
-    report.print_header(_STDOUT, case, module)
-    report.print_plan(_STDOUT, module.plan(case.context_lens))
+    items = module.plan(case.context_lens)
+    report.print_header(_STDOUT, case, module, len(items))
+    report.print_plan(_STDOUT, items)
     inputs = _make_inputs(case, seed)
     with usage_errors():
         out, seconds = _measure(module, case, inputs, repeat)

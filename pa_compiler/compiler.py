@@ -34,8 +34,8 @@ STAGE_FILES = {
 }
 """What the stages produce, in order: the name in Module.sources, and the file."""
 
-# TVM takes a second to import. What needs it is imported inside the functions that compile: loading a module, or finding
-# one in the cache, does without.
+# TVM takes a second to import. What needs it is imported inside the functions that compile: loading a module, or
+# finding one in the cache, does without.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +99,15 @@ def emit(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline
 
 def lower(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: tiling.Tiling, pipeline: str) -> Lowered:
     """spec -> kernels -> schedules, and spec -> host."""
-    from pa_compiler import kernels, schedules
+    from pa_compiler import kernels
+    from pa_compiler.schedules import schedule
 
     unscheduled = kernels.build(spec, tiles, pipeline)
     tensorir = unscheduled.script() + "\n"  # now: scheduling may change the PrimFuncs that it is given
     names = [kernel.__name__ for kernel in kernels.PIPELINES[pipeline]]
     return Lowered(
         tensorir=tensorir,
-        scheduled=schedules.schedule(unscheduled, tiles),
+        scheduled=schedule(unscheduled, tiles),
         host=host.render(spec, tiles, cpu, pipeline, names, _manifest(spec, cpu, pipeline)),
     )
 

@@ -1,4 +1,4 @@
-"""spec + tiles -> the C++ of the host orchestration, through templates/. Every value that a template prints comes from here."""
+"""spec + tiles -> the C++ of the host orchestration, through templates/, which print values computed here."""
 
 from __future__ import annotations
 
@@ -37,12 +37,7 @@ def render(
     kernels: Sequence[str],
     manifest: dict[str, object],
 ) -> str:
-    """The text of host.cc.
-
-    Args:
-        kernels: Names of the pipeline's PrimFuncs.
-        manifest: What the library says of itself, as JSON.
-    """
+    """The text of host.cc; kernels names the pipeline's PrimFuncs, manifest is what the library says of itself."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(str(importlib.resources.files("pa_compiler.templates"))),
         undefined=jinja2.StrictUndefined,
@@ -52,7 +47,7 @@ def render(
         autoescape=False,
     )
     fused = pipeline == "fused"
-    text = environment.get_template("host.cc.j2").render(
+    return environment.get_template("host.cc.j2").render(
         banner=BANNER,
         description=describe(spec, pipeline),
         spec=spec,
@@ -67,7 +62,6 @@ def render(
         checked_features=[name for name in _CHECKED_FEATURES if name in target.features],
         manifest=json.dumps(manifest, sort_keys=True),
     )
-    return text
 
 
 def describe(spec: PagedAttentionSpec, pipeline: str) -> str:

@@ -6,8 +6,10 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
@@ -22,7 +24,7 @@ _LONG_PLAN = 12
 _SHOWN_OF_LONG_PLAN = 6
 
 
-def print_header(console: Console, case: Case, module: Module) -> None:
+def print_header(console: Console, case: Case, module: Module, num_items: int) -> None:
     """Print the spec, what it is compiled for, and the size of the call."""
     spec, target = case.spec, module.target
     lens = case.context_lens
@@ -36,16 +38,17 @@ def print_header(console: Console, case: Case, module: Module) -> None:
     table.add_row("tiles", f"head_tile {spec.head_tile}, batch_chunk {spec.batch_chunk}")
     table.add_row("target", ", ".join([target["kind"], target["mcpu"], *_vector_extension(target)]))
     table.add_row("pipeline", f"{module.pipeline}, {_count(module.num_threads, 'thread')}")
-    lengths = f" of {lens.min():,} to {lens.max():,} tokens" if case.batch else ""
+    lengths = f" of {_between(lens)} tokens" if case.batch else ""
     table.add_row("call", f"{_count(case.batch, 'sequence')}{lengths}, {_count(case.num_tokens, 'token')} in all")
+    table.add_row("plan", _count(num_items, "work item"))
     console.print(table)
 
 
 def print_plan(console: Console, items: Sequence[WorkItem]) -> None:
     """Print the work items: all of a short plan, the first few and a summary of a long one."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"Plan: {_count(len(items), 'work item')}", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("item", "sequences", "kv head", "heads", "blocks", "tokens"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     shown = items if len(items) <= _LONG_PLAN else items[:_SHOWN_OF_LONG_PLAN]
     for index, item in enumerate(shown):
         table.add_row(
@@ -56,12 +59,12 @@ def print_plan(console: Console, items: Sequence[WorkItem]) -> None:
             _range(item.block_begin, item.block_end),
             f"{item.num_tokens:,}",
         )
+    console.print()
+    console.print(Padding(table, (0, 0, 0, 2), expand=False))
     if len(items) > len(shown):
-        tokens = [item.num_tokens for item in items]
-        table.add_row("...", "", "", "", "", "")
-        table.caption = f"{len(items) - len(shown):,} more; {min(tokens):,} to {max(tokens):,} tokens an item"
-        table.caption_justify = "left"
-    console.print(table)
+        tokens = _between([item.num_tokens for item in items])
+        console.print(f"  ... and {len(items) - len(shown):,} more; {tokens} tokens an item")
+    console.print()
 
 
 def print_times(console: Console, case: Case, seconds: Sequence[float]) -> None:
@@ -81,12 +84,10 @@ def print_errors(console: Console, case: Case, errors: Errors) -> bool:
     of_out, of_magnitude = tolerance(case)
     bound = f"{of_out:g} |out| + {of_magnitude:g} sum(p |v|)" if of_out else f"{of_magnitude:g} sum(p |v|)"
     table = _facts()
-    table.add_row(
-        "error", f"at most {errors.largest:.2e} from NumPy in float64; {errors.of_tolerance:.2g} of the bound {bound}"
-    )
-    table.add_row(
-        "result", Text("PASS", "bold green") if passed else Text("FAIL: the error is over the tolerance", "bold red")
-    )
+    table.add_row("error", f"{errors.largest:.2e} at most, against NumPy in float64")
+    table.add_row("bound", f"{bound}, of which {errors.of_tolerance:.2g} is used")
+    result = Text("PASS", "bold green") if passed else Text("FAIL: the error is over the bound", "bold red")
+    table.add_row("result", result)
     console.print(table)
     return passed
 
@@ -114,6 +115,11 @@ def _vector_extension(target: dict[str, Any]) -> list[str]:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _between(numbers: Sequence[int] | np.ndarray) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _range(begin: int, end: int) -> str:

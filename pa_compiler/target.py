@@ -91,8 +91,8 @@ def resolve(normalized: dict[str, Any]) -> CpuTarget:
     Raises:
         ValueError: LLVM does not know the mcpu.
     """
-    import tvm_ffi  # noqa: PLC0415  (TVM is imported only where something is compiled)
-    from tvm.target import Target, codegen  # noqa: PLC0415
+    import tvm_ffi
+    from tvm.target import Target, codegen
 
     if "mcpu" in normalized:
         known = list(codegen.llvm_get_cpu_archlist(Target({"kind": "llvm"})))

@@ -1,4 +1,4 @@
-"""Schedules: how the kernels run on a target. One file per strategy; a schedule changes loops and layouts, not results."""
+"""Schedules: how the kernels run on a target. One file per strategy; a schedule changes loops, never the maths."""
 
 from tvm import IRModule
 

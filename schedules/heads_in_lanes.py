@@ -6,8 +6,8 @@ broadcast element by element against a register of rows:
     qk_matmul    token_group x row_tile sums in registers, one step per element of head_dim
     pv_matmul    dim_group x row_tile sums in registers, one step per token
 
-The kernels keep rows as the last axis of every intermediate. Register tiles come from cache_write: LLVM keeps a sum in a
-register only where it lives in a small buffer of its own.
+The kernels keep rows as the last axis of every intermediate. Register tiles come from cache_write: LLVM keeps a sum in
+a register only where it lives in a small buffer of its own.
 """
 
 from collections.abc import Callable

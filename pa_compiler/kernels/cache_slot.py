@@ -18,7 +18,7 @@ def cache_slot(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., tuple[
     """
     block_size = spec.block_size
 
-    def locate(block_table, seq, tile_start, t):  # noqa: ANN001, ANN202  (TVM's expressions)
+    def locate(block_table, seq, tile_start, t):
         if block_size % tiling.kv_tile == 0:
             block_idx, slot = T.floordiv(tile_start, block_size), T.floormod(tile_start, block_size) + t
         else:

@@ -55,7 +55,9 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     T.reads()
                     T.writes()
                     slot: T.let = partial_start + vstep
-                    update_stage(partial_max, partial_sum, partial_acc, slot, row_max, row_sum, acc, 0, vstep, num_partials)
+                    update_stage(
+                        partial_max, partial_sum, partial_acc, slot, row_max, row_sum, acc, 0, vstep, num_partials
+                    )
             for d, r in T.grid(spec.head_dim, rows):
                 with T.sblock("normalize"):
                     vd, vr = T.axis.remap("SS", [d, r])

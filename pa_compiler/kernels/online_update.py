@@ -53,8 +53,8 @@ def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
             for r in range(rows):
                 with T.sblock("new_sum"):
                     vr = T.axis.spatial(rows, r)
-                    old_sum: T.let = T.Select(step == 0, T.float32(0), row_sum[slot, vr])
-                    new_sum[vr] = alpha[vr] * old_sum + beta[vr] * tile_sum[tile_slot, vr]
+                    previous: T.let = T.Select(step == 0, T.float32(0), row_sum[slot, vr])
+                    new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[tile_slot, vr]
             for r in range(rows):
                 with T.sblock("row"):
                     vr = T.axis.spatial(rows, r)

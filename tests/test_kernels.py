@@ -1,0 +1,153 @@
+"""The kernels one by one, through TVM: what a stage writes, and what the schedules become in machine code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+
+import numpy as np
+import pytest
+import tvm
+from inputs import make_inputs
+from tolerances import assert_close_to_oracle, assert_same_bits
+from tvm.script import tirx as T
+
+import pa_compiler
+from pa_compiler import compiler, kernels, schedules, target, tiling
+from pa_compiler.kernels.exp import store_exp
+from pa_compiler.module import Module
+
+SPEC = pa_compiler.PagedAttentionSpec(16, 1, 32, 16, "float32")
+V4 = {"kind": "llvm", "mcpu": "x86-64-v4"}
+
+
+@pytest.fixture(scope="module")
+def cpu():
+    return target.resolve(target.normalize("llvm"))
+
+
+@pytest.fixture(scope="module")
+def staged(cpu):
+    """The scheduled PrimFuncs of the staged pipeline, compiled by TVM alone."""
+    tiles = tiling.choose(SPEC, cpu, "staged")
+    scheduled = schedules.schedule(kernels.build(SPEC, tiles, "staged"), tiles)
+    return tvm.compile(scheduled, target=tvm.target.Target(json.loads(cpu.config))), tiles
+
+
+def run_softmax_prepare(staged, context_lens, block_idx, scores):
+    executable, tiles = staged
+    chunk, tokens, rows = SPEC.batch_chunk, tiles.padded_kv_tile, tiles.row_tile
+    arrays = [
+        np.asarray(context_lens, np.int32),
+        np.broadcast_to(np.asarray(scores, np.float32), (chunk, tokens, rows)),
+        *(np.full(shape, np.nan, np.float32) for shape in ((chunk, tokens, rows), (chunk, rows), (chunk, rows))),
+    ]
+    tensors = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays]
+    executable["softmax_prepare"](*tensors, 0, len(context_lens), block_idx, 0.5)
+    return [tensor.numpy()[: len(context_lens)] for tensor in tensors[2:]]
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 3e38])
+def test_softmax_prepare_of_an_empty_block_is_exact(staged, garbage):
+    probs, tile_max, tile_sum = run_softmax_prepare(staged, [0, 16, 5], 1, garbage)
+    assert np.all(tile_max == np.float32(-1e30))
+    assert_same_bits(tile_sum, np.zeros_like(tile_sum))
+    assert_same_bits(probs, np.zeros_like(probs))
+
+
+def test_softmax_prepare_masks_the_tail(staged):
+    tokens, rows = staged[1].padded_kv_tile, staged[1].row_tile
+    scores = np.random.default_rng(0).normal(size=(tokens, rows)).astype(np.float32)
+    scores[5:] = np.nan
+    probs, tile_max, tile_sum = run_softmax_prepare(staged, [16 + 5], 1, scores)
+    expected = 0.5 * scores[:5].astype(np.float64)
+    np.testing.assert_allclose(tile_max[0], expected.max(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(probs[0, :5], np.exp(expected - expected.max(axis=0)), rtol=1e-6)
+    np.testing.assert_allclose(tile_sum[0], probs[0].sum(axis=0), rtol=1e-6)
+    assert not probs[0, 5:].any()
+
+
+def test_exp_over_its_whole_range(cpu):
+    count = 1 << 16
+
+    @T.prim_func(s_tir=True)
+    def evaluate(x_handle: T.handle, y_handle: T.handle):
+        x = T.match_buffer(x_handle, (count,), "float32")
+        y = T.match_buffer(y_handle, (count,), "float32")
+        for i in range(count):
+            with T.sblock("exp"):
+                vi = T.axis.spatial(count, i)
+                store_exp(y, (vi,), x[vi], vi < count - 1)
+
+    x = np.linspace(-90, 0, count, dtype=np.float32)
+    x[:4] = [np.nan, -np.inf, -0.0, -3e38]
+    x[-1] = np.nan  # not valid: 0
+    y = tvm.runtime.tensor(np.empty_like(x))
+    executable = tvm.compile(evaluate, target=tvm.target.Target(json.loads(cpu.config)))
+    executable["evaluate"](tvm.runtime.tensor(x), y)
+    y = y.numpy()
+    assert np.isnan(y[0])
+    assert y[1] == y[3] == y[-1] == 0
+    assert y[2] == y[-2] == 1 or x[-2] != 0
+    inside = (x >= -87) & np.isfinite(x)
+    inside[-1] = False
+    np.testing.assert_allclose(y[inside], np.exp(x[inside].astype(np.float64)), rtol=2e-7)
+    assert np.all(y[x < -87] == 0)
+
+
+@pytest.mark.parametrize("features", ["avx512f", "avx", ""], ids=["lanes16", "lanes8", "lanes4"])
+@pytest.mark.parametrize(("heads", "dtype"), [((32, 1), "float32"), ((20, 4), "bfloat16")], ids=["mqa", "gqa"])
+def test_the_tiles_of_every_vector_width_are_right_on_this_cpu(cpu, tmp_path, features, heads, dtype):
+    """The tiles follow another target's features; the code generator splits their vectors for this one."""
+    spec = pa_compiler.PagedAttentionSpec(*heads, 48, 20, dtype, out_dtype="float32")
+    tiles = tiling.choose(spec, dataclasses.replace(cpu, features=frozenset(features.split())), "fused")
+    compiler.build_library(compiler.lower(spec, cpu, tiles, "fused"), cpu, tmp_path)
+    inputs = make_inputs(spec, [0, 1, 19, 20, 21, 61, 128, 129, 300])
+    out, lse = Module(tmp_path / "pa.so").decode(*inputs.arguments, return_lse=True)
+    assert_close_to_oracle(spec, inputs, out, lse)
+
+
+def inner_loops(asm: str) -> list[list[str]]:
+    """The instructions of every innermost loop of x86 assembly text."""
+    code, labels = [], {}
+    for line in map(str.strip, asm.splitlines()):
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = len(code)
+        elif line and not line.startswith((".", "#")) and not line.endswith(":"):
+            code.append(line)
+    jumps = (
+        (labels.get(match[1], math.inf), end)
+        for end, line in enumerate(code)
+        if (match := re.match(r"j\w+\s+(\.LBB\w+)", line))
+    )
+    loops = [(begin, end) for begin, end in jumps if begin <= end]
+    return [
+        code[begin : end + 1]
+        for begin, end in loops
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in loops)
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_matmuls_stay_in_registers(dtype):
+    """On AVX-512 both inner loops are FMAs with a broadcast operand, with no store and nothing on the stack."""
+    spec = pa_compiler.PagedAttentionSpec(16, 1, 128, 128, dtype, out_dtype="float32")
+    texts = compiler.emit(spec, V4)
+    matmuls = [loop for loop in inner_loops(texts["asm"]) if sum("{1to16}" in line for line in loop) >= 8]
+    assert len(matmuls) >= 2
+    for loop in matmuls:
+        assert len(loop) <= 20, loop
+        assert not any("rsp" in line for line in loop), loop
+        assert not any(re.match(r"vmov\w+\s+%zmm\d+, ", line) for line in loop), loop
+    assert "expf" not in texts["asm"]
+
+
+def test_only_the_entry_points_are_exported(compiled, tmp_path):
+    compiled(SPEC).save(tmp_path / "pa.so")
+    symbols = subprocess.run(
+        ["nm", "-D", "--defined-only", str(tmp_path / "pa.so")], capture_output=True, text=True, check=True
+    ).stdout.split()[2::3]
+    assert sorted(symbols) == ["__tvm_ffi_decode", "__tvm_ffi_manifest", "__tvm_ffi_plan"]
