@@ -29,7 +29,7 @@ _POSITIONS = {"query": 0, "key_cache": 1, "value_cache": 2, "block_table": 3, "c
 
 
 class WorkItem(NamedTuple):
-    """One kernel call of the plan: consecutive sequences of a chunk, one head tile, the blocks [block_begin, block_end).
+    """One kernel call of the plan: consecutive sequences of a chunk, a head tile, the blocks [block_begin, block_end).
 
     num_tokens counts the KV tokens that it reads.
     """
@@ -110,11 +110,11 @@ class Module:
 
         Args:
             query: [batch, num_heads, head_dim], dtype.
-            key_cache: NHD [num_blocks, block_size, num_kv_heads, head_dim] or HND [num_blocks, num_kv_heads, block_size,
-                head_dim], dtype. Slots past a sequence's length are never read into the result.
+            key_cache: NHD [num_blocks, block_size, num_kv_heads, head_dim] or HND [num_blocks, num_kv_heads,
+                block_size, head_dim], dtype. Slots past a sequence's length are never read into the result.
             value_cache: As key_cache.
-            block_table: [batch, max_blocks], int32: the block ids of each sequence's context in order. Entries past those
-                that its length needs may hold anything.
+            block_table: [batch, max_blocks], int32: the block ids of each sequence's context in order. Entries past
+                those that its length needs may hold anything.
             context_lens: [batch], int32: tokens of each sequence, 0 to max_blocks * block_size.
             scale: Factor on the scores; by default 1 / sqrt(head_dim).
             out: [batch, num_heads, head_dim], out_dtype, written and returned; by default a new array of query's kind.
@@ -186,7 +186,7 @@ class Module:
             raise TypeError(f"{name}: expected dtype {expected}, got {array.dtype}")
         if any(stride % array.itemsize for stride in array.strides):
             raise ValueError(
-                f"{name}: expected strides that are multiples of its {array.itemsize}-byte elements, got {array.strides}"
+                f"{name}: expected strides in multiples of its {array.itemsize}-byte elements, got {array.strides}"
             )
         if not array.flags.writeable:
             if written:

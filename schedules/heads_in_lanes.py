@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from tvm import IRModule
 from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import SBlockRV
 
 from pa_compiler.tiling import Tiling
 
@@ -106,7 +107,7 @@ def _vectorize_rows(sch: Schedule, *sblocks: str) -> None:
         sch.vectorize(sch.get_loops(sch.get_sblock(name))[-1])
 
 
-def _vectorize_copy(sch: Schedule, copy, tiling: Tiling) -> None:  # noqa: ANN001
+def _vectorize_copy(sch: Schedule, copy: SBlockRV, tiling: Tiling) -> None:
     """Read a cache row in vectors, all of a row's vectors unrolled so that its address is computed once."""
     dim = sch.get_loops(copy)[-1]
     vector, lane = sch.split(dim, [None, tiling.load_lanes])

@@ -118,11 +118,10 @@ def inner_loops(asm: str) -> list[list[str]]:
             labels[label[1]] = len(code)
         elif line and not line.startswith((".", "#")) and not line.endswith(":"):
             code.append(line)
-    jumps = (
-        (labels.get(match[1], math.inf), end)
-        for end, line in enumerate(code)
-        if (match := re.match(r"j\w+\s+(\.LBB\w+)", line))
-    )
+    jumps = []
+    for end, line in enumerate(code):
+        if jump := re.match(r"j\w+\s+(\.LBB\w+)", line):
+            jumps.append((labels.get(jump[1], math.inf), end))
     loops = [(begin, end) for begin, end in jumps if begin <= end]
     return [
         code[begin : end + 1]

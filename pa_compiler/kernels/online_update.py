@@ -1,7 +1,7 @@
 """Stage 4: fold one partial result (acc, row_max, row_sum) into the running one.
 
-The online softmax of M. Milakov and N. Gimelshein, Online normalizer calculation for softmax, 2018, section 3, for whole
-tiles as in FlashAttention (T. Dao et al., 2022, algorithm 1). The same merge joins tiles, blocks and block ranges.
+The online softmax of M. Milakov and N. Gimelshein, Online normalizer calculation for softmax, 2018, section 3, for
+whole tiles as in FlashAttention (T. Dao et al., 2022, algorithm 1). The same merge joins tiles, blocks and ranges.
 """
 
 from collections.abc import Callable
