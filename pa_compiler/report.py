@@ -46,7 +46,7 @@ def print_header(console: Console, case: Case, module: Module, num_items: int) -
 
 def print_plan(console: Console, items: Sequence[WorkItem]) -> None:
     """Print the work items: all of a short plan, the first few and a summary of a long one."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("item", "sequences", "kv head", "heads", "blocks", "tokens"):
         table.add_column(name, justify="right", overflow="fold")
     shown = items if len(items) <= _LONG_PLAN else items[:_SHOWN_OF_LONG_PLAN]
