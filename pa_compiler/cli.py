@@ -137,7 +137,7 @@ def generate_command(check: bool, directory: Path) -> None:
         raise click.ClickException(f"{directory}: not what the compiler emits. To write it: pa-compiler generate")
     for path in changed:
         click.echo(directory / path)
-    click.echo(f"{directory}: as the compiler emits it, {len(changed)} files changed.")
+    click.echo(f"{directory}: as the compiler emits it")
 
 
 @main.group("cache")
