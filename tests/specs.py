@@ -18,6 +18,13 @@ SPECS = {
 }
 BASE = SPECS["float32"]
 
+OUT_DTYPE_SPECS = {  # with the other sizes of heads' tiles and sequences' chunks
+    "float32_to_float16_tile_1": PagedAttentionSpec(5, 1, 16, 8, "float32", "float16", head_tile=1),
+    "float32_to_bfloat16_tile_4": PagedAttentionSpec(20, 1, 16, 8, "float32", "bfloat16", head_tile=4),
+    "float16_to_bfloat16_tile_64": PagedAttentionSpec(20, 1, 16, 8, "float16", "bfloat16", head_tile=64),
+    "bfloat16_to_float16_chunk_1": PagedAttentionSpec(6, 2, 16, 8, "bfloat16", "float16", batch_chunk=1),
+}
+
 DTYPE_SPECS = {spec.dtype: spec for name, spec in SPECS.items() if name != "float32_whole_tiles"}
 
 every_pipeline = pytest.mark.parametrize("pipeline", PIPELINES)

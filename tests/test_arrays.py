@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from dlpack import Exported
 from inputs import DTYPES, make_inputs
-from specs import BASE, DTYPE_SPECS
+from specs import DTYPE_SPECS, OUT_DTYPE_SPECS
 from tolerances import assert_same_bits
 
 LENGTHS = [0, 1, 8, 37, 9]
 
 every_dtype = pytest.mark.parametrize(
     "spec",
-    [*DTYPE_SPECS.values(), replace(BASE, dtype="bfloat16", out_dtype="float16"), replace(BASE, out_dtype="bfloat16")],
+    [*DTYPE_SPECS.values(), *OUT_DTYPE_SPECS.values()],
     ids=lambda spec: f"{spec.dtype}-{spec.out_dtype}",
 )
 

@@ -35,7 +35,7 @@ def fenced(array: np.ndarray, side: str, protection: int = PROT_READ | PROT_WRIT
 
 
 @pytest.mark.parametrize("side", ["start", "end"])
-@parametrize({**SPECS, "one_element": PagedAttentionSpec(3, 3, 1, 1, "float16")})
+@parametrize({**SPECS, "blocks_of_1": PagedAttentionSpec(4, 2, 16, 1, "float32")})
 def test_stays_inside_every_buffer(compiled, spec, pipeline, side):
     """The inputs lie in read-only pages too. No block is spare: each placement ends the cache with another one."""
     module = compiled(spec, pipeline)

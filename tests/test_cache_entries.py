@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
-import shutil
 import signal
 import stat
 import time
@@ -30,11 +29,6 @@ def flip_a_byte(entry):
     (entry / "pa.so").write_bytes(damaged)
 
 
-def replace_by_file(entry):
-    shutil.rmtree(entry)
-    entry.write_text("not a directory")
-
-
 DAMAGES = {
     "flipped": flip_a_byte,
     "cut": lambda entry: os.truncate(entry / "pa.so", 100),
@@ -48,7 +42,6 @@ DAMAGES = {
     "digests_a_list": lambda entry: (entry / "digests.json").write_text('["pa.so", "host.cc"]'),
     "digests_a_number": lambda entry: (entry / "digests.json").write_text("7"),
     "digests_binary": lambda entry: (entry / "digests.json").write_bytes(b"\xff\xfe\x00"),
-    "entry_a_file": replace_by_file,
 }
 
 

@@ -12,47 +12,38 @@ import itertools
 import numpy as np
 import pytest
 from inputs import DTYPES, make_inputs
-from specs import BASE, PIPELINES, every_pipeline, every_spec
+from specs import BASE, OUT_DTYPE_SPECS, PIPELINES, every_pipeline, every_spec
+from specs import SPECS as SHARED
 from tolerances import assert_close_to_oracle, assert_same_bits
 
 from pa_compiler import PagedAttentionSpec
 from pa_compiler.cases import CASES
 
-SHAPES = {  # heads, kv heads, head_dim: groups 1 to 8, 12, 16 and 64, and tiles of 16 heads with 1 and 2 left over
-    **{
-        f"{heads}_heads_of_{head_dim}": (heads, 1, head_dim)
-        for heads, head_dim in zip(
-            (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 17, 33, 64, 65),
-            (8, 16, 64, 80, 96, 112, 128, 192, 256, 1, 7, 100, 64, 80),
-            strict=True,
-        )
-    },
-    **{
-        f"{heads}_heads_over_{kv_heads}": (heads, kv_heads, 32)
-        for heads, kv_heads in ((3, 3), (32, 8), (34, 2), (128, 2))
-    },
-}
+SHAPES = [  # heads, kv heads, head_dim; the seed's cases have 16 and 64 heads of 16, 128 and 256
+    (1, 1, 8), (2, 1, 16), (3, 1, 64), (4, 1, 80), (5, 1, 96), (6, 1, 112), (7, 1, 192), (8, 1, 1), (12, 1, 7),
+    (17, 1, 100), (33, 1, 24), (65, 1, 80), (32, 8, 32), (34, 2, 32), (128, 2, 32),
+]  # fmt: skip
 SPECS = {  # the dtypes take turns
     **{
-        name: PagedAttentionSpec(heads, kv_heads, head_dim, 8, dtype)
-        for (name, (heads, kv_heads, head_dim)), dtype in zip(SHAPES.items(), itertools.cycle(DTYPES), strict=False)
+        f"{heads}_heads_over_{kv_heads}_of_{head_dim}": PagedAttentionSpec(heads, kv_heads, head_dim, 8, dtype)
+        for (heads, kv_heads, head_dim), dtype in zip(SHAPES, itertools.cycle(DTYPES), strict=False)
     },
-    **{f"head_tile_{size}": PagedAttentionSpec(20, 1, 16, 8, "float32", head_tile=size) for size in (1, 4, 64)},
-    **{f"batch_chunk_{size}": dataclasses.replace(BASE, batch_chunk=size) for size in (1, 5)},
-    "float32_to_float16": dataclasses.replace(BASE, out_dtype="float16"),
-    "float32_to_bfloat16": dataclasses.replace(BASE, out_dtype="bfloat16"),
-    "float16_to_bfloat16": PagedAttentionSpec(6, 2, 24, 5, "float16", "bfloat16"),
-    "bfloat16_to_float16": PagedAttentionSpec(6, 2, 24, 5, "bfloat16", "float16"),
+    **OUT_DTYPE_SPECS,
+    "batch_chunk_5": dataclasses.replace(BASE, batch_chunk=5),
 }
-STAGED_TOO = ("1_heads_of_8", "5_heads_of_96", "17_heads_of_7", "65_heads_of_80", "12_heads_of_256", "34_heads_over_2")
-STAGED_TOO += ("head_tile_4", "batch_chunk_5", "float32_to_float16")
+STAGED_TOO = [
+    "1_heads_over_1_of_8", "17_heads_over_1_of_100", "65_heads_over_1_of_80", "34_heads_over_2_of_32",
+    "float32_to_bfloat16_tile_4", "batch_chunk_5",
+]  # fmt: skip
 
 FEW_SEQUENCES = {"Case1": 3, "Case2": 2, "Case3": 2}
 """Of the seed's three big cases, in the default run."""
 
-
-def of_block_size(size):
-    return PagedAttentionSpec(4, 2, 16, size, "float32")
+BLOCK_SIZES = {
+    **{spec.block_size: spec for spec in (BASE, SHARED["float32_whole_tiles"])},
+    **{size: PagedAttentionSpec(4, 2, 16, size, "float32") for size in (1, 8, 64, 256)},
+    16: dataclasses.replace(CASES["CaseSmall1"].spec, dtype="float32"),
+}
 
 
 def check(module, inputs, scale=None):
@@ -109,9 +100,9 @@ def test_every_head_count(compiled, num_heads, pipeline):
 
 
 @every_pipeline
-@pytest.mark.parametrize("block_size", [1, 5, 8, 16, 64, 128, 256])
+@pytest.mark.parametrize("block_size", sorted(BLOCK_SIZES))
 def test_every_length_to_three_blocks(compiled, block_size, pipeline):
-    spec = of_block_size(block_size)
+    spec = BLOCK_SIZES[block_size]
     lengths = np.random.default_rng(block_size).permutation(3 * block_size + 2)  # neighbours in a chunk differ
     check(compiled(spec, pipeline), make_inputs(spec, lengths))
 
@@ -127,20 +118,20 @@ def test_every_batch_to_49(compiled, pipeline):
 @pytest.mark.parametrize("block_size", [16, 5])
 def test_lengths_around_the_splits(compiled, block_size, pipeline):
     """2048 tokens and their multiples, which a block of 5 does not divide."""
-    spec = of_block_size(block_size)
+    spec = BLOCK_SIZES[block_size]
     around = [2048 * ranges + offset for ranges in (1, 2, 3) for offset in (-5, -1, 0, 1, 2, 5)]
     check(compiled(spec, pipeline), make_inputs(spec, [*around, 0, 1, 8192]))
 
 
 def test_131072_tokens(compiled):
-    spec = of_block_size(16)
+    spec = BLOCK_SIZES[16]
     check(compiled(spec), make_inputs(spec, [131072, 3]))
 
 
 @pytest.mark.slow
 @every_pipeline
 def test_a_million_tokens(compiled, pipeline):
-    spec = of_block_size(16)
+    spec = BLOCK_SIZES[16]
     check(compiled(spec, pipeline), make_inputs(spec, [1_000_003]))
 
 

@@ -55,7 +55,7 @@ def imported_parts(tree):
                 yield part.partition(".")[0] or "__init__"
 
 
-@pytest.mark.parametrize(("part", "path"), sources())
+@pytest.mark.parametrize(("part", "path"), list(sources()))
 def test_imports_follow_the_arrows(part, path):
     imported = set(imported_parts(ast.parse(path.read_text()))) - {part}
     assert imported <= ARROWS.get(part, set())

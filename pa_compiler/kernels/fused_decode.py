@@ -58,20 +58,20 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         v_block, v_slot, v_head = T.int64(), T.int64(), T.int64()
         query = T.match_buffer(
             query_handle, (batch, heads, head_dim), dtype, strides=[q_batch, q_head, T.int64(1)], align=itemsize,
-            offset_factor=1,
+           
         )  # fmt: skip
         key_cache = T.match_buffer(
             key_cache_handle, (num_blocks, T.int64(block_size), kv_heads, head_dim), dtype,
-            strides=[k_block, k_slot, k_head, T.int64(1)], align=itemsize, offset_factor=1,
+            strides=[k_block, k_slot, k_head, T.int64(1)], align=itemsize,
         )  # fmt: skip
         value_cache = T.match_buffer(
             value_cache_handle, (num_blocks, T.int64(block_size), kv_heads, head_dim), dtype,
-            strides=[v_block, v_slot, v_head, T.int64(1)], align=itemsize, offset_factor=1,
+            strides=[v_block, v_slot, v_head, T.int64(1)], align=itemsize,
         )  # fmt: skip
         block_table = T.match_buffer(
-            block_table_handle, (batch, max_blocks), "int32", strides=[table_seq, T.int64(1)], align=4, offset_factor=1
+            block_table_handle, (batch, max_blocks), "int32", strides=[table_seq, T.int64(1)], align=4
         )
-        context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4, offset_factor=1)
+        context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4)
         partial_max = T.match_buffer(partial_max_handle, (slots, T.int64(rows)), "float32")
         partial_sum = T.match_buffer(partial_sum_handle, (slots, T.int64(rows)), "float32")
         partial_acc = T.match_buffer(partial_acc_handle, (slots, head_dim, T.int64(rows)), "float32")

@@ -45,16 +45,16 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         k_block, k_slot, k_head = T.int64(), T.int64(), T.int64()
         query = T.match_buffer(
             query_handle, (batch, heads, head_dim), dtype, strides=[q_batch, q_head, T.int64(1)], align=itemsize,
-            offset_factor=1,
+           
         )  # fmt: skip
         key_cache = T.match_buffer(
             key_cache_handle, (num_blocks, T.int64(block_size), kv_heads, head_dim), dtype,
-            strides=[k_block, k_slot, k_head, T.int64(1)], align=itemsize, offset_factor=1,
+            strides=[k_block, k_slot, k_head, T.int64(1)], align=itemsize,
         )  # fmt: skip
         block_table = T.match_buffer(
-            block_table_handle, (batch, max_blocks), "int32", strides=[table_seq, T.int64(1)], align=4, offset_factor=1
+            block_table_handle, (batch, max_blocks), "int32", strides=[table_seq, T.int64(1)], align=4
         )
-        context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4, offset_factor=1)
+        context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4)
         scores = T.match_buffer(scores_handle, (chunk, tokens, rows), "float32")
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -90,7 +90,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         scale: T.float32,
     ):
         batch = T.int64()
-        context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4, offset_factor=1)
+        context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4)
         scores = T.match_buffer(scores_handle, (chunk, tokens, rows), "float32")
         probs = T.match_buffer(probs_handle, (chunk, tokens, rows), "float32")
         tile_max = T.match_buffer(tile_max_handle, (chunk, rows), "float32")
@@ -132,12 +132,12 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         v_block, v_slot, v_head = T.int64(), T.int64(), T.int64()
         value_cache = T.match_buffer(
             value_cache_handle, (num_blocks, T.int64(block_size), kv_heads, head_dim), dtype,
-            strides=[v_block, v_slot, v_head, T.int64(1)], align=itemsize, offset_factor=1,
+            strides=[v_block, v_slot, v_head, T.int64(1)], align=itemsize,
         )  # fmt: skip
         block_table = T.match_buffer(
-            block_table_handle, (batch, max_blocks), "int32", strides=[table_seq, T.int64(1)], align=4, offset_factor=1
+            block_table_handle, (batch, max_blocks), "int32", strides=[table_seq, T.int64(1)], align=4
         )
-        context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4, offset_factor=1)
+        context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4)
         probs = T.match_buffer(probs_handle, (chunk, tokens, rows), "float32")
         tile_acc = T.match_buffer(tile_acc_handle, (chunk, spec.head_dim, rows), "float32")
         for s in range(num_seqs):
