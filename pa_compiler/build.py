@@ -19,7 +19,7 @@ from pa_compiler.target import CpuTarget
 _COMPILE_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 
 # Only the entry points leave the library: two of them in one process do not see each other's kernels.
-_EXPORTS = "{ global: __tvm_ffi_decode; __tvm_ffi_plan; __tvm_ffi_manifest; local: *; };\n"
+_EXPORTS = "{ global: __tvm_ffi_decode; __tvm_ffi_plan; __tvm_ffi_manifest; __tvm_ffi_view_as_bfloat16; local: *; };\n"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,9 @@ def directory() -> Path:
     path = Path(os.environ.get("PA_CACHE_DIR") or platformdirs.user_cache_path("pa_compiler"))
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = path.lstat()
-    if path.is_symlink() or status.st_uid != os.getuid():
+    if path.is_symlink():
+        raise PermissionError(f"{path}: expected a cache directory, got a symbolic link to {path.readlink()}")
+    if status.st_uid != os.getuid():
         raise PermissionError(f"{path}: expected a cache directory owned by user {os.getuid()}, got {status.st_uid}")
     if status.st_mode & 0o077:
         path.chmod(0o700)
@@ -51,8 +53,8 @@ def get_or_build(name: str, build: Callable[[Path], None]) -> Path:
     with filelock.FileLock(root / f"{name}.lock"):
         if _is_whole(entry):
             return entry
-        if entry.exists():
-            shutil.rmtree(entry)
+        for stale in (entry, *root.glob(f".{name}.*")):  # a damaged entry, and what killed builds left
+            _remove(stale)
         workspace = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
         try:
             build(workspace)
@@ -67,7 +69,14 @@ def get_or_build(name: str, build: Callable[[Path], None]) -> Path:
 def clear() -> None:
     """Remove every entry. Modules already loaded go on working."""
     for path in directory().iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _is_whole(entry: Path) -> bool:

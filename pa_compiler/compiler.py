@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import importlib.resources
+import importlib.util
 import json
 import os
 import shutil
@@ -187,7 +187,9 @@ def text_digest() -> str:
     """A digest of the text of the package: kernels, schedules, templates and everything between them."""
     digest = hashlib.sha256()
     for package in ("pa_compiler", "pa_compiler.kernels", "pa_compiler.schedules", "pa_compiler.templates"):
-        for file in sorted(importlib.resources.files(package).iterdir(), key=lambda file: file.name):
-            if file.name.endswith((".py", ".j2")):
-                digest.update(f"{package}/{file.name}\0".encode() + file.read_bytes() + b"\0")
+        found = importlib.util.find_spec(package)  # does not import it, and TVM with it
+        for folder in found.submodule_search_locations or () if found else ():
+            for file in sorted(Path(folder).iterdir()):
+                if file.suffix in (".py", ".j2"):
+                    digest.update(f"{package}/{file.name}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()

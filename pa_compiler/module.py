@@ -24,9 +24,6 @@ _NUMPY_DTYPES = {
     "int32": np.dtype(np.int32),
 }
 
-# The position of each array in the library's argument list, for the bit mask that says which hold bfloat16 as uint16.
-_POSITIONS = {"query": 0, "key_cache": 1, "value_cache": 2, "block_table": 3, "context_lens": 4, "out": 5, "lse": 6}
-
 
 class WorkItem(NamedTuple):
     """One kernel call of the plan: consecutive sequences of a chunk, a head tile, the blocks [block_begin, block_end).
@@ -62,6 +59,7 @@ class Module:
         functions = tvm_ffi.load_module(str(library))
         self._decode = functions["decode"]
         self._plan = functions["plan"]
+        self._view_as_bfloat16 = functions["view_as_bfloat16"]
         manifest = json.loads(functions["manifest"]())
         self.spec = PagedAttentionSpec(**manifest["spec"])
         self.pipeline: str = manifest["pipeline"]
@@ -126,7 +124,8 @@ class Module:
 
         Raises:
             TypeError: an argument is not an array, or has another dtype.
-            ValueError: rank, shape, strides, alignment, device, a length, scale, or out or lse sharing memory.
+            ValueError: rank, shape, strides, alignment, device, a length, scale, or the bytes that out or lse span
+                overlapping those of another array.
             IndexError: a used block id is outside [0, num_blocks).
             RuntimeError: this CPU lacks features that the module is built for.
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
@@ -135,23 +134,20 @@ class Module:
             scale = self._default_scale
         elif not isinstance(scale, numbers.Real) or isinstance(scale, bool):
             raise TypeError(f"scale: expected a number, got {scale!r} of type {type(scale).__name__}")
-        given = {"query": query, "key_cache": key_cache, "value_cache": value_cache}
-        given |= {"block_table": block_table, "context_lens": context_lens}
-        bfloat16_bits = 0
-        arguments = []
-        for name, array in given.items():
-            argument, is_bits = self._argument(name, array)
-            arguments.append(argument)
-            bfloat16_bits |= is_bits << _POSITIONS[name]
+        arguments = [
+            self._argument("query", query),
+            self._argument("key_cache", key_cache),
+            self._argument("value_cache", value_cache),
+            self._argument("block_table", block_table),
+            self._argument("context_lens", context_lens),
+        ]
         if out is None:
             out = self._new_like(query, "out", (*query.shape[:1], self.spec.num_heads, self.spec.head_dim))
-        argument, is_bits = self._argument("out", out, written=True)
-        bfloat16_bits |= is_bits << _POSITIONS["out"]
-        arguments.append(argument)
+        arguments.append(self._argument("out", out, written=True))
         if return_lse and lse is None:
             lse = self._new_like(query, "lse", (*query.shape[:1], self.spec.num_heads))
-        arguments.append(None if lse is None else self._argument("lse", lse, written=True)[0])
-        self._decode(*arguments, float(scale), bfloat16_bits, self._num_threads)
+        arguments.append(None if lse is None else self._argument("lse", lse, written=True))
+        self._decode(*arguments, float(scale), self._num_threads)
         return out if lse is None else (out, lse)
 
     def plan(self, context_lens: Any) -> list[WorkItem]:
@@ -159,8 +155,8 @@ class Module:
 
         A pure function of the lengths: no kernel runs.
         """
-        argument, _ = self._argument("context_lens", context_lens)
-        return [WorkItem(*map(int, line.split())) for line in self._plan(argument).splitlines()]
+        lines = self._plan(self._argument("context_lens", context_lens)).splitlines()
+        return [WorkItem(*map(int, line.split())) for line in lines]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the shared library to a file. It needs tvm-ffi (and GCC's run-time libraries) to run, not TVM."""
@@ -172,14 +168,14 @@ class Module:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _argument(self, name: str, array: Any, *, written: bool = False) -> tuple[Any, bool]:
-        """What the library is given for an array, and whether it is bfloat16 declared as uint16."""
+    def _argument(self, name: str, array: Any, *, written: bool = False) -> tvm_ffi.Tensor:
+        """The tensor that the library is given for an array: the same memory."""
         expected = self._dtypes[name]
         if not isinstance(array, np.ndarray):
             if not hasattr(array, "__dlpack__"):
                 raise TypeError(f"{name}: expected an array with DLPack, got {type(array).__name__}")
             try:
-                return tvm_ffi.from_dlpack(array), False
+                return tvm_ffi.from_dlpack(array)
             except (BufferError, RuntimeError, TypeError, ValueError) as error:
                 raise TypeError(f"{name}: expected an array with DLPack, got one that refuses: {error}") from error
         if array.dtype != _NUMPY_DTYPES[expected]:
@@ -191,10 +187,14 @@ class Module:
         if not array.flags.writeable:
             if written:
                 raise ValueError(f"{name}: expected a writable array, got a read-only one")
-            array = np.asarray(_Writable(array))
-        if expected == "bfloat16":
-            return tvm_ffi.from_dlpack(array.view(np.uint16)), True
-        return tvm_ffi.from_dlpack(array), False
+            array = np.asarray(_Writable(array)).view(array.dtype)
+        return self._tensor(array)
+
+    def _tensor(self, array: np.ndarray) -> tvm_ffi.Tensor:
+        """A NumPy array as a tensor; NumPy cannot hand out bfloat16 itself."""
+        if array.dtype == _NUMPY_DTYPES["bfloat16"]:
+            return self._view_as_bfloat16(tvm_ffi.from_dlpack(array.view(np.uint16)))
+        return tvm_ffi.from_dlpack(array)
 
     def _new_like(self, query: Any, name: str, shape: tuple[int, ...]) -> Any:
         """A new array of query's kind for out or lse."""
@@ -205,7 +205,7 @@ class Module:
             import torch
 
             return torch.empty(shape, dtype=getattr(torch, dtype))
-        return tvm_ffi.from_dlpack(np.empty(shape, _NUMPY_DTYPES[dtype]))
+        return self._tensor(np.empty(shape, _NUMPY_DTYPES[dtype]))
 
 
 def load(path: str | os.PathLike[str]) -> Module:

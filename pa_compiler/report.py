@@ -123,6 +123,8 @@ def _between(numbers: Sequence[int] | np.ndarray) -> str:
 
 
 def _range(begin: int, end: int) -> str:
+    if end <= begin:
+        return "none"
     return str(begin) if end - begin == 1 else f"{begin}-{end - 1}"
 
 

@@ -52,11 +52,11 @@ def _qk_matmul(sch: Schedule, tiling: Tiling) -> None:
 
 
 def _softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
-    for name in ("tile_max", "probs", "tile_sum"):
+    for name in ("scaled", "tile_max", "probs", "tile_sum"):
         block = sch.get_sblock(name)
         token_outer, _, row = sch.get_loops(block)[-3:]
         sch.vectorize(row)
-        if name != "probs":
+        if name in ("tile_max", "tile_sum"):
             sch.decompose_reduction(block, token_outer)
 
 

@@ -88,9 +88,12 @@ def test_a_long_plan_is_summarised(invoke):
     assert len(result.stdout.splitlines()) < 30
 
 
-def test_an_empty_batch(invoke):
+def test_an_empty_batch_and_an_empty_sequence(invoke):
     result = invoke("run", *SMALL, "--batch", "0")
     assert (result.exit_code, "0 sequences, 0 tokens" in result.stdout) == (0, True)
+    result = invoke("run", *SMALL, "--batch", "1", "--seq-len", "0")
+    assert (result.exit_code, "1 sequence of 0 tokens" in result.stdout) == (0, True)
+    assert "none" in result.stdout
 
 
 @pytest.mark.parametrize("errors", [cases.Errors(1.0, 1.01), cases.Errors(np.nan, np.nan)], ids=["wide", "nan"])

@@ -69,7 +69,7 @@ def test_the_arrows_have_no_cycle():
 
 @pytest.mark.parametrize("module", ["pa_compiler", "pa_compiler.cases", "pa_compiler.cli", "pa_compiler.cache"])
 def test_importing_does_not_import_tvm(module):
-    code = f"import sys, {module}; assert 'tvm' not in sys.modules; assert 'torch' not in sys.modules"
+    code = f"import sys, {module}; assert 'tvm' not in sys.modules"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 

@@ -149,4 +149,5 @@ def test_only_the_entry_points_are_exported(compiled, tmp_path):
     symbols = subprocess.run(
         ["nm", "-D", "--defined-only", str(tmp_path / "pa.so")], capture_output=True, text=True, check=True
     ).stdout.split()[2::3]
-    assert sorted(symbols) == ["__tvm_ffi_decode", "__tvm_ffi_manifest", "__tvm_ffi_plan"]
+    names = ("decode", "manifest", "plan", "view_as_bfloat16")
+    assert sorted(symbols) == [f"__tvm_ffi_{name}" for name in names]

@@ -131,8 +131,8 @@ entry:
   %0 = icmp eq i32 %num_args, 17, !dbg !15
   br i1 %0, label %assert_end, label %assert_fail, !dbg !15, !prof !16
 
-common.ret:                                       ; preds = %if_end104.i, %if_end101.i, %if_end98.i, %if_end95.i, %for_end_s.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %assert_end264, %assert_fail263, %assert_fail261, %assert_fail259, %assert_fail257, %assert_fail255, %assert_fail253, %assert_fail251, %assert_fail249, %assert_fail247, %assert_fail245, %assert_fail240, %assert_fail238, %assert_fail233, %assert_fail231, %assert_fail229, %assert_fail227, %assert_fail225, %assert_fail220, %assert_fail218, %assert_fail216, %assert_fail214, %assert_fail212, %assert_fail207, %assert_fail205, %assert_fail203, %assert_fail201, %assert_fail199, %assert_fail195, %assert_fail193, %assert_fail191, %assert_fail189, %assert_fail185, %assert_fail183, %assert_fail181, %assert_fail179, %assert_fail175, %assert_fail173, %assert_fail171, %assert_fail167, %assert_fail165, %assert_fail163, %assert_fail161, %assert_fail159, %assert_fail157, %assert_fail155, %assert_fail153, %assert_fail151, %assert_fail149, %assert_fail147, %assert_fail145, %assert_fail143, %assert_fail141, %assert_fail139, %assert_fail137, %assert_fail135, %assert_fail133, %assert_fail131, %assert_fail129, %assert_fail127, %assert_fail125, %assert_fail123, %assert_fail121, %assert_fail119, %assert_fail117, %assert_fail115, %assert_fail110, %assert_fail108, %assert_fail106, %assert_fail104, %assert_fail93, %assert_fail91, %assert_fail89, %assert_fail87, %assert_fail76, %assert_fail74, %assert_fail72, %assert_fail70, %assert_fail62, %assert_fail60, %assert_fail58, %assert_fail56, %assert_fail54, %assert_fail52, %assert_fail50, %assert_fail48, %assert_fail46, %assert_fail44, %assert_fail42, %assert_fail40, %assert_fail35, %assert_fail30, %assert_fail25, %assert_fail20, %assert_fail15, %assert_fail10, %assert_fail5, %assert_fail3, %assert_fail1, %assert_fail
-  %common.ret.op = phi i32 [ -1, %assert_fail ], [ -1, %assert_fail1 ], [ -1, %assert_fail3 ], [ -1, %assert_fail5 ], [ -1, %assert_fail10 ], [ -1, %assert_fail15 ], [ -1, %assert_fail20 ], [ -1, %assert_fail25 ], [ -1, %assert_fail30 ], [ -1, %assert_fail35 ], [ -1, %assert_fail40 ], [ -1, %assert_fail42 ], [ -1, %assert_fail44 ], [ -1, %assert_fail46 ], [ -1, %assert_fail48 ], [ -1, %assert_fail50 ], [ -1, %assert_fail52 ], [ -1, %assert_fail54 ], [ -1, %assert_fail56 ], [ -1, %assert_fail58 ], [ -1, %assert_fail60 ], [ -1, %assert_fail62 ], [ -1, %assert_fail70 ], [ -1, %assert_fail72 ], [ -1, %assert_fail74 ], [ -1, %assert_fail76 ], [ -1, %assert_fail87 ], [ -1, %assert_fail89 ], [ -1, %assert_fail91 ], [ -1, %assert_fail93 ], [ -1, %assert_fail104 ], [ -1, %assert_fail106 ], [ -1, %assert_fail108 ], [ -1, %assert_fail110 ], [ -1, %assert_fail115 ], [ -1, %assert_fail117 ], [ -1, %assert_fail119 ], [ -1, %assert_fail121 ], [ -1, %assert_fail123 ], [ -1, %assert_fail125 ], [ -1, %assert_fail127 ], [ -1, %assert_fail129 ], [ -1, %assert_fail131 ], [ -1, %assert_fail133 ], [ -1, %assert_fail135 ], [ -1, %assert_fail137 ], [ -1, %assert_fail139 ], [ -1, %assert_fail141 ], [ -1, %assert_fail143 ], [ -1, %assert_fail145 ], [ -1, %assert_fail147 ], [ -1, %assert_fail149 ], [ -1, %assert_fail151 ], [ -1, %assert_fail153 ], [ -1, %assert_fail155 ], [ -1, %assert_fail157 ], [ -1, %assert_fail159 ], [ -1, %assert_fail161 ], [ -1, %assert_fail163 ], [ -1, %assert_fail165 ], [ -1, %assert_fail167 ], [ -1, %assert_fail171 ], [ -1, %assert_fail173 ], [ -1, %assert_fail175 ], [ -1, %assert_fail179 ], [ -1, %assert_fail181 ], [ -1, %assert_fail183 ], [ -1, %assert_fail185 ], [ -1, %assert_fail189 ], [ -1, %assert_fail191 ], [ -1, %assert_fail193 ], [ -1, %assert_fail195 ], [ -1, %assert_fail199 ], [ -1, %assert_fail201 ], [ -1, %assert_fail203 ], [ -1, %assert_fail205 ], [ -1, %assert_fail207 ], [ -1, %assert_fail212 ], [ -1, %assert_fail214 ], [ -1, %assert_fail216 ], [ -1, %assert_fail218 ], [ -1, %assert_fail220 ], [ -1, %assert_fail225 ], [ -1, %assert_fail227 ], [ -1, %assert_fail229 ], [ -1, %assert_fail231 ], [ -1, %assert_fail233 ], [ -1, %assert_fail238 ], [ -1, %assert_fail240 ], [ -1, %assert_fail245 ], [ -1, %assert_fail247 ], [ -1, %assert_fail249 ], [ -1, %assert_fail251 ], [ -1, %assert_fail253 ], [ -1, %assert_fail255 ], [ -1, %assert_fail257 ], [ -1, %assert_fail259 ], [ -1, %assert_fail261 ], [ -1, %assert_fail263 ], [ -1, %if_end101.i ], [ -1, %assert_end264 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %for_end_s.i ], [ -1, %if_end95.i ], [ -1, %if_end98.i ], [ %..i, %if_end104.i ]
+common.ret:                                       ; preds = %if_end114.i, %if_end111.i, %if_end108.i, %if_end105.i, %for_end_s.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %assert_end264, %assert_fail263, %assert_fail261, %assert_fail259, %assert_fail257, %assert_fail255, %assert_fail253, %assert_fail251, %assert_fail249, %assert_fail247, %assert_fail245, %assert_fail240, %assert_fail238, %assert_fail233, %assert_fail231, %assert_fail229, %assert_fail227, %assert_fail225, %assert_fail220, %assert_fail218, %assert_fail216, %assert_fail214, %assert_fail212, %assert_fail207, %assert_fail205, %assert_fail203, %assert_fail201, %assert_fail199, %assert_fail195, %assert_fail193, %assert_fail191, %assert_fail189, %assert_fail185, %assert_fail183, %assert_fail181, %assert_fail179, %assert_fail175, %assert_fail173, %assert_fail171, %assert_fail167, %assert_fail165, %assert_fail163, %assert_fail161, %assert_fail159, %assert_fail157, %assert_fail155, %assert_fail153, %assert_fail151, %assert_fail149, %assert_fail147, %assert_fail145, %assert_fail143, %assert_fail141, %assert_fail139, %assert_fail137, %assert_fail135, %assert_fail133, %assert_fail131, %assert_fail129, %assert_fail127, %assert_fail125, %assert_fail123, %assert_fail121, %assert_fail119, %assert_fail117, %assert_fail115, %assert_fail110, %assert_fail108, %assert_fail106, %assert_fail104, %assert_fail93, %assert_fail91, %assert_fail89, %assert_fail87, %assert_fail76, %assert_fail74, %assert_fail72, %assert_fail70, %assert_fail62, %assert_fail60, %assert_fail58, %assert_fail56, %assert_fail54, %assert_fail52, %assert_fail50, %assert_fail48, %assert_fail46, %assert_fail44, %assert_fail42, %assert_fail40, %assert_fail35, %assert_fail30, %assert_fail25, %assert_fail20, %assert_fail15, %assert_fail10, %assert_fail5, %assert_fail3, %assert_fail1, %assert_fail
+  %common.ret.op = phi i32 [ -1, %assert_fail ], [ -1, %assert_fail1 ], [ -1, %assert_fail3 ], [ -1, %assert_fail5 ], [ -1, %assert_fail10 ], [ -1, %assert_fail15 ], [ -1, %assert_fail20 ], [ -1, %assert_fail25 ], [ -1, %assert_fail30 ], [ -1, %assert_fail35 ], [ -1, %assert_fail40 ], [ -1, %assert_fail42 ], [ -1, %assert_fail44 ], [ -1, %assert_fail46 ], [ -1, %assert_fail48 ], [ -1, %assert_fail50 ], [ -1, %assert_fail52 ], [ -1, %assert_fail54 ], [ -1, %assert_fail56 ], [ -1, %assert_fail58 ], [ -1, %assert_fail60 ], [ -1, %assert_fail62 ], [ -1, %assert_fail70 ], [ -1, %assert_fail72 ], [ -1, %assert_fail74 ], [ -1, %assert_fail76 ], [ -1, %assert_fail87 ], [ -1, %assert_fail89 ], [ -1, %assert_fail91 ], [ -1, %assert_fail93 ], [ -1, %assert_fail104 ], [ -1, %assert_fail106 ], [ -1, %assert_fail108 ], [ -1, %assert_fail110 ], [ -1, %assert_fail115 ], [ -1, %assert_fail117 ], [ -1, %assert_fail119 ], [ -1, %assert_fail121 ], [ -1, %assert_fail123 ], [ -1, %assert_fail125 ], [ -1, %assert_fail127 ], [ -1, %assert_fail129 ], [ -1, %assert_fail131 ], [ -1, %assert_fail133 ], [ -1, %assert_fail135 ], [ -1, %assert_fail137 ], [ -1, %assert_fail139 ], [ -1, %assert_fail141 ], [ -1, %assert_fail143 ], [ -1, %assert_fail145 ], [ -1, %assert_fail147 ], [ -1, %assert_fail149 ], [ -1, %assert_fail151 ], [ -1, %assert_fail153 ], [ -1, %assert_fail155 ], [ -1, %assert_fail157 ], [ -1, %assert_fail159 ], [ -1, %assert_fail161 ], [ -1, %assert_fail163 ], [ -1, %assert_fail165 ], [ -1, %assert_fail167 ], [ -1, %assert_fail171 ], [ -1, %assert_fail173 ], [ -1, %assert_fail175 ], [ -1, %assert_fail179 ], [ -1, %assert_fail181 ], [ -1, %assert_fail183 ], [ -1, %assert_fail185 ], [ -1, %assert_fail189 ], [ -1, %assert_fail191 ], [ -1, %assert_fail193 ], [ -1, %assert_fail195 ], [ -1, %assert_fail199 ], [ -1, %assert_fail201 ], [ -1, %assert_fail203 ], [ -1, %assert_fail205 ], [ -1, %assert_fail207 ], [ -1, %assert_fail212 ], [ -1, %assert_fail214 ], [ -1, %assert_fail216 ], [ -1, %assert_fail218 ], [ -1, %assert_fail220 ], [ -1, %assert_fail225 ], [ -1, %assert_fail227 ], [ -1, %assert_fail229 ], [ -1, %assert_fail231 ], [ -1, %assert_fail233 ], [ -1, %assert_fail238 ], [ -1, %assert_fail240 ], [ -1, %assert_fail245 ], [ -1, %assert_fail247 ], [ -1, %assert_fail249 ], [ -1, %assert_fail251 ], [ -1, %assert_fail253 ], [ -1, %assert_fail255 ], [ -1, %assert_fail257 ], [ -1, %assert_fail259 ], [ -1, %assert_fail261 ], [ -1, %assert_fail263 ], [ -1, %if_end111.i ], [ -1, %assert_end264 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %for_end_s.i ], [ -1, %if_end105.i ], [ -1, %if_end108.i ], [ %..i, %if_end114.i ]
   ret i32 %common.ret.op, !dbg !15
 
 assert_fail:                                      ; preds = %entry
@@ -1742,10 +1742,10 @@ for_body_s.lr.ph.i:                               ; preds = %if_end11.i
   %cse_v18.i = mul nsw i64 %k_head, %cse_v5.i
   %478 = insertelement <16 x float> poison, float %scale, i64 0
   %479 = shufflevector <16 x float> %478, <16 x float> poison, <16 x i32> zeroinitializer
-  %cse_v22.i = mul nsw i64 %v_head, %cse_v5.i
+  %cse_v23.i = mul nsw i64 %v_head, %cse_v5.i
   %sext293 = shl i64 %103, 32
   %cse_v15.i = ashr exact i64 %sext293, 32
-  %wide.trip.count303.i = and i64 %73, 2147483647, !dbg !132
+  %wide.trip.count325.i = and i64 %73, 2147483647, !dbg !132
   %480 = icmp sgt i32 %num_rows, 0
   %481 = mul nsw i64 %q_head, %476
   %482 = icmp samesign ugt i32 %num_rows, 1
@@ -1795,18 +1795,18 @@ for_body_s.lr.ph.i:                               ; preds = %if_end11.i
   %526 = mul nsw i64 %q_head, %525
   br label %for_body_s.i, !dbg !132
 
-for_body_s.i:                                     ; preds = %for_end_d91.i, %for_body_s.lr.ph.i
-  %indvars.iv300.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next301.i, %for_end_d91.i ]
-  %row_max.0202.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_end_d91.i ]
-  %row_sum.0201.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %1116, %for_end_d91.i ]
-    #dbg_value(i64 %indvars.iv300.i, !155, !DIExpression(), !132)
-    #dbg_value(<16 x float> %row_max.0202.i, !153, !DIExpression(), !132)
-    #dbg_value(<16 x float> %row_sum.0201.i, !154, !DIExpression(), !132)
-    #dbg_value(!DIArgList(i64 %68, i64 %indvars.iv300.i), !157, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !132)
+for_body_s.i:                                     ; preds = %for_end_d101.i, %for_body_s.lr.ph.i
+  %indvars.iv322.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next323.i, %for_end_d101.i ]
+  %row_max.0214.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_end_d101.i ]
+  %row_sum.0213.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %1161, %for_end_d101.i ]
+    #dbg_value(i64 %indvars.iv322.i, !155, !DIExpression(), !132)
+    #dbg_value(<16 x float> %row_max.0214.i, !153, !DIExpression(), !132)
+    #dbg_value(<16 x float> %row_sum.0213.i, !154, !DIExpression(), !132)
+    #dbg_value(!DIArgList(i64 %68, i64 %indvars.iv322.i), !157, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !132)
     #dbg_value(i32 %range_begin.i, !158, !DIExpression(), !132)
     #dbg_value(i32 %range_begin.i, !159, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv300.i, !160, !DIExpression(), !132)
-  %cse_v16.i = add nsw i64 %indvars.iv300.i, %474, !dbg !132
+    #dbg_value(i64 %indvars.iv322.i, !160, !DIExpression(), !132)
+  %cse_v16.i = add nsw i64 %indvars.iv322.i, %474, !dbg !132
     #dbg_value(i64 %cse_v16.i, !161, !DIExpression(), !132)
   %527 = getelementptr inbounds i32, ptr %340, i64 %cse_v16.i, !dbg !162
   %528 = load i32, ptr %527, align 4, !dbg !162, !tbaa !163
@@ -1818,11 +1818,11 @@ for_body_s.i:                                     ; preds = %for_end_d91.i, %for
     #dbg_value(i32 0, !168, !DIExpression(), !132)
   br label %for_begin_r.preheader.i, !dbg !132
 
-for_end_s.i:                                      ; preds = %for_end_d91.i, %if_end11.i
+for_end_s.i:                                      ; preds = %for_end_d101.i, %if_end11.i
   %531 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
   %532 = tail call i32 %531(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i), !dbg !132
   %.not.i = icmp eq i32 %532, 0, !dbg !132
-  br i1 %.not.i, label %if_end95.i, label %common.ret, !dbg !132, !prof !17
+  br i1 %.not.i, label %if_end105.i, label %common.ret, !dbg !132, !prof !17
 
 for_begin_step.preheader.i:                       ; preds = %if_end14.15.i
   %533 = tail call i32 @llvm.smin.i32(i32 %475, i32 %528), !dbg !162
@@ -1832,12 +1832,12 @@ for_begin_step.preheader.i:                       ; preds = %if_end14.15.i
   %536 = lshr i32 %535, 7, !dbg !132
   %537 = mul nsw i64 %cse_v16.i, %table_seq
   %538 = add i64 %537, %477
-    #dbg_value(<16 x float> %row_max.0202.i, !153, !DIExpression(), !132)
-    #dbg_value(<16 x float> %row_sum.0201.i, !154, !DIExpression(), !132)
+    #dbg_value(<16 x float> %row_max.0214.i, !153, !DIExpression(), !132)
+    #dbg_value(<16 x float> %row_sum.0213.i, !154, !DIExpression(), !132)
     #dbg_value(i32 0, !169, !DIExpression(), !132)
   %539 = zext nneg i32 %range_len.i to i64, !dbg !132
   %umax.i = tail call i32 @llvm.umax.i32(i32 %536, i32 1), !dbg !132
-  %wide.trip.count294.i = zext nneg i32 %umax.i to i64, !dbg !132
+  %wide.trip.count316.i = zext nneg i32 %umax.i to i64, !dbg !132
   br label %for_body_step.i, !dbg !132
 
 for_begin_r.preheader.i:                          ; preds = %if_end14.15.i, %for_body_s.i
@@ -2122,19 +2122,19 @@ if_end14.15.i:                                    ; preds = %if_then13.15.i, %if
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 128, !dbg !132
   br i1 %exitcond.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !dbg !132, !prof !171
 
-for_body_step.i:                                  ; preds = %for_end_d84.i, %for_begin_step.preheader.i
-  %indvars.iv = phi i64 [ %indvars.iv.next, %for_end_d84.i ], [ %539, %for_begin_step.preheader.i ]
-  %indvars.iv289.i = phi i64 [ %indvars.iv.next290.i, %for_end_d84.i ], [ 0, %for_begin_step.preheader.i ]
-  %row_max.1198.i = phi <16 x float> [ %m.i, %for_end_d84.i ], [ %row_max.0202.i, %for_begin_step.preheader.i ]
-  %row_sum.1197.i = phi <16 x float> [ %1116, %for_end_d84.i ], [ %row_sum.0201.i, %for_begin_step.preheader.i ]
+for_body_step.i:                                  ; preds = %for_end_d94.i, %for_begin_step.preheader.i
+  %indvars.iv = phi i64 [ %indvars.iv.next, %for_end_d94.i ], [ %539, %for_begin_step.preheader.i ]
+  %indvars.iv311.i = phi i64 [ %indvars.iv.next312.i, %for_end_d94.i ], [ 0, %for_begin_step.preheader.i ]
+  %row_max.1210.i = phi <16 x float> [ %m.i, %for_end_d94.i ], [ %row_max.0214.i, %for_begin_step.preheader.i ]
+  %row_sum.1209.i = phi <16 x float> [ %1161, %for_end_d94.i ], [ %row_sum.0213.i, %for_begin_step.preheader.i ]
   %637 = tail call i64 @llvm.smax.i64(i64 %indvars.iv, i64 1), !dbg !132
   %638 = tail call i64 @llvm.umin.i64(i64 %637, i64 128), !dbg !132
-    #dbg_value(i64 %indvars.iv289.i, !169, !DIExpression(), !132)
-    #dbg_value(<16 x float> %row_max.1198.i, !153, !DIExpression(), !132)
-    #dbg_value(<16 x float> %row_sum.1197.i, !154, !DIExpression(), !132)
+    #dbg_value(i64 %indvars.iv311.i, !169, !DIExpression(), !132)
+    #dbg_value(<16 x float> %row_max.1210.i, !153, !DIExpression(), !132)
+    #dbg_value(<16 x float> %row_sum.1209.i, !154, !DIExpression(), !132)
     #dbg_declare(ptr %scores.i, !141, !DIExpression(), !132)
     #dbg_declare(ptr %k_tile.i, !142, !DIExpression(), !132)
-  %639 = shl nsw i64 %indvars.iv289.i, 7, !dbg !132
+  %639 = shl nsw i64 %indvars.iv311.i, 7, !dbg !132
     #dbg_value(i64 %639, !172, !DIExpression(), !132)
     #dbg_value(!DIArgList(i64 %639, i32 %range_begin.i), !173, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !132)
   %640 = sub nsw i64 %539, %639, !dbg !132
@@ -2151,2521 +2151,2598 @@ for_body_step.i:                                  ; preds = %for_end_d84.i, %for
     #dbg_value(i32 %num_groups.i, !177, !DIExpression(), !132)
     #dbg_value(i32 %num_groups.i, !178, !DIExpression(), !132)
     #dbg_value(i64 %cse_v5.i, !179, !DIExpression(), !132)
-  %cse_v34.i = add i64 %538, %indvars.iv289.i, !dbg !132
-    #dbg_value(i64 %cse_v34.i, !180, !DIExpression(), !132)
+  %cse_v35.i = add i64 %538, %indvars.iv311.i, !dbg !132
+    #dbg_value(i64 %cse_v35.i, !180, !DIExpression(), !132)
     #dbg_value(i32 0, !181, !DIExpression(), !132)
   %646 = icmp sgt i32 %num_groups.i, 0, !dbg !132
-  br i1 %646, label %for_begin_ax0.preheader.lr.ph.i, label %for_end_to.thread.i, !dbg !132, !prof !156
-
-for_end_to.thread.i:                              ; preds = %for_body_step.i
-  %647 = icmp sgt i64 %640, 0, !dbg !132
-  %648 = select i1 %647, float 0xC7EFFFFFE0000000, float 0xC6293E5940000000, !dbg !132
-  %649 = insertelement <16 x float> poison, float %648, i64 0, !dbg !132
-  %650 = shufflevector <16 x float> %649, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-    #dbg_value(<16 x float> %650, !182, !DIExpression(), !132)
-    #dbg_value(<16 x float> zeroinitializer, !183, !DIExpression(), !132)
-    #dbg_value(i32 0, !181, !DIExpression(), !132)
-    #dbg_value(i32 0, !184, !DIExpression(), !132)
-  br i1 %647, label %for_body_t.lr.ph.i, label %for_begin_d_0.preheader.i, !dbg !132, !prof !156
+  br i1 %646, label %for_begin_ax0.preheader.lr.ph.i, label %for_end_to22.thread.i, !dbg !132, !prof !156
 
 for_begin_ax0.preheader.lr.ph.i:                  ; preds = %for_body_step.i
-  %651 = add nsw i32 %valid_len.i, -1
-  %652 = getelementptr inbounds i32, ptr %326, i64 %cse_v34.i
+  %647 = add nsw i32 %valid_len.i, -1
+  %648 = getelementptr inbounds i32, ptr %326, i64 %cse_v35.i
   %wide.trip.count.i = zext nneg i32 %num_groups.i to i64, !dbg !132
   br label %for_begin_ax0.preheader.i, !dbg !132
 
-for_end_step.i:                                   ; preds = %for_end_d84.i
-    #dbg_value(i64 %cse_v15.i, !185, !DIExpression(), !132)
-  %653 = add nsw i64 %indvars.iv300.i, %cse_v15.i, !dbg !132
-  %cse_v31.i = shl nsw i64 %653, 4, !dbg !132
-    #dbg_value(i64 %cse_v31.i, !186, !DIExpression(), !132)
-  %654 = getelementptr inbounds float, ptr %354, i64 %cse_v31.i, !dbg !187
-  store <16 x float> %m.i, ptr %654, align 64, !dbg !187, !tbaa !163
-  %655 = getelementptr inbounds float, ptr %371, i64 %cse_v31.i, !dbg !188
-  store <16 x float> %1116, ptr %655, align 64, !dbg !188, !tbaa !163
-  %.idx.i = shl nsw i64 %653, 13
-  %656 = getelementptr i8, ptr %391, i64 %.idx.i
+for_end_step.i:                                   ; preds = %for_end_d94.i
+    #dbg_value(i64 %cse_v15.i, !182, !DIExpression(), !132)
+  %649 = add nsw i64 %indvars.iv322.i, %cse_v15.i, !dbg !132
+  %cse_v32.i = shl nsw i64 %649, 4, !dbg !132
+    #dbg_value(i64 %cse_v32.i, !183, !DIExpression(), !132)
+  %650 = getelementptr inbounds float, ptr %354, i64 %cse_v32.i, !dbg !184
+  store <16 x float> %m.i, ptr %650, align 64, !dbg !184, !tbaa !163
+  %651 = getelementptr inbounds float, ptr %371, i64 %cse_v32.i, !dbg !185
+  store <16 x float> %1161, ptr %651, align 64, !dbg !185, !tbaa !163
+  %.idx.i = shl nsw i64 %649, 13
+  %652 = getelementptr i8, ptr %391, i64 %.idx.i
     #dbg_value(i32 0, !168, !DIExpression(), !132)
-  br label %for_body_d90.i, !dbg !132
+  br label %for_body_d100.i, !dbg !132
 
 for_begin_ax0.preheader.i:                        ; preds = %for_end_d17.i, %for_begin_ax0.preheader.lr.ph.i
-  %indvars.iv238.i = phi i64 [ 0, %for_begin_ax0.preheader.lr.ph.i ], [ %indvars.iv.next239.i, %for_end_d17.i ]
-    #dbg_value(i64 %indvars.iv238.i, !181, !DIExpression(), !132)
-  %657 = mul nuw nsw i64 %indvars.iv238.i, 12
-    #dbg_value(i32 0, !189, !DIExpression(), !132)
+  %indvars.iv250.i = phi i64 [ 0, %for_begin_ax0.preheader.lr.ph.i ], [ %indvars.iv.next251.i, %for_end_d17.i ]
+    #dbg_value(i64 %indvars.iv250.i, !181, !DIExpression(), !132)
+  %653 = mul nuw nsw i64 %indvars.iv250.i, 12
+    #dbg_value(i32 0, !186, !DIExpression(), !132)
   br label %for_body_ax0.i, !dbg !132
 
-for_end_to.i:                                     ; preds = %for_end_d17.i
-  %658 = icmp sgt i64 %640, 0, !dbg !132
-    #dbg_value(<16 x float> poison, !182, !DIExpression(), !132)
-    #dbg_value(i32 0, !181, !DIExpression(), !132)
-  %659 = select i1 %658, float 0xC7EFFFFFE0000000, float 0xC6293E5940000000, !dbg !132
-  %660 = insertelement <16 x float> poison, float %659, i64 0, !dbg !132
-  %661 = shufflevector <16 x float> %660, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-    #dbg_value(<16 x float> %661, !182, !DIExpression(), !132)
-  br label %for_begin_ti.preheader.i, !dbg !132
-
 for_body_ax0.i:                                   ; preds = %for_body_ax0.i, %for_begin_ax0.preheader.i
-  %indvars.iv228.i = phi i64 [ 0, %for_begin_ax0.preheader.i ], [ %indvars.iv.next229.i, %for_body_ax0.i ]
-    #dbg_value(i64 %indvars.iv228.i, !189, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv228.i, !190, !DIExpression(DW_OP_constu, 7, DW_OP_shl, DW_OP_stack_value), !132)
-    #dbg_value(i64 %cse_v18.i, !191, !DIExpression(), !132)
-  %662 = add nuw nsw i64 %indvars.iv228.i, %657, !dbg !132
-  %663 = trunc nuw nsw i64 %662 to i32, !dbg !132
-  %664 = tail call i32 @llvm.smin.i32(i32 %663, i32 %651), !dbg !132
-  %665 = sext i32 %664 to i64, !dbg !132
-  %cse_v35.i = mul nsw i64 %k_slot285, %665, !dbg !132
-    #dbg_value(i64 %cse_v35.i, !192, !DIExpression(), !132)
-  %666 = load i32, ptr %652, align 4, !dbg !132, !tbaa !163
-  %667 = sext i32 %666 to i64, !dbg !132
-  %668 = mul nsw i64 %k_block, %667, !dbg !132
-  %669 = getelementptr i16, ptr %309, i64 %668, !dbg !132
-  %670 = getelementptr i16, ptr %669, i64 %cse_v35.i, !dbg !132
-  %671 = getelementptr i16, ptr %670, i64 %cse_v18.i, !dbg !132
-  %672 = load <16 x i16>, ptr %671, align 2, !dbg !132, !tbaa !163
-  %673 = zext <16 x i16> %672 to <16 x i32>, !dbg !132
-  %674 = shl nuw <16 x i32> %673, splat (i32 16), !dbg !132
-  %.idx306.i = shl nuw nsw i64 %indvars.iv228.i, 9, !dbg !132
-  %675 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx306.i, !dbg !132
-  store <16 x i32> %674, ptr %675, align 4, !dbg !132, !tbaa !163
-  %676 = load i32, ptr %652, align 4, !dbg !132, !tbaa !163
-  %677 = sext i32 %676 to i64, !dbg !132
-  %678 = mul nsw i64 %k_block, %677, !dbg !132
-  %679 = getelementptr i16, ptr %309, i64 %678, !dbg !132
-  %680 = getelementptr i16, ptr %679, i64 %cse_v35.i, !dbg !132
-  %681 = getelementptr i16, ptr %680, i64 %cse_v18.i, !dbg !132
-  %682 = getelementptr i8, ptr %681, i64 32, !dbg !132
-  %683 = load <16 x i16>, ptr %682, align 2, !dbg !132, !tbaa !163
-  %684 = zext <16 x i16> %683 to <16 x i32>, !dbg !132
-  %685 = shl nuw <16 x i32> %684, splat (i32 16), !dbg !132
-  %686 = getelementptr inbounds nuw i8, ptr %675, i64 64, !dbg !132
-  store <16 x i32> %685, ptr %686, align 4, !dbg !132, !tbaa !163
-  %687 = load i32, ptr %652, align 4, !dbg !132, !tbaa !163
-  %688 = sext i32 %687 to i64, !dbg !132
-  %689 = mul nsw i64 %k_block, %688, !dbg !132
-  %690 = getelementptr i16, ptr %309, i64 %689, !dbg !132
-  %691 = getelementptr i16, ptr %690, i64 %cse_v35.i, !dbg !132
-  %692 = getelementptr i16, ptr %691, i64 %cse_v18.i, !dbg !132
-  %693 = getelementptr i8, ptr %692, i64 64, !dbg !132
-  %694 = load <16 x i16>, ptr %693, align 2, !dbg !132, !tbaa !163
-  %695 = zext <16 x i16> %694 to <16 x i32>, !dbg !132
-  %696 = shl nuw <16 x i32> %695, splat (i32 16), !dbg !132
-  %697 = getelementptr inbounds nuw i8, ptr %675, i64 128, !dbg !132
-  store <16 x i32> %696, ptr %697, align 4, !dbg !132, !tbaa !163
-  %698 = load i32, ptr %652, align 4, !dbg !132, !tbaa !163
-  %699 = sext i32 %698 to i64, !dbg !132
-  %700 = mul nsw i64 %k_block, %699, !dbg !132
-  %701 = getelementptr i16, ptr %309, i64 %700, !dbg !132
-  %702 = getelementptr i16, ptr %701, i64 %cse_v35.i, !dbg !132
-  %703 = getelementptr i16, ptr %702, i64 %cse_v18.i, !dbg !132
-  %704 = getelementptr i8, ptr %703, i64 96, !dbg !132
-  %705 = load <16 x i16>, ptr %704, align 2, !dbg !132, !tbaa !163
-  %706 = zext <16 x i16> %705 to <16 x i32>, !dbg !132
-  %707 = shl nuw <16 x i32> %706, splat (i32 16), !dbg !132
-  %708 = getelementptr inbounds nuw i8, ptr %675, i64 192, !dbg !132
-  store <16 x i32> %707, ptr %708, align 4, !dbg !132, !tbaa !163
-  %709 = load i32, ptr %652, align 4, !dbg !132, !tbaa !163
-  %710 = sext i32 %709 to i64, !dbg !132
-  %711 = mul nsw i64 %k_block, %710, !dbg !132
-  %712 = getelementptr i16, ptr %309, i64 %711, !dbg !132
-  %713 = getelementptr i16, ptr %712, i64 %cse_v35.i, !dbg !132
-  %714 = getelementptr i16, ptr %713, i64 %cse_v18.i, !dbg !132
-  %715 = getelementptr i8, ptr %714, i64 128, !dbg !132
-  %716 = load <16 x i16>, ptr %715, align 2, !dbg !132, !tbaa !163
-  %717 = zext <16 x i16> %716 to <16 x i32>, !dbg !132
-  %718 = shl nuw <16 x i32> %717, splat (i32 16), !dbg !132
-  %719 = getelementptr inbounds nuw i8, ptr %675, i64 256, !dbg !132
-  store <16 x i32> %718, ptr %719, align 4, !dbg !132, !tbaa !163
-  %720 = load i32, ptr %652, align 4, !dbg !132, !tbaa !163
-  %721 = sext i32 %720 to i64, !dbg !132
-  %722 = mul nsw i64 %k_block, %721, !dbg !132
-  %723 = getelementptr i16, ptr %309, i64 %722, !dbg !132
-  %724 = getelementptr i16, ptr %723, i64 %cse_v35.i, !dbg !132
-  %725 = getelementptr i16, ptr %724, i64 %cse_v18.i, !dbg !132
-  %726 = getelementptr i8, ptr %725, i64 160, !dbg !132
-  %727 = load <16 x i16>, ptr %726, align 2, !dbg !132, !tbaa !163
-  %728 = zext <16 x i16> %727 to <16 x i32>, !dbg !132
-  %729 = shl nuw <16 x i32> %728, splat (i32 16), !dbg !132
-  %730 = getelementptr inbounds nuw i8, ptr %675, i64 320, !dbg !132
-  store <16 x i32> %729, ptr %730, align 4, !dbg !132, !tbaa !163
-  %731 = load i32, ptr %652, align 4, !dbg !132, !tbaa !163
-  %732 = sext i32 %731 to i64, !dbg !132
-  %733 = mul nsw i64 %k_block, %732, !dbg !132
-  %734 = getelementptr i16, ptr %309, i64 %733, !dbg !132
-  %735 = getelementptr i16, ptr %734, i64 %cse_v35.i, !dbg !132
-  %736 = getelementptr i16, ptr %735, i64 %cse_v18.i, !dbg !132
-  %737 = getelementptr i8, ptr %736, i64 192, !dbg !132
-  %738 = load <16 x i16>, ptr %737, align 2, !dbg !132, !tbaa !163
-  %739 = zext <16 x i16> %738 to <16 x i32>, !dbg !132
-  %740 = shl nuw <16 x i32> %739, splat (i32 16), !dbg !132
-  %741 = getelementptr inbounds nuw i8, ptr %675, i64 384, !dbg !132
-  store <16 x i32> %740, ptr %741, align 4, !dbg !132, !tbaa !163
-  %742 = load i32, ptr %652, align 4, !dbg !132, !tbaa !163
-  %743 = sext i32 %742 to i64, !dbg !132
-  %744 = mul nsw i64 %k_block, %743, !dbg !132
-  %745 = getelementptr i16, ptr %309, i64 %744, !dbg !132
-  %746 = getelementptr i16, ptr %745, i64 %cse_v35.i, !dbg !132
-  %747 = getelementptr i16, ptr %746, i64 %cse_v18.i, !dbg !132
-  %748 = getelementptr i8, ptr %747, i64 224, !dbg !132
-  %749 = load <16 x i16>, ptr %748, align 2, !dbg !132, !tbaa !163
-  %750 = zext <16 x i16> %749 to <16 x i32>, !dbg !132
-  %751 = shl nuw <16 x i32> %750, splat (i32 16), !dbg !132
-  %752 = getelementptr inbounds nuw i8, ptr %675, i64 448, !dbg !132
-  store <16 x i32> %751, ptr %752, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next229.i = add nuw nsw i64 %indvars.iv228.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next229.i, !189, !DIExpression(), !132)
-  %exitcond232.not.i = icmp eq i64 %indvars.iv.next229.i, 12, !dbg !132
-  br i1 %exitcond232.not.i, label %for_body_d16.i, label %for_body_ax0.i, !dbg !132, !prof !171
+  %indvars.iv240.i = phi i64 [ 0, %for_begin_ax0.preheader.i ], [ %indvars.iv.next241.i, %for_body_ax0.i ]
+    #dbg_value(i64 %indvars.iv240.i, !186, !DIExpression(), !132)
+    #dbg_value(i64 %indvars.iv240.i, !187, !DIExpression(DW_OP_constu, 7, DW_OP_shl, DW_OP_stack_value), !132)
+    #dbg_value(i64 %cse_v18.i, !188, !DIExpression(), !132)
+  %654 = add nuw nsw i64 %indvars.iv240.i, %653, !dbg !132
+  %655 = trunc nuw nsw i64 %654 to i32, !dbg !132
+  %656 = tail call i32 @llvm.smin.i32(i32 %655, i32 %647), !dbg !132
+  %657 = sext i32 %656 to i64, !dbg !132
+  %cse_v36.i = mul nsw i64 %k_slot285, %657, !dbg !132
+    #dbg_value(i64 %cse_v36.i, !189, !DIExpression(), !132)
+  %658 = load i32, ptr %648, align 4, !dbg !132, !tbaa !163
+  %659 = sext i32 %658 to i64, !dbg !132
+  %660 = mul nsw i64 %k_block, %659, !dbg !132
+  %661 = getelementptr i16, ptr %309, i64 %660, !dbg !132
+  %662 = getelementptr i16, ptr %661, i64 %cse_v36.i, !dbg !132
+  %663 = getelementptr i16, ptr %662, i64 %cse_v18.i, !dbg !132
+  %664 = load <16 x i16>, ptr %663, align 2, !dbg !132, !tbaa !163
+  %665 = zext <16 x i16> %664 to <16 x i32>, !dbg !132
+  %666 = shl nuw <16 x i32> %665, splat (i32 16), !dbg !132
+  %.idx328.i = shl nuw nsw i64 %indvars.iv240.i, 9, !dbg !132
+  %667 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx328.i, !dbg !132
+  store <16 x i32> %666, ptr %667, align 4, !dbg !132, !tbaa !163
+  %668 = load i32, ptr %648, align 4, !dbg !132, !tbaa !163
+  %669 = sext i32 %668 to i64, !dbg !132
+  %670 = mul nsw i64 %k_block, %669, !dbg !132
+  %671 = getelementptr i16, ptr %309, i64 %670, !dbg !132
+  %672 = getelementptr i16, ptr %671, i64 %cse_v36.i, !dbg !132
+  %673 = getelementptr i16, ptr %672, i64 %cse_v18.i, !dbg !132
+  %674 = getelementptr i8, ptr %673, i64 32, !dbg !132
+  %675 = load <16 x i16>, ptr %674, align 2, !dbg !132, !tbaa !163
+  %676 = zext <16 x i16> %675 to <16 x i32>, !dbg !132
+  %677 = shl nuw <16 x i32> %676, splat (i32 16), !dbg !132
+  %678 = getelementptr inbounds nuw i8, ptr %667, i64 64, !dbg !132
+  store <16 x i32> %677, ptr %678, align 4, !dbg !132, !tbaa !163
+  %679 = load i32, ptr %648, align 4, !dbg !132, !tbaa !163
+  %680 = sext i32 %679 to i64, !dbg !132
+  %681 = mul nsw i64 %k_block, %680, !dbg !132
+  %682 = getelementptr i16, ptr %309, i64 %681, !dbg !132
+  %683 = getelementptr i16, ptr %682, i64 %cse_v36.i, !dbg !132
+  %684 = getelementptr i16, ptr %683, i64 %cse_v18.i, !dbg !132
+  %685 = getelementptr i8, ptr %684, i64 64, !dbg !132
+  %686 = load <16 x i16>, ptr %685, align 2, !dbg !132, !tbaa !163
+  %687 = zext <16 x i16> %686 to <16 x i32>, !dbg !132
+  %688 = shl nuw <16 x i32> %687, splat (i32 16), !dbg !132
+  %689 = getelementptr inbounds nuw i8, ptr %667, i64 128, !dbg !132
+  store <16 x i32> %688, ptr %689, align 4, !dbg !132, !tbaa !163
+  %690 = load i32, ptr %648, align 4, !dbg !132, !tbaa !163
+  %691 = sext i32 %690 to i64, !dbg !132
+  %692 = mul nsw i64 %k_block, %691, !dbg !132
+  %693 = getelementptr i16, ptr %309, i64 %692, !dbg !132
+  %694 = getelementptr i16, ptr %693, i64 %cse_v36.i, !dbg !132
+  %695 = getelementptr i16, ptr %694, i64 %cse_v18.i, !dbg !132
+  %696 = getelementptr i8, ptr %695, i64 96, !dbg !132
+  %697 = load <16 x i16>, ptr %696, align 2, !dbg !132, !tbaa !163
+  %698 = zext <16 x i16> %697 to <16 x i32>, !dbg !132
+  %699 = shl nuw <16 x i32> %698, splat (i32 16), !dbg !132
+  %700 = getelementptr inbounds nuw i8, ptr %667, i64 192, !dbg !132
+  store <16 x i32> %699, ptr %700, align 4, !dbg !132, !tbaa !163
+  %701 = load i32, ptr %648, align 4, !dbg !132, !tbaa !163
+  %702 = sext i32 %701 to i64, !dbg !132
+  %703 = mul nsw i64 %k_block, %702, !dbg !132
+  %704 = getelementptr i16, ptr %309, i64 %703, !dbg !132
+  %705 = getelementptr i16, ptr %704, i64 %cse_v36.i, !dbg !132
+  %706 = getelementptr i16, ptr %705, i64 %cse_v18.i, !dbg !132
+  %707 = getelementptr i8, ptr %706, i64 128, !dbg !132
+  %708 = load <16 x i16>, ptr %707, align 2, !dbg !132, !tbaa !163
+  %709 = zext <16 x i16> %708 to <16 x i32>, !dbg !132
+  %710 = shl nuw <16 x i32> %709, splat (i32 16), !dbg !132
+  %711 = getelementptr inbounds nuw i8, ptr %667, i64 256, !dbg !132
+  store <16 x i32> %710, ptr %711, align 4, !dbg !132, !tbaa !163
+  %712 = load i32, ptr %648, align 4, !dbg !132, !tbaa !163
+  %713 = sext i32 %712 to i64, !dbg !132
+  %714 = mul nsw i64 %k_block, %713, !dbg !132
+  %715 = getelementptr i16, ptr %309, i64 %714, !dbg !132
+  %716 = getelementptr i16, ptr %715, i64 %cse_v36.i, !dbg !132
+  %717 = getelementptr i16, ptr %716, i64 %cse_v18.i, !dbg !132
+  %718 = getelementptr i8, ptr %717, i64 160, !dbg !132
+  %719 = load <16 x i16>, ptr %718, align 2, !dbg !132, !tbaa !163
+  %720 = zext <16 x i16> %719 to <16 x i32>, !dbg !132
+  %721 = shl nuw <16 x i32> %720, splat (i32 16), !dbg !132
+  %722 = getelementptr inbounds nuw i8, ptr %667, i64 320, !dbg !132
+  store <16 x i32> %721, ptr %722, align 4, !dbg !132, !tbaa !163
+  %723 = load i32, ptr %648, align 4, !dbg !132, !tbaa !163
+  %724 = sext i32 %723 to i64, !dbg !132
+  %725 = mul nsw i64 %k_block, %724, !dbg !132
+  %726 = getelementptr i16, ptr %309, i64 %725, !dbg !132
+  %727 = getelementptr i16, ptr %726, i64 %cse_v36.i, !dbg !132
+  %728 = getelementptr i16, ptr %727, i64 %cse_v18.i, !dbg !132
+  %729 = getelementptr i8, ptr %728, i64 192, !dbg !132
+  %730 = load <16 x i16>, ptr %729, align 2, !dbg !132, !tbaa !163
+  %731 = zext <16 x i16> %730 to <16 x i32>, !dbg !132
+  %732 = shl nuw <16 x i32> %731, splat (i32 16), !dbg !132
+  %733 = getelementptr inbounds nuw i8, ptr %667, i64 384, !dbg !132
+  store <16 x i32> %732, ptr %733, align 4, !dbg !132, !tbaa !163
+  %734 = load i32, ptr %648, align 4, !dbg !132, !tbaa !163
+  %735 = sext i32 %734 to i64, !dbg !132
+  %736 = mul nsw i64 %k_block, %735, !dbg !132
+  %737 = getelementptr i16, ptr %309, i64 %736, !dbg !132
+  %738 = getelementptr i16, ptr %737, i64 %cse_v36.i, !dbg !132
+  %739 = getelementptr i16, ptr %738, i64 %cse_v18.i, !dbg !132
+  %740 = getelementptr i8, ptr %739, i64 224, !dbg !132
+  %741 = load <16 x i16>, ptr %740, align 2, !dbg !132, !tbaa !163
+  %742 = zext <16 x i16> %741 to <16 x i32>, !dbg !132
+  %743 = shl nuw <16 x i32> %742, splat (i32 16), !dbg !132
+  %744 = getelementptr inbounds nuw i8, ptr %667, i64 448, !dbg !132
+  store <16 x i32> %743, ptr %744, align 4, !dbg !132, !tbaa !163
+  %indvars.iv.next241.i = add nuw nsw i64 %indvars.iv240.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next241.i, !186, !DIExpression(), !132)
+  %exitcond244.not.i = icmp eq i64 %indvars.iv.next241.i, 12, !dbg !132
+  br i1 %exitcond244.not.i, label %for_body_d16.i, label %for_body_ax0.i, !dbg !132, !prof !171
 
 for_body_d16.i:                                   ; preds = %for_body_ax0.i, %for_body_d16.i
-  %indvars.iv233.i = phi i64 [ %indvars.iv.next234.i, %for_body_d16.i ], [ 0, %for_body_ax0.i ]
-  %scores_global118.sroa.0.0163.i = phi <16 x float> [ %759, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.12.0162.i = phi <16 x float> [ %764, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.16.0161.i = phi <16 x float> [ %769, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.20.0160.i = phi <16 x float> [ %774, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.24.0159.i = phi <16 x float> [ %779, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.28.0158.i = phi <16 x float> [ %784, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.32.0157.i = phi <16 x float> [ %789, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.36.0156.i = phi <16 x float> [ %794, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.40.0155.i = phi <16 x float> [ %799, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.44.0154.i = phi <16 x float> [ %804, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.48.0153.i = phi <16 x float> [ %809, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.52.0152.i = phi <16 x float> [ %814, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-    #dbg_value(i64 %indvars.iv233.i, !168, !DIExpression(), !132)
-    #dbg_value(<16 x float> %scores_global118.sroa.0.0163.i, !182, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv233.i, !193, !DIExpression(DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !132)
-  %.idx307.i = shl nuw nsw i64 %indvars.iv233.i, 6, !dbg !132
-  %753 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx307.i, !dbg !132
-  %754 = load <16 x float>, ptr %753, align 4, !dbg !132, !tbaa !163
-  %755 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %indvars.iv233.i, !dbg !132
-  %756 = load float, ptr %755, align 4, !dbg !132, !tbaa !163
-  %757 = insertelement <16 x float> poison, float %756, i64 0, !dbg !132
-  %758 = shufflevector <16 x float> %757, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %754, <16 x float> %758, <16 x float> %scores_global118.sroa.0.0163.i), !dbg !132
-    #dbg_value(<16 x float> %759, !182, !DIExpression(), !132)
-  %760 = getelementptr inbounds nuw i8, ptr %755, i64 512, !dbg !132
-  %761 = load float, ptr %760, align 4, !dbg !132, !tbaa !163
-  %762 = insertelement <16 x float> poison, float %761, i64 0, !dbg !132
-  %763 = shufflevector <16 x float> %762, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %764 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %754, <16 x float> %763, <16 x float> %scores_global118.sroa.12.0162.i), !dbg !132
-  %765 = getelementptr inbounds nuw i8, ptr %755, i64 1024, !dbg !132
-  %766 = load float, ptr %765, align 4, !dbg !132, !tbaa !163
-  %767 = insertelement <16 x float> poison, float %766, i64 0, !dbg !132
-  %768 = shufflevector <16 x float> %767, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %754, <16 x float> %768, <16 x float> %scores_global118.sroa.16.0161.i), !dbg !132
-  %770 = getelementptr inbounds nuw i8, ptr %755, i64 1536, !dbg !132
-  %771 = load float, ptr %770, align 4, !dbg !132, !tbaa !163
-  %772 = insertelement <16 x float> poison, float %771, i64 0, !dbg !132
-  %773 = shufflevector <16 x float> %772, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %754, <16 x float> %773, <16 x float> %scores_global118.sroa.20.0160.i), !dbg !132
-  %775 = getelementptr inbounds nuw i8, ptr %755, i64 2048, !dbg !132
-  %776 = load float, ptr %775, align 4, !dbg !132, !tbaa !163
-  %777 = insertelement <16 x float> poison, float %776, i64 0, !dbg !132
-  %778 = shufflevector <16 x float> %777, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %779 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %754, <16 x float> %778, <16 x float> %scores_global118.sroa.24.0159.i), !dbg !132
-  %780 = getelementptr inbounds nuw i8, ptr %755, i64 2560, !dbg !132
-  %781 = load float, ptr %780, align 4, !dbg !132, !tbaa !163
-  %782 = insertelement <16 x float> poison, float %781, i64 0, !dbg !132
-  %783 = shufflevector <16 x float> %782, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %754, <16 x float> %783, <16 x float> %scores_global118.sroa.28.0158.i), !dbg !132
-  %785 = getelementptr inbounds nuw i8, ptr %755, i64 3072, !dbg !132
-  %786 = load float, ptr %785, align 4, !dbg !132, !tbaa !163
-  %787 = insertelement <16 x float> poison, float %786, i64 0, !dbg !132
-  %788 = shufflevector <16 x float> %787, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %754, <16 x float> %788, <16 x float> %scores_global118.sroa.32.0157.i), !dbg !132
-  %790 = getelementptr inbounds nuw i8, ptr %755, i64 3584, !dbg !132
-  %791 = load float, ptr %790, align 4, !dbg !132, !tbaa !163
-  %792 = insertelement <16 x float> poison, float %791, i64 0, !dbg !132
-  %793 = shufflevector <16 x float> %792, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %754, <16 x float> %793, <16 x float> %scores_global118.sroa.36.0156.i), !dbg !132
-  %795 = getelementptr inbounds nuw i8, ptr %755, i64 4096, !dbg !132
-  %796 = load float, ptr %795, align 4, !dbg !132, !tbaa !163
-  %797 = insertelement <16 x float> poison, float %796, i64 0, !dbg !132
-  %798 = shufflevector <16 x float> %797, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %754, <16 x float> %798, <16 x float> %scores_global118.sroa.40.0155.i), !dbg !132
-  %800 = getelementptr inbounds nuw i8, ptr %755, i64 4608, !dbg !132
-  %801 = load float, ptr %800, align 4, !dbg !132, !tbaa !163
-  %802 = insertelement <16 x float> poison, float %801, i64 0, !dbg !132
-  %803 = shufflevector <16 x float> %802, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %754, <16 x float> %803, <16 x float> %scores_global118.sroa.44.0154.i), !dbg !132
-  %805 = getelementptr inbounds nuw i8, ptr %755, i64 5120, !dbg !132
-  %806 = load float, ptr %805, align 4, !dbg !132, !tbaa !163
-  %807 = insertelement <16 x float> poison, float %806, i64 0, !dbg !132
-  %808 = shufflevector <16 x float> %807, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %809 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %754, <16 x float> %808, <16 x float> %scores_global118.sroa.48.0153.i), !dbg !132
-  %810 = getelementptr inbounds nuw i8, ptr %755, i64 5632, !dbg !132
-  %811 = load float, ptr %810, align 4, !dbg !132, !tbaa !163
-  %812 = insertelement <16 x float> poison, float %811, i64 0, !dbg !132
-  %813 = shufflevector <16 x float> %812, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %814 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %754, <16 x float> %813, <16 x float> %scores_global118.sroa.52.0152.i), !dbg !132
-  %indvars.iv.next234.i = add nuw nsw i64 %indvars.iv233.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next234.i, !168, !DIExpression(), !132)
-  %exitcond237.not.i = icmp eq i64 %indvars.iv.next234.i, 128, !dbg !132
-  br i1 %exitcond237.not.i, label %for_end_d17.i, label %for_body_d16.i, !dbg !132, !prof !171
+  %indvars.iv245.i = phi i64 [ %indvars.iv.next246.i, %for_body_d16.i ], [ 0, %for_body_ax0.i ]
+  %scores_global128.sroa.0.0173.i = phi <16 x float> [ %751, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.12.0172.i = phi <16 x float> [ %756, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.16.0171.i = phi <16 x float> [ %761, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.20.0170.i = phi <16 x float> [ %766, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.24.0169.i = phi <16 x float> [ %771, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.28.0168.i = phi <16 x float> [ %776, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.32.0167.i = phi <16 x float> [ %781, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.36.0166.i = phi <16 x float> [ %786, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.40.0165.i = phi <16 x float> [ %791, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.44.0164.i = phi <16 x float> [ %796, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.48.0163.i = phi <16 x float> [ %801, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.52.0162.i = phi <16 x float> [ %806, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+    #dbg_value(i64 %indvars.iv245.i, !168, !DIExpression(), !132)
+    #dbg_value(<16 x float> %scores_global128.sroa.0.0173.i, !190, !DIExpression(), !132)
+    #dbg_value(i64 %indvars.iv245.i, !191, !DIExpression(DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !132)
+  %.idx329.i = shl nuw nsw i64 %indvars.iv245.i, 6, !dbg !132
+  %745 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx329.i, !dbg !132
+  %746 = load <16 x float>, ptr %745, align 4, !dbg !132, !tbaa !163
+  %747 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %indvars.iv245.i, !dbg !132
+  %748 = load float, ptr %747, align 4, !dbg !132, !tbaa !163
+  %749 = insertelement <16 x float> poison, float %748, i64 0, !dbg !132
+  %750 = shufflevector <16 x float> %749, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %751 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %750, <16 x float> %scores_global128.sroa.0.0173.i), !dbg !132
+    #dbg_value(<16 x float> %751, !190, !DIExpression(), !132)
+  %752 = getelementptr inbounds nuw i8, ptr %747, i64 512, !dbg !132
+  %753 = load float, ptr %752, align 4, !dbg !132, !tbaa !163
+  %754 = insertelement <16 x float> poison, float %753, i64 0, !dbg !132
+  %755 = shufflevector <16 x float> %754, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %756 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %755, <16 x float> %scores_global128.sroa.12.0172.i), !dbg !132
+  %757 = getelementptr inbounds nuw i8, ptr %747, i64 1024, !dbg !132
+  %758 = load float, ptr %757, align 4, !dbg !132, !tbaa !163
+  %759 = insertelement <16 x float> poison, float %758, i64 0, !dbg !132
+  %760 = shufflevector <16 x float> %759, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %761 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %760, <16 x float> %scores_global128.sroa.16.0171.i), !dbg !132
+  %762 = getelementptr inbounds nuw i8, ptr %747, i64 1536, !dbg !132
+  %763 = load float, ptr %762, align 4, !dbg !132, !tbaa !163
+  %764 = insertelement <16 x float> poison, float %763, i64 0, !dbg !132
+  %765 = shufflevector <16 x float> %764, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %766 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %765, <16 x float> %scores_global128.sroa.20.0170.i), !dbg !132
+  %767 = getelementptr inbounds nuw i8, ptr %747, i64 2048, !dbg !132
+  %768 = load float, ptr %767, align 4, !dbg !132, !tbaa !163
+  %769 = insertelement <16 x float> poison, float %768, i64 0, !dbg !132
+  %770 = shufflevector <16 x float> %769, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %771 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %770, <16 x float> %scores_global128.sroa.24.0169.i), !dbg !132
+  %772 = getelementptr inbounds nuw i8, ptr %747, i64 2560, !dbg !132
+  %773 = load float, ptr %772, align 4, !dbg !132, !tbaa !163
+  %774 = insertelement <16 x float> poison, float %773, i64 0, !dbg !132
+  %775 = shufflevector <16 x float> %774, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %775, <16 x float> %scores_global128.sroa.28.0168.i), !dbg !132
+  %777 = getelementptr inbounds nuw i8, ptr %747, i64 3072, !dbg !132
+  %778 = load float, ptr %777, align 4, !dbg !132, !tbaa !163
+  %779 = insertelement <16 x float> poison, float %778, i64 0, !dbg !132
+  %780 = shufflevector <16 x float> %779, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %781 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %780, <16 x float> %scores_global128.sroa.32.0167.i), !dbg !132
+  %782 = getelementptr inbounds nuw i8, ptr %747, i64 3584, !dbg !132
+  %783 = load float, ptr %782, align 4, !dbg !132, !tbaa !163
+  %784 = insertelement <16 x float> poison, float %783, i64 0, !dbg !132
+  %785 = shufflevector <16 x float> %784, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %786 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %785, <16 x float> %scores_global128.sroa.36.0166.i), !dbg !132
+  %787 = getelementptr inbounds nuw i8, ptr %747, i64 4096, !dbg !132
+  %788 = load float, ptr %787, align 4, !dbg !132, !tbaa !163
+  %789 = insertelement <16 x float> poison, float %788, i64 0, !dbg !132
+  %790 = shufflevector <16 x float> %789, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %790, <16 x float> %scores_global128.sroa.40.0165.i), !dbg !132
+  %792 = getelementptr inbounds nuw i8, ptr %747, i64 4608, !dbg !132
+  %793 = load float, ptr %792, align 4, !dbg !132, !tbaa !163
+  %794 = insertelement <16 x float> poison, float %793, i64 0, !dbg !132
+  %795 = shufflevector <16 x float> %794, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %796 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %795, <16 x float> %scores_global128.sroa.44.0164.i), !dbg !132
+  %797 = getelementptr inbounds nuw i8, ptr %747, i64 5120, !dbg !132
+  %798 = load float, ptr %797, align 4, !dbg !132, !tbaa !163
+  %799 = insertelement <16 x float> poison, float %798, i64 0, !dbg !132
+  %800 = shufflevector <16 x float> %799, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %800, <16 x float> %scores_global128.sroa.48.0163.i), !dbg !132
+  %802 = getelementptr inbounds nuw i8, ptr %747, i64 5632, !dbg !132
+  %803 = load float, ptr %802, align 4, !dbg !132, !tbaa !163
+  %804 = insertelement <16 x float> poison, float %803, i64 0, !dbg !132
+  %805 = shufflevector <16 x float> %804, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %805, <16 x float> %scores_global128.sroa.52.0162.i), !dbg !132
+  %indvars.iv.next246.i = add nuw nsw i64 %indvars.iv245.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next246.i, !168, !DIExpression(), !132)
+  %exitcond249.not.i = icmp eq i64 %indvars.iv.next246.i, 128, !dbg !132
+  br i1 %exitcond249.not.i, label %for_end_d17.i, label %for_body_d16.i, !dbg !132, !prof !171
 
 for_end_d17.i:                                    ; preds = %for_body_d16.i
-    #dbg_value(i64 %indvars.iv238.i, !194, !DIExpression(DW_OP_constu, 192, DW_OP_mul, DW_OP_stack_value), !132)
-  %.idx308.i = mul nuw nsw i64 %indvars.iv238.i, 768, !dbg !132
-  %815 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx308.i, !dbg !132
-  store <16 x float> %759, ptr %815, align 4, !dbg !132, !tbaa !163
-  %816 = getelementptr inbounds nuw i8, ptr %815, i64 64, !dbg !132
-  store <16 x float> %764, ptr %816, align 4, !dbg !132, !tbaa !163
-  %817 = getelementptr inbounds nuw i8, ptr %815, i64 128, !dbg !132
-  store <16 x float> %769, ptr %817, align 4, !dbg !132, !tbaa !163
-  %818 = getelementptr inbounds nuw i8, ptr %815, i64 192, !dbg !132
-  store <16 x float> %774, ptr %818, align 4, !dbg !132, !tbaa !163
-  %819 = getelementptr inbounds nuw i8, ptr %815, i64 256, !dbg !132
-  store <16 x float> %779, ptr %819, align 4, !dbg !132, !tbaa !163
-  %820 = getelementptr inbounds nuw i8, ptr %815, i64 320, !dbg !132
-  store <16 x float> %784, ptr %820, align 4, !dbg !132, !tbaa !163
-  %821 = getelementptr inbounds nuw i8, ptr %815, i64 384, !dbg !132
-  store <16 x float> %789, ptr %821, align 4, !dbg !132, !tbaa !163
-  %822 = getelementptr inbounds nuw i8, ptr %815, i64 448, !dbg !132
-  store <16 x float> %794, ptr %822, align 4, !dbg !132, !tbaa !163
-  %823 = getelementptr inbounds nuw i8, ptr %815, i64 512, !dbg !132
-  store <16 x float> %799, ptr %823, align 4, !dbg !132, !tbaa !163
-  %824 = getelementptr inbounds nuw i8, ptr %815, i64 576, !dbg !132
-  store <16 x float> %804, ptr %824, align 4, !dbg !132, !tbaa !163
-  %825 = getelementptr inbounds nuw i8, ptr %815, i64 640, !dbg !132
-  store <16 x float> %809, ptr %825, align 4, !dbg !132, !tbaa !163
-  %826 = getelementptr inbounds nuw i8, ptr %815, i64 704, !dbg !132
-  store <16 x float> %814, ptr %826, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next239.i = add nuw nsw i64 %indvars.iv238.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next239.i, !181, !DIExpression(), !132)
-  %exitcond242.not.i = icmp eq i64 %indvars.iv.next239.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond242.not.i, label %for_end_to.i, label %for_begin_ax0.preheader.i, !dbg !132, !prof !195
+    #dbg_value(i64 %indvars.iv250.i, !192, !DIExpression(DW_OP_constu, 192, DW_OP_mul, DW_OP_stack_value), !132)
+  %.idx330.i = mul nuw nsw i64 %indvars.iv250.i, 768, !dbg !132
+  %807 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx330.i, !dbg !132
+  store <16 x float> %751, ptr %807, align 4, !dbg !132, !tbaa !163
+  %808 = getelementptr inbounds nuw i8, ptr %807, i64 64, !dbg !132
+  store <16 x float> %756, ptr %808, align 4, !dbg !132, !tbaa !163
+  %809 = getelementptr inbounds nuw i8, ptr %807, i64 128, !dbg !132
+  store <16 x float> %761, ptr %809, align 4, !dbg !132, !tbaa !163
+  %810 = getelementptr inbounds nuw i8, ptr %807, i64 192, !dbg !132
+  store <16 x float> %766, ptr %810, align 4, !dbg !132, !tbaa !163
+  %811 = getelementptr inbounds nuw i8, ptr %807, i64 256, !dbg !132
+  store <16 x float> %771, ptr %811, align 4, !dbg !132, !tbaa !163
+  %812 = getelementptr inbounds nuw i8, ptr %807, i64 320, !dbg !132
+  store <16 x float> %776, ptr %812, align 4, !dbg !132, !tbaa !163
+  %813 = getelementptr inbounds nuw i8, ptr %807, i64 384, !dbg !132
+  store <16 x float> %781, ptr %813, align 4, !dbg !132, !tbaa !163
+  %814 = getelementptr inbounds nuw i8, ptr %807, i64 448, !dbg !132
+  store <16 x float> %786, ptr %814, align 4, !dbg !132, !tbaa !163
+  %815 = getelementptr inbounds nuw i8, ptr %807, i64 512, !dbg !132
+  store <16 x float> %791, ptr %815, align 4, !dbg !132, !tbaa !163
+  %816 = getelementptr inbounds nuw i8, ptr %807, i64 576, !dbg !132
+  store <16 x float> %796, ptr %816, align 4, !dbg !132, !tbaa !163
+  %817 = getelementptr inbounds nuw i8, ptr %807, i64 640, !dbg !132
+  store <16 x float> %801, ptr %817, align 4, !dbg !132, !tbaa !163
+  %818 = getelementptr inbounds nuw i8, ptr %807, i64 704, !dbg !132
+  store <16 x float> %806, ptr %818, align 4, !dbg !132, !tbaa !163
+  %indvars.iv.next251.i = add nuw nsw i64 %indvars.iv250.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next251.i, !181, !DIExpression(), !132)
+  %exitcond254.not.i = icmp eq i64 %indvars.iv.next251.i, %wide.trip.count.i, !dbg !132
+  br i1 %exitcond254.not.i, label %for_begin_ti.preheader.i, label %for_begin_ax0.preheader.i, !dbg !132, !prof !193
 
-for_begin_ti.preheader.i:                         ; preds = %for_end_ti.i, %for_end_to.i
-  %indvars.iv247.i = phi i64 [ 0, %for_end_to.i ], [ %indvars.iv.next248.i, %for_end_ti.i ]
-  %scores_global118.sroa.0.1168.i = phi <16 x float> [ %661, %for_end_to.i ], [ %843, %for_end_ti.i ]
-  %indvars249.i = trunc i64 %indvars.iv247.i to i32
-    #dbg_value(i64 %indvars.iv247.i, !181, !DIExpression(), !132)
-    #dbg_value(<16 x float> %scores_global118.sroa.0.1168.i, !182, !DIExpression(), !132)
-  %827 = mul nuw nsw i32 %indvars249.i, 3
-  %828 = mul nuw nsw i64 %indvars.iv247.i, 12
-    #dbg_value(i32 0, !196, !DIExpression(), !132)
-  %.idx310.i = mul nuw nsw i64 %indvars.iv247.i, 768
-  %invariant.gep349.i = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx310.i, !dbg !132
+for_begin_ti.preheader.i:                         ; preds = %for_end_d17.i, %for_end_ti.i
+  %indvars.iv260.i = phi i64 [ %indvars.iv.next261.i, %for_end_ti.i ], [ 0, %for_end_d17.i ]
+  %indvars262.i = trunc i64 %indvars.iv260.i to i32
+    #dbg_value(i64 %indvars.iv260.i, !181, !DIExpression(), !132)
+  %819 = mul nuw nsw i32 %indvars262.i, 3
+  %820 = mul nuw nsw i64 %indvars.iv260.i, 12
+    #dbg_value(i32 0, !194, !DIExpression(), !132)
+  %.idx332.i = mul nuw nsw i64 %indvars.iv260.i, 768
+  %invariant.gep370.i = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx332.i, !dbg !132
   br label %for_body_ti.i, !dbg !132
 
+for_end_to22.thread.i:                            ; preds = %for_body_step.i
+  %821 = icmp sgt i64 %640, 0, !dbg !132
+  %822 = select i1 %821, float 0xFFF0000000000000, float 0xC6293E5940000000, !dbg !132
+  %823 = insertelement <16 x float> poison, float %822, i64 0, !dbg !132
+  %824 = shufflevector <16 x float> %823, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+    #dbg_value(<16 x float> %824, !190, !DIExpression(), !132)
+    #dbg_value(<16 x float> zeroinitializer, !195, !DIExpression(), !132)
+    #dbg_value(i32 0, !181, !DIExpression(), !132)
+    #dbg_value(i32 0, !196, !DIExpression(), !132)
+  br i1 %821, label %for_body_t.lr.ph.i, label %for_begin_d_0.preheader.i, !dbg !132, !prof !156
+
+for_end_to22.i:                                   ; preds = %for_end_ti.i
+  %825 = icmp sgt i64 %640, 0, !dbg !132
+    #dbg_value(<16 x float> poison, !190, !DIExpression(), !132)
+    #dbg_value(i32 0, !181, !DIExpression(), !132)
+  %826 = select i1 %825, float 0xFFF0000000000000, float 0xC6293E5940000000, !dbg !132
+  %827 = insertelement <16 x float> poison, float %826, i64 0, !dbg !132
+  %828 = shufflevector <16 x float> %827, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+    #dbg_value(<16 x float> %828, !190, !DIExpression(), !132)
+  br label %for_begin_ti30.preheader.i, !dbg !132
+
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_begin_ti.preheader.i
-  %indvars.iv243.i = phi i64 [ 0, %for_begin_ti.preheader.i ], [ %indvars.iv.next244.i, %for_body_ti.i ]
-  %scores_global118.sroa.0.2166.i = phi <16 x float> [ %scores_global118.sroa.0.1168.i, %for_begin_ti.preheader.i ], [ %843, %for_body_ti.i ]
-    #dbg_value(i64 %indvars.iv243.i, !196, !DIExpression(), !132)
-    #dbg_value(<16 x float> %scores_global118.sroa.0.2166.i, !182, !DIExpression(), !132)
-  %.idx309.i = shl nuw nsw i64 %indvars.iv243.i, 6, !dbg !132
-  %gep350.i = getelementptr inbounds nuw i8, ptr %invariant.gep349.i, i64 %.idx309.i, !dbg !132
-  %829 = load <16 x float>, ptr %gep350.i, align 4, !dbg !132, !tbaa !163
+  %indvars.iv255.i = phi i64 [ 0, %for_begin_ti.preheader.i ], [ %indvars.iv.next256.i, %for_body_ti.i ]
+    #dbg_value(i64 %indvars.iv255.i, !194, !DIExpression(), !132)
+    #dbg_value(!DIArgList(i64 %indvars.iv255.i, i64 %indvars.iv260.i), !197, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_constu, 4, DW_OP_shl, DW_OP_LLVM_arg, 1, DW_OP_constu, 192, DW_OP_mul, DW_OP_plus, DW_OP_stack_value), !132)
+  %.idx331.i = shl nuw nsw i64 %indvars.iv255.i, 6, !dbg !132
+  %gep371.i = getelementptr inbounds nuw i8, ptr %invariant.gep370.i, i64 %.idx331.i, !dbg !132
+  %829 = load <16 x float>, ptr %gep371.i, align 4, !dbg !132, !tbaa !163
   %830 = fmul <16 x float> %479, %829, !dbg !132
-  %831 = trunc nuw nsw i64 %indvars.iv243.i to i32, !dbg !132
+  %831 = trunc nuw nsw i64 %indvars.iv255.i to i32, !dbg !132
   %832 = lshr i32 %831, 2, !dbg !132
-  %833 = add nuw nsw i32 %832, %827, !dbg !132
+  %833 = add nuw nsw i32 %832, %819, !dbg !132
   %834 = icmp samesign ult i32 %833, 32, !dbg !132
-  %835 = add nuw nsw i64 %indvars.iv243.i, %828, !dbg !132
+  %835 = add nuw nsw i64 %indvars.iv255.i, %820, !dbg !132
   %sext.i = shl i64 %835, 32, !dbg !132
   %836 = ashr exact i64 %sext.i, 32, !dbg !132
   %837 = icmp slt i64 %836, %640, !dbg !132
   %838 = and i1 %837, %834, !dbg !132
   %839 = insertelement <16 x i1> poison, i1 %838, i64 0, !dbg !132
   %840 = shufflevector <16 x i1> %839, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !132
-  %841 = select <16 x i1> %840, <16 x float> %830, <16 x float> splat (float 0xC7EFFFFFE0000000), !dbg !132
-  %842 = fcmp ogt <16 x float> %scores_global118.sroa.0.2166.i, %841, !dbg !132
-  %843 = select <16 x i1> %842, <16 x float> %scores_global118.sroa.0.2166.i, <16 x float> %841, !dbg !132
-    #dbg_value(<16 x float> %843, !182, !DIExpression(), !132)
-  %indvars.iv.next244.i = add nuw nsw i64 %indvars.iv243.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next244.i, !196, !DIExpression(), !132)
-  %exitcond246.not.i = icmp eq i64 %indvars.iv.next244.i, 12, !dbg !132
-  br i1 %exitcond246.not.i, label %for_end_ti.i, label %for_body_ti.i, !dbg !132, !prof !171
+  %841 = select <16 x i1> %840, <16 x float> %830, <16 x float> splat (float 0xFFF0000000000000), !dbg !132
+  store <16 x float> %841, ptr %gep371.i, align 4, !dbg !132, !tbaa !163
+  %indvars.iv.next256.i = add nuw nsw i64 %indvars.iv255.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next256.i, !194, !DIExpression(), !132)
+  %exitcond259.not.i = icmp eq i64 %indvars.iv.next256.i, 12, !dbg !132
+  br i1 %exitcond259.not.i, label %for_end_ti.i, label %for_body_ti.i, !dbg !132, !prof !171
 
 for_end_ti.i:                                     ; preds = %for_body_ti.i
-  %indvars.iv.next248.i = add nuw nsw i64 %indvars.iv247.i, 1, !dbg !132
-    #dbg_value(<16 x float> %843, !182, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv.next248.i, !181, !DIExpression(), !132)
-  %exitcond251.not.i = icmp eq i64 %indvars.iv.next248.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond251.not.i, label %for_begin_ti30.preheader.i, label %for_begin_ti.preheader.i, !dbg !132, !prof !195
+  %indvars.iv.next261.i = add nuw nsw i64 %indvars.iv260.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next261.i, !181, !DIExpression(), !132)
+  %exitcond264.not.i = icmp eq i64 %indvars.iv.next261.i, %wide.trip.count.i, !dbg !132
+  br i1 %exitcond264.not.i, label %for_end_to22.i, label %for_begin_ti.preheader.i, !dbg !132, !prof !193
 
-for_begin_ti30.preheader.i:                       ; preds = %for_end_ti.i, %for_end_ti32.i
-  %indvars.iv257.i = phi i64 [ %indvars.iv.next258.i, %for_end_ti32.i ], [ 0, %for_end_ti.i ]
-  %indvars259.i = trunc i64 %indvars.iv257.i to i32
-    #dbg_value(i64 %indvars.iv257.i, !181, !DIExpression(), !132)
-  %844 = mul nuw nsw i64 %indvars.iv257.i, 192
-  %845 = mul nuw nsw i32 %indvars259.i, 3
-  %846 = mul nuw nsw i64 %indvars.iv257.i, 12
-    #dbg_value(i32 0, !196, !DIExpression(), !132)
-  br label %for_body_ti31.i, !dbg !132
+for_begin_ti30.preheader.i:                       ; preds = %for_begin_ti30.preheader.i, %for_end_to22.i
+  %indvars.iv269.i = phi i64 [ 0, %for_end_to22.i ], [ %indvars.iv.next270.i, %for_begin_ti30.preheader.i ]
+  %scores_global128.sroa.0.1180.i = phi <16 x float> [ %828, %for_end_to22.i ], [ %889, %for_begin_ti30.preheader.i ]
+    #dbg_value(i64 %indvars.iv269.i, !181, !DIExpression(), !132)
+    #dbg_value(<16 x float> %scores_global128.sroa.0.1180.i, !190, !DIExpression(), !132)
+    #dbg_value(i64 0, !194, !DIExpression(), !132)
+  %.idx = mul nuw nsw i64 %indvars.iv269.i, 768, !dbg !132
+  %842 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx, !dbg !132
+  %843 = load <16 x float>, ptr %842, align 4, !dbg !132, !tbaa !163
+  %844 = fcmp ogt <16 x float> %scores_global128.sroa.0.1180.i, %843, !dbg !132
+  %845 = select <16 x i1> %844, <16 x float> %scores_global128.sroa.0.1180.i, <16 x float> %843, !dbg !132
+    #dbg_value(<16 x float> %845, !190, !DIExpression(), !132)
+    #dbg_value(i64 1, !194, !DIExpression(), !132)
+  %846 = getelementptr inbounds nuw i8, ptr %842, i64 64, !dbg !132
+  %847 = load <16 x float>, ptr %846, align 4, !dbg !132, !tbaa !163
+  %848 = fcmp ogt <16 x float> %845, %847, !dbg !132
+  %849 = select <16 x i1> %848, <16 x float> %845, <16 x float> %847, !dbg !132
+    #dbg_value(<16 x float> %849, !190, !DIExpression(), !132)
+    #dbg_value(i64 2, !194, !DIExpression(), !132)
+  %850 = getelementptr inbounds nuw i8, ptr %842, i64 128, !dbg !132
+  %851 = load <16 x float>, ptr %850, align 4, !dbg !132, !tbaa !163
+  %852 = fcmp ogt <16 x float> %849, %851, !dbg !132
+  %853 = select <16 x i1> %852, <16 x float> %849, <16 x float> %851, !dbg !132
+    #dbg_value(<16 x float> %853, !190, !DIExpression(), !132)
+    #dbg_value(i64 3, !194, !DIExpression(), !132)
+  %854 = getelementptr inbounds nuw i8, ptr %842, i64 192, !dbg !132
+  %855 = load <16 x float>, ptr %854, align 4, !dbg !132, !tbaa !163
+  %856 = fcmp ogt <16 x float> %853, %855, !dbg !132
+  %857 = select <16 x i1> %856, <16 x float> %853, <16 x float> %855, !dbg !132
+    #dbg_value(<16 x float> %857, !190, !DIExpression(), !132)
+    #dbg_value(i64 4, !194, !DIExpression(), !132)
+  %858 = getelementptr inbounds nuw i8, ptr %842, i64 256, !dbg !132
+  %859 = load <16 x float>, ptr %858, align 4, !dbg !132, !tbaa !163
+  %860 = fcmp ogt <16 x float> %857, %859, !dbg !132
+  %861 = select <16 x i1> %860, <16 x float> %857, <16 x float> %859, !dbg !132
+    #dbg_value(<16 x float> %861, !190, !DIExpression(), !132)
+    #dbg_value(i64 5, !194, !DIExpression(), !132)
+  %862 = getelementptr inbounds nuw i8, ptr %842, i64 320, !dbg !132
+  %863 = load <16 x float>, ptr %862, align 4, !dbg !132, !tbaa !163
+  %864 = fcmp ogt <16 x float> %861, %863, !dbg !132
+  %865 = select <16 x i1> %864, <16 x float> %861, <16 x float> %863, !dbg !132
+    #dbg_value(<16 x float> %865, !190, !DIExpression(), !132)
+    #dbg_value(i64 6, !194, !DIExpression(), !132)
+  %866 = getelementptr inbounds nuw i8, ptr %842, i64 384, !dbg !132
+  %867 = load <16 x float>, ptr %866, align 4, !dbg !132, !tbaa !163
+  %868 = fcmp ogt <16 x float> %865, %867, !dbg !132
+  %869 = select <16 x i1> %868, <16 x float> %865, <16 x float> %867, !dbg !132
+    #dbg_value(<16 x float> %869, !190, !DIExpression(), !132)
+    #dbg_value(i64 7, !194, !DIExpression(), !132)
+  %870 = getelementptr inbounds nuw i8, ptr %842, i64 448, !dbg !132
+  %871 = load <16 x float>, ptr %870, align 4, !dbg !132, !tbaa !163
+  %872 = fcmp ogt <16 x float> %869, %871, !dbg !132
+  %873 = select <16 x i1> %872, <16 x float> %869, <16 x float> %871, !dbg !132
+    #dbg_value(<16 x float> %873, !190, !DIExpression(), !132)
+    #dbg_value(i64 8, !194, !DIExpression(), !132)
+  %874 = getelementptr inbounds nuw i8, ptr %842, i64 512, !dbg !132
+  %875 = load <16 x float>, ptr %874, align 4, !dbg !132, !tbaa !163
+  %876 = fcmp ogt <16 x float> %873, %875, !dbg !132
+  %877 = select <16 x i1> %876, <16 x float> %873, <16 x float> %875, !dbg !132
+    #dbg_value(<16 x float> %877, !190, !DIExpression(), !132)
+    #dbg_value(i64 9, !194, !DIExpression(), !132)
+  %878 = getelementptr inbounds nuw i8, ptr %842, i64 576, !dbg !132
+  %879 = load <16 x float>, ptr %878, align 4, !dbg !132, !tbaa !163
+  %880 = fcmp ogt <16 x float> %877, %879, !dbg !132
+  %881 = select <16 x i1> %880, <16 x float> %877, <16 x float> %879, !dbg !132
+    #dbg_value(<16 x float> %881, !190, !DIExpression(), !132)
+    #dbg_value(i64 10, !194, !DIExpression(), !132)
+  %882 = getelementptr inbounds nuw i8, ptr %842, i64 640, !dbg !132
+  %883 = load <16 x float>, ptr %882, align 4, !dbg !132, !tbaa !163
+  %884 = fcmp ogt <16 x float> %881, %883, !dbg !132
+  %885 = select <16 x i1> %884, <16 x float> %881, <16 x float> %883, !dbg !132
+    #dbg_value(<16 x float> %885, !190, !DIExpression(), !132)
+    #dbg_value(i64 11, !194, !DIExpression(), !132)
+  %886 = getelementptr inbounds nuw i8, ptr %842, i64 704, !dbg !132
+  %887 = load <16 x float>, ptr %886, align 4, !dbg !132, !tbaa !163
+  %888 = fcmp ogt <16 x float> %885, %887, !dbg !132
+  %889 = select <16 x i1> %888, <16 x float> %885, <16 x float> %887, !dbg !132
+    #dbg_value(<16 x float> %889, !190, !DIExpression(), !132)
+    #dbg_value(i64 12, !194, !DIExpression(), !132)
+  %indvars.iv.next270.i = add nuw nsw i64 %indvars.iv269.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next270.i, !181, !DIExpression(), !132)
+  %exitcond273.not.i = icmp eq i64 %indvars.iv.next270.i, %wide.trip.count.i, !dbg !132
+  br i1 %exitcond273.not.i, label %for_begin_ti40.preheader.i, label %for_begin_ti30.preheader.i, !dbg !132, !prof !193
 
-for_body_ti31.i:                                  ; preds = %for_body_ti31.i, %for_begin_ti30.preheader.i
-  %indvars.iv252.i = phi i64 [ 0, %for_begin_ti30.preheader.i ], [ %indvars.iv.next253.i, %for_body_ti31.i ]
-    #dbg_value(i64 %indvars.iv252.i, !196, !DIExpression(), !132)
-  %847 = shl nuw nsw i64 %indvars.iv252.i, 4, !dbg !132
-  %848 = add nuw nsw i64 %847, %844, !dbg !132
-    #dbg_value(i64 %848, !197, !DIExpression(), !132)
-  %849 = getelementptr inbounds nuw float, ptr %scores.i, i64 %848, !dbg !132
-  %850 = load <16 x float>, ptr %849, align 4, !dbg !132, !tbaa !163
-  %851 = fmul <16 x float> %479, %850, !dbg !132
-  %arg.i = fsub <16 x float> %851, %843, !dbg !132
-    #dbg_value(<16 x float> %arg.i, !198, !DIExpression(), !132)
-  %852 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01), !dbg !132
-    #dbg_value(<16 x float> poison, !199, !DIExpression(), !132)
+for_begin_ti40.preheader.i:                       ; preds = %for_begin_ti30.preheader.i, %for_end_ti42.i
+  %indvars.iv279.i = phi i64 [ %indvars.iv.next280.i, %for_end_ti42.i ], [ 0, %for_begin_ti30.preheader.i ]
+  %indvars281.i = trunc i64 %indvars.iv279.i to i32
+    #dbg_value(i64 %indvars.iv279.i, !181, !DIExpression(), !132)
+  %890 = mul nuw nsw i64 %indvars.iv279.i, 192
+  %891 = mul nuw nsw i32 %indvars281.i, 3
+  %892 = mul nuw nsw i64 %indvars.iv279.i, 12
+    #dbg_value(i32 0, !194, !DIExpression(), !132)
+  br label %for_body_ti41.i, !dbg !132
+
+for_body_ti41.i:                                  ; preds = %for_body_ti41.i, %for_begin_ti40.preheader.i
+  %indvars.iv274.i = phi i64 [ 0, %for_begin_ti40.preheader.i ], [ %indvars.iv.next275.i, %for_body_ti41.i ]
+    #dbg_value(i64 %indvars.iv274.i, !194, !DIExpression(), !132)
+  %893 = shl nuw nsw i64 %indvars.iv274.i, 4, !dbg !132
+  %894 = add nuw nsw i64 %893, %890, !dbg !132
+    #dbg_value(i64 %894, !198, !DIExpression(), !132)
+  %895 = getelementptr inbounds nuw float, ptr %scores.i, i64 %894, !dbg !132
+  %896 = load <16 x float>, ptr %895, align 4, !dbg !132, !tbaa !163
+  %arg.i = fsub <16 x float> %896, %889, !dbg !132
+    #dbg_value(<16 x float> %arg.i, !199, !DIExpression(), !132)
+  %897 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01), !dbg !132
     #dbg_value(<16 x float> poison, !200, !DIExpression(), !132)
     #dbg_value(<16 x float> poison, !201, !DIExpression(), !132)
     #dbg_value(<16 x float> poison, !202, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !204, !DIExpression(), !132)
+    #dbg_value(<16 x float> poison, !203, !DIExpression(), !132)
     #dbg_value(<16 x float> poison, !205, !DIExpression(), !132)
     #dbg_value(<16 x float> poison, !206, !DIExpression(), !132)
     #dbg_value(<16 x float> poison, !207, !DIExpression(), !132)
-    #dbg_value(!DIArgList(<16 x float> poison, <16 x i32> poison, <16 x i32> poison), !208, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !132)
-  %cse_v20.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !132
-    #dbg_value(<16 x float> %cse_v20.i, !209, !DIExpression(), !132)
-  %853 = bitcast <16 x float> %cse_v20.i to <16 x i32>, !dbg !132
-  %854 = shl <16 x i32> %853, splat (i32 23), !dbg !132
-  %855 = add <16 x i32> %854, splat (i32 1065353216), !dbg !132
-  %856 = bitcast <16 x i32> %855 to <16 x float>, !dbg !132
-  %857 = add nsw <16 x i32> %853, splat (i32 -1262485504), !dbg !132
-  %858 = sitofp <16 x i32> %857 to <16 x float>, !dbg !132
-  %859 = fmul <16 x float> %858, splat (float 0x3F2BD01060000000), !dbg !132
-  %860 = fmul <16 x float> %858, splat (float 0x3FE6300000000000), !dbg !132
-  %861 = fsub <16 x float> %arg.i, %860, !dbg !132
-  %862 = fadd <16 x float> %859, %861, !dbg !132
-  %863 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %862, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !132
-  %864 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %863, <16 x float> %862, <16 x float> splat (float 0x3F81112100000000)), !dbg !132
-  %865 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %864, <16 x float> %862, <16 x float> splat (float 0x3FA5553820000000)), !dbg !132
-  %866 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %865, <16 x float> %862, <16 x float> splat (float 0x3FC5555540000000)), !dbg !132
-  %867 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %866, <16 x float> %862, <16 x float> splat (float 5.000000e-01)), !dbg !132
-  %868 = fmul <16 x float> %862, %867, !dbg !132
-  %869 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %868, <16 x float> %862, <16 x float> %862), !dbg !132
-  %870 = fadd <16 x float> %869, splat (float 1.000000e+00), !dbg !132
-  %871 = fmul <16 x float> %870, %856, !dbg !132
-  %872 = select <16 x i1> %852, <16 x float> zeroinitializer, <16 x float> %871, !dbg !132
-  %873 = trunc nuw nsw i64 %indvars.iv252.i to i32, !dbg !132
-  %874 = lshr i32 %873, 2, !dbg !132
-  %875 = add nuw nsw i32 %874, %845, !dbg !132
-  %876 = icmp samesign ult i32 %875, 32, !dbg !132
-  %877 = add nuw nsw i64 %indvars.iv252.i, %846, !dbg !132
-  %sext311.i = shl i64 %877, 32, !dbg !132
-  %878 = ashr exact i64 %sext311.i, 32, !dbg !132
-  %879 = icmp slt i64 %878, %640, !dbg !132
-  %880 = and i1 %879, %876, !dbg !132
-  %881 = insertelement <16 x i1> poison, i1 %880, i64 0, !dbg !132
-  %882 = shufflevector <16 x i1> %881, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !132
-  %883 = select <16 x i1> %882, <16 x float> %872, <16 x float> zeroinitializer, !dbg !132
-  %884 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %848, !dbg !132
-  store <16 x float> %883, ptr %884, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next253.i = add nuw nsw i64 %indvars.iv252.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next253.i, !196, !DIExpression(), !132)
-  %exitcond256.not.i = icmp eq i64 %indvars.iv.next253.i, 12, !dbg !132
-  br i1 %exitcond256.not.i, label %for_end_ti32.i, label %for_body_ti31.i, !dbg !132, !prof !171
+    #dbg_value(<16 x float> poison, !208, !DIExpression(), !132)
+    #dbg_value(!DIArgList(<16 x float> poison, <16 x i32> poison, <16 x i32> poison), !209, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !132)
+  %cse_v21.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !132
+    #dbg_value(<16 x float> %cse_v21.i, !210, !DIExpression(), !132)
+  %898 = bitcast <16 x float> %cse_v21.i to <16 x i32>, !dbg !132
+  %899 = shl <16 x i32> %898, splat (i32 23), !dbg !132
+  %900 = add <16 x i32> %899, splat (i32 1065353216), !dbg !132
+  %901 = bitcast <16 x i32> %900 to <16 x float>, !dbg !132
+  %902 = add nsw <16 x i32> %898, splat (i32 -1262485504), !dbg !132
+  %903 = sitofp <16 x i32> %902 to <16 x float>, !dbg !132
+  %904 = fmul <16 x float> %903, splat (float 0x3F2BD01060000000), !dbg !132
+  %905 = fmul <16 x float> %903, splat (float 0x3FE6300000000000), !dbg !132
+  %906 = fsub <16 x float> %arg.i, %905, !dbg !132
+  %907 = fadd <16 x float> %904, %906, !dbg !132
+  %908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %907, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !132
+  %909 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %908, <16 x float> %907, <16 x float> splat (float 0x3F81112100000000)), !dbg !132
+  %910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %909, <16 x float> %907, <16 x float> splat (float 0x3FA5553820000000)), !dbg !132
+  %911 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %910, <16 x float> %907, <16 x float> splat (float 0x3FC5555540000000)), !dbg !132
+  %912 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %911, <16 x float> %907, <16 x float> splat (float 5.000000e-01)), !dbg !132
+  %913 = fmul <16 x float> %907, %912, !dbg !132
+  %914 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %913, <16 x float> %907, <16 x float> %907), !dbg !132
+  %915 = fadd <16 x float> %914, splat (float 1.000000e+00), !dbg !132
+  %916 = fmul <16 x float> %915, %901, !dbg !132
+  %917 = select <16 x i1> %897, <16 x float> zeroinitializer, <16 x float> %916, !dbg !132
+  %918 = trunc nuw nsw i64 %indvars.iv274.i to i32, !dbg !132
+  %919 = lshr i32 %918, 2, !dbg !132
+  %920 = add nuw nsw i32 %919, %891, !dbg !132
+  %921 = icmp samesign ult i32 %920, 32, !dbg !132
+  %922 = add nuw nsw i64 %indvars.iv274.i, %892, !dbg !132
+  %sext333.i = shl i64 %922, 32, !dbg !132
+  %923 = ashr exact i64 %sext333.i, 32, !dbg !132
+  %924 = icmp slt i64 %923, %640, !dbg !132
+  %925 = and i1 %924, %921, !dbg !132
+  %926 = insertelement <16 x i1> poison, i1 %925, i64 0, !dbg !132
+  %927 = shufflevector <16 x i1> %926, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !132
+  %928 = select <16 x i1> %927, <16 x float> %917, <16 x float> zeroinitializer, !dbg !132
+  %929 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %894, !dbg !132
+  store <16 x float> %928, ptr %929, align 4, !dbg !132, !tbaa !163
+  %indvars.iv.next275.i = add nuw nsw i64 %indvars.iv274.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next275.i, !194, !DIExpression(), !132)
+  %exitcond278.not.i = icmp eq i64 %indvars.iv.next275.i, 12, !dbg !132
+  br i1 %exitcond278.not.i, label %for_end_ti42.i, label %for_body_ti41.i, !dbg !132, !prof !171
 
-for_end_ti32.i:                                   ; preds = %for_body_ti31.i
-  %indvars.iv.next258.i = add nuw nsw i64 %indvars.iv257.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next258.i, !181, !DIExpression(), !132)
-  %exitcond261.not.i = icmp eq i64 %indvars.iv.next258.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond261.not.i, label %for_begin_ti40.preheader.i, label %for_begin_ti30.preheader.i, !dbg !132, !prof !195
+for_end_ti42.i:                                   ; preds = %for_body_ti41.i
+  %indvars.iv.next280.i = add nuw nsw i64 %indvars.iv279.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next280.i, !181, !DIExpression(), !132)
+  %exitcond283.not.i = icmp eq i64 %indvars.iv.next280.i, %wide.trip.count.i, !dbg !132
+  br i1 %exitcond283.not.i, label %for_begin_ti50.preheader.i, label %for_begin_ti40.preheader.i, !dbg !132, !prof !193
 
-for_begin_t.preheader.i:                          ; preds = %for_begin_ti40.preheader.i
-    #dbg_value(i32 0, !184, !DIExpression(), !132)
-  br i1 %658, label %for_body_t.lr.ph.i, label %for_begin_d_0.preheader.i, !dbg !132, !prof !156
+for_begin_t.preheader.i:                          ; preds = %for_begin_ti50.preheader.i
+    #dbg_value(i32 0, !196, !DIExpression(), !132)
+  br i1 %825, label %for_body_t.lr.ph.i, label %for_begin_d_0.preheader.i, !dbg !132, !prof !156
 
-for_body_t.lr.ph.i:                               ; preds = %for_begin_t.preheader.i, %for_end_to.thread.i
-  %tile_sum.0.lcssa326.i = phi <16 x float> [ zeroinitializer, %for_end_to.thread.i ], [ %921, %for_begin_t.preheader.i ]
-  %scores_global118.sroa.0.1.lcssa317320323.i = phi <16 x float> [ %650, %for_end_to.thread.i ], [ %843, %for_begin_t.preheader.i ]
-  %885 = getelementptr inbounds i32, ptr %326, i64 %cse_v34.i
+for_body_t.lr.ph.i:                               ; preds = %for_begin_t.preheader.i, %for_end_to22.thread.i
+  %tile_sum.0.lcssa347.i = phi <16 x float> [ zeroinitializer, %for_end_to22.thread.i ], [ %966, %for_begin_t.preheader.i ]
+  %scores_global128.sroa.0.1.lcssa339341344.i = phi <16 x float> [ %824, %for_end_to22.thread.i ], [ %889, %for_begin_t.preheader.i ]
+  %930 = getelementptr inbounds i32, ptr %326, i64 %cse_v35.i
   br label %for_body_t.i, !dbg !132
 
-for_begin_ti40.preheader.i:                       ; preds = %for_end_ti32.i, %for_begin_ti40.preheader.i
-  %indvars.iv266.i = phi i64 [ %indvars.iv.next267.i, %for_begin_ti40.preheader.i ], [ 0, %for_end_ti32.i ]
-  %tile_sum.0174.i = phi <16 x float> [ %921, %for_begin_ti40.preheader.i ], [ zeroinitializer, %for_end_ti32.i ]
-    #dbg_value(i64 %indvars.iv266.i, !181, !DIExpression(), !132)
-    #dbg_value(<16 x float> %tile_sum.0174.i, !183, !DIExpression(), !132)
-    #dbg_value(i64 0, !196, !DIExpression(), !132)
-  %.idx = mul nuw nsw i64 %indvars.iv266.i, 768, !dbg !132
-  %886 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx, !dbg !132
-  %887 = load <16 x float>, ptr %886, align 4, !dbg !132, !tbaa !163
-  %888 = fadd <16 x float> %tile_sum.0174.i, %887, !dbg !132
-    #dbg_value(<16 x float> %888, !183, !DIExpression(), !132)
-    #dbg_value(i64 1, !196, !DIExpression(), !132)
-  %889 = getelementptr inbounds nuw i8, ptr %886, i64 64, !dbg !132
-  %890 = load <16 x float>, ptr %889, align 4, !dbg !132, !tbaa !163
-  %891 = fadd <16 x float> %888, %890, !dbg !132
-    #dbg_value(<16 x float> %891, !183, !DIExpression(), !132)
-    #dbg_value(i64 2, !196, !DIExpression(), !132)
-  %892 = getelementptr inbounds nuw i8, ptr %886, i64 128, !dbg !132
-  %893 = load <16 x float>, ptr %892, align 4, !dbg !132, !tbaa !163
-  %894 = fadd <16 x float> %891, %893, !dbg !132
-    #dbg_value(<16 x float> %894, !183, !DIExpression(), !132)
-    #dbg_value(i64 3, !196, !DIExpression(), !132)
-  %895 = getelementptr inbounds nuw i8, ptr %886, i64 192, !dbg !132
-  %896 = load <16 x float>, ptr %895, align 4, !dbg !132, !tbaa !163
-  %897 = fadd <16 x float> %894, %896, !dbg !132
-    #dbg_value(<16 x float> %897, !183, !DIExpression(), !132)
-    #dbg_value(i64 4, !196, !DIExpression(), !132)
-  %898 = getelementptr inbounds nuw i8, ptr %886, i64 256, !dbg !132
-  %899 = load <16 x float>, ptr %898, align 4, !dbg !132, !tbaa !163
-  %900 = fadd <16 x float> %897, %899, !dbg !132
-    #dbg_value(<16 x float> %900, !183, !DIExpression(), !132)
-    #dbg_value(i64 5, !196, !DIExpression(), !132)
-  %901 = getelementptr inbounds nuw i8, ptr %886, i64 320, !dbg !132
-  %902 = load <16 x float>, ptr %901, align 4, !dbg !132, !tbaa !163
-  %903 = fadd <16 x float> %900, %902, !dbg !132
-    #dbg_value(<16 x float> %903, !183, !DIExpression(), !132)
-    #dbg_value(i64 6, !196, !DIExpression(), !132)
-  %904 = getelementptr inbounds nuw i8, ptr %886, i64 384, !dbg !132
-  %905 = load <16 x float>, ptr %904, align 4, !dbg !132, !tbaa !163
-  %906 = fadd <16 x float> %903, %905, !dbg !132
-    #dbg_value(<16 x float> %906, !183, !DIExpression(), !132)
-    #dbg_value(i64 7, !196, !DIExpression(), !132)
-  %907 = getelementptr inbounds nuw i8, ptr %886, i64 448, !dbg !132
-  %908 = load <16 x float>, ptr %907, align 4, !dbg !132, !tbaa !163
-  %909 = fadd <16 x float> %906, %908, !dbg !132
-    #dbg_value(<16 x float> %909, !183, !DIExpression(), !132)
-    #dbg_value(i64 8, !196, !DIExpression(), !132)
-  %910 = getelementptr inbounds nuw i8, ptr %886, i64 512, !dbg !132
-  %911 = load <16 x float>, ptr %910, align 4, !dbg !132, !tbaa !163
-  %912 = fadd <16 x float> %909, %911, !dbg !132
-    #dbg_value(<16 x float> %912, !183, !DIExpression(), !132)
-    #dbg_value(i64 9, !196, !DIExpression(), !132)
-  %913 = getelementptr inbounds nuw i8, ptr %886, i64 576, !dbg !132
-  %914 = load <16 x float>, ptr %913, align 4, !dbg !132, !tbaa !163
-  %915 = fadd <16 x float> %912, %914, !dbg !132
-    #dbg_value(<16 x float> %915, !183, !DIExpression(), !132)
-    #dbg_value(i64 10, !196, !DIExpression(), !132)
-  %916 = getelementptr inbounds nuw i8, ptr %886, i64 640, !dbg !132
-  %917 = load <16 x float>, ptr %916, align 4, !dbg !132, !tbaa !163
-  %918 = fadd <16 x float> %915, %917, !dbg !132
-    #dbg_value(<16 x float> %918, !183, !DIExpression(), !132)
-    #dbg_value(i64 11, !196, !DIExpression(), !132)
-  %919 = getelementptr inbounds nuw i8, ptr %886, i64 704, !dbg !132
-  %920 = load <16 x float>, ptr %919, align 4, !dbg !132, !tbaa !163
-  %921 = fadd <16 x float> %918, %920, !dbg !132
-    #dbg_value(<16 x float> %921, !183, !DIExpression(), !132)
-    #dbg_value(i64 12, !196, !DIExpression(), !132)
-  %indvars.iv.next267.i = add nuw nsw i64 %indvars.iv266.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next267.i, !181, !DIExpression(), !132)
-  %exitcond270.not.i = icmp eq i64 %indvars.iv.next267.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond270.not.i, label %for_begin_t.preheader.i, label %for_begin_ti40.preheader.i, !dbg !132, !prof !195
+for_begin_ti50.preheader.i:                       ; preds = %for_end_ti42.i, %for_begin_ti50.preheader.i
+  %indvars.iv288.i = phi i64 [ %indvars.iv.next289.i, %for_begin_ti50.preheader.i ], [ 0, %for_end_ti42.i ]
+  %tile_sum.0186.i = phi <16 x float> [ %966, %for_begin_ti50.preheader.i ], [ zeroinitializer, %for_end_ti42.i ]
+    #dbg_value(i64 %indvars.iv288.i, !181, !DIExpression(), !132)
+    #dbg_value(<16 x float> %tile_sum.0186.i, !195, !DIExpression(), !132)
+    #dbg_value(i64 0, !194, !DIExpression(), !132)
+  %.idx294 = mul nuw nsw i64 %indvars.iv288.i, 768, !dbg !132
+  %931 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx294, !dbg !132
+  %932 = load <16 x float>, ptr %931, align 4, !dbg !132, !tbaa !163
+  %933 = fadd <16 x float> %tile_sum.0186.i, %932, !dbg !132
+    #dbg_value(<16 x float> %933, !195, !DIExpression(), !132)
+    #dbg_value(i64 1, !194, !DIExpression(), !132)
+  %934 = getelementptr inbounds nuw i8, ptr %931, i64 64, !dbg !132
+  %935 = load <16 x float>, ptr %934, align 4, !dbg !132, !tbaa !163
+  %936 = fadd <16 x float> %933, %935, !dbg !132
+    #dbg_value(<16 x float> %936, !195, !DIExpression(), !132)
+    #dbg_value(i64 2, !194, !DIExpression(), !132)
+  %937 = getelementptr inbounds nuw i8, ptr %931, i64 128, !dbg !132
+  %938 = load <16 x float>, ptr %937, align 4, !dbg !132, !tbaa !163
+  %939 = fadd <16 x float> %936, %938, !dbg !132
+    #dbg_value(<16 x float> %939, !195, !DIExpression(), !132)
+    #dbg_value(i64 3, !194, !DIExpression(), !132)
+  %940 = getelementptr inbounds nuw i8, ptr %931, i64 192, !dbg !132
+  %941 = load <16 x float>, ptr %940, align 4, !dbg !132, !tbaa !163
+  %942 = fadd <16 x float> %939, %941, !dbg !132
+    #dbg_value(<16 x float> %942, !195, !DIExpression(), !132)
+    #dbg_value(i64 4, !194, !DIExpression(), !132)
+  %943 = getelementptr inbounds nuw i8, ptr %931, i64 256, !dbg !132
+  %944 = load <16 x float>, ptr %943, align 4, !dbg !132, !tbaa !163
+  %945 = fadd <16 x float> %942, %944, !dbg !132
+    #dbg_value(<16 x float> %945, !195, !DIExpression(), !132)
+    #dbg_value(i64 5, !194, !DIExpression(), !132)
+  %946 = getelementptr inbounds nuw i8, ptr %931, i64 320, !dbg !132
+  %947 = load <16 x float>, ptr %946, align 4, !dbg !132, !tbaa !163
+  %948 = fadd <16 x float> %945, %947, !dbg !132
+    #dbg_value(<16 x float> %948, !195, !DIExpression(), !132)
+    #dbg_value(i64 6, !194, !DIExpression(), !132)
+  %949 = getelementptr inbounds nuw i8, ptr %931, i64 384, !dbg !132
+  %950 = load <16 x float>, ptr %949, align 4, !dbg !132, !tbaa !163
+  %951 = fadd <16 x float> %948, %950, !dbg !132
+    #dbg_value(<16 x float> %951, !195, !DIExpression(), !132)
+    #dbg_value(i64 7, !194, !DIExpression(), !132)
+  %952 = getelementptr inbounds nuw i8, ptr %931, i64 448, !dbg !132
+  %953 = load <16 x float>, ptr %952, align 4, !dbg !132, !tbaa !163
+  %954 = fadd <16 x float> %951, %953, !dbg !132
+    #dbg_value(<16 x float> %954, !195, !DIExpression(), !132)
+    #dbg_value(i64 8, !194, !DIExpression(), !132)
+  %955 = getelementptr inbounds nuw i8, ptr %931, i64 512, !dbg !132
+  %956 = load <16 x float>, ptr %955, align 4, !dbg !132, !tbaa !163
+  %957 = fadd <16 x float> %954, %956, !dbg !132
+    #dbg_value(<16 x float> %957, !195, !DIExpression(), !132)
+    #dbg_value(i64 9, !194, !DIExpression(), !132)
+  %958 = getelementptr inbounds nuw i8, ptr %931, i64 576, !dbg !132
+  %959 = load <16 x float>, ptr %958, align 4, !dbg !132, !tbaa !163
+  %960 = fadd <16 x float> %957, %959, !dbg !132
+    #dbg_value(<16 x float> %960, !195, !DIExpression(), !132)
+    #dbg_value(i64 10, !194, !DIExpression(), !132)
+  %961 = getelementptr inbounds nuw i8, ptr %931, i64 640, !dbg !132
+  %962 = load <16 x float>, ptr %961, align 4, !dbg !132, !tbaa !163
+  %963 = fadd <16 x float> %960, %962, !dbg !132
+    #dbg_value(<16 x float> %963, !195, !DIExpression(), !132)
+    #dbg_value(i64 11, !194, !DIExpression(), !132)
+  %964 = getelementptr inbounds nuw i8, ptr %931, i64 704, !dbg !132
+  %965 = load <16 x float>, ptr %964, align 4, !dbg !132, !tbaa !163
+  %966 = fadd <16 x float> %963, %965, !dbg !132
+    #dbg_value(<16 x float> %966, !195, !DIExpression(), !132)
+    #dbg_value(i64 12, !194, !DIExpression(), !132)
+  %indvars.iv.next289.i = add nuw nsw i64 %indvars.iv288.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next289.i, !181, !DIExpression(), !132)
+  %exitcond292.not.i = icmp eq i64 %indvars.iv.next289.i, %wide.trip.count.i, !dbg !132
+  br i1 %exitcond292.not.i, label %for_begin_t.preheader.i, label %for_begin_ti50.preheader.i, !dbg !132, !prof !193
 
-for_begin_d_0.preheader.i:                        ; preds = %for_body_t.i, %for_end_to.thread.i, %for_begin_t.preheader.i
-  %tile_sum.0.lcssa324.i = phi <16 x float> [ %921, %for_begin_t.preheader.i ], [ zeroinitializer, %for_end_to.thread.i ], [ %tile_sum.0.lcssa326.i, %for_body_t.i ]
-  %scores_global118.sroa.0.1.lcssa317320321.i = phi <16 x float> [ %843, %for_begin_t.preheader.i ], [ %650, %for_end_to.thread.i ], [ %scores_global118.sroa.0.1.lcssa317320323.i, %for_body_t.i ]
-  %922 = phi i1 [ false, %for_begin_t.preheader.i ], [ false, %for_end_to.thread.i ], [ true, %for_body_t.i ]
-    #dbg_value(i32 0, !210, !DIExpression(), !132)
-  %923 = tail call i32 @llvm.smax.i32(i32 %valid_len.i, i32 1), !dbg !132
-  %smax338 = zext nneg i32 %923 to i64, !dbg !132
+for_begin_d_0.preheader.i:                        ; preds = %for_body_t.i, %for_end_to22.thread.i, %for_begin_t.preheader.i
+  %tile_sum.0.lcssa345.i = phi <16 x float> [ %966, %for_begin_t.preheader.i ], [ zeroinitializer, %for_end_to22.thread.i ], [ %tile_sum.0.lcssa347.i, %for_body_t.i ]
+  %scores_global128.sroa.0.1.lcssa339341342.i = phi <16 x float> [ %889, %for_begin_t.preheader.i ], [ %824, %for_end_to22.thread.i ], [ %scores_global128.sroa.0.1.lcssa339341344.i, %for_body_t.i ]
+  %967 = phi i1 [ false, %for_begin_t.preheader.i ], [ false, %for_end_to22.thread.i ], [ true, %for_body_t.i ]
+    #dbg_value(i32 0, !211, !DIExpression(), !132)
+  %968 = tail call i32 @llvm.smax.i32(i32 %valid_len.i, i32 1), !dbg !132
+  %smax339 = zext nneg i32 %968 to i64, !dbg !132
   br label %for_body_d_0.i, !dbg !132
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv271.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next272.i, %for_body_t.i ]
-    #dbg_value(i64 %indvars.iv271.i, !184, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv271.i, !211, !DIExpression(DW_OP_constu, 7, DW_OP_shl, DW_OP_stack_value), !132)
-  %cse_v21.i = mul nsw i64 %indvars.iv271.i, %v_slot288, !dbg !132
-    #dbg_value(i64 %cse_v21.i, !212, !DIExpression(), !132)
+  %indvars.iv293.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next294.i, %for_body_t.i ]
+    #dbg_value(i64 %indvars.iv293.i, !196, !DIExpression(), !132)
+    #dbg_value(i64 %indvars.iv293.i, !212, !DIExpression(DW_OP_constu, 7, DW_OP_shl, DW_OP_stack_value), !132)
+  %cse_v22.i = mul nsw i64 %indvars.iv293.i, %v_slot288, !dbg !132
     #dbg_value(i64 %cse_v22.i, !213, !DIExpression(), !132)
-  %924 = load i32, ptr %885, align 4, !dbg !132, !tbaa !163
-  %925 = sext i32 %924 to i64, !dbg !132
-  %926 = mul nsw i64 %v_block, %925, !dbg !132
-  %927 = getelementptr i16, ptr %318, i64 %926, !dbg !132
-  %928 = getelementptr i16, ptr %927, i64 %cse_v21.i, !dbg !132
-  %929 = getelementptr i16, ptr %928, i64 %cse_v22.i, !dbg !132
-  %930 = load <16 x i16>, ptr %929, align 2, !dbg !132, !tbaa !163
-  %931 = zext <16 x i16> %930 to <16 x i32>, !dbg !132
-  %932 = shl nuw <16 x i32> %931, splat (i32 16), !dbg !132
-  %.idx312.i = shl nsw i64 %indvars.iv271.i, 9, !dbg !132
-  %933 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx312.i, !dbg !132
-  store <16 x i32> %932, ptr %933, align 4, !dbg !132, !tbaa !163
-  %934 = load i32, ptr %885, align 4, !dbg !132, !tbaa !163
-  %935 = sext i32 %934 to i64, !dbg !132
-  %936 = mul nsw i64 %v_block, %935, !dbg !132
-  %937 = getelementptr i16, ptr %318, i64 %936, !dbg !132
-  %938 = getelementptr i16, ptr %937, i64 %cse_v21.i, !dbg !132
-  %939 = getelementptr i16, ptr %938, i64 %cse_v22.i, !dbg !132
-  %940 = getelementptr i8, ptr %939, i64 32, !dbg !132
-  %941 = load <16 x i16>, ptr %940, align 2, !dbg !132, !tbaa !163
-  %942 = zext <16 x i16> %941 to <16 x i32>, !dbg !132
-  %943 = shl nuw <16 x i32> %942, splat (i32 16), !dbg !132
-  %944 = getelementptr inbounds nuw i8, ptr %933, i64 64, !dbg !132
-  store <16 x i32> %943, ptr %944, align 4, !dbg !132, !tbaa !163
-  %945 = load i32, ptr %885, align 4, !dbg !132, !tbaa !163
-  %946 = sext i32 %945 to i64, !dbg !132
-  %947 = mul nsw i64 %v_block, %946, !dbg !132
-  %948 = getelementptr i16, ptr %318, i64 %947, !dbg !132
-  %949 = getelementptr i16, ptr %948, i64 %cse_v21.i, !dbg !132
-  %950 = getelementptr i16, ptr %949, i64 %cse_v22.i, !dbg !132
-  %951 = getelementptr i8, ptr %950, i64 64, !dbg !132
-  %952 = load <16 x i16>, ptr %951, align 2, !dbg !132, !tbaa !163
-  %953 = zext <16 x i16> %952 to <16 x i32>, !dbg !132
-  %954 = shl nuw <16 x i32> %953, splat (i32 16), !dbg !132
-  %955 = getelementptr inbounds nuw i8, ptr %933, i64 128, !dbg !132
-  store <16 x i32> %954, ptr %955, align 4, !dbg !132, !tbaa !163
-  %956 = load i32, ptr %885, align 4, !dbg !132, !tbaa !163
-  %957 = sext i32 %956 to i64, !dbg !132
-  %958 = mul nsw i64 %v_block, %957, !dbg !132
-  %959 = getelementptr i16, ptr %318, i64 %958, !dbg !132
-  %960 = getelementptr i16, ptr %959, i64 %cse_v21.i, !dbg !132
-  %961 = getelementptr i16, ptr %960, i64 %cse_v22.i, !dbg !132
-  %962 = getelementptr i8, ptr %961, i64 96, !dbg !132
-  %963 = load <16 x i16>, ptr %962, align 2, !dbg !132, !tbaa !163
-  %964 = zext <16 x i16> %963 to <16 x i32>, !dbg !132
-  %965 = shl nuw <16 x i32> %964, splat (i32 16), !dbg !132
-  %966 = getelementptr inbounds nuw i8, ptr %933, i64 192, !dbg !132
-  store <16 x i32> %965, ptr %966, align 4, !dbg !132, !tbaa !163
-  %967 = load i32, ptr %885, align 4, !dbg !132, !tbaa !163
-  %968 = sext i32 %967 to i64, !dbg !132
-  %969 = mul nsw i64 %v_block, %968, !dbg !132
-  %970 = getelementptr i16, ptr %318, i64 %969, !dbg !132
-  %971 = getelementptr i16, ptr %970, i64 %cse_v21.i, !dbg !132
-  %972 = getelementptr i16, ptr %971, i64 %cse_v22.i, !dbg !132
-  %973 = getelementptr i8, ptr %972, i64 128, !dbg !132
-  %974 = load <16 x i16>, ptr %973, align 2, !dbg !132, !tbaa !163
-  %975 = zext <16 x i16> %974 to <16 x i32>, !dbg !132
-  %976 = shl nuw <16 x i32> %975, splat (i32 16), !dbg !132
-  %977 = getelementptr inbounds nuw i8, ptr %933, i64 256, !dbg !132
-  store <16 x i32> %976, ptr %977, align 4, !dbg !132, !tbaa !163
-  %978 = load i32, ptr %885, align 4, !dbg !132, !tbaa !163
-  %979 = sext i32 %978 to i64, !dbg !132
-  %980 = mul nsw i64 %v_block, %979, !dbg !132
-  %981 = getelementptr i16, ptr %318, i64 %980, !dbg !132
-  %982 = getelementptr i16, ptr %981, i64 %cse_v21.i, !dbg !132
+    #dbg_value(i64 %cse_v23.i, !214, !DIExpression(), !132)
+  %969 = load i32, ptr %930, align 4, !dbg !132, !tbaa !163
+  %970 = sext i32 %969 to i64, !dbg !132
+  %971 = mul nsw i64 %v_block, %970, !dbg !132
+  %972 = getelementptr i16, ptr %318, i64 %971, !dbg !132
+  %973 = getelementptr i16, ptr %972, i64 %cse_v22.i, !dbg !132
+  %974 = getelementptr i16, ptr %973, i64 %cse_v23.i, !dbg !132
+  %975 = load <16 x i16>, ptr %974, align 2, !dbg !132, !tbaa !163
+  %976 = zext <16 x i16> %975 to <16 x i32>, !dbg !132
+  %977 = shl nuw <16 x i32> %976, splat (i32 16), !dbg !132
+  %.idx334.i = shl nsw i64 %indvars.iv293.i, 9, !dbg !132
+  %978 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx334.i, !dbg !132
+  store <16 x i32> %977, ptr %978, align 4, !dbg !132, !tbaa !163
+  %979 = load i32, ptr %930, align 4, !dbg !132, !tbaa !163
+  %980 = sext i32 %979 to i64, !dbg !132
+  %981 = mul nsw i64 %v_block, %980, !dbg !132
+  %982 = getelementptr i16, ptr %318, i64 %981, !dbg !132
   %983 = getelementptr i16, ptr %982, i64 %cse_v22.i, !dbg !132
-  %984 = getelementptr i8, ptr %983, i64 160, !dbg !132
-  %985 = load <16 x i16>, ptr %984, align 2, !dbg !132, !tbaa !163
-  %986 = zext <16 x i16> %985 to <16 x i32>, !dbg !132
-  %987 = shl nuw <16 x i32> %986, splat (i32 16), !dbg !132
-  %988 = getelementptr inbounds nuw i8, ptr %933, i64 320, !dbg !132
-  store <16 x i32> %987, ptr %988, align 4, !dbg !132, !tbaa !163
-  %989 = load i32, ptr %885, align 4, !dbg !132, !tbaa !163
-  %990 = sext i32 %989 to i64, !dbg !132
-  %991 = mul nsw i64 %v_block, %990, !dbg !132
-  %992 = getelementptr i16, ptr %318, i64 %991, !dbg !132
-  %993 = getelementptr i16, ptr %992, i64 %cse_v21.i, !dbg !132
+  %984 = getelementptr i16, ptr %983, i64 %cse_v23.i, !dbg !132
+  %985 = getelementptr i8, ptr %984, i64 32, !dbg !132
+  %986 = load <16 x i16>, ptr %985, align 2, !dbg !132, !tbaa !163
+  %987 = zext <16 x i16> %986 to <16 x i32>, !dbg !132
+  %988 = shl nuw <16 x i32> %987, splat (i32 16), !dbg !132
+  %989 = getelementptr inbounds nuw i8, ptr %978, i64 64, !dbg !132
+  store <16 x i32> %988, ptr %989, align 4, !dbg !132, !tbaa !163
+  %990 = load i32, ptr %930, align 4, !dbg !132, !tbaa !163
+  %991 = sext i32 %990 to i64, !dbg !132
+  %992 = mul nsw i64 %v_block, %991, !dbg !132
+  %993 = getelementptr i16, ptr %318, i64 %992, !dbg !132
   %994 = getelementptr i16, ptr %993, i64 %cse_v22.i, !dbg !132
-  %995 = getelementptr i8, ptr %994, i64 192, !dbg !132
-  %996 = load <16 x i16>, ptr %995, align 2, !dbg !132, !tbaa !163
-  %997 = zext <16 x i16> %996 to <16 x i32>, !dbg !132
-  %998 = shl nuw <16 x i32> %997, splat (i32 16), !dbg !132
-  %999 = getelementptr inbounds nuw i8, ptr %933, i64 384, !dbg !132
-  store <16 x i32> %998, ptr %999, align 4, !dbg !132, !tbaa !163
-  %1000 = load i32, ptr %885, align 4, !dbg !132, !tbaa !163
-  %1001 = sext i32 %1000 to i64, !dbg !132
-  %1002 = mul nsw i64 %v_block, %1001, !dbg !132
-  %1003 = getelementptr i16, ptr %318, i64 %1002, !dbg !132
-  %1004 = getelementptr i16, ptr %1003, i64 %cse_v21.i, !dbg !132
+  %995 = getelementptr i16, ptr %994, i64 %cse_v23.i, !dbg !132
+  %996 = getelementptr i8, ptr %995, i64 64, !dbg !132
+  %997 = load <16 x i16>, ptr %996, align 2, !dbg !132, !tbaa !163
+  %998 = zext <16 x i16> %997 to <16 x i32>, !dbg !132
+  %999 = shl nuw <16 x i32> %998, splat (i32 16), !dbg !132
+  %1000 = getelementptr inbounds nuw i8, ptr %978, i64 128, !dbg !132
+  store <16 x i32> %999, ptr %1000, align 4, !dbg !132, !tbaa !163
+  %1001 = load i32, ptr %930, align 4, !dbg !132, !tbaa !163
+  %1002 = sext i32 %1001 to i64, !dbg !132
+  %1003 = mul nsw i64 %v_block, %1002, !dbg !132
+  %1004 = getelementptr i16, ptr %318, i64 %1003, !dbg !132
   %1005 = getelementptr i16, ptr %1004, i64 %cse_v22.i, !dbg !132
-  %1006 = getelementptr i8, ptr %1005, i64 224, !dbg !132
-  %1007 = load <16 x i16>, ptr %1006, align 2, !dbg !132, !tbaa !163
-  %1008 = zext <16 x i16> %1007 to <16 x i32>, !dbg !132
-  %1009 = shl nuw <16 x i32> %1008, splat (i32 16), !dbg !132
-  %1010 = getelementptr inbounds nuw i8, ptr %933, i64 448, !dbg !132
-  store <16 x i32> %1009, ptr %1010, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next272.i = add nuw nsw i64 %indvars.iv271.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next272.i, !184, !DIExpression(), !132)
-  %exitcond.not = icmp eq i64 %indvars.iv.next272.i, %638, !dbg !132
-  br i1 %exitcond.not, label %for_begin_d_0.preheader.i, label %for_body_t.i, !dbg !132, !prof !195
+  %1006 = getelementptr i16, ptr %1005, i64 %cse_v23.i, !dbg !132
+  %1007 = getelementptr i8, ptr %1006, i64 96, !dbg !132
+  %1008 = load <16 x i16>, ptr %1007, align 2, !dbg !132, !tbaa !163
+  %1009 = zext <16 x i16> %1008 to <16 x i32>, !dbg !132
+  %1010 = shl nuw <16 x i32> %1009, splat (i32 16), !dbg !132
+  %1011 = getelementptr inbounds nuw i8, ptr %978, i64 192, !dbg !132
+  store <16 x i32> %1010, ptr %1011, align 4, !dbg !132, !tbaa !163
+  %1012 = load i32, ptr %930, align 4, !dbg !132, !tbaa !163
+  %1013 = sext i32 %1012 to i64, !dbg !132
+  %1014 = mul nsw i64 %v_block, %1013, !dbg !132
+  %1015 = getelementptr i16, ptr %318, i64 %1014, !dbg !132
+  %1016 = getelementptr i16, ptr %1015, i64 %cse_v22.i, !dbg !132
+  %1017 = getelementptr i16, ptr %1016, i64 %cse_v23.i, !dbg !132
+  %1018 = getelementptr i8, ptr %1017, i64 128, !dbg !132
+  %1019 = load <16 x i16>, ptr %1018, align 2, !dbg !132, !tbaa !163
+  %1020 = zext <16 x i16> %1019 to <16 x i32>, !dbg !132
+  %1021 = shl nuw <16 x i32> %1020, splat (i32 16), !dbg !132
+  %1022 = getelementptr inbounds nuw i8, ptr %978, i64 256, !dbg !132
+  store <16 x i32> %1021, ptr %1022, align 4, !dbg !132, !tbaa !163
+  %1023 = load i32, ptr %930, align 4, !dbg !132, !tbaa !163
+  %1024 = sext i32 %1023 to i64, !dbg !132
+  %1025 = mul nsw i64 %v_block, %1024, !dbg !132
+  %1026 = getelementptr i16, ptr %318, i64 %1025, !dbg !132
+  %1027 = getelementptr i16, ptr %1026, i64 %cse_v22.i, !dbg !132
+  %1028 = getelementptr i16, ptr %1027, i64 %cse_v23.i, !dbg !132
+  %1029 = getelementptr i8, ptr %1028, i64 160, !dbg !132
+  %1030 = load <16 x i16>, ptr %1029, align 2, !dbg !132, !tbaa !163
+  %1031 = zext <16 x i16> %1030 to <16 x i32>, !dbg !132
+  %1032 = shl nuw <16 x i32> %1031, splat (i32 16), !dbg !132
+  %1033 = getelementptr inbounds nuw i8, ptr %978, i64 320, !dbg !132
+  store <16 x i32> %1032, ptr %1033, align 4, !dbg !132, !tbaa !163
+  %1034 = load i32, ptr %930, align 4, !dbg !132, !tbaa !163
+  %1035 = sext i32 %1034 to i64, !dbg !132
+  %1036 = mul nsw i64 %v_block, %1035, !dbg !132
+  %1037 = getelementptr i16, ptr %318, i64 %1036, !dbg !132
+  %1038 = getelementptr i16, ptr %1037, i64 %cse_v22.i, !dbg !132
+  %1039 = getelementptr i16, ptr %1038, i64 %cse_v23.i, !dbg !132
+  %1040 = getelementptr i8, ptr %1039, i64 192, !dbg !132
+  %1041 = load <16 x i16>, ptr %1040, align 2, !dbg !132, !tbaa !163
+  %1042 = zext <16 x i16> %1041 to <16 x i32>, !dbg !132
+  %1043 = shl nuw <16 x i32> %1042, splat (i32 16), !dbg !132
+  %1044 = getelementptr inbounds nuw i8, ptr %978, i64 384, !dbg !132
+  store <16 x i32> %1043, ptr %1044, align 4, !dbg !132, !tbaa !163
+  %1045 = load i32, ptr %930, align 4, !dbg !132, !tbaa !163
+  %1046 = sext i32 %1045 to i64, !dbg !132
+  %1047 = mul nsw i64 %v_block, %1046, !dbg !132
+  %1048 = getelementptr i16, ptr %318, i64 %1047, !dbg !132
+  %1049 = getelementptr i16, ptr %1048, i64 %cse_v22.i, !dbg !132
+  %1050 = getelementptr i16, ptr %1049, i64 %cse_v23.i, !dbg !132
+  %1051 = getelementptr i8, ptr %1050, i64 224, !dbg !132
+  %1052 = load <16 x i16>, ptr %1051, align 2, !dbg !132, !tbaa !163
+  %1053 = zext <16 x i16> %1052 to <16 x i32>, !dbg !132
+  %1054 = shl nuw <16 x i32> %1053, splat (i32 16), !dbg !132
+  %1055 = getelementptr inbounds nuw i8, ptr %978, i64 448, !dbg !132
+  store <16 x i32> %1054, ptr %1055, align 4, !dbg !132, !tbaa !163
+  %indvars.iv.next294.i = add nuw nsw i64 %indvars.iv293.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next294.i, !196, !DIExpression(), !132)
+  %exitcond.not = icmp eq i64 %indvars.iv.next294.i, %638, !dbg !132
+  br i1 %exitcond.not, label %for_begin_d_0.preheader.i, label %for_body_t.i, !dbg !132, !prof !193
 
-for_body_d_0.i:                                   ; preds = %for_end_t47.i, %for_begin_d_0.preheader.i
-  %indvars.iv280.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next281.i, %for_end_t47.i ]
-    #dbg_value(i64 %indvars.iv280.i, !210, !DIExpression(), !132)
-    #dbg_value(<16 x float> zeroinitializer, !214, !DIExpression(), !132)
-  %1011 = shl nuw nsw i64 %indvars.iv280.i, 3, !dbg !132
-    #dbg_value(i64 %1011, !215, !DIExpression(), !132)
-    #dbg_value(i32 0, !184, !DIExpression(), !132)
-  br i1 %922, label %for_body_t46.preheader.i, label %for_end_t47.i, !dbg !132, !prof !156
+for_body_d_0.i:                                   ; preds = %for_end_t57.i, %for_begin_d_0.preheader.i
+  %indvars.iv302.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next303.i, %for_end_t57.i ]
+    #dbg_value(i64 %indvars.iv302.i, !211, !DIExpression(), !132)
+    #dbg_value(<16 x float> zeroinitializer, !215, !DIExpression(), !132)
+  %1056 = shl nuw nsw i64 %indvars.iv302.i, 3, !dbg !132
+    #dbg_value(i64 %1056, !216, !DIExpression(), !132)
+    #dbg_value(i32 0, !196, !DIExpression(), !132)
+  br i1 %967, label %for_body_t56.preheader.i, label %for_end_t57.i, !dbg !132, !prof !156
 
-for_body_t46.preheader.i:                         ; preds = %for_body_d_0.i
-  %invariant.gep351.i = getelementptr inbounds nuw float, ptr %scores.i, i64 %1011, !dbg !132
-  br label %for_body_t46.i, !dbg !132
+for_body_t56.preheader.i:                         ; preds = %for_body_d_0.i
+  %invariant.gep372.i = getelementptr inbounds nuw float, ptr %scores.i, i64 %1056, !dbg !132
+  br label %for_body_t56.i, !dbg !132
 
-for_end_d_0.i:                                    ; preds = %for_end_t47.i
-  %1012 = icmp eq i64 %indvars.iv289.i, 0, !dbg !132
-  %1013 = insertelement <16 x i1> poison, i1 %1012, i64 0, !dbg !132
-  %1014 = shufflevector <16 x i1> %1013, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !132
-  %old_max.i = select <16 x i1> %1014, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %row_max.1198.i, !dbg !132
-    #dbg_value(<16 x float> %old_max.i, !216, !DIExpression(), !132)
-  %old_sum.i = select <16 x i1> %1014, <16 x float> zeroinitializer, <16 x float> %row_sum.1197.i, !dbg !132
-    #dbg_value(<16 x float> %old_sum.i, !217, !DIExpression(), !132)
-  %1015 = fcmp ogt <16 x float> %old_max.i, %scores_global118.sroa.0.1.lcssa317320321.i, !dbg !132
-    #dbg_value(<16 x float> poison, !218, !DIExpression(), !132)
-  %1016 = fcmp oeq <16 x float> %tile_sum.0.lcssa324.i, zeroinitializer, !dbg !132
-  %1017 = select <16 x i1> %1016, <16 x i1> splat (i1 true), <16 x i1> %1015, !dbg !132
-  %old_or_both.i = select <16 x i1> %1017, <16 x float> %old_max.i, <16 x float> %scores_global118.sroa.0.1.lcssa317320321.i, !dbg !132
-    #dbg_value(<16 x float> %old_or_both.i, !219, !DIExpression(), !132)
-  %1018 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer, !dbg !132
-  %m.i = select <16 x i1> %1018, <16 x float> %scores_global118.sroa.0.1.lcssa317320321.i, <16 x float> %old_or_both.i, !dbg !132
-    #dbg_value(<16 x float> %m.i, !220, !DIExpression(), !132)
-    #dbg_value(<16 x float> %m.i, !214, !DIExpression(), !132)
-  %arg51.i = fsub <16 x float> %old_max.i, %m.i, !dbg !132
-    #dbg_value(<16 x float> %arg51.i, !221, !DIExpression(), !132)
-    #dbg_value(<16 x float> %arg51.i, !198, !DIExpression(), !132)
-  %1019 = fcmp olt <16 x float> %arg51.i, splat (float -8.700000e+01), !dbg !132
-    #dbg_value(<16 x float> poison, !222, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !200, !DIExpression(), !132)
+for_end_d_0.i:                                    ; preds = %for_end_t57.i
+  %1057 = icmp eq i64 %indvars.iv311.i, 0, !dbg !132
+  %1058 = insertelement <16 x i1> poison, i1 %1057, i64 0, !dbg !132
+  %1059 = shufflevector <16 x i1> %1058, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !132
+  %old_max.i = select <16 x i1> %1059, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %row_max.1210.i, !dbg !132
+    #dbg_value(<16 x float> %old_max.i, !217, !DIExpression(), !132)
+  %old_sum.i = select <16 x i1> %1059, <16 x float> zeroinitializer, <16 x float> %row_sum.1209.i, !dbg !132
+    #dbg_value(<16 x float> %old_sum.i, !218, !DIExpression(), !132)
+  %1060 = fcmp ogt <16 x float> %old_max.i, %scores_global128.sroa.0.1.lcssa339341342.i, !dbg !132
+    #dbg_value(<16 x float> poison, !219, !DIExpression(), !132)
+  %1061 = fcmp oeq <16 x float> %tile_sum.0.lcssa345.i, zeroinitializer, !dbg !132
+  %1062 = select <16 x i1> %1061, <16 x i1> splat (i1 true), <16 x i1> %1060, !dbg !132
+  %old_or_both.i = select <16 x i1> %1062, <16 x float> %old_max.i, <16 x float> %scores_global128.sroa.0.1.lcssa339341342.i, !dbg !132
+    #dbg_value(<16 x float> %old_or_both.i, !220, !DIExpression(), !132)
+  %1063 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer, !dbg !132
+  %m.i = select <16 x i1> %1063, <16 x float> %scores_global128.sroa.0.1.lcssa339341342.i, <16 x float> %old_or_both.i, !dbg !132
+    #dbg_value(<16 x float> %m.i, !221, !DIExpression(), !132)
+    #dbg_value(<16 x float> %m.i, !215, !DIExpression(), !132)
+  %arg61.i = fsub <16 x float> %old_max.i, %m.i, !dbg !132
+    #dbg_value(<16 x float> %arg61.i, !222, !DIExpression(), !132)
+    #dbg_value(<16 x float> %arg61.i, !199, !DIExpression(), !132)
+  %1064 = fcmp olt <16 x float> %arg61.i, splat (float -8.700000e+01), !dbg !132
     #dbg_value(<16 x float> poison, !223, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !202, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !204, !DIExpression(), !132)
+    #dbg_value(<16 x float> poison, !201, !DIExpression(), !132)
+    #dbg_value(<16 x float> poison, !224, !DIExpression(), !132)
+    #dbg_value(<16 x float> poison, !203, !DIExpression(), !132)
     #dbg_value(<16 x float> poison, !205, !DIExpression(), !132)
     #dbg_value(<16 x float> poison, !206, !DIExpression(), !132)
     #dbg_value(<16 x float> poison, !207, !DIExpression(), !132)
-    #dbg_value(!DIArgList(<16 x float> poison, <16 x i32> poison, <16 x i32> poison), !208, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !132)
-  %cse_v29.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg51.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !132
-    #dbg_value(<16 x float> %cse_v29.i, !224, !DIExpression(), !132)
-  %1020 = bitcast <16 x float> %cse_v29.i to <16 x i32>, !dbg !132
-  %1021 = shl <16 x i32> %1020, splat (i32 23), !dbg !132
-  %1022 = add <16 x i32> %1021, splat (i32 1065353216), !dbg !132
-  %1023 = bitcast <16 x i32> %1022 to <16 x float>, !dbg !132
-  %1024 = add nsw <16 x i32> %1020, splat (i32 -1262485504), !dbg !132
-  %1025 = sitofp <16 x i32> %1024 to <16 x float>, !dbg !132
-  %1026 = fmul <16 x float> %1025, splat (float 0x3F2BD01060000000), !dbg !132
-  %1027 = fmul <16 x float> %1025, splat (float 0x3FE6300000000000), !dbg !132
-  %1028 = fsub <16 x float> %arg51.i, %1027, !dbg !132
-  %1029 = fadd <16 x float> %1026, %1028, !dbg !132
-  %1030 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1029, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !132
-  %1031 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1030, <16 x float> %1029, <16 x float> splat (float 0x3F81112100000000)), !dbg !132
-  %1032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1031, <16 x float> %1029, <16 x float> splat (float 0x3FA5553820000000)), !dbg !132
-  %1033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1032, <16 x float> %1029, <16 x float> splat (float 0x3FC5555540000000)), !dbg !132
-  %1034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1033, <16 x float> %1029, <16 x float> splat (float 5.000000e-01)), !dbg !132
-  %1035 = fmul <16 x float> %1029, %1034, !dbg !132
-  %1036 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1035, <16 x float> %1029, <16 x float> %1029), !dbg !132
-  %1037 = fadd <16 x float> %1036, splat (float 1.000000e+00), !dbg !132
-  %1038 = fmul <16 x float> %1037, %1023, !dbg !132
-  %1039 = select <16 x i1> %1019, <16 x float> zeroinitializer, <16 x float> %1038, !dbg !132
-  %1040 = fcmp one <16 x float> %old_sum.i, zeroinitializer, !dbg !132
-  %1041 = select <16 x i1> %1040, <16 x float> %1039, <16 x float> zeroinitializer, !dbg !132
-    #dbg_value(<16 x float> %1041, !225, !DIExpression(), !132)
-  %arg67.i = fsub <16 x float> %scores_global118.sroa.0.1.lcssa317320321.i, %m.i, !dbg !132
-    #dbg_value(<16 x float> %arg67.i, !198, !DIExpression(), !132)
-  %1042 = fcmp olt <16 x float> %arg67.i, splat (float -8.700000e+01), !dbg !132
-    #dbg_value(<16 x float> poison, !226, !DIExpression(), !132)
+    #dbg_value(<16 x float> poison, !208, !DIExpression(), !132)
+    #dbg_value(!DIArgList(<16 x float> poison, <16 x i32> poison, <16 x i32> poison), !209, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !132)
+  %cse_v30.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg61.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !132
+    #dbg_value(<16 x float> %cse_v30.i, !225, !DIExpression(), !132)
+  %1065 = bitcast <16 x float> %cse_v30.i to <16 x i32>, !dbg !132
+  %1066 = shl <16 x i32> %1065, splat (i32 23), !dbg !132
+  %1067 = add <16 x i32> %1066, splat (i32 1065353216), !dbg !132
+  %1068 = bitcast <16 x i32> %1067 to <16 x float>, !dbg !132
+  %1069 = add nsw <16 x i32> %1065, splat (i32 -1262485504), !dbg !132
+  %1070 = sitofp <16 x i32> %1069 to <16 x float>, !dbg !132
+  %1071 = fmul <16 x float> %1070, splat (float 0x3F2BD01060000000), !dbg !132
+  %1072 = fmul <16 x float> %1070, splat (float 0x3FE6300000000000), !dbg !132
+  %1073 = fsub <16 x float> %arg61.i, %1072, !dbg !132
+  %1074 = fadd <16 x float> %1071, %1073, !dbg !132
+  %1075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1074, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !132
+  %1076 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1075, <16 x float> %1074, <16 x float> splat (float 0x3F81112100000000)), !dbg !132
+  %1077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1076, <16 x float> %1074, <16 x float> splat (float 0x3FA5553820000000)), !dbg !132
+  %1078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1077, <16 x float> %1074, <16 x float> splat (float 0x3FC5555540000000)), !dbg !132
+  %1079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1078, <16 x float> %1074, <16 x float> splat (float 5.000000e-01)), !dbg !132
+  %1080 = fmul <16 x float> %1074, %1079, !dbg !132
+  %1081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1080, <16 x float> %1074, <16 x float> %1074), !dbg !132
+  %1082 = fadd <16 x float> %1081, splat (float 1.000000e+00), !dbg !132
+  %1083 = fmul <16 x float> %1082, %1068, !dbg !132
+  %1084 = select <16 x i1> %1064, <16 x float> zeroinitializer, <16 x float> %1083, !dbg !132
+  %1085 = fcmp one <16 x float> %old_sum.i, zeroinitializer, !dbg !132
+  %1086 = select <16 x i1> %1085, <16 x float> %1084, <16 x float> zeroinitializer, !dbg !132
+    #dbg_value(<16 x float> %1086, !226, !DIExpression(), !132)
+  %arg77.i = fsub <16 x float> %scores_global128.sroa.0.1.lcssa339341342.i, %m.i, !dbg !132
+    #dbg_value(<16 x float> %arg77.i, !199, !DIExpression(), !132)
+  %1087 = fcmp olt <16 x float> %arg77.i, splat (float -8.700000e+01), !dbg !132
     #dbg_value(<16 x float> poison, !227, !DIExpression(), !132)
-  %cse_v25.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg67.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !132
-    #dbg_value(<16 x float> %cse_v25.i, !228, !DIExpression(), !132)
-  %1043 = bitcast <16 x float> %cse_v25.i to <16 x i32>, !dbg !132
-  %1044 = shl <16 x i32> %1043, splat (i32 23), !dbg !132
-  %1045 = add <16 x i32> %1044, splat (i32 1065353216), !dbg !132
-  %1046 = bitcast <16 x i32> %1045 to <16 x float>, !dbg !132
-  %1047 = add nsw <16 x i32> %1043, splat (i32 -1262485504), !dbg !132
-  %1048 = sitofp <16 x i32> %1047 to <16 x float>, !dbg !132
-  %1049 = fmul <16 x float> %1048, splat (float 0x3F2BD01060000000), !dbg !132
-  %1050 = fmul <16 x float> %1048, splat (float 0x3FE6300000000000), !dbg !132
-  %1051 = fsub <16 x float> %arg67.i, %1050, !dbg !132
-  %1052 = fadd <16 x float> %1049, %1051, !dbg !132
-  %1053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1052, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !132
-  %1054 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1053, <16 x float> %1052, <16 x float> splat (float 0x3F81112100000000)), !dbg !132
-  %1055 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1054, <16 x float> %1052, <16 x float> splat (float 0x3FA5553820000000)), !dbg !132
-  %1056 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1055, <16 x float> %1052, <16 x float> splat (float 0x3FC5555540000000)), !dbg !132
-  %1057 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1056, <16 x float> %1052, <16 x float> splat (float 5.000000e-01)), !dbg !132
-  %1058 = fmul <16 x float> %1052, %1057, !dbg !132
-  %1059 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1058, <16 x float> %1052, <16 x float> %1052), !dbg !132
-  %1060 = fadd <16 x float> %1059, splat (float 1.000000e+00), !dbg !132
-  %1061 = fmul <16 x float> %1060, %1046, !dbg !132
-  %1062 = select <16 x i1> %1042, <16 x float> zeroinitializer, <16 x float> %1061, !dbg !132
-  %1063 = fcmp one <16 x float> %tile_sum.0.lcssa324.i, zeroinitializer, !dbg !132
-  %1064 = select <16 x i1> %1063, <16 x float> %1062, <16 x float> zeroinitializer, !dbg !132
-    #dbg_value(<16 x float> %1064, !182, !DIExpression(), !132)
-    #dbg_value(<16 x float> %old_sum.i, !229, !DIExpression(), !132)
-    #dbg_value(<16 x float> %1116, !183, !DIExpression(), !132)
+    #dbg_value(<16 x float> poison, !228, !DIExpression(), !132)
+  %cse_v26.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg77.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !132
+    #dbg_value(<16 x float> %cse_v26.i, !229, !DIExpression(), !132)
+  %1088 = bitcast <16 x float> %cse_v26.i to <16 x i32>, !dbg !132
+  %1089 = shl <16 x i32> %1088, splat (i32 23), !dbg !132
+  %1090 = add <16 x i32> %1089, splat (i32 1065353216), !dbg !132
+  %1091 = bitcast <16 x i32> %1090 to <16 x float>, !dbg !132
+  %1092 = add nsw <16 x i32> %1088, splat (i32 -1262485504), !dbg !132
+  %1093 = sitofp <16 x i32> %1092 to <16 x float>, !dbg !132
+  %1094 = fmul <16 x float> %1093, splat (float 0x3F2BD01060000000), !dbg !132
+  %1095 = fmul <16 x float> %1093, splat (float 0x3FE6300000000000), !dbg !132
+  %1096 = fsub <16 x float> %arg77.i, %1095, !dbg !132
+  %1097 = fadd <16 x float> %1094, %1096, !dbg !132
+  %1098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1097, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !132
+  %1099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1098, <16 x float> %1097, <16 x float> splat (float 0x3F81112100000000)), !dbg !132
+  %1100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %1097, <16 x float> splat (float 0x3FA5553820000000)), !dbg !132
+  %1101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1100, <16 x float> %1097, <16 x float> splat (float 0x3FC5555540000000)), !dbg !132
+  %1102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1101, <16 x float> %1097, <16 x float> splat (float 5.000000e-01)), !dbg !132
+  %1103 = fmul <16 x float> %1097, %1102, !dbg !132
+  %1104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1103, <16 x float> %1097, <16 x float> %1097), !dbg !132
+  %1105 = fadd <16 x float> %1104, splat (float 1.000000e+00), !dbg !132
+  %1106 = fmul <16 x float> %1105, %1091, !dbg !132
+  %1107 = select <16 x i1> %1087, <16 x float> zeroinitializer, <16 x float> %1106, !dbg !132
+  %1108 = fcmp one <16 x float> %tile_sum.0.lcssa345.i, zeroinitializer, !dbg !132
+  %1109 = select <16 x i1> %1108, <16 x float> %1107, <16 x float> zeroinitializer, !dbg !132
+    #dbg_value(<16 x float> %1109, !190, !DIExpression(), !132)
+    #dbg_value(<16 x float> %old_sum.i, !230, !DIExpression(), !132)
+    #dbg_value(<16 x float> %1161, !195, !DIExpression(), !132)
     #dbg_value(<16 x float> %m.i, !153, !DIExpression(), !132)
-    #dbg_value(<16 x float> %1116, !154, !DIExpression(), !132)
+    #dbg_value(<16 x float> %1161, !154, !DIExpression(), !132)
     #dbg_value(i32 0, !168, !DIExpression(), !132)
-  br label %for_body_d83.i, !dbg !132
+  br label %for_body_d93.i, !dbg !132
 
-for_body_t46.i:                                   ; preds = %for_body_t46.i, %for_body_t46.preheader.i
-  %indvars.iv275.i = phi i64 [ 0, %for_body_t46.preheader.i ], [ %indvars.iv.next276.i, %for_body_t46.i ]
-  %tile_acc_global117.sroa.0.0185.i = phi <16 x float> [ zeroinitializer, %for_body_t46.preheader.i ], [ %1070, %for_body_t46.i ]
-  %tile_acc_global117.sroa.6.0184.i = phi <16 x float> [ zeroinitializer, %for_body_t46.preheader.i ], [ %1075, %for_body_t46.i ]
-  %tile_acc_global117.sroa.10.0183.i = phi <16 x float> [ zeroinitializer, %for_body_t46.preheader.i ], [ %1080, %for_body_t46.i ]
-  %tile_acc_global117.sroa.14.0182.i = phi <16 x float> [ zeroinitializer, %for_body_t46.preheader.i ], [ %1085, %for_body_t46.i ]
-  %tile_acc_global117.sroa.18.0181.i = phi <16 x float> [ zeroinitializer, %for_body_t46.preheader.i ], [ %1090, %for_body_t46.i ]
-  %tile_acc_global117.sroa.22.0180.i = phi <16 x float> [ zeroinitializer, %for_body_t46.preheader.i ], [ %1095, %for_body_t46.i ]
-  %tile_acc_global117.sroa.26.0179.i = phi <16 x float> [ zeroinitializer, %for_body_t46.preheader.i ], [ %1100, %for_body_t46.i ]
-  %tile_acc_global117.sroa.30.0178.i = phi <16 x float> [ zeroinitializer, %for_body_t46.preheader.i ], [ %1105, %for_body_t46.i ]
-    #dbg_value(i64 %indvars.iv275.i, !184, !DIExpression(), !132)
-    #dbg_value(<16 x float> %tile_acc_global117.sroa.0.0185.i, !214, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv275.i, !230, !DIExpression(DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !132)
-    #dbg_value(!DIArgList(i64 %indvars.iv275.i, i64 %1011), !231, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_constu, 7, DW_OP_shl, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !132)
-  %.idx313.i = shl nsw i64 %indvars.iv275.i, 6, !dbg !132
-  %1065 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx313.i, !dbg !132
-  %1066 = load <16 x float>, ptr %1065, align 4, !dbg !132, !tbaa !163
-  %.idx314.i = shl nsw i64 %indvars.iv275.i, 9, !dbg !132
-  %gep352.i = getelementptr inbounds nuw i8, ptr %invariant.gep351.i, i64 %.idx314.i, !dbg !132
-  %1067 = load float, ptr %gep352.i, align 4, !dbg !132, !tbaa !163
-  %1068 = insertelement <16 x float> poison, float %1067, i64 0, !dbg !132
-  %1069 = shufflevector <16 x float> %1068, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %1070 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1066, <16 x float> %1069, <16 x float> %tile_acc_global117.sroa.0.0185.i), !dbg !132
-    #dbg_value(<16 x float> %1070, !214, !DIExpression(), !132)
-  %1071 = getelementptr inbounds nuw i8, ptr %gep352.i, i64 4, !dbg !132
-  %1072 = load float, ptr %1071, align 4, !dbg !132, !tbaa !163
-  %1073 = insertelement <16 x float> poison, float %1072, i64 0, !dbg !132
-  %1074 = shufflevector <16 x float> %1073, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %1075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1066, <16 x float> %1074, <16 x float> %tile_acc_global117.sroa.6.0184.i), !dbg !132
-  %1076 = getelementptr inbounds nuw i8, ptr %gep352.i, i64 8, !dbg !132
-  %1077 = load float, ptr %1076, align 4, !dbg !132, !tbaa !163
-  %1078 = insertelement <16 x float> poison, float %1077, i64 0, !dbg !132
-  %1079 = shufflevector <16 x float> %1078, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %1080 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1066, <16 x float> %1079, <16 x float> %tile_acc_global117.sroa.10.0183.i), !dbg !132
-  %1081 = getelementptr inbounds nuw i8, ptr %gep352.i, i64 12, !dbg !132
-  %1082 = load float, ptr %1081, align 4, !dbg !132, !tbaa !163
-  %1083 = insertelement <16 x float> poison, float %1082, i64 0, !dbg !132
-  %1084 = shufflevector <16 x float> %1083, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %1085 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1066, <16 x float> %1084, <16 x float> %tile_acc_global117.sroa.14.0182.i), !dbg !132
-  %1086 = getelementptr inbounds nuw i8, ptr %gep352.i, i64 16, !dbg !132
-  %1087 = load float, ptr %1086, align 4, !dbg !132, !tbaa !163
-  %1088 = insertelement <16 x float> poison, float %1087, i64 0, !dbg !132
-  %1089 = shufflevector <16 x float> %1088, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %1090 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1066, <16 x float> %1089, <16 x float> %tile_acc_global117.sroa.18.0181.i), !dbg !132
-  %1091 = getelementptr inbounds nuw i8, ptr %gep352.i, i64 20, !dbg !132
-  %1092 = load float, ptr %1091, align 4, !dbg !132, !tbaa !163
-  %1093 = insertelement <16 x float> poison, float %1092, i64 0, !dbg !132
-  %1094 = shufflevector <16 x float> %1093, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %1095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1066, <16 x float> %1094, <16 x float> %tile_acc_global117.sroa.22.0180.i), !dbg !132
-  %1096 = getelementptr inbounds nuw i8, ptr %gep352.i, i64 24, !dbg !132
-  %1097 = load float, ptr %1096, align 4, !dbg !132, !tbaa !163
-  %1098 = insertelement <16 x float> poison, float %1097, i64 0, !dbg !132
-  %1099 = shufflevector <16 x float> %1098, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %1100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1066, <16 x float> %1099, <16 x float> %tile_acc_global117.sroa.26.0179.i), !dbg !132
-  %1101 = getelementptr inbounds nuw i8, ptr %gep352.i, i64 28, !dbg !132
-  %1102 = load float, ptr %1101, align 4, !dbg !132, !tbaa !163
-  %1103 = insertelement <16 x float> poison, float %1102, i64 0, !dbg !132
-  %1104 = shufflevector <16 x float> %1103, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %1105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1066, <16 x float> %1104, <16 x float> %tile_acc_global117.sroa.30.0178.i), !dbg !132
-  %indvars.iv.next276.i = add nuw nsw i64 %indvars.iv275.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next276.i, !184, !DIExpression(), !132)
-  %exitcond339.not = icmp eq i64 %indvars.iv.next276.i, %smax338, !dbg !132
-  br i1 %exitcond339.not, label %for_end_t47.i, label %for_body_t46.i, !dbg !132, !prof !195
+for_body_t56.i:                                   ; preds = %for_body_t56.i, %for_body_t56.preheader.i
+  %indvars.iv297.i = phi i64 [ 0, %for_body_t56.preheader.i ], [ %indvars.iv.next298.i, %for_body_t56.i ]
+  %tile_acc_global127.sroa.0.0197.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1115, %for_body_t56.i ]
+  %tile_acc_global127.sroa.6.0196.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1120, %for_body_t56.i ]
+  %tile_acc_global127.sroa.10.0195.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1125, %for_body_t56.i ]
+  %tile_acc_global127.sroa.14.0194.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1130, %for_body_t56.i ]
+  %tile_acc_global127.sroa.18.0193.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1135, %for_body_t56.i ]
+  %tile_acc_global127.sroa.22.0192.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1140, %for_body_t56.i ]
+  %tile_acc_global127.sroa.26.0191.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1145, %for_body_t56.i ]
+  %tile_acc_global127.sroa.30.0190.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1150, %for_body_t56.i ]
+    #dbg_value(i64 %indvars.iv297.i, !196, !DIExpression(), !132)
+    #dbg_value(<16 x float> %tile_acc_global127.sroa.0.0197.i, !215, !DIExpression(), !132)
+    #dbg_value(i64 %indvars.iv297.i, !231, !DIExpression(DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !132)
+    #dbg_value(!DIArgList(i64 %indvars.iv297.i, i64 %1056), !232, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_constu, 7, DW_OP_shl, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !132)
+  %.idx335.i = shl nsw i64 %indvars.iv297.i, 6, !dbg !132
+  %1110 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx335.i, !dbg !132
+  %1111 = load <16 x float>, ptr %1110, align 4, !dbg !132, !tbaa !163
+  %.idx336.i = shl nsw i64 %indvars.iv297.i, 9, !dbg !132
+  %gep373.i = getelementptr inbounds nuw i8, ptr %invariant.gep372.i, i64 %.idx336.i, !dbg !132
+  %1112 = load float, ptr %gep373.i, align 4, !dbg !132, !tbaa !163
+  %1113 = insertelement <16 x float> poison, float %1112, i64 0, !dbg !132
+  %1114 = shufflevector <16 x float> %1113, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %1115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1114, <16 x float> %tile_acc_global127.sroa.0.0197.i), !dbg !132
+    #dbg_value(<16 x float> %1115, !215, !DIExpression(), !132)
+  %1116 = getelementptr inbounds nuw i8, ptr %gep373.i, i64 4, !dbg !132
+  %1117 = load float, ptr %1116, align 4, !dbg !132, !tbaa !163
+  %1118 = insertelement <16 x float> poison, float %1117, i64 0, !dbg !132
+  %1119 = shufflevector <16 x float> %1118, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %1120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1119, <16 x float> %tile_acc_global127.sroa.6.0196.i), !dbg !132
+  %1121 = getelementptr inbounds nuw i8, ptr %gep373.i, i64 8, !dbg !132
+  %1122 = load float, ptr %1121, align 4, !dbg !132, !tbaa !163
+  %1123 = insertelement <16 x float> poison, float %1122, i64 0, !dbg !132
+  %1124 = shufflevector <16 x float> %1123, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %1125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1124, <16 x float> %tile_acc_global127.sroa.10.0195.i), !dbg !132
+  %1126 = getelementptr inbounds nuw i8, ptr %gep373.i, i64 12, !dbg !132
+  %1127 = load float, ptr %1126, align 4, !dbg !132, !tbaa !163
+  %1128 = insertelement <16 x float> poison, float %1127, i64 0, !dbg !132
+  %1129 = shufflevector <16 x float> %1128, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %1130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1129, <16 x float> %tile_acc_global127.sroa.14.0194.i), !dbg !132
+  %1131 = getelementptr inbounds nuw i8, ptr %gep373.i, i64 16, !dbg !132
+  %1132 = load float, ptr %1131, align 4, !dbg !132, !tbaa !163
+  %1133 = insertelement <16 x float> poison, float %1132, i64 0, !dbg !132
+  %1134 = shufflevector <16 x float> %1133, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %1135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1134, <16 x float> %tile_acc_global127.sroa.18.0193.i), !dbg !132
+  %1136 = getelementptr inbounds nuw i8, ptr %gep373.i, i64 20, !dbg !132
+  %1137 = load float, ptr %1136, align 4, !dbg !132, !tbaa !163
+  %1138 = insertelement <16 x float> poison, float %1137, i64 0, !dbg !132
+  %1139 = shufflevector <16 x float> %1138, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %1140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1139, <16 x float> %tile_acc_global127.sroa.22.0192.i), !dbg !132
+  %1141 = getelementptr inbounds nuw i8, ptr %gep373.i, i64 24, !dbg !132
+  %1142 = load float, ptr %1141, align 4, !dbg !132, !tbaa !163
+  %1143 = insertelement <16 x float> poison, float %1142, i64 0, !dbg !132
+  %1144 = shufflevector <16 x float> %1143, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %1145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1144, <16 x float> %tile_acc_global127.sroa.26.0191.i), !dbg !132
+  %1146 = getelementptr inbounds nuw i8, ptr %gep373.i, i64 28, !dbg !132
+  %1147 = load float, ptr %1146, align 4, !dbg !132, !tbaa !163
+  %1148 = insertelement <16 x float> poison, float %1147, i64 0, !dbg !132
+  %1149 = shufflevector <16 x float> %1148, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
+  %1150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1149, <16 x float> %tile_acc_global127.sroa.30.0190.i), !dbg !132
+  %indvars.iv.next298.i = add nuw nsw i64 %indvars.iv297.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next298.i, !196, !DIExpression(), !132)
+  %exitcond340.not = icmp eq i64 %indvars.iv.next298.i, %smax339, !dbg !132
+  br i1 %exitcond340.not, label %for_end_t57.i, label %for_body_t56.i, !dbg !132, !prof !193
 
-for_end_t47.i:                                    ; preds = %for_body_t46.i, %for_body_d_0.i
-  %tile_acc_global117.sroa.30.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1105, %for_body_t46.i ], !dbg !132
-  %tile_acc_global117.sroa.26.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1100, %for_body_t46.i ], !dbg !132
-  %tile_acc_global117.sroa.22.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1095, %for_body_t46.i ], !dbg !132
-  %tile_acc_global117.sroa.18.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1090, %for_body_t46.i ], !dbg !132
-  %tile_acc_global117.sroa.14.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1085, %for_body_t46.i ], !dbg !132
-  %tile_acc_global117.sroa.10.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1080, %for_body_t46.i ], !dbg !132
-  %tile_acc_global117.sroa.6.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1075, %for_body_t46.i ], !dbg !132
-  %tile_acc_global117.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1070, %for_body_t46.i ], !dbg !132
-  %1106 = getelementptr inbounds nuw <16 x float>, ptr %tile_acc.i, i64 %1011, !dbg !132
-  store <16 x float> %tile_acc_global117.sroa.0.0.lcssa.i, ptr %1106, align 4, !dbg !132, !tbaa !163
-  %1107 = getelementptr inbounds nuw i8, ptr %1106, i64 64, !dbg !132
-  store <16 x float> %tile_acc_global117.sroa.6.0.lcssa.i, ptr %1107, align 4, !dbg !132, !tbaa !163
-  %1108 = getelementptr inbounds nuw i8, ptr %1106, i64 128, !dbg !132
-  store <16 x float> %tile_acc_global117.sroa.10.0.lcssa.i, ptr %1108, align 4, !dbg !132, !tbaa !163
-  %1109 = getelementptr inbounds nuw i8, ptr %1106, i64 192, !dbg !132
-  store <16 x float> %tile_acc_global117.sroa.14.0.lcssa.i, ptr %1109, align 4, !dbg !132, !tbaa !163
-  %1110 = getelementptr inbounds nuw i8, ptr %1106, i64 256, !dbg !132
-  store <16 x float> %tile_acc_global117.sroa.18.0.lcssa.i, ptr %1110, align 4, !dbg !132, !tbaa !163
-  %1111 = getelementptr inbounds nuw i8, ptr %1106, i64 320, !dbg !132
-  store <16 x float> %tile_acc_global117.sroa.22.0.lcssa.i, ptr %1111, align 4, !dbg !132, !tbaa !163
-  %1112 = getelementptr inbounds nuw i8, ptr %1106, i64 384, !dbg !132
-  store <16 x float> %tile_acc_global117.sroa.26.0.lcssa.i, ptr %1112, align 4, !dbg !132, !tbaa !163
-  %1113 = getelementptr inbounds nuw i8, ptr %1106, i64 448, !dbg !132
-  store <16 x float> %tile_acc_global117.sroa.30.0.lcssa.i, ptr %1113, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next281.i = add nuw nsw i64 %indvars.iv280.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next281.i, !210, !DIExpression(), !132)
-  %exitcond284.not.i = icmp eq i64 %indvars.iv.next281.i, 16, !dbg !132
-  br i1 %exitcond284.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !dbg !132, !prof !171
+for_end_t57.i:                                    ; preds = %for_body_t56.i, %for_body_d_0.i
+  %tile_acc_global127.sroa.30.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1150, %for_body_t56.i ], !dbg !132
+  %tile_acc_global127.sroa.26.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1145, %for_body_t56.i ], !dbg !132
+  %tile_acc_global127.sroa.22.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1140, %for_body_t56.i ], !dbg !132
+  %tile_acc_global127.sroa.18.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1135, %for_body_t56.i ], !dbg !132
+  %tile_acc_global127.sroa.14.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1130, %for_body_t56.i ], !dbg !132
+  %tile_acc_global127.sroa.10.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1125, %for_body_t56.i ], !dbg !132
+  %tile_acc_global127.sroa.6.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1120, %for_body_t56.i ], !dbg !132
+  %tile_acc_global127.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1115, %for_body_t56.i ], !dbg !132
+  %1151 = getelementptr inbounds nuw <16 x float>, ptr %tile_acc.i, i64 %1056, !dbg !132
+  store <16 x float> %tile_acc_global127.sroa.0.0.lcssa.i, ptr %1151, align 4, !dbg !132, !tbaa !163
+  %1152 = getelementptr inbounds nuw i8, ptr %1151, i64 64, !dbg !132
+  store <16 x float> %tile_acc_global127.sroa.6.0.lcssa.i, ptr %1152, align 4, !dbg !132, !tbaa !163
+  %1153 = getelementptr inbounds nuw i8, ptr %1151, i64 128, !dbg !132
+  store <16 x float> %tile_acc_global127.sroa.10.0.lcssa.i, ptr %1153, align 4, !dbg !132, !tbaa !163
+  %1154 = getelementptr inbounds nuw i8, ptr %1151, i64 192, !dbg !132
+  store <16 x float> %tile_acc_global127.sroa.14.0.lcssa.i, ptr %1154, align 4, !dbg !132, !tbaa !163
+  %1155 = getelementptr inbounds nuw i8, ptr %1151, i64 256, !dbg !132
+  store <16 x float> %tile_acc_global127.sroa.18.0.lcssa.i, ptr %1155, align 4, !dbg !132, !tbaa !163
+  %1156 = getelementptr inbounds nuw i8, ptr %1151, i64 320, !dbg !132
+  store <16 x float> %tile_acc_global127.sroa.22.0.lcssa.i, ptr %1156, align 4, !dbg !132, !tbaa !163
+  %1157 = getelementptr inbounds nuw i8, ptr %1151, i64 384, !dbg !132
+  store <16 x float> %tile_acc_global127.sroa.26.0.lcssa.i, ptr %1157, align 4, !dbg !132, !tbaa !163
+  %1158 = getelementptr inbounds nuw i8, ptr %1151, i64 448, !dbg !132
+  store <16 x float> %tile_acc_global127.sroa.30.0.lcssa.i, ptr %1158, align 4, !dbg !132, !tbaa !163
+  %indvars.iv.next303.i = add nuw nsw i64 %indvars.iv302.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next303.i, !211, !DIExpression(), !132)
+  %exitcond306.not.i = icmp eq i64 %indvars.iv.next303.i, 16, !dbg !132
+  br i1 %exitcond306.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !dbg !132, !prof !171
 
-for_body_d83.i:                                   ; preds = %if_end88.i.1, %for_end_d_0.i
-  %indvars.iv285.i = phi i64 [ 0, %for_end_d_0.i ], [ %indvars.iv.next286.i.1, %if_end88.i.1 ]
-    #dbg_value(i64 %indvars.iv285.i, !168, !DIExpression(), !132)
-  %1114 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv285.i
-  br i1 %1012, label %if_then87.i, label %for_body_d83.if_end88_crit_edge.i, !dbg !132, !prof !16
+for_body_d93.i:                                   ; preds = %if_end98.i.1, %for_end_d_0.i
+  %indvars.iv307.i = phi i64 [ 0, %for_end_d_0.i ], [ %indvars.iv.next308.i.1, %if_end98.i.1 ]
+    #dbg_value(i64 %indvars.iv307.i, !168, !DIExpression(), !132)
+  %1159 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv307.i
+  br i1 %1057, label %if_then97.i, label %for_body_d93.if_end98_crit_edge.i, !dbg !132, !prof !16
 
-for_body_d83.if_end88_crit_edge.i:                ; preds = %for_body_d83.i
-  %.pre.i = load <16 x float>, ptr %1114, align 4, !dbg !132, !tbaa !163
-  br label %if_end88.i, !dbg !132
+for_body_d93.if_end98_crit_edge.i:                ; preds = %for_body_d93.i
+  %.pre.i = load <16 x float>, ptr %1159, align 4, !dbg !132, !tbaa !163
+  br label %if_end98.i, !dbg !132
 
-for_end_d84.i:                                    ; preds = %if_end88.i.1
-  %1115 = fmul <16 x float> %old_sum.i, %1041, !dbg !132
-  %1116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1064, <16 x float> %tile_sum.0.lcssa324.i, <16 x float> %1115), !dbg !132
-  %indvars.iv.next290.i = add nuw nsw i64 %indvars.iv289.i, 1, !dbg !132
+for_end_d94.i:                                    ; preds = %if_end98.i.1
+  %1160 = fmul <16 x float> %old_sum.i, %1086, !dbg !132
+  %1161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1109, <16 x float> %tile_sum.0.lcssa345.i, <16 x float> %1160), !dbg !132
+  %indvars.iv.next312.i = add nuw nsw i64 %indvars.iv311.i, 1, !dbg !132
     #dbg_value(<16 x float> %m.i, !153, !DIExpression(), !132)
-    #dbg_value(<16 x float> %1116, !154, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv.next290.i, !169, !DIExpression(), !132)
-  %exitcond295.not.i = icmp eq i64 %indvars.iv.next290.i, %wide.trip.count294.i, !dbg !132
+    #dbg_value(<16 x float> %1161, !154, !DIExpression(), !132)
+    #dbg_value(i64 %indvars.iv.next312.i, !169, !DIExpression(), !132)
+  %exitcond317.not.i = icmp eq i64 %indvars.iv.next312.i, %wide.trip.count316.i, !dbg !132
   %indvars.iv.next = add nsw i64 %indvars.iv, -128, !dbg !132
-  br i1 %exitcond295.not.i, label %for_end_step.i, label %for_body_step.i, !dbg !132, !prof !171
+  br i1 %exitcond317.not.i, label %for_end_step.i, label %for_body_step.i, !dbg !132, !prof !171
 
-if_then87.i:                                      ; preds = %for_body_d83.i
-  store <16 x float> zeroinitializer, ptr %1114, align 4, !dbg !132, !tbaa !163
-  br label %if_end88.i, !dbg !132
+if_then97.i:                                      ; preds = %for_body_d93.i
+  store <16 x float> zeroinitializer, ptr %1159, align 4, !dbg !132, !tbaa !163
+  br label %if_end98.i, !dbg !132
 
-if_end88.i:                                       ; preds = %if_then87.i, %for_body_d83.if_end88_crit_edge.i
-  %1117 = phi <16 x float> [ %.pre.i, %for_body_d83.if_end88_crit_edge.i ], [ zeroinitializer, %if_then87.i ], !dbg !132
-  %1118 = getelementptr inbounds nuw <16 x float>, ptr %tile_acc.i, i64 %indvars.iv285.i, !dbg !132
-  %1119 = load <16 x float>, ptr %1118, align 4, !dbg !132, !tbaa !163
-  %1120 = fmul <16 x float> %1041, %1117, !dbg !132
-  %1121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1064, <16 x float> %1119, <16 x float> %1120), !dbg !132
-  store <16 x float> %1121, ptr %1114, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next286.i = or disjoint i64 %indvars.iv285.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next286.i, !168, !DIExpression(), !132)
-  %1122 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next286.i
-  br i1 %1012, label %if_then87.i.1, label %for_body_d83.if_end88_crit_edge.i.1, !dbg !132, !prof !16
+if_end98.i:                                       ; preds = %if_then97.i, %for_body_d93.if_end98_crit_edge.i
+  %1162 = phi <16 x float> [ %.pre.i, %for_body_d93.if_end98_crit_edge.i ], [ zeroinitializer, %if_then97.i ], !dbg !132
+  %1163 = getelementptr inbounds nuw <16 x float>, ptr %tile_acc.i, i64 %indvars.iv307.i, !dbg !132
+  %1164 = load <16 x float>, ptr %1163, align 4, !dbg !132, !tbaa !163
+  %1165 = fmul <16 x float> %1086, %1162, !dbg !132
+  %1166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1109, <16 x float> %1164, <16 x float> %1165), !dbg !132
+  store <16 x float> %1166, ptr %1159, align 4, !dbg !132, !tbaa !163
+  %indvars.iv.next308.i = or disjoint i64 %indvars.iv307.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next308.i, !168, !DIExpression(), !132)
+  %1167 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next308.i
+  br i1 %1057, label %if_then97.i.1, label %for_body_d93.if_end98_crit_edge.i.1, !dbg !132, !prof !16
 
-for_body_d83.if_end88_crit_edge.i.1:              ; preds = %if_end88.i
-  %.pre.i.1 = load <16 x float>, ptr %1122, align 4, !dbg !132, !tbaa !163
-  br label %if_end88.i.1, !dbg !132
+for_body_d93.if_end98_crit_edge.i.1:              ; preds = %if_end98.i
+  %.pre.i.1 = load <16 x float>, ptr %1167, align 4, !dbg !132, !tbaa !163
+  br label %if_end98.i.1, !dbg !132
 
-if_then87.i.1:                                    ; preds = %if_end88.i
-  store <16 x float> zeroinitializer, ptr %1122, align 4, !dbg !132, !tbaa !163
-  br label %if_end88.i.1, !dbg !132
+if_then97.i.1:                                    ; preds = %if_end98.i
+  store <16 x float> zeroinitializer, ptr %1167, align 4, !dbg !132, !tbaa !163
+  br label %if_end98.i.1, !dbg !132
 
-if_end88.i.1:                                     ; preds = %if_then87.i.1, %for_body_d83.if_end88_crit_edge.i.1
-  %1123 = phi <16 x float> [ %.pre.i.1, %for_body_d83.if_end88_crit_edge.i.1 ], [ zeroinitializer, %if_then87.i.1 ], !dbg !132
-  %1124 = getelementptr inbounds nuw <16 x float>, ptr %tile_acc.i, i64 %indvars.iv.next286.i, !dbg !132
-  %1125 = load <16 x float>, ptr %1124, align 4, !dbg !132, !tbaa !163
-  %1126 = fmul <16 x float> %1041, %1123, !dbg !132
-  %1127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1064, <16 x float> %1125, <16 x float> %1126), !dbg !132
-  store <16 x float> %1127, ptr %1122, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next286.i.1 = add nuw nsw i64 %indvars.iv285.i, 2, !dbg !132
-    #dbg_value(i64 %indvars.iv.next286.i.1, !168, !DIExpression(), !132)
-  %exitcond288.not.i.1 = icmp eq i64 %indvars.iv.next286.i.1, 128, !dbg !132
-  br i1 %exitcond288.not.i.1, label %for_end_d84.i, label %for_body_d83.i, !dbg !132, !prof !171, !llvm.loop !232
+if_end98.i.1:                                     ; preds = %if_then97.i.1, %for_body_d93.if_end98_crit_edge.i.1
+  %1168 = phi <16 x float> [ %.pre.i.1, %for_body_d93.if_end98_crit_edge.i.1 ], [ zeroinitializer, %if_then97.i.1 ], !dbg !132
+  %1169 = getelementptr inbounds nuw <16 x float>, ptr %tile_acc.i, i64 %indvars.iv.next308.i, !dbg !132
+  %1170 = load <16 x float>, ptr %1169, align 4, !dbg !132, !tbaa !163
+  %1171 = fmul <16 x float> %1086, %1168, !dbg !132
+  %1172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1109, <16 x float> %1170, <16 x float> %1171), !dbg !132
+  store <16 x float> %1172, ptr %1167, align 4, !dbg !132, !tbaa !163
+  %indvars.iv.next308.i.1 = add nuw nsw i64 %indvars.iv307.i, 2, !dbg !132
+    #dbg_value(i64 %indvars.iv.next308.i.1, !168, !DIExpression(), !132)
+  %exitcond310.not.i.1 = icmp eq i64 %indvars.iv.next308.i.1, 128, !dbg !132
+  br i1 %exitcond310.not.i.1, label %for_end_d94.i, label %for_body_d93.i, !dbg !132, !prof !171, !llvm.loop !233
 
-for_body_d90.i:                                   ; preds = %for_body_d90.i, %for_end_step.i
-  %indvars.iv296.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next297.i.7, %for_body_d90.i ]
-    #dbg_value(i64 %indvars.iv296.i, !168, !DIExpression(), !132)
-  %1128 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv296.i, !dbg !234
-  %1129 = load <16 x float>, ptr %1128, align 4, !dbg !234, !tbaa !163
-  %.idx315.i = shl i64 %indvars.iv296.i, 6, !dbg !234
-  %1130 = getelementptr i8, ptr %656, i64 %.idx315.i, !dbg !234
-  store <16 x float> %1129, ptr %1130, align 64, !dbg !234, !tbaa !163
-  %indvars.iv.next297.i = or disjoint i64 %indvars.iv296.i, 1, !dbg !234
-    #dbg_value(i64 %indvars.iv.next297.i, !168, !DIExpression(), !132)
-  %1131 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next297.i, !dbg !234
-  %1132 = load <16 x float>, ptr %1131, align 4, !dbg !234, !tbaa !163
-  %.idx315.i.1 = shl i64 %indvars.iv.next297.i, 6, !dbg !234
-  %1133 = getelementptr i8, ptr %656, i64 %.idx315.i.1, !dbg !234
-  store <16 x float> %1132, ptr %1133, align 64, !dbg !234, !tbaa !163
-  %indvars.iv.next297.i.1 = or disjoint i64 %indvars.iv296.i, 2, !dbg !234
-    #dbg_value(i64 %indvars.iv.next297.i.1, !168, !DIExpression(), !132)
-  %1134 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next297.i.1, !dbg !234
-  %1135 = load <16 x float>, ptr %1134, align 4, !dbg !234, !tbaa !163
-  %.idx315.i.2 = shl i64 %indvars.iv.next297.i.1, 6, !dbg !234
-  %1136 = getelementptr i8, ptr %656, i64 %.idx315.i.2, !dbg !234
-  store <16 x float> %1135, ptr %1136, align 64, !dbg !234, !tbaa !163
-  %indvars.iv.next297.i.2 = or disjoint i64 %indvars.iv296.i, 3, !dbg !234
-    #dbg_value(i64 %indvars.iv.next297.i.2, !168, !DIExpression(), !132)
-  %1137 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next297.i.2, !dbg !234
-  %1138 = load <16 x float>, ptr %1137, align 4, !dbg !234, !tbaa !163
-  %.idx315.i.3 = shl i64 %indvars.iv.next297.i.2, 6, !dbg !234
-  %1139 = getelementptr i8, ptr %656, i64 %.idx315.i.3, !dbg !234
-  store <16 x float> %1138, ptr %1139, align 64, !dbg !234, !tbaa !163
-  %indvars.iv.next297.i.3 = or disjoint i64 %indvars.iv296.i, 4, !dbg !234
-    #dbg_value(i64 %indvars.iv.next297.i.3, !168, !DIExpression(), !132)
-  %1140 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next297.i.3, !dbg !234
-  %1141 = load <16 x float>, ptr %1140, align 4, !dbg !234, !tbaa !163
-  %.idx315.i.4 = shl i64 %indvars.iv.next297.i.3, 6, !dbg !234
-  %1142 = getelementptr i8, ptr %656, i64 %.idx315.i.4, !dbg !234
-  store <16 x float> %1141, ptr %1142, align 64, !dbg !234, !tbaa !163
-  %indvars.iv.next297.i.4 = or disjoint i64 %indvars.iv296.i, 5, !dbg !234
-    #dbg_value(i64 %indvars.iv.next297.i.4, !168, !DIExpression(), !132)
-  %1143 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next297.i.4, !dbg !234
-  %1144 = load <16 x float>, ptr %1143, align 4, !dbg !234, !tbaa !163
-  %.idx315.i.5 = shl i64 %indvars.iv.next297.i.4, 6, !dbg !234
-  %1145 = getelementptr i8, ptr %656, i64 %.idx315.i.5, !dbg !234
-  store <16 x float> %1144, ptr %1145, align 64, !dbg !234, !tbaa !163
-  %indvars.iv.next297.i.5 = or disjoint i64 %indvars.iv296.i, 6, !dbg !234
-    #dbg_value(i64 %indvars.iv.next297.i.5, !168, !DIExpression(), !132)
-  %1146 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next297.i.5, !dbg !234
-  %1147 = load <16 x float>, ptr %1146, align 4, !dbg !234, !tbaa !163
-  %.idx315.i.6 = shl i64 %indvars.iv.next297.i.5, 6, !dbg !234
-  %1148 = getelementptr i8, ptr %656, i64 %.idx315.i.6, !dbg !234
-  store <16 x float> %1147, ptr %1148, align 64, !dbg !234, !tbaa !163
-  %indvars.iv.next297.i.6 = or disjoint i64 %indvars.iv296.i, 7, !dbg !234
-    #dbg_value(i64 %indvars.iv.next297.i.6, !168, !DIExpression(), !132)
-  %1149 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next297.i.6, !dbg !234
-  %1150 = load <16 x float>, ptr %1149, align 4, !dbg !234, !tbaa !163
-  %.idx315.i.7 = shl i64 %indvars.iv.next297.i.6, 6, !dbg !234
-  %1151 = getelementptr i8, ptr %656, i64 %.idx315.i.7, !dbg !234
-  store <16 x float> %1150, ptr %1151, align 64, !dbg !234, !tbaa !163
-  %indvars.iv.next297.i.7 = add nuw nsw i64 %indvars.iv296.i, 8, !dbg !234
-    #dbg_value(i64 %indvars.iv.next297.i.7, !168, !DIExpression(), !132)
-  %exitcond299.not.i.7 = icmp eq i64 %indvars.iv.next297.i.7, 128, !dbg !132
-  br i1 %exitcond299.not.i.7, label %for_end_d91.i, label %for_body_d90.i, !dbg !132, !prof !171, !llvm.loop !235
+for_body_d100.i:                                  ; preds = %for_body_d100.i, %for_end_step.i
+  %indvars.iv318.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next319.i.7, %for_body_d100.i ]
+    #dbg_value(i64 %indvars.iv318.i, !168, !DIExpression(), !132)
+  %1173 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv318.i, !dbg !235
+  %1174 = load <16 x float>, ptr %1173, align 4, !dbg !235, !tbaa !163
+  %.idx337.i = shl i64 %indvars.iv318.i, 6, !dbg !235
+  %1175 = getelementptr i8, ptr %652, i64 %.idx337.i, !dbg !235
+  store <16 x float> %1174, ptr %1175, align 64, !dbg !235, !tbaa !163
+  %indvars.iv.next319.i = or disjoint i64 %indvars.iv318.i, 1, !dbg !235
+    #dbg_value(i64 %indvars.iv.next319.i, !168, !DIExpression(), !132)
+  %1176 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next319.i, !dbg !235
+  %1177 = load <16 x float>, ptr %1176, align 4, !dbg !235, !tbaa !163
+  %.idx337.i.1 = shl i64 %indvars.iv.next319.i, 6, !dbg !235
+  %1178 = getelementptr i8, ptr %652, i64 %.idx337.i.1, !dbg !235
+  store <16 x float> %1177, ptr %1178, align 64, !dbg !235, !tbaa !163
+  %indvars.iv.next319.i.1 = or disjoint i64 %indvars.iv318.i, 2, !dbg !235
+    #dbg_value(i64 %indvars.iv.next319.i.1, !168, !DIExpression(), !132)
+  %1179 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next319.i.1, !dbg !235
+  %1180 = load <16 x float>, ptr %1179, align 4, !dbg !235, !tbaa !163
+  %.idx337.i.2 = shl i64 %indvars.iv.next319.i.1, 6, !dbg !235
+  %1181 = getelementptr i8, ptr %652, i64 %.idx337.i.2, !dbg !235
+  store <16 x float> %1180, ptr %1181, align 64, !dbg !235, !tbaa !163
+  %indvars.iv.next319.i.2 = or disjoint i64 %indvars.iv318.i, 3, !dbg !235
+    #dbg_value(i64 %indvars.iv.next319.i.2, !168, !DIExpression(), !132)
+  %1182 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next319.i.2, !dbg !235
+  %1183 = load <16 x float>, ptr %1182, align 4, !dbg !235, !tbaa !163
+  %.idx337.i.3 = shl i64 %indvars.iv.next319.i.2, 6, !dbg !235
+  %1184 = getelementptr i8, ptr %652, i64 %.idx337.i.3, !dbg !235
+  store <16 x float> %1183, ptr %1184, align 64, !dbg !235, !tbaa !163
+  %indvars.iv.next319.i.3 = or disjoint i64 %indvars.iv318.i, 4, !dbg !235
+    #dbg_value(i64 %indvars.iv.next319.i.3, !168, !DIExpression(), !132)
+  %1185 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next319.i.3, !dbg !235
+  %1186 = load <16 x float>, ptr %1185, align 4, !dbg !235, !tbaa !163
+  %.idx337.i.4 = shl i64 %indvars.iv.next319.i.3, 6, !dbg !235
+  %1187 = getelementptr i8, ptr %652, i64 %.idx337.i.4, !dbg !235
+  store <16 x float> %1186, ptr %1187, align 64, !dbg !235, !tbaa !163
+  %indvars.iv.next319.i.4 = or disjoint i64 %indvars.iv318.i, 5, !dbg !235
+    #dbg_value(i64 %indvars.iv.next319.i.4, !168, !DIExpression(), !132)
+  %1188 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next319.i.4, !dbg !235
+  %1189 = load <16 x float>, ptr %1188, align 4, !dbg !235, !tbaa !163
+  %.idx337.i.5 = shl i64 %indvars.iv.next319.i.4, 6, !dbg !235
+  %1190 = getelementptr i8, ptr %652, i64 %.idx337.i.5, !dbg !235
+  store <16 x float> %1189, ptr %1190, align 64, !dbg !235, !tbaa !163
+  %indvars.iv.next319.i.5 = or disjoint i64 %indvars.iv318.i, 6, !dbg !235
+    #dbg_value(i64 %indvars.iv.next319.i.5, !168, !DIExpression(), !132)
+  %1191 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next319.i.5, !dbg !235
+  %1192 = load <16 x float>, ptr %1191, align 4, !dbg !235, !tbaa !163
+  %.idx337.i.6 = shl i64 %indvars.iv.next319.i.5, 6, !dbg !235
+  %1193 = getelementptr i8, ptr %652, i64 %.idx337.i.6, !dbg !235
+  store <16 x float> %1192, ptr %1193, align 64, !dbg !235, !tbaa !163
+  %indvars.iv.next319.i.6 = or disjoint i64 %indvars.iv318.i, 7, !dbg !235
+    #dbg_value(i64 %indvars.iv.next319.i.6, !168, !DIExpression(), !132)
+  %1194 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next319.i.6, !dbg !235
+  %1195 = load <16 x float>, ptr %1194, align 4, !dbg !235, !tbaa !163
+  %.idx337.i.7 = shl i64 %indvars.iv.next319.i.6, 6, !dbg !235
+  %1196 = getelementptr i8, ptr %652, i64 %.idx337.i.7, !dbg !235
+  store <16 x float> %1195, ptr %1196, align 64, !dbg !235, !tbaa !163
+  %indvars.iv.next319.i.7 = add nuw nsw i64 %indvars.iv318.i, 8, !dbg !235
+    #dbg_value(i64 %indvars.iv.next319.i.7, !168, !DIExpression(), !132)
+  %exitcond321.not.i.7 = icmp eq i64 %indvars.iv.next319.i.7, 128, !dbg !132
+  br i1 %exitcond321.not.i.7, label %for_end_d101.i, label %for_body_d100.i, !dbg !132, !prof !171, !llvm.loop !236
 
-for_end_d91.i:                                    ; preds = %for_body_d90.i
-  %indvars.iv.next301.i = add nuw nsw i64 %indvars.iv300.i, 1, !dbg !234
+for_end_d101.i:                                   ; preds = %for_body_d100.i
+  %indvars.iv.next323.i = add nuw nsw i64 %indvars.iv322.i, 1, !dbg !235
     #dbg_value(<16 x float> %m.i, !153, !DIExpression(), !132)
-    #dbg_value(<16 x float> %1116, !154, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv.next301.i, !155, !DIExpression(), !132)
-  %exitcond304.not.i = icmp eq i64 %indvars.iv.next301.i, %wide.trip.count303.i, !dbg !132
-  br i1 %exitcond304.not.i, label %for_end_s.i, label %for_body_s.i, !dbg !132, !prof !195
+    #dbg_value(<16 x float> %1161, !154, !DIExpression(), !132)
+    #dbg_value(i64 %indvars.iv.next323.i, !155, !DIExpression(), !132)
+  %exitcond326.not.i = icmp eq i64 %indvars.iv.next323.i, %wide.trip.count325.i, !dbg !132
+  br i1 %exitcond326.not.i, label %for_end_s.i, label %for_body_s.i, !dbg !132, !prof !193
 
-if_end95.i:                                       ; preds = %for_end_s.i
-  %1152 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %1153 = tail call i32 %1152(i32 1, i32 %dev_id, ptr nonnull %k_tile.i), !dbg !132
-  %.not119.i = icmp eq i32 %1153, 0, !dbg !132
-  br i1 %.not119.i, label %if_end98.i, label %common.ret, !dbg !132, !prof !17
+if_end105.i:                                      ; preds = %for_end_s.i
+  %1197 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
+  %1198 = tail call i32 %1197(i32 1, i32 %dev_id, ptr nonnull %k_tile.i), !dbg !132
+  %.not129.i = icmp eq i32 %1198, 0, !dbg !132
+  br i1 %.not129.i, label %if_end108.i, label %common.ret, !dbg !132, !prof !17
 
-if_end98.i:                                       ; preds = %if_end95.i
-  %1154 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %1155 = tail call i32 %1154(i32 1, i32 %dev_id, ptr nonnull %scores.i), !dbg !132
-  %.not120.i = icmp eq i32 %1155, 0, !dbg !132
-  br i1 %.not120.i, label %if_end101.i, label %common.ret, !dbg !132, !prof !17
+if_end108.i:                                      ; preds = %if_end105.i
+  %1199 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
+  %1200 = tail call i32 %1199(i32 1, i32 %dev_id, ptr nonnull %scores.i), !dbg !132
+  %.not130.i = icmp eq i32 %1200, 0, !dbg !132
+  br i1 %.not130.i, label %if_end111.i, label %common.ret, !dbg !132, !prof !17
 
-if_end101.i:                                      ; preds = %if_end98.i
-  %1156 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %1157 = tail call i32 %1156(i32 1, i32 %dev_id, ptr nonnull %acc.i), !dbg !132
-  %.not121.i = icmp eq i32 %1157, 0, !dbg !132
-  br i1 %.not121.i, label %if_end104.i, label %common.ret, !dbg !132, !prof !17
+if_end111.i:                                      ; preds = %if_end108.i
+  %1201 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
+  %1202 = tail call i32 %1201(i32 1, i32 %dev_id, ptr nonnull %acc.i), !dbg !132
+  %.not131.i = icmp eq i32 %1202, 0, !dbg !132
+  br i1 %.not131.i, label %if_end114.i, label %common.ret, !dbg !132, !prof !17
 
-if_end104.i:                                      ; preds = %if_end101.i
-  %1158 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %1159 = tail call i32 %1158(i32 1, i32 %dev_id, ptr nonnull %q_tile.i), !dbg !132
-  %.not122.i = icmp ne i32 %1159, 0, !dbg !132
-  %..i = sext i1 %.not122.i to i32, !dbg !132
+if_end114.i:                                      ; preds = %if_end111.i
+  %1203 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
+  %1204 = tail call i32 %1203(i32 1, i32 %dev_id, ptr nonnull %q_tile.i), !dbg !132
+  %.not132.i = icmp ne i32 %1204, 0, !dbg !132
+  %..i = sext i1 %.not132.i to i32, !dbg !132
   br label %common.ret, !dbg !132
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(address_is_null) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 !dbg !237 {
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(address_is_null) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 !dbg !238 {
 entry:
-  %row_sum41.i = alloca [16 x float], align 16, !dbg !243
-  %row_max42.i = alloca [16 x float], align 16, !dbg !243
-    #dbg_value(ptr %self_handle, !239, !DIExpression(), !265)
-    #dbg_value(ptr %args, !240, !DIExpression(), !265)
-    #dbg_value(i32 %num_args, !241, !DIExpression(), !265)
-    #dbg_value(ptr %result, !242, !DIExpression(), !265)
-  %0 = icmp eq i32 %num_args, 10, !dbg !265
-  br i1 %0, label %assert_end, label %assert_fail, !dbg !265, !prof !16
+  %row_sum41.i = alloca [16 x float], align 16, !dbg !244
+  %row_max42.i = alloca [16 x float], align 16, !dbg !244
+    #dbg_value(ptr %self_handle, !240, !DIExpression(), !266)
+    #dbg_value(ptr %args, !241, !DIExpression(), !266)
+    #dbg_value(i32 %num_args, !242, !DIExpression(), !266)
+    #dbg_value(ptr %result, !243, !DIExpression(), !266)
+  %0 = icmp eq i32 %num_args, 10, !dbg !266
+  br i1 %0, label %assert_end, label %assert_fail, !dbg !266, !prof !16
 
 common.ret:                                       ; preds = %merge_partials_compute_.exit, %assert_fail152, %assert_fail150, %assert_fail145, %assert_fail143, %assert_fail141, %assert_fail136, %assert_fail134, %assert_fail132, %assert_fail130, %assert_fail128, %assert_fail126, %assert_fail124, %assert_fail122, %assert_fail120, %assert_fail118, %assert_fail116, %assert_fail114, %assert_fail112, %assert_fail110, %assert_fail108, %assert_fail106, %assert_fail104, %assert_fail100, %assert_fail98, %assert_fail96, %assert_fail94, %assert_fail90, %assert_fail88, %assert_fail86, %assert_fail82, %assert_fail77, %assert_fail75, %assert_fail73, %assert_fail71, %assert_fail63, %assert_fail61, %assert_fail59, %assert_fail57, %assert_fail55, %assert_fail53, %assert_fail51, %assert_fail49, %assert_fail47, %assert_fail45, %assert_fail43, %assert_fail41, %assert_fail39, %assert_fail37, %assert_fail35, %assert_fail33, %assert_fail31, %assert_fail29, %assert_fail27, %assert_fail25, %assert_fail20, %assert_fail15, %assert_fail10, %assert_fail5, %assert_fail3, %assert_fail1, %assert_fail
   %common.ret.op = phi i32 [ -1, %assert_fail ], [ -1, %assert_fail1 ], [ -1, %assert_fail3 ], [ -1, %assert_fail5 ], [ -1, %assert_fail10 ], [ -1, %assert_fail15 ], [ -1, %assert_fail20 ], [ -1, %assert_fail25 ], [ -1, %assert_fail27 ], [ -1, %assert_fail29 ], [ -1, %assert_fail31 ], [ -1, %assert_fail33 ], [ -1, %assert_fail35 ], [ -1, %assert_fail37 ], [ -1, %assert_fail39 ], [ -1, %assert_fail41 ], [ -1, %assert_fail43 ], [ -1, %assert_fail45 ], [ -1, %assert_fail47 ], [ -1, %assert_fail49 ], [ -1, %assert_fail51 ], [ -1, %assert_fail53 ], [ -1, %assert_fail55 ], [ -1, %assert_fail57 ], [ -1, %assert_fail59 ], [ -1, %assert_fail61 ], [ -1, %assert_fail63 ], [ -1, %assert_fail71 ], [ -1, %assert_fail73 ], [ -1, %assert_fail75 ], [ -1, %assert_fail77 ], [ -1, %assert_fail82 ], [ -1, %assert_fail86 ], [ -1, %assert_fail88 ], [ -1, %assert_fail90 ], [ -1, %assert_fail94 ], [ -1, %assert_fail96 ], [ -1, %assert_fail98 ], [ -1, %assert_fail100 ], [ -1, %assert_fail104 ], [ -1, %assert_fail106 ], [ -1, %assert_fail108 ], [ -1, %assert_fail110 ], [ -1, %assert_fail112 ], [ -1, %assert_fail114 ], [ -1, %assert_fail116 ], [ -1, %assert_fail118 ], [ -1, %assert_fail120 ], [ -1, %assert_fail122 ], [ -1, %assert_fail124 ], [ -1, %assert_fail126 ], [ -1, %assert_fail128 ], [ -1, %assert_fail130 ], [ -1, %assert_fail132 ], [ -1, %assert_fail134 ], [ -1, %assert_fail136 ], [ -1, %assert_fail141 ], [ -1, %assert_fail143 ], [ -1, %assert_fail145 ], [ -1, %assert_fail150 ], [ -1, %assert_fail152 ], [ %common.ret.op.i, %merge_partials_compute_.exit ]
-  ret i32 %common.ret.op, !dbg !265
+  ret i32 %common.ret.op, !dbg !266
 
 assert_fail:                                      ; preds = %entry
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.1, ptr nonnull @.str.22, ptr nonnull @.str.3, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.6), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.1, ptr nonnull @.str.22, ptr nonnull @.str.3, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.6), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end:                                       ; preds = %entry
-  %.not = icmp eq ptr %args, null, !dbg !265
-  br i1 %.not, label %assert_fail1, label %assert_end2, !dbg !265, !prof !17
+  %.not = icmp eq ptr %args, null, !dbg !266
+  br i1 %.not, label %assert_fail1, label %assert_end2, !dbg !266, !prof !17
 
 assert_fail1:                                     ; preds = %assert_end
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 4, ptr nonnull @.str.7, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.6, ptr null, ptr null), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 4, ptr nonnull @.str.7, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.6, ptr null, ptr null), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end2:                                      ; preds = %assert_end
-  %partial_max.type_index = load i32, ptr %args, align 4, !dbg !265
-    #dbg_value(i32 %partial_max.type_index, !266, !DIExpression(), !265)
-  %partial_max.type_index.fr = freeze i32 %partial_max.type_index, !dbg !265
-  %1 = icmp sgt i32 %partial_max.type_index.fr, 63, !dbg !265
-  br i1 %1, label %assert_end4, label %switch.early.test, !dbg !265
+  %partial_max.type_index = load i32, ptr %args, align 4, !dbg !266
+    #dbg_value(i32 %partial_max.type_index, !267, !DIExpression(), !266)
+  %partial_max.type_index.fr = freeze i32 %partial_max.type_index, !dbg !266
+  %1 = icmp sgt i32 %partial_max.type_index.fr, 63, !dbg !266
+  br i1 %1, label %assert_end4, label %switch.early.test, !dbg !266
 
 switch.early.test:                                ; preds = %assert_end2
   switch i32 %partial_max.type_index.fr, label %assert_fail3 [
     i32 0, label %if_else
     i32 4, label %if_else
     i32 7, label %if_else
-  ], !dbg !265, !prof !19
+  ], !dbg !266, !prof !19
 
 assert_fail3:                                     ; preds = %switch.early.test
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end4:                                      ; preds = %assert_end2
-  %2 = icmp eq i32 %partial_max.type_index.fr, 70, !dbg !265
-  br i1 %2, label %if_then, label %if_else, !dbg !265
+  %2 = icmp eq i32 %partial_max.type_index.fr, 70, !dbg !266
+  br i1 %2, label %if_then, label %if_else, !dbg !266
 
 if_then:                                          ; preds = %assert_end4
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !265
-  %4 = load ptr, ptr %3, align 8, !dbg !265
-  %5 = getelementptr inbounds nuw i8, ptr %4, i64 24, !dbg !265
-  br label %if_end, !dbg !265
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !266
+  %4 = load ptr, ptr %3, align 8, !dbg !266
+  %5 = getelementptr inbounds nuw i8, ptr %4, i64 24, !dbg !266
+  br label %if_end, !dbg !266
 
 if_else:                                          ; preds = %switch.early.test, %switch.early.test, %switch.early.test, %assert_end4
-  %6 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !265
-  %7 = load ptr, ptr %6, align 8, !dbg !265
-  br label %if_end, !dbg !265
+  %6 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !266
+  %7 = load ptr, ptr %6, align 8, !dbg !266
+  br label %if_end, !dbg !266
 
 if_end:                                           ; preds = %if_else, %if_then
-  %partial_max.handle = phi ptr [ %5, %if_then ], [ %7, %if_else ], !dbg !265
-    #dbg_declare(ptr %partial_max.handle, !267, !DIExpression(), !265)
-  %8 = getelementptr inbounds nuw i8, ptr %args, i64 16, !dbg !265
-  %partial_sum.type_index = load i32, ptr %8, align 4, !dbg !265
-    #dbg_value(i32 %partial_sum.type_index, !268, !DIExpression(), !265)
-  %partial_sum.type_index.fr = freeze i32 %partial_sum.type_index, !dbg !265
-  %9 = icmp sgt i32 %partial_sum.type_index.fr, 63, !dbg !265
-  br i1 %9, label %assert_end6, label %switch.early.test154, !dbg !265
+  %partial_max.handle = phi ptr [ %5, %if_then ], [ %7, %if_else ], !dbg !266
+    #dbg_declare(ptr %partial_max.handle, !268, !DIExpression(), !266)
+  %8 = getelementptr inbounds nuw i8, ptr %args, i64 16, !dbg !266
+  %partial_sum.type_index = load i32, ptr %8, align 4, !dbg !266
+    #dbg_value(i32 %partial_sum.type_index, !269, !DIExpression(), !266)
+  %partial_sum.type_index.fr = freeze i32 %partial_sum.type_index, !dbg !266
+  %9 = icmp sgt i32 %partial_sum.type_index.fr, 63, !dbg !266
+  br i1 %9, label %assert_end6, label %switch.early.test154, !dbg !266
 
 switch.early.test154:                             ; preds = %if_end
   switch i32 %partial_sum.type_index.fr, label %assert_fail5 [
     i32 0, label %if_else8
     i32 4, label %if_else8
     i32 7, label %if_else8
-  ], !dbg !265, !prof !19
+  ], !dbg !266, !prof !19
 
 assert_fail5:                                     ; preds = %switch.early.test154
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end6:                                      ; preds = %if_end
-  %10 = icmp eq i32 %partial_sum.type_index.fr, 70, !dbg !265
-  br i1 %10, label %if_then7, label %if_else8, !dbg !265
+  %10 = icmp eq i32 %partial_sum.type_index.fr, 70, !dbg !266
+  br i1 %10, label %if_then7, label %if_else8, !dbg !266
 
 if_then7:                                         ; preds = %assert_end6
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !265
-  %12 = load ptr, ptr %11, align 8, !dbg !265
-  %13 = getelementptr inbounds nuw i8, ptr %12, i64 24, !dbg !265
-  br label %if_end9, !dbg !265
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !266
+  %12 = load ptr, ptr %11, align 8, !dbg !266
+  %13 = getelementptr inbounds nuw i8, ptr %12, i64 24, !dbg !266
+  br label %if_end9, !dbg !266
 
 if_else8:                                         ; preds = %switch.early.test154, %switch.early.test154, %switch.early.test154, %assert_end6
-  %14 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !265
-  %15 = load ptr, ptr %14, align 8, !dbg !265
-  br label %if_end9, !dbg !265
+  %14 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !266
+  %15 = load ptr, ptr %14, align 8, !dbg !266
+  br label %if_end9, !dbg !266
 
 if_end9:                                          ; preds = %if_else8, %if_then7
-  %partial_sum.handle = phi ptr [ %13, %if_then7 ], [ %15, %if_else8 ], !dbg !265
-    #dbg_declare(ptr %partial_sum.handle, !269, !DIExpression(), !265)
-  %16 = getelementptr inbounds nuw i8, ptr %args, i64 32, !dbg !265
-  %partial_acc.type_index = load i32, ptr %16, align 4, !dbg !265
-    #dbg_value(i32 %partial_acc.type_index, !270, !DIExpression(), !265)
-  %partial_acc.type_index.fr = freeze i32 %partial_acc.type_index, !dbg !265
-  %17 = icmp sgt i32 %partial_acc.type_index.fr, 63, !dbg !265
-  br i1 %17, label %assert_end11, label %switch.early.test155, !dbg !265
+  %partial_sum.handle = phi ptr [ %13, %if_then7 ], [ %15, %if_else8 ], !dbg !266
+    #dbg_declare(ptr %partial_sum.handle, !270, !DIExpression(), !266)
+  %16 = getelementptr inbounds nuw i8, ptr %args, i64 32, !dbg !266
+  %partial_acc.type_index = load i32, ptr %16, align 4, !dbg !266
+    #dbg_value(i32 %partial_acc.type_index, !271, !DIExpression(), !266)
+  %partial_acc.type_index.fr = freeze i32 %partial_acc.type_index, !dbg !266
+  %17 = icmp sgt i32 %partial_acc.type_index.fr, 63, !dbg !266
+  br i1 %17, label %assert_end11, label %switch.early.test155, !dbg !266
 
 switch.early.test155:                             ; preds = %if_end9
   switch i32 %partial_acc.type_index.fr, label %assert_fail10 [
     i32 0, label %if_else13
     i32 4, label %if_else13
     i32 7, label %if_else13
-  ], !dbg !265, !prof !19
+  ], !dbg !266, !prof !19
 
 assert_fail10:                                    ; preds = %switch.early.test155
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end11:                                     ; preds = %if_end9
-  %18 = icmp eq i32 %partial_acc.type_index.fr, 70, !dbg !265
-  br i1 %18, label %if_then12, label %if_else13, !dbg !265
+  %18 = icmp eq i32 %partial_acc.type_index.fr, 70, !dbg !266
+  br i1 %18, label %if_then12, label %if_else13, !dbg !266
 
 if_then12:                                        ; preds = %assert_end11
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !265
-  %20 = load ptr, ptr %19, align 8, !dbg !265
-  %21 = getelementptr inbounds nuw i8, ptr %20, i64 24, !dbg !265
-  br label %if_end14, !dbg !265
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !266
+  %20 = load ptr, ptr %19, align 8, !dbg !266
+  %21 = getelementptr inbounds nuw i8, ptr %20, i64 24, !dbg !266
+  br label %if_end14, !dbg !266
 
 if_else13:                                        ; preds = %switch.early.test155, %switch.early.test155, %switch.early.test155, %assert_end11
-  %22 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !265
-  %23 = load ptr, ptr %22, align 8, !dbg !265
-  br label %if_end14, !dbg !265
+  %22 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !266
+  %23 = load ptr, ptr %22, align 8, !dbg !266
+  br label %if_end14, !dbg !266
 
 if_end14:                                         ; preds = %if_else13, %if_then12
-  %partial_acc.handle = phi ptr [ %21, %if_then12 ], [ %23, %if_else13 ], !dbg !265
-    #dbg_declare(ptr %partial_acc.handle, !271, !DIExpression(), !265)
-  %24 = getelementptr inbounds nuw i8, ptr %args, i64 48, !dbg !265
-  %out.type_index = load i32, ptr %24, align 4, !dbg !265
-    #dbg_value(i32 %out.type_index, !272, !DIExpression(), !265)
-  %out.type_index.fr = freeze i32 %out.type_index, !dbg !265
-  %25 = icmp sgt i32 %out.type_index.fr, 63, !dbg !265
-  br i1 %25, label %assert_end16, label %switch.early.test156, !dbg !265
+  %partial_acc.handle = phi ptr [ %21, %if_then12 ], [ %23, %if_else13 ], !dbg !266
+    #dbg_declare(ptr %partial_acc.handle, !272, !DIExpression(), !266)
+  %24 = getelementptr inbounds nuw i8, ptr %args, i64 48, !dbg !266
+  %out.type_index = load i32, ptr %24, align 4, !dbg !266
+    #dbg_value(i32 %out.type_index, !273, !DIExpression(), !266)
+  %out.type_index.fr = freeze i32 %out.type_index, !dbg !266
+  %25 = icmp sgt i32 %out.type_index.fr, 63, !dbg !266
+  br i1 %25, label %assert_end16, label %switch.early.test156, !dbg !266
 
 switch.early.test156:                             ; preds = %if_end14
   switch i32 %out.type_index.fr, label %assert_fail15 [
     i32 0, label %if_else18
     i32 4, label %if_else18
     i32 7, label %if_else18
-  ], !dbg !265, !prof !19
+  ], !dbg !266, !prof !19
 
 assert_fail15:                                    ; preds = %switch.early.test156
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end16:                                     ; preds = %if_end14
-  %26 = icmp eq i32 %out.type_index.fr, 70, !dbg !265
-  br i1 %26, label %if_then17, label %if_else18, !dbg !265
+  %26 = icmp eq i32 %out.type_index.fr, 70, !dbg !266
+  br i1 %26, label %if_then17, label %if_else18, !dbg !266
 
 if_then17:                                        ; preds = %assert_end16
-  %27 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !265
-  %28 = load ptr, ptr %27, align 8, !dbg !265
-  %29 = getelementptr inbounds nuw i8, ptr %28, i64 24, !dbg !265
-  br label %if_end19, !dbg !265
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !266
+  %28 = load ptr, ptr %27, align 8, !dbg !266
+  %29 = getelementptr inbounds nuw i8, ptr %28, i64 24, !dbg !266
+  br label %if_end19, !dbg !266
 
 if_else18:                                        ; preds = %switch.early.test156, %switch.early.test156, %switch.early.test156, %assert_end16
-  %30 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !265
-  %31 = load ptr, ptr %30, align 8, !dbg !265
-  br label %if_end19, !dbg !265
+  %30 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !266
+  %31 = load ptr, ptr %30, align 8, !dbg !266
+  br label %if_end19, !dbg !266
 
 if_end19:                                         ; preds = %if_else18, %if_then17
-  %out.handle = phi ptr [ %29, %if_then17 ], [ %31, %if_else18 ], !dbg !265
-    #dbg_declare(ptr %out.handle, !273, !DIExpression(), !265)
-  %32 = getelementptr inbounds nuw i8, ptr %args, i64 64, !dbg !265
-  %lse.type_index = load i32, ptr %32, align 4, !dbg !265
-    #dbg_value(i32 %lse.type_index, !274, !DIExpression(), !265)
-  %lse.type_index.fr = freeze i32 %lse.type_index, !dbg !265
-  %33 = icmp sgt i32 %lse.type_index.fr, 63, !dbg !265
-  br i1 %33, label %assert_end21, label %switch.early.test157, !dbg !265
+  %out.handle = phi ptr [ %29, %if_then17 ], [ %31, %if_else18 ], !dbg !266
+    #dbg_declare(ptr %out.handle, !274, !DIExpression(), !266)
+  %32 = getelementptr inbounds nuw i8, ptr %args, i64 64, !dbg !266
+  %lse.type_index = load i32, ptr %32, align 4, !dbg !266
+    #dbg_value(i32 %lse.type_index, !275, !DIExpression(), !266)
+  %lse.type_index.fr = freeze i32 %lse.type_index, !dbg !266
+  %33 = icmp sgt i32 %lse.type_index.fr, 63, !dbg !266
+  br i1 %33, label %assert_end21, label %switch.early.test157, !dbg !266
 
 switch.early.test157:                             ; preds = %if_end19
   switch i32 %lse.type_index.fr, label %assert_fail20 [
     i32 0, label %if_else23
     i32 4, label %if_else23
     i32 7, label %if_else23
-  ], !dbg !265, !prof !19
+  ], !dbg !266, !prof !19
 
 assert_fail20:                                    ; preds = %switch.early.test157
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end21:                                     ; preds = %if_end19
-  %34 = icmp eq i32 %lse.type_index.fr, 70, !dbg !265
-  br i1 %34, label %if_then22, label %if_else23, !dbg !265
+  %34 = icmp eq i32 %lse.type_index.fr, 70, !dbg !266
+  br i1 %34, label %if_then22, label %if_else23, !dbg !266
 
 if_then22:                                        ; preds = %assert_end21
-  %35 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !265
-  %36 = load ptr, ptr %35, align 8, !dbg !265
-  %37 = getelementptr inbounds nuw i8, ptr %36, i64 24, !dbg !265
-  br label %if_end24, !dbg !265
+  %35 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !266
+  %36 = load ptr, ptr %35, align 8, !dbg !266
+  %37 = getelementptr inbounds nuw i8, ptr %36, i64 24, !dbg !266
+  br label %if_end24, !dbg !266
 
 if_else23:                                        ; preds = %switch.early.test157, %switch.early.test157, %switch.early.test157, %assert_end21
-  %38 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !265
-  %39 = load ptr, ptr %38, align 8, !dbg !265
-  br label %if_end24, !dbg !265
+  %38 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !266
+  %39 = load ptr, ptr %38, align 8, !dbg !266
+  br label %if_end24, !dbg !266
 
 if_end24:                                         ; preds = %if_else23, %if_then22
-  %lse.handle = phi ptr [ %37, %if_then22 ], [ %39, %if_else23 ], !dbg !265
-    #dbg_declare(ptr %lse.handle, !275, !DIExpression(), !265)
-  %40 = getelementptr inbounds nuw i8, ptr %args, i64 80, !dbg !265
-  %seq.type_index = load i32, ptr %40, align 4, !dbg !265
-    #dbg_value(i32 %seq.type_index, !276, !DIExpression(), !265)
-  %41 = add i32 %seq.type_index, -1, !dbg !265
-  %42 = icmp ult i32 %41, 2, !dbg !265
-  br i1 %42, label %assert_end26, label %assert_fail25, !dbg !265, !prof !16
+  %lse.handle = phi ptr [ %37, %if_then22 ], [ %39, %if_else23 ], !dbg !266
+    #dbg_declare(ptr %lse.handle, !276, !DIExpression(), !266)
+  %40 = getelementptr inbounds nuw i8, ptr %args, i64 80, !dbg !266
+  %seq.type_index = load i32, ptr %40, align 4, !dbg !266
+    #dbg_value(i32 %seq.type_index, !277, !DIExpression(), !266)
+  %41 = add i32 %seq.type_index, -1, !dbg !266
+  %42 = icmp ult i32 %41, 2, !dbg !266
+  br i1 %42, label %assert_end26, label %assert_fail25, !dbg !266, !prof !16
 
 assert_fail25:                                    ; preds = %if_end24
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.16, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.16, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end26:                                     ; preds = %if_end24
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 88, !dbg !265
-  %44 = load i64, ptr %43, align 8, !dbg !265
-    #dbg_value(i64 %44, !277, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !265)
-  %45 = getelementptr inbounds nuw i8, ptr %args, i64 96, !dbg !265
-  %head_start.type_index = load i32, ptr %45, align 8, !dbg !265
-    #dbg_value(i32 %head_start.type_index, !278, !DIExpression(), !265)
-  %46 = add i32 %head_start.type_index, -1, !dbg !265
-  %47 = icmp ult i32 %46, 2, !dbg !265
-  br i1 %47, label %assert_end28, label %assert_fail27, !dbg !265, !prof !16
+  %43 = getelementptr inbounds nuw i8, ptr %args, i64 88, !dbg !266
+  %44 = load i64, ptr %43, align 8, !dbg !266
+    #dbg_value(i64 %44, !278, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !266)
+  %45 = getelementptr inbounds nuw i8, ptr %args, i64 96, !dbg !266
+  %head_start.type_index = load i32, ptr %45, align 8, !dbg !266
+    #dbg_value(i32 %head_start.type_index, !279, !DIExpression(), !266)
+  %46 = add i32 %head_start.type_index, -1, !dbg !266
+  %47 = icmp ult i32 %46, 2, !dbg !266
+  br i1 %47, label %assert_end28, label %assert_fail27, !dbg !266, !prof !16
 
 assert_fail27:                                    ; preds = %assert_end26
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.17, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.17, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end28:                                     ; preds = %assert_end26
-  %48 = getelementptr inbounds nuw i8, ptr %args, i64 104, !dbg !265
-  %49 = load i64, ptr %48, align 8, !dbg !265
-    #dbg_value(i64 %49, !279, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !265)
-  %50 = getelementptr inbounds nuw i8, ptr %args, i64 112, !dbg !265
-  %num_rows.type_index = load i32, ptr %50, align 8, !dbg !265
-    #dbg_value(i32 %num_rows.type_index, !280, !DIExpression(), !265)
-  %51 = add i32 %num_rows.type_index, -1, !dbg !265
-  %52 = icmp ult i32 %51, 2, !dbg !265
-  br i1 %52, label %assert_end30, label %assert_fail29, !dbg !265, !prof !16
+  %48 = getelementptr inbounds nuw i8, ptr %args, i64 104, !dbg !266
+  %49 = load i64, ptr %48, align 8, !dbg !266
+    #dbg_value(i64 %49, !280, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !266)
+  %50 = getelementptr inbounds nuw i8, ptr %args, i64 112, !dbg !266
+  %num_rows.type_index = load i32, ptr %50, align 8, !dbg !266
+    #dbg_value(i32 %num_rows.type_index, !281, !DIExpression(), !266)
+  %51 = add i32 %num_rows.type_index, -1, !dbg !266
+  %52 = icmp ult i32 %51, 2, !dbg !266
+  br i1 %52, label %assert_end30, label %assert_fail29, !dbg !266, !prof !16
 
 assert_fail29:                                    ; preds = %assert_end28
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.18, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.18, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end30:                                     ; preds = %assert_end28
-  %53 = getelementptr inbounds nuw i8, ptr %args, i64 120, !dbg !265
-  %54 = load i64, ptr %53, align 8, !dbg !265
-  %num_rows = trunc i64 %54 to i32, !dbg !265
-    #dbg_value(i32 %num_rows, !281, !DIExpression(), !265)
-  %55 = getelementptr inbounds nuw i8, ptr %args, i64 128, !dbg !265
-  %partial_start.type_index = load i32, ptr %55, align 8, !dbg !265
-    #dbg_value(i32 %partial_start.type_index, !282, !DIExpression(), !265)
-  %56 = add i32 %partial_start.type_index, -1, !dbg !265
-  %57 = icmp ult i32 %56, 2, !dbg !265
-  br i1 %57, label %assert_end32, label %assert_fail31, !dbg !265, !prof !16
+  %53 = getelementptr inbounds nuw i8, ptr %args, i64 120, !dbg !266
+  %54 = load i64, ptr %53, align 8, !dbg !266
+  %num_rows = trunc i64 %54 to i32, !dbg !266
+    #dbg_value(i32 %num_rows, !282, !DIExpression(), !266)
+  %55 = getelementptr inbounds nuw i8, ptr %args, i64 128, !dbg !266
+  %partial_start.type_index = load i32, ptr %55, align 8, !dbg !266
+    #dbg_value(i32 %partial_start.type_index, !283, !DIExpression(), !266)
+  %56 = add i32 %partial_start.type_index, -1, !dbg !266
+  %57 = icmp ult i32 %56, 2, !dbg !266
+  br i1 %57, label %assert_end32, label %assert_fail31, !dbg !266, !prof !16
 
 assert_fail31:                                    ; preds = %assert_end30
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.19, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.19, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end32:                                     ; preds = %assert_end30
-  %58 = getelementptr inbounds nuw i8, ptr %args, i64 136, !dbg !265
-  %59 = load i64, ptr %58, align 8, !dbg !265
-    #dbg_value(i64 %59, !283, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !265)
-  %60 = getelementptr inbounds nuw i8, ptr %args, i64 144, !dbg !265
-  %num_partials.type_index = load i32, ptr %60, align 8, !dbg !265
-    #dbg_value(i32 %num_partials.type_index, !284, !DIExpression(), !265)
-  %61 = add i32 %num_partials.type_index, -1, !dbg !265
-  %62 = icmp ult i32 %61, 2, !dbg !265
-  br i1 %62, label %assert_end34, label %assert_fail33, !dbg !265, !prof !16
+  %58 = getelementptr inbounds nuw i8, ptr %args, i64 136, !dbg !266
+  %59 = load i64, ptr %58, align 8, !dbg !266
+    #dbg_value(i64 %59, !284, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !266)
+  %60 = getelementptr inbounds nuw i8, ptr %args, i64 144, !dbg !266
+  %num_partials.type_index = load i32, ptr %60, align 8, !dbg !266
+    #dbg_value(i32 %num_partials.type_index, !285, !DIExpression(), !266)
+  %61 = add i32 %num_partials.type_index, -1, !dbg !266
+  %62 = icmp ult i32 %61, 2, !dbg !266
+  br i1 %62, label %assert_end34, label %assert_fail33, !dbg !266, !prof !16
 
 assert_fail33:                                    ; preds = %assert_end32
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.21, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.21, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end34:                                     ; preds = %assert_end32
-  %63 = getelementptr inbounds nuw i8, ptr %args, i64 152, !dbg !265
-  %64 = load i64, ptr %63, align 8, !dbg !265
-  %num_partials = trunc i64 %64 to i32, !dbg !265
-    #dbg_value(i32 %num_partials, !285, !DIExpression(), !265)
-  %.not158 = icmp eq ptr %partial_max.handle, null, !dbg !265
-  br i1 %.not158, label %assert_fail35, label %assert_end36, !dbg !265, !prof !17
+  %63 = getelementptr inbounds nuw i8, ptr %args, i64 152, !dbg !266
+  %64 = load i64, ptr %63, align 8, !dbg !266
+  %num_partials = trunc i64 %64 to i32, !dbg !266
+    #dbg_value(i32 %num_partials, !286, !DIExpression(), !266)
+  %.not158 = icmp eq ptr %partial_max.handle, null, !dbg !266
+  br i1 %.not158, label %assert_fail35, label %assert_end36, !dbg !266, !prof !17
 
 assert_fail35:                                    ; preds = %assert_end34
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end36:                                     ; preds = %assert_end34
-  %65 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 16, !dbg !265
-  %66 = load i32, ptr %65, align 4, !dbg !265
-  %67 = icmp eq i32 %66, 2, !dbg !265
-  br i1 %67, label %assert_end38, label %assert_fail37, !dbg !265, !prof !16
+  %65 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 16, !dbg !266
+  %66 = load i32, ptr %65, align 4, !dbg !266
+  %67 = icmp eq i32 %66, 2, !dbg !266
+  br i1 %67, label %assert_end38, label %assert_fail37, !dbg !266, !prof !16
 
 assert_fail37:                                    ; preds = %assert_end36
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.33, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.33, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end38:                                     ; preds = %assert_end36
-  %68 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 22, !dbg !265
-  %69 = load i16, ptr %68, align 2, !dbg !265
-  %70 = icmp eq i16 %69, 1, !dbg !265
-  %71 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 21, !dbg !265
-  %72 = load i8, ptr %71, align 1, !dbg !265
-  %73 = icmp eq i8 %72, 32, !dbg !265
-  %74 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 20, !dbg !265
-  %75 = load i8, ptr %74, align 2, !dbg !265
-  %76 = icmp eq i8 %75, 2, !dbg !265
-  %77 = and i1 %73, %76, !dbg !265
-  %78 = and i1 %70, %77, !dbg !265
-  br i1 %78, label %assert_end40, label %assert_fail39, !dbg !265, !prof !16
+  %68 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 22, !dbg !266
+  %69 = load i16, ptr %68, align 2, !dbg !266
+  %70 = icmp eq i16 %69, 1, !dbg !266
+  %71 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 21, !dbg !266
+  %72 = load i8, ptr %71, align 1, !dbg !266
+  %73 = icmp eq i8 %72, 32, !dbg !266
+  %74 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 20, !dbg !266
+  %75 = load i8, ptr %74, align 2, !dbg !266
+  %76 = icmp eq i8 %75, 2, !dbg !266
+  %77 = and i1 %73, %76, !dbg !266
+  %78 = and i1 %70, %77, !dbg !266
+  br i1 %78, label %assert_end40, label %assert_fail39, !dbg !266, !prof !16
 
 assert_fail39:                                    ; preds = %assert_end38
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.34, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.34, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end40:                                     ; preds = %assert_end38
-  %79 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 24, !dbg !265
-  %merge_partials.partial_max_shape = load ptr, ptr %79, align 8, !dbg !265
-    #dbg_declare(ptr %merge_partials.partial_max_shape, !286, !DIExpression(), !265)
-  %slots = load i64, ptr %merge_partials.partial_max_shape, align 8, !dbg !265
-    #dbg_value(i64 %slots, !287, !DIExpression(), !265)
-  %80 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 32, !dbg !265
-  %merge_partials.partial_max_strides = load ptr, ptr %80, align 8, !dbg !265
-    #dbg_declare(ptr %merge_partials.partial_max_strides, !288, !DIExpression(), !265)
-  %81 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 8, !dbg !265
-  %82 = load i32, ptr %81, align 8, !dbg !265
-  %83 = icmp eq i32 %82, 1, !dbg !265
-  br i1 %83, label %assert_end42, label %assert_fail41, !dbg !265, !prof !16
+  %79 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 24, !dbg !266
+  %merge_partials.partial_max_shape = load ptr, ptr %79, align 8, !dbg !266
+    #dbg_declare(ptr %merge_partials.partial_max_shape, !287, !DIExpression(), !266)
+  %slots = load i64, ptr %merge_partials.partial_max_shape, align 8, !dbg !266
+    #dbg_value(i64 %slots, !288, !DIExpression(), !266)
+  %80 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 32, !dbg !266
+  %merge_partials.partial_max_strides = load ptr, ptr %80, align 8, !dbg !266
+    #dbg_declare(ptr %merge_partials.partial_max_strides, !289, !DIExpression(), !266)
+  %81 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 8, !dbg !266
+  %82 = load i32, ptr %81, align 8, !dbg !266
+  %83 = icmp eq i32 %82, 1, !dbg !266
+  br i1 %83, label %assert_end42, label %assert_fail41, !dbg !266, !prof !16
 
 assert_fail41:                                    ; preds = %assert_end40
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.36, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.36, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end42:                                     ; preds = %assert_end40
-  %84 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12, !dbg !265
-  %dev_id = load i32, ptr %84, align 4, !dbg !265
-    #dbg_value(i32 %dev_id, !289, !DIExpression(), !265)
-  %.not159 = icmp eq ptr %partial_sum.handle, null, !dbg !265
-  br i1 %.not159, label %assert_fail43, label %assert_end44, !dbg !265, !prof !17
+  %84 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12, !dbg !266
+  %dev_id = load i32, ptr %84, align 4, !dbg !266
+    #dbg_value(i32 %dev_id, !290, !DIExpression(), !266)
+  %.not159 = icmp eq ptr %partial_sum.handle, null, !dbg !266
+  br i1 %.not159, label %assert_fail43, label %assert_end44, !dbg !266, !prof !17
 
 assert_fail43:                                    ; preds = %assert_end42
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end44:                                     ; preds = %assert_end42
-  %85 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 16, !dbg !265
-  %86 = load i32, ptr %85, align 4, !dbg !265
-  %87 = icmp eq i32 %86, 2, !dbg !265
-  br i1 %87, label %assert_end46, label %assert_fail45, !dbg !265, !prof !16
+  %85 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 16, !dbg !266
+  %86 = load i32, ptr %85, align 4, !dbg !266
+  %87 = icmp eq i32 %86, 2, !dbg !266
+  br i1 %87, label %assert_end46, label %assert_fail45, !dbg !266, !prof !16
 
 assert_fail45:                                    ; preds = %assert_end44
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.33, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.33, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end46:                                     ; preds = %assert_end44
-  %88 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 22, !dbg !265
-  %89 = load i16, ptr %88, align 2, !dbg !265
-  %90 = icmp eq i16 %89, 1, !dbg !265
-  %91 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 21, !dbg !265
-  %92 = load i8, ptr %91, align 1, !dbg !265
-  %93 = icmp eq i8 %92, 32, !dbg !265
-  %94 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 20, !dbg !265
-  %95 = load i8, ptr %94, align 2, !dbg !265
-  %96 = icmp eq i8 %95, 2, !dbg !265
-  %97 = and i1 %93, %96, !dbg !265
-  %98 = and i1 %90, %97, !dbg !265
-  br i1 %98, label %assert_end48, label %assert_fail47, !dbg !265, !prof !16
+  %88 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 22, !dbg !266
+  %89 = load i16, ptr %88, align 2, !dbg !266
+  %90 = icmp eq i16 %89, 1, !dbg !266
+  %91 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 21, !dbg !266
+  %92 = load i8, ptr %91, align 1, !dbg !266
+  %93 = icmp eq i8 %92, 32, !dbg !266
+  %94 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 20, !dbg !266
+  %95 = load i8, ptr %94, align 2, !dbg !266
+  %96 = icmp eq i8 %95, 2, !dbg !266
+  %97 = and i1 %93, %96, !dbg !266
+  %98 = and i1 %90, %97, !dbg !266
+  br i1 %98, label %assert_end48, label %assert_fail47, !dbg !266, !prof !16
 
 assert_fail47:                                    ; preds = %assert_end46
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.34, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.34, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end48:                                     ; preds = %assert_end46
-  %99 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 24, !dbg !265
-  %merge_partials.partial_sum_shape = load ptr, ptr %99, align 8, !dbg !265
-    #dbg_declare(ptr %merge_partials.partial_sum_shape, !290, !DIExpression(), !265)
-  %100 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 32, !dbg !265
-  %merge_partials.partial_sum_strides = load ptr, ptr %100, align 8, !dbg !265
-    #dbg_declare(ptr %merge_partials.partial_sum_strides, !291, !DIExpression(), !265)
-  %101 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 8, !dbg !265
-  %102 = load i32, ptr %101, align 8, !dbg !265
-  %103 = icmp eq i32 %102, 1, !dbg !265
-  br i1 %103, label %assert_end50, label %assert_fail49, !dbg !265, !prof !16
+  %99 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 24, !dbg !266
+  %merge_partials.partial_sum_shape = load ptr, ptr %99, align 8, !dbg !266
+    #dbg_declare(ptr %merge_partials.partial_sum_shape, !291, !DIExpression(), !266)
+  %100 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 32, !dbg !266
+  %merge_partials.partial_sum_strides = load ptr, ptr %100, align 8, !dbg !266
+    #dbg_declare(ptr %merge_partials.partial_sum_strides, !292, !DIExpression(), !266)
+  %101 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 8, !dbg !266
+  %102 = load i32, ptr %101, align 8, !dbg !266
+  %103 = icmp eq i32 %102, 1, !dbg !266
+  br i1 %103, label %assert_end50, label %assert_fail49, !dbg !266, !prof !16
 
 assert_fail49:                                    ; preds = %assert_end48
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.36, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.36, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end50:                                     ; preds = %assert_end48
-  %.not160 = icmp eq ptr %partial_acc.handle, null, !dbg !265
-  br i1 %.not160, label %assert_fail51, label %assert_end52, !dbg !265, !prof !17
+  %.not160 = icmp eq ptr %partial_acc.handle, null, !dbg !266
+  br i1 %.not160, label %assert_fail51, label %assert_end52, !dbg !266, !prof !17
 
 assert_fail51:                                    ; preds = %assert_end50
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end52:                                     ; preds = %assert_end50
-  %104 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 16, !dbg !265
-  %105 = load i32, ptr %104, align 4, !dbg !265
-  %106 = icmp eq i32 %105, 3, !dbg !265
-  br i1 %106, label %assert_end54, label %assert_fail53, !dbg !265, !prof !16
+  %104 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 16, !dbg !266
+  %105 = load i32, ptr %104, align 4, !dbg !266
+  %106 = icmp eq i32 %105, 3, !dbg !266
+  br i1 %106, label %assert_end54, label %assert_fail53, !dbg !266, !prof !16
 
 assert_fail53:                                    ; preds = %assert_end52
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.33, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.33, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end54:                                     ; preds = %assert_end52
-  %107 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 22, !dbg !265
-  %108 = load i16, ptr %107, align 2, !dbg !265
-  %109 = icmp eq i16 %108, 1, !dbg !265
-  %110 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 21, !dbg !265
-  %111 = load i8, ptr %110, align 1, !dbg !265
-  %112 = icmp eq i8 %111, 32, !dbg !265
-  %113 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 20, !dbg !265
-  %114 = load i8, ptr %113, align 2, !dbg !265
-  %115 = icmp eq i8 %114, 2, !dbg !265
-  %116 = and i1 %112, %115, !dbg !265
-  %117 = and i1 %109, %116, !dbg !265
-  br i1 %117, label %assert_end56, label %assert_fail55, !dbg !265, !prof !16
+  %107 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 22, !dbg !266
+  %108 = load i16, ptr %107, align 2, !dbg !266
+  %109 = icmp eq i16 %108, 1, !dbg !266
+  %110 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 21, !dbg !266
+  %111 = load i8, ptr %110, align 1, !dbg !266
+  %112 = icmp eq i8 %111, 32, !dbg !266
+  %113 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 20, !dbg !266
+  %114 = load i8, ptr %113, align 2, !dbg !266
+  %115 = icmp eq i8 %114, 2, !dbg !266
+  %116 = and i1 %112, %115, !dbg !266
+  %117 = and i1 %109, %116, !dbg !266
+  br i1 %117, label %assert_end56, label %assert_fail55, !dbg !266, !prof !16
 
 assert_fail55:                                    ; preds = %assert_end54
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.34, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.34, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end56:                                     ; preds = %assert_end54
-  %118 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 24, !dbg !265
-  %merge_partials.partial_acc_shape = load ptr, ptr %118, align 8, !dbg !265
-    #dbg_declare(ptr %merge_partials.partial_acc_shape, !292, !DIExpression(), !265)
-  %119 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 32, !dbg !265
-  %merge_partials.partial_acc_strides = load ptr, ptr %119, align 8, !dbg !265
-    #dbg_declare(ptr %merge_partials.partial_acc_strides, !293, !DIExpression(), !265)
-  %120 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 8, !dbg !265
-  %121 = load i32, ptr %120, align 8, !dbg !265
-  %122 = icmp eq i32 %121, 1, !dbg !265
-  br i1 %122, label %assert_end58, label %assert_fail57, !dbg !265, !prof !16
+  %118 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 24, !dbg !266
+  %merge_partials.partial_acc_shape = load ptr, ptr %118, align 8, !dbg !266
+    #dbg_declare(ptr %merge_partials.partial_acc_shape, !293, !DIExpression(), !266)
+  %119 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 32, !dbg !266
+  %merge_partials.partial_acc_strides = load ptr, ptr %119, align 8, !dbg !266
+    #dbg_declare(ptr %merge_partials.partial_acc_strides, !294, !DIExpression(), !266)
+  %120 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 8, !dbg !266
+  %121 = load i32, ptr %120, align 8, !dbg !266
+  %122 = icmp eq i32 %121, 1, !dbg !266
+  br i1 %122, label %assert_end58, label %assert_fail57, !dbg !266, !prof !16
 
 assert_fail57:                                    ; preds = %assert_end56
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.36, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.36, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end58:                                     ; preds = %assert_end56
-  %.not161 = icmp eq ptr %out.handle, null, !dbg !265
-  br i1 %.not161, label %assert_fail59, label %assert_end60, !dbg !265, !prof !17
+  %.not161 = icmp eq ptr %out.handle, null, !dbg !266
+  br i1 %.not161, label %assert_fail59, label %assert_end60, !dbg !266, !prof !17
 
 assert_fail59:                                    ; preds = %assert_end58
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end60:                                     ; preds = %assert_end58
-  %123 = getelementptr inbounds nuw i8, ptr %out.handle, i64 16, !dbg !265
-  %124 = load i32, ptr %123, align 4, !dbg !265
-  %125 = icmp eq i32 %124, 3, !dbg !265
-  br i1 %125, label %assert_end62, label %assert_fail61, !dbg !265, !prof !16
+  %123 = getelementptr inbounds nuw i8, ptr %out.handle, i64 16, !dbg !266
+  %124 = load i32, ptr %123, align 4, !dbg !266
+  %125 = icmp eq i32 %124, 3, !dbg !266
+  br i1 %125, label %assert_end62, label %assert_fail61, !dbg !266, !prof !16
 
 assert_fail61:                                    ; preds = %assert_end60
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.96, ptr nonnull @.str.33, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.96, ptr nonnull @.str.33, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end62:                                     ; preds = %assert_end60
-  %126 = getelementptr inbounds nuw i8, ptr %out.handle, i64 22, !dbg !265
-  %127 = load i16, ptr %126, align 2, !dbg !265
-  %128 = icmp eq i16 %127, 1, !dbg !265
-  %129 = getelementptr inbounds nuw i8, ptr %out.handle, i64 21, !dbg !265
-  %130 = load i8, ptr %129, align 1, !dbg !265
-  %131 = icmp eq i8 %130, 32, !dbg !265
-  %132 = getelementptr inbounds nuw i8, ptr %out.handle, i64 20, !dbg !265
-  %133 = load i8, ptr %132, align 2, !dbg !265
-  %134 = icmp eq i8 %133, 2, !dbg !265
-  %135 = and i1 %131, %134, !dbg !265
-  %136 = and i1 %128, %135, !dbg !265
-  br i1 %136, label %assert_end64, label %assert_fail63, !dbg !265, !prof !16
+  %126 = getelementptr inbounds nuw i8, ptr %out.handle, i64 22, !dbg !266
+  %127 = load i16, ptr %126, align 2, !dbg !266
+  %128 = icmp eq i16 %127, 1, !dbg !266
+  %129 = getelementptr inbounds nuw i8, ptr %out.handle, i64 21, !dbg !266
+  %130 = load i8, ptr %129, align 1, !dbg !266
+  %131 = icmp eq i8 %130, 32, !dbg !266
+  %132 = getelementptr inbounds nuw i8, ptr %out.handle, i64 20, !dbg !266
+  %133 = load i8, ptr %132, align 2, !dbg !266
+  %134 = icmp eq i8 %133, 2, !dbg !266
+  %135 = and i1 %131, %134, !dbg !266
+  %136 = and i1 %128, %135, !dbg !266
+  br i1 %136, label %assert_end64, label %assert_fail63, !dbg !266, !prof !16
 
 assert_fail63:                                    ; preds = %assert_end62
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.96, ptr nonnull @.str.34, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.96, ptr nonnull @.str.34, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end64:                                     ; preds = %assert_end62
-  %137 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24, !dbg !265
-  %merge_partials.out_shape = load ptr, ptr %137, align 8, !dbg !265
-    #dbg_declare(ptr %merge_partials.out_shape, !294, !DIExpression(), !265)
-  %batch = load i64, ptr %merge_partials.out_shape, align 8, !dbg !265
-    #dbg_value(i64 %batch, !295, !DIExpression(), !265)
-  %138 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32, !dbg !265
-  %merge_partials.out_strides = load ptr, ptr %138, align 8, !dbg !265
-    #dbg_declare(ptr %merge_partials.out_strides, !296, !DIExpression(), !265)
-  %139 = icmp eq ptr %merge_partials.out_strides, null, !dbg !265
-  %140 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16, !dbg !265
-  %141 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8, !dbg !265
-  %out_head.in = select i1 %139, ptr %140, ptr %141, !dbg !265
-  %out_head = load i64, ptr %out_head.in, align 8, !dbg !265
-    #dbg_value(i64 %out_head, !297, !DIExpression(), !265)
-  br i1 %139, label %if_then68, label %if_else69, !dbg !265
+  %137 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24, !dbg !266
+  %merge_partials.out_shape = load ptr, ptr %137, align 8, !dbg !266
+    #dbg_declare(ptr %merge_partials.out_shape, !295, !DIExpression(), !266)
+  %batch = load i64, ptr %merge_partials.out_shape, align 8, !dbg !266
+    #dbg_value(i64 %batch, !296, !DIExpression(), !266)
+  %138 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32, !dbg !266
+  %merge_partials.out_strides = load ptr, ptr %138, align 8, !dbg !266
+    #dbg_declare(ptr %merge_partials.out_strides, !297, !DIExpression(), !266)
+  %139 = icmp eq ptr %merge_partials.out_strides, null, !dbg !266
+  %140 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16, !dbg !266
+  %141 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8, !dbg !266
+  %out_head.in = select i1 %139, ptr %140, ptr %141, !dbg !266
+  %out_head = load i64, ptr %out_head.in, align 8, !dbg !266
+    #dbg_value(i64 %out_head, !298, !DIExpression(), !266)
+  br i1 %139, label %if_then68, label %if_else69, !dbg !266
 
 if_then68:                                        ; preds = %assert_end64
-  %142 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8, !dbg !265
-  %143 = load i64, ptr %142, align 8, !dbg !265
-  %144 = load i64, ptr %140, align 8, !dbg !265
-  %145 = mul nsw i64 %144, %143, !dbg !265
-  br label %if_end70, !dbg !265
+  %142 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8, !dbg !266
+  %143 = load i64, ptr %142, align 8, !dbg !266
+  %144 = load i64, ptr %140, align 8, !dbg !266
+  %145 = mul nsw i64 %144, %143, !dbg !266
+  br label %if_end70, !dbg !266
 
 if_else69:                                        ; preds = %assert_end64
-  %146 = load i64, ptr %merge_partials.out_strides, align 8, !dbg !265
-  br label %if_end70, !dbg !265
+  %146 = load i64, ptr %merge_partials.out_strides, align 8, !dbg !266
+  br label %if_end70, !dbg !266
 
 if_end70:                                         ; preds = %if_else69, %if_then68
-  %out_batch = phi i64 [ %145, %if_then68 ], [ %146, %if_else69 ], !dbg !265
-    #dbg_value(i64 %out_batch, !298, !DIExpression(), !265)
-  %147 = getelementptr inbounds nuw i8, ptr %out.handle, i64 8, !dbg !265
-  %148 = load i32, ptr %147, align 4, !dbg !265
-  %149 = icmp eq i32 %148, 1, !dbg !265
-  br i1 %149, label %assert_end72, label %assert_fail71, !dbg !265, !prof !16
+  %out_batch = phi i64 [ %145, %if_then68 ], [ %146, %if_else69 ], !dbg !266
+    #dbg_value(i64 %out_batch, !299, !DIExpression(), !266)
+  %147 = getelementptr inbounds nuw i8, ptr %out.handle, i64 8, !dbg !266
+  %148 = load i32, ptr %147, align 4, !dbg !266
+  %149 = icmp eq i32 %148, 1, !dbg !266
+  br i1 %149, label %assert_end72, label %assert_fail71, !dbg !266, !prof !16
 
 assert_fail71:                                    ; preds = %if_end70
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.96, ptr nonnull @.str.36, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.96, ptr nonnull @.str.36, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end72:                                     ; preds = %if_end70
-  %.not162 = icmp eq ptr %lse.handle, null, !dbg !265
-  br i1 %.not162, label %assert_fail73, label %assert_end74, !dbg !265, !prof !17
+  %.not162 = icmp eq ptr %lse.handle, null, !dbg !266
+  br i1 %.not162, label %assert_fail73, label %assert_end74, !dbg !266, !prof !17
 
 assert_fail73:                                    ; preds = %assert_end72
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end74:                                     ; preds = %assert_end72
-  %150 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 16, !dbg !265
-  %151 = load i32, ptr %150, align 4, !dbg !265
-  %152 = icmp eq i32 %151, 2, !dbg !265
-  br i1 %152, label %assert_end76, label %assert_fail75, !dbg !265, !prof !16
+  %150 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 16, !dbg !266
+  %151 = load i32, ptr %150, align 4, !dbg !266
+  %152 = icmp eq i32 %151, 2, !dbg !266
+  br i1 %152, label %assert_end76, label %assert_fail75, !dbg !266, !prof !16
 
 assert_fail75:                                    ; preds = %assert_end74
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.97, ptr nonnull @.str.33, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.97, ptr nonnull @.str.33, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end76:                                     ; preds = %assert_end74
-  %153 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 22, !dbg !265
-  %154 = load i16, ptr %153, align 2, !dbg !265
-  %155 = icmp eq i16 %154, 1, !dbg !265
-  %156 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 21, !dbg !265
-  %157 = load i8, ptr %156, align 1, !dbg !265
-  %158 = icmp eq i8 %157, 32, !dbg !265
-  %159 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 20, !dbg !265
-  %160 = load i8, ptr %159, align 2, !dbg !265
-  %161 = icmp eq i8 %160, 2, !dbg !265
-  %162 = and i1 %158, %161, !dbg !265
-  %163 = and i1 %155, %162, !dbg !265
-  br i1 %163, label %assert_end78, label %assert_fail77, !dbg !265, !prof !16
+  %153 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 22, !dbg !266
+  %154 = load i16, ptr %153, align 2, !dbg !266
+  %155 = icmp eq i16 %154, 1, !dbg !266
+  %156 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 21, !dbg !266
+  %157 = load i8, ptr %156, align 1, !dbg !266
+  %158 = icmp eq i8 %157, 32, !dbg !266
+  %159 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 20, !dbg !266
+  %160 = load i8, ptr %159, align 2, !dbg !266
+  %161 = icmp eq i8 %160, 2, !dbg !266
+  %162 = and i1 %158, %161, !dbg !266
+  %163 = and i1 %155, %162, !dbg !266
+  br i1 %163, label %assert_end78, label %assert_fail77, !dbg !266, !prof !16
 
 assert_fail77:                                    ; preds = %assert_end76
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.97, ptr nonnull @.str.34, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.97, ptr nonnull @.str.34, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end78:                                     ; preds = %assert_end76
-  %164 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24, !dbg !265
-  %merge_partials.lse_shape = load ptr, ptr %164, align 8, !dbg !265
-    #dbg_declare(ptr %merge_partials.lse_shape, !299, !DIExpression(), !265)
-  %165 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32, !dbg !265
-  %merge_partials.lse_strides = load ptr, ptr %165, align 8, !dbg !265
-    #dbg_declare(ptr %merge_partials.lse_strides, !300, !DIExpression(), !265)
-  %166 = icmp eq ptr %merge_partials.lse_strides, null, !dbg !265
-  %167 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8, !dbg !265
-  %lse_batch.in = select i1 %166, ptr %167, ptr %merge_partials.lse_strides, !dbg !265
-  %lse_batch = load i64, ptr %lse_batch.in, align 8, !dbg !265
-    #dbg_value(i64 %lse_batch, !301, !DIExpression(), !265)
-  %168 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 8, !dbg !265
-  %169 = load i32, ptr %168, align 8, !dbg !265
-  %170 = icmp eq i32 %169, 1, !dbg !265
-  br i1 %170, label %assert_end83, label %assert_fail82, !dbg !265, !prof !16
+  %164 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24, !dbg !266
+  %merge_partials.lse_shape = load ptr, ptr %164, align 8, !dbg !266
+    #dbg_declare(ptr %merge_partials.lse_shape, !300, !DIExpression(), !266)
+  %165 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32, !dbg !266
+  %merge_partials.lse_strides = load ptr, ptr %165, align 8, !dbg !266
+    #dbg_declare(ptr %merge_partials.lse_strides, !301, !DIExpression(), !266)
+  %166 = icmp eq ptr %merge_partials.lse_strides, null, !dbg !266
+  %167 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8, !dbg !266
+  %lse_batch.in = select i1 %166, ptr %167, ptr %merge_partials.lse_strides, !dbg !266
+  %lse_batch = load i64, ptr %lse_batch.in, align 8, !dbg !266
+    #dbg_value(i64 %lse_batch, !302, !DIExpression(), !266)
+  %168 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 8, !dbg !266
+  %169 = load i32, ptr %168, align 8, !dbg !266
+  %170 = icmp eq i32 %169, 1, !dbg !266
+  br i1 %170, label %assert_end83, label %assert_fail82, !dbg !266, !prof !16
 
 assert_fail82:                                    ; preds = %assert_end78
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.97, ptr nonnull @.str.36, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.97, ptr nonnull @.str.36, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end83:                                     ; preds = %assert_end78
-  %.not163 = icmp eq ptr %merge_partials.partial_max_strides, null, !dbg !265
-  br i1 %.not163, label %if_end85, label %if_then84, !dbg !265, !prof !17
+  %.not163 = icmp eq ptr %merge_partials.partial_max_strides, null, !dbg !266
+  br i1 %.not163, label %if_end85, label %if_then84, !dbg !266, !prof !17
 
 if_then84:                                        ; preds = %assert_end83
-  %171 = load i64, ptr %merge_partials.partial_max_strides, align 8, !dbg !265
-  %172 = icmp eq i64 %171, 16, !dbg !265
-  %173 = icmp eq i64 %slots, 1, !dbg !265
-  %174 = or i1 %173, %172, !dbg !265
-  %175 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_max_strides, i64 8, !dbg !265
-  %176 = load i64, ptr %175, align 8, !dbg !265
-  %177 = icmp eq i64 %176, 1, !dbg !265
-  %178 = and i1 %177, %174, !dbg !265
-  br i1 %178, label %if_end85, label %assert_fail86, !dbg !265, !prof !16
+  %171 = load i64, ptr %merge_partials.partial_max_strides, align 8, !dbg !266
+  %172 = icmp eq i64 %171, 16, !dbg !266
+  %173 = icmp eq i64 %slots, 1, !dbg !266
+  %174 = or i1 %173, %172, !dbg !266
+  %175 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_max_strides, i64 8, !dbg !266
+  %176 = load i64, ptr %175, align 8, !dbg !266
+  %177 = icmp eq i64 %176, 1, !dbg !266
+  %178 = and i1 %177, %174, !dbg !266
+  br i1 %178, label %if_end85, label %assert_fail86, !dbg !266, !prof !16
 
 if_end85:                                         ; preds = %if_then84, %assert_end83
-  %179 = load ptr, ptr %partial_max.handle, align 8, !dbg !265
-  %180 = icmp ne ptr %179, null, !dbg !265
-  %181 = icmp eq i64 %slots, 0, !dbg !265
-  %182 = or i1 %181, %180, !dbg !265
-  br i1 %182, label %assert_end89, label %assert_fail88, !dbg !265, !prof !16
+  %179 = load ptr, ptr %partial_max.handle, align 8, !dbg !266
+  %180 = icmp ne ptr %179, null, !dbg !266
+  %181 = icmp eq i64 %slots, 0, !dbg !266
+  %182 = or i1 %181, %180, !dbg !266
+  br i1 %182, label %assert_end89, label %assert_fail88, !dbg !266, !prof !16
 
 assert_fail86:                                    ; preds = %if_then84
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.60, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.61, ptr null), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.60, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.61, ptr null), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_fail88:                                    ; preds = %if_end85
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.43, ptr nonnull @.str.47, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.48), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.43, ptr nonnull @.str.47, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.48), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end89:                                     ; preds = %if_end85
-  %183 = load i64, ptr %merge_partials.partial_sum_shape, align 8, !dbg !265
-  %184 = icmp eq i64 %slots, %183, !dbg !265
-  br i1 %184, label %assert_end91, label %assert_fail90, !dbg !265, !prof !16
+  %183 = load i64, ptr %merge_partials.partial_sum_shape, align 8, !dbg !266
+  %184 = icmp eq i64 %slots, %183, !dbg !266
+  br i1 %184, label %assert_end91, label %assert_fail90, !dbg !266, !prof !16
 
 assert_fail90:                                    ; preds = %assert_end89
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.64, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.65), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.64, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.65), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end91:                                     ; preds = %assert_end89
-  %.not164 = icmp eq ptr %merge_partials.partial_sum_strides, null, !dbg !265
-  br i1 %.not164, label %if_end93, label %if_then92, !dbg !265, !prof !17
+  %.not164 = icmp eq ptr %merge_partials.partial_sum_strides, null, !dbg !266
+  br i1 %.not164, label %if_end93, label %if_then92, !dbg !266, !prof !17
 
 if_then92:                                        ; preds = %assert_end91
-  %185 = load i64, ptr %merge_partials.partial_sum_strides, align 8, !dbg !265
-  %186 = icmp eq i64 %185, 16, !dbg !265
-  %187 = icmp eq i64 %slots, 1, !dbg !265
-  %188 = or i1 %187, %186, !dbg !265
-  %189 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_sum_strides, i64 8, !dbg !265
-  %190 = load i64, ptr %189, align 8, !dbg !265
-  %191 = icmp eq i64 %190, 1, !dbg !265
-  %192 = and i1 %191, %188, !dbg !265
-  br i1 %192, label %if_end93, label %assert_fail94, !dbg !265, !prof !16
+  %185 = load i64, ptr %merge_partials.partial_sum_strides, align 8, !dbg !266
+  %186 = icmp eq i64 %185, 16, !dbg !266
+  %187 = icmp eq i64 %slots, 1, !dbg !266
+  %188 = or i1 %187, %186, !dbg !266
+  %189 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_sum_strides, i64 8, !dbg !266
+  %190 = load i64, ptr %189, align 8, !dbg !266
+  %191 = icmp eq i64 %190, 1, !dbg !266
+  %192 = and i1 %191, %188, !dbg !266
+  br i1 %192, label %if_end93, label %assert_fail94, !dbg !266, !prof !16
 
 if_end93:                                         ; preds = %if_then92, %assert_end91
-  %193 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 12, !dbg !265
-  %194 = load i32, ptr %193, align 4, !dbg !265
-  %195 = icmp eq i32 %dev_id, %194, !dbg !265
-  br i1 %195, label %assert_end97, label %assert_fail96, !dbg !265, !prof !16
+  %193 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 12, !dbg !266
+  %194 = load i32, ptr %193, align 4, !dbg !266
+  %195 = icmp eq i32 %dev_id, %194, !dbg !266
+  br i1 %195, label %assert_end97, label %assert_fail96, !dbg !266, !prof !16
 
 assert_fail94:                                    ; preds = %if_then92
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.60, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.61, ptr null), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.60, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.61, ptr null), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_fail96:                                    ; preds = %if_end93
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.66, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.63), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.66, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.63), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end97:                                     ; preds = %if_end93
-  %196 = load ptr, ptr %partial_sum.handle, align 8, !dbg !265
-  %197 = icmp ne ptr %196, null, !dbg !265
-  %198 = or i1 %181, %197, !dbg !265
-  br i1 %198, label %assert_end99, label %assert_fail98, !dbg !265, !prof !16
+  %196 = load ptr, ptr %partial_sum.handle, align 8, !dbg !266
+  %197 = icmp ne ptr %196, null, !dbg !266
+  %198 = or i1 %181, %197, !dbg !266
+  br i1 %198, label %assert_end99, label %assert_fail98, !dbg !266, !prof !16
 
 assert_fail98:                                    ; preds = %assert_end97
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.45, ptr nonnull @.str.47, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.48), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.45, ptr nonnull @.str.47, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.48), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end99:                                     ; preds = %assert_end97
-  %199 = load i64, ptr %merge_partials.partial_acc_shape, align 8, !dbg !265
-  %200 = icmp eq i64 %slots, %199, !dbg !265
-  br i1 %200, label %assert_end101, label %assert_fail100, !dbg !265, !prof !16
+  %199 = load i64, ptr %merge_partials.partial_acc_shape, align 8, !dbg !266
+  %200 = icmp eq i64 %slots, %199, !dbg !266
+  br i1 %200, label %assert_end101, label %assert_fail100, !dbg !266, !prof !16
 
 assert_fail100:                                   ; preds = %assert_end99
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.67, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.65), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.67, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.65), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end101:                                    ; preds = %assert_end99
-  %.not165 = icmp eq ptr %merge_partials.partial_acc_strides, null, !dbg !265
-  br i1 %.not165, label %if_end103, label %if_then102, !dbg !265, !prof !17
+  %.not165 = icmp eq ptr %merge_partials.partial_acc_strides, null, !dbg !266
+  br i1 %.not165, label %if_end103, label %if_then102, !dbg !266, !prof !17
 
 if_then102:                                       ; preds = %assert_end101
-  %201 = load i64, ptr %merge_partials.partial_acc_strides, align 8, !dbg !265
-  %202 = icmp eq i64 %201, 2048, !dbg !265
-  %203 = icmp eq i64 %slots, 1, !dbg !265
-  %204 = or i1 %203, %202, !dbg !265
-  %205 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_strides, i64 8, !dbg !265
-  %206 = load i64, ptr %205, align 8, !dbg !265
-  %207 = icmp eq i64 %206, 16, !dbg !265
-  %208 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_strides, i64 16, !dbg !265
-  %209 = load i64, ptr %208, align 8, !dbg !265
-  %210 = icmp eq i64 %209, 1, !dbg !265
-  %211 = and i1 %207, %210, !dbg !265
-  %212 = and i1 %204, %211, !dbg !265
-  br i1 %212, label %if_end103, label %assert_fail104, !dbg !265, !prof !16
+  %201 = load i64, ptr %merge_partials.partial_acc_strides, align 8, !dbg !266
+  %202 = icmp eq i64 %201, 2048, !dbg !266
+  %203 = icmp eq i64 %slots, 1, !dbg !266
+  %204 = or i1 %203, %202, !dbg !266
+  %205 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_strides, i64 8, !dbg !266
+  %206 = load i64, ptr %205, align 8, !dbg !266
+  %207 = icmp eq i64 %206, 16, !dbg !266
+  %208 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_strides, i64 16, !dbg !266
+  %209 = load i64, ptr %208, align 8, !dbg !266
+  %210 = icmp eq i64 %209, 1, !dbg !266
+  %211 = and i1 %207, %210, !dbg !266
+  %212 = and i1 %204, %211, !dbg !266
+  br i1 %212, label %if_end103, label %assert_fail104, !dbg !266, !prof !16
 
 if_end103:                                        ; preds = %if_then102, %assert_end101
-  %213 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 12, !dbg !265
-  %214 = load i32, ptr %213, align 4, !dbg !265
-  %215 = icmp eq i32 %dev_id, %214, !dbg !265
-  br i1 %215, label %assert_end107, label %assert_fail106, !dbg !265, !prof !16
+  %213 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 12, !dbg !266
+  %214 = load i32, ptr %213, align 4, !dbg !266
+  %215 = icmp eq i32 %dev_id, %214, !dbg !266
+  br i1 %215, label %assert_end107, label %assert_fail106, !dbg !266, !prof !16
 
 assert_fail104:                                   ; preds = %if_then102
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.60, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.61, ptr null), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.60, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.61, ptr null), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_fail106:                                   ; preds = %if_end103
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.68, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.63), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.68, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.63), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end107:                                    ; preds = %if_end103
-  %216 = load ptr, ptr %partial_acc.handle, align 8, !dbg !265
-  %217 = icmp ne ptr %216, null, !dbg !265
-  %218 = or i1 %181, %217, !dbg !265
-  br i1 %218, label %assert_end109, label %assert_fail108, !dbg !265, !prof !16
+  %216 = load ptr, ptr %partial_acc.handle, align 8, !dbg !266
+  %217 = icmp ne ptr %216, null, !dbg !266
+  %218 = or i1 %181, %217, !dbg !266
+  br i1 %218, label %assert_end109, label %assert_fail108, !dbg !266, !prof !16
 
 assert_fail108:                                   ; preds = %assert_end107
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.46, ptr nonnull @.str.47, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.48), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.46, ptr nonnull @.str.47, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.48), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end109:                                    ; preds = %assert_end107
-  %219 = getelementptr inbounds nuw i8, ptr %out.handle, i64 12, !dbg !265
-  %220 = load i32, ptr %219, align 4, !dbg !265
-  %221 = icmp eq i32 %dev_id, %220, !dbg !265
-  br i1 %221, label %assert_end111, label %assert_fail110, !dbg !265, !prof !16
+  %219 = getelementptr inbounds nuw i8, ptr %out.handle, i64 12, !dbg !266
+  %220 = load i32, ptr %219, align 4, !dbg !266
+  %221 = icmp eq i32 %dev_id, %220, !dbg !266
+  br i1 %221, label %assert_end111, label %assert_fail110, !dbg !266, !prof !16
 
 assert_fail110:                                   ; preds = %assert_end109
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.98, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.63), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.98, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.63), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end111:                                    ; preds = %assert_end109
-  %222 = load ptr, ptr %out.handle, align 8, !dbg !265
-  %223 = icmp ne ptr %222, null, !dbg !265
-  %224 = icmp eq i64 %batch, 0, !dbg !265
-  %225 = or i1 %224, %223, !dbg !265
-  br i1 %225, label %assert_end113, label %assert_fail112, !dbg !265, !prof !16
+  %222 = load ptr, ptr %out.handle, align 8, !dbg !266
+  %223 = icmp ne ptr %222, null, !dbg !266
+  %224 = icmp eq i64 %batch, 0, !dbg !266
+  %225 = or i1 %224, %223, !dbg !266
+  br i1 %225, label %assert_end113, label %assert_fail112, !dbg !266, !prof !16
 
 assert_fail112:                                   ; preds = %assert_end111
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.96, ptr nonnull @.str.47, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.48), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.96, ptr nonnull @.str.47, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.48), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end113:                                    ; preds = %assert_end111
-  %226 = load i64, ptr %merge_partials.lse_shape, align 8, !dbg !265
-  %227 = icmp eq i64 %batch, %226, !dbg !265
-  br i1 %227, label %assert_end115, label %assert_fail114, !dbg !265, !prof !16
+  %226 = load i64, ptr %merge_partials.lse_shape, align 8, !dbg !266
+  %227 = icmp eq i64 %batch, %226, !dbg !266
+  br i1 %227, label %assert_end115, label %assert_fail114, !dbg !266, !prof !16
 
 assert_fail114:                                   ; preds = %assert_end113
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.99, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.100), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.99, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.100), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end115:                                    ; preds = %assert_end113
-  %228 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 12, !dbg !265
-  %229 = load i32, ptr %228, align 4, !dbg !265
-  %230 = icmp eq i32 %dev_id, %229, !dbg !265
-  br i1 %230, label %assert_end117, label %assert_fail116, !dbg !265, !prof !16
+  %228 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 12, !dbg !266
+  %229 = load i32, ptr %228, align 4, !dbg !266
+  %230 = icmp eq i32 %dev_id, %229, !dbg !266
+  br i1 %230, label %assert_end117, label %assert_fail116, !dbg !266, !prof !16
 
 assert_fail116:                                   ; preds = %assert_end115
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.101, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.63), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.101, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.63), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end117:                                    ; preds = %assert_end115
-  %231 = load ptr, ptr %lse.handle, align 8, !dbg !265
-  %232 = icmp ne ptr %231, null, !dbg !265
-  %233 = or i1 %224, %232, !dbg !265
-  br i1 %233, label %assert_end119, label %assert_fail118, !dbg !265, !prof !16
+  %231 = load ptr, ptr %lse.handle, align 8, !dbg !266
+  %232 = icmp ne ptr %231, null, !dbg !266
+  %233 = or i1 %224, %232, !dbg !266
+  br i1 %233, label %assert_end119, label %assert_fail118, !dbg !266, !prof !16
 
 assert_fail118:                                   ; preds = %assert_end117
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.97, ptr nonnull @.str.47, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.48), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.97, ptr nonnull @.str.47, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.48), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end119:                                    ; preds = %assert_end117
-  %234 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_max_shape, i64 8, !dbg !265
-  %235 = load i64, ptr %234, align 8, !dbg !265
-  %236 = icmp eq i64 %235, 16, !dbg !265
-  br i1 %236, label %assert_end121, label %assert_fail120, !dbg !265, !prof !16
+  %234 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_max_shape, i64 8, !dbg !266
+  %235 = load i64, ptr %234, align 8, !dbg !266
+  %236 = icmp eq i64 %235, 16, !dbg !266
+  br i1 %236, label %assert_end121, label %assert_fail120, !dbg !266, !prof !16
 
 assert_fail120:                                   ; preds = %assert_end119
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.88, ptr nonnull @.str.50, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.88, ptr nonnull @.str.50, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end121:                                    ; preds = %assert_end119
-  %237 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 40, !dbg !265
-  %238 = load i64, ptr %237, align 8, !dbg !265
-  %239 = icmp eq i64 %238, 0, !dbg !265
-  br i1 %239, label %assert_end123, label %assert_fail122, !dbg !265, !prof !16
+  %237 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 40, !dbg !266
+  %238 = load i64, ptr %237, align 8, !dbg !266
+  %239 = icmp eq i64 %238, 0, !dbg !266
+  br i1 %239, label %assert_end123, label %assert_fail122, !dbg !266, !prof !16
 
 assert_fail122:                                   ; preds = %assert_end121
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.89, ptr nonnull @.str.50, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.89, ptr nonnull @.str.50, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end123:                                    ; preds = %assert_end121
-  %240 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_sum_shape, i64 8, !dbg !265
-  %241 = load i64, ptr %240, align 8, !dbg !265
-  %242 = icmp eq i64 %241, 16, !dbg !265
-  br i1 %242, label %assert_end125, label %assert_fail124, !dbg !265, !prof !16
+  %240 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_sum_shape, i64 8, !dbg !266
+  %241 = load i64, ptr %240, align 8, !dbg !266
+  %242 = icmp eq i64 %241, 16, !dbg !266
+  br i1 %242, label %assert_end125, label %assert_fail124, !dbg !266, !prof !16
 
 assert_fail124:                                   ; preds = %assert_end123
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.90, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.90, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end125:                                    ; preds = %assert_end123
-  %243 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 40, !dbg !265
-  %244 = load i64, ptr %243, align 8, !dbg !265
-  %245 = icmp eq i64 %244, 0, !dbg !265
-  br i1 %245, label %assert_end127, label %assert_fail126, !dbg !265, !prof !16
+  %243 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 40, !dbg !266
+  %244 = load i64, ptr %243, align 8, !dbg !266
+  %245 = icmp eq i64 %244, 0, !dbg !266
+  br i1 %245, label %assert_end127, label %assert_fail126, !dbg !266, !prof !16
 
 assert_fail126:                                   ; preds = %assert_end125
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.91, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.91, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end127:                                    ; preds = %assert_end125
-  %246 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_shape, i64 8, !dbg !265
-  %247 = load i64, ptr %246, align 8, !dbg !265
-  %248 = icmp eq i64 %247, 128, !dbg !265
-  br i1 %248, label %assert_end129, label %assert_fail128, !dbg !265, !prof !16
+  %246 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_shape, i64 8, !dbg !266
+  %247 = load i64, ptr %246, align 8, !dbg !266
+  %248 = icmp eq i64 %247, 128, !dbg !266
+  br i1 %248, label %assert_end129, label %assert_fail128, !dbg !266, !prof !16
 
 assert_fail128:                                   ; preds = %assert_end127
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.92, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.72), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.92, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.72), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end129:                                    ; preds = %assert_end127
-  %249 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_shape, i64 16, !dbg !265
-  %250 = load i64, ptr %249, align 8, !dbg !265
-  %251 = icmp eq i64 %250, 16, !dbg !265
-  br i1 %251, label %assert_end131, label %assert_fail130, !dbg !265, !prof !16
+  %249 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_shape, i64 16, !dbg !266
+  %250 = load i64, ptr %249, align 8, !dbg !266
+  %251 = icmp eq i64 %250, 16, !dbg !266
+  br i1 %251, label %assert_end131, label %assert_fail130, !dbg !266, !prof !16
 
 assert_fail130:                                   ; preds = %assert_end129
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.93, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.93, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end131:                                    ; preds = %assert_end129
-  %252 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 40, !dbg !265
-  %253 = load i64, ptr %252, align 8, !dbg !265
-  %254 = icmp eq i64 %253, 0, !dbg !265
-  br i1 %254, label %assert_end133, label %assert_fail132, !dbg !265, !prof !16
+  %252 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 40, !dbg !266
+  %253 = load i64, ptr %252, align 8, !dbg !266
+  %254 = icmp eq i64 %253, 0, !dbg !266
+  br i1 %254, label %assert_end133, label %assert_fail132, !dbg !266, !prof !16
 
 assert_fail132:                                   ; preds = %assert_end131
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.94, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.94, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end133:                                    ; preds = %assert_end131
-  %255 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8, !dbg !265
-  %256 = load i64, ptr %255, align 8, !dbg !265
-  %257 = icmp eq i64 %256, 16, !dbg !265
-  br i1 %257, label %assert_end135, label %assert_fail134, !dbg !265, !prof !16
+  %255 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8, !dbg !266
+  %256 = load i64, ptr %255, align 8, !dbg !266
+  %257 = icmp eq i64 %256, 16, !dbg !266
+  br i1 %257, label %assert_end135, label %assert_fail134, !dbg !266, !prof !16
 
 assert_fail134:                                   ; preds = %assert_end133
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.102, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.102, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end135:                                    ; preds = %assert_end133
-  %258 = load i64, ptr %140, align 8, !dbg !265
-  %259 = icmp eq i64 %258, 128, !dbg !265
-  br i1 %259, label %assert_end137, label %assert_fail136, !dbg !265, !prof !16
+  %258 = load i64, ptr %140, align 8, !dbg !266
+  %259 = icmp eq i64 %258, 128, !dbg !266
+  br i1 %259, label %assert_end137, label %assert_fail136, !dbg !266, !prof !16
 
 assert_fail136:                                   ; preds = %assert_end135
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.103, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.72), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.103, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.72), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end137:                                    ; preds = %assert_end135
-  br i1 %139, label %assert_end142, label %if_else139, !dbg !265
+  br i1 %139, label %assert_end142, label %if_else139, !dbg !266
 
 if_else139:                                       ; preds = %assert_end137
-  %260 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 16, !dbg !265
-  %261 = load i64, ptr %260, align 8, !dbg !265
-  %262 = icmp eq i64 %261, 1, !dbg !265
-  br i1 %262, label %assert_end142, label %assert_fail141, !dbg !265, !prof !16
+  %260 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 16, !dbg !266
+  %261 = load i64, ptr %260, align 8, !dbg !266
+  %262 = icmp eq i64 %261, 1, !dbg !266
+  br i1 %262, label %assert_end142, label %assert_fail141, !dbg !266, !prof !16
 
 assert_fail141:                                   ; preds = %if_else139
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.104, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.104, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end142:                                    ; preds = %assert_end137, %if_else139
-  %263 = getelementptr inbounds nuw i8, ptr %out.handle, i64 40, !dbg !265
-  %264 = load i64, ptr %263, align 8, !dbg !265
-  %265 = icmp eq i64 %264, 0, !dbg !265
-  br i1 %265, label %assert_end144, label %assert_fail143, !dbg !265, !prof !16
+  %263 = getelementptr inbounds nuw i8, ptr %out.handle, i64 40, !dbg !266
+  %264 = load i64, ptr %263, align 8, !dbg !266
+  %265 = icmp eq i64 %264, 0, !dbg !266
+  br i1 %265, label %assert_end144, label %assert_fail143, !dbg !266, !prof !16
 
 assert_fail143:                                   ; preds = %assert_end142
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.105, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.105, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end144:                                    ; preds = %assert_end142
-  %266 = load i64, ptr %167, align 8, !dbg !265
-  %267 = icmp eq i64 %266, 16, !dbg !265
-  br i1 %267, label %assert_end146, label %assert_fail145, !dbg !265, !prof !16
+  %266 = load i64, ptr %167, align 8, !dbg !266
+  %267 = icmp eq i64 %266, 16, !dbg !266
+  br i1 %267, label %assert_end146, label %assert_fail145, !dbg !266, !prof !16
 
 assert_fail145:                                   ; preds = %assert_end144
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.106, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.106, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end146:                                    ; preds = %assert_end144
-  br i1 %166, label %assert_end151, label %if_else148, !dbg !265
+  br i1 %166, label %assert_end151, label %if_else148, !dbg !266
 
 if_else148:                                       ; preds = %assert_end146
-  %268 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_strides, i64 8, !dbg !265
-  %269 = load i64, ptr %268, align 8, !dbg !265
-  %270 = icmp eq i64 %269, 1, !dbg !265
-  br i1 %270, label %assert_end151, label %assert_fail150, !dbg !265, !prof !16
+  %268 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_strides, i64 8, !dbg !266
+  %269 = load i64, ptr %268, align 8, !dbg !266
+  %270 = icmp eq i64 %269, 1, !dbg !266
+  br i1 %270, label %assert_end151, label %assert_fail150, !dbg !266, !prof !16
 
 assert_fail150:                                   ; preds = %if_else148
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.107, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.107, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end151:                                    ; preds = %assert_end146, %if_else148
-  %271 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 40, !dbg !265
-  %272 = load i64, ptr %271, align 8, !dbg !265
-  %273 = icmp eq i64 %272, 0, !dbg !265
-  br i1 %273, label %assert_end153, label %assert_fail152, !dbg !265, !prof !16
+  %271 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 40, !dbg !266
+  %272 = load i64, ptr %271, align 8, !dbg !266
+  %273 = icmp eq i64 %272, 0, !dbg !266
+  br i1 %273, label %assert_end153, label %assert_fail152, !dbg !266, !prof !16
 
 assert_fail152:                                   ; preds = %assert_end151
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.108, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !265
-  br label %common.ret, !dbg !265
+  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.108, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !266
+  br label %common.ret, !dbg !266
 
 assert_end153:                                    ; preds = %assert_end151
-    #dbg_declare(ptr %179, !302, !DIExpression(), !265)
-  call void @llvm.assume(i1 true) [ "align"(ptr %179, i64 64) ], !dbg !265
-    #dbg_declare(ptr %196, !303, !DIExpression(), !265)
-  call void @llvm.assume(i1 true) [ "align"(ptr %196, i64 64) ], !dbg !265
-    #dbg_declare(ptr %216, !304, !DIExpression(), !265)
-  call void @llvm.assume(i1 true) [ "align"(ptr %216, i64 64) ], !dbg !265
-    #dbg_declare(ptr %222, !305, !DIExpression(), !265)
-  call void @llvm.assume(i1 true) [ "align"(ptr %222, i64 4) ], !dbg !265
-    #dbg_declare(ptr %231, !306, !DIExpression(), !265)
-  call void @llvm.assume(i1 true) [ "align"(ptr %231, i64 4) ], !dbg !265
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum41.i), !dbg !243
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max42.i), !dbg !243
-    #dbg_value(i32 %dev_id, !248, !DIExpression(), !243)
-    #dbg_value(i64 %slots, !249, !DIExpression(), !243)
-    #dbg_value(ptr %179, !250, !DIExpression(), !243)
-    #dbg_value(ptr %196, !251, !DIExpression(), !243)
-    #dbg_value(ptr %216, !252, !DIExpression(), !243)
-    #dbg_value(ptr %222, !253, !DIExpression(), !243)
-    #dbg_value(i64 %out_batch, !254, !DIExpression(), !243)
-    #dbg_value(i64 %batch, !255, !DIExpression(), !243)
-    #dbg_value(ptr %231, !256, !DIExpression(), !243)
-    #dbg_value(i64 %lse_batch, !257, !DIExpression(), !243)
-    #dbg_value(i32 %num_partials, !258, !DIExpression(), !243)
-    #dbg_value(i64 %59, !259, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !243)
-    #dbg_value(i64 %44, !260, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !243)
-    #dbg_value(i64 %49, !261, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !243)
-    #dbg_value(i32 %num_rows, !262, !DIExpression(), !243)
-    #dbg_value(i64 %out_head, !263, !DIExpression(), !243)
-    #dbg_declare(ptr %row_max42.i, !307, !DIExpression(), !243)
-    #dbg_declare(ptr %row_sum41.i, !308, !DIExpression(), !243)
-  %274 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !243, !tbaa !134
-  %acc.i = tail call ptr %274(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32), !dbg !243
-    #dbg_declare(ptr %acc.i, !309, !DIExpression(), !243)
-  %275 = icmp eq ptr %acc.i, null, !dbg !243
-  br i1 %275, label %merge_partials_compute_.exit, label %if_end.i, !dbg !243, !prof !16
+    #dbg_declare(ptr %179, !303, !DIExpression(), !266)
+  call void @llvm.assume(i1 true) [ "align"(ptr %179, i64 64) ], !dbg !266
+    #dbg_declare(ptr %196, !304, !DIExpression(), !266)
+  call void @llvm.assume(i1 true) [ "align"(ptr %196, i64 64) ], !dbg !266
+    #dbg_declare(ptr %216, !305, !DIExpression(), !266)
+  call void @llvm.assume(i1 true) [ "align"(ptr %216, i64 64) ], !dbg !266
+    #dbg_declare(ptr %222, !306, !DIExpression(), !266)
+  call void @llvm.assume(i1 true) [ "align"(ptr %222, i64 4) ], !dbg !266
+    #dbg_declare(ptr %231, !307, !DIExpression(), !266)
+  call void @llvm.assume(i1 true) [ "align"(ptr %231, i64 4) ], !dbg !266
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum41.i), !dbg !244
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max42.i), !dbg !244
+    #dbg_value(i32 %dev_id, !249, !DIExpression(), !244)
+    #dbg_value(i64 %slots, !250, !DIExpression(), !244)
+    #dbg_value(ptr %179, !251, !DIExpression(), !244)
+    #dbg_value(ptr %196, !252, !DIExpression(), !244)
+    #dbg_value(ptr %216, !253, !DIExpression(), !244)
+    #dbg_value(ptr %222, !254, !DIExpression(), !244)
+    #dbg_value(i64 %out_batch, !255, !DIExpression(), !244)
+    #dbg_value(i64 %batch, !256, !DIExpression(), !244)
+    #dbg_value(ptr %231, !257, !DIExpression(), !244)
+    #dbg_value(i64 %lse_batch, !258, !DIExpression(), !244)
+    #dbg_value(i32 %num_partials, !259, !DIExpression(), !244)
+    #dbg_value(i64 %59, !260, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !244)
+    #dbg_value(i64 %44, !261, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !244)
+    #dbg_value(i64 %49, !262, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !244)
+    #dbg_value(i32 %num_rows, !263, !DIExpression(), !244)
+    #dbg_value(i64 %out_head, !264, !DIExpression(), !244)
+    #dbg_declare(ptr %row_max42.i, !308, !DIExpression(), !244)
+    #dbg_declare(ptr %row_sum41.i, !309, !DIExpression(), !244)
+  %274 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !244, !tbaa !134
+  %acc.i = tail call ptr %274(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32), !dbg !244
+    #dbg_declare(ptr %acc.i, !310, !DIExpression(), !244)
+  %275 = icmp eq ptr %acc.i, null, !dbg !244
+  br i1 %275, label %merge_partials_compute_.exit, label %if_end.i, !dbg !244, !prof !16
 
 if_end.i:                                         ; preds = %assert_end153
-    #dbg_value(i64 %slots, !310, !DIExpression(DW_OP_constu, 16, DW_OP_mul, DW_OP_stack_value), !243)
-    #dbg_declare(ptr %179, !311, !DIExpression(), !243)
-  call void @llvm.assume(i1 true) [ "align"(ptr %179, i64 64) ], !dbg !243
-    #dbg_declare(ptr %196, !312, !DIExpression(), !243)
-  call void @llvm.assume(i1 true) [ "align"(ptr %196, i64 64) ], !dbg !243
-    #dbg_declare(ptr %216, !313, !DIExpression(), !243)
-  call void @llvm.assume(i1 true) [ "align"(ptr %216, i64 64) ], !dbg !243
-    #dbg_declare(ptr %222, !314, !DIExpression(), !243)
-  call void @llvm.assume(i1 true) [ "align"(ptr %222, i64 4) ], !dbg !243
-    #dbg_declare(ptr %231, !315, !DIExpression(), !243)
-  call void @llvm.assume(i1 true) [ "align"(ptr %231, i64 4) ], !dbg !243
-    #dbg_declare(ptr %acc.i, !309, !DIExpression(), !243)
-    #dbg_value(i32 0, !316, !DIExpression(), !243)
-  %276 = icmp sgt i32 %num_partials, 0, !dbg !243
-  br i1 %276, label %for_body_step.lr.ph.i, label %for_begin_d19.preheader.i, !dbg !243, !prof !156
+    #dbg_value(i64 %slots, !311, !DIExpression(DW_OP_constu, 16, DW_OP_mul, DW_OP_stack_value), !244)
+    #dbg_declare(ptr %179, !312, !DIExpression(), !244)
+  call void @llvm.assume(i1 true) [ "align"(ptr %179, i64 64) ], !dbg !244
+    #dbg_declare(ptr %196, !313, !DIExpression(), !244)
+  call void @llvm.assume(i1 true) [ "align"(ptr %196, i64 64) ], !dbg !244
+    #dbg_declare(ptr %216, !314, !DIExpression(), !244)
+  call void @llvm.assume(i1 true) [ "align"(ptr %216, i64 64) ], !dbg !244
+    #dbg_declare(ptr %222, !315, !DIExpression(), !244)
+  call void @llvm.assume(i1 true) [ "align"(ptr %222, i64 4) ], !dbg !244
+    #dbg_declare(ptr %231, !316, !DIExpression(), !244)
+  call void @llvm.assume(i1 true) [ "align"(ptr %231, i64 4) ], !dbg !244
+    #dbg_declare(ptr %acc.i, !310, !DIExpression(), !244)
+    #dbg_value(i32 0, !317, !DIExpression(), !244)
+  %276 = icmp sgt i32 %num_partials, 0, !dbg !244
+  br i1 %276, label %for_body_step.lr.ph.i, label %for_begin_d19.preheader.i, !dbg !244, !prof !156
 
 for_body_step.lr.ph.i:                            ; preds = %if_end.i
   %sext = shl i64 %59, 32
   %cse_v2.i = ashr exact i64 %sext, 32
-  %wide.trip.count.i = and i64 %64, 2147483647, !dbg !243
-  br label %for_body_step.i, !dbg !243
+  %wide.trip.count.i = and i64 %64, 2147483647, !dbg !244
+  br label %for_body_step.i, !dbg !244
 
 for_begin_d19.preheader.i:                        ; preds = %for_end_d.i, %if_end.i
   %.lcssa46.i = phi <16 x float> [ undef, %if_end.i ], [ %338, %for_end_d.i ]
   %m45.lcssa.i = phi <16 x float> [ undef, %if_end.i ], [ %m.i, %for_end_d.i ]
-  store <16 x float> %m45.lcssa.i, ptr %row_max42.i, align 16, !dbg !243
-  store <16 x float> %.lcssa46.i, ptr %row_sum41.i, align 16, !dbg !243
+  store <16 x float> %m45.lcssa.i, ptr %row_max42.i, align 16, !dbg !244
+  store <16 x float> %.lcssa46.i, ptr %row_sum41.i, align 16, !dbg !244
   %277 = fcmp oeq <16 x float> %.lcssa46.i, zeroinitializer
-    #dbg_value(i32 0, !317, !DIExpression(), !243)
-  br label %for_body_d20.i, !dbg !243
+    #dbg_value(i32 0, !318, !DIExpression(), !244)
+  br label %for_body_d20.i, !dbg !244
 
 for_body_step.i:                                  ; preds = %for_end_d.i, %for_body_step.lr.ph.i
   %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_d.i ]
   %m4347.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_d.i ]
   %278 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %338, %for_end_d.i ]
-    #dbg_value(i64 %indvars.iv64.i, !316, !DIExpression(), !243)
-    #dbg_value(!DIArgList(i64 %59, i64 %indvars.iv64.i), !318, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !243)
-  %279 = icmp eq i64 %indvars.iv64.i, 0, !dbg !243
-  %280 = insertelement <16 x i1> poison, i1 %279, i64 0, !dbg !243
-  %281 = shufflevector <16 x i1> %280, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !243
-  %old_max.i = select <16 x i1> %281, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %m4347.i, !dbg !243
-    #dbg_value(<16 x float> %old_max.i, !319, !DIExpression(), !243)
-  %old_sum.i = select <16 x i1> %281, <16 x float> zeroinitializer, <16 x float> %278, !dbg !243
-    #dbg_value(<16 x float> %old_sum.i, !320, !DIExpression(), !243)
-    #dbg_value(i64 %cse_v2.i, !321, !DIExpression(), !243)
-    #dbg_value(i64 %indvars.iv64.i, !322, !DIExpression(), !243)
-  %282 = add nsw i64 %indvars.iv64.i, %cse_v2.i, !dbg !243
-  %cse_v12.i = shl nsw i64 %282, 4, !dbg !243
-    #dbg_value(i64 %cse_v12.i, !323, !DIExpression(), !243)
-  %283 = getelementptr inbounds float, ptr %179, i64 %cse_v12.i, !dbg !243
-  %284 = load <16 x float>, ptr %283, align 64, !dbg !243, !tbaa !163
-  %285 = fcmp ogt <16 x float> %old_max.i, %284, !dbg !243
-    #dbg_value(<16 x float> poison, !324, !DIExpression(), !243)
-  %286 = getelementptr inbounds float, ptr %196, i64 %cse_v12.i, !dbg !243
-  %287 = load <16 x float>, ptr %286, align 64, !dbg !243, !tbaa !163
-  %288 = fcmp oeq <16 x float> %287, zeroinitializer, !dbg !243
-  %289 = select <16 x i1> %288, <16 x i1> splat (i1 true), <16 x i1> %285, !dbg !243
-  %old_or_both.i = select <16 x i1> %289, <16 x float> %old_max.i, <16 x float> %284, !dbg !243
-    #dbg_value(<16 x float> %old_or_both.i, !325, !DIExpression(), !243)
-  %290 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer, !dbg !243
-  %m.i = select <16 x i1> %290, <16 x float> %284, <16 x float> %old_or_both.i, !dbg !243
-    #dbg_value(<16 x float> %m.i, !326, !DIExpression(), !243)
-    #dbg_value(<16 x float> %m.i, !327, !DIExpression(), !243)
-  %arg.i = fsub <16 x float> %old_max.i, %m.i, !dbg !243
-    #dbg_value(<16 x float> %arg.i, !328, !DIExpression(), !243)
-    #dbg_value(<16 x float> %arg.i, !329, !DIExpression(), !243)
-  %291 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01), !dbg !243
-    #dbg_value(<16 x float> poison, !330, !DIExpression(), !243)
-    #dbg_value(<16 x float> poison, !331, !DIExpression(), !243)
-    #dbg_value(<16 x float> poison, !332, !DIExpression(), !243)
-    #dbg_value(<16 x float> poison, !333, !DIExpression(), !243)
-    #dbg_value(<16 x float> poison, !334, !DIExpression(), !243)
-    #dbg_value(<16 x float> poison, !335, !DIExpression(), !243)
-    #dbg_value(<16 x float> poison, !336, !DIExpression(), !243)
-    #dbg_value(<16 x float> poison, !337, !DIExpression(), !243)
-    #dbg_value(!DIArgList(<16 x float> poison, <16 x i32> poison, <16 x i32> poison), !338, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !243)
-  %cse_v13.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !243
-    #dbg_value(<16 x float> %cse_v13.i, !339, !DIExpression(), !243)
-  %292 = bitcast <16 x float> %cse_v13.i to <16 x i32>, !dbg !243
-  %293 = shl <16 x i32> %292, splat (i32 23), !dbg !243
-  %294 = add <16 x i32> %293, splat (i32 1065353216), !dbg !243
-  %295 = bitcast <16 x i32> %294 to <16 x float>, !dbg !243
-  %296 = add nsw <16 x i32> %292, splat (i32 -1262485504), !dbg !243
-  %297 = sitofp <16 x i32> %296 to <16 x float>, !dbg !243
-  %298 = fmul <16 x float> %297, splat (float 0x3F2BD01060000000), !dbg !243
-  %299 = fmul <16 x float> %297, splat (float 0x3FE6300000000000), !dbg !243
-  %300 = fsub <16 x float> %arg.i, %299, !dbg !243
-  %301 = fadd <16 x float> %298, %300, !dbg !243
-  %302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %301, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !243
-  %303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %302, <16 x float> %301, <16 x float> splat (float 0x3F81112100000000)), !dbg !243
-  %304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %301, <16 x float> splat (float 0x3FA5553820000000)), !dbg !243
-  %305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %304, <16 x float> %301, <16 x float> splat (float 0x3FC5555540000000)), !dbg !243
-  %306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %301, <16 x float> splat (float 5.000000e-01)), !dbg !243
-  %307 = fmul <16 x float> %301, %306, !dbg !243
-  %308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %307, <16 x float> %301, <16 x float> %301), !dbg !243
-  %309 = fadd <16 x float> %308, splat (float 1.000000e+00), !dbg !243
-  %310 = fmul <16 x float> %309, %295, !dbg !243
-  %311 = select <16 x i1> %291, <16 x float> zeroinitializer, <16 x float> %310, !dbg !243
-  %312 = fcmp one <16 x float> %old_sum.i, zeroinitializer, !dbg !243
-  %313 = select <16 x i1> %312, <16 x float> %311, <16 x float> zeroinitializer, !dbg !243
-    #dbg_value(<16 x float> %313, !340, !DIExpression(), !243)
-  %arg2.i = fsub <16 x float> %284, %m.i, !dbg !243
-    #dbg_value(<16 x float> %arg2.i, !329, !DIExpression(), !243)
-  %314 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01), !dbg !243
-    #dbg_value(<16 x float> poison, !341, !DIExpression(), !243)
-    #dbg_value(<16 x float> poison, !342, !DIExpression(), !243)
-  %cse_v11.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !243
-    #dbg_value(<16 x float> %cse_v11.i, !343, !DIExpression(), !243)
-  %315 = bitcast <16 x float> %cse_v11.i to <16 x i32>, !dbg !243
-  %316 = shl <16 x i32> %315, splat (i32 23), !dbg !243
-  %317 = add <16 x i32> %316, splat (i32 1065353216), !dbg !243
-  %318 = bitcast <16 x i32> %317 to <16 x float>, !dbg !243
-  %319 = add nsw <16 x i32> %315, splat (i32 -1262485504), !dbg !243
-  %320 = sitofp <16 x i32> %319 to <16 x float>, !dbg !243
-  %321 = fmul <16 x float> %320, splat (float 0x3F2BD01060000000), !dbg !243
-  %322 = fmul <16 x float> %320, splat (float 0x3FE6300000000000), !dbg !243
-  %323 = fsub <16 x float> %arg2.i, %322, !dbg !243
-  %324 = fadd <16 x float> %321, %323, !dbg !243
-  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %324, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !243
-  %326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %325, <16 x float> %324, <16 x float> splat (float 0x3F81112100000000)), !dbg !243
-  %327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %326, <16 x float> %324, <16 x float> splat (float 0x3FA5553820000000)), !dbg !243
-  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %327, <16 x float> %324, <16 x float> splat (float 0x3FC5555540000000)), !dbg !243
-  %329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %328, <16 x float> %324, <16 x float> splat (float 5.000000e-01)), !dbg !243
-  %330 = fmul <16 x float> %324, %329, !dbg !243
-  %331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %330, <16 x float> %324, <16 x float> %324), !dbg !243
-  %332 = fadd <16 x float> %331, splat (float 1.000000e+00), !dbg !243
-  %333 = fmul <16 x float> %332, %318, !dbg !243
-  %334 = select <16 x i1> %314, <16 x float> zeroinitializer, <16 x float> %333, !dbg !243
-  %335 = fcmp one <16 x float> %287, zeroinitializer, !dbg !243
-  %336 = select <16 x i1> %335, <16 x float> %334, <16 x float> zeroinitializer, !dbg !243
-    #dbg_value(<16 x float> %336, !344, !DIExpression(), !243)
-    #dbg_value(<16 x float> %old_sum.i, !345, !DIExpression(), !243)
-  %337 = fmul <16 x float> %old_sum.i, %313, !dbg !243
-  %338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %287, <16 x float> %337), !dbg !243
-    #dbg_value(<16 x float> %338, !346, !DIExpression(), !243)
+    #dbg_value(i64 %indvars.iv64.i, !317, !DIExpression(), !244)
+    #dbg_value(!DIArgList(i64 %59, i64 %indvars.iv64.i), !319, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !244)
+  %279 = icmp eq i64 %indvars.iv64.i, 0, !dbg !244
+  %280 = insertelement <16 x i1> poison, i1 %279, i64 0, !dbg !244
+  %281 = shufflevector <16 x i1> %280, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !244
+  %old_max.i = select <16 x i1> %281, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %m4347.i, !dbg !244
+    #dbg_value(<16 x float> %old_max.i, !320, !DIExpression(), !244)
+  %old_sum.i = select <16 x i1> %281, <16 x float> zeroinitializer, <16 x float> %278, !dbg !244
+    #dbg_value(<16 x float> %old_sum.i, !321, !DIExpression(), !244)
+    #dbg_value(i64 %cse_v2.i, !322, !DIExpression(), !244)
+    #dbg_value(i64 %indvars.iv64.i, !323, !DIExpression(), !244)
+  %282 = add nsw i64 %indvars.iv64.i, %cse_v2.i, !dbg !244
+  %cse_v12.i = shl nsw i64 %282, 4, !dbg !244
+    #dbg_value(i64 %cse_v12.i, !324, !DIExpression(), !244)
+  %283 = getelementptr inbounds float, ptr %179, i64 %cse_v12.i, !dbg !244
+  %284 = load <16 x float>, ptr %283, align 64, !dbg !244, !tbaa !163
+  %285 = fcmp ogt <16 x float> %old_max.i, %284, !dbg !244
+    #dbg_value(<16 x float> poison, !325, !DIExpression(), !244)
+  %286 = getelementptr inbounds float, ptr %196, i64 %cse_v12.i, !dbg !244
+  %287 = load <16 x float>, ptr %286, align 64, !dbg !244, !tbaa !163
+  %288 = fcmp oeq <16 x float> %287, zeroinitializer, !dbg !244
+  %289 = select <16 x i1> %288, <16 x i1> splat (i1 true), <16 x i1> %285, !dbg !244
+  %old_or_both.i = select <16 x i1> %289, <16 x float> %old_max.i, <16 x float> %284, !dbg !244
+    #dbg_value(<16 x float> %old_or_both.i, !326, !DIExpression(), !244)
+  %290 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer, !dbg !244
+  %m.i = select <16 x i1> %290, <16 x float> %284, <16 x float> %old_or_both.i, !dbg !244
+    #dbg_value(<16 x float> %m.i, !327, !DIExpression(), !244)
+    #dbg_value(<16 x float> %m.i, !328, !DIExpression(), !244)
+  %arg.i = fsub <16 x float> %old_max.i, %m.i, !dbg !244
+    #dbg_value(<16 x float> %arg.i, !329, !DIExpression(), !244)
+    #dbg_value(<16 x float> %arg.i, !330, !DIExpression(), !244)
+  %291 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01), !dbg !244
+    #dbg_value(<16 x float> poison, !331, !DIExpression(), !244)
+    #dbg_value(<16 x float> poison, !332, !DIExpression(), !244)
+    #dbg_value(<16 x float> poison, !333, !DIExpression(), !244)
+    #dbg_value(<16 x float> poison, !334, !DIExpression(), !244)
+    #dbg_value(<16 x float> poison, !335, !DIExpression(), !244)
+    #dbg_value(<16 x float> poison, !336, !DIExpression(), !244)
+    #dbg_value(<16 x float> poison, !337, !DIExpression(), !244)
+    #dbg_value(<16 x float> poison, !338, !DIExpression(), !244)
+    #dbg_value(!DIArgList(<16 x float> poison, <16 x i32> poison, <16 x i32> poison), !339, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !244)
+  %cse_v13.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !244
+    #dbg_value(<16 x float> %cse_v13.i, !340, !DIExpression(), !244)
+  %292 = bitcast <16 x float> %cse_v13.i to <16 x i32>, !dbg !244
+  %293 = shl <16 x i32> %292, splat (i32 23), !dbg !244
+  %294 = add <16 x i32> %293, splat (i32 1065353216), !dbg !244
+  %295 = bitcast <16 x i32> %294 to <16 x float>, !dbg !244
+  %296 = add nsw <16 x i32> %292, splat (i32 -1262485504), !dbg !244
+  %297 = sitofp <16 x i32> %296 to <16 x float>, !dbg !244
+  %298 = fmul <16 x float> %297, splat (float 0x3F2BD01060000000), !dbg !244
+  %299 = fmul <16 x float> %297, splat (float 0x3FE6300000000000), !dbg !244
+  %300 = fsub <16 x float> %arg.i, %299, !dbg !244
+  %301 = fadd <16 x float> %298, %300, !dbg !244
+  %302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %301, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !244
+  %303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %302, <16 x float> %301, <16 x float> splat (float 0x3F81112100000000)), !dbg !244
+  %304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %301, <16 x float> splat (float 0x3FA5553820000000)), !dbg !244
+  %305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %304, <16 x float> %301, <16 x float> splat (float 0x3FC5555540000000)), !dbg !244
+  %306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %301, <16 x float> splat (float 5.000000e-01)), !dbg !244
+  %307 = fmul <16 x float> %301, %306, !dbg !244
+  %308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %307, <16 x float> %301, <16 x float> %301), !dbg !244
+  %309 = fadd <16 x float> %308, splat (float 1.000000e+00), !dbg !244
+  %310 = fmul <16 x float> %309, %295, !dbg !244
+  %311 = select <16 x i1> %291, <16 x float> zeroinitializer, <16 x float> %310, !dbg !244
+  %312 = fcmp one <16 x float> %old_sum.i, zeroinitializer, !dbg !244
+  %313 = select <16 x i1> %312, <16 x float> %311, <16 x float> zeroinitializer, !dbg !244
+    #dbg_value(<16 x float> %313, !341, !DIExpression(), !244)
+  %arg2.i = fsub <16 x float> %284, %m.i, !dbg !244
+    #dbg_value(<16 x float> %arg2.i, !330, !DIExpression(), !244)
+  %314 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01), !dbg !244
+    #dbg_value(<16 x float> poison, !342, !DIExpression(), !244)
+    #dbg_value(<16 x float> poison, !343, !DIExpression(), !244)
+  %cse_v11.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !244
+    #dbg_value(<16 x float> %cse_v11.i, !344, !DIExpression(), !244)
+  %315 = bitcast <16 x float> %cse_v11.i to <16 x i32>, !dbg !244
+  %316 = shl <16 x i32> %315, splat (i32 23), !dbg !244
+  %317 = add <16 x i32> %316, splat (i32 1065353216), !dbg !244
+  %318 = bitcast <16 x i32> %317 to <16 x float>, !dbg !244
+  %319 = add nsw <16 x i32> %315, splat (i32 -1262485504), !dbg !244
+  %320 = sitofp <16 x i32> %319 to <16 x float>, !dbg !244
+  %321 = fmul <16 x float> %320, splat (float 0x3F2BD01060000000), !dbg !244
+  %322 = fmul <16 x float> %320, splat (float 0x3FE6300000000000), !dbg !244
+  %323 = fsub <16 x float> %arg2.i, %322, !dbg !244
+  %324 = fadd <16 x float> %321, %323, !dbg !244
+  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %324, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !244
+  %326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %325, <16 x float> %324, <16 x float> splat (float 0x3F81112100000000)), !dbg !244
+  %327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %326, <16 x float> %324, <16 x float> splat (float 0x3FA5553820000000)), !dbg !244
+  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %327, <16 x float> %324, <16 x float> splat (float 0x3FC5555540000000)), !dbg !244
+  %329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %328, <16 x float> %324, <16 x float> splat (float 5.000000e-01)), !dbg !244
+  %330 = fmul <16 x float> %324, %329, !dbg !244
+  %331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %330, <16 x float> %324, <16 x float> %324), !dbg !244
+  %332 = fadd <16 x float> %331, splat (float 1.000000e+00), !dbg !244
+  %333 = fmul <16 x float> %332, %318, !dbg !244
+  %334 = select <16 x i1> %314, <16 x float> zeroinitializer, <16 x float> %333, !dbg !244
+  %335 = fcmp one <16 x float> %287, zeroinitializer, !dbg !244
+  %336 = select <16 x i1> %335, <16 x float> %334, <16 x float> zeroinitializer, !dbg !244
+    #dbg_value(<16 x float> %336, !345, !DIExpression(), !244)
+    #dbg_value(<16 x float> %old_sum.i, !346, !DIExpression(), !244)
+  %337 = fmul <16 x float> %old_sum.i, %313, !dbg !244
+  %338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %287, <16 x float> %337), !dbg !244
+    #dbg_value(<16 x float> %338, !347, !DIExpression(), !244)
   %.idx.i = shl nsw i64 %282, 13
   %339 = getelementptr i8, ptr %216, i64 %.idx.i
-    #dbg_value(i32 0, !317, !DIExpression(), !243)
+    #dbg_value(i32 0, !318, !DIExpression(), !244)
   br i1 %279, label %for_body_d.us.preheader.i, label %for_body_d.i, !prof !16
 
 for_body_d.us.preheader.i:                        ; preds = %for_body_step.i
   %340 = fmul <16 x float> %313, zeroinitializer
-  br label %for_body_d.us.i, !dbg !243
+  br label %for_body_d.us.i, !dbg !244
 
 for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %for_body_d.us.preheader.i
   %indvars.iv59.i = phi i64 [ 0, %for_body_d.us.preheader.i ], [ %indvars.iv.next60.i.3, %for_body_d.us.i ]
-    #dbg_value(i64 %indvars.iv59.i, !317, !DIExpression(), !243)
-  %341 = shl nuw nsw i64 %indvars.iv59.i, 4, !dbg !243
-    #dbg_value(i64 %341, !347, !DIExpression(), !243)
-  %342 = getelementptr inbounds nuw float, ptr %acc.i, i64 %341, !dbg !243
-  store <16 x float> zeroinitializer, ptr %342, align 4, !dbg !243, !tbaa !163
-  %343 = getelementptr float, ptr %339, i64 %341, !dbg !243
-  %344 = load <16 x float>, ptr %343, align 64, !dbg !243, !tbaa !163
-  %345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %344, <16 x float> %340), !dbg !243
-  store <16 x float> %345, ptr %342, align 4, !dbg !243, !tbaa !163
-    #dbg_value(i64 %indvars.iv59.i, !317, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_stack_value), !243)
-  %indvars.iv.next60.i = shl i64 %indvars.iv59.i, 4, !dbg !243
-  %346 = or disjoint i64 %indvars.iv.next60.i, 16, !dbg !243
-    #dbg_value(i64 %346, !347, !DIExpression(), !243)
-  %347 = getelementptr inbounds nuw float, ptr %acc.i, i64 %346, !dbg !243
-  store <16 x float> zeroinitializer, ptr %347, align 4, !dbg !243, !tbaa !163
-  %348 = getelementptr float, ptr %339, i64 %346, !dbg !243
-  %349 = load <16 x float>, ptr %348, align 64, !dbg !243, !tbaa !163
-  %350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %349, <16 x float> %340), !dbg !243
-  store <16 x float> %350, ptr %347, align 4, !dbg !243, !tbaa !163
-    #dbg_value(i64 %indvars.iv59.i, !317, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_stack_value), !243)
-  %indvars.iv.next60.i.1 = shl i64 %indvars.iv59.i, 4, !dbg !243
-  %351 = or disjoint i64 %indvars.iv.next60.i.1, 32, !dbg !243
-    #dbg_value(i64 %351, !347, !DIExpression(), !243)
-  %352 = getelementptr inbounds nuw float, ptr %acc.i, i64 %351, !dbg !243
-  store <16 x float> zeroinitializer, ptr %352, align 4, !dbg !243, !tbaa !163
-  %353 = getelementptr float, ptr %339, i64 %351, !dbg !243
-  %354 = load <16 x float>, ptr %353, align 64, !dbg !243, !tbaa !163
-  %355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %354, <16 x float> %340), !dbg !243
-  store <16 x float> %355, ptr %352, align 4, !dbg !243, !tbaa !163
-    #dbg_value(i64 %indvars.iv59.i, !317, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_stack_value), !243)
-  %indvars.iv.next60.i.2 = shl i64 %indvars.iv59.i, 4, !dbg !243
-  %356 = or disjoint i64 %indvars.iv.next60.i.2, 48, !dbg !243
-    #dbg_value(i64 %356, !347, !DIExpression(), !243)
-  %357 = getelementptr inbounds nuw float, ptr %acc.i, i64 %356, !dbg !243
-  store <16 x float> zeroinitializer, ptr %357, align 4, !dbg !243, !tbaa !163
-  %358 = getelementptr float, ptr %339, i64 %356, !dbg !243
-  %359 = load <16 x float>, ptr %358, align 64, !dbg !243, !tbaa !163
-  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %359, <16 x float> %340), !dbg !243
-  store <16 x float> %360, ptr %357, align 4, !dbg !243, !tbaa !163
-  %indvars.iv.next60.i.3 = add nuw nsw i64 %indvars.iv59.i, 4, !dbg !243
-    #dbg_value(i64 %indvars.iv.next60.i.3, !317, !DIExpression(), !243)
-  %exitcond63.not.i.3 = icmp eq i64 %indvars.iv.next60.i.3, 128, !dbg !243
-  br i1 %exitcond63.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !dbg !243, !prof !171, !llvm.loop !348
+    #dbg_value(i64 %indvars.iv59.i, !318, !DIExpression(), !244)
+  %341 = shl nuw nsw i64 %indvars.iv59.i, 4, !dbg !244
+    #dbg_value(i64 %341, !348, !DIExpression(), !244)
+  %342 = getelementptr inbounds nuw float, ptr %acc.i, i64 %341, !dbg !244
+  store <16 x float> zeroinitializer, ptr %342, align 4, !dbg !244, !tbaa !163
+  %343 = getelementptr float, ptr %339, i64 %341, !dbg !244
+  %344 = load <16 x float>, ptr %343, align 64, !dbg !244, !tbaa !163
+  %345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %344, <16 x float> %340), !dbg !244
+  store <16 x float> %345, ptr %342, align 4, !dbg !244, !tbaa !163
+    #dbg_value(i64 %indvars.iv59.i, !318, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_stack_value), !244)
+  %indvars.iv.next60.i = shl i64 %indvars.iv59.i, 4, !dbg !244
+  %346 = or disjoint i64 %indvars.iv.next60.i, 16, !dbg !244
+    #dbg_value(i64 %346, !348, !DIExpression(), !244)
+  %347 = getelementptr inbounds nuw float, ptr %acc.i, i64 %346, !dbg !244
+  store <16 x float> zeroinitializer, ptr %347, align 4, !dbg !244, !tbaa !163
+  %348 = getelementptr float, ptr %339, i64 %346, !dbg !244
+  %349 = load <16 x float>, ptr %348, align 64, !dbg !244, !tbaa !163
+  %350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %349, <16 x float> %340), !dbg !244
+  store <16 x float> %350, ptr %347, align 4, !dbg !244, !tbaa !163
+    #dbg_value(i64 %indvars.iv59.i, !318, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_stack_value), !244)
+  %indvars.iv.next60.i.1 = shl i64 %indvars.iv59.i, 4, !dbg !244
+  %351 = or disjoint i64 %indvars.iv.next60.i.1, 32, !dbg !244
+    #dbg_value(i64 %351, !348, !DIExpression(), !244)
+  %352 = getelementptr inbounds nuw float, ptr %acc.i, i64 %351, !dbg !244
+  store <16 x float> zeroinitializer, ptr %352, align 4, !dbg !244, !tbaa !163
+  %353 = getelementptr float, ptr %339, i64 %351, !dbg !244
+  %354 = load <16 x float>, ptr %353, align 64, !dbg !244, !tbaa !163
+  %355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %354, <16 x float> %340), !dbg !244
+  store <16 x float> %355, ptr %352, align 4, !dbg !244, !tbaa !163
+    #dbg_value(i64 %indvars.iv59.i, !318, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_stack_value), !244)
+  %indvars.iv.next60.i.2 = shl i64 %indvars.iv59.i, 4, !dbg !244
+  %356 = or disjoint i64 %indvars.iv.next60.i.2, 48, !dbg !244
+    #dbg_value(i64 %356, !348, !DIExpression(), !244)
+  %357 = getelementptr inbounds nuw float, ptr %acc.i, i64 %356, !dbg !244
+  store <16 x float> zeroinitializer, ptr %357, align 4, !dbg !244, !tbaa !163
+  %358 = getelementptr float, ptr %339, i64 %356, !dbg !244
+  %359 = load <16 x float>, ptr %358, align 64, !dbg !244, !tbaa !163
+  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %359, <16 x float> %340), !dbg !244
+  store <16 x float> %360, ptr %357, align 4, !dbg !244, !tbaa !163
+  %indvars.iv.next60.i.3 = add nuw nsw i64 %indvars.iv59.i, 4, !dbg !244
+    #dbg_value(i64 %indvars.iv.next60.i.3, !318, !DIExpression(), !244)
+  %exitcond63.not.i.3 = icmp eq i64 %indvars.iv.next60.i.3, 128, !dbg !244
+  br i1 %exitcond63.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !dbg !244, !prof !171, !llvm.loop !349
 
 for_body_d.i:                                     ; preds = %for_body_step.i, %for_body_d.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i.3, %for_body_d.i ], [ 0, %for_body_step.i ]
-    #dbg_value(i64 %indvars.iv.i, !317, !DIExpression(), !243)
-  %361 = shl nuw nsw i64 %indvars.iv.i, 4, !dbg !243
-    #dbg_value(i64 %361, !347, !DIExpression(), !243)
-  %362 = getelementptr float, ptr %339, i64 %361, !dbg !243
-  %363 = load <16 x float>, ptr %362, align 64, !dbg !243, !tbaa !163
-  %364 = getelementptr inbounds nuw float, ptr %acc.i, i64 %361, !dbg !243
-  %365 = load <16 x float>, ptr %364, align 4, !dbg !243, !tbaa !163
-  %366 = fmul <16 x float> %313, %365, !dbg !243
-  %367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %363, <16 x float> %366), !dbg !243
-  store <16 x float> %367, ptr %364, align 4, !dbg !243, !tbaa !163
-    #dbg_value(i64 %indvars.iv.i, !317, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_stack_value), !243)
-  %indvars.iv.next.i = shl i64 %indvars.iv.i, 4, !dbg !243
-  %368 = or disjoint i64 %indvars.iv.next.i, 16, !dbg !243
-    #dbg_value(i64 %368, !347, !DIExpression(), !243)
-  %369 = getelementptr float, ptr %339, i64 %368, !dbg !243
-  %370 = load <16 x float>, ptr %369, align 64, !dbg !243, !tbaa !163
-  %371 = getelementptr inbounds nuw float, ptr %acc.i, i64 %368, !dbg !243
-  %372 = load <16 x float>, ptr %371, align 4, !dbg !243, !tbaa !163
-  %373 = fmul <16 x float> %313, %372, !dbg !243
-  %374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %370, <16 x float> %373), !dbg !243
-  store <16 x float> %374, ptr %371, align 4, !dbg !243, !tbaa !163
-    #dbg_value(i64 %indvars.iv.i, !317, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_stack_value), !243)
-  %indvars.iv.next.i.1 = shl i64 %indvars.iv.i, 4, !dbg !243
-  %375 = or disjoint i64 %indvars.iv.next.i.1, 32, !dbg !243
-    #dbg_value(i64 %375, !347, !DIExpression(), !243)
-  %376 = getelementptr float, ptr %339, i64 %375, !dbg !243
-  %377 = load <16 x float>, ptr %376, align 64, !dbg !243, !tbaa !163
-  %378 = getelementptr inbounds nuw float, ptr %acc.i, i64 %375, !dbg !243
-  %379 = load <16 x float>, ptr %378, align 4, !dbg !243, !tbaa !163
-  %380 = fmul <16 x float> %313, %379, !dbg !243
-  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %377, <16 x float> %380), !dbg !243
-  store <16 x float> %381, ptr %378, align 4, !dbg !243, !tbaa !163
-    #dbg_value(i64 %indvars.iv.i, !317, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_stack_value), !243)
-  %indvars.iv.next.i.2 = shl i64 %indvars.iv.i, 4, !dbg !243
-  %382 = or disjoint i64 %indvars.iv.next.i.2, 48, !dbg !243
-    #dbg_value(i64 %382, !347, !DIExpression(), !243)
-  %383 = getelementptr float, ptr %339, i64 %382, !dbg !243
-  %384 = load <16 x float>, ptr %383, align 64, !dbg !243, !tbaa !163
-  %385 = getelementptr inbounds nuw float, ptr %acc.i, i64 %382, !dbg !243
-  %386 = load <16 x float>, ptr %385, align 4, !dbg !243, !tbaa !163
-  %387 = fmul <16 x float> %313, %386, !dbg !243
-  %388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %384, <16 x float> %387), !dbg !243
-  store <16 x float> %388, ptr %385, align 4, !dbg !243, !tbaa !163
-  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4, !dbg !243
-    #dbg_value(i64 %indvars.iv.next.i.3, !317, !DIExpression(), !243)
-  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 128, !dbg !243
-  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !dbg !243, !prof !171, !llvm.loop !350
+    #dbg_value(i64 %indvars.iv.i, !318, !DIExpression(), !244)
+  %361 = shl nuw nsw i64 %indvars.iv.i, 4, !dbg !244
+    #dbg_value(i64 %361, !348, !DIExpression(), !244)
+  %362 = getelementptr float, ptr %339, i64 %361, !dbg !244
+  %363 = load <16 x float>, ptr %362, align 64, !dbg !244, !tbaa !163
+  %364 = getelementptr inbounds nuw float, ptr %acc.i, i64 %361, !dbg !244
+  %365 = load <16 x float>, ptr %364, align 4, !dbg !244, !tbaa !163
+  %366 = fmul <16 x float> %313, %365, !dbg !244
+  %367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %363, <16 x float> %366), !dbg !244
+  store <16 x float> %367, ptr %364, align 4, !dbg !244, !tbaa !163
+    #dbg_value(i64 %indvars.iv.i, !318, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_stack_value), !244)
+  %indvars.iv.next.i = shl i64 %indvars.iv.i, 4, !dbg !244
+  %368 = or disjoint i64 %indvars.iv.next.i, 16, !dbg !244
+    #dbg_value(i64 %368, !348, !DIExpression(), !244)
+  %369 = getelementptr float, ptr %339, i64 %368, !dbg !244
+  %370 = load <16 x float>, ptr %369, align 64, !dbg !244, !tbaa !163
+  %371 = getelementptr inbounds nuw float, ptr %acc.i, i64 %368, !dbg !244
+  %372 = load <16 x float>, ptr %371, align 4, !dbg !244, !tbaa !163
+  %373 = fmul <16 x float> %313, %372, !dbg !244
+  %374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %370, <16 x float> %373), !dbg !244
+  store <16 x float> %374, ptr %371, align 4, !dbg !244, !tbaa !163
+    #dbg_value(i64 %indvars.iv.i, !318, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_stack_value), !244)
+  %indvars.iv.next.i.1 = shl i64 %indvars.iv.i, 4, !dbg !244
+  %375 = or disjoint i64 %indvars.iv.next.i.1, 32, !dbg !244
+    #dbg_value(i64 %375, !348, !DIExpression(), !244)
+  %376 = getelementptr float, ptr %339, i64 %375, !dbg !244
+  %377 = load <16 x float>, ptr %376, align 64, !dbg !244, !tbaa !163
+  %378 = getelementptr inbounds nuw float, ptr %acc.i, i64 %375, !dbg !244
+  %379 = load <16 x float>, ptr %378, align 4, !dbg !244, !tbaa !163
+  %380 = fmul <16 x float> %313, %379, !dbg !244
+  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %377, <16 x float> %380), !dbg !244
+  store <16 x float> %381, ptr %378, align 4, !dbg !244, !tbaa !163
+    #dbg_value(i64 %indvars.iv.i, !318, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_stack_value), !244)
+  %indvars.iv.next.i.2 = shl i64 %indvars.iv.i, 4, !dbg !244
+  %382 = or disjoint i64 %indvars.iv.next.i.2, 48, !dbg !244
+    #dbg_value(i64 %382, !348, !DIExpression(), !244)
+  %383 = getelementptr float, ptr %339, i64 %382, !dbg !244
+  %384 = load <16 x float>, ptr %383, align 64, !dbg !244, !tbaa !163
+  %385 = getelementptr inbounds nuw float, ptr %acc.i, i64 %382, !dbg !244
+  %386 = load <16 x float>, ptr %385, align 4, !dbg !244, !tbaa !163
+  %387 = fmul <16 x float> %313, %386, !dbg !244
+  %388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %384, <16 x float> %387), !dbg !244
+  store <16 x float> %388, ptr %385, align 4, !dbg !244, !tbaa !163
+  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4, !dbg !244
+    #dbg_value(i64 %indvars.iv.next.i.3, !318, !DIExpression(), !244)
+  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 128, !dbg !244
+  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !dbg !244, !prof !171, !llvm.loop !351
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %for_body_d.us.i
-  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1, !dbg !243
-    #dbg_value(i64 %indvars.iv.next65.i, !316, !DIExpression(), !243)
-  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i, !dbg !243
-  br i1 %exitcond67.not.i, label %for_begin_d19.preheader.i, label %for_body_step.i, !dbg !243, !prof !195
+  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1, !dbg !244
+    #dbg_value(i64 %indvars.iv.next65.i, !317, !DIExpression(), !244)
+  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i, !dbg !244
+  br i1 %exitcond67.not.i, label %for_begin_d19.preheader.i, label %for_body_step.i, !dbg !244, !prof !193
 
 for_body_d20.i:                                   ; preds = %for_body_d20.i, %for_begin_d19.preheader.i
   %indvars.iv68.i = phi i64 [ 0, %for_begin_d19.preheader.i ], [ %indvars.iv.next69.i.3, %for_body_d20.i ]
-    #dbg_value(i64 %indvars.iv68.i, !317, !DIExpression(), !243)
-    #dbg_value(i64 %indvars.iv68.i, !351, !DIExpression(DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !243)
-  %.idx87.i = shl nuw nsw i64 %indvars.iv68.i, 6, !dbg !352
-  %389 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx87.i, !dbg !352
-  %390 = load <16 x float>, ptr %389, align 4, !dbg !352, !tbaa !163
-  %391 = fdiv <16 x float> %390, %.lcssa46.i, !dbg !352
-  %392 = select <16 x i1> %277, <16 x float> zeroinitializer, <16 x float> %391, !dbg !352
-  store <16 x float> %392, ptr %389, align 4, !dbg !352, !tbaa !163
-    #dbg_value(i64 %indvars.iv68.i, !317, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_stack_value), !243)
-    #dbg_value(i64 %indvars.iv68.i, !351, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !243)
-  %indvars.iv.next69.i = shl i64 %indvars.iv68.i, 6, !dbg !352
-  %393 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next69.i, !dbg !352
-  %394 = getelementptr inbounds nuw i8, ptr %393, i64 64, !dbg !352
-  %395 = load <16 x float>, ptr %394, align 4, !dbg !352, !tbaa !163
-  %396 = fdiv <16 x float> %395, %.lcssa46.i, !dbg !352
-  %397 = select <16 x i1> %277, <16 x float> zeroinitializer, <16 x float> %396, !dbg !352
-  store <16 x float> %397, ptr %394, align 4, !dbg !352, !tbaa !163
-    #dbg_value(i64 %indvars.iv68.i, !317, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_stack_value), !243)
-    #dbg_value(i64 %indvars.iv68.i, !351, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !243)
-  %indvars.iv.next69.i.1 = shl i64 %indvars.iv68.i, 6, !dbg !352
-  %398 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next69.i.1, !dbg !352
-  %399 = getelementptr inbounds nuw i8, ptr %398, i64 128, !dbg !352
-  %400 = load <16 x float>, ptr %399, align 4, !dbg !352, !tbaa !163
-  %401 = fdiv <16 x float> %400, %.lcssa46.i, !dbg !352
-  %402 = select <16 x i1> %277, <16 x float> zeroinitializer, <16 x float> %401, !dbg !352
-  store <16 x float> %402, ptr %399, align 4, !dbg !352, !tbaa !163
-    #dbg_value(i64 %indvars.iv68.i, !317, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_stack_value), !243)
-    #dbg_value(i64 %indvars.iv68.i, !351, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !243)
-  %indvars.iv.next69.i.2 = shl i64 %indvars.iv68.i, 6, !dbg !352
-  %403 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next69.i.2, !dbg !352
-  %404 = getelementptr inbounds nuw i8, ptr %403, i64 192, !dbg !352
-  %405 = load <16 x float>, ptr %404, align 4, !dbg !352, !tbaa !163
-  %406 = fdiv <16 x float> %405, %.lcssa46.i, !dbg !352
-  %407 = select <16 x i1> %277, <16 x float> zeroinitializer, <16 x float> %406, !dbg !352
-  store <16 x float> %407, ptr %404, align 4, !dbg !352, !tbaa !163
-  %indvars.iv.next69.i.3 = add nuw nsw i64 %indvars.iv68.i, 4, !dbg !352
-    #dbg_value(i64 %indvars.iv.next69.i.3, !317, !DIExpression(), !243)
-  %exitcond72.not.i.3 = icmp eq i64 %indvars.iv.next69.i.3, 128, !dbg !243
-  br i1 %exitcond72.not.i.3, label %for_end_d21.i, label %for_body_d20.i, !dbg !243, !prof !171, !llvm.loop !353
+    #dbg_value(i64 %indvars.iv68.i, !318, !DIExpression(), !244)
+    #dbg_value(i64 %indvars.iv68.i, !352, !DIExpression(DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !244)
+  %.idx87.i = shl nuw nsw i64 %indvars.iv68.i, 6, !dbg !353
+  %389 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx87.i, !dbg !353
+  %390 = load <16 x float>, ptr %389, align 4, !dbg !353, !tbaa !163
+  %391 = fdiv <16 x float> %390, %.lcssa46.i, !dbg !353
+  %392 = select <16 x i1> %277, <16 x float> zeroinitializer, <16 x float> %391, !dbg !353
+  store <16 x float> %392, ptr %389, align 4, !dbg !353, !tbaa !163
+    #dbg_value(i64 %indvars.iv68.i, !318, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_stack_value), !244)
+    #dbg_value(i64 %indvars.iv68.i, !352, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !244)
+  %indvars.iv.next69.i = shl i64 %indvars.iv68.i, 6, !dbg !353
+  %393 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next69.i, !dbg !353
+  %394 = getelementptr inbounds nuw i8, ptr %393, i64 64, !dbg !353
+  %395 = load <16 x float>, ptr %394, align 4, !dbg !353, !tbaa !163
+  %396 = fdiv <16 x float> %395, %.lcssa46.i, !dbg !353
+  %397 = select <16 x i1> %277, <16 x float> zeroinitializer, <16 x float> %396, !dbg !353
+  store <16 x float> %397, ptr %394, align 4, !dbg !353, !tbaa !163
+    #dbg_value(i64 %indvars.iv68.i, !318, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_stack_value), !244)
+    #dbg_value(i64 %indvars.iv68.i, !352, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !244)
+  %indvars.iv.next69.i.1 = shl i64 %indvars.iv68.i, 6, !dbg !353
+  %398 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next69.i.1, !dbg !353
+  %399 = getelementptr inbounds nuw i8, ptr %398, i64 128, !dbg !353
+  %400 = load <16 x float>, ptr %399, align 4, !dbg !353, !tbaa !163
+  %401 = fdiv <16 x float> %400, %.lcssa46.i, !dbg !353
+  %402 = select <16 x i1> %277, <16 x float> zeroinitializer, <16 x float> %401, !dbg !353
+  store <16 x float> %402, ptr %399, align 4, !dbg !353, !tbaa !163
+    #dbg_value(i64 %indvars.iv68.i, !318, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_stack_value), !244)
+    #dbg_value(i64 %indvars.iv68.i, !352, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !244)
+  %indvars.iv.next69.i.2 = shl i64 %indvars.iv68.i, 6, !dbg !353
+  %403 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next69.i.2, !dbg !353
+  %404 = getelementptr inbounds nuw i8, ptr %403, i64 192, !dbg !353
+  %405 = load <16 x float>, ptr %404, align 4, !dbg !353, !tbaa !163
+  %406 = fdiv <16 x float> %405, %.lcssa46.i, !dbg !353
+  %407 = select <16 x i1> %277, <16 x float> zeroinitializer, <16 x float> %406, !dbg !353
+  store <16 x float> %407, ptr %404, align 4, !dbg !353, !tbaa !163
+  %indvars.iv.next69.i.3 = add nuw nsw i64 %indvars.iv68.i, 4, !dbg !353
+    #dbg_value(i64 %indvars.iv.next69.i.3, !318, !DIExpression(), !244)
+  %exitcond72.not.i.3 = icmp eq i64 %indvars.iv.next69.i.3, 128, !dbg !244
+  br i1 %exitcond72.not.i.3, label %for_end_d21.i, label %for_body_d20.i, !dbg !244, !prof !171, !llvm.loop !354
 
 for_end_d21.i:                                    ; preds = %for_body_d20.i
-  %sext166 = shl i64 %44, 32, !dbg !243
-  %cse_v8.i = ashr exact i64 %sext166, 32, !dbg !243
-    #dbg_value(i64 %cse_v8.i, !354, !DIExpression(), !243)
-  %sext167 = shl i64 %49, 32, !dbg !243
-  %cse_v9.i = ashr exact i64 %sext167, 32, !dbg !243
-    #dbg_value(i64 %cse_v9.i, !355, !DIExpression(), !243)
-    #dbg_value(i32 0, !356, !DIExpression(), !243)
-  %408 = icmp sgt i32 %num_rows, 0, !dbg !243
-  br i1 %408, label %for_begin_d24.preheader.lr.ph.i, label %for_end_r31.i, !dbg !243, !prof !156
+  %sext166 = shl i64 %44, 32, !dbg !244
+  %cse_v8.i = ashr exact i64 %sext166, 32, !dbg !244
+    #dbg_value(i64 %cse_v8.i, !355, !DIExpression(), !244)
+  %sext167 = shl i64 %49, 32, !dbg !244
+  %cse_v9.i = ashr exact i64 %sext167, 32, !dbg !244
+    #dbg_value(i64 %cse_v9.i, !356, !DIExpression(), !244)
+    #dbg_value(i32 0, !357, !DIExpression(), !244)
+  %408 = icmp sgt i32 %num_rows, 0, !dbg !244
+  br i1 %408, label %for_begin_d24.preheader.lr.ph.i, label %for_end_r31.i, !dbg !244, !prof !156
 
 for_begin_d24.preheader.lr.ph.i:                  ; preds = %for_end_d21.i
   %409 = mul nsw i64 %out_batch, %cse_v8.i
   %410 = getelementptr float, ptr %222, i64 %409
-  %wide.trip.count80.i = and i64 %54, 2147483647, !dbg !243
-  %411 = mul i64 %out_batch, %cse_v8.i, !dbg !243
-  %412 = shl i64 %411, 2, !dbg !243
-  %413 = mul i64 %out_head, %cse_v9.i, !dbg !243
-  %414 = add i64 %411, %413, !dbg !243
-  %415 = shl i64 %414, 2, !dbg !243
-  %scevgep = getelementptr i8, ptr %222, i64 %415, !dbg !243
-  %416 = ashr exact i64 %sext167, 30, !dbg !243
-  %417 = shl nuw nsw i64 %wide.trip.count80.i, 2, !dbg !243
-  %418 = add nsw i64 %416, %417, !dbg !243
-  %419 = add nsw i64 %418, -4, !dbg !243
-  %420 = mul i64 %out_head, %419, !dbg !243
-  %421 = getelementptr i8, ptr %222, i64 %412, !dbg !243
-  %422 = getelementptr i8, ptr %421, i64 %420, !dbg !243
-  %scevgep172 = getelementptr i8, ptr %422, i64 512, !dbg !243
-  %423 = getelementptr i8, ptr %acc.i, i64 %417, !dbg !243
-  %scevgep173 = getelementptr i8, ptr %423, i64 8128, !dbg !243
+  %wide.trip.count80.i = and i64 %54, 2147483647, !dbg !244
+  %411 = mul i64 %out_batch, %cse_v8.i, !dbg !244
+  %412 = shl i64 %411, 2, !dbg !244
+  %413 = mul i64 %out_head, %cse_v9.i, !dbg !244
+  %414 = add i64 %411, %413, !dbg !244
+  %415 = shl i64 %414, 2, !dbg !244
+  %scevgep = getelementptr i8, ptr %222, i64 %415, !dbg !244
+  %416 = ashr exact i64 %sext167, 30, !dbg !244
+  %417 = shl nuw nsw i64 %wide.trip.count80.i, 2, !dbg !244
+  %418 = add nsw i64 %416, %417, !dbg !244
+  %419 = add nsw i64 %418, -4, !dbg !244
+  %420 = mul i64 %out_head, %419, !dbg !244
+  %421 = getelementptr i8, ptr %222, i64 %412, !dbg !244
+  %422 = getelementptr i8, ptr %421, i64 %420, !dbg !244
+  %scevgep172 = getelementptr i8, ptr %422, i64 512, !dbg !244
+  %423 = getelementptr i8, ptr %acc.i, i64 %417, !dbg !244
+  %scevgep173 = getelementptr i8, ptr %423, i64 8128, !dbg !244
   %bound0 = icmp ult ptr %scevgep, %scevgep173
   %bound1 = icmp ult ptr %acc.i, %scevgep172
   %found.conflict = and i1 %bound0, %bound1
   %.mask = and i64 %out_head, 2305843009213693952
   %stride.check = icmp ne i64 %.mask, 0
   %424 = or i1 %found.conflict, %stride.check
-  br label %for_begin_d24.preheader.i, !dbg !243
+  br label %for_begin_d24.preheader.i, !dbg !244
 
 for_begin_d24.preheader.i:                        ; preds = %for_end_d26.i, %for_begin_d24.preheader.lr.ph.i
   %indvars.iv77.i = phi i64 [ 0, %for_begin_d24.preheader.lr.ph.i ], [ %indvars.iv.next78.i, %for_end_d26.i ]
-    #dbg_value(i64 %indvars.iv77.i, !356, !DIExpression(), !243)
+    #dbg_value(i64 %indvars.iv77.i, !357, !DIExpression(), !244)
   %425 = add nsw i64 %indvars.iv77.i, %cse_v9.i
   %426 = mul nsw i64 %425, %out_head
   %427 = getelementptr float, ptr %410, i64 %426
-    #dbg_value(i32 0, !317, !DIExpression(), !243)
-  %invariant.gep90.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %indvars.iv77.i, !dbg !243
-  br i1 %424, label %for_body_d25.i, label %vector.body, !dbg !357, !prof !358
+    #dbg_value(i32 0, !318, !DIExpression(), !244)
+  %invariant.gep90.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %indvars.iv77.i, !dbg !244
+  br i1 %424, label %for_body_d25.i, label %vector.body, !dbg !358, !prof !359
 
 vector.body:                                      ; preds = %for_begin_d24.preheader.i
-  %428 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>, !dbg !357
-  %429 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>, !dbg !357
-  %430 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>, !dbg !357
-  %431 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>, !dbg !357
-  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %428, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !357, !tbaa !163, !alias.scope !359
-  %wide.masked.gather174 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %429, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !357, !tbaa !163, !alias.scope !359
-  %wide.masked.gather175 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %430, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !357, !tbaa !163, !alias.scope !359
-  %wide.masked.gather176 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %431, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !357, !tbaa !163, !alias.scope !359
-  %432 = getelementptr i8, ptr %427, i64 32, !dbg !357
-  %433 = getelementptr i8, ptr %427, i64 64, !dbg !357
-  %434 = getelementptr i8, ptr %427, i64 96, !dbg !357
-  store <8 x float> %wide.masked.gather, ptr %427, align 4, !dbg !357, !tbaa !163, !alias.scope !362, !noalias !359
-  store <8 x float> %wide.masked.gather174, ptr %432, align 4, !dbg !357, !tbaa !163, !alias.scope !362, !noalias !359
-  store <8 x float> %wide.masked.gather175, ptr %433, align 4, !dbg !357, !tbaa !163, !alias.scope !362, !noalias !359
-  store <8 x float> %wide.masked.gather176, ptr %434, align 4, !dbg !357, !tbaa !163, !alias.scope !362, !noalias !359
-  %435 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>, !dbg !357
-  %436 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>, !dbg !357
-  %437 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>, !dbg !357
-  %438 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>, !dbg !357
-  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !357, !tbaa !163, !alias.scope !359
-  %wide.masked.gather174.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %436, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !357, !tbaa !163, !alias.scope !359
-  %wide.masked.gather175.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %437, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !357, !tbaa !163, !alias.scope !359
-  %wide.masked.gather176.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %438, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !357, !tbaa !163, !alias.scope !359
-  %439 = getelementptr i8, ptr %427, i64 128, !dbg !357
-  %440 = getelementptr i8, ptr %427, i64 160, !dbg !357
-  %441 = getelementptr i8, ptr %427, i64 192, !dbg !357
-  %442 = getelementptr i8, ptr %427, i64 224, !dbg !357
-  store <8 x float> %wide.masked.gather.1, ptr %439, align 4, !dbg !357, !tbaa !163, !alias.scope !362, !noalias !359
-  store <8 x float> %wide.masked.gather174.1, ptr %440, align 4, !dbg !357, !tbaa !163, !alias.scope !362, !noalias !359
-  store <8 x float> %wide.masked.gather175.1, ptr %441, align 4, !dbg !357, !tbaa !163, !alias.scope !362, !noalias !359
-  store <8 x float> %wide.masked.gather176.1, ptr %442, align 4, !dbg !357, !tbaa !163, !alias.scope !362, !noalias !359
-  %443 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>, !dbg !357
-  %444 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>, !dbg !357
-  %445 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>, !dbg !357
-  %446 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>, !dbg !357
-  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !357, !tbaa !163, !alias.scope !359
-  %wide.masked.gather174.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %444, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !357, !tbaa !163, !alias.scope !359
-  %wide.masked.gather175.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %445, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !357, !tbaa !163, !alias.scope !359
-  %wide.masked.gather176.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %446, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !357, !tbaa !163, !alias.scope !359
-  %447 = getelementptr i8, ptr %427, i64 256, !dbg !357
-  %448 = getelementptr i8, ptr %427, i64 288, !dbg !357
-  %449 = getelementptr i8, ptr %427, i64 320, !dbg !357
-  %450 = getelementptr i8, ptr %427, i64 352, !dbg !357
-  store <8 x float> %wide.masked.gather.2, ptr %447, align 4, !dbg !357, !tbaa !163, !alias.scope !362, !noalias !359
-  store <8 x float> %wide.masked.gather174.2, ptr %448, align 4, !dbg !357, !tbaa !163, !alias.scope !362, !noalias !359
-  store <8 x float> %wide.masked.gather175.2, ptr %449, align 4, !dbg !357, !tbaa !163, !alias.scope !362, !noalias !359
-  store <8 x float> %wide.masked.gather176.2, ptr %450, align 4, !dbg !357, !tbaa !163, !alias.scope !362, !noalias !359
-  %451 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>, !dbg !357
-  %452 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>, !dbg !357
-  %453 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>, !dbg !357
-  %454 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>, !dbg !357
-  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %451, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !357, !tbaa !163, !alias.scope !359
-  %wide.masked.gather174.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %452, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !357, !tbaa !163, !alias.scope !359
-  %wide.masked.gather175.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %453, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !357, !tbaa !163, !alias.scope !359
-  %wide.masked.gather176.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %454, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !357, !tbaa !163, !alias.scope !359
-  %455 = getelementptr i8, ptr %427, i64 384, !dbg !357
-  %456 = getelementptr i8, ptr %427, i64 416, !dbg !357
-  %457 = getelementptr i8, ptr %427, i64 448, !dbg !357
-  %458 = getelementptr i8, ptr %427, i64 480, !dbg !357
-  store <8 x float> %wide.masked.gather.3, ptr %455, align 4, !dbg !357, !tbaa !163, !alias.scope !362, !noalias !359
-  store <8 x float> %wide.masked.gather174.3, ptr %456, align 4, !dbg !357, !tbaa !163, !alias.scope !362, !noalias !359
-  store <8 x float> %wide.masked.gather175.3, ptr %457, align 4, !dbg !357, !tbaa !163, !alias.scope !362, !noalias !359
-  store <8 x float> %wide.masked.gather176.3, ptr %458, align 4, !dbg !357, !tbaa !163, !alias.scope !362, !noalias !359
-  br label %for_end_d26.i, !dbg !357
+  %428 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>, !dbg !358
+  %429 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>, !dbg !358
+  %430 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>, !dbg !358
+  %431 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>, !dbg !358
+  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %428, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
+  %wide.masked.gather174 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %429, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
+  %wide.masked.gather175 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %430, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
+  %wide.masked.gather176 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %431, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
+  %432 = getelementptr i8, ptr %427, i64 32, !dbg !358
+  %433 = getelementptr i8, ptr %427, i64 64, !dbg !358
+  %434 = getelementptr i8, ptr %427, i64 96, !dbg !358
+  store <8 x float> %wide.masked.gather, ptr %427, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
+  store <8 x float> %wide.masked.gather174, ptr %432, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
+  store <8 x float> %wide.masked.gather175, ptr %433, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
+  store <8 x float> %wide.masked.gather176, ptr %434, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
+  %435 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>, !dbg !358
+  %436 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>, !dbg !358
+  %437 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>, !dbg !358
+  %438 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>, !dbg !358
+  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
+  %wide.masked.gather174.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %436, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
+  %wide.masked.gather175.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %437, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
+  %wide.masked.gather176.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %438, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
+  %439 = getelementptr i8, ptr %427, i64 128, !dbg !358
+  %440 = getelementptr i8, ptr %427, i64 160, !dbg !358
+  %441 = getelementptr i8, ptr %427, i64 192, !dbg !358
+  %442 = getelementptr i8, ptr %427, i64 224, !dbg !358
+  store <8 x float> %wide.masked.gather.1, ptr %439, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
+  store <8 x float> %wide.masked.gather174.1, ptr %440, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
+  store <8 x float> %wide.masked.gather175.1, ptr %441, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
+  store <8 x float> %wide.masked.gather176.1, ptr %442, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
+  %443 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>, !dbg !358
+  %444 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>, !dbg !358
+  %445 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>, !dbg !358
+  %446 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>, !dbg !358
+  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
+  %wide.masked.gather174.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %444, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
+  %wide.masked.gather175.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %445, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
+  %wide.masked.gather176.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %446, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
+  %447 = getelementptr i8, ptr %427, i64 256, !dbg !358
+  %448 = getelementptr i8, ptr %427, i64 288, !dbg !358
+  %449 = getelementptr i8, ptr %427, i64 320, !dbg !358
+  %450 = getelementptr i8, ptr %427, i64 352, !dbg !358
+  store <8 x float> %wide.masked.gather.2, ptr %447, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
+  store <8 x float> %wide.masked.gather174.2, ptr %448, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
+  store <8 x float> %wide.masked.gather175.2, ptr %449, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
+  store <8 x float> %wide.masked.gather176.2, ptr %450, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
+  %451 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>, !dbg !358
+  %452 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>, !dbg !358
+  %453 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>, !dbg !358
+  %454 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>, !dbg !358
+  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %451, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
+  %wide.masked.gather174.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %452, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
+  %wide.masked.gather175.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %453, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
+  %wide.masked.gather176.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %454, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
+  %455 = getelementptr i8, ptr %427, i64 384, !dbg !358
+  %456 = getelementptr i8, ptr %427, i64 416, !dbg !358
+  %457 = getelementptr i8, ptr %427, i64 448, !dbg !358
+  %458 = getelementptr i8, ptr %427, i64 480, !dbg !358
+  store <8 x float> %wide.masked.gather.3, ptr %455, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
+  store <8 x float> %wide.masked.gather174.3, ptr %456, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
+  store <8 x float> %wide.masked.gather175.3, ptr %457, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
+  store <8 x float> %wide.masked.gather176.3, ptr %458, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
+  br label %for_end_d26.i, !dbg !358
 
 for_begin_r29.preheader.i:                        ; preds = %for_end_d26.i
-    #dbg_value(i32 0, !356, !DIExpression(), !243)
-  %invariant.gep.i = getelementptr float, ptr %231, i64 %cse_v9.i, !dbg !243
+    #dbg_value(i32 0, !357, !DIExpression(), !244)
+  %invariant.gep.i = getelementptr float, ptr %231, i64 %cse_v9.i, !dbg !244
   %459 = mul nsw i64 %lse_batch, %cse_v8.i
   %gep.i = getelementptr float, ptr %invariant.gep.i, i64 %459
-  %460 = add nsw i64 %wide.trip.count80.i, -1, !dbg !243
-  %xtraiter = and i64 %54, 3, !dbg !243
-  %461 = icmp ult i64 %460, 3, !dbg !243
-  br i1 %461, label %for_body_r30.i.epil.preheader, label %for_begin_r29.preheader.i.new, !dbg !243, !prof !364
+  %460 = add nsw i64 %wide.trip.count80.i, -1, !dbg !244
+  %xtraiter = and i64 %54, 3, !dbg !244
+  %461 = icmp ult i64 %460, 3, !dbg !244
+  br i1 %461, label %for_body_r30.i.epil.preheader, label %for_begin_r29.preheader.i.new, !dbg !244, !prof !365
 
 for_begin_r29.preheader.i.new:                    ; preds = %for_begin_r29.preheader.i
-  %unroll_iter = and i64 %54, 2147483644, !dbg !243
-  br label %for_body_r30.i, !dbg !243
+  %unroll_iter = and i64 %54, 2147483644, !dbg !244
+  br label %for_body_r30.i, !dbg !244
 
 for_body_d25.i:                                   ; preds = %for_begin_d24.preheader.i, %for_body_d25.i
   %indvars.iv73.i = phi i64 [ %indvars.iv.next74.i.7, %for_body_d25.i ], [ 0, %for_begin_d24.preheader.i ]
-    #dbg_value(i64 %indvars.iv73.i, !317, !DIExpression(), !243)
-  %.idx88.i = shl nuw nsw i64 %indvars.iv73.i, 6, !dbg !357
-  %gep91.i = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i, !dbg !357
-  %462 = load float, ptr %gep91.i, align 4, !dbg !357, !tbaa !163
-  %463 = getelementptr float, ptr %427, i64 %indvars.iv73.i, !dbg !357
-  store float %462, ptr %463, align 4, !dbg !357, !tbaa !163
-  %indvars.iv.next74.i = or disjoint i64 %indvars.iv73.i, 1, !dbg !357
-    #dbg_value(i64 %indvars.iv.next74.i, !317, !DIExpression(), !243)
-  %.idx88.i.1 = shl nuw nsw i64 %indvars.iv.next74.i, 6, !dbg !357
-  %gep91.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.1, !dbg !357
-  %464 = load float, ptr %gep91.i.1, align 4, !dbg !357, !tbaa !163
-  %465 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i, !dbg !357
-  store float %464, ptr %465, align 4, !dbg !357, !tbaa !163
-  %indvars.iv.next74.i.1 = or disjoint i64 %indvars.iv73.i, 2, !dbg !357
-    #dbg_value(i64 %indvars.iv.next74.i.1, !317, !DIExpression(), !243)
-  %.idx88.i.2 = shl nuw nsw i64 %indvars.iv.next74.i.1, 6, !dbg !357
-  %gep91.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.2, !dbg !357
-  %466 = load float, ptr %gep91.i.2, align 4, !dbg !357, !tbaa !163
-  %467 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.1, !dbg !357
-  store float %466, ptr %467, align 4, !dbg !357, !tbaa !163
-  %indvars.iv.next74.i.2 = or disjoint i64 %indvars.iv73.i, 3, !dbg !357
-    #dbg_value(i64 %indvars.iv.next74.i.2, !317, !DIExpression(), !243)
-  %.idx88.i.3 = shl nuw nsw i64 %indvars.iv.next74.i.2, 6, !dbg !357
-  %gep91.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.3, !dbg !357
-  %468 = load float, ptr %gep91.i.3, align 4, !dbg !357, !tbaa !163
-  %469 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.2, !dbg !357
-  store float %468, ptr %469, align 4, !dbg !357, !tbaa !163
-  %indvars.iv.next74.i.3 = or disjoint i64 %indvars.iv73.i, 4, !dbg !357
-    #dbg_value(i64 %indvars.iv.next74.i.3, !317, !DIExpression(), !243)
-  %.idx88.i.4 = shl nuw nsw i64 %indvars.iv.next74.i.3, 6, !dbg !357
-  %gep91.i.4 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.4, !dbg !357
-  %470 = load float, ptr %gep91.i.4, align 4, !dbg !357, !tbaa !163
-  %471 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.3, !dbg !357
-  store float %470, ptr %471, align 4, !dbg !357, !tbaa !163
-  %indvars.iv.next74.i.4 = or disjoint i64 %indvars.iv73.i, 5, !dbg !357
-    #dbg_value(i64 %indvars.iv.next74.i.4, !317, !DIExpression(), !243)
-  %.idx88.i.5 = shl nuw nsw i64 %indvars.iv.next74.i.4, 6, !dbg !357
-  %gep91.i.5 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.5, !dbg !357
-  %472 = load float, ptr %gep91.i.5, align 4, !dbg !357, !tbaa !163
-  %473 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.4, !dbg !357
-  store float %472, ptr %473, align 4, !dbg !357, !tbaa !163
-  %indvars.iv.next74.i.5 = or disjoint i64 %indvars.iv73.i, 6, !dbg !357
-    #dbg_value(i64 %indvars.iv.next74.i.5, !317, !DIExpression(), !243)
-  %.idx88.i.6 = shl nuw nsw i64 %indvars.iv.next74.i.5, 6, !dbg !357
-  %gep91.i.6 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.6, !dbg !357
-  %474 = load float, ptr %gep91.i.6, align 4, !dbg !357, !tbaa !163
-  %475 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.5, !dbg !357
-  store float %474, ptr %475, align 4, !dbg !357, !tbaa !163
-  %indvars.iv.next74.i.6 = or disjoint i64 %indvars.iv73.i, 7, !dbg !357
-    #dbg_value(i64 %indvars.iv.next74.i.6, !317, !DIExpression(), !243)
-  %.idx88.i.7 = shl nuw nsw i64 %indvars.iv.next74.i.6, 6, !dbg !357
-  %gep91.i.7 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.7, !dbg !357
-  %476 = load float, ptr %gep91.i.7, align 4, !dbg !357, !tbaa !163
-  %477 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.6, !dbg !357
-  store float %476, ptr %477, align 4, !dbg !357, !tbaa !163
-  %indvars.iv.next74.i.7 = add nuw nsw i64 %indvars.iv73.i, 8, !dbg !357
-    #dbg_value(i64 %indvars.iv.next74.i.7, !317, !DIExpression(), !243)
-  %exitcond76.not.i.7 = icmp eq i64 %indvars.iv.next74.i.7, 128, !dbg !243
-  br i1 %exitcond76.not.i.7, label %for_end_d26.i, label %for_body_d25.i, !dbg !243, !prof !365, !llvm.loop !366
+    #dbg_value(i64 %indvars.iv73.i, !318, !DIExpression(), !244)
+  %.idx88.i = shl nuw nsw i64 %indvars.iv73.i, 6, !dbg !358
+  %gep91.i = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i, !dbg !358
+  %462 = load float, ptr %gep91.i, align 4, !dbg !358, !tbaa !163
+  %463 = getelementptr float, ptr %427, i64 %indvars.iv73.i, !dbg !358
+  store float %462, ptr %463, align 4, !dbg !358, !tbaa !163
+  %indvars.iv.next74.i = or disjoint i64 %indvars.iv73.i, 1, !dbg !358
+    #dbg_value(i64 %indvars.iv.next74.i, !318, !DIExpression(), !244)
+  %.idx88.i.1 = shl nuw nsw i64 %indvars.iv.next74.i, 6, !dbg !358
+  %gep91.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.1, !dbg !358
+  %464 = load float, ptr %gep91.i.1, align 4, !dbg !358, !tbaa !163
+  %465 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i, !dbg !358
+  store float %464, ptr %465, align 4, !dbg !358, !tbaa !163
+  %indvars.iv.next74.i.1 = or disjoint i64 %indvars.iv73.i, 2, !dbg !358
+    #dbg_value(i64 %indvars.iv.next74.i.1, !318, !DIExpression(), !244)
+  %.idx88.i.2 = shl nuw nsw i64 %indvars.iv.next74.i.1, 6, !dbg !358
+  %gep91.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.2, !dbg !358
+  %466 = load float, ptr %gep91.i.2, align 4, !dbg !358, !tbaa !163
+  %467 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.1, !dbg !358
+  store float %466, ptr %467, align 4, !dbg !358, !tbaa !163
+  %indvars.iv.next74.i.2 = or disjoint i64 %indvars.iv73.i, 3, !dbg !358
+    #dbg_value(i64 %indvars.iv.next74.i.2, !318, !DIExpression(), !244)
+  %.idx88.i.3 = shl nuw nsw i64 %indvars.iv.next74.i.2, 6, !dbg !358
+  %gep91.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.3, !dbg !358
+  %468 = load float, ptr %gep91.i.3, align 4, !dbg !358, !tbaa !163
+  %469 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.2, !dbg !358
+  store float %468, ptr %469, align 4, !dbg !358, !tbaa !163
+  %indvars.iv.next74.i.3 = or disjoint i64 %indvars.iv73.i, 4, !dbg !358
+    #dbg_value(i64 %indvars.iv.next74.i.3, !318, !DIExpression(), !244)
+  %.idx88.i.4 = shl nuw nsw i64 %indvars.iv.next74.i.3, 6, !dbg !358
+  %gep91.i.4 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.4, !dbg !358
+  %470 = load float, ptr %gep91.i.4, align 4, !dbg !358, !tbaa !163
+  %471 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.3, !dbg !358
+  store float %470, ptr %471, align 4, !dbg !358, !tbaa !163
+  %indvars.iv.next74.i.4 = or disjoint i64 %indvars.iv73.i, 5, !dbg !358
+    #dbg_value(i64 %indvars.iv.next74.i.4, !318, !DIExpression(), !244)
+  %.idx88.i.5 = shl nuw nsw i64 %indvars.iv.next74.i.4, 6, !dbg !358
+  %gep91.i.5 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.5, !dbg !358
+  %472 = load float, ptr %gep91.i.5, align 4, !dbg !358, !tbaa !163
+  %473 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.4, !dbg !358
+  store float %472, ptr %473, align 4, !dbg !358, !tbaa !163
+  %indvars.iv.next74.i.5 = or disjoint i64 %indvars.iv73.i, 6, !dbg !358
+    #dbg_value(i64 %indvars.iv.next74.i.5, !318, !DIExpression(), !244)
+  %.idx88.i.6 = shl nuw nsw i64 %indvars.iv.next74.i.5, 6, !dbg !358
+  %gep91.i.6 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.6, !dbg !358
+  %474 = load float, ptr %gep91.i.6, align 4, !dbg !358, !tbaa !163
+  %475 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.5, !dbg !358
+  store float %474, ptr %475, align 4, !dbg !358, !tbaa !163
+  %indvars.iv.next74.i.6 = or disjoint i64 %indvars.iv73.i, 7, !dbg !358
+    #dbg_value(i64 %indvars.iv.next74.i.6, !318, !DIExpression(), !244)
+  %.idx88.i.7 = shl nuw nsw i64 %indvars.iv.next74.i.6, 6, !dbg !358
+  %gep91.i.7 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.7, !dbg !358
+  %476 = load float, ptr %gep91.i.7, align 4, !dbg !358, !tbaa !163
+  %477 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.6, !dbg !358
+  store float %476, ptr %477, align 4, !dbg !358, !tbaa !163
+  %indvars.iv.next74.i.7 = add nuw nsw i64 %indvars.iv73.i, 8, !dbg !358
+    #dbg_value(i64 %indvars.iv.next74.i.7, !318, !DIExpression(), !244)
+  %exitcond76.not.i.7 = icmp eq i64 %indvars.iv.next74.i.7, 128, !dbg !244
+  br i1 %exitcond76.not.i.7, label %for_end_d26.i, label %for_body_d25.i, !dbg !244, !prof !366, !llvm.loop !367
 
 for_end_d26.i:                                    ; preds = %for_body_d25.i, %vector.body
-  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1, !dbg !357
-    #dbg_value(i64 %indvars.iv.next78.i, !356, !DIExpression(), !243)
-  %exitcond81.not.i = icmp eq i64 %indvars.iv.next78.i, %wide.trip.count80.i, !dbg !243
-  br i1 %exitcond81.not.i, label %for_begin_r29.preheader.i, label %for_begin_d24.preheader.i, !dbg !243, !prof !195
+  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1, !dbg !358
+    #dbg_value(i64 %indvars.iv.next78.i, !357, !DIExpression(), !244)
+  %exitcond81.not.i = icmp eq i64 %indvars.iv.next78.i, %wide.trip.count80.i, !dbg !244
+  br i1 %exitcond81.not.i, label %for_begin_r29.preheader.i, label %for_begin_d24.preheader.i, !dbg !244, !prof !193
 
 for_body_r30.i:                                   ; preds = %if_end35.i.3, %for_begin_r29.preheader.i.new
   %indvars.iv82.i = phi i64 [ 0, %for_begin_r29.preheader.i.new ], [ %indvars.iv.next83.i.3, %if_end35.i.3 ]
   %niter = phi i64 [ 0, %for_begin_r29.preheader.i.new ], [ %niter.next.3, %if_end35.i.3 ]
-    #dbg_value(i64 %indvars.iv82.i, !356, !DIExpression(), !243)
-  %478 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv82.i, !dbg !369
-  %479 = load float, ptr %478, align 16, !dbg !369, !tbaa !370
-  %480 = fcmp oeq float %479, 0.000000e+00, !dbg !369
-  br i1 %480, label %if_end35.i, label %if_else.i, !dbg !369
+    #dbg_value(i64 %indvars.iv82.i, !357, !DIExpression(), !244)
+  %478 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv82.i, !dbg !370
+  %479 = load float, ptr %478, align 16, !dbg !370, !tbaa !371
+  %480 = fcmp oeq float %479, 0.000000e+00, !dbg !370
+  br i1 %480, label %if_end35.i, label %if_else.i, !dbg !370
 
 for_end_r31.i.loopexit.unr-lcssa:                 ; preds = %if_end35.i.3
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0, !dbg !369
-  br i1 %lcmp.mod.not, label %for_end_r31.i, label %for_body_r30.i.epil.preheader, !dbg !369, !prof !372
+  %lcmp.mod.not = icmp eq i64 %xtraiter, 0, !dbg !370
+  br i1 %lcmp.mod.not, label %for_end_r31.i, label %for_body_r30.i.epil.preheader, !dbg !370, !prof !373
 
 for_body_r30.i.epil.preheader:                    ; preds = %for_end_r31.i.loopexit.unr-lcssa, %for_begin_r29.preheader.i
   %indvars.iv82.i.epil.init = phi i64 [ 0, %for_begin_r29.preheader.i ], [ %indvars.iv.next83.i.3, %for_end_r31.i.loopexit.unr-lcssa ]
-  %lcmp.mod181 = icmp ne i64 %xtraiter, 0, !dbg !369
-  tail call void @llvm.assume(i1 %lcmp.mod181), !dbg !369
-  br label %for_body_r30.i.epil, !dbg !369
+  %lcmp.mod181 = icmp ne i64 %xtraiter, 0, !dbg !370
+  tail call void @llvm.assume(i1 %lcmp.mod181), !dbg !370
+  br label %for_body_r30.i.epil, !dbg !370
 
 for_body_r30.i.epil:                              ; preds = %if_end35.i.epil, %for_body_r30.i.epil.preheader
   %indvars.iv82.i.epil = phi i64 [ %indvars.iv82.i.epil.init, %for_body_r30.i.epil.preheader ], [ %indvars.iv.next83.i.epil, %if_end35.i.epil ]
   %epil.iter = phi i64 [ 0, %for_body_r30.i.epil.preheader ], [ %epil.iter.next, %if_end35.i.epil ]
-    #dbg_value(i64 %indvars.iv82.i.epil, !356, !DIExpression(), !243)
-  %481 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv82.i.epil, !dbg !369
-  %482 = load float, ptr %481, align 4, !dbg !369, !tbaa !370
-  %483 = fcmp oeq float %482, 0.000000e+00, !dbg !369
-  br i1 %483, label %if_end35.i.epil, label %if_else.i.epil, !dbg !369
+    #dbg_value(i64 %indvars.iv82.i.epil, !357, !DIExpression(), !244)
+  %481 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv82.i.epil, !dbg !370
+  %482 = load float, ptr %481, align 4, !dbg !370, !tbaa !371
+  %483 = fcmp oeq float %482, 0.000000e+00, !dbg !370
+  br i1 %483, label %if_end35.i.epil, label %if_else.i.epil, !dbg !370
 
 if_else.i.epil:                                   ; preds = %for_body_r30.i.epil
-  %484 = tail call float @llvm.log.f32(float %482), !dbg !369
-  %485 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv82.i.epil, !dbg !369
-  %486 = load float, ptr %485, align 4, !dbg !369, !tbaa !373
-  %487 = fadd float %484, %486, !dbg !369
-  br label %if_end35.i.epil, !dbg !369
+  %484 = tail call float @llvm.log.f32(float %482), !dbg !370
+  %485 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv82.i.epil, !dbg !370
+  %486 = load float, ptr %485, align 4, !dbg !370, !tbaa !374
+  %487 = fadd float %484, %486, !dbg !370
+  br label %if_end35.i.epil, !dbg !370
 
 if_end35.i.epil:                                  ; preds = %if_else.i.epil, %for_body_r30.i.epil
-  %488 = phi float [ %487, %if_else.i.epil ], [ 0xFFF0000000000000, %for_body_r30.i.epil ], !dbg !369
-  %489 = getelementptr float, ptr %gep.i, i64 %indvars.iv82.i.epil, !dbg !369
-  store float %488, ptr %489, align 4, !dbg !369, !tbaa !163
-  %indvars.iv.next83.i.epil = add nuw nsw i64 %indvars.iv82.i.epil, 1, !dbg !369
-    #dbg_value(i64 %indvars.iv.next83.i.epil, !356, !DIExpression(), !243)
-  %epil.iter.next = add i64 %epil.iter, 1, !dbg !243
-  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter, !dbg !243
-  br i1 %epil.iter.cmp.not, label %for_end_r31.i, label %for_body_r30.i.epil, !dbg !243, !prof !375, !llvm.loop !376
+  %488 = phi float [ %487, %if_else.i.epil ], [ 0xFFF0000000000000, %for_body_r30.i.epil ], !dbg !370
+  %489 = getelementptr float, ptr %gep.i, i64 %indvars.iv82.i.epil, !dbg !370
+  store float %488, ptr %489, align 4, !dbg !370, !tbaa !163
+  %indvars.iv.next83.i.epil = add nuw nsw i64 %indvars.iv82.i.epil, 1, !dbg !370
+    #dbg_value(i64 %indvars.iv.next83.i.epil, !357, !DIExpression(), !244)
+  %epil.iter.next = add i64 %epil.iter, 1, !dbg !244
+  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter, !dbg !244
+  br i1 %epil.iter.cmp.not, label %for_end_r31.i, label %for_body_r30.i.epil, !dbg !244, !prof !376, !llvm.loop !377
 
 for_end_r31.i:                                    ; preds = %for_end_r31.i.loopexit.unr-lcssa, %if_end35.i.epil, %for_end_d21.i
-  %490 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !243, !tbaa !134
-  %491 = tail call i32 %490(i32 1, i32 %dev_id, ptr nonnull %acc.i), !dbg !243
-  %.not.i = icmp ne i32 %491, 0, !dbg !243
-  %..i = sext i1 %.not.i to i32, !dbg !243
-  br label %merge_partials_compute_.exit, !dbg !243
+  %490 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !244, !tbaa !134
+  %491 = tail call i32 %490(i32 1, i32 %dev_id, ptr nonnull %acc.i), !dbg !244
+  %.not.i = icmp ne i32 %491, 0, !dbg !244
+  %..i = sext i1 %.not.i to i32, !dbg !244
+  br label %merge_partials_compute_.exit, !dbg !244
 
 if_else.i:                                        ; preds = %for_body_r30.i
-  %492 = tail call float @llvm.log.f32(float %479), !dbg !369
-  %493 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv82.i, !dbg !369
-  %494 = load float, ptr %493, align 16, !dbg !369, !tbaa !373
-  %495 = fadd float %492, %494, !dbg !369
-  br label %if_end35.i, !dbg !369
+  %492 = tail call float @llvm.log.f32(float %479), !dbg !370
+  %493 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv82.i, !dbg !370
+  %494 = load float, ptr %493, align 16, !dbg !370, !tbaa !374
+  %495 = fadd float %492, %494, !dbg !370
+  br label %if_end35.i, !dbg !370
 
 if_end35.i:                                       ; preds = %if_else.i, %for_body_r30.i
-  %496 = phi float [ %495, %if_else.i ], [ 0xFFF0000000000000, %for_body_r30.i ], !dbg !369
-  %497 = getelementptr float, ptr %gep.i, i64 %indvars.iv82.i, !dbg !369
-  store float %496, ptr %497, align 4, !dbg !369, !tbaa !163
-  %indvars.iv.next83.i = or disjoint i64 %indvars.iv82.i, 1, !dbg !369
-    #dbg_value(i64 %indvars.iv.next83.i, !356, !DIExpression(), !243)
-  %498 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv.next83.i, !dbg !369
-  %499 = load float, ptr %498, align 4, !dbg !369, !tbaa !370
-  %500 = fcmp oeq float %499, 0.000000e+00, !dbg !369
-  br i1 %500, label %if_end35.i.1, label %if_else.i.1, !dbg !369
+  %496 = phi float [ %495, %if_else.i ], [ 0xFFF0000000000000, %for_body_r30.i ], !dbg !370
+  %497 = getelementptr float, ptr %gep.i, i64 %indvars.iv82.i, !dbg !370
+  store float %496, ptr %497, align 4, !dbg !370, !tbaa !163
+  %indvars.iv.next83.i = or disjoint i64 %indvars.iv82.i, 1, !dbg !370
+    #dbg_value(i64 %indvars.iv.next83.i, !357, !DIExpression(), !244)
+  %498 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv.next83.i, !dbg !370
+  %499 = load float, ptr %498, align 4, !dbg !370, !tbaa !371
+  %500 = fcmp oeq float %499, 0.000000e+00, !dbg !370
+  br i1 %500, label %if_end35.i.1, label %if_else.i.1, !dbg !370
 
 if_else.i.1:                                      ; preds = %if_end35.i
-  %501 = tail call float @llvm.log.f32(float %499), !dbg !369
-  %502 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv.next83.i, !dbg !369
-  %503 = load float, ptr %502, align 4, !dbg !369, !tbaa !373
-  %504 = fadd float %501, %503, !dbg !369
-  br label %if_end35.i.1, !dbg !369
+  %501 = tail call float @llvm.log.f32(float %499), !dbg !370
+  %502 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv.next83.i, !dbg !370
+  %503 = load float, ptr %502, align 4, !dbg !370, !tbaa !374
+  %504 = fadd float %501, %503, !dbg !370
+  br label %if_end35.i.1, !dbg !370
 
 if_end35.i.1:                                     ; preds = %if_else.i.1, %if_end35.i
-  %505 = phi float [ %504, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end35.i ], !dbg !369
-  %506 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next83.i, !dbg !369
-  store float %505, ptr %506, align 4, !dbg !369, !tbaa !163
-  %indvars.iv.next83.i.1 = or disjoint i64 %indvars.iv82.i, 2, !dbg !369
-    #dbg_value(i64 %indvars.iv.next83.i.1, !356, !DIExpression(), !243)
-  %507 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv.next83.i.1, !dbg !369
-  %508 = load float, ptr %507, align 8, !dbg !369, !tbaa !370
-  %509 = fcmp oeq float %508, 0.000000e+00, !dbg !369
-  br i1 %509, label %if_end35.i.2, label %if_else.i.2, !dbg !369
+  %505 = phi float [ %504, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end35.i ], !dbg !370
+  %506 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next83.i, !dbg !370
+  store float %505, ptr %506, align 4, !dbg !370, !tbaa !163
+  %indvars.iv.next83.i.1 = or disjoint i64 %indvars.iv82.i, 2, !dbg !370
+    #dbg_value(i64 %indvars.iv.next83.i.1, !357, !DIExpression(), !244)
+  %507 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv.next83.i.1, !dbg !370
+  %508 = load float, ptr %507, align 8, !dbg !370, !tbaa !371
+  %509 = fcmp oeq float %508, 0.000000e+00, !dbg !370
+  br i1 %509, label %if_end35.i.2, label %if_else.i.2, !dbg !370
 
 if_else.i.2:                                      ; preds = %if_end35.i.1
-  %510 = tail call float @llvm.log.f32(float %508), !dbg !369
-  %511 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv.next83.i.1, !dbg !369
-  %512 = load float, ptr %511, align 8, !dbg !369, !tbaa !373
-  %513 = fadd float %510, %512, !dbg !369
-  br label %if_end35.i.2, !dbg !369
+  %510 = tail call float @llvm.log.f32(float %508), !dbg !370
+  %511 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv.next83.i.1, !dbg !370
+  %512 = load float, ptr %511, align 8, !dbg !370, !tbaa !374
+  %513 = fadd float %510, %512, !dbg !370
+  br label %if_end35.i.2, !dbg !370
 
 if_end35.i.2:                                     ; preds = %if_else.i.2, %if_end35.i.1
-  %514 = phi float [ %513, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end35.i.1 ], !dbg !369
-  %515 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next83.i.1, !dbg !369
-  store float %514, ptr %515, align 4, !dbg !369, !tbaa !163
-  %indvars.iv.next83.i.2 = or disjoint i64 %indvars.iv82.i, 3, !dbg !369
-    #dbg_value(i64 %indvars.iv.next83.i.2, !356, !DIExpression(), !243)
-  %516 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv.next83.i.2, !dbg !369
-  %517 = load float, ptr %516, align 4, !dbg !369, !tbaa !370
-  %518 = fcmp oeq float %517, 0.000000e+00, !dbg !369
-  br i1 %518, label %if_end35.i.3, label %if_else.i.3, !dbg !369
+  %514 = phi float [ %513, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end35.i.1 ], !dbg !370
+  %515 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next83.i.1, !dbg !370
+  store float %514, ptr %515, align 4, !dbg !370, !tbaa !163
+  %indvars.iv.next83.i.2 = or disjoint i64 %indvars.iv82.i, 3, !dbg !370
+    #dbg_value(i64 %indvars.iv.next83.i.2, !357, !DIExpression(), !244)
+  %516 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv.next83.i.2, !dbg !370
+  %517 = load float, ptr %516, align 4, !dbg !370, !tbaa !371
+  %518 = fcmp oeq float %517, 0.000000e+00, !dbg !370
+  br i1 %518, label %if_end35.i.3, label %if_else.i.3, !dbg !370
 
 if_else.i.3:                                      ; preds = %if_end35.i.2
-  %519 = tail call float @llvm.log.f32(float %517), !dbg !369
-  %520 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv.next83.i.2, !dbg !369
-  %521 = load float, ptr %520, align 4, !dbg !369, !tbaa !373
-  %522 = fadd float %519, %521, !dbg !369
-  br label %if_end35.i.3, !dbg !369
+  %519 = tail call float @llvm.log.f32(float %517), !dbg !370
+  %520 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv.next83.i.2, !dbg !370
+  %521 = load float, ptr %520, align 4, !dbg !370, !tbaa !374
+  %522 = fadd float %519, %521, !dbg !370
+  br label %if_end35.i.3, !dbg !370
 
 if_end35.i.3:                                     ; preds = %if_else.i.3, %if_end35.i.2
-  %523 = phi float [ %522, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end35.i.2 ], !dbg !369
-  %524 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next83.i.2, !dbg !369
-  store float %523, ptr %524, align 4, !dbg !369, !tbaa !163
-  %indvars.iv.next83.i.3 = add nuw nsw i64 %indvars.iv82.i, 4, !dbg !369
-    #dbg_value(i64 %indvars.iv.next83.i.3, !356, !DIExpression(), !243)
-  %niter.next.3 = add i64 %niter, 4, !dbg !243
-  %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter, !dbg !243
-  br i1 %niter.ncmp.3, label %for_end_r31.i.loopexit.unr-lcssa, label %for_body_r30.i, !dbg !243, !prof !379, !llvm.loop !380
+  %523 = phi float [ %522, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end35.i.2 ], !dbg !370
+  %524 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next83.i.2, !dbg !370
+  store float %523, ptr %524, align 4, !dbg !370, !tbaa !163
+  %indvars.iv.next83.i.3 = add nuw nsw i64 %indvars.iv82.i, 4, !dbg !370
+    #dbg_value(i64 %indvars.iv.next83.i.3, !357, !DIExpression(), !244)
+  %niter.next.3 = add i64 %niter, 4, !dbg !244
+  %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter, !dbg !244
+  br i1 %niter.ncmp.3, label %for_end_r31.i.loopexit.unr-lcssa, label %for_body_r30.i, !dbg !244, !prof !380, !llvm.loop !381
 
 merge_partials_compute_.exit:                     ; preds = %assert_end153, %for_end_r31.i
   %common.ret.op.i = phi i32 [ -1, %assert_end153 ], [ %..i, %for_end_r31.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum41.i), !dbg !243
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max42.i), !dbg !243
-  br label %common.ret, !dbg !265
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum41.i), !dbg !244
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max42.i), !dbg !244
+  br label %common.ret, !dbg !266
 }
 
 ; Function Attrs: noinline
@@ -5089,7 +5166,7 @@ attributes #8 = { nocallback nofree nosync nounwind willreturn memory(read) }
 !163 = !{!164, !164, i64 0}
 !164 = !{!"tvm-alias", !136}
 !165 = !DILocalVariable(name: "range_len", scope: !99, file: !1, type: !8)
-!166 = !DILocalVariable(name: "cse_v26", scope: !99, file: !1, type: !8)
+!166 = !DILocalVariable(name: "cse_v27", scope: !99, file: !1, type: !8)
 !167 = !DILocalVariable(name: "num_steps", scope: !99, file: !1, type: !8)
 !168 = !DILocalVariable(name: "d", scope: !99, file: !1, type: !8)
 !169 = !DILocalVariable(name: "step", scope: !99, file: !1, type: !8)
@@ -5098,210 +5175,211 @@ attributes #8 = { nocallback nofree nosync nounwind willreturn memory(read) }
 !172 = !DILocalVariable(name: "cse_v4", scope: !99, file: !1, type: !8)
 !173 = !DILocalVariable(name: "tile_start", scope: !99, file: !1, type: !8)
 !174 = !DILocalVariable(name: "cse_v17", scope: !99, file: !1, type: !8)
-!175 = !DILocalVariable(name: "cse_v27", scope: !99, file: !1, type: !8)
+!175 = !DILocalVariable(name: "cse_v28", scope: !99, file: !1, type: !8)
 !176 = !DILocalVariable(name: "valid_len", scope: !99, file: !1, type: !8)
-!177 = !DILocalVariable(name: "cse_v33", scope: !99, file: !1, type: !8)
+!177 = !DILocalVariable(name: "cse_v34", scope: !99, file: !1, type: !8)
 !178 = !DILocalVariable(name: "num_groups", scope: !99, file: !1, type: !8)
 !179 = !DILocalVariable(name: "cse_v5", scope: !99, file: !1, type: !56)
-!180 = !DILocalVariable(name: "cse_v34", scope: !99, file: !1, type: !56)
+!180 = !DILocalVariable(name: "cse_v35", scope: !99, file: !1, type: !56)
 !181 = !DILocalVariable(name: "to", scope: !99, file: !1, type: !8)
-!182 = !DILocalVariable(name: "scores_global", scope: !99, file: !1, type: !139)
-!183 = !DILocalVariable(name: "tile_sum", scope: !99, file: !1, type: !139)
-!184 = !DILocalVariable(name: "t", scope: !99, file: !1, type: !8)
-!185 = !DILocalVariable(name: "cse_v15", scope: !99, file: !1, type: !56)
-!186 = !DILocalVariable(name: "cse_v31", scope: !99, file: !1, type: !56)
-!187 = !DILocation(line: 120, column: 29, scope: !99, inlinedAt: !133)
-!188 = !DILocation(line: 121, column: 29, scope: !99, inlinedAt: !133)
-!189 = !DILocalVariable(name: "ax0", scope: !99, file: !1, type: !8)
-!190 = !DILocalVariable(name: "cse_v6", scope: !99, file: !1, type: !8)
-!191 = !DILocalVariable(name: "cse_v18", scope: !99, file: !1, type: !56)
-!192 = !DILocalVariable(name: "cse_v35", scope: !99, file: !1, type: !56)
-!193 = !DILocalVariable(name: "cse_v7", scope: !99, file: !1, type: !8)
-!194 = !DILocalVariable(name: "cse_v8", scope: !99, file: !1, type: !8)
-!195 = !{!"branch_weights", i32 127, i32 134217601}
-!196 = !DILocalVariable(name: "ti", scope: !99, file: !1, type: !8)
+!182 = !DILocalVariable(name: "cse_v15", scope: !99, file: !1, type: !56)
+!183 = !DILocalVariable(name: "cse_v32", scope: !99, file: !1, type: !56)
+!184 = !DILocation(line: 120, column: 29, scope: !99, inlinedAt: !133)
+!185 = !DILocation(line: 121, column: 29, scope: !99, inlinedAt: !133)
+!186 = !DILocalVariable(name: "ax0", scope: !99, file: !1, type: !8)
+!187 = !DILocalVariable(name: "cse_v6", scope: !99, file: !1, type: !8)
+!188 = !DILocalVariable(name: "cse_v18", scope: !99, file: !1, type: !56)
+!189 = !DILocalVariable(name: "cse_v36", scope: !99, file: !1, type: !56)
+!190 = !DILocalVariable(name: "scores_global", scope: !99, file: !1, type: !139)
+!191 = !DILocalVariable(name: "cse_v7", scope: !99, file: !1, type: !8)
+!192 = !DILocalVariable(name: "cse_v8", scope: !99, file: !1, type: !8)
+!193 = !{!"branch_weights", i32 127, i32 134217601}
+!194 = !DILocalVariable(name: "ti", scope: !99, file: !1, type: !8)
+!195 = !DILocalVariable(name: "tile_sum", scope: !99, file: !1, type: !139)
+!196 = !DILocalVariable(name: "t", scope: !99, file: !1, type: !8)
 !197 = !DILocalVariable(name: "cse_v19", scope: !99, file: !1, type: !8)
-!198 = !DILocalVariable(name: "arg", scope: !99, file: !1, type: !140)
-!199 = !DILocalVariable(name: "cse_v9", scope: !99, file: !1, type: !140)
-!200 = !DILocalVariable(name: "clamped", scope: !99, file: !1, type: !140)
-!201 = !DILocalVariable(name: "cse_v28", scope: !99, file: !1, type: !140)
-!202 = !DILocalVariable(name: "bits", scope: !99, file: !1, type: !203)
-!203 = !DIBasicType(name: "int32x16", size: 512, encoding: DW_ATE_signed)
-!204 = !DILocalVariable(name: "n", scope: !99, file: !1, type: !140)
-!205 = !DILocalVariable(name: "f", scope: !99, file: !1, type: !140)
-!206 = !DILocalVariable(name: "high", scope: !99, file: !1, type: !140)
-!207 = !DILocalVariable(name: "series", scope: !99, file: !1, type: !140)
-!208 = !DILocalVariable(name: "power", scope: !99, file: !1, type: !140)
-!209 = !DILocalVariable(name: "cse_v20", scope: !99, file: !1, type: !140)
-!210 = !DILocalVariable(name: "d_0", scope: !99, file: !1, type: !8)
-!211 = !DILocalVariable(name: "cse_v10", scope: !99, file: !1, type: !8)
-!212 = !DILocalVariable(name: "cse_v21", scope: !99, file: !1, type: !56)
+!198 = !DILocalVariable(name: "cse_v20", scope: !99, file: !1, type: !8)
+!199 = !DILocalVariable(name: "arg", scope: !99, file: !1, type: !140)
+!200 = !DILocalVariable(name: "cse_v9", scope: !99, file: !1, type: !140)
+!201 = !DILocalVariable(name: "clamped", scope: !99, file: !1, type: !140)
+!202 = !DILocalVariable(name: "cse_v29", scope: !99, file: !1, type: !140)
+!203 = !DILocalVariable(name: "bits", scope: !99, file: !1, type: !204)
+!204 = !DIBasicType(name: "int32x16", size: 512, encoding: DW_ATE_signed)
+!205 = !DILocalVariable(name: "n", scope: !99, file: !1, type: !140)
+!206 = !DILocalVariable(name: "f", scope: !99, file: !1, type: !140)
+!207 = !DILocalVariable(name: "high", scope: !99, file: !1, type: !140)
+!208 = !DILocalVariable(name: "series", scope: !99, file: !1, type: !140)
+!209 = !DILocalVariable(name: "power", scope: !99, file: !1, type: !140)
+!210 = !DILocalVariable(name: "cse_v21", scope: !99, file: !1, type: !140)
+!211 = !DILocalVariable(name: "d_0", scope: !99, file: !1, type: !8)
+!212 = !DILocalVariable(name: "cse_v10", scope: !99, file: !1, type: !8)
 !213 = !DILocalVariable(name: "cse_v22", scope: !99, file: !1, type: !56)
-!214 = !DILocalVariable(name: "tile_acc_global", scope: !99, file: !1, type: !139)
-!215 = !DILocalVariable(name: "cse_v12", scope: !99, file: !1, type: !8)
-!216 = !DILocalVariable(name: "old_max", scope: !99, file: !1, type: !140)
-!217 = !DILocalVariable(name: "old_sum", scope: !99, file: !1, type: !140)
-!218 = !DILocalVariable(name: "both", scope: !99, file: !1, type: !140)
-!219 = !DILocalVariable(name: "old_or_both", scope: !99, file: !1, type: !140)
-!220 = !DILocalVariable(name: "m", scope: !99, file: !1, type: !140)
-!221 = !DILocalVariable(name: "cse_v13", scope: !99, file: !1, type: !140)
-!222 = !DILocalVariable(name: "cse_v24", scope: !99, file: !1, type: !140)
-!223 = !DILocalVariable(name: "cse_v32", scope: !99, file: !1, type: !140)
-!224 = !DILocalVariable(name: "cse_v29", scope: !99, file: !1, type: !140)
-!225 = !DILocalVariable(name: "alpha", scope: !99, file: !1, type: !139)
-!226 = !DILocalVariable(name: "cse_v14", scope: !99, file: !1, type: !140)
-!227 = !DILocalVariable(name: "cse_v30", scope: !99, file: !1, type: !140)
-!228 = !DILocalVariable(name: "cse_v25", scope: !99, file: !1, type: !140)
-!229 = !DILocalVariable(name: "previous", scope: !99, file: !1, type: !140)
-!230 = !DILocalVariable(name: "cse_v11", scope: !99, file: !1, type: !8)
-!231 = !DILocalVariable(name: "cse_v23", scope: !99, file: !1, type: !8)
-!232 = distinct !{!232, !233}
-!233 = !{!"llvm.loop.estimated_trip_count", i32 524288}
-!234 = !DILocation(line: 125, column: 29, scope: !99, inlinedAt: !133)
-!235 = distinct !{!235, !236}
-!236 = !{!"llvm.loop.estimated_trip_count", i32 131072}
-!237 = distinct !DISubprogram(name: "__tvm_ffi_merge_partials", scope: !1, file: !1, type: !6, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !238)
-!238 = !{!239, !240, !241, !242}
-!239 = !DILocalVariable(name: "self_handle", arg: 1, scope: !237, file: !1, type: !9)
-!240 = !DILocalVariable(name: "args", arg: 2, scope: !237, file: !1, type: !9)
-!241 = !DILocalVariable(name: "num_args", arg: 3, scope: !237, file: !1, type: !8)
-!242 = !DILocalVariable(name: "result", arg: 4, scope: !237, file: !1, type: !9)
-!243 = !DILocation(line: 0, scope: !244, inlinedAt: !264)
-!244 = distinct !DISubprogram(name: "merge_partials_compute_", scope: !1, file: !1, type: !245, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !247)
-!245 = !DISubroutineType(types: !246)
-!246 = !{!8, !8, !56, !95, !95, !95, !95, !56, !56, !95, !56, !8, !8, !8, !8, !8, !56}
-!247 = !{!248, !249, !250, !251, !252, !253, !254, !255, !256, !257, !258, !259, !260, !261, !262, !263}
-!248 = !DILocalVariable(name: "dev_id", arg: 1, scope: !244, file: !1, type: !8)
-!249 = !DILocalVariable(name: "slots", arg: 2, scope: !244, file: !1, type: !56)
-!250 = !DILocalVariable(name: "partial_max", arg: 3, scope: !244, file: !1, type: !95)
-!251 = !DILocalVariable(name: "partial_sum", arg: 4, scope: !244, file: !1, type: !95)
-!252 = !DILocalVariable(name: "partial_acc", arg: 5, scope: !244, file: !1, type: !95)
-!253 = !DILocalVariable(name: "out", arg: 6, scope: !244, file: !1, type: !95)
-!254 = !DILocalVariable(name: "out_batch", arg: 7, scope: !244, file: !1, type: !56)
-!255 = !DILocalVariable(name: "batch", arg: 8, scope: !244, file: !1, type: !56)
-!256 = !DILocalVariable(name: "lse", arg: 9, scope: !244, file: !1, type: !95)
-!257 = !DILocalVariable(name: "lse_batch", arg: 10, scope: !244, file: !1, type: !56)
-!258 = !DILocalVariable(name: "num_partials", arg: 11, scope: !244, file: !1, type: !8)
-!259 = !DILocalVariable(name: "partial_start", arg: 12, scope: !244, file: !1, type: !8)
-!260 = !DILocalVariable(name: "seq", arg: 13, scope: !244, file: !1, type: !8)
-!261 = !DILocalVariable(name: "head_start", arg: 14, scope: !244, file: !1, type: !8)
-!262 = !DILocalVariable(name: "num_rows", arg: 15, scope: !244, file: !1, type: !8)
-!263 = !DILocalVariable(name: "out_head", arg: 16, scope: !244, file: !1, type: !56)
-!264 = distinct !DILocation(line: 0, scope: !237)
-!265 = !DILocation(line: 0, scope: !237)
-!266 = !DILocalVariable(name: "partial_max.type_index", scope: !237, file: !1, type: !8)
-!267 = !DILocalVariable(name: "partial_max.handle", scope: !237, file: !1, type: !9)
-!268 = !DILocalVariable(name: "partial_sum.type_index", scope: !237, file: !1, type: !8)
-!269 = !DILocalVariable(name: "partial_sum.handle", scope: !237, file: !1, type: !9)
-!270 = !DILocalVariable(name: "partial_acc.type_index", scope: !237, file: !1, type: !8)
-!271 = !DILocalVariable(name: "partial_acc.handle", scope: !237, file: !1, type: !9)
-!272 = !DILocalVariable(name: "out.type_index", scope: !237, file: !1, type: !8)
-!273 = !DILocalVariable(name: "out.handle", scope: !237, file: !1, type: !9)
-!274 = !DILocalVariable(name: "lse.type_index", scope: !237, file: !1, type: !8)
-!275 = !DILocalVariable(name: "lse.handle", scope: !237, file: !1, type: !9)
-!276 = !DILocalVariable(name: "seq.type_index", scope: !237, file: !1, type: !8)
-!277 = !DILocalVariable(name: "seq", scope: !237, file: !1, type: !8)
-!278 = !DILocalVariable(name: "head_start.type_index", scope: !237, file: !1, type: !8)
-!279 = !DILocalVariable(name: "head_start", scope: !237, file: !1, type: !8)
-!280 = !DILocalVariable(name: "num_rows.type_index", scope: !237, file: !1, type: !8)
-!281 = !DILocalVariable(name: "num_rows", scope: !237, file: !1, type: !8)
-!282 = !DILocalVariable(name: "partial_start.type_index", scope: !237, file: !1, type: !8)
-!283 = !DILocalVariable(name: "partial_start", scope: !237, file: !1, type: !8)
-!284 = !DILocalVariable(name: "num_partials.type_index", scope: !237, file: !1, type: !8)
-!285 = !DILocalVariable(name: "num_partials", scope: !237, file: !1, type: !8)
-!286 = !DILocalVariable(name: "merge_partials.partial_max_shape", scope: !237, file: !1, type: !55)
-!287 = !DILocalVariable(name: "slots", scope: !237, file: !1, type: !56)
-!288 = !DILocalVariable(name: "merge_partials.partial_max_strides", scope: !237, file: !1, type: !55)
-!289 = !DILocalVariable(name: "dev_id", scope: !237, file: !1, type: !8)
-!290 = !DILocalVariable(name: "merge_partials.partial_sum_shape", scope: !237, file: !1, type: !55)
-!291 = !DILocalVariable(name: "merge_partials.partial_sum_strides", scope: !237, file: !1, type: !55)
-!292 = !DILocalVariable(name: "merge_partials.partial_acc_shape", scope: !237, file: !1, type: !55)
-!293 = !DILocalVariable(name: "merge_partials.partial_acc_strides", scope: !237, file: !1, type: !55)
-!294 = !DILocalVariable(name: "merge_partials.out_shape", scope: !237, file: !1, type: !55)
-!295 = !DILocalVariable(name: "batch", scope: !237, file: !1, type: !56)
-!296 = !DILocalVariable(name: "merge_partials.out_strides", scope: !237, file: !1, type: !55)
-!297 = !DILocalVariable(name: "out_head", scope: !237, file: !1, type: !56)
-!298 = !DILocalVariable(name: "out_batch", scope: !237, file: !1, type: !56)
-!299 = !DILocalVariable(name: "merge_partials.lse_shape", scope: !237, file: !1, type: !55)
-!300 = !DILocalVariable(name: "merge_partials.lse_strides", scope: !237, file: !1, type: !55)
-!301 = !DILocalVariable(name: "lse_batch", scope: !237, file: !1, type: !56)
-!302 = !DILocalVariable(name: "partial_max", scope: !237, file: !1, type: !95)
-!303 = !DILocalVariable(name: "partial_sum", scope: !237, file: !1, type: !95)
-!304 = !DILocalVariable(name: "partial_acc", scope: !237, file: !1, type: !95)
-!305 = !DILocalVariable(name: "out", scope: !237, file: !1, type: !95)
-!306 = !DILocalVariable(name: "lse", scope: !237, file: !1, type: !95)
-!307 = !DILocalVariable(name: "row_max", scope: !244, file: !1, type: !95)
-!308 = !DILocalVariable(name: "row_sum", scope: !244, file: !1, type: !95)
-!309 = !DILocalVariable(name: "acc", scope: !244, file: !1, type: !95)
-!310 = !DILocalVariable(name: "cse_v1", scope: !244, file: !1, type: !56)
-!311 = !DILocalVariable(name: "partial_max", scope: !244, file: !1, type: !95)
-!312 = !DILocalVariable(name: "partial_sum", scope: !244, file: !1, type: !95)
-!313 = !DILocalVariable(name: "partial_acc", scope: !244, file: !1, type: !95)
-!314 = !DILocalVariable(name: "out", scope: !244, file: !1, type: !95)
-!315 = !DILocalVariable(name: "lse", scope: !244, file: !1, type: !95)
-!316 = !DILocalVariable(name: "step", scope: !244, file: !1, type: !8)
-!317 = !DILocalVariable(name: "d", scope: !244, file: !1, type: !8)
-!318 = !DILocalVariable(name: "slot", scope: !244, file: !1, type: !8)
-!319 = !DILocalVariable(name: "old_max", scope: !244, file: !1, type: !140)
-!320 = !DILocalVariable(name: "old_sum", scope: !244, file: !1, type: !140)
-!321 = !DILocalVariable(name: "cse_v2", scope: !244, file: !1, type: !56)
-!322 = !DILocalVariable(name: "cse_v3", scope: !244, file: !1, type: !56)
-!323 = !DILocalVariable(name: "cse_v12", scope: !244, file: !1, type: !56)
-!324 = !DILocalVariable(name: "both", scope: !244, file: !1, type: !140)
-!325 = !DILocalVariable(name: "old_or_both", scope: !244, file: !1, type: !140)
-!326 = !DILocalVariable(name: "m", scope: !244, file: !1, type: !140)
-!327 = !DILocalVariable(name: "new_max", scope: !244, file: !1, type: !139)
-!328 = !DILocalVariable(name: "cse_v4", scope: !244, file: !1, type: !140)
-!329 = !DILocalVariable(name: "arg", scope: !244, file: !1, type: !140)
-!330 = !DILocalVariable(name: "cse_v10", scope: !244, file: !1, type: !140)
-!331 = !DILocalVariable(name: "clamped", scope: !244, file: !1, type: !140)
-!332 = !DILocalVariable(name: "cse_v15", scope: !244, file: !1, type: !140)
-!333 = !DILocalVariable(name: "bits", scope: !244, file: !1, type: !203)
-!334 = !DILocalVariable(name: "n", scope: !244, file: !1, type: !140)
-!335 = !DILocalVariable(name: "f", scope: !244, file: !1, type: !140)
-!336 = !DILocalVariable(name: "high", scope: !244, file: !1, type: !140)
-!337 = !DILocalVariable(name: "series", scope: !244, file: !1, type: !140)
-!338 = !DILocalVariable(name: "power", scope: !244, file: !1, type: !140)
-!339 = !DILocalVariable(name: "cse_v13", scope: !244, file: !1, type: !140)
-!340 = !DILocalVariable(name: "alpha", scope: !244, file: !1, type: !139)
-!341 = !DILocalVariable(name: "cse_v5", scope: !244, file: !1, type: !140)
-!342 = !DILocalVariable(name: "cse_v14", scope: !244, file: !1, type: !140)
-!343 = !DILocalVariable(name: "cse_v11", scope: !244, file: !1, type: !140)
-!344 = !DILocalVariable(name: "beta", scope: !244, file: !1, type: !139)
-!345 = !DILocalVariable(name: "previous", scope: !244, file: !1, type: !140)
-!346 = !DILocalVariable(name: "new_sum", scope: !244, file: !1, type: !139)
-!347 = !DILocalVariable(name: "cse_v6", scope: !244, file: !1, type: !8)
-!348 = distinct !{!348, !349}
-!349 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!350 = distinct !{!350, !349}
-!351 = !DILocalVariable(name: "cse_v7", scope: !244, file: !1, type: !8)
-!352 = !DILocation(line: 62, column: 21, scope: !244, inlinedAt: !264)
-!353 = distinct !{!353, !349}
-!354 = !DILocalVariable(name: "cse_v8", scope: !244, file: !1, type: !56)
-!355 = !DILocalVariable(name: "cse_v9", scope: !244, file: !1, type: !56)
-!356 = !DILocalVariable(name: "r", scope: !244, file: !1, type: !8)
-!357 = !DILocation(line: 69, column: 21, scope: !244, inlinedAt: !264)
-!358 = !{!"branch_weights", i32 1, i32 127}
-!359 = !{!360}
-!360 = distinct !{!360, !361}
-!361 = distinct !{!361, !"LVerDomain"}
-!362 = !{!363}
-!363 = distinct !{!363, !361}
-!364 = !{!"branch_weights", i32 6096, i32 2147477552}
-!365 = !{!"branch_weights", i32 1, i32 0}
-!366 = distinct !{!366, !367, !368}
-!367 = !{!"llvm.loop.isvectorized", i32 1}
-!368 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!369 = !DILocation(line: 73, column: 21, scope: !244, inlinedAt: !264)
-!370 = !{!371, !371, i64 0}
-!371 = !{!"buffer0", !136, i64 0}
-!372 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!373 = !{!374, !374, i64 0}
-!374 = !{!"buffer1", !136, i64 0}
-!375 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!376 = distinct !{!376, !377, !378}
-!377 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!378 = !{!"llvm.loop.unroll.disable"}
-!379 = !{!"branch_weights", i32 8128, i32 2147475520}
-!380 = distinct !{!380, !381}
-!381 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!214 = !DILocalVariable(name: "cse_v23", scope: !99, file: !1, type: !56)
+!215 = !DILocalVariable(name: "tile_acc_global", scope: !99, file: !1, type: !139)
+!216 = !DILocalVariable(name: "cse_v12", scope: !99, file: !1, type: !8)
+!217 = !DILocalVariable(name: "old_max", scope: !99, file: !1, type: !140)
+!218 = !DILocalVariable(name: "old_sum", scope: !99, file: !1, type: !140)
+!219 = !DILocalVariable(name: "both", scope: !99, file: !1, type: !140)
+!220 = !DILocalVariable(name: "old_or_both", scope: !99, file: !1, type: !140)
+!221 = !DILocalVariable(name: "m", scope: !99, file: !1, type: !140)
+!222 = !DILocalVariable(name: "cse_v13", scope: !99, file: !1, type: !140)
+!223 = !DILocalVariable(name: "cse_v25", scope: !99, file: !1, type: !140)
+!224 = !DILocalVariable(name: "cse_v33", scope: !99, file: !1, type: !140)
+!225 = !DILocalVariable(name: "cse_v30", scope: !99, file: !1, type: !140)
+!226 = !DILocalVariable(name: "alpha", scope: !99, file: !1, type: !139)
+!227 = !DILocalVariable(name: "cse_v14", scope: !99, file: !1, type: !140)
+!228 = !DILocalVariable(name: "cse_v31", scope: !99, file: !1, type: !140)
+!229 = !DILocalVariable(name: "cse_v26", scope: !99, file: !1, type: !140)
+!230 = !DILocalVariable(name: "previous", scope: !99, file: !1, type: !140)
+!231 = !DILocalVariable(name: "cse_v11", scope: !99, file: !1, type: !8)
+!232 = !DILocalVariable(name: "cse_v24", scope: !99, file: !1, type: !8)
+!233 = distinct !{!233, !234}
+!234 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!235 = !DILocation(line: 125, column: 29, scope: !99, inlinedAt: !133)
+!236 = distinct !{!236, !237}
+!237 = !{!"llvm.loop.estimated_trip_count", i32 131072}
+!238 = distinct !DISubprogram(name: "__tvm_ffi_merge_partials", scope: !1, file: !1, type: !6, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !239)
+!239 = !{!240, !241, !242, !243}
+!240 = !DILocalVariable(name: "self_handle", arg: 1, scope: !238, file: !1, type: !9)
+!241 = !DILocalVariable(name: "args", arg: 2, scope: !238, file: !1, type: !9)
+!242 = !DILocalVariable(name: "num_args", arg: 3, scope: !238, file: !1, type: !8)
+!243 = !DILocalVariable(name: "result", arg: 4, scope: !238, file: !1, type: !9)
+!244 = !DILocation(line: 0, scope: !245, inlinedAt: !265)
+!245 = distinct !DISubprogram(name: "merge_partials_compute_", scope: !1, file: !1, type: !246, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !248)
+!246 = !DISubroutineType(types: !247)
+!247 = !{!8, !8, !56, !95, !95, !95, !95, !56, !56, !95, !56, !8, !8, !8, !8, !8, !56}
+!248 = !{!249, !250, !251, !252, !253, !254, !255, !256, !257, !258, !259, !260, !261, !262, !263, !264}
+!249 = !DILocalVariable(name: "dev_id", arg: 1, scope: !245, file: !1, type: !8)
+!250 = !DILocalVariable(name: "slots", arg: 2, scope: !245, file: !1, type: !56)
+!251 = !DILocalVariable(name: "partial_max", arg: 3, scope: !245, file: !1, type: !95)
+!252 = !DILocalVariable(name: "partial_sum", arg: 4, scope: !245, file: !1, type: !95)
+!253 = !DILocalVariable(name: "partial_acc", arg: 5, scope: !245, file: !1, type: !95)
+!254 = !DILocalVariable(name: "out", arg: 6, scope: !245, file: !1, type: !95)
+!255 = !DILocalVariable(name: "out_batch", arg: 7, scope: !245, file: !1, type: !56)
+!256 = !DILocalVariable(name: "batch", arg: 8, scope: !245, file: !1, type: !56)
+!257 = !DILocalVariable(name: "lse", arg: 9, scope: !245, file: !1, type: !95)
+!258 = !DILocalVariable(name: "lse_batch", arg: 10, scope: !245, file: !1, type: !56)
+!259 = !DILocalVariable(name: "num_partials", arg: 11, scope: !245, file: !1, type: !8)
+!260 = !DILocalVariable(name: "partial_start", arg: 12, scope: !245, file: !1, type: !8)
+!261 = !DILocalVariable(name: "seq", arg: 13, scope: !245, file: !1, type: !8)
+!262 = !DILocalVariable(name: "head_start", arg: 14, scope: !245, file: !1, type: !8)
+!263 = !DILocalVariable(name: "num_rows", arg: 15, scope: !245, file: !1, type: !8)
+!264 = !DILocalVariable(name: "out_head", arg: 16, scope: !245, file: !1, type: !56)
+!265 = distinct !DILocation(line: 0, scope: !238)
+!266 = !DILocation(line: 0, scope: !238)
+!267 = !DILocalVariable(name: "partial_max.type_index", scope: !238, file: !1, type: !8)
+!268 = !DILocalVariable(name: "partial_max.handle", scope: !238, file: !1, type: !9)
+!269 = !DILocalVariable(name: "partial_sum.type_index", scope: !238, file: !1, type: !8)
+!270 = !DILocalVariable(name: "partial_sum.handle", scope: !238, file: !1, type: !9)
+!271 = !DILocalVariable(name: "partial_acc.type_index", scope: !238, file: !1, type: !8)
+!272 = !DILocalVariable(name: "partial_acc.handle", scope: !238, file: !1, type: !9)
+!273 = !DILocalVariable(name: "out.type_index", scope: !238, file: !1, type: !8)
+!274 = !DILocalVariable(name: "out.handle", scope: !238, file: !1, type: !9)
+!275 = !DILocalVariable(name: "lse.type_index", scope: !238, file: !1, type: !8)
+!276 = !DILocalVariable(name: "lse.handle", scope: !238, file: !1, type: !9)
+!277 = !DILocalVariable(name: "seq.type_index", scope: !238, file: !1, type: !8)
+!278 = !DILocalVariable(name: "seq", scope: !238, file: !1, type: !8)
+!279 = !DILocalVariable(name: "head_start.type_index", scope: !238, file: !1, type: !8)
+!280 = !DILocalVariable(name: "head_start", scope: !238, file: !1, type: !8)
+!281 = !DILocalVariable(name: "num_rows.type_index", scope: !238, file: !1, type: !8)
+!282 = !DILocalVariable(name: "num_rows", scope: !238, file: !1, type: !8)
+!283 = !DILocalVariable(name: "partial_start.type_index", scope: !238, file: !1, type: !8)
+!284 = !DILocalVariable(name: "partial_start", scope: !238, file: !1, type: !8)
+!285 = !DILocalVariable(name: "num_partials.type_index", scope: !238, file: !1, type: !8)
+!286 = !DILocalVariable(name: "num_partials", scope: !238, file: !1, type: !8)
+!287 = !DILocalVariable(name: "merge_partials.partial_max_shape", scope: !238, file: !1, type: !55)
+!288 = !DILocalVariable(name: "slots", scope: !238, file: !1, type: !56)
+!289 = !DILocalVariable(name: "merge_partials.partial_max_strides", scope: !238, file: !1, type: !55)
+!290 = !DILocalVariable(name: "dev_id", scope: !238, file: !1, type: !8)
+!291 = !DILocalVariable(name: "merge_partials.partial_sum_shape", scope: !238, file: !1, type: !55)
+!292 = !DILocalVariable(name: "merge_partials.partial_sum_strides", scope: !238, file: !1, type: !55)
+!293 = !DILocalVariable(name: "merge_partials.partial_acc_shape", scope: !238, file: !1, type: !55)
+!294 = !DILocalVariable(name: "merge_partials.partial_acc_strides", scope: !238, file: !1, type: !55)
+!295 = !DILocalVariable(name: "merge_partials.out_shape", scope: !238, file: !1, type: !55)
+!296 = !DILocalVariable(name: "batch", scope: !238, file: !1, type: !56)
+!297 = !DILocalVariable(name: "merge_partials.out_strides", scope: !238, file: !1, type: !55)
+!298 = !DILocalVariable(name: "out_head", scope: !238, file: !1, type: !56)
+!299 = !DILocalVariable(name: "out_batch", scope: !238, file: !1, type: !56)
+!300 = !DILocalVariable(name: "merge_partials.lse_shape", scope: !238, file: !1, type: !55)
+!301 = !DILocalVariable(name: "merge_partials.lse_strides", scope: !238, file: !1, type: !55)
+!302 = !DILocalVariable(name: "lse_batch", scope: !238, file: !1, type: !56)
+!303 = !DILocalVariable(name: "partial_max", scope: !238, file: !1, type: !95)
+!304 = !DILocalVariable(name: "partial_sum", scope: !238, file: !1, type: !95)
+!305 = !DILocalVariable(name: "partial_acc", scope: !238, file: !1, type: !95)
+!306 = !DILocalVariable(name: "out", scope: !238, file: !1, type: !95)
+!307 = !DILocalVariable(name: "lse", scope: !238, file: !1, type: !95)
+!308 = !DILocalVariable(name: "row_max", scope: !245, file: !1, type: !95)
+!309 = !DILocalVariable(name: "row_sum", scope: !245, file: !1, type: !95)
+!310 = !DILocalVariable(name: "acc", scope: !245, file: !1, type: !95)
+!311 = !DILocalVariable(name: "cse_v1", scope: !245, file: !1, type: !56)
+!312 = !DILocalVariable(name: "partial_max", scope: !245, file: !1, type: !95)
+!313 = !DILocalVariable(name: "partial_sum", scope: !245, file: !1, type: !95)
+!314 = !DILocalVariable(name: "partial_acc", scope: !245, file: !1, type: !95)
+!315 = !DILocalVariable(name: "out", scope: !245, file: !1, type: !95)
+!316 = !DILocalVariable(name: "lse", scope: !245, file: !1, type: !95)
+!317 = !DILocalVariable(name: "step", scope: !245, file: !1, type: !8)
+!318 = !DILocalVariable(name: "d", scope: !245, file: !1, type: !8)
+!319 = !DILocalVariable(name: "slot", scope: !245, file: !1, type: !8)
+!320 = !DILocalVariable(name: "old_max", scope: !245, file: !1, type: !140)
+!321 = !DILocalVariable(name: "old_sum", scope: !245, file: !1, type: !140)
+!322 = !DILocalVariable(name: "cse_v2", scope: !245, file: !1, type: !56)
+!323 = !DILocalVariable(name: "cse_v3", scope: !245, file: !1, type: !56)
+!324 = !DILocalVariable(name: "cse_v12", scope: !245, file: !1, type: !56)
+!325 = !DILocalVariable(name: "both", scope: !245, file: !1, type: !140)
+!326 = !DILocalVariable(name: "old_or_both", scope: !245, file: !1, type: !140)
+!327 = !DILocalVariable(name: "m", scope: !245, file: !1, type: !140)
+!328 = !DILocalVariable(name: "new_max", scope: !245, file: !1, type: !139)
+!329 = !DILocalVariable(name: "cse_v4", scope: !245, file: !1, type: !140)
+!330 = !DILocalVariable(name: "arg", scope: !245, file: !1, type: !140)
+!331 = !DILocalVariable(name: "cse_v10", scope: !245, file: !1, type: !140)
+!332 = !DILocalVariable(name: "clamped", scope: !245, file: !1, type: !140)
+!333 = !DILocalVariable(name: "cse_v15", scope: !245, file: !1, type: !140)
+!334 = !DILocalVariable(name: "bits", scope: !245, file: !1, type: !204)
+!335 = !DILocalVariable(name: "n", scope: !245, file: !1, type: !140)
+!336 = !DILocalVariable(name: "f", scope: !245, file: !1, type: !140)
+!337 = !DILocalVariable(name: "high", scope: !245, file: !1, type: !140)
+!338 = !DILocalVariable(name: "series", scope: !245, file: !1, type: !140)
+!339 = !DILocalVariable(name: "power", scope: !245, file: !1, type: !140)
+!340 = !DILocalVariable(name: "cse_v13", scope: !245, file: !1, type: !140)
+!341 = !DILocalVariable(name: "alpha", scope: !245, file: !1, type: !139)
+!342 = !DILocalVariable(name: "cse_v5", scope: !245, file: !1, type: !140)
+!343 = !DILocalVariable(name: "cse_v14", scope: !245, file: !1, type: !140)
+!344 = !DILocalVariable(name: "cse_v11", scope: !245, file: !1, type: !140)
+!345 = !DILocalVariable(name: "beta", scope: !245, file: !1, type: !139)
+!346 = !DILocalVariable(name: "previous", scope: !245, file: !1, type: !140)
+!347 = !DILocalVariable(name: "new_sum", scope: !245, file: !1, type: !139)
+!348 = !DILocalVariable(name: "cse_v6", scope: !245, file: !1, type: !8)
+!349 = distinct !{!349, !350}
+!350 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!351 = distinct !{!351, !350}
+!352 = !DILocalVariable(name: "cse_v7", scope: !245, file: !1, type: !8)
+!353 = !DILocation(line: 62, column: 21, scope: !245, inlinedAt: !265)
+!354 = distinct !{!354, !350}
+!355 = !DILocalVariable(name: "cse_v8", scope: !245, file: !1, type: !56)
+!356 = !DILocalVariable(name: "cse_v9", scope: !245, file: !1, type: !56)
+!357 = !DILocalVariable(name: "r", scope: !245, file: !1, type: !8)
+!358 = !DILocation(line: 69, column: 21, scope: !245, inlinedAt: !265)
+!359 = !{!"branch_weights", i32 1, i32 127}
+!360 = !{!361}
+!361 = distinct !{!361, !362}
+!362 = distinct !{!362, !"LVerDomain"}
+!363 = !{!364}
+!364 = distinct !{!364, !362}
+!365 = !{!"branch_weights", i32 6096, i32 2147477552}
+!366 = !{!"branch_weights", i32 1, i32 0}
+!367 = distinct !{!367, !368, !369}
+!368 = !{!"llvm.loop.isvectorized", i32 1}
+!369 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!370 = !DILocation(line: 73, column: 21, scope: !245, inlinedAt: !265)
+!371 = !{!372, !372, i64 0}
+!372 = !{!"buffer0", !136, i64 0}
+!373 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!374 = !{!375, !375, i64 0}
+!375 = !{!"buffer1", !136, i64 0}
+!376 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!377 = distinct !{!377, !378, !379}
+!378 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!379 = !{!"llvm.loop.unroll.disable"}
+!380 = !{!"branch_weights", i32 8128, i32 2147475520}
+!381 = distinct !{!381, !382}
+!382 = !{!"llvm.loop.estimated_trip_count", i32 264208}

@@ -111,28 +111,37 @@ class Module:
                         with T.sblock("softmax_prepare"):
                             T.reads(scores[0, 0:132, 0:16])
                             T.writes(probs[0, 0:132, 0:16], tile_max[0, 0:16], tile_sum[0, 0:16])
+                            scaled = T.sblock_alloc_buffer((132, 16))
+                            for to, ti in T.grid(num_groups, 12):
+                                for r in T.vectorized(16):
+                                    with T.sblock("scaled"):
+                                        vt = T.axis.spatial(132, to * 12 + ti)
+                                        vr = T.axis.spatial(16, r)
+                                        T.reads(scores[0, vt, vr])
+                                        T.writes(scaled[vt, vr])
+                                        scaled[vt, vr] = T.Select(vt < valid_len, scores[0, vt, vr] * scale, T.float32("-inf"))
                             for r_init in T.vectorized(16):
                                 with T.sblock("tile_max_init"):
                                     vr = T.axis.spatial(16, r_init)
                                     T.reads()
                                     T.writes(tile_max[0, vr])
-                                    tile_max[0, vr] = T.Select(0 < valid_len, T.float32(-340282346638528859811704183484516925440.0), T.float32(-1000000000000000019884624838656.0))
+                                    tile_max[0, vr] = T.Select(0 < valid_len, T.float32("-inf"), T.float32(-1000000000000000019884624838656.0))
                             for to, ti in T.grid(num_groups, 12):
                                 for r in T.vectorized(16):
                                     with T.sblock("tile_max_update"):
                                         vt = T.axis.reduce(132, to * 12 + ti)
                                         vr = T.axis.spatial(16, r)
-                                        T.reads(tile_max[0, vr], scores[0, vt, vr])
+                                        T.reads(tile_max[0, vr], scaled[vt, vr])
                                         T.writes(tile_max[0, vr])
-                                        tile_max[0, vr] = T.max(tile_max[0, vr], T.Select(vt < valid_len, scores[0, vt, vr] * scale, T.float32(-340282346638528859811704183484516925440.0)))
+                                        tile_max[0, vr] = T.max(tile_max[0, vr], scaled[vt, vr])
                             for to, ti in T.grid(num_groups, 12):
                                 for r in T.vectorized(16):
                                     with T.sblock("probs"):
                                         vt = T.axis.spatial(132, to * 12 + ti)
                                         vr = T.axis.spatial(16, r)
-                                        T.reads(scores[0, vt, vr], tile_max[0, vr])
+                                        T.reads(scaled[vt, vr], tile_max[0, vr])
                                         T.writes(probs[0, vt, vr])
-                                        arg: T.let[T.float32] = scores[0, vt, vr] * scale - tile_max[0, vr]
+                                        arg: T.let[T.float32] = scaled[vt, vr] - tile_max[0, vr]
                                         clamped: T.let[T.float32] = T.Select(arg < T.float32(-87.0), T.float32(-87.0), arg)
                                         bits: T.let[T.int32] = T.reinterpret("int32", clamped * T.float32(1.4426950408889634) + T.float32(12582912.0))
                                         n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)

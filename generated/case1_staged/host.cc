@@ -17,6 +17,7 @@
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <functional>
@@ -85,6 +86,11 @@ class Inputs {
     if (args_[i].type_index == kTVMFFITensor) return *TVMFFITensorGetDLTensorPtr(args_[i].v_obj);
     throw Error{"TypeError", std::string(name) + ": expected an array, got tvm-ffi type index " +
                                  std::to_string(args_[i].type_index)};
+  }
+  // The tensor object of an argument, which owns its memory.
+  TVMFFIObjectHandle Object(int i) const {
+    if (args_[i].type_index == kTVMFFITensor) return args_[i].v_obj;
+    throw Error{"TypeError", "expected argument " + std::to_string(i) + " to be a tvm-ffi Tensor"};
   }
   int64_t Int(int i) const {
     if (args_[i].type_index == kTVMFFIInt) return args_[i].v_int64;
@@ -273,11 +279,9 @@ bool Same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.b
 
 // Check dtype, device, rank and shape (-1: any extent), the stride of the last axis, and alignment.
 Array CheckArray(const char* name, const DLTensor& given, DLDataType dtype, std::initializer_list<int64_t> expected,
-                 const std::string& expected_text, bool bfloat16_bits) {
+                 const std::string& expected_text) {
   const int ndim = given.ndim;
-  DLDataType actual = given.dtype;
-  if (bfloat16_bits && Same(actual, {kDLUInt, 16, 1})) actual = {kDLBfloat, 16, 1};
-  if (!Same(actual, dtype)) Fail("TypeError", name, "dtype " + Text(dtype), Text(actual));
+  if (!Same(given.dtype, dtype)) Fail("TypeError", name, "dtype " + Text(dtype), Text(given.dtype));
   if (given.device.device_type != kDLCPU) {
     Fail("ValueError", name, "an array in CPU memory (device type " + std::to_string(kDLCPU) + ")",
          "device type " + std::to_string(given.device.device_type));
@@ -385,10 +389,10 @@ Array AsNHD(Array cache) {
   return cache;
 }
 
-Arguments CheckArguments(const Inputs& in, double scale, int64_t bfloat16_bits, int64_t num_threads) {
+Arguments CheckArguments(const Inputs& in, double scale, int64_t num_threads) {
   auto check = [&](int index, const char* name, DLDataType dtype, std::initializer_list<int64_t> shape,
                    const std::string& shape_text) {
-    return CheckArray(name, in.Tensor(index, name), dtype, shape, shape_text, (bfloat16_bits >> index & 1) != 0);
+    return CheckArray(name, in.Tensor(index, name), dtype, shape, shape_text);
   };
   const std::string heads = ", 16", cache_text = "[num_blocks, 128, 1, 128]";
   Arguments args;
@@ -407,7 +411,11 @@ Arguments CheckArguments(const Inputs& in, double scale, int64_t bfloat16_bits, 
   args.out = check(5, "out", kOutDType, {args.batch, kNumHeads, kHeadDim}, batch + heads + ", 128]");
   const bool has_lse = !in.IsNone(6);
   if (has_lse) args.lse = check(6, "lse", kFloat32, {args.batch, kNumHeads}, batch + heads + "]");
-  if (!std::isfinite(static_cast<float>(scale))) Fail("ValueError", "scale", "a finite float32", std::to_string(scale));
+  if (!std::isfinite(static_cast<float>(scale))) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%g", scale);
+    Fail("ValueError", "scale", "a finite float32", text);
+  }
   if (num_threads < 1) Fail("ValueError", "num_threads", "at least 1", std::to_string(num_threads));
   struct Named {
     const char* name;
@@ -694,14 +702,13 @@ void RunItem(const WorkItem& item, const Arguments& args, float scale, const Par
 
 // ---------------------------------------------------------------- entry points
 
-// decode(query, key_cache, value_cache, block_table, context_lens, out, lse or None, scale, bfloat16_bits, num_threads):
-// attention of one query token per sequence. Everything is checked before anything is written. Bit i of bfloat16_bits says
-// that array i of the arguments holds bfloat16 but is declared uint16, as arrays of libraries without bfloat16 are.
+// decode(query, key_cache, value_cache, block_table, context_lens, out, lse or None, scale, num_threads): attention of one
+// query token per sequence. Everything is checked before anything is written.
 void Decode(const Inputs& in) {
   CheckCpuFeatures();
   const double scale = in.Float(7);
-  const int64_t num_threads = in.Int(9);
-  Arguments args = CheckArguments(in, scale, in.Int(8), num_threads);
+  const int64_t num_threads = in.Int(8);
+  Arguments args = CheckArguments(in, scale, num_threads);
   const Plan plan = MakePlan(static_cast<const int32_t*>(args.context_lens.tensor.data), args.batch);
   const Partials partials = AllocatePartials(plan.num_ranges);
   const Borrowed unused_lse(call_workspace, args.lse.tensor.data == nullptr ? args.batch * kNumHeads : 0);
@@ -720,7 +727,7 @@ void Decode(const Inputs& in) {
 // plan(context_lens): the work items that decode would run, in the order in which they are dealt out, as text: one line
 // an item with batch_start num_seqs kv_head head_start num_rows block_begin block_end num_tokens.
 std::string PlanText(const Inputs& in) {
-  const Array lens = CheckArray("context_lens", in.Tensor(0, "context_lens"), kInt32, {-1}, "[batch]", false);
+  const Array lens = CheckArray("context_lens", in.Tensor(0, "context_lens"), kInt32, {-1}, "[batch]");
   const auto* values = static_cast<const int32_t*>(lens.tensor.data);
   for (int64_t seq = 0; seq < lens.shape[0]; ++seq) CheckContextLen(seq, values[seq], kMaxContextLen);
   std::string text;
@@ -734,16 +741,32 @@ std::string PlanText(const Inputs& in) {
   return text;
 }
 
+// view_as_bfloat16(tensor): the same memory, declared bfloat16 instead of uint16. For libraries that have no bfloat16 in
+// DLPack, as NumPy.
+void ViewAsBFloat16(const Inputs& in, TVMFFIAny* result) {
+  DLTensor view = in.Tensor(0, "tensor");
+  if (!Same(view.dtype, {kDLUInt, 16, 1})) Fail("TypeError", "tensor", "dtype uint16", Text(view.dtype));
+  view.dtype = {kDLBfloat, 16, 1};
+  TVMFFIObjectHandle handle = nullptr;
+  if (TVMFFITensorCreateUnsafeView(in.Object(0), &view, &handle) != 0) throw Error{"RuntimeError", TakeRaisedMessage()};
+  result->type_index = kTVMFFITensor;
+  result->v_obj = static_cast<TVMFFIObject*>(handle);
+}
+
 }  // namespace
 
 #define PA_EXPORT extern "C" __attribute__((visibility("default")))
 
 PA_EXPORT int __tvm_ffi_decode(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny*) {
-  return Guarded([&] { Decode(Inputs(args, num_args, 10)); });
+  return Guarded([&] { Decode(Inputs(args, num_args, 9)); });
 }
 
 PA_EXPORT int __tvm_ffi_plan(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
   return Guarded([&] { ReturnText(PlanText(Inputs(args, num_args, 1)), result); });
+}
+
+PA_EXPORT int __tvm_ffi_view_as_bfloat16(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
+  return Guarded([&] { ViewAsBFloat16(Inputs(args, num_args, 1), result); });
 }
 
 PA_EXPORT int __tvm_ffi_manifest(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {

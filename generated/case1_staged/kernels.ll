@@ -5892,8 +5892,8 @@ entry:
   %0 = icmp eq i32 %num_args, 9, !dbg !484
   br i1 %0, label %assert_end, label %assert_fail, !dbg !484, !prof !41
 
-common.ret:                                       ; preds = %for_end_to13.i, %assert_end140, %assert_fail139, %assert_fail137, %assert_fail135, %assert_fail133, %assert_fail131, %assert_fail129, %assert_fail127, %assert_fail125, %assert_fail123, %assert_fail121, %assert_fail119, %assert_fail117, %assert_fail115, %assert_fail113, %assert_fail111, %assert_fail109, %assert_fail107, %assert_fail105, %assert_fail101, %assert_fail99, %assert_fail97, %assert_fail93, %assert_fail91, %assert_fail89, %assert_fail85, %assert_fail83, %assert_fail81, %assert_fail77, %assert_fail75, %assert_fail71, %assert_fail69, %assert_fail67, %assert_fail65, %assert_fail63, %assert_fail61, %assert_fail59, %assert_fail57, %assert_fail55, %assert_fail53, %assert_fail51, %assert_fail49, %assert_fail47, %assert_fail45, %assert_fail43, %assert_fail41, %assert_fail39, %assert_fail37, %assert_fail35, %assert_fail33, %assert_fail31, %assert_fail29, %assert_fail27, %assert_fail25, %assert_fail20, %assert_fail15, %assert_fail10, %assert_fail5, %assert_fail3, %assert_fail1, %assert_fail
-  %common.ret.op = phi i32 [ -1, %assert_fail ], [ -1, %assert_fail1 ], [ -1, %assert_fail3 ], [ -1, %assert_fail5 ], [ -1, %assert_fail10 ], [ -1, %assert_fail15 ], [ -1, %assert_fail20 ], [ -1, %assert_fail25 ], [ -1, %assert_fail27 ], [ -1, %assert_fail29 ], [ -1, %assert_fail31 ], [ -1, %assert_fail33 ], [ -1, %assert_fail35 ], [ -1, %assert_fail37 ], [ -1, %assert_fail39 ], [ -1, %assert_fail41 ], [ -1, %assert_fail43 ], [ -1, %assert_fail45 ], [ -1, %assert_fail47 ], [ -1, %assert_fail49 ], [ -1, %assert_fail51 ], [ -1, %assert_fail53 ], [ -1, %assert_fail55 ], [ -1, %assert_fail57 ], [ -1, %assert_fail59 ], [ -1, %assert_fail61 ], [ -1, %assert_fail63 ], [ -1, %assert_fail65 ], [ -1, %assert_fail67 ], [ -1, %assert_fail69 ], [ -1, %assert_fail71 ], [ -1, %assert_fail75 ], [ -1, %assert_fail77 ], [ -1, %assert_fail81 ], [ -1, %assert_fail83 ], [ -1, %assert_fail85 ], [ -1, %assert_fail89 ], [ -1, %assert_fail91 ], [ -1, %assert_fail93 ], [ -1, %assert_fail97 ], [ -1, %assert_fail99 ], [ -1, %assert_fail101 ], [ -1, %assert_fail105 ], [ -1, %assert_fail107 ], [ -1, %assert_fail109 ], [ -1, %assert_fail111 ], [ -1, %assert_fail113 ], [ -1, %assert_fail115 ], [ -1, %assert_fail117 ], [ -1, %assert_fail119 ], [ -1, %assert_fail121 ], [ -1, %assert_fail123 ], [ -1, %assert_fail125 ], [ -1, %assert_fail127 ], [ -1, %assert_fail129 ], [ -1, %assert_fail131 ], [ -1, %assert_fail133 ], [ -1, %assert_fail135 ], [ -1, %assert_fail137 ], [ -1, %assert_fail139 ], [ 0, %assert_end140 ], [ 0, %for_end_to13.i ]
+common.ret:                                       ; preds = %for_end_s.i, %assert_end140, %assert_fail139, %assert_fail137, %assert_fail135, %assert_fail133, %assert_fail131, %assert_fail129, %assert_fail127, %assert_fail125, %assert_fail123, %assert_fail121, %assert_fail119, %assert_fail117, %assert_fail115, %assert_fail113, %assert_fail111, %assert_fail109, %assert_fail107, %assert_fail105, %assert_fail101, %assert_fail99, %assert_fail97, %assert_fail93, %assert_fail91, %assert_fail89, %assert_fail85, %assert_fail83, %assert_fail81, %assert_fail77, %assert_fail75, %assert_fail71, %assert_fail69, %assert_fail67, %assert_fail65, %assert_fail63, %assert_fail61, %assert_fail59, %assert_fail57, %assert_fail55, %assert_fail53, %assert_fail51, %assert_fail49, %assert_fail47, %assert_fail45, %assert_fail43, %assert_fail41, %assert_fail39, %assert_fail37, %assert_fail35, %assert_fail33, %assert_fail31, %assert_fail29, %assert_fail27, %assert_fail25, %assert_fail20, %assert_fail15, %assert_fail10, %assert_fail5, %assert_fail3, %assert_fail1, %assert_fail
+  %common.ret.op = phi i32 [ -1, %assert_fail ], [ -1, %assert_fail1 ], [ -1, %assert_fail3 ], [ -1, %assert_fail5 ], [ -1, %assert_fail10 ], [ -1, %assert_fail15 ], [ -1, %assert_fail20 ], [ -1, %assert_fail25 ], [ -1, %assert_fail27 ], [ -1, %assert_fail29 ], [ -1, %assert_fail31 ], [ -1, %assert_fail33 ], [ -1, %assert_fail35 ], [ -1, %assert_fail37 ], [ -1, %assert_fail39 ], [ -1, %assert_fail41 ], [ -1, %assert_fail43 ], [ -1, %assert_fail45 ], [ -1, %assert_fail47 ], [ -1, %assert_fail49 ], [ -1, %assert_fail51 ], [ -1, %assert_fail53 ], [ -1, %assert_fail55 ], [ -1, %assert_fail57 ], [ -1, %assert_fail59 ], [ -1, %assert_fail61 ], [ -1, %assert_fail63 ], [ -1, %assert_fail65 ], [ -1, %assert_fail67 ], [ -1, %assert_fail69 ], [ -1, %assert_fail71 ], [ -1, %assert_fail75 ], [ -1, %assert_fail77 ], [ -1, %assert_fail81 ], [ -1, %assert_fail83 ], [ -1, %assert_fail85 ], [ -1, %assert_fail89 ], [ -1, %assert_fail91 ], [ -1, %assert_fail93 ], [ -1, %assert_fail97 ], [ -1, %assert_fail99 ], [ -1, %assert_fail101 ], [ -1, %assert_fail105 ], [ -1, %assert_fail107 ], [ -1, %assert_fail109 ], [ -1, %assert_fail111 ], [ -1, %assert_fail113 ], [ -1, %assert_fail115 ], [ -1, %assert_fail117 ], [ -1, %assert_fail119 ], [ -1, %assert_fail121 ], [ -1, %assert_fail123 ], [ -1, %assert_fail125 ], [ -1, %assert_fail127 ], [ -1, %assert_fail129 ], [ -1, %assert_fail131 ], [ -1, %assert_fail133 ], [ -1, %assert_fail135 ], [ -1, %assert_fail137 ], [ -1, %assert_fail139 ], [ -1, %assert_end140 ], [ %..i, %for_end_s.i ]
   ret i32 %common.ret.op, !dbg !484
 
 assert_fail:                                      ; preds = %entry
@@ -6766,7 +6766,7 @@ assert_end140:                                    ; preds = %assert_end138
   call void @llvm.assume(i1 true) [ "align"(ptr %206, i64 64) ], !dbg !484
     #dbg_declare(ptr %216, !519, !DIExpression(), !484)
   call void @llvm.assume(i1 true) [ "align"(ptr %216, i64 64) ], !dbg !484
-    #dbg_declare(ptr %163, !520, !DIExpression(), !535)
+    #dbg_value(i32 %dev_id, !520, !DIExpression(), !535)
     #dbg_value(ptr %163, !525, !DIExpression(), !535)
     #dbg_value(i64 %batch, !526, !DIExpression(), !535)
     #dbg_value(ptr %181, !527, !DIExpression(), !535)
@@ -6777,244 +6777,345 @@ assert_end140:                                    ; preds = %assert_end138
     #dbg_value(i64 %44, !532, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !535)
     #dbg_value(i32 %block_idx, !533, !DIExpression(), !535)
     #dbg_value(float %scale, !534, !DIExpression(), !535)
-  call void @llvm.assume(i1 true) [ "align"(ptr %163, i64 4) ], !dbg !535
-    #dbg_declare(ptr %181, !537, !DIExpression(), !535)
-  call void @llvm.assume(i1 true) [ "align"(ptr %181, i64 64) ], !dbg !535
-    #dbg_declare(ptr %196, !538, !DIExpression(), !535)
-  call void @llvm.assume(i1 true) [ "align"(ptr %196, i64 64) ], !dbg !535
-    #dbg_declare(ptr %206, !539, !DIExpression(), !535)
-  call void @llvm.assume(i1 true) [ "align"(ptr %206, i64 64) ], !dbg !535
-    #dbg_declare(ptr %216, !540, !DIExpression(), !535)
-  call void @llvm.assume(i1 true) [ "align"(ptr %216, i64 64) ], !dbg !535
-    #dbg_value(i32 0, !541, !DIExpression(), !535)
-  %268 = icmp sgt i32 %num_seqs, 0, !dbg !535
-  br i1 %268, label %for_body_s.lr.ph.i, label %common.ret, !dbg !535, !prof !99
+  %268 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !535, !tbaa !88
+  %scaled.i = tail call ptr %268(i32 1, i32 %dev_id, i64 8448, i32 2, i32 32), !dbg !535
+    #dbg_declare(ptr %scaled.i, !537, !DIExpression(), !535)
+  %269 = icmp eq ptr %scaled.i, null, !dbg !535
+  br i1 %269, label %common.ret, label %if_end.i, !dbg !535, !prof !41
 
-for_body_s.lr.ph.i:                               ; preds = %assert_end140
-  %269 = shl nsw i32 %block_idx, 7
+if_end.i:                                         ; preds = %assert_end140
+    #dbg_declare(ptr %163, !538, !DIExpression(), !535)
+  call void @llvm.assume(i1 true) [ "align"(ptr %163, i64 4) ], !dbg !535
+    #dbg_declare(ptr %181, !539, !DIExpression(), !535)
+  call void @llvm.assume(i1 true) [ "align"(ptr %181, i64 64) ], !dbg !535
+    #dbg_declare(ptr %196, !540, !DIExpression(), !535)
+  call void @llvm.assume(i1 true) [ "align"(ptr %196, i64 64) ], !dbg !535
+    #dbg_declare(ptr %206, !541, !DIExpression(), !535)
+  call void @llvm.assume(i1 true) [ "align"(ptr %206, i64 64) ], !dbg !535
+    #dbg_declare(ptr %216, !542, !DIExpression(), !535)
+  call void @llvm.assume(i1 true) [ "align"(ptr %216, i64 64) ], !dbg !535
+    #dbg_value(i32 0, !543, !DIExpression(), !535)
+  %270 = icmp sgt i32 %num_seqs, 0, !dbg !535
+  br i1 %270, label %for_body_s.lr.ph.i, label %for_end_s.i, !dbg !535, !prof !99
+
+for_body_s.lr.ph.i:                               ; preds = %if_end.i
+  %271 = shl nsw i32 %block_idx, 7
   %sext = shl i64 %44, 32
-  %270 = ashr exact i64 %sext, 30
-  %271 = getelementptr i8, ptr %163, i64 %270
-  %272 = insertelement <16 x float> poison, float %scale, i64 0
-  %273 = shufflevector <16 x float> %272, <16 x float> poison, <16 x i32> zeroinitializer
+  %272 = ashr exact i64 %sext, 30
+  %273 = getelementptr i8, ptr %163, i64 %272
+  %274 = insertelement <16 x float> poison, float %scale, i64 0
+  %275 = shufflevector <16 x float> %274, <16 x float> poison, <16 x i32> zeroinitializer
   %wide.trip.count.i = and i64 %49, 2147483647, !dbg !535
   br label %for_body_s.i, !dbg !535
 
-for_body_s.i:                                     ; preds = %for_end_to13.i, %for_body_s.lr.ph.i
-  %indvars.iv58.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next59.i, %for_end_to13.i ]
-    #dbg_value(i64 %indvars.iv58.i, !541, !DIExpression(), !535)
-  %274 = getelementptr i32, ptr %271, i64 %indvars.iv58.i, !dbg !542
-  %275 = load i32, ptr %274, align 4, !dbg !542, !tbaa !108
-  %276 = sub nsw i32 %275, %269, !dbg !542
-  %277 = icmp sgt i32 %276, 0, !dbg !542
-  %278 = tail call i32 @llvm.smax.i32(i32 %276, i32 0), !dbg !542
-  %279 = tail call i32 @llvm.umin.i32(i32 %278, i32 128), !dbg !542
-    #dbg_value(i32 %279, !543, !DIExpression(), !535)
-  %280 = shl nsw i64 %indvars.iv58.i, 4, !dbg !535
-    #dbg_value(i64 %280, !544, !DIExpression(), !535)
-  %281 = select i1 %277, float 0xC7EFFFFFE0000000, float 0xC6293E5940000000, !dbg !535
-  %282 = insertelement <16 x float> poison, float %281, i64 0, !dbg !535
-  %283 = shufflevector <16 x float> %282, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !535
-  %284 = getelementptr inbounds nuw float, ptr %206, i64 %280, !dbg !535
-  store <16 x float> %283, ptr %284, align 64, !dbg !535, !tbaa !108
-  %285 = mul nuw nsw i64 %indvars.iv58.i, 2112, !dbg !535
-    #dbg_value(i64 %285, !545, !DIExpression(), !535)
-    #dbg_value(i32 0, !546, !DIExpression(), !535)
-  %286 = zext nneg i32 %279 to i64, !dbg !535
-  %invariant.gep.i = getelementptr inbounds nuw float, ptr %181, i64 %285, !dbg !535
+for_body_s.i:                                     ; preds = %for_end_to23.i, %for_body_s.lr.ph.i
+  %indvars.iv82.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next83.i, %for_end_to23.i ]
+    #dbg_value(i64 %indvars.iv82.i, !543, !DIExpression(), !535)
+  %276 = getelementptr i32, ptr %273, i64 %indvars.iv82.i, !dbg !544
+  %277 = load i32, ptr %276, align 4, !dbg !544, !tbaa !108
+  %278 = sub nsw i32 %277, %271, !dbg !544
+  %279 = tail call i32 @llvm.smax.i32(i32 %278, i32 0), !dbg !544
+  %280 = tail call i32 @llvm.umin.i32(i32 %279, i32 128), !dbg !544
+    #dbg_value(i32 %280, !545, !DIExpression(), !535)
+  %281 = mul nuw nsw i64 %indvars.iv82.i, 2112, !dbg !535
+    #dbg_value(i64 %281, !546, !DIExpression(), !535)
+    #dbg_value(i32 0, !547, !DIExpression(), !535)
+  %282 = zext nneg i32 %280 to i64, !dbg !535
+  %invariant.gep.i = getelementptr inbounds nuw float, ptr %181, i64 %281, !dbg !535
   br label %for_begin_ti.preheader.i, !dbg !535
 
+for_end_s.i:                                      ; preds = %for_end_to23.i, %if_end.i
+  %283 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !535, !tbaa !88
+  %284 = tail call i32 %283(i32 1, i32 %dev_id, ptr nonnull %scaled.i), !dbg !535
+  %.not.i = icmp ne i32 %284, 0, !dbg !535
+  %..i = sext i1 %.not.i to i32, !dbg !535
+  br label %common.ret, !dbg !535
+
 for_begin_ti.preheader.i:                         ; preds = %for_end_ti.i, %for_body_s.i
-  %indvars.iv37.i = phi i64 [ 0, %for_body_s.i ], [ %indvars.iv.next38.i, %for_end_ti.i ]
-  %.promoted2324.i = phi <16 x float> [ %283, %for_body_s.i ], [ %298, %for_end_ti.i ]
-    #dbg_value(i64 %indvars.iv37.i, !546, !DIExpression(), !535)
-  %287 = mul nuw nsw i64 %indvars.iv37.i, 12
-    #dbg_value(i32 0, !547, !DIExpression(), !535)
-  %.idx.i = mul nuw nsw i64 %indvars.iv37.i, 768
+  %indvars.iv53.i = phi i64 [ 0, %for_body_s.i ], [ %indvars.iv.next54.i, %for_end_ti.i ]
+    #dbg_value(i64 %indvars.iv53.i, !547, !DIExpression(), !535)
+  %285 = mul nuw nsw i64 %indvars.iv53.i, 12
+    #dbg_value(i32 0, !548, !DIExpression(), !535)
+  %.idx.i = mul nuw nsw i64 %indvars.iv53.i, 768
   %gep.i = getelementptr inbounds nuw i8, ptr %invariant.gep.i, i64 %.idx.i
   br label %for_body_ti.i, !dbg !535
 
+for_end_to.i:                                     ; preds = %for_end_ti.i
+  %286 = icmp sgt i32 %278, 0, !dbg !544
+  %287 = shl nsw i64 %indvars.iv82.i, 4, !dbg !535
+    #dbg_value(i64 %287, !549, !DIExpression(), !535)
+  %288 = select i1 %286, float 0xFFF0000000000000, float 0xC6293E5940000000, !dbg !535
+  %289 = insertelement <16 x float> poison, float %288, i64 0, !dbg !535
+  %290 = shufflevector <16 x float> %289, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !535
+  %291 = getelementptr inbounds nuw float, ptr %206, i64 %287, !dbg !535
+  store <16 x float> %290, ptr %291, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i32 0, !547, !DIExpression(), !535)
+  br label %for_begin_ti6.preheader.i, !dbg !535
+
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_begin_ti.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_ti.preheader.i ], [ %indvars.iv.next.i, %for_body_ti.i ]
-  %288 = phi <16 x float> [ %.promoted2324.i, %for_begin_ti.preheader.i ], [ %298, %for_body_ti.i ]
-    #dbg_value(i64 %indvars.iv.i, !547, !DIExpression(), !535)
-  %.idx64.i = shl nuw nsw i64 %indvars.iv.i, 6, !dbg !535
-  %289 = getelementptr inbounds nuw i8, ptr %gep.i, i64 %.idx64.i, !dbg !535
-  %290 = load <16 x float>, ptr %289, align 64, !dbg !535, !tbaa !108
-  %291 = fmul <16 x float> %273, %290, !dbg !535
-  %292 = add nuw nsw i64 %indvars.iv.i, %287, !dbg !535
-  %293 = icmp samesign ult i64 %292, %286, !dbg !535
-  %294 = insertelement <16 x i1> poison, i1 %293, i64 0, !dbg !535
-  %295 = shufflevector <16 x i1> %294, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !535
-  %296 = select <16 x i1> %295, <16 x float> %291, <16 x float> splat (float 0xC7EFFFFFE0000000), !dbg !535
-  %297 = fcmp ogt <16 x float> %288, %296, !dbg !535
-  %298 = select <16 x i1> %297, <16 x float> %288, <16 x float> %296, !dbg !535
-  store <16 x float> %298, ptr %284, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 %indvars.iv.i, !548, !DIExpression(), !535)
+  %292 = add nuw nsw i64 %indvars.iv.i, %285, !dbg !535
+    #dbg_value(i64 %292, !550, !DIExpression(), !535)
+  %.idx88.i = shl nuw nsw i64 %indvars.iv.i, 6, !dbg !535
+  %293 = getelementptr inbounds nuw i8, ptr %gep.i, i64 %.idx88.i, !dbg !535
+  %294 = load <16 x float>, ptr %293, align 64, !dbg !535, !tbaa !108
+  %295 = fmul <16 x float> %275, %294, !dbg !535
+  %296 = icmp samesign ult i64 %292, %282, !dbg !535
+  %297 = insertelement <16 x i1> poison, i1 %296, i64 0, !dbg !535
+  %298 = shufflevector <16 x i1> %297, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !535
+  %299 = select <16 x i1> %298, <16 x float> %295, <16 x float> splat (float 0xFFF0000000000000), !dbg !535
+  %300 = getelementptr inbounds nuw <16 x float>, ptr %scaled.i, i64 %292, !dbg !535
+  store <16 x float> %299, ptr %300, align 4, !dbg !535, !tbaa !108
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1, !dbg !535
-    #dbg_value(i64 %indvars.iv.next.i, !547, !DIExpression(), !535)
+    #dbg_value(i64 %indvars.iv.next.i, !548, !DIExpression(), !535)
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 12, !dbg !535
   br i1 %exitcond.not.i, label %for_end_ti.i, label %for_body_ti.i, !dbg !535, !prof !136
 
 for_end_ti.i:                                     ; preds = %for_body_ti.i
-  %indvars.iv.next38.i = add nuw nsw i64 %indvars.iv37.i, 1, !dbg !535
-    #dbg_value(i64 %indvars.iv.next38.i, !546, !DIExpression(), !535)
-  %exitcond40.not.i = icmp eq i64 %indvars.iv.next38.i, 11, !dbg !535
-  br i1 %exitcond40.not.i, label %for_begin_ti6.preheader.i, label %for_begin_ti.preheader.i, !dbg !535, !prof !136
+  %indvars.iv.next54.i = add nuw nsw i64 %indvars.iv53.i, 1, !dbg !535
+    #dbg_value(i64 %indvars.iv.next54.i, !547, !DIExpression(), !535)
+  %exitcond56.not.i = icmp eq i64 %indvars.iv.next54.i, 11, !dbg !535
+  br i1 %exitcond56.not.i, label %for_end_to.i, label %for_begin_ti.preheader.i, !dbg !535, !prof !136
 
-for_begin_ti6.preheader.i:                        ; preds = %for_end_ti.i, %for_end_ti8.i
-  %indvars.iv46.i = phi i64 [ %indvars.iv.next47.i, %for_end_ti8.i ], [ 0, %for_end_ti.i ]
-    #dbg_value(i64 %indvars.iv46.i, !546, !DIExpression(), !535)
-  %299 = mul nuw nsw i64 %indvars.iv46.i, 192
-  %300 = add nuw nsw i64 %299, %285
-  %301 = mul nuw nsw i64 %indvars.iv46.i, 12
-    #dbg_value(i32 0, !547, !DIExpression(), !535)
-  br label %for_body_ti7.i, !dbg !535
+for_begin_ti6.preheader.i:                        ; preds = %for_begin_ti6.preheader.i, %for_end_to.i
+  %indvars.iv61.i = phi i64 [ 0, %for_end_to.i ], [ %indvars.iv.next62.i, %for_begin_ti6.preheader.i ]
+  %.promoted3839.i = phi <16 x float> [ %290, %for_end_to.i ], [ %348, %for_begin_ti6.preheader.i ]
+    #dbg_value(i64 %indvars.iv61.i, !547, !DIExpression(), !535)
+    #dbg_value(i64 0, !548, !DIExpression(), !535)
+  %.idx = mul nuw nsw i64 %indvars.iv61.i, 768, !dbg !535
+  %301 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx, !dbg !535
+  %302 = load <16 x float>, ptr %301, align 4, !dbg !535, !tbaa !108
+  %303 = fcmp ogt <16 x float> %.promoted3839.i, %302, !dbg !535
+  %304 = select <16 x i1> %303, <16 x float> %.promoted3839.i, <16 x float> %302, !dbg !535
+  store <16 x float> %304, ptr %291, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 1, !548, !DIExpression(), !535)
+  %305 = getelementptr inbounds nuw i8, ptr %301, i64 64, !dbg !535
+  %306 = load <16 x float>, ptr %305, align 4, !dbg !535, !tbaa !108
+  %307 = fcmp ogt <16 x float> %304, %306, !dbg !535
+  %308 = select <16 x i1> %307, <16 x float> %304, <16 x float> %306, !dbg !535
+  store <16 x float> %308, ptr %291, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 2, !548, !DIExpression(), !535)
+  %309 = getelementptr inbounds nuw i8, ptr %301, i64 128, !dbg !535
+  %310 = load <16 x float>, ptr %309, align 4, !dbg !535, !tbaa !108
+  %311 = fcmp ogt <16 x float> %308, %310, !dbg !535
+  %312 = select <16 x i1> %311, <16 x float> %308, <16 x float> %310, !dbg !535
+  store <16 x float> %312, ptr %291, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 3, !548, !DIExpression(), !535)
+  %313 = getelementptr inbounds nuw i8, ptr %301, i64 192, !dbg !535
+  %314 = load <16 x float>, ptr %313, align 4, !dbg !535, !tbaa !108
+  %315 = fcmp ogt <16 x float> %312, %314, !dbg !535
+  %316 = select <16 x i1> %315, <16 x float> %312, <16 x float> %314, !dbg !535
+  store <16 x float> %316, ptr %291, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 4, !548, !DIExpression(), !535)
+  %317 = getelementptr inbounds nuw i8, ptr %301, i64 256, !dbg !535
+  %318 = load <16 x float>, ptr %317, align 4, !dbg !535, !tbaa !108
+  %319 = fcmp ogt <16 x float> %316, %318, !dbg !535
+  %320 = select <16 x i1> %319, <16 x float> %316, <16 x float> %318, !dbg !535
+  store <16 x float> %320, ptr %291, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 5, !548, !DIExpression(), !535)
+  %321 = getelementptr inbounds nuw i8, ptr %301, i64 320, !dbg !535
+  %322 = load <16 x float>, ptr %321, align 4, !dbg !535, !tbaa !108
+  %323 = fcmp ogt <16 x float> %320, %322, !dbg !535
+  %324 = select <16 x i1> %323, <16 x float> %320, <16 x float> %322, !dbg !535
+  store <16 x float> %324, ptr %291, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 6, !548, !DIExpression(), !535)
+  %325 = getelementptr inbounds nuw i8, ptr %301, i64 384, !dbg !535
+  %326 = load <16 x float>, ptr %325, align 4, !dbg !535, !tbaa !108
+  %327 = fcmp ogt <16 x float> %324, %326, !dbg !535
+  %328 = select <16 x i1> %327, <16 x float> %324, <16 x float> %326, !dbg !535
+  store <16 x float> %328, ptr %291, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 7, !548, !DIExpression(), !535)
+  %329 = getelementptr inbounds nuw i8, ptr %301, i64 448, !dbg !535
+  %330 = load <16 x float>, ptr %329, align 4, !dbg !535, !tbaa !108
+  %331 = fcmp ogt <16 x float> %328, %330, !dbg !535
+  %332 = select <16 x i1> %331, <16 x float> %328, <16 x float> %330, !dbg !535
+  store <16 x float> %332, ptr %291, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 8, !548, !DIExpression(), !535)
+  %333 = getelementptr inbounds nuw i8, ptr %301, i64 512, !dbg !535
+  %334 = load <16 x float>, ptr %333, align 4, !dbg !535, !tbaa !108
+  %335 = fcmp ogt <16 x float> %332, %334, !dbg !535
+  %336 = select <16 x i1> %335, <16 x float> %332, <16 x float> %334, !dbg !535
+  store <16 x float> %336, ptr %291, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 9, !548, !DIExpression(), !535)
+  %337 = getelementptr inbounds nuw i8, ptr %301, i64 576, !dbg !535
+  %338 = load <16 x float>, ptr %337, align 4, !dbg !535, !tbaa !108
+  %339 = fcmp ogt <16 x float> %336, %338, !dbg !535
+  %340 = select <16 x i1> %339, <16 x float> %336, <16 x float> %338, !dbg !535
+  store <16 x float> %340, ptr %291, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 10, !548, !DIExpression(), !535)
+  %341 = getelementptr inbounds nuw i8, ptr %301, i64 640, !dbg !535
+  %342 = load <16 x float>, ptr %341, align 4, !dbg !535, !tbaa !108
+  %343 = fcmp ogt <16 x float> %340, %342, !dbg !535
+  %344 = select <16 x i1> %343, <16 x float> %340, <16 x float> %342, !dbg !535
+  store <16 x float> %344, ptr %291, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 11, !548, !DIExpression(), !535)
+  %345 = getelementptr inbounds nuw i8, ptr %301, i64 704, !dbg !535
+  %346 = load <16 x float>, ptr %345, align 4, !dbg !535, !tbaa !108
+  %347 = fcmp ogt <16 x float> %344, %346, !dbg !535
+  %348 = select <16 x i1> %347, <16 x float> %344, <16 x float> %346, !dbg !535
+  store <16 x float> %348, ptr %291, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 12, !548, !DIExpression(), !535)
+  %indvars.iv.next62.i = add nuw nsw i64 %indvars.iv61.i, 1, !dbg !535
+    #dbg_value(i64 %indvars.iv.next62.i, !547, !DIExpression(), !535)
+  %exitcond64.not.i = icmp eq i64 %indvars.iv.next62.i, 11, !dbg !535
+  br i1 %exitcond64.not.i, label %for_begin_ti16.preheader.preheader.i, label %for_begin_ti6.preheader.i, !dbg !535, !prof !136
 
-for_end_to3.i:                                    ; preds = %for_end_ti8.i
-  %302 = getelementptr inbounds nuw float, ptr %216, i64 %280, !dbg !535
-  store <16 x float> zeroinitializer, ptr %302, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i32 0, !546, !DIExpression(), !535)
-  %invariant.gep = getelementptr inbounds nuw float, ptr %196, i64 %285, !dbg !535
+for_begin_ti16.preheader.preheader.i:             ; preds = %for_begin_ti6.preheader.i
+  %invariant.gep91.i = getelementptr inbounds nuw float, ptr %196, i64 %281, !dbg !535
   br label %for_begin_ti16.preheader.i, !dbg !535
 
-for_body_ti7.i:                                   ; preds = %for_body_ti7.i, %for_begin_ti6.preheader.i
-  %indvars.iv41.i = phi i64 [ 0, %for_begin_ti6.preheader.i ], [ %indvars.iv.next42.i, %for_body_ti7.i ]
-    #dbg_value(i64 %indvars.iv41.i, !547, !DIExpression(), !535)
-  %303 = shl nuw nsw i64 %indvars.iv41.i, 4, !dbg !535
-  %304 = add nuw nsw i64 %300, %303, !dbg !535
-    #dbg_value(i64 %304, !548, !DIExpression(), !535)
-  %305 = load <16 x float>, ptr %284, align 64, !dbg !535, !tbaa !108
-  %306 = getelementptr inbounds nuw float, ptr %181, i64 %304, !dbg !535
-  %307 = load <16 x float>, ptr %306, align 64, !dbg !535, !tbaa !108
-  %308 = fmul <16 x float> %273, %307, !dbg !535
-  %arg.i = fsub <16 x float> %308, %305, !dbg !535
-    #dbg_value(<16 x float> %arg.i, !549, !DIExpression(), !535)
-  %309 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01), !dbg !535
-    #dbg_value(<16 x float> poison, !550, !DIExpression(), !535)
-    #dbg_value(<16 x float> poison, !551, !DIExpression(), !535)
-    #dbg_value(<16 x float> poison, !552, !DIExpression(), !535)
+for_begin_ti16.preheader.i:                       ; preds = %for_end_ti18.i, %for_begin_ti16.preheader.preheader.i
+  %indvars.iv70.i = phi i64 [ 0, %for_begin_ti16.preheader.preheader.i ], [ %indvars.iv.next71.i, %for_end_ti18.i ]
+    #dbg_value(i64 %indvars.iv70.i, !547, !DIExpression(), !535)
+  %349 = mul nuw nsw i64 %indvars.iv70.i, 12
+    #dbg_value(i32 0, !548, !DIExpression(), !535)
+  %.idx89.i = mul nuw nsw i64 %indvars.iv70.i, 768
+  %gep92.i = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 %.idx89.i
+  br label %for_body_ti17.i, !dbg !535
+
+for_end_to13.i:                                   ; preds = %for_end_ti18.i
+  %350 = getelementptr inbounds nuw float, ptr %216, i64 %287, !dbg !535
+  store <16 x float> zeroinitializer, ptr %350, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i32 0, !547, !DIExpression(), !535)
+  br label %for_begin_ti26.preheader.i, !dbg !535
+
+for_body_ti17.i:                                  ; preds = %for_body_ti17.i, %for_begin_ti16.preheader.i
+  %indvars.iv65.i = phi i64 [ 0, %for_begin_ti16.preheader.i ], [ %indvars.iv.next66.i, %for_body_ti17.i ]
+    #dbg_value(i64 %indvars.iv65.i, !548, !DIExpression(), !535)
+  %351 = add nuw nsw i64 %indvars.iv65.i, %349, !dbg !535
+    #dbg_value(i64 %351, !551, !DIExpression(), !535)
+  %352 = load <16 x float>, ptr %291, align 64, !dbg !535, !tbaa !108
+  %353 = getelementptr inbounds nuw <16 x float>, ptr %scaled.i, i64 %351, !dbg !535
+  %354 = load <16 x float>, ptr %353, align 4, !dbg !535, !tbaa !108
+  %arg.i = fsub <16 x float> %354, %352, !dbg !535
+    #dbg_value(<16 x float> %arg.i, !552, !DIExpression(), !535)
+  %355 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01), !dbg !535
     #dbg_value(<16 x float> poison, !553, !DIExpression(), !535)
     #dbg_value(<16 x float> poison, !554, !DIExpression(), !535)
     #dbg_value(<16 x float> poison, !555, !DIExpression(), !535)
     #dbg_value(<16 x float> poison, !556, !DIExpression(), !535)
     #dbg_value(<16 x float> poison, !557, !DIExpression(), !535)
-    #dbg_value(!DIArgList(<16 x float> poison, <16 x i32> poison, <16 x i32> poison), !558, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !535)
-  %cse_v4.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !535
-    #dbg_value(<16 x float> %cse_v4.i, !559, !DIExpression(), !535)
-  %310 = bitcast <16 x float> %cse_v4.i to <16 x i32>, !dbg !535
-  %311 = shl <16 x i32> %310, splat (i32 23), !dbg !535
-  %312 = add <16 x i32> %311, splat (i32 1065353216), !dbg !535
-  %313 = bitcast <16 x i32> %312 to <16 x float>, !dbg !535
-  %314 = add nsw <16 x i32> %310, splat (i32 -1262485504), !dbg !535
-  %315 = sitofp <16 x i32> %314 to <16 x float>, !dbg !535
-  %316 = fmul <16 x float> %315, splat (float 0x3F2BD01060000000), !dbg !535
-  %317 = fmul <16 x float> %315, splat (float 0x3FE6300000000000), !dbg !535
-  %318 = fsub <16 x float> %arg.i, %317, !dbg !535
-  %319 = fadd <16 x float> %316, %318, !dbg !535
-  %320 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !535
-  %321 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %320, <16 x float> %319, <16 x float> splat (float 0x3F81112100000000)), !dbg !535
-  %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %319, <16 x float> splat (float 0x3FA5553820000000)), !dbg !535
-  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %322, <16 x float> %319, <16 x float> splat (float 0x3FC5555540000000)), !dbg !535
-  %324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %323, <16 x float> %319, <16 x float> splat (float 5.000000e-01)), !dbg !535
-  %325 = fmul <16 x float> %319, %324, !dbg !535
-  %326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %325, <16 x float> %319, <16 x float> %319), !dbg !535
-  %327 = fadd <16 x float> %326, splat (float 1.000000e+00), !dbg !535
-  %328 = fmul <16 x float> %327, %313, !dbg !535
-  %329 = select <16 x i1> %309, <16 x float> zeroinitializer, <16 x float> %328, !dbg !535
-  %330 = add nuw nsw i64 %indvars.iv41.i, %301, !dbg !535
-  %331 = icmp samesign ult i64 %330, %286, !dbg !535
-  %332 = insertelement <16 x i1> poison, i1 %331, i64 0, !dbg !535
-  %333 = shufflevector <16 x i1> %332, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !535
-  %334 = select <16 x i1> %333, <16 x float> %329, <16 x float> zeroinitializer, !dbg !535
-  %335 = getelementptr inbounds nuw float, ptr %196, i64 %304, !dbg !535
-  store <16 x float> %334, ptr %335, align 64, !dbg !535, !tbaa !108
-  %indvars.iv.next42.i = add nuw nsw i64 %indvars.iv41.i, 1, !dbg !535
-    #dbg_value(i64 %indvars.iv.next42.i, !547, !DIExpression(), !535)
-  %exitcond45.not.i = icmp eq i64 %indvars.iv.next42.i, 12, !dbg !535
-  br i1 %exitcond45.not.i, label %for_end_ti8.i, label %for_body_ti7.i, !dbg !535, !prof !136
+    #dbg_value(<16 x float> poison, !558, !DIExpression(), !535)
+    #dbg_value(<16 x float> poison, !559, !DIExpression(), !535)
+    #dbg_value(<16 x float> poison, !560, !DIExpression(), !535)
+    #dbg_value(!DIArgList(<16 x float> poison, <16 x i32> poison, <16 x i32> poison), !561, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !535)
+  %cse_v6.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !535
+    #dbg_value(<16 x float> %cse_v6.i, !562, !DIExpression(), !535)
+  %356 = bitcast <16 x float> %cse_v6.i to <16 x i32>, !dbg !535
+  %357 = shl <16 x i32> %356, splat (i32 23), !dbg !535
+  %358 = add <16 x i32> %357, splat (i32 1065353216), !dbg !535
+  %359 = bitcast <16 x i32> %358 to <16 x float>, !dbg !535
+  %360 = add nsw <16 x i32> %356, splat (i32 -1262485504), !dbg !535
+  %361 = sitofp <16 x i32> %360 to <16 x float>, !dbg !535
+  %362 = fmul <16 x float> %361, splat (float 0x3F2BD01060000000), !dbg !535
+  %363 = fmul <16 x float> %361, splat (float 0x3FE6300000000000), !dbg !535
+  %364 = fsub <16 x float> %arg.i, %363, !dbg !535
+  %365 = fadd <16 x float> %362, %364, !dbg !535
+  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %365, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !535
+  %367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %366, <16 x float> %365, <16 x float> splat (float 0x3F81112100000000)), !dbg !535
+  %368 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %367, <16 x float> %365, <16 x float> splat (float 0x3FA5553820000000)), !dbg !535
+  %369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %365, <16 x float> splat (float 0x3FC5555540000000)), !dbg !535
+  %370 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %369, <16 x float> %365, <16 x float> splat (float 5.000000e-01)), !dbg !535
+  %371 = fmul <16 x float> %365, %370, !dbg !535
+  %372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %371, <16 x float> %365, <16 x float> %365), !dbg !535
+  %373 = fadd <16 x float> %372, splat (float 1.000000e+00), !dbg !535
+  %374 = fmul <16 x float> %373, %359, !dbg !535
+  %375 = select <16 x i1> %355, <16 x float> zeroinitializer, <16 x float> %374, !dbg !535
+  %376 = icmp samesign ult i64 %351, %282, !dbg !535
+  %377 = insertelement <16 x i1> poison, i1 %376, i64 0, !dbg !535
+  %378 = shufflevector <16 x i1> %377, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !535
+  %379 = select <16 x i1> %378, <16 x float> %375, <16 x float> zeroinitializer, !dbg !535
+  %.idx90.i = shl nuw nsw i64 %indvars.iv65.i, 6, !dbg !535
+  %380 = getelementptr inbounds nuw i8, ptr %gep92.i, i64 %.idx90.i, !dbg !535
+  store <16 x float> %379, ptr %380, align 64, !dbg !535, !tbaa !108
+  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1, !dbg !535
+    #dbg_value(i64 %indvars.iv.next66.i, !548, !DIExpression(), !535)
+  %exitcond69.not.i = icmp eq i64 %indvars.iv.next66.i, 12, !dbg !535
+  br i1 %exitcond69.not.i, label %for_end_ti18.i, label %for_body_ti17.i, !dbg !535, !prof !136
 
-for_end_ti8.i:                                    ; preds = %for_body_ti7.i
-  %indvars.iv.next47.i = add nuw nsw i64 %indvars.iv46.i, 1, !dbg !535
-    #dbg_value(i64 %indvars.iv.next47.i, !546, !DIExpression(), !535)
-  %exitcond49.not.i = icmp eq i64 %indvars.iv.next47.i, 11, !dbg !535
-  br i1 %exitcond49.not.i, label %for_end_to3.i, label %for_begin_ti6.preheader.i, !dbg !535, !prof !136
+for_end_ti18.i:                                   ; preds = %for_body_ti17.i
+  %indvars.iv.next71.i = add nuw nsw i64 %indvars.iv70.i, 1, !dbg !535
+    #dbg_value(i64 %indvars.iv.next71.i, !547, !DIExpression(), !535)
+  %exitcond73.not.i = icmp eq i64 %indvars.iv.next71.i, 11, !dbg !535
+  br i1 %exitcond73.not.i, label %for_end_to13.i, label %for_begin_ti16.preheader.i, !dbg !535, !prof !136
 
-for_begin_ti16.preheader.i:                       ; preds = %for_begin_ti16.preheader.i, %for_end_to3.i
-  %indvars.iv54.i = phi i64 [ 0, %for_end_to3.i ], [ %indvars.iv.next55.i, %for_begin_ti16.preheader.i ]
-  %.promoted3032.i = phi <16 x float> [ zeroinitializer, %for_end_to3.i ], [ %370, %for_begin_ti16.preheader.i ]
-    #dbg_value(i64 %indvars.iv54.i, !546, !DIExpression(), !535)
-    #dbg_value(i64 0, !547, !DIExpression(), !535)
-  %.idx = mul nuw nsw i64 %indvars.iv54.i, 768, !dbg !535
-  %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx, !dbg !535
-  %336 = load <16 x float>, ptr %gep, align 64, !dbg !535, !tbaa !108
-  %337 = fadd <16 x float> %.promoted3032.i, %336, !dbg !535
-  store <16 x float> %337, ptr %302, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 1, !547, !DIExpression(), !535)
-  %338 = getelementptr inbounds nuw i8, ptr %gep, i64 64, !dbg !535
-  %339 = load <16 x float>, ptr %338, align 64, !dbg !535, !tbaa !108
-  %340 = fadd <16 x float> %337, %339, !dbg !535
-  store <16 x float> %340, ptr %302, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 2, !547, !DIExpression(), !535)
-  %341 = getelementptr inbounds nuw i8, ptr %gep, i64 128, !dbg !535
-  %342 = load <16 x float>, ptr %341, align 64, !dbg !535, !tbaa !108
-  %343 = fadd <16 x float> %340, %342, !dbg !535
-  store <16 x float> %343, ptr %302, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 3, !547, !DIExpression(), !535)
-  %344 = getelementptr inbounds nuw i8, ptr %gep, i64 192, !dbg !535
-  %345 = load <16 x float>, ptr %344, align 64, !dbg !535, !tbaa !108
-  %346 = fadd <16 x float> %343, %345, !dbg !535
-  store <16 x float> %346, ptr %302, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 4, !547, !DIExpression(), !535)
-  %347 = getelementptr inbounds nuw i8, ptr %gep, i64 256, !dbg !535
-  %348 = load <16 x float>, ptr %347, align 64, !dbg !535, !tbaa !108
-  %349 = fadd <16 x float> %346, %348, !dbg !535
-  store <16 x float> %349, ptr %302, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 5, !547, !DIExpression(), !535)
-  %350 = getelementptr inbounds nuw i8, ptr %gep, i64 320, !dbg !535
-  %351 = load <16 x float>, ptr %350, align 64, !dbg !535, !tbaa !108
-  %352 = fadd <16 x float> %349, %351, !dbg !535
-  store <16 x float> %352, ptr %302, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 6, !547, !DIExpression(), !535)
-  %353 = getelementptr inbounds nuw i8, ptr %gep, i64 384, !dbg !535
-  %354 = load <16 x float>, ptr %353, align 64, !dbg !535, !tbaa !108
-  %355 = fadd <16 x float> %352, %354, !dbg !535
-  store <16 x float> %355, ptr %302, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 7, !547, !DIExpression(), !535)
-  %356 = getelementptr inbounds nuw i8, ptr %gep, i64 448, !dbg !535
-  %357 = load <16 x float>, ptr %356, align 64, !dbg !535, !tbaa !108
-  %358 = fadd <16 x float> %355, %357, !dbg !535
-  store <16 x float> %358, ptr %302, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 8, !547, !DIExpression(), !535)
-  %359 = getelementptr inbounds nuw i8, ptr %gep, i64 512, !dbg !535
-  %360 = load <16 x float>, ptr %359, align 64, !dbg !535, !tbaa !108
-  %361 = fadd <16 x float> %358, %360, !dbg !535
-  store <16 x float> %361, ptr %302, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 9, !547, !DIExpression(), !535)
-  %362 = getelementptr inbounds nuw i8, ptr %gep, i64 576, !dbg !535
-  %363 = load <16 x float>, ptr %362, align 64, !dbg !535, !tbaa !108
-  %364 = fadd <16 x float> %361, %363, !dbg !535
-  store <16 x float> %364, ptr %302, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 10, !547, !DIExpression(), !535)
-  %365 = getelementptr inbounds nuw i8, ptr %gep, i64 640, !dbg !535
-  %366 = load <16 x float>, ptr %365, align 64, !dbg !535, !tbaa !108
-  %367 = fadd <16 x float> %364, %366, !dbg !535
-  store <16 x float> %367, ptr %302, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 11, !547, !DIExpression(), !535)
-  %368 = getelementptr inbounds nuw i8, ptr %gep, i64 704, !dbg !535
-  %369 = load <16 x float>, ptr %368, align 64, !dbg !535, !tbaa !108
-  %370 = fadd <16 x float> %367, %369, !dbg !535
-  store <16 x float> %370, ptr %302, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 12, !547, !DIExpression(), !535)
-  %indvars.iv.next55.i = add nuw nsw i64 %indvars.iv54.i, 1, !dbg !535
-    #dbg_value(i64 %indvars.iv.next55.i, !546, !DIExpression(), !535)
-  %exitcond57.not.i = icmp eq i64 %indvars.iv.next55.i, 11, !dbg !535
-  br i1 %exitcond57.not.i, label %for_end_to13.i, label %for_begin_ti16.preheader.i, !dbg !535, !prof !136
+for_begin_ti26.preheader.i:                       ; preds = %for_begin_ti26.preheader.i, %for_end_to13.i
+  %indvars.iv78.i = phi i64 [ 0, %for_end_to13.i ], [ %indvars.iv.next79.i, %for_begin_ti26.preheader.i ]
+  %.promoted4547.i = phi <16 x float> [ zeroinitializer, %for_end_to13.i ], [ %415, %for_begin_ti26.preheader.i ]
+    #dbg_value(i64 %indvars.iv78.i, !547, !DIExpression(), !535)
+    #dbg_value(i64 0, !548, !DIExpression(), !535)
+  %.idx159 = mul nuw nsw i64 %indvars.iv78.i, 768, !dbg !535
+  %gep = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 %.idx159, !dbg !535
+  %381 = load <16 x float>, ptr %gep, align 64, !dbg !535, !tbaa !108
+  %382 = fadd <16 x float> %.promoted4547.i, %381, !dbg !535
+  store <16 x float> %382, ptr %350, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 1, !548, !DIExpression(), !535)
+  %383 = getelementptr inbounds nuw i8, ptr %gep, i64 64, !dbg !535
+  %384 = load <16 x float>, ptr %383, align 64, !dbg !535, !tbaa !108
+  %385 = fadd <16 x float> %382, %384, !dbg !535
+  store <16 x float> %385, ptr %350, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 2, !548, !DIExpression(), !535)
+  %386 = getelementptr inbounds nuw i8, ptr %gep, i64 128, !dbg !535
+  %387 = load <16 x float>, ptr %386, align 64, !dbg !535, !tbaa !108
+  %388 = fadd <16 x float> %385, %387, !dbg !535
+  store <16 x float> %388, ptr %350, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 3, !548, !DIExpression(), !535)
+  %389 = getelementptr inbounds nuw i8, ptr %gep, i64 192, !dbg !535
+  %390 = load <16 x float>, ptr %389, align 64, !dbg !535, !tbaa !108
+  %391 = fadd <16 x float> %388, %390, !dbg !535
+  store <16 x float> %391, ptr %350, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 4, !548, !DIExpression(), !535)
+  %392 = getelementptr inbounds nuw i8, ptr %gep, i64 256, !dbg !535
+  %393 = load <16 x float>, ptr %392, align 64, !dbg !535, !tbaa !108
+  %394 = fadd <16 x float> %391, %393, !dbg !535
+  store <16 x float> %394, ptr %350, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 5, !548, !DIExpression(), !535)
+  %395 = getelementptr inbounds nuw i8, ptr %gep, i64 320, !dbg !535
+  %396 = load <16 x float>, ptr %395, align 64, !dbg !535, !tbaa !108
+  %397 = fadd <16 x float> %394, %396, !dbg !535
+  store <16 x float> %397, ptr %350, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 6, !548, !DIExpression(), !535)
+  %398 = getelementptr inbounds nuw i8, ptr %gep, i64 384, !dbg !535
+  %399 = load <16 x float>, ptr %398, align 64, !dbg !535, !tbaa !108
+  %400 = fadd <16 x float> %397, %399, !dbg !535
+  store <16 x float> %400, ptr %350, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 7, !548, !DIExpression(), !535)
+  %401 = getelementptr inbounds nuw i8, ptr %gep, i64 448, !dbg !535
+  %402 = load <16 x float>, ptr %401, align 64, !dbg !535, !tbaa !108
+  %403 = fadd <16 x float> %400, %402, !dbg !535
+  store <16 x float> %403, ptr %350, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 8, !548, !DIExpression(), !535)
+  %404 = getelementptr inbounds nuw i8, ptr %gep, i64 512, !dbg !535
+  %405 = load <16 x float>, ptr %404, align 64, !dbg !535, !tbaa !108
+  %406 = fadd <16 x float> %403, %405, !dbg !535
+  store <16 x float> %406, ptr %350, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 9, !548, !DIExpression(), !535)
+  %407 = getelementptr inbounds nuw i8, ptr %gep, i64 576, !dbg !535
+  %408 = load <16 x float>, ptr %407, align 64, !dbg !535, !tbaa !108
+  %409 = fadd <16 x float> %406, %408, !dbg !535
+  store <16 x float> %409, ptr %350, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 10, !548, !DIExpression(), !535)
+  %410 = getelementptr inbounds nuw i8, ptr %gep, i64 640, !dbg !535
+  %411 = load <16 x float>, ptr %410, align 64, !dbg !535, !tbaa !108
+  %412 = fadd <16 x float> %409, %411, !dbg !535
+  store <16 x float> %412, ptr %350, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 11, !548, !DIExpression(), !535)
+  %413 = getelementptr inbounds nuw i8, ptr %gep, i64 704, !dbg !535
+  %414 = load <16 x float>, ptr %413, align 64, !dbg !535, !tbaa !108
+  %415 = fadd <16 x float> %412, %414, !dbg !535
+  store <16 x float> %415, ptr %350, align 64, !dbg !535, !tbaa !108
+    #dbg_value(i64 12, !548, !DIExpression(), !535)
+  %indvars.iv.next79.i = add nuw nsw i64 %indvars.iv78.i, 1, !dbg !535
+    #dbg_value(i64 %indvars.iv.next79.i, !547, !DIExpression(), !535)
+  %exitcond81.not.i = icmp eq i64 %indvars.iv.next79.i, 11, !dbg !535
+  br i1 %exitcond81.not.i, label %for_end_to23.i, label %for_begin_ti26.preheader.i, !dbg !535, !prof !136
 
-for_end_to13.i:                                   ; preds = %for_begin_ti16.preheader.i
-  %indvars.iv.next59.i = add nuw nsw i64 %indvars.iv58.i, 1, !dbg !535
-    #dbg_value(i64 %indvars.iv.next59.i, !541, !DIExpression(), !535)
-  %exitcond63.not.i = icmp eq i64 %indvars.iv.next59.i, %wide.trip.count.i, !dbg !535
-  br i1 %exitcond63.not.i, label %common.ret, label %for_body_s.i, !dbg !535, !prof !140
+for_end_to23.i:                                   ; preds = %for_begin_ti26.preheader.i
+  %indvars.iv.next83.i = add nuw nsw i64 %indvars.iv82.i, 1, !dbg !535
+    #dbg_value(i64 %indvars.iv.next83.i, !543, !DIExpression(), !535)
+  %exitcond87.not.i = icmp eq i64 %indvars.iv.next83.i, %wide.trip.count.i, !dbg !535
+  br i1 %exitcond87.not.i, label %for_end_s.i, label %for_body_s.i, !dbg !535, !prof !140
 }
 
 ; Function Attrs: noinline
@@ -7786,43 +7887,46 @@ attributes #8 = { nocallback nofree nosync nounwind willreturn memory(read) }
 !517 = !DILocalVariable(name: "probs", scope: !478, file: !1, type: !20)
 !518 = !DILocalVariable(name: "tile_max", scope: !478, file: !1, type: !20)
 !519 = !DILocalVariable(name: "tile_sum", scope: !478, file: !1, type: !20)
-!520 = !DILocalVariable(name: "context_lens", scope: !521, file: !1, type: !324)
+!520 = !DILocalVariable(name: "dev_id", arg: 1, scope: !521, file: !1, type: !8)
 !521 = distinct !DISubprogram(name: "softmax_prepare_compute_", scope: !1, file: !1, type: !522, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !524)
 !522 = !DISubroutineType(types: !523)
-!523 = !{!8, !324, !19, !20, !20, !20, !20, !8, !8, !8, !21}
-!524 = !{!525, !526, !527, !528, !529, !530, !531, !532, !533, !534}
-!525 = !DILocalVariable(name: "context_lens", arg: 1, scope: !521, file: !1, type: !324)
-!526 = !DILocalVariable(name: "batch", arg: 2, scope: !521, file: !1, type: !19)
-!527 = !DILocalVariable(name: "scores", arg: 3, scope: !521, file: !1, type: !20)
-!528 = !DILocalVariable(name: "probs", arg: 4, scope: !521, file: !1, type: !20)
-!529 = !DILocalVariable(name: "tile_max", arg: 5, scope: !521, file: !1, type: !20)
-!530 = !DILocalVariable(name: "tile_sum", arg: 6, scope: !521, file: !1, type: !20)
-!531 = !DILocalVariable(name: "num_seqs", arg: 7, scope: !521, file: !1, type: !8)
-!532 = !DILocalVariable(name: "batch_start", arg: 8, scope: !521, file: !1, type: !8)
-!533 = !DILocalVariable(name: "block_idx", arg: 9, scope: !521, file: !1, type: !8)
-!534 = !DILocalVariable(name: "scale", arg: 10, scope: !521, file: !1, type: !21)
+!523 = !{!8, !8, !324, !19, !20, !20, !20, !20, !8, !8, !8, !21}
+!524 = !{!520, !525, !526, !527, !528, !529, !530, !531, !532, !533, !534}
+!525 = !DILocalVariable(name: "context_lens", arg: 2, scope: !521, file: !1, type: !324)
+!526 = !DILocalVariable(name: "batch", arg: 3, scope: !521, file: !1, type: !19)
+!527 = !DILocalVariable(name: "scores", arg: 4, scope: !521, file: !1, type: !20)
+!528 = !DILocalVariable(name: "probs", arg: 5, scope: !521, file: !1, type: !20)
+!529 = !DILocalVariable(name: "tile_max", arg: 6, scope: !521, file: !1, type: !20)
+!530 = !DILocalVariable(name: "tile_sum", arg: 7, scope: !521, file: !1, type: !20)
+!531 = !DILocalVariable(name: "num_seqs", arg: 8, scope: !521, file: !1, type: !8)
+!532 = !DILocalVariable(name: "batch_start", arg: 9, scope: !521, file: !1, type: !8)
+!533 = !DILocalVariable(name: "block_idx", arg: 10, scope: !521, file: !1, type: !8)
+!534 = !DILocalVariable(name: "scale", arg: 11, scope: !521, file: !1, type: !21)
 !535 = !DILocation(line: 0, scope: !521, inlinedAt: !536)
 !536 = distinct !DILocation(line: 0, scope: !478)
-!537 = !DILocalVariable(name: "scores", scope: !521, file: !1, type: !20)
-!538 = !DILocalVariable(name: "probs", scope: !521, file: !1, type: !20)
-!539 = !DILocalVariable(name: "tile_max", scope: !521, file: !1, type: !20)
-!540 = !DILocalVariable(name: "tile_sum", scope: !521, file: !1, type: !20)
-!541 = !DILocalVariable(name: "s", scope: !521, file: !1, type: !8)
-!542 = !DILocation(line: 103, column: 17, scope: !521, inlinedAt: !536)
-!543 = !DILocalVariable(name: "valid_len", scope: !521, file: !1, type: !8)
-!544 = !DILocalVariable(name: "cse_v1", scope: !521, file: !1, type: !8)
-!545 = !DILocalVariable(name: "cse_v2", scope: !521, file: !1, type: !8)
-!546 = !DILocalVariable(name: "to", scope: !521, file: !1, type: !8)
-!547 = !DILocalVariable(name: "ti", scope: !521, file: !1, type: !8)
-!548 = !DILocalVariable(name: "cse_v5", scope: !521, file: !1, type: !8)
-!549 = !DILocalVariable(name: "arg", scope: !521, file: !1, type: !103)
-!550 = !DILocalVariable(name: "cse_v3", scope: !521, file: !1, type: !103)
-!551 = !DILocalVariable(name: "clamped", scope: !521, file: !1, type: !103)
-!552 = !DILocalVariable(name: "cse_v6", scope: !521, file: !1, type: !103)
-!553 = !DILocalVariable(name: "bits", scope: !521, file: !1, type: !121)
-!554 = !DILocalVariable(name: "n", scope: !521, file: !1, type: !103)
-!555 = !DILocalVariable(name: "f", scope: !521, file: !1, type: !103)
-!556 = !DILocalVariable(name: "high", scope: !521, file: !1, type: !103)
-!557 = !DILocalVariable(name: "series", scope: !521, file: !1, type: !103)
-!558 = !DILocalVariable(name: "power", scope: !521, file: !1, type: !103)
-!559 = !DILocalVariable(name: "cse_v4", scope: !521, file: !1, type: !103)
+!537 = !DILocalVariable(name: "scaled", scope: !521, file: !1, type: !114)
+!538 = !DILocalVariable(name: "context_lens", scope: !521, file: !1, type: !324)
+!539 = !DILocalVariable(name: "scores", scope: !521, file: !1, type: !20)
+!540 = !DILocalVariable(name: "probs", scope: !521, file: !1, type: !20)
+!541 = !DILocalVariable(name: "tile_max", scope: !521, file: !1, type: !20)
+!542 = !DILocalVariable(name: "tile_sum", scope: !521, file: !1, type: !20)
+!543 = !DILocalVariable(name: "s", scope: !521, file: !1, type: !8)
+!544 = !DILocation(line: 103, column: 17, scope: !521, inlinedAt: !536)
+!545 = !DILocalVariable(name: "valid_len", scope: !521, file: !1, type: !8)
+!546 = !DILocalVariable(name: "cse_v1", scope: !521, file: !1, type: !8)
+!547 = !DILocalVariable(name: "to", scope: !521, file: !1, type: !8)
+!548 = !DILocalVariable(name: "ti", scope: !521, file: !1, type: !8)
+!549 = !DILocalVariable(name: "cse_v2", scope: !521, file: !1, type: !8)
+!550 = !DILocalVariable(name: "cse_v4", scope: !521, file: !1, type: !8)
+!551 = !DILocalVariable(name: "cse_v5", scope: !521, file: !1, type: !8)
+!552 = !DILocalVariable(name: "arg", scope: !521, file: !1, type: !103)
+!553 = !DILocalVariable(name: "cse_v3", scope: !521, file: !1, type: !103)
+!554 = !DILocalVariable(name: "clamped", scope: !521, file: !1, type: !103)
+!555 = !DILocalVariable(name: "cse_v7", scope: !521, file: !1, type: !103)
+!556 = !DILocalVariable(name: "bits", scope: !521, file: !1, type: !121)
+!557 = !DILocalVariable(name: "n", scope: !521, file: !1, type: !103)
+!558 = !DILocalVariable(name: "f", scope: !521, file: !1, type: !103)
+!559 = !DILocalVariable(name: "high", scope: !521, file: !1, type: !103)
+!560 = !DILocalVariable(name: "series", scope: !521, file: !1, type: !103)
+!561 = !DILocalVariable(name: "power", scope: !521, file: !1, type: !103)
+!562 = !DILocalVariable(name: "cse_v6", scope: !521, file: !1, type: !103)

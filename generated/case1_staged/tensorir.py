@@ -273,22 +273,30 @@ class Module:
                 with T.sblock("softmax_prepare"):
                     T.reads(scores[vs, 0:132, 0:16])
                     T.writes(probs[vs, 0:132, 0:16], tile_max[vs, 0:16], tile_sum[vs, 0:16])
+                    scaled = T.sblock_alloc_buffer((132, 16))
+                    for to, ti, r in T.grid(11, 12, 16):
+                        with T.sblock("scaled"):
+                            vt = T.axis.spatial(132, to * 12 + ti)
+                            vr = T.axis.spatial(16, r)
+                            T.reads(scores[vs, vt, vr])
+                            T.writes(scaled[vt, vr])
+                            scaled[vt, vr] = T.Select(vt < valid_len, scores[vs, vt, vr] * scale, T.float32("-inf"))
                     for to, ti, r in T.grid(11, 12, 16):
                         with T.sblock("tile_max"):
                             vt = T.axis.reduce(132, to * 12 + ti)
                             vr = T.axis.spatial(16, r)
-                            T.reads(scores[vs, vt, vr])
+                            T.reads(scaled[vt, vr])
                             T.writes(tile_max[vs, vr])
                             with T.init():
-                                tile_max[vs, vr] = T.Select(0 < valid_len, T.float32(-340282346638528859811704183484516925440.0), T.float32(-1000000000000000019884624838656.0))
-                            tile_max[vs, vr] = T.max(tile_max[vs, vr], T.Select(vt < valid_len, scores[vs, vt, vr] * scale, T.float32(-340282346638528859811704183484516925440.0)))
+                                tile_max[vs, vr] = T.Select(0 < valid_len, T.float32("-inf"), T.float32(-1000000000000000019884624838656.0))
+                            tile_max[vs, vr] = T.max(tile_max[vs, vr], scaled[vt, vr])
                     for to, ti, r in T.grid(11, 12, 16):
                         with T.sblock("probs"):
                             vt = T.axis.spatial(132, to * 12 + ti)
                             vr = T.axis.spatial(16, r)
-                            T.reads(scores[vs, vt, vr], tile_max[vs, vr])
+                            T.reads(scaled[vt, vr], tile_max[vs, vr])
                             T.writes(probs[vs, vt, vr])
-                            arg: T.let[T.float32] = scores[vs, vt, vr] * scale - tile_max[vs, vr]
+                            arg: T.let[T.float32] = scaled[vt, vr] - tile_max[vs, vr]
                             clamped: T.let[T.float32] = T.Select(arg < T.float32(-87.0), T.float32(-87.0), arg)
                             bits: T.let[T.int32] = T.reinterpret("int32", clamped * T.float32(1.4426950408889634) + T.float32(12582912.0))
                             n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)

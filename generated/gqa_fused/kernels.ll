@@ -132,8 +132,8 @@ entry:
   %0 = icmp eq i32 %num_args, 17, !dbg !15
   br i1 %0, label %assert_end, label %assert_fail, !dbg !15, !prof !16
 
-common.ret:                                       ; preds = %if_end104.i, %if_end101.i, %if_end98.i, %if_end95.i, %for_end_s.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %assert_end264, %assert_fail263, %assert_fail261, %assert_fail259, %assert_fail257, %assert_fail255, %assert_fail253, %assert_fail251, %assert_fail249, %assert_fail247, %assert_fail245, %assert_fail240, %assert_fail238, %assert_fail233, %assert_fail231, %assert_fail229, %assert_fail227, %assert_fail225, %assert_fail220, %assert_fail218, %assert_fail216, %assert_fail214, %assert_fail212, %assert_fail207, %assert_fail205, %assert_fail203, %assert_fail201, %assert_fail199, %assert_fail195, %assert_fail193, %assert_fail191, %assert_fail189, %assert_fail185, %assert_fail183, %assert_fail181, %assert_fail179, %assert_fail175, %assert_fail173, %assert_fail171, %assert_fail167, %assert_fail165, %assert_fail163, %assert_fail161, %assert_fail159, %assert_fail157, %assert_fail155, %assert_fail153, %assert_fail151, %assert_fail149, %assert_fail147, %assert_fail145, %assert_fail143, %assert_fail141, %assert_fail139, %assert_fail137, %assert_fail135, %assert_fail133, %assert_fail131, %assert_fail129, %assert_fail127, %assert_fail125, %assert_fail123, %assert_fail121, %assert_fail119, %assert_fail117, %assert_fail115, %assert_fail110, %assert_fail108, %assert_fail106, %assert_fail104, %assert_fail93, %assert_fail91, %assert_fail89, %assert_fail87, %assert_fail76, %assert_fail74, %assert_fail72, %assert_fail70, %assert_fail62, %assert_fail60, %assert_fail58, %assert_fail56, %assert_fail54, %assert_fail52, %assert_fail50, %assert_fail48, %assert_fail46, %assert_fail44, %assert_fail42, %assert_fail40, %assert_fail35, %assert_fail30, %assert_fail25, %assert_fail20, %assert_fail15, %assert_fail10, %assert_fail5, %assert_fail3, %assert_fail1, %assert_fail
-  %common.ret.op = phi i32 [ -1, %assert_fail ], [ -1, %assert_fail1 ], [ -1, %assert_fail3 ], [ -1, %assert_fail5 ], [ -1, %assert_fail10 ], [ -1, %assert_fail15 ], [ -1, %assert_fail20 ], [ -1, %assert_fail25 ], [ -1, %assert_fail30 ], [ -1, %assert_fail35 ], [ -1, %assert_fail40 ], [ -1, %assert_fail42 ], [ -1, %assert_fail44 ], [ -1, %assert_fail46 ], [ -1, %assert_fail48 ], [ -1, %assert_fail50 ], [ -1, %assert_fail52 ], [ -1, %assert_fail54 ], [ -1, %assert_fail56 ], [ -1, %assert_fail58 ], [ -1, %assert_fail60 ], [ -1, %assert_fail62 ], [ -1, %assert_fail70 ], [ -1, %assert_fail72 ], [ -1, %assert_fail74 ], [ -1, %assert_fail76 ], [ -1, %assert_fail87 ], [ -1, %assert_fail89 ], [ -1, %assert_fail91 ], [ -1, %assert_fail93 ], [ -1, %assert_fail104 ], [ -1, %assert_fail106 ], [ -1, %assert_fail108 ], [ -1, %assert_fail110 ], [ -1, %assert_fail115 ], [ -1, %assert_fail117 ], [ -1, %assert_fail119 ], [ -1, %assert_fail121 ], [ -1, %assert_fail123 ], [ -1, %assert_fail125 ], [ -1, %assert_fail127 ], [ -1, %assert_fail129 ], [ -1, %assert_fail131 ], [ -1, %assert_fail133 ], [ -1, %assert_fail135 ], [ -1, %assert_fail137 ], [ -1, %assert_fail139 ], [ -1, %assert_fail141 ], [ -1, %assert_fail143 ], [ -1, %assert_fail145 ], [ -1, %assert_fail147 ], [ -1, %assert_fail149 ], [ -1, %assert_fail151 ], [ -1, %assert_fail153 ], [ -1, %assert_fail155 ], [ -1, %assert_fail157 ], [ -1, %assert_fail159 ], [ -1, %assert_fail161 ], [ -1, %assert_fail163 ], [ -1, %assert_fail165 ], [ -1, %assert_fail167 ], [ -1, %assert_fail171 ], [ -1, %assert_fail173 ], [ -1, %assert_fail175 ], [ -1, %assert_fail179 ], [ -1, %assert_fail181 ], [ -1, %assert_fail183 ], [ -1, %assert_fail185 ], [ -1, %assert_fail189 ], [ -1, %assert_fail191 ], [ -1, %assert_fail193 ], [ -1, %assert_fail195 ], [ -1, %assert_fail199 ], [ -1, %assert_fail201 ], [ -1, %assert_fail203 ], [ -1, %assert_fail205 ], [ -1, %assert_fail207 ], [ -1, %assert_fail212 ], [ -1, %assert_fail214 ], [ -1, %assert_fail216 ], [ -1, %assert_fail218 ], [ -1, %assert_fail220 ], [ -1, %assert_fail225 ], [ -1, %assert_fail227 ], [ -1, %assert_fail229 ], [ -1, %assert_fail231 ], [ -1, %assert_fail233 ], [ -1, %assert_fail238 ], [ -1, %assert_fail240 ], [ -1, %assert_fail245 ], [ -1, %assert_fail247 ], [ -1, %assert_fail249 ], [ -1, %assert_fail251 ], [ -1, %assert_fail253 ], [ -1, %assert_fail255 ], [ -1, %assert_fail257 ], [ -1, %assert_fail259 ], [ -1, %assert_fail261 ], [ -1, %assert_fail263 ], [ -1, %if_end101.i ], [ -1, %assert_end264 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %for_end_s.i ], [ -1, %if_end95.i ], [ -1, %if_end98.i ], [ %..i, %if_end104.i ]
+common.ret:                                       ; preds = %if_end114.i, %if_end111.i, %if_end108.i, %if_end105.i, %for_end_s.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %assert_end264, %assert_fail263, %assert_fail261, %assert_fail259, %assert_fail257, %assert_fail255, %assert_fail253, %assert_fail251, %assert_fail249, %assert_fail247, %assert_fail245, %assert_fail240, %assert_fail238, %assert_fail233, %assert_fail231, %assert_fail229, %assert_fail227, %assert_fail225, %assert_fail220, %assert_fail218, %assert_fail216, %assert_fail214, %assert_fail212, %assert_fail207, %assert_fail205, %assert_fail203, %assert_fail201, %assert_fail199, %assert_fail195, %assert_fail193, %assert_fail191, %assert_fail189, %assert_fail185, %assert_fail183, %assert_fail181, %assert_fail179, %assert_fail175, %assert_fail173, %assert_fail171, %assert_fail167, %assert_fail165, %assert_fail163, %assert_fail161, %assert_fail159, %assert_fail157, %assert_fail155, %assert_fail153, %assert_fail151, %assert_fail149, %assert_fail147, %assert_fail145, %assert_fail143, %assert_fail141, %assert_fail139, %assert_fail137, %assert_fail135, %assert_fail133, %assert_fail131, %assert_fail129, %assert_fail127, %assert_fail125, %assert_fail123, %assert_fail121, %assert_fail119, %assert_fail117, %assert_fail115, %assert_fail110, %assert_fail108, %assert_fail106, %assert_fail104, %assert_fail93, %assert_fail91, %assert_fail89, %assert_fail87, %assert_fail76, %assert_fail74, %assert_fail72, %assert_fail70, %assert_fail62, %assert_fail60, %assert_fail58, %assert_fail56, %assert_fail54, %assert_fail52, %assert_fail50, %assert_fail48, %assert_fail46, %assert_fail44, %assert_fail42, %assert_fail40, %assert_fail35, %assert_fail30, %assert_fail25, %assert_fail20, %assert_fail15, %assert_fail10, %assert_fail5, %assert_fail3, %assert_fail1, %assert_fail
+  %common.ret.op = phi i32 [ -1, %assert_fail ], [ -1, %assert_fail1 ], [ -1, %assert_fail3 ], [ -1, %assert_fail5 ], [ -1, %assert_fail10 ], [ -1, %assert_fail15 ], [ -1, %assert_fail20 ], [ -1, %assert_fail25 ], [ -1, %assert_fail30 ], [ -1, %assert_fail35 ], [ -1, %assert_fail40 ], [ -1, %assert_fail42 ], [ -1, %assert_fail44 ], [ -1, %assert_fail46 ], [ -1, %assert_fail48 ], [ -1, %assert_fail50 ], [ -1, %assert_fail52 ], [ -1, %assert_fail54 ], [ -1, %assert_fail56 ], [ -1, %assert_fail58 ], [ -1, %assert_fail60 ], [ -1, %assert_fail62 ], [ -1, %assert_fail70 ], [ -1, %assert_fail72 ], [ -1, %assert_fail74 ], [ -1, %assert_fail76 ], [ -1, %assert_fail87 ], [ -1, %assert_fail89 ], [ -1, %assert_fail91 ], [ -1, %assert_fail93 ], [ -1, %assert_fail104 ], [ -1, %assert_fail106 ], [ -1, %assert_fail108 ], [ -1, %assert_fail110 ], [ -1, %assert_fail115 ], [ -1, %assert_fail117 ], [ -1, %assert_fail119 ], [ -1, %assert_fail121 ], [ -1, %assert_fail123 ], [ -1, %assert_fail125 ], [ -1, %assert_fail127 ], [ -1, %assert_fail129 ], [ -1, %assert_fail131 ], [ -1, %assert_fail133 ], [ -1, %assert_fail135 ], [ -1, %assert_fail137 ], [ -1, %assert_fail139 ], [ -1, %assert_fail141 ], [ -1, %assert_fail143 ], [ -1, %assert_fail145 ], [ -1, %assert_fail147 ], [ -1, %assert_fail149 ], [ -1, %assert_fail151 ], [ -1, %assert_fail153 ], [ -1, %assert_fail155 ], [ -1, %assert_fail157 ], [ -1, %assert_fail159 ], [ -1, %assert_fail161 ], [ -1, %assert_fail163 ], [ -1, %assert_fail165 ], [ -1, %assert_fail167 ], [ -1, %assert_fail171 ], [ -1, %assert_fail173 ], [ -1, %assert_fail175 ], [ -1, %assert_fail179 ], [ -1, %assert_fail181 ], [ -1, %assert_fail183 ], [ -1, %assert_fail185 ], [ -1, %assert_fail189 ], [ -1, %assert_fail191 ], [ -1, %assert_fail193 ], [ -1, %assert_fail195 ], [ -1, %assert_fail199 ], [ -1, %assert_fail201 ], [ -1, %assert_fail203 ], [ -1, %assert_fail205 ], [ -1, %assert_fail207 ], [ -1, %assert_fail212 ], [ -1, %assert_fail214 ], [ -1, %assert_fail216 ], [ -1, %assert_fail218 ], [ -1, %assert_fail220 ], [ -1, %assert_fail225 ], [ -1, %assert_fail227 ], [ -1, %assert_fail229 ], [ -1, %assert_fail231 ], [ -1, %assert_fail233 ], [ -1, %assert_fail238 ], [ -1, %assert_fail240 ], [ -1, %assert_fail245 ], [ -1, %assert_fail247 ], [ -1, %assert_fail249 ], [ -1, %assert_fail251 ], [ -1, %assert_fail253 ], [ -1, %assert_fail255 ], [ -1, %assert_fail257 ], [ -1, %assert_fail259 ], [ -1, %assert_fail261 ], [ -1, %assert_fail263 ], [ -1, %if_end111.i ], [ -1, %assert_end264 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %for_end_s.i ], [ -1, %if_end105.i ], [ -1, %if_end108.i ], [ %..i, %if_end114.i ]
   ret i32 %common.ret.op, !dbg !15
 
 assert_fail:                                      ; preds = %entry
@@ -1740,14 +1740,14 @@ for_body_s.lr.ph.i:                               ; preds = %if_end11.i
   %sext292 = shl i64 %78, 32
   %cse_v7.i = ashr exact i64 %sext292, 32
   %477 = ashr exact i64 %sext291, 30, !dbg !132
-  %invariant.gep220.i = getelementptr i8, ptr %326, i64 %477, !dbg !132
+  %invariant.gep232.i = getelementptr i8, ptr %326, i64 %477, !dbg !132
   %cse_v21.i = mul nsw i64 %k_head, %cse_v7.i
   %478 = insertelement <4 x float> poison, float %scale, i64 0
   %479 = shufflevector <4 x float> %478, <4 x float> poison, <4 x i32> zeroinitializer
   %cse_v25.i = mul nsw i64 %v_head, %cse_v7.i
   %sext293 = shl i64 %103, 32
   %cse_v17.i = ashr exact i64 %sext293, 32
-  %wide.trip.count324.i = and i64 %73, 2147483647, !dbg !132
+  %wide.trip.count345.i = and i64 %73, 2147483647, !dbg !132
   %480 = icmp sgt i32 %num_rows, 0
   %481 = mul nsw i64 %q_head, %476
   %482 = icmp samesign ugt i32 %num_rows, 1
@@ -1765,57 +1765,57 @@ for_body_s.lr.ph.i:                               ; preds = %if_end11.i
   %493 = mul i64 %q_batch, %474, !dbg !132
   %494 = shl i64 %493, 1, !dbg !132
   %495 = getelementptr i8, ptr %302, i64 %492, !dbg !132
-  %scevgep390 = getelementptr i8, ptr %495, i64 %494, !dbg !132
+  %scevgep391 = getelementptr i8, ptr %495, i64 %494, !dbg !132
   %496 = ashr exact i64 %sext, 31, !dbg !132
-  %497 = shl nuw nsw i64 %wide.trip.count324.i, 1, !dbg !132
+  %497 = shl nuw nsw i64 %wide.trip.count345.i, 1, !dbg !132
   %498 = add nsw i64 %496, %497, !dbg !132
   %499 = add nsw i64 %498, -2, !dbg !132
   %500 = mul i64 %q_batch, %499, !dbg !132
   %501 = getelementptr i8, ptr %302, i64 %492, !dbg !132
   %502 = getelementptr i8, ptr %501, i64 %500, !dbg !132
-  %scevgep391 = getelementptr i8, ptr %502, i64 256, !dbg !132
+  %scevgep392 = getelementptr i8, ptr %502, i64 256, !dbg !132
   %503 = mul i64 %q_head, %486, !dbg !132
   %504 = shl i64 %503, 1, !dbg !132
   %505 = getelementptr i8, ptr %302, i64 %504, !dbg !132
-  %scevgep392 = getelementptr i8, ptr %505, i64 %494, !dbg !132
+  %scevgep393 = getelementptr i8, ptr %505, i64 %494, !dbg !132
   %506 = getelementptr i8, ptr %302, i64 %504, !dbg !132
   %507 = getelementptr i8, ptr %506, i64 %500, !dbg !132
-  %scevgep393 = getelementptr i8, ptr %507, i64 256, !dbg !132
+  %scevgep394 = getelementptr i8, ptr %507, i64 256, !dbg !132
   %508 = mul i64 %q_head, %483, !dbg !132
   %509 = shl i64 %508, 1, !dbg !132
   %510 = getelementptr i8, ptr %302, i64 %509, !dbg !132
-  %scevgep394 = getelementptr i8, ptr %510, i64 %494, !dbg !132
+  %scevgep395 = getelementptr i8, ptr %510, i64 %494, !dbg !132
   %511 = getelementptr i8, ptr %302, i64 %509, !dbg !132
   %512 = getelementptr i8, ptr %511, i64 %500, !dbg !132
-  %scevgep395 = getelementptr i8, ptr %512, i64 256, !dbg !132
+  %scevgep396 = getelementptr i8, ptr %512, i64 256, !dbg !132
   %513 = mul i64 %q_head, %476, !dbg !132
   %514 = shl i64 %513, 1, !dbg !132
   %515 = getelementptr i8, ptr %302, i64 %494, !dbg !132
-  %scevgep396 = getelementptr i8, ptr %515, i64 %514, !dbg !132
+  %scevgep397 = getelementptr i8, ptr %515, i64 %514, !dbg !132
   %516 = getelementptr i8, ptr %302, i64 %514, !dbg !132
   %517 = getelementptr i8, ptr %516, i64 %500, !dbg !132
-  %scevgep397 = getelementptr i8, ptr %517, i64 256, !dbg !132
-  %scevgep418 = getelementptr i8, ptr %q_tile.i, i64 2048, !dbg !132
+  %scevgep398 = getelementptr i8, ptr %517, i64 256, !dbg !132
+  %scevgep419 = getelementptr i8, ptr %q_tile.i, i64 2048, !dbg !132
   %518 = mul i64 %q_batch, %474, !dbg !132
   %519 = mul i64 %q_head, %476, !dbg !132
   %520 = shl i64 %519, 1, !dbg !132
   %521 = add i64 %518, %519, !dbg !132
   %522 = shl i64 %521, 1, !dbg !132
-  %scevgep419 = getelementptr i8, ptr %302, i64 %522, !dbg !132
+  %scevgep420 = getelementptr i8, ptr %302, i64 %522, !dbg !132
   %523 = ashr exact i64 %sext, 31, !dbg !132
-  %524 = shl nuw nsw i64 %wide.trip.count324.i, 1, !dbg !132
+  %524 = shl nuw nsw i64 %wide.trip.count345.i, 1, !dbg !132
   %525 = add nsw i64 %523, %524, !dbg !132
   %526 = add nsw i64 %525, -2, !dbg !132
   %527 = mul i64 %q_batch, %526, !dbg !132
   %528 = getelementptr i8, ptr %302, i64 %520, !dbg !132
   %529 = getelementptr i8, ptr %528, i64 %527, !dbg !132
-  %scevgep420 = getelementptr i8, ptr %529, i64 256, !dbg !132
-  %bound0421 = icmp ult ptr %q_tile.i, %scevgep420
-  %bound1422 = icmp ult ptr %scevgep419, %scevgep418
-  %found.conflict423 = and i1 %bound0421, %bound1422
+  %scevgep421 = getelementptr i8, ptr %529, i64 256, !dbg !132
+  %bound0422 = icmp ult ptr %q_tile.i, %scevgep421
+  %bound1423 = icmp ult ptr %scevgep420, %scevgep419
+  %found.conflict424 = and i1 %bound0422, %bound1423
   %.mask = and i64 %q_batch, 4611686018427387904
-  %stride.check424 = icmp ne i64 %.mask, 0
-  %530 = or i1 %found.conflict423, %stride.check424
+  %stride.check425 = icmp ne i64 %.mask, 0
+  %530 = or i1 %found.conflict424, %stride.check425
   %531 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 128
   %532 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 256
   %533 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 384
@@ -1831,44 +1831,44 @@ for_body_s.lr.ph.i:                               ; preds = %if_end11.i
   %543 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1664
   %544 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1792
   %545 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1920
-  %bound0 = icmp ult ptr %q_tile.i, %scevgep391
-  %bound1 = icmp ult ptr %scevgep390, %scevgep
+  %bound0 = icmp ult ptr %q_tile.i, %scevgep392
+  %bound1 = icmp ult ptr %scevgep391, %scevgep
   %found.conflict = and i1 %bound0, %bound1
-  %bound0398 = icmp ult ptr %q_tile.i, %scevgep393
-  %bound1399 = icmp ult ptr %scevgep392, %scevgep
-  %found.conflict400 = and i1 %bound0398, %bound1399
-  %.mask438 = and i64 %q_batch, 4611686018427387904
-  %stride.check401 = icmp ne i64 %.mask438, 0
-  %546 = or i1 %found.conflict400, %stride.check401
+  %bound0399 = icmp ult ptr %q_tile.i, %scevgep394
+  %bound1400 = icmp ult ptr %scevgep393, %scevgep
+  %found.conflict401 = and i1 %bound0399, %bound1400
+  %.mask439 = and i64 %q_batch, 4611686018427387904
+  %stride.check402 = icmp ne i64 %.mask439, 0
+  %546 = or i1 %found.conflict401, %stride.check402
   %conflict.rdx = or i1 %found.conflict, %546
-  %bound0402 = icmp ult ptr %q_tile.i, %scevgep395
-  %bound1403 = icmp ult ptr %scevgep394, %scevgep
-  %found.conflict404 = and i1 %bound0402, %bound1403
-  %conflict.rdx406 = or i1 %found.conflict404, %conflict.rdx
-  %bound0407 = icmp ult ptr %q_tile.i, %scevgep397
-  %bound1408 = icmp ult ptr %scevgep396, %scevgep
-  %found.conflict409 = and i1 %bound0407, %bound1408
-  %conflict.rdx411 = or i1 %found.conflict409, %conflict.rdx406
+  %bound0403 = icmp ult ptr %q_tile.i, %scevgep396
+  %bound1404 = icmp ult ptr %scevgep395, %scevgep
+  %found.conflict405 = and i1 %bound0403, %bound1404
+  %conflict.rdx407 = or i1 %found.conflict405, %conflict.rdx
+  %bound0408 = icmp ult ptr %q_tile.i, %scevgep398
+  %bound1409 = icmp ult ptr %scevgep397, %scevgep
+  %found.conflict410 = and i1 %bound0408, %bound1409
+  %conflict.rdx412 = or i1 %found.conflict410, %conflict.rdx407
   %broadcast.splatinsert = insertelement <8 x i1> poison, i1 %488, i64 0
   %broadcast.splat = shufflevector <8 x i1> %broadcast.splatinsert, <8 x i1> poison, <8 x i32> zeroinitializer
-  %broadcast.splatinsert412 = insertelement <8 x i1> poison, i1 %485, i64 0
-  %broadcast.splat413 = shufflevector <8 x i1> %broadcast.splatinsert412, <8 x i1> poison, <8 x i32> zeroinitializer
-  %547 = xor <8 x i1> %broadcast.splat413, splat (i1 true)
-  %548 = select <8 x i1> %broadcast.splat413, <8 x i1> %broadcast.splat, <8 x i1> zeroinitializer
+  %broadcast.splatinsert413 = insertelement <8 x i1> poison, i1 %485, i64 0
+  %broadcast.splat414 = shufflevector <8 x i1> %broadcast.splatinsert413, <8 x i1> poison, <8 x i32> zeroinitializer
+  %547 = xor <8 x i1> %broadcast.splat414, splat (i1 true)
+  %548 = select <8 x i1> %broadcast.splat414, <8 x i1> %broadcast.splat, <8 x i1> zeroinitializer
   br label %for_body_s.i, !dbg !132
 
-for_body_s.i:                                     ; preds = %for_end_d91.i, %for_body_s.lr.ph.i
-  %indvars.iv321.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next322.i, %for_end_d91.i ]
-  %row_max.0218.i = phi <4 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_end_d91.i ]
-  %row_sum.0217.i = phi <4 x float> [ undef, %for_body_s.lr.ph.i ], [ %1333, %for_end_d91.i ]
-    #dbg_value(i64 %indvars.iv321.i, !155, !DIExpression(), !132)
-    #dbg_value(<4 x float> %row_max.0218.i, !153, !DIExpression(), !132)
-    #dbg_value(<4 x float> %row_sum.0217.i, !154, !DIExpression(), !132)
-    #dbg_value(!DIArgList(i64 %68, i64 %indvars.iv321.i), !157, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !132)
+for_body_s.i:                                     ; preds = %for_end_d101.i, %for_body_s.lr.ph.i
+  %indvars.iv342.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next343.i, %for_end_d101.i ]
+  %row_max.0230.i = phi <4 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_end_d101.i ]
+  %row_sum.0229.i = phi <4 x float> [ undef, %for_body_s.lr.ph.i ], [ %1356, %for_end_d101.i ]
+    #dbg_value(i64 %indvars.iv342.i, !155, !DIExpression(), !132)
+    #dbg_value(<4 x float> %row_max.0230.i, !153, !DIExpression(), !132)
+    #dbg_value(<4 x float> %row_sum.0229.i, !154, !DIExpression(), !132)
+    #dbg_value(!DIArgList(i64 %68, i64 %indvars.iv342.i), !157, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !132)
     #dbg_value(i32 %range_begin.i, !158, !DIExpression(), !132)
     #dbg_value(i32 %range_begin.i, !159, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv321.i, !160, !DIExpression(), !132)
-  %cse_v18.i = add nsw i64 %indvars.iv321.i, %474, !dbg !132
+    #dbg_value(i64 %indvars.iv342.i, !160, !DIExpression(), !132)
+  %cse_v18.i = add nsw i64 %indvars.iv342.i, %474, !dbg !132
     #dbg_value(i64 %cse_v18.i, !161, !DIExpression(), !132)
   %549 = getelementptr inbounds i32, ptr %340, i64 %cse_v18.i, !dbg !162
   %550 = load i32, ptr %549, align 4, !dbg !162, !tbaa !163
@@ -1890,7 +1890,7 @@ for_body_s.i.split.us:                            ; preds = %for_body_s.i
   br i1 %482, label %vector.memcheck, label %for_body_s.i.split.us.split
 
 vector.memcheck:                                  ; preds = %for_body_s.i.split.us
-  br i1 %conflict.rdx411, label %for_begin_r.preheader.i.us.us, label %vector.body, !dbg !132, !prof !170
+  br i1 %conflict.rdx412, label %for_begin_r.preheader.i.us.us, label %vector.body, !dbg !132, !prof !170
 
 vector.body:                                      ; preds = %vector.memcheck, %vector.body
   %index = phi i64 [ %index.next.1, %vector.body ], [ 0, %vector.memcheck ], !dbg !132
@@ -1904,27 +1904,27 @@ vector.body:                                      ; preds = %vector.memcheck, %v
   %558 = getelementptr inbounds nuw i8, ptr %q_tile.i, <8 x i64> %557, !dbg !132
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %556, <8 x ptr> align 4 %558, <8 x i1> splat (i1 true)), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
   %559 = getelementptr i16, ptr %553, i64 %484, !dbg !132
-  %wide.load414 = load <8 x i16>, ptr %559, align 2, !dbg !132, !tbaa !163, !alias.scope !180
-  %560 = zext <8 x i16> %wide.load414 to <8 x i32>, !dbg !132
+  %wide.load415 = load <8 x i16>, ptr %559, align 2, !dbg !132, !tbaa !163, !alias.scope !180
+  %560 = zext <8 x i16> %wide.load415 to <8 x i32>, !dbg !132
   %561 = shl nuw <8 x i32> %560, splat (i32 16), !dbg !132
   %562 = getelementptr inbounds nuw i8, <8 x ptr> %558, i64 4, !dbg !132
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %561, <8 x ptr> align 4 %562, <8 x i1> splat (i1 true)), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
   %563 = getelementptr inbounds nuw i8, <8 x ptr> %558, i64 8, !dbg !132
   tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> zeroinitializer, <8 x ptr> align 4 %563, <8 x i1> %547), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
   %564 = getelementptr i16, ptr %553, i64 %487, !dbg !132
-  %wide.masked.load = tail call <8 x i16> @llvm.masked.load.v8i16.p0(ptr align 2 %564, <8 x i1> %broadcast.splat413, <8 x i16> poison), !dbg !132, !tbaa !163, !alias.scope !181
+  %wide.masked.load = tail call <8 x i16> @llvm.masked.load.v8i16.p0(ptr align 2 %564, <8 x i1> %broadcast.splat414, <8 x i16> poison), !dbg !132, !tbaa !163, !alias.scope !181
   %565 = zext <8 x i16> %wide.masked.load to <8 x i32>, !dbg !132
   %566 = shl nuw <8 x i32> %565, splat (i32 16), !dbg !132
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %566, <8 x ptr> align 4 %563, <8 x i1> %broadcast.splat413), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %566, <8 x ptr> align 4 %563, <8 x i1> %broadcast.splat414), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
   %567 = getelementptr i16, ptr %553, i64 %490, !dbg !132
-  %wide.masked.load415 = tail call <8 x i16> @llvm.masked.load.v8i16.p0(ptr align 2 %567, <8 x i1> %548, <8 x i16> poison), !dbg !132, !tbaa !163, !alias.scope !182
-  %568 = zext <8 x i16> %wide.masked.load415 to <8 x i32>, !dbg !132
+  %wide.masked.load416 = tail call <8 x i16> @llvm.masked.load.v8i16.p0(ptr align 2 %567, <8 x i1> %548, <8 x i16> poison), !dbg !132, !tbaa !163, !alias.scope !182
+  %568 = zext <8 x i16> %wide.masked.load416 to <8 x i32>, !dbg !132
   %569 = shl nuw <8 x i32> %568, splat (i32 16), !dbg !132
   %570 = bitcast <8 x i32> %569 to <8 x float>, !dbg !132
   %predphi = select <8 x i1> %548, <8 x float> %570, <8 x float> zeroinitializer, !dbg !132
-  %predphi416 = select i1 %485, <8 x float> %predphi, <8 x float> zeroinitializer, !dbg !132
+  %predphi417 = select i1 %485, <8 x float> %predphi, <8 x float> zeroinitializer, !dbg !132
   %571 = getelementptr inbounds nuw i8, <8 x ptr> %558, i64 12, !dbg !132
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi416, <8 x ptr> align 4 %571, <8 x i1> splat (i1 true)), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi417, <8 x ptr> align 4 %571, <8 x i1> splat (i1 true)), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
   %572 = getelementptr i16, ptr %552, i64 %index, !dbg !132
   %573 = getelementptr i8, ptr %572, i64 16, !dbg !132
   %574 = getelementptr i16, ptr %573, i64 %481, !dbg !132
@@ -1936,27 +1936,27 @@ vector.body:                                      ; preds = %vector.memcheck, %v
   %578 = getelementptr inbounds nuw i8, ptr %q_tile.i, <8 x i64> %577, !dbg !132
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %576, <8 x ptr> align 4 %578, <8 x i1> splat (i1 true)), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
   %579 = getelementptr i16, ptr %573, i64 %484, !dbg !132
-  %wide.load414.1 = load <8 x i16>, ptr %579, align 2, !dbg !132, !tbaa !163, !alias.scope !180
-  %580 = zext <8 x i16> %wide.load414.1 to <8 x i32>, !dbg !132
+  %wide.load415.1 = load <8 x i16>, ptr %579, align 2, !dbg !132, !tbaa !163, !alias.scope !180
+  %580 = zext <8 x i16> %wide.load415.1 to <8 x i32>, !dbg !132
   %581 = shl nuw <8 x i32> %580, splat (i32 16), !dbg !132
   %582 = getelementptr inbounds nuw i8, <8 x ptr> %578, i64 4, !dbg !132
   tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %581, <8 x ptr> align 4 %582, <8 x i1> splat (i1 true)), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
   %583 = getelementptr inbounds nuw i8, <8 x ptr> %578, i64 8, !dbg !132
   tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> zeroinitializer, <8 x ptr> align 4 %583, <8 x i1> %547), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
   %584 = getelementptr i16, ptr %573, i64 %487, !dbg !132
-  %wide.masked.load.1 = tail call <8 x i16> @llvm.masked.load.v8i16.p0(ptr align 2 %584, <8 x i1> %broadcast.splat413, <8 x i16> poison), !dbg !132, !tbaa !163, !alias.scope !181
+  %wide.masked.load.1 = tail call <8 x i16> @llvm.masked.load.v8i16.p0(ptr align 2 %584, <8 x i1> %broadcast.splat414, <8 x i16> poison), !dbg !132, !tbaa !163, !alias.scope !181
   %585 = zext <8 x i16> %wide.masked.load.1 to <8 x i32>, !dbg !132
   %586 = shl nuw <8 x i32> %585, splat (i32 16), !dbg !132
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %586, <8 x ptr> align 4 %583, <8 x i1> %broadcast.splat413), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %586, <8 x ptr> align 4 %583, <8 x i1> %broadcast.splat414), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
   %587 = getelementptr i16, ptr %573, i64 %490, !dbg !132
-  %wide.masked.load415.1 = tail call <8 x i16> @llvm.masked.load.v8i16.p0(ptr align 2 %587, <8 x i1> %548, <8 x i16> poison), !dbg !132, !tbaa !163, !alias.scope !182
-  %588 = zext <8 x i16> %wide.masked.load415.1 to <8 x i32>, !dbg !132
+  %wide.masked.load416.1 = tail call <8 x i16> @llvm.masked.load.v8i16.p0(ptr align 2 %587, <8 x i1> %548, <8 x i16> poison), !dbg !132, !tbaa !163, !alias.scope !182
+  %588 = zext <8 x i16> %wide.masked.load416.1 to <8 x i32>, !dbg !132
   %589 = shl nuw <8 x i32> %588, splat (i32 16), !dbg !132
   %590 = bitcast <8 x i32> %589 to <8 x float>, !dbg !132
   %predphi.1 = select <8 x i1> %548, <8 x float> %590, <8 x float> zeroinitializer, !dbg !132
-  %predphi416.1 = select i1 %485, <8 x float> %predphi.1, <8 x float> zeroinitializer, !dbg !132
+  %predphi417.1 = select i1 %485, <8 x float> %predphi.1, <8 x float> zeroinitializer, !dbg !132
   %591 = getelementptr inbounds nuw i8, <8 x ptr> %578, i64 12, !dbg !132
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi416.1, <8 x ptr> align 4 %591, <8 x i1> splat (i1 true)), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi417.1, <8 x ptr> align 4 %591, <8 x i1> splat (i1 true)), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
   %index.next.1 = add nuw nsw i64 %index, 16, !dbg !132
   %vec.ind.next.1 = add nuw nsw <8 x i64> %vec.ind, splat (i64 16)
   %592 = icmp eq i64 %index.next.1, 128, !dbg !132
@@ -1972,8 +1972,8 @@ for_begin_r.preheader.i.us.us:                    ; preds = %vector.memcheck, %i
   %593 = load i16, ptr %gep.i.us.us, align 2, !dbg !132, !tbaa !163
   %594 = zext i16 %593 to i32, !dbg !132
   %595 = shl nuw i32 %594, 16, !dbg !132
-  %.idx343 = shl nuw nsw i64 %indvars.iv.i.us.us, 4, !dbg !132
-  %596 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx343, !dbg !132
+  %.idx344 = shl nuw nsw i64 %indvars.iv.i.us.us, 4, !dbg !132
+  %596 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx344, !dbg !132
   store i32 %595, ptr %596, align 4, !dbg !132, !tbaa !163
     #dbg_value(i64 1, !169, !DIExpression(), !132)
   %gep.1.i.us.us = getelementptr i16, ptr %invariant.gep.i.us.us, i64 %484, !dbg !132
@@ -2023,8 +2023,8 @@ if_end14.3.i.us.us:                               ; preds = %if_then13.3.i.us.us
   %612 = load i16, ptr %gep.i.us.us.1, align 2, !dbg !132, !tbaa !163
   %613 = zext i16 %612 to i32, !dbg !132
   %614 = shl nuw i32 %613, 16, !dbg !132
-  %.idx343.1 = shl nuw nsw i64 %indvars.iv.next.i.us.us, 4, !dbg !132
-  %615 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx343.1, !dbg !132
+  %.idx344.1 = shl nuw nsw i64 %indvars.iv.next.i.us.us, 4, !dbg !132
+  %615 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx344.1, !dbg !132
   store i32 %614, ptr %615, align 4, !dbg !132, !tbaa !163
     #dbg_value(i64 1, !169, !DIExpression(), !132)
   %gep.1.i.us.us.1 = getelementptr i16, ptr %invariant.gep.i.us.us.1, i64 %484, !dbg !132
@@ -2072,20 +2072,20 @@ if_end14.3.i.us.us.1:                             ; preds = %if_then13.3.i.us.us
 
 for_body_s.i.split.us.split:                      ; preds = %for_body_s.i.split.us
   %invariant.gep = getelementptr i16, ptr %552, i64 %481, !dbg !132
-  br i1 %530, label %for_begin_r.preheader.i.us, label %vector.body427, !dbg !132, !prof !170
+  br i1 %530, label %for_begin_r.preheader.i.us, label %vector.body428, !dbg !132, !prof !170
 
-vector.body427:                                   ; preds = %for_body_s.i.split.us.split
+vector.body428:                                   ; preds = %for_body_s.i.split.us.split
   %631 = getelementptr i8, ptr %invariant.gep, i64 16, !dbg !132
   %632 = getelementptr i8, ptr %invariant.gep, i64 32, !dbg !132
   %633 = getelementptr i8, ptr %invariant.gep, i64 48, !dbg !132
-  %wide.load429 = load <8 x i16>, ptr %invariant.gep, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load430 = load <8 x i16>, ptr %631, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load431 = load <8 x i16>, ptr %632, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load432 = load <8 x i16>, ptr %633, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %634 = zext <8 x i16> %wide.load429 to <8 x i32>, !dbg !132
-  %635 = zext <8 x i16> %wide.load430 to <8 x i32>, !dbg !132
-  %636 = zext <8 x i16> %wide.load431 to <8 x i32>, !dbg !132
-  %637 = zext <8 x i16> %wide.load432 to <8 x i32>, !dbg !132
+  %wide.load430 = load <8 x i16>, ptr %invariant.gep, align 2, !dbg !132, !tbaa !163, !alias.scope !191
+  %wide.load431 = load <8 x i16>, ptr %631, align 2, !dbg !132, !tbaa !163, !alias.scope !191
+  %wide.load432 = load <8 x i16>, ptr %632, align 2, !dbg !132, !tbaa !163, !alias.scope !191
+  %wide.load433 = load <8 x i16>, ptr %633, align 2, !dbg !132, !tbaa !163, !alias.scope !191
+  %634 = zext <8 x i16> %wide.load430 to <8 x i32>, !dbg !132
+  %635 = zext <8 x i16> %wide.load431 to <8 x i32>, !dbg !132
+  %636 = zext <8 x i16> %wide.load432 to <8 x i32>, !dbg !132
+  %637 = zext <8 x i16> %wide.load433 to <8 x i32>, !dbg !132
   %638 = shl nuw <8 x i32> %634, splat (i32 16), !dbg !132
   %639 = shl nuw <8 x i32> %635, splat (i32 16), !dbg !132
   %640 = shl nuw <8 x i32> %636, splat (i32 16), !dbg !132
@@ -2096,28 +2096,28 @@ vector.body427:                                   ; preds = %for_body_s.i.split.
   store <32 x float> %interleaved.vec, ptr %q_tile.i, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
   %644 = bitcast <8 x i32> %639 to <8 x float>, !dbg !132
   %645 = shufflevector <8 x float> %644, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec433 = shufflevector <16 x float> %645, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec433, ptr %531, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
+  %interleaved.vec434 = shufflevector <16 x float> %645, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
+  store <32 x float> %interleaved.vec434, ptr %531, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
   %646 = bitcast <8 x i32> %640 to <8 x float>, !dbg !132
   %647 = shufflevector <8 x float> %646, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec434 = shufflevector <16 x float> %647, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec434, ptr %532, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
+  %interleaved.vec435 = shufflevector <16 x float> %647, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
+  store <32 x float> %interleaved.vec435, ptr %532, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
   %648 = bitcast <8 x i32> %641 to <8 x float>, !dbg !132
   %649 = shufflevector <8 x float> %648, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec435 = shufflevector <16 x float> %649, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec435, ptr %533, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
+  %interleaved.vec436 = shufflevector <16 x float> %649, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
+  store <32 x float> %interleaved.vec436, ptr %533, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
   %650 = getelementptr i8, ptr %invariant.gep, i64 64, !dbg !132
   %651 = getelementptr i8, ptr %invariant.gep, i64 80, !dbg !132
   %652 = getelementptr i8, ptr %invariant.gep, i64 96, !dbg !132
   %653 = getelementptr i8, ptr %invariant.gep, i64 112, !dbg !132
-  %wide.load429.1 = load <8 x i16>, ptr %650, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load430.1 = load <8 x i16>, ptr %651, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load431.1 = load <8 x i16>, ptr %652, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load432.1 = load <8 x i16>, ptr %653, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %654 = zext <8 x i16> %wide.load429.1 to <8 x i32>, !dbg !132
-  %655 = zext <8 x i16> %wide.load430.1 to <8 x i32>, !dbg !132
-  %656 = zext <8 x i16> %wide.load431.1 to <8 x i32>, !dbg !132
-  %657 = zext <8 x i16> %wide.load432.1 to <8 x i32>, !dbg !132
+  %wide.load430.1 = load <8 x i16>, ptr %650, align 2, !dbg !132, !tbaa !163, !alias.scope !191
+  %wide.load431.1 = load <8 x i16>, ptr %651, align 2, !dbg !132, !tbaa !163, !alias.scope !191
+  %wide.load432.1 = load <8 x i16>, ptr %652, align 2, !dbg !132, !tbaa !163, !alias.scope !191
+  %wide.load433.1 = load <8 x i16>, ptr %653, align 2, !dbg !132, !tbaa !163, !alias.scope !191
+  %654 = zext <8 x i16> %wide.load430.1 to <8 x i32>, !dbg !132
+  %655 = zext <8 x i16> %wide.load431.1 to <8 x i32>, !dbg !132
+  %656 = zext <8 x i16> %wide.load432.1 to <8 x i32>, !dbg !132
+  %657 = zext <8 x i16> %wide.load433.1 to <8 x i32>, !dbg !132
   %658 = shl nuw <8 x i32> %654, splat (i32 16), !dbg !132
   %659 = shl nuw <8 x i32> %655, splat (i32 16), !dbg !132
   %660 = shl nuw <8 x i32> %656, splat (i32 16), !dbg !132
@@ -2128,28 +2128,28 @@ vector.body427:                                   ; preds = %for_body_s.i.split.
   store <32 x float> %interleaved.vec.1, ptr %534, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
   %664 = bitcast <8 x i32> %659 to <8 x float>, !dbg !132
   %665 = shufflevector <8 x float> %664, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec433.1 = shufflevector <16 x float> %665, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec433.1, ptr %535, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
+  %interleaved.vec434.1 = shufflevector <16 x float> %665, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
+  store <32 x float> %interleaved.vec434.1, ptr %535, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
   %666 = bitcast <8 x i32> %660 to <8 x float>, !dbg !132
   %667 = shufflevector <8 x float> %666, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec434.1 = shufflevector <16 x float> %667, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec434.1, ptr %536, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
+  %interleaved.vec435.1 = shufflevector <16 x float> %667, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
+  store <32 x float> %interleaved.vec435.1, ptr %536, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
   %668 = bitcast <8 x i32> %661 to <8 x float>, !dbg !132
   %669 = shufflevector <8 x float> %668, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec435.1 = shufflevector <16 x float> %669, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec435.1, ptr %537, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
+  %interleaved.vec436.1 = shufflevector <16 x float> %669, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
+  store <32 x float> %interleaved.vec436.1, ptr %537, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
   %670 = getelementptr i8, ptr %invariant.gep, i64 128, !dbg !132
   %671 = getelementptr i8, ptr %invariant.gep, i64 144, !dbg !132
   %672 = getelementptr i8, ptr %invariant.gep, i64 160, !dbg !132
   %673 = getelementptr i8, ptr %invariant.gep, i64 176, !dbg !132
-  %wide.load429.2 = load <8 x i16>, ptr %670, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load430.2 = load <8 x i16>, ptr %671, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load431.2 = load <8 x i16>, ptr %672, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load432.2 = load <8 x i16>, ptr %673, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %674 = zext <8 x i16> %wide.load429.2 to <8 x i32>, !dbg !132
-  %675 = zext <8 x i16> %wide.load430.2 to <8 x i32>, !dbg !132
-  %676 = zext <8 x i16> %wide.load431.2 to <8 x i32>, !dbg !132
-  %677 = zext <8 x i16> %wide.load432.2 to <8 x i32>, !dbg !132
+  %wide.load430.2 = load <8 x i16>, ptr %670, align 2, !dbg !132, !tbaa !163, !alias.scope !191
+  %wide.load431.2 = load <8 x i16>, ptr %671, align 2, !dbg !132, !tbaa !163, !alias.scope !191
+  %wide.load432.2 = load <8 x i16>, ptr %672, align 2, !dbg !132, !tbaa !163, !alias.scope !191
+  %wide.load433.2 = load <8 x i16>, ptr %673, align 2, !dbg !132, !tbaa !163, !alias.scope !191
+  %674 = zext <8 x i16> %wide.load430.2 to <8 x i32>, !dbg !132
+  %675 = zext <8 x i16> %wide.load431.2 to <8 x i32>, !dbg !132
+  %676 = zext <8 x i16> %wide.load432.2 to <8 x i32>, !dbg !132
+  %677 = zext <8 x i16> %wide.load433.2 to <8 x i32>, !dbg !132
   %678 = shl nuw <8 x i32> %674, splat (i32 16), !dbg !132
   %679 = shl nuw <8 x i32> %675, splat (i32 16), !dbg !132
   %680 = shl nuw <8 x i32> %676, splat (i32 16), !dbg !132
@@ -2160,28 +2160,28 @@ vector.body427:                                   ; preds = %for_body_s.i.split.
   store <32 x float> %interleaved.vec.2, ptr %538, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
   %684 = bitcast <8 x i32> %679 to <8 x float>, !dbg !132
   %685 = shufflevector <8 x float> %684, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec433.2 = shufflevector <16 x float> %685, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec433.2, ptr %539, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
+  %interleaved.vec434.2 = shufflevector <16 x float> %685, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
+  store <32 x float> %interleaved.vec434.2, ptr %539, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
   %686 = bitcast <8 x i32> %680 to <8 x float>, !dbg !132
   %687 = shufflevector <8 x float> %686, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec434.2 = shufflevector <16 x float> %687, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec434.2, ptr %540, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
+  %interleaved.vec435.2 = shufflevector <16 x float> %687, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
+  store <32 x float> %interleaved.vec435.2, ptr %540, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
   %688 = bitcast <8 x i32> %681 to <8 x float>, !dbg !132
   %689 = shufflevector <8 x float> %688, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec435.2 = shufflevector <16 x float> %689, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec435.2, ptr %541, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
+  %interleaved.vec436.2 = shufflevector <16 x float> %689, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
+  store <32 x float> %interleaved.vec436.2, ptr %541, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
   %690 = getelementptr i8, ptr %invariant.gep, i64 192, !dbg !132
   %691 = getelementptr i8, ptr %invariant.gep, i64 208, !dbg !132
   %692 = getelementptr i8, ptr %invariant.gep, i64 224, !dbg !132
   %693 = getelementptr i8, ptr %invariant.gep, i64 240, !dbg !132
-  %wide.load429.3 = load <8 x i16>, ptr %690, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load430.3 = load <8 x i16>, ptr %691, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load431.3 = load <8 x i16>, ptr %692, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load432.3 = load <8 x i16>, ptr %693, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %694 = zext <8 x i16> %wide.load429.3 to <8 x i32>, !dbg !132
-  %695 = zext <8 x i16> %wide.load430.3 to <8 x i32>, !dbg !132
-  %696 = zext <8 x i16> %wide.load431.3 to <8 x i32>, !dbg !132
-  %697 = zext <8 x i16> %wide.load432.3 to <8 x i32>, !dbg !132
+  %wide.load430.3 = load <8 x i16>, ptr %690, align 2, !dbg !132, !tbaa !163, !alias.scope !191
+  %wide.load431.3 = load <8 x i16>, ptr %691, align 2, !dbg !132, !tbaa !163, !alias.scope !191
+  %wide.load432.3 = load <8 x i16>, ptr %692, align 2, !dbg !132, !tbaa !163, !alias.scope !191
+  %wide.load433.3 = load <8 x i16>, ptr %693, align 2, !dbg !132, !tbaa !163, !alias.scope !191
+  %694 = zext <8 x i16> %wide.load430.3 to <8 x i32>, !dbg !132
+  %695 = zext <8 x i16> %wide.load431.3 to <8 x i32>, !dbg !132
+  %696 = zext <8 x i16> %wide.load432.3 to <8 x i32>, !dbg !132
+  %697 = zext <8 x i16> %wide.load433.3 to <8 x i32>, !dbg !132
   %698 = shl nuw <8 x i32> %694, splat (i32 16), !dbg !132
   %699 = shl nuw <8 x i32> %695, splat (i32 16), !dbg !132
   %700 = shl nuw <8 x i32> %696, splat (i32 16), !dbg !132
@@ -2192,16 +2192,16 @@ vector.body427:                                   ; preds = %for_body_s.i.split.
   store <32 x float> %interleaved.vec.3, ptr %542, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
   %704 = bitcast <8 x i32> %699 to <8 x float>, !dbg !132
   %705 = shufflevector <8 x float> %704, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec433.3 = shufflevector <16 x float> %705, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec433.3, ptr %543, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
+  %interleaved.vec434.3 = shufflevector <16 x float> %705, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
+  store <32 x float> %interleaved.vec434.3, ptr %543, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
   %706 = bitcast <8 x i32> %700 to <8 x float>, !dbg !132
   %707 = shufflevector <8 x float> %706, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec434.3 = shufflevector <16 x float> %707, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec434.3, ptr %544, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
+  %interleaved.vec435.3 = shufflevector <16 x float> %707, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
+  store <32 x float> %interleaved.vec435.3, ptr %544, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
   %708 = bitcast <8 x i32> %701 to <8 x float>, !dbg !132
   %709 = shufflevector <8 x float> %708, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec435.3 = shufflevector <16 x float> %709, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec435.3, ptr %545, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
+  %interleaved.vec436.3 = shufflevector <16 x float> %709, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
+  store <32 x float> %interleaved.vec436.3, ptr %545, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
   br label %for_begin_step.preheader.i, !dbg !162
 
 for_begin_r.preheader.i.us:                       ; preds = %for_body_s.i.split.us.split, %for_begin_r.preheader.i.us
@@ -2212,8 +2212,8 @@ for_begin_r.preheader.i.us:                       ; preds = %for_body_s.i.split.
   %710 = load i16, ptr %gep, align 2, !dbg !132, !tbaa !163
   %711 = zext i16 %710 to i32, !dbg !132
   %712 = shl nuw i32 %711, 16, !dbg !132
-  %.idx342 = shl nuw nsw i64 %indvars.iv.i.us, 4, !dbg !132
-  %713 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx342, !dbg !132
+  %.idx343 = shl nuw nsw i64 %indvars.iv.i.us, 4, !dbg !132
+  %713 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx343, !dbg !132
   store i32 %712, ptr %713, align 4, !dbg !132, !tbaa !163
     #dbg_value(i64 1, !169, !DIExpression(), !132)
   %714 = getelementptr inbounds nuw i8, ptr %713, i64 4, !dbg !132
@@ -2230,8 +2230,8 @@ for_begin_r.preheader.i.us:                       ; preds = %for_body_s.i.split.
   %716 = load i16, ptr %gep.1, align 2, !dbg !132, !tbaa !163
   %717 = zext i16 %716 to i32, !dbg !132
   %718 = shl nuw i32 %717, 16, !dbg !132
-  %.idx342.1 = shl nuw nsw i64 %indvars.iv.next.i.us, 4, !dbg !132
-  %719 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx342.1, !dbg !132
+  %.idx343.1 = shl nuw nsw i64 %indvars.iv.next.i.us, 4, !dbg !132
+  %719 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx343.1, !dbg !132
   store i32 %718, ptr %719, align 4, !dbg !132, !tbaa !163
     #dbg_value(i64 1, !169, !DIExpression(), !132)
   %720 = getelementptr inbounds nuw i8, ptr %719, i64 4, !dbg !132
@@ -2248,8 +2248,8 @@ for_begin_r.preheader.i.us:                       ; preds = %for_body_s.i.split.
   %722 = load i16, ptr %gep.2, align 2, !dbg !132, !tbaa !163
   %723 = zext i16 %722 to i32, !dbg !132
   %724 = shl nuw i32 %723, 16, !dbg !132
-  %.idx342.2 = shl nuw nsw i64 %indvars.iv.next.i.us.1, 4, !dbg !132
-  %725 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx342.2, !dbg !132
+  %.idx343.2 = shl nuw nsw i64 %indvars.iv.next.i.us.1, 4, !dbg !132
+  %725 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx343.2, !dbg !132
   store i32 %724, ptr %725, align 4, !dbg !132, !tbaa !163
     #dbg_value(i64 1, !169, !DIExpression(), !132)
   %726 = getelementptr inbounds nuw i8, ptr %725, i64 4, !dbg !132
@@ -2266,8 +2266,8 @@ for_begin_r.preheader.i.us:                       ; preds = %for_body_s.i.split.
   %728 = load i16, ptr %gep.3, align 2, !dbg !132, !tbaa !163
   %729 = zext i16 %728 to i32, !dbg !132
   %730 = shl nuw i32 %729, 16, !dbg !132
-  %.idx342.3 = shl nuw nsw i64 %indvars.iv.next.i.us.2, 4, !dbg !132
-  %731 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx342.3, !dbg !132
+  %.idx343.3 = shl nuw nsw i64 %indvars.iv.next.i.us.2, 4, !dbg !132
+  %731 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx343.3, !dbg !132
   store i32 %730, ptr %731, align 4, !dbg !132, !tbaa !163
     #dbg_value(i64 1, !169, !DIExpression(), !132)
   %732 = getelementptr inbounds nuw i8, ptr %731, i64 4, !dbg !132
@@ -2282,41 +2282,41 @@ for_begin_r.preheader.i.us:                       ; preds = %for_body_s.i.split.
   %exitcond.not.i.us.3 = icmp eq i64 %indvars.iv.next.i.us.3, 128, !dbg !132
   br i1 %exitcond.not.i.us.3, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i.us, !dbg !132, !prof !188, !llvm.loop !196
 
-for_end_s.i:                                      ; preds = %for_end_d91.i, %if_end11.i
+for_end_s.i:                                      ; preds = %for_end_d101.i, %if_end11.i
   %734 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
   %735 = tail call i32 %734(i32 1, i32 %dev_id, ptr nonnull %v_tile.i), !dbg !132
   %.not.i = icmp eq i32 %735, 0, !dbg !132
-  br i1 %.not.i, label %if_end95.i, label %common.ret, !dbg !132, !prof !17
+  br i1 %.not.i, label %if_end105.i, label %common.ret, !dbg !132, !prof !17
 
-for_begin_step.preheader.i:                       ; preds = %for_begin_r.preheader.i.us, %vector.body, %if_end14.3.i.us.us.1, %vector.body427, %for_begin_r.preheader.i.preheader
+for_begin_step.preheader.i:                       ; preds = %for_begin_r.preheader.i.us, %vector.body, %if_end14.3.i.us.us.1, %vector.body428, %for_begin_r.preheader.i.preheader
   %736 = tail call i32 @llvm.smin.i32(i32 %475, i32 %550), !dbg !162
   %737 = sub nsw i32 %736, %range_begin.i, !dbg !162
   %range_len.i = tail call i32 @llvm.smax.i32(i32 %737, i32 0), !dbg !162
   %738 = add nuw i32 %range_len.i, 127, !dbg !132
   %739 = lshr i32 %738, 7, !dbg !132
   %cse_v31.i = mul nsw i64 %cse_v18.i, %table_seq
-  %gep221.i = getelementptr i32, ptr %invariant.gep220.i, i64 %cse_v31.i, !dbg !132
-    #dbg_value(<4 x float> %row_max.0218.i, !153, !DIExpression(), !132)
-    #dbg_value(<4 x float> %row_sum.0217.i, !154, !DIExpression(), !132)
+  %gep233.i = getelementptr i32, ptr %invariant.gep232.i, i64 %cse_v31.i, !dbg !132
+    #dbg_value(<4 x float> %row_max.0230.i, !153, !DIExpression(), !132)
+    #dbg_value(<4 x float> %row_sum.0229.i, !154, !DIExpression(), !132)
     #dbg_value(i32 0, !197, !DIExpression(), !132)
   %740 = zext nneg i32 %range_len.i to i64, !dbg !132
   %umax.i = tail call i32 @llvm.umax.i32(i32 %739, i32 1), !dbg !132
-  %wide.trip.count315.i = zext nneg i32 %umax.i to i64, !dbg !132
+  %wide.trip.count336.i = zext nneg i32 %umax.i to i64, !dbg !132
   br label %for_body_step.i, !dbg !132
 
-for_body_step.i:                                  ; preds = %for_end_d84.i, %for_begin_step.preheader.i
-  %indvars.iv = phi i64 [ %indvars.iv.next, %for_end_d84.i ], [ %740, %for_begin_step.preheader.i ]
-  %indvars.iv310.i = phi i64 [ %indvars.iv.next311.i, %for_end_d84.i ], [ 0, %for_begin_step.preheader.i ]
-  %row_max.1214.i = phi <4 x float> [ %m.i, %for_end_d84.i ], [ %row_max.0218.i, %for_begin_step.preheader.i ]
-  %row_sum.1213.i = phi <4 x float> [ %1333, %for_end_d84.i ], [ %row_sum.0217.i, %for_begin_step.preheader.i ]
+for_body_step.i:                                  ; preds = %for_end_d94.i, %for_begin_step.preheader.i
+  %indvars.iv = phi i64 [ %indvars.iv.next, %for_end_d94.i ], [ %740, %for_begin_step.preheader.i ]
+  %indvars.iv331.i = phi i64 [ %indvars.iv.next332.i, %for_end_d94.i ], [ 0, %for_begin_step.preheader.i ]
+  %row_max.1226.i = phi <4 x float> [ %m.i, %for_end_d94.i ], [ %row_max.0230.i, %for_begin_step.preheader.i ]
+  %row_sum.1225.i = phi <4 x float> [ %1356, %for_end_d94.i ], [ %row_sum.0229.i, %for_begin_step.preheader.i ]
   %741 = tail call i64 @llvm.smax.i64(i64 %indvars.iv, i64 1), !dbg !132
   %742 = tail call i64 @llvm.umin.i64(i64 %741, i64 128), !dbg !132
-    #dbg_value(i64 %indvars.iv310.i, !197, !DIExpression(), !132)
-    #dbg_value(<4 x float> %row_max.1214.i, !153, !DIExpression(), !132)
-    #dbg_value(<4 x float> %row_sum.1213.i, !154, !DIExpression(), !132)
+    #dbg_value(i64 %indvars.iv331.i, !197, !DIExpression(), !132)
+    #dbg_value(<4 x float> %row_max.1226.i, !153, !DIExpression(), !132)
+    #dbg_value(<4 x float> %row_sum.1225.i, !154, !DIExpression(), !132)
     #dbg_declare(ptr %k_tile.i, !142, !DIExpression(), !132)
     #dbg_declare(ptr %scores.i, !141, !DIExpression(), !132)
-  %743 = shl nsw i64 %indvars.iv310.i, 7, !dbg !132
+  %743 = shl nsw i64 %indvars.iv331.i, 7, !dbg !132
     #dbg_value(i64 %743, !198, !DIExpression(), !132)
     #dbg_value(!DIArgList(i64 %743, i32 %range_begin.i), !199, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !132)
   %744 = sub nsw i64 %740, %743, !dbg !132
@@ -2334,499 +2334,555 @@ for_body_step.i:                                  ; preds = %for_end_d84.i, %for
     #dbg_value(i32 %num_groups.i, !204, !DIExpression(), !132)
     #dbg_value(i64 %sext291, !205, !DIExpression(DW_OP_constu, 32, DW_OP_shra, DW_OP_stack_value), !132)
     #dbg_value(i64 %cse_v7.i, !206, !DIExpression(), !132)
-  %cse_v20.i = shl nuw nsw i64 %indvars.iv310.i, 3, !dbg !132
+  %cse_v20.i = shl nuw nsw i64 %indvars.iv331.i, 3, !dbg !132
     #dbg_value(i64 %cse_v20.i, !207, !DIExpression(), !132)
     #dbg_value(i64 %cse_v31.i, !208, !DIExpression(), !132)
     #dbg_value(i32 0, !209, !DIExpression(), !132)
   %750 = icmp sgt i32 %num_groups.i, 0, !dbg !132
-  br i1 %750, label %for_body_to.lr.ph.i, label %for_end_to.thread.i, !dbg !132, !prof !156
-
-for_end_to.thread.i:                              ; preds = %for_body_step.i
-  %751 = icmp sgt i64 %744, 0, !dbg !132
-  %752 = select i1 %751, float 0xC7EFFFFFE0000000, float 0xC6293E5940000000, !dbg !132
-  %753 = insertelement <4 x float> poison, float %752, i64 0, !dbg !132
-  %754 = shufflevector <4 x float> %753, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-    #dbg_value(<4 x float> %754, !210, !DIExpression(), !132)
-    #dbg_value(<4 x float> zeroinitializer, !211, !DIExpression(), !132)
-    #dbg_value(i32 0, !209, !DIExpression(), !132)
-    #dbg_value(i32 0, !212, !DIExpression(), !132)
-  br i1 %751, label %for_body_t.lr.ph.i, label %for_begin_d_0.preheader.i, !dbg !132, !prof !156
+  br i1 %750, label %for_body_to.lr.ph.i, label %for_begin_to45.preheader.thread.i, !dbg !132, !prof !156
 
 for_body_to.lr.ph.i:                              ; preds = %for_body_step.i
-  %755 = add nsw i32 %valid_len.i, -1
-  %gep208.i = getelementptr i32, ptr %gep221.i, i64 %cse_v20.i
+  %751 = add nsw i32 %valid_len.i, -1
+  %gep220.i = getelementptr i32, ptr %gep233.i, i64 %cse_v20.i
   %wide.trip.count.i = zext nneg i32 %num_groups.i to i64, !dbg !132
   br label %for_body_to.i, !dbg !132
 
-for_end_step.i:                                   ; preds = %for_end_d84.i
-    #dbg_value(i64 %cse_v17.i, !213, !DIExpression(), !132)
-  %756 = add nsw i64 %indvars.iv321.i, %cse_v17.i, !dbg !132
-  %cse_v36.i = shl nsw i64 %756, 2, !dbg !132
-    #dbg_value(i64 %cse_v36.i, !214, !DIExpression(), !132)
-  %757 = getelementptr inbounds float, ptr %354, i64 %cse_v36.i, !dbg !215
-  store <4 x float> %m.i, ptr %757, align 16, !dbg !215, !tbaa !163
-  %758 = getelementptr inbounds float, ptr %371, i64 %cse_v36.i, !dbg !216
-  store <4 x float> %1333, ptr %758, align 16, !dbg !216, !tbaa !163
-  %.idx.i = shl nsw i64 %756, 11
-  %759 = getelementptr i8, ptr %391, i64 %.idx.i
+for_end_step.i:                                   ; preds = %for_end_d94.i
+    #dbg_value(i64 %cse_v17.i, !210, !DIExpression(), !132)
+  %752 = add nsw i64 %indvars.iv342.i, %cse_v17.i, !dbg !132
+  %cse_v36.i = shl nsw i64 %752, 2, !dbg !132
+    #dbg_value(i64 %cse_v36.i, !211, !DIExpression(), !132)
+  %753 = getelementptr inbounds float, ptr %354, i64 %cse_v36.i, !dbg !212
+  store <4 x float> %m.i, ptr %753, align 16, !dbg !212, !tbaa !163
+  %754 = getelementptr inbounds float, ptr %371, i64 %cse_v36.i, !dbg !213
+  store <4 x float> %1356, ptr %754, align 16, !dbg !213, !tbaa !163
+  %.idx.i = shl nsw i64 %752, 11
+  %755 = getelementptr i8, ptr %391, i64 %.idx.i
     #dbg_value(i32 0, !168, !DIExpression(), !132)
-  br label %for_body_d90.i, !dbg !132
+  br label %for_body_d100.i, !dbg !132
 
 for_body_to.i:                                    ; preds = %for_end_d17.i, %for_body_to.lr.ph.i
-  %indvars.iv258.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next259.i, %for_end_d17.i ]
-    #dbg_value(i64 %indvars.iv258.i, !209, !DIExpression(), !132)
+  %indvars.iv270.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next271.i, %for_end_d17.i ]
+    #dbg_value(i64 %indvars.iv270.i, !209, !DIExpression(), !132)
     #dbg_declare(ptr %k_tile.i, !142, !DIExpression(), !132)
-  %760 = mul nuw nsw i64 %indvars.iv258.i, 12, !dbg !132
-    #dbg_value(i64 %760, !217, !DIExpression(), !132)
-    #dbg_value(i32 0, !218, !DIExpression(), !132)
+  %756 = mul nuw nsw i64 %indvars.iv270.i, 12, !dbg !132
+    #dbg_value(i64 %756, !214, !DIExpression(), !132)
+    #dbg_value(i32 0, !215, !DIExpression(), !132)
   br label %for_body_ax0.i, !dbg !132
 
-for_end_to.i:                                     ; preds = %for_end_d17.i
-  %761 = icmp sgt i64 %744, 0, !dbg !132
-    #dbg_value(<4 x float> poison, !210, !DIExpression(), !132)
-    #dbg_value(i32 0, !209, !DIExpression(), !132)
-  %762 = select i1 %761, float 0xC7EFFFFFE0000000, float 0xC6293E5940000000, !dbg !132
-  %763 = insertelement <4 x float> poison, float %762, i64 0, !dbg !132
-  %764 = shufflevector <4 x float> %763, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-    #dbg_value(<4 x float> %764, !210, !DIExpression(), !132)
-  br label %for_begin_ti.preheader.i, !dbg !132
-
 for_body_ax0.i:                                   ; preds = %for_body_ax0.i, %for_body_to.i
-  %indvars.iv248.i = phi i64 [ 0, %for_body_to.i ], [ %indvars.iv.next249.i, %for_body_ax0.i ]
-    #dbg_value(i64 %indvars.iv248.i, !218, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv248.i, !219, !DIExpression(DW_OP_constu, 7, DW_OP_shl, DW_OP_stack_value), !132)
-    #dbg_value(i64 %cse_v21.i, !220, !DIExpression(), !132)
-  %765 = add nuw nsw i64 %indvars.iv248.i, %760, !dbg !132
-  %766 = trunc nuw nsw i64 %765 to i32, !dbg !132
-  %767 = tail call i32 @llvm.smin.i32(i32 %766, i32 %755), !dbg !132
-  %cse_v40.i = sext i32 %767 to i64, !dbg !132
-    #dbg_value(i64 %cse_v40.i, !221, !DIExpression(), !132)
-  %768 = and i64 %cse_v40.i, 15, !dbg !132
-  %cse_v41.i = mul nsw i64 %768, %k_slot285, !dbg !132
-    #dbg_value(i64 %cse_v41.i, !222, !DIExpression(), !132)
-  %769 = ashr i64 %cse_v40.i, 4, !dbg !132
-    #dbg_value(!DIArgList(i64 %cse_v20.i, i64 %sext291, i64 %cse_v31.i, i64 %769), !223, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 3, DW_OP_plus, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_constu, 32, DW_OP_shra, DW_OP_plus, DW_OP_stack_value), !132)
-  %gep154.i = getelementptr i32, ptr %gep208.i, i64 %769, !dbg !132
-  %770 = load i32, ptr %gep154.i, align 4, !dbg !132, !tbaa !163
-  %771 = sext i32 %770 to i64, !dbg !132
-  %772 = mul nsw i64 %k_block, %771, !dbg !132
-  %773 = getelementptr i16, ptr %309, i64 %772, !dbg !132
-  %774 = getelementptr i16, ptr %773, i64 %cse_v41.i, !dbg !132
-  %775 = getelementptr i16, ptr %774, i64 %cse_v21.i, !dbg !132
-  %776 = load <16 x i16>, ptr %775, align 2, !dbg !132, !tbaa !163
-  %777 = zext <16 x i16> %776 to <16 x i32>, !dbg !132
-  %778 = shl nuw <16 x i32> %777, splat (i32 16), !dbg !132
-  %.idx327.i = shl nuw nsw i64 %indvars.iv248.i, 9, !dbg !132
-  %779 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx327.i, !dbg !132
-  store <16 x i32> %778, ptr %779, align 4, !dbg !132, !tbaa !163
-  %780 = load i32, ptr %gep154.i, align 4, !dbg !132, !tbaa !163
-  %781 = sext i32 %780 to i64, !dbg !132
-  %782 = mul nsw i64 %k_block, %781, !dbg !132
-  %783 = getelementptr i16, ptr %309, i64 %782, !dbg !132
-  %784 = getelementptr i16, ptr %783, i64 %cse_v41.i, !dbg !132
-  %785 = getelementptr i16, ptr %784, i64 %cse_v21.i, !dbg !132
-  %786 = getelementptr i8, ptr %785, i64 32, !dbg !132
-  %787 = load <16 x i16>, ptr %786, align 2, !dbg !132, !tbaa !163
-  %788 = zext <16 x i16> %787 to <16 x i32>, !dbg !132
-  %789 = shl nuw <16 x i32> %788, splat (i32 16), !dbg !132
-  %790 = getelementptr inbounds nuw i8, ptr %779, i64 64, !dbg !132
-  store <16 x i32> %789, ptr %790, align 4, !dbg !132, !tbaa !163
-  %791 = load i32, ptr %gep154.i, align 4, !dbg !132, !tbaa !163
-  %792 = sext i32 %791 to i64, !dbg !132
-  %793 = mul nsw i64 %k_block, %792, !dbg !132
-  %794 = getelementptr i16, ptr %309, i64 %793, !dbg !132
-  %795 = getelementptr i16, ptr %794, i64 %cse_v41.i, !dbg !132
-  %796 = getelementptr i16, ptr %795, i64 %cse_v21.i, !dbg !132
-  %797 = getelementptr i8, ptr %796, i64 64, !dbg !132
-  %798 = load <16 x i16>, ptr %797, align 2, !dbg !132, !tbaa !163
-  %799 = zext <16 x i16> %798 to <16 x i32>, !dbg !132
-  %800 = shl nuw <16 x i32> %799, splat (i32 16), !dbg !132
-  %801 = getelementptr inbounds nuw i8, ptr %779, i64 128, !dbg !132
-  store <16 x i32> %800, ptr %801, align 4, !dbg !132, !tbaa !163
-  %802 = load i32, ptr %gep154.i, align 4, !dbg !132, !tbaa !163
-  %803 = sext i32 %802 to i64, !dbg !132
-  %804 = mul nsw i64 %k_block, %803, !dbg !132
-  %805 = getelementptr i16, ptr %309, i64 %804, !dbg !132
-  %806 = getelementptr i16, ptr %805, i64 %cse_v41.i, !dbg !132
-  %807 = getelementptr i16, ptr %806, i64 %cse_v21.i, !dbg !132
-  %808 = getelementptr i8, ptr %807, i64 96, !dbg !132
-  %809 = load <16 x i16>, ptr %808, align 2, !dbg !132, !tbaa !163
-  %810 = zext <16 x i16> %809 to <16 x i32>, !dbg !132
-  %811 = shl nuw <16 x i32> %810, splat (i32 16), !dbg !132
-  %812 = getelementptr inbounds nuw i8, ptr %779, i64 192, !dbg !132
-  store <16 x i32> %811, ptr %812, align 4, !dbg !132, !tbaa !163
-  %813 = load i32, ptr %gep154.i, align 4, !dbg !132, !tbaa !163
-  %814 = sext i32 %813 to i64, !dbg !132
-  %815 = mul nsw i64 %k_block, %814, !dbg !132
-  %816 = getelementptr i16, ptr %309, i64 %815, !dbg !132
-  %817 = getelementptr i16, ptr %816, i64 %cse_v41.i, !dbg !132
-  %818 = getelementptr i16, ptr %817, i64 %cse_v21.i, !dbg !132
-  %819 = getelementptr i8, ptr %818, i64 128, !dbg !132
-  %820 = load <16 x i16>, ptr %819, align 2, !dbg !132, !tbaa !163
-  %821 = zext <16 x i16> %820 to <16 x i32>, !dbg !132
-  %822 = shl nuw <16 x i32> %821, splat (i32 16), !dbg !132
-  %823 = getelementptr inbounds nuw i8, ptr %779, i64 256, !dbg !132
-  store <16 x i32> %822, ptr %823, align 4, !dbg !132, !tbaa !163
-  %824 = load i32, ptr %gep154.i, align 4, !dbg !132, !tbaa !163
-  %825 = sext i32 %824 to i64, !dbg !132
-  %826 = mul nsw i64 %k_block, %825, !dbg !132
-  %827 = getelementptr i16, ptr %309, i64 %826, !dbg !132
-  %828 = getelementptr i16, ptr %827, i64 %cse_v41.i, !dbg !132
-  %829 = getelementptr i16, ptr %828, i64 %cse_v21.i, !dbg !132
-  %830 = getelementptr i8, ptr %829, i64 160, !dbg !132
-  %831 = load <16 x i16>, ptr %830, align 2, !dbg !132, !tbaa !163
-  %832 = zext <16 x i16> %831 to <16 x i32>, !dbg !132
-  %833 = shl nuw <16 x i32> %832, splat (i32 16), !dbg !132
-  %834 = getelementptr inbounds nuw i8, ptr %779, i64 320, !dbg !132
-  store <16 x i32> %833, ptr %834, align 4, !dbg !132, !tbaa !163
-  %835 = load i32, ptr %gep154.i, align 4, !dbg !132, !tbaa !163
-  %836 = sext i32 %835 to i64, !dbg !132
-  %837 = mul nsw i64 %k_block, %836, !dbg !132
-  %838 = getelementptr i16, ptr %309, i64 %837, !dbg !132
-  %839 = getelementptr i16, ptr %838, i64 %cse_v41.i, !dbg !132
-  %840 = getelementptr i16, ptr %839, i64 %cse_v21.i, !dbg !132
-  %841 = getelementptr i8, ptr %840, i64 192, !dbg !132
-  %842 = load <16 x i16>, ptr %841, align 2, !dbg !132, !tbaa !163
-  %843 = zext <16 x i16> %842 to <16 x i32>, !dbg !132
-  %844 = shl nuw <16 x i32> %843, splat (i32 16), !dbg !132
-  %845 = getelementptr inbounds nuw i8, ptr %779, i64 384, !dbg !132
-  store <16 x i32> %844, ptr %845, align 4, !dbg !132, !tbaa !163
-  %846 = load i32, ptr %gep154.i, align 4, !dbg !132, !tbaa !163
-  %847 = sext i32 %846 to i64, !dbg !132
-  %848 = mul nsw i64 %k_block, %847, !dbg !132
-  %849 = getelementptr i16, ptr %309, i64 %848, !dbg !132
-  %850 = getelementptr i16, ptr %849, i64 %cse_v41.i, !dbg !132
-  %851 = getelementptr i16, ptr %850, i64 %cse_v21.i, !dbg !132
-  %852 = getelementptr i8, ptr %851, i64 224, !dbg !132
-  %853 = load <16 x i16>, ptr %852, align 2, !dbg !132, !tbaa !163
-  %854 = zext <16 x i16> %853 to <16 x i32>, !dbg !132
-  %855 = shl nuw <16 x i32> %854, splat (i32 16), !dbg !132
-  %856 = getelementptr inbounds nuw i8, ptr %779, i64 448, !dbg !132
-  store <16 x i32> %855, ptr %856, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next249.i = add nuw nsw i64 %indvars.iv248.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next249.i, !218, !DIExpression(), !132)
-  %exitcond252.not.i = icmp eq i64 %indvars.iv.next249.i, 12, !dbg !132
-  br i1 %exitcond252.not.i, label %for_body_d16.i, label %for_body_ax0.i, !dbg !132, !prof !224
+  %indvars.iv260.i = phi i64 [ 0, %for_body_to.i ], [ %indvars.iv.next261.i, %for_body_ax0.i ]
+    #dbg_value(i64 %indvars.iv260.i, !215, !DIExpression(), !132)
+    #dbg_value(i64 %indvars.iv260.i, !216, !DIExpression(DW_OP_constu, 7, DW_OP_shl, DW_OP_stack_value), !132)
+    #dbg_value(i64 %cse_v21.i, !217, !DIExpression(), !132)
+  %757 = add nuw nsw i64 %indvars.iv260.i, %756, !dbg !132
+  %758 = trunc nuw nsw i64 %757 to i32, !dbg !132
+  %759 = tail call i32 @llvm.smin.i32(i32 %758, i32 %751), !dbg !132
+  %cse_v40.i = sext i32 %759 to i64, !dbg !132
+    #dbg_value(i64 %cse_v40.i, !218, !DIExpression(), !132)
+  %760 = and i64 %cse_v40.i, 15, !dbg !132
+  %cse_v41.i = mul nsw i64 %760, %k_slot285, !dbg !132
+    #dbg_value(i64 %cse_v41.i, !219, !DIExpression(), !132)
+  %761 = ashr i64 %cse_v40.i, 4, !dbg !132
+    #dbg_value(!DIArgList(i64 %cse_v20.i, i64 %sext291, i64 %cse_v31.i, i64 %761), !220, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 3, DW_OP_plus, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_constu, 32, DW_OP_shra, DW_OP_plus, DW_OP_stack_value), !132)
+  %gep164.i = getelementptr i32, ptr %gep220.i, i64 %761, !dbg !132
+  %762 = load i32, ptr %gep164.i, align 4, !dbg !132, !tbaa !163
+  %763 = sext i32 %762 to i64, !dbg !132
+  %764 = mul nsw i64 %k_block, %763, !dbg !132
+  %765 = getelementptr i16, ptr %309, i64 %764, !dbg !132
+  %766 = getelementptr i16, ptr %765, i64 %cse_v41.i, !dbg !132
+  %767 = getelementptr i16, ptr %766, i64 %cse_v21.i, !dbg !132
+  %768 = load <16 x i16>, ptr %767, align 2, !dbg !132, !tbaa !163
+  %769 = zext <16 x i16> %768 to <16 x i32>, !dbg !132
+  %770 = shl nuw <16 x i32> %769, splat (i32 16), !dbg !132
+  %.idx348.i = shl nuw nsw i64 %indvars.iv260.i, 9, !dbg !132
+  %771 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx348.i, !dbg !132
+  store <16 x i32> %770, ptr %771, align 4, !dbg !132, !tbaa !163
+  %772 = load i32, ptr %gep164.i, align 4, !dbg !132, !tbaa !163
+  %773 = sext i32 %772 to i64, !dbg !132
+  %774 = mul nsw i64 %k_block, %773, !dbg !132
+  %775 = getelementptr i16, ptr %309, i64 %774, !dbg !132
+  %776 = getelementptr i16, ptr %775, i64 %cse_v41.i, !dbg !132
+  %777 = getelementptr i16, ptr %776, i64 %cse_v21.i, !dbg !132
+  %778 = getelementptr i8, ptr %777, i64 32, !dbg !132
+  %779 = load <16 x i16>, ptr %778, align 2, !dbg !132, !tbaa !163
+  %780 = zext <16 x i16> %779 to <16 x i32>, !dbg !132
+  %781 = shl nuw <16 x i32> %780, splat (i32 16), !dbg !132
+  %782 = getelementptr inbounds nuw i8, ptr %771, i64 64, !dbg !132
+  store <16 x i32> %781, ptr %782, align 4, !dbg !132, !tbaa !163
+  %783 = load i32, ptr %gep164.i, align 4, !dbg !132, !tbaa !163
+  %784 = sext i32 %783 to i64, !dbg !132
+  %785 = mul nsw i64 %k_block, %784, !dbg !132
+  %786 = getelementptr i16, ptr %309, i64 %785, !dbg !132
+  %787 = getelementptr i16, ptr %786, i64 %cse_v41.i, !dbg !132
+  %788 = getelementptr i16, ptr %787, i64 %cse_v21.i, !dbg !132
+  %789 = getelementptr i8, ptr %788, i64 64, !dbg !132
+  %790 = load <16 x i16>, ptr %789, align 2, !dbg !132, !tbaa !163
+  %791 = zext <16 x i16> %790 to <16 x i32>, !dbg !132
+  %792 = shl nuw <16 x i32> %791, splat (i32 16), !dbg !132
+  %793 = getelementptr inbounds nuw i8, ptr %771, i64 128, !dbg !132
+  store <16 x i32> %792, ptr %793, align 4, !dbg !132, !tbaa !163
+  %794 = load i32, ptr %gep164.i, align 4, !dbg !132, !tbaa !163
+  %795 = sext i32 %794 to i64, !dbg !132
+  %796 = mul nsw i64 %k_block, %795, !dbg !132
+  %797 = getelementptr i16, ptr %309, i64 %796, !dbg !132
+  %798 = getelementptr i16, ptr %797, i64 %cse_v41.i, !dbg !132
+  %799 = getelementptr i16, ptr %798, i64 %cse_v21.i, !dbg !132
+  %800 = getelementptr i8, ptr %799, i64 96, !dbg !132
+  %801 = load <16 x i16>, ptr %800, align 2, !dbg !132, !tbaa !163
+  %802 = zext <16 x i16> %801 to <16 x i32>, !dbg !132
+  %803 = shl nuw <16 x i32> %802, splat (i32 16), !dbg !132
+  %804 = getelementptr inbounds nuw i8, ptr %771, i64 192, !dbg !132
+  store <16 x i32> %803, ptr %804, align 4, !dbg !132, !tbaa !163
+  %805 = load i32, ptr %gep164.i, align 4, !dbg !132, !tbaa !163
+  %806 = sext i32 %805 to i64, !dbg !132
+  %807 = mul nsw i64 %k_block, %806, !dbg !132
+  %808 = getelementptr i16, ptr %309, i64 %807, !dbg !132
+  %809 = getelementptr i16, ptr %808, i64 %cse_v41.i, !dbg !132
+  %810 = getelementptr i16, ptr %809, i64 %cse_v21.i, !dbg !132
+  %811 = getelementptr i8, ptr %810, i64 128, !dbg !132
+  %812 = load <16 x i16>, ptr %811, align 2, !dbg !132, !tbaa !163
+  %813 = zext <16 x i16> %812 to <16 x i32>, !dbg !132
+  %814 = shl nuw <16 x i32> %813, splat (i32 16), !dbg !132
+  %815 = getelementptr inbounds nuw i8, ptr %771, i64 256, !dbg !132
+  store <16 x i32> %814, ptr %815, align 4, !dbg !132, !tbaa !163
+  %816 = load i32, ptr %gep164.i, align 4, !dbg !132, !tbaa !163
+  %817 = sext i32 %816 to i64, !dbg !132
+  %818 = mul nsw i64 %k_block, %817, !dbg !132
+  %819 = getelementptr i16, ptr %309, i64 %818, !dbg !132
+  %820 = getelementptr i16, ptr %819, i64 %cse_v41.i, !dbg !132
+  %821 = getelementptr i16, ptr %820, i64 %cse_v21.i, !dbg !132
+  %822 = getelementptr i8, ptr %821, i64 160, !dbg !132
+  %823 = load <16 x i16>, ptr %822, align 2, !dbg !132, !tbaa !163
+  %824 = zext <16 x i16> %823 to <16 x i32>, !dbg !132
+  %825 = shl nuw <16 x i32> %824, splat (i32 16), !dbg !132
+  %826 = getelementptr inbounds nuw i8, ptr %771, i64 320, !dbg !132
+  store <16 x i32> %825, ptr %826, align 4, !dbg !132, !tbaa !163
+  %827 = load i32, ptr %gep164.i, align 4, !dbg !132, !tbaa !163
+  %828 = sext i32 %827 to i64, !dbg !132
+  %829 = mul nsw i64 %k_block, %828, !dbg !132
+  %830 = getelementptr i16, ptr %309, i64 %829, !dbg !132
+  %831 = getelementptr i16, ptr %830, i64 %cse_v41.i, !dbg !132
+  %832 = getelementptr i16, ptr %831, i64 %cse_v21.i, !dbg !132
+  %833 = getelementptr i8, ptr %832, i64 192, !dbg !132
+  %834 = load <16 x i16>, ptr %833, align 2, !dbg !132, !tbaa !163
+  %835 = zext <16 x i16> %834 to <16 x i32>, !dbg !132
+  %836 = shl nuw <16 x i32> %835, splat (i32 16), !dbg !132
+  %837 = getelementptr inbounds nuw i8, ptr %771, i64 384, !dbg !132
+  store <16 x i32> %836, ptr %837, align 4, !dbg !132, !tbaa !163
+  %838 = load i32, ptr %gep164.i, align 4, !dbg !132, !tbaa !163
+  %839 = sext i32 %838 to i64, !dbg !132
+  %840 = mul nsw i64 %k_block, %839, !dbg !132
+  %841 = getelementptr i16, ptr %309, i64 %840, !dbg !132
+  %842 = getelementptr i16, ptr %841, i64 %cse_v41.i, !dbg !132
+  %843 = getelementptr i16, ptr %842, i64 %cse_v21.i, !dbg !132
+  %844 = getelementptr i8, ptr %843, i64 224, !dbg !132
+  %845 = load <16 x i16>, ptr %844, align 2, !dbg !132, !tbaa !163
+  %846 = zext <16 x i16> %845 to <16 x i32>, !dbg !132
+  %847 = shl nuw <16 x i32> %846, splat (i32 16), !dbg !132
+  %848 = getelementptr inbounds nuw i8, ptr %771, i64 448, !dbg !132
+  store <16 x i32> %847, ptr %848, align 4, !dbg !132, !tbaa !163
+  %indvars.iv.next261.i = add nuw nsw i64 %indvars.iv260.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next261.i, !215, !DIExpression(), !132)
+  %exitcond264.not.i = icmp eq i64 %indvars.iv.next261.i, 12, !dbg !132
+  br i1 %exitcond264.not.i, label %for_body_d16.i, label %for_body_ax0.i, !dbg !132, !prof !221
 
 for_body_d16.i:                                   ; preds = %for_body_ax0.i, %for_body_d16.i
-  %indvars.iv253.i = phi i64 [ %indvars.iv.next254.i, %for_body_d16.i ], [ 0, %for_body_ax0.i ]
-  %scores_global118.sroa.0.0167.i = phi <4 x float> [ %863, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.12.0166.i = phi <4 x float> [ %868, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.16.0165.i = phi <4 x float> [ %873, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.20.0164.i = phi <4 x float> [ %878, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.24.0163.i = phi <4 x float> [ %883, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.28.0162.i = phi <4 x float> [ %888, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.32.0161.i = phi <4 x float> [ %893, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.36.0160.i = phi <4 x float> [ %898, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.40.0159.i = phi <4 x float> [ %903, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.44.0158.i = phi <4 x float> [ %908, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.48.0157.i = phi <4 x float> [ %913, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global118.sroa.52.0156.i = phi <4 x float> [ %918, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-    #dbg_value(i64 %indvars.iv253.i, !168, !DIExpression(), !132)
-    #dbg_value(<4 x float> %scores_global118.sroa.0.0167.i, !210, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv253.i, !225, !DIExpression(DW_OP_constu, 2, DW_OP_shl, DW_OP_stack_value), !132)
-  %.idx328.i = shl nuw nsw i64 %indvars.iv253.i, 4, !dbg !132
-  %857 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx328.i, !dbg !132
-  %858 = load <4 x float>, ptr %857, align 4, !dbg !132, !tbaa !163
-  %859 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %indvars.iv253.i, !dbg !132
-  %860 = load float, ptr %859, align 4, !dbg !132, !tbaa !163
-  %861 = insertelement <4 x float> poison, float %860, i64 0, !dbg !132
-  %862 = shufflevector <4 x float> %861, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %863 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %858, <4 x float> %862, <4 x float> %scores_global118.sroa.0.0167.i), !dbg !132
-    #dbg_value(<4 x float> %863, !210, !DIExpression(), !132)
-  %864 = getelementptr inbounds nuw i8, ptr %859, i64 512, !dbg !132
-  %865 = load float, ptr %864, align 4, !dbg !132, !tbaa !163
-  %866 = insertelement <4 x float> poison, float %865, i64 0, !dbg !132
-  %867 = shufflevector <4 x float> %866, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %868 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %858, <4 x float> %867, <4 x float> %scores_global118.sroa.12.0166.i), !dbg !132
-  %869 = getelementptr inbounds nuw i8, ptr %859, i64 1024, !dbg !132
-  %870 = load float, ptr %869, align 4, !dbg !132, !tbaa !163
-  %871 = insertelement <4 x float> poison, float %870, i64 0, !dbg !132
-  %872 = shufflevector <4 x float> %871, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %873 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %858, <4 x float> %872, <4 x float> %scores_global118.sroa.16.0165.i), !dbg !132
-  %874 = getelementptr inbounds nuw i8, ptr %859, i64 1536, !dbg !132
-  %875 = load float, ptr %874, align 4, !dbg !132, !tbaa !163
-  %876 = insertelement <4 x float> poison, float %875, i64 0, !dbg !132
-  %877 = shufflevector <4 x float> %876, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %878 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %858, <4 x float> %877, <4 x float> %scores_global118.sroa.20.0164.i), !dbg !132
-  %879 = getelementptr inbounds nuw i8, ptr %859, i64 2048, !dbg !132
-  %880 = load float, ptr %879, align 4, !dbg !132, !tbaa !163
-  %881 = insertelement <4 x float> poison, float %880, i64 0, !dbg !132
-  %882 = shufflevector <4 x float> %881, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %883 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %858, <4 x float> %882, <4 x float> %scores_global118.sroa.24.0163.i), !dbg !132
-  %884 = getelementptr inbounds nuw i8, ptr %859, i64 2560, !dbg !132
-  %885 = load float, ptr %884, align 4, !dbg !132, !tbaa !163
-  %886 = insertelement <4 x float> poison, float %885, i64 0, !dbg !132
-  %887 = shufflevector <4 x float> %886, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %888 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %858, <4 x float> %887, <4 x float> %scores_global118.sroa.28.0162.i), !dbg !132
-  %889 = getelementptr inbounds nuw i8, ptr %859, i64 3072, !dbg !132
-  %890 = load float, ptr %889, align 4, !dbg !132, !tbaa !163
-  %891 = insertelement <4 x float> poison, float %890, i64 0, !dbg !132
-  %892 = shufflevector <4 x float> %891, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %893 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %858, <4 x float> %892, <4 x float> %scores_global118.sroa.32.0161.i), !dbg !132
-  %894 = getelementptr inbounds nuw i8, ptr %859, i64 3584, !dbg !132
-  %895 = load float, ptr %894, align 4, !dbg !132, !tbaa !163
-  %896 = insertelement <4 x float> poison, float %895, i64 0, !dbg !132
-  %897 = shufflevector <4 x float> %896, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %898 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %858, <4 x float> %897, <4 x float> %scores_global118.sroa.36.0160.i), !dbg !132
-  %899 = getelementptr inbounds nuw i8, ptr %859, i64 4096, !dbg !132
-  %900 = load float, ptr %899, align 4, !dbg !132, !tbaa !163
-  %901 = insertelement <4 x float> poison, float %900, i64 0, !dbg !132
-  %902 = shufflevector <4 x float> %901, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %903 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %858, <4 x float> %902, <4 x float> %scores_global118.sroa.40.0159.i), !dbg !132
-  %904 = getelementptr inbounds nuw i8, ptr %859, i64 4608, !dbg !132
-  %905 = load float, ptr %904, align 4, !dbg !132, !tbaa !163
-  %906 = insertelement <4 x float> poison, float %905, i64 0, !dbg !132
-  %907 = shufflevector <4 x float> %906, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %908 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %858, <4 x float> %907, <4 x float> %scores_global118.sroa.44.0158.i), !dbg !132
-  %909 = getelementptr inbounds nuw i8, ptr %859, i64 5120, !dbg !132
-  %910 = load float, ptr %909, align 4, !dbg !132, !tbaa !163
-  %911 = insertelement <4 x float> poison, float %910, i64 0, !dbg !132
-  %912 = shufflevector <4 x float> %911, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %913 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %858, <4 x float> %912, <4 x float> %scores_global118.sroa.48.0157.i), !dbg !132
-  %914 = getelementptr inbounds nuw i8, ptr %859, i64 5632, !dbg !132
-  %915 = load float, ptr %914, align 4, !dbg !132, !tbaa !163
-  %916 = insertelement <4 x float> poison, float %915, i64 0, !dbg !132
-  %917 = shufflevector <4 x float> %916, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %918 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %858, <4 x float> %917, <4 x float> %scores_global118.sroa.52.0156.i), !dbg !132
-  %indvars.iv.next254.i = add nuw nsw i64 %indvars.iv253.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next254.i, !168, !DIExpression(), !132)
-  %exitcond257.not.i = icmp eq i64 %indvars.iv.next254.i, 128, !dbg !132
-  br i1 %exitcond257.not.i, label %for_end_d17.i, label %for_body_d16.i, !dbg !132, !prof !224
+  %indvars.iv265.i = phi i64 [ %indvars.iv.next266.i, %for_body_d16.i ], [ 0, %for_body_ax0.i ]
+  %scores_global128.sroa.0.0177.i = phi <4 x float> [ %855, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.12.0176.i = phi <4 x float> [ %860, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.16.0175.i = phi <4 x float> [ %865, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.20.0174.i = phi <4 x float> [ %870, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.24.0173.i = phi <4 x float> [ %875, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.28.0172.i = phi <4 x float> [ %880, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.32.0171.i = phi <4 x float> [ %885, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.36.0170.i = phi <4 x float> [ %890, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.40.0169.i = phi <4 x float> [ %895, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.44.0168.i = phi <4 x float> [ %900, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.48.0167.i = phi <4 x float> [ %905, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global128.sroa.52.0166.i = phi <4 x float> [ %910, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+    #dbg_value(i64 %indvars.iv265.i, !168, !DIExpression(), !132)
+    #dbg_value(<4 x float> %scores_global128.sroa.0.0177.i, !222, !DIExpression(), !132)
+    #dbg_value(i64 %indvars.iv265.i, !223, !DIExpression(DW_OP_constu, 2, DW_OP_shl, DW_OP_stack_value), !132)
+  %.idx349.i = shl nuw nsw i64 %indvars.iv265.i, 4, !dbg !132
+  %849 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx349.i, !dbg !132
+  %850 = load <4 x float>, ptr %849, align 4, !dbg !132, !tbaa !163
+  %851 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %indvars.iv265.i, !dbg !132
+  %852 = load float, ptr %851, align 4, !dbg !132, !tbaa !163
+  %853 = insertelement <4 x float> poison, float %852, i64 0, !dbg !132
+  %854 = shufflevector <4 x float> %853, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %855 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %854, <4 x float> %scores_global128.sroa.0.0177.i), !dbg !132
+    #dbg_value(<4 x float> %855, !222, !DIExpression(), !132)
+  %856 = getelementptr inbounds nuw i8, ptr %851, i64 512, !dbg !132
+  %857 = load float, ptr %856, align 4, !dbg !132, !tbaa !163
+  %858 = insertelement <4 x float> poison, float %857, i64 0, !dbg !132
+  %859 = shufflevector <4 x float> %858, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %860 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %859, <4 x float> %scores_global128.sroa.12.0176.i), !dbg !132
+  %861 = getelementptr inbounds nuw i8, ptr %851, i64 1024, !dbg !132
+  %862 = load float, ptr %861, align 4, !dbg !132, !tbaa !163
+  %863 = insertelement <4 x float> poison, float %862, i64 0, !dbg !132
+  %864 = shufflevector <4 x float> %863, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %865 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %864, <4 x float> %scores_global128.sroa.16.0175.i), !dbg !132
+  %866 = getelementptr inbounds nuw i8, ptr %851, i64 1536, !dbg !132
+  %867 = load float, ptr %866, align 4, !dbg !132, !tbaa !163
+  %868 = insertelement <4 x float> poison, float %867, i64 0, !dbg !132
+  %869 = shufflevector <4 x float> %868, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %870 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %869, <4 x float> %scores_global128.sroa.20.0174.i), !dbg !132
+  %871 = getelementptr inbounds nuw i8, ptr %851, i64 2048, !dbg !132
+  %872 = load float, ptr %871, align 4, !dbg !132, !tbaa !163
+  %873 = insertelement <4 x float> poison, float %872, i64 0, !dbg !132
+  %874 = shufflevector <4 x float> %873, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %875 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %874, <4 x float> %scores_global128.sroa.24.0173.i), !dbg !132
+  %876 = getelementptr inbounds nuw i8, ptr %851, i64 2560, !dbg !132
+  %877 = load float, ptr %876, align 4, !dbg !132, !tbaa !163
+  %878 = insertelement <4 x float> poison, float %877, i64 0, !dbg !132
+  %879 = shufflevector <4 x float> %878, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %880 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %879, <4 x float> %scores_global128.sroa.28.0172.i), !dbg !132
+  %881 = getelementptr inbounds nuw i8, ptr %851, i64 3072, !dbg !132
+  %882 = load float, ptr %881, align 4, !dbg !132, !tbaa !163
+  %883 = insertelement <4 x float> poison, float %882, i64 0, !dbg !132
+  %884 = shufflevector <4 x float> %883, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %885 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %884, <4 x float> %scores_global128.sroa.32.0171.i), !dbg !132
+  %886 = getelementptr inbounds nuw i8, ptr %851, i64 3584, !dbg !132
+  %887 = load float, ptr %886, align 4, !dbg !132, !tbaa !163
+  %888 = insertelement <4 x float> poison, float %887, i64 0, !dbg !132
+  %889 = shufflevector <4 x float> %888, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %890 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %889, <4 x float> %scores_global128.sroa.36.0170.i), !dbg !132
+  %891 = getelementptr inbounds nuw i8, ptr %851, i64 4096, !dbg !132
+  %892 = load float, ptr %891, align 4, !dbg !132, !tbaa !163
+  %893 = insertelement <4 x float> poison, float %892, i64 0, !dbg !132
+  %894 = shufflevector <4 x float> %893, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %895 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %894, <4 x float> %scores_global128.sroa.40.0169.i), !dbg !132
+  %896 = getelementptr inbounds nuw i8, ptr %851, i64 4608, !dbg !132
+  %897 = load float, ptr %896, align 4, !dbg !132, !tbaa !163
+  %898 = insertelement <4 x float> poison, float %897, i64 0, !dbg !132
+  %899 = shufflevector <4 x float> %898, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %900 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %899, <4 x float> %scores_global128.sroa.44.0168.i), !dbg !132
+  %901 = getelementptr inbounds nuw i8, ptr %851, i64 5120, !dbg !132
+  %902 = load float, ptr %901, align 4, !dbg !132, !tbaa !163
+  %903 = insertelement <4 x float> poison, float %902, i64 0, !dbg !132
+  %904 = shufflevector <4 x float> %903, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %905 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %904, <4 x float> %scores_global128.sroa.48.0167.i), !dbg !132
+  %906 = getelementptr inbounds nuw i8, ptr %851, i64 5632, !dbg !132
+  %907 = load float, ptr %906, align 4, !dbg !132, !tbaa !163
+  %908 = insertelement <4 x float> poison, float %907, i64 0, !dbg !132
+  %909 = shufflevector <4 x float> %908, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %910 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %909, <4 x float> %scores_global128.sroa.52.0166.i), !dbg !132
+  %indvars.iv.next266.i = add nuw nsw i64 %indvars.iv265.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next266.i, !168, !DIExpression(), !132)
+  %exitcond269.not.i = icmp eq i64 %indvars.iv.next266.i, 128, !dbg !132
+  br i1 %exitcond269.not.i, label %for_end_d17.i, label %for_body_d16.i, !dbg !132, !prof !221
 
 for_end_d17.i:                                    ; preds = %for_body_d16.i
-  %919 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %760, !dbg !132
-  store <4 x float> %863, ptr %919, align 4, !dbg !132, !tbaa !163
-  %920 = getelementptr inbounds nuw i8, ptr %919, i64 16, !dbg !132
-  store <4 x float> %868, ptr %920, align 4, !dbg !132, !tbaa !163
-  %921 = getelementptr inbounds nuw i8, ptr %919, i64 32, !dbg !132
-  store <4 x float> %873, ptr %921, align 4, !dbg !132, !tbaa !163
-  %922 = getelementptr inbounds nuw i8, ptr %919, i64 48, !dbg !132
-  store <4 x float> %878, ptr %922, align 4, !dbg !132, !tbaa !163
-  %923 = getelementptr inbounds nuw i8, ptr %919, i64 64, !dbg !132
-  store <4 x float> %883, ptr %923, align 4, !dbg !132, !tbaa !163
-  %924 = getelementptr inbounds nuw i8, ptr %919, i64 80, !dbg !132
-  store <4 x float> %888, ptr %924, align 4, !dbg !132, !tbaa !163
-  %925 = getelementptr inbounds nuw i8, ptr %919, i64 96, !dbg !132
-  store <4 x float> %893, ptr %925, align 4, !dbg !132, !tbaa !163
-  %926 = getelementptr inbounds nuw i8, ptr %919, i64 112, !dbg !132
-  store <4 x float> %898, ptr %926, align 4, !dbg !132, !tbaa !163
-  %927 = getelementptr inbounds nuw i8, ptr %919, i64 128, !dbg !132
-  store <4 x float> %903, ptr %927, align 4, !dbg !132, !tbaa !163
-  %928 = getelementptr inbounds nuw i8, ptr %919, i64 144, !dbg !132
-  store <4 x float> %908, ptr %928, align 4, !dbg !132, !tbaa !163
-  %929 = getelementptr inbounds nuw i8, ptr %919, i64 160, !dbg !132
-  store <4 x float> %913, ptr %929, align 4, !dbg !132, !tbaa !163
-  %930 = getelementptr inbounds nuw i8, ptr %919, i64 176, !dbg !132
-  store <4 x float> %918, ptr %930, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next259.i = add nuw nsw i64 %indvars.iv258.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next259.i, !209, !DIExpression(), !132)
-  %exitcond262.not.i = icmp eq i64 %indvars.iv.next259.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond262.not.i, label %for_end_to.i, label %for_body_to.i, !dbg !132, !prof !226
+  %911 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %756, !dbg !132
+  store <4 x float> %855, ptr %911, align 4, !dbg !132, !tbaa !163
+  %912 = getelementptr inbounds nuw i8, ptr %911, i64 16, !dbg !132
+  store <4 x float> %860, ptr %912, align 4, !dbg !132, !tbaa !163
+  %913 = getelementptr inbounds nuw i8, ptr %911, i64 32, !dbg !132
+  store <4 x float> %865, ptr %913, align 4, !dbg !132, !tbaa !163
+  %914 = getelementptr inbounds nuw i8, ptr %911, i64 48, !dbg !132
+  store <4 x float> %870, ptr %914, align 4, !dbg !132, !tbaa !163
+  %915 = getelementptr inbounds nuw i8, ptr %911, i64 64, !dbg !132
+  store <4 x float> %875, ptr %915, align 4, !dbg !132, !tbaa !163
+  %916 = getelementptr inbounds nuw i8, ptr %911, i64 80, !dbg !132
+  store <4 x float> %880, ptr %916, align 4, !dbg !132, !tbaa !163
+  %917 = getelementptr inbounds nuw i8, ptr %911, i64 96, !dbg !132
+  store <4 x float> %885, ptr %917, align 4, !dbg !132, !tbaa !163
+  %918 = getelementptr inbounds nuw i8, ptr %911, i64 112, !dbg !132
+  store <4 x float> %890, ptr %918, align 4, !dbg !132, !tbaa !163
+  %919 = getelementptr inbounds nuw i8, ptr %911, i64 128, !dbg !132
+  store <4 x float> %895, ptr %919, align 4, !dbg !132, !tbaa !163
+  %920 = getelementptr inbounds nuw i8, ptr %911, i64 144, !dbg !132
+  store <4 x float> %900, ptr %920, align 4, !dbg !132, !tbaa !163
+  %921 = getelementptr inbounds nuw i8, ptr %911, i64 160, !dbg !132
+  store <4 x float> %905, ptr %921, align 4, !dbg !132, !tbaa !163
+  %922 = getelementptr inbounds nuw i8, ptr %911, i64 176, !dbg !132
+  store <4 x float> %910, ptr %922, align 4, !dbg !132, !tbaa !163
+  %indvars.iv.next271.i = add nuw nsw i64 %indvars.iv270.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next271.i, !209, !DIExpression(), !132)
+  %exitcond274.not.i = icmp eq i64 %indvars.iv.next271.i, %wide.trip.count.i, !dbg !132
+  br i1 %exitcond274.not.i, label %for_begin_ti.preheader.i, label %for_body_to.i, !dbg !132, !prof !224
 
-for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_end_to.i
-  %indvars.iv268.i = phi i64 [ 0, %for_end_to.i ], [ %indvars.iv.next269.i, %for_begin_ti.preheader.i ]
-  %scores_global118.sroa.0.1172.i = phi <4 x float> [ %764, %for_end_to.i ], [ %1064, %for_begin_ti.preheader.i ]
-    #dbg_value(i64 %indvars.iv268.i, !209, !DIExpression(), !132)
-    #dbg_value(<4 x float> %scores_global118.sroa.0.1172.i, !210, !DIExpression(), !132)
-  %931 = mul nuw nsw i64 %indvars.iv268.i, 12
-    #dbg_value(i64 0, !227, !DIExpression(), !132)
-    #dbg_value(i64 %931, !228, !DIExpression(), !132)
-  %932 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %931, !dbg !132
-  %933 = load <4 x float>, ptr %932, align 4, !dbg !132, !tbaa !163
-  %934 = fmul <4 x float> %479, %933, !dbg !132
-  %935 = icmp samesign ult i64 %indvars.iv268.i, 11, !dbg !132
-  %936 = icmp slt i64 %931, %744, !dbg !132
-  %937 = and i1 %935, %936, !dbg !132
-  %938 = insertelement <4 x i1> poison, i1 %937, i64 0, !dbg !132
-  %939 = shufflevector <4 x i1> %938, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %940 = select <4 x i1> %939, <4 x float> %934, <4 x float> splat (float 0xC7EFFFFFE0000000), !dbg !132
-  %941 = fcmp ogt <4 x float> %scores_global118.sroa.0.1172.i, %940, !dbg !132
-  %942 = select <4 x i1> %941, <4 x float> %scores_global118.sroa.0.1172.i, <4 x float> %940, !dbg !132
-    #dbg_value(<4 x float> %942, !210, !DIExpression(), !132)
-    #dbg_value(i64 1, !227, !DIExpression(), !132)
-  %943 = or disjoint i64 %931, 1, !dbg !132
-    #dbg_value(i64 %943, !228, !DIExpression(), !132)
-  %944 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %943, !dbg !132
-  %945 = load <4 x float>, ptr %944, align 4, !dbg !132, !tbaa !163
-  %946 = fmul <4 x float> %479, %945, !dbg !132
-  %947 = icmp slt i64 %943, %744, !dbg !132
-  %948 = and i1 %935, %947, !dbg !132
-  %949 = insertelement <4 x i1> poison, i1 %948, i64 0, !dbg !132
-  %950 = shufflevector <4 x i1> %949, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %951 = select <4 x i1> %950, <4 x float> %946, <4 x float> splat (float 0xC7EFFFFFE0000000), !dbg !132
-  %952 = fcmp ogt <4 x float> %942, %951, !dbg !132
-  %953 = select <4 x i1> %952, <4 x float> %942, <4 x float> %951, !dbg !132
-    #dbg_value(<4 x float> %953, !210, !DIExpression(), !132)
-    #dbg_value(i64 2, !227, !DIExpression(), !132)
-  %954 = or disjoint i64 %931, 2, !dbg !132
-    #dbg_value(i64 %954, !228, !DIExpression(), !132)
-  %955 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %954, !dbg !132
-  %956 = load <4 x float>, ptr %955, align 4, !dbg !132, !tbaa !163
-  %957 = fmul <4 x float> %479, %956, !dbg !132
-  %958 = icmp slt i64 %954, %744, !dbg !132
-  %959 = and i1 %935, %958, !dbg !132
-  %960 = insertelement <4 x i1> poison, i1 %959, i64 0, !dbg !132
-  %961 = shufflevector <4 x i1> %960, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %962 = select <4 x i1> %961, <4 x float> %957, <4 x float> splat (float 0xC7EFFFFFE0000000), !dbg !132
-  %963 = fcmp ogt <4 x float> %953, %962, !dbg !132
-  %964 = select <4 x i1> %963, <4 x float> %953, <4 x float> %962, !dbg !132
-    #dbg_value(<4 x float> %964, !210, !DIExpression(), !132)
-    #dbg_value(i64 3, !227, !DIExpression(), !132)
-  %965 = or disjoint i64 %931, 3, !dbg !132
-    #dbg_value(i64 %965, !228, !DIExpression(), !132)
-  %966 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %965, !dbg !132
-  %967 = load <4 x float>, ptr %966, align 4, !dbg !132, !tbaa !163
-  %968 = fmul <4 x float> %479, %967, !dbg !132
-  %969 = icmp slt i64 %965, %744, !dbg !132
-  %970 = and i1 %935, %969, !dbg !132
-  %971 = insertelement <4 x i1> poison, i1 %970, i64 0, !dbg !132
-  %972 = shufflevector <4 x i1> %971, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %973 = select <4 x i1> %972, <4 x float> %968, <4 x float> splat (float 0xC7EFFFFFE0000000), !dbg !132
-  %974 = fcmp ogt <4 x float> %964, %973, !dbg !132
-  %975 = select <4 x i1> %974, <4 x float> %964, <4 x float> %973, !dbg !132
-    #dbg_value(<4 x float> %975, !210, !DIExpression(), !132)
-    #dbg_value(i64 4, !227, !DIExpression(), !132)
-  %976 = add nuw nsw i64 %931, 4, !dbg !132
-    #dbg_value(i64 %976, !228, !DIExpression(), !132)
-  %977 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %976, !dbg !132
-  %978 = load <4 x float>, ptr %977, align 4, !dbg !132, !tbaa !163
-  %979 = fmul <4 x float> %479, %978, !dbg !132
-  %980 = icmp slt i64 %976, %744, !dbg !132
-  %981 = and i1 %935, %980, !dbg !132
-  %982 = insertelement <4 x i1> poison, i1 %981, i64 0, !dbg !132
-  %983 = shufflevector <4 x i1> %982, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %984 = select <4 x i1> %983, <4 x float> %979, <4 x float> splat (float 0xC7EFFFFFE0000000), !dbg !132
-  %985 = fcmp ogt <4 x float> %975, %984, !dbg !132
-  %986 = select <4 x i1> %985, <4 x float> %975, <4 x float> %984, !dbg !132
-    #dbg_value(<4 x float> %986, !210, !DIExpression(), !132)
-    #dbg_value(i64 5, !227, !DIExpression(), !132)
-  %987 = add nuw nsw i64 %931, 5, !dbg !132
-    #dbg_value(i64 %987, !228, !DIExpression(), !132)
+for_begin_ti.preheader.i:                         ; preds = %for_end_d17.i, %for_begin_ti.preheader.i
+  %indvars.iv280.i = phi i64 [ %indvars.iv.next281.i, %for_begin_ti.preheader.i ], [ 0, %for_end_d17.i ]
+    #dbg_value(i64 %indvars.iv280.i, !209, !DIExpression(), !132)
+  %923 = mul nuw nsw i64 %indvars.iv280.i, 12
+    #dbg_value(i64 0, !225, !DIExpression(), !132)
+    #dbg_value(i64 %923, !226, !DIExpression(), !132)
+  %924 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %923, !dbg !132
+  %925 = load <4 x float>, ptr %924, align 4, !dbg !132, !tbaa !163
+  %926 = fmul <4 x float> %479, %925, !dbg !132
+  %927 = icmp samesign ult i64 %indvars.iv280.i, 11, !dbg !132
+  %928 = icmp slt i64 %923, %744, !dbg !132
+  %929 = and i1 %927, %928, !dbg !132
+  %930 = insertelement <4 x i1> poison, i1 %929, i64 0, !dbg !132
+  %931 = shufflevector <4 x i1> %930, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
+  %932 = select <4 x i1> %931, <4 x float> %926, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
+  store <4 x float> %932, ptr %924, align 4, !dbg !132, !tbaa !163
+    #dbg_value(i64 1, !225, !DIExpression(), !132)
+  %933 = or disjoint i64 %923, 1, !dbg !132
+    #dbg_value(i64 %933, !226, !DIExpression(), !132)
+  %934 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %933, !dbg !132
+  %935 = load <4 x float>, ptr %934, align 4, !dbg !132, !tbaa !163
+  %936 = fmul <4 x float> %479, %935, !dbg !132
+  %937 = icmp slt i64 %933, %744, !dbg !132
+  %938 = and i1 %927, %937, !dbg !132
+  %939 = insertelement <4 x i1> poison, i1 %938, i64 0, !dbg !132
+  %940 = shufflevector <4 x i1> %939, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
+  %941 = select <4 x i1> %940, <4 x float> %936, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
+  store <4 x float> %941, ptr %934, align 4, !dbg !132, !tbaa !163
+    #dbg_value(i64 2, !225, !DIExpression(), !132)
+  %942 = or disjoint i64 %923, 2, !dbg !132
+    #dbg_value(i64 %942, !226, !DIExpression(), !132)
+  %943 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %942, !dbg !132
+  %944 = load <4 x float>, ptr %943, align 4, !dbg !132, !tbaa !163
+  %945 = fmul <4 x float> %479, %944, !dbg !132
+  %946 = icmp slt i64 %942, %744, !dbg !132
+  %947 = and i1 %927, %946, !dbg !132
+  %948 = insertelement <4 x i1> poison, i1 %947, i64 0, !dbg !132
+  %949 = shufflevector <4 x i1> %948, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
+  %950 = select <4 x i1> %949, <4 x float> %945, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
+  store <4 x float> %950, ptr %943, align 4, !dbg !132, !tbaa !163
+    #dbg_value(i64 3, !225, !DIExpression(), !132)
+  %951 = or disjoint i64 %923, 3, !dbg !132
+    #dbg_value(i64 %951, !226, !DIExpression(), !132)
+  %952 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %951, !dbg !132
+  %953 = load <4 x float>, ptr %952, align 4, !dbg !132, !tbaa !163
+  %954 = fmul <4 x float> %479, %953, !dbg !132
+  %955 = icmp slt i64 %951, %744, !dbg !132
+  %956 = and i1 %927, %955, !dbg !132
+  %957 = insertelement <4 x i1> poison, i1 %956, i64 0, !dbg !132
+  %958 = shufflevector <4 x i1> %957, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
+  %959 = select <4 x i1> %958, <4 x float> %954, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
+  store <4 x float> %959, ptr %952, align 4, !dbg !132, !tbaa !163
+    #dbg_value(i64 4, !225, !DIExpression(), !132)
+  %960 = add nuw nsw i64 %923, 4, !dbg !132
+    #dbg_value(i64 %960, !226, !DIExpression(), !132)
+  %961 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %960, !dbg !132
+  %962 = load <4 x float>, ptr %961, align 4, !dbg !132, !tbaa !163
+  %963 = fmul <4 x float> %479, %962, !dbg !132
+  %964 = icmp slt i64 %960, %744, !dbg !132
+  %965 = and i1 %927, %964, !dbg !132
+  %966 = insertelement <4 x i1> poison, i1 %965, i64 0, !dbg !132
+  %967 = shufflevector <4 x i1> %966, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
+  %968 = select <4 x i1> %967, <4 x float> %963, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
+  store <4 x float> %968, ptr %961, align 4, !dbg !132, !tbaa !163
+    #dbg_value(i64 5, !225, !DIExpression(), !132)
+  %969 = add nuw nsw i64 %923, 5, !dbg !132
+    #dbg_value(i64 %969, !226, !DIExpression(), !132)
+  %970 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %969, !dbg !132
+  %971 = load <4 x float>, ptr %970, align 4, !dbg !132, !tbaa !163
+  %972 = fmul <4 x float> %479, %971, !dbg !132
+  %973 = icmp slt i64 %969, %744, !dbg !132
+  %974 = and i1 %927, %973, !dbg !132
+  %975 = insertelement <4 x i1> poison, i1 %974, i64 0, !dbg !132
+  %976 = shufflevector <4 x i1> %975, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
+  %977 = select <4 x i1> %976, <4 x float> %972, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
+  store <4 x float> %977, ptr %970, align 4, !dbg !132, !tbaa !163
+    #dbg_value(i64 6, !225, !DIExpression(), !132)
+  %978 = add nuw nsw i64 %923, 6, !dbg !132
+    #dbg_value(i64 %978, !226, !DIExpression(), !132)
+  %979 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %978, !dbg !132
+  %980 = load <4 x float>, ptr %979, align 4, !dbg !132, !tbaa !163
+  %981 = fmul <4 x float> %479, %980, !dbg !132
+  %982 = icmp slt i64 %978, %744, !dbg !132
+  %983 = and i1 %927, %982, !dbg !132
+  %984 = insertelement <4 x i1> poison, i1 %983, i64 0, !dbg !132
+  %985 = shufflevector <4 x i1> %984, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
+  %986 = select <4 x i1> %985, <4 x float> %981, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
+  store <4 x float> %986, ptr %979, align 4, !dbg !132, !tbaa !163
+    #dbg_value(i64 7, !225, !DIExpression(), !132)
+  %987 = add nuw nsw i64 %923, 7, !dbg !132
+    #dbg_value(i64 %987, !226, !DIExpression(), !132)
   %988 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %987, !dbg !132
   %989 = load <4 x float>, ptr %988, align 4, !dbg !132, !tbaa !163
   %990 = fmul <4 x float> %479, %989, !dbg !132
   %991 = icmp slt i64 %987, %744, !dbg !132
-  %992 = and i1 %935, %991, !dbg !132
+  %992 = and i1 %927, %991, !dbg !132
   %993 = insertelement <4 x i1> poison, i1 %992, i64 0, !dbg !132
   %994 = shufflevector <4 x i1> %993, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %995 = select <4 x i1> %994, <4 x float> %990, <4 x float> splat (float 0xC7EFFFFFE0000000), !dbg !132
-  %996 = fcmp ogt <4 x float> %986, %995, !dbg !132
-  %997 = select <4 x i1> %996, <4 x float> %986, <4 x float> %995, !dbg !132
-    #dbg_value(<4 x float> %997, !210, !DIExpression(), !132)
-    #dbg_value(i64 6, !227, !DIExpression(), !132)
-  %998 = add nuw nsw i64 %931, 6, !dbg !132
-    #dbg_value(i64 %998, !228, !DIExpression(), !132)
-  %999 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %998, !dbg !132
-  %1000 = load <4 x float>, ptr %999, align 4, !dbg !132, !tbaa !163
-  %1001 = fmul <4 x float> %479, %1000, !dbg !132
-  %1002 = icmp slt i64 %998, %744, !dbg !132
-  %1003 = and i1 %935, %1002, !dbg !132
-  %1004 = insertelement <4 x i1> poison, i1 %1003, i64 0, !dbg !132
-  %1005 = shufflevector <4 x i1> %1004, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1006 = select <4 x i1> %1005, <4 x float> %1001, <4 x float> splat (float 0xC7EFFFFFE0000000), !dbg !132
-  %1007 = fcmp ogt <4 x float> %997, %1006, !dbg !132
-  %1008 = select <4 x i1> %1007, <4 x float> %997, <4 x float> %1006, !dbg !132
-    #dbg_value(<4 x float> %1008, !210, !DIExpression(), !132)
-    #dbg_value(i64 7, !227, !DIExpression(), !132)
-  %1009 = add nuw nsw i64 %931, 7, !dbg !132
-    #dbg_value(i64 %1009, !228, !DIExpression(), !132)
-  %1010 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %1009, !dbg !132
-  %1011 = load <4 x float>, ptr %1010, align 4, !dbg !132, !tbaa !163
-  %1012 = fmul <4 x float> %479, %1011, !dbg !132
-  %1013 = icmp slt i64 %1009, %744, !dbg !132
-  %1014 = and i1 %935, %1013, !dbg !132
-  %1015 = insertelement <4 x i1> poison, i1 %1014, i64 0, !dbg !132
-  %1016 = shufflevector <4 x i1> %1015, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1017 = select <4 x i1> %1016, <4 x float> %1012, <4 x float> splat (float 0xC7EFFFFFE0000000), !dbg !132
-  %1018 = fcmp ogt <4 x float> %1008, %1017, !dbg !132
-  %1019 = select <4 x i1> %1018, <4 x float> %1008, <4 x float> %1017, !dbg !132
-    #dbg_value(<4 x float> %1019, !210, !DIExpression(), !132)
-    #dbg_value(i64 8, !227, !DIExpression(), !132)
-  %1020 = add nuw nsw i64 %931, 8, !dbg !132
-    #dbg_value(i64 %1020, !228, !DIExpression(), !132)
-  %1021 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %1020, !dbg !132
-  %1022 = load <4 x float>, ptr %1021, align 4, !dbg !132, !tbaa !163
-  %1023 = fmul <4 x float> %479, %1022, !dbg !132
-  %1024 = icmp samesign ult i64 %indvars.iv268.i, 10, !dbg !132
-  %1025 = icmp slt i64 %1020, %744, !dbg !132
-  %1026 = and i1 %1024, %1025, !dbg !132
-  %1027 = insertelement <4 x i1> poison, i1 %1026, i64 0, !dbg !132
-  %1028 = shufflevector <4 x i1> %1027, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1029 = select <4 x i1> %1028, <4 x float> %1023, <4 x float> splat (float 0xC7EFFFFFE0000000), !dbg !132
-  %1030 = fcmp ogt <4 x float> %1019, %1029, !dbg !132
-  %1031 = select <4 x i1> %1030, <4 x float> %1019, <4 x float> %1029, !dbg !132
-    #dbg_value(<4 x float> %1031, !210, !DIExpression(), !132)
-    #dbg_value(i64 9, !227, !DIExpression(), !132)
-  %1032 = add nuw nsw i64 %931, 9, !dbg !132
-    #dbg_value(i64 %1032, !228, !DIExpression(), !132)
-  %1033 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %1032, !dbg !132
-  %1034 = load <4 x float>, ptr %1033, align 4, !dbg !132, !tbaa !163
-  %1035 = fmul <4 x float> %479, %1034, !dbg !132
-  %1036 = icmp slt i64 %1032, %744, !dbg !132
-  %1037 = and i1 %1024, %1036, !dbg !132
-  %1038 = insertelement <4 x i1> poison, i1 %1037, i64 0, !dbg !132
-  %1039 = shufflevector <4 x i1> %1038, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1040 = select <4 x i1> %1039, <4 x float> %1035, <4 x float> splat (float 0xC7EFFFFFE0000000), !dbg !132
-  %1041 = fcmp ogt <4 x float> %1031, %1040, !dbg !132
-  %1042 = select <4 x i1> %1041, <4 x float> %1031, <4 x float> %1040, !dbg !132
-    #dbg_value(<4 x float> %1042, !210, !DIExpression(), !132)
-    #dbg_value(i64 10, !227, !DIExpression(), !132)
-  %1043 = add nuw nsw i64 %931, 10, !dbg !132
-    #dbg_value(i64 %1043, !228, !DIExpression(), !132)
-  %1044 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %1043, !dbg !132
-  %1045 = load <4 x float>, ptr %1044, align 4, !dbg !132, !tbaa !163
-  %1046 = fmul <4 x float> %479, %1045, !dbg !132
-  %1047 = icmp slt i64 %1043, %744, !dbg !132
-  %1048 = and i1 %1024, %1047, !dbg !132
-  %1049 = insertelement <4 x i1> poison, i1 %1048, i64 0, !dbg !132
-  %1050 = shufflevector <4 x i1> %1049, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1051 = select <4 x i1> %1050, <4 x float> %1046, <4 x float> splat (float 0xC7EFFFFFE0000000), !dbg !132
-  %1052 = fcmp ogt <4 x float> %1042, %1051, !dbg !132
-  %1053 = select <4 x i1> %1052, <4 x float> %1042, <4 x float> %1051, !dbg !132
-    #dbg_value(<4 x float> %1053, !210, !DIExpression(), !132)
-    #dbg_value(i64 11, !227, !DIExpression(), !132)
-  %1054 = add nuw nsw i64 %931, 11, !dbg !132
-    #dbg_value(i64 %1054, !228, !DIExpression(), !132)
-  %1055 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %1054, !dbg !132
-  %1056 = load <4 x float>, ptr %1055, align 4, !dbg !132, !tbaa !163
-  %1057 = fmul <4 x float> %479, %1056, !dbg !132
-  %1058 = icmp slt i64 %1054, %744, !dbg !132
-  %1059 = and i1 %1024, %1058, !dbg !132
-  %1060 = insertelement <4 x i1> poison, i1 %1059, i64 0, !dbg !132
-  %1061 = shufflevector <4 x i1> %1060, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1062 = select <4 x i1> %1061, <4 x float> %1057, <4 x float> splat (float 0xC7EFFFFFE0000000), !dbg !132
-  %1063 = fcmp ogt <4 x float> %1053, %1062, !dbg !132
-  %1064 = select <4 x i1> %1063, <4 x float> %1053, <4 x float> %1062, !dbg !132
-    #dbg_value(<4 x float> %1064, !210, !DIExpression(), !132)
-    #dbg_value(i64 12, !227, !DIExpression(), !132)
-  %indvars.iv.next269.i = add nuw nsw i64 %indvars.iv268.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next269.i, !209, !DIExpression(), !132)
-  %exitcond272.not.i = icmp eq i64 %indvars.iv.next269.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond272.not.i, label %for_begin_ti30.preheader.i, label %for_begin_ti.preheader.i, !dbg !132, !prof !226
+  %995 = select <4 x i1> %994, <4 x float> %990, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
+  store <4 x float> %995, ptr %988, align 4, !dbg !132, !tbaa !163
+    #dbg_value(i64 8, !225, !DIExpression(), !132)
+  %996 = add nuw nsw i64 %923, 8, !dbg !132
+    #dbg_value(i64 %996, !226, !DIExpression(), !132)
+  %997 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %996, !dbg !132
+  %998 = load <4 x float>, ptr %997, align 4, !dbg !132, !tbaa !163
+  %999 = fmul <4 x float> %479, %998, !dbg !132
+  %1000 = icmp samesign ult i64 %indvars.iv280.i, 10, !dbg !132
+  %1001 = icmp slt i64 %996, %744, !dbg !132
+  %1002 = and i1 %1000, %1001, !dbg !132
+  %1003 = insertelement <4 x i1> poison, i1 %1002, i64 0, !dbg !132
+  %1004 = shufflevector <4 x i1> %1003, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
+  %1005 = select <4 x i1> %1004, <4 x float> %999, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
+  store <4 x float> %1005, ptr %997, align 4, !dbg !132, !tbaa !163
+    #dbg_value(i64 9, !225, !DIExpression(), !132)
+  %1006 = add nuw nsw i64 %923, 9, !dbg !132
+    #dbg_value(i64 %1006, !226, !DIExpression(), !132)
+  %1007 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %1006, !dbg !132
+  %1008 = load <4 x float>, ptr %1007, align 4, !dbg !132, !tbaa !163
+  %1009 = fmul <4 x float> %479, %1008, !dbg !132
+  %1010 = icmp slt i64 %1006, %744, !dbg !132
+  %1011 = and i1 %1000, %1010, !dbg !132
+  %1012 = insertelement <4 x i1> poison, i1 %1011, i64 0, !dbg !132
+  %1013 = shufflevector <4 x i1> %1012, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
+  %1014 = select <4 x i1> %1013, <4 x float> %1009, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
+  store <4 x float> %1014, ptr %1007, align 4, !dbg !132, !tbaa !163
+    #dbg_value(i64 10, !225, !DIExpression(), !132)
+  %1015 = add nuw nsw i64 %923, 10, !dbg !132
+    #dbg_value(i64 %1015, !226, !DIExpression(), !132)
+  %1016 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %1015, !dbg !132
+  %1017 = load <4 x float>, ptr %1016, align 4, !dbg !132, !tbaa !163
+  %1018 = fmul <4 x float> %479, %1017, !dbg !132
+  %1019 = icmp slt i64 %1015, %744, !dbg !132
+  %1020 = and i1 %1000, %1019, !dbg !132
+  %1021 = insertelement <4 x i1> poison, i1 %1020, i64 0, !dbg !132
+  %1022 = shufflevector <4 x i1> %1021, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
+  %1023 = select <4 x i1> %1022, <4 x float> %1018, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
+  store <4 x float> %1023, ptr %1016, align 4, !dbg !132, !tbaa !163
+    #dbg_value(i64 11, !225, !DIExpression(), !132)
+  %1024 = add nuw nsw i64 %923, 11, !dbg !132
+    #dbg_value(i64 %1024, !226, !DIExpression(), !132)
+  %1025 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %1024, !dbg !132
+  %1026 = load <4 x float>, ptr %1025, align 4, !dbg !132, !tbaa !163
+  %1027 = fmul <4 x float> %479, %1026, !dbg !132
+  %1028 = icmp slt i64 %1024, %744, !dbg !132
+  %1029 = and i1 %1000, %1028, !dbg !132
+  %1030 = insertelement <4 x i1> poison, i1 %1029, i64 0, !dbg !132
+  %1031 = shufflevector <4 x i1> %1030, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
+  %1032 = select <4 x i1> %1031, <4 x float> %1027, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
+  store <4 x float> %1032, ptr %1025, align 4, !dbg !132, !tbaa !163
+    #dbg_value(i64 12, !225, !DIExpression(), !132)
+  %indvars.iv.next281.i = add nuw nsw i64 %indvars.iv280.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next281.i, !209, !DIExpression(), !132)
+  %exitcond284.not.i = icmp eq i64 %indvars.iv.next281.i, %wide.trip.count.i, !dbg !132
+  br i1 %exitcond284.not.i, label %for_begin_ti30.preheader.preheader.i, label %for_begin_ti.preheader.i, !dbg !132, !prof !224
 
-for_begin_ti30.preheader.i:                       ; preds = %for_begin_ti.preheader.i, %for_end_ti32.i
-  %indvars.iv278.i = phi i64 [ %indvars.iv.next279.i, %for_end_ti32.i ], [ 0, %for_begin_ti.preheader.i ]
-  %indvars280.i = trunc i64 %indvars.iv278.i to i32
-    #dbg_value(i64 %indvars.iv278.i, !209, !DIExpression(), !132)
-  %1065 = mul nuw nsw i64 %indvars.iv278.i, 12
-  %1066 = mul nuw nsw i32 %indvars280.i, 3
-    #dbg_value(i32 0, !227, !DIExpression(), !132)
-  %.idx330.i = mul nuw nsw i64 %indvars.iv278.i, 192
-  %invariant.gep367.i = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx330.i, !dbg !132
-  br label %for_body_ti31.i, !dbg !132
+for_begin_ti30.preheader.preheader.i:             ; preds = %for_begin_ti.preheader.i
+  %1033 = icmp sgt i64 %744, 0, !dbg !132
+  %1034 = select i1 %1033, float 0xFFF0000000000000, float 0xC6293E5940000000, !dbg !132
+  %1035 = insertelement <4 x float> poison, float %1034, i64 0, !dbg !132
+  %1036 = shufflevector <4 x float> %1035, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+    #dbg_value(<4 x float> %1036, !222, !DIExpression(), !132)
+    #dbg_value(i32 0, !209, !DIExpression(), !132)
+  br label %for_begin_ti30.preheader.i, !dbg !132
 
-for_body_ti31.i:                                  ; preds = %for_body_ti31.i, %for_begin_ti30.preheader.i
-  %indvars.iv273.i = phi i64 [ 0, %for_begin_ti30.preheader.i ], [ %indvars.iv.next274.i, %for_body_ti31.i ]
-    #dbg_value(i64 %indvars.iv273.i, !227, !DIExpression(), !132)
-  %1067 = add nuw nsw i64 %indvars.iv273.i, %1065, !dbg !132
-    #dbg_value(i64 %1067, !229, !DIExpression(), !132)
-  %1068 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %1067, !dbg !132
-  %1069 = load <4 x float>, ptr %1068, align 4, !dbg !132, !tbaa !163
-  %1070 = fmul <4 x float> %479, %1069, !dbg !132
-  %arg.i = fsub <4 x float> %1070, %1064, !dbg !132
+for_begin_to45.preheader.thread.i:                ; preds = %for_body_step.i
+  %1037 = icmp sgt i64 %744, 0, !dbg !132
+  %1038 = select i1 %1037, float 0xFFF0000000000000, float 0xC6293E5940000000, !dbg !132
+  %1039 = insertelement <4 x float> poison, float %1038, i64 0, !dbg !132
+  %1040 = shufflevector <4 x float> %1039, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+    #dbg_value(<4 x float> %1040, !222, !DIExpression(), !132)
+    #dbg_value(<4 x float> zeroinitializer, !227, !DIExpression(), !132)
+    #dbg_value(i32 0, !209, !DIExpression(), !132)
+    #dbg_value(i32 0, !228, !DIExpression(), !132)
+  br i1 %1037, label %for_body_t.lr.ph.i, label %for_begin_d_0.preheader.i, !dbg !132, !prof !156
+
+for_begin_ti30.preheader.i:                       ; preds = %for_begin_ti30.preheader.i, %for_begin_ti30.preheader.preheader.i
+  %indvars.iv289.i = phi i64 [ 0, %for_begin_ti30.preheader.preheader.i ], [ %indvars.iv.next290.i, %for_begin_ti30.preheader.i ]
+  %scores_global128.sroa.0.1184.i = phi <4 x float> [ %1036, %for_begin_ti30.preheader.preheader.i ], [ %1088, %for_begin_ti30.preheader.i ]
+    #dbg_value(i64 %indvars.iv289.i, !209, !DIExpression(), !132)
+    #dbg_value(<4 x float> %scores_global128.sroa.0.1184.i, !222, !DIExpression(), !132)
+    #dbg_value(i64 0, !225, !DIExpression(), !132)
+  %.idx = mul nuw nsw i64 %indvars.iv289.i, 192, !dbg !132
+  %1041 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx, !dbg !132
+  %1042 = load <4 x float>, ptr %1041, align 4, !dbg !132, !tbaa !163
+  %1043 = fcmp ogt <4 x float> %scores_global128.sroa.0.1184.i, %1042, !dbg !132
+  %1044 = select <4 x i1> %1043, <4 x float> %scores_global128.sroa.0.1184.i, <4 x float> %1042, !dbg !132
+    #dbg_value(<4 x float> %1044, !222, !DIExpression(), !132)
+    #dbg_value(i64 1, !225, !DIExpression(), !132)
+  %1045 = getelementptr inbounds nuw i8, ptr %1041, i64 16, !dbg !132
+  %1046 = load <4 x float>, ptr %1045, align 4, !dbg !132, !tbaa !163
+  %1047 = fcmp ogt <4 x float> %1044, %1046, !dbg !132
+  %1048 = select <4 x i1> %1047, <4 x float> %1044, <4 x float> %1046, !dbg !132
+    #dbg_value(<4 x float> %1048, !222, !DIExpression(), !132)
+    #dbg_value(i64 2, !225, !DIExpression(), !132)
+  %1049 = getelementptr inbounds nuw i8, ptr %1041, i64 32, !dbg !132
+  %1050 = load <4 x float>, ptr %1049, align 4, !dbg !132, !tbaa !163
+  %1051 = fcmp ogt <4 x float> %1048, %1050, !dbg !132
+  %1052 = select <4 x i1> %1051, <4 x float> %1048, <4 x float> %1050, !dbg !132
+    #dbg_value(<4 x float> %1052, !222, !DIExpression(), !132)
+    #dbg_value(i64 3, !225, !DIExpression(), !132)
+  %1053 = getelementptr inbounds nuw i8, ptr %1041, i64 48, !dbg !132
+  %1054 = load <4 x float>, ptr %1053, align 4, !dbg !132, !tbaa !163
+  %1055 = fcmp ogt <4 x float> %1052, %1054, !dbg !132
+  %1056 = select <4 x i1> %1055, <4 x float> %1052, <4 x float> %1054, !dbg !132
+    #dbg_value(<4 x float> %1056, !222, !DIExpression(), !132)
+    #dbg_value(i64 4, !225, !DIExpression(), !132)
+  %1057 = getelementptr inbounds nuw i8, ptr %1041, i64 64, !dbg !132
+  %1058 = load <4 x float>, ptr %1057, align 4, !dbg !132, !tbaa !163
+  %1059 = fcmp ogt <4 x float> %1056, %1058, !dbg !132
+  %1060 = select <4 x i1> %1059, <4 x float> %1056, <4 x float> %1058, !dbg !132
+    #dbg_value(<4 x float> %1060, !222, !DIExpression(), !132)
+    #dbg_value(i64 5, !225, !DIExpression(), !132)
+  %1061 = getelementptr inbounds nuw i8, ptr %1041, i64 80, !dbg !132
+  %1062 = load <4 x float>, ptr %1061, align 4, !dbg !132, !tbaa !163
+  %1063 = fcmp ogt <4 x float> %1060, %1062, !dbg !132
+  %1064 = select <4 x i1> %1063, <4 x float> %1060, <4 x float> %1062, !dbg !132
+    #dbg_value(<4 x float> %1064, !222, !DIExpression(), !132)
+    #dbg_value(i64 6, !225, !DIExpression(), !132)
+  %1065 = getelementptr inbounds nuw i8, ptr %1041, i64 96, !dbg !132
+  %1066 = load <4 x float>, ptr %1065, align 4, !dbg !132, !tbaa !163
+  %1067 = fcmp ogt <4 x float> %1064, %1066, !dbg !132
+  %1068 = select <4 x i1> %1067, <4 x float> %1064, <4 x float> %1066, !dbg !132
+    #dbg_value(<4 x float> %1068, !222, !DIExpression(), !132)
+    #dbg_value(i64 7, !225, !DIExpression(), !132)
+  %1069 = getelementptr inbounds nuw i8, ptr %1041, i64 112, !dbg !132
+  %1070 = load <4 x float>, ptr %1069, align 4, !dbg !132, !tbaa !163
+  %1071 = fcmp ogt <4 x float> %1068, %1070, !dbg !132
+  %1072 = select <4 x i1> %1071, <4 x float> %1068, <4 x float> %1070, !dbg !132
+    #dbg_value(<4 x float> %1072, !222, !DIExpression(), !132)
+    #dbg_value(i64 8, !225, !DIExpression(), !132)
+  %1073 = getelementptr inbounds nuw i8, ptr %1041, i64 128, !dbg !132
+  %1074 = load <4 x float>, ptr %1073, align 4, !dbg !132, !tbaa !163
+  %1075 = fcmp ogt <4 x float> %1072, %1074, !dbg !132
+  %1076 = select <4 x i1> %1075, <4 x float> %1072, <4 x float> %1074, !dbg !132
+    #dbg_value(<4 x float> %1076, !222, !DIExpression(), !132)
+    #dbg_value(i64 9, !225, !DIExpression(), !132)
+  %1077 = getelementptr inbounds nuw i8, ptr %1041, i64 144, !dbg !132
+  %1078 = load <4 x float>, ptr %1077, align 4, !dbg !132, !tbaa !163
+  %1079 = fcmp ogt <4 x float> %1076, %1078, !dbg !132
+  %1080 = select <4 x i1> %1079, <4 x float> %1076, <4 x float> %1078, !dbg !132
+    #dbg_value(<4 x float> %1080, !222, !DIExpression(), !132)
+    #dbg_value(i64 10, !225, !DIExpression(), !132)
+  %1081 = getelementptr inbounds nuw i8, ptr %1041, i64 160, !dbg !132
+  %1082 = load <4 x float>, ptr %1081, align 4, !dbg !132, !tbaa !163
+  %1083 = fcmp ogt <4 x float> %1080, %1082, !dbg !132
+  %1084 = select <4 x i1> %1083, <4 x float> %1080, <4 x float> %1082, !dbg !132
+    #dbg_value(<4 x float> %1084, !222, !DIExpression(), !132)
+    #dbg_value(i64 11, !225, !DIExpression(), !132)
+  %1085 = getelementptr inbounds nuw i8, ptr %1041, i64 176, !dbg !132
+  %1086 = load <4 x float>, ptr %1085, align 4, !dbg !132, !tbaa !163
+  %1087 = fcmp ogt <4 x float> %1084, %1086, !dbg !132
+  %1088 = select <4 x i1> %1087, <4 x float> %1084, <4 x float> %1086, !dbg !132
+    #dbg_value(<4 x float> %1088, !222, !DIExpression(), !132)
+    #dbg_value(i64 12, !225, !DIExpression(), !132)
+  %indvars.iv.next290.i = add nuw nsw i64 %indvars.iv289.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next290.i, !209, !DIExpression(), !132)
+  %exitcond293.not.i = icmp eq i64 %indvars.iv.next290.i, %wide.trip.count.i, !dbg !132
+  br i1 %exitcond293.not.i, label %for_begin_ti40.preheader.i, label %for_begin_ti30.preheader.i, !dbg !132, !prof !224
+
+for_begin_ti40.preheader.i:                       ; preds = %for_begin_ti30.preheader.i, %for_end_ti42.i
+  %indvars.iv299.i = phi i64 [ %indvars.iv.next300.i, %for_end_ti42.i ], [ 0, %for_begin_ti30.preheader.i ]
+  %indvars301.i = trunc i64 %indvars.iv299.i to i32
+    #dbg_value(i64 %indvars.iv299.i, !209, !DIExpression(), !132)
+  %1089 = mul nuw nsw i64 %indvars.iv299.i, 12
+  %1090 = mul nuw nsw i32 %indvars301.i, 3
+    #dbg_value(i32 0, !225, !DIExpression(), !132)
+  %.idx351.i = mul nuw nsw i64 %indvars.iv299.i, 192
+  %invariant.gep389.i = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx351.i, !dbg !132
+  br label %for_body_ti41.i, !dbg !132
+
+for_body_ti41.i:                                  ; preds = %for_body_ti41.i, %for_begin_ti40.preheader.i
+  %indvars.iv294.i = phi i64 [ 0, %for_begin_ti40.preheader.i ], [ %indvars.iv.next295.i, %for_body_ti41.i ]
+    #dbg_value(i64 %indvars.iv294.i, !225, !DIExpression(), !132)
+  %1091 = add nuw nsw i64 %indvars.iv294.i, %1089, !dbg !132
+    #dbg_value(i64 %1091, !229, !DIExpression(), !132)
+  %1092 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %1091, !dbg !132
+  %1093 = load <4 x float>, ptr %1092, align 4, !dbg !132, !tbaa !163
+  %arg.i = fsub <4 x float> %1093, %1088, !dbg !132
     #dbg_value(<4 x float> %arg.i, !230, !DIExpression(), !132)
-  %1071 = fcmp olt <4 x float> %arg.i, splat (float -8.700000e+01), !dbg !132
+  %1094 = fcmp olt <4 x float> %arg.i, splat (float -8.700000e+01), !dbg !132
     #dbg_value(<4 x float> poison, !231, !DIExpression(), !132)
     #dbg_value(<4 x float> poison, !232, !DIExpression(), !132)
     #dbg_value(<4 x float> poison, !233, !DIExpression(), !132)
@@ -2838,288 +2894,288 @@ for_body_ti31.i:                                  ; preds = %for_body_ti31.i, %f
     #dbg_value(!DIArgList(<4 x float> poison, <4 x i32> poison, <4 x i32> poison), !240, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !132)
   %cse_v24.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000)), !dbg !132
     #dbg_value(<4 x float> %cse_v24.i, !241, !DIExpression(), !132)
-  %1072 = bitcast <4 x float> %cse_v24.i to <4 x i32>, !dbg !132
-  %1073 = shl <4 x i32> %1072, splat (i32 23), !dbg !132
-  %1074 = add <4 x i32> %1073, splat (i32 1065353216), !dbg !132
-  %1075 = bitcast <4 x i32> %1074 to <4 x float>, !dbg !132
-  %1076 = add nsw <4 x i32> %1072, splat (i32 -1262485504), !dbg !132
-  %1077 = sitofp <4 x i32> %1076 to <4 x float>, !dbg !132
-  %1078 = fmul <4 x float> %1077, splat (float 0x3F2BD01060000000), !dbg !132
-  %1079 = fmul <4 x float> %1077, splat (float 0x3FE6300000000000), !dbg !132
-  %1080 = fsub <4 x float> %arg.i, %1079, !dbg !132
-  %1081 = fadd <4 x float> %1078, %1080, !dbg !132
-  %1082 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1081, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000)), !dbg !132
-  %1083 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1082, <4 x float> %1081, <4 x float> splat (float 0x3F81112100000000)), !dbg !132
-  %1084 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1083, <4 x float> %1081, <4 x float> splat (float 0x3FA5553820000000)), !dbg !132
-  %1085 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1084, <4 x float> %1081, <4 x float> splat (float 0x3FC5555540000000)), !dbg !132
-  %1086 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1085, <4 x float> %1081, <4 x float> splat (float 5.000000e-01)), !dbg !132
-  %1087 = fmul <4 x float> %1081, %1086, !dbg !132
-  %1088 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1087, <4 x float> %1081, <4 x float> %1081), !dbg !132
-  %1089 = fadd <4 x float> %1088, splat (float 1.000000e+00), !dbg !132
-  %1090 = fmul <4 x float> %1089, %1075, !dbg !132
-  %1091 = select <4 x i1> %1071, <4 x float> zeroinitializer, <4 x float> %1090, !dbg !132
-  %1092 = trunc nuw nsw i64 %indvars.iv273.i to i32, !dbg !132
-  %1093 = lshr i32 %1092, 2, !dbg !132
-  %1094 = add nuw nsw i32 %1093, %1066, !dbg !132
-  %1095 = icmp samesign ult i32 %1094, 32, !dbg !132
-  %1096 = icmp slt i64 %1067, %744, !dbg !132
-  %1097 = and i1 %1096, %1095, !dbg !132
-  %1098 = insertelement <4 x i1> poison, i1 %1097, i64 0, !dbg !132
-  %1099 = shufflevector <4 x i1> %1098, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1100 = select <4 x i1> %1099, <4 x float> %1091, <4 x float> zeroinitializer, !dbg !132
-  %.idx329.i = shl nuw nsw i64 %indvars.iv273.i, 4, !dbg !132
-  %gep368.i = getelementptr inbounds nuw i8, ptr %invariant.gep367.i, i64 %.idx329.i, !dbg !132
-  store <4 x float> %1100, ptr %gep368.i, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next274.i = add nuw nsw i64 %indvars.iv273.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next274.i, !227, !DIExpression(), !132)
-  %exitcond277.not.i = icmp eq i64 %indvars.iv.next274.i, 12, !dbg !132
-  br i1 %exitcond277.not.i, label %for_end_ti32.i, label %for_body_ti31.i, !dbg !132, !prof !224
+  %1095 = bitcast <4 x float> %cse_v24.i to <4 x i32>, !dbg !132
+  %1096 = shl <4 x i32> %1095, splat (i32 23), !dbg !132
+  %1097 = add <4 x i32> %1096, splat (i32 1065353216), !dbg !132
+  %1098 = bitcast <4 x i32> %1097 to <4 x float>, !dbg !132
+  %1099 = add nsw <4 x i32> %1095, splat (i32 -1262485504), !dbg !132
+  %1100 = sitofp <4 x i32> %1099 to <4 x float>, !dbg !132
+  %1101 = fmul <4 x float> %1100, splat (float 0x3F2BD01060000000), !dbg !132
+  %1102 = fmul <4 x float> %1100, splat (float 0x3FE6300000000000), !dbg !132
+  %1103 = fsub <4 x float> %arg.i, %1102, !dbg !132
+  %1104 = fadd <4 x float> %1101, %1103, !dbg !132
+  %1105 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1104, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000)), !dbg !132
+  %1106 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1105, <4 x float> %1104, <4 x float> splat (float 0x3F81112100000000)), !dbg !132
+  %1107 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1106, <4 x float> %1104, <4 x float> splat (float 0x3FA5553820000000)), !dbg !132
+  %1108 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1107, <4 x float> %1104, <4 x float> splat (float 0x3FC5555540000000)), !dbg !132
+  %1109 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1108, <4 x float> %1104, <4 x float> splat (float 5.000000e-01)), !dbg !132
+  %1110 = fmul <4 x float> %1104, %1109, !dbg !132
+  %1111 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1110, <4 x float> %1104, <4 x float> %1104), !dbg !132
+  %1112 = fadd <4 x float> %1111, splat (float 1.000000e+00), !dbg !132
+  %1113 = fmul <4 x float> %1112, %1098, !dbg !132
+  %1114 = select <4 x i1> %1094, <4 x float> zeroinitializer, <4 x float> %1113, !dbg !132
+  %1115 = trunc nuw nsw i64 %indvars.iv294.i to i32, !dbg !132
+  %1116 = lshr i32 %1115, 2, !dbg !132
+  %1117 = add nuw nsw i32 %1116, %1090, !dbg !132
+  %1118 = icmp samesign ult i32 %1117, 32, !dbg !132
+  %1119 = icmp slt i64 %1091, %744, !dbg !132
+  %1120 = and i1 %1119, %1118, !dbg !132
+  %1121 = insertelement <4 x i1> poison, i1 %1120, i64 0, !dbg !132
+  %1122 = shufflevector <4 x i1> %1121, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
+  %1123 = select <4 x i1> %1122, <4 x float> %1114, <4 x float> zeroinitializer, !dbg !132
+  %.idx350.i = shl nuw nsw i64 %indvars.iv294.i, 4, !dbg !132
+  %gep390.i = getelementptr inbounds nuw i8, ptr %invariant.gep389.i, i64 %.idx350.i, !dbg !132
+  store <4 x float> %1123, ptr %gep390.i, align 4, !dbg !132, !tbaa !163
+  %indvars.iv.next295.i = add nuw nsw i64 %indvars.iv294.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next295.i, !225, !DIExpression(), !132)
+  %exitcond298.not.i = icmp eq i64 %indvars.iv.next295.i, 12, !dbg !132
+  br i1 %exitcond298.not.i, label %for_end_ti42.i, label %for_body_ti41.i, !dbg !132, !prof !221
 
-for_end_ti32.i:                                   ; preds = %for_body_ti31.i
-  %indvars.iv.next279.i = add nuw nsw i64 %indvars.iv278.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next279.i, !209, !DIExpression(), !132)
-  %exitcond282.not.i = icmp eq i64 %indvars.iv.next279.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond282.not.i, label %for_begin_ti40.preheader.i, label %for_begin_ti30.preheader.i, !dbg !132, !prof !226
+for_end_ti42.i:                                   ; preds = %for_body_ti41.i
+  %indvars.iv.next300.i = add nuw nsw i64 %indvars.iv299.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next300.i, !209, !DIExpression(), !132)
+  %exitcond303.not.i = icmp eq i64 %indvars.iv.next300.i, %wide.trip.count.i, !dbg !132
+  br i1 %exitcond303.not.i, label %for_begin_ti50.preheader.i, label %for_begin_ti40.preheader.i, !dbg !132, !prof !224
 
-for_begin_t.preheader.i:                          ; preds = %for_begin_ti40.preheader.i
-    #dbg_value(i32 0, !212, !DIExpression(), !132)
-  br i1 %761, label %for_body_t.lr.ph.i, label %for_begin_d_0.preheader.i, !dbg !132, !prof !156
+for_begin_t.preheader.i:                          ; preds = %for_begin_ti50.preheader.i
+    #dbg_value(i32 0, !228, !DIExpression(), !132)
+  br i1 %1033, label %for_body_t.lr.ph.i, label %for_begin_d_0.preheader.i, !dbg !132, !prof !156
 
-for_body_t.lr.ph.i:                               ; preds = %for_begin_t.preheader.i, %for_end_to.thread.i
-  %tile_sum.0.lcssa344.i = phi <4 x float> [ zeroinitializer, %for_end_to.thread.i ], [ %1136, %for_begin_t.preheader.i ]
-  %scores_global118.sroa.0.1.lcssa336338341.i = phi <4 x float> [ %754, %for_end_to.thread.i ], [ %1064, %for_begin_t.preheader.i ]
-  %gep212.i = getelementptr i32, ptr %gep221.i, i64 %cse_v20.i, !dbg !132
+for_body_t.lr.ph.i:                               ; preds = %for_begin_t.preheader.i, %for_begin_to45.preheader.thread.i
+  %tile_sum.0.lcssa366.i = phi <4 x float> [ zeroinitializer, %for_begin_to45.preheader.thread.i ], [ %1159, %for_begin_t.preheader.i ]
+  %scores_global128.sroa.0.1.lcssa357360363.i = phi <4 x float> [ %1040, %for_begin_to45.preheader.thread.i ], [ %1088, %for_begin_t.preheader.i ]
+  %gep224.i = getelementptr i32, ptr %gep233.i, i64 %cse_v20.i, !dbg !132
   br label %for_body_t.i, !dbg !132
 
-for_begin_ti40.preheader.i:                       ; preds = %for_end_ti32.i, %for_begin_ti40.preheader.i
-  %indvars.iv287.i = phi i64 [ %indvars.iv.next288.i, %for_begin_ti40.preheader.i ], [ 0, %for_end_ti32.i ]
-  %tile_sum.0178.i = phi <4 x float> [ %1136, %for_begin_ti40.preheader.i ], [ zeroinitializer, %for_end_ti32.i ]
-    #dbg_value(i64 %indvars.iv287.i, !209, !DIExpression(), !132)
-    #dbg_value(<4 x float> %tile_sum.0178.i, !211, !DIExpression(), !132)
-    #dbg_value(i64 0, !227, !DIExpression(), !132)
-  %.idx = mul nuw nsw i64 %indvars.iv287.i, 192, !dbg !132
-  %1101 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx, !dbg !132
-  %1102 = load <4 x float>, ptr %1101, align 4, !dbg !132, !tbaa !163
-  %1103 = fadd <4 x float> %tile_sum.0178.i, %1102, !dbg !132
-    #dbg_value(<4 x float> %1103, !211, !DIExpression(), !132)
-    #dbg_value(i64 1, !227, !DIExpression(), !132)
-  %1104 = getelementptr inbounds nuw i8, ptr %1101, i64 16, !dbg !132
-  %1105 = load <4 x float>, ptr %1104, align 4, !dbg !132, !tbaa !163
-  %1106 = fadd <4 x float> %1103, %1105, !dbg !132
-    #dbg_value(<4 x float> %1106, !211, !DIExpression(), !132)
-    #dbg_value(i64 2, !227, !DIExpression(), !132)
-  %1107 = getelementptr inbounds nuw i8, ptr %1101, i64 32, !dbg !132
-  %1108 = load <4 x float>, ptr %1107, align 4, !dbg !132, !tbaa !163
-  %1109 = fadd <4 x float> %1106, %1108, !dbg !132
-    #dbg_value(<4 x float> %1109, !211, !DIExpression(), !132)
-    #dbg_value(i64 3, !227, !DIExpression(), !132)
-  %1110 = getelementptr inbounds nuw i8, ptr %1101, i64 48, !dbg !132
-  %1111 = load <4 x float>, ptr %1110, align 4, !dbg !132, !tbaa !163
-  %1112 = fadd <4 x float> %1109, %1111, !dbg !132
-    #dbg_value(<4 x float> %1112, !211, !DIExpression(), !132)
-    #dbg_value(i64 4, !227, !DIExpression(), !132)
-  %1113 = getelementptr inbounds nuw i8, ptr %1101, i64 64, !dbg !132
-  %1114 = load <4 x float>, ptr %1113, align 4, !dbg !132, !tbaa !163
-  %1115 = fadd <4 x float> %1112, %1114, !dbg !132
-    #dbg_value(<4 x float> %1115, !211, !DIExpression(), !132)
-    #dbg_value(i64 5, !227, !DIExpression(), !132)
-  %1116 = getelementptr inbounds nuw i8, ptr %1101, i64 80, !dbg !132
-  %1117 = load <4 x float>, ptr %1116, align 4, !dbg !132, !tbaa !163
-  %1118 = fadd <4 x float> %1115, %1117, !dbg !132
-    #dbg_value(<4 x float> %1118, !211, !DIExpression(), !132)
-    #dbg_value(i64 6, !227, !DIExpression(), !132)
-  %1119 = getelementptr inbounds nuw i8, ptr %1101, i64 96, !dbg !132
-  %1120 = load <4 x float>, ptr %1119, align 4, !dbg !132, !tbaa !163
-  %1121 = fadd <4 x float> %1118, %1120, !dbg !132
-    #dbg_value(<4 x float> %1121, !211, !DIExpression(), !132)
-    #dbg_value(i64 7, !227, !DIExpression(), !132)
-  %1122 = getelementptr inbounds nuw i8, ptr %1101, i64 112, !dbg !132
-  %1123 = load <4 x float>, ptr %1122, align 4, !dbg !132, !tbaa !163
-  %1124 = fadd <4 x float> %1121, %1123, !dbg !132
-    #dbg_value(<4 x float> %1124, !211, !DIExpression(), !132)
-    #dbg_value(i64 8, !227, !DIExpression(), !132)
-  %1125 = getelementptr inbounds nuw i8, ptr %1101, i64 128, !dbg !132
-  %1126 = load <4 x float>, ptr %1125, align 4, !dbg !132, !tbaa !163
-  %1127 = fadd <4 x float> %1124, %1126, !dbg !132
-    #dbg_value(<4 x float> %1127, !211, !DIExpression(), !132)
-    #dbg_value(i64 9, !227, !DIExpression(), !132)
-  %1128 = getelementptr inbounds nuw i8, ptr %1101, i64 144, !dbg !132
-  %1129 = load <4 x float>, ptr %1128, align 4, !dbg !132, !tbaa !163
-  %1130 = fadd <4 x float> %1127, %1129, !dbg !132
-    #dbg_value(<4 x float> %1130, !211, !DIExpression(), !132)
-    #dbg_value(i64 10, !227, !DIExpression(), !132)
-  %1131 = getelementptr inbounds nuw i8, ptr %1101, i64 160, !dbg !132
-  %1132 = load <4 x float>, ptr %1131, align 4, !dbg !132, !tbaa !163
-  %1133 = fadd <4 x float> %1130, %1132, !dbg !132
-    #dbg_value(<4 x float> %1133, !211, !DIExpression(), !132)
-    #dbg_value(i64 11, !227, !DIExpression(), !132)
-  %1134 = getelementptr inbounds nuw i8, ptr %1101, i64 176, !dbg !132
-  %1135 = load <4 x float>, ptr %1134, align 4, !dbg !132, !tbaa !163
-  %1136 = fadd <4 x float> %1133, %1135, !dbg !132
-    #dbg_value(<4 x float> %1136, !211, !DIExpression(), !132)
-    #dbg_value(i64 12, !227, !DIExpression(), !132)
-  %indvars.iv.next288.i = add nuw nsw i64 %indvars.iv287.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next288.i, !209, !DIExpression(), !132)
-  %exitcond291.not.i = icmp eq i64 %indvars.iv.next288.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond291.not.i, label %for_begin_t.preheader.i, label %for_begin_ti40.preheader.i, !dbg !132, !prof !226
+for_begin_ti50.preheader.i:                       ; preds = %for_end_ti42.i, %for_begin_ti50.preheader.i
+  %indvars.iv308.i = phi i64 [ %indvars.iv.next309.i, %for_begin_ti50.preheader.i ], [ 0, %for_end_ti42.i ]
+  %tile_sum.0190.i = phi <4 x float> [ %1159, %for_begin_ti50.preheader.i ], [ zeroinitializer, %for_end_ti42.i ]
+    #dbg_value(i64 %indvars.iv308.i, !209, !DIExpression(), !132)
+    #dbg_value(<4 x float> %tile_sum.0190.i, !227, !DIExpression(), !132)
+    #dbg_value(i64 0, !225, !DIExpression(), !132)
+  %.idx294 = mul nuw nsw i64 %indvars.iv308.i, 192, !dbg !132
+  %1124 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx294, !dbg !132
+  %1125 = load <4 x float>, ptr %1124, align 4, !dbg !132, !tbaa !163
+  %1126 = fadd <4 x float> %tile_sum.0190.i, %1125, !dbg !132
+    #dbg_value(<4 x float> %1126, !227, !DIExpression(), !132)
+    #dbg_value(i64 1, !225, !DIExpression(), !132)
+  %1127 = getelementptr inbounds nuw i8, ptr %1124, i64 16, !dbg !132
+  %1128 = load <4 x float>, ptr %1127, align 4, !dbg !132, !tbaa !163
+  %1129 = fadd <4 x float> %1126, %1128, !dbg !132
+    #dbg_value(<4 x float> %1129, !227, !DIExpression(), !132)
+    #dbg_value(i64 2, !225, !DIExpression(), !132)
+  %1130 = getelementptr inbounds nuw i8, ptr %1124, i64 32, !dbg !132
+  %1131 = load <4 x float>, ptr %1130, align 4, !dbg !132, !tbaa !163
+  %1132 = fadd <4 x float> %1129, %1131, !dbg !132
+    #dbg_value(<4 x float> %1132, !227, !DIExpression(), !132)
+    #dbg_value(i64 3, !225, !DIExpression(), !132)
+  %1133 = getelementptr inbounds nuw i8, ptr %1124, i64 48, !dbg !132
+  %1134 = load <4 x float>, ptr %1133, align 4, !dbg !132, !tbaa !163
+  %1135 = fadd <4 x float> %1132, %1134, !dbg !132
+    #dbg_value(<4 x float> %1135, !227, !DIExpression(), !132)
+    #dbg_value(i64 4, !225, !DIExpression(), !132)
+  %1136 = getelementptr inbounds nuw i8, ptr %1124, i64 64, !dbg !132
+  %1137 = load <4 x float>, ptr %1136, align 4, !dbg !132, !tbaa !163
+  %1138 = fadd <4 x float> %1135, %1137, !dbg !132
+    #dbg_value(<4 x float> %1138, !227, !DIExpression(), !132)
+    #dbg_value(i64 5, !225, !DIExpression(), !132)
+  %1139 = getelementptr inbounds nuw i8, ptr %1124, i64 80, !dbg !132
+  %1140 = load <4 x float>, ptr %1139, align 4, !dbg !132, !tbaa !163
+  %1141 = fadd <4 x float> %1138, %1140, !dbg !132
+    #dbg_value(<4 x float> %1141, !227, !DIExpression(), !132)
+    #dbg_value(i64 6, !225, !DIExpression(), !132)
+  %1142 = getelementptr inbounds nuw i8, ptr %1124, i64 96, !dbg !132
+  %1143 = load <4 x float>, ptr %1142, align 4, !dbg !132, !tbaa !163
+  %1144 = fadd <4 x float> %1141, %1143, !dbg !132
+    #dbg_value(<4 x float> %1144, !227, !DIExpression(), !132)
+    #dbg_value(i64 7, !225, !DIExpression(), !132)
+  %1145 = getelementptr inbounds nuw i8, ptr %1124, i64 112, !dbg !132
+  %1146 = load <4 x float>, ptr %1145, align 4, !dbg !132, !tbaa !163
+  %1147 = fadd <4 x float> %1144, %1146, !dbg !132
+    #dbg_value(<4 x float> %1147, !227, !DIExpression(), !132)
+    #dbg_value(i64 8, !225, !DIExpression(), !132)
+  %1148 = getelementptr inbounds nuw i8, ptr %1124, i64 128, !dbg !132
+  %1149 = load <4 x float>, ptr %1148, align 4, !dbg !132, !tbaa !163
+  %1150 = fadd <4 x float> %1147, %1149, !dbg !132
+    #dbg_value(<4 x float> %1150, !227, !DIExpression(), !132)
+    #dbg_value(i64 9, !225, !DIExpression(), !132)
+  %1151 = getelementptr inbounds nuw i8, ptr %1124, i64 144, !dbg !132
+  %1152 = load <4 x float>, ptr %1151, align 4, !dbg !132, !tbaa !163
+  %1153 = fadd <4 x float> %1150, %1152, !dbg !132
+    #dbg_value(<4 x float> %1153, !227, !DIExpression(), !132)
+    #dbg_value(i64 10, !225, !DIExpression(), !132)
+  %1154 = getelementptr inbounds nuw i8, ptr %1124, i64 160, !dbg !132
+  %1155 = load <4 x float>, ptr %1154, align 4, !dbg !132, !tbaa !163
+  %1156 = fadd <4 x float> %1153, %1155, !dbg !132
+    #dbg_value(<4 x float> %1156, !227, !DIExpression(), !132)
+    #dbg_value(i64 11, !225, !DIExpression(), !132)
+  %1157 = getelementptr inbounds nuw i8, ptr %1124, i64 176, !dbg !132
+  %1158 = load <4 x float>, ptr %1157, align 4, !dbg !132, !tbaa !163
+  %1159 = fadd <4 x float> %1156, %1158, !dbg !132
+    #dbg_value(<4 x float> %1159, !227, !DIExpression(), !132)
+    #dbg_value(i64 12, !225, !DIExpression(), !132)
+  %indvars.iv.next309.i = add nuw nsw i64 %indvars.iv308.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next309.i, !209, !DIExpression(), !132)
+  %exitcond312.not.i = icmp eq i64 %indvars.iv.next309.i, %wide.trip.count.i, !dbg !132
+  br i1 %exitcond312.not.i, label %for_begin_t.preheader.i, label %for_begin_ti50.preheader.i, !dbg !132, !prof !224
 
-for_begin_d_0.preheader.i:                        ; preds = %for_body_t.i, %for_end_to.thread.i, %for_begin_t.preheader.i
-  %tile_sum.0.lcssa342.i = phi <4 x float> [ %1136, %for_begin_t.preheader.i ], [ zeroinitializer, %for_end_to.thread.i ], [ %tile_sum.0.lcssa344.i, %for_body_t.i ]
-  %scores_global118.sroa.0.1.lcssa336338339.i = phi <4 x float> [ %1064, %for_begin_t.preheader.i ], [ %754, %for_end_to.thread.i ], [ %scores_global118.sroa.0.1.lcssa336338341.i, %for_body_t.i ]
-  %1137 = phi i1 [ false, %for_begin_t.preheader.i ], [ false, %for_end_to.thread.i ], [ true, %for_body_t.i ]
+for_begin_d_0.preheader.i:                        ; preds = %for_body_t.i, %for_begin_to45.preheader.thread.i, %for_begin_t.preheader.i
+  %tile_sum.0.lcssa364.i = phi <4 x float> [ %1159, %for_begin_t.preheader.i ], [ zeroinitializer, %for_begin_to45.preheader.thread.i ], [ %tile_sum.0.lcssa366.i, %for_body_t.i ]
+  %scores_global128.sroa.0.1.lcssa357360361.i = phi <4 x float> [ %1088, %for_begin_t.preheader.i ], [ %1040, %for_begin_to45.preheader.thread.i ], [ %scores_global128.sroa.0.1.lcssa357360363.i, %for_body_t.i ]
+  %1160 = phi i1 [ false, %for_begin_t.preheader.i ], [ false, %for_begin_to45.preheader.thread.i ], [ true, %for_body_t.i ]
     #dbg_value(i32 0, !242, !DIExpression(), !132)
-  %1138 = tail call i32 @llvm.smax.i32(i32 %valid_len.i, i32 1), !dbg !132
-  %smax340 = zext nneg i32 %1138 to i64, !dbg !132
+  %1161 = tail call i32 @llvm.smax.i32(i32 %valid_len.i, i32 1), !dbg !132
+  %smax341 = zext nneg i32 %1161 to i64, !dbg !132
   br label %for_body_d_0.i, !dbg !132
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv292.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next293.i, %for_body_t.i ]
-    #dbg_value(i64 %indvars.iv292.i, !212, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv292.i, !243, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv292.i, !244, !DIExpression(DW_OP_constu, 7, DW_OP_shl, DW_OP_stack_value), !132)
+  %indvars.iv313.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next314.i, %for_body_t.i ]
+    #dbg_value(i64 %indvars.iv313.i, !228, !DIExpression(), !132)
+    #dbg_value(i64 %indvars.iv313.i, !243, !DIExpression(), !132)
+    #dbg_value(i64 %indvars.iv313.i, !244, !DIExpression(DW_OP_constu, 7, DW_OP_shl, DW_OP_stack_value), !132)
     #dbg_value(i64 %cse_v25.i, !245, !DIExpression(), !132)
-  %1139 = and i64 %indvars.iv292.i, 15, !dbg !132
-  %cse_v33.i = mul nsw i64 %1139, %v_slot288, !dbg !132
+  %1162 = and i64 %indvars.iv313.i, 15, !dbg !132
+  %cse_v33.i = mul nsw i64 %1162, %v_slot288, !dbg !132
     #dbg_value(i64 %cse_v33.i, !246, !DIExpression(), !132)
-  %1140 = lshr i64 %indvars.iv292.i, 4, !dbg !132
-    #dbg_value(!DIArgList(i64 %cse_v20.i, i64 %sext291, i64 %cse_v31.i, i64 %1140), !247, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 3, DW_OP_plus, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_constu, 32, DW_OP_shra, DW_OP_plus, DW_OP_stack_value), !132)
-  %gep185.i = getelementptr i32, ptr %gep212.i, i64 %1140, !dbg !132
-  %1141 = load i32, ptr %gep185.i, align 4, !dbg !132, !tbaa !163
-  %1142 = sext i32 %1141 to i64, !dbg !132
-  %1143 = mul nsw i64 %v_block, %1142, !dbg !132
-  %1144 = getelementptr i16, ptr %318, i64 %1143, !dbg !132
-  %1145 = getelementptr i16, ptr %1144, i64 %cse_v33.i, !dbg !132
-  %1146 = getelementptr i16, ptr %1145, i64 %cse_v25.i, !dbg !132
-  %1147 = load <16 x i16>, ptr %1146, align 2, !dbg !132, !tbaa !163
-  %1148 = zext <16 x i16> %1147 to <16 x i32>, !dbg !132
-  %1149 = shl nuw <16 x i32> %1148, splat (i32 16), !dbg !132
-  %.idx331.i = shl nsw i64 %indvars.iv292.i, 9, !dbg !132
-  %1150 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx331.i, !dbg !132
-  store <16 x i32> %1149, ptr %1150, align 4, !dbg !132, !tbaa !163
-  %1151 = load i32, ptr %gep185.i, align 4, !dbg !132, !tbaa !163
-  %1152 = sext i32 %1151 to i64, !dbg !132
-  %1153 = mul nsw i64 %v_block, %1152, !dbg !132
-  %1154 = getelementptr i16, ptr %318, i64 %1153, !dbg !132
-  %1155 = getelementptr i16, ptr %1154, i64 %cse_v33.i, !dbg !132
-  %1156 = getelementptr i16, ptr %1155, i64 %cse_v25.i, !dbg !132
-  %1157 = getelementptr i8, ptr %1156, i64 32, !dbg !132
-  %1158 = load <16 x i16>, ptr %1157, align 2, !dbg !132, !tbaa !163
-  %1159 = zext <16 x i16> %1158 to <16 x i32>, !dbg !132
-  %1160 = shl nuw <16 x i32> %1159, splat (i32 16), !dbg !132
-  %1161 = getelementptr inbounds nuw i8, ptr %1150, i64 64, !dbg !132
-  store <16 x i32> %1160, ptr %1161, align 4, !dbg !132, !tbaa !163
-  %1162 = load i32, ptr %gep185.i, align 4, !dbg !132, !tbaa !163
-  %1163 = sext i32 %1162 to i64, !dbg !132
-  %1164 = mul nsw i64 %v_block, %1163, !dbg !132
-  %1165 = getelementptr i16, ptr %318, i64 %1164, !dbg !132
-  %1166 = getelementptr i16, ptr %1165, i64 %cse_v33.i, !dbg !132
-  %1167 = getelementptr i16, ptr %1166, i64 %cse_v25.i, !dbg !132
-  %1168 = getelementptr i8, ptr %1167, i64 64, !dbg !132
-  %1169 = load <16 x i16>, ptr %1168, align 2, !dbg !132, !tbaa !163
-  %1170 = zext <16 x i16> %1169 to <16 x i32>, !dbg !132
-  %1171 = shl nuw <16 x i32> %1170, splat (i32 16), !dbg !132
-  %1172 = getelementptr inbounds nuw i8, ptr %1150, i64 128, !dbg !132
-  store <16 x i32> %1171, ptr %1172, align 4, !dbg !132, !tbaa !163
-  %1173 = load i32, ptr %gep185.i, align 4, !dbg !132, !tbaa !163
-  %1174 = sext i32 %1173 to i64, !dbg !132
-  %1175 = mul nsw i64 %v_block, %1174, !dbg !132
-  %1176 = getelementptr i16, ptr %318, i64 %1175, !dbg !132
-  %1177 = getelementptr i16, ptr %1176, i64 %cse_v33.i, !dbg !132
-  %1178 = getelementptr i16, ptr %1177, i64 %cse_v25.i, !dbg !132
-  %1179 = getelementptr i8, ptr %1178, i64 96, !dbg !132
-  %1180 = load <16 x i16>, ptr %1179, align 2, !dbg !132, !tbaa !163
-  %1181 = zext <16 x i16> %1180 to <16 x i32>, !dbg !132
-  %1182 = shl nuw <16 x i32> %1181, splat (i32 16), !dbg !132
-  %1183 = getelementptr inbounds nuw i8, ptr %1150, i64 192, !dbg !132
-  store <16 x i32> %1182, ptr %1183, align 4, !dbg !132, !tbaa !163
-  %1184 = load i32, ptr %gep185.i, align 4, !dbg !132, !tbaa !163
-  %1185 = sext i32 %1184 to i64, !dbg !132
-  %1186 = mul nsw i64 %v_block, %1185, !dbg !132
-  %1187 = getelementptr i16, ptr %318, i64 %1186, !dbg !132
-  %1188 = getelementptr i16, ptr %1187, i64 %cse_v33.i, !dbg !132
-  %1189 = getelementptr i16, ptr %1188, i64 %cse_v25.i, !dbg !132
-  %1190 = getelementptr i8, ptr %1189, i64 128, !dbg !132
-  %1191 = load <16 x i16>, ptr %1190, align 2, !dbg !132, !tbaa !163
-  %1192 = zext <16 x i16> %1191 to <16 x i32>, !dbg !132
-  %1193 = shl nuw <16 x i32> %1192, splat (i32 16), !dbg !132
-  %1194 = getelementptr inbounds nuw i8, ptr %1150, i64 256, !dbg !132
-  store <16 x i32> %1193, ptr %1194, align 4, !dbg !132, !tbaa !163
-  %1195 = load i32, ptr %gep185.i, align 4, !dbg !132, !tbaa !163
-  %1196 = sext i32 %1195 to i64, !dbg !132
-  %1197 = mul nsw i64 %v_block, %1196, !dbg !132
-  %1198 = getelementptr i16, ptr %318, i64 %1197, !dbg !132
-  %1199 = getelementptr i16, ptr %1198, i64 %cse_v33.i, !dbg !132
-  %1200 = getelementptr i16, ptr %1199, i64 %cse_v25.i, !dbg !132
-  %1201 = getelementptr i8, ptr %1200, i64 160, !dbg !132
-  %1202 = load <16 x i16>, ptr %1201, align 2, !dbg !132, !tbaa !163
-  %1203 = zext <16 x i16> %1202 to <16 x i32>, !dbg !132
-  %1204 = shl nuw <16 x i32> %1203, splat (i32 16), !dbg !132
-  %1205 = getelementptr inbounds nuw i8, ptr %1150, i64 320, !dbg !132
-  store <16 x i32> %1204, ptr %1205, align 4, !dbg !132, !tbaa !163
-  %1206 = load i32, ptr %gep185.i, align 4, !dbg !132, !tbaa !163
-  %1207 = sext i32 %1206 to i64, !dbg !132
-  %1208 = mul nsw i64 %v_block, %1207, !dbg !132
-  %1209 = getelementptr i16, ptr %318, i64 %1208, !dbg !132
-  %1210 = getelementptr i16, ptr %1209, i64 %cse_v33.i, !dbg !132
-  %1211 = getelementptr i16, ptr %1210, i64 %cse_v25.i, !dbg !132
-  %1212 = getelementptr i8, ptr %1211, i64 192, !dbg !132
-  %1213 = load <16 x i16>, ptr %1212, align 2, !dbg !132, !tbaa !163
-  %1214 = zext <16 x i16> %1213 to <16 x i32>, !dbg !132
-  %1215 = shl nuw <16 x i32> %1214, splat (i32 16), !dbg !132
-  %1216 = getelementptr inbounds nuw i8, ptr %1150, i64 384, !dbg !132
-  store <16 x i32> %1215, ptr %1216, align 4, !dbg !132, !tbaa !163
-  %1217 = load i32, ptr %gep185.i, align 4, !dbg !132, !tbaa !163
-  %1218 = sext i32 %1217 to i64, !dbg !132
-  %1219 = mul nsw i64 %v_block, %1218, !dbg !132
-  %1220 = getelementptr i16, ptr %318, i64 %1219, !dbg !132
-  %1221 = getelementptr i16, ptr %1220, i64 %cse_v33.i, !dbg !132
-  %1222 = getelementptr i16, ptr %1221, i64 %cse_v25.i, !dbg !132
-  %1223 = getelementptr i8, ptr %1222, i64 224, !dbg !132
-  %1224 = load <16 x i16>, ptr %1223, align 2, !dbg !132, !tbaa !163
-  %1225 = zext <16 x i16> %1224 to <16 x i32>, !dbg !132
-  %1226 = shl nuw <16 x i32> %1225, splat (i32 16), !dbg !132
-  %1227 = getelementptr inbounds nuw i8, ptr %1150, i64 448, !dbg !132
-  store <16 x i32> %1226, ptr %1227, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next293.i = add nuw nsw i64 %indvars.iv292.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next293.i, !212, !DIExpression(), !132)
-  %exitcond.not = icmp eq i64 %indvars.iv.next293.i, %742, !dbg !132
-  br i1 %exitcond.not, label %for_begin_d_0.preheader.i, label %for_body_t.i, !dbg !132, !prof !226
+  %1163 = lshr i64 %indvars.iv313.i, 4, !dbg !132
+    #dbg_value(!DIArgList(i64 %cse_v20.i, i64 %sext291, i64 %cse_v31.i, i64 %1163), !247, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 3, DW_OP_plus, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_constu, 32, DW_OP_shra, DW_OP_plus, DW_OP_stack_value), !132)
+  %gep197.i = getelementptr i32, ptr %gep224.i, i64 %1163, !dbg !132
+  %1164 = load i32, ptr %gep197.i, align 4, !dbg !132, !tbaa !163
+  %1165 = sext i32 %1164 to i64, !dbg !132
+  %1166 = mul nsw i64 %v_block, %1165, !dbg !132
+  %1167 = getelementptr i16, ptr %318, i64 %1166, !dbg !132
+  %1168 = getelementptr i16, ptr %1167, i64 %cse_v33.i, !dbg !132
+  %1169 = getelementptr i16, ptr %1168, i64 %cse_v25.i, !dbg !132
+  %1170 = load <16 x i16>, ptr %1169, align 2, !dbg !132, !tbaa !163
+  %1171 = zext <16 x i16> %1170 to <16 x i32>, !dbg !132
+  %1172 = shl nuw <16 x i32> %1171, splat (i32 16), !dbg !132
+  %.idx352.i = shl nsw i64 %indvars.iv313.i, 9, !dbg !132
+  %1173 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx352.i, !dbg !132
+  store <16 x i32> %1172, ptr %1173, align 4, !dbg !132, !tbaa !163
+  %1174 = load i32, ptr %gep197.i, align 4, !dbg !132, !tbaa !163
+  %1175 = sext i32 %1174 to i64, !dbg !132
+  %1176 = mul nsw i64 %v_block, %1175, !dbg !132
+  %1177 = getelementptr i16, ptr %318, i64 %1176, !dbg !132
+  %1178 = getelementptr i16, ptr %1177, i64 %cse_v33.i, !dbg !132
+  %1179 = getelementptr i16, ptr %1178, i64 %cse_v25.i, !dbg !132
+  %1180 = getelementptr i8, ptr %1179, i64 32, !dbg !132
+  %1181 = load <16 x i16>, ptr %1180, align 2, !dbg !132, !tbaa !163
+  %1182 = zext <16 x i16> %1181 to <16 x i32>, !dbg !132
+  %1183 = shl nuw <16 x i32> %1182, splat (i32 16), !dbg !132
+  %1184 = getelementptr inbounds nuw i8, ptr %1173, i64 64, !dbg !132
+  store <16 x i32> %1183, ptr %1184, align 4, !dbg !132, !tbaa !163
+  %1185 = load i32, ptr %gep197.i, align 4, !dbg !132, !tbaa !163
+  %1186 = sext i32 %1185 to i64, !dbg !132
+  %1187 = mul nsw i64 %v_block, %1186, !dbg !132
+  %1188 = getelementptr i16, ptr %318, i64 %1187, !dbg !132
+  %1189 = getelementptr i16, ptr %1188, i64 %cse_v33.i, !dbg !132
+  %1190 = getelementptr i16, ptr %1189, i64 %cse_v25.i, !dbg !132
+  %1191 = getelementptr i8, ptr %1190, i64 64, !dbg !132
+  %1192 = load <16 x i16>, ptr %1191, align 2, !dbg !132, !tbaa !163
+  %1193 = zext <16 x i16> %1192 to <16 x i32>, !dbg !132
+  %1194 = shl nuw <16 x i32> %1193, splat (i32 16), !dbg !132
+  %1195 = getelementptr inbounds nuw i8, ptr %1173, i64 128, !dbg !132
+  store <16 x i32> %1194, ptr %1195, align 4, !dbg !132, !tbaa !163
+  %1196 = load i32, ptr %gep197.i, align 4, !dbg !132, !tbaa !163
+  %1197 = sext i32 %1196 to i64, !dbg !132
+  %1198 = mul nsw i64 %v_block, %1197, !dbg !132
+  %1199 = getelementptr i16, ptr %318, i64 %1198, !dbg !132
+  %1200 = getelementptr i16, ptr %1199, i64 %cse_v33.i, !dbg !132
+  %1201 = getelementptr i16, ptr %1200, i64 %cse_v25.i, !dbg !132
+  %1202 = getelementptr i8, ptr %1201, i64 96, !dbg !132
+  %1203 = load <16 x i16>, ptr %1202, align 2, !dbg !132, !tbaa !163
+  %1204 = zext <16 x i16> %1203 to <16 x i32>, !dbg !132
+  %1205 = shl nuw <16 x i32> %1204, splat (i32 16), !dbg !132
+  %1206 = getelementptr inbounds nuw i8, ptr %1173, i64 192, !dbg !132
+  store <16 x i32> %1205, ptr %1206, align 4, !dbg !132, !tbaa !163
+  %1207 = load i32, ptr %gep197.i, align 4, !dbg !132, !tbaa !163
+  %1208 = sext i32 %1207 to i64, !dbg !132
+  %1209 = mul nsw i64 %v_block, %1208, !dbg !132
+  %1210 = getelementptr i16, ptr %318, i64 %1209, !dbg !132
+  %1211 = getelementptr i16, ptr %1210, i64 %cse_v33.i, !dbg !132
+  %1212 = getelementptr i16, ptr %1211, i64 %cse_v25.i, !dbg !132
+  %1213 = getelementptr i8, ptr %1212, i64 128, !dbg !132
+  %1214 = load <16 x i16>, ptr %1213, align 2, !dbg !132, !tbaa !163
+  %1215 = zext <16 x i16> %1214 to <16 x i32>, !dbg !132
+  %1216 = shl nuw <16 x i32> %1215, splat (i32 16), !dbg !132
+  %1217 = getelementptr inbounds nuw i8, ptr %1173, i64 256, !dbg !132
+  store <16 x i32> %1216, ptr %1217, align 4, !dbg !132, !tbaa !163
+  %1218 = load i32, ptr %gep197.i, align 4, !dbg !132, !tbaa !163
+  %1219 = sext i32 %1218 to i64, !dbg !132
+  %1220 = mul nsw i64 %v_block, %1219, !dbg !132
+  %1221 = getelementptr i16, ptr %318, i64 %1220, !dbg !132
+  %1222 = getelementptr i16, ptr %1221, i64 %cse_v33.i, !dbg !132
+  %1223 = getelementptr i16, ptr %1222, i64 %cse_v25.i, !dbg !132
+  %1224 = getelementptr i8, ptr %1223, i64 160, !dbg !132
+  %1225 = load <16 x i16>, ptr %1224, align 2, !dbg !132, !tbaa !163
+  %1226 = zext <16 x i16> %1225 to <16 x i32>, !dbg !132
+  %1227 = shl nuw <16 x i32> %1226, splat (i32 16), !dbg !132
+  %1228 = getelementptr inbounds nuw i8, ptr %1173, i64 320, !dbg !132
+  store <16 x i32> %1227, ptr %1228, align 4, !dbg !132, !tbaa !163
+  %1229 = load i32, ptr %gep197.i, align 4, !dbg !132, !tbaa !163
+  %1230 = sext i32 %1229 to i64, !dbg !132
+  %1231 = mul nsw i64 %v_block, %1230, !dbg !132
+  %1232 = getelementptr i16, ptr %318, i64 %1231, !dbg !132
+  %1233 = getelementptr i16, ptr %1232, i64 %cse_v33.i, !dbg !132
+  %1234 = getelementptr i16, ptr %1233, i64 %cse_v25.i, !dbg !132
+  %1235 = getelementptr i8, ptr %1234, i64 192, !dbg !132
+  %1236 = load <16 x i16>, ptr %1235, align 2, !dbg !132, !tbaa !163
+  %1237 = zext <16 x i16> %1236 to <16 x i32>, !dbg !132
+  %1238 = shl nuw <16 x i32> %1237, splat (i32 16), !dbg !132
+  %1239 = getelementptr inbounds nuw i8, ptr %1173, i64 384, !dbg !132
+  store <16 x i32> %1238, ptr %1239, align 4, !dbg !132, !tbaa !163
+  %1240 = load i32, ptr %gep197.i, align 4, !dbg !132, !tbaa !163
+  %1241 = sext i32 %1240 to i64, !dbg !132
+  %1242 = mul nsw i64 %v_block, %1241, !dbg !132
+  %1243 = getelementptr i16, ptr %318, i64 %1242, !dbg !132
+  %1244 = getelementptr i16, ptr %1243, i64 %cse_v33.i, !dbg !132
+  %1245 = getelementptr i16, ptr %1244, i64 %cse_v25.i, !dbg !132
+  %1246 = getelementptr i8, ptr %1245, i64 224, !dbg !132
+  %1247 = load <16 x i16>, ptr %1246, align 2, !dbg !132, !tbaa !163
+  %1248 = zext <16 x i16> %1247 to <16 x i32>, !dbg !132
+  %1249 = shl nuw <16 x i32> %1248, splat (i32 16), !dbg !132
+  %1250 = getelementptr inbounds nuw i8, ptr %1173, i64 448, !dbg !132
+  store <16 x i32> %1249, ptr %1250, align 4, !dbg !132, !tbaa !163
+  %indvars.iv.next314.i = add nuw nsw i64 %indvars.iv313.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next314.i, !228, !DIExpression(), !132)
+  %exitcond.not = icmp eq i64 %indvars.iv.next314.i, %742, !dbg !132
+  br i1 %exitcond.not, label %for_begin_d_0.preheader.i, label %for_body_t.i, !dbg !132, !prof !224
 
-for_body_d_0.i:                                   ; preds = %for_end_t47.i, %for_begin_d_0.preheader.i
-  %indvars.iv301.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next302.i, %for_end_t47.i ]
-    #dbg_value(i64 %indvars.iv301.i, !242, !DIExpression(), !132)
+for_body_d_0.i:                                   ; preds = %for_end_t57.i, %for_begin_d_0.preheader.i
+  %indvars.iv322.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next323.i, %for_end_t57.i ]
+    #dbg_value(i64 %indvars.iv322.i, !242, !DIExpression(), !132)
     #dbg_value(<4 x float> zeroinitializer, !248, !DIExpression(), !132)
-  %1228 = shl nuw nsw i64 %indvars.iv301.i, 3, !dbg !132
-    #dbg_value(i64 %1228, !249, !DIExpression(), !132)
-    #dbg_value(i32 0, !212, !DIExpression(), !132)
-  br i1 %1137, label %for_body_t46.preheader.i, label %for_end_t47.i, !dbg !132, !prof !156
+  %1251 = shl nuw nsw i64 %indvars.iv322.i, 3, !dbg !132
+    #dbg_value(i64 %1251, !249, !DIExpression(), !132)
+    #dbg_value(i32 0, !228, !DIExpression(), !132)
+  br i1 %1160, label %for_body_t56.preheader.i, label %for_end_t57.i, !dbg !132, !prof !156
 
-for_body_t46.preheader.i:                         ; preds = %for_body_d_0.i
-  %invariant.gep369.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %1228, !dbg !132
-  br label %for_body_t46.i, !dbg !132
+for_body_t56.preheader.i:                         ; preds = %for_body_d_0.i
+  %invariant.gep391.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %1251, !dbg !132
+  br label %for_body_t56.i, !dbg !132
 
-for_end_d_0.i:                                    ; preds = %for_end_t47.i
-  %1229 = icmp eq i64 %indvars.iv310.i, 0, !dbg !132
-  %1230 = insertelement <4 x i1> poison, i1 %1229, i64 0, !dbg !132
-  %1231 = shufflevector <4 x i1> %1230, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %old_max.i = select <4 x i1> %1231, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %row_max.1214.i, !dbg !132
+for_end_d_0.i:                                    ; preds = %for_end_t57.i
+  %1252 = icmp eq i64 %indvars.iv331.i, 0, !dbg !132
+  %1253 = insertelement <4 x i1> poison, i1 %1252, i64 0, !dbg !132
+  %1254 = shufflevector <4 x i1> %1253, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
+  %old_max.i = select <4 x i1> %1254, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %row_max.1226.i, !dbg !132
     #dbg_value(<4 x float> %old_max.i, !250, !DIExpression(), !132)
-  %old_sum.i = select <4 x i1> %1231, <4 x float> zeroinitializer, <4 x float> %row_sum.1213.i, !dbg !132
+  %old_sum.i = select <4 x i1> %1254, <4 x float> zeroinitializer, <4 x float> %row_sum.1225.i, !dbg !132
     #dbg_value(<4 x float> %old_sum.i, !251, !DIExpression(), !132)
-  %1232 = fcmp ogt <4 x float> %old_max.i, %scores_global118.sroa.0.1.lcssa336338339.i, !dbg !132
+  %1255 = fcmp ogt <4 x float> %old_max.i, %scores_global128.sroa.0.1.lcssa357360361.i, !dbg !132
     #dbg_value(<4 x float> poison, !252, !DIExpression(), !132)
-  %1233 = fcmp oeq <4 x float> %tile_sum.0.lcssa342.i, zeroinitializer, !dbg !132
-  %1234 = select <4 x i1> %1233, <4 x i1> splat (i1 true), <4 x i1> %1232, !dbg !132
-  %old_or_both.i = select <4 x i1> %1234, <4 x float> %old_max.i, <4 x float> %scores_global118.sroa.0.1.lcssa336338339.i, !dbg !132
+  %1256 = fcmp oeq <4 x float> %tile_sum.0.lcssa364.i, zeroinitializer, !dbg !132
+  %1257 = select <4 x i1> %1256, <4 x i1> splat (i1 true), <4 x i1> %1255, !dbg !132
+  %old_or_both.i = select <4 x i1> %1257, <4 x float> %old_max.i, <4 x float> %scores_global128.sroa.0.1.lcssa357360361.i, !dbg !132
     #dbg_value(<4 x float> %old_or_both.i, !253, !DIExpression(), !132)
-  %1235 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer, !dbg !132
-  %m.i = select <4 x i1> %1235, <4 x float> %scores_global118.sroa.0.1.lcssa336338339.i, <4 x float> %old_or_both.i, !dbg !132
+  %1258 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer, !dbg !132
+  %m.i = select <4 x i1> %1258, <4 x float> %scores_global128.sroa.0.1.lcssa357360361.i, <4 x float> %old_or_both.i, !dbg !132
     #dbg_value(<4 x float> %m.i, !254, !DIExpression(), !132)
     #dbg_value(<4 x float> %m.i, !248, !DIExpression(), !132)
-  %arg51.i = fsub <4 x float> %old_max.i, %m.i, !dbg !132
-    #dbg_value(<4 x float> %arg51.i, !255, !DIExpression(), !132)
-    #dbg_value(<4 x float> %arg51.i, !230, !DIExpression(), !132)
-  %1236 = fcmp olt <4 x float> %arg51.i, splat (float -8.700000e+01), !dbg !132
+  %arg61.i = fsub <4 x float> %old_max.i, %m.i, !dbg !132
+    #dbg_value(<4 x float> %arg61.i, !255, !DIExpression(), !132)
+    #dbg_value(<4 x float> %arg61.i, !230, !DIExpression(), !132)
+  %1259 = fcmp olt <4 x float> %arg61.i, splat (float -8.700000e+01), !dbg !132
     #dbg_value(<4 x float> poison, !256, !DIExpression(), !132)
     #dbg_value(<4 x float> poison, !232, !DIExpression(), !132)
     #dbg_value(<4 x float> poison, !257, !DIExpression(), !132)
@@ -3129,39 +3185,9 @@ for_end_d_0.i:                                    ; preds = %for_end_t47.i
     #dbg_value(<4 x float> poison, !238, !DIExpression(), !132)
     #dbg_value(<4 x float> poison, !239, !DIExpression(), !132)
     #dbg_value(!DIArgList(<4 x float> poison, <4 x i32> poison, <4 x i32> poison), !240, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !132)
-  %cse_v34.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg51.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000)), !dbg !132
+  %cse_v34.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg61.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000)), !dbg !132
     #dbg_value(<4 x float> %cse_v34.i, !258, !DIExpression(), !132)
-  %1237 = bitcast <4 x float> %cse_v34.i to <4 x i32>, !dbg !132
-  %1238 = shl <4 x i32> %1237, splat (i32 23), !dbg !132
-  %1239 = add <4 x i32> %1238, splat (i32 1065353216), !dbg !132
-  %1240 = bitcast <4 x i32> %1239 to <4 x float>, !dbg !132
-  %1241 = add nsw <4 x i32> %1237, splat (i32 -1262485504), !dbg !132
-  %1242 = sitofp <4 x i32> %1241 to <4 x float>, !dbg !132
-  %1243 = fmul <4 x float> %1242, splat (float 0x3F2BD01060000000), !dbg !132
-  %1244 = fmul <4 x float> %1242, splat (float 0x3FE6300000000000), !dbg !132
-  %1245 = fsub <4 x float> %arg51.i, %1244, !dbg !132
-  %1246 = fadd <4 x float> %1243, %1245, !dbg !132
-  %1247 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1246, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000)), !dbg !132
-  %1248 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1247, <4 x float> %1246, <4 x float> splat (float 0x3F81112100000000)), !dbg !132
-  %1249 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1248, <4 x float> %1246, <4 x float> splat (float 0x3FA5553820000000)), !dbg !132
-  %1250 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1249, <4 x float> %1246, <4 x float> splat (float 0x3FC5555540000000)), !dbg !132
-  %1251 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1250, <4 x float> %1246, <4 x float> splat (float 5.000000e-01)), !dbg !132
-  %1252 = fmul <4 x float> %1246, %1251, !dbg !132
-  %1253 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1252, <4 x float> %1246, <4 x float> %1246), !dbg !132
-  %1254 = fadd <4 x float> %1253, splat (float 1.000000e+00), !dbg !132
-  %1255 = fmul <4 x float> %1254, %1240, !dbg !132
-  %1256 = select <4 x i1> %1236, <4 x float> zeroinitializer, <4 x float> %1255, !dbg !132
-  %1257 = fcmp one <4 x float> %old_sum.i, zeroinitializer, !dbg !132
-  %1258 = select <4 x i1> %1257, <4 x float> %1256, <4 x float> zeroinitializer, !dbg !132
-    #dbg_value(<4 x float> %1258, !259, !DIExpression(), !132)
-  %arg67.i = fsub <4 x float> %scores_global118.sroa.0.1.lcssa336338339.i, %m.i, !dbg !132
-    #dbg_value(<4 x float> %arg67.i, !230, !DIExpression(), !132)
-  %1259 = fcmp olt <4 x float> %arg67.i, splat (float -8.700000e+01), !dbg !132
-    #dbg_value(<4 x float> poison, !260, !DIExpression(), !132)
-    #dbg_value(<4 x float> poison, !261, !DIExpression(), !132)
-  %cse_v28.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg67.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000)), !dbg !132
-    #dbg_value(<4 x float> %cse_v28.i, !262, !DIExpression(), !132)
-  %1260 = bitcast <4 x float> %cse_v28.i to <4 x i32>, !dbg !132
+  %1260 = bitcast <4 x float> %cse_v34.i to <4 x i32>, !dbg !132
   %1261 = shl <4 x i32> %1260, splat (i32 23), !dbg !132
   %1262 = add <4 x i32> %1261, splat (i32 1065353216), !dbg !132
   %1263 = bitcast <4 x i32> %1262 to <4 x float>, !dbg !132
@@ -3169,7 +3195,7 @@ for_end_d_0.i:                                    ; preds = %for_end_t47.i
   %1265 = sitofp <4 x i32> %1264 to <4 x float>, !dbg !132
   %1266 = fmul <4 x float> %1265, splat (float 0x3F2BD01060000000), !dbg !132
   %1267 = fmul <4 x float> %1265, splat (float 0x3FE6300000000000), !dbg !132
-  %1268 = fsub <4 x float> %arg67.i, %1267, !dbg !132
+  %1268 = fsub <4 x float> %arg61.i, %1267, !dbg !132
   %1269 = fadd <4 x float> %1266, %1268, !dbg !132
   %1270 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1269, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000)), !dbg !132
   %1271 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1270, <4 x float> %1269, <4 x float> splat (float 0x3F81112100000000)), !dbg !132
@@ -3181,260 +3207,290 @@ for_end_d_0.i:                                    ; preds = %for_end_t47.i
   %1277 = fadd <4 x float> %1276, splat (float 1.000000e+00), !dbg !132
   %1278 = fmul <4 x float> %1277, %1263, !dbg !132
   %1279 = select <4 x i1> %1259, <4 x float> zeroinitializer, <4 x float> %1278, !dbg !132
-  %1280 = fcmp one <4 x float> %tile_sum.0.lcssa342.i, zeroinitializer, !dbg !132
+  %1280 = fcmp one <4 x float> %old_sum.i, zeroinitializer, !dbg !132
   %1281 = select <4 x i1> %1280, <4 x float> %1279, <4 x float> zeroinitializer, !dbg !132
-    #dbg_value(<4 x float> %1281, !210, !DIExpression(), !132)
+    #dbg_value(<4 x float> %1281, !259, !DIExpression(), !132)
+  %arg77.i = fsub <4 x float> %scores_global128.sroa.0.1.lcssa357360361.i, %m.i, !dbg !132
+    #dbg_value(<4 x float> %arg77.i, !230, !DIExpression(), !132)
+  %1282 = fcmp olt <4 x float> %arg77.i, splat (float -8.700000e+01), !dbg !132
+    #dbg_value(<4 x float> poison, !260, !DIExpression(), !132)
+    #dbg_value(<4 x float> poison, !261, !DIExpression(), !132)
+  %cse_v28.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg77.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000)), !dbg !132
+    #dbg_value(<4 x float> %cse_v28.i, !262, !DIExpression(), !132)
+  %1283 = bitcast <4 x float> %cse_v28.i to <4 x i32>, !dbg !132
+  %1284 = shl <4 x i32> %1283, splat (i32 23), !dbg !132
+  %1285 = add <4 x i32> %1284, splat (i32 1065353216), !dbg !132
+  %1286 = bitcast <4 x i32> %1285 to <4 x float>, !dbg !132
+  %1287 = add nsw <4 x i32> %1283, splat (i32 -1262485504), !dbg !132
+  %1288 = sitofp <4 x i32> %1287 to <4 x float>, !dbg !132
+  %1289 = fmul <4 x float> %1288, splat (float 0x3F2BD01060000000), !dbg !132
+  %1290 = fmul <4 x float> %1288, splat (float 0x3FE6300000000000), !dbg !132
+  %1291 = fsub <4 x float> %arg77.i, %1290, !dbg !132
+  %1292 = fadd <4 x float> %1289, %1291, !dbg !132
+  %1293 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1292, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000)), !dbg !132
+  %1294 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1293, <4 x float> %1292, <4 x float> splat (float 0x3F81112100000000)), !dbg !132
+  %1295 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1294, <4 x float> %1292, <4 x float> splat (float 0x3FA5553820000000)), !dbg !132
+  %1296 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1295, <4 x float> %1292, <4 x float> splat (float 0x3FC5555540000000)), !dbg !132
+  %1297 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1296, <4 x float> %1292, <4 x float> splat (float 5.000000e-01)), !dbg !132
+  %1298 = fmul <4 x float> %1292, %1297, !dbg !132
+  %1299 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1298, <4 x float> %1292, <4 x float> %1292), !dbg !132
+  %1300 = fadd <4 x float> %1299, splat (float 1.000000e+00), !dbg !132
+  %1301 = fmul <4 x float> %1300, %1286, !dbg !132
+  %1302 = select <4 x i1> %1282, <4 x float> zeroinitializer, <4 x float> %1301, !dbg !132
+  %1303 = fcmp one <4 x float> %tile_sum.0.lcssa364.i, zeroinitializer, !dbg !132
+  %1304 = select <4 x i1> %1303, <4 x float> %1302, <4 x float> zeroinitializer, !dbg !132
+    #dbg_value(<4 x float> %1304, !222, !DIExpression(), !132)
     #dbg_value(<4 x float> %old_sum.i, !263, !DIExpression(), !132)
-    #dbg_value(<4 x float> %1333, !211, !DIExpression(), !132)
+    #dbg_value(<4 x float> %1356, !227, !DIExpression(), !132)
     #dbg_value(<4 x float> %m.i, !153, !DIExpression(), !132)
-    #dbg_value(<4 x float> %1333, !154, !DIExpression(), !132)
+    #dbg_value(<4 x float> %1356, !154, !DIExpression(), !132)
     #dbg_value(i32 0, !168, !DIExpression(), !132)
-  br label %for_body_d83.i, !dbg !132
+  br label %for_body_d93.i, !dbg !132
 
-for_body_t46.i:                                   ; preds = %for_body_t46.i, %for_body_t46.preheader.i
-  %indvars.iv296.i = phi i64 [ 0, %for_body_t46.preheader.i ], [ %indvars.iv.next297.i, %for_body_t46.i ]
-  %tile_acc_global117.sroa.0.0193.i = phi <4 x float> [ zeroinitializer, %for_body_t46.preheader.i ], [ %1287, %for_body_t46.i ]
-  %tile_acc_global117.sroa.6.0192.i = phi <4 x float> [ zeroinitializer, %for_body_t46.preheader.i ], [ %1292, %for_body_t46.i ]
-  %tile_acc_global117.sroa.10.0191.i = phi <4 x float> [ zeroinitializer, %for_body_t46.preheader.i ], [ %1297, %for_body_t46.i ]
-  %tile_acc_global117.sroa.14.0190.i = phi <4 x float> [ zeroinitializer, %for_body_t46.preheader.i ], [ %1302, %for_body_t46.i ]
-  %tile_acc_global117.sroa.18.0189.i = phi <4 x float> [ zeroinitializer, %for_body_t46.preheader.i ], [ %1307, %for_body_t46.i ]
-  %tile_acc_global117.sroa.22.0188.i = phi <4 x float> [ zeroinitializer, %for_body_t46.preheader.i ], [ %1312, %for_body_t46.i ]
-  %tile_acc_global117.sroa.26.0187.i = phi <4 x float> [ zeroinitializer, %for_body_t46.preheader.i ], [ %1317, %for_body_t46.i ]
-  %tile_acc_global117.sroa.30.0186.i = phi <4 x float> [ zeroinitializer, %for_body_t46.preheader.i ], [ %1322, %for_body_t46.i ]
-    #dbg_value(i64 %indvars.iv296.i, !212, !DIExpression(), !132)
-    #dbg_value(<4 x float> %tile_acc_global117.sroa.0.0193.i, !248, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv296.i, !264, !DIExpression(DW_OP_constu, 2, DW_OP_shl, DW_OP_stack_value), !132)
-    #dbg_value(!DIArgList(i64 %indvars.iv296.i, i64 %1228), !265, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_constu, 7, DW_OP_shl, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !132)
-  %.idx332.i = shl nsw i64 %indvars.iv296.i, 4, !dbg !132
-  %1282 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx332.i, !dbg !132
-  %1283 = load <4 x float>, ptr %1282, align 4, !dbg !132, !tbaa !163
-  %.idx333.i = shl nsw i64 %indvars.iv296.i, 9, !dbg !132
-  %gep370.i = getelementptr inbounds nuw i8, ptr %invariant.gep369.i, i64 %.idx333.i, !dbg !132
-  %1284 = load float, ptr %gep370.i, align 4, !dbg !132, !tbaa !163
-  %1285 = insertelement <4 x float> poison, float %1284, i64 0, !dbg !132
-  %1286 = shufflevector <4 x float> %1285, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1287 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1283, <4 x float> %1286, <4 x float> %tile_acc_global117.sroa.0.0193.i), !dbg !132
-    #dbg_value(<4 x float> %1287, !248, !DIExpression(), !132)
-  %1288 = getelementptr inbounds nuw i8, ptr %gep370.i, i64 4, !dbg !132
-  %1289 = load float, ptr %1288, align 4, !dbg !132, !tbaa !163
-  %1290 = insertelement <4 x float> poison, float %1289, i64 0, !dbg !132
-  %1291 = shufflevector <4 x float> %1290, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1292 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1283, <4 x float> %1291, <4 x float> %tile_acc_global117.sroa.6.0192.i), !dbg !132
-  %1293 = getelementptr inbounds nuw i8, ptr %gep370.i, i64 8, !dbg !132
-  %1294 = load float, ptr %1293, align 4, !dbg !132, !tbaa !163
-  %1295 = insertelement <4 x float> poison, float %1294, i64 0, !dbg !132
-  %1296 = shufflevector <4 x float> %1295, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1297 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1283, <4 x float> %1296, <4 x float> %tile_acc_global117.sroa.10.0191.i), !dbg !132
-  %1298 = getelementptr inbounds nuw i8, ptr %gep370.i, i64 12, !dbg !132
-  %1299 = load float, ptr %1298, align 4, !dbg !132, !tbaa !163
-  %1300 = insertelement <4 x float> poison, float %1299, i64 0, !dbg !132
-  %1301 = shufflevector <4 x float> %1300, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1302 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1283, <4 x float> %1301, <4 x float> %tile_acc_global117.sroa.14.0190.i), !dbg !132
-  %1303 = getelementptr inbounds nuw i8, ptr %gep370.i, i64 16, !dbg !132
-  %1304 = load float, ptr %1303, align 4, !dbg !132, !tbaa !163
-  %1305 = insertelement <4 x float> poison, float %1304, i64 0, !dbg !132
-  %1306 = shufflevector <4 x float> %1305, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1307 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1283, <4 x float> %1306, <4 x float> %tile_acc_global117.sroa.18.0189.i), !dbg !132
-  %1308 = getelementptr inbounds nuw i8, ptr %gep370.i, i64 20, !dbg !132
-  %1309 = load float, ptr %1308, align 4, !dbg !132, !tbaa !163
-  %1310 = insertelement <4 x float> poison, float %1309, i64 0, !dbg !132
-  %1311 = shufflevector <4 x float> %1310, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1312 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1283, <4 x float> %1311, <4 x float> %tile_acc_global117.sroa.22.0188.i), !dbg !132
-  %1313 = getelementptr inbounds nuw i8, ptr %gep370.i, i64 24, !dbg !132
-  %1314 = load float, ptr %1313, align 4, !dbg !132, !tbaa !163
-  %1315 = insertelement <4 x float> poison, float %1314, i64 0, !dbg !132
-  %1316 = shufflevector <4 x float> %1315, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1317 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1283, <4 x float> %1316, <4 x float> %tile_acc_global117.sroa.26.0187.i), !dbg !132
-  %1318 = getelementptr inbounds nuw i8, ptr %gep370.i, i64 28, !dbg !132
-  %1319 = load float, ptr %1318, align 4, !dbg !132, !tbaa !163
-  %1320 = insertelement <4 x float> poison, float %1319, i64 0, !dbg !132
-  %1321 = shufflevector <4 x float> %1320, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1322 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1283, <4 x float> %1321, <4 x float> %tile_acc_global117.sroa.30.0186.i), !dbg !132
-  %indvars.iv.next297.i = add nuw nsw i64 %indvars.iv296.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next297.i, !212, !DIExpression(), !132)
-  %exitcond341.not = icmp eq i64 %indvars.iv.next297.i, %smax340, !dbg !132
-  br i1 %exitcond341.not, label %for_end_t47.i, label %for_body_t46.i, !dbg !132, !prof !226
+for_body_t56.i:                                   ; preds = %for_body_t56.i, %for_body_t56.preheader.i
+  %indvars.iv317.i = phi i64 [ 0, %for_body_t56.preheader.i ], [ %indvars.iv.next318.i, %for_body_t56.i ]
+  %tile_acc_global127.sroa.0.0205.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1310, %for_body_t56.i ]
+  %tile_acc_global127.sroa.6.0204.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1315, %for_body_t56.i ]
+  %tile_acc_global127.sroa.10.0203.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1320, %for_body_t56.i ]
+  %tile_acc_global127.sroa.14.0202.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1325, %for_body_t56.i ]
+  %tile_acc_global127.sroa.18.0201.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1330, %for_body_t56.i ]
+  %tile_acc_global127.sroa.22.0200.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1335, %for_body_t56.i ]
+  %tile_acc_global127.sroa.26.0199.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1340, %for_body_t56.i ]
+  %tile_acc_global127.sroa.30.0198.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1345, %for_body_t56.i ]
+    #dbg_value(i64 %indvars.iv317.i, !228, !DIExpression(), !132)
+    #dbg_value(<4 x float> %tile_acc_global127.sroa.0.0205.i, !248, !DIExpression(), !132)
+    #dbg_value(i64 %indvars.iv317.i, !264, !DIExpression(DW_OP_constu, 2, DW_OP_shl, DW_OP_stack_value), !132)
+    #dbg_value(!DIArgList(i64 %indvars.iv317.i, i64 %1251), !265, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_constu, 7, DW_OP_shl, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !132)
+  %.idx353.i = shl nsw i64 %indvars.iv317.i, 4, !dbg !132
+  %1305 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx353.i, !dbg !132
+  %1306 = load <4 x float>, ptr %1305, align 4, !dbg !132, !tbaa !163
+  %.idx354.i = shl nsw i64 %indvars.iv317.i, 9, !dbg !132
+  %gep392.i = getelementptr inbounds nuw i8, ptr %invariant.gep391.i, i64 %.idx354.i, !dbg !132
+  %1307 = load float, ptr %gep392.i, align 4, !dbg !132, !tbaa !163
+  %1308 = insertelement <4 x float> poison, float %1307, i64 0, !dbg !132
+  %1309 = shufflevector <4 x float> %1308, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %1310 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1306, <4 x float> %1309, <4 x float> %tile_acc_global127.sroa.0.0205.i), !dbg !132
+    #dbg_value(<4 x float> %1310, !248, !DIExpression(), !132)
+  %1311 = getelementptr inbounds nuw i8, ptr %gep392.i, i64 4, !dbg !132
+  %1312 = load float, ptr %1311, align 4, !dbg !132, !tbaa !163
+  %1313 = insertelement <4 x float> poison, float %1312, i64 0, !dbg !132
+  %1314 = shufflevector <4 x float> %1313, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %1315 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1306, <4 x float> %1314, <4 x float> %tile_acc_global127.sroa.6.0204.i), !dbg !132
+  %1316 = getelementptr inbounds nuw i8, ptr %gep392.i, i64 8, !dbg !132
+  %1317 = load float, ptr %1316, align 4, !dbg !132, !tbaa !163
+  %1318 = insertelement <4 x float> poison, float %1317, i64 0, !dbg !132
+  %1319 = shufflevector <4 x float> %1318, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %1320 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1306, <4 x float> %1319, <4 x float> %tile_acc_global127.sroa.10.0203.i), !dbg !132
+  %1321 = getelementptr inbounds nuw i8, ptr %gep392.i, i64 12, !dbg !132
+  %1322 = load float, ptr %1321, align 4, !dbg !132, !tbaa !163
+  %1323 = insertelement <4 x float> poison, float %1322, i64 0, !dbg !132
+  %1324 = shufflevector <4 x float> %1323, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %1325 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1306, <4 x float> %1324, <4 x float> %tile_acc_global127.sroa.14.0202.i), !dbg !132
+  %1326 = getelementptr inbounds nuw i8, ptr %gep392.i, i64 16, !dbg !132
+  %1327 = load float, ptr %1326, align 4, !dbg !132, !tbaa !163
+  %1328 = insertelement <4 x float> poison, float %1327, i64 0, !dbg !132
+  %1329 = shufflevector <4 x float> %1328, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %1330 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1306, <4 x float> %1329, <4 x float> %tile_acc_global127.sroa.18.0201.i), !dbg !132
+  %1331 = getelementptr inbounds nuw i8, ptr %gep392.i, i64 20, !dbg !132
+  %1332 = load float, ptr %1331, align 4, !dbg !132, !tbaa !163
+  %1333 = insertelement <4 x float> poison, float %1332, i64 0, !dbg !132
+  %1334 = shufflevector <4 x float> %1333, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %1335 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1306, <4 x float> %1334, <4 x float> %tile_acc_global127.sroa.22.0200.i), !dbg !132
+  %1336 = getelementptr inbounds nuw i8, ptr %gep392.i, i64 24, !dbg !132
+  %1337 = load float, ptr %1336, align 4, !dbg !132, !tbaa !163
+  %1338 = insertelement <4 x float> poison, float %1337, i64 0, !dbg !132
+  %1339 = shufflevector <4 x float> %1338, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %1340 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1306, <4 x float> %1339, <4 x float> %tile_acc_global127.sroa.26.0199.i), !dbg !132
+  %1341 = getelementptr inbounds nuw i8, ptr %gep392.i, i64 28, !dbg !132
+  %1342 = load float, ptr %1341, align 4, !dbg !132, !tbaa !163
+  %1343 = insertelement <4 x float> poison, float %1342, i64 0, !dbg !132
+  %1344 = shufflevector <4 x float> %1343, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
+  %1345 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1306, <4 x float> %1344, <4 x float> %tile_acc_global127.sroa.30.0198.i), !dbg !132
+  %indvars.iv.next318.i = add nuw nsw i64 %indvars.iv317.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next318.i, !228, !DIExpression(), !132)
+  %exitcond342.not = icmp eq i64 %indvars.iv.next318.i, %smax341, !dbg !132
+  br i1 %exitcond342.not, label %for_end_t57.i, label %for_body_t56.i, !dbg !132, !prof !224
 
-for_end_t47.i:                                    ; preds = %for_body_t46.i, %for_body_d_0.i
-  %tile_acc_global117.sroa.30.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1322, %for_body_t46.i ], !dbg !132
-  %tile_acc_global117.sroa.26.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1317, %for_body_t46.i ], !dbg !132
-  %tile_acc_global117.sroa.22.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1312, %for_body_t46.i ], !dbg !132
-  %tile_acc_global117.sroa.18.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1307, %for_body_t46.i ], !dbg !132
-  %tile_acc_global117.sroa.14.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1302, %for_body_t46.i ], !dbg !132
-  %tile_acc_global117.sroa.10.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1297, %for_body_t46.i ], !dbg !132
-  %tile_acc_global117.sroa.6.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1292, %for_body_t46.i ], !dbg !132
-  %tile_acc_global117.sroa.0.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1287, %for_body_t46.i ], !dbg !132
-  %1323 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %1228, !dbg !132
-  store <4 x float> %tile_acc_global117.sroa.0.0.lcssa.i, ptr %1323, align 4, !dbg !132, !tbaa !163
-  %1324 = getelementptr inbounds nuw i8, ptr %1323, i64 16, !dbg !132
-  store <4 x float> %tile_acc_global117.sroa.6.0.lcssa.i, ptr %1324, align 4, !dbg !132, !tbaa !163
-  %1325 = getelementptr inbounds nuw i8, ptr %1323, i64 32, !dbg !132
-  store <4 x float> %tile_acc_global117.sroa.10.0.lcssa.i, ptr %1325, align 4, !dbg !132, !tbaa !163
-  %1326 = getelementptr inbounds nuw i8, ptr %1323, i64 48, !dbg !132
-  store <4 x float> %tile_acc_global117.sroa.14.0.lcssa.i, ptr %1326, align 4, !dbg !132, !tbaa !163
-  %1327 = getelementptr inbounds nuw i8, ptr %1323, i64 64, !dbg !132
-  store <4 x float> %tile_acc_global117.sroa.18.0.lcssa.i, ptr %1327, align 4, !dbg !132, !tbaa !163
-  %1328 = getelementptr inbounds nuw i8, ptr %1323, i64 80, !dbg !132
-  store <4 x float> %tile_acc_global117.sroa.22.0.lcssa.i, ptr %1328, align 4, !dbg !132, !tbaa !163
-  %1329 = getelementptr inbounds nuw i8, ptr %1323, i64 96, !dbg !132
-  store <4 x float> %tile_acc_global117.sroa.26.0.lcssa.i, ptr %1329, align 4, !dbg !132, !tbaa !163
-  %1330 = getelementptr inbounds nuw i8, ptr %1323, i64 112, !dbg !132
-  store <4 x float> %tile_acc_global117.sroa.30.0.lcssa.i, ptr %1330, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next302.i = add nuw nsw i64 %indvars.iv301.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next302.i, !242, !DIExpression(), !132)
-  %exitcond305.not.i = icmp eq i64 %indvars.iv.next302.i, 16, !dbg !132
-  br i1 %exitcond305.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !dbg !132, !prof !224
+for_end_t57.i:                                    ; preds = %for_body_t56.i, %for_body_d_0.i
+  %tile_acc_global127.sroa.30.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1345, %for_body_t56.i ], !dbg !132
+  %tile_acc_global127.sroa.26.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1340, %for_body_t56.i ], !dbg !132
+  %tile_acc_global127.sroa.22.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1335, %for_body_t56.i ], !dbg !132
+  %tile_acc_global127.sroa.18.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1330, %for_body_t56.i ], !dbg !132
+  %tile_acc_global127.sroa.14.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1325, %for_body_t56.i ], !dbg !132
+  %tile_acc_global127.sroa.10.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1320, %for_body_t56.i ], !dbg !132
+  %tile_acc_global127.sroa.6.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1315, %for_body_t56.i ], !dbg !132
+  %tile_acc_global127.sroa.0.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1310, %for_body_t56.i ], !dbg !132
+  %1346 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %1251, !dbg !132
+  store <4 x float> %tile_acc_global127.sroa.0.0.lcssa.i, ptr %1346, align 4, !dbg !132, !tbaa !163
+  %1347 = getelementptr inbounds nuw i8, ptr %1346, i64 16, !dbg !132
+  store <4 x float> %tile_acc_global127.sroa.6.0.lcssa.i, ptr %1347, align 4, !dbg !132, !tbaa !163
+  %1348 = getelementptr inbounds nuw i8, ptr %1346, i64 32, !dbg !132
+  store <4 x float> %tile_acc_global127.sroa.10.0.lcssa.i, ptr %1348, align 4, !dbg !132, !tbaa !163
+  %1349 = getelementptr inbounds nuw i8, ptr %1346, i64 48, !dbg !132
+  store <4 x float> %tile_acc_global127.sroa.14.0.lcssa.i, ptr %1349, align 4, !dbg !132, !tbaa !163
+  %1350 = getelementptr inbounds nuw i8, ptr %1346, i64 64, !dbg !132
+  store <4 x float> %tile_acc_global127.sroa.18.0.lcssa.i, ptr %1350, align 4, !dbg !132, !tbaa !163
+  %1351 = getelementptr inbounds nuw i8, ptr %1346, i64 80, !dbg !132
+  store <4 x float> %tile_acc_global127.sroa.22.0.lcssa.i, ptr %1351, align 4, !dbg !132, !tbaa !163
+  %1352 = getelementptr inbounds nuw i8, ptr %1346, i64 96, !dbg !132
+  store <4 x float> %tile_acc_global127.sroa.26.0.lcssa.i, ptr %1352, align 4, !dbg !132, !tbaa !163
+  %1353 = getelementptr inbounds nuw i8, ptr %1346, i64 112, !dbg !132
+  store <4 x float> %tile_acc_global127.sroa.30.0.lcssa.i, ptr %1353, align 4, !dbg !132, !tbaa !163
+  %indvars.iv.next323.i = add nuw nsw i64 %indvars.iv322.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next323.i, !242, !DIExpression(), !132)
+  %exitcond326.not.i = icmp eq i64 %indvars.iv.next323.i, 16, !dbg !132
+  br i1 %exitcond326.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !dbg !132, !prof !221
 
-for_body_d83.i:                                   ; preds = %if_end88.i.1, %for_end_d_0.i
-  %indvars.iv306.i = phi i64 [ 0, %for_end_d_0.i ], [ %indvars.iv.next307.i.1, %if_end88.i.1 ]
-    #dbg_value(i64 %indvars.iv306.i, !168, !DIExpression(), !132)
-  %1331 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv306.i
-  br i1 %1229, label %if_then87.i, label %for_body_d83.if_end88_crit_edge.i, !dbg !132, !prof !16
+for_body_d93.i:                                   ; preds = %if_end98.i.1, %for_end_d_0.i
+  %indvars.iv327.i = phi i64 [ 0, %for_end_d_0.i ], [ %indvars.iv.next328.i.1, %if_end98.i.1 ]
+    #dbg_value(i64 %indvars.iv327.i, !168, !DIExpression(), !132)
+  %1354 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv327.i
+  br i1 %1252, label %if_then97.i, label %for_body_d93.if_end98_crit_edge.i, !dbg !132, !prof !16
 
-for_body_d83.if_end88_crit_edge.i:                ; preds = %for_body_d83.i
-  %.pre.i = load <4 x float>, ptr %1331, align 4, !dbg !132, !tbaa !163
-  br label %if_end88.i, !dbg !132
+for_body_d93.if_end98_crit_edge.i:                ; preds = %for_body_d93.i
+  %.pre.i = load <4 x float>, ptr %1354, align 4, !dbg !132, !tbaa !163
+  br label %if_end98.i, !dbg !132
 
-for_end_d84.i:                                    ; preds = %if_end88.i.1
-  %1332 = fmul <4 x float> %old_sum.i, %1258, !dbg !132
-  %1333 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1281, <4 x float> %tile_sum.0.lcssa342.i, <4 x float> %1332), !dbg !132
-  %indvars.iv.next311.i = add nuw nsw i64 %indvars.iv310.i, 1, !dbg !132
+for_end_d94.i:                                    ; preds = %if_end98.i.1
+  %1355 = fmul <4 x float> %old_sum.i, %1281, !dbg !132
+  %1356 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1304, <4 x float> %tile_sum.0.lcssa364.i, <4 x float> %1355), !dbg !132
+  %indvars.iv.next332.i = add nuw nsw i64 %indvars.iv331.i, 1, !dbg !132
     #dbg_value(<4 x float> %m.i, !153, !DIExpression(), !132)
-    #dbg_value(<4 x float> %1333, !154, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv.next311.i, !197, !DIExpression(), !132)
-  %exitcond316.not.i = icmp eq i64 %indvars.iv.next311.i, %wide.trip.count315.i, !dbg !132
+    #dbg_value(<4 x float> %1356, !154, !DIExpression(), !132)
+    #dbg_value(i64 %indvars.iv.next332.i, !197, !DIExpression(), !132)
+  %exitcond337.not.i = icmp eq i64 %indvars.iv.next332.i, %wide.trip.count336.i, !dbg !132
   %indvars.iv.next = add nsw i64 %indvars.iv, -128, !dbg !132
-  br i1 %exitcond316.not.i, label %for_end_step.i, label %for_body_step.i, !dbg !132, !prof !224
+  br i1 %exitcond337.not.i, label %for_end_step.i, label %for_body_step.i, !dbg !132, !prof !221
 
-if_then87.i:                                      ; preds = %for_body_d83.i
-  store <4 x float> zeroinitializer, ptr %1331, align 4, !dbg !132, !tbaa !163
-  br label %if_end88.i, !dbg !132
+if_then97.i:                                      ; preds = %for_body_d93.i
+  store <4 x float> zeroinitializer, ptr %1354, align 4, !dbg !132, !tbaa !163
+  br label %if_end98.i, !dbg !132
 
-if_end88.i:                                       ; preds = %if_then87.i, %for_body_d83.if_end88_crit_edge.i
-  %1334 = phi <4 x float> [ %.pre.i, %for_body_d83.if_end88_crit_edge.i ], [ zeroinitializer, %if_then87.i ], !dbg !132
-  %1335 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %indvars.iv306.i, !dbg !132
-  %1336 = load <4 x float>, ptr %1335, align 4, !dbg !132, !tbaa !163
-  %1337 = fmul <4 x float> %1258, %1334, !dbg !132
-  %1338 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1281, <4 x float> %1336, <4 x float> %1337), !dbg !132
-  store <4 x float> %1338, ptr %1331, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next307.i = or disjoint i64 %indvars.iv306.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next307.i, !168, !DIExpression(), !132)
-  %1339 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next307.i
-  br i1 %1229, label %if_then87.i.1, label %for_body_d83.if_end88_crit_edge.i.1, !dbg !132, !prof !16
+if_end98.i:                                       ; preds = %if_then97.i, %for_body_d93.if_end98_crit_edge.i
+  %1357 = phi <4 x float> [ %.pre.i, %for_body_d93.if_end98_crit_edge.i ], [ zeroinitializer, %if_then97.i ], !dbg !132
+  %1358 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %indvars.iv327.i, !dbg !132
+  %1359 = load <4 x float>, ptr %1358, align 4, !dbg !132, !tbaa !163
+  %1360 = fmul <4 x float> %1281, %1357, !dbg !132
+  %1361 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1304, <4 x float> %1359, <4 x float> %1360), !dbg !132
+  store <4 x float> %1361, ptr %1354, align 4, !dbg !132, !tbaa !163
+  %indvars.iv.next328.i = or disjoint i64 %indvars.iv327.i, 1, !dbg !132
+    #dbg_value(i64 %indvars.iv.next328.i, !168, !DIExpression(), !132)
+  %1362 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next328.i
+  br i1 %1252, label %if_then97.i.1, label %for_body_d93.if_end98_crit_edge.i.1, !dbg !132, !prof !16
 
-for_body_d83.if_end88_crit_edge.i.1:              ; preds = %if_end88.i
-  %.pre.i.1 = load <4 x float>, ptr %1339, align 4, !dbg !132, !tbaa !163
-  br label %if_end88.i.1, !dbg !132
+for_body_d93.if_end98_crit_edge.i.1:              ; preds = %if_end98.i
+  %.pre.i.1 = load <4 x float>, ptr %1362, align 4, !dbg !132, !tbaa !163
+  br label %if_end98.i.1, !dbg !132
 
-if_then87.i.1:                                    ; preds = %if_end88.i
-  store <4 x float> zeroinitializer, ptr %1339, align 4, !dbg !132, !tbaa !163
-  br label %if_end88.i.1, !dbg !132
+if_then97.i.1:                                    ; preds = %if_end98.i
+  store <4 x float> zeroinitializer, ptr %1362, align 4, !dbg !132, !tbaa !163
+  br label %if_end98.i.1, !dbg !132
 
-if_end88.i.1:                                     ; preds = %if_then87.i.1, %for_body_d83.if_end88_crit_edge.i.1
-  %1340 = phi <4 x float> [ %.pre.i.1, %for_body_d83.if_end88_crit_edge.i.1 ], [ zeroinitializer, %if_then87.i.1 ], !dbg !132
-  %1341 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %indvars.iv.next307.i, !dbg !132
-  %1342 = load <4 x float>, ptr %1341, align 4, !dbg !132, !tbaa !163
-  %1343 = fmul <4 x float> %1258, %1340, !dbg !132
-  %1344 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1281, <4 x float> %1342, <4 x float> %1343), !dbg !132
-  store <4 x float> %1344, ptr %1339, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next307.i.1 = add nuw nsw i64 %indvars.iv306.i, 2, !dbg !132
-    #dbg_value(i64 %indvars.iv.next307.i.1, !168, !DIExpression(), !132)
-  %exitcond309.not.i.1 = icmp eq i64 %indvars.iv.next307.i.1, 128, !dbg !132
-  br i1 %exitcond309.not.i.1, label %for_end_d84.i, label %for_body_d83.i, !dbg !132, !prof !224, !llvm.loop !266
+if_end98.i.1:                                     ; preds = %if_then97.i.1, %for_body_d93.if_end98_crit_edge.i.1
+  %1363 = phi <4 x float> [ %.pre.i.1, %for_body_d93.if_end98_crit_edge.i.1 ], [ zeroinitializer, %if_then97.i.1 ], !dbg !132
+  %1364 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %indvars.iv.next328.i, !dbg !132
+  %1365 = load <4 x float>, ptr %1364, align 4, !dbg !132, !tbaa !163
+  %1366 = fmul <4 x float> %1281, %1363, !dbg !132
+  %1367 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1304, <4 x float> %1365, <4 x float> %1366), !dbg !132
+  store <4 x float> %1367, ptr %1362, align 4, !dbg !132, !tbaa !163
+  %indvars.iv.next328.i.1 = add nuw nsw i64 %indvars.iv327.i, 2, !dbg !132
+    #dbg_value(i64 %indvars.iv.next328.i.1, !168, !DIExpression(), !132)
+  %exitcond330.not.i.1 = icmp eq i64 %indvars.iv.next328.i.1, 128, !dbg !132
+  br i1 %exitcond330.not.i.1, label %for_end_d94.i, label %for_body_d93.i, !dbg !132, !prof !221, !llvm.loop !266
 
-for_body_d90.i:                                   ; preds = %for_body_d90.i, %for_end_step.i
-  %indvars.iv317.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next318.i.7, %for_body_d90.i ]
-    #dbg_value(i64 %indvars.iv317.i, !168, !DIExpression(), !132)
-  %1345 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv317.i, !dbg !268
-  %1346 = load <4 x float>, ptr %1345, align 4, !dbg !268, !tbaa !163
-  %.idx334.i = shl i64 %indvars.iv317.i, 4, !dbg !268
-  %1347 = getelementptr i8, ptr %759, i64 %.idx334.i, !dbg !268
-  store <4 x float> %1346, ptr %1347, align 64, !dbg !268, !tbaa !163
-  %indvars.iv.next318.i = or disjoint i64 %indvars.iv317.i, 1, !dbg !268
-    #dbg_value(i64 %indvars.iv.next318.i, !168, !DIExpression(), !132)
-  %1348 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next318.i, !dbg !268
-  %1349 = load <4 x float>, ptr %1348, align 4, !dbg !268, !tbaa !163
-  %.idx334.i.1 = shl i64 %indvars.iv.next318.i, 4, !dbg !268
-  %1350 = getelementptr i8, ptr %759, i64 %.idx334.i.1, !dbg !268
-  store <4 x float> %1349, ptr %1350, align 16, !dbg !268, !tbaa !163
-  %indvars.iv.next318.i.1 = or disjoint i64 %indvars.iv317.i, 2, !dbg !268
-    #dbg_value(i64 %indvars.iv.next318.i.1, !168, !DIExpression(), !132)
-  %1351 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next318.i.1, !dbg !268
-  %1352 = load <4 x float>, ptr %1351, align 4, !dbg !268, !tbaa !163
-  %.idx334.i.2 = shl i64 %indvars.iv.next318.i.1, 4, !dbg !268
-  %1353 = getelementptr i8, ptr %759, i64 %.idx334.i.2, !dbg !268
-  store <4 x float> %1352, ptr %1353, align 32, !dbg !268, !tbaa !163
-  %indvars.iv.next318.i.2 = or disjoint i64 %indvars.iv317.i, 3, !dbg !268
-    #dbg_value(i64 %indvars.iv.next318.i.2, !168, !DIExpression(), !132)
-  %1354 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next318.i.2, !dbg !268
-  %1355 = load <4 x float>, ptr %1354, align 4, !dbg !268, !tbaa !163
-  %.idx334.i.3 = shl i64 %indvars.iv.next318.i.2, 4, !dbg !268
-  %1356 = getelementptr i8, ptr %759, i64 %.idx334.i.3, !dbg !268
-  store <4 x float> %1355, ptr %1356, align 16, !dbg !268, !tbaa !163
-  %indvars.iv.next318.i.3 = or disjoint i64 %indvars.iv317.i, 4, !dbg !268
-    #dbg_value(i64 %indvars.iv.next318.i.3, !168, !DIExpression(), !132)
-  %1357 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next318.i.3, !dbg !268
-  %1358 = load <4 x float>, ptr %1357, align 4, !dbg !268, !tbaa !163
-  %.idx334.i.4 = shl i64 %indvars.iv.next318.i.3, 4, !dbg !268
-  %1359 = getelementptr i8, ptr %759, i64 %.idx334.i.4, !dbg !268
-  store <4 x float> %1358, ptr %1359, align 64, !dbg !268, !tbaa !163
-  %indvars.iv.next318.i.4 = or disjoint i64 %indvars.iv317.i, 5, !dbg !268
-    #dbg_value(i64 %indvars.iv.next318.i.4, !168, !DIExpression(), !132)
-  %1360 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next318.i.4, !dbg !268
-  %1361 = load <4 x float>, ptr %1360, align 4, !dbg !268, !tbaa !163
-  %.idx334.i.5 = shl i64 %indvars.iv.next318.i.4, 4, !dbg !268
-  %1362 = getelementptr i8, ptr %759, i64 %.idx334.i.5, !dbg !268
-  store <4 x float> %1361, ptr %1362, align 16, !dbg !268, !tbaa !163
-  %indvars.iv.next318.i.5 = or disjoint i64 %indvars.iv317.i, 6, !dbg !268
-    #dbg_value(i64 %indvars.iv.next318.i.5, !168, !DIExpression(), !132)
-  %1363 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next318.i.5, !dbg !268
-  %1364 = load <4 x float>, ptr %1363, align 4, !dbg !268, !tbaa !163
-  %.idx334.i.6 = shl i64 %indvars.iv.next318.i.5, 4, !dbg !268
-  %1365 = getelementptr i8, ptr %759, i64 %.idx334.i.6, !dbg !268
-  store <4 x float> %1364, ptr %1365, align 32, !dbg !268, !tbaa !163
-  %indvars.iv.next318.i.6 = or disjoint i64 %indvars.iv317.i, 7, !dbg !268
-    #dbg_value(i64 %indvars.iv.next318.i.6, !168, !DIExpression(), !132)
-  %1366 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next318.i.6, !dbg !268
-  %1367 = load <4 x float>, ptr %1366, align 4, !dbg !268, !tbaa !163
-  %.idx334.i.7 = shl i64 %indvars.iv.next318.i.6, 4, !dbg !268
-  %1368 = getelementptr i8, ptr %759, i64 %.idx334.i.7, !dbg !268
-  store <4 x float> %1367, ptr %1368, align 16, !dbg !268, !tbaa !163
-  %indvars.iv.next318.i.7 = add nuw nsw i64 %indvars.iv317.i, 8, !dbg !268
-    #dbg_value(i64 %indvars.iv.next318.i.7, !168, !DIExpression(), !132)
-  %exitcond320.not.i.7 = icmp eq i64 %indvars.iv.next318.i.7, 128, !dbg !132
-  br i1 %exitcond320.not.i.7, label %for_end_d91.i, label %for_body_d90.i, !dbg !132, !prof !224, !llvm.loop !269
+for_body_d100.i:                                  ; preds = %for_body_d100.i, %for_end_step.i
+  %indvars.iv338.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next339.i.7, %for_body_d100.i ]
+    #dbg_value(i64 %indvars.iv338.i, !168, !DIExpression(), !132)
+  %1368 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv338.i, !dbg !268
+  %1369 = load <4 x float>, ptr %1368, align 4, !dbg !268, !tbaa !163
+  %.idx355.i = shl i64 %indvars.iv338.i, 4, !dbg !268
+  %1370 = getelementptr i8, ptr %755, i64 %.idx355.i, !dbg !268
+  store <4 x float> %1369, ptr %1370, align 64, !dbg !268, !tbaa !163
+  %indvars.iv.next339.i = or disjoint i64 %indvars.iv338.i, 1, !dbg !268
+    #dbg_value(i64 %indvars.iv.next339.i, !168, !DIExpression(), !132)
+  %1371 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next339.i, !dbg !268
+  %1372 = load <4 x float>, ptr %1371, align 4, !dbg !268, !tbaa !163
+  %.idx355.i.1 = shl i64 %indvars.iv.next339.i, 4, !dbg !268
+  %1373 = getelementptr i8, ptr %755, i64 %.idx355.i.1, !dbg !268
+  store <4 x float> %1372, ptr %1373, align 16, !dbg !268, !tbaa !163
+  %indvars.iv.next339.i.1 = or disjoint i64 %indvars.iv338.i, 2, !dbg !268
+    #dbg_value(i64 %indvars.iv.next339.i.1, !168, !DIExpression(), !132)
+  %1374 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next339.i.1, !dbg !268
+  %1375 = load <4 x float>, ptr %1374, align 4, !dbg !268, !tbaa !163
+  %.idx355.i.2 = shl i64 %indvars.iv.next339.i.1, 4, !dbg !268
+  %1376 = getelementptr i8, ptr %755, i64 %.idx355.i.2, !dbg !268
+  store <4 x float> %1375, ptr %1376, align 32, !dbg !268, !tbaa !163
+  %indvars.iv.next339.i.2 = or disjoint i64 %indvars.iv338.i, 3, !dbg !268
+    #dbg_value(i64 %indvars.iv.next339.i.2, !168, !DIExpression(), !132)
+  %1377 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next339.i.2, !dbg !268
+  %1378 = load <4 x float>, ptr %1377, align 4, !dbg !268, !tbaa !163
+  %.idx355.i.3 = shl i64 %indvars.iv.next339.i.2, 4, !dbg !268
+  %1379 = getelementptr i8, ptr %755, i64 %.idx355.i.3, !dbg !268
+  store <4 x float> %1378, ptr %1379, align 16, !dbg !268, !tbaa !163
+  %indvars.iv.next339.i.3 = or disjoint i64 %indvars.iv338.i, 4, !dbg !268
+    #dbg_value(i64 %indvars.iv.next339.i.3, !168, !DIExpression(), !132)
+  %1380 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next339.i.3, !dbg !268
+  %1381 = load <4 x float>, ptr %1380, align 4, !dbg !268, !tbaa !163
+  %.idx355.i.4 = shl i64 %indvars.iv.next339.i.3, 4, !dbg !268
+  %1382 = getelementptr i8, ptr %755, i64 %.idx355.i.4, !dbg !268
+  store <4 x float> %1381, ptr %1382, align 64, !dbg !268, !tbaa !163
+  %indvars.iv.next339.i.4 = or disjoint i64 %indvars.iv338.i, 5, !dbg !268
+    #dbg_value(i64 %indvars.iv.next339.i.4, !168, !DIExpression(), !132)
+  %1383 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next339.i.4, !dbg !268
+  %1384 = load <4 x float>, ptr %1383, align 4, !dbg !268, !tbaa !163
+  %.idx355.i.5 = shl i64 %indvars.iv.next339.i.4, 4, !dbg !268
+  %1385 = getelementptr i8, ptr %755, i64 %.idx355.i.5, !dbg !268
+  store <4 x float> %1384, ptr %1385, align 16, !dbg !268, !tbaa !163
+  %indvars.iv.next339.i.5 = or disjoint i64 %indvars.iv338.i, 6, !dbg !268
+    #dbg_value(i64 %indvars.iv.next339.i.5, !168, !DIExpression(), !132)
+  %1386 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next339.i.5, !dbg !268
+  %1387 = load <4 x float>, ptr %1386, align 4, !dbg !268, !tbaa !163
+  %.idx355.i.6 = shl i64 %indvars.iv.next339.i.5, 4, !dbg !268
+  %1388 = getelementptr i8, ptr %755, i64 %.idx355.i.6, !dbg !268
+  store <4 x float> %1387, ptr %1388, align 32, !dbg !268, !tbaa !163
+  %indvars.iv.next339.i.6 = or disjoint i64 %indvars.iv338.i, 7, !dbg !268
+    #dbg_value(i64 %indvars.iv.next339.i.6, !168, !DIExpression(), !132)
+  %1389 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next339.i.6, !dbg !268
+  %1390 = load <4 x float>, ptr %1389, align 4, !dbg !268, !tbaa !163
+  %.idx355.i.7 = shl i64 %indvars.iv.next339.i.6, 4, !dbg !268
+  %1391 = getelementptr i8, ptr %755, i64 %.idx355.i.7, !dbg !268
+  store <4 x float> %1390, ptr %1391, align 16, !dbg !268, !tbaa !163
+  %indvars.iv.next339.i.7 = add nuw nsw i64 %indvars.iv338.i, 8, !dbg !268
+    #dbg_value(i64 %indvars.iv.next339.i.7, !168, !DIExpression(), !132)
+  %exitcond341.not.i.7 = icmp eq i64 %indvars.iv.next339.i.7, 128, !dbg !132
+  br i1 %exitcond341.not.i.7, label %for_end_d101.i, label %for_body_d100.i, !dbg !132, !prof !221, !llvm.loop !269
 
-for_end_d91.i:                                    ; preds = %for_body_d90.i
-  %indvars.iv.next322.i = add nuw nsw i64 %indvars.iv321.i, 1, !dbg !268
+for_end_d101.i:                                   ; preds = %for_body_d100.i
+  %indvars.iv.next343.i = add nuw nsw i64 %indvars.iv342.i, 1, !dbg !268
     #dbg_value(<4 x float> %m.i, !153, !DIExpression(), !132)
-    #dbg_value(<4 x float> %1333, !154, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv.next322.i, !155, !DIExpression(), !132)
-  %exitcond325.not.i = icmp eq i64 %indvars.iv.next322.i, %wide.trip.count324.i, !dbg !132
-  br i1 %exitcond325.not.i, label %for_end_s.i, label %for_body_s.i, !dbg !132, !prof !226
+    #dbg_value(<4 x float> %1356, !154, !DIExpression(), !132)
+    #dbg_value(i64 %indvars.iv.next343.i, !155, !DIExpression(), !132)
+  %exitcond346.not.i = icmp eq i64 %indvars.iv.next343.i, %wide.trip.count345.i, !dbg !132
+  br i1 %exitcond346.not.i, label %for_end_s.i, label %for_body_s.i, !dbg !132, !prof !224
 
-if_end95.i:                                       ; preds = %for_end_s.i
-  %1369 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %1370 = tail call i32 %1369(i32 1, i32 %dev_id, ptr nonnull %k_tile.i), !dbg !132
-  %.not119.i = icmp eq i32 %1370, 0, !dbg !132
-  br i1 %.not119.i, label %if_end98.i, label %common.ret, !dbg !132, !prof !17
+if_end105.i:                                      ; preds = %for_end_s.i
+  %1392 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
+  %1393 = tail call i32 %1392(i32 1, i32 %dev_id, ptr nonnull %k_tile.i), !dbg !132
+  %.not129.i = icmp eq i32 %1393, 0, !dbg !132
+  br i1 %.not129.i, label %if_end108.i, label %common.ret, !dbg !132, !prof !17
 
-if_end98.i:                                       ; preds = %if_end95.i
-  %1371 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %1372 = tail call i32 %1371(i32 1, i32 %dev_id, ptr nonnull %scores.i), !dbg !132
-  %.not120.i = icmp eq i32 %1372, 0, !dbg !132
-  br i1 %.not120.i, label %if_end101.i, label %common.ret, !dbg !132, !prof !17
+if_end108.i:                                      ; preds = %if_end105.i
+  %1394 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
+  %1395 = tail call i32 %1394(i32 1, i32 %dev_id, ptr nonnull %scores.i), !dbg !132
+  %.not130.i = icmp eq i32 %1395, 0, !dbg !132
+  br i1 %.not130.i, label %if_end111.i, label %common.ret, !dbg !132, !prof !17
 
-if_end101.i:                                      ; preds = %if_end98.i
-  %1373 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %1374 = tail call i32 %1373(i32 1, i32 %dev_id, ptr nonnull %acc.i), !dbg !132
-  %.not121.i = icmp eq i32 %1374, 0, !dbg !132
-  br i1 %.not121.i, label %if_end104.i, label %common.ret, !dbg !132, !prof !17
+if_end111.i:                                      ; preds = %if_end108.i
+  %1396 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
+  %1397 = tail call i32 %1396(i32 1, i32 %dev_id, ptr nonnull %acc.i), !dbg !132
+  %.not131.i = icmp eq i32 %1397, 0, !dbg !132
+  br i1 %.not131.i, label %if_end114.i, label %common.ret, !dbg !132, !prof !17
 
-if_end104.i:                                      ; preds = %if_end101.i
-  %1375 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %1376 = tail call i32 %1375(i32 1, i32 %dev_id, ptr nonnull %q_tile.i), !dbg !132
-  %.not122.i = icmp ne i32 %1376, 0, !dbg !132
-  %..i = sext i1 %.not122.i to i32, !dbg !132
+if_end114.i:                                      ; preds = %if_end111.i
+  %1398 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
+  %1399 = tail call i32 %1398(i32 1, i32 %dev_id, ptr nonnull %q_tile.i), !dbg !132
+  %.not132.i = icmp ne i32 %1399, 0, !dbg !132
+  %..i = sext i1 %.not132.i to i32, !dbg !132
   br label %common.ret, !dbg !132
 }
 
@@ -4565,7 +4621,7 @@ for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %f
   %indvars.iv.next60.i.3 = add nuw nsw i64 %indvars.iv59.i, 4, !dbg !277
     #dbg_value(i64 %indvars.iv.next60.i.3, !351, !DIExpression(), !277)
   %exitcond63.not.i.3 = icmp eq i64 %indvars.iv.next60.i.3, 128, !dbg !277
-  br i1 %exitcond63.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !dbg !277, !prof !224, !llvm.loop !382
+  br i1 %exitcond63.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !dbg !277, !prof !221, !llvm.loop !382
 
 for_body_d.i:                                     ; preds = %for_body_step.i, %for_body_d.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i.3, %for_body_d.i ], [ 0, %for_body_step.i ]
@@ -4615,13 +4671,13 @@ for_body_d.i:                                     ; preds = %for_body_step.i, %f
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4, !dbg !277
     #dbg_value(i64 %indvars.iv.next.i.3, !351, !DIExpression(), !277)
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 128, !dbg !277
-  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !dbg !277, !prof !224, !llvm.loop !384
+  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !dbg !277, !prof !221, !llvm.loop !384
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %for_body_d.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1, !dbg !277
     #dbg_value(i64 %indvars.iv.next65.i, !350, !DIExpression(), !277)
   %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i, !dbg !277
-  br i1 %exitcond67.not.i, label %for_begin_d19.preheader.i, label %for_body_step.i, !dbg !277, !prof !226
+  br i1 %exitcond67.not.i, label %for_begin_d19.preheader.i, label %for_body_step.i, !dbg !277, !prof !224
 
 for_body_d20.i:                                   ; preds = %for_body_d20.i, %for_begin_d19.preheader.i
   %indvars.iv68.i = phi i64 [ 0, %for_begin_d19.preheader.i ], [ %indvars.iv.next69.i.3, %for_body_d20.i ]
@@ -4663,7 +4719,7 @@ for_body_d20.i:                                   ; preds = %for_body_d20.i, %fo
   %indvars.iv.next69.i.3 = add nuw nsw i64 %indvars.iv68.i, 4, !dbg !386
     #dbg_value(i64 %indvars.iv.next69.i.3, !351, !DIExpression(), !277)
   %exitcond72.not.i.3 = icmp eq i64 %indvars.iv.next69.i.3, 128, !dbg !277
-  br i1 %exitcond72.not.i.3, label %for_end_d21.i, label %for_body_d20.i, !dbg !277, !prof !224, !llvm.loop !387
+  br i1 %exitcond72.not.i.3, label %for_end_d21.i, label %for_body_d20.i, !dbg !277, !prof !221, !llvm.loop !387
 
 for_end_d21.i:                                    ; preds = %for_body_d20.i
   %sext166 = shl i64 %44, 32, !dbg !277
@@ -4932,7 +4988,7 @@ for_end_d26.i:                                    ; preds = %for_body_d25.i
   %indvars.iv.next79.i = add nuw nsw i64 %indvars.iv78.i, 1, !dbg !277
     #dbg_value(i64 %indvars.iv.next79.i, !390, !DIExpression(), !277)
   %exitcond82.not.i = icmp eq i64 %indvars.iv.next79.i, %wide.trip.count81.i, !dbg !277
-  br i1 %exitcond82.not.i, label %for_begin_r29.preheader.i, label %for_begin_d24.preheader.i, !dbg !277, !prof !226
+  br i1 %exitcond82.not.i, label %for_begin_r29.preheader.i, label %for_begin_d24.preheader.i, !dbg !277, !prof !224
 
 for_body_r30.i:                                   ; preds = %if_end35.i.3, %for_begin_r29.preheader.i.new
   %indvars.iv83.i = phi i64 [ 0, %for_begin_r29.preheader.i.new ], [ %indvars.iv.next84.i.3, %if_end35.i.3 ]
@@ -5536,25 +5592,25 @@ attributes #9 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !207 = !DILocalVariable(name: "cse_v20", scope: !99, file: !1, type: !56)
 !208 = !DILocalVariable(name: "cse_v31", scope: !99, file: !1, type: !56)
 !209 = !DILocalVariable(name: "to", scope: !99, file: !1, type: !8)
-!210 = !DILocalVariable(name: "scores_global", scope: !99, file: !1, type: !139)
-!211 = !DILocalVariable(name: "tile_sum", scope: !99, file: !1, type: !139)
-!212 = !DILocalVariable(name: "t", scope: !99, file: !1, type: !8)
-!213 = !DILocalVariable(name: "cse_v17", scope: !99, file: !1, type: !56)
-!214 = !DILocalVariable(name: "cse_v36", scope: !99, file: !1, type: !56)
-!215 = !DILocation(line: 120, column: 29, scope: !99, inlinedAt: !133)
-!216 = !DILocation(line: 121, column: 29, scope: !99, inlinedAt: !133)
-!217 = !DILocalVariable(name: "cse_v5", scope: !99, file: !1, type: !8)
-!218 = !DILocalVariable(name: "ax0", scope: !99, file: !1, type: !8)
-!219 = !DILocalVariable(name: "cse_v8", scope: !99, file: !1, type: !8)
-!220 = !DILocalVariable(name: "cse_v21", scope: !99, file: !1, type: !56)
-!221 = !DILocalVariable(name: "cse_v40", scope: !99, file: !1, type: !56)
-!222 = !DILocalVariable(name: "cse_v41", scope: !99, file: !1, type: !56)
-!223 = !DILocalVariable(name: "cse_v42", scope: !99, file: !1, type: !56)
-!224 = !{!"branch_weights", i32 1, i32 1048575}
-!225 = !DILocalVariable(name: "cse_v9", scope: !99, file: !1, type: !8)
-!226 = !{!"branch_weights", i32 127, i32 134217601}
-!227 = !DILocalVariable(name: "ti", scope: !99, file: !1, type: !8)
-!228 = !DILocalVariable(name: "cse_v22", scope: !99, file: !1, type: !8)
+!210 = !DILocalVariable(name: "cse_v17", scope: !99, file: !1, type: !56)
+!211 = !DILocalVariable(name: "cse_v36", scope: !99, file: !1, type: !56)
+!212 = !DILocation(line: 120, column: 29, scope: !99, inlinedAt: !133)
+!213 = !DILocation(line: 121, column: 29, scope: !99, inlinedAt: !133)
+!214 = !DILocalVariable(name: "cse_v5", scope: !99, file: !1, type: !8)
+!215 = !DILocalVariable(name: "ax0", scope: !99, file: !1, type: !8)
+!216 = !DILocalVariable(name: "cse_v8", scope: !99, file: !1, type: !8)
+!217 = !DILocalVariable(name: "cse_v21", scope: !99, file: !1, type: !56)
+!218 = !DILocalVariable(name: "cse_v40", scope: !99, file: !1, type: !56)
+!219 = !DILocalVariable(name: "cse_v41", scope: !99, file: !1, type: !56)
+!220 = !DILocalVariable(name: "cse_v42", scope: !99, file: !1, type: !56)
+!221 = !{!"branch_weights", i32 1, i32 1048575}
+!222 = !DILocalVariable(name: "scores_global", scope: !99, file: !1, type: !139)
+!223 = !DILocalVariable(name: "cse_v9", scope: !99, file: !1, type: !8)
+!224 = !{!"branch_weights", i32 127, i32 134217601}
+!225 = !DILocalVariable(name: "ti", scope: !99, file: !1, type: !8)
+!226 = !DILocalVariable(name: "cse_v22", scope: !99, file: !1, type: !8)
+!227 = !DILocalVariable(name: "tile_sum", scope: !99, file: !1, type: !139)
+!228 = !DILocalVariable(name: "t", scope: !99, file: !1, type: !8)
 !229 = !DILocalVariable(name: "cse_v23", scope: !99, file: !1, type: !8)
 !230 = !DILocalVariable(name: "arg", scope: !99, file: !1, type: !140)
 !231 = !DILocalVariable(name: "cse_v10", scope: !99, file: !1, type: !140)

@@ -58,7 +58,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         v_block, v_slot, v_head = T.int64(), T.int64(), T.int64()
         query = T.match_buffer(
             query_handle, (batch, heads, head_dim), dtype, strides=[q_batch, q_head, T.int64(1)], align=itemsize,
-           
+
         )  # fmt: skip
         key_cache = T.match_buffer(
             key_cache_handle, (num_blocks, T.int64(block_size), kv_heads, head_dim), dtype,

@@ -39,7 +39,7 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         partial_acc = T.match_buffer(partial_acc_handle, (slots, head_dim, T.int64(rows)), "float32")
         out = T.match_buffer(
             out_handle, (batch, heads, head_dim), out_dtype, strides=[out_batch, out_head, T.int64(1)], align=itemsize,
-           
+
         )  # fmt: skip
         lse = T.match_buffer(lse_handle, (batch, heads), "float32", strides=[lse_batch, T.int64(1)], align=4)
         with T.sblock("root"):

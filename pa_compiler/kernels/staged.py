@@ -45,7 +45,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         k_block, k_slot, k_head = T.int64(), T.int64(), T.int64()
         query = T.match_buffer(
             query_handle, (batch, heads, head_dim), dtype, strides=[q_batch, q_head, T.int64(1)], align=itemsize,
-           
+
         )  # fmt: skip
         key_cache = T.match_buffer(
             key_cache_handle, (num_blocks, T.int64(block_size), kv_heads, head_dim), dtype,
