@@ -14,29 +14,29 @@ from pa_compiler import cli
 
 TEXT = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
-SESSIONS = [text for language, text in BLOCKS if language == "console" and text.startswith("$ ")]
+EXAMPLES = [text for language, text in BLOCKS if language == "console" and text.startswith("$ ")]
 
 # What differs from machine to machine, or with TVM's rounding from CPU to CPU.
 VARIES = ("target", "pipeline", "time", "rate", "error", "bound")
 
 
 def test_python_example_runs(build_cache, tmp_path, monkeypatch, capsys):
-    (example,) = (text for language, text in BLOCKS if language == "python")
+    (code,) = (text for language, text in BLOCKS if language == "python")
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {})
+    exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert "WorkItem(batch_start=0" in printed
     assert "def fused_decode" in printed
 
 
-@pytest.mark.parametrize("session", SESSIONS, ids=lambda session: session.split("\n")[0][2:])
-def test_command_prints_what_is_shown(build_cache, monkeypatch, session):
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.split("\n")[0][2:])
+def test_command_prints_what_is_shown(build_cache, monkeypatch, example):
     monkeypatch.setattr(cli, "_STDOUT", Console(width=80))
 
     def steady(text):
         return [line.rstrip() for line in text.splitlines() if not line.startswith(VARIES)]
 
-    command, _, shown = session.partition("\n")
+    command, _, shown = example.partition("\n")
     result = CliRunner().invoke(cli.main, shlex.split(command)[2:], catch_exceptions=False)
     assert result.exit_code == 0
     assert steady(result.stdout) == steady(shown)
