@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +21,14 @@ import filelock
 import platformdirs
 
 _DIGESTS = "digests.json"
+_OURS = re.compile(r"\.?[0-9a-f]{32}(\..+)?")
+"""The names of entries, of their locks, and of the directories that they are made in."""
 
 
 def directory() -> Path:
     """The cache directory: PA_CACHE_DIR, or pa_compiler in the user's cache directory. Made with mode 0700.
+
+    Libraries in it are loaded and run, so nobody else may write there.
 
     Raises:
         PermissionError: it belongs to somebody else, is a symbolic link, or is open to others.
@@ -35,7 +41,8 @@ def directory() -> Path:
     if status.st_uid != os.getuid():
         raise PermissionError(f"{path}: expected a cache directory owned by user {os.getuid()}, got {status.st_uid}")
     if status.st_mode & 0o077:
-        path.chmod(0o700)
+        mode = stat.S_IMODE(status.st_mode)
+        raise PermissionError(f"{path}: expected a cache directory of mode 0700, got {mode:04o}; chmod 700 closes it")
     return path
 
 
@@ -67,9 +74,10 @@ def get_or_build(name: str, build: Callable[[Path], None]) -> Path:
 
 
 def clear() -> None:
-    """Remove every entry. Modules already loaded go on working."""
+    """Remove every entry, and nothing else that may be there. Modules already loaded go on working."""
     for path in directory().iterdir():
-        _remove(path)
+        if _OURS.fullmatch(path.name):
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

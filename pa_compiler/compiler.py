@@ -103,7 +103,7 @@ def lower(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: tiling.Tiling
     from pa_compiler.schedules import schedule
 
     unscheduled = kernels.build(spec, tiles, pipeline)
-    tensorir = unscheduled.script() + "\n"  # now: scheduling may change the PrimFuncs that it is given
+    tensorir = _script(unscheduled)  # now: scheduling may change the PrimFuncs that it is given
     names = [kernel.__name__ for kernel in kernels.PIPELINES[pipeline]]
     return Lowered(
         tensorir=tensorir,
@@ -136,11 +136,16 @@ def build_library(lowered: Lowered, cpu: _target.CpuTarget, directory: Path) -> 
 def _texts(lowered: Lowered, compiled: Kernels) -> dict[str, str]:
     return {
         "tensorir": lowered.tensorir,
-        "scheduled": lowered.scheduled.script() + "\n",
+        "scheduled": _script(lowered.scheduled),
         "host": lowered.host,
         "llvm": compiled.llvm,
         "asm": compiled.asm,
     }
+
+
+def _script(mod: IRModule) -> str:
+    """TVMScript, in the same words under every Python: from 3.12 on TVM would declare type variables another way."""
+    return mod.script(extra_config={"relax.use_pep695": False}) + "\n"
 
 
 def _read(entry: Path) -> Module:

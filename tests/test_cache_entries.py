@@ -101,8 +101,8 @@ def test_directory_is_the_users_alone(own_cache):
     assert cache.directory() == own_cache
     assert stat.S_IMODE(own_cache.stat().st_mode) == 0o700
     own_cache.chmod(0o777)
-    cache.directory()
-    assert stat.S_IMODE(own_cache.stat().st_mode) == 0o700
+    with pytest.raises(PermissionError, match="0700, got 0777"):
+        cache.directory()
 
 
 def test_directory_of_the_users_cache(tmp_path, monkeypatch):
@@ -125,8 +125,22 @@ def test_somebody_elses_directory_is_refused(own_cache, monkeypatch):
         cache.directory()
 
 
-def test_clear(own_cache):
-    cache.get_or_build("name", write_library)
+def test_clear_removes_entries_and_nothing_else(own_cache):
+    name = cache.key({"of": "this test"})
+    cache.get_or_build(name, write_library)
+    (own_cache / f".{name}.killed").mkdir()
+    (own_cache / "a user's own").mkdir()
+    (own_cache / "notes.txt").touch()
     cache.clear()
-    assert not list(own_cache.iterdir())
+    assert sorted(path.name for path in own_cache.iterdir()) == ["a user's own", "notes.txt"]
     cache.clear()
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(own_cache):
+    name = cache.key({"of": "this test"})
+    (cache.directory() / f".{name}.killed").mkdir()
+    entry = cache.get_or_build(name, write_library)
+    assert not (own_cache / f".{name}.killed").exists()
+    entry.rename(own_cache / "aside")
+    entry.touch()  # a plain file where the entry should be
+    assert cache.get_or_build(name, write_library).is_dir()
