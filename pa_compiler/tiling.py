@@ -26,6 +26,7 @@ class Tiling:
         token_group: Tokens whose scores are summed in registers at once; a tile is padded to a multiple of it.
         dim_group: Elements of head_dim whose outputs are summed in registers at once; divides head_dim.
         load_lanes: Elements that one vector load of a cache row takes; divides head_dim.
+        load_unroll: Vector loads in a row; load_lanes * load_unroll divides head_dim.
         copy_tiles: Whether keys and values are converted into scratch first; where not, the matmuls read the caches.
         split_blocks: Blocks of one range of a long sequence.
     """
@@ -35,6 +36,7 @@ class Tiling:
     token_group: int
     dim_group: int
     load_lanes: int
+    load_unroll: int
     copy_tiles: bool
     split_blocks: int
 
@@ -49,13 +51,15 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
     row_tile = min(spec.head_tile, 1 << (spec.group - 1).bit_length())
     vectors_per_row_tile = max(1, row_tile // target.vector_lanes)
     sums = max(1, target.accumulators // vectors_per_row_tile)
+    load_lanes = _largest_divisor(spec.head_dim, target.vector_lanes)
     kv_tile = spec.block_size if pipeline == "staged" else KV_TILE
     return Tiling(
         row_tile=row_tile,
         kv_tile=kv_tile,
         token_group=min(sums, kv_tile),
         dim_group=_largest_divisor(spec.head_dim, sums),
-        load_lanes=_largest_divisor(spec.head_dim, target.vector_lanes),
+        load_lanes=load_lanes,
+        load_unroll=_largest_divisor(spec.head_dim // load_lanes, 32),
         copy_tiles=spec.dtype != "float32" or spec.block_size % kv_tile != 0,
         split_blocks=-(-SPLIT_TOKENS // spec.block_size),
     )

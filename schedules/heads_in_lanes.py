@@ -108,9 +108,9 @@ def _vectorize_rows(sch: Schedule, *sblocks: str) -> None:
 
 
 def _vectorize_copy(sch: Schedule, copy: SBlockRV, tiling: Tiling) -> None:
-    """Read a cache row in vectors, all of a row's vectors unrolled so that its address is computed once."""
+    """Read a cache row in vectors, unrolled so that its address is computed once for many."""
     dim = sch.get_loops(copy)[-1]
-    vector, lane = sch.split(dim, [None, tiling.load_lanes])
+    _, vector, lane = sch.split(dim, [None, tiling.load_unroll, tiling.load_lanes])
     sch.unroll(vector)
     sch.vectorize(lane)
 

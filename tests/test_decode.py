@@ -21,7 +21,7 @@ from pa_compiler.cases import CASES
 
 SHAPES = [  # heads, kv heads, head_dim; the seed's cases have 16 and 64 heads of 16, 128 and 256
     (1, 1, 8), (2, 1, 16), (3, 1, 64), (4, 1, 80), (5, 1, 96), (6, 1, 112), (7, 1, 192), (8, 1, 1), (12, 1, 7),
-    (17, 1, 100), (33, 1, 24), (65, 1, 80), (32, 8, 32), (34, 2, 32), (128, 2, 32),
+    (17, 1, 100), (33, 1, 24), (65, 1, 80), (32, 8, 32), (34, 2, 32), (128, 2, 32), (2, 1, 1021),
 ]  # fmt: skip
 SPECS = {  # the dtypes take turns
     **{

@@ -71,12 +71,12 @@ class Module:
                             k_tile = T.sblock_alloc_buffer((132, 128))
                             scores_global = T.sblock_alloc_buffer((1, (valid_len + 11) // 12 * 12, 4))
                             for to in range((valid_len + 12 - 1) // 12):
-                                for ax0 in range(12):
-                                    for ax1_0 in T.unroll(8):
-                                        for ax1_1 in T.vectorized(16):
+                                for ax0, ax1_0 in T.grid(12, 1):
+                                    for ax1_1 in T.unroll(8):
+                                        for ax1_2 in T.vectorized(16):
                                             with T.sblock("k_tile"):
                                                 vt = T.axis.spatial(132, to * 12 + ax0)
-                                                vd = T.axis.spatial(128, ax1_0 * 16 + ax1_1)
+                                                vd = T.axis.spatial(128, ax1_0 * 128 + ax1_1 * 16 + ax1_2)
                                                 T.where(to < 11)
                                                 T.reads(key_cache[0:num_blocks, 0:16, kv_head, vd], block_table[seq, 0:max_blocks])
                                                 T.writes(k_tile[vt, vd])
@@ -169,12 +169,12 @@ class Module:
                             T.writes(tile_acc[0, 0:128, 0:4])
                             v_tile = T.sblock_alloc_buffer((132, 128))
                             tile_acc_global = T.sblock_alloc_buffer((1, 128, 4))
-                            for t in range(valid_len):
-                                for d_0 in T.unroll(8):
-                                    for d_1 in T.vectorized(16):
+                            for t, d_0 in T.grid(valid_len, 1):
+                                for d_1 in T.unroll(8):
+                                    for d_2 in T.vectorized(16):
                                         with T.sblock("v_tile"):
                                             vt = T.axis.spatial(132, t)
-                                            vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                            vd = T.axis.spatial(128, d_0 * 128 + d_1 * 16 + d_2)
                                             T.reads(value_cache[0:num_blocks, 0:16, kv_head, vd], block_table[seq, 0:max_blocks])
                                             T.writes(v_tile[vt, vd])
                                             v_tile[vt, vd] = T.Cast("float32", value_cache[T.Cast("int64", block_table[seq, (tile_start + vt) // 16]), (tile_start + vt) % 16, kv_head, vd])
