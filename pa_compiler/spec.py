@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-DTYPES = ("float32", "float16", "bfloat16")
+ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""The element types, with their bytes."""
+
+DTYPES = tuple(ITEMSIZES)
 KV_LAYOUTS = ("NHD", "HND")
 
 _INTEGER_RANGES = {

@@ -7,7 +7,7 @@ from pa_compiler.kernels.online_update import online_update
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.qk_matmul import load_query, qk_matmul
 from pa_compiler.kernels.softmax_prepare import softmax_prepare
-from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
 
@@ -23,7 +23,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """
     heads, kv_heads, head_dim = T.int64(spec.num_heads), T.int64(spec.num_kv_heads), T.int64(spec.head_dim)
     block_size, dtype = spec.block_size, spec.dtype
-    itemsize = 4 if dtype == "float32" else 2
+    itemsize = ITEMSIZES[dtype]
     rows, kv_tile, tokens = tiling.row_tile, tiling.kv_tile, tiling.padded_kv_tile
 
     load_query_stage = load_query(spec, tiling)

@@ -4,7 +4,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler.kernels.online_update import online_update
-from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
 
@@ -15,8 +15,8 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     An empty sequence gives out = 0 and lse = -inf. num_partials is at least 1; merging one partial result is exact.
     """
     heads, head_dim, rows = T.int64(spec.num_heads), T.int64(spec.head_dim), tiling.row_tile
-    out_dtype = spec.out_dtype
-    itemsize = 4 if out_dtype == "float32" else 2
+    out_dtype = spec.out_dtype or spec.dtype
+    itemsize = ITEMSIZES[out_dtype]
     update_stage = online_update(spec, tiling)
 
     @T.prim_func(s_tir=True)

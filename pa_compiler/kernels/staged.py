@@ -13,7 +13,7 @@ from pa_compiler.kernels import online_update as update
 from pa_compiler.kernels import pv_matmul as pv
 from pa_compiler.kernels import qk_matmul as qk
 from pa_compiler.kernels import softmax_prepare as softmax
-from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
 
@@ -21,7 +21,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """scores of block block_idx of every sequence of the chunk, for the heads [head_start, head_start + num_rows)."""
     heads, kv_heads, head_dim = T.int64(spec.num_heads), T.int64(spec.num_kv_heads), T.int64(spec.head_dim)
     block_size, dtype, chunk = spec.block_size, spec.dtype, spec.batch_chunk
-    itemsize = 4 if dtype == "float32" else 2
+    itemsize = ITEMSIZES[dtype]
     rows, tokens = tiling.row_tile, tiling.padded_kv_tile
     load_query_stage = qk.load_query(spec, tiling)
     qk_stage = qk.qk_matmul(spec, tiling)
@@ -112,7 +112,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """tile_acc of block block_idx of every sequence of the chunk."""
     kv_heads, head_dim = T.int64(spec.num_kv_heads), T.int64(spec.head_dim)
     block_size, dtype, chunk = spec.block_size, spec.dtype, spec.batch_chunk
-    itemsize = 4 if dtype == "float32" else 2
+    itemsize = ITEMSIZES[dtype]
     rows, tokens = tiling.row_tile, tiling.padded_kv_tile
     pv_stage = pv.pv_matmul(spec, tiling)
 
