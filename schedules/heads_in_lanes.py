@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from tvm import IRModule
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import SBlockRV
+from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from pa_compiler.tiling import Tiling
 
@@ -36,10 +36,7 @@ def _qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     sums = sch.cache_write(scores, 0, "global")
     token_outer, token, row, dim = sch.get_loops(scores)[-4:]
     sch.reorder(token_outer, dim, token, row)
-    sch.reverse_compute_at(sums, token_outer, preserve_unit_loops=True)
-    *_, sums_token, sums_row = sch.get_loops(sums)
-    sch.unroll(sums_token)
-    sch.vectorize(sums_row)
+    _write_back(sch, sums, token_outer)
     k_tile = sch.get_sblock("k_tile")
     if tiling.copy_tiles:
         sch.compute_at(k_tile, token_outer, preserve_unit_loops=True)
@@ -66,10 +63,7 @@ def _pv_matmul(sch: Schedule, tiling: Tiling) -> None:
     token, row, dim = sch.get_loops(tile_acc)[-3:]
     dim_outer, dim = sch.split(dim, [None, tiling.dim_group])
     sch.reorder(dim_outer, token, dim, row)
-    sch.reverse_compute_at(sums, dim_outer, preserve_unit_loops=True)
-    *_, sums_dim, sums_row = sch.get_loops(sums)
-    sch.unroll(sums_dim)
-    sch.vectorize(sums_row)
+    _write_back(sch, sums, dim_outer)
     v_tile = sch.get_sblock("v_tile")
     if tiling.copy_tiles:
         _vectorize_copy(sch, v_tile, tiling)
@@ -105,6 +99,14 @@ _STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
 def _vectorize_rows(sch: Schedule, *sblocks: str) -> None:
     for name in sblocks:
         sch.vectorize(sch.get_loops(sch.get_sblock(name))[-1])
+
+
+def _write_back(sch: Schedule, sums: SBlockRV, loop: LoopRV) -> None:
+    """Copy the register sums of one pass of the loop to where they belong, in vectors of rows."""
+    sch.reverse_compute_at(sums, loop, preserve_unit_loops=True)
+    *_, sum_loop, row = sch.get_loops(sums)
+    sch.unroll(sum_loop)
+    sch.vectorize(row)
 
 
 def _vectorize_copy(sch: Schedule, copy: SBlockRV, tiling: Tiling) -> None:

@@ -530,7 +530,7 @@ Plan MakePlan(const int32_t* context_lens, int64_t batch) {
 // has come: a helper that the system starts late finds nothing left, and holds nobody up.
 class ThreadPool {
  public:
-  // Run body(0) ... body(count - 1), each once, on up to num_threads threads of which this is one.
+  // Run body(0) ... body(count - 1), each once, on up to num_threads threads, at most count, of which this is one.
   template <typename Body>
   void Run(int64_t count, int64_t num_threads, const Body& body) {
     auto job = std::make_shared<Job>();
@@ -538,11 +538,11 @@ class ThreadPool {
     job->body = [&body](int64_t i) { body(i); };
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      job->helpers = std::min(num_threads, count) - 1;
+      job->helpers = num_threads - 1;
       while (num_workers_ < job->helpers && AddWorker()) ++num_workers_;
       jobs_.push_back(job);
     }
-    for (int64_t i = 0; i < std::min(num_threads, count) - 1; ++i) wake_.notify_one();
+    for (int64_t i = 1; i < num_threads; ++i) wake_.notify_one();
     Work(*job);
     std::unique_lock<std::mutex> lock(mutex_);
     jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), job), jobs_.end());
@@ -656,7 +656,8 @@ struct Partials {
 };
 
 Partials AllocatePartials(int64_t num_ranges) {
-  const int64_t slots = num_ranges * kNumHeadTiles, rows = Aligned(slots * kRowTile), acc = Aligned(slots * kHeadDim * kRowTile);
+  const int64_t slots = num_ranges * kNumHeadTiles;
+  const int64_t rows = Aligned(slots * kRowTile), acc = Aligned(slots * kHeadDim * kRowTile);
   Partials partials{Borrowed(call_workspace, acc + 2 * rows), {}, {}, {}};
   float* data = partials.memory.data();
   partials.acc = Array(data, {slots, kHeadDim, kRowTile});
