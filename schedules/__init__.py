@@ -2,10 +2,10 @@
 
 from tvm import IRModule
 
-from pa_compiler.schedules import heads_in_lanes
+from pa_compiler.schedules import head_dim_in_lanes
 from pa_compiler.tiling import Tiling
 
 
 def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
     """The module with every PrimFunc scheduled. The one given may be changed: use it no more."""
-    return heads_in_lanes.schedule(mod, tiling)
+    return head_dim_in_lanes.schedule(mod, tiling)

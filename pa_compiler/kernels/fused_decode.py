@@ -7,26 +7,30 @@ from pa_compiler.kernels.online_update import online_update
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.qk_matmul import load_query, qk_matmul
 from pa_compiler.kernels.softmax_prepare import softmax_prepare
+from pa_compiler.kernels.token_offsets import token_offsets
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
 
 def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
-    """One work item: num_seqs sequences from batch_start on, one head tile, the blocks [block_begin, block_end).
+    """One work item: num_seqs sequences from batch_start on, the blocks [block_begin, block_end), all heads.
 
     Writes the partial result of sequence batch_start + i to slot partial_start + i of partial_max, partial_sum
-    (float32 [slots, row_tile]) and partial_acc (float32 [slots, head_dim, row_tile]). A sequence with no tokens in the
-    range gives the empty result. The caller has checked shapes, lengths and block ids.
+    (float32 [slots, num_heads]) and partial_acc (float32 [slots, num_heads, head_dim]). A sequence with no tokens in
+    the range gives the empty result. The caller has checked shapes, lengths and block ids.
 
-    The caches are always seen as [num_blocks, block_size, num_kv_heads, head_dim]: strides are free, so HND is the same
-    kernel on a transposed view.
+    A tile of tokens is taken through all kv heads, and for each through all tiles of its query heads, before the next:
+    the caches are read once, in the order in which a block lies in memory.
     """
-    heads, kv_heads, head_dim = T.int64(spec.num_heads), T.int64(spec.num_kv_heads), T.int64(spec.head_dim)
-    block_size, dtype = spec.block_size, spec.dtype
+    heads, head_dim = T.int64(spec.num_heads), T.int64(spec.head_dim)
+    kv_heads, group, dtype = spec.num_kv_heads, spec.group, spec.dtype
     itemsize = ITEMSIZES[dtype]
     rows, kv_tile, tokens = tiling.row_tile, tiling.kv_tile, tiling.padded_kv_tile
+    group_tiles = tiling.row_tiles(spec)
+    tiles = kv_heads * group_tiles
 
     load_query_stage = load_query(spec, tiling)
+    offsets_stage = token_offsets(spec, tiling)
     qk_stage = qk_matmul(spec, tiling)
     softmax_stage = softmax_prepare(spec, tiling)
     pv_stage = pv_matmul(spec, tiling)
@@ -42,86 +46,120 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         partial_max_handle: T.handle,
         partial_sum_handle: T.handle,
         partial_acc_handle: T.handle,
+        k_block: T.int64,
+        k_slot: T.int64,
+        k_head: T.int64,
+        v_block: T.int64,
+        v_slot: T.int64,
+        v_head: T.int64,
         batch_start: T.int32,
         num_seqs: T.int32,
-        kv_head: T.int32,
-        head_start: T.int32,
-        num_rows: T.int32,
         block_begin: T.int32,
         block_end: T.int32,
         partial_start: T.int32,
         scale: T.float32,
     ):
-        batch, num_blocks, max_blocks, slots = T.int64(), T.int64(), T.int64(), T.int64()
+        batch, max_blocks, slots, k_span, v_span = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
         q_batch, q_head, table_seq = T.int64(), T.int64(), T.int64()
-        k_block, k_slot, k_head = T.int64(), T.int64(), T.int64()
-        v_block, v_slot, v_head = T.int64(), T.int64(), T.int64()
         query = T.match_buffer(
             query_handle, (batch, heads, head_dim), dtype, strides=[q_batch, q_head, T.int64(1)], align=itemsize,
 
         )  # fmt: skip
-        key_cache = T.match_buffer(
-            key_cache_handle, (num_blocks, T.int64(block_size), kv_heads, head_dim), dtype,
-            strides=[k_block, k_slot, k_head, T.int64(1)], align=itemsize,
-        )  # fmt: skip
-        value_cache = T.match_buffer(
-            value_cache_handle, (num_blocks, T.int64(block_size), kv_heads, head_dim), dtype,
-            strides=[v_block, v_slot, v_head, T.int64(1)], align=itemsize,
-        )  # fmt: skip
+        key_cache = T.match_buffer(key_cache_handle, (k_span,), dtype, align=itemsize)
+        value_cache = T.match_buffer(value_cache_handle, (v_span,), dtype, align=itemsize)
         block_table = T.match_buffer(
             block_table_handle, (batch, max_blocks), "int32", strides=[table_seq, T.int64(1)], align=4
         )
         context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4)
-        partial_max = T.match_buffer(partial_max_handle, (slots, T.int64(rows)), "float32")
-        partial_sum = T.match_buffer(partial_sum_handle, (slots, T.int64(rows)), "float32")
-        partial_acc = T.match_buffer(partial_acc_handle, (slots, head_dim, T.int64(rows)), "float32")
+        partial_max = T.match_buffer(partial_max_handle, (slots, heads), "float32", align=4)
+        partial_sum = T.match_buffer(partial_sum_handle, (slots, heads), "float32", align=4)
+        partial_acc = T.match_buffer(partial_acc_handle, (slots, heads, head_dim), "float32", align=4)
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                q_tile = T.sblock_alloc_buffer((spec.head_dim, rows), "float32")
-                row_max = T.sblock_alloc_buffer((1, rows), "float32")
-                row_sum = T.sblock_alloc_buffer((1, rows), "float32")
-                acc = T.sblock_alloc_buffer((1, spec.head_dim, rows), "float32")
+                q_tile = T.sblock_alloc_buffer((tiles, rows, spec.head_dim), "float32")
+                row_max = T.sblock_alloc_buffer((tiles, rows), "float32")
+                row_sum = T.sblock_alloc_buffer((tiles, rows), "float32")
+                acc = T.sblock_alloc_buffer((tiles, rows, spec.head_dim), "float32")
                 seq: T.let = batch_start + vs
-                range_begin: T.let = block_begin * block_size
-                range_len: T.let = T.max(T.min(block_end * block_size, context_lens[seq]) - range_begin, 0)
+                range_begin: T.let = block_begin * spec.block_size
+                range_len: T.let = T.max(T.min(block_end * spec.block_size, context_lens[seq]) - range_begin, 0)
                 # an empty range takes one step with valid_len == 0, which gives the empty result
                 num_steps: T.let = T.max(T.ceildiv(range_len, kv_tile), 1)
-                load_query_stage(query, q_tile, seq, head_start, num_rows)
+                for tile in range(tiles):
+                    with T.sblock("query_tile"):
+                        vtile = T.axis.spatial(tiles, tile)
+                        T.reads()
+                        T.writes()
+                        row_start: T.let = T.floormod(vtile, group_tiles) * rows
+                        head_start: T.let = T.floordiv(vtile, group_tiles) * group + row_start
+                        load_query_stage(query, q_tile, seq, vtile, head_start, T.min(group - row_start, rows))
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
                         T.reads()
                         T.writes()
-                        scores = T.sblock_alloc_buffer((1, tokens, rows), "float32")
-                        probs = T.sblock_alloc_buffer((1, tokens, rows), "float32")
-                        tile_max = T.sblock_alloc_buffer((1, rows), "float32")
-                        tile_sum = T.sblock_alloc_buffer((1, rows), "float32")
-                        tile_acc = T.sblock_alloc_buffer((1, spec.head_dim, rows), "float32")
+                        key_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
+                        value_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
                         tile_start: T.let = range_begin + vstep * kv_tile
                         valid_len: T.let = T.min(range_len - vstep * kv_tile, kv_tile)
-                        num_groups: T.let = T.ceildiv(valid_len, tiling.token_group)
-                        qk_stage(key_cache, block_table, q_tile, scores, seq, 0, kv_head, tile_start, valid_len)
-                        softmax_stage(scores, probs, tile_max, tile_sum, 0, scale, valid_len, num_groups)
-                        pv_stage(value_cache, block_table, probs, tile_acc, seq, 0, kv_head, tile_start, valid_len)
-                        update_stage(tile_max, tile_sum, tile_acc, 0, row_max, row_sum, acc, 0, vstep, num_steps)
-                with T.sblock("store_partial"):
-                    T.reads(row_max[0, 0:rows], row_sum[0, 0:rows], acc[0, 0:head_dim, 0:rows])
-                    T.writes(
-                        partial_max[partial_start + vs, 0:rows],
-                        partial_sum[partial_start + vs, 0:rows],
-                        partial_acc[partial_start + vs, 0:head_dim, 0:rows],
-                    )
-                    for r in range(rows):
-                        with T.sblock("store_row"):
-                            vr = T.axis.spatial(rows, r)
-                            partial_max[partial_start + vs, vr] = row_max[0, vr]
-                            partial_sum[partial_start + vs, vr] = row_sum[0, vr]
-                    for d, r in T.grid(spec.head_dim, rows):
-                        with T.sblock("store_acc"):
-                            vr, vd = T.axis.remap("SS", [r, d])
-                            partial_acc[partial_start + vs, vd, vr] = acc[0, vd, vr]
+                        last_token: T.let = range_begin + range_len - 1
+                        num_offsets: T.let = T.Select(0 < valid_len, tiling.num_offsets, 0)
+                        offsets_stage(
+                            block_table, key_offsets, seq, tile_start, last_token, num_offsets, k_block, k_slot
+                        )
+                        offsets_stage(
+                            block_table, value_offsets, seq, tile_start, last_token, num_offsets, v_block, v_slot
+                        )
+                        for kv_head, group_tile in T.grid(kv_heads, group_tiles):
+                            with T.sblock("head_tile"):
+                                vkv, vgt = T.axis.remap("SS", [kv_head, group_tile])
+                                T.reads()
+                                T.writes()
+                                scores = T.sblock_alloc_buffer((1, rows, tokens), "float32")
+                                probs = T.sblock_alloc_buffer((1, rows, tokens), "float32")
+                                tile_max = T.sblock_alloc_buffer((1, rows), "float32")
+                                tile_sum = T.sblock_alloc_buffer((1, rows), "float32")
+                                tile_acc = T.sblock_alloc_buffer((1, rows, spec.head_dim), "float32")
+                                tile_index: T.let = vkv * group_tiles + vgt
+                                # next: the same tokens in the next kv head, after the last one the next tokens in head 0
+                                ahead_t: T.let = T.Select(vkv == kv_heads - 1, kv_tile, 0)
+                                ahead_head: T.let = T.Cast("int64", T.Select(vkv == kv_heads - 1, 0, vkv + 1))
+                                k_now: T.let = T.Cast("int64", vkv) * k_head
+                                v_now: T.let = T.Cast("int64", vkv) * v_head
+                                qk_stage(
+                                    q_tile, key_cache, key_offsets, scores, tile_index, 0, k_now,
+                                    ahead_t, ahead_head * k_head, valid_len,
+                                )  # fmt: skip
+                                softmax_stage(
+                                    scores, probs, tile_max, tile_sum, 0, scale, valid_len,
+                                    T.ceildiv(valid_len, tiling.token_group),
+                                )  # fmt: skip
+                                pv_stage(
+                                    probs, value_cache, value_offsets, tile_acc, 0, v_now,
+                                    ahead_t, ahead_head * v_head, valid_len,
+                                )  # fmt: skip
+                                update_stage(
+                                    tile_max, tile_sum, tile_acc, 0, row_max, row_sum, acc, tile_index, vstep, num_steps
+                                )
+                for tile in range(tiles):
+                    with T.sblock("store_partial"):
+                        vtile = T.axis.spatial(tiles, tile)
+                        T.reads()
+                        T.writes()
+                        row_start: T.let = T.floormod(vtile, group_tiles) * rows
+                        head_start: T.let = T.floordiv(vtile, group_tiles) * group + row_start
+                        for r in range(T.min(group - row_start, rows)):
+                            with T.sblock("store_row"):
+                                vr = T.axis.spatial(rows, r)
+                                partial_max[partial_start + vs, head_start + vr] = row_max[vtile, vr]
+                                partial_sum[partial_start + vs, head_start + vr] = row_sum[vtile, vr]
+                        for r, d in T.grid(T.min(group - row_start, rows), spec.head_dim):
+                            with T.sblock("store_acc"):
+                                vr = T.axis.spatial(rows, r)
+                                vd = T.axis.spatial(spec.head_dim, d)
+                                partial_acc[partial_start + vs, head_start + vr, vd] = acc[vtile, vr, vd]
 
     return fused_decode

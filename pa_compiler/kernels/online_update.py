@@ -30,11 +30,11 @@ def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
             T.reads(
                 tile_max[tile_slot, 0:rows],
                 tile_sum[tile_slot, 0:rows],
-                tile_acc[tile_slot, 0:head_dim, 0:rows],
+                tile_acc[tile_slot, 0:rows, 0:head_dim],
                 row_max[slot, 0:rows],
                 row_sum[slot, 0:rows],
             )
-            T.writes(row_max[slot, 0:rows], row_sum[slot, 0:rows], acc[slot, 0:head_dim, 0:rows])
+            T.writes(row_max[slot, 0:rows], row_sum[slot, 0:rows], acc[slot, 0:rows, 0:head_dim])
             new_max = T.sblock_alloc_buffer((rows,), "float32")
             new_sum = T.sblock_alloc_buffer((rows,), "float32")
             alpha = T.sblock_alloc_buffer((rows,), "float32")
@@ -60,12 +60,12 @@ def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                     vr = T.axis.spatial(rows, r)
                     row_max[slot, vr] = new_max[vr]
                     row_sum[slot, vr] = new_sum[vr]
-            for d, r in T.grid(head_dim, rows):
+            for r, d in T.grid(rows, head_dim):
                 with T.sblock("acc"):
                     vr, vd = T.axis.remap("SS", [r, d])
                     vstep = T.axis.reduce(num_steps, step)
                     with T.init():
-                        acc[slot, vd, vr] = T.float32(0)
-                    acc[slot, vd, vr] = alpha[vr] * acc[slot, vd, vr] + beta[vr] * tile_acc[tile_slot, vd, vr]
+                        acc[slot, vr, vd] = T.float32(0)
+                    acc[slot, vr, vd] = alpha[vr] * acc[slot, vr, vd] + beta[vr] * tile_acc[tile_slot, vr, vd]
 
     return stage

@@ -4,46 +4,73 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from pa_compiler.kernels.cache_slot import cache_slot
+from pa_compiler.kernels.token_offsets import element, prefetch
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
 
 def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """tile_acc[slot, d, r] = sum over t < valid_len of probs[slot, t, r] * value of token tile_start + t.
+    """tile_acc[slot, r, d] = sum over t < valid_len of probs[slot, r, t] * value of token t.
 
-    The sum stops at valid_len: values in unused slots are not multiplied by 0, they are not read.
+    The sum stops at valid_len: values in unused slots are not multiplied by 0, they are not read. The tile that comes
+    next is fetched into the cache on the way, as in qk_matmul.
     """
-    rows, head_dim, tokens = tiling.row_tile, spec.head_dim, tiling.padded_kv_tile
-    locate = cache_slot(spec, tiling)
+    rows, head_dim, tokens, offsets = tiling.row_tile, spec.head_dim, tiling.padded_kv_tile, tiling.num_offsets
+    load, line = element(spec), tiling.line_elements
+    lines, group = -(-head_dim // line), tiling.token_group
 
     @T.inline
-    def stage(value_cache, block_table, probs, tile_acc, seq, slot, kv_head, tile_start, valid_len):
+    def stage(probs, value_cache, value_offsets, tile_acc, slot, head_offset, ahead_t, ahead_offset, valid_len):
         with T.sblock("pv_matmul"):
             T.reads(
-                value_cache[0 : value_cache.shape[0], 0 : spec.block_size, kv_head, 0:head_dim],
-                block_table[seq, 0 : block_table.shape[1]],
-                probs[slot, 0:tokens, 0:rows],
+                probs[slot, 0:rows, 0:tokens],
+                value_cache[0 : value_cache.shape[0]],
+                value_offsets[0:offsets],
             )
-            T.writes(tile_acc[slot, 0:head_dim, 0:rows])
-            v_tile = T.sblock_alloc_buffer((tokens, head_dim), "float32")
-            for t, d in T.grid(valid_len, head_dim):
-                with T.sblock("v_tile"):
-                    vt = T.axis.spatial(tokens, t)
-                    vd = T.axis.spatial(head_dim, d)
-                    T.reads(
-                        value_cache[0 : value_cache.shape[0], 0 : spec.block_size, kv_head, vd],
-                        block_table[seq, 0 : block_table.shape[1]],
-                    )
-                    T.writes(v_tile[vt, vd])
-                    where = T.meta_var(locate(block_table, seq, tile_start, vt))
-                    v_tile[vt, vd] = T.Cast("float32", value_cache[where[0], where[1], kv_head, vd])
-            for t, r, d in T.grid(valid_len, rows, head_dim):
-                with T.sblock("tile_acc"):
-                    vt = T.axis.reduce(tokens, t)
+            T.writes(tile_acc[slot, 0:rows, 0:head_dim])
+            full_acc = T.sblock_alloc_buffer((rows, head_dim), "float32")
+            fetched = T.sblock_alloc_buffer((tokens, lines), "int8")
+            num_full: T.let = T.floordiv(valid_len, group)
+            for to, ti, li in T.grid(num_full, group, lines):
+                with T.sblock("prefetch_values"):
+                    vo = T.axis.spatial(tokens // group, to)
+                    vi, vl = T.axis.remap("SS", [ti, li])
+                    T.reads(value_offsets[0:offsets])
+                    T.writes(fetched[vo * group + vi, vl])
+                    number: T.let = (vl * num_full + vo) * group + vi  # rows in order, whatever that of the passes
+                    ahead: T.let = ahead_offset + T.int64(line) * T.Cast("int64", T.floormod(number, lines))
+                    T.evaluate(prefetch(value_cache, value_offsets[ahead_t + T.floordiv(number, lines)] + ahead))
+            for to, ti, r, d in T.grid(num_full, group, rows, head_dim):
+                with T.sblock("full_groups"):
+                    vt = T.axis.reduce(tokens, to * group + ti)
                     vr, vd = T.axis.remap("SS", [r, d])
+                    T.reads(
+                        probs[slot, vr, vt],
+                        value_cache[0 : value_cache.shape[0]],
+                        value_offsets[vt],
+                        fetched[vt, vd // line],
+                    )
+                    T.writes(full_acc[vr, vd])
                     with T.init():
-                        tile_acc[slot, vd, vr] = T.float32(0)
-                    tile_acc[slot, vd, vr] += probs[slot, vt, vr] * v_tile[vt, vd]
+                        full_acc[vr, vd] = T.float32(0)
+                    full_acc[vr, vd] += probs[slot, vr, vt] * load(
+                        value_cache, value_offsets, vt, head_offset, vd
+                    )
+            for ti, r, d in T.grid(T.floormod(valid_len, group), rows, head_dim):
+                with T.sblock("tile_acc"):
+                    vt = T.axis.reduce(tokens, num_full * group + ti)
+                    vr, vd = T.axis.remap("SS", [r, d])
+                    T.reads(
+                        full_acc[vr, vd],
+                        probs[slot, vr, vt],
+                        value_cache[0 : value_cache.shape[0]],
+                        value_offsets[vt],
+                    )
+                    T.writes(tile_acc[slot, vr, vd])
+                    with T.init():
+                        tile_acc[slot, vr, vd] = full_acc[vr, vd]
+                    tile_acc[slot, vr, vd] += probs[slot, vr, vt] * load(
+                        value_cache, value_offsets, vt, head_offset, vd
+                    )
 
     return stage

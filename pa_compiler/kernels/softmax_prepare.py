@@ -26,32 +26,40 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     @T.inline
     def stage(scores, probs, tile_max, tile_sum, slot, scale, valid_len, num_groups):
         with T.sblock("softmax_prepare"):
-            T.reads(scores[slot, 0:tokens, 0:rows])
-            T.writes(probs[slot, 0:tokens, 0:rows], tile_max[slot, 0:rows], tile_sum[slot, 0:rows])
-            scaled = T.sblock_alloc_buffer((tokens, rows), "float32")
-            for to, ti, r in T.grid(num_groups, group, rows):
+            T.reads(scores[slot, 0:rows, 0:tokens])
+            T.writes(probs[slot, 0:rows, 0:tokens], tile_max[slot, 0:rows], tile_sum[slot, 0:rows])
+            scaled = T.sblock_alloc_buffer((rows, tokens), "float32")
+            peak = T.sblock_alloc_buffer((rows,), "float32")
+            for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("scaled"):
-                    vt = T.axis.spatial(tokens, to * group + ti)
+                    vo = T.axis.spatial(tokens // group, to)
+                    vi = T.axis.spatial(group, ti)
                     vr = T.axis.spatial(rows, r)
-                    scaled[vt, vr] = T.Select(vt < valid_len, scores[slot, vt, vr] * scale, T.float32("-inf"))
-            for to, ti, r in T.grid(num_groups, group, rows):
-                with T.sblock("tile_max"):
+                    scaled[vr, vo * group + vi] = T.Select(
+                        vi < valid_len - vo * group, scores[slot, vr, vo * group + vi] * scale, T.float32("-inf")
+                    )
+            for r, to, ti in T.grid(rows, num_groups, group):
+                with T.sblock("peak"):
                     vt = T.axis.reduce(tokens, to * group + ti)
                     vr = T.axis.spatial(rows, r)
                     with T.init():
-                        tile_max[slot, vr] = T.Select(0 < valid_len, T.float32("-inf"), T.float32(EMPTY_ROW_MAX))
-                    tile_max[slot, vr] = T.max(tile_max[slot, vr], scaled[vt, vr])
-            for to, ti, r in T.grid(num_groups, group, rows):
+                        peak[vr] = T.min_value("float32")
+                    peak[vr] = T.max(peak[vr], scaled[vr, vt])
+            for r in range(rows):
+                with T.sblock("tile_max"):
+                    vr = T.axis.spatial(rows, r)
+                    tile_max[slot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(EMPTY_ROW_MAX))
+            for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("probs"):
                     vt = T.axis.spatial(tokens, to * group + ti)
                     vr = T.axis.spatial(rows, r)
-                    store_exp(probs, (slot, vt, vr), scaled[vt, vr] - tile_max[slot, vr], vt < valid_len)
-            for to, ti, r in T.grid(num_groups, group, rows):
+                    store_exp(probs, (slot, vr, vt), scaled[vr, vt] - tile_max[slot, vr], True)
+            for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("tile_sum"):
                     vt = T.axis.reduce(tokens, to * group + ti)
                     vr = T.axis.spatial(rows, r)
                     with T.init():
                         tile_sum[slot, vr] = T.float32(0)
-                    tile_sum[slot, vr] = tile_sum[slot, vr] + probs[slot, vt, vr]
+                    tile_sum[slot, vr] = tile_sum[slot, vr] + probs[slot, vr, vt]
 
     return stage

@@ -1,0 +1,53 @@
+"""Where tokens lie in the paged caches: the one place that turns positions into blocks, slots and memory."""
+
+from collections.abc import Callable
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.tirx import Buffer
+
+from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiling import Tiling
+
+
+def token_offsets(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """offsets[t] = elements from the start of a cache to token tile_start + t of a sequence, in kv head 0; int64.
+
+    For t < num_offsets. At and past last_token the last valid token is named again: an offset is always that of a token
+    within the sequence's length, so that whatever is read through the table may be read. Products with a stride are
+    int64: caches of more than 2**31 elements are ordinary.
+
+    A cache is seen as one span of memory with the strides (in elements) of its blocks and of the slots in a block: the
+    kernels do not know NHD from HND.
+    """
+    block_size, size = spec.block_size, tiling.num_offsets
+
+    @T.inline
+    def stage(block_table, offsets, seq, tile_start, last_token, num_offsets, block_stride, slot_stride):
+        with T.sblock("token_offsets"):
+            T.reads(block_table[seq, 0 : block_table.shape[1]])
+            T.writes(offsets[0:size])
+            for t in range(num_offsets):
+                with T.sblock("offset"):
+                    vt = T.axis.spatial(size, t)
+                    token: T.let = T.min(tile_start + vt, last_token)
+                    offsets[vt] = (
+                        T.Cast("int64", block_table[seq, T.floordiv(token, block_size)]) * block_stride
+                        + T.Cast("int64", T.floormod(token, block_size)) * slot_stride
+                    )
+
+    return stage
+
+
+def element(spec: PagedAttentionSpec) -> Callable[..., Expr]:
+    """A function (cache, offsets, t, head_offset, d) -> element d of token t as float32."""
+
+    def load(cache, offsets, t, head_offset, d):
+        return T.Cast("float32", cache[offsets[t] + head_offset + T.Cast("int64", d)])
+
+    return load
+
+
+def prefetch(cache: Buffer, offset: Expr) -> Expr:
+    """Ask for the cache line of an element, to be read soon: into the second-level cache."""
+    return T.call_intrin("void", "tirx.prefetch", T.address_of(cache[offset]), 0, 2, 1)
