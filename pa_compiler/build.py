@@ -1,20 +1,24 @@
-"""IRModule -> object file, and host C++ + object file -> one shared library that needs tvm-ffi alone."""
+"""IRModule -> assembly, and host C++ + assembly -> one shared library that needs tvm-ffi alone."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tvm_ffi.libinfo
-from tvm import IRModule
-from tvm import compile as tvm_compile
-from tvm.target import Target
 
 from pa_compiler.target import CpuTarget
+
+if TYPE_CHECKING:
+    from tvm import IRModule
 
 _COMPILE_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 
@@ -24,43 +28,76 @@ _EXPORTS = "{ global: __tvm_ffi_decode; __tvm_ffi_plan; __tvm_ffi_manifest; __tv
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """Compiled kernels: the object file's bytes, and LLVM's and the assembler's text."""
+    """Compiled kernels: LLVM's text, and the assembly that is linked."""
 
-    object_code: bytes
     llvm: str
     asm: str
 
 
 def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernels:
-    """Compile scheduled PrimFuncs with TVM's LLVM code generator; directory is for its intermediate file."""
-    executable = tvm_compile(mod, target=Target(json.loads(target.config)))
-    object_file = directory / "kernels.o"
-    executable.mod.write_to_file(str(object_file), "o")
-    return Kernels(
-        object_code=object_file.read_bytes(),
-        llvm=executable.mod.inspect_source("ll"),
-        asm=executable.mod.inspect_source("asm"),
-    )
+    """Compile scheduled PrimFuncs with TVM's LLVM code generator; directory is for its intermediate file.
 
-
-def link(host: str, kernels: Kernels, directory: Path) -> Path:
-    """Compile the host C++ with the system compiler (CXX, by default g++) and link everything into directory/pa.so.
-
-    Raises:
-        RuntimeError: the compiler is missing, or refuses the code.
+    LLVM generates machine code once, as text: what a reader of Kernels.asm sees is what runs.
     """
-    source, object_file, exports = directory / "host.cc", directory / "kernels.o", directory / "exports.map"
+    import tvm
+    from tvm.target import Target
+
+    # The asserts are TVM's own checks of the arguments. Only the host calls the kernels, and has checked more.
+    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
+        executable = tvm.compile(mod, target=Target(json.loads(target.config)))
+    text = directory / "kernels.ll"
+    text.write_text(_without_debug_info(executable.mod.inspect_source("ll")))
+    module = tvm.runtime.load_module(str(text))
+    return Kernels(llvm=module.inspect_source("ll"), asm=module.inspect_source("asm"))
+
+
+def _without_debug_info(llvm: str) -> str:
+    """LLVM's text without DWARF, which would be three quarters of the assembly and names no line of any source."""
+    text = re.sub(r"^ *#dbg_\w+\(.*\)\n|^!llvm\.dbg\.cu = .*\n", "", llvm, flags=re.MULTILINE)
+    return re.sub(r",? !dbg ![0-9]+", "", text)
+
+
+@contextlib.contextmanager
+def compiling_host(host: str, directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """Compile the host C++ to directory/host.o with the system compiler, beside whatever the caller does meanwhile.
+
+    Yields the compiler's process, which link() waits for; it ends with the context.
+    """
+    source = directory / "host.cc"
     source.write_text(host)
-    object_file.write_bytes(kernels.object_code)
-    exports.write_text(_EXPORTS)
-    library = directory / "pa.so"
     includes = (tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())  # often the same
     command = [
         cxx(),
         *_COMPILE_FLAGS,
         *(flag for path in dict.fromkeys(includes) for flag in ("-isystem", path)),
-        *(str(path) for path in (source, object_file)),
+        "-c",
+        str(source),
+        "-o",
+        str(directory / "host.o"),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def link(compiling: subprocess.Popen[str], kernels: Kernels, directory: Path) -> Path:
+    """Wait for the host's object file, assemble the kernels, and link both into directory/pa.so.
+
+    Raises:
+        RuntimeError: the compiler refuses the code.
+    """
+    _finish(compiling)
+    assembly, exports, library = directory / "kernels.s", directory / "exports.map", directory / "pa.so"
+    assembly.write_text(kernels.asm)
+    exports.write_text(_EXPORTS)
+    command = [
+        cxx(),
+        str(directory / "host.o"),
+        str(assembly),
         "-shared",
+        "-pthread",
         f"-Wl,--version-script={exports}",
         "-Wl,--no-undefined",
         "-Wl,-z,nodelete",  # its threads outlive the module that loaded it
@@ -70,10 +107,16 @@ def link(host: str, kernels: Kernels, directory: Path) -> Path:
         "-o",
         str(library),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{command[0]} failed with status {done.returncode} on {source}:\n{done.stderr}")
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        _finish(process)
     return library
+
+
+def _finish(process: subprocess.Popen[str]) -> None:
+    """Wait for a command, which must succeed."""
+    _, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the C++ compiler {cxx()} failed with status {process.returncode}:\n{errors}")
 
 
 def cxx() -> str:

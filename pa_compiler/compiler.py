@@ -40,11 +40,10 @@ STAGE_FILES = {
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """A spec's kernels before scheduling, as text, and after, and the host code that goes with them."""
+    """A spec's kernels before scheduling, as text, and after."""
 
     tensorir: str
     scheduled: IRModule
-    host: str
 
 
 def compile(  # noqa: A001  (the public name)
@@ -92,24 +91,29 @@ def emit(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline
     from pa_compiler import build
 
     cpu = _target.resolve(_checked(spec, target, pipeline))
-    lowered = lower(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline)
+    tiles = tiling.choose(spec, cpu, pipeline)
+    lowered = lower(spec, tiles, pipeline)
     with tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
-        return _texts(lowered, build.compile_kernels(lowered.scheduled, cpu, Path(directory)))
+        compiled = build.compile_kernels(lowered.scheduled, cpu, Path(directory))
+    return _texts(lowered, _host(spec, cpu, tiles, pipeline), compiled)
 
 
-def lower(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: tiling.Tiling, pipeline: str) -> Lowered:
-    """spec -> kernels -> schedules, and spec -> host."""
+def lower(spec: PagedAttentionSpec, tiles: tiling.Tiling, pipeline: str) -> Lowered:
+    """spec -> kernels -> schedules."""
     from pa_compiler import kernels
     from pa_compiler.schedules import schedule
 
     unscheduled = kernels.build(spec, tiles, pipeline)
     tensorir = _script(unscheduled)  # now: scheduling may change the PrimFuncs that it is given
+    return Lowered(tensorir, scheduled=schedule(unscheduled, tiles))
+
+
+def _host(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: tiling.Tiling, pipeline: str) -> str:
+    """spec -> host."""
+    from pa_compiler import kernels
+
     names = [kernel.__name__ for kernel in kernels.PIPELINES[pipeline]]
-    return Lowered(
-        tensorir=tensorir,
-        scheduled=schedule(unscheduled, tiles),
-        host=host.render(spec, tiles, cpu, pipeline, names, _manifest(spec, cpu, pipeline)),
-    )
+    return host.render(spec, tiles, cpu, pipeline, names, _manifest(spec, cpu, pipeline))
 
 
 def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> None:
@@ -118,26 +122,32 @@ def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, dire
 
     build.cxx()  # a missing compiler is said before a second is spent on TVM
     cpu = _target.resolve(config)
-    build_library(lower(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline), cpu, directory)
+    build_library(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory)
 
 
-def build_library(lowered: Lowered, cpu: _target.CpuTarget, directory: Path) -> None:
-    """Compile and link what was lowered; leave pa.so and the texts of the stages in an empty directory."""
+def build_library(
+    spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: tiling.Tiling, pipeline: str, directory: Path
+) -> None:
+    """Lower, compile and link; leave pa.so and the texts of the stages in an empty directory."""
     from pa_compiler import build
 
-    with tempfile.TemporaryDirectory(prefix="pa_compiler.") as scratch:
-        compiled = build.compile_kernels(lowered.scheduled, cpu, Path(scratch))
-        library = build.link(lowered.host, compiled, Path(scratch))
+    host_text = _host(spec, cpu, tiles, pipeline)
+    with tempfile.TemporaryDirectory(prefix="pa_compiler.") as name:
+        scratch = Path(name)
+        with build.compiling_host(host_text, scratch) as compiling:  # while TVM works
+            lowered = lower(spec, tiles, pipeline)
+            compiled = build.compile_kernels(lowered.scheduled, cpu, scratch)
+            library = build.link(compiling, compiled, scratch)
         shutil.copyfile(library, directory / "pa.so")
-    for stage, text in _texts(lowered, compiled).items():
+    for stage, text in _texts(lowered, host_text, compiled).items():
         (directory / STAGE_FILES[stage]).write_text(text)
 
 
-def _texts(lowered: Lowered, compiled: Kernels) -> dict[str, str]:
+def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str]:
     return {
         "tensorir": lowered.tensorir,
         "scheduled": _script(lowered.scheduled),
-        "host": lowered.host,
+        "host": host_text,
         "llvm": compiled.llvm,
         "asm": compiled.asm,
     }

@@ -147,7 +147,7 @@ class Module:
         if return_lse and lse is None:
             lse = self._new_like(query, "lse", (*query.shape[:1], self.spec.num_heads))
         arguments.append(None if lse is None else self._argument("lse", lse, written=True))
-        self._decode(*arguments, float(scale), self._num_threads)
+        self._decode(*arguments, float(scale), self._num_threads, 0)
         return out if lse is None else (out, lse)
 
     def plan(self, context_lens: Any) -> list[WorkItem]:

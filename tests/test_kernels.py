@@ -104,7 +104,7 @@ def test_the_tiles_of_every_vector_width_are_right_on_this_cpu(cpu, tmp_path, fe
     """The tiles follow another target's features; the code generator splits their vectors for this one."""
     spec = pa_compiler.PagedAttentionSpec(*heads, 48, 20, dtype, out_dtype="float32")
     tiles = tiling.choose(spec, dataclasses.replace(cpu, features=frozenset(features.split())), "fused")
-    compiler.build_library(compiler.lower(spec, cpu, tiles, "fused"), cpu, tmp_path)
+    compiler.build_library(spec, cpu, tiles, "fused", tmp_path)
     inputs = make_inputs(spec, [0, 1, 19, 20, 21, 61, 128, 129, 300])
     out, lse = Module(tmp_path / "pa.so").decode(*inputs.arguments, return_lse=True)
     assert_close_to_oracle(spec, inputs, out, lse)

@@ -4,4804 +4,2122 @@
 ; Target: llvm, mcpu x86-64-v4; pipeline fused
 ; Regenerate: pa-compiler generate
 
-; ModuleID = 'TVMMod'
+; ModuleID = '/tmp/pa_compiler.o443r47j/kernels.ll'
 source_filename = "TVMMod"
 target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
 target triple = "x86_64-conda-linux-gnu"
 
-@.str = private constant [10 x i8] c"TypeError\00", align 1
-@.str.1 = private constant [10 x i8] c"Expected \00", align 1
-@.str.2 = private constant [3 x i8] c"17\00", align 1
-@.str.3 = private constant [11 x i8] c" arguments\00", align 1
-@.str.4 = private constant [19 x i8] c" when calling:\0A  `\00", align 1
-@.str.5 = private constant [664 x i8] c"fused_decode(query: Tensor([batch, T.int64(16), T.int64(128)], bfloat16), key_cache: Tensor([num_blocks, T.int64(128), T.int64(1), T.int64(128)], bfloat16), value_cache: Tensor([num_blocks, T.int64(128), T.int64(1), T.int64(128)], bfloat16), block_table: Tensor([batch, max_blocks], int32), context_lens: Tensor([batch], int32), partial_max: Tensor([slots, T.int64(16)], float32), partial_sum: Tensor([slots, T.int64(16)], float32), partial_acc: Tensor([slots, T.int64(128), T.int64(16)], float32), batch_start: int32, num_seqs: int32, kv_head: int32, head_start: int32, num_rows: int32, block_begin: int32, block_end: int32, partial_start: int32, scale: float32)\00", align 1
-@.str.6 = private constant [2 x i8] c"`\00", align 1
-@.str.7 = private constant [21 x i8] c"args pointer is NULL\00", align 1
-@.str.8 = private constant [30 x i8] c"Mismatched type on argument #\00", align 1
-@.str.9 = private constant [2 x i8] c"0\00", align 1
-@.str.10 = private constant [15 x i8] c"`,\0A  expected \00", align 1
-@.str.11 = private constant [7 x i8] c"Tensor\00", align 1
-@.str.12 = private constant [2 x i8] c"1\00", align 1
-@.str.13 = private constant [2 x i8] c"2\00", align 1
-@.str.14 = private constant [2 x i8] c"3\00", align 1
-@.str.15 = private constant [2 x i8] c"4\00", align 1
-@.str.16 = private constant [2 x i8] c"5\00", align 1
-@.str.17 = private constant [2 x i8] c"6\00", align 1
-@.str.18 = private constant [2 x i8] c"7\00", align 1
-@.str.19 = private constant [2 x i8] c"8\00", align 1
-@.str.20 = private constant [4 x i8] c"int\00", align 1
-@.str.21 = private constant [2 x i8] c"9\00", align 1
-@.str.22 = private constant [3 x i8] c"10\00", align 1
-@.str.23 = private constant [3 x i8] c"11\00", align 1
-@.str.24 = private constant [3 x i8] c"12\00", align 1
-@.str.25 = private constant [3 x i8] c"13\00", align 1
-@.str.26 = private constant [3 x i8] c"14\00", align 1
-@.str.27 = private constant [3 x i8] c"15\00", align 1
-@.str.28 = private constant [3 x i8] c"16\00", align 1
-@.str.29 = private constant [6 x i8] c"float\00", align 1
-@.str.30 = private constant [11 x i8] c"ValueError\00", align 1
-@.str.31 = private constant [12 x i8] c"Mismatched \00", align 1
-@.str.32 = private constant [6 x i8] c"query\00", align 1
-@.str.33 = private constant [20 x i8] c".ndim on argument #\00", align 1
-@.str.34 = private constant [21 x i8] c".dtype on argument #\00", align 1
-@.str.35 = private constant [9 x i8] c"bfloat16\00", align 1
-@.str.36 = private constant [27 x i8] c".device_type on argument #\00", align 1
-@.str.37 = private constant [4 x i8] c"cpu\00", align 1
-@.str.38 = private constant [10 x i8] c"key_cache\00", align 1
-@.str.39 = private constant [12 x i8] c"value_cache\00", align 1
-@.str.40 = private constant [12 x i8] c"block_table\00", align 1
-@.str.41 = private constant [6 x i8] c"int32\00", align 1
-@.str.42 = private constant [13 x i8] c"context_lens\00", align 1
-@.str.43 = private constant [12 x i8] c"partial_max\00", align 1
-@.str.44 = private constant [8 x i8] c"float32\00", align 1
-@.str.45 = private constant [12 x i8] c"partial_sum\00", align 1
-@.str.46 = private constant [12 x i8] c"partial_acc\00", align 1
-@.str.47 = private constant [36 x i8] c" data pointer is NULL on argument #\00", align 1
-@.str.48 = private constant [36 x i8] c"`,\0A  expected non-NULL data pointer\00", align 1
-@.str.49 = private constant [20 x i8] c"key_cache.device_id\00", align 1
-@.str.50 = private constant [15 x i8] c" on argument #\00", align 1
-@.str.51 = private constant [24 x i8] c"`,\0A  expected to match \00", align 1
-@.str.52 = private constant [16 x i8] c"query.device_id\00", align 1
-@.str.53 = private constant [21 x i8] c"value_cache.shape[0]\00", align 1
-@.str.54 = private constant [19 x i8] c"key_cache.shape[0]\00", align 1
-@.str.55 = private constant [22 x i8] c"value_cache.device_id\00", align 1
-@.str.56 = private constant [21 x i8] c"block_table.shape[0]\00", align 1
-@.str.57 = private constant [15 x i8] c"query.shape[0]\00", align 1
-@.str.58 = private constant [22 x i8] c"block_table.device_id\00", align 1
-@.str.59 = private constant [22 x i8] c"context_lens.shape[0]\00", align 1
-@.str.60 = private constant [23 x i8] c".strides on argument #\00", align 1
-@.str.61 = private constant [34 x i8] c"`,\0A  expected to be compact array\00", align 1
-@.str.62 = private constant [23 x i8] c"context_lens.device_id\00", align 1
-@.str.63 = private constant [22 x i8] c"partial_max.device_id\00", align 1
-@.str.64 = private constant [21 x i8] c"partial_sum.shape[0]\00", align 1
-@.str.65 = private constant [21 x i8] c"partial_max.shape[0]\00", align 1
-@.str.66 = private constant [22 x i8] c"partial_sum.device_id\00", align 1
-@.str.67 = private constant [21 x i8] c"partial_acc.shape[0]\00", align 1
-@.str.68 = private constant [22 x i8] c"partial_acc.device_id\00", align 1
-@.str.69 = private constant [9 x i8] c"Invalid \00", align 1
-@.str.70 = private constant [15 x i8] c"query.shape[1]\00", align 1
-@.str.71 = private constant [15 x i8] c"query.shape[2]\00", align 1
-@.str.72 = private constant [4 x i8] c"128\00", align 1
-@.str.73 = private constant [17 x i8] c"query.strides[2]\00", align 1
-@.str.74 = private constant [18 x i8] c"query.byte_offset\00", align 1
-@.str.75 = private constant [19 x i8] c"key_cache.shape[1]\00", align 1
-@.str.76 = private constant [19 x i8] c"key_cache.shape[2]\00", align 1
-@.str.77 = private constant [19 x i8] c"key_cache.shape[3]\00", align 1
-@.str.78 = private constant [21 x i8] c"key_cache.strides[3]\00", align 1
-@.str.79 = private constant [22 x i8] c"key_cache.byte_offset\00", align 1
-@.str.80 = private constant [21 x i8] c"value_cache.shape[1]\00", align 1
-@.str.81 = private constant [21 x i8] c"value_cache.shape[2]\00", align 1
-@.str.82 = private constant [21 x i8] c"value_cache.shape[3]\00", align 1
-@.str.83 = private constant [23 x i8] c"value_cache.strides[3]\00", align 1
-@.str.84 = private constant [24 x i8] c"value_cache.byte_offset\00", align 1
-@.str.85 = private constant [23 x i8] c"block_table.strides[1]\00", align 1
-@.str.86 = private constant [24 x i8] c"block_table.byte_offset\00", align 1
-@.str.87 = private constant [25 x i8] c"context_lens.byte_offset\00", align 1
-@.str.88 = private constant [21 x i8] c"partial_max.shape[1]\00", align 1
-@.str.89 = private constant [24 x i8] c"partial_max.byte_offset\00", align 1
-@.str.90 = private constant [21 x i8] c"partial_sum.shape[1]\00", align 1
-@.str.91 = private constant [24 x i8] c"partial_sum.byte_offset\00", align 1
-@.str.92 = private constant [21 x i8] c"partial_acc.shape[1]\00", align 1
-@.str.93 = private constant [21 x i8] c"partial_acc.shape[2]\00", align 1
-@.str.94 = private constant [24 x i8] c"partial_acc.byte_offset\00", align 1
 @__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
 @__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
-@.str.95 = private constant [378 x i8] c"merge_partials(partial_max: Tensor([slots, T.int64(16)], float32), partial_sum: Tensor([slots, T.int64(16)], float32), partial_acc: Tensor([slots, T.int64(128), T.int64(16)], float32), out: Tensor([batch, T.int64(16), T.int64(128)], float32), lse: Tensor([batch, T.int64(16)], float32), seq: int32, head_start: int32, num_rows: int32, partial_start: int32, num_partials: int32)\00", align 1
-@.str.96 = private constant [4 x i8] c"out\00", align 1
-@.str.97 = private constant [4 x i8] c"lse\00", align 1
-@.str.98 = private constant [14 x i8] c"out.device_id\00", align 1
-@.str.99 = private constant [13 x i8] c"lse.shape[0]\00", align 1
-@.str.100 = private constant [13 x i8] c"out.shape[0]\00", align 1
-@.str.101 = private constant [14 x i8] c"lse.device_id\00", align 1
-@.str.102 = private constant [13 x i8] c"out.shape[1]\00", align 1
-@.str.103 = private constant [13 x i8] c"out.shape[2]\00", align 1
-@.str.104 = private constant [15 x i8] c"out.strides[2]\00", align 1
-@.str.105 = private constant [16 x i8] c"out.byte_offset\00", align 1
-@.str.106 = private constant [13 x i8] c"lse.shape[1]\00", align 1
-@.str.107 = private constant [15 x i8] c"lse.strides[1]\00", align 1
-@.str.108 = private constant [16 x i8] c"lse.byte_offset\00", align 1
 @llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(address_is_null) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 !dbg !5 {
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-    #dbg_value(ptr %self_handle, !11, !DIExpression(), !15)
-    #dbg_value(ptr %args, !12, !DIExpression(), !15)
-    #dbg_value(i32 %num_args, !13, !DIExpression(), !15)
-    #dbg_value(ptr %result, !14, !DIExpression(), !15)
-  %0 = icmp eq i32 %num_args, 17, !dbg !15
-  br i1 %0, label %assert_end, label %assert_fail, !dbg !15, !prof !16
-
-common.ret:                                       ; preds = %if_end114.i, %if_end111.i, %if_end108.i, %if_end105.i, %for_end_s.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %assert_end264, %assert_fail263, %assert_fail261, %assert_fail259, %assert_fail257, %assert_fail255, %assert_fail253, %assert_fail251, %assert_fail249, %assert_fail247, %assert_fail245, %assert_fail240, %assert_fail238, %assert_fail233, %assert_fail231, %assert_fail229, %assert_fail227, %assert_fail225, %assert_fail220, %assert_fail218, %assert_fail216, %assert_fail214, %assert_fail212, %assert_fail207, %assert_fail205, %assert_fail203, %assert_fail201, %assert_fail199, %assert_fail195, %assert_fail193, %assert_fail191, %assert_fail189, %assert_fail185, %assert_fail183, %assert_fail181, %assert_fail179, %assert_fail175, %assert_fail173, %assert_fail171, %assert_fail167, %assert_fail165, %assert_fail163, %assert_fail161, %assert_fail159, %assert_fail157, %assert_fail155, %assert_fail153, %assert_fail151, %assert_fail149, %assert_fail147, %assert_fail145, %assert_fail143, %assert_fail141, %assert_fail139, %assert_fail137, %assert_fail135, %assert_fail133, %assert_fail131, %assert_fail129, %assert_fail127, %assert_fail125, %assert_fail123, %assert_fail121, %assert_fail119, %assert_fail117, %assert_fail115, %assert_fail110, %assert_fail108, %assert_fail106, %assert_fail104, %assert_fail93, %assert_fail91, %assert_fail89, %assert_fail87, %assert_fail76, %assert_fail74, %assert_fail72, %assert_fail70, %assert_fail62, %assert_fail60, %assert_fail58, %assert_fail56, %assert_fail54, %assert_fail52, %assert_fail50, %assert_fail48, %assert_fail46, %assert_fail44, %assert_fail42, %assert_fail40, %assert_fail35, %assert_fail30, %assert_fail25, %assert_fail20, %assert_fail15, %assert_fail10, %assert_fail5, %assert_fail3, %assert_fail1, %assert_fail
-  %common.ret.op = phi i32 [ -1, %assert_fail ], [ -1, %assert_fail1 ], [ -1, %assert_fail3 ], [ -1, %assert_fail5 ], [ -1, %assert_fail10 ], [ -1, %assert_fail15 ], [ -1, %assert_fail20 ], [ -1, %assert_fail25 ], [ -1, %assert_fail30 ], [ -1, %assert_fail35 ], [ -1, %assert_fail40 ], [ -1, %assert_fail42 ], [ -1, %assert_fail44 ], [ -1, %assert_fail46 ], [ -1, %assert_fail48 ], [ -1, %assert_fail50 ], [ -1, %assert_fail52 ], [ -1, %assert_fail54 ], [ -1, %assert_fail56 ], [ -1, %assert_fail58 ], [ -1, %assert_fail60 ], [ -1, %assert_fail62 ], [ -1, %assert_fail70 ], [ -1, %assert_fail72 ], [ -1, %assert_fail74 ], [ -1, %assert_fail76 ], [ -1, %assert_fail87 ], [ -1, %assert_fail89 ], [ -1, %assert_fail91 ], [ -1, %assert_fail93 ], [ -1, %assert_fail104 ], [ -1, %assert_fail106 ], [ -1, %assert_fail108 ], [ -1, %assert_fail110 ], [ -1, %assert_fail115 ], [ -1, %assert_fail117 ], [ -1, %assert_fail119 ], [ -1, %assert_fail121 ], [ -1, %assert_fail123 ], [ -1, %assert_fail125 ], [ -1, %assert_fail127 ], [ -1, %assert_fail129 ], [ -1, %assert_fail131 ], [ -1, %assert_fail133 ], [ -1, %assert_fail135 ], [ -1, %assert_fail137 ], [ -1, %assert_fail139 ], [ -1, %assert_fail141 ], [ -1, %assert_fail143 ], [ -1, %assert_fail145 ], [ -1, %assert_fail147 ], [ -1, %assert_fail149 ], [ -1, %assert_fail151 ], [ -1, %assert_fail153 ], [ -1, %assert_fail155 ], [ -1, %assert_fail157 ], [ -1, %assert_fail159 ], [ -1, %assert_fail161 ], [ -1, %assert_fail163 ], [ -1, %assert_fail165 ], [ -1, %assert_fail167 ], [ -1, %assert_fail171 ], [ -1, %assert_fail173 ], [ -1, %assert_fail175 ], [ -1, %assert_fail179 ], [ -1, %assert_fail181 ], [ -1, %assert_fail183 ], [ -1, %assert_fail185 ], [ -1, %assert_fail189 ], [ -1, %assert_fail191 ], [ -1, %assert_fail193 ], [ -1, %assert_fail195 ], [ -1, %assert_fail199 ], [ -1, %assert_fail201 ], [ -1, %assert_fail203 ], [ -1, %assert_fail205 ], [ -1, %assert_fail207 ], [ -1, %assert_fail212 ], [ -1, %assert_fail214 ], [ -1, %assert_fail216 ], [ -1, %assert_fail218 ], [ -1, %assert_fail220 ], [ -1, %assert_fail225 ], [ -1, %assert_fail227 ], [ -1, %assert_fail229 ], [ -1, %assert_fail231 ], [ -1, %assert_fail233 ], [ -1, %assert_fail238 ], [ -1, %assert_fail240 ], [ -1, %assert_fail245 ], [ -1, %assert_fail247 ], [ -1, %assert_fail249 ], [ -1, %assert_fail251 ], [ -1, %assert_fail253 ], [ -1, %assert_fail255 ], [ -1, %assert_fail257 ], [ -1, %assert_fail259 ], [ -1, %assert_fail261 ], [ -1, %assert_fail263 ], [ -1, %if_end111.i ], [ -1, %assert_end264 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %for_end_s.i ], [ -1, %if_end105.i ], [ -1, %if_end108.i ], [ %..i, %if_end114.i ]
-  ret i32 %common.ret.op, !dbg !15
-
-assert_fail:                                      ; preds = %entry
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.1, ptr nonnull @.str.2, ptr nonnull @.str.3, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.6), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end:                                       ; preds = %entry
-  %.not = icmp eq ptr %args, null, !dbg !15
-  br i1 %.not, label %assert_fail1, label %assert_end2, !dbg !15, !prof !17
-
-assert_fail1:                                     ; preds = %assert_end
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 4, ptr nonnull @.str.7, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.6, ptr null, ptr null), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end2:                                      ; preds = %assert_end
-  %query.type_index = load i32, ptr %args, align 4, !dbg !15
-    #dbg_value(i32 %query.type_index, !18, !DIExpression(), !15)
-  %query.type_index.fr = freeze i32 %query.type_index, !dbg !15
-  %1 = icmp sgt i32 %query.type_index.fr, 63, !dbg !15
-  br i1 %1, label %assert_end4, label %switch.early.test, !dbg !15
-
-switch.early.test:                                ; preds = %assert_end2
-  switch i32 %query.type_index.fr, label %assert_fail3 [
-    i32 0, label %if_else
-    i32 4, label %if_else
-    i32 7, label %if_else
-  ], !dbg !15, !prof !19
-
-assert_fail3:                                     ; preds = %switch.early.test
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end4:                                      ; preds = %assert_end2
-  %2 = icmp eq i32 %query.type_index.fr, 70, !dbg !15
-  br i1 %2, label %if_then, label %if_else, !dbg !15
-
-if_then:                                          ; preds = %assert_end4
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !15
-  %4 = load ptr, ptr %3, align 8, !dbg !15
-  %5 = getelementptr inbounds nuw i8, ptr %4, i64 24, !dbg !15
-  br label %if_end, !dbg !15
-
-if_else:                                          ; preds = %switch.early.test, %switch.early.test, %switch.early.test, %assert_end4
-  %6 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !15
-  %7 = load ptr, ptr %6, align 8, !dbg !15
-  br label %if_end, !dbg !15
-
-if_end:                                           ; preds = %if_else, %if_then
-  %query.handle = phi ptr [ %5, %if_then ], [ %7, %if_else ], !dbg !15
-    #dbg_declare(ptr %query.handle, !20, !DIExpression(), !15)
-  %8 = getelementptr inbounds nuw i8, ptr %args, i64 16, !dbg !15
-  %key_cache.type_index = load i32, ptr %8, align 4, !dbg !15
-    #dbg_value(i32 %key_cache.type_index, !21, !DIExpression(), !15)
-  %key_cache.type_index.fr = freeze i32 %key_cache.type_index, !dbg !15
-  %9 = icmp sgt i32 %key_cache.type_index.fr, 63, !dbg !15
-  br i1 %9, label %assert_end6, label %switch.early.test265, !dbg !15
-
-switch.early.test265:                             ; preds = %if_end
-  switch i32 %key_cache.type_index.fr, label %assert_fail5 [
-    i32 0, label %if_else8
-    i32 4, label %if_else8
-    i32 7, label %if_else8
-  ], !dbg !15, !prof !19
-
-assert_fail5:                                     ; preds = %switch.early.test265
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end6:                                      ; preds = %if_end
-  %10 = icmp eq i32 %key_cache.type_index.fr, 70, !dbg !15
-  br i1 %10, label %if_then7, label %if_else8, !dbg !15
-
-if_then7:                                         ; preds = %assert_end6
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !15
-  %12 = load ptr, ptr %11, align 8, !dbg !15
-  %13 = getelementptr inbounds nuw i8, ptr %12, i64 24, !dbg !15
-  br label %if_end9, !dbg !15
-
-if_else8:                                         ; preds = %switch.early.test265, %switch.early.test265, %switch.early.test265, %assert_end6
-  %14 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !15
-  %15 = load ptr, ptr %14, align 8, !dbg !15
-  br label %if_end9, !dbg !15
-
-if_end9:                                          ; preds = %if_else8, %if_then7
-  %key_cache.handle = phi ptr [ %13, %if_then7 ], [ %15, %if_else8 ], !dbg !15
-    #dbg_declare(ptr %key_cache.handle, !22, !DIExpression(), !15)
-  %16 = getelementptr inbounds nuw i8, ptr %args, i64 32, !dbg !15
-  %value_cache.type_index = load i32, ptr %16, align 4, !dbg !15
-    #dbg_value(i32 %value_cache.type_index, !23, !DIExpression(), !15)
-  %value_cache.type_index.fr = freeze i32 %value_cache.type_index, !dbg !15
-  %17 = icmp sgt i32 %value_cache.type_index.fr, 63, !dbg !15
-  br i1 %17, label %assert_end11, label %switch.early.test266, !dbg !15
-
-switch.early.test266:                             ; preds = %if_end9
-  switch i32 %value_cache.type_index.fr, label %assert_fail10 [
-    i32 0, label %if_else13
-    i32 4, label %if_else13
-    i32 7, label %if_else13
-  ], !dbg !15, !prof !19
-
-assert_fail10:                                    ; preds = %switch.early.test266
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end11:                                     ; preds = %if_end9
-  %18 = icmp eq i32 %value_cache.type_index.fr, 70, !dbg !15
-  br i1 %18, label %if_then12, label %if_else13, !dbg !15
-
-if_then12:                                        ; preds = %assert_end11
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !15
-  %20 = load ptr, ptr %19, align 8, !dbg !15
-  %21 = getelementptr inbounds nuw i8, ptr %20, i64 24, !dbg !15
-  br label %if_end14, !dbg !15
-
-if_else13:                                        ; preds = %switch.early.test266, %switch.early.test266, %switch.early.test266, %assert_end11
-  %22 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !15
-  %23 = load ptr, ptr %22, align 8, !dbg !15
-  br label %if_end14, !dbg !15
-
-if_end14:                                         ; preds = %if_else13, %if_then12
-  %value_cache.handle = phi ptr [ %21, %if_then12 ], [ %23, %if_else13 ], !dbg !15
-    #dbg_declare(ptr %value_cache.handle, !24, !DIExpression(), !15)
-  %24 = getelementptr inbounds nuw i8, ptr %args, i64 48, !dbg !15
-  %block_table.type_index = load i32, ptr %24, align 4, !dbg !15
-    #dbg_value(i32 %block_table.type_index, !25, !DIExpression(), !15)
-  %block_table.type_index.fr = freeze i32 %block_table.type_index, !dbg !15
-  %25 = icmp sgt i32 %block_table.type_index.fr, 63, !dbg !15
-  br i1 %25, label %assert_end16, label %switch.early.test267, !dbg !15
-
-switch.early.test267:                             ; preds = %if_end14
-  switch i32 %block_table.type_index.fr, label %assert_fail15 [
-    i32 0, label %if_else18
-    i32 4, label %if_else18
-    i32 7, label %if_else18
-  ], !dbg !15, !prof !19
-
-assert_fail15:                                    ; preds = %switch.early.test267
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end16:                                     ; preds = %if_end14
-  %26 = icmp eq i32 %block_table.type_index.fr, 70, !dbg !15
-  br i1 %26, label %if_then17, label %if_else18, !dbg !15
-
-if_then17:                                        ; preds = %assert_end16
-  %27 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !15
-  %28 = load ptr, ptr %27, align 8, !dbg !15
-  %29 = getelementptr inbounds nuw i8, ptr %28, i64 24, !dbg !15
-  br label %if_end19, !dbg !15
-
-if_else18:                                        ; preds = %switch.early.test267, %switch.early.test267, %switch.early.test267, %assert_end16
-  %30 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !15
-  %31 = load ptr, ptr %30, align 8, !dbg !15
-  br label %if_end19, !dbg !15
-
-if_end19:                                         ; preds = %if_else18, %if_then17
-  %block_table.handle = phi ptr [ %29, %if_then17 ], [ %31, %if_else18 ], !dbg !15
-    #dbg_declare(ptr %block_table.handle, !26, !DIExpression(), !15)
-  %32 = getelementptr inbounds nuw i8, ptr %args, i64 64, !dbg !15
-  %context_lens.type_index = load i32, ptr %32, align 4, !dbg !15
-    #dbg_value(i32 %context_lens.type_index, !27, !DIExpression(), !15)
-  %context_lens.type_index.fr = freeze i32 %context_lens.type_index, !dbg !15
-  %33 = icmp sgt i32 %context_lens.type_index.fr, 63, !dbg !15
-  br i1 %33, label %assert_end21, label %switch.early.test268, !dbg !15
-
-switch.early.test268:                             ; preds = %if_end19
-  switch i32 %context_lens.type_index.fr, label %assert_fail20 [
-    i32 0, label %if_else23
-    i32 4, label %if_else23
-    i32 7, label %if_else23
-  ], !dbg !15, !prof !19
-
-assert_fail20:                                    ; preds = %switch.early.test268
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end21:                                     ; preds = %if_end19
-  %34 = icmp eq i32 %context_lens.type_index.fr, 70, !dbg !15
-  br i1 %34, label %if_then22, label %if_else23, !dbg !15
-
-if_then22:                                        ; preds = %assert_end21
-  %35 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !15
-  %36 = load ptr, ptr %35, align 8, !dbg !15
-  %37 = getelementptr inbounds nuw i8, ptr %36, i64 24, !dbg !15
-  br label %if_end24, !dbg !15
-
-if_else23:                                        ; preds = %switch.early.test268, %switch.early.test268, %switch.early.test268, %assert_end21
-  %38 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !15
-  %39 = load ptr, ptr %38, align 8, !dbg !15
-  br label %if_end24, !dbg !15
-
-if_end24:                                         ; preds = %if_else23, %if_then22
-  %context_lens.handle = phi ptr [ %37, %if_then22 ], [ %39, %if_else23 ], !dbg !15
-    #dbg_declare(ptr %context_lens.handle, !28, !DIExpression(), !15)
-  %40 = getelementptr inbounds nuw i8, ptr %args, i64 80, !dbg !15
-  %partial_max.type_index = load i32, ptr %40, align 4, !dbg !15
-    #dbg_value(i32 %partial_max.type_index, !29, !DIExpression(), !15)
-  %partial_max.type_index.fr = freeze i32 %partial_max.type_index, !dbg !15
-  %41 = icmp sgt i32 %partial_max.type_index.fr, 63, !dbg !15
-  br i1 %41, label %assert_end26, label %switch.early.test269, !dbg !15
-
-switch.early.test269:                             ; preds = %if_end24
-  switch i32 %partial_max.type_index.fr, label %assert_fail25 [
-    i32 0, label %if_else28
-    i32 4, label %if_else28
-    i32 7, label %if_else28
-  ], !dbg !15, !prof !19
-
-assert_fail25:                                    ; preds = %switch.early.test269
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.16, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end26:                                     ; preds = %if_end24
-  %42 = icmp eq i32 %partial_max.type_index.fr, 70, !dbg !15
-  br i1 %42, label %if_then27, label %if_else28, !dbg !15
-
-if_then27:                                        ; preds = %assert_end26
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 88, !dbg !15
-  %44 = load ptr, ptr %43, align 8, !dbg !15
-  %45 = getelementptr inbounds nuw i8, ptr %44, i64 24, !dbg !15
-  br label %if_end29, !dbg !15
-
-if_else28:                                        ; preds = %switch.early.test269, %switch.early.test269, %switch.early.test269, %assert_end26
-  %46 = getelementptr inbounds nuw i8, ptr %args, i64 88, !dbg !15
-  %47 = load ptr, ptr %46, align 8, !dbg !15
-  br label %if_end29, !dbg !15
-
-if_end29:                                         ; preds = %if_else28, %if_then27
-  %partial_max.handle = phi ptr [ %45, %if_then27 ], [ %47, %if_else28 ], !dbg !15
-    #dbg_declare(ptr %partial_max.handle, !30, !DIExpression(), !15)
-  %48 = getelementptr inbounds nuw i8, ptr %args, i64 96, !dbg !15
-  %partial_sum.type_index = load i32, ptr %48, align 4, !dbg !15
-    #dbg_value(i32 %partial_sum.type_index, !31, !DIExpression(), !15)
-  %partial_sum.type_index.fr = freeze i32 %partial_sum.type_index, !dbg !15
-  %49 = icmp sgt i32 %partial_sum.type_index.fr, 63, !dbg !15
-  br i1 %49, label %assert_end31, label %switch.early.test270, !dbg !15
-
-switch.early.test270:                             ; preds = %if_end29
-  switch i32 %partial_sum.type_index.fr, label %assert_fail30 [
-    i32 0, label %if_else33
-    i32 4, label %if_else33
-    i32 7, label %if_else33
-  ], !dbg !15, !prof !19
-
-assert_fail30:                                    ; preds = %switch.early.test270
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.17, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end31:                                     ; preds = %if_end29
-  %50 = icmp eq i32 %partial_sum.type_index.fr, 70, !dbg !15
-  br i1 %50, label %if_then32, label %if_else33, !dbg !15
-
-if_then32:                                        ; preds = %assert_end31
-  %51 = getelementptr inbounds nuw i8, ptr %args, i64 104, !dbg !15
-  %52 = load ptr, ptr %51, align 8, !dbg !15
-  %53 = getelementptr inbounds nuw i8, ptr %52, i64 24, !dbg !15
-  br label %if_end34, !dbg !15
-
-if_else33:                                        ; preds = %switch.early.test270, %switch.early.test270, %switch.early.test270, %assert_end31
-  %54 = getelementptr inbounds nuw i8, ptr %args, i64 104, !dbg !15
-  %55 = load ptr, ptr %54, align 8, !dbg !15
-  br label %if_end34, !dbg !15
-
-if_end34:                                         ; preds = %if_else33, %if_then32
-  %partial_sum.handle = phi ptr [ %53, %if_then32 ], [ %55, %if_else33 ], !dbg !15
-    #dbg_declare(ptr %partial_sum.handle, !32, !DIExpression(), !15)
-  %56 = getelementptr inbounds nuw i8, ptr %args, i64 112, !dbg !15
-  %partial_acc.type_index = load i32, ptr %56, align 4, !dbg !15
-    #dbg_value(i32 %partial_acc.type_index, !33, !DIExpression(), !15)
-  %partial_acc.type_index.fr = freeze i32 %partial_acc.type_index, !dbg !15
-  %57 = icmp sgt i32 %partial_acc.type_index.fr, 63, !dbg !15
-  br i1 %57, label %assert_end36, label %switch.early.test271, !dbg !15
-
-switch.early.test271:                             ; preds = %if_end34
-  switch i32 %partial_acc.type_index.fr, label %assert_fail35 [
-    i32 0, label %if_else38
-    i32 4, label %if_else38
-    i32 7, label %if_else38
-  ], !dbg !15, !prof !19
-
-assert_fail35:                                    ; preds = %switch.early.test271
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.18, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end36:                                     ; preds = %if_end34
-  %58 = icmp eq i32 %partial_acc.type_index.fr, 70, !dbg !15
-  br i1 %58, label %if_then37, label %if_else38, !dbg !15
-
-if_then37:                                        ; preds = %assert_end36
-  %59 = getelementptr inbounds nuw i8, ptr %args, i64 120, !dbg !15
-  %60 = load ptr, ptr %59, align 8, !dbg !15
-  %61 = getelementptr inbounds nuw i8, ptr %60, i64 24, !dbg !15
-  br label %if_end39, !dbg !15
-
-if_else38:                                        ; preds = %switch.early.test271, %switch.early.test271, %switch.early.test271, %assert_end36
-  %62 = getelementptr inbounds nuw i8, ptr %args, i64 120, !dbg !15
-  %63 = load ptr, ptr %62, align 8, !dbg !15
-  br label %if_end39, !dbg !15
-
-if_end39:                                         ; preds = %if_else38, %if_then37
-  %partial_acc.handle = phi ptr [ %61, %if_then37 ], [ %63, %if_else38 ], !dbg !15
-    #dbg_declare(ptr %partial_acc.handle, !34, !DIExpression(), !15)
-  %64 = getelementptr inbounds nuw i8, ptr %args, i64 128, !dbg !15
-  %batch_start.type_index = load i32, ptr %64, align 4, !dbg !15
-    #dbg_value(i32 %batch_start.type_index, !35, !DIExpression(), !15)
-  %65 = add i32 %batch_start.type_index, -1, !dbg !15
-  %66 = icmp ult i32 %65, 2, !dbg !15
-  br i1 %66, label %assert_end41, label %assert_fail40, !dbg !15, !prof !16
-
-assert_fail40:                                    ; preds = %if_end39
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.19, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end41:                                     ; preds = %if_end39
-  %67 = getelementptr inbounds nuw i8, ptr %args, i64 136, !dbg !15
-  %68 = load i64, ptr %67, align 8, !dbg !15
-    #dbg_value(i64 %68, !36, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !15)
-  %69 = getelementptr inbounds nuw i8, ptr %args, i64 144, !dbg !15
-  %num_seqs.type_index = load i32, ptr %69, align 8, !dbg !15
-    #dbg_value(i32 %num_seqs.type_index, !37, !DIExpression(), !15)
-  %70 = add i32 %num_seqs.type_index, -1, !dbg !15
-  %71 = icmp ult i32 %70, 2, !dbg !15
-  br i1 %71, label %assert_end43, label %assert_fail42, !dbg !15, !prof !16
-
-assert_fail42:                                    ; preds = %assert_end41
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.21, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end43:                                     ; preds = %assert_end41
-  %72 = getelementptr inbounds nuw i8, ptr %args, i64 152, !dbg !15
-  %73 = load i64, ptr %72, align 8, !dbg !15
-  %num_seqs = trunc i64 %73 to i32, !dbg !15
-    #dbg_value(i32 %num_seqs, !38, !DIExpression(), !15)
-  %74 = getelementptr inbounds nuw i8, ptr %args, i64 160, !dbg !15
-  %kv_head.type_index = load i32, ptr %74, align 8, !dbg !15
-    #dbg_value(i32 %kv_head.type_index, !39, !DIExpression(), !15)
-  %75 = add i32 %kv_head.type_index, -1, !dbg !15
-  %76 = icmp ult i32 %75, 2, !dbg !15
-  br i1 %76, label %assert_end45, label %assert_fail44, !dbg !15, !prof !16
-
-assert_fail44:                                    ; preds = %assert_end43
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.22, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end45:                                     ; preds = %assert_end43
-  %77 = getelementptr inbounds nuw i8, ptr %args, i64 168, !dbg !15
-  %78 = load i64, ptr %77, align 8, !dbg !15
-    #dbg_value(i64 %78, !40, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !15)
-  %79 = getelementptr inbounds nuw i8, ptr %args, i64 176, !dbg !15
-  %head_start.type_index = load i32, ptr %79, align 8, !dbg !15
-    #dbg_value(i32 %head_start.type_index, !41, !DIExpression(), !15)
-  %80 = add i32 %head_start.type_index, -1, !dbg !15
-  %81 = icmp ult i32 %80, 2, !dbg !15
-  br i1 %81, label %assert_end47, label %assert_fail46, !dbg !15, !prof !16
-
-assert_fail46:                                    ; preds = %assert_end45
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.23, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end47:                                     ; preds = %assert_end45
-  %82 = getelementptr inbounds nuw i8, ptr %args, i64 184, !dbg !15
-  %83 = load i64, ptr %82, align 8, !dbg !15
-    #dbg_value(i64 %83, !42, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !15)
-  %84 = getelementptr inbounds nuw i8, ptr %args, i64 192, !dbg !15
-  %num_rows.type_index = load i32, ptr %84, align 8, !dbg !15
-    #dbg_value(i32 %num_rows.type_index, !43, !DIExpression(), !15)
-  %85 = add i32 %num_rows.type_index, -1, !dbg !15
-  %86 = icmp ult i32 %85, 2, !dbg !15
-  br i1 %86, label %assert_end49, label %assert_fail48, !dbg !15, !prof !16
-
-assert_fail48:                                    ; preds = %assert_end47
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.24, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end49:                                     ; preds = %assert_end47
-  %87 = getelementptr inbounds nuw i8, ptr %args, i64 200, !dbg !15
-  %88 = load i64, ptr %87, align 8, !dbg !15
-  %num_rows = trunc i64 %88 to i32, !dbg !15
-    #dbg_value(i32 %num_rows, !44, !DIExpression(), !15)
-  %89 = getelementptr inbounds nuw i8, ptr %args, i64 208, !dbg !15
-  %block_begin.type_index = load i32, ptr %89, align 8, !dbg !15
-    #dbg_value(i32 %block_begin.type_index, !45, !DIExpression(), !15)
-  %90 = add i32 %block_begin.type_index, -1, !dbg !15
-  %91 = icmp ult i32 %90, 2, !dbg !15
-  br i1 %91, label %assert_end51, label %assert_fail50, !dbg !15, !prof !16
-
-assert_fail50:                                    ; preds = %assert_end49
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.25, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end51:                                     ; preds = %assert_end49
-  %92 = getelementptr inbounds nuw i8, ptr %args, i64 216, !dbg !15
-  %93 = load i64, ptr %92, align 8, !dbg !15
-  %block_begin = trunc i64 %93 to i32, !dbg !15
-    #dbg_value(i32 %block_begin, !46, !DIExpression(), !15)
-  %94 = getelementptr inbounds nuw i8, ptr %args, i64 224, !dbg !15
-  %block_end.type_index = load i32, ptr %94, align 8, !dbg !15
-    #dbg_value(i32 %block_end.type_index, !47, !DIExpression(), !15)
-  %95 = add i32 %block_end.type_index, -1, !dbg !15
-  %96 = icmp ult i32 %95, 2, !dbg !15
-  br i1 %96, label %assert_end53, label %assert_fail52, !dbg !15, !prof !16
-
-assert_fail52:                                    ; preds = %assert_end51
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.26, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end53:                                     ; preds = %assert_end51
-  %97 = getelementptr inbounds nuw i8, ptr %args, i64 232, !dbg !15
-  %98 = load i64, ptr %97, align 8, !dbg !15
-  %block_end = trunc i64 %98 to i32, !dbg !15
-    #dbg_value(i32 %block_end, !48, !DIExpression(), !15)
-  %99 = getelementptr inbounds nuw i8, ptr %args, i64 240, !dbg !15
-  %partial_start.type_index = load i32, ptr %99, align 8, !dbg !15
-    #dbg_value(i32 %partial_start.type_index, !49, !DIExpression(), !15)
-  %100 = add i32 %partial_start.type_index, -1, !dbg !15
-  %101 = icmp ult i32 %100, 2, !dbg !15
-  br i1 %101, label %assert_end55, label %assert_fail54, !dbg !15, !prof !16
-
-assert_fail54:                                    ; preds = %assert_end53
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.27, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end55:                                     ; preds = %assert_end53
-  %102 = getelementptr inbounds nuw i8, ptr %args, i64 248, !dbg !15
-  %103 = load i64, ptr %102, align 8, !dbg !15
-    #dbg_value(i64 %103, !50, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !15)
-  %104 = getelementptr inbounds nuw i8, ptr %args, i64 256, !dbg !15
-  %scale.type_index = load i32, ptr %104, align 8, !dbg !15
-    #dbg_value(i32 %scale.type_index, !51, !DIExpression(), !15)
-  %105 = add i32 %scale.type_index, -1, !dbg !15
-  %106 = icmp ult i32 %105, 3, !dbg !15
-  br i1 %106, label %assert_end57, label %assert_fail56, !dbg !15, !prof !16
-
-assert_fail56:                                    ; preds = %assert_end55
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.28, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end57:                                     ; preds = %assert_end55
-  %107 = getelementptr inbounds nuw i8, ptr %args, i64 264, !dbg !15
-  %108 = load i64, ptr %107, align 8, !dbg !15
-  %109 = sitofp i64 %108 to float, !dbg !15
-  %.cast = bitcast i64 %108 to double, !dbg !15
-  %110 = fptrunc double %.cast to float, !dbg !15
-  %111 = icmp eq i32 %scale.type_index, 3, !dbg !15
-  %scale = select i1 %111, float %110, float %109, !dbg !15
-    #dbg_value(float %scale, !52, !DIExpression(), !15)
-  %.not272 = icmp eq ptr %query.handle, null, !dbg !15
-  br i1 %.not272, label %assert_fail58, label %assert_end59, !dbg !15, !prof !17
-
-assert_fail58:                                    ; preds = %assert_end57
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end59:                                     ; preds = %assert_end57
-  %112 = getelementptr inbounds nuw i8, ptr %query.handle, i64 16, !dbg !15
-  %113 = load i32, ptr %112, align 4, !dbg !15
-  %114 = icmp eq i32 %113, 3, !dbg !15
-  br i1 %114, label %assert_end61, label %assert_fail60, !dbg !15, !prof !16
-
-assert_fail60:                                    ; preds = %assert_end59
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.32, ptr nonnull @.str.33, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end61:                                     ; preds = %assert_end59
-  %115 = getelementptr inbounds nuw i8, ptr %query.handle, i64 22, !dbg !15
-  %116 = load i16, ptr %115, align 2, !dbg !15
-  %117 = icmp eq i16 %116, 1, !dbg !15
-  %118 = getelementptr inbounds nuw i8, ptr %query.handle, i64 21, !dbg !15
-  %119 = load i8, ptr %118, align 1, !dbg !15
-  %120 = icmp eq i8 %119, 16, !dbg !15
-  %121 = getelementptr inbounds nuw i8, ptr %query.handle, i64 20, !dbg !15
-  %122 = load i8, ptr %121, align 2, !dbg !15
-  %123 = icmp eq i8 %122, 4, !dbg !15
-  %124 = and i1 %120, %123, !dbg !15
-  %125 = and i1 %117, %124, !dbg !15
-  br i1 %125, label %assert_end63, label %assert_fail62, !dbg !15, !prof !16
-
-assert_fail62:                                    ; preds = %assert_end61
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.32, ptr nonnull @.str.34, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.35), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end63:                                     ; preds = %assert_end61
-  %126 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24, !dbg !15
-  %fused_decode.query_shape = load ptr, ptr %126, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.query_shape, !54, !DIExpression(), !15)
-  %batch = load i64, ptr %fused_decode.query_shape, align 8, !dbg !15
-    #dbg_value(i64 %batch, !57, !DIExpression(), !15)
-  %127 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32, !dbg !15
-  %fused_decode.query_strides = load ptr, ptr %127, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.query_strides, !58, !DIExpression(), !15)
-  %128 = icmp eq ptr %fused_decode.query_strides, null, !dbg !15
-  %129 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16, !dbg !15
-  %130 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8, !dbg !15
-  %q_head.in = select i1 %128, ptr %129, ptr %130, !dbg !15
-  %q_head = load i64, ptr %q_head.in, align 8, !dbg !15
-    #dbg_value(i64 %q_head, !59, !DIExpression(), !15)
-  br i1 %128, label %if_then67, label %if_else68, !dbg !15
-
-if_then67:                                        ; preds = %assert_end63
-  %131 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8, !dbg !15
-  %132 = load i64, ptr %131, align 8, !dbg !15
-  %133 = load i64, ptr %129, align 8, !dbg !15
-  %134 = mul nsw i64 %133, %132, !dbg !15
-  br label %if_end69, !dbg !15
-
-if_else68:                                        ; preds = %assert_end63
-  %135 = load i64, ptr %fused_decode.query_strides, align 8, !dbg !15
-  br label %if_end69, !dbg !15
-
-if_end69:                                         ; preds = %if_else68, %if_then67
-  %q_batch = phi i64 [ %134, %if_then67 ], [ %135, %if_else68 ], !dbg !15
-    #dbg_value(i64 %q_batch, !60, !DIExpression(), !15)
-  %136 = getelementptr inbounds nuw i8, ptr %query.handle, i64 8, !dbg !15
-  %137 = load i32, ptr %136, align 4, !dbg !15
-  %138 = icmp eq i32 %137, 1, !dbg !15
-  br i1 %138, label %assert_end71, label %assert_fail70, !dbg !15, !prof !16
-
-assert_fail70:                                    ; preds = %if_end69
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.32, ptr nonnull @.str.36, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end71:                                     ; preds = %if_end69
-  %139 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12, !dbg !15
-  %dev_id = load i32, ptr %139, align 4, !dbg !15
-    #dbg_value(i32 %dev_id, !61, !DIExpression(), !15)
-  %.not273 = icmp eq ptr %key_cache.handle, null, !dbg !15
-  br i1 %.not273, label %assert_fail72, label %assert_end73, !dbg !15, !prof !17
-
-assert_fail72:                                    ; preds = %assert_end71
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end73:                                     ; preds = %assert_end71
-  %140 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 16, !dbg !15
-  %141 = load i32, ptr %140, align 4, !dbg !15
-  %142 = icmp eq i32 %141, 4, !dbg !15
-  br i1 %142, label %assert_end75, label %assert_fail74, !dbg !15, !prof !16
-
-assert_fail74:                                    ; preds = %assert_end73
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.38, ptr nonnull @.str.33, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.15), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end75:                                     ; preds = %assert_end73
-  %143 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 22, !dbg !15
-  %144 = load i16, ptr %143, align 2, !dbg !15
-  %145 = icmp eq i16 %144, 1, !dbg !15
-  %146 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 21, !dbg !15
-  %147 = load i8, ptr %146, align 1, !dbg !15
-  %148 = icmp eq i8 %147, 16, !dbg !15
-  %149 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 20, !dbg !15
-  %150 = load i8, ptr %149, align 2, !dbg !15
-  %151 = icmp eq i8 %150, 4, !dbg !15
-  %152 = and i1 %148, %151, !dbg !15
-  %153 = and i1 %145, %152, !dbg !15
-  br i1 %153, label %assert_end77, label %assert_fail76, !dbg !15, !prof !16
-
-assert_fail76:                                    ; preds = %assert_end75
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.38, ptr nonnull @.str.34, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.35), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end77:                                     ; preds = %assert_end75
-  %154 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 24, !dbg !15
-  %fused_decode.key_cache_shape = load ptr, ptr %154, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.key_cache_shape, !62, !DIExpression(), !15)
-  %num_blocks = load i64, ptr %fused_decode.key_cache_shape, align 8, !dbg !15
-    #dbg_value(i64 %num_blocks, !63, !DIExpression(), !15)
-  %155 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 32, !dbg !15
-  %fused_decode.key_cache_strides = load ptr, ptr %155, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.key_cache_strides, !64, !DIExpression(), !15)
-  %156 = icmp eq ptr %fused_decode.key_cache_strides, null, !dbg !15
-  %157 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_shape, i64 24, !dbg !15
-  %158 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_strides, i64 16, !dbg !15
-  %k_head.in = select i1 %156, ptr %157, ptr %158, !dbg !15
-  %k_head = load i64, ptr %k_head.in, align 8, !dbg !15
-    #dbg_value(i64 %k_head, !65, !DIExpression(), !15)
-  br i1 %156, label %if_then84, label %if_else85, !dbg !15
-
-if_then84:                                        ; preds = %assert_end77
-  %159 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_shape, i64 16, !dbg !15
-  %160 = load i64, ptr %159, align 8, !dbg !15
-  %161 = load i64, ptr %157, align 8, !dbg !15
-  %162 = mul nsw i64 %161, %160, !dbg !15
-    #dbg_value(i64 %162, !66, !DIExpression(), !15)
-  %163 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_shape, i64 8, !dbg !15
-  %164 = load i64, ptr %163, align 8, !dbg !15
-  %165 = mul nsw i64 %162, %164, !dbg !15
-  br label %if_end86, !dbg !15
-
-if_else85:                                        ; preds = %assert_end77
-  %166 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_strides, i64 8, !dbg !15
-  %167 = load i64, ptr %166, align 8, !dbg !15
-    #dbg_value(i64 %167, !66, !DIExpression(), !15)
-  %168 = load i64, ptr %fused_decode.key_cache_strides, align 8, !dbg !15
-  br label %if_end86, !dbg !15
-
-if_end86:                                         ; preds = %if_else85, %if_then84
-  %k_slot285 = phi i64 [ %162, %if_then84 ], [ %167, %if_else85 ]
-  %k_block = phi i64 [ %165, %if_then84 ], [ %168, %if_else85 ], !dbg !15
-    #dbg_value(i64 %k_block, !67, !DIExpression(), !15)
-  %169 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 8, !dbg !15
-  %170 = load i32, ptr %169, align 4, !dbg !15
-  %171 = icmp eq i32 %170, 1, !dbg !15
-  br i1 %171, label %assert_end88, label %assert_fail87, !dbg !15, !prof !16
-
-assert_fail87:                                    ; preds = %if_end86
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.38, ptr nonnull @.str.36, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end88:                                     ; preds = %if_end86
-  %.not274 = icmp eq ptr %value_cache.handle, null, !dbg !15
-  br i1 %.not274, label %assert_fail89, label %assert_end90, !dbg !15, !prof !17
-
-assert_fail89:                                    ; preds = %assert_end88
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end90:                                     ; preds = %assert_end88
-  %172 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 16, !dbg !15
-  %173 = load i32, ptr %172, align 4, !dbg !15
-  %174 = icmp eq i32 %173, 4, !dbg !15
-  br i1 %174, label %assert_end92, label %assert_fail91, !dbg !15, !prof !16
-
-assert_fail91:                                    ; preds = %assert_end90
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.39, ptr nonnull @.str.33, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.15), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end92:                                     ; preds = %assert_end90
-  %175 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 22, !dbg !15
-  %176 = load i16, ptr %175, align 2, !dbg !15
-  %177 = icmp eq i16 %176, 1, !dbg !15
-  %178 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 21, !dbg !15
-  %179 = load i8, ptr %178, align 1, !dbg !15
-  %180 = icmp eq i8 %179, 16, !dbg !15
-  %181 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 20, !dbg !15
-  %182 = load i8, ptr %181, align 2, !dbg !15
-  %183 = icmp eq i8 %182, 4, !dbg !15
-  %184 = and i1 %180, %183, !dbg !15
-  %185 = and i1 %177, %184, !dbg !15
-  br i1 %185, label %assert_end94, label %assert_fail93, !dbg !15, !prof !16
-
-assert_fail93:                                    ; preds = %assert_end92
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.39, ptr nonnull @.str.34, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.35), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end94:                                     ; preds = %assert_end92
-  %186 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 24, !dbg !15
-  %fused_decode.value_cache_shape = load ptr, ptr %186, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.value_cache_shape, !68, !DIExpression(), !15)
-  %187 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 32, !dbg !15
-  %fused_decode.value_cache_strides = load ptr, ptr %187, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.value_cache_strides, !69, !DIExpression(), !15)
-  %188 = icmp eq ptr %fused_decode.value_cache_strides, null, !dbg !15
-  %189 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_shape, i64 24, !dbg !15
-  %190 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_strides, i64 16, !dbg !15
-  %v_head.in = select i1 %188, ptr %189, ptr %190, !dbg !15
-  %v_head = load i64, ptr %v_head.in, align 8, !dbg !15
-    #dbg_value(i64 %v_head, !70, !DIExpression(), !15)
-  br i1 %188, label %if_then101, label %if_else102, !dbg !15
-
-if_then101:                                       ; preds = %assert_end94
-  %191 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_shape, i64 16, !dbg !15
-  %192 = load i64, ptr %191, align 8, !dbg !15
-  %193 = load i64, ptr %189, align 8, !dbg !15
-  %194 = mul nsw i64 %193, %192, !dbg !15
-    #dbg_value(i64 %194, !71, !DIExpression(), !15)
-  %195 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_shape, i64 8, !dbg !15
-  %196 = load i64, ptr %195, align 8, !dbg !15
-  %197 = mul nsw i64 %194, %196, !dbg !15
-  br label %if_end103, !dbg !15
-
-if_else102:                                       ; preds = %assert_end94
-  %198 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_strides, i64 8, !dbg !15
-  %199 = load i64, ptr %198, align 8, !dbg !15
-    #dbg_value(i64 %199, !71, !DIExpression(), !15)
-  %200 = load i64, ptr %fused_decode.value_cache_strides, align 8, !dbg !15
-  br label %if_end103, !dbg !15
-
-if_end103:                                        ; preds = %if_else102, %if_then101
-  %v_slot288 = phi i64 [ %194, %if_then101 ], [ %199, %if_else102 ]
-  %v_block = phi i64 [ %197, %if_then101 ], [ %200, %if_else102 ], !dbg !15
-    #dbg_value(i64 %v_block, !72, !DIExpression(), !15)
-  %201 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 8, !dbg !15
-  %202 = load i32, ptr %201, align 4, !dbg !15
-  %203 = icmp eq i32 %202, 1, !dbg !15
-  br i1 %203, label %assert_end105, label %assert_fail104, !dbg !15, !prof !16
-
-assert_fail104:                                   ; preds = %if_end103
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.39, ptr nonnull @.str.36, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end105:                                    ; preds = %if_end103
-  %.not275 = icmp eq ptr %block_table.handle, null, !dbg !15
-  br i1 %.not275, label %assert_fail106, label %assert_end107, !dbg !15, !prof !17
-
-assert_fail106:                                   ; preds = %assert_end105
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end107:                                    ; preds = %assert_end105
-  %204 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 16, !dbg !15
-  %205 = load i32, ptr %204, align 4, !dbg !15
-  %206 = icmp eq i32 %205, 2, !dbg !15
-  br i1 %206, label %assert_end109, label %assert_fail108, !dbg !15, !prof !16
-
-assert_fail108:                                   ; preds = %assert_end107
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.40, ptr nonnull @.str.33, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end109:                                    ; preds = %assert_end107
-  %207 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 22, !dbg !15
-  %208 = load i16, ptr %207, align 2, !dbg !15
-  %209 = icmp eq i16 %208, 1, !dbg !15
-  %210 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 21, !dbg !15
-  %211 = load i8, ptr %210, align 1, !dbg !15
-  %212 = icmp eq i8 %211, 32, !dbg !15
-  %213 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 20, !dbg !15
-  %214 = load i8, ptr %213, align 2, !dbg !15
-  %215 = icmp eq i8 %214, 0, !dbg !15
-  %216 = and i1 %212, %215, !dbg !15
-  %217 = and i1 %209, %216, !dbg !15
-  br i1 %217, label %assert_end111, label %assert_fail110, !dbg !15, !prof !16
-
-assert_fail110:                                   ; preds = %assert_end109
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.40, ptr nonnull @.str.34, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.41), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end111:                                    ; preds = %assert_end109
-  %218 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24, !dbg !15
-  %fused_decode.block_table_shape = load ptr, ptr %218, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.block_table_shape, !73, !DIExpression(), !15)
-  %219 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8, !dbg !15
-  %max_blocks = load i64, ptr %219, align 8, !dbg !15
-    #dbg_value(i64 %max_blocks, !74, !DIExpression(), !15)
-  %220 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32, !dbg !15
-  %fused_decode.block_table_strides = load ptr, ptr %220, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.block_table_strides, !75, !DIExpression(), !15)
-  %221 = icmp eq ptr %fused_decode.block_table_strides, null, !dbg !15
-  br i1 %221, label %if_end114, label %if_else113, !dbg !15
-
-if_else113:                                       ; preds = %assert_end111
-  %222 = load i64, ptr %fused_decode.block_table_strides, align 8, !dbg !15
-  br label %if_end114, !dbg !15
-
-if_end114:                                        ; preds = %assert_end111, %if_else113
-  %table_seq = phi i64 [ %222, %if_else113 ], [ %max_blocks, %assert_end111 ], !dbg !15
-    #dbg_value(i64 %table_seq, !76, !DIExpression(), !15)
-  %223 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 8, !dbg !15
-  %224 = load i32, ptr %223, align 4, !dbg !15
-  %225 = icmp eq i32 %224, 1, !dbg !15
-  br i1 %225, label %assert_end116, label %assert_fail115, !dbg !15, !prof !16
-
-assert_fail115:                                   ; preds = %if_end114
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.40, ptr nonnull @.str.36, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end116:                                    ; preds = %if_end114
-  %.not276 = icmp eq ptr %context_lens.handle, null, !dbg !15
-  br i1 %.not276, label %assert_fail117, label %assert_end118, !dbg !15, !prof !17
-
-assert_fail117:                                   ; preds = %assert_end116
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end118:                                    ; preds = %assert_end116
-  %226 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 16, !dbg !15
-  %227 = load i32, ptr %226, align 4, !dbg !15
-  %228 = icmp eq i32 %227, 1, !dbg !15
-  br i1 %228, label %assert_end120, label %assert_fail119, !dbg !15, !prof !16
-
-assert_fail119:                                   ; preds = %assert_end118
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.42, ptr nonnull @.str.33, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end120:                                    ; preds = %assert_end118
-  %229 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 22, !dbg !15
-  %230 = load i16, ptr %229, align 2, !dbg !15
-  %231 = icmp eq i16 %230, 1, !dbg !15
-  %232 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 21, !dbg !15
-  %233 = load i8, ptr %232, align 1, !dbg !15
-  %234 = icmp eq i8 %233, 32, !dbg !15
-  %235 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 20, !dbg !15
-  %236 = load i8, ptr %235, align 2, !dbg !15
-  %237 = icmp eq i8 %236, 0, !dbg !15
-  %238 = and i1 %234, %237, !dbg !15
-  %239 = and i1 %231, %238, !dbg !15
-  br i1 %239, label %assert_end122, label %assert_fail121, !dbg !15, !prof !16
-
-assert_fail121:                                   ; preds = %assert_end120
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.42, ptr nonnull @.str.34, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.41), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end122:                                    ; preds = %assert_end120
-  %240 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 24, !dbg !15
-  %fused_decode.context_lens_shape = load ptr, ptr %240, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.context_lens_shape, !77, !DIExpression(), !15)
-  %241 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 32, !dbg !15
-  %fused_decode.context_lens_strides = load ptr, ptr %241, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.context_lens_strides, !78, !DIExpression(), !15)
-  %242 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 8, !dbg !15
-  %243 = load i32, ptr %242, align 8, !dbg !15
-  %244 = icmp eq i32 %243, 1, !dbg !15
-  br i1 %244, label %assert_end124, label %assert_fail123, !dbg !15, !prof !16
-
-assert_fail123:                                   ; preds = %assert_end122
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.42, ptr nonnull @.str.36, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end124:                                    ; preds = %assert_end122
-  %.not277 = icmp eq ptr %partial_max.handle, null, !dbg !15
-  br i1 %.not277, label %assert_fail125, label %assert_end126, !dbg !15, !prof !17
-
-assert_fail125:                                   ; preds = %assert_end124
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.16, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end126:                                    ; preds = %assert_end124
-  %245 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 16, !dbg !15
-  %246 = load i32, ptr %245, align 4, !dbg !15
-  %247 = icmp eq i32 %246, 2, !dbg !15
-  br i1 %247, label %assert_end128, label %assert_fail127, !dbg !15, !prof !16
-
-assert_fail127:                                   ; preds = %assert_end126
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.33, ptr nonnull @.str.16, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end128:                                    ; preds = %assert_end126
-  %248 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 22, !dbg !15
-  %249 = load i16, ptr %248, align 2, !dbg !15
-  %250 = icmp eq i16 %249, 1, !dbg !15
-  %251 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 21, !dbg !15
-  %252 = load i8, ptr %251, align 1, !dbg !15
-  %253 = icmp eq i8 %252, 32, !dbg !15
-  %254 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 20, !dbg !15
-  %255 = load i8, ptr %254, align 2, !dbg !15
-  %256 = icmp eq i8 %255, 2, !dbg !15
-  %257 = and i1 %253, %256, !dbg !15
-  %258 = and i1 %250, %257, !dbg !15
-  br i1 %258, label %assert_end130, label %assert_fail129, !dbg !15, !prof !16
-
-assert_fail129:                                   ; preds = %assert_end128
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.34, ptr nonnull @.str.16, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end130:                                    ; preds = %assert_end128
-  %259 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 24, !dbg !15
-  %fused_decode.partial_max_shape = load ptr, ptr %259, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.partial_max_shape, !79, !DIExpression(), !15)
-  %slots = load i64, ptr %fused_decode.partial_max_shape, align 8, !dbg !15
-    #dbg_value(i64 %slots, !80, !DIExpression(), !15)
-  %260 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 32, !dbg !15
-  %fused_decode.partial_max_strides = load ptr, ptr %260, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.partial_max_strides, !81, !DIExpression(), !15)
-  %261 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 8, !dbg !15
-  %262 = load i32, ptr %261, align 8, !dbg !15
-  %263 = icmp eq i32 %262, 1, !dbg !15
-  br i1 %263, label %assert_end132, label %assert_fail131, !dbg !15, !prof !16
-
-assert_fail131:                                   ; preds = %assert_end130
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.36, ptr nonnull @.str.16, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end132:                                    ; preds = %assert_end130
-  %.not278 = icmp eq ptr %partial_sum.handle, null, !dbg !15
-  br i1 %.not278, label %assert_fail133, label %assert_end134, !dbg !15, !prof !17
-
-assert_fail133:                                   ; preds = %assert_end132
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.17, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end134:                                    ; preds = %assert_end132
-  %264 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 16, !dbg !15
-  %265 = load i32, ptr %264, align 4, !dbg !15
-  %266 = icmp eq i32 %265, 2, !dbg !15
-  br i1 %266, label %assert_end136, label %assert_fail135, !dbg !15, !prof !16
-
-assert_fail135:                                   ; preds = %assert_end134
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.33, ptr nonnull @.str.17, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end136:                                    ; preds = %assert_end134
-  %267 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 22, !dbg !15
-  %268 = load i16, ptr %267, align 2, !dbg !15
-  %269 = icmp eq i16 %268, 1, !dbg !15
-  %270 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 21, !dbg !15
-  %271 = load i8, ptr %270, align 1, !dbg !15
-  %272 = icmp eq i8 %271, 32, !dbg !15
-  %273 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 20, !dbg !15
-  %274 = load i8, ptr %273, align 2, !dbg !15
-  %275 = icmp eq i8 %274, 2, !dbg !15
-  %276 = and i1 %272, %275, !dbg !15
-  %277 = and i1 %269, %276, !dbg !15
-  br i1 %277, label %assert_end138, label %assert_fail137, !dbg !15, !prof !16
-
-assert_fail137:                                   ; preds = %assert_end136
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.34, ptr nonnull @.str.17, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end138:                                    ; preds = %assert_end136
-  %278 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 24, !dbg !15
-  %fused_decode.partial_sum_shape = load ptr, ptr %278, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.partial_sum_shape, !82, !DIExpression(), !15)
-  %279 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 32, !dbg !15
-  %fused_decode.partial_sum_strides = load ptr, ptr %279, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.partial_sum_strides, !83, !DIExpression(), !15)
-  %280 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 8, !dbg !15
-  %281 = load i32, ptr %280, align 8, !dbg !15
-  %282 = icmp eq i32 %281, 1, !dbg !15
-  br i1 %282, label %assert_end140, label %assert_fail139, !dbg !15, !prof !16
-
-assert_fail139:                                   ; preds = %assert_end138
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.36, ptr nonnull @.str.17, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end140:                                    ; preds = %assert_end138
-  %.not279 = icmp eq ptr %partial_acc.handle, null, !dbg !15
-  br i1 %.not279, label %assert_fail141, label %assert_end142, !dbg !15, !prof !17
-
-assert_fail141:                                   ; preds = %assert_end140
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.18, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end142:                                    ; preds = %assert_end140
-  %283 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 16, !dbg !15
-  %284 = load i32, ptr %283, align 4, !dbg !15
-  %285 = icmp eq i32 %284, 3, !dbg !15
-  br i1 %285, label %assert_end144, label %assert_fail143, !dbg !15, !prof !16
-
-assert_fail143:                                   ; preds = %assert_end142
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.33, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end144:                                    ; preds = %assert_end142
-  %286 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 22, !dbg !15
-  %287 = load i16, ptr %286, align 2, !dbg !15
-  %288 = icmp eq i16 %287, 1, !dbg !15
-  %289 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 21, !dbg !15
-  %290 = load i8, ptr %289, align 1, !dbg !15
-  %291 = icmp eq i8 %290, 32, !dbg !15
-  %292 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 20, !dbg !15
-  %293 = load i8, ptr %292, align 2, !dbg !15
-  %294 = icmp eq i8 %293, 2, !dbg !15
-  %295 = and i1 %291, %294, !dbg !15
-  %296 = and i1 %288, %295, !dbg !15
-  br i1 %296, label %assert_end146, label %assert_fail145, !dbg !15, !prof !16
-
-assert_fail145:                                   ; preds = %assert_end144
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.34, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end146:                                    ; preds = %assert_end144
-  %297 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 24, !dbg !15
-  %fused_decode.partial_acc_shape = load ptr, ptr %297, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.partial_acc_shape, !84, !DIExpression(), !15)
-  %298 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 32, !dbg !15
-  %fused_decode.partial_acc_strides = load ptr, ptr %298, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.partial_acc_strides, !85, !DIExpression(), !15)
-  %299 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 8, !dbg !15
-  %300 = load i32, ptr %299, align 8, !dbg !15
-  %301 = icmp eq i32 %300, 1, !dbg !15
-  br i1 %301, label %assert_end148, label %assert_fail147, !dbg !15, !prof !16
-
-assert_fail147:                                   ; preds = %assert_end146
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.36, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end148:                                    ; preds = %assert_end146
-  %302 = load ptr, ptr %query.handle, align 8, !dbg !15
-  %303 = icmp ne ptr %302, null, !dbg !15
-  %304 = icmp eq i64 %batch, 0, !dbg !15
-  %305 = or i1 %304, %303, !dbg !15
-  br i1 %305, label %assert_end150, label %assert_fail149, !dbg !15, !prof !16
-
-assert_fail149:                                   ; preds = %assert_end148
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.32, ptr nonnull @.str.47, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.48), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end150:                                    ; preds = %assert_end148
-  %306 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 12, !dbg !15
-  %307 = load i32, ptr %306, align 4, !dbg !15
-  %308 = icmp eq i32 %dev_id, %307, !dbg !15
-  br i1 %308, label %assert_end152, label %assert_fail151, !dbg !15, !prof !16
-
-assert_fail151:                                   ; preds = %assert_end150
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.49, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.52), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end152:                                    ; preds = %assert_end150
-  %309 = load ptr, ptr %key_cache.handle, align 8, !dbg !15
-  %310 = icmp ne ptr %309, null, !dbg !15
-  %311 = icmp eq i64 %num_blocks, 0, !dbg !15
-  %312 = or i1 %311, %310, !dbg !15
-  br i1 %312, label %assert_end154, label %assert_fail153, !dbg !15, !prof !16
-
-assert_fail153:                                   ; preds = %assert_end152
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.38, ptr nonnull @.str.47, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.48), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end154:                                    ; preds = %assert_end152
-  %313 = load i64, ptr %fused_decode.value_cache_shape, align 8, !dbg !15
-  %314 = icmp eq i64 %num_blocks, %313, !dbg !15
-  br i1 %314, label %assert_end156, label %assert_fail155, !dbg !15, !prof !16
-
-assert_fail155:                                   ; preds = %assert_end154
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.53, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.54), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end156:                                    ; preds = %assert_end154
-  %315 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 12, !dbg !15
-  %316 = load i32, ptr %315, align 4, !dbg !15
-  %317 = icmp eq i32 %dev_id, %316, !dbg !15
-  br i1 %317, label %assert_end158, label %assert_fail157, !dbg !15, !prof !16
-
-assert_fail157:                                   ; preds = %assert_end156
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.55, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.52), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end158:                                    ; preds = %assert_end156
-  %318 = load ptr, ptr %value_cache.handle, align 8, !dbg !15
-  %319 = icmp ne ptr %318, null, !dbg !15
-  %320 = or i1 %311, %319, !dbg !15
-  br i1 %320, label %assert_end160, label %assert_fail159, !dbg !15, !prof !16
-
-assert_fail159:                                   ; preds = %assert_end158
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.39, ptr nonnull @.str.47, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.48), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end160:                                    ; preds = %assert_end158
-  %321 = load i64, ptr %fused_decode.block_table_shape, align 8, !dbg !15
-  %322 = icmp eq i64 %batch, %321, !dbg !15
-  br i1 %322, label %assert_end162, label %assert_fail161, !dbg !15, !prof !16
-
-assert_fail161:                                   ; preds = %assert_end160
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.56, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.57), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end162:                                    ; preds = %assert_end160
-  %323 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 12, !dbg !15
-  %324 = load i32, ptr %323, align 4, !dbg !15
-  %325 = icmp eq i32 %dev_id, %324, !dbg !15
-  br i1 %325, label %assert_end164, label %assert_fail163, !dbg !15, !prof !16
-
-assert_fail163:                                   ; preds = %assert_end162
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.58, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.52), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end164:                                    ; preds = %assert_end162
-  %326 = load ptr, ptr %block_table.handle, align 8, !dbg !15
-  %327 = icmp ne ptr %326, null, !dbg !15
-  %328 = mul nsw i64 %max_blocks, %batch, !dbg !15
-  %329 = icmp eq i64 %328, 0, !dbg !15
-  %330 = or i1 %329, %327, !dbg !15
-  br i1 %330, label %assert_end166, label %assert_fail165, !dbg !15, !prof !16
-
-assert_fail165:                                   ; preds = %assert_end164
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.40, ptr nonnull @.str.47, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.48), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end166:                                    ; preds = %assert_end164
-  %331 = load i64, ptr %fused_decode.context_lens_shape, align 8, !dbg !15
-  %332 = icmp eq i64 %batch, %331, !dbg !15
-  br i1 %332, label %assert_end168, label %assert_fail167, !dbg !15, !prof !16
-
-assert_fail167:                                   ; preds = %assert_end166
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.59, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.57), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end168:                                    ; preds = %assert_end166
-  %.not280 = icmp eq ptr %fused_decode.context_lens_strides, null, !dbg !15
-  br i1 %.not280, label %if_end170, label %if_then169, !dbg !15, !prof !17
-
-if_then169:                                       ; preds = %assert_end168
-  %333 = load i64, ptr %fused_decode.context_lens_strides, align 8, !dbg !15
-  %334 = icmp eq i64 %333, 1, !dbg !15
-  %335 = icmp eq i64 %batch, 1, !dbg !15
-  %336 = or i1 %335, %334, !dbg !15
-  br i1 %336, label %if_end170, label %assert_fail171, !dbg !15, !prof !16
-
-if_end170:                                        ; preds = %if_then169, %assert_end168
-  %337 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 12, !dbg !15
-  %338 = load i32, ptr %337, align 4, !dbg !15
-  %339 = icmp eq i32 %dev_id, %338, !dbg !15
-  br i1 %339, label %assert_end174, label %assert_fail173, !dbg !15, !prof !16
-
-assert_fail171:                                   ; preds = %if_then169
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.42, ptr nonnull @.str.60, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.61, ptr null), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_fail173:                                   ; preds = %if_end170
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.62, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.52), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end174:                                    ; preds = %if_end170
-  %340 = load ptr, ptr %context_lens.handle, align 8, !dbg !15
-  %341 = icmp ne ptr %340, null, !dbg !15
-  %342 = or i1 %304, %341, !dbg !15
-  br i1 %342, label %assert_end176, label %assert_fail175, !dbg !15, !prof !16
-
-assert_fail175:                                   ; preds = %assert_end174
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.42, ptr nonnull @.str.47, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.48), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end176:                                    ; preds = %assert_end174
-  %.not281 = icmp eq ptr %fused_decode.partial_max_strides, null, !dbg !15
-  br i1 %.not281, label %if_end178, label %if_then177, !dbg !15, !prof !17
-
-if_then177:                                       ; preds = %assert_end176
-  %343 = load i64, ptr %fused_decode.partial_max_strides, align 8, !dbg !15
-  %344 = icmp eq i64 %343, 16, !dbg !15
-  %345 = icmp eq i64 %slots, 1, !dbg !15
-  %346 = or i1 %345, %344, !dbg !15
-  %347 = getelementptr inbounds nuw i8, ptr %fused_decode.partial_max_strides, i64 8, !dbg !15
-  %348 = load i64, ptr %347, align 8, !dbg !15
-  %349 = icmp eq i64 %348, 1, !dbg !15
-  %350 = and i1 %349, %346, !dbg !15
-  br i1 %350, label %if_end178, label %assert_fail179, !dbg !15, !prof !16
-
-if_end178:                                        ; preds = %if_then177, %assert_end176
-  %351 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12, !dbg !15
-  %352 = load i32, ptr %351, align 4, !dbg !15
-  %353 = icmp eq i32 %dev_id, %352, !dbg !15
-  br i1 %353, label %assert_end182, label %assert_fail181, !dbg !15, !prof !16
-
-assert_fail179:                                   ; preds = %if_then177
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.60, ptr nonnull @.str.16, ptr nonnull @.str.5, ptr nonnull @.str.61, ptr null), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_fail181:                                   ; preds = %if_end178
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.63, ptr nonnull @.str.50, ptr nonnull @.str.16, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.52), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end182:                                    ; preds = %if_end178
-  %354 = load ptr, ptr %partial_max.handle, align 8, !dbg !15
-  %355 = icmp ne ptr %354, null, !dbg !15
-  %356 = icmp eq i64 %slots, 0, !dbg !15
-  %357 = or i1 %356, %355, !dbg !15
-  br i1 %357, label %assert_end184, label %assert_fail183, !dbg !15, !prof !16
-
-assert_fail183:                                   ; preds = %assert_end182
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.43, ptr nonnull @.str.47, ptr nonnull @.str.16, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.48), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end184:                                    ; preds = %assert_end182
-  %358 = load i64, ptr %fused_decode.partial_sum_shape, align 8, !dbg !15
-  %359 = icmp eq i64 %slots, %358, !dbg !15
-  br i1 %359, label %assert_end186, label %assert_fail185, !dbg !15, !prof !16
-
-assert_fail185:                                   ; preds = %assert_end184
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.64, ptr nonnull @.str.50, ptr nonnull @.str.17, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.65), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end186:                                    ; preds = %assert_end184
-  %.not282 = icmp eq ptr %fused_decode.partial_sum_strides, null, !dbg !15
-  br i1 %.not282, label %if_end188, label %if_then187, !dbg !15, !prof !17
-
-if_then187:                                       ; preds = %assert_end186
-  %360 = load i64, ptr %fused_decode.partial_sum_strides, align 8, !dbg !15
-  %361 = icmp eq i64 %360, 16, !dbg !15
-  %362 = icmp eq i64 %slots, 1, !dbg !15
-  %363 = or i1 %362, %361, !dbg !15
-  %364 = getelementptr inbounds nuw i8, ptr %fused_decode.partial_sum_strides, i64 8, !dbg !15
-  %365 = load i64, ptr %364, align 8, !dbg !15
-  %366 = icmp eq i64 %365, 1, !dbg !15
-  %367 = and i1 %366, %363, !dbg !15
-  br i1 %367, label %if_end188, label %assert_fail189, !dbg !15, !prof !16
-
-if_end188:                                        ; preds = %if_then187, %assert_end186
-  %368 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 12, !dbg !15
-  %369 = load i32, ptr %368, align 4, !dbg !15
-  %370 = icmp eq i32 %dev_id, %369, !dbg !15
-  br i1 %370, label %assert_end192, label %assert_fail191, !dbg !15, !prof !16
-
-assert_fail189:                                   ; preds = %if_then187
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.60, ptr nonnull @.str.17, ptr nonnull @.str.5, ptr nonnull @.str.61, ptr null), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_fail191:                                   ; preds = %if_end188
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.66, ptr nonnull @.str.50, ptr nonnull @.str.17, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.52), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end192:                                    ; preds = %if_end188
-  %371 = load ptr, ptr %partial_sum.handle, align 8, !dbg !15
-  %372 = icmp ne ptr %371, null, !dbg !15
-  %373 = or i1 %356, %372, !dbg !15
-  br i1 %373, label %assert_end194, label %assert_fail193, !dbg !15, !prof !16
-
-assert_fail193:                                   ; preds = %assert_end192
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.45, ptr nonnull @.str.47, ptr nonnull @.str.17, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.48), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end194:                                    ; preds = %assert_end192
-  %374 = load i64, ptr %fused_decode.partial_acc_shape, align 8, !dbg !15
-  %375 = icmp eq i64 %slots, %374, !dbg !15
-  br i1 %375, label %assert_end196, label %assert_fail195, !dbg !15, !prof !16
-
-assert_fail195:                                   ; preds = %assert_end194
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.67, ptr nonnull @.str.50, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.65), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end196:                                    ; preds = %assert_end194
-  %.not283 = icmp eq ptr %fused_decode.partial_acc_strides, null, !dbg !15
-  br i1 %.not283, label %if_end198, label %if_then197, !dbg !15, !prof !17
-
-if_then197:                                       ; preds = %assert_end196
-  %376 = load i64, ptr %fused_decode.partial_acc_strides, align 8, !dbg !15
-  %377 = icmp eq i64 %376, 2048, !dbg !15
-  %378 = icmp eq i64 %slots, 1, !dbg !15
-  %379 = or i1 %378, %377, !dbg !15
-  %380 = getelementptr inbounds nuw i8, ptr %fused_decode.partial_acc_strides, i64 8, !dbg !15
-  %381 = load i64, ptr %380, align 8, !dbg !15
-  %382 = icmp eq i64 %381, 16, !dbg !15
-  %383 = getelementptr inbounds nuw i8, ptr %fused_decode.partial_acc_strides, i64 16, !dbg !15
-  %384 = load i64, ptr %383, align 8, !dbg !15
-  %385 = icmp eq i64 %384, 1, !dbg !15
-  %386 = and i1 %382, %385, !dbg !15
-  %387 = and i1 %379, %386, !dbg !15
-  br i1 %387, label %if_end198, label %assert_fail199, !dbg !15, !prof !16
-
-if_end198:                                        ; preds = %if_then197, %assert_end196
-  %388 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 12, !dbg !15
-  %389 = load i32, ptr %388, align 4, !dbg !15
-  %390 = icmp eq i32 %dev_id, %389, !dbg !15
-  br i1 %390, label %assert_end202, label %assert_fail201, !dbg !15, !prof !16
-
-assert_fail199:                                   ; preds = %if_then197
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.60, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.61, ptr null), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_fail201:                                   ; preds = %if_end198
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.68, ptr nonnull @.str.50, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.52), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end202:                                    ; preds = %if_end198
-  %391 = load ptr, ptr %partial_acc.handle, align 8, !dbg !15
-  %392 = icmp ne ptr %391, null, !dbg !15
-  %393 = or i1 %356, %392, !dbg !15
-  br i1 %393, label %assert_end204, label %assert_fail203, !dbg !15, !prof !16
-
-assert_fail203:                                   ; preds = %assert_end202
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.46, ptr nonnull @.str.47, ptr nonnull @.str.18, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.48), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end204:                                    ; preds = %assert_end202
-  %394 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8, !dbg !15
-  %395 = load i64, ptr %394, align 8, !dbg !15
-  %396 = icmp eq i64 %395, 16, !dbg !15
-  br i1 %396, label %assert_end206, label %assert_fail205, !dbg !15, !prof !16
-
-assert_fail205:                                   ; preds = %assert_end204
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.70, ptr nonnull @.str.50, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end206:                                    ; preds = %assert_end204
-  %397 = load i64, ptr %129, align 8, !dbg !15
-  %398 = icmp eq i64 %397, 128, !dbg !15
-  br i1 %398, label %assert_end208, label %assert_fail207, !dbg !15, !prof !16
-
-assert_fail207:                                   ; preds = %assert_end206
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.71, ptr nonnull @.str.50, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.72), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end208:                                    ; preds = %assert_end206
-  br i1 %128, label %assert_end213, label %if_else210, !dbg !15
-
-if_else210:                                       ; preds = %assert_end208
-  %399 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 16, !dbg !15
-  %400 = load i64, ptr %399, align 8, !dbg !15
-  %401 = icmp eq i64 %400, 1, !dbg !15
-  br i1 %401, label %assert_end213, label %assert_fail212, !dbg !15, !prof !16
-
-assert_fail212:                                   ; preds = %if_else210
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.73, ptr nonnull @.str.50, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end213:                                    ; preds = %assert_end208, %if_else210
-  %402 = getelementptr inbounds nuw i8, ptr %query.handle, i64 40, !dbg !15
-  %403 = load i64, ptr %402, align 8, !dbg !15
-  %404 = icmp eq i64 %403, 0, !dbg !15
-  br i1 %404, label %assert_end215, label %assert_fail214, !dbg !15, !prof !16
-
-assert_fail214:                                   ; preds = %assert_end213
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.74, ptr nonnull @.str.50, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end215:                                    ; preds = %assert_end213
-  %405 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_shape, i64 8, !dbg !15
-  %406 = load i64, ptr %405, align 8, !dbg !15
-  %407 = icmp eq i64 %406, 128, !dbg !15
-  br i1 %407, label %assert_end217, label %assert_fail216, !dbg !15, !prof !16
-
-assert_fail216:                                   ; preds = %assert_end215
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.75, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.72), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end217:                                    ; preds = %assert_end215
-  %408 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_shape, i64 16, !dbg !15
-  %409 = load i64, ptr %408, align 8, !dbg !15
-  %410 = icmp eq i64 %409, 1, !dbg !15
-  br i1 %410, label %assert_end219, label %assert_fail218, !dbg !15, !prof !16
-
-assert_fail218:                                   ; preds = %assert_end217
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.76, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end219:                                    ; preds = %assert_end217
-  %411 = load i64, ptr %157, align 8, !dbg !15
-  %412 = icmp eq i64 %411, 128, !dbg !15
-  br i1 %412, label %assert_end221, label %assert_fail220, !dbg !15, !prof !16
-
-assert_fail220:                                   ; preds = %assert_end219
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.77, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.72), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end221:                                    ; preds = %assert_end219
-  br i1 %156, label %assert_end226, label %if_else223, !dbg !15
-
-if_else223:                                       ; preds = %assert_end221
-  %413 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_strides, i64 24, !dbg !15
-  %414 = load i64, ptr %413, align 8, !dbg !15
-  %415 = icmp eq i64 %414, 1, !dbg !15
-  br i1 %415, label %assert_end226, label %assert_fail225, !dbg !15, !prof !16
-
-assert_fail225:                                   ; preds = %if_else223
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.78, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end226:                                    ; preds = %assert_end221, %if_else223
-  %416 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 40, !dbg !15
-  %417 = load i64, ptr %416, align 8, !dbg !15
-  %418 = icmp eq i64 %417, 0, !dbg !15
-  br i1 %418, label %assert_end228, label %assert_fail227, !dbg !15, !prof !16
-
-assert_fail227:                                   ; preds = %assert_end226
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.79, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end228:                                    ; preds = %assert_end226
-  %419 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_shape, i64 8, !dbg !15
-  %420 = load i64, ptr %419, align 8, !dbg !15
-  %421 = icmp eq i64 %420, 128, !dbg !15
-  br i1 %421, label %assert_end230, label %assert_fail229, !dbg !15, !prof !16
-
-assert_fail229:                                   ; preds = %assert_end228
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.80, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.72), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end230:                                    ; preds = %assert_end228
-  %422 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_shape, i64 16, !dbg !15
-  %423 = load i64, ptr %422, align 8, !dbg !15
-  %424 = icmp eq i64 %423, 1, !dbg !15
-  br i1 %424, label %assert_end232, label %assert_fail231, !dbg !15, !prof !16
-
-assert_fail231:                                   ; preds = %assert_end230
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.81, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end232:                                    ; preds = %assert_end230
-  %425 = load i64, ptr %189, align 8, !dbg !15
-  %426 = icmp eq i64 %425, 128, !dbg !15
-  br i1 %426, label %assert_end234, label %assert_fail233, !dbg !15, !prof !16
-
-assert_fail233:                                   ; preds = %assert_end232
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.82, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.72), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end234:                                    ; preds = %assert_end232
-  br i1 %188, label %assert_end239, label %if_else236, !dbg !15
-
-if_else236:                                       ; preds = %assert_end234
-  %427 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_strides, i64 24, !dbg !15
-  %428 = load i64, ptr %427, align 8, !dbg !15
-  %429 = icmp eq i64 %428, 1, !dbg !15
-  br i1 %429, label %assert_end239, label %assert_fail238, !dbg !15, !prof !16
-
-assert_fail238:                                   ; preds = %if_else236
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.83, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end239:                                    ; preds = %assert_end234, %if_else236
-  %430 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 40, !dbg !15
-  %431 = load i64, ptr %430, align 8, !dbg !15
-  %432 = icmp eq i64 %431, 0, !dbg !15
-  br i1 %432, label %assert_end241, label %assert_fail240, !dbg !15, !prof !16
-
-assert_fail240:                                   ; preds = %assert_end239
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.84, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end241:                                    ; preds = %assert_end239
-  br i1 %221, label %assert_end246, label %if_else243, !dbg !15
-
-if_else243:                                       ; preds = %assert_end241
-  %433 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_strides, i64 8, !dbg !15
-  %434 = load i64, ptr %433, align 8, !dbg !15
-  %435 = icmp eq i64 %434, 1, !dbg !15
-  br i1 %435, label %assert_end246, label %assert_fail245, !dbg !15, !prof !16
-
-assert_fail245:                                   ; preds = %if_else243
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.85, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end246:                                    ; preds = %assert_end241, %if_else243
-  %436 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 40, !dbg !15
-  %437 = load i64, ptr %436, align 8, !dbg !15
-  %438 = icmp eq i64 %437, 0, !dbg !15
-  br i1 %438, label %assert_end248, label %assert_fail247, !dbg !15, !prof !16
-
-assert_fail247:                                   ; preds = %assert_end246
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.86, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end248:                                    ; preds = %assert_end246
-  %439 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 40, !dbg !15
-  %440 = load i64, ptr %439, align 8, !dbg !15
-  %441 = icmp eq i64 %440, 0, !dbg !15
-  br i1 %441, label %assert_end250, label %assert_fail249, !dbg !15, !prof !16
-
-assert_fail249:                                   ; preds = %assert_end248
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.87, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end250:                                    ; preds = %assert_end248
-  %442 = getelementptr inbounds nuw i8, ptr %fused_decode.partial_max_shape, i64 8, !dbg !15
-  %443 = load i64, ptr %442, align 8, !dbg !15
-  %444 = icmp eq i64 %443, 16, !dbg !15
-  br i1 %444, label %assert_end252, label %assert_fail251, !dbg !15, !prof !16
-
-assert_fail251:                                   ; preds = %assert_end250
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.88, ptr nonnull @.str.50, ptr nonnull @.str.16, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end252:                                    ; preds = %assert_end250
-  %445 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 40, !dbg !15
-  %446 = load i64, ptr %445, align 8, !dbg !15
-  %447 = icmp eq i64 %446, 0, !dbg !15
-  br i1 %447, label %assert_end254, label %assert_fail253, !dbg !15, !prof !16
-
-assert_fail253:                                   ; preds = %assert_end252
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.89, ptr nonnull @.str.50, ptr nonnull @.str.16, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end254:                                    ; preds = %assert_end252
-  %448 = getelementptr inbounds nuw i8, ptr %fused_decode.partial_sum_shape, i64 8, !dbg !15
-  %449 = load i64, ptr %448, align 8, !dbg !15
-  %450 = icmp eq i64 %449, 16, !dbg !15
-  br i1 %450, label %assert_end256, label %assert_fail255, !dbg !15, !prof !16
-
-assert_fail255:                                   ; preds = %assert_end254
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.90, ptr nonnull @.str.50, ptr nonnull @.str.17, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end256:                                    ; preds = %assert_end254
-  %451 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 40, !dbg !15
-  %452 = load i64, ptr %451, align 8, !dbg !15
-  %453 = icmp eq i64 %452, 0, !dbg !15
-  br i1 %453, label %assert_end258, label %assert_fail257, !dbg !15, !prof !16
-
-assert_fail257:                                   ; preds = %assert_end256
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.91, ptr nonnull @.str.50, ptr nonnull @.str.17, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end258:                                    ; preds = %assert_end256
-  %454 = getelementptr inbounds nuw i8, ptr %fused_decode.partial_acc_shape, i64 8, !dbg !15
-  %455 = load i64, ptr %454, align 8, !dbg !15
-  %456 = icmp eq i64 %455, 128, !dbg !15
-  br i1 %456, label %assert_end260, label %assert_fail259, !dbg !15, !prof !16
-
-assert_fail259:                                   ; preds = %assert_end258
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.92, ptr nonnull @.str.50, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.72), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end260:                                    ; preds = %assert_end258
-  %457 = getelementptr inbounds nuw i8, ptr %fused_decode.partial_acc_shape, i64 16, !dbg !15
-  %458 = load i64, ptr %457, align 8, !dbg !15
-  %459 = icmp eq i64 %458, 16, !dbg !15
-  br i1 %459, label %assert_end262, label %assert_fail261, !dbg !15, !prof !16
-
-assert_fail261:                                   ; preds = %assert_end260
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.93, ptr nonnull @.str.50, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end262:                                    ; preds = %assert_end260
-  %460 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 40, !dbg !15
-  %461 = load i64, ptr %460, align 8, !dbg !15
-  %462 = icmp eq i64 %461, 0, !dbg !15
-  br i1 %462, label %assert_end264, label %assert_fail263, !dbg !15, !prof !16
-
-assert_fail263:                                   ; preds = %assert_end262
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.94, ptr nonnull @.str.50, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end264:                                    ; preds = %assert_end262
-    #dbg_declare(ptr %302, !86, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %302, i64 2) ], !dbg !15
-    #dbg_declare(ptr %309, !89, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %309, i64 2) ], !dbg !15
-    #dbg_declare(ptr %318, !90, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %318, i64 2) ], !dbg !15
-    #dbg_declare(ptr %326, !91, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %326, i64 4) ], !dbg !15
-    #dbg_declare(ptr %340, !93, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %340, i64 4) ], !dbg !15
-    #dbg_declare(ptr %354, !94, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %354, i64 64) ], !dbg !15
-    #dbg_declare(ptr %371, !96, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %371, i64 64) ], !dbg !15
-    #dbg_declare(ptr %391, !97, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %391, i64 64) ], !dbg !15
-    #dbg_value(i32 %dev_id, !98, !DIExpression(), !132)
-    #dbg_value(ptr %302, !103, !DIExpression(), !132)
-    #dbg_value(i64 %q_batch, !104, !DIExpression(), !132)
-    #dbg_value(i64 %batch, !105, !DIExpression(), !132)
-    #dbg_value(ptr %309, !106, !DIExpression(), !132)
-    #dbg_value(i64 %k_block, !107, !DIExpression(), !132)
-    #dbg_value(i64 %num_blocks, !108, !DIExpression(), !132)
-    #dbg_value(ptr %318, !109, !DIExpression(), !132)
-    #dbg_value(i64 %v_block, !110, !DIExpression(), !132)
-    #dbg_value(ptr %326, !111, !DIExpression(), !132)
-    #dbg_value(i64 %table_seq, !112, !DIExpression(), !132)
-    #dbg_value(ptr %340, !113, !DIExpression(), !132)
-    #dbg_value(i64 %slots, !114, !DIExpression(), !132)
-    #dbg_value(ptr %354, !115, !DIExpression(), !132)
-    #dbg_value(ptr %371, !116, !DIExpression(), !132)
-    #dbg_value(ptr %391, !117, !DIExpression(), !132)
-    #dbg_value(i32 %num_seqs, !118, !DIExpression(), !132)
-    #dbg_value(i64 %68, !119, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !132)
-    #dbg_value(i32 %block_begin, !120, !DIExpression(), !132)
-    #dbg_value(i32 %block_end, !121, !DIExpression(), !132)
-    #dbg_value(i32 %num_rows, !122, !DIExpression(), !132)
-    #dbg_value(i64 %83, !123, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !132)
-    #dbg_value(i64 %q_head, !124, !DIExpression(), !132)
-    #dbg_value(i64 %78, !125, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !132)
-    #dbg_value(i64 %k_head, !126, !DIExpression(), !132)
-    #dbg_value(i64 %k_slot285, !127, !DIExpression(), !132)
-    #dbg_value(float %scale, !128, !DIExpression(), !132)
-    #dbg_value(i64 %v_slot288, !129, !DIExpression(), !132)
-    #dbg_value(i64 %v_head, !130, !DIExpression(), !132)
-    #dbg_value(i64 %103, !131, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !132)
-  %463 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !132, !tbaa !134
-  %q_tile.i = tail call ptr %463(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32), !dbg !132
-    #dbg_declare(ptr %q_tile.i, !137, !DIExpression(), !132)
-  %464 = icmp eq ptr %q_tile.i, null, !dbg !132
-  br i1 %464, label %common.ret, label %if_end.i, !dbg !132, !prof !16
-
-if_end.i:                                         ; preds = %assert_end264
-  %465 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !132, !tbaa !134
-  %acc.i = tail call ptr %465(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32), !dbg !132
-    #dbg_declare(ptr %acc.i, !138, !DIExpression(), !132)
-  %466 = icmp eq ptr %acc.i, null, !dbg !132
-  br i1 %466, label %common.ret, label %if_end2.i, !dbg !132, !prof !16
+  %0 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %1 = load ptr, ptr %0, align 8
+  %2 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %3 = load ptr, ptr %2, align 8
+  %4 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %5 = load ptr, ptr %4, align 8
+  %6 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %7 = load ptr, ptr %6, align 8
+  %8 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %9 = load ptr, ptr %8, align 8
+  %10 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %11 = load ptr, ptr %10, align 8
+  %12 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %13 = load ptr, ptr %12, align 8
+  %14 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr align 8 %args, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
+  %15 = shufflevector <29 x i32> %14, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %16 = icmp eq <8 x i32> %15, splat (i32 70)
+  %17 = extractelement <8 x i1> %16, i64 0
+  %query.handle.idx = select i1 %17, i64 24, i64 0
+  %query.handle = getelementptr inbounds nuw i8, ptr %1, i64 %query.handle.idx
+  %18 = extractelement <8 x i1> %16, i64 1
+  %key_cache.handle.idx = select i1 %18, i64 24, i64 0
+  %key_cache.handle = getelementptr inbounds nuw i8, ptr %3, i64 %key_cache.handle.idx
+  %19 = extractelement <8 x i1> %16, i64 2
+  %value_cache.handle.idx = select i1 %19, i64 24, i64 0
+  %value_cache.handle = getelementptr inbounds nuw i8, ptr %5, i64 %value_cache.handle.idx
+  %20 = extractelement <8 x i1> %16, i64 3
+  %block_table.handle.idx = select i1 %20, i64 24, i64 0
+  %block_table.handle = getelementptr inbounds nuw i8, ptr %7, i64 %block_table.handle.idx
+  %21 = extractelement <8 x i1> %16, i64 4
+  %context_lens.handle.idx = select i1 %21, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %9, i64 %context_lens.handle.idx
+  %22 = extractelement <8 x i1> %16, i64 5
+  %partial_max.handle.idx = select i1 %22, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %11, i64 %partial_max.handle.idx
+  %23 = extractelement <8 x i1> %16, i64 6
+  %partial_sum.handle.idx = select i1 %23, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %13, i64 %partial_sum.handle.idx
+  %24 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %25 = load ptr, ptr %24, align 8
+  %26 = extractelement <8 x i1> %16, i64 7
+  %partial_acc.handle.idx = select i1 %26, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %25, i64 %partial_acc.handle.idx
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %28 = load i64, ptr %27, align 8
+  %29 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %30 = load i64, ptr %29, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %32 = load i64, ptr %31, align 8
+  %33 = getelementptr inbounds nuw i8, ptr %args, i64 184
+  %34 = load i64, ptr %33, align 8
+  %35 = getelementptr inbounds nuw i8, ptr %args, i64 200
+  %36 = load i64, ptr %35, align 8
+  %37 = getelementptr inbounds nuw i8, ptr %args, i64 216
+  %38 = load i64, ptr %37, align 8
+  %39 = getelementptr inbounds nuw i8, ptr %args, i64 232
+  %40 = load i64, ptr %39, align 8
+  %41 = getelementptr inbounds nuw i8, ptr %args, i64 248
+  %42 = load i64, ptr %41, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %args, i64 256
+  %scale.type_index = load i32, ptr %43, align 8
+  %44 = getelementptr inbounds nuw i8, ptr %args, i64 264
+  %45 = load i64, ptr %44, align 8
+  %46 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %fused_decode.query_shape = load ptr, ptr %46, align 8
+  %47 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %fused_decode.query_strides = load ptr, ptr %47, align 8
+  %48 = icmp eq ptr %fused_decode.query_strides, null
+  %49 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16
+  %50 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8
+  %q_head.in = select i1 %48, ptr %49, ptr %50
+  %q_head = load i64, ptr %q_head.in, align 8
+  br i1 %48, label %if_then25, label %if_else26
+
+if_then25:                                        ; preds = %entry
+  %51 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8
+  %52 = load i64, ptr %51, align 8
+  %53 = load i64, ptr %49, align 8
+  %54 = mul nsw i64 %53, %52
+  br label %if_end27
+
+if_else26:                                        ; preds = %entry
+  %55 = load i64, ptr %fused_decode.query_strides, align 8
+  br label %if_end27
+
+if_end27:                                         ; preds = %if_else26, %if_then25
+  %q_batch = phi i64 [ %54, %if_then25 ], [ %55, %if_else26 ]
+  %56 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %56, align 4
+  %57 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 24
+  %fused_decode.key_cache_shape = load ptr, ptr %57, align 8
+  %58 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 32
+  %fused_decode.key_cache_strides = load ptr, ptr %58, align 8
+  %59 = icmp eq ptr %fused_decode.key_cache_strides, null
+  %60 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_shape, i64 24
+  %61 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_strides, i64 16
+  %k_head.in = select i1 %59, ptr %60, ptr %61
+  %k_head = load i64, ptr %k_head.in, align 8
+  br i1 %59, label %if_then34, label %if_else35
+
+if_then34:                                        ; preds = %if_end27
+  %62 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_shape, i64 16
+  %63 = load i64, ptr %62, align 8
+  %64 = load i64, ptr %60, align 8
+  %65 = mul nsw i64 %64, %63
+  %66 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_shape, i64 8
+  %67 = load i64, ptr %66, align 8
+  %68 = mul nsw i64 %65, %67
+  br label %if_end36
+
+if_else35:                                        ; preds = %if_end27
+  %69 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_strides, i64 8
+  %70 = load i64, ptr %69, align 8
+  %71 = load i64, ptr %fused_decode.key_cache_strides, align 8
+  br label %if_end36
+
+if_end36:                                         ; preds = %if_else35, %if_then34
+  %k_slot58 = phi i64 [ %65, %if_then34 ], [ %70, %if_else35 ]
+  %k_block = phi i64 [ %68, %if_then34 ], [ %71, %if_else35 ]
+  %72 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 24
+  %fused_decode.value_cache_shape = load ptr, ptr %72, align 8
+  %73 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 32
+  %fused_decode.value_cache_strides = load ptr, ptr %73, align 8
+  %74 = icmp eq ptr %fused_decode.value_cache_strides, null
+  %75 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_shape, i64 24
+  %76 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_strides, i64 16
+  %v_head.in = select i1 %74, ptr %75, ptr %76
+  %v_head = load i64, ptr %v_head.in, align 8
+  br i1 %74, label %if_then43, label %if_else44
+
+if_then43:                                        ; preds = %if_end36
+  %77 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_shape, i64 16
+  %78 = load i64, ptr %77, align 8
+  %79 = load i64, ptr %75, align 8
+  %80 = mul nsw i64 %79, %78
+  %81 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_shape, i64 8
+  %82 = load i64, ptr %81, align 8
+  %83 = mul nsw i64 %80, %82
+  br label %if_end45
+
+if_else44:                                        ; preds = %if_end36
+  %84 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_strides, i64 8
+  %85 = load i64, ptr %84, align 8
+  %86 = load i64, ptr %fused_decode.value_cache_strides, align 8
+  br label %if_end45
+
+if_end45:                                         ; preds = %if_else44, %if_then43
+  %v_slot61 = phi i64 [ %80, %if_then43 ], [ %85, %if_else44 ]
+  %v_block = phi i64 [ %83, %if_then43 ], [ %86, %if_else44 ]
+  %87 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %fused_decode.block_table_strides = load ptr, ptr %87, align 8
+  %88 = icmp eq ptr %fused_decode.block_table_strides, null
+  br i1 %88, label %if_then46, label %if_end48
+
+if_then46:                                        ; preds = %if_end45
+  %89 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %fused_decode.block_table_shape = load ptr, ptr %89, align 8
+  %90 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8
+  br label %if_end48
+
+if_end48:                                         ; preds = %if_then46, %if_end45
+  %table_seq.in = phi ptr [ %90, %if_then46 ], [ %fused_decode.block_table_strides, %if_end45 ]
+  %table_seq = load i64, ptr %table_seq.in, align 8
+  %91 = icmp eq i32 %scale.type_index, 3
+  %.cast = bitcast i64 %45 to double
+  %92 = fptrunc double %.cast to float
+  %93 = sitofp i64 %45 to float
+  %scale = select i1 %91, float %92, float %93
+  %block_end = trunc i64 %40 to i32
+  %block_begin = trunc i64 %38 to i32
+  %num_rows = trunc i64 %36 to i32
+  %num_seqs = trunc i64 %30 to i32
+  %query = load ptr, ptr %query.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
+  %key_cache = load ptr, ptr %key_cache.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
+  %value_cache = load ptr, ptr %value_cache.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
+  %block_table = load ptr, ptr %block_table.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  %context_lens = load ptr, ptr %context_lens.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  %partial_max = load ptr, ptr %partial_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 64) ]
+  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 64) ]
+  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 64) ]
+  %94 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %q_tile.i = tail call ptr %94(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %95 = icmp eq ptr %q_tile.i, null
+  br i1 %95, label %fused_decode_compute_.exit, label %if_end.i, !prof !6
+
+if_end.i:                                         ; preds = %if_end48
+  %96 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %acc.i = tail call ptr %96(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %97 = icmp eq ptr %acc.i, null
+  br i1 %97, label %fused_decode_compute_.exit, label %if_end2.i, !prof !6
 
 if_end2.i:                                        ; preds = %if_end.i
-  %467 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !132, !tbaa !134
-  %scores.i = tail call ptr %467(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32), !dbg !132
-    #dbg_declare(ptr %scores.i, !141, !DIExpression(), !132)
-  %468 = icmp eq ptr %scores.i, null, !dbg !132
-  br i1 %468, label %common.ret, label %if_end5.i, !dbg !132, !prof !16
+  %98 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %scores.i = tail call ptr %98(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %99 = icmp eq ptr %scores.i, null
+  br i1 %99, label %fused_decode_compute_.exit, label %if_end5.i, !prof !6
 
 if_end5.i:                                        ; preds = %if_end2.i
-  %469 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !132, !tbaa !134
-  %k_tile.i = tail call ptr %469(i32 1, i32 %dev_id, i64 8448, i32 2, i32 32), !dbg !132
-    #dbg_declare(ptr %k_tile.i, !142, !DIExpression(), !132)
-  %470 = icmp eq ptr %k_tile.i, null, !dbg !132
-  br i1 %470, label %common.ret, label %if_end8.i, !dbg !132, !prof !16
+  %100 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %k_tile.i = tail call ptr %100(i32 1, i32 %dev_id, i64 8448, i32 2, i32 32)
+  %101 = icmp eq ptr %k_tile.i, null
+  br i1 %101, label %fused_decode_compute_.exit, label %if_end8.i, !prof !6
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %471 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !132, !tbaa !134
-  %tile_acc.i = tail call ptr %471(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32), !dbg !132
-    #dbg_declare(ptr %tile_acc.i, !143, !DIExpression(), !132)
-  %472 = icmp eq ptr %tile_acc.i, null, !dbg !132
-  br i1 %472, label %common.ret, label %if_end11.i, !dbg !132, !prof !16
+  %102 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %tile_acc.i = tail call ptr %102(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %103 = icmp eq ptr %tile_acc.i, null
+  br i1 %103, label %fused_decode_compute_.exit, label %if_end11.i, !prof !6
 
 if_end11.i:                                       ; preds = %if_end8.i
-    #dbg_declare(ptr %302, !144, !DIExpression(), !132)
-  call void @llvm.assume(i1 true) [ "align"(ptr %302, i64 2) ], !dbg !132
-    #dbg_declare(ptr %309, !145, !DIExpression(), !132)
-  call void @llvm.assume(i1 true) [ "align"(ptr %309, i64 2) ], !dbg !132
-    #dbg_declare(ptr %318, !146, !DIExpression(), !132)
-  call void @llvm.assume(i1 true) [ "align"(ptr %318, i64 2) ], !dbg !132
-    #dbg_declare(ptr %326, !147, !DIExpression(), !132)
-  call void @llvm.assume(i1 true) [ "align"(ptr %326, i64 4) ], !dbg !132
-    #dbg_declare(ptr %340, !148, !DIExpression(), !132)
-  call void @llvm.assume(i1 true) [ "align"(ptr %340, i64 4) ], !dbg !132
-    #dbg_value(i64 %slots, !149, !DIExpression(DW_OP_constu, 16, DW_OP_mul, DW_OP_stack_value), !132)
-    #dbg_declare(ptr %354, !150, !DIExpression(), !132)
-  call void @llvm.assume(i1 true) [ "align"(ptr %354, i64 64) ], !dbg !132
-    #dbg_declare(ptr %371, !151, !DIExpression(), !132)
-  call void @llvm.assume(i1 true) [ "align"(ptr %371, i64 64) ], !dbg !132
-    #dbg_declare(ptr %391, !152, !DIExpression(), !132)
-  call void @llvm.assume(i1 true) [ "align"(ptr %391, i64 64) ], !dbg !132
-    #dbg_value(<16 x float> undef, !153, !DIExpression(), !132)
-    #dbg_value(<16 x float> undef, !154, !DIExpression(), !132)
-    #dbg_value(i32 0, !155, !DIExpression(), !132)
-  %473 = icmp sgt i32 %num_seqs, 0, !dbg !132
-  br i1 %473, label %for_body_s.lr.ph.i, label %for_end_s.i, !dbg !132, !prof !156
+  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 64) ]
+  %104 = icmp sgt i32 %num_seqs, 0
+  br i1 %104, label %for_body_s.lr.ph.i, label %for_end_s.i, !prof !7
 
 for_body_s.lr.ph.i:                               ; preds = %if_end11.i
   %range_begin.i = shl nsw i32 %block_begin, 7
-  %sext = shl i64 %68, 32
-  %474 = ashr exact i64 %sext, 32
-  %475 = shl nsw i32 %block_end, 7
-  %sext290 = shl i64 %83, 32
-  %476 = ashr exact i64 %sext290, 32
-  %sext291 = shl i64 %78, 32
-  %cse_v5.i = ashr exact i64 %sext291, 32
-  %sext292 = shl i64 %93, 32
-  %477 = ashr exact i64 %sext292, 32
-  %cse_v18.i = mul nsw i64 %k_head, %cse_v5.i
-  %478 = insertelement <16 x float> poison, float %scale, i64 0
-  %479 = shufflevector <16 x float> %478, <16 x float> poison, <16 x i32> zeroinitializer
-  %cse_v23.i = mul nsw i64 %v_head, %cse_v5.i
-  %sext293 = shl i64 %103, 32
-  %cse_v15.i = ashr exact i64 %sext293, 32
-  %wide.trip.count325.i = and i64 %73, 2147483647, !dbg !132
-  %480 = icmp sgt i32 %num_rows, 0
-  %481 = mul nsw i64 %q_head, %476
-  %482 = icmp samesign ugt i32 %num_rows, 1
-  %483 = add nsw i64 %476, 1
-  %484 = mul nsw i64 %q_head, %483
-  %485 = icmp samesign ugt i32 %num_rows, 2
-  %486 = add nsw i64 %476, 2
-  %487 = mul nsw i64 %q_head, %486
-  %488 = icmp samesign ugt i32 %num_rows, 3
-  %489 = add nsw i64 %476, 3
-  %490 = mul nsw i64 %q_head, %489
-  %491 = icmp samesign ugt i32 %num_rows, 4
-  %492 = add nsw i64 %476, 4
-  %493 = mul nsw i64 %q_head, %492
-  %494 = icmp samesign ugt i32 %num_rows, 5
-  %495 = add nsw i64 %476, 5
-  %496 = mul nsw i64 %q_head, %495
-  %497 = icmp samesign ugt i32 %num_rows, 6
-  %498 = add nsw i64 %476, 6
-  %499 = mul nsw i64 %q_head, %498
-  %500 = icmp samesign ugt i32 %num_rows, 7
-  %501 = add nsw i64 %476, 7
-  %502 = mul nsw i64 %q_head, %501
-  %503 = icmp samesign ugt i32 %num_rows, 8
-  %504 = add nsw i64 %476, 8
-  %505 = mul nsw i64 %q_head, %504
-  %506 = icmp samesign ugt i32 %num_rows, 9
-  %507 = add nsw i64 %476, 9
-  %508 = mul nsw i64 %q_head, %507
-  %509 = icmp samesign ugt i32 %num_rows, 10
-  %510 = add nsw i64 %476, 10
-  %511 = mul nsw i64 %q_head, %510
-  %512 = icmp samesign ugt i32 %num_rows, 11
-  %513 = add nsw i64 %476, 11
-  %514 = mul nsw i64 %q_head, %513
-  %515 = icmp samesign ugt i32 %num_rows, 12
-  %516 = add nsw i64 %476, 12
-  %517 = mul nsw i64 %q_head, %516
-  %518 = icmp samesign ugt i32 %num_rows, 13
-  %519 = add nsw i64 %476, 13
-  %520 = mul nsw i64 %q_head, %519
-  %521 = icmp samesign ugt i32 %num_rows, 14
-  %522 = add nsw i64 %476, 14
-  %523 = mul nsw i64 %q_head, %522
-  %524 = icmp samesign ugt i32 %num_rows, 15
-  %525 = add nsw i64 %476, 15
-  %526 = mul nsw i64 %q_head, %525
-  br label %for_body_s.i, !dbg !132
+  %sext = shl i64 %28, 32
+  %105 = ashr exact i64 %sext, 32
+  %106 = shl nsw i32 %block_end, 7
+  %sext63 = shl i64 %34, 32
+  %107 = ashr exact i64 %sext63, 32
+  %sext64 = shl i64 %32, 32
+  %cse_v5.i = ashr exact i64 %sext64, 32
+  %sext65 = shl i64 %38, 32
+  %108 = ashr exact i64 %sext65, 32
+  %cse_v16.i = mul nsw i64 %k_head, %cse_v5.i
+  %109 = insertelement <16 x float> poison, float %scale, i64 0
+  %110 = shufflevector <16 x float> %109, <16 x float> poison, <16 x i32> zeroinitializer
+  %cse_v21.i = mul nsw i64 %v_head, %cse_v5.i
+  %sext66 = shl i64 %42, 32
+  %cse_v13.i = ashr exact i64 %sext66, 32
+  %wide.trip.count321.i = and i64 %30, 2147483647
+  %111 = icmp sgt i32 %num_rows, 0
+  %112 = mul nsw i64 %q_head, %107
+  %113 = icmp samesign ugt i32 %num_rows, 1
+  %114 = add nsw i64 %107, 1
+  %115 = mul nsw i64 %q_head, %114
+  %116 = icmp samesign ugt i32 %num_rows, 2
+  %117 = add nsw i64 %107, 2
+  %118 = mul nsw i64 %q_head, %117
+  %119 = icmp samesign ugt i32 %num_rows, 3
+  %120 = add nsw i64 %107, 3
+  %121 = mul nsw i64 %q_head, %120
+  %122 = icmp samesign ugt i32 %num_rows, 4
+  %123 = add nsw i64 %107, 4
+  %124 = mul nsw i64 %q_head, %123
+  %125 = icmp samesign ugt i32 %num_rows, 5
+  %126 = add nsw i64 %107, 5
+  %127 = mul nsw i64 %q_head, %126
+  %128 = icmp samesign ugt i32 %num_rows, 6
+  %129 = add nsw i64 %107, 6
+  %130 = mul nsw i64 %q_head, %129
+  %131 = icmp samesign ugt i32 %num_rows, 7
+  %132 = add nsw i64 %107, 7
+  %133 = mul nsw i64 %q_head, %132
+  %134 = icmp samesign ugt i32 %num_rows, 8
+  %135 = add nsw i64 %107, 8
+  %136 = mul nsw i64 %q_head, %135
+  %137 = icmp samesign ugt i32 %num_rows, 9
+  %138 = add nsw i64 %107, 9
+  %139 = mul nsw i64 %q_head, %138
+  %140 = icmp samesign ugt i32 %num_rows, 10
+  %141 = add nsw i64 %107, 10
+  %142 = mul nsw i64 %q_head, %141
+  %143 = icmp samesign ugt i32 %num_rows, 11
+  %144 = add nsw i64 %107, 11
+  %145 = mul nsw i64 %q_head, %144
+  %146 = icmp samesign ugt i32 %num_rows, 12
+  %147 = add nsw i64 %107, 12
+  %148 = mul nsw i64 %q_head, %147
+  %149 = icmp samesign ugt i32 %num_rows, 13
+  %150 = add nsw i64 %107, 13
+  %151 = mul nsw i64 %q_head, %150
+  %152 = icmp samesign ugt i32 %num_rows, 14
+  %153 = add nsw i64 %107, 14
+  %154 = mul nsw i64 %q_head, %153
+  %155 = icmp samesign ugt i32 %num_rows, 15
+  %156 = add nsw i64 %107, 15
+  %157 = mul nsw i64 %q_head, %156
+  br label %for_body_s.i
 
-for_body_s.i:                                     ; preds = %for_end_d101.i, %for_body_s.lr.ph.i
-  %indvars.iv322.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next323.i, %for_end_d101.i ]
-  %row_max.0214.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_end_d101.i ]
-  %row_sum.0213.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %1161, %for_end_d101.i ]
-    #dbg_value(i64 %indvars.iv322.i, !155, !DIExpression(), !132)
-    #dbg_value(<16 x float> %row_max.0214.i, !153, !DIExpression(), !132)
-    #dbg_value(<16 x float> %row_sum.0213.i, !154, !DIExpression(), !132)
-    #dbg_value(!DIArgList(i64 %68, i64 %indvars.iv322.i), !157, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !132)
-    #dbg_value(i32 %range_begin.i, !158, !DIExpression(), !132)
-    #dbg_value(i32 %range_begin.i, !159, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv322.i, !160, !DIExpression(), !132)
-  %cse_v16.i = add nsw i64 %indvars.iv322.i, %474, !dbg !132
-    #dbg_value(i64 %cse_v16.i, !161, !DIExpression(), !132)
-  %527 = getelementptr inbounds i32, ptr %340, i64 %cse_v16.i, !dbg !162
-  %528 = load i32, ptr %527, align 4, !dbg !162, !tbaa !163
-    #dbg_value(i32 %range_len.i, !165, !DIExpression(), !132)
-    #dbg_value(i32 poison, !166, !DIExpression(), !132)
-    #dbg_value(i32 poison, !167, !DIExpression(), !132)
-  %529 = mul nsw i64 %cse_v16.i, %q_batch
-  %530 = getelementptr i16, ptr %302, i64 %529
-    #dbg_value(i32 0, !168, !DIExpression(), !132)
-  br label %for_begin_r.preheader.i, !dbg !132
+for_body_s.i:                                     ; preds = %for_end_d97.i, %for_body_s.lr.ph.i
+  %indvars.iv318.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next319.i, %for_end_d97.i ]
+  %row_max.0210.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_end_d97.i ]
+  %row_sum.0209.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %792, %for_end_d97.i ]
+  %cse_v14.i = add nsw i64 %indvars.iv318.i, %105
+  %158 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v14.i
+  %159 = load i32, ptr %158, align 4, !tbaa !8
+  %160 = mul nsw i64 %cse_v14.i, %q_batch
+  %161 = getelementptr i16, ptr %query, i64 %160
+  br label %for_begin_r.preheader.i
 
-for_end_s.i:                                      ; preds = %for_end_d101.i, %if_end11.i
-  %531 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %532 = tail call i32 %531(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i), !dbg !132
-  %.not.i = icmp eq i32 %532, 0, !dbg !132
-  br i1 %.not.i, label %if_end105.i, label %common.ret, !dbg !132, !prof !17
+for_end_s.i:                                      ; preds = %for_end_d97.i, %if_end11.i
+  %162 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %163 = tail call i32 %162(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
+  %.not.i = icmp eq i32 %163, 0
+  br i1 %.not.i, label %if_end101.i, label %fused_decode_compute_.exit, !prof !10
 
 for_begin_step.preheader.i:                       ; preds = %if_end14.15.i
-  %533 = tail call i32 @llvm.smin.i32(i32 %475, i32 %528), !dbg !162
-  %534 = sub nsw i32 %533, %range_begin.i, !dbg !162
-  %range_len.i = tail call i32 @llvm.smax.i32(i32 %534, i32 0), !dbg !162
-  %535 = add nuw i32 %range_len.i, 127, !dbg !132
-  %536 = lshr i32 %535, 7, !dbg !132
-  %537 = mul nsw i64 %cse_v16.i, %table_seq
-  %538 = add i64 %537, %477
-    #dbg_value(<16 x float> %row_max.0214.i, !153, !DIExpression(), !132)
-    #dbg_value(<16 x float> %row_sum.0213.i, !154, !DIExpression(), !132)
-    #dbg_value(i32 0, !169, !DIExpression(), !132)
-  %539 = zext nneg i32 %range_len.i to i64, !dbg !132
-  %umax.i = tail call i32 @llvm.umax.i32(i32 %536, i32 1), !dbg !132
-  %wide.trip.count316.i = zext nneg i32 %umax.i to i64, !dbg !132
-  br label %for_body_step.i, !dbg !132
+  %164 = tail call i32 @llvm.smin.i32(i32 %106, i32 %159)
+  %165 = sub nsw i32 %164, %range_begin.i
+  %range_len.i = tail call i32 @llvm.smax.i32(i32 %165, i32 0)
+  %166 = add nuw i32 %range_len.i, 127
+  %167 = lshr i32 %166, 7
+  %168 = mul nsw i64 %cse_v14.i, %table_seq
+  %169 = add i64 %168, %108
+  %170 = zext nneg i32 %range_len.i to i64
+  %umax.i = tail call i32 @llvm.umax.i32(i32 %167, i32 1)
+  %wide.trip.count312.i = zext nneg i32 %umax.i to i64
+  br label %for_body_step.i
 
 for_begin_r.preheader.i:                          ; preds = %if_end14.15.i, %for_body_s.i
   %indvars.iv.i = phi i64 [ 0, %for_body_s.i ], [ %indvars.iv.next.i, %if_end14.15.i ]
-    #dbg_value(i64 %indvars.iv.i, !168, !DIExpression(), !132)
-  %540 = shl nuw nsw i64 %indvars.iv.i, 4
-    #dbg_value(i32 0, !170, !DIExpression(), !132)
-  %invariant.gep.i = getelementptr i16, ptr %530, i64 %indvars.iv.i, !dbg !132
-    #dbg_value(i64 0, !170, !DIExpression(), !132)
-  br i1 %480, label %if_end14.i, label %if_end14.thread.i, !dbg !132
+  %171 = shl nuw nsw i64 %indvars.iv.i, 4
+  %invariant.gep.i = getelementptr i16, ptr %161, i64 %indvars.iv.i
+  br i1 %111, label %if_end14.i, label %if_end14.thread.i
 
 if_end14.thread.i:                                ; preds = %for_begin_r.preheader.i
-  %541 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %540, !dbg !132
-  store float 0.000000e+00, ptr %541, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 1, !170, !DIExpression(), !132)
-  br label %if_end14.1.thread.i, !dbg !132
+  %172 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %171
+  store float 0.000000e+00, ptr %172, align 4, !tbaa !8
+  br label %if_end14.1.thread.i
 
 if_end14.i:                                       ; preds = %for_begin_r.preheader.i
-  %gep.i = getelementptr i16, ptr %invariant.gep.i, i64 %481, !dbg !132
-  %542 = load i16, ptr %gep.i, align 2, !dbg !132, !tbaa !163
-  %543 = zext i16 %542 to i32, !dbg !132
-  %544 = shl nuw i32 %543, 16, !dbg !132
-  %545 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %540, !dbg !132
-  store i32 %544, ptr %545, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 1, !170, !DIExpression(), !132)
-  br i1 %482, label %if_end14.1.i, label %if_end14.1.thread.i, !dbg !132
+  %gep.i = getelementptr i16, ptr %invariant.gep.i, i64 %112
+  %173 = load i16, ptr %gep.i, align 2, !tbaa !8
+  %174 = zext i16 %173 to i32
+  %175 = shl nuw i32 %174, 16
+  %176 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %171
+  store i32 %175, ptr %176, align 4, !tbaa !8
+  br i1 %113, label %if_end14.1.i, label %if_end14.1.thread.i
 
 if_end14.1.thread.i:                              ; preds = %if_end14.i, %if_end14.thread.i
-  %546 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %540, !dbg !132
-  %547 = getelementptr inbounds nuw i8, ptr %546, i64 4, !dbg !132
-  store float 0.000000e+00, ptr %547, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 2, !170, !DIExpression(), !132)
-  br label %if_end14.2.thread.i, !dbg !132
+  %177 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %171
+  %178 = getelementptr inbounds nuw i8, ptr %177, i64 4
+  store float 0.000000e+00, ptr %178, align 4, !tbaa !8
+  br label %if_end14.2.thread.i
 
 if_end14.1.i:                                     ; preds = %if_end14.i
-  %gep.1.i = getelementptr i16, ptr %invariant.gep.i, i64 %484, !dbg !132
-  %548 = load i16, ptr %gep.1.i, align 2, !dbg !132, !tbaa !163
-  %549 = zext i16 %548 to i32, !dbg !132
-  %550 = shl nuw i32 %549, 16, !dbg !132
-  %551 = getelementptr inbounds nuw i8, ptr %545, i64 4, !dbg !132
-  store i32 %550, ptr %551, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 2, !170, !DIExpression(), !132)
-  br i1 %485, label %if_end14.2.i, label %if_end14.2.thread.i, !dbg !132
+  %gep.1.i = getelementptr i16, ptr %invariant.gep.i, i64 %115
+  %179 = load i16, ptr %gep.1.i, align 2, !tbaa !8
+  %180 = zext i16 %179 to i32
+  %181 = shl nuw i32 %180, 16
+  %182 = getelementptr inbounds nuw i8, ptr %176, i64 4
+  store i32 %181, ptr %182, align 4, !tbaa !8
+  br i1 %116, label %if_end14.2.i, label %if_end14.2.thread.i
 
 if_end14.2.thread.i:                              ; preds = %if_end14.1.i, %if_end14.1.thread.i
-  %552 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %540, !dbg !132
-  %553 = getelementptr inbounds nuw i8, ptr %552, i64 8, !dbg !132
-  store float 0.000000e+00, ptr %553, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 3, !170, !DIExpression(), !132)
-  br label %if_end14.3.thread.i, !dbg !132
+  %183 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %171
+  %184 = getelementptr inbounds nuw i8, ptr %183, i64 8
+  store float 0.000000e+00, ptr %184, align 4, !tbaa !8
+  br label %if_end14.3.thread.i
 
 if_end14.2.i:                                     ; preds = %if_end14.1.i
-  %gep.2.i = getelementptr i16, ptr %invariant.gep.i, i64 %487, !dbg !132
-  %554 = load i16, ptr %gep.2.i, align 2, !dbg !132, !tbaa !163
-  %555 = zext i16 %554 to i32, !dbg !132
-  %556 = shl nuw i32 %555, 16, !dbg !132
-  %557 = getelementptr inbounds nuw i8, ptr %545, i64 8, !dbg !132
-  store i32 %556, ptr %557, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 3, !170, !DIExpression(), !132)
-  br i1 %488, label %if_end14.3.i, label %if_end14.3.thread.i, !dbg !132
+  %gep.2.i = getelementptr i16, ptr %invariant.gep.i, i64 %118
+  %185 = load i16, ptr %gep.2.i, align 2, !tbaa !8
+  %186 = zext i16 %185 to i32
+  %187 = shl nuw i32 %186, 16
+  %188 = getelementptr inbounds nuw i8, ptr %176, i64 8
+  store i32 %187, ptr %188, align 4, !tbaa !8
+  br i1 %119, label %if_end14.3.i, label %if_end14.3.thread.i
 
 if_end14.3.thread.i:                              ; preds = %if_end14.2.i, %if_end14.2.thread.i
-  %558 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %540, !dbg !132
-  %559 = getelementptr inbounds nuw i8, ptr %558, i64 12, !dbg !132
-  store float 0.000000e+00, ptr %559, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 4, !170, !DIExpression(), !132)
-  br label %if_end14.4.thread.i, !dbg !132
+  %189 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %171
+  %190 = getelementptr inbounds nuw i8, ptr %189, i64 12
+  store float 0.000000e+00, ptr %190, align 4, !tbaa !8
+  br label %if_end14.4.thread.i
 
 if_end14.3.i:                                     ; preds = %if_end14.2.i
-  %gep.3.i = getelementptr i16, ptr %invariant.gep.i, i64 %490, !dbg !132
-  %560 = load i16, ptr %gep.3.i, align 2, !dbg !132, !tbaa !163
-  %561 = zext i16 %560 to i32, !dbg !132
-  %562 = shl nuw i32 %561, 16, !dbg !132
-  %563 = getelementptr inbounds nuw i8, ptr %545, i64 12, !dbg !132
-  store i32 %562, ptr %563, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 4, !170, !DIExpression(), !132)
-  br i1 %491, label %if_end14.4.i, label %if_end14.4.thread.i, !dbg !132
+  %gep.3.i = getelementptr i16, ptr %invariant.gep.i, i64 %121
+  %191 = load i16, ptr %gep.3.i, align 2, !tbaa !8
+  %192 = zext i16 %191 to i32
+  %193 = shl nuw i32 %192, 16
+  %194 = getelementptr inbounds nuw i8, ptr %176, i64 12
+  store i32 %193, ptr %194, align 4, !tbaa !8
+  br i1 %122, label %if_end14.4.i, label %if_end14.4.thread.i
 
 if_end14.4.thread.i:                              ; preds = %if_end14.3.i, %if_end14.3.thread.i
-  %564 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %540, !dbg !132
-  %565 = getelementptr inbounds nuw i8, ptr %564, i64 16, !dbg !132
-  store float 0.000000e+00, ptr %565, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 5, !170, !DIExpression(), !132)
-  br label %if_end14.5.thread.i, !dbg !132
+  %195 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %171
+  %196 = getelementptr inbounds nuw i8, ptr %195, i64 16
+  store float 0.000000e+00, ptr %196, align 4, !tbaa !8
+  br label %if_end14.5.thread.i
 
 if_end14.4.i:                                     ; preds = %if_end14.3.i
-  %gep.4.i = getelementptr i16, ptr %invariant.gep.i, i64 %493, !dbg !132
-  %566 = load i16, ptr %gep.4.i, align 2, !dbg !132, !tbaa !163
-  %567 = zext i16 %566 to i32, !dbg !132
-  %568 = shl nuw i32 %567, 16, !dbg !132
-  %569 = getelementptr inbounds nuw i8, ptr %545, i64 16, !dbg !132
-  store i32 %568, ptr %569, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 5, !170, !DIExpression(), !132)
-  br i1 %494, label %if_end14.5.i, label %if_end14.5.thread.i, !dbg !132
+  %gep.4.i = getelementptr i16, ptr %invariant.gep.i, i64 %124
+  %197 = load i16, ptr %gep.4.i, align 2, !tbaa !8
+  %198 = zext i16 %197 to i32
+  %199 = shl nuw i32 %198, 16
+  %200 = getelementptr inbounds nuw i8, ptr %176, i64 16
+  store i32 %199, ptr %200, align 4, !tbaa !8
+  br i1 %125, label %if_end14.5.i, label %if_end14.5.thread.i
 
 if_end14.5.thread.i:                              ; preds = %if_end14.4.i, %if_end14.4.thread.i
-  %570 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %540, !dbg !132
-  %571 = getelementptr inbounds nuw i8, ptr %570, i64 20, !dbg !132
-  store float 0.000000e+00, ptr %571, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 6, !170, !DIExpression(), !132)
-  br label %if_end14.6.thread.i, !dbg !132
+  %201 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %171
+  %202 = getelementptr inbounds nuw i8, ptr %201, i64 20
+  store float 0.000000e+00, ptr %202, align 4, !tbaa !8
+  br label %if_end14.6.thread.i
 
 if_end14.5.i:                                     ; preds = %if_end14.4.i
-  %gep.5.i = getelementptr i16, ptr %invariant.gep.i, i64 %496, !dbg !132
-  %572 = load i16, ptr %gep.5.i, align 2, !dbg !132, !tbaa !163
-  %573 = zext i16 %572 to i32, !dbg !132
-  %574 = shl nuw i32 %573, 16, !dbg !132
-  %575 = getelementptr inbounds nuw i8, ptr %545, i64 20, !dbg !132
-  store i32 %574, ptr %575, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 6, !170, !DIExpression(), !132)
-  br i1 %497, label %if_end14.6.i, label %if_end14.6.thread.i, !dbg !132
+  %gep.5.i = getelementptr i16, ptr %invariant.gep.i, i64 %127
+  %203 = load i16, ptr %gep.5.i, align 2, !tbaa !8
+  %204 = zext i16 %203 to i32
+  %205 = shl nuw i32 %204, 16
+  %206 = getelementptr inbounds nuw i8, ptr %176, i64 20
+  store i32 %205, ptr %206, align 4, !tbaa !8
+  br i1 %128, label %if_end14.6.i, label %if_end14.6.thread.i
 
 if_end14.6.thread.i:                              ; preds = %if_end14.5.i, %if_end14.5.thread.i
-  %576 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %540, !dbg !132
-  %577 = getelementptr inbounds nuw i8, ptr %576, i64 24, !dbg !132
-  store float 0.000000e+00, ptr %577, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 7, !170, !DIExpression(), !132)
-  br label %if_end14.7.thread.i, !dbg !132
+  %207 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %171
+  %208 = getelementptr inbounds nuw i8, ptr %207, i64 24
+  store float 0.000000e+00, ptr %208, align 4, !tbaa !8
+  br label %if_end14.7.thread.i
 
 if_end14.6.i:                                     ; preds = %if_end14.5.i
-  %gep.6.i = getelementptr i16, ptr %invariant.gep.i, i64 %499, !dbg !132
-  %578 = load i16, ptr %gep.6.i, align 2, !dbg !132, !tbaa !163
-  %579 = zext i16 %578 to i32, !dbg !132
-  %580 = shl nuw i32 %579, 16, !dbg !132
-  %581 = getelementptr inbounds nuw i8, ptr %545, i64 24, !dbg !132
-  store i32 %580, ptr %581, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 7, !170, !DIExpression(), !132)
-  br i1 %500, label %if_end14.7.i, label %if_end14.7.thread.i, !dbg !132
+  %gep.6.i = getelementptr i16, ptr %invariant.gep.i, i64 %130
+  %209 = load i16, ptr %gep.6.i, align 2, !tbaa !8
+  %210 = zext i16 %209 to i32
+  %211 = shl nuw i32 %210, 16
+  %212 = getelementptr inbounds nuw i8, ptr %176, i64 24
+  store i32 %211, ptr %212, align 4, !tbaa !8
+  br i1 %131, label %if_end14.7.i, label %if_end14.7.thread.i
 
 if_end14.7.thread.i:                              ; preds = %if_end14.6.i, %if_end14.6.thread.i
-  %582 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %540, !dbg !132
-  %583 = getelementptr inbounds nuw i8, ptr %582, i64 28, !dbg !132
-  store float 0.000000e+00, ptr %583, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 8, !170, !DIExpression(), !132)
-  br label %if_end14.8.thread.i, !dbg !132
+  %213 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %171
+  %214 = getelementptr inbounds nuw i8, ptr %213, i64 28
+  store float 0.000000e+00, ptr %214, align 4, !tbaa !8
+  br label %if_end14.8.thread.i
 
 if_end14.7.i:                                     ; preds = %if_end14.6.i
-  %gep.7.i = getelementptr i16, ptr %invariant.gep.i, i64 %502, !dbg !132
-  %584 = load i16, ptr %gep.7.i, align 2, !dbg !132, !tbaa !163
-  %585 = zext i16 %584 to i32, !dbg !132
-  %586 = shl nuw i32 %585, 16, !dbg !132
-  %587 = getelementptr inbounds nuw i8, ptr %545, i64 28, !dbg !132
-  store i32 %586, ptr %587, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 8, !170, !DIExpression(), !132)
-  br i1 %503, label %if_end14.8.i, label %if_end14.8.thread.i, !dbg !132
+  %gep.7.i = getelementptr i16, ptr %invariant.gep.i, i64 %133
+  %215 = load i16, ptr %gep.7.i, align 2, !tbaa !8
+  %216 = zext i16 %215 to i32
+  %217 = shl nuw i32 %216, 16
+  %218 = getelementptr inbounds nuw i8, ptr %176, i64 28
+  store i32 %217, ptr %218, align 4, !tbaa !8
+  br i1 %134, label %if_end14.8.i, label %if_end14.8.thread.i
 
 if_end14.8.thread.i:                              ; preds = %if_end14.7.i, %if_end14.7.thread.i
-  %588 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %540, !dbg !132
-  %589 = getelementptr inbounds nuw i8, ptr %588, i64 32, !dbg !132
-  store float 0.000000e+00, ptr %589, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 9, !170, !DIExpression(), !132)
-  br label %if_end14.9.thread.i, !dbg !132
+  %219 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %171
+  %220 = getelementptr inbounds nuw i8, ptr %219, i64 32
+  store float 0.000000e+00, ptr %220, align 4, !tbaa !8
+  br label %if_end14.9.thread.i
 
 if_end14.8.i:                                     ; preds = %if_end14.7.i
-  %gep.8.i = getelementptr i16, ptr %invariant.gep.i, i64 %505, !dbg !132
-  %590 = load i16, ptr %gep.8.i, align 2, !dbg !132, !tbaa !163
-  %591 = zext i16 %590 to i32, !dbg !132
-  %592 = shl nuw i32 %591, 16, !dbg !132
-  %593 = getelementptr inbounds nuw i8, ptr %545, i64 32, !dbg !132
-  store i32 %592, ptr %593, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 9, !170, !DIExpression(), !132)
-  br i1 %506, label %if_end14.9.i, label %if_end14.9.thread.i, !dbg !132
+  %gep.8.i = getelementptr i16, ptr %invariant.gep.i, i64 %136
+  %221 = load i16, ptr %gep.8.i, align 2, !tbaa !8
+  %222 = zext i16 %221 to i32
+  %223 = shl nuw i32 %222, 16
+  %224 = getelementptr inbounds nuw i8, ptr %176, i64 32
+  store i32 %223, ptr %224, align 4, !tbaa !8
+  br i1 %137, label %if_end14.9.i, label %if_end14.9.thread.i
 
 if_end14.9.thread.i:                              ; preds = %if_end14.8.i, %if_end14.8.thread.i
-  %594 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %540, !dbg !132
-  %595 = getelementptr inbounds nuw i8, ptr %594, i64 36, !dbg !132
-  store float 0.000000e+00, ptr %595, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 10, !170, !DIExpression(), !132)
-  br label %if_end14.10.thread.i, !dbg !132
+  %225 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %171
+  %226 = getelementptr inbounds nuw i8, ptr %225, i64 36
+  store float 0.000000e+00, ptr %226, align 4, !tbaa !8
+  br label %if_end14.10.thread.i
 
 if_end14.9.i:                                     ; preds = %if_end14.8.i
-  %gep.9.i = getelementptr i16, ptr %invariant.gep.i, i64 %508, !dbg !132
-  %596 = load i16, ptr %gep.9.i, align 2, !dbg !132, !tbaa !163
-  %597 = zext i16 %596 to i32, !dbg !132
-  %598 = shl nuw i32 %597, 16, !dbg !132
-  %599 = getelementptr inbounds nuw i8, ptr %545, i64 36, !dbg !132
-  store i32 %598, ptr %599, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 10, !170, !DIExpression(), !132)
-  br i1 %509, label %if_end14.10.i, label %if_end14.10.thread.i, !dbg !132
+  %gep.9.i = getelementptr i16, ptr %invariant.gep.i, i64 %139
+  %227 = load i16, ptr %gep.9.i, align 2, !tbaa !8
+  %228 = zext i16 %227 to i32
+  %229 = shl nuw i32 %228, 16
+  %230 = getelementptr inbounds nuw i8, ptr %176, i64 36
+  store i32 %229, ptr %230, align 4, !tbaa !8
+  br i1 %140, label %if_end14.10.i, label %if_end14.10.thread.i
 
 if_end14.10.thread.i:                             ; preds = %if_end14.9.i, %if_end14.9.thread.i
-  %600 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %540, !dbg !132
-  %601 = getelementptr inbounds nuw i8, ptr %600, i64 40, !dbg !132
-  store float 0.000000e+00, ptr %601, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 11, !170, !DIExpression(), !132)
-  br label %if_end14.11.thread.i, !dbg !132
+  %231 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %171
+  %232 = getelementptr inbounds nuw i8, ptr %231, i64 40
+  store float 0.000000e+00, ptr %232, align 4, !tbaa !8
+  br label %if_end14.11.thread.i
 
 if_end14.10.i:                                    ; preds = %if_end14.9.i
-  %gep.10.i = getelementptr i16, ptr %invariant.gep.i, i64 %511, !dbg !132
-  %602 = load i16, ptr %gep.10.i, align 2, !dbg !132, !tbaa !163
-  %603 = zext i16 %602 to i32, !dbg !132
-  %604 = shl nuw i32 %603, 16, !dbg !132
-  %605 = getelementptr inbounds nuw i8, ptr %545, i64 40, !dbg !132
-  store i32 %604, ptr %605, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 11, !170, !DIExpression(), !132)
-  br i1 %512, label %if_end14.11.i, label %if_end14.11.thread.i, !dbg !132
+  %gep.10.i = getelementptr i16, ptr %invariant.gep.i, i64 %142
+  %233 = load i16, ptr %gep.10.i, align 2, !tbaa !8
+  %234 = zext i16 %233 to i32
+  %235 = shl nuw i32 %234, 16
+  %236 = getelementptr inbounds nuw i8, ptr %176, i64 40
+  store i32 %235, ptr %236, align 4, !tbaa !8
+  br i1 %143, label %if_end14.11.i, label %if_end14.11.thread.i
 
 if_end14.11.thread.i:                             ; preds = %if_end14.10.i, %if_end14.10.thread.i
-  %606 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %540, !dbg !132
-  %607 = getelementptr inbounds nuw i8, ptr %606, i64 44, !dbg !132
-  store float 0.000000e+00, ptr %607, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 12, !170, !DIExpression(), !132)
-  br label %if_end14.12.thread.i, !dbg !132
+  %237 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %171
+  %238 = getelementptr inbounds nuw i8, ptr %237, i64 44
+  store float 0.000000e+00, ptr %238, align 4, !tbaa !8
+  br label %if_end14.12.thread.i
 
 if_end14.11.i:                                    ; preds = %if_end14.10.i
-  %gep.11.i = getelementptr i16, ptr %invariant.gep.i, i64 %514, !dbg !132
-  %608 = load i16, ptr %gep.11.i, align 2, !dbg !132, !tbaa !163
-  %609 = zext i16 %608 to i32, !dbg !132
-  %610 = shl nuw i32 %609, 16, !dbg !132
-  %611 = getelementptr inbounds nuw i8, ptr %545, i64 44, !dbg !132
-  store i32 %610, ptr %611, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 12, !170, !DIExpression(), !132)
-  br i1 %515, label %if_end14.12.i, label %if_end14.12.thread.i, !dbg !132
+  %gep.11.i = getelementptr i16, ptr %invariant.gep.i, i64 %145
+  %239 = load i16, ptr %gep.11.i, align 2, !tbaa !8
+  %240 = zext i16 %239 to i32
+  %241 = shl nuw i32 %240, 16
+  %242 = getelementptr inbounds nuw i8, ptr %176, i64 44
+  store i32 %241, ptr %242, align 4, !tbaa !8
+  br i1 %146, label %if_end14.12.i, label %if_end14.12.thread.i
 
 if_end14.12.thread.i:                             ; preds = %if_end14.11.i, %if_end14.11.thread.i
-  %612 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %540, !dbg !132
-  %613 = getelementptr inbounds nuw i8, ptr %612, i64 48, !dbg !132
-  store float 0.000000e+00, ptr %613, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 13, !170, !DIExpression(), !132)
-  br label %if_end14.13.thread.i, !dbg !132
+  %243 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %171
+  %244 = getelementptr inbounds nuw i8, ptr %243, i64 48
+  store float 0.000000e+00, ptr %244, align 4, !tbaa !8
+  br label %if_end14.13.thread.i
 
 if_end14.12.i:                                    ; preds = %if_end14.11.i
-  %gep.12.i = getelementptr i16, ptr %invariant.gep.i, i64 %517, !dbg !132
-  %614 = load i16, ptr %gep.12.i, align 2, !dbg !132, !tbaa !163
-  %615 = zext i16 %614 to i32, !dbg !132
-  %616 = shl nuw i32 %615, 16, !dbg !132
-  %617 = getelementptr inbounds nuw i8, ptr %545, i64 48, !dbg !132
-  store i32 %616, ptr %617, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 13, !170, !DIExpression(), !132)
-  br i1 %518, label %if_end14.13.i, label %if_end14.13.thread.i, !dbg !132
+  %gep.12.i = getelementptr i16, ptr %invariant.gep.i, i64 %148
+  %245 = load i16, ptr %gep.12.i, align 2, !tbaa !8
+  %246 = zext i16 %245 to i32
+  %247 = shl nuw i32 %246, 16
+  %248 = getelementptr inbounds nuw i8, ptr %176, i64 48
+  store i32 %247, ptr %248, align 4, !tbaa !8
+  br i1 %149, label %if_end14.13.i, label %if_end14.13.thread.i
 
 if_end14.13.thread.i:                             ; preds = %if_end14.12.i, %if_end14.12.thread.i
-  %618 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %540, !dbg !132
-  %619 = getelementptr inbounds nuw i8, ptr %618, i64 52, !dbg !132
-  store float 0.000000e+00, ptr %619, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 14, !170, !DIExpression(), !132)
-  br label %if_end14.14.thread.i, !dbg !132
+  %249 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %171
+  %250 = getelementptr inbounds nuw i8, ptr %249, i64 52
+  store float 0.000000e+00, ptr %250, align 4, !tbaa !8
+  br label %if_end14.14.thread.i
 
 if_end14.13.i:                                    ; preds = %if_end14.12.i
-  %gep.13.i = getelementptr i16, ptr %invariant.gep.i, i64 %520, !dbg !132
-  %620 = load i16, ptr %gep.13.i, align 2, !dbg !132, !tbaa !163
-  %621 = zext i16 %620 to i32, !dbg !132
-  %622 = shl nuw i32 %621, 16, !dbg !132
-  %623 = getelementptr inbounds nuw i8, ptr %545, i64 52, !dbg !132
-  store i32 %622, ptr %623, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 14, !170, !DIExpression(), !132)
-  br i1 %521, label %if_end14.14.i, label %if_end14.14.thread.i, !dbg !132
+  %gep.13.i = getelementptr i16, ptr %invariant.gep.i, i64 %151
+  %251 = load i16, ptr %gep.13.i, align 2, !tbaa !8
+  %252 = zext i16 %251 to i32
+  %253 = shl nuw i32 %252, 16
+  %254 = getelementptr inbounds nuw i8, ptr %176, i64 52
+  store i32 %253, ptr %254, align 4, !tbaa !8
+  br i1 %152, label %if_end14.14.i, label %if_end14.14.thread.i
 
 if_end14.14.thread.i:                             ; preds = %if_end14.13.i, %if_end14.13.thread.i
-  %624 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %540, !dbg !132
-  %625 = getelementptr inbounds nuw i8, ptr %624, i64 56, !dbg !132
-  store float 0.000000e+00, ptr %625, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 15, !170, !DIExpression(), !132)
-  br label %if_end14.15.i, !dbg !132
+  %255 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %171
+  %256 = getelementptr inbounds nuw i8, ptr %255, i64 56
+  store float 0.000000e+00, ptr %256, align 4, !tbaa !8
+  br label %if_end14.15.i
 
 if_end14.14.i:                                    ; preds = %if_end14.13.i
-  %gep.14.i = getelementptr i16, ptr %invariant.gep.i, i64 %523, !dbg !132
-  %626 = load i16, ptr %gep.14.i, align 2, !dbg !132, !tbaa !163
-  %627 = zext i16 %626 to i32, !dbg !132
-  %628 = shl nuw i32 %627, 16, !dbg !132
-  %629 = getelementptr inbounds nuw i8, ptr %545, i64 56, !dbg !132
-  store i32 %628, ptr %629, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 15, !170, !DIExpression(), !132)
-  br i1 %524, label %if_then13.15.i, label %if_end14.15.i, !dbg !132
+  %gep.14.i = getelementptr i16, ptr %invariant.gep.i, i64 %154
+  %257 = load i16, ptr %gep.14.i, align 2, !tbaa !8
+  %258 = zext i16 %257 to i32
+  %259 = shl nuw i32 %258, 16
+  %260 = getelementptr inbounds nuw i8, ptr %176, i64 56
+  store i32 %259, ptr %260, align 4, !tbaa !8
+  br i1 %155, label %if_then13.15.i, label %if_end14.15.i
 
 if_then13.15.i:                                   ; preds = %if_end14.14.i
-  %gep.15.i = getelementptr i16, ptr %invariant.gep.i, i64 %526, !dbg !132
-  %630 = load i16, ptr %gep.15.i, align 2, !dbg !132, !tbaa !163
-  %631 = zext i16 %630 to i32, !dbg !132
-  %632 = shl nuw i32 %631, 16, !dbg !132
-  %633 = bitcast i32 %632 to float, !dbg !132
-  br label %if_end14.15.i, !dbg !132
+  %gep.15.i = getelementptr i16, ptr %invariant.gep.i, i64 %157
+  %261 = load i16, ptr %gep.15.i, align 2, !tbaa !8
+  %262 = zext i16 %261 to i32
+  %263 = shl nuw i32 %262, 16
+  %264 = bitcast i32 %263 to float
+  br label %if_end14.15.i
 
 if_end14.15.i:                                    ; preds = %if_then13.15.i, %if_end14.14.i, %if_end14.14.thread.i
-  %634 = phi float [ %633, %if_then13.15.i ], [ 0.000000e+00, %if_end14.14.i ], [ 0.000000e+00, %if_end14.14.thread.i ], !dbg !132
-  %635 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %540, !dbg !132
-  %636 = getelementptr inbounds nuw i8, ptr %635, i64 60, !dbg !132
-  store float %634, ptr %636, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 16, !170, !DIExpression(), !132)
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next.i, !168, !DIExpression(), !132)
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 128, !dbg !132
-  br i1 %exitcond.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !dbg !132, !prof !171
+  %265 = phi float [ %264, %if_then13.15.i ], [ 0.000000e+00, %if_end14.14.i ], [ 0.000000e+00, %if_end14.14.thread.i ]
+  %266 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %171
+  %267 = getelementptr inbounds nuw i8, ptr %266, i64 60
+  store float %265, ptr %267, align 4, !tbaa !8
+  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 128
+  br i1 %exitcond.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !prof !11
 
-for_body_step.i:                                  ; preds = %for_end_d94.i, %for_begin_step.preheader.i
-  %indvars.iv = phi i64 [ %indvars.iv.next, %for_end_d94.i ], [ %539, %for_begin_step.preheader.i ]
-  %indvars.iv311.i = phi i64 [ %indvars.iv.next312.i, %for_end_d94.i ], [ 0, %for_begin_step.preheader.i ]
-  %row_max.1210.i = phi <16 x float> [ %m.i, %for_end_d94.i ], [ %row_max.0214.i, %for_begin_step.preheader.i ]
-  %row_sum.1209.i = phi <16 x float> [ %1161, %for_end_d94.i ], [ %row_sum.0213.i, %for_begin_step.preheader.i ]
-  %637 = tail call i64 @llvm.smax.i64(i64 %indvars.iv, i64 1), !dbg !132
-  %638 = tail call i64 @llvm.umin.i64(i64 %637, i64 128), !dbg !132
-    #dbg_value(i64 %indvars.iv311.i, !169, !DIExpression(), !132)
-    #dbg_value(<16 x float> %row_max.1210.i, !153, !DIExpression(), !132)
-    #dbg_value(<16 x float> %row_sum.1209.i, !154, !DIExpression(), !132)
-    #dbg_declare(ptr %scores.i, !141, !DIExpression(), !132)
-    #dbg_declare(ptr %k_tile.i, !142, !DIExpression(), !132)
-  %639 = shl nsw i64 %indvars.iv311.i, 7, !dbg !132
-    #dbg_value(i64 %639, !172, !DIExpression(), !132)
-    #dbg_value(!DIArgList(i64 %639, i32 %range_begin.i), !173, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !132)
-  %640 = sub nsw i64 %539, %639, !dbg !132
-    #dbg_value(i64 %640, !174, !DIExpression(), !132)
-  %641 = trunc nsw i64 %640 to i32, !dbg !132
-  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %641, i32 128), !dbg !132
-    #dbg_value(i32 %valid_len.i, !175, !DIExpression(), !132)
-    #dbg_value(i32 %valid_len.i, !176, !DIExpression(), !132)
-  %642 = add nsw i32 %valid_len.i, 11, !dbg !132
-  %643 = srem i32 %642, 12, !dbg !132
-  %644 = ashr i32 %643, 31, !dbg !132
-  %645 = sdiv i32 %642, 12, !dbg !132
-  %num_groups.i = add nsw i32 %644, %645, !dbg !132
-    #dbg_value(i32 %num_groups.i, !177, !DIExpression(), !132)
-    #dbg_value(i32 %num_groups.i, !178, !DIExpression(), !132)
-    #dbg_value(i64 %cse_v5.i, !179, !DIExpression(), !132)
-  %cse_v35.i = add i64 %538, %indvars.iv311.i, !dbg !132
-    #dbg_value(i64 %cse_v35.i, !180, !DIExpression(), !132)
-    #dbg_value(i32 0, !181, !DIExpression(), !132)
-  %646 = icmp sgt i32 %num_groups.i, 0, !dbg !132
-  br i1 %646, label %for_begin_ax0.preheader.lr.ph.i, label %for_end_to22.thread.i, !dbg !132, !prof !156
+for_body_step.i:                                  ; preds = %for_end_d90.i, %for_begin_step.preheader.i
+  %indvars.iv = phi i64 [ %indvars.iv.next, %for_end_d90.i ], [ %170, %for_begin_step.preheader.i ]
+  %indvars.iv307.i = phi i64 [ %indvars.iv.next308.i, %for_end_d90.i ], [ 0, %for_begin_step.preheader.i ]
+  %row_max.1206.i = phi <16 x float> [ %m.i, %for_end_d90.i ], [ %row_max.0210.i, %for_begin_step.preheader.i ]
+  %row_sum.1205.i = phi <16 x float> [ %792, %for_end_d90.i ], [ %row_sum.0209.i, %for_begin_step.preheader.i ]
+  %268 = tail call i64 @llvm.smax.i64(i64 %indvars.iv, i64 1)
+  %269 = tail call i64 @llvm.umin.i64(i64 %268, i64 128)
+  %270 = shl nsw i64 %indvars.iv307.i, 7
+  %271 = sub nsw i64 %170, %270
+  %272 = trunc nsw i64 %271 to i32
+  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %272, i32 128)
+  %273 = add nsw i32 %valid_len.i, 11
+  %274 = srem i32 %273, 12
+  %275 = ashr i32 %274, 31
+  %276 = sdiv i32 %273, 12
+  %num_groups.i = add nsw i32 %275, %276
+  %cse_v29.i = add i64 %169, %indvars.iv307.i
+  %277 = icmp sgt i32 %num_groups.i, 0
+  br i1 %277, label %for_begin_ax0.preheader.lr.ph.i, label %for_end_to22.thread.i, !prof !7
 
 for_begin_ax0.preheader.lr.ph.i:                  ; preds = %for_body_step.i
-  %647 = add nsw i32 %valid_len.i, -1
-  %648 = getelementptr inbounds i32, ptr %326, i64 %cse_v35.i
-  %wide.trip.count.i = zext nneg i32 %num_groups.i to i64, !dbg !132
-  br label %for_begin_ax0.preheader.i, !dbg !132
+  %278 = add nsw i32 %valid_len.i, -1
+  %279 = getelementptr inbounds i32, ptr %block_table, i64 %cse_v29.i
+  %wide.trip.count.i = zext nneg i32 %num_groups.i to i64
+  br label %for_begin_ax0.preheader.i
 
-for_end_step.i:                                   ; preds = %for_end_d94.i
-    #dbg_value(i64 %cse_v15.i, !182, !DIExpression(), !132)
-  %649 = add nsw i64 %indvars.iv322.i, %cse_v15.i, !dbg !132
-  %cse_v32.i = shl nsw i64 %649, 4, !dbg !132
-    #dbg_value(i64 %cse_v32.i, !183, !DIExpression(), !132)
-  %650 = getelementptr inbounds float, ptr %354, i64 %cse_v32.i, !dbg !184
-  store <16 x float> %m.i, ptr %650, align 64, !dbg !184, !tbaa !163
-  %651 = getelementptr inbounds float, ptr %371, i64 %cse_v32.i, !dbg !185
-  store <16 x float> %1161, ptr %651, align 64, !dbg !185, !tbaa !163
-  %.idx.i = shl nsw i64 %649, 13
-  %652 = getelementptr i8, ptr %391, i64 %.idx.i
-    #dbg_value(i32 0, !168, !DIExpression(), !132)
-  br label %for_body_d100.i, !dbg !132
+for_end_step.i:                                   ; preds = %for_end_d90.i
+  %280 = add nsw i64 %indvars.iv318.i, %cse_v13.i
+  %cse_v27.i = shl nsw i64 %280, 4
+  %281 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v27.i
+  store <16 x float> %m.i, ptr %281, align 64, !tbaa !8
+  %282 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v27.i
+  store <16 x float> %792, ptr %282, align 64, !tbaa !8
+  %.idx.i = shl nsw i64 %280, 13
+  %283 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br label %for_body_d96.i
 
 for_begin_ax0.preheader.i:                        ; preds = %for_end_d17.i, %for_begin_ax0.preheader.lr.ph.i
-  %indvars.iv250.i = phi i64 [ 0, %for_begin_ax0.preheader.lr.ph.i ], [ %indvars.iv.next251.i, %for_end_d17.i ]
-    #dbg_value(i64 %indvars.iv250.i, !181, !DIExpression(), !132)
-  %653 = mul nuw nsw i64 %indvars.iv250.i, 12
-    #dbg_value(i32 0, !186, !DIExpression(), !132)
-  br label %for_body_ax0.i, !dbg !132
+  %indvars.iv246.i = phi i64 [ 0, %for_begin_ax0.preheader.lr.ph.i ], [ %indvars.iv.next247.i, %for_end_d17.i ]
+  %284 = mul nuw nsw i64 %indvars.iv246.i, 12
+  br label %for_body_ax0.i
 
 for_body_ax0.i:                                   ; preds = %for_body_ax0.i, %for_begin_ax0.preheader.i
-  %indvars.iv240.i = phi i64 [ 0, %for_begin_ax0.preheader.i ], [ %indvars.iv.next241.i, %for_body_ax0.i ]
-    #dbg_value(i64 %indvars.iv240.i, !186, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv240.i, !187, !DIExpression(DW_OP_constu, 7, DW_OP_shl, DW_OP_stack_value), !132)
-    #dbg_value(i64 %cse_v18.i, !188, !DIExpression(), !132)
-  %654 = add nuw nsw i64 %indvars.iv240.i, %653, !dbg !132
-  %655 = trunc nuw nsw i64 %654 to i32, !dbg !132
-  %656 = tail call i32 @llvm.smin.i32(i32 %655, i32 %647), !dbg !132
-  %657 = sext i32 %656 to i64, !dbg !132
-  %cse_v36.i = mul nsw i64 %k_slot285, %657, !dbg !132
-    #dbg_value(i64 %cse_v36.i, !189, !DIExpression(), !132)
-  %658 = load i32, ptr %648, align 4, !dbg !132, !tbaa !163
-  %659 = sext i32 %658 to i64, !dbg !132
-  %660 = mul nsw i64 %k_block, %659, !dbg !132
-  %661 = getelementptr i16, ptr %309, i64 %660, !dbg !132
-  %662 = getelementptr i16, ptr %661, i64 %cse_v36.i, !dbg !132
-  %663 = getelementptr i16, ptr %662, i64 %cse_v18.i, !dbg !132
-  %664 = load <16 x i16>, ptr %663, align 2, !dbg !132, !tbaa !163
-  %665 = zext <16 x i16> %664 to <16 x i32>, !dbg !132
-  %666 = shl nuw <16 x i32> %665, splat (i32 16), !dbg !132
-  %.idx328.i = shl nuw nsw i64 %indvars.iv240.i, 9, !dbg !132
-  %667 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx328.i, !dbg !132
-  store <16 x i32> %666, ptr %667, align 4, !dbg !132, !tbaa !163
-  %668 = load i32, ptr %648, align 4, !dbg !132, !tbaa !163
-  %669 = sext i32 %668 to i64, !dbg !132
-  %670 = mul nsw i64 %k_block, %669, !dbg !132
-  %671 = getelementptr i16, ptr %309, i64 %670, !dbg !132
-  %672 = getelementptr i16, ptr %671, i64 %cse_v36.i, !dbg !132
-  %673 = getelementptr i16, ptr %672, i64 %cse_v18.i, !dbg !132
-  %674 = getelementptr i8, ptr %673, i64 32, !dbg !132
-  %675 = load <16 x i16>, ptr %674, align 2, !dbg !132, !tbaa !163
-  %676 = zext <16 x i16> %675 to <16 x i32>, !dbg !132
-  %677 = shl nuw <16 x i32> %676, splat (i32 16), !dbg !132
-  %678 = getelementptr inbounds nuw i8, ptr %667, i64 64, !dbg !132
-  store <16 x i32> %677, ptr %678, align 4, !dbg !132, !tbaa !163
-  %679 = load i32, ptr %648, align 4, !dbg !132, !tbaa !163
-  %680 = sext i32 %679 to i64, !dbg !132
-  %681 = mul nsw i64 %k_block, %680, !dbg !132
-  %682 = getelementptr i16, ptr %309, i64 %681, !dbg !132
-  %683 = getelementptr i16, ptr %682, i64 %cse_v36.i, !dbg !132
-  %684 = getelementptr i16, ptr %683, i64 %cse_v18.i, !dbg !132
-  %685 = getelementptr i8, ptr %684, i64 64, !dbg !132
-  %686 = load <16 x i16>, ptr %685, align 2, !dbg !132, !tbaa !163
-  %687 = zext <16 x i16> %686 to <16 x i32>, !dbg !132
-  %688 = shl nuw <16 x i32> %687, splat (i32 16), !dbg !132
-  %689 = getelementptr inbounds nuw i8, ptr %667, i64 128, !dbg !132
-  store <16 x i32> %688, ptr %689, align 4, !dbg !132, !tbaa !163
-  %690 = load i32, ptr %648, align 4, !dbg !132, !tbaa !163
-  %691 = sext i32 %690 to i64, !dbg !132
-  %692 = mul nsw i64 %k_block, %691, !dbg !132
-  %693 = getelementptr i16, ptr %309, i64 %692, !dbg !132
-  %694 = getelementptr i16, ptr %693, i64 %cse_v36.i, !dbg !132
-  %695 = getelementptr i16, ptr %694, i64 %cse_v18.i, !dbg !132
-  %696 = getelementptr i8, ptr %695, i64 96, !dbg !132
-  %697 = load <16 x i16>, ptr %696, align 2, !dbg !132, !tbaa !163
-  %698 = zext <16 x i16> %697 to <16 x i32>, !dbg !132
-  %699 = shl nuw <16 x i32> %698, splat (i32 16), !dbg !132
-  %700 = getelementptr inbounds nuw i8, ptr %667, i64 192, !dbg !132
-  store <16 x i32> %699, ptr %700, align 4, !dbg !132, !tbaa !163
-  %701 = load i32, ptr %648, align 4, !dbg !132, !tbaa !163
-  %702 = sext i32 %701 to i64, !dbg !132
-  %703 = mul nsw i64 %k_block, %702, !dbg !132
-  %704 = getelementptr i16, ptr %309, i64 %703, !dbg !132
-  %705 = getelementptr i16, ptr %704, i64 %cse_v36.i, !dbg !132
-  %706 = getelementptr i16, ptr %705, i64 %cse_v18.i, !dbg !132
-  %707 = getelementptr i8, ptr %706, i64 128, !dbg !132
-  %708 = load <16 x i16>, ptr %707, align 2, !dbg !132, !tbaa !163
-  %709 = zext <16 x i16> %708 to <16 x i32>, !dbg !132
-  %710 = shl nuw <16 x i32> %709, splat (i32 16), !dbg !132
-  %711 = getelementptr inbounds nuw i8, ptr %667, i64 256, !dbg !132
-  store <16 x i32> %710, ptr %711, align 4, !dbg !132, !tbaa !163
-  %712 = load i32, ptr %648, align 4, !dbg !132, !tbaa !163
-  %713 = sext i32 %712 to i64, !dbg !132
-  %714 = mul nsw i64 %k_block, %713, !dbg !132
-  %715 = getelementptr i16, ptr %309, i64 %714, !dbg !132
-  %716 = getelementptr i16, ptr %715, i64 %cse_v36.i, !dbg !132
-  %717 = getelementptr i16, ptr %716, i64 %cse_v18.i, !dbg !132
-  %718 = getelementptr i8, ptr %717, i64 160, !dbg !132
-  %719 = load <16 x i16>, ptr %718, align 2, !dbg !132, !tbaa !163
-  %720 = zext <16 x i16> %719 to <16 x i32>, !dbg !132
-  %721 = shl nuw <16 x i32> %720, splat (i32 16), !dbg !132
-  %722 = getelementptr inbounds nuw i8, ptr %667, i64 320, !dbg !132
-  store <16 x i32> %721, ptr %722, align 4, !dbg !132, !tbaa !163
-  %723 = load i32, ptr %648, align 4, !dbg !132, !tbaa !163
-  %724 = sext i32 %723 to i64, !dbg !132
-  %725 = mul nsw i64 %k_block, %724, !dbg !132
-  %726 = getelementptr i16, ptr %309, i64 %725, !dbg !132
-  %727 = getelementptr i16, ptr %726, i64 %cse_v36.i, !dbg !132
-  %728 = getelementptr i16, ptr %727, i64 %cse_v18.i, !dbg !132
-  %729 = getelementptr i8, ptr %728, i64 192, !dbg !132
-  %730 = load <16 x i16>, ptr %729, align 2, !dbg !132, !tbaa !163
-  %731 = zext <16 x i16> %730 to <16 x i32>, !dbg !132
-  %732 = shl nuw <16 x i32> %731, splat (i32 16), !dbg !132
-  %733 = getelementptr inbounds nuw i8, ptr %667, i64 384, !dbg !132
-  store <16 x i32> %732, ptr %733, align 4, !dbg !132, !tbaa !163
-  %734 = load i32, ptr %648, align 4, !dbg !132, !tbaa !163
-  %735 = sext i32 %734 to i64, !dbg !132
-  %736 = mul nsw i64 %k_block, %735, !dbg !132
-  %737 = getelementptr i16, ptr %309, i64 %736, !dbg !132
-  %738 = getelementptr i16, ptr %737, i64 %cse_v36.i, !dbg !132
-  %739 = getelementptr i16, ptr %738, i64 %cse_v18.i, !dbg !132
-  %740 = getelementptr i8, ptr %739, i64 224, !dbg !132
-  %741 = load <16 x i16>, ptr %740, align 2, !dbg !132, !tbaa !163
-  %742 = zext <16 x i16> %741 to <16 x i32>, !dbg !132
-  %743 = shl nuw <16 x i32> %742, splat (i32 16), !dbg !132
-  %744 = getelementptr inbounds nuw i8, ptr %667, i64 448, !dbg !132
-  store <16 x i32> %743, ptr %744, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next241.i = add nuw nsw i64 %indvars.iv240.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next241.i, !186, !DIExpression(), !132)
-  %exitcond244.not.i = icmp eq i64 %indvars.iv.next241.i, 12, !dbg !132
-  br i1 %exitcond244.not.i, label %for_body_d16.i, label %for_body_ax0.i, !dbg !132, !prof !171
+  %indvars.iv236.i = phi i64 [ 0, %for_begin_ax0.preheader.i ], [ %indvars.iv.next237.i, %for_body_ax0.i ]
+  %285 = add nuw nsw i64 %indvars.iv236.i, %284
+  %286 = trunc nuw nsw i64 %285 to i32
+  %287 = tail call i32 @llvm.smin.i32(i32 %286, i32 %278)
+  %288 = sext i32 %287 to i64
+  %cse_v30.i = mul nsw i64 %k_slot58, %288
+  %289 = load i32, ptr %279, align 4, !tbaa !8
+  %290 = sext i32 %289 to i64
+  %291 = mul nsw i64 %k_block, %290
+  %292 = getelementptr i16, ptr %key_cache, i64 %291
+  %293 = getelementptr i16, ptr %292, i64 %cse_v30.i
+  %294 = getelementptr i16, ptr %293, i64 %cse_v16.i
+  %295 = load <16 x i16>, ptr %294, align 2, !tbaa !8
+  %296 = zext <16 x i16> %295 to <16 x i32>
+  %297 = shl nuw <16 x i32> %296, splat (i32 16)
+  %.idx324.i = shl nuw nsw i64 %indvars.iv236.i, 9
+  %298 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx324.i
+  store <16 x i32> %297, ptr %298, align 4, !tbaa !8
+  %299 = load i32, ptr %279, align 4, !tbaa !8
+  %300 = sext i32 %299 to i64
+  %301 = mul nsw i64 %k_block, %300
+  %302 = getelementptr i16, ptr %key_cache, i64 %301
+  %303 = getelementptr i16, ptr %302, i64 %cse_v30.i
+  %304 = getelementptr i16, ptr %303, i64 %cse_v16.i
+  %305 = getelementptr i8, ptr %304, i64 32
+  %306 = load <16 x i16>, ptr %305, align 2, !tbaa !8
+  %307 = zext <16 x i16> %306 to <16 x i32>
+  %308 = shl nuw <16 x i32> %307, splat (i32 16)
+  %309 = getelementptr inbounds nuw i8, ptr %298, i64 64
+  store <16 x i32> %308, ptr %309, align 4, !tbaa !8
+  %310 = load i32, ptr %279, align 4, !tbaa !8
+  %311 = sext i32 %310 to i64
+  %312 = mul nsw i64 %k_block, %311
+  %313 = getelementptr i16, ptr %key_cache, i64 %312
+  %314 = getelementptr i16, ptr %313, i64 %cse_v30.i
+  %315 = getelementptr i16, ptr %314, i64 %cse_v16.i
+  %316 = getelementptr i8, ptr %315, i64 64
+  %317 = load <16 x i16>, ptr %316, align 2, !tbaa !8
+  %318 = zext <16 x i16> %317 to <16 x i32>
+  %319 = shl nuw <16 x i32> %318, splat (i32 16)
+  %320 = getelementptr inbounds nuw i8, ptr %298, i64 128
+  store <16 x i32> %319, ptr %320, align 4, !tbaa !8
+  %321 = load i32, ptr %279, align 4, !tbaa !8
+  %322 = sext i32 %321 to i64
+  %323 = mul nsw i64 %k_block, %322
+  %324 = getelementptr i16, ptr %key_cache, i64 %323
+  %325 = getelementptr i16, ptr %324, i64 %cse_v30.i
+  %326 = getelementptr i16, ptr %325, i64 %cse_v16.i
+  %327 = getelementptr i8, ptr %326, i64 96
+  %328 = load <16 x i16>, ptr %327, align 2, !tbaa !8
+  %329 = zext <16 x i16> %328 to <16 x i32>
+  %330 = shl nuw <16 x i32> %329, splat (i32 16)
+  %331 = getelementptr inbounds nuw i8, ptr %298, i64 192
+  store <16 x i32> %330, ptr %331, align 4, !tbaa !8
+  %332 = load i32, ptr %279, align 4, !tbaa !8
+  %333 = sext i32 %332 to i64
+  %334 = mul nsw i64 %k_block, %333
+  %335 = getelementptr i16, ptr %key_cache, i64 %334
+  %336 = getelementptr i16, ptr %335, i64 %cse_v30.i
+  %337 = getelementptr i16, ptr %336, i64 %cse_v16.i
+  %338 = getelementptr i8, ptr %337, i64 128
+  %339 = load <16 x i16>, ptr %338, align 2, !tbaa !8
+  %340 = zext <16 x i16> %339 to <16 x i32>
+  %341 = shl nuw <16 x i32> %340, splat (i32 16)
+  %342 = getelementptr inbounds nuw i8, ptr %298, i64 256
+  store <16 x i32> %341, ptr %342, align 4, !tbaa !8
+  %343 = load i32, ptr %279, align 4, !tbaa !8
+  %344 = sext i32 %343 to i64
+  %345 = mul nsw i64 %k_block, %344
+  %346 = getelementptr i16, ptr %key_cache, i64 %345
+  %347 = getelementptr i16, ptr %346, i64 %cse_v30.i
+  %348 = getelementptr i16, ptr %347, i64 %cse_v16.i
+  %349 = getelementptr i8, ptr %348, i64 160
+  %350 = load <16 x i16>, ptr %349, align 2, !tbaa !8
+  %351 = zext <16 x i16> %350 to <16 x i32>
+  %352 = shl nuw <16 x i32> %351, splat (i32 16)
+  %353 = getelementptr inbounds nuw i8, ptr %298, i64 320
+  store <16 x i32> %352, ptr %353, align 4, !tbaa !8
+  %354 = load i32, ptr %279, align 4, !tbaa !8
+  %355 = sext i32 %354 to i64
+  %356 = mul nsw i64 %k_block, %355
+  %357 = getelementptr i16, ptr %key_cache, i64 %356
+  %358 = getelementptr i16, ptr %357, i64 %cse_v30.i
+  %359 = getelementptr i16, ptr %358, i64 %cse_v16.i
+  %360 = getelementptr i8, ptr %359, i64 192
+  %361 = load <16 x i16>, ptr %360, align 2, !tbaa !8
+  %362 = zext <16 x i16> %361 to <16 x i32>
+  %363 = shl nuw <16 x i32> %362, splat (i32 16)
+  %364 = getelementptr inbounds nuw i8, ptr %298, i64 384
+  store <16 x i32> %363, ptr %364, align 4, !tbaa !8
+  %365 = load i32, ptr %279, align 4, !tbaa !8
+  %366 = sext i32 %365 to i64
+  %367 = mul nsw i64 %k_block, %366
+  %368 = getelementptr i16, ptr %key_cache, i64 %367
+  %369 = getelementptr i16, ptr %368, i64 %cse_v30.i
+  %370 = getelementptr i16, ptr %369, i64 %cse_v16.i
+  %371 = getelementptr i8, ptr %370, i64 224
+  %372 = load <16 x i16>, ptr %371, align 2, !tbaa !8
+  %373 = zext <16 x i16> %372 to <16 x i32>
+  %374 = shl nuw <16 x i32> %373, splat (i32 16)
+  %375 = getelementptr inbounds nuw i8, ptr %298, i64 448
+  store <16 x i32> %374, ptr %375, align 4, !tbaa !8
+  %indvars.iv.next237.i = add nuw nsw i64 %indvars.iv236.i, 1
+  %exitcond240.not.i = icmp eq i64 %indvars.iv.next237.i, 12
+  br i1 %exitcond240.not.i, label %for_body_d16.i, label %for_body_ax0.i, !prof !11
 
-for_body_d16.i:                                   ; preds = %for_body_ax0.i, %for_body_d16.i
-  %indvars.iv245.i = phi i64 [ %indvars.iv.next246.i, %for_body_d16.i ], [ 0, %for_body_ax0.i ]
-  %scores_global128.sroa.0.0173.i = phi <16 x float> [ %751, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.12.0172.i = phi <16 x float> [ %756, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.16.0171.i = phi <16 x float> [ %761, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.20.0170.i = phi <16 x float> [ %766, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.24.0169.i = phi <16 x float> [ %771, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.28.0168.i = phi <16 x float> [ %776, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.32.0167.i = phi <16 x float> [ %781, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.36.0166.i = phi <16 x float> [ %786, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.40.0165.i = phi <16 x float> [ %791, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.44.0164.i = phi <16 x float> [ %796, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.48.0163.i = phi <16 x float> [ %801, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.52.0162.i = phi <16 x float> [ %806, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-    #dbg_value(i64 %indvars.iv245.i, !168, !DIExpression(), !132)
-    #dbg_value(<16 x float> %scores_global128.sroa.0.0173.i, !190, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv245.i, !191, !DIExpression(DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !132)
-  %.idx329.i = shl nuw nsw i64 %indvars.iv245.i, 6, !dbg !132
-  %745 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx329.i, !dbg !132
-  %746 = load <16 x float>, ptr %745, align 4, !dbg !132, !tbaa !163
-  %747 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %indvars.iv245.i, !dbg !132
-  %748 = load float, ptr %747, align 4, !dbg !132, !tbaa !163
-  %749 = insertelement <16 x float> poison, float %748, i64 0, !dbg !132
-  %750 = shufflevector <16 x float> %749, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %751 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %750, <16 x float> %scores_global128.sroa.0.0173.i), !dbg !132
-    #dbg_value(<16 x float> %751, !190, !DIExpression(), !132)
-  %752 = getelementptr inbounds nuw i8, ptr %747, i64 512, !dbg !132
-  %753 = load float, ptr %752, align 4, !dbg !132, !tbaa !163
-  %754 = insertelement <16 x float> poison, float %753, i64 0, !dbg !132
-  %755 = shufflevector <16 x float> %754, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %756 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %755, <16 x float> %scores_global128.sroa.12.0172.i), !dbg !132
-  %757 = getelementptr inbounds nuw i8, ptr %747, i64 1024, !dbg !132
-  %758 = load float, ptr %757, align 4, !dbg !132, !tbaa !163
-  %759 = insertelement <16 x float> poison, float %758, i64 0, !dbg !132
-  %760 = shufflevector <16 x float> %759, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %761 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %760, <16 x float> %scores_global128.sroa.16.0171.i), !dbg !132
-  %762 = getelementptr inbounds nuw i8, ptr %747, i64 1536, !dbg !132
-  %763 = load float, ptr %762, align 4, !dbg !132, !tbaa !163
-  %764 = insertelement <16 x float> poison, float %763, i64 0, !dbg !132
-  %765 = shufflevector <16 x float> %764, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %766 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %765, <16 x float> %scores_global128.sroa.20.0170.i), !dbg !132
-  %767 = getelementptr inbounds nuw i8, ptr %747, i64 2048, !dbg !132
-  %768 = load float, ptr %767, align 4, !dbg !132, !tbaa !163
-  %769 = insertelement <16 x float> poison, float %768, i64 0, !dbg !132
-  %770 = shufflevector <16 x float> %769, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %771 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %770, <16 x float> %scores_global128.sroa.24.0169.i), !dbg !132
-  %772 = getelementptr inbounds nuw i8, ptr %747, i64 2560, !dbg !132
-  %773 = load float, ptr %772, align 4, !dbg !132, !tbaa !163
-  %774 = insertelement <16 x float> poison, float %773, i64 0, !dbg !132
-  %775 = shufflevector <16 x float> %774, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %775, <16 x float> %scores_global128.sroa.28.0168.i), !dbg !132
-  %777 = getelementptr inbounds nuw i8, ptr %747, i64 3072, !dbg !132
-  %778 = load float, ptr %777, align 4, !dbg !132, !tbaa !163
-  %779 = insertelement <16 x float> poison, float %778, i64 0, !dbg !132
-  %780 = shufflevector <16 x float> %779, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %781 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %780, <16 x float> %scores_global128.sroa.32.0167.i), !dbg !132
-  %782 = getelementptr inbounds nuw i8, ptr %747, i64 3584, !dbg !132
-  %783 = load float, ptr %782, align 4, !dbg !132, !tbaa !163
-  %784 = insertelement <16 x float> poison, float %783, i64 0, !dbg !132
-  %785 = shufflevector <16 x float> %784, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %786 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %785, <16 x float> %scores_global128.sroa.36.0166.i), !dbg !132
-  %787 = getelementptr inbounds nuw i8, ptr %747, i64 4096, !dbg !132
-  %788 = load float, ptr %787, align 4, !dbg !132, !tbaa !163
-  %789 = insertelement <16 x float> poison, float %788, i64 0, !dbg !132
-  %790 = shufflevector <16 x float> %789, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %790, <16 x float> %scores_global128.sroa.40.0165.i), !dbg !132
-  %792 = getelementptr inbounds nuw i8, ptr %747, i64 4608, !dbg !132
-  %793 = load float, ptr %792, align 4, !dbg !132, !tbaa !163
-  %794 = insertelement <16 x float> poison, float %793, i64 0, !dbg !132
-  %795 = shufflevector <16 x float> %794, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %796 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %795, <16 x float> %scores_global128.sroa.44.0164.i), !dbg !132
-  %797 = getelementptr inbounds nuw i8, ptr %747, i64 5120, !dbg !132
-  %798 = load float, ptr %797, align 4, !dbg !132, !tbaa !163
-  %799 = insertelement <16 x float> poison, float %798, i64 0, !dbg !132
-  %800 = shufflevector <16 x float> %799, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %800, <16 x float> %scores_global128.sroa.48.0163.i), !dbg !132
-  %802 = getelementptr inbounds nuw i8, ptr %747, i64 5632, !dbg !132
-  %803 = load float, ptr %802, align 4, !dbg !132, !tbaa !163
-  %804 = insertelement <16 x float> poison, float %803, i64 0, !dbg !132
-  %805 = shufflevector <16 x float> %804, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %805, <16 x float> %scores_global128.sroa.52.0162.i), !dbg !132
-  %indvars.iv.next246.i = add nuw nsw i64 %indvars.iv245.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next246.i, !168, !DIExpression(), !132)
-  %exitcond249.not.i = icmp eq i64 %indvars.iv.next246.i, 128, !dbg !132
-  br i1 %exitcond249.not.i, label %for_end_d17.i, label %for_body_d16.i, !dbg !132, !prof !171
+for_body_d16.i:                                   ; preds = %for_body_d16.i, %for_body_ax0.i
+  %indvars.iv241.i = phi i64 [ %indvars.iv.next242.i, %for_body_d16.i ], [ 0, %for_body_ax0.i ]
+  %scores_global124.sroa.0.0169.i = phi <16 x float> [ %382, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.12.0168.i = phi <16 x float> [ %387, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.16.0167.i = phi <16 x float> [ %392, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.20.0166.i = phi <16 x float> [ %397, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.24.0165.i = phi <16 x float> [ %402, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.28.0164.i = phi <16 x float> [ %407, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.32.0163.i = phi <16 x float> [ %412, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.36.0162.i = phi <16 x float> [ %417, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.40.0161.i = phi <16 x float> [ %422, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.44.0160.i = phi <16 x float> [ %427, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.48.0159.i = phi <16 x float> [ %432, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.52.0158.i = phi <16 x float> [ %437, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %.idx325.i = shl nuw nsw i64 %indvars.iv241.i, 6
+  %376 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx325.i
+  %377 = load <16 x float>, ptr %376, align 4, !tbaa !8
+  %378 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %indvars.iv241.i
+  %379 = load float, ptr %378, align 4, !tbaa !8
+  %380 = insertelement <16 x float> poison, float %379, i64 0
+  %381 = shufflevector <16 x float> %380, <16 x float> poison, <16 x i32> zeroinitializer
+  %382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %381, <16 x float> %scores_global124.sroa.0.0169.i)
+  %383 = getelementptr inbounds nuw i8, ptr %378, i64 512
+  %384 = load float, ptr %383, align 4, !tbaa !8
+  %385 = insertelement <16 x float> poison, float %384, i64 0
+  %386 = shufflevector <16 x float> %385, <16 x float> poison, <16 x i32> zeroinitializer
+  %387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %386, <16 x float> %scores_global124.sroa.12.0168.i)
+  %388 = getelementptr inbounds nuw i8, ptr %378, i64 1024
+  %389 = load float, ptr %388, align 4, !tbaa !8
+  %390 = insertelement <16 x float> poison, float %389, i64 0
+  %391 = shufflevector <16 x float> %390, <16 x float> poison, <16 x i32> zeroinitializer
+  %392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %391, <16 x float> %scores_global124.sroa.16.0167.i)
+  %393 = getelementptr inbounds nuw i8, ptr %378, i64 1536
+  %394 = load float, ptr %393, align 4, !tbaa !8
+  %395 = insertelement <16 x float> poison, float %394, i64 0
+  %396 = shufflevector <16 x float> %395, <16 x float> poison, <16 x i32> zeroinitializer
+  %397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %396, <16 x float> %scores_global124.sroa.20.0166.i)
+  %398 = getelementptr inbounds nuw i8, ptr %378, i64 2048
+  %399 = load float, ptr %398, align 4, !tbaa !8
+  %400 = insertelement <16 x float> poison, float %399, i64 0
+  %401 = shufflevector <16 x float> %400, <16 x float> poison, <16 x i32> zeroinitializer
+  %402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %401, <16 x float> %scores_global124.sroa.24.0165.i)
+  %403 = getelementptr inbounds nuw i8, ptr %378, i64 2560
+  %404 = load float, ptr %403, align 4, !tbaa !8
+  %405 = insertelement <16 x float> poison, float %404, i64 0
+  %406 = shufflevector <16 x float> %405, <16 x float> poison, <16 x i32> zeroinitializer
+  %407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %406, <16 x float> %scores_global124.sroa.28.0164.i)
+  %408 = getelementptr inbounds nuw i8, ptr %378, i64 3072
+  %409 = load float, ptr %408, align 4, !tbaa !8
+  %410 = insertelement <16 x float> poison, float %409, i64 0
+  %411 = shufflevector <16 x float> %410, <16 x float> poison, <16 x i32> zeroinitializer
+  %412 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %411, <16 x float> %scores_global124.sroa.32.0163.i)
+  %413 = getelementptr inbounds nuw i8, ptr %378, i64 3584
+  %414 = load float, ptr %413, align 4, !tbaa !8
+  %415 = insertelement <16 x float> poison, float %414, i64 0
+  %416 = shufflevector <16 x float> %415, <16 x float> poison, <16 x i32> zeroinitializer
+  %417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %416, <16 x float> %scores_global124.sroa.36.0162.i)
+  %418 = getelementptr inbounds nuw i8, ptr %378, i64 4096
+  %419 = load float, ptr %418, align 4, !tbaa !8
+  %420 = insertelement <16 x float> poison, float %419, i64 0
+  %421 = shufflevector <16 x float> %420, <16 x float> poison, <16 x i32> zeroinitializer
+  %422 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %421, <16 x float> %scores_global124.sroa.40.0161.i)
+  %423 = getelementptr inbounds nuw i8, ptr %378, i64 4608
+  %424 = load float, ptr %423, align 4, !tbaa !8
+  %425 = insertelement <16 x float> poison, float %424, i64 0
+  %426 = shufflevector <16 x float> %425, <16 x float> poison, <16 x i32> zeroinitializer
+  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %426, <16 x float> %scores_global124.sroa.44.0160.i)
+  %428 = getelementptr inbounds nuw i8, ptr %378, i64 5120
+  %429 = load float, ptr %428, align 4, !tbaa !8
+  %430 = insertelement <16 x float> poison, float %429, i64 0
+  %431 = shufflevector <16 x float> %430, <16 x float> poison, <16 x i32> zeroinitializer
+  %432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %431, <16 x float> %scores_global124.sroa.48.0159.i)
+  %433 = getelementptr inbounds nuw i8, ptr %378, i64 5632
+  %434 = load float, ptr %433, align 4, !tbaa !8
+  %435 = insertelement <16 x float> poison, float %434, i64 0
+  %436 = shufflevector <16 x float> %435, <16 x float> poison, <16 x i32> zeroinitializer
+  %437 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %436, <16 x float> %scores_global124.sroa.52.0158.i)
+  %indvars.iv.next242.i = add nuw nsw i64 %indvars.iv241.i, 1
+  %exitcond245.not.i = icmp eq i64 %indvars.iv.next242.i, 128
+  br i1 %exitcond245.not.i, label %for_end_d17.i, label %for_body_d16.i, !prof !11
 
 for_end_d17.i:                                    ; preds = %for_body_d16.i
-    #dbg_value(i64 %indvars.iv250.i, !192, !DIExpression(DW_OP_constu, 192, DW_OP_mul, DW_OP_stack_value), !132)
-  %.idx330.i = mul nuw nsw i64 %indvars.iv250.i, 768, !dbg !132
-  %807 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx330.i, !dbg !132
-  store <16 x float> %751, ptr %807, align 4, !dbg !132, !tbaa !163
-  %808 = getelementptr inbounds nuw i8, ptr %807, i64 64, !dbg !132
-  store <16 x float> %756, ptr %808, align 4, !dbg !132, !tbaa !163
-  %809 = getelementptr inbounds nuw i8, ptr %807, i64 128, !dbg !132
-  store <16 x float> %761, ptr %809, align 4, !dbg !132, !tbaa !163
-  %810 = getelementptr inbounds nuw i8, ptr %807, i64 192, !dbg !132
-  store <16 x float> %766, ptr %810, align 4, !dbg !132, !tbaa !163
-  %811 = getelementptr inbounds nuw i8, ptr %807, i64 256, !dbg !132
-  store <16 x float> %771, ptr %811, align 4, !dbg !132, !tbaa !163
-  %812 = getelementptr inbounds nuw i8, ptr %807, i64 320, !dbg !132
-  store <16 x float> %776, ptr %812, align 4, !dbg !132, !tbaa !163
-  %813 = getelementptr inbounds nuw i8, ptr %807, i64 384, !dbg !132
-  store <16 x float> %781, ptr %813, align 4, !dbg !132, !tbaa !163
-  %814 = getelementptr inbounds nuw i8, ptr %807, i64 448, !dbg !132
-  store <16 x float> %786, ptr %814, align 4, !dbg !132, !tbaa !163
-  %815 = getelementptr inbounds nuw i8, ptr %807, i64 512, !dbg !132
-  store <16 x float> %791, ptr %815, align 4, !dbg !132, !tbaa !163
-  %816 = getelementptr inbounds nuw i8, ptr %807, i64 576, !dbg !132
-  store <16 x float> %796, ptr %816, align 4, !dbg !132, !tbaa !163
-  %817 = getelementptr inbounds nuw i8, ptr %807, i64 640, !dbg !132
-  store <16 x float> %801, ptr %817, align 4, !dbg !132, !tbaa !163
-  %818 = getelementptr inbounds nuw i8, ptr %807, i64 704, !dbg !132
-  store <16 x float> %806, ptr %818, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next251.i = add nuw nsw i64 %indvars.iv250.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next251.i, !181, !DIExpression(), !132)
-  %exitcond254.not.i = icmp eq i64 %indvars.iv.next251.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond254.not.i, label %for_begin_ti.preheader.i, label %for_begin_ax0.preheader.i, !dbg !132, !prof !193
+  %.idx326.i = mul nuw nsw i64 %indvars.iv246.i, 768
+  %438 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx326.i
+  store <16 x float> %382, ptr %438, align 4, !tbaa !8
+  %439 = getelementptr inbounds nuw i8, ptr %438, i64 64
+  store <16 x float> %387, ptr %439, align 4, !tbaa !8
+  %440 = getelementptr inbounds nuw i8, ptr %438, i64 128
+  store <16 x float> %392, ptr %440, align 4, !tbaa !8
+  %441 = getelementptr inbounds nuw i8, ptr %438, i64 192
+  store <16 x float> %397, ptr %441, align 4, !tbaa !8
+  %442 = getelementptr inbounds nuw i8, ptr %438, i64 256
+  store <16 x float> %402, ptr %442, align 4, !tbaa !8
+  %443 = getelementptr inbounds nuw i8, ptr %438, i64 320
+  store <16 x float> %407, ptr %443, align 4, !tbaa !8
+  %444 = getelementptr inbounds nuw i8, ptr %438, i64 384
+  store <16 x float> %412, ptr %444, align 4, !tbaa !8
+  %445 = getelementptr inbounds nuw i8, ptr %438, i64 448
+  store <16 x float> %417, ptr %445, align 4, !tbaa !8
+  %446 = getelementptr inbounds nuw i8, ptr %438, i64 512
+  store <16 x float> %422, ptr %446, align 4, !tbaa !8
+  %447 = getelementptr inbounds nuw i8, ptr %438, i64 576
+  store <16 x float> %427, ptr %447, align 4, !tbaa !8
+  %448 = getelementptr inbounds nuw i8, ptr %438, i64 640
+  store <16 x float> %432, ptr %448, align 4, !tbaa !8
+  %449 = getelementptr inbounds nuw i8, ptr %438, i64 704
+  store <16 x float> %437, ptr %449, align 4, !tbaa !8
+  %indvars.iv.next247.i = add nuw nsw i64 %indvars.iv246.i, 1
+  %exitcond250.not.i = icmp eq i64 %indvars.iv.next247.i, %wide.trip.count.i
+  br i1 %exitcond250.not.i, label %for_begin_ti.preheader.i, label %for_begin_ax0.preheader.i, !prof !12
 
-for_begin_ti.preheader.i:                         ; preds = %for_end_d17.i, %for_end_ti.i
-  %indvars.iv260.i = phi i64 [ %indvars.iv.next261.i, %for_end_ti.i ], [ 0, %for_end_d17.i ]
-  %indvars262.i = trunc i64 %indvars.iv260.i to i32
-    #dbg_value(i64 %indvars.iv260.i, !181, !DIExpression(), !132)
-  %819 = mul nuw nsw i32 %indvars262.i, 3
-  %820 = mul nuw nsw i64 %indvars.iv260.i, 12
-    #dbg_value(i32 0, !194, !DIExpression(), !132)
-  %.idx332.i = mul nuw nsw i64 %indvars.iv260.i, 768
-  %invariant.gep370.i = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx332.i, !dbg !132
-  br label %for_body_ti.i, !dbg !132
+for_begin_ti.preheader.i:                         ; preds = %for_end_ti.i, %for_end_d17.i
+  %indvars.iv256.i = phi i64 [ %indvars.iv.next257.i, %for_end_ti.i ], [ 0, %for_end_d17.i ]
+  %indvars258.i = trunc i64 %indvars.iv256.i to i32
+  %450 = mul nuw nsw i32 %indvars258.i, 3
+  %451 = mul nuw nsw i64 %indvars.iv256.i, 12
+  %.idx328.i = mul nuw nsw i64 %indvars.iv256.i, 768
+  %invariant.gep366.i = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx328.i
+  br label %for_body_ti.i
 
 for_end_to22.thread.i:                            ; preds = %for_body_step.i
-  %821 = icmp sgt i64 %640, 0, !dbg !132
-  %822 = select i1 %821, float 0xFFF0000000000000, float 0xC6293E5940000000, !dbg !132
-  %823 = insertelement <16 x float> poison, float %822, i64 0, !dbg !132
-  %824 = shufflevector <16 x float> %823, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-    #dbg_value(<16 x float> %824, !190, !DIExpression(), !132)
-    #dbg_value(<16 x float> zeroinitializer, !195, !DIExpression(), !132)
-    #dbg_value(i32 0, !181, !DIExpression(), !132)
-    #dbg_value(i32 0, !196, !DIExpression(), !132)
-  br i1 %821, label %for_body_t.lr.ph.i, label %for_begin_d_0.preheader.i, !dbg !132, !prof !156
+  %452 = icmp sgt i64 %271, 0
+  %453 = select i1 %452, float 0xFFF0000000000000, float 0xC6293E5940000000
+  %454 = insertelement <16 x float> poison, float %453, i64 0
+  %455 = shufflevector <16 x float> %454, <16 x float> poison, <16 x i32> zeroinitializer
+  br i1 %452, label %for_body_t.lr.ph.i, label %for_begin_d_0.preheader.i, !prof !7
 
 for_end_to22.i:                                   ; preds = %for_end_ti.i
-  %825 = icmp sgt i64 %640, 0, !dbg !132
-    #dbg_value(<16 x float> poison, !190, !DIExpression(), !132)
-    #dbg_value(i32 0, !181, !DIExpression(), !132)
-  %826 = select i1 %825, float 0xFFF0000000000000, float 0xC6293E5940000000, !dbg !132
-  %827 = insertelement <16 x float> poison, float %826, i64 0, !dbg !132
-  %828 = shufflevector <16 x float> %827, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-    #dbg_value(<16 x float> %828, !190, !DIExpression(), !132)
-  br label %for_begin_ti30.preheader.i, !dbg !132
+  %456 = icmp sgt i64 %271, 0
+  %457 = select i1 %456, float 0xFFF0000000000000, float 0xC6293E5940000000
+  %458 = insertelement <16 x float> poison, float %457, i64 0
+  %459 = shufflevector <16 x float> %458, <16 x float> poison, <16 x i32> zeroinitializer
+  br label %for_begin_ti30.preheader.i
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_begin_ti.preheader.i
-  %indvars.iv255.i = phi i64 [ 0, %for_begin_ti.preheader.i ], [ %indvars.iv.next256.i, %for_body_ti.i ]
-    #dbg_value(i64 %indvars.iv255.i, !194, !DIExpression(), !132)
-    #dbg_value(!DIArgList(i64 %indvars.iv255.i, i64 %indvars.iv260.i), !197, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_constu, 4, DW_OP_shl, DW_OP_LLVM_arg, 1, DW_OP_constu, 192, DW_OP_mul, DW_OP_plus, DW_OP_stack_value), !132)
-  %.idx331.i = shl nuw nsw i64 %indvars.iv255.i, 6, !dbg !132
-  %gep371.i = getelementptr inbounds nuw i8, ptr %invariant.gep370.i, i64 %.idx331.i, !dbg !132
-  %829 = load <16 x float>, ptr %gep371.i, align 4, !dbg !132, !tbaa !163
-  %830 = fmul <16 x float> %479, %829, !dbg !132
-  %831 = trunc nuw nsw i64 %indvars.iv255.i to i32, !dbg !132
-  %832 = lshr i32 %831, 2, !dbg !132
-  %833 = add nuw nsw i32 %832, %819, !dbg !132
-  %834 = icmp samesign ult i32 %833, 32, !dbg !132
-  %835 = add nuw nsw i64 %indvars.iv255.i, %820, !dbg !132
-  %sext.i = shl i64 %835, 32, !dbg !132
-  %836 = ashr exact i64 %sext.i, 32, !dbg !132
-  %837 = icmp slt i64 %836, %640, !dbg !132
-  %838 = and i1 %837, %834, !dbg !132
-  %839 = insertelement <16 x i1> poison, i1 %838, i64 0, !dbg !132
-  %840 = shufflevector <16 x i1> %839, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !132
-  %841 = select <16 x i1> %840, <16 x float> %830, <16 x float> splat (float 0xFFF0000000000000), !dbg !132
-  store <16 x float> %841, ptr %gep371.i, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next256.i = add nuw nsw i64 %indvars.iv255.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next256.i, !194, !DIExpression(), !132)
-  %exitcond259.not.i = icmp eq i64 %indvars.iv.next256.i, 12, !dbg !132
-  br i1 %exitcond259.not.i, label %for_end_ti.i, label %for_body_ti.i, !dbg !132, !prof !171
+  %indvars.iv251.i = phi i64 [ 0, %for_begin_ti.preheader.i ], [ %indvars.iv.next252.i, %for_body_ti.i ]
+  %.idx327.i = shl nuw nsw i64 %indvars.iv251.i, 6
+  %gep367.i = getelementptr inbounds nuw i8, ptr %invariant.gep366.i, i64 %.idx327.i
+  %460 = load <16 x float>, ptr %gep367.i, align 4, !tbaa !8
+  %461 = fmul <16 x float> %110, %460
+  %462 = trunc nuw nsw i64 %indvars.iv251.i to i32
+  %463 = lshr i32 %462, 2
+  %464 = add nuw nsw i32 %463, %450
+  %465 = icmp samesign ult i32 %464, 32
+  %466 = add nuw nsw i64 %indvars.iv251.i, %451
+  %sext.i = shl i64 %466, 32
+  %467 = ashr exact i64 %sext.i, 32
+  %468 = icmp slt i64 %467, %271
+  %469 = and i1 %468, %465
+  %470 = insertelement <16 x i1> poison, i1 %469, i64 0
+  %471 = shufflevector <16 x i1> %470, <16 x i1> poison, <16 x i32> zeroinitializer
+  %472 = select <16 x i1> %471, <16 x float> %461, <16 x float> splat (float 0xFFF0000000000000)
+  store <16 x float> %472, ptr %gep367.i, align 4, !tbaa !8
+  %indvars.iv.next252.i = add nuw nsw i64 %indvars.iv251.i, 1
+  %exitcond255.not.i = icmp eq i64 %indvars.iv.next252.i, 12
+  br i1 %exitcond255.not.i, label %for_end_ti.i, label %for_body_ti.i, !prof !11
 
 for_end_ti.i:                                     ; preds = %for_body_ti.i
-  %indvars.iv.next261.i = add nuw nsw i64 %indvars.iv260.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next261.i, !181, !DIExpression(), !132)
-  %exitcond264.not.i = icmp eq i64 %indvars.iv.next261.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond264.not.i, label %for_end_to22.i, label %for_begin_ti.preheader.i, !dbg !132, !prof !193
+  %indvars.iv.next257.i = add nuw nsw i64 %indvars.iv256.i, 1
+  %exitcond260.not.i = icmp eq i64 %indvars.iv.next257.i, %wide.trip.count.i
+  br i1 %exitcond260.not.i, label %for_end_to22.i, label %for_begin_ti.preheader.i, !prof !12
 
 for_begin_ti30.preheader.i:                       ; preds = %for_begin_ti30.preheader.i, %for_end_to22.i
-  %indvars.iv269.i = phi i64 [ 0, %for_end_to22.i ], [ %indvars.iv.next270.i, %for_begin_ti30.preheader.i ]
-  %scores_global128.sroa.0.1180.i = phi <16 x float> [ %828, %for_end_to22.i ], [ %889, %for_begin_ti30.preheader.i ]
-    #dbg_value(i64 %indvars.iv269.i, !181, !DIExpression(), !132)
-    #dbg_value(<16 x float> %scores_global128.sroa.0.1180.i, !190, !DIExpression(), !132)
-    #dbg_value(i64 0, !194, !DIExpression(), !132)
-  %.idx = mul nuw nsw i64 %indvars.iv269.i, 768, !dbg !132
-  %842 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx, !dbg !132
-  %843 = load <16 x float>, ptr %842, align 4, !dbg !132, !tbaa !163
-  %844 = fcmp ogt <16 x float> %scores_global128.sroa.0.1180.i, %843, !dbg !132
-  %845 = select <16 x i1> %844, <16 x float> %scores_global128.sroa.0.1180.i, <16 x float> %843, !dbg !132
-    #dbg_value(<16 x float> %845, !190, !DIExpression(), !132)
-    #dbg_value(i64 1, !194, !DIExpression(), !132)
-  %846 = getelementptr inbounds nuw i8, ptr %842, i64 64, !dbg !132
-  %847 = load <16 x float>, ptr %846, align 4, !dbg !132, !tbaa !163
-  %848 = fcmp ogt <16 x float> %845, %847, !dbg !132
-  %849 = select <16 x i1> %848, <16 x float> %845, <16 x float> %847, !dbg !132
-    #dbg_value(<16 x float> %849, !190, !DIExpression(), !132)
-    #dbg_value(i64 2, !194, !DIExpression(), !132)
-  %850 = getelementptr inbounds nuw i8, ptr %842, i64 128, !dbg !132
-  %851 = load <16 x float>, ptr %850, align 4, !dbg !132, !tbaa !163
-  %852 = fcmp ogt <16 x float> %849, %851, !dbg !132
-  %853 = select <16 x i1> %852, <16 x float> %849, <16 x float> %851, !dbg !132
-    #dbg_value(<16 x float> %853, !190, !DIExpression(), !132)
-    #dbg_value(i64 3, !194, !DIExpression(), !132)
-  %854 = getelementptr inbounds nuw i8, ptr %842, i64 192, !dbg !132
-  %855 = load <16 x float>, ptr %854, align 4, !dbg !132, !tbaa !163
-  %856 = fcmp ogt <16 x float> %853, %855, !dbg !132
-  %857 = select <16 x i1> %856, <16 x float> %853, <16 x float> %855, !dbg !132
-    #dbg_value(<16 x float> %857, !190, !DIExpression(), !132)
-    #dbg_value(i64 4, !194, !DIExpression(), !132)
-  %858 = getelementptr inbounds nuw i8, ptr %842, i64 256, !dbg !132
-  %859 = load <16 x float>, ptr %858, align 4, !dbg !132, !tbaa !163
-  %860 = fcmp ogt <16 x float> %857, %859, !dbg !132
-  %861 = select <16 x i1> %860, <16 x float> %857, <16 x float> %859, !dbg !132
-    #dbg_value(<16 x float> %861, !190, !DIExpression(), !132)
-    #dbg_value(i64 5, !194, !DIExpression(), !132)
-  %862 = getelementptr inbounds nuw i8, ptr %842, i64 320, !dbg !132
-  %863 = load <16 x float>, ptr %862, align 4, !dbg !132, !tbaa !163
-  %864 = fcmp ogt <16 x float> %861, %863, !dbg !132
-  %865 = select <16 x i1> %864, <16 x float> %861, <16 x float> %863, !dbg !132
-    #dbg_value(<16 x float> %865, !190, !DIExpression(), !132)
-    #dbg_value(i64 6, !194, !DIExpression(), !132)
-  %866 = getelementptr inbounds nuw i8, ptr %842, i64 384, !dbg !132
-  %867 = load <16 x float>, ptr %866, align 4, !dbg !132, !tbaa !163
-  %868 = fcmp ogt <16 x float> %865, %867, !dbg !132
-  %869 = select <16 x i1> %868, <16 x float> %865, <16 x float> %867, !dbg !132
-    #dbg_value(<16 x float> %869, !190, !DIExpression(), !132)
-    #dbg_value(i64 7, !194, !DIExpression(), !132)
-  %870 = getelementptr inbounds nuw i8, ptr %842, i64 448, !dbg !132
-  %871 = load <16 x float>, ptr %870, align 4, !dbg !132, !tbaa !163
-  %872 = fcmp ogt <16 x float> %869, %871, !dbg !132
-  %873 = select <16 x i1> %872, <16 x float> %869, <16 x float> %871, !dbg !132
-    #dbg_value(<16 x float> %873, !190, !DIExpression(), !132)
-    #dbg_value(i64 8, !194, !DIExpression(), !132)
-  %874 = getelementptr inbounds nuw i8, ptr %842, i64 512, !dbg !132
-  %875 = load <16 x float>, ptr %874, align 4, !dbg !132, !tbaa !163
-  %876 = fcmp ogt <16 x float> %873, %875, !dbg !132
-  %877 = select <16 x i1> %876, <16 x float> %873, <16 x float> %875, !dbg !132
-    #dbg_value(<16 x float> %877, !190, !DIExpression(), !132)
-    #dbg_value(i64 9, !194, !DIExpression(), !132)
-  %878 = getelementptr inbounds nuw i8, ptr %842, i64 576, !dbg !132
-  %879 = load <16 x float>, ptr %878, align 4, !dbg !132, !tbaa !163
-  %880 = fcmp ogt <16 x float> %877, %879, !dbg !132
-  %881 = select <16 x i1> %880, <16 x float> %877, <16 x float> %879, !dbg !132
-    #dbg_value(<16 x float> %881, !190, !DIExpression(), !132)
-    #dbg_value(i64 10, !194, !DIExpression(), !132)
-  %882 = getelementptr inbounds nuw i8, ptr %842, i64 640, !dbg !132
-  %883 = load <16 x float>, ptr %882, align 4, !dbg !132, !tbaa !163
-  %884 = fcmp ogt <16 x float> %881, %883, !dbg !132
-  %885 = select <16 x i1> %884, <16 x float> %881, <16 x float> %883, !dbg !132
-    #dbg_value(<16 x float> %885, !190, !DIExpression(), !132)
-    #dbg_value(i64 11, !194, !DIExpression(), !132)
-  %886 = getelementptr inbounds nuw i8, ptr %842, i64 704, !dbg !132
-  %887 = load <16 x float>, ptr %886, align 4, !dbg !132, !tbaa !163
-  %888 = fcmp ogt <16 x float> %885, %887, !dbg !132
-  %889 = select <16 x i1> %888, <16 x float> %885, <16 x float> %887, !dbg !132
-    #dbg_value(<16 x float> %889, !190, !DIExpression(), !132)
-    #dbg_value(i64 12, !194, !DIExpression(), !132)
-  %indvars.iv.next270.i = add nuw nsw i64 %indvars.iv269.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next270.i, !181, !DIExpression(), !132)
-  %exitcond273.not.i = icmp eq i64 %indvars.iv.next270.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond273.not.i, label %for_begin_ti40.preheader.i, label %for_begin_ti30.preheader.i, !dbg !132, !prof !193
+  %indvars.iv265.i = phi i64 [ 0, %for_end_to22.i ], [ %indvars.iv.next266.i, %for_begin_ti30.preheader.i ]
+  %scores_global124.sroa.0.1176.i = phi <16 x float> [ %459, %for_end_to22.i ], [ %520, %for_begin_ti30.preheader.i ]
+  %.idx = mul nuw nsw i64 %indvars.iv265.i, 768
+  %473 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx
+  %474 = load <16 x float>, ptr %473, align 4, !tbaa !8
+  %475 = fcmp ogt <16 x float> %scores_global124.sroa.0.1176.i, %474
+  %476 = select <16 x i1> %475, <16 x float> %scores_global124.sroa.0.1176.i, <16 x float> %474
+  %477 = getelementptr inbounds nuw i8, ptr %473, i64 64
+  %478 = load <16 x float>, ptr %477, align 4, !tbaa !8
+  %479 = fcmp ogt <16 x float> %476, %478
+  %480 = select <16 x i1> %479, <16 x float> %476, <16 x float> %478
+  %481 = getelementptr inbounds nuw i8, ptr %473, i64 128
+  %482 = load <16 x float>, ptr %481, align 4, !tbaa !8
+  %483 = fcmp ogt <16 x float> %480, %482
+  %484 = select <16 x i1> %483, <16 x float> %480, <16 x float> %482
+  %485 = getelementptr inbounds nuw i8, ptr %473, i64 192
+  %486 = load <16 x float>, ptr %485, align 4, !tbaa !8
+  %487 = fcmp ogt <16 x float> %484, %486
+  %488 = select <16 x i1> %487, <16 x float> %484, <16 x float> %486
+  %489 = getelementptr inbounds nuw i8, ptr %473, i64 256
+  %490 = load <16 x float>, ptr %489, align 4, !tbaa !8
+  %491 = fcmp ogt <16 x float> %488, %490
+  %492 = select <16 x i1> %491, <16 x float> %488, <16 x float> %490
+  %493 = getelementptr inbounds nuw i8, ptr %473, i64 320
+  %494 = load <16 x float>, ptr %493, align 4, !tbaa !8
+  %495 = fcmp ogt <16 x float> %492, %494
+  %496 = select <16 x i1> %495, <16 x float> %492, <16 x float> %494
+  %497 = getelementptr inbounds nuw i8, ptr %473, i64 384
+  %498 = load <16 x float>, ptr %497, align 4, !tbaa !8
+  %499 = fcmp ogt <16 x float> %496, %498
+  %500 = select <16 x i1> %499, <16 x float> %496, <16 x float> %498
+  %501 = getelementptr inbounds nuw i8, ptr %473, i64 448
+  %502 = load <16 x float>, ptr %501, align 4, !tbaa !8
+  %503 = fcmp ogt <16 x float> %500, %502
+  %504 = select <16 x i1> %503, <16 x float> %500, <16 x float> %502
+  %505 = getelementptr inbounds nuw i8, ptr %473, i64 512
+  %506 = load <16 x float>, ptr %505, align 4, !tbaa !8
+  %507 = fcmp ogt <16 x float> %504, %506
+  %508 = select <16 x i1> %507, <16 x float> %504, <16 x float> %506
+  %509 = getelementptr inbounds nuw i8, ptr %473, i64 576
+  %510 = load <16 x float>, ptr %509, align 4, !tbaa !8
+  %511 = fcmp ogt <16 x float> %508, %510
+  %512 = select <16 x i1> %511, <16 x float> %508, <16 x float> %510
+  %513 = getelementptr inbounds nuw i8, ptr %473, i64 640
+  %514 = load <16 x float>, ptr %513, align 4, !tbaa !8
+  %515 = fcmp ogt <16 x float> %512, %514
+  %516 = select <16 x i1> %515, <16 x float> %512, <16 x float> %514
+  %517 = getelementptr inbounds nuw i8, ptr %473, i64 704
+  %518 = load <16 x float>, ptr %517, align 4, !tbaa !8
+  %519 = fcmp ogt <16 x float> %516, %518
+  %520 = select <16 x i1> %519, <16 x float> %516, <16 x float> %518
+  %indvars.iv.next266.i = add nuw nsw i64 %indvars.iv265.i, 1
+  %exitcond269.not.i = icmp eq i64 %indvars.iv.next266.i, %wide.trip.count.i
+  br i1 %exitcond269.not.i, label %for_begin_ti40.preheader.i, label %for_begin_ti30.preheader.i, !prof !12
 
-for_begin_ti40.preheader.i:                       ; preds = %for_begin_ti30.preheader.i, %for_end_ti42.i
-  %indvars.iv279.i = phi i64 [ %indvars.iv.next280.i, %for_end_ti42.i ], [ 0, %for_begin_ti30.preheader.i ]
-  %indvars281.i = trunc i64 %indvars.iv279.i to i32
-    #dbg_value(i64 %indvars.iv279.i, !181, !DIExpression(), !132)
-  %890 = mul nuw nsw i64 %indvars.iv279.i, 192
-  %891 = mul nuw nsw i32 %indvars281.i, 3
-  %892 = mul nuw nsw i64 %indvars.iv279.i, 12
-    #dbg_value(i32 0, !194, !DIExpression(), !132)
-  br label %for_body_ti41.i, !dbg !132
+for_begin_ti40.preheader.i:                       ; preds = %for_end_ti42.i, %for_begin_ti30.preheader.i
+  %indvars.iv275.i = phi i64 [ %indvars.iv.next276.i, %for_end_ti42.i ], [ 0, %for_begin_ti30.preheader.i ]
+  %indvars277.i = trunc i64 %indvars.iv275.i to i32
+  %521 = mul nuw nsw i64 %indvars.iv275.i, 192
+  %522 = mul nuw nsw i32 %indvars277.i, 3
+  %523 = mul nuw nsw i64 %indvars.iv275.i, 12
+  br label %for_body_ti41.i
 
 for_body_ti41.i:                                  ; preds = %for_body_ti41.i, %for_begin_ti40.preheader.i
-  %indvars.iv274.i = phi i64 [ 0, %for_begin_ti40.preheader.i ], [ %indvars.iv.next275.i, %for_body_ti41.i ]
-    #dbg_value(i64 %indvars.iv274.i, !194, !DIExpression(), !132)
-  %893 = shl nuw nsw i64 %indvars.iv274.i, 4, !dbg !132
-  %894 = add nuw nsw i64 %893, %890, !dbg !132
-    #dbg_value(i64 %894, !198, !DIExpression(), !132)
-  %895 = getelementptr inbounds nuw float, ptr %scores.i, i64 %894, !dbg !132
-  %896 = load <16 x float>, ptr %895, align 4, !dbg !132, !tbaa !163
-  %arg.i = fsub <16 x float> %896, %889, !dbg !132
-    #dbg_value(<16 x float> %arg.i, !199, !DIExpression(), !132)
-  %897 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01), !dbg !132
-    #dbg_value(<16 x float> poison, !200, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !201, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !202, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !203, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !205, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !206, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !207, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !208, !DIExpression(), !132)
-    #dbg_value(!DIArgList(<16 x float> poison, <16 x i32> poison, <16 x i32> poison), !209, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !132)
-  %cse_v21.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !132
-    #dbg_value(<16 x float> %cse_v21.i, !210, !DIExpression(), !132)
-  %898 = bitcast <16 x float> %cse_v21.i to <16 x i32>, !dbg !132
-  %899 = shl <16 x i32> %898, splat (i32 23), !dbg !132
-  %900 = add <16 x i32> %899, splat (i32 1065353216), !dbg !132
-  %901 = bitcast <16 x i32> %900 to <16 x float>, !dbg !132
-  %902 = add nsw <16 x i32> %898, splat (i32 -1262485504), !dbg !132
-  %903 = sitofp <16 x i32> %902 to <16 x float>, !dbg !132
-  %904 = fmul <16 x float> %903, splat (float 0x3F2BD01060000000), !dbg !132
-  %905 = fmul <16 x float> %903, splat (float 0x3FE6300000000000), !dbg !132
-  %906 = fsub <16 x float> %arg.i, %905, !dbg !132
-  %907 = fadd <16 x float> %904, %906, !dbg !132
-  %908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %907, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !132
-  %909 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %908, <16 x float> %907, <16 x float> splat (float 0x3F81112100000000)), !dbg !132
-  %910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %909, <16 x float> %907, <16 x float> splat (float 0x3FA5553820000000)), !dbg !132
-  %911 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %910, <16 x float> %907, <16 x float> splat (float 0x3FC5555540000000)), !dbg !132
-  %912 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %911, <16 x float> %907, <16 x float> splat (float 5.000000e-01)), !dbg !132
-  %913 = fmul <16 x float> %907, %912, !dbg !132
-  %914 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %913, <16 x float> %907, <16 x float> %907), !dbg !132
-  %915 = fadd <16 x float> %914, splat (float 1.000000e+00), !dbg !132
-  %916 = fmul <16 x float> %915, %901, !dbg !132
-  %917 = select <16 x i1> %897, <16 x float> zeroinitializer, <16 x float> %916, !dbg !132
-  %918 = trunc nuw nsw i64 %indvars.iv274.i to i32, !dbg !132
-  %919 = lshr i32 %918, 2, !dbg !132
-  %920 = add nuw nsw i32 %919, %891, !dbg !132
-  %921 = icmp samesign ult i32 %920, 32, !dbg !132
-  %922 = add nuw nsw i64 %indvars.iv274.i, %892, !dbg !132
-  %sext333.i = shl i64 %922, 32, !dbg !132
-  %923 = ashr exact i64 %sext333.i, 32, !dbg !132
-  %924 = icmp slt i64 %923, %640, !dbg !132
-  %925 = and i1 %924, %921, !dbg !132
-  %926 = insertelement <16 x i1> poison, i1 %925, i64 0, !dbg !132
-  %927 = shufflevector <16 x i1> %926, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !132
-  %928 = select <16 x i1> %927, <16 x float> %917, <16 x float> zeroinitializer, !dbg !132
-  %929 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %894, !dbg !132
-  store <16 x float> %928, ptr %929, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next275.i = add nuw nsw i64 %indvars.iv274.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next275.i, !194, !DIExpression(), !132)
-  %exitcond278.not.i = icmp eq i64 %indvars.iv.next275.i, 12, !dbg !132
-  br i1 %exitcond278.not.i, label %for_end_ti42.i, label %for_body_ti41.i, !dbg !132, !prof !171
+  %indvars.iv270.i = phi i64 [ 0, %for_begin_ti40.preheader.i ], [ %indvars.iv.next271.i, %for_body_ti41.i ]
+  %524 = shl nuw nsw i64 %indvars.iv270.i, 4
+  %525 = add nuw nsw i64 %524, %521
+  %526 = getelementptr inbounds nuw float, ptr %scores.i, i64 %525
+  %527 = load <16 x float>, ptr %526, align 4, !tbaa !8
+  %arg.i = fsub <16 x float> %527, %520
+  %cse_v19.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %528 = bitcast <16 x float> %cse_v19.i to <16 x i32>
+  %529 = add nsw <16 x i32> %528, splat (i32 -1262485504)
+  %530 = sitofp <16 x i32> %529 to <16 x float>
+  %531 = fmul <16 x float> %530, splat (float 0x3F2BD01060000000)
+  %532 = fmul <16 x float> %530, splat (float 0x3FE6300000000000)
+  %533 = fsub <16 x float> %arg.i, %532
+  %534 = fadd <16 x float> %531, %533
+  %535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %534, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %535, <16 x float> %534, <16 x float> splat (float 0x3F81112100000000))
+  %537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %536, <16 x float> %534, <16 x float> splat (float 0x3FA5553820000000))
+  %538 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %537, <16 x float> %534, <16 x float> splat (float 0x3FC5555540000000))
+  %539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %538, <16 x float> %534, <16 x float> splat (float 5.000000e-01))
+  %540 = fmul <16 x float> %534, %539
+  %541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %540, <16 x float> %534, <16 x float> %534)
+  %542 = shl <16 x i32> %528, splat (i32 23)
+  %543 = add <16 x i32> %542, splat (i32 1065353216)
+  %544 = bitcast <16 x i32> %543 to <16 x float>
+  %545 = fadd <16 x float> %541, splat (float 1.000000e+00)
+  %546 = fmul <16 x float> %545, %544
+  %547 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
+  %548 = select <16 x i1> %547, <16 x float> zeroinitializer, <16 x float> %546
+  %549 = trunc nuw nsw i64 %indvars.iv270.i to i32
+  %550 = lshr i32 %549, 2
+  %551 = add nuw nsw i32 %550, %522
+  %552 = icmp samesign ult i32 %551, 32
+  %553 = add nuw nsw i64 %indvars.iv270.i, %523
+  %sext329.i = shl i64 %553, 32
+  %554 = ashr exact i64 %sext329.i, 32
+  %555 = icmp slt i64 %554, %271
+  %556 = and i1 %555, %552
+  %557 = insertelement <16 x i1> poison, i1 %556, i64 0
+  %558 = shufflevector <16 x i1> %557, <16 x i1> poison, <16 x i32> zeroinitializer
+  %559 = select <16 x i1> %558, <16 x float> %548, <16 x float> zeroinitializer
+  %560 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %525
+  store <16 x float> %559, ptr %560, align 4, !tbaa !8
+  %indvars.iv.next271.i = add nuw nsw i64 %indvars.iv270.i, 1
+  %exitcond274.not.i = icmp eq i64 %indvars.iv.next271.i, 12
+  br i1 %exitcond274.not.i, label %for_end_ti42.i, label %for_body_ti41.i, !prof !11
 
 for_end_ti42.i:                                   ; preds = %for_body_ti41.i
-  %indvars.iv.next280.i = add nuw nsw i64 %indvars.iv279.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next280.i, !181, !DIExpression(), !132)
-  %exitcond283.not.i = icmp eq i64 %indvars.iv.next280.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond283.not.i, label %for_begin_ti50.preheader.i, label %for_begin_ti40.preheader.i, !dbg !132, !prof !193
+  %indvars.iv.next276.i = add nuw nsw i64 %indvars.iv275.i, 1
+  %exitcond279.not.i = icmp eq i64 %indvars.iv.next276.i, %wide.trip.count.i
+  br i1 %exitcond279.not.i, label %for_begin_ti50.preheader.i, label %for_begin_ti40.preheader.i, !prof !12
 
 for_begin_t.preheader.i:                          ; preds = %for_begin_ti50.preheader.i
-    #dbg_value(i32 0, !196, !DIExpression(), !132)
-  br i1 %825, label %for_body_t.lr.ph.i, label %for_begin_d_0.preheader.i, !dbg !132, !prof !156
+  br i1 %456, label %for_body_t.lr.ph.i, label %for_begin_d_0.preheader.i, !prof !7
 
 for_body_t.lr.ph.i:                               ; preds = %for_begin_t.preheader.i, %for_end_to22.thread.i
-  %tile_sum.0.lcssa347.i = phi <16 x float> [ zeroinitializer, %for_end_to22.thread.i ], [ %966, %for_begin_t.preheader.i ]
-  %scores_global128.sroa.0.1.lcssa339341344.i = phi <16 x float> [ %824, %for_end_to22.thread.i ], [ %889, %for_begin_t.preheader.i ]
-  %930 = getelementptr inbounds i32, ptr %326, i64 %cse_v35.i
-  br label %for_body_t.i, !dbg !132
+  %tile_sum.0.lcssa343.i = phi <16 x float> [ zeroinitializer, %for_end_to22.thread.i ], [ %597, %for_begin_t.preheader.i ]
+  %scores_global124.sroa.0.1.lcssa335337340.i = phi <16 x float> [ %455, %for_end_to22.thread.i ], [ %520, %for_begin_t.preheader.i ]
+  %561 = getelementptr inbounds i32, ptr %block_table, i64 %cse_v29.i
+  br label %for_body_t.i
 
-for_begin_ti50.preheader.i:                       ; preds = %for_end_ti42.i, %for_begin_ti50.preheader.i
-  %indvars.iv288.i = phi i64 [ %indvars.iv.next289.i, %for_begin_ti50.preheader.i ], [ 0, %for_end_ti42.i ]
-  %tile_sum.0186.i = phi <16 x float> [ %966, %for_begin_ti50.preheader.i ], [ zeroinitializer, %for_end_ti42.i ]
-    #dbg_value(i64 %indvars.iv288.i, !181, !DIExpression(), !132)
-    #dbg_value(<16 x float> %tile_sum.0186.i, !195, !DIExpression(), !132)
-    #dbg_value(i64 0, !194, !DIExpression(), !132)
-  %.idx294 = mul nuw nsw i64 %indvars.iv288.i, 768, !dbg !132
-  %931 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx294, !dbg !132
-  %932 = load <16 x float>, ptr %931, align 4, !dbg !132, !tbaa !163
-  %933 = fadd <16 x float> %tile_sum.0186.i, %932, !dbg !132
-    #dbg_value(<16 x float> %933, !195, !DIExpression(), !132)
-    #dbg_value(i64 1, !194, !DIExpression(), !132)
-  %934 = getelementptr inbounds nuw i8, ptr %931, i64 64, !dbg !132
-  %935 = load <16 x float>, ptr %934, align 4, !dbg !132, !tbaa !163
-  %936 = fadd <16 x float> %933, %935, !dbg !132
-    #dbg_value(<16 x float> %936, !195, !DIExpression(), !132)
-    #dbg_value(i64 2, !194, !DIExpression(), !132)
-  %937 = getelementptr inbounds nuw i8, ptr %931, i64 128, !dbg !132
-  %938 = load <16 x float>, ptr %937, align 4, !dbg !132, !tbaa !163
-  %939 = fadd <16 x float> %936, %938, !dbg !132
-    #dbg_value(<16 x float> %939, !195, !DIExpression(), !132)
-    #dbg_value(i64 3, !194, !DIExpression(), !132)
-  %940 = getelementptr inbounds nuw i8, ptr %931, i64 192, !dbg !132
-  %941 = load <16 x float>, ptr %940, align 4, !dbg !132, !tbaa !163
-  %942 = fadd <16 x float> %939, %941, !dbg !132
-    #dbg_value(<16 x float> %942, !195, !DIExpression(), !132)
-    #dbg_value(i64 4, !194, !DIExpression(), !132)
-  %943 = getelementptr inbounds nuw i8, ptr %931, i64 256, !dbg !132
-  %944 = load <16 x float>, ptr %943, align 4, !dbg !132, !tbaa !163
-  %945 = fadd <16 x float> %942, %944, !dbg !132
-    #dbg_value(<16 x float> %945, !195, !DIExpression(), !132)
-    #dbg_value(i64 5, !194, !DIExpression(), !132)
-  %946 = getelementptr inbounds nuw i8, ptr %931, i64 320, !dbg !132
-  %947 = load <16 x float>, ptr %946, align 4, !dbg !132, !tbaa !163
-  %948 = fadd <16 x float> %945, %947, !dbg !132
-    #dbg_value(<16 x float> %948, !195, !DIExpression(), !132)
-    #dbg_value(i64 6, !194, !DIExpression(), !132)
-  %949 = getelementptr inbounds nuw i8, ptr %931, i64 384, !dbg !132
-  %950 = load <16 x float>, ptr %949, align 4, !dbg !132, !tbaa !163
-  %951 = fadd <16 x float> %948, %950, !dbg !132
-    #dbg_value(<16 x float> %951, !195, !DIExpression(), !132)
-    #dbg_value(i64 7, !194, !DIExpression(), !132)
-  %952 = getelementptr inbounds nuw i8, ptr %931, i64 448, !dbg !132
-  %953 = load <16 x float>, ptr %952, align 4, !dbg !132, !tbaa !163
-  %954 = fadd <16 x float> %951, %953, !dbg !132
-    #dbg_value(<16 x float> %954, !195, !DIExpression(), !132)
-    #dbg_value(i64 8, !194, !DIExpression(), !132)
-  %955 = getelementptr inbounds nuw i8, ptr %931, i64 512, !dbg !132
-  %956 = load <16 x float>, ptr %955, align 4, !dbg !132, !tbaa !163
-  %957 = fadd <16 x float> %954, %956, !dbg !132
-    #dbg_value(<16 x float> %957, !195, !DIExpression(), !132)
-    #dbg_value(i64 9, !194, !DIExpression(), !132)
-  %958 = getelementptr inbounds nuw i8, ptr %931, i64 576, !dbg !132
-  %959 = load <16 x float>, ptr %958, align 4, !dbg !132, !tbaa !163
-  %960 = fadd <16 x float> %957, %959, !dbg !132
-    #dbg_value(<16 x float> %960, !195, !DIExpression(), !132)
-    #dbg_value(i64 10, !194, !DIExpression(), !132)
-  %961 = getelementptr inbounds nuw i8, ptr %931, i64 640, !dbg !132
-  %962 = load <16 x float>, ptr %961, align 4, !dbg !132, !tbaa !163
-  %963 = fadd <16 x float> %960, %962, !dbg !132
-    #dbg_value(<16 x float> %963, !195, !DIExpression(), !132)
-    #dbg_value(i64 11, !194, !DIExpression(), !132)
-  %964 = getelementptr inbounds nuw i8, ptr %931, i64 704, !dbg !132
-  %965 = load <16 x float>, ptr %964, align 4, !dbg !132, !tbaa !163
-  %966 = fadd <16 x float> %963, %965, !dbg !132
-    #dbg_value(<16 x float> %966, !195, !DIExpression(), !132)
-    #dbg_value(i64 12, !194, !DIExpression(), !132)
-  %indvars.iv.next289.i = add nuw nsw i64 %indvars.iv288.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next289.i, !181, !DIExpression(), !132)
-  %exitcond292.not.i = icmp eq i64 %indvars.iv.next289.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond292.not.i, label %for_begin_t.preheader.i, label %for_begin_ti50.preheader.i, !dbg !132, !prof !193
+for_begin_ti50.preheader.i:                       ; preds = %for_begin_ti50.preheader.i, %for_end_ti42.i
+  %indvars.iv284.i = phi i64 [ %indvars.iv.next285.i, %for_begin_ti50.preheader.i ], [ 0, %for_end_ti42.i ]
+  %tile_sum.0182.i = phi <16 x float> [ %597, %for_begin_ti50.preheader.i ], [ zeroinitializer, %for_end_ti42.i ]
+  %.idx67 = mul nuw nsw i64 %indvars.iv284.i, 768
+  %562 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx67
+  %563 = load <16 x float>, ptr %562, align 4, !tbaa !8
+  %564 = fadd <16 x float> %tile_sum.0182.i, %563
+  %565 = getelementptr inbounds nuw i8, ptr %562, i64 64
+  %566 = load <16 x float>, ptr %565, align 4, !tbaa !8
+  %567 = fadd <16 x float> %564, %566
+  %568 = getelementptr inbounds nuw i8, ptr %562, i64 128
+  %569 = load <16 x float>, ptr %568, align 4, !tbaa !8
+  %570 = fadd <16 x float> %567, %569
+  %571 = getelementptr inbounds nuw i8, ptr %562, i64 192
+  %572 = load <16 x float>, ptr %571, align 4, !tbaa !8
+  %573 = fadd <16 x float> %570, %572
+  %574 = getelementptr inbounds nuw i8, ptr %562, i64 256
+  %575 = load <16 x float>, ptr %574, align 4, !tbaa !8
+  %576 = fadd <16 x float> %573, %575
+  %577 = getelementptr inbounds nuw i8, ptr %562, i64 320
+  %578 = load <16 x float>, ptr %577, align 4, !tbaa !8
+  %579 = fadd <16 x float> %576, %578
+  %580 = getelementptr inbounds nuw i8, ptr %562, i64 384
+  %581 = load <16 x float>, ptr %580, align 4, !tbaa !8
+  %582 = fadd <16 x float> %579, %581
+  %583 = getelementptr inbounds nuw i8, ptr %562, i64 448
+  %584 = load <16 x float>, ptr %583, align 4, !tbaa !8
+  %585 = fadd <16 x float> %582, %584
+  %586 = getelementptr inbounds nuw i8, ptr %562, i64 512
+  %587 = load <16 x float>, ptr %586, align 4, !tbaa !8
+  %588 = fadd <16 x float> %585, %587
+  %589 = getelementptr inbounds nuw i8, ptr %562, i64 576
+  %590 = load <16 x float>, ptr %589, align 4, !tbaa !8
+  %591 = fadd <16 x float> %588, %590
+  %592 = getelementptr inbounds nuw i8, ptr %562, i64 640
+  %593 = load <16 x float>, ptr %592, align 4, !tbaa !8
+  %594 = fadd <16 x float> %591, %593
+  %595 = getelementptr inbounds nuw i8, ptr %562, i64 704
+  %596 = load <16 x float>, ptr %595, align 4, !tbaa !8
+  %597 = fadd <16 x float> %594, %596
+  %indvars.iv.next285.i = add nuw nsw i64 %indvars.iv284.i, 1
+  %exitcond288.not.i = icmp eq i64 %indvars.iv.next285.i, %wide.trip.count.i
+  br i1 %exitcond288.not.i, label %for_begin_t.preheader.i, label %for_begin_ti50.preheader.i, !prof !12
 
-for_begin_d_0.preheader.i:                        ; preds = %for_body_t.i, %for_end_to22.thread.i, %for_begin_t.preheader.i
-  %tile_sum.0.lcssa345.i = phi <16 x float> [ %966, %for_begin_t.preheader.i ], [ zeroinitializer, %for_end_to22.thread.i ], [ %tile_sum.0.lcssa347.i, %for_body_t.i ]
-  %scores_global128.sroa.0.1.lcssa339341342.i = phi <16 x float> [ %889, %for_begin_t.preheader.i ], [ %824, %for_end_to22.thread.i ], [ %scores_global128.sroa.0.1.lcssa339341344.i, %for_body_t.i ]
-  %967 = phi i1 [ false, %for_begin_t.preheader.i ], [ false, %for_end_to22.thread.i ], [ true, %for_body_t.i ]
-    #dbg_value(i32 0, !211, !DIExpression(), !132)
-  %968 = tail call i32 @llvm.smax.i32(i32 %valid_len.i, i32 1), !dbg !132
-  %smax339 = zext nneg i32 %968 to i64, !dbg !132
-  br label %for_body_d_0.i, !dbg !132
+for_begin_d_0.preheader.i:                        ; preds = %for_body_t.i, %for_begin_t.preheader.i, %for_end_to22.thread.i
+  %tile_sum.0.lcssa341.i = phi <16 x float> [ %597, %for_begin_t.preheader.i ], [ zeroinitializer, %for_end_to22.thread.i ], [ %tile_sum.0.lcssa343.i, %for_body_t.i ]
+  %scores_global124.sroa.0.1.lcssa335337338.i = phi <16 x float> [ %520, %for_begin_t.preheader.i ], [ %455, %for_end_to22.thread.i ], [ %scores_global124.sroa.0.1.lcssa335337340.i, %for_body_t.i ]
+  %598 = phi i1 [ false, %for_begin_t.preheader.i ], [ false, %for_end_to22.thread.i ], [ true, %for_body_t.i ]
+  %599 = tail call i32 @llvm.smax.i32(i32 %valid_len.i, i32 1)
+  %smax112 = zext nneg i32 %599 to i64
+  br label %for_body_d_0.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv293.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next294.i, %for_body_t.i ]
-    #dbg_value(i64 %indvars.iv293.i, !196, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv293.i, !212, !DIExpression(DW_OP_constu, 7, DW_OP_shl, DW_OP_stack_value), !132)
-  %cse_v22.i = mul nsw i64 %indvars.iv293.i, %v_slot288, !dbg !132
-    #dbg_value(i64 %cse_v22.i, !213, !DIExpression(), !132)
-    #dbg_value(i64 %cse_v23.i, !214, !DIExpression(), !132)
-  %969 = load i32, ptr %930, align 4, !dbg !132, !tbaa !163
-  %970 = sext i32 %969 to i64, !dbg !132
-  %971 = mul nsw i64 %v_block, %970, !dbg !132
-  %972 = getelementptr i16, ptr %318, i64 %971, !dbg !132
-  %973 = getelementptr i16, ptr %972, i64 %cse_v22.i, !dbg !132
-  %974 = getelementptr i16, ptr %973, i64 %cse_v23.i, !dbg !132
-  %975 = load <16 x i16>, ptr %974, align 2, !dbg !132, !tbaa !163
-  %976 = zext <16 x i16> %975 to <16 x i32>, !dbg !132
-  %977 = shl nuw <16 x i32> %976, splat (i32 16), !dbg !132
-  %.idx334.i = shl nsw i64 %indvars.iv293.i, 9, !dbg !132
-  %978 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx334.i, !dbg !132
-  store <16 x i32> %977, ptr %978, align 4, !dbg !132, !tbaa !163
-  %979 = load i32, ptr %930, align 4, !dbg !132, !tbaa !163
-  %980 = sext i32 %979 to i64, !dbg !132
-  %981 = mul nsw i64 %v_block, %980, !dbg !132
-  %982 = getelementptr i16, ptr %318, i64 %981, !dbg !132
-  %983 = getelementptr i16, ptr %982, i64 %cse_v22.i, !dbg !132
-  %984 = getelementptr i16, ptr %983, i64 %cse_v23.i, !dbg !132
-  %985 = getelementptr i8, ptr %984, i64 32, !dbg !132
-  %986 = load <16 x i16>, ptr %985, align 2, !dbg !132, !tbaa !163
-  %987 = zext <16 x i16> %986 to <16 x i32>, !dbg !132
-  %988 = shl nuw <16 x i32> %987, splat (i32 16), !dbg !132
-  %989 = getelementptr inbounds nuw i8, ptr %978, i64 64, !dbg !132
-  store <16 x i32> %988, ptr %989, align 4, !dbg !132, !tbaa !163
-  %990 = load i32, ptr %930, align 4, !dbg !132, !tbaa !163
-  %991 = sext i32 %990 to i64, !dbg !132
-  %992 = mul nsw i64 %v_block, %991, !dbg !132
-  %993 = getelementptr i16, ptr %318, i64 %992, !dbg !132
-  %994 = getelementptr i16, ptr %993, i64 %cse_v22.i, !dbg !132
-  %995 = getelementptr i16, ptr %994, i64 %cse_v23.i, !dbg !132
-  %996 = getelementptr i8, ptr %995, i64 64, !dbg !132
-  %997 = load <16 x i16>, ptr %996, align 2, !dbg !132, !tbaa !163
-  %998 = zext <16 x i16> %997 to <16 x i32>, !dbg !132
-  %999 = shl nuw <16 x i32> %998, splat (i32 16), !dbg !132
-  %1000 = getelementptr inbounds nuw i8, ptr %978, i64 128, !dbg !132
-  store <16 x i32> %999, ptr %1000, align 4, !dbg !132, !tbaa !163
-  %1001 = load i32, ptr %930, align 4, !dbg !132, !tbaa !163
-  %1002 = sext i32 %1001 to i64, !dbg !132
-  %1003 = mul nsw i64 %v_block, %1002, !dbg !132
-  %1004 = getelementptr i16, ptr %318, i64 %1003, !dbg !132
-  %1005 = getelementptr i16, ptr %1004, i64 %cse_v22.i, !dbg !132
-  %1006 = getelementptr i16, ptr %1005, i64 %cse_v23.i, !dbg !132
-  %1007 = getelementptr i8, ptr %1006, i64 96, !dbg !132
-  %1008 = load <16 x i16>, ptr %1007, align 2, !dbg !132, !tbaa !163
-  %1009 = zext <16 x i16> %1008 to <16 x i32>, !dbg !132
-  %1010 = shl nuw <16 x i32> %1009, splat (i32 16), !dbg !132
-  %1011 = getelementptr inbounds nuw i8, ptr %978, i64 192, !dbg !132
-  store <16 x i32> %1010, ptr %1011, align 4, !dbg !132, !tbaa !163
-  %1012 = load i32, ptr %930, align 4, !dbg !132, !tbaa !163
-  %1013 = sext i32 %1012 to i64, !dbg !132
-  %1014 = mul nsw i64 %v_block, %1013, !dbg !132
-  %1015 = getelementptr i16, ptr %318, i64 %1014, !dbg !132
-  %1016 = getelementptr i16, ptr %1015, i64 %cse_v22.i, !dbg !132
-  %1017 = getelementptr i16, ptr %1016, i64 %cse_v23.i, !dbg !132
-  %1018 = getelementptr i8, ptr %1017, i64 128, !dbg !132
-  %1019 = load <16 x i16>, ptr %1018, align 2, !dbg !132, !tbaa !163
-  %1020 = zext <16 x i16> %1019 to <16 x i32>, !dbg !132
-  %1021 = shl nuw <16 x i32> %1020, splat (i32 16), !dbg !132
-  %1022 = getelementptr inbounds nuw i8, ptr %978, i64 256, !dbg !132
-  store <16 x i32> %1021, ptr %1022, align 4, !dbg !132, !tbaa !163
-  %1023 = load i32, ptr %930, align 4, !dbg !132, !tbaa !163
-  %1024 = sext i32 %1023 to i64, !dbg !132
-  %1025 = mul nsw i64 %v_block, %1024, !dbg !132
-  %1026 = getelementptr i16, ptr %318, i64 %1025, !dbg !132
-  %1027 = getelementptr i16, ptr %1026, i64 %cse_v22.i, !dbg !132
-  %1028 = getelementptr i16, ptr %1027, i64 %cse_v23.i, !dbg !132
-  %1029 = getelementptr i8, ptr %1028, i64 160, !dbg !132
-  %1030 = load <16 x i16>, ptr %1029, align 2, !dbg !132, !tbaa !163
-  %1031 = zext <16 x i16> %1030 to <16 x i32>, !dbg !132
-  %1032 = shl nuw <16 x i32> %1031, splat (i32 16), !dbg !132
-  %1033 = getelementptr inbounds nuw i8, ptr %978, i64 320, !dbg !132
-  store <16 x i32> %1032, ptr %1033, align 4, !dbg !132, !tbaa !163
-  %1034 = load i32, ptr %930, align 4, !dbg !132, !tbaa !163
-  %1035 = sext i32 %1034 to i64, !dbg !132
-  %1036 = mul nsw i64 %v_block, %1035, !dbg !132
-  %1037 = getelementptr i16, ptr %318, i64 %1036, !dbg !132
-  %1038 = getelementptr i16, ptr %1037, i64 %cse_v22.i, !dbg !132
-  %1039 = getelementptr i16, ptr %1038, i64 %cse_v23.i, !dbg !132
-  %1040 = getelementptr i8, ptr %1039, i64 192, !dbg !132
-  %1041 = load <16 x i16>, ptr %1040, align 2, !dbg !132, !tbaa !163
-  %1042 = zext <16 x i16> %1041 to <16 x i32>, !dbg !132
-  %1043 = shl nuw <16 x i32> %1042, splat (i32 16), !dbg !132
-  %1044 = getelementptr inbounds nuw i8, ptr %978, i64 384, !dbg !132
-  store <16 x i32> %1043, ptr %1044, align 4, !dbg !132, !tbaa !163
-  %1045 = load i32, ptr %930, align 4, !dbg !132, !tbaa !163
-  %1046 = sext i32 %1045 to i64, !dbg !132
-  %1047 = mul nsw i64 %v_block, %1046, !dbg !132
-  %1048 = getelementptr i16, ptr %318, i64 %1047, !dbg !132
-  %1049 = getelementptr i16, ptr %1048, i64 %cse_v22.i, !dbg !132
-  %1050 = getelementptr i16, ptr %1049, i64 %cse_v23.i, !dbg !132
-  %1051 = getelementptr i8, ptr %1050, i64 224, !dbg !132
-  %1052 = load <16 x i16>, ptr %1051, align 2, !dbg !132, !tbaa !163
-  %1053 = zext <16 x i16> %1052 to <16 x i32>, !dbg !132
-  %1054 = shl nuw <16 x i32> %1053, splat (i32 16), !dbg !132
-  %1055 = getelementptr inbounds nuw i8, ptr %978, i64 448, !dbg !132
-  store <16 x i32> %1054, ptr %1055, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next294.i = add nuw nsw i64 %indvars.iv293.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next294.i, !196, !DIExpression(), !132)
-  %exitcond.not = icmp eq i64 %indvars.iv.next294.i, %638, !dbg !132
-  br i1 %exitcond.not, label %for_begin_d_0.preheader.i, label %for_body_t.i, !dbg !132, !prof !193
+  %indvars.iv289.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next290.i, %for_body_t.i ]
+  %cse_v20.i = mul nsw i64 %indvars.iv289.i, %v_slot61
+  %600 = load i32, ptr %561, align 4, !tbaa !8
+  %601 = sext i32 %600 to i64
+  %602 = mul nsw i64 %v_block, %601
+  %603 = getelementptr i16, ptr %value_cache, i64 %602
+  %604 = getelementptr i16, ptr %603, i64 %cse_v20.i
+  %605 = getelementptr i16, ptr %604, i64 %cse_v21.i
+  %606 = load <16 x i16>, ptr %605, align 2, !tbaa !8
+  %607 = zext <16 x i16> %606 to <16 x i32>
+  %608 = shl nuw <16 x i32> %607, splat (i32 16)
+  %.idx330.i = shl nsw i64 %indvars.iv289.i, 9
+  %609 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx330.i
+  store <16 x i32> %608, ptr %609, align 4, !tbaa !8
+  %610 = load i32, ptr %561, align 4, !tbaa !8
+  %611 = sext i32 %610 to i64
+  %612 = mul nsw i64 %v_block, %611
+  %613 = getelementptr i16, ptr %value_cache, i64 %612
+  %614 = getelementptr i16, ptr %613, i64 %cse_v20.i
+  %615 = getelementptr i16, ptr %614, i64 %cse_v21.i
+  %616 = getelementptr i8, ptr %615, i64 32
+  %617 = load <16 x i16>, ptr %616, align 2, !tbaa !8
+  %618 = zext <16 x i16> %617 to <16 x i32>
+  %619 = shl nuw <16 x i32> %618, splat (i32 16)
+  %620 = getelementptr inbounds nuw i8, ptr %609, i64 64
+  store <16 x i32> %619, ptr %620, align 4, !tbaa !8
+  %621 = load i32, ptr %561, align 4, !tbaa !8
+  %622 = sext i32 %621 to i64
+  %623 = mul nsw i64 %v_block, %622
+  %624 = getelementptr i16, ptr %value_cache, i64 %623
+  %625 = getelementptr i16, ptr %624, i64 %cse_v20.i
+  %626 = getelementptr i16, ptr %625, i64 %cse_v21.i
+  %627 = getelementptr i8, ptr %626, i64 64
+  %628 = load <16 x i16>, ptr %627, align 2, !tbaa !8
+  %629 = zext <16 x i16> %628 to <16 x i32>
+  %630 = shl nuw <16 x i32> %629, splat (i32 16)
+  %631 = getelementptr inbounds nuw i8, ptr %609, i64 128
+  store <16 x i32> %630, ptr %631, align 4, !tbaa !8
+  %632 = load i32, ptr %561, align 4, !tbaa !8
+  %633 = sext i32 %632 to i64
+  %634 = mul nsw i64 %v_block, %633
+  %635 = getelementptr i16, ptr %value_cache, i64 %634
+  %636 = getelementptr i16, ptr %635, i64 %cse_v20.i
+  %637 = getelementptr i16, ptr %636, i64 %cse_v21.i
+  %638 = getelementptr i8, ptr %637, i64 96
+  %639 = load <16 x i16>, ptr %638, align 2, !tbaa !8
+  %640 = zext <16 x i16> %639 to <16 x i32>
+  %641 = shl nuw <16 x i32> %640, splat (i32 16)
+  %642 = getelementptr inbounds nuw i8, ptr %609, i64 192
+  store <16 x i32> %641, ptr %642, align 4, !tbaa !8
+  %643 = load i32, ptr %561, align 4, !tbaa !8
+  %644 = sext i32 %643 to i64
+  %645 = mul nsw i64 %v_block, %644
+  %646 = getelementptr i16, ptr %value_cache, i64 %645
+  %647 = getelementptr i16, ptr %646, i64 %cse_v20.i
+  %648 = getelementptr i16, ptr %647, i64 %cse_v21.i
+  %649 = getelementptr i8, ptr %648, i64 128
+  %650 = load <16 x i16>, ptr %649, align 2, !tbaa !8
+  %651 = zext <16 x i16> %650 to <16 x i32>
+  %652 = shl nuw <16 x i32> %651, splat (i32 16)
+  %653 = getelementptr inbounds nuw i8, ptr %609, i64 256
+  store <16 x i32> %652, ptr %653, align 4, !tbaa !8
+  %654 = load i32, ptr %561, align 4, !tbaa !8
+  %655 = sext i32 %654 to i64
+  %656 = mul nsw i64 %v_block, %655
+  %657 = getelementptr i16, ptr %value_cache, i64 %656
+  %658 = getelementptr i16, ptr %657, i64 %cse_v20.i
+  %659 = getelementptr i16, ptr %658, i64 %cse_v21.i
+  %660 = getelementptr i8, ptr %659, i64 160
+  %661 = load <16 x i16>, ptr %660, align 2, !tbaa !8
+  %662 = zext <16 x i16> %661 to <16 x i32>
+  %663 = shl nuw <16 x i32> %662, splat (i32 16)
+  %664 = getelementptr inbounds nuw i8, ptr %609, i64 320
+  store <16 x i32> %663, ptr %664, align 4, !tbaa !8
+  %665 = load i32, ptr %561, align 4, !tbaa !8
+  %666 = sext i32 %665 to i64
+  %667 = mul nsw i64 %v_block, %666
+  %668 = getelementptr i16, ptr %value_cache, i64 %667
+  %669 = getelementptr i16, ptr %668, i64 %cse_v20.i
+  %670 = getelementptr i16, ptr %669, i64 %cse_v21.i
+  %671 = getelementptr i8, ptr %670, i64 192
+  %672 = load <16 x i16>, ptr %671, align 2, !tbaa !8
+  %673 = zext <16 x i16> %672 to <16 x i32>
+  %674 = shl nuw <16 x i32> %673, splat (i32 16)
+  %675 = getelementptr inbounds nuw i8, ptr %609, i64 384
+  store <16 x i32> %674, ptr %675, align 4, !tbaa !8
+  %676 = load i32, ptr %561, align 4, !tbaa !8
+  %677 = sext i32 %676 to i64
+  %678 = mul nsw i64 %v_block, %677
+  %679 = getelementptr i16, ptr %value_cache, i64 %678
+  %680 = getelementptr i16, ptr %679, i64 %cse_v20.i
+  %681 = getelementptr i16, ptr %680, i64 %cse_v21.i
+  %682 = getelementptr i8, ptr %681, i64 224
+  %683 = load <16 x i16>, ptr %682, align 2, !tbaa !8
+  %684 = zext <16 x i16> %683 to <16 x i32>
+  %685 = shl nuw <16 x i32> %684, splat (i32 16)
+  %686 = getelementptr inbounds nuw i8, ptr %609, i64 448
+  store <16 x i32> %685, ptr %686, align 4, !tbaa !8
+  %indvars.iv.next290.i = add nuw nsw i64 %indvars.iv289.i, 1
+  %exitcond.not = icmp eq i64 %indvars.iv.next290.i, %269
+  br i1 %exitcond.not, label %for_begin_d_0.preheader.i, label %for_body_t.i, !prof !12
 
 for_body_d_0.i:                                   ; preds = %for_end_t57.i, %for_begin_d_0.preheader.i
-  %indvars.iv302.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next303.i, %for_end_t57.i ]
-    #dbg_value(i64 %indvars.iv302.i, !211, !DIExpression(), !132)
-    #dbg_value(<16 x float> zeroinitializer, !215, !DIExpression(), !132)
-  %1056 = shl nuw nsw i64 %indvars.iv302.i, 3, !dbg !132
-    #dbg_value(i64 %1056, !216, !DIExpression(), !132)
-    #dbg_value(i32 0, !196, !DIExpression(), !132)
-  br i1 %967, label %for_body_t56.preheader.i, label %for_end_t57.i, !dbg !132, !prof !156
+  %indvars.iv298.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next299.i, %for_end_t57.i ]
+  %687 = shl nuw nsw i64 %indvars.iv298.i, 3
+  br i1 %598, label %for_body_t56.preheader.i, label %for_end_t57.i, !prof !7
 
 for_body_t56.preheader.i:                         ; preds = %for_body_d_0.i
-  %invariant.gep372.i = getelementptr inbounds nuw float, ptr %scores.i, i64 %1056, !dbg !132
-  br label %for_body_t56.i, !dbg !132
+  %invariant.gep368.i = getelementptr inbounds nuw float, ptr %scores.i, i64 %687
+  br label %for_body_t56.i
 
 for_end_d_0.i:                                    ; preds = %for_end_t57.i
-  %1057 = icmp eq i64 %indvars.iv311.i, 0, !dbg !132
-  %1058 = insertelement <16 x i1> poison, i1 %1057, i64 0, !dbg !132
-  %1059 = shufflevector <16 x i1> %1058, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !132
-  %old_max.i = select <16 x i1> %1059, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %row_max.1210.i, !dbg !132
-    #dbg_value(<16 x float> %old_max.i, !217, !DIExpression(), !132)
-  %old_sum.i = select <16 x i1> %1059, <16 x float> zeroinitializer, <16 x float> %row_sum.1209.i, !dbg !132
-    #dbg_value(<16 x float> %old_sum.i, !218, !DIExpression(), !132)
-  %1060 = fcmp ogt <16 x float> %old_max.i, %scores_global128.sroa.0.1.lcssa339341342.i, !dbg !132
-    #dbg_value(<16 x float> poison, !219, !DIExpression(), !132)
-  %1061 = fcmp oeq <16 x float> %tile_sum.0.lcssa345.i, zeroinitializer, !dbg !132
-  %1062 = select <16 x i1> %1061, <16 x i1> splat (i1 true), <16 x i1> %1060, !dbg !132
-  %old_or_both.i = select <16 x i1> %1062, <16 x float> %old_max.i, <16 x float> %scores_global128.sroa.0.1.lcssa339341342.i, !dbg !132
-    #dbg_value(<16 x float> %old_or_both.i, !220, !DIExpression(), !132)
-  %1063 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer, !dbg !132
-  %m.i = select <16 x i1> %1063, <16 x float> %scores_global128.sroa.0.1.lcssa339341342.i, <16 x float> %old_or_both.i, !dbg !132
-    #dbg_value(<16 x float> %m.i, !221, !DIExpression(), !132)
-    #dbg_value(<16 x float> %m.i, !215, !DIExpression(), !132)
-  %arg61.i = fsub <16 x float> %old_max.i, %m.i, !dbg !132
-    #dbg_value(<16 x float> %arg61.i, !222, !DIExpression(), !132)
-    #dbg_value(<16 x float> %arg61.i, !199, !DIExpression(), !132)
-  %1064 = fcmp olt <16 x float> %arg61.i, splat (float -8.700000e+01), !dbg !132
-    #dbg_value(<16 x float> poison, !223, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !201, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !224, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !203, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !205, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !206, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !207, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !208, !DIExpression(), !132)
-    #dbg_value(!DIArgList(<16 x float> poison, <16 x i32> poison, <16 x i32> poison), !209, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !132)
-  %cse_v30.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg61.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !132
-    #dbg_value(<16 x float> %cse_v30.i, !225, !DIExpression(), !132)
-  %1065 = bitcast <16 x float> %cse_v30.i to <16 x i32>, !dbg !132
-  %1066 = shl <16 x i32> %1065, splat (i32 23), !dbg !132
-  %1067 = add <16 x i32> %1066, splat (i32 1065353216), !dbg !132
-  %1068 = bitcast <16 x i32> %1067 to <16 x float>, !dbg !132
-  %1069 = add nsw <16 x i32> %1065, splat (i32 -1262485504), !dbg !132
-  %1070 = sitofp <16 x i32> %1069 to <16 x float>, !dbg !132
-  %1071 = fmul <16 x float> %1070, splat (float 0x3F2BD01060000000), !dbg !132
-  %1072 = fmul <16 x float> %1070, splat (float 0x3FE6300000000000), !dbg !132
-  %1073 = fsub <16 x float> %arg61.i, %1072, !dbg !132
-  %1074 = fadd <16 x float> %1071, %1073, !dbg !132
-  %1075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1074, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !132
-  %1076 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1075, <16 x float> %1074, <16 x float> splat (float 0x3F81112100000000)), !dbg !132
-  %1077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1076, <16 x float> %1074, <16 x float> splat (float 0x3FA5553820000000)), !dbg !132
-  %1078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1077, <16 x float> %1074, <16 x float> splat (float 0x3FC5555540000000)), !dbg !132
-  %1079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1078, <16 x float> %1074, <16 x float> splat (float 5.000000e-01)), !dbg !132
-  %1080 = fmul <16 x float> %1074, %1079, !dbg !132
-  %1081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1080, <16 x float> %1074, <16 x float> %1074), !dbg !132
-  %1082 = fadd <16 x float> %1081, splat (float 1.000000e+00), !dbg !132
-  %1083 = fmul <16 x float> %1082, %1068, !dbg !132
-  %1084 = select <16 x i1> %1064, <16 x float> zeroinitializer, <16 x float> %1083, !dbg !132
-  %1085 = fcmp one <16 x float> %old_sum.i, zeroinitializer, !dbg !132
-  %1086 = select <16 x i1> %1085, <16 x float> %1084, <16 x float> zeroinitializer, !dbg !132
-    #dbg_value(<16 x float> %1086, !226, !DIExpression(), !132)
-  %arg77.i = fsub <16 x float> %scores_global128.sroa.0.1.lcssa339341342.i, %m.i, !dbg !132
-    #dbg_value(<16 x float> %arg77.i, !199, !DIExpression(), !132)
-  %1087 = fcmp olt <16 x float> %arg77.i, splat (float -8.700000e+01), !dbg !132
-    #dbg_value(<16 x float> poison, !227, !DIExpression(), !132)
-    #dbg_value(<16 x float> poison, !228, !DIExpression(), !132)
-  %cse_v26.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg77.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !132
-    #dbg_value(<16 x float> %cse_v26.i, !229, !DIExpression(), !132)
-  %1088 = bitcast <16 x float> %cse_v26.i to <16 x i32>, !dbg !132
-  %1089 = shl <16 x i32> %1088, splat (i32 23), !dbg !132
-  %1090 = add <16 x i32> %1089, splat (i32 1065353216), !dbg !132
-  %1091 = bitcast <16 x i32> %1090 to <16 x float>, !dbg !132
-  %1092 = add nsw <16 x i32> %1088, splat (i32 -1262485504), !dbg !132
-  %1093 = sitofp <16 x i32> %1092 to <16 x float>, !dbg !132
-  %1094 = fmul <16 x float> %1093, splat (float 0x3F2BD01060000000), !dbg !132
-  %1095 = fmul <16 x float> %1093, splat (float 0x3FE6300000000000), !dbg !132
-  %1096 = fsub <16 x float> %arg77.i, %1095, !dbg !132
-  %1097 = fadd <16 x float> %1094, %1096, !dbg !132
-  %1098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1097, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !132
-  %1099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1098, <16 x float> %1097, <16 x float> splat (float 0x3F81112100000000)), !dbg !132
-  %1100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1099, <16 x float> %1097, <16 x float> splat (float 0x3FA5553820000000)), !dbg !132
-  %1101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1100, <16 x float> %1097, <16 x float> splat (float 0x3FC5555540000000)), !dbg !132
-  %1102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1101, <16 x float> %1097, <16 x float> splat (float 5.000000e-01)), !dbg !132
-  %1103 = fmul <16 x float> %1097, %1102, !dbg !132
-  %1104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1103, <16 x float> %1097, <16 x float> %1097), !dbg !132
-  %1105 = fadd <16 x float> %1104, splat (float 1.000000e+00), !dbg !132
-  %1106 = fmul <16 x float> %1105, %1091, !dbg !132
-  %1107 = select <16 x i1> %1087, <16 x float> zeroinitializer, <16 x float> %1106, !dbg !132
-  %1108 = fcmp one <16 x float> %tile_sum.0.lcssa345.i, zeroinitializer, !dbg !132
-  %1109 = select <16 x i1> %1108, <16 x float> %1107, <16 x float> zeroinitializer, !dbg !132
-    #dbg_value(<16 x float> %1109, !190, !DIExpression(), !132)
-    #dbg_value(<16 x float> %old_sum.i, !230, !DIExpression(), !132)
-    #dbg_value(<16 x float> %1161, !195, !DIExpression(), !132)
-    #dbg_value(<16 x float> %m.i, !153, !DIExpression(), !132)
-    #dbg_value(<16 x float> %1161, !154, !DIExpression(), !132)
-    #dbg_value(i32 0, !168, !DIExpression(), !132)
-  br label %for_body_d93.i, !dbg !132
+  %688 = icmp eq i64 %indvars.iv307.i, 0
+  %689 = insertelement <16 x i1> poison, i1 %688, i64 0
+  %690 = shufflevector <16 x i1> %689, <16 x i1> poison, <16 x i32> zeroinitializer
+  %old_max.i = select <16 x i1> %690, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %row_max.1206.i
+  %old_sum.i = select <16 x i1> %690, <16 x float> zeroinitializer, <16 x float> %row_sum.1205.i
+  %691 = fcmp ogt <16 x float> %old_max.i, %scores_global124.sroa.0.1.lcssa335337338.i
+  %692 = fcmp oeq <16 x float> %tile_sum.0.lcssa341.i, zeroinitializer
+  %693 = select <16 x i1> %692, <16 x i1> splat (i1 true), <16 x i1> %691
+  %old_or_both.i = select <16 x i1> %693, <16 x float> %old_max.i, <16 x float> %scores_global124.sroa.0.1.lcssa335337338.i
+  %694 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %694, <16 x float> %scores_global124.sroa.0.1.lcssa335337338.i, <16 x float> %old_or_both.i
+  %arg61.i = fsub <16 x float> %old_max.i, %m.i
+  %cse_v26.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg61.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %695 = bitcast <16 x float> %cse_v26.i to <16 x i32>
+  %696 = add nsw <16 x i32> %695, splat (i32 -1262485504)
+  %697 = sitofp <16 x i32> %696 to <16 x float>
+  %698 = fmul <16 x float> %697, splat (float 0x3F2BD01060000000)
+  %699 = fmul <16 x float> %697, splat (float 0x3FE6300000000000)
+  %700 = fsub <16 x float> %arg61.i, %699
+  %701 = fadd <16 x float> %698, %700
+  %702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %701, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %702, <16 x float> %701, <16 x float> splat (float 0x3F81112100000000))
+  %704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %703, <16 x float> %701, <16 x float> splat (float 0x3FA5553820000000))
+  %705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %704, <16 x float> %701, <16 x float> splat (float 0x3FC5555540000000))
+  %706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %705, <16 x float> %701, <16 x float> splat (float 5.000000e-01))
+  %707 = fmul <16 x float> %701, %706
+  %708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %707, <16 x float> %701, <16 x float> %701)
+  %709 = shl <16 x i32> %695, splat (i32 23)
+  %710 = add <16 x i32> %709, splat (i32 1065353216)
+  %711 = bitcast <16 x i32> %710 to <16 x float>
+  %712 = fadd <16 x float> %708, splat (float 1.000000e+00)
+  %713 = fmul <16 x float> %712, %711
+  %714 = fcmp olt <16 x float> %arg61.i, splat (float -8.700000e+01)
+  %715 = select <16 x i1> %714, <16 x float> zeroinitializer, <16 x float> %713
+  %716 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %717 = select <16 x i1> %716, <16 x float> %715, <16 x float> zeroinitializer
+  %arg75.i = fsub <16 x float> %scores_global124.sroa.0.1.lcssa335337338.i, %m.i
+  %cse_v23.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg75.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %718 = bitcast <16 x float> %cse_v23.i to <16 x i32>
+  %719 = add nsw <16 x i32> %718, splat (i32 -1262485504)
+  %720 = sitofp <16 x i32> %719 to <16 x float>
+  %721 = fmul <16 x float> %720, splat (float 0x3F2BD01060000000)
+  %722 = fmul <16 x float> %720, splat (float 0x3FE6300000000000)
+  %723 = fsub <16 x float> %arg75.i, %722
+  %724 = fadd <16 x float> %721, %723
+  %725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %724, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %725, <16 x float> %724, <16 x float> splat (float 0x3F81112100000000))
+  %727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %726, <16 x float> %724, <16 x float> splat (float 0x3FA5553820000000))
+  %728 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %727, <16 x float> %724, <16 x float> splat (float 0x3FC5555540000000))
+  %729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %728, <16 x float> %724, <16 x float> splat (float 5.000000e-01))
+  %730 = fmul <16 x float> %724, %729
+  %731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %730, <16 x float> %724, <16 x float> %724)
+  %732 = shl <16 x i32> %718, splat (i32 23)
+  %733 = add <16 x i32> %732, splat (i32 1065353216)
+  %734 = bitcast <16 x i32> %733 to <16 x float>
+  %735 = fadd <16 x float> %731, splat (float 1.000000e+00)
+  %736 = fmul <16 x float> %735, %734
+  %737 = fcmp olt <16 x float> %arg75.i, splat (float -8.700000e+01)
+  %738 = select <16 x i1> %737, <16 x float> zeroinitializer, <16 x float> %736
+  %739 = fcmp one <16 x float> %tile_sum.0.lcssa341.i, zeroinitializer
+  %740 = select <16 x i1> %739, <16 x float> %738, <16 x float> zeroinitializer
+  br label %for_body_d89.i
 
 for_body_t56.i:                                   ; preds = %for_body_t56.i, %for_body_t56.preheader.i
-  %indvars.iv297.i = phi i64 [ 0, %for_body_t56.preheader.i ], [ %indvars.iv.next298.i, %for_body_t56.i ]
-  %tile_acc_global127.sroa.0.0197.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1115, %for_body_t56.i ]
-  %tile_acc_global127.sroa.6.0196.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1120, %for_body_t56.i ]
-  %tile_acc_global127.sroa.10.0195.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1125, %for_body_t56.i ]
-  %tile_acc_global127.sroa.14.0194.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1130, %for_body_t56.i ]
-  %tile_acc_global127.sroa.18.0193.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1135, %for_body_t56.i ]
-  %tile_acc_global127.sroa.22.0192.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1140, %for_body_t56.i ]
-  %tile_acc_global127.sroa.26.0191.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1145, %for_body_t56.i ]
-  %tile_acc_global127.sroa.30.0190.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1150, %for_body_t56.i ]
-    #dbg_value(i64 %indvars.iv297.i, !196, !DIExpression(), !132)
-    #dbg_value(<16 x float> %tile_acc_global127.sroa.0.0197.i, !215, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv297.i, !231, !DIExpression(DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !132)
-    #dbg_value(!DIArgList(i64 %indvars.iv297.i, i64 %1056), !232, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_constu, 7, DW_OP_shl, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !132)
-  %.idx335.i = shl nsw i64 %indvars.iv297.i, 6, !dbg !132
-  %1110 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx335.i, !dbg !132
-  %1111 = load <16 x float>, ptr %1110, align 4, !dbg !132, !tbaa !163
-  %.idx336.i = shl nsw i64 %indvars.iv297.i, 9, !dbg !132
-  %gep373.i = getelementptr inbounds nuw i8, ptr %invariant.gep372.i, i64 %.idx336.i, !dbg !132
-  %1112 = load float, ptr %gep373.i, align 4, !dbg !132, !tbaa !163
-  %1113 = insertelement <16 x float> poison, float %1112, i64 0, !dbg !132
-  %1114 = shufflevector <16 x float> %1113, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %1115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1114, <16 x float> %tile_acc_global127.sroa.0.0197.i), !dbg !132
-    #dbg_value(<16 x float> %1115, !215, !DIExpression(), !132)
-  %1116 = getelementptr inbounds nuw i8, ptr %gep373.i, i64 4, !dbg !132
-  %1117 = load float, ptr %1116, align 4, !dbg !132, !tbaa !163
-  %1118 = insertelement <16 x float> poison, float %1117, i64 0, !dbg !132
-  %1119 = shufflevector <16 x float> %1118, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %1120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1119, <16 x float> %tile_acc_global127.sroa.6.0196.i), !dbg !132
-  %1121 = getelementptr inbounds nuw i8, ptr %gep373.i, i64 8, !dbg !132
-  %1122 = load float, ptr %1121, align 4, !dbg !132, !tbaa !163
-  %1123 = insertelement <16 x float> poison, float %1122, i64 0, !dbg !132
-  %1124 = shufflevector <16 x float> %1123, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %1125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1124, <16 x float> %tile_acc_global127.sroa.10.0195.i), !dbg !132
-  %1126 = getelementptr inbounds nuw i8, ptr %gep373.i, i64 12, !dbg !132
-  %1127 = load float, ptr %1126, align 4, !dbg !132, !tbaa !163
-  %1128 = insertelement <16 x float> poison, float %1127, i64 0, !dbg !132
-  %1129 = shufflevector <16 x float> %1128, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %1130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1129, <16 x float> %tile_acc_global127.sroa.14.0194.i), !dbg !132
-  %1131 = getelementptr inbounds nuw i8, ptr %gep373.i, i64 16, !dbg !132
-  %1132 = load float, ptr %1131, align 4, !dbg !132, !tbaa !163
-  %1133 = insertelement <16 x float> poison, float %1132, i64 0, !dbg !132
-  %1134 = shufflevector <16 x float> %1133, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %1135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1134, <16 x float> %tile_acc_global127.sroa.18.0193.i), !dbg !132
-  %1136 = getelementptr inbounds nuw i8, ptr %gep373.i, i64 20, !dbg !132
-  %1137 = load float, ptr %1136, align 4, !dbg !132, !tbaa !163
-  %1138 = insertelement <16 x float> poison, float %1137, i64 0, !dbg !132
-  %1139 = shufflevector <16 x float> %1138, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %1140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1139, <16 x float> %tile_acc_global127.sroa.22.0192.i), !dbg !132
-  %1141 = getelementptr inbounds nuw i8, ptr %gep373.i, i64 24, !dbg !132
-  %1142 = load float, ptr %1141, align 4, !dbg !132, !tbaa !163
-  %1143 = insertelement <16 x float> poison, float %1142, i64 0, !dbg !132
-  %1144 = shufflevector <16 x float> %1143, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %1145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1144, <16 x float> %tile_acc_global127.sroa.26.0191.i), !dbg !132
-  %1146 = getelementptr inbounds nuw i8, ptr %gep373.i, i64 28, !dbg !132
-  %1147 = load float, ptr %1146, align 4, !dbg !132, !tbaa !163
-  %1148 = insertelement <16 x float> poison, float %1147, i64 0, !dbg !132
-  %1149 = shufflevector <16 x float> %1148, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !132
-  %1150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1149, <16 x float> %tile_acc_global127.sroa.30.0190.i), !dbg !132
-  %indvars.iv.next298.i = add nuw nsw i64 %indvars.iv297.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next298.i, !196, !DIExpression(), !132)
-  %exitcond340.not = icmp eq i64 %indvars.iv.next298.i, %smax339, !dbg !132
-  br i1 %exitcond340.not, label %for_end_t57.i, label %for_body_t56.i, !dbg !132, !prof !193
+  %indvars.iv293.i = phi i64 [ 0, %for_body_t56.preheader.i ], [ %indvars.iv.next294.i, %for_body_t56.i ]
+  %tile_acc_global123.sroa.0.0193.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %746, %for_body_t56.i ]
+  %tile_acc_global123.sroa.6.0192.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %751, %for_body_t56.i ]
+  %tile_acc_global123.sroa.10.0191.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %756, %for_body_t56.i ]
+  %tile_acc_global123.sroa.14.0190.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %761, %for_body_t56.i ]
+  %tile_acc_global123.sroa.18.0189.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %766, %for_body_t56.i ]
+  %tile_acc_global123.sroa.22.0188.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %771, %for_body_t56.i ]
+  %tile_acc_global123.sroa.26.0187.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %776, %for_body_t56.i ]
+  %tile_acc_global123.sroa.30.0186.i = phi <16 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %781, %for_body_t56.i ]
+  %.idx331.i = shl nsw i64 %indvars.iv293.i, 6
+  %741 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx331.i
+  %742 = load <16 x float>, ptr %741, align 4, !tbaa !8
+  %.idx332.i = shl nsw i64 %indvars.iv293.i, 9
+  %gep369.i = getelementptr inbounds nuw i8, ptr %invariant.gep368.i, i64 %.idx332.i
+  %743 = load float, ptr %gep369.i, align 4, !tbaa !8
+  %744 = insertelement <16 x float> poison, float %743, i64 0
+  %745 = shufflevector <16 x float> %744, <16 x float> poison, <16 x i32> zeroinitializer
+  %746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %742, <16 x float> %745, <16 x float> %tile_acc_global123.sroa.0.0193.i)
+  %747 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 4
+  %748 = load float, ptr %747, align 4, !tbaa !8
+  %749 = insertelement <16 x float> poison, float %748, i64 0
+  %750 = shufflevector <16 x float> %749, <16 x float> poison, <16 x i32> zeroinitializer
+  %751 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %742, <16 x float> %750, <16 x float> %tile_acc_global123.sroa.6.0192.i)
+  %752 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 8
+  %753 = load float, ptr %752, align 4, !tbaa !8
+  %754 = insertelement <16 x float> poison, float %753, i64 0
+  %755 = shufflevector <16 x float> %754, <16 x float> poison, <16 x i32> zeroinitializer
+  %756 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %742, <16 x float> %755, <16 x float> %tile_acc_global123.sroa.10.0191.i)
+  %757 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 12
+  %758 = load float, ptr %757, align 4, !tbaa !8
+  %759 = insertelement <16 x float> poison, float %758, i64 0
+  %760 = shufflevector <16 x float> %759, <16 x float> poison, <16 x i32> zeroinitializer
+  %761 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %742, <16 x float> %760, <16 x float> %tile_acc_global123.sroa.14.0190.i)
+  %762 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 16
+  %763 = load float, ptr %762, align 4, !tbaa !8
+  %764 = insertelement <16 x float> poison, float %763, i64 0
+  %765 = shufflevector <16 x float> %764, <16 x float> poison, <16 x i32> zeroinitializer
+  %766 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %742, <16 x float> %765, <16 x float> %tile_acc_global123.sroa.18.0189.i)
+  %767 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 20
+  %768 = load float, ptr %767, align 4, !tbaa !8
+  %769 = insertelement <16 x float> poison, float %768, i64 0
+  %770 = shufflevector <16 x float> %769, <16 x float> poison, <16 x i32> zeroinitializer
+  %771 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %742, <16 x float> %770, <16 x float> %tile_acc_global123.sroa.22.0188.i)
+  %772 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 24
+  %773 = load float, ptr %772, align 4, !tbaa !8
+  %774 = insertelement <16 x float> poison, float %773, i64 0
+  %775 = shufflevector <16 x float> %774, <16 x float> poison, <16 x i32> zeroinitializer
+  %776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %742, <16 x float> %775, <16 x float> %tile_acc_global123.sroa.26.0187.i)
+  %777 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 28
+  %778 = load float, ptr %777, align 4, !tbaa !8
+  %779 = insertelement <16 x float> poison, float %778, i64 0
+  %780 = shufflevector <16 x float> %779, <16 x float> poison, <16 x i32> zeroinitializer
+  %781 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %742, <16 x float> %780, <16 x float> %tile_acc_global123.sroa.30.0186.i)
+  %indvars.iv.next294.i = add nuw nsw i64 %indvars.iv293.i, 1
+  %exitcond113.not = icmp eq i64 %indvars.iv.next294.i, %smax112
+  br i1 %exitcond113.not, label %for_end_t57.i, label %for_body_t56.i, !prof !12
 
 for_end_t57.i:                                    ; preds = %for_body_t56.i, %for_body_d_0.i
-  %tile_acc_global127.sroa.30.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1150, %for_body_t56.i ], !dbg !132
-  %tile_acc_global127.sroa.26.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1145, %for_body_t56.i ], !dbg !132
-  %tile_acc_global127.sroa.22.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1140, %for_body_t56.i ], !dbg !132
-  %tile_acc_global127.sroa.18.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1135, %for_body_t56.i ], !dbg !132
-  %tile_acc_global127.sroa.14.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1130, %for_body_t56.i ], !dbg !132
-  %tile_acc_global127.sroa.10.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1125, %for_body_t56.i ], !dbg !132
-  %tile_acc_global127.sroa.6.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1120, %for_body_t56.i ], !dbg !132
-  %tile_acc_global127.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1115, %for_body_t56.i ], !dbg !132
-  %1151 = getelementptr inbounds nuw <16 x float>, ptr %tile_acc.i, i64 %1056, !dbg !132
-  store <16 x float> %tile_acc_global127.sroa.0.0.lcssa.i, ptr %1151, align 4, !dbg !132, !tbaa !163
-  %1152 = getelementptr inbounds nuw i8, ptr %1151, i64 64, !dbg !132
-  store <16 x float> %tile_acc_global127.sroa.6.0.lcssa.i, ptr %1152, align 4, !dbg !132, !tbaa !163
-  %1153 = getelementptr inbounds nuw i8, ptr %1151, i64 128, !dbg !132
-  store <16 x float> %tile_acc_global127.sroa.10.0.lcssa.i, ptr %1153, align 4, !dbg !132, !tbaa !163
-  %1154 = getelementptr inbounds nuw i8, ptr %1151, i64 192, !dbg !132
-  store <16 x float> %tile_acc_global127.sroa.14.0.lcssa.i, ptr %1154, align 4, !dbg !132, !tbaa !163
-  %1155 = getelementptr inbounds nuw i8, ptr %1151, i64 256, !dbg !132
-  store <16 x float> %tile_acc_global127.sroa.18.0.lcssa.i, ptr %1155, align 4, !dbg !132, !tbaa !163
-  %1156 = getelementptr inbounds nuw i8, ptr %1151, i64 320, !dbg !132
-  store <16 x float> %tile_acc_global127.sroa.22.0.lcssa.i, ptr %1156, align 4, !dbg !132, !tbaa !163
-  %1157 = getelementptr inbounds nuw i8, ptr %1151, i64 384, !dbg !132
-  store <16 x float> %tile_acc_global127.sroa.26.0.lcssa.i, ptr %1157, align 4, !dbg !132, !tbaa !163
-  %1158 = getelementptr inbounds nuw i8, ptr %1151, i64 448, !dbg !132
-  store <16 x float> %tile_acc_global127.sroa.30.0.lcssa.i, ptr %1158, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next303.i = add nuw nsw i64 %indvars.iv302.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next303.i, !211, !DIExpression(), !132)
-  %exitcond306.not.i = icmp eq i64 %indvars.iv.next303.i, 16, !dbg !132
-  br i1 %exitcond306.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !dbg !132, !prof !171
+  %tile_acc_global123.sroa.30.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %781, %for_body_t56.i ]
+  %tile_acc_global123.sroa.26.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %776, %for_body_t56.i ]
+  %tile_acc_global123.sroa.22.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %771, %for_body_t56.i ]
+  %tile_acc_global123.sroa.18.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %766, %for_body_t56.i ]
+  %tile_acc_global123.sroa.14.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %761, %for_body_t56.i ]
+  %tile_acc_global123.sroa.10.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %756, %for_body_t56.i ]
+  %tile_acc_global123.sroa.6.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %751, %for_body_t56.i ]
+  %tile_acc_global123.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %746, %for_body_t56.i ]
+  %782 = getelementptr inbounds nuw <16 x float>, ptr %tile_acc.i, i64 %687
+  store <16 x float> %tile_acc_global123.sroa.0.0.lcssa.i, ptr %782, align 4, !tbaa !8
+  %783 = getelementptr inbounds nuw i8, ptr %782, i64 64
+  store <16 x float> %tile_acc_global123.sroa.6.0.lcssa.i, ptr %783, align 4, !tbaa !8
+  %784 = getelementptr inbounds nuw i8, ptr %782, i64 128
+  store <16 x float> %tile_acc_global123.sroa.10.0.lcssa.i, ptr %784, align 4, !tbaa !8
+  %785 = getelementptr inbounds nuw i8, ptr %782, i64 192
+  store <16 x float> %tile_acc_global123.sroa.14.0.lcssa.i, ptr %785, align 4, !tbaa !8
+  %786 = getelementptr inbounds nuw i8, ptr %782, i64 256
+  store <16 x float> %tile_acc_global123.sroa.18.0.lcssa.i, ptr %786, align 4, !tbaa !8
+  %787 = getelementptr inbounds nuw i8, ptr %782, i64 320
+  store <16 x float> %tile_acc_global123.sroa.22.0.lcssa.i, ptr %787, align 4, !tbaa !8
+  %788 = getelementptr inbounds nuw i8, ptr %782, i64 384
+  store <16 x float> %tile_acc_global123.sroa.26.0.lcssa.i, ptr %788, align 4, !tbaa !8
+  %789 = getelementptr inbounds nuw i8, ptr %782, i64 448
+  store <16 x float> %tile_acc_global123.sroa.30.0.lcssa.i, ptr %789, align 4, !tbaa !8
+  %indvars.iv.next299.i = add nuw nsw i64 %indvars.iv298.i, 1
+  %exitcond302.not.i = icmp eq i64 %indvars.iv.next299.i, 16
+  br i1 %exitcond302.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !prof !11
 
-for_body_d93.i:                                   ; preds = %if_end98.i.1, %for_end_d_0.i
-  %indvars.iv307.i = phi i64 [ 0, %for_end_d_0.i ], [ %indvars.iv.next308.i.1, %if_end98.i.1 ]
-    #dbg_value(i64 %indvars.iv307.i, !168, !DIExpression(), !132)
-  %1159 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv307.i
-  br i1 %1057, label %if_then97.i, label %for_body_d93.if_end98_crit_edge.i, !dbg !132, !prof !16
+for_body_d89.i:                                   ; preds = %if_end94.i.1, %for_end_d_0.i
+  %indvars.iv303.i = phi i64 [ 0, %for_end_d_0.i ], [ %indvars.iv.next304.i.1, %if_end94.i.1 ]
+  %790 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv303.i
+  br i1 %688, label %if_then93.i, label %for_body_d89.if_end94_crit_edge.i, !prof !6
 
-for_body_d93.if_end98_crit_edge.i:                ; preds = %for_body_d93.i
-  %.pre.i = load <16 x float>, ptr %1159, align 4, !dbg !132, !tbaa !163
-  br label %if_end98.i, !dbg !132
+for_body_d89.if_end94_crit_edge.i:                ; preds = %for_body_d89.i
+  %.pre.i = load <16 x float>, ptr %790, align 4, !tbaa !8
+  br label %if_end94.i
 
-for_end_d94.i:                                    ; preds = %if_end98.i.1
-  %1160 = fmul <16 x float> %old_sum.i, %1086, !dbg !132
-  %1161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1109, <16 x float> %tile_sum.0.lcssa345.i, <16 x float> %1160), !dbg !132
-  %indvars.iv.next312.i = add nuw nsw i64 %indvars.iv311.i, 1, !dbg !132
-    #dbg_value(<16 x float> %m.i, !153, !DIExpression(), !132)
-    #dbg_value(<16 x float> %1161, !154, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv.next312.i, !169, !DIExpression(), !132)
-  %exitcond317.not.i = icmp eq i64 %indvars.iv.next312.i, %wide.trip.count316.i, !dbg !132
-  %indvars.iv.next = add nsw i64 %indvars.iv, -128, !dbg !132
-  br i1 %exitcond317.not.i, label %for_end_step.i, label %for_body_step.i, !dbg !132, !prof !171
+for_end_d90.i:                                    ; preds = %if_end94.i.1
+  %791 = fmul <16 x float> %old_sum.i, %717
+  %792 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %740, <16 x float> %tile_sum.0.lcssa341.i, <16 x float> %791)
+  %indvars.iv.next308.i = add nuw nsw i64 %indvars.iv307.i, 1
+  %exitcond313.not.i = icmp eq i64 %indvars.iv.next308.i, %wide.trip.count312.i
+  %indvars.iv.next = add nsw i64 %indvars.iv, -128
+  br i1 %exitcond313.not.i, label %for_end_step.i, label %for_body_step.i, !prof !11
 
-if_then97.i:                                      ; preds = %for_body_d93.i
-  store <16 x float> zeroinitializer, ptr %1159, align 4, !dbg !132, !tbaa !163
-  br label %if_end98.i, !dbg !132
+if_then93.i:                                      ; preds = %for_body_d89.i
+  store <16 x float> zeroinitializer, ptr %790, align 4, !tbaa !8
+  br label %if_end94.i
 
-if_end98.i:                                       ; preds = %if_then97.i, %for_body_d93.if_end98_crit_edge.i
-  %1162 = phi <16 x float> [ %.pre.i, %for_body_d93.if_end98_crit_edge.i ], [ zeroinitializer, %if_then97.i ], !dbg !132
-  %1163 = getelementptr inbounds nuw <16 x float>, ptr %tile_acc.i, i64 %indvars.iv307.i, !dbg !132
-  %1164 = load <16 x float>, ptr %1163, align 4, !dbg !132, !tbaa !163
-  %1165 = fmul <16 x float> %1086, %1162, !dbg !132
-  %1166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1109, <16 x float> %1164, <16 x float> %1165), !dbg !132
-  store <16 x float> %1166, ptr %1159, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next308.i = or disjoint i64 %indvars.iv307.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next308.i, !168, !DIExpression(), !132)
-  %1167 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next308.i
-  br i1 %1057, label %if_then97.i.1, label %for_body_d93.if_end98_crit_edge.i.1, !dbg !132, !prof !16
+if_end94.i:                                       ; preds = %if_then93.i, %for_body_d89.if_end94_crit_edge.i
+  %793 = phi <16 x float> [ %.pre.i, %for_body_d89.if_end94_crit_edge.i ], [ zeroinitializer, %if_then93.i ]
+  %794 = getelementptr inbounds nuw <16 x float>, ptr %tile_acc.i, i64 %indvars.iv303.i
+  %795 = load <16 x float>, ptr %794, align 4, !tbaa !8
+  %796 = fmul <16 x float> %717, %793
+  %797 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %740, <16 x float> %795, <16 x float> %796)
+  store <16 x float> %797, ptr %790, align 4, !tbaa !8
+  %indvars.iv.next304.i = or disjoint i64 %indvars.iv303.i, 1
+  %798 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next304.i
+  br i1 %688, label %if_then93.i.1, label %for_body_d89.if_end94_crit_edge.i.1, !prof !6
 
-for_body_d93.if_end98_crit_edge.i.1:              ; preds = %if_end98.i
-  %.pre.i.1 = load <16 x float>, ptr %1167, align 4, !dbg !132, !tbaa !163
-  br label %if_end98.i.1, !dbg !132
+for_body_d89.if_end94_crit_edge.i.1:              ; preds = %if_end94.i
+  %.pre.i.1 = load <16 x float>, ptr %798, align 4, !tbaa !8
+  br label %if_end94.i.1
 
-if_then97.i.1:                                    ; preds = %if_end98.i
-  store <16 x float> zeroinitializer, ptr %1167, align 4, !dbg !132, !tbaa !163
-  br label %if_end98.i.1, !dbg !132
+if_then93.i.1:                                    ; preds = %if_end94.i
+  store <16 x float> zeroinitializer, ptr %798, align 4, !tbaa !8
+  br label %if_end94.i.1
 
-if_end98.i.1:                                     ; preds = %if_then97.i.1, %for_body_d93.if_end98_crit_edge.i.1
-  %1168 = phi <16 x float> [ %.pre.i.1, %for_body_d93.if_end98_crit_edge.i.1 ], [ zeroinitializer, %if_then97.i.1 ], !dbg !132
-  %1169 = getelementptr inbounds nuw <16 x float>, ptr %tile_acc.i, i64 %indvars.iv.next308.i, !dbg !132
-  %1170 = load <16 x float>, ptr %1169, align 4, !dbg !132, !tbaa !163
-  %1171 = fmul <16 x float> %1086, %1168, !dbg !132
-  %1172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1109, <16 x float> %1170, <16 x float> %1171), !dbg !132
-  store <16 x float> %1172, ptr %1167, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next308.i.1 = add nuw nsw i64 %indvars.iv307.i, 2, !dbg !132
-    #dbg_value(i64 %indvars.iv.next308.i.1, !168, !DIExpression(), !132)
-  %exitcond310.not.i.1 = icmp eq i64 %indvars.iv.next308.i.1, 128, !dbg !132
-  br i1 %exitcond310.not.i.1, label %for_end_d94.i, label %for_body_d93.i, !dbg !132, !prof !171, !llvm.loop !233
+if_end94.i.1:                                     ; preds = %if_then93.i.1, %for_body_d89.if_end94_crit_edge.i.1
+  %799 = phi <16 x float> [ %.pre.i.1, %for_body_d89.if_end94_crit_edge.i.1 ], [ zeroinitializer, %if_then93.i.1 ]
+  %800 = getelementptr inbounds nuw <16 x float>, ptr %tile_acc.i, i64 %indvars.iv.next304.i
+  %801 = load <16 x float>, ptr %800, align 4, !tbaa !8
+  %802 = fmul <16 x float> %717, %799
+  %803 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %740, <16 x float> %801, <16 x float> %802)
+  store <16 x float> %803, ptr %798, align 4, !tbaa !8
+  %indvars.iv.next304.i.1 = add nuw nsw i64 %indvars.iv303.i, 2
+  %exitcond306.not.i.1 = icmp eq i64 %indvars.iv.next304.i.1, 128
+  br i1 %exitcond306.not.i.1, label %for_end_d90.i, label %for_body_d89.i, !prof !11, !llvm.loop !13
 
-for_body_d100.i:                                  ; preds = %for_body_d100.i, %for_end_step.i
-  %indvars.iv318.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next319.i.7, %for_body_d100.i ]
-    #dbg_value(i64 %indvars.iv318.i, !168, !DIExpression(), !132)
-  %1173 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv318.i, !dbg !235
-  %1174 = load <16 x float>, ptr %1173, align 4, !dbg !235, !tbaa !163
-  %.idx337.i = shl i64 %indvars.iv318.i, 6, !dbg !235
-  %1175 = getelementptr i8, ptr %652, i64 %.idx337.i, !dbg !235
-  store <16 x float> %1174, ptr %1175, align 64, !dbg !235, !tbaa !163
-  %indvars.iv.next319.i = or disjoint i64 %indvars.iv318.i, 1, !dbg !235
-    #dbg_value(i64 %indvars.iv.next319.i, !168, !DIExpression(), !132)
-  %1176 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next319.i, !dbg !235
-  %1177 = load <16 x float>, ptr %1176, align 4, !dbg !235, !tbaa !163
-  %.idx337.i.1 = shl i64 %indvars.iv.next319.i, 6, !dbg !235
-  %1178 = getelementptr i8, ptr %652, i64 %.idx337.i.1, !dbg !235
-  store <16 x float> %1177, ptr %1178, align 64, !dbg !235, !tbaa !163
-  %indvars.iv.next319.i.1 = or disjoint i64 %indvars.iv318.i, 2, !dbg !235
-    #dbg_value(i64 %indvars.iv.next319.i.1, !168, !DIExpression(), !132)
-  %1179 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next319.i.1, !dbg !235
-  %1180 = load <16 x float>, ptr %1179, align 4, !dbg !235, !tbaa !163
-  %.idx337.i.2 = shl i64 %indvars.iv.next319.i.1, 6, !dbg !235
-  %1181 = getelementptr i8, ptr %652, i64 %.idx337.i.2, !dbg !235
-  store <16 x float> %1180, ptr %1181, align 64, !dbg !235, !tbaa !163
-  %indvars.iv.next319.i.2 = or disjoint i64 %indvars.iv318.i, 3, !dbg !235
-    #dbg_value(i64 %indvars.iv.next319.i.2, !168, !DIExpression(), !132)
-  %1182 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next319.i.2, !dbg !235
-  %1183 = load <16 x float>, ptr %1182, align 4, !dbg !235, !tbaa !163
-  %.idx337.i.3 = shl i64 %indvars.iv.next319.i.2, 6, !dbg !235
-  %1184 = getelementptr i8, ptr %652, i64 %.idx337.i.3, !dbg !235
-  store <16 x float> %1183, ptr %1184, align 64, !dbg !235, !tbaa !163
-  %indvars.iv.next319.i.3 = or disjoint i64 %indvars.iv318.i, 4, !dbg !235
-    #dbg_value(i64 %indvars.iv.next319.i.3, !168, !DIExpression(), !132)
-  %1185 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next319.i.3, !dbg !235
-  %1186 = load <16 x float>, ptr %1185, align 4, !dbg !235, !tbaa !163
-  %.idx337.i.4 = shl i64 %indvars.iv.next319.i.3, 6, !dbg !235
-  %1187 = getelementptr i8, ptr %652, i64 %.idx337.i.4, !dbg !235
-  store <16 x float> %1186, ptr %1187, align 64, !dbg !235, !tbaa !163
-  %indvars.iv.next319.i.4 = or disjoint i64 %indvars.iv318.i, 5, !dbg !235
-    #dbg_value(i64 %indvars.iv.next319.i.4, !168, !DIExpression(), !132)
-  %1188 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next319.i.4, !dbg !235
-  %1189 = load <16 x float>, ptr %1188, align 4, !dbg !235, !tbaa !163
-  %.idx337.i.5 = shl i64 %indvars.iv.next319.i.4, 6, !dbg !235
-  %1190 = getelementptr i8, ptr %652, i64 %.idx337.i.5, !dbg !235
-  store <16 x float> %1189, ptr %1190, align 64, !dbg !235, !tbaa !163
-  %indvars.iv.next319.i.5 = or disjoint i64 %indvars.iv318.i, 6, !dbg !235
-    #dbg_value(i64 %indvars.iv.next319.i.5, !168, !DIExpression(), !132)
-  %1191 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next319.i.5, !dbg !235
-  %1192 = load <16 x float>, ptr %1191, align 4, !dbg !235, !tbaa !163
-  %.idx337.i.6 = shl i64 %indvars.iv.next319.i.5, 6, !dbg !235
-  %1193 = getelementptr i8, ptr %652, i64 %.idx337.i.6, !dbg !235
-  store <16 x float> %1192, ptr %1193, align 64, !dbg !235, !tbaa !163
-  %indvars.iv.next319.i.6 = or disjoint i64 %indvars.iv318.i, 7, !dbg !235
-    #dbg_value(i64 %indvars.iv.next319.i.6, !168, !DIExpression(), !132)
-  %1194 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next319.i.6, !dbg !235
-  %1195 = load <16 x float>, ptr %1194, align 4, !dbg !235, !tbaa !163
-  %.idx337.i.7 = shl i64 %indvars.iv.next319.i.6, 6, !dbg !235
-  %1196 = getelementptr i8, ptr %652, i64 %.idx337.i.7, !dbg !235
-  store <16 x float> %1195, ptr %1196, align 64, !dbg !235, !tbaa !163
-  %indvars.iv.next319.i.7 = add nuw nsw i64 %indvars.iv318.i, 8, !dbg !235
-    #dbg_value(i64 %indvars.iv.next319.i.7, !168, !DIExpression(), !132)
-  %exitcond321.not.i.7 = icmp eq i64 %indvars.iv.next319.i.7, 128, !dbg !132
-  br i1 %exitcond321.not.i.7, label %for_end_d101.i, label %for_body_d100.i, !dbg !132, !prof !171, !llvm.loop !236
+for_body_d96.i:                                   ; preds = %for_body_d96.i, %for_end_step.i
+  %indvars.iv314.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next315.i.7, %for_body_d96.i ]
+  %804 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv314.i
+  %805 = load <16 x float>, ptr %804, align 4, !tbaa !8
+  %.idx333.i = shl i64 %indvars.iv314.i, 6
+  %806 = getelementptr i8, ptr %283, i64 %.idx333.i
+  store <16 x float> %805, ptr %806, align 64, !tbaa !8
+  %indvars.iv.next315.i = or disjoint i64 %indvars.iv314.i, 1
+  %807 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next315.i
+  %808 = load <16 x float>, ptr %807, align 4, !tbaa !8
+  %.idx333.i.1 = shl i64 %indvars.iv.next315.i, 6
+  %809 = getelementptr i8, ptr %283, i64 %.idx333.i.1
+  store <16 x float> %808, ptr %809, align 64, !tbaa !8
+  %indvars.iv.next315.i.1 = or disjoint i64 %indvars.iv314.i, 2
+  %810 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next315.i.1
+  %811 = load <16 x float>, ptr %810, align 4, !tbaa !8
+  %.idx333.i.2 = shl i64 %indvars.iv.next315.i.1, 6
+  %812 = getelementptr i8, ptr %283, i64 %.idx333.i.2
+  store <16 x float> %811, ptr %812, align 64, !tbaa !8
+  %indvars.iv.next315.i.2 = or disjoint i64 %indvars.iv314.i, 3
+  %813 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next315.i.2
+  %814 = load <16 x float>, ptr %813, align 4, !tbaa !8
+  %.idx333.i.3 = shl i64 %indvars.iv.next315.i.2, 6
+  %815 = getelementptr i8, ptr %283, i64 %.idx333.i.3
+  store <16 x float> %814, ptr %815, align 64, !tbaa !8
+  %indvars.iv.next315.i.3 = or disjoint i64 %indvars.iv314.i, 4
+  %816 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next315.i.3
+  %817 = load <16 x float>, ptr %816, align 4, !tbaa !8
+  %.idx333.i.4 = shl i64 %indvars.iv.next315.i.3, 6
+  %818 = getelementptr i8, ptr %283, i64 %.idx333.i.4
+  store <16 x float> %817, ptr %818, align 64, !tbaa !8
+  %indvars.iv.next315.i.4 = or disjoint i64 %indvars.iv314.i, 5
+  %819 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next315.i.4
+  %820 = load <16 x float>, ptr %819, align 4, !tbaa !8
+  %.idx333.i.5 = shl i64 %indvars.iv.next315.i.4, 6
+  %821 = getelementptr i8, ptr %283, i64 %.idx333.i.5
+  store <16 x float> %820, ptr %821, align 64, !tbaa !8
+  %indvars.iv.next315.i.5 = or disjoint i64 %indvars.iv314.i, 6
+  %822 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next315.i.5
+  %823 = load <16 x float>, ptr %822, align 4, !tbaa !8
+  %.idx333.i.6 = shl i64 %indvars.iv.next315.i.5, 6
+  %824 = getelementptr i8, ptr %283, i64 %.idx333.i.6
+  store <16 x float> %823, ptr %824, align 64, !tbaa !8
+  %indvars.iv.next315.i.6 = or disjoint i64 %indvars.iv314.i, 7
+  %825 = getelementptr inbounds nuw <16 x float>, ptr %acc.i, i64 %indvars.iv.next315.i.6
+  %826 = load <16 x float>, ptr %825, align 4, !tbaa !8
+  %.idx333.i.7 = shl i64 %indvars.iv.next315.i.6, 6
+  %827 = getelementptr i8, ptr %283, i64 %.idx333.i.7
+  store <16 x float> %826, ptr %827, align 64, !tbaa !8
+  %indvars.iv.next315.i.7 = add nuw nsw i64 %indvars.iv314.i, 8
+  %exitcond317.not.i.7 = icmp eq i64 %indvars.iv.next315.i.7, 128
+  br i1 %exitcond317.not.i.7, label %for_end_d97.i, label %for_body_d96.i, !prof !11, !llvm.loop !15
 
-for_end_d101.i:                                   ; preds = %for_body_d100.i
-  %indvars.iv.next323.i = add nuw nsw i64 %indvars.iv322.i, 1, !dbg !235
-    #dbg_value(<16 x float> %m.i, !153, !DIExpression(), !132)
-    #dbg_value(<16 x float> %1161, !154, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv.next323.i, !155, !DIExpression(), !132)
-  %exitcond326.not.i = icmp eq i64 %indvars.iv.next323.i, %wide.trip.count325.i, !dbg !132
-  br i1 %exitcond326.not.i, label %for_end_s.i, label %for_body_s.i, !dbg !132, !prof !193
+for_end_d97.i:                                    ; preds = %for_body_d96.i
+  %indvars.iv.next319.i = add nuw nsw i64 %indvars.iv318.i, 1
+  %exitcond322.not.i = icmp eq i64 %indvars.iv.next319.i, %wide.trip.count321.i
+  br i1 %exitcond322.not.i, label %for_end_s.i, label %for_body_s.i, !prof !12
 
-if_end105.i:                                      ; preds = %for_end_s.i
-  %1197 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %1198 = tail call i32 %1197(i32 1, i32 %dev_id, ptr nonnull %k_tile.i), !dbg !132
-  %.not129.i = icmp eq i32 %1198, 0, !dbg !132
-  br i1 %.not129.i, label %if_end108.i, label %common.ret, !dbg !132, !prof !17
+if_end101.i:                                      ; preds = %for_end_s.i
+  %828 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %829 = tail call i32 %828(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not125.i = icmp eq i32 %829, 0
+  br i1 %.not125.i, label %if_end104.i, label %fused_decode_compute_.exit, !prof !10
 
-if_end108.i:                                      ; preds = %if_end105.i
-  %1199 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %1200 = tail call i32 %1199(i32 1, i32 %dev_id, ptr nonnull %scores.i), !dbg !132
-  %.not130.i = icmp eq i32 %1200, 0, !dbg !132
-  br i1 %.not130.i, label %if_end111.i, label %common.ret, !dbg !132, !prof !17
+if_end104.i:                                      ; preds = %if_end101.i
+  %830 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %831 = tail call i32 %830(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not126.i = icmp eq i32 %831, 0
+  br i1 %.not126.i, label %if_end107.i, label %fused_decode_compute_.exit, !prof !10
 
-if_end111.i:                                      ; preds = %if_end108.i
-  %1201 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %1202 = tail call i32 %1201(i32 1, i32 %dev_id, ptr nonnull %acc.i), !dbg !132
-  %.not131.i = icmp eq i32 %1202, 0, !dbg !132
-  br i1 %.not131.i, label %if_end114.i, label %common.ret, !dbg !132, !prof !17
+if_end107.i:                                      ; preds = %if_end104.i
+  %832 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %833 = tail call i32 %832(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not127.i = icmp eq i32 %833, 0
+  br i1 %.not127.i, label %if_end110.i, label %fused_decode_compute_.exit, !prof !10
 
-if_end114.i:                                      ; preds = %if_end111.i
-  %1203 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %1204 = tail call i32 %1203(i32 1, i32 %dev_id, ptr nonnull %q_tile.i), !dbg !132
-  %.not132.i = icmp ne i32 %1204, 0, !dbg !132
-  %..i = sext i1 %.not132.i to i32, !dbg !132
-  br label %common.ret, !dbg !132
+if_end110.i:                                      ; preds = %if_end107.i
+  %834 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %835 = tail call i32 %834(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not128.i = icmp ne i32 %835, 0
+  %..i = sext i1 %.not128.i to i32
+  br label %fused_decode_compute_.exit
+
+fused_decode_compute_.exit:                       ; preds = %if_end110.i, %if_end107.i, %if_end104.i, %if_end101.i, %for_end_s.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
+  %common.ret.op.i = phi i32 [ -1, %if_end107.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %for_end_s.i ], [ -1, %if_end101.i ], [ -1, %if_end104.i ], [ %..i, %if_end110.i ]
+  ret i32 %common.ret.op.i
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(address_is_null) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 !dbg !238 {
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %row_sum41.i = alloca [16 x float], align 16, !dbg !244
-  %row_max42.i = alloca [16 x float], align 16, !dbg !244
-    #dbg_value(ptr %self_handle, !240, !DIExpression(), !266)
-    #dbg_value(ptr %args, !241, !DIExpression(), !266)
-    #dbg_value(i32 %num_args, !242, !DIExpression(), !266)
-    #dbg_value(ptr %result, !243, !DIExpression(), !266)
-  %0 = icmp eq i32 %num_args, 10, !dbg !266
-  br i1 %0, label %assert_end, label %assert_fail, !dbg !266, !prof !16
-
-common.ret:                                       ; preds = %merge_partials_compute_.exit, %assert_fail152, %assert_fail150, %assert_fail145, %assert_fail143, %assert_fail141, %assert_fail136, %assert_fail134, %assert_fail132, %assert_fail130, %assert_fail128, %assert_fail126, %assert_fail124, %assert_fail122, %assert_fail120, %assert_fail118, %assert_fail116, %assert_fail114, %assert_fail112, %assert_fail110, %assert_fail108, %assert_fail106, %assert_fail104, %assert_fail100, %assert_fail98, %assert_fail96, %assert_fail94, %assert_fail90, %assert_fail88, %assert_fail86, %assert_fail82, %assert_fail77, %assert_fail75, %assert_fail73, %assert_fail71, %assert_fail63, %assert_fail61, %assert_fail59, %assert_fail57, %assert_fail55, %assert_fail53, %assert_fail51, %assert_fail49, %assert_fail47, %assert_fail45, %assert_fail43, %assert_fail41, %assert_fail39, %assert_fail37, %assert_fail35, %assert_fail33, %assert_fail31, %assert_fail29, %assert_fail27, %assert_fail25, %assert_fail20, %assert_fail15, %assert_fail10, %assert_fail5, %assert_fail3, %assert_fail1, %assert_fail
-  %common.ret.op = phi i32 [ -1, %assert_fail ], [ -1, %assert_fail1 ], [ -1, %assert_fail3 ], [ -1, %assert_fail5 ], [ -1, %assert_fail10 ], [ -1, %assert_fail15 ], [ -1, %assert_fail20 ], [ -1, %assert_fail25 ], [ -1, %assert_fail27 ], [ -1, %assert_fail29 ], [ -1, %assert_fail31 ], [ -1, %assert_fail33 ], [ -1, %assert_fail35 ], [ -1, %assert_fail37 ], [ -1, %assert_fail39 ], [ -1, %assert_fail41 ], [ -1, %assert_fail43 ], [ -1, %assert_fail45 ], [ -1, %assert_fail47 ], [ -1, %assert_fail49 ], [ -1, %assert_fail51 ], [ -1, %assert_fail53 ], [ -1, %assert_fail55 ], [ -1, %assert_fail57 ], [ -1, %assert_fail59 ], [ -1, %assert_fail61 ], [ -1, %assert_fail63 ], [ -1, %assert_fail71 ], [ -1, %assert_fail73 ], [ -1, %assert_fail75 ], [ -1, %assert_fail77 ], [ -1, %assert_fail82 ], [ -1, %assert_fail86 ], [ -1, %assert_fail88 ], [ -1, %assert_fail90 ], [ -1, %assert_fail94 ], [ -1, %assert_fail96 ], [ -1, %assert_fail98 ], [ -1, %assert_fail100 ], [ -1, %assert_fail104 ], [ -1, %assert_fail106 ], [ -1, %assert_fail108 ], [ -1, %assert_fail110 ], [ -1, %assert_fail112 ], [ -1, %assert_fail114 ], [ -1, %assert_fail116 ], [ -1, %assert_fail118 ], [ -1, %assert_fail120 ], [ -1, %assert_fail122 ], [ -1, %assert_fail124 ], [ -1, %assert_fail126 ], [ -1, %assert_fail128 ], [ -1, %assert_fail130 ], [ -1, %assert_fail132 ], [ -1, %assert_fail134 ], [ -1, %assert_fail136 ], [ -1, %assert_fail141 ], [ -1, %assert_fail143 ], [ -1, %assert_fail145 ], [ -1, %assert_fail150 ], [ -1, %assert_fail152 ], [ %common.ret.op.i, %merge_partials_compute_.exit ]
-  ret i32 %common.ret.op, !dbg !266
-
-assert_fail:                                      ; preds = %entry
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.1, ptr nonnull @.str.22, ptr nonnull @.str.3, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.6), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end:                                       ; preds = %entry
-  %.not = icmp eq ptr %args, null, !dbg !266
-  br i1 %.not, label %assert_fail1, label %assert_end2, !dbg !266, !prof !17
-
-assert_fail1:                                     ; preds = %assert_end
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 4, ptr nonnull @.str.7, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.6, ptr null, ptr null), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end2:                                      ; preds = %assert_end
-  %partial_max.type_index = load i32, ptr %args, align 4, !dbg !266
-    #dbg_value(i32 %partial_max.type_index, !267, !DIExpression(), !266)
-  %partial_max.type_index.fr = freeze i32 %partial_max.type_index, !dbg !266
-  %1 = icmp sgt i32 %partial_max.type_index.fr, 63, !dbg !266
-  br i1 %1, label %assert_end4, label %switch.early.test, !dbg !266
-
-switch.early.test:                                ; preds = %assert_end2
-  switch i32 %partial_max.type_index.fr, label %assert_fail3 [
-    i32 0, label %if_else
-    i32 4, label %if_else
-    i32 7, label %if_else
-  ], !dbg !266, !prof !19
-
-assert_fail3:                                     ; preds = %switch.early.test
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end4:                                      ; preds = %assert_end2
-  %2 = icmp eq i32 %partial_max.type_index.fr, 70, !dbg !266
-  br i1 %2, label %if_then, label %if_else, !dbg !266
-
-if_then:                                          ; preds = %assert_end4
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !266
-  %4 = load ptr, ptr %3, align 8, !dbg !266
-  %5 = getelementptr inbounds nuw i8, ptr %4, i64 24, !dbg !266
-  br label %if_end, !dbg !266
-
-if_else:                                          ; preds = %switch.early.test, %switch.early.test, %switch.early.test, %assert_end4
-  %6 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !266
-  %7 = load ptr, ptr %6, align 8, !dbg !266
-  br label %if_end, !dbg !266
-
-if_end:                                           ; preds = %if_else, %if_then
-  %partial_max.handle = phi ptr [ %5, %if_then ], [ %7, %if_else ], !dbg !266
-    #dbg_declare(ptr %partial_max.handle, !268, !DIExpression(), !266)
-  %8 = getelementptr inbounds nuw i8, ptr %args, i64 16, !dbg !266
-  %partial_sum.type_index = load i32, ptr %8, align 4, !dbg !266
-    #dbg_value(i32 %partial_sum.type_index, !269, !DIExpression(), !266)
-  %partial_sum.type_index.fr = freeze i32 %partial_sum.type_index, !dbg !266
-  %9 = icmp sgt i32 %partial_sum.type_index.fr, 63, !dbg !266
-  br i1 %9, label %assert_end6, label %switch.early.test154, !dbg !266
-
-switch.early.test154:                             ; preds = %if_end
-  switch i32 %partial_sum.type_index.fr, label %assert_fail5 [
-    i32 0, label %if_else8
-    i32 4, label %if_else8
-    i32 7, label %if_else8
-  ], !dbg !266, !prof !19
-
-assert_fail5:                                     ; preds = %switch.early.test154
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end6:                                      ; preds = %if_end
-  %10 = icmp eq i32 %partial_sum.type_index.fr, 70, !dbg !266
-  br i1 %10, label %if_then7, label %if_else8, !dbg !266
-
-if_then7:                                         ; preds = %assert_end6
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !266
-  %12 = load ptr, ptr %11, align 8, !dbg !266
-  %13 = getelementptr inbounds nuw i8, ptr %12, i64 24, !dbg !266
-  br label %if_end9, !dbg !266
-
-if_else8:                                         ; preds = %switch.early.test154, %switch.early.test154, %switch.early.test154, %assert_end6
-  %14 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !266
-  %15 = load ptr, ptr %14, align 8, !dbg !266
-  br label %if_end9, !dbg !266
-
-if_end9:                                          ; preds = %if_else8, %if_then7
-  %partial_sum.handle = phi ptr [ %13, %if_then7 ], [ %15, %if_else8 ], !dbg !266
-    #dbg_declare(ptr %partial_sum.handle, !270, !DIExpression(), !266)
-  %16 = getelementptr inbounds nuw i8, ptr %args, i64 32, !dbg !266
-  %partial_acc.type_index = load i32, ptr %16, align 4, !dbg !266
-    #dbg_value(i32 %partial_acc.type_index, !271, !DIExpression(), !266)
-  %partial_acc.type_index.fr = freeze i32 %partial_acc.type_index, !dbg !266
-  %17 = icmp sgt i32 %partial_acc.type_index.fr, 63, !dbg !266
-  br i1 %17, label %assert_end11, label %switch.early.test155, !dbg !266
-
-switch.early.test155:                             ; preds = %if_end9
-  switch i32 %partial_acc.type_index.fr, label %assert_fail10 [
-    i32 0, label %if_else13
-    i32 4, label %if_else13
-    i32 7, label %if_else13
-  ], !dbg !266, !prof !19
-
-assert_fail10:                                    ; preds = %switch.early.test155
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end11:                                     ; preds = %if_end9
-  %18 = icmp eq i32 %partial_acc.type_index.fr, 70, !dbg !266
-  br i1 %18, label %if_then12, label %if_else13, !dbg !266
-
-if_then12:                                        ; preds = %assert_end11
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !266
-  %20 = load ptr, ptr %19, align 8, !dbg !266
-  %21 = getelementptr inbounds nuw i8, ptr %20, i64 24, !dbg !266
-  br label %if_end14, !dbg !266
-
-if_else13:                                        ; preds = %switch.early.test155, %switch.early.test155, %switch.early.test155, %assert_end11
-  %22 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !266
-  %23 = load ptr, ptr %22, align 8, !dbg !266
-  br label %if_end14, !dbg !266
-
-if_end14:                                         ; preds = %if_else13, %if_then12
-  %partial_acc.handle = phi ptr [ %21, %if_then12 ], [ %23, %if_else13 ], !dbg !266
-    #dbg_declare(ptr %partial_acc.handle, !272, !DIExpression(), !266)
-  %24 = getelementptr inbounds nuw i8, ptr %args, i64 48, !dbg !266
-  %out.type_index = load i32, ptr %24, align 4, !dbg !266
-    #dbg_value(i32 %out.type_index, !273, !DIExpression(), !266)
-  %out.type_index.fr = freeze i32 %out.type_index, !dbg !266
-  %25 = icmp sgt i32 %out.type_index.fr, 63, !dbg !266
-  br i1 %25, label %assert_end16, label %switch.early.test156, !dbg !266
-
-switch.early.test156:                             ; preds = %if_end14
-  switch i32 %out.type_index.fr, label %assert_fail15 [
-    i32 0, label %if_else18
-    i32 4, label %if_else18
-    i32 7, label %if_else18
-  ], !dbg !266, !prof !19
-
-assert_fail15:                                    ; preds = %switch.early.test156
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end16:                                     ; preds = %if_end14
-  %26 = icmp eq i32 %out.type_index.fr, 70, !dbg !266
-  br i1 %26, label %if_then17, label %if_else18, !dbg !266
-
-if_then17:                                        ; preds = %assert_end16
-  %27 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !266
-  %28 = load ptr, ptr %27, align 8, !dbg !266
-  %29 = getelementptr inbounds nuw i8, ptr %28, i64 24, !dbg !266
-  br label %if_end19, !dbg !266
-
-if_else18:                                        ; preds = %switch.early.test156, %switch.early.test156, %switch.early.test156, %assert_end16
-  %30 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !266
-  %31 = load ptr, ptr %30, align 8, !dbg !266
-  br label %if_end19, !dbg !266
-
-if_end19:                                         ; preds = %if_else18, %if_then17
-  %out.handle = phi ptr [ %29, %if_then17 ], [ %31, %if_else18 ], !dbg !266
-    #dbg_declare(ptr %out.handle, !274, !DIExpression(), !266)
-  %32 = getelementptr inbounds nuw i8, ptr %args, i64 64, !dbg !266
-  %lse.type_index = load i32, ptr %32, align 4, !dbg !266
-    #dbg_value(i32 %lse.type_index, !275, !DIExpression(), !266)
-  %lse.type_index.fr = freeze i32 %lse.type_index, !dbg !266
-  %33 = icmp sgt i32 %lse.type_index.fr, 63, !dbg !266
-  br i1 %33, label %assert_end21, label %switch.early.test157, !dbg !266
-
-switch.early.test157:                             ; preds = %if_end19
-  switch i32 %lse.type_index.fr, label %assert_fail20 [
-    i32 0, label %if_else23
-    i32 4, label %if_else23
-    i32 7, label %if_else23
-  ], !dbg !266, !prof !19
-
-assert_fail20:                                    ; preds = %switch.early.test157
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end21:                                     ; preds = %if_end19
-  %34 = icmp eq i32 %lse.type_index.fr, 70, !dbg !266
-  br i1 %34, label %if_then22, label %if_else23, !dbg !266
-
-if_then22:                                        ; preds = %assert_end21
-  %35 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !266
-  %36 = load ptr, ptr %35, align 8, !dbg !266
-  %37 = getelementptr inbounds nuw i8, ptr %36, i64 24, !dbg !266
-  br label %if_end24, !dbg !266
-
-if_else23:                                        ; preds = %switch.early.test157, %switch.early.test157, %switch.early.test157, %assert_end21
-  %38 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !266
-  %39 = load ptr, ptr %38, align 8, !dbg !266
-  br label %if_end24, !dbg !266
-
-if_end24:                                         ; preds = %if_else23, %if_then22
-  %lse.handle = phi ptr [ %37, %if_then22 ], [ %39, %if_else23 ], !dbg !266
-    #dbg_declare(ptr %lse.handle, !276, !DIExpression(), !266)
-  %40 = getelementptr inbounds nuw i8, ptr %args, i64 80, !dbg !266
-  %seq.type_index = load i32, ptr %40, align 4, !dbg !266
-    #dbg_value(i32 %seq.type_index, !277, !DIExpression(), !266)
-  %41 = add i32 %seq.type_index, -1, !dbg !266
-  %42 = icmp ult i32 %41, 2, !dbg !266
-  br i1 %42, label %assert_end26, label %assert_fail25, !dbg !266, !prof !16
-
-assert_fail25:                                    ; preds = %if_end24
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.16, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end26:                                     ; preds = %if_end24
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 88, !dbg !266
-  %44 = load i64, ptr %43, align 8, !dbg !266
-    #dbg_value(i64 %44, !278, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !266)
-  %45 = getelementptr inbounds nuw i8, ptr %args, i64 96, !dbg !266
-  %head_start.type_index = load i32, ptr %45, align 8, !dbg !266
-    #dbg_value(i32 %head_start.type_index, !279, !DIExpression(), !266)
-  %46 = add i32 %head_start.type_index, -1, !dbg !266
-  %47 = icmp ult i32 %46, 2, !dbg !266
-  br i1 %47, label %assert_end28, label %assert_fail27, !dbg !266, !prof !16
-
-assert_fail27:                                    ; preds = %assert_end26
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.17, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end28:                                     ; preds = %assert_end26
-  %48 = getelementptr inbounds nuw i8, ptr %args, i64 104, !dbg !266
-  %49 = load i64, ptr %48, align 8, !dbg !266
-    #dbg_value(i64 %49, !280, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !266)
-  %50 = getelementptr inbounds nuw i8, ptr %args, i64 112, !dbg !266
-  %num_rows.type_index = load i32, ptr %50, align 8, !dbg !266
-    #dbg_value(i32 %num_rows.type_index, !281, !DIExpression(), !266)
-  %51 = add i32 %num_rows.type_index, -1, !dbg !266
-  %52 = icmp ult i32 %51, 2, !dbg !266
-  br i1 %52, label %assert_end30, label %assert_fail29, !dbg !266, !prof !16
-
-assert_fail29:                                    ; preds = %assert_end28
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.18, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end30:                                     ; preds = %assert_end28
-  %53 = getelementptr inbounds nuw i8, ptr %args, i64 120, !dbg !266
-  %54 = load i64, ptr %53, align 8, !dbg !266
-  %num_rows = trunc i64 %54 to i32, !dbg !266
-    #dbg_value(i32 %num_rows, !282, !DIExpression(), !266)
-  %55 = getelementptr inbounds nuw i8, ptr %args, i64 128, !dbg !266
-  %partial_start.type_index = load i32, ptr %55, align 8, !dbg !266
-    #dbg_value(i32 %partial_start.type_index, !283, !DIExpression(), !266)
-  %56 = add i32 %partial_start.type_index, -1, !dbg !266
-  %57 = icmp ult i32 %56, 2, !dbg !266
-  br i1 %57, label %assert_end32, label %assert_fail31, !dbg !266, !prof !16
-
-assert_fail31:                                    ; preds = %assert_end30
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.19, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end32:                                     ; preds = %assert_end30
-  %58 = getelementptr inbounds nuw i8, ptr %args, i64 136, !dbg !266
-  %59 = load i64, ptr %58, align 8, !dbg !266
-    #dbg_value(i64 %59, !284, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !266)
-  %60 = getelementptr inbounds nuw i8, ptr %args, i64 144, !dbg !266
-  %num_partials.type_index = load i32, ptr %60, align 8, !dbg !266
-    #dbg_value(i32 %num_partials.type_index, !285, !DIExpression(), !266)
-  %61 = add i32 %num_partials.type_index, -1, !dbg !266
-  %62 = icmp ult i32 %61, 2, !dbg !266
-  br i1 %62, label %assert_end34, label %assert_fail33, !dbg !266, !prof !16
-
-assert_fail33:                                    ; preds = %assert_end32
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.21, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end34:                                     ; preds = %assert_end32
-  %63 = getelementptr inbounds nuw i8, ptr %args, i64 152, !dbg !266
-  %64 = load i64, ptr %63, align 8, !dbg !266
-  %num_partials = trunc i64 %64 to i32, !dbg !266
-    #dbg_value(i32 %num_partials, !286, !DIExpression(), !266)
-  %.not158 = icmp eq ptr %partial_max.handle, null, !dbg !266
-  br i1 %.not158, label %assert_fail35, label %assert_end36, !dbg !266, !prof !17
-
-assert_fail35:                                    ; preds = %assert_end34
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end36:                                     ; preds = %assert_end34
-  %65 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 16, !dbg !266
-  %66 = load i32, ptr %65, align 4, !dbg !266
-  %67 = icmp eq i32 %66, 2, !dbg !266
-  br i1 %67, label %assert_end38, label %assert_fail37, !dbg !266, !prof !16
-
-assert_fail37:                                    ; preds = %assert_end36
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.33, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end38:                                     ; preds = %assert_end36
-  %68 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 22, !dbg !266
-  %69 = load i16, ptr %68, align 2, !dbg !266
-  %70 = icmp eq i16 %69, 1, !dbg !266
-  %71 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 21, !dbg !266
-  %72 = load i8, ptr %71, align 1, !dbg !266
-  %73 = icmp eq i8 %72, 32, !dbg !266
-  %74 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 20, !dbg !266
-  %75 = load i8, ptr %74, align 2, !dbg !266
-  %76 = icmp eq i8 %75, 2, !dbg !266
-  %77 = and i1 %73, %76, !dbg !266
-  %78 = and i1 %70, %77, !dbg !266
-  br i1 %78, label %assert_end40, label %assert_fail39, !dbg !266, !prof !16
-
-assert_fail39:                                    ; preds = %assert_end38
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.34, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end40:                                     ; preds = %assert_end38
-  %79 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 24, !dbg !266
-  %merge_partials.partial_max_shape = load ptr, ptr %79, align 8, !dbg !266
-    #dbg_declare(ptr %merge_partials.partial_max_shape, !287, !DIExpression(), !266)
-  %slots = load i64, ptr %merge_partials.partial_max_shape, align 8, !dbg !266
-    #dbg_value(i64 %slots, !288, !DIExpression(), !266)
-  %80 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 32, !dbg !266
-  %merge_partials.partial_max_strides = load ptr, ptr %80, align 8, !dbg !266
-    #dbg_declare(ptr %merge_partials.partial_max_strides, !289, !DIExpression(), !266)
-  %81 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 8, !dbg !266
-  %82 = load i32, ptr %81, align 8, !dbg !266
-  %83 = icmp eq i32 %82, 1, !dbg !266
-  br i1 %83, label %assert_end42, label %assert_fail41, !dbg !266, !prof !16
-
-assert_fail41:                                    ; preds = %assert_end40
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.36, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end42:                                     ; preds = %assert_end40
-  %84 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12, !dbg !266
-  %dev_id = load i32, ptr %84, align 4, !dbg !266
-    #dbg_value(i32 %dev_id, !290, !DIExpression(), !266)
-  %.not159 = icmp eq ptr %partial_sum.handle, null, !dbg !266
-  br i1 %.not159, label %assert_fail43, label %assert_end44, !dbg !266, !prof !17
-
-assert_fail43:                                    ; preds = %assert_end42
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end44:                                     ; preds = %assert_end42
-  %85 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 16, !dbg !266
-  %86 = load i32, ptr %85, align 4, !dbg !266
-  %87 = icmp eq i32 %86, 2, !dbg !266
-  br i1 %87, label %assert_end46, label %assert_fail45, !dbg !266, !prof !16
-
-assert_fail45:                                    ; preds = %assert_end44
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.33, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end46:                                     ; preds = %assert_end44
-  %88 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 22, !dbg !266
-  %89 = load i16, ptr %88, align 2, !dbg !266
-  %90 = icmp eq i16 %89, 1, !dbg !266
-  %91 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 21, !dbg !266
-  %92 = load i8, ptr %91, align 1, !dbg !266
-  %93 = icmp eq i8 %92, 32, !dbg !266
-  %94 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 20, !dbg !266
-  %95 = load i8, ptr %94, align 2, !dbg !266
-  %96 = icmp eq i8 %95, 2, !dbg !266
-  %97 = and i1 %93, %96, !dbg !266
-  %98 = and i1 %90, %97, !dbg !266
-  br i1 %98, label %assert_end48, label %assert_fail47, !dbg !266, !prof !16
-
-assert_fail47:                                    ; preds = %assert_end46
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.34, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end48:                                     ; preds = %assert_end46
-  %99 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 24, !dbg !266
-  %merge_partials.partial_sum_shape = load ptr, ptr %99, align 8, !dbg !266
-    #dbg_declare(ptr %merge_partials.partial_sum_shape, !291, !DIExpression(), !266)
-  %100 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 32, !dbg !266
-  %merge_partials.partial_sum_strides = load ptr, ptr %100, align 8, !dbg !266
-    #dbg_declare(ptr %merge_partials.partial_sum_strides, !292, !DIExpression(), !266)
-  %101 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 8, !dbg !266
-  %102 = load i32, ptr %101, align 8, !dbg !266
-  %103 = icmp eq i32 %102, 1, !dbg !266
-  br i1 %103, label %assert_end50, label %assert_fail49, !dbg !266, !prof !16
-
-assert_fail49:                                    ; preds = %assert_end48
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.36, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end50:                                     ; preds = %assert_end48
-  %.not160 = icmp eq ptr %partial_acc.handle, null, !dbg !266
-  br i1 %.not160, label %assert_fail51, label %assert_end52, !dbg !266, !prof !17
-
-assert_fail51:                                    ; preds = %assert_end50
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end52:                                     ; preds = %assert_end50
-  %104 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 16, !dbg !266
-  %105 = load i32, ptr %104, align 4, !dbg !266
-  %106 = icmp eq i32 %105, 3, !dbg !266
-  br i1 %106, label %assert_end54, label %assert_fail53, !dbg !266, !prof !16
-
-assert_fail53:                                    ; preds = %assert_end52
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.33, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end54:                                     ; preds = %assert_end52
-  %107 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 22, !dbg !266
-  %108 = load i16, ptr %107, align 2, !dbg !266
-  %109 = icmp eq i16 %108, 1, !dbg !266
-  %110 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 21, !dbg !266
-  %111 = load i8, ptr %110, align 1, !dbg !266
-  %112 = icmp eq i8 %111, 32, !dbg !266
-  %113 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 20, !dbg !266
-  %114 = load i8, ptr %113, align 2, !dbg !266
-  %115 = icmp eq i8 %114, 2, !dbg !266
-  %116 = and i1 %112, %115, !dbg !266
-  %117 = and i1 %109, %116, !dbg !266
-  br i1 %117, label %assert_end56, label %assert_fail55, !dbg !266, !prof !16
-
-assert_fail55:                                    ; preds = %assert_end54
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.34, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end56:                                     ; preds = %assert_end54
-  %118 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 24, !dbg !266
-  %merge_partials.partial_acc_shape = load ptr, ptr %118, align 8, !dbg !266
-    #dbg_declare(ptr %merge_partials.partial_acc_shape, !293, !DIExpression(), !266)
-  %119 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 32, !dbg !266
-  %merge_partials.partial_acc_strides = load ptr, ptr %119, align 8, !dbg !266
-    #dbg_declare(ptr %merge_partials.partial_acc_strides, !294, !DIExpression(), !266)
-  %120 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 8, !dbg !266
-  %121 = load i32, ptr %120, align 8, !dbg !266
-  %122 = icmp eq i32 %121, 1, !dbg !266
-  br i1 %122, label %assert_end58, label %assert_fail57, !dbg !266, !prof !16
-
-assert_fail57:                                    ; preds = %assert_end56
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.36, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end58:                                     ; preds = %assert_end56
-  %.not161 = icmp eq ptr %out.handle, null, !dbg !266
-  br i1 %.not161, label %assert_fail59, label %assert_end60, !dbg !266, !prof !17
-
-assert_fail59:                                    ; preds = %assert_end58
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end60:                                     ; preds = %assert_end58
-  %123 = getelementptr inbounds nuw i8, ptr %out.handle, i64 16, !dbg !266
-  %124 = load i32, ptr %123, align 4, !dbg !266
-  %125 = icmp eq i32 %124, 3, !dbg !266
-  br i1 %125, label %assert_end62, label %assert_fail61, !dbg !266, !prof !16
-
-assert_fail61:                                    ; preds = %assert_end60
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.96, ptr nonnull @.str.33, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end62:                                     ; preds = %assert_end60
-  %126 = getelementptr inbounds nuw i8, ptr %out.handle, i64 22, !dbg !266
-  %127 = load i16, ptr %126, align 2, !dbg !266
-  %128 = icmp eq i16 %127, 1, !dbg !266
-  %129 = getelementptr inbounds nuw i8, ptr %out.handle, i64 21, !dbg !266
-  %130 = load i8, ptr %129, align 1, !dbg !266
-  %131 = icmp eq i8 %130, 32, !dbg !266
-  %132 = getelementptr inbounds nuw i8, ptr %out.handle, i64 20, !dbg !266
-  %133 = load i8, ptr %132, align 2, !dbg !266
-  %134 = icmp eq i8 %133, 2, !dbg !266
-  %135 = and i1 %131, %134, !dbg !266
-  %136 = and i1 %128, %135, !dbg !266
-  br i1 %136, label %assert_end64, label %assert_fail63, !dbg !266, !prof !16
-
-assert_fail63:                                    ; preds = %assert_end62
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.96, ptr nonnull @.str.34, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end64:                                     ; preds = %assert_end62
-  %137 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24, !dbg !266
-  %merge_partials.out_shape = load ptr, ptr %137, align 8, !dbg !266
-    #dbg_declare(ptr %merge_partials.out_shape, !295, !DIExpression(), !266)
-  %batch = load i64, ptr %merge_partials.out_shape, align 8, !dbg !266
-    #dbg_value(i64 %batch, !296, !DIExpression(), !266)
-  %138 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32, !dbg !266
-  %merge_partials.out_strides = load ptr, ptr %138, align 8, !dbg !266
-    #dbg_declare(ptr %merge_partials.out_strides, !297, !DIExpression(), !266)
-  %139 = icmp eq ptr %merge_partials.out_strides, null, !dbg !266
-  %140 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16, !dbg !266
-  %141 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8, !dbg !266
-  %out_head.in = select i1 %139, ptr %140, ptr %141, !dbg !266
-  %out_head = load i64, ptr %out_head.in, align 8, !dbg !266
-    #dbg_value(i64 %out_head, !298, !DIExpression(), !266)
-  br i1 %139, label %if_then68, label %if_else69, !dbg !266
-
-if_then68:                                        ; preds = %assert_end64
-  %142 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8, !dbg !266
-  %143 = load i64, ptr %142, align 8, !dbg !266
-  %144 = load i64, ptr %140, align 8, !dbg !266
-  %145 = mul nsw i64 %144, %143, !dbg !266
-  br label %if_end70, !dbg !266
-
-if_else69:                                        ; preds = %assert_end64
-  %146 = load i64, ptr %merge_partials.out_strides, align 8, !dbg !266
-  br label %if_end70, !dbg !266
-
-if_end70:                                         ; preds = %if_else69, %if_then68
-  %out_batch = phi i64 [ %145, %if_then68 ], [ %146, %if_else69 ], !dbg !266
-    #dbg_value(i64 %out_batch, !299, !DIExpression(), !266)
-  %147 = getelementptr inbounds nuw i8, ptr %out.handle, i64 8, !dbg !266
-  %148 = load i32, ptr %147, align 4, !dbg !266
-  %149 = icmp eq i32 %148, 1, !dbg !266
-  br i1 %149, label %assert_end72, label %assert_fail71, !dbg !266, !prof !16
-
-assert_fail71:                                    ; preds = %if_end70
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.96, ptr nonnull @.str.36, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end72:                                     ; preds = %if_end70
-  %.not162 = icmp eq ptr %lse.handle, null, !dbg !266
-  br i1 %.not162, label %assert_fail73, label %assert_end74, !dbg !266, !prof !17
-
-assert_fail73:                                    ; preds = %assert_end72
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end74:                                     ; preds = %assert_end72
-  %150 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 16, !dbg !266
-  %151 = load i32, ptr %150, align 4, !dbg !266
-  %152 = icmp eq i32 %151, 2, !dbg !266
-  br i1 %152, label %assert_end76, label %assert_fail75, !dbg !266, !prof !16
-
-assert_fail75:                                    ; preds = %assert_end74
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.97, ptr nonnull @.str.33, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end76:                                     ; preds = %assert_end74
-  %153 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 22, !dbg !266
-  %154 = load i16, ptr %153, align 2, !dbg !266
-  %155 = icmp eq i16 %154, 1, !dbg !266
-  %156 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 21, !dbg !266
-  %157 = load i8, ptr %156, align 1, !dbg !266
-  %158 = icmp eq i8 %157, 32, !dbg !266
-  %159 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 20, !dbg !266
-  %160 = load i8, ptr %159, align 2, !dbg !266
-  %161 = icmp eq i8 %160, 2, !dbg !266
-  %162 = and i1 %158, %161, !dbg !266
-  %163 = and i1 %155, %162, !dbg !266
-  br i1 %163, label %assert_end78, label %assert_fail77, !dbg !266, !prof !16
-
-assert_fail77:                                    ; preds = %assert_end76
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.97, ptr nonnull @.str.34, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end78:                                     ; preds = %assert_end76
-  %164 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24, !dbg !266
-  %merge_partials.lse_shape = load ptr, ptr %164, align 8, !dbg !266
-    #dbg_declare(ptr %merge_partials.lse_shape, !300, !DIExpression(), !266)
-  %165 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32, !dbg !266
-  %merge_partials.lse_strides = load ptr, ptr %165, align 8, !dbg !266
-    #dbg_declare(ptr %merge_partials.lse_strides, !301, !DIExpression(), !266)
-  %166 = icmp eq ptr %merge_partials.lse_strides, null, !dbg !266
-  %167 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8, !dbg !266
-  %lse_batch.in = select i1 %166, ptr %167, ptr %merge_partials.lse_strides, !dbg !266
-  %lse_batch = load i64, ptr %lse_batch.in, align 8, !dbg !266
-    #dbg_value(i64 %lse_batch, !302, !DIExpression(), !266)
-  %168 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 8, !dbg !266
-  %169 = load i32, ptr %168, align 8, !dbg !266
-  %170 = icmp eq i32 %169, 1, !dbg !266
-  br i1 %170, label %assert_end83, label %assert_fail82, !dbg !266, !prof !16
-
-assert_fail82:                                    ; preds = %assert_end78
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.97, ptr nonnull @.str.36, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end83:                                     ; preds = %assert_end78
-  %.not163 = icmp eq ptr %merge_partials.partial_max_strides, null, !dbg !266
-  br i1 %.not163, label %if_end85, label %if_then84, !dbg !266, !prof !17
-
-if_then84:                                        ; preds = %assert_end83
-  %171 = load i64, ptr %merge_partials.partial_max_strides, align 8, !dbg !266
-  %172 = icmp eq i64 %171, 16, !dbg !266
-  %173 = icmp eq i64 %slots, 1, !dbg !266
-  %174 = or i1 %173, %172, !dbg !266
-  %175 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_max_strides, i64 8, !dbg !266
-  %176 = load i64, ptr %175, align 8, !dbg !266
-  %177 = icmp eq i64 %176, 1, !dbg !266
-  %178 = and i1 %177, %174, !dbg !266
-  br i1 %178, label %if_end85, label %assert_fail86, !dbg !266, !prof !16
-
-if_end85:                                         ; preds = %if_then84, %assert_end83
-  %179 = load ptr, ptr %partial_max.handle, align 8, !dbg !266
-  %180 = icmp ne ptr %179, null, !dbg !266
-  %181 = icmp eq i64 %slots, 0, !dbg !266
-  %182 = or i1 %181, %180, !dbg !266
-  br i1 %182, label %assert_end89, label %assert_fail88, !dbg !266, !prof !16
-
-assert_fail86:                                    ; preds = %if_then84
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.60, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.61, ptr null), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_fail88:                                    ; preds = %if_end85
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.43, ptr nonnull @.str.47, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.48), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end89:                                     ; preds = %if_end85
-  %183 = load i64, ptr %merge_partials.partial_sum_shape, align 8, !dbg !266
-  %184 = icmp eq i64 %slots, %183, !dbg !266
-  br i1 %184, label %assert_end91, label %assert_fail90, !dbg !266, !prof !16
-
-assert_fail90:                                    ; preds = %assert_end89
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.64, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.65), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end91:                                     ; preds = %assert_end89
-  %.not164 = icmp eq ptr %merge_partials.partial_sum_strides, null, !dbg !266
-  br i1 %.not164, label %if_end93, label %if_then92, !dbg !266, !prof !17
-
-if_then92:                                        ; preds = %assert_end91
-  %185 = load i64, ptr %merge_partials.partial_sum_strides, align 8, !dbg !266
-  %186 = icmp eq i64 %185, 16, !dbg !266
-  %187 = icmp eq i64 %slots, 1, !dbg !266
-  %188 = or i1 %187, %186, !dbg !266
-  %189 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_sum_strides, i64 8, !dbg !266
-  %190 = load i64, ptr %189, align 8, !dbg !266
-  %191 = icmp eq i64 %190, 1, !dbg !266
-  %192 = and i1 %191, %188, !dbg !266
-  br i1 %192, label %if_end93, label %assert_fail94, !dbg !266, !prof !16
-
-if_end93:                                         ; preds = %if_then92, %assert_end91
-  %193 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 12, !dbg !266
-  %194 = load i32, ptr %193, align 4, !dbg !266
-  %195 = icmp eq i32 %dev_id, %194, !dbg !266
-  br i1 %195, label %assert_end97, label %assert_fail96, !dbg !266, !prof !16
-
-assert_fail94:                                    ; preds = %if_then92
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.60, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.61, ptr null), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_fail96:                                    ; preds = %if_end93
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.66, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.63), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end97:                                     ; preds = %if_end93
-  %196 = load ptr, ptr %partial_sum.handle, align 8, !dbg !266
-  %197 = icmp ne ptr %196, null, !dbg !266
-  %198 = or i1 %181, %197, !dbg !266
-  br i1 %198, label %assert_end99, label %assert_fail98, !dbg !266, !prof !16
-
-assert_fail98:                                    ; preds = %assert_end97
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.45, ptr nonnull @.str.47, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.48), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end99:                                     ; preds = %assert_end97
-  %199 = load i64, ptr %merge_partials.partial_acc_shape, align 8, !dbg !266
-  %200 = icmp eq i64 %slots, %199, !dbg !266
-  br i1 %200, label %assert_end101, label %assert_fail100, !dbg !266, !prof !16
-
-assert_fail100:                                   ; preds = %assert_end99
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.67, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.65), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end101:                                    ; preds = %assert_end99
-  %.not165 = icmp eq ptr %merge_partials.partial_acc_strides, null, !dbg !266
-  br i1 %.not165, label %if_end103, label %if_then102, !dbg !266, !prof !17
-
-if_then102:                                       ; preds = %assert_end101
-  %201 = load i64, ptr %merge_partials.partial_acc_strides, align 8, !dbg !266
-  %202 = icmp eq i64 %201, 2048, !dbg !266
-  %203 = icmp eq i64 %slots, 1, !dbg !266
-  %204 = or i1 %203, %202, !dbg !266
-  %205 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_strides, i64 8, !dbg !266
-  %206 = load i64, ptr %205, align 8, !dbg !266
-  %207 = icmp eq i64 %206, 16, !dbg !266
-  %208 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_strides, i64 16, !dbg !266
-  %209 = load i64, ptr %208, align 8, !dbg !266
-  %210 = icmp eq i64 %209, 1, !dbg !266
-  %211 = and i1 %207, %210, !dbg !266
-  %212 = and i1 %204, %211, !dbg !266
-  br i1 %212, label %if_end103, label %assert_fail104, !dbg !266, !prof !16
-
-if_end103:                                        ; preds = %if_then102, %assert_end101
-  %213 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 12, !dbg !266
-  %214 = load i32, ptr %213, align 4, !dbg !266
-  %215 = icmp eq i32 %dev_id, %214, !dbg !266
-  br i1 %215, label %assert_end107, label %assert_fail106, !dbg !266, !prof !16
-
-assert_fail104:                                   ; preds = %if_then102
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.60, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.61, ptr null), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_fail106:                                   ; preds = %if_end103
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.68, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.63), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end107:                                    ; preds = %if_end103
-  %216 = load ptr, ptr %partial_acc.handle, align 8, !dbg !266
-  %217 = icmp ne ptr %216, null, !dbg !266
-  %218 = or i1 %181, %217, !dbg !266
-  br i1 %218, label %assert_end109, label %assert_fail108, !dbg !266, !prof !16
-
-assert_fail108:                                   ; preds = %assert_end107
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.46, ptr nonnull @.str.47, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.48), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end109:                                    ; preds = %assert_end107
-  %219 = getelementptr inbounds nuw i8, ptr %out.handle, i64 12, !dbg !266
-  %220 = load i32, ptr %219, align 4, !dbg !266
-  %221 = icmp eq i32 %dev_id, %220, !dbg !266
-  br i1 %221, label %assert_end111, label %assert_fail110, !dbg !266, !prof !16
-
-assert_fail110:                                   ; preds = %assert_end109
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.98, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.63), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end111:                                    ; preds = %assert_end109
-  %222 = load ptr, ptr %out.handle, align 8, !dbg !266
-  %223 = icmp ne ptr %222, null, !dbg !266
-  %224 = icmp eq i64 %batch, 0, !dbg !266
-  %225 = or i1 %224, %223, !dbg !266
-  br i1 %225, label %assert_end113, label %assert_fail112, !dbg !266, !prof !16
-
-assert_fail112:                                   ; preds = %assert_end111
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.96, ptr nonnull @.str.47, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.48), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end113:                                    ; preds = %assert_end111
-  %226 = load i64, ptr %merge_partials.lse_shape, align 8, !dbg !266
-  %227 = icmp eq i64 %batch, %226, !dbg !266
-  br i1 %227, label %assert_end115, label %assert_fail114, !dbg !266, !prof !16
-
-assert_fail114:                                   ; preds = %assert_end113
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.99, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.100), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end115:                                    ; preds = %assert_end113
-  %228 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 12, !dbg !266
-  %229 = load i32, ptr %228, align 4, !dbg !266
-  %230 = icmp eq i32 %dev_id, %229, !dbg !266
-  br i1 %230, label %assert_end117, label %assert_fail116, !dbg !266, !prof !16
-
-assert_fail116:                                   ; preds = %assert_end115
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.101, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.51, ptr nonnull @.str.63), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end117:                                    ; preds = %assert_end115
-  %231 = load ptr, ptr %lse.handle, align 8, !dbg !266
-  %232 = icmp ne ptr %231, null, !dbg !266
-  %233 = or i1 %224, %232, !dbg !266
-  br i1 %233, label %assert_end119, label %assert_fail118, !dbg !266, !prof !16
-
-assert_fail118:                                   ; preds = %assert_end117
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.97, ptr nonnull @.str.47, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.95, ptr nonnull @.str.48), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end119:                                    ; preds = %assert_end117
-  %234 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_max_shape, i64 8, !dbg !266
-  %235 = load i64, ptr %234, align 8, !dbg !266
-  %236 = icmp eq i64 %235, 16, !dbg !266
-  br i1 %236, label %assert_end121, label %assert_fail120, !dbg !266, !prof !16
-
-assert_fail120:                                   ; preds = %assert_end119
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.88, ptr nonnull @.str.50, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end121:                                    ; preds = %assert_end119
-  %237 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 40, !dbg !266
-  %238 = load i64, ptr %237, align 8, !dbg !266
-  %239 = icmp eq i64 %238, 0, !dbg !266
-  br i1 %239, label %assert_end123, label %assert_fail122, !dbg !266, !prof !16
-
-assert_fail122:                                   ; preds = %assert_end121
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.89, ptr nonnull @.str.50, ptr nonnull @.str.9, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end123:                                    ; preds = %assert_end121
-  %240 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_sum_shape, i64 8, !dbg !266
-  %241 = load i64, ptr %240, align 8, !dbg !266
-  %242 = icmp eq i64 %241, 16, !dbg !266
-  br i1 %242, label %assert_end125, label %assert_fail124, !dbg !266, !prof !16
-
-assert_fail124:                                   ; preds = %assert_end123
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.90, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end125:                                    ; preds = %assert_end123
-  %243 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 40, !dbg !266
-  %244 = load i64, ptr %243, align 8, !dbg !266
-  %245 = icmp eq i64 %244, 0, !dbg !266
-  br i1 %245, label %assert_end127, label %assert_fail126, !dbg !266, !prof !16
-
-assert_fail126:                                   ; preds = %assert_end125
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.91, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end127:                                    ; preds = %assert_end125
-  %246 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_shape, i64 8, !dbg !266
-  %247 = load i64, ptr %246, align 8, !dbg !266
-  %248 = icmp eq i64 %247, 128, !dbg !266
-  br i1 %248, label %assert_end129, label %assert_fail128, !dbg !266, !prof !16
-
-assert_fail128:                                   ; preds = %assert_end127
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.92, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.72), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end129:                                    ; preds = %assert_end127
-  %249 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_shape, i64 16, !dbg !266
-  %250 = load i64, ptr %249, align 8, !dbg !266
-  %251 = icmp eq i64 %250, 16, !dbg !266
-  br i1 %251, label %assert_end131, label %assert_fail130, !dbg !266, !prof !16
-
-assert_fail130:                                   ; preds = %assert_end129
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.93, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end131:                                    ; preds = %assert_end129
-  %252 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 40, !dbg !266
-  %253 = load i64, ptr %252, align 8, !dbg !266
-  %254 = icmp eq i64 %253, 0, !dbg !266
-  br i1 %254, label %assert_end133, label %assert_fail132, !dbg !266, !prof !16
-
-assert_fail132:                                   ; preds = %assert_end131
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.94, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end133:                                    ; preds = %assert_end131
-  %255 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8, !dbg !266
-  %256 = load i64, ptr %255, align 8, !dbg !266
-  %257 = icmp eq i64 %256, 16, !dbg !266
-  br i1 %257, label %assert_end135, label %assert_fail134, !dbg !266, !prof !16
-
-assert_fail134:                                   ; preds = %assert_end133
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.102, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end135:                                    ; preds = %assert_end133
-  %258 = load i64, ptr %140, align 8, !dbg !266
-  %259 = icmp eq i64 %258, 128, !dbg !266
-  br i1 %259, label %assert_end137, label %assert_fail136, !dbg !266, !prof !16
-
-assert_fail136:                                   ; preds = %assert_end135
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.103, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.72), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end137:                                    ; preds = %assert_end135
-  br i1 %139, label %assert_end142, label %if_else139, !dbg !266
-
-if_else139:                                       ; preds = %assert_end137
-  %260 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 16, !dbg !266
-  %261 = load i64, ptr %260, align 8, !dbg !266
-  %262 = icmp eq i64 %261, 1, !dbg !266
-  br i1 %262, label %assert_end142, label %assert_fail141, !dbg !266, !prof !16
-
-assert_fail141:                                   ; preds = %if_else139
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.104, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end142:                                    ; preds = %assert_end137, %if_else139
-  %263 = getelementptr inbounds nuw i8, ptr %out.handle, i64 40, !dbg !266
-  %264 = load i64, ptr %263, align 8, !dbg !266
-  %265 = icmp eq i64 %264, 0, !dbg !266
-  br i1 %265, label %assert_end144, label %assert_fail143, !dbg !266, !prof !16
-
-assert_fail143:                                   ; preds = %assert_end142
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.105, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end144:                                    ; preds = %assert_end142
-  %266 = load i64, ptr %167, align 8, !dbg !266
-  %267 = icmp eq i64 %266, 16, !dbg !266
-  br i1 %267, label %assert_end146, label %assert_fail145, !dbg !266, !prof !16
-
-assert_fail145:                                   ; preds = %assert_end144
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.106, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end146:                                    ; preds = %assert_end144
-  br i1 %166, label %assert_end151, label %if_else148, !dbg !266
-
-if_else148:                                       ; preds = %assert_end146
-  %268 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_strides, i64 8, !dbg !266
-  %269 = load i64, ptr %268, align 8, !dbg !266
-  %270 = icmp eq i64 %269, 1, !dbg !266
-  br i1 %270, label %assert_end151, label %assert_fail150, !dbg !266, !prof !16
-
-assert_fail150:                                   ; preds = %if_else148
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.107, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end151:                                    ; preds = %assert_end146, %if_else148
-  %271 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 40, !dbg !266
-  %272 = load i64, ptr %271, align 8, !dbg !266
-  %273 = icmp eq i64 %272, 0, !dbg !266
-  br i1 %273, label %assert_end153, label %assert_fail152, !dbg !266, !prof !16
-
-assert_fail152:                                   ; preds = %assert_end151
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.108, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.95, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !266
-  br label %common.ret, !dbg !266
-
-assert_end153:                                    ; preds = %assert_end151
-    #dbg_declare(ptr %179, !303, !DIExpression(), !266)
-  call void @llvm.assume(i1 true) [ "align"(ptr %179, i64 64) ], !dbg !266
-    #dbg_declare(ptr %196, !304, !DIExpression(), !266)
-  call void @llvm.assume(i1 true) [ "align"(ptr %196, i64 64) ], !dbg !266
-    #dbg_declare(ptr %216, !305, !DIExpression(), !266)
-  call void @llvm.assume(i1 true) [ "align"(ptr %216, i64 64) ], !dbg !266
-    #dbg_declare(ptr %222, !306, !DIExpression(), !266)
-  call void @llvm.assume(i1 true) [ "align"(ptr %222, i64 4) ], !dbg !266
-    #dbg_declare(ptr %231, !307, !DIExpression(), !266)
-  call void @llvm.assume(i1 true) [ "align"(ptr %231, i64 4) ], !dbg !266
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum41.i), !dbg !244
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max42.i), !dbg !244
-    #dbg_value(i32 %dev_id, !249, !DIExpression(), !244)
-    #dbg_value(i64 %slots, !250, !DIExpression(), !244)
-    #dbg_value(ptr %179, !251, !DIExpression(), !244)
-    #dbg_value(ptr %196, !252, !DIExpression(), !244)
-    #dbg_value(ptr %216, !253, !DIExpression(), !244)
-    #dbg_value(ptr %222, !254, !DIExpression(), !244)
-    #dbg_value(i64 %out_batch, !255, !DIExpression(), !244)
-    #dbg_value(i64 %batch, !256, !DIExpression(), !244)
-    #dbg_value(ptr %231, !257, !DIExpression(), !244)
-    #dbg_value(i64 %lse_batch, !258, !DIExpression(), !244)
-    #dbg_value(i32 %num_partials, !259, !DIExpression(), !244)
-    #dbg_value(i64 %59, !260, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !244)
-    #dbg_value(i64 %44, !261, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !244)
-    #dbg_value(i64 %49, !262, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !244)
-    #dbg_value(i32 %num_rows, !263, !DIExpression(), !244)
-    #dbg_value(i64 %out_head, !264, !DIExpression(), !244)
-    #dbg_declare(ptr %row_max42.i, !308, !DIExpression(), !244)
-    #dbg_declare(ptr %row_sum41.i, !309, !DIExpression(), !244)
-  %274 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !244, !tbaa !134
-  %acc.i = tail call ptr %274(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32), !dbg !244
-    #dbg_declare(ptr %acc.i, !310, !DIExpression(), !244)
-  %275 = icmp eq ptr %acc.i, null, !dbg !244
-  br i1 %275, label %merge_partials_compute_.exit, label %if_end.i, !dbg !244, !prof !16
-
-if_end.i:                                         ; preds = %assert_end153
-    #dbg_value(i64 %slots, !311, !DIExpression(DW_OP_constu, 16, DW_OP_mul, DW_OP_stack_value), !244)
-    #dbg_declare(ptr %179, !312, !DIExpression(), !244)
-  call void @llvm.assume(i1 true) [ "align"(ptr %179, i64 64) ], !dbg !244
-    #dbg_declare(ptr %196, !313, !DIExpression(), !244)
-  call void @llvm.assume(i1 true) [ "align"(ptr %196, i64 64) ], !dbg !244
-    #dbg_declare(ptr %216, !314, !DIExpression(), !244)
-  call void @llvm.assume(i1 true) [ "align"(ptr %216, i64 64) ], !dbg !244
-    #dbg_declare(ptr %222, !315, !DIExpression(), !244)
-  call void @llvm.assume(i1 true) [ "align"(ptr %222, i64 4) ], !dbg !244
-    #dbg_declare(ptr %231, !316, !DIExpression(), !244)
-  call void @llvm.assume(i1 true) [ "align"(ptr %231, i64 4) ], !dbg !244
-    #dbg_declare(ptr %acc.i, !310, !DIExpression(), !244)
-    #dbg_value(i32 0, !317, !DIExpression(), !244)
-  %276 = icmp sgt i32 %num_partials, 0, !dbg !244
-  br i1 %276, label %for_body_step.lr.ph.i, label %for_begin_d19.preheader.i, !dbg !244, !prof !156
+  %row_sum39.i = alloca [16 x float], align 16
+  %row_max40.i = alloca [16 x float], align 16
+  %partial_max.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %partial_max.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %partial_max.handle.idx = select i1 %0, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %partial_max.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %partial_sum.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %partial_sum.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %partial_sum.handle.idx = select i1 %4, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_sum.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %partial_acc.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %partial_acc.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %partial_acc.handle.idx = select i1 %8, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_acc.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %out.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %out.type_index, 70
+  %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %14 = load ptr, ptr %13, align 8
+  %out.handle.idx = select i1 %12, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %14, i64 %out.handle.idx
+  %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
+  %lse.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %lse.type_index, 70
+  %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %18 = load ptr, ptr %17, align 8
+  %lse.handle.idx = select i1 %16, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %18, i64 %lse.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %20 = load i64, ptr %19, align 8
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %22 = load i64, ptr %21, align 8
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %24 = load i64, ptr %23, align 8
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %26 = load i64, ptr %25, align 8
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %28 = load i64, ptr %27, align 8
+  %29 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
+  %dev_id = load i32, ptr %29, align 4
+  %30 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %merge_partials.out_shape = load ptr, ptr %30, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %merge_partials.out_strides = load ptr, ptr %31, align 8
+  %32 = icmp eq ptr %merge_partials.out_strides, null
+  %33 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16
+  %34 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8
+  %out_head.in = select i1 %32, ptr %33, ptr %34
+  %out_head = load i64, ptr %out_head.in, align 8
+  br i1 %32, label %if_then16, label %if_else17
+
+if_then16:                                        ; preds = %entry
+  %35 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8
+  %36 = load i64, ptr %35, align 8
+  %37 = load i64, ptr %33, align 8
+  %38 = mul nsw i64 %37, %36
+  br label %if_end18
+
+if_else17:                                        ; preds = %entry
+  %39 = load i64, ptr %merge_partials.out_strides, align 8
+  br label %if_end18
+
+if_end18:                                         ; preds = %if_else17, %if_then16
+  %out_batch = phi i64 [ %38, %if_then16 ], [ %39, %if_else17 ]
+  %40 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %merge_partials.lse_strides = load ptr, ptr %40, align 8
+  %41 = icmp eq ptr %merge_partials.lse_strides, null
+  br i1 %41, label %if_then19, label %if_end21
+
+if_then19:                                        ; preds = %if_end18
+  %42 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %merge_partials.lse_shape = load ptr, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8
+  br label %if_end21
+
+if_end21:                                         ; preds = %if_then19, %if_end18
+  %lse_batch.in = phi ptr [ %43, %if_then19 ], [ %merge_partials.lse_strides, %if_end18 ]
+  %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %num_rows = trunc i64 %24 to i32
+  %partial_max = load ptr, ptr %partial_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 64) ]
+  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 64) ]
+  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 64) ]
+  %out = load ptr, ptr %out.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
+  %lse = load ptr, ptr %lse.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max40.i)
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %45 = icmp eq ptr %acc.i, null
+  br i1 %45, label %merge_partials_compute_.exit, label %if_end.i, !prof !6
+
+if_end.i:                                         ; preds = %if_end21
+  %num_partials = trunc i64 %28 to i32
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  %46 = icmp sgt i32 %num_partials, 0
+  br i1 %46, label %for_body_step.lr.ph.i, label %for_begin_d17.preheader.i, !prof !7
 
 for_body_step.lr.ph.i:                            ; preds = %if_end.i
-  %sext = shl i64 %59, 32
+  %sext = shl i64 %26, 32
   %cse_v2.i = ashr exact i64 %sext, 32
-  %wide.trip.count.i = and i64 %64, 2147483647, !dbg !244
-  br label %for_body_step.i, !dbg !244
+  %wide.trip.count.i = and i64 %28, 2147483647
+  br label %for_body_step.i
 
-for_begin_d19.preheader.i:                        ; preds = %for_end_d.i, %if_end.i
-  %.lcssa46.i = phi <16 x float> [ undef, %if_end.i ], [ %338, %for_end_d.i ]
-  %m45.lcssa.i = phi <16 x float> [ undef, %if_end.i ], [ %m.i, %for_end_d.i ]
-  store <16 x float> %m45.lcssa.i, ptr %row_max42.i, align 16, !dbg !244
-  store <16 x float> %.lcssa46.i, ptr %row_sum41.i, align 16, !dbg !244
-  %277 = fcmp oeq <16 x float> %.lcssa46.i, zeroinitializer
-    #dbg_value(i32 0, !318, !DIExpression(), !244)
-  br label %for_body_d20.i, !dbg !244
+for_begin_d17.preheader.i:                        ; preds = %for_end_d.i, %if_end.i
+  %.lcssa44.i = phi <16 x float> [ undef, %if_end.i ], [ %108, %for_end_d.i ]
+  %m43.lcssa.i = phi <16 x float> [ undef, %if_end.i ], [ %m.i, %for_end_d.i ]
+  store <16 x float> %m43.lcssa.i, ptr %row_max40.i, align 16
+  store <16 x float> %.lcssa44.i, ptr %row_sum39.i, align 16
+  %47 = fcmp oeq <16 x float> %.lcssa44.i, zeroinitializer
+  br label %for_body_d18.i
 
 for_body_step.i:                                  ; preds = %for_end_d.i, %for_body_step.lr.ph.i
-  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_d.i ]
-  %m4347.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_d.i ]
-  %278 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %338, %for_end_d.i ]
-    #dbg_value(i64 %indvars.iv64.i, !317, !DIExpression(), !244)
-    #dbg_value(!DIArgList(i64 %59, i64 %indvars.iv64.i), !319, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !244)
-  %279 = icmp eq i64 %indvars.iv64.i, 0, !dbg !244
-  %280 = insertelement <16 x i1> poison, i1 %279, i64 0, !dbg !244
-  %281 = shufflevector <16 x i1> %280, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !244
-  %old_max.i = select <16 x i1> %281, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %m4347.i, !dbg !244
-    #dbg_value(<16 x float> %old_max.i, !320, !DIExpression(), !244)
-  %old_sum.i = select <16 x i1> %281, <16 x float> zeroinitializer, <16 x float> %278, !dbg !244
-    #dbg_value(<16 x float> %old_sum.i, !321, !DIExpression(), !244)
-    #dbg_value(i64 %cse_v2.i, !322, !DIExpression(), !244)
-    #dbg_value(i64 %indvars.iv64.i, !323, !DIExpression(), !244)
-  %282 = add nsw i64 %indvars.iv64.i, %cse_v2.i, !dbg !244
-  %cse_v12.i = shl nsw i64 %282, 4, !dbg !244
-    #dbg_value(i64 %cse_v12.i, !324, !DIExpression(), !244)
-  %283 = getelementptr inbounds float, ptr %179, i64 %cse_v12.i, !dbg !244
-  %284 = load <16 x float>, ptr %283, align 64, !dbg !244, !tbaa !163
-  %285 = fcmp ogt <16 x float> %old_max.i, %284, !dbg !244
-    #dbg_value(<16 x float> poison, !325, !DIExpression(), !244)
-  %286 = getelementptr inbounds float, ptr %196, i64 %cse_v12.i, !dbg !244
-  %287 = load <16 x float>, ptr %286, align 64, !dbg !244, !tbaa !163
-  %288 = fcmp oeq <16 x float> %287, zeroinitializer, !dbg !244
-  %289 = select <16 x i1> %288, <16 x i1> splat (i1 true), <16 x i1> %285, !dbg !244
-  %old_or_both.i = select <16 x i1> %289, <16 x float> %old_max.i, <16 x float> %284, !dbg !244
-    #dbg_value(<16 x float> %old_or_both.i, !326, !DIExpression(), !244)
-  %290 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer, !dbg !244
-  %m.i = select <16 x i1> %290, <16 x float> %284, <16 x float> %old_or_both.i, !dbg !244
-    #dbg_value(<16 x float> %m.i, !327, !DIExpression(), !244)
-    #dbg_value(<16 x float> %m.i, !328, !DIExpression(), !244)
-  %arg.i = fsub <16 x float> %old_max.i, %m.i, !dbg !244
-    #dbg_value(<16 x float> %arg.i, !329, !DIExpression(), !244)
-    #dbg_value(<16 x float> %arg.i, !330, !DIExpression(), !244)
-  %291 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01), !dbg !244
-    #dbg_value(<16 x float> poison, !331, !DIExpression(), !244)
-    #dbg_value(<16 x float> poison, !332, !DIExpression(), !244)
-    #dbg_value(<16 x float> poison, !333, !DIExpression(), !244)
-    #dbg_value(<16 x float> poison, !334, !DIExpression(), !244)
-    #dbg_value(<16 x float> poison, !335, !DIExpression(), !244)
-    #dbg_value(<16 x float> poison, !336, !DIExpression(), !244)
-    #dbg_value(<16 x float> poison, !337, !DIExpression(), !244)
-    #dbg_value(<16 x float> poison, !338, !DIExpression(), !244)
-    #dbg_value(!DIArgList(<16 x float> poison, <16 x i32> poison, <16 x i32> poison), !339, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !244)
-  %cse_v13.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !244
-    #dbg_value(<16 x float> %cse_v13.i, !340, !DIExpression(), !244)
-  %292 = bitcast <16 x float> %cse_v13.i to <16 x i32>, !dbg !244
-  %293 = shl <16 x i32> %292, splat (i32 23), !dbg !244
-  %294 = add <16 x i32> %293, splat (i32 1065353216), !dbg !244
-  %295 = bitcast <16 x i32> %294 to <16 x float>, !dbg !244
-  %296 = add nsw <16 x i32> %292, splat (i32 -1262485504), !dbg !244
-  %297 = sitofp <16 x i32> %296 to <16 x float>, !dbg !244
-  %298 = fmul <16 x float> %297, splat (float 0x3F2BD01060000000), !dbg !244
-  %299 = fmul <16 x float> %297, splat (float 0x3FE6300000000000), !dbg !244
-  %300 = fsub <16 x float> %arg.i, %299, !dbg !244
-  %301 = fadd <16 x float> %298, %300, !dbg !244
-  %302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %301, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !244
-  %303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %302, <16 x float> %301, <16 x float> splat (float 0x3F81112100000000)), !dbg !244
-  %304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %301, <16 x float> splat (float 0x3FA5553820000000)), !dbg !244
-  %305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %304, <16 x float> %301, <16 x float> splat (float 0x3FC5555540000000)), !dbg !244
-  %306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %301, <16 x float> splat (float 5.000000e-01)), !dbg !244
-  %307 = fmul <16 x float> %301, %306, !dbg !244
-  %308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %307, <16 x float> %301, <16 x float> %301), !dbg !244
-  %309 = fadd <16 x float> %308, splat (float 1.000000e+00), !dbg !244
-  %310 = fmul <16 x float> %309, %295, !dbg !244
-  %311 = select <16 x i1> %291, <16 x float> zeroinitializer, <16 x float> %310, !dbg !244
-  %312 = fcmp one <16 x float> %old_sum.i, zeroinitializer, !dbg !244
-  %313 = select <16 x i1> %312, <16 x float> %311, <16 x float> zeroinitializer, !dbg !244
-    #dbg_value(<16 x float> %313, !341, !DIExpression(), !244)
-  %arg2.i = fsub <16 x float> %284, %m.i, !dbg !244
-    #dbg_value(<16 x float> %arg2.i, !330, !DIExpression(), !244)
-  %314 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01), !dbg !244
-    #dbg_value(<16 x float> poison, !342, !DIExpression(), !244)
-    #dbg_value(<16 x float> poison, !343, !DIExpression(), !244)
-  %cse_v11.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !244
-    #dbg_value(<16 x float> %cse_v11.i, !344, !DIExpression(), !244)
-  %315 = bitcast <16 x float> %cse_v11.i to <16 x i32>, !dbg !244
-  %316 = shl <16 x i32> %315, splat (i32 23), !dbg !244
-  %317 = add <16 x i32> %316, splat (i32 1065353216), !dbg !244
-  %318 = bitcast <16 x i32> %317 to <16 x float>, !dbg !244
-  %319 = add nsw <16 x i32> %315, splat (i32 -1262485504), !dbg !244
-  %320 = sitofp <16 x i32> %319 to <16 x float>, !dbg !244
-  %321 = fmul <16 x float> %320, splat (float 0x3F2BD01060000000), !dbg !244
-  %322 = fmul <16 x float> %320, splat (float 0x3FE6300000000000), !dbg !244
-  %323 = fsub <16 x float> %arg2.i, %322, !dbg !244
-  %324 = fadd <16 x float> %321, %323, !dbg !244
-  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %324, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !244
-  %326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %325, <16 x float> %324, <16 x float> splat (float 0x3F81112100000000)), !dbg !244
-  %327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %326, <16 x float> %324, <16 x float> splat (float 0x3FA5553820000000)), !dbg !244
-  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %327, <16 x float> %324, <16 x float> splat (float 0x3FC5555540000000)), !dbg !244
-  %329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %328, <16 x float> %324, <16 x float> splat (float 5.000000e-01)), !dbg !244
-  %330 = fmul <16 x float> %324, %329, !dbg !244
-  %331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %330, <16 x float> %324, <16 x float> %324), !dbg !244
-  %332 = fadd <16 x float> %331, splat (float 1.000000e+00), !dbg !244
-  %333 = fmul <16 x float> %332, %318, !dbg !244
-  %334 = select <16 x i1> %314, <16 x float> zeroinitializer, <16 x float> %333, !dbg !244
-  %335 = fcmp one <16 x float> %287, zeroinitializer, !dbg !244
-  %336 = select <16 x i1> %335, <16 x float> %334, <16 x float> zeroinitializer, !dbg !244
-    #dbg_value(<16 x float> %336, !345, !DIExpression(), !244)
-    #dbg_value(<16 x float> %old_sum.i, !346, !DIExpression(), !244)
-  %337 = fmul <16 x float> %old_sum.i, %313, !dbg !244
-  %338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %287, <16 x float> %337), !dbg !244
-    #dbg_value(<16 x float> %338, !347, !DIExpression(), !244)
-  %.idx.i = shl nsw i64 %282, 13
-  %339 = getelementptr i8, ptr %216, i64 %.idx.i
-    #dbg_value(i32 0, !318, !DIExpression(), !244)
-  br i1 %279, label %for_body_d.us.preheader.i, label %for_body_d.i, !prof !16
+  %indvars.iv62.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next63.i, %for_end_d.i ]
+  %m4145.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_d.i ]
+  %48 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %108, %for_end_d.i ]
+  %49 = icmp eq i64 %indvars.iv62.i, 0
+  %50 = insertelement <16 x i1> poison, i1 %49, i64 0
+  %51 = shufflevector <16 x i1> %50, <16 x i1> poison, <16 x i32> zeroinitializer
+  %old_max.i = select <16 x i1> %51, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %m4145.i
+  %old_sum.i = select <16 x i1> %51, <16 x float> zeroinitializer, <16 x float> %48
+  %52 = add nsw i64 %indvars.iv62.i, %cse_v2.i
+  %cse_v10.i = shl nsw i64 %52, 4
+  %53 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v10.i
+  %54 = load <16 x float>, ptr %53, align 64, !tbaa !8
+  %55 = fcmp ogt <16 x float> %old_max.i, %54
+  %56 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v10.i
+  %57 = load <16 x float>, ptr %56, align 64, !tbaa !8
+  %58 = fcmp oeq <16 x float> %57, zeroinitializer
+  %59 = select <16 x i1> %58, <16 x i1> splat (i1 true), <16 x i1> %55
+  %old_or_both.i = select <16 x i1> %59, <16 x float> %old_max.i, <16 x float> %54
+  %60 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %60, <16 x float> %54, <16 x float> %old_or_both.i
+  %arg.i = fsub <16 x float> %old_max.i, %m.i
+  %cse_v11.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %61 = bitcast <16 x float> %cse_v11.i to <16 x i32>
+  %62 = add nsw <16 x i32> %61, splat (i32 -1262485504)
+  %63 = sitofp <16 x i32> %62 to <16 x float>
+  %64 = fmul <16 x float> %63, splat (float 0x3F2BD01060000000)
+  %65 = fmul <16 x float> %63, splat (float 0x3FE6300000000000)
+  %66 = fsub <16 x float> %arg.i, %65
+  %67 = fadd <16 x float> %64, %66
+  %68 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %67, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %69 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %68, <16 x float> %67, <16 x float> splat (float 0x3F81112100000000))
+  %70 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %69, <16 x float> %67, <16 x float> splat (float 0x3FA5553820000000))
+  %71 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %70, <16 x float> %67, <16 x float> splat (float 0x3FC5555540000000))
+  %72 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %71, <16 x float> %67, <16 x float> splat (float 5.000000e-01))
+  %73 = fmul <16 x float> %67, %72
+  %74 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %73, <16 x float> %67, <16 x float> %67)
+  %75 = shl <16 x i32> %61, splat (i32 23)
+  %76 = add <16 x i32> %75, splat (i32 1065353216)
+  %77 = bitcast <16 x i32> %76 to <16 x float>
+  %78 = fadd <16 x float> %74, splat (float 1.000000e+00)
+  %79 = fmul <16 x float> %78, %77
+  %80 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
+  %81 = select <16 x i1> %80, <16 x float> zeroinitializer, <16 x float> %79
+  %82 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %83 = select <16 x i1> %82, <16 x float> %81, <16 x float> zeroinitializer
+  %arg2.i = fsub <16 x float> %54, %m.i
+  %cse_v9.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %84 = bitcast <16 x float> %cse_v9.i to <16 x i32>
+  %85 = add nsw <16 x i32> %84, splat (i32 -1262485504)
+  %86 = sitofp <16 x i32> %85 to <16 x float>
+  %87 = fmul <16 x float> %86, splat (float 0x3F2BD01060000000)
+  %88 = fmul <16 x float> %86, splat (float 0x3FE6300000000000)
+  %89 = fsub <16 x float> %arg2.i, %88
+  %90 = fadd <16 x float> %87, %89
+  %91 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %90, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %92 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %91, <16 x float> %90, <16 x float> splat (float 0x3F81112100000000))
+  %93 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %92, <16 x float> %90, <16 x float> splat (float 0x3FA5553820000000))
+  %94 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %90, <16 x float> splat (float 0x3FC5555540000000))
+  %95 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %94, <16 x float> %90, <16 x float> splat (float 5.000000e-01))
+  %96 = fmul <16 x float> %90, %95
+  %97 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %90, <16 x float> %90)
+  %98 = shl <16 x i32> %84, splat (i32 23)
+  %99 = add <16 x i32> %98, splat (i32 1065353216)
+  %100 = bitcast <16 x i32> %99 to <16 x float>
+  %101 = fadd <16 x float> %97, splat (float 1.000000e+00)
+  %102 = fmul <16 x float> %101, %100
+  %103 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
+  %104 = select <16 x i1> %103, <16 x float> zeroinitializer, <16 x float> %102
+  %105 = fcmp one <16 x float> %57, zeroinitializer
+  %106 = select <16 x i1> %105, <16 x float> %104, <16 x float> zeroinitializer
+  %107 = fmul <16 x float> %old_sum.i, %83
+  %108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %57, <16 x float> %107)
+  %.idx.i = shl nsw i64 %52, 13
+  %109 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %49, label %for_body_d.us.preheader.i, label %for_body_d.i, !prof !6
 
 for_body_d.us.preheader.i:                        ; preds = %for_body_step.i
-  %340 = fmul <16 x float> %313, zeroinitializer
-  br label %for_body_d.us.i, !dbg !244
+  %110 = fmul <16 x float> %83, zeroinitializer
+  br label %for_body_d.us.i
 
 for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %for_body_d.us.preheader.i
-  %indvars.iv59.i = phi i64 [ 0, %for_body_d.us.preheader.i ], [ %indvars.iv.next60.i.3, %for_body_d.us.i ]
-    #dbg_value(i64 %indvars.iv59.i, !318, !DIExpression(), !244)
-  %341 = shl nuw nsw i64 %indvars.iv59.i, 4, !dbg !244
-    #dbg_value(i64 %341, !348, !DIExpression(), !244)
-  %342 = getelementptr inbounds nuw float, ptr %acc.i, i64 %341, !dbg !244
-  store <16 x float> zeroinitializer, ptr %342, align 4, !dbg !244, !tbaa !163
-  %343 = getelementptr float, ptr %339, i64 %341, !dbg !244
-  %344 = load <16 x float>, ptr %343, align 64, !dbg !244, !tbaa !163
-  %345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %344, <16 x float> %340), !dbg !244
-  store <16 x float> %345, ptr %342, align 4, !dbg !244, !tbaa !163
-    #dbg_value(i64 %indvars.iv59.i, !318, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_stack_value), !244)
-  %indvars.iv.next60.i = shl i64 %indvars.iv59.i, 4, !dbg !244
-  %346 = or disjoint i64 %indvars.iv.next60.i, 16, !dbg !244
-    #dbg_value(i64 %346, !348, !DIExpression(), !244)
-  %347 = getelementptr inbounds nuw float, ptr %acc.i, i64 %346, !dbg !244
-  store <16 x float> zeroinitializer, ptr %347, align 4, !dbg !244, !tbaa !163
-  %348 = getelementptr float, ptr %339, i64 %346, !dbg !244
-  %349 = load <16 x float>, ptr %348, align 64, !dbg !244, !tbaa !163
-  %350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %349, <16 x float> %340), !dbg !244
-  store <16 x float> %350, ptr %347, align 4, !dbg !244, !tbaa !163
-    #dbg_value(i64 %indvars.iv59.i, !318, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_stack_value), !244)
-  %indvars.iv.next60.i.1 = shl i64 %indvars.iv59.i, 4, !dbg !244
-  %351 = or disjoint i64 %indvars.iv.next60.i.1, 32, !dbg !244
-    #dbg_value(i64 %351, !348, !DIExpression(), !244)
-  %352 = getelementptr inbounds nuw float, ptr %acc.i, i64 %351, !dbg !244
-  store <16 x float> zeroinitializer, ptr %352, align 4, !dbg !244, !tbaa !163
-  %353 = getelementptr float, ptr %339, i64 %351, !dbg !244
-  %354 = load <16 x float>, ptr %353, align 64, !dbg !244, !tbaa !163
-  %355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %354, <16 x float> %340), !dbg !244
-  store <16 x float> %355, ptr %352, align 4, !dbg !244, !tbaa !163
-    #dbg_value(i64 %indvars.iv59.i, !318, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_stack_value), !244)
-  %indvars.iv.next60.i.2 = shl i64 %indvars.iv59.i, 4, !dbg !244
-  %356 = or disjoint i64 %indvars.iv.next60.i.2, 48, !dbg !244
-    #dbg_value(i64 %356, !348, !DIExpression(), !244)
-  %357 = getelementptr inbounds nuw float, ptr %acc.i, i64 %356, !dbg !244
-  store <16 x float> zeroinitializer, ptr %357, align 4, !dbg !244, !tbaa !163
-  %358 = getelementptr float, ptr %339, i64 %356, !dbg !244
-  %359 = load <16 x float>, ptr %358, align 64, !dbg !244, !tbaa !163
-  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %359, <16 x float> %340), !dbg !244
-  store <16 x float> %360, ptr %357, align 4, !dbg !244, !tbaa !163
-  %indvars.iv.next60.i.3 = add nuw nsw i64 %indvars.iv59.i, 4, !dbg !244
-    #dbg_value(i64 %indvars.iv.next60.i.3, !318, !DIExpression(), !244)
-  %exitcond63.not.i.3 = icmp eq i64 %indvars.iv.next60.i.3, 128, !dbg !244
-  br i1 %exitcond63.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !dbg !244, !prof !171, !llvm.loop !349
+  %indvars.iv57.i = phi i64 [ 0, %for_body_d.us.preheader.i ], [ %indvars.iv.next58.i.3, %for_body_d.us.i ]
+  %111 = shl nuw nsw i64 %indvars.iv57.i, 4
+  %112 = getelementptr inbounds nuw float, ptr %acc.i, i64 %111
+  store <16 x float> zeroinitializer, ptr %112, align 4, !tbaa !8
+  %113 = getelementptr float, ptr %109, i64 %111
+  %114 = load <16 x float>, ptr %113, align 64, !tbaa !8
+  %115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %114, <16 x float> %110)
+  store <16 x float> %115, ptr %112, align 4, !tbaa !8
+  %indvars.iv.next58.i = shl i64 %indvars.iv57.i, 4
+  %116 = or disjoint i64 %indvars.iv.next58.i, 16
+  %117 = getelementptr inbounds nuw float, ptr %acc.i, i64 %116
+  store <16 x float> zeroinitializer, ptr %117, align 4, !tbaa !8
+  %118 = getelementptr float, ptr %109, i64 %116
+  %119 = load <16 x float>, ptr %118, align 64, !tbaa !8
+  %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %119, <16 x float> %110)
+  store <16 x float> %120, ptr %117, align 4, !tbaa !8
+  %indvars.iv.next58.i.1 = shl i64 %indvars.iv57.i, 4
+  %121 = or disjoint i64 %indvars.iv.next58.i.1, 32
+  %122 = getelementptr inbounds nuw float, ptr %acc.i, i64 %121
+  store <16 x float> zeroinitializer, ptr %122, align 4, !tbaa !8
+  %123 = getelementptr float, ptr %109, i64 %121
+  %124 = load <16 x float>, ptr %123, align 64, !tbaa !8
+  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %124, <16 x float> %110)
+  store <16 x float> %125, ptr %122, align 4, !tbaa !8
+  %indvars.iv.next58.i.2 = shl i64 %indvars.iv57.i, 4
+  %126 = or disjoint i64 %indvars.iv.next58.i.2, 48
+  %127 = getelementptr inbounds nuw float, ptr %acc.i, i64 %126
+  store <16 x float> zeroinitializer, ptr %127, align 4, !tbaa !8
+  %128 = getelementptr float, ptr %109, i64 %126
+  %129 = load <16 x float>, ptr %128, align 64, !tbaa !8
+  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %129, <16 x float> %110)
+  store <16 x float> %130, ptr %127, align 4, !tbaa !8
+  %indvars.iv.next58.i.3 = add nuw nsw i64 %indvars.iv57.i, 4
+  %exitcond61.not.i.3 = icmp eq i64 %indvars.iv.next58.i.3, 128
+  br i1 %exitcond61.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !prof !11, !llvm.loop !17
 
-for_body_d.i:                                     ; preds = %for_body_step.i, %for_body_d.i
+for_body_d.i:                                     ; preds = %for_body_d.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i.3, %for_body_d.i ], [ 0, %for_body_step.i ]
-    #dbg_value(i64 %indvars.iv.i, !318, !DIExpression(), !244)
-  %361 = shl nuw nsw i64 %indvars.iv.i, 4, !dbg !244
-    #dbg_value(i64 %361, !348, !DIExpression(), !244)
-  %362 = getelementptr float, ptr %339, i64 %361, !dbg !244
-  %363 = load <16 x float>, ptr %362, align 64, !dbg !244, !tbaa !163
-  %364 = getelementptr inbounds nuw float, ptr %acc.i, i64 %361, !dbg !244
-  %365 = load <16 x float>, ptr %364, align 4, !dbg !244, !tbaa !163
-  %366 = fmul <16 x float> %313, %365, !dbg !244
-  %367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %363, <16 x float> %366), !dbg !244
-  store <16 x float> %367, ptr %364, align 4, !dbg !244, !tbaa !163
-    #dbg_value(i64 %indvars.iv.i, !318, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_stack_value), !244)
-  %indvars.iv.next.i = shl i64 %indvars.iv.i, 4, !dbg !244
-  %368 = or disjoint i64 %indvars.iv.next.i, 16, !dbg !244
-    #dbg_value(i64 %368, !348, !DIExpression(), !244)
-  %369 = getelementptr float, ptr %339, i64 %368, !dbg !244
-  %370 = load <16 x float>, ptr %369, align 64, !dbg !244, !tbaa !163
-  %371 = getelementptr inbounds nuw float, ptr %acc.i, i64 %368, !dbg !244
-  %372 = load <16 x float>, ptr %371, align 4, !dbg !244, !tbaa !163
-  %373 = fmul <16 x float> %313, %372, !dbg !244
-  %374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %370, <16 x float> %373), !dbg !244
-  store <16 x float> %374, ptr %371, align 4, !dbg !244, !tbaa !163
-    #dbg_value(i64 %indvars.iv.i, !318, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_stack_value), !244)
-  %indvars.iv.next.i.1 = shl i64 %indvars.iv.i, 4, !dbg !244
-  %375 = or disjoint i64 %indvars.iv.next.i.1, 32, !dbg !244
-    #dbg_value(i64 %375, !348, !DIExpression(), !244)
-  %376 = getelementptr float, ptr %339, i64 %375, !dbg !244
-  %377 = load <16 x float>, ptr %376, align 64, !dbg !244, !tbaa !163
-  %378 = getelementptr inbounds nuw float, ptr %acc.i, i64 %375, !dbg !244
-  %379 = load <16 x float>, ptr %378, align 4, !dbg !244, !tbaa !163
-  %380 = fmul <16 x float> %313, %379, !dbg !244
-  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %377, <16 x float> %380), !dbg !244
-  store <16 x float> %381, ptr %378, align 4, !dbg !244, !tbaa !163
-    #dbg_value(i64 %indvars.iv.i, !318, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_stack_value), !244)
-  %indvars.iv.next.i.2 = shl i64 %indvars.iv.i, 4, !dbg !244
-  %382 = or disjoint i64 %indvars.iv.next.i.2, 48, !dbg !244
-    #dbg_value(i64 %382, !348, !DIExpression(), !244)
-  %383 = getelementptr float, ptr %339, i64 %382, !dbg !244
-  %384 = load <16 x float>, ptr %383, align 64, !dbg !244, !tbaa !163
-  %385 = getelementptr inbounds nuw float, ptr %acc.i, i64 %382, !dbg !244
-  %386 = load <16 x float>, ptr %385, align 4, !dbg !244, !tbaa !163
-  %387 = fmul <16 x float> %313, %386, !dbg !244
-  %388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %384, <16 x float> %387), !dbg !244
-  store <16 x float> %388, ptr %385, align 4, !dbg !244, !tbaa !163
-  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4, !dbg !244
-    #dbg_value(i64 %indvars.iv.next.i.3, !318, !DIExpression(), !244)
-  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 128, !dbg !244
-  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !dbg !244, !prof !171, !llvm.loop !351
+  %131 = shl nuw nsw i64 %indvars.iv.i, 4
+  %132 = getelementptr float, ptr %109, i64 %131
+  %133 = load <16 x float>, ptr %132, align 64, !tbaa !8
+  %134 = getelementptr inbounds nuw float, ptr %acc.i, i64 %131
+  %135 = load <16 x float>, ptr %134, align 4, !tbaa !8
+  %136 = fmul <16 x float> %83, %135
+  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %133, <16 x float> %136)
+  store <16 x float> %137, ptr %134, align 4, !tbaa !8
+  %indvars.iv.next.i = shl i64 %indvars.iv.i, 4
+  %138 = or disjoint i64 %indvars.iv.next.i, 16
+  %139 = getelementptr float, ptr %109, i64 %138
+  %140 = load <16 x float>, ptr %139, align 64, !tbaa !8
+  %141 = getelementptr inbounds nuw float, ptr %acc.i, i64 %138
+  %142 = load <16 x float>, ptr %141, align 4, !tbaa !8
+  %143 = fmul <16 x float> %83, %142
+  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %140, <16 x float> %143)
+  store <16 x float> %144, ptr %141, align 4, !tbaa !8
+  %indvars.iv.next.i.1 = shl i64 %indvars.iv.i, 4
+  %145 = or disjoint i64 %indvars.iv.next.i.1, 32
+  %146 = getelementptr float, ptr %109, i64 %145
+  %147 = load <16 x float>, ptr %146, align 64, !tbaa !8
+  %148 = getelementptr inbounds nuw float, ptr %acc.i, i64 %145
+  %149 = load <16 x float>, ptr %148, align 4, !tbaa !8
+  %150 = fmul <16 x float> %83, %149
+  %151 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %147, <16 x float> %150)
+  store <16 x float> %151, ptr %148, align 4, !tbaa !8
+  %indvars.iv.next.i.2 = shl i64 %indvars.iv.i, 4
+  %152 = or disjoint i64 %indvars.iv.next.i.2, 48
+  %153 = getelementptr float, ptr %109, i64 %152
+  %154 = load <16 x float>, ptr %153, align 64, !tbaa !8
+  %155 = getelementptr inbounds nuw float, ptr %acc.i, i64 %152
+  %156 = load <16 x float>, ptr %155, align 4, !tbaa !8
+  %157 = fmul <16 x float> %83, %156
+  %158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %154, <16 x float> %157)
+  store <16 x float> %158, ptr %155, align 4, !tbaa !8
+  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
+  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 128
+  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !11, !llvm.loop !19
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %for_body_d.us.i
-  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1, !dbg !244
-    #dbg_value(i64 %indvars.iv.next65.i, !317, !DIExpression(), !244)
-  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i, !dbg !244
-  br i1 %exitcond67.not.i, label %for_begin_d19.preheader.i, label %for_body_step.i, !dbg !244, !prof !193
+  %indvars.iv.next63.i = add nuw nsw i64 %indvars.iv62.i, 1
+  %exitcond65.not.i = icmp eq i64 %indvars.iv.next63.i, %wide.trip.count.i
+  br i1 %exitcond65.not.i, label %for_begin_d17.preheader.i, label %for_body_step.i, !prof !12
 
-for_body_d20.i:                                   ; preds = %for_body_d20.i, %for_begin_d19.preheader.i
-  %indvars.iv68.i = phi i64 [ 0, %for_begin_d19.preheader.i ], [ %indvars.iv.next69.i.3, %for_body_d20.i ]
-    #dbg_value(i64 %indvars.iv68.i, !318, !DIExpression(), !244)
-    #dbg_value(i64 %indvars.iv68.i, !352, !DIExpression(DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !244)
-  %.idx87.i = shl nuw nsw i64 %indvars.iv68.i, 6, !dbg !353
-  %389 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx87.i, !dbg !353
-  %390 = load <16 x float>, ptr %389, align 4, !dbg !353, !tbaa !163
-  %391 = fdiv <16 x float> %390, %.lcssa46.i, !dbg !353
-  %392 = select <16 x i1> %277, <16 x float> zeroinitializer, <16 x float> %391, !dbg !353
-  store <16 x float> %392, ptr %389, align 4, !dbg !353, !tbaa !163
-    #dbg_value(i64 %indvars.iv68.i, !318, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_stack_value), !244)
-    #dbg_value(i64 %indvars.iv68.i, !352, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !244)
-  %indvars.iv.next69.i = shl i64 %indvars.iv68.i, 6, !dbg !353
-  %393 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next69.i, !dbg !353
-  %394 = getelementptr inbounds nuw i8, ptr %393, i64 64, !dbg !353
-  %395 = load <16 x float>, ptr %394, align 4, !dbg !353, !tbaa !163
-  %396 = fdiv <16 x float> %395, %.lcssa46.i, !dbg !353
-  %397 = select <16 x i1> %277, <16 x float> zeroinitializer, <16 x float> %396, !dbg !353
-  store <16 x float> %397, ptr %394, align 4, !dbg !353, !tbaa !163
-    #dbg_value(i64 %indvars.iv68.i, !318, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_stack_value), !244)
-    #dbg_value(i64 %indvars.iv68.i, !352, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !244)
-  %indvars.iv.next69.i.1 = shl i64 %indvars.iv68.i, 6, !dbg !353
-  %398 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next69.i.1, !dbg !353
-  %399 = getelementptr inbounds nuw i8, ptr %398, i64 128, !dbg !353
-  %400 = load <16 x float>, ptr %399, align 4, !dbg !353, !tbaa !163
-  %401 = fdiv <16 x float> %400, %.lcssa46.i, !dbg !353
-  %402 = select <16 x i1> %277, <16 x float> zeroinitializer, <16 x float> %401, !dbg !353
-  store <16 x float> %402, ptr %399, align 4, !dbg !353, !tbaa !163
-    #dbg_value(i64 %indvars.iv68.i, !318, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_stack_value), !244)
-    #dbg_value(i64 %indvars.iv68.i, !352, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !244)
-  %indvars.iv.next69.i.2 = shl i64 %indvars.iv68.i, 6, !dbg !353
-  %403 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next69.i.2, !dbg !353
-  %404 = getelementptr inbounds nuw i8, ptr %403, i64 192, !dbg !353
-  %405 = load <16 x float>, ptr %404, align 4, !dbg !353, !tbaa !163
-  %406 = fdiv <16 x float> %405, %.lcssa46.i, !dbg !353
-  %407 = select <16 x i1> %277, <16 x float> zeroinitializer, <16 x float> %406, !dbg !353
-  store <16 x float> %407, ptr %404, align 4, !dbg !353, !tbaa !163
-  %indvars.iv.next69.i.3 = add nuw nsw i64 %indvars.iv68.i, 4, !dbg !353
-    #dbg_value(i64 %indvars.iv.next69.i.3, !318, !DIExpression(), !244)
-  %exitcond72.not.i.3 = icmp eq i64 %indvars.iv.next69.i.3, 128, !dbg !244
-  br i1 %exitcond72.not.i.3, label %for_end_d21.i, label %for_body_d20.i, !dbg !244, !prof !171, !llvm.loop !354
+for_body_d18.i:                                   ; preds = %for_body_d18.i, %for_begin_d17.preheader.i
+  %indvars.iv66.i = phi i64 [ 0, %for_begin_d17.preheader.i ], [ %indvars.iv.next67.i.3, %for_body_d18.i ]
+  %.idx85.i = shl nuw nsw i64 %indvars.iv66.i, 6
+  %159 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx85.i
+  %160 = load <16 x float>, ptr %159, align 4, !tbaa !8
+  %161 = fdiv <16 x float> %160, %.lcssa44.i
+  %162 = select <16 x i1> %47, <16 x float> zeroinitializer, <16 x float> %161
+  store <16 x float> %162, ptr %159, align 4, !tbaa !8
+  %indvars.iv.next67.i = shl i64 %indvars.iv66.i, 6
+  %163 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next67.i
+  %164 = getelementptr inbounds nuw i8, ptr %163, i64 64
+  %165 = load <16 x float>, ptr %164, align 4, !tbaa !8
+  %166 = fdiv <16 x float> %165, %.lcssa44.i
+  %167 = select <16 x i1> %47, <16 x float> zeroinitializer, <16 x float> %166
+  store <16 x float> %167, ptr %164, align 4, !tbaa !8
+  %indvars.iv.next67.i.1 = shl i64 %indvars.iv66.i, 6
+  %168 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next67.i.1
+  %169 = getelementptr inbounds nuw i8, ptr %168, i64 128
+  %170 = load <16 x float>, ptr %169, align 4, !tbaa !8
+  %171 = fdiv <16 x float> %170, %.lcssa44.i
+  %172 = select <16 x i1> %47, <16 x float> zeroinitializer, <16 x float> %171
+  store <16 x float> %172, ptr %169, align 4, !tbaa !8
+  %indvars.iv.next67.i.2 = shl i64 %indvars.iv66.i, 6
+  %173 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next67.i.2
+  %174 = getelementptr inbounds nuw i8, ptr %173, i64 192
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !8
+  %176 = fdiv <16 x float> %175, %.lcssa44.i
+  %177 = select <16 x i1> %47, <16 x float> zeroinitializer, <16 x float> %176
+  store <16 x float> %177, ptr %174, align 4, !tbaa !8
+  %indvars.iv.next67.i.3 = add nuw nsw i64 %indvars.iv66.i, 4
+  %exitcond70.not.i.3 = icmp eq i64 %indvars.iv.next67.i.3, 128
+  br i1 %exitcond70.not.i.3, label %for_end_d19.i, label %for_body_d18.i, !prof !11, !llvm.loop !20
 
-for_end_d21.i:                                    ; preds = %for_body_d20.i
-  %sext166 = shl i64 %44, 32, !dbg !244
-  %cse_v8.i = ashr exact i64 %sext166, 32, !dbg !244
-    #dbg_value(i64 %cse_v8.i, !355, !DIExpression(), !244)
-  %sext167 = shl i64 %49, 32, !dbg !244
-  %cse_v9.i = ashr exact i64 %sext167, 32, !dbg !244
-    #dbg_value(i64 %cse_v9.i, !356, !DIExpression(), !244)
-    #dbg_value(i32 0, !357, !DIExpression(), !244)
-  %408 = icmp sgt i32 %num_rows, 0, !dbg !244
-  br i1 %408, label %for_begin_d24.preheader.lr.ph.i, label %for_end_r31.i, !dbg !244, !prof !156
+for_end_d19.i:                                    ; preds = %for_body_d18.i
+  %sext28 = shl i64 %20, 32
+  %cse_v7.i = ashr exact i64 %sext28, 32
+  %sext29 = shl i64 %22, 32
+  %cse_v8.i = ashr exact i64 %sext29, 32
+  %178 = icmp sgt i32 %num_rows, 0
+  br i1 %178, label %for_begin_d22.preheader.lr.ph.i, label %for_end_r29.i, !prof !7
 
-for_begin_d24.preheader.lr.ph.i:                  ; preds = %for_end_d21.i
-  %409 = mul nsw i64 %out_batch, %cse_v8.i
-  %410 = getelementptr float, ptr %222, i64 %409
-  %wide.trip.count80.i = and i64 %54, 2147483647, !dbg !244
-  %411 = mul i64 %out_batch, %cse_v8.i, !dbg !244
-  %412 = shl i64 %411, 2, !dbg !244
-  %413 = mul i64 %out_head, %cse_v9.i, !dbg !244
-  %414 = add i64 %411, %413, !dbg !244
-  %415 = shl i64 %414, 2, !dbg !244
-  %scevgep = getelementptr i8, ptr %222, i64 %415, !dbg !244
-  %416 = ashr exact i64 %sext167, 30, !dbg !244
-  %417 = shl nuw nsw i64 %wide.trip.count80.i, 2, !dbg !244
-  %418 = add nsw i64 %416, %417, !dbg !244
-  %419 = add nsw i64 %418, -4, !dbg !244
-  %420 = mul i64 %out_head, %419, !dbg !244
-  %421 = getelementptr i8, ptr %222, i64 %412, !dbg !244
-  %422 = getelementptr i8, ptr %421, i64 %420, !dbg !244
-  %scevgep172 = getelementptr i8, ptr %422, i64 512, !dbg !244
-  %423 = getelementptr i8, ptr %acc.i, i64 %417, !dbg !244
-  %scevgep173 = getelementptr i8, ptr %423, i64 8128, !dbg !244
-  %bound0 = icmp ult ptr %scevgep, %scevgep173
-  %bound1 = icmp ult ptr %acc.i, %scevgep172
+for_begin_d22.preheader.lr.ph.i:                  ; preds = %for_end_d19.i
+  %179 = mul nsw i64 %out_batch, %cse_v7.i
+  %180 = getelementptr float, ptr %out, i64 %179
+  %wide.trip.count78.i = and i64 %24, 2147483647
+  %181 = mul i64 %out_batch, %cse_v7.i
+  %182 = shl i64 %181, 2
+  %183 = mul i64 %out_head, %cse_v8.i
+  %184 = add i64 %181, %183
+  %185 = shl i64 %184, 2
+  %scevgep = getelementptr i8, ptr %out, i64 %185
+  %186 = ashr exact i64 %sext29, 30
+  %187 = shl nuw nsw i64 %wide.trip.count78.i, 2
+  %188 = add nsw i64 %186, %187
+  %189 = add nsw i64 %188, -4
+  %190 = mul i64 %out_head, %189
+  %191 = getelementptr i8, ptr %out, i64 %182
+  %192 = getelementptr i8, ptr %191, i64 %190
+  %scevgep34 = getelementptr i8, ptr %192, i64 512
+  %193 = getelementptr i8, ptr %acc.i, i64 %187
+  %scevgep35 = getelementptr i8, ptr %193, i64 8128
+  %bound0 = icmp ult ptr %scevgep, %scevgep35
+  %bound1 = icmp ult ptr %acc.i, %scevgep34
   %found.conflict = and i1 %bound0, %bound1
   %.mask = and i64 %out_head, 2305843009213693952
   %stride.check = icmp ne i64 %.mask, 0
-  %424 = or i1 %found.conflict, %stride.check
-  br label %for_begin_d24.preheader.i, !dbg !244
+  %194 = or i1 %found.conflict, %stride.check
+  br label %for_begin_d22.preheader.i
 
-for_begin_d24.preheader.i:                        ; preds = %for_end_d26.i, %for_begin_d24.preheader.lr.ph.i
-  %indvars.iv77.i = phi i64 [ 0, %for_begin_d24.preheader.lr.ph.i ], [ %indvars.iv.next78.i, %for_end_d26.i ]
-    #dbg_value(i64 %indvars.iv77.i, !357, !DIExpression(), !244)
-  %425 = add nsw i64 %indvars.iv77.i, %cse_v9.i
-  %426 = mul nsw i64 %425, %out_head
-  %427 = getelementptr float, ptr %410, i64 %426
-    #dbg_value(i32 0, !318, !DIExpression(), !244)
-  %invariant.gep90.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %indvars.iv77.i, !dbg !244
-  br i1 %424, label %for_body_d25.i, label %vector.body, !dbg !358, !prof !359
+for_begin_d22.preheader.i:                        ; preds = %for_end_d24.i, %for_begin_d22.preheader.lr.ph.i
+  %indvars.iv75.i = phi i64 [ 0, %for_begin_d22.preheader.lr.ph.i ], [ %indvars.iv.next76.i, %for_end_d24.i ]
+  %195 = add nsw i64 %indvars.iv75.i, %cse_v8.i
+  %196 = mul nsw i64 %195, %out_head
+  %197 = getelementptr float, ptr %180, i64 %196
+  %invariant.gep88.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %indvars.iv75.i
+  br i1 %194, label %for_body_d23.i, label %vector.body, !prof !21
 
-vector.body:                                      ; preds = %for_begin_d24.preheader.i
-  %428 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>, !dbg !358
-  %429 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>, !dbg !358
-  %430 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>, !dbg !358
-  %431 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>, !dbg !358
-  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %428, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
-  %wide.masked.gather174 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %429, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
-  %wide.masked.gather175 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %430, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
-  %wide.masked.gather176 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %431, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
-  %432 = getelementptr i8, ptr %427, i64 32, !dbg !358
-  %433 = getelementptr i8, ptr %427, i64 64, !dbg !358
-  %434 = getelementptr i8, ptr %427, i64 96, !dbg !358
-  store <8 x float> %wide.masked.gather, ptr %427, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
-  store <8 x float> %wide.masked.gather174, ptr %432, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
-  store <8 x float> %wide.masked.gather175, ptr %433, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
-  store <8 x float> %wide.masked.gather176, ptr %434, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
-  %435 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>, !dbg !358
-  %436 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>, !dbg !358
-  %437 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>, !dbg !358
-  %438 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>, !dbg !358
-  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
-  %wide.masked.gather174.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %436, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
-  %wide.masked.gather175.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %437, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
-  %wide.masked.gather176.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %438, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
-  %439 = getelementptr i8, ptr %427, i64 128, !dbg !358
-  %440 = getelementptr i8, ptr %427, i64 160, !dbg !358
-  %441 = getelementptr i8, ptr %427, i64 192, !dbg !358
-  %442 = getelementptr i8, ptr %427, i64 224, !dbg !358
-  store <8 x float> %wide.masked.gather.1, ptr %439, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
-  store <8 x float> %wide.masked.gather174.1, ptr %440, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
-  store <8 x float> %wide.masked.gather175.1, ptr %441, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
-  store <8 x float> %wide.masked.gather176.1, ptr %442, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
-  %443 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>, !dbg !358
-  %444 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>, !dbg !358
-  %445 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>, !dbg !358
-  %446 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>, !dbg !358
-  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
-  %wide.masked.gather174.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %444, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
-  %wide.masked.gather175.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %445, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
-  %wide.masked.gather176.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %446, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
-  %447 = getelementptr i8, ptr %427, i64 256, !dbg !358
-  %448 = getelementptr i8, ptr %427, i64 288, !dbg !358
-  %449 = getelementptr i8, ptr %427, i64 320, !dbg !358
-  %450 = getelementptr i8, ptr %427, i64 352, !dbg !358
-  store <8 x float> %wide.masked.gather.2, ptr %447, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
-  store <8 x float> %wide.masked.gather174.2, ptr %448, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
-  store <8 x float> %wide.masked.gather175.2, ptr %449, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
-  store <8 x float> %wide.masked.gather176.2, ptr %450, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
-  %451 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>, !dbg !358
-  %452 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>, !dbg !358
-  %453 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>, !dbg !358
-  %454 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>, !dbg !358
-  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %451, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
-  %wide.masked.gather174.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %452, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
-  %wide.masked.gather175.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %453, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
-  %wide.masked.gather176.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %454, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !358, !tbaa !163, !alias.scope !360
-  %455 = getelementptr i8, ptr %427, i64 384, !dbg !358
-  %456 = getelementptr i8, ptr %427, i64 416, !dbg !358
-  %457 = getelementptr i8, ptr %427, i64 448, !dbg !358
-  %458 = getelementptr i8, ptr %427, i64 480, !dbg !358
-  store <8 x float> %wide.masked.gather.3, ptr %455, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
-  store <8 x float> %wide.masked.gather174.3, ptr %456, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
-  store <8 x float> %wide.masked.gather175.3, ptr %457, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
-  store <8 x float> %wide.masked.gather176.3, ptr %458, align 4, !dbg !358, !tbaa !163, !alias.scope !363, !noalias !360
-  br label %for_end_d26.i, !dbg !358
+vector.body:                                      ; preds = %for_begin_d22.preheader.i
+  %198 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %199 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %200 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %201 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %198, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !22
+  %wide.masked.gather36 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %199, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !22
+  %wide.masked.gather37 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %200, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !22
+  %wide.masked.gather38 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %201, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !22
+  %202 = getelementptr i8, ptr %197, i64 32
+  %203 = getelementptr i8, ptr %197, i64 64
+  %204 = getelementptr i8, ptr %197, i64 96
+  store <8 x float> %wide.masked.gather, ptr %197, align 4, !tbaa !8, !alias.scope !25, !noalias !22
+  store <8 x float> %wide.masked.gather36, ptr %202, align 4, !tbaa !8, !alias.scope !25, !noalias !22
+  store <8 x float> %wide.masked.gather37, ptr %203, align 4, !tbaa !8, !alias.scope !25, !noalias !22
+  store <8 x float> %wide.masked.gather38, ptr %204, align 4, !tbaa !8, !alias.scope !25, !noalias !22
+  %205 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %206 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %207 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %208 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %205, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !22
+  %wide.masked.gather36.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %206, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !22
+  %wide.masked.gather37.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %207, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !22
+  %wide.masked.gather38.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %208, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !22
+  %209 = getelementptr i8, ptr %197, i64 128
+  %210 = getelementptr i8, ptr %197, i64 160
+  %211 = getelementptr i8, ptr %197, i64 192
+  %212 = getelementptr i8, ptr %197, i64 224
+  store <8 x float> %wide.masked.gather.1, ptr %209, align 4, !tbaa !8, !alias.scope !25, !noalias !22
+  store <8 x float> %wide.masked.gather36.1, ptr %210, align 4, !tbaa !8, !alias.scope !25, !noalias !22
+  store <8 x float> %wide.masked.gather37.1, ptr %211, align 4, !tbaa !8, !alias.scope !25, !noalias !22
+  store <8 x float> %wide.masked.gather38.1, ptr %212, align 4, !tbaa !8, !alias.scope !25, !noalias !22
+  %213 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %214 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %215 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %216 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %213, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !22
+  %wide.masked.gather36.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %214, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !22
+  %wide.masked.gather37.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %215, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !22
+  %wide.masked.gather38.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %216, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !22
+  %217 = getelementptr i8, ptr %197, i64 256
+  %218 = getelementptr i8, ptr %197, i64 288
+  %219 = getelementptr i8, ptr %197, i64 320
+  %220 = getelementptr i8, ptr %197, i64 352
+  store <8 x float> %wide.masked.gather.2, ptr %217, align 4, !tbaa !8, !alias.scope !25, !noalias !22
+  store <8 x float> %wide.masked.gather36.2, ptr %218, align 4, !tbaa !8, !alias.scope !25, !noalias !22
+  store <8 x float> %wide.masked.gather37.2, ptr %219, align 4, !tbaa !8, !alias.scope !25, !noalias !22
+  store <8 x float> %wide.masked.gather38.2, ptr %220, align 4, !tbaa !8, !alias.scope !25, !noalias !22
+  %221 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %222 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %223 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %224 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %221, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !22
+  %wide.masked.gather36.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %222, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !22
+  %wide.masked.gather37.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %223, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !22
+  %wide.masked.gather38.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %224, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !22
+  %225 = getelementptr i8, ptr %197, i64 384
+  %226 = getelementptr i8, ptr %197, i64 416
+  %227 = getelementptr i8, ptr %197, i64 448
+  %228 = getelementptr i8, ptr %197, i64 480
+  store <8 x float> %wide.masked.gather.3, ptr %225, align 4, !tbaa !8, !alias.scope !25, !noalias !22
+  store <8 x float> %wide.masked.gather36.3, ptr %226, align 4, !tbaa !8, !alias.scope !25, !noalias !22
+  store <8 x float> %wide.masked.gather37.3, ptr %227, align 4, !tbaa !8, !alias.scope !25, !noalias !22
+  store <8 x float> %wide.masked.gather38.3, ptr %228, align 4, !tbaa !8, !alias.scope !25, !noalias !22
+  br label %for_end_d24.i
 
-for_begin_r29.preheader.i:                        ; preds = %for_end_d26.i
-    #dbg_value(i32 0, !357, !DIExpression(), !244)
-  %invariant.gep.i = getelementptr float, ptr %231, i64 %cse_v9.i, !dbg !244
-  %459 = mul nsw i64 %lse_batch, %cse_v8.i
-  %gep.i = getelementptr float, ptr %invariant.gep.i, i64 %459
-  %460 = add nsw i64 %wide.trip.count80.i, -1, !dbg !244
-  %xtraiter = and i64 %54, 3, !dbg !244
-  %461 = icmp ult i64 %460, 3, !dbg !244
-  br i1 %461, label %for_body_r30.i.epil.preheader, label %for_begin_r29.preheader.i.new, !dbg !244, !prof !365
+for_begin_r27.preheader.i:                        ; preds = %for_end_d24.i
+  %invariant.gep.i = getelementptr float, ptr %lse, i64 %cse_v8.i
+  %229 = mul nsw i64 %lse_batch, %cse_v7.i
+  %gep.i = getelementptr float, ptr %invariant.gep.i, i64 %229
+  %230 = add nsw i64 %wide.trip.count78.i, -1
+  %xtraiter = and i64 %24, 3
+  %231 = icmp ult i64 %230, 3
+  br i1 %231, label %for_body_r28.i.epil.preheader, label %for_begin_r27.preheader.i.new, !prof !27
 
-for_begin_r29.preheader.i.new:                    ; preds = %for_begin_r29.preheader.i
-  %unroll_iter = and i64 %54, 2147483644, !dbg !244
-  br label %for_body_r30.i, !dbg !244
+for_begin_r27.preheader.i.new:                    ; preds = %for_begin_r27.preheader.i
+  %unroll_iter = and i64 %24, 2147483644
+  br label %for_body_r28.i
 
-for_body_d25.i:                                   ; preds = %for_begin_d24.preheader.i, %for_body_d25.i
-  %indvars.iv73.i = phi i64 [ %indvars.iv.next74.i.7, %for_body_d25.i ], [ 0, %for_begin_d24.preheader.i ]
-    #dbg_value(i64 %indvars.iv73.i, !318, !DIExpression(), !244)
-  %.idx88.i = shl nuw nsw i64 %indvars.iv73.i, 6, !dbg !358
-  %gep91.i = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i, !dbg !358
-  %462 = load float, ptr %gep91.i, align 4, !dbg !358, !tbaa !163
-  %463 = getelementptr float, ptr %427, i64 %indvars.iv73.i, !dbg !358
-  store float %462, ptr %463, align 4, !dbg !358, !tbaa !163
-  %indvars.iv.next74.i = or disjoint i64 %indvars.iv73.i, 1, !dbg !358
-    #dbg_value(i64 %indvars.iv.next74.i, !318, !DIExpression(), !244)
-  %.idx88.i.1 = shl nuw nsw i64 %indvars.iv.next74.i, 6, !dbg !358
-  %gep91.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.1, !dbg !358
-  %464 = load float, ptr %gep91.i.1, align 4, !dbg !358, !tbaa !163
-  %465 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i, !dbg !358
-  store float %464, ptr %465, align 4, !dbg !358, !tbaa !163
-  %indvars.iv.next74.i.1 = or disjoint i64 %indvars.iv73.i, 2, !dbg !358
-    #dbg_value(i64 %indvars.iv.next74.i.1, !318, !DIExpression(), !244)
-  %.idx88.i.2 = shl nuw nsw i64 %indvars.iv.next74.i.1, 6, !dbg !358
-  %gep91.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.2, !dbg !358
-  %466 = load float, ptr %gep91.i.2, align 4, !dbg !358, !tbaa !163
-  %467 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.1, !dbg !358
-  store float %466, ptr %467, align 4, !dbg !358, !tbaa !163
-  %indvars.iv.next74.i.2 = or disjoint i64 %indvars.iv73.i, 3, !dbg !358
-    #dbg_value(i64 %indvars.iv.next74.i.2, !318, !DIExpression(), !244)
-  %.idx88.i.3 = shl nuw nsw i64 %indvars.iv.next74.i.2, 6, !dbg !358
-  %gep91.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.3, !dbg !358
-  %468 = load float, ptr %gep91.i.3, align 4, !dbg !358, !tbaa !163
-  %469 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.2, !dbg !358
-  store float %468, ptr %469, align 4, !dbg !358, !tbaa !163
-  %indvars.iv.next74.i.3 = or disjoint i64 %indvars.iv73.i, 4, !dbg !358
-    #dbg_value(i64 %indvars.iv.next74.i.3, !318, !DIExpression(), !244)
-  %.idx88.i.4 = shl nuw nsw i64 %indvars.iv.next74.i.3, 6, !dbg !358
-  %gep91.i.4 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.4, !dbg !358
-  %470 = load float, ptr %gep91.i.4, align 4, !dbg !358, !tbaa !163
-  %471 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.3, !dbg !358
-  store float %470, ptr %471, align 4, !dbg !358, !tbaa !163
-  %indvars.iv.next74.i.4 = or disjoint i64 %indvars.iv73.i, 5, !dbg !358
-    #dbg_value(i64 %indvars.iv.next74.i.4, !318, !DIExpression(), !244)
-  %.idx88.i.5 = shl nuw nsw i64 %indvars.iv.next74.i.4, 6, !dbg !358
-  %gep91.i.5 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.5, !dbg !358
-  %472 = load float, ptr %gep91.i.5, align 4, !dbg !358, !tbaa !163
-  %473 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.4, !dbg !358
-  store float %472, ptr %473, align 4, !dbg !358, !tbaa !163
-  %indvars.iv.next74.i.5 = or disjoint i64 %indvars.iv73.i, 6, !dbg !358
-    #dbg_value(i64 %indvars.iv.next74.i.5, !318, !DIExpression(), !244)
-  %.idx88.i.6 = shl nuw nsw i64 %indvars.iv.next74.i.5, 6, !dbg !358
-  %gep91.i.6 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.6, !dbg !358
-  %474 = load float, ptr %gep91.i.6, align 4, !dbg !358, !tbaa !163
-  %475 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.5, !dbg !358
-  store float %474, ptr %475, align 4, !dbg !358, !tbaa !163
-  %indvars.iv.next74.i.6 = or disjoint i64 %indvars.iv73.i, 7, !dbg !358
-    #dbg_value(i64 %indvars.iv.next74.i.6, !318, !DIExpression(), !244)
-  %.idx88.i.7 = shl nuw nsw i64 %indvars.iv.next74.i.6, 6, !dbg !358
-  %gep91.i.7 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.7, !dbg !358
-  %476 = load float, ptr %gep91.i.7, align 4, !dbg !358, !tbaa !163
-  %477 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.6, !dbg !358
-  store float %476, ptr %477, align 4, !dbg !358, !tbaa !163
-  %indvars.iv.next74.i.7 = add nuw nsw i64 %indvars.iv73.i, 8, !dbg !358
-    #dbg_value(i64 %indvars.iv.next74.i.7, !318, !DIExpression(), !244)
-  %exitcond76.not.i.7 = icmp eq i64 %indvars.iv.next74.i.7, 128, !dbg !244
-  br i1 %exitcond76.not.i.7, label %for_end_d26.i, label %for_body_d25.i, !dbg !244, !prof !366, !llvm.loop !367
+for_body_d23.i:                                   ; preds = %for_body_d23.i, %for_begin_d22.preheader.i
+  %indvars.iv71.i = phi i64 [ %indvars.iv.next72.i.7, %for_body_d23.i ], [ 0, %for_begin_d22.preheader.i ]
+  %.idx86.i = shl nuw nsw i64 %indvars.iv71.i, 6
+  %gep89.i = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx86.i
+  %232 = load float, ptr %gep89.i, align 4, !tbaa !8
+  %233 = getelementptr float, ptr %197, i64 %indvars.iv71.i
+  store float %232, ptr %233, align 4, !tbaa !8
+  %indvars.iv.next72.i = or disjoint i64 %indvars.iv71.i, 1
+  %.idx86.i.1 = shl nuw nsw i64 %indvars.iv.next72.i, 6
+  %gep89.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx86.i.1
+  %234 = load float, ptr %gep89.i.1, align 4, !tbaa !8
+  %235 = getelementptr float, ptr %197, i64 %indvars.iv.next72.i
+  store float %234, ptr %235, align 4, !tbaa !8
+  %indvars.iv.next72.i.1 = or disjoint i64 %indvars.iv71.i, 2
+  %.idx86.i.2 = shl nuw nsw i64 %indvars.iv.next72.i.1, 6
+  %gep89.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx86.i.2
+  %236 = load float, ptr %gep89.i.2, align 4, !tbaa !8
+  %237 = getelementptr float, ptr %197, i64 %indvars.iv.next72.i.1
+  store float %236, ptr %237, align 4, !tbaa !8
+  %indvars.iv.next72.i.2 = or disjoint i64 %indvars.iv71.i, 3
+  %.idx86.i.3 = shl nuw nsw i64 %indvars.iv.next72.i.2, 6
+  %gep89.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx86.i.3
+  %238 = load float, ptr %gep89.i.3, align 4, !tbaa !8
+  %239 = getelementptr float, ptr %197, i64 %indvars.iv.next72.i.2
+  store float %238, ptr %239, align 4, !tbaa !8
+  %indvars.iv.next72.i.3 = or disjoint i64 %indvars.iv71.i, 4
+  %.idx86.i.4 = shl nuw nsw i64 %indvars.iv.next72.i.3, 6
+  %gep89.i.4 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx86.i.4
+  %240 = load float, ptr %gep89.i.4, align 4, !tbaa !8
+  %241 = getelementptr float, ptr %197, i64 %indvars.iv.next72.i.3
+  store float %240, ptr %241, align 4, !tbaa !8
+  %indvars.iv.next72.i.4 = or disjoint i64 %indvars.iv71.i, 5
+  %.idx86.i.5 = shl nuw nsw i64 %indvars.iv.next72.i.4, 6
+  %gep89.i.5 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx86.i.5
+  %242 = load float, ptr %gep89.i.5, align 4, !tbaa !8
+  %243 = getelementptr float, ptr %197, i64 %indvars.iv.next72.i.4
+  store float %242, ptr %243, align 4, !tbaa !8
+  %indvars.iv.next72.i.5 = or disjoint i64 %indvars.iv71.i, 6
+  %.idx86.i.6 = shl nuw nsw i64 %indvars.iv.next72.i.5, 6
+  %gep89.i.6 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx86.i.6
+  %244 = load float, ptr %gep89.i.6, align 4, !tbaa !8
+  %245 = getelementptr float, ptr %197, i64 %indvars.iv.next72.i.5
+  store float %244, ptr %245, align 4, !tbaa !8
+  %indvars.iv.next72.i.6 = or disjoint i64 %indvars.iv71.i, 7
+  %.idx86.i.7 = shl nuw nsw i64 %indvars.iv.next72.i.6, 6
+  %gep89.i.7 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx86.i.7
+  %246 = load float, ptr %gep89.i.7, align 4, !tbaa !8
+  %247 = getelementptr float, ptr %197, i64 %indvars.iv.next72.i.6
+  store float %246, ptr %247, align 4, !tbaa !8
+  %indvars.iv.next72.i.7 = add nuw nsw i64 %indvars.iv71.i, 8
+  %exitcond74.not.i.7 = icmp eq i64 %indvars.iv.next72.i.7, 128
+  br i1 %exitcond74.not.i.7, label %for_end_d24.i, label %for_body_d23.i, !prof !28, !llvm.loop !29
 
-for_end_d26.i:                                    ; preds = %for_body_d25.i, %vector.body
-  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1, !dbg !358
-    #dbg_value(i64 %indvars.iv.next78.i, !357, !DIExpression(), !244)
-  %exitcond81.not.i = icmp eq i64 %indvars.iv.next78.i, %wide.trip.count80.i, !dbg !244
-  br i1 %exitcond81.not.i, label %for_begin_r29.preheader.i, label %for_begin_d24.preheader.i, !dbg !244, !prof !193
+for_end_d24.i:                                    ; preds = %for_body_d23.i, %vector.body
+  %indvars.iv.next76.i = add nuw nsw i64 %indvars.iv75.i, 1
+  %exitcond79.not.i = icmp eq i64 %indvars.iv.next76.i, %wide.trip.count78.i
+  br i1 %exitcond79.not.i, label %for_begin_r27.preheader.i, label %for_begin_d22.preheader.i, !prof !12
 
-for_body_r30.i:                                   ; preds = %if_end35.i.3, %for_begin_r29.preheader.i.new
-  %indvars.iv82.i = phi i64 [ 0, %for_begin_r29.preheader.i.new ], [ %indvars.iv.next83.i.3, %if_end35.i.3 ]
-  %niter = phi i64 [ 0, %for_begin_r29.preheader.i.new ], [ %niter.next.3, %if_end35.i.3 ]
-    #dbg_value(i64 %indvars.iv82.i, !357, !DIExpression(), !244)
-  %478 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv82.i, !dbg !370
-  %479 = load float, ptr %478, align 16, !dbg !370, !tbaa !371
-  %480 = fcmp oeq float %479, 0.000000e+00, !dbg !370
-  br i1 %480, label %if_end35.i, label %if_else.i, !dbg !370
+for_body_r28.i:                                   ; preds = %if_end33.i.3, %for_begin_r27.preheader.i.new
+  %indvars.iv80.i = phi i64 [ 0, %for_begin_r27.preheader.i.new ], [ %indvars.iv.next81.i.3, %if_end33.i.3 ]
+  %niter = phi i64 [ 0, %for_begin_r27.preheader.i.new ], [ %niter.next.3, %if_end33.i.3 ]
+  %248 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv80.i
+  %249 = load float, ptr %248, align 16, !tbaa !32
+  %250 = fcmp oeq float %249, 0.000000e+00
+  br i1 %250, label %if_end33.i, label %if_else.i
 
-for_end_r31.i.loopexit.unr-lcssa:                 ; preds = %if_end35.i.3
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0, !dbg !370
-  br i1 %lcmp.mod.not, label %for_end_r31.i, label %for_body_r30.i.epil.preheader, !dbg !370, !prof !373
+for_end_r29.i.loopexit.unr-lcssa:                 ; preds = %if_end33.i.3
+  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
+  br i1 %lcmp.mod.not, label %for_end_r29.i, label %for_body_r28.i.epil.preheader, !prof !34
 
-for_body_r30.i.epil.preheader:                    ; preds = %for_end_r31.i.loopexit.unr-lcssa, %for_begin_r29.preheader.i
-  %indvars.iv82.i.epil.init = phi i64 [ 0, %for_begin_r29.preheader.i ], [ %indvars.iv.next83.i.3, %for_end_r31.i.loopexit.unr-lcssa ]
-  %lcmp.mod181 = icmp ne i64 %xtraiter, 0, !dbg !370
-  tail call void @llvm.assume(i1 %lcmp.mod181), !dbg !370
-  br label %for_body_r30.i.epil, !dbg !370
+for_body_r28.i.epil.preheader:                    ; preds = %for_end_r29.i.loopexit.unr-lcssa, %for_begin_r27.preheader.i
+  %indvars.iv80.i.epil.init = phi i64 [ 0, %for_begin_r27.preheader.i ], [ %indvars.iv.next81.i.3, %for_end_r29.i.loopexit.unr-lcssa ]
+  %lcmp.mod43 = icmp ne i64 %xtraiter, 0
+  tail call void @llvm.assume(i1 %lcmp.mod43)
+  br label %for_body_r28.i.epil
 
-for_body_r30.i.epil:                              ; preds = %if_end35.i.epil, %for_body_r30.i.epil.preheader
-  %indvars.iv82.i.epil = phi i64 [ %indvars.iv82.i.epil.init, %for_body_r30.i.epil.preheader ], [ %indvars.iv.next83.i.epil, %if_end35.i.epil ]
-  %epil.iter = phi i64 [ 0, %for_body_r30.i.epil.preheader ], [ %epil.iter.next, %if_end35.i.epil ]
-    #dbg_value(i64 %indvars.iv82.i.epil, !357, !DIExpression(), !244)
-  %481 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv82.i.epil, !dbg !370
-  %482 = load float, ptr %481, align 4, !dbg !370, !tbaa !371
-  %483 = fcmp oeq float %482, 0.000000e+00, !dbg !370
-  br i1 %483, label %if_end35.i.epil, label %if_else.i.epil, !dbg !370
+for_body_r28.i.epil:                              ; preds = %if_end33.i.epil, %for_body_r28.i.epil.preheader
+  %indvars.iv80.i.epil = phi i64 [ %indvars.iv80.i.epil.init, %for_body_r28.i.epil.preheader ], [ %indvars.iv.next81.i.epil, %if_end33.i.epil ]
+  %epil.iter = phi i64 [ 0, %for_body_r28.i.epil.preheader ], [ %epil.iter.next, %if_end33.i.epil ]
+  %251 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv80.i.epil
+  %252 = load float, ptr %251, align 4, !tbaa !32
+  %253 = fcmp oeq float %252, 0.000000e+00
+  br i1 %253, label %if_end33.i.epil, label %if_else.i.epil
 
-if_else.i.epil:                                   ; preds = %for_body_r30.i.epil
-  %484 = tail call float @llvm.log.f32(float %482), !dbg !370
-  %485 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv82.i.epil, !dbg !370
-  %486 = load float, ptr %485, align 4, !dbg !370, !tbaa !374
-  %487 = fadd float %484, %486, !dbg !370
-  br label %if_end35.i.epil, !dbg !370
+if_else.i.epil:                                   ; preds = %for_body_r28.i.epil
+  %254 = tail call float @llvm.log.f32(float %252)
+  %255 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv80.i.epil
+  %256 = load float, ptr %255, align 4, !tbaa !35
+  %257 = fadd float %254, %256
+  br label %if_end33.i.epil
 
-if_end35.i.epil:                                  ; preds = %if_else.i.epil, %for_body_r30.i.epil
-  %488 = phi float [ %487, %if_else.i.epil ], [ 0xFFF0000000000000, %for_body_r30.i.epil ], !dbg !370
-  %489 = getelementptr float, ptr %gep.i, i64 %indvars.iv82.i.epil, !dbg !370
-  store float %488, ptr %489, align 4, !dbg !370, !tbaa !163
-  %indvars.iv.next83.i.epil = add nuw nsw i64 %indvars.iv82.i.epil, 1, !dbg !370
-    #dbg_value(i64 %indvars.iv.next83.i.epil, !357, !DIExpression(), !244)
-  %epil.iter.next = add i64 %epil.iter, 1, !dbg !244
-  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter, !dbg !244
-  br i1 %epil.iter.cmp.not, label %for_end_r31.i, label %for_body_r30.i.epil, !dbg !244, !prof !376, !llvm.loop !377
+if_end33.i.epil:                                  ; preds = %if_else.i.epil, %for_body_r28.i.epil
+  %258 = phi float [ %257, %if_else.i.epil ], [ 0xFFF0000000000000, %for_body_r28.i.epil ]
+  %259 = getelementptr float, ptr %gep.i, i64 %indvars.iv80.i.epil
+  store float %258, ptr %259, align 4, !tbaa !8
+  %indvars.iv.next81.i.epil = add nuw nsw i64 %indvars.iv80.i.epil, 1
+  %epil.iter.next = add i64 %epil.iter, 1
+  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
+  br i1 %epil.iter.cmp.not, label %for_end_r29.i, label %for_body_r28.i.epil, !prof !37, !llvm.loop !38
 
-for_end_r31.i:                                    ; preds = %for_end_r31.i.loopexit.unr-lcssa, %if_end35.i.epil, %for_end_d21.i
-  %490 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !244, !tbaa !134
-  %491 = tail call i32 %490(i32 1, i32 %dev_id, ptr nonnull %acc.i), !dbg !244
-  %.not.i = icmp ne i32 %491, 0, !dbg !244
-  %..i = sext i1 %.not.i to i32, !dbg !244
-  br label %merge_partials_compute_.exit, !dbg !244
+for_end_r29.i:                                    ; preds = %if_end33.i.epil, %for_end_r29.i.loopexit.unr-lcssa, %for_end_d19.i
+  %260 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %261 = tail call i32 %260(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %261, 0
+  %..i = sext i1 %.not.i to i32
+  br label %merge_partials_compute_.exit
 
-if_else.i:                                        ; preds = %for_body_r30.i
-  %492 = tail call float @llvm.log.f32(float %479), !dbg !370
-  %493 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv82.i, !dbg !370
-  %494 = load float, ptr %493, align 16, !dbg !370, !tbaa !374
-  %495 = fadd float %492, %494, !dbg !370
-  br label %if_end35.i, !dbg !370
+if_else.i:                                        ; preds = %for_body_r28.i
+  %262 = tail call float @llvm.log.f32(float %249)
+  %263 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv80.i
+  %264 = load float, ptr %263, align 16, !tbaa !35
+  %265 = fadd float %262, %264
+  br label %if_end33.i
 
-if_end35.i:                                       ; preds = %if_else.i, %for_body_r30.i
-  %496 = phi float [ %495, %if_else.i ], [ 0xFFF0000000000000, %for_body_r30.i ], !dbg !370
-  %497 = getelementptr float, ptr %gep.i, i64 %indvars.iv82.i, !dbg !370
-  store float %496, ptr %497, align 4, !dbg !370, !tbaa !163
-  %indvars.iv.next83.i = or disjoint i64 %indvars.iv82.i, 1, !dbg !370
-    #dbg_value(i64 %indvars.iv.next83.i, !357, !DIExpression(), !244)
-  %498 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv.next83.i, !dbg !370
-  %499 = load float, ptr %498, align 4, !dbg !370, !tbaa !371
-  %500 = fcmp oeq float %499, 0.000000e+00, !dbg !370
-  br i1 %500, label %if_end35.i.1, label %if_else.i.1, !dbg !370
+if_end33.i:                                       ; preds = %if_else.i, %for_body_r28.i
+  %266 = phi float [ %265, %if_else.i ], [ 0xFFF0000000000000, %for_body_r28.i ]
+  %267 = getelementptr float, ptr %gep.i, i64 %indvars.iv80.i
+  store float %266, ptr %267, align 4, !tbaa !8
+  %indvars.iv.next81.i = or disjoint i64 %indvars.iv80.i, 1
+  %268 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next81.i
+  %269 = load float, ptr %268, align 4, !tbaa !32
+  %270 = fcmp oeq float %269, 0.000000e+00
+  br i1 %270, label %if_end33.i.1, label %if_else.i.1
 
-if_else.i.1:                                      ; preds = %if_end35.i
-  %501 = tail call float @llvm.log.f32(float %499), !dbg !370
-  %502 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv.next83.i, !dbg !370
-  %503 = load float, ptr %502, align 4, !dbg !370, !tbaa !374
-  %504 = fadd float %501, %503, !dbg !370
-  br label %if_end35.i.1, !dbg !370
+if_else.i.1:                                      ; preds = %if_end33.i
+  %271 = tail call float @llvm.log.f32(float %269)
+  %272 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next81.i
+  %273 = load float, ptr %272, align 4, !tbaa !35
+  %274 = fadd float %271, %273
+  br label %if_end33.i.1
 
-if_end35.i.1:                                     ; preds = %if_else.i.1, %if_end35.i
-  %505 = phi float [ %504, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end35.i ], !dbg !370
-  %506 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next83.i, !dbg !370
-  store float %505, ptr %506, align 4, !dbg !370, !tbaa !163
-  %indvars.iv.next83.i.1 = or disjoint i64 %indvars.iv82.i, 2, !dbg !370
-    #dbg_value(i64 %indvars.iv.next83.i.1, !357, !DIExpression(), !244)
-  %507 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv.next83.i.1, !dbg !370
-  %508 = load float, ptr %507, align 8, !dbg !370, !tbaa !371
-  %509 = fcmp oeq float %508, 0.000000e+00, !dbg !370
-  br i1 %509, label %if_end35.i.2, label %if_else.i.2, !dbg !370
+if_end33.i.1:                                     ; preds = %if_else.i.1, %if_end33.i
+  %275 = phi float [ %274, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end33.i ]
+  %276 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next81.i
+  store float %275, ptr %276, align 4, !tbaa !8
+  %indvars.iv.next81.i.1 = or disjoint i64 %indvars.iv80.i, 2
+  %277 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next81.i.1
+  %278 = load float, ptr %277, align 8, !tbaa !32
+  %279 = fcmp oeq float %278, 0.000000e+00
+  br i1 %279, label %if_end33.i.2, label %if_else.i.2
 
-if_else.i.2:                                      ; preds = %if_end35.i.1
-  %510 = tail call float @llvm.log.f32(float %508), !dbg !370
-  %511 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv.next83.i.1, !dbg !370
-  %512 = load float, ptr %511, align 8, !dbg !370, !tbaa !374
-  %513 = fadd float %510, %512, !dbg !370
-  br label %if_end35.i.2, !dbg !370
+if_else.i.2:                                      ; preds = %if_end33.i.1
+  %280 = tail call float @llvm.log.f32(float %278)
+  %281 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next81.i.1
+  %282 = load float, ptr %281, align 8, !tbaa !35
+  %283 = fadd float %280, %282
+  br label %if_end33.i.2
 
-if_end35.i.2:                                     ; preds = %if_else.i.2, %if_end35.i.1
-  %514 = phi float [ %513, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end35.i.1 ], !dbg !370
-  %515 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next83.i.1, !dbg !370
-  store float %514, ptr %515, align 4, !dbg !370, !tbaa !163
-  %indvars.iv.next83.i.2 = or disjoint i64 %indvars.iv82.i, 3, !dbg !370
-    #dbg_value(i64 %indvars.iv.next83.i.2, !357, !DIExpression(), !244)
-  %516 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv.next83.i.2, !dbg !370
-  %517 = load float, ptr %516, align 4, !dbg !370, !tbaa !371
-  %518 = fcmp oeq float %517, 0.000000e+00, !dbg !370
-  br i1 %518, label %if_end35.i.3, label %if_else.i.3, !dbg !370
+if_end33.i.2:                                     ; preds = %if_else.i.2, %if_end33.i.1
+  %284 = phi float [ %283, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end33.i.1 ]
+  %285 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next81.i.1
+  store float %284, ptr %285, align 4, !tbaa !8
+  %indvars.iv.next81.i.2 = or disjoint i64 %indvars.iv80.i, 3
+  %286 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next81.i.2
+  %287 = load float, ptr %286, align 4, !tbaa !32
+  %288 = fcmp oeq float %287, 0.000000e+00
+  br i1 %288, label %if_end33.i.3, label %if_else.i.3
 
-if_else.i.3:                                      ; preds = %if_end35.i.2
-  %519 = tail call float @llvm.log.f32(float %517), !dbg !370
-  %520 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv.next83.i.2, !dbg !370
-  %521 = load float, ptr %520, align 4, !dbg !370, !tbaa !374
-  %522 = fadd float %519, %521, !dbg !370
-  br label %if_end35.i.3, !dbg !370
+if_else.i.3:                                      ; preds = %if_end33.i.2
+  %289 = tail call float @llvm.log.f32(float %287)
+  %290 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next81.i.2
+  %291 = load float, ptr %290, align 4, !tbaa !35
+  %292 = fadd float %289, %291
+  br label %if_end33.i.3
 
-if_end35.i.3:                                     ; preds = %if_else.i.3, %if_end35.i.2
-  %523 = phi float [ %522, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end35.i.2 ], !dbg !370
-  %524 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next83.i.2, !dbg !370
-  store float %523, ptr %524, align 4, !dbg !370, !tbaa !163
-  %indvars.iv.next83.i.3 = add nuw nsw i64 %indvars.iv82.i, 4, !dbg !370
-    #dbg_value(i64 %indvars.iv.next83.i.3, !357, !DIExpression(), !244)
-  %niter.next.3 = add i64 %niter, 4, !dbg !244
-  %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter, !dbg !244
-  br i1 %niter.ncmp.3, label %for_end_r31.i.loopexit.unr-lcssa, label %for_body_r30.i, !dbg !244, !prof !380, !llvm.loop !381
+if_end33.i.3:                                     ; preds = %if_else.i.3, %if_end33.i.2
+  %293 = phi float [ %292, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end33.i.2 ]
+  %294 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next81.i.2
+  store float %293, ptr %294, align 4, !tbaa !8
+  %indvars.iv.next81.i.3 = add nuw nsw i64 %indvars.iv80.i, 4
+  %niter.next.3 = add i64 %niter, 4
+  %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
+  br i1 %niter.ncmp.3, label %for_end_r29.i.loopexit.unr-lcssa, label %for_body_r28.i, !prof !41, !llvm.loop !42
 
-merge_partials_compute_.exit:                     ; preds = %assert_end153, %for_end_r31.i
-  %common.ret.op.i = phi i32 [ -1, %assert_end153 ], [ %..i, %for_end_r31.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum41.i), !dbg !244
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max42.i), !dbg !244
-  br label %common.ret, !dbg !266
+merge_partials_compute_.exit:                     ; preds = %for_end_r29.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r29.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max40.i)
+  ret i32 %common.ret.op.i
 }
 
-; Function Attrs: noinline
-define internal fastcc void @__tvm_set_raised_6(ptr %0, i32 range(i32 4, 7) %1, ptr %2, ptr %3, ptr %4, ptr %5, ptr %6, ptr %7) unnamed_addr #1 {
-entry:
-  %8 = alloca [6 x ptr], align 8
-  store ptr %2, ptr %8, align 8
-  %9 = getelementptr inbounds nuw i8, ptr %8, i64 8
-  store ptr %3, ptr %9, align 8
-  %10 = getelementptr inbounds nuw i8, ptr %8, i64 16
-  store ptr %4, ptr %10, align 8
-  %11 = getelementptr inbounds nuw i8, ptr %8, i64 24
-  store ptr %5, ptr %11, align 8
-  %12 = getelementptr inbounds nuw i8, ptr %8, i64 32
-  store ptr %6, ptr %12, align 8
-  %13 = getelementptr inbounds nuw i8, ptr %8, i64 40
-  store ptr %7, ptr %13, align 8
-  call void @TVMFFIErrorSetRaisedFromCStrParts(ptr %0, ptr nonnull %8, i32 %1)
-  ret void
-}
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
 
-declare void @TVMFFIErrorSetRaisedFromCStrParts(ptr, ptr, i32) local_unnamed_addr
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #2
 
-; Function Attrs: noinline
-define internal fastcc void @__tvm_set_raised_12(ptr %0, i32 range(i32 7, 9) %1, ptr %2, ptr %3, ptr %4, ptr %5, ptr %6, ptr %7, ptr %8) unnamed_addr #1 {
-entry:
-  %9 = alloca [12 x ptr], align 8
-  store ptr %2, ptr %9, align 8
-  %10 = getelementptr inbounds nuw i8, ptr %9, i64 8
-  store ptr %3, ptr %10, align 8
-  %11 = getelementptr inbounds nuw i8, ptr %9, i64 16
-  store ptr %4, ptr %11, align 8
-  %12 = getelementptr inbounds nuw i8, ptr %9, i64 24
-  store ptr %5, ptr %12, align 8
-  %13 = getelementptr inbounds nuw i8, ptr %9, i64 32
-  store ptr @.str.4, ptr %13, align 8
-  %14 = getelementptr inbounds nuw i8, ptr %9, i64 40
-  store ptr %6, ptr %14, align 8
-  %15 = getelementptr inbounds nuw i8, ptr %9, i64 48
-  store ptr %7, ptr %15, align 8
-  %16 = getelementptr inbounds nuw i8, ptr %9, i64 56
-  store ptr %8, ptr %16, align 8
-  %17 = getelementptr inbounds nuw i8, ptr %9, i64 64
-  call void @llvm.memset.p0.i64(ptr noundef nonnull align 8 dereferenceable(32) %17, i8 0, i64 32, i1 false)
-  call void @TVMFFIErrorSetRaisedFromCStrParts(ptr %0, ptr nonnull %9, i32 %1)
-  ret void
-}
-
-; Function Attrs: mustprogress nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
-declare void @llvm.assume(i1 noundef) #2
-
-; Function Attrs: mustprogress nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
-
-; Function Attrs: mustprogress nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #3
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.log.f32(float) #2
 
 ; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #4 section ".text.tvm.fp16.conv" {
+define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #3 section ".text.tvm.fp16.conv" {
 b0:
   %v0 = bitcast float %a0 to i32
   %0 = tail call float @llvm.fabs.f32(float %a0)
@@ -4889,7 +2207,7 @@ b13:                                              ; preds = %b12, %b11, %b10, %b
 }
 
 ; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #4 section ".text.tvm.fp16.conv" {
+define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #3 section ".text.tvm.fp16.conv" {
 b0:
   %0 = tail call half @llvm.fabs.f16(half %a0)
   %v1 = bitcast half %0 to i16
@@ -4955,431 +2273,89 @@ b6:                                               ; preds = %b5, %b4, %b3, %b1
 }
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #5
+declare i32 @llvm.smin.i32(i32, i32) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #5
+declare i32 @llvm.smax.i32(i32, i32) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umax.i32(i32, i32) #5
+declare i32 @llvm.umax.i32(i32, i32) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fabs.f32(float) #5
+declare float @llvm.fabs.f32(float) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare half @llvm.fabs.f16(half) #5
-
-; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
-declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #6
+declare half @llvm.fabs.f16(half) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i64 @llvm.smax.i64(i64, i64) #5
+declare i64 @llvm.smax.i64(i64, i64) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i64 @llvm.umin.i64(i64, i64) #5
+declare i64 @llvm.umin.i64(i64, i64) #2
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.start.p0(ptr captures(none)) #7
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #4
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.end.p0(ptr captures(none)) #7
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #4
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #5
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
-declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #8
+declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #6
 
 attributes #0 = { "target-cpu"="x86-64-v4" }
-attributes #1 = { noinline }
-attributes #2 = { mustprogress nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
-attributes #3 = { mustprogress nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #4 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
-attributes #5 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #6 = { nocallback nofree nounwind willreturn memory(argmem: write) }
-attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #8 = { nocallback nofree nosync nounwind willreturn memory(read) }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
+attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #5 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #6 = { nocallback nofree nosync nounwind willreturn memory(read) }
 
-!llvm.dbg.cu = !{!0}
-!llvm.module.flags = !{!2, !3, !4}
+!llvm.module.flags = !{!0, !1, !2}
 
-!0 = distinct !DICompileUnit(language: DW_LANG_C, file: !1, producer: "TVM", isOptimized: false, runtimeVersion: 0, emissionKind: FullDebug)
-!1 = !DIFile(filename: "IRModule.CodeGenLLVM", directory: ".")
-!2 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
-!3 = !{i32 4, !"Debug Info Version", i32 3}
-!4 = !{i32 4, !"Dwarf Version", i32 4}
-!5 = distinct !DISubprogram(name: "__tvm_ffi_fused_decode", scope: !1, file: !1, type: !6, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !10)
-!6 = !DISubroutineType(types: !7)
-!7 = !{!8, !9, !9, !8, !9}
-!8 = !DIBasicType(name: "int32", size: 32, encoding: DW_ATE_signed)
-!9 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: null)
-!10 = !{!11, !12, !13, !14}
-!11 = !DILocalVariable(name: "self_handle", arg: 1, scope: !5, file: !1, type: !9)
-!12 = !DILocalVariable(name: "args", arg: 2, scope: !5, file: !1, type: !9)
-!13 = !DILocalVariable(name: "num_args", arg: 3, scope: !5, file: !1, type: !8)
-!14 = !DILocalVariable(name: "result", arg: 4, scope: !5, file: !1, type: !9)
-!15 = !DILocation(line: 0, scope: !5)
-!16 = !{!"branch_weights", i32 1048576, i32 1}
-!17 = !{!"branch_weights", i32 1, i32 1048576}
-!18 = !DILocalVariable(name: "query.type_index", scope: !5, file: !1, type: !8)
-!19 = !{!"branch_weights", i32 1, i32 349525, i32 349525, i32 349525}
-!20 = !DILocalVariable(name: "query.handle", scope: !5, file: !1, type: !9)
-!21 = !DILocalVariable(name: "key_cache.type_index", scope: !5, file: !1, type: !8)
-!22 = !DILocalVariable(name: "key_cache.handle", scope: !5, file: !1, type: !9)
-!23 = !DILocalVariable(name: "value_cache.type_index", scope: !5, file: !1, type: !8)
-!24 = !DILocalVariable(name: "value_cache.handle", scope: !5, file: !1, type: !9)
-!25 = !DILocalVariable(name: "block_table.type_index", scope: !5, file: !1, type: !8)
-!26 = !DILocalVariable(name: "block_table.handle", scope: !5, file: !1, type: !9)
-!27 = !DILocalVariable(name: "context_lens.type_index", scope: !5, file: !1, type: !8)
-!28 = !DILocalVariable(name: "context_lens.handle", scope: !5, file: !1, type: !9)
-!29 = !DILocalVariable(name: "partial_max.type_index", scope: !5, file: !1, type: !8)
-!30 = !DILocalVariable(name: "partial_max.handle", scope: !5, file: !1, type: !9)
-!31 = !DILocalVariable(name: "partial_sum.type_index", scope: !5, file: !1, type: !8)
-!32 = !DILocalVariable(name: "partial_sum.handle", scope: !5, file: !1, type: !9)
-!33 = !DILocalVariable(name: "partial_acc.type_index", scope: !5, file: !1, type: !8)
-!34 = !DILocalVariable(name: "partial_acc.handle", scope: !5, file: !1, type: !9)
-!35 = !DILocalVariable(name: "batch_start.type_index", scope: !5, file: !1, type: !8)
-!36 = !DILocalVariable(name: "batch_start", scope: !5, file: !1, type: !8)
-!37 = !DILocalVariable(name: "num_seqs.type_index", scope: !5, file: !1, type: !8)
-!38 = !DILocalVariable(name: "num_seqs", scope: !5, file: !1, type: !8)
-!39 = !DILocalVariable(name: "kv_head.type_index", scope: !5, file: !1, type: !8)
-!40 = !DILocalVariable(name: "kv_head", scope: !5, file: !1, type: !8)
-!41 = !DILocalVariable(name: "head_start.type_index", scope: !5, file: !1, type: !8)
-!42 = !DILocalVariable(name: "head_start", scope: !5, file: !1, type: !8)
-!43 = !DILocalVariable(name: "num_rows.type_index", scope: !5, file: !1, type: !8)
-!44 = !DILocalVariable(name: "num_rows", scope: !5, file: !1, type: !8)
-!45 = !DILocalVariable(name: "block_begin.type_index", scope: !5, file: !1, type: !8)
-!46 = !DILocalVariable(name: "block_begin", scope: !5, file: !1, type: !8)
-!47 = !DILocalVariable(name: "block_end.type_index", scope: !5, file: !1, type: !8)
-!48 = !DILocalVariable(name: "block_end", scope: !5, file: !1, type: !8)
-!49 = !DILocalVariable(name: "partial_start.type_index", scope: !5, file: !1, type: !8)
-!50 = !DILocalVariable(name: "partial_start", scope: !5, file: !1, type: !8)
-!51 = !DILocalVariable(name: "scale.type_index", scope: !5, file: !1, type: !8)
-!52 = !DILocalVariable(name: "scale", scope: !5, file: !1, type: !53)
-!53 = !DIBasicType(name: "float32", size: 32, encoding: DW_ATE_float)
-!54 = !DILocalVariable(name: "fused_decode.query_shape", scope: !5, file: !1, type: !55)
-!55 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: !56)
-!56 = !DIBasicType(name: "int64", size: 64, encoding: DW_ATE_signed)
-!57 = !DILocalVariable(name: "batch", scope: !5, file: !1, type: !56)
-!58 = !DILocalVariable(name: "fused_decode.query_strides", scope: !5, file: !1, type: !55)
-!59 = !DILocalVariable(name: "q_head", scope: !5, file: !1, type: !56)
-!60 = !DILocalVariable(name: "q_batch", scope: !5, file: !1, type: !56)
-!61 = !DILocalVariable(name: "dev_id", scope: !5, file: !1, type: !8)
-!62 = !DILocalVariable(name: "fused_decode.key_cache_shape", scope: !5, file: !1, type: !55)
-!63 = !DILocalVariable(name: "num_blocks", scope: !5, file: !1, type: !56)
-!64 = !DILocalVariable(name: "fused_decode.key_cache_strides", scope: !5, file: !1, type: !55)
-!65 = !DILocalVariable(name: "k_head", scope: !5, file: !1, type: !56)
-!66 = !DILocalVariable(name: "k_slot", scope: !5, file: !1, type: !56)
-!67 = !DILocalVariable(name: "k_block", scope: !5, file: !1, type: !56)
-!68 = !DILocalVariable(name: "fused_decode.value_cache_shape", scope: !5, file: !1, type: !55)
-!69 = !DILocalVariable(name: "fused_decode.value_cache_strides", scope: !5, file: !1, type: !55)
-!70 = !DILocalVariable(name: "v_head", scope: !5, file: !1, type: !56)
-!71 = !DILocalVariable(name: "v_slot", scope: !5, file: !1, type: !56)
-!72 = !DILocalVariable(name: "v_block", scope: !5, file: !1, type: !56)
-!73 = !DILocalVariable(name: "fused_decode.block_table_shape", scope: !5, file: !1, type: !55)
-!74 = !DILocalVariable(name: "max_blocks", scope: !5, file: !1, type: !56)
-!75 = !DILocalVariable(name: "fused_decode.block_table_strides", scope: !5, file: !1, type: !55)
-!76 = !DILocalVariable(name: "table_seq", scope: !5, file: !1, type: !56)
-!77 = !DILocalVariable(name: "fused_decode.context_lens_shape", scope: !5, file: !1, type: !55)
-!78 = !DILocalVariable(name: "fused_decode.context_lens_strides", scope: !5, file: !1, type: !55)
-!79 = !DILocalVariable(name: "fused_decode.partial_max_shape", scope: !5, file: !1, type: !55)
-!80 = !DILocalVariable(name: "slots", scope: !5, file: !1, type: !56)
-!81 = !DILocalVariable(name: "fused_decode.partial_max_strides", scope: !5, file: !1, type: !55)
-!82 = !DILocalVariable(name: "fused_decode.partial_sum_shape", scope: !5, file: !1, type: !55)
-!83 = !DILocalVariable(name: "fused_decode.partial_sum_strides", scope: !5, file: !1, type: !55)
-!84 = !DILocalVariable(name: "fused_decode.partial_acc_shape", scope: !5, file: !1, type: !55)
-!85 = !DILocalVariable(name: "fused_decode.partial_acc_strides", scope: !5, file: !1, type: !55)
-!86 = !DILocalVariable(name: "query", scope: !5, file: !1, type: !87)
-!87 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: !88)
-!88 = !DIBasicType(name: "uint16", size: 16, encoding: DW_ATE_unsigned)
-!89 = !DILocalVariable(name: "key_cache", scope: !5, file: !1, type: !87)
-!90 = !DILocalVariable(name: "value_cache", scope: !5, file: !1, type: !87)
-!91 = !DILocalVariable(name: "block_table", scope: !5, file: !1, type: !92)
-!92 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: !8)
-!93 = !DILocalVariable(name: "context_lens", scope: !5, file: !1, type: !92)
-!94 = !DILocalVariable(name: "partial_max", scope: !5, file: !1, type: !95)
-!95 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: !53)
-!96 = !DILocalVariable(name: "partial_sum", scope: !5, file: !1, type: !95)
-!97 = !DILocalVariable(name: "partial_acc", scope: !5, file: !1, type: !95)
-!98 = !DILocalVariable(name: "dev_id", arg: 1, scope: !99, file: !1, type: !8)
-!99 = distinct !DISubprogram(name: "fused_decode_compute_", scope: !1, file: !1, type: !100, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !102)
-!100 = !DISubroutineType(types: !101)
-!101 = !{!8, !8, !87, !56, !56, !87, !56, !56, !87, !56, !92, !56, !92, !56, !95, !95, !95, !8, !8, !8, !8, !8, !8, !56, !8, !56, !56, !53, !56, !56, !8}
-!102 = !{!98, !103, !104, !105, !106, !107, !108, !109, !110, !111, !112, !113, !114, !115, !116, !117, !118, !119, !120, !121, !122, !123, !124, !125, !126, !127, !128, !129, !130, !131}
-!103 = !DILocalVariable(name: "query", arg: 2, scope: !99, file: !1, type: !87)
-!104 = !DILocalVariable(name: "q_batch", arg: 3, scope: !99, file: !1, type: !56)
-!105 = !DILocalVariable(name: "batch", arg: 4, scope: !99, file: !1, type: !56)
-!106 = !DILocalVariable(name: "key_cache", arg: 5, scope: !99, file: !1, type: !87)
-!107 = !DILocalVariable(name: "k_block", arg: 6, scope: !99, file: !1, type: !56)
-!108 = !DILocalVariable(name: "num_blocks", arg: 7, scope: !99, file: !1, type: !56)
-!109 = !DILocalVariable(name: "value_cache", arg: 8, scope: !99, file: !1, type: !87)
-!110 = !DILocalVariable(name: "v_block", arg: 9, scope: !99, file: !1, type: !56)
-!111 = !DILocalVariable(name: "block_table", arg: 10, scope: !99, file: !1, type: !92)
-!112 = !DILocalVariable(name: "table_seq", arg: 11, scope: !99, file: !1, type: !56)
-!113 = !DILocalVariable(name: "context_lens", arg: 12, scope: !99, file: !1, type: !92)
-!114 = !DILocalVariable(name: "slots", arg: 13, scope: !99, file: !1, type: !56)
-!115 = !DILocalVariable(name: "partial_max", arg: 14, scope: !99, file: !1, type: !95)
-!116 = !DILocalVariable(name: "partial_sum", arg: 15, scope: !99, file: !1, type: !95)
-!117 = !DILocalVariable(name: "partial_acc", arg: 16, scope: !99, file: !1, type: !95)
-!118 = !DILocalVariable(name: "num_seqs", arg: 17, scope: !99, file: !1, type: !8)
-!119 = !DILocalVariable(name: "batch_start", arg: 18, scope: !99, file: !1, type: !8)
-!120 = !DILocalVariable(name: "block_begin", arg: 19, scope: !99, file: !1, type: !8)
-!121 = !DILocalVariable(name: "block_end", arg: 20, scope: !99, file: !1, type: !8)
-!122 = !DILocalVariable(name: "num_rows", arg: 21, scope: !99, file: !1, type: !8)
-!123 = !DILocalVariable(name: "head_start", arg: 22, scope: !99, file: !1, type: !8)
-!124 = !DILocalVariable(name: "q_head", arg: 23, scope: !99, file: !1, type: !56)
-!125 = !DILocalVariable(name: "kv_head", arg: 24, scope: !99, file: !1, type: !8)
-!126 = !DILocalVariable(name: "k_head", arg: 25, scope: !99, file: !1, type: !56)
-!127 = !DILocalVariable(name: "k_slot", arg: 26, scope: !99, file: !1, type: !56)
-!128 = !DILocalVariable(name: "scale", arg: 27, scope: !99, file: !1, type: !53)
-!129 = !DILocalVariable(name: "v_slot", arg: 28, scope: !99, file: !1, type: !56)
-!130 = !DILocalVariable(name: "v_head", arg: 29, scope: !99, file: !1, type: !56)
-!131 = !DILocalVariable(name: "partial_start", arg: 30, scope: !99, file: !1, type: !8)
-!132 = !DILocation(line: 0, scope: !99, inlinedAt: !133)
-!133 = distinct !DILocation(line: 0, scope: !5)
-!134 = !{!135, !135, i64 0}
-!135 = !{!"ctx_ptr", !136, i64 0}
-!136 = !{!"tvm-tbaa"}
-!137 = !DILocalVariable(name: "q_tile", scope: !99, file: !1, type: !95)
-!138 = !DILocalVariable(name: "acc", scope: !99, file: !1, type: !139)
-!139 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: !140)
-!140 = !DIBasicType(name: "float32x16", size: 512, encoding: DW_ATE_float)
-!141 = !DILocalVariable(name: "scores", scope: !99, file: !1, type: !95)
-!142 = !DILocalVariable(name: "k_tile", scope: !99, file: !1, type: !95)
-!143 = !DILocalVariable(name: "tile_acc", scope: !99, file: !1, type: !139)
-!144 = !DILocalVariable(name: "query", scope: !99, file: !1, type: !87)
-!145 = !DILocalVariable(name: "key_cache", scope: !99, file: !1, type: !87)
-!146 = !DILocalVariable(name: "value_cache", scope: !99, file: !1, type: !87)
-!147 = !DILocalVariable(name: "block_table", scope: !99, file: !1, type: !92)
-!148 = !DILocalVariable(name: "context_lens", scope: !99, file: !1, type: !92)
-!149 = !DILocalVariable(name: "cse_v1", scope: !99, file: !1, type: !56)
-!150 = !DILocalVariable(name: "partial_max", scope: !99, file: !1, type: !95)
-!151 = !DILocalVariable(name: "partial_sum", scope: !99, file: !1, type: !95)
-!152 = !DILocalVariable(name: "partial_acc", scope: !99, file: !1, type: !95)
-!153 = !DILocalVariable(name: "row_max", scope: !99, file: !1, type: !139)
-!154 = !DILocalVariable(name: "row_sum", scope: !99, file: !1, type: !139)
-!155 = !DILocalVariable(name: "s", scope: !99, file: !1, type: !8)
-!156 = !{!"branch_weights", i32 127, i32 1}
-!157 = !DILocalVariable(name: "seq", scope: !99, file: !1, type: !8)
-!158 = !DILocalVariable(name: "cse_v2", scope: !99, file: !1, type: !8)
-!159 = !DILocalVariable(name: "range_begin", scope: !99, file: !1, type: !8)
-!160 = !DILocalVariable(name: "cse_v3", scope: !99, file: !1, type: !56)
-!161 = !DILocalVariable(name: "cse_v16", scope: !99, file: !1, type: !56)
-!162 = !DILocation(line: 89, column: 17, scope: !99, inlinedAt: !133)
-!163 = !{!164, !164, i64 0}
-!164 = !{!"tvm-alias", !136}
-!165 = !DILocalVariable(name: "range_len", scope: !99, file: !1, type: !8)
-!166 = !DILocalVariable(name: "cse_v27", scope: !99, file: !1, type: !8)
-!167 = !DILocalVariable(name: "num_steps", scope: !99, file: !1, type: !8)
-!168 = !DILocalVariable(name: "d", scope: !99, file: !1, type: !8)
-!169 = !DILocalVariable(name: "step", scope: !99, file: !1, type: !8)
-!170 = !DILocalVariable(name: "r", scope: !99, file: !1, type: !8)
-!171 = !{!"branch_weights", i32 1, i32 1048575}
-!172 = !DILocalVariable(name: "cse_v4", scope: !99, file: !1, type: !8)
-!173 = !DILocalVariable(name: "tile_start", scope: !99, file: !1, type: !8)
-!174 = !DILocalVariable(name: "cse_v17", scope: !99, file: !1, type: !8)
-!175 = !DILocalVariable(name: "cse_v28", scope: !99, file: !1, type: !8)
-!176 = !DILocalVariable(name: "valid_len", scope: !99, file: !1, type: !8)
-!177 = !DILocalVariable(name: "cse_v34", scope: !99, file: !1, type: !8)
-!178 = !DILocalVariable(name: "num_groups", scope: !99, file: !1, type: !8)
-!179 = !DILocalVariable(name: "cse_v5", scope: !99, file: !1, type: !56)
-!180 = !DILocalVariable(name: "cse_v35", scope: !99, file: !1, type: !56)
-!181 = !DILocalVariable(name: "to", scope: !99, file: !1, type: !8)
-!182 = !DILocalVariable(name: "cse_v15", scope: !99, file: !1, type: !56)
-!183 = !DILocalVariable(name: "cse_v32", scope: !99, file: !1, type: !56)
-!184 = !DILocation(line: 120, column: 29, scope: !99, inlinedAt: !133)
-!185 = !DILocation(line: 121, column: 29, scope: !99, inlinedAt: !133)
-!186 = !DILocalVariable(name: "ax0", scope: !99, file: !1, type: !8)
-!187 = !DILocalVariable(name: "cse_v6", scope: !99, file: !1, type: !8)
-!188 = !DILocalVariable(name: "cse_v18", scope: !99, file: !1, type: !56)
-!189 = !DILocalVariable(name: "cse_v36", scope: !99, file: !1, type: !56)
-!190 = !DILocalVariable(name: "scores_global", scope: !99, file: !1, type: !139)
-!191 = !DILocalVariable(name: "cse_v7", scope: !99, file: !1, type: !8)
-!192 = !DILocalVariable(name: "cse_v8", scope: !99, file: !1, type: !8)
-!193 = !{!"branch_weights", i32 127, i32 134217601}
-!194 = !DILocalVariable(name: "ti", scope: !99, file: !1, type: !8)
-!195 = !DILocalVariable(name: "tile_sum", scope: !99, file: !1, type: !139)
-!196 = !DILocalVariable(name: "t", scope: !99, file: !1, type: !8)
-!197 = !DILocalVariable(name: "cse_v19", scope: !99, file: !1, type: !8)
-!198 = !DILocalVariable(name: "cse_v20", scope: !99, file: !1, type: !8)
-!199 = !DILocalVariable(name: "arg", scope: !99, file: !1, type: !140)
-!200 = !DILocalVariable(name: "cse_v9", scope: !99, file: !1, type: !140)
-!201 = !DILocalVariable(name: "clamped", scope: !99, file: !1, type: !140)
-!202 = !DILocalVariable(name: "cse_v29", scope: !99, file: !1, type: !140)
-!203 = !DILocalVariable(name: "bits", scope: !99, file: !1, type: !204)
-!204 = !DIBasicType(name: "int32x16", size: 512, encoding: DW_ATE_signed)
-!205 = !DILocalVariable(name: "n", scope: !99, file: !1, type: !140)
-!206 = !DILocalVariable(name: "f", scope: !99, file: !1, type: !140)
-!207 = !DILocalVariable(name: "high", scope: !99, file: !1, type: !140)
-!208 = !DILocalVariable(name: "series", scope: !99, file: !1, type: !140)
-!209 = !DILocalVariable(name: "power", scope: !99, file: !1, type: !140)
-!210 = !DILocalVariable(name: "cse_v21", scope: !99, file: !1, type: !140)
-!211 = !DILocalVariable(name: "d_0", scope: !99, file: !1, type: !8)
-!212 = !DILocalVariable(name: "cse_v10", scope: !99, file: !1, type: !8)
-!213 = !DILocalVariable(name: "cse_v22", scope: !99, file: !1, type: !56)
-!214 = !DILocalVariable(name: "cse_v23", scope: !99, file: !1, type: !56)
-!215 = !DILocalVariable(name: "tile_acc_global", scope: !99, file: !1, type: !139)
-!216 = !DILocalVariable(name: "cse_v12", scope: !99, file: !1, type: !8)
-!217 = !DILocalVariable(name: "old_max", scope: !99, file: !1, type: !140)
-!218 = !DILocalVariable(name: "old_sum", scope: !99, file: !1, type: !140)
-!219 = !DILocalVariable(name: "both", scope: !99, file: !1, type: !140)
-!220 = !DILocalVariable(name: "old_or_both", scope: !99, file: !1, type: !140)
-!221 = !DILocalVariable(name: "m", scope: !99, file: !1, type: !140)
-!222 = !DILocalVariable(name: "cse_v13", scope: !99, file: !1, type: !140)
-!223 = !DILocalVariable(name: "cse_v25", scope: !99, file: !1, type: !140)
-!224 = !DILocalVariable(name: "cse_v33", scope: !99, file: !1, type: !140)
-!225 = !DILocalVariable(name: "cse_v30", scope: !99, file: !1, type: !140)
-!226 = !DILocalVariable(name: "alpha", scope: !99, file: !1, type: !139)
-!227 = !DILocalVariable(name: "cse_v14", scope: !99, file: !1, type: !140)
-!228 = !DILocalVariable(name: "cse_v31", scope: !99, file: !1, type: !140)
-!229 = !DILocalVariable(name: "cse_v26", scope: !99, file: !1, type: !140)
-!230 = !DILocalVariable(name: "previous", scope: !99, file: !1, type: !140)
-!231 = !DILocalVariable(name: "cse_v11", scope: !99, file: !1, type: !8)
-!232 = !DILocalVariable(name: "cse_v24", scope: !99, file: !1, type: !8)
-!233 = distinct !{!233, !234}
-!234 = !{!"llvm.loop.estimated_trip_count", i32 524288}
-!235 = !DILocation(line: 125, column: 29, scope: !99, inlinedAt: !133)
-!236 = distinct !{!236, !237}
-!237 = !{!"llvm.loop.estimated_trip_count", i32 131072}
-!238 = distinct !DISubprogram(name: "__tvm_ffi_merge_partials", scope: !1, file: !1, type: !6, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !239)
-!239 = !{!240, !241, !242, !243}
-!240 = !DILocalVariable(name: "self_handle", arg: 1, scope: !238, file: !1, type: !9)
-!241 = !DILocalVariable(name: "args", arg: 2, scope: !238, file: !1, type: !9)
-!242 = !DILocalVariable(name: "num_args", arg: 3, scope: !238, file: !1, type: !8)
-!243 = !DILocalVariable(name: "result", arg: 4, scope: !238, file: !1, type: !9)
-!244 = !DILocation(line: 0, scope: !245, inlinedAt: !265)
-!245 = distinct !DISubprogram(name: "merge_partials_compute_", scope: !1, file: !1, type: !246, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !248)
-!246 = !DISubroutineType(types: !247)
-!247 = !{!8, !8, !56, !95, !95, !95, !95, !56, !56, !95, !56, !8, !8, !8, !8, !8, !56}
-!248 = !{!249, !250, !251, !252, !253, !254, !255, !256, !257, !258, !259, !260, !261, !262, !263, !264}
-!249 = !DILocalVariable(name: "dev_id", arg: 1, scope: !245, file: !1, type: !8)
-!250 = !DILocalVariable(name: "slots", arg: 2, scope: !245, file: !1, type: !56)
-!251 = !DILocalVariable(name: "partial_max", arg: 3, scope: !245, file: !1, type: !95)
-!252 = !DILocalVariable(name: "partial_sum", arg: 4, scope: !245, file: !1, type: !95)
-!253 = !DILocalVariable(name: "partial_acc", arg: 5, scope: !245, file: !1, type: !95)
-!254 = !DILocalVariable(name: "out", arg: 6, scope: !245, file: !1, type: !95)
-!255 = !DILocalVariable(name: "out_batch", arg: 7, scope: !245, file: !1, type: !56)
-!256 = !DILocalVariable(name: "batch", arg: 8, scope: !245, file: !1, type: !56)
-!257 = !DILocalVariable(name: "lse", arg: 9, scope: !245, file: !1, type: !95)
-!258 = !DILocalVariable(name: "lse_batch", arg: 10, scope: !245, file: !1, type: !56)
-!259 = !DILocalVariable(name: "num_partials", arg: 11, scope: !245, file: !1, type: !8)
-!260 = !DILocalVariable(name: "partial_start", arg: 12, scope: !245, file: !1, type: !8)
-!261 = !DILocalVariable(name: "seq", arg: 13, scope: !245, file: !1, type: !8)
-!262 = !DILocalVariable(name: "head_start", arg: 14, scope: !245, file: !1, type: !8)
-!263 = !DILocalVariable(name: "num_rows", arg: 15, scope: !245, file: !1, type: !8)
-!264 = !DILocalVariable(name: "out_head", arg: 16, scope: !245, file: !1, type: !56)
-!265 = distinct !DILocation(line: 0, scope: !238)
-!266 = !DILocation(line: 0, scope: !238)
-!267 = !DILocalVariable(name: "partial_max.type_index", scope: !238, file: !1, type: !8)
-!268 = !DILocalVariable(name: "partial_max.handle", scope: !238, file: !1, type: !9)
-!269 = !DILocalVariable(name: "partial_sum.type_index", scope: !238, file: !1, type: !8)
-!270 = !DILocalVariable(name: "partial_sum.handle", scope: !238, file: !1, type: !9)
-!271 = !DILocalVariable(name: "partial_acc.type_index", scope: !238, file: !1, type: !8)
-!272 = !DILocalVariable(name: "partial_acc.handle", scope: !238, file: !1, type: !9)
-!273 = !DILocalVariable(name: "out.type_index", scope: !238, file: !1, type: !8)
-!274 = !DILocalVariable(name: "out.handle", scope: !238, file: !1, type: !9)
-!275 = !DILocalVariable(name: "lse.type_index", scope: !238, file: !1, type: !8)
-!276 = !DILocalVariable(name: "lse.handle", scope: !238, file: !1, type: !9)
-!277 = !DILocalVariable(name: "seq.type_index", scope: !238, file: !1, type: !8)
-!278 = !DILocalVariable(name: "seq", scope: !238, file: !1, type: !8)
-!279 = !DILocalVariable(name: "head_start.type_index", scope: !238, file: !1, type: !8)
-!280 = !DILocalVariable(name: "head_start", scope: !238, file: !1, type: !8)
-!281 = !DILocalVariable(name: "num_rows.type_index", scope: !238, file: !1, type: !8)
-!282 = !DILocalVariable(name: "num_rows", scope: !238, file: !1, type: !8)
-!283 = !DILocalVariable(name: "partial_start.type_index", scope: !238, file: !1, type: !8)
-!284 = !DILocalVariable(name: "partial_start", scope: !238, file: !1, type: !8)
-!285 = !DILocalVariable(name: "num_partials.type_index", scope: !238, file: !1, type: !8)
-!286 = !DILocalVariable(name: "num_partials", scope: !238, file: !1, type: !8)
-!287 = !DILocalVariable(name: "merge_partials.partial_max_shape", scope: !238, file: !1, type: !55)
-!288 = !DILocalVariable(name: "slots", scope: !238, file: !1, type: !56)
-!289 = !DILocalVariable(name: "merge_partials.partial_max_strides", scope: !238, file: !1, type: !55)
-!290 = !DILocalVariable(name: "dev_id", scope: !238, file: !1, type: !8)
-!291 = !DILocalVariable(name: "merge_partials.partial_sum_shape", scope: !238, file: !1, type: !55)
-!292 = !DILocalVariable(name: "merge_partials.partial_sum_strides", scope: !238, file: !1, type: !55)
-!293 = !DILocalVariable(name: "merge_partials.partial_acc_shape", scope: !238, file: !1, type: !55)
-!294 = !DILocalVariable(name: "merge_partials.partial_acc_strides", scope: !238, file: !1, type: !55)
-!295 = !DILocalVariable(name: "merge_partials.out_shape", scope: !238, file: !1, type: !55)
-!296 = !DILocalVariable(name: "batch", scope: !238, file: !1, type: !56)
-!297 = !DILocalVariable(name: "merge_partials.out_strides", scope: !238, file: !1, type: !55)
-!298 = !DILocalVariable(name: "out_head", scope: !238, file: !1, type: !56)
-!299 = !DILocalVariable(name: "out_batch", scope: !238, file: !1, type: !56)
-!300 = !DILocalVariable(name: "merge_partials.lse_shape", scope: !238, file: !1, type: !55)
-!301 = !DILocalVariable(name: "merge_partials.lse_strides", scope: !238, file: !1, type: !55)
-!302 = !DILocalVariable(name: "lse_batch", scope: !238, file: !1, type: !56)
-!303 = !DILocalVariable(name: "partial_max", scope: !238, file: !1, type: !95)
-!304 = !DILocalVariable(name: "partial_sum", scope: !238, file: !1, type: !95)
-!305 = !DILocalVariable(name: "partial_acc", scope: !238, file: !1, type: !95)
-!306 = !DILocalVariable(name: "out", scope: !238, file: !1, type: !95)
-!307 = !DILocalVariable(name: "lse", scope: !238, file: !1, type: !95)
-!308 = !DILocalVariable(name: "row_max", scope: !245, file: !1, type: !95)
-!309 = !DILocalVariable(name: "row_sum", scope: !245, file: !1, type: !95)
-!310 = !DILocalVariable(name: "acc", scope: !245, file: !1, type: !95)
-!311 = !DILocalVariable(name: "cse_v1", scope: !245, file: !1, type: !56)
-!312 = !DILocalVariable(name: "partial_max", scope: !245, file: !1, type: !95)
-!313 = !DILocalVariable(name: "partial_sum", scope: !245, file: !1, type: !95)
-!314 = !DILocalVariable(name: "partial_acc", scope: !245, file: !1, type: !95)
-!315 = !DILocalVariable(name: "out", scope: !245, file: !1, type: !95)
-!316 = !DILocalVariable(name: "lse", scope: !245, file: !1, type: !95)
-!317 = !DILocalVariable(name: "step", scope: !245, file: !1, type: !8)
-!318 = !DILocalVariable(name: "d", scope: !245, file: !1, type: !8)
-!319 = !DILocalVariable(name: "slot", scope: !245, file: !1, type: !8)
-!320 = !DILocalVariable(name: "old_max", scope: !245, file: !1, type: !140)
-!321 = !DILocalVariable(name: "old_sum", scope: !245, file: !1, type: !140)
-!322 = !DILocalVariable(name: "cse_v2", scope: !245, file: !1, type: !56)
-!323 = !DILocalVariable(name: "cse_v3", scope: !245, file: !1, type: !56)
-!324 = !DILocalVariable(name: "cse_v12", scope: !245, file: !1, type: !56)
-!325 = !DILocalVariable(name: "both", scope: !245, file: !1, type: !140)
-!326 = !DILocalVariable(name: "old_or_both", scope: !245, file: !1, type: !140)
-!327 = !DILocalVariable(name: "m", scope: !245, file: !1, type: !140)
-!328 = !DILocalVariable(name: "new_max", scope: !245, file: !1, type: !139)
-!329 = !DILocalVariable(name: "cse_v4", scope: !245, file: !1, type: !140)
-!330 = !DILocalVariable(name: "arg", scope: !245, file: !1, type: !140)
-!331 = !DILocalVariable(name: "cse_v10", scope: !245, file: !1, type: !140)
-!332 = !DILocalVariable(name: "clamped", scope: !245, file: !1, type: !140)
-!333 = !DILocalVariable(name: "cse_v15", scope: !245, file: !1, type: !140)
-!334 = !DILocalVariable(name: "bits", scope: !245, file: !1, type: !204)
-!335 = !DILocalVariable(name: "n", scope: !245, file: !1, type: !140)
-!336 = !DILocalVariable(name: "f", scope: !245, file: !1, type: !140)
-!337 = !DILocalVariable(name: "high", scope: !245, file: !1, type: !140)
-!338 = !DILocalVariable(name: "series", scope: !245, file: !1, type: !140)
-!339 = !DILocalVariable(name: "power", scope: !245, file: !1, type: !140)
-!340 = !DILocalVariable(name: "cse_v13", scope: !245, file: !1, type: !140)
-!341 = !DILocalVariable(name: "alpha", scope: !245, file: !1, type: !139)
-!342 = !DILocalVariable(name: "cse_v5", scope: !245, file: !1, type: !140)
-!343 = !DILocalVariable(name: "cse_v14", scope: !245, file: !1, type: !140)
-!344 = !DILocalVariable(name: "cse_v11", scope: !245, file: !1, type: !140)
-!345 = !DILocalVariable(name: "beta", scope: !245, file: !1, type: !139)
-!346 = !DILocalVariable(name: "previous", scope: !245, file: !1, type: !140)
-!347 = !DILocalVariable(name: "new_sum", scope: !245, file: !1, type: !139)
-!348 = !DILocalVariable(name: "cse_v6", scope: !245, file: !1, type: !8)
-!349 = distinct !{!349, !350}
-!350 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!351 = distinct !{!351, !350}
-!352 = !DILocalVariable(name: "cse_v7", scope: !245, file: !1, type: !8)
-!353 = !DILocation(line: 62, column: 21, scope: !245, inlinedAt: !265)
-!354 = distinct !{!354, !350}
-!355 = !DILocalVariable(name: "cse_v8", scope: !245, file: !1, type: !56)
-!356 = !DILocalVariable(name: "cse_v9", scope: !245, file: !1, type: !56)
-!357 = !DILocalVariable(name: "r", scope: !245, file: !1, type: !8)
-!358 = !DILocation(line: 69, column: 21, scope: !245, inlinedAt: !265)
-!359 = !{!"branch_weights", i32 1, i32 127}
-!360 = !{!361}
-!361 = distinct !{!361, !362}
-!362 = distinct !{!362, !"LVerDomain"}
-!363 = !{!364}
-!364 = distinct !{!364, !362}
-!365 = !{!"branch_weights", i32 6096, i32 2147477552}
-!366 = !{!"branch_weights", i32 1, i32 0}
-!367 = distinct !{!367, !368, !369}
-!368 = !{!"llvm.loop.isvectorized", i32 1}
-!369 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!370 = !DILocation(line: 73, column: 21, scope: !245, inlinedAt: !265)
-!371 = !{!372, !372, i64 0}
-!372 = !{!"buffer0", !136, i64 0}
-!373 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!374 = !{!375, !375, i64 0}
-!375 = !{!"buffer1", !136, i64 0}
-!376 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!377 = distinct !{!377, !378, !379}
-!378 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!379 = !{!"llvm.loop.unroll.disable"}
-!380 = !{!"branch_weights", i32 8128, i32 2147475520}
-!381 = distinct !{!381, !382}
-!382 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!4, !4, i64 0}
+!4 = !{!"ctx_ptr", !5, i64 0}
+!5 = !{!"tvm-tbaa"}
+!6 = !{!"branch_weights", i32 1048576, i32 1}
+!7 = !{!"branch_weights", i32 127, i32 1}
+!8 = !{!9, !9, i64 0}
+!9 = !{!"tvm-alias", !5}
+!10 = !{!"branch_weights", i32 1, i32 1048576}
+!11 = !{!"branch_weights", i32 1, i32 1048575}
+!12 = !{!"branch_weights", i32 127, i32 134217601}
+!13 = distinct !{!13, !14}
+!14 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!15 = distinct !{!15, !16}
+!16 = !{!"llvm.loop.estimated_trip_count", i32 131072}
+!17 = distinct !{!17, !18}
+!18 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!19 = distinct !{!19, !18}
+!20 = distinct !{!20, !18}
+!21 = !{!"branch_weights", i32 1, i32 127}
+!22 = !{!23}
+!23 = distinct !{!23, !24}
+!24 = distinct !{!24, !"LVerDomain"}
+!25 = !{!26}
+!26 = distinct !{!26, !24}
+!27 = !{!"branch_weights", i32 6096, i32 2147477552}
+!28 = !{!"branch_weights", i32 1, i32 0}
+!29 = distinct !{!29, !30, !31}
+!30 = !{!"llvm.loop.isvectorized", i32 1}
+!31 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!32 = !{!33, !33, i64 0}
+!33 = !{!"buffer0", !5, i64 0}
+!34 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!35 = !{!36, !36, i64 0}
+!36 = !{!"buffer1", !5, i64 0}
+!37 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!38 = distinct !{!38, !39, !40}
+!39 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!40 = !{!"llvm.loop.unroll.disable"}
+!41 = !{!"branch_weights", i32 8128, i32 2147475520}
+!42 = distinct !{!42, !43}
+!43 = !{!"llvm.loop.estimated_trip_count", i32 264208}

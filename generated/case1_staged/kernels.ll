@@ -4,7173 +4,2347 @@
 ; Target: llvm, mcpu x86-64-v4; pipeline staged
 ; Regenerate: pa-compiler generate
 
-; ModuleID = 'TVMMod'
+; ModuleID = '/tmp/pa_compiler.fmvki3ym/kernels.ll'
 source_filename = "TVMMod"
 target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
 target triple = "x86_64-conda-linux-gnu"
 
-@.str = private constant [10 x i8] c"TypeError\00", align 1
-@.str.1 = private constant [10 x i8] c"Expected \00", align 1
-@.str.2 = private constant [3 x i8] c"10\00", align 1
-@.str.3 = private constant [11 x i8] c" arguments\00", align 1
-@.str.4 = private constant [19 x i8] c" when calling:\0A  `\00", align 1
-@.str.5 = private constant [378 x i8] c"merge_partials(partial_max: Tensor([slots, T.int64(16)], float32), partial_sum: Tensor([slots, T.int64(16)], float32), partial_acc: Tensor([slots, T.int64(128), T.int64(16)], float32), out: Tensor([batch, T.int64(16), T.int64(128)], float32), lse: Tensor([batch, T.int64(16)], float32), seq: int32, head_start: int32, num_rows: int32, partial_start: int32, num_partials: int32)\00", align 1
-@.str.6 = private constant [2 x i8] c"`\00", align 1
-@.str.7 = private constant [21 x i8] c"args pointer is NULL\00", align 1
-@.str.8 = private constant [30 x i8] c"Mismatched type on argument #\00", align 1
-@.str.9 = private constant [2 x i8] c"0\00", align 1
-@.str.10 = private constant [15 x i8] c"`,\0A  expected \00", align 1
-@.str.11 = private constant [7 x i8] c"Tensor\00", align 1
-@.str.12 = private constant [2 x i8] c"1\00", align 1
-@.str.13 = private constant [2 x i8] c"2\00", align 1
-@.str.14 = private constant [2 x i8] c"3\00", align 1
-@.str.15 = private constant [2 x i8] c"4\00", align 1
-@.str.16 = private constant [2 x i8] c"5\00", align 1
-@.str.17 = private constant [4 x i8] c"int\00", align 1
-@.str.18 = private constant [2 x i8] c"6\00", align 1
-@.str.19 = private constant [2 x i8] c"7\00", align 1
-@.str.20 = private constant [2 x i8] c"8\00", align 1
-@.str.21 = private constant [2 x i8] c"9\00", align 1
-@.str.22 = private constant [11 x i8] c"ValueError\00", align 1
-@.str.23 = private constant [12 x i8] c"Mismatched \00", align 1
-@.str.24 = private constant [12 x i8] c"partial_max\00", align 1
-@.str.25 = private constant [20 x i8] c".ndim on argument #\00", align 1
-@.str.26 = private constant [21 x i8] c".dtype on argument #\00", align 1
-@.str.27 = private constant [8 x i8] c"float32\00", align 1
-@.str.28 = private constant [27 x i8] c".device_type on argument #\00", align 1
-@.str.29 = private constant [4 x i8] c"cpu\00", align 1
-@.str.30 = private constant [12 x i8] c"partial_sum\00", align 1
-@.str.31 = private constant [12 x i8] c"partial_acc\00", align 1
-@.str.32 = private constant [4 x i8] c"out\00", align 1
-@.str.33 = private constant [4 x i8] c"lse\00", align 1
-@.str.34 = private constant [23 x i8] c".strides on argument #\00", align 1
-@.str.35 = private constant [34 x i8] c"`,\0A  expected to be compact array\00", align 1
-@.str.36 = private constant [36 x i8] c" data pointer is NULL on argument #\00", align 1
-@.str.37 = private constant [36 x i8] c"`,\0A  expected non-NULL data pointer\00", align 1
-@.str.38 = private constant [21 x i8] c"partial_sum.shape[0]\00", align 1
-@.str.39 = private constant [15 x i8] c" on argument #\00", align 1
-@.str.40 = private constant [24 x i8] c"`,\0A  expected to match \00", align 1
-@.str.41 = private constant [21 x i8] c"partial_max.shape[0]\00", align 1
-@.str.42 = private constant [22 x i8] c"partial_sum.device_id\00", align 1
-@.str.43 = private constant [22 x i8] c"partial_max.device_id\00", align 1
-@.str.44 = private constant [21 x i8] c"partial_acc.shape[0]\00", align 1
-@.str.45 = private constant [22 x i8] c"partial_acc.device_id\00", align 1
-@.str.46 = private constant [14 x i8] c"out.device_id\00", align 1
-@.str.47 = private constant [13 x i8] c"lse.shape[0]\00", align 1
-@.str.48 = private constant [13 x i8] c"out.shape[0]\00", align 1
-@.str.49 = private constant [14 x i8] c"lse.device_id\00", align 1
-@.str.50 = private constant [9 x i8] c"Invalid \00", align 1
-@.str.51 = private constant [21 x i8] c"partial_max.shape[1]\00", align 1
-@.str.52 = private constant [3 x i8] c"16\00", align 1
-@.str.53 = private constant [24 x i8] c"partial_max.byte_offset\00", align 1
-@.str.54 = private constant [21 x i8] c"partial_sum.shape[1]\00", align 1
-@.str.55 = private constant [24 x i8] c"partial_sum.byte_offset\00", align 1
-@.str.56 = private constant [21 x i8] c"partial_acc.shape[1]\00", align 1
-@.str.57 = private constant [4 x i8] c"128\00", align 1
-@.str.58 = private constant [21 x i8] c"partial_acc.shape[2]\00", align 1
-@.str.59 = private constant [24 x i8] c"partial_acc.byte_offset\00", align 1
-@.str.60 = private constant [13 x i8] c"out.shape[1]\00", align 1
-@.str.61 = private constant [13 x i8] c"out.shape[2]\00", align 1
-@.str.62 = private constant [15 x i8] c"out.strides[2]\00", align 1
-@.str.63 = private constant [16 x i8] c"out.byte_offset\00", align 1
-@.str.64 = private constant [13 x i8] c"lse.shape[1]\00", align 1
-@.str.65 = private constant [15 x i8] c"lse.strides[1]\00", align 1
-@.str.66 = private constant [16 x i8] c"lse.byte_offset\00", align 1
 @__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
 @__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
-@.str.67 = private constant [376 x i8] c"online_update(tile_max: Tensor([16, 16], float32), tile_sum: Tensor([16, 16], float32), tile_acc: Tensor([16, 128, 16], float32), partial_max: Tensor([slots, T.int64(16)], float32), partial_sum: Tensor([slots, T.int64(16)], float32), partial_acc: Tensor([slots, T.int64(128), T.int64(16)], float32), num_seqs: int32, block_idx: int32, num_blocks: int32, partial_start: int32)\00", align 1
-@.str.68 = private constant [9 x i8] c"tile_max\00", align 1
-@.str.69 = private constant [9 x i8] c"tile_sum\00", align 1
-@.str.70 = private constant [9 x i8] c"tile_acc\00", align 1
-@.str.71 = private constant [19 x i8] c"tile_sum.device_id\00", align 1
-@.str.72 = private constant [19 x i8] c"tile_max.device_id\00", align 1
-@.str.73 = private constant [19 x i8] c"tile_acc.device_id\00", align 1
-@.str.74 = private constant [18 x i8] c"tile_max.shape[0]\00", align 1
-@.str.75 = private constant [18 x i8] c"tile_max.shape[1]\00", align 1
-@.str.76 = private constant [21 x i8] c"tile_max.byte_offset\00", align 1
-@.str.77 = private constant [18 x i8] c"tile_sum.shape[0]\00", align 1
-@.str.78 = private constant [18 x i8] c"tile_sum.shape[1]\00", align 1
-@.str.79 = private constant [21 x i8] c"tile_sum.byte_offset\00", align 1
-@.str.80 = private constant [18 x i8] c"tile_acc.shape[0]\00", align 1
-@.str.81 = private constant [18 x i8] c"tile_acc.shape[1]\00", align 1
-@.str.82 = private constant [18 x i8] c"tile_acc.shape[2]\00", align 1
-@.str.83 = private constant [21 x i8] c"tile_acc.byte_offset\00", align 1
-@.str.84 = private constant [334 x i8] c"pv_matmul(value_cache: Tensor([num_blocks, T.int64(128), T.int64(1), T.int64(128)], bfloat16), block_table: Tensor([batch, max_blocks], int32), context_lens: Tensor([batch], int32), probs: Tensor([16, 132, 16], float32), tile_acc: Tensor([16, 128, 16], float32), batch_start: int32, num_seqs: int32, kv_head: int32, block_idx: int32)\00", align 1
-@.str.85 = private constant [12 x i8] c"value_cache\00", align 1
-@.str.86 = private constant [9 x i8] c"bfloat16\00", align 1
-@.str.87 = private constant [12 x i8] c"block_table\00", align 1
-@.str.88 = private constant [6 x i8] c"int32\00", align 1
-@.str.89 = private constant [13 x i8] c"context_lens\00", align 1
-@.str.90 = private constant [6 x i8] c"probs\00", align 1
-@.str.91 = private constant [22 x i8] c"block_table.device_id\00", align 1
-@.str.92 = private constant [22 x i8] c"value_cache.device_id\00", align 1
-@.str.93 = private constant [22 x i8] c"context_lens.shape[0]\00", align 1
-@.str.94 = private constant [21 x i8] c"block_table.shape[0]\00", align 1
-@.str.95 = private constant [23 x i8] c"context_lens.device_id\00", align 1
-@.str.96 = private constant [16 x i8] c"probs.device_id\00", align 1
-@.str.97 = private constant [21 x i8] c"value_cache.shape[1]\00", align 1
-@.str.98 = private constant [21 x i8] c"value_cache.shape[2]\00", align 1
-@.str.99 = private constant [21 x i8] c"value_cache.shape[3]\00", align 1
-@.str.100 = private constant [23 x i8] c"value_cache.strides[3]\00", align 1
-@.str.101 = private constant [24 x i8] c"value_cache.byte_offset\00", align 1
-@.str.102 = private constant [23 x i8] c"block_table.strides[1]\00", align 1
-@.str.103 = private constant [24 x i8] c"block_table.byte_offset\00", align 1
-@.str.104 = private constant [25 x i8] c"context_lens.byte_offset\00", align 1
-@.str.105 = private constant [15 x i8] c"probs.shape[0]\00", align 1
-@.str.106 = private constant [15 x i8] c"probs.shape[1]\00", align 1
-@.str.107 = private constant [4 x i8] c"132\00", align 1
-@.str.108 = private constant [15 x i8] c"probs.shape[2]\00", align 1
-@.str.109 = private constant [18 x i8] c"probs.byte_offset\00", align 1
-@.str.110 = private constant [3 x i8] c"11\00", align 1
-@.str.111 = private constant [388 x i8] c"qk_matmul(query: Tensor([batch, T.int64(16), T.int64(128)], bfloat16), key_cache: Tensor([num_blocks, T.int64(128), T.int64(1), T.int64(128)], bfloat16), block_table: Tensor([batch, max_blocks], int32), context_lens: Tensor([batch], int32), scores: Tensor([16, 132, 16], float32), batch_start: int32, num_seqs: int32, kv_head: int32, head_start: int32, num_rows: int32, block_idx: int32)\00", align 1
-@.str.112 = private constant [6 x i8] c"query\00", align 1
-@.str.113 = private constant [10 x i8] c"key_cache\00", align 1
-@.str.114 = private constant [7 x i8] c"scores\00", align 1
-@.str.115 = private constant [20 x i8] c"key_cache.device_id\00", align 1
-@.str.116 = private constant [16 x i8] c"query.device_id\00", align 1
-@.str.117 = private constant [15 x i8] c"query.shape[0]\00", align 1
-@.str.118 = private constant [17 x i8] c"scores.device_id\00", align 1
-@.str.119 = private constant [15 x i8] c"query.shape[1]\00", align 1
-@.str.120 = private constant [15 x i8] c"query.shape[2]\00", align 1
-@.str.121 = private constant [17 x i8] c"query.strides[2]\00", align 1
-@.str.122 = private constant [18 x i8] c"query.byte_offset\00", align 1
-@.str.123 = private constant [19 x i8] c"key_cache.shape[1]\00", align 1
-@.str.124 = private constant [19 x i8] c"key_cache.shape[2]\00", align 1
-@.str.125 = private constant [19 x i8] c"key_cache.shape[3]\00", align 1
-@.str.126 = private constant [21 x i8] c"key_cache.strides[3]\00", align 1
-@.str.127 = private constant [22 x i8] c"key_cache.byte_offset\00", align 1
-@.str.128 = private constant [16 x i8] c"scores.shape[0]\00", align 1
-@.str.129 = private constant [16 x i8] c"scores.shape[1]\00", align 1
-@.str.130 = private constant [16 x i8] c"scores.shape[2]\00", align 1
-@.str.131 = private constant [19 x i8] c"scores.byte_offset\00", align 1
-@.str.132 = private constant [278 x i8] c"softmax_prepare(context_lens: Tensor([batch], int32), scores: Tensor([16, 132, 16], float32), probs: Tensor([16, 132, 16], float32), tile_max: Tensor([16, 16], float32), tile_sum: Tensor([16, 16], float32), batch_start: int32, num_seqs: int32, block_idx: int32, scale: float32)\00", align 1
-@.str.133 = private constant [6 x i8] c"float\00", align 1
 @llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(address_is_null) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 !dbg !5 {
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %row_sum41.i = alloca [16 x float], align 16, !dbg !15
-  %row_max42.i = alloca [16 x float], align 16, !dbg !15
-    #dbg_value(ptr %self_handle, !11, !DIExpression(), !40)
-    #dbg_value(ptr %args, !12, !DIExpression(), !40)
-    #dbg_value(i32 %num_args, !13, !DIExpression(), !40)
-    #dbg_value(ptr %result, !14, !DIExpression(), !40)
-  %0 = icmp eq i32 %num_args, 10, !dbg !40
-  br i1 %0, label %assert_end, label %assert_fail, !dbg !40, !prof !41
-
-common.ret:                                       ; preds = %merge_partials_compute_.exit, %assert_fail152, %assert_fail150, %assert_fail145, %assert_fail143, %assert_fail141, %assert_fail136, %assert_fail134, %assert_fail132, %assert_fail130, %assert_fail128, %assert_fail126, %assert_fail124, %assert_fail122, %assert_fail120, %assert_fail118, %assert_fail116, %assert_fail114, %assert_fail112, %assert_fail110, %assert_fail108, %assert_fail106, %assert_fail104, %assert_fail100, %assert_fail98, %assert_fail96, %assert_fail94, %assert_fail90, %assert_fail88, %assert_fail86, %assert_fail82, %assert_fail77, %assert_fail75, %assert_fail73, %assert_fail71, %assert_fail63, %assert_fail61, %assert_fail59, %assert_fail57, %assert_fail55, %assert_fail53, %assert_fail51, %assert_fail49, %assert_fail47, %assert_fail45, %assert_fail43, %assert_fail41, %assert_fail39, %assert_fail37, %assert_fail35, %assert_fail33, %assert_fail31, %assert_fail29, %assert_fail27, %assert_fail25, %assert_fail20, %assert_fail15, %assert_fail10, %assert_fail5, %assert_fail3, %assert_fail1, %assert_fail
-  %common.ret.op = phi i32 [ -1, %assert_fail ], [ -1, %assert_fail1 ], [ -1, %assert_fail3 ], [ -1, %assert_fail5 ], [ -1, %assert_fail10 ], [ -1, %assert_fail15 ], [ -1, %assert_fail20 ], [ -1, %assert_fail25 ], [ -1, %assert_fail27 ], [ -1, %assert_fail29 ], [ -1, %assert_fail31 ], [ -1, %assert_fail33 ], [ -1, %assert_fail35 ], [ -1, %assert_fail37 ], [ -1, %assert_fail39 ], [ -1, %assert_fail41 ], [ -1, %assert_fail43 ], [ -1, %assert_fail45 ], [ -1, %assert_fail47 ], [ -1, %assert_fail49 ], [ -1, %assert_fail51 ], [ -1, %assert_fail53 ], [ -1, %assert_fail55 ], [ -1, %assert_fail57 ], [ -1, %assert_fail59 ], [ -1, %assert_fail61 ], [ -1, %assert_fail63 ], [ -1, %assert_fail71 ], [ -1, %assert_fail73 ], [ -1, %assert_fail75 ], [ -1, %assert_fail77 ], [ -1, %assert_fail82 ], [ -1, %assert_fail86 ], [ -1, %assert_fail88 ], [ -1, %assert_fail90 ], [ -1, %assert_fail94 ], [ -1, %assert_fail96 ], [ -1, %assert_fail98 ], [ -1, %assert_fail100 ], [ -1, %assert_fail104 ], [ -1, %assert_fail106 ], [ -1, %assert_fail108 ], [ -1, %assert_fail110 ], [ -1, %assert_fail112 ], [ -1, %assert_fail114 ], [ -1, %assert_fail116 ], [ -1, %assert_fail118 ], [ -1, %assert_fail120 ], [ -1, %assert_fail122 ], [ -1, %assert_fail124 ], [ -1, %assert_fail126 ], [ -1, %assert_fail128 ], [ -1, %assert_fail130 ], [ -1, %assert_fail132 ], [ -1, %assert_fail134 ], [ -1, %assert_fail136 ], [ -1, %assert_fail141 ], [ -1, %assert_fail143 ], [ -1, %assert_fail145 ], [ -1, %assert_fail150 ], [ -1, %assert_fail152 ], [ %common.ret.op.i, %merge_partials_compute_.exit ]
-  ret i32 %common.ret.op, !dbg !40
-
-assert_fail:                                      ; preds = %entry
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.1, ptr nonnull @.str.2, ptr nonnull @.str.3, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.6), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end:                                       ; preds = %entry
-  %.not = icmp eq ptr %args, null, !dbg !40
-  br i1 %.not, label %assert_fail1, label %assert_end2, !dbg !40, !prof !42
-
-assert_fail1:                                     ; preds = %assert_end
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 4, ptr nonnull @.str.7, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.6, ptr null, ptr null), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end2:                                      ; preds = %assert_end
-  %partial_max.type_index = load i32, ptr %args, align 4, !dbg !40
-    #dbg_value(i32 %partial_max.type_index, !43, !DIExpression(), !40)
-  %partial_max.type_index.fr = freeze i32 %partial_max.type_index, !dbg !40
-  %1 = icmp sgt i32 %partial_max.type_index.fr, 63, !dbg !40
-  br i1 %1, label %assert_end4, label %switch.early.test, !dbg !40
-
-switch.early.test:                                ; preds = %assert_end2
-  switch i32 %partial_max.type_index.fr, label %assert_fail3 [
-    i32 0, label %if_else
-    i32 4, label %if_else
-    i32 7, label %if_else
-  ], !dbg !40, !prof !44
-
-assert_fail3:                                     ; preds = %switch.early.test
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end4:                                      ; preds = %assert_end2
-  %2 = icmp eq i32 %partial_max.type_index.fr, 70, !dbg !40
-  br i1 %2, label %if_then, label %if_else, !dbg !40
-
-if_then:                                          ; preds = %assert_end4
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !40
-  %4 = load ptr, ptr %3, align 8, !dbg !40
-  %5 = getelementptr inbounds nuw i8, ptr %4, i64 24, !dbg !40
-  br label %if_end, !dbg !40
-
-if_else:                                          ; preds = %switch.early.test, %switch.early.test, %switch.early.test, %assert_end4
-  %6 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !40
-  %7 = load ptr, ptr %6, align 8, !dbg !40
-  br label %if_end, !dbg !40
-
-if_end:                                           ; preds = %if_else, %if_then
-  %partial_max.handle = phi ptr [ %5, %if_then ], [ %7, %if_else ], !dbg !40
-    #dbg_declare(ptr %partial_max.handle, !45, !DIExpression(), !40)
-  %8 = getelementptr inbounds nuw i8, ptr %args, i64 16, !dbg !40
-  %partial_sum.type_index = load i32, ptr %8, align 4, !dbg !40
-    #dbg_value(i32 %partial_sum.type_index, !46, !DIExpression(), !40)
-  %partial_sum.type_index.fr = freeze i32 %partial_sum.type_index, !dbg !40
-  %9 = icmp sgt i32 %partial_sum.type_index.fr, 63, !dbg !40
-  br i1 %9, label %assert_end6, label %switch.early.test154, !dbg !40
-
-switch.early.test154:                             ; preds = %if_end
-  switch i32 %partial_sum.type_index.fr, label %assert_fail5 [
-    i32 0, label %if_else8
-    i32 4, label %if_else8
-    i32 7, label %if_else8
-  ], !dbg !40, !prof !44
-
-assert_fail5:                                     ; preds = %switch.early.test154
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end6:                                      ; preds = %if_end
-  %10 = icmp eq i32 %partial_sum.type_index.fr, 70, !dbg !40
-  br i1 %10, label %if_then7, label %if_else8, !dbg !40
-
-if_then7:                                         ; preds = %assert_end6
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !40
-  %12 = load ptr, ptr %11, align 8, !dbg !40
-  %13 = getelementptr inbounds nuw i8, ptr %12, i64 24, !dbg !40
-  br label %if_end9, !dbg !40
-
-if_else8:                                         ; preds = %switch.early.test154, %switch.early.test154, %switch.early.test154, %assert_end6
-  %14 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !40
-  %15 = load ptr, ptr %14, align 8, !dbg !40
-  br label %if_end9, !dbg !40
-
-if_end9:                                          ; preds = %if_else8, %if_then7
-  %partial_sum.handle = phi ptr [ %13, %if_then7 ], [ %15, %if_else8 ], !dbg !40
-    #dbg_declare(ptr %partial_sum.handle, !47, !DIExpression(), !40)
-  %16 = getelementptr inbounds nuw i8, ptr %args, i64 32, !dbg !40
-  %partial_acc.type_index = load i32, ptr %16, align 4, !dbg !40
-    #dbg_value(i32 %partial_acc.type_index, !48, !DIExpression(), !40)
-  %partial_acc.type_index.fr = freeze i32 %partial_acc.type_index, !dbg !40
-  %17 = icmp sgt i32 %partial_acc.type_index.fr, 63, !dbg !40
-  br i1 %17, label %assert_end11, label %switch.early.test155, !dbg !40
-
-switch.early.test155:                             ; preds = %if_end9
-  switch i32 %partial_acc.type_index.fr, label %assert_fail10 [
-    i32 0, label %if_else13
-    i32 4, label %if_else13
-    i32 7, label %if_else13
-  ], !dbg !40, !prof !44
-
-assert_fail10:                                    ; preds = %switch.early.test155
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end11:                                     ; preds = %if_end9
-  %18 = icmp eq i32 %partial_acc.type_index.fr, 70, !dbg !40
-  br i1 %18, label %if_then12, label %if_else13, !dbg !40
-
-if_then12:                                        ; preds = %assert_end11
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !40
-  %20 = load ptr, ptr %19, align 8, !dbg !40
-  %21 = getelementptr inbounds nuw i8, ptr %20, i64 24, !dbg !40
-  br label %if_end14, !dbg !40
-
-if_else13:                                        ; preds = %switch.early.test155, %switch.early.test155, %switch.early.test155, %assert_end11
-  %22 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !40
-  %23 = load ptr, ptr %22, align 8, !dbg !40
-  br label %if_end14, !dbg !40
-
-if_end14:                                         ; preds = %if_else13, %if_then12
-  %partial_acc.handle = phi ptr [ %21, %if_then12 ], [ %23, %if_else13 ], !dbg !40
-    #dbg_declare(ptr %partial_acc.handle, !49, !DIExpression(), !40)
-  %24 = getelementptr inbounds nuw i8, ptr %args, i64 48, !dbg !40
-  %out.type_index = load i32, ptr %24, align 4, !dbg !40
-    #dbg_value(i32 %out.type_index, !50, !DIExpression(), !40)
-  %out.type_index.fr = freeze i32 %out.type_index, !dbg !40
-  %25 = icmp sgt i32 %out.type_index.fr, 63, !dbg !40
-  br i1 %25, label %assert_end16, label %switch.early.test156, !dbg !40
-
-switch.early.test156:                             ; preds = %if_end14
-  switch i32 %out.type_index.fr, label %assert_fail15 [
-    i32 0, label %if_else18
-    i32 4, label %if_else18
-    i32 7, label %if_else18
-  ], !dbg !40, !prof !44
-
-assert_fail15:                                    ; preds = %switch.early.test156
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end16:                                     ; preds = %if_end14
-  %26 = icmp eq i32 %out.type_index.fr, 70, !dbg !40
-  br i1 %26, label %if_then17, label %if_else18, !dbg !40
-
-if_then17:                                        ; preds = %assert_end16
-  %27 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !40
-  %28 = load ptr, ptr %27, align 8, !dbg !40
-  %29 = getelementptr inbounds nuw i8, ptr %28, i64 24, !dbg !40
-  br label %if_end19, !dbg !40
-
-if_else18:                                        ; preds = %switch.early.test156, %switch.early.test156, %switch.early.test156, %assert_end16
-  %30 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !40
-  %31 = load ptr, ptr %30, align 8, !dbg !40
-  br label %if_end19, !dbg !40
-
-if_end19:                                         ; preds = %if_else18, %if_then17
-  %out.handle = phi ptr [ %29, %if_then17 ], [ %31, %if_else18 ], !dbg !40
-    #dbg_declare(ptr %out.handle, !51, !DIExpression(), !40)
-  %32 = getelementptr inbounds nuw i8, ptr %args, i64 64, !dbg !40
-  %lse.type_index = load i32, ptr %32, align 4, !dbg !40
-    #dbg_value(i32 %lse.type_index, !52, !DIExpression(), !40)
-  %lse.type_index.fr = freeze i32 %lse.type_index, !dbg !40
-  %33 = icmp sgt i32 %lse.type_index.fr, 63, !dbg !40
-  br i1 %33, label %assert_end21, label %switch.early.test157, !dbg !40
-
-switch.early.test157:                             ; preds = %if_end19
-  switch i32 %lse.type_index.fr, label %assert_fail20 [
-    i32 0, label %if_else23
-    i32 4, label %if_else23
-    i32 7, label %if_else23
-  ], !dbg !40, !prof !44
-
-assert_fail20:                                    ; preds = %switch.early.test157
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end21:                                     ; preds = %if_end19
-  %34 = icmp eq i32 %lse.type_index.fr, 70, !dbg !40
-  br i1 %34, label %if_then22, label %if_else23, !dbg !40
-
-if_then22:                                        ; preds = %assert_end21
-  %35 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !40
-  %36 = load ptr, ptr %35, align 8, !dbg !40
-  %37 = getelementptr inbounds nuw i8, ptr %36, i64 24, !dbg !40
-  br label %if_end24, !dbg !40
-
-if_else23:                                        ; preds = %switch.early.test157, %switch.early.test157, %switch.early.test157, %assert_end21
-  %38 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !40
-  %39 = load ptr, ptr %38, align 8, !dbg !40
-  br label %if_end24, !dbg !40
-
-if_end24:                                         ; preds = %if_else23, %if_then22
-  %lse.handle = phi ptr [ %37, %if_then22 ], [ %39, %if_else23 ], !dbg !40
-    #dbg_declare(ptr %lse.handle, !53, !DIExpression(), !40)
-  %40 = getelementptr inbounds nuw i8, ptr %args, i64 80, !dbg !40
-  %seq.type_index = load i32, ptr %40, align 4, !dbg !40
-    #dbg_value(i32 %seq.type_index, !54, !DIExpression(), !40)
-  %41 = add i32 %seq.type_index, -1, !dbg !40
-  %42 = icmp ult i32 %41, 2, !dbg !40
-  br i1 %42, label %assert_end26, label %assert_fail25, !dbg !40, !prof !41
-
-assert_fail25:                                    ; preds = %if_end24
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.16, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end26:                                     ; preds = %if_end24
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 88, !dbg !40
-  %44 = load i64, ptr %43, align 8, !dbg !40
-    #dbg_value(i64 %44, !55, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !40)
-  %45 = getelementptr inbounds nuw i8, ptr %args, i64 96, !dbg !40
-  %head_start.type_index = load i32, ptr %45, align 8, !dbg !40
-    #dbg_value(i32 %head_start.type_index, !56, !DIExpression(), !40)
-  %46 = add i32 %head_start.type_index, -1, !dbg !40
-  %47 = icmp ult i32 %46, 2, !dbg !40
-  br i1 %47, label %assert_end28, label %assert_fail27, !dbg !40, !prof !41
-
-assert_fail27:                                    ; preds = %assert_end26
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.18, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end28:                                     ; preds = %assert_end26
-  %48 = getelementptr inbounds nuw i8, ptr %args, i64 104, !dbg !40
-  %49 = load i64, ptr %48, align 8, !dbg !40
-    #dbg_value(i64 %49, !57, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !40)
-  %50 = getelementptr inbounds nuw i8, ptr %args, i64 112, !dbg !40
-  %num_rows.type_index = load i32, ptr %50, align 8, !dbg !40
-    #dbg_value(i32 %num_rows.type_index, !58, !DIExpression(), !40)
-  %51 = add i32 %num_rows.type_index, -1, !dbg !40
-  %52 = icmp ult i32 %51, 2, !dbg !40
-  br i1 %52, label %assert_end30, label %assert_fail29, !dbg !40, !prof !41
-
-assert_fail29:                                    ; preds = %assert_end28
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.19, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end30:                                     ; preds = %assert_end28
-  %53 = getelementptr inbounds nuw i8, ptr %args, i64 120, !dbg !40
-  %54 = load i64, ptr %53, align 8, !dbg !40
-  %num_rows = trunc i64 %54 to i32, !dbg !40
-    #dbg_value(i32 %num_rows, !59, !DIExpression(), !40)
-  %55 = getelementptr inbounds nuw i8, ptr %args, i64 128, !dbg !40
-  %partial_start.type_index = load i32, ptr %55, align 8, !dbg !40
-    #dbg_value(i32 %partial_start.type_index, !60, !DIExpression(), !40)
-  %56 = add i32 %partial_start.type_index, -1, !dbg !40
-  %57 = icmp ult i32 %56, 2, !dbg !40
-  br i1 %57, label %assert_end32, label %assert_fail31, !dbg !40, !prof !41
-
-assert_fail31:                                    ; preds = %assert_end30
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.20, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end32:                                     ; preds = %assert_end30
-  %58 = getelementptr inbounds nuw i8, ptr %args, i64 136, !dbg !40
-  %59 = load i64, ptr %58, align 8, !dbg !40
-    #dbg_value(i64 %59, !61, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !40)
-  %60 = getelementptr inbounds nuw i8, ptr %args, i64 144, !dbg !40
-  %num_partials.type_index = load i32, ptr %60, align 8, !dbg !40
-    #dbg_value(i32 %num_partials.type_index, !62, !DIExpression(), !40)
-  %61 = add i32 %num_partials.type_index, -1, !dbg !40
-  %62 = icmp ult i32 %61, 2, !dbg !40
-  br i1 %62, label %assert_end34, label %assert_fail33, !dbg !40, !prof !41
-
-assert_fail33:                                    ; preds = %assert_end32
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.21, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end34:                                     ; preds = %assert_end32
-  %63 = getelementptr inbounds nuw i8, ptr %args, i64 152, !dbg !40
-  %64 = load i64, ptr %63, align 8, !dbg !40
-  %num_partials = trunc i64 %64 to i32, !dbg !40
-    #dbg_value(i32 %num_partials, !63, !DIExpression(), !40)
-  %.not158 = icmp eq ptr %partial_max.handle, null, !dbg !40
-  br i1 %.not158, label %assert_fail35, label %assert_end36, !dbg !40, !prof !42
-
-assert_fail35:                                    ; preds = %assert_end34
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end36:                                     ; preds = %assert_end34
-  %65 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 16, !dbg !40
-  %66 = load i32, ptr %65, align 4, !dbg !40
-  %67 = icmp eq i32 %66, 2, !dbg !40
-  br i1 %67, label %assert_end38, label %assert_fail37, !dbg !40, !prof !41
-
-assert_fail37:                                    ; preds = %assert_end36
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.24, ptr nonnull @.str.25, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end38:                                     ; preds = %assert_end36
-  %68 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 22, !dbg !40
-  %69 = load i16, ptr %68, align 2, !dbg !40
-  %70 = icmp eq i16 %69, 1, !dbg !40
-  %71 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 21, !dbg !40
-  %72 = load i8, ptr %71, align 1, !dbg !40
-  %73 = icmp eq i8 %72, 32, !dbg !40
-  %74 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 20, !dbg !40
-  %75 = load i8, ptr %74, align 2, !dbg !40
-  %76 = icmp eq i8 %75, 2, !dbg !40
-  %77 = and i1 %73, %76, !dbg !40
-  %78 = and i1 %70, %77, !dbg !40
-  br i1 %78, label %assert_end40, label %assert_fail39, !dbg !40, !prof !41
-
-assert_fail39:                                    ; preds = %assert_end38
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.24, ptr nonnull @.str.26, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end40:                                     ; preds = %assert_end38
-  %79 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 24, !dbg !40
-  %merge_partials.partial_max_shape = load ptr, ptr %79, align 8, !dbg !40
-    #dbg_declare(ptr %merge_partials.partial_max_shape, !64, !DIExpression(), !40)
-  %slots = load i64, ptr %merge_partials.partial_max_shape, align 8, !dbg !40
-    #dbg_value(i64 %slots, !66, !DIExpression(), !40)
-  %80 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 32, !dbg !40
-  %merge_partials.partial_max_strides = load ptr, ptr %80, align 8, !dbg !40
-    #dbg_declare(ptr %merge_partials.partial_max_strides, !67, !DIExpression(), !40)
-  %81 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 8, !dbg !40
-  %82 = load i32, ptr %81, align 8, !dbg !40
-  %83 = icmp eq i32 %82, 1, !dbg !40
-  br i1 %83, label %assert_end42, label %assert_fail41, !dbg !40, !prof !41
-
-assert_fail41:                                    ; preds = %assert_end40
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.24, ptr nonnull @.str.28, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end42:                                     ; preds = %assert_end40
-  %84 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12, !dbg !40
-  %dev_id = load i32, ptr %84, align 4, !dbg !40
-    #dbg_value(i32 %dev_id, !68, !DIExpression(), !40)
-  %.not159 = icmp eq ptr %partial_sum.handle, null, !dbg !40
-  br i1 %.not159, label %assert_fail43, label %assert_end44, !dbg !40, !prof !42
-
-assert_fail43:                                    ; preds = %assert_end42
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end44:                                     ; preds = %assert_end42
-  %85 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 16, !dbg !40
-  %86 = load i32, ptr %85, align 4, !dbg !40
-  %87 = icmp eq i32 %86, 2, !dbg !40
-  br i1 %87, label %assert_end46, label %assert_fail45, !dbg !40, !prof !41
-
-assert_fail45:                                    ; preds = %assert_end44
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.30, ptr nonnull @.str.25, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end46:                                     ; preds = %assert_end44
-  %88 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 22, !dbg !40
-  %89 = load i16, ptr %88, align 2, !dbg !40
-  %90 = icmp eq i16 %89, 1, !dbg !40
-  %91 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 21, !dbg !40
-  %92 = load i8, ptr %91, align 1, !dbg !40
-  %93 = icmp eq i8 %92, 32, !dbg !40
-  %94 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 20, !dbg !40
-  %95 = load i8, ptr %94, align 2, !dbg !40
-  %96 = icmp eq i8 %95, 2, !dbg !40
-  %97 = and i1 %93, %96, !dbg !40
-  %98 = and i1 %90, %97, !dbg !40
-  br i1 %98, label %assert_end48, label %assert_fail47, !dbg !40, !prof !41
-
-assert_fail47:                                    ; preds = %assert_end46
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.30, ptr nonnull @.str.26, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end48:                                     ; preds = %assert_end46
-  %99 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 24, !dbg !40
-  %merge_partials.partial_sum_shape = load ptr, ptr %99, align 8, !dbg !40
-    #dbg_declare(ptr %merge_partials.partial_sum_shape, !69, !DIExpression(), !40)
-  %100 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 32, !dbg !40
-  %merge_partials.partial_sum_strides = load ptr, ptr %100, align 8, !dbg !40
-    #dbg_declare(ptr %merge_partials.partial_sum_strides, !70, !DIExpression(), !40)
-  %101 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 8, !dbg !40
-  %102 = load i32, ptr %101, align 8, !dbg !40
-  %103 = icmp eq i32 %102, 1, !dbg !40
-  br i1 %103, label %assert_end50, label %assert_fail49, !dbg !40, !prof !41
-
-assert_fail49:                                    ; preds = %assert_end48
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.30, ptr nonnull @.str.28, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end50:                                     ; preds = %assert_end48
-  %.not160 = icmp eq ptr %partial_acc.handle, null, !dbg !40
-  br i1 %.not160, label %assert_fail51, label %assert_end52, !dbg !40, !prof !42
-
-assert_fail51:                                    ; preds = %assert_end50
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end52:                                     ; preds = %assert_end50
-  %104 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 16, !dbg !40
-  %105 = load i32, ptr %104, align 4, !dbg !40
-  %106 = icmp eq i32 %105, 3, !dbg !40
-  br i1 %106, label %assert_end54, label %assert_fail53, !dbg !40, !prof !41
-
-assert_fail53:                                    ; preds = %assert_end52
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.31, ptr nonnull @.str.25, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end54:                                     ; preds = %assert_end52
-  %107 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 22, !dbg !40
-  %108 = load i16, ptr %107, align 2, !dbg !40
-  %109 = icmp eq i16 %108, 1, !dbg !40
-  %110 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 21, !dbg !40
-  %111 = load i8, ptr %110, align 1, !dbg !40
-  %112 = icmp eq i8 %111, 32, !dbg !40
-  %113 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 20, !dbg !40
-  %114 = load i8, ptr %113, align 2, !dbg !40
-  %115 = icmp eq i8 %114, 2, !dbg !40
-  %116 = and i1 %112, %115, !dbg !40
-  %117 = and i1 %109, %116, !dbg !40
-  br i1 %117, label %assert_end56, label %assert_fail55, !dbg !40, !prof !41
-
-assert_fail55:                                    ; preds = %assert_end54
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.31, ptr nonnull @.str.26, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end56:                                     ; preds = %assert_end54
-  %118 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 24, !dbg !40
-  %merge_partials.partial_acc_shape = load ptr, ptr %118, align 8, !dbg !40
-    #dbg_declare(ptr %merge_partials.partial_acc_shape, !71, !DIExpression(), !40)
-  %119 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 32, !dbg !40
-  %merge_partials.partial_acc_strides = load ptr, ptr %119, align 8, !dbg !40
-    #dbg_declare(ptr %merge_partials.partial_acc_strides, !72, !DIExpression(), !40)
-  %120 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 8, !dbg !40
-  %121 = load i32, ptr %120, align 8, !dbg !40
-  %122 = icmp eq i32 %121, 1, !dbg !40
-  br i1 %122, label %assert_end58, label %assert_fail57, !dbg !40, !prof !41
-
-assert_fail57:                                    ; preds = %assert_end56
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.31, ptr nonnull @.str.28, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end58:                                     ; preds = %assert_end56
-  %.not161 = icmp eq ptr %out.handle, null, !dbg !40
-  br i1 %.not161, label %assert_fail59, label %assert_end60, !dbg !40, !prof !42
-
-assert_fail59:                                    ; preds = %assert_end58
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end60:                                     ; preds = %assert_end58
-  %123 = getelementptr inbounds nuw i8, ptr %out.handle, i64 16, !dbg !40
-  %124 = load i32, ptr %123, align 4, !dbg !40
-  %125 = icmp eq i32 %124, 3, !dbg !40
-  br i1 %125, label %assert_end62, label %assert_fail61, !dbg !40, !prof !41
-
-assert_fail61:                                    ; preds = %assert_end60
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.32, ptr nonnull @.str.25, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end62:                                     ; preds = %assert_end60
-  %126 = getelementptr inbounds nuw i8, ptr %out.handle, i64 22, !dbg !40
-  %127 = load i16, ptr %126, align 2, !dbg !40
-  %128 = icmp eq i16 %127, 1, !dbg !40
-  %129 = getelementptr inbounds nuw i8, ptr %out.handle, i64 21, !dbg !40
-  %130 = load i8, ptr %129, align 1, !dbg !40
-  %131 = icmp eq i8 %130, 32, !dbg !40
-  %132 = getelementptr inbounds nuw i8, ptr %out.handle, i64 20, !dbg !40
-  %133 = load i8, ptr %132, align 2, !dbg !40
-  %134 = icmp eq i8 %133, 2, !dbg !40
-  %135 = and i1 %131, %134, !dbg !40
-  %136 = and i1 %128, %135, !dbg !40
-  br i1 %136, label %assert_end64, label %assert_fail63, !dbg !40, !prof !41
-
-assert_fail63:                                    ; preds = %assert_end62
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.32, ptr nonnull @.str.26, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end64:                                     ; preds = %assert_end62
-  %137 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24, !dbg !40
-  %merge_partials.out_shape = load ptr, ptr %137, align 8, !dbg !40
-    #dbg_declare(ptr %merge_partials.out_shape, !73, !DIExpression(), !40)
-  %batch = load i64, ptr %merge_partials.out_shape, align 8, !dbg !40
-    #dbg_value(i64 %batch, !74, !DIExpression(), !40)
-  %138 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32, !dbg !40
-  %merge_partials.out_strides = load ptr, ptr %138, align 8, !dbg !40
-    #dbg_declare(ptr %merge_partials.out_strides, !75, !DIExpression(), !40)
-  %139 = icmp eq ptr %merge_partials.out_strides, null, !dbg !40
-  %140 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16, !dbg !40
-  %141 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8, !dbg !40
-  %out_head.in = select i1 %139, ptr %140, ptr %141, !dbg !40
-  %out_head = load i64, ptr %out_head.in, align 8, !dbg !40
-    #dbg_value(i64 %out_head, !76, !DIExpression(), !40)
-  br i1 %139, label %if_then68, label %if_else69, !dbg !40
-
-if_then68:                                        ; preds = %assert_end64
-  %142 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8, !dbg !40
-  %143 = load i64, ptr %142, align 8, !dbg !40
-  %144 = load i64, ptr %140, align 8, !dbg !40
-  %145 = mul nsw i64 %144, %143, !dbg !40
-  br label %if_end70, !dbg !40
-
-if_else69:                                        ; preds = %assert_end64
-  %146 = load i64, ptr %merge_partials.out_strides, align 8, !dbg !40
-  br label %if_end70, !dbg !40
-
-if_end70:                                         ; preds = %if_else69, %if_then68
-  %out_batch = phi i64 [ %145, %if_then68 ], [ %146, %if_else69 ], !dbg !40
-    #dbg_value(i64 %out_batch, !77, !DIExpression(), !40)
-  %147 = getelementptr inbounds nuw i8, ptr %out.handle, i64 8, !dbg !40
-  %148 = load i32, ptr %147, align 4, !dbg !40
-  %149 = icmp eq i32 %148, 1, !dbg !40
-  br i1 %149, label %assert_end72, label %assert_fail71, !dbg !40, !prof !41
-
-assert_fail71:                                    ; preds = %if_end70
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.32, ptr nonnull @.str.28, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end72:                                     ; preds = %if_end70
-  %.not162 = icmp eq ptr %lse.handle, null, !dbg !40
-  br i1 %.not162, label %assert_fail73, label %assert_end74, !dbg !40, !prof !42
-
-assert_fail73:                                    ; preds = %assert_end72
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end74:                                     ; preds = %assert_end72
-  %150 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 16, !dbg !40
-  %151 = load i32, ptr %150, align 4, !dbg !40
-  %152 = icmp eq i32 %151, 2, !dbg !40
-  br i1 %152, label %assert_end76, label %assert_fail75, !dbg !40, !prof !41
-
-assert_fail75:                                    ; preds = %assert_end74
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.33, ptr nonnull @.str.25, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end76:                                     ; preds = %assert_end74
-  %153 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 22, !dbg !40
-  %154 = load i16, ptr %153, align 2, !dbg !40
-  %155 = icmp eq i16 %154, 1, !dbg !40
-  %156 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 21, !dbg !40
-  %157 = load i8, ptr %156, align 1, !dbg !40
-  %158 = icmp eq i8 %157, 32, !dbg !40
-  %159 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 20, !dbg !40
-  %160 = load i8, ptr %159, align 2, !dbg !40
-  %161 = icmp eq i8 %160, 2, !dbg !40
-  %162 = and i1 %158, %161, !dbg !40
-  %163 = and i1 %155, %162, !dbg !40
-  br i1 %163, label %assert_end78, label %assert_fail77, !dbg !40, !prof !41
-
-assert_fail77:                                    ; preds = %assert_end76
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.33, ptr nonnull @.str.26, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end78:                                     ; preds = %assert_end76
-  %164 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24, !dbg !40
-  %merge_partials.lse_shape = load ptr, ptr %164, align 8, !dbg !40
-    #dbg_declare(ptr %merge_partials.lse_shape, !78, !DIExpression(), !40)
-  %165 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32, !dbg !40
-  %merge_partials.lse_strides = load ptr, ptr %165, align 8, !dbg !40
-    #dbg_declare(ptr %merge_partials.lse_strides, !79, !DIExpression(), !40)
-  %166 = icmp eq ptr %merge_partials.lse_strides, null, !dbg !40
-  %167 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8, !dbg !40
-  %lse_batch.in = select i1 %166, ptr %167, ptr %merge_partials.lse_strides, !dbg !40
-  %lse_batch = load i64, ptr %lse_batch.in, align 8, !dbg !40
-    #dbg_value(i64 %lse_batch, !80, !DIExpression(), !40)
-  %168 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 8, !dbg !40
-  %169 = load i32, ptr %168, align 8, !dbg !40
-  %170 = icmp eq i32 %169, 1, !dbg !40
-  br i1 %170, label %assert_end83, label %assert_fail82, !dbg !40, !prof !41
-
-assert_fail82:                                    ; preds = %assert_end78
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.33, ptr nonnull @.str.28, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end83:                                     ; preds = %assert_end78
-  %.not163 = icmp eq ptr %merge_partials.partial_max_strides, null, !dbg !40
-  br i1 %.not163, label %if_end85, label %if_then84, !dbg !40, !prof !42
-
-if_then84:                                        ; preds = %assert_end83
-  %171 = load i64, ptr %merge_partials.partial_max_strides, align 8, !dbg !40
-  %172 = icmp eq i64 %171, 16, !dbg !40
-  %173 = icmp eq i64 %slots, 1, !dbg !40
-  %174 = or i1 %173, %172, !dbg !40
-  %175 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_max_strides, i64 8, !dbg !40
-  %176 = load i64, ptr %175, align 8, !dbg !40
-  %177 = icmp eq i64 %176, 1, !dbg !40
-  %178 = and i1 %177, %174, !dbg !40
-  br i1 %178, label %if_end85, label %assert_fail86, !dbg !40, !prof !41
-
-if_end85:                                         ; preds = %if_then84, %assert_end83
-  %179 = load ptr, ptr %partial_max.handle, align 8, !dbg !40
-  %180 = icmp ne ptr %179, null, !dbg !40
-  %181 = icmp eq i64 %slots, 0, !dbg !40
-  %182 = or i1 %181, %180, !dbg !40
-  br i1 %182, label %assert_end89, label %assert_fail88, !dbg !40, !prof !41
-
-assert_fail86:                                    ; preds = %if_then84
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.24, ptr nonnull @.str.34, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.35, ptr null), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_fail88:                                    ; preds = %if_end85
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.24, ptr nonnull @.str.36, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.37), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end89:                                     ; preds = %if_end85
-  %183 = load i64, ptr %merge_partials.partial_sum_shape, align 8, !dbg !40
-  %184 = icmp eq i64 %slots, %183, !dbg !40
-  br i1 %184, label %assert_end91, label %assert_fail90, !dbg !40, !prof !41
-
-assert_fail90:                                    ; preds = %assert_end89
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.38, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.40, ptr nonnull @.str.41), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end91:                                     ; preds = %assert_end89
-  %.not164 = icmp eq ptr %merge_partials.partial_sum_strides, null, !dbg !40
-  br i1 %.not164, label %if_end93, label %if_then92, !dbg !40, !prof !42
-
-if_then92:                                        ; preds = %assert_end91
-  %185 = load i64, ptr %merge_partials.partial_sum_strides, align 8, !dbg !40
-  %186 = icmp eq i64 %185, 16, !dbg !40
-  %187 = icmp eq i64 %slots, 1, !dbg !40
-  %188 = or i1 %187, %186, !dbg !40
-  %189 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_sum_strides, i64 8, !dbg !40
-  %190 = load i64, ptr %189, align 8, !dbg !40
-  %191 = icmp eq i64 %190, 1, !dbg !40
-  %192 = and i1 %191, %188, !dbg !40
-  br i1 %192, label %if_end93, label %assert_fail94, !dbg !40, !prof !41
-
-if_end93:                                         ; preds = %if_then92, %assert_end91
-  %193 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 12, !dbg !40
-  %194 = load i32, ptr %193, align 4, !dbg !40
-  %195 = icmp eq i32 %dev_id, %194, !dbg !40
-  br i1 %195, label %assert_end97, label %assert_fail96, !dbg !40, !prof !41
-
-assert_fail94:                                    ; preds = %if_then92
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.30, ptr nonnull @.str.34, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.35, ptr null), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_fail96:                                    ; preds = %if_end93
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.42, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.40, ptr nonnull @.str.43), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end97:                                     ; preds = %if_end93
-  %196 = load ptr, ptr %partial_sum.handle, align 8, !dbg !40
-  %197 = icmp ne ptr %196, null, !dbg !40
-  %198 = or i1 %181, %197, !dbg !40
-  br i1 %198, label %assert_end99, label %assert_fail98, !dbg !40, !prof !41
-
-assert_fail98:                                    ; preds = %assert_end97
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.30, ptr nonnull @.str.36, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.37), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end99:                                     ; preds = %assert_end97
-  %199 = load i64, ptr %merge_partials.partial_acc_shape, align 8, !dbg !40
-  %200 = icmp eq i64 %slots, %199, !dbg !40
-  br i1 %200, label %assert_end101, label %assert_fail100, !dbg !40, !prof !41
-
-assert_fail100:                                   ; preds = %assert_end99
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.44, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.40, ptr nonnull @.str.41), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end101:                                    ; preds = %assert_end99
-  %.not165 = icmp eq ptr %merge_partials.partial_acc_strides, null, !dbg !40
-  br i1 %.not165, label %if_end103, label %if_then102, !dbg !40, !prof !42
-
-if_then102:                                       ; preds = %assert_end101
-  %201 = load i64, ptr %merge_partials.partial_acc_strides, align 8, !dbg !40
-  %202 = icmp eq i64 %201, 2048, !dbg !40
-  %203 = icmp eq i64 %slots, 1, !dbg !40
-  %204 = or i1 %203, %202, !dbg !40
-  %205 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_strides, i64 8, !dbg !40
-  %206 = load i64, ptr %205, align 8, !dbg !40
-  %207 = icmp eq i64 %206, 16, !dbg !40
-  %208 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_strides, i64 16, !dbg !40
-  %209 = load i64, ptr %208, align 8, !dbg !40
-  %210 = icmp eq i64 %209, 1, !dbg !40
-  %211 = and i1 %207, %210, !dbg !40
-  %212 = and i1 %204, %211, !dbg !40
-  br i1 %212, label %if_end103, label %assert_fail104, !dbg !40, !prof !41
-
-if_end103:                                        ; preds = %if_then102, %assert_end101
-  %213 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 12, !dbg !40
-  %214 = load i32, ptr %213, align 4, !dbg !40
-  %215 = icmp eq i32 %dev_id, %214, !dbg !40
-  br i1 %215, label %assert_end107, label %assert_fail106, !dbg !40, !prof !41
-
-assert_fail104:                                   ; preds = %if_then102
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.31, ptr nonnull @.str.34, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.35, ptr null), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_fail106:                                   ; preds = %if_end103
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.45, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.40, ptr nonnull @.str.43), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end107:                                    ; preds = %if_end103
-  %216 = load ptr, ptr %partial_acc.handle, align 8, !dbg !40
-  %217 = icmp ne ptr %216, null, !dbg !40
-  %218 = or i1 %181, %217, !dbg !40
-  br i1 %218, label %assert_end109, label %assert_fail108, !dbg !40, !prof !41
-
-assert_fail108:                                   ; preds = %assert_end107
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.31, ptr nonnull @.str.36, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.37), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end109:                                    ; preds = %assert_end107
-  %219 = getelementptr inbounds nuw i8, ptr %out.handle, i64 12, !dbg !40
-  %220 = load i32, ptr %219, align 4, !dbg !40
-  %221 = icmp eq i32 %dev_id, %220, !dbg !40
-  br i1 %221, label %assert_end111, label %assert_fail110, !dbg !40, !prof !41
-
-assert_fail110:                                   ; preds = %assert_end109
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.46, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.40, ptr nonnull @.str.43), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end111:                                    ; preds = %assert_end109
-  %222 = load ptr, ptr %out.handle, align 8, !dbg !40
-  %223 = icmp ne ptr %222, null, !dbg !40
-  %224 = icmp eq i64 %batch, 0, !dbg !40
-  %225 = or i1 %224, %223, !dbg !40
-  br i1 %225, label %assert_end113, label %assert_fail112, !dbg !40, !prof !41
-
-assert_fail112:                                   ; preds = %assert_end111
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.32, ptr nonnull @.str.36, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.37), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end113:                                    ; preds = %assert_end111
-  %226 = load i64, ptr %merge_partials.lse_shape, align 8, !dbg !40
-  %227 = icmp eq i64 %batch, %226, !dbg !40
-  br i1 %227, label %assert_end115, label %assert_fail114, !dbg !40, !prof !41
-
-assert_fail114:                                   ; preds = %assert_end113
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.47, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.40, ptr nonnull @.str.48), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end115:                                    ; preds = %assert_end113
-  %228 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 12, !dbg !40
-  %229 = load i32, ptr %228, align 4, !dbg !40
-  %230 = icmp eq i32 %dev_id, %229, !dbg !40
-  br i1 %230, label %assert_end117, label %assert_fail116, !dbg !40, !prof !41
-
-assert_fail116:                                   ; preds = %assert_end115
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.49, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.40, ptr nonnull @.str.43), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end117:                                    ; preds = %assert_end115
-  %231 = load ptr, ptr %lse.handle, align 8, !dbg !40
-  %232 = icmp ne ptr %231, null, !dbg !40
-  %233 = or i1 %224, %232, !dbg !40
-  br i1 %233, label %assert_end119, label %assert_fail118, !dbg !40, !prof !41
-
-assert_fail118:                                   ; preds = %assert_end117
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.33, ptr nonnull @.str.36, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.37), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end119:                                    ; preds = %assert_end117
-  %234 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_max_shape, i64 8, !dbg !40
-  %235 = load i64, ptr %234, align 8, !dbg !40
-  %236 = icmp eq i64 %235, 16, !dbg !40
-  br i1 %236, label %assert_end121, label %assert_fail120, !dbg !40, !prof !41
-
-assert_fail120:                                   ; preds = %assert_end119
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.51, ptr nonnull @.str.39, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end121:                                    ; preds = %assert_end119
-  %237 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 40, !dbg !40
-  %238 = load i64, ptr %237, align 8, !dbg !40
-  %239 = icmp eq i64 %238, 0, !dbg !40
-  br i1 %239, label %assert_end123, label %assert_fail122, !dbg !40, !prof !41
-
-assert_fail122:                                   ; preds = %assert_end121
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.53, ptr nonnull @.str.39, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end123:                                    ; preds = %assert_end121
-  %240 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_sum_shape, i64 8, !dbg !40
-  %241 = load i64, ptr %240, align 8, !dbg !40
-  %242 = icmp eq i64 %241, 16, !dbg !40
-  br i1 %242, label %assert_end125, label %assert_fail124, !dbg !40, !prof !41
-
-assert_fail124:                                   ; preds = %assert_end123
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.54, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end125:                                    ; preds = %assert_end123
-  %243 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 40, !dbg !40
-  %244 = load i64, ptr %243, align 8, !dbg !40
-  %245 = icmp eq i64 %244, 0, !dbg !40
-  br i1 %245, label %assert_end127, label %assert_fail126, !dbg !40, !prof !41
-
-assert_fail126:                                   ; preds = %assert_end125
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.55, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end127:                                    ; preds = %assert_end125
-  %246 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_shape, i64 8, !dbg !40
-  %247 = load i64, ptr %246, align 8, !dbg !40
-  %248 = icmp eq i64 %247, 128, !dbg !40
-  br i1 %248, label %assert_end129, label %assert_fail128, !dbg !40, !prof !41
-
-assert_fail128:                                   ; preds = %assert_end127
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.56, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.57), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end129:                                    ; preds = %assert_end127
-  %249 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_shape, i64 16, !dbg !40
-  %250 = load i64, ptr %249, align 8, !dbg !40
-  %251 = icmp eq i64 %250, 16, !dbg !40
-  br i1 %251, label %assert_end131, label %assert_fail130, !dbg !40, !prof !41
-
-assert_fail130:                                   ; preds = %assert_end129
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.58, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end131:                                    ; preds = %assert_end129
-  %252 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 40, !dbg !40
-  %253 = load i64, ptr %252, align 8, !dbg !40
-  %254 = icmp eq i64 %253, 0, !dbg !40
-  br i1 %254, label %assert_end133, label %assert_fail132, !dbg !40, !prof !41
-
-assert_fail132:                                   ; preds = %assert_end131
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.59, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end133:                                    ; preds = %assert_end131
-  %255 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8, !dbg !40
-  %256 = load i64, ptr %255, align 8, !dbg !40
-  %257 = icmp eq i64 %256, 16, !dbg !40
-  br i1 %257, label %assert_end135, label %assert_fail134, !dbg !40, !prof !41
-
-assert_fail134:                                   ; preds = %assert_end133
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.60, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end135:                                    ; preds = %assert_end133
-  %258 = load i64, ptr %140, align 8, !dbg !40
-  %259 = icmp eq i64 %258, 128, !dbg !40
-  br i1 %259, label %assert_end137, label %assert_fail136, !dbg !40, !prof !41
-
-assert_fail136:                                   ; preds = %assert_end135
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.61, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.57), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end137:                                    ; preds = %assert_end135
-  br i1 %139, label %assert_end142, label %if_else139, !dbg !40
-
-if_else139:                                       ; preds = %assert_end137
-  %260 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 16, !dbg !40
-  %261 = load i64, ptr %260, align 8, !dbg !40
-  %262 = icmp eq i64 %261, 1, !dbg !40
-  br i1 %262, label %assert_end142, label %assert_fail141, !dbg !40, !prof !41
-
-assert_fail141:                                   ; preds = %if_else139
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.62, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end142:                                    ; preds = %assert_end137, %if_else139
-  %263 = getelementptr inbounds nuw i8, ptr %out.handle, i64 40, !dbg !40
-  %264 = load i64, ptr %263, align 8, !dbg !40
-  %265 = icmp eq i64 %264, 0, !dbg !40
-  br i1 %265, label %assert_end144, label %assert_fail143, !dbg !40, !prof !41
-
-assert_fail143:                                   ; preds = %assert_end142
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.63, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end144:                                    ; preds = %assert_end142
-  %266 = load i64, ptr %167, align 8, !dbg !40
-  %267 = icmp eq i64 %266, 16, !dbg !40
-  br i1 %267, label %assert_end146, label %assert_fail145, !dbg !40, !prof !41
-
-assert_fail145:                                   ; preds = %assert_end144
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.64, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end146:                                    ; preds = %assert_end144
-  br i1 %166, label %assert_end151, label %if_else148, !dbg !40
-
-if_else148:                                       ; preds = %assert_end146
-  %268 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_strides, i64 8, !dbg !40
-  %269 = load i64, ptr %268, align 8, !dbg !40
-  %270 = icmp eq i64 %269, 1, !dbg !40
-  br i1 %270, label %assert_end151, label %assert_fail150, !dbg !40, !prof !41
-
-assert_fail150:                                   ; preds = %if_else148
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.65, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end151:                                    ; preds = %assert_end146, %if_else148
-  %271 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 40, !dbg !40
-  %272 = load i64, ptr %271, align 8, !dbg !40
-  %273 = icmp eq i64 %272, 0, !dbg !40
-  br i1 %273, label %assert_end153, label %assert_fail152, !dbg !40, !prof !41
-
-assert_fail152:                                   ; preds = %assert_end151
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.66, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !40
-  br label %common.ret, !dbg !40
-
-assert_end153:                                    ; preds = %assert_end151
-    #dbg_declare(ptr %179, !81, !DIExpression(), !40)
-  call void @llvm.assume(i1 true) [ "align"(ptr %179, i64 64) ], !dbg !40
-    #dbg_declare(ptr %196, !82, !DIExpression(), !40)
-  call void @llvm.assume(i1 true) [ "align"(ptr %196, i64 64) ], !dbg !40
-    #dbg_declare(ptr %216, !83, !DIExpression(), !40)
-  call void @llvm.assume(i1 true) [ "align"(ptr %216, i64 64) ], !dbg !40
-    #dbg_declare(ptr %222, !84, !DIExpression(), !40)
-  call void @llvm.assume(i1 true) [ "align"(ptr %222, i64 4) ], !dbg !40
-    #dbg_declare(ptr %231, !85, !DIExpression(), !40)
-  call void @llvm.assume(i1 true) [ "align"(ptr %231, i64 4) ], !dbg !40
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum41.i), !dbg !15
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max42.i), !dbg !15
-    #dbg_value(i32 %dev_id, !23, !DIExpression(), !15)
-    #dbg_value(i64 %slots, !24, !DIExpression(), !15)
-    #dbg_value(ptr %179, !25, !DIExpression(), !15)
-    #dbg_value(ptr %196, !26, !DIExpression(), !15)
-    #dbg_value(ptr %216, !27, !DIExpression(), !15)
-    #dbg_value(ptr %222, !28, !DIExpression(), !15)
-    #dbg_value(i64 %out_batch, !29, !DIExpression(), !15)
-    #dbg_value(i64 %batch, !30, !DIExpression(), !15)
-    #dbg_value(ptr %231, !31, !DIExpression(), !15)
-    #dbg_value(i64 %lse_batch, !32, !DIExpression(), !15)
-    #dbg_value(i32 %num_partials, !33, !DIExpression(), !15)
-    #dbg_value(i64 %59, !34, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !15)
-    #dbg_value(i64 %44, !35, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !15)
-    #dbg_value(i64 %49, !36, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !15)
-    #dbg_value(i32 %num_rows, !37, !DIExpression(), !15)
-    #dbg_value(i64 %out_head, !38, !DIExpression(), !15)
-    #dbg_declare(ptr %row_max42.i, !86, !DIExpression(), !15)
-    #dbg_declare(ptr %row_sum41.i, !87, !DIExpression(), !15)
-  %274 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !15, !tbaa !88
-  %acc.i = tail call ptr %274(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32), !dbg !15
-    #dbg_declare(ptr %acc.i, !91, !DIExpression(), !15)
-  %275 = icmp eq ptr %acc.i, null, !dbg !15
-  br i1 %275, label %merge_partials_compute_.exit, label %if_end.i, !dbg !15, !prof !41
-
-if_end.i:                                         ; preds = %assert_end153
-    #dbg_value(i64 %slots, !92, !DIExpression(DW_OP_constu, 16, DW_OP_mul, DW_OP_stack_value), !15)
-    #dbg_declare(ptr %179, !93, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %179, i64 64) ], !dbg !15
-    #dbg_declare(ptr %196, !94, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %196, i64 64) ], !dbg !15
-    #dbg_declare(ptr %216, !95, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %216, i64 64) ], !dbg !15
-    #dbg_declare(ptr %222, !96, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %222, i64 4) ], !dbg !15
-    #dbg_declare(ptr %231, !97, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %231, i64 4) ], !dbg !15
-    #dbg_declare(ptr %acc.i, !91, !DIExpression(), !15)
-    #dbg_value(i32 0, !98, !DIExpression(), !15)
-  %276 = icmp sgt i32 %num_partials, 0, !dbg !15
-  br i1 %276, label %for_body_step.lr.ph.i, label %for_begin_d19.preheader.i, !dbg !15, !prof !99
+  %row_sum39.i = alloca [16 x float], align 16
+  %row_max40.i = alloca [16 x float], align 16
+  %partial_max.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %partial_max.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %partial_max.handle.idx = select i1 %0, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %partial_max.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %partial_sum.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %partial_sum.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %partial_sum.handle.idx = select i1 %4, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_sum.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %partial_acc.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %partial_acc.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %partial_acc.handle.idx = select i1 %8, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_acc.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %out.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %out.type_index, 70
+  %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %14 = load ptr, ptr %13, align 8
+  %out.handle.idx = select i1 %12, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %14, i64 %out.handle.idx
+  %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
+  %lse.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %lse.type_index, 70
+  %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %18 = load ptr, ptr %17, align 8
+  %lse.handle.idx = select i1 %16, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %18, i64 %lse.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %20 = load i64, ptr %19, align 8
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %22 = load i64, ptr %21, align 8
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %24 = load i64, ptr %23, align 8
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %26 = load i64, ptr %25, align 8
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %28 = load i64, ptr %27, align 8
+  %29 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
+  %dev_id = load i32, ptr %29, align 4
+  %30 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %merge_partials.out_shape = load ptr, ptr %30, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %merge_partials.out_strides = load ptr, ptr %31, align 8
+  %32 = icmp eq ptr %merge_partials.out_strides, null
+  %33 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16
+  %34 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8
+  %out_head.in = select i1 %32, ptr %33, ptr %34
+  %out_head = load i64, ptr %out_head.in, align 8
+  br i1 %32, label %if_then16, label %if_else17
+
+if_then16:                                        ; preds = %entry
+  %35 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8
+  %36 = load i64, ptr %35, align 8
+  %37 = load i64, ptr %33, align 8
+  %38 = mul nsw i64 %37, %36
+  br label %if_end18
+
+if_else17:                                        ; preds = %entry
+  %39 = load i64, ptr %merge_partials.out_strides, align 8
+  br label %if_end18
+
+if_end18:                                         ; preds = %if_else17, %if_then16
+  %out_batch = phi i64 [ %38, %if_then16 ], [ %39, %if_else17 ]
+  %40 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %merge_partials.lse_strides = load ptr, ptr %40, align 8
+  %41 = icmp eq ptr %merge_partials.lse_strides, null
+  br i1 %41, label %if_then19, label %if_end21
+
+if_then19:                                        ; preds = %if_end18
+  %42 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %merge_partials.lse_shape = load ptr, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8
+  br label %if_end21
+
+if_end21:                                         ; preds = %if_then19, %if_end18
+  %lse_batch.in = phi ptr [ %43, %if_then19 ], [ %merge_partials.lse_strides, %if_end18 ]
+  %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %num_rows = trunc i64 %24 to i32
+  %partial_max = load ptr, ptr %partial_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 64) ]
+  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 64) ]
+  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 64) ]
+  %out = load ptr, ptr %out.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
+  %lse = load ptr, ptr %lse.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max40.i)
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %45 = icmp eq ptr %acc.i, null
+  br i1 %45, label %merge_partials_compute_.exit, label %if_end.i, !prof !6
+
+if_end.i:                                         ; preds = %if_end21
+  %num_partials = trunc i64 %28 to i32
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  %46 = icmp sgt i32 %num_partials, 0
+  br i1 %46, label %for_body_step.lr.ph.i, label %for_begin_d17.preheader.i, !prof !7
 
 for_body_step.lr.ph.i:                            ; preds = %if_end.i
-  %sext = shl i64 %59, 32
+  %sext = shl i64 %26, 32
   %cse_v2.i = ashr exact i64 %sext, 32
-  %wide.trip.count.i = and i64 %64, 2147483647, !dbg !15
-  br label %for_body_step.i, !dbg !15
+  %wide.trip.count.i = and i64 %28, 2147483647
+  br label %for_body_step.i
 
-for_begin_d19.preheader.i:                        ; preds = %for_end_d.i, %if_end.i
-  %.lcssa46.i = phi <16 x float> [ undef, %if_end.i ], [ %338, %for_end_d.i ]
-  %m45.lcssa.i = phi <16 x float> [ undef, %if_end.i ], [ %m.i, %for_end_d.i ]
-  store <16 x float> %m45.lcssa.i, ptr %row_max42.i, align 16, !dbg !15
-  store <16 x float> %.lcssa46.i, ptr %row_sum41.i, align 16, !dbg !15
-  %277 = fcmp oeq <16 x float> %.lcssa46.i, zeroinitializer
-    #dbg_value(i32 0, !100, !DIExpression(), !15)
-  br label %for_body_d20.i, !dbg !15
+for_begin_d17.preheader.i:                        ; preds = %for_end_d.i, %if_end.i
+  %.lcssa44.i = phi <16 x float> [ undef, %if_end.i ], [ %108, %for_end_d.i ]
+  %m43.lcssa.i = phi <16 x float> [ undef, %if_end.i ], [ %m.i, %for_end_d.i ]
+  store <16 x float> %m43.lcssa.i, ptr %row_max40.i, align 16
+  store <16 x float> %.lcssa44.i, ptr %row_sum39.i, align 16
+  %47 = fcmp oeq <16 x float> %.lcssa44.i, zeroinitializer
+  br label %for_body_d18.i
 
 for_body_step.i:                                  ; preds = %for_end_d.i, %for_body_step.lr.ph.i
-  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_d.i ]
-  %m4347.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_d.i ]
-  %278 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %338, %for_end_d.i ]
-    #dbg_value(i64 %indvars.iv64.i, !98, !DIExpression(), !15)
-    #dbg_value(!DIArgList(i64 %59, i64 %indvars.iv64.i), !101, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !15)
-  %279 = icmp eq i64 %indvars.iv64.i, 0, !dbg !15
-  %280 = insertelement <16 x i1> poison, i1 %279, i64 0, !dbg !15
-  %281 = shufflevector <16 x i1> %280, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !15
-  %old_max.i = select <16 x i1> %281, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %m4347.i, !dbg !15
-    #dbg_value(<16 x float> %old_max.i, !102, !DIExpression(), !15)
-  %old_sum.i = select <16 x i1> %281, <16 x float> zeroinitializer, <16 x float> %278, !dbg !15
-    #dbg_value(<16 x float> %old_sum.i, !104, !DIExpression(), !15)
-    #dbg_value(i64 %cse_v2.i, !105, !DIExpression(), !15)
-    #dbg_value(i64 %indvars.iv64.i, !106, !DIExpression(), !15)
-  %282 = add nsw i64 %indvars.iv64.i, %cse_v2.i, !dbg !15
-  %cse_v12.i = shl nsw i64 %282, 4, !dbg !15
-    #dbg_value(i64 %cse_v12.i, !107, !DIExpression(), !15)
-  %283 = getelementptr inbounds float, ptr %179, i64 %cse_v12.i, !dbg !15
-  %284 = load <16 x float>, ptr %283, align 64, !dbg !15, !tbaa !108
-  %285 = fcmp ogt <16 x float> %old_max.i, %284, !dbg !15
-    #dbg_value(<16 x float> poison, !110, !DIExpression(), !15)
-  %286 = getelementptr inbounds float, ptr %196, i64 %cse_v12.i, !dbg !15
-  %287 = load <16 x float>, ptr %286, align 64, !dbg !15, !tbaa !108
-  %288 = fcmp oeq <16 x float> %287, zeroinitializer, !dbg !15
-  %289 = select <16 x i1> %288, <16 x i1> splat (i1 true), <16 x i1> %285, !dbg !15
-  %old_or_both.i = select <16 x i1> %289, <16 x float> %old_max.i, <16 x float> %284, !dbg !15
-    #dbg_value(<16 x float> %old_or_both.i, !111, !DIExpression(), !15)
-  %290 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer, !dbg !15
-  %m.i = select <16 x i1> %290, <16 x float> %284, <16 x float> %old_or_both.i, !dbg !15
-    #dbg_value(<16 x float> %m.i, !112, !DIExpression(), !15)
-    #dbg_value(<16 x float> %m.i, !113, !DIExpression(), !15)
-  %arg.i = fsub <16 x float> %old_max.i, %m.i, !dbg !15
-    #dbg_value(<16 x float> %arg.i, !115, !DIExpression(), !15)
-    #dbg_value(<16 x float> %arg.i, !116, !DIExpression(), !15)
-  %291 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01), !dbg !15
-    #dbg_value(<16 x float> poison, !117, !DIExpression(), !15)
-    #dbg_value(<16 x float> poison, !118, !DIExpression(), !15)
-    #dbg_value(<16 x float> poison, !119, !DIExpression(), !15)
-    #dbg_value(<16 x float> poison, !120, !DIExpression(), !15)
-    #dbg_value(<16 x float> poison, !122, !DIExpression(), !15)
-    #dbg_value(<16 x float> poison, !123, !DIExpression(), !15)
-    #dbg_value(<16 x float> poison, !124, !DIExpression(), !15)
-    #dbg_value(<16 x float> poison, !125, !DIExpression(), !15)
-    #dbg_value(!DIArgList(<16 x float> poison, <16 x i32> poison, <16 x i32> poison), !126, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !15)
-  %cse_v13.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !15
-    #dbg_value(<16 x float> %cse_v13.i, !127, !DIExpression(), !15)
-  %292 = bitcast <16 x float> %cse_v13.i to <16 x i32>, !dbg !15
-  %293 = shl <16 x i32> %292, splat (i32 23), !dbg !15
-  %294 = add <16 x i32> %293, splat (i32 1065353216), !dbg !15
-  %295 = bitcast <16 x i32> %294 to <16 x float>, !dbg !15
-  %296 = add nsw <16 x i32> %292, splat (i32 -1262485504), !dbg !15
-  %297 = sitofp <16 x i32> %296 to <16 x float>, !dbg !15
-  %298 = fmul <16 x float> %297, splat (float 0x3F2BD01060000000), !dbg !15
-  %299 = fmul <16 x float> %297, splat (float 0x3FE6300000000000), !dbg !15
-  %300 = fsub <16 x float> %arg.i, %299, !dbg !15
-  %301 = fadd <16 x float> %298, %300, !dbg !15
-  %302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %301, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !15
-  %303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %302, <16 x float> %301, <16 x float> splat (float 0x3F81112100000000)), !dbg !15
-  %304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %301, <16 x float> splat (float 0x3FA5553820000000)), !dbg !15
-  %305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %304, <16 x float> %301, <16 x float> splat (float 0x3FC5555540000000)), !dbg !15
-  %306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %301, <16 x float> splat (float 5.000000e-01)), !dbg !15
-  %307 = fmul <16 x float> %301, %306, !dbg !15
-  %308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %307, <16 x float> %301, <16 x float> %301), !dbg !15
-  %309 = fadd <16 x float> %308, splat (float 1.000000e+00), !dbg !15
-  %310 = fmul <16 x float> %309, %295, !dbg !15
-  %311 = select <16 x i1> %291, <16 x float> zeroinitializer, <16 x float> %310, !dbg !15
-  %312 = fcmp one <16 x float> %old_sum.i, zeroinitializer, !dbg !15
-  %313 = select <16 x i1> %312, <16 x float> %311, <16 x float> zeroinitializer, !dbg !15
-    #dbg_value(<16 x float> %313, !128, !DIExpression(), !15)
-  %arg2.i = fsub <16 x float> %284, %m.i, !dbg !15
-    #dbg_value(<16 x float> %arg2.i, !116, !DIExpression(), !15)
-  %314 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01), !dbg !15
-    #dbg_value(<16 x float> poison, !129, !DIExpression(), !15)
-    #dbg_value(<16 x float> poison, !130, !DIExpression(), !15)
-  %cse_v11.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !15
-    #dbg_value(<16 x float> %cse_v11.i, !131, !DIExpression(), !15)
-  %315 = bitcast <16 x float> %cse_v11.i to <16 x i32>, !dbg !15
-  %316 = shl <16 x i32> %315, splat (i32 23), !dbg !15
-  %317 = add <16 x i32> %316, splat (i32 1065353216), !dbg !15
-  %318 = bitcast <16 x i32> %317 to <16 x float>, !dbg !15
-  %319 = add nsw <16 x i32> %315, splat (i32 -1262485504), !dbg !15
-  %320 = sitofp <16 x i32> %319 to <16 x float>, !dbg !15
-  %321 = fmul <16 x float> %320, splat (float 0x3F2BD01060000000), !dbg !15
-  %322 = fmul <16 x float> %320, splat (float 0x3FE6300000000000), !dbg !15
-  %323 = fsub <16 x float> %arg2.i, %322, !dbg !15
-  %324 = fadd <16 x float> %321, %323, !dbg !15
-  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %324, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !15
-  %326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %325, <16 x float> %324, <16 x float> splat (float 0x3F81112100000000)), !dbg !15
-  %327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %326, <16 x float> %324, <16 x float> splat (float 0x3FA5553820000000)), !dbg !15
-  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %327, <16 x float> %324, <16 x float> splat (float 0x3FC5555540000000)), !dbg !15
-  %329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %328, <16 x float> %324, <16 x float> splat (float 5.000000e-01)), !dbg !15
-  %330 = fmul <16 x float> %324, %329, !dbg !15
-  %331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %330, <16 x float> %324, <16 x float> %324), !dbg !15
-  %332 = fadd <16 x float> %331, splat (float 1.000000e+00), !dbg !15
-  %333 = fmul <16 x float> %332, %318, !dbg !15
-  %334 = select <16 x i1> %314, <16 x float> zeroinitializer, <16 x float> %333, !dbg !15
-  %335 = fcmp one <16 x float> %287, zeroinitializer, !dbg !15
-  %336 = select <16 x i1> %335, <16 x float> %334, <16 x float> zeroinitializer, !dbg !15
-    #dbg_value(<16 x float> %336, !132, !DIExpression(), !15)
-    #dbg_value(<16 x float> %old_sum.i, !133, !DIExpression(), !15)
-  %337 = fmul <16 x float> %old_sum.i, %313, !dbg !15
-  %338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %287, <16 x float> %337), !dbg !15
-    #dbg_value(<16 x float> %338, !134, !DIExpression(), !15)
-  %.idx.i = shl nsw i64 %282, 13
-  %339 = getelementptr i8, ptr %216, i64 %.idx.i
-    #dbg_value(i32 0, !100, !DIExpression(), !15)
-  br i1 %279, label %for_body_d.us.preheader.i, label %for_body_d.i, !prof !41
+  %indvars.iv62.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next63.i, %for_end_d.i ]
+  %m4145.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_d.i ]
+  %48 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %108, %for_end_d.i ]
+  %49 = icmp eq i64 %indvars.iv62.i, 0
+  %50 = insertelement <16 x i1> poison, i1 %49, i64 0
+  %51 = shufflevector <16 x i1> %50, <16 x i1> poison, <16 x i32> zeroinitializer
+  %old_max.i = select <16 x i1> %51, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %m4145.i
+  %old_sum.i = select <16 x i1> %51, <16 x float> zeroinitializer, <16 x float> %48
+  %52 = add nsw i64 %indvars.iv62.i, %cse_v2.i
+  %cse_v10.i = shl nsw i64 %52, 4
+  %53 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v10.i
+  %54 = load <16 x float>, ptr %53, align 64, !tbaa !8
+  %55 = fcmp ogt <16 x float> %old_max.i, %54
+  %56 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v10.i
+  %57 = load <16 x float>, ptr %56, align 64, !tbaa !8
+  %58 = fcmp oeq <16 x float> %57, zeroinitializer
+  %59 = select <16 x i1> %58, <16 x i1> splat (i1 true), <16 x i1> %55
+  %old_or_both.i = select <16 x i1> %59, <16 x float> %old_max.i, <16 x float> %54
+  %60 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %60, <16 x float> %54, <16 x float> %old_or_both.i
+  %arg.i = fsub <16 x float> %old_max.i, %m.i
+  %cse_v11.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %61 = bitcast <16 x float> %cse_v11.i to <16 x i32>
+  %62 = add nsw <16 x i32> %61, splat (i32 -1262485504)
+  %63 = sitofp <16 x i32> %62 to <16 x float>
+  %64 = fmul <16 x float> %63, splat (float 0x3F2BD01060000000)
+  %65 = fmul <16 x float> %63, splat (float 0x3FE6300000000000)
+  %66 = fsub <16 x float> %arg.i, %65
+  %67 = fadd <16 x float> %64, %66
+  %68 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %67, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %69 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %68, <16 x float> %67, <16 x float> splat (float 0x3F81112100000000))
+  %70 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %69, <16 x float> %67, <16 x float> splat (float 0x3FA5553820000000))
+  %71 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %70, <16 x float> %67, <16 x float> splat (float 0x3FC5555540000000))
+  %72 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %71, <16 x float> %67, <16 x float> splat (float 5.000000e-01))
+  %73 = fmul <16 x float> %67, %72
+  %74 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %73, <16 x float> %67, <16 x float> %67)
+  %75 = shl <16 x i32> %61, splat (i32 23)
+  %76 = add <16 x i32> %75, splat (i32 1065353216)
+  %77 = bitcast <16 x i32> %76 to <16 x float>
+  %78 = fadd <16 x float> %74, splat (float 1.000000e+00)
+  %79 = fmul <16 x float> %78, %77
+  %80 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
+  %81 = select <16 x i1> %80, <16 x float> zeroinitializer, <16 x float> %79
+  %82 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %83 = select <16 x i1> %82, <16 x float> %81, <16 x float> zeroinitializer
+  %arg2.i = fsub <16 x float> %54, %m.i
+  %cse_v9.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %84 = bitcast <16 x float> %cse_v9.i to <16 x i32>
+  %85 = add nsw <16 x i32> %84, splat (i32 -1262485504)
+  %86 = sitofp <16 x i32> %85 to <16 x float>
+  %87 = fmul <16 x float> %86, splat (float 0x3F2BD01060000000)
+  %88 = fmul <16 x float> %86, splat (float 0x3FE6300000000000)
+  %89 = fsub <16 x float> %arg2.i, %88
+  %90 = fadd <16 x float> %87, %89
+  %91 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %90, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %92 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %91, <16 x float> %90, <16 x float> splat (float 0x3F81112100000000))
+  %93 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %92, <16 x float> %90, <16 x float> splat (float 0x3FA5553820000000))
+  %94 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %90, <16 x float> splat (float 0x3FC5555540000000))
+  %95 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %94, <16 x float> %90, <16 x float> splat (float 5.000000e-01))
+  %96 = fmul <16 x float> %90, %95
+  %97 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %90, <16 x float> %90)
+  %98 = shl <16 x i32> %84, splat (i32 23)
+  %99 = add <16 x i32> %98, splat (i32 1065353216)
+  %100 = bitcast <16 x i32> %99 to <16 x float>
+  %101 = fadd <16 x float> %97, splat (float 1.000000e+00)
+  %102 = fmul <16 x float> %101, %100
+  %103 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
+  %104 = select <16 x i1> %103, <16 x float> zeroinitializer, <16 x float> %102
+  %105 = fcmp one <16 x float> %57, zeroinitializer
+  %106 = select <16 x i1> %105, <16 x float> %104, <16 x float> zeroinitializer
+  %107 = fmul <16 x float> %old_sum.i, %83
+  %108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %57, <16 x float> %107)
+  %.idx.i = shl nsw i64 %52, 13
+  %109 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %49, label %for_body_d.us.preheader.i, label %for_body_d.i, !prof !6
 
 for_body_d.us.preheader.i:                        ; preds = %for_body_step.i
-  %340 = fmul <16 x float> %313, zeroinitializer
-  br label %for_body_d.us.i, !dbg !15
+  %110 = fmul <16 x float> %83, zeroinitializer
+  br label %for_body_d.us.i
 
 for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %for_body_d.us.preheader.i
-  %indvars.iv59.i = phi i64 [ 0, %for_body_d.us.preheader.i ], [ %indvars.iv.next60.i.3, %for_body_d.us.i ]
-    #dbg_value(i64 %indvars.iv59.i, !100, !DIExpression(), !15)
-  %341 = shl nuw nsw i64 %indvars.iv59.i, 4, !dbg !15
-    #dbg_value(i64 %341, !135, !DIExpression(), !15)
-  %342 = getelementptr inbounds nuw float, ptr %acc.i, i64 %341, !dbg !15
-  store <16 x float> zeroinitializer, ptr %342, align 4, !dbg !15, !tbaa !108
-  %343 = getelementptr float, ptr %339, i64 %341, !dbg !15
-  %344 = load <16 x float>, ptr %343, align 64, !dbg !15, !tbaa !108
-  %345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %344, <16 x float> %340), !dbg !15
-  store <16 x float> %345, ptr %342, align 4, !dbg !15, !tbaa !108
-    #dbg_value(i64 %indvars.iv59.i, !100, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_stack_value), !15)
-  %indvars.iv.next60.i = shl i64 %indvars.iv59.i, 4, !dbg !15
-  %346 = or disjoint i64 %indvars.iv.next60.i, 16, !dbg !15
-    #dbg_value(i64 %346, !135, !DIExpression(), !15)
-  %347 = getelementptr inbounds nuw float, ptr %acc.i, i64 %346, !dbg !15
-  store <16 x float> zeroinitializer, ptr %347, align 4, !dbg !15, !tbaa !108
-  %348 = getelementptr float, ptr %339, i64 %346, !dbg !15
-  %349 = load <16 x float>, ptr %348, align 64, !dbg !15, !tbaa !108
-  %350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %349, <16 x float> %340), !dbg !15
-  store <16 x float> %350, ptr %347, align 4, !dbg !15, !tbaa !108
-    #dbg_value(i64 %indvars.iv59.i, !100, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_stack_value), !15)
-  %indvars.iv.next60.i.1 = shl i64 %indvars.iv59.i, 4, !dbg !15
-  %351 = or disjoint i64 %indvars.iv.next60.i.1, 32, !dbg !15
-    #dbg_value(i64 %351, !135, !DIExpression(), !15)
-  %352 = getelementptr inbounds nuw float, ptr %acc.i, i64 %351, !dbg !15
-  store <16 x float> zeroinitializer, ptr %352, align 4, !dbg !15, !tbaa !108
-  %353 = getelementptr float, ptr %339, i64 %351, !dbg !15
-  %354 = load <16 x float>, ptr %353, align 64, !dbg !15, !tbaa !108
-  %355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %354, <16 x float> %340), !dbg !15
-  store <16 x float> %355, ptr %352, align 4, !dbg !15, !tbaa !108
-    #dbg_value(i64 %indvars.iv59.i, !100, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_stack_value), !15)
-  %indvars.iv.next60.i.2 = shl i64 %indvars.iv59.i, 4, !dbg !15
-  %356 = or disjoint i64 %indvars.iv.next60.i.2, 48, !dbg !15
-    #dbg_value(i64 %356, !135, !DIExpression(), !15)
-  %357 = getelementptr inbounds nuw float, ptr %acc.i, i64 %356, !dbg !15
-  store <16 x float> zeroinitializer, ptr %357, align 4, !dbg !15, !tbaa !108
-  %358 = getelementptr float, ptr %339, i64 %356, !dbg !15
-  %359 = load <16 x float>, ptr %358, align 64, !dbg !15, !tbaa !108
-  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %359, <16 x float> %340), !dbg !15
-  store <16 x float> %360, ptr %357, align 4, !dbg !15, !tbaa !108
-  %indvars.iv.next60.i.3 = add nuw nsw i64 %indvars.iv59.i, 4, !dbg !15
-    #dbg_value(i64 %indvars.iv.next60.i.3, !100, !DIExpression(), !15)
-  %exitcond63.not.i.3 = icmp eq i64 %indvars.iv.next60.i.3, 128, !dbg !15
-  br i1 %exitcond63.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !dbg !15, !prof !136, !llvm.loop !137
+  %indvars.iv57.i = phi i64 [ 0, %for_body_d.us.preheader.i ], [ %indvars.iv.next58.i.3, %for_body_d.us.i ]
+  %111 = shl nuw nsw i64 %indvars.iv57.i, 4
+  %112 = getelementptr inbounds nuw float, ptr %acc.i, i64 %111
+  store <16 x float> zeroinitializer, ptr %112, align 4, !tbaa !8
+  %113 = getelementptr float, ptr %109, i64 %111
+  %114 = load <16 x float>, ptr %113, align 64, !tbaa !8
+  %115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %114, <16 x float> %110)
+  store <16 x float> %115, ptr %112, align 4, !tbaa !8
+  %indvars.iv.next58.i = shl i64 %indvars.iv57.i, 4
+  %116 = or disjoint i64 %indvars.iv.next58.i, 16
+  %117 = getelementptr inbounds nuw float, ptr %acc.i, i64 %116
+  store <16 x float> zeroinitializer, ptr %117, align 4, !tbaa !8
+  %118 = getelementptr float, ptr %109, i64 %116
+  %119 = load <16 x float>, ptr %118, align 64, !tbaa !8
+  %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %119, <16 x float> %110)
+  store <16 x float> %120, ptr %117, align 4, !tbaa !8
+  %indvars.iv.next58.i.1 = shl i64 %indvars.iv57.i, 4
+  %121 = or disjoint i64 %indvars.iv.next58.i.1, 32
+  %122 = getelementptr inbounds nuw float, ptr %acc.i, i64 %121
+  store <16 x float> zeroinitializer, ptr %122, align 4, !tbaa !8
+  %123 = getelementptr float, ptr %109, i64 %121
+  %124 = load <16 x float>, ptr %123, align 64, !tbaa !8
+  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %124, <16 x float> %110)
+  store <16 x float> %125, ptr %122, align 4, !tbaa !8
+  %indvars.iv.next58.i.2 = shl i64 %indvars.iv57.i, 4
+  %126 = or disjoint i64 %indvars.iv.next58.i.2, 48
+  %127 = getelementptr inbounds nuw float, ptr %acc.i, i64 %126
+  store <16 x float> zeroinitializer, ptr %127, align 4, !tbaa !8
+  %128 = getelementptr float, ptr %109, i64 %126
+  %129 = load <16 x float>, ptr %128, align 64, !tbaa !8
+  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %129, <16 x float> %110)
+  store <16 x float> %130, ptr %127, align 4, !tbaa !8
+  %indvars.iv.next58.i.3 = add nuw nsw i64 %indvars.iv57.i, 4
+  %exitcond61.not.i.3 = icmp eq i64 %indvars.iv.next58.i.3, 128
+  br i1 %exitcond61.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !prof !10, !llvm.loop !11
 
-for_body_d.i:                                     ; preds = %for_body_step.i, %for_body_d.i
+for_body_d.i:                                     ; preds = %for_body_d.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i.3, %for_body_d.i ], [ 0, %for_body_step.i ]
-    #dbg_value(i64 %indvars.iv.i, !100, !DIExpression(), !15)
-  %361 = shl nuw nsw i64 %indvars.iv.i, 4, !dbg !15
-    #dbg_value(i64 %361, !135, !DIExpression(), !15)
-  %362 = getelementptr float, ptr %339, i64 %361, !dbg !15
-  %363 = load <16 x float>, ptr %362, align 64, !dbg !15, !tbaa !108
-  %364 = getelementptr inbounds nuw float, ptr %acc.i, i64 %361, !dbg !15
-  %365 = load <16 x float>, ptr %364, align 4, !dbg !15, !tbaa !108
-  %366 = fmul <16 x float> %313, %365, !dbg !15
-  %367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %363, <16 x float> %366), !dbg !15
-  store <16 x float> %367, ptr %364, align 4, !dbg !15, !tbaa !108
-    #dbg_value(i64 %indvars.iv.i, !100, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_stack_value), !15)
-  %indvars.iv.next.i = shl i64 %indvars.iv.i, 4, !dbg !15
-  %368 = or disjoint i64 %indvars.iv.next.i, 16, !dbg !15
-    #dbg_value(i64 %368, !135, !DIExpression(), !15)
-  %369 = getelementptr float, ptr %339, i64 %368, !dbg !15
-  %370 = load <16 x float>, ptr %369, align 64, !dbg !15, !tbaa !108
-  %371 = getelementptr inbounds nuw float, ptr %acc.i, i64 %368, !dbg !15
-  %372 = load <16 x float>, ptr %371, align 4, !dbg !15, !tbaa !108
-  %373 = fmul <16 x float> %313, %372, !dbg !15
-  %374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %370, <16 x float> %373), !dbg !15
-  store <16 x float> %374, ptr %371, align 4, !dbg !15, !tbaa !108
-    #dbg_value(i64 %indvars.iv.i, !100, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_stack_value), !15)
-  %indvars.iv.next.i.1 = shl i64 %indvars.iv.i, 4, !dbg !15
-  %375 = or disjoint i64 %indvars.iv.next.i.1, 32, !dbg !15
-    #dbg_value(i64 %375, !135, !DIExpression(), !15)
-  %376 = getelementptr float, ptr %339, i64 %375, !dbg !15
-  %377 = load <16 x float>, ptr %376, align 64, !dbg !15, !tbaa !108
-  %378 = getelementptr inbounds nuw float, ptr %acc.i, i64 %375, !dbg !15
-  %379 = load <16 x float>, ptr %378, align 4, !dbg !15, !tbaa !108
-  %380 = fmul <16 x float> %313, %379, !dbg !15
-  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %377, <16 x float> %380), !dbg !15
-  store <16 x float> %381, ptr %378, align 4, !dbg !15, !tbaa !108
-    #dbg_value(i64 %indvars.iv.i, !100, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_stack_value), !15)
-  %indvars.iv.next.i.2 = shl i64 %indvars.iv.i, 4, !dbg !15
-  %382 = or disjoint i64 %indvars.iv.next.i.2, 48, !dbg !15
-    #dbg_value(i64 %382, !135, !DIExpression(), !15)
-  %383 = getelementptr float, ptr %339, i64 %382, !dbg !15
-  %384 = load <16 x float>, ptr %383, align 64, !dbg !15, !tbaa !108
-  %385 = getelementptr inbounds nuw float, ptr %acc.i, i64 %382, !dbg !15
-  %386 = load <16 x float>, ptr %385, align 4, !dbg !15, !tbaa !108
-  %387 = fmul <16 x float> %313, %386, !dbg !15
-  %388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %384, <16 x float> %387), !dbg !15
-  store <16 x float> %388, ptr %385, align 4, !dbg !15, !tbaa !108
-  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4, !dbg !15
-    #dbg_value(i64 %indvars.iv.next.i.3, !100, !DIExpression(), !15)
-  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 128, !dbg !15
-  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !dbg !15, !prof !136, !llvm.loop !139
+  %131 = shl nuw nsw i64 %indvars.iv.i, 4
+  %132 = getelementptr float, ptr %109, i64 %131
+  %133 = load <16 x float>, ptr %132, align 64, !tbaa !8
+  %134 = getelementptr inbounds nuw float, ptr %acc.i, i64 %131
+  %135 = load <16 x float>, ptr %134, align 4, !tbaa !8
+  %136 = fmul <16 x float> %83, %135
+  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %133, <16 x float> %136)
+  store <16 x float> %137, ptr %134, align 4, !tbaa !8
+  %indvars.iv.next.i = shl i64 %indvars.iv.i, 4
+  %138 = or disjoint i64 %indvars.iv.next.i, 16
+  %139 = getelementptr float, ptr %109, i64 %138
+  %140 = load <16 x float>, ptr %139, align 64, !tbaa !8
+  %141 = getelementptr inbounds nuw float, ptr %acc.i, i64 %138
+  %142 = load <16 x float>, ptr %141, align 4, !tbaa !8
+  %143 = fmul <16 x float> %83, %142
+  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %140, <16 x float> %143)
+  store <16 x float> %144, ptr %141, align 4, !tbaa !8
+  %indvars.iv.next.i.1 = shl i64 %indvars.iv.i, 4
+  %145 = or disjoint i64 %indvars.iv.next.i.1, 32
+  %146 = getelementptr float, ptr %109, i64 %145
+  %147 = load <16 x float>, ptr %146, align 64, !tbaa !8
+  %148 = getelementptr inbounds nuw float, ptr %acc.i, i64 %145
+  %149 = load <16 x float>, ptr %148, align 4, !tbaa !8
+  %150 = fmul <16 x float> %83, %149
+  %151 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %147, <16 x float> %150)
+  store <16 x float> %151, ptr %148, align 4, !tbaa !8
+  %indvars.iv.next.i.2 = shl i64 %indvars.iv.i, 4
+  %152 = or disjoint i64 %indvars.iv.next.i.2, 48
+  %153 = getelementptr float, ptr %109, i64 %152
+  %154 = load <16 x float>, ptr %153, align 64, !tbaa !8
+  %155 = getelementptr inbounds nuw float, ptr %acc.i, i64 %152
+  %156 = load <16 x float>, ptr %155, align 4, !tbaa !8
+  %157 = fmul <16 x float> %83, %156
+  %158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %154, <16 x float> %157)
+  store <16 x float> %158, ptr %155, align 4, !tbaa !8
+  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
+  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 128
+  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !10, !llvm.loop !13
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %for_body_d.us.i
-  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1, !dbg !15
-    #dbg_value(i64 %indvars.iv.next65.i, !98, !DIExpression(), !15)
-  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i, !dbg !15
-  br i1 %exitcond67.not.i, label %for_begin_d19.preheader.i, label %for_body_step.i, !dbg !15, !prof !140
+  %indvars.iv.next63.i = add nuw nsw i64 %indvars.iv62.i, 1
+  %exitcond65.not.i = icmp eq i64 %indvars.iv.next63.i, %wide.trip.count.i
+  br i1 %exitcond65.not.i, label %for_begin_d17.preheader.i, label %for_body_step.i, !prof !14
 
-for_body_d20.i:                                   ; preds = %for_body_d20.i, %for_begin_d19.preheader.i
-  %indvars.iv68.i = phi i64 [ 0, %for_begin_d19.preheader.i ], [ %indvars.iv.next69.i.3, %for_body_d20.i ]
-    #dbg_value(i64 %indvars.iv68.i, !100, !DIExpression(), !15)
-    #dbg_value(i64 %indvars.iv68.i, !141, !DIExpression(DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !15)
-  %.idx87.i = shl nuw nsw i64 %indvars.iv68.i, 6, !dbg !142
-  %389 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx87.i, !dbg !142
-  %390 = load <16 x float>, ptr %389, align 4, !dbg !142, !tbaa !108
-  %391 = fdiv <16 x float> %390, %.lcssa46.i, !dbg !142
-  %392 = select <16 x i1> %277, <16 x float> zeroinitializer, <16 x float> %391, !dbg !142
-  store <16 x float> %392, ptr %389, align 4, !dbg !142, !tbaa !108
-    #dbg_value(i64 %indvars.iv68.i, !100, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_stack_value), !15)
-    #dbg_value(i64 %indvars.iv68.i, !141, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !15)
-  %indvars.iv.next69.i = shl i64 %indvars.iv68.i, 6, !dbg !142
-  %393 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next69.i, !dbg !142
-  %394 = getelementptr inbounds nuw i8, ptr %393, i64 64, !dbg !142
-  %395 = load <16 x float>, ptr %394, align 4, !dbg !142, !tbaa !108
-  %396 = fdiv <16 x float> %395, %.lcssa46.i, !dbg !142
-  %397 = select <16 x i1> %277, <16 x float> zeroinitializer, <16 x float> %396, !dbg !142
-  store <16 x float> %397, ptr %394, align 4, !dbg !142, !tbaa !108
-    #dbg_value(i64 %indvars.iv68.i, !100, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_stack_value), !15)
-    #dbg_value(i64 %indvars.iv68.i, !141, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !15)
-  %indvars.iv.next69.i.1 = shl i64 %indvars.iv68.i, 6, !dbg !142
-  %398 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next69.i.1, !dbg !142
-  %399 = getelementptr inbounds nuw i8, ptr %398, i64 128, !dbg !142
-  %400 = load <16 x float>, ptr %399, align 4, !dbg !142, !tbaa !108
-  %401 = fdiv <16 x float> %400, %.lcssa46.i, !dbg !142
-  %402 = select <16 x i1> %277, <16 x float> zeroinitializer, <16 x float> %401, !dbg !142
-  store <16 x float> %402, ptr %399, align 4, !dbg !142, !tbaa !108
-    #dbg_value(i64 %indvars.iv68.i, !100, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_stack_value), !15)
-    #dbg_value(i64 %indvars.iv68.i, !141, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !15)
-  %indvars.iv.next69.i.2 = shl i64 %indvars.iv68.i, 6, !dbg !142
-  %403 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next69.i.2, !dbg !142
-  %404 = getelementptr inbounds nuw i8, ptr %403, i64 192, !dbg !142
-  %405 = load <16 x float>, ptr %404, align 4, !dbg !142, !tbaa !108
-  %406 = fdiv <16 x float> %405, %.lcssa46.i, !dbg !142
-  %407 = select <16 x i1> %277, <16 x float> zeroinitializer, <16 x float> %406, !dbg !142
-  store <16 x float> %407, ptr %404, align 4, !dbg !142, !tbaa !108
-  %indvars.iv.next69.i.3 = add nuw nsw i64 %indvars.iv68.i, 4, !dbg !142
-    #dbg_value(i64 %indvars.iv.next69.i.3, !100, !DIExpression(), !15)
-  %exitcond72.not.i.3 = icmp eq i64 %indvars.iv.next69.i.3, 128, !dbg !15
-  br i1 %exitcond72.not.i.3, label %for_end_d21.i, label %for_body_d20.i, !dbg !15, !prof !136, !llvm.loop !143
+for_body_d18.i:                                   ; preds = %for_body_d18.i, %for_begin_d17.preheader.i
+  %indvars.iv66.i = phi i64 [ 0, %for_begin_d17.preheader.i ], [ %indvars.iv.next67.i.3, %for_body_d18.i ]
+  %.idx85.i = shl nuw nsw i64 %indvars.iv66.i, 6
+  %159 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx85.i
+  %160 = load <16 x float>, ptr %159, align 4, !tbaa !8
+  %161 = fdiv <16 x float> %160, %.lcssa44.i
+  %162 = select <16 x i1> %47, <16 x float> zeroinitializer, <16 x float> %161
+  store <16 x float> %162, ptr %159, align 4, !tbaa !8
+  %indvars.iv.next67.i = shl i64 %indvars.iv66.i, 6
+  %163 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next67.i
+  %164 = getelementptr inbounds nuw i8, ptr %163, i64 64
+  %165 = load <16 x float>, ptr %164, align 4, !tbaa !8
+  %166 = fdiv <16 x float> %165, %.lcssa44.i
+  %167 = select <16 x i1> %47, <16 x float> zeroinitializer, <16 x float> %166
+  store <16 x float> %167, ptr %164, align 4, !tbaa !8
+  %indvars.iv.next67.i.1 = shl i64 %indvars.iv66.i, 6
+  %168 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next67.i.1
+  %169 = getelementptr inbounds nuw i8, ptr %168, i64 128
+  %170 = load <16 x float>, ptr %169, align 4, !tbaa !8
+  %171 = fdiv <16 x float> %170, %.lcssa44.i
+  %172 = select <16 x i1> %47, <16 x float> zeroinitializer, <16 x float> %171
+  store <16 x float> %172, ptr %169, align 4, !tbaa !8
+  %indvars.iv.next67.i.2 = shl i64 %indvars.iv66.i, 6
+  %173 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next67.i.2
+  %174 = getelementptr inbounds nuw i8, ptr %173, i64 192
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !8
+  %176 = fdiv <16 x float> %175, %.lcssa44.i
+  %177 = select <16 x i1> %47, <16 x float> zeroinitializer, <16 x float> %176
+  store <16 x float> %177, ptr %174, align 4, !tbaa !8
+  %indvars.iv.next67.i.3 = add nuw nsw i64 %indvars.iv66.i, 4
+  %exitcond70.not.i.3 = icmp eq i64 %indvars.iv.next67.i.3, 128
+  br i1 %exitcond70.not.i.3, label %for_end_d19.i, label %for_body_d18.i, !prof !10, !llvm.loop !15
 
-for_end_d21.i:                                    ; preds = %for_body_d20.i
-  %sext166 = shl i64 %44, 32, !dbg !15
-  %cse_v8.i = ashr exact i64 %sext166, 32, !dbg !15
-    #dbg_value(i64 %cse_v8.i, !144, !DIExpression(), !15)
-  %sext167 = shl i64 %49, 32, !dbg !15
-  %cse_v9.i = ashr exact i64 %sext167, 32, !dbg !15
-    #dbg_value(i64 %cse_v9.i, !145, !DIExpression(), !15)
-    #dbg_value(i32 0, !146, !DIExpression(), !15)
-  %408 = icmp sgt i32 %num_rows, 0, !dbg !15
-  br i1 %408, label %for_begin_d24.preheader.lr.ph.i, label %for_end_r31.i, !dbg !15, !prof !99
+for_end_d19.i:                                    ; preds = %for_body_d18.i
+  %sext28 = shl i64 %20, 32
+  %cse_v7.i = ashr exact i64 %sext28, 32
+  %sext29 = shl i64 %22, 32
+  %cse_v8.i = ashr exact i64 %sext29, 32
+  %178 = icmp sgt i32 %num_rows, 0
+  br i1 %178, label %for_begin_d22.preheader.lr.ph.i, label %for_end_r29.i, !prof !7
 
-for_begin_d24.preheader.lr.ph.i:                  ; preds = %for_end_d21.i
-  %409 = mul nsw i64 %out_batch, %cse_v8.i
-  %410 = getelementptr float, ptr %222, i64 %409
-  %wide.trip.count80.i = and i64 %54, 2147483647, !dbg !15
-  %411 = mul i64 %out_batch, %cse_v8.i, !dbg !15
-  %412 = shl i64 %411, 2, !dbg !15
-  %413 = mul i64 %out_head, %cse_v9.i, !dbg !15
-  %414 = add i64 %411, %413, !dbg !15
-  %415 = shl i64 %414, 2, !dbg !15
-  %scevgep = getelementptr i8, ptr %222, i64 %415, !dbg !15
-  %416 = ashr exact i64 %sext167, 30, !dbg !15
-  %417 = shl nuw nsw i64 %wide.trip.count80.i, 2, !dbg !15
-  %418 = add nsw i64 %416, %417, !dbg !15
-  %419 = add nsw i64 %418, -4, !dbg !15
-  %420 = mul i64 %out_head, %419, !dbg !15
-  %421 = getelementptr i8, ptr %222, i64 %412, !dbg !15
-  %422 = getelementptr i8, ptr %421, i64 %420, !dbg !15
-  %scevgep172 = getelementptr i8, ptr %422, i64 512, !dbg !15
-  %423 = getelementptr i8, ptr %acc.i, i64 %417, !dbg !15
-  %scevgep173 = getelementptr i8, ptr %423, i64 8128, !dbg !15
-  %bound0 = icmp ult ptr %scevgep, %scevgep173
-  %bound1 = icmp ult ptr %acc.i, %scevgep172
+for_begin_d22.preheader.lr.ph.i:                  ; preds = %for_end_d19.i
+  %179 = mul nsw i64 %out_batch, %cse_v7.i
+  %180 = getelementptr float, ptr %out, i64 %179
+  %wide.trip.count78.i = and i64 %24, 2147483647
+  %181 = mul i64 %out_batch, %cse_v7.i
+  %182 = shl i64 %181, 2
+  %183 = mul i64 %out_head, %cse_v8.i
+  %184 = add i64 %181, %183
+  %185 = shl i64 %184, 2
+  %scevgep = getelementptr i8, ptr %out, i64 %185
+  %186 = ashr exact i64 %sext29, 30
+  %187 = shl nuw nsw i64 %wide.trip.count78.i, 2
+  %188 = add nsw i64 %186, %187
+  %189 = add nsw i64 %188, -4
+  %190 = mul i64 %out_head, %189
+  %191 = getelementptr i8, ptr %out, i64 %182
+  %192 = getelementptr i8, ptr %191, i64 %190
+  %scevgep34 = getelementptr i8, ptr %192, i64 512
+  %193 = getelementptr i8, ptr %acc.i, i64 %187
+  %scevgep35 = getelementptr i8, ptr %193, i64 8128
+  %bound0 = icmp ult ptr %scevgep, %scevgep35
+  %bound1 = icmp ult ptr %acc.i, %scevgep34
   %found.conflict = and i1 %bound0, %bound1
   %.mask = and i64 %out_head, 2305843009213693952
   %stride.check = icmp ne i64 %.mask, 0
-  %424 = or i1 %found.conflict, %stride.check
-  br label %for_begin_d24.preheader.i, !dbg !15
+  %194 = or i1 %found.conflict, %stride.check
+  br label %for_begin_d22.preheader.i
 
-for_begin_d24.preheader.i:                        ; preds = %for_end_d26.i, %for_begin_d24.preheader.lr.ph.i
-  %indvars.iv77.i = phi i64 [ 0, %for_begin_d24.preheader.lr.ph.i ], [ %indvars.iv.next78.i, %for_end_d26.i ]
-    #dbg_value(i64 %indvars.iv77.i, !146, !DIExpression(), !15)
-  %425 = add nsw i64 %indvars.iv77.i, %cse_v9.i
-  %426 = mul nsw i64 %425, %out_head
-  %427 = getelementptr float, ptr %410, i64 %426
-    #dbg_value(i32 0, !100, !DIExpression(), !15)
-  %invariant.gep90.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %indvars.iv77.i, !dbg !15
-  br i1 %424, label %for_body_d25.i, label %vector.body, !dbg !147, !prof !148
+for_begin_d22.preheader.i:                        ; preds = %for_end_d24.i, %for_begin_d22.preheader.lr.ph.i
+  %indvars.iv75.i = phi i64 [ 0, %for_begin_d22.preheader.lr.ph.i ], [ %indvars.iv.next76.i, %for_end_d24.i ]
+  %195 = add nsw i64 %indvars.iv75.i, %cse_v8.i
+  %196 = mul nsw i64 %195, %out_head
+  %197 = getelementptr float, ptr %180, i64 %196
+  %invariant.gep88.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %indvars.iv75.i
+  br i1 %194, label %for_body_d23.i, label %vector.body, !prof !16
 
-vector.body:                                      ; preds = %for_begin_d24.preheader.i
-  %428 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>, !dbg !147
-  %429 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>, !dbg !147
-  %430 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>, !dbg !147
-  %431 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>, !dbg !147
-  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %428, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !147, !tbaa !108, !alias.scope !149
-  %wide.masked.gather174 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %429, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !147, !tbaa !108, !alias.scope !149
-  %wide.masked.gather175 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %430, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !147, !tbaa !108, !alias.scope !149
-  %wide.masked.gather176 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %431, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !147, !tbaa !108, !alias.scope !149
-  %432 = getelementptr i8, ptr %427, i64 32, !dbg !147
-  %433 = getelementptr i8, ptr %427, i64 64, !dbg !147
-  %434 = getelementptr i8, ptr %427, i64 96, !dbg !147
-  store <8 x float> %wide.masked.gather, ptr %427, align 4, !dbg !147, !tbaa !108, !alias.scope !152, !noalias !149
-  store <8 x float> %wide.masked.gather174, ptr %432, align 4, !dbg !147, !tbaa !108, !alias.scope !152, !noalias !149
-  store <8 x float> %wide.masked.gather175, ptr %433, align 4, !dbg !147, !tbaa !108, !alias.scope !152, !noalias !149
-  store <8 x float> %wide.masked.gather176, ptr %434, align 4, !dbg !147, !tbaa !108, !alias.scope !152, !noalias !149
-  %435 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>, !dbg !147
-  %436 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>, !dbg !147
-  %437 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>, !dbg !147
-  %438 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>, !dbg !147
-  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !147, !tbaa !108, !alias.scope !149
-  %wide.masked.gather174.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %436, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !147, !tbaa !108, !alias.scope !149
-  %wide.masked.gather175.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %437, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !147, !tbaa !108, !alias.scope !149
-  %wide.masked.gather176.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %438, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !147, !tbaa !108, !alias.scope !149
-  %439 = getelementptr i8, ptr %427, i64 128, !dbg !147
-  %440 = getelementptr i8, ptr %427, i64 160, !dbg !147
-  %441 = getelementptr i8, ptr %427, i64 192, !dbg !147
-  %442 = getelementptr i8, ptr %427, i64 224, !dbg !147
-  store <8 x float> %wide.masked.gather.1, ptr %439, align 4, !dbg !147, !tbaa !108, !alias.scope !152, !noalias !149
-  store <8 x float> %wide.masked.gather174.1, ptr %440, align 4, !dbg !147, !tbaa !108, !alias.scope !152, !noalias !149
-  store <8 x float> %wide.masked.gather175.1, ptr %441, align 4, !dbg !147, !tbaa !108, !alias.scope !152, !noalias !149
-  store <8 x float> %wide.masked.gather176.1, ptr %442, align 4, !dbg !147, !tbaa !108, !alias.scope !152, !noalias !149
-  %443 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>, !dbg !147
-  %444 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>, !dbg !147
-  %445 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>, !dbg !147
-  %446 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>, !dbg !147
-  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !147, !tbaa !108, !alias.scope !149
-  %wide.masked.gather174.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %444, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !147, !tbaa !108, !alias.scope !149
-  %wide.masked.gather175.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %445, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !147, !tbaa !108, !alias.scope !149
-  %wide.masked.gather176.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %446, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !147, !tbaa !108, !alias.scope !149
-  %447 = getelementptr i8, ptr %427, i64 256, !dbg !147
-  %448 = getelementptr i8, ptr %427, i64 288, !dbg !147
-  %449 = getelementptr i8, ptr %427, i64 320, !dbg !147
-  %450 = getelementptr i8, ptr %427, i64 352, !dbg !147
-  store <8 x float> %wide.masked.gather.2, ptr %447, align 4, !dbg !147, !tbaa !108, !alias.scope !152, !noalias !149
-  store <8 x float> %wide.masked.gather174.2, ptr %448, align 4, !dbg !147, !tbaa !108, !alias.scope !152, !noalias !149
-  store <8 x float> %wide.masked.gather175.2, ptr %449, align 4, !dbg !147, !tbaa !108, !alias.scope !152, !noalias !149
-  store <8 x float> %wide.masked.gather176.2, ptr %450, align 4, !dbg !147, !tbaa !108, !alias.scope !152, !noalias !149
-  %451 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>, !dbg !147
-  %452 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>, !dbg !147
-  %453 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>, !dbg !147
-  %454 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>, !dbg !147
-  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %451, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !147, !tbaa !108, !alias.scope !149
-  %wide.masked.gather174.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %452, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !147, !tbaa !108, !alias.scope !149
-  %wide.masked.gather175.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %453, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !147, !tbaa !108, !alias.scope !149
-  %wide.masked.gather176.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %454, <8 x i1> splat (i1 true), <8 x float> poison), !dbg !147, !tbaa !108, !alias.scope !149
-  %455 = getelementptr i8, ptr %427, i64 384, !dbg !147
-  %456 = getelementptr i8, ptr %427, i64 416, !dbg !147
-  %457 = getelementptr i8, ptr %427, i64 448, !dbg !147
-  %458 = getelementptr i8, ptr %427, i64 480, !dbg !147
-  store <8 x float> %wide.masked.gather.3, ptr %455, align 4, !dbg !147, !tbaa !108, !alias.scope !152, !noalias !149
-  store <8 x float> %wide.masked.gather174.3, ptr %456, align 4, !dbg !147, !tbaa !108, !alias.scope !152, !noalias !149
-  store <8 x float> %wide.masked.gather175.3, ptr %457, align 4, !dbg !147, !tbaa !108, !alias.scope !152, !noalias !149
-  store <8 x float> %wide.masked.gather176.3, ptr %458, align 4, !dbg !147, !tbaa !108, !alias.scope !152, !noalias !149
-  br label %for_end_d26.i, !dbg !147
+vector.body:                                      ; preds = %for_begin_d22.preheader.i
+  %198 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %199 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %200 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %201 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %198, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !17
+  %wide.masked.gather36 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %199, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !17
+  %wide.masked.gather37 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %200, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !17
+  %wide.masked.gather38 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %201, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !17
+  %202 = getelementptr i8, ptr %197, i64 32
+  %203 = getelementptr i8, ptr %197, i64 64
+  %204 = getelementptr i8, ptr %197, i64 96
+  store <8 x float> %wide.masked.gather, ptr %197, align 4, !tbaa !8, !alias.scope !20, !noalias !17
+  store <8 x float> %wide.masked.gather36, ptr %202, align 4, !tbaa !8, !alias.scope !20, !noalias !17
+  store <8 x float> %wide.masked.gather37, ptr %203, align 4, !tbaa !8, !alias.scope !20, !noalias !17
+  store <8 x float> %wide.masked.gather38, ptr %204, align 4, !tbaa !8, !alias.scope !20, !noalias !17
+  %205 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %206 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %207 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %208 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %205, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !17
+  %wide.masked.gather36.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %206, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !17
+  %wide.masked.gather37.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %207, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !17
+  %wide.masked.gather38.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %208, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !17
+  %209 = getelementptr i8, ptr %197, i64 128
+  %210 = getelementptr i8, ptr %197, i64 160
+  %211 = getelementptr i8, ptr %197, i64 192
+  %212 = getelementptr i8, ptr %197, i64 224
+  store <8 x float> %wide.masked.gather.1, ptr %209, align 4, !tbaa !8, !alias.scope !20, !noalias !17
+  store <8 x float> %wide.masked.gather36.1, ptr %210, align 4, !tbaa !8, !alias.scope !20, !noalias !17
+  store <8 x float> %wide.masked.gather37.1, ptr %211, align 4, !tbaa !8, !alias.scope !20, !noalias !17
+  store <8 x float> %wide.masked.gather38.1, ptr %212, align 4, !tbaa !8, !alias.scope !20, !noalias !17
+  %213 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %214 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %215 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %216 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %213, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !17
+  %wide.masked.gather36.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %214, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !17
+  %wide.masked.gather37.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %215, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !17
+  %wide.masked.gather38.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %216, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !17
+  %217 = getelementptr i8, ptr %197, i64 256
+  %218 = getelementptr i8, ptr %197, i64 288
+  %219 = getelementptr i8, ptr %197, i64 320
+  %220 = getelementptr i8, ptr %197, i64 352
+  store <8 x float> %wide.masked.gather.2, ptr %217, align 4, !tbaa !8, !alias.scope !20, !noalias !17
+  store <8 x float> %wide.masked.gather36.2, ptr %218, align 4, !tbaa !8, !alias.scope !20, !noalias !17
+  store <8 x float> %wide.masked.gather37.2, ptr %219, align 4, !tbaa !8, !alias.scope !20, !noalias !17
+  store <8 x float> %wide.masked.gather38.2, ptr %220, align 4, !tbaa !8, !alias.scope !20, !noalias !17
+  %221 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %222 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %223 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %224 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %221, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !17
+  %wide.masked.gather36.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %222, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !17
+  %wide.masked.gather37.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %223, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !17
+  %wide.masked.gather38.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %224, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !8, !alias.scope !17
+  %225 = getelementptr i8, ptr %197, i64 384
+  %226 = getelementptr i8, ptr %197, i64 416
+  %227 = getelementptr i8, ptr %197, i64 448
+  %228 = getelementptr i8, ptr %197, i64 480
+  store <8 x float> %wide.masked.gather.3, ptr %225, align 4, !tbaa !8, !alias.scope !20, !noalias !17
+  store <8 x float> %wide.masked.gather36.3, ptr %226, align 4, !tbaa !8, !alias.scope !20, !noalias !17
+  store <8 x float> %wide.masked.gather37.3, ptr %227, align 4, !tbaa !8, !alias.scope !20, !noalias !17
+  store <8 x float> %wide.masked.gather38.3, ptr %228, align 4, !tbaa !8, !alias.scope !20, !noalias !17
+  br label %for_end_d24.i
 
-for_begin_r29.preheader.i:                        ; preds = %for_end_d26.i
-    #dbg_value(i32 0, !146, !DIExpression(), !15)
-  %invariant.gep.i = getelementptr float, ptr %231, i64 %cse_v9.i, !dbg !15
-  %459 = mul nsw i64 %lse_batch, %cse_v8.i
-  %gep.i = getelementptr float, ptr %invariant.gep.i, i64 %459
-  %460 = add nsw i64 %wide.trip.count80.i, -1, !dbg !15
-  %xtraiter = and i64 %54, 3, !dbg !15
-  %461 = icmp ult i64 %460, 3, !dbg !15
-  br i1 %461, label %for_body_r30.i.epil.preheader, label %for_begin_r29.preheader.i.new, !dbg !15, !prof !154
+for_begin_r27.preheader.i:                        ; preds = %for_end_d24.i
+  %invariant.gep.i = getelementptr float, ptr %lse, i64 %cse_v8.i
+  %229 = mul nsw i64 %lse_batch, %cse_v7.i
+  %gep.i = getelementptr float, ptr %invariant.gep.i, i64 %229
+  %230 = add nsw i64 %wide.trip.count78.i, -1
+  %xtraiter = and i64 %24, 3
+  %231 = icmp ult i64 %230, 3
+  br i1 %231, label %for_body_r28.i.epil.preheader, label %for_begin_r27.preheader.i.new, !prof !22
 
-for_begin_r29.preheader.i.new:                    ; preds = %for_begin_r29.preheader.i
-  %unroll_iter = and i64 %54, 2147483644, !dbg !15
-  br label %for_body_r30.i, !dbg !15
+for_begin_r27.preheader.i.new:                    ; preds = %for_begin_r27.preheader.i
+  %unroll_iter = and i64 %24, 2147483644
+  br label %for_body_r28.i
 
-for_body_d25.i:                                   ; preds = %for_begin_d24.preheader.i, %for_body_d25.i
-  %indvars.iv73.i = phi i64 [ %indvars.iv.next74.i.7, %for_body_d25.i ], [ 0, %for_begin_d24.preheader.i ]
-    #dbg_value(i64 %indvars.iv73.i, !100, !DIExpression(), !15)
-  %.idx88.i = shl nuw nsw i64 %indvars.iv73.i, 6, !dbg !147
-  %gep91.i = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i, !dbg !147
-  %462 = load float, ptr %gep91.i, align 4, !dbg !147, !tbaa !108
-  %463 = getelementptr float, ptr %427, i64 %indvars.iv73.i, !dbg !147
-  store float %462, ptr %463, align 4, !dbg !147, !tbaa !108
-  %indvars.iv.next74.i = or disjoint i64 %indvars.iv73.i, 1, !dbg !147
-    #dbg_value(i64 %indvars.iv.next74.i, !100, !DIExpression(), !15)
-  %.idx88.i.1 = shl nuw nsw i64 %indvars.iv.next74.i, 6, !dbg !147
-  %gep91.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.1, !dbg !147
-  %464 = load float, ptr %gep91.i.1, align 4, !dbg !147, !tbaa !108
-  %465 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i, !dbg !147
-  store float %464, ptr %465, align 4, !dbg !147, !tbaa !108
-  %indvars.iv.next74.i.1 = or disjoint i64 %indvars.iv73.i, 2, !dbg !147
-    #dbg_value(i64 %indvars.iv.next74.i.1, !100, !DIExpression(), !15)
-  %.idx88.i.2 = shl nuw nsw i64 %indvars.iv.next74.i.1, 6, !dbg !147
-  %gep91.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.2, !dbg !147
-  %466 = load float, ptr %gep91.i.2, align 4, !dbg !147, !tbaa !108
-  %467 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.1, !dbg !147
-  store float %466, ptr %467, align 4, !dbg !147, !tbaa !108
-  %indvars.iv.next74.i.2 = or disjoint i64 %indvars.iv73.i, 3, !dbg !147
-    #dbg_value(i64 %indvars.iv.next74.i.2, !100, !DIExpression(), !15)
-  %.idx88.i.3 = shl nuw nsw i64 %indvars.iv.next74.i.2, 6, !dbg !147
-  %gep91.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.3, !dbg !147
-  %468 = load float, ptr %gep91.i.3, align 4, !dbg !147, !tbaa !108
-  %469 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.2, !dbg !147
-  store float %468, ptr %469, align 4, !dbg !147, !tbaa !108
-  %indvars.iv.next74.i.3 = or disjoint i64 %indvars.iv73.i, 4, !dbg !147
-    #dbg_value(i64 %indvars.iv.next74.i.3, !100, !DIExpression(), !15)
-  %.idx88.i.4 = shl nuw nsw i64 %indvars.iv.next74.i.3, 6, !dbg !147
-  %gep91.i.4 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.4, !dbg !147
-  %470 = load float, ptr %gep91.i.4, align 4, !dbg !147, !tbaa !108
-  %471 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.3, !dbg !147
-  store float %470, ptr %471, align 4, !dbg !147, !tbaa !108
-  %indvars.iv.next74.i.4 = or disjoint i64 %indvars.iv73.i, 5, !dbg !147
-    #dbg_value(i64 %indvars.iv.next74.i.4, !100, !DIExpression(), !15)
-  %.idx88.i.5 = shl nuw nsw i64 %indvars.iv.next74.i.4, 6, !dbg !147
-  %gep91.i.5 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.5, !dbg !147
-  %472 = load float, ptr %gep91.i.5, align 4, !dbg !147, !tbaa !108
-  %473 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.4, !dbg !147
-  store float %472, ptr %473, align 4, !dbg !147, !tbaa !108
-  %indvars.iv.next74.i.5 = or disjoint i64 %indvars.iv73.i, 6, !dbg !147
-    #dbg_value(i64 %indvars.iv.next74.i.5, !100, !DIExpression(), !15)
-  %.idx88.i.6 = shl nuw nsw i64 %indvars.iv.next74.i.5, 6, !dbg !147
-  %gep91.i.6 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.6, !dbg !147
-  %474 = load float, ptr %gep91.i.6, align 4, !dbg !147, !tbaa !108
-  %475 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.5, !dbg !147
-  store float %474, ptr %475, align 4, !dbg !147, !tbaa !108
-  %indvars.iv.next74.i.6 = or disjoint i64 %indvars.iv73.i, 7, !dbg !147
-    #dbg_value(i64 %indvars.iv.next74.i.6, !100, !DIExpression(), !15)
-  %.idx88.i.7 = shl nuw nsw i64 %indvars.iv.next74.i.6, 6, !dbg !147
-  %gep91.i.7 = getelementptr inbounds nuw i8, ptr %invariant.gep90.i, i64 %.idx88.i.7, !dbg !147
-  %476 = load float, ptr %gep91.i.7, align 4, !dbg !147, !tbaa !108
-  %477 = getelementptr float, ptr %427, i64 %indvars.iv.next74.i.6, !dbg !147
-  store float %476, ptr %477, align 4, !dbg !147, !tbaa !108
-  %indvars.iv.next74.i.7 = add nuw nsw i64 %indvars.iv73.i, 8, !dbg !147
-    #dbg_value(i64 %indvars.iv.next74.i.7, !100, !DIExpression(), !15)
-  %exitcond76.not.i.7 = icmp eq i64 %indvars.iv.next74.i.7, 128, !dbg !15
-  br i1 %exitcond76.not.i.7, label %for_end_d26.i, label %for_body_d25.i, !dbg !15, !prof !155, !llvm.loop !156
+for_body_d23.i:                                   ; preds = %for_body_d23.i, %for_begin_d22.preheader.i
+  %indvars.iv71.i = phi i64 [ %indvars.iv.next72.i.7, %for_body_d23.i ], [ 0, %for_begin_d22.preheader.i ]
+  %.idx86.i = shl nuw nsw i64 %indvars.iv71.i, 6
+  %gep89.i = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx86.i
+  %232 = load float, ptr %gep89.i, align 4, !tbaa !8
+  %233 = getelementptr float, ptr %197, i64 %indvars.iv71.i
+  store float %232, ptr %233, align 4, !tbaa !8
+  %indvars.iv.next72.i = or disjoint i64 %indvars.iv71.i, 1
+  %.idx86.i.1 = shl nuw nsw i64 %indvars.iv.next72.i, 6
+  %gep89.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx86.i.1
+  %234 = load float, ptr %gep89.i.1, align 4, !tbaa !8
+  %235 = getelementptr float, ptr %197, i64 %indvars.iv.next72.i
+  store float %234, ptr %235, align 4, !tbaa !8
+  %indvars.iv.next72.i.1 = or disjoint i64 %indvars.iv71.i, 2
+  %.idx86.i.2 = shl nuw nsw i64 %indvars.iv.next72.i.1, 6
+  %gep89.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx86.i.2
+  %236 = load float, ptr %gep89.i.2, align 4, !tbaa !8
+  %237 = getelementptr float, ptr %197, i64 %indvars.iv.next72.i.1
+  store float %236, ptr %237, align 4, !tbaa !8
+  %indvars.iv.next72.i.2 = or disjoint i64 %indvars.iv71.i, 3
+  %.idx86.i.3 = shl nuw nsw i64 %indvars.iv.next72.i.2, 6
+  %gep89.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx86.i.3
+  %238 = load float, ptr %gep89.i.3, align 4, !tbaa !8
+  %239 = getelementptr float, ptr %197, i64 %indvars.iv.next72.i.2
+  store float %238, ptr %239, align 4, !tbaa !8
+  %indvars.iv.next72.i.3 = or disjoint i64 %indvars.iv71.i, 4
+  %.idx86.i.4 = shl nuw nsw i64 %indvars.iv.next72.i.3, 6
+  %gep89.i.4 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx86.i.4
+  %240 = load float, ptr %gep89.i.4, align 4, !tbaa !8
+  %241 = getelementptr float, ptr %197, i64 %indvars.iv.next72.i.3
+  store float %240, ptr %241, align 4, !tbaa !8
+  %indvars.iv.next72.i.4 = or disjoint i64 %indvars.iv71.i, 5
+  %.idx86.i.5 = shl nuw nsw i64 %indvars.iv.next72.i.4, 6
+  %gep89.i.5 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx86.i.5
+  %242 = load float, ptr %gep89.i.5, align 4, !tbaa !8
+  %243 = getelementptr float, ptr %197, i64 %indvars.iv.next72.i.4
+  store float %242, ptr %243, align 4, !tbaa !8
+  %indvars.iv.next72.i.5 = or disjoint i64 %indvars.iv71.i, 6
+  %.idx86.i.6 = shl nuw nsw i64 %indvars.iv.next72.i.5, 6
+  %gep89.i.6 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx86.i.6
+  %244 = load float, ptr %gep89.i.6, align 4, !tbaa !8
+  %245 = getelementptr float, ptr %197, i64 %indvars.iv.next72.i.5
+  store float %244, ptr %245, align 4, !tbaa !8
+  %indvars.iv.next72.i.6 = or disjoint i64 %indvars.iv71.i, 7
+  %.idx86.i.7 = shl nuw nsw i64 %indvars.iv.next72.i.6, 6
+  %gep89.i.7 = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx86.i.7
+  %246 = load float, ptr %gep89.i.7, align 4, !tbaa !8
+  %247 = getelementptr float, ptr %197, i64 %indvars.iv.next72.i.6
+  store float %246, ptr %247, align 4, !tbaa !8
+  %indvars.iv.next72.i.7 = add nuw nsw i64 %indvars.iv71.i, 8
+  %exitcond74.not.i.7 = icmp eq i64 %indvars.iv.next72.i.7, 128
+  br i1 %exitcond74.not.i.7, label %for_end_d24.i, label %for_body_d23.i, !prof !23, !llvm.loop !24
 
-for_end_d26.i:                                    ; preds = %for_body_d25.i, %vector.body
-  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1, !dbg !147
-    #dbg_value(i64 %indvars.iv.next78.i, !146, !DIExpression(), !15)
-  %exitcond81.not.i = icmp eq i64 %indvars.iv.next78.i, %wide.trip.count80.i, !dbg !15
-  br i1 %exitcond81.not.i, label %for_begin_r29.preheader.i, label %for_begin_d24.preheader.i, !dbg !15, !prof !140
+for_end_d24.i:                                    ; preds = %for_body_d23.i, %vector.body
+  %indvars.iv.next76.i = add nuw nsw i64 %indvars.iv75.i, 1
+  %exitcond79.not.i = icmp eq i64 %indvars.iv.next76.i, %wide.trip.count78.i
+  br i1 %exitcond79.not.i, label %for_begin_r27.preheader.i, label %for_begin_d22.preheader.i, !prof !14
 
-for_body_r30.i:                                   ; preds = %if_end35.i.3, %for_begin_r29.preheader.i.new
-  %indvars.iv82.i = phi i64 [ 0, %for_begin_r29.preheader.i.new ], [ %indvars.iv.next83.i.3, %if_end35.i.3 ]
-  %niter = phi i64 [ 0, %for_begin_r29.preheader.i.new ], [ %niter.next.3, %if_end35.i.3 ]
-    #dbg_value(i64 %indvars.iv82.i, !146, !DIExpression(), !15)
-  %478 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv82.i, !dbg !159
-  %479 = load float, ptr %478, align 16, !dbg !159, !tbaa !160
-  %480 = fcmp oeq float %479, 0.000000e+00, !dbg !159
-  br i1 %480, label %if_end35.i, label %if_else.i, !dbg !159
+for_body_r28.i:                                   ; preds = %if_end33.i.3, %for_begin_r27.preheader.i.new
+  %indvars.iv80.i = phi i64 [ 0, %for_begin_r27.preheader.i.new ], [ %indvars.iv.next81.i.3, %if_end33.i.3 ]
+  %niter = phi i64 [ 0, %for_begin_r27.preheader.i.new ], [ %niter.next.3, %if_end33.i.3 ]
+  %248 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv80.i
+  %249 = load float, ptr %248, align 16, !tbaa !27
+  %250 = fcmp oeq float %249, 0.000000e+00
+  br i1 %250, label %if_end33.i, label %if_else.i
 
-for_end_r31.i.loopexit.unr-lcssa:                 ; preds = %if_end35.i.3
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0, !dbg !159
-  br i1 %lcmp.mod.not, label %for_end_r31.i, label %for_body_r30.i.epil.preheader, !dbg !159, !prof !162
+for_end_r29.i.loopexit.unr-lcssa:                 ; preds = %if_end33.i.3
+  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
+  br i1 %lcmp.mod.not, label %for_end_r29.i, label %for_body_r28.i.epil.preheader, !prof !29
 
-for_body_r30.i.epil.preheader:                    ; preds = %for_end_r31.i.loopexit.unr-lcssa, %for_begin_r29.preheader.i
-  %indvars.iv82.i.epil.init = phi i64 [ 0, %for_begin_r29.preheader.i ], [ %indvars.iv.next83.i.3, %for_end_r31.i.loopexit.unr-lcssa ]
-  %lcmp.mod181 = icmp ne i64 %xtraiter, 0, !dbg !159
-  tail call void @llvm.assume(i1 %lcmp.mod181), !dbg !159
-  br label %for_body_r30.i.epil, !dbg !159
+for_body_r28.i.epil.preheader:                    ; preds = %for_end_r29.i.loopexit.unr-lcssa, %for_begin_r27.preheader.i
+  %indvars.iv80.i.epil.init = phi i64 [ 0, %for_begin_r27.preheader.i ], [ %indvars.iv.next81.i.3, %for_end_r29.i.loopexit.unr-lcssa ]
+  %lcmp.mod43 = icmp ne i64 %xtraiter, 0
+  tail call void @llvm.assume(i1 %lcmp.mod43)
+  br label %for_body_r28.i.epil
 
-for_body_r30.i.epil:                              ; preds = %if_end35.i.epil, %for_body_r30.i.epil.preheader
-  %indvars.iv82.i.epil = phi i64 [ %indvars.iv82.i.epil.init, %for_body_r30.i.epil.preheader ], [ %indvars.iv.next83.i.epil, %if_end35.i.epil ]
-  %epil.iter = phi i64 [ 0, %for_body_r30.i.epil.preheader ], [ %epil.iter.next, %if_end35.i.epil ]
-    #dbg_value(i64 %indvars.iv82.i.epil, !146, !DIExpression(), !15)
-  %481 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv82.i.epil, !dbg !159
-  %482 = load float, ptr %481, align 4, !dbg !159, !tbaa !160
-  %483 = fcmp oeq float %482, 0.000000e+00, !dbg !159
-  br i1 %483, label %if_end35.i.epil, label %if_else.i.epil, !dbg !159
+for_body_r28.i.epil:                              ; preds = %if_end33.i.epil, %for_body_r28.i.epil.preheader
+  %indvars.iv80.i.epil = phi i64 [ %indvars.iv80.i.epil.init, %for_body_r28.i.epil.preheader ], [ %indvars.iv.next81.i.epil, %if_end33.i.epil ]
+  %epil.iter = phi i64 [ 0, %for_body_r28.i.epil.preheader ], [ %epil.iter.next, %if_end33.i.epil ]
+  %251 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv80.i.epil
+  %252 = load float, ptr %251, align 4, !tbaa !27
+  %253 = fcmp oeq float %252, 0.000000e+00
+  br i1 %253, label %if_end33.i.epil, label %if_else.i.epil
 
-if_else.i.epil:                                   ; preds = %for_body_r30.i.epil
-  %484 = tail call float @llvm.log.f32(float %482), !dbg !159
-  %485 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv82.i.epil, !dbg !159
-  %486 = load float, ptr %485, align 4, !dbg !159, !tbaa !163
-  %487 = fadd float %484, %486, !dbg !159
-  br label %if_end35.i.epil, !dbg !159
+if_else.i.epil:                                   ; preds = %for_body_r28.i.epil
+  %254 = tail call float @llvm.log.f32(float %252)
+  %255 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv80.i.epil
+  %256 = load float, ptr %255, align 4, !tbaa !30
+  %257 = fadd float %254, %256
+  br label %if_end33.i.epil
 
-if_end35.i.epil:                                  ; preds = %if_else.i.epil, %for_body_r30.i.epil
-  %488 = phi float [ %487, %if_else.i.epil ], [ 0xFFF0000000000000, %for_body_r30.i.epil ], !dbg !159
-  %489 = getelementptr float, ptr %gep.i, i64 %indvars.iv82.i.epil, !dbg !159
-  store float %488, ptr %489, align 4, !dbg !159, !tbaa !108
-  %indvars.iv.next83.i.epil = add nuw nsw i64 %indvars.iv82.i.epil, 1, !dbg !159
-    #dbg_value(i64 %indvars.iv.next83.i.epil, !146, !DIExpression(), !15)
-  %epil.iter.next = add i64 %epil.iter, 1, !dbg !15
-  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter, !dbg !15
-  br i1 %epil.iter.cmp.not, label %for_end_r31.i, label %for_body_r30.i.epil, !dbg !15, !prof !165, !llvm.loop !166
+if_end33.i.epil:                                  ; preds = %if_else.i.epil, %for_body_r28.i.epil
+  %258 = phi float [ %257, %if_else.i.epil ], [ 0xFFF0000000000000, %for_body_r28.i.epil ]
+  %259 = getelementptr float, ptr %gep.i, i64 %indvars.iv80.i.epil
+  store float %258, ptr %259, align 4, !tbaa !8
+  %indvars.iv.next81.i.epil = add nuw nsw i64 %indvars.iv80.i.epil, 1
+  %epil.iter.next = add i64 %epil.iter, 1
+  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
+  br i1 %epil.iter.cmp.not, label %for_end_r29.i, label %for_body_r28.i.epil, !prof !32, !llvm.loop !33
 
-for_end_r31.i:                                    ; preds = %for_end_r31.i.loopexit.unr-lcssa, %if_end35.i.epil, %for_end_d21.i
-  %490 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !15, !tbaa !88
-  %491 = tail call i32 %490(i32 1, i32 %dev_id, ptr nonnull %acc.i), !dbg !15
-  %.not.i = icmp ne i32 %491, 0, !dbg !15
-  %..i = sext i1 %.not.i to i32, !dbg !15
-  br label %merge_partials_compute_.exit, !dbg !15
+for_end_r29.i:                                    ; preds = %if_end33.i.epil, %for_end_r29.i.loopexit.unr-lcssa, %for_end_d19.i
+  %260 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %261 = tail call i32 %260(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %261, 0
+  %..i = sext i1 %.not.i to i32
+  br label %merge_partials_compute_.exit
 
-if_else.i:                                        ; preds = %for_body_r30.i
-  %492 = tail call float @llvm.log.f32(float %479), !dbg !159
-  %493 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv82.i, !dbg !159
-  %494 = load float, ptr %493, align 16, !dbg !159, !tbaa !163
-  %495 = fadd float %492, %494, !dbg !159
-  br label %if_end35.i, !dbg !159
+if_else.i:                                        ; preds = %for_body_r28.i
+  %262 = tail call float @llvm.log.f32(float %249)
+  %263 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv80.i
+  %264 = load float, ptr %263, align 16, !tbaa !30
+  %265 = fadd float %262, %264
+  br label %if_end33.i
 
-if_end35.i:                                       ; preds = %if_else.i, %for_body_r30.i
-  %496 = phi float [ %495, %if_else.i ], [ 0xFFF0000000000000, %for_body_r30.i ], !dbg !159
-  %497 = getelementptr float, ptr %gep.i, i64 %indvars.iv82.i, !dbg !159
-  store float %496, ptr %497, align 4, !dbg !159, !tbaa !108
-  %indvars.iv.next83.i = or disjoint i64 %indvars.iv82.i, 1, !dbg !159
-    #dbg_value(i64 %indvars.iv.next83.i, !146, !DIExpression(), !15)
-  %498 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv.next83.i, !dbg !159
-  %499 = load float, ptr %498, align 4, !dbg !159, !tbaa !160
-  %500 = fcmp oeq float %499, 0.000000e+00, !dbg !159
-  br i1 %500, label %if_end35.i.1, label %if_else.i.1, !dbg !159
+if_end33.i:                                       ; preds = %if_else.i, %for_body_r28.i
+  %266 = phi float [ %265, %if_else.i ], [ 0xFFF0000000000000, %for_body_r28.i ]
+  %267 = getelementptr float, ptr %gep.i, i64 %indvars.iv80.i
+  store float %266, ptr %267, align 4, !tbaa !8
+  %indvars.iv.next81.i = or disjoint i64 %indvars.iv80.i, 1
+  %268 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next81.i
+  %269 = load float, ptr %268, align 4, !tbaa !27
+  %270 = fcmp oeq float %269, 0.000000e+00
+  br i1 %270, label %if_end33.i.1, label %if_else.i.1
 
-if_else.i.1:                                      ; preds = %if_end35.i
-  %501 = tail call float @llvm.log.f32(float %499), !dbg !159
-  %502 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv.next83.i, !dbg !159
-  %503 = load float, ptr %502, align 4, !dbg !159, !tbaa !163
-  %504 = fadd float %501, %503, !dbg !159
-  br label %if_end35.i.1, !dbg !159
+if_else.i.1:                                      ; preds = %if_end33.i
+  %271 = tail call float @llvm.log.f32(float %269)
+  %272 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next81.i
+  %273 = load float, ptr %272, align 4, !tbaa !30
+  %274 = fadd float %271, %273
+  br label %if_end33.i.1
 
-if_end35.i.1:                                     ; preds = %if_else.i.1, %if_end35.i
-  %505 = phi float [ %504, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end35.i ], !dbg !159
-  %506 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next83.i, !dbg !159
-  store float %505, ptr %506, align 4, !dbg !159, !tbaa !108
-  %indvars.iv.next83.i.1 = or disjoint i64 %indvars.iv82.i, 2, !dbg !159
-    #dbg_value(i64 %indvars.iv.next83.i.1, !146, !DIExpression(), !15)
-  %507 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv.next83.i.1, !dbg !159
-  %508 = load float, ptr %507, align 8, !dbg !159, !tbaa !160
-  %509 = fcmp oeq float %508, 0.000000e+00, !dbg !159
-  br i1 %509, label %if_end35.i.2, label %if_else.i.2, !dbg !159
+if_end33.i.1:                                     ; preds = %if_else.i.1, %if_end33.i
+  %275 = phi float [ %274, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end33.i ]
+  %276 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next81.i
+  store float %275, ptr %276, align 4, !tbaa !8
+  %indvars.iv.next81.i.1 = or disjoint i64 %indvars.iv80.i, 2
+  %277 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next81.i.1
+  %278 = load float, ptr %277, align 8, !tbaa !27
+  %279 = fcmp oeq float %278, 0.000000e+00
+  br i1 %279, label %if_end33.i.2, label %if_else.i.2
 
-if_else.i.2:                                      ; preds = %if_end35.i.1
-  %510 = tail call float @llvm.log.f32(float %508), !dbg !159
-  %511 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv.next83.i.1, !dbg !159
-  %512 = load float, ptr %511, align 8, !dbg !159, !tbaa !163
-  %513 = fadd float %510, %512, !dbg !159
-  br label %if_end35.i.2, !dbg !159
+if_else.i.2:                                      ; preds = %if_end33.i.1
+  %280 = tail call float @llvm.log.f32(float %278)
+  %281 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next81.i.1
+  %282 = load float, ptr %281, align 8, !tbaa !30
+  %283 = fadd float %280, %282
+  br label %if_end33.i.2
 
-if_end35.i.2:                                     ; preds = %if_else.i.2, %if_end35.i.1
-  %514 = phi float [ %513, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end35.i.1 ], !dbg !159
-  %515 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next83.i.1, !dbg !159
-  store float %514, ptr %515, align 4, !dbg !159, !tbaa !108
-  %indvars.iv.next83.i.2 = or disjoint i64 %indvars.iv82.i, 3, !dbg !159
-    #dbg_value(i64 %indvars.iv.next83.i.2, !146, !DIExpression(), !15)
-  %516 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv.next83.i.2, !dbg !159
-  %517 = load float, ptr %516, align 4, !dbg !159, !tbaa !160
-  %518 = fcmp oeq float %517, 0.000000e+00, !dbg !159
-  br i1 %518, label %if_end35.i.3, label %if_else.i.3, !dbg !159
+if_end33.i.2:                                     ; preds = %if_else.i.2, %if_end33.i.1
+  %284 = phi float [ %283, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end33.i.1 ]
+  %285 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next81.i.1
+  store float %284, ptr %285, align 4, !tbaa !8
+  %indvars.iv.next81.i.2 = or disjoint i64 %indvars.iv80.i, 3
+  %286 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next81.i.2
+  %287 = load float, ptr %286, align 4, !tbaa !27
+  %288 = fcmp oeq float %287, 0.000000e+00
+  br i1 %288, label %if_end33.i.3, label %if_else.i.3
 
-if_else.i.3:                                      ; preds = %if_end35.i.2
-  %519 = tail call float @llvm.log.f32(float %517), !dbg !159
-  %520 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv.next83.i.2, !dbg !159
-  %521 = load float, ptr %520, align 4, !dbg !159, !tbaa !163
-  %522 = fadd float %519, %521, !dbg !159
-  br label %if_end35.i.3, !dbg !159
+if_else.i.3:                                      ; preds = %if_end33.i.2
+  %289 = tail call float @llvm.log.f32(float %287)
+  %290 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next81.i.2
+  %291 = load float, ptr %290, align 4, !tbaa !30
+  %292 = fadd float %289, %291
+  br label %if_end33.i.3
 
-if_end35.i.3:                                     ; preds = %if_else.i.3, %if_end35.i.2
-  %523 = phi float [ %522, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end35.i.2 ], !dbg !159
-  %524 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next83.i.2, !dbg !159
-  store float %523, ptr %524, align 4, !dbg !159, !tbaa !108
-  %indvars.iv.next83.i.3 = add nuw nsw i64 %indvars.iv82.i, 4, !dbg !159
-    #dbg_value(i64 %indvars.iv.next83.i.3, !146, !DIExpression(), !15)
-  %niter.next.3 = add i64 %niter, 4, !dbg !15
-  %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter, !dbg !15
-  br i1 %niter.ncmp.3, label %for_end_r31.i.loopexit.unr-lcssa, label %for_body_r30.i, !dbg !15, !prof !169, !llvm.loop !170
+if_end33.i.3:                                     ; preds = %if_else.i.3, %if_end33.i.2
+  %293 = phi float [ %292, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end33.i.2 ]
+  %294 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next81.i.2
+  store float %293, ptr %294, align 4, !tbaa !8
+  %indvars.iv.next81.i.3 = add nuw nsw i64 %indvars.iv80.i, 4
+  %niter.next.3 = add i64 %niter, 4
+  %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
+  br i1 %niter.ncmp.3, label %for_end_r29.i.loopexit.unr-lcssa, label %for_body_r28.i, !prof !36, !llvm.loop !37
 
-merge_partials_compute_.exit:                     ; preds = %assert_end153, %for_end_r31.i
-  %common.ret.op.i = phi i32 [ -1, %assert_end153 ], [ %..i, %for_end_r31.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum41.i), !dbg !15
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max42.i), !dbg !15
-  br label %common.ret, !dbg !40
+merge_partials_compute_.exit:                     ; preds = %for_end_r29.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r29.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max40.i)
+  ret i32 %common.ret.op.i
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_online_update(ptr readnone captures(none) %self_handle, ptr readonly captures(address_is_null) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 !dbg !172 {
+; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
+define dllexport noundef i32 @__tvm_ffi_online_update(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-    #dbg_value(ptr %self_handle, !174, !DIExpression(), !178)
-    #dbg_value(ptr %args, !175, !DIExpression(), !178)
-    #dbg_value(i32 %num_args, !176, !DIExpression(), !178)
-    #dbg_value(ptr %result, !177, !DIExpression(), !178)
-  %0 = icmp eq i32 %num_args, 10, !dbg !178
-  br i1 %0, label %assert_end, label %assert_fail, !dbg !178, !prof !41
-
-common.ret:                                       ; preds = %for_end_d.i, %assert_end169, %assert_fail168, %assert_fail166, %assert_fail164, %assert_fail162, %assert_fail160, %assert_fail158, %assert_fail156, %assert_fail154, %assert_fail152, %assert_fail150, %assert_fail148, %assert_fail146, %assert_fail144, %assert_fail142, %assert_fail140, %assert_fail138, %assert_fail136, %assert_fail134, %assert_fail132, %assert_fail130, %assert_fail126, %assert_fail124, %assert_fail122, %assert_fail120, %assert_fail116, %assert_fail114, %assert_fail112, %assert_fail110, %assert_fail106, %assert_fail104, %assert_fail102, %assert_fail98, %assert_fail96, %assert_fail94, %assert_fail90, %assert_fail88, %assert_fail84, %assert_fail82, %assert_fail80, %assert_fail78, %assert_fail76, %assert_fail74, %assert_fail72, %assert_fail70, %assert_fail68, %assert_fail66, %assert_fail64, %assert_fail62, %assert_fail60, %assert_fail58, %assert_fail56, %assert_fail54, %assert_fail52, %assert_fail50, %assert_fail48, %assert_fail46, %assert_fail44, %assert_fail42, %assert_fail40, %assert_fail38, %assert_fail36, %assert_fail34, %assert_fail32, %assert_fail30, %assert_fail25, %assert_fail20, %assert_fail15, %assert_fail10, %assert_fail5, %assert_fail3, %assert_fail1, %assert_fail
-  %common.ret.op = phi i32 [ -1, %assert_fail ], [ -1, %assert_fail1 ], [ -1, %assert_fail3 ], [ -1, %assert_fail5 ], [ -1, %assert_fail10 ], [ -1, %assert_fail15 ], [ -1, %assert_fail20 ], [ -1, %assert_fail25 ], [ -1, %assert_fail30 ], [ -1, %assert_fail32 ], [ -1, %assert_fail34 ], [ -1, %assert_fail36 ], [ -1, %assert_fail38 ], [ -1, %assert_fail40 ], [ -1, %assert_fail42 ], [ -1, %assert_fail44 ], [ -1, %assert_fail46 ], [ -1, %assert_fail48 ], [ -1, %assert_fail50 ], [ -1, %assert_fail52 ], [ -1, %assert_fail54 ], [ -1, %assert_fail56 ], [ -1, %assert_fail58 ], [ -1, %assert_fail60 ], [ -1, %assert_fail62 ], [ -1, %assert_fail64 ], [ -1, %assert_fail66 ], [ -1, %assert_fail68 ], [ -1, %assert_fail70 ], [ -1, %assert_fail72 ], [ -1, %assert_fail74 ], [ -1, %assert_fail76 ], [ -1, %assert_fail78 ], [ -1, %assert_fail80 ], [ -1, %assert_fail82 ], [ -1, %assert_fail84 ], [ -1, %assert_fail88 ], [ -1, %assert_fail90 ], [ -1, %assert_fail94 ], [ -1, %assert_fail96 ], [ -1, %assert_fail98 ], [ -1, %assert_fail102 ], [ -1, %assert_fail104 ], [ -1, %assert_fail106 ], [ -1, %assert_fail110 ], [ -1, %assert_fail112 ], [ -1, %assert_fail114 ], [ -1, %assert_fail116 ], [ -1, %assert_fail120 ], [ -1, %assert_fail122 ], [ -1, %assert_fail124 ], [ -1, %assert_fail126 ], [ -1, %assert_fail130 ], [ -1, %assert_fail132 ], [ -1, %assert_fail134 ], [ -1, %assert_fail136 ], [ -1, %assert_fail138 ], [ -1, %assert_fail140 ], [ -1, %assert_fail142 ], [ -1, %assert_fail144 ], [ -1, %assert_fail146 ], [ -1, %assert_fail148 ], [ -1, %assert_fail150 ], [ -1, %assert_fail152 ], [ -1, %assert_fail154 ], [ -1, %assert_fail156 ], [ -1, %assert_fail158 ], [ -1, %assert_fail160 ], [ -1, %assert_fail162 ], [ -1, %assert_fail164 ], [ -1, %assert_fail166 ], [ -1, %assert_fail168 ], [ 0, %assert_end169 ], [ 0, %for_end_d.i ]
-  ret i32 %common.ret.op, !dbg !178
-
-assert_fail:                                      ; preds = %entry
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.1, ptr nonnull @.str.2, ptr nonnull @.str.3, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.6), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end:                                       ; preds = %entry
-  %.not = icmp eq ptr %args, null, !dbg !178
-  br i1 %.not, label %assert_fail1, label %assert_end2, !dbg !178, !prof !42
-
-assert_fail1:                                     ; preds = %assert_end
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 4, ptr nonnull @.str.7, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.6, ptr null, ptr null), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end2:                                      ; preds = %assert_end
-  %tile_max.type_index = load i32, ptr %args, align 4, !dbg !178
-    #dbg_value(i32 %tile_max.type_index, !179, !DIExpression(), !178)
-  %tile_max.type_index.fr = freeze i32 %tile_max.type_index, !dbg !178
-  %1 = icmp sgt i32 %tile_max.type_index.fr, 63, !dbg !178
-  br i1 %1, label %assert_end4, label %switch.early.test, !dbg !178
-
-switch.early.test:                                ; preds = %assert_end2
-  switch i32 %tile_max.type_index.fr, label %assert_fail3 [
-    i32 0, label %if_else
-    i32 4, label %if_else
-    i32 7, label %if_else
-  ], !dbg !178, !prof !44
-
-assert_fail3:                                     ; preds = %switch.early.test
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end4:                                      ; preds = %assert_end2
-  %2 = icmp eq i32 %tile_max.type_index.fr, 70, !dbg !178
-  br i1 %2, label %if_then, label %if_else, !dbg !178
-
-if_then:                                          ; preds = %assert_end4
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !178
-  %4 = load ptr, ptr %3, align 8, !dbg !178
-  %5 = getelementptr inbounds nuw i8, ptr %4, i64 24, !dbg !178
-  br label %if_end, !dbg !178
-
-if_else:                                          ; preds = %switch.early.test, %switch.early.test, %switch.early.test, %assert_end4
-  %6 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !178
-  %7 = load ptr, ptr %6, align 8, !dbg !178
-  br label %if_end, !dbg !178
-
-if_end:                                           ; preds = %if_else, %if_then
-  %tile_max.handle = phi ptr [ %5, %if_then ], [ %7, %if_else ], !dbg !178
-    #dbg_declare(ptr %tile_max.handle, !180, !DIExpression(), !178)
-  %8 = getelementptr inbounds nuw i8, ptr %args, i64 16, !dbg !178
-  %tile_sum.type_index = load i32, ptr %8, align 4, !dbg !178
-    #dbg_value(i32 %tile_sum.type_index, !181, !DIExpression(), !178)
-  %tile_sum.type_index.fr = freeze i32 %tile_sum.type_index, !dbg !178
-  %9 = icmp sgt i32 %tile_sum.type_index.fr, 63, !dbg !178
-  br i1 %9, label %assert_end6, label %switch.early.test170, !dbg !178
-
-switch.early.test170:                             ; preds = %if_end
-  switch i32 %tile_sum.type_index.fr, label %assert_fail5 [
-    i32 0, label %if_else8
-    i32 4, label %if_else8
-    i32 7, label %if_else8
-  ], !dbg !178, !prof !44
-
-assert_fail5:                                     ; preds = %switch.early.test170
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end6:                                      ; preds = %if_end
-  %10 = icmp eq i32 %tile_sum.type_index.fr, 70, !dbg !178
-  br i1 %10, label %if_then7, label %if_else8, !dbg !178
-
-if_then7:                                         ; preds = %assert_end6
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !178
-  %12 = load ptr, ptr %11, align 8, !dbg !178
-  %13 = getelementptr inbounds nuw i8, ptr %12, i64 24, !dbg !178
-  br label %if_end9, !dbg !178
-
-if_else8:                                         ; preds = %switch.early.test170, %switch.early.test170, %switch.early.test170, %assert_end6
-  %14 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !178
-  %15 = load ptr, ptr %14, align 8, !dbg !178
-  br label %if_end9, !dbg !178
-
-if_end9:                                          ; preds = %if_else8, %if_then7
-  %tile_sum.handle = phi ptr [ %13, %if_then7 ], [ %15, %if_else8 ], !dbg !178
-    #dbg_declare(ptr %tile_sum.handle, !182, !DIExpression(), !178)
-  %16 = getelementptr inbounds nuw i8, ptr %args, i64 32, !dbg !178
-  %tile_acc.type_index = load i32, ptr %16, align 4, !dbg !178
-    #dbg_value(i32 %tile_acc.type_index, !183, !DIExpression(), !178)
-  %tile_acc.type_index.fr = freeze i32 %tile_acc.type_index, !dbg !178
-  %17 = icmp sgt i32 %tile_acc.type_index.fr, 63, !dbg !178
-  br i1 %17, label %assert_end11, label %switch.early.test171, !dbg !178
-
-switch.early.test171:                             ; preds = %if_end9
-  switch i32 %tile_acc.type_index.fr, label %assert_fail10 [
-    i32 0, label %if_else13
-    i32 4, label %if_else13
-    i32 7, label %if_else13
-  ], !dbg !178, !prof !44
-
-assert_fail10:                                    ; preds = %switch.early.test171
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end11:                                     ; preds = %if_end9
-  %18 = icmp eq i32 %tile_acc.type_index.fr, 70, !dbg !178
-  br i1 %18, label %if_then12, label %if_else13, !dbg !178
-
-if_then12:                                        ; preds = %assert_end11
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !178
-  %20 = load ptr, ptr %19, align 8, !dbg !178
-  %21 = getelementptr inbounds nuw i8, ptr %20, i64 24, !dbg !178
-  br label %if_end14, !dbg !178
-
-if_else13:                                        ; preds = %switch.early.test171, %switch.early.test171, %switch.early.test171, %assert_end11
-  %22 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !178
-  %23 = load ptr, ptr %22, align 8, !dbg !178
-  br label %if_end14, !dbg !178
-
-if_end14:                                         ; preds = %if_else13, %if_then12
-  %tile_acc.handle = phi ptr [ %21, %if_then12 ], [ %23, %if_else13 ], !dbg !178
-    #dbg_declare(ptr %tile_acc.handle, !184, !DIExpression(), !178)
-  %24 = getelementptr inbounds nuw i8, ptr %args, i64 48, !dbg !178
-  %partial_max.type_index = load i32, ptr %24, align 4, !dbg !178
-    #dbg_value(i32 %partial_max.type_index, !185, !DIExpression(), !178)
-  %partial_max.type_index.fr = freeze i32 %partial_max.type_index, !dbg !178
-  %25 = icmp sgt i32 %partial_max.type_index.fr, 63, !dbg !178
-  br i1 %25, label %assert_end16, label %switch.early.test172, !dbg !178
-
-switch.early.test172:                             ; preds = %if_end14
-  switch i32 %partial_max.type_index.fr, label %assert_fail15 [
-    i32 0, label %if_else18
-    i32 4, label %if_else18
-    i32 7, label %if_else18
-  ], !dbg !178, !prof !44
-
-assert_fail15:                                    ; preds = %switch.early.test172
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end16:                                     ; preds = %if_end14
-  %26 = icmp eq i32 %partial_max.type_index.fr, 70, !dbg !178
-  br i1 %26, label %if_then17, label %if_else18, !dbg !178
-
-if_then17:                                        ; preds = %assert_end16
-  %27 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !178
-  %28 = load ptr, ptr %27, align 8, !dbg !178
-  %29 = getelementptr inbounds nuw i8, ptr %28, i64 24, !dbg !178
-  br label %if_end19, !dbg !178
-
-if_else18:                                        ; preds = %switch.early.test172, %switch.early.test172, %switch.early.test172, %assert_end16
-  %30 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !178
-  %31 = load ptr, ptr %30, align 8, !dbg !178
-  br label %if_end19, !dbg !178
-
-if_end19:                                         ; preds = %if_else18, %if_then17
-  %partial_max.handle = phi ptr [ %29, %if_then17 ], [ %31, %if_else18 ], !dbg !178
-    #dbg_declare(ptr %partial_max.handle, !186, !DIExpression(), !178)
-  %32 = getelementptr inbounds nuw i8, ptr %args, i64 64, !dbg !178
-  %partial_sum.type_index = load i32, ptr %32, align 4, !dbg !178
-    #dbg_value(i32 %partial_sum.type_index, !187, !DIExpression(), !178)
-  %partial_sum.type_index.fr = freeze i32 %partial_sum.type_index, !dbg !178
-  %33 = icmp sgt i32 %partial_sum.type_index.fr, 63, !dbg !178
-  br i1 %33, label %assert_end21, label %switch.early.test173, !dbg !178
-
-switch.early.test173:                             ; preds = %if_end19
-  switch i32 %partial_sum.type_index.fr, label %assert_fail20 [
-    i32 0, label %if_else23
-    i32 4, label %if_else23
-    i32 7, label %if_else23
-  ], !dbg !178, !prof !44
-
-assert_fail20:                                    ; preds = %switch.early.test173
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end21:                                     ; preds = %if_end19
-  %34 = icmp eq i32 %partial_sum.type_index.fr, 70, !dbg !178
-  br i1 %34, label %if_then22, label %if_else23, !dbg !178
-
-if_then22:                                        ; preds = %assert_end21
-  %35 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !178
-  %36 = load ptr, ptr %35, align 8, !dbg !178
-  %37 = getelementptr inbounds nuw i8, ptr %36, i64 24, !dbg !178
-  br label %if_end24, !dbg !178
-
-if_else23:                                        ; preds = %switch.early.test173, %switch.early.test173, %switch.early.test173, %assert_end21
-  %38 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !178
-  %39 = load ptr, ptr %38, align 8, !dbg !178
-  br label %if_end24, !dbg !178
-
-if_end24:                                         ; preds = %if_else23, %if_then22
-  %partial_sum.handle = phi ptr [ %37, %if_then22 ], [ %39, %if_else23 ], !dbg !178
-    #dbg_declare(ptr %partial_sum.handle, !188, !DIExpression(), !178)
-  %40 = getelementptr inbounds nuw i8, ptr %args, i64 80, !dbg !178
-  %partial_acc.type_index = load i32, ptr %40, align 4, !dbg !178
-    #dbg_value(i32 %partial_acc.type_index, !189, !DIExpression(), !178)
-  %partial_acc.type_index.fr = freeze i32 %partial_acc.type_index, !dbg !178
-  %41 = icmp sgt i32 %partial_acc.type_index.fr, 63, !dbg !178
-  br i1 %41, label %assert_end26, label %switch.early.test174, !dbg !178
-
-switch.early.test174:                             ; preds = %if_end24
-  switch i32 %partial_acc.type_index.fr, label %assert_fail25 [
-    i32 0, label %if_else28
-    i32 4, label %if_else28
-    i32 7, label %if_else28
-  ], !dbg !178, !prof !44
-
-assert_fail25:                                    ; preds = %switch.early.test174
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.16, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end26:                                     ; preds = %if_end24
-  %42 = icmp eq i32 %partial_acc.type_index.fr, 70, !dbg !178
-  br i1 %42, label %if_then27, label %if_else28, !dbg !178
-
-if_then27:                                        ; preds = %assert_end26
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 88, !dbg !178
-  %44 = load ptr, ptr %43, align 8, !dbg !178
-  %45 = getelementptr inbounds nuw i8, ptr %44, i64 24, !dbg !178
-  br label %if_end29, !dbg !178
-
-if_else28:                                        ; preds = %switch.early.test174, %switch.early.test174, %switch.early.test174, %assert_end26
-  %46 = getelementptr inbounds nuw i8, ptr %args, i64 88, !dbg !178
-  %47 = load ptr, ptr %46, align 8, !dbg !178
-  br label %if_end29, !dbg !178
-
-if_end29:                                         ; preds = %if_else28, %if_then27
-  %partial_acc.handle = phi ptr [ %45, %if_then27 ], [ %47, %if_else28 ], !dbg !178
-    #dbg_declare(ptr %partial_acc.handle, !190, !DIExpression(), !178)
-  %48 = getelementptr inbounds nuw i8, ptr %args, i64 96, !dbg !178
-  %num_seqs.type_index = load i32, ptr %48, align 4, !dbg !178
-    #dbg_value(i32 %num_seqs.type_index, !191, !DIExpression(), !178)
-  %49 = add i32 %num_seqs.type_index, -1, !dbg !178
-  %50 = icmp ult i32 %49, 2, !dbg !178
-  br i1 %50, label %assert_end31, label %assert_fail30, !dbg !178, !prof !41
-
-assert_fail30:                                    ; preds = %if_end29
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.18, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end31:                                     ; preds = %if_end29
-  %51 = getelementptr inbounds nuw i8, ptr %args, i64 104, !dbg !178
-  %52 = load i64, ptr %51, align 8, !dbg !178
-  %num_seqs = trunc i64 %52 to i32, !dbg !178
-    #dbg_value(i32 %num_seqs, !192, !DIExpression(), !178)
-  %53 = getelementptr inbounds nuw i8, ptr %args, i64 112, !dbg !178
-  %block_idx.type_index = load i32, ptr %53, align 8, !dbg !178
-    #dbg_value(i32 %block_idx.type_index, !193, !DIExpression(), !178)
-  %54 = add i32 %block_idx.type_index, -1, !dbg !178
-  %55 = icmp ult i32 %54, 2, !dbg !178
-  br i1 %55, label %assert_end33, label %assert_fail32, !dbg !178, !prof !41
-
-assert_fail32:                                    ; preds = %assert_end31
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.19, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end33:                                     ; preds = %assert_end31
-  %56 = getelementptr inbounds nuw i8, ptr %args, i64 120, !dbg !178
-  %57 = load i64, ptr %56, align 8, !dbg !178
-    #dbg_value(i64 %57, !194, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !178)
-  %58 = getelementptr inbounds nuw i8, ptr %args, i64 128, !dbg !178
-  %num_blocks.type_index = load i32, ptr %58, align 8, !dbg !178
-    #dbg_value(i32 %num_blocks.type_index, !195, !DIExpression(), !178)
-  %59 = add i32 %num_blocks.type_index, -1, !dbg !178
-  %60 = icmp ult i32 %59, 2, !dbg !178
-  br i1 %60, label %assert_end35, label %assert_fail34, !dbg !178, !prof !41
-
-assert_fail34:                                    ; preds = %assert_end33
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.20, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end35:                                     ; preds = %assert_end33
-    #dbg_value(i64 poison, !196, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !178)
-  %61 = getelementptr inbounds nuw i8, ptr %args, i64 144, !dbg !178
-  %partial_start.type_index = load i32, ptr %61, align 4, !dbg !178
-    #dbg_value(i32 %partial_start.type_index, !197, !DIExpression(), !178)
-  %62 = add i32 %partial_start.type_index, -1, !dbg !178
-  %63 = icmp ult i32 %62, 2, !dbg !178
-  br i1 %63, label %assert_end37, label %assert_fail36, !dbg !178, !prof !41
-
-assert_fail36:                                    ; preds = %assert_end35
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.21, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end37:                                     ; preds = %assert_end35
-  %64 = getelementptr inbounds nuw i8, ptr %args, i64 152, !dbg !178
-  %65 = load i64, ptr %64, align 8, !dbg !178
-    #dbg_value(i64 %65, !198, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !178)
-  %.not175 = icmp eq ptr %tile_max.handle, null, !dbg !178
-  br i1 %.not175, label %assert_fail38, label %assert_end39, !dbg !178, !prof !42
-
-assert_fail38:                                    ; preds = %assert_end37
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end39:                                     ; preds = %assert_end37
-  %66 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 16, !dbg !178
-  %67 = load i32, ptr %66, align 4, !dbg !178
-  %68 = icmp eq i32 %67, 2, !dbg !178
-  br i1 %68, label %assert_end41, label %assert_fail40, !dbg !178, !prof !41
-
-assert_fail40:                                    ; preds = %assert_end39
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.68, ptr nonnull @.str.25, ptr nonnull @.str.9, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end41:                                     ; preds = %assert_end39
-  %69 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 22, !dbg !178
-  %70 = load i16, ptr %69, align 2, !dbg !178
-  %71 = icmp eq i16 %70, 1, !dbg !178
-  %72 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 21, !dbg !178
-  %73 = load i8, ptr %72, align 1, !dbg !178
-  %74 = icmp eq i8 %73, 32, !dbg !178
-  %75 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 20, !dbg !178
-  %76 = load i8, ptr %75, align 2, !dbg !178
-  %77 = icmp eq i8 %76, 2, !dbg !178
-  %78 = and i1 %74, %77, !dbg !178
-  %79 = and i1 %71, %78, !dbg !178
-  br i1 %79, label %assert_end43, label %assert_fail42, !dbg !178, !prof !41
-
-assert_fail42:                                    ; preds = %assert_end41
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.68, ptr nonnull @.str.26, ptr nonnull @.str.9, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end43:                                     ; preds = %assert_end41
-  %80 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 24, !dbg !178
-  %online_update.tile_max_shape = load ptr, ptr %80, align 8, !dbg !178
-    #dbg_declare(ptr %online_update.tile_max_shape, !199, !DIExpression(), !178)
-  %81 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 32, !dbg !178
-  %online_update.tile_max_strides = load ptr, ptr %81, align 8, !dbg !178
-    #dbg_declare(ptr %online_update.tile_max_strides, !200, !DIExpression(), !178)
-  %82 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 8, !dbg !178
-  %83 = load i32, ptr %82, align 8, !dbg !178
-  %84 = icmp eq i32 %83, 1, !dbg !178
-  br i1 %84, label %assert_end45, label %assert_fail44, !dbg !178, !prof !41
-
-assert_fail44:                                    ; preds = %assert_end43
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.68, ptr nonnull @.str.28, ptr nonnull @.str.9, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end45:                                     ; preds = %assert_end43
-  %85 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 12, !dbg !178
-  %dev_id = load i32, ptr %85, align 4, !dbg !178
-    #dbg_value(i32 %dev_id, !201, !DIExpression(), !178)
-  %.not176 = icmp eq ptr %tile_sum.handle, null, !dbg !178
-  br i1 %.not176, label %assert_fail46, label %assert_end47, !dbg !178, !prof !42
-
-assert_fail46:                                    ; preds = %assert_end45
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end47:                                     ; preds = %assert_end45
-  %86 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 16, !dbg !178
-  %87 = load i32, ptr %86, align 4, !dbg !178
-  %88 = icmp eq i32 %87, 2, !dbg !178
-  br i1 %88, label %assert_end49, label %assert_fail48, !dbg !178, !prof !41
-
-assert_fail48:                                    ; preds = %assert_end47
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.69, ptr nonnull @.str.25, ptr nonnull @.str.12, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end49:                                     ; preds = %assert_end47
-  %89 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 22, !dbg !178
-  %90 = load i16, ptr %89, align 2, !dbg !178
-  %91 = icmp eq i16 %90, 1, !dbg !178
-  %92 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 21, !dbg !178
-  %93 = load i8, ptr %92, align 1, !dbg !178
-  %94 = icmp eq i8 %93, 32, !dbg !178
-  %95 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 20, !dbg !178
-  %96 = load i8, ptr %95, align 2, !dbg !178
-  %97 = icmp eq i8 %96, 2, !dbg !178
-  %98 = and i1 %94, %97, !dbg !178
-  %99 = and i1 %91, %98, !dbg !178
-  br i1 %99, label %assert_end51, label %assert_fail50, !dbg !178, !prof !41
-
-assert_fail50:                                    ; preds = %assert_end49
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.69, ptr nonnull @.str.26, ptr nonnull @.str.12, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end51:                                     ; preds = %assert_end49
-  %100 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 24, !dbg !178
-  %online_update.tile_sum_shape = load ptr, ptr %100, align 8, !dbg !178
-    #dbg_declare(ptr %online_update.tile_sum_shape, !202, !DIExpression(), !178)
-  %101 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 32, !dbg !178
-  %online_update.tile_sum_strides = load ptr, ptr %101, align 8, !dbg !178
-    #dbg_declare(ptr %online_update.tile_sum_strides, !203, !DIExpression(), !178)
-  %102 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 8, !dbg !178
-  %103 = load i32, ptr %102, align 8, !dbg !178
-  %104 = icmp eq i32 %103, 1, !dbg !178
-  br i1 %104, label %assert_end53, label %assert_fail52, !dbg !178, !prof !41
-
-assert_fail52:                                    ; preds = %assert_end51
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.69, ptr nonnull @.str.28, ptr nonnull @.str.12, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end53:                                     ; preds = %assert_end51
-  %.not177 = icmp eq ptr %tile_acc.handle, null, !dbg !178
-  br i1 %.not177, label %assert_fail54, label %assert_end55, !dbg !178, !prof !42
-
-assert_fail54:                                    ; preds = %assert_end53
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end55:                                     ; preds = %assert_end53
-  %105 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 16, !dbg !178
-  %106 = load i32, ptr %105, align 4, !dbg !178
-  %107 = icmp eq i32 %106, 3, !dbg !178
-  br i1 %107, label %assert_end57, label %assert_fail56, !dbg !178, !prof !41
-
-assert_fail56:                                    ; preds = %assert_end55
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.70, ptr nonnull @.str.25, ptr nonnull @.str.13, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end57:                                     ; preds = %assert_end55
-  %108 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 22, !dbg !178
-  %109 = load i16, ptr %108, align 2, !dbg !178
-  %110 = icmp eq i16 %109, 1, !dbg !178
-  %111 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 21, !dbg !178
-  %112 = load i8, ptr %111, align 1, !dbg !178
-  %113 = icmp eq i8 %112, 32, !dbg !178
-  %114 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 20, !dbg !178
-  %115 = load i8, ptr %114, align 2, !dbg !178
-  %116 = icmp eq i8 %115, 2, !dbg !178
-  %117 = and i1 %113, %116, !dbg !178
-  %118 = and i1 %110, %117, !dbg !178
-  br i1 %118, label %assert_end59, label %assert_fail58, !dbg !178, !prof !41
-
-assert_fail58:                                    ; preds = %assert_end57
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.70, ptr nonnull @.str.26, ptr nonnull @.str.13, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end59:                                     ; preds = %assert_end57
-  %119 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 24, !dbg !178
-  %online_update.tile_acc_shape = load ptr, ptr %119, align 8, !dbg !178
-    #dbg_declare(ptr %online_update.tile_acc_shape, !204, !DIExpression(), !178)
-  %120 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 32, !dbg !178
-  %online_update.tile_acc_strides = load ptr, ptr %120, align 8, !dbg !178
-    #dbg_declare(ptr %online_update.tile_acc_strides, !205, !DIExpression(), !178)
-  %121 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 8, !dbg !178
-  %122 = load i32, ptr %121, align 8, !dbg !178
-  %123 = icmp eq i32 %122, 1, !dbg !178
-  br i1 %123, label %assert_end61, label %assert_fail60, !dbg !178, !prof !41
-
-assert_fail60:                                    ; preds = %assert_end59
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.70, ptr nonnull @.str.28, ptr nonnull @.str.13, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end61:                                     ; preds = %assert_end59
-  %.not178 = icmp eq ptr %partial_max.handle, null, !dbg !178
-  br i1 %.not178, label %assert_fail62, label %assert_end63, !dbg !178, !prof !42
-
-assert_fail62:                                    ; preds = %assert_end61
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end63:                                     ; preds = %assert_end61
-  %124 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 16, !dbg !178
-  %125 = load i32, ptr %124, align 4, !dbg !178
-  %126 = icmp eq i32 %125, 2, !dbg !178
-  br i1 %126, label %assert_end65, label %assert_fail64, !dbg !178, !prof !41
-
-assert_fail64:                                    ; preds = %assert_end63
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.24, ptr nonnull @.str.25, ptr nonnull @.str.14, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end65:                                     ; preds = %assert_end63
-  %127 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 22, !dbg !178
-  %128 = load i16, ptr %127, align 2, !dbg !178
-  %129 = icmp eq i16 %128, 1, !dbg !178
-  %130 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 21, !dbg !178
-  %131 = load i8, ptr %130, align 1, !dbg !178
-  %132 = icmp eq i8 %131, 32, !dbg !178
-  %133 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 20, !dbg !178
-  %134 = load i8, ptr %133, align 2, !dbg !178
-  %135 = icmp eq i8 %134, 2, !dbg !178
-  %136 = and i1 %132, %135, !dbg !178
-  %137 = and i1 %129, %136, !dbg !178
-  br i1 %137, label %assert_end67, label %assert_fail66, !dbg !178, !prof !41
-
-assert_fail66:                                    ; preds = %assert_end65
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.24, ptr nonnull @.str.26, ptr nonnull @.str.14, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end67:                                     ; preds = %assert_end65
-  %138 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 24, !dbg !178
-  %online_update.partial_max_shape = load ptr, ptr %138, align 8, !dbg !178
-    #dbg_declare(ptr %online_update.partial_max_shape, !206, !DIExpression(), !178)
-  %slots = load i64, ptr %online_update.partial_max_shape, align 8, !dbg !178
-    #dbg_value(i64 %slots, !207, !DIExpression(), !178)
-  %139 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 32, !dbg !178
-  %online_update.partial_max_strides = load ptr, ptr %139, align 8, !dbg !178
-    #dbg_declare(ptr %online_update.partial_max_strides, !208, !DIExpression(), !178)
-  %140 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 8, !dbg !178
-  %141 = load i32, ptr %140, align 8, !dbg !178
-  %142 = icmp eq i32 %141, 1, !dbg !178
-  br i1 %142, label %assert_end69, label %assert_fail68, !dbg !178, !prof !41
-
-assert_fail68:                                    ; preds = %assert_end67
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.24, ptr nonnull @.str.28, ptr nonnull @.str.14, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end69:                                     ; preds = %assert_end67
-  %.not179 = icmp eq ptr %partial_sum.handle, null, !dbg !178
-  br i1 %.not179, label %assert_fail70, label %assert_end71, !dbg !178, !prof !42
-
-assert_fail70:                                    ; preds = %assert_end69
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end71:                                     ; preds = %assert_end69
-  %143 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 16, !dbg !178
-  %144 = load i32, ptr %143, align 4, !dbg !178
-  %145 = icmp eq i32 %144, 2, !dbg !178
-  br i1 %145, label %assert_end73, label %assert_fail72, !dbg !178, !prof !41
-
-assert_fail72:                                    ; preds = %assert_end71
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.30, ptr nonnull @.str.25, ptr nonnull @.str.15, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end73:                                     ; preds = %assert_end71
-  %146 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 22, !dbg !178
-  %147 = load i16, ptr %146, align 2, !dbg !178
-  %148 = icmp eq i16 %147, 1, !dbg !178
-  %149 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 21, !dbg !178
-  %150 = load i8, ptr %149, align 1, !dbg !178
-  %151 = icmp eq i8 %150, 32, !dbg !178
-  %152 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 20, !dbg !178
-  %153 = load i8, ptr %152, align 2, !dbg !178
-  %154 = icmp eq i8 %153, 2, !dbg !178
-  %155 = and i1 %151, %154, !dbg !178
-  %156 = and i1 %148, %155, !dbg !178
-  br i1 %156, label %assert_end75, label %assert_fail74, !dbg !178, !prof !41
-
-assert_fail74:                                    ; preds = %assert_end73
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.30, ptr nonnull @.str.26, ptr nonnull @.str.15, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end75:                                     ; preds = %assert_end73
-  %157 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 24, !dbg !178
-  %online_update.partial_sum_shape = load ptr, ptr %157, align 8, !dbg !178
-    #dbg_declare(ptr %online_update.partial_sum_shape, !209, !DIExpression(), !178)
-  %158 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 32, !dbg !178
-  %online_update.partial_sum_strides = load ptr, ptr %158, align 8, !dbg !178
-    #dbg_declare(ptr %online_update.partial_sum_strides, !210, !DIExpression(), !178)
-  %159 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 8, !dbg !178
-  %160 = load i32, ptr %159, align 8, !dbg !178
-  %161 = icmp eq i32 %160, 1, !dbg !178
-  br i1 %161, label %assert_end77, label %assert_fail76, !dbg !178, !prof !41
-
-assert_fail76:                                    ; preds = %assert_end75
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.30, ptr nonnull @.str.28, ptr nonnull @.str.15, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end77:                                     ; preds = %assert_end75
-  %.not180 = icmp eq ptr %partial_acc.handle, null, !dbg !178
-  br i1 %.not180, label %assert_fail78, label %assert_end79, !dbg !178, !prof !42
-
-assert_fail78:                                    ; preds = %assert_end77
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.16, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end79:                                     ; preds = %assert_end77
-  %162 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 16, !dbg !178
-  %163 = load i32, ptr %162, align 4, !dbg !178
-  %164 = icmp eq i32 %163, 3, !dbg !178
-  br i1 %164, label %assert_end81, label %assert_fail80, !dbg !178, !prof !41
-
-assert_fail80:                                    ; preds = %assert_end79
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.31, ptr nonnull @.str.25, ptr nonnull @.str.16, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end81:                                     ; preds = %assert_end79
-  %165 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 22, !dbg !178
-  %166 = load i16, ptr %165, align 2, !dbg !178
-  %167 = icmp eq i16 %166, 1, !dbg !178
-  %168 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 21, !dbg !178
-  %169 = load i8, ptr %168, align 1, !dbg !178
-  %170 = icmp eq i8 %169, 32, !dbg !178
-  %171 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 20, !dbg !178
-  %172 = load i8, ptr %171, align 2, !dbg !178
-  %173 = icmp eq i8 %172, 2, !dbg !178
-  %174 = and i1 %170, %173, !dbg !178
-  %175 = and i1 %167, %174, !dbg !178
-  br i1 %175, label %assert_end83, label %assert_fail82, !dbg !178, !prof !41
-
-assert_fail82:                                    ; preds = %assert_end81
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.31, ptr nonnull @.str.26, ptr nonnull @.str.16, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end83:                                     ; preds = %assert_end81
-  %176 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 24, !dbg !178
-  %online_update.partial_acc_shape = load ptr, ptr %176, align 8, !dbg !178
-    #dbg_declare(ptr %online_update.partial_acc_shape, !211, !DIExpression(), !178)
-  %177 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 32, !dbg !178
-  %online_update.partial_acc_strides = load ptr, ptr %177, align 8, !dbg !178
-    #dbg_declare(ptr %online_update.partial_acc_strides, !212, !DIExpression(), !178)
-  %178 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 8, !dbg !178
-  %179 = load i32, ptr %178, align 8, !dbg !178
-  %180 = icmp eq i32 %179, 1, !dbg !178
-  br i1 %180, label %assert_end85, label %assert_fail84, !dbg !178, !prof !41
-
-assert_fail84:                                    ; preds = %assert_end83
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.31, ptr nonnull @.str.28, ptr nonnull @.str.16, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end85:                                     ; preds = %assert_end83
-  %.not181 = icmp eq ptr %online_update.tile_max_strides, null, !dbg !178
-  br i1 %.not181, label %if_end87, label %if_then86, !dbg !178, !prof !42
-
-if_then86:                                        ; preds = %assert_end85
-  %181 = load <2 x i64>, ptr %online_update.tile_max_strides, align 8, !dbg !178
-  %182 = and <2 x i64> %181, splat (i64 4294967295), !dbg !178
-  %183 = icmp eq <2 x i64> %182, <i64 16, i64 1>, !dbg !178
-  %184 = extractelement <2 x i1> %183, i64 0, !dbg !178
-  %185 = extractelement <2 x i1> %183, i64 1, !dbg !178
-  %186 = and i1 %184, %185, !dbg !178
-  br i1 %186, label %if_end87, label %assert_fail88, !dbg !178, !prof !41
-
-if_end87:                                         ; preds = %if_then86, %assert_end85
-  %187 = load ptr, ptr %tile_max.handle, align 8, !dbg !178
-  %.not182 = icmp eq ptr %187, null, !dbg !178
-  br i1 %.not182, label %assert_fail90, label %assert_end91, !dbg !178, !prof !42
-
-assert_fail88:                                    ; preds = %if_then86
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.68, ptr nonnull @.str.34, ptr nonnull @.str.9, ptr nonnull @.str.67, ptr nonnull @.str.35, ptr null), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_fail90:                                    ; preds = %if_end87
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.68, ptr nonnull @.str.36, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.37), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end91:                                     ; preds = %if_end87
-  %.not183 = icmp eq ptr %online_update.tile_sum_strides, null, !dbg !178
-  br i1 %.not183, label %if_end93, label %if_then92, !dbg !178, !prof !42
-
-if_then92:                                        ; preds = %assert_end91
-  %188 = load <2 x i64>, ptr %online_update.tile_sum_strides, align 8, !dbg !178
-  %189 = and <2 x i64> %188, splat (i64 4294967295), !dbg !178
-  %190 = icmp eq <2 x i64> %189, <i64 16, i64 1>, !dbg !178
-  %191 = extractelement <2 x i1> %190, i64 0, !dbg !178
-  %192 = extractelement <2 x i1> %190, i64 1, !dbg !178
-  %193 = and i1 %191, %192, !dbg !178
-  br i1 %193, label %if_end93, label %assert_fail94, !dbg !178, !prof !41
-
-if_end93:                                         ; preds = %if_then92, %assert_end91
-  %194 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 12, !dbg !178
-  %195 = load i32, ptr %194, align 4, !dbg !178
-  %196 = icmp eq i32 %dev_id, %195, !dbg !178
-  br i1 %196, label %assert_end97, label %assert_fail96, !dbg !178, !prof !41
-
-assert_fail94:                                    ; preds = %if_then92
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.69, ptr nonnull @.str.34, ptr nonnull @.str.12, ptr nonnull @.str.67, ptr nonnull @.str.35, ptr null), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_fail96:                                    ; preds = %if_end93
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.71, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.67, ptr nonnull @.str.40, ptr nonnull @.str.72), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end97:                                     ; preds = %if_end93
-  %197 = load ptr, ptr %tile_sum.handle, align 8, !dbg !178
-  %.not184 = icmp eq ptr %197, null, !dbg !178
-  br i1 %.not184, label %assert_fail98, label %assert_end99, !dbg !178, !prof !42
-
-assert_fail98:                                    ; preds = %assert_end97
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.69, ptr nonnull @.str.36, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.37), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end99:                                     ; preds = %assert_end97
-  %.not185 = icmp eq ptr %online_update.tile_acc_strides, null, !dbg !178
-  br i1 %.not185, label %if_end101, label %if_then100, !dbg !178, !prof !42
-
-if_then100:                                       ; preds = %assert_end99
-  %198 = load i64, ptr %online_update.tile_acc_strides, align 8, !dbg !178
-  %199 = and i64 %198, 4294967295, !dbg !178
-  %200 = icmp eq i64 %199, 2048, !dbg !178
-  %201 = getelementptr inbounds nuw i8, ptr %online_update.tile_acc_strides, i64 8, !dbg !178
-  %202 = load <2 x i64>, ptr %201, align 8, !dbg !178
-  %203 = and <2 x i64> %202, splat (i64 4294967295), !dbg !178
-  %204 = icmp eq <2 x i64> %203, <i64 16, i64 1>, !dbg !178
-  %205 = extractelement <2 x i1> %204, i64 0, !dbg !178
-  %206 = extractelement <2 x i1> %204, i64 1, !dbg !178
-  %207 = and i1 %205, %206, !dbg !178
-  %208 = and i1 %200, %207, !dbg !178
-  br i1 %208, label %if_end101, label %assert_fail102, !dbg !178, !prof !41
-
-if_end101:                                        ; preds = %if_then100, %assert_end99
-  %209 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 12, !dbg !178
-  %210 = load i32, ptr %209, align 4, !dbg !178
-  %211 = icmp eq i32 %dev_id, %210, !dbg !178
-  br i1 %211, label %assert_end105, label %assert_fail104, !dbg !178, !prof !41
-
-assert_fail102:                                   ; preds = %if_then100
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.70, ptr nonnull @.str.34, ptr nonnull @.str.13, ptr nonnull @.str.67, ptr nonnull @.str.35, ptr null), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_fail104:                                   ; preds = %if_end101
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.73, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.67, ptr nonnull @.str.40, ptr nonnull @.str.72), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end105:                                    ; preds = %if_end101
-  %212 = load ptr, ptr %tile_acc.handle, align 8, !dbg !178
-  %.not186 = icmp eq ptr %212, null, !dbg !178
-  br i1 %.not186, label %assert_fail106, label %assert_end107, !dbg !178, !prof !42
-
-assert_fail106:                                   ; preds = %assert_end105
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.70, ptr nonnull @.str.36, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.37), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end107:                                    ; preds = %assert_end105
-  %.not187 = icmp eq ptr %online_update.partial_max_strides, null, !dbg !178
-  br i1 %.not187, label %if_end109, label %if_then108, !dbg !178, !prof !42
-
-if_then108:                                       ; preds = %assert_end107
-  %213 = load i64, ptr %online_update.partial_max_strides, align 8, !dbg !178
-  %214 = icmp eq i64 %213, 16, !dbg !178
-  %215 = icmp eq i64 %slots, 1, !dbg !178
-  %216 = or i1 %215, %214, !dbg !178
-  %217 = getelementptr inbounds nuw i8, ptr %online_update.partial_max_strides, i64 8, !dbg !178
-  %218 = load i64, ptr %217, align 8, !dbg !178
-  %219 = icmp eq i64 %218, 1, !dbg !178
-  %220 = and i1 %219, %216, !dbg !178
-  br i1 %220, label %if_end109, label %assert_fail110, !dbg !178, !prof !41
-
-if_end109:                                        ; preds = %if_then108, %assert_end107
-  %221 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12, !dbg !178
-  %222 = load i32, ptr %221, align 4, !dbg !178
-  %223 = icmp eq i32 %dev_id, %222, !dbg !178
-  br i1 %223, label %assert_end113, label %assert_fail112, !dbg !178, !prof !41
-
-assert_fail110:                                   ; preds = %if_then108
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.24, ptr nonnull @.str.34, ptr nonnull @.str.14, ptr nonnull @.str.67, ptr nonnull @.str.35, ptr null), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_fail112:                                   ; preds = %if_end109
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.43, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.67, ptr nonnull @.str.40, ptr nonnull @.str.72), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end113:                                    ; preds = %if_end109
-  %224 = load ptr, ptr %partial_max.handle, align 8, !dbg !178
-  %225 = icmp ne ptr %224, null, !dbg !178
-  %226 = icmp eq i64 %slots, 0, !dbg !178
-  %227 = or i1 %226, %225, !dbg !178
-  br i1 %227, label %assert_end115, label %assert_fail114, !dbg !178, !prof !41
-
-assert_fail114:                                   ; preds = %assert_end113
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.24, ptr nonnull @.str.36, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.37), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end115:                                    ; preds = %assert_end113
-  %228 = load i64, ptr %online_update.partial_sum_shape, align 8, !dbg !178
-  %229 = icmp eq i64 %slots, %228, !dbg !178
-  br i1 %229, label %assert_end117, label %assert_fail116, !dbg !178, !prof !41
-
-assert_fail116:                                   ; preds = %assert_end115
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.38, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.67, ptr nonnull @.str.40, ptr nonnull @.str.41), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end117:                                    ; preds = %assert_end115
-  %.not188 = icmp eq ptr %online_update.partial_sum_strides, null, !dbg !178
-  br i1 %.not188, label %if_end119, label %if_then118, !dbg !178, !prof !42
-
-if_then118:                                       ; preds = %assert_end117
-  %230 = load i64, ptr %online_update.partial_sum_strides, align 8, !dbg !178
-  %231 = icmp eq i64 %230, 16, !dbg !178
-  %232 = icmp eq i64 %slots, 1, !dbg !178
-  %233 = or i1 %232, %231, !dbg !178
-  %234 = getelementptr inbounds nuw i8, ptr %online_update.partial_sum_strides, i64 8, !dbg !178
-  %235 = load i64, ptr %234, align 8, !dbg !178
-  %236 = icmp eq i64 %235, 1, !dbg !178
-  %237 = and i1 %236, %233, !dbg !178
-  br i1 %237, label %if_end119, label %assert_fail120, !dbg !178, !prof !41
-
-if_end119:                                        ; preds = %if_then118, %assert_end117
-  %238 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 12, !dbg !178
-  %239 = load i32, ptr %238, align 4, !dbg !178
-  %240 = icmp eq i32 %dev_id, %239, !dbg !178
-  br i1 %240, label %assert_end123, label %assert_fail122, !dbg !178, !prof !41
-
-assert_fail120:                                   ; preds = %if_then118
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.30, ptr nonnull @.str.34, ptr nonnull @.str.15, ptr nonnull @.str.67, ptr nonnull @.str.35, ptr null), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_fail122:                                   ; preds = %if_end119
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.42, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.67, ptr nonnull @.str.40, ptr nonnull @.str.72), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end123:                                    ; preds = %if_end119
-  %241 = load ptr, ptr %partial_sum.handle, align 8, !dbg !178
-  %242 = icmp ne ptr %241, null, !dbg !178
-  %243 = or i1 %226, %242, !dbg !178
-  br i1 %243, label %assert_end125, label %assert_fail124, !dbg !178, !prof !41
-
-assert_fail124:                                   ; preds = %assert_end123
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.30, ptr nonnull @.str.36, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.37), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end125:                                    ; preds = %assert_end123
-  %244 = load i64, ptr %online_update.partial_acc_shape, align 8, !dbg !178
-  %245 = icmp eq i64 %slots, %244, !dbg !178
-  br i1 %245, label %assert_end127, label %assert_fail126, !dbg !178, !prof !41
-
-assert_fail126:                                   ; preds = %assert_end125
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.44, ptr nonnull @.str.39, ptr nonnull @.str.16, ptr nonnull @.str.67, ptr nonnull @.str.40, ptr nonnull @.str.41), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end127:                                    ; preds = %assert_end125
-  %.not189 = icmp eq ptr %online_update.partial_acc_strides, null, !dbg !178
-  br i1 %.not189, label %if_end129, label %if_then128, !dbg !178, !prof !42
-
-if_then128:                                       ; preds = %assert_end127
-  %246 = load i64, ptr %online_update.partial_acc_strides, align 8, !dbg !178
-  %247 = icmp eq i64 %246, 2048, !dbg !178
-  %248 = icmp eq i64 %slots, 1, !dbg !178
-  %249 = or i1 %248, %247, !dbg !178
-  %250 = getelementptr inbounds nuw i8, ptr %online_update.partial_acc_strides, i64 8, !dbg !178
-  %251 = load i64, ptr %250, align 8, !dbg !178
-  %252 = icmp eq i64 %251, 16, !dbg !178
-  %253 = getelementptr inbounds nuw i8, ptr %online_update.partial_acc_strides, i64 16, !dbg !178
-  %254 = load i64, ptr %253, align 8, !dbg !178
-  %255 = icmp eq i64 %254, 1, !dbg !178
-  %256 = and i1 %252, %255, !dbg !178
-  %257 = and i1 %249, %256, !dbg !178
-  br i1 %257, label %if_end129, label %assert_fail130, !dbg !178, !prof !41
-
-if_end129:                                        ; preds = %if_then128, %assert_end127
-  %258 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 12, !dbg !178
-  %259 = load i32, ptr %258, align 4, !dbg !178
-  %260 = icmp eq i32 %dev_id, %259, !dbg !178
-  br i1 %260, label %assert_end133, label %assert_fail132, !dbg !178, !prof !41
-
-assert_fail130:                                   ; preds = %if_then128
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.31, ptr nonnull @.str.34, ptr nonnull @.str.16, ptr nonnull @.str.67, ptr nonnull @.str.35, ptr null), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_fail132:                                   ; preds = %if_end129
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.45, ptr nonnull @.str.39, ptr nonnull @.str.16, ptr nonnull @.str.67, ptr nonnull @.str.40, ptr nonnull @.str.72), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end133:                                    ; preds = %if_end129
-  %261 = load ptr, ptr %partial_acc.handle, align 8, !dbg !178
-  %262 = icmp ne ptr %261, null, !dbg !178
-  %263 = or i1 %226, %262, !dbg !178
-  br i1 %263, label %assert_end135, label %assert_fail134, !dbg !178, !prof !41
-
-assert_fail134:                                   ; preds = %assert_end133
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.31, ptr nonnull @.str.36, ptr nonnull @.str.16, ptr nonnull @.str.4, ptr nonnull @.str.67, ptr nonnull @.str.37), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end135:                                    ; preds = %assert_end133
-  %264 = load i64, ptr %online_update.tile_max_shape, align 8, !dbg !178
-  %265 = and i64 %264, 4294967295, !dbg !178
-  %266 = icmp eq i64 %265, 16, !dbg !178
-  br i1 %266, label %assert_end137, label %assert_fail136, !dbg !178, !prof !41
-
-assert_fail136:                                   ; preds = %assert_end135
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.74, ptr nonnull @.str.39, ptr nonnull @.str.9, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end137:                                    ; preds = %assert_end135
-  %267 = getelementptr inbounds nuw i8, ptr %online_update.tile_max_shape, i64 8, !dbg !178
-  %268 = load i64, ptr %267, align 8, !dbg !178
-  %269 = and i64 %268, 4294967295, !dbg !178
-  %270 = icmp eq i64 %269, 16, !dbg !178
-  br i1 %270, label %assert_end139, label %assert_fail138, !dbg !178, !prof !41
-
-assert_fail138:                                   ; preds = %assert_end137
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.75, ptr nonnull @.str.39, ptr nonnull @.str.9, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end139:                                    ; preds = %assert_end137
-  %271 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 40, !dbg !178
-  %272 = load i64, ptr %271, align 8, !dbg !178
-  %273 = icmp eq i64 %272, 0, !dbg !178
-  br i1 %273, label %assert_end141, label %assert_fail140, !dbg !178, !prof !41
-
-assert_fail140:                                   ; preds = %assert_end139
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.76, ptr nonnull @.str.39, ptr nonnull @.str.9, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end141:                                    ; preds = %assert_end139
-  %274 = load i64, ptr %online_update.tile_sum_shape, align 8, !dbg !178
-  %275 = and i64 %274, 4294967295, !dbg !178
-  %276 = icmp eq i64 %275, 16, !dbg !178
-  br i1 %276, label %assert_end143, label %assert_fail142, !dbg !178, !prof !41
-
-assert_fail142:                                   ; preds = %assert_end141
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.77, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end143:                                    ; preds = %assert_end141
-  %277 = getelementptr inbounds nuw i8, ptr %online_update.tile_sum_shape, i64 8, !dbg !178
-  %278 = load i64, ptr %277, align 8, !dbg !178
-  %279 = and i64 %278, 4294967295, !dbg !178
-  %280 = icmp eq i64 %279, 16, !dbg !178
-  br i1 %280, label %assert_end145, label %assert_fail144, !dbg !178, !prof !41
-
-assert_fail144:                                   ; preds = %assert_end143
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.78, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end145:                                    ; preds = %assert_end143
-  %281 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 40, !dbg !178
-  %282 = load i64, ptr %281, align 8, !dbg !178
-  %283 = icmp eq i64 %282, 0, !dbg !178
-  br i1 %283, label %assert_end147, label %assert_fail146, !dbg !178, !prof !41
-
-assert_fail146:                                   ; preds = %assert_end145
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.79, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end147:                                    ; preds = %assert_end145
-  %284 = load i64, ptr %online_update.tile_acc_shape, align 8, !dbg !178
-  %285 = and i64 %284, 4294967295, !dbg !178
-  %286 = icmp eq i64 %285, 16, !dbg !178
-  br i1 %286, label %assert_end149, label %assert_fail148, !dbg !178, !prof !41
-
-assert_fail148:                                   ; preds = %assert_end147
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.80, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end149:                                    ; preds = %assert_end147
-  %287 = getelementptr inbounds nuw i8, ptr %online_update.tile_acc_shape, i64 8, !dbg !178
-  %288 = load i64, ptr %287, align 8, !dbg !178
-  %289 = and i64 %288, 4294967295, !dbg !178
-  %290 = icmp eq i64 %289, 128, !dbg !178
-  br i1 %290, label %assert_end151, label %assert_fail150, !dbg !178, !prof !41
-
-assert_fail150:                                   ; preds = %assert_end149
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.81, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.57), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end151:                                    ; preds = %assert_end149
-  %291 = getelementptr inbounds nuw i8, ptr %online_update.tile_acc_shape, i64 16, !dbg !178
-  %292 = load i64, ptr %291, align 8, !dbg !178
-  %293 = and i64 %292, 4294967295, !dbg !178
-  %294 = icmp eq i64 %293, 16, !dbg !178
-  br i1 %294, label %assert_end153, label %assert_fail152, !dbg !178, !prof !41
-
-assert_fail152:                                   ; preds = %assert_end151
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.82, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end153:                                    ; preds = %assert_end151
-  %295 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 40, !dbg !178
-  %296 = load i64, ptr %295, align 8, !dbg !178
-  %297 = icmp eq i64 %296, 0, !dbg !178
-  br i1 %297, label %assert_end155, label %assert_fail154, !dbg !178, !prof !41
-
-assert_fail154:                                   ; preds = %assert_end153
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.83, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end155:                                    ; preds = %assert_end153
-  %298 = getelementptr inbounds nuw i8, ptr %online_update.partial_max_shape, i64 8, !dbg !178
-  %299 = load i64, ptr %298, align 8, !dbg !178
-  %300 = icmp eq i64 %299, 16, !dbg !178
-  br i1 %300, label %assert_end157, label %assert_fail156, !dbg !178, !prof !41
-
-assert_fail156:                                   ; preds = %assert_end155
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.51, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end157:                                    ; preds = %assert_end155
-  %301 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 40, !dbg !178
-  %302 = load i64, ptr %301, align 8, !dbg !178
-  %303 = icmp eq i64 %302, 0, !dbg !178
-  br i1 %303, label %assert_end159, label %assert_fail158, !dbg !178, !prof !41
-
-assert_fail158:                                   ; preds = %assert_end157
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.53, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end159:                                    ; preds = %assert_end157
-  %304 = getelementptr inbounds nuw i8, ptr %online_update.partial_sum_shape, i64 8, !dbg !178
-  %305 = load i64, ptr %304, align 8, !dbg !178
-  %306 = icmp eq i64 %305, 16, !dbg !178
-  br i1 %306, label %assert_end161, label %assert_fail160, !dbg !178, !prof !41
-
-assert_fail160:                                   ; preds = %assert_end159
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.54, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end161:                                    ; preds = %assert_end159
-  %307 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 40, !dbg !178
-  %308 = load i64, ptr %307, align 8, !dbg !178
-  %309 = icmp eq i64 %308, 0, !dbg !178
-  br i1 %309, label %assert_end163, label %assert_fail162, !dbg !178, !prof !41
-
-assert_fail162:                                   ; preds = %assert_end161
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.55, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end163:                                    ; preds = %assert_end161
-  %310 = getelementptr inbounds nuw i8, ptr %online_update.partial_acc_shape, i64 8, !dbg !178
-  %311 = load i64, ptr %310, align 8, !dbg !178
-  %312 = icmp eq i64 %311, 128, !dbg !178
-  br i1 %312, label %assert_end165, label %assert_fail164, !dbg !178, !prof !41
-
-assert_fail164:                                   ; preds = %assert_end163
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.56, ptr nonnull @.str.39, ptr nonnull @.str.16, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.57), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end165:                                    ; preds = %assert_end163
-  %313 = getelementptr inbounds nuw i8, ptr %online_update.partial_acc_shape, i64 16, !dbg !178
-  %314 = load i64, ptr %313, align 8, !dbg !178
-  %315 = icmp eq i64 %314, 16, !dbg !178
-  br i1 %315, label %assert_end167, label %assert_fail166, !dbg !178, !prof !41
-
-assert_fail166:                                   ; preds = %assert_end165
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.58, ptr nonnull @.str.39, ptr nonnull @.str.16, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end167:                                    ; preds = %assert_end165
-  %316 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 40, !dbg !178
-  %317 = load i64, ptr %316, align 8, !dbg !178
-  %318 = icmp eq i64 %317, 0, !dbg !178
-  br i1 %318, label %assert_end169, label %assert_fail168, !dbg !178, !prof !41
-
-assert_fail168:                                   ; preds = %assert_end167
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.59, ptr nonnull @.str.39, ptr nonnull @.str.16, ptr nonnull @.str.67, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !178
-  br label %common.ret, !dbg !178
-
-assert_end169:                                    ; preds = %assert_end167
-    #dbg_declare(ptr %187, !213, !DIExpression(), !178)
-  call void @llvm.assume(i1 true) [ "align"(ptr %187, i64 64) ], !dbg !178
-    #dbg_declare(ptr %197, !214, !DIExpression(), !178)
-  call void @llvm.assume(i1 true) [ "align"(ptr %197, i64 64) ], !dbg !178
-    #dbg_declare(ptr %212, !215, !DIExpression(), !178)
-  call void @llvm.assume(i1 true) [ "align"(ptr %212, i64 64) ], !dbg !178
-    #dbg_declare(ptr %224, !216, !DIExpression(), !178)
-  call void @llvm.assume(i1 true) [ "align"(ptr %224, i64 64) ], !dbg !178
-    #dbg_declare(ptr %241, !217, !DIExpression(), !178)
-  call void @llvm.assume(i1 true) [ "align"(ptr %241, i64 64) ], !dbg !178
-    #dbg_declare(ptr %261, !218, !DIExpression(), !178)
-  call void @llvm.assume(i1 true) [ "align"(ptr %261, i64 64) ], !dbg !178
-    #dbg_value(ptr %187, !219, !DIExpression(), !233)
-    #dbg_value(ptr %197, !224, !DIExpression(), !233)
-    #dbg_value(ptr %212, !225, !DIExpression(), !233)
-    #dbg_value(i64 %slots, !226, !DIExpression(), !233)
-    #dbg_value(ptr %224, !227, !DIExpression(), !233)
-    #dbg_value(ptr %241, !228, !DIExpression(), !233)
-    #dbg_value(ptr %261, !229, !DIExpression(), !233)
-    #dbg_value(i32 %num_seqs, !230, !DIExpression(), !233)
-    #dbg_value(i64 %65, !231, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !233)
-    #dbg_value(i64 %57, !232, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !233)
-    #dbg_declare(ptr %187, !235, !DIExpression(), !233)
-  call void @llvm.assume(i1 true) [ "align"(ptr %187, i64 64) ], !dbg !233
-    #dbg_declare(ptr %197, !236, !DIExpression(), !233)
-  call void @llvm.assume(i1 true) [ "align"(ptr %197, i64 64) ], !dbg !233
-    #dbg_declare(ptr %212, !237, !DIExpression(), !233)
-  call void @llvm.assume(i1 true) [ "align"(ptr %212, i64 64) ], !dbg !233
-    #dbg_value(i64 %slots, !238, !DIExpression(DW_OP_constu, 16, DW_OP_mul, DW_OP_stack_value), !233)
-    #dbg_declare(ptr %224, !239, !DIExpression(), !233)
-  call void @llvm.assume(i1 true) [ "align"(ptr %224, i64 64) ], !dbg !233
-    #dbg_declare(ptr %241, !240, !DIExpression(), !233)
-  call void @llvm.assume(i1 true) [ "align"(ptr %241, i64 64) ], !dbg !233
-    #dbg_declare(ptr %261, !241, !DIExpression(), !233)
-  call void @llvm.assume(i1 true) [ "align"(ptr %261, i64 64) ], !dbg !233
-    #dbg_value(i32 0, !242, !DIExpression(), !233)
-  %319 = icmp sgt i32 %num_seqs, 0, !dbg !233
-  br i1 %319, label %for_body_s.lr.ph.i, label %common.ret, !dbg !233, !prof !99
-
-for_body_s.lr.ph.i:                               ; preds = %assert_end169
-  %sext = shl i64 %65, 32
+  %tile_max.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %tile_max.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %tile_max.handle.idx = select i1 %0, i64 24, i64 0
+  %tile_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %tile_max.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %tile_sum.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %tile_sum.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %tile_sum.handle.idx = select i1 %4, i64 24, i64 0
+  %tile_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %tile_sum.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %tile_acc.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %tile_acc.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %tile_acc.handle.idx = select i1 %8, i64 24, i64 0
+  %tile_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %tile_acc.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %partial_max.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %partial_max.type_index, 70
+  %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %14 = load ptr, ptr %13, align 8
+  %partial_max.handle.idx = select i1 %12, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %14, i64 %partial_max.handle.idx
+  %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
+  %partial_sum.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %partial_sum.type_index, 70
+  %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %18 = load ptr, ptr %17, align 8
+  %partial_sum.handle.idx = select i1 %16, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %18, i64 %partial_sum.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 80
+  %partial_acc.type_index = load i32, ptr %19, align 8
+  %20 = icmp eq i32 %partial_acc.type_index, 70
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %22 = load ptr, ptr %21, align 8
+  %partial_acc.handle.idx = select i1 %20, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %22, i64 %partial_acc.handle.idx
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %24 = load i64, ptr %23, align 8
+  %num_seqs = trunc i64 %24 to i32
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %26 = load i64, ptr %25, align 8
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %28 = load i64, ptr %27, align 8
+  %tile_max = load ptr, ptr %tile_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %tile_max, i64 64) ]
+  %tile_sum = load ptr, ptr %tile_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %tile_sum, i64 64) ]
+  %tile_acc = load ptr, ptr %tile_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %tile_acc, i64 64) ]
+  %partial_max = load ptr, ptr %partial_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 64) ]
+  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 64) ]
+  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %tile_max, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %tile_sum, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %tile_acc, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 64) ]
+  %29 = icmp sgt i32 %num_seqs, 0
+  br i1 %29, label %for_body_s.lr.ph.i, label %online_update_compute_.exit, !prof !7
+
+for_body_s.lr.ph.i:                               ; preds = %entry
+  %sext = shl i64 %28, 32
   %cse_v2.i = ashr exact i64 %sext, 32
-  %320 = and i64 %57, 4294967295
-  %321 = icmp eq i64 %320, 0
-  %322 = insertelement <16 x i1> poison, i1 %321, i64 0
-  %323 = shufflevector <16 x i1> %322, <16 x i1> poison, <16 x i32> zeroinitializer
-  %wide.trip.count.i = and i64 %52, 2147483647, !dbg !233
-  br label %for_body_s.i, !dbg !233
+  %30 = and i64 %26, 4294967295
+  %31 = icmp eq i64 %30, 0
+  %32 = insertelement <16 x i1> poison, i1 %31, i64 0
+  %33 = shufflevector <16 x i1> %32, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count.i = and i64 %24, 2147483647
+  br label %for_body_s.i
 
 for_body_s.i:                                     ; preds = %for_end_d.i, %for_body_s.lr.ph.i
-  %indvars.iv27.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next28.i, %for_end_d.i ]
-    #dbg_value(i64 %indvars.iv27.i, !242, !DIExpression(), !233)
-    #dbg_value(!DIArgList(i64 %65, i64 %indvars.iv27.i), !243, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !233)
-    #dbg_value(i64 %cse_v2.i, !244, !DIExpression(), !233)
-    #dbg_value(i64 %indvars.iv27.i, !245, !DIExpression(), !233)
-  %324 = add nsw i64 %indvars.iv27.i, %cse_v2.i, !dbg !233
-  %cse_v9.i = shl nsw i64 %324, 4, !dbg !233
-    #dbg_value(i64 %cse_v9.i, !246, !DIExpression(), !233)
-  %325 = getelementptr inbounds float, ptr %224, i64 %cse_v9.i, !dbg !233
-  %326 = load <16 x float>, ptr %325, align 64, !dbg !233, !tbaa !108
-  %old_max.i = select <16 x i1> %323, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %326, !dbg !233
-    #dbg_value(<16 x float> %old_max.i, !247, !DIExpression(), !233)
-  %327 = getelementptr inbounds float, ptr %241, i64 %cse_v9.i, !dbg !233
-  %328 = load <16 x float>, ptr %327, align 64, !dbg !233, !tbaa !108
-  %old_sum.i = select <16 x i1> %323, <16 x float> zeroinitializer, <16 x float> %328, !dbg !233
-    #dbg_value(<16 x float> %old_sum.i, !248, !DIExpression(), !233)
-  %329 = shl nsw i64 %indvars.iv27.i, 4, !dbg !233
-    #dbg_value(i64 %329, !249, !DIExpression(), !233)
-  %330 = getelementptr inbounds nuw float, ptr %187, i64 %329, !dbg !233
-  %331 = load <16 x float>, ptr %330, align 64, !dbg !233, !tbaa !108
-  %332 = fcmp ogt <16 x float> %old_max.i, %331, !dbg !233
-    #dbg_value(<16 x float> poison, !250, !DIExpression(), !233)
-  %333 = getelementptr inbounds nuw float, ptr %197, i64 %329, !dbg !233
-  %334 = load <16 x float>, ptr %333, align 64, !dbg !233, !tbaa !108
-  %335 = fcmp oeq <16 x float> %334, zeroinitializer, !dbg !233
-  %336 = select <16 x i1> %335, <16 x i1> splat (i1 true), <16 x i1> %332, !dbg !233
-  %old_or_both.i = select <16 x i1> %336, <16 x float> %old_max.i, <16 x float> %331, !dbg !233
-    #dbg_value(<16 x float> %old_or_both.i, !251, !DIExpression(), !233)
-  %337 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer, !dbg !233
-  %m.i = select <16 x i1> %337, <16 x float> %331, <16 x float> %old_or_both.i, !dbg !233
-    #dbg_value(<16 x float> %m.i, !252, !DIExpression(), !233)
-    #dbg_value(<16 x float> %m.i, !253, !DIExpression(), !233)
-  %arg.i = fsub <16 x float> %old_max.i, %m.i, !dbg !233
-    #dbg_value(<16 x float> %arg.i, !254, !DIExpression(), !233)
-    #dbg_value(<16 x float> %arg.i, !255, !DIExpression(), !233)
-  %338 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01), !dbg !233
-    #dbg_value(<16 x float> poison, !256, !DIExpression(), !233)
-    #dbg_value(<16 x float> poison, !257, !DIExpression(), !233)
-    #dbg_value(<16 x float> poison, !258, !DIExpression(), !233)
-    #dbg_value(<16 x float> poison, !259, !DIExpression(), !233)
-    #dbg_value(<16 x float> poison, !260, !DIExpression(), !233)
-    #dbg_value(<16 x float> poison, !261, !DIExpression(), !233)
-    #dbg_value(<16 x float> poison, !262, !DIExpression(), !233)
-    #dbg_value(<16 x float> poison, !263, !DIExpression(), !233)
-    #dbg_value(!DIArgList(<16 x float> poison, <16 x i32> poison, <16 x i32> poison), !264, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !233)
-  %cse_v10.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !233
-    #dbg_value(<16 x float> %cse_v10.i, !265, !DIExpression(), !233)
-  %339 = bitcast <16 x float> %cse_v10.i to <16 x i32>, !dbg !233
-  %340 = shl <16 x i32> %339, splat (i32 23), !dbg !233
-  %341 = add <16 x i32> %340, splat (i32 1065353216), !dbg !233
-  %342 = bitcast <16 x i32> %341 to <16 x float>, !dbg !233
-  %343 = add nsw <16 x i32> %339, splat (i32 -1262485504), !dbg !233
-  %344 = sitofp <16 x i32> %343 to <16 x float>, !dbg !233
-  %345 = fmul <16 x float> %344, splat (float 0x3F2BD01060000000), !dbg !233
-  %346 = fmul <16 x float> %344, splat (float 0x3FE6300000000000), !dbg !233
-  %347 = fsub <16 x float> %arg.i, %346, !dbg !233
-  %348 = fadd <16 x float> %345, %347, !dbg !233
-  %349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %348, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !233
-  %350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %349, <16 x float> %348, <16 x float> splat (float 0x3F81112100000000)), !dbg !233
-  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %348, <16 x float> splat (float 0x3FA5553820000000)), !dbg !233
-  %352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %351, <16 x float> %348, <16 x float> splat (float 0x3FC5555540000000)), !dbg !233
-  %353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %352, <16 x float> %348, <16 x float> splat (float 5.000000e-01)), !dbg !233
-  %354 = fmul <16 x float> %348, %353, !dbg !233
-  %355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %354, <16 x float> %348, <16 x float> %348), !dbg !233
-  %356 = fadd <16 x float> %355, splat (float 1.000000e+00), !dbg !233
-  %357 = fmul <16 x float> %356, %342, !dbg !233
-  %358 = select <16 x i1> %338, <16 x float> zeroinitializer, <16 x float> %357, !dbg !233
-  %359 = fcmp one <16 x float> %old_sum.i, zeroinitializer, !dbg !233
-  %360 = select <16 x i1> %359, <16 x float> %358, <16 x float> zeroinitializer, !dbg !233
-    #dbg_value(<16 x float> %360, !266, !DIExpression(), !233)
-  %arg2.i = fsub <16 x float> %331, %m.i, !dbg !233
-    #dbg_value(<16 x float> %arg2.i, !255, !DIExpression(), !233)
-  %361 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01), !dbg !233
-    #dbg_value(<16 x float> poison, !267, !DIExpression(), !233)
-    #dbg_value(<16 x float> poison, !268, !DIExpression(), !233)
-  %cse_v8.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !233
-    #dbg_value(<16 x float> %cse_v8.i, !269, !DIExpression(), !233)
-  %362 = bitcast <16 x float> %cse_v8.i to <16 x i32>, !dbg !233
-  %363 = shl <16 x i32> %362, splat (i32 23), !dbg !233
-  %364 = add <16 x i32> %363, splat (i32 1065353216), !dbg !233
-  %365 = bitcast <16 x i32> %364 to <16 x float>, !dbg !233
-  %366 = add nsw <16 x i32> %362, splat (i32 -1262485504), !dbg !233
-  %367 = sitofp <16 x i32> %366 to <16 x float>, !dbg !233
-  %368 = fmul <16 x float> %367, splat (float 0x3F2BD01060000000), !dbg !233
-  %369 = fmul <16 x float> %367, splat (float 0x3FE6300000000000), !dbg !233
-  %370 = fsub <16 x float> %arg2.i, %369, !dbg !233
-  %371 = fadd <16 x float> %368, %370, !dbg !233
-  %372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %371, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !233
-  %373 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %372, <16 x float> %371, <16 x float> splat (float 0x3F81112100000000)), !dbg !233
-  %374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %373, <16 x float> %371, <16 x float> splat (float 0x3FA5553820000000)), !dbg !233
-  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %374, <16 x float> %371, <16 x float> splat (float 0x3FC5555540000000)), !dbg !233
-  %376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %375, <16 x float> %371, <16 x float> splat (float 5.000000e-01)), !dbg !233
-  %377 = fmul <16 x float> %371, %376, !dbg !233
-  %378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %371, <16 x float> %371), !dbg !233
-  %379 = fadd <16 x float> %378, splat (float 1.000000e+00), !dbg !233
-  %380 = fmul <16 x float> %379, %365, !dbg !233
-  %381 = select <16 x i1> %361, <16 x float> zeroinitializer, <16 x float> %380, !dbg !233
-  %382 = fcmp one <16 x float> %334, zeroinitializer, !dbg !233
-  %383 = select <16 x i1> %382, <16 x float> %381, <16 x float> zeroinitializer, !dbg !233
-    #dbg_value(<16 x float> %383, !270, !DIExpression(), !233)
-    #dbg_value(<16 x float> %old_sum.i, !271, !DIExpression(), !233)
-  %384 = fmul <16 x float> %old_sum.i, %360, !dbg !233
-  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %383, <16 x float> %334, <16 x float> %384), !dbg !233
-    #dbg_value(<16 x float> %385, !272, !DIExpression(), !233)
-  store <16 x float> %m.i, ptr %325, align 64, !dbg !233, !tbaa !108
-  store <16 x float> %385, ptr %327, align 64, !dbg !233, !tbaa !108
-  %386 = shl nsw i64 %324, 11
-  %387 = shl nsw i64 %indvars.iv27.i, 11
-    #dbg_value(i32 0, !273, !DIExpression(), !233)
-  %388 = and i64 %387, 4294965248, !dbg !233
-  br i1 %321, label %for_body_d.us.preheader.i, label %for_body_d.preheader.i, !prof !41
+  %indvars.iv25.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next26.i, %for_end_d.i ]
+  %34 = add nsw i64 %indvars.iv25.i, %cse_v2.i
+  %cse_v7.i = shl nsw i64 %34, 4
+  %35 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v7.i
+  %36 = load <16 x float>, ptr %35, align 64, !tbaa !8
+  %old_max.i = select <16 x i1> %33, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %36
+  %37 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v7.i
+  %38 = load <16 x float>, ptr %37, align 64, !tbaa !8
+  %old_sum.i = select <16 x i1> %33, <16 x float> zeroinitializer, <16 x float> %38
+  %39 = shl nsw i64 %indvars.iv25.i, 4
+  %40 = getelementptr inbounds nuw float, ptr %tile_max, i64 %39
+  %41 = load <16 x float>, ptr %40, align 64, !tbaa !8
+  %42 = fcmp ogt <16 x float> %old_max.i, %41
+  %43 = getelementptr inbounds nuw float, ptr %tile_sum, i64 %39
+  %44 = load <16 x float>, ptr %43, align 64, !tbaa !8
+  %45 = fcmp oeq <16 x float> %44, zeroinitializer
+  %46 = select <16 x i1> %45, <16 x i1> splat (i1 true), <16 x i1> %42
+  %old_or_both.i = select <16 x i1> %46, <16 x float> %old_max.i, <16 x float> %41
+  %47 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %47, <16 x float> %41, <16 x float> %old_or_both.i
+  %arg.i = fsub <16 x float> %old_max.i, %m.i
+  %cse_v8.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %48 = bitcast <16 x float> %cse_v8.i to <16 x i32>
+  %49 = add nsw <16 x i32> %48, splat (i32 -1262485504)
+  %50 = sitofp <16 x i32> %49 to <16 x float>
+  %51 = fmul <16 x float> %50, splat (float 0x3F2BD01060000000)
+  %52 = fmul <16 x float> %50, splat (float 0x3FE6300000000000)
+  %53 = fsub <16 x float> %arg.i, %52
+  %54 = fadd <16 x float> %51, %53
+  %55 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %54, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %56 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %55, <16 x float> %54, <16 x float> splat (float 0x3F81112100000000))
+  %57 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %56, <16 x float> %54, <16 x float> splat (float 0x3FA5553820000000))
+  %58 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %57, <16 x float> %54, <16 x float> splat (float 0x3FC5555540000000))
+  %59 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %58, <16 x float> %54, <16 x float> splat (float 5.000000e-01))
+  %60 = fmul <16 x float> %54, %59
+  %61 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %60, <16 x float> %54, <16 x float> %54)
+  %62 = shl <16 x i32> %48, splat (i32 23)
+  %63 = add <16 x i32> %62, splat (i32 1065353216)
+  %64 = bitcast <16 x i32> %63 to <16 x float>
+  %65 = fadd <16 x float> %61, splat (float 1.000000e+00)
+  %66 = fmul <16 x float> %65, %64
+  %67 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
+  %68 = select <16 x i1> %67, <16 x float> zeroinitializer, <16 x float> %66
+  %69 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %70 = select <16 x i1> %69, <16 x float> %68, <16 x float> zeroinitializer
+  %arg2.i = fsub <16 x float> %41, %m.i
+  %cse_v6.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %71 = bitcast <16 x float> %cse_v6.i to <16 x i32>
+  %72 = add nsw <16 x i32> %71, splat (i32 -1262485504)
+  %73 = sitofp <16 x i32> %72 to <16 x float>
+  %74 = fmul <16 x float> %73, splat (float 0x3F2BD01060000000)
+  %75 = fmul <16 x float> %73, splat (float 0x3FE6300000000000)
+  %76 = fsub <16 x float> %arg2.i, %75
+  %77 = fadd <16 x float> %74, %76
+  %78 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %77, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %79 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %78, <16 x float> %77, <16 x float> splat (float 0x3F81112100000000))
+  %80 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %79, <16 x float> %77, <16 x float> splat (float 0x3FA5553820000000))
+  %81 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %80, <16 x float> %77, <16 x float> splat (float 0x3FC5555540000000))
+  %82 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %81, <16 x float> %77, <16 x float> splat (float 5.000000e-01))
+  %83 = fmul <16 x float> %77, %82
+  %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %83, <16 x float> %77, <16 x float> %77)
+  %85 = shl <16 x i32> %71, splat (i32 23)
+  %86 = add <16 x i32> %85, splat (i32 1065353216)
+  %87 = bitcast <16 x i32> %86 to <16 x float>
+  %88 = fadd <16 x float> %84, splat (float 1.000000e+00)
+  %89 = fmul <16 x float> %88, %87
+  %90 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
+  %91 = select <16 x i1> %90, <16 x float> zeroinitializer, <16 x float> %89
+  %92 = fcmp one <16 x float> %44, zeroinitializer
+  %93 = select <16 x i1> %92, <16 x float> %91, <16 x float> zeroinitializer
+  %94 = fmul <16 x float> %old_sum.i, %70
+  %95 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %44, <16 x float> %94)
+  store <16 x float> %m.i, ptr %35, align 64, !tbaa !8
+  store <16 x float> %95, ptr %37, align 64, !tbaa !8
+  %96 = shl nsw i64 %34, 11
+  %97 = shl nsw i64 %indvars.iv25.i, 11
+  %98 = and i64 %97, 4294965248
+  br i1 %31, label %for_body_d.us.preheader.i, label %for_body_d.preheader.i, !prof !6
 
 for_body_d.preheader.i:                           ; preds = %for_body_s.i
-  %invariant.gep.i = getelementptr inbounds nuw float, ptr %212, i64 %388, !dbg !233
-  %389 = getelementptr float, ptr %261, i64 %386
-  br label %for_body_d.i, !dbg !233
+  %invariant.gep.i = getelementptr inbounds nuw float, ptr %tile_acc, i64 %98
+  %99 = getelementptr float, ptr %partial_acc, i64 %96
+  br label %for_body_d.i
 
 for_body_d.us.preheader.i:                        ; preds = %for_body_s.i
-  %390 = getelementptr float, ptr %261, i64 %386
-  %invariant.gep33.i = getelementptr inbounds nuw float, ptr %212, i64 %388, !dbg !233
-  %391 = fmul <16 x float> %360, zeroinitializer
-  br label %for_body_d.us.i, !dbg !233
+  %100 = getelementptr float, ptr %partial_acc, i64 %96
+  %invariant.gep31.i = getelementptr inbounds nuw float, ptr %tile_acc, i64 %98
+  %101 = fmul <16 x float> %70, zeroinitializer
+  br label %for_body_d.us.i
 
 for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %for_body_d.us.preheader.i
-  %indvars.iv23.i = phi i64 [ 0, %for_body_d.us.preheader.i ], [ %indvars.iv.next24.i.3, %for_body_d.us.i ]
-    #dbg_value(i64 %indvars.iv23.i, !273, !DIExpression(), !233)
-  %392 = shl nuw nsw i64 %indvars.iv23.i, 4, !dbg !233
-    #dbg_value(!DIArgList(i64 %386, i64 %392), !274, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !233)
-  %393 = getelementptr float, ptr %390, i64 %392, !dbg !233
-  store <16 x float> zeroinitializer, ptr %393, align 64, !dbg !233, !tbaa !108
-  %gep34.i = getelementptr inbounds nuw float, ptr %invariant.gep33.i, i64 %392, !dbg !233
-  %394 = load <16 x float>, ptr %gep34.i, align 64, !dbg !233, !tbaa !108
-  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %383, <16 x float> %394, <16 x float> %391), !dbg !233
-  store <16 x float> %395, ptr %393, align 64, !dbg !233, !tbaa !108
-    #dbg_value(i64 %indvars.iv23.i, !273, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_stack_value), !233)
-  %indvars.iv.next24.i = shl i64 %indvars.iv23.i, 4, !dbg !233
-  %396 = or disjoint i64 %indvars.iv.next24.i, 16, !dbg !233
-    #dbg_value(!DIArgList(i64 %386, i64 %396), !274, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !233)
-  %397 = getelementptr float, ptr %390, i64 %396, !dbg !233
-  store <16 x float> zeroinitializer, ptr %397, align 64, !dbg !233, !tbaa !108
-  %gep34.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep33.i, i64 %396, !dbg !233
-  %398 = load <16 x float>, ptr %gep34.i.1, align 64, !dbg !233, !tbaa !108
-  %399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %383, <16 x float> %398, <16 x float> %391), !dbg !233
-  store <16 x float> %399, ptr %397, align 64, !dbg !233, !tbaa !108
-    #dbg_value(i64 %indvars.iv23.i, !273, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_stack_value), !233)
-  %indvars.iv.next24.i.1 = shl i64 %indvars.iv23.i, 4, !dbg !233
-  %400 = or disjoint i64 %indvars.iv.next24.i.1, 32, !dbg !233
-    #dbg_value(!DIArgList(i64 %386, i64 %400), !274, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !233)
-  %401 = getelementptr float, ptr %390, i64 %400, !dbg !233
-  store <16 x float> zeroinitializer, ptr %401, align 64, !dbg !233, !tbaa !108
-  %gep34.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep33.i, i64 %400, !dbg !233
-  %402 = load <16 x float>, ptr %gep34.i.2, align 64, !dbg !233, !tbaa !108
-  %403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %383, <16 x float> %402, <16 x float> %391), !dbg !233
-  store <16 x float> %403, ptr %401, align 64, !dbg !233, !tbaa !108
-    #dbg_value(i64 %indvars.iv23.i, !273, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_stack_value), !233)
-  %indvars.iv.next24.i.2 = shl i64 %indvars.iv23.i, 4, !dbg !233
-  %404 = or disjoint i64 %indvars.iv.next24.i.2, 48, !dbg !233
-    #dbg_value(!DIArgList(i64 %386, i64 %404), !274, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !233)
-  %405 = getelementptr float, ptr %390, i64 %404, !dbg !233
-  store <16 x float> zeroinitializer, ptr %405, align 64, !dbg !233, !tbaa !108
-  %gep34.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep33.i, i64 %404, !dbg !233
-  %406 = load <16 x float>, ptr %gep34.i.3, align 64, !dbg !233, !tbaa !108
-  %407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %383, <16 x float> %406, <16 x float> %391), !dbg !233
-  store <16 x float> %407, ptr %405, align 64, !dbg !233, !tbaa !108
-  %indvars.iv.next24.i.3 = add nuw nsw i64 %indvars.iv23.i, 4, !dbg !233
-    #dbg_value(i64 %indvars.iv.next24.i.3, !273, !DIExpression(), !233)
-  %exitcond26.not.i.3 = icmp eq i64 %indvars.iv.next24.i.3, 128, !dbg !233
-  br i1 %exitcond26.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !dbg !233, !prof !136, !llvm.loop !275
+  %indvars.iv21.i = phi i64 [ 0, %for_body_d.us.preheader.i ], [ %indvars.iv.next22.i.3, %for_body_d.us.i ]
+  %102 = shl nuw nsw i64 %indvars.iv21.i, 4
+  %103 = getelementptr float, ptr %100, i64 %102
+  store <16 x float> zeroinitializer, ptr %103, align 64, !tbaa !8
+  %gep32.i = getelementptr inbounds nuw float, ptr %invariant.gep31.i, i64 %102
+  %104 = load <16 x float>, ptr %gep32.i, align 64, !tbaa !8
+  %105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %104, <16 x float> %101)
+  store <16 x float> %105, ptr %103, align 64, !tbaa !8
+  %indvars.iv.next22.i = shl i64 %indvars.iv21.i, 4
+  %106 = or disjoint i64 %indvars.iv.next22.i, 16
+  %107 = getelementptr float, ptr %100, i64 %106
+  store <16 x float> zeroinitializer, ptr %107, align 64, !tbaa !8
+  %gep32.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep31.i, i64 %106
+  %108 = load <16 x float>, ptr %gep32.i.1, align 64, !tbaa !8
+  %109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %108, <16 x float> %101)
+  store <16 x float> %109, ptr %107, align 64, !tbaa !8
+  %indvars.iv.next22.i.1 = shl i64 %indvars.iv21.i, 4
+  %110 = or disjoint i64 %indvars.iv.next22.i.1, 32
+  %111 = getelementptr float, ptr %100, i64 %110
+  store <16 x float> zeroinitializer, ptr %111, align 64, !tbaa !8
+  %gep32.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep31.i, i64 %110
+  %112 = load <16 x float>, ptr %gep32.i.2, align 64, !tbaa !8
+  %113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %112, <16 x float> %101)
+  store <16 x float> %113, ptr %111, align 64, !tbaa !8
+  %indvars.iv.next22.i.2 = shl i64 %indvars.iv21.i, 4
+  %114 = or disjoint i64 %indvars.iv.next22.i.2, 48
+  %115 = getelementptr float, ptr %100, i64 %114
+  store <16 x float> zeroinitializer, ptr %115, align 64, !tbaa !8
+  %gep32.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep31.i, i64 %114
+  %116 = load <16 x float>, ptr %gep32.i.3, align 64, !tbaa !8
+  %117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %116, <16 x float> %101)
+  store <16 x float> %117, ptr %115, align 64, !tbaa !8
+  %indvars.iv.next22.i.3 = add nuw nsw i64 %indvars.iv21.i, 4
+  %exitcond24.not.i.3 = icmp eq i64 %indvars.iv.next22.i.3, 128
+  br i1 %exitcond24.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !prof !10, !llvm.loop !39
 
 for_body_d.i:                                     ; preds = %for_body_d.i, %for_body_d.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_body_d.preheader.i ], [ %indvars.iv.next.i.3, %for_body_d.i ]
-    #dbg_value(i64 %indvars.iv.i, !273, !DIExpression(), !233)
-  %408 = shl nuw nsw i64 %indvars.iv.i, 4, !dbg !233
-    #dbg_value(!DIArgList(i64 %386, i64 %408), !274, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !233)
-  %gep.i = getelementptr inbounds nuw float, ptr %invariant.gep.i, i64 %408, !dbg !233
-  %409 = load <16 x float>, ptr %gep.i, align 64, !dbg !233, !tbaa !108
-  %410 = getelementptr float, ptr %389, i64 %408, !dbg !233
-  %411 = load <16 x float>, ptr %410, align 64, !dbg !233, !tbaa !108
-  %412 = fmul <16 x float> %360, %411, !dbg !233
-  %413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %383, <16 x float> %409, <16 x float> %412), !dbg !233
-  store <16 x float> %413, ptr %410, align 64, !dbg !233, !tbaa !108
-    #dbg_value(i64 %indvars.iv.i, !273, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_stack_value), !233)
-  %indvars.iv.next.i = shl i64 %indvars.iv.i, 4, !dbg !233
-  %414 = or disjoint i64 %indvars.iv.next.i, 16, !dbg !233
-    #dbg_value(!DIArgList(i64 %386, i64 %414), !274, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !233)
-  %gep.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep.i, i64 %414, !dbg !233
-  %415 = load <16 x float>, ptr %gep.i.1, align 64, !dbg !233, !tbaa !108
-  %416 = getelementptr float, ptr %389, i64 %414, !dbg !233
-  %417 = load <16 x float>, ptr %416, align 64, !dbg !233, !tbaa !108
-  %418 = fmul <16 x float> %360, %417, !dbg !233
-  %419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %383, <16 x float> %415, <16 x float> %418), !dbg !233
-  store <16 x float> %419, ptr %416, align 64, !dbg !233, !tbaa !108
-    #dbg_value(i64 %indvars.iv.i, !273, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_stack_value), !233)
-  %indvars.iv.next.i.1 = shl i64 %indvars.iv.i, 4, !dbg !233
-  %420 = or disjoint i64 %indvars.iv.next.i.1, 32, !dbg !233
-    #dbg_value(!DIArgList(i64 %386, i64 %420), !274, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !233)
-  %gep.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep.i, i64 %420, !dbg !233
-  %421 = load <16 x float>, ptr %gep.i.2, align 64, !dbg !233, !tbaa !108
-  %422 = getelementptr float, ptr %389, i64 %420, !dbg !233
-  %423 = load <16 x float>, ptr %422, align 64, !dbg !233, !tbaa !108
-  %424 = fmul <16 x float> %360, %423, !dbg !233
-  %425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %383, <16 x float> %421, <16 x float> %424), !dbg !233
-  store <16 x float> %425, ptr %422, align 64, !dbg !233, !tbaa !108
-    #dbg_value(i64 %indvars.iv.i, !273, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_stack_value), !233)
-  %indvars.iv.next.i.2 = shl i64 %indvars.iv.i, 4, !dbg !233
-  %426 = or disjoint i64 %indvars.iv.next.i.2, 48, !dbg !233
-    #dbg_value(!DIArgList(i64 %386, i64 %426), !274, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !233)
-  %gep.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep.i, i64 %426, !dbg !233
-  %427 = load <16 x float>, ptr %gep.i.3, align 64, !dbg !233, !tbaa !108
-  %428 = getelementptr float, ptr %389, i64 %426, !dbg !233
-  %429 = load <16 x float>, ptr %428, align 64, !dbg !233, !tbaa !108
-  %430 = fmul <16 x float> %360, %429, !dbg !233
-  %431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %383, <16 x float> %427, <16 x float> %430), !dbg !233
-  store <16 x float> %431, ptr %428, align 64, !dbg !233, !tbaa !108
-  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4, !dbg !233
-    #dbg_value(i64 %indvars.iv.next.i.3, !273, !DIExpression(), !233)
-  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 128, !dbg !233
-  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !dbg !233, !prof !136, !llvm.loop !276
+  %118 = shl nuw nsw i64 %indvars.iv.i, 4
+  %gep.i = getelementptr inbounds nuw float, ptr %invariant.gep.i, i64 %118
+  %119 = load <16 x float>, ptr %gep.i, align 64, !tbaa !8
+  %120 = getelementptr float, ptr %99, i64 %118
+  %121 = load <16 x float>, ptr %120, align 64, !tbaa !8
+  %122 = fmul <16 x float> %70, %121
+  %123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %119, <16 x float> %122)
+  store <16 x float> %123, ptr %120, align 64, !tbaa !8
+  %indvars.iv.next.i = shl i64 %indvars.iv.i, 4
+  %124 = or disjoint i64 %indvars.iv.next.i, 16
+  %gep.i.1 = getelementptr inbounds nuw float, ptr %invariant.gep.i, i64 %124
+  %125 = load <16 x float>, ptr %gep.i.1, align 64, !tbaa !8
+  %126 = getelementptr float, ptr %99, i64 %124
+  %127 = load <16 x float>, ptr %126, align 64, !tbaa !8
+  %128 = fmul <16 x float> %70, %127
+  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %125, <16 x float> %128)
+  store <16 x float> %129, ptr %126, align 64, !tbaa !8
+  %indvars.iv.next.i.1 = shl i64 %indvars.iv.i, 4
+  %130 = or disjoint i64 %indvars.iv.next.i.1, 32
+  %gep.i.2 = getelementptr inbounds nuw float, ptr %invariant.gep.i, i64 %130
+  %131 = load <16 x float>, ptr %gep.i.2, align 64, !tbaa !8
+  %132 = getelementptr float, ptr %99, i64 %130
+  %133 = load <16 x float>, ptr %132, align 64, !tbaa !8
+  %134 = fmul <16 x float> %70, %133
+  %135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %131, <16 x float> %134)
+  store <16 x float> %135, ptr %132, align 64, !tbaa !8
+  %indvars.iv.next.i.2 = shl i64 %indvars.iv.i, 4
+  %136 = or disjoint i64 %indvars.iv.next.i.2, 48
+  %gep.i.3 = getelementptr inbounds nuw float, ptr %invariant.gep.i, i64 %136
+  %137 = load <16 x float>, ptr %gep.i.3, align 64, !tbaa !8
+  %138 = getelementptr float, ptr %99, i64 %136
+  %139 = load <16 x float>, ptr %138, align 64, !tbaa !8
+  %140 = fmul <16 x float> %70, %139
+  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %137, <16 x float> %140)
+  store <16 x float> %141, ptr %138, align 64, !tbaa !8
+  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
+  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 128
+  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !10, !llvm.loop !40
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %for_body_d.us.i
-  %indvars.iv.next28.i = add nuw nsw i64 %indvars.iv27.i, 1, !dbg !233
-    #dbg_value(i64 %indvars.iv.next28.i, !242, !DIExpression(), !233)
-  %exitcond31.not.i = icmp eq i64 %indvars.iv.next28.i, %wide.trip.count.i, !dbg !233
-  br i1 %exitcond31.not.i, label %common.ret, label %for_body_s.i, !dbg !233, !prof !140
+  %indvars.iv.next26.i = add nuw nsw i64 %indvars.iv25.i, 1
+  %exitcond29.not.i = icmp eq i64 %indvars.iv.next26.i, %wide.trip.count.i
+  br i1 %exitcond29.not.i, label %online_update_compute_.exit, label %for_body_s.i, !prof !14
+
+online_update_compute_.exit:                      ; preds = %for_end_d.i, %entry
+  ret i32 0
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_pv_matmul(ptr readnone captures(none) %self_handle, ptr readonly captures(address_is_null) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 !dbg !277 {
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_pv_matmul(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-    #dbg_value(ptr %self_handle, !279, !DIExpression(), !283)
-    #dbg_value(ptr %args, !280, !DIExpression(), !283)
-    #dbg_value(i32 %num_args, !281, !DIExpression(), !283)
-    #dbg_value(ptr %result, !282, !DIExpression(), !283)
-  %0 = icmp eq i32 %num_args, 9, !dbg !283
-  br i1 %0, label %assert_end, label %assert_fail, !dbg !283, !prof !41
-
-common.ret:                                       ; preds = %for_end_s.i, %assert_end154, %assert_fail153, %assert_fail151, %assert_fail149, %assert_fail147, %assert_fail145, %assert_fail143, %assert_fail141, %assert_fail139, %assert_fail137, %assert_fail135, %assert_fail133, %assert_fail128, %assert_fail126, %assert_fail121, %assert_fail119, %assert_fail117, %assert_fail115, %assert_fail113, %assert_fail111, %assert_fail107, %assert_fail105, %assert_fail103, %assert_fail99, %assert_fail97, %assert_fail95, %assert_fail91, %assert_fail89, %assert_fail87, %assert_fail85, %assert_fail83, %assert_fail81, %assert_fail79, %assert_fail77, %assert_fail75, %assert_fail73, %assert_fail71, %assert_fail69, %assert_fail67, %assert_fail65, %assert_fail63, %assert_fail61, %assert_fail59, %assert_fail54, %assert_fail52, %assert_fail50, %assert_fail48, %assert_fail37, %assert_fail35, %assert_fail33, %assert_fail31, %assert_fail29, %assert_fail27, %assert_fail25, %assert_fail20, %assert_fail15, %assert_fail10, %assert_fail5, %assert_fail3, %assert_fail1, %assert_fail
-  %common.ret.op = phi i32 [ -1, %assert_fail ], [ -1, %assert_fail1 ], [ -1, %assert_fail3 ], [ -1, %assert_fail5 ], [ -1, %assert_fail10 ], [ -1, %assert_fail15 ], [ -1, %assert_fail20 ], [ -1, %assert_fail25 ], [ -1, %assert_fail27 ], [ -1, %assert_fail29 ], [ -1, %assert_fail31 ], [ -1, %assert_fail33 ], [ -1, %assert_fail35 ], [ -1, %assert_fail37 ], [ -1, %assert_fail48 ], [ -1, %assert_fail50 ], [ -1, %assert_fail52 ], [ -1, %assert_fail54 ], [ -1, %assert_fail59 ], [ -1, %assert_fail61 ], [ -1, %assert_fail63 ], [ -1, %assert_fail65 ], [ -1, %assert_fail67 ], [ -1, %assert_fail69 ], [ -1, %assert_fail71 ], [ -1, %assert_fail73 ], [ -1, %assert_fail75 ], [ -1, %assert_fail77 ], [ -1, %assert_fail79 ], [ -1, %assert_fail81 ], [ -1, %assert_fail83 ], [ -1, %assert_fail85 ], [ -1, %assert_fail87 ], [ -1, %assert_fail89 ], [ -1, %assert_fail91 ], [ -1, %assert_fail95 ], [ -1, %assert_fail97 ], [ -1, %assert_fail99 ], [ -1, %assert_fail103 ], [ -1, %assert_fail105 ], [ -1, %assert_fail107 ], [ -1, %assert_fail111 ], [ -1, %assert_fail113 ], [ -1, %assert_fail115 ], [ -1, %assert_fail117 ], [ -1, %assert_fail119 ], [ -1, %assert_fail121 ], [ -1, %assert_fail126 ], [ -1, %assert_fail128 ], [ -1, %assert_fail133 ], [ -1, %assert_fail135 ], [ -1, %assert_fail137 ], [ -1, %assert_fail139 ], [ -1, %assert_fail141 ], [ -1, %assert_fail143 ], [ -1, %assert_fail145 ], [ -1, %assert_fail147 ], [ -1, %assert_fail149 ], [ -1, %assert_fail151 ], [ -1, %assert_fail153 ], [ -1, %assert_end154 ], [ %..i, %for_end_s.i ]
-  ret i32 %common.ret.op, !dbg !283
-
-assert_fail:                                      ; preds = %entry
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.1, ptr nonnull @.str.21, ptr nonnull @.str.3, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.6), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end:                                       ; preds = %entry
-  %.not = icmp eq ptr %args, null, !dbg !283
-  br i1 %.not, label %assert_fail1, label %assert_end2, !dbg !283, !prof !42
-
-assert_fail1:                                     ; preds = %assert_end
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 4, ptr nonnull @.str.7, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.6, ptr null, ptr null), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end2:                                      ; preds = %assert_end
-  %value_cache.type_index = load i32, ptr %args, align 4, !dbg !283
-    #dbg_value(i32 %value_cache.type_index, !284, !DIExpression(), !283)
-  %value_cache.type_index.fr = freeze i32 %value_cache.type_index, !dbg !283
-  %1 = icmp sgt i32 %value_cache.type_index.fr, 63, !dbg !283
-  br i1 %1, label %assert_end4, label %switch.early.test, !dbg !283
-
-switch.early.test:                                ; preds = %assert_end2
-  switch i32 %value_cache.type_index.fr, label %assert_fail3 [
-    i32 0, label %if_else
-    i32 4, label %if_else
-    i32 7, label %if_else
-  ], !dbg !283, !prof !44
-
-assert_fail3:                                     ; preds = %switch.early.test
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end4:                                      ; preds = %assert_end2
-  %2 = icmp eq i32 %value_cache.type_index.fr, 70, !dbg !283
-  br i1 %2, label %if_then, label %if_else, !dbg !283
-
-if_then:                                          ; preds = %assert_end4
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !283
-  %4 = load ptr, ptr %3, align 8, !dbg !283
-  %5 = getelementptr inbounds nuw i8, ptr %4, i64 24, !dbg !283
-  br label %if_end, !dbg !283
-
-if_else:                                          ; preds = %switch.early.test, %switch.early.test, %switch.early.test, %assert_end4
-  %6 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !283
-  %7 = load ptr, ptr %6, align 8, !dbg !283
-  br label %if_end, !dbg !283
-
-if_end:                                           ; preds = %if_else, %if_then
-  %value_cache.handle = phi ptr [ %5, %if_then ], [ %7, %if_else ], !dbg !283
-    #dbg_declare(ptr %value_cache.handle, !285, !DIExpression(), !283)
-  %8 = getelementptr inbounds nuw i8, ptr %args, i64 16, !dbg !283
-  %block_table.type_index = load i32, ptr %8, align 4, !dbg !283
-    #dbg_value(i32 %block_table.type_index, !286, !DIExpression(), !283)
-  %block_table.type_index.fr = freeze i32 %block_table.type_index, !dbg !283
-  %9 = icmp sgt i32 %block_table.type_index.fr, 63, !dbg !283
-  br i1 %9, label %assert_end6, label %switch.early.test155, !dbg !283
-
-switch.early.test155:                             ; preds = %if_end
-  switch i32 %block_table.type_index.fr, label %assert_fail5 [
-    i32 0, label %if_else8
-    i32 4, label %if_else8
-    i32 7, label %if_else8
-  ], !dbg !283, !prof !44
-
-assert_fail5:                                     ; preds = %switch.early.test155
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end6:                                      ; preds = %if_end
-  %10 = icmp eq i32 %block_table.type_index.fr, 70, !dbg !283
-  br i1 %10, label %if_then7, label %if_else8, !dbg !283
-
-if_then7:                                         ; preds = %assert_end6
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !283
-  %12 = load ptr, ptr %11, align 8, !dbg !283
-  %13 = getelementptr inbounds nuw i8, ptr %12, i64 24, !dbg !283
-  br label %if_end9, !dbg !283
-
-if_else8:                                         ; preds = %switch.early.test155, %switch.early.test155, %switch.early.test155, %assert_end6
-  %14 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !283
-  %15 = load ptr, ptr %14, align 8, !dbg !283
-  br label %if_end9, !dbg !283
-
-if_end9:                                          ; preds = %if_else8, %if_then7
-  %block_table.handle = phi ptr [ %13, %if_then7 ], [ %15, %if_else8 ], !dbg !283
-    #dbg_declare(ptr %block_table.handle, !287, !DIExpression(), !283)
-  %16 = getelementptr inbounds nuw i8, ptr %args, i64 32, !dbg !283
-  %context_lens.type_index = load i32, ptr %16, align 4, !dbg !283
-    #dbg_value(i32 %context_lens.type_index, !288, !DIExpression(), !283)
-  %context_lens.type_index.fr = freeze i32 %context_lens.type_index, !dbg !283
-  %17 = icmp sgt i32 %context_lens.type_index.fr, 63, !dbg !283
-  br i1 %17, label %assert_end11, label %switch.early.test156, !dbg !283
-
-switch.early.test156:                             ; preds = %if_end9
-  switch i32 %context_lens.type_index.fr, label %assert_fail10 [
-    i32 0, label %if_else13
-    i32 4, label %if_else13
-    i32 7, label %if_else13
-  ], !dbg !283, !prof !44
-
-assert_fail10:                                    ; preds = %switch.early.test156
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end11:                                     ; preds = %if_end9
-  %18 = icmp eq i32 %context_lens.type_index.fr, 70, !dbg !283
-  br i1 %18, label %if_then12, label %if_else13, !dbg !283
-
-if_then12:                                        ; preds = %assert_end11
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !283
-  %20 = load ptr, ptr %19, align 8, !dbg !283
-  %21 = getelementptr inbounds nuw i8, ptr %20, i64 24, !dbg !283
-  br label %if_end14, !dbg !283
-
-if_else13:                                        ; preds = %switch.early.test156, %switch.early.test156, %switch.early.test156, %assert_end11
-  %22 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !283
-  %23 = load ptr, ptr %22, align 8, !dbg !283
-  br label %if_end14, !dbg !283
-
-if_end14:                                         ; preds = %if_else13, %if_then12
-  %context_lens.handle = phi ptr [ %21, %if_then12 ], [ %23, %if_else13 ], !dbg !283
-    #dbg_declare(ptr %context_lens.handle, !289, !DIExpression(), !283)
-  %24 = getelementptr inbounds nuw i8, ptr %args, i64 48, !dbg !283
-  %probs.type_index = load i32, ptr %24, align 4, !dbg !283
-    #dbg_value(i32 %probs.type_index, !290, !DIExpression(), !283)
-  %probs.type_index.fr = freeze i32 %probs.type_index, !dbg !283
-  %25 = icmp sgt i32 %probs.type_index.fr, 63, !dbg !283
-  br i1 %25, label %assert_end16, label %switch.early.test157, !dbg !283
-
-switch.early.test157:                             ; preds = %if_end14
-  switch i32 %probs.type_index.fr, label %assert_fail15 [
-    i32 0, label %if_else18
-    i32 4, label %if_else18
-    i32 7, label %if_else18
-  ], !dbg !283, !prof !44
-
-assert_fail15:                                    ; preds = %switch.early.test157
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end16:                                     ; preds = %if_end14
-  %26 = icmp eq i32 %probs.type_index.fr, 70, !dbg !283
-  br i1 %26, label %if_then17, label %if_else18, !dbg !283
-
-if_then17:                                        ; preds = %assert_end16
-  %27 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !283
-  %28 = load ptr, ptr %27, align 8, !dbg !283
-  %29 = getelementptr inbounds nuw i8, ptr %28, i64 24, !dbg !283
-  br label %if_end19, !dbg !283
-
-if_else18:                                        ; preds = %switch.early.test157, %switch.early.test157, %switch.early.test157, %assert_end16
-  %30 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !283
-  %31 = load ptr, ptr %30, align 8, !dbg !283
-  br label %if_end19, !dbg !283
-
-if_end19:                                         ; preds = %if_else18, %if_then17
-  %probs.handle = phi ptr [ %29, %if_then17 ], [ %31, %if_else18 ], !dbg !283
-    #dbg_declare(ptr %probs.handle, !291, !DIExpression(), !283)
-  %32 = getelementptr inbounds nuw i8, ptr %args, i64 64, !dbg !283
-  %tile_acc.type_index = load i32, ptr %32, align 4, !dbg !283
-    #dbg_value(i32 %tile_acc.type_index, !292, !DIExpression(), !283)
-  %tile_acc.type_index.fr = freeze i32 %tile_acc.type_index, !dbg !283
-  %33 = icmp sgt i32 %tile_acc.type_index.fr, 63, !dbg !283
-  br i1 %33, label %assert_end21, label %switch.early.test158, !dbg !283
-
-switch.early.test158:                             ; preds = %if_end19
-  switch i32 %tile_acc.type_index.fr, label %assert_fail20 [
-    i32 0, label %if_else23
-    i32 4, label %if_else23
-    i32 7, label %if_else23
-  ], !dbg !283, !prof !44
-
-assert_fail20:                                    ; preds = %switch.early.test158
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end21:                                     ; preds = %if_end19
-  %34 = icmp eq i32 %tile_acc.type_index.fr, 70, !dbg !283
-  br i1 %34, label %if_then22, label %if_else23, !dbg !283
-
-if_then22:                                        ; preds = %assert_end21
-  %35 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !283
-  %36 = load ptr, ptr %35, align 8, !dbg !283
-  %37 = getelementptr inbounds nuw i8, ptr %36, i64 24, !dbg !283
-  br label %if_end24, !dbg !283
-
-if_else23:                                        ; preds = %switch.early.test158, %switch.early.test158, %switch.early.test158, %assert_end21
-  %38 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !283
-  %39 = load ptr, ptr %38, align 8, !dbg !283
-  br label %if_end24, !dbg !283
-
-if_end24:                                         ; preds = %if_else23, %if_then22
-  %tile_acc.handle = phi ptr [ %37, %if_then22 ], [ %39, %if_else23 ], !dbg !283
-    #dbg_declare(ptr %tile_acc.handle, !293, !DIExpression(), !283)
-  %40 = getelementptr inbounds nuw i8, ptr %args, i64 80, !dbg !283
-  %batch_start.type_index = load i32, ptr %40, align 4, !dbg !283
-    #dbg_value(i32 %batch_start.type_index, !294, !DIExpression(), !283)
-  %41 = add i32 %batch_start.type_index, -1, !dbg !283
-  %42 = icmp ult i32 %41, 2, !dbg !283
-  br i1 %42, label %assert_end26, label %assert_fail25, !dbg !283, !prof !41
-
-assert_fail25:                                    ; preds = %if_end24
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.16, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end26:                                     ; preds = %if_end24
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 88, !dbg !283
-  %44 = load i64, ptr %43, align 8, !dbg !283
-    #dbg_value(i64 %44, !295, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !283)
-  %45 = getelementptr inbounds nuw i8, ptr %args, i64 96, !dbg !283
-  %num_seqs.type_index = load i32, ptr %45, align 8, !dbg !283
-    #dbg_value(i32 %num_seqs.type_index, !296, !DIExpression(), !283)
-  %46 = add i32 %num_seqs.type_index, -1, !dbg !283
-  %47 = icmp ult i32 %46, 2, !dbg !283
-  br i1 %47, label %assert_end28, label %assert_fail27, !dbg !283, !prof !41
-
-assert_fail27:                                    ; preds = %assert_end26
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.18, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end28:                                     ; preds = %assert_end26
-  %48 = getelementptr inbounds nuw i8, ptr %args, i64 104, !dbg !283
-  %49 = load i64, ptr %48, align 8, !dbg !283
-  %num_seqs = trunc i64 %49 to i32, !dbg !283
-    #dbg_value(i32 %num_seqs, !297, !DIExpression(), !283)
-  %50 = getelementptr inbounds nuw i8, ptr %args, i64 112, !dbg !283
-  %kv_head.type_index = load i32, ptr %50, align 8, !dbg !283
-    #dbg_value(i32 %kv_head.type_index, !298, !DIExpression(), !283)
-  %51 = add i32 %kv_head.type_index, -1, !dbg !283
-  %52 = icmp ult i32 %51, 2, !dbg !283
-  br i1 %52, label %assert_end30, label %assert_fail29, !dbg !283, !prof !41
-
-assert_fail29:                                    ; preds = %assert_end28
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.19, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end30:                                     ; preds = %assert_end28
-  %53 = getelementptr inbounds nuw i8, ptr %args, i64 120, !dbg !283
-  %54 = load i64, ptr %53, align 8, !dbg !283
-    #dbg_value(i64 %54, !299, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !283)
-  %55 = getelementptr inbounds nuw i8, ptr %args, i64 128, !dbg !283
-  %block_idx.type_index = load i32, ptr %55, align 8, !dbg !283
-    #dbg_value(i32 %block_idx.type_index, !300, !DIExpression(), !283)
-  %56 = add i32 %block_idx.type_index, -1, !dbg !283
-  %57 = icmp ult i32 %56, 2, !dbg !283
-  br i1 %57, label %assert_end32, label %assert_fail31, !dbg !283, !prof !41
-
-assert_fail31:                                    ; preds = %assert_end30
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.20, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end32:                                     ; preds = %assert_end30
-  %58 = getelementptr inbounds nuw i8, ptr %args, i64 136, !dbg !283
-  %59 = load i64, ptr %58, align 8, !dbg !283
-  %block_idx = trunc i64 %59 to i32, !dbg !283
-    #dbg_value(i32 %block_idx, !301, !DIExpression(), !283)
-  %.not159 = icmp eq ptr %value_cache.handle, null, !dbg !283
-  br i1 %.not159, label %assert_fail33, label %assert_end34, !dbg !283, !prof !42
-
-assert_fail33:                                    ; preds = %assert_end32
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end34:                                     ; preds = %assert_end32
-  %60 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 16, !dbg !283
-  %61 = load i32, ptr %60, align 4, !dbg !283
-  %62 = icmp eq i32 %61, 4, !dbg !283
-  br i1 %62, label %assert_end36, label %assert_fail35, !dbg !283, !prof !41
-
-assert_fail35:                                    ; preds = %assert_end34
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.85, ptr nonnull @.str.25, ptr nonnull @.str.9, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.15), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end36:                                     ; preds = %assert_end34
-  %63 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 22, !dbg !283
-  %64 = load i16, ptr %63, align 2, !dbg !283
-  %65 = icmp eq i16 %64, 1, !dbg !283
-  %66 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 21, !dbg !283
-  %67 = load i8, ptr %66, align 1, !dbg !283
-  %68 = icmp eq i8 %67, 16, !dbg !283
-  %69 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 20, !dbg !283
-  %70 = load i8, ptr %69, align 2, !dbg !283
-  %71 = icmp eq i8 %70, 4, !dbg !283
-  %72 = and i1 %68, %71, !dbg !283
-  %73 = and i1 %65, %72, !dbg !283
-  br i1 %73, label %assert_end38, label %assert_fail37, !dbg !283, !prof !41
-
-assert_fail37:                                    ; preds = %assert_end36
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.85, ptr nonnull @.str.26, ptr nonnull @.str.9, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.86), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end38:                                     ; preds = %assert_end36
-  %74 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 24, !dbg !283
-  %pv_matmul.value_cache_shape = load ptr, ptr %74, align 8, !dbg !283
-    #dbg_declare(ptr %pv_matmul.value_cache_shape, !302, !DIExpression(), !283)
-  %num_blocks = load i64, ptr %pv_matmul.value_cache_shape, align 8, !dbg !283
-    #dbg_value(i64 %num_blocks, !303, !DIExpression(), !283)
-  %75 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 32, !dbg !283
-  %pv_matmul.value_cache_strides = load ptr, ptr %75, align 8, !dbg !283
-    #dbg_declare(ptr %pv_matmul.value_cache_strides, !304, !DIExpression(), !283)
-  %76 = icmp eq ptr %pv_matmul.value_cache_strides, null, !dbg !283
-  %77 = getelementptr inbounds nuw i8, ptr %pv_matmul.value_cache_shape, i64 24, !dbg !283
-  %78 = getelementptr inbounds nuw i8, ptr %pv_matmul.value_cache_strides, i64 16, !dbg !283
-  %v_head.in = select i1 %76, ptr %77, ptr %78, !dbg !283
-  %v_head = load i64, ptr %v_head.in, align 8, !dbg !283
-    #dbg_value(i64 %v_head, !305, !DIExpression(), !283)
-  br i1 %76, label %if_then45, label %if_else46, !dbg !283
-
-if_then45:                                        ; preds = %assert_end38
-  %79 = getelementptr inbounds nuw i8, ptr %pv_matmul.value_cache_shape, i64 16, !dbg !283
-  %80 = load i64, ptr %79, align 8, !dbg !283
-  %81 = load i64, ptr %77, align 8, !dbg !283
-  %82 = mul nsw i64 %81, %80, !dbg !283
-    #dbg_value(i64 %82, !306, !DIExpression(), !283)
-  %83 = getelementptr inbounds nuw i8, ptr %pv_matmul.value_cache_shape, i64 8, !dbg !283
-  %84 = load i64, ptr %83, align 8, !dbg !283
-  %85 = mul nsw i64 %82, %84, !dbg !283
-  br label %if_end47, !dbg !283
-
-if_else46:                                        ; preds = %assert_end38
-  %86 = getelementptr inbounds nuw i8, ptr %pv_matmul.value_cache_strides, i64 8, !dbg !283
-  %87 = load i64, ptr %86, align 8, !dbg !283
-    #dbg_value(i64 %87, !306, !DIExpression(), !283)
-  %88 = load i64, ptr %pv_matmul.value_cache_strides, align 8, !dbg !283
-  br label %if_end47, !dbg !283
-
-if_end47:                                         ; preds = %if_else46, %if_then45
-  %v_slot170 = phi i64 [ %82, %if_then45 ], [ %87, %if_else46 ]
-  %v_block = phi i64 [ %85, %if_then45 ], [ %88, %if_else46 ], !dbg !283
-    #dbg_value(i64 %v_block, !307, !DIExpression(), !283)
-  %89 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 8, !dbg !283
-  %90 = load i32, ptr %89, align 4, !dbg !283
-  %91 = icmp eq i32 %90, 1, !dbg !283
-  br i1 %91, label %assert_end49, label %assert_fail48, !dbg !283, !prof !41
-
-assert_fail48:                                    ; preds = %if_end47
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.85, ptr nonnull @.str.28, ptr nonnull @.str.9, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end49:                                     ; preds = %if_end47
-  %92 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 12, !dbg !283
-  %dev_id = load i32, ptr %92, align 4, !dbg !283
-    #dbg_value(i32 %dev_id, !308, !DIExpression(), !283)
-  %.not160 = icmp eq ptr %block_table.handle, null, !dbg !283
-  br i1 %.not160, label %assert_fail50, label %assert_end51, !dbg !283, !prof !42
-
-assert_fail50:                                    ; preds = %assert_end49
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end51:                                     ; preds = %assert_end49
-  %93 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 16, !dbg !283
-  %94 = load i32, ptr %93, align 4, !dbg !283
-  %95 = icmp eq i32 %94, 2, !dbg !283
-  br i1 %95, label %assert_end53, label %assert_fail52, !dbg !283, !prof !41
-
-assert_fail52:                                    ; preds = %assert_end51
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.87, ptr nonnull @.str.25, ptr nonnull @.str.12, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end53:                                     ; preds = %assert_end51
-  %96 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 22, !dbg !283
-  %97 = load i16, ptr %96, align 2, !dbg !283
-  %98 = icmp eq i16 %97, 1, !dbg !283
-  %99 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 21, !dbg !283
-  %100 = load i8, ptr %99, align 1, !dbg !283
-  %101 = icmp eq i8 %100, 32, !dbg !283
-  %102 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 20, !dbg !283
-  %103 = load i8, ptr %102, align 2, !dbg !283
-  %104 = icmp eq i8 %103, 0, !dbg !283
-  %105 = and i1 %101, %104, !dbg !283
-  %106 = and i1 %98, %105, !dbg !283
-  br i1 %106, label %assert_end55, label %assert_fail54, !dbg !283, !prof !41
-
-assert_fail54:                                    ; preds = %assert_end53
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.87, ptr nonnull @.str.26, ptr nonnull @.str.12, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.88), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end55:                                     ; preds = %assert_end53
-  %107 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24, !dbg !283
-  %pv_matmul.block_table_shape = load ptr, ptr %107, align 8, !dbg !283
-    #dbg_declare(ptr %pv_matmul.block_table_shape, !309, !DIExpression(), !283)
-  %batch = load i64, ptr %pv_matmul.block_table_shape, align 8, !dbg !283
-    #dbg_value(i64 %batch, !310, !DIExpression(), !283)
-  %108 = getelementptr inbounds nuw i8, ptr %pv_matmul.block_table_shape, i64 8, !dbg !283
-  %max_blocks = load i64, ptr %108, align 8, !dbg !283
-    #dbg_value(i64 %max_blocks, !311, !DIExpression(), !283)
-  %109 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32, !dbg !283
-  %pv_matmul.block_table_strides = load ptr, ptr %109, align 8, !dbg !283
-    #dbg_declare(ptr %pv_matmul.block_table_strides, !312, !DIExpression(), !283)
-  %110 = icmp eq ptr %pv_matmul.block_table_strides, null, !dbg !283
-  br i1 %110, label %if_end58, label %if_else57, !dbg !283
-
-if_else57:                                        ; preds = %assert_end55
-  %111 = load i64, ptr %pv_matmul.block_table_strides, align 8, !dbg !283
-  br label %if_end58, !dbg !283
-
-if_end58:                                         ; preds = %assert_end55, %if_else57
-  %table_seq = phi i64 [ %111, %if_else57 ], [ %max_blocks, %assert_end55 ], !dbg !283
-    #dbg_value(i64 %table_seq, !313, !DIExpression(), !283)
-  %112 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 8, !dbg !283
-  %113 = load i32, ptr %112, align 4, !dbg !283
-  %114 = icmp eq i32 %113, 1, !dbg !283
-  br i1 %114, label %assert_end60, label %assert_fail59, !dbg !283, !prof !41
-
-assert_fail59:                                    ; preds = %if_end58
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.87, ptr nonnull @.str.28, ptr nonnull @.str.12, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end60:                                     ; preds = %if_end58
-  %.not161 = icmp eq ptr %context_lens.handle, null, !dbg !283
-  br i1 %.not161, label %assert_fail61, label %assert_end62, !dbg !283, !prof !42
-
-assert_fail61:                                    ; preds = %assert_end60
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end62:                                     ; preds = %assert_end60
-  %115 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 16, !dbg !283
-  %116 = load i32, ptr %115, align 4, !dbg !283
-  %117 = icmp eq i32 %116, 1, !dbg !283
-  br i1 %117, label %assert_end64, label %assert_fail63, !dbg !283, !prof !41
-
-assert_fail63:                                    ; preds = %assert_end62
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.89, ptr nonnull @.str.25, ptr nonnull @.str.13, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end64:                                     ; preds = %assert_end62
-  %118 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 22, !dbg !283
-  %119 = load i16, ptr %118, align 2, !dbg !283
-  %120 = icmp eq i16 %119, 1, !dbg !283
-  %121 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 21, !dbg !283
-  %122 = load i8, ptr %121, align 1, !dbg !283
-  %123 = icmp eq i8 %122, 32, !dbg !283
-  %124 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 20, !dbg !283
-  %125 = load i8, ptr %124, align 2, !dbg !283
-  %126 = icmp eq i8 %125, 0, !dbg !283
-  %127 = and i1 %123, %126, !dbg !283
-  %128 = and i1 %120, %127, !dbg !283
-  br i1 %128, label %assert_end66, label %assert_fail65, !dbg !283, !prof !41
-
-assert_fail65:                                    ; preds = %assert_end64
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.89, ptr nonnull @.str.26, ptr nonnull @.str.13, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.88), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end66:                                     ; preds = %assert_end64
-  %129 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 24, !dbg !283
-  %pv_matmul.context_lens_shape = load ptr, ptr %129, align 8, !dbg !283
-    #dbg_declare(ptr %pv_matmul.context_lens_shape, !314, !DIExpression(), !283)
-  %130 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 32, !dbg !283
-  %pv_matmul.context_lens_strides = load ptr, ptr %130, align 8, !dbg !283
-    #dbg_declare(ptr %pv_matmul.context_lens_strides, !315, !DIExpression(), !283)
-  %131 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 8, !dbg !283
-  %132 = load i32, ptr %131, align 8, !dbg !283
-  %133 = icmp eq i32 %132, 1, !dbg !283
-  br i1 %133, label %assert_end68, label %assert_fail67, !dbg !283, !prof !41
-
-assert_fail67:                                    ; preds = %assert_end66
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.89, ptr nonnull @.str.28, ptr nonnull @.str.13, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end68:                                     ; preds = %assert_end66
-  %.not162 = icmp eq ptr %probs.handle, null, !dbg !283
-  br i1 %.not162, label %assert_fail69, label %assert_end70, !dbg !283, !prof !42
-
-assert_fail69:                                    ; preds = %assert_end68
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end70:                                     ; preds = %assert_end68
-  %134 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 16, !dbg !283
-  %135 = load i32, ptr %134, align 4, !dbg !283
-  %136 = icmp eq i32 %135, 3, !dbg !283
-  br i1 %136, label %assert_end72, label %assert_fail71, !dbg !283, !prof !41
-
-assert_fail71:                                    ; preds = %assert_end70
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.90, ptr nonnull @.str.25, ptr nonnull @.str.14, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end72:                                     ; preds = %assert_end70
-  %137 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 22, !dbg !283
-  %138 = load i16, ptr %137, align 2, !dbg !283
-  %139 = icmp eq i16 %138, 1, !dbg !283
-  %140 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 21, !dbg !283
-  %141 = load i8, ptr %140, align 1, !dbg !283
-  %142 = icmp eq i8 %141, 32, !dbg !283
-  %143 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 20, !dbg !283
-  %144 = load i8, ptr %143, align 2, !dbg !283
-  %145 = icmp eq i8 %144, 2, !dbg !283
-  %146 = and i1 %142, %145, !dbg !283
-  %147 = and i1 %139, %146, !dbg !283
-  br i1 %147, label %assert_end74, label %assert_fail73, !dbg !283, !prof !41
-
-assert_fail73:                                    ; preds = %assert_end72
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.90, ptr nonnull @.str.26, ptr nonnull @.str.14, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end74:                                     ; preds = %assert_end72
-  %148 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 24, !dbg !283
-  %pv_matmul.probs_shape = load ptr, ptr %148, align 8, !dbg !283
-    #dbg_declare(ptr %pv_matmul.probs_shape, !316, !DIExpression(), !283)
-  %149 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 32, !dbg !283
-  %pv_matmul.probs_strides = load ptr, ptr %149, align 8, !dbg !283
-    #dbg_declare(ptr %pv_matmul.probs_strides, !317, !DIExpression(), !283)
-  %150 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 8, !dbg !283
-  %151 = load i32, ptr %150, align 8, !dbg !283
-  %152 = icmp eq i32 %151, 1, !dbg !283
-  br i1 %152, label %assert_end76, label %assert_fail75, !dbg !283, !prof !41
-
-assert_fail75:                                    ; preds = %assert_end74
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.90, ptr nonnull @.str.28, ptr nonnull @.str.14, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end76:                                     ; preds = %assert_end74
-  %.not163 = icmp eq ptr %tile_acc.handle, null, !dbg !283
-  br i1 %.not163, label %assert_fail77, label %assert_end78, !dbg !283, !prof !42
-
-assert_fail77:                                    ; preds = %assert_end76
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end78:                                     ; preds = %assert_end76
-  %153 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 16, !dbg !283
-  %154 = load i32, ptr %153, align 4, !dbg !283
-  %155 = icmp eq i32 %154, 3, !dbg !283
-  br i1 %155, label %assert_end80, label %assert_fail79, !dbg !283, !prof !41
-
-assert_fail79:                                    ; preds = %assert_end78
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.70, ptr nonnull @.str.25, ptr nonnull @.str.15, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end80:                                     ; preds = %assert_end78
-  %156 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 22, !dbg !283
-  %157 = load i16, ptr %156, align 2, !dbg !283
-  %158 = icmp eq i16 %157, 1, !dbg !283
-  %159 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 21, !dbg !283
-  %160 = load i8, ptr %159, align 1, !dbg !283
-  %161 = icmp eq i8 %160, 32, !dbg !283
-  %162 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 20, !dbg !283
-  %163 = load i8, ptr %162, align 2, !dbg !283
-  %164 = icmp eq i8 %163, 2, !dbg !283
-  %165 = and i1 %161, %164, !dbg !283
-  %166 = and i1 %158, %165, !dbg !283
-  br i1 %166, label %assert_end82, label %assert_fail81, !dbg !283, !prof !41
-
-assert_fail81:                                    ; preds = %assert_end80
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.70, ptr nonnull @.str.26, ptr nonnull @.str.15, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end82:                                     ; preds = %assert_end80
-  %167 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 24, !dbg !283
-  %pv_matmul.tile_acc_shape = load ptr, ptr %167, align 8, !dbg !283
-    #dbg_declare(ptr %pv_matmul.tile_acc_shape, !318, !DIExpression(), !283)
-  %168 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 32, !dbg !283
-  %pv_matmul.tile_acc_strides = load ptr, ptr %168, align 8, !dbg !283
-    #dbg_declare(ptr %pv_matmul.tile_acc_strides, !319, !DIExpression(), !283)
-  %169 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 8, !dbg !283
-  %170 = load i32, ptr %169, align 8, !dbg !283
-  %171 = icmp eq i32 %170, 1, !dbg !283
-  br i1 %171, label %assert_end84, label %assert_fail83, !dbg !283, !prof !41
-
-assert_fail83:                                    ; preds = %assert_end82
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.70, ptr nonnull @.str.28, ptr nonnull @.str.15, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end84:                                     ; preds = %assert_end82
-  %172 = load ptr, ptr %value_cache.handle, align 8, !dbg !283
-  %173 = icmp ne ptr %172, null, !dbg !283
-  %174 = icmp eq i64 %num_blocks, 0, !dbg !283
-  %175 = or i1 %174, %173, !dbg !283
-  br i1 %175, label %assert_end86, label %assert_fail85, !dbg !283, !prof !41
-
-assert_fail85:                                    ; preds = %assert_end84
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.85, ptr nonnull @.str.36, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.37), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end86:                                     ; preds = %assert_end84
-  %176 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 12, !dbg !283
-  %177 = load i32, ptr %176, align 4, !dbg !283
-  %178 = icmp eq i32 %dev_id, %177, !dbg !283
-  br i1 %178, label %assert_end88, label %assert_fail87, !dbg !283, !prof !41
-
-assert_fail87:                                    ; preds = %assert_end86
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.91, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.84, ptr nonnull @.str.40, ptr nonnull @.str.92), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end88:                                     ; preds = %assert_end86
-  %179 = load ptr, ptr %block_table.handle, align 8, !dbg !283
-  %180 = icmp ne ptr %179, null, !dbg !283
-  %181 = mul nsw i64 %max_blocks, %batch, !dbg !283
-  %182 = icmp eq i64 %181, 0, !dbg !283
-  %183 = or i1 %182, %180, !dbg !283
-  br i1 %183, label %assert_end90, label %assert_fail89, !dbg !283, !prof !41
-
-assert_fail89:                                    ; preds = %assert_end88
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.87, ptr nonnull @.str.36, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.37), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end90:                                     ; preds = %assert_end88
-  %184 = load i64, ptr %pv_matmul.context_lens_shape, align 8, !dbg !283
-  %185 = icmp eq i64 %batch, %184, !dbg !283
-  br i1 %185, label %assert_end92, label %assert_fail91, !dbg !283, !prof !41
-
-assert_fail91:                                    ; preds = %assert_end90
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.93, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.84, ptr nonnull @.str.40, ptr nonnull @.str.94), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end92:                                     ; preds = %assert_end90
-  %.not164 = icmp eq ptr %pv_matmul.context_lens_strides, null, !dbg !283
-  br i1 %.not164, label %if_end94, label %if_then93, !dbg !283, !prof !42
-
-if_then93:                                        ; preds = %assert_end92
-  %186 = load i64, ptr %pv_matmul.context_lens_strides, align 8, !dbg !283
-  %187 = icmp eq i64 %186, 1, !dbg !283
-  %188 = icmp eq i64 %batch, 1, !dbg !283
-  %189 = or i1 %188, %187, !dbg !283
-  br i1 %189, label %if_end94, label %assert_fail95, !dbg !283, !prof !41
-
-if_end94:                                         ; preds = %if_then93, %assert_end92
-  %190 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 12, !dbg !283
-  %191 = load i32, ptr %190, align 4, !dbg !283
-  %192 = icmp eq i32 %dev_id, %191, !dbg !283
-  br i1 %192, label %assert_end98, label %assert_fail97, !dbg !283, !prof !41
-
-assert_fail95:                                    ; preds = %if_then93
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.89, ptr nonnull @.str.34, ptr nonnull @.str.13, ptr nonnull @.str.84, ptr nonnull @.str.35, ptr null), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_fail97:                                    ; preds = %if_end94
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.95, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.84, ptr nonnull @.str.40, ptr nonnull @.str.92), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end98:                                     ; preds = %if_end94
-  %193 = load ptr, ptr %context_lens.handle, align 8, !dbg !283
-  %194 = icmp ne ptr %193, null, !dbg !283
-  %195 = icmp eq i64 %batch, 0, !dbg !283
-  %196 = or i1 %195, %194, !dbg !283
-  br i1 %196, label %assert_end100, label %assert_fail99, !dbg !283, !prof !41
-
-assert_fail99:                                    ; preds = %assert_end98
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.89, ptr nonnull @.str.36, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.37), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end100:                                    ; preds = %assert_end98
-  %.not165 = icmp eq ptr %pv_matmul.probs_strides, null, !dbg !283
-  br i1 %.not165, label %if_end102, label %if_then101, !dbg !283, !prof !42
-
-if_then101:                                       ; preds = %assert_end100
-  %197 = load i64, ptr %pv_matmul.probs_strides, align 8, !dbg !283
-  %198 = and i64 %197, 4294967295, !dbg !283
-  %199 = icmp eq i64 %198, 2112, !dbg !283
-  %200 = getelementptr inbounds nuw i8, ptr %pv_matmul.probs_strides, i64 8, !dbg !283
-  %201 = load <2 x i64>, ptr %200, align 8, !dbg !283
-  %202 = and <2 x i64> %201, splat (i64 4294967295), !dbg !283
-  %203 = icmp eq <2 x i64> %202, <i64 16, i64 1>, !dbg !283
-  %204 = extractelement <2 x i1> %203, i64 0, !dbg !283
-  %205 = extractelement <2 x i1> %203, i64 1, !dbg !283
-  %206 = and i1 %204, %205, !dbg !283
-  %207 = and i1 %199, %206, !dbg !283
-  br i1 %207, label %if_end102, label %assert_fail103, !dbg !283, !prof !41
-
-if_end102:                                        ; preds = %if_then101, %assert_end100
-  %208 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 12, !dbg !283
-  %209 = load i32, ptr %208, align 4, !dbg !283
-  %210 = icmp eq i32 %dev_id, %209, !dbg !283
-  br i1 %210, label %assert_end106, label %assert_fail105, !dbg !283, !prof !41
-
-assert_fail103:                                   ; preds = %if_then101
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.90, ptr nonnull @.str.34, ptr nonnull @.str.14, ptr nonnull @.str.84, ptr nonnull @.str.35, ptr null), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_fail105:                                   ; preds = %if_end102
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.96, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.84, ptr nonnull @.str.40, ptr nonnull @.str.92), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end106:                                    ; preds = %if_end102
-  %211 = load ptr, ptr %probs.handle, align 8, !dbg !283
-  %.not166 = icmp eq ptr %211, null, !dbg !283
-  br i1 %.not166, label %assert_fail107, label %assert_end108, !dbg !283, !prof !42
-
-assert_fail107:                                   ; preds = %assert_end106
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.90, ptr nonnull @.str.36, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.37), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end108:                                    ; preds = %assert_end106
-  %.not167 = icmp eq ptr %pv_matmul.tile_acc_strides, null, !dbg !283
-  br i1 %.not167, label %if_end110, label %if_then109, !dbg !283, !prof !42
-
-if_then109:                                       ; preds = %assert_end108
-  %212 = load i64, ptr %pv_matmul.tile_acc_strides, align 8, !dbg !283
-  %213 = and i64 %212, 4294967295, !dbg !283
-  %214 = icmp eq i64 %213, 2048, !dbg !283
-  %215 = getelementptr inbounds nuw i8, ptr %pv_matmul.tile_acc_strides, i64 8, !dbg !283
-  %216 = load <2 x i64>, ptr %215, align 8, !dbg !283
-  %217 = and <2 x i64> %216, splat (i64 4294967295), !dbg !283
-  %218 = icmp eq <2 x i64> %217, <i64 16, i64 1>, !dbg !283
-  %219 = extractelement <2 x i1> %218, i64 0, !dbg !283
-  %220 = extractelement <2 x i1> %218, i64 1, !dbg !283
-  %221 = and i1 %219, %220, !dbg !283
-  %222 = and i1 %214, %221, !dbg !283
-  br i1 %222, label %if_end110, label %assert_fail111, !dbg !283, !prof !41
-
-if_end110:                                        ; preds = %if_then109, %assert_end108
-  %223 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 12, !dbg !283
-  %224 = load i32, ptr %223, align 4, !dbg !283
-  %225 = icmp eq i32 %dev_id, %224, !dbg !283
-  br i1 %225, label %assert_end114, label %assert_fail113, !dbg !283, !prof !41
-
-assert_fail111:                                   ; preds = %if_then109
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.70, ptr nonnull @.str.34, ptr nonnull @.str.15, ptr nonnull @.str.84, ptr nonnull @.str.35, ptr null), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_fail113:                                   ; preds = %if_end110
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.73, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.84, ptr nonnull @.str.40, ptr nonnull @.str.92), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end114:                                    ; preds = %if_end110
-  %226 = load ptr, ptr %tile_acc.handle, align 8, !dbg !283
-  %.not168 = icmp eq ptr %226, null, !dbg !283
-  br i1 %.not168, label %assert_fail115, label %assert_end116, !dbg !283, !prof !42
-
-assert_fail115:                                   ; preds = %assert_end114
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.70, ptr nonnull @.str.36, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.84, ptr nonnull @.str.37), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end116:                                    ; preds = %assert_end114
-  %227 = getelementptr inbounds nuw i8, ptr %pv_matmul.value_cache_shape, i64 8, !dbg !283
-  %228 = load i64, ptr %227, align 8, !dbg !283
-  %229 = icmp eq i64 %228, 128, !dbg !283
-  br i1 %229, label %assert_end118, label %assert_fail117, !dbg !283, !prof !41
-
-assert_fail117:                                   ; preds = %assert_end116
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.97, ptr nonnull @.str.39, ptr nonnull @.str.9, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.57), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end118:                                    ; preds = %assert_end116
-  %230 = getelementptr inbounds nuw i8, ptr %pv_matmul.value_cache_shape, i64 16, !dbg !283
-  %231 = load i64, ptr %230, align 8, !dbg !283
-  %232 = icmp eq i64 %231, 1, !dbg !283
-  br i1 %232, label %assert_end120, label %assert_fail119, !dbg !283, !prof !41
-
-assert_fail119:                                   ; preds = %assert_end118
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.98, ptr nonnull @.str.39, ptr nonnull @.str.9, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end120:                                    ; preds = %assert_end118
-  %233 = load i64, ptr %77, align 8, !dbg !283
-  %234 = icmp eq i64 %233, 128, !dbg !283
-  br i1 %234, label %assert_end122, label %assert_fail121, !dbg !283, !prof !41
-
-assert_fail121:                                   ; preds = %assert_end120
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.99, ptr nonnull @.str.39, ptr nonnull @.str.9, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.57), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end122:                                    ; preds = %assert_end120
-  br i1 %76, label %assert_end127, label %if_else124, !dbg !283
-
-if_else124:                                       ; preds = %assert_end122
-  %235 = getelementptr inbounds nuw i8, ptr %pv_matmul.value_cache_strides, i64 24, !dbg !283
-  %236 = load i64, ptr %235, align 8, !dbg !283
-  %237 = icmp eq i64 %236, 1, !dbg !283
-  br i1 %237, label %assert_end127, label %assert_fail126, !dbg !283, !prof !41
-
-assert_fail126:                                   ; preds = %if_else124
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.100, ptr nonnull @.str.39, ptr nonnull @.str.9, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end127:                                    ; preds = %assert_end122, %if_else124
-  %238 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 40, !dbg !283
-  %239 = load i64, ptr %238, align 8, !dbg !283
-  %240 = icmp eq i64 %239, 0, !dbg !283
-  br i1 %240, label %assert_end129, label %assert_fail128, !dbg !283, !prof !41
-
-assert_fail128:                                   ; preds = %assert_end127
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.101, ptr nonnull @.str.39, ptr nonnull @.str.9, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end129:                                    ; preds = %assert_end127
-  br i1 %110, label %assert_end134, label %if_else131, !dbg !283
-
-if_else131:                                       ; preds = %assert_end129
-  %241 = getelementptr inbounds nuw i8, ptr %pv_matmul.block_table_strides, i64 8, !dbg !283
-  %242 = load i64, ptr %241, align 8, !dbg !283
-  %243 = icmp eq i64 %242, 1, !dbg !283
-  br i1 %243, label %assert_end134, label %assert_fail133, !dbg !283, !prof !41
-
-assert_fail133:                                   ; preds = %if_else131
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.102, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end134:                                    ; preds = %assert_end129, %if_else131
-  %244 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 40, !dbg !283
-  %245 = load i64, ptr %244, align 8, !dbg !283
-  %246 = icmp eq i64 %245, 0, !dbg !283
-  br i1 %246, label %assert_end136, label %assert_fail135, !dbg !283, !prof !41
-
-assert_fail135:                                   ; preds = %assert_end134
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.103, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end136:                                    ; preds = %assert_end134
-  %247 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 40, !dbg !283
-  %248 = load i64, ptr %247, align 8, !dbg !283
-  %249 = icmp eq i64 %248, 0, !dbg !283
-  br i1 %249, label %assert_end138, label %assert_fail137, !dbg !283, !prof !41
-
-assert_fail137:                                   ; preds = %assert_end136
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.104, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end138:                                    ; preds = %assert_end136
-  %250 = load i64, ptr %pv_matmul.probs_shape, align 8, !dbg !283
-  %251 = and i64 %250, 4294967295, !dbg !283
-  %252 = icmp eq i64 %251, 16, !dbg !283
-  br i1 %252, label %assert_end140, label %assert_fail139, !dbg !283, !prof !41
-
-assert_fail139:                                   ; preds = %assert_end138
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.105, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end140:                                    ; preds = %assert_end138
-  %253 = getelementptr inbounds nuw i8, ptr %pv_matmul.probs_shape, i64 8, !dbg !283
-  %254 = load i64, ptr %253, align 8, !dbg !283
-  %255 = and i64 %254, 4294967295, !dbg !283
-  %256 = icmp eq i64 %255, 132, !dbg !283
-  br i1 %256, label %assert_end142, label %assert_fail141, !dbg !283, !prof !41
-
-assert_fail141:                                   ; preds = %assert_end140
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.106, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.107), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end142:                                    ; preds = %assert_end140
-  %257 = getelementptr inbounds nuw i8, ptr %pv_matmul.probs_shape, i64 16, !dbg !283
-  %258 = load i64, ptr %257, align 8, !dbg !283
-  %259 = and i64 %258, 4294967295, !dbg !283
-  %260 = icmp eq i64 %259, 16, !dbg !283
-  br i1 %260, label %assert_end144, label %assert_fail143, !dbg !283, !prof !41
-
-assert_fail143:                                   ; preds = %assert_end142
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.108, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end144:                                    ; preds = %assert_end142
-  %261 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 40, !dbg !283
-  %262 = load i64, ptr %261, align 8, !dbg !283
-  %263 = icmp eq i64 %262, 0, !dbg !283
-  br i1 %263, label %assert_end146, label %assert_fail145, !dbg !283, !prof !41
-
-assert_fail145:                                   ; preds = %assert_end144
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.109, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end146:                                    ; preds = %assert_end144
-  %264 = load i64, ptr %pv_matmul.tile_acc_shape, align 8, !dbg !283
-  %265 = and i64 %264, 4294967295, !dbg !283
-  %266 = icmp eq i64 %265, 16, !dbg !283
-  br i1 %266, label %assert_end148, label %assert_fail147, !dbg !283, !prof !41
-
-assert_fail147:                                   ; preds = %assert_end146
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.80, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end148:                                    ; preds = %assert_end146
-  %267 = getelementptr inbounds nuw i8, ptr %pv_matmul.tile_acc_shape, i64 8, !dbg !283
-  %268 = load i64, ptr %267, align 8, !dbg !283
-  %269 = and i64 %268, 4294967295, !dbg !283
-  %270 = icmp eq i64 %269, 128, !dbg !283
-  br i1 %270, label %assert_end150, label %assert_fail149, !dbg !283, !prof !41
-
-assert_fail149:                                   ; preds = %assert_end148
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.81, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.57), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end150:                                    ; preds = %assert_end148
-  %271 = getelementptr inbounds nuw i8, ptr %pv_matmul.tile_acc_shape, i64 16, !dbg !283
-  %272 = load i64, ptr %271, align 8, !dbg !283
-  %273 = and i64 %272, 4294967295, !dbg !283
-  %274 = icmp eq i64 %273, 16, !dbg !283
-  br i1 %274, label %assert_end152, label %assert_fail151, !dbg !283, !prof !41
-
-assert_fail151:                                   ; preds = %assert_end150
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.82, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end152:                                    ; preds = %assert_end150
-  %275 = getelementptr inbounds nuw i8, ptr %tile_acc.handle, i64 40, !dbg !283
-  %276 = load i64, ptr %275, align 8, !dbg !283
-  %277 = icmp eq i64 %276, 0, !dbg !283
-  br i1 %277, label %assert_end154, label %assert_fail153, !dbg !283, !prof !41
-
-assert_fail153:                                   ; preds = %assert_end152
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.83, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.84, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !283
-  br label %common.ret, !dbg !283
-
-assert_end154:                                    ; preds = %assert_end152
-    #dbg_declare(ptr %172, !320, !DIExpression(), !283)
-  call void @llvm.assume(i1 true) [ "align"(ptr %172, i64 2) ], !dbg !283
-    #dbg_declare(ptr %179, !323, !DIExpression(), !283)
-  call void @llvm.assume(i1 true) [ "align"(ptr %179, i64 4) ], !dbg !283
-    #dbg_declare(ptr %193, !325, !DIExpression(), !283)
-  call void @llvm.assume(i1 true) [ "align"(ptr %193, i64 4) ], !dbg !283
-    #dbg_declare(ptr %211, !326, !DIExpression(), !283)
-  call void @llvm.assume(i1 true) [ "align"(ptr %211, i64 64) ], !dbg !283
-    #dbg_declare(ptr %226, !327, !DIExpression(), !283)
-  call void @llvm.assume(i1 true) [ "align"(ptr %226, i64 64) ], !dbg !283
-    #dbg_value(i32 %dev_id, !328, !DIExpression(), !348)
-    #dbg_value(ptr %172, !333, !DIExpression(), !348)
-    #dbg_value(i64 %v_block, !334, !DIExpression(), !348)
-    #dbg_value(i64 %num_blocks, !335, !DIExpression(), !348)
-    #dbg_value(ptr %179, !336, !DIExpression(), !348)
-    #dbg_value(i64 %table_seq, !337, !DIExpression(), !348)
-    #dbg_value(i64 %batch, !338, !DIExpression(), !348)
-    #dbg_value(ptr %193, !339, !DIExpression(), !348)
-    #dbg_value(ptr %211, !340, !DIExpression(), !348)
-    #dbg_value(ptr %226, !341, !DIExpression(), !348)
-    #dbg_value(i32 %num_seqs, !342, !DIExpression(), !348)
-    #dbg_value(i64 %44, !343, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !348)
-    #dbg_value(i32 %block_idx, !344, !DIExpression(), !348)
-    #dbg_value(i64 %v_slot170, !345, !DIExpression(), !348)
-    #dbg_value(i64 %54, !346, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !348)
-    #dbg_value(i64 %v_head, !347, !DIExpression(), !348)
-  %278 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !348, !tbaa !88
-  %v_tile.i = tail call ptr %278(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32), !dbg !348
-    #dbg_declare(ptr %v_tile.i, !350, !DIExpression(), !348)
-  %279 = icmp eq ptr %v_tile.i, null, !dbg !348
-  br i1 %279, label %common.ret, label %if_end.i, !dbg !348, !prof !41
-
-if_end.i:                                         ; preds = %assert_end154
-    #dbg_declare(ptr %172, !351, !DIExpression(), !348)
-  call void @llvm.assume(i1 true) [ "align"(ptr %172, i64 2) ], !dbg !348
-    #dbg_declare(ptr %179, !352, !DIExpression(), !348)
-  call void @llvm.assume(i1 true) [ "align"(ptr %179, i64 4) ], !dbg !348
-    #dbg_declare(ptr %193, !353, !DIExpression(), !348)
-  call void @llvm.assume(i1 true) [ "align"(ptr %193, i64 4) ], !dbg !348
-    #dbg_declare(ptr %211, !354, !DIExpression(), !348)
-  call void @llvm.assume(i1 true) [ "align"(ptr %211, i64 64) ], !dbg !348
-    #dbg_declare(ptr %226, !355, !DIExpression(), !348)
-  call void @llvm.assume(i1 true) [ "align"(ptr %226, i64 64) ], !dbg !348
-    #dbg_value(i32 0, !356, !DIExpression(), !348)
-  %280 = icmp sgt i32 %num_seqs, 0, !dbg !348
-  br i1 %280, label %for_body_s.lr.ph.i, label %for_end_s.i, !dbg !348, !prof !99
+  %value_cache.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %value_cache.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %value_cache.handle.idx = select i1 %0, i64 24, i64 0
+  %value_cache.handle = getelementptr inbounds nuw i8, ptr %2, i64 %value_cache.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %block_table.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %block_table.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %block_table.handle.idx = select i1 %4, i64 24, i64 0
+  %block_table.handle = getelementptr inbounds nuw i8, ptr %6, i64 %block_table.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %context_lens.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %context_lens.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %context_lens.handle.idx = select i1 %8, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %10, i64 %context_lens.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %probs.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %probs.type_index, 70
+  %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %14 = load ptr, ptr %13, align 8
+  %probs.handle.idx = select i1 %12, i64 24, i64 0
+  %probs.handle = getelementptr inbounds nuw i8, ptr %14, i64 %probs.handle.idx
+  %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
+  %tile_acc.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %tile_acc.type_index, 70
+  %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %18 = load ptr, ptr %17, align 8
+  %tile_acc.handle.idx = select i1 %16, i64 24, i64 0
+  %tile_acc.handle = getelementptr inbounds nuw i8, ptr %18, i64 %tile_acc.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %20 = load i64, ptr %19, align 8
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %22 = load i64, ptr %21, align 8
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %24 = load i64, ptr %23, align 8
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %26 = load i64, ptr %25, align 8
+  %27 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 24
+  %pv_matmul.value_cache_shape = load ptr, ptr %27, align 8
+  %28 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 32
+  %pv_matmul.value_cache_strides = load ptr, ptr %28, align 8
+  %29 = icmp eq ptr %pv_matmul.value_cache_strides, null
+  %30 = getelementptr inbounds nuw i8, ptr %pv_matmul.value_cache_shape, i64 24
+  %31 = getelementptr inbounds nuw i8, ptr %pv_matmul.value_cache_strides, i64 16
+  %v_head.in = select i1 %29, ptr %30, ptr %31
+  %v_head = load i64, ptr %v_head.in, align 8
+  br i1 %29, label %if_then19, label %if_else20
+
+if_then19:                                        ; preds = %entry
+  %32 = getelementptr inbounds nuw i8, ptr %pv_matmul.value_cache_shape, i64 16
+  %33 = load i64, ptr %32, align 8
+  %34 = load i64, ptr %30, align 8
+  %35 = mul nsw i64 %34, %33
+  %36 = getelementptr inbounds nuw i8, ptr %pv_matmul.value_cache_shape, i64 8
+  %37 = load i64, ptr %36, align 8
+  %38 = mul nsw i64 %35, %37
+  br label %if_end21
+
+if_else20:                                        ; preds = %entry
+  %39 = getelementptr inbounds nuw i8, ptr %pv_matmul.value_cache_strides, i64 8
+  %40 = load i64, ptr %39, align 8
+  %41 = load i64, ptr %pv_matmul.value_cache_strides, align 8
+  br label %if_end21
+
+if_end21:                                         ; preds = %if_else20, %if_then19
+  %v_slot32 = phi i64 [ %35, %if_then19 ], [ %40, %if_else20 ]
+  %v_block = phi i64 [ %38, %if_then19 ], [ %41, %if_else20 ]
+  %42 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 12
+  %dev_id = load i32, ptr %42, align 4
+  %43 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %pv_matmul.block_table_shape = load ptr, ptr %43, align 8
+  %44 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %pv_matmul.block_table_strides = load ptr, ptr %44, align 8
+  %45 = icmp eq ptr %pv_matmul.block_table_strides, null
+  %46 = getelementptr inbounds nuw i8, ptr %pv_matmul.block_table_shape, i64 8
+  %table_seq.in = select i1 %45, ptr %46, ptr %pv_matmul.block_table_strides
+  %table_seq = load i64, ptr %table_seq.in, align 8
+  %block_idx = trunc i64 %26 to i32
+  %value_cache = load ptr, ptr %value_cache.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
+  %block_table = load ptr, ptr %block_table.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  %context_lens = load ptr, ptr %context_lens.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  %probs = load ptr, ptr %probs.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %probs, i64 64) ]
+  %tile_acc = load ptr, ptr %tile_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %tile_acc, i64 64) ]
+  %47 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %v_tile.i = tail call ptr %47(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %48 = icmp eq ptr %v_tile.i, null
+  br i1 %48, label %pv_matmul_compute_.exit, label %if_end.i, !prof !6
+
+if_end.i:                                         ; preds = %if_end21
+  %num_seqs = trunc i64 %22 to i32
+  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %probs, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %tile_acc, i64 64) ]
+  %49 = icmp sgt i32 %num_seqs, 0
+  br i1 %49, label %for_body_s.lr.ph.i, label %for_end_s.i, !prof !7
 
 for_body_s.lr.ph.i:                               ; preds = %if_end.i
   %tile_start.i = shl nsw i32 %block_idx, 7
-  %sext = shl i64 %44, 32
-  %281 = ashr exact i64 %sext, 32
-  %sext172 = shl i64 %54, 32
-  %282 = ashr exact i64 %sext172, 32
-  %cse_v5.i = mul nsw i64 %v_head, %282
-  %sext173 = shl i64 %59, 32
-  %283 = ashr exact i64 %sext173, 30, !dbg !348
-  %invariant.gep.i = getelementptr i8, ptr %179, i64 %283, !dbg !348
-  %wide.trip.count69.i = and i64 %49, 2147483647, !dbg !348
-  br label %for_body_s.i, !dbg !348
+  %sext = shl i64 %20, 32
+  %50 = ashr exact i64 %sext, 32
+  %sext34 = shl i64 %24, 32
+  %51 = ashr exact i64 %sext34, 32
+  %cse_v5.i = mul nsw i64 %v_head, %51
+  %sext35 = shl i64 %26, 32
+  %52 = ashr exact i64 %sext35, 30
+  %invariant.gep.i = getelementptr i8, ptr %block_table, i64 %52
+  %wide.trip.count69.i = and i64 %22, 2147483647
+  br label %for_body_s.i
 
 for_body_s.i:                                     ; preds = %for_end_d_0.i, %for_body_s.lr.ph.i
   %indvars.iv66.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next67.i, %for_end_d_0.i ]
-    #dbg_value(i64 %indvars.iv66.i, !356, !DIExpression(), !348)
-    #dbg_value(!DIArgList(i64 %44, i64 %indvars.iv66.i), !357, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !348)
-    #dbg_value(i32 %tile_start.i, !358, !DIExpression(), !348)
-    #dbg_value(i32 %tile_start.i, !359, !DIExpression(), !348)
-  %cse_v3.i = add nsw i64 %indvars.iv66.i, %281, !dbg !348
-    #dbg_value(i64 %cse_v3.i, !360, !DIExpression(), !348)
-  %284 = getelementptr inbounds i32, ptr %193, i64 %cse_v3.i, !dbg !361
-  %285 = load i32, ptr %284, align 4, !dbg !361, !tbaa !108
-  %286 = sub nsw i32 %285, %tile_start.i, !dbg !361
-    #dbg_value(i32 poison, !362, !DIExpression(), !348)
-    #dbg_value(i32 0, !363, !DIExpression(), !348)
-  %.not37.i = icmp slt i32 %286, 1, !dbg !348
-  br i1 %.not37.i, label %for_begin_t1.preheader.preheader.i, label %for_body_t.lr.ph.i, !dbg !348, !prof !148
+  %cse_v3.i = add nsw i64 %indvars.iv66.i, %50
+  %53 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v3.i
+  %54 = load i32, ptr %53, align 4, !tbaa !8
+  %55 = sub nsw i32 %54, %tile_start.i
+  %.not37.i = icmp slt i32 %55, 1
+  br i1 %.not37.i, label %for_begin_t1.preheader.preheader.i, label %for_body_t.lr.ph.i, !prof !16
 
 for_body_t.lr.ph.i:                               ; preds = %for_body_s.i
-  %287 = tail call i32 @llvm.umin.i32(i32 %286, i32 128), !dbg !361
-    #dbg_value(i32 %287, !362, !DIExpression(), !348)
-  %288 = mul nsw i64 %cse_v3.i, %table_seq
-  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %288
-  %wide.trip.count.i = zext nneg i32 %287 to i64, !dbg !348
-  br label %for_body_t.i, !dbg !348
+  %56 = tail call i32 @llvm.umin.i32(i32 %55, i32 128)
+  %57 = mul nsw i64 %cse_v3.i, %table_seq
+  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %57
+  %wide.trip.count.i = zext nneg i32 %56 to i64
+  br label %for_body_t.i
 
 for_end_s.i:                                      ; preds = %for_end_d_0.i, %if_end.i
-  %289 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !348, !tbaa !88
-  %290 = tail call i32 %289(i32 1, i32 %dev_id, ptr nonnull %v_tile.i), !dbg !348
-  %.not.i = icmp ne i32 %290, 0, !dbg !348
-  %..i = sext i1 %.not.i to i32, !dbg !348
-  br label %common.ret, !dbg !348
+  %58 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %59 = tail call i32 %58(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not.i = icmp ne i32 %59, 0
+  %..i = sext i1 %.not.i to i32
+  br label %pv_matmul_compute_.exit
 
 for_begin_t1.preheader.us.preheader.i:            ; preds = %for_body_t.i
-    #dbg_value(i32 0, !364, !DIExpression(), !348)
   %.idx72.i = mul nuw nsw i64 %indvars.iv66.i, 8448
-  %invariant.gep84.i = getelementptr inbounds nuw i8, ptr %211, i64 %.idx72.i
+  %invariant.gep84.i = getelementptr inbounds nuw i8, ptr %probs, i64 %.idx72.i
   %.idx76.i = shl nsw i64 %indvars.iv66.i, 13
-  %invariant.gep88.i = getelementptr inbounds nuw i8, ptr %226, i64 %.idx76.i, !dbg !348
-  br label %for_begin_t1.preheader.us.i, !dbg !348
+  %invariant.gep88.i = getelementptr inbounds nuw i8, ptr %tile_acc, i64 %.idx76.i
+  br label %for_begin_t1.preheader.us.i
 
 for_begin_t1.preheader.preheader.i:               ; preds = %for_body_s.i
-  %291 = shl i64 %indvars.iv66.i, 13, !dbg !348
-  %292 = and i64 %291, 17179860992, !dbg !348
-  %scevgep.i = getelementptr i8, ptr %226, i64 %292, !dbg !348
-    #dbg_value(i32 0, !364, !DIExpression(), !348)
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 64 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !dbg !348, !tbaa !108
-    #dbg_value(i64 poison, !364, !DIExpression(), !348)
-    #dbg_value(<16 x float> zeroinitializer, !365, !DIExpression(), !348)
-    #dbg_value(i32 0, !363, !DIExpression(), !348)
-    #dbg_value(!DIArgList(i64 poison, i64 %indvars.iv66.i), !366, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_constu, 7, DW_OP_shl, DW_OP_LLVM_arg, 1, DW_OP_constu, 11, DW_OP_shl, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_plus, DW_OP_stack_value), !348)
-  br label %for_end_d_0.i, !dbg !348
+  %60 = shl i64 %indvars.iv66.i, 13
+  %61 = and i64 %60, 17179860992
+  %scevgep.i = getelementptr i8, ptr %tile_acc, i64 %61
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 64 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !tbaa !8
+  br label %for_end_d_0.i
 
 for_begin_t1.preheader.us.i:                      ; preds = %for_begin_t1.for_end_t3_crit_edge.us.i, %for_begin_t1.preheader.us.preheader.i
   %indvars.iv57.i = phi i64 [ 0, %for_begin_t1.preheader.us.preheader.i ], [ %indvars.iv.next58.i, %for_begin_t1.for_end_t3_crit_edge.us.i ]
-    #dbg_value(i64 %indvars.iv57.i, !364, !DIExpression(), !348)
-    #dbg_value(<16 x float> zeroinitializer, !365, !DIExpression(), !348)
-    #dbg_value(i32 0, !363, !DIExpression(), !348)
   %.idx74.i = shl nuw nsw i64 %indvars.iv57.i, 5
-  %invariant.gep86.i = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx74.i, !dbg !348
-  br label %for_body_t2.us.i, !dbg !348
+  %invariant.gep86.i = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx74.i
+  br label %for_body_t2.us.i
 
 for_body_t2.us.i:                                 ; preds = %for_body_t2.us.i, %for_begin_t1.preheader.us.i
   %indvars.iv49.i = phi i64 [ 0, %for_begin_t1.preheader.us.i ], [ %indvars.iv.next50.i, %for_body_t2.us.i ]
-  %tile_acc_global9.sroa.0.026.us.i = phi <16 x float> [ zeroinitializer, %for_begin_t1.preheader.us.i ], [ %297, %for_body_t2.us.i ]
-  %tile_acc_global9.sroa.4.025.us.i = phi <16 x float> [ zeroinitializer, %for_begin_t1.preheader.us.i ], [ %302, %for_body_t2.us.i ]
-  %tile_acc_global9.sroa.8.024.us.i = phi <16 x float> [ zeroinitializer, %for_begin_t1.preheader.us.i ], [ %307, %for_body_t2.us.i ]
-  %tile_acc_global9.sroa.12.023.us.i = phi <16 x float> [ zeroinitializer, %for_begin_t1.preheader.us.i ], [ %312, %for_body_t2.us.i ]
-  %tile_acc_global9.sroa.16.022.us.i = phi <16 x float> [ zeroinitializer, %for_begin_t1.preheader.us.i ], [ %317, %for_body_t2.us.i ]
-  %tile_acc_global9.sroa.20.021.us.i = phi <16 x float> [ zeroinitializer, %for_begin_t1.preheader.us.i ], [ %322, %for_body_t2.us.i ]
-  %tile_acc_global9.sroa.24.020.us.i = phi <16 x float> [ zeroinitializer, %for_begin_t1.preheader.us.i ], [ %327, %for_body_t2.us.i ]
-  %tile_acc_global9.sroa.28.019.us.i = phi <16 x float> [ zeroinitializer, %for_begin_t1.preheader.us.i ], [ %332, %for_body_t2.us.i ]
-    #dbg_value(i64 %indvars.iv49.i, !363, !DIExpression(), !348)
-    #dbg_value(<16 x float> %tile_acc_global9.sroa.0.026.us.i, !365, !DIExpression(), !348)
-    #dbg_value(!DIArgList(i64 %indvars.iv49.i, i64 %indvars.iv66.i), !367, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_constu, 4, DW_OP_shl, DW_OP_LLVM_arg, 1, DW_OP_constu, 2112, DW_OP_mul, DW_OP_plus, DW_OP_stack_value), !348)
-    #dbg_value(!DIArgList(i64 %indvars.iv49.i, i64 %indvars.iv57.i), !368, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_constu, 7, DW_OP_shl, DW_OP_LLVM_arg, 1, DW_OP_constu, 3, DW_OP_shl, DW_OP_plus, DW_OP_stack_value), !348)
-  %.idx71.i = shl nsw i64 %indvars.iv49.i, 6, !dbg !348
-  %gep85.i = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 %.idx71.i, !dbg !348
-  %293 = load <16 x float>, ptr %gep85.i, align 64, !dbg !348, !tbaa !108
-  %.idx73.i = shl nsw i64 %indvars.iv49.i, 9, !dbg !348
-  %gep87.i = getelementptr inbounds nuw i8, ptr %invariant.gep86.i, i64 %.idx73.i, !dbg !348
-  %294 = load float, ptr %gep87.i, align 4, !dbg !348, !tbaa !108
-  %295 = insertelement <16 x float> poison, float %294, i64 0, !dbg !348
-  %296 = shufflevector <16 x float> %295, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !348
-  %297 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %293, <16 x float> %296, <16 x float> %tile_acc_global9.sroa.0.026.us.i), !dbg !348
-    #dbg_value(<16 x float> %297, !365, !DIExpression(), !348)
-  %298 = getelementptr inbounds nuw i8, ptr %gep87.i, i64 4, !dbg !348
-  %299 = load float, ptr %298, align 4, !dbg !348, !tbaa !108
-  %300 = insertelement <16 x float> poison, float %299, i64 0, !dbg !348
-  %301 = shufflevector <16 x float> %300, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !348
-  %302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %293, <16 x float> %301, <16 x float> %tile_acc_global9.sroa.4.025.us.i), !dbg !348
-  %303 = getelementptr inbounds nuw i8, ptr %gep87.i, i64 8, !dbg !348
-  %304 = load float, ptr %303, align 4, !dbg !348, !tbaa !108
-  %305 = insertelement <16 x float> poison, float %304, i64 0, !dbg !348
-  %306 = shufflevector <16 x float> %305, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !348
-  %307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %293, <16 x float> %306, <16 x float> %tile_acc_global9.sroa.8.024.us.i), !dbg !348
-  %308 = getelementptr inbounds nuw i8, ptr %gep87.i, i64 12, !dbg !348
-  %309 = load float, ptr %308, align 4, !dbg !348, !tbaa !108
-  %310 = insertelement <16 x float> poison, float %309, i64 0, !dbg !348
-  %311 = shufflevector <16 x float> %310, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !348
-  %312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %293, <16 x float> %311, <16 x float> %tile_acc_global9.sroa.12.023.us.i), !dbg !348
-  %313 = getelementptr inbounds nuw i8, ptr %gep87.i, i64 16, !dbg !348
-  %314 = load float, ptr %313, align 4, !dbg !348, !tbaa !108
-  %315 = insertelement <16 x float> poison, float %314, i64 0, !dbg !348
-  %316 = shufflevector <16 x float> %315, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !348
-  %317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %293, <16 x float> %316, <16 x float> %tile_acc_global9.sroa.16.022.us.i), !dbg !348
-  %318 = getelementptr inbounds nuw i8, ptr %gep87.i, i64 20, !dbg !348
-  %319 = load float, ptr %318, align 4, !dbg !348, !tbaa !108
-  %320 = insertelement <16 x float> poison, float %319, i64 0, !dbg !348
-  %321 = shufflevector <16 x float> %320, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !348
-  %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %293, <16 x float> %321, <16 x float> %tile_acc_global9.sroa.20.021.us.i), !dbg !348
-  %323 = getelementptr inbounds nuw i8, ptr %gep87.i, i64 24, !dbg !348
-  %324 = load float, ptr %323, align 4, !dbg !348, !tbaa !108
-  %325 = insertelement <16 x float> poison, float %324, i64 0, !dbg !348
-  %326 = shufflevector <16 x float> %325, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !348
-  %327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %293, <16 x float> %326, <16 x float> %tile_acc_global9.sroa.24.020.us.i), !dbg !348
-  %328 = getelementptr inbounds nuw i8, ptr %gep87.i, i64 28, !dbg !348
-  %329 = load float, ptr %328, align 4, !dbg !348, !tbaa !108
-  %330 = insertelement <16 x float> poison, float %329, i64 0, !dbg !348
-  %331 = shufflevector <16 x float> %330, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !348
-  %332 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %293, <16 x float> %331, <16 x float> %tile_acc_global9.sroa.28.019.us.i), !dbg !348
-  %indvars.iv.next50.i = add nuw nsw i64 %indvars.iv49.i, 1, !dbg !348
-    #dbg_value(i64 %indvars.iv.next50.i, !363, !DIExpression(), !348)
-  %exitcond56.not.i = icmp eq i64 %indvars.iv.next50.i, %wide.trip.count.i, !dbg !348
-  br i1 %exitcond56.not.i, label %for_begin_t1.for_end_t3_crit_edge.us.i, label %for_body_t2.us.i, !dbg !348, !prof !140
+  %tile_acc_global9.sroa.0.026.us.i = phi <16 x float> [ zeroinitializer, %for_begin_t1.preheader.us.i ], [ %66, %for_body_t2.us.i ]
+  %tile_acc_global9.sroa.4.025.us.i = phi <16 x float> [ zeroinitializer, %for_begin_t1.preheader.us.i ], [ %71, %for_body_t2.us.i ]
+  %tile_acc_global9.sroa.8.024.us.i = phi <16 x float> [ zeroinitializer, %for_begin_t1.preheader.us.i ], [ %76, %for_body_t2.us.i ]
+  %tile_acc_global9.sroa.12.023.us.i = phi <16 x float> [ zeroinitializer, %for_begin_t1.preheader.us.i ], [ %81, %for_body_t2.us.i ]
+  %tile_acc_global9.sroa.16.022.us.i = phi <16 x float> [ zeroinitializer, %for_begin_t1.preheader.us.i ], [ %86, %for_body_t2.us.i ]
+  %tile_acc_global9.sroa.20.021.us.i = phi <16 x float> [ zeroinitializer, %for_begin_t1.preheader.us.i ], [ %91, %for_body_t2.us.i ]
+  %tile_acc_global9.sroa.24.020.us.i = phi <16 x float> [ zeroinitializer, %for_begin_t1.preheader.us.i ], [ %96, %for_body_t2.us.i ]
+  %tile_acc_global9.sroa.28.019.us.i = phi <16 x float> [ zeroinitializer, %for_begin_t1.preheader.us.i ], [ %101, %for_body_t2.us.i ]
+  %.idx71.i = shl nsw i64 %indvars.iv49.i, 6
+  %gep85.i = getelementptr inbounds nuw i8, ptr %invariant.gep84.i, i64 %.idx71.i
+  %62 = load <16 x float>, ptr %gep85.i, align 64, !tbaa !8
+  %.idx73.i = shl nsw i64 %indvars.iv49.i, 9
+  %gep87.i = getelementptr inbounds nuw i8, ptr %invariant.gep86.i, i64 %.idx73.i
+  %63 = load float, ptr %gep87.i, align 4, !tbaa !8
+  %64 = insertelement <16 x float> poison, float %63, i64 0
+  %65 = shufflevector <16 x float> %64, <16 x float> poison, <16 x i32> zeroinitializer
+  %66 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %62, <16 x float> %65, <16 x float> %tile_acc_global9.sroa.0.026.us.i)
+  %67 = getelementptr inbounds nuw i8, ptr %gep87.i, i64 4
+  %68 = load float, ptr %67, align 4, !tbaa !8
+  %69 = insertelement <16 x float> poison, float %68, i64 0
+  %70 = shufflevector <16 x float> %69, <16 x float> poison, <16 x i32> zeroinitializer
+  %71 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %62, <16 x float> %70, <16 x float> %tile_acc_global9.sroa.4.025.us.i)
+  %72 = getelementptr inbounds nuw i8, ptr %gep87.i, i64 8
+  %73 = load float, ptr %72, align 4, !tbaa !8
+  %74 = insertelement <16 x float> poison, float %73, i64 0
+  %75 = shufflevector <16 x float> %74, <16 x float> poison, <16 x i32> zeroinitializer
+  %76 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %62, <16 x float> %75, <16 x float> %tile_acc_global9.sroa.8.024.us.i)
+  %77 = getelementptr inbounds nuw i8, ptr %gep87.i, i64 12
+  %78 = load float, ptr %77, align 4, !tbaa !8
+  %79 = insertelement <16 x float> poison, float %78, i64 0
+  %80 = shufflevector <16 x float> %79, <16 x float> poison, <16 x i32> zeroinitializer
+  %81 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %62, <16 x float> %80, <16 x float> %tile_acc_global9.sroa.12.023.us.i)
+  %82 = getelementptr inbounds nuw i8, ptr %gep87.i, i64 16
+  %83 = load float, ptr %82, align 4, !tbaa !8
+  %84 = insertelement <16 x float> poison, float %83, i64 0
+  %85 = shufflevector <16 x float> %84, <16 x float> poison, <16 x i32> zeroinitializer
+  %86 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %62, <16 x float> %85, <16 x float> %tile_acc_global9.sroa.16.022.us.i)
+  %87 = getelementptr inbounds nuw i8, ptr %gep87.i, i64 20
+  %88 = load float, ptr %87, align 4, !tbaa !8
+  %89 = insertelement <16 x float> poison, float %88, i64 0
+  %90 = shufflevector <16 x float> %89, <16 x float> poison, <16 x i32> zeroinitializer
+  %91 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %62, <16 x float> %90, <16 x float> %tile_acc_global9.sroa.20.021.us.i)
+  %92 = getelementptr inbounds nuw i8, ptr %gep87.i, i64 24
+  %93 = load float, ptr %92, align 4, !tbaa !8
+  %94 = insertelement <16 x float> poison, float %93, i64 0
+  %95 = shufflevector <16 x float> %94, <16 x float> poison, <16 x i32> zeroinitializer
+  %96 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %62, <16 x float> %95, <16 x float> %tile_acc_global9.sroa.24.020.us.i)
+  %97 = getelementptr inbounds nuw i8, ptr %gep87.i, i64 28
+  %98 = load float, ptr %97, align 4, !tbaa !8
+  %99 = insertelement <16 x float> poison, float %98, i64 0
+  %100 = shufflevector <16 x float> %99, <16 x float> poison, <16 x i32> zeroinitializer
+  %101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %62, <16 x float> %100, <16 x float> %tile_acc_global9.sroa.28.019.us.i)
+  %indvars.iv.next50.i = add nuw nsw i64 %indvars.iv49.i, 1
+  %exitcond56.not.i = icmp eq i64 %indvars.iv.next50.i, %wide.trip.count.i
+  br i1 %exitcond56.not.i, label %for_begin_t1.for_end_t3_crit_edge.us.i, label %for_body_t2.us.i, !prof !14
 
 for_begin_t1.for_end_t3_crit_edge.us.i:           ; preds = %for_body_t2.us.i
-    #dbg_value(!DIArgList(i64 %indvars.iv57.i, i64 %indvars.iv66.i), !366, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_constu, 7, DW_OP_shl, DW_OP_LLVM_arg, 1, DW_OP_constu, 11, DW_OP_shl, DW_OP_plus, DW_OP_stack_value), !348)
-  %.idx75.i = shl nuw nsw i64 %indvars.iv57.i, 9, !dbg !348
-  %gep89.i = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx75.i, !dbg !348
-  store <16 x float> %297, ptr %gep89.i, align 64, !dbg !348, !tbaa !108
-  %333 = getelementptr inbounds nuw i8, ptr %gep89.i, i64 64, !dbg !348
-  store <16 x float> %302, ptr %333, align 64, !dbg !348, !tbaa !108
-  %334 = getelementptr inbounds nuw i8, ptr %gep89.i, i64 128, !dbg !348
-  store <16 x float> %307, ptr %334, align 64, !dbg !348, !tbaa !108
-  %335 = getelementptr inbounds nuw i8, ptr %gep89.i, i64 192, !dbg !348
-  store <16 x float> %312, ptr %335, align 64, !dbg !348, !tbaa !108
-  %336 = getelementptr inbounds nuw i8, ptr %gep89.i, i64 256, !dbg !348
-  store <16 x float> %317, ptr %336, align 64, !dbg !348, !tbaa !108
-  %337 = getelementptr inbounds nuw i8, ptr %gep89.i, i64 320, !dbg !348
-  store <16 x float> %322, ptr %337, align 64, !dbg !348, !tbaa !108
-  %338 = getelementptr inbounds nuw i8, ptr %gep89.i, i64 384, !dbg !348
-  store <16 x float> %327, ptr %338, align 64, !dbg !348, !tbaa !108
-  %339 = getelementptr inbounds nuw i8, ptr %gep89.i, i64 448, !dbg !348
-  store <16 x float> %332, ptr %339, align 64, !dbg !348, !tbaa !108
-  %indvars.iv.next58.i = add nuw nsw i64 %indvars.iv57.i, 1, !dbg !348
-    #dbg_value(i64 %indvars.iv.next58.i, !364, !DIExpression(), !348)
-  %exitcond61.not.i = icmp eq i64 %indvars.iv.next58.i, 16, !dbg !348
-  br i1 %exitcond61.not.i, label %for_end_d_0.i, label %for_begin_t1.preheader.us.i, !dbg !348, !prof !136
+  %.idx75.i = shl nuw nsw i64 %indvars.iv57.i, 9
+  %gep89.i = getelementptr inbounds nuw i8, ptr %invariant.gep88.i, i64 %.idx75.i
+  store <16 x float> %66, ptr %gep89.i, align 64, !tbaa !8
+  %102 = getelementptr inbounds nuw i8, ptr %gep89.i, i64 64
+  store <16 x float> %71, ptr %102, align 64, !tbaa !8
+  %103 = getelementptr inbounds nuw i8, ptr %gep89.i, i64 128
+  store <16 x float> %76, ptr %103, align 64, !tbaa !8
+  %104 = getelementptr inbounds nuw i8, ptr %gep89.i, i64 192
+  store <16 x float> %81, ptr %104, align 64, !tbaa !8
+  %105 = getelementptr inbounds nuw i8, ptr %gep89.i, i64 256
+  store <16 x float> %86, ptr %105, align 64, !tbaa !8
+  %106 = getelementptr inbounds nuw i8, ptr %gep89.i, i64 320
+  store <16 x float> %91, ptr %106, align 64, !tbaa !8
+  %107 = getelementptr inbounds nuw i8, ptr %gep89.i, i64 384
+  store <16 x float> %96, ptr %107, align 64, !tbaa !8
+  %108 = getelementptr inbounds nuw i8, ptr %gep89.i, i64 448
+  store <16 x float> %101, ptr %108, align 64, !tbaa !8
+  %indvars.iv.next58.i = add nuw nsw i64 %indvars.iv57.i, 1
+  %exitcond61.not.i = icmp eq i64 %indvars.iv.next58.i, 16
+  br i1 %exitcond61.not.i, label %for_end_d_0.i, label %for_begin_t1.preheader.us.i, !prof !10
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
   %indvars.iv.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next.i, %for_body_t.i ]
-    #dbg_value(i64 %indvars.iv.i, !363, !DIExpression(), !348)
-    #dbg_value(i64 %indvars.iv.i, !369, !DIExpression(DW_OP_constu, 7, DW_OP_shl, DW_OP_stack_value), !348)
-  %cse_v4.i = mul nsw i64 %indvars.iv.i, %v_slot170, !dbg !348
-    #dbg_value(i64 %cse_v4.i, !370, !DIExpression(), !348)
-    #dbg_value(i64 %cse_v5.i, !371, !DIExpression(), !348)
-    #dbg_value(!DIArgList(i64 %288, i64 %sext173), !372, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 1, DW_OP_constu, 32, DW_OP_shra, DW_OP_plus, DW_OP_stack_value), !348)
-  %340 = load i32, ptr %gep.i, align 4, !dbg !348, !tbaa !108
-  %341 = sext i32 %340 to i64, !dbg !348
-  %342 = mul nsw i64 %v_block, %341, !dbg !348
-  %343 = getelementptr i16, ptr %172, i64 %342, !dbg !348
-  %344 = getelementptr i16, ptr %343, i64 %cse_v4.i, !dbg !348
-  %345 = getelementptr i16, ptr %344, i64 %cse_v5.i, !dbg !348
-  %346 = load <16 x i16>, ptr %345, align 2, !dbg !348, !tbaa !108
-  %347 = zext <16 x i16> %346 to <16 x i32>, !dbg !348
-  %348 = shl nuw <16 x i32> %347, splat (i32 16), !dbg !348
-  %.idx.i = shl nsw i64 %indvars.iv.i, 9, !dbg !348
-  %349 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx.i, !dbg !348
-  store <16 x i32> %348, ptr %349, align 4, !dbg !348, !tbaa !108
-  %350 = load i32, ptr %gep.i, align 4, !dbg !348, !tbaa !108
-  %351 = sext i32 %350 to i64, !dbg !348
-  %352 = mul nsw i64 %v_block, %351, !dbg !348
-  %353 = getelementptr i16, ptr %172, i64 %352, !dbg !348
-  %354 = getelementptr i16, ptr %353, i64 %cse_v4.i, !dbg !348
-  %355 = getelementptr i16, ptr %354, i64 %cse_v5.i, !dbg !348
-  %356 = getelementptr i8, ptr %355, i64 32, !dbg !348
-  %357 = load <16 x i16>, ptr %356, align 2, !dbg !348, !tbaa !108
-  %358 = zext <16 x i16> %357 to <16 x i32>, !dbg !348
-  %359 = shl nuw <16 x i32> %358, splat (i32 16), !dbg !348
-  %360 = getelementptr inbounds nuw i8, ptr %349, i64 64, !dbg !348
-  store <16 x i32> %359, ptr %360, align 4, !dbg !348, !tbaa !108
-  %361 = load i32, ptr %gep.i, align 4, !dbg !348, !tbaa !108
-  %362 = sext i32 %361 to i64, !dbg !348
-  %363 = mul nsw i64 %v_block, %362, !dbg !348
-  %364 = getelementptr i16, ptr %172, i64 %363, !dbg !348
-  %365 = getelementptr i16, ptr %364, i64 %cse_v4.i, !dbg !348
-  %366 = getelementptr i16, ptr %365, i64 %cse_v5.i, !dbg !348
-  %367 = getelementptr i8, ptr %366, i64 64, !dbg !348
-  %368 = load <16 x i16>, ptr %367, align 2, !dbg !348, !tbaa !108
-  %369 = zext <16 x i16> %368 to <16 x i32>, !dbg !348
-  %370 = shl nuw <16 x i32> %369, splat (i32 16), !dbg !348
-  %371 = getelementptr inbounds nuw i8, ptr %349, i64 128, !dbg !348
-  store <16 x i32> %370, ptr %371, align 4, !dbg !348, !tbaa !108
-  %372 = load i32, ptr %gep.i, align 4, !dbg !348, !tbaa !108
-  %373 = sext i32 %372 to i64, !dbg !348
-  %374 = mul nsw i64 %v_block, %373, !dbg !348
-  %375 = getelementptr i16, ptr %172, i64 %374, !dbg !348
-  %376 = getelementptr i16, ptr %375, i64 %cse_v4.i, !dbg !348
-  %377 = getelementptr i16, ptr %376, i64 %cse_v5.i, !dbg !348
-  %378 = getelementptr i8, ptr %377, i64 96, !dbg !348
-  %379 = load <16 x i16>, ptr %378, align 2, !dbg !348, !tbaa !108
-  %380 = zext <16 x i16> %379 to <16 x i32>, !dbg !348
-  %381 = shl nuw <16 x i32> %380, splat (i32 16), !dbg !348
-  %382 = getelementptr inbounds nuw i8, ptr %349, i64 192, !dbg !348
-  store <16 x i32> %381, ptr %382, align 4, !dbg !348, !tbaa !108
-  %383 = load i32, ptr %gep.i, align 4, !dbg !348, !tbaa !108
-  %384 = sext i32 %383 to i64, !dbg !348
-  %385 = mul nsw i64 %v_block, %384, !dbg !348
-  %386 = getelementptr i16, ptr %172, i64 %385, !dbg !348
-  %387 = getelementptr i16, ptr %386, i64 %cse_v4.i, !dbg !348
-  %388 = getelementptr i16, ptr %387, i64 %cse_v5.i, !dbg !348
-  %389 = getelementptr i8, ptr %388, i64 128, !dbg !348
-  %390 = load <16 x i16>, ptr %389, align 2, !dbg !348, !tbaa !108
-  %391 = zext <16 x i16> %390 to <16 x i32>, !dbg !348
-  %392 = shl nuw <16 x i32> %391, splat (i32 16), !dbg !348
-  %393 = getelementptr inbounds nuw i8, ptr %349, i64 256, !dbg !348
-  store <16 x i32> %392, ptr %393, align 4, !dbg !348, !tbaa !108
-  %394 = load i32, ptr %gep.i, align 4, !dbg !348, !tbaa !108
-  %395 = sext i32 %394 to i64, !dbg !348
-  %396 = mul nsw i64 %v_block, %395, !dbg !348
-  %397 = getelementptr i16, ptr %172, i64 %396, !dbg !348
-  %398 = getelementptr i16, ptr %397, i64 %cse_v4.i, !dbg !348
-  %399 = getelementptr i16, ptr %398, i64 %cse_v5.i, !dbg !348
-  %400 = getelementptr i8, ptr %399, i64 160, !dbg !348
-  %401 = load <16 x i16>, ptr %400, align 2, !dbg !348, !tbaa !108
-  %402 = zext <16 x i16> %401 to <16 x i32>, !dbg !348
-  %403 = shl nuw <16 x i32> %402, splat (i32 16), !dbg !348
-  %404 = getelementptr inbounds nuw i8, ptr %349, i64 320, !dbg !348
-  store <16 x i32> %403, ptr %404, align 4, !dbg !348, !tbaa !108
-  %405 = load i32, ptr %gep.i, align 4, !dbg !348, !tbaa !108
-  %406 = sext i32 %405 to i64, !dbg !348
-  %407 = mul nsw i64 %v_block, %406, !dbg !348
-  %408 = getelementptr i16, ptr %172, i64 %407, !dbg !348
-  %409 = getelementptr i16, ptr %408, i64 %cse_v4.i, !dbg !348
-  %410 = getelementptr i16, ptr %409, i64 %cse_v5.i, !dbg !348
-  %411 = getelementptr i8, ptr %410, i64 192, !dbg !348
-  %412 = load <16 x i16>, ptr %411, align 2, !dbg !348, !tbaa !108
-  %413 = zext <16 x i16> %412 to <16 x i32>, !dbg !348
-  %414 = shl nuw <16 x i32> %413, splat (i32 16), !dbg !348
-  %415 = getelementptr inbounds nuw i8, ptr %349, i64 384, !dbg !348
-  store <16 x i32> %414, ptr %415, align 4, !dbg !348, !tbaa !108
-  %416 = load i32, ptr %gep.i, align 4, !dbg !348, !tbaa !108
-  %417 = sext i32 %416 to i64, !dbg !348
-  %418 = mul nsw i64 %v_block, %417, !dbg !348
-  %419 = getelementptr i16, ptr %172, i64 %418, !dbg !348
-  %420 = getelementptr i16, ptr %419, i64 %cse_v4.i, !dbg !348
-  %421 = getelementptr i16, ptr %420, i64 %cse_v5.i, !dbg !348
-  %422 = getelementptr i8, ptr %421, i64 224, !dbg !348
-  %423 = load <16 x i16>, ptr %422, align 2, !dbg !348, !tbaa !108
-  %424 = zext <16 x i16> %423 to <16 x i32>, !dbg !348
-  %425 = shl nuw <16 x i32> %424, splat (i32 16), !dbg !348
-  %426 = getelementptr inbounds nuw i8, ptr %349, i64 448, !dbg !348
-  store <16 x i32> %425, ptr %426, align 4, !dbg !348, !tbaa !108
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1, !dbg !348
-    #dbg_value(i64 %indvars.iv.next.i, !363, !DIExpression(), !348)
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i, !dbg !348
-  br i1 %exitcond.not.i, label %for_begin_t1.preheader.us.preheader.i, label %for_body_t.i, !dbg !348, !prof !140
+  %cse_v4.i = mul nsw i64 %indvars.iv.i, %v_slot32
+  %109 = load i32, ptr %gep.i, align 4, !tbaa !8
+  %110 = sext i32 %109 to i64
+  %111 = mul nsw i64 %v_block, %110
+  %112 = getelementptr i16, ptr %value_cache, i64 %111
+  %113 = getelementptr i16, ptr %112, i64 %cse_v4.i
+  %114 = getelementptr i16, ptr %113, i64 %cse_v5.i
+  %115 = load <16 x i16>, ptr %114, align 2, !tbaa !8
+  %116 = zext <16 x i16> %115 to <16 x i32>
+  %117 = shl nuw <16 x i32> %116, splat (i32 16)
+  %.idx.i = shl nsw i64 %indvars.iv.i, 9
+  %118 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx.i
+  store <16 x i32> %117, ptr %118, align 4, !tbaa !8
+  %119 = load i32, ptr %gep.i, align 4, !tbaa !8
+  %120 = sext i32 %119 to i64
+  %121 = mul nsw i64 %v_block, %120
+  %122 = getelementptr i16, ptr %value_cache, i64 %121
+  %123 = getelementptr i16, ptr %122, i64 %cse_v4.i
+  %124 = getelementptr i16, ptr %123, i64 %cse_v5.i
+  %125 = getelementptr i8, ptr %124, i64 32
+  %126 = load <16 x i16>, ptr %125, align 2, !tbaa !8
+  %127 = zext <16 x i16> %126 to <16 x i32>
+  %128 = shl nuw <16 x i32> %127, splat (i32 16)
+  %129 = getelementptr inbounds nuw i8, ptr %118, i64 64
+  store <16 x i32> %128, ptr %129, align 4, !tbaa !8
+  %130 = load i32, ptr %gep.i, align 4, !tbaa !8
+  %131 = sext i32 %130 to i64
+  %132 = mul nsw i64 %v_block, %131
+  %133 = getelementptr i16, ptr %value_cache, i64 %132
+  %134 = getelementptr i16, ptr %133, i64 %cse_v4.i
+  %135 = getelementptr i16, ptr %134, i64 %cse_v5.i
+  %136 = getelementptr i8, ptr %135, i64 64
+  %137 = load <16 x i16>, ptr %136, align 2, !tbaa !8
+  %138 = zext <16 x i16> %137 to <16 x i32>
+  %139 = shl nuw <16 x i32> %138, splat (i32 16)
+  %140 = getelementptr inbounds nuw i8, ptr %118, i64 128
+  store <16 x i32> %139, ptr %140, align 4, !tbaa !8
+  %141 = load i32, ptr %gep.i, align 4, !tbaa !8
+  %142 = sext i32 %141 to i64
+  %143 = mul nsw i64 %v_block, %142
+  %144 = getelementptr i16, ptr %value_cache, i64 %143
+  %145 = getelementptr i16, ptr %144, i64 %cse_v4.i
+  %146 = getelementptr i16, ptr %145, i64 %cse_v5.i
+  %147 = getelementptr i8, ptr %146, i64 96
+  %148 = load <16 x i16>, ptr %147, align 2, !tbaa !8
+  %149 = zext <16 x i16> %148 to <16 x i32>
+  %150 = shl nuw <16 x i32> %149, splat (i32 16)
+  %151 = getelementptr inbounds nuw i8, ptr %118, i64 192
+  store <16 x i32> %150, ptr %151, align 4, !tbaa !8
+  %152 = load i32, ptr %gep.i, align 4, !tbaa !8
+  %153 = sext i32 %152 to i64
+  %154 = mul nsw i64 %v_block, %153
+  %155 = getelementptr i16, ptr %value_cache, i64 %154
+  %156 = getelementptr i16, ptr %155, i64 %cse_v4.i
+  %157 = getelementptr i16, ptr %156, i64 %cse_v5.i
+  %158 = getelementptr i8, ptr %157, i64 128
+  %159 = load <16 x i16>, ptr %158, align 2, !tbaa !8
+  %160 = zext <16 x i16> %159 to <16 x i32>
+  %161 = shl nuw <16 x i32> %160, splat (i32 16)
+  %162 = getelementptr inbounds nuw i8, ptr %118, i64 256
+  store <16 x i32> %161, ptr %162, align 4, !tbaa !8
+  %163 = load i32, ptr %gep.i, align 4, !tbaa !8
+  %164 = sext i32 %163 to i64
+  %165 = mul nsw i64 %v_block, %164
+  %166 = getelementptr i16, ptr %value_cache, i64 %165
+  %167 = getelementptr i16, ptr %166, i64 %cse_v4.i
+  %168 = getelementptr i16, ptr %167, i64 %cse_v5.i
+  %169 = getelementptr i8, ptr %168, i64 160
+  %170 = load <16 x i16>, ptr %169, align 2, !tbaa !8
+  %171 = zext <16 x i16> %170 to <16 x i32>
+  %172 = shl nuw <16 x i32> %171, splat (i32 16)
+  %173 = getelementptr inbounds nuw i8, ptr %118, i64 320
+  store <16 x i32> %172, ptr %173, align 4, !tbaa !8
+  %174 = load i32, ptr %gep.i, align 4, !tbaa !8
+  %175 = sext i32 %174 to i64
+  %176 = mul nsw i64 %v_block, %175
+  %177 = getelementptr i16, ptr %value_cache, i64 %176
+  %178 = getelementptr i16, ptr %177, i64 %cse_v4.i
+  %179 = getelementptr i16, ptr %178, i64 %cse_v5.i
+  %180 = getelementptr i8, ptr %179, i64 192
+  %181 = load <16 x i16>, ptr %180, align 2, !tbaa !8
+  %182 = zext <16 x i16> %181 to <16 x i32>
+  %183 = shl nuw <16 x i32> %182, splat (i32 16)
+  %184 = getelementptr inbounds nuw i8, ptr %118, i64 384
+  store <16 x i32> %183, ptr %184, align 4, !tbaa !8
+  %185 = load i32, ptr %gep.i, align 4, !tbaa !8
+  %186 = sext i32 %185 to i64
+  %187 = mul nsw i64 %v_block, %186
+  %188 = getelementptr i16, ptr %value_cache, i64 %187
+  %189 = getelementptr i16, ptr %188, i64 %cse_v4.i
+  %190 = getelementptr i16, ptr %189, i64 %cse_v5.i
+  %191 = getelementptr i8, ptr %190, i64 224
+  %192 = load <16 x i16>, ptr %191, align 2, !tbaa !8
+  %193 = zext <16 x i16> %192 to <16 x i32>
+  %194 = shl nuw <16 x i32> %193, splat (i32 16)
+  %195 = getelementptr inbounds nuw i8, ptr %118, i64 448
+  store <16 x i32> %194, ptr %195, align 4, !tbaa !8
+  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
+  br i1 %exitcond.not.i, label %for_begin_t1.preheader.us.preheader.i, label %for_body_t.i, !prof !14
 
 for_end_d_0.i:                                    ; preds = %for_begin_t1.for_end_t3_crit_edge.us.i, %for_begin_t1.preheader.preheader.i
-  %indvars.iv.next67.i = add nuw nsw i64 %indvars.iv66.i, 1, !dbg !348
-    #dbg_value(i64 %indvars.iv.next67.i, !356, !DIExpression(), !348)
-  %exitcond70.not.i = icmp eq i64 %indvars.iv.next67.i, %wide.trip.count69.i, !dbg !348
-  br i1 %exitcond70.not.i, label %for_end_s.i, label %for_body_s.i, !dbg !348, !prof !140
+  %indvars.iv.next67.i = add nuw nsw i64 %indvars.iv66.i, 1
+  %exitcond70.not.i = icmp eq i64 %indvars.iv.next67.i, %wide.trip.count69.i
+  br i1 %exitcond70.not.i, label %for_end_s.i, label %for_body_s.i, !prof !14
+
+pv_matmul_compute_.exit:                          ; preds = %for_end_s.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_s.i ]
+  ret i32 %common.ret.op.i
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_qk_matmul(ptr readnone captures(none) %self_handle, ptr readonly captures(address_is_null) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 !dbg !373 {
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_qk_matmul(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-    #dbg_value(ptr %self_handle, !375, !DIExpression(), !379)
-    #dbg_value(ptr %args, !376, !DIExpression(), !379)
-    #dbg_value(i32 %num_args, !377, !DIExpression(), !379)
-    #dbg_value(ptr %result, !378, !DIExpression(), !379)
-  %0 = icmp eq i32 %num_args, 11, !dbg !379
-  br i1 %0, label %assert_end, label %assert_fail, !dbg !379, !prof !41
-
-common.ret:                                       ; preds = %if_end14.i, %for_end_s.i, %if_end.i, %assert_end165, %assert_fail164, %assert_fail162, %assert_fail160, %assert_fail158, %assert_fail156, %assert_fail154, %assert_fail152, %assert_fail147, %assert_fail145, %assert_fail140, %assert_fail138, %assert_fail136, %assert_fail134, %assert_fail132, %assert_fail127, %assert_fail125, %assert_fail123, %assert_fail121, %assert_fail119, %assert_fail115, %assert_fail113, %assert_fail111, %assert_fail107, %assert_fail105, %assert_fail103, %assert_fail101, %assert_fail99, %assert_fail97, %assert_fail95, %assert_fail93, %assert_fail91, %assert_fail89, %assert_fail87, %assert_fail85, %assert_fail83, %assert_fail81, %assert_fail79, %assert_fail77, %assert_fail72, %assert_fail70, %assert_fail68, %assert_fail66, %assert_fail55, %assert_fail53, %assert_fail51, %assert_fail49, %assert_fail41, %assert_fail39, %assert_fail37, %assert_fail35, %assert_fail33, %assert_fail31, %assert_fail29, %assert_fail27, %assert_fail25, %assert_fail20, %assert_fail15, %assert_fail10, %assert_fail5, %assert_fail3, %assert_fail1, %assert_fail
-  %common.ret.op = phi i32 [ -1, %assert_fail ], [ -1, %assert_fail1 ], [ -1, %assert_fail3 ], [ -1, %assert_fail5 ], [ -1, %assert_fail10 ], [ -1, %assert_fail15 ], [ -1, %assert_fail20 ], [ -1, %assert_fail25 ], [ -1, %assert_fail27 ], [ -1, %assert_fail29 ], [ -1, %assert_fail31 ], [ -1, %assert_fail33 ], [ -1, %assert_fail35 ], [ -1, %assert_fail37 ], [ -1, %assert_fail39 ], [ -1, %assert_fail41 ], [ -1, %assert_fail49 ], [ -1, %assert_fail51 ], [ -1, %assert_fail53 ], [ -1, %assert_fail55 ], [ -1, %assert_fail66 ], [ -1, %assert_fail68 ], [ -1, %assert_fail70 ], [ -1, %assert_fail72 ], [ -1, %assert_fail77 ], [ -1, %assert_fail79 ], [ -1, %assert_fail81 ], [ -1, %assert_fail83 ], [ -1, %assert_fail85 ], [ -1, %assert_fail87 ], [ -1, %assert_fail89 ], [ -1, %assert_fail91 ], [ -1, %assert_fail93 ], [ -1, %assert_fail95 ], [ -1, %assert_fail97 ], [ -1, %assert_fail99 ], [ -1, %assert_fail101 ], [ -1, %assert_fail103 ], [ -1, %assert_fail105 ], [ -1, %assert_fail107 ], [ -1, %assert_fail111 ], [ -1, %assert_fail113 ], [ -1, %assert_fail115 ], [ -1, %assert_fail119 ], [ -1, %assert_fail121 ], [ -1, %assert_fail123 ], [ -1, %assert_fail125 ], [ -1, %assert_fail127 ], [ -1, %assert_fail132 ], [ -1, %assert_fail134 ], [ -1, %assert_fail136 ], [ -1, %assert_fail138 ], [ -1, %assert_fail140 ], [ -1, %assert_fail145 ], [ -1, %assert_fail147 ], [ -1, %assert_fail152 ], [ -1, %assert_fail154 ], [ -1, %assert_fail156 ], [ -1, %assert_fail158 ], [ -1, %assert_fail160 ], [ -1, %assert_fail162 ], [ -1, %assert_fail164 ], [ -1, %for_end_s.i ], [ -1, %assert_end165 ], [ -1, %if_end.i ], [ %..i, %if_end14.i ]
-  ret i32 %common.ret.op, !dbg !379
-
-assert_fail:                                      ; preds = %entry
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.1, ptr nonnull @.str.110, ptr nonnull @.str.3, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.6), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end:                                       ; preds = %entry
-  %.not = icmp eq ptr %args, null, !dbg !379
-  br i1 %.not, label %assert_fail1, label %assert_end2, !dbg !379, !prof !42
-
-assert_fail1:                                     ; preds = %assert_end
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 4, ptr nonnull @.str.7, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.6, ptr null, ptr null), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end2:                                      ; preds = %assert_end
-  %query.type_index = load i32, ptr %args, align 4, !dbg !379
-    #dbg_value(i32 %query.type_index, !380, !DIExpression(), !379)
-  %query.type_index.fr = freeze i32 %query.type_index, !dbg !379
-  %1 = icmp sgt i32 %query.type_index.fr, 63, !dbg !379
-  br i1 %1, label %assert_end4, label %switch.early.test, !dbg !379
-
-switch.early.test:                                ; preds = %assert_end2
-  switch i32 %query.type_index.fr, label %assert_fail3 [
-    i32 0, label %if_else
-    i32 4, label %if_else
-    i32 7, label %if_else
-  ], !dbg !379, !prof !44
-
-assert_fail3:                                     ; preds = %switch.early.test
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end4:                                      ; preds = %assert_end2
-  %2 = icmp eq i32 %query.type_index.fr, 70, !dbg !379
-  br i1 %2, label %if_then, label %if_else, !dbg !379
-
-if_then:                                          ; preds = %assert_end4
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !379
-  %4 = load ptr, ptr %3, align 8, !dbg !379
-  %5 = getelementptr inbounds nuw i8, ptr %4, i64 24, !dbg !379
-  br label %if_end, !dbg !379
-
-if_else:                                          ; preds = %switch.early.test, %switch.early.test, %switch.early.test, %assert_end4
-  %6 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !379
-  %7 = load ptr, ptr %6, align 8, !dbg !379
-  br label %if_end, !dbg !379
-
-if_end:                                           ; preds = %if_else, %if_then
-  %query.handle = phi ptr [ %5, %if_then ], [ %7, %if_else ], !dbg !379
-    #dbg_declare(ptr %query.handle, !381, !DIExpression(), !379)
-  %8 = getelementptr inbounds nuw i8, ptr %args, i64 16, !dbg !379
-  %key_cache.type_index = load i32, ptr %8, align 4, !dbg !379
-    #dbg_value(i32 %key_cache.type_index, !382, !DIExpression(), !379)
-  %key_cache.type_index.fr = freeze i32 %key_cache.type_index, !dbg !379
-  %9 = icmp sgt i32 %key_cache.type_index.fr, 63, !dbg !379
-  br i1 %9, label %assert_end6, label %switch.early.test166, !dbg !379
-
-switch.early.test166:                             ; preds = %if_end
-  switch i32 %key_cache.type_index.fr, label %assert_fail5 [
-    i32 0, label %if_else8
-    i32 4, label %if_else8
-    i32 7, label %if_else8
-  ], !dbg !379, !prof !44
-
-assert_fail5:                                     ; preds = %switch.early.test166
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end6:                                      ; preds = %if_end
-  %10 = icmp eq i32 %key_cache.type_index.fr, 70, !dbg !379
-  br i1 %10, label %if_then7, label %if_else8, !dbg !379
-
-if_then7:                                         ; preds = %assert_end6
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !379
-  %12 = load ptr, ptr %11, align 8, !dbg !379
-  %13 = getelementptr inbounds nuw i8, ptr %12, i64 24, !dbg !379
-  br label %if_end9, !dbg !379
-
-if_else8:                                         ; preds = %switch.early.test166, %switch.early.test166, %switch.early.test166, %assert_end6
-  %14 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !379
-  %15 = load ptr, ptr %14, align 8, !dbg !379
-  br label %if_end9, !dbg !379
-
-if_end9:                                          ; preds = %if_else8, %if_then7
-  %key_cache.handle = phi ptr [ %13, %if_then7 ], [ %15, %if_else8 ], !dbg !379
-    #dbg_declare(ptr %key_cache.handle, !383, !DIExpression(), !379)
-  %16 = getelementptr inbounds nuw i8, ptr %args, i64 32, !dbg !379
-  %block_table.type_index = load i32, ptr %16, align 4, !dbg !379
-    #dbg_value(i32 %block_table.type_index, !384, !DIExpression(), !379)
-  %block_table.type_index.fr = freeze i32 %block_table.type_index, !dbg !379
-  %17 = icmp sgt i32 %block_table.type_index.fr, 63, !dbg !379
-  br i1 %17, label %assert_end11, label %switch.early.test167, !dbg !379
-
-switch.early.test167:                             ; preds = %if_end9
-  switch i32 %block_table.type_index.fr, label %assert_fail10 [
-    i32 0, label %if_else13
-    i32 4, label %if_else13
-    i32 7, label %if_else13
-  ], !dbg !379, !prof !44
-
-assert_fail10:                                    ; preds = %switch.early.test167
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end11:                                     ; preds = %if_end9
-  %18 = icmp eq i32 %block_table.type_index.fr, 70, !dbg !379
-  br i1 %18, label %if_then12, label %if_else13, !dbg !379
-
-if_then12:                                        ; preds = %assert_end11
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !379
-  %20 = load ptr, ptr %19, align 8, !dbg !379
-  %21 = getelementptr inbounds nuw i8, ptr %20, i64 24, !dbg !379
-  br label %if_end14, !dbg !379
-
-if_else13:                                        ; preds = %switch.early.test167, %switch.early.test167, %switch.early.test167, %assert_end11
-  %22 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !379
-  %23 = load ptr, ptr %22, align 8, !dbg !379
-  br label %if_end14, !dbg !379
-
-if_end14:                                         ; preds = %if_else13, %if_then12
-  %block_table.handle = phi ptr [ %21, %if_then12 ], [ %23, %if_else13 ], !dbg !379
-    #dbg_declare(ptr %block_table.handle, !385, !DIExpression(), !379)
-  %24 = getelementptr inbounds nuw i8, ptr %args, i64 48, !dbg !379
-  %context_lens.type_index = load i32, ptr %24, align 4, !dbg !379
-    #dbg_value(i32 %context_lens.type_index, !386, !DIExpression(), !379)
-  %context_lens.type_index.fr = freeze i32 %context_lens.type_index, !dbg !379
-  %25 = icmp sgt i32 %context_lens.type_index.fr, 63, !dbg !379
-  br i1 %25, label %assert_end16, label %switch.early.test168, !dbg !379
-
-switch.early.test168:                             ; preds = %if_end14
-  switch i32 %context_lens.type_index.fr, label %assert_fail15 [
-    i32 0, label %if_else18
-    i32 4, label %if_else18
-    i32 7, label %if_else18
-  ], !dbg !379, !prof !44
-
-assert_fail15:                                    ; preds = %switch.early.test168
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end16:                                     ; preds = %if_end14
-  %26 = icmp eq i32 %context_lens.type_index.fr, 70, !dbg !379
-  br i1 %26, label %if_then17, label %if_else18, !dbg !379
-
-if_then17:                                        ; preds = %assert_end16
-  %27 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !379
-  %28 = load ptr, ptr %27, align 8, !dbg !379
-  %29 = getelementptr inbounds nuw i8, ptr %28, i64 24, !dbg !379
-  br label %if_end19, !dbg !379
-
-if_else18:                                        ; preds = %switch.early.test168, %switch.early.test168, %switch.early.test168, %assert_end16
-  %30 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !379
-  %31 = load ptr, ptr %30, align 8, !dbg !379
-  br label %if_end19, !dbg !379
-
-if_end19:                                         ; preds = %if_else18, %if_then17
-  %context_lens.handle = phi ptr [ %29, %if_then17 ], [ %31, %if_else18 ], !dbg !379
-    #dbg_declare(ptr %context_lens.handle, !387, !DIExpression(), !379)
-  %32 = getelementptr inbounds nuw i8, ptr %args, i64 64, !dbg !379
-  %scores.type_index = load i32, ptr %32, align 4, !dbg !379
-    #dbg_value(i32 %scores.type_index, !388, !DIExpression(), !379)
-  %scores.type_index.fr = freeze i32 %scores.type_index, !dbg !379
-  %33 = icmp sgt i32 %scores.type_index.fr, 63, !dbg !379
-  br i1 %33, label %assert_end21, label %switch.early.test169, !dbg !379
-
-switch.early.test169:                             ; preds = %if_end19
-  switch i32 %scores.type_index.fr, label %assert_fail20 [
-    i32 0, label %if_else23
-    i32 4, label %if_else23
-    i32 7, label %if_else23
-  ], !dbg !379, !prof !44
-
-assert_fail20:                                    ; preds = %switch.early.test169
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end21:                                     ; preds = %if_end19
-  %34 = icmp eq i32 %scores.type_index.fr, 70, !dbg !379
-  br i1 %34, label %if_then22, label %if_else23, !dbg !379
-
-if_then22:                                        ; preds = %assert_end21
-  %35 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !379
-  %36 = load ptr, ptr %35, align 8, !dbg !379
-  %37 = getelementptr inbounds nuw i8, ptr %36, i64 24, !dbg !379
-  br label %if_end24, !dbg !379
-
-if_else23:                                        ; preds = %switch.early.test169, %switch.early.test169, %switch.early.test169, %assert_end21
-  %38 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !379
-  %39 = load ptr, ptr %38, align 8, !dbg !379
-  br label %if_end24, !dbg !379
-
-if_end24:                                         ; preds = %if_else23, %if_then22
-  %scores.handle = phi ptr [ %37, %if_then22 ], [ %39, %if_else23 ], !dbg !379
-    #dbg_declare(ptr %scores.handle, !389, !DIExpression(), !379)
-  %40 = getelementptr inbounds nuw i8, ptr %args, i64 80, !dbg !379
-  %batch_start.type_index = load i32, ptr %40, align 4, !dbg !379
-    #dbg_value(i32 %batch_start.type_index, !390, !DIExpression(), !379)
-  %41 = add i32 %batch_start.type_index, -1, !dbg !379
-  %42 = icmp ult i32 %41, 2, !dbg !379
-  br i1 %42, label %assert_end26, label %assert_fail25, !dbg !379, !prof !41
-
-assert_fail25:                                    ; preds = %if_end24
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.16, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end26:                                     ; preds = %if_end24
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 88, !dbg !379
-  %44 = load i64, ptr %43, align 8, !dbg !379
-    #dbg_value(i64 %44, !391, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !379)
-  %45 = getelementptr inbounds nuw i8, ptr %args, i64 96, !dbg !379
-  %num_seqs.type_index = load i32, ptr %45, align 8, !dbg !379
-    #dbg_value(i32 %num_seqs.type_index, !392, !DIExpression(), !379)
-  %46 = add i32 %num_seqs.type_index, -1, !dbg !379
-  %47 = icmp ult i32 %46, 2, !dbg !379
-  br i1 %47, label %assert_end28, label %assert_fail27, !dbg !379, !prof !41
-
-assert_fail27:                                    ; preds = %assert_end26
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.18, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end28:                                     ; preds = %assert_end26
-  %48 = getelementptr inbounds nuw i8, ptr %args, i64 104, !dbg !379
-  %49 = load i64, ptr %48, align 8, !dbg !379
-  %num_seqs = trunc i64 %49 to i32, !dbg !379
-    #dbg_value(i32 %num_seqs, !393, !DIExpression(), !379)
-  %50 = getelementptr inbounds nuw i8, ptr %args, i64 112, !dbg !379
-  %kv_head.type_index = load i32, ptr %50, align 8, !dbg !379
-    #dbg_value(i32 %kv_head.type_index, !394, !DIExpression(), !379)
-  %51 = add i32 %kv_head.type_index, -1, !dbg !379
-  %52 = icmp ult i32 %51, 2, !dbg !379
-  br i1 %52, label %assert_end30, label %assert_fail29, !dbg !379, !prof !41
-
-assert_fail29:                                    ; preds = %assert_end28
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.19, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end30:                                     ; preds = %assert_end28
-  %53 = getelementptr inbounds nuw i8, ptr %args, i64 120, !dbg !379
-  %54 = load i64, ptr %53, align 8, !dbg !379
-    #dbg_value(i64 %54, !395, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !379)
-  %55 = getelementptr inbounds nuw i8, ptr %args, i64 128, !dbg !379
-  %head_start.type_index = load i32, ptr %55, align 8, !dbg !379
-    #dbg_value(i32 %head_start.type_index, !396, !DIExpression(), !379)
-  %56 = add i32 %head_start.type_index, -1, !dbg !379
-  %57 = icmp ult i32 %56, 2, !dbg !379
-  br i1 %57, label %assert_end32, label %assert_fail31, !dbg !379, !prof !41
-
-assert_fail31:                                    ; preds = %assert_end30
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.20, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end32:                                     ; preds = %assert_end30
-  %58 = getelementptr inbounds nuw i8, ptr %args, i64 136, !dbg !379
-  %59 = load i64, ptr %58, align 8, !dbg !379
-    #dbg_value(i64 %59, !397, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !379)
-  %60 = getelementptr inbounds nuw i8, ptr %args, i64 144, !dbg !379
-  %num_rows.type_index = load i32, ptr %60, align 8, !dbg !379
-    #dbg_value(i32 %num_rows.type_index, !398, !DIExpression(), !379)
-  %61 = add i32 %num_rows.type_index, -1, !dbg !379
-  %62 = icmp ult i32 %61, 2, !dbg !379
-  br i1 %62, label %assert_end34, label %assert_fail33, !dbg !379, !prof !41
-
-assert_fail33:                                    ; preds = %assert_end32
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.21, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end34:                                     ; preds = %assert_end32
-  %63 = getelementptr inbounds nuw i8, ptr %args, i64 152, !dbg !379
-  %64 = load i64, ptr %63, align 8, !dbg !379
-  %num_rows = trunc i64 %64 to i32, !dbg !379
-    #dbg_value(i32 %num_rows, !399, !DIExpression(), !379)
-  %65 = getelementptr inbounds nuw i8, ptr %args, i64 160, !dbg !379
-  %block_idx.type_index = load i32, ptr %65, align 8, !dbg !379
-    #dbg_value(i32 %block_idx.type_index, !400, !DIExpression(), !379)
-  %66 = add i32 %block_idx.type_index, -1, !dbg !379
-  %67 = icmp ult i32 %66, 2, !dbg !379
-  br i1 %67, label %assert_end36, label %assert_fail35, !dbg !379, !prof !41
-
-assert_fail35:                                    ; preds = %assert_end34
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.2, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end36:                                     ; preds = %assert_end34
-  %68 = getelementptr inbounds nuw i8, ptr %args, i64 168, !dbg !379
-  %69 = load i64, ptr %68, align 8, !dbg !379
-  %block_idx = trunc i64 %69 to i32, !dbg !379
-    #dbg_value(i32 %block_idx, !401, !DIExpression(), !379)
-  %.not170 = icmp eq ptr %query.handle, null, !dbg !379
-  br i1 %.not170, label %assert_fail37, label %assert_end38, !dbg !379, !prof !42
-
-assert_fail37:                                    ; preds = %assert_end36
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end38:                                     ; preds = %assert_end36
-  %70 = getelementptr inbounds nuw i8, ptr %query.handle, i64 16, !dbg !379
-  %71 = load i32, ptr %70, align 4, !dbg !379
-  %72 = icmp eq i32 %71, 3, !dbg !379
-  br i1 %72, label %assert_end40, label %assert_fail39, !dbg !379, !prof !41
-
-assert_fail39:                                    ; preds = %assert_end38
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.112, ptr nonnull @.str.25, ptr nonnull @.str.9, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end40:                                     ; preds = %assert_end38
-  %73 = getelementptr inbounds nuw i8, ptr %query.handle, i64 22, !dbg !379
-  %74 = load i16, ptr %73, align 2, !dbg !379
-  %75 = icmp eq i16 %74, 1, !dbg !379
-  %76 = getelementptr inbounds nuw i8, ptr %query.handle, i64 21, !dbg !379
-  %77 = load i8, ptr %76, align 1, !dbg !379
-  %78 = icmp eq i8 %77, 16, !dbg !379
-  %79 = getelementptr inbounds nuw i8, ptr %query.handle, i64 20, !dbg !379
-  %80 = load i8, ptr %79, align 2, !dbg !379
-  %81 = icmp eq i8 %80, 4, !dbg !379
-  %82 = and i1 %78, %81, !dbg !379
-  %83 = and i1 %75, %82, !dbg !379
-  br i1 %83, label %assert_end42, label %assert_fail41, !dbg !379, !prof !41
-
-assert_fail41:                                    ; preds = %assert_end40
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.112, ptr nonnull @.str.26, ptr nonnull @.str.9, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.86), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end42:                                     ; preds = %assert_end40
-  %84 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24, !dbg !379
-  %qk_matmul.query_shape = load ptr, ptr %84, align 8, !dbg !379
-    #dbg_declare(ptr %qk_matmul.query_shape, !402, !DIExpression(), !379)
-  %batch = load i64, ptr %qk_matmul.query_shape, align 8, !dbg !379
-    #dbg_value(i64 %batch, !403, !DIExpression(), !379)
-  %85 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32, !dbg !379
-  %qk_matmul.query_strides = load ptr, ptr %85, align 8, !dbg !379
-    #dbg_declare(ptr %qk_matmul.query_strides, !404, !DIExpression(), !379)
-  %86 = icmp eq ptr %qk_matmul.query_strides, null, !dbg !379
-  %87 = getelementptr inbounds nuw i8, ptr %qk_matmul.query_shape, i64 16, !dbg !379
-  %88 = getelementptr inbounds nuw i8, ptr %qk_matmul.query_strides, i64 8, !dbg !379
-  %q_head.in = select i1 %86, ptr %87, ptr %88, !dbg !379
-  %q_head = load i64, ptr %q_head.in, align 8, !dbg !379
-    #dbg_value(i64 %q_head, !405, !DIExpression(), !379)
-  br i1 %86, label %if_then46, label %if_else47, !dbg !379
-
-if_then46:                                        ; preds = %assert_end42
-  %89 = getelementptr inbounds nuw i8, ptr %qk_matmul.query_shape, i64 8, !dbg !379
-  %90 = load i64, ptr %89, align 8, !dbg !379
-  %91 = load i64, ptr %87, align 8, !dbg !379
-  %92 = mul nsw i64 %91, %90, !dbg !379
-  br label %if_end48, !dbg !379
-
-if_else47:                                        ; preds = %assert_end42
-  %93 = load i64, ptr %qk_matmul.query_strides, align 8, !dbg !379
-  br label %if_end48, !dbg !379
-
-if_end48:                                         ; preds = %if_else47, %if_then46
-  %q_batch = phi i64 [ %92, %if_then46 ], [ %93, %if_else47 ], !dbg !379
-    #dbg_value(i64 %q_batch, !406, !DIExpression(), !379)
-  %94 = getelementptr inbounds nuw i8, ptr %query.handle, i64 8, !dbg !379
-  %95 = load i32, ptr %94, align 4, !dbg !379
-  %96 = icmp eq i32 %95, 1, !dbg !379
-  br i1 %96, label %assert_end50, label %assert_fail49, !dbg !379, !prof !41
-
-assert_fail49:                                    ; preds = %if_end48
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.112, ptr nonnull @.str.28, ptr nonnull @.str.9, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end50:                                     ; preds = %if_end48
-  %97 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12, !dbg !379
-  %dev_id = load i32, ptr %97, align 4, !dbg !379
-    #dbg_value(i32 %dev_id, !407, !DIExpression(), !379)
-  %.not171 = icmp eq ptr %key_cache.handle, null, !dbg !379
-  br i1 %.not171, label %assert_fail51, label %assert_end52, !dbg !379, !prof !42
-
-assert_fail51:                                    ; preds = %assert_end50
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end52:                                     ; preds = %assert_end50
-  %98 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 16, !dbg !379
-  %99 = load i32, ptr %98, align 4, !dbg !379
-  %100 = icmp eq i32 %99, 4, !dbg !379
-  br i1 %100, label %assert_end54, label %assert_fail53, !dbg !379, !prof !41
-
-assert_fail53:                                    ; preds = %assert_end52
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.113, ptr nonnull @.str.25, ptr nonnull @.str.12, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.15), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end54:                                     ; preds = %assert_end52
-  %101 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 22, !dbg !379
-  %102 = load i16, ptr %101, align 2, !dbg !379
-  %103 = icmp eq i16 %102, 1, !dbg !379
-  %104 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 21, !dbg !379
-  %105 = load i8, ptr %104, align 1, !dbg !379
-  %106 = icmp eq i8 %105, 16, !dbg !379
-  %107 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 20, !dbg !379
-  %108 = load i8, ptr %107, align 2, !dbg !379
-  %109 = icmp eq i8 %108, 4, !dbg !379
-  %110 = and i1 %106, %109, !dbg !379
-  %111 = and i1 %103, %110, !dbg !379
-  br i1 %111, label %assert_end56, label %assert_fail55, !dbg !379, !prof !41
-
-assert_fail55:                                    ; preds = %assert_end54
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.113, ptr nonnull @.str.26, ptr nonnull @.str.12, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.86), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end56:                                     ; preds = %assert_end54
-  %112 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 24, !dbg !379
-  %qk_matmul.key_cache_shape = load ptr, ptr %112, align 8, !dbg !379
-    #dbg_declare(ptr %qk_matmul.key_cache_shape, !408, !DIExpression(), !379)
-  %num_blocks = load i64, ptr %qk_matmul.key_cache_shape, align 8, !dbg !379
-    #dbg_value(i64 %num_blocks, !409, !DIExpression(), !379)
-  %113 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 32, !dbg !379
-  %qk_matmul.key_cache_strides = load ptr, ptr %113, align 8, !dbg !379
-    #dbg_declare(ptr %qk_matmul.key_cache_strides, !410, !DIExpression(), !379)
-  %114 = icmp eq ptr %qk_matmul.key_cache_strides, null, !dbg !379
-  %115 = getelementptr inbounds nuw i8, ptr %qk_matmul.key_cache_shape, i64 24, !dbg !379
-  %116 = getelementptr inbounds nuw i8, ptr %qk_matmul.key_cache_strides, i64 16, !dbg !379
-  %k_head.in = select i1 %114, ptr %115, ptr %116, !dbg !379
-  %k_head = load i64, ptr %k_head.in, align 8, !dbg !379
-    #dbg_value(i64 %k_head, !411, !DIExpression(), !379)
-  br i1 %114, label %if_then63, label %if_else64, !dbg !379
-
-if_then63:                                        ; preds = %assert_end56
-  %117 = getelementptr inbounds nuw i8, ptr %qk_matmul.key_cache_shape, i64 16, !dbg !379
-  %118 = load i64, ptr %117, align 8, !dbg !379
-  %119 = load i64, ptr %115, align 8, !dbg !379
-  %120 = mul nsw i64 %119, %118, !dbg !379
-    #dbg_value(i64 %120, !412, !DIExpression(), !379)
-  %121 = getelementptr inbounds nuw i8, ptr %qk_matmul.key_cache_shape, i64 8, !dbg !379
-  %122 = load i64, ptr %121, align 8, !dbg !379
-  %123 = mul nsw i64 %120, %122, !dbg !379
-  br label %if_end65, !dbg !379
-
-if_else64:                                        ; preds = %assert_end56
-  %124 = getelementptr inbounds nuw i8, ptr %qk_matmul.key_cache_strides, i64 8, !dbg !379
-  %125 = load i64, ptr %124, align 8, !dbg !379
-    #dbg_value(i64 %125, !412, !DIExpression(), !379)
-  %126 = load i64, ptr %qk_matmul.key_cache_strides, align 8, !dbg !379
-  br label %if_end65, !dbg !379
-
-if_end65:                                         ; preds = %if_else64, %if_then63
-  %k_slot179 = phi i64 [ %120, %if_then63 ], [ %125, %if_else64 ]
-  %k_block = phi i64 [ %123, %if_then63 ], [ %126, %if_else64 ], !dbg !379
-    #dbg_value(i64 %k_block, !413, !DIExpression(), !379)
-  %127 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 8, !dbg !379
-  %128 = load i32, ptr %127, align 4, !dbg !379
-  %129 = icmp eq i32 %128, 1, !dbg !379
-  br i1 %129, label %assert_end67, label %assert_fail66, !dbg !379, !prof !41
-
-assert_fail66:                                    ; preds = %if_end65
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.113, ptr nonnull @.str.28, ptr nonnull @.str.12, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end67:                                     ; preds = %if_end65
-  %.not172 = icmp eq ptr %block_table.handle, null, !dbg !379
-  br i1 %.not172, label %assert_fail68, label %assert_end69, !dbg !379, !prof !42
-
-assert_fail68:                                    ; preds = %assert_end67
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end69:                                     ; preds = %assert_end67
-  %130 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 16, !dbg !379
-  %131 = load i32, ptr %130, align 4, !dbg !379
-  %132 = icmp eq i32 %131, 2, !dbg !379
-  br i1 %132, label %assert_end71, label %assert_fail70, !dbg !379, !prof !41
-
-assert_fail70:                                    ; preds = %assert_end69
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.87, ptr nonnull @.str.25, ptr nonnull @.str.13, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end71:                                     ; preds = %assert_end69
-  %133 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 22, !dbg !379
-  %134 = load i16, ptr %133, align 2, !dbg !379
-  %135 = icmp eq i16 %134, 1, !dbg !379
-  %136 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 21, !dbg !379
-  %137 = load i8, ptr %136, align 1, !dbg !379
-  %138 = icmp eq i8 %137, 32, !dbg !379
-  %139 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 20, !dbg !379
-  %140 = load i8, ptr %139, align 2, !dbg !379
-  %141 = icmp eq i8 %140, 0, !dbg !379
-  %142 = and i1 %138, %141, !dbg !379
-  %143 = and i1 %135, %142, !dbg !379
-  br i1 %143, label %assert_end73, label %assert_fail72, !dbg !379, !prof !41
-
-assert_fail72:                                    ; preds = %assert_end71
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.87, ptr nonnull @.str.26, ptr nonnull @.str.13, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.88), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end73:                                     ; preds = %assert_end71
-  %144 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24, !dbg !379
-  %qk_matmul.block_table_shape = load ptr, ptr %144, align 8, !dbg !379
-    #dbg_declare(ptr %qk_matmul.block_table_shape, !414, !DIExpression(), !379)
-  %145 = getelementptr inbounds nuw i8, ptr %qk_matmul.block_table_shape, i64 8, !dbg !379
-  %max_blocks = load i64, ptr %145, align 8, !dbg !379
-    #dbg_value(i64 %max_blocks, !415, !DIExpression(), !379)
-  %146 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32, !dbg !379
-  %qk_matmul.block_table_strides = load ptr, ptr %146, align 8, !dbg !379
-    #dbg_declare(ptr %qk_matmul.block_table_strides, !416, !DIExpression(), !379)
-  %147 = icmp eq ptr %qk_matmul.block_table_strides, null, !dbg !379
-  br i1 %147, label %if_end76, label %if_else75, !dbg !379
-
-if_else75:                                        ; preds = %assert_end73
-  %148 = load i64, ptr %qk_matmul.block_table_strides, align 8, !dbg !379
-  br label %if_end76, !dbg !379
-
-if_end76:                                         ; preds = %assert_end73, %if_else75
-  %table_seq = phi i64 [ %148, %if_else75 ], [ %max_blocks, %assert_end73 ], !dbg !379
-    #dbg_value(i64 %table_seq, !417, !DIExpression(), !379)
-  %149 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 8, !dbg !379
-  %150 = load i32, ptr %149, align 4, !dbg !379
-  %151 = icmp eq i32 %150, 1, !dbg !379
-  br i1 %151, label %assert_end78, label %assert_fail77, !dbg !379, !prof !41
-
-assert_fail77:                                    ; preds = %if_end76
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.87, ptr nonnull @.str.28, ptr nonnull @.str.13, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end78:                                     ; preds = %if_end76
-  %.not173 = icmp eq ptr %context_lens.handle, null, !dbg !379
-  br i1 %.not173, label %assert_fail79, label %assert_end80, !dbg !379, !prof !42
-
-assert_fail79:                                    ; preds = %assert_end78
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end80:                                     ; preds = %assert_end78
-  %152 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 16, !dbg !379
-  %153 = load i32, ptr %152, align 4, !dbg !379
-  %154 = icmp eq i32 %153, 1, !dbg !379
-  br i1 %154, label %assert_end82, label %assert_fail81, !dbg !379, !prof !41
-
-assert_fail81:                                    ; preds = %assert_end80
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.89, ptr nonnull @.str.25, ptr nonnull @.str.14, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end82:                                     ; preds = %assert_end80
-  %155 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 22, !dbg !379
-  %156 = load i16, ptr %155, align 2, !dbg !379
-  %157 = icmp eq i16 %156, 1, !dbg !379
-  %158 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 21, !dbg !379
-  %159 = load i8, ptr %158, align 1, !dbg !379
-  %160 = icmp eq i8 %159, 32, !dbg !379
-  %161 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 20, !dbg !379
-  %162 = load i8, ptr %161, align 2, !dbg !379
-  %163 = icmp eq i8 %162, 0, !dbg !379
-  %164 = and i1 %160, %163, !dbg !379
-  %165 = and i1 %157, %164, !dbg !379
-  br i1 %165, label %assert_end84, label %assert_fail83, !dbg !379, !prof !41
-
-assert_fail83:                                    ; preds = %assert_end82
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.89, ptr nonnull @.str.26, ptr nonnull @.str.14, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.88), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end84:                                     ; preds = %assert_end82
-  %166 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 24, !dbg !379
-  %qk_matmul.context_lens_shape = load ptr, ptr %166, align 8, !dbg !379
-    #dbg_declare(ptr %qk_matmul.context_lens_shape, !418, !DIExpression(), !379)
-  %167 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 32, !dbg !379
-  %qk_matmul.context_lens_strides = load ptr, ptr %167, align 8, !dbg !379
-    #dbg_declare(ptr %qk_matmul.context_lens_strides, !419, !DIExpression(), !379)
-  %168 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 8, !dbg !379
-  %169 = load i32, ptr %168, align 8, !dbg !379
-  %170 = icmp eq i32 %169, 1, !dbg !379
-  br i1 %170, label %assert_end86, label %assert_fail85, !dbg !379, !prof !41
-
-assert_fail85:                                    ; preds = %assert_end84
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.89, ptr nonnull @.str.28, ptr nonnull @.str.14, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end86:                                     ; preds = %assert_end84
-  %.not174 = icmp eq ptr %scores.handle, null, !dbg !379
-  br i1 %.not174, label %assert_fail87, label %assert_end88, !dbg !379, !prof !42
-
-assert_fail87:                                    ; preds = %assert_end86
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end88:                                     ; preds = %assert_end86
-  %171 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 16, !dbg !379
-  %172 = load i32, ptr %171, align 4, !dbg !379
-  %173 = icmp eq i32 %172, 3, !dbg !379
-  br i1 %173, label %assert_end90, label %assert_fail89, !dbg !379, !prof !41
-
-assert_fail89:                                    ; preds = %assert_end88
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.114, ptr nonnull @.str.25, ptr nonnull @.str.15, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end90:                                     ; preds = %assert_end88
-  %174 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 22, !dbg !379
-  %175 = load i16, ptr %174, align 2, !dbg !379
-  %176 = icmp eq i16 %175, 1, !dbg !379
-  %177 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 21, !dbg !379
-  %178 = load i8, ptr %177, align 1, !dbg !379
-  %179 = icmp eq i8 %178, 32, !dbg !379
-  %180 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 20, !dbg !379
-  %181 = load i8, ptr %180, align 2, !dbg !379
-  %182 = icmp eq i8 %181, 2, !dbg !379
-  %183 = and i1 %179, %182, !dbg !379
-  %184 = and i1 %176, %183, !dbg !379
-  br i1 %184, label %assert_end92, label %assert_fail91, !dbg !379, !prof !41
-
-assert_fail91:                                    ; preds = %assert_end90
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.114, ptr nonnull @.str.26, ptr nonnull @.str.15, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end92:                                     ; preds = %assert_end90
-  %185 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 24, !dbg !379
-  %qk_matmul.scores_shape = load ptr, ptr %185, align 8, !dbg !379
-    #dbg_declare(ptr %qk_matmul.scores_shape, !420, !DIExpression(), !379)
-  %186 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 32, !dbg !379
-  %qk_matmul.scores_strides = load ptr, ptr %186, align 8, !dbg !379
-    #dbg_declare(ptr %qk_matmul.scores_strides, !421, !DIExpression(), !379)
-  %187 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 8, !dbg !379
-  %188 = load i32, ptr %187, align 8, !dbg !379
-  %189 = icmp eq i32 %188, 1, !dbg !379
-  br i1 %189, label %assert_end94, label %assert_fail93, !dbg !379, !prof !41
-
-assert_fail93:                                    ; preds = %assert_end92
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.114, ptr nonnull @.str.28, ptr nonnull @.str.15, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end94:                                     ; preds = %assert_end92
-  %190 = load ptr, ptr %query.handle, align 8, !dbg !379
-  %191 = icmp ne ptr %190, null, !dbg !379
-  %192 = icmp eq i64 %batch, 0, !dbg !379
-  %193 = or i1 %192, %191, !dbg !379
-  br i1 %193, label %assert_end96, label %assert_fail95, !dbg !379, !prof !41
-
-assert_fail95:                                    ; preds = %assert_end94
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.112, ptr nonnull @.str.36, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.37), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end96:                                     ; preds = %assert_end94
-  %194 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 12, !dbg !379
-  %195 = load i32, ptr %194, align 4, !dbg !379
-  %196 = icmp eq i32 %dev_id, %195, !dbg !379
-  br i1 %196, label %assert_end98, label %assert_fail97, !dbg !379, !prof !41
-
-assert_fail97:                                    ; preds = %assert_end96
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.115, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.111, ptr nonnull @.str.40, ptr nonnull @.str.116), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end98:                                     ; preds = %assert_end96
-  %197 = load ptr, ptr %key_cache.handle, align 8, !dbg !379
-  %198 = icmp ne ptr %197, null, !dbg !379
-  %199 = icmp eq i64 %num_blocks, 0, !dbg !379
-  %200 = or i1 %199, %198, !dbg !379
-  br i1 %200, label %assert_end100, label %assert_fail99, !dbg !379, !prof !41
-
-assert_fail99:                                    ; preds = %assert_end98
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.113, ptr nonnull @.str.36, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.37), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end100:                                    ; preds = %assert_end98
-  %201 = load i64, ptr %qk_matmul.block_table_shape, align 8, !dbg !379
-  %202 = icmp eq i64 %batch, %201, !dbg !379
-  br i1 %202, label %assert_end102, label %assert_fail101, !dbg !379, !prof !41
-
-assert_fail101:                                   ; preds = %assert_end100
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.94, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.111, ptr nonnull @.str.40, ptr nonnull @.str.117), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end102:                                    ; preds = %assert_end100
-  %203 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 12, !dbg !379
-  %204 = load i32, ptr %203, align 4, !dbg !379
-  %205 = icmp eq i32 %dev_id, %204, !dbg !379
-  br i1 %205, label %assert_end104, label %assert_fail103, !dbg !379, !prof !41
-
-assert_fail103:                                   ; preds = %assert_end102
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.91, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.111, ptr nonnull @.str.40, ptr nonnull @.str.116), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end104:                                    ; preds = %assert_end102
-  %206 = load ptr, ptr %block_table.handle, align 8, !dbg !379
-  %207 = icmp ne ptr %206, null, !dbg !379
-  %208 = mul nsw i64 %max_blocks, %batch, !dbg !379
-  %209 = icmp eq i64 %208, 0, !dbg !379
-  %210 = or i1 %209, %207, !dbg !379
-  br i1 %210, label %assert_end106, label %assert_fail105, !dbg !379, !prof !41
-
-assert_fail105:                                   ; preds = %assert_end104
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.87, ptr nonnull @.str.36, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.37), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end106:                                    ; preds = %assert_end104
-  %211 = load i64, ptr %qk_matmul.context_lens_shape, align 8, !dbg !379
-  %212 = icmp eq i64 %batch, %211, !dbg !379
-  br i1 %212, label %assert_end108, label %assert_fail107, !dbg !379, !prof !41
-
-assert_fail107:                                   ; preds = %assert_end106
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.93, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.111, ptr nonnull @.str.40, ptr nonnull @.str.117), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end108:                                    ; preds = %assert_end106
-  %.not175 = icmp eq ptr %qk_matmul.context_lens_strides, null, !dbg !379
-  br i1 %.not175, label %if_end110, label %if_then109, !dbg !379, !prof !42
-
-if_then109:                                       ; preds = %assert_end108
-  %213 = load i64, ptr %qk_matmul.context_lens_strides, align 8, !dbg !379
-  %214 = icmp eq i64 %213, 1, !dbg !379
-  %215 = icmp eq i64 %batch, 1, !dbg !379
-  %216 = or i1 %215, %214, !dbg !379
-  br i1 %216, label %if_end110, label %assert_fail111, !dbg !379, !prof !41
-
-if_end110:                                        ; preds = %if_then109, %assert_end108
-  %217 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 12, !dbg !379
-  %218 = load i32, ptr %217, align 4, !dbg !379
-  %219 = icmp eq i32 %dev_id, %218, !dbg !379
-  br i1 %219, label %assert_end114, label %assert_fail113, !dbg !379, !prof !41
-
-assert_fail111:                                   ; preds = %if_then109
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.89, ptr nonnull @.str.34, ptr nonnull @.str.14, ptr nonnull @.str.111, ptr nonnull @.str.35, ptr null), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_fail113:                                   ; preds = %if_end110
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.95, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.111, ptr nonnull @.str.40, ptr nonnull @.str.116), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end114:                                    ; preds = %if_end110
-  %220 = load ptr, ptr %context_lens.handle, align 8, !dbg !379
-  %221 = icmp ne ptr %220, null, !dbg !379
-  %222 = or i1 %192, %221, !dbg !379
-  br i1 %222, label %assert_end116, label %assert_fail115, !dbg !379, !prof !41
-
-assert_fail115:                                   ; preds = %assert_end114
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.89, ptr nonnull @.str.36, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.37), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end116:                                    ; preds = %assert_end114
-  %.not176 = icmp eq ptr %qk_matmul.scores_strides, null, !dbg !379
-  br i1 %.not176, label %if_end118, label %if_then117, !dbg !379, !prof !42
-
-if_then117:                                       ; preds = %assert_end116
-  %223 = load i64, ptr %qk_matmul.scores_strides, align 8, !dbg !379
-  %224 = and i64 %223, 4294967295, !dbg !379
-  %225 = icmp eq i64 %224, 2112, !dbg !379
-  %226 = getelementptr inbounds nuw i8, ptr %qk_matmul.scores_strides, i64 8, !dbg !379
-  %227 = load <2 x i64>, ptr %226, align 8, !dbg !379
-  %228 = and <2 x i64> %227, splat (i64 4294967295), !dbg !379
-  %229 = icmp eq <2 x i64> %228, <i64 16, i64 1>, !dbg !379
-  %230 = extractelement <2 x i1> %229, i64 0, !dbg !379
-  %231 = extractelement <2 x i1> %229, i64 1, !dbg !379
-  %232 = and i1 %230, %231, !dbg !379
-  %233 = and i1 %225, %232, !dbg !379
-  br i1 %233, label %if_end118, label %assert_fail119, !dbg !379, !prof !41
-
-if_end118:                                        ; preds = %if_then117, %assert_end116
-  %234 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 12, !dbg !379
-  %235 = load i32, ptr %234, align 4, !dbg !379
-  %236 = icmp eq i32 %dev_id, %235, !dbg !379
-  br i1 %236, label %assert_end122, label %assert_fail121, !dbg !379, !prof !41
-
-assert_fail119:                                   ; preds = %if_then117
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.114, ptr nonnull @.str.34, ptr nonnull @.str.15, ptr nonnull @.str.111, ptr nonnull @.str.35, ptr null), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_fail121:                                   ; preds = %if_end118
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.118, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.111, ptr nonnull @.str.40, ptr nonnull @.str.116), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end122:                                    ; preds = %if_end118
-  %237 = load ptr, ptr %scores.handle, align 8, !dbg !379
-  %.not177 = icmp eq ptr %237, null, !dbg !379
-  br i1 %.not177, label %assert_fail123, label %assert_end124, !dbg !379, !prof !42
-
-assert_fail123:                                   ; preds = %assert_end122
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.114, ptr nonnull @.str.36, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.111, ptr nonnull @.str.37), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end124:                                    ; preds = %assert_end122
-  %238 = getelementptr inbounds nuw i8, ptr %qk_matmul.query_shape, i64 8, !dbg !379
-  %239 = load i64, ptr %238, align 8, !dbg !379
-  %240 = icmp eq i64 %239, 16, !dbg !379
-  br i1 %240, label %assert_end126, label %assert_fail125, !dbg !379, !prof !41
-
-assert_fail125:                                   ; preds = %assert_end124
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.119, ptr nonnull @.str.39, ptr nonnull @.str.9, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end126:                                    ; preds = %assert_end124
-  %241 = load i64, ptr %87, align 8, !dbg !379
-  %242 = icmp eq i64 %241, 128, !dbg !379
-  br i1 %242, label %assert_end128, label %assert_fail127, !dbg !379, !prof !41
-
-assert_fail127:                                   ; preds = %assert_end126
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.120, ptr nonnull @.str.39, ptr nonnull @.str.9, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.57), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end128:                                    ; preds = %assert_end126
-  br i1 %86, label %assert_end133, label %if_else130, !dbg !379
-
-if_else130:                                       ; preds = %assert_end128
-  %243 = getelementptr inbounds nuw i8, ptr %qk_matmul.query_strides, i64 16, !dbg !379
-  %244 = load i64, ptr %243, align 8, !dbg !379
-  %245 = icmp eq i64 %244, 1, !dbg !379
-  br i1 %245, label %assert_end133, label %assert_fail132, !dbg !379, !prof !41
-
-assert_fail132:                                   ; preds = %if_else130
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.121, ptr nonnull @.str.39, ptr nonnull @.str.9, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end133:                                    ; preds = %assert_end128, %if_else130
-  %246 = getelementptr inbounds nuw i8, ptr %query.handle, i64 40, !dbg !379
-  %247 = load i64, ptr %246, align 8, !dbg !379
-  %248 = icmp eq i64 %247, 0, !dbg !379
-  br i1 %248, label %assert_end135, label %assert_fail134, !dbg !379, !prof !41
-
-assert_fail134:                                   ; preds = %assert_end133
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.122, ptr nonnull @.str.39, ptr nonnull @.str.9, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end135:                                    ; preds = %assert_end133
-  %249 = getelementptr inbounds nuw i8, ptr %qk_matmul.key_cache_shape, i64 8, !dbg !379
-  %250 = load i64, ptr %249, align 8, !dbg !379
-  %251 = icmp eq i64 %250, 128, !dbg !379
-  br i1 %251, label %assert_end137, label %assert_fail136, !dbg !379, !prof !41
-
-assert_fail136:                                   ; preds = %assert_end135
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.123, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.57), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end137:                                    ; preds = %assert_end135
-  %252 = getelementptr inbounds nuw i8, ptr %qk_matmul.key_cache_shape, i64 16, !dbg !379
-  %253 = load i64, ptr %252, align 8, !dbg !379
-  %254 = icmp eq i64 %253, 1, !dbg !379
-  br i1 %254, label %assert_end139, label %assert_fail138, !dbg !379, !prof !41
-
-assert_fail138:                                   ; preds = %assert_end137
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.124, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end139:                                    ; preds = %assert_end137
-  %255 = load i64, ptr %115, align 8, !dbg !379
-  %256 = icmp eq i64 %255, 128, !dbg !379
-  br i1 %256, label %assert_end141, label %assert_fail140, !dbg !379, !prof !41
-
-assert_fail140:                                   ; preds = %assert_end139
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.125, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.57), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end141:                                    ; preds = %assert_end139
-  br i1 %114, label %assert_end146, label %if_else143, !dbg !379
-
-if_else143:                                       ; preds = %assert_end141
-  %257 = getelementptr inbounds nuw i8, ptr %qk_matmul.key_cache_strides, i64 24, !dbg !379
-  %258 = load i64, ptr %257, align 8, !dbg !379
-  %259 = icmp eq i64 %258, 1, !dbg !379
-  br i1 %259, label %assert_end146, label %assert_fail145, !dbg !379, !prof !41
-
-assert_fail145:                                   ; preds = %if_else143
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.126, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end146:                                    ; preds = %assert_end141, %if_else143
-  %260 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 40, !dbg !379
-  %261 = load i64, ptr %260, align 8, !dbg !379
-  %262 = icmp eq i64 %261, 0, !dbg !379
-  br i1 %262, label %assert_end148, label %assert_fail147, !dbg !379, !prof !41
-
-assert_fail147:                                   ; preds = %assert_end146
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.127, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end148:                                    ; preds = %assert_end146
-  br i1 %147, label %assert_end153, label %if_else150, !dbg !379
-
-if_else150:                                       ; preds = %assert_end148
-  %263 = getelementptr inbounds nuw i8, ptr %qk_matmul.block_table_strides, i64 8, !dbg !379
-  %264 = load i64, ptr %263, align 8, !dbg !379
-  %265 = icmp eq i64 %264, 1, !dbg !379
-  br i1 %265, label %assert_end153, label %assert_fail152, !dbg !379, !prof !41
-
-assert_fail152:                                   ; preds = %if_else150
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.102, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end153:                                    ; preds = %assert_end148, %if_else150
-  %266 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 40, !dbg !379
-  %267 = load i64, ptr %266, align 8, !dbg !379
-  %268 = icmp eq i64 %267, 0, !dbg !379
-  br i1 %268, label %assert_end155, label %assert_fail154, !dbg !379, !prof !41
-
-assert_fail154:                                   ; preds = %assert_end153
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.103, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end155:                                    ; preds = %assert_end153
-  %269 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 40, !dbg !379
-  %270 = load i64, ptr %269, align 8, !dbg !379
-  %271 = icmp eq i64 %270, 0, !dbg !379
-  br i1 %271, label %assert_end157, label %assert_fail156, !dbg !379, !prof !41
-
-assert_fail156:                                   ; preds = %assert_end155
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.104, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end157:                                    ; preds = %assert_end155
-  %272 = load i64, ptr %qk_matmul.scores_shape, align 8, !dbg !379
-  %273 = and i64 %272, 4294967295, !dbg !379
-  %274 = icmp eq i64 %273, 16, !dbg !379
-  br i1 %274, label %assert_end159, label %assert_fail158, !dbg !379, !prof !41
-
-assert_fail158:                                   ; preds = %assert_end157
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.128, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end159:                                    ; preds = %assert_end157
-  %275 = getelementptr inbounds nuw i8, ptr %qk_matmul.scores_shape, i64 8, !dbg !379
-  %276 = load i64, ptr %275, align 8, !dbg !379
-  %277 = and i64 %276, 4294967295, !dbg !379
-  %278 = icmp eq i64 %277, 132, !dbg !379
-  br i1 %278, label %assert_end161, label %assert_fail160, !dbg !379, !prof !41
-
-assert_fail160:                                   ; preds = %assert_end159
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.129, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.107), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end161:                                    ; preds = %assert_end159
-  %279 = getelementptr inbounds nuw i8, ptr %qk_matmul.scores_shape, i64 16, !dbg !379
-  %280 = load i64, ptr %279, align 8, !dbg !379
-  %281 = and i64 %280, 4294967295, !dbg !379
-  %282 = icmp eq i64 %281, 16, !dbg !379
-  br i1 %282, label %assert_end163, label %assert_fail162, !dbg !379, !prof !41
-
-assert_fail162:                                   ; preds = %assert_end161
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.130, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end163:                                    ; preds = %assert_end161
-  %283 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 40, !dbg !379
-  %284 = load i64, ptr %283, align 8, !dbg !379
-  %285 = icmp eq i64 %284, 0, !dbg !379
-  br i1 %285, label %assert_end165, label %assert_fail164, !dbg !379, !prof !41
-
-assert_fail164:                                   ; preds = %assert_end163
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.131, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.111, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !379
-  br label %common.ret, !dbg !379
-
-assert_end165:                                    ; preds = %assert_end163
-    #dbg_declare(ptr %190, !422, !DIExpression(), !379)
-  call void @llvm.assume(i1 true) [ "align"(ptr %190, i64 2) ], !dbg !379
-    #dbg_declare(ptr %197, !423, !DIExpression(), !379)
-  call void @llvm.assume(i1 true) [ "align"(ptr %197, i64 2) ], !dbg !379
-    #dbg_declare(ptr %206, !424, !DIExpression(), !379)
-  call void @llvm.assume(i1 true) [ "align"(ptr %206, i64 4) ], !dbg !379
-    #dbg_declare(ptr %220, !425, !DIExpression(), !379)
-  call void @llvm.assume(i1 true) [ "align"(ptr %220, i64 4) ], !dbg !379
-    #dbg_declare(ptr %237, !426, !DIExpression(), !379)
-  call void @llvm.assume(i1 true) [ "align"(ptr %237, i64 64) ], !dbg !379
-    #dbg_value(i32 %dev_id, !427, !DIExpression(), !451)
-    #dbg_value(ptr %190, !432, !DIExpression(), !451)
-    #dbg_value(i64 %q_batch, !433, !DIExpression(), !451)
-    #dbg_value(i64 %batch, !434, !DIExpression(), !451)
-    #dbg_value(ptr %197, !435, !DIExpression(), !451)
-    #dbg_value(i64 %k_block, !436, !DIExpression(), !451)
-    #dbg_value(i64 %num_blocks, !437, !DIExpression(), !451)
-    #dbg_value(ptr %206, !438, !DIExpression(), !451)
-    #dbg_value(i64 %table_seq, !439, !DIExpression(), !451)
-    #dbg_value(ptr %220, !440, !DIExpression(), !451)
-    #dbg_value(ptr %237, !441, !DIExpression(), !451)
-    #dbg_value(i32 %num_seqs, !442, !DIExpression(), !451)
-    #dbg_value(i64 %44, !443, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !451)
-    #dbg_value(i32 %block_idx, !444, !DIExpression(), !451)
-    #dbg_value(i32 %num_rows, !445, !DIExpression(), !451)
-    #dbg_value(i64 %59, !446, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !451)
-    #dbg_value(i64 %q_head, !447, !DIExpression(), !451)
-    #dbg_value(i64 %54, !448, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !451)
-    #dbg_value(i64 %k_head, !449, !DIExpression(), !451)
-    #dbg_value(i64 %k_slot179, !450, !DIExpression(), !451)
-  %286 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !451, !tbaa !88
-  %q_tile.i = tail call ptr %286(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32), !dbg !451
-    #dbg_declare(ptr %q_tile.i, !453, !DIExpression(), !451)
-  %287 = icmp eq ptr %q_tile.i, null, !dbg !451
-  br i1 %287, label %common.ret, label %if_end.i, !dbg !451, !prof !41
-
-if_end.i:                                         ; preds = %assert_end165
-  %288 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !451, !tbaa !88
-  %k_tile.i = tail call ptr %288(i32 1, i32 %dev_id, i64 6144, i32 2, i32 32), !dbg !451
-    #dbg_declare(ptr %k_tile.i, !454, !DIExpression(), !451)
-  %289 = icmp eq ptr %k_tile.i, null, !dbg !451
-  br i1 %289, label %common.ret, label %if_end2.i, !dbg !451, !prof !41
+  %query.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %query.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %query.handle.idx = select i1 %0, i64 24, i64 0
+  %query.handle = getelementptr inbounds nuw i8, ptr %2, i64 %query.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %key_cache.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %key_cache.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %key_cache.handle.idx = select i1 %4, i64 24, i64 0
+  %key_cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %key_cache.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %block_table.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %block_table.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %block_table.handle.idx = select i1 %8, i64 24, i64 0
+  %block_table.handle = getelementptr inbounds nuw i8, ptr %10, i64 %block_table.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %context_lens.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %context_lens.type_index, 70
+  %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %14 = load ptr, ptr %13, align 8
+  %context_lens.handle.idx = select i1 %12, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %14, i64 %context_lens.handle.idx
+  %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
+  %scores.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %scores.type_index, 70
+  %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %18 = load ptr, ptr %17, align 8
+  %scores.handle.idx = select i1 %16, i64 24, i64 0
+  %scores.handle = getelementptr inbounds nuw i8, ptr %18, i64 %scores.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %20 = load i64, ptr %19, align 8
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %22 = load i64, ptr %21, align 8
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %24 = load i64, ptr %23, align 8
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %26 = load i64, ptr %25, align 8
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %28 = load i64, ptr %27, align 8
+  %29 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %30 = load i64, ptr %29, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %qk_matmul.query_shape = load ptr, ptr %31, align 8
+  %32 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %qk_matmul.query_strides = load ptr, ptr %32, align 8
+  %33 = icmp eq ptr %qk_matmul.query_strides, null
+  %34 = getelementptr inbounds nuw i8, ptr %qk_matmul.query_shape, i64 16
+  %35 = getelementptr inbounds nuw i8, ptr %qk_matmul.query_strides, i64 8
+  %q_head.in = select i1 %33, ptr %34, ptr %35
+  %q_head = load i64, ptr %q_head.in, align 8
+  br i1 %33, label %if_then16, label %if_else17
+
+if_then16:                                        ; preds = %entry
+  %36 = getelementptr inbounds nuw i8, ptr %qk_matmul.query_shape, i64 8
+  %37 = load i64, ptr %36, align 8
+  %38 = load i64, ptr %34, align 8
+  %39 = mul nsw i64 %38, %37
+  br label %if_end18
+
+if_else17:                                        ; preds = %entry
+  %40 = load i64, ptr %qk_matmul.query_strides, align 8
+  br label %if_end18
+
+if_end18:                                         ; preds = %if_else17, %if_then16
+  %q_batch = phi i64 [ %39, %if_then16 ], [ %40, %if_else17 ]
+  %41 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %41, align 4
+  %42 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 24
+  %qk_matmul.key_cache_shape = load ptr, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 32
+  %qk_matmul.key_cache_strides = load ptr, ptr %43, align 8
+  %44 = icmp eq ptr %qk_matmul.key_cache_strides, null
+  %45 = getelementptr inbounds nuw i8, ptr %qk_matmul.key_cache_shape, i64 24
+  %46 = getelementptr inbounds nuw i8, ptr %qk_matmul.key_cache_strides, i64 16
+  %k_head.in = select i1 %44, ptr %45, ptr %46
+  %k_head = load i64, ptr %k_head.in, align 8
+  br i1 %44, label %if_then25, label %if_else26
+
+if_then25:                                        ; preds = %if_end18
+  %47 = getelementptr inbounds nuw i8, ptr %qk_matmul.key_cache_shape, i64 16
+  %48 = load i64, ptr %47, align 8
+  %49 = load i64, ptr %45, align 8
+  %50 = mul nsw i64 %49, %48
+  %51 = getelementptr inbounds nuw i8, ptr %qk_matmul.key_cache_shape, i64 8
+  %52 = load i64, ptr %51, align 8
+  %53 = mul nsw i64 %50, %52
+  br label %if_end27
+
+if_else26:                                        ; preds = %if_end18
+  %54 = getelementptr inbounds nuw i8, ptr %qk_matmul.key_cache_strides, i64 8
+  %55 = load i64, ptr %54, align 8
+  %56 = load i64, ptr %qk_matmul.key_cache_strides, align 8
+  br label %if_end27
+
+if_end27:                                         ; preds = %if_else26, %if_then25
+  %k_slot36 = phi i64 [ %50, %if_then25 ], [ %55, %if_else26 ]
+  %k_block = phi i64 [ %53, %if_then25 ], [ %56, %if_else26 ]
+  %57 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %qk_matmul.block_table_strides = load ptr, ptr %57, align 8
+  %58 = icmp eq ptr %qk_matmul.block_table_strides, null
+  br i1 %58, label %if_then28, label %if_end30
+
+if_then28:                                        ; preds = %if_end27
+  %59 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %qk_matmul.block_table_shape = load ptr, ptr %59, align 8
+  %60 = getelementptr inbounds nuw i8, ptr %qk_matmul.block_table_shape, i64 8
+  br label %if_end30
+
+if_end30:                                         ; preds = %if_then28, %if_end27
+  %table_seq.in = phi ptr [ %60, %if_then28 ], [ %qk_matmul.block_table_strides, %if_end27 ]
+  %table_seq = load i64, ptr %table_seq.in, align 8
+  %block_idx = trunc i64 %30 to i32
+  %num_rows = trunc i64 %28 to i32
+  %num_seqs = trunc i64 %22 to i32
+  %query = load ptr, ptr %query.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
+  %key_cache = load ptr, ptr %key_cache.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
+  %block_table = load ptr, ptr %block_table.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  %context_lens = load ptr, ptr %context_lens.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  %scores = load ptr, ptr %scores.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %scores, i64 64) ]
+  %61 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %q_tile.i = tail call ptr %61(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %62 = icmp eq ptr %q_tile.i, null
+  br i1 %62, label %qk_matmul_compute_.exit, label %if_end.i, !prof !6
+
+if_end.i:                                         ; preds = %if_end30
+  %63 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %k_tile.i = tail call ptr %63(i32 1, i32 %dev_id, i64 6144, i32 2, i32 32)
+  %64 = icmp eq ptr %k_tile.i, null
+  br i1 %64, label %qk_matmul_compute_.exit, label %if_end2.i, !prof !6
 
 if_end2.i:                                        ; preds = %if_end.i
-    #dbg_declare(ptr %190, !455, !DIExpression(), !451)
-  call void @llvm.assume(i1 true) [ "align"(ptr %190, i64 2) ], !dbg !451
-    #dbg_declare(ptr %197, !456, !DIExpression(), !451)
-  call void @llvm.assume(i1 true) [ "align"(ptr %197, i64 2) ], !dbg !451
-    #dbg_declare(ptr %206, !457, !DIExpression(), !451)
-  call void @llvm.assume(i1 true) [ "align"(ptr %206, i64 4) ], !dbg !451
-    #dbg_declare(ptr %220, !458, !DIExpression(), !451)
-  call void @llvm.assume(i1 true) [ "align"(ptr %220, i64 4) ], !dbg !451
-    #dbg_declare(ptr %237, !459, !DIExpression(), !451)
-  call void @llvm.assume(i1 true) [ "align"(ptr %237, i64 64) ], !dbg !451
-    #dbg_value(i32 0, !460, !DIExpression(), !451)
-  %290 = icmp sgt i32 %num_seqs, 0, !dbg !451
-  br i1 %290, label %for_body_s.lr.ph.i, label %for_end_s.i, !dbg !451, !prof !99
+  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %scores, i64 64) ]
+  %65 = icmp sgt i32 %num_seqs, 0
+  br i1 %65, label %for_body_s.lr.ph.i, label %for_end_s.i, !prof !7
 
 for_body_s.lr.ph.i:                               ; preds = %if_end2.i
   %tile_start.i = shl nsw i32 %block_idx, 7
-  %sext = shl i64 %44, 32
-  %291 = ashr exact i64 %sext, 32
-  %sext181 = shl i64 %59, 32
-  %292 = ashr exact i64 %sext181, 32
-  %sext182 = shl i64 %54, 32
-  %293 = ashr exact i64 %sext182, 32
-  %cse_v5.i = mul nsw i64 %k_head, %293
-  %sext183 = shl i64 %69, 32
-  %294 = ashr exact i64 %sext183, 30, !dbg !451
-  %invariant.gep51.i = getelementptr i8, ptr %206, i64 %294, !dbg !451
-  %wide.trip.count85.i = and i64 %49, 2147483647, !dbg !451
-  %295 = icmp sgt i32 %num_rows, 0
-  %296 = mul nsw i64 %q_head, %292
-  %297 = icmp samesign ugt i32 %num_rows, 1
-  %298 = add nsw i64 %292, 1
-  %299 = mul nsw i64 %q_head, %298
-  %300 = icmp samesign ugt i32 %num_rows, 2
-  %301 = add nsw i64 %292, 2
-  %302 = mul nsw i64 %q_head, %301
-  %303 = icmp samesign ugt i32 %num_rows, 3
-  %304 = add nsw i64 %292, 3
-  %305 = mul nsw i64 %q_head, %304
-  %306 = icmp samesign ugt i32 %num_rows, 4
-  %307 = add nsw i64 %292, 4
-  %308 = mul nsw i64 %q_head, %307
-  %309 = icmp samesign ugt i32 %num_rows, 5
-  %310 = add nsw i64 %292, 5
-  %311 = mul nsw i64 %q_head, %310
-  %312 = icmp samesign ugt i32 %num_rows, 6
-  %313 = add nsw i64 %292, 6
-  %314 = mul nsw i64 %q_head, %313
-  %315 = icmp samesign ugt i32 %num_rows, 7
-  %316 = add nsw i64 %292, 7
-  %317 = mul nsw i64 %q_head, %316
-  %318 = icmp samesign ugt i32 %num_rows, 8
-  %319 = add nsw i64 %292, 8
-  %320 = mul nsw i64 %q_head, %319
-  %321 = icmp samesign ugt i32 %num_rows, 9
-  %322 = add nsw i64 %292, 9
-  %323 = mul nsw i64 %q_head, %322
-  %324 = icmp samesign ugt i32 %num_rows, 10
-  %325 = add nsw i64 %292, 10
-  %326 = mul nsw i64 %q_head, %325
-  %327 = icmp samesign ugt i32 %num_rows, 11
-  %328 = add nsw i64 %292, 11
-  %329 = mul nsw i64 %q_head, %328
-  %330 = icmp samesign ugt i32 %num_rows, 12
-  %331 = add nsw i64 %292, 12
-  %332 = mul nsw i64 %q_head, %331
-  %333 = icmp samesign ugt i32 %num_rows, 13
-  %334 = add nsw i64 %292, 13
-  %335 = mul nsw i64 %q_head, %334
-  %336 = icmp samesign ugt i32 %num_rows, 14
-  %337 = add nsw i64 %292, 14
-  %338 = mul nsw i64 %q_head, %337
-  %339 = icmp samesign ugt i32 %num_rows, 15
-  %340 = add nsw i64 %292, 15
-  %341 = mul nsw i64 %q_head, %340
-  br label %for_body_s.i, !dbg !451
+  %sext = shl i64 %20, 32
+  %66 = ashr exact i64 %sext, 32
+  %sext38 = shl i64 %26, 32
+  %67 = ashr exact i64 %sext38, 32
+  %sext39 = shl i64 %24, 32
+  %68 = ashr exact i64 %sext39, 32
+  %cse_v5.i = mul nsw i64 %k_head, %68
+  %sext40 = shl i64 %30, 32
+  %69 = ashr exact i64 %sext40, 30
+  %invariant.gep51.i = getelementptr i8, ptr %block_table, i64 %69
+  %wide.trip.count85.i = and i64 %22, 2147483647
+  %70 = icmp sgt i32 %num_rows, 0
+  %71 = mul nsw i64 %q_head, %67
+  %72 = icmp samesign ugt i32 %num_rows, 1
+  %73 = add nsw i64 %67, 1
+  %74 = mul nsw i64 %q_head, %73
+  %75 = icmp samesign ugt i32 %num_rows, 2
+  %76 = add nsw i64 %67, 2
+  %77 = mul nsw i64 %q_head, %76
+  %78 = icmp samesign ugt i32 %num_rows, 3
+  %79 = add nsw i64 %67, 3
+  %80 = mul nsw i64 %q_head, %79
+  %81 = icmp samesign ugt i32 %num_rows, 4
+  %82 = add nsw i64 %67, 4
+  %83 = mul nsw i64 %q_head, %82
+  %84 = icmp samesign ugt i32 %num_rows, 5
+  %85 = add nsw i64 %67, 5
+  %86 = mul nsw i64 %q_head, %85
+  %87 = icmp samesign ugt i32 %num_rows, 6
+  %88 = add nsw i64 %67, 6
+  %89 = mul nsw i64 %q_head, %88
+  %90 = icmp samesign ugt i32 %num_rows, 7
+  %91 = add nsw i64 %67, 7
+  %92 = mul nsw i64 %q_head, %91
+  %93 = icmp samesign ugt i32 %num_rows, 8
+  %94 = add nsw i64 %67, 8
+  %95 = mul nsw i64 %q_head, %94
+  %96 = icmp samesign ugt i32 %num_rows, 9
+  %97 = add nsw i64 %67, 9
+  %98 = mul nsw i64 %q_head, %97
+  %99 = icmp samesign ugt i32 %num_rows, 10
+  %100 = add nsw i64 %67, 10
+  %101 = mul nsw i64 %q_head, %100
+  %102 = icmp samesign ugt i32 %num_rows, 11
+  %103 = add nsw i64 %67, 11
+  %104 = mul nsw i64 %q_head, %103
+  %105 = icmp samesign ugt i32 %num_rows, 12
+  %106 = add nsw i64 %67, 12
+  %107 = mul nsw i64 %q_head, %106
+  %108 = icmp samesign ugt i32 %num_rows, 13
+  %109 = add nsw i64 %67, 13
+  %110 = mul nsw i64 %q_head, %109
+  %111 = icmp samesign ugt i32 %num_rows, 14
+  %112 = add nsw i64 %67, 14
+  %113 = mul nsw i64 %q_head, %112
+  %114 = icmp samesign ugt i32 %num_rows, 15
+  %115 = add nsw i64 %67, 15
+  %116 = mul nsw i64 %q_head, %115
+  br label %for_body_s.i
 
 for_body_s.i:                                     ; preds = %for_end_to.i, %for_body_s.lr.ph.i
   %indvars.iv82.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next83.i, %for_end_to.i ]
-    #dbg_value(i64 %indvars.iv82.i, !460, !DIExpression(), !451)
-    #dbg_value(!DIArgList(i64 %44, i64 %indvars.iv82.i), !461, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !451)
-    #dbg_value(i32 %tile_start.i, !462, !DIExpression(), !451)
-    #dbg_value(i32 %tile_start.i, !463, !DIExpression(), !451)
-  %cse_v4.i = add nsw i64 %indvars.iv82.i, %291, !dbg !451
-    #dbg_value(i64 %cse_v4.i, !464, !DIExpression(), !451)
-  %342 = getelementptr inbounds i32, ptr %220, i64 %cse_v4.i, !dbg !465
-  %343 = load i32, ptr %342, align 4, !dbg !465, !tbaa !108
-    #dbg_value(i32 %351, !466, !DIExpression(), !451)
-  %344 = mul nsw i64 %cse_v4.i, %q_batch
-  %345 = getelementptr i16, ptr %190, i64 %344
-    #dbg_value(i32 0, !467, !DIExpression(), !451)
-  br label %for_begin_r.preheader.i, !dbg !451
+  %cse_v4.i = add nsw i64 %indvars.iv82.i, %66
+  %117 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v4.i
+  %118 = load i32, ptr %117, align 4, !tbaa !8
+  %119 = mul nsw i64 %cse_v4.i, %q_batch
+  %120 = getelementptr i16, ptr %query, i64 %119
+  br label %for_begin_r.preheader.i
 
 for_end_s.i:                                      ; preds = %for_end_to.i, %if_end2.i
-  %346 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !451, !tbaa !88
-  %347 = tail call i32 %346(i32 1, i32 %dev_id, ptr nonnull %k_tile.i), !dbg !451
-  %.not.i = icmp eq i32 %347, 0, !dbg !451
-  br i1 %.not.i, label %if_end14.i, label %common.ret, !dbg !451, !prof !42
+  %121 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %122 = tail call i32 %121(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not.i = icmp eq i32 %122, 0
+  br i1 %.not.i, label %if_end14.i, label %qk_matmul_compute_.exit, !prof !41
 
 for_begin_r.preheader.i:                          ; preds = %if_end5.15.i, %for_body_s.i
   %indvars.iv.i = phi i64 [ 0, %for_body_s.i ], [ %indvars.iv.next.i, %if_end5.15.i ]
-    #dbg_value(i64 %indvars.iv.i, !467, !DIExpression(), !451)
-  %348 = shl nuw nsw i64 %indvars.iv.i, 4
-    #dbg_value(i32 0, !468, !DIExpression(), !451)
-  %invariant.gep.i = getelementptr i16, ptr %345, i64 %indvars.iv.i, !dbg !451
-    #dbg_value(i64 0, !468, !DIExpression(), !451)
-  br i1 %295, label %if_end5.i, label %if_end5.thread.i, !dbg !451
+  %123 = shl nuw nsw i64 %indvars.iv.i, 4
+  %invariant.gep.i = getelementptr i16, ptr %120, i64 %indvars.iv.i
+  br i1 %70, label %if_end5.i, label %if_end5.thread.i
 
 if_end5.thread.i:                                 ; preds = %for_begin_r.preheader.i
-  %349 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %348, !dbg !451
-  store float 0.000000e+00, ptr %349, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 1, !468, !DIExpression(), !451)
-  br label %if_end5.1.thread.i, !dbg !451
+  %124 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %123
+  store float 0.000000e+00, ptr %124, align 4, !tbaa !8
+  br label %if_end5.1.thread.i
 
 for_end_d.i:                                      ; preds = %if_end5.15.i
-  %350 = sub nsw i32 %343, %tile_start.i, !dbg !465
-    #dbg_value(i32 0, !469, !DIExpression(), !451)
-  %.not53.i = icmp slt i32 %350, 1, !dbg !451
-  br i1 %.not53.i, label %for_end_to.i, label %for_body_to.lr.ph.i, !dbg !451, !prof !148
+  %125 = sub nsw i32 %118, %tile_start.i
+  %.not53.i = icmp slt i32 %125, 1
+  br i1 %.not53.i, label %for_end_to.i, label %for_body_to.lr.ph.i, !prof !16
 
 for_body_to.lr.ph.i:                              ; preds = %for_end_d.i
-  %351 = tail call i32 @llvm.umin.i32(i32 %350, i32 128), !dbg !465
-  %352 = trunc nuw i32 %351 to i8, !dbg !451
-  %.lhs.trunc.i = add nuw i8 %352, 11, !dbg !451
-  %353 = udiv i8 %.lhs.trunc.i, 12, !dbg !451
-  %354 = mul nsw i64 %cse_v4.i, %table_seq
-  %355 = add nsw i32 %351, -1
-  %gep52.i = getelementptr i32, ptr %invariant.gep51.i, i64 %354
-  %wide.trip.count.i = zext nneg i8 %353 to i64, !dbg !451
+  %126 = tail call i32 @llvm.umin.i32(i32 %125, i32 128)
+  %127 = trunc nuw i32 %126 to i8
+  %.lhs.trunc.i = add nuw i8 %127, 11
+  %128 = udiv i8 %.lhs.trunc.i, 12
+  %129 = mul nsw i64 %cse_v4.i, %table_seq
+  %130 = add nsw i32 %126, -1
+  %gep52.i = getelementptr i32, ptr %invariant.gep51.i, i64 %129
+  %wide.trip.count.i = zext nneg i8 %128 to i64
   %.idx89.i = mul nuw nsw i64 %indvars.iv82.i, 8448
-  %invariant.gep101.i = getelementptr inbounds nuw i8, ptr %237, i64 %.idx89.i, !dbg !451
-  br label %for_begin_ax0.preheader.i, !dbg !451
+  %invariant.gep101.i = getelementptr inbounds nuw i8, ptr %scores, i64 %.idx89.i
+  br label %for_begin_ax0.preheader.i
 
 if_end5.i:                                        ; preds = %for_begin_r.preheader.i
-  %gep.i = getelementptr i16, ptr %invariant.gep.i, i64 %296, !dbg !451
-  %356 = load i16, ptr %gep.i, align 2, !dbg !451, !tbaa !108
-  %357 = zext i16 %356 to i32, !dbg !451
-  %358 = shl nuw i32 %357, 16, !dbg !451
-  %359 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %348, !dbg !451
-  store i32 %358, ptr %359, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 1, !468, !DIExpression(), !451)
-  br i1 %297, label %if_end5.1.i, label %if_end5.1.thread.i, !dbg !451
+  %gep.i = getelementptr i16, ptr %invariant.gep.i, i64 %71
+  %131 = load i16, ptr %gep.i, align 2, !tbaa !8
+  %132 = zext i16 %131 to i32
+  %133 = shl nuw i32 %132, 16
+  %134 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %123
+  store i32 %133, ptr %134, align 4, !tbaa !8
+  br i1 %72, label %if_end5.1.i, label %if_end5.1.thread.i
 
 if_end5.1.thread.i:                               ; preds = %if_end5.i, %if_end5.thread.i
-  %360 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %348, !dbg !451
-  %361 = getelementptr inbounds nuw i8, ptr %360, i64 4, !dbg !451
-  store float 0.000000e+00, ptr %361, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 2, !468, !DIExpression(), !451)
-  br label %if_end5.2.thread.i, !dbg !451
+  %135 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %123
+  %136 = getelementptr inbounds nuw i8, ptr %135, i64 4
+  store float 0.000000e+00, ptr %136, align 4, !tbaa !8
+  br label %if_end5.2.thread.i
 
 if_end5.1.i:                                      ; preds = %if_end5.i
-  %gep.1.i = getelementptr i16, ptr %invariant.gep.i, i64 %299, !dbg !451
-  %362 = load i16, ptr %gep.1.i, align 2, !dbg !451, !tbaa !108
-  %363 = zext i16 %362 to i32, !dbg !451
-  %364 = shl nuw i32 %363, 16, !dbg !451
-  %365 = getelementptr inbounds nuw i8, ptr %359, i64 4, !dbg !451
-  store i32 %364, ptr %365, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 2, !468, !DIExpression(), !451)
-  br i1 %300, label %if_end5.2.i, label %if_end5.2.thread.i, !dbg !451
+  %gep.1.i = getelementptr i16, ptr %invariant.gep.i, i64 %74
+  %137 = load i16, ptr %gep.1.i, align 2, !tbaa !8
+  %138 = zext i16 %137 to i32
+  %139 = shl nuw i32 %138, 16
+  %140 = getelementptr inbounds nuw i8, ptr %134, i64 4
+  store i32 %139, ptr %140, align 4, !tbaa !8
+  br i1 %75, label %if_end5.2.i, label %if_end5.2.thread.i
 
 if_end5.2.thread.i:                               ; preds = %if_end5.1.i, %if_end5.1.thread.i
-  %366 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %348, !dbg !451
-  %367 = getelementptr inbounds nuw i8, ptr %366, i64 8, !dbg !451
-  store float 0.000000e+00, ptr %367, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 3, !468, !DIExpression(), !451)
-  br label %if_end5.3.thread.i, !dbg !451
+  %141 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %123
+  %142 = getelementptr inbounds nuw i8, ptr %141, i64 8
+  store float 0.000000e+00, ptr %142, align 4, !tbaa !8
+  br label %if_end5.3.thread.i
 
 if_end5.2.i:                                      ; preds = %if_end5.1.i
-  %gep.2.i = getelementptr i16, ptr %invariant.gep.i, i64 %302, !dbg !451
-  %368 = load i16, ptr %gep.2.i, align 2, !dbg !451, !tbaa !108
-  %369 = zext i16 %368 to i32, !dbg !451
-  %370 = shl nuw i32 %369, 16, !dbg !451
-  %371 = getelementptr inbounds nuw i8, ptr %359, i64 8, !dbg !451
-  store i32 %370, ptr %371, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 3, !468, !DIExpression(), !451)
-  br i1 %303, label %if_end5.3.i, label %if_end5.3.thread.i, !dbg !451
+  %gep.2.i = getelementptr i16, ptr %invariant.gep.i, i64 %77
+  %143 = load i16, ptr %gep.2.i, align 2, !tbaa !8
+  %144 = zext i16 %143 to i32
+  %145 = shl nuw i32 %144, 16
+  %146 = getelementptr inbounds nuw i8, ptr %134, i64 8
+  store i32 %145, ptr %146, align 4, !tbaa !8
+  br i1 %78, label %if_end5.3.i, label %if_end5.3.thread.i
 
 if_end5.3.thread.i:                               ; preds = %if_end5.2.i, %if_end5.2.thread.i
-  %372 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %348, !dbg !451
-  %373 = getelementptr inbounds nuw i8, ptr %372, i64 12, !dbg !451
-  store float 0.000000e+00, ptr %373, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 4, !468, !DIExpression(), !451)
-  br label %if_end5.4.thread.i, !dbg !451
+  %147 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %123
+  %148 = getelementptr inbounds nuw i8, ptr %147, i64 12
+  store float 0.000000e+00, ptr %148, align 4, !tbaa !8
+  br label %if_end5.4.thread.i
 
 if_end5.3.i:                                      ; preds = %if_end5.2.i
-  %gep.3.i = getelementptr i16, ptr %invariant.gep.i, i64 %305, !dbg !451
-  %374 = load i16, ptr %gep.3.i, align 2, !dbg !451, !tbaa !108
-  %375 = zext i16 %374 to i32, !dbg !451
-  %376 = shl nuw i32 %375, 16, !dbg !451
-  %377 = getelementptr inbounds nuw i8, ptr %359, i64 12, !dbg !451
-  store i32 %376, ptr %377, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 4, !468, !DIExpression(), !451)
-  br i1 %306, label %if_end5.4.i, label %if_end5.4.thread.i, !dbg !451
+  %gep.3.i = getelementptr i16, ptr %invariant.gep.i, i64 %80
+  %149 = load i16, ptr %gep.3.i, align 2, !tbaa !8
+  %150 = zext i16 %149 to i32
+  %151 = shl nuw i32 %150, 16
+  %152 = getelementptr inbounds nuw i8, ptr %134, i64 12
+  store i32 %151, ptr %152, align 4, !tbaa !8
+  br i1 %81, label %if_end5.4.i, label %if_end5.4.thread.i
 
 if_end5.4.thread.i:                               ; preds = %if_end5.3.i, %if_end5.3.thread.i
-  %378 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %348, !dbg !451
-  %379 = getelementptr inbounds nuw i8, ptr %378, i64 16, !dbg !451
-  store float 0.000000e+00, ptr %379, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 5, !468, !DIExpression(), !451)
-  br label %if_end5.5.thread.i, !dbg !451
+  %153 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %123
+  %154 = getelementptr inbounds nuw i8, ptr %153, i64 16
+  store float 0.000000e+00, ptr %154, align 4, !tbaa !8
+  br label %if_end5.5.thread.i
 
 if_end5.4.i:                                      ; preds = %if_end5.3.i
-  %gep.4.i = getelementptr i16, ptr %invariant.gep.i, i64 %308, !dbg !451
-  %380 = load i16, ptr %gep.4.i, align 2, !dbg !451, !tbaa !108
-  %381 = zext i16 %380 to i32, !dbg !451
-  %382 = shl nuw i32 %381, 16, !dbg !451
-  %383 = getelementptr inbounds nuw i8, ptr %359, i64 16, !dbg !451
-  store i32 %382, ptr %383, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 5, !468, !DIExpression(), !451)
-  br i1 %309, label %if_end5.5.i, label %if_end5.5.thread.i, !dbg !451
+  %gep.4.i = getelementptr i16, ptr %invariant.gep.i, i64 %83
+  %155 = load i16, ptr %gep.4.i, align 2, !tbaa !8
+  %156 = zext i16 %155 to i32
+  %157 = shl nuw i32 %156, 16
+  %158 = getelementptr inbounds nuw i8, ptr %134, i64 16
+  store i32 %157, ptr %158, align 4, !tbaa !8
+  br i1 %84, label %if_end5.5.i, label %if_end5.5.thread.i
 
 if_end5.5.thread.i:                               ; preds = %if_end5.4.i, %if_end5.4.thread.i
-  %384 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %348, !dbg !451
-  %385 = getelementptr inbounds nuw i8, ptr %384, i64 20, !dbg !451
-  store float 0.000000e+00, ptr %385, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 6, !468, !DIExpression(), !451)
-  br label %if_end5.6.thread.i, !dbg !451
+  %159 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %123
+  %160 = getelementptr inbounds nuw i8, ptr %159, i64 20
+  store float 0.000000e+00, ptr %160, align 4, !tbaa !8
+  br label %if_end5.6.thread.i
 
 if_end5.5.i:                                      ; preds = %if_end5.4.i
-  %gep.5.i = getelementptr i16, ptr %invariant.gep.i, i64 %311, !dbg !451
-  %386 = load i16, ptr %gep.5.i, align 2, !dbg !451, !tbaa !108
-  %387 = zext i16 %386 to i32, !dbg !451
-  %388 = shl nuw i32 %387, 16, !dbg !451
-  %389 = getelementptr inbounds nuw i8, ptr %359, i64 20, !dbg !451
-  store i32 %388, ptr %389, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 6, !468, !DIExpression(), !451)
-  br i1 %312, label %if_end5.6.i, label %if_end5.6.thread.i, !dbg !451
+  %gep.5.i = getelementptr i16, ptr %invariant.gep.i, i64 %86
+  %161 = load i16, ptr %gep.5.i, align 2, !tbaa !8
+  %162 = zext i16 %161 to i32
+  %163 = shl nuw i32 %162, 16
+  %164 = getelementptr inbounds nuw i8, ptr %134, i64 20
+  store i32 %163, ptr %164, align 4, !tbaa !8
+  br i1 %87, label %if_end5.6.i, label %if_end5.6.thread.i
 
 if_end5.6.thread.i:                               ; preds = %if_end5.5.i, %if_end5.5.thread.i
-  %390 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %348, !dbg !451
-  %391 = getelementptr inbounds nuw i8, ptr %390, i64 24, !dbg !451
-  store float 0.000000e+00, ptr %391, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 7, !468, !DIExpression(), !451)
-  br label %if_end5.7.thread.i, !dbg !451
+  %165 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %123
+  %166 = getelementptr inbounds nuw i8, ptr %165, i64 24
+  store float 0.000000e+00, ptr %166, align 4, !tbaa !8
+  br label %if_end5.7.thread.i
 
 if_end5.6.i:                                      ; preds = %if_end5.5.i
-  %gep.6.i = getelementptr i16, ptr %invariant.gep.i, i64 %314, !dbg !451
-  %392 = load i16, ptr %gep.6.i, align 2, !dbg !451, !tbaa !108
-  %393 = zext i16 %392 to i32, !dbg !451
-  %394 = shl nuw i32 %393, 16, !dbg !451
-  %395 = getelementptr inbounds nuw i8, ptr %359, i64 24, !dbg !451
-  store i32 %394, ptr %395, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 7, !468, !DIExpression(), !451)
-  br i1 %315, label %if_end5.7.i, label %if_end5.7.thread.i, !dbg !451
+  %gep.6.i = getelementptr i16, ptr %invariant.gep.i, i64 %89
+  %167 = load i16, ptr %gep.6.i, align 2, !tbaa !8
+  %168 = zext i16 %167 to i32
+  %169 = shl nuw i32 %168, 16
+  %170 = getelementptr inbounds nuw i8, ptr %134, i64 24
+  store i32 %169, ptr %170, align 4, !tbaa !8
+  br i1 %90, label %if_end5.7.i, label %if_end5.7.thread.i
 
 if_end5.7.thread.i:                               ; preds = %if_end5.6.i, %if_end5.6.thread.i
-  %396 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %348, !dbg !451
-  %397 = getelementptr inbounds nuw i8, ptr %396, i64 28, !dbg !451
-  store float 0.000000e+00, ptr %397, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 8, !468, !DIExpression(), !451)
-  br label %if_end5.8.thread.i, !dbg !451
+  %171 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %123
+  %172 = getelementptr inbounds nuw i8, ptr %171, i64 28
+  store float 0.000000e+00, ptr %172, align 4, !tbaa !8
+  br label %if_end5.8.thread.i
 
 if_end5.7.i:                                      ; preds = %if_end5.6.i
-  %gep.7.i = getelementptr i16, ptr %invariant.gep.i, i64 %317, !dbg !451
-  %398 = load i16, ptr %gep.7.i, align 2, !dbg !451, !tbaa !108
-  %399 = zext i16 %398 to i32, !dbg !451
-  %400 = shl nuw i32 %399, 16, !dbg !451
-  %401 = getelementptr inbounds nuw i8, ptr %359, i64 28, !dbg !451
-  store i32 %400, ptr %401, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 8, !468, !DIExpression(), !451)
-  br i1 %318, label %if_end5.8.i, label %if_end5.8.thread.i, !dbg !451
+  %gep.7.i = getelementptr i16, ptr %invariant.gep.i, i64 %92
+  %173 = load i16, ptr %gep.7.i, align 2, !tbaa !8
+  %174 = zext i16 %173 to i32
+  %175 = shl nuw i32 %174, 16
+  %176 = getelementptr inbounds nuw i8, ptr %134, i64 28
+  store i32 %175, ptr %176, align 4, !tbaa !8
+  br i1 %93, label %if_end5.8.i, label %if_end5.8.thread.i
 
 if_end5.8.thread.i:                               ; preds = %if_end5.7.i, %if_end5.7.thread.i
-  %402 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %348, !dbg !451
-  %403 = getelementptr inbounds nuw i8, ptr %402, i64 32, !dbg !451
-  store float 0.000000e+00, ptr %403, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 9, !468, !DIExpression(), !451)
-  br label %if_end5.9.thread.i, !dbg !451
+  %177 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %123
+  %178 = getelementptr inbounds nuw i8, ptr %177, i64 32
+  store float 0.000000e+00, ptr %178, align 4, !tbaa !8
+  br label %if_end5.9.thread.i
 
 if_end5.8.i:                                      ; preds = %if_end5.7.i
-  %gep.8.i = getelementptr i16, ptr %invariant.gep.i, i64 %320, !dbg !451
-  %404 = load i16, ptr %gep.8.i, align 2, !dbg !451, !tbaa !108
-  %405 = zext i16 %404 to i32, !dbg !451
-  %406 = shl nuw i32 %405, 16, !dbg !451
-  %407 = getelementptr inbounds nuw i8, ptr %359, i64 32, !dbg !451
-  store i32 %406, ptr %407, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 9, !468, !DIExpression(), !451)
-  br i1 %321, label %if_end5.9.i, label %if_end5.9.thread.i, !dbg !451
+  %gep.8.i = getelementptr i16, ptr %invariant.gep.i, i64 %95
+  %179 = load i16, ptr %gep.8.i, align 2, !tbaa !8
+  %180 = zext i16 %179 to i32
+  %181 = shl nuw i32 %180, 16
+  %182 = getelementptr inbounds nuw i8, ptr %134, i64 32
+  store i32 %181, ptr %182, align 4, !tbaa !8
+  br i1 %96, label %if_end5.9.i, label %if_end5.9.thread.i
 
 if_end5.9.thread.i:                               ; preds = %if_end5.8.i, %if_end5.8.thread.i
-  %408 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %348, !dbg !451
-  %409 = getelementptr inbounds nuw i8, ptr %408, i64 36, !dbg !451
-  store float 0.000000e+00, ptr %409, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 10, !468, !DIExpression(), !451)
-  br label %if_end5.10.thread.i, !dbg !451
+  %183 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %123
+  %184 = getelementptr inbounds nuw i8, ptr %183, i64 36
+  store float 0.000000e+00, ptr %184, align 4, !tbaa !8
+  br label %if_end5.10.thread.i
 
 if_end5.9.i:                                      ; preds = %if_end5.8.i
-  %gep.9.i = getelementptr i16, ptr %invariant.gep.i, i64 %323, !dbg !451
-  %410 = load i16, ptr %gep.9.i, align 2, !dbg !451, !tbaa !108
-  %411 = zext i16 %410 to i32, !dbg !451
-  %412 = shl nuw i32 %411, 16, !dbg !451
-  %413 = getelementptr inbounds nuw i8, ptr %359, i64 36, !dbg !451
-  store i32 %412, ptr %413, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 10, !468, !DIExpression(), !451)
-  br i1 %324, label %if_end5.10.i, label %if_end5.10.thread.i, !dbg !451
+  %gep.9.i = getelementptr i16, ptr %invariant.gep.i, i64 %98
+  %185 = load i16, ptr %gep.9.i, align 2, !tbaa !8
+  %186 = zext i16 %185 to i32
+  %187 = shl nuw i32 %186, 16
+  %188 = getelementptr inbounds nuw i8, ptr %134, i64 36
+  store i32 %187, ptr %188, align 4, !tbaa !8
+  br i1 %99, label %if_end5.10.i, label %if_end5.10.thread.i
 
 if_end5.10.thread.i:                              ; preds = %if_end5.9.i, %if_end5.9.thread.i
-  %414 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %348, !dbg !451
-  %415 = getelementptr inbounds nuw i8, ptr %414, i64 40, !dbg !451
-  store float 0.000000e+00, ptr %415, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 11, !468, !DIExpression(), !451)
-  br label %if_end5.11.thread.i, !dbg !451
+  %189 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %123
+  %190 = getelementptr inbounds nuw i8, ptr %189, i64 40
+  store float 0.000000e+00, ptr %190, align 4, !tbaa !8
+  br label %if_end5.11.thread.i
 
 if_end5.10.i:                                     ; preds = %if_end5.9.i
-  %gep.10.i = getelementptr i16, ptr %invariant.gep.i, i64 %326, !dbg !451
-  %416 = load i16, ptr %gep.10.i, align 2, !dbg !451, !tbaa !108
-  %417 = zext i16 %416 to i32, !dbg !451
-  %418 = shl nuw i32 %417, 16, !dbg !451
-  %419 = getelementptr inbounds nuw i8, ptr %359, i64 40, !dbg !451
-  store i32 %418, ptr %419, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 11, !468, !DIExpression(), !451)
-  br i1 %327, label %if_end5.11.i, label %if_end5.11.thread.i, !dbg !451
+  %gep.10.i = getelementptr i16, ptr %invariant.gep.i, i64 %101
+  %191 = load i16, ptr %gep.10.i, align 2, !tbaa !8
+  %192 = zext i16 %191 to i32
+  %193 = shl nuw i32 %192, 16
+  %194 = getelementptr inbounds nuw i8, ptr %134, i64 40
+  store i32 %193, ptr %194, align 4, !tbaa !8
+  br i1 %102, label %if_end5.11.i, label %if_end5.11.thread.i
 
 if_end5.11.thread.i:                              ; preds = %if_end5.10.i, %if_end5.10.thread.i
-  %420 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %348, !dbg !451
-  %421 = getelementptr inbounds nuw i8, ptr %420, i64 44, !dbg !451
-  store float 0.000000e+00, ptr %421, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 12, !468, !DIExpression(), !451)
-  br label %if_end5.12.thread.i, !dbg !451
+  %195 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %123
+  %196 = getelementptr inbounds nuw i8, ptr %195, i64 44
+  store float 0.000000e+00, ptr %196, align 4, !tbaa !8
+  br label %if_end5.12.thread.i
 
 if_end5.11.i:                                     ; preds = %if_end5.10.i
-  %gep.11.i = getelementptr i16, ptr %invariant.gep.i, i64 %329, !dbg !451
-  %422 = load i16, ptr %gep.11.i, align 2, !dbg !451, !tbaa !108
-  %423 = zext i16 %422 to i32, !dbg !451
-  %424 = shl nuw i32 %423, 16, !dbg !451
-  %425 = getelementptr inbounds nuw i8, ptr %359, i64 44, !dbg !451
-  store i32 %424, ptr %425, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 12, !468, !DIExpression(), !451)
-  br i1 %330, label %if_end5.12.i, label %if_end5.12.thread.i, !dbg !451
+  %gep.11.i = getelementptr i16, ptr %invariant.gep.i, i64 %104
+  %197 = load i16, ptr %gep.11.i, align 2, !tbaa !8
+  %198 = zext i16 %197 to i32
+  %199 = shl nuw i32 %198, 16
+  %200 = getelementptr inbounds nuw i8, ptr %134, i64 44
+  store i32 %199, ptr %200, align 4, !tbaa !8
+  br i1 %105, label %if_end5.12.i, label %if_end5.12.thread.i
 
 if_end5.12.thread.i:                              ; preds = %if_end5.11.i, %if_end5.11.thread.i
-  %426 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %348, !dbg !451
-  %427 = getelementptr inbounds nuw i8, ptr %426, i64 48, !dbg !451
-  store float 0.000000e+00, ptr %427, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 13, !468, !DIExpression(), !451)
-  br label %if_end5.13.thread.i, !dbg !451
+  %201 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %123
+  %202 = getelementptr inbounds nuw i8, ptr %201, i64 48
+  store float 0.000000e+00, ptr %202, align 4, !tbaa !8
+  br label %if_end5.13.thread.i
 
 if_end5.12.i:                                     ; preds = %if_end5.11.i
-  %gep.12.i = getelementptr i16, ptr %invariant.gep.i, i64 %332, !dbg !451
-  %428 = load i16, ptr %gep.12.i, align 2, !dbg !451, !tbaa !108
-  %429 = zext i16 %428 to i32, !dbg !451
-  %430 = shl nuw i32 %429, 16, !dbg !451
-  %431 = getelementptr inbounds nuw i8, ptr %359, i64 48, !dbg !451
-  store i32 %430, ptr %431, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 13, !468, !DIExpression(), !451)
-  br i1 %333, label %if_end5.13.i, label %if_end5.13.thread.i, !dbg !451
+  %gep.12.i = getelementptr i16, ptr %invariant.gep.i, i64 %107
+  %203 = load i16, ptr %gep.12.i, align 2, !tbaa !8
+  %204 = zext i16 %203 to i32
+  %205 = shl nuw i32 %204, 16
+  %206 = getelementptr inbounds nuw i8, ptr %134, i64 48
+  store i32 %205, ptr %206, align 4, !tbaa !8
+  br i1 %108, label %if_end5.13.i, label %if_end5.13.thread.i
 
 if_end5.13.thread.i:                              ; preds = %if_end5.12.i, %if_end5.12.thread.i
-  %432 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %348, !dbg !451
-  %433 = getelementptr inbounds nuw i8, ptr %432, i64 52, !dbg !451
-  store float 0.000000e+00, ptr %433, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 14, !468, !DIExpression(), !451)
-  br label %if_end5.14.thread.i, !dbg !451
+  %207 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %123
+  %208 = getelementptr inbounds nuw i8, ptr %207, i64 52
+  store float 0.000000e+00, ptr %208, align 4, !tbaa !8
+  br label %if_end5.14.thread.i
 
 if_end5.13.i:                                     ; preds = %if_end5.12.i
-  %gep.13.i = getelementptr i16, ptr %invariant.gep.i, i64 %335, !dbg !451
-  %434 = load i16, ptr %gep.13.i, align 2, !dbg !451, !tbaa !108
-  %435 = zext i16 %434 to i32, !dbg !451
-  %436 = shl nuw i32 %435, 16, !dbg !451
-  %437 = getelementptr inbounds nuw i8, ptr %359, i64 52, !dbg !451
-  store i32 %436, ptr %437, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 14, !468, !DIExpression(), !451)
-  br i1 %336, label %if_end5.14.i, label %if_end5.14.thread.i, !dbg !451
+  %gep.13.i = getelementptr i16, ptr %invariant.gep.i, i64 %110
+  %209 = load i16, ptr %gep.13.i, align 2, !tbaa !8
+  %210 = zext i16 %209 to i32
+  %211 = shl nuw i32 %210, 16
+  %212 = getelementptr inbounds nuw i8, ptr %134, i64 52
+  store i32 %211, ptr %212, align 4, !tbaa !8
+  br i1 %111, label %if_end5.14.i, label %if_end5.14.thread.i
 
 if_end5.14.thread.i:                              ; preds = %if_end5.13.i, %if_end5.13.thread.i
-  %438 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %348, !dbg !451
-  %439 = getelementptr inbounds nuw i8, ptr %438, i64 56, !dbg !451
-  store float 0.000000e+00, ptr %439, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 15, !468, !DIExpression(), !451)
-  br label %if_end5.15.i, !dbg !451
+  %213 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %123
+  %214 = getelementptr inbounds nuw i8, ptr %213, i64 56
+  store float 0.000000e+00, ptr %214, align 4, !tbaa !8
+  br label %if_end5.15.i
 
 if_end5.14.i:                                     ; preds = %if_end5.13.i
-  %gep.14.i = getelementptr i16, ptr %invariant.gep.i, i64 %338, !dbg !451
-  %440 = load i16, ptr %gep.14.i, align 2, !dbg !451, !tbaa !108
-  %441 = zext i16 %440 to i32, !dbg !451
-  %442 = shl nuw i32 %441, 16, !dbg !451
-  %443 = getelementptr inbounds nuw i8, ptr %359, i64 56, !dbg !451
-  store i32 %442, ptr %443, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 15, !468, !DIExpression(), !451)
-  br i1 %339, label %if_then4.15.i, label %if_end5.15.i, !dbg !451
+  %gep.14.i = getelementptr i16, ptr %invariant.gep.i, i64 %113
+  %215 = load i16, ptr %gep.14.i, align 2, !tbaa !8
+  %216 = zext i16 %215 to i32
+  %217 = shl nuw i32 %216, 16
+  %218 = getelementptr inbounds nuw i8, ptr %134, i64 56
+  store i32 %217, ptr %218, align 4, !tbaa !8
+  br i1 %114, label %if_then4.15.i, label %if_end5.15.i
 
 if_then4.15.i:                                    ; preds = %if_end5.14.i
-  %gep.15.i = getelementptr i16, ptr %invariant.gep.i, i64 %341, !dbg !451
-  %444 = load i16, ptr %gep.15.i, align 2, !dbg !451, !tbaa !108
-  %445 = zext i16 %444 to i32, !dbg !451
-  %446 = shl nuw i32 %445, 16, !dbg !451
-  %447 = bitcast i32 %446 to float, !dbg !451
-  br label %if_end5.15.i, !dbg !451
+  %gep.15.i = getelementptr i16, ptr %invariant.gep.i, i64 %116
+  %219 = load i16, ptr %gep.15.i, align 2, !tbaa !8
+  %220 = zext i16 %219 to i32
+  %221 = shl nuw i32 %220, 16
+  %222 = bitcast i32 %221 to float
+  br label %if_end5.15.i
 
 if_end5.15.i:                                     ; preds = %if_then4.15.i, %if_end5.14.i, %if_end5.14.thread.i
-  %448 = phi float [ %447, %if_then4.15.i ], [ 0.000000e+00, %if_end5.14.i ], [ 0.000000e+00, %if_end5.14.thread.i ], !dbg !451
-  %449 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %348, !dbg !451
-  %450 = getelementptr inbounds nuw i8, ptr %449, i64 60, !dbg !451
-  store float %448, ptr %450, align 4, !dbg !451, !tbaa !108
-    #dbg_value(i64 16, !468, !DIExpression(), !451)
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1, !dbg !451
-    #dbg_value(i64 %indvars.iv.next.i, !467, !DIExpression(), !451)
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 128, !dbg !451
-  br i1 %exitcond.not.i, label %for_end_d.i, label %for_begin_r.preheader.i, !dbg !451, !prof !136
+  %223 = phi float [ %222, %if_then4.15.i ], [ 0.000000e+00, %if_end5.14.i ], [ 0.000000e+00, %if_end5.14.thread.i ]
+  %224 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %123
+  %225 = getelementptr inbounds nuw i8, ptr %224, i64 60
+  store float %223, ptr %225, align 4, !tbaa !8
+  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 128
+  br i1 %exitcond.not.i, label %for_end_d.i, label %for_begin_r.preheader.i, !prof !10
 
 for_begin_ax0.preheader.i:                        ; preds = %for_end_d10.i, %for_body_to.lr.ph.i
   %indvars.iv77.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next78.i, %for_end_d10.i ]
-    #dbg_value(i64 %indvars.iv77.i, !469, !DIExpression(), !451)
-  %451 = mul nuw nsw i64 %indvars.iv77.i, 12
-    #dbg_value(i32 0, !470, !DIExpression(), !451)
-  br label %for_body_ax0.i, !dbg !451
+  %226 = mul nuw nsw i64 %indvars.iv77.i, 12
+  br label %for_body_ax0.i
 
 for_end_to.i:                                     ; preds = %for_end_d10.i, %for_end_d.i
-  %indvars.iv.next83.i = add nuw nsw i64 %indvars.iv82.i, 1, !dbg !451
-    #dbg_value(i64 %indvars.iv.next83.i, !460, !DIExpression(), !451)
-  %exitcond86.not.i = icmp eq i64 %indvars.iv.next83.i, %wide.trip.count85.i, !dbg !451
-  br i1 %exitcond86.not.i, label %for_end_s.i, label %for_body_s.i, !dbg !451, !prof !140
+  %indvars.iv.next83.i = add nuw nsw i64 %indvars.iv82.i, 1
+  %exitcond86.not.i = icmp eq i64 %indvars.iv.next83.i, %wide.trip.count85.i
+  br i1 %exitcond86.not.i, label %for_end_s.i, label %for_body_s.i, !prof !14
 
 for_body_ax0.i:                                   ; preds = %for_body_ax0.i, %for_begin_ax0.preheader.i
   %indvars.iv67.i = phi i64 [ 0, %for_begin_ax0.preheader.i ], [ %indvars.iv.next68.i, %for_body_ax0.i ]
-    #dbg_value(i64 %indvars.iv67.i, !470, !DIExpression(), !451)
-    #dbg_value(i64 %indvars.iv67.i, !471, !DIExpression(DW_OP_constu, 7, DW_OP_shl, DW_OP_stack_value), !451)
-    #dbg_value(i64 %cse_v5.i, !472, !DIExpression(), !451)
-    #dbg_value(!DIArgList(i64 %354, i64 %sext183), !473, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 1, DW_OP_constu, 32, DW_OP_shra, DW_OP_plus, DW_OP_stack_value), !451)
-  %452 = add nuw nsw i64 %indvars.iv67.i, %451, !dbg !451
-  %453 = trunc nuw nsw i64 %452 to i32, !dbg !451
-  %454 = tail call i32 @llvm.smin.i32(i32 %453, i32 %355), !dbg !451
-  %455 = sext i32 %454 to i64, !dbg !451
-  %cse_v8.i = mul nsw i64 %k_slot179, %455, !dbg !451
-    #dbg_value(i64 %cse_v8.i, !474, !DIExpression(), !451)
-  %456 = load i32, ptr %gep52.i, align 4, !dbg !451, !tbaa !108
-  %457 = sext i32 %456 to i64, !dbg !451
-  %458 = mul nsw i64 %k_block, %457, !dbg !451
-  %459 = getelementptr i16, ptr %197, i64 %458, !dbg !451
-  %460 = getelementptr i16, ptr %459, i64 %cse_v8.i, !dbg !451
-  %461 = getelementptr i16, ptr %460, i64 %cse_v5.i, !dbg !451
-  %462 = load <16 x i16>, ptr %461, align 2, !dbg !451, !tbaa !108
-  %463 = zext <16 x i16> %462 to <16 x i32>, !dbg !451
-  %464 = shl nuw <16 x i32> %463, splat (i32 16), !dbg !451
-  %.idx.i = shl nuw nsw i64 %indvars.iv67.i, 9, !dbg !451
-  %465 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx.i, !dbg !451
-  store <16 x i32> %464, ptr %465, align 4, !dbg !451, !tbaa !108
-  %466 = load i32, ptr %gep52.i, align 4, !dbg !451, !tbaa !108
-  %467 = sext i32 %466 to i64, !dbg !451
-  %468 = mul nsw i64 %k_block, %467, !dbg !451
-  %469 = getelementptr i16, ptr %197, i64 %468, !dbg !451
-  %470 = getelementptr i16, ptr %469, i64 %cse_v8.i, !dbg !451
-  %471 = getelementptr i16, ptr %470, i64 %cse_v5.i, !dbg !451
-  %472 = getelementptr i8, ptr %471, i64 32, !dbg !451
-  %473 = load <16 x i16>, ptr %472, align 2, !dbg !451, !tbaa !108
-  %474 = zext <16 x i16> %473 to <16 x i32>, !dbg !451
-  %475 = shl nuw <16 x i32> %474, splat (i32 16), !dbg !451
-  %476 = getelementptr inbounds nuw i8, ptr %465, i64 64, !dbg !451
-  store <16 x i32> %475, ptr %476, align 4, !dbg !451, !tbaa !108
-  %477 = load i32, ptr %gep52.i, align 4, !dbg !451, !tbaa !108
-  %478 = sext i32 %477 to i64, !dbg !451
-  %479 = mul nsw i64 %k_block, %478, !dbg !451
-  %480 = getelementptr i16, ptr %197, i64 %479, !dbg !451
-  %481 = getelementptr i16, ptr %480, i64 %cse_v8.i, !dbg !451
-  %482 = getelementptr i16, ptr %481, i64 %cse_v5.i, !dbg !451
-  %483 = getelementptr i8, ptr %482, i64 64, !dbg !451
-  %484 = load <16 x i16>, ptr %483, align 2, !dbg !451, !tbaa !108
-  %485 = zext <16 x i16> %484 to <16 x i32>, !dbg !451
-  %486 = shl nuw <16 x i32> %485, splat (i32 16), !dbg !451
-  %487 = getelementptr inbounds nuw i8, ptr %465, i64 128, !dbg !451
-  store <16 x i32> %486, ptr %487, align 4, !dbg !451, !tbaa !108
-  %488 = load i32, ptr %gep52.i, align 4, !dbg !451, !tbaa !108
-  %489 = sext i32 %488 to i64, !dbg !451
-  %490 = mul nsw i64 %k_block, %489, !dbg !451
-  %491 = getelementptr i16, ptr %197, i64 %490, !dbg !451
-  %492 = getelementptr i16, ptr %491, i64 %cse_v8.i, !dbg !451
-  %493 = getelementptr i16, ptr %492, i64 %cse_v5.i, !dbg !451
-  %494 = getelementptr i8, ptr %493, i64 96, !dbg !451
-  %495 = load <16 x i16>, ptr %494, align 2, !dbg !451, !tbaa !108
-  %496 = zext <16 x i16> %495 to <16 x i32>, !dbg !451
-  %497 = shl nuw <16 x i32> %496, splat (i32 16), !dbg !451
-  %498 = getelementptr inbounds nuw i8, ptr %465, i64 192, !dbg !451
-  store <16 x i32> %497, ptr %498, align 4, !dbg !451, !tbaa !108
-  %499 = load i32, ptr %gep52.i, align 4, !dbg !451, !tbaa !108
-  %500 = sext i32 %499 to i64, !dbg !451
-  %501 = mul nsw i64 %k_block, %500, !dbg !451
-  %502 = getelementptr i16, ptr %197, i64 %501, !dbg !451
-  %503 = getelementptr i16, ptr %502, i64 %cse_v8.i, !dbg !451
-  %504 = getelementptr i16, ptr %503, i64 %cse_v5.i, !dbg !451
-  %505 = getelementptr i8, ptr %504, i64 128, !dbg !451
-  %506 = load <16 x i16>, ptr %505, align 2, !dbg !451, !tbaa !108
-  %507 = zext <16 x i16> %506 to <16 x i32>, !dbg !451
-  %508 = shl nuw <16 x i32> %507, splat (i32 16), !dbg !451
-  %509 = getelementptr inbounds nuw i8, ptr %465, i64 256, !dbg !451
-  store <16 x i32> %508, ptr %509, align 4, !dbg !451, !tbaa !108
-  %510 = load i32, ptr %gep52.i, align 4, !dbg !451, !tbaa !108
-  %511 = sext i32 %510 to i64, !dbg !451
-  %512 = mul nsw i64 %k_block, %511, !dbg !451
-  %513 = getelementptr i16, ptr %197, i64 %512, !dbg !451
-  %514 = getelementptr i16, ptr %513, i64 %cse_v8.i, !dbg !451
-  %515 = getelementptr i16, ptr %514, i64 %cse_v5.i, !dbg !451
-  %516 = getelementptr i8, ptr %515, i64 160, !dbg !451
-  %517 = load <16 x i16>, ptr %516, align 2, !dbg !451, !tbaa !108
-  %518 = zext <16 x i16> %517 to <16 x i32>, !dbg !451
-  %519 = shl nuw <16 x i32> %518, splat (i32 16), !dbg !451
-  %520 = getelementptr inbounds nuw i8, ptr %465, i64 320, !dbg !451
-  store <16 x i32> %519, ptr %520, align 4, !dbg !451, !tbaa !108
-  %521 = load i32, ptr %gep52.i, align 4, !dbg !451, !tbaa !108
-  %522 = sext i32 %521 to i64, !dbg !451
-  %523 = mul nsw i64 %k_block, %522, !dbg !451
-  %524 = getelementptr i16, ptr %197, i64 %523, !dbg !451
-  %525 = getelementptr i16, ptr %524, i64 %cse_v8.i, !dbg !451
-  %526 = getelementptr i16, ptr %525, i64 %cse_v5.i, !dbg !451
-  %527 = getelementptr i8, ptr %526, i64 192, !dbg !451
-  %528 = load <16 x i16>, ptr %527, align 2, !dbg !451, !tbaa !108
-  %529 = zext <16 x i16> %528 to <16 x i32>, !dbg !451
-  %530 = shl nuw <16 x i32> %529, splat (i32 16), !dbg !451
-  %531 = getelementptr inbounds nuw i8, ptr %465, i64 384, !dbg !451
-  store <16 x i32> %530, ptr %531, align 4, !dbg !451, !tbaa !108
-  %532 = load i32, ptr %gep52.i, align 4, !dbg !451, !tbaa !108
-  %533 = sext i32 %532 to i64, !dbg !451
-  %534 = mul nsw i64 %k_block, %533, !dbg !451
-  %535 = getelementptr i16, ptr %197, i64 %534, !dbg !451
-  %536 = getelementptr i16, ptr %535, i64 %cse_v8.i, !dbg !451
-  %537 = getelementptr i16, ptr %536, i64 %cse_v5.i, !dbg !451
-  %538 = getelementptr i8, ptr %537, i64 224, !dbg !451
-  %539 = load <16 x i16>, ptr %538, align 2, !dbg !451, !tbaa !108
-  %540 = zext <16 x i16> %539 to <16 x i32>, !dbg !451
-  %541 = shl nuw <16 x i32> %540, splat (i32 16), !dbg !451
-  %542 = getelementptr inbounds nuw i8, ptr %465, i64 448, !dbg !451
-  store <16 x i32> %541, ptr %542, align 4, !dbg !451, !tbaa !108
-  %indvars.iv.next68.i = add nuw nsw i64 %indvars.iv67.i, 1, !dbg !451
-    #dbg_value(i64 %indvars.iv.next68.i, !470, !DIExpression(), !451)
-  %exitcond71.not.i = icmp eq i64 %indvars.iv.next68.i, 12, !dbg !451
-  br i1 %exitcond71.not.i, label %for_body_d9.i, label %for_body_ax0.i, !dbg !451, !prof !136
+  %227 = add nuw nsw i64 %indvars.iv67.i, %226
+  %228 = trunc nuw nsw i64 %227 to i32
+  %229 = tail call i32 @llvm.smin.i32(i32 %228, i32 %130)
+  %230 = sext i32 %229 to i64
+  %cse_v8.i = mul nsw i64 %k_slot36, %230
+  %231 = load i32, ptr %gep52.i, align 4, !tbaa !8
+  %232 = sext i32 %231 to i64
+  %233 = mul nsw i64 %k_block, %232
+  %234 = getelementptr i16, ptr %key_cache, i64 %233
+  %235 = getelementptr i16, ptr %234, i64 %cse_v8.i
+  %236 = getelementptr i16, ptr %235, i64 %cse_v5.i
+  %237 = load <16 x i16>, ptr %236, align 2, !tbaa !8
+  %238 = zext <16 x i16> %237 to <16 x i32>
+  %239 = shl nuw <16 x i32> %238, splat (i32 16)
+  %.idx.i = shl nuw nsw i64 %indvars.iv67.i, 9
+  %240 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx.i
+  store <16 x i32> %239, ptr %240, align 4, !tbaa !8
+  %241 = load i32, ptr %gep52.i, align 4, !tbaa !8
+  %242 = sext i32 %241 to i64
+  %243 = mul nsw i64 %k_block, %242
+  %244 = getelementptr i16, ptr %key_cache, i64 %243
+  %245 = getelementptr i16, ptr %244, i64 %cse_v8.i
+  %246 = getelementptr i16, ptr %245, i64 %cse_v5.i
+  %247 = getelementptr i8, ptr %246, i64 32
+  %248 = load <16 x i16>, ptr %247, align 2, !tbaa !8
+  %249 = zext <16 x i16> %248 to <16 x i32>
+  %250 = shl nuw <16 x i32> %249, splat (i32 16)
+  %251 = getelementptr inbounds nuw i8, ptr %240, i64 64
+  store <16 x i32> %250, ptr %251, align 4, !tbaa !8
+  %252 = load i32, ptr %gep52.i, align 4, !tbaa !8
+  %253 = sext i32 %252 to i64
+  %254 = mul nsw i64 %k_block, %253
+  %255 = getelementptr i16, ptr %key_cache, i64 %254
+  %256 = getelementptr i16, ptr %255, i64 %cse_v8.i
+  %257 = getelementptr i16, ptr %256, i64 %cse_v5.i
+  %258 = getelementptr i8, ptr %257, i64 64
+  %259 = load <16 x i16>, ptr %258, align 2, !tbaa !8
+  %260 = zext <16 x i16> %259 to <16 x i32>
+  %261 = shl nuw <16 x i32> %260, splat (i32 16)
+  %262 = getelementptr inbounds nuw i8, ptr %240, i64 128
+  store <16 x i32> %261, ptr %262, align 4, !tbaa !8
+  %263 = load i32, ptr %gep52.i, align 4, !tbaa !8
+  %264 = sext i32 %263 to i64
+  %265 = mul nsw i64 %k_block, %264
+  %266 = getelementptr i16, ptr %key_cache, i64 %265
+  %267 = getelementptr i16, ptr %266, i64 %cse_v8.i
+  %268 = getelementptr i16, ptr %267, i64 %cse_v5.i
+  %269 = getelementptr i8, ptr %268, i64 96
+  %270 = load <16 x i16>, ptr %269, align 2, !tbaa !8
+  %271 = zext <16 x i16> %270 to <16 x i32>
+  %272 = shl nuw <16 x i32> %271, splat (i32 16)
+  %273 = getelementptr inbounds nuw i8, ptr %240, i64 192
+  store <16 x i32> %272, ptr %273, align 4, !tbaa !8
+  %274 = load i32, ptr %gep52.i, align 4, !tbaa !8
+  %275 = sext i32 %274 to i64
+  %276 = mul nsw i64 %k_block, %275
+  %277 = getelementptr i16, ptr %key_cache, i64 %276
+  %278 = getelementptr i16, ptr %277, i64 %cse_v8.i
+  %279 = getelementptr i16, ptr %278, i64 %cse_v5.i
+  %280 = getelementptr i8, ptr %279, i64 128
+  %281 = load <16 x i16>, ptr %280, align 2, !tbaa !8
+  %282 = zext <16 x i16> %281 to <16 x i32>
+  %283 = shl nuw <16 x i32> %282, splat (i32 16)
+  %284 = getelementptr inbounds nuw i8, ptr %240, i64 256
+  store <16 x i32> %283, ptr %284, align 4, !tbaa !8
+  %285 = load i32, ptr %gep52.i, align 4, !tbaa !8
+  %286 = sext i32 %285 to i64
+  %287 = mul nsw i64 %k_block, %286
+  %288 = getelementptr i16, ptr %key_cache, i64 %287
+  %289 = getelementptr i16, ptr %288, i64 %cse_v8.i
+  %290 = getelementptr i16, ptr %289, i64 %cse_v5.i
+  %291 = getelementptr i8, ptr %290, i64 160
+  %292 = load <16 x i16>, ptr %291, align 2, !tbaa !8
+  %293 = zext <16 x i16> %292 to <16 x i32>
+  %294 = shl nuw <16 x i32> %293, splat (i32 16)
+  %295 = getelementptr inbounds nuw i8, ptr %240, i64 320
+  store <16 x i32> %294, ptr %295, align 4, !tbaa !8
+  %296 = load i32, ptr %gep52.i, align 4, !tbaa !8
+  %297 = sext i32 %296 to i64
+  %298 = mul nsw i64 %k_block, %297
+  %299 = getelementptr i16, ptr %key_cache, i64 %298
+  %300 = getelementptr i16, ptr %299, i64 %cse_v8.i
+  %301 = getelementptr i16, ptr %300, i64 %cse_v5.i
+  %302 = getelementptr i8, ptr %301, i64 192
+  %303 = load <16 x i16>, ptr %302, align 2, !tbaa !8
+  %304 = zext <16 x i16> %303 to <16 x i32>
+  %305 = shl nuw <16 x i32> %304, splat (i32 16)
+  %306 = getelementptr inbounds nuw i8, ptr %240, i64 384
+  store <16 x i32> %305, ptr %306, align 4, !tbaa !8
+  %307 = load i32, ptr %gep52.i, align 4, !tbaa !8
+  %308 = sext i32 %307 to i64
+  %309 = mul nsw i64 %k_block, %308
+  %310 = getelementptr i16, ptr %key_cache, i64 %309
+  %311 = getelementptr i16, ptr %310, i64 %cse_v8.i
+  %312 = getelementptr i16, ptr %311, i64 %cse_v5.i
+  %313 = getelementptr i8, ptr %312, i64 224
+  %314 = load <16 x i16>, ptr %313, align 2, !tbaa !8
+  %315 = zext <16 x i16> %314 to <16 x i32>
+  %316 = shl nuw <16 x i32> %315, splat (i32 16)
+  %317 = getelementptr inbounds nuw i8, ptr %240, i64 448
+  store <16 x i32> %316, ptr %317, align 4, !tbaa !8
+  %indvars.iv.next68.i = add nuw nsw i64 %indvars.iv67.i, 1
+  %exitcond71.not.i = icmp eq i64 %indvars.iv.next68.i, 12
+  br i1 %exitcond71.not.i, label %for_body_d9.i, label %for_body_ax0.i, !prof !10
 
-for_body_d9.i:                                    ; preds = %for_body_ax0.i, %for_body_d9.i
+for_body_d9.i:                                    ; preds = %for_body_d9.i, %for_body_ax0.i
   %indvars.iv72.i = phi i64 [ %indvars.iv.next73.i, %for_body_d9.i ], [ 0, %for_body_ax0.i ]
-  %scores_global19.sroa.0.047.i = phi <16 x float> [ %549, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global19.sroa.4.046.i = phi <16 x float> [ %554, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global19.sroa.8.045.i = phi <16 x float> [ %559, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global19.sroa.12.044.i = phi <16 x float> [ %564, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global19.sroa.16.043.i = phi <16 x float> [ %569, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global19.sroa.20.042.i = phi <16 x float> [ %574, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global19.sroa.24.041.i = phi <16 x float> [ %579, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global19.sroa.28.040.i = phi <16 x float> [ %584, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global19.sroa.32.039.i = phi <16 x float> [ %589, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global19.sroa.36.038.i = phi <16 x float> [ %594, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global19.sroa.40.037.i = phi <16 x float> [ %599, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global19.sroa.44.036.i = phi <16 x float> [ %604, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
-    #dbg_value(i64 %indvars.iv72.i, !467, !DIExpression(), !451)
-    #dbg_value(<16 x float> %scores_global19.sroa.0.047.i, !475, !DIExpression(), !451)
-    #dbg_value(i64 %indvars.iv72.i, !476, !DIExpression(DW_OP_constu, 4, DW_OP_shl, DW_OP_stack_value), !451)
-  %.idx87.i = shl nuw nsw i64 %indvars.iv72.i, 6, !dbg !451
-  %543 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx87.i, !dbg !451
-  %544 = load <16 x float>, ptr %543, align 4, !dbg !451, !tbaa !108
-  %545 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %indvars.iv72.i, !dbg !451
-  %546 = load float, ptr %545, align 4, !dbg !451, !tbaa !108
-  %547 = insertelement <16 x float> poison, float %546, i64 0, !dbg !451
-  %548 = shufflevector <16 x float> %547, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !451
-  %549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %544, <16 x float> %548, <16 x float> %scores_global19.sroa.0.047.i), !dbg !451
-    #dbg_value(<16 x float> %549, !475, !DIExpression(), !451)
-  %550 = getelementptr inbounds nuw i8, ptr %545, i64 512, !dbg !451
-  %551 = load float, ptr %550, align 4, !dbg !451, !tbaa !108
-  %552 = insertelement <16 x float> poison, float %551, i64 0, !dbg !451
-  %553 = shufflevector <16 x float> %552, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !451
-  %554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %544, <16 x float> %553, <16 x float> %scores_global19.sroa.4.046.i), !dbg !451
-  %555 = getelementptr inbounds nuw i8, ptr %545, i64 1024, !dbg !451
-  %556 = load float, ptr %555, align 4, !dbg !451, !tbaa !108
-  %557 = insertelement <16 x float> poison, float %556, i64 0, !dbg !451
-  %558 = shufflevector <16 x float> %557, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !451
-  %559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %544, <16 x float> %558, <16 x float> %scores_global19.sroa.8.045.i), !dbg !451
-  %560 = getelementptr inbounds nuw i8, ptr %545, i64 1536, !dbg !451
-  %561 = load float, ptr %560, align 4, !dbg !451, !tbaa !108
-  %562 = insertelement <16 x float> poison, float %561, i64 0, !dbg !451
-  %563 = shufflevector <16 x float> %562, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !451
-  %564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %544, <16 x float> %563, <16 x float> %scores_global19.sroa.12.044.i), !dbg !451
-  %565 = getelementptr inbounds nuw i8, ptr %545, i64 2048, !dbg !451
-  %566 = load float, ptr %565, align 4, !dbg !451, !tbaa !108
-  %567 = insertelement <16 x float> poison, float %566, i64 0, !dbg !451
-  %568 = shufflevector <16 x float> %567, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !451
-  %569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %544, <16 x float> %568, <16 x float> %scores_global19.sroa.16.043.i), !dbg !451
-  %570 = getelementptr inbounds nuw i8, ptr %545, i64 2560, !dbg !451
-  %571 = load float, ptr %570, align 4, !dbg !451, !tbaa !108
-  %572 = insertelement <16 x float> poison, float %571, i64 0, !dbg !451
-  %573 = shufflevector <16 x float> %572, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !451
-  %574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %544, <16 x float> %573, <16 x float> %scores_global19.sroa.20.042.i), !dbg !451
-  %575 = getelementptr inbounds nuw i8, ptr %545, i64 3072, !dbg !451
-  %576 = load float, ptr %575, align 4, !dbg !451, !tbaa !108
-  %577 = insertelement <16 x float> poison, float %576, i64 0, !dbg !451
-  %578 = shufflevector <16 x float> %577, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !451
-  %579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %544, <16 x float> %578, <16 x float> %scores_global19.sroa.24.041.i), !dbg !451
-  %580 = getelementptr inbounds nuw i8, ptr %545, i64 3584, !dbg !451
-  %581 = load float, ptr %580, align 4, !dbg !451, !tbaa !108
-  %582 = insertelement <16 x float> poison, float %581, i64 0, !dbg !451
-  %583 = shufflevector <16 x float> %582, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !451
-  %584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %544, <16 x float> %583, <16 x float> %scores_global19.sroa.28.040.i), !dbg !451
-  %585 = getelementptr inbounds nuw i8, ptr %545, i64 4096, !dbg !451
-  %586 = load float, ptr %585, align 4, !dbg !451, !tbaa !108
-  %587 = insertelement <16 x float> poison, float %586, i64 0, !dbg !451
-  %588 = shufflevector <16 x float> %587, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !451
-  %589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %544, <16 x float> %588, <16 x float> %scores_global19.sroa.32.039.i), !dbg !451
-  %590 = getelementptr inbounds nuw i8, ptr %545, i64 4608, !dbg !451
-  %591 = load float, ptr %590, align 4, !dbg !451, !tbaa !108
-  %592 = insertelement <16 x float> poison, float %591, i64 0, !dbg !451
-  %593 = shufflevector <16 x float> %592, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !451
-  %594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %544, <16 x float> %593, <16 x float> %scores_global19.sroa.36.038.i), !dbg !451
-  %595 = getelementptr inbounds nuw i8, ptr %545, i64 5120, !dbg !451
-  %596 = load float, ptr %595, align 4, !dbg !451, !tbaa !108
-  %597 = insertelement <16 x float> poison, float %596, i64 0, !dbg !451
-  %598 = shufflevector <16 x float> %597, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !451
-  %599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %544, <16 x float> %598, <16 x float> %scores_global19.sroa.40.037.i), !dbg !451
-  %600 = getelementptr inbounds nuw i8, ptr %545, i64 5632, !dbg !451
-  %601 = load float, ptr %600, align 4, !dbg !451, !tbaa !108
-  %602 = insertelement <16 x float> poison, float %601, i64 0, !dbg !451
-  %603 = shufflevector <16 x float> %602, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !451
-  %604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %544, <16 x float> %603, <16 x float> %scores_global19.sroa.44.036.i), !dbg !451
-  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1, !dbg !451
-    #dbg_value(i64 %indvars.iv.next73.i, !467, !DIExpression(), !451)
-  %exitcond76.not.i = icmp eq i64 %indvars.iv.next73.i, 128, !dbg !451
-  br i1 %exitcond76.not.i, label %for_end_d10.i, label %for_body_d9.i, !dbg !451, !prof !136
+  %scores_global19.sroa.0.047.i = phi <16 x float> [ %324, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global19.sroa.4.046.i = phi <16 x float> [ %329, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global19.sroa.8.045.i = phi <16 x float> [ %334, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global19.sroa.12.044.i = phi <16 x float> [ %339, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global19.sroa.16.043.i = phi <16 x float> [ %344, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global19.sroa.20.042.i = phi <16 x float> [ %349, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global19.sroa.24.041.i = phi <16 x float> [ %354, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global19.sroa.28.040.i = phi <16 x float> [ %359, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global19.sroa.32.039.i = phi <16 x float> [ %364, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global19.sroa.36.038.i = phi <16 x float> [ %369, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global19.sroa.40.037.i = phi <16 x float> [ %374, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global19.sroa.44.036.i = phi <16 x float> [ %379, %for_body_d9.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %.idx87.i = shl nuw nsw i64 %indvars.iv72.i, 6
+  %318 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx87.i
+  %319 = load <16 x float>, ptr %318, align 4, !tbaa !8
+  %320 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %indvars.iv72.i
+  %321 = load float, ptr %320, align 4, !tbaa !8
+  %322 = insertelement <16 x float> poison, float %321, i64 0
+  %323 = shufflevector <16 x float> %322, <16 x float> poison, <16 x i32> zeroinitializer
+  %324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %323, <16 x float> %scores_global19.sroa.0.047.i)
+  %325 = getelementptr inbounds nuw i8, ptr %320, i64 512
+  %326 = load float, ptr %325, align 4, !tbaa !8
+  %327 = insertelement <16 x float> poison, float %326, i64 0
+  %328 = shufflevector <16 x float> %327, <16 x float> poison, <16 x i32> zeroinitializer
+  %329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %328, <16 x float> %scores_global19.sroa.4.046.i)
+  %330 = getelementptr inbounds nuw i8, ptr %320, i64 1024
+  %331 = load float, ptr %330, align 4, !tbaa !8
+  %332 = insertelement <16 x float> poison, float %331, i64 0
+  %333 = shufflevector <16 x float> %332, <16 x float> poison, <16 x i32> zeroinitializer
+  %334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %333, <16 x float> %scores_global19.sroa.8.045.i)
+  %335 = getelementptr inbounds nuw i8, ptr %320, i64 1536
+  %336 = load float, ptr %335, align 4, !tbaa !8
+  %337 = insertelement <16 x float> poison, float %336, i64 0
+  %338 = shufflevector <16 x float> %337, <16 x float> poison, <16 x i32> zeroinitializer
+  %339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %338, <16 x float> %scores_global19.sroa.12.044.i)
+  %340 = getelementptr inbounds nuw i8, ptr %320, i64 2048
+  %341 = load float, ptr %340, align 4, !tbaa !8
+  %342 = insertelement <16 x float> poison, float %341, i64 0
+  %343 = shufflevector <16 x float> %342, <16 x float> poison, <16 x i32> zeroinitializer
+  %344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %343, <16 x float> %scores_global19.sroa.16.043.i)
+  %345 = getelementptr inbounds nuw i8, ptr %320, i64 2560
+  %346 = load float, ptr %345, align 4, !tbaa !8
+  %347 = insertelement <16 x float> poison, float %346, i64 0
+  %348 = shufflevector <16 x float> %347, <16 x float> poison, <16 x i32> zeroinitializer
+  %349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %348, <16 x float> %scores_global19.sroa.20.042.i)
+  %350 = getelementptr inbounds nuw i8, ptr %320, i64 3072
+  %351 = load float, ptr %350, align 4, !tbaa !8
+  %352 = insertelement <16 x float> poison, float %351, i64 0
+  %353 = shufflevector <16 x float> %352, <16 x float> poison, <16 x i32> zeroinitializer
+  %354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %353, <16 x float> %scores_global19.sroa.24.041.i)
+  %355 = getelementptr inbounds nuw i8, ptr %320, i64 3584
+  %356 = load float, ptr %355, align 4, !tbaa !8
+  %357 = insertelement <16 x float> poison, float %356, i64 0
+  %358 = shufflevector <16 x float> %357, <16 x float> poison, <16 x i32> zeroinitializer
+  %359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %358, <16 x float> %scores_global19.sroa.28.040.i)
+  %360 = getelementptr inbounds nuw i8, ptr %320, i64 4096
+  %361 = load float, ptr %360, align 4, !tbaa !8
+  %362 = insertelement <16 x float> poison, float %361, i64 0
+  %363 = shufflevector <16 x float> %362, <16 x float> poison, <16 x i32> zeroinitializer
+  %364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %363, <16 x float> %scores_global19.sroa.32.039.i)
+  %365 = getelementptr inbounds nuw i8, ptr %320, i64 4608
+  %366 = load float, ptr %365, align 4, !tbaa !8
+  %367 = insertelement <16 x float> poison, float %366, i64 0
+  %368 = shufflevector <16 x float> %367, <16 x float> poison, <16 x i32> zeroinitializer
+  %369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %368, <16 x float> %scores_global19.sroa.36.038.i)
+  %370 = getelementptr inbounds nuw i8, ptr %320, i64 5120
+  %371 = load float, ptr %370, align 4, !tbaa !8
+  %372 = insertelement <16 x float> poison, float %371, i64 0
+  %373 = shufflevector <16 x float> %372, <16 x float> poison, <16 x i32> zeroinitializer
+  %374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %373, <16 x float> %scores_global19.sroa.40.037.i)
+  %375 = getelementptr inbounds nuw i8, ptr %320, i64 5632
+  %376 = load float, ptr %375, align 4, !tbaa !8
+  %377 = insertelement <16 x float> poison, float %376, i64 0
+  %378 = shufflevector <16 x float> %377, <16 x float> poison, <16 x i32> zeroinitializer
+  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %319, <16 x float> %378, <16 x float> %scores_global19.sroa.44.036.i)
+  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
+  %exitcond76.not.i = icmp eq i64 %indvars.iv.next73.i, 128
+  br i1 %exitcond76.not.i, label %for_end_d10.i, label %for_body_d9.i, !prof !10
 
 for_end_d10.i:                                    ; preds = %for_body_d9.i
-    #dbg_value(!DIArgList(i64 %indvars.iv77.i, i64 %indvars.iv82.i), !477, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_constu, 192, DW_OP_mul, DW_OP_LLVM_arg, 1, DW_OP_constu, 2112, DW_OP_mul, DW_OP_plus, DW_OP_stack_value), !451)
-  %.idx88.i = mul nuw nsw i64 %indvars.iv77.i, 768, !dbg !451
-  %gep102.i = getelementptr inbounds nuw i8, ptr %invariant.gep101.i, i64 %.idx88.i, !dbg !451
-  store <16 x float> %549, ptr %gep102.i, align 64, !dbg !451, !tbaa !108
-  %605 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 64, !dbg !451
-  store <16 x float> %554, ptr %605, align 64, !dbg !451, !tbaa !108
-  %606 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 128, !dbg !451
-  store <16 x float> %559, ptr %606, align 64, !dbg !451, !tbaa !108
-  %607 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 192, !dbg !451
-  store <16 x float> %564, ptr %607, align 64, !dbg !451, !tbaa !108
-  %608 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 256, !dbg !451
-  store <16 x float> %569, ptr %608, align 64, !dbg !451, !tbaa !108
-  %609 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 320, !dbg !451
-  store <16 x float> %574, ptr %609, align 64, !dbg !451, !tbaa !108
-  %610 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 384, !dbg !451
-  store <16 x float> %579, ptr %610, align 64, !dbg !451, !tbaa !108
-  %611 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 448, !dbg !451
-  store <16 x float> %584, ptr %611, align 64, !dbg !451, !tbaa !108
-  %612 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 512, !dbg !451
-  store <16 x float> %589, ptr %612, align 64, !dbg !451, !tbaa !108
-  %613 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 576, !dbg !451
-  store <16 x float> %594, ptr %613, align 64, !dbg !451, !tbaa !108
-  %614 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 640, !dbg !451
-  store <16 x float> %599, ptr %614, align 64, !dbg !451, !tbaa !108
-  %615 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 704, !dbg !451
-  store <16 x float> %604, ptr %615, align 64, !dbg !451, !tbaa !108
-  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1, !dbg !451
-    #dbg_value(i64 %indvars.iv.next78.i, !469, !DIExpression(), !451)
-  %exitcond81.not.i = icmp eq i64 %indvars.iv.next78.i, %wide.trip.count.i, !dbg !451
-  br i1 %exitcond81.not.i, label %for_end_to.i, label %for_begin_ax0.preheader.i, !dbg !451, !prof !140
+  %.idx88.i = mul nuw nsw i64 %indvars.iv77.i, 768
+  %gep102.i = getelementptr inbounds nuw i8, ptr %invariant.gep101.i, i64 %.idx88.i
+  store <16 x float> %324, ptr %gep102.i, align 64, !tbaa !8
+  %380 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 64
+  store <16 x float> %329, ptr %380, align 64, !tbaa !8
+  %381 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 128
+  store <16 x float> %334, ptr %381, align 64, !tbaa !8
+  %382 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 192
+  store <16 x float> %339, ptr %382, align 64, !tbaa !8
+  %383 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 256
+  store <16 x float> %344, ptr %383, align 64, !tbaa !8
+  %384 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 320
+  store <16 x float> %349, ptr %384, align 64, !tbaa !8
+  %385 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 384
+  store <16 x float> %354, ptr %385, align 64, !tbaa !8
+  %386 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 448
+  store <16 x float> %359, ptr %386, align 64, !tbaa !8
+  %387 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 512
+  store <16 x float> %364, ptr %387, align 64, !tbaa !8
+  %388 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 576
+  store <16 x float> %369, ptr %388, align 64, !tbaa !8
+  %389 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 640
+  store <16 x float> %374, ptr %389, align 64, !tbaa !8
+  %390 = getelementptr inbounds nuw i8, ptr %gep102.i, i64 704
+  store <16 x float> %379, ptr %390, align 64, !tbaa !8
+  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1
+  %exitcond81.not.i = icmp eq i64 %indvars.iv.next78.i, %wide.trip.count.i
+  br i1 %exitcond81.not.i, label %for_end_to.i, label %for_begin_ax0.preheader.i, !prof !14
 
 if_end14.i:                                       ; preds = %for_end_s.i
-  %616 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !451, !tbaa !88
-  %617 = tail call i32 %616(i32 1, i32 %dev_id, ptr nonnull %q_tile.i), !dbg !451
-  %.not20.i = icmp ne i32 %617, 0, !dbg !451
-  %..i = sext i1 %.not20.i to i32, !dbg !451
-  br label %common.ret, !dbg !451
+  %391 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %392 = tail call i32 %391(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not20.i = icmp ne i32 %392, 0
+  %..i = sext i1 %.not20.i to i32
+  br label %qk_matmul_compute_.exit
+
+qk_matmul_compute_.exit:                          ; preds = %if_end14.i, %for_end_s.i, %if_end.i, %if_end30
+  %common.ret.op.i = phi i32 [ -1, %for_end_s.i ], [ -1, %if_end30 ], [ -1, %if_end.i ], [ %..i, %if_end14.i ]
+  ret i32 %common.ret.op.i
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_softmax_prepare(ptr readnone captures(none) %self_handle, ptr readonly captures(address_is_null) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 !dbg !478 {
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_softmax_prepare(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-    #dbg_value(ptr %self_handle, !480, !DIExpression(), !484)
-    #dbg_value(ptr %args, !481, !DIExpression(), !484)
-    #dbg_value(i32 %num_args, !482, !DIExpression(), !484)
-    #dbg_value(ptr %result, !483, !DIExpression(), !484)
-  %0 = icmp eq i32 %num_args, 9, !dbg !484
-  br i1 %0, label %assert_end, label %assert_fail, !dbg !484, !prof !41
-
-common.ret:                                       ; preds = %for_end_s.i, %assert_end140, %assert_fail139, %assert_fail137, %assert_fail135, %assert_fail133, %assert_fail131, %assert_fail129, %assert_fail127, %assert_fail125, %assert_fail123, %assert_fail121, %assert_fail119, %assert_fail117, %assert_fail115, %assert_fail113, %assert_fail111, %assert_fail109, %assert_fail107, %assert_fail105, %assert_fail101, %assert_fail99, %assert_fail97, %assert_fail93, %assert_fail91, %assert_fail89, %assert_fail85, %assert_fail83, %assert_fail81, %assert_fail77, %assert_fail75, %assert_fail71, %assert_fail69, %assert_fail67, %assert_fail65, %assert_fail63, %assert_fail61, %assert_fail59, %assert_fail57, %assert_fail55, %assert_fail53, %assert_fail51, %assert_fail49, %assert_fail47, %assert_fail45, %assert_fail43, %assert_fail41, %assert_fail39, %assert_fail37, %assert_fail35, %assert_fail33, %assert_fail31, %assert_fail29, %assert_fail27, %assert_fail25, %assert_fail20, %assert_fail15, %assert_fail10, %assert_fail5, %assert_fail3, %assert_fail1, %assert_fail
-  %common.ret.op = phi i32 [ -1, %assert_fail ], [ -1, %assert_fail1 ], [ -1, %assert_fail3 ], [ -1, %assert_fail5 ], [ -1, %assert_fail10 ], [ -1, %assert_fail15 ], [ -1, %assert_fail20 ], [ -1, %assert_fail25 ], [ -1, %assert_fail27 ], [ -1, %assert_fail29 ], [ -1, %assert_fail31 ], [ -1, %assert_fail33 ], [ -1, %assert_fail35 ], [ -1, %assert_fail37 ], [ -1, %assert_fail39 ], [ -1, %assert_fail41 ], [ -1, %assert_fail43 ], [ -1, %assert_fail45 ], [ -1, %assert_fail47 ], [ -1, %assert_fail49 ], [ -1, %assert_fail51 ], [ -1, %assert_fail53 ], [ -1, %assert_fail55 ], [ -1, %assert_fail57 ], [ -1, %assert_fail59 ], [ -1, %assert_fail61 ], [ -1, %assert_fail63 ], [ -1, %assert_fail65 ], [ -1, %assert_fail67 ], [ -1, %assert_fail69 ], [ -1, %assert_fail71 ], [ -1, %assert_fail75 ], [ -1, %assert_fail77 ], [ -1, %assert_fail81 ], [ -1, %assert_fail83 ], [ -1, %assert_fail85 ], [ -1, %assert_fail89 ], [ -1, %assert_fail91 ], [ -1, %assert_fail93 ], [ -1, %assert_fail97 ], [ -1, %assert_fail99 ], [ -1, %assert_fail101 ], [ -1, %assert_fail105 ], [ -1, %assert_fail107 ], [ -1, %assert_fail109 ], [ -1, %assert_fail111 ], [ -1, %assert_fail113 ], [ -1, %assert_fail115 ], [ -1, %assert_fail117 ], [ -1, %assert_fail119 ], [ -1, %assert_fail121 ], [ -1, %assert_fail123 ], [ -1, %assert_fail125 ], [ -1, %assert_fail127 ], [ -1, %assert_fail129 ], [ -1, %assert_fail131 ], [ -1, %assert_fail133 ], [ -1, %assert_fail135 ], [ -1, %assert_fail137 ], [ -1, %assert_fail139 ], [ -1, %assert_end140 ], [ %..i, %for_end_s.i ]
-  ret i32 %common.ret.op, !dbg !484
-
-assert_fail:                                      ; preds = %entry
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.1, ptr nonnull @.str.21, ptr nonnull @.str.3, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.6), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end:                                       ; preds = %entry
-  %.not = icmp eq ptr %args, null, !dbg !484
-  br i1 %.not, label %assert_fail1, label %assert_end2, !dbg !484, !prof !42
-
-assert_fail1:                                     ; preds = %assert_end
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 4, ptr nonnull @.str.7, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.6, ptr null, ptr null), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end2:                                      ; preds = %assert_end
-  %context_lens.type_index = load i32, ptr %args, align 4, !dbg !484
-    #dbg_value(i32 %context_lens.type_index, !485, !DIExpression(), !484)
-  %context_lens.type_index.fr = freeze i32 %context_lens.type_index, !dbg !484
-  %1 = icmp sgt i32 %context_lens.type_index.fr, 63, !dbg !484
-  br i1 %1, label %assert_end4, label %switch.early.test, !dbg !484
-
-switch.early.test:                                ; preds = %assert_end2
-  switch i32 %context_lens.type_index.fr, label %assert_fail3 [
-    i32 0, label %if_else
-    i32 4, label %if_else
-    i32 7, label %if_else
-  ], !dbg !484, !prof !44
-
-assert_fail3:                                     ; preds = %switch.early.test
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end4:                                      ; preds = %assert_end2
-  %2 = icmp eq i32 %context_lens.type_index.fr, 70, !dbg !484
-  br i1 %2, label %if_then, label %if_else, !dbg !484
-
-if_then:                                          ; preds = %assert_end4
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !484
-  %4 = load ptr, ptr %3, align 8, !dbg !484
-  %5 = getelementptr inbounds nuw i8, ptr %4, i64 24, !dbg !484
-  br label %if_end, !dbg !484
-
-if_else:                                          ; preds = %switch.early.test, %switch.early.test, %switch.early.test, %assert_end4
-  %6 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !484
-  %7 = load ptr, ptr %6, align 8, !dbg !484
-  br label %if_end, !dbg !484
-
-if_end:                                           ; preds = %if_else, %if_then
-  %context_lens.handle = phi ptr [ %5, %if_then ], [ %7, %if_else ], !dbg !484
-    #dbg_declare(ptr %context_lens.handle, !486, !DIExpression(), !484)
-  %8 = getelementptr inbounds nuw i8, ptr %args, i64 16, !dbg !484
-  %scores.type_index = load i32, ptr %8, align 4, !dbg !484
-    #dbg_value(i32 %scores.type_index, !487, !DIExpression(), !484)
-  %scores.type_index.fr = freeze i32 %scores.type_index, !dbg !484
-  %9 = icmp sgt i32 %scores.type_index.fr, 63, !dbg !484
-  br i1 %9, label %assert_end6, label %switch.early.test141, !dbg !484
-
-switch.early.test141:                             ; preds = %if_end
-  switch i32 %scores.type_index.fr, label %assert_fail5 [
-    i32 0, label %if_else8
-    i32 4, label %if_else8
-    i32 7, label %if_else8
-  ], !dbg !484, !prof !44
-
-assert_fail5:                                     ; preds = %switch.early.test141
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end6:                                      ; preds = %if_end
-  %10 = icmp eq i32 %scores.type_index.fr, 70, !dbg !484
-  br i1 %10, label %if_then7, label %if_else8, !dbg !484
-
-if_then7:                                         ; preds = %assert_end6
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !484
-  %12 = load ptr, ptr %11, align 8, !dbg !484
-  %13 = getelementptr inbounds nuw i8, ptr %12, i64 24, !dbg !484
-  br label %if_end9, !dbg !484
-
-if_else8:                                         ; preds = %switch.early.test141, %switch.early.test141, %switch.early.test141, %assert_end6
-  %14 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !484
-  %15 = load ptr, ptr %14, align 8, !dbg !484
-  br label %if_end9, !dbg !484
-
-if_end9:                                          ; preds = %if_else8, %if_then7
-  %scores.handle = phi ptr [ %13, %if_then7 ], [ %15, %if_else8 ], !dbg !484
-    #dbg_declare(ptr %scores.handle, !488, !DIExpression(), !484)
-  %16 = getelementptr inbounds nuw i8, ptr %args, i64 32, !dbg !484
-  %probs.type_index = load i32, ptr %16, align 4, !dbg !484
-    #dbg_value(i32 %probs.type_index, !489, !DIExpression(), !484)
-  %probs.type_index.fr = freeze i32 %probs.type_index, !dbg !484
-  %17 = icmp sgt i32 %probs.type_index.fr, 63, !dbg !484
-  br i1 %17, label %assert_end11, label %switch.early.test142, !dbg !484
-
-switch.early.test142:                             ; preds = %if_end9
-  switch i32 %probs.type_index.fr, label %assert_fail10 [
-    i32 0, label %if_else13
-    i32 4, label %if_else13
-    i32 7, label %if_else13
-  ], !dbg !484, !prof !44
-
-assert_fail10:                                    ; preds = %switch.early.test142
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end11:                                     ; preds = %if_end9
-  %18 = icmp eq i32 %probs.type_index.fr, 70, !dbg !484
-  br i1 %18, label %if_then12, label %if_else13, !dbg !484
-
-if_then12:                                        ; preds = %assert_end11
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !484
-  %20 = load ptr, ptr %19, align 8, !dbg !484
-  %21 = getelementptr inbounds nuw i8, ptr %20, i64 24, !dbg !484
-  br label %if_end14, !dbg !484
-
-if_else13:                                        ; preds = %switch.early.test142, %switch.early.test142, %switch.early.test142, %assert_end11
-  %22 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !484
-  %23 = load ptr, ptr %22, align 8, !dbg !484
-  br label %if_end14, !dbg !484
-
-if_end14:                                         ; preds = %if_else13, %if_then12
-  %probs.handle = phi ptr [ %21, %if_then12 ], [ %23, %if_else13 ], !dbg !484
-    #dbg_declare(ptr %probs.handle, !490, !DIExpression(), !484)
-  %24 = getelementptr inbounds nuw i8, ptr %args, i64 48, !dbg !484
-  %tile_max.type_index = load i32, ptr %24, align 4, !dbg !484
-    #dbg_value(i32 %tile_max.type_index, !491, !DIExpression(), !484)
-  %tile_max.type_index.fr = freeze i32 %tile_max.type_index, !dbg !484
-  %25 = icmp sgt i32 %tile_max.type_index.fr, 63, !dbg !484
-  br i1 %25, label %assert_end16, label %switch.early.test143, !dbg !484
-
-switch.early.test143:                             ; preds = %if_end14
-  switch i32 %tile_max.type_index.fr, label %assert_fail15 [
-    i32 0, label %if_else18
-    i32 4, label %if_else18
-    i32 7, label %if_else18
-  ], !dbg !484, !prof !44
-
-assert_fail15:                                    ; preds = %switch.early.test143
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end16:                                     ; preds = %if_end14
-  %26 = icmp eq i32 %tile_max.type_index.fr, 70, !dbg !484
-  br i1 %26, label %if_then17, label %if_else18, !dbg !484
-
-if_then17:                                        ; preds = %assert_end16
-  %27 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !484
-  %28 = load ptr, ptr %27, align 8, !dbg !484
-  %29 = getelementptr inbounds nuw i8, ptr %28, i64 24, !dbg !484
-  br label %if_end19, !dbg !484
-
-if_else18:                                        ; preds = %switch.early.test143, %switch.early.test143, %switch.early.test143, %assert_end16
-  %30 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !484
-  %31 = load ptr, ptr %30, align 8, !dbg !484
-  br label %if_end19, !dbg !484
-
-if_end19:                                         ; preds = %if_else18, %if_then17
-  %tile_max.handle = phi ptr [ %29, %if_then17 ], [ %31, %if_else18 ], !dbg !484
-    #dbg_declare(ptr %tile_max.handle, !492, !DIExpression(), !484)
-  %32 = getelementptr inbounds nuw i8, ptr %args, i64 64, !dbg !484
-  %tile_sum.type_index = load i32, ptr %32, align 4, !dbg !484
-    #dbg_value(i32 %tile_sum.type_index, !493, !DIExpression(), !484)
-  %tile_sum.type_index.fr = freeze i32 %tile_sum.type_index, !dbg !484
-  %33 = icmp sgt i32 %tile_sum.type_index.fr, 63, !dbg !484
-  br i1 %33, label %assert_end21, label %switch.early.test144, !dbg !484
-
-switch.early.test144:                             ; preds = %if_end19
-  switch i32 %tile_sum.type_index.fr, label %assert_fail20 [
-    i32 0, label %if_else23
-    i32 4, label %if_else23
-    i32 7, label %if_else23
-  ], !dbg !484, !prof !44
-
-assert_fail20:                                    ; preds = %switch.early.test144
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end21:                                     ; preds = %if_end19
-  %34 = icmp eq i32 %tile_sum.type_index.fr, 70, !dbg !484
-  br i1 %34, label %if_then22, label %if_else23, !dbg !484
-
-if_then22:                                        ; preds = %assert_end21
-  %35 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !484
-  %36 = load ptr, ptr %35, align 8, !dbg !484
-  %37 = getelementptr inbounds nuw i8, ptr %36, i64 24, !dbg !484
-  br label %if_end24, !dbg !484
-
-if_else23:                                        ; preds = %switch.early.test144, %switch.early.test144, %switch.early.test144, %assert_end21
-  %38 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !484
-  %39 = load ptr, ptr %38, align 8, !dbg !484
-  br label %if_end24, !dbg !484
-
-if_end24:                                         ; preds = %if_else23, %if_then22
-  %tile_sum.handle = phi ptr [ %37, %if_then22 ], [ %39, %if_else23 ], !dbg !484
-    #dbg_declare(ptr %tile_sum.handle, !494, !DIExpression(), !484)
-  %40 = getelementptr inbounds nuw i8, ptr %args, i64 80, !dbg !484
-  %batch_start.type_index = load i32, ptr %40, align 4, !dbg !484
-    #dbg_value(i32 %batch_start.type_index, !495, !DIExpression(), !484)
-  %41 = add i32 %batch_start.type_index, -1, !dbg !484
-  %42 = icmp ult i32 %41, 2, !dbg !484
-  br i1 %42, label %assert_end26, label %assert_fail25, !dbg !484, !prof !41
-
-assert_fail25:                                    ; preds = %if_end24
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.16, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end26:                                     ; preds = %if_end24
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 88, !dbg !484
-  %44 = load i64, ptr %43, align 8, !dbg !484
-    #dbg_value(i64 %44, !496, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !484)
-  %45 = getelementptr inbounds nuw i8, ptr %args, i64 96, !dbg !484
-  %num_seqs.type_index = load i32, ptr %45, align 8, !dbg !484
-    #dbg_value(i32 %num_seqs.type_index, !497, !DIExpression(), !484)
-  %46 = add i32 %num_seqs.type_index, -1, !dbg !484
-  %47 = icmp ult i32 %46, 2, !dbg !484
-  br i1 %47, label %assert_end28, label %assert_fail27, !dbg !484, !prof !41
-
-assert_fail27:                                    ; preds = %assert_end26
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.18, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end28:                                     ; preds = %assert_end26
-  %48 = getelementptr inbounds nuw i8, ptr %args, i64 104, !dbg !484
-  %49 = load i64, ptr %48, align 8, !dbg !484
-  %num_seqs = trunc i64 %49 to i32, !dbg !484
-    #dbg_value(i32 %num_seqs, !498, !DIExpression(), !484)
-  %50 = getelementptr inbounds nuw i8, ptr %args, i64 112, !dbg !484
-  %block_idx.type_index = load i32, ptr %50, align 8, !dbg !484
-    #dbg_value(i32 %block_idx.type_index, !499, !DIExpression(), !484)
-  %51 = add i32 %block_idx.type_index, -1, !dbg !484
-  %52 = icmp ult i32 %51, 2, !dbg !484
-  br i1 %52, label %assert_end30, label %assert_fail29, !dbg !484, !prof !41
-
-assert_fail29:                                    ; preds = %assert_end28
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.19, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.17), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end30:                                     ; preds = %assert_end28
-  %53 = getelementptr inbounds nuw i8, ptr %args, i64 120, !dbg !484
-  %54 = load i64, ptr %53, align 8, !dbg !484
-  %block_idx = trunc i64 %54 to i32, !dbg !484
-    #dbg_value(i32 %block_idx, !500, !DIExpression(), !484)
-  %55 = getelementptr inbounds nuw i8, ptr %args, i64 128, !dbg !484
-  %scale.type_index = load i32, ptr %55, align 8, !dbg !484
-    #dbg_value(i32 %scale.type_index, !501, !DIExpression(), !484)
-  %56 = add i32 %scale.type_index, -1, !dbg !484
-  %57 = icmp ult i32 %56, 3, !dbg !484
-  br i1 %57, label %assert_end32, label %assert_fail31, !dbg !484, !prof !41
-
-assert_fail31:                                    ; preds = %assert_end30
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.20, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.133), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end32:                                     ; preds = %assert_end30
-  %58 = getelementptr inbounds nuw i8, ptr %args, i64 136, !dbg !484
-  %59 = load i64, ptr %58, align 8, !dbg !484
-  %60 = sitofp i64 %59 to float, !dbg !484
-  %.cast = bitcast i64 %59 to double, !dbg !484
-  %61 = fptrunc double %.cast to float, !dbg !484
-  %62 = icmp eq i32 %scale.type_index, 3, !dbg !484
-  %scale = select i1 %62, float %61, float %60, !dbg !484
-    #dbg_value(float %scale, !502, !DIExpression(), !484)
-  %.not145 = icmp eq ptr %context_lens.handle, null, !dbg !484
-  br i1 %.not145, label %assert_fail33, label %assert_end34, !dbg !484, !prof !42
-
-assert_fail33:                                    ; preds = %assert_end32
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end34:                                     ; preds = %assert_end32
-  %63 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 16, !dbg !484
-  %64 = load i32, ptr %63, align 4, !dbg !484
-  %65 = icmp eq i32 %64, 1, !dbg !484
-  br i1 %65, label %assert_end36, label %assert_fail35, !dbg !484, !prof !41
-
-assert_fail35:                                    ; preds = %assert_end34
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.89, ptr nonnull @.str.25, ptr nonnull @.str.9, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end36:                                     ; preds = %assert_end34
-  %66 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 22, !dbg !484
-  %67 = load i16, ptr %66, align 2, !dbg !484
-  %68 = icmp eq i16 %67, 1, !dbg !484
-  %69 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 21, !dbg !484
-  %70 = load i8, ptr %69, align 1, !dbg !484
-  %71 = icmp eq i8 %70, 32, !dbg !484
-  %72 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 20, !dbg !484
-  %73 = load i8, ptr %72, align 2, !dbg !484
-  %74 = icmp eq i8 %73, 0, !dbg !484
-  %75 = and i1 %71, %74, !dbg !484
-  %76 = and i1 %68, %75, !dbg !484
-  br i1 %76, label %assert_end38, label %assert_fail37, !dbg !484, !prof !41
-
-assert_fail37:                                    ; preds = %assert_end36
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.89, ptr nonnull @.str.26, ptr nonnull @.str.9, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.88), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end38:                                     ; preds = %assert_end36
-  %77 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 24, !dbg !484
-  %softmax_prepare.context_lens_shape = load ptr, ptr %77, align 8, !dbg !484
-    #dbg_declare(ptr %softmax_prepare.context_lens_shape, !503, !DIExpression(), !484)
-  %batch = load i64, ptr %softmax_prepare.context_lens_shape, align 8, !dbg !484
-    #dbg_value(i64 %batch, !504, !DIExpression(), !484)
-  %78 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 32, !dbg !484
-  %softmax_prepare.context_lens_strides = load ptr, ptr %78, align 8, !dbg !484
-    #dbg_declare(ptr %softmax_prepare.context_lens_strides, !505, !DIExpression(), !484)
-  %79 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 8, !dbg !484
-  %80 = load i32, ptr %79, align 8, !dbg !484
-  %81 = icmp eq i32 %80, 1, !dbg !484
-  br i1 %81, label %assert_end40, label %assert_fail39, !dbg !484, !prof !41
-
-assert_fail39:                                    ; preds = %assert_end38
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.89, ptr nonnull @.str.28, ptr nonnull @.str.9, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end40:                                     ; preds = %assert_end38
-  %82 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 12, !dbg !484
-  %dev_id = load i32, ptr %82, align 4, !dbg !484
-    #dbg_value(i32 %dev_id, !506, !DIExpression(), !484)
-  %.not146 = icmp eq ptr %scores.handle, null, !dbg !484
-  br i1 %.not146, label %assert_fail41, label %assert_end42, !dbg !484, !prof !42
-
-assert_fail41:                                    ; preds = %assert_end40
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end42:                                     ; preds = %assert_end40
-  %83 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 16, !dbg !484
-  %84 = load i32, ptr %83, align 4, !dbg !484
-  %85 = icmp eq i32 %84, 3, !dbg !484
-  br i1 %85, label %assert_end44, label %assert_fail43, !dbg !484, !prof !41
-
-assert_fail43:                                    ; preds = %assert_end42
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.114, ptr nonnull @.str.25, ptr nonnull @.str.12, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end44:                                     ; preds = %assert_end42
-  %86 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 22, !dbg !484
-  %87 = load i16, ptr %86, align 2, !dbg !484
-  %88 = icmp eq i16 %87, 1, !dbg !484
-  %89 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 21, !dbg !484
-  %90 = load i8, ptr %89, align 1, !dbg !484
-  %91 = icmp eq i8 %90, 32, !dbg !484
-  %92 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 20, !dbg !484
-  %93 = load i8, ptr %92, align 2, !dbg !484
-  %94 = icmp eq i8 %93, 2, !dbg !484
-  %95 = and i1 %91, %94, !dbg !484
-  %96 = and i1 %88, %95, !dbg !484
-  br i1 %96, label %assert_end46, label %assert_fail45, !dbg !484, !prof !41
-
-assert_fail45:                                    ; preds = %assert_end44
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.114, ptr nonnull @.str.26, ptr nonnull @.str.12, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end46:                                     ; preds = %assert_end44
-  %97 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 24, !dbg !484
-  %softmax_prepare.scores_shape = load ptr, ptr %97, align 8, !dbg !484
-    #dbg_declare(ptr %softmax_prepare.scores_shape, !507, !DIExpression(), !484)
-  %98 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 32, !dbg !484
-  %softmax_prepare.scores_strides = load ptr, ptr %98, align 8, !dbg !484
-    #dbg_declare(ptr %softmax_prepare.scores_strides, !508, !DIExpression(), !484)
-  %99 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 8, !dbg !484
-  %100 = load i32, ptr %99, align 8, !dbg !484
-  %101 = icmp eq i32 %100, 1, !dbg !484
-  br i1 %101, label %assert_end48, label %assert_fail47, !dbg !484, !prof !41
-
-assert_fail47:                                    ; preds = %assert_end46
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.114, ptr nonnull @.str.28, ptr nonnull @.str.12, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end48:                                     ; preds = %assert_end46
-  %.not147 = icmp eq ptr %probs.handle, null, !dbg !484
-  br i1 %.not147, label %assert_fail49, label %assert_end50, !dbg !484, !prof !42
-
-assert_fail49:                                    ; preds = %assert_end48
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end50:                                     ; preds = %assert_end48
-  %102 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 16, !dbg !484
-  %103 = load i32, ptr %102, align 4, !dbg !484
-  %104 = icmp eq i32 %103, 3, !dbg !484
-  br i1 %104, label %assert_end52, label %assert_fail51, !dbg !484, !prof !41
-
-assert_fail51:                                    ; preds = %assert_end50
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.90, ptr nonnull @.str.25, ptr nonnull @.str.13, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end52:                                     ; preds = %assert_end50
-  %105 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 22, !dbg !484
-  %106 = load i16, ptr %105, align 2, !dbg !484
-  %107 = icmp eq i16 %106, 1, !dbg !484
-  %108 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 21, !dbg !484
-  %109 = load i8, ptr %108, align 1, !dbg !484
-  %110 = icmp eq i8 %109, 32, !dbg !484
-  %111 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 20, !dbg !484
-  %112 = load i8, ptr %111, align 2, !dbg !484
-  %113 = icmp eq i8 %112, 2, !dbg !484
-  %114 = and i1 %110, %113, !dbg !484
-  %115 = and i1 %107, %114, !dbg !484
-  br i1 %115, label %assert_end54, label %assert_fail53, !dbg !484, !prof !41
-
-assert_fail53:                                    ; preds = %assert_end52
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.90, ptr nonnull @.str.26, ptr nonnull @.str.13, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end54:                                     ; preds = %assert_end52
-  %116 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 24, !dbg !484
-  %softmax_prepare.probs_shape = load ptr, ptr %116, align 8, !dbg !484
-    #dbg_declare(ptr %softmax_prepare.probs_shape, !509, !DIExpression(), !484)
-  %117 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 32, !dbg !484
-  %softmax_prepare.probs_strides = load ptr, ptr %117, align 8, !dbg !484
-    #dbg_declare(ptr %softmax_prepare.probs_strides, !510, !DIExpression(), !484)
-  %118 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 8, !dbg !484
-  %119 = load i32, ptr %118, align 8, !dbg !484
-  %120 = icmp eq i32 %119, 1, !dbg !484
-  br i1 %120, label %assert_end56, label %assert_fail55, !dbg !484, !prof !41
-
-assert_fail55:                                    ; preds = %assert_end54
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.90, ptr nonnull @.str.28, ptr nonnull @.str.13, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end56:                                     ; preds = %assert_end54
-  %.not148 = icmp eq ptr %tile_max.handle, null, !dbg !484
-  br i1 %.not148, label %assert_fail57, label %assert_end58, !dbg !484, !prof !42
-
-assert_fail57:                                    ; preds = %assert_end56
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end58:                                     ; preds = %assert_end56
-  %121 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 16, !dbg !484
-  %122 = load i32, ptr %121, align 4, !dbg !484
-  %123 = icmp eq i32 %122, 2, !dbg !484
-  br i1 %123, label %assert_end60, label %assert_fail59, !dbg !484, !prof !41
-
-assert_fail59:                                    ; preds = %assert_end58
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.68, ptr nonnull @.str.25, ptr nonnull @.str.14, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end60:                                     ; preds = %assert_end58
-  %124 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 22, !dbg !484
-  %125 = load i16, ptr %124, align 2, !dbg !484
-  %126 = icmp eq i16 %125, 1, !dbg !484
-  %127 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 21, !dbg !484
-  %128 = load i8, ptr %127, align 1, !dbg !484
-  %129 = icmp eq i8 %128, 32, !dbg !484
-  %130 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 20, !dbg !484
-  %131 = load i8, ptr %130, align 2, !dbg !484
-  %132 = icmp eq i8 %131, 2, !dbg !484
-  %133 = and i1 %129, %132, !dbg !484
-  %134 = and i1 %126, %133, !dbg !484
-  br i1 %134, label %assert_end62, label %assert_fail61, !dbg !484, !prof !41
-
-assert_fail61:                                    ; preds = %assert_end60
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.68, ptr nonnull @.str.26, ptr nonnull @.str.14, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end62:                                     ; preds = %assert_end60
-  %135 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 24, !dbg !484
-  %softmax_prepare.tile_max_shape = load ptr, ptr %135, align 8, !dbg !484
-    #dbg_declare(ptr %softmax_prepare.tile_max_shape, !511, !DIExpression(), !484)
-  %136 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 32, !dbg !484
-  %softmax_prepare.tile_max_strides = load ptr, ptr %136, align 8, !dbg !484
-    #dbg_declare(ptr %softmax_prepare.tile_max_strides, !512, !DIExpression(), !484)
-  %137 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 8, !dbg !484
-  %138 = load i32, ptr %137, align 8, !dbg !484
-  %139 = icmp eq i32 %138, 1, !dbg !484
-  br i1 %139, label %assert_end64, label %assert_fail63, !dbg !484, !prof !41
-
-assert_fail63:                                    ; preds = %assert_end62
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.68, ptr nonnull @.str.28, ptr nonnull @.str.14, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end64:                                     ; preds = %assert_end62
-  %.not149 = icmp eq ptr %tile_sum.handle, null, !dbg !484
-  br i1 %.not149, label %assert_fail65, label %assert_end66, !dbg !484, !prof !42
-
-assert_fail65:                                    ; preds = %assert_end64
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end66:                                     ; preds = %assert_end64
-  %140 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 16, !dbg !484
-  %141 = load i32, ptr %140, align 4, !dbg !484
-  %142 = icmp eq i32 %141, 2, !dbg !484
-  br i1 %142, label %assert_end68, label %assert_fail67, !dbg !484, !prof !41
-
-assert_fail67:                                    ; preds = %assert_end66
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.69, ptr nonnull @.str.25, ptr nonnull @.str.15, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end68:                                     ; preds = %assert_end66
-  %143 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 22, !dbg !484
-  %144 = load i16, ptr %143, align 2, !dbg !484
-  %145 = icmp eq i16 %144, 1, !dbg !484
-  %146 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 21, !dbg !484
-  %147 = load i8, ptr %146, align 1, !dbg !484
-  %148 = icmp eq i8 %147, 32, !dbg !484
-  %149 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 20, !dbg !484
-  %150 = load i8, ptr %149, align 2, !dbg !484
-  %151 = icmp eq i8 %150, 2, !dbg !484
-  %152 = and i1 %148, %151, !dbg !484
-  %153 = and i1 %145, %152, !dbg !484
-  br i1 %153, label %assert_end70, label %assert_fail69, !dbg !484, !prof !41
-
-assert_fail69:                                    ; preds = %assert_end68
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.69, ptr nonnull @.str.26, ptr nonnull @.str.15, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.27), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end70:                                     ; preds = %assert_end68
-  %154 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 24, !dbg !484
-  %softmax_prepare.tile_sum_shape = load ptr, ptr %154, align 8, !dbg !484
-    #dbg_declare(ptr %softmax_prepare.tile_sum_shape, !513, !DIExpression(), !484)
-  %155 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 32, !dbg !484
-  %softmax_prepare.tile_sum_strides = load ptr, ptr %155, align 8, !dbg !484
-    #dbg_declare(ptr %softmax_prepare.tile_sum_strides, !514, !DIExpression(), !484)
-  %156 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 8, !dbg !484
-  %157 = load i32, ptr %156, align 8, !dbg !484
-  %158 = icmp eq i32 %157, 1, !dbg !484
-  br i1 %158, label %assert_end72, label %assert_fail71, !dbg !484, !prof !41
-
-assert_fail71:                                    ; preds = %assert_end70
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.69, ptr nonnull @.str.28, ptr nonnull @.str.15, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end72:                                     ; preds = %assert_end70
-  %.not150 = icmp eq ptr %softmax_prepare.context_lens_strides, null, !dbg !484
-  br i1 %.not150, label %if_end74, label %if_then73, !dbg !484, !prof !42
-
-if_then73:                                        ; preds = %assert_end72
-  %159 = load i64, ptr %softmax_prepare.context_lens_strides, align 8, !dbg !484
-  %160 = icmp eq i64 %159, 1, !dbg !484
-  %161 = icmp eq i64 %batch, 1, !dbg !484
-  %162 = or i1 %161, %160, !dbg !484
-  br i1 %162, label %if_end74, label %assert_fail75, !dbg !484, !prof !41
-
-if_end74:                                         ; preds = %if_then73, %assert_end72
-  %163 = load ptr, ptr %context_lens.handle, align 8, !dbg !484
-  %164 = icmp ne ptr %163, null, !dbg !484
-  %165 = icmp eq i64 %batch, 0, !dbg !484
-  %166 = or i1 %165, %164, !dbg !484
-  br i1 %166, label %assert_end78, label %assert_fail77, !dbg !484, !prof !41
-
-assert_fail75:                                    ; preds = %if_then73
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.89, ptr nonnull @.str.34, ptr nonnull @.str.9, ptr nonnull @.str.132, ptr nonnull @.str.35, ptr null), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_fail77:                                    ; preds = %if_end74
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.89, ptr nonnull @.str.36, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.37), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end78:                                     ; preds = %if_end74
-  %.not151 = icmp eq ptr %softmax_prepare.scores_strides, null, !dbg !484
-  br i1 %.not151, label %if_end80, label %if_then79, !dbg !484, !prof !42
-
-if_then79:                                        ; preds = %assert_end78
-  %167 = load i64, ptr %softmax_prepare.scores_strides, align 8, !dbg !484
-  %168 = and i64 %167, 4294967295, !dbg !484
-  %169 = icmp eq i64 %168, 2112, !dbg !484
-  %170 = getelementptr inbounds nuw i8, ptr %softmax_prepare.scores_strides, i64 8, !dbg !484
-  %171 = load <2 x i64>, ptr %170, align 8, !dbg !484
-  %172 = and <2 x i64> %171, splat (i64 4294967295), !dbg !484
-  %173 = icmp eq <2 x i64> %172, <i64 16, i64 1>, !dbg !484
-  %174 = extractelement <2 x i1> %173, i64 0, !dbg !484
-  %175 = extractelement <2 x i1> %173, i64 1, !dbg !484
-  %176 = and i1 %174, %175, !dbg !484
-  %177 = and i1 %169, %176, !dbg !484
-  br i1 %177, label %if_end80, label %assert_fail81, !dbg !484, !prof !41
-
-if_end80:                                         ; preds = %if_then79, %assert_end78
-  %178 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 12, !dbg !484
-  %179 = load i32, ptr %178, align 4, !dbg !484
-  %180 = icmp eq i32 %dev_id, %179, !dbg !484
-  br i1 %180, label %assert_end84, label %assert_fail83, !dbg !484, !prof !41
-
-assert_fail81:                                    ; preds = %if_then79
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.114, ptr nonnull @.str.34, ptr nonnull @.str.12, ptr nonnull @.str.132, ptr nonnull @.str.35, ptr null), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_fail83:                                    ; preds = %if_end80
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.118, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.132, ptr nonnull @.str.40, ptr nonnull @.str.95), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end84:                                     ; preds = %if_end80
-  %181 = load ptr, ptr %scores.handle, align 8, !dbg !484
-  %.not152 = icmp eq ptr %181, null, !dbg !484
-  br i1 %.not152, label %assert_fail85, label %assert_end86, !dbg !484, !prof !42
-
-assert_fail85:                                    ; preds = %assert_end84
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.114, ptr nonnull @.str.36, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.37), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end86:                                     ; preds = %assert_end84
-  %.not153 = icmp eq ptr %softmax_prepare.probs_strides, null, !dbg !484
-  br i1 %.not153, label %if_end88, label %if_then87, !dbg !484, !prof !42
-
-if_then87:                                        ; preds = %assert_end86
-  %182 = load i64, ptr %softmax_prepare.probs_strides, align 8, !dbg !484
-  %183 = and i64 %182, 4294967295, !dbg !484
-  %184 = icmp eq i64 %183, 2112, !dbg !484
-  %185 = getelementptr inbounds nuw i8, ptr %softmax_prepare.probs_strides, i64 8, !dbg !484
-  %186 = load <2 x i64>, ptr %185, align 8, !dbg !484
-  %187 = and <2 x i64> %186, splat (i64 4294967295), !dbg !484
-  %188 = icmp eq <2 x i64> %187, <i64 16, i64 1>, !dbg !484
-  %189 = extractelement <2 x i1> %188, i64 0, !dbg !484
-  %190 = extractelement <2 x i1> %188, i64 1, !dbg !484
-  %191 = and i1 %189, %190, !dbg !484
-  %192 = and i1 %184, %191, !dbg !484
-  br i1 %192, label %if_end88, label %assert_fail89, !dbg !484, !prof !41
-
-if_end88:                                         ; preds = %if_then87, %assert_end86
-  %193 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 12, !dbg !484
-  %194 = load i32, ptr %193, align 4, !dbg !484
-  %195 = icmp eq i32 %dev_id, %194, !dbg !484
-  br i1 %195, label %assert_end92, label %assert_fail91, !dbg !484, !prof !41
-
-assert_fail89:                                    ; preds = %if_then87
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.90, ptr nonnull @.str.34, ptr nonnull @.str.13, ptr nonnull @.str.132, ptr nonnull @.str.35, ptr null), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_fail91:                                    ; preds = %if_end88
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.96, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.132, ptr nonnull @.str.40, ptr nonnull @.str.95), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end92:                                     ; preds = %if_end88
-  %196 = load ptr, ptr %probs.handle, align 8, !dbg !484
-  %.not154 = icmp eq ptr %196, null, !dbg !484
-  br i1 %.not154, label %assert_fail93, label %assert_end94, !dbg !484, !prof !42
-
-assert_fail93:                                    ; preds = %assert_end92
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.90, ptr nonnull @.str.36, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.37), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end94:                                     ; preds = %assert_end92
-  %.not155 = icmp eq ptr %softmax_prepare.tile_max_strides, null, !dbg !484
-  br i1 %.not155, label %if_end96, label %if_then95, !dbg !484, !prof !42
-
-if_then95:                                        ; preds = %assert_end94
-  %197 = load <2 x i64>, ptr %softmax_prepare.tile_max_strides, align 8, !dbg !484
-  %198 = and <2 x i64> %197, splat (i64 4294967295), !dbg !484
-  %199 = icmp eq <2 x i64> %198, <i64 16, i64 1>, !dbg !484
-  %200 = extractelement <2 x i1> %199, i64 0, !dbg !484
-  %201 = extractelement <2 x i1> %199, i64 1, !dbg !484
-  %202 = and i1 %200, %201, !dbg !484
-  br i1 %202, label %if_end96, label %assert_fail97, !dbg !484, !prof !41
-
-if_end96:                                         ; preds = %if_then95, %assert_end94
-  %203 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 12, !dbg !484
-  %204 = load i32, ptr %203, align 4, !dbg !484
-  %205 = icmp eq i32 %dev_id, %204, !dbg !484
-  br i1 %205, label %assert_end100, label %assert_fail99, !dbg !484, !prof !41
-
-assert_fail97:                                    ; preds = %if_then95
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.68, ptr nonnull @.str.34, ptr nonnull @.str.14, ptr nonnull @.str.132, ptr nonnull @.str.35, ptr null), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_fail99:                                    ; preds = %if_end96
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.72, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.132, ptr nonnull @.str.40, ptr nonnull @.str.95), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end100:                                    ; preds = %if_end96
-  %206 = load ptr, ptr %tile_max.handle, align 8, !dbg !484
-  %.not156 = icmp eq ptr %206, null, !dbg !484
-  br i1 %.not156, label %assert_fail101, label %assert_end102, !dbg !484, !prof !42
-
-assert_fail101:                                   ; preds = %assert_end100
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.68, ptr nonnull @.str.36, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.37), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end102:                                    ; preds = %assert_end100
-  %.not157 = icmp eq ptr %softmax_prepare.tile_sum_strides, null, !dbg !484
-  br i1 %.not157, label %if_end104, label %if_then103, !dbg !484, !prof !42
-
-if_then103:                                       ; preds = %assert_end102
-  %207 = load <2 x i64>, ptr %softmax_prepare.tile_sum_strides, align 8, !dbg !484
-  %208 = and <2 x i64> %207, splat (i64 4294967295), !dbg !484
-  %209 = icmp eq <2 x i64> %208, <i64 16, i64 1>, !dbg !484
-  %210 = extractelement <2 x i1> %209, i64 0, !dbg !484
-  %211 = extractelement <2 x i1> %209, i64 1, !dbg !484
-  %212 = and i1 %210, %211, !dbg !484
-  br i1 %212, label %if_end104, label %assert_fail105, !dbg !484, !prof !41
-
-if_end104:                                        ; preds = %if_then103, %assert_end102
-  %213 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 12, !dbg !484
-  %214 = load i32, ptr %213, align 4, !dbg !484
-  %215 = icmp eq i32 %dev_id, %214, !dbg !484
-  br i1 %215, label %assert_end108, label %assert_fail107, !dbg !484, !prof !41
-
-assert_fail105:                                   ; preds = %if_then103
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 7, ptr nonnull @.str.23, ptr nonnull @.str.69, ptr nonnull @.str.34, ptr nonnull @.str.15, ptr nonnull @.str.132, ptr nonnull @.str.35, ptr null), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_fail107:                                   ; preds = %if_end104
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.23, ptr nonnull @.str.71, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.132, ptr nonnull @.str.40, ptr nonnull @.str.95), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end108:                                    ; preds = %if_end104
-  %216 = load ptr, ptr %tile_sum.handle, align 8, !dbg !484
-  %.not158 = icmp eq ptr %216, null, !dbg !484
-  br i1 %.not158, label %assert_fail109, label %assert_end110, !dbg !484, !prof !42
-
-assert_fail109:                                   ; preds = %assert_end108
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.22, i32 6, ptr nonnull @.str.69, ptr nonnull @.str.36, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.132, ptr nonnull @.str.37), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end110:                                    ; preds = %assert_end108
-  %217 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 40, !dbg !484
-  %218 = load i64, ptr %217, align 8, !dbg !484
-  %219 = icmp eq i64 %218, 0, !dbg !484
-  br i1 %219, label %assert_end112, label %assert_fail111, !dbg !484, !prof !41
-
-assert_fail111:                                   ; preds = %assert_end110
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.104, ptr nonnull @.str.39, ptr nonnull @.str.9, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end112:                                    ; preds = %assert_end110
-  %220 = load i64, ptr %softmax_prepare.scores_shape, align 8, !dbg !484
-  %221 = and i64 %220, 4294967295, !dbg !484
-  %222 = icmp eq i64 %221, 16, !dbg !484
-  br i1 %222, label %assert_end114, label %assert_fail113, !dbg !484, !prof !41
-
-assert_fail113:                                   ; preds = %assert_end112
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.128, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end114:                                    ; preds = %assert_end112
-  %223 = getelementptr inbounds nuw i8, ptr %softmax_prepare.scores_shape, i64 8, !dbg !484
-  %224 = load i64, ptr %223, align 8, !dbg !484
-  %225 = and i64 %224, 4294967295, !dbg !484
-  %226 = icmp eq i64 %225, 132, !dbg !484
-  br i1 %226, label %assert_end116, label %assert_fail115, !dbg !484, !prof !41
-
-assert_fail115:                                   ; preds = %assert_end114
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.129, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.107), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end116:                                    ; preds = %assert_end114
-  %227 = getelementptr inbounds nuw i8, ptr %softmax_prepare.scores_shape, i64 16, !dbg !484
-  %228 = load i64, ptr %227, align 8, !dbg !484
-  %229 = and i64 %228, 4294967295, !dbg !484
-  %230 = icmp eq i64 %229, 16, !dbg !484
-  br i1 %230, label %assert_end118, label %assert_fail117, !dbg !484, !prof !41
-
-assert_fail117:                                   ; preds = %assert_end116
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.130, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end118:                                    ; preds = %assert_end116
-  %231 = getelementptr inbounds nuw i8, ptr %scores.handle, i64 40, !dbg !484
-  %232 = load i64, ptr %231, align 8, !dbg !484
-  %233 = icmp eq i64 %232, 0, !dbg !484
-  br i1 %233, label %assert_end120, label %assert_fail119, !dbg !484, !prof !41
-
-assert_fail119:                                   ; preds = %assert_end118
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.131, ptr nonnull @.str.39, ptr nonnull @.str.12, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end120:                                    ; preds = %assert_end118
-  %234 = load i64, ptr %softmax_prepare.probs_shape, align 8, !dbg !484
-  %235 = and i64 %234, 4294967295, !dbg !484
-  %236 = icmp eq i64 %235, 16, !dbg !484
-  br i1 %236, label %assert_end122, label %assert_fail121, !dbg !484, !prof !41
-
-assert_fail121:                                   ; preds = %assert_end120
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.105, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end122:                                    ; preds = %assert_end120
-  %237 = getelementptr inbounds nuw i8, ptr %softmax_prepare.probs_shape, i64 8, !dbg !484
-  %238 = load i64, ptr %237, align 8, !dbg !484
-  %239 = and i64 %238, 4294967295, !dbg !484
-  %240 = icmp eq i64 %239, 132, !dbg !484
-  br i1 %240, label %assert_end124, label %assert_fail123, !dbg !484, !prof !41
-
-assert_fail123:                                   ; preds = %assert_end122
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.106, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.107), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end124:                                    ; preds = %assert_end122
-  %241 = getelementptr inbounds nuw i8, ptr %softmax_prepare.probs_shape, i64 16, !dbg !484
-  %242 = load i64, ptr %241, align 8, !dbg !484
-  %243 = and i64 %242, 4294967295, !dbg !484
-  %244 = icmp eq i64 %243, 16, !dbg !484
-  br i1 %244, label %assert_end126, label %assert_fail125, !dbg !484, !prof !41
-
-assert_fail125:                                   ; preds = %assert_end124
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.108, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end126:                                    ; preds = %assert_end124
-  %245 = getelementptr inbounds nuw i8, ptr %probs.handle, i64 40, !dbg !484
-  %246 = load i64, ptr %245, align 8, !dbg !484
-  %247 = icmp eq i64 %246, 0, !dbg !484
-  br i1 %247, label %assert_end128, label %assert_fail127, !dbg !484, !prof !41
-
-assert_fail127:                                   ; preds = %assert_end126
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.109, ptr nonnull @.str.39, ptr nonnull @.str.13, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end128:                                    ; preds = %assert_end126
-  %248 = load i64, ptr %softmax_prepare.tile_max_shape, align 8, !dbg !484
-  %249 = and i64 %248, 4294967295, !dbg !484
-  %250 = icmp eq i64 %249, 16, !dbg !484
-  br i1 %250, label %assert_end130, label %assert_fail129, !dbg !484, !prof !41
-
-assert_fail129:                                   ; preds = %assert_end128
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.74, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end130:                                    ; preds = %assert_end128
-  %251 = getelementptr inbounds nuw i8, ptr %softmax_prepare.tile_max_shape, i64 8, !dbg !484
-  %252 = load i64, ptr %251, align 8, !dbg !484
-  %253 = and i64 %252, 4294967295, !dbg !484
-  %254 = icmp eq i64 %253, 16, !dbg !484
-  br i1 %254, label %assert_end132, label %assert_fail131, !dbg !484, !prof !41
-
-assert_fail131:                                   ; preds = %assert_end130
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.75, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end132:                                    ; preds = %assert_end130
-  %255 = getelementptr inbounds nuw i8, ptr %tile_max.handle, i64 40, !dbg !484
-  %256 = load i64, ptr %255, align 8, !dbg !484
-  %257 = icmp eq i64 %256, 0, !dbg !484
-  br i1 %257, label %assert_end134, label %assert_fail133, !dbg !484, !prof !41
-
-assert_fail133:                                   ; preds = %assert_end132
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.76, ptr nonnull @.str.39, ptr nonnull @.str.14, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end134:                                    ; preds = %assert_end132
-  %258 = load i64, ptr %softmax_prepare.tile_sum_shape, align 8, !dbg !484
-  %259 = and i64 %258, 4294967295, !dbg !484
-  %260 = icmp eq i64 %259, 16, !dbg !484
-  br i1 %260, label %assert_end136, label %assert_fail135, !dbg !484, !prof !41
-
-assert_fail135:                                   ; preds = %assert_end134
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.77, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end136:                                    ; preds = %assert_end134
-  %261 = getelementptr inbounds nuw i8, ptr %softmax_prepare.tile_sum_shape, i64 8, !dbg !484
-  %262 = load i64, ptr %261, align 8, !dbg !484
-  %263 = and i64 %262, 4294967295, !dbg !484
-  %264 = icmp eq i64 %263, 16, !dbg !484
-  br i1 %264, label %assert_end138, label %assert_fail137, !dbg !484, !prof !41
-
-assert_fail137:                                   ; preds = %assert_end136
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.78, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.52), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end138:                                    ; preds = %assert_end136
-  %265 = getelementptr inbounds nuw i8, ptr %tile_sum.handle, i64 40, !dbg !484
-  %266 = load i64, ptr %265, align 8, !dbg !484
-  %267 = icmp eq i64 %266, 0, !dbg !484
-  br i1 %267, label %assert_end140, label %assert_fail139, !dbg !484, !prof !41
-
-assert_fail139:                                   ; preds = %assert_end138
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.22, i32 8, ptr nonnull @.str.50, ptr nonnull @.str.79, ptr nonnull @.str.39, ptr nonnull @.str.15, ptr nonnull @.str.132, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !484
-  br label %common.ret, !dbg !484
-
-assert_end140:                                    ; preds = %assert_end138
-    #dbg_declare(ptr %163, !515, !DIExpression(), !484)
-  call void @llvm.assume(i1 true) [ "align"(ptr %163, i64 4) ], !dbg !484
-    #dbg_declare(ptr %181, !516, !DIExpression(), !484)
-  call void @llvm.assume(i1 true) [ "align"(ptr %181, i64 64) ], !dbg !484
-    #dbg_declare(ptr %196, !517, !DIExpression(), !484)
-  call void @llvm.assume(i1 true) [ "align"(ptr %196, i64 64) ], !dbg !484
-    #dbg_declare(ptr %206, !518, !DIExpression(), !484)
-  call void @llvm.assume(i1 true) [ "align"(ptr %206, i64 64) ], !dbg !484
-    #dbg_declare(ptr %216, !519, !DIExpression(), !484)
-  call void @llvm.assume(i1 true) [ "align"(ptr %216, i64 64) ], !dbg !484
-    #dbg_value(i32 %dev_id, !520, !DIExpression(), !535)
-    #dbg_value(ptr %163, !525, !DIExpression(), !535)
-    #dbg_value(i64 %batch, !526, !DIExpression(), !535)
-    #dbg_value(ptr %181, !527, !DIExpression(), !535)
-    #dbg_value(ptr %196, !528, !DIExpression(), !535)
-    #dbg_value(ptr %206, !529, !DIExpression(), !535)
-    #dbg_value(ptr %216, !530, !DIExpression(), !535)
-    #dbg_value(i32 %num_seqs, !531, !DIExpression(), !535)
-    #dbg_value(i64 %44, !532, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !535)
-    #dbg_value(i32 %block_idx, !533, !DIExpression(), !535)
-    #dbg_value(float %scale, !534, !DIExpression(), !535)
-  %268 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !535, !tbaa !88
-  %scaled.i = tail call ptr %268(i32 1, i32 %dev_id, i64 8448, i32 2, i32 32), !dbg !535
-    #dbg_declare(ptr %scaled.i, !537, !DIExpression(), !535)
-  %269 = icmp eq ptr %scaled.i, null, !dbg !535
-  br i1 %269, label %common.ret, label %if_end.i, !dbg !535, !prof !41
-
-if_end.i:                                         ; preds = %assert_end140
-    #dbg_declare(ptr %163, !538, !DIExpression(), !535)
-  call void @llvm.assume(i1 true) [ "align"(ptr %163, i64 4) ], !dbg !535
-    #dbg_declare(ptr %181, !539, !DIExpression(), !535)
-  call void @llvm.assume(i1 true) [ "align"(ptr %181, i64 64) ], !dbg !535
-    #dbg_declare(ptr %196, !540, !DIExpression(), !535)
-  call void @llvm.assume(i1 true) [ "align"(ptr %196, i64 64) ], !dbg !535
-    #dbg_declare(ptr %206, !541, !DIExpression(), !535)
-  call void @llvm.assume(i1 true) [ "align"(ptr %206, i64 64) ], !dbg !535
-    #dbg_declare(ptr %216, !542, !DIExpression(), !535)
-  call void @llvm.assume(i1 true) [ "align"(ptr %216, i64 64) ], !dbg !535
-    #dbg_value(i32 0, !543, !DIExpression(), !535)
-  %270 = icmp sgt i32 %num_seqs, 0, !dbg !535
-  br i1 %270, label %for_body_s.lr.ph.i, label %for_end_s.i, !dbg !535, !prof !99
+  %context_lens.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %context_lens.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %context_lens.handle.idx = select i1 %0, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %2, i64 %context_lens.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %scores.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %scores.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %scores.handle.idx = select i1 %4, i64 24, i64 0
+  %scores.handle = getelementptr inbounds nuw i8, ptr %6, i64 %scores.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %probs.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %probs.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %probs.handle.idx = select i1 %8, i64 24, i64 0
+  %probs.handle = getelementptr inbounds nuw i8, ptr %10, i64 %probs.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %tile_max.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %tile_max.type_index, 70
+  %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %14 = load ptr, ptr %13, align 8
+  %tile_max.handle.idx = select i1 %12, i64 24, i64 0
+  %tile_max.handle = getelementptr inbounds nuw i8, ptr %14, i64 %tile_max.handle.idx
+  %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
+  %tile_sum.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %tile_sum.type_index, 70
+  %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %18 = load ptr, ptr %17, align 8
+  %tile_sum.handle.idx = select i1 %16, i64 24, i64 0
+  %tile_sum.handle = getelementptr inbounds nuw i8, ptr %18, i64 %tile_sum.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %20 = load i64, ptr %19, align 8
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %22 = load i64, ptr %21, align 8
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %24 = load i64, ptr %23, align 8
+  %block_idx = trunc i64 %24 to i32
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 128
+  %scale.type_index = load i32, ptr %25, align 8
+  %26 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %27 = load i64, ptr %26, align 8
+  %28 = sitofp i64 %27 to float
+  %.cast = bitcast i64 %27 to double
+  %29 = fptrunc double %.cast to float
+  %30 = icmp eq i32 %scale.type_index, 3
+  %scale = select i1 %30, float %29, float %28
+  %31 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 12
+  %dev_id = load i32, ptr %31, align 4
+  %context_lens = load ptr, ptr %context_lens.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  %scores = load ptr, ptr %scores.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %scores, i64 64) ]
+  %probs = load ptr, ptr %probs.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %probs, i64 64) ]
+  %tile_max = load ptr, ptr %tile_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %tile_max, i64 64) ]
+  %tile_sum = load ptr, ptr %tile_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %tile_sum, i64 64) ]
+  %32 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %scaled.i = tail call ptr %32(i32 1, i32 %dev_id, i64 8448, i32 2, i32 32)
+  %33 = icmp eq ptr %scaled.i, null
+  br i1 %33, label %softmax_prepare_compute_.exit, label %if_end.i, !prof !6
+
+if_end.i:                                         ; preds = %entry
+  %num_seqs = trunc i64 %22 to i32
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %scores, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %probs, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %tile_max, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %tile_sum, i64 64) ]
+  %34 = icmp sgt i32 %num_seqs, 0
+  br i1 %34, label %for_body_s.lr.ph.i, label %for_end_s.i, !prof !7
 
 for_body_s.lr.ph.i:                               ; preds = %if_end.i
-  %271 = shl nsw i32 %block_idx, 7
-  %sext = shl i64 %44, 32
-  %272 = ashr exact i64 %sext, 30
-  %273 = getelementptr i8, ptr %163, i64 %272
-  %274 = insertelement <16 x float> poison, float %scale, i64 0
-  %275 = shufflevector <16 x float> %274, <16 x float> poison, <16 x i32> zeroinitializer
-  %wide.trip.count.i = and i64 %49, 2147483647, !dbg !535
-  br label %for_body_s.i, !dbg !535
+  %35 = shl nsw i32 %block_idx, 7
+  %sext = shl i64 %20, 32
+  %36 = ashr exact i64 %sext, 30
+  %37 = getelementptr i8, ptr %context_lens, i64 %36
+  %38 = insertelement <16 x float> poison, float %scale, i64 0
+  %39 = shufflevector <16 x float> %38, <16 x float> poison, <16 x i32> zeroinitializer
+  %wide.trip.count.i = and i64 %22, 2147483647
+  br label %for_body_s.i
 
 for_body_s.i:                                     ; preds = %for_end_to23.i, %for_body_s.lr.ph.i
   %indvars.iv82.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next83.i, %for_end_to23.i ]
-    #dbg_value(i64 %indvars.iv82.i, !543, !DIExpression(), !535)
-  %276 = getelementptr i32, ptr %273, i64 %indvars.iv82.i, !dbg !544
-  %277 = load i32, ptr %276, align 4, !dbg !544, !tbaa !108
-  %278 = sub nsw i32 %277, %271, !dbg !544
-  %279 = tail call i32 @llvm.smax.i32(i32 %278, i32 0), !dbg !544
-  %280 = tail call i32 @llvm.umin.i32(i32 %279, i32 128), !dbg !544
-    #dbg_value(i32 %280, !545, !DIExpression(), !535)
-  %281 = mul nuw nsw i64 %indvars.iv82.i, 2112, !dbg !535
-    #dbg_value(i64 %281, !546, !DIExpression(), !535)
-    #dbg_value(i32 0, !547, !DIExpression(), !535)
-  %282 = zext nneg i32 %280 to i64, !dbg !535
-  %invariant.gep.i = getelementptr inbounds nuw float, ptr %181, i64 %281, !dbg !535
-  br label %for_begin_ti.preheader.i, !dbg !535
+  %40 = getelementptr i32, ptr %37, i64 %indvars.iv82.i
+  %41 = load i32, ptr %40, align 4, !tbaa !8
+  %42 = sub nsw i32 %41, %35
+  %43 = tail call i32 @llvm.smax.i32(i32 %42, i32 0)
+  %44 = tail call i32 @llvm.umin.i32(i32 %43, i32 128)
+  %45 = mul nuw nsw i64 %indvars.iv82.i, 2112
+  %46 = zext nneg i32 %44 to i64
+  %invariant.gep.i = getelementptr inbounds nuw float, ptr %scores, i64 %45
+  br label %for_begin_ti.preheader.i
 
 for_end_s.i:                                      ; preds = %for_end_to23.i, %if_end.i
-  %283 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !535, !tbaa !88
-  %284 = tail call i32 %283(i32 1, i32 %dev_id, ptr nonnull %scaled.i), !dbg !535
-  %.not.i = icmp ne i32 %284, 0, !dbg !535
-  %..i = sext i1 %.not.i to i32, !dbg !535
-  br label %common.ret, !dbg !535
+  %47 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %48 = tail call i32 %47(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not.i = icmp ne i32 %48, 0
+  %..i = sext i1 %.not.i to i32
+  br label %softmax_prepare_compute_.exit
 
 for_begin_ti.preheader.i:                         ; preds = %for_end_ti.i, %for_body_s.i
   %indvars.iv53.i = phi i64 [ 0, %for_body_s.i ], [ %indvars.iv.next54.i, %for_end_ti.i ]
-    #dbg_value(i64 %indvars.iv53.i, !547, !DIExpression(), !535)
-  %285 = mul nuw nsw i64 %indvars.iv53.i, 12
-    #dbg_value(i32 0, !548, !DIExpression(), !535)
+  %49 = mul nuw nsw i64 %indvars.iv53.i, 12
   %.idx.i = mul nuw nsw i64 %indvars.iv53.i, 768
   %gep.i = getelementptr inbounds nuw i8, ptr %invariant.gep.i, i64 %.idx.i
-  br label %for_body_ti.i, !dbg !535
+  br label %for_body_ti.i
 
 for_end_to.i:                                     ; preds = %for_end_ti.i
-  %286 = icmp sgt i32 %278, 0, !dbg !544
-  %287 = shl nsw i64 %indvars.iv82.i, 4, !dbg !535
-    #dbg_value(i64 %287, !549, !DIExpression(), !535)
-  %288 = select i1 %286, float 0xFFF0000000000000, float 0xC6293E5940000000, !dbg !535
-  %289 = insertelement <16 x float> poison, float %288, i64 0, !dbg !535
-  %290 = shufflevector <16 x float> %289, <16 x float> poison, <16 x i32> zeroinitializer, !dbg !535
-  %291 = getelementptr inbounds nuw float, ptr %206, i64 %287, !dbg !535
-  store <16 x float> %290, ptr %291, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i32 0, !547, !DIExpression(), !535)
-  br label %for_begin_ti6.preheader.i, !dbg !535
+  %50 = icmp sgt i32 %42, 0
+  %51 = shl nsw i64 %indvars.iv82.i, 4
+  %52 = select i1 %50, float 0xFFF0000000000000, float 0xC6293E5940000000
+  %53 = insertelement <16 x float> poison, float %52, i64 0
+  %54 = shufflevector <16 x float> %53, <16 x float> poison, <16 x i32> zeroinitializer
+  %55 = getelementptr inbounds nuw float, ptr %tile_max, i64 %51
+  store <16 x float> %54, ptr %55, align 64, !tbaa !8
+  br label %for_begin_ti6.preheader.i
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_begin_ti.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_ti.preheader.i ], [ %indvars.iv.next.i, %for_body_ti.i ]
-    #dbg_value(i64 %indvars.iv.i, !548, !DIExpression(), !535)
-  %292 = add nuw nsw i64 %indvars.iv.i, %285, !dbg !535
-    #dbg_value(i64 %292, !550, !DIExpression(), !535)
-  %.idx88.i = shl nuw nsw i64 %indvars.iv.i, 6, !dbg !535
-  %293 = getelementptr inbounds nuw i8, ptr %gep.i, i64 %.idx88.i, !dbg !535
-  %294 = load <16 x float>, ptr %293, align 64, !dbg !535, !tbaa !108
-  %295 = fmul <16 x float> %275, %294, !dbg !535
-  %296 = icmp samesign ult i64 %292, %282, !dbg !535
-  %297 = insertelement <16 x i1> poison, i1 %296, i64 0, !dbg !535
-  %298 = shufflevector <16 x i1> %297, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !535
-  %299 = select <16 x i1> %298, <16 x float> %295, <16 x float> splat (float 0xFFF0000000000000), !dbg !535
-  %300 = getelementptr inbounds nuw <16 x float>, ptr %scaled.i, i64 %292, !dbg !535
-  store <16 x float> %299, ptr %300, align 4, !dbg !535, !tbaa !108
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1, !dbg !535
-    #dbg_value(i64 %indvars.iv.next.i, !548, !DIExpression(), !535)
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 12, !dbg !535
-  br i1 %exitcond.not.i, label %for_end_ti.i, label %for_body_ti.i, !dbg !535, !prof !136
+  %56 = add nuw nsw i64 %indvars.iv.i, %49
+  %.idx88.i = shl nuw nsw i64 %indvars.iv.i, 6
+  %57 = getelementptr inbounds nuw i8, ptr %gep.i, i64 %.idx88.i
+  %58 = load <16 x float>, ptr %57, align 64, !tbaa !8
+  %59 = fmul <16 x float> %39, %58
+  %60 = icmp samesign ult i64 %56, %46
+  %61 = insertelement <16 x i1> poison, i1 %60, i64 0
+  %62 = shufflevector <16 x i1> %61, <16 x i1> poison, <16 x i32> zeroinitializer
+  %63 = select <16 x i1> %62, <16 x float> %59, <16 x float> splat (float 0xFFF0000000000000)
+  %64 = getelementptr inbounds nuw <16 x float>, ptr %scaled.i, i64 %56
+  store <16 x float> %63, ptr %64, align 4, !tbaa !8
+  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 12
+  br i1 %exitcond.not.i, label %for_end_ti.i, label %for_body_ti.i, !prof !10
 
 for_end_ti.i:                                     ; preds = %for_body_ti.i
-  %indvars.iv.next54.i = add nuw nsw i64 %indvars.iv53.i, 1, !dbg !535
-    #dbg_value(i64 %indvars.iv.next54.i, !547, !DIExpression(), !535)
-  %exitcond56.not.i = icmp eq i64 %indvars.iv.next54.i, 11, !dbg !535
-  br i1 %exitcond56.not.i, label %for_end_to.i, label %for_begin_ti.preheader.i, !dbg !535, !prof !136
+  %indvars.iv.next54.i = add nuw nsw i64 %indvars.iv53.i, 1
+  %exitcond56.not.i = icmp eq i64 %indvars.iv.next54.i, 11
+  br i1 %exitcond56.not.i, label %for_end_to.i, label %for_begin_ti.preheader.i, !prof !10
 
 for_begin_ti6.preheader.i:                        ; preds = %for_begin_ti6.preheader.i, %for_end_to.i
   %indvars.iv61.i = phi i64 [ 0, %for_end_to.i ], [ %indvars.iv.next62.i, %for_begin_ti6.preheader.i ]
-  %.promoted3839.i = phi <16 x float> [ %290, %for_end_to.i ], [ %348, %for_begin_ti6.preheader.i ]
-    #dbg_value(i64 %indvars.iv61.i, !547, !DIExpression(), !535)
-    #dbg_value(i64 0, !548, !DIExpression(), !535)
-  %.idx = mul nuw nsw i64 %indvars.iv61.i, 768, !dbg !535
-  %301 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx, !dbg !535
-  %302 = load <16 x float>, ptr %301, align 4, !dbg !535, !tbaa !108
-  %303 = fcmp ogt <16 x float> %.promoted3839.i, %302, !dbg !535
-  %304 = select <16 x i1> %303, <16 x float> %.promoted3839.i, <16 x float> %302, !dbg !535
-  store <16 x float> %304, ptr %291, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 1, !548, !DIExpression(), !535)
-  %305 = getelementptr inbounds nuw i8, ptr %301, i64 64, !dbg !535
-  %306 = load <16 x float>, ptr %305, align 4, !dbg !535, !tbaa !108
-  %307 = fcmp ogt <16 x float> %304, %306, !dbg !535
-  %308 = select <16 x i1> %307, <16 x float> %304, <16 x float> %306, !dbg !535
-  store <16 x float> %308, ptr %291, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 2, !548, !DIExpression(), !535)
-  %309 = getelementptr inbounds nuw i8, ptr %301, i64 128, !dbg !535
-  %310 = load <16 x float>, ptr %309, align 4, !dbg !535, !tbaa !108
-  %311 = fcmp ogt <16 x float> %308, %310, !dbg !535
-  %312 = select <16 x i1> %311, <16 x float> %308, <16 x float> %310, !dbg !535
-  store <16 x float> %312, ptr %291, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 3, !548, !DIExpression(), !535)
-  %313 = getelementptr inbounds nuw i8, ptr %301, i64 192, !dbg !535
-  %314 = load <16 x float>, ptr %313, align 4, !dbg !535, !tbaa !108
-  %315 = fcmp ogt <16 x float> %312, %314, !dbg !535
-  %316 = select <16 x i1> %315, <16 x float> %312, <16 x float> %314, !dbg !535
-  store <16 x float> %316, ptr %291, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 4, !548, !DIExpression(), !535)
-  %317 = getelementptr inbounds nuw i8, ptr %301, i64 256, !dbg !535
-  %318 = load <16 x float>, ptr %317, align 4, !dbg !535, !tbaa !108
-  %319 = fcmp ogt <16 x float> %316, %318, !dbg !535
-  %320 = select <16 x i1> %319, <16 x float> %316, <16 x float> %318, !dbg !535
-  store <16 x float> %320, ptr %291, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 5, !548, !DIExpression(), !535)
-  %321 = getelementptr inbounds nuw i8, ptr %301, i64 320, !dbg !535
-  %322 = load <16 x float>, ptr %321, align 4, !dbg !535, !tbaa !108
-  %323 = fcmp ogt <16 x float> %320, %322, !dbg !535
-  %324 = select <16 x i1> %323, <16 x float> %320, <16 x float> %322, !dbg !535
-  store <16 x float> %324, ptr %291, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 6, !548, !DIExpression(), !535)
-  %325 = getelementptr inbounds nuw i8, ptr %301, i64 384, !dbg !535
-  %326 = load <16 x float>, ptr %325, align 4, !dbg !535, !tbaa !108
-  %327 = fcmp ogt <16 x float> %324, %326, !dbg !535
-  %328 = select <16 x i1> %327, <16 x float> %324, <16 x float> %326, !dbg !535
-  store <16 x float> %328, ptr %291, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 7, !548, !DIExpression(), !535)
-  %329 = getelementptr inbounds nuw i8, ptr %301, i64 448, !dbg !535
-  %330 = load <16 x float>, ptr %329, align 4, !dbg !535, !tbaa !108
-  %331 = fcmp ogt <16 x float> %328, %330, !dbg !535
-  %332 = select <16 x i1> %331, <16 x float> %328, <16 x float> %330, !dbg !535
-  store <16 x float> %332, ptr %291, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 8, !548, !DIExpression(), !535)
-  %333 = getelementptr inbounds nuw i8, ptr %301, i64 512, !dbg !535
-  %334 = load <16 x float>, ptr %333, align 4, !dbg !535, !tbaa !108
-  %335 = fcmp ogt <16 x float> %332, %334, !dbg !535
-  %336 = select <16 x i1> %335, <16 x float> %332, <16 x float> %334, !dbg !535
-  store <16 x float> %336, ptr %291, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 9, !548, !DIExpression(), !535)
-  %337 = getelementptr inbounds nuw i8, ptr %301, i64 576, !dbg !535
-  %338 = load <16 x float>, ptr %337, align 4, !dbg !535, !tbaa !108
-  %339 = fcmp ogt <16 x float> %336, %338, !dbg !535
-  %340 = select <16 x i1> %339, <16 x float> %336, <16 x float> %338, !dbg !535
-  store <16 x float> %340, ptr %291, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 10, !548, !DIExpression(), !535)
-  %341 = getelementptr inbounds nuw i8, ptr %301, i64 640, !dbg !535
-  %342 = load <16 x float>, ptr %341, align 4, !dbg !535, !tbaa !108
-  %343 = fcmp ogt <16 x float> %340, %342, !dbg !535
-  %344 = select <16 x i1> %343, <16 x float> %340, <16 x float> %342, !dbg !535
-  store <16 x float> %344, ptr %291, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 11, !548, !DIExpression(), !535)
-  %345 = getelementptr inbounds nuw i8, ptr %301, i64 704, !dbg !535
-  %346 = load <16 x float>, ptr %345, align 4, !dbg !535, !tbaa !108
-  %347 = fcmp ogt <16 x float> %344, %346, !dbg !535
-  %348 = select <16 x i1> %347, <16 x float> %344, <16 x float> %346, !dbg !535
-  store <16 x float> %348, ptr %291, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 12, !548, !DIExpression(), !535)
-  %indvars.iv.next62.i = add nuw nsw i64 %indvars.iv61.i, 1, !dbg !535
-    #dbg_value(i64 %indvars.iv.next62.i, !547, !DIExpression(), !535)
-  %exitcond64.not.i = icmp eq i64 %indvars.iv.next62.i, 11, !dbg !535
-  br i1 %exitcond64.not.i, label %for_begin_ti16.preheader.preheader.i, label %for_begin_ti6.preheader.i, !dbg !535, !prof !136
+  %.promoted3839.i = phi <16 x float> [ %54, %for_end_to.i ], [ %112, %for_begin_ti6.preheader.i ]
+  %.idx = mul nuw nsw i64 %indvars.iv61.i, 768
+  %65 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx
+  %66 = load <16 x float>, ptr %65, align 4, !tbaa !8
+  %67 = fcmp ogt <16 x float> %.promoted3839.i, %66
+  %68 = select <16 x i1> %67, <16 x float> %.promoted3839.i, <16 x float> %66
+  store <16 x float> %68, ptr %55, align 64, !tbaa !8
+  %69 = getelementptr inbounds nuw i8, ptr %65, i64 64
+  %70 = load <16 x float>, ptr %69, align 4, !tbaa !8
+  %71 = fcmp ogt <16 x float> %68, %70
+  %72 = select <16 x i1> %71, <16 x float> %68, <16 x float> %70
+  store <16 x float> %72, ptr %55, align 64, !tbaa !8
+  %73 = getelementptr inbounds nuw i8, ptr %65, i64 128
+  %74 = load <16 x float>, ptr %73, align 4, !tbaa !8
+  %75 = fcmp ogt <16 x float> %72, %74
+  %76 = select <16 x i1> %75, <16 x float> %72, <16 x float> %74
+  store <16 x float> %76, ptr %55, align 64, !tbaa !8
+  %77 = getelementptr inbounds nuw i8, ptr %65, i64 192
+  %78 = load <16 x float>, ptr %77, align 4, !tbaa !8
+  %79 = fcmp ogt <16 x float> %76, %78
+  %80 = select <16 x i1> %79, <16 x float> %76, <16 x float> %78
+  store <16 x float> %80, ptr %55, align 64, !tbaa !8
+  %81 = getelementptr inbounds nuw i8, ptr %65, i64 256
+  %82 = load <16 x float>, ptr %81, align 4, !tbaa !8
+  %83 = fcmp ogt <16 x float> %80, %82
+  %84 = select <16 x i1> %83, <16 x float> %80, <16 x float> %82
+  store <16 x float> %84, ptr %55, align 64, !tbaa !8
+  %85 = getelementptr inbounds nuw i8, ptr %65, i64 320
+  %86 = load <16 x float>, ptr %85, align 4, !tbaa !8
+  %87 = fcmp ogt <16 x float> %84, %86
+  %88 = select <16 x i1> %87, <16 x float> %84, <16 x float> %86
+  store <16 x float> %88, ptr %55, align 64, !tbaa !8
+  %89 = getelementptr inbounds nuw i8, ptr %65, i64 384
+  %90 = load <16 x float>, ptr %89, align 4, !tbaa !8
+  %91 = fcmp ogt <16 x float> %88, %90
+  %92 = select <16 x i1> %91, <16 x float> %88, <16 x float> %90
+  store <16 x float> %92, ptr %55, align 64, !tbaa !8
+  %93 = getelementptr inbounds nuw i8, ptr %65, i64 448
+  %94 = load <16 x float>, ptr %93, align 4, !tbaa !8
+  %95 = fcmp ogt <16 x float> %92, %94
+  %96 = select <16 x i1> %95, <16 x float> %92, <16 x float> %94
+  store <16 x float> %96, ptr %55, align 64, !tbaa !8
+  %97 = getelementptr inbounds nuw i8, ptr %65, i64 512
+  %98 = load <16 x float>, ptr %97, align 4, !tbaa !8
+  %99 = fcmp ogt <16 x float> %96, %98
+  %100 = select <16 x i1> %99, <16 x float> %96, <16 x float> %98
+  store <16 x float> %100, ptr %55, align 64, !tbaa !8
+  %101 = getelementptr inbounds nuw i8, ptr %65, i64 576
+  %102 = load <16 x float>, ptr %101, align 4, !tbaa !8
+  %103 = fcmp ogt <16 x float> %100, %102
+  %104 = select <16 x i1> %103, <16 x float> %100, <16 x float> %102
+  store <16 x float> %104, ptr %55, align 64, !tbaa !8
+  %105 = getelementptr inbounds nuw i8, ptr %65, i64 640
+  %106 = load <16 x float>, ptr %105, align 4, !tbaa !8
+  %107 = fcmp ogt <16 x float> %104, %106
+  %108 = select <16 x i1> %107, <16 x float> %104, <16 x float> %106
+  store <16 x float> %108, ptr %55, align 64, !tbaa !8
+  %109 = getelementptr inbounds nuw i8, ptr %65, i64 704
+  %110 = load <16 x float>, ptr %109, align 4, !tbaa !8
+  %111 = fcmp ogt <16 x float> %108, %110
+  %112 = select <16 x i1> %111, <16 x float> %108, <16 x float> %110
+  store <16 x float> %112, ptr %55, align 64, !tbaa !8
+  %indvars.iv.next62.i = add nuw nsw i64 %indvars.iv61.i, 1
+  %exitcond64.not.i = icmp eq i64 %indvars.iv.next62.i, 11
+  br i1 %exitcond64.not.i, label %for_begin_ti16.preheader.preheader.i, label %for_begin_ti6.preheader.i, !prof !10
 
 for_begin_ti16.preheader.preheader.i:             ; preds = %for_begin_ti6.preheader.i
-  %invariant.gep91.i = getelementptr inbounds nuw float, ptr %196, i64 %281, !dbg !535
-  br label %for_begin_ti16.preheader.i, !dbg !535
+  %invariant.gep91.i = getelementptr inbounds nuw float, ptr %probs, i64 %45
+  br label %for_begin_ti16.preheader.i
 
 for_begin_ti16.preheader.i:                       ; preds = %for_end_ti18.i, %for_begin_ti16.preheader.preheader.i
   %indvars.iv70.i = phi i64 [ 0, %for_begin_ti16.preheader.preheader.i ], [ %indvars.iv.next71.i, %for_end_ti18.i ]
-    #dbg_value(i64 %indvars.iv70.i, !547, !DIExpression(), !535)
-  %349 = mul nuw nsw i64 %indvars.iv70.i, 12
-    #dbg_value(i32 0, !548, !DIExpression(), !535)
+  %113 = mul nuw nsw i64 %indvars.iv70.i, 12
   %.idx89.i = mul nuw nsw i64 %indvars.iv70.i, 768
   %gep92.i = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 %.idx89.i
-  br label %for_body_ti17.i, !dbg !535
+  br label %for_body_ti17.i
 
 for_end_to13.i:                                   ; preds = %for_end_ti18.i
-  %350 = getelementptr inbounds nuw float, ptr %216, i64 %287, !dbg !535
-  store <16 x float> zeroinitializer, ptr %350, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i32 0, !547, !DIExpression(), !535)
-  br label %for_begin_ti26.preheader.i, !dbg !535
+  %114 = getelementptr inbounds nuw float, ptr %tile_sum, i64 %51
+  store <16 x float> zeroinitializer, ptr %114, align 64, !tbaa !8
+  br label %for_begin_ti26.preheader.i
 
 for_body_ti17.i:                                  ; preds = %for_body_ti17.i, %for_begin_ti16.preheader.i
   %indvars.iv65.i = phi i64 [ 0, %for_begin_ti16.preheader.i ], [ %indvars.iv.next66.i, %for_body_ti17.i ]
-    #dbg_value(i64 %indvars.iv65.i, !548, !DIExpression(), !535)
-  %351 = add nuw nsw i64 %indvars.iv65.i, %349, !dbg !535
-    #dbg_value(i64 %351, !551, !DIExpression(), !535)
-  %352 = load <16 x float>, ptr %291, align 64, !dbg !535, !tbaa !108
-  %353 = getelementptr inbounds nuw <16 x float>, ptr %scaled.i, i64 %351, !dbg !535
-  %354 = load <16 x float>, ptr %353, align 4, !dbg !535, !tbaa !108
-  %arg.i = fsub <16 x float> %354, %352, !dbg !535
-    #dbg_value(<16 x float> %arg.i, !552, !DIExpression(), !535)
-  %355 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01), !dbg !535
-    #dbg_value(<16 x float> poison, !553, !DIExpression(), !535)
-    #dbg_value(<16 x float> poison, !554, !DIExpression(), !535)
-    #dbg_value(<16 x float> poison, !555, !DIExpression(), !535)
-    #dbg_value(<16 x float> poison, !556, !DIExpression(), !535)
-    #dbg_value(<16 x float> poison, !557, !DIExpression(), !535)
-    #dbg_value(<16 x float> poison, !558, !DIExpression(), !535)
-    #dbg_value(<16 x float> poison, !559, !DIExpression(), !535)
-    #dbg_value(<16 x float> poison, !560, !DIExpression(), !535)
-    #dbg_value(!DIArgList(<16 x float> poison, <16 x i32> poison, <16 x i32> poison), !561, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !535)
-  %cse_v6.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000)), !dbg !535
-    #dbg_value(<16 x float> %cse_v6.i, !562, !DIExpression(), !535)
-  %356 = bitcast <16 x float> %cse_v6.i to <16 x i32>, !dbg !535
-  %357 = shl <16 x i32> %356, splat (i32 23), !dbg !535
-  %358 = add <16 x i32> %357, splat (i32 1065353216), !dbg !535
-  %359 = bitcast <16 x i32> %358 to <16 x float>, !dbg !535
-  %360 = add nsw <16 x i32> %356, splat (i32 -1262485504), !dbg !535
-  %361 = sitofp <16 x i32> %360 to <16 x float>, !dbg !535
-  %362 = fmul <16 x float> %361, splat (float 0x3F2BD01060000000), !dbg !535
-  %363 = fmul <16 x float> %361, splat (float 0x3FE6300000000000), !dbg !535
-  %364 = fsub <16 x float> %arg.i, %363, !dbg !535
-  %365 = fadd <16 x float> %362, %364, !dbg !535
-  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %365, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000)), !dbg !535
-  %367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %366, <16 x float> %365, <16 x float> splat (float 0x3F81112100000000)), !dbg !535
-  %368 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %367, <16 x float> %365, <16 x float> splat (float 0x3FA5553820000000)), !dbg !535
-  %369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %365, <16 x float> splat (float 0x3FC5555540000000)), !dbg !535
-  %370 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %369, <16 x float> %365, <16 x float> splat (float 5.000000e-01)), !dbg !535
-  %371 = fmul <16 x float> %365, %370, !dbg !535
-  %372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %371, <16 x float> %365, <16 x float> %365), !dbg !535
-  %373 = fadd <16 x float> %372, splat (float 1.000000e+00), !dbg !535
-  %374 = fmul <16 x float> %373, %359, !dbg !535
-  %375 = select <16 x i1> %355, <16 x float> zeroinitializer, <16 x float> %374, !dbg !535
-  %376 = icmp samesign ult i64 %351, %282, !dbg !535
-  %377 = insertelement <16 x i1> poison, i1 %376, i64 0, !dbg !535
-  %378 = shufflevector <16 x i1> %377, <16 x i1> poison, <16 x i32> zeroinitializer, !dbg !535
-  %379 = select <16 x i1> %378, <16 x float> %375, <16 x float> zeroinitializer, !dbg !535
-  %.idx90.i = shl nuw nsw i64 %indvars.iv65.i, 6, !dbg !535
-  %380 = getelementptr inbounds nuw i8, ptr %gep92.i, i64 %.idx90.i, !dbg !535
-  store <16 x float> %379, ptr %380, align 64, !dbg !535, !tbaa !108
-  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1, !dbg !535
-    #dbg_value(i64 %indvars.iv.next66.i, !548, !DIExpression(), !535)
-  %exitcond69.not.i = icmp eq i64 %indvars.iv.next66.i, 12, !dbg !535
-  br i1 %exitcond69.not.i, label %for_end_ti18.i, label %for_body_ti17.i, !dbg !535, !prof !136
+  %115 = add nuw nsw i64 %indvars.iv65.i, %113
+  %116 = load <16 x float>, ptr %55, align 64, !tbaa !8
+  %117 = getelementptr inbounds nuw <16 x float>, ptr %scaled.i, i64 %115
+  %118 = load <16 x float>, ptr %117, align 4, !tbaa !8
+  %arg.i = fsub <16 x float> %118, %116
+  %cse_v5.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %119 = bitcast <16 x float> %cse_v5.i to <16 x i32>
+  %120 = add nsw <16 x i32> %119, splat (i32 -1262485504)
+  %121 = sitofp <16 x i32> %120 to <16 x float>
+  %122 = fmul <16 x float> %121, splat (float 0x3F2BD01060000000)
+  %123 = fmul <16 x float> %121, splat (float 0x3FE6300000000000)
+  %124 = fsub <16 x float> %arg.i, %123
+  %125 = fadd <16 x float> %122, %124
+  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %125, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %126, <16 x float> %125, <16 x float> splat (float 0x3F81112100000000))
+  %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %127, <16 x float> %125, <16 x float> splat (float 0x3FA5553820000000))
+  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %125, <16 x float> splat (float 0x3FC5555540000000))
+  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %125, <16 x float> splat (float 5.000000e-01))
+  %131 = fmul <16 x float> %125, %130
+  %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %125, <16 x float> %125)
+  %133 = shl <16 x i32> %119, splat (i32 23)
+  %134 = add <16 x i32> %133, splat (i32 1065353216)
+  %135 = bitcast <16 x i32> %134 to <16 x float>
+  %136 = fadd <16 x float> %132, splat (float 1.000000e+00)
+  %137 = fmul <16 x float> %136, %135
+  %138 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
+  %139 = select <16 x i1> %138, <16 x float> zeroinitializer, <16 x float> %137
+  %140 = icmp samesign ult i64 %115, %46
+  %141 = insertelement <16 x i1> poison, i1 %140, i64 0
+  %142 = shufflevector <16 x i1> %141, <16 x i1> poison, <16 x i32> zeroinitializer
+  %143 = select <16 x i1> %142, <16 x float> %139, <16 x float> zeroinitializer
+  %.idx90.i = shl nuw nsw i64 %indvars.iv65.i, 6
+  %144 = getelementptr inbounds nuw i8, ptr %gep92.i, i64 %.idx90.i
+  store <16 x float> %143, ptr %144, align 64, !tbaa !8
+  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
+  %exitcond69.not.i = icmp eq i64 %indvars.iv.next66.i, 12
+  br i1 %exitcond69.not.i, label %for_end_ti18.i, label %for_body_ti17.i, !prof !10
 
 for_end_ti18.i:                                   ; preds = %for_body_ti17.i
-  %indvars.iv.next71.i = add nuw nsw i64 %indvars.iv70.i, 1, !dbg !535
-    #dbg_value(i64 %indvars.iv.next71.i, !547, !DIExpression(), !535)
-  %exitcond73.not.i = icmp eq i64 %indvars.iv.next71.i, 11, !dbg !535
-  br i1 %exitcond73.not.i, label %for_end_to13.i, label %for_begin_ti16.preheader.i, !dbg !535, !prof !136
+  %indvars.iv.next71.i = add nuw nsw i64 %indvars.iv70.i, 1
+  %exitcond73.not.i = icmp eq i64 %indvars.iv.next71.i, 11
+  br i1 %exitcond73.not.i, label %for_end_to13.i, label %for_begin_ti16.preheader.i, !prof !10
 
 for_begin_ti26.preheader.i:                       ; preds = %for_begin_ti26.preheader.i, %for_end_to13.i
   %indvars.iv78.i = phi i64 [ 0, %for_end_to13.i ], [ %indvars.iv.next79.i, %for_begin_ti26.preheader.i ]
-  %.promoted4547.i = phi <16 x float> [ zeroinitializer, %for_end_to13.i ], [ %415, %for_begin_ti26.preheader.i ]
-    #dbg_value(i64 %indvars.iv78.i, !547, !DIExpression(), !535)
-    #dbg_value(i64 0, !548, !DIExpression(), !535)
-  %.idx159 = mul nuw nsw i64 %indvars.iv78.i, 768, !dbg !535
-  %gep = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 %.idx159, !dbg !535
-  %381 = load <16 x float>, ptr %gep, align 64, !dbg !535, !tbaa !108
-  %382 = fadd <16 x float> %.promoted4547.i, %381, !dbg !535
-  store <16 x float> %382, ptr %350, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 1, !548, !DIExpression(), !535)
-  %383 = getelementptr inbounds nuw i8, ptr %gep, i64 64, !dbg !535
-  %384 = load <16 x float>, ptr %383, align 64, !dbg !535, !tbaa !108
-  %385 = fadd <16 x float> %382, %384, !dbg !535
-  store <16 x float> %385, ptr %350, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 2, !548, !DIExpression(), !535)
-  %386 = getelementptr inbounds nuw i8, ptr %gep, i64 128, !dbg !535
-  %387 = load <16 x float>, ptr %386, align 64, !dbg !535, !tbaa !108
-  %388 = fadd <16 x float> %385, %387, !dbg !535
-  store <16 x float> %388, ptr %350, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 3, !548, !DIExpression(), !535)
-  %389 = getelementptr inbounds nuw i8, ptr %gep, i64 192, !dbg !535
-  %390 = load <16 x float>, ptr %389, align 64, !dbg !535, !tbaa !108
-  %391 = fadd <16 x float> %388, %390, !dbg !535
-  store <16 x float> %391, ptr %350, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 4, !548, !DIExpression(), !535)
-  %392 = getelementptr inbounds nuw i8, ptr %gep, i64 256, !dbg !535
-  %393 = load <16 x float>, ptr %392, align 64, !dbg !535, !tbaa !108
-  %394 = fadd <16 x float> %391, %393, !dbg !535
-  store <16 x float> %394, ptr %350, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 5, !548, !DIExpression(), !535)
-  %395 = getelementptr inbounds nuw i8, ptr %gep, i64 320, !dbg !535
-  %396 = load <16 x float>, ptr %395, align 64, !dbg !535, !tbaa !108
-  %397 = fadd <16 x float> %394, %396, !dbg !535
-  store <16 x float> %397, ptr %350, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 6, !548, !DIExpression(), !535)
-  %398 = getelementptr inbounds nuw i8, ptr %gep, i64 384, !dbg !535
-  %399 = load <16 x float>, ptr %398, align 64, !dbg !535, !tbaa !108
-  %400 = fadd <16 x float> %397, %399, !dbg !535
-  store <16 x float> %400, ptr %350, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 7, !548, !DIExpression(), !535)
-  %401 = getelementptr inbounds nuw i8, ptr %gep, i64 448, !dbg !535
-  %402 = load <16 x float>, ptr %401, align 64, !dbg !535, !tbaa !108
-  %403 = fadd <16 x float> %400, %402, !dbg !535
-  store <16 x float> %403, ptr %350, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 8, !548, !DIExpression(), !535)
-  %404 = getelementptr inbounds nuw i8, ptr %gep, i64 512, !dbg !535
-  %405 = load <16 x float>, ptr %404, align 64, !dbg !535, !tbaa !108
-  %406 = fadd <16 x float> %403, %405, !dbg !535
-  store <16 x float> %406, ptr %350, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 9, !548, !DIExpression(), !535)
-  %407 = getelementptr inbounds nuw i8, ptr %gep, i64 576, !dbg !535
-  %408 = load <16 x float>, ptr %407, align 64, !dbg !535, !tbaa !108
-  %409 = fadd <16 x float> %406, %408, !dbg !535
-  store <16 x float> %409, ptr %350, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 10, !548, !DIExpression(), !535)
-  %410 = getelementptr inbounds nuw i8, ptr %gep, i64 640, !dbg !535
-  %411 = load <16 x float>, ptr %410, align 64, !dbg !535, !tbaa !108
-  %412 = fadd <16 x float> %409, %411, !dbg !535
-  store <16 x float> %412, ptr %350, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 11, !548, !DIExpression(), !535)
-  %413 = getelementptr inbounds nuw i8, ptr %gep, i64 704, !dbg !535
-  %414 = load <16 x float>, ptr %413, align 64, !dbg !535, !tbaa !108
-  %415 = fadd <16 x float> %412, %414, !dbg !535
-  store <16 x float> %415, ptr %350, align 64, !dbg !535, !tbaa !108
-    #dbg_value(i64 12, !548, !DIExpression(), !535)
-  %indvars.iv.next79.i = add nuw nsw i64 %indvars.iv78.i, 1, !dbg !535
-    #dbg_value(i64 %indvars.iv.next79.i, !547, !DIExpression(), !535)
-  %exitcond81.not.i = icmp eq i64 %indvars.iv.next79.i, 11, !dbg !535
-  br i1 %exitcond81.not.i, label %for_end_to23.i, label %for_begin_ti26.preheader.i, !dbg !535, !prof !136
+  %.promoted4547.i = phi <16 x float> [ zeroinitializer, %for_end_to13.i ], [ %179, %for_begin_ti26.preheader.i ]
+  %.idx23 = mul nuw nsw i64 %indvars.iv78.i, 768
+  %gep = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 %.idx23
+  %145 = load <16 x float>, ptr %gep, align 64, !tbaa !8
+  %146 = fadd <16 x float> %.promoted4547.i, %145
+  store <16 x float> %146, ptr %114, align 64, !tbaa !8
+  %147 = getelementptr inbounds nuw i8, ptr %gep, i64 64
+  %148 = load <16 x float>, ptr %147, align 64, !tbaa !8
+  %149 = fadd <16 x float> %146, %148
+  store <16 x float> %149, ptr %114, align 64, !tbaa !8
+  %150 = getelementptr inbounds nuw i8, ptr %gep, i64 128
+  %151 = load <16 x float>, ptr %150, align 64, !tbaa !8
+  %152 = fadd <16 x float> %149, %151
+  store <16 x float> %152, ptr %114, align 64, !tbaa !8
+  %153 = getelementptr inbounds nuw i8, ptr %gep, i64 192
+  %154 = load <16 x float>, ptr %153, align 64, !tbaa !8
+  %155 = fadd <16 x float> %152, %154
+  store <16 x float> %155, ptr %114, align 64, !tbaa !8
+  %156 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  %157 = load <16 x float>, ptr %156, align 64, !tbaa !8
+  %158 = fadd <16 x float> %155, %157
+  store <16 x float> %158, ptr %114, align 64, !tbaa !8
+  %159 = getelementptr inbounds nuw i8, ptr %gep, i64 320
+  %160 = load <16 x float>, ptr %159, align 64, !tbaa !8
+  %161 = fadd <16 x float> %158, %160
+  store <16 x float> %161, ptr %114, align 64, !tbaa !8
+  %162 = getelementptr inbounds nuw i8, ptr %gep, i64 384
+  %163 = load <16 x float>, ptr %162, align 64, !tbaa !8
+  %164 = fadd <16 x float> %161, %163
+  store <16 x float> %164, ptr %114, align 64, !tbaa !8
+  %165 = getelementptr inbounds nuw i8, ptr %gep, i64 448
+  %166 = load <16 x float>, ptr %165, align 64, !tbaa !8
+  %167 = fadd <16 x float> %164, %166
+  store <16 x float> %167, ptr %114, align 64, !tbaa !8
+  %168 = getelementptr inbounds nuw i8, ptr %gep, i64 512
+  %169 = load <16 x float>, ptr %168, align 64, !tbaa !8
+  %170 = fadd <16 x float> %167, %169
+  store <16 x float> %170, ptr %114, align 64, !tbaa !8
+  %171 = getelementptr inbounds nuw i8, ptr %gep, i64 576
+  %172 = load <16 x float>, ptr %171, align 64, !tbaa !8
+  %173 = fadd <16 x float> %170, %172
+  store <16 x float> %173, ptr %114, align 64, !tbaa !8
+  %174 = getelementptr inbounds nuw i8, ptr %gep, i64 640
+  %175 = load <16 x float>, ptr %174, align 64, !tbaa !8
+  %176 = fadd <16 x float> %173, %175
+  store <16 x float> %176, ptr %114, align 64, !tbaa !8
+  %177 = getelementptr inbounds nuw i8, ptr %gep, i64 704
+  %178 = load <16 x float>, ptr %177, align 64, !tbaa !8
+  %179 = fadd <16 x float> %176, %178
+  store <16 x float> %179, ptr %114, align 64, !tbaa !8
+  %indvars.iv.next79.i = add nuw nsw i64 %indvars.iv78.i, 1
+  %exitcond81.not.i = icmp eq i64 %indvars.iv.next79.i, 11
+  br i1 %exitcond81.not.i, label %for_end_to23.i, label %for_begin_ti26.preheader.i, !prof !10
 
 for_end_to23.i:                                   ; preds = %for_begin_ti26.preheader.i
-  %indvars.iv.next83.i = add nuw nsw i64 %indvars.iv82.i, 1, !dbg !535
-    #dbg_value(i64 %indvars.iv.next83.i, !543, !DIExpression(), !535)
-  %exitcond87.not.i = icmp eq i64 %indvars.iv.next83.i, %wide.trip.count.i, !dbg !535
-  br i1 %exitcond87.not.i, label %for_end_s.i, label %for_body_s.i, !dbg !535, !prof !140
+  %indvars.iv.next83.i = add nuw nsw i64 %indvars.iv82.i, 1
+  %exitcond87.not.i = icmp eq i64 %indvars.iv.next83.i, %wide.trip.count.i
+  br i1 %exitcond87.not.i, label %for_end_s.i, label %for_body_s.i, !prof !14
+
+softmax_prepare_compute_.exit:                    ; preds = %for_end_s.i, %entry
+  %common.ret.op.i = phi i32 [ -1, %entry ], [ %..i, %for_end_s.i ]
+  ret i32 %common.ret.op.i
 }
 
-; Function Attrs: noinline
-define internal fastcc void @__tvm_set_raised_6(ptr %0, i32 range(i32 4, 7) %1, ptr %2, ptr %3, ptr %4, ptr %5, ptr %6, ptr %7) unnamed_addr #1 {
-entry:
-  %8 = alloca [6 x ptr], align 8
-  store ptr %2, ptr %8, align 8
-  %9 = getelementptr inbounds nuw i8, ptr %8, i64 8
-  store ptr %3, ptr %9, align 8
-  %10 = getelementptr inbounds nuw i8, ptr %8, i64 16
-  store ptr %4, ptr %10, align 8
-  %11 = getelementptr inbounds nuw i8, ptr %8, i64 24
-  store ptr %5, ptr %11, align 8
-  %12 = getelementptr inbounds nuw i8, ptr %8, i64 32
-  store ptr %6, ptr %12, align 8
-  %13 = getelementptr inbounds nuw i8, ptr %8, i64 40
-  store ptr %7, ptr %13, align 8
-  call void @TVMFFIErrorSetRaisedFromCStrParts(ptr %0, ptr nonnull %8, i32 %1)
-  ret void
-}
-
-declare void @TVMFFIErrorSetRaisedFromCStrParts(ptr, ptr, i32) local_unnamed_addr
-
-; Function Attrs: noinline
-define internal fastcc void @__tvm_set_raised_12(ptr %0, i32 range(i32 7, 9) %1, ptr %2, ptr %3, ptr %4, ptr %5, ptr %6, ptr %7, ptr %8) unnamed_addr #1 {
-entry:
-  %9 = alloca [12 x ptr], align 8
-  store ptr %2, ptr %9, align 8
-  %10 = getelementptr inbounds nuw i8, ptr %9, i64 8
-  store ptr %3, ptr %10, align 8
-  %11 = getelementptr inbounds nuw i8, ptr %9, i64 16
-  store ptr %4, ptr %11, align 8
-  %12 = getelementptr inbounds nuw i8, ptr %9, i64 24
-  store ptr %5, ptr %12, align 8
-  %13 = getelementptr inbounds nuw i8, ptr %9, i64 32
-  store ptr @.str.4, ptr %13, align 8
-  %14 = getelementptr inbounds nuw i8, ptr %9, i64 40
-  store ptr %6, ptr %14, align 8
-  %15 = getelementptr inbounds nuw i8, ptr %9, i64 48
-  store ptr %7, ptr %15, align 8
-  %16 = getelementptr inbounds nuw i8, ptr %9, i64 56
-  store ptr %8, ptr %16, align 8
-  %17 = getelementptr inbounds nuw i8, ptr %9, i64 64
-  call void @llvm.memset.p0.i64(ptr noundef nonnull align 8 dereferenceable(32) %17, i8 0, i64 32, i1 false)
-  call void @TVMFFIErrorSetRaisedFromCStrParts(ptr %0, ptr nonnull %9, i32 %1)
-  ret void
-}
-
-; Function Attrs: mustprogress nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
 declare void @llvm.assume(i1 noundef) #2
 
-; Function Attrs: mustprogress nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
 
-; Function Attrs: mustprogress nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare float @llvm.log.f32(float) #3
 
 ; Function Attrs: nofree nosync nounwind memory(none)
@@ -7328,605 +2502,82 @@ b6:                                               ; preds = %b5, %b4, %b3, %b1
 }
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #5
+declare i32 @llvm.smin.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #5
+declare i32 @llvm.smax.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fabs.f32(float) #5
+declare float @llvm.fabs.f32(float) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare half @llvm.fabs.f16(half) #5
+declare half @llvm.fabs.f16(half) #3
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #5
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #5
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.umin.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
 declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #6
 
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.start.p0(ptr captures(none)) #7
-
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.end.p0(ptr captures(none)) #7
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umin.i32(i32, i32) #5
-
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
-declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #8
+declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #7
 
 attributes #0 = { "target-cpu"="x86-64-v4" }
-attributes #1 = { noinline }
-attributes #2 = { mustprogress nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
-attributes #3 = { mustprogress nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #1 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
+attributes #2 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
 attributes #4 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
-attributes #5 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #5 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
 attributes #6 = { nocallback nofree nounwind willreturn memory(argmem: write) }
-attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #8 = { nocallback nofree nosync nounwind willreturn memory(read) }
+attributes #7 = { nocallback nofree nosync nounwind willreturn memory(read) }
 
-!llvm.dbg.cu = !{!0}
-!llvm.module.flags = !{!2, !3, !4}
+!llvm.module.flags = !{!0, !1, !2}
 
-!0 = distinct !DICompileUnit(language: DW_LANG_C, file: !1, producer: "TVM", isOptimized: false, runtimeVersion: 0, emissionKind: FullDebug)
-!1 = !DIFile(filename: "IRModule.CodeGenLLVM", directory: ".")
-!2 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
-!3 = !{i32 4, !"Debug Info Version", i32 3}
-!4 = !{i32 4, !"Dwarf Version", i32 4}
-!5 = distinct !DISubprogram(name: "__tvm_ffi_merge_partials", scope: !1, file: !1, type: !6, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !10)
-!6 = !DISubroutineType(types: !7)
-!7 = !{!8, !9, !9, !8, !9}
-!8 = !DIBasicType(name: "int32", size: 32, encoding: DW_ATE_signed)
-!9 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: null)
-!10 = !{!11, !12, !13, !14}
-!11 = !DILocalVariable(name: "self_handle", arg: 1, scope: !5, file: !1, type: !9)
-!12 = !DILocalVariable(name: "args", arg: 2, scope: !5, file: !1, type: !9)
-!13 = !DILocalVariable(name: "num_args", arg: 3, scope: !5, file: !1, type: !8)
-!14 = !DILocalVariable(name: "result", arg: 4, scope: !5, file: !1, type: !9)
-!15 = !DILocation(line: 0, scope: !16, inlinedAt: !39)
-!16 = distinct !DISubprogram(name: "merge_partials_compute_", scope: !1, file: !1, type: !17, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !22)
-!17 = !DISubroutineType(types: !18)
-!18 = !{!8, !8, !19, !20, !20, !20, !20, !19, !19, !20, !19, !8, !8, !8, !8, !8, !19}
-!19 = !DIBasicType(name: "int64", size: 64, encoding: DW_ATE_signed)
-!20 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: !21)
-!21 = !DIBasicType(name: "float32", size: 32, encoding: DW_ATE_float)
-!22 = !{!23, !24, !25, !26, !27, !28, !29, !30, !31, !32, !33, !34, !35, !36, !37, !38}
-!23 = !DILocalVariable(name: "dev_id", arg: 1, scope: !16, file: !1, type: !8)
-!24 = !DILocalVariable(name: "slots", arg: 2, scope: !16, file: !1, type: !19)
-!25 = !DILocalVariable(name: "partial_max", arg: 3, scope: !16, file: !1, type: !20)
-!26 = !DILocalVariable(name: "partial_sum", arg: 4, scope: !16, file: !1, type: !20)
-!27 = !DILocalVariable(name: "partial_acc", arg: 5, scope: !16, file: !1, type: !20)
-!28 = !DILocalVariable(name: "out", arg: 6, scope: !16, file: !1, type: !20)
-!29 = !DILocalVariable(name: "out_batch", arg: 7, scope: !16, file: !1, type: !19)
-!30 = !DILocalVariable(name: "batch", arg: 8, scope: !16, file: !1, type: !19)
-!31 = !DILocalVariable(name: "lse", arg: 9, scope: !16, file: !1, type: !20)
-!32 = !DILocalVariable(name: "lse_batch", arg: 10, scope: !16, file: !1, type: !19)
-!33 = !DILocalVariable(name: "num_partials", arg: 11, scope: !16, file: !1, type: !8)
-!34 = !DILocalVariable(name: "partial_start", arg: 12, scope: !16, file: !1, type: !8)
-!35 = !DILocalVariable(name: "seq", arg: 13, scope: !16, file: !1, type: !8)
-!36 = !DILocalVariable(name: "head_start", arg: 14, scope: !16, file: !1, type: !8)
-!37 = !DILocalVariable(name: "num_rows", arg: 15, scope: !16, file: !1, type: !8)
-!38 = !DILocalVariable(name: "out_head", arg: 16, scope: !16, file: !1, type: !19)
-!39 = distinct !DILocation(line: 0, scope: !5)
-!40 = !DILocation(line: 0, scope: !5)
-!41 = !{!"branch_weights", i32 1048576, i32 1}
-!42 = !{!"branch_weights", i32 1, i32 1048576}
-!43 = !DILocalVariable(name: "partial_max.type_index", scope: !5, file: !1, type: !8)
-!44 = !{!"branch_weights", i32 1, i32 349525, i32 349525, i32 349525}
-!45 = !DILocalVariable(name: "partial_max.handle", scope: !5, file: !1, type: !9)
-!46 = !DILocalVariable(name: "partial_sum.type_index", scope: !5, file: !1, type: !8)
-!47 = !DILocalVariable(name: "partial_sum.handle", scope: !5, file: !1, type: !9)
-!48 = !DILocalVariable(name: "partial_acc.type_index", scope: !5, file: !1, type: !8)
-!49 = !DILocalVariable(name: "partial_acc.handle", scope: !5, file: !1, type: !9)
-!50 = !DILocalVariable(name: "out.type_index", scope: !5, file: !1, type: !8)
-!51 = !DILocalVariable(name: "out.handle", scope: !5, file: !1, type: !9)
-!52 = !DILocalVariable(name: "lse.type_index", scope: !5, file: !1, type: !8)
-!53 = !DILocalVariable(name: "lse.handle", scope: !5, file: !1, type: !9)
-!54 = !DILocalVariable(name: "seq.type_index", scope: !5, file: !1, type: !8)
-!55 = !DILocalVariable(name: "seq", scope: !5, file: !1, type: !8)
-!56 = !DILocalVariable(name: "head_start.type_index", scope: !5, file: !1, type: !8)
-!57 = !DILocalVariable(name: "head_start", scope: !5, file: !1, type: !8)
-!58 = !DILocalVariable(name: "num_rows.type_index", scope: !5, file: !1, type: !8)
-!59 = !DILocalVariable(name: "num_rows", scope: !5, file: !1, type: !8)
-!60 = !DILocalVariable(name: "partial_start.type_index", scope: !5, file: !1, type: !8)
-!61 = !DILocalVariable(name: "partial_start", scope: !5, file: !1, type: !8)
-!62 = !DILocalVariable(name: "num_partials.type_index", scope: !5, file: !1, type: !8)
-!63 = !DILocalVariable(name: "num_partials", scope: !5, file: !1, type: !8)
-!64 = !DILocalVariable(name: "merge_partials.partial_max_shape", scope: !5, file: !1, type: !65)
-!65 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: !19)
-!66 = !DILocalVariable(name: "slots", scope: !5, file: !1, type: !19)
-!67 = !DILocalVariable(name: "merge_partials.partial_max_strides", scope: !5, file: !1, type: !65)
-!68 = !DILocalVariable(name: "dev_id", scope: !5, file: !1, type: !8)
-!69 = !DILocalVariable(name: "merge_partials.partial_sum_shape", scope: !5, file: !1, type: !65)
-!70 = !DILocalVariable(name: "merge_partials.partial_sum_strides", scope: !5, file: !1, type: !65)
-!71 = !DILocalVariable(name: "merge_partials.partial_acc_shape", scope: !5, file: !1, type: !65)
-!72 = !DILocalVariable(name: "merge_partials.partial_acc_strides", scope: !5, file: !1, type: !65)
-!73 = !DILocalVariable(name: "merge_partials.out_shape", scope: !5, file: !1, type: !65)
-!74 = !DILocalVariable(name: "batch", scope: !5, file: !1, type: !19)
-!75 = !DILocalVariable(name: "merge_partials.out_strides", scope: !5, file: !1, type: !65)
-!76 = !DILocalVariable(name: "out_head", scope: !5, file: !1, type: !19)
-!77 = !DILocalVariable(name: "out_batch", scope: !5, file: !1, type: !19)
-!78 = !DILocalVariable(name: "merge_partials.lse_shape", scope: !5, file: !1, type: !65)
-!79 = !DILocalVariable(name: "merge_partials.lse_strides", scope: !5, file: !1, type: !65)
-!80 = !DILocalVariable(name: "lse_batch", scope: !5, file: !1, type: !19)
-!81 = !DILocalVariable(name: "partial_max", scope: !5, file: !1, type: !20)
-!82 = !DILocalVariable(name: "partial_sum", scope: !5, file: !1, type: !20)
-!83 = !DILocalVariable(name: "partial_acc", scope: !5, file: !1, type: !20)
-!84 = !DILocalVariable(name: "out", scope: !5, file: !1, type: !20)
-!85 = !DILocalVariable(name: "lse", scope: !5, file: !1, type: !20)
-!86 = !DILocalVariable(name: "row_max", scope: !16, file: !1, type: !20)
-!87 = !DILocalVariable(name: "row_sum", scope: !16, file: !1, type: !20)
-!88 = !{!89, !89, i64 0}
-!89 = !{!"ctx_ptr", !90, i64 0}
-!90 = !{!"tvm-tbaa"}
-!91 = !DILocalVariable(name: "acc", scope: !16, file: !1, type: !20)
-!92 = !DILocalVariable(name: "cse_v1", scope: !16, file: !1, type: !19)
-!93 = !DILocalVariable(name: "partial_max", scope: !16, file: !1, type: !20)
-!94 = !DILocalVariable(name: "partial_sum", scope: !16, file: !1, type: !20)
-!95 = !DILocalVariable(name: "partial_acc", scope: !16, file: !1, type: !20)
-!96 = !DILocalVariable(name: "out", scope: !16, file: !1, type: !20)
-!97 = !DILocalVariable(name: "lse", scope: !16, file: !1, type: !20)
-!98 = !DILocalVariable(name: "step", scope: !16, file: !1, type: !8)
-!99 = !{!"branch_weights", i32 127, i32 1}
-!100 = !DILocalVariable(name: "d", scope: !16, file: !1, type: !8)
-!101 = !DILocalVariable(name: "slot", scope: !16, file: !1, type: !8)
-!102 = !DILocalVariable(name: "old_max", scope: !16, file: !1, type: !103)
-!103 = !DIBasicType(name: "float32x16", size: 512, encoding: DW_ATE_float)
-!104 = !DILocalVariable(name: "old_sum", scope: !16, file: !1, type: !103)
-!105 = !DILocalVariable(name: "cse_v2", scope: !16, file: !1, type: !19)
-!106 = !DILocalVariable(name: "cse_v3", scope: !16, file: !1, type: !19)
-!107 = !DILocalVariable(name: "cse_v12", scope: !16, file: !1, type: !19)
-!108 = !{!109, !109, i64 0}
-!109 = !{!"tvm-alias", !90}
-!110 = !DILocalVariable(name: "both", scope: !16, file: !1, type: !103)
-!111 = !DILocalVariable(name: "old_or_both", scope: !16, file: !1, type: !103)
-!112 = !DILocalVariable(name: "m", scope: !16, file: !1, type: !103)
-!113 = !DILocalVariable(name: "new_max", scope: !16, file: !1, type: !114)
-!114 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: !103)
-!115 = !DILocalVariable(name: "cse_v4", scope: !16, file: !1, type: !103)
-!116 = !DILocalVariable(name: "arg", scope: !16, file: !1, type: !103)
-!117 = !DILocalVariable(name: "cse_v10", scope: !16, file: !1, type: !103)
-!118 = !DILocalVariable(name: "clamped", scope: !16, file: !1, type: !103)
-!119 = !DILocalVariable(name: "cse_v15", scope: !16, file: !1, type: !103)
-!120 = !DILocalVariable(name: "bits", scope: !16, file: !1, type: !121)
-!121 = !DIBasicType(name: "int32x16", size: 512, encoding: DW_ATE_signed)
-!122 = !DILocalVariable(name: "n", scope: !16, file: !1, type: !103)
-!123 = !DILocalVariable(name: "f", scope: !16, file: !1, type: !103)
-!124 = !DILocalVariable(name: "high", scope: !16, file: !1, type: !103)
-!125 = !DILocalVariable(name: "series", scope: !16, file: !1, type: !103)
-!126 = !DILocalVariable(name: "power", scope: !16, file: !1, type: !103)
-!127 = !DILocalVariable(name: "cse_v13", scope: !16, file: !1, type: !103)
-!128 = !DILocalVariable(name: "alpha", scope: !16, file: !1, type: !114)
-!129 = !DILocalVariable(name: "cse_v5", scope: !16, file: !1, type: !103)
-!130 = !DILocalVariable(name: "cse_v14", scope: !16, file: !1, type: !103)
-!131 = !DILocalVariable(name: "cse_v11", scope: !16, file: !1, type: !103)
-!132 = !DILocalVariable(name: "beta", scope: !16, file: !1, type: !114)
-!133 = !DILocalVariable(name: "previous", scope: !16, file: !1, type: !103)
-!134 = !DILocalVariable(name: "new_sum", scope: !16, file: !1, type: !114)
-!135 = !DILocalVariable(name: "cse_v6", scope: !16, file: !1, type: !8)
-!136 = !{!"branch_weights", i32 1, i32 1048575}
-!137 = distinct !{!137, !138}
-!138 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!139 = distinct !{!139, !138}
-!140 = !{!"branch_weights", i32 127, i32 134217601}
-!141 = !DILocalVariable(name: "cse_v7", scope: !16, file: !1, type: !8)
-!142 = !DILocation(line: 62, column: 21, scope: !16, inlinedAt: !39)
-!143 = distinct !{!143, !138}
-!144 = !DILocalVariable(name: "cse_v8", scope: !16, file: !1, type: !19)
-!145 = !DILocalVariable(name: "cse_v9", scope: !16, file: !1, type: !19)
-!146 = !DILocalVariable(name: "r", scope: !16, file: !1, type: !8)
-!147 = !DILocation(line: 69, column: 21, scope: !16, inlinedAt: !39)
-!148 = !{!"branch_weights", i32 1, i32 127}
-!149 = !{!150}
-!150 = distinct !{!150, !151}
-!151 = distinct !{!151, !"LVerDomain"}
-!152 = !{!153}
-!153 = distinct !{!153, !151}
-!154 = !{!"branch_weights", i32 6096, i32 2147477552}
-!155 = !{!"branch_weights", i32 1, i32 0}
-!156 = distinct !{!156, !157, !158}
-!157 = !{!"llvm.loop.isvectorized", i32 1}
-!158 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!159 = !DILocation(line: 73, column: 21, scope: !16, inlinedAt: !39)
-!160 = !{!161, !161, i64 0}
-!161 = !{!"buffer0", !90, i64 0}
-!162 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!163 = !{!164, !164, i64 0}
-!164 = !{!"buffer1", !90, i64 0}
-!165 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!166 = distinct !{!166, !167, !168}
-!167 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!168 = !{!"llvm.loop.unroll.disable"}
-!169 = !{!"branch_weights", i32 8128, i32 2147475520}
-!170 = distinct !{!170, !171}
-!171 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!172 = distinct !DISubprogram(name: "__tvm_ffi_online_update", scope: !1, file: !1, type: !6, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !173)
-!173 = !{!174, !175, !176, !177}
-!174 = !DILocalVariable(name: "self_handle", arg: 1, scope: !172, file: !1, type: !9)
-!175 = !DILocalVariable(name: "args", arg: 2, scope: !172, file: !1, type: !9)
-!176 = !DILocalVariable(name: "num_args", arg: 3, scope: !172, file: !1, type: !8)
-!177 = !DILocalVariable(name: "result", arg: 4, scope: !172, file: !1, type: !9)
-!178 = !DILocation(line: 0, scope: !172)
-!179 = !DILocalVariable(name: "tile_max.type_index", scope: !172, file: !1, type: !8)
-!180 = !DILocalVariable(name: "tile_max.handle", scope: !172, file: !1, type: !9)
-!181 = !DILocalVariable(name: "tile_sum.type_index", scope: !172, file: !1, type: !8)
-!182 = !DILocalVariable(name: "tile_sum.handle", scope: !172, file: !1, type: !9)
-!183 = !DILocalVariable(name: "tile_acc.type_index", scope: !172, file: !1, type: !8)
-!184 = !DILocalVariable(name: "tile_acc.handle", scope: !172, file: !1, type: !9)
-!185 = !DILocalVariable(name: "partial_max.type_index", scope: !172, file: !1, type: !8)
-!186 = !DILocalVariable(name: "partial_max.handle", scope: !172, file: !1, type: !9)
-!187 = !DILocalVariable(name: "partial_sum.type_index", scope: !172, file: !1, type: !8)
-!188 = !DILocalVariable(name: "partial_sum.handle", scope: !172, file: !1, type: !9)
-!189 = !DILocalVariable(name: "partial_acc.type_index", scope: !172, file: !1, type: !8)
-!190 = !DILocalVariable(name: "partial_acc.handle", scope: !172, file: !1, type: !9)
-!191 = !DILocalVariable(name: "num_seqs.type_index", scope: !172, file: !1, type: !8)
-!192 = !DILocalVariable(name: "num_seqs", scope: !172, file: !1, type: !8)
-!193 = !DILocalVariable(name: "block_idx.type_index", scope: !172, file: !1, type: !8)
-!194 = !DILocalVariable(name: "block_idx", scope: !172, file: !1, type: !8)
-!195 = !DILocalVariable(name: "num_blocks.type_index", scope: !172, file: !1, type: !8)
-!196 = !DILocalVariable(name: "num_blocks", scope: !172, file: !1, type: !8)
-!197 = !DILocalVariable(name: "partial_start.type_index", scope: !172, file: !1, type: !8)
-!198 = !DILocalVariable(name: "partial_start", scope: !172, file: !1, type: !8)
-!199 = !DILocalVariable(name: "online_update.tile_max_shape", scope: !172, file: !1, type: !65)
-!200 = !DILocalVariable(name: "online_update.tile_max_strides", scope: !172, file: !1, type: !65)
-!201 = !DILocalVariable(name: "dev_id", scope: !172, file: !1, type: !8)
-!202 = !DILocalVariable(name: "online_update.tile_sum_shape", scope: !172, file: !1, type: !65)
-!203 = !DILocalVariable(name: "online_update.tile_sum_strides", scope: !172, file: !1, type: !65)
-!204 = !DILocalVariable(name: "online_update.tile_acc_shape", scope: !172, file: !1, type: !65)
-!205 = !DILocalVariable(name: "online_update.tile_acc_strides", scope: !172, file: !1, type: !65)
-!206 = !DILocalVariable(name: "online_update.partial_max_shape", scope: !172, file: !1, type: !65)
-!207 = !DILocalVariable(name: "slots", scope: !172, file: !1, type: !19)
-!208 = !DILocalVariable(name: "online_update.partial_max_strides", scope: !172, file: !1, type: !65)
-!209 = !DILocalVariable(name: "online_update.partial_sum_shape", scope: !172, file: !1, type: !65)
-!210 = !DILocalVariable(name: "online_update.partial_sum_strides", scope: !172, file: !1, type: !65)
-!211 = !DILocalVariable(name: "online_update.partial_acc_shape", scope: !172, file: !1, type: !65)
-!212 = !DILocalVariable(name: "online_update.partial_acc_strides", scope: !172, file: !1, type: !65)
-!213 = !DILocalVariable(name: "tile_max", scope: !172, file: !1, type: !20)
-!214 = !DILocalVariable(name: "tile_sum", scope: !172, file: !1, type: !20)
-!215 = !DILocalVariable(name: "tile_acc", scope: !172, file: !1, type: !20)
-!216 = !DILocalVariable(name: "partial_max", scope: !172, file: !1, type: !20)
-!217 = !DILocalVariable(name: "partial_sum", scope: !172, file: !1, type: !20)
-!218 = !DILocalVariable(name: "partial_acc", scope: !172, file: !1, type: !20)
-!219 = !DILocalVariable(name: "tile_max", arg: 1, scope: !220, file: !1, type: !20)
-!220 = distinct !DISubprogram(name: "online_update_compute_", scope: !1, file: !1, type: !221, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !223)
-!221 = !DISubroutineType(types: !222)
-!222 = !{!8, !20, !20, !20, !19, !20, !20, !20, !8, !8, !8}
-!223 = !{!219, !224, !225, !226, !227, !228, !229, !230, !231, !232}
-!224 = !DILocalVariable(name: "tile_sum", arg: 2, scope: !220, file: !1, type: !20)
-!225 = !DILocalVariable(name: "tile_acc", arg: 3, scope: !220, file: !1, type: !20)
-!226 = !DILocalVariable(name: "slots", arg: 4, scope: !220, file: !1, type: !19)
-!227 = !DILocalVariable(name: "partial_max", arg: 5, scope: !220, file: !1, type: !20)
-!228 = !DILocalVariable(name: "partial_sum", arg: 6, scope: !220, file: !1, type: !20)
-!229 = !DILocalVariable(name: "partial_acc", arg: 7, scope: !220, file: !1, type: !20)
-!230 = !DILocalVariable(name: "num_seqs", arg: 8, scope: !220, file: !1, type: !8)
-!231 = !DILocalVariable(name: "partial_start", arg: 9, scope: !220, file: !1, type: !8)
-!232 = !DILocalVariable(name: "block_idx", arg: 10, scope: !220, file: !1, type: !8)
-!233 = !DILocation(line: 0, scope: !220, inlinedAt: !234)
-!234 = distinct !DILocation(line: 0, scope: !172)
-!235 = !DILocalVariable(name: "tile_max", scope: !220, file: !1, type: !20)
-!236 = !DILocalVariable(name: "tile_sum", scope: !220, file: !1, type: !20)
-!237 = !DILocalVariable(name: "tile_acc", scope: !220, file: !1, type: !20)
-!238 = !DILocalVariable(name: "cse_v1", scope: !220, file: !1, type: !19)
-!239 = !DILocalVariable(name: "partial_max", scope: !220, file: !1, type: !20)
-!240 = !DILocalVariable(name: "partial_sum", scope: !220, file: !1, type: !20)
-!241 = !DILocalVariable(name: "partial_acc", scope: !220, file: !1, type: !20)
-!242 = !DILocalVariable(name: "s", scope: !220, file: !1, type: !8)
-!243 = !DILocalVariable(name: "slot", scope: !220, file: !1, type: !8)
-!244 = !DILocalVariable(name: "cse_v2", scope: !220, file: !1, type: !19)
-!245 = !DILocalVariable(name: "cse_v3", scope: !220, file: !1, type: !19)
-!246 = !DILocalVariable(name: "cse_v9", scope: !220, file: !1, type: !19)
-!247 = !DILocalVariable(name: "old_max", scope: !220, file: !1, type: !103)
-!248 = !DILocalVariable(name: "old_sum", scope: !220, file: !1, type: !103)
-!249 = !DILocalVariable(name: "cse_v4", scope: !220, file: !1, type: !8)
-!250 = !DILocalVariable(name: "both", scope: !220, file: !1, type: !103)
-!251 = !DILocalVariable(name: "old_or_both", scope: !220, file: !1, type: !103)
-!252 = !DILocalVariable(name: "m", scope: !220, file: !1, type: !103)
-!253 = !DILocalVariable(name: "new_max", scope: !220, file: !1, type: !114)
-!254 = !DILocalVariable(name: "cse_v5", scope: !220, file: !1, type: !103)
-!255 = !DILocalVariable(name: "arg", scope: !220, file: !1, type: !103)
-!256 = !DILocalVariable(name: "cse_v7", scope: !220, file: !1, type: !103)
-!257 = !DILocalVariable(name: "clamped", scope: !220, file: !1, type: !103)
-!258 = !DILocalVariable(name: "cse_v12", scope: !220, file: !1, type: !103)
-!259 = !DILocalVariable(name: "bits", scope: !220, file: !1, type: !121)
-!260 = !DILocalVariable(name: "n", scope: !220, file: !1, type: !103)
-!261 = !DILocalVariable(name: "f", scope: !220, file: !1, type: !103)
-!262 = !DILocalVariable(name: "high", scope: !220, file: !1, type: !103)
-!263 = !DILocalVariable(name: "series", scope: !220, file: !1, type: !103)
-!264 = !DILocalVariable(name: "power", scope: !220, file: !1, type: !103)
-!265 = !DILocalVariable(name: "cse_v10", scope: !220, file: !1, type: !103)
-!266 = !DILocalVariable(name: "alpha", scope: !220, file: !1, type: !114)
-!267 = !DILocalVariable(name: "cse_v6", scope: !220, file: !1, type: !103)
-!268 = !DILocalVariable(name: "cse_v11", scope: !220, file: !1, type: !103)
-!269 = !DILocalVariable(name: "cse_v8", scope: !220, file: !1, type: !103)
-!270 = !DILocalVariable(name: "beta", scope: !220, file: !1, type: !114)
-!271 = !DILocalVariable(name: "previous", scope: !220, file: !1, type: !103)
-!272 = !DILocalVariable(name: "new_sum", scope: !220, file: !1, type: !114)
-!273 = !DILocalVariable(name: "d", scope: !220, file: !1, type: !8)
-!274 = !DILocalVariable(name: "cse_v13", scope: !220, file: !1, type: !19)
-!275 = distinct !{!275, !138}
-!276 = distinct !{!276, !138}
-!277 = distinct !DISubprogram(name: "__tvm_ffi_pv_matmul", scope: !1, file: !1, type: !6, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !278)
-!278 = !{!279, !280, !281, !282}
-!279 = !DILocalVariable(name: "self_handle", arg: 1, scope: !277, file: !1, type: !9)
-!280 = !DILocalVariable(name: "args", arg: 2, scope: !277, file: !1, type: !9)
-!281 = !DILocalVariable(name: "num_args", arg: 3, scope: !277, file: !1, type: !8)
-!282 = !DILocalVariable(name: "result", arg: 4, scope: !277, file: !1, type: !9)
-!283 = !DILocation(line: 0, scope: !277)
-!284 = !DILocalVariable(name: "value_cache.type_index", scope: !277, file: !1, type: !8)
-!285 = !DILocalVariable(name: "value_cache.handle", scope: !277, file: !1, type: !9)
-!286 = !DILocalVariable(name: "block_table.type_index", scope: !277, file: !1, type: !8)
-!287 = !DILocalVariable(name: "block_table.handle", scope: !277, file: !1, type: !9)
-!288 = !DILocalVariable(name: "context_lens.type_index", scope: !277, file: !1, type: !8)
-!289 = !DILocalVariable(name: "context_lens.handle", scope: !277, file: !1, type: !9)
-!290 = !DILocalVariable(name: "probs.type_index", scope: !277, file: !1, type: !8)
-!291 = !DILocalVariable(name: "probs.handle", scope: !277, file: !1, type: !9)
-!292 = !DILocalVariable(name: "tile_acc.type_index", scope: !277, file: !1, type: !8)
-!293 = !DILocalVariable(name: "tile_acc.handle", scope: !277, file: !1, type: !9)
-!294 = !DILocalVariable(name: "batch_start.type_index", scope: !277, file: !1, type: !8)
-!295 = !DILocalVariable(name: "batch_start", scope: !277, file: !1, type: !8)
-!296 = !DILocalVariable(name: "num_seqs.type_index", scope: !277, file: !1, type: !8)
-!297 = !DILocalVariable(name: "num_seqs", scope: !277, file: !1, type: !8)
-!298 = !DILocalVariable(name: "kv_head.type_index", scope: !277, file: !1, type: !8)
-!299 = !DILocalVariable(name: "kv_head", scope: !277, file: !1, type: !8)
-!300 = !DILocalVariable(name: "block_idx.type_index", scope: !277, file: !1, type: !8)
-!301 = !DILocalVariable(name: "block_idx", scope: !277, file: !1, type: !8)
-!302 = !DILocalVariable(name: "pv_matmul.value_cache_shape", scope: !277, file: !1, type: !65)
-!303 = !DILocalVariable(name: "num_blocks", scope: !277, file: !1, type: !19)
-!304 = !DILocalVariable(name: "pv_matmul.value_cache_strides", scope: !277, file: !1, type: !65)
-!305 = !DILocalVariable(name: "v_head", scope: !277, file: !1, type: !19)
-!306 = !DILocalVariable(name: "v_slot", scope: !277, file: !1, type: !19)
-!307 = !DILocalVariable(name: "v_block", scope: !277, file: !1, type: !19)
-!308 = !DILocalVariable(name: "dev_id", scope: !277, file: !1, type: !8)
-!309 = !DILocalVariable(name: "pv_matmul.block_table_shape", scope: !277, file: !1, type: !65)
-!310 = !DILocalVariable(name: "batch", scope: !277, file: !1, type: !19)
-!311 = !DILocalVariable(name: "max_blocks", scope: !277, file: !1, type: !19)
-!312 = !DILocalVariable(name: "pv_matmul.block_table_strides", scope: !277, file: !1, type: !65)
-!313 = !DILocalVariable(name: "table_seq", scope: !277, file: !1, type: !19)
-!314 = !DILocalVariable(name: "pv_matmul.context_lens_shape", scope: !277, file: !1, type: !65)
-!315 = !DILocalVariable(name: "pv_matmul.context_lens_strides", scope: !277, file: !1, type: !65)
-!316 = !DILocalVariable(name: "pv_matmul.probs_shape", scope: !277, file: !1, type: !65)
-!317 = !DILocalVariable(name: "pv_matmul.probs_strides", scope: !277, file: !1, type: !65)
-!318 = !DILocalVariable(name: "pv_matmul.tile_acc_shape", scope: !277, file: !1, type: !65)
-!319 = !DILocalVariable(name: "pv_matmul.tile_acc_strides", scope: !277, file: !1, type: !65)
-!320 = !DILocalVariable(name: "value_cache", scope: !277, file: !1, type: !321)
-!321 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: !322)
-!322 = !DIBasicType(name: "uint16", size: 16, encoding: DW_ATE_unsigned)
-!323 = !DILocalVariable(name: "block_table", scope: !277, file: !1, type: !324)
-!324 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: !8)
-!325 = !DILocalVariable(name: "context_lens", scope: !277, file: !1, type: !324)
-!326 = !DILocalVariable(name: "probs", scope: !277, file: !1, type: !20)
-!327 = !DILocalVariable(name: "tile_acc", scope: !277, file: !1, type: !20)
-!328 = !DILocalVariable(name: "dev_id", arg: 1, scope: !329, file: !1, type: !8)
-!329 = distinct !DISubprogram(name: "pv_matmul_compute_", scope: !1, file: !1, type: !330, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !332)
-!330 = !DISubroutineType(types: !331)
-!331 = !{!8, !8, !321, !19, !19, !324, !19, !19, !324, !20, !20, !8, !8, !8, !19, !8, !19}
-!332 = !{!328, !333, !334, !335, !336, !337, !338, !339, !340, !341, !342, !343, !344, !345, !346, !347}
-!333 = !DILocalVariable(name: "value_cache", arg: 2, scope: !329, file: !1, type: !321)
-!334 = !DILocalVariable(name: "v_block", arg: 3, scope: !329, file: !1, type: !19)
-!335 = !DILocalVariable(name: "num_blocks", arg: 4, scope: !329, file: !1, type: !19)
-!336 = !DILocalVariable(name: "block_table", arg: 5, scope: !329, file: !1, type: !324)
-!337 = !DILocalVariable(name: "table_seq", arg: 6, scope: !329, file: !1, type: !19)
-!338 = !DILocalVariable(name: "batch", arg: 7, scope: !329, file: !1, type: !19)
-!339 = !DILocalVariable(name: "context_lens", arg: 8, scope: !329, file: !1, type: !324)
-!340 = !DILocalVariable(name: "probs", arg: 9, scope: !329, file: !1, type: !20)
-!341 = !DILocalVariable(name: "tile_acc", arg: 10, scope: !329, file: !1, type: !20)
-!342 = !DILocalVariable(name: "num_seqs", arg: 11, scope: !329, file: !1, type: !8)
-!343 = !DILocalVariable(name: "batch_start", arg: 12, scope: !329, file: !1, type: !8)
-!344 = !DILocalVariable(name: "block_idx", arg: 13, scope: !329, file: !1, type: !8)
-!345 = !DILocalVariable(name: "v_slot", arg: 14, scope: !329, file: !1, type: !19)
-!346 = !DILocalVariable(name: "kv_head", arg: 15, scope: !329, file: !1, type: !8)
-!347 = !DILocalVariable(name: "v_head", arg: 16, scope: !329, file: !1, type: !19)
-!348 = !DILocation(line: 0, scope: !329, inlinedAt: !349)
-!349 = distinct !DILocation(line: 0, scope: !277)
-!350 = !DILocalVariable(name: "v_tile", scope: !329, file: !1, type: !20)
-!351 = !DILocalVariable(name: "value_cache", scope: !329, file: !1, type: !321)
-!352 = !DILocalVariable(name: "block_table", scope: !329, file: !1, type: !324)
-!353 = !DILocalVariable(name: "context_lens", scope: !329, file: !1, type: !324)
-!354 = !DILocalVariable(name: "probs", scope: !329, file: !1, type: !20)
-!355 = !DILocalVariable(name: "tile_acc", scope: !329, file: !1, type: !20)
-!356 = !DILocalVariable(name: "s", scope: !329, file: !1, type: !8)
-!357 = !DILocalVariable(name: "seq", scope: !329, file: !1, type: !8)
-!358 = !DILocalVariable(name: "cse_v1", scope: !329, file: !1, type: !8)
-!359 = !DILocalVariable(name: "tile_start", scope: !329, file: !1, type: !8)
-!360 = !DILocalVariable(name: "cse_v3", scope: !329, file: !1, type: !19)
-!361 = !DILocation(line: 150, column: 17, scope: !329, inlinedAt: !349)
-!362 = !DILocalVariable(name: "valid_len", scope: !329, file: !1, type: !8)
-!363 = !DILocalVariable(name: "t", scope: !329, file: !1, type: !8)
-!364 = !DILocalVariable(name: "d_0", scope: !329, file: !1, type: !8)
-!365 = !DILocalVariable(name: "tile_acc_global", scope: !329, file: !1, type: !114)
-!366 = !DILocalVariable(name: "cse_v8", scope: !329, file: !1, type: !8)
-!367 = !DILocalVariable(name: "cse_v6", scope: !329, file: !1, type: !8)
-!368 = !DILocalVariable(name: "cse_v7", scope: !329, file: !1, type: !8)
-!369 = !DILocalVariable(name: "cse_v2", scope: !329, file: !1, type: !8)
-!370 = !DILocalVariable(name: "cse_v4", scope: !329, file: !1, type: !19)
-!371 = !DILocalVariable(name: "cse_v5", scope: !329, file: !1, type: !19)
-!372 = !DILocalVariable(name: "cse_v9", scope: !329, file: !1, type: !19)
-!373 = distinct !DISubprogram(name: "__tvm_ffi_qk_matmul", scope: !1, file: !1, type: !6, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !374)
-!374 = !{!375, !376, !377, !378}
-!375 = !DILocalVariable(name: "self_handle", arg: 1, scope: !373, file: !1, type: !9)
-!376 = !DILocalVariable(name: "args", arg: 2, scope: !373, file: !1, type: !9)
-!377 = !DILocalVariable(name: "num_args", arg: 3, scope: !373, file: !1, type: !8)
-!378 = !DILocalVariable(name: "result", arg: 4, scope: !373, file: !1, type: !9)
-!379 = !DILocation(line: 0, scope: !373)
-!380 = !DILocalVariable(name: "query.type_index", scope: !373, file: !1, type: !8)
-!381 = !DILocalVariable(name: "query.handle", scope: !373, file: !1, type: !9)
-!382 = !DILocalVariable(name: "key_cache.type_index", scope: !373, file: !1, type: !8)
-!383 = !DILocalVariable(name: "key_cache.handle", scope: !373, file: !1, type: !9)
-!384 = !DILocalVariable(name: "block_table.type_index", scope: !373, file: !1, type: !8)
-!385 = !DILocalVariable(name: "block_table.handle", scope: !373, file: !1, type: !9)
-!386 = !DILocalVariable(name: "context_lens.type_index", scope: !373, file: !1, type: !8)
-!387 = !DILocalVariable(name: "context_lens.handle", scope: !373, file: !1, type: !9)
-!388 = !DILocalVariable(name: "scores.type_index", scope: !373, file: !1, type: !8)
-!389 = !DILocalVariable(name: "scores.handle", scope: !373, file: !1, type: !9)
-!390 = !DILocalVariable(name: "batch_start.type_index", scope: !373, file: !1, type: !8)
-!391 = !DILocalVariable(name: "batch_start", scope: !373, file: !1, type: !8)
-!392 = !DILocalVariable(name: "num_seqs.type_index", scope: !373, file: !1, type: !8)
-!393 = !DILocalVariable(name: "num_seqs", scope: !373, file: !1, type: !8)
-!394 = !DILocalVariable(name: "kv_head.type_index", scope: !373, file: !1, type: !8)
-!395 = !DILocalVariable(name: "kv_head", scope: !373, file: !1, type: !8)
-!396 = !DILocalVariable(name: "head_start.type_index", scope: !373, file: !1, type: !8)
-!397 = !DILocalVariable(name: "head_start", scope: !373, file: !1, type: !8)
-!398 = !DILocalVariable(name: "num_rows.type_index", scope: !373, file: !1, type: !8)
-!399 = !DILocalVariable(name: "num_rows", scope: !373, file: !1, type: !8)
-!400 = !DILocalVariable(name: "block_idx.type_index", scope: !373, file: !1, type: !8)
-!401 = !DILocalVariable(name: "block_idx", scope: !373, file: !1, type: !8)
-!402 = !DILocalVariable(name: "qk_matmul.query_shape", scope: !373, file: !1, type: !65)
-!403 = !DILocalVariable(name: "batch", scope: !373, file: !1, type: !19)
-!404 = !DILocalVariable(name: "qk_matmul.query_strides", scope: !373, file: !1, type: !65)
-!405 = !DILocalVariable(name: "q_head", scope: !373, file: !1, type: !19)
-!406 = !DILocalVariable(name: "q_batch", scope: !373, file: !1, type: !19)
-!407 = !DILocalVariable(name: "dev_id", scope: !373, file: !1, type: !8)
-!408 = !DILocalVariable(name: "qk_matmul.key_cache_shape", scope: !373, file: !1, type: !65)
-!409 = !DILocalVariable(name: "num_blocks", scope: !373, file: !1, type: !19)
-!410 = !DILocalVariable(name: "qk_matmul.key_cache_strides", scope: !373, file: !1, type: !65)
-!411 = !DILocalVariable(name: "k_head", scope: !373, file: !1, type: !19)
-!412 = !DILocalVariable(name: "k_slot", scope: !373, file: !1, type: !19)
-!413 = !DILocalVariable(name: "k_block", scope: !373, file: !1, type: !19)
-!414 = !DILocalVariable(name: "qk_matmul.block_table_shape", scope: !373, file: !1, type: !65)
-!415 = !DILocalVariable(name: "max_blocks", scope: !373, file: !1, type: !19)
-!416 = !DILocalVariable(name: "qk_matmul.block_table_strides", scope: !373, file: !1, type: !65)
-!417 = !DILocalVariable(name: "table_seq", scope: !373, file: !1, type: !19)
-!418 = !DILocalVariable(name: "qk_matmul.context_lens_shape", scope: !373, file: !1, type: !65)
-!419 = !DILocalVariable(name: "qk_matmul.context_lens_strides", scope: !373, file: !1, type: !65)
-!420 = !DILocalVariable(name: "qk_matmul.scores_shape", scope: !373, file: !1, type: !65)
-!421 = !DILocalVariable(name: "qk_matmul.scores_strides", scope: !373, file: !1, type: !65)
-!422 = !DILocalVariable(name: "query", scope: !373, file: !1, type: !321)
-!423 = !DILocalVariable(name: "key_cache", scope: !373, file: !1, type: !321)
-!424 = !DILocalVariable(name: "block_table", scope: !373, file: !1, type: !324)
-!425 = !DILocalVariable(name: "context_lens", scope: !373, file: !1, type: !324)
-!426 = !DILocalVariable(name: "scores", scope: !373, file: !1, type: !20)
-!427 = !DILocalVariable(name: "dev_id", arg: 1, scope: !428, file: !1, type: !8)
-!428 = distinct !DISubprogram(name: "qk_matmul_compute_", scope: !1, file: !1, type: !429, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !431)
-!429 = !DISubroutineType(types: !430)
-!430 = !{!8, !8, !321, !19, !19, !321, !19, !19, !324, !19, !324, !20, !8, !8, !8, !8, !8, !19, !8, !19, !19}
-!431 = !{!427, !432, !433, !434, !435, !436, !437, !438, !439, !440, !441, !442, !443, !444, !445, !446, !447, !448, !449, !450}
-!432 = !DILocalVariable(name: "query", arg: 2, scope: !428, file: !1, type: !321)
-!433 = !DILocalVariable(name: "q_batch", arg: 3, scope: !428, file: !1, type: !19)
-!434 = !DILocalVariable(name: "batch", arg: 4, scope: !428, file: !1, type: !19)
-!435 = !DILocalVariable(name: "key_cache", arg: 5, scope: !428, file: !1, type: !321)
-!436 = !DILocalVariable(name: "k_block", arg: 6, scope: !428, file: !1, type: !19)
-!437 = !DILocalVariable(name: "num_blocks", arg: 7, scope: !428, file: !1, type: !19)
-!438 = !DILocalVariable(name: "block_table", arg: 8, scope: !428, file: !1, type: !324)
-!439 = !DILocalVariable(name: "table_seq", arg: 9, scope: !428, file: !1, type: !19)
-!440 = !DILocalVariable(name: "context_lens", arg: 10, scope: !428, file: !1, type: !324)
-!441 = !DILocalVariable(name: "scores", arg: 11, scope: !428, file: !1, type: !20)
-!442 = !DILocalVariable(name: "num_seqs", arg: 12, scope: !428, file: !1, type: !8)
-!443 = !DILocalVariable(name: "batch_start", arg: 13, scope: !428, file: !1, type: !8)
-!444 = !DILocalVariable(name: "block_idx", arg: 14, scope: !428, file: !1, type: !8)
-!445 = !DILocalVariable(name: "num_rows", arg: 15, scope: !428, file: !1, type: !8)
-!446 = !DILocalVariable(name: "head_start", arg: 16, scope: !428, file: !1, type: !8)
-!447 = !DILocalVariable(name: "q_head", arg: 17, scope: !428, file: !1, type: !19)
-!448 = !DILocalVariable(name: "kv_head", arg: 18, scope: !428, file: !1, type: !8)
-!449 = !DILocalVariable(name: "k_head", arg: 19, scope: !428, file: !1, type: !19)
-!450 = !DILocalVariable(name: "k_slot", arg: 20, scope: !428, file: !1, type: !19)
-!451 = !DILocation(line: 0, scope: !428, inlinedAt: !452)
-!452 = distinct !DILocation(line: 0, scope: !373)
-!453 = !DILocalVariable(name: "q_tile", scope: !428, file: !1, type: !20)
-!454 = !DILocalVariable(name: "k_tile", scope: !428, file: !1, type: !20)
-!455 = !DILocalVariable(name: "query", scope: !428, file: !1, type: !321)
-!456 = !DILocalVariable(name: "key_cache", scope: !428, file: !1, type: !321)
-!457 = !DILocalVariable(name: "block_table", scope: !428, file: !1, type: !324)
-!458 = !DILocalVariable(name: "context_lens", scope: !428, file: !1, type: !324)
-!459 = !DILocalVariable(name: "scores", scope: !428, file: !1, type: !20)
-!460 = !DILocalVariable(name: "s", scope: !428, file: !1, type: !8)
-!461 = !DILocalVariable(name: "seq", scope: !428, file: !1, type: !8)
-!462 = !DILocalVariable(name: "cse_v1", scope: !428, file: !1, type: !8)
-!463 = !DILocalVariable(name: "tile_start", scope: !428, file: !1, type: !8)
-!464 = !DILocalVariable(name: "cse_v4", scope: !428, file: !1, type: !19)
-!465 = !DILocation(line: 67, column: 17, scope: !428, inlinedAt: !452)
-!466 = !DILocalVariable(name: "valid_len", scope: !428, file: !1, type: !8)
-!467 = !DILocalVariable(name: "d", scope: !428, file: !1, type: !8)
-!468 = !DILocalVariable(name: "r", scope: !428, file: !1, type: !8)
-!469 = !DILocalVariable(name: "to", scope: !428, file: !1, type: !8)
-!470 = !DILocalVariable(name: "ax0", scope: !428, file: !1, type: !8)
-!471 = !DILocalVariable(name: "cse_v2", scope: !428, file: !1, type: !8)
-!472 = !DILocalVariable(name: "cse_v5", scope: !428, file: !1, type: !19)
-!473 = !DILocalVariable(name: "cse_v7", scope: !428, file: !1, type: !19)
-!474 = !DILocalVariable(name: "cse_v8", scope: !428, file: !1, type: !19)
-!475 = !DILocalVariable(name: "scores_global", scope: !428, file: !1, type: !114)
-!476 = !DILocalVariable(name: "cse_v3", scope: !428, file: !1, type: !8)
-!477 = !DILocalVariable(name: "cse_v6", scope: !428, file: !1, type: !8)
-!478 = distinct !DISubprogram(name: "__tvm_ffi_softmax_prepare", scope: !1, file: !1, type: !6, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !479)
-!479 = !{!480, !481, !482, !483}
-!480 = !DILocalVariable(name: "self_handle", arg: 1, scope: !478, file: !1, type: !9)
-!481 = !DILocalVariable(name: "args", arg: 2, scope: !478, file: !1, type: !9)
-!482 = !DILocalVariable(name: "num_args", arg: 3, scope: !478, file: !1, type: !8)
-!483 = !DILocalVariable(name: "result", arg: 4, scope: !478, file: !1, type: !9)
-!484 = !DILocation(line: 0, scope: !478)
-!485 = !DILocalVariable(name: "context_lens.type_index", scope: !478, file: !1, type: !8)
-!486 = !DILocalVariable(name: "context_lens.handle", scope: !478, file: !1, type: !9)
-!487 = !DILocalVariable(name: "scores.type_index", scope: !478, file: !1, type: !8)
-!488 = !DILocalVariable(name: "scores.handle", scope: !478, file: !1, type: !9)
-!489 = !DILocalVariable(name: "probs.type_index", scope: !478, file: !1, type: !8)
-!490 = !DILocalVariable(name: "probs.handle", scope: !478, file: !1, type: !9)
-!491 = !DILocalVariable(name: "tile_max.type_index", scope: !478, file: !1, type: !8)
-!492 = !DILocalVariable(name: "tile_max.handle", scope: !478, file: !1, type: !9)
-!493 = !DILocalVariable(name: "tile_sum.type_index", scope: !478, file: !1, type: !8)
-!494 = !DILocalVariable(name: "tile_sum.handle", scope: !478, file: !1, type: !9)
-!495 = !DILocalVariable(name: "batch_start.type_index", scope: !478, file: !1, type: !8)
-!496 = !DILocalVariable(name: "batch_start", scope: !478, file: !1, type: !8)
-!497 = !DILocalVariable(name: "num_seqs.type_index", scope: !478, file: !1, type: !8)
-!498 = !DILocalVariable(name: "num_seqs", scope: !478, file: !1, type: !8)
-!499 = !DILocalVariable(name: "block_idx.type_index", scope: !478, file: !1, type: !8)
-!500 = !DILocalVariable(name: "block_idx", scope: !478, file: !1, type: !8)
-!501 = !DILocalVariable(name: "scale.type_index", scope: !478, file: !1, type: !8)
-!502 = !DILocalVariable(name: "scale", scope: !478, file: !1, type: !21)
-!503 = !DILocalVariable(name: "softmax_prepare.context_lens_shape", scope: !478, file: !1, type: !65)
-!504 = !DILocalVariable(name: "batch", scope: !478, file: !1, type: !19)
-!505 = !DILocalVariable(name: "softmax_prepare.context_lens_strides", scope: !478, file: !1, type: !65)
-!506 = !DILocalVariable(name: "dev_id", scope: !478, file: !1, type: !8)
-!507 = !DILocalVariable(name: "softmax_prepare.scores_shape", scope: !478, file: !1, type: !65)
-!508 = !DILocalVariable(name: "softmax_prepare.scores_strides", scope: !478, file: !1, type: !65)
-!509 = !DILocalVariable(name: "softmax_prepare.probs_shape", scope: !478, file: !1, type: !65)
-!510 = !DILocalVariable(name: "softmax_prepare.probs_strides", scope: !478, file: !1, type: !65)
-!511 = !DILocalVariable(name: "softmax_prepare.tile_max_shape", scope: !478, file: !1, type: !65)
-!512 = !DILocalVariable(name: "softmax_prepare.tile_max_strides", scope: !478, file: !1, type: !65)
-!513 = !DILocalVariable(name: "softmax_prepare.tile_sum_shape", scope: !478, file: !1, type: !65)
-!514 = !DILocalVariable(name: "softmax_prepare.tile_sum_strides", scope: !478, file: !1, type: !65)
-!515 = !DILocalVariable(name: "context_lens", scope: !478, file: !1, type: !324)
-!516 = !DILocalVariable(name: "scores", scope: !478, file: !1, type: !20)
-!517 = !DILocalVariable(name: "probs", scope: !478, file: !1, type: !20)
-!518 = !DILocalVariable(name: "tile_max", scope: !478, file: !1, type: !20)
-!519 = !DILocalVariable(name: "tile_sum", scope: !478, file: !1, type: !20)
-!520 = !DILocalVariable(name: "dev_id", arg: 1, scope: !521, file: !1, type: !8)
-!521 = distinct !DISubprogram(name: "softmax_prepare_compute_", scope: !1, file: !1, type: !522, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !524)
-!522 = !DISubroutineType(types: !523)
-!523 = !{!8, !8, !324, !19, !20, !20, !20, !20, !8, !8, !8, !21}
-!524 = !{!520, !525, !526, !527, !528, !529, !530, !531, !532, !533, !534}
-!525 = !DILocalVariable(name: "context_lens", arg: 2, scope: !521, file: !1, type: !324)
-!526 = !DILocalVariable(name: "batch", arg: 3, scope: !521, file: !1, type: !19)
-!527 = !DILocalVariable(name: "scores", arg: 4, scope: !521, file: !1, type: !20)
-!528 = !DILocalVariable(name: "probs", arg: 5, scope: !521, file: !1, type: !20)
-!529 = !DILocalVariable(name: "tile_max", arg: 6, scope: !521, file: !1, type: !20)
-!530 = !DILocalVariable(name: "tile_sum", arg: 7, scope: !521, file: !1, type: !20)
-!531 = !DILocalVariable(name: "num_seqs", arg: 8, scope: !521, file: !1, type: !8)
-!532 = !DILocalVariable(name: "batch_start", arg: 9, scope: !521, file: !1, type: !8)
-!533 = !DILocalVariable(name: "block_idx", arg: 10, scope: !521, file: !1, type: !8)
-!534 = !DILocalVariable(name: "scale", arg: 11, scope: !521, file: !1, type: !21)
-!535 = !DILocation(line: 0, scope: !521, inlinedAt: !536)
-!536 = distinct !DILocation(line: 0, scope: !478)
-!537 = !DILocalVariable(name: "scaled", scope: !521, file: !1, type: !114)
-!538 = !DILocalVariable(name: "context_lens", scope: !521, file: !1, type: !324)
-!539 = !DILocalVariable(name: "scores", scope: !521, file: !1, type: !20)
-!540 = !DILocalVariable(name: "probs", scope: !521, file: !1, type: !20)
-!541 = !DILocalVariable(name: "tile_max", scope: !521, file: !1, type: !20)
-!542 = !DILocalVariable(name: "tile_sum", scope: !521, file: !1, type: !20)
-!543 = !DILocalVariable(name: "s", scope: !521, file: !1, type: !8)
-!544 = !DILocation(line: 103, column: 17, scope: !521, inlinedAt: !536)
-!545 = !DILocalVariable(name: "valid_len", scope: !521, file: !1, type: !8)
-!546 = !DILocalVariable(name: "cse_v1", scope: !521, file: !1, type: !8)
-!547 = !DILocalVariable(name: "to", scope: !521, file: !1, type: !8)
-!548 = !DILocalVariable(name: "ti", scope: !521, file: !1, type: !8)
-!549 = !DILocalVariable(name: "cse_v2", scope: !521, file: !1, type: !8)
-!550 = !DILocalVariable(name: "cse_v4", scope: !521, file: !1, type: !8)
-!551 = !DILocalVariable(name: "cse_v5", scope: !521, file: !1, type: !8)
-!552 = !DILocalVariable(name: "arg", scope: !521, file: !1, type: !103)
-!553 = !DILocalVariable(name: "cse_v3", scope: !521, file: !1, type: !103)
-!554 = !DILocalVariable(name: "clamped", scope: !521, file: !1, type: !103)
-!555 = !DILocalVariable(name: "cse_v7", scope: !521, file: !1, type: !103)
-!556 = !DILocalVariable(name: "bits", scope: !521, file: !1, type: !121)
-!557 = !DILocalVariable(name: "n", scope: !521, file: !1, type: !103)
-!558 = !DILocalVariable(name: "f", scope: !521, file: !1, type: !103)
-!559 = !DILocalVariable(name: "high", scope: !521, file: !1, type: !103)
-!560 = !DILocalVariable(name: "series", scope: !521, file: !1, type: !103)
-!561 = !DILocalVariable(name: "power", scope: !521, file: !1, type: !103)
-!562 = !DILocalVariable(name: "cse_v6", scope: !521, file: !1, type: !103)
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!4, !4, i64 0}
+!4 = !{!"ctx_ptr", !5, i64 0}
+!5 = !{!"tvm-tbaa"}
+!6 = !{!"branch_weights", i32 1048576, i32 1}
+!7 = !{!"branch_weights", i32 127, i32 1}
+!8 = !{!9, !9, i64 0}
+!9 = !{!"tvm-alias", !5}
+!10 = !{!"branch_weights", i32 1, i32 1048575}
+!11 = distinct !{!11, !12}
+!12 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!13 = distinct !{!13, !12}
+!14 = !{!"branch_weights", i32 127, i32 134217601}
+!15 = distinct !{!15, !12}
+!16 = !{!"branch_weights", i32 1, i32 127}
+!17 = !{!18}
+!18 = distinct !{!18, !19}
+!19 = distinct !{!19, !"LVerDomain"}
+!20 = !{!21}
+!21 = distinct !{!21, !19}
+!22 = !{!"branch_weights", i32 6096, i32 2147477552}
+!23 = !{!"branch_weights", i32 1, i32 0}
+!24 = distinct !{!24, !25, !26}
+!25 = !{!"llvm.loop.isvectorized", i32 1}
+!26 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!27 = !{!28, !28, i64 0}
+!28 = !{!"buffer0", !5, i64 0}
+!29 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!30 = !{!31, !31, i64 0}
+!31 = !{!"buffer1", !5, i64 0}
+!32 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!33 = distinct !{!33, !34, !35}
+!34 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!35 = !{!"llvm.loop.unroll.disable"}
+!36 = !{!"branch_weights", i32 8128, i32 2147475520}
+!37 = distinct !{!37, !38}
+!38 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!39 = distinct !{!39, !12}
+!40 = distinct !{!40, !12}
+!41 = !{!"branch_weights", i32 1, i32 1048576}

@@ -14,23 +14,14 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <condition_variable>
+#include <cinttypes>
+#include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <exception>
-#include <functional>
 #include <initializer_list>
 #include <limits>
-#include <memory>
-#include <mutex>
 #include <new>
-#include <string>
-#include <system_error>
-#include <thread>
-#include <utility>
-#include <vector>
 
 // The kernels, compiled by TVM from TensorIR.
 extern "C" {
@@ -52,6 +43,7 @@ constexpr int64_t kNumHeadTiles = kNumKVHeads * kHeadTilesPerGroup;
 constexpr int64_t kBatchChunk = 16;  // sequences
 constexpr int64_t kSplitBlocks = 128;  // blocks of one range of a long sequence
 constexpr int64_t kItemTokens = 2048;  // tokens after which a work item takes no further sequence
+constexpr int64_t kThreadTokens = 244;  // KV tokens of work items that are worth one more thread
 constexpr int64_t kMaxContextLen = int64_t{1} << 30;  // keeps the kernels' token arithmetic within int32
 
 constexpr DLDataType kDType = {kDLBfloat, 16, 1};
@@ -66,32 +58,39 @@ const char kManifest[] = R"json({"pipeline": "fused", "spec": {"batch_chunk": 16
 // An exception that reaches Python as the one named kind.
 struct Error {
   const char* kind;
-  std::string message;
+  char message[512];
 };
+
+// Throw an Error; the message is in printf's format.
+[[noreturn, gnu::format(printf, 2, 3)]] void Raise(const char* kind, const char* format, ...) {
+  Error error{kind, {}};
+  va_list values;
+  va_start(values, format);
+  std::vsnprintf(error.message, sizeof error.message, format, values);
+  va_end(values);
+  throw error;
+}
 
 // The arguments of one call.
 class Inputs {
  public:
   Inputs(const TVMFFIAny* args, int32_t num_args, int32_t expected) : args_(args) {
-    if (num_args != expected) {
-      throw Error{"TypeError", "expected " + std::to_string(expected) + " arguments, got " + std::to_string(num_args)};
-    }
+    if (num_args != expected) Raise("TypeError", "expected %d arguments, got %d", expected, num_args);
   }
   bool IsNone(int i) const { return args_[i].type_index == kTVMFFINone; }
   const DLTensor& Tensor(int i, const char* name) const {
     if (args_[i].type_index == kTVMFFIDLTensorPtr) return *static_cast<const DLTensor*>(args_[i].v_ptr);
     if (args_[i].type_index == kTVMFFITensor) return *TVMFFITensorGetDLTensorPtr(args_[i].v_obj);
-    throw Error{"TypeError", std::string(name) + ": expected an array, got tvm-ffi type index " +
-                                 std::to_string(args_[i].type_index)};
+    Raise("TypeError", "%s: expected an array, got tvm-ffi type index %d", name, args_[i].type_index);
   }
   // The tensor object of an argument, which owns its memory.
   TVMFFIObjectHandle Object(int i) const {
     if (args_[i].type_index == kTVMFFITensor) return args_[i].v_obj;
-    throw Error{"TypeError", "expected argument " + std::to_string(i) + " to be a tvm-ffi Tensor"};
+    Raise("TypeError", "expected argument %d to be a tvm-ffi Tensor", i);
   }
   int64_t Int(int i) const {
     if (args_[i].type_index == kTVMFFIInt) return args_[i].v_int64;
-    throw Error{"TypeError", "expected argument " + std::to_string(i) + " to be an integer"};
+    Raise("TypeError", "expected argument %d to be an integer", i);
   }
   double Float(int i) const {
     if (args_[i].type_index == kTVMFFIFloat) return args_[i].v_float64;
@@ -109,39 +108,26 @@ int Guarded(const Body& body) {
     body();
     return 0;
   } catch (const Error& error) {
-    TVMFFIErrorSetRaisedFromCStr(error.kind, error.message.c_str());
+    TVMFFIErrorSetRaisedFromCStr(error.kind, error.message);
   } catch (const std::bad_alloc&) {
     TVMFFIErrorSetRaisedFromCStr("MemoryError", "no memory for decode's workspace");
-  } catch (const std::exception& error) {
-    TVMFFIErrorSetRaisedFromCStr("RuntimeError", error.what());
   }
   return -1;
 }
 
-void ReturnText(const std::string& text, TVMFFIAny* result) {
-  const TVMFFIByteArray bytes{text.data(), text.size()};
+void ReturnText(const char* text, size_t size, TVMFFIAny* result) {
+  const TVMFFIByteArray bytes{text, size};
   if (TVMFFIStringFromByteArray(&bytes, result) != 0) throw std::bad_alloc();
-}
-
-// The message of the error that a kernel has raised on this thread.
-std::string TakeRaisedMessage() {
-  TVMFFIObjectHandle handle = nullptr;
-  TVMFFIErrorMoveFromRaised(&handle);
-  if (handle == nullptr) return "no message";
-  const TVMFFIByteArray& message = TVMFFIErrorGetCellPtr(handle)->message;
-  std::string text(message.data, message.size);
-  TVMFFIObjectDecRef(handle);
-  return text;
 }
 
 // ---------------------------------------------------------------- memory
 
-// Kernels ask for their scratch through TVM's workspace hooks, last in, first out. Each thread keeps what it has once
-// been given: after the first call nothing is allocated.
+// Buffers that are taken and given back last in, first out. A thread keeps what it has once been given: after the first
+// call nothing is allocated.
 class ScratchStack {
  public:
   void* Push(size_t num_bytes) {
-    if (depth_ == buffers_.size()) buffers_.push_back({});
+    if (depth_ == size_) Grow();
     Buffer& buffer = buffers_[depth_];
     if (buffer.capacity < num_bytes) {
       std::free(buffer.data);
@@ -157,26 +143,36 @@ class ScratchStack {
   }
   void Pop() { --depth_; }
   ~ScratchStack() {
-    for (Buffer& buffer : buffers_) std::free(buffer.data);
+    for (size_t i = 0; i < size_; ++i) std::free(buffers_[i].data);
+    std::free(buffers_);
   }
 
  private:
   struct Buffer {
-    void* data = nullptr;
-    size_t capacity = 0;
+    void* data;
+    size_t capacity;
   };
-  std::vector<Buffer> buffers_;
-  size_t depth_ = 0;
+
+  void Grow() {
+    auto* grown = static_cast<Buffer*>(std::realloc(buffers_, (size_ + 1) * sizeof(Buffer)));
+    if (grown == nullptr) throw std::bad_alloc();
+    buffers_ = grown;
+    buffers_[size_++] = {nullptr, 0};
+  }
+
+  Buffer* buffers_ = nullptr;
+  size_t size_ = 0, depth_ = 0;
 };
 
-thread_local ScratchStack kernel_scratch;   // of the kernels that run on this thread
+thread_local ScratchStack kernel_scratch;  // of the kernels that run on this thread
 thread_local ScratchStack call_workspace;  // of the decode call made on this thread
 
+// Kernels ask for their scratch through TVM's workspace hooks. One that is given none returns an error.
 void* AllocWorkspace(int, int, uint64_t num_bytes, int, int) noexcept {
   try {
     return kernel_scratch.Push(num_bytes);
   } catch (const std::bad_alloc&) {
-    return nullptr;  // the kernel reports it
+    return nullptr;
   }
 }
 
@@ -188,22 +184,20 @@ int FreeWorkspace(int, int, void*) noexcept {
 // A number of floats rounded up to whole 64-byte lines: kernels take their intermediates to be aligned to that.
 constexpr int64_t Aligned(int64_t num_floats) { return (num_floats + 15) / 16 * 16; }
 
-// Borrow float32 scratch from a stack until the end of the scope.
+// Memory for a number of elements, borrowed from a stack until the end of the scope and not initialised.
+template <typename Element>
 class Borrowed {
  public:
-  Borrowed(ScratchStack& stack, int64_t num_floats)
-      : stack_(&stack), data_(static_cast<float*>(stack.Push(num_floats * sizeof(float)))) {}
-  Borrowed(Borrowed&& other) noexcept : stack_(other.stack_), data_(other.data_) { other.stack_ = nullptr; }
+  Borrowed(ScratchStack& stack, int64_t count)
+      : stack_(stack), data_(static_cast<Element*>(stack.Push(count * sizeof(Element)))) {}
   Borrowed(const Borrowed&) = delete;
   Borrowed& operator=(const Borrowed&) = delete;
-  ~Borrowed() {
-    if (stack_ != nullptr) stack_->Pop();
-  }
-  float* data() const { return data_; }
+  ~Borrowed() { stack_.Pop(); }
+  Element* data() const { return data_; }
 
  private:
-  ScratchStack* stack_;
-  float* data_;
+  ScratchStack& stack_;
+  Element* data_;
 };
 
 }  // namespace
@@ -256,39 +250,72 @@ struct Arguments {
   int64_t batch;
 };
 
-std::string Text(const int64_t* values, int count) {
-  std::string text = "[";
-  for (int i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
-  return text + "]";
+// A text of bounded length, put together in printf's formats.
+class Text {
+ public:
+  [[gnu::format(printf, 2, 3)]] Text& Add(const char* format, ...) {
+    va_list values;
+    va_start(values, format);
+    const int wanted = std::vsnprintf(text_ + size_, sizeof text_ - size_, format, values);
+    va_end(values);
+    size_ = std::min<int>(size_ + wanted, sizeof text_ - 1);
+    return *this;
+  }
+  const char* c_str() const { return text_; }
+
+ private:
+  char text_[160] = "";
+  int size_ = 0;
+};
+
+// A shape or strides, such as [4, 16, 128]; any is the name of an extent below 0.
+Text ListText(const int64_t* values, int count, const char* any = nullptr) {
+  Text text;
+  text.Add("[");
+  for (int i = 0; i < count; ++i) {
+    if (i > 0) text.Add(", ");
+    if (any != nullptr && values[i] < 0) {
+      text.Add("%s", any);
+    } else {
+      text.Add("%" PRId64, values[i]);
+    }
+  }
+  return text.Add("]");
 }
 
-std::string Text(DLDataType dtype) {
+Text DTypeText(DLDataType dtype) {
   static const char* const kKinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
-  const std::string kind = dtype.code < 7 ? kKinds[dtype.code] : "code" + std::to_string(dtype.code) + "_";
-  return kind + std::to_string(dtype.bits) + (dtype.lanes == 1 ? "" : "x" + std::to_string(dtype.lanes));
+  Text text;
+  if (dtype.code < 7) {
+    text.Add("%s%d", kKinds[dtype.code], dtype.bits);
+  } else {
+    text.Add("code%d_%d", dtype.code, dtype.bits);
+  }
+  return dtype.lanes == 1 ? text : text.Add("x%d", dtype.lanes);
 }
 
 bool Same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
 
-[[noreturn]] void Fail(const char* kind, const char* argument, const std::string& expected, const std::string& got) {
-  throw Error{kind, std::string(argument) + ": expected " + expected + ", got " + got};
-}
-
-// Check dtype, device, rank and shape (-1: any extent), the stride of the last axis, and alignment.
-Array CheckArray(const char* name, const DLTensor& given, DLDataType dtype, std::initializer_list<int64_t> expected,
-                 const std::string& expected_text) {
+// Check dtype, device, rank and shape (-1: any extent, by this name), the stride of the last axis, and alignment.
+Array CheckArray(const char* name, const DLTensor& given, DLDataType given_dtype, DLDataType dtype,
+                 std::initializer_list<int64_t> expected, const char* any = nullptr) {
   const int ndim = given.ndim;
-  if (!Same(given.dtype, dtype)) Fail("TypeError", name, "dtype " + Text(dtype), Text(given.dtype));
+  if (!Same(given_dtype, dtype)) {
+    Raise("TypeError", "%s: expected dtype %s, got %s", name, DTypeText(dtype).c_str(), DTypeText(given_dtype).c_str());
+  }
   if (given.device.device_type != kDLCPU) {
-    Fail("ValueError", name, "an array in CPU memory (device type " + std::to_string(kDLCPU) + ")",
-         "device type " + std::to_string(given.device.device_type));
+    Raise("ValueError", "%s: expected an array in CPU memory (device type %d), got device type %d", name, kDLCPU,
+          given.device.device_type);
   }
   bool matches = ndim == static_cast<int>(expected.size());
   for (int i = 0; matches && i < ndim; ++i) {
     const int64_t extent = expected.begin()[i];
     matches = extent < 0 || extent == given.shape[i];
   }
-  if (!matches) Fail("ValueError", name, "shape " + expected_text, Text(given.shape, ndim));
+  if (!matches) {
+    Raise("ValueError", "%s: expected shape %s, got %s", name,
+          ListText(expected.begin(), static_cast<int>(expected.size()), any).c_str(), ListText(given.shape, ndim).c_str());
+  }
   Array array;
   array.tensor = {static_cast<char*>(given.data) + given.byte_offset, {kDLCPU, 0}, ndim, dtype, array.shape,
                   array.strides, 0};
@@ -303,63 +330,71 @@ Array CheckArray(const char* name, const DLTensor& given, DLDataType dtype, std:
     return array;
   }
   if (array.strides[ndim - 1] != 1) {
-    Fail("ValueError", name, "a contiguous last axis (stride 1)", "stride " + std::to_string(array.strides[ndim - 1]));
+    Raise("ValueError", "%s: expected a contiguous last axis (stride 1), got stride %" PRId64, name,
+          array.strides[ndim - 1]);
   }
-  const uintptr_t itemsize = dtype.bits / 8, past = reinterpret_cast<uintptr_t>(array.tensor.data) % itemsize;
+  const int itemsize = dtype.bits / 8, past = static_cast<int>(reinterpret_cast<uintptr_t>(array.tensor.data) % itemsize);
   if (past != 0) {
-    Fail("ValueError", name, "data aligned to its elements of " + std::to_string(itemsize) + " bytes",
-         "an address " + std::to_string(past) + " past a multiple of " + std::to_string(itemsize));
+    Raise("ValueError",
+          "%s: expected data aligned to its elements of %d bytes, got an address %d past a multiple of %d", name, itemsize,
+          past, itemsize);
   }
   return array;
 }
 
 // The bytes that an array spans, lowest and one past the highest.
-std::pair<intptr_t, intptr_t> Span(const Array& array) {
-  const intptr_t itemsize = array.tensor.dtype.bits / 8;
-  intptr_t low = reinterpret_cast<intptr_t>(array.tensor.data), high = low + itemsize;
-  if (array.empty()) return {low, low};
-  for (int i = 0; i < array.tensor.ndim; ++i) {
-    const intptr_t reach = (array.shape[i] - 1) * array.strides[i] * itemsize;
-    (reach < 0 ? low : high) += reach;
+struct Span {
+  intptr_t low, high;
+
+  explicit Span(const Array& array) : low(reinterpret_cast<intptr_t>(array.tensor.data)), high(low) {
+    if (array.empty()) return;
+    const intptr_t itemsize = array.tensor.dtype.bits / 8;
+    high += itemsize;
+    for (int i = 0; i < array.tensor.ndim; ++i) {
+      const intptr_t reach = (array.shape[i] - 1) * array.strides[i] * itemsize;
+      (reach < 0 ? low : high) += reach;
+    }
   }
-  return {low, high};
-}
+};
 
 void CheckNoOverlap(const char* name, const Array& written, const char* other_name, const Array& other) {
-  const auto [low, high] = Span(written);
-  const auto [other_low, other_high] = Span(other);
-  if (std::max(low, other_low) < std::min(high, other_high)) {
-    auto bytes = [&, base = low](intptr_t from, intptr_t to) {
-      return "bytes [" + std::to_string(from - base) + ", " + std::to_string(to - base) + ")";
-    };
-    Fail("ValueError", name, std::string("memory apart from ") + other_name + "'s " + bytes(other_low, other_high),
-         bytes(low, high));
+  const Span span(written), theirs(other);
+  if (std::max(span.low, theirs.low) < std::min(span.high, theirs.high)) {
+    Raise("ValueError",
+          "%s: expected memory apart from %s's bytes [%" PRIdPTR ", %" PRIdPTR "), got bytes [0, %" PRIdPTR ")", name,
+          other_name, theirs.low - span.low, theirs.high - span.low, span.high - span.low);
   }
 }
 
-// Each element of a written array must have a place of its own.
+// Each element of a written array must have a place of its own: in order of their strides, the axes step over each other.
 void CheckDistinctElements(const char* name, const Array& array) {
   if (array.empty()) return;
-  std::vector<std::pair<int64_t, int64_t>> axes;  // |stride|, extent
+  struct Axis {
+    int64_t stride, extent;
+  } axes[4];
+  int count = 0;
   for (int i = 0; i < array.tensor.ndim; ++i) {
-    if (array.shape[i] > 1) axes.emplace_back(std::abs(array.strides[i]), array.shape[i]);
+    if (array.shape[i] == 1) continue;
+    const Axis axis{std::abs(array.strides[i]), array.shape[i]};
+    int at = count++;
+    for (; at > 0 && axes[at - 1].stride > axis.stride; --at) axes[at] = axes[at - 1];
+    axes[at] = axis;
   }
-  std::sort(axes.begin(), axes.end());
   int64_t reach = 1;
-  for (const auto& [stride, extent] : axes) {
-    if (stride < reach) {
-      Fail("ValueError", name, "elements that do not overlap",
-           "shape " + Text(array.shape, array.tensor.ndim) + " with strides " + Text(array.strides, array.tensor.ndim));
+  for (int i = 0; i < count; ++i) {
+    if (axes[i].stride < reach) {
+      Raise("ValueError", "%s: expected elements that do not overlap, got shape %s with strides %s", name,
+            ListText(array.shape, array.tensor.ndim).c_str(), ListText(array.strides, array.tensor.ndim).c_str());
     }
-    reach = stride * (extent - 1) + reach;
+    reach += axes[i].stride * (axes[i].extent - 1);
   }
 }
 
 void CheckContextLen(int64_t seq, int64_t context_len, int64_t capacity) {
   if (context_len < 0 || context_len > capacity) {
-    Fail("ValueError", "context_lens",
-         "a length from 0 to " + std::to_string(capacity) + " for sequence " + std::to_string(seq),
-         std::to_string(context_len));
+    Raise("ValueError",
+          "context_lens: expected a length from 0 to %" PRId64 " for sequence %" PRId64 ", got %" PRId64, capacity, seq,
+          context_len);
   }
 }
 
@@ -374,8 +409,9 @@ void CheckIndices(const Array& block_table, const Array& context_lens, int64_t n
     const int64_t used = (lens[seq] + kBlockSize - 1) / kBlockSize;
     for (int64_t i = 0; i < used; ++i) {
       if (row[i] < 0 || row[i] >= num_blocks) {
-        Fail("IndexError", "block_table", "a block id in [0, " + std::to_string(num_blocks) + ")",
-             std::to_string(row[i]) + " for sequence " + std::to_string(seq) + " at position " + std::to_string(i));
+        Raise("IndexError",
+              "block_table: expected a block id in [0, %" PRId64 "), got %d for sequence %" PRId64 " at position %" PRId64,
+              num_blocks, row[i], seq, i);
       }
     }
   }
@@ -386,34 +422,32 @@ Array AsNHD(Array cache) {
   return cache;
 }
 
-Arguments CheckArguments(const Inputs& in, double scale, int64_t num_threads) {
+Arguments CheckArguments(const Inputs& in, double scale, int64_t num_threads, int64_t as_uint16) {
   auto check = [&](int index, const char* name, DLDataType dtype, std::initializer_list<int64_t> shape,
-                   const std::string& shape_text) {
-    return CheckArray(name, in.Tensor(index, name), dtype, shape, shape_text);
+                   const char* any = nullptr) {
+    const DLTensor& given = in.Tensor(index, name);
+    const bool is_bfloat16 = as_uint16 >> index & 1 && Same(given.dtype, {kDLUInt, 16, 1});
+    return CheckArray(name, given, is_bfloat16 ? DLDataType{kDLBfloat, 16, 1} : given.dtype, dtype, shape, any);
   };
-  const std::string heads = ", 32", cache_text = "[num_blocks, 16, 8, 128]";
   Arguments args;
-  args.query = check(0, "query", kDType, {-1, kNumHeads, kHeadDim}, "[batch" + heads + ", 128]");
+  args.query = check(0, "query", kDType, {-1, kNumHeads, kHeadDim}, "batch");
   args.batch = args.query.shape[0];
-  const std::string batch = "[" + std::to_string(args.batch);
-  args.key_cache = check(1, "key_cache", kDType, {-1, 16, 8, 128}, cache_text);
-  args.value_cache = check(2, "value_cache", kDType, {-1, 16, 8, 128}, cache_text);
+  args.key_cache = check(1, "key_cache", kDType, {-1, 16, 8, 128}, "num_blocks");
+  args.value_cache = check(2, "value_cache", kDType, {-1, 16, 8, 128}, "num_blocks");
   const int64_t num_blocks = args.key_cache.shape[0];
   if (args.value_cache.shape[0] != num_blocks) {
-    Fail("ValueError", "value_cache", "as many blocks as key_cache, " + std::to_string(num_blocks),
-         std::to_string(args.value_cache.shape[0]));
+    Raise("ValueError", "value_cache: expected as many blocks as key_cache, %" PRId64 ", got %" PRId64, num_blocks,
+          args.value_cache.shape[0]);
   }
-  args.block_table = check(3, "block_table", kInt32, {args.batch, -1}, batch + ", max_blocks]");
-  args.context_lens = check(4, "context_lens", kInt32, {args.batch}, batch + "]");
-  args.out = check(5, "out", kOutDType, {args.batch, kNumHeads, kHeadDim}, batch + heads + ", 128]");
+  args.block_table = check(3, "block_table", kInt32, {args.batch, -1}, "max_blocks");
+  args.context_lens = check(4, "context_lens", kInt32, {args.batch});
+  args.out = check(5, "out", kOutDType, {args.batch, kNumHeads, kHeadDim});
   const bool has_lse = !in.IsNone(6);
-  if (has_lse) args.lse = check(6, "lse", kFloat32, {args.batch, kNumHeads}, batch + heads + "]");
-  if (!std::isfinite(static_cast<float>(scale))) {
-    char text[32];
-    std::snprintf(text, sizeof text, "%g", scale);
-    Fail("ValueError", "scale", "a finite float32", text);
+  if (has_lse) args.lse = check(6, "lse", kFloat32, {args.batch, kNumHeads});
+  if (!(std::abs(static_cast<float>(scale)) <= std::numeric_limits<float>::max())) {
+    Raise("ValueError", "scale: expected a finite float32, got %g", scale);
   }
-  if (num_threads < 1) Fail("ValueError", "num_threads", "at least 1", std::to_string(num_threads));
+  if (num_threads < 1) Raise("ValueError", "num_threads: expected at least 1, got %" PRId64, num_threads);
   struct Named {
     const char* name;
     const Array* array;
@@ -435,24 +469,24 @@ Arguments CheckArguments(const Inputs& in, double scale, int64_t num_threads) {
 
 // Refuse to run instructions that this CPU does not have.
 void CheckCpuFeatures() {
-  static const std::string missing = [] {
-    std::string names;
-    if (!__builtin_cpu_supports("sse4.2")) names += " sse4.2";
-    if (!__builtin_cpu_supports("popcnt")) names += " popcnt";
-    if (!__builtin_cpu_supports("avx")) names += " avx";
-    if (!__builtin_cpu_supports("fma")) names += " fma";
-    if (!__builtin_cpu_supports("bmi")) names += " bmi";
-    if (!__builtin_cpu_supports("bmi2")) names += " bmi2";
-    if (!__builtin_cpu_supports("avx2")) names += " avx2";
-    if (!__builtin_cpu_supports("avx512f")) names += " avx512f";
-    if (!__builtin_cpu_supports("avx512cd")) names += " avx512cd";
-    if (!__builtin_cpu_supports("avx512bw")) names += " avx512bw";
-    if (!__builtin_cpu_supports("avx512dq")) names += " avx512dq";
-    if (!__builtin_cpu_supports("avx512vl")) names += " avx512vl";
+  static const Text missing = [] {
+    Text names;
+    if (!__builtin_cpu_supports("sse4.2")) names.Add(" sse4.2");
+    if (!__builtin_cpu_supports("popcnt")) names.Add(" popcnt");
+    if (!__builtin_cpu_supports("avx")) names.Add(" avx");
+    if (!__builtin_cpu_supports("fma")) names.Add(" fma");
+    if (!__builtin_cpu_supports("bmi")) names.Add(" bmi");
+    if (!__builtin_cpu_supports("bmi2")) names.Add(" bmi2");
+    if (!__builtin_cpu_supports("avx2")) names.Add(" avx2");
+    if (!__builtin_cpu_supports("avx512f")) names.Add(" avx512f");
+    if (!__builtin_cpu_supports("avx512cd")) names.Add(" avx512cd");
+    if (!__builtin_cpu_supports("avx512bw")) names.Add(" avx512bw");
+    if (!__builtin_cpu_supports("avx512dq")) names.Add(" avx512dq");
+    if (!__builtin_cpu_supports("avx512vl")) names.Add(" avx512vl");
     return names;
   }();
-  if (!missing.empty()) {
-    throw Error{"RuntimeError", "target: this module is built for a CPU with features that this one lacks:" + missing};
+  if (*missing.c_str() != '\0') {
+    Raise("RuntimeError", "target: this module is built for a CPU with features that this one lacks:%s", missing.c_str());
   }
 }
 
@@ -460,13 +494,13 @@ void CheckCpuFeatures() {
 
 // Up to kHeadTile query heads that share a kv head.
 struct HeadTile {
-  int64_t kv_head, head_start, num_rows;
+  int64_t index, kv_head, head_start, num_rows;
 };
 
 HeadTile HeadTileAt(int64_t index) {
   const int64_t kv_head = index / kHeadTilesPerGroup;
   const int64_t offset = index % kHeadTilesPerGroup * kHeadTile;
-  return {kv_head, kv_head * kGroup + offset, std::min(kHeadTile, kGroup - offset)};
+  return {index, kv_head, kv_head * kGroup + offset, std::min(kHeadTile, kGroup - offset)};
 }
 
 // What one kernel call computes: consecutive sequences of one chunk, one head tile, the blocks [block_begin, block_end).
@@ -478,51 +512,85 @@ struct WorkItem {
   int64_t num_tokens;     // KV tokens that it reads
 };
 
-struct Plan {
-  std::vector<WorkItem> items;       // longest first, for any number of threads
-  std::vector<int64_t> range_begin;  // [batch + 1]: sequence b has the ranges [range_begin[b], range_begin[b + 1])
-  int64_t num_ranges = 0;
+// How a sequence is cut into ranges of equal numbers of blocks: by its own length alone.
+struct Cut {
+  int64_t blocks, step, num_ranges;  // step: blocks of one range
+
+  explicit Cut(int64_t context_len) : blocks((context_len + kBlockSize - 1) / kBlockSize), step(1), num_ranges(1) {
+    if (blocks == 0) return;
+    const int64_t splits = (blocks - 1) / kSplitBlocks + 1;
+    step = (blocks - 1) / splits + 1;
+    num_ranges = (blocks - 1) / step + 1;
+  }
 };
 
-// A pure function of the lengths. A sequence is cut into ranges of equal numbers of blocks by its own length alone, so its
-// result is the same in any batch; how sequences share items only balances the work.
-Plan MakePlan(const int32_t* context_lens, int64_t batch) {
-  Plan plan;
-  std::vector<WorkItem> ranges;  // items of head tile 0
-  auto num_blocks = [&](int64_t seq) { return (context_lens[seq] + kBlockSize - 1) / kBlockSize; };
-  for (int64_t seq = 0; seq < batch; ++seq) {
-    plan.range_begin.push_back(plan.num_ranges);
-    const int64_t blocks = num_blocks(seq);
-    const int64_t splits = std::max<int64_t>(1, (blocks + kSplitBlocks - 1) / kSplitBlocks);
-    const int64_t step = std::max<int64_t>(1, (blocks + splits - 1) / splits);
-    for (int64_t begin = 0; begin == 0 || begin < blocks; begin += step) {
-      const int64_t end = std::min(begin + step, blocks);
-      const int64_t tokens = std::min<int64_t>(end * kBlockSize, context_lens[seq]) - begin * kBlockSize;
-      WorkItem* open = ranges.empty() ? nullptr : &ranges.back();
-      const bool joins = splits == 1 && seq % kBatchChunk != 0 && open != nullptr && open->block_begin == 0 &&
-                         open->batch_start + open->num_seqs == seq && open->num_tokens + tokens <= kItemTokens;
-      if (joins) {
-        open->num_seqs += 1;
-        open->num_tokens += tokens;
-        open->block_end = std::max(open->block_end, end);
-      } else {
-        ranges.push_back({seq, 1, {}, begin, end, plan.num_ranges, tokens});
-      }
-      plan.num_ranges += 1;
-    }
-  }
-  plan.range_begin.push_back(plan.num_ranges);
-  for (int64_t head_tile = 0; head_tile < kNumHeadTiles; ++head_tile) {
-    for (WorkItem item : ranges) {
-      item.tile = HeadTileAt(head_tile);
-      item.partial_start += head_tile * plan.num_ranges;
-      plan.items.push_back(item);
-    }
-  }
-  std::stable_sort(plan.items.begin(), plan.items.end(),
-                   [](const WorkItem& a, const WorkItem& b) { return a.num_tokens > b.num_tokens; });
-  return plan;
+int64_t CountRanges(const int32_t* context_lens, int64_t batch) {
+  int64_t count = 0;
+  for (int64_t seq = 0; seq < batch; ++seq) count += Cut(context_lens[seq]).num_ranges;
+  return count;
 }
+
+// A pure function of the lengths. Since a sequence's ranges depend on its own length alone, its result is the same in any
+// batch; how sequences share items only balances the work. Sequence b has the ranges range_begin[b] to range_begin[b + 1].
+class Plan {
+ public:
+  Plan(const int32_t* context_lens, int64_t batch)
+      : num_ranges(CountRanges(context_lens, batch)),
+        range_begin_(call_workspace, batch + 1),
+        items_(call_workspace, num_ranges * kNumHeadTiles) {
+    WorkItem* const first = items_.data();
+    WorkItem* const last = AddItems(context_lens, batch, first);
+    for (const WorkItem* item = first; item != last; ++item) num_tokens += item->num_tokens * kNumHeadTiles;
+    // Longest first, for any number of threads.
+    std::sort(first, last, [](const WorkItem& a, const WorkItem& b) {
+      return a.num_tokens != b.num_tokens ? a.num_tokens > b.num_tokens : a.partial_start < b.partial_start;
+    });
+    num_items = (last - first) * kNumHeadTiles;
+    for (int64_t i = num_items - 1; i >= 0; --i) {  // from the back: an item's copies overwrite none that is yet to come
+      WorkItem item = first[i / kNumHeadTiles];
+      item.tile = HeadTileAt(i % kNumHeadTiles);
+      item.partial_start += item.tile.index * num_ranges;
+      first[i] = item;
+    }
+  }
+
+  const WorkItem& item(int64_t i) const { return items_.data()[i]; }
+  int64_t range_begin(int64_t seq) const { return range_begin_.data()[seq]; }
+  int64_t ranges_of(int64_t seq) const { return range_begin(seq + 1) - range_begin(seq); }
+
+  int64_t num_ranges, num_items = 0;
+  int64_t num_tokens = 0;  // of all items together
+
+ private:
+  // Write range_begin and the items of head tile 0, in order; return their end.
+  WorkItem* AddItems(const int32_t* context_lens, int64_t batch, WorkItem* items) {
+    WorkItem* end = items;
+    int64_t range = 0;
+    for (int64_t seq = 0; seq < batch; ++seq) {
+      range_begin_.data()[seq] = range;
+      const Cut cut(context_lens[seq]);
+      for (int64_t i = 0; i < cut.num_ranges; ++i, ++range) {
+        const int64_t begin = i * cut.step, stop = std::min(begin + cut.step, cut.blocks);
+        const int64_t tokens = std::min<int64_t>(stop * kBlockSize, context_lens[seq]) - begin * kBlockSize;
+        WorkItem* open = end == items ? nullptr : end - 1;
+        const bool joins = cut.num_ranges == 1 && seq % kBatchChunk != 0 && open != nullptr && open->block_begin == 0 &&
+                           open->batch_start + open->num_seqs == seq && open->num_tokens + tokens <= kItemTokens;
+        if (joins) {
+          open->num_seqs += 1;
+          open->num_tokens += tokens;
+          open->block_end = std::max(open->block_end, stop);
+        } else {
+          *end++ = {seq, 1, {}, begin, stop, range, tokens};
+        }
+      }
+    }
+    range_begin_.data()[batch] = range;
+    return end;
+  }
+
+  Borrowed<int64_t> range_begin_;  // [batch + 1]
+  Borrowed<WorkItem> items_;
+};
 
 // ---------------------------------------------------------------- run
 
@@ -530,78 +598,113 @@ Plan MakePlan(const int32_t* context_lens, int64_t batch) {
 // has come: a helper that the system starts late finds nothing left, and holds nobody up.
 class ThreadPool {
  public:
-  // Run body(0) ... body(count - 1), each once, on up to num_threads threads, at most count, of which this is one.
-  template <typename Body>
-  void Run(int64_t count, int64_t num_threads, const Body& body) {
-    auto job = std::make_shared<Job>();
-    job->count = count;
-    job->body = [&body](int64_t i) { body(i); };
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      job->helpers = num_threads - 1;
-      while (num_workers_ < job->helpers && AddWorker()) ++num_workers_;
-      jobs_.push_back(job);
+  // Run body(context, 0) ... body(context, count - 1), each once, on up to num_threads threads, of which this is one.
+  void Run(void (*body)(const void*, int64_t), const void* context, int64_t count, int64_t num_threads) {
+    pthread_mutex_lock(&mutex_);
+    Job* job = NewJob();
+    if (job == nullptr) {
+      pthread_mutex_unlock(&mutex_);
+      throw std::bad_alloc();
     }
-    for (int64_t i = 1; i < num_threads; ++i) wake_.notify_one();
+    job->body = body, job->context = context, job->count = count;
+    job->helpers = num_threads - 1, job->users = 1;
+    job->next = 0, job->done = 0;
+    job->failed = false;
+    while (num_workers_ < job->helpers && AddWorker()) ++num_workers_;
+    jobs_.Append(job);
+    pthread_mutex_unlock(&mutex_);
+    for (int64_t i = 1; i < num_threads; ++i) pthread_cond_signal(&wake_);
     Work(*job);
-    std::unique_lock<std::mutex> lock(mutex_);
-    jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), job), jobs_.end());
-    finished_.wait(lock, [&] { return job->done.load() == count; });
-    if (job->error) std::rethrow_exception(job->error);
+    pthread_mutex_lock(&mutex_);
+    jobs_.Remove(job);
+    while (job->done != count) pthread_cond_wait(&finished_, &mutex_);
+    const bool failed = job->failed;
+    Release(job);
+    pthread_mutex_unlock(&mutex_);
+    if (failed) throw std::bad_alloc();
   }
 
  private:
   struct Job {
-    std::function<void(int64_t)> body;
-    int64_t count = 0, helpers = 0;  // helpers: those that may still join
-    std::atomic<int64_t> next{0}, done{0};
-    std::exception_ptr error;
+    void (*body)(const void*, int64_t);
+    const void* context;
+    int64_t count;
+    int64_t helpers;  // that may still join
+    int64_t users;    // threads that hold it
+    std::atomic<int64_t> next, done;
+    std::atomic<bool> failed;  // for want of memory, the one way in which a body fails
+    Job* link;
   };
+
+  // A queue through Job::link.
+  struct Queue {
+    Job* first = nullptr;
+
+    void Append(Job* job) {
+      Job** end = &first;
+      while (*end != nullptr) end = &(*end)->link;
+      *end = job;
+      job->link = nullptr;
+    }
+    void Remove(Job* job) {
+      Job** at = &first;
+      while (*at != nullptr && *at != job) at = &(*at)->link;
+      if (*at != nullptr) *at = job->link;
+    }
+  };
+
+  // A job that was used before, or else a new one.
+  Job* NewJob() {
+    Job* job = unused_.first;
+    if (job == nullptr) return new (std::nothrow) Job;
+    unused_.Remove(job);
+    return job;
+  }
+
+  void Release(Job* job) {
+    if (--job->users == 0) unused_.Append(job);
+  }
 
   void Work(Job& job) {
     for (int64_t i; (i = job.next.fetch_add(1)) < job.count;) {
-      std::exception_ptr error;
       try {
-        job.body(i);
-      } catch (...) {
-        error = std::current_exception();
-      }
-      if (error) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        job.error = error;
+        job.body(job.context, i);
+      } catch (const std::bad_alloc&) {
+        job.failed = true;
       }
       if (job.done.fetch_add(1) + 1 == job.count) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        finished_.notify_all();
+        pthread_mutex_lock(&mutex_);
+        pthread_cond_broadcast(&finished_);
+        pthread_mutex_unlock(&mutex_);
       }
     }
   }
 
+  // Start a worker; where the system refuses, the threads there are do the work.
   bool AddWorker() {
-    try {
-      std::thread([this] { Serve(); }).detach();
-      return true;
-    } catch (const std::system_error&) {
-      return false;  // the threads there are do the work
-    }
+    pthread_t thread;
+    auto serve = [](void* self) -> void* { static_cast<ThreadPool*>(self)->Serve(); };
+    return pthread_create(&thread, nullptr, serve, this) == 0 && pthread_detach(thread) == 0;
   }
 
-  void Serve() {
+  [[noreturn]] void Serve() {
+    pthread_mutex_lock(&mutex_);
     for (;;) {
-      std::shared_ptr<Job> job;
-      {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return !jobs_.empty(); });
-        job = jobs_.front();
-        if (--job->helpers == 0) jobs_.erase(jobs_.begin());
-      }
+      while (jobs_.first == nullptr) pthread_cond_wait(&wake_, &mutex_);
+      Job* job = jobs_.first;
+      ++job->users;
+      if (--job->helpers == 0) jobs_.Remove(job);
+      pthread_mutex_unlock(&mutex_);
       Work(*job);
+      pthread_mutex_lock(&mutex_);
+      Release(job);
     }
   }
 
-  std::mutex mutex_;
-  std::condition_variable wake_, finished_;
-  std::vector<std::shared_ptr<Job>> jobs_;  // those that want helpers
+  pthread_mutex_t mutex_ = PTHREAD_MUTEX_INITIALIZER;
+  pthread_cond_t wake_ = PTHREAD_COND_INITIALIZER, finished_ = PTHREAD_COND_INITIALIZER;
+  Queue jobs_;    // those that want helpers
+  Queue unused_;  // kept, so that a call allocates nothing
   int64_t num_workers_ = 0;
 };
 
@@ -615,7 +718,10 @@ ThreadPool* pool = [] {
 template <typename Body>
 void ParallelFor(int64_t count, int64_t num_threads, const Body& body) {
   num_threads = std::min({num_threads, count, int64_t{1024}});
-  if (num_threads > 1) return pool->Run(count, num_threads, body);
+  if (num_threads > 1) {
+    auto call = [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); };
+    return pool->Run(call, &body, count, num_threads);
+  }
   for (int64_t i = 0; i < count; ++i) body(i);
 }
 
@@ -645,26 +751,28 @@ template <typename... Args>
 void Call(TVMFFISafeCallType kernel, const Args&... args) {
   const TVMFFIAny packed[] = {Packed(args)...};
   TVMFFIAny result{};
-  if (kernel(nullptr, packed, sizeof...(args), &result) != 0) throw Error{"RuntimeError", TakeRaisedMessage()};
+  if (kernel(nullptr, packed, sizeof...(args), &result) != 0) throw std::bad_alloc();  // it was given no scratch
 }
 
 // Partial results, one slot for each range of a sequence and head tile: float32 row_max and row_sum [slots, kRowTile] and
 // acc [slots, kHeadDim, kRowTile].
-struct Partials {
-  Borrowed memory;
-  Array max, sum, acc;
-};
+class Partials {
+ public:
+  explicit Partials(int64_t num_ranges)
+      : slots_(num_ranges * kNumHeadTiles),
+        rows_(Aligned(slots_ * kRowTile)),
+        memory_(call_workspace, Aligned(slots_ * kHeadDim * kRowTile) + 2 * rows_),
+        max(memory_.data(), {slots_, kRowTile}),
+        sum(memory_.data() + rows_, {slots_, kRowTile}),
+        acc(memory_.data() + 2 * rows_, {slots_, kHeadDim, kRowTile}) {}
 
-Partials AllocatePartials(int64_t num_ranges) {
-  const int64_t slots = num_ranges * kNumHeadTiles;
-  const int64_t rows = Aligned(slots * kRowTile), acc = Aligned(slots * kHeadDim * kRowTile);
-  Partials partials{Borrowed(call_workspace, acc + 2 * rows), {}, {}, {}};
-  float* data = partials.memory.data();
-  partials.acc = Array(data, {slots, kHeadDim, kRowTile});
-  partials.max = Array(data + acc, {slots, kRowTile});
-  partials.sum = Array(data + acc + rows, {slots, kRowTile});
-  return partials;
-}
+ private:
+  int64_t slots_, rows_;
+  Borrowed<float> memory_;
+
+ public:
+  const Array max, sum, acc;
+};
 
 // Fused: one kernel takes the item through all four stages, tile by tile.
 void RunItem(const WorkItem& item, const Arguments& args, float scale, const Partials& partials) {
@@ -676,53 +784,70 @@ void RunItem(const WorkItem& item, const Arguments& args, float scale, const Par
 
 // ---------------------------------------------------------------- entry points
 
-// decode(query, key_cache, value_cache, block_table, context_lens, out, lse or None, scale, num_threads): attention of one
-// query token per sequence. Everything is checked before anything is written.
+// decode(query, key_cache, value_cache, block_table, context_lens, out, lse or None, scale, num_threads, as_uint16):
+// attention of one query token per sequence. Everything is checked before anything is written. Bit i of as_uint16 says
+// that argument i holds bfloat16 and is declared uint16, for arrays of libraries that have no bfloat16 in DLPack.
 void Decode(const Inputs& in) {
   CheckCpuFeatures();
   const double scale = in.Float(7);
   const int64_t num_threads = in.Int(8);
-  Arguments args = CheckArguments(in, scale, num_threads);
-  const Plan plan = MakePlan(static_cast<const int32_t*>(args.context_lens.tensor.data), args.batch);
-  const Partials partials = AllocatePartials(plan.num_ranges);
-  const Borrowed unused_lse(call_workspace, args.lse.tensor.data == nullptr ? args.batch * kNumHeads : 0);
-  if (args.lse.tensor.data == nullptr) args.lse = Array(unused_lse.data(), {args.batch, kNumHeads});
-  ParallelFor(static_cast<int64_t>(plan.items.size()), num_threads,
-              [&](int64_t i) { RunItem(plan.items[i], args, static_cast<float>(scale), partials); });
-  ParallelFor(args.batch * kNumHeadTiles, num_threads, [&](int64_t i) {
-    const int64_t seq = i / kNumHeadTiles, head_tile = i % kNumHeadTiles;
-    const HeadTile tile = HeadTileAt(head_tile);
-    Call(__tvm_ffi_merge_partials, partials.max, partials.sum, partials.acc, args.out, args.lse, seq, tile.head_start,
-         tile.num_rows, head_tile * plan.num_ranges + plan.range_begin[seq],
-         plan.range_begin[seq + 1] - plan.range_begin[seq]);
+  Arguments args = CheckArguments(in, scale, num_threads, in.Int(9));
+  const Plan plan(static_cast<const int32_t*>(args.context_lens.tensor.data), args.batch);
+  const Partials partials(plan.num_ranges);
+  const bool has_lse = args.lse.tensor.data != nullptr;
+  const Borrowed<float> unused_lse(call_workspace, has_lse ? 0 : args.batch * kNumHeads);
+  if (!has_lse) args.lse = Array(unused_lse.data(), {args.batch, kNumHeads});
+  const Borrowed<std::atomic<int32_t>> missing(call_workspace, args.batch * kNumHeadTiles);  // ranges not yet computed
+  for (int64_t seq = 0; seq < args.batch; ++seq) {
+    for (int64_t tile = 0; tile < kNumHeadTiles; ++tile) {
+      new (&missing.data()[seq * kNumHeadTiles + tile]) std::atomic<int32_t>(plan.ranges_of(seq));
+    }
+  }
+  const int64_t wanted_threads = plan.num_tokens / kThreadTokens + 1;
+  ParallelFor(plan.num_items, std::min(num_threads, wanted_threads), [&](int64_t i) {
+    const WorkItem& item = plan.item(i);
+    RunItem(item, args, static_cast<float>(scale), partials);
+    for (int64_t seq = item.batch_start; seq < item.batch_start + item.num_seqs; ++seq) {
+      // Whoever computes a sequence's last range merges all of them, in their order.
+      if (--missing.data()[seq * kNumHeadTiles + item.tile.index] > 0) continue;
+      Call(__tvm_ffi_merge_partials, partials.max, partials.sum, partials.acc, args.out, args.lse, seq,
+           item.tile.head_start, item.tile.num_rows, item.tile.index * plan.num_ranges + plan.range_begin(seq),
+           plan.ranges_of(seq));
+    }
   });
 }
 
 // plan(context_lens): the work items that decode would run, in the order in which they are dealt out, as text: one line
 // an item with batch_start num_seqs kv_head head_start num_rows block_begin block_end num_tokens.
-std::string PlanText(const Inputs& in) {
-  const Array lens = CheckArray("context_lens", in.Tensor(0, "context_lens"), kInt32, {-1}, "[batch]");
+void PlanText(const Inputs& in, TVMFFIAny* result) {
+  const DLTensor& given = in.Tensor(0, "context_lens");
+  const Array lens = CheckArray("context_lens", given, given.dtype, kInt32, {-1}, "batch");
   const auto* values = static_cast<const int32_t*>(lens.tensor.data);
   for (int64_t seq = 0; seq < lens.shape[0]; ++seq) CheckContextLen(seq, values[seq], kMaxContextLen);
-  std::string text;
-  for (const WorkItem& item : MakePlan(values, lens.shape[0]).items) {
+  const Plan plan(values, lens.shape[0]);
+  constexpr int64_t kLineBytes = 8 * 20 + 1;
+  const Borrowed<char> text(call_workspace, plan.num_items * kLineBytes);
+  char* end = text.data();
+  for (int64_t i = 0; i < plan.num_items; ++i) {
+    const WorkItem& item = plan.item(i);
     for (int64_t value : {item.batch_start, item.num_seqs, item.tile.kv_head, item.tile.head_start, item.tile.num_rows,
                           item.block_begin, item.block_end, item.num_tokens}) {
-      text += std::to_string(value) + " ";
+      end += std::sprintf(end, "%" PRId64 " ", value);
     }
-    text.back() = '\n';
+    end[-1] = '\n';
   }
-  return text;
+  ReturnText(text.data(), end - text.data(), result);
 }
 
-// view_as_bfloat16(tensor): the same memory, declared bfloat16 instead of uint16. For libraries that have no bfloat16 in
-// DLPack, as NumPy.
+// view_as_bfloat16(tensor): the same memory, declared bfloat16 instead of uint16.
 void ViewAsBFloat16(const Inputs& in, TVMFFIAny* result) {
   DLTensor view = in.Tensor(0, "tensor");
-  if (!Same(view.dtype, {kDLUInt, 16, 1})) Fail("TypeError", "tensor", "dtype uint16", Text(view.dtype));
+  if (!Same(view.dtype, {kDLUInt, 16, 1})) {
+    Raise("TypeError", "tensor: expected dtype uint16, got %s", DTypeText(view.dtype).c_str());
+  }
   view.dtype = {kDLBfloat, 16, 1};
   TVMFFIObjectHandle handle = nullptr;
-  if (TVMFFITensorCreateUnsafeView(in.Object(0), &view, &handle) != 0) throw Error{"RuntimeError", TakeRaisedMessage()};
+  if (TVMFFITensorCreateUnsafeView(in.Object(0), &view, &handle) != 0) throw std::bad_alloc();
   result->type_index = kTVMFFITensor;
   result->v_obj = static_cast<TVMFFIObject*>(handle);
 }
@@ -732,11 +857,11 @@ void ViewAsBFloat16(const Inputs& in, TVMFFIAny* result) {
 #define PA_EXPORT extern "C" __attribute__((visibility("default")))
 
 PA_EXPORT int __tvm_ffi_decode(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny*) {
-  return Guarded([&] { Decode(Inputs(args, num_args, 9)); });
+  return Guarded([&] { Decode(Inputs(args, num_args, 10)); });
 }
 
 PA_EXPORT int __tvm_ffi_plan(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
-  return Guarded([&] { ReturnText(PlanText(Inputs(args, num_args, 1)), result); });
+  return Guarded([&] { PlanText(Inputs(args, num_args, 1), result); });
 }
 
 PA_EXPORT int __tvm_ffi_view_as_bfloat16(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
@@ -744,5 +869,5 @@ PA_EXPORT int __tvm_ffi_view_as_bfloat16(void*, const TVMFFIAny* args, int32_t n
 }
 
 PA_EXPORT int __tvm_ffi_manifest(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
-  return Guarded([&] { ReturnText((Inputs(args, num_args, 0), kManifest), result); });
+  return Guarded([&] { ReturnText((Inputs(args, num_args, 0), kManifest), sizeof kManifest - 1, result); });
 }

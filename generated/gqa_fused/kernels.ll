@@ -4,5179 +4,2460 @@
 ; Target: llvm, mcpu x86-64-v4; pipeline fused
 ; Regenerate: pa-compiler generate
 
-; ModuleID = 'TVMMod'
+; ModuleID = '/tmp/pa_compiler.ewieyrv0/kernels.ll'
 source_filename = "TVMMod"
 target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
 target triple = "x86_64-conda-linux-gnu"
 
-@.str = private constant [10 x i8] c"TypeError\00", align 1
-@.str.1 = private constant [10 x i8] c"Expected \00", align 1
-@.str.2 = private constant [3 x i8] c"17\00", align 1
-@.str.3 = private constant [11 x i8] c" arguments\00", align 1
-@.str.4 = private constant [19 x i8] c" when calling:\0A  `\00", align 1
-@.str.5 = private constant [659 x i8] c"fused_decode(query: Tensor([batch, T.int64(32), T.int64(128)], bfloat16), key_cache: Tensor([num_blocks, T.int64(16), T.int64(8), T.int64(128)], bfloat16), value_cache: Tensor([num_blocks, T.int64(16), T.int64(8), T.int64(128)], bfloat16), block_table: Tensor([batch, max_blocks], int32), context_lens: Tensor([batch], int32), partial_max: Tensor([slots, T.int64(4)], float32), partial_sum: Tensor([slots, T.int64(4)], float32), partial_acc: Tensor([slots, T.int64(128), T.int64(4)], float32), batch_start: int32, num_seqs: int32, kv_head: int32, head_start: int32, num_rows: int32, block_begin: int32, block_end: int32, partial_start: int32, scale: float32)\00", align 1
-@.str.6 = private constant [2 x i8] c"`\00", align 1
-@.str.7 = private constant [21 x i8] c"args pointer is NULL\00", align 1
-@.str.8 = private constant [30 x i8] c"Mismatched type on argument #\00", align 1
-@.str.9 = private constant [2 x i8] c"0\00", align 1
-@.str.10 = private constant [15 x i8] c"`,\0A  expected \00", align 1
-@.str.11 = private constant [7 x i8] c"Tensor\00", align 1
-@.str.12 = private constant [2 x i8] c"1\00", align 1
-@.str.13 = private constant [2 x i8] c"2\00", align 1
-@.str.14 = private constant [2 x i8] c"3\00", align 1
-@.str.15 = private constant [2 x i8] c"4\00", align 1
-@.str.16 = private constant [2 x i8] c"5\00", align 1
-@.str.17 = private constant [2 x i8] c"6\00", align 1
-@.str.18 = private constant [2 x i8] c"7\00", align 1
-@.str.19 = private constant [2 x i8] c"8\00", align 1
-@.str.20 = private constant [4 x i8] c"int\00", align 1
-@.str.21 = private constant [2 x i8] c"9\00", align 1
-@.str.22 = private constant [3 x i8] c"10\00", align 1
-@.str.23 = private constant [3 x i8] c"11\00", align 1
-@.str.24 = private constant [3 x i8] c"12\00", align 1
-@.str.25 = private constant [3 x i8] c"13\00", align 1
-@.str.26 = private constant [3 x i8] c"14\00", align 1
-@.str.27 = private constant [3 x i8] c"15\00", align 1
-@.str.28 = private constant [3 x i8] c"16\00", align 1
-@.str.29 = private constant [6 x i8] c"float\00", align 1
-@.str.30 = private constant [11 x i8] c"ValueError\00", align 1
-@.str.31 = private constant [12 x i8] c"Mismatched \00", align 1
-@.str.32 = private constant [6 x i8] c"query\00", align 1
-@.str.33 = private constant [20 x i8] c".ndim on argument #\00", align 1
-@.str.34 = private constant [21 x i8] c".dtype on argument #\00", align 1
-@.str.35 = private constant [9 x i8] c"bfloat16\00", align 1
-@.str.36 = private constant [27 x i8] c".device_type on argument #\00", align 1
-@.str.37 = private constant [4 x i8] c"cpu\00", align 1
-@.str.38 = private constant [10 x i8] c"key_cache\00", align 1
-@.str.39 = private constant [12 x i8] c"value_cache\00", align 1
-@.str.40 = private constant [12 x i8] c"block_table\00", align 1
-@.str.41 = private constant [6 x i8] c"int32\00", align 1
-@.str.42 = private constant [13 x i8] c"context_lens\00", align 1
-@.str.43 = private constant [12 x i8] c"partial_max\00", align 1
-@.str.44 = private constant [8 x i8] c"float32\00", align 1
-@.str.45 = private constant [12 x i8] c"partial_sum\00", align 1
-@.str.46 = private constant [12 x i8] c"partial_acc\00", align 1
-@.str.47 = private constant [36 x i8] c" data pointer is NULL on argument #\00", align 1
-@.str.48 = private constant [36 x i8] c"`,\0A  expected non-NULL data pointer\00", align 1
-@.str.49 = private constant [20 x i8] c"key_cache.device_id\00", align 1
-@.str.50 = private constant [15 x i8] c" on argument #\00", align 1
-@.str.51 = private constant [24 x i8] c"`,\0A  expected to match \00", align 1
-@.str.52 = private constant [16 x i8] c"query.device_id\00", align 1
-@.str.53 = private constant [21 x i8] c"value_cache.shape[0]\00", align 1
-@.str.54 = private constant [19 x i8] c"key_cache.shape[0]\00", align 1
-@.str.55 = private constant [22 x i8] c"value_cache.device_id\00", align 1
-@.str.56 = private constant [21 x i8] c"block_table.shape[0]\00", align 1
-@.str.57 = private constant [15 x i8] c"query.shape[0]\00", align 1
-@.str.58 = private constant [22 x i8] c"block_table.device_id\00", align 1
-@.str.59 = private constant [22 x i8] c"context_lens.shape[0]\00", align 1
-@.str.60 = private constant [23 x i8] c".strides on argument #\00", align 1
-@.str.61 = private constant [34 x i8] c"`,\0A  expected to be compact array\00", align 1
-@.str.62 = private constant [23 x i8] c"context_lens.device_id\00", align 1
-@.str.63 = private constant [22 x i8] c"partial_max.device_id\00", align 1
-@.str.64 = private constant [21 x i8] c"partial_sum.shape[0]\00", align 1
-@.str.65 = private constant [21 x i8] c"partial_max.shape[0]\00", align 1
-@.str.66 = private constant [22 x i8] c"partial_sum.device_id\00", align 1
-@.str.67 = private constant [21 x i8] c"partial_acc.shape[0]\00", align 1
-@.str.68 = private constant [22 x i8] c"partial_acc.device_id\00", align 1
-@.str.69 = private constant [9 x i8] c"Invalid \00", align 1
-@.str.70 = private constant [15 x i8] c"query.shape[1]\00", align 1
-@.str.71 = private constant [3 x i8] c"32\00", align 1
-@.str.72 = private constant [15 x i8] c"query.shape[2]\00", align 1
-@.str.73 = private constant [4 x i8] c"128\00", align 1
-@.str.74 = private constant [17 x i8] c"query.strides[2]\00", align 1
-@.str.75 = private constant [18 x i8] c"query.byte_offset\00", align 1
-@.str.76 = private constant [19 x i8] c"key_cache.shape[1]\00", align 1
-@.str.77 = private constant [19 x i8] c"key_cache.shape[2]\00", align 1
-@.str.78 = private constant [19 x i8] c"key_cache.shape[3]\00", align 1
-@.str.79 = private constant [21 x i8] c"key_cache.strides[3]\00", align 1
-@.str.80 = private constant [22 x i8] c"key_cache.byte_offset\00", align 1
-@.str.81 = private constant [21 x i8] c"value_cache.shape[1]\00", align 1
-@.str.82 = private constant [21 x i8] c"value_cache.shape[2]\00", align 1
-@.str.83 = private constant [21 x i8] c"value_cache.shape[3]\00", align 1
-@.str.84 = private constant [23 x i8] c"value_cache.strides[3]\00", align 1
-@.str.85 = private constant [24 x i8] c"value_cache.byte_offset\00", align 1
-@.str.86 = private constant [23 x i8] c"block_table.strides[1]\00", align 1
-@.str.87 = private constant [24 x i8] c"block_table.byte_offset\00", align 1
-@.str.88 = private constant [25 x i8] c"context_lens.byte_offset\00", align 1
-@.str.89 = private constant [21 x i8] c"partial_max.shape[1]\00", align 1
-@.str.90 = private constant [24 x i8] c"partial_max.byte_offset\00", align 1
-@.str.91 = private constant [21 x i8] c"partial_sum.shape[1]\00", align 1
-@.str.92 = private constant [24 x i8] c"partial_sum.byte_offset\00", align 1
-@.str.93 = private constant [21 x i8] c"partial_acc.shape[1]\00", align 1
-@.str.94 = private constant [21 x i8] c"partial_acc.shape[2]\00", align 1
-@.str.95 = private constant [24 x i8] c"partial_acc.byte_offset\00", align 1
 @__TVMBackendAllocWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
 @__TVMBackendFreeWorkspace = linkonce dllexport local_unnamed_addr global ptr null, align 8
-@.str.96 = private constant [376 x i8] c"merge_partials(partial_max: Tensor([slots, T.int64(4)], float32), partial_sum: Tensor([slots, T.int64(4)], float32), partial_acc: Tensor([slots, T.int64(128), T.int64(4)], float32), out: Tensor([batch, T.int64(32), T.int64(128)], bfloat16), lse: Tensor([batch, T.int64(32)], float32), seq: int32, head_start: int32, num_rows: int32, partial_start: int32, num_partials: int32)\00", align 1
-@.str.97 = private constant [4 x i8] c"out\00", align 1
-@.str.98 = private constant [4 x i8] c"lse\00", align 1
-@.str.99 = private constant [14 x i8] c"out.device_id\00", align 1
-@.str.100 = private constant [13 x i8] c"lse.shape[0]\00", align 1
-@.str.101 = private constant [13 x i8] c"out.shape[0]\00", align 1
-@.str.102 = private constant [14 x i8] c"lse.device_id\00", align 1
-@.str.103 = private constant [13 x i8] c"out.shape[1]\00", align 1
-@.str.104 = private constant [13 x i8] c"out.shape[2]\00", align 1
-@.str.105 = private constant [15 x i8] c"out.strides[2]\00", align 1
-@.str.106 = private constant [16 x i8] c"out.byte_offset\00", align 1
-@.str.107 = private constant [13 x i8] c"lse.shape[1]\00", align 1
-@.str.108 = private constant [15 x i8] c"lse.strides[1]\00", align 1
-@.str.109 = private constant [16 x i8] c"lse.byte_offset\00", align 1
 @llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(address_is_null) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 !dbg !5 {
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-    #dbg_value(ptr %self_handle, !11, !DIExpression(), !15)
-    #dbg_value(ptr %args, !12, !DIExpression(), !15)
-    #dbg_value(i32 %num_args, !13, !DIExpression(), !15)
-    #dbg_value(ptr %result, !14, !DIExpression(), !15)
-  %0 = icmp eq i32 %num_args, 17, !dbg !15
-  br i1 %0, label %assert_end, label %assert_fail, !dbg !15, !prof !16
-
-common.ret:                                       ; preds = %if_end114.i, %if_end111.i, %if_end108.i, %if_end105.i, %for_end_s.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %assert_end264, %assert_fail263, %assert_fail261, %assert_fail259, %assert_fail257, %assert_fail255, %assert_fail253, %assert_fail251, %assert_fail249, %assert_fail247, %assert_fail245, %assert_fail240, %assert_fail238, %assert_fail233, %assert_fail231, %assert_fail229, %assert_fail227, %assert_fail225, %assert_fail220, %assert_fail218, %assert_fail216, %assert_fail214, %assert_fail212, %assert_fail207, %assert_fail205, %assert_fail203, %assert_fail201, %assert_fail199, %assert_fail195, %assert_fail193, %assert_fail191, %assert_fail189, %assert_fail185, %assert_fail183, %assert_fail181, %assert_fail179, %assert_fail175, %assert_fail173, %assert_fail171, %assert_fail167, %assert_fail165, %assert_fail163, %assert_fail161, %assert_fail159, %assert_fail157, %assert_fail155, %assert_fail153, %assert_fail151, %assert_fail149, %assert_fail147, %assert_fail145, %assert_fail143, %assert_fail141, %assert_fail139, %assert_fail137, %assert_fail135, %assert_fail133, %assert_fail131, %assert_fail129, %assert_fail127, %assert_fail125, %assert_fail123, %assert_fail121, %assert_fail119, %assert_fail117, %assert_fail115, %assert_fail110, %assert_fail108, %assert_fail106, %assert_fail104, %assert_fail93, %assert_fail91, %assert_fail89, %assert_fail87, %assert_fail76, %assert_fail74, %assert_fail72, %assert_fail70, %assert_fail62, %assert_fail60, %assert_fail58, %assert_fail56, %assert_fail54, %assert_fail52, %assert_fail50, %assert_fail48, %assert_fail46, %assert_fail44, %assert_fail42, %assert_fail40, %assert_fail35, %assert_fail30, %assert_fail25, %assert_fail20, %assert_fail15, %assert_fail10, %assert_fail5, %assert_fail3, %assert_fail1, %assert_fail
-  %common.ret.op = phi i32 [ -1, %assert_fail ], [ -1, %assert_fail1 ], [ -1, %assert_fail3 ], [ -1, %assert_fail5 ], [ -1, %assert_fail10 ], [ -1, %assert_fail15 ], [ -1, %assert_fail20 ], [ -1, %assert_fail25 ], [ -1, %assert_fail30 ], [ -1, %assert_fail35 ], [ -1, %assert_fail40 ], [ -1, %assert_fail42 ], [ -1, %assert_fail44 ], [ -1, %assert_fail46 ], [ -1, %assert_fail48 ], [ -1, %assert_fail50 ], [ -1, %assert_fail52 ], [ -1, %assert_fail54 ], [ -1, %assert_fail56 ], [ -1, %assert_fail58 ], [ -1, %assert_fail60 ], [ -1, %assert_fail62 ], [ -1, %assert_fail70 ], [ -1, %assert_fail72 ], [ -1, %assert_fail74 ], [ -1, %assert_fail76 ], [ -1, %assert_fail87 ], [ -1, %assert_fail89 ], [ -1, %assert_fail91 ], [ -1, %assert_fail93 ], [ -1, %assert_fail104 ], [ -1, %assert_fail106 ], [ -1, %assert_fail108 ], [ -1, %assert_fail110 ], [ -1, %assert_fail115 ], [ -1, %assert_fail117 ], [ -1, %assert_fail119 ], [ -1, %assert_fail121 ], [ -1, %assert_fail123 ], [ -1, %assert_fail125 ], [ -1, %assert_fail127 ], [ -1, %assert_fail129 ], [ -1, %assert_fail131 ], [ -1, %assert_fail133 ], [ -1, %assert_fail135 ], [ -1, %assert_fail137 ], [ -1, %assert_fail139 ], [ -1, %assert_fail141 ], [ -1, %assert_fail143 ], [ -1, %assert_fail145 ], [ -1, %assert_fail147 ], [ -1, %assert_fail149 ], [ -1, %assert_fail151 ], [ -1, %assert_fail153 ], [ -1, %assert_fail155 ], [ -1, %assert_fail157 ], [ -1, %assert_fail159 ], [ -1, %assert_fail161 ], [ -1, %assert_fail163 ], [ -1, %assert_fail165 ], [ -1, %assert_fail167 ], [ -1, %assert_fail171 ], [ -1, %assert_fail173 ], [ -1, %assert_fail175 ], [ -1, %assert_fail179 ], [ -1, %assert_fail181 ], [ -1, %assert_fail183 ], [ -1, %assert_fail185 ], [ -1, %assert_fail189 ], [ -1, %assert_fail191 ], [ -1, %assert_fail193 ], [ -1, %assert_fail195 ], [ -1, %assert_fail199 ], [ -1, %assert_fail201 ], [ -1, %assert_fail203 ], [ -1, %assert_fail205 ], [ -1, %assert_fail207 ], [ -1, %assert_fail212 ], [ -1, %assert_fail214 ], [ -1, %assert_fail216 ], [ -1, %assert_fail218 ], [ -1, %assert_fail220 ], [ -1, %assert_fail225 ], [ -1, %assert_fail227 ], [ -1, %assert_fail229 ], [ -1, %assert_fail231 ], [ -1, %assert_fail233 ], [ -1, %assert_fail238 ], [ -1, %assert_fail240 ], [ -1, %assert_fail245 ], [ -1, %assert_fail247 ], [ -1, %assert_fail249 ], [ -1, %assert_fail251 ], [ -1, %assert_fail253 ], [ -1, %assert_fail255 ], [ -1, %assert_fail257 ], [ -1, %assert_fail259 ], [ -1, %assert_fail261 ], [ -1, %assert_fail263 ], [ -1, %if_end111.i ], [ -1, %assert_end264 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %for_end_s.i ], [ -1, %if_end105.i ], [ -1, %if_end108.i ], [ %..i, %if_end114.i ]
-  ret i32 %common.ret.op, !dbg !15
-
-assert_fail:                                      ; preds = %entry
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.1, ptr nonnull @.str.2, ptr nonnull @.str.3, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.6), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end:                                       ; preds = %entry
-  %.not = icmp eq ptr %args, null, !dbg !15
-  br i1 %.not, label %assert_fail1, label %assert_end2, !dbg !15, !prof !17
-
-assert_fail1:                                     ; preds = %assert_end
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 4, ptr nonnull @.str.7, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.6, ptr null, ptr null), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end2:                                      ; preds = %assert_end
-  %query.type_index = load i32, ptr %args, align 4, !dbg !15
-    #dbg_value(i32 %query.type_index, !18, !DIExpression(), !15)
-  %query.type_index.fr = freeze i32 %query.type_index, !dbg !15
-  %1 = icmp sgt i32 %query.type_index.fr, 63, !dbg !15
-  br i1 %1, label %assert_end4, label %switch.early.test, !dbg !15
-
-switch.early.test:                                ; preds = %assert_end2
-  switch i32 %query.type_index.fr, label %assert_fail3 [
-    i32 0, label %if_else
-    i32 4, label %if_else
-    i32 7, label %if_else
-  ], !dbg !15, !prof !19
-
-assert_fail3:                                     ; preds = %switch.early.test
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end4:                                      ; preds = %assert_end2
-  %2 = icmp eq i32 %query.type_index.fr, 70, !dbg !15
-  br i1 %2, label %if_then, label %if_else, !dbg !15
-
-if_then:                                          ; preds = %assert_end4
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !15
-  %4 = load ptr, ptr %3, align 8, !dbg !15
-  %5 = getelementptr inbounds nuw i8, ptr %4, i64 24, !dbg !15
-  br label %if_end, !dbg !15
-
-if_else:                                          ; preds = %switch.early.test, %switch.early.test, %switch.early.test, %assert_end4
-  %6 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !15
-  %7 = load ptr, ptr %6, align 8, !dbg !15
-  br label %if_end, !dbg !15
-
-if_end:                                           ; preds = %if_else, %if_then
-  %query.handle = phi ptr [ %5, %if_then ], [ %7, %if_else ], !dbg !15
-    #dbg_declare(ptr %query.handle, !20, !DIExpression(), !15)
-  %8 = getelementptr inbounds nuw i8, ptr %args, i64 16, !dbg !15
-  %key_cache.type_index = load i32, ptr %8, align 4, !dbg !15
-    #dbg_value(i32 %key_cache.type_index, !21, !DIExpression(), !15)
-  %key_cache.type_index.fr = freeze i32 %key_cache.type_index, !dbg !15
-  %9 = icmp sgt i32 %key_cache.type_index.fr, 63, !dbg !15
-  br i1 %9, label %assert_end6, label %switch.early.test265, !dbg !15
-
-switch.early.test265:                             ; preds = %if_end
-  switch i32 %key_cache.type_index.fr, label %assert_fail5 [
-    i32 0, label %if_else8
-    i32 4, label %if_else8
-    i32 7, label %if_else8
-  ], !dbg !15, !prof !19
-
-assert_fail5:                                     ; preds = %switch.early.test265
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end6:                                      ; preds = %if_end
-  %10 = icmp eq i32 %key_cache.type_index.fr, 70, !dbg !15
-  br i1 %10, label %if_then7, label %if_else8, !dbg !15
-
-if_then7:                                         ; preds = %assert_end6
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !15
-  %12 = load ptr, ptr %11, align 8, !dbg !15
-  %13 = getelementptr inbounds nuw i8, ptr %12, i64 24, !dbg !15
-  br label %if_end9, !dbg !15
-
-if_else8:                                         ; preds = %switch.early.test265, %switch.early.test265, %switch.early.test265, %assert_end6
-  %14 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !15
-  %15 = load ptr, ptr %14, align 8, !dbg !15
-  br label %if_end9, !dbg !15
-
-if_end9:                                          ; preds = %if_else8, %if_then7
-  %key_cache.handle = phi ptr [ %13, %if_then7 ], [ %15, %if_else8 ], !dbg !15
-    #dbg_declare(ptr %key_cache.handle, !22, !DIExpression(), !15)
-  %16 = getelementptr inbounds nuw i8, ptr %args, i64 32, !dbg !15
-  %value_cache.type_index = load i32, ptr %16, align 4, !dbg !15
-    #dbg_value(i32 %value_cache.type_index, !23, !DIExpression(), !15)
-  %value_cache.type_index.fr = freeze i32 %value_cache.type_index, !dbg !15
-  %17 = icmp sgt i32 %value_cache.type_index.fr, 63, !dbg !15
-  br i1 %17, label %assert_end11, label %switch.early.test266, !dbg !15
-
-switch.early.test266:                             ; preds = %if_end9
-  switch i32 %value_cache.type_index.fr, label %assert_fail10 [
-    i32 0, label %if_else13
-    i32 4, label %if_else13
-    i32 7, label %if_else13
-  ], !dbg !15, !prof !19
-
-assert_fail10:                                    ; preds = %switch.early.test266
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end11:                                     ; preds = %if_end9
-  %18 = icmp eq i32 %value_cache.type_index.fr, 70, !dbg !15
-  br i1 %18, label %if_then12, label %if_else13, !dbg !15
-
-if_then12:                                        ; preds = %assert_end11
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !15
-  %20 = load ptr, ptr %19, align 8, !dbg !15
-  %21 = getelementptr inbounds nuw i8, ptr %20, i64 24, !dbg !15
-  br label %if_end14, !dbg !15
-
-if_else13:                                        ; preds = %switch.early.test266, %switch.early.test266, %switch.early.test266, %assert_end11
-  %22 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !15
-  %23 = load ptr, ptr %22, align 8, !dbg !15
-  br label %if_end14, !dbg !15
-
-if_end14:                                         ; preds = %if_else13, %if_then12
-  %value_cache.handle = phi ptr [ %21, %if_then12 ], [ %23, %if_else13 ], !dbg !15
-    #dbg_declare(ptr %value_cache.handle, !24, !DIExpression(), !15)
-  %24 = getelementptr inbounds nuw i8, ptr %args, i64 48, !dbg !15
-  %block_table.type_index = load i32, ptr %24, align 4, !dbg !15
-    #dbg_value(i32 %block_table.type_index, !25, !DIExpression(), !15)
-  %block_table.type_index.fr = freeze i32 %block_table.type_index, !dbg !15
-  %25 = icmp sgt i32 %block_table.type_index.fr, 63, !dbg !15
-  br i1 %25, label %assert_end16, label %switch.early.test267, !dbg !15
-
-switch.early.test267:                             ; preds = %if_end14
-  switch i32 %block_table.type_index.fr, label %assert_fail15 [
-    i32 0, label %if_else18
-    i32 4, label %if_else18
-    i32 7, label %if_else18
-  ], !dbg !15, !prof !19
-
-assert_fail15:                                    ; preds = %switch.early.test267
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end16:                                     ; preds = %if_end14
-  %26 = icmp eq i32 %block_table.type_index.fr, 70, !dbg !15
-  br i1 %26, label %if_then17, label %if_else18, !dbg !15
-
-if_then17:                                        ; preds = %assert_end16
-  %27 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !15
-  %28 = load ptr, ptr %27, align 8, !dbg !15
-  %29 = getelementptr inbounds nuw i8, ptr %28, i64 24, !dbg !15
-  br label %if_end19, !dbg !15
-
-if_else18:                                        ; preds = %switch.early.test267, %switch.early.test267, %switch.early.test267, %assert_end16
-  %30 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !15
-  %31 = load ptr, ptr %30, align 8, !dbg !15
-  br label %if_end19, !dbg !15
-
-if_end19:                                         ; preds = %if_else18, %if_then17
-  %block_table.handle = phi ptr [ %29, %if_then17 ], [ %31, %if_else18 ], !dbg !15
-    #dbg_declare(ptr %block_table.handle, !26, !DIExpression(), !15)
-  %32 = getelementptr inbounds nuw i8, ptr %args, i64 64, !dbg !15
-  %context_lens.type_index = load i32, ptr %32, align 4, !dbg !15
-    #dbg_value(i32 %context_lens.type_index, !27, !DIExpression(), !15)
-  %context_lens.type_index.fr = freeze i32 %context_lens.type_index, !dbg !15
-  %33 = icmp sgt i32 %context_lens.type_index.fr, 63, !dbg !15
-  br i1 %33, label %assert_end21, label %switch.early.test268, !dbg !15
-
-switch.early.test268:                             ; preds = %if_end19
-  switch i32 %context_lens.type_index.fr, label %assert_fail20 [
-    i32 0, label %if_else23
-    i32 4, label %if_else23
-    i32 7, label %if_else23
-  ], !dbg !15, !prof !19
-
-assert_fail20:                                    ; preds = %switch.early.test268
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end21:                                     ; preds = %if_end19
-  %34 = icmp eq i32 %context_lens.type_index.fr, 70, !dbg !15
-  br i1 %34, label %if_then22, label %if_else23, !dbg !15
-
-if_then22:                                        ; preds = %assert_end21
-  %35 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !15
-  %36 = load ptr, ptr %35, align 8, !dbg !15
-  %37 = getelementptr inbounds nuw i8, ptr %36, i64 24, !dbg !15
-  br label %if_end24, !dbg !15
-
-if_else23:                                        ; preds = %switch.early.test268, %switch.early.test268, %switch.early.test268, %assert_end21
-  %38 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !15
-  %39 = load ptr, ptr %38, align 8, !dbg !15
-  br label %if_end24, !dbg !15
-
-if_end24:                                         ; preds = %if_else23, %if_then22
-  %context_lens.handle = phi ptr [ %37, %if_then22 ], [ %39, %if_else23 ], !dbg !15
-    #dbg_declare(ptr %context_lens.handle, !28, !DIExpression(), !15)
-  %40 = getelementptr inbounds nuw i8, ptr %args, i64 80, !dbg !15
-  %partial_max.type_index = load i32, ptr %40, align 4, !dbg !15
-    #dbg_value(i32 %partial_max.type_index, !29, !DIExpression(), !15)
-  %partial_max.type_index.fr = freeze i32 %partial_max.type_index, !dbg !15
-  %41 = icmp sgt i32 %partial_max.type_index.fr, 63, !dbg !15
-  br i1 %41, label %assert_end26, label %switch.early.test269, !dbg !15
-
-switch.early.test269:                             ; preds = %if_end24
-  switch i32 %partial_max.type_index.fr, label %assert_fail25 [
-    i32 0, label %if_else28
-    i32 4, label %if_else28
-    i32 7, label %if_else28
-  ], !dbg !15, !prof !19
-
-assert_fail25:                                    ; preds = %switch.early.test269
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.16, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end26:                                     ; preds = %if_end24
-  %42 = icmp eq i32 %partial_max.type_index.fr, 70, !dbg !15
-  br i1 %42, label %if_then27, label %if_else28, !dbg !15
-
-if_then27:                                        ; preds = %assert_end26
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 88, !dbg !15
-  %44 = load ptr, ptr %43, align 8, !dbg !15
-  %45 = getelementptr inbounds nuw i8, ptr %44, i64 24, !dbg !15
-  br label %if_end29, !dbg !15
-
-if_else28:                                        ; preds = %switch.early.test269, %switch.early.test269, %switch.early.test269, %assert_end26
-  %46 = getelementptr inbounds nuw i8, ptr %args, i64 88, !dbg !15
-  %47 = load ptr, ptr %46, align 8, !dbg !15
-  br label %if_end29, !dbg !15
-
-if_end29:                                         ; preds = %if_else28, %if_then27
-  %partial_max.handle = phi ptr [ %45, %if_then27 ], [ %47, %if_else28 ], !dbg !15
-    #dbg_declare(ptr %partial_max.handle, !30, !DIExpression(), !15)
-  %48 = getelementptr inbounds nuw i8, ptr %args, i64 96, !dbg !15
-  %partial_sum.type_index = load i32, ptr %48, align 4, !dbg !15
-    #dbg_value(i32 %partial_sum.type_index, !31, !DIExpression(), !15)
-  %partial_sum.type_index.fr = freeze i32 %partial_sum.type_index, !dbg !15
-  %49 = icmp sgt i32 %partial_sum.type_index.fr, 63, !dbg !15
-  br i1 %49, label %assert_end31, label %switch.early.test270, !dbg !15
-
-switch.early.test270:                             ; preds = %if_end29
-  switch i32 %partial_sum.type_index.fr, label %assert_fail30 [
-    i32 0, label %if_else33
-    i32 4, label %if_else33
-    i32 7, label %if_else33
-  ], !dbg !15, !prof !19
-
-assert_fail30:                                    ; preds = %switch.early.test270
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.17, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end31:                                     ; preds = %if_end29
-  %50 = icmp eq i32 %partial_sum.type_index.fr, 70, !dbg !15
-  br i1 %50, label %if_then32, label %if_else33, !dbg !15
-
-if_then32:                                        ; preds = %assert_end31
-  %51 = getelementptr inbounds nuw i8, ptr %args, i64 104, !dbg !15
-  %52 = load ptr, ptr %51, align 8, !dbg !15
-  %53 = getelementptr inbounds nuw i8, ptr %52, i64 24, !dbg !15
-  br label %if_end34, !dbg !15
-
-if_else33:                                        ; preds = %switch.early.test270, %switch.early.test270, %switch.early.test270, %assert_end31
-  %54 = getelementptr inbounds nuw i8, ptr %args, i64 104, !dbg !15
-  %55 = load ptr, ptr %54, align 8, !dbg !15
-  br label %if_end34, !dbg !15
-
-if_end34:                                         ; preds = %if_else33, %if_then32
-  %partial_sum.handle = phi ptr [ %53, %if_then32 ], [ %55, %if_else33 ], !dbg !15
-    #dbg_declare(ptr %partial_sum.handle, !32, !DIExpression(), !15)
-  %56 = getelementptr inbounds nuw i8, ptr %args, i64 112, !dbg !15
-  %partial_acc.type_index = load i32, ptr %56, align 4, !dbg !15
-    #dbg_value(i32 %partial_acc.type_index, !33, !DIExpression(), !15)
-  %partial_acc.type_index.fr = freeze i32 %partial_acc.type_index, !dbg !15
-  %57 = icmp sgt i32 %partial_acc.type_index.fr, 63, !dbg !15
-  br i1 %57, label %assert_end36, label %switch.early.test271, !dbg !15
-
-switch.early.test271:                             ; preds = %if_end34
-  switch i32 %partial_acc.type_index.fr, label %assert_fail35 [
-    i32 0, label %if_else38
-    i32 4, label %if_else38
-    i32 7, label %if_else38
-  ], !dbg !15, !prof !19
-
-assert_fail35:                                    ; preds = %switch.early.test271
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.18, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end36:                                     ; preds = %if_end34
-  %58 = icmp eq i32 %partial_acc.type_index.fr, 70, !dbg !15
-  br i1 %58, label %if_then37, label %if_else38, !dbg !15
-
-if_then37:                                        ; preds = %assert_end36
-  %59 = getelementptr inbounds nuw i8, ptr %args, i64 120, !dbg !15
-  %60 = load ptr, ptr %59, align 8, !dbg !15
-  %61 = getelementptr inbounds nuw i8, ptr %60, i64 24, !dbg !15
-  br label %if_end39, !dbg !15
-
-if_else38:                                        ; preds = %switch.early.test271, %switch.early.test271, %switch.early.test271, %assert_end36
-  %62 = getelementptr inbounds nuw i8, ptr %args, i64 120, !dbg !15
-  %63 = load ptr, ptr %62, align 8, !dbg !15
-  br label %if_end39, !dbg !15
-
-if_end39:                                         ; preds = %if_else38, %if_then37
-  %partial_acc.handle = phi ptr [ %61, %if_then37 ], [ %63, %if_else38 ], !dbg !15
-    #dbg_declare(ptr %partial_acc.handle, !34, !DIExpression(), !15)
-  %64 = getelementptr inbounds nuw i8, ptr %args, i64 128, !dbg !15
-  %batch_start.type_index = load i32, ptr %64, align 4, !dbg !15
-    #dbg_value(i32 %batch_start.type_index, !35, !DIExpression(), !15)
-  %65 = add i32 %batch_start.type_index, -1, !dbg !15
-  %66 = icmp ult i32 %65, 2, !dbg !15
-  br i1 %66, label %assert_end41, label %assert_fail40, !dbg !15, !prof !16
-
-assert_fail40:                                    ; preds = %if_end39
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.19, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end41:                                     ; preds = %if_end39
-  %67 = getelementptr inbounds nuw i8, ptr %args, i64 136, !dbg !15
-  %68 = load i64, ptr %67, align 8, !dbg !15
-    #dbg_value(i64 %68, !36, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !15)
-  %69 = getelementptr inbounds nuw i8, ptr %args, i64 144, !dbg !15
-  %num_seqs.type_index = load i32, ptr %69, align 8, !dbg !15
-    #dbg_value(i32 %num_seqs.type_index, !37, !DIExpression(), !15)
-  %70 = add i32 %num_seqs.type_index, -1, !dbg !15
-  %71 = icmp ult i32 %70, 2, !dbg !15
-  br i1 %71, label %assert_end43, label %assert_fail42, !dbg !15, !prof !16
-
-assert_fail42:                                    ; preds = %assert_end41
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.21, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end43:                                     ; preds = %assert_end41
-  %72 = getelementptr inbounds nuw i8, ptr %args, i64 152, !dbg !15
-  %73 = load i64, ptr %72, align 8, !dbg !15
-  %num_seqs = trunc i64 %73 to i32, !dbg !15
-    #dbg_value(i32 %num_seqs, !38, !DIExpression(), !15)
-  %74 = getelementptr inbounds nuw i8, ptr %args, i64 160, !dbg !15
-  %kv_head.type_index = load i32, ptr %74, align 8, !dbg !15
-    #dbg_value(i32 %kv_head.type_index, !39, !DIExpression(), !15)
-  %75 = add i32 %kv_head.type_index, -1, !dbg !15
-  %76 = icmp ult i32 %75, 2, !dbg !15
-  br i1 %76, label %assert_end45, label %assert_fail44, !dbg !15, !prof !16
-
-assert_fail44:                                    ; preds = %assert_end43
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.22, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end45:                                     ; preds = %assert_end43
-  %77 = getelementptr inbounds nuw i8, ptr %args, i64 168, !dbg !15
-  %78 = load i64, ptr %77, align 8, !dbg !15
-    #dbg_value(i64 %78, !40, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !15)
-  %79 = getelementptr inbounds nuw i8, ptr %args, i64 176, !dbg !15
-  %head_start.type_index = load i32, ptr %79, align 8, !dbg !15
-    #dbg_value(i32 %head_start.type_index, !41, !DIExpression(), !15)
-  %80 = add i32 %head_start.type_index, -1, !dbg !15
-  %81 = icmp ult i32 %80, 2, !dbg !15
-  br i1 %81, label %assert_end47, label %assert_fail46, !dbg !15, !prof !16
-
-assert_fail46:                                    ; preds = %assert_end45
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.23, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end47:                                     ; preds = %assert_end45
-  %82 = getelementptr inbounds nuw i8, ptr %args, i64 184, !dbg !15
-  %83 = load i64, ptr %82, align 8, !dbg !15
-    #dbg_value(i64 %83, !42, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !15)
-  %84 = getelementptr inbounds nuw i8, ptr %args, i64 192, !dbg !15
-  %num_rows.type_index = load i32, ptr %84, align 8, !dbg !15
-    #dbg_value(i32 %num_rows.type_index, !43, !DIExpression(), !15)
-  %85 = add i32 %num_rows.type_index, -1, !dbg !15
-  %86 = icmp ult i32 %85, 2, !dbg !15
-  br i1 %86, label %assert_end49, label %assert_fail48, !dbg !15, !prof !16
-
-assert_fail48:                                    ; preds = %assert_end47
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.24, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end49:                                     ; preds = %assert_end47
-  %87 = getelementptr inbounds nuw i8, ptr %args, i64 200, !dbg !15
-  %88 = load i64, ptr %87, align 8, !dbg !15
-  %num_rows = trunc i64 %88 to i32, !dbg !15
-    #dbg_value(i32 %num_rows, !44, !DIExpression(), !15)
-  %89 = getelementptr inbounds nuw i8, ptr %args, i64 208, !dbg !15
-  %block_begin.type_index = load i32, ptr %89, align 8, !dbg !15
-    #dbg_value(i32 %block_begin.type_index, !45, !DIExpression(), !15)
-  %90 = add i32 %block_begin.type_index, -1, !dbg !15
-  %91 = icmp ult i32 %90, 2, !dbg !15
-  br i1 %91, label %assert_end51, label %assert_fail50, !dbg !15, !prof !16
-
-assert_fail50:                                    ; preds = %assert_end49
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.25, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end51:                                     ; preds = %assert_end49
-  %92 = getelementptr inbounds nuw i8, ptr %args, i64 216, !dbg !15
-  %93 = load i64, ptr %92, align 8, !dbg !15
-  %block_begin = trunc i64 %93 to i32, !dbg !15
-    #dbg_value(i32 %block_begin, !46, !DIExpression(), !15)
-  %94 = getelementptr inbounds nuw i8, ptr %args, i64 224, !dbg !15
-  %block_end.type_index = load i32, ptr %94, align 8, !dbg !15
-    #dbg_value(i32 %block_end.type_index, !47, !DIExpression(), !15)
-  %95 = add i32 %block_end.type_index, -1, !dbg !15
-  %96 = icmp ult i32 %95, 2, !dbg !15
-  br i1 %96, label %assert_end53, label %assert_fail52, !dbg !15, !prof !16
-
-assert_fail52:                                    ; preds = %assert_end51
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.26, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end53:                                     ; preds = %assert_end51
-  %97 = getelementptr inbounds nuw i8, ptr %args, i64 232, !dbg !15
-  %98 = load i64, ptr %97, align 8, !dbg !15
-  %block_end = trunc i64 %98 to i32, !dbg !15
-    #dbg_value(i32 %block_end, !48, !DIExpression(), !15)
-  %99 = getelementptr inbounds nuw i8, ptr %args, i64 240, !dbg !15
-  %partial_start.type_index = load i32, ptr %99, align 8, !dbg !15
-    #dbg_value(i32 %partial_start.type_index, !49, !DIExpression(), !15)
-  %100 = add i32 %partial_start.type_index, -1, !dbg !15
-  %101 = icmp ult i32 %100, 2, !dbg !15
-  br i1 %101, label %assert_end55, label %assert_fail54, !dbg !15, !prof !16
-
-assert_fail54:                                    ; preds = %assert_end53
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.27, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end55:                                     ; preds = %assert_end53
-  %102 = getelementptr inbounds nuw i8, ptr %args, i64 248, !dbg !15
-  %103 = load i64, ptr %102, align 8, !dbg !15
-    #dbg_value(i64 %103, !50, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !15)
-  %104 = getelementptr inbounds nuw i8, ptr %args, i64 256, !dbg !15
-  %scale.type_index = load i32, ptr %104, align 8, !dbg !15
-    #dbg_value(i32 %scale.type_index, !51, !DIExpression(), !15)
-  %105 = add i32 %scale.type_index, -1, !dbg !15
-  %106 = icmp ult i32 %105, 3, !dbg !15
-  br i1 %106, label %assert_end57, label %assert_fail56, !dbg !15, !prof !16
-
-assert_fail56:                                    ; preds = %assert_end55
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.28, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.29), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end57:                                     ; preds = %assert_end55
-  %107 = getelementptr inbounds nuw i8, ptr %args, i64 264, !dbg !15
-  %108 = load i64, ptr %107, align 8, !dbg !15
-  %109 = sitofp i64 %108 to float, !dbg !15
-  %.cast = bitcast i64 %108 to double, !dbg !15
-  %110 = fptrunc double %.cast to float, !dbg !15
-  %111 = icmp eq i32 %scale.type_index, 3, !dbg !15
-  %scale = select i1 %111, float %110, float %109, !dbg !15
-    #dbg_value(float %scale, !52, !DIExpression(), !15)
-  %.not272 = icmp eq ptr %query.handle, null, !dbg !15
-  br i1 %.not272, label %assert_fail58, label %assert_end59, !dbg !15, !prof !17
-
-assert_fail58:                                    ; preds = %assert_end57
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end59:                                     ; preds = %assert_end57
-  %112 = getelementptr inbounds nuw i8, ptr %query.handle, i64 16, !dbg !15
-  %113 = load i32, ptr %112, align 4, !dbg !15
-  %114 = icmp eq i32 %113, 3, !dbg !15
-  br i1 %114, label %assert_end61, label %assert_fail60, !dbg !15, !prof !16
-
-assert_fail60:                                    ; preds = %assert_end59
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.32, ptr nonnull @.str.33, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end61:                                     ; preds = %assert_end59
-  %115 = getelementptr inbounds nuw i8, ptr %query.handle, i64 22, !dbg !15
-  %116 = load i16, ptr %115, align 2, !dbg !15
-  %117 = icmp eq i16 %116, 1, !dbg !15
-  %118 = getelementptr inbounds nuw i8, ptr %query.handle, i64 21, !dbg !15
-  %119 = load i8, ptr %118, align 1, !dbg !15
-  %120 = icmp eq i8 %119, 16, !dbg !15
-  %121 = getelementptr inbounds nuw i8, ptr %query.handle, i64 20, !dbg !15
-  %122 = load i8, ptr %121, align 2, !dbg !15
-  %123 = icmp eq i8 %122, 4, !dbg !15
-  %124 = and i1 %120, %123, !dbg !15
-  %125 = and i1 %117, %124, !dbg !15
-  br i1 %125, label %assert_end63, label %assert_fail62, !dbg !15, !prof !16
-
-assert_fail62:                                    ; preds = %assert_end61
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.32, ptr nonnull @.str.34, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.35), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end63:                                     ; preds = %assert_end61
-  %126 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24, !dbg !15
-  %fused_decode.query_shape = load ptr, ptr %126, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.query_shape, !54, !DIExpression(), !15)
-  %batch = load i64, ptr %fused_decode.query_shape, align 8, !dbg !15
-    #dbg_value(i64 %batch, !57, !DIExpression(), !15)
-  %127 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32, !dbg !15
-  %fused_decode.query_strides = load ptr, ptr %127, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.query_strides, !58, !DIExpression(), !15)
-  %128 = icmp eq ptr %fused_decode.query_strides, null, !dbg !15
-  %129 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16, !dbg !15
-  %130 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8, !dbg !15
-  %q_head.in = select i1 %128, ptr %129, ptr %130, !dbg !15
-  %q_head = load i64, ptr %q_head.in, align 8, !dbg !15
-    #dbg_value(i64 %q_head, !59, !DIExpression(), !15)
-  br i1 %128, label %if_then67, label %if_else68, !dbg !15
-
-if_then67:                                        ; preds = %assert_end63
-  %131 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8, !dbg !15
-  %132 = load i64, ptr %131, align 8, !dbg !15
-  %133 = load i64, ptr %129, align 8, !dbg !15
-  %134 = mul nsw i64 %133, %132, !dbg !15
-  br label %if_end69, !dbg !15
-
-if_else68:                                        ; preds = %assert_end63
-  %135 = load i64, ptr %fused_decode.query_strides, align 8, !dbg !15
-  br label %if_end69, !dbg !15
-
-if_end69:                                         ; preds = %if_else68, %if_then67
-  %q_batch = phi i64 [ %134, %if_then67 ], [ %135, %if_else68 ], !dbg !15
-    #dbg_value(i64 %q_batch, !60, !DIExpression(), !15)
-  %136 = getelementptr inbounds nuw i8, ptr %query.handle, i64 8, !dbg !15
-  %137 = load i32, ptr %136, align 4, !dbg !15
-  %138 = icmp eq i32 %137, 1, !dbg !15
-  br i1 %138, label %assert_end71, label %assert_fail70, !dbg !15, !prof !16
-
-assert_fail70:                                    ; preds = %if_end69
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.32, ptr nonnull @.str.36, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end71:                                     ; preds = %if_end69
-  %139 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12, !dbg !15
-  %dev_id = load i32, ptr %139, align 4, !dbg !15
-    #dbg_value(i32 %dev_id, !61, !DIExpression(), !15)
-  %.not273 = icmp eq ptr %key_cache.handle, null, !dbg !15
-  br i1 %.not273, label %assert_fail72, label %assert_end73, !dbg !15, !prof !17
-
-assert_fail72:                                    ; preds = %assert_end71
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end73:                                     ; preds = %assert_end71
-  %140 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 16, !dbg !15
-  %141 = load i32, ptr %140, align 4, !dbg !15
-  %142 = icmp eq i32 %141, 4, !dbg !15
-  br i1 %142, label %assert_end75, label %assert_fail74, !dbg !15, !prof !16
-
-assert_fail74:                                    ; preds = %assert_end73
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.38, ptr nonnull @.str.33, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.15), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end75:                                     ; preds = %assert_end73
-  %143 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 22, !dbg !15
-  %144 = load i16, ptr %143, align 2, !dbg !15
-  %145 = icmp eq i16 %144, 1, !dbg !15
-  %146 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 21, !dbg !15
-  %147 = load i8, ptr %146, align 1, !dbg !15
-  %148 = icmp eq i8 %147, 16, !dbg !15
-  %149 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 20, !dbg !15
-  %150 = load i8, ptr %149, align 2, !dbg !15
-  %151 = icmp eq i8 %150, 4, !dbg !15
-  %152 = and i1 %148, %151, !dbg !15
-  %153 = and i1 %145, %152, !dbg !15
-  br i1 %153, label %assert_end77, label %assert_fail76, !dbg !15, !prof !16
-
-assert_fail76:                                    ; preds = %assert_end75
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.38, ptr nonnull @.str.34, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.35), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end77:                                     ; preds = %assert_end75
-  %154 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 24, !dbg !15
-  %fused_decode.key_cache_shape = load ptr, ptr %154, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.key_cache_shape, !62, !DIExpression(), !15)
-  %num_blocks = load i64, ptr %fused_decode.key_cache_shape, align 8, !dbg !15
-    #dbg_value(i64 %num_blocks, !63, !DIExpression(), !15)
-  %155 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 32, !dbg !15
-  %fused_decode.key_cache_strides = load ptr, ptr %155, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.key_cache_strides, !64, !DIExpression(), !15)
-  %156 = icmp eq ptr %fused_decode.key_cache_strides, null, !dbg !15
-  %157 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_shape, i64 24, !dbg !15
-  %158 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_strides, i64 16, !dbg !15
-  %k_head.in = select i1 %156, ptr %157, ptr %158, !dbg !15
-  %k_head = load i64, ptr %k_head.in, align 8, !dbg !15
-    #dbg_value(i64 %k_head, !65, !DIExpression(), !15)
-  br i1 %156, label %if_then84, label %if_else85, !dbg !15
-
-if_then84:                                        ; preds = %assert_end77
-  %159 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_shape, i64 16, !dbg !15
-  %160 = load i64, ptr %159, align 8, !dbg !15
-  %161 = load i64, ptr %157, align 8, !dbg !15
-  %162 = mul nsw i64 %161, %160, !dbg !15
-    #dbg_value(i64 %162, !66, !DIExpression(), !15)
-  %163 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_shape, i64 8, !dbg !15
-  %164 = load i64, ptr %163, align 8, !dbg !15
-  %165 = mul nsw i64 %162, %164, !dbg !15
-  br label %if_end86, !dbg !15
-
-if_else85:                                        ; preds = %assert_end77
-  %166 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_strides, i64 8, !dbg !15
-  %167 = load i64, ptr %166, align 8, !dbg !15
-    #dbg_value(i64 %167, !66, !DIExpression(), !15)
-  %168 = load i64, ptr %fused_decode.key_cache_strides, align 8, !dbg !15
-  br label %if_end86, !dbg !15
-
-if_end86:                                         ; preds = %if_else85, %if_then84
-  %k_slot285 = phi i64 [ %162, %if_then84 ], [ %167, %if_else85 ]
-  %k_block = phi i64 [ %165, %if_then84 ], [ %168, %if_else85 ], !dbg !15
-    #dbg_value(i64 %k_block, !67, !DIExpression(), !15)
-  %169 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 8, !dbg !15
-  %170 = load i32, ptr %169, align 4, !dbg !15
-  %171 = icmp eq i32 %170, 1, !dbg !15
-  br i1 %171, label %assert_end88, label %assert_fail87, !dbg !15, !prof !16
-
-assert_fail87:                                    ; preds = %if_end86
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.38, ptr nonnull @.str.36, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end88:                                     ; preds = %if_end86
-  %.not274 = icmp eq ptr %value_cache.handle, null, !dbg !15
-  br i1 %.not274, label %assert_fail89, label %assert_end90, !dbg !15, !prof !17
-
-assert_fail89:                                    ; preds = %assert_end88
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end90:                                     ; preds = %assert_end88
-  %172 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 16, !dbg !15
-  %173 = load i32, ptr %172, align 4, !dbg !15
-  %174 = icmp eq i32 %173, 4, !dbg !15
-  br i1 %174, label %assert_end92, label %assert_fail91, !dbg !15, !prof !16
-
-assert_fail91:                                    ; preds = %assert_end90
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.39, ptr nonnull @.str.33, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.15), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end92:                                     ; preds = %assert_end90
-  %175 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 22, !dbg !15
-  %176 = load i16, ptr %175, align 2, !dbg !15
-  %177 = icmp eq i16 %176, 1, !dbg !15
-  %178 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 21, !dbg !15
-  %179 = load i8, ptr %178, align 1, !dbg !15
-  %180 = icmp eq i8 %179, 16, !dbg !15
-  %181 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 20, !dbg !15
-  %182 = load i8, ptr %181, align 2, !dbg !15
-  %183 = icmp eq i8 %182, 4, !dbg !15
-  %184 = and i1 %180, %183, !dbg !15
-  %185 = and i1 %177, %184, !dbg !15
-  br i1 %185, label %assert_end94, label %assert_fail93, !dbg !15, !prof !16
-
-assert_fail93:                                    ; preds = %assert_end92
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.39, ptr nonnull @.str.34, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.35), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end94:                                     ; preds = %assert_end92
-  %186 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 24, !dbg !15
-  %fused_decode.value_cache_shape = load ptr, ptr %186, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.value_cache_shape, !68, !DIExpression(), !15)
-  %187 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 32, !dbg !15
-  %fused_decode.value_cache_strides = load ptr, ptr %187, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.value_cache_strides, !69, !DIExpression(), !15)
-  %188 = icmp eq ptr %fused_decode.value_cache_strides, null, !dbg !15
-  %189 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_shape, i64 24, !dbg !15
-  %190 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_strides, i64 16, !dbg !15
-  %v_head.in = select i1 %188, ptr %189, ptr %190, !dbg !15
-  %v_head = load i64, ptr %v_head.in, align 8, !dbg !15
-    #dbg_value(i64 %v_head, !70, !DIExpression(), !15)
-  br i1 %188, label %if_then101, label %if_else102, !dbg !15
-
-if_then101:                                       ; preds = %assert_end94
-  %191 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_shape, i64 16, !dbg !15
-  %192 = load i64, ptr %191, align 8, !dbg !15
-  %193 = load i64, ptr %189, align 8, !dbg !15
-  %194 = mul nsw i64 %193, %192, !dbg !15
-    #dbg_value(i64 %194, !71, !DIExpression(), !15)
-  %195 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_shape, i64 8, !dbg !15
-  %196 = load i64, ptr %195, align 8, !dbg !15
-  %197 = mul nsw i64 %194, %196, !dbg !15
-  br label %if_end103, !dbg !15
-
-if_else102:                                       ; preds = %assert_end94
-  %198 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_strides, i64 8, !dbg !15
-  %199 = load i64, ptr %198, align 8, !dbg !15
-    #dbg_value(i64 %199, !71, !DIExpression(), !15)
-  %200 = load i64, ptr %fused_decode.value_cache_strides, align 8, !dbg !15
-  br label %if_end103, !dbg !15
-
-if_end103:                                        ; preds = %if_else102, %if_then101
-  %v_slot288 = phi i64 [ %194, %if_then101 ], [ %199, %if_else102 ]
-  %v_block = phi i64 [ %197, %if_then101 ], [ %200, %if_else102 ], !dbg !15
-    #dbg_value(i64 %v_block, !72, !DIExpression(), !15)
-  %201 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 8, !dbg !15
-  %202 = load i32, ptr %201, align 4, !dbg !15
-  %203 = icmp eq i32 %202, 1, !dbg !15
-  br i1 %203, label %assert_end105, label %assert_fail104, !dbg !15, !prof !16
-
-assert_fail104:                                   ; preds = %if_end103
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.39, ptr nonnull @.str.36, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end105:                                    ; preds = %if_end103
-  %.not275 = icmp eq ptr %block_table.handle, null, !dbg !15
-  br i1 %.not275, label %assert_fail106, label %assert_end107, !dbg !15, !prof !17
-
-assert_fail106:                                   ; preds = %assert_end105
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end107:                                    ; preds = %assert_end105
-  %204 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 16, !dbg !15
-  %205 = load i32, ptr %204, align 4, !dbg !15
-  %206 = icmp eq i32 %205, 2, !dbg !15
-  br i1 %206, label %assert_end109, label %assert_fail108, !dbg !15, !prof !16
-
-assert_fail108:                                   ; preds = %assert_end107
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.40, ptr nonnull @.str.33, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end109:                                    ; preds = %assert_end107
-  %207 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 22, !dbg !15
-  %208 = load i16, ptr %207, align 2, !dbg !15
-  %209 = icmp eq i16 %208, 1, !dbg !15
-  %210 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 21, !dbg !15
-  %211 = load i8, ptr %210, align 1, !dbg !15
-  %212 = icmp eq i8 %211, 32, !dbg !15
-  %213 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 20, !dbg !15
-  %214 = load i8, ptr %213, align 2, !dbg !15
-  %215 = icmp eq i8 %214, 0, !dbg !15
-  %216 = and i1 %212, %215, !dbg !15
-  %217 = and i1 %209, %216, !dbg !15
-  br i1 %217, label %assert_end111, label %assert_fail110, !dbg !15, !prof !16
-
-assert_fail110:                                   ; preds = %assert_end109
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.40, ptr nonnull @.str.34, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.41), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end111:                                    ; preds = %assert_end109
-  %218 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24, !dbg !15
-  %fused_decode.block_table_shape = load ptr, ptr %218, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.block_table_shape, !73, !DIExpression(), !15)
-  %219 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8, !dbg !15
-  %max_blocks = load i64, ptr %219, align 8, !dbg !15
-    #dbg_value(i64 %max_blocks, !74, !DIExpression(), !15)
-  %220 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32, !dbg !15
-  %fused_decode.block_table_strides = load ptr, ptr %220, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.block_table_strides, !75, !DIExpression(), !15)
-  %221 = icmp eq ptr %fused_decode.block_table_strides, null, !dbg !15
-  br i1 %221, label %if_end114, label %if_else113, !dbg !15
-
-if_else113:                                       ; preds = %assert_end111
-  %222 = load i64, ptr %fused_decode.block_table_strides, align 8, !dbg !15
-  br label %if_end114, !dbg !15
-
-if_end114:                                        ; preds = %assert_end111, %if_else113
-  %table_seq = phi i64 [ %222, %if_else113 ], [ %max_blocks, %assert_end111 ], !dbg !15
-    #dbg_value(i64 %table_seq, !76, !DIExpression(), !15)
-  %223 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 8, !dbg !15
-  %224 = load i32, ptr %223, align 4, !dbg !15
-  %225 = icmp eq i32 %224, 1, !dbg !15
-  br i1 %225, label %assert_end116, label %assert_fail115, !dbg !15, !prof !16
-
-assert_fail115:                                   ; preds = %if_end114
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.40, ptr nonnull @.str.36, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end116:                                    ; preds = %if_end114
-  %.not276 = icmp eq ptr %context_lens.handle, null, !dbg !15
-  br i1 %.not276, label %assert_fail117, label %assert_end118, !dbg !15, !prof !17
-
-assert_fail117:                                   ; preds = %assert_end116
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end118:                                    ; preds = %assert_end116
-  %226 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 16, !dbg !15
-  %227 = load i32, ptr %226, align 4, !dbg !15
-  %228 = icmp eq i32 %227, 1, !dbg !15
-  br i1 %228, label %assert_end120, label %assert_fail119, !dbg !15, !prof !16
-
-assert_fail119:                                   ; preds = %assert_end118
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.42, ptr nonnull @.str.33, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end120:                                    ; preds = %assert_end118
-  %229 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 22, !dbg !15
-  %230 = load i16, ptr %229, align 2, !dbg !15
-  %231 = icmp eq i16 %230, 1, !dbg !15
-  %232 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 21, !dbg !15
-  %233 = load i8, ptr %232, align 1, !dbg !15
-  %234 = icmp eq i8 %233, 32, !dbg !15
-  %235 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 20, !dbg !15
-  %236 = load i8, ptr %235, align 2, !dbg !15
-  %237 = icmp eq i8 %236, 0, !dbg !15
-  %238 = and i1 %234, %237, !dbg !15
-  %239 = and i1 %231, %238, !dbg !15
-  br i1 %239, label %assert_end122, label %assert_fail121, !dbg !15, !prof !16
-
-assert_fail121:                                   ; preds = %assert_end120
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.42, ptr nonnull @.str.34, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.41), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end122:                                    ; preds = %assert_end120
-  %240 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 24, !dbg !15
-  %fused_decode.context_lens_shape = load ptr, ptr %240, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.context_lens_shape, !77, !DIExpression(), !15)
-  %241 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 32, !dbg !15
-  %fused_decode.context_lens_strides = load ptr, ptr %241, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.context_lens_strides, !78, !DIExpression(), !15)
-  %242 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 8, !dbg !15
-  %243 = load i32, ptr %242, align 8, !dbg !15
-  %244 = icmp eq i32 %243, 1, !dbg !15
-  br i1 %244, label %assert_end124, label %assert_fail123, !dbg !15, !prof !16
-
-assert_fail123:                                   ; preds = %assert_end122
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.42, ptr nonnull @.str.36, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end124:                                    ; preds = %assert_end122
-  %.not277 = icmp eq ptr %partial_max.handle, null, !dbg !15
-  br i1 %.not277, label %assert_fail125, label %assert_end126, !dbg !15, !prof !17
-
-assert_fail125:                                   ; preds = %assert_end124
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.16, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end126:                                    ; preds = %assert_end124
-  %245 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 16, !dbg !15
-  %246 = load i32, ptr %245, align 4, !dbg !15
-  %247 = icmp eq i32 %246, 2, !dbg !15
-  br i1 %247, label %assert_end128, label %assert_fail127, !dbg !15, !prof !16
-
-assert_fail127:                                   ; preds = %assert_end126
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.33, ptr nonnull @.str.16, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end128:                                    ; preds = %assert_end126
-  %248 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 22, !dbg !15
-  %249 = load i16, ptr %248, align 2, !dbg !15
-  %250 = icmp eq i16 %249, 1, !dbg !15
-  %251 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 21, !dbg !15
-  %252 = load i8, ptr %251, align 1, !dbg !15
-  %253 = icmp eq i8 %252, 32, !dbg !15
-  %254 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 20, !dbg !15
-  %255 = load i8, ptr %254, align 2, !dbg !15
-  %256 = icmp eq i8 %255, 2, !dbg !15
-  %257 = and i1 %253, %256, !dbg !15
-  %258 = and i1 %250, %257, !dbg !15
-  br i1 %258, label %assert_end130, label %assert_fail129, !dbg !15, !prof !16
-
-assert_fail129:                                   ; preds = %assert_end128
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.34, ptr nonnull @.str.16, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end130:                                    ; preds = %assert_end128
-  %259 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 24, !dbg !15
-  %fused_decode.partial_max_shape = load ptr, ptr %259, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.partial_max_shape, !79, !DIExpression(), !15)
-  %slots = load i64, ptr %fused_decode.partial_max_shape, align 8, !dbg !15
-    #dbg_value(i64 %slots, !80, !DIExpression(), !15)
-  %260 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 32, !dbg !15
-  %fused_decode.partial_max_strides = load ptr, ptr %260, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.partial_max_strides, !81, !DIExpression(), !15)
-  %261 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 8, !dbg !15
-  %262 = load i32, ptr %261, align 8, !dbg !15
-  %263 = icmp eq i32 %262, 1, !dbg !15
-  br i1 %263, label %assert_end132, label %assert_fail131, !dbg !15, !prof !16
-
-assert_fail131:                                   ; preds = %assert_end130
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.36, ptr nonnull @.str.16, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end132:                                    ; preds = %assert_end130
-  %.not278 = icmp eq ptr %partial_sum.handle, null, !dbg !15
-  br i1 %.not278, label %assert_fail133, label %assert_end134, !dbg !15, !prof !17
-
-assert_fail133:                                   ; preds = %assert_end132
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.17, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end134:                                    ; preds = %assert_end132
-  %264 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 16, !dbg !15
-  %265 = load i32, ptr %264, align 4, !dbg !15
-  %266 = icmp eq i32 %265, 2, !dbg !15
-  br i1 %266, label %assert_end136, label %assert_fail135, !dbg !15, !prof !16
-
-assert_fail135:                                   ; preds = %assert_end134
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.33, ptr nonnull @.str.17, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end136:                                    ; preds = %assert_end134
-  %267 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 22, !dbg !15
-  %268 = load i16, ptr %267, align 2, !dbg !15
-  %269 = icmp eq i16 %268, 1, !dbg !15
-  %270 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 21, !dbg !15
-  %271 = load i8, ptr %270, align 1, !dbg !15
-  %272 = icmp eq i8 %271, 32, !dbg !15
-  %273 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 20, !dbg !15
-  %274 = load i8, ptr %273, align 2, !dbg !15
-  %275 = icmp eq i8 %274, 2, !dbg !15
-  %276 = and i1 %272, %275, !dbg !15
-  %277 = and i1 %269, %276, !dbg !15
-  br i1 %277, label %assert_end138, label %assert_fail137, !dbg !15, !prof !16
-
-assert_fail137:                                   ; preds = %assert_end136
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.34, ptr nonnull @.str.17, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end138:                                    ; preds = %assert_end136
-  %278 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 24, !dbg !15
-  %fused_decode.partial_sum_shape = load ptr, ptr %278, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.partial_sum_shape, !82, !DIExpression(), !15)
-  %279 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 32, !dbg !15
-  %fused_decode.partial_sum_strides = load ptr, ptr %279, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.partial_sum_strides, !83, !DIExpression(), !15)
-  %280 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 8, !dbg !15
-  %281 = load i32, ptr %280, align 8, !dbg !15
-  %282 = icmp eq i32 %281, 1, !dbg !15
-  br i1 %282, label %assert_end140, label %assert_fail139, !dbg !15, !prof !16
-
-assert_fail139:                                   ; preds = %assert_end138
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.36, ptr nonnull @.str.17, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end140:                                    ; preds = %assert_end138
-  %.not279 = icmp eq ptr %partial_acc.handle, null, !dbg !15
-  br i1 %.not279, label %assert_fail141, label %assert_end142, !dbg !15, !prof !17
-
-assert_fail141:                                   ; preds = %assert_end140
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.18, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end142:                                    ; preds = %assert_end140
-  %283 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 16, !dbg !15
-  %284 = load i32, ptr %283, align 4, !dbg !15
-  %285 = icmp eq i32 %284, 3, !dbg !15
-  br i1 %285, label %assert_end144, label %assert_fail143, !dbg !15, !prof !16
-
-assert_fail143:                                   ; preds = %assert_end142
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.33, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end144:                                    ; preds = %assert_end142
-  %286 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 22, !dbg !15
-  %287 = load i16, ptr %286, align 2, !dbg !15
-  %288 = icmp eq i16 %287, 1, !dbg !15
-  %289 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 21, !dbg !15
-  %290 = load i8, ptr %289, align 1, !dbg !15
-  %291 = icmp eq i8 %290, 32, !dbg !15
-  %292 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 20, !dbg !15
-  %293 = load i8, ptr %292, align 2, !dbg !15
-  %294 = icmp eq i8 %293, 2, !dbg !15
-  %295 = and i1 %291, %294, !dbg !15
-  %296 = and i1 %288, %295, !dbg !15
-  br i1 %296, label %assert_end146, label %assert_fail145, !dbg !15, !prof !16
-
-assert_fail145:                                   ; preds = %assert_end144
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.34, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end146:                                    ; preds = %assert_end144
-  %297 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 24, !dbg !15
-  %fused_decode.partial_acc_shape = load ptr, ptr %297, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.partial_acc_shape, !84, !DIExpression(), !15)
-  %298 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 32, !dbg !15
-  %fused_decode.partial_acc_strides = load ptr, ptr %298, align 8, !dbg !15
-    #dbg_declare(ptr %fused_decode.partial_acc_strides, !85, !DIExpression(), !15)
-  %299 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 8, !dbg !15
-  %300 = load i32, ptr %299, align 8, !dbg !15
-  %301 = icmp eq i32 %300, 1, !dbg !15
-  br i1 %301, label %assert_end148, label %assert_fail147, !dbg !15, !prof !16
-
-assert_fail147:                                   ; preds = %assert_end146
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.36, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end148:                                    ; preds = %assert_end146
-  %302 = load ptr, ptr %query.handle, align 8, !dbg !15
-  %303 = icmp ne ptr %302, null, !dbg !15
-  %304 = icmp eq i64 %batch, 0, !dbg !15
-  %305 = or i1 %304, %303, !dbg !15
-  br i1 %305, label %assert_end150, label %assert_fail149, !dbg !15, !prof !16
-
-assert_fail149:                                   ; preds = %assert_end148
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.32, ptr nonnull @.str.47, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.48), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end150:                                    ; preds = %assert_end148
-  %306 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 12, !dbg !15
-  %307 = load i32, ptr %306, align 4, !dbg !15
-  %308 = icmp eq i32 %dev_id, %307, !dbg !15
-  br i1 %308, label %assert_end152, label %assert_fail151, !dbg !15, !prof !16
-
-assert_fail151:                                   ; preds = %assert_end150
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.49, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.52), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end152:                                    ; preds = %assert_end150
-  %309 = load ptr, ptr %key_cache.handle, align 8, !dbg !15
-  %310 = icmp ne ptr %309, null, !dbg !15
-  %311 = icmp eq i64 %num_blocks, 0, !dbg !15
-  %312 = or i1 %311, %310, !dbg !15
-  br i1 %312, label %assert_end154, label %assert_fail153, !dbg !15, !prof !16
-
-assert_fail153:                                   ; preds = %assert_end152
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.38, ptr nonnull @.str.47, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.48), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end154:                                    ; preds = %assert_end152
-  %313 = load i64, ptr %fused_decode.value_cache_shape, align 8, !dbg !15
-  %314 = icmp eq i64 %num_blocks, %313, !dbg !15
-  br i1 %314, label %assert_end156, label %assert_fail155, !dbg !15, !prof !16
-
-assert_fail155:                                   ; preds = %assert_end154
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.53, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.54), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end156:                                    ; preds = %assert_end154
-  %315 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 12, !dbg !15
-  %316 = load i32, ptr %315, align 4, !dbg !15
-  %317 = icmp eq i32 %dev_id, %316, !dbg !15
-  br i1 %317, label %assert_end158, label %assert_fail157, !dbg !15, !prof !16
-
-assert_fail157:                                   ; preds = %assert_end156
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.55, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.52), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end158:                                    ; preds = %assert_end156
-  %318 = load ptr, ptr %value_cache.handle, align 8, !dbg !15
-  %319 = icmp ne ptr %318, null, !dbg !15
-  %320 = or i1 %311, %319, !dbg !15
-  br i1 %320, label %assert_end160, label %assert_fail159, !dbg !15, !prof !16
-
-assert_fail159:                                   ; preds = %assert_end158
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.39, ptr nonnull @.str.47, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.48), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end160:                                    ; preds = %assert_end158
-  %321 = load i64, ptr %fused_decode.block_table_shape, align 8, !dbg !15
-  %322 = icmp eq i64 %batch, %321, !dbg !15
-  br i1 %322, label %assert_end162, label %assert_fail161, !dbg !15, !prof !16
-
-assert_fail161:                                   ; preds = %assert_end160
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.56, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.57), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end162:                                    ; preds = %assert_end160
-  %323 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 12, !dbg !15
-  %324 = load i32, ptr %323, align 4, !dbg !15
-  %325 = icmp eq i32 %dev_id, %324, !dbg !15
-  br i1 %325, label %assert_end164, label %assert_fail163, !dbg !15, !prof !16
-
-assert_fail163:                                   ; preds = %assert_end162
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.58, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.52), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end164:                                    ; preds = %assert_end162
-  %326 = load ptr, ptr %block_table.handle, align 8, !dbg !15
-  %327 = icmp ne ptr %326, null, !dbg !15
-  %328 = mul nsw i64 %max_blocks, %batch, !dbg !15
-  %329 = icmp eq i64 %328, 0, !dbg !15
-  %330 = or i1 %329, %327, !dbg !15
-  br i1 %330, label %assert_end166, label %assert_fail165, !dbg !15, !prof !16
-
-assert_fail165:                                   ; preds = %assert_end164
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.40, ptr nonnull @.str.47, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.48), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end166:                                    ; preds = %assert_end164
-  %331 = load i64, ptr %fused_decode.context_lens_shape, align 8, !dbg !15
-  %332 = icmp eq i64 %batch, %331, !dbg !15
-  br i1 %332, label %assert_end168, label %assert_fail167, !dbg !15, !prof !16
-
-assert_fail167:                                   ; preds = %assert_end166
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.59, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.57), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end168:                                    ; preds = %assert_end166
-  %.not280 = icmp eq ptr %fused_decode.context_lens_strides, null, !dbg !15
-  br i1 %.not280, label %if_end170, label %if_then169, !dbg !15, !prof !17
-
-if_then169:                                       ; preds = %assert_end168
-  %333 = load i64, ptr %fused_decode.context_lens_strides, align 8, !dbg !15
-  %334 = icmp eq i64 %333, 1, !dbg !15
-  %335 = icmp eq i64 %batch, 1, !dbg !15
-  %336 = or i1 %335, %334, !dbg !15
-  br i1 %336, label %if_end170, label %assert_fail171, !dbg !15, !prof !16
-
-if_end170:                                        ; preds = %if_then169, %assert_end168
-  %337 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 12, !dbg !15
-  %338 = load i32, ptr %337, align 4, !dbg !15
-  %339 = icmp eq i32 %dev_id, %338, !dbg !15
-  br i1 %339, label %assert_end174, label %assert_fail173, !dbg !15, !prof !16
-
-assert_fail171:                                   ; preds = %if_then169
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.42, ptr nonnull @.str.60, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.61, ptr null), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_fail173:                                   ; preds = %if_end170
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.62, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.52), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end174:                                    ; preds = %if_end170
-  %340 = load ptr, ptr %context_lens.handle, align 8, !dbg !15
-  %341 = icmp ne ptr %340, null, !dbg !15
-  %342 = or i1 %304, %341, !dbg !15
-  br i1 %342, label %assert_end176, label %assert_fail175, !dbg !15, !prof !16
-
-assert_fail175:                                   ; preds = %assert_end174
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.42, ptr nonnull @.str.47, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.48), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end176:                                    ; preds = %assert_end174
-  %.not281 = icmp eq ptr %fused_decode.partial_max_strides, null, !dbg !15
-  br i1 %.not281, label %if_end178, label %if_then177, !dbg !15, !prof !17
-
-if_then177:                                       ; preds = %assert_end176
-  %343 = load i64, ptr %fused_decode.partial_max_strides, align 8, !dbg !15
-  %344 = icmp eq i64 %343, 4, !dbg !15
-  %345 = icmp eq i64 %slots, 1, !dbg !15
-  %346 = or i1 %345, %344, !dbg !15
-  %347 = getelementptr inbounds nuw i8, ptr %fused_decode.partial_max_strides, i64 8, !dbg !15
-  %348 = load i64, ptr %347, align 8, !dbg !15
-  %349 = icmp eq i64 %348, 1, !dbg !15
-  %350 = and i1 %349, %346, !dbg !15
-  br i1 %350, label %if_end178, label %assert_fail179, !dbg !15, !prof !16
-
-if_end178:                                        ; preds = %if_then177, %assert_end176
-  %351 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12, !dbg !15
-  %352 = load i32, ptr %351, align 4, !dbg !15
-  %353 = icmp eq i32 %dev_id, %352, !dbg !15
-  br i1 %353, label %assert_end182, label %assert_fail181, !dbg !15, !prof !16
-
-assert_fail179:                                   ; preds = %if_then177
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.60, ptr nonnull @.str.16, ptr nonnull @.str.5, ptr nonnull @.str.61, ptr null), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_fail181:                                   ; preds = %if_end178
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.63, ptr nonnull @.str.50, ptr nonnull @.str.16, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.52), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end182:                                    ; preds = %if_end178
-  %354 = load ptr, ptr %partial_max.handle, align 8, !dbg !15
-  %355 = icmp ne ptr %354, null, !dbg !15
-  %356 = icmp eq i64 %slots, 0, !dbg !15
-  %357 = or i1 %356, %355, !dbg !15
-  br i1 %357, label %assert_end184, label %assert_fail183, !dbg !15, !prof !16
-
-assert_fail183:                                   ; preds = %assert_end182
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.43, ptr nonnull @.str.47, ptr nonnull @.str.16, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.48), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end184:                                    ; preds = %assert_end182
-  %358 = load i64, ptr %fused_decode.partial_sum_shape, align 8, !dbg !15
-  %359 = icmp eq i64 %slots, %358, !dbg !15
-  br i1 %359, label %assert_end186, label %assert_fail185, !dbg !15, !prof !16
-
-assert_fail185:                                   ; preds = %assert_end184
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.64, ptr nonnull @.str.50, ptr nonnull @.str.17, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.65), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end186:                                    ; preds = %assert_end184
-  %.not282 = icmp eq ptr %fused_decode.partial_sum_strides, null, !dbg !15
-  br i1 %.not282, label %if_end188, label %if_then187, !dbg !15, !prof !17
-
-if_then187:                                       ; preds = %assert_end186
-  %360 = load i64, ptr %fused_decode.partial_sum_strides, align 8, !dbg !15
-  %361 = icmp eq i64 %360, 4, !dbg !15
-  %362 = icmp eq i64 %slots, 1, !dbg !15
-  %363 = or i1 %362, %361, !dbg !15
-  %364 = getelementptr inbounds nuw i8, ptr %fused_decode.partial_sum_strides, i64 8, !dbg !15
-  %365 = load i64, ptr %364, align 8, !dbg !15
-  %366 = icmp eq i64 %365, 1, !dbg !15
-  %367 = and i1 %366, %363, !dbg !15
-  br i1 %367, label %if_end188, label %assert_fail189, !dbg !15, !prof !16
-
-if_end188:                                        ; preds = %if_then187, %assert_end186
-  %368 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 12, !dbg !15
-  %369 = load i32, ptr %368, align 4, !dbg !15
-  %370 = icmp eq i32 %dev_id, %369, !dbg !15
-  br i1 %370, label %assert_end192, label %assert_fail191, !dbg !15, !prof !16
-
-assert_fail189:                                   ; preds = %if_then187
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.60, ptr nonnull @.str.17, ptr nonnull @.str.5, ptr nonnull @.str.61, ptr null), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_fail191:                                   ; preds = %if_end188
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.66, ptr nonnull @.str.50, ptr nonnull @.str.17, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.52), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end192:                                    ; preds = %if_end188
-  %371 = load ptr, ptr %partial_sum.handle, align 8, !dbg !15
-  %372 = icmp ne ptr %371, null, !dbg !15
-  %373 = or i1 %356, %372, !dbg !15
-  br i1 %373, label %assert_end194, label %assert_fail193, !dbg !15, !prof !16
-
-assert_fail193:                                   ; preds = %assert_end192
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.45, ptr nonnull @.str.47, ptr nonnull @.str.17, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.48), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end194:                                    ; preds = %assert_end192
-  %374 = load i64, ptr %fused_decode.partial_acc_shape, align 8, !dbg !15
-  %375 = icmp eq i64 %slots, %374, !dbg !15
-  br i1 %375, label %assert_end196, label %assert_fail195, !dbg !15, !prof !16
-
-assert_fail195:                                   ; preds = %assert_end194
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.67, ptr nonnull @.str.50, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.65), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end196:                                    ; preds = %assert_end194
-  %.not283 = icmp eq ptr %fused_decode.partial_acc_strides, null, !dbg !15
-  br i1 %.not283, label %if_end198, label %if_then197, !dbg !15, !prof !17
-
-if_then197:                                       ; preds = %assert_end196
-  %376 = load i64, ptr %fused_decode.partial_acc_strides, align 8, !dbg !15
-  %377 = icmp eq i64 %376, 512, !dbg !15
-  %378 = icmp eq i64 %slots, 1, !dbg !15
-  %379 = or i1 %378, %377, !dbg !15
-  %380 = getelementptr inbounds nuw i8, ptr %fused_decode.partial_acc_strides, i64 8, !dbg !15
-  %381 = load i64, ptr %380, align 8, !dbg !15
-  %382 = icmp eq i64 %381, 4, !dbg !15
-  %383 = getelementptr inbounds nuw i8, ptr %fused_decode.partial_acc_strides, i64 16, !dbg !15
-  %384 = load i64, ptr %383, align 8, !dbg !15
-  %385 = icmp eq i64 %384, 1, !dbg !15
-  %386 = and i1 %382, %385, !dbg !15
-  %387 = and i1 %379, %386, !dbg !15
-  br i1 %387, label %if_end198, label %assert_fail199, !dbg !15, !prof !16
-
-if_end198:                                        ; preds = %if_then197, %assert_end196
-  %388 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 12, !dbg !15
-  %389 = load i32, ptr %388, align 4, !dbg !15
-  %390 = icmp eq i32 %dev_id, %389, !dbg !15
-  br i1 %390, label %assert_end202, label %assert_fail201, !dbg !15, !prof !16
-
-assert_fail199:                                   ; preds = %if_then197
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.60, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.61, ptr null), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_fail201:                                   ; preds = %if_end198
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.68, ptr nonnull @.str.50, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.51, ptr nonnull @.str.52), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end202:                                    ; preds = %if_end198
-  %391 = load ptr, ptr %partial_acc.handle, align 8, !dbg !15
-  %392 = icmp ne ptr %391, null, !dbg !15
-  %393 = or i1 %356, %392, !dbg !15
-  br i1 %393, label %assert_end204, label %assert_fail203, !dbg !15, !prof !16
-
-assert_fail203:                                   ; preds = %assert_end202
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.46, ptr nonnull @.str.47, ptr nonnull @.str.18, ptr nonnull @.str.4, ptr nonnull @.str.5, ptr nonnull @.str.48), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end204:                                    ; preds = %assert_end202
-  %394 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8, !dbg !15
-  %395 = load i64, ptr %394, align 8, !dbg !15
-  %396 = icmp eq i64 %395, 32, !dbg !15
-  br i1 %396, label %assert_end206, label %assert_fail205, !dbg !15, !prof !16
-
-assert_fail205:                                   ; preds = %assert_end204
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.70, ptr nonnull @.str.50, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.71), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end206:                                    ; preds = %assert_end204
-  %397 = load i64, ptr %129, align 8, !dbg !15
-  %398 = icmp eq i64 %397, 128, !dbg !15
-  br i1 %398, label %assert_end208, label %assert_fail207, !dbg !15, !prof !16
-
-assert_fail207:                                   ; preds = %assert_end206
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.72, ptr nonnull @.str.50, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.73), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end208:                                    ; preds = %assert_end206
-  br i1 %128, label %assert_end213, label %if_else210, !dbg !15
-
-if_else210:                                       ; preds = %assert_end208
-  %399 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 16, !dbg !15
-  %400 = load i64, ptr %399, align 8, !dbg !15
-  %401 = icmp eq i64 %400, 1, !dbg !15
-  br i1 %401, label %assert_end213, label %assert_fail212, !dbg !15, !prof !16
-
-assert_fail212:                                   ; preds = %if_else210
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.74, ptr nonnull @.str.50, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end213:                                    ; preds = %assert_end208, %if_else210
-  %402 = getelementptr inbounds nuw i8, ptr %query.handle, i64 40, !dbg !15
-  %403 = load i64, ptr %402, align 8, !dbg !15
-  %404 = icmp eq i64 %403, 0, !dbg !15
-  br i1 %404, label %assert_end215, label %assert_fail214, !dbg !15, !prof !16
-
-assert_fail214:                                   ; preds = %assert_end213
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.75, ptr nonnull @.str.50, ptr nonnull @.str.9, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end215:                                    ; preds = %assert_end213
-  %405 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_shape, i64 8, !dbg !15
-  %406 = load i64, ptr %405, align 8, !dbg !15
-  %407 = icmp eq i64 %406, 16, !dbg !15
-  br i1 %407, label %assert_end217, label %assert_fail216, !dbg !15, !prof !16
-
-assert_fail216:                                   ; preds = %assert_end215
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.76, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end217:                                    ; preds = %assert_end215
-  %408 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_shape, i64 16, !dbg !15
-  %409 = load i64, ptr %408, align 8, !dbg !15
-  %410 = icmp eq i64 %409, 8, !dbg !15
-  br i1 %410, label %assert_end219, label %assert_fail218, !dbg !15, !prof !16
-
-assert_fail218:                                   ; preds = %assert_end217
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.77, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.19), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end219:                                    ; preds = %assert_end217
-  %411 = load i64, ptr %157, align 8, !dbg !15
-  %412 = icmp eq i64 %411, 128, !dbg !15
-  br i1 %412, label %assert_end221, label %assert_fail220, !dbg !15, !prof !16
-
-assert_fail220:                                   ; preds = %assert_end219
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.78, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.73), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end221:                                    ; preds = %assert_end219
-  br i1 %156, label %assert_end226, label %if_else223, !dbg !15
-
-if_else223:                                       ; preds = %assert_end221
-  %413 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_strides, i64 24, !dbg !15
-  %414 = load i64, ptr %413, align 8, !dbg !15
-  %415 = icmp eq i64 %414, 1, !dbg !15
-  br i1 %415, label %assert_end226, label %assert_fail225, !dbg !15, !prof !16
-
-assert_fail225:                                   ; preds = %if_else223
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.79, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end226:                                    ; preds = %assert_end221, %if_else223
-  %416 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 40, !dbg !15
-  %417 = load i64, ptr %416, align 8, !dbg !15
-  %418 = icmp eq i64 %417, 0, !dbg !15
-  br i1 %418, label %assert_end228, label %assert_fail227, !dbg !15, !prof !16
-
-assert_fail227:                                   ; preds = %assert_end226
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.80, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end228:                                    ; preds = %assert_end226
-  %419 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_shape, i64 8, !dbg !15
-  %420 = load i64, ptr %419, align 8, !dbg !15
-  %421 = icmp eq i64 %420, 16, !dbg !15
-  br i1 %421, label %assert_end230, label %assert_fail229, !dbg !15, !prof !16
-
-assert_fail229:                                   ; preds = %assert_end228
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.81, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.28), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end230:                                    ; preds = %assert_end228
-  %422 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_shape, i64 16, !dbg !15
-  %423 = load i64, ptr %422, align 8, !dbg !15
-  %424 = icmp eq i64 %423, 8, !dbg !15
-  br i1 %424, label %assert_end232, label %assert_fail231, !dbg !15, !prof !16
-
-assert_fail231:                                   ; preds = %assert_end230
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.82, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.19), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end232:                                    ; preds = %assert_end230
-  %425 = load i64, ptr %189, align 8, !dbg !15
-  %426 = icmp eq i64 %425, 128, !dbg !15
-  br i1 %426, label %assert_end234, label %assert_fail233, !dbg !15, !prof !16
-
-assert_fail233:                                   ; preds = %assert_end232
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.83, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.73), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end234:                                    ; preds = %assert_end232
-  br i1 %188, label %assert_end239, label %if_else236, !dbg !15
-
-if_else236:                                       ; preds = %assert_end234
-  %427 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_strides, i64 24, !dbg !15
-  %428 = load i64, ptr %427, align 8, !dbg !15
-  %429 = icmp eq i64 %428, 1, !dbg !15
-  br i1 %429, label %assert_end239, label %assert_fail238, !dbg !15, !prof !16
-
-assert_fail238:                                   ; preds = %if_else236
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.84, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end239:                                    ; preds = %assert_end234, %if_else236
-  %430 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 40, !dbg !15
-  %431 = load i64, ptr %430, align 8, !dbg !15
-  %432 = icmp eq i64 %431, 0, !dbg !15
-  br i1 %432, label %assert_end241, label %assert_fail240, !dbg !15, !prof !16
-
-assert_fail240:                                   ; preds = %assert_end239
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.85, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end241:                                    ; preds = %assert_end239
-  br i1 %221, label %assert_end246, label %if_else243, !dbg !15
-
-if_else243:                                       ; preds = %assert_end241
-  %433 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_strides, i64 8, !dbg !15
-  %434 = load i64, ptr %433, align 8, !dbg !15
-  %435 = icmp eq i64 %434, 1, !dbg !15
-  br i1 %435, label %assert_end246, label %assert_fail245, !dbg !15, !prof !16
-
-assert_fail245:                                   ; preds = %if_else243
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.86, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end246:                                    ; preds = %assert_end241, %if_else243
-  %436 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 40, !dbg !15
-  %437 = load i64, ptr %436, align 8, !dbg !15
-  %438 = icmp eq i64 %437, 0, !dbg !15
-  br i1 %438, label %assert_end248, label %assert_fail247, !dbg !15, !prof !16
-
-assert_fail247:                                   ; preds = %assert_end246
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.87, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end248:                                    ; preds = %assert_end246
-  %439 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 40, !dbg !15
-  %440 = load i64, ptr %439, align 8, !dbg !15
-  %441 = icmp eq i64 %440, 0, !dbg !15
-  br i1 %441, label %assert_end250, label %assert_fail249, !dbg !15, !prof !16
-
-assert_fail249:                                   ; preds = %assert_end248
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.88, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end250:                                    ; preds = %assert_end248
-  %442 = getelementptr inbounds nuw i8, ptr %fused_decode.partial_max_shape, i64 8, !dbg !15
-  %443 = load i64, ptr %442, align 8, !dbg !15
-  %444 = icmp eq i64 %443, 4, !dbg !15
-  br i1 %444, label %assert_end252, label %assert_fail251, !dbg !15, !prof !16
-
-assert_fail251:                                   ; preds = %assert_end250
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.89, ptr nonnull @.str.50, ptr nonnull @.str.16, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.15), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end252:                                    ; preds = %assert_end250
-  %445 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 40, !dbg !15
-  %446 = load i64, ptr %445, align 8, !dbg !15
-  %447 = icmp eq i64 %446, 0, !dbg !15
-  br i1 %447, label %assert_end254, label %assert_fail253, !dbg !15, !prof !16
-
-assert_fail253:                                   ; preds = %assert_end252
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.90, ptr nonnull @.str.50, ptr nonnull @.str.16, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end254:                                    ; preds = %assert_end252
-  %448 = getelementptr inbounds nuw i8, ptr %fused_decode.partial_sum_shape, i64 8, !dbg !15
-  %449 = load i64, ptr %448, align 8, !dbg !15
-  %450 = icmp eq i64 %449, 4, !dbg !15
-  br i1 %450, label %assert_end256, label %assert_fail255, !dbg !15, !prof !16
-
-assert_fail255:                                   ; preds = %assert_end254
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.91, ptr nonnull @.str.50, ptr nonnull @.str.17, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.15), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end256:                                    ; preds = %assert_end254
-  %451 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 40, !dbg !15
-  %452 = load i64, ptr %451, align 8, !dbg !15
-  %453 = icmp eq i64 %452, 0, !dbg !15
-  br i1 %453, label %assert_end258, label %assert_fail257, !dbg !15, !prof !16
-
-assert_fail257:                                   ; preds = %assert_end256
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.92, ptr nonnull @.str.50, ptr nonnull @.str.17, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end258:                                    ; preds = %assert_end256
-  %454 = getelementptr inbounds nuw i8, ptr %fused_decode.partial_acc_shape, i64 8, !dbg !15
-  %455 = load i64, ptr %454, align 8, !dbg !15
-  %456 = icmp eq i64 %455, 128, !dbg !15
-  br i1 %456, label %assert_end260, label %assert_fail259, !dbg !15, !prof !16
-
-assert_fail259:                                   ; preds = %assert_end258
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.93, ptr nonnull @.str.50, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.73), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end260:                                    ; preds = %assert_end258
-  %457 = getelementptr inbounds nuw i8, ptr %fused_decode.partial_acc_shape, i64 16, !dbg !15
-  %458 = load i64, ptr %457, align 8, !dbg !15
-  %459 = icmp eq i64 %458, 4, !dbg !15
-  br i1 %459, label %assert_end262, label %assert_fail261, !dbg !15, !prof !16
-
-assert_fail261:                                   ; preds = %assert_end260
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.94, ptr nonnull @.str.50, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.15), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end262:                                    ; preds = %assert_end260
-  %460 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 40, !dbg !15
-  %461 = load i64, ptr %460, align 8, !dbg !15
-  %462 = icmp eq i64 %461, 0, !dbg !15
-  br i1 %462, label %assert_end264, label %assert_fail263, !dbg !15, !prof !16
-
-assert_fail263:                                   ; preds = %assert_end262
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.95, ptr nonnull @.str.50, ptr nonnull @.str.18, ptr nonnull @.str.5, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !15
-  br label %common.ret, !dbg !15
-
-assert_end264:                                    ; preds = %assert_end262
-    #dbg_declare(ptr %302, !86, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %302, i64 2) ], !dbg !15
-    #dbg_declare(ptr %309, !89, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %309, i64 2) ], !dbg !15
-    #dbg_declare(ptr %318, !90, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %318, i64 2) ], !dbg !15
-    #dbg_declare(ptr %326, !91, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %326, i64 4) ], !dbg !15
-    #dbg_declare(ptr %340, !93, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %340, i64 4) ], !dbg !15
-    #dbg_declare(ptr %354, !94, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %354, i64 64) ], !dbg !15
-    #dbg_declare(ptr %371, !96, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %371, i64 64) ], !dbg !15
-    #dbg_declare(ptr %391, !97, !DIExpression(), !15)
-  call void @llvm.assume(i1 true) [ "align"(ptr %391, i64 64) ], !dbg !15
-    #dbg_value(i32 %dev_id, !98, !DIExpression(), !132)
-    #dbg_value(ptr %302, !103, !DIExpression(), !132)
-    #dbg_value(i64 %q_batch, !104, !DIExpression(), !132)
-    #dbg_value(i64 %batch, !105, !DIExpression(), !132)
-    #dbg_value(ptr %309, !106, !DIExpression(), !132)
-    #dbg_value(i64 %k_block, !107, !DIExpression(), !132)
-    #dbg_value(i64 %num_blocks, !108, !DIExpression(), !132)
-    #dbg_value(ptr %318, !109, !DIExpression(), !132)
-    #dbg_value(i64 %v_block, !110, !DIExpression(), !132)
-    #dbg_value(ptr %326, !111, !DIExpression(), !132)
-    #dbg_value(i64 %table_seq, !112, !DIExpression(), !132)
-    #dbg_value(ptr %340, !113, !DIExpression(), !132)
-    #dbg_value(i64 %slots, !114, !DIExpression(), !132)
-    #dbg_value(ptr %354, !115, !DIExpression(), !132)
-    #dbg_value(ptr %371, !116, !DIExpression(), !132)
-    #dbg_value(ptr %391, !117, !DIExpression(), !132)
-    #dbg_value(i32 %num_seqs, !118, !DIExpression(), !132)
-    #dbg_value(i64 %68, !119, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !132)
-    #dbg_value(i32 %block_begin, !120, !DIExpression(), !132)
-    #dbg_value(i32 %block_end, !121, !DIExpression(), !132)
-    #dbg_value(i32 %num_rows, !122, !DIExpression(), !132)
-    #dbg_value(i64 %83, !123, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !132)
-    #dbg_value(i64 %q_head, !124, !DIExpression(), !132)
-    #dbg_value(i64 %78, !125, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !132)
-    #dbg_value(i64 %k_head, !126, !DIExpression(), !132)
-    #dbg_value(i64 %k_slot285, !127, !DIExpression(), !132)
-    #dbg_value(float %scale, !128, !DIExpression(), !132)
-    #dbg_value(i64 %v_head, !129, !DIExpression(), !132)
-    #dbg_value(i64 %v_slot288, !130, !DIExpression(), !132)
-    #dbg_value(i64 %103, !131, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !132)
-  %463 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !132, !tbaa !134
-  %q_tile.i = tail call ptr %463(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32), !dbg !132
-    #dbg_declare(ptr %q_tile.i, !137, !DIExpression(), !132)
-  %464 = icmp eq ptr %q_tile.i, null, !dbg !132
-  br i1 %464, label %common.ret, label %if_end.i, !dbg !132, !prof !16
-
-if_end.i:                                         ; preds = %assert_end264
-  %465 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !132, !tbaa !134
-  %acc.i = tail call ptr %465(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32), !dbg !132
-    #dbg_declare(ptr %acc.i, !138, !DIExpression(), !132)
-  %466 = icmp eq ptr %acc.i, null, !dbg !132
-  br i1 %466, label %common.ret, label %if_end2.i, !dbg !132, !prof !16
+  %0 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %1 = load ptr, ptr %0, align 8
+  %2 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %3 = load ptr, ptr %2, align 8
+  %4 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %5 = load ptr, ptr %4, align 8
+  %6 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %7 = load ptr, ptr %6, align 8
+  %8 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %9 = load ptr, ptr %8, align 8
+  %10 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %11 = load ptr, ptr %10, align 8
+  %12 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %13 = load ptr, ptr %12, align 8
+  %14 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr align 8 %args, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
+  %15 = shufflevector <29 x i32> %14, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %16 = icmp eq <8 x i32> %15, splat (i32 70)
+  %17 = extractelement <8 x i1> %16, i64 0
+  %query.handle.idx = select i1 %17, i64 24, i64 0
+  %query.handle = getelementptr inbounds nuw i8, ptr %1, i64 %query.handle.idx
+  %18 = extractelement <8 x i1> %16, i64 1
+  %key_cache.handle.idx = select i1 %18, i64 24, i64 0
+  %key_cache.handle = getelementptr inbounds nuw i8, ptr %3, i64 %key_cache.handle.idx
+  %19 = extractelement <8 x i1> %16, i64 2
+  %value_cache.handle.idx = select i1 %19, i64 24, i64 0
+  %value_cache.handle = getelementptr inbounds nuw i8, ptr %5, i64 %value_cache.handle.idx
+  %20 = extractelement <8 x i1> %16, i64 3
+  %block_table.handle.idx = select i1 %20, i64 24, i64 0
+  %block_table.handle = getelementptr inbounds nuw i8, ptr %7, i64 %block_table.handle.idx
+  %21 = extractelement <8 x i1> %16, i64 4
+  %context_lens.handle.idx = select i1 %21, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %9, i64 %context_lens.handle.idx
+  %22 = extractelement <8 x i1> %16, i64 5
+  %partial_max.handle.idx = select i1 %22, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %11, i64 %partial_max.handle.idx
+  %23 = extractelement <8 x i1> %16, i64 6
+  %partial_sum.handle.idx = select i1 %23, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %13, i64 %partial_sum.handle.idx
+  %24 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %25 = load ptr, ptr %24, align 8
+  %26 = extractelement <8 x i1> %16, i64 7
+  %partial_acc.handle.idx = select i1 %26, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %25, i64 %partial_acc.handle.idx
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %28 = load i64, ptr %27, align 8
+  %29 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %30 = load i64, ptr %29, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %32 = load i64, ptr %31, align 8
+  %33 = getelementptr inbounds nuw i8, ptr %args, i64 184
+  %34 = load i64, ptr %33, align 8
+  %35 = getelementptr inbounds nuw i8, ptr %args, i64 200
+  %36 = load i64, ptr %35, align 8
+  %37 = getelementptr inbounds nuw i8, ptr %args, i64 216
+  %38 = load i64, ptr %37, align 8
+  %39 = getelementptr inbounds nuw i8, ptr %args, i64 232
+  %40 = load i64, ptr %39, align 8
+  %41 = getelementptr inbounds nuw i8, ptr %args, i64 248
+  %42 = load i64, ptr %41, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %args, i64 256
+  %scale.type_index = load i32, ptr %43, align 8
+  %44 = getelementptr inbounds nuw i8, ptr %args, i64 264
+  %45 = load i64, ptr %44, align 8
+  %46 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %fused_decode.query_shape = load ptr, ptr %46, align 8
+  %47 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %fused_decode.query_strides = load ptr, ptr %47, align 8
+  %48 = icmp eq ptr %fused_decode.query_strides, null
+  %49 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16
+  %50 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8
+  %q_head.in = select i1 %48, ptr %49, ptr %50
+  %q_head = load i64, ptr %q_head.in, align 8
+  br i1 %48, label %if_then25, label %if_else26
+
+if_then25:                                        ; preds = %entry
+  %51 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8
+  %52 = load i64, ptr %51, align 8
+  %53 = load i64, ptr %49, align 8
+  %54 = mul nsw i64 %53, %52
+  br label %if_end27
+
+if_else26:                                        ; preds = %entry
+  %55 = load i64, ptr %fused_decode.query_strides, align 8
+  br label %if_end27
+
+if_end27:                                         ; preds = %if_else26, %if_then25
+  %q_batch = phi i64 [ %54, %if_then25 ], [ %55, %if_else26 ]
+  %56 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %56, align 4
+  %57 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 24
+  %fused_decode.key_cache_shape = load ptr, ptr %57, align 8
+  %58 = getelementptr inbounds nuw i8, ptr %key_cache.handle, i64 32
+  %fused_decode.key_cache_strides = load ptr, ptr %58, align 8
+  %59 = icmp eq ptr %fused_decode.key_cache_strides, null
+  %60 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_shape, i64 24
+  %61 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_strides, i64 16
+  %k_head.in = select i1 %59, ptr %60, ptr %61
+  %k_head = load i64, ptr %k_head.in, align 8
+  br i1 %59, label %if_then34, label %if_else35
+
+if_then34:                                        ; preds = %if_end27
+  %62 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_shape, i64 16
+  %63 = load i64, ptr %62, align 8
+  %64 = load i64, ptr %60, align 8
+  %65 = mul nsw i64 %64, %63
+  %66 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_shape, i64 8
+  %67 = load i64, ptr %66, align 8
+  %68 = mul nsw i64 %65, %67
+  br label %if_end36
+
+if_else35:                                        ; preds = %if_end27
+  %69 = getelementptr inbounds nuw i8, ptr %fused_decode.key_cache_strides, i64 8
+  %70 = load i64, ptr %69, align 8
+  %71 = load i64, ptr %fused_decode.key_cache_strides, align 8
+  br label %if_end36
+
+if_end36:                                         ; preds = %if_else35, %if_then34
+  %k_slot58 = phi i64 [ %65, %if_then34 ], [ %70, %if_else35 ]
+  %k_block = phi i64 [ %68, %if_then34 ], [ %71, %if_else35 ]
+  %72 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 24
+  %fused_decode.value_cache_shape = load ptr, ptr %72, align 8
+  %73 = getelementptr inbounds nuw i8, ptr %value_cache.handle, i64 32
+  %fused_decode.value_cache_strides = load ptr, ptr %73, align 8
+  %74 = icmp eq ptr %fused_decode.value_cache_strides, null
+  %75 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_shape, i64 24
+  %76 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_strides, i64 16
+  %v_head.in = select i1 %74, ptr %75, ptr %76
+  %v_head = load i64, ptr %v_head.in, align 8
+  br i1 %74, label %if_then43, label %if_else44
+
+if_then43:                                        ; preds = %if_end36
+  %77 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_shape, i64 16
+  %78 = load i64, ptr %77, align 8
+  %79 = load i64, ptr %75, align 8
+  %80 = mul nsw i64 %79, %78
+  %81 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_shape, i64 8
+  %82 = load i64, ptr %81, align 8
+  %83 = mul nsw i64 %80, %82
+  br label %if_end45
+
+if_else44:                                        ; preds = %if_end36
+  %84 = getelementptr inbounds nuw i8, ptr %fused_decode.value_cache_strides, i64 8
+  %85 = load i64, ptr %84, align 8
+  %86 = load i64, ptr %fused_decode.value_cache_strides, align 8
+  br label %if_end45
+
+if_end45:                                         ; preds = %if_else44, %if_then43
+  %v_slot61 = phi i64 [ %80, %if_then43 ], [ %85, %if_else44 ]
+  %v_block = phi i64 [ %83, %if_then43 ], [ %86, %if_else44 ]
+  %87 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %fused_decode.block_table_strides = load ptr, ptr %87, align 8
+  %88 = icmp eq ptr %fused_decode.block_table_strides, null
+  br i1 %88, label %if_then46, label %if_end48
+
+if_then46:                                        ; preds = %if_end45
+  %89 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %fused_decode.block_table_shape = load ptr, ptr %89, align 8
+  %90 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8
+  br label %if_end48
+
+if_end48:                                         ; preds = %if_then46, %if_end45
+  %table_seq.in = phi ptr [ %90, %if_then46 ], [ %fused_decode.block_table_strides, %if_end45 ]
+  %table_seq = load i64, ptr %table_seq.in, align 8
+  %91 = icmp eq i32 %scale.type_index, 3
+  %.cast = bitcast i64 %45 to double
+  %92 = fptrunc double %.cast to float
+  %93 = sitofp i64 %45 to float
+  %scale = select i1 %91, float %92, float %93
+  %block_end = trunc i64 %40 to i32
+  %block_begin = trunc i64 %38 to i32
+  %num_rows = trunc i64 %36 to i32
+  %num_seqs = trunc i64 %30 to i32
+  %query = load ptr, ptr %query.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
+  %key_cache = load ptr, ptr %key_cache.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
+  %value_cache = load ptr, ptr %value_cache.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
+  %block_table = load ptr, ptr %block_table.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  %context_lens = load ptr, ptr %context_lens.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  %partial_max = load ptr, ptr %partial_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 64) ]
+  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 64) ]
+  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 64) ]
+  %94 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %q_tile.i = tail call ptr %94(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %95 = icmp eq ptr %q_tile.i, null
+  br i1 %95, label %fused_decode_compute_.exit, label %if_end.i, !prof !6
+
+if_end.i:                                         ; preds = %if_end48
+  %96 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %acc.i = tail call ptr %96(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %97 = icmp eq ptr %acc.i, null
+  br i1 %97, label %fused_decode_compute_.exit, label %if_end2.i, !prof !6
 
 if_end2.i:                                        ; preds = %if_end.i
-  %467 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !132, !tbaa !134
-  %scores.i = tail call ptr %467(i32 1, i32 %dev_id, i64 2112, i32 2, i32 32), !dbg !132
-    #dbg_declare(ptr %scores.i, !141, !DIExpression(), !132)
-  %468 = icmp eq ptr %scores.i, null, !dbg !132
-  br i1 %468, label %common.ret, label %if_end5.i, !dbg !132, !prof !16
+  %98 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %scores.i = tail call ptr %98(i32 1, i32 %dev_id, i64 2112, i32 2, i32 32)
+  %99 = icmp eq ptr %scores.i, null
+  br i1 %99, label %fused_decode_compute_.exit, label %if_end5.i, !prof !6
 
 if_end5.i:                                        ; preds = %if_end2.i
-  %469 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !132, !tbaa !134
-  %k_tile.i = tail call ptr %469(i32 1, i32 %dev_id, i64 6144, i32 2, i32 32), !dbg !132
-    #dbg_declare(ptr %k_tile.i, !142, !DIExpression(), !132)
-  %470 = icmp eq ptr %k_tile.i, null, !dbg !132
-  br i1 %470, label %common.ret, label %if_end8.i, !dbg !132, !prof !16
+  %100 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %k_tile.i = tail call ptr %100(i32 1, i32 %dev_id, i64 6144, i32 2, i32 32)
+  %101 = icmp eq ptr %k_tile.i, null
+  br i1 %101, label %fused_decode_compute_.exit, label %if_end8.i, !prof !6
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %471 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !132, !tbaa !134
-  %v_tile.i = tail call ptr %471(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32), !dbg !132
-    #dbg_declare(ptr %v_tile.i, !143, !DIExpression(), !132)
-  %472 = icmp eq ptr %v_tile.i, null, !dbg !132
-  br i1 %472, label %common.ret, label %if_end11.i, !dbg !132, !prof !16
+  %102 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %v_tile.i = tail call ptr %102(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %103 = icmp eq ptr %v_tile.i, null
+  br i1 %103, label %fused_decode_compute_.exit, label %if_end11.i, !prof !6
 
 if_end11.i:                                       ; preds = %if_end8.i
-    #dbg_declare(ptr %302, !144, !DIExpression(), !132)
-  call void @llvm.assume(i1 true) [ "align"(ptr %302, i64 2) ], !dbg !132
-    #dbg_declare(ptr %309, !145, !DIExpression(), !132)
-  call void @llvm.assume(i1 true) [ "align"(ptr %309, i64 2) ], !dbg !132
-    #dbg_declare(ptr %318, !146, !DIExpression(), !132)
-  call void @llvm.assume(i1 true) [ "align"(ptr %318, i64 2) ], !dbg !132
-    #dbg_declare(ptr %326, !147, !DIExpression(), !132)
-  call void @llvm.assume(i1 true) [ "align"(ptr %326, i64 4) ], !dbg !132
-    #dbg_declare(ptr %340, !148, !DIExpression(), !132)
-  call void @llvm.assume(i1 true) [ "align"(ptr %340, i64 4) ], !dbg !132
-    #dbg_value(i64 %slots, !149, !DIExpression(DW_OP_constu, 4, DW_OP_mul, DW_OP_stack_value), !132)
-    #dbg_declare(ptr %354, !150, !DIExpression(), !132)
-  call void @llvm.assume(i1 true) [ "align"(ptr %354, i64 64) ], !dbg !132
-    #dbg_declare(ptr %371, !151, !DIExpression(), !132)
-  call void @llvm.assume(i1 true) [ "align"(ptr %371, i64 64) ], !dbg !132
-    #dbg_declare(ptr %391, !152, !DIExpression(), !132)
-  call void @llvm.assume(i1 true) [ "align"(ptr %391, i64 64) ], !dbg !132
-    #dbg_value(<4 x float> undef, !153, !DIExpression(), !132)
-    #dbg_value(<4 x float> undef, !154, !DIExpression(), !132)
-    #dbg_value(i32 0, !155, !DIExpression(), !132)
-  %473 = icmp sgt i32 %num_seqs, 0, !dbg !132
-  br i1 %473, label %for_body_s.lr.ph.i, label %for_end_s.i, !dbg !132, !prof !156
+  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 64) ]
+  %104 = icmp sgt i32 %num_seqs, 0
+  br i1 %104, label %for_body_s.lr.ph.i, label %for_end_s.i, !prof !7
 
 for_body_s.lr.ph.i:                               ; preds = %if_end11.i
   %range_begin.i = shl nsw i32 %block_begin, 4
-  %sext = shl i64 %68, 32
-  %474 = ashr exact i64 %sext, 32
-  %475 = shl nsw i32 %block_end, 4
-  %sext290 = shl i64 %83, 32
-  %476 = ashr exact i64 %sext290, 32
-  %sext291 = shl i64 %93, 32
-  %sext292 = shl i64 %78, 32
-  %cse_v7.i = ashr exact i64 %sext292, 32
-  %477 = ashr exact i64 %sext291, 30, !dbg !132
-  %invariant.gep232.i = getelementptr i8, ptr %326, i64 %477, !dbg !132
-  %cse_v21.i = mul nsw i64 %k_head, %cse_v7.i
-  %478 = insertelement <4 x float> poison, float %scale, i64 0
-  %479 = shufflevector <4 x float> %478, <4 x float> poison, <4 x i32> zeroinitializer
-  %cse_v25.i = mul nsw i64 %v_head, %cse_v7.i
-  %sext293 = shl i64 %103, 32
-  %cse_v17.i = ashr exact i64 %sext293, 32
-  %wide.trip.count345.i = and i64 %73, 2147483647, !dbg !132
-  %480 = icmp sgt i32 %num_rows, 0
-  %481 = mul nsw i64 %q_head, %476
-  %482 = icmp samesign ugt i32 %num_rows, 1
-  %483 = add nsw i64 %476, 1
-  %484 = mul nsw i64 %q_head, %483
-  %485 = icmp samesign ugt i32 %num_rows, 2
-  %486 = add nsw i64 %476, 2
-  %487 = mul nsw i64 %q_head, %486
-  %488 = icmp samesign ugt i32 %num_rows, 3
-  %489 = add nsw i64 %476, 3
-  %490 = mul nsw i64 %q_head, %489
-  %scevgep = getelementptr i8, ptr %q_tile.i, i64 2048, !dbg !132
-  %491 = mul i64 %q_head, %489, !dbg !132
-  %492 = shl i64 %491, 1, !dbg !132
-  %493 = mul i64 %q_batch, %474, !dbg !132
-  %494 = shl i64 %493, 1, !dbg !132
-  %495 = getelementptr i8, ptr %302, i64 %492, !dbg !132
-  %scevgep391 = getelementptr i8, ptr %495, i64 %494, !dbg !132
-  %496 = ashr exact i64 %sext, 31, !dbg !132
-  %497 = shl nuw nsw i64 %wide.trip.count345.i, 1, !dbg !132
-  %498 = add nsw i64 %496, %497, !dbg !132
-  %499 = add nsw i64 %498, -2, !dbg !132
-  %500 = mul i64 %q_batch, %499, !dbg !132
-  %501 = getelementptr i8, ptr %302, i64 %492, !dbg !132
-  %502 = getelementptr i8, ptr %501, i64 %500, !dbg !132
-  %scevgep392 = getelementptr i8, ptr %502, i64 256, !dbg !132
-  %503 = mul i64 %q_head, %486, !dbg !132
-  %504 = shl i64 %503, 1, !dbg !132
-  %505 = getelementptr i8, ptr %302, i64 %504, !dbg !132
-  %scevgep393 = getelementptr i8, ptr %505, i64 %494, !dbg !132
-  %506 = getelementptr i8, ptr %302, i64 %504, !dbg !132
-  %507 = getelementptr i8, ptr %506, i64 %500, !dbg !132
-  %scevgep394 = getelementptr i8, ptr %507, i64 256, !dbg !132
-  %508 = mul i64 %q_head, %483, !dbg !132
-  %509 = shl i64 %508, 1, !dbg !132
-  %510 = getelementptr i8, ptr %302, i64 %509, !dbg !132
-  %scevgep395 = getelementptr i8, ptr %510, i64 %494, !dbg !132
-  %511 = getelementptr i8, ptr %302, i64 %509, !dbg !132
-  %512 = getelementptr i8, ptr %511, i64 %500, !dbg !132
-  %scevgep396 = getelementptr i8, ptr %512, i64 256, !dbg !132
-  %513 = mul i64 %q_head, %476, !dbg !132
-  %514 = shl i64 %513, 1, !dbg !132
-  %515 = getelementptr i8, ptr %302, i64 %494, !dbg !132
-  %scevgep397 = getelementptr i8, ptr %515, i64 %514, !dbg !132
-  %516 = getelementptr i8, ptr %302, i64 %514, !dbg !132
-  %517 = getelementptr i8, ptr %516, i64 %500, !dbg !132
-  %scevgep398 = getelementptr i8, ptr %517, i64 256, !dbg !132
-  %scevgep419 = getelementptr i8, ptr %q_tile.i, i64 2048, !dbg !132
-  %518 = mul i64 %q_batch, %474, !dbg !132
-  %519 = mul i64 %q_head, %476, !dbg !132
-  %520 = shl i64 %519, 1, !dbg !132
-  %521 = add i64 %518, %519, !dbg !132
-  %522 = shl i64 %521, 1, !dbg !132
-  %scevgep420 = getelementptr i8, ptr %302, i64 %522, !dbg !132
-  %523 = ashr exact i64 %sext, 31, !dbg !132
-  %524 = shl nuw nsw i64 %wide.trip.count345.i, 1, !dbg !132
-  %525 = add nsw i64 %523, %524, !dbg !132
-  %526 = add nsw i64 %525, -2, !dbg !132
-  %527 = mul i64 %q_batch, %526, !dbg !132
-  %528 = getelementptr i8, ptr %302, i64 %520, !dbg !132
-  %529 = getelementptr i8, ptr %528, i64 %527, !dbg !132
-  %scevgep421 = getelementptr i8, ptr %529, i64 256, !dbg !132
-  %bound0422 = icmp ult ptr %q_tile.i, %scevgep421
-  %bound1423 = icmp ult ptr %scevgep420, %scevgep419
-  %found.conflict424 = and i1 %bound0422, %bound1423
+  %sext = shl i64 %28, 32
+  %105 = ashr exact i64 %sext, 32
+  %106 = shl nsw i32 %block_end, 4
+  %sext63 = shl i64 %34, 32
+  %107 = ashr exact i64 %sext63, 32
+  %sext64 = shl i64 %38, 32
+  %sext65 = shl i64 %32, 32
+  %cse_v7.i = ashr exact i64 %sext65, 32
+  %108 = ashr exact i64 %sext64, 30
+  %invariant.gep228.i = getelementptr i8, ptr %block_table, i64 %108
+  %cse_v19.i = mul nsw i64 %k_head, %cse_v7.i
+  %109 = insertelement <4 x float> poison, float %scale, i64 0
+  %110 = shufflevector <4 x float> %109, <4 x float> poison, <4 x i32> zeroinitializer
+  %cse_v23.i = mul nsw i64 %v_head, %cse_v7.i
+  %sext66 = shl i64 %42, 32
+  %cse_v15.i = ashr exact i64 %sext66, 32
+  %wide.trip.count341.i = and i64 %30, 2147483647
+  %111 = icmp sgt i32 %num_rows, 0
+  %112 = mul nsw i64 %q_head, %107
+  %113 = icmp samesign ugt i32 %num_rows, 1
+  %114 = add nsw i64 %107, 1
+  %115 = mul nsw i64 %q_head, %114
+  %116 = icmp samesign ugt i32 %num_rows, 2
+  %117 = add nsw i64 %107, 2
+  %118 = mul nsw i64 %q_head, %117
+  %119 = icmp samesign ugt i32 %num_rows, 3
+  %120 = add nsw i64 %107, 3
+  %121 = mul nsw i64 %q_head, %120
+  %scevgep = getelementptr i8, ptr %q_tile.i, i64 2048
+  %122 = mul i64 %q_head, %120
+  %123 = shl i64 %122, 1
+  %124 = mul i64 %q_batch, %105
+  %125 = shl i64 %124, 1
+  %126 = getelementptr i8, ptr %query, i64 %123
+  %scevgep164 = getelementptr i8, ptr %126, i64 %125
+  %127 = ashr exact i64 %sext, 31
+  %128 = shl nuw nsw i64 %wide.trip.count341.i, 1
+  %129 = add nsw i64 %127, %128
+  %130 = add nsw i64 %129, -2
+  %131 = mul i64 %q_batch, %130
+  %132 = getelementptr i8, ptr %query, i64 %123
+  %133 = getelementptr i8, ptr %132, i64 %131
+  %scevgep165 = getelementptr i8, ptr %133, i64 256
+  %134 = mul i64 %q_head, %117
+  %135 = shl i64 %134, 1
+  %136 = getelementptr i8, ptr %query, i64 %135
+  %scevgep166 = getelementptr i8, ptr %136, i64 %125
+  %137 = getelementptr i8, ptr %query, i64 %135
+  %138 = getelementptr i8, ptr %137, i64 %131
+  %scevgep167 = getelementptr i8, ptr %138, i64 256
+  %139 = mul i64 %q_head, %114
+  %140 = shl i64 %139, 1
+  %141 = getelementptr i8, ptr %query, i64 %140
+  %scevgep168 = getelementptr i8, ptr %141, i64 %125
+  %142 = getelementptr i8, ptr %query, i64 %140
+  %143 = getelementptr i8, ptr %142, i64 %131
+  %scevgep169 = getelementptr i8, ptr %143, i64 256
+  %144 = mul i64 %q_head, %107
+  %145 = shl i64 %144, 1
+  %146 = getelementptr i8, ptr %query, i64 %125
+  %scevgep170 = getelementptr i8, ptr %146, i64 %145
+  %147 = getelementptr i8, ptr %query, i64 %145
+  %148 = getelementptr i8, ptr %147, i64 %131
+  %scevgep171 = getelementptr i8, ptr %148, i64 256
+  %scevgep192 = getelementptr i8, ptr %q_tile.i, i64 2048
+  %149 = mul i64 %q_batch, %105
+  %150 = mul i64 %q_head, %107
+  %151 = shl i64 %150, 1
+  %152 = add i64 %149, %150
+  %153 = shl i64 %152, 1
+  %scevgep193 = getelementptr i8, ptr %query, i64 %153
+  %154 = ashr exact i64 %sext, 31
+  %155 = shl nuw nsw i64 %wide.trip.count341.i, 1
+  %156 = add nsw i64 %154, %155
+  %157 = add nsw i64 %156, -2
+  %158 = mul i64 %q_batch, %157
+  %159 = getelementptr i8, ptr %query, i64 %151
+  %160 = getelementptr i8, ptr %159, i64 %158
+  %scevgep194 = getelementptr i8, ptr %160, i64 256
+  %bound0195 = icmp ult ptr %q_tile.i, %scevgep194
+  %bound1196 = icmp ult ptr %scevgep193, %scevgep192
+  %found.conflict197 = and i1 %bound0195, %bound1196
   %.mask = and i64 %q_batch, 4611686018427387904
-  %stride.check425 = icmp ne i64 %.mask, 0
-  %530 = or i1 %found.conflict424, %stride.check425
-  %531 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 128
-  %532 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 256
-  %533 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 384
-  %534 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 512
-  %535 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 640
-  %536 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 768
-  %537 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 896
-  %538 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1024
-  %539 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1152
-  %540 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1280
-  %541 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1408
-  %542 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1536
-  %543 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1664
-  %544 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1792
-  %545 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1920
-  %bound0 = icmp ult ptr %q_tile.i, %scevgep392
-  %bound1 = icmp ult ptr %scevgep391, %scevgep
+  %stride.check198 = icmp ne i64 %.mask, 0
+  %161 = or i1 %found.conflict197, %stride.check198
+  %162 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 128
+  %163 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 256
+  %164 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 384
+  %165 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 512
+  %166 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 640
+  %167 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 768
+  %168 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 896
+  %169 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1024
+  %170 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1152
+  %171 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1280
+  %172 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1408
+  %173 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1536
+  %174 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1664
+  %175 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1792
+  %176 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 1920
+  %bound0 = icmp ult ptr %q_tile.i, %scevgep165
+  %bound1 = icmp ult ptr %scevgep164, %scevgep
   %found.conflict = and i1 %bound0, %bound1
-  %bound0399 = icmp ult ptr %q_tile.i, %scevgep394
-  %bound1400 = icmp ult ptr %scevgep393, %scevgep
-  %found.conflict401 = and i1 %bound0399, %bound1400
-  %.mask439 = and i64 %q_batch, 4611686018427387904
-  %stride.check402 = icmp ne i64 %.mask439, 0
-  %546 = or i1 %found.conflict401, %stride.check402
-  %conflict.rdx = or i1 %found.conflict, %546
-  %bound0403 = icmp ult ptr %q_tile.i, %scevgep396
-  %bound1404 = icmp ult ptr %scevgep395, %scevgep
-  %found.conflict405 = and i1 %bound0403, %bound1404
-  %conflict.rdx407 = or i1 %found.conflict405, %conflict.rdx
-  %bound0408 = icmp ult ptr %q_tile.i, %scevgep398
-  %bound1409 = icmp ult ptr %scevgep397, %scevgep
-  %found.conflict410 = and i1 %bound0408, %bound1409
-  %conflict.rdx412 = or i1 %found.conflict410, %conflict.rdx407
-  %broadcast.splatinsert = insertelement <8 x i1> poison, i1 %488, i64 0
+  %bound0172 = icmp ult ptr %q_tile.i, %scevgep167
+  %bound1173 = icmp ult ptr %scevgep166, %scevgep
+  %found.conflict174 = and i1 %bound0172, %bound1173
+  %.mask212 = and i64 %q_batch, 4611686018427387904
+  %stride.check175 = icmp ne i64 %.mask212, 0
+  %177 = or i1 %found.conflict174, %stride.check175
+  %conflict.rdx = or i1 %found.conflict, %177
+  %bound0176 = icmp ult ptr %q_tile.i, %scevgep169
+  %bound1177 = icmp ult ptr %scevgep168, %scevgep
+  %found.conflict178 = and i1 %bound0176, %bound1177
+  %conflict.rdx180 = or i1 %found.conflict178, %conflict.rdx
+  %bound0181 = icmp ult ptr %q_tile.i, %scevgep171
+  %bound1182 = icmp ult ptr %scevgep170, %scevgep
+  %found.conflict183 = and i1 %bound0181, %bound1182
+  %conflict.rdx185 = or i1 %found.conflict183, %conflict.rdx180
+  %broadcast.splatinsert = insertelement <8 x i1> poison, i1 %119, i64 0
   %broadcast.splat = shufflevector <8 x i1> %broadcast.splatinsert, <8 x i1> poison, <8 x i32> zeroinitializer
-  %broadcast.splatinsert413 = insertelement <8 x i1> poison, i1 %485, i64 0
-  %broadcast.splat414 = shufflevector <8 x i1> %broadcast.splatinsert413, <8 x i1> poison, <8 x i32> zeroinitializer
-  %547 = xor <8 x i1> %broadcast.splat414, splat (i1 true)
-  %548 = select <8 x i1> %broadcast.splat414, <8 x i1> %broadcast.splat, <8 x i1> zeroinitializer
-  br label %for_body_s.i, !dbg !132
+  %broadcast.splatinsert186 = insertelement <8 x i1> poison, i1 %116, i64 0
+  %broadcast.splat187 = shufflevector <8 x i1> %broadcast.splatinsert186, <8 x i1> poison, <8 x i32> zeroinitializer
+  %178 = xor <8 x i1> %broadcast.splat187, splat (i1 true)
+  %179 = select <8 x i1> %broadcast.splat187, <8 x i1> %broadcast.splat, <8 x i1> zeroinitializer
+  br label %for_body_s.i
 
-for_body_s.i:                                     ; preds = %for_end_d101.i, %for_body_s.lr.ph.i
-  %indvars.iv342.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next343.i, %for_end_d101.i ]
-  %row_max.0230.i = phi <4 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_end_d101.i ]
-  %row_sum.0229.i = phi <4 x float> [ undef, %for_body_s.lr.ph.i ], [ %1356, %for_end_d101.i ]
-    #dbg_value(i64 %indvars.iv342.i, !155, !DIExpression(), !132)
-    #dbg_value(<4 x float> %row_max.0230.i, !153, !DIExpression(), !132)
-    #dbg_value(<4 x float> %row_sum.0229.i, !154, !DIExpression(), !132)
-    #dbg_value(!DIArgList(i64 %68, i64 %indvars.iv342.i), !157, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !132)
-    #dbg_value(i32 %range_begin.i, !158, !DIExpression(), !132)
-    #dbg_value(i32 %range_begin.i, !159, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv342.i, !160, !DIExpression(), !132)
-  %cse_v18.i = add nsw i64 %indvars.iv342.i, %474, !dbg !132
-    #dbg_value(i64 %cse_v18.i, !161, !DIExpression(), !132)
-  %549 = getelementptr inbounds i32, ptr %340, i64 %cse_v18.i, !dbg !162
-  %550 = load i32, ptr %549, align 4, !dbg !162, !tbaa !163
-    #dbg_value(i32 %range_len.i, !165, !DIExpression(), !132)
-    #dbg_value(i32 poison, !166, !DIExpression(), !132)
-    #dbg_value(i32 poison, !167, !DIExpression(), !132)
-  %551 = mul nsw i64 %cse_v18.i, %q_batch
-  %552 = getelementptr i16, ptr %302, i64 %551
-    #dbg_value(i32 0, !168, !DIExpression(), !132)
-  br i1 %480, label %for_body_s.i.split.us, label %for_begin_r.preheader.i.preheader
+for_body_s.i:                                     ; preds = %for_end_d97.i, %for_body_s.lr.ph.i
+  %indvars.iv338.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next339.i, %for_end_d97.i ]
+  %row_max.0226.i = phi <4 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_end_d97.i ]
+  %row_sum.0225.i = phi <4 x float> [ undef, %for_body_s.lr.ph.i ], [ %987, %for_end_d97.i ]
+  %cse_v16.i = add nsw i64 %indvars.iv338.i, %105
+  %180 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v16.i
+  %181 = load i32, ptr %180, align 4, !tbaa !8
+  %182 = mul nsw i64 %cse_v16.i, %q_batch
+  %183 = getelementptr i16, ptr %query, i64 %182
+  br i1 %111, label %for_body_s.i.split.us, label %for_begin_r.preheader.i.preheader
 
 for_begin_r.preheader.i.preheader:                ; preds = %for_body_s.i
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(2048) %q_tile.i, i8 0, i64 2048, i1 false), !dbg !132, !tbaa !163
-    #dbg_value(i64 poison, !168, !DIExpression(), !132)
-    #dbg_value(i32 0, !169, !DIExpression(), !132)
-  br label %for_begin_step.preheader.i, !dbg !162
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(2048) %q_tile.i, i8 0, i64 2048, i1 false), !tbaa !8
+  br label %for_begin_step.preheader.i
 
 for_body_s.i.split.us:                            ; preds = %for_body_s.i
-  br i1 %482, label %vector.memcheck, label %for_body_s.i.split.us.split
+  br i1 %113, label %vector.memcheck, label %for_body_s.i.split.us.split
 
 vector.memcheck:                                  ; preds = %for_body_s.i.split.us
-  br i1 %conflict.rdx412, label %for_begin_r.preheader.i.us.us, label %vector.body, !dbg !132, !prof !170
+  br i1 %conflict.rdx185, label %for_begin_r.preheader.i.us.us, label %vector.body, !prof !10
 
-vector.body:                                      ; preds = %vector.memcheck, %vector.body
-  %index = phi i64 [ %index.next.1, %vector.body ], [ 0, %vector.memcheck ], !dbg !132
+vector.body:                                      ; preds = %vector.body, %vector.memcheck
+  %index = phi i64 [ %index.next.1, %vector.body ], [ 0, %vector.memcheck ]
   %vec.ind = phi <8 x i64> [ %vec.ind.next.1, %vector.body ], [ <i64 0, i64 1, i64 2, i64 3, i64 4, i64 5, i64 6, i64 7>, %vector.memcheck ]
-  %553 = getelementptr i16, ptr %552, i64 %index, !dbg !132
-  %554 = getelementptr i16, ptr %553, i64 %481, !dbg !132
-  %wide.load = load <8 x i16>, ptr %554, align 2, !dbg !132, !tbaa !163, !alias.scope !171
-  %555 = zext <8 x i16> %wide.load to <8 x i32>, !dbg !132
-  %556 = shl nuw <8 x i32> %555, splat (i32 16), !dbg !132
-  %557 = shl nuw nsw <8 x i64> %vec.ind, splat (i64 4), !dbg !132
-  %558 = getelementptr inbounds nuw i8, ptr %q_tile.i, <8 x i64> %557, !dbg !132
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %556, <8 x ptr> align 4 %558, <8 x i1> splat (i1 true)), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
-  %559 = getelementptr i16, ptr %553, i64 %484, !dbg !132
-  %wide.load415 = load <8 x i16>, ptr %559, align 2, !dbg !132, !tbaa !163, !alias.scope !180
-  %560 = zext <8 x i16> %wide.load415 to <8 x i32>, !dbg !132
-  %561 = shl nuw <8 x i32> %560, splat (i32 16), !dbg !132
-  %562 = getelementptr inbounds nuw i8, <8 x ptr> %558, i64 4, !dbg !132
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %561, <8 x ptr> align 4 %562, <8 x i1> splat (i1 true)), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
-  %563 = getelementptr inbounds nuw i8, <8 x ptr> %558, i64 8, !dbg !132
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> zeroinitializer, <8 x ptr> align 4 %563, <8 x i1> %547), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
-  %564 = getelementptr i16, ptr %553, i64 %487, !dbg !132
-  %wide.masked.load = tail call <8 x i16> @llvm.masked.load.v8i16.p0(ptr align 2 %564, <8 x i1> %broadcast.splat414, <8 x i16> poison), !dbg !132, !tbaa !163, !alias.scope !181
-  %565 = zext <8 x i16> %wide.masked.load to <8 x i32>, !dbg !132
-  %566 = shl nuw <8 x i32> %565, splat (i32 16), !dbg !132
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %566, <8 x ptr> align 4 %563, <8 x i1> %broadcast.splat414), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
-  %567 = getelementptr i16, ptr %553, i64 %490, !dbg !132
-  %wide.masked.load416 = tail call <8 x i16> @llvm.masked.load.v8i16.p0(ptr align 2 %567, <8 x i1> %548, <8 x i16> poison), !dbg !132, !tbaa !163, !alias.scope !182
-  %568 = zext <8 x i16> %wide.masked.load416 to <8 x i32>, !dbg !132
-  %569 = shl nuw <8 x i32> %568, splat (i32 16), !dbg !132
-  %570 = bitcast <8 x i32> %569 to <8 x float>, !dbg !132
-  %predphi = select <8 x i1> %548, <8 x float> %570, <8 x float> zeroinitializer, !dbg !132
-  %predphi417 = select i1 %485, <8 x float> %predphi, <8 x float> zeroinitializer, !dbg !132
-  %571 = getelementptr inbounds nuw i8, <8 x ptr> %558, i64 12, !dbg !132
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi417, <8 x ptr> align 4 %571, <8 x i1> splat (i1 true)), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
-  %572 = getelementptr i16, ptr %552, i64 %index, !dbg !132
-  %573 = getelementptr i8, ptr %572, i64 16, !dbg !132
-  %574 = getelementptr i16, ptr %573, i64 %481, !dbg !132
-  %wide.load.1 = load <8 x i16>, ptr %574, align 2, !dbg !132, !tbaa !163, !alias.scope !171
-  %575 = zext <8 x i16> %wide.load.1 to <8 x i32>, !dbg !132
-  %576 = shl nuw <8 x i32> %575, splat (i32 16), !dbg !132
-  %vec.ind.next = shl <8 x i64> %vec.ind, splat (i64 4), !dbg !132
-  %577 = add <8 x i64> %vec.ind.next, splat (i64 128), !dbg !132
-  %578 = getelementptr inbounds nuw i8, ptr %q_tile.i, <8 x i64> %577, !dbg !132
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %576, <8 x ptr> align 4 %578, <8 x i1> splat (i1 true)), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
-  %579 = getelementptr i16, ptr %573, i64 %484, !dbg !132
-  %wide.load415.1 = load <8 x i16>, ptr %579, align 2, !dbg !132, !tbaa !163, !alias.scope !180
-  %580 = zext <8 x i16> %wide.load415.1 to <8 x i32>, !dbg !132
-  %581 = shl nuw <8 x i32> %580, splat (i32 16), !dbg !132
-  %582 = getelementptr inbounds nuw i8, <8 x ptr> %578, i64 4, !dbg !132
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %581, <8 x ptr> align 4 %582, <8 x i1> splat (i1 true)), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
-  %583 = getelementptr inbounds nuw i8, <8 x ptr> %578, i64 8, !dbg !132
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> zeroinitializer, <8 x ptr> align 4 %583, <8 x i1> %547), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
-  %584 = getelementptr i16, ptr %573, i64 %487, !dbg !132
-  %wide.masked.load.1 = tail call <8 x i16> @llvm.masked.load.v8i16.p0(ptr align 2 %584, <8 x i1> %broadcast.splat414, <8 x i16> poison), !dbg !132, !tbaa !163, !alias.scope !181
-  %585 = zext <8 x i16> %wide.masked.load.1 to <8 x i32>, !dbg !132
-  %586 = shl nuw <8 x i32> %585, splat (i32 16), !dbg !132
-  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %586, <8 x ptr> align 4 %583, <8 x i1> %broadcast.splat414), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
-  %587 = getelementptr i16, ptr %573, i64 %490, !dbg !132
-  %wide.masked.load416.1 = tail call <8 x i16> @llvm.masked.load.v8i16.p0(ptr align 2 %587, <8 x i1> %548, <8 x i16> poison), !dbg !132, !tbaa !163, !alias.scope !182
-  %588 = zext <8 x i16> %wide.masked.load416.1 to <8 x i32>, !dbg !132
-  %589 = shl nuw <8 x i32> %588, splat (i32 16), !dbg !132
-  %590 = bitcast <8 x i32> %589 to <8 x float>, !dbg !132
-  %predphi.1 = select <8 x i1> %548, <8 x float> %590, <8 x float> zeroinitializer, !dbg !132
-  %predphi417.1 = select i1 %485, <8 x float> %predphi.1, <8 x float> zeroinitializer, !dbg !132
-  %591 = getelementptr inbounds nuw i8, <8 x ptr> %578, i64 12, !dbg !132
-  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi417.1, <8 x ptr> align 4 %591, <8 x i1> splat (i1 true)), !dbg !132, !tbaa !163, !alias.scope !174, !noalias !176
-  %index.next.1 = add nuw nsw i64 %index, 16, !dbg !132
+  %184 = getelementptr i16, ptr %183, i64 %index
+  %185 = getelementptr i16, ptr %184, i64 %112
+  %wide.load = load <8 x i16>, ptr %185, align 2, !tbaa !8, !alias.scope !11
+  %186 = zext <8 x i16> %wide.load to <8 x i32>
+  %187 = shl nuw <8 x i32> %186, splat (i32 16)
+  %188 = shl nuw nsw <8 x i64> %vec.ind, splat (i64 4)
+  %189 = getelementptr inbounds nuw i8, ptr %q_tile.i, <8 x i64> %188
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %187, <8 x ptr> align 4 %189, <8 x i1> splat (i1 true)), !tbaa !8, !alias.scope !14, !noalias !16
+  %190 = getelementptr i16, ptr %184, i64 %115
+  %wide.load188 = load <8 x i16>, ptr %190, align 2, !tbaa !8, !alias.scope !20
+  %191 = zext <8 x i16> %wide.load188 to <8 x i32>
+  %192 = shl nuw <8 x i32> %191, splat (i32 16)
+  %193 = getelementptr inbounds nuw i8, <8 x ptr> %189, i64 4
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %192, <8 x ptr> align 4 %193, <8 x i1> splat (i1 true)), !tbaa !8, !alias.scope !14, !noalias !16
+  %194 = getelementptr inbounds nuw i8, <8 x ptr> %189, i64 8
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> zeroinitializer, <8 x ptr> align 4 %194, <8 x i1> %178), !tbaa !8, !alias.scope !14, !noalias !16
+  %195 = getelementptr i16, ptr %184, i64 %118
+  %wide.masked.load = tail call <8 x i16> @llvm.masked.load.v8i16.p0(ptr align 2 %195, <8 x i1> %broadcast.splat187, <8 x i16> poison), !tbaa !8, !alias.scope !21
+  %196 = zext <8 x i16> %wide.masked.load to <8 x i32>
+  %197 = shl nuw <8 x i32> %196, splat (i32 16)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %197, <8 x ptr> align 4 %194, <8 x i1> %broadcast.splat187), !tbaa !8, !alias.scope !14, !noalias !16
+  %198 = getelementptr i16, ptr %184, i64 %121
+  %wide.masked.load189 = tail call <8 x i16> @llvm.masked.load.v8i16.p0(ptr align 2 %198, <8 x i1> %179, <8 x i16> poison), !tbaa !8, !alias.scope !22
+  %199 = zext <8 x i16> %wide.masked.load189 to <8 x i32>
+  %200 = shl nuw <8 x i32> %199, splat (i32 16)
+  %201 = bitcast <8 x i32> %200 to <8 x float>
+  %predphi = select <8 x i1> %179, <8 x float> %201, <8 x float> zeroinitializer
+  %predphi190 = select i1 %116, <8 x float> %predphi, <8 x float> zeroinitializer
+  %202 = getelementptr inbounds nuw i8, <8 x ptr> %189, i64 12
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi190, <8 x ptr> align 4 %202, <8 x i1> splat (i1 true)), !tbaa !8, !alias.scope !14, !noalias !16
+  %203 = getelementptr i16, ptr %183, i64 %index
+  %204 = getelementptr i8, ptr %203, i64 16
+  %205 = getelementptr i16, ptr %204, i64 %112
+  %wide.load.1 = load <8 x i16>, ptr %205, align 2, !tbaa !8, !alias.scope !11
+  %206 = zext <8 x i16> %wide.load.1 to <8 x i32>
+  %207 = shl nuw <8 x i32> %206, splat (i32 16)
+  %vec.ind.next = shl <8 x i64> %vec.ind, splat (i64 4)
+  %208 = add <8 x i64> %vec.ind.next, splat (i64 128)
+  %209 = getelementptr inbounds nuw i8, ptr %q_tile.i, <8 x i64> %208
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %207, <8 x ptr> align 4 %209, <8 x i1> splat (i1 true)), !tbaa !8, !alias.scope !14, !noalias !16
+  %210 = getelementptr i16, ptr %204, i64 %115
+  %wide.load188.1 = load <8 x i16>, ptr %210, align 2, !tbaa !8, !alias.scope !20
+  %211 = zext <8 x i16> %wide.load188.1 to <8 x i32>
+  %212 = shl nuw <8 x i32> %211, splat (i32 16)
+  %213 = getelementptr inbounds nuw i8, <8 x ptr> %209, i64 4
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %212, <8 x ptr> align 4 %213, <8 x i1> splat (i1 true)), !tbaa !8, !alias.scope !14, !noalias !16
+  %214 = getelementptr inbounds nuw i8, <8 x ptr> %209, i64 8
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> zeroinitializer, <8 x ptr> align 4 %214, <8 x i1> %178), !tbaa !8, !alias.scope !14, !noalias !16
+  %215 = getelementptr i16, ptr %204, i64 %118
+  %wide.masked.load.1 = tail call <8 x i16> @llvm.masked.load.v8i16.p0(ptr align 2 %215, <8 x i1> %broadcast.splat187, <8 x i16> poison), !tbaa !8, !alias.scope !21
+  %216 = zext <8 x i16> %wide.masked.load.1 to <8 x i32>
+  %217 = shl nuw <8 x i32> %216, splat (i32 16)
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %217, <8 x ptr> align 4 %214, <8 x i1> %broadcast.splat187), !tbaa !8, !alias.scope !14, !noalias !16
+  %218 = getelementptr i16, ptr %204, i64 %121
+  %wide.masked.load189.1 = tail call <8 x i16> @llvm.masked.load.v8i16.p0(ptr align 2 %218, <8 x i1> %179, <8 x i16> poison), !tbaa !8, !alias.scope !22
+  %219 = zext <8 x i16> %wide.masked.load189.1 to <8 x i32>
+  %220 = shl nuw <8 x i32> %219, splat (i32 16)
+  %221 = bitcast <8 x i32> %220 to <8 x float>
+  %predphi.1 = select <8 x i1> %179, <8 x float> %221, <8 x float> zeroinitializer
+  %predphi190.1 = select i1 %116, <8 x float> %predphi.1, <8 x float> zeroinitializer
+  %222 = getelementptr inbounds nuw i8, <8 x ptr> %209, i64 12
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi190.1, <8 x ptr> align 4 %222, <8 x i1> splat (i1 true)), !tbaa !8, !alias.scope !14, !noalias !16
+  %index.next.1 = add nuw nsw i64 %index, 16
   %vec.ind.next.1 = add nuw nsw <8 x i64> %vec.ind, splat (i64 16)
-  %592 = icmp eq i64 %index.next.1, 128, !dbg !132
-  br i1 %592, label %for_begin_step.preheader.i, label %vector.body, !dbg !132, !prof !183, !llvm.loop !184
+  %223 = icmp eq i64 %index.next.1, 128
+  br i1 %223, label %for_begin_step.preheader.i, label %vector.body, !prof !23, !llvm.loop !24
 
-for_begin_r.preheader.i.us.us:                    ; preds = %vector.memcheck, %if_end14.3.i.us.us.1
+for_begin_r.preheader.i.us.us:                    ; preds = %if_end14.3.i.us.us.1, %vector.memcheck
   %indvars.iv.i.us.us = phi i64 [ %indvars.iv.next.i.us.us.1, %if_end14.3.i.us.us.1 ], [ 0, %vector.memcheck ]
-    #dbg_value(i64 %indvars.iv.i.us.us, !168, !DIExpression(), !132)
-    #dbg_value(i32 0, !169, !DIExpression(), !132)
-  %invariant.gep.i.us.us = getelementptr i16, ptr %552, i64 %indvars.iv.i.us.us, !dbg !132
-    #dbg_value(i64 0, !169, !DIExpression(), !132)
-  %gep.i.us.us = getelementptr i16, ptr %invariant.gep.i.us.us, i64 %481, !dbg !132
-  %593 = load i16, ptr %gep.i.us.us, align 2, !dbg !132, !tbaa !163
-  %594 = zext i16 %593 to i32, !dbg !132
-  %595 = shl nuw i32 %594, 16, !dbg !132
-  %.idx344 = shl nuw nsw i64 %indvars.iv.i.us.us, 4, !dbg !132
-  %596 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx344, !dbg !132
-  store i32 %595, ptr %596, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 1, !169, !DIExpression(), !132)
-  %gep.1.i.us.us = getelementptr i16, ptr %invariant.gep.i.us.us, i64 %484, !dbg !132
-  %597 = load i16, ptr %gep.1.i.us.us, align 2, !dbg !132, !tbaa !163
-  %598 = zext i16 %597 to i32, !dbg !132
-  %599 = shl nuw i32 %598, 16, !dbg !132
-  %600 = getelementptr inbounds nuw i8, ptr %596, i64 4, !dbg !132
-  store i32 %599, ptr %600, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 2, !169, !DIExpression(), !132)
-  br i1 %485, label %if_end14.2.i.us.us, label %if_end14.2.thread.i.us.us, !dbg !132
+  %invariant.gep.i.us.us = getelementptr i16, ptr %183, i64 %indvars.iv.i.us.us
+  %gep.i.us.us = getelementptr i16, ptr %invariant.gep.i.us.us, i64 %112
+  %224 = load i16, ptr %gep.i.us.us, align 2, !tbaa !8
+  %225 = zext i16 %224 to i32
+  %226 = shl nuw i32 %225, 16
+  %.idx117 = shl nuw nsw i64 %indvars.iv.i.us.us, 4
+  %227 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx117
+  store i32 %226, ptr %227, align 4, !tbaa !8
+  %gep.1.i.us.us = getelementptr i16, ptr %invariant.gep.i.us.us, i64 %115
+  %228 = load i16, ptr %gep.1.i.us.us, align 2, !tbaa !8
+  %229 = zext i16 %228 to i32
+  %230 = shl nuw i32 %229, 16
+  %231 = getelementptr inbounds nuw i8, ptr %227, i64 4
+  store i32 %230, ptr %231, align 4, !tbaa !8
+  br i1 %116, label %if_end14.2.i.us.us, label %if_end14.2.thread.i.us.us
 
 if_end14.2.thread.i.us.us:                        ; preds = %for_begin_r.preheader.i.us.us
-  %601 = getelementptr inbounds nuw i8, ptr %596, i64 8, !dbg !132
-  store float 0.000000e+00, ptr %601, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 3, !169, !DIExpression(), !132)
-  br label %if_end14.3.i.us.us, !dbg !132
+  %232 = getelementptr inbounds nuw i8, ptr %227, i64 8
+  store float 0.000000e+00, ptr %232, align 4, !tbaa !8
+  br label %if_end14.3.i.us.us
 
 if_end14.2.i.us.us:                               ; preds = %for_begin_r.preheader.i.us.us
-  %gep.2.i.us.us = getelementptr i16, ptr %invariant.gep.i.us.us, i64 %487, !dbg !132
-  %602 = load i16, ptr %gep.2.i.us.us, align 2, !dbg !132, !tbaa !163
-  %603 = zext i16 %602 to i32, !dbg !132
-  %604 = shl nuw i32 %603, 16, !dbg !132
-  %605 = getelementptr inbounds nuw i8, ptr %596, i64 8, !dbg !132
-  store i32 %604, ptr %605, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 3, !169, !DIExpression(), !132)
-  br i1 %488, label %if_then13.3.i.us.us, label %if_end14.3.i.us.us, !dbg !132
+  %gep.2.i.us.us = getelementptr i16, ptr %invariant.gep.i.us.us, i64 %118
+  %233 = load i16, ptr %gep.2.i.us.us, align 2, !tbaa !8
+  %234 = zext i16 %233 to i32
+  %235 = shl nuw i32 %234, 16
+  %236 = getelementptr inbounds nuw i8, ptr %227, i64 8
+  store i32 %235, ptr %236, align 4, !tbaa !8
+  br i1 %119, label %if_then13.3.i.us.us, label %if_end14.3.i.us.us
 
 if_then13.3.i.us.us:                              ; preds = %if_end14.2.i.us.us
-  %gep.3.i.us.us = getelementptr i16, ptr %invariant.gep.i.us.us, i64 %490, !dbg !132
-  %606 = load i16, ptr %gep.3.i.us.us, align 2, !dbg !132, !tbaa !163
-  %607 = zext i16 %606 to i32, !dbg !132
-  %608 = shl nuw i32 %607, 16, !dbg !132
-  %609 = bitcast i32 %608 to float, !dbg !132
-  br label %if_end14.3.i.us.us, !dbg !132
+  %gep.3.i.us.us = getelementptr i16, ptr %invariant.gep.i.us.us, i64 %121
+  %237 = load i16, ptr %gep.3.i.us.us, align 2, !tbaa !8
+  %238 = zext i16 %237 to i32
+  %239 = shl nuw i32 %238, 16
+  %240 = bitcast i32 %239 to float
+  br label %if_end14.3.i.us.us
 
 if_end14.3.i.us.us:                               ; preds = %if_then13.3.i.us.us, %if_end14.2.i.us.us, %if_end14.2.thread.i.us.us
-  %610 = phi float [ %609, %if_then13.3.i.us.us ], [ 0.000000e+00, %if_end14.2.i.us.us ], [ 0.000000e+00, %if_end14.2.thread.i.us.us ], !dbg !132
-  %611 = getelementptr inbounds nuw i8, ptr %596, i64 12, !dbg !132
-  store float %610, ptr %611, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 4, !169, !DIExpression(), !132)
-  %indvars.iv.next.i.us.us = or disjoint i64 %indvars.iv.i.us.us, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next.i.us.us, !168, !DIExpression(), !132)
-    #dbg_value(i32 0, !169, !DIExpression(), !132)
-  %invariant.gep.i.us.us.1 = getelementptr i16, ptr %552, i64 %indvars.iv.next.i.us.us, !dbg !132
-    #dbg_value(i64 0, !169, !DIExpression(), !132)
-  %gep.i.us.us.1 = getelementptr i16, ptr %invariant.gep.i.us.us.1, i64 %481, !dbg !132
-  %612 = load i16, ptr %gep.i.us.us.1, align 2, !dbg !132, !tbaa !163
-  %613 = zext i16 %612 to i32, !dbg !132
-  %614 = shl nuw i32 %613, 16, !dbg !132
-  %.idx344.1 = shl nuw nsw i64 %indvars.iv.next.i.us.us, 4, !dbg !132
-  %615 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx344.1, !dbg !132
-  store i32 %614, ptr %615, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 1, !169, !DIExpression(), !132)
-  %gep.1.i.us.us.1 = getelementptr i16, ptr %invariant.gep.i.us.us.1, i64 %484, !dbg !132
-  %616 = load i16, ptr %gep.1.i.us.us.1, align 2, !dbg !132, !tbaa !163
-  %617 = zext i16 %616 to i32, !dbg !132
-  %618 = shl nuw i32 %617, 16, !dbg !132
-  %619 = getelementptr inbounds nuw i8, ptr %615, i64 4, !dbg !132
-  store i32 %618, ptr %619, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 2, !169, !DIExpression(), !132)
-  br i1 %485, label %if_end14.2.i.us.us.1, label %if_end14.2.thread.i.us.us.1, !dbg !132
+  %241 = phi float [ %240, %if_then13.3.i.us.us ], [ 0.000000e+00, %if_end14.2.i.us.us ], [ 0.000000e+00, %if_end14.2.thread.i.us.us ]
+  %242 = getelementptr inbounds nuw i8, ptr %227, i64 12
+  store float %241, ptr %242, align 4, !tbaa !8
+  %indvars.iv.next.i.us.us = or disjoint i64 %indvars.iv.i.us.us, 1
+  %invariant.gep.i.us.us.1 = getelementptr i16, ptr %183, i64 %indvars.iv.next.i.us.us
+  %gep.i.us.us.1 = getelementptr i16, ptr %invariant.gep.i.us.us.1, i64 %112
+  %243 = load i16, ptr %gep.i.us.us.1, align 2, !tbaa !8
+  %244 = zext i16 %243 to i32
+  %245 = shl nuw i32 %244, 16
+  %.idx117.1 = shl nuw nsw i64 %indvars.iv.next.i.us.us, 4
+  %246 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx117.1
+  store i32 %245, ptr %246, align 4, !tbaa !8
+  %gep.1.i.us.us.1 = getelementptr i16, ptr %invariant.gep.i.us.us.1, i64 %115
+  %247 = load i16, ptr %gep.1.i.us.us.1, align 2, !tbaa !8
+  %248 = zext i16 %247 to i32
+  %249 = shl nuw i32 %248, 16
+  %250 = getelementptr inbounds nuw i8, ptr %246, i64 4
+  store i32 %249, ptr %250, align 4, !tbaa !8
+  br i1 %116, label %if_end14.2.i.us.us.1, label %if_end14.2.thread.i.us.us.1
 
 if_end14.2.thread.i.us.us.1:                      ; preds = %if_end14.3.i.us.us
-  %620 = getelementptr inbounds nuw i8, ptr %615, i64 8, !dbg !132
-  store float 0.000000e+00, ptr %620, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 3, !169, !DIExpression(), !132)
-  br label %if_end14.3.i.us.us.1, !dbg !132
+  %251 = getelementptr inbounds nuw i8, ptr %246, i64 8
+  store float 0.000000e+00, ptr %251, align 4, !tbaa !8
+  br label %if_end14.3.i.us.us.1
 
 if_end14.2.i.us.us.1:                             ; preds = %if_end14.3.i.us.us
-  %gep.2.i.us.us.1 = getelementptr i16, ptr %invariant.gep.i.us.us.1, i64 %487, !dbg !132
-  %621 = load i16, ptr %gep.2.i.us.us.1, align 2, !dbg !132, !tbaa !163
-  %622 = zext i16 %621 to i32, !dbg !132
-  %623 = shl nuw i32 %622, 16, !dbg !132
-  %624 = getelementptr inbounds nuw i8, ptr %615, i64 8, !dbg !132
-  store i32 %623, ptr %624, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 3, !169, !DIExpression(), !132)
-  br i1 %488, label %if_then13.3.i.us.us.1, label %if_end14.3.i.us.us.1, !dbg !132
+  %gep.2.i.us.us.1 = getelementptr i16, ptr %invariant.gep.i.us.us.1, i64 %118
+  %252 = load i16, ptr %gep.2.i.us.us.1, align 2, !tbaa !8
+  %253 = zext i16 %252 to i32
+  %254 = shl nuw i32 %253, 16
+  %255 = getelementptr inbounds nuw i8, ptr %246, i64 8
+  store i32 %254, ptr %255, align 4, !tbaa !8
+  br i1 %119, label %if_then13.3.i.us.us.1, label %if_end14.3.i.us.us.1
 
 if_then13.3.i.us.us.1:                            ; preds = %if_end14.2.i.us.us.1
-  %gep.3.i.us.us.1 = getelementptr i16, ptr %invariant.gep.i.us.us.1, i64 %490, !dbg !132
-  %625 = load i16, ptr %gep.3.i.us.us.1, align 2, !dbg !132, !tbaa !163
-  %626 = zext i16 %625 to i32, !dbg !132
-  %627 = shl nuw i32 %626, 16, !dbg !132
-  %628 = bitcast i32 %627 to float, !dbg !132
-  br label %if_end14.3.i.us.us.1, !dbg !132
+  %gep.3.i.us.us.1 = getelementptr i16, ptr %invariant.gep.i.us.us.1, i64 %121
+  %256 = load i16, ptr %gep.3.i.us.us.1, align 2, !tbaa !8
+  %257 = zext i16 %256 to i32
+  %258 = shl nuw i32 %257, 16
+  %259 = bitcast i32 %258 to float
+  br label %if_end14.3.i.us.us.1
 
 if_end14.3.i.us.us.1:                             ; preds = %if_then13.3.i.us.us.1, %if_end14.2.i.us.us.1, %if_end14.2.thread.i.us.us.1
-  %629 = phi float [ %628, %if_then13.3.i.us.us.1 ], [ 0.000000e+00, %if_end14.2.i.us.us.1 ], [ 0.000000e+00, %if_end14.2.thread.i.us.us.1 ], !dbg !132
-  %630 = getelementptr inbounds nuw i8, ptr %615, i64 12, !dbg !132
-  store float %629, ptr %630, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 4, !169, !DIExpression(), !132)
-  %indvars.iv.next.i.us.us.1 = add nuw nsw i64 %indvars.iv.i.us.us, 2, !dbg !132
-    #dbg_value(i64 %indvars.iv.next.i.us.us.1, !168, !DIExpression(), !132)
-  %exitcond.not.i.us.us.1 = icmp eq i64 %indvars.iv.next.i.us.us.1, 128, !dbg !132
-  br i1 %exitcond.not.i.us.us.1, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i.us.us, !dbg !132, !prof !188, !llvm.loop !189
+  %260 = phi float [ %259, %if_then13.3.i.us.us.1 ], [ 0.000000e+00, %if_end14.2.i.us.us.1 ], [ 0.000000e+00, %if_end14.2.thread.i.us.us.1 ]
+  %261 = getelementptr inbounds nuw i8, ptr %246, i64 12
+  store float %260, ptr %261, align 4, !tbaa !8
+  %indvars.iv.next.i.us.us.1 = add nuw nsw i64 %indvars.iv.i.us.us, 2
+  %exitcond.not.i.us.us.1 = icmp eq i64 %indvars.iv.next.i.us.us.1, 128
+  br i1 %exitcond.not.i.us.us.1, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i.us.us, !prof !28, !llvm.loop !29
 
 for_body_s.i.split.us.split:                      ; preds = %for_body_s.i.split.us
-  %invariant.gep = getelementptr i16, ptr %552, i64 %481, !dbg !132
-  br i1 %530, label %for_begin_r.preheader.i.us, label %vector.body428, !dbg !132, !prof !170
+  %invariant.gep = getelementptr i16, ptr %183, i64 %112
+  br i1 %161, label %for_begin_r.preheader.i.us, label %vector.body201, !prof !10
 
-vector.body428:                                   ; preds = %for_body_s.i.split.us.split
-  %631 = getelementptr i8, ptr %invariant.gep, i64 16, !dbg !132
-  %632 = getelementptr i8, ptr %invariant.gep, i64 32, !dbg !132
-  %633 = getelementptr i8, ptr %invariant.gep, i64 48, !dbg !132
-  %wide.load430 = load <8 x i16>, ptr %invariant.gep, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load431 = load <8 x i16>, ptr %631, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load432 = load <8 x i16>, ptr %632, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load433 = load <8 x i16>, ptr %633, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %634 = zext <8 x i16> %wide.load430 to <8 x i32>, !dbg !132
-  %635 = zext <8 x i16> %wide.load431 to <8 x i32>, !dbg !132
-  %636 = zext <8 x i16> %wide.load432 to <8 x i32>, !dbg !132
-  %637 = zext <8 x i16> %wide.load433 to <8 x i32>, !dbg !132
-  %638 = shl nuw <8 x i32> %634, splat (i32 16), !dbg !132
-  %639 = shl nuw <8 x i32> %635, splat (i32 16), !dbg !132
-  %640 = shl nuw <8 x i32> %636, splat (i32 16), !dbg !132
-  %641 = shl nuw <8 x i32> %637, splat (i32 16), !dbg !132
-  %642 = bitcast <8 x i32> %638 to <8 x float>, !dbg !132
-  %643 = shufflevector <8 x float> %642, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec = shufflevector <16 x float> %643, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec, ptr %q_tile.i, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
-  %644 = bitcast <8 x i32> %639 to <8 x float>, !dbg !132
-  %645 = shufflevector <8 x float> %644, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec434 = shufflevector <16 x float> %645, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec434, ptr %531, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
-  %646 = bitcast <8 x i32> %640 to <8 x float>, !dbg !132
-  %647 = shufflevector <8 x float> %646, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec435 = shufflevector <16 x float> %647, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec435, ptr %532, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
-  %648 = bitcast <8 x i32> %641 to <8 x float>, !dbg !132
-  %649 = shufflevector <8 x float> %648, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec436 = shufflevector <16 x float> %649, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec436, ptr %533, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
-  %650 = getelementptr i8, ptr %invariant.gep, i64 64, !dbg !132
-  %651 = getelementptr i8, ptr %invariant.gep, i64 80, !dbg !132
-  %652 = getelementptr i8, ptr %invariant.gep, i64 96, !dbg !132
-  %653 = getelementptr i8, ptr %invariant.gep, i64 112, !dbg !132
-  %wide.load430.1 = load <8 x i16>, ptr %650, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load431.1 = load <8 x i16>, ptr %651, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load432.1 = load <8 x i16>, ptr %652, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load433.1 = load <8 x i16>, ptr %653, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %654 = zext <8 x i16> %wide.load430.1 to <8 x i32>, !dbg !132
-  %655 = zext <8 x i16> %wide.load431.1 to <8 x i32>, !dbg !132
-  %656 = zext <8 x i16> %wide.load432.1 to <8 x i32>, !dbg !132
-  %657 = zext <8 x i16> %wide.load433.1 to <8 x i32>, !dbg !132
-  %658 = shl nuw <8 x i32> %654, splat (i32 16), !dbg !132
-  %659 = shl nuw <8 x i32> %655, splat (i32 16), !dbg !132
-  %660 = shl nuw <8 x i32> %656, splat (i32 16), !dbg !132
-  %661 = shl nuw <8 x i32> %657, splat (i32 16), !dbg !132
-  %662 = bitcast <8 x i32> %658 to <8 x float>, !dbg !132
-  %663 = shufflevector <8 x float> %662, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec.1 = shufflevector <16 x float> %663, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec.1, ptr %534, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
-  %664 = bitcast <8 x i32> %659 to <8 x float>, !dbg !132
-  %665 = shufflevector <8 x float> %664, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec434.1 = shufflevector <16 x float> %665, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec434.1, ptr %535, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
-  %666 = bitcast <8 x i32> %660 to <8 x float>, !dbg !132
-  %667 = shufflevector <8 x float> %666, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec435.1 = shufflevector <16 x float> %667, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec435.1, ptr %536, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
-  %668 = bitcast <8 x i32> %661 to <8 x float>, !dbg !132
-  %669 = shufflevector <8 x float> %668, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec436.1 = shufflevector <16 x float> %669, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec436.1, ptr %537, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
-  %670 = getelementptr i8, ptr %invariant.gep, i64 128, !dbg !132
-  %671 = getelementptr i8, ptr %invariant.gep, i64 144, !dbg !132
-  %672 = getelementptr i8, ptr %invariant.gep, i64 160, !dbg !132
-  %673 = getelementptr i8, ptr %invariant.gep, i64 176, !dbg !132
-  %wide.load430.2 = load <8 x i16>, ptr %670, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load431.2 = load <8 x i16>, ptr %671, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load432.2 = load <8 x i16>, ptr %672, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load433.2 = load <8 x i16>, ptr %673, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %674 = zext <8 x i16> %wide.load430.2 to <8 x i32>, !dbg !132
-  %675 = zext <8 x i16> %wide.load431.2 to <8 x i32>, !dbg !132
-  %676 = zext <8 x i16> %wide.load432.2 to <8 x i32>, !dbg !132
-  %677 = zext <8 x i16> %wide.load433.2 to <8 x i32>, !dbg !132
-  %678 = shl nuw <8 x i32> %674, splat (i32 16), !dbg !132
-  %679 = shl nuw <8 x i32> %675, splat (i32 16), !dbg !132
-  %680 = shl nuw <8 x i32> %676, splat (i32 16), !dbg !132
-  %681 = shl nuw <8 x i32> %677, splat (i32 16), !dbg !132
-  %682 = bitcast <8 x i32> %678 to <8 x float>, !dbg !132
-  %683 = shufflevector <8 x float> %682, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec.2 = shufflevector <16 x float> %683, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec.2, ptr %538, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
-  %684 = bitcast <8 x i32> %679 to <8 x float>, !dbg !132
-  %685 = shufflevector <8 x float> %684, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec434.2 = shufflevector <16 x float> %685, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec434.2, ptr %539, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
-  %686 = bitcast <8 x i32> %680 to <8 x float>, !dbg !132
-  %687 = shufflevector <8 x float> %686, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec435.2 = shufflevector <16 x float> %687, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec435.2, ptr %540, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
-  %688 = bitcast <8 x i32> %681 to <8 x float>, !dbg !132
-  %689 = shufflevector <8 x float> %688, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec436.2 = shufflevector <16 x float> %689, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec436.2, ptr %541, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
-  %690 = getelementptr i8, ptr %invariant.gep, i64 192, !dbg !132
-  %691 = getelementptr i8, ptr %invariant.gep, i64 208, !dbg !132
-  %692 = getelementptr i8, ptr %invariant.gep, i64 224, !dbg !132
-  %693 = getelementptr i8, ptr %invariant.gep, i64 240, !dbg !132
-  %wide.load430.3 = load <8 x i16>, ptr %690, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load431.3 = load <8 x i16>, ptr %691, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load432.3 = load <8 x i16>, ptr %692, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %wide.load433.3 = load <8 x i16>, ptr %693, align 2, !dbg !132, !tbaa !163, !alias.scope !191
-  %694 = zext <8 x i16> %wide.load430.3 to <8 x i32>, !dbg !132
-  %695 = zext <8 x i16> %wide.load431.3 to <8 x i32>, !dbg !132
-  %696 = zext <8 x i16> %wide.load432.3 to <8 x i32>, !dbg !132
-  %697 = zext <8 x i16> %wide.load433.3 to <8 x i32>, !dbg !132
-  %698 = shl nuw <8 x i32> %694, splat (i32 16), !dbg !132
-  %699 = shl nuw <8 x i32> %695, splat (i32 16), !dbg !132
-  %700 = shl nuw <8 x i32> %696, splat (i32 16), !dbg !132
-  %701 = shl nuw <8 x i32> %697, splat (i32 16), !dbg !132
-  %702 = bitcast <8 x i32> %698 to <8 x float>, !dbg !132
-  %703 = shufflevector <8 x float> %702, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec.3 = shufflevector <16 x float> %703, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec.3, ptr %542, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
-  %704 = bitcast <8 x i32> %699 to <8 x float>, !dbg !132
-  %705 = shufflevector <8 x float> %704, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec434.3 = shufflevector <16 x float> %705, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec434.3, ptr %543, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
-  %706 = bitcast <8 x i32> %700 to <8 x float>, !dbg !132
-  %707 = shufflevector <8 x float> %706, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec435.3 = shufflevector <16 x float> %707, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec435.3, ptr %544, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
-  %708 = bitcast <8 x i32> %701 to <8 x float>, !dbg !132
-  %709 = shufflevector <8 x float> %708, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>, !dbg !132
-  %interleaved.vec436.3 = shufflevector <16 x float> %709, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>, !dbg !132
-  store <32 x float> %interleaved.vec436.3, ptr %545, align 4, !dbg !132, !tbaa !163, !alias.scope !194, !noalias !191
-  br label %for_begin_step.preheader.i, !dbg !162
+vector.body201:                                   ; preds = %for_body_s.i.split.us.split
+  %262 = getelementptr i8, ptr %invariant.gep, i64 16
+  %263 = getelementptr i8, ptr %invariant.gep, i64 32
+  %264 = getelementptr i8, ptr %invariant.gep, i64 48
+  %wide.load203 = load <8 x i16>, ptr %invariant.gep, align 2, !tbaa !8, !alias.scope !31
+  %wide.load204 = load <8 x i16>, ptr %262, align 2, !tbaa !8, !alias.scope !31
+  %wide.load205 = load <8 x i16>, ptr %263, align 2, !tbaa !8, !alias.scope !31
+  %wide.load206 = load <8 x i16>, ptr %264, align 2, !tbaa !8, !alias.scope !31
+  %265 = zext <8 x i16> %wide.load203 to <8 x i32>
+  %266 = zext <8 x i16> %wide.load204 to <8 x i32>
+  %267 = zext <8 x i16> %wide.load205 to <8 x i32>
+  %268 = zext <8 x i16> %wide.load206 to <8 x i32>
+  %269 = shl nuw <8 x i32> %265, splat (i32 16)
+  %270 = shl nuw <8 x i32> %266, splat (i32 16)
+  %271 = shl nuw <8 x i32> %267, splat (i32 16)
+  %272 = shl nuw <8 x i32> %268, splat (i32 16)
+  %273 = bitcast <8 x i32> %269 to <8 x float>
+  %274 = shufflevector <8 x float> %273, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %interleaved.vec = shufflevector <16 x float> %274, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>
+  store <32 x float> %interleaved.vec, ptr %q_tile.i, align 4, !tbaa !8, !alias.scope !34, !noalias !31
+  %275 = bitcast <8 x i32> %270 to <8 x float>
+  %276 = shufflevector <8 x float> %275, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %interleaved.vec207 = shufflevector <16 x float> %276, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>
+  store <32 x float> %interleaved.vec207, ptr %162, align 4, !tbaa !8, !alias.scope !34, !noalias !31
+  %277 = bitcast <8 x i32> %271 to <8 x float>
+  %278 = shufflevector <8 x float> %277, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %interleaved.vec208 = shufflevector <16 x float> %278, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>
+  store <32 x float> %interleaved.vec208, ptr %163, align 4, !tbaa !8, !alias.scope !34, !noalias !31
+  %279 = bitcast <8 x i32> %272 to <8 x float>
+  %280 = shufflevector <8 x float> %279, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %interleaved.vec209 = shufflevector <16 x float> %280, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>
+  store <32 x float> %interleaved.vec209, ptr %164, align 4, !tbaa !8, !alias.scope !34, !noalias !31
+  %281 = getelementptr i8, ptr %invariant.gep, i64 64
+  %282 = getelementptr i8, ptr %invariant.gep, i64 80
+  %283 = getelementptr i8, ptr %invariant.gep, i64 96
+  %284 = getelementptr i8, ptr %invariant.gep, i64 112
+  %wide.load203.1 = load <8 x i16>, ptr %281, align 2, !tbaa !8, !alias.scope !31
+  %wide.load204.1 = load <8 x i16>, ptr %282, align 2, !tbaa !8, !alias.scope !31
+  %wide.load205.1 = load <8 x i16>, ptr %283, align 2, !tbaa !8, !alias.scope !31
+  %wide.load206.1 = load <8 x i16>, ptr %284, align 2, !tbaa !8, !alias.scope !31
+  %285 = zext <8 x i16> %wide.load203.1 to <8 x i32>
+  %286 = zext <8 x i16> %wide.load204.1 to <8 x i32>
+  %287 = zext <8 x i16> %wide.load205.1 to <8 x i32>
+  %288 = zext <8 x i16> %wide.load206.1 to <8 x i32>
+  %289 = shl nuw <8 x i32> %285, splat (i32 16)
+  %290 = shl nuw <8 x i32> %286, splat (i32 16)
+  %291 = shl nuw <8 x i32> %287, splat (i32 16)
+  %292 = shl nuw <8 x i32> %288, splat (i32 16)
+  %293 = bitcast <8 x i32> %289 to <8 x float>
+  %294 = shufflevector <8 x float> %293, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %interleaved.vec.1 = shufflevector <16 x float> %294, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>
+  store <32 x float> %interleaved.vec.1, ptr %165, align 4, !tbaa !8, !alias.scope !34, !noalias !31
+  %295 = bitcast <8 x i32> %290 to <8 x float>
+  %296 = shufflevector <8 x float> %295, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %interleaved.vec207.1 = shufflevector <16 x float> %296, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>
+  store <32 x float> %interleaved.vec207.1, ptr %166, align 4, !tbaa !8, !alias.scope !34, !noalias !31
+  %297 = bitcast <8 x i32> %291 to <8 x float>
+  %298 = shufflevector <8 x float> %297, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %interleaved.vec208.1 = shufflevector <16 x float> %298, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>
+  store <32 x float> %interleaved.vec208.1, ptr %167, align 4, !tbaa !8, !alias.scope !34, !noalias !31
+  %299 = bitcast <8 x i32> %292 to <8 x float>
+  %300 = shufflevector <8 x float> %299, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %interleaved.vec209.1 = shufflevector <16 x float> %300, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>
+  store <32 x float> %interleaved.vec209.1, ptr %168, align 4, !tbaa !8, !alias.scope !34, !noalias !31
+  %301 = getelementptr i8, ptr %invariant.gep, i64 128
+  %302 = getelementptr i8, ptr %invariant.gep, i64 144
+  %303 = getelementptr i8, ptr %invariant.gep, i64 160
+  %304 = getelementptr i8, ptr %invariant.gep, i64 176
+  %wide.load203.2 = load <8 x i16>, ptr %301, align 2, !tbaa !8, !alias.scope !31
+  %wide.load204.2 = load <8 x i16>, ptr %302, align 2, !tbaa !8, !alias.scope !31
+  %wide.load205.2 = load <8 x i16>, ptr %303, align 2, !tbaa !8, !alias.scope !31
+  %wide.load206.2 = load <8 x i16>, ptr %304, align 2, !tbaa !8, !alias.scope !31
+  %305 = zext <8 x i16> %wide.load203.2 to <8 x i32>
+  %306 = zext <8 x i16> %wide.load204.2 to <8 x i32>
+  %307 = zext <8 x i16> %wide.load205.2 to <8 x i32>
+  %308 = zext <8 x i16> %wide.load206.2 to <8 x i32>
+  %309 = shl nuw <8 x i32> %305, splat (i32 16)
+  %310 = shl nuw <8 x i32> %306, splat (i32 16)
+  %311 = shl nuw <8 x i32> %307, splat (i32 16)
+  %312 = shl nuw <8 x i32> %308, splat (i32 16)
+  %313 = bitcast <8 x i32> %309 to <8 x float>
+  %314 = shufflevector <8 x float> %313, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %interleaved.vec.2 = shufflevector <16 x float> %314, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>
+  store <32 x float> %interleaved.vec.2, ptr %169, align 4, !tbaa !8, !alias.scope !34, !noalias !31
+  %315 = bitcast <8 x i32> %310 to <8 x float>
+  %316 = shufflevector <8 x float> %315, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %interleaved.vec207.2 = shufflevector <16 x float> %316, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>
+  store <32 x float> %interleaved.vec207.2, ptr %170, align 4, !tbaa !8, !alias.scope !34, !noalias !31
+  %317 = bitcast <8 x i32> %311 to <8 x float>
+  %318 = shufflevector <8 x float> %317, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %interleaved.vec208.2 = shufflevector <16 x float> %318, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>
+  store <32 x float> %interleaved.vec208.2, ptr %171, align 4, !tbaa !8, !alias.scope !34, !noalias !31
+  %319 = bitcast <8 x i32> %312 to <8 x float>
+  %320 = shufflevector <8 x float> %319, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %interleaved.vec209.2 = shufflevector <16 x float> %320, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>
+  store <32 x float> %interleaved.vec209.2, ptr %172, align 4, !tbaa !8, !alias.scope !34, !noalias !31
+  %321 = getelementptr i8, ptr %invariant.gep, i64 192
+  %322 = getelementptr i8, ptr %invariant.gep, i64 208
+  %323 = getelementptr i8, ptr %invariant.gep, i64 224
+  %324 = getelementptr i8, ptr %invariant.gep, i64 240
+  %wide.load203.3 = load <8 x i16>, ptr %321, align 2, !tbaa !8, !alias.scope !31
+  %wide.load204.3 = load <8 x i16>, ptr %322, align 2, !tbaa !8, !alias.scope !31
+  %wide.load205.3 = load <8 x i16>, ptr %323, align 2, !tbaa !8, !alias.scope !31
+  %wide.load206.3 = load <8 x i16>, ptr %324, align 2, !tbaa !8, !alias.scope !31
+  %325 = zext <8 x i16> %wide.load203.3 to <8 x i32>
+  %326 = zext <8 x i16> %wide.load204.3 to <8 x i32>
+  %327 = zext <8 x i16> %wide.load205.3 to <8 x i32>
+  %328 = zext <8 x i16> %wide.load206.3 to <8 x i32>
+  %329 = shl nuw <8 x i32> %325, splat (i32 16)
+  %330 = shl nuw <8 x i32> %326, splat (i32 16)
+  %331 = shl nuw <8 x i32> %327, splat (i32 16)
+  %332 = shl nuw <8 x i32> %328, splat (i32 16)
+  %333 = bitcast <8 x i32> %329 to <8 x float>
+  %334 = shufflevector <8 x float> %333, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %interleaved.vec.3 = shufflevector <16 x float> %334, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>
+  store <32 x float> %interleaved.vec.3, ptr %173, align 4, !tbaa !8, !alias.scope !34, !noalias !31
+  %335 = bitcast <8 x i32> %330 to <8 x float>
+  %336 = shufflevector <8 x float> %335, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %interleaved.vec207.3 = shufflevector <16 x float> %336, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>
+  store <32 x float> %interleaved.vec207.3, ptr %174, align 4, !tbaa !8, !alias.scope !34, !noalias !31
+  %337 = bitcast <8 x i32> %331 to <8 x float>
+  %338 = shufflevector <8 x float> %337, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %interleaved.vec208.3 = shufflevector <16 x float> %338, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>
+  store <32 x float> %interleaved.vec208.3, ptr %175, align 4, !tbaa !8, !alias.scope !34, !noalias !31
+  %339 = bitcast <8 x i32> %332 to <8 x float>
+  %340 = shufflevector <8 x float> %339, <8 x float> zeroinitializer, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %interleaved.vec209.3 = shufflevector <16 x float> %340, <16 x float> zeroinitializer, <32 x i32> <i32 0, i32 8, i32 16, i32 24, i32 1, i32 9, i32 17, i32 25, i32 2, i32 10, i32 18, i32 26, i32 3, i32 11, i32 19, i32 27, i32 4, i32 12, i32 20, i32 28, i32 5, i32 13, i32 21, i32 29, i32 6, i32 14, i32 22, i32 30, i32 7, i32 15, i32 23, i32 31>
+  store <32 x float> %interleaved.vec209.3, ptr %176, align 4, !tbaa !8, !alias.scope !34, !noalias !31
+  br label %for_begin_step.preheader.i
 
-for_begin_r.preheader.i.us:                       ; preds = %for_body_s.i.split.us.split, %for_begin_r.preheader.i.us
+for_begin_r.preheader.i.us:                       ; preds = %for_begin_r.preheader.i.us, %for_body_s.i.split.us.split
   %indvars.iv.i.us = phi i64 [ %indvars.iv.next.i.us.3, %for_begin_r.preheader.i.us ], [ 0, %for_body_s.i.split.us.split ]
-    #dbg_value(i64 %indvars.iv.i.us, !168, !DIExpression(), !132)
-    #dbg_value(i64 0, !169, !DIExpression(), !132)
-  %gep = getelementptr i16, ptr %invariant.gep, i64 %indvars.iv.i.us, !dbg !132
-  %710 = load i16, ptr %gep, align 2, !dbg !132, !tbaa !163
-  %711 = zext i16 %710 to i32, !dbg !132
-  %712 = shl nuw i32 %711, 16, !dbg !132
-  %.idx343 = shl nuw nsw i64 %indvars.iv.i.us, 4, !dbg !132
-  %713 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx343, !dbg !132
-  store i32 %712, ptr %713, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 1, !169, !DIExpression(), !132)
-  %714 = getelementptr inbounds nuw i8, ptr %713, i64 4, !dbg !132
-    #dbg_value(i64 2, !169, !DIExpression(), !132)
-  store <2 x float> zeroinitializer, ptr %714, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 3, !169, !DIExpression(), !132)
-  %715 = getelementptr inbounds nuw i8, ptr %713, i64 12, !dbg !132
-  store float 0.000000e+00, ptr %715, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 4, !169, !DIExpression(), !132)
-  %indvars.iv.next.i.us = or disjoint i64 %indvars.iv.i.us, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next.i.us, !168, !DIExpression(), !132)
-    #dbg_value(i64 0, !169, !DIExpression(), !132)
-  %gep.1 = getelementptr i16, ptr %invariant.gep, i64 %indvars.iv.next.i.us, !dbg !132
-  %716 = load i16, ptr %gep.1, align 2, !dbg !132, !tbaa !163
-  %717 = zext i16 %716 to i32, !dbg !132
-  %718 = shl nuw i32 %717, 16, !dbg !132
-  %.idx343.1 = shl nuw nsw i64 %indvars.iv.next.i.us, 4, !dbg !132
-  %719 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx343.1, !dbg !132
-  store i32 %718, ptr %719, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 1, !169, !DIExpression(), !132)
-  %720 = getelementptr inbounds nuw i8, ptr %719, i64 4, !dbg !132
-    #dbg_value(i64 2, !169, !DIExpression(), !132)
-  store <2 x float> zeroinitializer, ptr %720, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 3, !169, !DIExpression(), !132)
-  %721 = getelementptr inbounds nuw i8, ptr %719, i64 12, !dbg !132
-  store float 0.000000e+00, ptr %721, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 4, !169, !DIExpression(), !132)
-  %indvars.iv.next.i.us.1 = or disjoint i64 %indvars.iv.i.us, 2, !dbg !132
-    #dbg_value(i64 %indvars.iv.next.i.us.1, !168, !DIExpression(), !132)
-    #dbg_value(i64 0, !169, !DIExpression(), !132)
-  %gep.2 = getelementptr i16, ptr %invariant.gep, i64 %indvars.iv.next.i.us.1, !dbg !132
-  %722 = load i16, ptr %gep.2, align 2, !dbg !132, !tbaa !163
-  %723 = zext i16 %722 to i32, !dbg !132
-  %724 = shl nuw i32 %723, 16, !dbg !132
-  %.idx343.2 = shl nuw nsw i64 %indvars.iv.next.i.us.1, 4, !dbg !132
-  %725 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx343.2, !dbg !132
-  store i32 %724, ptr %725, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 1, !169, !DIExpression(), !132)
-  %726 = getelementptr inbounds nuw i8, ptr %725, i64 4, !dbg !132
-    #dbg_value(i64 2, !169, !DIExpression(), !132)
-  store <2 x float> zeroinitializer, ptr %726, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 3, !169, !DIExpression(), !132)
-  %727 = getelementptr inbounds nuw i8, ptr %725, i64 12, !dbg !132
-  store float 0.000000e+00, ptr %727, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 4, !169, !DIExpression(), !132)
-  %indvars.iv.next.i.us.2 = or disjoint i64 %indvars.iv.i.us, 3, !dbg !132
-    #dbg_value(i64 %indvars.iv.next.i.us.2, !168, !DIExpression(), !132)
-    #dbg_value(i64 0, !169, !DIExpression(), !132)
-  %gep.3 = getelementptr i16, ptr %invariant.gep, i64 %indvars.iv.next.i.us.2, !dbg !132
-  %728 = load i16, ptr %gep.3, align 2, !dbg !132, !tbaa !163
-  %729 = zext i16 %728 to i32, !dbg !132
-  %730 = shl nuw i32 %729, 16, !dbg !132
-  %.idx343.3 = shl nuw nsw i64 %indvars.iv.next.i.us.2, 4, !dbg !132
-  %731 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx343.3, !dbg !132
-  store i32 %730, ptr %731, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 1, !169, !DIExpression(), !132)
-  %732 = getelementptr inbounds nuw i8, ptr %731, i64 4, !dbg !132
-    #dbg_value(i64 2, !169, !DIExpression(), !132)
-  store <2 x float> zeroinitializer, ptr %732, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 3, !169, !DIExpression(), !132)
-  %733 = getelementptr inbounds nuw i8, ptr %731, i64 12, !dbg !132
-  store float 0.000000e+00, ptr %733, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 4, !169, !DIExpression(), !132)
-  %indvars.iv.next.i.us.3 = add nuw nsw i64 %indvars.iv.i.us, 4, !dbg !132
-    #dbg_value(i64 %indvars.iv.next.i.us.3, !168, !DIExpression(), !132)
-  %exitcond.not.i.us.3 = icmp eq i64 %indvars.iv.next.i.us.3, 128, !dbg !132
-  br i1 %exitcond.not.i.us.3, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i.us, !dbg !132, !prof !188, !llvm.loop !196
+  %gep = getelementptr i16, ptr %invariant.gep, i64 %indvars.iv.i.us
+  %341 = load i16, ptr %gep, align 2, !tbaa !8
+  %342 = zext i16 %341 to i32
+  %343 = shl nuw i32 %342, 16
+  %.idx116 = shl nuw nsw i64 %indvars.iv.i.us, 4
+  %344 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx116
+  store i32 %343, ptr %344, align 4, !tbaa !8
+  %345 = getelementptr inbounds nuw i8, ptr %344, i64 4
+  store <2 x float> zeroinitializer, ptr %345, align 4, !tbaa !8
+  %346 = getelementptr inbounds nuw i8, ptr %344, i64 12
+  store float 0.000000e+00, ptr %346, align 4, !tbaa !8
+  %indvars.iv.next.i.us = or disjoint i64 %indvars.iv.i.us, 1
+  %gep.1 = getelementptr i16, ptr %invariant.gep, i64 %indvars.iv.next.i.us
+  %347 = load i16, ptr %gep.1, align 2, !tbaa !8
+  %348 = zext i16 %347 to i32
+  %349 = shl nuw i32 %348, 16
+  %.idx116.1 = shl nuw nsw i64 %indvars.iv.next.i.us, 4
+  %350 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx116.1
+  store i32 %349, ptr %350, align 4, !tbaa !8
+  %351 = getelementptr inbounds nuw i8, ptr %350, i64 4
+  store <2 x float> zeroinitializer, ptr %351, align 4, !tbaa !8
+  %352 = getelementptr inbounds nuw i8, ptr %350, i64 12
+  store float 0.000000e+00, ptr %352, align 4, !tbaa !8
+  %indvars.iv.next.i.us.1 = or disjoint i64 %indvars.iv.i.us, 2
+  %gep.2 = getelementptr i16, ptr %invariant.gep, i64 %indvars.iv.next.i.us.1
+  %353 = load i16, ptr %gep.2, align 2, !tbaa !8
+  %354 = zext i16 %353 to i32
+  %355 = shl nuw i32 %354, 16
+  %.idx116.2 = shl nuw nsw i64 %indvars.iv.next.i.us.1, 4
+  %356 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx116.2
+  store i32 %355, ptr %356, align 4, !tbaa !8
+  %357 = getelementptr inbounds nuw i8, ptr %356, i64 4
+  store <2 x float> zeroinitializer, ptr %357, align 4, !tbaa !8
+  %358 = getelementptr inbounds nuw i8, ptr %356, i64 12
+  store float 0.000000e+00, ptr %358, align 4, !tbaa !8
+  %indvars.iv.next.i.us.2 = or disjoint i64 %indvars.iv.i.us, 3
+  %gep.3 = getelementptr i16, ptr %invariant.gep, i64 %indvars.iv.next.i.us.2
+  %359 = load i16, ptr %gep.3, align 2, !tbaa !8
+  %360 = zext i16 %359 to i32
+  %361 = shl nuw i32 %360, 16
+  %.idx116.3 = shl nuw nsw i64 %indvars.iv.next.i.us.2, 4
+  %362 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx116.3
+  store i32 %361, ptr %362, align 4, !tbaa !8
+  %363 = getelementptr inbounds nuw i8, ptr %362, i64 4
+  store <2 x float> zeroinitializer, ptr %363, align 4, !tbaa !8
+  %364 = getelementptr inbounds nuw i8, ptr %362, i64 12
+  store float 0.000000e+00, ptr %364, align 4, !tbaa !8
+  %indvars.iv.next.i.us.3 = add nuw nsw i64 %indvars.iv.i.us, 4
+  %exitcond.not.i.us.3 = icmp eq i64 %indvars.iv.next.i.us.3, 128
+  br i1 %exitcond.not.i.us.3, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i.us, !prof !28, !llvm.loop !36
 
-for_end_s.i:                                      ; preds = %for_end_d101.i, %if_end11.i
-  %734 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %735 = tail call i32 %734(i32 1, i32 %dev_id, ptr nonnull %v_tile.i), !dbg !132
-  %.not.i = icmp eq i32 %735, 0, !dbg !132
-  br i1 %.not.i, label %if_end105.i, label %common.ret, !dbg !132, !prof !17
+for_end_s.i:                                      ; preds = %for_end_d97.i, %if_end11.i
+  %365 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %366 = tail call i32 %365(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not.i = icmp eq i32 %366, 0
+  br i1 %.not.i, label %if_end101.i, label %fused_decode_compute_.exit, !prof !37
 
-for_begin_step.preheader.i:                       ; preds = %for_begin_r.preheader.i.us, %vector.body, %if_end14.3.i.us.us.1, %vector.body428, %for_begin_r.preheader.i.preheader
-  %736 = tail call i32 @llvm.smin.i32(i32 %475, i32 %550), !dbg !162
-  %737 = sub nsw i32 %736, %range_begin.i, !dbg !162
-  %range_len.i = tail call i32 @llvm.smax.i32(i32 %737, i32 0), !dbg !162
-  %738 = add nuw i32 %range_len.i, 127, !dbg !132
-  %739 = lshr i32 %738, 7, !dbg !132
-  %cse_v31.i = mul nsw i64 %cse_v18.i, %table_seq
-  %gep233.i = getelementptr i32, ptr %invariant.gep232.i, i64 %cse_v31.i, !dbg !132
-    #dbg_value(<4 x float> %row_max.0230.i, !153, !DIExpression(), !132)
-    #dbg_value(<4 x float> %row_sum.0229.i, !154, !DIExpression(), !132)
-    #dbg_value(i32 0, !197, !DIExpression(), !132)
-  %740 = zext nneg i32 %range_len.i to i64, !dbg !132
-  %umax.i = tail call i32 @llvm.umax.i32(i32 %739, i32 1), !dbg !132
-  %wide.trip.count336.i = zext nneg i32 %umax.i to i64, !dbg !132
-  br label %for_body_step.i, !dbg !132
+for_begin_step.preheader.i:                       ; preds = %for_begin_r.preheader.i.us, %vector.body201, %if_end14.3.i.us.us.1, %vector.body, %for_begin_r.preheader.i.preheader
+  %367 = tail call i32 @llvm.smin.i32(i32 %106, i32 %181)
+  %368 = sub nsw i32 %367, %range_begin.i
+  %range_len.i = tail call i32 @llvm.smax.i32(i32 %368, i32 0)
+  %369 = add nuw i32 %range_len.i, 127
+  %370 = lshr i32 %369, 7
+  %cse_v28.i = mul nsw i64 %cse_v16.i, %table_seq
+  %gep229.i = getelementptr i32, ptr %invariant.gep228.i, i64 %cse_v28.i
+  %371 = zext nneg i32 %range_len.i to i64
+  %umax.i = tail call i32 @llvm.umax.i32(i32 %370, i32 1)
+  %wide.trip.count332.i = zext nneg i32 %umax.i to i64
+  br label %for_body_step.i
 
-for_body_step.i:                                  ; preds = %for_end_d94.i, %for_begin_step.preheader.i
-  %indvars.iv = phi i64 [ %indvars.iv.next, %for_end_d94.i ], [ %740, %for_begin_step.preheader.i ]
-  %indvars.iv331.i = phi i64 [ %indvars.iv.next332.i, %for_end_d94.i ], [ 0, %for_begin_step.preheader.i ]
-  %row_max.1226.i = phi <4 x float> [ %m.i, %for_end_d94.i ], [ %row_max.0230.i, %for_begin_step.preheader.i ]
-  %row_sum.1225.i = phi <4 x float> [ %1356, %for_end_d94.i ], [ %row_sum.0229.i, %for_begin_step.preheader.i ]
-  %741 = tail call i64 @llvm.smax.i64(i64 %indvars.iv, i64 1), !dbg !132
-  %742 = tail call i64 @llvm.umin.i64(i64 %741, i64 128), !dbg !132
-    #dbg_value(i64 %indvars.iv331.i, !197, !DIExpression(), !132)
-    #dbg_value(<4 x float> %row_max.1226.i, !153, !DIExpression(), !132)
-    #dbg_value(<4 x float> %row_sum.1225.i, !154, !DIExpression(), !132)
-    #dbg_declare(ptr %k_tile.i, !142, !DIExpression(), !132)
-    #dbg_declare(ptr %scores.i, !141, !DIExpression(), !132)
-  %743 = shl nsw i64 %indvars.iv331.i, 7, !dbg !132
-    #dbg_value(i64 %743, !198, !DIExpression(), !132)
-    #dbg_value(!DIArgList(i64 %743, i32 %range_begin.i), !199, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !132)
-  %744 = sub nsw i64 %740, %743, !dbg !132
-    #dbg_value(i64 %744, !200, !DIExpression(), !132)
-  %745 = trunc nsw i64 %744 to i32, !dbg !132
-  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %745, i32 128), !dbg !132
-    #dbg_value(i32 %valid_len.i, !201, !DIExpression(), !132)
-    #dbg_value(i32 %valid_len.i, !202, !DIExpression(), !132)
-  %746 = add nsw i32 %valid_len.i, 11, !dbg !132
-  %747 = srem i32 %746, 12, !dbg !132
-  %748 = ashr i32 %747, 31, !dbg !132
-  %749 = sdiv i32 %746, 12, !dbg !132
-  %num_groups.i = add nsw i32 %748, %749, !dbg !132
-    #dbg_value(i32 %num_groups.i, !203, !DIExpression(), !132)
-    #dbg_value(i32 %num_groups.i, !204, !DIExpression(), !132)
-    #dbg_value(i64 %sext291, !205, !DIExpression(DW_OP_constu, 32, DW_OP_shra, DW_OP_stack_value), !132)
-    #dbg_value(i64 %cse_v7.i, !206, !DIExpression(), !132)
-  %cse_v20.i = shl nuw nsw i64 %indvars.iv331.i, 3, !dbg !132
-    #dbg_value(i64 %cse_v20.i, !207, !DIExpression(), !132)
-    #dbg_value(i64 %cse_v31.i, !208, !DIExpression(), !132)
-    #dbg_value(i32 0, !209, !DIExpression(), !132)
-  %750 = icmp sgt i32 %num_groups.i, 0, !dbg !132
-  br i1 %750, label %for_body_to.lr.ph.i, label %for_begin_to45.preheader.thread.i, !dbg !132, !prof !156
+for_body_step.i:                                  ; preds = %for_end_d90.i, %for_begin_step.preheader.i
+  %indvars.iv = phi i64 [ %indvars.iv.next, %for_end_d90.i ], [ %371, %for_begin_step.preheader.i ]
+  %indvars.iv327.i = phi i64 [ %indvars.iv.next328.i, %for_end_d90.i ], [ 0, %for_begin_step.preheader.i ]
+  %row_max.1222.i = phi <4 x float> [ %m.i, %for_end_d90.i ], [ %row_max.0226.i, %for_begin_step.preheader.i ]
+  %row_sum.1221.i = phi <4 x float> [ %987, %for_end_d90.i ], [ %row_sum.0225.i, %for_begin_step.preheader.i ]
+  %372 = tail call i64 @llvm.smax.i64(i64 %indvars.iv, i64 1)
+  %373 = tail call i64 @llvm.umin.i64(i64 %372, i64 128)
+  %374 = shl nsw i64 %indvars.iv327.i, 7
+  %375 = sub nsw i64 %371, %374
+  %376 = trunc nsw i64 %375 to i32
+  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %376, i32 128)
+  %377 = add nsw i32 %valid_len.i, 11
+  %378 = srem i32 %377, 12
+  %379 = ashr i32 %378, 31
+  %380 = sdiv i32 %377, 12
+  %num_groups.i = add nsw i32 %379, %380
+  %cse_v18.i = shl nuw nsw i64 %indvars.iv327.i, 3
+  %381 = icmp sgt i32 %num_groups.i, 0
+  br i1 %381, label %for_body_to.lr.ph.i, label %for_begin_to45.preheader.thread.i, !prof !7
 
 for_body_to.lr.ph.i:                              ; preds = %for_body_step.i
-  %751 = add nsw i32 %valid_len.i, -1
-  %gep220.i = getelementptr i32, ptr %gep233.i, i64 %cse_v20.i
-  %wide.trip.count.i = zext nneg i32 %num_groups.i to i64, !dbg !132
-  br label %for_body_to.i, !dbg !132
+  %382 = add nsw i32 %valid_len.i, -1
+  %gep216.i = getelementptr i32, ptr %gep229.i, i64 %cse_v18.i
+  %wide.trip.count.i = zext nneg i32 %num_groups.i to i64
+  br label %for_body_to.i
 
-for_end_step.i:                                   ; preds = %for_end_d94.i
-    #dbg_value(i64 %cse_v17.i, !210, !DIExpression(), !132)
-  %752 = add nsw i64 %indvars.iv342.i, %cse_v17.i, !dbg !132
-  %cse_v36.i = shl nsw i64 %752, 2, !dbg !132
-    #dbg_value(i64 %cse_v36.i, !211, !DIExpression(), !132)
-  %753 = getelementptr inbounds float, ptr %354, i64 %cse_v36.i, !dbg !212
-  store <4 x float> %m.i, ptr %753, align 16, !dbg !212, !tbaa !163
-  %754 = getelementptr inbounds float, ptr %371, i64 %cse_v36.i, !dbg !213
-  store <4 x float> %1356, ptr %754, align 16, !dbg !213, !tbaa !163
-  %.idx.i = shl nsw i64 %752, 11
-  %755 = getelementptr i8, ptr %391, i64 %.idx.i
-    #dbg_value(i32 0, !168, !DIExpression(), !132)
-  br label %for_body_d100.i, !dbg !132
+for_end_step.i:                                   ; preds = %for_end_d90.i
+  %383 = add nsw i64 %indvars.iv338.i, %cse_v15.i
+  %cse_v31.i = shl nsw i64 %383, 2
+  %384 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v31.i
+  store <4 x float> %m.i, ptr %384, align 16, !tbaa !8
+  %385 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v31.i
+  store <4 x float> %987, ptr %385, align 16, !tbaa !8
+  %.idx.i = shl nsw i64 %383, 11
+  %386 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br label %for_body_d96.i
 
 for_body_to.i:                                    ; preds = %for_end_d17.i, %for_body_to.lr.ph.i
-  %indvars.iv270.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next271.i, %for_end_d17.i ]
-    #dbg_value(i64 %indvars.iv270.i, !209, !DIExpression(), !132)
-    #dbg_declare(ptr %k_tile.i, !142, !DIExpression(), !132)
-  %756 = mul nuw nsw i64 %indvars.iv270.i, 12, !dbg !132
-    #dbg_value(i64 %756, !214, !DIExpression(), !132)
-    #dbg_value(i32 0, !215, !DIExpression(), !132)
-  br label %for_body_ax0.i, !dbg !132
+  %indvars.iv266.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next267.i, %for_end_d17.i ]
+  %387 = mul nuw nsw i64 %indvars.iv266.i, 12
+  br label %for_body_ax0.i
 
 for_body_ax0.i:                                   ; preds = %for_body_ax0.i, %for_body_to.i
-  %indvars.iv260.i = phi i64 [ 0, %for_body_to.i ], [ %indvars.iv.next261.i, %for_body_ax0.i ]
-    #dbg_value(i64 %indvars.iv260.i, !215, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv260.i, !216, !DIExpression(DW_OP_constu, 7, DW_OP_shl, DW_OP_stack_value), !132)
-    #dbg_value(i64 %cse_v21.i, !217, !DIExpression(), !132)
-  %757 = add nuw nsw i64 %indvars.iv260.i, %756, !dbg !132
-  %758 = trunc nuw nsw i64 %757 to i32, !dbg !132
-  %759 = tail call i32 @llvm.smin.i32(i32 %758, i32 %751), !dbg !132
-  %cse_v40.i = sext i32 %759 to i64, !dbg !132
-    #dbg_value(i64 %cse_v40.i, !218, !DIExpression(), !132)
-  %760 = and i64 %cse_v40.i, 15, !dbg !132
-  %cse_v41.i = mul nsw i64 %760, %k_slot285, !dbg !132
-    #dbg_value(i64 %cse_v41.i, !219, !DIExpression(), !132)
-  %761 = ashr i64 %cse_v40.i, 4, !dbg !132
-    #dbg_value(!DIArgList(i64 %cse_v20.i, i64 %sext291, i64 %cse_v31.i, i64 %761), !220, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 3, DW_OP_plus, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_constu, 32, DW_OP_shra, DW_OP_plus, DW_OP_stack_value), !132)
-  %gep164.i = getelementptr i32, ptr %gep220.i, i64 %761, !dbg !132
-  %762 = load i32, ptr %gep164.i, align 4, !dbg !132, !tbaa !163
-  %763 = sext i32 %762 to i64, !dbg !132
-  %764 = mul nsw i64 %k_block, %763, !dbg !132
-  %765 = getelementptr i16, ptr %309, i64 %764, !dbg !132
-  %766 = getelementptr i16, ptr %765, i64 %cse_v41.i, !dbg !132
-  %767 = getelementptr i16, ptr %766, i64 %cse_v21.i, !dbg !132
-  %768 = load <16 x i16>, ptr %767, align 2, !dbg !132, !tbaa !163
-  %769 = zext <16 x i16> %768 to <16 x i32>, !dbg !132
-  %770 = shl nuw <16 x i32> %769, splat (i32 16), !dbg !132
-  %.idx348.i = shl nuw nsw i64 %indvars.iv260.i, 9, !dbg !132
-  %771 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx348.i, !dbg !132
-  store <16 x i32> %770, ptr %771, align 4, !dbg !132, !tbaa !163
-  %772 = load i32, ptr %gep164.i, align 4, !dbg !132, !tbaa !163
-  %773 = sext i32 %772 to i64, !dbg !132
-  %774 = mul nsw i64 %k_block, %773, !dbg !132
-  %775 = getelementptr i16, ptr %309, i64 %774, !dbg !132
-  %776 = getelementptr i16, ptr %775, i64 %cse_v41.i, !dbg !132
-  %777 = getelementptr i16, ptr %776, i64 %cse_v21.i, !dbg !132
-  %778 = getelementptr i8, ptr %777, i64 32, !dbg !132
-  %779 = load <16 x i16>, ptr %778, align 2, !dbg !132, !tbaa !163
-  %780 = zext <16 x i16> %779 to <16 x i32>, !dbg !132
-  %781 = shl nuw <16 x i32> %780, splat (i32 16), !dbg !132
-  %782 = getelementptr inbounds nuw i8, ptr %771, i64 64, !dbg !132
-  store <16 x i32> %781, ptr %782, align 4, !dbg !132, !tbaa !163
-  %783 = load i32, ptr %gep164.i, align 4, !dbg !132, !tbaa !163
-  %784 = sext i32 %783 to i64, !dbg !132
-  %785 = mul nsw i64 %k_block, %784, !dbg !132
-  %786 = getelementptr i16, ptr %309, i64 %785, !dbg !132
-  %787 = getelementptr i16, ptr %786, i64 %cse_v41.i, !dbg !132
-  %788 = getelementptr i16, ptr %787, i64 %cse_v21.i, !dbg !132
-  %789 = getelementptr i8, ptr %788, i64 64, !dbg !132
-  %790 = load <16 x i16>, ptr %789, align 2, !dbg !132, !tbaa !163
-  %791 = zext <16 x i16> %790 to <16 x i32>, !dbg !132
-  %792 = shl nuw <16 x i32> %791, splat (i32 16), !dbg !132
-  %793 = getelementptr inbounds nuw i8, ptr %771, i64 128, !dbg !132
-  store <16 x i32> %792, ptr %793, align 4, !dbg !132, !tbaa !163
-  %794 = load i32, ptr %gep164.i, align 4, !dbg !132, !tbaa !163
-  %795 = sext i32 %794 to i64, !dbg !132
-  %796 = mul nsw i64 %k_block, %795, !dbg !132
-  %797 = getelementptr i16, ptr %309, i64 %796, !dbg !132
-  %798 = getelementptr i16, ptr %797, i64 %cse_v41.i, !dbg !132
-  %799 = getelementptr i16, ptr %798, i64 %cse_v21.i, !dbg !132
-  %800 = getelementptr i8, ptr %799, i64 96, !dbg !132
-  %801 = load <16 x i16>, ptr %800, align 2, !dbg !132, !tbaa !163
-  %802 = zext <16 x i16> %801 to <16 x i32>, !dbg !132
-  %803 = shl nuw <16 x i32> %802, splat (i32 16), !dbg !132
-  %804 = getelementptr inbounds nuw i8, ptr %771, i64 192, !dbg !132
-  store <16 x i32> %803, ptr %804, align 4, !dbg !132, !tbaa !163
-  %805 = load i32, ptr %gep164.i, align 4, !dbg !132, !tbaa !163
-  %806 = sext i32 %805 to i64, !dbg !132
-  %807 = mul nsw i64 %k_block, %806, !dbg !132
-  %808 = getelementptr i16, ptr %309, i64 %807, !dbg !132
-  %809 = getelementptr i16, ptr %808, i64 %cse_v41.i, !dbg !132
-  %810 = getelementptr i16, ptr %809, i64 %cse_v21.i, !dbg !132
-  %811 = getelementptr i8, ptr %810, i64 128, !dbg !132
-  %812 = load <16 x i16>, ptr %811, align 2, !dbg !132, !tbaa !163
-  %813 = zext <16 x i16> %812 to <16 x i32>, !dbg !132
-  %814 = shl nuw <16 x i32> %813, splat (i32 16), !dbg !132
-  %815 = getelementptr inbounds nuw i8, ptr %771, i64 256, !dbg !132
-  store <16 x i32> %814, ptr %815, align 4, !dbg !132, !tbaa !163
-  %816 = load i32, ptr %gep164.i, align 4, !dbg !132, !tbaa !163
-  %817 = sext i32 %816 to i64, !dbg !132
-  %818 = mul nsw i64 %k_block, %817, !dbg !132
-  %819 = getelementptr i16, ptr %309, i64 %818, !dbg !132
-  %820 = getelementptr i16, ptr %819, i64 %cse_v41.i, !dbg !132
-  %821 = getelementptr i16, ptr %820, i64 %cse_v21.i, !dbg !132
-  %822 = getelementptr i8, ptr %821, i64 160, !dbg !132
-  %823 = load <16 x i16>, ptr %822, align 2, !dbg !132, !tbaa !163
-  %824 = zext <16 x i16> %823 to <16 x i32>, !dbg !132
-  %825 = shl nuw <16 x i32> %824, splat (i32 16), !dbg !132
-  %826 = getelementptr inbounds nuw i8, ptr %771, i64 320, !dbg !132
-  store <16 x i32> %825, ptr %826, align 4, !dbg !132, !tbaa !163
-  %827 = load i32, ptr %gep164.i, align 4, !dbg !132, !tbaa !163
-  %828 = sext i32 %827 to i64, !dbg !132
-  %829 = mul nsw i64 %k_block, %828, !dbg !132
-  %830 = getelementptr i16, ptr %309, i64 %829, !dbg !132
-  %831 = getelementptr i16, ptr %830, i64 %cse_v41.i, !dbg !132
-  %832 = getelementptr i16, ptr %831, i64 %cse_v21.i, !dbg !132
-  %833 = getelementptr i8, ptr %832, i64 192, !dbg !132
-  %834 = load <16 x i16>, ptr %833, align 2, !dbg !132, !tbaa !163
-  %835 = zext <16 x i16> %834 to <16 x i32>, !dbg !132
-  %836 = shl nuw <16 x i32> %835, splat (i32 16), !dbg !132
-  %837 = getelementptr inbounds nuw i8, ptr %771, i64 384, !dbg !132
-  store <16 x i32> %836, ptr %837, align 4, !dbg !132, !tbaa !163
-  %838 = load i32, ptr %gep164.i, align 4, !dbg !132, !tbaa !163
-  %839 = sext i32 %838 to i64, !dbg !132
-  %840 = mul nsw i64 %k_block, %839, !dbg !132
-  %841 = getelementptr i16, ptr %309, i64 %840, !dbg !132
-  %842 = getelementptr i16, ptr %841, i64 %cse_v41.i, !dbg !132
-  %843 = getelementptr i16, ptr %842, i64 %cse_v21.i, !dbg !132
-  %844 = getelementptr i8, ptr %843, i64 224, !dbg !132
-  %845 = load <16 x i16>, ptr %844, align 2, !dbg !132, !tbaa !163
-  %846 = zext <16 x i16> %845 to <16 x i32>, !dbg !132
-  %847 = shl nuw <16 x i32> %846, splat (i32 16), !dbg !132
-  %848 = getelementptr inbounds nuw i8, ptr %771, i64 448, !dbg !132
-  store <16 x i32> %847, ptr %848, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next261.i = add nuw nsw i64 %indvars.iv260.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next261.i, !215, !DIExpression(), !132)
-  %exitcond264.not.i = icmp eq i64 %indvars.iv.next261.i, 12, !dbg !132
-  br i1 %exitcond264.not.i, label %for_body_d16.i, label %for_body_ax0.i, !dbg !132, !prof !221
+  %indvars.iv256.i = phi i64 [ 0, %for_body_to.i ], [ %indvars.iv.next257.i, %for_body_ax0.i ]
+  %388 = add nuw nsw i64 %indvars.iv256.i, %387
+  %389 = trunc nuw nsw i64 %388 to i32
+  %390 = tail call i32 @llvm.smin.i32(i32 %389, i32 %382)
+  %cse_v34.i = sext i32 %390 to i64
+  %391 = and i64 %cse_v34.i, 15
+  %cse_v35.i = mul nsw i64 %391, %k_slot58
+  %392 = ashr i64 %cse_v34.i, 4
+  %gep160.i = getelementptr i32, ptr %gep216.i, i64 %392
+  %393 = load i32, ptr %gep160.i, align 4, !tbaa !8
+  %394 = sext i32 %393 to i64
+  %395 = mul nsw i64 %k_block, %394
+  %396 = getelementptr i16, ptr %key_cache, i64 %395
+  %397 = getelementptr i16, ptr %396, i64 %cse_v35.i
+  %398 = getelementptr i16, ptr %397, i64 %cse_v19.i
+  %399 = load <16 x i16>, ptr %398, align 2, !tbaa !8
+  %400 = zext <16 x i16> %399 to <16 x i32>
+  %401 = shl nuw <16 x i32> %400, splat (i32 16)
+  %.idx344.i = shl nuw nsw i64 %indvars.iv256.i, 9
+  %402 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx344.i
+  store <16 x i32> %401, ptr %402, align 4, !tbaa !8
+  %403 = load i32, ptr %gep160.i, align 4, !tbaa !8
+  %404 = sext i32 %403 to i64
+  %405 = mul nsw i64 %k_block, %404
+  %406 = getelementptr i16, ptr %key_cache, i64 %405
+  %407 = getelementptr i16, ptr %406, i64 %cse_v35.i
+  %408 = getelementptr i16, ptr %407, i64 %cse_v19.i
+  %409 = getelementptr i8, ptr %408, i64 32
+  %410 = load <16 x i16>, ptr %409, align 2, !tbaa !8
+  %411 = zext <16 x i16> %410 to <16 x i32>
+  %412 = shl nuw <16 x i32> %411, splat (i32 16)
+  %413 = getelementptr inbounds nuw i8, ptr %402, i64 64
+  store <16 x i32> %412, ptr %413, align 4, !tbaa !8
+  %414 = load i32, ptr %gep160.i, align 4, !tbaa !8
+  %415 = sext i32 %414 to i64
+  %416 = mul nsw i64 %k_block, %415
+  %417 = getelementptr i16, ptr %key_cache, i64 %416
+  %418 = getelementptr i16, ptr %417, i64 %cse_v35.i
+  %419 = getelementptr i16, ptr %418, i64 %cse_v19.i
+  %420 = getelementptr i8, ptr %419, i64 64
+  %421 = load <16 x i16>, ptr %420, align 2, !tbaa !8
+  %422 = zext <16 x i16> %421 to <16 x i32>
+  %423 = shl nuw <16 x i32> %422, splat (i32 16)
+  %424 = getelementptr inbounds nuw i8, ptr %402, i64 128
+  store <16 x i32> %423, ptr %424, align 4, !tbaa !8
+  %425 = load i32, ptr %gep160.i, align 4, !tbaa !8
+  %426 = sext i32 %425 to i64
+  %427 = mul nsw i64 %k_block, %426
+  %428 = getelementptr i16, ptr %key_cache, i64 %427
+  %429 = getelementptr i16, ptr %428, i64 %cse_v35.i
+  %430 = getelementptr i16, ptr %429, i64 %cse_v19.i
+  %431 = getelementptr i8, ptr %430, i64 96
+  %432 = load <16 x i16>, ptr %431, align 2, !tbaa !8
+  %433 = zext <16 x i16> %432 to <16 x i32>
+  %434 = shl nuw <16 x i32> %433, splat (i32 16)
+  %435 = getelementptr inbounds nuw i8, ptr %402, i64 192
+  store <16 x i32> %434, ptr %435, align 4, !tbaa !8
+  %436 = load i32, ptr %gep160.i, align 4, !tbaa !8
+  %437 = sext i32 %436 to i64
+  %438 = mul nsw i64 %k_block, %437
+  %439 = getelementptr i16, ptr %key_cache, i64 %438
+  %440 = getelementptr i16, ptr %439, i64 %cse_v35.i
+  %441 = getelementptr i16, ptr %440, i64 %cse_v19.i
+  %442 = getelementptr i8, ptr %441, i64 128
+  %443 = load <16 x i16>, ptr %442, align 2, !tbaa !8
+  %444 = zext <16 x i16> %443 to <16 x i32>
+  %445 = shl nuw <16 x i32> %444, splat (i32 16)
+  %446 = getelementptr inbounds nuw i8, ptr %402, i64 256
+  store <16 x i32> %445, ptr %446, align 4, !tbaa !8
+  %447 = load i32, ptr %gep160.i, align 4, !tbaa !8
+  %448 = sext i32 %447 to i64
+  %449 = mul nsw i64 %k_block, %448
+  %450 = getelementptr i16, ptr %key_cache, i64 %449
+  %451 = getelementptr i16, ptr %450, i64 %cse_v35.i
+  %452 = getelementptr i16, ptr %451, i64 %cse_v19.i
+  %453 = getelementptr i8, ptr %452, i64 160
+  %454 = load <16 x i16>, ptr %453, align 2, !tbaa !8
+  %455 = zext <16 x i16> %454 to <16 x i32>
+  %456 = shl nuw <16 x i32> %455, splat (i32 16)
+  %457 = getelementptr inbounds nuw i8, ptr %402, i64 320
+  store <16 x i32> %456, ptr %457, align 4, !tbaa !8
+  %458 = load i32, ptr %gep160.i, align 4, !tbaa !8
+  %459 = sext i32 %458 to i64
+  %460 = mul nsw i64 %k_block, %459
+  %461 = getelementptr i16, ptr %key_cache, i64 %460
+  %462 = getelementptr i16, ptr %461, i64 %cse_v35.i
+  %463 = getelementptr i16, ptr %462, i64 %cse_v19.i
+  %464 = getelementptr i8, ptr %463, i64 192
+  %465 = load <16 x i16>, ptr %464, align 2, !tbaa !8
+  %466 = zext <16 x i16> %465 to <16 x i32>
+  %467 = shl nuw <16 x i32> %466, splat (i32 16)
+  %468 = getelementptr inbounds nuw i8, ptr %402, i64 384
+  store <16 x i32> %467, ptr %468, align 4, !tbaa !8
+  %469 = load i32, ptr %gep160.i, align 4, !tbaa !8
+  %470 = sext i32 %469 to i64
+  %471 = mul nsw i64 %k_block, %470
+  %472 = getelementptr i16, ptr %key_cache, i64 %471
+  %473 = getelementptr i16, ptr %472, i64 %cse_v35.i
+  %474 = getelementptr i16, ptr %473, i64 %cse_v19.i
+  %475 = getelementptr i8, ptr %474, i64 224
+  %476 = load <16 x i16>, ptr %475, align 2, !tbaa !8
+  %477 = zext <16 x i16> %476 to <16 x i32>
+  %478 = shl nuw <16 x i32> %477, splat (i32 16)
+  %479 = getelementptr inbounds nuw i8, ptr %402, i64 448
+  store <16 x i32> %478, ptr %479, align 4, !tbaa !8
+  %indvars.iv.next257.i = add nuw nsw i64 %indvars.iv256.i, 1
+  %exitcond260.not.i = icmp eq i64 %indvars.iv.next257.i, 12
+  br i1 %exitcond260.not.i, label %for_body_d16.i, label %for_body_ax0.i, !prof !38
 
-for_body_d16.i:                                   ; preds = %for_body_ax0.i, %for_body_d16.i
-  %indvars.iv265.i = phi i64 [ %indvars.iv.next266.i, %for_body_d16.i ], [ 0, %for_body_ax0.i ]
-  %scores_global128.sroa.0.0177.i = phi <4 x float> [ %855, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.12.0176.i = phi <4 x float> [ %860, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.16.0175.i = phi <4 x float> [ %865, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.20.0174.i = phi <4 x float> [ %870, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.24.0173.i = phi <4 x float> [ %875, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.28.0172.i = phi <4 x float> [ %880, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.32.0171.i = phi <4 x float> [ %885, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.36.0170.i = phi <4 x float> [ %890, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.40.0169.i = phi <4 x float> [ %895, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.44.0168.i = phi <4 x float> [ %900, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.48.0167.i = phi <4 x float> [ %905, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-  %scores_global128.sroa.52.0166.i = phi <4 x float> [ %910, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
-    #dbg_value(i64 %indvars.iv265.i, !168, !DIExpression(), !132)
-    #dbg_value(<4 x float> %scores_global128.sroa.0.0177.i, !222, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv265.i, !223, !DIExpression(DW_OP_constu, 2, DW_OP_shl, DW_OP_stack_value), !132)
-  %.idx349.i = shl nuw nsw i64 %indvars.iv265.i, 4, !dbg !132
-  %849 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx349.i, !dbg !132
-  %850 = load <4 x float>, ptr %849, align 4, !dbg !132, !tbaa !163
-  %851 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %indvars.iv265.i, !dbg !132
-  %852 = load float, ptr %851, align 4, !dbg !132, !tbaa !163
-  %853 = insertelement <4 x float> poison, float %852, i64 0, !dbg !132
-  %854 = shufflevector <4 x float> %853, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %855 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %854, <4 x float> %scores_global128.sroa.0.0177.i), !dbg !132
-    #dbg_value(<4 x float> %855, !222, !DIExpression(), !132)
-  %856 = getelementptr inbounds nuw i8, ptr %851, i64 512, !dbg !132
-  %857 = load float, ptr %856, align 4, !dbg !132, !tbaa !163
-  %858 = insertelement <4 x float> poison, float %857, i64 0, !dbg !132
-  %859 = shufflevector <4 x float> %858, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %860 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %859, <4 x float> %scores_global128.sroa.12.0176.i), !dbg !132
-  %861 = getelementptr inbounds nuw i8, ptr %851, i64 1024, !dbg !132
-  %862 = load float, ptr %861, align 4, !dbg !132, !tbaa !163
-  %863 = insertelement <4 x float> poison, float %862, i64 0, !dbg !132
-  %864 = shufflevector <4 x float> %863, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %865 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %864, <4 x float> %scores_global128.sroa.16.0175.i), !dbg !132
-  %866 = getelementptr inbounds nuw i8, ptr %851, i64 1536, !dbg !132
-  %867 = load float, ptr %866, align 4, !dbg !132, !tbaa !163
-  %868 = insertelement <4 x float> poison, float %867, i64 0, !dbg !132
-  %869 = shufflevector <4 x float> %868, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %870 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %869, <4 x float> %scores_global128.sroa.20.0174.i), !dbg !132
-  %871 = getelementptr inbounds nuw i8, ptr %851, i64 2048, !dbg !132
-  %872 = load float, ptr %871, align 4, !dbg !132, !tbaa !163
-  %873 = insertelement <4 x float> poison, float %872, i64 0, !dbg !132
-  %874 = shufflevector <4 x float> %873, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %875 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %874, <4 x float> %scores_global128.sroa.24.0173.i), !dbg !132
-  %876 = getelementptr inbounds nuw i8, ptr %851, i64 2560, !dbg !132
-  %877 = load float, ptr %876, align 4, !dbg !132, !tbaa !163
-  %878 = insertelement <4 x float> poison, float %877, i64 0, !dbg !132
-  %879 = shufflevector <4 x float> %878, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %880 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %879, <4 x float> %scores_global128.sroa.28.0172.i), !dbg !132
-  %881 = getelementptr inbounds nuw i8, ptr %851, i64 3072, !dbg !132
-  %882 = load float, ptr %881, align 4, !dbg !132, !tbaa !163
-  %883 = insertelement <4 x float> poison, float %882, i64 0, !dbg !132
-  %884 = shufflevector <4 x float> %883, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %885 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %884, <4 x float> %scores_global128.sroa.32.0171.i), !dbg !132
-  %886 = getelementptr inbounds nuw i8, ptr %851, i64 3584, !dbg !132
-  %887 = load float, ptr %886, align 4, !dbg !132, !tbaa !163
-  %888 = insertelement <4 x float> poison, float %887, i64 0, !dbg !132
-  %889 = shufflevector <4 x float> %888, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %890 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %889, <4 x float> %scores_global128.sroa.36.0170.i), !dbg !132
-  %891 = getelementptr inbounds nuw i8, ptr %851, i64 4096, !dbg !132
-  %892 = load float, ptr %891, align 4, !dbg !132, !tbaa !163
-  %893 = insertelement <4 x float> poison, float %892, i64 0, !dbg !132
-  %894 = shufflevector <4 x float> %893, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %895 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %894, <4 x float> %scores_global128.sroa.40.0169.i), !dbg !132
-  %896 = getelementptr inbounds nuw i8, ptr %851, i64 4608, !dbg !132
-  %897 = load float, ptr %896, align 4, !dbg !132, !tbaa !163
-  %898 = insertelement <4 x float> poison, float %897, i64 0, !dbg !132
-  %899 = shufflevector <4 x float> %898, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %900 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %899, <4 x float> %scores_global128.sroa.44.0168.i), !dbg !132
-  %901 = getelementptr inbounds nuw i8, ptr %851, i64 5120, !dbg !132
-  %902 = load float, ptr %901, align 4, !dbg !132, !tbaa !163
-  %903 = insertelement <4 x float> poison, float %902, i64 0, !dbg !132
-  %904 = shufflevector <4 x float> %903, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %905 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %904, <4 x float> %scores_global128.sroa.48.0167.i), !dbg !132
-  %906 = getelementptr inbounds nuw i8, ptr %851, i64 5632, !dbg !132
-  %907 = load float, ptr %906, align 4, !dbg !132, !tbaa !163
-  %908 = insertelement <4 x float> poison, float %907, i64 0, !dbg !132
-  %909 = shufflevector <4 x float> %908, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %910 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %850, <4 x float> %909, <4 x float> %scores_global128.sroa.52.0166.i), !dbg !132
-  %indvars.iv.next266.i = add nuw nsw i64 %indvars.iv265.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next266.i, !168, !DIExpression(), !132)
-  %exitcond269.not.i = icmp eq i64 %indvars.iv.next266.i, 128, !dbg !132
-  br i1 %exitcond269.not.i, label %for_end_d17.i, label %for_body_d16.i, !dbg !132, !prof !221
+for_body_d16.i:                                   ; preds = %for_body_d16.i, %for_body_ax0.i
+  %indvars.iv261.i = phi i64 [ %indvars.iv.next262.i, %for_body_d16.i ], [ 0, %for_body_ax0.i ]
+  %scores_global124.sroa.0.0173.i = phi <4 x float> [ %486, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.12.0172.i = phi <4 x float> [ %491, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.16.0171.i = phi <4 x float> [ %496, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.20.0170.i = phi <4 x float> [ %501, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.24.0169.i = phi <4 x float> [ %506, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.28.0168.i = phi <4 x float> [ %511, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.32.0167.i = phi <4 x float> [ %516, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.36.0166.i = phi <4 x float> [ %521, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.40.0165.i = phi <4 x float> [ %526, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.44.0164.i = phi <4 x float> [ %531, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.48.0163.i = phi <4 x float> [ %536, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %scores_global124.sroa.52.0162.i = phi <4 x float> [ %541, %for_body_d16.i ], [ zeroinitializer, %for_body_ax0.i ]
+  %.idx345.i = shl nuw nsw i64 %indvars.iv261.i, 4
+  %480 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx345.i
+  %481 = load <4 x float>, ptr %480, align 4, !tbaa !8
+  %482 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %indvars.iv261.i
+  %483 = load float, ptr %482, align 4, !tbaa !8
+  %484 = insertelement <4 x float> poison, float %483, i64 0
+  %485 = shufflevector <4 x float> %484, <4 x float> poison, <4 x i32> zeroinitializer
+  %486 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %481, <4 x float> %485, <4 x float> %scores_global124.sroa.0.0173.i)
+  %487 = getelementptr inbounds nuw i8, ptr %482, i64 512
+  %488 = load float, ptr %487, align 4, !tbaa !8
+  %489 = insertelement <4 x float> poison, float %488, i64 0
+  %490 = shufflevector <4 x float> %489, <4 x float> poison, <4 x i32> zeroinitializer
+  %491 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %481, <4 x float> %490, <4 x float> %scores_global124.sroa.12.0172.i)
+  %492 = getelementptr inbounds nuw i8, ptr %482, i64 1024
+  %493 = load float, ptr %492, align 4, !tbaa !8
+  %494 = insertelement <4 x float> poison, float %493, i64 0
+  %495 = shufflevector <4 x float> %494, <4 x float> poison, <4 x i32> zeroinitializer
+  %496 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %481, <4 x float> %495, <4 x float> %scores_global124.sroa.16.0171.i)
+  %497 = getelementptr inbounds nuw i8, ptr %482, i64 1536
+  %498 = load float, ptr %497, align 4, !tbaa !8
+  %499 = insertelement <4 x float> poison, float %498, i64 0
+  %500 = shufflevector <4 x float> %499, <4 x float> poison, <4 x i32> zeroinitializer
+  %501 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %481, <4 x float> %500, <4 x float> %scores_global124.sroa.20.0170.i)
+  %502 = getelementptr inbounds nuw i8, ptr %482, i64 2048
+  %503 = load float, ptr %502, align 4, !tbaa !8
+  %504 = insertelement <4 x float> poison, float %503, i64 0
+  %505 = shufflevector <4 x float> %504, <4 x float> poison, <4 x i32> zeroinitializer
+  %506 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %481, <4 x float> %505, <4 x float> %scores_global124.sroa.24.0169.i)
+  %507 = getelementptr inbounds nuw i8, ptr %482, i64 2560
+  %508 = load float, ptr %507, align 4, !tbaa !8
+  %509 = insertelement <4 x float> poison, float %508, i64 0
+  %510 = shufflevector <4 x float> %509, <4 x float> poison, <4 x i32> zeroinitializer
+  %511 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %481, <4 x float> %510, <4 x float> %scores_global124.sroa.28.0168.i)
+  %512 = getelementptr inbounds nuw i8, ptr %482, i64 3072
+  %513 = load float, ptr %512, align 4, !tbaa !8
+  %514 = insertelement <4 x float> poison, float %513, i64 0
+  %515 = shufflevector <4 x float> %514, <4 x float> poison, <4 x i32> zeroinitializer
+  %516 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %481, <4 x float> %515, <4 x float> %scores_global124.sroa.32.0167.i)
+  %517 = getelementptr inbounds nuw i8, ptr %482, i64 3584
+  %518 = load float, ptr %517, align 4, !tbaa !8
+  %519 = insertelement <4 x float> poison, float %518, i64 0
+  %520 = shufflevector <4 x float> %519, <4 x float> poison, <4 x i32> zeroinitializer
+  %521 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %481, <4 x float> %520, <4 x float> %scores_global124.sroa.36.0166.i)
+  %522 = getelementptr inbounds nuw i8, ptr %482, i64 4096
+  %523 = load float, ptr %522, align 4, !tbaa !8
+  %524 = insertelement <4 x float> poison, float %523, i64 0
+  %525 = shufflevector <4 x float> %524, <4 x float> poison, <4 x i32> zeroinitializer
+  %526 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %481, <4 x float> %525, <4 x float> %scores_global124.sroa.40.0165.i)
+  %527 = getelementptr inbounds nuw i8, ptr %482, i64 4608
+  %528 = load float, ptr %527, align 4, !tbaa !8
+  %529 = insertelement <4 x float> poison, float %528, i64 0
+  %530 = shufflevector <4 x float> %529, <4 x float> poison, <4 x i32> zeroinitializer
+  %531 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %481, <4 x float> %530, <4 x float> %scores_global124.sroa.44.0164.i)
+  %532 = getelementptr inbounds nuw i8, ptr %482, i64 5120
+  %533 = load float, ptr %532, align 4, !tbaa !8
+  %534 = insertelement <4 x float> poison, float %533, i64 0
+  %535 = shufflevector <4 x float> %534, <4 x float> poison, <4 x i32> zeroinitializer
+  %536 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %481, <4 x float> %535, <4 x float> %scores_global124.sroa.48.0163.i)
+  %537 = getelementptr inbounds nuw i8, ptr %482, i64 5632
+  %538 = load float, ptr %537, align 4, !tbaa !8
+  %539 = insertelement <4 x float> poison, float %538, i64 0
+  %540 = shufflevector <4 x float> %539, <4 x float> poison, <4 x i32> zeroinitializer
+  %541 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %481, <4 x float> %540, <4 x float> %scores_global124.sroa.52.0162.i)
+  %indvars.iv.next262.i = add nuw nsw i64 %indvars.iv261.i, 1
+  %exitcond265.not.i = icmp eq i64 %indvars.iv.next262.i, 128
+  br i1 %exitcond265.not.i, label %for_end_d17.i, label %for_body_d16.i, !prof !38
 
 for_end_d17.i:                                    ; preds = %for_body_d16.i
-  %911 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %756, !dbg !132
-  store <4 x float> %855, ptr %911, align 4, !dbg !132, !tbaa !163
-  %912 = getelementptr inbounds nuw i8, ptr %911, i64 16, !dbg !132
-  store <4 x float> %860, ptr %912, align 4, !dbg !132, !tbaa !163
-  %913 = getelementptr inbounds nuw i8, ptr %911, i64 32, !dbg !132
-  store <4 x float> %865, ptr %913, align 4, !dbg !132, !tbaa !163
-  %914 = getelementptr inbounds nuw i8, ptr %911, i64 48, !dbg !132
-  store <4 x float> %870, ptr %914, align 4, !dbg !132, !tbaa !163
-  %915 = getelementptr inbounds nuw i8, ptr %911, i64 64, !dbg !132
-  store <4 x float> %875, ptr %915, align 4, !dbg !132, !tbaa !163
-  %916 = getelementptr inbounds nuw i8, ptr %911, i64 80, !dbg !132
-  store <4 x float> %880, ptr %916, align 4, !dbg !132, !tbaa !163
-  %917 = getelementptr inbounds nuw i8, ptr %911, i64 96, !dbg !132
-  store <4 x float> %885, ptr %917, align 4, !dbg !132, !tbaa !163
-  %918 = getelementptr inbounds nuw i8, ptr %911, i64 112, !dbg !132
-  store <4 x float> %890, ptr %918, align 4, !dbg !132, !tbaa !163
-  %919 = getelementptr inbounds nuw i8, ptr %911, i64 128, !dbg !132
-  store <4 x float> %895, ptr %919, align 4, !dbg !132, !tbaa !163
-  %920 = getelementptr inbounds nuw i8, ptr %911, i64 144, !dbg !132
-  store <4 x float> %900, ptr %920, align 4, !dbg !132, !tbaa !163
-  %921 = getelementptr inbounds nuw i8, ptr %911, i64 160, !dbg !132
-  store <4 x float> %905, ptr %921, align 4, !dbg !132, !tbaa !163
-  %922 = getelementptr inbounds nuw i8, ptr %911, i64 176, !dbg !132
-  store <4 x float> %910, ptr %922, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next271.i = add nuw nsw i64 %indvars.iv270.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next271.i, !209, !DIExpression(), !132)
-  %exitcond274.not.i = icmp eq i64 %indvars.iv.next271.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond274.not.i, label %for_begin_ti.preheader.i, label %for_body_to.i, !dbg !132, !prof !224
+  %542 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %387
+  store <4 x float> %486, ptr %542, align 4, !tbaa !8
+  %543 = getelementptr inbounds nuw i8, ptr %542, i64 16
+  store <4 x float> %491, ptr %543, align 4, !tbaa !8
+  %544 = getelementptr inbounds nuw i8, ptr %542, i64 32
+  store <4 x float> %496, ptr %544, align 4, !tbaa !8
+  %545 = getelementptr inbounds nuw i8, ptr %542, i64 48
+  store <4 x float> %501, ptr %545, align 4, !tbaa !8
+  %546 = getelementptr inbounds nuw i8, ptr %542, i64 64
+  store <4 x float> %506, ptr %546, align 4, !tbaa !8
+  %547 = getelementptr inbounds nuw i8, ptr %542, i64 80
+  store <4 x float> %511, ptr %547, align 4, !tbaa !8
+  %548 = getelementptr inbounds nuw i8, ptr %542, i64 96
+  store <4 x float> %516, ptr %548, align 4, !tbaa !8
+  %549 = getelementptr inbounds nuw i8, ptr %542, i64 112
+  store <4 x float> %521, ptr %549, align 4, !tbaa !8
+  %550 = getelementptr inbounds nuw i8, ptr %542, i64 128
+  store <4 x float> %526, ptr %550, align 4, !tbaa !8
+  %551 = getelementptr inbounds nuw i8, ptr %542, i64 144
+  store <4 x float> %531, ptr %551, align 4, !tbaa !8
+  %552 = getelementptr inbounds nuw i8, ptr %542, i64 160
+  store <4 x float> %536, ptr %552, align 4, !tbaa !8
+  %553 = getelementptr inbounds nuw i8, ptr %542, i64 176
+  store <4 x float> %541, ptr %553, align 4, !tbaa !8
+  %indvars.iv.next267.i = add nuw nsw i64 %indvars.iv266.i, 1
+  %exitcond270.not.i = icmp eq i64 %indvars.iv.next267.i, %wide.trip.count.i
+  br i1 %exitcond270.not.i, label %for_begin_ti.preheader.i, label %for_body_to.i, !prof !39
 
-for_begin_ti.preheader.i:                         ; preds = %for_end_d17.i, %for_begin_ti.preheader.i
-  %indvars.iv280.i = phi i64 [ %indvars.iv.next281.i, %for_begin_ti.preheader.i ], [ 0, %for_end_d17.i ]
-    #dbg_value(i64 %indvars.iv280.i, !209, !DIExpression(), !132)
-  %923 = mul nuw nsw i64 %indvars.iv280.i, 12
-    #dbg_value(i64 0, !225, !DIExpression(), !132)
-    #dbg_value(i64 %923, !226, !DIExpression(), !132)
-  %924 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %923, !dbg !132
-  %925 = load <4 x float>, ptr %924, align 4, !dbg !132, !tbaa !163
-  %926 = fmul <4 x float> %479, %925, !dbg !132
-  %927 = icmp samesign ult i64 %indvars.iv280.i, 11, !dbg !132
-  %928 = icmp slt i64 %923, %744, !dbg !132
-  %929 = and i1 %927, %928, !dbg !132
-  %930 = insertelement <4 x i1> poison, i1 %929, i64 0, !dbg !132
-  %931 = shufflevector <4 x i1> %930, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %932 = select <4 x i1> %931, <4 x float> %926, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
-  store <4 x float> %932, ptr %924, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 1, !225, !DIExpression(), !132)
-  %933 = or disjoint i64 %923, 1, !dbg !132
-    #dbg_value(i64 %933, !226, !DIExpression(), !132)
-  %934 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %933, !dbg !132
-  %935 = load <4 x float>, ptr %934, align 4, !dbg !132, !tbaa !163
-  %936 = fmul <4 x float> %479, %935, !dbg !132
-  %937 = icmp slt i64 %933, %744, !dbg !132
-  %938 = and i1 %927, %937, !dbg !132
-  %939 = insertelement <4 x i1> poison, i1 %938, i64 0, !dbg !132
-  %940 = shufflevector <4 x i1> %939, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %941 = select <4 x i1> %940, <4 x float> %936, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
-  store <4 x float> %941, ptr %934, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 2, !225, !DIExpression(), !132)
-  %942 = or disjoint i64 %923, 2, !dbg !132
-    #dbg_value(i64 %942, !226, !DIExpression(), !132)
-  %943 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %942, !dbg !132
-  %944 = load <4 x float>, ptr %943, align 4, !dbg !132, !tbaa !163
-  %945 = fmul <4 x float> %479, %944, !dbg !132
-  %946 = icmp slt i64 %942, %744, !dbg !132
-  %947 = and i1 %927, %946, !dbg !132
-  %948 = insertelement <4 x i1> poison, i1 %947, i64 0, !dbg !132
-  %949 = shufflevector <4 x i1> %948, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %950 = select <4 x i1> %949, <4 x float> %945, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
-  store <4 x float> %950, ptr %943, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 3, !225, !DIExpression(), !132)
-  %951 = or disjoint i64 %923, 3, !dbg !132
-    #dbg_value(i64 %951, !226, !DIExpression(), !132)
-  %952 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %951, !dbg !132
-  %953 = load <4 x float>, ptr %952, align 4, !dbg !132, !tbaa !163
-  %954 = fmul <4 x float> %479, %953, !dbg !132
-  %955 = icmp slt i64 %951, %744, !dbg !132
-  %956 = and i1 %927, %955, !dbg !132
-  %957 = insertelement <4 x i1> poison, i1 %956, i64 0, !dbg !132
-  %958 = shufflevector <4 x i1> %957, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %959 = select <4 x i1> %958, <4 x float> %954, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
-  store <4 x float> %959, ptr %952, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 4, !225, !DIExpression(), !132)
-  %960 = add nuw nsw i64 %923, 4, !dbg !132
-    #dbg_value(i64 %960, !226, !DIExpression(), !132)
-  %961 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %960, !dbg !132
-  %962 = load <4 x float>, ptr %961, align 4, !dbg !132, !tbaa !163
-  %963 = fmul <4 x float> %479, %962, !dbg !132
-  %964 = icmp slt i64 %960, %744, !dbg !132
-  %965 = and i1 %927, %964, !dbg !132
-  %966 = insertelement <4 x i1> poison, i1 %965, i64 0, !dbg !132
-  %967 = shufflevector <4 x i1> %966, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %968 = select <4 x i1> %967, <4 x float> %963, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
-  store <4 x float> %968, ptr %961, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 5, !225, !DIExpression(), !132)
-  %969 = add nuw nsw i64 %923, 5, !dbg !132
-    #dbg_value(i64 %969, !226, !DIExpression(), !132)
-  %970 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %969, !dbg !132
-  %971 = load <4 x float>, ptr %970, align 4, !dbg !132, !tbaa !163
-  %972 = fmul <4 x float> %479, %971, !dbg !132
-  %973 = icmp slt i64 %969, %744, !dbg !132
-  %974 = and i1 %927, %973, !dbg !132
-  %975 = insertelement <4 x i1> poison, i1 %974, i64 0, !dbg !132
-  %976 = shufflevector <4 x i1> %975, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %977 = select <4 x i1> %976, <4 x float> %972, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
-  store <4 x float> %977, ptr %970, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 6, !225, !DIExpression(), !132)
-  %978 = add nuw nsw i64 %923, 6, !dbg !132
-    #dbg_value(i64 %978, !226, !DIExpression(), !132)
-  %979 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %978, !dbg !132
-  %980 = load <4 x float>, ptr %979, align 4, !dbg !132, !tbaa !163
-  %981 = fmul <4 x float> %479, %980, !dbg !132
-  %982 = icmp slt i64 %978, %744, !dbg !132
-  %983 = and i1 %927, %982, !dbg !132
-  %984 = insertelement <4 x i1> poison, i1 %983, i64 0, !dbg !132
-  %985 = shufflevector <4 x i1> %984, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %986 = select <4 x i1> %985, <4 x float> %981, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
-  store <4 x float> %986, ptr %979, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 7, !225, !DIExpression(), !132)
-  %987 = add nuw nsw i64 %923, 7, !dbg !132
-    #dbg_value(i64 %987, !226, !DIExpression(), !132)
-  %988 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %987, !dbg !132
-  %989 = load <4 x float>, ptr %988, align 4, !dbg !132, !tbaa !163
-  %990 = fmul <4 x float> %479, %989, !dbg !132
-  %991 = icmp slt i64 %987, %744, !dbg !132
-  %992 = and i1 %927, %991, !dbg !132
-  %993 = insertelement <4 x i1> poison, i1 %992, i64 0, !dbg !132
-  %994 = shufflevector <4 x i1> %993, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %995 = select <4 x i1> %994, <4 x float> %990, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
-  store <4 x float> %995, ptr %988, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 8, !225, !DIExpression(), !132)
-  %996 = add nuw nsw i64 %923, 8, !dbg !132
-    #dbg_value(i64 %996, !226, !DIExpression(), !132)
-  %997 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %996, !dbg !132
-  %998 = load <4 x float>, ptr %997, align 4, !dbg !132, !tbaa !163
-  %999 = fmul <4 x float> %479, %998, !dbg !132
-  %1000 = icmp samesign ult i64 %indvars.iv280.i, 10, !dbg !132
-  %1001 = icmp slt i64 %996, %744, !dbg !132
-  %1002 = and i1 %1000, %1001, !dbg !132
-  %1003 = insertelement <4 x i1> poison, i1 %1002, i64 0, !dbg !132
-  %1004 = shufflevector <4 x i1> %1003, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1005 = select <4 x i1> %1004, <4 x float> %999, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
-  store <4 x float> %1005, ptr %997, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 9, !225, !DIExpression(), !132)
-  %1006 = add nuw nsw i64 %923, 9, !dbg !132
-    #dbg_value(i64 %1006, !226, !DIExpression(), !132)
-  %1007 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %1006, !dbg !132
-  %1008 = load <4 x float>, ptr %1007, align 4, !dbg !132, !tbaa !163
-  %1009 = fmul <4 x float> %479, %1008, !dbg !132
-  %1010 = icmp slt i64 %1006, %744, !dbg !132
-  %1011 = and i1 %1000, %1010, !dbg !132
-  %1012 = insertelement <4 x i1> poison, i1 %1011, i64 0, !dbg !132
-  %1013 = shufflevector <4 x i1> %1012, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1014 = select <4 x i1> %1013, <4 x float> %1009, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
-  store <4 x float> %1014, ptr %1007, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 10, !225, !DIExpression(), !132)
-  %1015 = add nuw nsw i64 %923, 10, !dbg !132
-    #dbg_value(i64 %1015, !226, !DIExpression(), !132)
-  %1016 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %1015, !dbg !132
-  %1017 = load <4 x float>, ptr %1016, align 4, !dbg !132, !tbaa !163
-  %1018 = fmul <4 x float> %479, %1017, !dbg !132
-  %1019 = icmp slt i64 %1015, %744, !dbg !132
-  %1020 = and i1 %1000, %1019, !dbg !132
-  %1021 = insertelement <4 x i1> poison, i1 %1020, i64 0, !dbg !132
-  %1022 = shufflevector <4 x i1> %1021, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1023 = select <4 x i1> %1022, <4 x float> %1018, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
-  store <4 x float> %1023, ptr %1016, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 11, !225, !DIExpression(), !132)
-  %1024 = add nuw nsw i64 %923, 11, !dbg !132
-    #dbg_value(i64 %1024, !226, !DIExpression(), !132)
-  %1025 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %1024, !dbg !132
-  %1026 = load <4 x float>, ptr %1025, align 4, !dbg !132, !tbaa !163
-  %1027 = fmul <4 x float> %479, %1026, !dbg !132
-  %1028 = icmp slt i64 %1024, %744, !dbg !132
-  %1029 = and i1 %1000, %1028, !dbg !132
-  %1030 = insertelement <4 x i1> poison, i1 %1029, i64 0, !dbg !132
-  %1031 = shufflevector <4 x i1> %1030, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1032 = select <4 x i1> %1031, <4 x float> %1027, <4 x float> splat (float 0xFFF0000000000000), !dbg !132
-  store <4 x float> %1032, ptr %1025, align 4, !dbg !132, !tbaa !163
-    #dbg_value(i64 12, !225, !DIExpression(), !132)
-  %indvars.iv.next281.i = add nuw nsw i64 %indvars.iv280.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next281.i, !209, !DIExpression(), !132)
-  %exitcond284.not.i = icmp eq i64 %indvars.iv.next281.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond284.not.i, label %for_begin_ti30.preheader.preheader.i, label %for_begin_ti.preheader.i, !dbg !132, !prof !224
+for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_end_d17.i
+  %indvars.iv276.i = phi i64 [ %indvars.iv.next277.i, %for_begin_ti.preheader.i ], [ 0, %for_end_d17.i ]
+  %554 = mul nuw nsw i64 %indvars.iv276.i, 12
+  %555 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %554
+  %556 = load <4 x float>, ptr %555, align 4, !tbaa !8
+  %557 = fmul <4 x float> %110, %556
+  %558 = icmp samesign ult i64 %indvars.iv276.i, 11
+  %559 = icmp slt i64 %554, %375
+  %560 = and i1 %558, %559
+  %561 = insertelement <4 x i1> poison, i1 %560, i64 0
+  %562 = shufflevector <4 x i1> %561, <4 x i1> poison, <4 x i32> zeroinitializer
+  %563 = select <4 x i1> %562, <4 x float> %557, <4 x float> splat (float 0xFFF0000000000000)
+  store <4 x float> %563, ptr %555, align 4, !tbaa !8
+  %564 = or disjoint i64 %554, 1
+  %565 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %564
+  %566 = load <4 x float>, ptr %565, align 4, !tbaa !8
+  %567 = fmul <4 x float> %110, %566
+  %568 = icmp slt i64 %564, %375
+  %569 = and i1 %558, %568
+  %570 = insertelement <4 x i1> poison, i1 %569, i64 0
+  %571 = shufflevector <4 x i1> %570, <4 x i1> poison, <4 x i32> zeroinitializer
+  %572 = select <4 x i1> %571, <4 x float> %567, <4 x float> splat (float 0xFFF0000000000000)
+  store <4 x float> %572, ptr %565, align 4, !tbaa !8
+  %573 = or disjoint i64 %554, 2
+  %574 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %573
+  %575 = load <4 x float>, ptr %574, align 4, !tbaa !8
+  %576 = fmul <4 x float> %110, %575
+  %577 = icmp slt i64 %573, %375
+  %578 = and i1 %558, %577
+  %579 = insertelement <4 x i1> poison, i1 %578, i64 0
+  %580 = shufflevector <4 x i1> %579, <4 x i1> poison, <4 x i32> zeroinitializer
+  %581 = select <4 x i1> %580, <4 x float> %576, <4 x float> splat (float 0xFFF0000000000000)
+  store <4 x float> %581, ptr %574, align 4, !tbaa !8
+  %582 = or disjoint i64 %554, 3
+  %583 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %582
+  %584 = load <4 x float>, ptr %583, align 4, !tbaa !8
+  %585 = fmul <4 x float> %110, %584
+  %586 = icmp slt i64 %582, %375
+  %587 = and i1 %558, %586
+  %588 = insertelement <4 x i1> poison, i1 %587, i64 0
+  %589 = shufflevector <4 x i1> %588, <4 x i1> poison, <4 x i32> zeroinitializer
+  %590 = select <4 x i1> %589, <4 x float> %585, <4 x float> splat (float 0xFFF0000000000000)
+  store <4 x float> %590, ptr %583, align 4, !tbaa !8
+  %591 = add nuw nsw i64 %554, 4
+  %592 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %591
+  %593 = load <4 x float>, ptr %592, align 4, !tbaa !8
+  %594 = fmul <4 x float> %110, %593
+  %595 = icmp slt i64 %591, %375
+  %596 = and i1 %558, %595
+  %597 = insertelement <4 x i1> poison, i1 %596, i64 0
+  %598 = shufflevector <4 x i1> %597, <4 x i1> poison, <4 x i32> zeroinitializer
+  %599 = select <4 x i1> %598, <4 x float> %594, <4 x float> splat (float 0xFFF0000000000000)
+  store <4 x float> %599, ptr %592, align 4, !tbaa !8
+  %600 = add nuw nsw i64 %554, 5
+  %601 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %600
+  %602 = load <4 x float>, ptr %601, align 4, !tbaa !8
+  %603 = fmul <4 x float> %110, %602
+  %604 = icmp slt i64 %600, %375
+  %605 = and i1 %558, %604
+  %606 = insertelement <4 x i1> poison, i1 %605, i64 0
+  %607 = shufflevector <4 x i1> %606, <4 x i1> poison, <4 x i32> zeroinitializer
+  %608 = select <4 x i1> %607, <4 x float> %603, <4 x float> splat (float 0xFFF0000000000000)
+  store <4 x float> %608, ptr %601, align 4, !tbaa !8
+  %609 = add nuw nsw i64 %554, 6
+  %610 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %609
+  %611 = load <4 x float>, ptr %610, align 4, !tbaa !8
+  %612 = fmul <4 x float> %110, %611
+  %613 = icmp slt i64 %609, %375
+  %614 = and i1 %558, %613
+  %615 = insertelement <4 x i1> poison, i1 %614, i64 0
+  %616 = shufflevector <4 x i1> %615, <4 x i1> poison, <4 x i32> zeroinitializer
+  %617 = select <4 x i1> %616, <4 x float> %612, <4 x float> splat (float 0xFFF0000000000000)
+  store <4 x float> %617, ptr %610, align 4, !tbaa !8
+  %618 = add nuw nsw i64 %554, 7
+  %619 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %618
+  %620 = load <4 x float>, ptr %619, align 4, !tbaa !8
+  %621 = fmul <4 x float> %110, %620
+  %622 = icmp slt i64 %618, %375
+  %623 = and i1 %558, %622
+  %624 = insertelement <4 x i1> poison, i1 %623, i64 0
+  %625 = shufflevector <4 x i1> %624, <4 x i1> poison, <4 x i32> zeroinitializer
+  %626 = select <4 x i1> %625, <4 x float> %621, <4 x float> splat (float 0xFFF0000000000000)
+  store <4 x float> %626, ptr %619, align 4, !tbaa !8
+  %627 = add nuw nsw i64 %554, 8
+  %628 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %627
+  %629 = load <4 x float>, ptr %628, align 4, !tbaa !8
+  %630 = fmul <4 x float> %110, %629
+  %631 = icmp samesign ult i64 %indvars.iv276.i, 10
+  %632 = icmp slt i64 %627, %375
+  %633 = and i1 %631, %632
+  %634 = insertelement <4 x i1> poison, i1 %633, i64 0
+  %635 = shufflevector <4 x i1> %634, <4 x i1> poison, <4 x i32> zeroinitializer
+  %636 = select <4 x i1> %635, <4 x float> %630, <4 x float> splat (float 0xFFF0000000000000)
+  store <4 x float> %636, ptr %628, align 4, !tbaa !8
+  %637 = add nuw nsw i64 %554, 9
+  %638 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %637
+  %639 = load <4 x float>, ptr %638, align 4, !tbaa !8
+  %640 = fmul <4 x float> %110, %639
+  %641 = icmp slt i64 %637, %375
+  %642 = and i1 %631, %641
+  %643 = insertelement <4 x i1> poison, i1 %642, i64 0
+  %644 = shufflevector <4 x i1> %643, <4 x i1> poison, <4 x i32> zeroinitializer
+  %645 = select <4 x i1> %644, <4 x float> %640, <4 x float> splat (float 0xFFF0000000000000)
+  store <4 x float> %645, ptr %638, align 4, !tbaa !8
+  %646 = add nuw nsw i64 %554, 10
+  %647 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %646
+  %648 = load <4 x float>, ptr %647, align 4, !tbaa !8
+  %649 = fmul <4 x float> %110, %648
+  %650 = icmp slt i64 %646, %375
+  %651 = and i1 %631, %650
+  %652 = insertelement <4 x i1> poison, i1 %651, i64 0
+  %653 = shufflevector <4 x i1> %652, <4 x i1> poison, <4 x i32> zeroinitializer
+  %654 = select <4 x i1> %653, <4 x float> %649, <4 x float> splat (float 0xFFF0000000000000)
+  store <4 x float> %654, ptr %647, align 4, !tbaa !8
+  %655 = add nuw nsw i64 %554, 11
+  %656 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %655
+  %657 = load <4 x float>, ptr %656, align 4, !tbaa !8
+  %658 = fmul <4 x float> %110, %657
+  %659 = icmp slt i64 %655, %375
+  %660 = and i1 %631, %659
+  %661 = insertelement <4 x i1> poison, i1 %660, i64 0
+  %662 = shufflevector <4 x i1> %661, <4 x i1> poison, <4 x i32> zeroinitializer
+  %663 = select <4 x i1> %662, <4 x float> %658, <4 x float> splat (float 0xFFF0000000000000)
+  store <4 x float> %663, ptr %656, align 4, !tbaa !8
+  %indvars.iv.next277.i = add nuw nsw i64 %indvars.iv276.i, 1
+  %exitcond280.not.i = icmp eq i64 %indvars.iv.next277.i, %wide.trip.count.i
+  br i1 %exitcond280.not.i, label %for_begin_ti30.preheader.preheader.i, label %for_begin_ti.preheader.i, !prof !39
 
 for_begin_ti30.preheader.preheader.i:             ; preds = %for_begin_ti.preheader.i
-  %1033 = icmp sgt i64 %744, 0, !dbg !132
-  %1034 = select i1 %1033, float 0xFFF0000000000000, float 0xC6293E5940000000, !dbg !132
-  %1035 = insertelement <4 x float> poison, float %1034, i64 0, !dbg !132
-  %1036 = shufflevector <4 x float> %1035, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-    #dbg_value(<4 x float> %1036, !222, !DIExpression(), !132)
-    #dbg_value(i32 0, !209, !DIExpression(), !132)
-  br label %for_begin_ti30.preheader.i, !dbg !132
+  %664 = icmp sgt i64 %375, 0
+  %665 = select i1 %664, float 0xFFF0000000000000, float 0xC6293E5940000000
+  %666 = insertelement <4 x float> poison, float %665, i64 0
+  %667 = shufflevector <4 x float> %666, <4 x float> poison, <4 x i32> zeroinitializer
+  br label %for_begin_ti30.preheader.i
 
 for_begin_to45.preheader.thread.i:                ; preds = %for_body_step.i
-  %1037 = icmp sgt i64 %744, 0, !dbg !132
-  %1038 = select i1 %1037, float 0xFFF0000000000000, float 0xC6293E5940000000, !dbg !132
-  %1039 = insertelement <4 x float> poison, float %1038, i64 0, !dbg !132
-  %1040 = shufflevector <4 x float> %1039, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-    #dbg_value(<4 x float> %1040, !222, !DIExpression(), !132)
-    #dbg_value(<4 x float> zeroinitializer, !227, !DIExpression(), !132)
-    #dbg_value(i32 0, !209, !DIExpression(), !132)
-    #dbg_value(i32 0, !228, !DIExpression(), !132)
-  br i1 %1037, label %for_body_t.lr.ph.i, label %for_begin_d_0.preheader.i, !dbg !132, !prof !156
+  %668 = icmp sgt i64 %375, 0
+  %669 = select i1 %668, float 0xFFF0000000000000, float 0xC6293E5940000000
+  %670 = insertelement <4 x float> poison, float %669, i64 0
+  %671 = shufflevector <4 x float> %670, <4 x float> poison, <4 x i32> zeroinitializer
+  br i1 %668, label %for_body_t.lr.ph.i, label %for_begin_d_0.preheader.i, !prof !7
 
 for_begin_ti30.preheader.i:                       ; preds = %for_begin_ti30.preheader.i, %for_begin_ti30.preheader.preheader.i
-  %indvars.iv289.i = phi i64 [ 0, %for_begin_ti30.preheader.preheader.i ], [ %indvars.iv.next290.i, %for_begin_ti30.preheader.i ]
-  %scores_global128.sroa.0.1184.i = phi <4 x float> [ %1036, %for_begin_ti30.preheader.preheader.i ], [ %1088, %for_begin_ti30.preheader.i ]
-    #dbg_value(i64 %indvars.iv289.i, !209, !DIExpression(), !132)
-    #dbg_value(<4 x float> %scores_global128.sroa.0.1184.i, !222, !DIExpression(), !132)
-    #dbg_value(i64 0, !225, !DIExpression(), !132)
-  %.idx = mul nuw nsw i64 %indvars.iv289.i, 192, !dbg !132
-  %1041 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx, !dbg !132
-  %1042 = load <4 x float>, ptr %1041, align 4, !dbg !132, !tbaa !163
-  %1043 = fcmp ogt <4 x float> %scores_global128.sroa.0.1184.i, %1042, !dbg !132
-  %1044 = select <4 x i1> %1043, <4 x float> %scores_global128.sroa.0.1184.i, <4 x float> %1042, !dbg !132
-    #dbg_value(<4 x float> %1044, !222, !DIExpression(), !132)
-    #dbg_value(i64 1, !225, !DIExpression(), !132)
-  %1045 = getelementptr inbounds nuw i8, ptr %1041, i64 16, !dbg !132
-  %1046 = load <4 x float>, ptr %1045, align 4, !dbg !132, !tbaa !163
-  %1047 = fcmp ogt <4 x float> %1044, %1046, !dbg !132
-  %1048 = select <4 x i1> %1047, <4 x float> %1044, <4 x float> %1046, !dbg !132
-    #dbg_value(<4 x float> %1048, !222, !DIExpression(), !132)
-    #dbg_value(i64 2, !225, !DIExpression(), !132)
-  %1049 = getelementptr inbounds nuw i8, ptr %1041, i64 32, !dbg !132
-  %1050 = load <4 x float>, ptr %1049, align 4, !dbg !132, !tbaa !163
-  %1051 = fcmp ogt <4 x float> %1048, %1050, !dbg !132
-  %1052 = select <4 x i1> %1051, <4 x float> %1048, <4 x float> %1050, !dbg !132
-    #dbg_value(<4 x float> %1052, !222, !DIExpression(), !132)
-    #dbg_value(i64 3, !225, !DIExpression(), !132)
-  %1053 = getelementptr inbounds nuw i8, ptr %1041, i64 48, !dbg !132
-  %1054 = load <4 x float>, ptr %1053, align 4, !dbg !132, !tbaa !163
-  %1055 = fcmp ogt <4 x float> %1052, %1054, !dbg !132
-  %1056 = select <4 x i1> %1055, <4 x float> %1052, <4 x float> %1054, !dbg !132
-    #dbg_value(<4 x float> %1056, !222, !DIExpression(), !132)
-    #dbg_value(i64 4, !225, !DIExpression(), !132)
-  %1057 = getelementptr inbounds nuw i8, ptr %1041, i64 64, !dbg !132
-  %1058 = load <4 x float>, ptr %1057, align 4, !dbg !132, !tbaa !163
-  %1059 = fcmp ogt <4 x float> %1056, %1058, !dbg !132
-  %1060 = select <4 x i1> %1059, <4 x float> %1056, <4 x float> %1058, !dbg !132
-    #dbg_value(<4 x float> %1060, !222, !DIExpression(), !132)
-    #dbg_value(i64 5, !225, !DIExpression(), !132)
-  %1061 = getelementptr inbounds nuw i8, ptr %1041, i64 80, !dbg !132
-  %1062 = load <4 x float>, ptr %1061, align 4, !dbg !132, !tbaa !163
-  %1063 = fcmp ogt <4 x float> %1060, %1062, !dbg !132
-  %1064 = select <4 x i1> %1063, <4 x float> %1060, <4 x float> %1062, !dbg !132
-    #dbg_value(<4 x float> %1064, !222, !DIExpression(), !132)
-    #dbg_value(i64 6, !225, !DIExpression(), !132)
-  %1065 = getelementptr inbounds nuw i8, ptr %1041, i64 96, !dbg !132
-  %1066 = load <4 x float>, ptr %1065, align 4, !dbg !132, !tbaa !163
-  %1067 = fcmp ogt <4 x float> %1064, %1066, !dbg !132
-  %1068 = select <4 x i1> %1067, <4 x float> %1064, <4 x float> %1066, !dbg !132
-    #dbg_value(<4 x float> %1068, !222, !DIExpression(), !132)
-    #dbg_value(i64 7, !225, !DIExpression(), !132)
-  %1069 = getelementptr inbounds nuw i8, ptr %1041, i64 112, !dbg !132
-  %1070 = load <4 x float>, ptr %1069, align 4, !dbg !132, !tbaa !163
-  %1071 = fcmp ogt <4 x float> %1068, %1070, !dbg !132
-  %1072 = select <4 x i1> %1071, <4 x float> %1068, <4 x float> %1070, !dbg !132
-    #dbg_value(<4 x float> %1072, !222, !DIExpression(), !132)
-    #dbg_value(i64 8, !225, !DIExpression(), !132)
-  %1073 = getelementptr inbounds nuw i8, ptr %1041, i64 128, !dbg !132
-  %1074 = load <4 x float>, ptr %1073, align 4, !dbg !132, !tbaa !163
-  %1075 = fcmp ogt <4 x float> %1072, %1074, !dbg !132
-  %1076 = select <4 x i1> %1075, <4 x float> %1072, <4 x float> %1074, !dbg !132
-    #dbg_value(<4 x float> %1076, !222, !DIExpression(), !132)
-    #dbg_value(i64 9, !225, !DIExpression(), !132)
-  %1077 = getelementptr inbounds nuw i8, ptr %1041, i64 144, !dbg !132
-  %1078 = load <4 x float>, ptr %1077, align 4, !dbg !132, !tbaa !163
-  %1079 = fcmp ogt <4 x float> %1076, %1078, !dbg !132
-  %1080 = select <4 x i1> %1079, <4 x float> %1076, <4 x float> %1078, !dbg !132
-    #dbg_value(<4 x float> %1080, !222, !DIExpression(), !132)
-    #dbg_value(i64 10, !225, !DIExpression(), !132)
-  %1081 = getelementptr inbounds nuw i8, ptr %1041, i64 160, !dbg !132
-  %1082 = load <4 x float>, ptr %1081, align 4, !dbg !132, !tbaa !163
-  %1083 = fcmp ogt <4 x float> %1080, %1082, !dbg !132
-  %1084 = select <4 x i1> %1083, <4 x float> %1080, <4 x float> %1082, !dbg !132
-    #dbg_value(<4 x float> %1084, !222, !DIExpression(), !132)
-    #dbg_value(i64 11, !225, !DIExpression(), !132)
-  %1085 = getelementptr inbounds nuw i8, ptr %1041, i64 176, !dbg !132
-  %1086 = load <4 x float>, ptr %1085, align 4, !dbg !132, !tbaa !163
-  %1087 = fcmp ogt <4 x float> %1084, %1086, !dbg !132
-  %1088 = select <4 x i1> %1087, <4 x float> %1084, <4 x float> %1086, !dbg !132
-    #dbg_value(<4 x float> %1088, !222, !DIExpression(), !132)
-    #dbg_value(i64 12, !225, !DIExpression(), !132)
-  %indvars.iv.next290.i = add nuw nsw i64 %indvars.iv289.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next290.i, !209, !DIExpression(), !132)
-  %exitcond293.not.i = icmp eq i64 %indvars.iv.next290.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond293.not.i, label %for_begin_ti40.preheader.i, label %for_begin_ti30.preheader.i, !dbg !132, !prof !224
+  %indvars.iv285.i = phi i64 [ 0, %for_begin_ti30.preheader.preheader.i ], [ %indvars.iv.next286.i, %for_begin_ti30.preheader.i ]
+  %scores_global124.sroa.0.1180.i = phi <4 x float> [ %667, %for_begin_ti30.preheader.preheader.i ], [ %719, %for_begin_ti30.preheader.i ]
+  %.idx = mul nuw nsw i64 %indvars.iv285.i, 192
+  %672 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx
+  %673 = load <4 x float>, ptr %672, align 4, !tbaa !8
+  %674 = fcmp ogt <4 x float> %scores_global124.sroa.0.1180.i, %673
+  %675 = select <4 x i1> %674, <4 x float> %scores_global124.sroa.0.1180.i, <4 x float> %673
+  %676 = getelementptr inbounds nuw i8, ptr %672, i64 16
+  %677 = load <4 x float>, ptr %676, align 4, !tbaa !8
+  %678 = fcmp ogt <4 x float> %675, %677
+  %679 = select <4 x i1> %678, <4 x float> %675, <4 x float> %677
+  %680 = getelementptr inbounds nuw i8, ptr %672, i64 32
+  %681 = load <4 x float>, ptr %680, align 4, !tbaa !8
+  %682 = fcmp ogt <4 x float> %679, %681
+  %683 = select <4 x i1> %682, <4 x float> %679, <4 x float> %681
+  %684 = getelementptr inbounds nuw i8, ptr %672, i64 48
+  %685 = load <4 x float>, ptr %684, align 4, !tbaa !8
+  %686 = fcmp ogt <4 x float> %683, %685
+  %687 = select <4 x i1> %686, <4 x float> %683, <4 x float> %685
+  %688 = getelementptr inbounds nuw i8, ptr %672, i64 64
+  %689 = load <4 x float>, ptr %688, align 4, !tbaa !8
+  %690 = fcmp ogt <4 x float> %687, %689
+  %691 = select <4 x i1> %690, <4 x float> %687, <4 x float> %689
+  %692 = getelementptr inbounds nuw i8, ptr %672, i64 80
+  %693 = load <4 x float>, ptr %692, align 4, !tbaa !8
+  %694 = fcmp ogt <4 x float> %691, %693
+  %695 = select <4 x i1> %694, <4 x float> %691, <4 x float> %693
+  %696 = getelementptr inbounds nuw i8, ptr %672, i64 96
+  %697 = load <4 x float>, ptr %696, align 4, !tbaa !8
+  %698 = fcmp ogt <4 x float> %695, %697
+  %699 = select <4 x i1> %698, <4 x float> %695, <4 x float> %697
+  %700 = getelementptr inbounds nuw i8, ptr %672, i64 112
+  %701 = load <4 x float>, ptr %700, align 4, !tbaa !8
+  %702 = fcmp ogt <4 x float> %699, %701
+  %703 = select <4 x i1> %702, <4 x float> %699, <4 x float> %701
+  %704 = getelementptr inbounds nuw i8, ptr %672, i64 128
+  %705 = load <4 x float>, ptr %704, align 4, !tbaa !8
+  %706 = fcmp ogt <4 x float> %703, %705
+  %707 = select <4 x i1> %706, <4 x float> %703, <4 x float> %705
+  %708 = getelementptr inbounds nuw i8, ptr %672, i64 144
+  %709 = load <4 x float>, ptr %708, align 4, !tbaa !8
+  %710 = fcmp ogt <4 x float> %707, %709
+  %711 = select <4 x i1> %710, <4 x float> %707, <4 x float> %709
+  %712 = getelementptr inbounds nuw i8, ptr %672, i64 160
+  %713 = load <4 x float>, ptr %712, align 4, !tbaa !8
+  %714 = fcmp ogt <4 x float> %711, %713
+  %715 = select <4 x i1> %714, <4 x float> %711, <4 x float> %713
+  %716 = getelementptr inbounds nuw i8, ptr %672, i64 176
+  %717 = load <4 x float>, ptr %716, align 4, !tbaa !8
+  %718 = fcmp ogt <4 x float> %715, %717
+  %719 = select <4 x i1> %718, <4 x float> %715, <4 x float> %717
+  %indvars.iv.next286.i = add nuw nsw i64 %indvars.iv285.i, 1
+  %exitcond289.not.i = icmp eq i64 %indvars.iv.next286.i, %wide.trip.count.i
+  br i1 %exitcond289.not.i, label %for_begin_ti40.preheader.i, label %for_begin_ti30.preheader.i, !prof !39
 
-for_begin_ti40.preheader.i:                       ; preds = %for_begin_ti30.preheader.i, %for_end_ti42.i
-  %indvars.iv299.i = phi i64 [ %indvars.iv.next300.i, %for_end_ti42.i ], [ 0, %for_begin_ti30.preheader.i ]
-  %indvars301.i = trunc i64 %indvars.iv299.i to i32
-    #dbg_value(i64 %indvars.iv299.i, !209, !DIExpression(), !132)
-  %1089 = mul nuw nsw i64 %indvars.iv299.i, 12
-  %1090 = mul nuw nsw i32 %indvars301.i, 3
-    #dbg_value(i32 0, !225, !DIExpression(), !132)
-  %.idx351.i = mul nuw nsw i64 %indvars.iv299.i, 192
-  %invariant.gep389.i = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx351.i, !dbg !132
-  br label %for_body_ti41.i, !dbg !132
+for_begin_ti40.preheader.i:                       ; preds = %for_end_ti42.i, %for_begin_ti30.preheader.i
+  %indvars.iv295.i = phi i64 [ %indvars.iv.next296.i, %for_end_ti42.i ], [ 0, %for_begin_ti30.preheader.i ]
+  %indvars297.i = trunc i64 %indvars.iv295.i to i32
+  %720 = mul nuw nsw i64 %indvars.iv295.i, 12
+  %721 = mul nuw nsw i32 %indvars297.i, 3
+  %.idx347.i = mul nuw nsw i64 %indvars.iv295.i, 192
+  %invariant.gep385.i = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx347.i
+  br label %for_body_ti41.i
 
 for_body_ti41.i:                                  ; preds = %for_body_ti41.i, %for_begin_ti40.preheader.i
-  %indvars.iv294.i = phi i64 [ 0, %for_begin_ti40.preheader.i ], [ %indvars.iv.next295.i, %for_body_ti41.i ]
-    #dbg_value(i64 %indvars.iv294.i, !225, !DIExpression(), !132)
-  %1091 = add nuw nsw i64 %indvars.iv294.i, %1089, !dbg !132
-    #dbg_value(i64 %1091, !229, !DIExpression(), !132)
-  %1092 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %1091, !dbg !132
-  %1093 = load <4 x float>, ptr %1092, align 4, !dbg !132, !tbaa !163
-  %arg.i = fsub <4 x float> %1093, %1088, !dbg !132
-    #dbg_value(<4 x float> %arg.i, !230, !DIExpression(), !132)
-  %1094 = fcmp olt <4 x float> %arg.i, splat (float -8.700000e+01), !dbg !132
-    #dbg_value(<4 x float> poison, !231, !DIExpression(), !132)
-    #dbg_value(<4 x float> poison, !232, !DIExpression(), !132)
-    #dbg_value(<4 x float> poison, !233, !DIExpression(), !132)
-    #dbg_value(<4 x float> poison, !234, !DIExpression(), !132)
-    #dbg_value(<4 x float> poison, !236, !DIExpression(), !132)
-    #dbg_value(<4 x float> poison, !237, !DIExpression(), !132)
-    #dbg_value(<4 x float> poison, !238, !DIExpression(), !132)
-    #dbg_value(<4 x float> poison, !239, !DIExpression(), !132)
-    #dbg_value(!DIArgList(<4 x float> poison, <4 x i32> poison, <4 x i32> poison), !240, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !132)
-  %cse_v24.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000)), !dbg !132
-    #dbg_value(<4 x float> %cse_v24.i, !241, !DIExpression(), !132)
-  %1095 = bitcast <4 x float> %cse_v24.i to <4 x i32>, !dbg !132
-  %1096 = shl <4 x i32> %1095, splat (i32 23), !dbg !132
-  %1097 = add <4 x i32> %1096, splat (i32 1065353216), !dbg !132
-  %1098 = bitcast <4 x i32> %1097 to <4 x float>, !dbg !132
-  %1099 = add nsw <4 x i32> %1095, splat (i32 -1262485504), !dbg !132
-  %1100 = sitofp <4 x i32> %1099 to <4 x float>, !dbg !132
-  %1101 = fmul <4 x float> %1100, splat (float 0x3F2BD01060000000), !dbg !132
-  %1102 = fmul <4 x float> %1100, splat (float 0x3FE6300000000000), !dbg !132
-  %1103 = fsub <4 x float> %arg.i, %1102, !dbg !132
-  %1104 = fadd <4 x float> %1101, %1103, !dbg !132
-  %1105 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1104, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000)), !dbg !132
-  %1106 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1105, <4 x float> %1104, <4 x float> splat (float 0x3F81112100000000)), !dbg !132
-  %1107 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1106, <4 x float> %1104, <4 x float> splat (float 0x3FA5553820000000)), !dbg !132
-  %1108 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1107, <4 x float> %1104, <4 x float> splat (float 0x3FC5555540000000)), !dbg !132
-  %1109 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1108, <4 x float> %1104, <4 x float> splat (float 5.000000e-01)), !dbg !132
-  %1110 = fmul <4 x float> %1104, %1109, !dbg !132
-  %1111 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1110, <4 x float> %1104, <4 x float> %1104), !dbg !132
-  %1112 = fadd <4 x float> %1111, splat (float 1.000000e+00), !dbg !132
-  %1113 = fmul <4 x float> %1112, %1098, !dbg !132
-  %1114 = select <4 x i1> %1094, <4 x float> zeroinitializer, <4 x float> %1113, !dbg !132
-  %1115 = trunc nuw nsw i64 %indvars.iv294.i to i32, !dbg !132
-  %1116 = lshr i32 %1115, 2, !dbg !132
-  %1117 = add nuw nsw i32 %1116, %1090, !dbg !132
-  %1118 = icmp samesign ult i32 %1117, 32, !dbg !132
-  %1119 = icmp slt i64 %1091, %744, !dbg !132
-  %1120 = and i1 %1119, %1118, !dbg !132
-  %1121 = insertelement <4 x i1> poison, i1 %1120, i64 0, !dbg !132
-  %1122 = shufflevector <4 x i1> %1121, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1123 = select <4 x i1> %1122, <4 x float> %1114, <4 x float> zeroinitializer, !dbg !132
-  %.idx350.i = shl nuw nsw i64 %indvars.iv294.i, 4, !dbg !132
-  %gep390.i = getelementptr inbounds nuw i8, ptr %invariant.gep389.i, i64 %.idx350.i, !dbg !132
-  store <4 x float> %1123, ptr %gep390.i, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next295.i = add nuw nsw i64 %indvars.iv294.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next295.i, !225, !DIExpression(), !132)
-  %exitcond298.not.i = icmp eq i64 %indvars.iv.next295.i, 12, !dbg !132
-  br i1 %exitcond298.not.i, label %for_end_ti42.i, label %for_body_ti41.i, !dbg !132, !prof !221
+  %indvars.iv290.i = phi i64 [ 0, %for_begin_ti40.preheader.i ], [ %indvars.iv.next291.i, %for_body_ti41.i ]
+  %722 = add nuw nsw i64 %indvars.iv290.i, %720
+  %723 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %722
+  %724 = load <4 x float>, ptr %723, align 4, !tbaa !8
+  %arg.i = fsub <4 x float> %724, %719
+  %cse_v22.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %725 = bitcast <4 x float> %cse_v22.i to <4 x i32>
+  %726 = add nsw <4 x i32> %725, splat (i32 -1262485504)
+  %727 = sitofp <4 x i32> %726 to <4 x float>
+  %728 = fmul <4 x float> %727, splat (float 0x3F2BD01060000000)
+  %729 = fmul <4 x float> %727, splat (float 0x3FE6300000000000)
+  %730 = fsub <4 x float> %arg.i, %729
+  %731 = fadd <4 x float> %728, %730
+  %732 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %731, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %733 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %732, <4 x float> %731, <4 x float> splat (float 0x3F81112100000000))
+  %734 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %733, <4 x float> %731, <4 x float> splat (float 0x3FA5553820000000))
+  %735 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %734, <4 x float> %731, <4 x float> splat (float 0x3FC5555540000000))
+  %736 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %735, <4 x float> %731, <4 x float> splat (float 5.000000e-01))
+  %737 = fmul <4 x float> %731, %736
+  %738 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %737, <4 x float> %731, <4 x float> %731)
+  %739 = shl <4 x i32> %725, splat (i32 23)
+  %740 = add <4 x i32> %739, splat (i32 1065353216)
+  %741 = bitcast <4 x i32> %740 to <4 x float>
+  %742 = fadd <4 x float> %738, splat (float 1.000000e+00)
+  %743 = fmul <4 x float> %742, %741
+  %744 = fcmp olt <4 x float> %arg.i, splat (float -8.700000e+01)
+  %745 = select <4 x i1> %744, <4 x float> zeroinitializer, <4 x float> %743
+  %746 = trunc nuw nsw i64 %indvars.iv290.i to i32
+  %747 = lshr i32 %746, 2
+  %748 = add nuw nsw i32 %747, %721
+  %749 = icmp samesign ult i32 %748, 32
+  %750 = icmp slt i64 %722, %375
+  %751 = and i1 %750, %749
+  %752 = insertelement <4 x i1> poison, i1 %751, i64 0
+  %753 = shufflevector <4 x i1> %752, <4 x i1> poison, <4 x i32> zeroinitializer
+  %754 = select <4 x i1> %753, <4 x float> %745, <4 x float> zeroinitializer
+  %.idx346.i = shl nuw nsw i64 %indvars.iv290.i, 4
+  %gep386.i = getelementptr inbounds nuw i8, ptr %invariant.gep385.i, i64 %.idx346.i
+  store <4 x float> %754, ptr %gep386.i, align 4, !tbaa !8
+  %indvars.iv.next291.i = add nuw nsw i64 %indvars.iv290.i, 1
+  %exitcond294.not.i = icmp eq i64 %indvars.iv.next291.i, 12
+  br i1 %exitcond294.not.i, label %for_end_ti42.i, label %for_body_ti41.i, !prof !38
 
 for_end_ti42.i:                                   ; preds = %for_body_ti41.i
-  %indvars.iv.next300.i = add nuw nsw i64 %indvars.iv299.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next300.i, !209, !DIExpression(), !132)
-  %exitcond303.not.i = icmp eq i64 %indvars.iv.next300.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond303.not.i, label %for_begin_ti50.preheader.i, label %for_begin_ti40.preheader.i, !dbg !132, !prof !224
+  %indvars.iv.next296.i = add nuw nsw i64 %indvars.iv295.i, 1
+  %exitcond299.not.i = icmp eq i64 %indvars.iv.next296.i, %wide.trip.count.i
+  br i1 %exitcond299.not.i, label %for_begin_ti50.preheader.i, label %for_begin_ti40.preheader.i, !prof !39
 
 for_begin_t.preheader.i:                          ; preds = %for_begin_ti50.preheader.i
-    #dbg_value(i32 0, !228, !DIExpression(), !132)
-  br i1 %1033, label %for_body_t.lr.ph.i, label %for_begin_d_0.preheader.i, !dbg !132, !prof !156
+  br i1 %664, label %for_body_t.lr.ph.i, label %for_begin_d_0.preheader.i, !prof !7
 
 for_body_t.lr.ph.i:                               ; preds = %for_begin_t.preheader.i, %for_begin_to45.preheader.thread.i
-  %tile_sum.0.lcssa366.i = phi <4 x float> [ zeroinitializer, %for_begin_to45.preheader.thread.i ], [ %1159, %for_begin_t.preheader.i ]
-  %scores_global128.sroa.0.1.lcssa357360363.i = phi <4 x float> [ %1040, %for_begin_to45.preheader.thread.i ], [ %1088, %for_begin_t.preheader.i ]
-  %gep224.i = getelementptr i32, ptr %gep233.i, i64 %cse_v20.i, !dbg !132
-  br label %for_body_t.i, !dbg !132
+  %tile_sum.0.lcssa362.i = phi <4 x float> [ zeroinitializer, %for_begin_to45.preheader.thread.i ], [ %790, %for_begin_t.preheader.i ]
+  %scores_global124.sroa.0.1.lcssa353356359.i = phi <4 x float> [ %671, %for_begin_to45.preheader.thread.i ], [ %719, %for_begin_t.preheader.i ]
+  %gep220.i = getelementptr i32, ptr %gep229.i, i64 %cse_v18.i
+  br label %for_body_t.i
 
-for_begin_ti50.preheader.i:                       ; preds = %for_end_ti42.i, %for_begin_ti50.preheader.i
-  %indvars.iv308.i = phi i64 [ %indvars.iv.next309.i, %for_begin_ti50.preheader.i ], [ 0, %for_end_ti42.i ]
-  %tile_sum.0190.i = phi <4 x float> [ %1159, %for_begin_ti50.preheader.i ], [ zeroinitializer, %for_end_ti42.i ]
-    #dbg_value(i64 %indvars.iv308.i, !209, !DIExpression(), !132)
-    #dbg_value(<4 x float> %tile_sum.0190.i, !227, !DIExpression(), !132)
-    #dbg_value(i64 0, !225, !DIExpression(), !132)
-  %.idx294 = mul nuw nsw i64 %indvars.iv308.i, 192, !dbg !132
-  %1124 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx294, !dbg !132
-  %1125 = load <4 x float>, ptr %1124, align 4, !dbg !132, !tbaa !163
-  %1126 = fadd <4 x float> %tile_sum.0190.i, %1125, !dbg !132
-    #dbg_value(<4 x float> %1126, !227, !DIExpression(), !132)
-    #dbg_value(i64 1, !225, !DIExpression(), !132)
-  %1127 = getelementptr inbounds nuw i8, ptr %1124, i64 16, !dbg !132
-  %1128 = load <4 x float>, ptr %1127, align 4, !dbg !132, !tbaa !163
-  %1129 = fadd <4 x float> %1126, %1128, !dbg !132
-    #dbg_value(<4 x float> %1129, !227, !DIExpression(), !132)
-    #dbg_value(i64 2, !225, !DIExpression(), !132)
-  %1130 = getelementptr inbounds nuw i8, ptr %1124, i64 32, !dbg !132
-  %1131 = load <4 x float>, ptr %1130, align 4, !dbg !132, !tbaa !163
-  %1132 = fadd <4 x float> %1129, %1131, !dbg !132
-    #dbg_value(<4 x float> %1132, !227, !DIExpression(), !132)
-    #dbg_value(i64 3, !225, !DIExpression(), !132)
-  %1133 = getelementptr inbounds nuw i8, ptr %1124, i64 48, !dbg !132
-  %1134 = load <4 x float>, ptr %1133, align 4, !dbg !132, !tbaa !163
-  %1135 = fadd <4 x float> %1132, %1134, !dbg !132
-    #dbg_value(<4 x float> %1135, !227, !DIExpression(), !132)
-    #dbg_value(i64 4, !225, !DIExpression(), !132)
-  %1136 = getelementptr inbounds nuw i8, ptr %1124, i64 64, !dbg !132
-  %1137 = load <4 x float>, ptr %1136, align 4, !dbg !132, !tbaa !163
-  %1138 = fadd <4 x float> %1135, %1137, !dbg !132
-    #dbg_value(<4 x float> %1138, !227, !DIExpression(), !132)
-    #dbg_value(i64 5, !225, !DIExpression(), !132)
-  %1139 = getelementptr inbounds nuw i8, ptr %1124, i64 80, !dbg !132
-  %1140 = load <4 x float>, ptr %1139, align 4, !dbg !132, !tbaa !163
-  %1141 = fadd <4 x float> %1138, %1140, !dbg !132
-    #dbg_value(<4 x float> %1141, !227, !DIExpression(), !132)
-    #dbg_value(i64 6, !225, !DIExpression(), !132)
-  %1142 = getelementptr inbounds nuw i8, ptr %1124, i64 96, !dbg !132
-  %1143 = load <4 x float>, ptr %1142, align 4, !dbg !132, !tbaa !163
-  %1144 = fadd <4 x float> %1141, %1143, !dbg !132
-    #dbg_value(<4 x float> %1144, !227, !DIExpression(), !132)
-    #dbg_value(i64 7, !225, !DIExpression(), !132)
-  %1145 = getelementptr inbounds nuw i8, ptr %1124, i64 112, !dbg !132
-  %1146 = load <4 x float>, ptr %1145, align 4, !dbg !132, !tbaa !163
-  %1147 = fadd <4 x float> %1144, %1146, !dbg !132
-    #dbg_value(<4 x float> %1147, !227, !DIExpression(), !132)
-    #dbg_value(i64 8, !225, !DIExpression(), !132)
-  %1148 = getelementptr inbounds nuw i8, ptr %1124, i64 128, !dbg !132
-  %1149 = load <4 x float>, ptr %1148, align 4, !dbg !132, !tbaa !163
-  %1150 = fadd <4 x float> %1147, %1149, !dbg !132
-    #dbg_value(<4 x float> %1150, !227, !DIExpression(), !132)
-    #dbg_value(i64 9, !225, !DIExpression(), !132)
-  %1151 = getelementptr inbounds nuw i8, ptr %1124, i64 144, !dbg !132
-  %1152 = load <4 x float>, ptr %1151, align 4, !dbg !132, !tbaa !163
-  %1153 = fadd <4 x float> %1150, %1152, !dbg !132
-    #dbg_value(<4 x float> %1153, !227, !DIExpression(), !132)
-    #dbg_value(i64 10, !225, !DIExpression(), !132)
-  %1154 = getelementptr inbounds nuw i8, ptr %1124, i64 160, !dbg !132
-  %1155 = load <4 x float>, ptr %1154, align 4, !dbg !132, !tbaa !163
-  %1156 = fadd <4 x float> %1153, %1155, !dbg !132
-    #dbg_value(<4 x float> %1156, !227, !DIExpression(), !132)
-    #dbg_value(i64 11, !225, !DIExpression(), !132)
-  %1157 = getelementptr inbounds nuw i8, ptr %1124, i64 176, !dbg !132
-  %1158 = load <4 x float>, ptr %1157, align 4, !dbg !132, !tbaa !163
-  %1159 = fadd <4 x float> %1156, %1158, !dbg !132
-    #dbg_value(<4 x float> %1159, !227, !DIExpression(), !132)
-    #dbg_value(i64 12, !225, !DIExpression(), !132)
-  %indvars.iv.next309.i = add nuw nsw i64 %indvars.iv308.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next309.i, !209, !DIExpression(), !132)
-  %exitcond312.not.i = icmp eq i64 %indvars.iv.next309.i, %wide.trip.count.i, !dbg !132
-  br i1 %exitcond312.not.i, label %for_begin_t.preheader.i, label %for_begin_ti50.preheader.i, !dbg !132, !prof !224
+for_begin_ti50.preheader.i:                       ; preds = %for_begin_ti50.preheader.i, %for_end_ti42.i
+  %indvars.iv304.i = phi i64 [ %indvars.iv.next305.i, %for_begin_ti50.preheader.i ], [ 0, %for_end_ti42.i ]
+  %tile_sum.0186.i = phi <4 x float> [ %790, %for_begin_ti50.preheader.i ], [ zeroinitializer, %for_end_ti42.i ]
+  %.idx67 = mul nuw nsw i64 %indvars.iv304.i, 192
+  %755 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx67
+  %756 = load <4 x float>, ptr %755, align 4, !tbaa !8
+  %757 = fadd <4 x float> %tile_sum.0186.i, %756
+  %758 = getelementptr inbounds nuw i8, ptr %755, i64 16
+  %759 = load <4 x float>, ptr %758, align 4, !tbaa !8
+  %760 = fadd <4 x float> %757, %759
+  %761 = getelementptr inbounds nuw i8, ptr %755, i64 32
+  %762 = load <4 x float>, ptr %761, align 4, !tbaa !8
+  %763 = fadd <4 x float> %760, %762
+  %764 = getelementptr inbounds nuw i8, ptr %755, i64 48
+  %765 = load <4 x float>, ptr %764, align 4, !tbaa !8
+  %766 = fadd <4 x float> %763, %765
+  %767 = getelementptr inbounds nuw i8, ptr %755, i64 64
+  %768 = load <4 x float>, ptr %767, align 4, !tbaa !8
+  %769 = fadd <4 x float> %766, %768
+  %770 = getelementptr inbounds nuw i8, ptr %755, i64 80
+  %771 = load <4 x float>, ptr %770, align 4, !tbaa !8
+  %772 = fadd <4 x float> %769, %771
+  %773 = getelementptr inbounds nuw i8, ptr %755, i64 96
+  %774 = load <4 x float>, ptr %773, align 4, !tbaa !8
+  %775 = fadd <4 x float> %772, %774
+  %776 = getelementptr inbounds nuw i8, ptr %755, i64 112
+  %777 = load <4 x float>, ptr %776, align 4, !tbaa !8
+  %778 = fadd <4 x float> %775, %777
+  %779 = getelementptr inbounds nuw i8, ptr %755, i64 128
+  %780 = load <4 x float>, ptr %779, align 4, !tbaa !8
+  %781 = fadd <4 x float> %778, %780
+  %782 = getelementptr inbounds nuw i8, ptr %755, i64 144
+  %783 = load <4 x float>, ptr %782, align 4, !tbaa !8
+  %784 = fadd <4 x float> %781, %783
+  %785 = getelementptr inbounds nuw i8, ptr %755, i64 160
+  %786 = load <4 x float>, ptr %785, align 4, !tbaa !8
+  %787 = fadd <4 x float> %784, %786
+  %788 = getelementptr inbounds nuw i8, ptr %755, i64 176
+  %789 = load <4 x float>, ptr %788, align 4, !tbaa !8
+  %790 = fadd <4 x float> %787, %789
+  %indvars.iv.next305.i = add nuw nsw i64 %indvars.iv304.i, 1
+  %exitcond308.not.i = icmp eq i64 %indvars.iv.next305.i, %wide.trip.count.i
+  br i1 %exitcond308.not.i, label %for_begin_t.preheader.i, label %for_begin_ti50.preheader.i, !prof !39
 
-for_begin_d_0.preheader.i:                        ; preds = %for_body_t.i, %for_begin_to45.preheader.thread.i, %for_begin_t.preheader.i
-  %tile_sum.0.lcssa364.i = phi <4 x float> [ %1159, %for_begin_t.preheader.i ], [ zeroinitializer, %for_begin_to45.preheader.thread.i ], [ %tile_sum.0.lcssa366.i, %for_body_t.i ]
-  %scores_global128.sroa.0.1.lcssa357360361.i = phi <4 x float> [ %1088, %for_begin_t.preheader.i ], [ %1040, %for_begin_to45.preheader.thread.i ], [ %scores_global128.sroa.0.1.lcssa357360363.i, %for_body_t.i ]
-  %1160 = phi i1 [ false, %for_begin_t.preheader.i ], [ false, %for_begin_to45.preheader.thread.i ], [ true, %for_body_t.i ]
-    #dbg_value(i32 0, !242, !DIExpression(), !132)
-  %1161 = tail call i32 @llvm.smax.i32(i32 %valid_len.i, i32 1), !dbg !132
-  %smax341 = zext nneg i32 %1161 to i64, !dbg !132
-  br label %for_body_d_0.i, !dbg !132
+for_begin_d_0.preheader.i:                        ; preds = %for_body_t.i, %for_begin_t.preheader.i, %for_begin_to45.preheader.thread.i
+  %tile_sum.0.lcssa360.i = phi <4 x float> [ %790, %for_begin_t.preheader.i ], [ zeroinitializer, %for_begin_to45.preheader.thread.i ], [ %tile_sum.0.lcssa362.i, %for_body_t.i ]
+  %scores_global124.sroa.0.1.lcssa353356357.i = phi <4 x float> [ %719, %for_begin_t.preheader.i ], [ %671, %for_begin_to45.preheader.thread.i ], [ %scores_global124.sroa.0.1.lcssa353356359.i, %for_body_t.i ]
+  %791 = phi i1 [ false, %for_begin_t.preheader.i ], [ false, %for_begin_to45.preheader.thread.i ], [ true, %for_body_t.i ]
+  %792 = tail call i32 @llvm.smax.i32(i32 %valid_len.i, i32 1)
+  %smax114 = zext nneg i32 %792 to i64
+  br label %for_body_d_0.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv313.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next314.i, %for_body_t.i ]
-    #dbg_value(i64 %indvars.iv313.i, !228, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv313.i, !243, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv313.i, !244, !DIExpression(DW_OP_constu, 7, DW_OP_shl, DW_OP_stack_value), !132)
-    #dbg_value(i64 %cse_v25.i, !245, !DIExpression(), !132)
-  %1162 = and i64 %indvars.iv313.i, 15, !dbg !132
-  %cse_v33.i = mul nsw i64 %1162, %v_slot288, !dbg !132
-    #dbg_value(i64 %cse_v33.i, !246, !DIExpression(), !132)
-  %1163 = lshr i64 %indvars.iv313.i, 4, !dbg !132
-    #dbg_value(!DIArgList(i64 %cse_v20.i, i64 %sext291, i64 %cse_v31.i, i64 %1163), !247, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 3, DW_OP_plus, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_constu, 32, DW_OP_shra, DW_OP_plus, DW_OP_stack_value), !132)
-  %gep197.i = getelementptr i32, ptr %gep224.i, i64 %1163, !dbg !132
-  %1164 = load i32, ptr %gep197.i, align 4, !dbg !132, !tbaa !163
-  %1165 = sext i32 %1164 to i64, !dbg !132
-  %1166 = mul nsw i64 %v_block, %1165, !dbg !132
-  %1167 = getelementptr i16, ptr %318, i64 %1166, !dbg !132
-  %1168 = getelementptr i16, ptr %1167, i64 %cse_v33.i, !dbg !132
-  %1169 = getelementptr i16, ptr %1168, i64 %cse_v25.i, !dbg !132
-  %1170 = load <16 x i16>, ptr %1169, align 2, !dbg !132, !tbaa !163
-  %1171 = zext <16 x i16> %1170 to <16 x i32>, !dbg !132
-  %1172 = shl nuw <16 x i32> %1171, splat (i32 16), !dbg !132
-  %.idx352.i = shl nsw i64 %indvars.iv313.i, 9, !dbg !132
-  %1173 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx352.i, !dbg !132
-  store <16 x i32> %1172, ptr %1173, align 4, !dbg !132, !tbaa !163
-  %1174 = load i32, ptr %gep197.i, align 4, !dbg !132, !tbaa !163
-  %1175 = sext i32 %1174 to i64, !dbg !132
-  %1176 = mul nsw i64 %v_block, %1175, !dbg !132
-  %1177 = getelementptr i16, ptr %318, i64 %1176, !dbg !132
-  %1178 = getelementptr i16, ptr %1177, i64 %cse_v33.i, !dbg !132
-  %1179 = getelementptr i16, ptr %1178, i64 %cse_v25.i, !dbg !132
-  %1180 = getelementptr i8, ptr %1179, i64 32, !dbg !132
-  %1181 = load <16 x i16>, ptr %1180, align 2, !dbg !132, !tbaa !163
-  %1182 = zext <16 x i16> %1181 to <16 x i32>, !dbg !132
-  %1183 = shl nuw <16 x i32> %1182, splat (i32 16), !dbg !132
-  %1184 = getelementptr inbounds nuw i8, ptr %1173, i64 64, !dbg !132
-  store <16 x i32> %1183, ptr %1184, align 4, !dbg !132, !tbaa !163
-  %1185 = load i32, ptr %gep197.i, align 4, !dbg !132, !tbaa !163
-  %1186 = sext i32 %1185 to i64, !dbg !132
-  %1187 = mul nsw i64 %v_block, %1186, !dbg !132
-  %1188 = getelementptr i16, ptr %318, i64 %1187, !dbg !132
-  %1189 = getelementptr i16, ptr %1188, i64 %cse_v33.i, !dbg !132
-  %1190 = getelementptr i16, ptr %1189, i64 %cse_v25.i, !dbg !132
-  %1191 = getelementptr i8, ptr %1190, i64 64, !dbg !132
-  %1192 = load <16 x i16>, ptr %1191, align 2, !dbg !132, !tbaa !163
-  %1193 = zext <16 x i16> %1192 to <16 x i32>, !dbg !132
-  %1194 = shl nuw <16 x i32> %1193, splat (i32 16), !dbg !132
-  %1195 = getelementptr inbounds nuw i8, ptr %1173, i64 128, !dbg !132
-  store <16 x i32> %1194, ptr %1195, align 4, !dbg !132, !tbaa !163
-  %1196 = load i32, ptr %gep197.i, align 4, !dbg !132, !tbaa !163
-  %1197 = sext i32 %1196 to i64, !dbg !132
-  %1198 = mul nsw i64 %v_block, %1197, !dbg !132
-  %1199 = getelementptr i16, ptr %318, i64 %1198, !dbg !132
-  %1200 = getelementptr i16, ptr %1199, i64 %cse_v33.i, !dbg !132
-  %1201 = getelementptr i16, ptr %1200, i64 %cse_v25.i, !dbg !132
-  %1202 = getelementptr i8, ptr %1201, i64 96, !dbg !132
-  %1203 = load <16 x i16>, ptr %1202, align 2, !dbg !132, !tbaa !163
-  %1204 = zext <16 x i16> %1203 to <16 x i32>, !dbg !132
-  %1205 = shl nuw <16 x i32> %1204, splat (i32 16), !dbg !132
-  %1206 = getelementptr inbounds nuw i8, ptr %1173, i64 192, !dbg !132
-  store <16 x i32> %1205, ptr %1206, align 4, !dbg !132, !tbaa !163
-  %1207 = load i32, ptr %gep197.i, align 4, !dbg !132, !tbaa !163
-  %1208 = sext i32 %1207 to i64, !dbg !132
-  %1209 = mul nsw i64 %v_block, %1208, !dbg !132
-  %1210 = getelementptr i16, ptr %318, i64 %1209, !dbg !132
-  %1211 = getelementptr i16, ptr %1210, i64 %cse_v33.i, !dbg !132
-  %1212 = getelementptr i16, ptr %1211, i64 %cse_v25.i, !dbg !132
-  %1213 = getelementptr i8, ptr %1212, i64 128, !dbg !132
-  %1214 = load <16 x i16>, ptr %1213, align 2, !dbg !132, !tbaa !163
-  %1215 = zext <16 x i16> %1214 to <16 x i32>, !dbg !132
-  %1216 = shl nuw <16 x i32> %1215, splat (i32 16), !dbg !132
-  %1217 = getelementptr inbounds nuw i8, ptr %1173, i64 256, !dbg !132
-  store <16 x i32> %1216, ptr %1217, align 4, !dbg !132, !tbaa !163
-  %1218 = load i32, ptr %gep197.i, align 4, !dbg !132, !tbaa !163
-  %1219 = sext i32 %1218 to i64, !dbg !132
-  %1220 = mul nsw i64 %v_block, %1219, !dbg !132
-  %1221 = getelementptr i16, ptr %318, i64 %1220, !dbg !132
-  %1222 = getelementptr i16, ptr %1221, i64 %cse_v33.i, !dbg !132
-  %1223 = getelementptr i16, ptr %1222, i64 %cse_v25.i, !dbg !132
-  %1224 = getelementptr i8, ptr %1223, i64 160, !dbg !132
-  %1225 = load <16 x i16>, ptr %1224, align 2, !dbg !132, !tbaa !163
-  %1226 = zext <16 x i16> %1225 to <16 x i32>, !dbg !132
-  %1227 = shl nuw <16 x i32> %1226, splat (i32 16), !dbg !132
-  %1228 = getelementptr inbounds nuw i8, ptr %1173, i64 320, !dbg !132
-  store <16 x i32> %1227, ptr %1228, align 4, !dbg !132, !tbaa !163
-  %1229 = load i32, ptr %gep197.i, align 4, !dbg !132, !tbaa !163
-  %1230 = sext i32 %1229 to i64, !dbg !132
-  %1231 = mul nsw i64 %v_block, %1230, !dbg !132
-  %1232 = getelementptr i16, ptr %318, i64 %1231, !dbg !132
-  %1233 = getelementptr i16, ptr %1232, i64 %cse_v33.i, !dbg !132
-  %1234 = getelementptr i16, ptr %1233, i64 %cse_v25.i, !dbg !132
-  %1235 = getelementptr i8, ptr %1234, i64 192, !dbg !132
-  %1236 = load <16 x i16>, ptr %1235, align 2, !dbg !132, !tbaa !163
-  %1237 = zext <16 x i16> %1236 to <16 x i32>, !dbg !132
-  %1238 = shl nuw <16 x i32> %1237, splat (i32 16), !dbg !132
-  %1239 = getelementptr inbounds nuw i8, ptr %1173, i64 384, !dbg !132
-  store <16 x i32> %1238, ptr %1239, align 4, !dbg !132, !tbaa !163
-  %1240 = load i32, ptr %gep197.i, align 4, !dbg !132, !tbaa !163
-  %1241 = sext i32 %1240 to i64, !dbg !132
-  %1242 = mul nsw i64 %v_block, %1241, !dbg !132
-  %1243 = getelementptr i16, ptr %318, i64 %1242, !dbg !132
-  %1244 = getelementptr i16, ptr %1243, i64 %cse_v33.i, !dbg !132
-  %1245 = getelementptr i16, ptr %1244, i64 %cse_v25.i, !dbg !132
-  %1246 = getelementptr i8, ptr %1245, i64 224, !dbg !132
-  %1247 = load <16 x i16>, ptr %1246, align 2, !dbg !132, !tbaa !163
-  %1248 = zext <16 x i16> %1247 to <16 x i32>, !dbg !132
-  %1249 = shl nuw <16 x i32> %1248, splat (i32 16), !dbg !132
-  %1250 = getelementptr inbounds nuw i8, ptr %1173, i64 448, !dbg !132
-  store <16 x i32> %1249, ptr %1250, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next314.i = add nuw nsw i64 %indvars.iv313.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next314.i, !228, !DIExpression(), !132)
-  %exitcond.not = icmp eq i64 %indvars.iv.next314.i, %742, !dbg !132
-  br i1 %exitcond.not, label %for_begin_d_0.preheader.i, label %for_body_t.i, !dbg !132, !prof !224
+  %indvars.iv309.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next310.i, %for_body_t.i ]
+  %793 = and i64 %indvars.iv309.i, 15
+  %cse_v29.i = mul nsw i64 %793, %v_slot61
+  %794 = lshr i64 %indvars.iv309.i, 4
+  %gep193.i = getelementptr i32, ptr %gep220.i, i64 %794
+  %795 = load i32, ptr %gep193.i, align 4, !tbaa !8
+  %796 = sext i32 %795 to i64
+  %797 = mul nsw i64 %v_block, %796
+  %798 = getelementptr i16, ptr %value_cache, i64 %797
+  %799 = getelementptr i16, ptr %798, i64 %cse_v29.i
+  %800 = getelementptr i16, ptr %799, i64 %cse_v23.i
+  %801 = load <16 x i16>, ptr %800, align 2, !tbaa !8
+  %802 = zext <16 x i16> %801 to <16 x i32>
+  %803 = shl nuw <16 x i32> %802, splat (i32 16)
+  %.idx348.i = shl nsw i64 %indvars.iv309.i, 9
+  %804 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx348.i
+  store <16 x i32> %803, ptr %804, align 4, !tbaa !8
+  %805 = load i32, ptr %gep193.i, align 4, !tbaa !8
+  %806 = sext i32 %805 to i64
+  %807 = mul nsw i64 %v_block, %806
+  %808 = getelementptr i16, ptr %value_cache, i64 %807
+  %809 = getelementptr i16, ptr %808, i64 %cse_v29.i
+  %810 = getelementptr i16, ptr %809, i64 %cse_v23.i
+  %811 = getelementptr i8, ptr %810, i64 32
+  %812 = load <16 x i16>, ptr %811, align 2, !tbaa !8
+  %813 = zext <16 x i16> %812 to <16 x i32>
+  %814 = shl nuw <16 x i32> %813, splat (i32 16)
+  %815 = getelementptr inbounds nuw i8, ptr %804, i64 64
+  store <16 x i32> %814, ptr %815, align 4, !tbaa !8
+  %816 = load i32, ptr %gep193.i, align 4, !tbaa !8
+  %817 = sext i32 %816 to i64
+  %818 = mul nsw i64 %v_block, %817
+  %819 = getelementptr i16, ptr %value_cache, i64 %818
+  %820 = getelementptr i16, ptr %819, i64 %cse_v29.i
+  %821 = getelementptr i16, ptr %820, i64 %cse_v23.i
+  %822 = getelementptr i8, ptr %821, i64 64
+  %823 = load <16 x i16>, ptr %822, align 2, !tbaa !8
+  %824 = zext <16 x i16> %823 to <16 x i32>
+  %825 = shl nuw <16 x i32> %824, splat (i32 16)
+  %826 = getelementptr inbounds nuw i8, ptr %804, i64 128
+  store <16 x i32> %825, ptr %826, align 4, !tbaa !8
+  %827 = load i32, ptr %gep193.i, align 4, !tbaa !8
+  %828 = sext i32 %827 to i64
+  %829 = mul nsw i64 %v_block, %828
+  %830 = getelementptr i16, ptr %value_cache, i64 %829
+  %831 = getelementptr i16, ptr %830, i64 %cse_v29.i
+  %832 = getelementptr i16, ptr %831, i64 %cse_v23.i
+  %833 = getelementptr i8, ptr %832, i64 96
+  %834 = load <16 x i16>, ptr %833, align 2, !tbaa !8
+  %835 = zext <16 x i16> %834 to <16 x i32>
+  %836 = shl nuw <16 x i32> %835, splat (i32 16)
+  %837 = getelementptr inbounds nuw i8, ptr %804, i64 192
+  store <16 x i32> %836, ptr %837, align 4, !tbaa !8
+  %838 = load i32, ptr %gep193.i, align 4, !tbaa !8
+  %839 = sext i32 %838 to i64
+  %840 = mul nsw i64 %v_block, %839
+  %841 = getelementptr i16, ptr %value_cache, i64 %840
+  %842 = getelementptr i16, ptr %841, i64 %cse_v29.i
+  %843 = getelementptr i16, ptr %842, i64 %cse_v23.i
+  %844 = getelementptr i8, ptr %843, i64 128
+  %845 = load <16 x i16>, ptr %844, align 2, !tbaa !8
+  %846 = zext <16 x i16> %845 to <16 x i32>
+  %847 = shl nuw <16 x i32> %846, splat (i32 16)
+  %848 = getelementptr inbounds nuw i8, ptr %804, i64 256
+  store <16 x i32> %847, ptr %848, align 4, !tbaa !8
+  %849 = load i32, ptr %gep193.i, align 4, !tbaa !8
+  %850 = sext i32 %849 to i64
+  %851 = mul nsw i64 %v_block, %850
+  %852 = getelementptr i16, ptr %value_cache, i64 %851
+  %853 = getelementptr i16, ptr %852, i64 %cse_v29.i
+  %854 = getelementptr i16, ptr %853, i64 %cse_v23.i
+  %855 = getelementptr i8, ptr %854, i64 160
+  %856 = load <16 x i16>, ptr %855, align 2, !tbaa !8
+  %857 = zext <16 x i16> %856 to <16 x i32>
+  %858 = shl nuw <16 x i32> %857, splat (i32 16)
+  %859 = getelementptr inbounds nuw i8, ptr %804, i64 320
+  store <16 x i32> %858, ptr %859, align 4, !tbaa !8
+  %860 = load i32, ptr %gep193.i, align 4, !tbaa !8
+  %861 = sext i32 %860 to i64
+  %862 = mul nsw i64 %v_block, %861
+  %863 = getelementptr i16, ptr %value_cache, i64 %862
+  %864 = getelementptr i16, ptr %863, i64 %cse_v29.i
+  %865 = getelementptr i16, ptr %864, i64 %cse_v23.i
+  %866 = getelementptr i8, ptr %865, i64 192
+  %867 = load <16 x i16>, ptr %866, align 2, !tbaa !8
+  %868 = zext <16 x i16> %867 to <16 x i32>
+  %869 = shl nuw <16 x i32> %868, splat (i32 16)
+  %870 = getelementptr inbounds nuw i8, ptr %804, i64 384
+  store <16 x i32> %869, ptr %870, align 4, !tbaa !8
+  %871 = load i32, ptr %gep193.i, align 4, !tbaa !8
+  %872 = sext i32 %871 to i64
+  %873 = mul nsw i64 %v_block, %872
+  %874 = getelementptr i16, ptr %value_cache, i64 %873
+  %875 = getelementptr i16, ptr %874, i64 %cse_v29.i
+  %876 = getelementptr i16, ptr %875, i64 %cse_v23.i
+  %877 = getelementptr i8, ptr %876, i64 224
+  %878 = load <16 x i16>, ptr %877, align 2, !tbaa !8
+  %879 = zext <16 x i16> %878 to <16 x i32>
+  %880 = shl nuw <16 x i32> %879, splat (i32 16)
+  %881 = getelementptr inbounds nuw i8, ptr %804, i64 448
+  store <16 x i32> %880, ptr %881, align 4, !tbaa !8
+  %indvars.iv.next310.i = add nuw nsw i64 %indvars.iv309.i, 1
+  %exitcond.not = icmp eq i64 %indvars.iv.next310.i, %373
+  br i1 %exitcond.not, label %for_begin_d_0.preheader.i, label %for_body_t.i, !prof !39
 
 for_body_d_0.i:                                   ; preds = %for_end_t57.i, %for_begin_d_0.preheader.i
-  %indvars.iv322.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next323.i, %for_end_t57.i ]
-    #dbg_value(i64 %indvars.iv322.i, !242, !DIExpression(), !132)
-    #dbg_value(<4 x float> zeroinitializer, !248, !DIExpression(), !132)
-  %1251 = shl nuw nsw i64 %indvars.iv322.i, 3, !dbg !132
-    #dbg_value(i64 %1251, !249, !DIExpression(), !132)
-    #dbg_value(i32 0, !228, !DIExpression(), !132)
-  br i1 %1160, label %for_body_t56.preheader.i, label %for_end_t57.i, !dbg !132, !prof !156
+  %indvars.iv318.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next319.i, %for_end_t57.i ]
+  %882 = shl nuw nsw i64 %indvars.iv318.i, 3
+  br i1 %791, label %for_body_t56.preheader.i, label %for_end_t57.i, !prof !7
 
 for_body_t56.preheader.i:                         ; preds = %for_body_d_0.i
-  %invariant.gep391.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %1251, !dbg !132
-  br label %for_body_t56.i, !dbg !132
+  %invariant.gep387.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %882
+  br label %for_body_t56.i
 
 for_end_d_0.i:                                    ; preds = %for_end_t57.i
-  %1252 = icmp eq i64 %indvars.iv331.i, 0, !dbg !132
-  %1253 = insertelement <4 x i1> poison, i1 %1252, i64 0, !dbg !132
-  %1254 = shufflevector <4 x i1> %1253, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !132
-  %old_max.i = select <4 x i1> %1254, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %row_max.1226.i, !dbg !132
-    #dbg_value(<4 x float> %old_max.i, !250, !DIExpression(), !132)
-  %old_sum.i = select <4 x i1> %1254, <4 x float> zeroinitializer, <4 x float> %row_sum.1225.i, !dbg !132
-    #dbg_value(<4 x float> %old_sum.i, !251, !DIExpression(), !132)
-  %1255 = fcmp ogt <4 x float> %old_max.i, %scores_global128.sroa.0.1.lcssa357360361.i, !dbg !132
-    #dbg_value(<4 x float> poison, !252, !DIExpression(), !132)
-  %1256 = fcmp oeq <4 x float> %tile_sum.0.lcssa364.i, zeroinitializer, !dbg !132
-  %1257 = select <4 x i1> %1256, <4 x i1> splat (i1 true), <4 x i1> %1255, !dbg !132
-  %old_or_both.i = select <4 x i1> %1257, <4 x float> %old_max.i, <4 x float> %scores_global128.sroa.0.1.lcssa357360361.i, !dbg !132
-    #dbg_value(<4 x float> %old_or_both.i, !253, !DIExpression(), !132)
-  %1258 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer, !dbg !132
-  %m.i = select <4 x i1> %1258, <4 x float> %scores_global128.sroa.0.1.lcssa357360361.i, <4 x float> %old_or_both.i, !dbg !132
-    #dbg_value(<4 x float> %m.i, !254, !DIExpression(), !132)
-    #dbg_value(<4 x float> %m.i, !248, !DIExpression(), !132)
-  %arg61.i = fsub <4 x float> %old_max.i, %m.i, !dbg !132
-    #dbg_value(<4 x float> %arg61.i, !255, !DIExpression(), !132)
-    #dbg_value(<4 x float> %arg61.i, !230, !DIExpression(), !132)
-  %1259 = fcmp olt <4 x float> %arg61.i, splat (float -8.700000e+01), !dbg !132
-    #dbg_value(<4 x float> poison, !256, !DIExpression(), !132)
-    #dbg_value(<4 x float> poison, !232, !DIExpression(), !132)
-    #dbg_value(<4 x float> poison, !257, !DIExpression(), !132)
-    #dbg_value(<4 x float> poison, !234, !DIExpression(), !132)
-    #dbg_value(<4 x float> poison, !236, !DIExpression(), !132)
-    #dbg_value(<4 x float> poison, !237, !DIExpression(), !132)
-    #dbg_value(<4 x float> poison, !238, !DIExpression(), !132)
-    #dbg_value(<4 x float> poison, !239, !DIExpression(), !132)
-    #dbg_value(!DIArgList(<4 x float> poison, <4 x i32> poison, <4 x i32> poison), !240, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !132)
-  %cse_v34.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg61.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000)), !dbg !132
-    #dbg_value(<4 x float> %cse_v34.i, !258, !DIExpression(), !132)
-  %1260 = bitcast <4 x float> %cse_v34.i to <4 x i32>, !dbg !132
-  %1261 = shl <4 x i32> %1260, splat (i32 23), !dbg !132
-  %1262 = add <4 x i32> %1261, splat (i32 1065353216), !dbg !132
-  %1263 = bitcast <4 x i32> %1262 to <4 x float>, !dbg !132
-  %1264 = add nsw <4 x i32> %1260, splat (i32 -1262485504), !dbg !132
-  %1265 = sitofp <4 x i32> %1264 to <4 x float>, !dbg !132
-  %1266 = fmul <4 x float> %1265, splat (float 0x3F2BD01060000000), !dbg !132
-  %1267 = fmul <4 x float> %1265, splat (float 0x3FE6300000000000), !dbg !132
-  %1268 = fsub <4 x float> %arg61.i, %1267, !dbg !132
-  %1269 = fadd <4 x float> %1266, %1268, !dbg !132
-  %1270 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1269, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000)), !dbg !132
-  %1271 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1270, <4 x float> %1269, <4 x float> splat (float 0x3F81112100000000)), !dbg !132
-  %1272 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1271, <4 x float> %1269, <4 x float> splat (float 0x3FA5553820000000)), !dbg !132
-  %1273 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1272, <4 x float> %1269, <4 x float> splat (float 0x3FC5555540000000)), !dbg !132
-  %1274 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1273, <4 x float> %1269, <4 x float> splat (float 5.000000e-01)), !dbg !132
-  %1275 = fmul <4 x float> %1269, %1274, !dbg !132
-  %1276 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1275, <4 x float> %1269, <4 x float> %1269), !dbg !132
-  %1277 = fadd <4 x float> %1276, splat (float 1.000000e+00), !dbg !132
-  %1278 = fmul <4 x float> %1277, %1263, !dbg !132
-  %1279 = select <4 x i1> %1259, <4 x float> zeroinitializer, <4 x float> %1278, !dbg !132
-  %1280 = fcmp one <4 x float> %old_sum.i, zeroinitializer, !dbg !132
-  %1281 = select <4 x i1> %1280, <4 x float> %1279, <4 x float> zeroinitializer, !dbg !132
-    #dbg_value(<4 x float> %1281, !259, !DIExpression(), !132)
-  %arg77.i = fsub <4 x float> %scores_global128.sroa.0.1.lcssa357360361.i, %m.i, !dbg !132
-    #dbg_value(<4 x float> %arg77.i, !230, !DIExpression(), !132)
-  %1282 = fcmp olt <4 x float> %arg77.i, splat (float -8.700000e+01), !dbg !132
-    #dbg_value(<4 x float> poison, !260, !DIExpression(), !132)
-    #dbg_value(<4 x float> poison, !261, !DIExpression(), !132)
-  %cse_v28.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg77.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000)), !dbg !132
-    #dbg_value(<4 x float> %cse_v28.i, !262, !DIExpression(), !132)
-  %1283 = bitcast <4 x float> %cse_v28.i to <4 x i32>, !dbg !132
-  %1284 = shl <4 x i32> %1283, splat (i32 23), !dbg !132
-  %1285 = add <4 x i32> %1284, splat (i32 1065353216), !dbg !132
-  %1286 = bitcast <4 x i32> %1285 to <4 x float>, !dbg !132
-  %1287 = add nsw <4 x i32> %1283, splat (i32 -1262485504), !dbg !132
-  %1288 = sitofp <4 x i32> %1287 to <4 x float>, !dbg !132
-  %1289 = fmul <4 x float> %1288, splat (float 0x3F2BD01060000000), !dbg !132
-  %1290 = fmul <4 x float> %1288, splat (float 0x3FE6300000000000), !dbg !132
-  %1291 = fsub <4 x float> %arg77.i, %1290, !dbg !132
-  %1292 = fadd <4 x float> %1289, %1291, !dbg !132
-  %1293 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1292, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000)), !dbg !132
-  %1294 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1293, <4 x float> %1292, <4 x float> splat (float 0x3F81112100000000)), !dbg !132
-  %1295 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1294, <4 x float> %1292, <4 x float> splat (float 0x3FA5553820000000)), !dbg !132
-  %1296 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1295, <4 x float> %1292, <4 x float> splat (float 0x3FC5555540000000)), !dbg !132
-  %1297 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1296, <4 x float> %1292, <4 x float> splat (float 5.000000e-01)), !dbg !132
-  %1298 = fmul <4 x float> %1292, %1297, !dbg !132
-  %1299 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1298, <4 x float> %1292, <4 x float> %1292), !dbg !132
-  %1300 = fadd <4 x float> %1299, splat (float 1.000000e+00), !dbg !132
-  %1301 = fmul <4 x float> %1300, %1286, !dbg !132
-  %1302 = select <4 x i1> %1282, <4 x float> zeroinitializer, <4 x float> %1301, !dbg !132
-  %1303 = fcmp one <4 x float> %tile_sum.0.lcssa364.i, zeroinitializer, !dbg !132
-  %1304 = select <4 x i1> %1303, <4 x float> %1302, <4 x float> zeroinitializer, !dbg !132
-    #dbg_value(<4 x float> %1304, !222, !DIExpression(), !132)
-    #dbg_value(<4 x float> %old_sum.i, !263, !DIExpression(), !132)
-    #dbg_value(<4 x float> %1356, !227, !DIExpression(), !132)
-    #dbg_value(<4 x float> %m.i, !153, !DIExpression(), !132)
-    #dbg_value(<4 x float> %1356, !154, !DIExpression(), !132)
-    #dbg_value(i32 0, !168, !DIExpression(), !132)
-  br label %for_body_d93.i, !dbg !132
+  %883 = icmp eq i64 %indvars.iv327.i, 0
+  %884 = insertelement <4 x i1> poison, i1 %883, i64 0
+  %885 = shufflevector <4 x i1> %884, <4 x i1> poison, <4 x i32> zeroinitializer
+  %old_max.i = select <4 x i1> %885, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %row_max.1222.i
+  %old_sum.i = select <4 x i1> %885, <4 x float> zeroinitializer, <4 x float> %row_sum.1221.i
+  %886 = fcmp ogt <4 x float> %old_max.i, %scores_global124.sroa.0.1.lcssa353356357.i
+  %887 = fcmp oeq <4 x float> %tile_sum.0.lcssa360.i, zeroinitializer
+  %888 = select <4 x i1> %887, <4 x i1> splat (i1 true), <4 x i1> %886
+  %old_or_both.i = select <4 x i1> %888, <4 x float> %old_max.i, <4 x float> %scores_global124.sroa.0.1.lcssa353356357.i
+  %889 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %889, <4 x float> %scores_global124.sroa.0.1.lcssa353356357.i, <4 x float> %old_or_both.i
+  %arg61.i = fsub <4 x float> %old_max.i, %m.i
+  %cse_v30.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg61.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %890 = bitcast <4 x float> %cse_v30.i to <4 x i32>
+  %891 = add nsw <4 x i32> %890, splat (i32 -1262485504)
+  %892 = sitofp <4 x i32> %891 to <4 x float>
+  %893 = fmul <4 x float> %892, splat (float 0x3F2BD01060000000)
+  %894 = fmul <4 x float> %892, splat (float 0x3FE6300000000000)
+  %895 = fsub <4 x float> %arg61.i, %894
+  %896 = fadd <4 x float> %893, %895
+  %897 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %896, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %898 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %897, <4 x float> %896, <4 x float> splat (float 0x3F81112100000000))
+  %899 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %898, <4 x float> %896, <4 x float> splat (float 0x3FA5553820000000))
+  %900 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %899, <4 x float> %896, <4 x float> splat (float 0x3FC5555540000000))
+  %901 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %900, <4 x float> %896, <4 x float> splat (float 5.000000e-01))
+  %902 = fmul <4 x float> %896, %901
+  %903 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %902, <4 x float> %896, <4 x float> %896)
+  %904 = shl <4 x i32> %890, splat (i32 23)
+  %905 = add <4 x i32> %904, splat (i32 1065353216)
+  %906 = bitcast <4 x i32> %905 to <4 x float>
+  %907 = fadd <4 x float> %903, splat (float 1.000000e+00)
+  %908 = fmul <4 x float> %907, %906
+  %909 = fcmp olt <4 x float> %arg61.i, splat (float -8.700000e+01)
+  %910 = select <4 x i1> %909, <4 x float> zeroinitializer, <4 x float> %908
+  %911 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %912 = select <4 x i1> %911, <4 x float> %910, <4 x float> zeroinitializer
+  %arg75.i = fsub <4 x float> %scores_global124.sroa.0.1.lcssa353356357.i, %m.i
+  %cse_v25.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg75.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %913 = bitcast <4 x float> %cse_v25.i to <4 x i32>
+  %914 = add nsw <4 x i32> %913, splat (i32 -1262485504)
+  %915 = sitofp <4 x i32> %914 to <4 x float>
+  %916 = fmul <4 x float> %915, splat (float 0x3F2BD01060000000)
+  %917 = fmul <4 x float> %915, splat (float 0x3FE6300000000000)
+  %918 = fsub <4 x float> %arg75.i, %917
+  %919 = fadd <4 x float> %916, %918
+  %920 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %919, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %921 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %920, <4 x float> %919, <4 x float> splat (float 0x3F81112100000000))
+  %922 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %921, <4 x float> %919, <4 x float> splat (float 0x3FA5553820000000))
+  %923 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %922, <4 x float> %919, <4 x float> splat (float 0x3FC5555540000000))
+  %924 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %923, <4 x float> %919, <4 x float> splat (float 5.000000e-01))
+  %925 = fmul <4 x float> %919, %924
+  %926 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %925, <4 x float> %919, <4 x float> %919)
+  %927 = shl <4 x i32> %913, splat (i32 23)
+  %928 = add <4 x i32> %927, splat (i32 1065353216)
+  %929 = bitcast <4 x i32> %928 to <4 x float>
+  %930 = fadd <4 x float> %926, splat (float 1.000000e+00)
+  %931 = fmul <4 x float> %930, %929
+  %932 = fcmp olt <4 x float> %arg75.i, splat (float -8.700000e+01)
+  %933 = select <4 x i1> %932, <4 x float> zeroinitializer, <4 x float> %931
+  %934 = fcmp one <4 x float> %tile_sum.0.lcssa360.i, zeroinitializer
+  %935 = select <4 x i1> %934, <4 x float> %933, <4 x float> zeroinitializer
+  br label %for_body_d89.i
 
 for_body_t56.i:                                   ; preds = %for_body_t56.i, %for_body_t56.preheader.i
-  %indvars.iv317.i = phi i64 [ 0, %for_body_t56.preheader.i ], [ %indvars.iv.next318.i, %for_body_t56.i ]
-  %tile_acc_global127.sroa.0.0205.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1310, %for_body_t56.i ]
-  %tile_acc_global127.sroa.6.0204.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1315, %for_body_t56.i ]
-  %tile_acc_global127.sroa.10.0203.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1320, %for_body_t56.i ]
-  %tile_acc_global127.sroa.14.0202.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1325, %for_body_t56.i ]
-  %tile_acc_global127.sroa.18.0201.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1330, %for_body_t56.i ]
-  %tile_acc_global127.sroa.22.0200.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1335, %for_body_t56.i ]
-  %tile_acc_global127.sroa.26.0199.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1340, %for_body_t56.i ]
-  %tile_acc_global127.sroa.30.0198.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %1345, %for_body_t56.i ]
-    #dbg_value(i64 %indvars.iv317.i, !228, !DIExpression(), !132)
-    #dbg_value(<4 x float> %tile_acc_global127.sroa.0.0205.i, !248, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv317.i, !264, !DIExpression(DW_OP_constu, 2, DW_OP_shl, DW_OP_stack_value), !132)
-    #dbg_value(!DIArgList(i64 %indvars.iv317.i, i64 %1251), !265, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_constu, 7, DW_OP_shl, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !132)
-  %.idx353.i = shl nsw i64 %indvars.iv317.i, 4, !dbg !132
-  %1305 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx353.i, !dbg !132
-  %1306 = load <4 x float>, ptr %1305, align 4, !dbg !132, !tbaa !163
-  %.idx354.i = shl nsw i64 %indvars.iv317.i, 9, !dbg !132
-  %gep392.i = getelementptr inbounds nuw i8, ptr %invariant.gep391.i, i64 %.idx354.i, !dbg !132
-  %1307 = load float, ptr %gep392.i, align 4, !dbg !132, !tbaa !163
-  %1308 = insertelement <4 x float> poison, float %1307, i64 0, !dbg !132
-  %1309 = shufflevector <4 x float> %1308, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1310 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1306, <4 x float> %1309, <4 x float> %tile_acc_global127.sroa.0.0205.i), !dbg !132
-    #dbg_value(<4 x float> %1310, !248, !DIExpression(), !132)
-  %1311 = getelementptr inbounds nuw i8, ptr %gep392.i, i64 4, !dbg !132
-  %1312 = load float, ptr %1311, align 4, !dbg !132, !tbaa !163
-  %1313 = insertelement <4 x float> poison, float %1312, i64 0, !dbg !132
-  %1314 = shufflevector <4 x float> %1313, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1315 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1306, <4 x float> %1314, <4 x float> %tile_acc_global127.sroa.6.0204.i), !dbg !132
-  %1316 = getelementptr inbounds nuw i8, ptr %gep392.i, i64 8, !dbg !132
-  %1317 = load float, ptr %1316, align 4, !dbg !132, !tbaa !163
-  %1318 = insertelement <4 x float> poison, float %1317, i64 0, !dbg !132
-  %1319 = shufflevector <4 x float> %1318, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1320 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1306, <4 x float> %1319, <4 x float> %tile_acc_global127.sroa.10.0203.i), !dbg !132
-  %1321 = getelementptr inbounds nuw i8, ptr %gep392.i, i64 12, !dbg !132
-  %1322 = load float, ptr %1321, align 4, !dbg !132, !tbaa !163
-  %1323 = insertelement <4 x float> poison, float %1322, i64 0, !dbg !132
-  %1324 = shufflevector <4 x float> %1323, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1325 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1306, <4 x float> %1324, <4 x float> %tile_acc_global127.sroa.14.0202.i), !dbg !132
-  %1326 = getelementptr inbounds nuw i8, ptr %gep392.i, i64 16, !dbg !132
-  %1327 = load float, ptr %1326, align 4, !dbg !132, !tbaa !163
-  %1328 = insertelement <4 x float> poison, float %1327, i64 0, !dbg !132
-  %1329 = shufflevector <4 x float> %1328, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1330 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1306, <4 x float> %1329, <4 x float> %tile_acc_global127.sroa.18.0201.i), !dbg !132
-  %1331 = getelementptr inbounds nuw i8, ptr %gep392.i, i64 20, !dbg !132
-  %1332 = load float, ptr %1331, align 4, !dbg !132, !tbaa !163
-  %1333 = insertelement <4 x float> poison, float %1332, i64 0, !dbg !132
-  %1334 = shufflevector <4 x float> %1333, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1335 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1306, <4 x float> %1334, <4 x float> %tile_acc_global127.sroa.22.0200.i), !dbg !132
-  %1336 = getelementptr inbounds nuw i8, ptr %gep392.i, i64 24, !dbg !132
-  %1337 = load float, ptr %1336, align 4, !dbg !132, !tbaa !163
-  %1338 = insertelement <4 x float> poison, float %1337, i64 0, !dbg !132
-  %1339 = shufflevector <4 x float> %1338, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1340 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1306, <4 x float> %1339, <4 x float> %tile_acc_global127.sroa.26.0199.i), !dbg !132
-  %1341 = getelementptr inbounds nuw i8, ptr %gep392.i, i64 28, !dbg !132
-  %1342 = load float, ptr %1341, align 4, !dbg !132, !tbaa !163
-  %1343 = insertelement <4 x float> poison, float %1342, i64 0, !dbg !132
-  %1344 = shufflevector <4 x float> %1343, <4 x float> poison, <4 x i32> zeroinitializer, !dbg !132
-  %1345 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1306, <4 x float> %1344, <4 x float> %tile_acc_global127.sroa.30.0198.i), !dbg !132
-  %indvars.iv.next318.i = add nuw nsw i64 %indvars.iv317.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next318.i, !228, !DIExpression(), !132)
-  %exitcond342.not = icmp eq i64 %indvars.iv.next318.i, %smax341, !dbg !132
-  br i1 %exitcond342.not, label %for_end_t57.i, label %for_body_t56.i, !dbg !132, !prof !224
+  %indvars.iv313.i = phi i64 [ 0, %for_body_t56.preheader.i ], [ %indvars.iv.next314.i, %for_body_t56.i ]
+  %tile_acc_global123.sroa.0.0201.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %941, %for_body_t56.i ]
+  %tile_acc_global123.sroa.6.0200.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %946, %for_body_t56.i ]
+  %tile_acc_global123.sroa.10.0199.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %951, %for_body_t56.i ]
+  %tile_acc_global123.sroa.14.0198.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %956, %for_body_t56.i ]
+  %tile_acc_global123.sroa.18.0197.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %961, %for_body_t56.i ]
+  %tile_acc_global123.sroa.22.0196.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %966, %for_body_t56.i ]
+  %tile_acc_global123.sroa.26.0195.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %971, %for_body_t56.i ]
+  %tile_acc_global123.sroa.30.0194.i = phi <4 x float> [ zeroinitializer, %for_body_t56.preheader.i ], [ %976, %for_body_t56.i ]
+  %.idx349.i = shl nsw i64 %indvars.iv313.i, 4
+  %936 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx349.i
+  %937 = load <4 x float>, ptr %936, align 4, !tbaa !8
+  %.idx350.i = shl nsw i64 %indvars.iv313.i, 9
+  %gep388.i = getelementptr inbounds nuw i8, ptr %invariant.gep387.i, i64 %.idx350.i
+  %938 = load float, ptr %gep388.i, align 4, !tbaa !8
+  %939 = insertelement <4 x float> poison, float %938, i64 0
+  %940 = shufflevector <4 x float> %939, <4 x float> poison, <4 x i32> zeroinitializer
+  %941 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %937, <4 x float> %940, <4 x float> %tile_acc_global123.sroa.0.0201.i)
+  %942 = getelementptr inbounds nuw i8, ptr %gep388.i, i64 4
+  %943 = load float, ptr %942, align 4, !tbaa !8
+  %944 = insertelement <4 x float> poison, float %943, i64 0
+  %945 = shufflevector <4 x float> %944, <4 x float> poison, <4 x i32> zeroinitializer
+  %946 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %937, <4 x float> %945, <4 x float> %tile_acc_global123.sroa.6.0200.i)
+  %947 = getelementptr inbounds nuw i8, ptr %gep388.i, i64 8
+  %948 = load float, ptr %947, align 4, !tbaa !8
+  %949 = insertelement <4 x float> poison, float %948, i64 0
+  %950 = shufflevector <4 x float> %949, <4 x float> poison, <4 x i32> zeroinitializer
+  %951 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %937, <4 x float> %950, <4 x float> %tile_acc_global123.sroa.10.0199.i)
+  %952 = getelementptr inbounds nuw i8, ptr %gep388.i, i64 12
+  %953 = load float, ptr %952, align 4, !tbaa !8
+  %954 = insertelement <4 x float> poison, float %953, i64 0
+  %955 = shufflevector <4 x float> %954, <4 x float> poison, <4 x i32> zeroinitializer
+  %956 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %937, <4 x float> %955, <4 x float> %tile_acc_global123.sroa.14.0198.i)
+  %957 = getelementptr inbounds nuw i8, ptr %gep388.i, i64 16
+  %958 = load float, ptr %957, align 4, !tbaa !8
+  %959 = insertelement <4 x float> poison, float %958, i64 0
+  %960 = shufflevector <4 x float> %959, <4 x float> poison, <4 x i32> zeroinitializer
+  %961 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %937, <4 x float> %960, <4 x float> %tile_acc_global123.sroa.18.0197.i)
+  %962 = getelementptr inbounds nuw i8, ptr %gep388.i, i64 20
+  %963 = load float, ptr %962, align 4, !tbaa !8
+  %964 = insertelement <4 x float> poison, float %963, i64 0
+  %965 = shufflevector <4 x float> %964, <4 x float> poison, <4 x i32> zeroinitializer
+  %966 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %937, <4 x float> %965, <4 x float> %tile_acc_global123.sroa.22.0196.i)
+  %967 = getelementptr inbounds nuw i8, ptr %gep388.i, i64 24
+  %968 = load float, ptr %967, align 4, !tbaa !8
+  %969 = insertelement <4 x float> poison, float %968, i64 0
+  %970 = shufflevector <4 x float> %969, <4 x float> poison, <4 x i32> zeroinitializer
+  %971 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %937, <4 x float> %970, <4 x float> %tile_acc_global123.sroa.26.0195.i)
+  %972 = getelementptr inbounds nuw i8, ptr %gep388.i, i64 28
+  %973 = load float, ptr %972, align 4, !tbaa !8
+  %974 = insertelement <4 x float> poison, float %973, i64 0
+  %975 = shufflevector <4 x float> %974, <4 x float> poison, <4 x i32> zeroinitializer
+  %976 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %937, <4 x float> %975, <4 x float> %tile_acc_global123.sroa.30.0194.i)
+  %indvars.iv.next314.i = add nuw nsw i64 %indvars.iv313.i, 1
+  %exitcond115.not = icmp eq i64 %indvars.iv.next314.i, %smax114
+  br i1 %exitcond115.not, label %for_end_t57.i, label %for_body_t56.i, !prof !39
 
 for_end_t57.i:                                    ; preds = %for_body_t56.i, %for_body_d_0.i
-  %tile_acc_global127.sroa.30.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1345, %for_body_t56.i ], !dbg !132
-  %tile_acc_global127.sroa.26.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1340, %for_body_t56.i ], !dbg !132
-  %tile_acc_global127.sroa.22.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1335, %for_body_t56.i ], !dbg !132
-  %tile_acc_global127.sroa.18.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1330, %for_body_t56.i ], !dbg !132
-  %tile_acc_global127.sroa.14.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1325, %for_body_t56.i ], !dbg !132
-  %tile_acc_global127.sroa.10.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1320, %for_body_t56.i ], !dbg !132
-  %tile_acc_global127.sroa.6.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1315, %for_body_t56.i ], !dbg !132
-  %tile_acc_global127.sroa.0.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %1310, %for_body_t56.i ], !dbg !132
-  %1346 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %1251, !dbg !132
-  store <4 x float> %tile_acc_global127.sroa.0.0.lcssa.i, ptr %1346, align 4, !dbg !132, !tbaa !163
-  %1347 = getelementptr inbounds nuw i8, ptr %1346, i64 16, !dbg !132
-  store <4 x float> %tile_acc_global127.sroa.6.0.lcssa.i, ptr %1347, align 4, !dbg !132, !tbaa !163
-  %1348 = getelementptr inbounds nuw i8, ptr %1346, i64 32, !dbg !132
-  store <4 x float> %tile_acc_global127.sroa.10.0.lcssa.i, ptr %1348, align 4, !dbg !132, !tbaa !163
-  %1349 = getelementptr inbounds nuw i8, ptr %1346, i64 48, !dbg !132
-  store <4 x float> %tile_acc_global127.sroa.14.0.lcssa.i, ptr %1349, align 4, !dbg !132, !tbaa !163
-  %1350 = getelementptr inbounds nuw i8, ptr %1346, i64 64, !dbg !132
-  store <4 x float> %tile_acc_global127.sroa.18.0.lcssa.i, ptr %1350, align 4, !dbg !132, !tbaa !163
-  %1351 = getelementptr inbounds nuw i8, ptr %1346, i64 80, !dbg !132
-  store <4 x float> %tile_acc_global127.sroa.22.0.lcssa.i, ptr %1351, align 4, !dbg !132, !tbaa !163
-  %1352 = getelementptr inbounds nuw i8, ptr %1346, i64 96, !dbg !132
-  store <4 x float> %tile_acc_global127.sroa.26.0.lcssa.i, ptr %1352, align 4, !dbg !132, !tbaa !163
-  %1353 = getelementptr inbounds nuw i8, ptr %1346, i64 112, !dbg !132
-  store <4 x float> %tile_acc_global127.sroa.30.0.lcssa.i, ptr %1353, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next323.i = add nuw nsw i64 %indvars.iv322.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next323.i, !242, !DIExpression(), !132)
-  %exitcond326.not.i = icmp eq i64 %indvars.iv.next323.i, 16, !dbg !132
-  br i1 %exitcond326.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !dbg !132, !prof !221
+  %tile_acc_global123.sroa.30.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %976, %for_body_t56.i ]
+  %tile_acc_global123.sroa.26.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %971, %for_body_t56.i ]
+  %tile_acc_global123.sroa.22.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %966, %for_body_t56.i ]
+  %tile_acc_global123.sroa.18.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %961, %for_body_t56.i ]
+  %tile_acc_global123.sroa.14.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %956, %for_body_t56.i ]
+  %tile_acc_global123.sroa.10.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %951, %for_body_t56.i ]
+  %tile_acc_global123.sroa.6.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %946, %for_body_t56.i ]
+  %tile_acc_global123.sroa.0.0.lcssa.i = phi <4 x float> [ zeroinitializer, %for_body_d_0.i ], [ %941, %for_body_t56.i ]
+  %977 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %882
+  store <4 x float> %tile_acc_global123.sroa.0.0.lcssa.i, ptr %977, align 4, !tbaa !8
+  %978 = getelementptr inbounds nuw i8, ptr %977, i64 16
+  store <4 x float> %tile_acc_global123.sroa.6.0.lcssa.i, ptr %978, align 4, !tbaa !8
+  %979 = getelementptr inbounds nuw i8, ptr %977, i64 32
+  store <4 x float> %tile_acc_global123.sroa.10.0.lcssa.i, ptr %979, align 4, !tbaa !8
+  %980 = getelementptr inbounds nuw i8, ptr %977, i64 48
+  store <4 x float> %tile_acc_global123.sroa.14.0.lcssa.i, ptr %980, align 4, !tbaa !8
+  %981 = getelementptr inbounds nuw i8, ptr %977, i64 64
+  store <4 x float> %tile_acc_global123.sroa.18.0.lcssa.i, ptr %981, align 4, !tbaa !8
+  %982 = getelementptr inbounds nuw i8, ptr %977, i64 80
+  store <4 x float> %tile_acc_global123.sroa.22.0.lcssa.i, ptr %982, align 4, !tbaa !8
+  %983 = getelementptr inbounds nuw i8, ptr %977, i64 96
+  store <4 x float> %tile_acc_global123.sroa.26.0.lcssa.i, ptr %983, align 4, !tbaa !8
+  %984 = getelementptr inbounds nuw i8, ptr %977, i64 112
+  store <4 x float> %tile_acc_global123.sroa.30.0.lcssa.i, ptr %984, align 4, !tbaa !8
+  %indvars.iv.next319.i = add nuw nsw i64 %indvars.iv318.i, 1
+  %exitcond322.not.i = icmp eq i64 %indvars.iv.next319.i, 16
+  br i1 %exitcond322.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !prof !38
 
-for_body_d93.i:                                   ; preds = %if_end98.i.1, %for_end_d_0.i
-  %indvars.iv327.i = phi i64 [ 0, %for_end_d_0.i ], [ %indvars.iv.next328.i.1, %if_end98.i.1 ]
-    #dbg_value(i64 %indvars.iv327.i, !168, !DIExpression(), !132)
-  %1354 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv327.i
-  br i1 %1252, label %if_then97.i, label %for_body_d93.if_end98_crit_edge.i, !dbg !132, !prof !16
+for_body_d89.i:                                   ; preds = %if_end94.i.1, %for_end_d_0.i
+  %indvars.iv323.i = phi i64 [ 0, %for_end_d_0.i ], [ %indvars.iv.next324.i.1, %if_end94.i.1 ]
+  %985 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv323.i
+  br i1 %883, label %if_then93.i, label %for_body_d89.if_end94_crit_edge.i, !prof !6
 
-for_body_d93.if_end98_crit_edge.i:                ; preds = %for_body_d93.i
-  %.pre.i = load <4 x float>, ptr %1354, align 4, !dbg !132, !tbaa !163
-  br label %if_end98.i, !dbg !132
+for_body_d89.if_end94_crit_edge.i:                ; preds = %for_body_d89.i
+  %.pre.i = load <4 x float>, ptr %985, align 4, !tbaa !8
+  br label %if_end94.i
 
-for_end_d94.i:                                    ; preds = %if_end98.i.1
-  %1355 = fmul <4 x float> %old_sum.i, %1281, !dbg !132
-  %1356 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1304, <4 x float> %tile_sum.0.lcssa364.i, <4 x float> %1355), !dbg !132
-  %indvars.iv.next332.i = add nuw nsw i64 %indvars.iv331.i, 1, !dbg !132
-    #dbg_value(<4 x float> %m.i, !153, !DIExpression(), !132)
-    #dbg_value(<4 x float> %1356, !154, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv.next332.i, !197, !DIExpression(), !132)
-  %exitcond337.not.i = icmp eq i64 %indvars.iv.next332.i, %wide.trip.count336.i, !dbg !132
-  %indvars.iv.next = add nsw i64 %indvars.iv, -128, !dbg !132
-  br i1 %exitcond337.not.i, label %for_end_step.i, label %for_body_step.i, !dbg !132, !prof !221
+for_end_d90.i:                                    ; preds = %if_end94.i.1
+  %986 = fmul <4 x float> %old_sum.i, %912
+  %987 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %935, <4 x float> %tile_sum.0.lcssa360.i, <4 x float> %986)
+  %indvars.iv.next328.i = add nuw nsw i64 %indvars.iv327.i, 1
+  %exitcond333.not.i = icmp eq i64 %indvars.iv.next328.i, %wide.trip.count332.i
+  %indvars.iv.next = add nsw i64 %indvars.iv, -128
+  br i1 %exitcond333.not.i, label %for_end_step.i, label %for_body_step.i, !prof !38
 
-if_then97.i:                                      ; preds = %for_body_d93.i
-  store <4 x float> zeroinitializer, ptr %1354, align 4, !dbg !132, !tbaa !163
-  br label %if_end98.i, !dbg !132
+if_then93.i:                                      ; preds = %for_body_d89.i
+  store <4 x float> zeroinitializer, ptr %985, align 4, !tbaa !8
+  br label %if_end94.i
 
-if_end98.i:                                       ; preds = %if_then97.i, %for_body_d93.if_end98_crit_edge.i
-  %1357 = phi <4 x float> [ %.pre.i, %for_body_d93.if_end98_crit_edge.i ], [ zeroinitializer, %if_then97.i ], !dbg !132
-  %1358 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %indvars.iv327.i, !dbg !132
-  %1359 = load <4 x float>, ptr %1358, align 4, !dbg !132, !tbaa !163
-  %1360 = fmul <4 x float> %1281, %1357, !dbg !132
-  %1361 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1304, <4 x float> %1359, <4 x float> %1360), !dbg !132
-  store <4 x float> %1361, ptr %1354, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next328.i = or disjoint i64 %indvars.iv327.i, 1, !dbg !132
-    #dbg_value(i64 %indvars.iv.next328.i, !168, !DIExpression(), !132)
-  %1362 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next328.i
-  br i1 %1252, label %if_then97.i.1, label %for_body_d93.if_end98_crit_edge.i.1, !dbg !132, !prof !16
+if_end94.i:                                       ; preds = %if_then93.i, %for_body_d89.if_end94_crit_edge.i
+  %988 = phi <4 x float> [ %.pre.i, %for_body_d89.if_end94_crit_edge.i ], [ zeroinitializer, %if_then93.i ]
+  %989 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %indvars.iv323.i
+  %990 = load <4 x float>, ptr %989, align 4, !tbaa !8
+  %991 = fmul <4 x float> %912, %988
+  %992 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %935, <4 x float> %990, <4 x float> %991)
+  store <4 x float> %992, ptr %985, align 4, !tbaa !8
+  %indvars.iv.next324.i = or disjoint i64 %indvars.iv323.i, 1
+  %993 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next324.i
+  br i1 %883, label %if_then93.i.1, label %for_body_d89.if_end94_crit_edge.i.1, !prof !6
 
-for_body_d93.if_end98_crit_edge.i.1:              ; preds = %if_end98.i
-  %.pre.i.1 = load <4 x float>, ptr %1362, align 4, !dbg !132, !tbaa !163
-  br label %if_end98.i.1, !dbg !132
+for_body_d89.if_end94_crit_edge.i.1:              ; preds = %if_end94.i
+  %.pre.i.1 = load <4 x float>, ptr %993, align 4, !tbaa !8
+  br label %if_end94.i.1
 
-if_then97.i.1:                                    ; preds = %if_end98.i
-  store <4 x float> zeroinitializer, ptr %1362, align 4, !dbg !132, !tbaa !163
-  br label %if_end98.i.1, !dbg !132
+if_then93.i.1:                                    ; preds = %if_end94.i
+  store <4 x float> zeroinitializer, ptr %993, align 4, !tbaa !8
+  br label %if_end94.i.1
 
-if_end98.i.1:                                     ; preds = %if_then97.i.1, %for_body_d93.if_end98_crit_edge.i.1
-  %1363 = phi <4 x float> [ %.pre.i.1, %for_body_d93.if_end98_crit_edge.i.1 ], [ zeroinitializer, %if_then97.i.1 ], !dbg !132
-  %1364 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %indvars.iv.next328.i, !dbg !132
-  %1365 = load <4 x float>, ptr %1364, align 4, !dbg !132, !tbaa !163
-  %1366 = fmul <4 x float> %1281, %1363, !dbg !132
-  %1367 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1304, <4 x float> %1365, <4 x float> %1366), !dbg !132
-  store <4 x float> %1367, ptr %1362, align 4, !dbg !132, !tbaa !163
-  %indvars.iv.next328.i.1 = add nuw nsw i64 %indvars.iv327.i, 2, !dbg !132
-    #dbg_value(i64 %indvars.iv.next328.i.1, !168, !DIExpression(), !132)
-  %exitcond330.not.i.1 = icmp eq i64 %indvars.iv.next328.i.1, 128, !dbg !132
-  br i1 %exitcond330.not.i.1, label %for_end_d94.i, label %for_body_d93.i, !dbg !132, !prof !221, !llvm.loop !266
+if_end94.i.1:                                     ; preds = %if_then93.i.1, %for_body_d89.if_end94_crit_edge.i.1
+  %994 = phi <4 x float> [ %.pre.i.1, %for_body_d89.if_end94_crit_edge.i.1 ], [ zeroinitializer, %if_then93.i.1 ]
+  %995 = getelementptr inbounds nuw <4 x float>, ptr %scores.i, i64 %indvars.iv.next324.i
+  %996 = load <4 x float>, ptr %995, align 4, !tbaa !8
+  %997 = fmul <4 x float> %912, %994
+  %998 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %935, <4 x float> %996, <4 x float> %997)
+  store <4 x float> %998, ptr %993, align 4, !tbaa !8
+  %indvars.iv.next324.i.1 = add nuw nsw i64 %indvars.iv323.i, 2
+  %exitcond326.not.i.1 = icmp eq i64 %indvars.iv.next324.i.1, 128
+  br i1 %exitcond326.not.i.1, label %for_end_d90.i, label %for_body_d89.i, !prof !38, !llvm.loop !40
 
-for_body_d100.i:                                  ; preds = %for_body_d100.i, %for_end_step.i
-  %indvars.iv338.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next339.i.7, %for_body_d100.i ]
-    #dbg_value(i64 %indvars.iv338.i, !168, !DIExpression(), !132)
-  %1368 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv338.i, !dbg !268
-  %1369 = load <4 x float>, ptr %1368, align 4, !dbg !268, !tbaa !163
-  %.idx355.i = shl i64 %indvars.iv338.i, 4, !dbg !268
-  %1370 = getelementptr i8, ptr %755, i64 %.idx355.i, !dbg !268
-  store <4 x float> %1369, ptr %1370, align 64, !dbg !268, !tbaa !163
-  %indvars.iv.next339.i = or disjoint i64 %indvars.iv338.i, 1, !dbg !268
-    #dbg_value(i64 %indvars.iv.next339.i, !168, !DIExpression(), !132)
-  %1371 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next339.i, !dbg !268
-  %1372 = load <4 x float>, ptr %1371, align 4, !dbg !268, !tbaa !163
-  %.idx355.i.1 = shl i64 %indvars.iv.next339.i, 4, !dbg !268
-  %1373 = getelementptr i8, ptr %755, i64 %.idx355.i.1, !dbg !268
-  store <4 x float> %1372, ptr %1373, align 16, !dbg !268, !tbaa !163
-  %indvars.iv.next339.i.1 = or disjoint i64 %indvars.iv338.i, 2, !dbg !268
-    #dbg_value(i64 %indvars.iv.next339.i.1, !168, !DIExpression(), !132)
-  %1374 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next339.i.1, !dbg !268
-  %1375 = load <4 x float>, ptr %1374, align 4, !dbg !268, !tbaa !163
-  %.idx355.i.2 = shl i64 %indvars.iv.next339.i.1, 4, !dbg !268
-  %1376 = getelementptr i8, ptr %755, i64 %.idx355.i.2, !dbg !268
-  store <4 x float> %1375, ptr %1376, align 32, !dbg !268, !tbaa !163
-  %indvars.iv.next339.i.2 = or disjoint i64 %indvars.iv338.i, 3, !dbg !268
-    #dbg_value(i64 %indvars.iv.next339.i.2, !168, !DIExpression(), !132)
-  %1377 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next339.i.2, !dbg !268
-  %1378 = load <4 x float>, ptr %1377, align 4, !dbg !268, !tbaa !163
-  %.idx355.i.3 = shl i64 %indvars.iv.next339.i.2, 4, !dbg !268
-  %1379 = getelementptr i8, ptr %755, i64 %.idx355.i.3, !dbg !268
-  store <4 x float> %1378, ptr %1379, align 16, !dbg !268, !tbaa !163
-  %indvars.iv.next339.i.3 = or disjoint i64 %indvars.iv338.i, 4, !dbg !268
-    #dbg_value(i64 %indvars.iv.next339.i.3, !168, !DIExpression(), !132)
-  %1380 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next339.i.3, !dbg !268
-  %1381 = load <4 x float>, ptr %1380, align 4, !dbg !268, !tbaa !163
-  %.idx355.i.4 = shl i64 %indvars.iv.next339.i.3, 4, !dbg !268
-  %1382 = getelementptr i8, ptr %755, i64 %.idx355.i.4, !dbg !268
-  store <4 x float> %1381, ptr %1382, align 64, !dbg !268, !tbaa !163
-  %indvars.iv.next339.i.4 = or disjoint i64 %indvars.iv338.i, 5, !dbg !268
-    #dbg_value(i64 %indvars.iv.next339.i.4, !168, !DIExpression(), !132)
-  %1383 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next339.i.4, !dbg !268
-  %1384 = load <4 x float>, ptr %1383, align 4, !dbg !268, !tbaa !163
-  %.idx355.i.5 = shl i64 %indvars.iv.next339.i.4, 4, !dbg !268
-  %1385 = getelementptr i8, ptr %755, i64 %.idx355.i.5, !dbg !268
-  store <4 x float> %1384, ptr %1385, align 16, !dbg !268, !tbaa !163
-  %indvars.iv.next339.i.5 = or disjoint i64 %indvars.iv338.i, 6, !dbg !268
-    #dbg_value(i64 %indvars.iv.next339.i.5, !168, !DIExpression(), !132)
-  %1386 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next339.i.5, !dbg !268
-  %1387 = load <4 x float>, ptr %1386, align 4, !dbg !268, !tbaa !163
-  %.idx355.i.6 = shl i64 %indvars.iv.next339.i.5, 4, !dbg !268
-  %1388 = getelementptr i8, ptr %755, i64 %.idx355.i.6, !dbg !268
-  store <4 x float> %1387, ptr %1388, align 32, !dbg !268, !tbaa !163
-  %indvars.iv.next339.i.6 = or disjoint i64 %indvars.iv338.i, 7, !dbg !268
-    #dbg_value(i64 %indvars.iv.next339.i.6, !168, !DIExpression(), !132)
-  %1389 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next339.i.6, !dbg !268
-  %1390 = load <4 x float>, ptr %1389, align 4, !dbg !268, !tbaa !163
-  %.idx355.i.7 = shl i64 %indvars.iv.next339.i.6, 4, !dbg !268
-  %1391 = getelementptr i8, ptr %755, i64 %.idx355.i.7, !dbg !268
-  store <4 x float> %1390, ptr %1391, align 16, !dbg !268, !tbaa !163
-  %indvars.iv.next339.i.7 = add nuw nsw i64 %indvars.iv338.i, 8, !dbg !268
-    #dbg_value(i64 %indvars.iv.next339.i.7, !168, !DIExpression(), !132)
-  %exitcond341.not.i.7 = icmp eq i64 %indvars.iv.next339.i.7, 128, !dbg !132
-  br i1 %exitcond341.not.i.7, label %for_end_d101.i, label %for_body_d100.i, !dbg !132, !prof !221, !llvm.loop !269
+for_body_d96.i:                                   ; preds = %for_body_d96.i, %for_end_step.i
+  %indvars.iv334.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next335.i.7, %for_body_d96.i ]
+  %999 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv334.i
+  %1000 = load <4 x float>, ptr %999, align 4, !tbaa !8
+  %.idx351.i = shl i64 %indvars.iv334.i, 4
+  %1001 = getelementptr i8, ptr %386, i64 %.idx351.i
+  store <4 x float> %1000, ptr %1001, align 64, !tbaa !8
+  %indvars.iv.next335.i = or disjoint i64 %indvars.iv334.i, 1
+  %1002 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next335.i
+  %1003 = load <4 x float>, ptr %1002, align 4, !tbaa !8
+  %.idx351.i.1 = shl i64 %indvars.iv.next335.i, 4
+  %1004 = getelementptr i8, ptr %386, i64 %.idx351.i.1
+  store <4 x float> %1003, ptr %1004, align 16, !tbaa !8
+  %indvars.iv.next335.i.1 = or disjoint i64 %indvars.iv334.i, 2
+  %1005 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next335.i.1
+  %1006 = load <4 x float>, ptr %1005, align 4, !tbaa !8
+  %.idx351.i.2 = shl i64 %indvars.iv.next335.i.1, 4
+  %1007 = getelementptr i8, ptr %386, i64 %.idx351.i.2
+  store <4 x float> %1006, ptr %1007, align 32, !tbaa !8
+  %indvars.iv.next335.i.2 = or disjoint i64 %indvars.iv334.i, 3
+  %1008 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next335.i.2
+  %1009 = load <4 x float>, ptr %1008, align 4, !tbaa !8
+  %.idx351.i.3 = shl i64 %indvars.iv.next335.i.2, 4
+  %1010 = getelementptr i8, ptr %386, i64 %.idx351.i.3
+  store <4 x float> %1009, ptr %1010, align 16, !tbaa !8
+  %indvars.iv.next335.i.3 = or disjoint i64 %indvars.iv334.i, 4
+  %1011 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next335.i.3
+  %1012 = load <4 x float>, ptr %1011, align 4, !tbaa !8
+  %.idx351.i.4 = shl i64 %indvars.iv.next335.i.3, 4
+  %1013 = getelementptr i8, ptr %386, i64 %.idx351.i.4
+  store <4 x float> %1012, ptr %1013, align 64, !tbaa !8
+  %indvars.iv.next335.i.4 = or disjoint i64 %indvars.iv334.i, 5
+  %1014 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next335.i.4
+  %1015 = load <4 x float>, ptr %1014, align 4, !tbaa !8
+  %.idx351.i.5 = shl i64 %indvars.iv.next335.i.4, 4
+  %1016 = getelementptr i8, ptr %386, i64 %.idx351.i.5
+  store <4 x float> %1015, ptr %1016, align 16, !tbaa !8
+  %indvars.iv.next335.i.5 = or disjoint i64 %indvars.iv334.i, 6
+  %1017 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next335.i.5
+  %1018 = load <4 x float>, ptr %1017, align 4, !tbaa !8
+  %.idx351.i.6 = shl i64 %indvars.iv.next335.i.5, 4
+  %1019 = getelementptr i8, ptr %386, i64 %.idx351.i.6
+  store <4 x float> %1018, ptr %1019, align 32, !tbaa !8
+  %indvars.iv.next335.i.6 = or disjoint i64 %indvars.iv334.i, 7
+  %1020 = getelementptr inbounds nuw <4 x float>, ptr %acc.i, i64 %indvars.iv.next335.i.6
+  %1021 = load <4 x float>, ptr %1020, align 4, !tbaa !8
+  %.idx351.i.7 = shl i64 %indvars.iv.next335.i.6, 4
+  %1022 = getelementptr i8, ptr %386, i64 %.idx351.i.7
+  store <4 x float> %1021, ptr %1022, align 16, !tbaa !8
+  %indvars.iv.next335.i.7 = add nuw nsw i64 %indvars.iv334.i, 8
+  %exitcond337.not.i.7 = icmp eq i64 %indvars.iv.next335.i.7, 128
+  br i1 %exitcond337.not.i.7, label %for_end_d97.i, label %for_body_d96.i, !prof !38, !llvm.loop !42
 
-for_end_d101.i:                                   ; preds = %for_body_d100.i
-  %indvars.iv.next343.i = add nuw nsw i64 %indvars.iv342.i, 1, !dbg !268
-    #dbg_value(<4 x float> %m.i, !153, !DIExpression(), !132)
-    #dbg_value(<4 x float> %1356, !154, !DIExpression(), !132)
-    #dbg_value(i64 %indvars.iv.next343.i, !155, !DIExpression(), !132)
-  %exitcond346.not.i = icmp eq i64 %indvars.iv.next343.i, %wide.trip.count345.i, !dbg !132
-  br i1 %exitcond346.not.i, label %for_end_s.i, label %for_body_s.i, !dbg !132, !prof !224
+for_end_d97.i:                                    ; preds = %for_body_d96.i
+  %indvars.iv.next339.i = add nuw nsw i64 %indvars.iv338.i, 1
+  %exitcond342.not.i = icmp eq i64 %indvars.iv.next339.i, %wide.trip.count341.i
+  br i1 %exitcond342.not.i, label %for_end_s.i, label %for_body_s.i, !prof !39
 
-if_end105.i:                                      ; preds = %for_end_s.i
-  %1392 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %1393 = tail call i32 %1392(i32 1, i32 %dev_id, ptr nonnull %k_tile.i), !dbg !132
-  %.not129.i = icmp eq i32 %1393, 0, !dbg !132
-  br i1 %.not129.i, label %if_end108.i, label %common.ret, !dbg !132, !prof !17
+if_end101.i:                                      ; preds = %for_end_s.i
+  %1023 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1024 = tail call i32 %1023(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not125.i = icmp eq i32 %1024, 0
+  br i1 %.not125.i, label %if_end104.i, label %fused_decode_compute_.exit, !prof !37
 
-if_end108.i:                                      ; preds = %if_end105.i
-  %1394 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %1395 = tail call i32 %1394(i32 1, i32 %dev_id, ptr nonnull %scores.i), !dbg !132
-  %.not130.i = icmp eq i32 %1395, 0, !dbg !132
-  br i1 %.not130.i, label %if_end111.i, label %common.ret, !dbg !132, !prof !17
+if_end104.i:                                      ; preds = %if_end101.i
+  %1025 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1026 = tail call i32 %1025(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not126.i = icmp eq i32 %1026, 0
+  br i1 %.not126.i, label %if_end107.i, label %fused_decode_compute_.exit, !prof !37
 
-if_end111.i:                                      ; preds = %if_end108.i
-  %1396 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %1397 = tail call i32 %1396(i32 1, i32 %dev_id, ptr nonnull %acc.i), !dbg !132
-  %.not131.i = icmp eq i32 %1397, 0, !dbg !132
-  br i1 %.not131.i, label %if_end114.i, label %common.ret, !dbg !132, !prof !17
+if_end107.i:                                      ; preds = %if_end104.i
+  %1027 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1028 = tail call i32 %1027(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not127.i = icmp eq i32 %1028, 0
+  br i1 %.not127.i, label %if_end110.i, label %fused_decode_compute_.exit, !prof !37
 
-if_end114.i:                                      ; preds = %if_end111.i
-  %1398 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !132, !tbaa !134
-  %1399 = tail call i32 %1398(i32 1, i32 %dev_id, ptr nonnull %q_tile.i), !dbg !132
-  %.not132.i = icmp ne i32 %1399, 0, !dbg !132
-  %..i = sext i1 %.not132.i to i32, !dbg !132
-  br label %common.ret, !dbg !132
+if_end110.i:                                      ; preds = %if_end107.i
+  %1029 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %1030 = tail call i32 %1029(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not128.i = icmp ne i32 %1030, 0
+  %..i = sext i1 %.not128.i to i32
+  br label %fused_decode_compute_.exit
+
+fused_decode_compute_.exit:                       ; preds = %if_end110.i, %if_end107.i, %if_end104.i, %if_end101.i, %for_end_s.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
+  %common.ret.op.i = phi i32 [ -1, %if_end107.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %for_end_s.i ], [ -1, %if_end101.i ], [ -1, %if_end104.i ], [ %..i, %if_end110.i ]
+  ret i32 %common.ret.op.i
 }
 
-define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(address_is_null) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 !dbg !271 {
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %row_sum41.i = alloca [4 x float], align 16, !dbg !277
-  %row_max42.i = alloca [4 x float], align 16, !dbg !277
-    #dbg_value(ptr %self_handle, !273, !DIExpression(), !299)
-    #dbg_value(ptr %args, !274, !DIExpression(), !299)
-    #dbg_value(i32 %num_args, !275, !DIExpression(), !299)
-    #dbg_value(ptr %result, !276, !DIExpression(), !299)
-  %0 = icmp eq i32 %num_args, 10, !dbg !299
-  br i1 %0, label %assert_end, label %assert_fail, !dbg !299, !prof !16
-
-common.ret:                                       ; preds = %merge_partials_compute_.exit, %assert_fail152, %assert_fail150, %assert_fail145, %assert_fail143, %assert_fail141, %assert_fail136, %assert_fail134, %assert_fail132, %assert_fail130, %assert_fail128, %assert_fail126, %assert_fail124, %assert_fail122, %assert_fail120, %assert_fail118, %assert_fail116, %assert_fail114, %assert_fail112, %assert_fail110, %assert_fail108, %assert_fail106, %assert_fail104, %assert_fail100, %assert_fail98, %assert_fail96, %assert_fail94, %assert_fail90, %assert_fail88, %assert_fail86, %assert_fail82, %assert_fail77, %assert_fail75, %assert_fail73, %assert_fail71, %assert_fail63, %assert_fail61, %assert_fail59, %assert_fail57, %assert_fail55, %assert_fail53, %assert_fail51, %assert_fail49, %assert_fail47, %assert_fail45, %assert_fail43, %assert_fail41, %assert_fail39, %assert_fail37, %assert_fail35, %assert_fail33, %assert_fail31, %assert_fail29, %assert_fail27, %assert_fail25, %assert_fail20, %assert_fail15, %assert_fail10, %assert_fail5, %assert_fail3, %assert_fail1, %assert_fail
-  %common.ret.op = phi i32 [ -1, %assert_fail ], [ -1, %assert_fail1 ], [ -1, %assert_fail3 ], [ -1, %assert_fail5 ], [ -1, %assert_fail10 ], [ -1, %assert_fail15 ], [ -1, %assert_fail20 ], [ -1, %assert_fail25 ], [ -1, %assert_fail27 ], [ -1, %assert_fail29 ], [ -1, %assert_fail31 ], [ -1, %assert_fail33 ], [ -1, %assert_fail35 ], [ -1, %assert_fail37 ], [ -1, %assert_fail39 ], [ -1, %assert_fail41 ], [ -1, %assert_fail43 ], [ -1, %assert_fail45 ], [ -1, %assert_fail47 ], [ -1, %assert_fail49 ], [ -1, %assert_fail51 ], [ -1, %assert_fail53 ], [ -1, %assert_fail55 ], [ -1, %assert_fail57 ], [ -1, %assert_fail59 ], [ -1, %assert_fail61 ], [ -1, %assert_fail63 ], [ -1, %assert_fail71 ], [ -1, %assert_fail73 ], [ -1, %assert_fail75 ], [ -1, %assert_fail77 ], [ -1, %assert_fail82 ], [ -1, %assert_fail86 ], [ -1, %assert_fail88 ], [ -1, %assert_fail90 ], [ -1, %assert_fail94 ], [ -1, %assert_fail96 ], [ -1, %assert_fail98 ], [ -1, %assert_fail100 ], [ -1, %assert_fail104 ], [ -1, %assert_fail106 ], [ -1, %assert_fail108 ], [ -1, %assert_fail110 ], [ -1, %assert_fail112 ], [ -1, %assert_fail114 ], [ -1, %assert_fail116 ], [ -1, %assert_fail118 ], [ -1, %assert_fail120 ], [ -1, %assert_fail122 ], [ -1, %assert_fail124 ], [ -1, %assert_fail126 ], [ -1, %assert_fail128 ], [ -1, %assert_fail130 ], [ -1, %assert_fail132 ], [ -1, %assert_fail134 ], [ -1, %assert_fail136 ], [ -1, %assert_fail141 ], [ -1, %assert_fail143 ], [ -1, %assert_fail145 ], [ -1, %assert_fail150 ], [ -1, %assert_fail152 ], [ %common.ret.op.i, %merge_partials_compute_.exit ]
-  ret i32 %common.ret.op, !dbg !299
-
-assert_fail:                                      ; preds = %entry
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.1, ptr nonnull @.str.22, ptr nonnull @.str.3, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.6), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end:                                       ; preds = %entry
-  %.not = icmp eq ptr %args, null, !dbg !299
-  br i1 %.not, label %assert_fail1, label %assert_end2, !dbg !299, !prof !17
-
-assert_fail1:                                     ; preds = %assert_end
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 4, ptr nonnull @.str.7, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.6, ptr null, ptr null), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end2:                                      ; preds = %assert_end
-  %partial_max.type_index = load i32, ptr %args, align 4, !dbg !299
-    #dbg_value(i32 %partial_max.type_index, !300, !DIExpression(), !299)
-  %partial_max.type_index.fr = freeze i32 %partial_max.type_index, !dbg !299
-  %1 = icmp sgt i32 %partial_max.type_index.fr, 63, !dbg !299
-  br i1 %1, label %assert_end4, label %switch.early.test, !dbg !299
-
-switch.early.test:                                ; preds = %assert_end2
-  switch i32 %partial_max.type_index.fr, label %assert_fail3 [
-    i32 0, label %if_else
-    i32 4, label %if_else
-    i32 7, label %if_else
-  ], !dbg !299, !prof !19
-
-assert_fail3:                                     ; preds = %switch.early.test
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end4:                                      ; preds = %assert_end2
-  %2 = icmp eq i32 %partial_max.type_index.fr, 70, !dbg !299
-  br i1 %2, label %if_then, label %if_else, !dbg !299
-
-if_then:                                          ; preds = %assert_end4
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !299
-  %4 = load ptr, ptr %3, align 8, !dbg !299
-  %5 = getelementptr inbounds nuw i8, ptr %4, i64 24, !dbg !299
-  br label %if_end, !dbg !299
-
-if_else:                                          ; preds = %switch.early.test, %switch.early.test, %switch.early.test, %assert_end4
-  %6 = getelementptr inbounds nuw i8, ptr %args, i64 8, !dbg !299
-  %7 = load ptr, ptr %6, align 8, !dbg !299
-  br label %if_end, !dbg !299
-
-if_end:                                           ; preds = %if_else, %if_then
-  %partial_max.handle = phi ptr [ %5, %if_then ], [ %7, %if_else ], !dbg !299
-    #dbg_declare(ptr %partial_max.handle, !301, !DIExpression(), !299)
-  %8 = getelementptr inbounds nuw i8, ptr %args, i64 16, !dbg !299
-  %partial_sum.type_index = load i32, ptr %8, align 4, !dbg !299
-    #dbg_value(i32 %partial_sum.type_index, !302, !DIExpression(), !299)
-  %partial_sum.type_index.fr = freeze i32 %partial_sum.type_index, !dbg !299
-  %9 = icmp sgt i32 %partial_sum.type_index.fr, 63, !dbg !299
-  br i1 %9, label %assert_end6, label %switch.early.test154, !dbg !299
-
-switch.early.test154:                             ; preds = %if_end
-  switch i32 %partial_sum.type_index.fr, label %assert_fail5 [
-    i32 0, label %if_else8
-    i32 4, label %if_else8
-    i32 7, label %if_else8
-  ], !dbg !299, !prof !19
-
-assert_fail5:                                     ; preds = %switch.early.test154
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end6:                                      ; preds = %if_end
-  %10 = icmp eq i32 %partial_sum.type_index.fr, 70, !dbg !299
-  br i1 %10, label %if_then7, label %if_else8, !dbg !299
-
-if_then7:                                         ; preds = %assert_end6
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !299
-  %12 = load ptr, ptr %11, align 8, !dbg !299
-  %13 = getelementptr inbounds nuw i8, ptr %12, i64 24, !dbg !299
-  br label %if_end9, !dbg !299
-
-if_else8:                                         ; preds = %switch.early.test154, %switch.early.test154, %switch.early.test154, %assert_end6
-  %14 = getelementptr inbounds nuw i8, ptr %args, i64 24, !dbg !299
-  %15 = load ptr, ptr %14, align 8, !dbg !299
-  br label %if_end9, !dbg !299
-
-if_end9:                                          ; preds = %if_else8, %if_then7
-  %partial_sum.handle = phi ptr [ %13, %if_then7 ], [ %15, %if_else8 ], !dbg !299
-    #dbg_declare(ptr %partial_sum.handle, !303, !DIExpression(), !299)
-  %16 = getelementptr inbounds nuw i8, ptr %args, i64 32, !dbg !299
-  %partial_acc.type_index = load i32, ptr %16, align 4, !dbg !299
-    #dbg_value(i32 %partial_acc.type_index, !304, !DIExpression(), !299)
-  %partial_acc.type_index.fr = freeze i32 %partial_acc.type_index, !dbg !299
-  %17 = icmp sgt i32 %partial_acc.type_index.fr, 63, !dbg !299
-  br i1 %17, label %assert_end11, label %switch.early.test155, !dbg !299
-
-switch.early.test155:                             ; preds = %if_end9
-  switch i32 %partial_acc.type_index.fr, label %assert_fail10 [
-    i32 0, label %if_else13
-    i32 4, label %if_else13
-    i32 7, label %if_else13
-  ], !dbg !299, !prof !19
-
-assert_fail10:                                    ; preds = %switch.early.test155
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end11:                                     ; preds = %if_end9
-  %18 = icmp eq i32 %partial_acc.type_index.fr, 70, !dbg !299
-  br i1 %18, label %if_then12, label %if_else13, !dbg !299
-
-if_then12:                                        ; preds = %assert_end11
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !299
-  %20 = load ptr, ptr %19, align 8, !dbg !299
-  %21 = getelementptr inbounds nuw i8, ptr %20, i64 24, !dbg !299
-  br label %if_end14, !dbg !299
-
-if_else13:                                        ; preds = %switch.early.test155, %switch.early.test155, %switch.early.test155, %assert_end11
-  %22 = getelementptr inbounds nuw i8, ptr %args, i64 40, !dbg !299
-  %23 = load ptr, ptr %22, align 8, !dbg !299
-  br label %if_end14, !dbg !299
-
-if_end14:                                         ; preds = %if_else13, %if_then12
-  %partial_acc.handle = phi ptr [ %21, %if_then12 ], [ %23, %if_else13 ], !dbg !299
-    #dbg_declare(ptr %partial_acc.handle, !305, !DIExpression(), !299)
-  %24 = getelementptr inbounds nuw i8, ptr %args, i64 48, !dbg !299
-  %out.type_index = load i32, ptr %24, align 4, !dbg !299
-    #dbg_value(i32 %out.type_index, !306, !DIExpression(), !299)
-  %out.type_index.fr = freeze i32 %out.type_index, !dbg !299
-  %25 = icmp sgt i32 %out.type_index.fr, 63, !dbg !299
-  br i1 %25, label %assert_end16, label %switch.early.test156, !dbg !299
-
-switch.early.test156:                             ; preds = %if_end14
-  switch i32 %out.type_index.fr, label %assert_fail15 [
-    i32 0, label %if_else18
-    i32 4, label %if_else18
-    i32 7, label %if_else18
-  ], !dbg !299, !prof !19
-
-assert_fail15:                                    ; preds = %switch.early.test156
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end16:                                     ; preds = %if_end14
-  %26 = icmp eq i32 %out.type_index.fr, 70, !dbg !299
-  br i1 %26, label %if_then17, label %if_else18, !dbg !299
-
-if_then17:                                        ; preds = %assert_end16
-  %27 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !299
-  %28 = load ptr, ptr %27, align 8, !dbg !299
-  %29 = getelementptr inbounds nuw i8, ptr %28, i64 24, !dbg !299
-  br label %if_end19, !dbg !299
-
-if_else18:                                        ; preds = %switch.early.test156, %switch.early.test156, %switch.early.test156, %assert_end16
-  %30 = getelementptr inbounds nuw i8, ptr %args, i64 56, !dbg !299
-  %31 = load ptr, ptr %30, align 8, !dbg !299
-  br label %if_end19, !dbg !299
-
-if_end19:                                         ; preds = %if_else18, %if_then17
-  %out.handle = phi ptr [ %29, %if_then17 ], [ %31, %if_else18 ], !dbg !299
-    #dbg_declare(ptr %out.handle, !307, !DIExpression(), !299)
-  %32 = getelementptr inbounds nuw i8, ptr %args, i64 64, !dbg !299
-  %lse.type_index = load i32, ptr %32, align 4, !dbg !299
-    #dbg_value(i32 %lse.type_index, !308, !DIExpression(), !299)
-  %lse.type_index.fr = freeze i32 %lse.type_index, !dbg !299
-  %33 = icmp sgt i32 %lse.type_index.fr, 63, !dbg !299
-  br i1 %33, label %assert_end21, label %switch.early.test157, !dbg !299
-
-switch.early.test157:                             ; preds = %if_end19
-  switch i32 %lse.type_index.fr, label %assert_fail20 [
-    i32 0, label %if_else23
-    i32 4, label %if_else23
-    i32 7, label %if_else23
-  ], !dbg !299, !prof !19
-
-assert_fail20:                                    ; preds = %switch.early.test157
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end21:                                     ; preds = %if_end19
-  %34 = icmp eq i32 %lse.type_index.fr, 70, !dbg !299
-  br i1 %34, label %if_then22, label %if_else23, !dbg !299
-
-if_then22:                                        ; preds = %assert_end21
-  %35 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !299
-  %36 = load ptr, ptr %35, align 8, !dbg !299
-  %37 = getelementptr inbounds nuw i8, ptr %36, i64 24, !dbg !299
-  br label %if_end24, !dbg !299
-
-if_else23:                                        ; preds = %switch.early.test157, %switch.early.test157, %switch.early.test157, %assert_end21
-  %38 = getelementptr inbounds nuw i8, ptr %args, i64 72, !dbg !299
-  %39 = load ptr, ptr %38, align 8, !dbg !299
-  br label %if_end24, !dbg !299
-
-if_end24:                                         ; preds = %if_else23, %if_then22
-  %lse.handle = phi ptr [ %37, %if_then22 ], [ %39, %if_else23 ], !dbg !299
-    #dbg_declare(ptr %lse.handle, !309, !DIExpression(), !299)
-  %40 = getelementptr inbounds nuw i8, ptr %args, i64 80, !dbg !299
-  %seq.type_index = load i32, ptr %40, align 4, !dbg !299
-    #dbg_value(i32 %seq.type_index, !310, !DIExpression(), !299)
-  %41 = add i32 %seq.type_index, -1, !dbg !299
-  %42 = icmp ult i32 %41, 2, !dbg !299
-  br i1 %42, label %assert_end26, label %assert_fail25, !dbg !299, !prof !16
-
-assert_fail25:                                    ; preds = %if_end24
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.16, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end26:                                     ; preds = %if_end24
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 88, !dbg !299
-  %44 = load i64, ptr %43, align 8, !dbg !299
-    #dbg_value(i64 %44, !311, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !299)
-  %45 = getelementptr inbounds nuw i8, ptr %args, i64 96, !dbg !299
-  %head_start.type_index = load i32, ptr %45, align 8, !dbg !299
-    #dbg_value(i32 %head_start.type_index, !312, !DIExpression(), !299)
-  %46 = add i32 %head_start.type_index, -1, !dbg !299
-  %47 = icmp ult i32 %46, 2, !dbg !299
-  br i1 %47, label %assert_end28, label %assert_fail27, !dbg !299, !prof !16
-
-assert_fail27:                                    ; preds = %assert_end26
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.17, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end28:                                     ; preds = %assert_end26
-  %48 = getelementptr inbounds nuw i8, ptr %args, i64 104, !dbg !299
-  %49 = load i64, ptr %48, align 8, !dbg !299
-    #dbg_value(i64 %49, !313, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !299)
-  %50 = getelementptr inbounds nuw i8, ptr %args, i64 112, !dbg !299
-  %num_rows.type_index = load i32, ptr %50, align 8, !dbg !299
-    #dbg_value(i32 %num_rows.type_index, !314, !DIExpression(), !299)
-  %51 = add i32 %num_rows.type_index, -1, !dbg !299
-  %52 = icmp ult i32 %51, 2, !dbg !299
-  br i1 %52, label %assert_end30, label %assert_fail29, !dbg !299, !prof !16
-
-assert_fail29:                                    ; preds = %assert_end28
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.18, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end30:                                     ; preds = %assert_end28
-  %53 = getelementptr inbounds nuw i8, ptr %args, i64 120, !dbg !299
-  %54 = load i64, ptr %53, align 8, !dbg !299
-  %num_rows = trunc i64 %54 to i32, !dbg !299
-    #dbg_value(i32 %num_rows, !315, !DIExpression(), !299)
-  %55 = getelementptr inbounds nuw i8, ptr %args, i64 128, !dbg !299
-  %partial_start.type_index = load i32, ptr %55, align 8, !dbg !299
-    #dbg_value(i32 %partial_start.type_index, !316, !DIExpression(), !299)
-  %56 = add i32 %partial_start.type_index, -1, !dbg !299
-  %57 = icmp ult i32 %56, 2, !dbg !299
-  br i1 %57, label %assert_end32, label %assert_fail31, !dbg !299, !prof !16
-
-assert_fail31:                                    ; preds = %assert_end30
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.19, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end32:                                     ; preds = %assert_end30
-  %58 = getelementptr inbounds nuw i8, ptr %args, i64 136, !dbg !299
-  %59 = load i64, ptr %58, align 8, !dbg !299
-    #dbg_value(i64 %59, !317, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !299)
-  %60 = getelementptr inbounds nuw i8, ptr %args, i64 144, !dbg !299
-  %num_partials.type_index = load i32, ptr %60, align 8, !dbg !299
-    #dbg_value(i32 %num_partials.type_index, !318, !DIExpression(), !299)
-  %61 = add i32 %num_partials.type_index, -1, !dbg !299
-  %62 = icmp ult i32 %61, 2, !dbg !299
-  br i1 %62, label %assert_end34, label %assert_fail33, !dbg !299, !prof !16
-
-assert_fail33:                                    ; preds = %assert_end32
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.21, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.20), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end34:                                     ; preds = %assert_end32
-  %63 = getelementptr inbounds nuw i8, ptr %args, i64 152, !dbg !299
-  %64 = load i64, ptr %63, align 8, !dbg !299
-  %num_partials = trunc i64 %64 to i32, !dbg !299
-    #dbg_value(i32 %num_partials, !319, !DIExpression(), !299)
-  %.not158 = icmp eq ptr %partial_max.handle, null, !dbg !299
-  br i1 %.not158, label %assert_fail35, label %assert_end36, !dbg !299, !prof !17
-
-assert_fail35:                                    ; preds = %assert_end34
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end36:                                     ; preds = %assert_end34
-  %65 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 16, !dbg !299
-  %66 = load i32, ptr %65, align 4, !dbg !299
-  %67 = icmp eq i32 %66, 2, !dbg !299
-  br i1 %67, label %assert_end38, label %assert_fail37, !dbg !299, !prof !16
-
-assert_fail37:                                    ; preds = %assert_end36
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.33, ptr nonnull @.str.9, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end38:                                     ; preds = %assert_end36
-  %68 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 22, !dbg !299
-  %69 = load i16, ptr %68, align 2, !dbg !299
-  %70 = icmp eq i16 %69, 1, !dbg !299
-  %71 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 21, !dbg !299
-  %72 = load i8, ptr %71, align 1, !dbg !299
-  %73 = icmp eq i8 %72, 32, !dbg !299
-  %74 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 20, !dbg !299
-  %75 = load i8, ptr %74, align 2, !dbg !299
-  %76 = icmp eq i8 %75, 2, !dbg !299
-  %77 = and i1 %73, %76, !dbg !299
-  %78 = and i1 %70, %77, !dbg !299
-  br i1 %78, label %assert_end40, label %assert_fail39, !dbg !299, !prof !16
-
-assert_fail39:                                    ; preds = %assert_end38
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.34, ptr nonnull @.str.9, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end40:                                     ; preds = %assert_end38
-  %79 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 24, !dbg !299
-  %merge_partials.partial_max_shape = load ptr, ptr %79, align 8, !dbg !299
-    #dbg_declare(ptr %merge_partials.partial_max_shape, !320, !DIExpression(), !299)
-  %slots = load i64, ptr %merge_partials.partial_max_shape, align 8, !dbg !299
-    #dbg_value(i64 %slots, !321, !DIExpression(), !299)
-  %80 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 32, !dbg !299
-  %merge_partials.partial_max_strides = load ptr, ptr %80, align 8, !dbg !299
-    #dbg_declare(ptr %merge_partials.partial_max_strides, !322, !DIExpression(), !299)
-  %81 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 8, !dbg !299
-  %82 = load i32, ptr %81, align 8, !dbg !299
-  %83 = icmp eq i32 %82, 1, !dbg !299
-  br i1 %83, label %assert_end42, label %assert_fail41, !dbg !299, !prof !16
-
-assert_fail41:                                    ; preds = %assert_end40
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.36, ptr nonnull @.str.9, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end42:                                     ; preds = %assert_end40
-  %84 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12, !dbg !299
-  %dev_id = load i32, ptr %84, align 4, !dbg !299
-    #dbg_value(i32 %dev_id, !323, !DIExpression(), !299)
-  %.not159 = icmp eq ptr %partial_sum.handle, null, !dbg !299
-  br i1 %.not159, label %assert_fail43, label %assert_end44, !dbg !299, !prof !17
-
-assert_fail43:                                    ; preds = %assert_end42
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end44:                                     ; preds = %assert_end42
-  %85 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 16, !dbg !299
-  %86 = load i32, ptr %85, align 4, !dbg !299
-  %87 = icmp eq i32 %86, 2, !dbg !299
-  br i1 %87, label %assert_end46, label %assert_fail45, !dbg !299, !prof !16
-
-assert_fail45:                                    ; preds = %assert_end44
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.33, ptr nonnull @.str.12, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end46:                                     ; preds = %assert_end44
-  %88 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 22, !dbg !299
-  %89 = load i16, ptr %88, align 2, !dbg !299
-  %90 = icmp eq i16 %89, 1, !dbg !299
-  %91 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 21, !dbg !299
-  %92 = load i8, ptr %91, align 1, !dbg !299
-  %93 = icmp eq i8 %92, 32, !dbg !299
-  %94 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 20, !dbg !299
-  %95 = load i8, ptr %94, align 2, !dbg !299
-  %96 = icmp eq i8 %95, 2, !dbg !299
-  %97 = and i1 %93, %96, !dbg !299
-  %98 = and i1 %90, %97, !dbg !299
-  br i1 %98, label %assert_end48, label %assert_fail47, !dbg !299, !prof !16
-
-assert_fail47:                                    ; preds = %assert_end46
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.34, ptr nonnull @.str.12, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end48:                                     ; preds = %assert_end46
-  %99 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 24, !dbg !299
-  %merge_partials.partial_sum_shape = load ptr, ptr %99, align 8, !dbg !299
-    #dbg_declare(ptr %merge_partials.partial_sum_shape, !324, !DIExpression(), !299)
-  %100 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 32, !dbg !299
-  %merge_partials.partial_sum_strides = load ptr, ptr %100, align 8, !dbg !299
-    #dbg_declare(ptr %merge_partials.partial_sum_strides, !325, !DIExpression(), !299)
-  %101 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 8, !dbg !299
-  %102 = load i32, ptr %101, align 8, !dbg !299
-  %103 = icmp eq i32 %102, 1, !dbg !299
-  br i1 %103, label %assert_end50, label %assert_fail49, !dbg !299, !prof !16
-
-assert_fail49:                                    ; preds = %assert_end48
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.36, ptr nonnull @.str.12, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end50:                                     ; preds = %assert_end48
-  %.not160 = icmp eq ptr %partial_acc.handle, null, !dbg !299
-  br i1 %.not160, label %assert_fail51, label %assert_end52, !dbg !299, !prof !17
-
-assert_fail51:                                    ; preds = %assert_end50
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end52:                                     ; preds = %assert_end50
-  %104 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 16, !dbg !299
-  %105 = load i32, ptr %104, align 4, !dbg !299
-  %106 = icmp eq i32 %105, 3, !dbg !299
-  br i1 %106, label %assert_end54, label %assert_fail53, !dbg !299, !prof !16
-
-assert_fail53:                                    ; preds = %assert_end52
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.33, ptr nonnull @.str.13, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end54:                                     ; preds = %assert_end52
-  %107 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 22, !dbg !299
-  %108 = load i16, ptr %107, align 2, !dbg !299
-  %109 = icmp eq i16 %108, 1, !dbg !299
-  %110 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 21, !dbg !299
-  %111 = load i8, ptr %110, align 1, !dbg !299
-  %112 = icmp eq i8 %111, 32, !dbg !299
-  %113 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 20, !dbg !299
-  %114 = load i8, ptr %113, align 2, !dbg !299
-  %115 = icmp eq i8 %114, 2, !dbg !299
-  %116 = and i1 %112, %115, !dbg !299
-  %117 = and i1 %109, %116, !dbg !299
-  br i1 %117, label %assert_end56, label %assert_fail55, !dbg !299, !prof !16
-
-assert_fail55:                                    ; preds = %assert_end54
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.34, ptr nonnull @.str.13, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end56:                                     ; preds = %assert_end54
-  %118 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 24, !dbg !299
-  %merge_partials.partial_acc_shape = load ptr, ptr %118, align 8, !dbg !299
-    #dbg_declare(ptr %merge_partials.partial_acc_shape, !326, !DIExpression(), !299)
-  %119 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 32, !dbg !299
-  %merge_partials.partial_acc_strides = load ptr, ptr %119, align 8, !dbg !299
-    #dbg_declare(ptr %merge_partials.partial_acc_strides, !327, !DIExpression(), !299)
-  %120 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 8, !dbg !299
-  %121 = load i32, ptr %120, align 8, !dbg !299
-  %122 = icmp eq i32 %121, 1, !dbg !299
-  br i1 %122, label %assert_end58, label %assert_fail57, !dbg !299, !prof !16
-
-assert_fail57:                                    ; preds = %assert_end56
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.36, ptr nonnull @.str.13, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end58:                                     ; preds = %assert_end56
-  %.not161 = icmp eq ptr %out.handle, null, !dbg !299
-  br i1 %.not161, label %assert_fail59, label %assert_end60, !dbg !299, !prof !17
-
-assert_fail59:                                    ; preds = %assert_end58
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end60:                                     ; preds = %assert_end58
-  %123 = getelementptr inbounds nuw i8, ptr %out.handle, i64 16, !dbg !299
-  %124 = load i32, ptr %123, align 4, !dbg !299
-  %125 = icmp eq i32 %124, 3, !dbg !299
-  br i1 %125, label %assert_end62, label %assert_fail61, !dbg !299, !prof !16
-
-assert_fail61:                                    ; preds = %assert_end60
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.97, ptr nonnull @.str.33, ptr nonnull @.str.14, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.14), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end62:                                     ; preds = %assert_end60
-  %126 = getelementptr inbounds nuw i8, ptr %out.handle, i64 22, !dbg !299
-  %127 = load i16, ptr %126, align 2, !dbg !299
-  %128 = icmp eq i16 %127, 1, !dbg !299
-  %129 = getelementptr inbounds nuw i8, ptr %out.handle, i64 21, !dbg !299
-  %130 = load i8, ptr %129, align 1, !dbg !299
-  %131 = icmp eq i8 %130, 16, !dbg !299
-  %132 = getelementptr inbounds nuw i8, ptr %out.handle, i64 20, !dbg !299
-  %133 = load i8, ptr %132, align 2, !dbg !299
-  %134 = icmp eq i8 %133, 4, !dbg !299
-  %135 = and i1 %131, %134, !dbg !299
-  %136 = and i1 %128, %135, !dbg !299
-  br i1 %136, label %assert_end64, label %assert_fail63, !dbg !299, !prof !16
-
-assert_fail63:                                    ; preds = %assert_end62
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.97, ptr nonnull @.str.34, ptr nonnull @.str.14, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.35), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end64:                                     ; preds = %assert_end62
-  %137 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24, !dbg !299
-  %merge_partials.out_shape = load ptr, ptr %137, align 8, !dbg !299
-    #dbg_declare(ptr %merge_partials.out_shape, !328, !DIExpression(), !299)
-  %batch = load i64, ptr %merge_partials.out_shape, align 8, !dbg !299
-    #dbg_value(i64 %batch, !329, !DIExpression(), !299)
-  %138 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32, !dbg !299
-  %merge_partials.out_strides = load ptr, ptr %138, align 8, !dbg !299
-    #dbg_declare(ptr %merge_partials.out_strides, !330, !DIExpression(), !299)
-  %139 = icmp eq ptr %merge_partials.out_strides, null, !dbg !299
-  %140 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16, !dbg !299
-  %141 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8, !dbg !299
-  %out_head.in = select i1 %139, ptr %140, ptr %141, !dbg !299
-  %out_head = load i64, ptr %out_head.in, align 8, !dbg !299
-    #dbg_value(i64 %out_head, !331, !DIExpression(), !299)
-  br i1 %139, label %if_then68, label %if_else69, !dbg !299
-
-if_then68:                                        ; preds = %assert_end64
-  %142 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8, !dbg !299
-  %143 = load i64, ptr %142, align 8, !dbg !299
-  %144 = load i64, ptr %140, align 8, !dbg !299
-  %145 = mul nsw i64 %144, %143, !dbg !299
-  br label %if_end70, !dbg !299
-
-if_else69:                                        ; preds = %assert_end64
-  %146 = load i64, ptr %merge_partials.out_strides, align 8, !dbg !299
-  br label %if_end70, !dbg !299
-
-if_end70:                                         ; preds = %if_else69, %if_then68
-  %out_batch = phi i64 [ %145, %if_then68 ], [ %146, %if_else69 ], !dbg !299
-    #dbg_value(i64 %out_batch, !332, !DIExpression(), !299)
-  %147 = getelementptr inbounds nuw i8, ptr %out.handle, i64 8, !dbg !299
-  %148 = load i32, ptr %147, align 4, !dbg !299
-  %149 = icmp eq i32 %148, 1, !dbg !299
-  br i1 %149, label %assert_end72, label %assert_fail71, !dbg !299, !prof !16
-
-assert_fail71:                                    ; preds = %if_end70
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.97, ptr nonnull @.str.36, ptr nonnull @.str.14, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end72:                                     ; preds = %if_end70
-  %.not162 = icmp eq ptr %lse.handle, null, !dbg !299
-  br i1 %.not162, label %assert_fail73, label %assert_end74, !dbg !299, !prof !17
-
-assert_fail73:                                    ; preds = %assert_end72
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str, i32 6, ptr nonnull @.str.8, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.11), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end74:                                     ; preds = %assert_end72
-  %150 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 16, !dbg !299
-  %151 = load i32, ptr %150, align 4, !dbg !299
-  %152 = icmp eq i32 %151, 2, !dbg !299
-  br i1 %152, label %assert_end76, label %assert_fail75, !dbg !299, !prof !16
-
-assert_fail75:                                    ; preds = %assert_end74
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.98, ptr nonnull @.str.33, ptr nonnull @.str.15, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.13), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end76:                                     ; preds = %assert_end74
-  %153 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 22, !dbg !299
-  %154 = load i16, ptr %153, align 2, !dbg !299
-  %155 = icmp eq i16 %154, 1, !dbg !299
-  %156 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 21, !dbg !299
-  %157 = load i8, ptr %156, align 1, !dbg !299
-  %158 = icmp eq i8 %157, 32, !dbg !299
-  %159 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 20, !dbg !299
-  %160 = load i8, ptr %159, align 2, !dbg !299
-  %161 = icmp eq i8 %160, 2, !dbg !299
-  %162 = and i1 %158, %161, !dbg !299
-  %163 = and i1 %155, %162, !dbg !299
-  br i1 %163, label %assert_end78, label %assert_fail77, !dbg !299, !prof !16
-
-assert_fail77:                                    ; preds = %assert_end76
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.98, ptr nonnull @.str.34, ptr nonnull @.str.15, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.44), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end78:                                     ; preds = %assert_end76
-  %164 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24, !dbg !299
-  %merge_partials.lse_shape = load ptr, ptr %164, align 8, !dbg !299
-    #dbg_declare(ptr %merge_partials.lse_shape, !333, !DIExpression(), !299)
-  %165 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32, !dbg !299
-  %merge_partials.lse_strides = load ptr, ptr %165, align 8, !dbg !299
-    #dbg_declare(ptr %merge_partials.lse_strides, !334, !DIExpression(), !299)
-  %166 = icmp eq ptr %merge_partials.lse_strides, null, !dbg !299
-  %167 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8, !dbg !299
-  %lse_batch.in = select i1 %166, ptr %167, ptr %merge_partials.lse_strides, !dbg !299
-  %lse_batch = load i64, ptr %lse_batch.in, align 8, !dbg !299
-    #dbg_value(i64 %lse_batch, !335, !DIExpression(), !299)
-  %168 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 8, !dbg !299
-  %169 = load i32, ptr %168, align 8, !dbg !299
-  %170 = icmp eq i32 %169, 1, !dbg !299
-  br i1 %170, label %assert_end83, label %assert_fail82, !dbg !299, !prof !16
-
-assert_fail82:                                    ; preds = %assert_end78
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.98, ptr nonnull @.str.36, ptr nonnull @.str.15, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.37), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end83:                                     ; preds = %assert_end78
-  %.not163 = icmp eq ptr %merge_partials.partial_max_strides, null, !dbg !299
-  br i1 %.not163, label %if_end85, label %if_then84, !dbg !299, !prof !17
-
-if_then84:                                        ; preds = %assert_end83
-  %171 = load i64, ptr %merge_partials.partial_max_strides, align 8, !dbg !299
-  %172 = icmp eq i64 %171, 4, !dbg !299
-  %173 = icmp eq i64 %slots, 1, !dbg !299
-  %174 = or i1 %173, %172, !dbg !299
-  %175 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_max_strides, i64 8, !dbg !299
-  %176 = load i64, ptr %175, align 8, !dbg !299
-  %177 = icmp eq i64 %176, 1, !dbg !299
-  %178 = and i1 %177, %174, !dbg !299
-  br i1 %178, label %if_end85, label %assert_fail86, !dbg !299, !prof !16
-
-if_end85:                                         ; preds = %if_then84, %assert_end83
-  %179 = load ptr, ptr %partial_max.handle, align 8, !dbg !299
-  %180 = icmp ne ptr %179, null, !dbg !299
-  %181 = icmp eq i64 %slots, 0, !dbg !299
-  %182 = or i1 %181, %180, !dbg !299
-  br i1 %182, label %assert_end89, label %assert_fail88, !dbg !299, !prof !16
-
-assert_fail86:                                    ; preds = %if_then84
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.43, ptr nonnull @.str.60, ptr nonnull @.str.9, ptr nonnull @.str.96, ptr nonnull @.str.61, ptr null), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_fail88:                                    ; preds = %if_end85
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.43, ptr nonnull @.str.47, ptr nonnull @.str.9, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.48), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end89:                                     ; preds = %if_end85
-  %183 = load i64, ptr %merge_partials.partial_sum_shape, align 8, !dbg !299
-  %184 = icmp eq i64 %slots, %183, !dbg !299
-  br i1 %184, label %assert_end91, label %assert_fail90, !dbg !299, !prof !16
-
-assert_fail90:                                    ; preds = %assert_end89
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.64, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.96, ptr nonnull @.str.51, ptr nonnull @.str.65), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end91:                                     ; preds = %assert_end89
-  %.not164 = icmp eq ptr %merge_partials.partial_sum_strides, null, !dbg !299
-  br i1 %.not164, label %if_end93, label %if_then92, !dbg !299, !prof !17
-
-if_then92:                                        ; preds = %assert_end91
-  %185 = load i64, ptr %merge_partials.partial_sum_strides, align 8, !dbg !299
-  %186 = icmp eq i64 %185, 4, !dbg !299
-  %187 = icmp eq i64 %slots, 1, !dbg !299
-  %188 = or i1 %187, %186, !dbg !299
-  %189 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_sum_strides, i64 8, !dbg !299
-  %190 = load i64, ptr %189, align 8, !dbg !299
-  %191 = icmp eq i64 %190, 1, !dbg !299
-  %192 = and i1 %191, %188, !dbg !299
-  br i1 %192, label %if_end93, label %assert_fail94, !dbg !299, !prof !16
-
-if_end93:                                         ; preds = %if_then92, %assert_end91
-  %193 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 12, !dbg !299
-  %194 = load i32, ptr %193, align 4, !dbg !299
-  %195 = icmp eq i32 %dev_id, %194, !dbg !299
-  br i1 %195, label %assert_end97, label %assert_fail96, !dbg !299, !prof !16
-
-assert_fail94:                                    ; preds = %if_then92
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.45, ptr nonnull @.str.60, ptr nonnull @.str.12, ptr nonnull @.str.96, ptr nonnull @.str.61, ptr null), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_fail96:                                    ; preds = %if_end93
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.66, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.96, ptr nonnull @.str.51, ptr nonnull @.str.63), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end97:                                     ; preds = %if_end93
-  %196 = load ptr, ptr %partial_sum.handle, align 8, !dbg !299
-  %197 = icmp ne ptr %196, null, !dbg !299
-  %198 = or i1 %181, %197, !dbg !299
-  br i1 %198, label %assert_end99, label %assert_fail98, !dbg !299, !prof !16
-
-assert_fail98:                                    ; preds = %assert_end97
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.45, ptr nonnull @.str.47, ptr nonnull @.str.12, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.48), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end99:                                     ; preds = %assert_end97
-  %199 = load i64, ptr %merge_partials.partial_acc_shape, align 8, !dbg !299
-  %200 = icmp eq i64 %slots, %199, !dbg !299
-  br i1 %200, label %assert_end101, label %assert_fail100, !dbg !299, !prof !16
-
-assert_fail100:                                   ; preds = %assert_end99
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.67, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.96, ptr nonnull @.str.51, ptr nonnull @.str.65), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end101:                                    ; preds = %assert_end99
-  %.not165 = icmp eq ptr %merge_partials.partial_acc_strides, null, !dbg !299
-  br i1 %.not165, label %if_end103, label %if_then102, !dbg !299, !prof !17
-
-if_then102:                                       ; preds = %assert_end101
-  %201 = load i64, ptr %merge_partials.partial_acc_strides, align 8, !dbg !299
-  %202 = icmp eq i64 %201, 512, !dbg !299
-  %203 = icmp eq i64 %slots, 1, !dbg !299
-  %204 = or i1 %203, %202, !dbg !299
-  %205 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_strides, i64 8, !dbg !299
-  %206 = load i64, ptr %205, align 8, !dbg !299
-  %207 = icmp eq i64 %206, 4, !dbg !299
-  %208 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_strides, i64 16, !dbg !299
-  %209 = load i64, ptr %208, align 8, !dbg !299
-  %210 = icmp eq i64 %209, 1, !dbg !299
-  %211 = and i1 %207, %210, !dbg !299
-  %212 = and i1 %204, %211, !dbg !299
-  br i1 %212, label %if_end103, label %assert_fail104, !dbg !299, !prof !16
-
-if_end103:                                        ; preds = %if_then102, %assert_end101
-  %213 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 12, !dbg !299
-  %214 = load i32, ptr %213, align 4, !dbg !299
-  %215 = icmp eq i32 %dev_id, %214, !dbg !299
-  br i1 %215, label %assert_end107, label %assert_fail106, !dbg !299, !prof !16
-
-assert_fail104:                                   ; preds = %if_then102
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 7, ptr nonnull @.str.31, ptr nonnull @.str.46, ptr nonnull @.str.60, ptr nonnull @.str.13, ptr nonnull @.str.96, ptr nonnull @.str.61, ptr null), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_fail106:                                   ; preds = %if_end103
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.68, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.96, ptr nonnull @.str.51, ptr nonnull @.str.63), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end107:                                    ; preds = %if_end103
-  %216 = load ptr, ptr %partial_acc.handle, align 8, !dbg !299
-  %217 = icmp ne ptr %216, null, !dbg !299
-  %218 = or i1 %181, %217, !dbg !299
-  br i1 %218, label %assert_end109, label %assert_fail108, !dbg !299, !prof !16
-
-assert_fail108:                                   ; preds = %assert_end107
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.46, ptr nonnull @.str.47, ptr nonnull @.str.13, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.48), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end109:                                    ; preds = %assert_end107
-  %219 = getelementptr inbounds nuw i8, ptr %out.handle, i64 12, !dbg !299
-  %220 = load i32, ptr %219, align 4, !dbg !299
-  %221 = icmp eq i32 %dev_id, %220, !dbg !299
-  br i1 %221, label %assert_end111, label %assert_fail110, !dbg !299, !prof !16
-
-assert_fail110:                                   ; preds = %assert_end109
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.99, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.96, ptr nonnull @.str.51, ptr nonnull @.str.63), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end111:                                    ; preds = %assert_end109
-  %222 = load ptr, ptr %out.handle, align 8, !dbg !299
-  %223 = icmp ne ptr %222, null, !dbg !299
-  %224 = icmp eq i64 %batch, 0, !dbg !299
-  %225 = or i1 %224, %223, !dbg !299
-  br i1 %225, label %assert_end113, label %assert_fail112, !dbg !299, !prof !16
-
-assert_fail112:                                   ; preds = %assert_end111
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.97, ptr nonnull @.str.47, ptr nonnull @.str.14, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.48), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end113:                                    ; preds = %assert_end111
-  %226 = load i64, ptr %merge_partials.lse_shape, align 8, !dbg !299
-  %227 = icmp eq i64 %batch, %226, !dbg !299
-  br i1 %227, label %assert_end115, label %assert_fail114, !dbg !299, !prof !16
-
-assert_fail114:                                   ; preds = %assert_end113
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.100, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.96, ptr nonnull @.str.51, ptr nonnull @.str.101), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end115:                                    ; preds = %assert_end113
-  %228 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 12, !dbg !299
-  %229 = load i32, ptr %228, align 4, !dbg !299
-  %230 = icmp eq i32 %dev_id, %229, !dbg !299
-  br i1 %230, label %assert_end117, label %assert_fail116, !dbg !299, !prof !16
-
-assert_fail116:                                   ; preds = %assert_end115
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.31, ptr nonnull @.str.102, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.96, ptr nonnull @.str.51, ptr nonnull @.str.63), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end117:                                    ; preds = %assert_end115
-  %231 = load ptr, ptr %lse.handle, align 8, !dbg !299
-  %232 = icmp ne ptr %231, null, !dbg !299
-  %233 = or i1 %224, %232, !dbg !299
-  br i1 %233, label %assert_end119, label %assert_fail118, !dbg !299, !prof !16
-
-assert_fail118:                                   ; preds = %assert_end117
-  tail call fastcc void @__tvm_set_raised_6(ptr nonnull @.str.30, i32 6, ptr nonnull @.str.98, ptr nonnull @.str.47, ptr nonnull @.str.15, ptr nonnull @.str.4, ptr nonnull @.str.96, ptr nonnull @.str.48), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end119:                                    ; preds = %assert_end117
-  %234 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_max_shape, i64 8, !dbg !299
-  %235 = load i64, ptr %234, align 8, !dbg !299
-  %236 = icmp eq i64 %235, 4, !dbg !299
-  br i1 %236, label %assert_end121, label %assert_fail120, !dbg !299, !prof !16
-
-assert_fail120:                                   ; preds = %assert_end119
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.89, ptr nonnull @.str.50, ptr nonnull @.str.9, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.15), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end121:                                    ; preds = %assert_end119
-  %237 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 40, !dbg !299
-  %238 = load i64, ptr %237, align 8, !dbg !299
-  %239 = icmp eq i64 %238, 0, !dbg !299
-  br i1 %239, label %assert_end123, label %assert_fail122, !dbg !299, !prof !16
-
-assert_fail122:                                   ; preds = %assert_end121
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.90, ptr nonnull @.str.50, ptr nonnull @.str.9, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end123:                                    ; preds = %assert_end121
-  %240 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_sum_shape, i64 8, !dbg !299
-  %241 = load i64, ptr %240, align 8, !dbg !299
-  %242 = icmp eq i64 %241, 4, !dbg !299
-  br i1 %242, label %assert_end125, label %assert_fail124, !dbg !299, !prof !16
-
-assert_fail124:                                   ; preds = %assert_end123
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.91, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.15), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end125:                                    ; preds = %assert_end123
-  %243 = getelementptr inbounds nuw i8, ptr %partial_sum.handle, i64 40, !dbg !299
-  %244 = load i64, ptr %243, align 8, !dbg !299
-  %245 = icmp eq i64 %244, 0, !dbg !299
-  br i1 %245, label %assert_end127, label %assert_fail126, !dbg !299, !prof !16
-
-assert_fail126:                                   ; preds = %assert_end125
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.92, ptr nonnull @.str.50, ptr nonnull @.str.12, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end127:                                    ; preds = %assert_end125
-  %246 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_shape, i64 8, !dbg !299
-  %247 = load i64, ptr %246, align 8, !dbg !299
-  %248 = icmp eq i64 %247, 128, !dbg !299
-  br i1 %248, label %assert_end129, label %assert_fail128, !dbg !299, !prof !16
-
-assert_fail128:                                   ; preds = %assert_end127
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.93, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.73), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end129:                                    ; preds = %assert_end127
-  %249 = getelementptr inbounds nuw i8, ptr %merge_partials.partial_acc_shape, i64 16, !dbg !299
-  %250 = load i64, ptr %249, align 8, !dbg !299
-  %251 = icmp eq i64 %250, 4, !dbg !299
-  br i1 %251, label %assert_end131, label %assert_fail130, !dbg !299, !prof !16
-
-assert_fail130:                                   ; preds = %assert_end129
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.94, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.15), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end131:                                    ; preds = %assert_end129
-  %252 = getelementptr inbounds nuw i8, ptr %partial_acc.handle, i64 40, !dbg !299
-  %253 = load i64, ptr %252, align 8, !dbg !299
-  %254 = icmp eq i64 %253, 0, !dbg !299
-  br i1 %254, label %assert_end133, label %assert_fail132, !dbg !299, !prof !16
-
-assert_fail132:                                   ; preds = %assert_end131
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.95, ptr nonnull @.str.50, ptr nonnull @.str.13, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end133:                                    ; preds = %assert_end131
-  %255 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8, !dbg !299
-  %256 = load i64, ptr %255, align 8, !dbg !299
-  %257 = icmp eq i64 %256, 32, !dbg !299
-  br i1 %257, label %assert_end135, label %assert_fail134, !dbg !299, !prof !16
-
-assert_fail134:                                   ; preds = %assert_end133
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.103, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.71), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end135:                                    ; preds = %assert_end133
-  %258 = load i64, ptr %140, align 8, !dbg !299
-  %259 = icmp eq i64 %258, 128, !dbg !299
-  br i1 %259, label %assert_end137, label %assert_fail136, !dbg !299, !prof !16
-
-assert_fail136:                                   ; preds = %assert_end135
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.104, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.73), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end137:                                    ; preds = %assert_end135
-  br i1 %139, label %assert_end142, label %if_else139, !dbg !299
-
-if_else139:                                       ; preds = %assert_end137
-  %260 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 16, !dbg !299
-  %261 = load i64, ptr %260, align 8, !dbg !299
-  %262 = icmp eq i64 %261, 1, !dbg !299
-  br i1 %262, label %assert_end142, label %assert_fail141, !dbg !299, !prof !16
-
-assert_fail141:                                   ; preds = %if_else139
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.105, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end142:                                    ; preds = %assert_end137, %if_else139
-  %263 = getelementptr inbounds nuw i8, ptr %out.handle, i64 40, !dbg !299
-  %264 = load i64, ptr %263, align 8, !dbg !299
-  %265 = icmp eq i64 %264, 0, !dbg !299
-  br i1 %265, label %assert_end144, label %assert_fail143, !dbg !299, !prof !16
-
-assert_fail143:                                   ; preds = %assert_end142
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.106, ptr nonnull @.str.50, ptr nonnull @.str.14, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end144:                                    ; preds = %assert_end142
-  %266 = load i64, ptr %167, align 8, !dbg !299
-  %267 = icmp eq i64 %266, 32, !dbg !299
-  br i1 %267, label %assert_end146, label %assert_fail145, !dbg !299, !prof !16
-
-assert_fail145:                                   ; preds = %assert_end144
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.107, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.71), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end146:                                    ; preds = %assert_end144
-  br i1 %166, label %assert_end151, label %if_else148, !dbg !299
-
-if_else148:                                       ; preds = %assert_end146
-  %268 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_strides, i64 8, !dbg !299
-  %269 = load i64, ptr %268, align 8, !dbg !299
-  %270 = icmp eq i64 %269, 1, !dbg !299
-  br i1 %270, label %assert_end151, label %assert_fail150, !dbg !299, !prof !16
-
-assert_fail150:                                   ; preds = %if_else148
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.108, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.12), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end151:                                    ; preds = %assert_end146, %if_else148
-  %271 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 40, !dbg !299
-  %272 = load i64, ptr %271, align 8, !dbg !299
-  %273 = icmp eq i64 %272, 0, !dbg !299
-  br i1 %273, label %assert_end153, label %assert_fail152, !dbg !299, !prof !16
-
-assert_fail152:                                   ; preds = %assert_end151
-  tail call fastcc void @__tvm_set_raised_12(ptr nonnull @.str.30, i32 8, ptr nonnull @.str.69, ptr nonnull @.str.109, ptr nonnull @.str.50, ptr nonnull @.str.15, ptr nonnull @.str.96, ptr nonnull @.str.10, ptr nonnull @.str.9), !dbg !299
-  br label %common.ret, !dbg !299
-
-assert_end153:                                    ; preds = %assert_end151
-    #dbg_declare(ptr %179, !336, !DIExpression(), !299)
-  call void @llvm.assume(i1 true) [ "align"(ptr %179, i64 64) ], !dbg !299
-    #dbg_declare(ptr %196, !337, !DIExpression(), !299)
-  call void @llvm.assume(i1 true) [ "align"(ptr %196, i64 64) ], !dbg !299
-    #dbg_declare(ptr %216, !338, !DIExpression(), !299)
-  call void @llvm.assume(i1 true) [ "align"(ptr %216, i64 64) ], !dbg !299
-    #dbg_declare(ptr %222, !339, !DIExpression(), !299)
-  call void @llvm.assume(i1 true) [ "align"(ptr %222, i64 2) ], !dbg !299
-    #dbg_declare(ptr %231, !340, !DIExpression(), !299)
-  call void @llvm.assume(i1 true) [ "align"(ptr %231, i64 4) ], !dbg !299
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum41.i), !dbg !277
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max42.i), !dbg !277
-    #dbg_value(i32 %dev_id, !282, !DIExpression(), !277)
-    #dbg_value(i64 %slots, !283, !DIExpression(), !277)
-    #dbg_value(ptr %179, !284, !DIExpression(), !277)
-    #dbg_value(ptr %196, !285, !DIExpression(), !277)
-    #dbg_value(ptr %216, !286, !DIExpression(), !277)
-    #dbg_value(ptr %222, !287, !DIExpression(), !277)
-    #dbg_value(i64 %out_batch, !288, !DIExpression(), !277)
-    #dbg_value(i64 %batch, !289, !DIExpression(), !277)
-    #dbg_value(ptr %231, !290, !DIExpression(), !277)
-    #dbg_value(i64 %lse_batch, !291, !DIExpression(), !277)
-    #dbg_value(i32 %num_partials, !292, !DIExpression(), !277)
-    #dbg_value(i64 %59, !293, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !277)
-    #dbg_value(i64 %44, !294, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !277)
-    #dbg_value(i64 %49, !295, !DIExpression(DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_stack_value), !277)
-    #dbg_value(i32 %num_rows, !296, !DIExpression(), !277)
-    #dbg_value(i64 %out_head, !297, !DIExpression(), !277)
-    #dbg_declare(ptr %row_max42.i, !341, !DIExpression(), !277)
-    #dbg_declare(ptr %row_sum41.i, !342, !DIExpression(), !277)
-  %274 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !dbg !277, !tbaa !134
-  %acc.i = tail call ptr %274(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32), !dbg !277
-    #dbg_declare(ptr %acc.i, !343, !DIExpression(), !277)
-  %275 = icmp eq ptr %acc.i, null, !dbg !277
-  br i1 %275, label %merge_partials_compute_.exit, label %if_end.i, !dbg !277, !prof !16
-
-if_end.i:                                         ; preds = %assert_end153
-    #dbg_value(i64 %slots, !344, !DIExpression(DW_OP_constu, 4, DW_OP_mul, DW_OP_stack_value), !277)
-    #dbg_declare(ptr %179, !345, !DIExpression(), !277)
-  call void @llvm.assume(i1 true) [ "align"(ptr %179, i64 64) ], !dbg !277
-    #dbg_declare(ptr %196, !346, !DIExpression(), !277)
-  call void @llvm.assume(i1 true) [ "align"(ptr %196, i64 64) ], !dbg !277
-    #dbg_declare(ptr %216, !347, !DIExpression(), !277)
-  call void @llvm.assume(i1 true) [ "align"(ptr %216, i64 64) ], !dbg !277
-    #dbg_declare(ptr %222, !348, !DIExpression(), !277)
-  call void @llvm.assume(i1 true) [ "align"(ptr %222, i64 2) ], !dbg !277
-    #dbg_declare(ptr %231, !349, !DIExpression(), !277)
-  call void @llvm.assume(i1 true) [ "align"(ptr %231, i64 4) ], !dbg !277
-    #dbg_declare(ptr %acc.i, !343, !DIExpression(), !277)
-    #dbg_value(i32 0, !350, !DIExpression(), !277)
-  %276 = icmp sgt i32 %num_partials, 0, !dbg !277
-  br i1 %276, label %for_body_step.lr.ph.i, label %for_begin_d19.preheader.i, !dbg !277, !prof !156
+  %row_sum39.i = alloca [4 x float], align 16
+  %row_max40.i = alloca [4 x float], align 16
+  %partial_max.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %partial_max.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %partial_max.handle.idx = select i1 %0, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %partial_max.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %partial_sum.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %partial_sum.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %partial_sum.handle.idx = select i1 %4, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_sum.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %partial_acc.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %partial_acc.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %partial_acc.handle.idx = select i1 %8, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_acc.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %out.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %out.type_index, 70
+  %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %14 = load ptr, ptr %13, align 8
+  %out.handle.idx = select i1 %12, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %14, i64 %out.handle.idx
+  %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
+  %lse.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %lse.type_index, 70
+  %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %18 = load ptr, ptr %17, align 8
+  %lse.handle.idx = select i1 %16, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %18, i64 %lse.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %20 = load i64, ptr %19, align 8
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %22 = load i64, ptr %21, align 8
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %24 = load i64, ptr %23, align 8
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %26 = load i64, ptr %25, align 8
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %28 = load i64, ptr %27, align 8
+  %29 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
+  %dev_id = load i32, ptr %29, align 4
+  %30 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %merge_partials.out_shape = load ptr, ptr %30, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %merge_partials.out_strides = load ptr, ptr %31, align 8
+  %32 = icmp eq ptr %merge_partials.out_strides, null
+  %33 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16
+  %34 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8
+  %out_head.in = select i1 %32, ptr %33, ptr %34
+  %out_head = load i64, ptr %out_head.in, align 8
+  br i1 %32, label %if_then16, label %if_else17
+
+if_then16:                                        ; preds = %entry
+  %35 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8
+  %36 = load i64, ptr %35, align 8
+  %37 = load i64, ptr %33, align 8
+  %38 = mul nsw i64 %37, %36
+  br label %if_end18
+
+if_else17:                                        ; preds = %entry
+  %39 = load i64, ptr %merge_partials.out_strides, align 8
+  br label %if_end18
+
+if_end18:                                         ; preds = %if_else17, %if_then16
+  %out_batch = phi i64 [ %38, %if_then16 ], [ %39, %if_else17 ]
+  %40 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %merge_partials.lse_strides = load ptr, ptr %40, align 8
+  %41 = icmp eq ptr %merge_partials.lse_strides, null
+  br i1 %41, label %if_then19, label %if_end21
+
+if_then19:                                        ; preds = %if_end18
+  %42 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %merge_partials.lse_shape = load ptr, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8
+  br label %if_end21
+
+if_end21:                                         ; preds = %if_then19, %if_end18
+  %lse_batch.in = phi ptr [ %43, %if_then19 ], [ %merge_partials.lse_strides, %if_end18 ]
+  %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %num_rows = trunc i64 %24 to i32
+  %partial_max = load ptr, ptr %partial_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 64) ]
+  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 64) ]
+  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 64) ]
+  %out = load ptr, ptr %out.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  %lse = load ptr, ptr %lse.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max40.i)
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !3
+  %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %45 = icmp eq ptr %acc.i, null
+  br i1 %45, label %merge_partials_compute_.exit, label %if_end.i, !prof !6
+
+if_end.i:                                         ; preds = %if_end21
+  %num_partials = trunc i64 %28 to i32
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 64) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  %46 = icmp sgt i32 %num_partials, 0
+  br i1 %46, label %for_body_step.lr.ph.i, label %for_begin_d17.preheader.i, !prof !7
 
 for_body_step.lr.ph.i:                            ; preds = %if_end.i
-  %sext = shl i64 %59, 32
+  %sext = shl i64 %26, 32
   %cse_v2.i = ashr exact i64 %sext, 32
-  %wide.trip.count.i = and i64 %64, 2147483647, !dbg !277
-  br label %for_body_step.i, !dbg !277
+  %wide.trip.count.i = and i64 %28, 2147483647
+  br label %for_body_step.i
 
-for_begin_d19.preheader.i:                        ; preds = %for_end_d.i, %if_end.i
-  %.lcssa46.i = phi <4 x float> [ undef, %if_end.i ], [ %338, %for_end_d.i ]
-  %m45.lcssa.i = phi <4 x float> [ undef, %if_end.i ], [ %m.i, %for_end_d.i ]
-  store <4 x float> %m45.lcssa.i, ptr %row_max42.i, align 16, !dbg !277
-  store <4 x float> %.lcssa46.i, ptr %row_sum41.i, align 16, !dbg !277
-  %277 = fcmp oeq <4 x float> %.lcssa46.i, zeroinitializer
-    #dbg_value(i32 0, !351, !DIExpression(), !277)
-  br label %for_body_d20.i, !dbg !277
+for_begin_d17.preheader.i:                        ; preds = %for_end_d.i, %if_end.i
+  %.lcssa44.i = phi <4 x float> [ undef, %if_end.i ], [ %108, %for_end_d.i ]
+  %m43.lcssa.i = phi <4 x float> [ undef, %if_end.i ], [ %m.i, %for_end_d.i ]
+  store <4 x float> %m43.lcssa.i, ptr %row_max40.i, align 16
+  store <4 x float> %.lcssa44.i, ptr %row_sum39.i, align 16
+  %47 = fcmp oeq <4 x float> %.lcssa44.i, zeroinitializer
+  br label %for_body_d18.i
 
 for_body_step.i:                                  ; preds = %for_end_d.i, %for_body_step.lr.ph.i
-  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_d.i ]
-  %m4347.i = phi <4 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_d.i ]
-  %278 = phi <4 x float> [ undef, %for_body_step.lr.ph.i ], [ %338, %for_end_d.i ]
-    #dbg_value(i64 %indvars.iv64.i, !350, !DIExpression(), !277)
-    #dbg_value(!DIArgList(i64 %59, i64 %indvars.iv64.i), !352, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_convert, 64, DW_ATE_unsigned, DW_OP_LLVM_convert, 32, DW_ATE_unsigned, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !277)
-  %279 = icmp eq i64 %indvars.iv64.i, 0, !dbg !277
-  %280 = insertelement <4 x i1> poison, i1 %279, i64 0, !dbg !277
-  %281 = shufflevector <4 x i1> %280, <4 x i1> poison, <4 x i32> zeroinitializer, !dbg !277
-  %old_max.i = select <4 x i1> %281, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %m4347.i, !dbg !277
-    #dbg_value(<4 x float> %old_max.i, !353, !DIExpression(), !277)
-  %old_sum.i = select <4 x i1> %281, <4 x float> zeroinitializer, <4 x float> %278, !dbg !277
-    #dbg_value(<4 x float> %old_sum.i, !354, !DIExpression(), !277)
-    #dbg_value(i64 %cse_v2.i, !355, !DIExpression(), !277)
-    #dbg_value(i64 %indvars.iv64.i, !356, !DIExpression(), !277)
-  %282 = add nsw i64 %indvars.iv64.i, %cse_v2.i, !dbg !277
-  %cse_v13.i = shl nsw i64 %282, 2, !dbg !277
-    #dbg_value(i64 %cse_v13.i, !357, !DIExpression(), !277)
-  %283 = getelementptr inbounds float, ptr %179, i64 %cse_v13.i, !dbg !277
-  %284 = load <4 x float>, ptr %283, align 16, !dbg !277, !tbaa !163
-  %285 = fcmp ogt <4 x float> %old_max.i, %284, !dbg !277
-    #dbg_value(<4 x float> poison, !358, !DIExpression(), !277)
-  %286 = getelementptr inbounds float, ptr %196, i64 %cse_v13.i, !dbg !277
-  %287 = load <4 x float>, ptr %286, align 16, !dbg !277, !tbaa !163
-  %288 = fcmp oeq <4 x float> %287, zeroinitializer, !dbg !277
-  %289 = select <4 x i1> %288, <4 x i1> splat (i1 true), <4 x i1> %285, !dbg !277
-  %old_or_both.i = select <4 x i1> %289, <4 x float> %old_max.i, <4 x float> %284, !dbg !277
-    #dbg_value(<4 x float> %old_or_both.i, !359, !DIExpression(), !277)
-  %290 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer, !dbg !277
-  %m.i = select <4 x i1> %290, <4 x float> %284, <4 x float> %old_or_both.i, !dbg !277
-    #dbg_value(<4 x float> %m.i, !360, !DIExpression(), !277)
-    #dbg_value(<4 x float> %m.i, !361, !DIExpression(), !277)
-  %arg.i = fsub <4 x float> %old_max.i, %m.i, !dbg !277
-    #dbg_value(<4 x float> %arg.i, !362, !DIExpression(), !277)
-    #dbg_value(<4 x float> %arg.i, !363, !DIExpression(), !277)
-  %291 = fcmp olt <4 x float> %arg.i, splat (float -8.700000e+01), !dbg !277
-    #dbg_value(<4 x float> poison, !364, !DIExpression(), !277)
-    #dbg_value(<4 x float> poison, !365, !DIExpression(), !277)
-    #dbg_value(<4 x float> poison, !366, !DIExpression(), !277)
-    #dbg_value(<4 x float> poison, !367, !DIExpression(), !277)
-    #dbg_value(<4 x float> poison, !368, !DIExpression(), !277)
-    #dbg_value(<4 x float> poison, !369, !DIExpression(), !277)
-    #dbg_value(<4 x float> poison, !370, !DIExpression(), !277)
-    #dbg_value(<4 x float> poison, !371, !DIExpression(), !277)
-    #dbg_value(!DIArgList(<4 x float> poison, <4 x i32> poison, <4 x i32> poison), !372, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_LLVM_arg, 2, DW_OP_plus, DW_OP_LLVM_arg, 1, DW_OP_shl, DW_OP_stack_value), !277)
-  %cse_v14.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000)), !dbg !277
-    #dbg_value(<4 x float> %cse_v14.i, !373, !DIExpression(), !277)
-  %292 = bitcast <4 x float> %cse_v14.i to <4 x i32>, !dbg !277
-  %293 = shl <4 x i32> %292, splat (i32 23), !dbg !277
-  %294 = add <4 x i32> %293, splat (i32 1065353216), !dbg !277
-  %295 = bitcast <4 x i32> %294 to <4 x float>, !dbg !277
-  %296 = add nsw <4 x i32> %292, splat (i32 -1262485504), !dbg !277
-  %297 = sitofp <4 x i32> %296 to <4 x float>, !dbg !277
-  %298 = fmul <4 x float> %297, splat (float 0x3F2BD01060000000), !dbg !277
-  %299 = fmul <4 x float> %297, splat (float 0x3FE6300000000000), !dbg !277
-  %300 = fsub <4 x float> %arg.i, %299, !dbg !277
-  %301 = fadd <4 x float> %298, %300, !dbg !277
-  %302 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %301, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000)), !dbg !277
-  %303 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %302, <4 x float> %301, <4 x float> splat (float 0x3F81112100000000)), !dbg !277
-  %304 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %303, <4 x float> %301, <4 x float> splat (float 0x3FA5553820000000)), !dbg !277
-  %305 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %304, <4 x float> %301, <4 x float> splat (float 0x3FC5555540000000)), !dbg !277
-  %306 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %305, <4 x float> %301, <4 x float> splat (float 5.000000e-01)), !dbg !277
-  %307 = fmul <4 x float> %301, %306, !dbg !277
-  %308 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %307, <4 x float> %301, <4 x float> %301), !dbg !277
-  %309 = fadd <4 x float> %308, splat (float 1.000000e+00), !dbg !277
-  %310 = fmul <4 x float> %309, %295, !dbg !277
-  %311 = select <4 x i1> %291, <4 x float> zeroinitializer, <4 x float> %310, !dbg !277
-  %312 = fcmp one <4 x float> %old_sum.i, zeroinitializer, !dbg !277
-  %313 = select <4 x i1> %312, <4 x float> %311, <4 x float> zeroinitializer, !dbg !277
-    #dbg_value(<4 x float> %313, !374, !DIExpression(), !277)
-  %arg2.i = fsub <4 x float> %284, %m.i, !dbg !277
-    #dbg_value(<4 x float> %arg2.i, !363, !DIExpression(), !277)
-  %314 = fcmp olt <4 x float> %arg2.i, splat (float -8.700000e+01), !dbg !277
-    #dbg_value(<4 x float> poison, !375, !DIExpression(), !277)
-    #dbg_value(<4 x float> poison, !376, !DIExpression(), !277)
-  %cse_v11.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg2.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000)), !dbg !277
-    #dbg_value(<4 x float> %cse_v11.i, !377, !DIExpression(), !277)
-  %315 = bitcast <4 x float> %cse_v11.i to <4 x i32>, !dbg !277
-  %316 = shl <4 x i32> %315, splat (i32 23), !dbg !277
-  %317 = add <4 x i32> %316, splat (i32 1065353216), !dbg !277
-  %318 = bitcast <4 x i32> %317 to <4 x float>, !dbg !277
-  %319 = add nsw <4 x i32> %315, splat (i32 -1262485504), !dbg !277
-  %320 = sitofp <4 x i32> %319 to <4 x float>, !dbg !277
-  %321 = fmul <4 x float> %320, splat (float 0x3F2BD01060000000), !dbg !277
-  %322 = fmul <4 x float> %320, splat (float 0x3FE6300000000000), !dbg !277
-  %323 = fsub <4 x float> %arg2.i, %322, !dbg !277
-  %324 = fadd <4 x float> %321, %323, !dbg !277
-  %325 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %324, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000)), !dbg !277
-  %326 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %325, <4 x float> %324, <4 x float> splat (float 0x3F81112100000000)), !dbg !277
-  %327 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %326, <4 x float> %324, <4 x float> splat (float 0x3FA5553820000000)), !dbg !277
-  %328 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %327, <4 x float> %324, <4 x float> splat (float 0x3FC5555540000000)), !dbg !277
-  %329 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %328, <4 x float> %324, <4 x float> splat (float 5.000000e-01)), !dbg !277
-  %330 = fmul <4 x float> %324, %329, !dbg !277
-  %331 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %330, <4 x float> %324, <4 x float> %324), !dbg !277
-  %332 = fadd <4 x float> %331, splat (float 1.000000e+00), !dbg !277
-  %333 = fmul <4 x float> %332, %318, !dbg !277
-  %334 = select <4 x i1> %314, <4 x float> zeroinitializer, <4 x float> %333, !dbg !277
-  %335 = fcmp one <4 x float> %287, zeroinitializer, !dbg !277
-  %336 = select <4 x i1> %335, <4 x float> %334, <4 x float> zeroinitializer, !dbg !277
-    #dbg_value(<4 x float> %336, !378, !DIExpression(), !277)
-    #dbg_value(<4 x float> %old_sum.i, !379, !DIExpression(), !277)
-  %337 = fmul <4 x float> %old_sum.i, %313, !dbg !277
-  %338 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %336, <4 x float> %287, <4 x float> %337), !dbg !277
-    #dbg_value(<4 x float> %338, !380, !DIExpression(), !277)
-  %.idx.i = shl nsw i64 %282, 11
-  %339 = getelementptr i8, ptr %216, i64 %.idx.i
-    #dbg_value(i32 0, !351, !DIExpression(), !277)
-  br i1 %279, label %for_body_d.us.preheader.i, label %for_body_d.i, !prof !16
+  %indvars.iv62.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next63.i, %for_end_d.i ]
+  %m4145.i = phi <4 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_d.i ]
+  %48 = phi <4 x float> [ undef, %for_body_step.lr.ph.i ], [ %108, %for_end_d.i ]
+  %49 = icmp eq i64 %indvars.iv62.i, 0
+  %50 = insertelement <4 x i1> poison, i1 %49, i64 0
+  %51 = shufflevector <4 x i1> %50, <4 x i1> poison, <4 x i32> zeroinitializer
+  %old_max.i = select <4 x i1> %51, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %m4145.i
+  %old_sum.i = select <4 x i1> %51, <4 x float> zeroinitializer, <4 x float> %48
+  %52 = add nsw i64 %indvars.iv62.i, %cse_v2.i
+  %cse_v11.i = shl nsw i64 %52, 2
+  %53 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v11.i
+  %54 = load <4 x float>, ptr %53, align 16, !tbaa !8
+  %55 = fcmp ogt <4 x float> %old_max.i, %54
+  %56 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v11.i
+  %57 = load <4 x float>, ptr %56, align 16, !tbaa !8
+  %58 = fcmp oeq <4 x float> %57, zeroinitializer
+  %59 = select <4 x i1> %58, <4 x i1> splat (i1 true), <4 x i1> %55
+  %old_or_both.i = select <4 x i1> %59, <4 x float> %old_max.i, <4 x float> %54
+  %60 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %60, <4 x float> %54, <4 x float> %old_or_both.i
+  %arg.i = fsub <4 x float> %old_max.i, %m.i
+  %cse_v12.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %61 = bitcast <4 x float> %cse_v12.i to <4 x i32>
+  %62 = add nsw <4 x i32> %61, splat (i32 -1262485504)
+  %63 = sitofp <4 x i32> %62 to <4 x float>
+  %64 = fmul <4 x float> %63, splat (float 0x3F2BD01060000000)
+  %65 = fmul <4 x float> %63, splat (float 0x3FE6300000000000)
+  %66 = fsub <4 x float> %arg.i, %65
+  %67 = fadd <4 x float> %64, %66
+  %68 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %67, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %69 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %68, <4 x float> %67, <4 x float> splat (float 0x3F81112100000000))
+  %70 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %69, <4 x float> %67, <4 x float> splat (float 0x3FA5553820000000))
+  %71 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %70, <4 x float> %67, <4 x float> splat (float 0x3FC5555540000000))
+  %72 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %71, <4 x float> %67, <4 x float> splat (float 5.000000e-01))
+  %73 = fmul <4 x float> %67, %72
+  %74 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %73, <4 x float> %67, <4 x float> %67)
+  %75 = shl <4 x i32> %61, splat (i32 23)
+  %76 = add <4 x i32> %75, splat (i32 1065353216)
+  %77 = bitcast <4 x i32> %76 to <4 x float>
+  %78 = fadd <4 x float> %74, splat (float 1.000000e+00)
+  %79 = fmul <4 x float> %78, %77
+  %80 = fcmp olt <4 x float> %arg.i, splat (float -8.700000e+01)
+  %81 = select <4 x i1> %80, <4 x float> zeroinitializer, <4 x float> %79
+  %82 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %83 = select <4 x i1> %82, <4 x float> %81, <4 x float> zeroinitializer
+  %arg2.i = fsub <4 x float> %54, %m.i
+  %cse_v9.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg2.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %84 = bitcast <4 x float> %cse_v9.i to <4 x i32>
+  %85 = add nsw <4 x i32> %84, splat (i32 -1262485504)
+  %86 = sitofp <4 x i32> %85 to <4 x float>
+  %87 = fmul <4 x float> %86, splat (float 0x3F2BD01060000000)
+  %88 = fmul <4 x float> %86, splat (float 0x3FE6300000000000)
+  %89 = fsub <4 x float> %arg2.i, %88
+  %90 = fadd <4 x float> %87, %89
+  %91 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %90, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %92 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %91, <4 x float> %90, <4 x float> splat (float 0x3F81112100000000))
+  %93 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %92, <4 x float> %90, <4 x float> splat (float 0x3FA5553820000000))
+  %94 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %93, <4 x float> %90, <4 x float> splat (float 0x3FC5555540000000))
+  %95 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %94, <4 x float> %90, <4 x float> splat (float 5.000000e-01))
+  %96 = fmul <4 x float> %90, %95
+  %97 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %96, <4 x float> %90, <4 x float> %90)
+  %98 = shl <4 x i32> %84, splat (i32 23)
+  %99 = add <4 x i32> %98, splat (i32 1065353216)
+  %100 = bitcast <4 x i32> %99 to <4 x float>
+  %101 = fadd <4 x float> %97, splat (float 1.000000e+00)
+  %102 = fmul <4 x float> %101, %100
+  %103 = fcmp olt <4 x float> %arg2.i, splat (float -8.700000e+01)
+  %104 = select <4 x i1> %103, <4 x float> zeroinitializer, <4 x float> %102
+  %105 = fcmp one <4 x float> %57, zeroinitializer
+  %106 = select <4 x i1> %105, <4 x float> %104, <4 x float> zeroinitializer
+  %107 = fmul <4 x float> %old_sum.i, %83
+  %108 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %106, <4 x float> %57, <4 x float> %107)
+  %.idx.i = shl nsw i64 %52, 11
+  %109 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %49, label %for_body_d.us.preheader.i, label %for_body_d.i, !prof !6
 
 for_body_d.us.preheader.i:                        ; preds = %for_body_step.i
-  %340 = fmul <4 x float> %313, zeroinitializer
-  br label %for_body_d.us.i, !dbg !277
+  %110 = fmul <4 x float> %83, zeroinitializer
+  br label %for_body_d.us.i
 
 for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %for_body_d.us.preheader.i
-  %indvars.iv59.i = phi i64 [ 0, %for_body_d.us.preheader.i ], [ %indvars.iv.next60.i.3, %for_body_d.us.i ]
-    #dbg_value(i64 %indvars.iv59.i, !351, !DIExpression(), !277)
-  %341 = shl nuw nsw i64 %indvars.iv59.i, 2, !dbg !277
-    #dbg_value(i64 %341, !381, !DIExpression(), !277)
-  %342 = getelementptr inbounds nuw float, ptr %acc.i, i64 %341, !dbg !277
-  store <4 x float> zeroinitializer, ptr %342, align 4, !dbg !277, !tbaa !163
-  %343 = getelementptr float, ptr %339, i64 %341, !dbg !277
-  %344 = load <4 x float>, ptr %343, align 64, !dbg !277, !tbaa !163
-  %345 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %336, <4 x float> %344, <4 x float> %340), !dbg !277
-  store <4 x float> %345, ptr %342, align 4, !dbg !277, !tbaa !163
-    #dbg_value(i64 %indvars.iv59.i, !351, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_stack_value), !277)
-  %indvars.iv.next60.i = shl i64 %indvars.iv59.i, 2, !dbg !277
-  %346 = or disjoint i64 %indvars.iv.next60.i, 4, !dbg !277
-    #dbg_value(i64 %346, !381, !DIExpression(), !277)
-  %347 = getelementptr inbounds nuw float, ptr %acc.i, i64 %346, !dbg !277
-  store <4 x float> zeroinitializer, ptr %347, align 4, !dbg !277, !tbaa !163
-  %348 = getelementptr float, ptr %339, i64 %346, !dbg !277
-  %349 = load <4 x float>, ptr %348, align 16, !dbg !277, !tbaa !163
-  %350 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %336, <4 x float> %349, <4 x float> %340), !dbg !277
-  store <4 x float> %350, ptr %347, align 4, !dbg !277, !tbaa !163
-    #dbg_value(i64 %indvars.iv59.i, !351, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_stack_value), !277)
-  %indvars.iv.next60.i.1 = shl i64 %indvars.iv59.i, 2, !dbg !277
-  %351 = or disjoint i64 %indvars.iv.next60.i.1, 8, !dbg !277
-    #dbg_value(i64 %351, !381, !DIExpression(), !277)
-  %352 = getelementptr inbounds nuw float, ptr %acc.i, i64 %351, !dbg !277
-  store <4 x float> zeroinitializer, ptr %352, align 4, !dbg !277, !tbaa !163
-  %353 = getelementptr float, ptr %339, i64 %351, !dbg !277
-  %354 = load <4 x float>, ptr %353, align 32, !dbg !277, !tbaa !163
-  %355 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %336, <4 x float> %354, <4 x float> %340), !dbg !277
-  store <4 x float> %355, ptr %352, align 4, !dbg !277, !tbaa !163
-    #dbg_value(i64 %indvars.iv59.i, !351, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_stack_value), !277)
-  %indvars.iv.next60.i.2 = shl i64 %indvars.iv59.i, 2, !dbg !277
-  %356 = or disjoint i64 %indvars.iv.next60.i.2, 12, !dbg !277
-    #dbg_value(i64 %356, !381, !DIExpression(), !277)
-  %357 = getelementptr inbounds nuw float, ptr %acc.i, i64 %356, !dbg !277
-  store <4 x float> zeroinitializer, ptr %357, align 4, !dbg !277, !tbaa !163
-  %358 = getelementptr float, ptr %339, i64 %356, !dbg !277
-  %359 = load <4 x float>, ptr %358, align 16, !dbg !277, !tbaa !163
-  %360 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %336, <4 x float> %359, <4 x float> %340), !dbg !277
-  store <4 x float> %360, ptr %357, align 4, !dbg !277, !tbaa !163
-  %indvars.iv.next60.i.3 = add nuw nsw i64 %indvars.iv59.i, 4, !dbg !277
-    #dbg_value(i64 %indvars.iv.next60.i.3, !351, !DIExpression(), !277)
-  %exitcond63.not.i.3 = icmp eq i64 %indvars.iv.next60.i.3, 128, !dbg !277
-  br i1 %exitcond63.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !dbg !277, !prof !221, !llvm.loop !382
+  %indvars.iv57.i = phi i64 [ 0, %for_body_d.us.preheader.i ], [ %indvars.iv.next58.i.3, %for_body_d.us.i ]
+  %111 = shl nuw nsw i64 %indvars.iv57.i, 2
+  %112 = getelementptr inbounds nuw float, ptr %acc.i, i64 %111
+  store <4 x float> zeroinitializer, ptr %112, align 4, !tbaa !8
+  %113 = getelementptr float, ptr %109, i64 %111
+  %114 = load <4 x float>, ptr %113, align 64, !tbaa !8
+  %115 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %106, <4 x float> %114, <4 x float> %110)
+  store <4 x float> %115, ptr %112, align 4, !tbaa !8
+  %indvars.iv.next58.i = shl i64 %indvars.iv57.i, 2
+  %116 = or disjoint i64 %indvars.iv.next58.i, 4
+  %117 = getelementptr inbounds nuw float, ptr %acc.i, i64 %116
+  store <4 x float> zeroinitializer, ptr %117, align 4, !tbaa !8
+  %118 = getelementptr float, ptr %109, i64 %116
+  %119 = load <4 x float>, ptr %118, align 16, !tbaa !8
+  %120 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %106, <4 x float> %119, <4 x float> %110)
+  store <4 x float> %120, ptr %117, align 4, !tbaa !8
+  %indvars.iv.next58.i.1 = shl i64 %indvars.iv57.i, 2
+  %121 = or disjoint i64 %indvars.iv.next58.i.1, 8
+  %122 = getelementptr inbounds nuw float, ptr %acc.i, i64 %121
+  store <4 x float> zeroinitializer, ptr %122, align 4, !tbaa !8
+  %123 = getelementptr float, ptr %109, i64 %121
+  %124 = load <4 x float>, ptr %123, align 32, !tbaa !8
+  %125 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %106, <4 x float> %124, <4 x float> %110)
+  store <4 x float> %125, ptr %122, align 4, !tbaa !8
+  %indvars.iv.next58.i.2 = shl i64 %indvars.iv57.i, 2
+  %126 = or disjoint i64 %indvars.iv.next58.i.2, 12
+  %127 = getelementptr inbounds nuw float, ptr %acc.i, i64 %126
+  store <4 x float> zeroinitializer, ptr %127, align 4, !tbaa !8
+  %128 = getelementptr float, ptr %109, i64 %126
+  %129 = load <4 x float>, ptr %128, align 16, !tbaa !8
+  %130 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %106, <4 x float> %129, <4 x float> %110)
+  store <4 x float> %130, ptr %127, align 4, !tbaa !8
+  %indvars.iv.next58.i.3 = add nuw nsw i64 %indvars.iv57.i, 4
+  %exitcond61.not.i.3 = icmp eq i64 %indvars.iv.next58.i.3, 128
+  br i1 %exitcond61.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !prof !38, !llvm.loop !44
 
-for_body_d.i:                                     ; preds = %for_body_step.i, %for_body_d.i
+for_body_d.i:                                     ; preds = %for_body_d.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i.3, %for_body_d.i ], [ 0, %for_body_step.i ]
-    #dbg_value(i64 %indvars.iv.i, !351, !DIExpression(), !277)
-  %361 = shl nuw nsw i64 %indvars.iv.i, 2, !dbg !277
-    #dbg_value(i64 %361, !381, !DIExpression(), !277)
-  %362 = getelementptr float, ptr %339, i64 %361, !dbg !277
-  %363 = load <4 x float>, ptr %362, align 64, !dbg !277, !tbaa !163
-  %364 = getelementptr inbounds nuw float, ptr %acc.i, i64 %361, !dbg !277
-  %365 = load <4 x float>, ptr %364, align 4, !dbg !277, !tbaa !163
-  %366 = fmul <4 x float> %313, %365, !dbg !277
-  %367 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %336, <4 x float> %363, <4 x float> %366), !dbg !277
-  store <4 x float> %367, ptr %364, align 4, !dbg !277, !tbaa !163
-    #dbg_value(i64 %indvars.iv.i, !351, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_stack_value), !277)
-  %indvars.iv.next.i = shl i64 %indvars.iv.i, 2, !dbg !277
-  %368 = or disjoint i64 %indvars.iv.next.i, 4, !dbg !277
-    #dbg_value(i64 %368, !381, !DIExpression(), !277)
-  %369 = getelementptr float, ptr %339, i64 %368, !dbg !277
-  %370 = load <4 x float>, ptr %369, align 16, !dbg !277, !tbaa !163
-  %371 = getelementptr inbounds nuw float, ptr %acc.i, i64 %368, !dbg !277
-  %372 = load <4 x float>, ptr %371, align 4, !dbg !277, !tbaa !163
-  %373 = fmul <4 x float> %313, %372, !dbg !277
-  %374 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %336, <4 x float> %370, <4 x float> %373), !dbg !277
-  store <4 x float> %374, ptr %371, align 4, !dbg !277, !tbaa !163
-    #dbg_value(i64 %indvars.iv.i, !351, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_stack_value), !277)
-  %indvars.iv.next.i.1 = shl i64 %indvars.iv.i, 2, !dbg !277
-  %375 = or disjoint i64 %indvars.iv.next.i.1, 8, !dbg !277
-    #dbg_value(i64 %375, !381, !DIExpression(), !277)
-  %376 = getelementptr float, ptr %339, i64 %375, !dbg !277
-  %377 = load <4 x float>, ptr %376, align 32, !dbg !277, !tbaa !163
-  %378 = getelementptr inbounds nuw float, ptr %acc.i, i64 %375, !dbg !277
-  %379 = load <4 x float>, ptr %378, align 4, !dbg !277, !tbaa !163
-  %380 = fmul <4 x float> %313, %379, !dbg !277
-  %381 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %336, <4 x float> %377, <4 x float> %380), !dbg !277
-  store <4 x float> %381, ptr %378, align 4, !dbg !277, !tbaa !163
-    #dbg_value(i64 %indvars.iv.i, !351, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_stack_value), !277)
-  %indvars.iv.next.i.2 = shl i64 %indvars.iv.i, 2, !dbg !277
-  %382 = or disjoint i64 %indvars.iv.next.i.2, 12, !dbg !277
-    #dbg_value(i64 %382, !381, !DIExpression(), !277)
-  %383 = getelementptr float, ptr %339, i64 %382, !dbg !277
-  %384 = load <4 x float>, ptr %383, align 16, !dbg !277, !tbaa !163
-  %385 = getelementptr inbounds nuw float, ptr %acc.i, i64 %382, !dbg !277
-  %386 = load <4 x float>, ptr %385, align 4, !dbg !277, !tbaa !163
-  %387 = fmul <4 x float> %313, %386, !dbg !277
-  %388 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %336, <4 x float> %384, <4 x float> %387), !dbg !277
-  store <4 x float> %388, ptr %385, align 4, !dbg !277, !tbaa !163
-  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4, !dbg !277
-    #dbg_value(i64 %indvars.iv.next.i.3, !351, !DIExpression(), !277)
-  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 128, !dbg !277
-  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !dbg !277, !prof !221, !llvm.loop !384
+  %131 = shl nuw nsw i64 %indvars.iv.i, 2
+  %132 = getelementptr float, ptr %109, i64 %131
+  %133 = load <4 x float>, ptr %132, align 64, !tbaa !8
+  %134 = getelementptr inbounds nuw float, ptr %acc.i, i64 %131
+  %135 = load <4 x float>, ptr %134, align 4, !tbaa !8
+  %136 = fmul <4 x float> %83, %135
+  %137 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %106, <4 x float> %133, <4 x float> %136)
+  store <4 x float> %137, ptr %134, align 4, !tbaa !8
+  %indvars.iv.next.i = shl i64 %indvars.iv.i, 2
+  %138 = or disjoint i64 %indvars.iv.next.i, 4
+  %139 = getelementptr float, ptr %109, i64 %138
+  %140 = load <4 x float>, ptr %139, align 16, !tbaa !8
+  %141 = getelementptr inbounds nuw float, ptr %acc.i, i64 %138
+  %142 = load <4 x float>, ptr %141, align 4, !tbaa !8
+  %143 = fmul <4 x float> %83, %142
+  %144 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %106, <4 x float> %140, <4 x float> %143)
+  store <4 x float> %144, ptr %141, align 4, !tbaa !8
+  %indvars.iv.next.i.1 = shl i64 %indvars.iv.i, 2
+  %145 = or disjoint i64 %indvars.iv.next.i.1, 8
+  %146 = getelementptr float, ptr %109, i64 %145
+  %147 = load <4 x float>, ptr %146, align 32, !tbaa !8
+  %148 = getelementptr inbounds nuw float, ptr %acc.i, i64 %145
+  %149 = load <4 x float>, ptr %148, align 4, !tbaa !8
+  %150 = fmul <4 x float> %83, %149
+  %151 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %106, <4 x float> %147, <4 x float> %150)
+  store <4 x float> %151, ptr %148, align 4, !tbaa !8
+  %indvars.iv.next.i.2 = shl i64 %indvars.iv.i, 2
+  %152 = or disjoint i64 %indvars.iv.next.i.2, 12
+  %153 = getelementptr float, ptr %109, i64 %152
+  %154 = load <4 x float>, ptr %153, align 16, !tbaa !8
+  %155 = getelementptr inbounds nuw float, ptr %acc.i, i64 %152
+  %156 = load <4 x float>, ptr %155, align 4, !tbaa !8
+  %157 = fmul <4 x float> %83, %156
+  %158 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %106, <4 x float> %154, <4 x float> %157)
+  store <4 x float> %158, ptr %155, align 4, !tbaa !8
+  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
+  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 128
+  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !38, !llvm.loop !46
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %for_body_d.us.i
-  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1, !dbg !277
-    #dbg_value(i64 %indvars.iv.next65.i, !350, !DIExpression(), !277)
-  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i, !dbg !277
-  br i1 %exitcond67.not.i, label %for_begin_d19.preheader.i, label %for_body_step.i, !dbg !277, !prof !224
+  %indvars.iv.next63.i = add nuw nsw i64 %indvars.iv62.i, 1
+  %exitcond65.not.i = icmp eq i64 %indvars.iv.next63.i, %wide.trip.count.i
+  br i1 %exitcond65.not.i, label %for_begin_d17.preheader.i, label %for_body_step.i, !prof !39
 
-for_body_d20.i:                                   ; preds = %for_body_d20.i, %for_begin_d19.preheader.i
-  %indvars.iv68.i = phi i64 [ 0, %for_begin_d19.preheader.i ], [ %indvars.iv.next69.i.3, %for_body_d20.i ]
-    #dbg_value(i64 %indvars.iv68.i, !351, !DIExpression(), !277)
-    #dbg_value(i64 %indvars.iv68.i, !385, !DIExpression(DW_OP_constu, 2, DW_OP_shl, DW_OP_stack_value), !277)
-  %.idx88.i = shl nuw nsw i64 %indvars.iv68.i, 4, !dbg !386
-  %389 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx88.i, !dbg !386
-  %390 = load <4 x float>, ptr %389, align 4, !dbg !386, !tbaa !163
-  %391 = fdiv <4 x float> %390, %.lcssa46.i, !dbg !386
-  %392 = select <4 x i1> %277, <4 x float> zeroinitializer, <4 x float> %391, !dbg !386
-  store <4 x float> %392, ptr %389, align 4, !dbg !386, !tbaa !163
-    #dbg_value(i64 %indvars.iv68.i, !351, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_stack_value), !277)
-    #dbg_value(i64 %indvars.iv68.i, !385, !DIExpression(DW_OP_constu, 1, DW_OP_or, DW_OP_constu, 2, DW_OP_shl, DW_OP_stack_value), !277)
-  %indvars.iv.next69.i = shl i64 %indvars.iv68.i, 4, !dbg !386
-  %393 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next69.i, !dbg !386
-  %394 = getelementptr inbounds nuw i8, ptr %393, i64 16, !dbg !386
-  %395 = load <4 x float>, ptr %394, align 4, !dbg !386, !tbaa !163
-  %396 = fdiv <4 x float> %395, %.lcssa46.i, !dbg !386
-  %397 = select <4 x i1> %277, <4 x float> zeroinitializer, <4 x float> %396, !dbg !386
-  store <4 x float> %397, ptr %394, align 4, !dbg !386, !tbaa !163
-    #dbg_value(i64 %indvars.iv68.i, !351, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_stack_value), !277)
-    #dbg_value(i64 %indvars.iv68.i, !385, !DIExpression(DW_OP_constu, 2, DW_OP_or, DW_OP_constu, 2, DW_OP_shl, DW_OP_stack_value), !277)
-  %indvars.iv.next69.i.1 = shl i64 %indvars.iv68.i, 4, !dbg !386
-  %398 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next69.i.1, !dbg !386
-  %399 = getelementptr inbounds nuw i8, ptr %398, i64 32, !dbg !386
-  %400 = load <4 x float>, ptr %399, align 4, !dbg !386, !tbaa !163
-  %401 = fdiv <4 x float> %400, %.lcssa46.i, !dbg !386
-  %402 = select <4 x i1> %277, <4 x float> zeroinitializer, <4 x float> %401, !dbg !386
-  store <4 x float> %402, ptr %399, align 4, !dbg !386, !tbaa !163
-    #dbg_value(i64 %indvars.iv68.i, !351, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_stack_value), !277)
-    #dbg_value(i64 %indvars.iv68.i, !385, !DIExpression(DW_OP_constu, 3, DW_OP_or, DW_OP_constu, 2, DW_OP_shl, DW_OP_stack_value), !277)
-  %indvars.iv.next69.i.2 = shl i64 %indvars.iv68.i, 4, !dbg !386
-  %403 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next69.i.2, !dbg !386
-  %404 = getelementptr inbounds nuw i8, ptr %403, i64 48, !dbg !386
-  %405 = load <4 x float>, ptr %404, align 4, !dbg !386, !tbaa !163
-  %406 = fdiv <4 x float> %405, %.lcssa46.i, !dbg !386
-  %407 = select <4 x i1> %277, <4 x float> zeroinitializer, <4 x float> %406, !dbg !386
-  store <4 x float> %407, ptr %404, align 4, !dbg !386, !tbaa !163
-  %indvars.iv.next69.i.3 = add nuw nsw i64 %indvars.iv68.i, 4, !dbg !386
-    #dbg_value(i64 %indvars.iv.next69.i.3, !351, !DIExpression(), !277)
-  %exitcond72.not.i.3 = icmp eq i64 %indvars.iv.next69.i.3, 128, !dbg !277
-  br i1 %exitcond72.not.i.3, label %for_end_d21.i, label %for_body_d20.i, !dbg !277, !prof !221, !llvm.loop !387
+for_body_d18.i:                                   ; preds = %for_body_d18.i, %for_begin_d17.preheader.i
+  %indvars.iv66.i = phi i64 [ 0, %for_begin_d17.preheader.i ], [ %indvars.iv.next67.i.3, %for_body_d18.i ]
+  %.idx86.i = shl nuw nsw i64 %indvars.iv66.i, 4
+  %159 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx86.i
+  %160 = load <4 x float>, ptr %159, align 4, !tbaa !8
+  %161 = fdiv <4 x float> %160, %.lcssa44.i
+  %162 = select <4 x i1> %47, <4 x float> zeroinitializer, <4 x float> %161
+  store <4 x float> %162, ptr %159, align 4, !tbaa !8
+  %indvars.iv.next67.i = shl i64 %indvars.iv66.i, 4
+  %163 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next67.i
+  %164 = getelementptr inbounds nuw i8, ptr %163, i64 16
+  %165 = load <4 x float>, ptr %164, align 4, !tbaa !8
+  %166 = fdiv <4 x float> %165, %.lcssa44.i
+  %167 = select <4 x i1> %47, <4 x float> zeroinitializer, <4 x float> %166
+  store <4 x float> %167, ptr %164, align 4, !tbaa !8
+  %indvars.iv.next67.i.1 = shl i64 %indvars.iv66.i, 4
+  %168 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next67.i.1
+  %169 = getelementptr inbounds nuw i8, ptr %168, i64 32
+  %170 = load <4 x float>, ptr %169, align 4, !tbaa !8
+  %171 = fdiv <4 x float> %170, %.lcssa44.i
+  %172 = select <4 x i1> %47, <4 x float> zeroinitializer, <4 x float> %171
+  store <4 x float> %172, ptr %169, align 4, !tbaa !8
+  %indvars.iv.next67.i.2 = shl i64 %indvars.iv66.i, 4
+  %173 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %indvars.iv.next67.i.2
+  %174 = getelementptr inbounds nuw i8, ptr %173, i64 48
+  %175 = load <4 x float>, ptr %174, align 4, !tbaa !8
+  %176 = fdiv <4 x float> %175, %.lcssa44.i
+  %177 = select <4 x i1> %47, <4 x float> zeroinitializer, <4 x float> %176
+  store <4 x float> %177, ptr %174, align 4, !tbaa !8
+  %indvars.iv.next67.i.3 = add nuw nsw i64 %indvars.iv66.i, 4
+  %exitcond70.not.i.3 = icmp eq i64 %indvars.iv.next67.i.3, 128
+  br i1 %exitcond70.not.i.3, label %for_end_d19.i, label %for_body_d18.i, !prof !38, !llvm.loop !47
 
-for_end_d21.i:                                    ; preds = %for_body_d20.i
-  %sext166 = shl i64 %44, 32, !dbg !277
-  %cse_v8.i = ashr exact i64 %sext166, 32, !dbg !277
-    #dbg_value(i64 %cse_v8.i, !388, !DIExpression(), !277)
-  %sext167 = shl i64 %49, 32, !dbg !277
-  %cse_v9.i = ashr exact i64 %sext167, 32, !dbg !277
-    #dbg_value(i64 %cse_v9.i, !389, !DIExpression(), !277)
-    #dbg_value(i32 0, !390, !DIExpression(), !277)
-  %408 = icmp sgt i32 %num_rows, 0, !dbg !277
-  br i1 %408, label %for_begin_d24.preheader.lr.ph.i, label %for_end_r31.i, !dbg !277, !prof !156
+for_end_d19.i:                                    ; preds = %for_body_d18.i
+  %sext28 = shl i64 %20, 32
+  %cse_v7.i = ashr exact i64 %sext28, 32
+  %sext29 = shl i64 %22, 32
+  %cse_v8.i = ashr exact i64 %sext29, 32
+  %178 = icmp sgt i32 %num_rows, 0
+  br i1 %178, label %for_begin_d22.preheader.lr.ph.i, label %for_end_r29.i, !prof !7
 
-for_begin_d24.preheader.lr.ph.i:                  ; preds = %for_end_d21.i
-  %409 = mul nsw i64 %out_batch, %cse_v8.i
-  %410 = getelementptr i16, ptr %222, i64 %409
-  %wide.trip.count81.i = and i64 %54, 2147483647, !dbg !277
-  %411 = mul i64 %out_batch, %cse_v8.i, !dbg !277
-  %412 = shl i64 %411, 1, !dbg !277
-  %413 = mul i64 %out_head, %cse_v9.i, !dbg !277
-  %414 = add i64 %411, %413, !dbg !277
-  %415 = shl i64 %414, 1, !dbg !277
-  %scevgep = getelementptr i8, ptr %222, i64 %415, !dbg !277
-  %416 = ashr exact i64 %sext167, 31, !dbg !277
-  %417 = shl nuw nsw i64 %wide.trip.count81.i, 1, !dbg !277
-  %418 = add nsw i64 %416, %417, !dbg !277
-  %419 = add nsw i64 %418, -2, !dbg !277
-  %420 = mul i64 %out_head, %419, !dbg !277
-  %421 = getelementptr i8, ptr %222, i64 %412, !dbg !277
-  %422 = getelementptr i8, ptr %421, i64 %420, !dbg !277
-  %scevgep172 = getelementptr i8, ptr %422, i64 256, !dbg !277
-  %423 = shl nuw nsw i64 %wide.trip.count81.i, 2, !dbg !277
-  %424 = getelementptr i8, ptr %acc.i, i64 %423, !dbg !277
-  %scevgep173 = getelementptr i8, ptr %424, i64 2032, !dbg !277
-  %bound0 = icmp ult ptr %scevgep, %scevgep173
-  %bound1 = icmp ult ptr %acc.i, %scevgep172
+for_begin_d22.preheader.lr.ph.i:                  ; preds = %for_end_d19.i
+  %179 = mul nsw i64 %out_batch, %cse_v7.i
+  %180 = getelementptr i16, ptr %out, i64 %179
+  %wide.trip.count79.i = and i64 %24, 2147483647
+  %181 = mul i64 %out_batch, %cse_v7.i
+  %182 = shl i64 %181, 1
+  %183 = mul i64 %out_head, %cse_v8.i
+  %184 = add i64 %181, %183
+  %185 = shl i64 %184, 1
+  %scevgep = getelementptr i8, ptr %out, i64 %185
+  %186 = ashr exact i64 %sext29, 31
+  %187 = shl nuw nsw i64 %wide.trip.count79.i, 1
+  %188 = add nsw i64 %186, %187
+  %189 = add nsw i64 %188, -2
+  %190 = mul i64 %out_head, %189
+  %191 = getelementptr i8, ptr %out, i64 %182
+  %192 = getelementptr i8, ptr %191, i64 %190
+  %scevgep34 = getelementptr i8, ptr %192, i64 256
+  %193 = shl nuw nsw i64 %wide.trip.count79.i, 2
+  %194 = getelementptr i8, ptr %acc.i, i64 %193
+  %scevgep35 = getelementptr i8, ptr %194, i64 2032
+  %bound0 = icmp ult ptr %scevgep, %scevgep35
+  %bound1 = icmp ult ptr %acc.i, %scevgep34
   %found.conflict = and i1 %bound0, %bound1
   %.mask = and i64 %out_head, 4611686018427387904
   %stride.check = icmp ne i64 %.mask, 0
-  %425 = or i1 %found.conflict, %stride.check
-  br label %for_begin_d24.preheader.i, !dbg !277
+  %195 = or i1 %found.conflict, %stride.check
+  br label %for_begin_d22.preheader.i
 
-for_begin_d24.preheader.i:                        ; preds = %for_end_d26.i, %for_begin_d24.preheader.lr.ph.i
-  %indvars.iv78.i = phi i64 [ 0, %for_begin_d24.preheader.lr.ph.i ], [ %indvars.iv.next79.i, %for_end_d26.i ]
-    #dbg_value(i64 %indvars.iv78.i, !390, !DIExpression(), !277)
-  %426 = add nsw i64 %indvars.iv78.i, %cse_v9.i
-  %427 = mul nsw i64 %426, %out_head
-  %428 = getelementptr i16, ptr %410, i64 %427
-    #dbg_value(i32 0, !351, !DIExpression(), !277)
-  %invariant.gep91.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %indvars.iv78.i, !dbg !277
-  br i1 %425, label %for_body_d25.i.preheader, label %vector.body, !dbg !277, !prof !170
+for_begin_d22.preheader.i:                        ; preds = %for_end_d24.i, %for_begin_d22.preheader.lr.ph.i
+  %indvars.iv76.i = phi i64 [ 0, %for_begin_d22.preheader.lr.ph.i ], [ %indvars.iv.next77.i, %for_end_d24.i ]
+  %196 = add nsw i64 %indvars.iv76.i, %cse_v8.i
+  %197 = mul nsw i64 %196, %out_head
+  %198 = getelementptr i16, ptr %180, i64 %197
+  %invariant.gep89.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %indvars.iv76.i
+  br i1 %195, label %for_body_d23.i.preheader, label %vector.body, !prof !10
 
-for_body_d25.i.preheader:                         ; preds = %vector.body, %for_begin_d24.preheader.i
-  %indvars.iv73.i.ph = phi i64 [ 0, %for_begin_d24.preheader.i ], [ 96, %vector.body ]
-  br label %for_body_d25.i, !dbg !277
+for_body_d23.i.preheader:                         ; preds = %vector.body, %for_begin_d22.preheader.i
+  %indvars.iv71.i.ph = phi i64 [ 0, %for_begin_d22.preheader.i ], [ 96, %vector.body ]
+  br label %for_body_d23.i
 
-vector.body:                                      ; preds = %for_begin_d24.preheader.i
-  %429 = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 128, !dbg !277
-  %430 = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 256, !dbg !277
-  %431 = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 384, !dbg !277
-  %wide.vec = load <32 x i32>, ptr %invariant.gep91.i, align 4, !dbg !277, !tbaa !163, !alias.scope !391
-  %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>, !dbg !277
-  %wide.vec174 = load <32 x i32>, ptr %429, align 4, !dbg !277, !tbaa !163, !alias.scope !391
-  %strided.vec175 = shufflevector <32 x i32> %wide.vec174, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>, !dbg !277
-  %wide.vec176 = load <32 x i32>, ptr %430, align 4, !dbg !277, !tbaa !163, !alias.scope !391
-  %strided.vec177 = shufflevector <32 x i32> %wide.vec176, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>, !dbg !277
-  %wide.vec178 = load <32 x i32>, ptr %431, align 4, !dbg !277, !tbaa !163, !alias.scope !391
-  %strided.vec179 = shufflevector <32 x i32> %wide.vec178, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>, !dbg !277
-  %432 = lshr <8 x i32> %strided.vec, splat (i32 16), !dbg !277
-  %433 = lshr <8 x i32> %strided.vec175, splat (i32 16), !dbg !277
-  %434 = lshr <8 x i32> %strided.vec177, splat (i32 16), !dbg !277
-  %435 = lshr <8 x i32> %strided.vec179, splat (i32 16), !dbg !277
-  %436 = and <8 x i32> %432, splat (i32 1), !dbg !277
-  %437 = and <8 x i32> %433, splat (i32 1), !dbg !277
-  %438 = and <8 x i32> %434, splat (i32 1), !dbg !277
-  %439 = and <8 x i32> %435, splat (i32 1), !dbg !277
-  %440 = add nuw <8 x i32> %strided.vec, splat (i32 32767), !dbg !277
-  %441 = add nuw <8 x i32> %strided.vec175, splat (i32 32767), !dbg !277
-  %442 = add nuw <8 x i32> %strided.vec177, splat (i32 32767), !dbg !277
-  %443 = add nuw <8 x i32> %strided.vec179, splat (i32 32767), !dbg !277
-  %444 = add nuw <8 x i32> %440, %436, !dbg !277
-  %445 = add nuw <8 x i32> %441, %437, !dbg !277
-  %446 = add nuw <8 x i32> %442, %438, !dbg !277
-  %447 = add nuw <8 x i32> %443, %439, !dbg !277
-  %448 = lshr <8 x i32> %444, splat (i32 16), !dbg !277
-  %449 = lshr <8 x i32> %445, splat (i32 16), !dbg !277
-  %450 = lshr <8 x i32> %446, splat (i32 16), !dbg !277
-  %451 = lshr <8 x i32> %447, splat (i32 16), !dbg !277
-  %452 = trunc nuw <8 x i32> %448 to <8 x i16>, !dbg !277
-  %453 = trunc nuw <8 x i32> %449 to <8 x i16>, !dbg !277
-  %454 = trunc nuw <8 x i32> %450 to <8 x i16>, !dbg !277
-  %455 = trunc nuw <8 x i32> %451 to <8 x i16>, !dbg !277
-  %456 = getelementptr i8, ptr %428, i64 16, !dbg !277
-  %457 = getelementptr i8, ptr %428, i64 32, !dbg !277
-  %458 = getelementptr i8, ptr %428, i64 48, !dbg !277
-  store <8 x i16> %452, ptr %428, align 2, !dbg !277, !tbaa !163, !alias.scope !394, !noalias !391
-  store <8 x i16> %453, ptr %456, align 2, !dbg !277, !tbaa !163, !alias.scope !394, !noalias !391
-  store <8 x i16> %454, ptr %457, align 2, !dbg !277, !tbaa !163, !alias.scope !394, !noalias !391
-  store <8 x i16> %455, ptr %458, align 2, !dbg !277, !tbaa !163, !alias.scope !394, !noalias !391
-  %459 = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 512, !dbg !277
-  %460 = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 640, !dbg !277
-  %461 = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 768, !dbg !277
-  %462 = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 896, !dbg !277
-  %wide.vec.1 = load <32 x i32>, ptr %459, align 4, !dbg !277, !tbaa !163, !alias.scope !391
-  %strided.vec.1 = shufflevector <32 x i32> %wide.vec.1, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>, !dbg !277
-  %wide.vec174.1 = load <32 x i32>, ptr %460, align 4, !dbg !277, !tbaa !163, !alias.scope !391
-  %strided.vec175.1 = shufflevector <32 x i32> %wide.vec174.1, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>, !dbg !277
-  %wide.vec176.1 = load <32 x i32>, ptr %461, align 4, !dbg !277, !tbaa !163, !alias.scope !391
-  %strided.vec177.1 = shufflevector <32 x i32> %wide.vec176.1, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>, !dbg !277
-  %wide.vec178.1 = load <32 x i32>, ptr %462, align 4, !dbg !277, !tbaa !163, !alias.scope !391
-  %strided.vec179.1 = shufflevector <32 x i32> %wide.vec178.1, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>, !dbg !277
-  %463 = lshr <8 x i32> %strided.vec.1, splat (i32 16), !dbg !277
-  %464 = lshr <8 x i32> %strided.vec175.1, splat (i32 16), !dbg !277
-  %465 = lshr <8 x i32> %strided.vec177.1, splat (i32 16), !dbg !277
-  %466 = lshr <8 x i32> %strided.vec179.1, splat (i32 16), !dbg !277
-  %467 = and <8 x i32> %463, splat (i32 1), !dbg !277
-  %468 = and <8 x i32> %464, splat (i32 1), !dbg !277
-  %469 = and <8 x i32> %465, splat (i32 1), !dbg !277
-  %470 = and <8 x i32> %466, splat (i32 1), !dbg !277
-  %471 = add nuw <8 x i32> %strided.vec.1, splat (i32 32767), !dbg !277
-  %472 = add nuw <8 x i32> %strided.vec175.1, splat (i32 32767), !dbg !277
-  %473 = add nuw <8 x i32> %strided.vec177.1, splat (i32 32767), !dbg !277
-  %474 = add nuw <8 x i32> %strided.vec179.1, splat (i32 32767), !dbg !277
-  %475 = add nuw <8 x i32> %471, %467, !dbg !277
-  %476 = add nuw <8 x i32> %472, %468, !dbg !277
-  %477 = add nuw <8 x i32> %473, %469, !dbg !277
-  %478 = add nuw <8 x i32> %474, %470, !dbg !277
-  %479 = lshr <8 x i32> %475, splat (i32 16), !dbg !277
-  %480 = lshr <8 x i32> %476, splat (i32 16), !dbg !277
-  %481 = lshr <8 x i32> %477, splat (i32 16), !dbg !277
-  %482 = lshr <8 x i32> %478, splat (i32 16), !dbg !277
-  %483 = trunc nuw <8 x i32> %479 to <8 x i16>, !dbg !277
-  %484 = trunc nuw <8 x i32> %480 to <8 x i16>, !dbg !277
-  %485 = trunc nuw <8 x i32> %481 to <8 x i16>, !dbg !277
-  %486 = trunc nuw <8 x i32> %482 to <8 x i16>, !dbg !277
-  %487 = getelementptr i8, ptr %428, i64 64, !dbg !277
-  %488 = getelementptr i8, ptr %428, i64 80, !dbg !277
-  %489 = getelementptr i8, ptr %428, i64 96, !dbg !277
-  %490 = getelementptr i8, ptr %428, i64 112, !dbg !277
-  store <8 x i16> %483, ptr %487, align 2, !dbg !277, !tbaa !163, !alias.scope !394, !noalias !391
-  store <8 x i16> %484, ptr %488, align 2, !dbg !277, !tbaa !163, !alias.scope !394, !noalias !391
-  store <8 x i16> %485, ptr %489, align 2, !dbg !277, !tbaa !163, !alias.scope !394, !noalias !391
-  store <8 x i16> %486, ptr %490, align 2, !dbg !277, !tbaa !163, !alias.scope !394, !noalias !391
-  %491 = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 1024, !dbg !277
-  %492 = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 1152, !dbg !277
-  %493 = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 1280, !dbg !277
-  %494 = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 1408, !dbg !277
-  %wide.vec.2 = load <32 x i32>, ptr %491, align 4, !dbg !277, !tbaa !163, !alias.scope !391
-  %strided.vec.2 = shufflevector <32 x i32> %wide.vec.2, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>, !dbg !277
-  %wide.vec174.2 = load <32 x i32>, ptr %492, align 4, !dbg !277, !tbaa !163, !alias.scope !391
-  %strided.vec175.2 = shufflevector <32 x i32> %wide.vec174.2, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>, !dbg !277
-  %wide.vec176.2 = load <32 x i32>, ptr %493, align 4, !dbg !277, !tbaa !163, !alias.scope !391
-  %strided.vec177.2 = shufflevector <32 x i32> %wide.vec176.2, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>, !dbg !277
-  %wide.vec178.2 = load <32 x i32>, ptr %494, align 4, !dbg !277, !tbaa !163, !alias.scope !391
-  %strided.vec179.2 = shufflevector <32 x i32> %wide.vec178.2, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>, !dbg !277
-  %495 = lshr <8 x i32> %strided.vec.2, splat (i32 16), !dbg !277
-  %496 = lshr <8 x i32> %strided.vec175.2, splat (i32 16), !dbg !277
-  %497 = lshr <8 x i32> %strided.vec177.2, splat (i32 16), !dbg !277
-  %498 = lshr <8 x i32> %strided.vec179.2, splat (i32 16), !dbg !277
-  %499 = and <8 x i32> %495, splat (i32 1), !dbg !277
-  %500 = and <8 x i32> %496, splat (i32 1), !dbg !277
-  %501 = and <8 x i32> %497, splat (i32 1), !dbg !277
-  %502 = and <8 x i32> %498, splat (i32 1), !dbg !277
-  %503 = add nuw <8 x i32> %strided.vec.2, splat (i32 32767), !dbg !277
-  %504 = add nuw <8 x i32> %strided.vec175.2, splat (i32 32767), !dbg !277
-  %505 = add nuw <8 x i32> %strided.vec177.2, splat (i32 32767), !dbg !277
-  %506 = add nuw <8 x i32> %strided.vec179.2, splat (i32 32767), !dbg !277
-  %507 = add nuw <8 x i32> %503, %499, !dbg !277
-  %508 = add nuw <8 x i32> %504, %500, !dbg !277
-  %509 = add nuw <8 x i32> %505, %501, !dbg !277
-  %510 = add nuw <8 x i32> %506, %502, !dbg !277
-  %511 = lshr <8 x i32> %507, splat (i32 16), !dbg !277
-  %512 = lshr <8 x i32> %508, splat (i32 16), !dbg !277
-  %513 = lshr <8 x i32> %509, splat (i32 16), !dbg !277
-  %514 = lshr <8 x i32> %510, splat (i32 16), !dbg !277
-  %515 = trunc nuw <8 x i32> %511 to <8 x i16>, !dbg !277
-  %516 = trunc nuw <8 x i32> %512 to <8 x i16>, !dbg !277
-  %517 = trunc nuw <8 x i32> %513 to <8 x i16>, !dbg !277
-  %518 = trunc nuw <8 x i32> %514 to <8 x i16>, !dbg !277
-  %519 = getelementptr i8, ptr %428, i64 128, !dbg !277
-  %520 = getelementptr i8, ptr %428, i64 144, !dbg !277
-  %521 = getelementptr i8, ptr %428, i64 160, !dbg !277
-  %522 = getelementptr i8, ptr %428, i64 176, !dbg !277
-  store <8 x i16> %515, ptr %519, align 2, !dbg !277, !tbaa !163, !alias.scope !394, !noalias !391
-  store <8 x i16> %516, ptr %520, align 2, !dbg !277, !tbaa !163, !alias.scope !394, !noalias !391
-  store <8 x i16> %517, ptr %521, align 2, !dbg !277, !tbaa !163, !alias.scope !394, !noalias !391
-  store <8 x i16> %518, ptr %522, align 2, !dbg !277, !tbaa !163, !alias.scope !394, !noalias !391
-  br label %for_body_d25.i.preheader, !dbg !277
+vector.body:                                      ; preds = %for_begin_d22.preheader.i
+  %199 = getelementptr inbounds nuw i8, ptr %invariant.gep89.i, i64 128
+  %200 = getelementptr inbounds nuw i8, ptr %invariant.gep89.i, i64 256
+  %201 = getelementptr inbounds nuw i8, ptr %invariant.gep89.i, i64 384
+  %wide.vec = load <32 x i32>, ptr %invariant.gep89.i, align 4, !tbaa !8, !alias.scope !48
+  %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %wide.vec36 = load <32 x i32>, ptr %199, align 4, !tbaa !8, !alias.scope !48
+  %strided.vec37 = shufflevector <32 x i32> %wide.vec36, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %wide.vec38 = load <32 x i32>, ptr %200, align 4, !tbaa !8, !alias.scope !48
+  %strided.vec39 = shufflevector <32 x i32> %wide.vec38, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %wide.vec40 = load <32 x i32>, ptr %201, align 4, !tbaa !8, !alias.scope !48
+  %strided.vec41 = shufflevector <32 x i32> %wide.vec40, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %202 = lshr <8 x i32> %strided.vec, splat (i32 16)
+  %203 = lshr <8 x i32> %strided.vec37, splat (i32 16)
+  %204 = lshr <8 x i32> %strided.vec39, splat (i32 16)
+  %205 = lshr <8 x i32> %strided.vec41, splat (i32 16)
+  %206 = and <8 x i32> %202, splat (i32 1)
+  %207 = and <8 x i32> %203, splat (i32 1)
+  %208 = and <8 x i32> %204, splat (i32 1)
+  %209 = and <8 x i32> %205, splat (i32 1)
+  %210 = add nuw <8 x i32> %strided.vec, splat (i32 32767)
+  %211 = add nuw <8 x i32> %strided.vec37, splat (i32 32767)
+  %212 = add nuw <8 x i32> %strided.vec39, splat (i32 32767)
+  %213 = add nuw <8 x i32> %strided.vec41, splat (i32 32767)
+  %214 = add nuw <8 x i32> %210, %206
+  %215 = add nuw <8 x i32> %211, %207
+  %216 = add nuw <8 x i32> %212, %208
+  %217 = add nuw <8 x i32> %213, %209
+  %218 = lshr <8 x i32> %214, splat (i32 16)
+  %219 = lshr <8 x i32> %215, splat (i32 16)
+  %220 = lshr <8 x i32> %216, splat (i32 16)
+  %221 = lshr <8 x i32> %217, splat (i32 16)
+  %222 = trunc nuw <8 x i32> %218 to <8 x i16>
+  %223 = trunc nuw <8 x i32> %219 to <8 x i16>
+  %224 = trunc nuw <8 x i32> %220 to <8 x i16>
+  %225 = trunc nuw <8 x i32> %221 to <8 x i16>
+  %226 = getelementptr i8, ptr %198, i64 16
+  %227 = getelementptr i8, ptr %198, i64 32
+  %228 = getelementptr i8, ptr %198, i64 48
+  store <8 x i16> %222, ptr %198, align 2, !tbaa !8, !alias.scope !51, !noalias !48
+  store <8 x i16> %223, ptr %226, align 2, !tbaa !8, !alias.scope !51, !noalias !48
+  store <8 x i16> %224, ptr %227, align 2, !tbaa !8, !alias.scope !51, !noalias !48
+  store <8 x i16> %225, ptr %228, align 2, !tbaa !8, !alias.scope !51, !noalias !48
+  %229 = getelementptr inbounds nuw i8, ptr %invariant.gep89.i, i64 512
+  %230 = getelementptr inbounds nuw i8, ptr %invariant.gep89.i, i64 640
+  %231 = getelementptr inbounds nuw i8, ptr %invariant.gep89.i, i64 768
+  %232 = getelementptr inbounds nuw i8, ptr %invariant.gep89.i, i64 896
+  %wide.vec.1 = load <32 x i32>, ptr %229, align 4, !tbaa !8, !alias.scope !48
+  %strided.vec.1 = shufflevector <32 x i32> %wide.vec.1, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %wide.vec36.1 = load <32 x i32>, ptr %230, align 4, !tbaa !8, !alias.scope !48
+  %strided.vec37.1 = shufflevector <32 x i32> %wide.vec36.1, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %wide.vec38.1 = load <32 x i32>, ptr %231, align 4, !tbaa !8, !alias.scope !48
+  %strided.vec39.1 = shufflevector <32 x i32> %wide.vec38.1, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %wide.vec40.1 = load <32 x i32>, ptr %232, align 4, !tbaa !8, !alias.scope !48
+  %strided.vec41.1 = shufflevector <32 x i32> %wide.vec40.1, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %233 = lshr <8 x i32> %strided.vec.1, splat (i32 16)
+  %234 = lshr <8 x i32> %strided.vec37.1, splat (i32 16)
+  %235 = lshr <8 x i32> %strided.vec39.1, splat (i32 16)
+  %236 = lshr <8 x i32> %strided.vec41.1, splat (i32 16)
+  %237 = and <8 x i32> %233, splat (i32 1)
+  %238 = and <8 x i32> %234, splat (i32 1)
+  %239 = and <8 x i32> %235, splat (i32 1)
+  %240 = and <8 x i32> %236, splat (i32 1)
+  %241 = add nuw <8 x i32> %strided.vec.1, splat (i32 32767)
+  %242 = add nuw <8 x i32> %strided.vec37.1, splat (i32 32767)
+  %243 = add nuw <8 x i32> %strided.vec39.1, splat (i32 32767)
+  %244 = add nuw <8 x i32> %strided.vec41.1, splat (i32 32767)
+  %245 = add nuw <8 x i32> %241, %237
+  %246 = add nuw <8 x i32> %242, %238
+  %247 = add nuw <8 x i32> %243, %239
+  %248 = add nuw <8 x i32> %244, %240
+  %249 = lshr <8 x i32> %245, splat (i32 16)
+  %250 = lshr <8 x i32> %246, splat (i32 16)
+  %251 = lshr <8 x i32> %247, splat (i32 16)
+  %252 = lshr <8 x i32> %248, splat (i32 16)
+  %253 = trunc nuw <8 x i32> %249 to <8 x i16>
+  %254 = trunc nuw <8 x i32> %250 to <8 x i16>
+  %255 = trunc nuw <8 x i32> %251 to <8 x i16>
+  %256 = trunc nuw <8 x i32> %252 to <8 x i16>
+  %257 = getelementptr i8, ptr %198, i64 64
+  %258 = getelementptr i8, ptr %198, i64 80
+  %259 = getelementptr i8, ptr %198, i64 96
+  %260 = getelementptr i8, ptr %198, i64 112
+  store <8 x i16> %253, ptr %257, align 2, !tbaa !8, !alias.scope !51, !noalias !48
+  store <8 x i16> %254, ptr %258, align 2, !tbaa !8, !alias.scope !51, !noalias !48
+  store <8 x i16> %255, ptr %259, align 2, !tbaa !8, !alias.scope !51, !noalias !48
+  store <8 x i16> %256, ptr %260, align 2, !tbaa !8, !alias.scope !51, !noalias !48
+  %261 = getelementptr inbounds nuw i8, ptr %invariant.gep89.i, i64 1024
+  %262 = getelementptr inbounds nuw i8, ptr %invariant.gep89.i, i64 1152
+  %263 = getelementptr inbounds nuw i8, ptr %invariant.gep89.i, i64 1280
+  %264 = getelementptr inbounds nuw i8, ptr %invariant.gep89.i, i64 1408
+  %wide.vec.2 = load <32 x i32>, ptr %261, align 4, !tbaa !8, !alias.scope !48
+  %strided.vec.2 = shufflevector <32 x i32> %wide.vec.2, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %wide.vec36.2 = load <32 x i32>, ptr %262, align 4, !tbaa !8, !alias.scope !48
+  %strided.vec37.2 = shufflevector <32 x i32> %wide.vec36.2, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %wide.vec38.2 = load <32 x i32>, ptr %263, align 4, !tbaa !8, !alias.scope !48
+  %strided.vec39.2 = shufflevector <32 x i32> %wide.vec38.2, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %wide.vec40.2 = load <32 x i32>, ptr %264, align 4, !tbaa !8, !alias.scope !48
+  %strided.vec41.2 = shufflevector <32 x i32> %wide.vec40.2, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %265 = lshr <8 x i32> %strided.vec.2, splat (i32 16)
+  %266 = lshr <8 x i32> %strided.vec37.2, splat (i32 16)
+  %267 = lshr <8 x i32> %strided.vec39.2, splat (i32 16)
+  %268 = lshr <8 x i32> %strided.vec41.2, splat (i32 16)
+  %269 = and <8 x i32> %265, splat (i32 1)
+  %270 = and <8 x i32> %266, splat (i32 1)
+  %271 = and <8 x i32> %267, splat (i32 1)
+  %272 = and <8 x i32> %268, splat (i32 1)
+  %273 = add nuw <8 x i32> %strided.vec.2, splat (i32 32767)
+  %274 = add nuw <8 x i32> %strided.vec37.2, splat (i32 32767)
+  %275 = add nuw <8 x i32> %strided.vec39.2, splat (i32 32767)
+  %276 = add nuw <8 x i32> %strided.vec41.2, splat (i32 32767)
+  %277 = add nuw <8 x i32> %273, %269
+  %278 = add nuw <8 x i32> %274, %270
+  %279 = add nuw <8 x i32> %275, %271
+  %280 = add nuw <8 x i32> %276, %272
+  %281 = lshr <8 x i32> %277, splat (i32 16)
+  %282 = lshr <8 x i32> %278, splat (i32 16)
+  %283 = lshr <8 x i32> %279, splat (i32 16)
+  %284 = lshr <8 x i32> %280, splat (i32 16)
+  %285 = trunc nuw <8 x i32> %281 to <8 x i16>
+  %286 = trunc nuw <8 x i32> %282 to <8 x i16>
+  %287 = trunc nuw <8 x i32> %283 to <8 x i16>
+  %288 = trunc nuw <8 x i32> %284 to <8 x i16>
+  %289 = getelementptr i8, ptr %198, i64 128
+  %290 = getelementptr i8, ptr %198, i64 144
+  %291 = getelementptr i8, ptr %198, i64 160
+  %292 = getelementptr i8, ptr %198, i64 176
+  store <8 x i16> %285, ptr %289, align 2, !tbaa !8, !alias.scope !51, !noalias !48
+  store <8 x i16> %286, ptr %290, align 2, !tbaa !8, !alias.scope !51, !noalias !48
+  store <8 x i16> %287, ptr %291, align 2, !tbaa !8, !alias.scope !51, !noalias !48
+  store <8 x i16> %288, ptr %292, align 2, !tbaa !8, !alias.scope !51, !noalias !48
+  br label %for_body_d23.i.preheader
 
-for_begin_r29.preheader.i:                        ; preds = %for_end_d26.i
-    #dbg_value(i32 0, !390, !DIExpression(), !277)
-  %invariant.gep.i = getelementptr float, ptr %231, i64 %cse_v9.i, !dbg !277
-  %523 = mul nsw i64 %lse_batch, %cse_v8.i
-  %gep.i = getelementptr float, ptr %invariant.gep.i, i64 %523
-  %524 = add nsw i64 %wide.trip.count81.i, -1, !dbg !277
-  %xtraiter = and i64 %54, 3, !dbg !277
-  %525 = icmp ult i64 %524, 3, !dbg !277
-  br i1 %525, label %for_body_r30.i.epil.preheader, label %for_begin_r29.preheader.i.new, !dbg !277, !prof !396
+for_begin_r27.preheader.i:                        ; preds = %for_end_d24.i
+  %invariant.gep.i = getelementptr float, ptr %lse, i64 %cse_v8.i
+  %293 = mul nsw i64 %lse_batch, %cse_v7.i
+  %gep.i = getelementptr float, ptr %invariant.gep.i, i64 %293
+  %294 = add nsw i64 %wide.trip.count79.i, -1
+  %xtraiter = and i64 %24, 3
+  %295 = icmp ult i64 %294, 3
+  br i1 %295, label %for_body_r28.i.epil.preheader, label %for_begin_r27.preheader.i.new, !prof !53
 
-for_begin_r29.preheader.i.new:                    ; preds = %for_begin_r29.preheader.i
-  %unroll_iter = and i64 %54, 2147483644, !dbg !277
-  br label %for_body_r30.i, !dbg !277
+for_begin_r27.preheader.i.new:                    ; preds = %for_begin_r27.preheader.i
+  %unroll_iter = and i64 %24, 2147483644
+  br label %for_body_r28.i
 
-for_body_d25.i:                                   ; preds = %for_body_d25.i, %for_body_d25.i.preheader
-  %indvars.iv73.i = phi i64 [ %indvars.iv73.i.ph, %for_body_d25.i.preheader ], [ %indvars.iv.next74.i.3, %for_body_d25.i ]
-    #dbg_value(i64 %indvars.iv73.i, !351, !DIExpression(), !277)
-    #dbg_value(!DIArgList(i64 %indvars.iv73.i, i64 %indvars.iv78.i), !397, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_constu, 2, DW_OP_shl, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !277)
-  %.idx89.i = shl nuw nsw i64 %indvars.iv73.i, 4, !dbg !277
-  %gep92.i = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 %.idx89.i, !dbg !277
-  %526 = load i32, ptr %gep92.i, align 4, !dbg !277, !tbaa !163
-  %527 = lshr i32 %526, 16, !dbg !277
-  %528 = and i32 %527, 1, !dbg !277
-  %529 = add nuw i32 %526, 32767, !dbg !277
-  %530 = add nuw i32 %529, %528, !dbg !277
-  %531 = lshr i32 %530, 16, !dbg !277
-  %532 = trunc nuw i32 %531 to i16, !dbg !277
-  %533 = getelementptr i16, ptr %428, i64 %indvars.iv73.i, !dbg !277
-  store i16 %532, ptr %533, align 2, !dbg !277, !tbaa !163
-  %indvars.iv.next74.i = or disjoint i64 %indvars.iv73.i, 1, !dbg !277
-    #dbg_value(i64 %indvars.iv.next74.i, !351, !DIExpression(), !277)
-    #dbg_value(!DIArgList(i64 %indvars.iv.next74.i, i64 %indvars.iv78.i), !397, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_constu, 2, DW_OP_shl, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !277)
-  %.idx89.i.1 = shl nuw nsw i64 %indvars.iv.next74.i, 4, !dbg !277
-  %gep92.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 %.idx89.i.1, !dbg !277
-  %534 = load i32, ptr %gep92.i.1, align 4, !dbg !277, !tbaa !163
-  %535 = lshr i32 %534, 16, !dbg !277
-  %536 = and i32 %535, 1, !dbg !277
-  %537 = add nuw i32 %534, 32767, !dbg !277
-  %538 = add nuw i32 %537, %536, !dbg !277
-  %539 = lshr i32 %538, 16, !dbg !277
-  %540 = trunc nuw i32 %539 to i16, !dbg !277
-  %541 = getelementptr i16, ptr %428, i64 %indvars.iv.next74.i, !dbg !277
-  store i16 %540, ptr %541, align 2, !dbg !277, !tbaa !163
-  %indvars.iv.next74.i.1 = or disjoint i64 %indvars.iv73.i, 2, !dbg !277
-    #dbg_value(i64 %indvars.iv.next74.i.1, !351, !DIExpression(), !277)
-    #dbg_value(!DIArgList(i64 %indvars.iv.next74.i.1, i64 %indvars.iv78.i), !397, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_constu, 2, DW_OP_shl, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !277)
-  %.idx89.i.2 = shl nuw nsw i64 %indvars.iv.next74.i.1, 4, !dbg !277
-  %gep92.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 %.idx89.i.2, !dbg !277
-  %542 = load i32, ptr %gep92.i.2, align 4, !dbg !277, !tbaa !163
-  %543 = lshr i32 %542, 16, !dbg !277
-  %544 = and i32 %543, 1, !dbg !277
-  %545 = add nuw i32 %542, 32767, !dbg !277
-  %546 = add nuw i32 %545, %544, !dbg !277
-  %547 = lshr i32 %546, 16, !dbg !277
-  %548 = trunc nuw i32 %547 to i16, !dbg !277
-  %549 = getelementptr i16, ptr %428, i64 %indvars.iv.next74.i.1, !dbg !277
-  store i16 %548, ptr %549, align 2, !dbg !277, !tbaa !163
-  %indvars.iv.next74.i.2 = or disjoint i64 %indvars.iv73.i, 3, !dbg !277
-    #dbg_value(i64 %indvars.iv.next74.i.2, !351, !DIExpression(), !277)
-    #dbg_value(!DIArgList(i64 %indvars.iv.next74.i.2, i64 %indvars.iv78.i), !397, !DIExpression(DW_OP_LLVM_arg, 0, DW_OP_constu, 2, DW_OP_shl, DW_OP_LLVM_arg, 1, DW_OP_plus, DW_OP_stack_value), !277)
-  %.idx89.i.3 = shl nuw nsw i64 %indvars.iv.next74.i.2, 4, !dbg !277
-  %gep92.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep91.i, i64 %.idx89.i.3, !dbg !277
-  %550 = load i32, ptr %gep92.i.3, align 4, !dbg !277, !tbaa !163
-  %551 = lshr i32 %550, 16, !dbg !277
-  %552 = and i32 %551, 1, !dbg !277
-  %553 = add nuw i32 %550, 32767, !dbg !277
-  %554 = add nuw i32 %553, %552, !dbg !277
-  %555 = lshr i32 %554, 16, !dbg !277
-  %556 = trunc nuw i32 %555 to i16, !dbg !277
-  %557 = getelementptr i16, ptr %428, i64 %indvars.iv.next74.i.2, !dbg !277
-  store i16 %556, ptr %557, align 2, !dbg !277, !tbaa !163
-  %indvars.iv.next74.i.3 = add nuw nsw i64 %indvars.iv73.i, 4, !dbg !277
-    #dbg_value(i64 %indvars.iv.next74.i.3, !351, !DIExpression(), !277)
-  %exitcond77.not.i.3 = icmp eq i64 %indvars.iv.next74.i.3, 128, !dbg !277
-  br i1 %exitcond77.not.i.3, label %for_end_d26.i, label %for_body_d25.i, !dbg !277, !prof !188, !llvm.loop !398
+for_body_d23.i:                                   ; preds = %for_body_d23.i, %for_body_d23.i.preheader
+  %indvars.iv71.i = phi i64 [ %indvars.iv71.i.ph, %for_body_d23.i.preheader ], [ %indvars.iv.next72.i.3, %for_body_d23.i ]
+  %.idx87.i = shl nuw nsw i64 %indvars.iv71.i, 4
+  %gep90.i = getelementptr inbounds nuw i8, ptr %invariant.gep89.i, i64 %.idx87.i
+  %296 = load i32, ptr %gep90.i, align 4, !tbaa !8
+  %297 = lshr i32 %296, 16
+  %298 = and i32 %297, 1
+  %299 = add nuw i32 %296, 32767
+  %300 = add nuw i32 %299, %298
+  %301 = lshr i32 %300, 16
+  %302 = trunc nuw i32 %301 to i16
+  %303 = getelementptr i16, ptr %198, i64 %indvars.iv71.i
+  store i16 %302, ptr %303, align 2, !tbaa !8
+  %indvars.iv.next72.i = or disjoint i64 %indvars.iv71.i, 1
+  %.idx87.i.1 = shl nuw nsw i64 %indvars.iv.next72.i, 4
+  %gep90.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep89.i, i64 %.idx87.i.1
+  %304 = load i32, ptr %gep90.i.1, align 4, !tbaa !8
+  %305 = lshr i32 %304, 16
+  %306 = and i32 %305, 1
+  %307 = add nuw i32 %304, 32767
+  %308 = add nuw i32 %307, %306
+  %309 = lshr i32 %308, 16
+  %310 = trunc nuw i32 %309 to i16
+  %311 = getelementptr i16, ptr %198, i64 %indvars.iv.next72.i
+  store i16 %310, ptr %311, align 2, !tbaa !8
+  %indvars.iv.next72.i.1 = or disjoint i64 %indvars.iv71.i, 2
+  %.idx87.i.2 = shl nuw nsw i64 %indvars.iv.next72.i.1, 4
+  %gep90.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep89.i, i64 %.idx87.i.2
+  %312 = load i32, ptr %gep90.i.2, align 4, !tbaa !8
+  %313 = lshr i32 %312, 16
+  %314 = and i32 %313, 1
+  %315 = add nuw i32 %312, 32767
+  %316 = add nuw i32 %315, %314
+  %317 = lshr i32 %316, 16
+  %318 = trunc nuw i32 %317 to i16
+  %319 = getelementptr i16, ptr %198, i64 %indvars.iv.next72.i.1
+  store i16 %318, ptr %319, align 2, !tbaa !8
+  %indvars.iv.next72.i.2 = or disjoint i64 %indvars.iv71.i, 3
+  %.idx87.i.3 = shl nuw nsw i64 %indvars.iv.next72.i.2, 4
+  %gep90.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep89.i, i64 %.idx87.i.3
+  %320 = load i32, ptr %gep90.i.3, align 4, !tbaa !8
+  %321 = lshr i32 %320, 16
+  %322 = and i32 %321, 1
+  %323 = add nuw i32 %320, 32767
+  %324 = add nuw i32 %323, %322
+  %325 = lshr i32 %324, 16
+  %326 = trunc nuw i32 %325 to i16
+  %327 = getelementptr i16, ptr %198, i64 %indvars.iv.next72.i.2
+  store i16 %326, ptr %327, align 2, !tbaa !8
+  %indvars.iv.next72.i.3 = add nuw nsw i64 %indvars.iv71.i, 4
+  %exitcond75.not.i.3 = icmp eq i64 %indvars.iv.next72.i.3, 128
+  br i1 %exitcond75.not.i.3, label %for_end_d24.i, label %for_body_d23.i, !prof !28, !llvm.loop !54
 
-for_end_d26.i:                                    ; preds = %for_body_d25.i
-  %indvars.iv.next79.i = add nuw nsw i64 %indvars.iv78.i, 1, !dbg !277
-    #dbg_value(i64 %indvars.iv.next79.i, !390, !DIExpression(), !277)
-  %exitcond82.not.i = icmp eq i64 %indvars.iv.next79.i, %wide.trip.count81.i, !dbg !277
-  br i1 %exitcond82.not.i, label %for_begin_r29.preheader.i, label %for_begin_d24.preheader.i, !dbg !277, !prof !224
+for_end_d24.i:                                    ; preds = %for_body_d23.i
+  %indvars.iv.next77.i = add nuw nsw i64 %indvars.iv76.i, 1
+  %exitcond80.not.i = icmp eq i64 %indvars.iv.next77.i, %wide.trip.count79.i
+  br i1 %exitcond80.not.i, label %for_begin_r27.preheader.i, label %for_begin_d22.preheader.i, !prof !39
 
-for_body_r30.i:                                   ; preds = %if_end35.i.3, %for_begin_r29.preheader.i.new
-  %indvars.iv83.i = phi i64 [ 0, %for_begin_r29.preheader.i.new ], [ %indvars.iv.next84.i.3, %if_end35.i.3 ]
-  %niter = phi i64 [ 0, %for_begin_r29.preheader.i.new ], [ %niter.next.3, %if_end35.i.3 ]
-    #dbg_value(i64 %indvars.iv83.i, !390, !DIExpression(), !277)
-  %558 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv83.i, !dbg !399
-  %559 = load float, ptr %558, align 16, !dbg !399, !tbaa !400
-  %560 = fcmp oeq float %559, 0.000000e+00, !dbg !399
-  br i1 %560, label %if_end35.i, label %if_else.i, !dbg !399
+for_body_r28.i:                                   ; preds = %if_end33.i.3, %for_begin_r27.preheader.i.new
+  %indvars.iv81.i = phi i64 [ 0, %for_begin_r27.preheader.i.new ], [ %indvars.iv.next82.i.3, %if_end33.i.3 ]
+  %niter = phi i64 [ 0, %for_begin_r27.preheader.i.new ], [ %niter.next.3, %if_end33.i.3 ]
+  %328 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv81.i
+  %329 = load float, ptr %328, align 16, !tbaa !55
+  %330 = fcmp oeq float %329, 0.000000e+00
+  br i1 %330, label %if_end33.i, label %if_else.i
 
-for_end_r31.i.loopexit.unr-lcssa:                 ; preds = %if_end35.i.3
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0, !dbg !399
-  br i1 %lcmp.mod.not, label %for_end_r31.i, label %for_body_r30.i.epil.preheader, !dbg !399, !prof !402
+for_end_r29.i.loopexit.unr-lcssa:                 ; preds = %if_end33.i.3
+  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
+  br i1 %lcmp.mod.not, label %for_end_r29.i, label %for_body_r28.i.epil.preheader, !prof !57
 
-for_body_r30.i.epil.preheader:                    ; preds = %for_end_r31.i.loopexit.unr-lcssa, %for_begin_r29.preheader.i
-  %indvars.iv83.i.epil.init = phi i64 [ 0, %for_begin_r29.preheader.i ], [ %indvars.iv.next84.i.3, %for_end_r31.i.loopexit.unr-lcssa ]
-  %lcmp.mod181 = icmp ne i64 %xtraiter, 0, !dbg !399
-  tail call void @llvm.assume(i1 %lcmp.mod181), !dbg !399
-  br label %for_body_r30.i.epil, !dbg !399
+for_body_r28.i.epil.preheader:                    ; preds = %for_end_r29.i.loopexit.unr-lcssa, %for_begin_r27.preheader.i
+  %indvars.iv81.i.epil.init = phi i64 [ 0, %for_begin_r27.preheader.i ], [ %indvars.iv.next82.i.3, %for_end_r29.i.loopexit.unr-lcssa ]
+  %lcmp.mod43 = icmp ne i64 %xtraiter, 0
+  tail call void @llvm.assume(i1 %lcmp.mod43)
+  br label %for_body_r28.i.epil
 
-for_body_r30.i.epil:                              ; preds = %if_end35.i.epil, %for_body_r30.i.epil.preheader
-  %indvars.iv83.i.epil = phi i64 [ %indvars.iv83.i.epil.init, %for_body_r30.i.epil.preheader ], [ %indvars.iv.next84.i.epil, %if_end35.i.epil ]
-  %epil.iter = phi i64 [ 0, %for_body_r30.i.epil.preheader ], [ %epil.iter.next, %if_end35.i.epil ]
-    #dbg_value(i64 %indvars.iv83.i.epil, !390, !DIExpression(), !277)
-  %561 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv83.i.epil, !dbg !399
-  %562 = load float, ptr %561, align 4, !dbg !399, !tbaa !400
-  %563 = fcmp oeq float %562, 0.000000e+00, !dbg !399
-  br i1 %563, label %if_end35.i.epil, label %if_else.i.epil, !dbg !399
+for_body_r28.i.epil:                              ; preds = %if_end33.i.epil, %for_body_r28.i.epil.preheader
+  %indvars.iv81.i.epil = phi i64 [ %indvars.iv81.i.epil.init, %for_body_r28.i.epil.preheader ], [ %indvars.iv.next82.i.epil, %if_end33.i.epil ]
+  %epil.iter = phi i64 [ 0, %for_body_r28.i.epil.preheader ], [ %epil.iter.next, %if_end33.i.epil ]
+  %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv81.i.epil
+  %332 = load float, ptr %331, align 4, !tbaa !55
+  %333 = fcmp oeq float %332, 0.000000e+00
+  br i1 %333, label %if_end33.i.epil, label %if_else.i.epil
 
-if_else.i.epil:                                   ; preds = %for_body_r30.i.epil
-  %564 = tail call float @llvm.log.f32(float %562), !dbg !399
-  %565 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv83.i.epil, !dbg !399
-  %566 = load float, ptr %565, align 4, !dbg !399, !tbaa !403
-  %567 = fadd float %564, %566, !dbg !399
-  br label %if_end35.i.epil, !dbg !399
+if_else.i.epil:                                   ; preds = %for_body_r28.i.epil
+  %334 = tail call float @llvm.log.f32(float %332)
+  %335 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv81.i.epil
+  %336 = load float, ptr %335, align 4, !tbaa !58
+  %337 = fadd float %334, %336
+  br label %if_end33.i.epil
 
-if_end35.i.epil:                                  ; preds = %if_else.i.epil, %for_body_r30.i.epil
-  %568 = phi float [ %567, %if_else.i.epil ], [ 0xFFF0000000000000, %for_body_r30.i.epil ], !dbg !399
-  %569 = getelementptr float, ptr %gep.i, i64 %indvars.iv83.i.epil, !dbg !399
-  store float %568, ptr %569, align 4, !dbg !399, !tbaa !163
-  %indvars.iv.next84.i.epil = add nuw nsw i64 %indvars.iv83.i.epil, 1, !dbg !399
-    #dbg_value(i64 %indvars.iv.next84.i.epil, !390, !DIExpression(), !277)
-  %epil.iter.next = add i64 %epil.iter, 1, !dbg !277
-  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter, !dbg !277
-  br i1 %epil.iter.cmp.not, label %for_end_r31.i, label %for_body_r30.i.epil, !dbg !277, !prof !405, !llvm.loop !406
+if_end33.i.epil:                                  ; preds = %if_else.i.epil, %for_body_r28.i.epil
+  %338 = phi float [ %337, %if_else.i.epil ], [ 0xFFF0000000000000, %for_body_r28.i.epil ]
+  %339 = getelementptr float, ptr %gep.i, i64 %indvars.iv81.i.epil
+  store float %338, ptr %339, align 4, !tbaa !8
+  %indvars.iv.next82.i.epil = add nuw nsw i64 %indvars.iv81.i.epil, 1
+  %epil.iter.next = add i64 %epil.iter, 1
+  %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
+  br i1 %epil.iter.cmp.not, label %for_end_r29.i, label %for_body_r28.i.epil, !prof !60, !llvm.loop !61
 
-for_end_r31.i:                                    ; preds = %for_end_r31.i.loopexit.unr-lcssa, %if_end35.i.epil, %for_end_d21.i
-  %570 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !dbg !277, !tbaa !134
-  %571 = tail call i32 %570(i32 1, i32 %dev_id, ptr nonnull %acc.i), !dbg !277
-  %.not.i = icmp ne i32 %571, 0, !dbg !277
-  %..i = sext i1 %.not.i to i32, !dbg !277
-  br label %merge_partials_compute_.exit, !dbg !277
+for_end_r29.i:                                    ; preds = %if_end33.i.epil, %for_end_r29.i.loopexit.unr-lcssa, %for_end_d19.i
+  %340 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !3
+  %341 = tail call i32 %340(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %341, 0
+  %..i = sext i1 %.not.i to i32
+  br label %merge_partials_compute_.exit
 
-if_else.i:                                        ; preds = %for_body_r30.i
-  %572 = tail call float @llvm.log.f32(float %559), !dbg !399
-  %573 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv83.i, !dbg !399
-  %574 = load float, ptr %573, align 16, !dbg !399, !tbaa !403
-  %575 = fadd float %572, %574, !dbg !399
-  br label %if_end35.i, !dbg !399
+if_else.i:                                        ; preds = %for_body_r28.i
+  %342 = tail call float @llvm.log.f32(float %329)
+  %343 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv81.i
+  %344 = load float, ptr %343, align 16, !tbaa !58
+  %345 = fadd float %342, %344
+  br label %if_end33.i
 
-if_end35.i:                                       ; preds = %if_else.i, %for_body_r30.i
-  %576 = phi float [ %575, %if_else.i ], [ 0xFFF0000000000000, %for_body_r30.i ], !dbg !399
-  %577 = getelementptr float, ptr %gep.i, i64 %indvars.iv83.i, !dbg !399
-  store float %576, ptr %577, align 4, !dbg !399, !tbaa !163
-  %indvars.iv.next84.i = or disjoint i64 %indvars.iv83.i, 1, !dbg !399
-    #dbg_value(i64 %indvars.iv.next84.i, !390, !DIExpression(), !277)
-  %578 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv.next84.i, !dbg !399
-  %579 = load float, ptr %578, align 4, !dbg !399, !tbaa !400
-  %580 = fcmp oeq float %579, 0.000000e+00, !dbg !399
-  br i1 %580, label %if_end35.i.1, label %if_else.i.1, !dbg !399
+if_end33.i:                                       ; preds = %if_else.i, %for_body_r28.i
+  %346 = phi float [ %345, %if_else.i ], [ 0xFFF0000000000000, %for_body_r28.i ]
+  %347 = getelementptr float, ptr %gep.i, i64 %indvars.iv81.i
+  store float %346, ptr %347, align 4, !tbaa !8
+  %indvars.iv.next82.i = or disjoint i64 %indvars.iv81.i, 1
+  %348 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next82.i
+  %349 = load float, ptr %348, align 4, !tbaa !55
+  %350 = fcmp oeq float %349, 0.000000e+00
+  br i1 %350, label %if_end33.i.1, label %if_else.i.1
 
-if_else.i.1:                                      ; preds = %if_end35.i
-  %581 = tail call float @llvm.log.f32(float %579), !dbg !399
-  %582 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv.next84.i, !dbg !399
-  %583 = load float, ptr %582, align 4, !dbg !399, !tbaa !403
-  %584 = fadd float %581, %583, !dbg !399
-  br label %if_end35.i.1, !dbg !399
+if_else.i.1:                                      ; preds = %if_end33.i
+  %351 = tail call float @llvm.log.f32(float %349)
+  %352 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next82.i
+  %353 = load float, ptr %352, align 4, !tbaa !58
+  %354 = fadd float %351, %353
+  br label %if_end33.i.1
 
-if_end35.i.1:                                     ; preds = %if_else.i.1, %if_end35.i
-  %585 = phi float [ %584, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end35.i ], !dbg !399
-  %586 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next84.i, !dbg !399
-  store float %585, ptr %586, align 4, !dbg !399, !tbaa !163
-  %indvars.iv.next84.i.1 = or disjoint i64 %indvars.iv83.i, 2, !dbg !399
-    #dbg_value(i64 %indvars.iv.next84.i.1, !390, !DIExpression(), !277)
-  %587 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv.next84.i.1, !dbg !399
-  %588 = load float, ptr %587, align 8, !dbg !399, !tbaa !400
-  %589 = fcmp oeq float %588, 0.000000e+00, !dbg !399
-  br i1 %589, label %if_end35.i.2, label %if_else.i.2, !dbg !399
+if_end33.i.1:                                     ; preds = %if_else.i.1, %if_end33.i
+  %355 = phi float [ %354, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end33.i ]
+  %356 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next82.i
+  store float %355, ptr %356, align 4, !tbaa !8
+  %indvars.iv.next82.i.1 = or disjoint i64 %indvars.iv81.i, 2
+  %357 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next82.i.1
+  %358 = load float, ptr %357, align 8, !tbaa !55
+  %359 = fcmp oeq float %358, 0.000000e+00
+  br i1 %359, label %if_end33.i.2, label %if_else.i.2
 
-if_else.i.2:                                      ; preds = %if_end35.i.1
-  %590 = tail call float @llvm.log.f32(float %588), !dbg !399
-  %591 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv.next84.i.1, !dbg !399
-  %592 = load float, ptr %591, align 8, !dbg !399, !tbaa !403
-  %593 = fadd float %590, %592, !dbg !399
-  br label %if_end35.i.2, !dbg !399
+if_else.i.2:                                      ; preds = %if_end33.i.1
+  %360 = tail call float @llvm.log.f32(float %358)
+  %361 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next82.i.1
+  %362 = load float, ptr %361, align 8, !tbaa !58
+  %363 = fadd float %360, %362
+  br label %if_end33.i.2
 
-if_end35.i.2:                                     ; preds = %if_else.i.2, %if_end35.i.1
-  %594 = phi float [ %593, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end35.i.1 ], !dbg !399
-  %595 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next84.i.1, !dbg !399
-  store float %594, ptr %595, align 4, !dbg !399, !tbaa !163
-  %indvars.iv.next84.i.2 = or disjoint i64 %indvars.iv83.i, 3, !dbg !399
-    #dbg_value(i64 %indvars.iv.next84.i.2, !390, !DIExpression(), !277)
-  %596 = getelementptr inbounds nuw float, ptr %row_sum41.i, i64 %indvars.iv.next84.i.2, !dbg !399
-  %597 = load float, ptr %596, align 4, !dbg !399, !tbaa !400
-  %598 = fcmp oeq float %597, 0.000000e+00, !dbg !399
-  br i1 %598, label %if_end35.i.3, label %if_else.i.3, !dbg !399
+if_end33.i.2:                                     ; preds = %if_else.i.2, %if_end33.i.1
+  %364 = phi float [ %363, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end33.i.1 ]
+  %365 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next82.i.1
+  store float %364, ptr %365, align 4, !tbaa !8
+  %indvars.iv.next82.i.2 = or disjoint i64 %indvars.iv81.i, 3
+  %366 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next82.i.2
+  %367 = load float, ptr %366, align 4, !tbaa !55
+  %368 = fcmp oeq float %367, 0.000000e+00
+  br i1 %368, label %if_end33.i.3, label %if_else.i.3
 
-if_else.i.3:                                      ; preds = %if_end35.i.2
-  %599 = tail call float @llvm.log.f32(float %597), !dbg !399
-  %600 = getelementptr inbounds nuw float, ptr %row_max42.i, i64 %indvars.iv.next84.i.2, !dbg !399
-  %601 = load float, ptr %600, align 4, !dbg !399, !tbaa !403
-  %602 = fadd float %599, %601, !dbg !399
-  br label %if_end35.i.3, !dbg !399
+if_else.i.3:                                      ; preds = %if_end33.i.2
+  %369 = tail call float @llvm.log.f32(float %367)
+  %370 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next82.i.2
+  %371 = load float, ptr %370, align 4, !tbaa !58
+  %372 = fadd float %369, %371
+  br label %if_end33.i.3
 
-if_end35.i.3:                                     ; preds = %if_else.i.3, %if_end35.i.2
-  %603 = phi float [ %602, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end35.i.2 ], !dbg !399
-  %604 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next84.i.2, !dbg !399
-  store float %603, ptr %604, align 4, !dbg !399, !tbaa !163
-  %indvars.iv.next84.i.3 = add nuw nsw i64 %indvars.iv83.i, 4, !dbg !399
-    #dbg_value(i64 %indvars.iv.next84.i.3, !390, !DIExpression(), !277)
-  %niter.next.3 = add i64 %niter, 4, !dbg !277
-  %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter, !dbg !277
-  br i1 %niter.ncmp.3, label %for_end_r31.i.loopexit.unr-lcssa, label %for_body_r30.i, !dbg !277, !prof !409, !llvm.loop !410
+if_end33.i.3:                                     ; preds = %if_else.i.3, %if_end33.i.2
+  %373 = phi float [ %372, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end33.i.2 ]
+  %374 = getelementptr float, ptr %gep.i, i64 %indvars.iv.next82.i.2
+  store float %373, ptr %374, align 4, !tbaa !8
+  %indvars.iv.next82.i.3 = add nuw nsw i64 %indvars.iv81.i, 4
+  %niter.next.3 = add i64 %niter, 4
+  %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
+  br i1 %niter.ncmp.3, label %for_end_r29.i.loopexit.unr-lcssa, label %for_body_r28.i, !prof !64, !llvm.loop !65
 
-merge_partials_compute_.exit:                     ; preds = %assert_end153, %for_end_r31.i
-  %common.ret.op.i = phi i32 [ -1, %assert_end153 ], [ %..i, %for_end_r31.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum41.i), !dbg !277
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max42.i), !dbg !277
-  br label %common.ret, !dbg !299
+merge_partials_compute_.exit:                     ; preds = %for_end_r29.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r29.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max40.i)
+  ret i32 %common.ret.op.i
 }
 
-; Function Attrs: noinline
-define internal fastcc void @__tvm_set_raised_6(ptr %0, i32 range(i32 4, 7) %1, ptr %2, ptr %3, ptr %4, ptr %5, ptr %6, ptr %7) unnamed_addr #1 {
-entry:
-  %8 = alloca [6 x ptr], align 8
-  store ptr %2, ptr %8, align 8
-  %9 = getelementptr inbounds nuw i8, ptr %8, i64 8
-  store ptr %3, ptr %9, align 8
-  %10 = getelementptr inbounds nuw i8, ptr %8, i64 16
-  store ptr %4, ptr %10, align 8
-  %11 = getelementptr inbounds nuw i8, ptr %8, i64 24
-  store ptr %5, ptr %11, align 8
-  %12 = getelementptr inbounds nuw i8, ptr %8, i64 32
-  store ptr %6, ptr %12, align 8
-  %13 = getelementptr inbounds nuw i8, ptr %8, i64 40
-  store ptr %7, ptr %13, align 8
-  call void @TVMFFIErrorSetRaisedFromCStrParts(ptr %0, ptr nonnull %8, i32 %1)
-  ret void
-}
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
+declare void @llvm.assume(i1 noundef) #1
 
-declare void @TVMFFIErrorSetRaisedFromCStrParts(ptr, ptr, i32) local_unnamed_addr
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x float> @llvm.fmuladd.v4f32(<4 x float>, <4 x float>, <4 x float>) #2
 
-; Function Attrs: noinline
-define internal fastcc void @__tvm_set_raised_12(ptr %0, i32 range(i32 7, 9) %1, ptr %2, ptr %3, ptr %4, ptr %5, ptr %6, ptr %7, ptr %8) unnamed_addr #1 {
-entry:
-  %9 = alloca [12 x ptr], align 8
-  store ptr %2, ptr %9, align 8
-  %10 = getelementptr inbounds nuw i8, ptr %9, i64 8
-  store ptr %3, ptr %10, align 8
-  %11 = getelementptr inbounds nuw i8, ptr %9, i64 16
-  store ptr %4, ptr %11, align 8
-  %12 = getelementptr inbounds nuw i8, ptr %9, i64 24
-  store ptr %5, ptr %12, align 8
-  %13 = getelementptr inbounds nuw i8, ptr %9, i64 32
-  store ptr @.str.4, ptr %13, align 8
-  %14 = getelementptr inbounds nuw i8, ptr %9, i64 40
-  store ptr %6, ptr %14, align 8
-  %15 = getelementptr inbounds nuw i8, ptr %9, i64 48
-  store ptr %7, ptr %15, align 8
-  %16 = getelementptr inbounds nuw i8, ptr %9, i64 56
-  store ptr %8, ptr %16, align 8
-  %17 = getelementptr inbounds nuw i8, ptr %9, i64 64
-  call void @llvm.memset.p0.i64(ptr noundef nonnull align 8 dereferenceable(32) %17, i8 0, i64 32, i1 false)
-  call void @TVMFFIErrorSetRaisedFromCStrParts(ptr %0, ptr nonnull %9, i32 %1)
-  ret void
-}
-
-; Function Attrs: mustprogress nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
-declare void @llvm.assume(i1 noundef) #2
-
-; Function Attrs: mustprogress nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x float> @llvm.fmuladd.v4f32(<4 x float>, <4 x float>, <4 x float>) #3
-
-; Function Attrs: mustprogress nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #3
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.log.f32(float) #2
 
 ; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #4 section ".text.tvm.fp16.conv" {
+define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #3 section ".text.tvm.fp16.conv" {
 b0:
   %v0 = bitcast float %a0 to i32
   %0 = tail call float @llvm.fabs.f32(float %a0)
@@ -5264,7 +2545,7 @@ b13:                                              ; preds = %b12, %b11, %b10, %b
 }
 
 ; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #4 section ".text.tvm.fp16.conv" {
+define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #3 section ".text.tvm.fp16.conv" {
 b0:
   %0 = tail call half @llvm.fabs.f16(half %a0)
   %v1 = bitcast half %0 to i16
@@ -5330,467 +2611,122 @@ b6:                                               ; preds = %b5, %b4, %b3, %b1
 }
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #5
+declare i32 @llvm.smin.i32(i32, i32) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #5
+declare i32 @llvm.smax.i32(i32, i32) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umax.i32(i32, i32) #5
+declare i32 @llvm.umax.i32(i32, i32) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fabs.f32(float) #5
+declare float @llvm.fabs.f32(float) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare half @llvm.fabs.f16(half) #5
+declare half @llvm.fabs.f16(half) #2
 
 ; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
-declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #6
+declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i64 @llvm.smax.i64(i64, i64) #5
+declare i64 @llvm.smax.i64(i64, i64) #2
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i64 @llvm.umin.i64(i64, i64) #5
+declare i64 @llvm.umin.i64(i64, i64) #2
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.start.p0(ptr captures(none)) #7
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #5
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.end.p0(ptr captures(none)) #7
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #5
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
-declare void @llvm.masked.scatter.v8i32.v8p0(<8 x i32>, <8 x ptr>, <8 x i1>) #8
+declare void @llvm.masked.scatter.v8i32.v8p0(<8 x i32>, <8 x ptr>, <8 x i1>) #6
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
-declare void @llvm.masked.scatter.v8f32.v8p0(<8 x float>, <8 x ptr>, <8 x i1>) #8
+declare void @llvm.masked.scatter.v8f32.v8p0(<8 x float>, <8 x ptr>, <8 x i1>) #6
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <8 x i16> @llvm.masked.load.v8i16.p0(ptr captures(none), <8 x i1>, <8 x i16>) #9
+declare <8 x i16> @llvm.masked.load.v8i16.p0(ptr captures(none), <8 x i1>, <8 x i16>) #7
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #7
 
 attributes #0 = { "target-cpu"="x86-64-v4" }
-attributes #1 = { noinline }
-attributes #2 = { mustprogress nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
-attributes #3 = { mustprogress nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #4 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
-attributes #5 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #6 = { nocallback nofree nounwind willreturn memory(argmem: write) }
-attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #8 = { nocallback nofree nosync nounwind willreturn memory(write) }
-attributes #9 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #1 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
+attributes #2 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
+attributes #4 = { nocallback nofree nounwind willreturn memory(argmem: write) }
+attributes #5 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #6 = { nocallback nofree nosync nounwind willreturn memory(write) }
+attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
 
-!llvm.dbg.cu = !{!0}
-!llvm.module.flags = !{!2, !3, !4}
+!llvm.module.flags = !{!0, !1, !2}
 
-!0 = distinct !DICompileUnit(language: DW_LANG_C, file: !1, producer: "TVM", isOptimized: false, runtimeVersion: 0, emissionKind: FullDebug)
-!1 = !DIFile(filename: "IRModule.CodeGenLLVM", directory: ".")
-!2 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
-!3 = !{i32 4, !"Debug Info Version", i32 3}
-!4 = !{i32 4, !"Dwarf Version", i32 4}
-!5 = distinct !DISubprogram(name: "__tvm_ffi_fused_decode", scope: !1, file: !1, type: !6, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !10)
-!6 = !DISubroutineType(types: !7)
-!7 = !{!8, !9, !9, !8, !9}
-!8 = !DIBasicType(name: "int32", size: 32, encoding: DW_ATE_signed)
-!9 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: null)
-!10 = !{!11, !12, !13, !14}
-!11 = !DILocalVariable(name: "self_handle", arg: 1, scope: !5, file: !1, type: !9)
-!12 = !DILocalVariable(name: "args", arg: 2, scope: !5, file: !1, type: !9)
-!13 = !DILocalVariable(name: "num_args", arg: 3, scope: !5, file: !1, type: !8)
-!14 = !DILocalVariable(name: "result", arg: 4, scope: !5, file: !1, type: !9)
-!15 = !DILocation(line: 0, scope: !5)
-!16 = !{!"branch_weights", i32 1048576, i32 1}
-!17 = !{!"branch_weights", i32 1, i32 1048576}
-!18 = !DILocalVariable(name: "query.type_index", scope: !5, file: !1, type: !8)
-!19 = !{!"branch_weights", i32 1, i32 349525, i32 349525, i32 349525}
-!20 = !DILocalVariable(name: "query.handle", scope: !5, file: !1, type: !9)
-!21 = !DILocalVariable(name: "key_cache.type_index", scope: !5, file: !1, type: !8)
-!22 = !DILocalVariable(name: "key_cache.handle", scope: !5, file: !1, type: !9)
-!23 = !DILocalVariable(name: "value_cache.type_index", scope: !5, file: !1, type: !8)
-!24 = !DILocalVariable(name: "value_cache.handle", scope: !5, file: !1, type: !9)
-!25 = !DILocalVariable(name: "block_table.type_index", scope: !5, file: !1, type: !8)
-!26 = !DILocalVariable(name: "block_table.handle", scope: !5, file: !1, type: !9)
-!27 = !DILocalVariable(name: "context_lens.type_index", scope: !5, file: !1, type: !8)
-!28 = !DILocalVariable(name: "context_lens.handle", scope: !5, file: !1, type: !9)
-!29 = !DILocalVariable(name: "partial_max.type_index", scope: !5, file: !1, type: !8)
-!30 = !DILocalVariable(name: "partial_max.handle", scope: !5, file: !1, type: !9)
-!31 = !DILocalVariable(name: "partial_sum.type_index", scope: !5, file: !1, type: !8)
-!32 = !DILocalVariable(name: "partial_sum.handle", scope: !5, file: !1, type: !9)
-!33 = !DILocalVariable(name: "partial_acc.type_index", scope: !5, file: !1, type: !8)
-!34 = !DILocalVariable(name: "partial_acc.handle", scope: !5, file: !1, type: !9)
-!35 = !DILocalVariable(name: "batch_start.type_index", scope: !5, file: !1, type: !8)
-!36 = !DILocalVariable(name: "batch_start", scope: !5, file: !1, type: !8)
-!37 = !DILocalVariable(name: "num_seqs.type_index", scope: !5, file: !1, type: !8)
-!38 = !DILocalVariable(name: "num_seqs", scope: !5, file: !1, type: !8)
-!39 = !DILocalVariable(name: "kv_head.type_index", scope: !5, file: !1, type: !8)
-!40 = !DILocalVariable(name: "kv_head", scope: !5, file: !1, type: !8)
-!41 = !DILocalVariable(name: "head_start.type_index", scope: !5, file: !1, type: !8)
-!42 = !DILocalVariable(name: "head_start", scope: !5, file: !1, type: !8)
-!43 = !DILocalVariable(name: "num_rows.type_index", scope: !5, file: !1, type: !8)
-!44 = !DILocalVariable(name: "num_rows", scope: !5, file: !1, type: !8)
-!45 = !DILocalVariable(name: "block_begin.type_index", scope: !5, file: !1, type: !8)
-!46 = !DILocalVariable(name: "block_begin", scope: !5, file: !1, type: !8)
-!47 = !DILocalVariable(name: "block_end.type_index", scope: !5, file: !1, type: !8)
-!48 = !DILocalVariable(name: "block_end", scope: !5, file: !1, type: !8)
-!49 = !DILocalVariable(name: "partial_start.type_index", scope: !5, file: !1, type: !8)
-!50 = !DILocalVariable(name: "partial_start", scope: !5, file: !1, type: !8)
-!51 = !DILocalVariable(name: "scale.type_index", scope: !5, file: !1, type: !8)
-!52 = !DILocalVariable(name: "scale", scope: !5, file: !1, type: !53)
-!53 = !DIBasicType(name: "float32", size: 32, encoding: DW_ATE_float)
-!54 = !DILocalVariable(name: "fused_decode.query_shape", scope: !5, file: !1, type: !55)
-!55 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: !56)
-!56 = !DIBasicType(name: "int64", size: 64, encoding: DW_ATE_signed)
-!57 = !DILocalVariable(name: "batch", scope: !5, file: !1, type: !56)
-!58 = !DILocalVariable(name: "fused_decode.query_strides", scope: !5, file: !1, type: !55)
-!59 = !DILocalVariable(name: "q_head", scope: !5, file: !1, type: !56)
-!60 = !DILocalVariable(name: "q_batch", scope: !5, file: !1, type: !56)
-!61 = !DILocalVariable(name: "dev_id", scope: !5, file: !1, type: !8)
-!62 = !DILocalVariable(name: "fused_decode.key_cache_shape", scope: !5, file: !1, type: !55)
-!63 = !DILocalVariable(name: "num_blocks", scope: !5, file: !1, type: !56)
-!64 = !DILocalVariable(name: "fused_decode.key_cache_strides", scope: !5, file: !1, type: !55)
-!65 = !DILocalVariable(name: "k_head", scope: !5, file: !1, type: !56)
-!66 = !DILocalVariable(name: "k_slot", scope: !5, file: !1, type: !56)
-!67 = !DILocalVariable(name: "k_block", scope: !5, file: !1, type: !56)
-!68 = !DILocalVariable(name: "fused_decode.value_cache_shape", scope: !5, file: !1, type: !55)
-!69 = !DILocalVariable(name: "fused_decode.value_cache_strides", scope: !5, file: !1, type: !55)
-!70 = !DILocalVariable(name: "v_head", scope: !5, file: !1, type: !56)
-!71 = !DILocalVariable(name: "v_slot", scope: !5, file: !1, type: !56)
-!72 = !DILocalVariable(name: "v_block", scope: !5, file: !1, type: !56)
-!73 = !DILocalVariable(name: "fused_decode.block_table_shape", scope: !5, file: !1, type: !55)
-!74 = !DILocalVariable(name: "max_blocks", scope: !5, file: !1, type: !56)
-!75 = !DILocalVariable(name: "fused_decode.block_table_strides", scope: !5, file: !1, type: !55)
-!76 = !DILocalVariable(name: "table_seq", scope: !5, file: !1, type: !56)
-!77 = !DILocalVariable(name: "fused_decode.context_lens_shape", scope: !5, file: !1, type: !55)
-!78 = !DILocalVariable(name: "fused_decode.context_lens_strides", scope: !5, file: !1, type: !55)
-!79 = !DILocalVariable(name: "fused_decode.partial_max_shape", scope: !5, file: !1, type: !55)
-!80 = !DILocalVariable(name: "slots", scope: !5, file: !1, type: !56)
-!81 = !DILocalVariable(name: "fused_decode.partial_max_strides", scope: !5, file: !1, type: !55)
-!82 = !DILocalVariable(name: "fused_decode.partial_sum_shape", scope: !5, file: !1, type: !55)
-!83 = !DILocalVariable(name: "fused_decode.partial_sum_strides", scope: !5, file: !1, type: !55)
-!84 = !DILocalVariable(name: "fused_decode.partial_acc_shape", scope: !5, file: !1, type: !55)
-!85 = !DILocalVariable(name: "fused_decode.partial_acc_strides", scope: !5, file: !1, type: !55)
-!86 = !DILocalVariable(name: "query", scope: !5, file: !1, type: !87)
-!87 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: !88)
-!88 = !DIBasicType(name: "uint16", size: 16, encoding: DW_ATE_unsigned)
-!89 = !DILocalVariable(name: "key_cache", scope: !5, file: !1, type: !87)
-!90 = !DILocalVariable(name: "value_cache", scope: !5, file: !1, type: !87)
-!91 = !DILocalVariable(name: "block_table", scope: !5, file: !1, type: !92)
-!92 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: !8)
-!93 = !DILocalVariable(name: "context_lens", scope: !5, file: !1, type: !92)
-!94 = !DILocalVariable(name: "partial_max", scope: !5, file: !1, type: !95)
-!95 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: !53)
-!96 = !DILocalVariable(name: "partial_sum", scope: !5, file: !1, type: !95)
-!97 = !DILocalVariable(name: "partial_acc", scope: !5, file: !1, type: !95)
-!98 = !DILocalVariable(name: "dev_id", arg: 1, scope: !99, file: !1, type: !8)
-!99 = distinct !DISubprogram(name: "fused_decode_compute_", scope: !1, file: !1, type: !100, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !102)
-!100 = !DISubroutineType(types: !101)
-!101 = !{!8, !8, !87, !56, !56, !87, !56, !56, !87, !56, !92, !56, !92, !56, !95, !95, !95, !8, !8, !8, !8, !8, !8, !56, !8, !56, !56, !53, !56, !56, !8}
-!102 = !{!98, !103, !104, !105, !106, !107, !108, !109, !110, !111, !112, !113, !114, !115, !116, !117, !118, !119, !120, !121, !122, !123, !124, !125, !126, !127, !128, !129, !130, !131}
-!103 = !DILocalVariable(name: "query", arg: 2, scope: !99, file: !1, type: !87)
-!104 = !DILocalVariable(name: "q_batch", arg: 3, scope: !99, file: !1, type: !56)
-!105 = !DILocalVariable(name: "batch", arg: 4, scope: !99, file: !1, type: !56)
-!106 = !DILocalVariable(name: "key_cache", arg: 5, scope: !99, file: !1, type: !87)
-!107 = !DILocalVariable(name: "k_block", arg: 6, scope: !99, file: !1, type: !56)
-!108 = !DILocalVariable(name: "num_blocks", arg: 7, scope: !99, file: !1, type: !56)
-!109 = !DILocalVariable(name: "value_cache", arg: 8, scope: !99, file: !1, type: !87)
-!110 = !DILocalVariable(name: "v_block", arg: 9, scope: !99, file: !1, type: !56)
-!111 = !DILocalVariable(name: "block_table", arg: 10, scope: !99, file: !1, type: !92)
-!112 = !DILocalVariable(name: "table_seq", arg: 11, scope: !99, file: !1, type: !56)
-!113 = !DILocalVariable(name: "context_lens", arg: 12, scope: !99, file: !1, type: !92)
-!114 = !DILocalVariable(name: "slots", arg: 13, scope: !99, file: !1, type: !56)
-!115 = !DILocalVariable(name: "partial_max", arg: 14, scope: !99, file: !1, type: !95)
-!116 = !DILocalVariable(name: "partial_sum", arg: 15, scope: !99, file: !1, type: !95)
-!117 = !DILocalVariable(name: "partial_acc", arg: 16, scope: !99, file: !1, type: !95)
-!118 = !DILocalVariable(name: "num_seqs", arg: 17, scope: !99, file: !1, type: !8)
-!119 = !DILocalVariable(name: "batch_start", arg: 18, scope: !99, file: !1, type: !8)
-!120 = !DILocalVariable(name: "block_begin", arg: 19, scope: !99, file: !1, type: !8)
-!121 = !DILocalVariable(name: "block_end", arg: 20, scope: !99, file: !1, type: !8)
-!122 = !DILocalVariable(name: "num_rows", arg: 21, scope: !99, file: !1, type: !8)
-!123 = !DILocalVariable(name: "head_start", arg: 22, scope: !99, file: !1, type: !8)
-!124 = !DILocalVariable(name: "q_head", arg: 23, scope: !99, file: !1, type: !56)
-!125 = !DILocalVariable(name: "kv_head", arg: 24, scope: !99, file: !1, type: !8)
-!126 = !DILocalVariable(name: "k_head", arg: 25, scope: !99, file: !1, type: !56)
-!127 = !DILocalVariable(name: "k_slot", arg: 26, scope: !99, file: !1, type: !56)
-!128 = !DILocalVariable(name: "scale", arg: 27, scope: !99, file: !1, type: !53)
-!129 = !DILocalVariable(name: "v_head", arg: 28, scope: !99, file: !1, type: !56)
-!130 = !DILocalVariable(name: "v_slot", arg: 29, scope: !99, file: !1, type: !56)
-!131 = !DILocalVariable(name: "partial_start", arg: 30, scope: !99, file: !1, type: !8)
-!132 = !DILocation(line: 0, scope: !99, inlinedAt: !133)
-!133 = distinct !DILocation(line: 0, scope: !5)
-!134 = !{!135, !135, i64 0}
-!135 = !{!"ctx_ptr", !136, i64 0}
-!136 = !{!"tvm-tbaa"}
-!137 = !DILocalVariable(name: "q_tile", scope: !99, file: !1, type: !95)
-!138 = !DILocalVariable(name: "acc", scope: !99, file: !1, type: !139)
-!139 = !DIDerivedType(tag: DW_TAG_pointer_type, baseType: !140)
-!140 = !DIBasicType(name: "float32x4", size: 128, encoding: DW_ATE_float)
-!141 = !DILocalVariable(name: "scores", scope: !99, file: !1, type: !139)
-!142 = !DILocalVariable(name: "k_tile", scope: !99, file: !1, type: !95)
-!143 = !DILocalVariable(name: "v_tile", scope: !99, file: !1, type: !95)
-!144 = !DILocalVariable(name: "query", scope: !99, file: !1, type: !87)
-!145 = !DILocalVariable(name: "key_cache", scope: !99, file: !1, type: !87)
-!146 = !DILocalVariable(name: "value_cache", scope: !99, file: !1, type: !87)
-!147 = !DILocalVariable(name: "block_table", scope: !99, file: !1, type: !92)
-!148 = !DILocalVariable(name: "context_lens", scope: !99, file: !1, type: !92)
-!149 = !DILocalVariable(name: "cse_v1", scope: !99, file: !1, type: !56)
-!150 = !DILocalVariable(name: "partial_max", scope: !99, file: !1, type: !95)
-!151 = !DILocalVariable(name: "partial_sum", scope: !99, file: !1, type: !95)
-!152 = !DILocalVariable(name: "partial_acc", scope: !99, file: !1, type: !95)
-!153 = !DILocalVariable(name: "row_max", scope: !99, file: !1, type: !139)
-!154 = !DILocalVariable(name: "row_sum", scope: !99, file: !1, type: !139)
-!155 = !DILocalVariable(name: "s", scope: !99, file: !1, type: !8)
-!156 = !{!"branch_weights", i32 127, i32 1}
-!157 = !DILocalVariable(name: "seq", scope: !99, file: !1, type: !8)
-!158 = !DILocalVariable(name: "cse_v2", scope: !99, file: !1, type: !8)
-!159 = !DILocalVariable(name: "range_begin", scope: !99, file: !1, type: !8)
-!160 = !DILocalVariable(name: "cse_v3", scope: !99, file: !1, type: !56)
-!161 = !DILocalVariable(name: "cse_v18", scope: !99, file: !1, type: !56)
-!162 = !DILocation(line: 89, column: 17, scope: !99, inlinedAt: !133)
-!163 = !{!164, !164, i64 0}
-!164 = !{!"tvm-alias", !136}
-!165 = !DILocalVariable(name: "range_len", scope: !99, file: !1, type: !8)
-!166 = !DILocalVariable(name: "cse_v29", scope: !99, file: !1, type: !8)
-!167 = !DILocalVariable(name: "num_steps", scope: !99, file: !1, type: !8)
-!168 = !DILocalVariable(name: "d", scope: !99, file: !1, type: !8)
-!169 = !DILocalVariable(name: "r", scope: !99, file: !1, type: !8)
-!170 = !{!"branch_weights", i32 1, i32 127}
-!171 = !{!172}
-!172 = distinct !{!172, !173}
-!173 = distinct !{!173, !"LVerDomain"}
-!174 = !{!175}
-!175 = distinct !{!175, !173}
-!176 = !{!177, !178, !179, !172}
-!177 = distinct !{!177, !173}
-!178 = distinct !{!178, !173}
-!179 = distinct !{!179, !173}
-!180 = !{!179}
-!181 = !{!178}
-!182 = !{!177}
-!183 = !{!"branch_weights", i32 1, i32 131071}
-!184 = distinct !{!184, !185, !186, !187}
-!185 = !{!"llvm.loop.isvectorized", i32 1}
-!186 = !{!"llvm.loop.unroll.runtime.disable"}
-!187 = !{!"llvm.loop.estimated_trip_count", i32 65536}
-!188 = !{!"branch_weights", i32 1, i32 0}
-!189 = distinct !{!189, !185, !190}
-!190 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!191 = !{!192}
-!192 = distinct !{!192, !193}
-!193 = distinct !{!193, !"LVerDomain"}
-!194 = !{!195}
-!195 = distinct !{!195, !193}
-!196 = distinct !{!196, !185, !190}
-!197 = !DILocalVariable(name: "step", scope: !99, file: !1, type: !8)
-!198 = !DILocalVariable(name: "cse_v4", scope: !99, file: !1, type: !8)
-!199 = !DILocalVariable(name: "tile_start", scope: !99, file: !1, type: !8)
-!200 = !DILocalVariable(name: "cse_v19", scope: !99, file: !1, type: !8)
-!201 = !DILocalVariable(name: "cse_v30", scope: !99, file: !1, type: !8)
-!202 = !DILocalVariable(name: "valid_len", scope: !99, file: !1, type: !8)
-!203 = !DILocalVariable(name: "cse_v38", scope: !99, file: !1, type: !8)
-!204 = !DILocalVariable(name: "num_groups", scope: !99, file: !1, type: !8)
-!205 = !DILocalVariable(name: "cse_v6", scope: !99, file: !1, type: !56)
-!206 = !DILocalVariable(name: "cse_v7", scope: !99, file: !1, type: !56)
-!207 = !DILocalVariable(name: "cse_v20", scope: !99, file: !1, type: !56)
-!208 = !DILocalVariable(name: "cse_v31", scope: !99, file: !1, type: !56)
-!209 = !DILocalVariable(name: "to", scope: !99, file: !1, type: !8)
-!210 = !DILocalVariable(name: "cse_v17", scope: !99, file: !1, type: !56)
-!211 = !DILocalVariable(name: "cse_v36", scope: !99, file: !1, type: !56)
-!212 = !DILocation(line: 120, column: 29, scope: !99, inlinedAt: !133)
-!213 = !DILocation(line: 121, column: 29, scope: !99, inlinedAt: !133)
-!214 = !DILocalVariable(name: "cse_v5", scope: !99, file: !1, type: !8)
-!215 = !DILocalVariable(name: "ax0", scope: !99, file: !1, type: !8)
-!216 = !DILocalVariable(name: "cse_v8", scope: !99, file: !1, type: !8)
-!217 = !DILocalVariable(name: "cse_v21", scope: !99, file: !1, type: !56)
-!218 = !DILocalVariable(name: "cse_v40", scope: !99, file: !1, type: !56)
-!219 = !DILocalVariable(name: "cse_v41", scope: !99, file: !1, type: !56)
-!220 = !DILocalVariable(name: "cse_v42", scope: !99, file: !1, type: !56)
-!221 = !{!"branch_weights", i32 1, i32 1048575}
-!222 = !DILocalVariable(name: "scores_global", scope: !99, file: !1, type: !139)
-!223 = !DILocalVariable(name: "cse_v9", scope: !99, file: !1, type: !8)
-!224 = !{!"branch_weights", i32 127, i32 134217601}
-!225 = !DILocalVariable(name: "ti", scope: !99, file: !1, type: !8)
-!226 = !DILocalVariable(name: "cse_v22", scope: !99, file: !1, type: !8)
-!227 = !DILocalVariable(name: "tile_sum", scope: !99, file: !1, type: !139)
-!228 = !DILocalVariable(name: "t", scope: !99, file: !1, type: !8)
-!229 = !DILocalVariable(name: "cse_v23", scope: !99, file: !1, type: !8)
-!230 = !DILocalVariable(name: "arg", scope: !99, file: !1, type: !140)
-!231 = !DILocalVariable(name: "cse_v10", scope: !99, file: !1, type: !140)
-!232 = !DILocalVariable(name: "clamped", scope: !99, file: !1, type: !140)
-!233 = !DILocalVariable(name: "cse_v32", scope: !99, file: !1, type: !140)
-!234 = !DILocalVariable(name: "bits", scope: !99, file: !1, type: !235)
-!235 = !DIBasicType(name: "int32x4", size: 128, encoding: DW_ATE_signed)
-!236 = !DILocalVariable(name: "n", scope: !99, file: !1, type: !140)
-!237 = !DILocalVariable(name: "f", scope: !99, file: !1, type: !140)
-!238 = !DILocalVariable(name: "high", scope: !99, file: !1, type: !140)
-!239 = !DILocalVariable(name: "series", scope: !99, file: !1, type: !140)
-!240 = !DILocalVariable(name: "power", scope: !99, file: !1, type: !140)
-!241 = !DILocalVariable(name: "cse_v24", scope: !99, file: !1, type: !140)
-!242 = !DILocalVariable(name: "d_0", scope: !99, file: !1, type: !8)
-!243 = !DILocalVariable(name: "cse_v11", scope: !99, file: !1, type: !56)
-!244 = !DILocalVariable(name: "cse_v12", scope: !99, file: !1, type: !8)
-!245 = !DILocalVariable(name: "cse_v25", scope: !99, file: !1, type: !56)
-!246 = !DILocalVariable(name: "cse_v33", scope: !99, file: !1, type: !56)
-!247 = !DILocalVariable(name: "cse_v39", scope: !99, file: !1, type: !56)
-!248 = !DILocalVariable(name: "tile_acc_global", scope: !99, file: !1, type: !139)
-!249 = !DILocalVariable(name: "cse_v14", scope: !99, file: !1, type: !8)
-!250 = !DILocalVariable(name: "old_max", scope: !99, file: !1, type: !140)
-!251 = !DILocalVariable(name: "old_sum", scope: !99, file: !1, type: !140)
-!252 = !DILocalVariable(name: "both", scope: !99, file: !1, type: !140)
-!253 = !DILocalVariable(name: "old_or_both", scope: !99, file: !1, type: !140)
-!254 = !DILocalVariable(name: "m", scope: !99, file: !1, type: !140)
-!255 = !DILocalVariable(name: "cse_v15", scope: !99, file: !1, type: !140)
-!256 = !DILocalVariable(name: "cse_v27", scope: !99, file: !1, type: !140)
-!257 = !DILocalVariable(name: "cse_v37", scope: !99, file: !1, type: !140)
-!258 = !DILocalVariable(name: "cse_v34", scope: !99, file: !1, type: !140)
-!259 = !DILocalVariable(name: "alpha", scope: !99, file: !1, type: !139)
-!260 = !DILocalVariable(name: "cse_v16", scope: !99, file: !1, type: !140)
-!261 = !DILocalVariable(name: "cse_v35", scope: !99, file: !1, type: !140)
-!262 = !DILocalVariable(name: "cse_v28", scope: !99, file: !1, type: !140)
-!263 = !DILocalVariable(name: "previous", scope: !99, file: !1, type: !140)
-!264 = !DILocalVariable(name: "cse_v13", scope: !99, file: !1, type: !8)
-!265 = !DILocalVariable(name: "cse_v26", scope: !99, file: !1, type: !8)
-!266 = distinct !{!266, !267}
-!267 = !{!"llvm.loop.estimated_trip_count", i32 524288}
-!268 = !DILocation(line: 125, column: 29, scope: !99, inlinedAt: !133)
-!269 = distinct !{!269, !270}
-!270 = !{!"llvm.loop.estimated_trip_count", i32 131072}
-!271 = distinct !DISubprogram(name: "__tvm_ffi_merge_partials", scope: !1, file: !1, type: !6, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !272)
-!272 = !{!273, !274, !275, !276}
-!273 = !DILocalVariable(name: "self_handle", arg: 1, scope: !271, file: !1, type: !9)
-!274 = !DILocalVariable(name: "args", arg: 2, scope: !271, file: !1, type: !9)
-!275 = !DILocalVariable(name: "num_args", arg: 3, scope: !271, file: !1, type: !8)
-!276 = !DILocalVariable(name: "result", arg: 4, scope: !271, file: !1, type: !9)
-!277 = !DILocation(line: 0, scope: !278, inlinedAt: !298)
-!278 = distinct !DISubprogram(name: "merge_partials_compute_", scope: !1, file: !1, type: !279, flags: DIFlagPrototyped, spFlags: DISPFlagLocalToUnit | DISPFlagDefinition | DISPFlagOptimized, unit: !0, retainedNodes: !281)
-!279 = !DISubroutineType(types: !280)
-!280 = !{!8, !8, !56, !95, !95, !95, !87, !56, !56, !95, !56, !8, !8, !8, !8, !8, !56}
-!281 = !{!282, !283, !284, !285, !286, !287, !288, !289, !290, !291, !292, !293, !294, !295, !296, !297}
-!282 = !DILocalVariable(name: "dev_id", arg: 1, scope: !278, file: !1, type: !8)
-!283 = !DILocalVariable(name: "slots", arg: 2, scope: !278, file: !1, type: !56)
-!284 = !DILocalVariable(name: "partial_max", arg: 3, scope: !278, file: !1, type: !95)
-!285 = !DILocalVariable(name: "partial_sum", arg: 4, scope: !278, file: !1, type: !95)
-!286 = !DILocalVariable(name: "partial_acc", arg: 5, scope: !278, file: !1, type: !95)
-!287 = !DILocalVariable(name: "out", arg: 6, scope: !278, file: !1, type: !87)
-!288 = !DILocalVariable(name: "out_batch", arg: 7, scope: !278, file: !1, type: !56)
-!289 = !DILocalVariable(name: "batch", arg: 8, scope: !278, file: !1, type: !56)
-!290 = !DILocalVariable(name: "lse", arg: 9, scope: !278, file: !1, type: !95)
-!291 = !DILocalVariable(name: "lse_batch", arg: 10, scope: !278, file: !1, type: !56)
-!292 = !DILocalVariable(name: "num_partials", arg: 11, scope: !278, file: !1, type: !8)
-!293 = !DILocalVariable(name: "partial_start", arg: 12, scope: !278, file: !1, type: !8)
-!294 = !DILocalVariable(name: "seq", arg: 13, scope: !278, file: !1, type: !8)
-!295 = !DILocalVariable(name: "head_start", arg: 14, scope: !278, file: !1, type: !8)
-!296 = !DILocalVariable(name: "num_rows", arg: 15, scope: !278, file: !1, type: !8)
-!297 = !DILocalVariable(name: "out_head", arg: 16, scope: !278, file: !1, type: !56)
-!298 = distinct !DILocation(line: 0, scope: !271)
-!299 = !DILocation(line: 0, scope: !271)
-!300 = !DILocalVariable(name: "partial_max.type_index", scope: !271, file: !1, type: !8)
-!301 = !DILocalVariable(name: "partial_max.handle", scope: !271, file: !1, type: !9)
-!302 = !DILocalVariable(name: "partial_sum.type_index", scope: !271, file: !1, type: !8)
-!303 = !DILocalVariable(name: "partial_sum.handle", scope: !271, file: !1, type: !9)
-!304 = !DILocalVariable(name: "partial_acc.type_index", scope: !271, file: !1, type: !8)
-!305 = !DILocalVariable(name: "partial_acc.handle", scope: !271, file: !1, type: !9)
-!306 = !DILocalVariable(name: "out.type_index", scope: !271, file: !1, type: !8)
-!307 = !DILocalVariable(name: "out.handle", scope: !271, file: !1, type: !9)
-!308 = !DILocalVariable(name: "lse.type_index", scope: !271, file: !1, type: !8)
-!309 = !DILocalVariable(name: "lse.handle", scope: !271, file: !1, type: !9)
-!310 = !DILocalVariable(name: "seq.type_index", scope: !271, file: !1, type: !8)
-!311 = !DILocalVariable(name: "seq", scope: !271, file: !1, type: !8)
-!312 = !DILocalVariable(name: "head_start.type_index", scope: !271, file: !1, type: !8)
-!313 = !DILocalVariable(name: "head_start", scope: !271, file: !1, type: !8)
-!314 = !DILocalVariable(name: "num_rows.type_index", scope: !271, file: !1, type: !8)
-!315 = !DILocalVariable(name: "num_rows", scope: !271, file: !1, type: !8)
-!316 = !DILocalVariable(name: "partial_start.type_index", scope: !271, file: !1, type: !8)
-!317 = !DILocalVariable(name: "partial_start", scope: !271, file: !1, type: !8)
-!318 = !DILocalVariable(name: "num_partials.type_index", scope: !271, file: !1, type: !8)
-!319 = !DILocalVariable(name: "num_partials", scope: !271, file: !1, type: !8)
-!320 = !DILocalVariable(name: "merge_partials.partial_max_shape", scope: !271, file: !1, type: !55)
-!321 = !DILocalVariable(name: "slots", scope: !271, file: !1, type: !56)
-!322 = !DILocalVariable(name: "merge_partials.partial_max_strides", scope: !271, file: !1, type: !55)
-!323 = !DILocalVariable(name: "dev_id", scope: !271, file: !1, type: !8)
-!324 = !DILocalVariable(name: "merge_partials.partial_sum_shape", scope: !271, file: !1, type: !55)
-!325 = !DILocalVariable(name: "merge_partials.partial_sum_strides", scope: !271, file: !1, type: !55)
-!326 = !DILocalVariable(name: "merge_partials.partial_acc_shape", scope: !271, file: !1, type: !55)
-!327 = !DILocalVariable(name: "merge_partials.partial_acc_strides", scope: !271, file: !1, type: !55)
-!328 = !DILocalVariable(name: "merge_partials.out_shape", scope: !271, file: !1, type: !55)
-!329 = !DILocalVariable(name: "batch", scope: !271, file: !1, type: !56)
-!330 = !DILocalVariable(name: "merge_partials.out_strides", scope: !271, file: !1, type: !55)
-!331 = !DILocalVariable(name: "out_head", scope: !271, file: !1, type: !56)
-!332 = !DILocalVariable(name: "out_batch", scope: !271, file: !1, type: !56)
-!333 = !DILocalVariable(name: "merge_partials.lse_shape", scope: !271, file: !1, type: !55)
-!334 = !DILocalVariable(name: "merge_partials.lse_strides", scope: !271, file: !1, type: !55)
-!335 = !DILocalVariable(name: "lse_batch", scope: !271, file: !1, type: !56)
-!336 = !DILocalVariable(name: "partial_max", scope: !271, file: !1, type: !95)
-!337 = !DILocalVariable(name: "partial_sum", scope: !271, file: !1, type: !95)
-!338 = !DILocalVariable(name: "partial_acc", scope: !271, file: !1, type: !95)
-!339 = !DILocalVariable(name: "out", scope: !271, file: !1, type: !87)
-!340 = !DILocalVariable(name: "lse", scope: !271, file: !1, type: !95)
-!341 = !DILocalVariable(name: "row_max", scope: !278, file: !1, type: !95)
-!342 = !DILocalVariable(name: "row_sum", scope: !278, file: !1, type: !95)
-!343 = !DILocalVariable(name: "acc", scope: !278, file: !1, type: !95)
-!344 = !DILocalVariable(name: "cse_v1", scope: !278, file: !1, type: !56)
-!345 = !DILocalVariable(name: "partial_max", scope: !278, file: !1, type: !95)
-!346 = !DILocalVariable(name: "partial_sum", scope: !278, file: !1, type: !95)
-!347 = !DILocalVariable(name: "partial_acc", scope: !278, file: !1, type: !95)
-!348 = !DILocalVariable(name: "out", scope: !278, file: !1, type: !87)
-!349 = !DILocalVariable(name: "lse", scope: !278, file: !1, type: !95)
-!350 = !DILocalVariable(name: "step", scope: !278, file: !1, type: !8)
-!351 = !DILocalVariable(name: "d", scope: !278, file: !1, type: !8)
-!352 = !DILocalVariable(name: "slot", scope: !278, file: !1, type: !8)
-!353 = !DILocalVariable(name: "old_max", scope: !278, file: !1, type: !140)
-!354 = !DILocalVariable(name: "old_sum", scope: !278, file: !1, type: !140)
-!355 = !DILocalVariable(name: "cse_v2", scope: !278, file: !1, type: !56)
-!356 = !DILocalVariable(name: "cse_v3", scope: !278, file: !1, type: !56)
-!357 = !DILocalVariable(name: "cse_v13", scope: !278, file: !1, type: !56)
-!358 = !DILocalVariable(name: "both", scope: !278, file: !1, type: !140)
-!359 = !DILocalVariable(name: "old_or_both", scope: !278, file: !1, type: !140)
-!360 = !DILocalVariable(name: "m", scope: !278, file: !1, type: !140)
-!361 = !DILocalVariable(name: "new_max", scope: !278, file: !1, type: !139)
-!362 = !DILocalVariable(name: "cse_v4", scope: !278, file: !1, type: !140)
-!363 = !DILocalVariable(name: "arg", scope: !278, file: !1, type: !140)
-!364 = !DILocalVariable(name: "cse_v10", scope: !278, file: !1, type: !140)
-!365 = !DILocalVariable(name: "clamped", scope: !278, file: !1, type: !140)
-!366 = !DILocalVariable(name: "cse_v16", scope: !278, file: !1, type: !140)
-!367 = !DILocalVariable(name: "bits", scope: !278, file: !1, type: !235)
-!368 = !DILocalVariable(name: "n", scope: !278, file: !1, type: !140)
-!369 = !DILocalVariable(name: "f", scope: !278, file: !1, type: !140)
-!370 = !DILocalVariable(name: "high", scope: !278, file: !1, type: !140)
-!371 = !DILocalVariable(name: "series", scope: !278, file: !1, type: !140)
-!372 = !DILocalVariable(name: "power", scope: !278, file: !1, type: !140)
-!373 = !DILocalVariable(name: "cse_v14", scope: !278, file: !1, type: !140)
-!374 = !DILocalVariable(name: "alpha", scope: !278, file: !1, type: !139)
-!375 = !DILocalVariable(name: "cse_v5", scope: !278, file: !1, type: !140)
-!376 = !DILocalVariable(name: "cse_v15", scope: !278, file: !1, type: !140)
-!377 = !DILocalVariable(name: "cse_v11", scope: !278, file: !1, type: !140)
-!378 = !DILocalVariable(name: "beta", scope: !278, file: !1, type: !139)
-!379 = !DILocalVariable(name: "previous", scope: !278, file: !1, type: !140)
-!380 = !DILocalVariable(name: "new_sum", scope: !278, file: !1, type: !139)
-!381 = !DILocalVariable(name: "cse_v6", scope: !278, file: !1, type: !8)
-!382 = distinct !{!382, !383}
-!383 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!384 = distinct !{!384, !383}
-!385 = !DILocalVariable(name: "cse_v7", scope: !278, file: !1, type: !8)
-!386 = !DILocation(line: 62, column: 21, scope: !278, inlinedAt: !298)
-!387 = distinct !{!387, !383}
-!388 = !DILocalVariable(name: "cse_v8", scope: !278, file: !1, type: !56)
-!389 = !DILocalVariable(name: "cse_v9", scope: !278, file: !1, type: !56)
-!390 = !DILocalVariable(name: "r", scope: !278, file: !1, type: !8)
-!391 = !{!392}
-!392 = distinct !{!392, !393}
-!393 = distinct !{!393, !"LVerDomain"}
-!394 = !{!395}
-!395 = distinct !{!395, !393}
-!396 = !{!"branch_weights", i32 6096, i32 2147477552}
-!397 = !DILocalVariable(name: "cse_v12", scope: !278, file: !1, type: !8)
-!398 = distinct !{!398, !185, !190}
-!399 = !DILocation(line: 73, column: 21, scope: !278, inlinedAt: !298)
-!400 = !{!401, !401, i64 0}
-!401 = !{!"buffer0", !136, i64 0}
-!402 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!403 = !{!404, !404, i64 0}
-!404 = !{!"buffer1", !136, i64 0}
-!405 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!406 = distinct !{!406, !407, !408}
-!407 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!408 = !{!"llvm.loop.unroll.disable"}
-!409 = !{!"branch_weights", i32 8128, i32 2147475520}
-!410 = distinct !{!410, !411}
-!411 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!0 = !{i32 2, !"tvm_target", !"{\22kind\22:\22llvm\22,\22mtriple\22:\22x86_64-conda-linux-gnu\22,\22mcpu\22:\22x86-64-v4\22}"}
+!1 = !{i32 4, !"Debug Info Version", i32 3}
+!2 = !{i32 4, !"Dwarf Version", i32 4}
+!3 = !{!4, !4, i64 0}
+!4 = !{!"ctx_ptr", !5, i64 0}
+!5 = !{!"tvm-tbaa"}
+!6 = !{!"branch_weights", i32 1048576, i32 1}
+!7 = !{!"branch_weights", i32 127, i32 1}
+!8 = !{!9, !9, i64 0}
+!9 = !{!"tvm-alias", !5}
+!10 = !{!"branch_weights", i32 1, i32 127}
+!11 = !{!12}
+!12 = distinct !{!12, !13}
+!13 = distinct !{!13, !"LVerDomain"}
+!14 = !{!15}
+!15 = distinct !{!15, !13}
+!16 = !{!17, !18, !19, !12}
+!17 = distinct !{!17, !13}
+!18 = distinct !{!18, !13}
+!19 = distinct !{!19, !13}
+!20 = !{!19}
+!21 = !{!18}
+!22 = !{!17}
+!23 = !{!"branch_weights", i32 1, i32 131071}
+!24 = distinct !{!24, !25, !26, !27}
+!25 = !{!"llvm.loop.isvectorized", i32 1}
+!26 = !{!"llvm.loop.unroll.runtime.disable"}
+!27 = !{!"llvm.loop.estimated_trip_count", i32 65536}
+!28 = !{!"branch_weights", i32 1, i32 0}
+!29 = distinct !{!29, !25, !30}
+!30 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!31 = !{!32}
+!32 = distinct !{!32, !33}
+!33 = distinct !{!33, !"LVerDomain"}
+!34 = !{!35}
+!35 = distinct !{!35, !33}
+!36 = distinct !{!36, !25, !30}
+!37 = !{!"branch_weights", i32 1, i32 1048576}
+!38 = !{!"branch_weights", i32 1, i32 1048575}
+!39 = !{!"branch_weights", i32 127, i32 134217601}
+!40 = distinct !{!40, !41}
+!41 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!42 = distinct !{!42, !43}
+!43 = !{!"llvm.loop.estimated_trip_count", i32 131072}
+!44 = distinct !{!44, !45}
+!45 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!46 = distinct !{!46, !45}
+!47 = distinct !{!47, !45}
+!48 = !{!49}
+!49 = distinct !{!49, !50}
+!50 = distinct !{!50, !"LVerDomain"}
+!51 = !{!52}
+!52 = distinct !{!52, !50}
+!53 = !{!"branch_weights", i32 6096, i32 2147477552}
+!54 = distinct !{!54, !25, !30}
+!55 = !{!56, !56, i64 0}
+!56 = !{!"buffer0", !5, i64 0}
+!57 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!58 = !{!59, !59, i64 0}
+!59 = !{!"buffer1", !5, i64 0}
+!60 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!61 = distinct !{!61, !62, !63}
+!62 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!63 = !{!"llvm.loop.unroll.disable"}
+!64 = !{!"branch_weights", i32 8128, i32 2147475520}
+!65 = distinct !{!65, !66}
+!66 = !{!"llvm.loop.estimated_trip_count", i32 264208}

@@ -24,10 +24,9 @@ def store_exp(buffer, indices, x, valid):
     Exactly 1 at 0, exactly 0 below -87, NaN for NaN.
     """
     arg: T.let = x
-    clamped: T.let = T.Select(arg < T.float32(_SMALLEST), T.float32(_SMALLEST), arg)  # this order keeps NaN
-    bits: T.let = T.reinterpret("int32", clamped * T.float32(_LOG2_E) + T.float32(_ROUND))
+    bits: T.let = T.reinterpret("int32", arg * T.float32(_LOG2_E) + T.float32(_ROUND))  # anything below _SMALLEST
     n: T.let = T.Cast("float32", bits - _ROUND_BITS)
-    f: T.let = clamped - n * T.float32(_LN2_HIGH) - n * T.float32(_LN2_LOW)
+    f: T.let = arg - n * T.float32(_LN2_HIGH) - n * T.float32(_LN2_LOW)
     high: T.let = ((T.float32(_C7) * f + T.float32(_C6)) * f + T.float32(_C5)) * f + T.float32(_C4)
     series: T.let = ((high * f + T.float32(_C3)) * f + T.float32(_C2)) * f * f + f + T.float32(1)
     power: T.let = T.reinterpret("float32", T.shift_left(bits + 127, 23))
