@@ -11,7 +11,7 @@ import jinja2
 
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.target import CpuTarget
-from pa_compiler.tiling import SPLIT_TOKENS, Tiling
+from pa_compiler.tiling import Tiling
 
 _DTYPES = {
     "float32": "{kDLFloat, 32, 1}",
@@ -58,10 +58,10 @@ def render(
         pipeline=pipeline,
         kernels=kernels,
         split_blocks=tiling.split_blocks if fused else "std::numeric_limits<int64_t>::max()",
-        item_tokens=SPLIT_TOKENS if fused else "std::numeric_limits<int64_t>::max()",
+        item_tokens=tiling.split_blocks * spec.block_size if fused else "std::numeric_limits<int64_t>::max()",
         dtypes=_DTYPES,
         cache_extents=", ".join("-1" if isinstance(extent, str) else str(extent) for extent in spec.cache_shape),
-        thread_tokens=max(1, _THREAD_FLOPS // (4 * spec.head_dim * tiling.row_tile)),
+        thread_tokens=max(1, _THREAD_FLOPS // (4 * spec.head_dim * spec.num_heads)),
         checked_features=[name for name in _CHECKED_FEATURES if name in target.features],
         manifest=json.dumps(manifest, sort_keys=True),
     )

@@ -1,4 +1,4 @@
-"""The policy: which register and cache tiles a spec gets on a target. The schedules are the mechanism."""
+"""The policy: which strategy, and which register and cache tiles, a spec gets on a target. Schedules are the mechanism."""
 
 from __future__ import annotations
 
@@ -8,13 +8,39 @@ import math
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.target import CpuTarget
 
+STRATEGIES = ("heads_in_lanes", "head_dim_in_lanes")
+"""The schedules of the fused pipeline, by what lies in the lanes of a vector register."""
+
 KV_TILE = 128
-LINE_BYTES = 64
+"""Tokens whose scores are held at once in the fused kernel: long enough to amortise the rescale of acc, short enough
+that scores and probs of 16 rows (8 KB each) stay in the first-level cache."""
+
 SPLIT_TOKENS = 2048
+"""KV tokens of one kv head after which a sequence is split into block ranges: with more kv heads the ranges are shorter.
+A constant, so that a sequence is cut at the same places in every batch and at every thread count."""
+
+MIN_SPLIT_TOKENS = 256
+LINE_BYTES = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
+    """Sizes that kernels and schedules agree on.
+
+    Attributes:
+        strategy: One of STRATEGIES. The staged pipeline is always scheduled with head_dim in the lanes.
+        row_tile: Query heads of one kv head that a tile takes at once: the group in equal tiles of up to head_tile.
+        kv_tile: Tokens of one step of the online softmax. In the staged pipeline: block_size.
+        token_group: Tokens that the matmuls take at a time; a tile is padded to a multiple of it.
+        lanes: float32 elements of head_dim in one vector; divides head_dim.
+        row_lanes: Rows in one vector, where heads lie in lanes.
+        qk_rows, qk_tokens: Scores that qk_matmul sums in registers at once.
+        pv_rows, pv_dims: Outputs that pv_matmul sums in registers at once; pv_dims divides head_dim.
+        copy_tiles: Whether keys and values are converted into scratch first; where not, the matmuls read the caches.
+        line_elements: Cache elements of one line of the memory system, the step of the prefetches.
+        split_blocks: Blocks of one range of a long sequence.
+    """
+
     strategy: str
     row_tile: int
     kv_tile: int
@@ -23,44 +49,68 @@ class Tiling:
     qk_rows: int
     qk_tokens: int
     pv_rows: int
-    pv_vectors: int
+    pv_dims: int
+    copy_tiles: bool
     line_elements: int
     split_blocks: int
 
     @property
     def padded_kv_tile(self) -> int:
+        """kv_tile rounded up to whole token groups."""
         return -(-self.kv_tile // self.token_group) * self.token_group
 
     @property
     def num_offsets(self) -> int:
+        """Tokens whose places in the cache are looked up at once: a padded tile, and the one after it."""
         return self.kv_tile + self.padded_kv_tile
 
-    def row_tiles(self, spec) -> int:
+    def copy_shape(self, spec: PagedAttentionSpec) -> tuple[int, int]:
+        """The shape of a tile that is converted into scratch; of nothing, where none is."""
+        return (self.padded_kv_tile, spec.head_dim) if self.copy_tiles else (1, 1)
+
+    def row_tiles(self, spec: PagedAttentionSpec) -> int:
+        """Tiles of rows that cover one group."""
         return -(-spec.group // self.row_tile)
 
 
 def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling:
-    tiles = -(-spec.group // spec.head_tile)
-    rows = -(-spec.group // tiles)
+    """Choose the tiles from the spec and the target's features alone."""
+    rows = -(-spec.group // -(-spec.group // spec.head_tile))
     lanes = math.gcd(spec.head_dim, target.vector_lanes)
-    kv_tile = spec.block_size if pipeline == "staged" else KV_TILE
     sums = target.accumulators
-    qk_rows = _largest_divisor(rows, sums)
-    pv_rows = qk_rows
+    kv_tile = spec.block_size if pipeline == "staged" else KV_TILE
+    in_register = largest_divisor(rows, sums)
+    if pipeline == "fused" and rows % target.vector_lanes == 0 and rows > 1:
+        vectors = rows // target.vector_lanes
+        tiles = {
+            "strategy": "heads_in_lanes",
+            "token_group": max(1, sums // vectors),
+            "qk_rows": rows,
+            "qk_tokens": max(1, sums // vectors),
+            "pv_rows": rows,
+            "pv_dims": largest_divisor(spec.head_dim, max(1, sums // vectors)),
+            "copy_tiles": spec.dtype != "float32",
+        }
+    else:
+        tiles = {
+            "strategy": "head_dim_in_lanes",
+            "token_group": lanes,
+            "qk_rows": in_register,
+            "qk_tokens": largest_divisor(lanes, max(1, sums // in_register)),
+            "pv_rows": in_register,
+            "pv_dims": lanes * largest_divisor(spec.head_dim // lanes, max(1, sums // in_register)),
+            "copy_tiles": False,
+        }
     return Tiling(
-        strategy="head_dim_in_lanes",
         row_tile=rows,
         kv_tile=kv_tile,
-        token_group=lanes,
         lanes=lanes,
-        qk_rows=qk_rows,
-        qk_tokens=_largest_divisor(lanes, max(1, sums // qk_rows)),
-        pv_rows=pv_rows,
-        pv_vectors=_largest_divisor(spec.head_dim // lanes, max(1, sums // pv_rows)),
         line_elements=LINE_BYTES // ITEMSIZES[spec.dtype],
-        split_blocks=max(1, 2048 // spec.num_kv_heads // spec.block_size),
+        split_blocks=max(1, max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads) // spec.block_size),
+        **tiles,
     )
 
 
-def _largest_divisor(number: int, limit: int) -> int:
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of number that is at most limit."""
     return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)

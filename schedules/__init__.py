@@ -1,6 +1,7 @@
 """Schedules: how the kernels run on a target. One file per strategy; a schedule changes loops, never the maths."""
 
 from tvm import IRModule
+from tvm.s_tir import Schedule
 
 from pa_compiler.schedules import head_dim_in_lanes
 from pa_compiler.tiling import Tiling
@@ -8,4 +9,22 @@ from pa_compiler.tiling import Tiling
 
 def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
     """The module with every PrimFunc scheduled. The one given may be changed: use it no more."""
-    return head_dim_in_lanes.schedule(mod, tiling)
+    sch = Schedule(mod)
+    for variable in mod.get_global_vars():
+        sch.work_on(variable.name_hint)
+        stages = head_dim_in_lanes.STAGES
+        present = _sblock_names(sch)
+        for stage, apply in stages.items():
+            if stage in present:
+                apply(sch, tiling)
+    return sch.mod
+
+
+def _sblock_names(sch: Schedule) -> set[str]:
+    names = set()
+    pending = [sch.get_sblock("root")]
+    while pending:
+        for child in sch.get_child_blocks(pending.pop()):
+            names.add(sch.get(child).name_hint)
+            pending.append(child)
+    return names

@@ -1,72 +1,72 @@
-"""CPU strategy: the elements of head_dim lie side by side in the lanes of a vector register."""
+"""CPU strategy: elements of head_dim lie side by side in the lanes of a vector register. For any number of heads.
+
+    qk_matmul    qk_rows x qk_tokens vectors of partial dot products in registers, one step for `lanes` elements of
+                 head_dim; then the sums across the lanes, a whole group of tokens at a time
+    softmax      along the tokens of a row
+    pv_matmul    pv_rows x pv_dims outputs in registers, one step per token
+
+Keys and values are read as they lie in a row of the cache. Register tiles come from cache_write: LLVM keeps a sum in a
+register only where it lives in a small buffer of its own.
+"""
 
 from collections.abc import Callable
 
-from tvm import IRModule
 from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from pa_compiler.schedules.sum_lanes import sum_lanes
-from pa_compiler.tiling import Tiling
+from pa_compiler.tiling import Tiling, largest_divisor
 
 
-def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
-    sch = Schedule(mod)
-    for variable in mod.get_global_vars():
-        sch.work_on(variable.name_hint)
-        present = _sblock_names(sch)
-        for stage, apply in _STAGES.items():
-            if stage in present:
-                apply(sch, tiling)
-    return sch.mod
+def load_query(sch: Schedule, tiling: Tiling) -> None:
+    """Rows of the query as vectors."""
+    vectorize_dims(sch, tiling, "q_tile")
 
 
-def _load_query(sch, tiling):
-    d = sch.get_loops(sch.get_sblock("q_tile"))[-1]
-    sch.vectorize(sch.split(d, [None, tiling.lanes])[-1])
+def load_tile(sch: Schedule, tiling: Tiling) -> None:
+    """Read a cache row in vectors, unrolled so that its address is computed once for many."""
+    for copy in sch.get_child_blocks(sch.get_sblock("load_tile")):
+        dim = sch.get_loops(copy)[-1]
+        vectors = sch.get(dim).extent // tiling.lanes
+        _, vector, lane = sch.split(dim, [None, largest_divisor(int(vectors), 32), tiling.lanes])
+        sch.unroll(vector)
+        sch.vectorize(lane)
 
 
-def _qk_matmul(sch, tiling):
+def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
+    """Partial dot products in registers, summed across their lanes a token group at a time."""
     scores = sch.get_sblock("scores")
-    sch.compute_inline(sch.get_sblock("k_tile"))
-    *_, dim = sch.get_loops(scores)
-    _, lane = sch.split(dim, [None, tiling.lanes])
-    parts = sch.rfactor(lane, factor_axis=3)
-    group, token, row, lane = sch.get_loops(scores)[-4:]
-    sch.reorder(row, token, lane)
+    _, part_lane = sch.split(sch.get_loops(scores)[-1], [None, tiling.lanes])
+    parts = sch.rfactor(part_lane, factor_axis=3)
+    group, token, row, _ = sch.get_loops(scores)[-4:]
+    sch.reorder(row, token)
     sch.compute_at(parts, group, preserve_unit_loops=True)
     sums = sch.cache_write(parts, 0, "global")
     lane, token, row, dim = sch.get_loops(parts)[-4:]
     token_outer, token = sch.split(token, [None, tiling.qk_tokens])
     row_outer, row = sch.split(row, [None, tiling.qk_rows])
     sch.reorder(token_outer, row_outer, dim, token, row, lane)
-    sch.reverse_compute_at(sums, row_outer, preserve_unit_loops=True)
-    for loop in sch.get_loops(sums)[-3:-1]:
-        sch.unroll(loop)
-    sch.vectorize(sch.get_loops(sums)[-1])
-    sch.unroll(token)
-    sch.unroll(row)
-    sch.vectorize(lane)
+    _in_registers(sch, sums, row_outer, dim, token, row, lane)
     sch.decompose_reduction(parts, dim)
-    row, token, lane = sch.get_loops(scores)[-3:]
+    _, token, _ = sch.get_loops(scores)[-3:]
     init = sch.decompose_reduction(scores, token)
     sch.vectorize(sch.get_loops(init)[-1])
     sch.tensorize(token, sum_lanes(tiling.lanes))
     fetch = sch.get_sblock("prefetch_keys")
     fetch_group, fetch_token, _ = sch.get_loops(fetch)[-3:]
-    fetch_outer, fetch_token = sch.split(fetch_token, [None, tiling.qk_tokens])
-    group = sch.merge(fetch_group, group)
-    fetch_outer = sch.get_loops(fetch)[-3]
-    sch.merge(fetch_outer, sch.get_loops(sch.get_sblock("scores_rf_update"))[-6])
+    sch.split(fetch_token, [None, tiling.qk_tokens])
+    sch.merge(fetch_group, group)
+    sch.merge(sch.get_loops(fetch)[-3], token_outer)
 
 
-def _softmax_prepare(sch, tiling):
+def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
+    """Tokens in lanes; the maximum and the sum of a row first lane by lane."""
     for name in ("scaled", "probs"):
         sch.vectorize(sch.get_loops(sch.get_sblock(name))[-1])
     for name, axis in (("peak", 1), ("tile_sum", 2)):
-        block = sch.get_sblock(name)
-        *_, lane = sch.get_loops(block)
-        parts = sch.rfactor(lane, factor_axis=axis)
-        row, lane = sch.get_loops(block)[-2:]
+        total = sch.get_sblock(name)
+        parts = sch.rfactor(sch.get_loops(total)[-1], factor_axis=axis)
+        row, _ = sch.get_loops(total)[-2:]
         sch.compute_at(parts, row)
         sums = sch.cache_write(parts, 0, "global")
         lane, group = sch.get_loops(parts)[-2:]
@@ -74,63 +74,81 @@ def _softmax_prepare(sch, tiling):
         sch.vectorize(lane)
         sch.vectorize(sch.get_loops(sums)[-1])
         sch.decompose_reduction(parts, group)
-        row, lane = sch.get_loops(block)[-2:]
+        lane = sch.get_loops(total)[-1]
         sch.unroll(lane)
-        sch.decompose_reduction(block, lane)
+        sch.decompose_reduction(total, lane)
 
 
-def _pv_matmul(sch, tiling):
+def pv_matmul(sch: Schedule, tiling: Tiling) -> None:
+    """Outputs in registers over all whole token groups of the tile; the rest of the last one after that."""
     full = sch.get_sblock("full_groups")
     sums = sch.cache_write(full, 0, "global")
     group, token, row, dim = sch.get_loops(full)[-4:]
     row_outer, row = sch.split(row, [None, tiling.pv_rows])
-    dim_outer, vector, lane = sch.split(dim, [None, tiling.pv_vectors, tiling.lanes])
+    dim_outer, vector, lane = sch.split(dim, [None, tiling.pv_dims // tiling.lanes, tiling.lanes])
     sch.reorder(row_outer, dim_outer, group, token, row, vector, lane)
+    sch.compute_at(sch.get_sblock("prefetch_values"), group, preserve_unit_loops=True)
     sch.reverse_compute_at(sums, dim_outer, preserve_unit_loops=True)
-    fetch = sch.get_sblock("prefetch_values")
-    sch.compute_at(fetch, group, preserve_unit_loops=True)
-    sum_row, sum_dim = sch.get_loops(sums)[-2:]
-    _, sum_vector, sum_lane = sch.split(sum_dim, [None, tiling.pv_vectors, tiling.lanes])
-    sch.unroll(sum_row)
-    sch.unroll(sum_vector)
-    sch.vectorize(sum_lane)
-    sch.unroll(token)
-    sch.unroll(row)
-    sch.unroll(vector)
+    sch.split(sch.get_loops(sums)[-1], [None, tiling.lanes])
+    for loop in sch.get_loops(sums)[-3:-1]:
+        sch.unroll(loop)
+    sch.vectorize(sch.get_loops(sums)[-1])
+    for loop in (token, row, vector):
+        sch.unroll(loop)
     sch.vectorize(lane)
     sch.decompose_reduction(full, group)
-    _vectorize_dims(sch, tiling, "tile_acc")
     rest = sch.get_sblock("tile_acc")
+    vectorize_dims(sch, tiling, "tile_acc")
     sch.decompose_reduction(rest, sch.get_loops(rest)[-4])
 
 
-def _online_update(sch, tiling):
-    for name in ("rescale", "new_sum", "row"):
-        sch.vectorize(sch.get_loops(sch.get_sblock(name))[-1])
-    _vectorize_dims(sch, tiling, "acc")
+def online_update(sch: Schedule, tiling: Tiling) -> None:
+    """Rows in lanes for their maxima and sums, head_dim in lanes for acc."""
+    vectorize_rows(sch, "rescale", "new_sum", "row")
+    vectorize_dims(sch, tiling, "acc")
 
 
-def _store_partial(sch, tiling):
-    _vectorize_dims(sch, tiling, "store_acc")
+def store_partial(sch: Schedule, tiling: Tiling) -> None:
+    """Rows of acc as vectors."""
+    vectorize_dims(sch, tiling, "store_acc")
 
 
-def _vectorize_dims(sch, tiling, *names):
-    for name in names:
-        dim = sch.get_loops(sch.get_sblock(name))[-1]
-        sch.vectorize(sch.split(dim, [None, tiling.lanes])[-1])
+def normalize(sch: Schedule, tiling: Tiling) -> None:
+    """Rows of out as vectors."""
+    vectorize_rows(sch, "factor")
+    vectorize_dims(sch, tiling, "out")
 
 
-_STAGES = {"load_query": _load_query, "qk_matmul": _qk_matmul, "softmax_prepare": _softmax_prepare,
-    "pv_matmul": _pv_matmul, "online_update": _online_update, "store_partial": _store_partial,
+STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
+    "load_query": load_query,
+    "load_tile": load_tile,
+    "qk_matmul": qk_matmul,
+    "softmax_prepare": softmax_prepare,
+    "pv_matmul": pv_matmul,
+    "online_update": online_update,
+    "store_partial": store_partial,
+    "out": normalize,
 }
+"""How each stage is scheduled, by the name of its sblock."""
 
 
-def _sblock_names(sch: Schedule) -> set[str]:
-    names = set()
-    root = sch.get_sblock("root")
-    pending = [root]
-    while pending:
-        for child in sch.get_child_blocks(pending.pop()):
-            names.add(sch.get(child).name_hint)
-            pending.append(child)
-    return names
+def vectorize_rows(sch: Schedule, *sblocks: str) -> None:
+    """Vectorize the innermost loop, which is over rows."""
+    for name in sblocks:
+        sch.vectorize(sch.get_loops(sch.get_sblock(name))[-1])
+
+
+def vectorize_dims(sch: Schedule, tiling: Tiling, *sblocks: str) -> None:
+    """Vectorize the innermost loop, which is over head_dim."""
+    for name in sblocks:
+        _, lane = sch.split(sch.get_loops(sch.get_sblock(name))[-1], [None, tiling.lanes])
+        sch.vectorize(lane)
+
+
+def _in_registers(sch: Schedule, sums: SBlockRV, outer: LoopRV, step: LoopRV, *tile: LoopRV) -> None:
+    """Unroll the loops of a register tile below step, and write its sums back below outer."""
+    sch.reverse_compute_at(sums, outer, preserve_unit_loops=True)
+    for loop in (*sch.get_loops(sums)[1 - len(tile) : -1], *tile[:-1]):
+        sch.unroll(loop)
+    sch.vectorize(sch.get_loops(sums)[-1])
+    sch.vectorize(tile[-1])

@@ -3,11 +3,11 @@
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from pa_compiler.kernels.online_update import online_update
+from pa_compiler.kernels.online_update import online_update, store_partial
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.qk_matmul import load_query, qk_matmul
 from pa_compiler.kernels.softmax_prepare import softmax_prepare
-from pa_compiler.kernels.token_offsets import token_offsets
+from pa_compiler.kernels.token_offsets import load_tile, token_offsets
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
@@ -31,10 +31,12 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
 
     load_query_stage = load_query(spec, tiling)
     offsets_stage = token_offsets(spec, tiling)
+    load_stage = load_tile(spec, tiling)
     qk_stage = qk_matmul(spec, tiling)
     softmax_stage = softmax_prepare(spec, tiling)
     pv_stage = pv_matmul(spec, tiling)
-    update_stage = online_update(spec, tiling)
+    update_stage = online_update(rows, spec.head_dim)
+    store_stage = store_partial(rows, spec.head_dim)
 
     @T.prim_func(s_tir=True)
     def fused_decode(
@@ -106,6 +108,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         tile_start: T.let = range_begin + vstep * kv_tile
                         valid_len: T.let = T.min(range_len - vstep * kv_tile, kv_tile)
                         last_token: T.let = range_begin + range_len - 1
+                        num_groups: T.let = T.ceildiv(valid_len, tiling.token_group)
                         num_offsets: T.let = T.Select(0 < valid_len, tiling.num_offsets, 0)
                         offsets_stage(
                             block_table, key_offsets, seq, tile_start, last_token, num_offsets, k_block, k_slot
@@ -113,53 +116,58 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         offsets_stage(
                             block_table, value_offsets, seq, tile_start, last_token, num_offsets, v_block, v_slot
                         )
-                        for kv_head, group_tile in T.grid(kv_heads, group_tiles):
-                            with T.sblock("head_tile"):
-                                vkv, vgt = T.axis.remap("SS", [kv_head, group_tile])
+                        for kv_head in range(kv_heads):
+                            with T.sblock("kv_head"):
+                                vkv = T.axis.spatial(kv_heads, kv_head)
                                 T.reads()
                                 T.writes()
-                                scores = T.sblock_alloc_buffer((1, rows, tokens), "float32")
-                                probs = T.sblock_alloc_buffer((1, rows, tokens), "float32")
-                                tile_max = T.sblock_alloc_buffer((1, rows), "float32")
-                                tile_sum = T.sblock_alloc_buffer((1, rows), "float32")
-                                tile_acc = T.sblock_alloc_buffer((1, rows, spec.head_dim), "float32")
-                                tile_index: T.let = vkv * group_tiles + vgt
+                                k_tile = T.sblock_alloc_buffer(tiling.copy_shape(spec), "float32")
+                                v_tile = T.sblock_alloc_buffer(tiling.copy_shape(spec), "float32")
                                 # next: the same tokens in the next kv head, after the last one the next tokens in head 0
-                                ahead_t: T.let = T.Select(vkv == kv_heads - 1, kv_tile, 0)
-                                ahead_head: T.let = T.Cast("int64", T.Select(vkv == kv_heads - 1, 0, vkv + 1))
+                                is_last: T.let = vkv == kv_heads - 1
+                                ahead_t: T.let = T.Select(is_last, kv_tile, 0)
+                                ahead_head: T.let = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
                                 k_now: T.let = T.Cast("int64", vkv) * k_head
                                 v_now: T.let = T.Cast("int64", vkv) * v_head
-                                qk_stage(
-                                    q_tile, key_cache, key_offsets, scores, tile_index, 0, k_now,
-                                    ahead_t, ahead_head * k_head, valid_len,
-                                )  # fmt: skip
-                                softmax_stage(
-                                    scores, probs, tile_max, tile_sum, 0, scale, valid_len,
-                                    T.ceildiv(valid_len, tiling.token_group),
-                                )  # fmt: skip
-                                pv_stage(
-                                    probs, value_cache, value_offsets, tile_acc, 0, v_now,
-                                    ahead_t, ahead_head * v_head, valid_len,
-                                )  # fmt: skip
-                                update_stage(
-                                    tile_max, tile_sum, tile_acc, 0, row_max, row_sum, acc, tile_index, vstep, num_steps
-                                )
+                                if tiling.copy_tiles:
+                                    load_stage(key_cache, key_offsets, k_tile, k_now, num_groups)
+                                    load_stage(value_cache, value_offsets, v_tile, v_now, num_groups)
+                                keys = T.meta_var(k_tile if tiling.copy_tiles else key_cache)
+                                values = T.meta_var(v_tile if tiling.copy_tiles else value_cache)
+                                for group_tile in range(group_tiles):
+                                    with T.sblock("head_tile"):
+                                        vgt = T.axis.spatial(group_tiles, group_tile)
+                                        T.reads()
+                                        T.writes()
+                                        scores = T.sblock_alloc_buffer((1, rows, tokens), "float32")
+                                        probs = T.sblock_alloc_buffer((1, rows, tokens), "float32")
+                                        tile_max = T.sblock_alloc_buffer((1, rows), "float32")
+                                        tile_sum = T.sblock_alloc_buffer((1, rows), "float32")
+                                        tile_acc = T.sblock_alloc_buffer((1, rows, spec.head_dim), "float32")
+                                        tile_index: T.let = vkv * group_tiles + vgt
+                                        qk_stage(
+                                            q_tile, keys, key_cache, key_offsets, scores, tile_index, 0, k_now,
+                                            ahead_t, ahead_head * k_head, valid_len,
+                                        )  # fmt: skip
+                                        softmax_stage(scores, probs, tile_max, tile_sum, 0, scale, valid_len, num_groups)
+                                        pv_stage(
+                                            probs, values, value_cache, value_offsets, tile_acc, 0, v_now,
+                                            ahead_t, ahead_head * v_head, valid_len,
+                                        )  # fmt: skip
+                                        update_stage(
+                                            tile_max, tile_sum, tile_acc, 0, row_max, row_sum, acc, tile_index,
+                                            vstep, num_steps,
+                                        )  # fmt: skip
                 for tile in range(tiles):
-                    with T.sblock("store_partial"):
+                    with T.sblock("partial"):
                         vtile = T.axis.spatial(tiles, tile)
                         T.reads()
                         T.writes()
                         row_start: T.let = T.floormod(vtile, group_tiles) * rows
                         head_start: T.let = T.floordiv(vtile, group_tiles) * group + row_start
-                        for r in range(T.min(group - row_start, rows)):
-                            with T.sblock("store_row"):
-                                vr = T.axis.spatial(rows, r)
-                                partial_max[partial_start + vs, head_start + vr] = row_max[vtile, vr]
-                                partial_sum[partial_start + vs, head_start + vr] = row_sum[vtile, vr]
-                        for r, d in T.grid(T.min(group - row_start, rows), spec.head_dim):
-                            with T.sblock("store_acc"):
-                                vr = T.axis.spatial(rows, r)
-                                vd = T.axis.spatial(spec.head_dim, d)
-                                partial_acc[partial_start + vs, head_start + vr, vd] = acc[vtile, vr, vd]
+                        store_stage(
+                            row_max, row_sum, acc, vtile, partial_max, partial_sum, partial_acc, partial_start + vs,
+                            head_start, T.min(group - row_start, rows),
+                        )  # fmt: skip
 
     return fused_decode

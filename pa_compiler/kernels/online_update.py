@@ -10,19 +10,16 @@ from tvm.script import tirx as T
 
 from pa_compiler.kernels.exp import store_exp
 from pa_compiler.kernels.softmax_prepare import EMPTY_ROW_MAX
-from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.tiling import Tiling
 
 
-def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+def online_update(rows: int, head_dim: int) -> Callable[..., None]:
     """Fold (tile_acc, tile_max, tile_sum)[tile_slot] into (acc, row_max, row_sum)[slot], as step `step` of num_steps.
 
     With m = max(row_max, tile_max), alpha = exp(row_max - m) and beta = exp(tile_max - m):
     row_sum = alpha * row_sum + beta * tile_sum, acc = alpha * acc + beta * tile_acc, row_max = m.
     Step 0 starts from the empty result. A result whose sum is 0 is empty and changes nothing, whatever its maximum: no
-    stand-in for -inf is ever compared with a score.
+    stand-in for -inf is ever compared with a score. All of rows rows of head_dim elements.
     """
-    rows, head_dim = tiling.row_tile, spec.head_dim
 
     @T.inline
     def stage(tile_max, tile_sum, tile_acc, tile_slot, row_max, row_sum, acc, slot, step, num_steps):
@@ -67,5 +64,31 @@ def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                     with T.init():
                         acc[slot, vr, vd] = T.float32(0)
                     acc[slot, vr, vd] = alpha[vr] * acc[slot, vr, vd] + beta[vr] * tile_acc[tile_slot, vr, vd]
+
+    return stage
+
+
+def store_partial(rows: int, head_dim: int) -> Callable[..., None]:
+    """Copy the first num_rows rows of (acc, row_max, row_sum)[slot] to the heads from head_start on of partial_slot."""
+
+    @T.inline
+    def stage(row_max, row_sum, acc, slot, partial_max, partial_sum, partial_acc, partial_slot, head_start, num_rows):
+        with T.sblock("store_partial"):
+            T.reads(row_max[slot, 0:rows], row_sum[slot, 0:rows], acc[slot, 0:rows, 0:head_dim])
+            T.writes(
+                partial_max[partial_slot, head_start : head_start + num_rows],
+                partial_sum[partial_slot, head_start : head_start + num_rows],
+                partial_acc[partial_slot, head_start : head_start + num_rows, 0:head_dim],
+            )
+            for r in range(num_rows):
+                with T.sblock("store_row"):
+                    vr = T.axis.spatial(rows, r)
+                    partial_max[partial_slot, head_start + vr] = row_max[slot, vr]
+                    partial_sum[partial_slot, head_start + vr] = row_sum[slot, vr]
+            for r, d in T.grid(num_rows, head_dim):
+                with T.sblock("store_acc"):
+                    vr = T.axis.spatial(rows, r)
+                    vd = T.axis.spatial(head_dim, d)
+                    partial_acc[partial_slot, head_start + vr, vd] = acc[slot, vr, vd]
 
     return stage

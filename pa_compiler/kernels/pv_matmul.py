@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from pa_compiler.kernels.token_offsets import element, prefetch
+from pa_compiler.kernels.token_offsets import element, prefetch, whole
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
@@ -16,15 +16,16 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     next is fetched into the cache on the way, as in qk_matmul.
     """
     rows, head_dim, tokens, offsets = tiling.row_tile, spec.head_dim, tiling.padded_kv_tile, tiling.num_offsets
-    load, line = element(spec), tiling.line_elements
+    load, line = element(tiling), tiling.line_elements
     lines, group = -(-head_dim // line), tiling.token_group
 
     @T.inline
-    def stage(probs, value_cache, value_offsets, tile_acc, slot, head_offset, ahead_t, ahead_offset, valid_len):
+    def stage(probs, values, value_cache, value_offsets, tile_acc, slot, head_offset, ahead_t, ahead_offset, valid_len):
         with T.sblock("pv_matmul"):
             T.reads(
                 probs[slot, 0:rows, 0:tokens],
-                value_cache[0 : value_cache.shape[0]],
+                whole(values),
+                whole(value_cache),
                 value_offsets[0:offsets],
             )
             T.writes(tile_acc[slot, 0:rows, 0:head_dim])
@@ -46,16 +47,14 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     vr, vd = T.axis.remap("SS", [r, d])
                     T.reads(
                         probs[slot, vr, vt],
-                        value_cache[0 : value_cache.shape[0]],
+                        whole(values),
                         value_offsets[vt],
                         fetched[vt, vd // line],
                     )
                     T.writes(full_acc[vr, vd])
                     with T.init():
                         full_acc[vr, vd] = T.float32(0)
-                    full_acc[vr, vd] += probs[slot, vr, vt] * load(
-                        value_cache, value_offsets, vt, head_offset, vd
-                    )
+                    full_acc[vr, vd] += probs[slot, vr, vt] * load(values, value_offsets, vt, head_offset, vd)
             for ti, r, d in T.grid(T.floormod(valid_len, group), rows, head_dim):
                 with T.sblock("tile_acc"):
                     vt = T.axis.reduce(tokens, num_full * group + ti)
@@ -63,14 +62,12 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     T.reads(
                         full_acc[vr, vd],
                         probs[slot, vr, vt],
-                        value_cache[0 : value_cache.shape[0]],
+                        whole(values),
                         value_offsets[vt],
                     )
                     T.writes(tile_acc[slot, vr, vd])
                     with T.init():
                         tile_acc[slot, vr, vd] = full_acc[vr, vd]
-                    tile_acc[slot, vr, vd] += probs[slot, vr, vt] * load(
-                        value_cache, value_offsets, vt, head_offset, vd
-                    )
+                    tile_acc[slot, vr, vd] += probs[slot, vr, vt] * load(values, value_offsets, vt, head_offset, vd)
 
     return stage

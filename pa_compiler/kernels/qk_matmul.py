@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from pa_compiler.kernels.token_offsets import element, prefetch
+from pa_compiler.kernels.token_offsets import element, prefetch, whole
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
@@ -38,18 +38,18 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """
     rows, head_dim, group = tiling.row_tile, spec.head_dim, tiling.token_group
     tokens, offsets = tiling.padded_kv_tile, tiling.num_offsets
-    load, line = element(spec), tiling.line_elements
+    load, line = element(tiling), tiling.line_elements
 
     @T.inline
-    def stage(q_tile, key_cache, key_offsets, scores, tile, slot, head_offset, ahead_t, ahead_offset, valid_len):
+    def stage(q_tile, keys, key_cache, key_offsets, scores, tile, slot, head_offset, ahead_t, ahead_offset, valid_len):
         with T.sblock("qk_matmul"):
             T.reads(
                 q_tile[tile, 0:rows, 0:head_dim],
-                key_cache[0 : key_cache.shape[0]],
+                whole(keys),
+                whole(key_cache),
                 key_offsets[0:offsets],
             )
             T.writes(scores[slot, 0:rows, 0:tokens])
-            k_tile = T.sblock_alloc_buffer((tokens, head_dim), "float32")
             for to, ti, li in T.grid(T.ceildiv(valid_len, group), group, -(-head_dim // line)):
                 with T.sblock("prefetch_keys"):
                     vt = T.axis.spatial(tokens, to * group + ti)
@@ -59,19 +59,12 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     T.evaluate(
                         prefetch(key_cache, key_offsets[ahead_t + vt] + ahead_offset + T.int64(line) * vl)
                     )
-            for to, ti, d in T.grid(T.ceildiv(valid_len, group), group, head_dim):
-                with T.sblock("k_tile"):
-                    vt = T.axis.spatial(tokens, to * group + ti)
-                    vd = T.axis.spatial(head_dim, d)
-                    T.reads(key_cache[0 : key_cache.shape[0]], key_offsets[vt])
-                    T.writes(k_tile[vt, vd])
-                    k_tile[vt, vd] = load(key_cache, key_offsets, vt, head_offset, vd)
             for to, ti, r, d in T.grid(T.ceildiv(valid_len, group), group, rows, head_dim):
                 with T.sblock("scores"):
                     vt = T.axis.spatial(tokens, to * group + ti)
                     vr, vd = T.axis.remap("SR", [r, d])
                     with T.init():
                         scores[slot, vr, vt] = T.float32(0)
-                    scores[slot, vr, vt] += q_tile[tile, vr, vd] * k_tile[vt, vd]
+                    scores[slot, vr, vt] += q_tile[tile, vr, vd] * load(keys, key_offsets, vt, head_offset, vd)
 
     return stage

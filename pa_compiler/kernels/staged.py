@@ -1,9 +1,9 @@
 """The staged pipeline: the four stages as four PrimFuncs, which the host drives block by block as the seed does.
 
 Each takes the sequences [batch_start, batch_start + num_seqs) of one chunk at once. The intermediates are float32 and
-indexed by the position in the chunk: scores and probs [batch_chunk, tokens, row_tile], tile_max and tile_sum
-[batch_chunk, row_tile], tile_acc [batch_chunk, head_dim, row_tile]; tokens is block_size padded to whole token groups.
-A sequence that has ended takes part with valid_len == 0 and reads nothing.
+indexed by the position in the chunk: scores and probs [batch_chunk, row_tile, tokens]; tile_max, tile_sum, row_max and
+row_sum [batch_chunk, row_tile]; tile_acc and acc [batch_chunk, row_tile, head_dim]. tokens is block_size padded to whole
+token groups. A sequence that has ended takes part with valid_len == 0 and reads nothing.
 """
 
 from tvm.script import tirx as T
@@ -13,17 +13,19 @@ from pa_compiler.kernels import online_update as update
 from pa_compiler.kernels import pv_matmul as pv
 from pa_compiler.kernels import qk_matmul as qk
 from pa_compiler.kernels import softmax_prepare as softmax
+from pa_compiler.kernels.token_offsets import token_offsets
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
 
 def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """scores of block block_idx of every sequence of the chunk, for the heads [head_start, head_start + num_rows)."""
-    heads, kv_heads, head_dim = T.int64(spec.num_heads), T.int64(spec.num_kv_heads), T.int64(spec.head_dim)
+    heads, head_dim = T.int64(spec.num_heads), T.int64(spec.head_dim)
     block_size, dtype, chunk = spec.block_size, spec.dtype, spec.batch_chunk
     itemsize = ITEMSIZES[dtype]
     rows, tokens = tiling.row_tile, tiling.padded_kv_tile
     load_query_stage = qk.load_query(spec, tiling)
+    offsets_stage = token_offsets(spec, tiling)
     qk_stage = qk.qk_matmul(spec, tiling)
 
     @T.prim_func(s_tir=True)
@@ -33,6 +35,9 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         block_table_handle: T.handle,
         context_lens_handle: T.handle,
         scores_handle: T.handle,
+        k_block: T.int64,
+        k_slot: T.int64,
+        k_head: T.int64,
         batch_start: T.int32,
         num_seqs: T.int32,
         kv_head: T.int32,
@@ -40,33 +45,37 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         num_rows: T.int32,
         block_idx: T.int32,
     ):
-        batch, num_blocks, max_blocks = T.int64(), T.int64(), T.int64()
+        batch, max_blocks, k_span = T.int64(), T.int64(), T.int64()
         q_batch, q_head, table_seq = T.int64(), T.int64(), T.int64()
-        k_block, k_slot, k_head = T.int64(), T.int64(), T.int64()
         query = T.match_buffer(
             query_handle, (batch, heads, head_dim), dtype, strides=[q_batch, q_head, T.int64(1)], align=itemsize,
 
         )  # fmt: skip
-        key_cache = T.match_buffer(
-            key_cache_handle, (num_blocks, T.int64(block_size), kv_heads, head_dim), dtype,
-            strides=[k_block, k_slot, k_head, T.int64(1)], align=itemsize,
-        )  # fmt: skip
+        key_cache = T.match_buffer(key_cache_handle, (k_span,), dtype, align=itemsize)
         block_table = T.match_buffer(
             block_table_handle, (batch, max_blocks), "int32", strides=[table_seq, T.int64(1)], align=4
         )
         context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4)
-        scores = T.match_buffer(scores_handle, (chunk, tokens, rows), "float32")
+        scores = T.match_buffer(scores_handle, (chunk, rows, tokens), "float32")
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                q_tile = T.sblock_alloc_buffer((spec.head_dim, rows), "float32")
+                q_tile = T.sblock_alloc_buffer((1, rows, spec.head_dim), "float32")
+                key_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
                 seq: T.let = batch_start + vs
                 tile_start: T.let = block_idx * block_size
                 valid_len: T.let = T.max(T.min(context_lens[seq] - tile_start, block_size), 0)
-                load_query_stage(query, q_tile, seq, head_start, num_rows)
-                qk_stage(key_cache, block_table, q_tile, scores, seq, vs, kv_head, tile_start, valid_len)
+                head_offset: T.let = T.Cast("int64", kv_head) * k_head
+                num_offsets: T.let = T.Select(0 < valid_len, tiling.num_offsets, 0)
+                load_query_stage(query, q_tile, seq, 0, head_start, num_rows)
+                offsets_stage(
+                    block_table, key_offsets, seq, tile_start, tile_start + valid_len - 1, num_offsets, k_block, k_slot
+                )
+                qk_stage(
+                    q_tile, key_cache, key_cache, key_offsets, scores, 0, vs, head_offset, 0, head_offset, valid_len
+                )
 
     return qk_matmul
 
@@ -91,8 +100,8 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     ):
         batch = T.int64()
         context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4)
-        scores = T.match_buffer(scores_handle, (chunk, tokens, rows), "float32")
-        probs = T.match_buffer(probs_handle, (chunk, tokens, rows), "float32")
+        scores = T.match_buffer(scores_handle, (chunk, rows, tokens), "float32")
+        probs = T.match_buffer(probs_handle, (chunk, rows, tokens), "float32")
         tile_max = T.match_buffer(tile_max_handle, (chunk, rows), "float32")
         tile_sum = T.match_buffer(tile_sum_handle, (chunk, rows), "float32")
         for s in range(num_seqs):
@@ -110,10 +119,10 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
 
 def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """tile_acc of block block_idx of every sequence of the chunk."""
-    kv_heads, head_dim = T.int64(spec.num_kv_heads), T.int64(spec.head_dim)
     block_size, dtype, chunk = spec.block_size, spec.dtype, spec.batch_chunk
     itemsize = ITEMSIZES[dtype]
     rows, tokens = tiling.row_tile, tiling.padded_kv_tile
+    offsets_stage = token_offsets(spec, tiling)
     pv_stage = pv.pv_matmul(spec, tiling)
 
     @T.prim_func(s_tir=True)
@@ -123,69 +132,92 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         context_lens_handle: T.handle,
         probs_handle: T.handle,
         tile_acc_handle: T.handle,
+        v_block: T.int64,
+        v_slot: T.int64,
+        v_head: T.int64,
         batch_start: T.int32,
         num_seqs: T.int32,
         kv_head: T.int32,
         block_idx: T.int32,
     ):
-        batch, num_blocks, max_blocks, table_seq = T.int64(), T.int64(), T.int64(), T.int64()
-        v_block, v_slot, v_head = T.int64(), T.int64(), T.int64()
-        value_cache = T.match_buffer(
-            value_cache_handle, (num_blocks, T.int64(block_size), kv_heads, head_dim), dtype,
-            strides=[v_block, v_slot, v_head, T.int64(1)], align=itemsize,
-        )  # fmt: skip
+        batch, max_blocks, v_span, table_seq = T.int64(), T.int64(), T.int64(), T.int64()
+        value_cache = T.match_buffer(value_cache_handle, (v_span,), dtype, align=itemsize)
         block_table = T.match_buffer(
             block_table_handle, (batch, max_blocks), "int32", strides=[table_seq, T.int64(1)], align=4
         )
         context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4)
-        probs = T.match_buffer(probs_handle, (chunk, tokens, rows), "float32")
-        tile_acc = T.match_buffer(tile_acc_handle, (chunk, spec.head_dim, rows), "float32")
+        probs = T.match_buffer(probs_handle, (chunk, rows, tokens), "float32")
+        tile_acc = T.match_buffer(tile_acc_handle, (chunk, rows, spec.head_dim), "float32")
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
+                value_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
                 seq: T.let = batch_start + vs
                 tile_start: T.let = block_idx * block_size
                 valid_len: T.let = T.max(T.min(context_lens[seq] - tile_start, block_size), 0)
-                pv_stage(value_cache, block_table, probs, tile_acc, seq, vs, kv_head, tile_start, valid_len)
+                head_offset: T.let = T.Cast("int64", kv_head) * v_head
+                num_offsets: T.let = T.Select(0 < valid_len, tiling.num_offsets, 0)
+                offsets_stage(
+                    block_table, value_offsets, seq, tile_start, tile_start + valid_len - 1, num_offsets, v_block, v_slot
+                )
+                pv_stage(
+                    probs, value_cache, value_cache, value_offsets, tile_acc, vs, head_offset, 0, head_offset, valid_len
+                )
 
     return pv_matmul
 
 
 def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
-    """Fold tile_max, tile_sum, tile_acc of block block_idx into the partial results in slots [partial_start, ...)."""
-    chunk, rows, head_dim = spec.batch_chunk, tiling.row_tile, spec.head_dim
-    update_stage = update.online_update(spec, tiling)
+    """Fold tile_max, tile_sum, tile_acc of block block_idx into row_max, row_sum, acc, one slot for each sequence.
+
+    With the last block, the first num_rows rows go to the heads from head_start on of the partial results in slots
+    [partial_start, partial_start + num_seqs).
+    """
+    heads, chunk, rows, head_dim = spec.num_heads, spec.batch_chunk, tiling.row_tile, spec.head_dim
+    update_stage = update.online_update(rows, head_dim)
+    store_stage = update.store_partial(rows, head_dim)
 
     @T.prim_func(s_tir=True)
     def online_update(
         tile_max_handle: T.handle,
         tile_sum_handle: T.handle,
         tile_acc_handle: T.handle,
+        row_max_handle: T.handle,
+        row_sum_handle: T.handle,
+        acc_handle: T.handle,
         partial_max_handle: T.handle,
         partial_sum_handle: T.handle,
         partial_acc_handle: T.handle,
         num_seqs: T.int32,
         block_idx: T.int32,
         num_blocks: T.int32,
+        head_start: T.int32,
+        num_rows: T.int32,
         partial_start: T.int32,
     ):
         slots = T.int64()
         tile_max = T.match_buffer(tile_max_handle, (chunk, rows), "float32")
         tile_sum = T.match_buffer(tile_sum_handle, (chunk, rows), "float32")
-        tile_acc = T.match_buffer(tile_acc_handle, (chunk, head_dim, rows), "float32")
-        partial_max = T.match_buffer(partial_max_handle, (slots, T.int64(rows)), "float32")
-        partial_sum = T.match_buffer(partial_sum_handle, (slots, T.int64(rows)), "float32")
-        partial_acc = T.match_buffer(partial_acc_handle, (slots, T.int64(head_dim), T.int64(rows)), "float32")
+        tile_acc = T.match_buffer(tile_acc_handle, (chunk, rows, head_dim), "float32")
+        row_max = T.match_buffer(row_max_handle, (chunk, rows), "float32")
+        row_sum = T.match_buffer(row_sum_handle, (chunk, rows), "float32")
+        acc = T.match_buffer(acc_handle, (chunk, rows, head_dim), "float32")
+        partial_max = T.match_buffer(partial_max_handle, (slots, T.int64(heads)), "float32", align=4)
+        partial_sum = T.match_buffer(partial_sum_handle, (slots, T.int64(heads)), "float32", align=4)
+        partial_acc = T.match_buffer(
+            partial_acc_handle, (slots, T.int64(heads), T.int64(head_dim)), "float32", align=4
+        )
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                slot: T.let = partial_start + vs
-                update_stage(
-                    tile_max, tile_sum, tile_acc, vs, partial_max, partial_sum, partial_acc, slot, block_idx, num_blocks
-                )
+                update_stage(tile_max, tile_sum, tile_acc, vs, row_max, row_sum, acc, vs, block_idx, num_blocks)
+                store_stage(
+                    row_max, row_sum, acc, vs, partial_max, partial_sum, partial_acc, partial_start + vs, head_start,
+                    T.Select(block_idx == num_blocks - 1, num_rows, 0),
+                )  # fmt: skip
 
     return online_update

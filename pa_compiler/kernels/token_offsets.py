@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import Buffer
+from tvm.tirx import Buffer, BufferRegion
 
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiling import Tiling
@@ -39,13 +39,44 @@ def token_offsets(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     return stage
 
 
-def element(spec: PagedAttentionSpec) -> Callable[..., Expr]:
-    """A function (cache, offsets, t, head_offset, d) -> element d of token t as float32."""
+def load_tile(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """copy[t, d] = float32(element d of token t), for the first num_groups groups of token_group tokens."""
+    head_dim, group, tokens = spec.head_dim, tiling.token_group, tiling.padded_kv_tile
 
-    def load(cache, offsets, t, head_offset, d):
-        return T.Cast("float32", cache[offsets[t] + head_offset + T.Cast("int64", d)])
+    @T.inline
+    def stage(cache, cache_offsets, copy, head_offset, num_groups):
+        with T.sblock("load_tile"):
+            T.reads(whole(cache), cache_offsets[0 : tiling.num_offsets])
+            T.writes(copy[0:tokens, 0:head_dim])
+            for to, ti, d in T.grid(num_groups, group, head_dim):
+                with T.sblock("copy"):
+                    vt = T.axis.spatial(tokens, to * group + ti)
+                    vd = T.axis.spatial(head_dim, d)
+                    T.reads(whole(cache), cache_offsets[vt])
+                    T.writes(copy[vt, vd])
+                    copy[vt, vd] = T.Cast("float32", cache[cache_offsets[vt] + head_offset + T.Cast("int64", vd)])
 
-    return load
+    return stage
+
+
+def element(tiling: Tiling) -> Callable[..., Expr]:
+    """A function (source, offsets, t, head_offset, d) -> element d of token t as float32.
+
+    source is what load_tile made where the tiling copies tiles, and the cache itself where it does not.
+    """
+
+    def copied(source, offsets, t, head_offset, d):
+        return source[t, d]
+
+    def in_place(source, offsets, t, head_offset, d):
+        return T.Cast("float32", source[offsets[t] + head_offset + T.Cast("int64", d)])
+
+    return copied if tiling.copy_tiles else in_place
+
+
+def whole(buffer: Buffer) -> BufferRegion:
+    """All of a buffer, for T.reads and T.writes."""
+    return buffer[tuple(slice(0, extent) for extent in buffer.shape)]
 
 
 def prefetch(cache: Buffer, offset: Expr) -> Expr:
