@@ -3,8 +3,10 @@
 from tvm import IRModule
 from tvm.s_tir import Schedule
 
-from pa_compiler.schedules import head_dim_in_lanes
+from pa_compiler.schedules import head_dim_in_lanes, heads_in_lanes
 from pa_compiler.tiling import Tiling
+
+_STRATEGIES = {"heads_in_lanes": heads_in_lanes, "head_dim_in_lanes": head_dim_in_lanes}
 
 
 def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
@@ -12,7 +14,8 @@ def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
     sch = Schedule(mod)
     for variable in mod.get_global_vars():
         sch.work_on(variable.name_hint)
-        stages = head_dim_in_lanes.STAGES
+        fused = variable.name_hint == "fused_decode"
+        stages = _STRATEGIES[tiling.strategy].STAGES if fused else head_dim_in_lanes.STAGES
         present = _sblock_names(sch)
         for stage, apply in stages.items():
             if stage in present:

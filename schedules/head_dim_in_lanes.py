@@ -23,14 +23,14 @@ def load_query(sch: Schedule, tiling: Tiling) -> None:
     vectorize_dims(sch, tiling, "q_tile")
 
 
-def load_tile(sch: Schedule, tiling: Tiling) -> None:
-    """Read a cache row in vectors, unrolled so that its address is computed once for many."""
-    for copy in sch.get_child_blocks(sch.get_sblock("load_tile")):
-        dim = sch.get_loops(copy)[-1]
-        vectors = sch.get(dim).extent // tiling.lanes
-        _, vector, lane = sch.split(dim, [None, largest_divisor(int(vectors), 32), tiling.lanes])
-        sch.unroll(vector)
-        sch.vectorize(lane)
+def load_keys(sch: Schedule, tiling: Tiling) -> None:
+    """Convert whole rows of the cache."""
+    _load_rows(sch, tiling, "load_keys_element")
+
+
+def load_values(sch: Schedule, tiling: Tiling) -> None:
+    """Convert whole rows of the cache."""
+    _load_rows(sch, tiling, "load_values_element")
 
 
 def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
@@ -46,12 +46,13 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     token_outer, token = sch.split(token, [None, tiling.qk_tokens])
     row_outer, row = sch.split(row, [None, tiling.qk_rows])
     sch.reorder(token_outer, row_outer, dim, token, row, lane)
-    _in_registers(sch, sums, row_outer, dim, token, row, lane)
+    in_registers(sch, sums, row_outer, token, row, lane)
     sch.decompose_reduction(parts, dim)
     _, token, _ = sch.get_loops(scores)[-3:]
     init = sch.decompose_reduction(scores, token)
     sch.vectorize(sch.get_loops(init)[-1])
-    sch.tensorize(token, sum_lanes(tiling.lanes))
+    if tiling.lanes > 1:
+        sch.tensorize(token, sum_lanes(tiling.lanes))
     fetch = sch.get_sblock("prefetch_keys")
     fetch_group, fetch_token, _ = sch.get_loops(fetch)[-3:]
     sch.split(fetch_token, [None, tiling.qk_tokens])
@@ -66,10 +67,10 @@ def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
     for name, axis in (("peak", 1), ("tile_sum", 2)):
         total = sch.get_sblock(name)
         parts = sch.rfactor(sch.get_loops(total)[-1], factor_axis=axis)
-        row, _ = sch.get_loops(total)[-2:]
-        sch.compute_at(parts, row)
+        *_, row, _ = around = sch.get_loops(total)
+        sch.compute_at(parts, row, preserve_unit_loops=True)
         sums = sch.cache_write(parts, 0, "global")
-        lane, group = sch.get_loops(parts)[-2:]
+        lane, group = sch.get_loops(parts)[len(around) - 1 :][:2]
         sch.reorder(group, lane)
         sch.vectorize(lane)
         sch.vectorize(sch.get_loops(sums)[-1])
@@ -121,7 +122,8 @@ def normalize(sch: Schedule, tiling: Tiling) -> None:
 
 STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
     "load_query": load_query,
-    "load_tile": load_tile,
+    "load_keys": load_keys,
+    "load_values": load_values,
     "qk_matmul": qk_matmul,
     "softmax_prepare": softmax_prepare,
     "pv_matmul": pv_matmul,
@@ -145,10 +147,19 @@ def vectorize_dims(sch: Schedule, tiling: Tiling, *sblocks: str) -> None:
         sch.vectorize(lane)
 
 
-def _in_registers(sch: Schedule, sums: SBlockRV, outer: LoopRV, step: LoopRV, *tile: LoopRV) -> None:
-    """Unroll the loops of a register tile below step, and write its sums back below outer."""
+def in_registers(sch: Schedule, sums: SBlockRV, outer: LoopRV, *tile: LoopRV) -> None:
+    """Unroll the loops of a register tile, the last of them as a vector, and write its sums back below outer."""
     sch.reverse_compute_at(sums, outer, preserve_unit_loops=True)
-    for loop in (*sch.get_loops(sums)[1 - len(tile) : -1], *tile[:-1]):
+    for loop in (*sch.get_loops(sums)[-len(tile) : -1], *tile[:-1]):
         sch.unroll(loop)
     sch.vectorize(sch.get_loops(sums)[-1])
     sch.vectorize(tile[-1])
+
+
+def _load_rows(sch: Schedule, tiling: Tiling, sblock: str) -> None:
+    """Read a cache row in vectors, unrolled so that its address is computed once for many."""
+    dim = sch.get_loops(sch.get_sblock(sblock))[-1]
+    vectors = int(sch.get(dim).extent) // tiling.lanes
+    _, vector, lane = sch.split(dim, [None, largest_divisor(vectors, 32), tiling.lanes])
+    sch.unroll(vector)
+    sch.vectorize(lane)

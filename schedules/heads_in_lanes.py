@@ -1,128 +1,91 @@
 """CPU strategy: the rows of a head tile lie side by side in the lanes of a vector register.
 
-Scores are [token, row], so the whole softmax is vertical: no reduction across lanes anywhere. A row of the caches is
-broadcast element by element against a register of rows:
+For tiles of whole vectors of query heads. Scores are [token, row], so the whole softmax is vertical: no reduction across
+lanes anywhere. A row of the caches is broadcast element by element against a register of rows:
 
-    qk_matmul    token_group x row_tile sums in registers, one step per element of head_dim
-    pv_matmul    dim_group x row_tile sums in registers, one step per token
+    qk_matmul    qk_tokens x row_tile sums in registers, one step per element of head_dim
+    pv_matmul    pv_dims x row_tile sums in registers, one step per token
 
-The kernels keep rows as the last axis of every intermediate. Register tiles come from cache_write: LLVM keeps a sum in
-a register only where it lives in a small buffer of its own.
+Every intermediate is laid out with its rows last; store_partial turns acc back.
 """
 
 from collections.abc import Callable
 
-from tvm import IRModule
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import LoopRV, SBlockRV
 
+from pa_compiler.schedules import head_dim_in_lanes
+from pa_compiler.schedules.head_dim_in_lanes import in_registers, vectorize_rows
 from pa_compiler.tiling import Tiling
 
 
-def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
-    """Schedule every stage of every PrimFunc of either pipeline."""
-    sch = Schedule(mod)
-    for variable in mod.get_global_vars():
-        sch.work_on(variable.name_hint)
-        present = _sblock_names(sch)
-        for stage, apply in _STAGES.items():
-            if stage in present:
-                apply(sch, tiling)
-    return sch.mod
+def load_query(sch: Schedule, tiling: Tiling) -> None:
+    """A transposed copy of the query."""
+    _rows_last(sch, "q_tile")
 
 
-def _qk_matmul(sch: Schedule, tiling: Tiling) -> None:
+def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
+    """Scores of a token group in registers."""
     scores = sch.get_sblock("scores")
+    _rows_last(sch, "scores")
     sums = sch.cache_write(scores, 0, "global")
-    token_outer, token, row, dim = sch.get_loops(scores)[-4:]
-    sch.reorder(token_outer, dim, token, row)
-    _write_back(sch, sums, token_outer)
-    k_tile = sch.get_sblock("k_tile")
-    if tiling.copy_tiles:
-        sch.compute_at(k_tile, token_outer, preserve_unit_loops=True)
-        _vectorize_copy(sch, k_tile, tiling)
-    else:
-        sch.compute_inline(k_tile)
-    sch.unroll(token)
-    sch.vectorize(row)
+    group, token, row, dim = sch.get_loops(scores)[-4:]
+    sch.reorder(group, dim, token, row)
+    in_registers(sch, sums, group, token, row)
     sch.decompose_reduction(scores, dim)
+    sch.merge(sch.get_loops(sch.get_sblock("prefetch_keys"))[-3], group)
 
 
-def _softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
-    for name in ("scaled", "tile_max", "probs", "tile_sum"):
-        block = sch.get_sblock(name)
-        token_outer, _, row = sch.get_loops(block)[-3:]
+def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
+    """Vertical in every step."""
+    for name in ("scaled", "probs"):
+        _rows_last(sch, name)
+    for name in ("scaled", "peak", "probs", "tile_sum"):
+        row, group, token = sch.get_loops(sch.get_sblock(name))[-3:]
+        sch.reorder(group, token, row)
         sch.vectorize(row)
-        if name in ("tile_max", "tile_sum"):
-            sch.decompose_reduction(block, token_outer)
+        if name in ("peak", "tile_sum"):
+            sch.decompose_reduction(sch.get_sblock(name), group)
+    vectorize_rows(sch, "tile_max")
 
 
-def _pv_matmul(sch: Schedule, tiling: Tiling) -> None:
-    tile_acc = sch.get_sblock("tile_acc")
-    sums = sch.cache_write(tile_acc, 0, "global")
-    token, row, dim = sch.get_loops(tile_acc)[-3:]
-    dim_outer, dim = sch.split(dim, [None, tiling.dim_group])
-    sch.reorder(dim_outer, token, dim, row)
-    _write_back(sch, sums, dim_outer)
-    v_tile = sch.get_sblock("v_tile")
-    if tiling.copy_tiles:
-        _vectorize_copy(sch, v_tile, tiling)
-    else:
-        sch.compute_inline(v_tile)
-    sch.unroll(dim)
+def pv_matmul(sch: Schedule, tiling: Tiling) -> None:
+    """Outputs in registers over all whole token groups of the tile; the rest of the last one after that."""
+    full, rest = sch.get_sblock("full_groups"), sch.get_sblock("tile_acc")
+    _rows_last(sch, "full_groups", "tile_acc")
+    sums = sch.cache_write(full, 0, "global")
+    group, token, row, dim = sch.get_loops(full)[-4:]
+    dim_outer, dim = sch.split(dim, [None, tiling.pv_dims])
+    sch.reorder(dim_outer, group, token, dim, row)
+    sch.compute_at(sch.get_sblock("prefetch_values"), group, preserve_unit_loops=True)
+    in_registers(sch, sums, dim_outer, dim, row)
+    sch.decompose_reduction(full, group)
+    token, row, dim = sch.get_loops(rest)[-3:]
+    sch.reorder(token, dim, row)
     sch.vectorize(row)
-    sch.decompose_reduction(tile_acc, token)
+    sch.decompose_reduction(rest, token)
 
 
-def _online_update(sch: Schedule, tiling: Tiling) -> None:
-    _vectorize_rows(sch, "rescale", "new_sum", "row", "acc")
+def online_update(sch: Schedule, tiling: Tiling) -> None:
+    """Rows in lanes throughout."""
+    _rows_last(sch, "acc")
+    row, dim = sch.get_loops(sch.get_sblock("acc"))[-2:]
+    sch.reorder(dim, row)
+    vectorize_rows(sch, "rescale", "new_sum", "row", "acc")
 
 
-def _store_partial(sch: Schedule, tiling: Tiling) -> None:
-    _vectorize_rows(sch, "store_row", "store_acc")
-
-
-def _normalize(sch: Schedule, tiling: Tiling) -> None:
-    _vectorize_rows(sch, "normalize")
-
-
-_STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
-    "qk_matmul": _qk_matmul,
-    "softmax_prepare": _softmax_prepare,
-    "pv_matmul": _pv_matmul,
-    "online_update": _online_update,
-    "store_partial": _store_partial,
-    "normalize": _normalize,
+STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
+    "load_query": load_query,
+    "load_keys": head_dim_in_lanes.load_keys,
+    "load_values": head_dim_in_lanes.load_values,
+    "qk_matmul": qk_matmul,
+    "softmax_prepare": softmax_prepare,
+    "pv_matmul": pv_matmul,
+    "online_update": online_update,
 }
+"""How each stage is scheduled, by the name of its sblock."""
 
 
-def _vectorize_rows(sch: Schedule, *sblocks: str) -> None:
+def _rows_last(sch: Schedule, *sblocks: str) -> None:
+    """Lay the buffer that an sblock writes out with its last two axes exchanged, for all who read it."""
     for name in sblocks:
-        sch.vectorize(sch.get_loops(sch.get_sblock(name))[-1])
-
-
-def _write_back(sch: Schedule, sums: SBlockRV, loop: LoopRV) -> None:
-    """Copy the register sums of one pass of the loop to where they belong, in vectors of rows."""
-    sch.reverse_compute_at(sums, loop, preserve_unit_loops=True)
-    *_, sum_loop, row = sch.get_loops(sums)
-    sch.unroll(sum_loop)
-    sch.vectorize(row)
-
-
-def _vectorize_copy(sch: Schedule, copy: SBlockRV, tiling: Tiling) -> None:
-    """Read a cache row in vectors, unrolled so that its address is computed once for many."""
-    dim = sch.get_loops(copy)[-1]
-    _, vector, lane = sch.split(dim, [None, tiling.load_unroll, tiling.load_lanes])
-    sch.unroll(vector)
-    sch.vectorize(lane)
-
-
-def _sblock_names(sch: Schedule) -> set[str]:
-    names = set()
-    root = sch.get_sblock("root")
-    pending = [root]
-    while pending:
-        for child in sch.get_child_blocks(pending.pop()):
-            names.add(sch.get(child).name_hint)
-            pending.append(child)
-    return names
+        sch.transform_layout(name, ("write", 0), lambda *axes: (*axes[:-2], axes[-1], axes[-2]))

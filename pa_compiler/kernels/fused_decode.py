@@ -31,7 +31,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
 
     load_query_stage = load_query(spec, tiling)
     offsets_stage = token_offsets(spec, tiling)
-    load_stage = load_tile(spec, tiling)
+    load_keys_stage = load_tile(spec, tiling, "load_keys")
+    load_values_stage = load_tile(spec, tiling, "load_values")
     qk_stage = qk_matmul(spec, tiling)
     softmax_stage = softmax_prepare(spec, tiling)
     pv_stage = pv_matmul(spec, tiling)
@@ -130,8 +131,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                 k_now: T.let = T.Cast("int64", vkv) * k_head
                                 v_now: T.let = T.Cast("int64", vkv) * v_head
                                 if tiling.copy_tiles:
-                                    load_stage(key_cache, key_offsets, k_tile, k_now, num_groups)
-                                    load_stage(value_cache, value_offsets, v_tile, v_now, num_groups)
+                                    load_keys_stage(key_cache, key_offsets, k_tile, k_now, num_groups)
+                                    load_values_stage(value_cache, value_offsets, v_tile, v_now, num_groups)
                                 keys = T.meta_var(k_tile if tiling.copy_tiles else key_cache)
                                 values = T.meta_var(v_tile if tiling.copy_tiles else value_cache)
                                 for group_tile in range(group_tiles):

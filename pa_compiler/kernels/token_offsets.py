@@ -39,17 +39,17 @@ def token_offsets(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     return stage
 
 
-def load_tile(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """copy[t, d] = float32(element d of token t), for the first num_groups groups of token_group tokens."""
+def load_tile(spec: PagedAttentionSpec, tiling: Tiling, name: str) -> Callable[..., None]:
+    """The sblock name: copy[t, d] = float32(element d of token t), for the first num_groups groups of token_group tokens."""
     head_dim, group, tokens = spec.head_dim, tiling.token_group, tiling.padded_kv_tile
 
     @T.inline
     def stage(cache, cache_offsets, copy, head_offset, num_groups):
-        with T.sblock("load_tile"):
+        with T.sblock(name):
             T.reads(whole(cache), cache_offsets[0 : tiling.num_offsets])
             T.writes(copy[0:tokens, 0:head_dim])
             for to, ti, d in T.grid(num_groups, group, head_dim):
-                with T.sblock("copy"):
+                with T.sblock(f"{name}_element"):
                     vt = T.axis.spatial(tokens, to * group + ti)
                     vd = T.axis.spatial(head_dim, d)
                     T.reads(whole(cache), cache_offsets[vt])
