@@ -1,0 +1,162 @@
+"""Rounds: every contender and the roofline probe take turns, so that a change of the machine's speed meets them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.contender import Contender
+from benchmarks.inputs import Call, make_call
+from benchmarks.peers import PEERS, Unsupported
+from benchmarks.roofline import Probe, Roofline, from_rounds
+from pa_compiler import reference
+from pa_compiler.cases import Case, tolerance
+
+_TURN = 0.06  # seconds of a contender's turn, at least one call
+_PAUSE = 0.02  # seconds until the threads of the one before have gone to sleep
+_SLOW = 4.0  # a contender that takes so much longer than the fastest
+_SLOW_ROUNDS = 3  # ... sits out after so many rounds
+
+
+class Spread(NamedTuple):
+    """A median over rounds with its 10th and 90th percentile."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How one contender did.
+
+    Attributes:
+        contender: Its name in PEERS.
+        seconds: Of a call.
+        of_limit: Its operations per second as a fraction of the roofline's.
+        error: The largest error against float64, as a fraction of the bound in pa_compiler.cases.TOLERANCES.
+        to_best_peer: How many times faster than the best peer; None for peers, and where no peer runs.
+        reason: Why there are no figures, or "".
+    """
+
+    contender: str
+    seconds: Spread | None = None
+    of_limit: Spread | None = None
+    error: float | None = None
+    to_best_peer: Spread | None = None
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseResult:
+    """All results of a case on a number of threads."""
+
+    name: str
+    case: Case
+    num_threads: int
+    roofline: Roofline
+    best_peer: str | None
+    results: tuple[Result, ...]
+
+
+def measure(
+    name: str,
+    case: Case,
+    contenders: Sequence[Contender],
+    probe: Probe,
+    cpus: Sequence[int],
+    *,
+    rounds: int,
+    cache_bytes: int,
+    huge_pages: bool,
+    tell: Callable[[str], None],
+) -> CaseResult:
+    """Prepare every contender for a case, check its result, and time them in turns.
+
+    Args:
+        name: The case's name in benchmarks.cases.
+        case: The case, at its size beyond the cache.
+        contenders: Who takes part; their processes are pinned to cpus.
+        probe: The roofline probe.
+        cpus: A thread on each.
+        rounds: Turns that each one has.
+        cache_bytes: The last-level cache.
+        huge_pages: Whether keys and values lie on huge pages.
+        tell: Told what is being done.
+    """
+    reasons: dict[str, str] = {}
+    errors: dict[str, float] = {}
+    oracle, bound = _oracle(make_call(case, len(cpus), huge_pages=False))
+    for contender in contenders:
+        tell(f"{name}: {PEERS[contender.name].title} prepares")
+        try:
+            contender.prepare(name, cache_bytes, huge_pages)
+            with tempfile.TemporaryDirectory() as directory:
+                out = contender.result(Path(directory) / "out.npy")
+            errors[contender.name] = float((np.abs(out - oracle) / bound).max())
+            if not errors[contender.name] <= 1:
+                reasons[contender.name] = f"wrong: {errors[contender.name]:.3g} times the bound on its error"
+        except Unsupported as reason:
+            reasons[contender.name] = str(reason)
+    active = [contender for contender in contenders if contender.name not in reasons]
+    times: dict[str, list[float]] = {contender.name: [] for contender in active}
+    limits = []
+    for index in range(rounds):
+        tell(f"{name}: round {index + 1} of {rounds}")
+        limits.append(probe.measure(cpus))
+        fastest = min((statistics.median(past) for past in times.values() if past), default=0.0)
+        for contender in active:
+            past = times[contender.name]
+            if index >= _SLOW_ROUNDS and statistics.median(past) > _SLOW * fastest:
+                continue
+            time.sleep(_PAUSE)
+            past.append(statistics.median(contender.time(_TURN)))
+    return _summarise(name, case, len(cpus), from_rounds(limits), contenders, times, errors, reasons)
+
+
+def _oracle(call: Call) -> tuple[np.ndarray, np.ndarray]:
+    """The result in float64 and the bound on an element's error, both [batch, num_heads, head_dim]."""
+    rest = (call.block_table, call.context_lens, call.case.scale)
+    oracle = reference.decode(call.query, call.key_cache, call.value_cache, *rest)
+    magnitude = reference.decode(call.query, call.key_cache, np.abs(call.value_cache), *rest)
+    of_out, of_magnitude = tolerance(call.case)
+    return oracle, of_out * np.abs(oracle) + of_magnitude * magnitude
+
+
+def _summarise(
+    name: str,
+    case: Case,
+    num_threads: int,
+    roofline: Roofline,
+    contenders: Sequence[Contender],
+    times: dict[str, list[float]],
+    errors: dict[str, float],
+    reasons: dict[str, str],
+) -> CaseResult:
+    peers = [peer for peer in times if not PEERS[peer].ours]
+    best = min(peers, key=lambda peer: statistics.median(times[peer]), default=None)
+    results = []
+    for contender in (contender.name for contender in contenders):
+        if contender in reasons:
+            results.append(Result(contender, error=errors.get(contender), reason=reasons[contender]))
+            continue
+        mine = times[contender]
+        limit = roofline.limit(case)
+        ratio = None
+        if best is not None and PEERS[contender].ours:
+            ratio = _spread([theirs / own for theirs, own in zip(times[best], mine, strict=False)])
+        of_limit = _spread([case.flops / seconds / limit for seconds in mine])
+        results.append(Result(contender, _spread(mine), of_limit, errors[contender], ratio))
+    return CaseResult(name, case, num_threads, roofline, best, tuple(results))
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    low, median, high = np.percentile(values, [10, 50, 90])
+    return Spread(float(median), float(low), float(high))
