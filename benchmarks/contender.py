@@ -95,6 +95,5 @@ class Contender:
 
     def _stop(self) -> None:
         if self._process is not None:
-            self._process.stdin.close()
-            self._process.wait()
+            self._process.communicate()  # closes its standard input, which ends it
             self._process = None

@@ -49,7 +49,7 @@ class Call:
         return empty(shape, dtype or self.query.dtype, self.huge_pages)
 
     def contiguous(self, cache: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
-        """A cache as [batch, num_kv_heads, longest, head_dim], tokens of a sequence side by side, zeros past its end."""
+        """A cache as [batch, num_kv_heads, longest, head_dim], tokens in order, zeros past a sequence's end."""
         spec = self.case.spec
         longest = int(self.context_lens.max())
         array = self.empty((len(self.context_lens), spec.num_kv_heads, longest, spec.head_dim), dtype)

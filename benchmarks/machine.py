@@ -28,7 +28,7 @@ def last_level_cache() -> int:
 def cores() -> list[int]:
     """One CPU of each core that this process may use, last core first: interrupts tend to go to the first."""
     allowed = os.sched_getaffinity(0)
-    first_of_core = {}
+    first_of_core: dict[str, int] = {}
     for cpu in sorted(allowed):
         siblings = (_CPUS / f"cpu{cpu}/topology/thread_siblings_list").read_text()
         first_of_core.setdefault(siblings, cpu)

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.contender import Contender
 from benchmarks.inputs import Call, make_call
 from benchmarks.peers import PEERS, Unsupported
-from benchmarks.roofline import Probe, Roofline, from_rounds
+from benchmarks.roofline import Probe, Roofline, summarise
 from pa_compiler import reference
 from pa_compiler.cases import Case, tolerance
 
@@ -107,10 +107,10 @@ def measure(
             reasons[contender.name] = str(reason)
     active = [contender for contender in contenders if contender.name not in reasons]
     times: dict[str, list[float]] = {contender.name: [] for contender in active}
-    limits = []
+    rates = []
     for index in range(rounds):
         tell(f"{name}: round {index + 1} of {rounds}")
-        limits.append(probe.measure(cpus))
+        rates.append(probe.measure(cpus))
         fastest = min((statistics.median(past) for past in times.values() if past), default=0.0)
         for contender in active:
             past = times[contender.name]
@@ -118,43 +118,32 @@ def measure(
                 continue
             time.sleep(_PAUSE)
             past.append(statistics.median(contender.time(_TURN)))
-    return _summarise(name, case, len(cpus), from_rounds(limits), contenders, times, errors, reasons)
+    roofline, of_rounds = summarise(rates)
+    limits = [of_round.limit(case) for of_round in of_rounds]
+    peers = [peer for peer in times if not PEERS[peer].ours]
+    best = min(peers, key=lambda peer: statistics.median(times[peer]), default=None)
+    results = []
+    for contender in contenders:
+        row = Result(contender.name, error=errors.get(contender.name), reason=reasons.get(contender.name, ""))
+        if contender in active:
+            mine = times[contender.name]
+            of_limit = _spread([case.flops / own / limit for own, limit in zip(mine, limits, strict=False)])
+            row = dataclasses.replace(row, seconds=_spread(mine), of_limit=of_limit)
+            if best is not None and PEERS[contender.name].ours:
+                # A contender that sits out does so from some round on: the first ones pair up.
+                ratios = [theirs / own for theirs, own in zip(times[best], mine, strict=False)]
+                row = dataclasses.replace(row, to_best_peer=_spread(ratios))
+        results.append(row)
+    return CaseResult(name, case, len(cpus), roofline, best, tuple(results))
 
 
 def _oracle(call: Call) -> tuple[np.ndarray, np.ndarray]:
     """The result in float64 and the bound on an element's error, both [batch, num_heads, head_dim]."""
     rest = (call.block_table, call.context_lens, call.case.scale)
-    oracle = reference.decode(call.query, call.key_cache, call.value_cache, *rest)
-    magnitude = reference.decode(call.query, call.key_cache, np.abs(call.value_cache), *rest)
+    oracle = np.asarray(reference.decode(call.query, call.key_cache, call.value_cache, *rest))
+    magnitude = np.asarray(reference.decode(call.query, call.key_cache, np.abs(call.value_cache), *rest))
     of_out, of_magnitude = tolerance(call.case)
     return oracle, of_out * np.abs(oracle) + of_magnitude * magnitude
-
-
-def _summarise(
-    name: str,
-    case: Case,
-    num_threads: int,
-    roofline: Roofline,
-    contenders: Sequence[Contender],
-    times: dict[str, list[float]],
-    errors: dict[str, float],
-    reasons: dict[str, str],
-) -> CaseResult:
-    peers = [peer for peer in times if not PEERS[peer].ours]
-    best = min(peers, key=lambda peer: statistics.median(times[peer]), default=None)
-    results = []
-    for contender in (contender.name for contender in contenders):
-        if contender in reasons:
-            results.append(Result(contender, error=errors.get(contender), reason=reasons[contender]))
-            continue
-        mine = times[contender]
-        limit = roofline.limit(case)
-        ratio = None
-        if best is not None and PEERS[contender].ours:
-            ratio = _spread([theirs / own for theirs, own in zip(times[best], mine, strict=False)])
-        of_limit = _spread([case.flops / seconds / limit for seconds in mine])
-        results.append(Result(contender, _spread(mine), of_limit, errors[contender], ratio))
-    return CaseResult(name, case, num_threads, roofline, best, tuple(results))
 
 
 def _spread(values: Sequence[float]) -> Spread:

@@ -13,6 +13,8 @@ from benchmarks.measure import CaseResult, Result, Spread
 from benchmarks.peers import PEERS
 from benchmarks.roofline import Roofline
 
+_OWN = 0.95  # of a CPU's time: below it the machine is not idle
+
 
 def print_roofline(console: Console, roofline: Roofline, num_threads: int) -> None:
     """Print the machine's limits."""
@@ -23,6 +25,9 @@ def print_roofline(console: Console, roofline: Roofline, num_threads: int) -> No
     console.print(f"  float32 FMA     {roofline.arithmetic / 1e9:.1f} GFLOP/s")
     console.print(f"  bfloat16 dot    {bf16}")
     console.print(f"  memory          {roofline.bandwidth / 1e9:.1f} GB/s ({roofline.reading})")
+    if roofline.share < _OWN:
+        had = f"{100 * roofline.share:.0f} %"
+        console.print(f"[yellow]The probes had {had} of their CPUs: other processes ran. Measure on an idle machine.")
 
 
 def print_case(console: Console, result: CaseResult) -> None:
@@ -34,7 +39,7 @@ def print_case(console: Console, result: CaseResult) -> None:
     )
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("", no_wrap=True, min_width=max(len(_title(row, result)) for row in result.results))
-    for column in ("ms", "GFLOP/s", "GB/s", "% of roofline", "error / bound", "to the best peer"):
+    for column in ("ms", "GFLOP/s", "GB/s", "of roofline", "to the best peer", "error/bound"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in result.results:
         if row.seconds is not None:
@@ -86,8 +91,8 @@ def _cells(row: Result, result: CaseResult) -> list[str]:
     assert row.of_limit is not None
     seconds = row.seconds.median
     rates = [f"{result.case.flops / seconds / 1e9:.1f}", f"{result.case.kv_bytes / seconds / 1e9:.2f}"]
-    limit, error = f"{100 * row.of_limit.median:.0f}", f"{row.error:.2f}"
-    return [_title(row, result), f"{1e3 * seconds:.2f}", *rates, limit, error, _ratio(row.to_best_peer)]
+    limit, error = f"{100 * row.of_limit.median:.0f} %", f"{row.error:.2f}"
+    return [_title(row, result), f"{1e3 * seconds:.2f}", *rates, limit, _ratio(row.to_best_peer), error]
 
 
 def _ratio(ratio: Spread | None) -> str:

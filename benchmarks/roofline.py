@@ -7,6 +7,7 @@ import dataclasses
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ _BUFFER = 128 << 20  # bytes read by the bandwidth probes, at least 4 times the 
 _AHEAD = 1024  # bytes
 _STREAMS = (1, 4)
 
-FMA, BF16 = "float32 FMA", "bfloat16 dot"
+FMA, BF16, SHARE = "float32 FMA", "bfloat16 dot", "share"
 
 
 class Probe:
@@ -42,7 +43,11 @@ class Probe:
             buffer[:] = 0
 
     def measure(self, cpus: Sequence[int]) -> dict[str, float]:
-        """One round on these CPUs, a thread on each: operations and bytes per second, by name."""
+        """One round on these CPUs, a thread on each: operations and bytes per second, by name.
+
+        SHARE is the part of the CPUs' time that the probes had: less than 1 where other processes ran there too.
+        """
+        start, used = time.perf_counter(), time.process_time()
         args = (len(cpus), (ctypes.c_int * len(cpus))(*cpus))
         steps = ctypes.c_long(_STEPS)
         rates = {FMA: self._functions.fma_rate(*args, steps), BF16: self._functions.bf16_rate(*args, steps)}
@@ -53,6 +58,7 @@ class Probe:
                     # The last bytes are left out, so that a prefetch does not leave the buffer.
                     data, size = ctypes.c_void_p(buffer.ctypes.data), ctypes.c_long(buffer.size - 4096)
                     rates[name] = self._functions.read_rate(*args, data, size, ctypes.c_long(ahead), streams)
+        rates[SHARE] = (time.process_time() - used) / (time.perf_counter() - start) / len(cpus)
         return rates
 
 
@@ -65,12 +71,14 @@ class Roofline:
         bf16_arithmetic: bfloat16 operations per second; the same as arithmetic without instructions for it.
         bandwidth: Bytes per second of the fastest way to read.
         reading: Which way that is.
+        share: The part of the CPUs' time that the probes had.
     """
 
     arithmetic: float
     bf16_arithmetic: float
     bandwidth: float
     reading: str
+    share: float
 
     def limit(self, case: Case) -> float:
         """Operations per second that a case can reach at most; its intensity is per byte of keys and values."""
@@ -78,9 +86,12 @@ class Roofline:
         return min(arithmetic, self.bandwidth * case.flops / case.kv_bytes)
 
 
-def from_rounds(rounds: Sequence[dict[str, float]]) -> Roofline:
-    """The medians of several rounds; of the ways to read, the fastest by its median."""
+def summarise(rounds: Sequence[dict[str, float]]) -> tuple[Roofline, list[Roofline]]:
+    """The medians of several rounds, and each round for itself; of the ways to read, the fastest by its median."""
     medians = {name: statistics.median(rates[name] for rates in rounds) for name in rounds[0]}
-    arithmetic, bf16 = medians.pop(FMA), medians.pop(BF16)
-    reading = max(medians, key=lambda name: medians[name])
-    return Roofline(arithmetic, max(bf16, arithmetic), medians[reading], reading)
+    reading = max(medians.keys() - {FMA, BF16, SHARE}, key=lambda name: medians[name])
+
+    def roofline(rates: dict[str, float]) -> Roofline:
+        return Roofline(rates[FMA], max(rates[BF16], rates[FMA]), rates[reading], reading, rates[SHARE])
+
+    return roofline(medians), [roofline(rates) for rates in rounds]

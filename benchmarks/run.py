@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,10 +19,13 @@ from benchmarks.roofline import Probe
 
 _QUICK_CASES = ("16/1-bf16", "16/1-f32", "32/8-bf16", "32/32-f32")
 _ROUNDS, _QUICK_ROUNDS = 15, 7
+_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--case", "names", multiple=True, help="A case by its name; may be given again. Default: the common ones.")
+@click.option(
+    "--case", "names", multiple=True, help="A case by its name; may be given again. Default: the common ones."
+)
 @click.option("--all", "everything", is_flag=True, help="Other groups and head sizes too.")
 @click.option("--quick", is_flag=True, help="Four cases and fewer rounds.")
 @click.option("--threads", "thread_counts", multiple=True, type=click.IntRange(1), default=(1, 2), help="Threads.")
@@ -31,7 +33,8 @@ _ROUNDS, _QUICK_ROUNDS = 15, 7
 @click.option("--peers/--no-peers", default=True, help="Whether to compare with other libraries.")
 @click.option("--pages", type=click.Choice(["huge", "4k"]), default="huge", help="What keys and values lie on.")
 @click.option("--rounds", type=click.IntRange(1), help=f"Turns for each contender [{_ROUNDS}, quick {_QUICK_ROUNDS}].")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the results there.")
+@click.option("--json", "json_path", type=_FILE, help="Write the results there.")
+@click.option("--plot", "plot_path", type=_FILE, help="Draw the roofline there, as SVG; needs matplotlib.")
 def main(
     names: tuple[str, ...],
     everything: bool,
@@ -42,6 +45,7 @@ def main(
     pages: str,
     rounds: int | None,
     json_path: Path | None,
+    plot_path: Path | None,
 ) -> None:
     """Time decode against the machine's limits and against other libraries."""
     known = {**CASES, **MORE_CASES}
@@ -54,7 +58,9 @@ def main(
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=110)
     cache_bytes, cores = machine.last_level_cache(), machine.cores()
-    console.print(f"{machine.cpu_name()}, last-level cache {cache_bytes / 2**20:.0f} MB, {pages} pages, {rounds} rounds")
+    console.print(
+        f"{machine.cpu_name()}, last-level cache {cache_bytes / 2**20:.0f} MB, {pages} pages, {rounds} rounds"
+    )
     probe = Probe(cache_bytes)
     results: list[CaseResult] = []
     for num_threads in thread_counts:
@@ -82,8 +88,13 @@ def main(
                 results.append(result)
                 report.print_case(console, result)
         report.print_roofline(console, results[-1].roofline, num_threads)
+    measured = report.as_json(results, pages == "huge", rounds)
     if json_path is not None:
-        json_path.write_text(json.dumps(report.as_json(results, pages == "huge", rounds), indent=1) + os.linesep)
+        json_path.write_text(json.dumps(measured) + "\n")
+    if plot_path is not None:
+        from benchmarks.plot import plot
+
+        plot(measured, plot_path)
     wrong = [f"{result.name}: {row.reason}" for result in results for row in result.results if _is_wrong(row)]
     if wrong:
         raise click.ClickException("; ".join(wrong))

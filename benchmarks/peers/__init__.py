@@ -39,6 +39,6 @@ PEERS = {
     "sglang": Peer("SGLang CPU", "sglang_cpu", preload="libiomp5.so"),
     "torch": Peer("torch SDPA", "torch_sdpa"),
     "onnxruntime": Peer("onnxruntime GQA", "onnxruntime_gqa"),
-    "openvino": Peer("OpenVINO PagedAttention", "openvino_paged"),
+    "openvino": Peer("OpenVINO paged", "openvino_paged"),
     "tvm": Peer("TVM relax decode", "tvm_relax"),
 }

@@ -48,10 +48,12 @@ def prepare(call: Call) -> Callable[[], np.ndarray]:
                 paged[blocks[begins[sequence] + block], :, : piece.shape[1]] = piece
 
     request = compiled.create_infer_request()
-    for name, array in arrays.items():
-        request.set_tensor(name, ov.Tensor(array, shared_memory=True))
+    tensors = {name: ov.Tensor(array, shared_memory=True) for name, array in arrays.items()}
+    for name, tensor in tensors.items():
+        request.set_tensor(name, tensor)
 
     def run() -> np.ndarray:
+        assert tensors  # the request keeps their addresses alone: run() holds them
         request.infer()
         return request.get_output_tensor(0).data.reshape(call.query.shape)
 
@@ -92,7 +94,7 @@ def _model(call: Call) -> ov.Model:
         scalar(0),  # sliding_window
         none(np.float32),  # alibi_slopes
         scalar(int(call.context_lens.max())),  # max_context_len
-        scalar(0),  # score_aggregation_window
+        none(),  # score_aggregation_window
         *(none(), none(), none(np.float32)),  # rotation of cached keys
         *(none(np.float32), scalar(64), scalar(8)),  # sparse attention: threshold, block size, stride
         none(np.float32),  # sinks

@@ -34,7 +34,18 @@ def prepare(call: Call) -> Callable[[], torch.Tensor]:
     seq_lens = torch.from_numpy(call.context_lens)
     starts = torch.arange(len(query) + 1, dtype=torch.int32)
     metadata = ops.get_scheduler_metadata(
-        len(query), *query.shape[1:2], *shape[1:2], spec.head_dim, seq_lens, query.dtype, starts, True, -1, isa, True, None
+        len(query),
+        *query.shape[1:2],
+        *shape[1:2],
+        spec.head_dim,
+        seq_lens,
+        query.dtype,
+        starts,
+        True,
+        -1,
+        isa,
+        True,
+        None,
     )
     table = torch.from_numpy(call.block_table).clamp(min=0)
     out = torch.empty_like(query)
@@ -42,7 +53,21 @@ def prepare(call: Call) -> Callable[[], torch.Tensor]:
 
     def run() -> torch.Tensor:
         ops.cpu_attention_with_kv_cache(
-            query, key_cache, value_cache, out, starts, seq_lens, scale, True, None, -1, table, 0.0, metadata, None, None
+            query,
+            key_cache,
+            value_cache,
+            out,
+            starts,
+            seq_lens,
+            scale,
+            True,
+            None,
+            -1,
+            table,
+            0.0,
+            metadata,
+            None,
+            None,
         )
         return out
 
