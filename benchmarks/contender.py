@@ -20,11 +20,16 @@ _ROOT = Path(__file__).parent.parent
 
 
 class Contender:
-    """A worker process with one contender, pinned to CPUs and to as many threads; it ends with the with statement."""
+    """A worker process with one contender, pinned to CPUs and to as many threads; it ends with the with statement.
 
-    def __init__(self, name: str, cpus: Sequence[int], log: Path) -> None:
+    Attributes:
+        name: The contender's in PEERS.
+    """
+
+    def __init__(self, name: str, cpus: Sequence[int], huge_pages: bool, log: Path) -> None:
         self.name = name
         self._cpus = list(cpus)
+        self._huge_pages = huge_pages
         self._log = log
         self._process: subprocess.Popen[str] | None = None
 
@@ -34,12 +39,13 @@ class Contender:
     def __exit__(self, *exception: object) -> None:
         self._stop()
 
-    def prepare(self, case: str, cache_bytes: int, huge_pages: bool) -> None:
-        """Make the case's inputs and call it once. Raises Unsupported where that cannot be done."""
+    def prepare(self, case: str, batch: int) -> None:
+        """Make the inputs of a case with so many sequences and call it once. Raises Unsupported where that fails."""
         if self._process is None:
             self._start()
-        settings = {"num_threads": len(self._cpus), "cache_bytes": cache_bytes, "huge_pages": huge_pages}
-        answer = self._ask({"case": case, **settings})
+        answer = self._ask(
+            {"case": case, "batch": batch, "num_threads": len(self._cpus), "huge_pages": self._huge_pages}
+        )
         if "unsupported" in answer:
             raise Unsupported(answer["unsupported"])
 
@@ -48,7 +54,7 @@ class Contender:
         return self._ask({"seconds": seconds})["times"]
 
     def result(self, path: Path) -> np.ndarray:
-        """What a call returns: float32 [batch, num_heads, head_dim]."""
+        """What the last call returned: float32 [batch, num_heads, head_dim]."""
         self._ask({"save": str(path)})
         return np.load(path)
 
@@ -61,15 +67,12 @@ class Contender:
             library = Path(sysconfig.get_path("data")) / "lib" / PEERS[self.name].preload
             if library.exists():
                 environment["LD_PRELOAD"] = str(library)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", self.name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log.open("a"),
-            text=True,
-            cwd=_ROOT,
-            env=environment,
-        )
+        command = [sys.executable, "-m", "benchmarks.worker", self.name]
+        pipe = subprocess.PIPE
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=log, text=True, cwd=_ROOT, env=environment
+            )
         os.sched_setaffinity(self._process.pid, self._cpus)
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -83,17 +86,19 @@ class Contender:
         except BrokenPipeError:
             pass
         if not line:
-            raise Unsupported(f"its process ended: {self._reason(self._process.wait())}")
+            raise Unsupported(f"its process ended: {self._reason(self._stop())}")
         return json.loads(line)
 
     def _reason(self, status: int) -> str:
-        self._process = None
         if status < 0:
             return signal.strsignal(-status) or f"signal {-status}"
         lines = self._log.read_text().strip().splitlines()
         return lines[-1] if lines else f"exit status {status}"
 
-    def _stop(self) -> None:
-        if self._process is not None:
-            self._process.communicate()  # closes its standard input, which ends it
-            self._process = None
+    def _stop(self) -> int:
+        """End the process, if there is one, and return its exit status."""
+        if self._process is None:
+            return 0
+        process, self._process = self._process, None
+        process.communicate()  # closes its standard input, which ends it
+        return process.returncode

@@ -74,11 +74,9 @@ def measure(
     cpus: Sequence[int],
     *,
     rounds: int,
-    cache_bytes: int,
-    huge_pages: bool,
     tell: Callable[[str], None],
 ) -> CaseResult:
-    """Prepare every contender for a case, check its result, and time them in turns.
+    """Prepare every contender for a case, time them in turns, and check what the last of the timed calls returned.
 
     Args:
         name: The case's name in benchmarks.cases.
@@ -87,37 +85,23 @@ def measure(
         probe: The roofline probe.
         cpus: A thread on each.
         rounds: Turns that each one has.
-        cache_bytes: The last-level cache.
-        huge_pages: Whether keys and values lie on huge pages.
         tell: Told what is being done.
     """
     reasons: dict[str, str] = {}
-    errors: dict[str, float] = {}
-    oracle, bound = _oracle(make_call(case, len(cpus), huge_pages=False))
     for contender in contenders:
         tell(f"{name}: {PEERS[contender.name].title} prepares")
         try:
-            contender.prepare(name, cache_bytes, huge_pages)
-            with tempfile.TemporaryDirectory() as directory:
-                out = contender.result(Path(directory) / "out.npy")
-            errors[contender.name] = float((np.abs(out - oracle) / bound).max())
-            if not errors[contender.name] <= 1:
-                reasons[contender.name] = f"wrong: {errors[contender.name]:.3g} times the bound on its error"
+            contender.prepare(name, case.batch)
         except Unsupported as reason:
             reasons[contender.name] = str(reason)
     active = [contender for contender in contenders if contender.name not in reasons]
-    times: dict[str, list[float]] = {contender.name: [] for contender in active}
-    rates = []
-    for index in range(rounds):
-        tell(f"{name}: round {index + 1} of {rounds}")
-        rates.append(probe.measure(cpus))
-        fastest = min((statistics.median(past) for past in times.values() if past), default=0.0)
-        for contender in active:
-            past = times[contender.name]
-            if index >= _SLOW_ROUNDS and statistics.median(past) > _SLOW * fastest:
-                continue
-            time.sleep(_PAUSE)
-            past.append(statistics.median(contender.time(_TURN)))
+    times, rates = _take_turns(active, probe, cpus, rounds, lambda turn: tell(f"{name}: round {turn} of {rounds}"))
+    tell(f"{name}: checks against float64")
+    errors = _errors(active, make_call(case, len(cpus), huge_pages=False))
+    for wrong in [contender for contender, error in errors.items() if not error <= 1]:
+        reasons[wrong] = f"wrong: {errors[wrong]:.3g} times the bound on its error"
+        del times[wrong]
+
     roofline, of_rounds = summarise(rates)
     limits = [of_round.limit(case) for of_round in of_rounds]
     peers = [peer for peer in times if not PEERS[peer].ours]
@@ -125,16 +109,46 @@ def measure(
     results = []
     for contender in contenders:
         row = Result(contender.name, error=errors.get(contender.name), reason=reasons.get(contender.name, ""))
-        if contender in active:
+        if contender.name in times:
             mine = times[contender.name]
             of_limit = _spread([case.flops / own / limit for own, limit in zip(mine, limits, strict=False)])
             row = dataclasses.replace(row, seconds=_spread(mine), of_limit=of_limit)
             if best is not None and PEERS[contender.name].ours:
-                # A contender that sits out does so from some round on: the first ones pair up.
+                # Who sits out does so from some round on: the first rounds pair up.
                 ratios = [theirs / own for theirs, own in zip(times[best], mine, strict=False)]
                 row = dataclasses.replace(row, to_best_peer=_spread(ratios))
         results.append(row)
     return CaseResult(name, case, len(cpus), roofline, best, tuple(results))
+
+
+def _take_turns(
+    contenders: Sequence[Contender], probe: Probe, cpus: Sequence[int], rounds: int, tell: Callable[[int], None]
+) -> tuple[dict[str, list[float]], list[dict[str, float]]]:
+    """Of each contender the seconds of a call, the median of each of its turns; and what the probe found each time."""
+    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    rates = []
+    for index in range(rounds):
+        tell(index + 1)
+        if index == _SLOW_ROUNDS:
+            medians = {name: statistics.median(past) for name, past in times.items()}
+            limit = _SLOW * min(medians.values(), default=0.0)
+            contenders = [contender for contender in contenders if medians[contender.name] <= limit]
+        rates.append(probe.measure(cpus))
+        for contender in contenders:
+            time.sleep(_PAUSE)
+            times[contender.name].append(statistics.median(contender.time(_TURN)))
+    return times, rates
+
+
+def _errors(contenders: Sequence[Contender], call: Call) -> dict[str, float]:
+    """The largest error of each result, as a fraction of its bound; NaN where a result has one."""
+    oracle, bound = _oracle(call)
+    errors = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for contender in contenders:
+            out = contender.result(Path(directory) / "out.npy")
+            errors[contender.name] = float((np.abs(out - oracle) / bound).max())
+    return errors
 
 
 def _oracle(call: Call) -> tuple[np.ndarray, np.ndarray]:

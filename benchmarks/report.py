@@ -31,7 +31,10 @@ def print_roofline(console: Console, roofline: Roofline, num_threads: int) -> No
 
 
 def print_case(console: Console, result: CaseResult) -> None:
-    """Print one case: a row for each contender that ran, a line for each that did not."""
+    """Print one case: a row for each contender that ran, a line for each that did not.
+
+    GB/s are of the case's keys and values, whatever type a contender keeps them in; error is a fraction of its bound.
+    """
     case, limit = result.case, result.roofline.limit(result.case)
     console.print(
         f"\n[bold]{result.name}, {_threads(result.num_threads)}[/bold]: {case.num_tokens:,} tokens of {case.batch} "
@@ -39,7 +42,7 @@ def print_case(console: Console, result: CaseResult) -> None:
     )
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("", no_wrap=True, min_width=max(len(_title(row, result)) for row in result.results))
-    for column in ("ms", "GFLOP/s", "GB/s", "of roofline", "to the best peer", "error/bound"):
+    for column in ("ms", "GFLOP/s", "GB/s", "of roofline", "to best peer (*)", "error"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in result.results:
         if row.seconds is not None:
@@ -82,7 +85,7 @@ def _case_json(result: CaseResult) -> dict[str, Any]:
 
 
 def _title(row: Result, result: CaseResult) -> str:
-    mark = " (best peer)" if row.contender == result.best_peer else ""
+    mark = " *" if row.contender == result.best_peer else ""
     return PEERS[row.contender].title + mark
 
 
@@ -96,7 +99,7 @@ def _cells(row: Result, result: CaseResult) -> list[str]:
 
 
 def _ratio(ratio: Spread | None) -> str:
-    return "" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+    return "" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
 
 
 def _threads(count: int) -> str:

@@ -6,6 +6,7 @@ import json
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -56,48 +57,38 @@ def main(
     rounds = rounds or (_QUICK_ROUNDS if quick else _ROUNDS)
     contenders = chosen or tuple(name for name, peer in PEERS.items() if peers or peer.ours)
     console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=110)
+    console.width = max(console.width, 100)
     cache_bytes, cores = machine.last_level_cache(), machine.cores()
-    console.print(
-        f"{machine.cpu_name()}, last-level cache {cache_bytes / 2**20:.0f} MB, {pages} pages, {rounds} rounds"
-    )
+    if max(thread_counts) > len(cores):
+        console.print(f"{max(thread_counts)} threads: left out, this process may use {len(cores)} core(s)")
+    about = f"last-level cache {cache_bytes / 2**20:.0f} MB, KV at least twice that"
+    console.print(f"{machine.cpu_name()}, {about}, {pages} pages, {rounds} rounds")
     probe = Probe(cache_bytes)
+    cases = {name: beyond_cache(known[name], cache_bytes) for name in names}
     results: list[CaseResult] = []
-    for num_threads in thread_counts:
-        if num_threads > len(cores):
-            console.print(f"\n{num_threads} threads: left out, this process may use {len(cores)} core(s)")
-            continue
+    for num_threads in (count for count in thread_counts if count <= len(cores)):
         cpus = cores[:num_threads]
         with ExitStack() as stack:
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            workers = [stack.enter_context(Contender(name, cpus, directory / name)) for name in contenders]
+            logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            workers = [stack.enter_context(Contender(name, cpus, pages == "huge", logs / name)) for name in contenders]
             status = stack.enter_context(console.status(""))
-            for name in names:
-                case = beyond_cache(known[name], cache_bytes)
-                result = measure(
-                    name,
-                    case,
-                    workers,
-                    probe,
-                    cpus,
-                    rounds=rounds,
-                    cache_bytes=cache_bytes,
-                    huge_pages=pages == "huge",
-                    tell=status.update,
-                )
-                results.append(result)
-                report.print_case(console, result)
+            for name, case in cases.items():
+                results.append(measure(name, case, workers, probe, cpus, rounds=rounds, tell=status.update))
+                report.print_case(console, results[-1])
         report.print_roofline(console, results[-1].roofline, num_threads)
-    measured = report.as_json(results, pages == "huge", rounds)
-    if json_path is not None:
-        json_path.write_text(json.dumps(measured) + "\n")
-    if plot_path is not None:
-        from benchmarks.plot import plot
-
-        plot(measured, plot_path)
+    _write(report.as_json(results, pages == "huge", rounds), json_path, plot_path)
     wrong = [f"{result.name}: {row.reason}" for result in results for row in result.results if _is_wrong(row)]
     if wrong:
         raise click.ClickException("; ".join(wrong))
+
+
+def _write(measured: dict[str, Any], json_path: Path | None, plot_path: Path | None) -> None:
+    if json_path is not None:
+        json_path.write_text(json.dumps(measured) + "\n")
+    if plot_path is not None:
+        from benchmarks.plot import plot  # matplotlib is not needed otherwise
+
+        plot(measured, plot_path)
 
 
 def _is_wrong(row: report.Result) -> bool:

@@ -2,12 +2,13 @@
 
     python -m benchmarks.worker NAME
 
-Requests: {"case", "num_threads", "huge_pages"} prepares a call, {"seconds"} times calls for about so long, {"save"}
-writes the result of a call to a file.
+Requests: {"case", "batch", "num_threads", "huge_pages"} prepares a call and makes it once, {"seconds"} times calls for
+about so long, {"save"} writes what the last call returned to a file.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -18,48 +19,53 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cases import CASES, MORE_CASES, beyond_cache
+from benchmarks.cases import CASES, MORE_CASES
 from benchmarks.inputs import make_call
 from benchmarks.peers import PEERS, Unsupported
 
 
 def serve(name: str, answer: Callable[[dict[str, Any]], None]) -> None:
     """Answer requests until the standard input ends."""
-    run: Callable[[], Any] | None = None
+    timer: Any = None
     for line in sys.stdin:
         request = json.loads(line)
         if "case" in request:
-            run = None  # frees the last case's memory
-            case = beyond_cache({**CASES, **MORE_CASES}[request["case"]], request["cache_bytes"])
+            timer = None  # frees the last case's memory
+            case = {**CASES, **MORE_CASES}[request["case"]]
+            case = dataclasses.replace(case, batch=request["batch"])
             try:
                 peer = importlib.import_module(f"benchmarks.peers.{PEERS[name].module}")
                 call = make_call(case, request["num_threads"], request["huge_pages"])
-                run = getattr(peer, PEERS[name].prepare)(call)
-                run()
+                timer = Timer(getattr(peer, PEERS[name].prepare)(call))
                 answer({"ready": True})
             except (Unsupported, ImportError) as error:
                 answer({"unsupported": str(error)})
         elif "seconds" in request:
-            assert run is not None
-            answer({"times": timed(run, request["seconds"])})
+            answer({"times": timer.time(request["seconds"])})
         else:
-            assert run is not None
-            np.save(request["save"], as_float32(run()))
+            np.save(request["save"], as_float32(timer.out))
             answer({"saved": True})
 
 
-def timed(run: Callable[[], Any], seconds: float) -> list[float]:
-    """Call run until so many seconds are over, at least once; the seconds of each call.
+class Timer:
+    """A prepared call with what it returned last."""
 
-    The first call brings the processor up to speed and is not counted, unless it took the whole time.
-    """
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while not times or time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return times[1:] or times
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self._run = run
+        self.out = run()
+
+    def time(self, seconds: float) -> list[float]:
+        """Call it until so many seconds are over, at least once; the seconds of each call.
+
+        The first call brings the processor up to speed and is not counted, unless it took the whole time.
+        """
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while not times or time.perf_counter() < end:
+            start = time.perf_counter()
+            self.out = self._run()
+            times.append(time.perf_counter() - start)
+        return times[1:] or times
 
 
 def as_float32(out: Any) -> np.ndarray:

@@ -18,7 +18,7 @@ class Peer(NamedTuple):
     """A contender.
 
     Attributes:
-        title: Its name in tables.
+        title: Its name in tables; with the type of its keys and values where that is always the same.
         module: The file in benchmarks/peers/.
         prepare: The function in it.
         preload: A library to load first, by its name in the environment's lib/; "" for none.
@@ -38,7 +38,7 @@ PEERS = {
     "vllm": Peer("vLLM CPU 0.32", "vllm_cpu", preload="libiomp5.so"),
     "sglang": Peer("SGLang CPU", "sglang_cpu", preload="libiomp5.so"),
     "torch": Peer("torch SDPA", "torch_sdpa"),
-    "onnxruntime": Peer("onnxruntime GQA", "onnxruntime_gqa"),
-    "openvino": Peer("OpenVINO paged", "openvino_paged"),
-    "tvm": Peer("TVM relax decode", "tvm_relax"),
+    "onnxruntime": Peer("onnxruntime GQA, f32", "onnxruntime_gqa"),
+    "openvino": Peer("OpenVINO paged, f32", "openvino_paged"),
+    "tvm": Peer("TVM relax, f32", "tvm_relax"),
 }

@@ -19,6 +19,8 @@ def prepare_nhd(call: Call) -> Callable[[], np.ndarray]:
 
 def prepare_packed(call: Call) -> Callable[[], np.ndarray]:
     """The layout that the kernel wants, in memory from empty_cache."""
+    if not call.huge_pages:
+        raise Unsupported("empty_cache asks for huge pages: measured with them alone")
     try:
         spec = dataclasses.replace(call.case.spec, kv_layout="packed")
     except ValueError as error:

@@ -21,7 +21,7 @@ def prepare(call: Call) -> Callable[[], np.ndarray]:
 
     spec = call.case.spec
     if spec.dtype != "float32":
-        raise Unsupported("compared in float32 alone")
+        raise Unsupported("compared in float32 cases alone")
     kernel = _attention_decode_cpu(
         spec.num_kv_heads, spec.num_heads, spec.head_dim, spec.dtype, False, {}, page_size=spec.block_size
     )
