@@ -48,6 +48,17 @@ MORE_CASES = {
 }
 """Other groups and head sizes: where a library has no kernel of its own for them."""
 
+CACHED_CASES = {"16/1-f32-cached": _case("16/1", 128, 128, "float32", 1, 2048)}
+"""Kept as small as they are, so that keys and values stay in the last-level cache: 2 MB."""
+
+ALL_CASES = {**CASES, **MORE_CASES, **CACHED_CASES}
+
+
+def sized(name: str, cache_bytes: int) -> Case:
+    """A case by its name, at the size at which it is measured on a machine with such a last-level cache."""
+    case = ALL_CASES[name]
+    return case if name in CACHED_CASES else beyond_cache(case, cache_bytes)
+
 
 def beyond_cache(case: Case, cache_bytes: int) -> Case:
     """The case with its batch multiplied until its keys and values are at least twice as large as the cache."""

@@ -18,6 +18,7 @@ from pa_compiler import build
 from pa_compiler.cases import Case
 
 _STEPS = 100_000  # of the arithmetic probes: 2 ms or so on one core
+_TRIES = 3
 _BUFFER = 128 << 20  # bytes read by the bandwidth probes, at least 4 times the last-level cache
 _AHEAD = 1024  # bytes
 _STREAMS = (1, 4)
@@ -50,7 +51,11 @@ class Probe:
         start, used = time.perf_counter(), time.process_time()
         args = (len(cpus), (ctypes.c_int * len(cpus))(*cpus))
         steps = ctypes.c_long(_STEPS)
-        rates = {FMA: self._functions.fma_rate(*args, steps), BF16: self._functions.bf16_rate(*args, steps)}
+        rates = {
+            # The best of a few: they are short, and a thread that another process delays says nothing of the limit.
+            name: max(function(*args, steps) for _ in range(_TRIES))
+            for name, function in ((FMA, self._functions.fma_rate), (BF16, self._functions.bf16_rate))
+        }
         for kind, buffer in self._buffers.items():
             for streams in _STREAMS:
                 for ahead in (0, _AHEAD):

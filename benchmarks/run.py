@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 
 from benchmarks import machine, report
-from benchmarks.cases import CASES, MORE_CASES, beyond_cache
+from benchmarks.cases import ALL_CASES, CASES, sized
 from benchmarks.contender import Contender
 from benchmarks.measure import CaseResult, measure
 from benchmarks.peers import PEERS
@@ -27,7 +27,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--case", "names", multiple=True, help="A case by its name; may be given again. Default: the common ones."
 )
-@click.option("--all", "everything", is_flag=True, help="Other groups and head sizes too.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Other groups and head sizes too, and a small one in the cache."
+)
 @click.option("--quick", is_flag=True, help="Four cases and fewer rounds.")
 @click.option("--threads", "thread_counts", multiple=True, type=click.IntRange(1), default=(1, 2), help="Threads.")
 @click.option("--contender", "chosen", multiple=True, type=click.Choice(list(PEERS)), help="Only these.")
@@ -49,11 +51,10 @@ def main(
     plot_path: Path | None,
 ) -> None:
     """Time decode against the machine's limits and against other libraries."""
-    known = {**CASES, **MORE_CASES}
     for name in names:
-        if name not in known:
-            raise click.BadParameter(f"expected one of {', '.join(known)}, got {name!r}", param_hint="--case")
-    names = names or tuple(known if everything else _QUICK_CASES if quick else CASES)
+        if name not in ALL_CASES:
+            raise click.BadParameter(f"expected one of {', '.join(ALL_CASES)}, got {name!r}", param_hint="--case")
+    names = names or tuple(ALL_CASES if everything else _QUICK_CASES if quick else CASES)
     rounds = rounds or (_QUICK_ROUNDS if quick else _ROUNDS)
     contenders = chosen or tuple(name for name, peer in PEERS.items() if peers or peer.ours)
     console = Console(highlight=False)
@@ -61,10 +62,10 @@ def main(
     cache_bytes, cores = machine.last_level_cache(), machine.cores()
     if max(thread_counts) > len(cores):
         console.print(f"{max(thread_counts)} threads: left out, this process may use {len(cores)} core(s)")
-    about = f"last-level cache {cache_bytes / 2**20:.0f} MB, KV at least twice that"
+    about = f"last-level cache {cache_bytes / 2**20:.0f} MB, KV beyond it"
     console.print(f"{machine.cpu_name()}, {about}, {pages} pages, {rounds} rounds")
     probe = Probe(cache_bytes)
-    cases = {name: beyond_cache(known[name], cache_bytes) for name in names}
+    cases = {name: sized(name, cache_bytes) for name in names}
     results: list[CaseResult] = []
     for num_threads in (count for count in thread_counts if count <= len(cores)):
         cpus = cores[:num_threads]

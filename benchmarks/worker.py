@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cases import CASES, MORE_CASES
+from benchmarks.cases import ALL_CASES
 from benchmarks.inputs import make_call
 from benchmarks.peers import PEERS, Unsupported
 
@@ -31,8 +31,7 @@ def serve(name: str, answer: Callable[[dict[str, Any]], None]) -> None:
         request = json.loads(line)
         if "case" in request:
             timer = None  # frees the last case's memory
-            case = {**CASES, **MORE_CASES}[request["case"]]
-            case = dataclasses.replace(case, batch=request["batch"])
+            case = dataclasses.replace(ALL_CASES[request["case"]], batch=request["batch"])
             try:
                 peer = importlib.import_module(f"benchmarks.peers.{PEERS[name].module}")
                 call = make_call(case, request["num_threads"], request["huge_pages"])
