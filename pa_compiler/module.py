@@ -26,16 +26,13 @@ _NUMPY_DTYPES = {
 
 
 class WorkItem(NamedTuple):
-    """One kernel call of the plan: consecutive sequences of a chunk, a head tile, the blocks [block_begin, block_end).
+    """What a thread computes at a time: all heads of sequences of a chunk, in the blocks [block_begin, block_end).
 
     num_tokens counts the KV tokens that it reads.
     """
 
     batch_start: int
     num_seqs: int
-    kv_head: int
-    head_start: int
-    num_rows: int
     block_begin: int
     block_end: int
     num_tokens: int

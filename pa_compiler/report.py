@@ -47,15 +47,13 @@ def print_header(console: Console, case: Case, module: Module, num_items: int) -
 def print_plan(console: Console, items: Sequence[WorkItem]) -> None:
     """Print the work items: all of a short plan, the first few and a summary of a long one."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("item", "sequences", "kv head", "heads", "blocks", "tokens"):
+    for name in ("item", "sequences", "blocks", "tokens"):
         table.add_column(name, justify="right", overflow="fold")
     shown = items if len(items) <= _LONG_PLAN else items[:_SHOWN_OF_LONG_PLAN]
     for index, item in enumerate(shown):
         table.add_row(
             str(index),
             _range(item.batch_start, item.batch_start + item.num_seqs),
-            str(item.kv_head),
-            _range(item.head_start, item.head_start + item.num_rows),
             _range(item.block_begin, item.block_end),
             f"{item.num_tokens:,}",
         )

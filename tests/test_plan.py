@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from specs import BASE, SPECS, every_pipeline, every_spec
@@ -28,36 +30,32 @@ def blocks_of(spec, length):
 
 
 def ranges_of(spec, items, lengths, sequence):
-    """The block ranges that one sequence is cut into, for its first head."""
+    """The block ranges that one sequence is cut into."""
     return sorted(
         (item.block_begin, min(item.block_end, blocks_of(spec, lengths[sequence])))
         for item in items
-        if item.head_start == 0 and item.batch_start <= sequence < item.batch_start + item.num_seqs
+        if item.batch_start <= sequence < item.batch_start + item.num_seqs
     )
 
 
 @every_spec
 @every_batch
-def test_each_block_of_each_head_once(compiled, spec, pipeline, lengths):
+def test_each_block_once(compiled, spec, pipeline, lengths):
     items = plan(compiled(spec, pipeline), lengths)
-    visits = np.zeros((len(lengths), spec.num_heads, blocks_of(spec, max(lengths, default=0))), int)
+    visits = np.zeros((len(lengths), blocks_of(spec, max(lengths, default=0))), int)
     for item in items:
-        heads = slice(item.head_start, item.head_start + item.num_rows)
         for sequence in range(item.batch_start, item.batch_start + item.num_seqs):
             end = min(item.block_end, blocks_of(spec, lengths[sequence]))
-            visits[sequence, heads, item.block_begin : end] += 1
-    used = np.arange(visits.shape[2]) < np.array([blocks_of(spec, length) for length in lengths]).reshape(-1, 1, 1)
-    np.testing.assert_array_equal(visits, np.broadcast_to(used, visits.shape))
+            visits[sequence, item.block_begin : end] += 1
+    used = np.arange(visits.shape[1]) < np.array([blocks_of(spec, length) for length in lengths]).reshape(-1, 1)
+    np.testing.assert_array_equal(visits, used)
 
 
 @every_spec
 @every_batch
-def test_items_keep_to_one_tile_and_one_chunk(compiled, spec, pipeline, lengths):
+def test_items_keep_to_one_chunk(compiled, spec, pipeline, lengths):
     for item in plan(compiled(spec, pipeline), lengths):
-        assert 1 <= item.num_rows <= spec.head_tile
         assert 1 <= item.num_seqs <= spec.batch_chunk
-        for head in (item.head_start, item.head_start + item.num_rows - 1):
-            assert head // spec.group == item.kv_head
         last = item.batch_start + item.num_seqs - 1
         assert item.batch_start // spec.batch_chunk == last // spec.batch_chunk
 
@@ -83,14 +81,16 @@ def test_a_sequence_is_cut_by_its_own_length_alone(compiled, lengths):
         assert ranges_of(BASE, items, lengths, sequence) == alone
 
 
-def test_long_sequences_are_split(compiled):
-    """Into ranges of at most 2048 tokens, up to whole blocks; a shorter one is left whole."""
-    module = compiled(BASE)
-    for length in (2049 + BASE.block_size, 5000, 131072):
-        ranges = ranges_of(BASE, plan(module, [length]), [length], 0)
+@pytest.mark.parametrize(("kv_heads", "tokens"), [(1, 2048), (4, 512), (32, 256)])
+def test_long_sequences_are_split(compiled, kv_heads, tokens):
+    """Into ranges of at most 2048 tokens over the kv heads, but no fewer than 256; a shorter one is left whole."""
+    spec = dataclasses.replace(BASE, num_heads=kv_heads, num_kv_heads=kv_heads)
+    module = compiled(spec)
+    for length in (tokens + 1, 5000, 131072):
+        ranges = ranges_of(spec, plan(module, [length]), [length], 0)
         assert len(ranges) > 1
-        assert all((end - begin - 1) * BASE.block_size < 2048 for begin, end in ranges)
-    assert len(ranges_of(BASE, plan(module, [2048]), [2048], 0)) == 1
+        assert all((end - begin) * spec.block_size <= tokens for begin, end in ranges)
+    assert len(ranges_of(spec, plan(module, [tokens]), [tokens], 0)) == 1
 
 
 @every_pipeline
@@ -110,9 +110,6 @@ def test_plan_names_its_fields(compiled):
     assert item._asdict() == {
         "batch_start": 0,
         "num_seqs": 1,
-        "kv_head": 0,
-        "head_start": 0,
-        "num_rows": 4,
         "block_begin": 0,
         "block_end": 3,
         "num_tokens": 300,
