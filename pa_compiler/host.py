@@ -57,11 +57,16 @@ def render(
         split_blocks=tiling.split_blocks if fused else "std::numeric_limits<int64_t>::max()",
         item_tokens=SPLIT_TOKENS if fused else "std::numeric_limits<int64_t>::max()",
         dtypes=_DTYPES,
-        cache_extents=", ".join("-1" if isinstance(extent, str) else str(extent) for extent in spec.cache_shape),
-        cache_text=f"[{', '.join(map(str, spec.cache_shape))}]",
+        cache_shapes={"key_cache": _shape(spec.key_cache_shape), "value_cache": _shape(spec.value_cache_shape)},
         checked_features=[name for name in _CHECKED_FEATURES if name in target.features],
         manifest=json.dumps(manifest, sort_keys=True),
     )
+
+
+def _shape(extents: Sequence[str | int]) -> tuple[str, str]:
+    """A shape as C++'s list of extents, -1 for any, and as an error message shows it."""
+    known = ("-1" if isinstance(extent, str) else str(extent) for extent in extents)
+    return f"{{{', '.join(known)}}}", f"[{', '.join(map(str, extents))}]"
 
 
 def describe(spec: PagedAttentionSpec, pipeline: str) -> str:

@@ -13,6 +13,7 @@ import pytest
 ARROWS = {
     "spec": set(),
     "reference": set(),
+    "layout": {"spec"},
     "target": set(),
     "cache": set(),
     "tiling": {"spec", "target"},
@@ -23,7 +24,7 @@ ARROWS = {
     "module": {"spec"},
     "compiler": {"spec", "target", "tiling", "kernels", "schedules", "host", "build", "module", "cache"},
     "cases": {"spec", "reference"},
-    "__init__": {"spec", "reference", "module", "compiler"},
+    "__init__": {"spec", "reference", "layout", "module", "compiler"},
     "generate": {"spec", "compiler", "host"},
     "report": {"cases", "module"},
     "options": {"spec", "cases"},

@@ -394,13 +394,13 @@ Arguments CheckArguments(const Inputs& in, double scale, int64_t num_threads) {
                    const std::string& shape_text) {
     return CheckArray(name, in.Tensor(index, name), dtype, shape, shape_text);
   };
-  const std::string heads = ", 16", cache_text = "[num_blocks, 128, 1, 128]";
+  const std::string heads = ", 16";
   Arguments args;
   args.query = check(0, "query", kDType, {-1, kNumHeads, kHeadDim}, "[batch" + heads + ", 128]");
   args.batch = args.query.shape[0];
   const std::string batch = "[" + std::to_string(args.batch);
-  args.key_cache = check(1, "key_cache", kDType, {-1, 128, 1, 128}, cache_text);
-  args.value_cache = check(2, "value_cache", kDType, {-1, 128, 1, 128}, cache_text);
+  args.key_cache = check(1, "key_cache", kDType, {-1, 128, 1, 128}, "[num_blocks, 128, 1, 128]");
+  args.value_cache = check(2, "value_cache", kDType, {-1, 128, 1, 128}, "[num_blocks, 128, 1, 128]");
   const int64_t num_blocks = args.key_cache.shape[0];
   if (args.value_cache.shape[0] != num_blocks) {
     Fail("ValueError", "value_cache", "as many blocks as key_cache, " + std::to_string(num_blocks),
