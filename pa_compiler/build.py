@@ -19,7 +19,7 @@ from pa_compiler.target import CpuTarget
 _COMPILE_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 
 # Only the entry points leave the library: two of them in one process do not see each other's kernels.
-_EXPORTS = "{ global: __tvm_ffi_decode; __tvm_ffi_plan; __tvm_ffi_manifest; __tvm_ffi_view_as_bfloat16; local: *; };\n"
+_ENTRY_POINTS = ("decode", "append_kv", "plan", "manifest", "view_as_bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ def link(host: str, kernels: Kernels, directory: Path) -> Path:
     source, object_file, exports = directory / "host.cc", directory / "kernels.o", directory / "exports.map"
     source.write_text(host)
     object_file.write_bytes(kernels.object_code)
-    exports.write_text(_EXPORTS)
+    exports.write_text(f"{{ global: {' '.join(f'__tvm_ffi_{name};' for name in _ENTRY_POINTS)} local: *; }};\n")
     library = directory / "pa.so"
     includes = (tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())  # often the same
     command = [

@@ -104,11 +104,10 @@ def lower(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: tiling.Tiling
 
     unscheduled = kernels.build(spec, tiles, pipeline)
     tensorir = _script(unscheduled)  # now: scheduling may change the PrimFuncs that it is given
-    names = [kernel.__name__ for kernel in kernels.PIPELINES[pipeline]]
     return Lowered(
         tensorir=tensorir,
         scheduled=schedule(unscheduled, tiles),
-        host=host.render(spec, tiles, cpu, pipeline, names, _manifest(spec, cpu, pipeline)),
+        host=host.render(spec, tiles, cpu, pipeline, kernels.names(pipeline), _manifest(spec, cpu, pipeline)),
     )
 
 

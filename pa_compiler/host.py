@@ -18,6 +18,7 @@ _DTYPES = {
     "float16": "{kDLFloat, 16, 1}",
     "bfloat16": "{kDLBfloat, 16, 1}",
     "int32": "{kDLInt, 32, 1}",
+    "int64": "{kDLInt, 64, 1}",
 }
 
 # The features whose instructions kernels use, by the names that LLVM and __builtin_cpu_supports share.
@@ -57,16 +58,17 @@ def render(
         split_blocks=tiling.split_blocks if fused else "std::numeric_limits<int64_t>::max()",
         item_tokens=SPLIT_TOKENS if fused else "std::numeric_limits<int64_t>::max()",
         dtypes=_DTYPES,
-        cache_shapes={"key_cache": _shape(spec.key_cache_shape), "value_cache": _shape(spec.value_cache_shape)},
+        key_cache_shape=_shape(spec.key_cache_shape),
+        value_cache_shape=_shape(spec.value_cache_shape),
         checked_features=[name for name in _CHECKED_FEATURES if name in target.features],
         manifest=json.dumps(manifest, sort_keys=True),
     )
 
 
-def _shape(extents: Sequence[str | int]) -> tuple[str, str]:
-    """A shape as C++'s list of extents, -1 for any, and as an error message shows it."""
-    known = ("-1" if isinstance(extent, str) else str(extent) for extent in extents)
-    return f"{{{', '.join(known)}}}", f"[{', '.join(map(str, extents))}]"
+def _shape(shape: Sequence[str | int]) -> dict[str, str]:
+    """A shape as C++'s list of extents, -1 for any, and as the text of an error message."""
+    known = ("-1" if isinstance(extent, str) else str(extent) for extent in shape)
+    return {"extents": f"{{{', '.join(known)}}}", "text": f"[{', '.join(map(str, shape))}]"}
 
 
 def describe(spec: PagedAttentionSpec, pipeline: str) -> str:
