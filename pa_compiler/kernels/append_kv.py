@@ -17,30 +17,30 @@ _Place = Callable[[Expr, Expr, Expr, Expr], tuple[Expr, ...]]
 
 def append_key(spec: PagedAttentionSpec) -> PrimFunc:
     """key_cache at slot_mapping[t] = key[t], for the kv heads [head_begin, head_begin + num_heads)."""
-    pair = spec.packed_pair
-    if spec.kv_layout == "packed":
+    shape, pair = spec.key_cache_shape[1:], spec.packed_pair
+    if spec.kv_layout != "packed":
+        return _append(spec, "append_key", shape, _row(spec), adjacent=spec.head_dim)
 
-        def place(block, slot, head, d):
-            return block, head, T.floordiv(d, pair), slot * pair + T.floormod(d, pair)
+    def place(block, slot, head, d):
+        return block, head, T.floordiv(d, pair), slot * pair + T.floormod(d, pair)
 
-        return _append(spec, "append_key", spec.key_cache_shape[1:], place, adjacent=pair)
-    return _append(spec, "append_key", spec.key_cache_shape[1:], _natural_place(spec), adjacent=spec.head_dim)
+    return _append(spec, "append_key", shape, place, adjacent=pair)
 
 
 def append_value(spec: PagedAttentionSpec) -> PrimFunc:
     """value_cache at slot_mapping[t] = value[t], for the kv heads [head_begin, head_begin + num_heads)."""
-    pair = spec.packed_pair
-    if spec.kv_layout == "packed" and pair > 1:
+    shape, pair = spec.value_cache_shape[1:], spec.packed_pair
+    if spec.kv_layout != "packed":
+        return _append(spec, "append_value", shape, _row(spec), adjacent=spec.head_dim)
 
-        def place(block, slot, head, d):
-            return block, head, T.truncdiv(slot, T.int64(pair)), d * pair + T.truncmod(slot, T.int64(pair))
+    def place(block, slot, head, d):
+        return block, head, T.truncdiv(slot, T.int64(pair)), d * pair + T.truncmod(slot, T.int64(pair))
 
-        return _append(spec, "append_value", spec.value_cache_shape[1:], place, adjacent=1)
-    return _append(spec, "append_value", spec.value_cache_shape[1:], _natural_place(spec), adjacent=spec.head_dim)
+    return _append(spec, "append_value", shape, place, adjacent=spec.head_dim if pair == 1 else 1)
 
 
-def _natural_place(spec: PagedAttentionSpec) -> _Place:
-    """Rows of head_dim elements; packed values without pairs lie as in HND."""
+def _row(spec: PagedAttentionSpec) -> _Place:
+    """In NHD and HND a key or a value is a row."""
     if spec.kv_layout == "NHD":
         return lambda block, slot, head, d: (block, slot, head, d)
     return lambda block, slot, head, d: (block, head, slot, d)
