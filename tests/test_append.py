@@ -206,6 +206,19 @@ def test_caches_in_one_buffer_row_by_row(module_of, spec, place):
 
 
 @every_spec
+def test_blocks_in_one_buffer_that_overlap_by_an_element(module_of, spec):
+    call = Call(spec, 1)
+    size = call.key_cache[0].size
+    room = np.zeros((7, 2 * size - 1), call.key_cache.dtype)
+    key_cache = room[:, :size].reshape(call.key_cache.shape)
+    value_cache = room[:, size - 1 :].reshape(call.value_cache.shape)
+    assert np.shares_memory(room, key_cache)
+    with pytest.raises(ValueError, match=r"^value_cache\b.*key_cache"):
+        module_of(spec).append_kv(call.key, call.value, key_cache, value_cache, call.slot_mapping)
+    assert not room.any()
+
+
+@every_spec
 def test_torch(module_of, spec):
     call = Call(spec, 12)
     tensors = [as_torch(array) for array in call.arguments]

@@ -49,7 +49,9 @@ def test_all_of_it_is_advised_to_use_huge_pages(num_bytes):
     array = memory.huge_zeros((num_bytes,), np.dtype(np.uint8))
     last_page = array.ctypes.data + (num_bytes - 1) // HUGE_PAGE * HUGE_PAGE
     for address in (array.ctypes.data, last_page, last_page + HUGE_PAGE - 1):
-        assert " hg" in re.search(r"^VmFlags:.*$", mapping_of(address), re.MULTILINE)[0]
+        text = mapping_of(address)
+        assert " hg" in re.search(r"^VmFlags:.*$", text, re.MULTILINE)[0]
+        assert text.split()[1] == "rw-p"  # private: for shared memory the system asks for more than advice
     array.fill(1)
     assert array.sum(dtype=np.int64) == num_bytes
 
