@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _COMPILE_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 
 # Only the entry points leave the library: two of them in one process do not see each other's kernels.
-_EXPORTS = "{ global: __tvm_ffi_decode; __tvm_ffi_plan; __tvm_ffi_manifest; __tvm_ffi_view_as_bfloat16; local: *; };\n"
+_ENTRY_POINTS = ("decode", "append_kv", "plan", "manifest", "view_as_bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,10 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
     import tvm
     from tvm.target import Target
 
-    # The asserts are TVM's own checks of the arguments. Only the host calls the kernels, and has checked more.
-    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
+    # The asserts are TVM's own checks of the arguments. Only the host calls the kernels, and has checked more. Rewriting
+    # storage would put register sums into the memory of larger buffers, where LLVM does not keep them in registers.
+    config = {"tirx.disable_assert": True, "tirx.disable_storage_rewrite": True}
+    with tvm.transform.PassContext(config=config):
         executable = tvm.compile(mod, target=Target(json.loads(target.config)))
     text = directory / "kernels.ll"
     text.write_text(_without_debug_info(executable.mod.inspect_source("ll")))
@@ -91,7 +93,7 @@ def link(compiling: subprocess.Popen[str], kernels: Kernels, directory: Path) ->
     _finish(compiling)
     assembly, exports, library = directory / "kernels.s", directory / "exports.map", directory / "pa.so"
     assembly.write_text(kernels.asm)
-    exports.write_text(_EXPORTS)
+    exports.write_text(f"{{ global: {' '.join(f'__tvm_ffi_{name};' for name in _ENTRY_POINTS)} local: *; }};\n")
     command = [
         cxx(),
         str(directory / "host.o"),

@@ -125,7 +125,6 @@ def make_inputs(case: Case, seed: int = 0, advance: Callable[[int], object] = la
     """
     rng = np.random.default_rng(seed)
     spec = case.spec
-    cache_shape = (case.num_blocks, *(extent for extent in spec.cache_shape if isinstance(extent, int)))
 
     def uniform(shape: tuple[int, ...], half: float) -> np.ndarray:
         # In pieces: float32 noise for a whole cache would take twice the cache's memory.
@@ -138,7 +137,8 @@ def make_inputs(case: Case, seed: int = 0, advance: Callable[[int], object] = la
         return array
 
     query = uniform((case.batch, spec.num_heads, spec.head_dim), 0.5)
-    key_cache, value_cache = uniform(cache_shape, 0.5), uniform(cache_shape, 1.0)
+    key_cache = uniform((case.num_blocks, *spec.key_cache_shape[1:]), 0.5)
+    value_cache = uniform((case.num_blocks, *spec.value_cache_shape[1:]), 1.0)
     block_table = rng.integers(0, case.num_blocks, (case.batch, case.max_blocks), dtype=np.int32)
     return Inputs(query, key_cache, value_cache, block_table, case.context_lens)
 

@@ -112,8 +112,7 @@ def _host(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: tiling.Tiling
     """spec -> host."""
     from pa_compiler import kernels
 
-    names = [kernel.__name__ for kernel in kernels.PIPELINES[pipeline]]
-    return host.render(spec, tiles, cpu, pipeline, names, _manifest(spec, cpu, pipeline))
+    return host.render(spec, tiles, cpu, pipeline, kernels.names(pipeline), _manifest(spec, cpu, pipeline))
 
 
 def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> None:
@@ -165,6 +164,8 @@ def _read(entry: Path) -> Module:
 def _checked(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str) -> dict[str, Any]:
     if not isinstance(spec, PagedAttentionSpec):
         raise TypeError(f"spec: expected a PagedAttentionSpec, got {type(spec).__name__}")
+    if spec.kv_layout == "packed":
+        raise ValueError("kv_layout: expected NHD or HND, got 'packed', which decode cannot read yet")
     if pipeline not in PIPELINES:
         raise ValueError(f"pipeline: expected one of {', '.join(PIPELINES)}, got {pipeline!r}")
     return _target.normalize(target)

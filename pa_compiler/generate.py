@@ -32,9 +32,9 @@ class _File(NamedTuple):
 
 _FILES = (
     _File("tensorir", "tensorir.py", "#", "pa_compiler/kernels/"),
-    _File("scheduled", "scheduled.py", "#", "pa_compiler/kernels/, schedules/heads_in_lanes.py"),
+    _File("scheduled", "scheduled.py", "#", "pa_compiler/kernels/, schedules/"),
     _File("host", "host.cc", "//", "templates/host.cc.j2"),
-    _File("llvm", "kernels.ll", ";", "pa_compiler/kernels/, schedules/heads_in_lanes.py"),
+    _File("llvm", "kernels.ll", ";", "pa_compiler/kernels/, schedules/"),
 )
 
 

@@ -18,6 +18,7 @@ _DTYPES = {
     "float16": "{kDLFloat, 16, 1}",
     "bfloat16": "{kDLBfloat, 16, 1}",
     "int32": "{kDLInt, 32, 1}",
+    "int64": "{kDLInt, 64, 1}",
 }
 
 # The features whose instructions kernels use, by the names that LLVM and __builtin_cpu_supports share.
@@ -60,11 +61,17 @@ def render(
         split_blocks=tiling.split_blocks if fused else "std::numeric_limits<int64_t>::max()",
         item_tokens=tiling.split_blocks * spec.block_size if fused else "std::numeric_limits<int64_t>::max()",
         dtypes=_DTYPES,
-        cache_extents=", ".join("-1" if isinstance(extent, str) else str(extent) for extent in spec.cache_shape),
+        key_cache_extents=_extents(spec.key_cache_shape),
+        value_cache_extents=_extents(spec.value_cache_shape),
         thread_tokens=max(1, _THREAD_FLOPS // (4 * spec.head_dim * spec.num_heads)),
         checked_features=[name for name in _CHECKED_FEATURES if name in target.features],
         manifest=json.dumps(manifest, sort_keys=True),
     )
+
+
+def _extents(shape: Sequence[str | int]) -> str:
+    """A shape as C++'s list of extents, -1 for any."""
+    return "{" + ", ".join("-1" if isinstance(extent, str) else str(extent) for extent in shape) + "}"
 
 
 def describe(spec: PagedAttentionSpec, pipeline: str) -> str:

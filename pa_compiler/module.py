@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import tvm_ffi
 
+from pa_compiler import memory
 from pa_compiler.spec import PagedAttentionSpec
 
 _NUMPY_DTYPES = {
@@ -22,6 +23,7 @@ _NUMPY_DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "int32": np.dtype(np.int32),
+    "int64": np.dtype(np.int64),
 }
 
 
@@ -48,13 +50,14 @@ class Module:
         pipeline: "fused" or "staged".
         target: The TVM target dict that it was compiled for.
         sources: The text of each stage, in order: tensorir, scheduled, host, llvm, asm. Empty for a loaded module.
-        num_threads: Threads that decode uses at most. Results are bitwise the same for every value.
+        num_threads: Threads that a call uses at most. Results are bitwise the same for every value.
     """
 
     def __init__(self, library: Path, sources: Mapping[str, str] | None = None) -> None:
         self._library = library.read_bytes()
         functions = tvm_ffi.load_module(str(library))
         self._decode = functions["decode"]
+        self._append_kv = functions["append_kv"]
         self._plan = functions["plan"]
         self._view_as_bfloat16 = functions["view_as_bfloat16"]
         manifest = json.loads(functions["manifest"]())
@@ -65,8 +68,9 @@ class Module:
         self._num_threads = _default_num_threads()
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
         cache_dtype = self.spec.dtype
-        dtypes = {"query": cache_dtype, "key_cache": cache_dtype, "value_cache": cache_dtype, "lse": "float32"}
-        dtypes |= {"block_table": "int32", "context_lens": "int32", "out": self.spec.out_dtype or cache_dtype}
+        dtypes = dict.fromkeys(("query", "key", "value", "key_cache", "value_cache"), cache_dtype)
+        dtypes |= {"block_table": "int32", "context_lens": "int32", "slot_mapping": "int64"}
+        dtypes |= {"out": self.spec.out_dtype or cache_dtype, "lse": "float32"}
         self._dtypes = dtypes
 
     def __repr__(self) -> str:
@@ -74,7 +78,7 @@ class Module:
 
     @property
     def num_threads(self) -> int:
-        """Threads that decode uses at most; PA_NUM_THREADS, or else the CPUs that this process may use."""
+        """Threads that a call uses at most; PA_NUM_THREADS, or else the CPUs that this process may use."""
         return self._num_threads
 
     @num_threads.setter
@@ -146,6 +150,56 @@ class Module:
         arguments.append(None if lse is None else self._argument("lse", lse, written=True))
         self._decode(*arguments, float(scale), self._num_threads, 0)
         return out if lse is None else (out, lse)
+
+    def append_kv(self, key: Any, value: Any, key_cache: Any, value_cache: Any, slot_mapping: Any) -> None:
+        """Write the keys and values of new tokens into their slots of the paged cache, bit for bit.
+
+        Arrays are of the same kinds as decode's, and as free in their strides. Tokens are written in their order: where
+        two have the same slot the later stays, at any number of threads.
+
+        Args:
+            key: [num_tokens, num_kv_heads, head_dim], dtype.
+            value: As key.
+            key_cache: In kv_layout, as for decode, written. It may share one buffer with value_cache, block beside
+                block or row beside row.
+            value_cache: In kv_layout, as for decode, written.
+            slot_mapping: [num_tokens], int64: block id * block_size + the slot in the block, where the token goes. -1
+                skips the token.
+
+        Raises:
+            TypeError: an argument is not an array, or has another dtype.
+            ValueError: rank, shape, strides, alignment, device, or a cache overlapping another array.
+            IndexError: an entry of slot_mapping is neither -1 nor in [0, num_blocks * block_size).
+            RuntimeError: this CPU lacks features that the module is built for.
+            Everything is checked before anything is written; contents of the arrays must not change meanwhile.
+        """
+        self._append_kv(
+            self._argument("key", key),
+            self._argument("value", value),
+            self._argument("key_cache", key_cache, written=True),
+            self._argument("value_cache", value_cache, written=True),
+            self._argument("slot_mapping", slot_mapping),
+            self._num_threads,
+            0,
+        )
+
+    def empty_cache(self, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+        """New key and value caches of num_blocks blocks in kv_layout, all 0, as NumPy arrays.
+
+        Each begins at a multiple of 2 MB, on huge pages where the system has transparent ones, from which decode reads
+        faster. Memory is taken when it is first written, and given back with the last view of the array.
+
+        Raises:
+            TypeError, ValueError: num_blocks is not a whole number from 1 on.
+            MemoryError: the system does not give that much.
+        """
+        if not isinstance(num_blocks, int) or isinstance(num_blocks, bool):
+            raise TypeError(f"num_blocks: expected an int, got {num_blocks!r} of type {type(num_blocks).__name__}")
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks: expected at least 1, got {num_blocks}")
+        dtype = _NUMPY_DTYPES[self.spec.dtype]
+        key_cache = memory.huge_zeros((num_blocks, *self.spec.key_cache_shape[1:]), dtype)
+        return key_cache, memory.huge_zeros((num_blocks, *self.spec.value_cache_shape[1:]), dtype)
 
     def plan(self, context_lens: Any) -> list[WorkItem]:
         """The work items that decode runs for these lengths ([batch], int32), in the order they are dealt to threads.

@@ -33,12 +33,16 @@ def decode(
     Args:
         query: [batch, num_heads, head_dim], any floating dtype.
         key_cache: [num_blocks, block_size, num_kv_heads, head_dim], or for "HND"
-            [num_blocks, num_kv_heads, block_size, head_dim], any floating dtype.
-        value_cache: The same shape as key_cache; its last axis may differ, and is then the last axis of out.
+            [num_blocks, num_kv_heads, block_size, head_dim], any floating dtype. For "packed"
+            [num_blocks, num_kv_heads, head_dim, block_size]; if the dtype is bfloat16
+            [num_blocks, num_kv_heads, head_dim / 2, 2 * block_size], pairs along head_dim.
+        value_cache: The same shape as key_cache; for "packed" [num_blocks, num_kv_heads, block_size, head_dim], and if
+            the dtype is bfloat16 [num_blocks, num_kv_heads, block_size / 2, 2 * head_dim], pairs along tokens. Its
+            head_dim may differ from key_cache's, and is then the last axis of out.
         block_table: [batch, max_blocks], integers: the block that holds tokens [i * block_size, (i + 1) * block_size).
         context_lens: [batch], integers: tokens in each sequence.
         scale: Factor on every score; 1 / sqrt(head_dim) where it is None.
-        kv_layout: "NHD" or "HND".
+        kv_layout: "NHD", "HND" or "packed".
         return_lse: Return lse too.
 
     Returns:
@@ -46,12 +50,17 @@ def decode(
         lse: [batch, num_heads], float64, with return_lse: the natural logarithm of the softmax's denominator,
             log sum_t exp(score_t); -inf for a sequence of length 0.
     """
+    if kv_layout not in ("NHD", "HND", "packed"):
+        raise ValueError(f"kv_layout: expected NHD, HND or packed, got {kv_layout!r}")
     if kv_layout == "HND":
         key_cache, value_cache = key_cache.swapaxes(1, 2), value_cache.swapaxes(1, 2)
-    elif kv_layout != "NHD":
-        raise ValueError(f"kv_layout: expected NHD or HND, got {kv_layout!r}")
     batch, num_heads, head_dim = query.shape
-    _, block_size, num_kv_heads, value_dim = value_cache.shape
+    if kv_layout == "packed":
+        pair = 2 if key_cache.dtype.name == "bfloat16" else 1
+        num_kv_heads, block_size = value_cache.shape[1], pair * value_cache.shape[2]
+        value_dim = value_cache.shape[3] // pair
+    else:
+        _, block_size, num_kv_heads, value_dim = value_cache.shape
     if scale is None:
         scale = 1 / math.sqrt(head_dim)
 
@@ -59,9 +68,16 @@ def decode(
     lse = np.full((batch, num_heads), -np.inf)
     for sequence in np.flatnonzero(context_lens):
         token = np.arange(context_lens[sequence])
-        slots = block_table[sequence, token // block_size], token % block_size
-        key = key_cache[slots].astype(np.float64).transpose(1, 2, 0)  # [num_kv_heads, head_dim, tokens]
-        value = value_cache[slots].astype(np.float64).transpose(1, 0, 2)  # [num_kv_heads, tokens, value_dim]
+        block, slot = block_table[sequence, token // block_size], token % block_size
+        if kv_layout == "packed":  # gathered element by element: [tokens, dim, num_kv_heads]
+            block, slot = block[:, None], slot[:, None]
+            dim, out_dim = np.arange(head_dim), np.arange(value_dim)
+            keys = key_cache[block, :, dim // pair, pair * slot + dim % pair].swapaxes(1, 2)
+            values = value_cache[block, :, slot // pair, pair * out_dim + slot % pair].swapaxes(1, 2)
+        else:
+            keys, values = key_cache[block, slot], value_cache[block, slot]
+        key = keys.astype(np.float64).transpose(1, 2, 0)  # [num_kv_heads, head_dim, tokens]
+        value = values.astype(np.float64).transpose(1, 0, 2)  # [num_kv_heads, tokens, value_dim]
         grouped = query[sequence].astype(np.float64).reshape(num_kv_heads, -1, head_dim)
 
         scores = scale * (grouped @ key)  # [num_kv_heads, group, tokens]

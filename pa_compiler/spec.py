@@ -8,7 +8,9 @@ ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """The element types, with their bytes."""
 
 DTYPES = tuple(ITEMSIZES)
-KV_LAYOUTS = ("NHD", "HND")
+KV_LAYOUTS = ("NHD", "HND", "packed")
+
+_PACKED_TOKENS = 16
 
 _INTEGER_RANGES = {
     "num_heads": (1, 65536),
@@ -32,7 +34,9 @@ class PagedAttentionSpec:
         dtype: Element type of query, key_cache and value_cache: "float32", "float16" or "bfloat16".
         out_dtype: Element type of out; dtype where it is None.
         kv_layout: "NHD", caches [num_blocks, block_size, num_kv_heads, head_dim], or
-            "HND", caches [num_blocks, num_kv_heads, block_size, head_dim].
+            "HND", caches [num_blocks, num_kv_heads, block_size, head_dim], or
+            "packed", as the kernels read them best: see key_cache_shape and value_cache_shape. It needs a block_size
+            that is a multiple of 16 and, for bfloat16, an even head_dim.
         head_tile: Query heads of one kv head that a kernel takes at a time; a power of two up to 64.
         batch_chunk: Sequences of one chunk, the unit that batch_start steps by.
 
@@ -72,6 +76,13 @@ class PagedAttentionSpec:
             )
         if self.head_tile & (self.head_tile - 1):
             raise ValueError(f"head_tile: expected a power of two, got {self.head_tile}")
+        if self.kv_layout == "packed":
+            if self.block_size % _PACKED_TOKENS:
+                raise ValueError(
+                    f"block_size: expected a multiple of {_PACKED_TOKENS} for kv_layout packed, got {self.block_size}"
+                )
+            if self.head_dim % self.packed_pair:
+                raise ValueError(f"head_dim: expected an even number for packed bfloat16, got {self.head_dim}")
 
     @property
     def group(self) -> int:
@@ -84,8 +95,36 @@ class PagedAttentionSpec:
         return -(-self.group // self.head_tile)
 
     @property
-    def cache_shape(self) -> tuple[str | int, ...]:
-        """Shape of key_cache and value_cache in kv_layout, with the run-time extent by name."""
+    def packed_pair(self) -> int:
+        """Elements that kv_layout "packed" keeps side by side: 2 of bfloat16, as its dot product takes them, else 1."""
+        return 2 if self.dtype == "bfloat16" else 1
+
+    @property
+    def key_cache_shape(self) -> tuple[str, int, int, int]:
+        """Shape of key_cache in kv_layout, with the run-time extent by name.
+
+        Packed, the keys of a block are transposed: with p = packed_pair, element [b, h, d // p, p * slot + d % p] of
+        [num_blocks, num_kv_heads, head_dim / p, p * block_size] is element d of the key in that slot.
+        """
+        if self.kv_layout == "packed":
+            pair = self.packed_pair
+            return ("num_blocks", self.num_kv_heads, self.head_dim // pair, pair * self.block_size)
+        return self._natural_cache_shape
+
+    @property
+    def value_cache_shape(self) -> tuple[str, int, int, int]:
+        """Shape of value_cache in kv_layout, with the run-time extent by name.
+
+        Packed, with p = packed_pair, element [b, h, slot // p, p * d + slot % p] of
+        [num_blocks, num_kv_heads, block_size / p, p * head_dim] is element d of the value in that slot.
+        """
+        if self.kv_layout == "packed":
+            pair = self.packed_pair
+            return ("num_blocks", self.num_kv_heads, self.block_size // pair, pair * self.head_dim)
+        return self._natural_cache_shape
+
+    @property
+    def _natural_cache_shape(self) -> tuple[str, int, int, int]:
         if self.kv_layout == "NHD":
             return ("num_blocks", self.block_size, self.num_kv_heads, self.head_dim)
         return ("num_blocks", self.num_kv_heads, self.block_size, self.head_dim)

@@ -1,21 +1,28 @@
-"""Schedules: how the kernels run on a target. One file per strategy; a schedule changes loops, never the maths."""
+"""Schedules: how the kernels run on a target. One file per strategy; a schedule changes loops, never the maths.
+
+Each file has STAGES, which says for the name of an sblock what to do with it.
+"""
 
 from tvm import IRModule
 from tvm.s_tir import Schedule
 
-from pa_compiler.schedules import head_dim_in_lanes, heads_in_lanes
+from pa_compiler.schedules import append_kv, head_dim_in_lanes, heads_in_lanes
 from pa_compiler.tiling import Tiling
 
 _STRATEGIES = {"heads_in_lanes": heads_in_lanes, "head_dim_in_lanes": head_dim_in_lanes}
 
 
 def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
-    """The module with every PrimFunc scheduled. The one given may be changed: use it no more."""
+    """The module with every PrimFunc scheduled. The one given may be changed: use it no more.
+
+    The fused kernel gets the tiling's strategy. The others, which are called more often than they are waited for, always
+    have head_dim in the lanes.
+    """
     sch = Schedule(mod)
     for variable in mod.get_global_vars():
         sch.work_on(variable.name_hint)
-        fused = variable.name_hint == "fused_decode"
-        stages = _STRATEGIES[tiling.strategy].STAGES if fused else head_dim_in_lanes.STAGES
+        strategy = tiling.strategy if variable.name_hint == "fused_decode" else "head_dim_in_lanes"
+        stages = _STRATEGIES[strategy].STAGES | append_kv.STAGES
         present = _sblock_names(sch)
         for stage, apply in stages.items():
             if stage in present:

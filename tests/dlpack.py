@@ -8,7 +8,7 @@ import numpy as np
 
 CPU, CUDA = 1, 2
 FLOAT, BFLOAT, INT = 2, 4, 0
-CODES = {"float32": FLOAT, "float16": FLOAT, "bfloat16": BFLOAT, "int32": INT}
+CODES = {"float32": FLOAT, "float16": FLOAT, "bfloat16": BFLOAT, "int32": INT, "int64": INT}
 
 
 class _Tensor(ctypes.Structure):

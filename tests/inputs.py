@@ -85,8 +85,24 @@ def make_inputs(spec, context_lens, *, seed=0, poison="nan", placement=None, spa
         cache = np.empty((num_blocks, *logical.shape[1:]), dtype)
         cache[place] = logical
         cache[~valid] = poison_value(poison, dtype)
-        caches.append(cache if spec.kv_layout == "NHD" else np.ascontiguousarray(cache.swapaxes(1, 2)))
-    return Inputs(query, *caches, block_table, context_lens, DTYPES[spec.out_dtype])
+        caches.append(cache)
+    return Inputs(query, *lay_out(spec, *caches), block_table, context_lens, DTYPES[spec.out_dtype])
+
+
+def lay_out(spec, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Caches of spec.kv_layout from caches [num_blocks, block_size, num_kv_heads, head_dim]."""
+    if spec.kv_layout == "NHD":
+        return key, value
+    if spec.kv_layout == "HND":
+        return np.ascontiguousarray(key.swapaxes(1, 2)), np.ascontiguousarray(value.swapaxes(1, 2))
+    num_blocks, block_size, num_kv_heads, head_dim = key.shape
+    pair = 2 if spec.dtype == "bfloat16" else 1
+    block, slot, head, d = np.indices(key.shape, sparse=True)
+    key_cache = np.empty((num_blocks, num_kv_heads, head_dim // pair, pair * block_size), key.dtype)
+    value_cache = np.empty((num_blocks, num_kv_heads, block_size // pair, pair * head_dim), value.dtype)
+    key_cache[block, head, d // pair, pair * slot + d % pair] = key
+    value_cache[block, head, slot // pair, pair * d + slot % pair] = value
+    return key_cache, value_cache
 
 
 POISONS = ("nan", "signalling_nan", "inf", "negative_inf", "huge", "all_ones")

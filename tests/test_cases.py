@@ -26,14 +26,14 @@ def test_unused_slots_and_shared_blocks_are_counted_once():
     assert SMALL.cache_bytes == 2 * 16 * 16 * 16 * 2
 
 
-@pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
+@pytest.mark.parametrize("kv_layout", ["NHD", "HND", "packed"])
 def test_inputs_are_the_seeds(kv_layout):
     case = dataclasses.replace(SMALL, spec=dataclasses.replace(SMALL.spec, num_kv_heads=2, kv_layout=kv_layout))
     written = []
     inputs = cases.make_inputs(case, seed=3, advance=written.append)
     assert sum(written) == inputs.query.size + inputs.key_cache.size + inputs.value_cache.size
-    heads_axis = 2 if kv_layout == "NHD" else 1
-    assert inputs.key_cache.shape[heads_axis] == 2
+    assert inputs.key_cache.shape == (16, *case.spec.key_cache_shape[1:])
+    assert inputs.value_cache.shape == (16, *case.spec.value_cache_shape[1:])
     assert inputs.block_table.shape == (4, 16)
     assert inputs.context_lens.tolist() == [33, 64, 128, 15]
     assert {str(array.dtype) for array in inputs} == {"bfloat16", "int32"}
@@ -44,15 +44,17 @@ def test_inputs_are_the_seeds(kv_layout):
     assert all(np.array_equal(one, other) for one, other in zip(inputs, again, strict=True))
 
 
-def test_compare_sees_an_error_in_any_sequence():
-    inputs = cases.make_inputs(SMALL)
-    exact = reference.decode(*inputs, SMALL.scale)
-    assert cases.compare(exact, SMALL, inputs) == cases.Errors(0.0, 0.0)
+@pytest.mark.parametrize("kv_layout", ["NHD", "packed"])
+def test_compare_sees_an_error_in_any_sequence(kv_layout):
+    case = dataclasses.replace(SMALL, spec=dataclasses.replace(SMALL.spec, kv_layout=kv_layout))
+    inputs = cases.make_inputs(case)
+    exact = reference.decode(*inputs, case.scale, kv_layout=kv_layout)
+    assert cases.compare(exact, case, inputs) == cases.Errors(0.0, 0.0)
     for position in ((0, 0, 0), (3, 15, 15)):
         for wrong in (1.0, np.inf, np.nan):
             out = exact.copy()
             out[position] += wrong
-            assert not cases.compare(out, SMALL, inputs).of_tolerance <= 1
+            assert not cases.compare(out, case, inputs).of_tolerance <= 1
 
 
 def test_an_empty_sequence_has_to_be_met_exactly():

@@ -149,5 +149,5 @@ def test_only_the_entry_points_are_exported(compiled, tmp_path):
     symbols = subprocess.run(
         ["nm", "-D", "--defined-only", str(tmp_path / "pa.so")], capture_output=True, text=True, check=True
     ).stdout.split()[2::3]
-    names = ("decode", "manifest", "plan", "view_as_bfloat16")
+    names = ("append_kv", "decode", "manifest", "plan", "view_as_bfloat16")
     assert sorted(symbols) == [f"__tvm_ffi_{name}" for name in names]

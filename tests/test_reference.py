@@ -11,27 +11,36 @@ from inputs import Inputs, make_inputs
 from pa_compiler import PagedAttentionSpec, reference
 
 
+def read(inputs, spec, name, sequence, token, kv_head):
+    """The key or the value of one token and head, [head_dim]."""
+    cache = getattr(inputs, name)
+    block, slot = inputs.block_table[sequence, token // spec.block_size], token % spec.block_size
+    if spec.kv_layout == "NHD":
+        return cache[block, slot, kv_head]
+    if spec.kv_layout == "HND":
+        return cache[block, kv_head, slot]
+    if spec.dtype == "bfloat16" and name == "key_cache":
+        return cache[block, kv_head, :, 2 * slot : 2 * slot + 2].reshape(-1)
+    if spec.dtype == "bfloat16":
+        return cache[block, kv_head, slot // 2, slot % 2 :: 2]
+    return cache[block, kv_head, :, slot] if name == "key_cache" else cache[block, kv_head, slot]
+
+
 def attention_by_loops(inputs: Inputs, spec: PagedAttentionSpec, scale: float):
     """One token, one head, one element at a time."""
     out = np.zeros(inputs.query.shape)
     lse = np.full(inputs.query.shape[:2], -math.inf)
     for sequence, length in enumerate(inputs.context_lens):
         for head in range(spec.num_heads):
-            kv_head = head // spec.group
-
-            def read(cache, token, kv_head=kv_head, sequence=sequence):
-                block, slot = inputs.block_table[sequence, token // spec.block_size], token % spec.block_size
-                return cache[block, slot, kv_head] if spec.kv_layout == "NHD" else cache[block, kv_head, slot]
-
-            query = inputs.query[sequence, head]
-            scores = [
-                scale * sum(float(q) * float(k) for q, k in zip(query, read(inputs.key_cache, token), strict=True))
-                for token in range(length)
-            ]
+            kv_head, query = head // spec.group, inputs.query[sequence, head]
+            scores = []
+            for token in range(length):
+                key = read(inputs, spec, "key_cache", sequence, token, kv_head)
+                scores.append(scale * sum(float(q) * float(k) for q, k in zip(query, key, strict=True)))
             denominator = sum(math.exp(score) for score in scores)
             for token, score in enumerate(scores):
-                value = read(inputs.value_cache, token).astype(np.float64)
-                out[sequence, head] += math.exp(score) / denominator * value
+                value = read(inputs, spec, "value_cache", sequence, token, kv_head)
+                out[sequence, head] += math.exp(score) / denominator * value.astype(np.float64)
             if length:
                 lse[sequence, head] = math.log(denominator)
     return out, lse
@@ -42,6 +51,9 @@ SPECS = {
     "groups_of_3": PagedAttentionSpec(6, 2, 4, 3, "float16"),
     "own_kv_head_each": PagedAttentionSpec(3, 3, 5, 1, "bfloat16"),
     "HND": PagedAttentionSpec(4, 2, 4, 3, "float32", kv_layout="HND"),
+    "packed_float32": PagedAttentionSpec(4, 2, 5, 16, "float32", kv_layout="packed"),
+    "packed_float16": PagedAttentionSpec(2, 1, 4, 48, "float16", kv_layout="packed"),
+    "packed_bfloat16": PagedAttentionSpec(6, 2, 6, 16, "bfloat16", kv_layout="packed"),
 }
 
 

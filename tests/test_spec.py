@@ -35,7 +35,7 @@ REFUSED = [  # field, bad value, error, what the message says besides the field 
     ("dtype", float, TypeError, "string"),
     ("out_dtype", "int8", ValueError, "float32.*float16.*bfloat16"),
     ("out_dtype", 32, TypeError, "string"),
-    ("kv_layout", "NDH", ValueError, "NHD.*HND"),
+    ("kv_layout", "NDH", ValueError, "NHD.*HND.*packed"),
     ("kv_layout", "nhd", ValueError, "NHD.*HND"),
     ("kv_layout", None, TypeError, "string"),
     ("head_tile", 0, ValueError, "1"),
@@ -79,6 +79,37 @@ def test_positional_order():
         "head_tile": 8,
         "batch_chunk": 4,
     }
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [("block_size", 8, "multiple of 16"), ("block_size", 24, "multiple of 16"), ("head_dim", 81, "even")],
+)
+def test_packed_refuses(field, value, says):
+    with pytest.raises(ValueError, match=rf"^{field}\b.*{says}.*packed.*{value}"):
+        PagedAttentionSpec(**{**GOOD, field: value}, kv_layout="packed")
+    assert PagedAttentionSpec(**{**GOOD, field: value})
+
+
+def test_only_packed_bfloat16_needs_an_even_head_dim():
+    for dtype in ("float32", "float16"):
+        assert PagedAttentionSpec(4, 2, 81, 16, dtype, kv_layout="packed").packed_pair == 1
+
+
+@pytest.mark.parametrize(
+    ("kv_layout", "dtype", "key", "value"),
+    [
+        ("NHD", "bfloat16", (48, 2, 80), (48, 2, 80)),
+        ("HND", "float16", (2, 48, 80), (2, 48, 80)),
+        ("packed", "float32", (2, 80, 48), (2, 48, 80)),
+        ("packed", "float16", (2, 80, 48), (2, 48, 80)),
+        ("packed", "bfloat16", (2, 40, 96), (2, 24, 160)),
+    ],
+)
+def test_cache_shapes(kv_layout, dtype, key, value):
+    spec = PagedAttentionSpec(6, 2, 80, 48, dtype, kv_layout=kv_layout)
+    assert spec.key_cache_shape == ("num_blocks", *key)
+    assert spec.value_cache_shape == ("num_blocks", *value)
 
 
 @pytest.mark.parametrize("field", GOOD)

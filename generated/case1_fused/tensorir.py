@@ -9,12 +9,18 @@
 # from tvm.script import tirx as T
 # from tvm.tirx.layout import Axis
 
+cache_0 = TypeVar("cache_0")
+cache_1 = TypeVar("cache_1")
+cache_2 = TypeVar("cache_2")
+new_head = TypeVar("new_head")
+new_token = TypeVar("new_token")
+num_blocks = TypeVar("num_blocks")
+num_tokens = TypeVar("num_tokens")
 batch = TypeVar("batch")
 k_block = TypeVar("k_block")
 k_head = TypeVar("k_head")
 k_slot = TypeVar("k_slot")
 max_blocks = TypeVar("max_blocks")
-num_blocks = TypeVar("num_blocks")
 q_batch = TypeVar("q_batch")
 q_head = TypeVar("q_head")
 slots = TypeVar("slots")
@@ -27,6 +33,42 @@ out_batch = TypeVar("out_batch")
 out_head = TypeVar("out_head")
 @I.ir_module
 class Module:
+    @T.prim_func(s_tir=True)
+    def append_key(new: T.Buffer((num_tokens, T.int64(1), T.int64(128)), "uint16", strides=(new_token, new_head, T.int64(1)), align=2), cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "uint16", strides=(cache_0, cache_1, cache_2, T.int64(1)), align=2), slot_mapping: T.Buffer((num_tokens,), "int64", align=8), head_begin: T.int32, num_heads: T.int32):
+        # with T.sblock("root"):
+        for h, t in T.grid(num_heads, num_tokens):
+            with T.sblock("token"):
+                vh = T.axis.opaque(num_heads, h)
+                vt = T.axis.opaque(num_tokens, t)
+                T.reads()
+                T.writes()
+                target: T.let[T.int64] = slot_mapping[vt]
+                if target >= T.int64(0):
+                    for run, i in T.grid(1, 128):
+                        with T.sblock("element"):
+                            vd = T.axis.spatial(128, run * 128 + i)
+                            T.reads(new[vt, head_begin + vh, vd])
+                            T.writes(cache[0:num_blocks, 0:T.int64(128), 0, 0:T.int64(128)])
+                            cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
+
+    @T.prim_func(s_tir=True)
+    def append_value(new: T.Buffer((num_tokens, T.int64(1), T.int64(128)), "uint16", strides=(new_token, new_head, T.int64(1)), align=2), cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "uint16", strides=(cache_0, cache_1, cache_2, T.int64(1)), align=2), slot_mapping: T.Buffer((num_tokens,), "int64", align=8), head_begin: T.int32, num_heads: T.int32):
+        # with T.sblock("root"):
+        for h, t in T.grid(num_heads, num_tokens):
+            with T.sblock("token"):
+                vh = T.axis.opaque(num_heads, h)
+                vt = T.axis.opaque(num_tokens, t)
+                T.reads()
+                T.writes()
+                target: T.let[T.int64] = slot_mapping[vt]
+                if target >= T.int64(0):
+                    for run, i in T.grid(1, 128):
+                        with T.sblock("element"):
+                            vd = T.axis.spatial(128, run * 128 + i)
+                            T.reads(new[vt, head_begin + vh, vd])
+                            T.writes(cache[0:num_blocks, 0:T.int64(128), 0, 0:T.int64(128)])
+                            cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
+
     @T.prim_func(s_tir=True)
     def fused_decode(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "bfloat16", strides=(k_block, k_slot, k_head, T.int64(1)), align=2), value_cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "bfloat16", strides=(v_block, v_slot, v_head, T.int64(1)), align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32"), partial_sum: T.Buffer((slots, T.int64(16)), "float32"), partial_acc: T.Buffer((slots, T.int64(128), T.int64(16)), "float32"), batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, head_start: T.int32, num_rows: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
         # with T.sblock("root"):

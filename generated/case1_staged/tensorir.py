@@ -9,13 +9,19 @@
 # from tvm.script import tirx as T
 # from tvm.tirx.layout import Axis
 
+cache_0 = TypeVar("cache_0")
+cache_1 = TypeVar("cache_1")
+cache_2 = TypeVar("cache_2")
+new_head = TypeVar("new_head")
+new_token = TypeVar("new_token")
+num_blocks = TypeVar("num_blocks")
+num_tokens = TypeVar("num_tokens")
 batch = TypeVar("batch")
 lse_batch = TypeVar("lse_batch")
 out_batch = TypeVar("out_batch")
 out_head = TypeVar("out_head")
 slots = TypeVar("slots")
 max_blocks = TypeVar("max_blocks")
-num_blocks = TypeVar("num_blocks")
 table_seq = TypeVar("table_seq")
 v_block = TypeVar("v_block")
 v_head = TypeVar("v_head")
@@ -27,6 +33,42 @@ q_batch = TypeVar("q_batch")
 q_head = TypeVar("q_head")
 @I.ir_module
 class Module:
+    @T.prim_func(s_tir=True)
+    def append_key(new: T.Buffer((num_tokens, T.int64(1), T.int64(128)), "uint16", strides=(new_token, new_head, T.int64(1)), align=2), cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "uint16", strides=(cache_0, cache_1, cache_2, T.int64(1)), align=2), slot_mapping: T.Buffer((num_tokens,), "int64", align=8), head_begin: T.int32, num_heads: T.int32):
+        # with T.sblock("root"):
+        for h, t in T.grid(num_heads, num_tokens):
+            with T.sblock("token"):
+                vh = T.axis.opaque(num_heads, h)
+                vt = T.axis.opaque(num_tokens, t)
+                T.reads()
+                T.writes()
+                target: T.let[T.int64] = slot_mapping[vt]
+                if target >= T.int64(0):
+                    for run, i in T.grid(1, 128):
+                        with T.sblock("element"):
+                            vd = T.axis.spatial(128, run * 128 + i)
+                            T.reads(new[vt, head_begin + vh, vd])
+                            T.writes(cache[0:num_blocks, 0:T.int64(128), 0, 0:T.int64(128)])
+                            cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
+
+    @T.prim_func(s_tir=True)
+    def append_value(new: T.Buffer((num_tokens, T.int64(1), T.int64(128)), "uint16", strides=(new_token, new_head, T.int64(1)), align=2), cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "uint16", strides=(cache_0, cache_1, cache_2, T.int64(1)), align=2), slot_mapping: T.Buffer((num_tokens,), "int64", align=8), head_begin: T.int32, num_heads: T.int32):
+        # with T.sblock("root"):
+        for h, t in T.grid(num_heads, num_tokens):
+            with T.sblock("token"):
+                vh = T.axis.opaque(num_heads, h)
+                vt = T.axis.opaque(num_tokens, t)
+                T.reads()
+                T.writes()
+                target: T.let[T.int64] = slot_mapping[vt]
+                if target >= T.int64(0):
+                    for run, i in T.grid(1, 128):
+                        with T.sblock("element"):
+                            vd = T.axis.spatial(128, run * 128 + i)
+                            T.reads(new[vt, head_begin + vh, vd])
+                            T.writes(cache[0:num_blocks, 0:T.int64(128), 0, 0:T.int64(128)])
+                            cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
+
     @T.prim_func(s_tir=True)
     def merge_partials(partial_max: T.Buffer((slots, T.int64(16)), "float32"), partial_sum: T.Buffer((slots, T.int64(16)), "float32"), partial_acc: T.Buffer((slots, T.int64(128), T.int64(16)), "float32"), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, head_start: T.int32, num_rows: T.int32, partial_start: T.int32, num_partials: T.int32):
         # with T.sblock("root"):

@@ -3,6 +3,7 @@
 from tvm import IRModule
 
 from pa_compiler.kernels import staged
+from pa_compiler.kernels.append_kv import append_key, append_value
 from pa_compiler.kernels.fused_decode import fused_decode
 from pa_compiler.kernels.merge_partials import merge_partials
 from pa_compiler.spec import PagedAttentionSpec
@@ -12,9 +13,18 @@ PIPELINES = {
     "fused": (fused_decode, merge_partials),
     "staged": (staged.qk_matmul, staged.softmax_prepare, staged.pv_matmul, staged.online_update, merge_partials),
 }
-"""The PrimFuncs of each pipeline, in the order in which the host calls them."""
+"""The PrimFuncs of each pipeline's decode, in the order in which the host calls them."""
+
+APPEND = (append_key, append_value)
+"""The PrimFuncs of append_kv, the same for every pipeline."""
 
 
 def build(spec: PagedAttentionSpec, tiling: Tiling, pipeline: str) -> IRModule:
-    """The PrimFuncs of a pipeline, unscheduled, under their own names."""
-    return IRModule({kernel.__name__: kernel(spec, tiling) for kernel in PIPELINES[pipeline]})
+    """The PrimFuncs of a pipeline and of append_kv, unscheduled, under their own names."""
+    decode = {kernel.__name__: kernel(spec, tiling) for kernel in PIPELINES[pipeline]}
+    return IRModule(decode | {kernel.__name__: kernel(spec) for kernel in APPEND})
+
+
+def names(pipeline: str) -> list[str]:
+    """The names of what build gives for a pipeline."""
+    return [kernel.__name__ for kernel in (*PIPELINES[pipeline], *APPEND)]

@@ -1,0 +1,109 @@
+"""append_kv: keys and values of new tokens into their slots of the paged cache, in every layout.
+
+Elements are moved as unsigned integers of their size: NaNs keep their bits, and float16 and bfloat16 are one kernel.
+"""
+
+from collections.abc import Callable, Sequence
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+
+# (block, slot, head, d) -> where element d of a head's key or value lies in its cache
+_Place = Callable[[Expr, Expr, Expr, Expr], tuple[Expr, ...]]
+
+
+def append_key(spec: PagedAttentionSpec) -> PrimFunc:
+    """key_cache at slot_mapping[t] = key[t], for the kv heads [head_begin, head_begin + num_heads)."""
+    shape, pair = spec.key_cache_shape[1:], spec.packed_pair
+    if spec.kv_layout != "packed":
+        return _append(spec, "append_key", shape, _row(spec), adjacent=spec.head_dim)
+
+    def place(block, slot, head, d):
+        return block, head, T.floordiv(d, pair), slot * pair + T.floormod(d, pair)
+
+    return _append(spec, "append_key", shape, place, adjacent=pair)
+
+
+def append_value(spec: PagedAttentionSpec) -> PrimFunc:
+    """value_cache at slot_mapping[t] = value[t], for the kv heads [head_begin, head_begin + num_heads)."""
+    shape, pair = spec.value_cache_shape[1:], spec.packed_pair
+    if spec.kv_layout != "packed":
+        return _append(spec, "append_value", shape, _row(spec), adjacent=spec.head_dim)
+
+    def place(block, slot, head, d):
+        return block, head, T.truncdiv(slot, T.int64(pair)), d * pair + T.truncmod(slot, T.int64(pair))
+
+    return _append(spec, "append_value", shape, place, adjacent=spec.head_dim if pair == 1 else 1)
+
+
+def _row(spec: PagedAttentionSpec) -> _Place:
+    """In NHD and HND a key or a value is a row."""
+    if spec.kv_layout == "NHD":
+        return lambda block, slot, head, d: (block, slot, head, d)
+    return lambda block, slot, head, d: (block, head, slot, d)
+
+
+def _append(spec: PagedAttentionSpec, name: str, extents: Sequence[int], place: _Place, adjacent: int) -> PrimFunc:
+    """The PrimFunc name(new, cache, slot_mapping, head_begin, num_heads).
+
+    new: [num_tokens, num_kv_heads, head_dim], its last axis contiguous. cache: [num_blocks, *extents], likewise.
+    slot_mapping: int64 [num_tokens], block * block_size + slot; a token with a negative one is skipped. The caller has
+    checked that the others are below num_blocks * block_size. Tokens are written in their order, head by head: where
+    two have the same slot, the later one stays.
+
+    Args:
+        spec: The shape.
+        name: The PrimFunc's name.
+        extents: Of one block of the cache.
+        place: Where an element lies in the cache; block and slot are int64 and not negative.
+        adjacent: Elements of head_dim that lie side by side in the cache.
+    """
+    kv_heads, head_dim, block_size = T.int64(spec.num_kv_heads), T.int64(spec.head_dim), T.int64(spec.block_size)
+    itemsize = ITEMSIZES[spec.dtype]
+    bits = f"uint{8 * itemsize}"
+    first, second, third = (T.int64(extent) for extent in extents)
+
+    @T.prim_func(s_tir=True)
+    def append(
+        new_handle: T.handle,
+        cache_handle: T.handle,
+        slot_mapping_handle: T.handle,
+        head_begin: T.int32,
+        num_heads: T.int32,
+    ):
+        num_tokens, num_blocks = T.int64(), T.int64()
+        new_token, new_head = T.int64(), T.int64()
+        cache_0, cache_1, cache_2 = T.int64(), T.int64(), T.int64()
+        new = T.match_buffer(
+            new_handle, (num_tokens, kv_heads, head_dim), bits, strides=[new_token, new_head, T.int64(1)],
+            align=itemsize,
+        )  # fmt: skip
+        cache = T.match_buffer(
+            cache_handle, (num_blocks, first, second, third), bits,
+            strides=[cache_0, cache_1, cache_2, T.int64(1)], align=itemsize,
+        )  # fmt: skip
+        slot_mapping = T.match_buffer(slot_mapping_handle, (num_tokens,), "int64", align=8)
+        for h, t in T.grid(num_heads, num_tokens):
+            with T.sblock("token"):
+                vh = T.axis.opaque(num_heads, h)
+                vt = T.axis.opaque(num_tokens, t)
+                T.reads()
+                T.writes()
+                target: T.let = slot_mapping[vt]
+                if target >= T.int64(0):
+                    for run, i in T.grid(spec.head_dim // adjacent, adjacent):
+                        with T.sblock("element"):
+                            vd = T.axis.spatial(spec.head_dim, run * adjacent + i)
+                            T.reads(new[vt, head_begin + vh, vd])
+                            T.writes(cache[0:num_blocks, 0:first, 0:second, 0:third])
+                            where = T.meta_var(
+                                place(
+                                    T.truncdiv(target, block_size), T.truncmod(target, block_size), head_begin + vh, vd
+                                )
+                            )
+                            cache[where[0], where[1], where[2], where[3]] = new[vt, head_begin + vh, vd]
+
+    return append.with_attr("global_symbol", name)

@@ -1,0 +1,97 @@
+"""convert_cache: every layout into every other, bit for bit, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from inputs import DTYPES, lay_out, make_inputs
+from tolerances import assert_same_bits
+
+from pa_compiler import PagedAttentionSpec, convert_cache, reference
+
+LAYOUTS = ("NHD", "HND", "packed")
+SIZES = [(1, 2, 16), (5, 80, 16), (2, 6, 48), (1, 128, 128)]  # num_kv_heads, head_dim, block_size
+
+
+def caches(layout, dtype, sizes, num_blocks=3):
+    """Caches in which every bit pattern that fits occurs, NaNs with their payloads, the other layouts' alike."""
+    num_kv_heads, head_dim, block_size = sizes
+    spec = PagedAttentionSpec(num_kv_heads, num_kv_heads, head_dim, block_size, dtype, kv_layout=layout)
+    shape = (num_blocks, block_size, num_kv_heads, head_dim)
+    noise = np.random.default_rng(0).bytes(2 * int(np.prod(shape)) * DTYPES[dtype].itemsize)
+    key, value = np.frombuffer(noise, DTYPES[dtype]).reshape(2, *shape)
+    return lay_out(spec, key, value)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("one", "other"), list(itertools.product(LAYOUTS, repeat=2)))
+def test_every_layout_into_every_other(one, other, dtype, sizes):
+    given, expected = caches(one, dtype, sizes), caches(other, dtype, sizes)
+    converted = convert_cache(*given, one, other)
+    for before, after, wanted in zip(given, converted, expected, strict=True):
+        assert_same_bits(after, wanted)
+        assert after.flags.c_contiguous
+        assert after.flags.writeable
+        assert not np.shares_memory(before, after)
+    for before, after in zip(given, convert_cache(*converted, other, one), strict=True):
+        assert_same_bits(after, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_that_cannot_be_packed(dtype):
+    """Between NHD and HND no size has to be even."""
+    given = caches("NHD", dtype, (3, 7, 5))
+    for cache, converted in zip(given, convert_cache(*given, "NHD", "HND"), strict=True):
+        assert_same_bits(converted, cache.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_views(layout):
+    """Both caches in one buffer, blocks in reverse, and no blocks at all."""
+    key, value = caches(layout, "bfloat16", (2, 6, 16), num_blocks=4)
+    both = np.stack([key.reshape(4, -1), value.reshape(4, -1)], axis=1)[::-1]
+    views = both[:, 0].reshape(key.shape), both[:, 1].reshape(value.shape)
+    expected = convert_cache(key, value, layout, "HND")
+    for converted, wanted in zip(convert_cache(*views, layout, "HND"), expected, strict=True):
+        assert_same_bits(converted, wanted[::-1])
+    empty = convert_cache(key[:0], value[:0], layout, "packed")
+    assert [cache.shape for cache in empty] == [(0, 2, 3, 32), (0, 2, 8, 12)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_is_the_same_in_every_layout(dtype):
+    spec = PagedAttentionSpec(4, 2, 6, 16, dtype)
+    inputs = make_inputs(spec, [0, 1, 16, 37])
+    expected = reference.decode(*inputs.arguments)
+    for layout in LAYOUTS:
+        key_cache, value_cache = convert_cache(inputs.key_cache, inputs.value_cache, "NHD", layout)
+        moved = inputs.replace(key_cache=key_cache, value_cache=value_cache)
+        assert_same_bits(reference.decode(*moved.arguments, kv_layout=layout), expected)
+
+
+KEY, VALUE = (np.zeros((2, 16, 3, 6), DTYPES["bfloat16"]) for _ in range(2))
+
+REFUSED = [  # id, error, the argument and what its message also shows, the call
+    ("from", ValueError, r"from_layout\b.*packed.*'NDH'", (KEY, VALUE, "NDH", "NHD")),
+    ("to", ValueError, r"to_layout\b.*packed.*None", (KEY, VALUE, "NHD", None)),
+    ("list", TypeError, r"key_cache\b.*list", (KEY.tolist(), VALUE, "NHD", "HND")),
+    ("float64", TypeError, r"value_cache\b.*bfloat16.*float64", (KEY, VALUE.astype(np.float64), "NHD", "HND")),
+    ("dtypes", TypeError, r"value_cache\b.*bfloat16.*float16", (KEY, VALUE.astype(np.float16), "NHD", "HND")),
+    ("rank", ValueError, r"value_cache\b.*4 axes.*\[16, 3, 6\]", (KEY, VALUE[0], "NHD", "HND")),
+    ("blocks", ValueError, r"key_cache\b.*\[2, 16, 3, 6\].*\[1, 16, 3, 6\]", (KEY[:1], VALUE, "NHD", "HND")),
+    ("slots", ValueError, r"key_cache\b.*\[2, 16, 3, 6\].*\[2, 8, 3, 6\]", (KEY[:, :8], VALUE, "NHD", "HND")),
+    ("no_heads", ValueError, r"key_cache\b.*\[2, 16, 0, 6\]", (KEY[:, :, :0], VALUE[:, :, :0], "NHD", "HND")),
+    ("block_size", ValueError, r"block_size\b.*16.*packed.*8", (KEY[:, :8], VALUE[:, :8], "NHD", "packed")),
+    ("head_dim", ValueError, r"head_dim\b.*even.*packed.*5", (KEY[..., :5], VALUE[..., :5], "NHD", "packed")),
+    ("not_packed", ValueError, r"block_size\b.*16.*packed.*6", (KEY, VALUE, "packed", "NHD")),
+    ("odd_pairs", ValueError, r"value_cache\b.*head_dim.*\[2, 16, 3, 5\]", (KEY, VALUE[..., :5], "packed", "NHD")),
+]
+
+
+@pytest.mark.parametrize(("error", "says", "call"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_refused(error, says, call):
+    with pytest.raises(error, match=f"^{says}"):
+        convert_cache(*call)

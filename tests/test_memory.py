@@ -1,0 +1,103 @@
+"""empty_cache: shapes, alignment, advice about huge pages, and memory that goes back to the system."""
+
+from __future__ import annotations
+
+import mmap
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from inputs import DTYPES, lay_out
+from specs import BASE, SPECS
+
+from pa_compiler import memory
+
+HUGE_PAGE = 2 << 20
+
+
+def mapping_of(address):
+    """The lines of /proc/self/smaps about the mapping that holds an address, or None."""
+    for text in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE):
+        if text:
+            begin, end = (int(number, 16) for number in text.split(" ", 1)[0].split("-"))
+            if begin <= address < end:
+                return text
+    return None
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_empty_cache(compiled, spec):
+    caches = compiled(spec).empty_cache(3)
+    natural = np.zeros((3, spec.block_size, spec.num_kv_heads, spec.head_dim), DTYPES[spec.dtype])
+    for cache, expected in zip(caches, lay_out(spec, natural, natural), strict=True):
+        assert isinstance(cache, np.ndarray)
+        assert (cache.shape, cache.dtype) == (expected.shape, expected.dtype)
+        assert cache.flags.c_contiguous
+        assert cache.flags.writeable
+        assert cache.ctypes.data % HUGE_PAGE == 0
+        assert not cache.view(np.uint8).any()
+        cache.fill(1)
+    assert not np.shares_memory(*caches)
+
+
+@pytest.mark.parametrize("num_bytes", [1, HUGE_PAGE - 1, HUGE_PAGE, HUGE_PAGE + 1, 3 * HUGE_PAGE])
+def test_all_of_it_is_advised_to_use_huge_pages(num_bytes):
+    """To the end of the last page, so that the last block is not on small ones."""
+    if not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+        pytest.skip("this kernel has no transparent huge pages")
+    array = memory.huge_zeros((num_bytes,), np.dtype(np.uint8))
+    last_page = array.ctypes.data + (num_bytes - 1) // HUGE_PAGE * HUGE_PAGE
+    for address in (array.ctypes.data, last_page, last_page + HUGE_PAGE - 1):
+        text = mapping_of(address)
+        assert " hg" in re.search(r"^VmFlags:.*$", text, re.MULTILINE)[0]
+        assert text.split()[1] == "rw-p"  # private: for shared memory the system asks for more than advice
+    array.fill(1)
+    assert array.sum(dtype=np.int64) == num_bytes
+
+
+def test_pages_are_taken_when_they_are_written():
+    array = memory.huge_zeros((1 << 30,), np.dtype(np.uint8))
+    array[:: 1 << 28] = 1
+    resident = int(re.search(r"^Rss: +(\d+) kB$", mapping_of(array.ctypes.data), re.MULTILINE)[1])
+    assert resident <= 4 * HUGE_PAGE >> 10
+
+
+def test_the_memory_goes_with_the_last_view():
+    array = memory.huge_zeros((5, HUGE_PAGE), np.dtype(np.float32))
+    view, address = array[3:4, 7:].T, array.ctypes.data
+    view[...] = 1
+    del array
+    assert mapping_of(address) is not None
+    assert view.all()
+    del view
+    text = mapping_of(address)
+    assert text is None or " hg" not in text
+
+
+class NoHugePages(mmap.mmap):
+    """Memory of a kernel without transparent huge pages."""
+
+    def madvise(self, *_):
+        raise OSError(22, "Invalid argument")
+
+
+def test_ordinary_pages_where_there_are_no_huge_ones(monkeypatch):
+    monkeypatch.setattr(memory.mmap, "mmap", NoHugePages)
+    array = memory.huge_zeros((2, 3), np.dtype(np.float32))
+    assert array.ctypes.data % HUGE_PAGE == 0
+    assert not array.any()
+
+
+@pytest.mark.parametrize("num_blocks", [1 << 50, 1 << 80])
+def test_too_much_memory_is_named(compiled, num_blocks):
+    with pytest.raises(MemoryError, match=rf"{num_blocks}.*bytes"):
+        compiled(BASE).empty_cache(num_blocks)
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), ("2", TypeError), (True, TypeError)]
+)
+def test_num_blocks_is_checked(compiled, num_blocks, error):
+    with pytest.raises(error, match=rf"^num_blocks\b.*{num_blocks}"):
+        compiled(BASE).empty_cache(num_blocks)
