@@ -7,7 +7,7 @@ import math
 import numbers
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,11 @@ import tvm_ffi
 
 from pa_compiler.spec import PagedAttentionSpec
 
+_BFLOAT16, _UINT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.uint16)
 _NUMPY_DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "bfloat16": _BFLOAT16,
     "int32": np.dtype(np.int32),
 }
 
@@ -68,9 +69,11 @@ class Module:
         self._num_threads = _default_num_threads()
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
         cache_dtype = self.spec.dtype
-        dtypes = {"query": cache_dtype, "key_cache": cache_dtype, "value_cache": cache_dtype, "lse": "float32"}
-        dtypes |= {"block_table": "int32", "context_lens": "int32", "out": self.spec.out_dtype or cache_dtype}
+        dtypes = {"query": cache_dtype, "key_cache": cache_dtype, "value_cache": cache_dtype}
+        dtypes |= {"block_table": "int32", "context_lens": "int32"}
+        dtypes |= {"out": self.spec.out_dtype or cache_dtype, "lse": "float32"}
         self._dtypes = dtypes
+        self._expected = [(name, _NUMPY_DTYPES[dtype]) for name, dtype in dtypes.items()]  # decode's arrays, in order
 
     def __repr__(self) -> str:
         return f"Module({self.spec}, pipeline={self.pipeline!r}, mcpu={self.target.get('mcpu')!r})"
@@ -134,20 +137,23 @@ class Module:
             scale = self._default_scale
         elif not isinstance(scale, numbers.Real) or isinstance(scale, bool):
             raise TypeError(f"scale: expected a number, got {scale!r} of type {type(scale).__name__}")
-        arguments = [
-            self._argument("query", query),
-            self._argument("key_cache", key_cache),
-            self._argument("value_cache", value_cache),
-            self._argument("block_table", block_table),
-            self._argument("context_lens", context_lens),
-        ]
         if out is None:
-            out = self._new_like(query, "out", (*query.shape[:1], self.spec.num_heads, self.spec.head_dim))
-        arguments.append(self._argument("out", out, written=True))
+            out = self._new_like(query, "out", (self.spec.num_heads, self.spec.head_dim))
         if return_lse and lse is None:
-            lse = self._new_like(query, "lse", (*query.shape[:1], self.spec.num_heads))
-        arguments.append(None if lse is None else self._argument("lse", lse, written=True))
-        self._decode(*arguments, float(scale), self._num_threads, 0)
+            lse = self._new_like(query, "lse", (self.spec.num_heads,))
+        arrays = (query, key_cache, value_cache, block_table, context_lens, out, lse)
+        arguments, as_uint16 = self._handed(arrays)
+        scale, num_threads = float(scale), self._num_threads
+        try:
+            self._decode(*arguments, scale, num_threads, as_uint16)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            tensors = [
+                None if argument is None else _as_tensor(name, argument, written=name in ("out", "lse"))
+                for name, argument in zip(self._dtypes, arguments, strict=True)
+            ]  # which names the array, where one cannot be handed over
+            if not isinstance(error, BufferError):
+                raise
+            self._decode(*tensors, scale, num_threads, as_uint16)  # NumPy's read-only arrays need more words
         return out if lse is None else (out, lse)
 
     def plan(self, context_lens: Any) -> list[WorkItem]:
@@ -155,7 +161,7 @@ class Module:
 
         A pure function of the lengths: no kernel runs.
         """
-        lines = self._plan(self._argument("context_lens", context_lens)).splitlines()
+        lines = self._plan(_as_tensor("context_lens", context_lens)).splitlines()
         return [WorkItem(*map(int, line.split())) for line in lines]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -168,44 +174,39 @@ class Module:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _argument(self, name: str, array: Any, *, written: bool = False) -> tvm_ffi.Tensor:
-        """The tensor that the library is given for an array: the same memory."""
-        expected = self._dtypes[name]
-        if not isinstance(array, np.ndarray):
-            if not hasattr(array, "__dlpack__"):
+    def _handed(self, arrays: Sequence[Any]) -> tuple[list[Any], int]:
+        """decode's arrays as the library takes them, and its as_uint16; the same memory.
+
+        NumPy has no bfloat16 in DLPack: such an array is handed over as uint16, and its bit in as_uint16 set.
+        """
+        arguments, as_uint16 = list(arrays), 0
+        for position, (array, (name, dtype)) in enumerate(zip(arrays, self._expected)):  # noqa: B905  (takes its time)
+            if isinstance(array, np.ndarray):
+                if array.dtype is not dtype and array.dtype != dtype:
+                    raise TypeError(f"{name}: expected dtype {dtype}, got {array.dtype}")
+                if dtype is _BFLOAT16:
+                    arguments[position] = array.getfield(_UINT16)  # a view, in half of view's time
+                    as_uint16 |= 1 << position
+            elif not hasattr(array, "__dlpack__") and (array is not None or name != "lse"):
                 raise TypeError(f"{name}: expected an array with DLPack, got {type(array).__name__}")
-            try:
-                return tvm_ffi.from_dlpack(array)
-            except (BufferError, RuntimeError, TypeError, ValueError) as error:
-                raise TypeError(f"{name}: expected an array with DLPack, got one that refuses: {error}") from error
-        if array.dtype != _NUMPY_DTYPES[expected]:
-            raise TypeError(f"{name}: expected dtype {expected}, got {array.dtype}")
-        if any(stride % array.itemsize for stride in array.strides):
-            raise ValueError(
-                f"{name}: expected strides in multiples of its {array.itemsize}-byte elements, got {array.strides}"
-            )
-        if not array.flags.writeable:
-            if written:
-                raise ValueError(f"{name}: expected a writable array, got a read-only one")
-            array = np.asarray(_Writable(array)).view(array.dtype)
-        return self._tensor(array)
+        return arguments, as_uint16
 
-    def _tensor(self, array: np.ndarray) -> tvm_ffi.Tensor:
-        """A NumPy array as a tensor; NumPy cannot hand out bfloat16 itself."""
-        if array.dtype == _NUMPY_DTYPES["bfloat16"]:
-            return self._view_as_bfloat16(tvm_ffi.from_dlpack(array.view(np.uint16)))
-        return tvm_ffi.from_dlpack(array)
-
-    def _new_like(self, query: Any, name: str, shape: tuple[int, ...]) -> Any:
-        """A new array of query's kind for out or lse."""
+    def _new_like(self, query: Any, name: str, extents: tuple[int, ...]) -> Any:
+        """A new array [batch, *extents] of query's kind for out or lse."""
         dtype = self._dtypes[name]
         if isinstance(query, np.ndarray):
-            return np.empty(shape, _NUMPY_DTYPES[dtype])
+            return np.empty((*query.shape[:1], *extents), _NUMPY_DTYPES[dtype])
+        if not hasattr(query, "__dlpack__"):
+            raise TypeError(f"query: expected an array with DLPack, got {type(query).__name__}")
+        shape = (*query.shape[:1], *extents)
         if type(query).__module__.partition(".")[0] == "torch":
             import torch
 
             return torch.empty(shape, dtype=getattr(torch, dtype))
-        return self._tensor(np.empty(shape, _NUMPY_DTYPES[dtype]))
+        array = np.empty(shape, _NUMPY_DTYPES[dtype])
+        if dtype == "bfloat16":
+            return self._view_as_bfloat16(tvm_ffi.from_dlpack(array.view(_UINT16)))
+        return tvm_ffi.from_dlpack(array)
 
 
 def load(path: str | os.PathLike[str]) -> Module:
@@ -221,13 +222,31 @@ def load(path: str | os.PathLike[str]) -> Module:
     return Module(library)
 
 
+def _as_tensor(name: str, array: Any, *, written: bool = False) -> tvm_ffi.Tensor:
+    """An array as a tensor: the same memory."""
+    if isinstance(array, np.ndarray):
+        if any(stride % array.itemsize for stride in array.strides):
+            raise ValueError(
+                f"{name}: expected strides in multiples of its {array.itemsize}-byte elements, got {array.strides}"
+            )
+        if not array.flags.writeable:
+            if written:
+                raise ValueError(f"{name}: expected a writable array, got a read-only one")
+            array = np.asarray(_Writable(array))
+    if not hasattr(array, "__dlpack__"):
+        raise TypeError(f"{name}: expected an array with DLPack, got {type(array).__name__}")
+    try:
+        return tvm_ffi.from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected an array with DLPack, got one that refuses: {error}") from error
+
+
 class _Writable:
     """A read-only NumPy array's memory, declared writable: DLPack before 1.0 cannot say that an array is read-only."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._array = array  # keeps the memory alive
-        interface = array.view(np.uint16).__array_interface__ if array.dtype == ml_dtypes.bfloat16 else None
-        interface = dict(interface or array.__array_interface__)
+        interface = dict(array.__array_interface__)
         interface["data"] = (interface["data"][0], False)
         self.__array_interface__ = interface
 
