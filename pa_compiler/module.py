@@ -7,7 +7,7 @@ import math
 import numbers
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,11 @@ import tvm_ffi
 from pa_compiler import memory
 from pa_compiler.spec import PagedAttentionSpec
 
+_BFLOAT16, _UINT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.uint16)
 _NUMPY_DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "bfloat16": _BFLOAT16,
     "int32": np.dtype(np.int32),
     "int64": np.dtype(np.int64),
 }
@@ -67,11 +68,19 @@ class Module:
         self.sources: Mapping[str, str] = types.MappingProxyType(dict(sources or {}))
         self._num_threads = _default_num_threads()
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
-        cache_dtype = self.spec.dtype
-        dtypes = dict.fromkeys(("query", "key", "value", "key_cache", "value_cache"), cache_dtype)
-        dtypes |= {"block_table": "int32", "context_lens": "int32", "slot_mapping": "int64"}
-        dtypes |= {"out": self.spec.out_dtype or cache_dtype, "lse": "float32"}
-        self._dtypes = dtypes
+        cache_dtype, out_dtype = self.spec.dtype, self.spec.out_dtype or self.spec.dtype
+        self._decode_arrays = _expected(
+            query=cache_dtype,
+            key_cache=cache_dtype,
+            value_cache=cache_dtype,
+            block_table="int32",
+            context_lens="int32",
+            out=out_dtype,
+            lse="float32",
+        )
+        self._append_arrays = _expected(
+            key=cache_dtype, value=cache_dtype, key_cache=cache_dtype, value_cache=cache_dtype, slot_mapping="int64"
+        )
 
     def __repr__(self) -> str:
         return f"Module({self.spec}, pipeline={self.pipeline!r}, mcpu={self.target.get('mcpu')!r})"
@@ -135,20 +144,12 @@ class Module:
             scale = self._default_scale
         elif not isinstance(scale, numbers.Real) or isinstance(scale, bool):
             raise TypeError(f"scale: expected a number, got {scale!r} of type {type(scale).__name__}")
-        arguments = [
-            self._argument("query", query),
-            self._argument("key_cache", key_cache),
-            self._argument("value_cache", value_cache),
-            self._argument("block_table", block_table),
-            self._argument("context_lens", context_lens),
-        ]
         if out is None:
-            out = self._new_like(query, "out", (*query.shape[:1], self.spec.num_heads, self.spec.head_dim))
-        arguments.append(self._argument("out", out, written=True))
+            out = self._new_like(query, self.spec.out_dtype or self.spec.dtype, (self.spec.num_heads, self.spec.head_dim))
         if return_lse and lse is None:
-            lse = self._new_like(query, "lse", (*query.shape[:1], self.spec.num_heads))
-        arguments.append(None if lse is None else self._argument("lse", lse, written=True))
-        self._decode(*arguments, float(scale), self._num_threads, 0)
+            lse = self._new_like(query, "float32", (self.spec.num_heads,))
+        arrays = (query, key_cache, value_cache, block_table, context_lens, out, lse)
+        _call(self._decode, self._decode_arrays, arrays, ("out", "lse"), float(scale), self._num_threads)
         return out if lse is None else (out, lse)
 
     def append_kv(self, key: Any, value: Any, key_cache: Any, value_cache: Any, slot_mapping: Any) -> None:
@@ -173,15 +174,8 @@ class Module:
             RuntimeError: this CPU lacks features that the module is built for.
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
         """
-        self._append_kv(
-            self._argument("key", key),
-            self._argument("value", value),
-            self._argument("key_cache", key_cache, written=True),
-            self._argument("value_cache", value_cache, written=True),
-            self._argument("slot_mapping", slot_mapping),
-            self._num_threads,
-            0,
-        )
+        arrays = (key, value, key_cache, value_cache, slot_mapping)
+        _call(self._append_kv, self._append_arrays, arrays, ("key_cache", "value_cache"), self._num_threads)
 
     def empty_cache(self, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
         """New key and value caches of num_blocks blocks in kv_layout, all 0, as NumPy arrays.
@@ -206,7 +200,7 @@ class Module:
 
         A pure function of the lengths: no kernel runs.
         """
-        lines = self._plan(self._argument("context_lens", context_lens)).splitlines()
+        lines = self._plan(_as_tensor("context_lens", context_lens)).splitlines()
         return [WorkItem(*map(int, line.split())) for line in lines]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -219,44 +213,21 @@ class Module:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _argument(self, name: str, array: Any, *, written: bool = False) -> tvm_ffi.Tensor:
-        """The tensor that the library is given for an array: the same memory."""
-        expected = self._dtypes[name]
-        if not isinstance(array, np.ndarray):
-            if not hasattr(array, "__dlpack__"):
-                raise TypeError(f"{name}: expected an array with DLPack, got {type(array).__name__}")
-            try:
-                return tvm_ffi.from_dlpack(array)
-            except (BufferError, RuntimeError, TypeError, ValueError) as error:
-                raise TypeError(f"{name}: expected an array with DLPack, got one that refuses: {error}") from error
-        if array.dtype != _NUMPY_DTYPES[expected]:
-            raise TypeError(f"{name}: expected dtype {expected}, got {array.dtype}")
-        if any(stride % array.itemsize for stride in array.strides):
-            raise ValueError(
-                f"{name}: expected strides in multiples of its {array.itemsize}-byte elements, got {array.strides}"
-            )
-        if not array.flags.writeable:
-            if written:
-                raise ValueError(f"{name}: expected a writable array, got a read-only one")
-            array = np.asarray(_Writable(array)).view(array.dtype)
-        return self._tensor(array)
-
-    def _tensor(self, array: np.ndarray) -> tvm_ffi.Tensor:
-        """A NumPy array as a tensor; NumPy cannot hand out bfloat16 itself."""
-        if array.dtype == _NUMPY_DTYPES["bfloat16"]:
-            return self._view_as_bfloat16(tvm_ffi.from_dlpack(array.view(np.uint16)))
-        return tvm_ffi.from_dlpack(array)
-
-    def _new_like(self, query: Any, name: str, shape: tuple[int, ...]) -> Any:
-        """A new array of query's kind for out or lse."""
-        dtype = self._dtypes[name]
+    def _new_like(self, query: Any, dtype: str, extents: tuple[int, ...]) -> Any:
+        """A new array [batch, *extents] of query's kind."""
         if isinstance(query, np.ndarray):
-            return np.empty(shape, _NUMPY_DTYPES[dtype])
+            return np.empty((*query.shape[:1], *extents), _NUMPY_DTYPES[dtype])
+        if not hasattr(query, "__dlpack__"):
+            raise TypeError(f"query: expected an array with DLPack, got {type(query).__name__}")
+        shape = (*query.shape[:1], *extents)
         if type(query).__module__.partition(".")[0] == "torch":
             import torch
 
             return torch.empty(shape, dtype=getattr(torch, dtype))
-        return self._tensor(np.empty(shape, _NUMPY_DTYPES[dtype]))
+        array = np.empty(shape, _NUMPY_DTYPES[dtype])
+        if dtype == "bfloat16":
+            return self._view_as_bfloat16(tvm_ffi.from_dlpack(array.view(_UINT16)))
+        return tvm_ffi.from_dlpack(array)
 
 
 def load(path: str | os.PathLike[str]) -> Module:
@@ -272,13 +243,75 @@ def load(path: str | os.PathLike[str]) -> Module:
     return Module(library)
 
 
+def _expected(**dtypes: str) -> list[tuple[str, np.dtype]]:
+    """The arrays of a call in order, each with its name and NumPy's dtype of its elements."""
+    return [(name, _NUMPY_DTYPES[dtype]) for name, dtype in dtypes.items()]
+
+
+def _call(
+    function: Callable[..., None],
+    expected: Sequence[tuple[str, np.dtype]],
+    arrays: Sequence[Any],
+    written: Sequence[str],
+    *numbers: float,
+) -> None:
+    """Call the library with arrays and numbers; an array that cannot be handed over is named."""
+    arguments, as_uint16 = _handed(expected, arrays)
+    try:
+        function(*arguments, *numbers, as_uint16)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        tensors = [
+            None if argument is None else _as_tensor(name, argument, written=name in written)
+            for (name, _), argument in zip(expected, arguments, strict=True)
+        ]
+        if not isinstance(error, BufferError):
+            raise
+        function(*tensors, *numbers, as_uint16)  # NumPy's read-only arrays need more words
+
+
+def _handed(expected: Sequence[tuple[str, np.dtype]], arrays: Sequence[Any]) -> tuple[list[Any], int]:
+    """Arrays as the library takes them, the same memory, and a call's as_uint16.
+
+    NumPy has no bfloat16 in DLPack: such an array is handed over as uint16, and its bit in as_uint16 set.
+    """
+    arguments, as_uint16 = list(arrays), 0
+    for position, (array, (name, dtype)) in enumerate(zip(arrays, expected)):  # noqa: B905  (takes its time)
+        if isinstance(array, np.ndarray):
+            if array.dtype is not dtype and array.dtype != dtype:
+                raise TypeError(f"{name}: expected dtype {dtype}, got {array.dtype}")
+            if dtype is _BFLOAT16:
+                arguments[position] = array.getfield(_UINT16)  # a view, in half of view's time
+                as_uint16 |= 1 << position
+        elif not hasattr(array, "__dlpack__") and (array is not None or name != "lse"):
+            raise TypeError(f"{name}: expected an array with DLPack, got {type(array).__name__}")
+    return arguments, as_uint16
+
+
+def _as_tensor(name: str, array: Any, *, written: bool = False) -> tvm_ffi.Tensor:
+    """An array as a tensor: the same memory."""
+    if isinstance(array, np.ndarray):
+        if any(stride % array.itemsize for stride in array.strides):
+            raise ValueError(
+                f"{name}: expected strides in multiples of its {array.itemsize}-byte elements, got {array.strides}"
+            )
+        if not array.flags.writeable:
+            if written:
+                raise ValueError(f"{name}: expected a writable array, got a read-only one")
+            array = np.asarray(_Writable(array))
+    if not hasattr(array, "__dlpack__"):
+        raise TypeError(f"{name}: expected an array with DLPack, got {type(array).__name__}")
+    try:
+        return tvm_ffi.from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected an array with DLPack, got one that refuses: {error}") from error
+
+
 class _Writable:
     """A read-only NumPy array's memory, declared writable: DLPack before 1.0 cannot say that an array is read-only."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._array = array  # keeps the memory alive
-        interface = array.view(np.uint16).__array_interface__ if array.dtype == ml_dtypes.bfloat16 else None
-        interface = dict(interface or array.__array_interface__)
+        interface = dict(array.__array_interface__)
         interface["data"] = (interface["data"][0], False)
         self.__array_interface__ = interface
 

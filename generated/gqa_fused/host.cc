@@ -42,7 +42,7 @@ constexpr int64_t kHeadTilesPerGroup = 1;
 constexpr int64_t kNumHeadTiles = kNumKVHeads * kHeadTilesPerGroup;
 constexpr int64_t kBatchChunk = 16;  // sequences
 constexpr int64_t kSplitBlocks = 128;  // blocks of one range of a long sequence
-constexpr int64_t kItemTokens = 2048;  // tokens after which a work item takes no further sequence
+constexpr int64_t kItemTokens = 976;  // tokens after which a work item takes no further sequence
 constexpr int64_t kThreadTokens = 244;  // KV tokens of work items that are worth one more thread
 constexpr int64_t kMaxContextLen = int64_t{1} << 30;  // keeps the kernels' token arithmetic within int32
 
