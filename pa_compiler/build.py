@@ -42,8 +42,8 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
     import tvm
     from tvm.target import Target
 
-    # The asserts are TVM's own checks of the arguments. Only the host calls the kernels, and has checked more. Rewriting
-    # storage would put register sums into the memory of larger buffers, where LLVM does not keep them in registers.
+    # The asserts are TVM's own checks of the arguments: only the host calls the kernels, and has checked more.
+    # Rewriting storage would put register sums into the memory of larger buffers, where LLVM leaves them.
     config = {"tirx.disable_assert": True, "tirx.disable_storage_rewrite": True}
     with tvm.transform.PassContext(config=config):
         executable = tvm.compile(mod, target=Target(json.loads(target.config)))

@@ -68,14 +68,15 @@ class Module:
         self.sources: Mapping[str, str] = types.MappingProxyType(dict(sources or {}))
         self._num_threads = _default_num_threads()
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
-        cache_dtype, out_dtype = self.spec.dtype, self.spec.out_dtype or self.spec.dtype
+        cache_dtype = self.spec.dtype
+        self._out_dtype = self.spec.out_dtype or cache_dtype
         self._decode_arrays = _expected(
             query=cache_dtype,
             key_cache=cache_dtype,
             value_cache=cache_dtype,
             block_table="int32",
             context_lens="int32",
-            out=out_dtype,
+            out=self._out_dtype,
             lse="float32",
         )
         self._append_arrays = _expected(
@@ -145,7 +146,7 @@ class Module:
         elif not isinstance(scale, numbers.Real) or isinstance(scale, bool):
             raise TypeError(f"scale: expected a number, got {scale!r} of type {type(scale).__name__}")
         if out is None:
-            out = self._new_like(query, self.spec.out_dtype or self.spec.dtype, (self.spec.num_heads, self.spec.head_dim))
+            out = self._new_like(query, self._out_dtype, (self.spec.num_heads, self.spec.head_dim))
         if return_lse and lse is None:
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
         arrays = (query, key_cache, value_cache, block_table, context_lens, out, lse)

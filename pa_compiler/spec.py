@@ -90,11 +90,6 @@ class PagedAttentionSpec:
         return self.num_heads // self.num_kv_heads
 
     @property
-    def head_tiles_per_group(self) -> int:
-        """Tiles of head_tile heads that cover one group; the last may be ragged."""
-        return -(-self.group // self.head_tile)
-
-    @property
     def packed_pair(self) -> int:
         """Elements that kv_layout "packed" keeps side by side: 2 of bfloat16, as its dot product takes them, else 1."""
         return 2 if self.dtype == "bfloat16" else 1

@@ -1,4 +1,4 @@
-"""The policy: which strategy, and which register and cache tiles, a spec gets on a target. Schedules are the mechanism."""
+"""The policy: the strategy, and the register and cache tiles, of a spec on a target. Schedules are the mechanism."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ KV_TILE = 128
 that scores and probs of 16 rows (8 KB each) stay in the first-level cache."""
 
 SPLIT_TOKENS = 2048
-"""KV tokens of one kv head after which a sequence is split into block ranges: with more kv heads the ranges are shorter.
-A constant, so that a sequence is cut at the same places in every batch and at every thread count."""
+"""Tokens of one kv head after which a sequence is split into block ranges; with more kv heads ranges are shorter. A
+constant, so that a sequence is cut at the same places in every batch and at every thread count."""
 
 MIN_SPLIT_TOKENS = 256
+"""Below this a range would not be worth the merge of its result."""
+
 LINE_BYTES = 64
+"""A line of the memory system."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,6 @@ class Tiling:
         kv_tile: Tokens of one step of the online softmax. In the staged pipeline: block_size.
         token_group: Tokens that the matmuls take at a time; a tile is padded to a multiple of it.
         lanes: float32 elements of head_dim in one vector; divides head_dim.
-        row_lanes: Rows in one vector, where heads lie in lanes.
         qk_rows, qk_tokens: Scores that qk_matmul sums in registers at once.
         pv_rows, pv_dims: Outputs that pv_matmul sums in registers at once; pv_dims divides head_dim.
         copy_tiles: Whether keys and values are converted into scratch first; where not, the matmuls read the caches.
@@ -76,38 +78,32 @@ class Tiling:
 def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling:
     """Choose the tiles from the spec and the target's features alone."""
     rows = -(-spec.group // -(-spec.group // spec.head_tile))
-    lanes = math.gcd(spec.head_dim, target.vector_lanes)
     sums = target.accumulators
-    kv_tile = spec.block_size if pipeline == "staged" else KV_TILE
-    in_register = largest_divisor(rows, sums)
-    if pipeline == "fused" and rows % target.vector_lanes == 0 and rows > 1:
-        vectors = rows // target.vector_lanes
-        tiles = {
-            "strategy": "heads_in_lanes",
-            "token_group": max(1, sums // vectors),
-            "qk_rows": rows,
-            "qk_tokens": max(1, sums // vectors),
-            "pv_rows": rows,
-            "pv_dims": largest_divisor(spec.head_dim, max(1, sums // vectors)),
-            "copy_tiles": spec.dtype != "float32",
-        }
+    lanes = math.gcd(spec.head_dim, target.vector_lanes)
+    heads_in_lanes = pipeline == "fused" and rows > 1 and rows % target.vector_lanes == 0
+    if heads_in_lanes:
+        sums //= rows // target.vector_lanes
+        token_group = qk_tokens = max(1, sums)
+        qk_rows = pv_rows = rows
+        pv_dims = largest_divisor(spec.head_dim, max(1, sums))
     else:
-        tiles = {
-            "strategy": "head_dim_in_lanes",
-            "token_group": lanes,
-            "qk_rows": in_register,
-            "qk_tokens": largest_divisor(lanes, max(1, sums // in_register)),
-            "pv_rows": in_register,
-            "pv_dims": lanes * largest_divisor(spec.head_dim // lanes, max(1, sums // in_register)),
-            "copy_tiles": False,
-        }
+        token_group = lanes
+        qk_rows = pv_rows = largest_divisor(rows, sums)
+        qk_tokens = largest_divisor(lanes, sums // qk_rows)
+        pv_dims = lanes * largest_divisor(spec.head_dim // lanes, sums // pv_rows)
     return Tiling(
+        strategy="heads_in_lanes" if heads_in_lanes else "head_dim_in_lanes",
         row_tile=rows,
-        kv_tile=kv_tile,
+        kv_tile=spec.block_size if pipeline == "staged" else KV_TILE,
+        token_group=token_group,
         lanes=lanes,
+        qk_rows=qk_rows,
+        qk_tokens=qk_tokens,
+        pv_rows=pv_rows,
+        pv_dims=pv_dims,
+        copy_tiles=heads_in_lanes and spec.dtype != "float32",
         line_elements=LINE_BYTES // ITEMSIZES[spec.dtype],
         split_blocks=max(1, max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads) // spec.block_size),
-        **tiles,
     )
 
 

@@ -15,8 +15,7 @@ _STRATEGIES = {"heads_in_lanes": heads_in_lanes, "head_dim_in_lanes": head_dim_i
 def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
     """The module with every PrimFunc scheduled. The one given may be changed: use it no more.
 
-    The fused kernel gets the tiling's strategy. The others, which are called more often than they are waited for, always
-    have head_dim in the lanes.
+    The fused kernel gets the tiling's strategy; the others, where little time goes, always have head_dim in the lanes.
     """
     sch = Schedule(mod)
     for variable in mod.get_global_vars():

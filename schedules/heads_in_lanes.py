@@ -1,7 +1,7 @@
 """CPU strategy: the rows of a head tile lie side by side in the lanes of a vector register.
 
-For tiles of whole vectors of query heads. Scores are [token, row], so the whole softmax is vertical: no reduction across
-lanes anywhere. A row of the caches is broadcast element by element against a register of rows:
+For tiles of whole vectors of query heads. Scores are [token, row], so the whole softmax is vertical: no reduction
+across lanes anywhere. A row of the caches is broadcast element by element against a register of rows:
 
     qk_matmul    qk_tokens x row_tile sums in registers, one step per element of head_dim
     pv_matmul    pv_dims x row_tile sums in registers, one step per token

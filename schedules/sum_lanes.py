@@ -4,9 +4,10 @@ By log2(L) rounds of shuffles and additions that each join two vectors: the firs
 are cheap, the others of whole 128-bit quarters.
 """
 
-from tvm.script import tirx as T
+from tvm.ir import Expr
 from tvm.s_tir import TensorIntrin
-from tvm.tirx import Let, PrimFunc, Shuffle, Var
+from tvm.script import tirx as T
+from tvm.tirx import Buffer, Let, PrimFunc, Shuffle, Var
 
 
 def sum_lanes(lanes: int) -> str:
@@ -51,9 +52,9 @@ def _sum_lanes(lanes: int) -> tuple[PrimFunc, PrimFunc]:
                     vj, vi = T.axis.remap("RS", [j, i])  # in the order that rfactor gives
                     sums[vi] = sums[vi] + parts[vi, vj]
 
-    def total(parts):
+    def total(parts: Buffer) -> Expr:
         vectors = [parts[i, T.ramp(0, 1, lanes)] for i in range(lanes)]
-        bound = []
+        bound: list[tuple[Var, Expr]] = []
         for low, high in rounds:
             names = [Var(f"sum_{len(bound) + i}", f"float32x{lanes}") for i in range(len(vectors))]
             bound += zip(names, vectors, strict=True)

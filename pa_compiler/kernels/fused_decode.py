@@ -124,7 +124,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                 T.writes()
                                 k_tile = T.sblock_alloc_buffer(tiling.copy_shape(spec), "float32")
                                 v_tile = T.sblock_alloc_buffer(tiling.copy_shape(spec), "float32")
-                                # next: the same tokens in the next kv head, after the last one the next tokens in head 0
+                                # next: these tokens in the next kv head, after the last one the next tokens in head 0
                                 is_last: T.let = vkv == kv_heads - 1
                                 ahead_t: T.let = T.Select(is_last, kv_tile, 0)
                                 ahead_head: T.let = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
@@ -150,7 +150,9 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                             q_tile, keys, key_cache, key_offsets, scores, tile_index, 0, k_now,
                                             ahead_t, ahead_head * k_head, valid_len,
                                         )  # fmt: skip
-                                        softmax_stage(scores, probs, tile_max, tile_sum, 0, scale, valid_len, num_groups)
+                                        softmax_stage(
+                                            scores, probs, tile_max, tile_sum, 0, scale, valid_len, num_groups
+                                        )
                                         pv_stage(
                                             probs, values, value_cache, value_offsets, tile_acc, 0, v_now,
                                             ahead_t, ahead_head * v_head, valid_len,
@@ -164,11 +166,11 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         vtile = T.axis.spatial(tiles, tile)
                         T.reads()
                         T.writes()
-                        row_start: T.let = T.floormod(vtile, group_tiles) * rows
-                        head_start: T.let = T.floordiv(vtile, group_tiles) * group + row_start
+                        first_row: T.let = T.floormod(vtile, group_tiles) * rows
+                        first_head: T.let = T.floordiv(vtile, group_tiles) * group + first_row
                         store_stage(
                             row_max, row_sum, acc, vtile, partial_max, partial_sum, partial_acc, partial_start + vs,
-                            head_start, T.min(group - row_start, rows),
+                            first_head, T.min(group - first_row, rows),
                         )  # fmt: skip
 
     return fused_decode

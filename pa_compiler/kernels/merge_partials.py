@@ -57,9 +57,7 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             for h in range(num_heads):
                 with T.sblock("factor"):
                     vh = T.axis.spatial(num_heads, h)
-                    factor[vh] = T.Select(
-                        row_sum[0, vh] == T.float32(0), T.float32(0), T.float32(1) / row_sum[0, vh]
-                    )
+                    factor[vh] = T.Select(row_sum[0, vh] == T.float32(0), T.float32(0), T.float32(1) / row_sum[0, vh])
             for h, d in T.grid(num_heads, spec.head_dim):
                 with T.sblock("out"):
                     vh, vd = T.axis.remap("SS", [h, d])

@@ -56,9 +56,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     vl = T.axis.spatial(-(-head_dim // line), li)
                     T.reads(key_offsets[0:offsets])
                     T.writes()
-                    T.evaluate(
-                        prefetch(key_cache, key_offsets[ahead_t + vt] + ahead_offset + T.int64(line) * vl)
-                    )
+                    T.evaluate(prefetch(key_cache, key_offsets[ahead_t + vt] + ahead_offset + T.int64(line) * vl))
             for to, ti, r, d in T.grid(T.ceildiv(valid_len, group), group, rows, head_dim):
                 with T.sblock("scores"):
                     vt = T.axis.spatial(tokens, to * group + ti)

@@ -2,8 +2,8 @@
 
 Each takes the sequences [batch_start, batch_start + num_seqs) of one chunk at once. The intermediates are float32 and
 indexed by the position in the chunk: scores and probs [batch_chunk, row_tile, tokens]; tile_max, tile_sum, row_max and
-row_sum [batch_chunk, row_tile]; tile_acc and acc [batch_chunk, row_tile, head_dim]. tokens is block_size padded to whole
-token groups. A sequence that has ended takes part with valid_len == 0 and reads nothing.
+row_sum [batch_chunk, row_tile]; tile_acc and acc [batch_chunk, row_tile, head_dim]. tokens is block_size padded to
+whole token groups. A sequence that has ended takes part with valid_len == 0 and reads nothing.
 """
 
 from tvm.script import tirx as T
@@ -160,7 +160,14 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 head_offset: T.let = T.Cast("int64", kv_head) * v_head
                 num_offsets: T.let = T.Select(0 < valid_len, tiling.num_offsets, 0)
                 offsets_stage(
-                    block_table, value_offsets, seq, tile_start, tile_start + valid_len - 1, num_offsets, v_block, v_slot
+                    block_table,
+                    value_offsets,
+                    seq,
+                    tile_start,
+                    tile_start + valid_len - 1,
+                    num_offsets,
+                    v_block,
+                    v_slot,
                 )
                 pv_stage(
                     probs, value_cache, value_cache, value_offsets, tile_acc, vs, head_offset, 0, head_offset, valid_len
@@ -206,9 +213,7 @@ def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         acc = T.match_buffer(acc_handle, (chunk, rows, head_dim), "float32")
         partial_max = T.match_buffer(partial_max_handle, (slots, T.int64(heads)), "float32", align=4)
         partial_sum = T.match_buffer(partial_sum_handle, (slots, T.int64(heads)), "float32", align=4)
-        partial_acc = T.match_buffer(
-            partial_acc_handle, (slots, T.int64(heads), T.int64(head_dim)), "float32", align=4
-        )
+        partial_acc = T.match_buffer(partial_acc_handle, (slots, T.int64(heads), T.int64(head_dim)), "float32", align=4)
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)

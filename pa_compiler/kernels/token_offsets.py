@@ -40,7 +40,7 @@ def token_offsets(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
 
 
 def load_tile(spec: PagedAttentionSpec, tiling: Tiling, name: str) -> Callable[..., None]:
-    """The sblock name: copy[t, d] = float32(element d of token t), for the first num_groups groups of token_group tokens."""
+    """The sblock name: copy[t, d] = float32(element d of token t), for num_groups groups of token_group tokens."""
     head_dim, group, tokens = spec.head_dim, tiling.token_group, tiling.padded_kv_tile
 
     @T.inline
