@@ -50,7 +50,8 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
     text = directory / "kernels.ll"
     text.write_text(_without_debug_info(executable.mod.inspect_source("ll")))
     module = tvm.runtime.load_module(str(text))
-    return Kernels(llvm=module.inspect_source("ll"), asm=module.inspect_source("asm"))
+    llvm = module.inspect_source("ll").removeprefix(f"; ModuleID = '{text}'\n")
+    return Kernels(llvm=llvm, asm=module.inspect_source("asm"))
 
 
 def _without_debug_info(llvm: str) -> str:

@@ -4,7 +4,6 @@
 ; Target: llvm, mcpu x86-64-v4; pipeline fused
 ; Regenerate: pa-compiler generate
 
-; ModuleID = '/tmp/pa_compiler.14yrw7lv/kernels.ll'
 source_filename = "TVMMod"
 target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128"
 target triple = "x86_64-conda-linux-gnu"
