@@ -164,8 +164,6 @@ def _read(entry: Path) -> Module:
 def _checked(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str) -> dict[str, Any]:
     if not isinstance(spec, PagedAttentionSpec):
         raise TypeError(f"spec: expected a PagedAttentionSpec, got {type(spec).__name__}")
-    if spec.kv_layout == "packed":
-        raise ValueError("kv_layout: expected NHD or HND, got 'packed', which decode cannot read yet")
     if pipeline not in PIPELINES:
         raise ValueError(f"pipeline: expected one of {', '.join(PIPELINES)}, got {pipeline!r}")
     return _target.normalize(target)

@@ -10,7 +10,7 @@ ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPES = tuple(ITEMSIZES)
 KV_LAYOUTS = ("NHD", "HND", "packed")
 
-_PACKED_TOKENS = 16
+PACKED_TOKENS = 16
 
 _INTEGER_RANGES = {
     "num_heads": (1, 65536),
@@ -77,9 +77,9 @@ class PagedAttentionSpec:
         if self.head_tile & (self.head_tile - 1):
             raise ValueError(f"head_tile: expected a power of two, got {self.head_tile}")
         if self.kv_layout == "packed":
-            if self.block_size % _PACKED_TOKENS:
+            if self.block_size % PACKED_TOKENS:
                 raise ValueError(
-                    f"block_size: expected a multiple of {_PACKED_TOKENS} for kv_layout packed, got {self.block_size}"
+                    f"block_size: expected a multiple of {PACKED_TOKENS} for kv_layout packed, got {self.block_size}"
                 )
             if self.head_dim % self.packed_pair:
                 raise ValueError(f"head_dim: expected an even number for packed bfloat16, got {self.head_dim}")

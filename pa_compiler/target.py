@@ -35,13 +35,13 @@ class CpuTarget:
         return 8 if "avx" in self.features else 4
 
     @property
-    def accumulators(self) -> int:
+    def vector_sums(self) -> int:
         """Vector registers that a register tile may use for its sums.
 
         AVX-512 has 32 registers, the others 16; the rest hold the operands. The sums of one tile also have to stay
         below the 1024 bytes under which TVM keeps a buffer on the stack, where LLVM can promote it to registers.
         """
-        return 12 if self.vector_lanes == 16 else 8
+        return 15 if self.vector_lanes == 16 else 12
 
 
 def normalize(target: TargetLike) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.spec import ITEMSIZES, PACKED_TOKENS, PagedAttentionSpec
 from pa_compiler.target import CpuTarget
 
-STRATEGIES = ("heads_in_lanes", "head_dim_in_lanes")
-"""The schedules of the fused pipeline, by what lies in the lanes of a vector register."""
+STRATEGIES = ("heads_in_lanes", "head_dim_in_lanes", "tokens_in_lanes")
+"""The schedules, by what lies in the lanes of a vector register."""
 
 KV_TILE = 128
 """Tokens whose scores are held at once in the fused kernel: long enough to amortise the rescale of acc, short enough
@@ -31,7 +31,7 @@ class Tiling:
     """Sizes that kernels and schedules agree on.
 
     Attributes:
-        strategy: One of STRATEGIES. The staged pipeline is always scheduled with head_dim in the lanes.
+        strategy: One of STRATEGIES.
         row_tile: Query heads of one kv head that a tile takes at once: the group in equal tiles of up to head_tile.
         kv_tile: Tokens of one step of the online softmax. In the staged pipeline: block_size.
         token_group: Tokens that the matmuls take at a time; a tile is padded to a multiple of it.
@@ -78,33 +78,59 @@ class Tiling:
 def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling:
     """Choose the tiles from the spec and the target's features alone."""
     rows = -(-spec.group // -(-spec.group // spec.head_tile))
-    sums = target.accumulators
     lanes = math.gcd(spec.head_dim, target.vector_lanes)
-    heads_in_lanes = pipeline == "fused" and rows > 1 and rows % target.vector_lanes == 0
-    if heads_in_lanes:
-        sums //= rows // target.vector_lanes
-        token_group = qk_tokens = max(1, sums)
+    of_heads = rows // target.vector_lanes
+    load_cost = 1 if spec.dtype == "float32" else 3  # of a vector from the cache, in loads: a conversion goes with it
+    pv_rows, pv_vectors = register_tile(rows, divisors(spec.head_dim // lanes), target, load_cost)
+    pv_dims = pv_vectors * lanes
+    if spec.kv_layout == "packed":
+        strategy = "tokens_in_lanes"
+        whole_groups = [groups * PACKED_TOKENS // target.vector_lanes for groups in (1, 2, 4)]
+        qk_rows, qk_vectors = register_tile(rows, whole_groups, target, load_cost)
+        token_group = qk_tokens = qk_vectors * target.vector_lanes
+    elif pipeline == "fused" and of_heads > 1 and rows % target.vector_lanes == 0:
+        strategy = "heads_in_lanes"
         qk_rows = pv_rows = rows
-        pv_dims = largest_divisor(spec.head_dim, max(1, sums))
+        token_group = qk_tokens = max(1, target.vector_sums // of_heads)
+        pv_dims = largest_divisor(spec.head_dim, qk_tokens)
     else:
+        strategy = "head_dim_in_lanes"
         token_group = lanes
-        qk_rows = pv_rows = largest_divisor(rows, sums)
-        qk_tokens = largest_divisor(lanes, sums // qk_rows)
-        pv_dims = lanes * largest_divisor(spec.head_dim // lanes, sums // pv_rows)
+        qk_rows, qk_tokens = register_tile(rows, divisors(lanes), target, load_cost)
     return Tiling(
-        strategy="heads_in_lanes" if heads_in_lanes else "head_dim_in_lanes",
+        strategy=strategy,
         row_tile=rows,
-        kv_tile=spec.block_size if pipeline == "staged" else KV_TILE,
+        kv_tile=spec.block_size if pipeline == "staged" else KV_TILE // token_group * token_group,
         token_group=token_group,
         lanes=lanes,
         qk_rows=qk_rows,
         qk_tokens=qk_tokens,
         pv_rows=pv_rows,
         pv_dims=pv_dims,
-        copy_tiles=heads_in_lanes and spec.dtype != "float32",
+        copy_tiles=strategy == "heads_in_lanes" and spec.dtype != "float32",
         line_elements=LINE_BYTES // ITEMSIZES[spec.dtype],
         split_blocks=max(1, max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads) // spec.block_size),
     )
+
+
+def register_tile(rows: int, columns: list[int], target: CpuTarget, load_cost: float) -> tuple[int, int]:
+    """How many rows and columns of vectors of an outer product have their sums in registers at once.
+
+    A divisor of rows and one of the given numbers of columns, with the fewest loads for an FMA: a row costs one, a column
+    load_cost.
+    """
+    tiles = [
+        ((r + load_cost * c) / (r * c), -r, (r, c))
+        for r in divisors(rows)
+        for c in columns
+        if r * c <= target.vector_sums or (r == 1 and c == min(columns))
+    ]
+    return min(tiles)[2]
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, in order."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def largest_divisor(number: int, limit: int) -> int:

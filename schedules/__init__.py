@@ -6,21 +6,25 @@ Each file has STAGES, which says for the name of an sblock what to do with it.
 from tvm import IRModule
 from tvm.s_tir import Schedule
 
-from pa_compiler.schedules import append_kv, head_dim_in_lanes, heads_in_lanes
+from pa_compiler.schedules import append_kv, head_dim_in_lanes, heads_in_lanes, tokens_in_lanes
 from pa_compiler.tiling import Tiling
 
-_STRATEGIES = {"heads_in_lanes": heads_in_lanes, "head_dim_in_lanes": head_dim_in_lanes}
+_STRATEGIES = {
+    "heads_in_lanes": heads_in_lanes,
+    "head_dim_in_lanes": head_dim_in_lanes,
+    "tokens_in_lanes": tokens_in_lanes,
+}
 
 
 def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
     """The module with every PrimFunc scheduled. The one given may be changed: use it no more.
 
-    The fused kernel gets the tiling's strategy; the others, where little time goes, always have head_dim in the lanes.
+    Merging partial results is the same for every strategy.
     """
     sch = Schedule(mod)
     for variable in mod.get_global_vars():
         sch.work_on(variable.name_hint)
-        strategy = tiling.strategy if variable.name_hint == "fused_decode" else "head_dim_in_lanes"
+        strategy = "head_dim_in_lanes" if variable.name_hint == "merge_partials" else tiling.strategy
         stages = _STRATEGIES[strategy].STAGES | append_kv.STAGES
         present = _sblock_names(sch)
         for stage, apply in stages.items():

@@ -54,10 +54,10 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     if tiling.lanes > 1:
         sch.tensorize(token, sum_lanes(tiling.lanes))
     fetch = sch.get_sblock("prefetch_keys")
-    fetch_group, fetch_token, _ = sch.get_loops(fetch)[-3:]
-    sch.split(fetch_token, [None, tiling.qk_tokens])
+    fetch_group, number = sch.get_loops(fetch)[-2:]
+    sch.split(number, [int(sch.get(token_outer).extent), None])
     sch.merge(fetch_group, group)
-    sch.merge(sch.get_loops(fetch)[-3], token_outer)
+    sch.merge(sch.get_loops(fetch)[-2], token_outer)
 
 
 def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:

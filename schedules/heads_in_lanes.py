@@ -32,7 +32,7 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     sch.reorder(group, dim, token, row)
     in_registers(sch, sums, group, token, row)
     sch.decompose_reduction(scores, dim)
-    sch.merge(sch.get_loops(sch.get_sblock("prefetch_keys"))[-3], group)
+    sch.merge(sch.get_loops(sch.get_sblock("prefetch_keys"))[-2], group)
 
 
 def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:

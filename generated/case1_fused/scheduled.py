@@ -17,17 +17,13 @@ new_token = TypeVar("new_token")
 num_blocks = TypeVar("num_blocks")
 num_tokens = TypeVar("num_tokens")
 batch = TypeVar("batch")
-k_block = TypeVar("k_block")
-k_head = TypeVar("k_head")
-k_slot = TypeVar("k_slot")
+k_span = TypeVar("k_span")
 max_blocks = TypeVar("max_blocks")
 q_batch = TypeVar("q_batch")
 q_head = TypeVar("q_head")
 slots = TypeVar("slots")
 table_seq = TypeVar("table_seq")
-v_block = TypeVar("v_block")
-v_head = TypeVar("v_head")
-v_slot = TypeVar("v_slot")
+v_span = TypeVar("v_span")
 lse_batch = TypeVar("lse_batch")
 out_batch = TypeVar("out_batch")
 out_head = TypeVar("out_head")
@@ -74,14 +70,14 @@ class Module:
                                     cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def fused_decode(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "bfloat16", strides=(k_block, k_slot, k_head, T.int64(1)), align=2), value_cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "bfloat16", strides=(v_block, v_slot, v_head, T.int64(1)), align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32"), partial_sum: T.Buffer((slots, T.int64(16)), "float32"), partial_acc: T.Buffer((slots, T.int64(128), T.int64(16)), "float32"), batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, head_start: T.int32, num_rows: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
+    def fused_decode(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), value_cache: T.Buffer((v_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), k_block: T.int64, k_slot: T.int64, k_head: T.int64, v_block: T.int64, v_slot: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                q_tile = T.sblock_alloc_buffer((128, 16))
+                q_tile = T.sblock_alloc_buffer((1, 128, 16))
                 row_max = T.sblock_alloc_buffer((1, 16))
                 row_sum = T.sblock_alloc_buffer((1, 16))
                 acc = T.sblock_alloc_buffer((1, 128, 16))
@@ -89,252 +85,354 @@ class Module:
                 range_begin: T.let[T.int32] = block_begin * 128
                 range_len: T.let[T.int32] = T.max(T.min(block_end * 128, context_lens[seq]) - range_begin, 0)
                 num_steps: T.let[T.int32] = T.max((range_len + 128 - 1) // 128, 1)
-                with T.sblock("load_query"):
-                    T.reads(query[seq, head_start:head_start + 16, 0:128])
-                    T.writes(q_tile[0:128, 0:16])
-                    for d, r in T.grid(128, 16):
-                        with T.sblock("q_tile"):
-                            vr, vd = T.axis.remap("SS", [r, d])
-                            T.reads(query[seq, head_start + vr, vd])
-                            T.writes(q_tile[vd, vr])
-                            q_tile[vd, vr] = T.if_then_else(vr < num_rows, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
+                for tile in range(1):
+                    with T.sblock("query_tile"):
+                        vtile = T.axis.spatial(1, tile)
+                        T.reads()
+                        T.writes()
+                        row_start: T.let[T.int32] = 0
+                        head_start: T.let[T.int32] = vtile * 16 + row_start
+                        with T.sblock("load_query"):
+                            T.reads(query[seq, head_start:head_start + (16 - T.max(row_start, 0)), 0:128])
+                            T.writes(q_tile[vtile, 0:128, 0:16])
+                            for r, d in T.grid(16, 128):
+                                with T.sblock("q_tile"):
+                                    vr, vd = T.axis.remap("SS", [r, d])
+                                    T.reads(query[seq, head_start + vr, vd])
+                                    T.writes(q_tile[vtile, vd, vr])
+                                    q_tile[vtile, vd, vr] = T.if_then_else(vr < T.min(16 - row_start, 16), T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
                         T.reads()
                         T.writes()
-                        scores = T.sblock_alloc_buffer((1, 132, 16))
-                        probs = T.sblock_alloc_buffer((1, 132, 16))
-                        tile_max = T.sblock_alloc_buffer((1, 16))
-                        tile_sum = T.sblock_alloc_buffer((1, 16))
-                        tile_acc = T.sblock_alloc_buffer((1, 128, 16))
+                        key_offsets = T.sblock_alloc_buffer((260,), "int64")
+                        value_offsets = T.sblock_alloc_buffer((260,), "int64")
                         tile_start: T.let[T.int32] = range_begin + vstep * 128
                         valid_len: T.let[T.int32] = T.min(range_len - vstep * 128, 128)
+                        last_token: T.let[T.int32] = range_begin + range_len - 1
                         num_groups: T.let[T.int32] = (valid_len + 12 - 1) // 12
-                        with T.sblock("qk_matmul"):
-                            T.reads(key_cache[0:num_blocks, 0:128, kv_head, 0:128], block_table[seq, 0:max_blocks], q_tile[0:128, 0:16])
-                            T.writes(scores[0, 0:132, 0:16])
-                            k_tile = T.sblock_alloc_buffer((132, 128))
-                            scores_global = T.sblock_alloc_buffer((1, (valid_len + 11) // 12 * 12, 16))
-                            for to in range((valid_len + 12 - 1) // 12):
-                                for ax0, ax1_0 in T.grid(12, 1):
-                                    for ax1_1 in T.unroll(8):
-                                        for ax1_2 in T.vectorized(16):
-                                            with T.sblock("k_tile"):
-                                                vt = T.axis.spatial(132, to * 12 + ax0)
-                                                vd = T.axis.spatial(128, ax1_0 * 128 + ax1_1 * 16 + ax1_2)
-                                                T.where(to < 11)
-                                                T.reads(key_cache[0:num_blocks, 0:128, kv_head, vd], block_table[seq, 0:max_blocks])
-                                                T.writes(k_tile[vt, vd])
-                                                k_tile[vt, vd] = T.Cast("float32", key_cache[T.Cast("int64", block_table[seq, tile_start // 128]), tile_start % 128 + T.min(vt, valid_len - 1), kv_head, vd])
-                                for ti_init in T.unroll(12):
-                                    for r_init in T.vectorized(16):
-                                        with T.sblock("scores_init"):
-                                            vt = T.axis.spatial(132, to * 12 + ti_init)
-                                            vr = T.axis.spatial(16, r_init)
-                                            T.reads()
-                                            T.writes(scores_global[0, vt, vr])
-                                            scores_global[0, vt, vr] = T.float32(0.0)
-                                for d in range(128):
-                                    for ti in T.unroll(12):
-                                        for r in T.vectorized(16):
-                                            with T.sblock("scores_update"):
-                                                vt = T.axis.spatial(132, to * 12 + ti)
-                                                vr, vd = T.axis.remap("SR", [r, d])
-                                                T.reads(scores_global[0, vt, vr], q_tile[vd, vr], k_tile[vt, vd])
-                                                T.writes(scores_global[0, vt, vr])
-                                                scores_global[0, vt, vr] = scores_global[0, vt, vr] + q_tile[vd, vr] * k_tile[vt, vd]
-                                for ax0 in range(1):
-                                    for ax1 in T.unroll(12):
-                                        for ax2 in T.vectorized(16):
-                                            with T.sblock("scores_global"):
-                                                v0 = T.axis.spatial(1, ax0)
-                                                v1 = T.axis.spatial((valid_len + 11) // 12 * 12, to * 12 + ax1)
-                                                v2 = T.axis.spatial(16, ax2)
-                                                T.reads(scores_global[v0, v1, v2])
-                                                T.writes(scores[v0, v1, v2])
-                                                scores[v0, v1, v2] = scores_global[v0, v1, v2]
-                        with T.sblock("softmax_prepare"):
-                            T.reads(scores[0, 0:132, 0:16])
-                            T.writes(probs[0, 0:132, 0:16], tile_max[0, 0:16], tile_sum[0, 0:16])
-                            scaled = T.sblock_alloc_buffer((132, 16))
-                            for to, ti in T.grid(num_groups, 12):
-                                for r in T.vectorized(16):
-                                    with T.sblock("scaled"):
-                                        vt = T.axis.spatial(132, to * 12 + ti)
-                                        vr = T.axis.spatial(16, r)
-                                        T.reads(scores[0, vt, vr])
-                                        T.writes(scaled[vt, vr])
-                                        scaled[vt, vr] = T.Select(vt < valid_len, scores[0, vt, vr] * scale, T.float32("-inf"))
-                            for r_init in T.vectorized(16):
-                                with T.sblock("tile_max_init"):
-                                    vr = T.axis.spatial(16, r_init)
-                                    T.reads()
-                                    T.writes(tile_max[0, vr])
-                                    tile_max[0, vr] = T.Select(0 < valid_len, T.float32("-inf"), T.float32(-1000000000000000019884624838656.0))
-                            for to, ti in T.grid(num_groups, 12):
-                                for r in T.vectorized(16):
-                                    with T.sblock("tile_max_update"):
-                                        vt = T.axis.reduce(132, to * 12 + ti)
-                                        vr = T.axis.spatial(16, r)
-                                        T.reads(tile_max[0, vr], scaled[vt, vr])
-                                        T.writes(tile_max[0, vr])
-                                        tile_max[0, vr] = T.max(tile_max[0, vr], scaled[vt, vr])
-                            for to, ti in T.grid(num_groups, 12):
-                                for r in T.vectorized(16):
-                                    with T.sblock("probs"):
-                                        vt = T.axis.spatial(132, to * 12 + ti)
-                                        vr = T.axis.spatial(16, r)
-                                        T.reads(scaled[vt, vr], tile_max[0, vr])
-                                        T.writes(probs[0, vt, vr])
-                                        arg: T.let[T.float32] = scaled[vt, vr] - tile_max[0, vr]
-                                        bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                        n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
-                                        f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                        high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                        series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                        power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                                        probs[0, vt, vr] = T.Select(vt < valid_len, T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                            for r_init in T.vectorized(16):
-                                with T.sblock("tile_sum_init"):
-                                    vr = T.axis.spatial(16, r_init)
-                                    T.reads()
-                                    T.writes(tile_sum[0, vr])
-                                    tile_sum[0, vr] = T.float32(0.0)
-                            for to, ti in T.grid(num_groups, 12):
-                                for r in T.vectorized(16):
-                                    with T.sblock("tile_sum_update"):
-                                        vt = T.axis.reduce(132, to * 12 + ti)
-                                        vr = T.axis.spatial(16, r)
-                                        T.reads(tile_sum[0, vr], probs[0, vt, vr])
-                                        T.writes(tile_sum[0, vr])
-                                        tile_sum[0, vr] = tile_sum[0, vr] + probs[0, vt, vr]
-                        with T.sblock("pv_matmul"):
-                            T.reads(value_cache[0:num_blocks, 0:128, kv_head, 0:128], block_table[seq, 0:max_blocks], probs[0, 0:132, 0:16])
-                            T.writes(tile_acc[0, 0:128, 0:16])
-                            v_tile = T.sblock_alloc_buffer((132, 128))
-                            tile_acc_global = T.sblock_alloc_buffer((1, 128, 16))
-                            for t, d_0 in T.grid(valid_len, 1):
-                                for d_1 in T.unroll(8):
-                                    for d_2 in T.vectorized(16):
-                                        with T.sblock("v_tile"):
-                                            vt = T.axis.spatial(132, t)
-                                            vd = T.axis.spatial(128, d_0 * 128 + d_1 * 16 + d_2)
-                                            T.reads(value_cache[0:num_blocks, 0:128, kv_head, vd], block_table[seq, 0:max_blocks])
-                                            T.writes(v_tile[vt, vd])
-                                            v_tile[vt, vd] = T.Cast("float32", value_cache[T.Cast("int64", block_table[seq, tile_start // 128]), tile_start % 128 + vt, kv_head, vd])
-                            for d_0 in range(16):
-                                for d_1_init in T.unroll(8):
-                                    for r_init in T.vectorized(16):
-                                        with T.sblock("tile_acc_init"):
-                                            vr = T.axis.spatial(16, r_init)
-                                            vd = T.axis.spatial(128, d_0 * 8 + d_1_init)
-                                            T.reads()
-                                            T.writes(tile_acc_global[0, vd, vr])
-                                            tile_acc_global[0, vd, vr] = T.float32(0.0)
-                                for t in range(valid_len):
-                                    for d_1 in T.unroll(8):
-                                        for r in T.vectorized(16):
-                                            with T.sblock("tile_acc_update"):
-                                                vt = T.axis.reduce(132, t)
-                                                vr = T.axis.spatial(16, r)
-                                                vd = T.axis.spatial(128, d_0 * 8 + d_1)
-                                                T.reads(tile_acc_global[0, vd, vr], probs[0, vt, vr], v_tile[vt, vd])
-                                                T.writes(tile_acc_global[0, vd, vr])
-                                                tile_acc_global[0, vd, vr] = tile_acc_global[0, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd]
-                                for ax0 in range(1):
-                                    for ax1 in T.unroll(8):
-                                        for ax2 in T.vectorized(16):
-                                            with T.sblock("tile_acc_global"):
-                                                v0 = T.axis.spatial(1, ax0)
-                                                v1 = T.axis.spatial(128, d_0 * 8 + ax1)
-                                                v2 = T.axis.spatial(16, ax2)
-                                                T.reads(tile_acc_global[v0, v1, v2])
-                                                T.writes(tile_acc[v0, v1, v2])
-                                                tile_acc[v0, v1, v2] = tile_acc_global[v0, v1, v2]
-                        with T.sblock("online_update"):
-                            T.reads(tile_max[0, 0:16], tile_sum[0, 0:16], tile_acc[0, 0:128, 0:16], row_max[0, 0:16], row_sum[0, 0:16])
-                            T.writes(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:128, 0:16])
-                            new_max = T.sblock_alloc_buffer((16,))
-                            new_sum = T.sblock_alloc_buffer((16,))
-                            alpha = T.sblock_alloc_buffer((16,))
-                            beta = T.sblock_alloc_buffer((16,))
-                            for r in T.vectorized(16):
-                                with T.sblock("rescale"):
+                        num_offsets: T.let[T.int32] = T.Select(0 < valid_len, 260, 0)
+                        with T.sblock("token_offsets"):
+                            T.reads(block_table[seq, 0:max_blocks])
+                            T.writes(key_offsets[0:260])
+                            for t in range(num_offsets):
+                                with T.sblock("offset"):
+                                    vt = T.axis.spatial(260, t)
+                                    T.reads(block_table[seq, T.min(tile_start + vt, last_token) // 128])
+                                    T.writes(key_offsets[vt])
+                                    token: T.let[T.int32] = T.min(tile_start + vt, last_token)
+                                    key_offsets[vt] = T.Cast("int64", block_table[seq, token // 128]) * k_block + T.Cast("int64", token % 128) * k_slot
+                        with T.sblock("token_offsets_1"):
+                            T.reads(block_table[seq, 0:max_blocks])
+                            T.writes(value_offsets[0:260])
+                            for t in range(num_offsets):
+                                with T.sblock("offset_1"):
+                                    vt = T.axis.spatial(260, t)
+                                    T.reads(block_table[seq, T.min(tile_start + vt, last_token) // 128])
+                                    T.writes(value_offsets[vt])
+                                    token: T.let[T.int32] = T.min(tile_start + vt, last_token)
+                                    value_offsets[vt] = T.Cast("int64", block_table[seq, token // 128]) * v_block + T.Cast("int64", token % 128) * v_slot
+                        for kv_head in range(1):
+                            with T.sblock("kv_head"):
+                                vkv = T.axis.spatial(1, kv_head)
+                                T.reads()
+                                T.writes()
+                                k_tile = T.sblock_alloc_buffer((132, 128))
+                                v_tile = T.sblock_alloc_buffer((132, 128))
+                                is_last: T.let[T.bool] = vkv == 0
+                                ahead_t: T.let[T.int32] = T.Select(is_last, 128, 0)
+                                ahead_head: T.let[T.int64] = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
+                                k_now: T.let[T.int64] = T.Cast("int64", vkv) * k_head
+                                v_now: T.let[T.int64] = T.Cast("int64", vkv) * v_head
+                                with T.sblock("load_keys"):
+                                    T.reads(key_cache[0:k_span], key_offsets[0:260])
+                                    T.writes(k_tile[0:132, 0:128])
+                                    for to, ti, d_0 in T.grid(num_groups, 12, 1):
+                                        for d_1 in T.unroll(8):
+                                            for d_2 in T.vectorized(16):
+                                                with T.sblock("load_keys_element"):
+                                                    vt = T.axis.spatial(132, to * 12 + ti)
+                                                    vd = T.axis.spatial(128, d_0 * 128 + d_1 * 16 + d_2)
+                                                    T.reads(key_cache[0:k_span], key_offsets[vt])
+                                                    T.writes(k_tile[vt, vd])
+                                                    k_tile[vt, vd] = T.Cast("float32", key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd)])
+                                with T.sblock("load_values"):
+                                    T.reads(value_cache[0:v_span], value_offsets[0:260])
+                                    T.writes(v_tile[0:132, 0:128])
+                                    for to, ti, d_0 in T.grid(num_groups, 12, 1):
+                                        for d_1 in T.unroll(8):
+                                            for d_2 in T.vectorized(16):
+                                                with T.sblock("load_values_element"):
+                                                    vt = T.axis.spatial(132, to * 12 + ti)
+                                                    vd = T.axis.spatial(128, d_0 * 128 + d_1 * 16 + d_2)
+                                                    T.reads(value_cache[0:v_span], value_offsets[vt])
+                                                    T.writes(v_tile[vt, vd])
+                                                    v_tile[vt, vd] = T.Cast("float32", value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd)])
+                                for group_tile in range(1):
+                                    with T.sblock("head_tile"):
+                                        vgt = T.axis.spatial(1, group_tile)
+                                        T.reads()
+                                        T.writes()
+                                        scores = T.sblock_alloc_buffer((1, 132, 16))
+                                        probs = T.sblock_alloc_buffer((1, 132, 16))
+                                        tile_max = T.sblock_alloc_buffer((1, 16))
+                                        tile_sum = T.sblock_alloc_buffer((1, 16))
+                                        tile_acc = T.sblock_alloc_buffer((1, 128, 16))
+                                        tile_index: T.let[T.int32] = vkv + vgt
+                                        with T.sblock("qk_matmul"):
+                                            T.reads(q_tile[tile_index, 0:128, 0:16], k_tile[0:132, 0:128], key_cache[0:k_span], key_offsets[0:260])
+                                            T.writes(scores[0, 0:(valid_len + 11) // 12 * 12, 0:16])
+                                            scores_global = T.sblock_alloc_buffer((1, (valid_len + 11) // 12 * 12, 16))
+                                            for to_m in range((valid_len + 12 - 1) // 12):
+                                                for ti, li in T.grid(12, 4):
+                                                    with T.sblock("prefetch_keys"):
+                                                        vt = T.axis.spatial(132, to_m * 12 + ti)
+                                                        vl = T.axis.spatial(4, li)
+                                                        T.reads(key_offsets[0:260])
+                                                        T.writes()
+                                                        T.prefetch(T.address_of(key_cache[key_offsets[ahead_t + vt] + ahead_head * k_head + T.int64(32) * T.Cast("int64", vl)]), 0, 2, 1)
+                                                for ti_init in T.unroll(12):
+                                                    for r_init in T.vectorized(16):
+                                                        with T.sblock("scores_init"):
+                                                            vt = T.axis.spatial(132, to_m * 12 + ti_init)
+                                                            vr = T.axis.spatial(16, r_init)
+                                                            T.reads()
+                                                            T.writes(scores_global[0, vt, vr])
+                                                            scores_global[0, vt, vr] = T.float32(0.0)
+                                                for d in range(128):
+                                                    for ti in T.unroll(12):
+                                                        for r in T.vectorized(16):
+                                                            with T.sblock("scores_update"):
+                                                                vt = T.axis.spatial(132, to_m * 12 + ti)
+                                                                vr, vd = T.axis.remap("SR", [r, d])
+                                                                T.reads(scores_global[0, vt, vr], q_tile[tile_index, vd, vr], k_tile[vt, vd])
+                                                                T.writes(scores_global[0, vt, vr])
+                                                                scores_global[0, vt, vr] = scores_global[0, vt, vr] + q_tile[tile_index, vd, vr] * k_tile[vt, vd]
+                                                for ax0 in range(1):
+                                                    for ax1 in T.unroll(12):
+                                                        for ax2 in T.vectorized(16):
+                                                            with T.sblock("scores_global"):
+                                                                v0 = T.axis.spatial(1, ax0)
+                                                                v1 = T.axis.spatial((valid_len + 11) // 12 * 12, to_m * 12 + ax1)
+                                                                v2 = T.axis.spatial(16, ax2)
+                                                                T.reads(scores_global[v0, v1, v2])
+                                                                T.writes(scores[v0, v1, v2])
+                                                                scores[v0, v1, v2] = scores_global[v0, v1, v2]
+                                        with T.sblock("softmax_prepare"):
+                                            T.reads(scores[0, 0:num_groups * 12, 0:16])
+                                            T.writes(probs[0, 0:num_groups * 12, 0:16], tile_max[0, 0:16], tile_sum[0, 0:16])
+                                            scaled = T.sblock_alloc_buffer((132, 16))
+                                            peak = T.sblock_alloc_buffer((16,))
+                                            for to, ti in T.grid(num_groups, 12):
+                                                for r in T.vectorized(16):
+                                                    with T.sblock("scaled"):
+                                                        vo = T.axis.spatial(11, to)
+                                                        vi, vr = T.axis.remap("SS", [ti, r])
+                                                        T.reads(scores[0, vo * 12 + vi, vr])
+                                                        T.writes(scaled[vo * 12 + vi, vr])
+                                                        scaled[vo * 12 + vi, vr] = T.Select(vi < valid_len - vo * 12, scores[0, vo * 12 + vi, vr] * scale, T.float32("-inf"))
+                                            for r_init in T.vectorized(16):
+                                                with T.sblock("peak_init"):
+                                                    vr = T.axis.spatial(16, r_init)
+                                                    T.reads()
+                                                    T.writes(peak[vr])
+                                                    peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                            for to, ti in T.grid(num_groups, 12):
+                                                for r in T.vectorized(16):
+                                                    with T.sblock("peak_update"):
+                                                        vt = T.axis.reduce(132, to * 12 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(peak[vr], scaled[vt, vr])
+                                                        T.writes(peak[vr])
+                                                        peak[vr] = T.max(peak[vr], scaled[vt, vr])
+                                            for r in T.vectorized(16):
+                                                with T.sblock("tile_max"):
+                                                    vr = T.axis.spatial(16, r)
+                                                    T.reads(peak[vr])
+                                                    T.writes(tile_max[0, vr])
+                                                    tile_max[0, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
+                                            for to, ti in T.grid(num_groups, 12):
+                                                for r in T.vectorized(16):
+                                                    with T.sblock("probs"):
+                                                        vt = T.axis.spatial(132, to * 12 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(scaled[vt, vr], tile_max[0, vr])
+                                                        T.writes(probs[0, vt, vr])
+                                                        arg: T.let[T.float32] = scaled[vt, vr] - tile_max[0, vr]
+                                                        bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                                        n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                                        f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                                        high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
+                                                        series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
+                                                        power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                                        probs[0, vt, vr] = T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power)
+                                            for r_init in T.vectorized(16):
+                                                with T.sblock("tile_sum_init"):
+                                                    vr = T.axis.spatial(16, r_init)
+                                                    T.reads()
+                                                    T.writes(tile_sum[0, vr])
+                                                    tile_sum[0, vr] = T.float32(0.0)
+                                            for to, ti in T.grid(num_groups, 12):
+                                                for r in T.vectorized(16):
+                                                    with T.sblock("tile_sum_update"):
+                                                        vt = T.axis.reduce(132, to * 12 + ti)
+                                                        vr = T.axis.spatial(16, r)
+                                                        T.reads(tile_sum[0, vr], probs[0, vt, vr])
+                                                        T.writes(tile_sum[0, vr])
+                                                        tile_sum[0, vr] = tile_sum[0, vr] + probs[0, vt, vr]
+                                        with T.sblock("pv_matmul"):
+                                            num_full = T.int32()
+                                            T.reads(probs[0, T.min(0, num_full * 12):T.min(0, num_full * 12) + (T.max(num_full * 12, num_full * 12 + valid_len % 12) - T.min(0, num_full * 12)), 0:16], v_tile[0:132, 0:128], value_cache[0:v_span], value_offsets[0:260])
+                                            T.writes(tile_acc[0, 0:128, 0:16])
+                                            full_acc = T.sblock_alloc_buffer((128, 16))
+                                            fetched = T.sblock_alloc_buffer((132, 4), "int8")
+                                            full_acc_global = T.sblock_alloc_buffer((128, 16))
+                                            num_full = valid_len // 12
+                                            for d_0 in range(16):
+                                                for d_1_init in T.unroll(8):
+                                                    for r_init in T.vectorized(16):
+                                                        with T.sblock("full_groups_init"):
+                                                            vr = T.axis.spatial(16, r_init)
+                                                            vd = T.axis.spatial(128, d_0 * 8 + d_1_init)
+                                                            T.reads()
+                                                            T.writes(full_acc_global[vd, vr])
+                                                            full_acc_global[vd, vr] = T.float32(0.0)
+                                                for to in range(num_full):
+                                                    for ax0, ax1, ax2 in T.grid(1, 12, 1):
+                                                        with T.sblock("prefetch_values"):
+                                                            vo = T.axis.spatial(11, to + ax0)
+                                                            vi = T.axis.spatial(12, ax1)
+                                                            vl = T.axis.spatial(4, d_0 // 4 + ax2)
+                                                            T.where(to < 11)
+                                                            T.reads(value_offsets[0:260])
+                                                            T.writes(fetched[vo * 12 + vi, vl])
+                                                            number: T.let[T.int32] = (vl * num_full + vo) * 12 + vi
+                                                            ahead: T.let[T.int64] = ahead_head * v_head + T.int64(32) * T.Cast("int64", number % 4)
+                                                            T.prefetch(T.address_of(value_cache[value_offsets[ahead_t + number // 4] + ahead]), 0, 2, 1)
+                                                    for ti in range(12):
+                                                        for d_1 in T.unroll(8):
+                                                            for r in T.vectorized(16):
+                                                                with T.sblock("full_groups_update"):
+                                                                    vt = T.axis.reduce(132, to * 12 + ti)
+                                                                    vr = T.axis.spatial(16, r)
+                                                                    vd = T.axis.spatial(128, d_0 * 8 + d_1)
+                                                                    T.reads(full_acc_global[vd, vr], probs[0, vt, vr], v_tile[0:132, 0:128], value_offsets[vt], fetched[vt, vd // 32])
+                                                                    T.writes(full_acc_global[vd, vr])
+                                                                    full_acc_global[vd, vr] = full_acc_global[vd, vr] + probs[0, vt, vr] * v_tile[vt, vd]
+                                                for ax0 in T.unroll(8):
+                                                    for ax1 in T.vectorized(16):
+                                                        with T.sblock("full_acc_global"):
+                                                            v0 = T.axis.spatial(128, d_0 * 8 + ax0)
+                                                            v1 = T.axis.spatial(16, ax1)
+                                                            T.reads(full_acc_global[v0, v1])
+                                                            T.writes(full_acc[v0, v1])
+                                                            full_acc[v0, v1] = full_acc_global[v0, v1]
+                                            for d_init in range(128):
+                                                for r_init in T.vectorized(16):
+                                                    with T.sblock("tile_acc_init"):
+                                                        vr, vd = T.axis.remap("SS", [r_init, d_init])
+                                                        T.reads()
+                                                        T.writes(tile_acc[0, vd, vr])
+                                                        tile_acc[0, vd, vr] = full_acc[vd, vr]
+                                            for ti, d in T.grid(valid_len % 12, 128):
+                                                for r in T.vectorized(16):
+                                                    with T.sblock("tile_acc_update"):
+                                                        vt = T.axis.reduce(132, num_full * 12 + ti)
+                                                        vr, vd = T.axis.remap("SS", [r, d])
+                                                        T.reads(tile_acc[0, vd, vr], full_acc[vd, vr], probs[0, vt, vr], v_tile[0:132, 0:128], value_offsets[vt])
+                                                        T.writes(tile_acc[0, vd, vr])
+                                                        tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd]
+                                        with T.sblock("online_update"):
+                                            T.reads(tile_max[0, 0:16], tile_sum[0, 0:16], tile_acc[0, 0:128, 0:16], row_max[tile_index, 0:16], row_sum[tile_index, 0:16])
+                                            T.writes(row_max[tile_index, 0:16], row_sum[tile_index, 0:16], acc[tile_index, 0:128, 0:16])
+                                            new_max = T.sblock_alloc_buffer((16,))
+                                            new_sum = T.sblock_alloc_buffer((16,))
+                                            alpha = T.sblock_alloc_buffer((16,))
+                                            beta = T.sblock_alloc_buffer((16,))
+                                            for r in T.vectorized(16):
+                                                with T.sblock("rescale"):
+                                                    vr = T.axis.spatial(16, r)
+                                                    T.reads(row_max[tile_index, vr], row_sum[tile_index, vr], tile_max[0, vr], tile_sum[0, vr])
+                                                    T.writes(new_max[vr], alpha[vr], beta[vr])
+                                                    old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[tile_index, vr])
+                                                    old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[tile_index, vr])
+                                                    both: T.let[T.float32] = T.max(old_max, tile_max[0, vr])
+                                                    old_or_both: T.let[T.float32] = T.Select(tile_sum[0, vr] == T.float32(0.0), old_max, both)
+                                                    m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[0, vr], old_or_both)
+                                                    new_max[vr] = m
+                                                    arg: T.let[T.float32] = old_max - m
+                                                    bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                                    n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                                    f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                                    high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
+                                                    series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
+                                                    power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                                    alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                                    arg_1: T.let[T.float32] = tile_max[0, vr] - m
+                                                    bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                                    n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                                    f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
+                                                    high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
+                                                    series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
+                                                    power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                                    beta[vr] = T.Select(tile_sum[0, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                                            for r in T.vectorized(16):
+                                                with T.sblock("new_sum"):
+                                                    vr = T.axis.spatial(16, r)
+                                                    T.reads(row_sum[tile_index, vr], alpha[vr], beta[vr], tile_sum[0, vr])
+                                                    T.writes(new_sum[vr])
+                                                    previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[tile_index, vr])
+                                                    new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[0, vr]
+                                            for r in T.vectorized(16):
+                                                with T.sblock("row"):
+                                                    vr = T.axis.spatial(16, r)
+                                                    T.reads(new_max[vr], new_sum[vr])
+                                                    T.writes(row_max[tile_index, vr], row_sum[tile_index, vr])
+                                                    row_max[tile_index, vr] = new_max[vr]
+                                                    row_sum[tile_index, vr] = new_sum[vr]
+                                            for d in range(128):
+                                                for r in T.vectorized(16):
+                                                    with T.sblock("acc"):
+                                                        vr, vd = T.axis.remap("SS", [r, d])
+                                                        vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                        T.reads(alpha[vr], beta[vr], tile_acc[0, vd, vr])
+                                                        T.writes(acc[tile_index, vd, vr])
+                                                        with T.init():
+                                                            acc[tile_index, vd, vr] = T.float32(0.0)
+                                                        acc[tile_index, vd, vr] = alpha[vr] * acc[tile_index, vd, vr] + beta[vr] * tile_acc[0, vd, vr]
+                for tile in range(1):
+                    with T.sblock("partial"):
+                        vtile = T.axis.spatial(1, tile)
+                        T.reads()
+                        T.writes()
+                        first_row: T.let[T.int32] = 0
+                        first_head: T.let[T.int32] = vtile * 16 + first_row
+                        with T.sblock("store_partial"):
+                            T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:128, 0:16 - T.max(first_row, 0)])
+                            T.writes(partial_max[partial_start + vs, first_head:first_head + (16 - T.max(first_row, 0))], partial_sum[partial_start + vs, first_head:first_head + (16 - T.max(first_row, 0))], partial_acc[partial_start + vs, first_head:first_head + (16 - T.max(first_row, 0)), 0:128])
+                            for r in range(16 - T.max(first_row, 0)):
+                                with T.sblock("store_row"):
                                     vr = T.axis.spatial(16, r)
-                                    T.reads(row_max[0, vr], row_sum[0, vr], tile_max[0, vr], tile_sum[0, vr])
-                                    T.writes(new_max[vr], alpha[vr], beta[vr])
-                                    old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[0, vr])
-                                    old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
-                                    both: T.let[T.float32] = T.max(old_max, tile_max[0, vr])
-                                    old_or_both: T.let[T.float32] = T.Select(tile_sum[0, vr] == T.float32(0.0), old_max, both)
-                                    m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[0, vr], old_or_both)
-                                    new_max[vr] = m
-                                    arg: T.let[T.float32] = old_max - m
-                                    bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                    n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
-                                    f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                    high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                    series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                    power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                                    alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                                    arg_1: T.let[T.float32] = tile_max[0, vr] - m
-                                    bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                    n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
-                                    f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                                    high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                                    series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                                    power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
-                                    beta[vr] = T.Select(tile_sum[0, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                            for r in T.vectorized(16):
-                                with T.sblock("new_sum"):
+                                    T.reads(row_max[vtile, vr], row_sum[vtile, vr])
+                                    T.writes(partial_max[partial_start + vs, first_head + vr], partial_sum[partial_start + vs, first_head + vr])
+                                    partial_max[partial_start + vs, first_head + vr] = row_max[vtile, vr]
+                                    partial_sum[partial_start + vs, first_head + vr] = row_sum[vtile, vr]
+                            for r, d in T.grid(T.min(16 - first_row, 16), 128):
+                                with T.sblock("store_acc"):
                                     vr = T.axis.spatial(16, r)
-                                    T.reads(row_sum[0, vr], alpha[vr], beta[vr], tile_sum[0, vr])
-                                    T.writes(new_sum[vr])
-                                    previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[0, vr])
-                                    new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[0, vr]
-                            for r in T.vectorized(16):
-                                with T.sblock("row"):
-                                    vr = T.axis.spatial(16, r)
-                                    T.reads(new_max[vr], new_sum[vr])
-                                    T.writes(row_max[0, vr], row_sum[0, vr])
-                                    row_max[0, vr] = new_max[vr]
-                                    row_sum[0, vr] = new_sum[vr]
-                            for d in range(128):
-                                for r in T.vectorized(16):
-                                    with T.sblock("acc"):
-                                        vr, vd = T.axis.remap("SS", [r, d])
-                                        vstep_1 = T.axis.reduce(num_steps, vstep)
-                                        T.reads(alpha[vr], beta[vr], tile_acc[0, vd, vr])
-                                        T.writes(acc[0, vd, vr])
-                                        with T.init():
-                                            acc[0, vd, vr] = T.float32(0.0)
-                                        acc[0, vd, vr] = alpha[vr] * acc[0, vd, vr] + beta[vr] * tile_acc[0, vd, vr]
-                with T.sblock("store_partial"):
-                    T.reads(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:T.int64(128), 0:16])
-                    T.writes(partial_max[partial_start + vs, 0:16], partial_sum[partial_start + vs, 0:16], partial_acc[partial_start + vs, 0:T.int64(128), 0:16])
-                    for r in T.vectorized(16):
-                        with T.sblock("store_row"):
-                            vr = T.axis.spatial(16, r)
-                            T.reads(row_max[0, vr], row_sum[0, vr])
-                            T.writes(partial_max[partial_start + vs, vr], partial_sum[partial_start + vs, vr])
-                            partial_max[partial_start + vs, vr] = row_max[0, vr]
-                            partial_sum[partial_start + vs, vr] = row_sum[0, vr]
-                    for d in range(128):
-                        for r in T.vectorized(16):
-                            with T.sblock("store_acc"):
-                                vr, vd = T.axis.remap("SS", [r, d])
-                                T.reads(acc[0, vd, vr])
-                                T.writes(partial_acc[partial_start + vs, vd, vr])
-                                partial_acc[partial_start + vs, vd, vr] = acc[0, vd, vr]
+                                    vd = T.axis.spatial(128, d)
+                                    T.reads(acc[vtile, vd, vr])
+                                    T.writes(partial_acc[partial_start + vs, first_head + vr, vd])
+                                    partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vd, vr]
 
     @T.prim_func(s_tir=True)
-    def merge_partials(partial_max: T.Buffer((slots, T.int64(16)), "float32"), partial_sum: T.Buffer((slots, T.int64(16)), "float32"), partial_acc: T.Buffer((slots, T.int64(128), T.int64(16)), "float32"), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, head_start: T.int32, num_rows: T.int32, partial_start: T.int32, num_partials: T.int32):
+    def merge_partials(partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):
         # with T.sblock("root"):
         row_max = T.sblock_alloc_buffer((1, 16))
         row_sum = T.sblock_alloc_buffer((1, 16))
-        acc = T.sblock_alloc_buffer((1, 128, 16))
-        normalized = T.sblock_alloc_buffer((128, 16))
+        acc = T.sblock_alloc_buffer((1, 16, 128))
+        factor = T.sblock_alloc_buffer((16,))
         for step in range(num_partials):
             with T.sblock("partial"):
                 vstep = T.axis.opaque(num_partials, step)
@@ -342,8 +440,8 @@ class Module:
                 T.writes()
                 slot: T.let[T.int32] = partial_start + vstep
                 with T.sblock("online_update"):
-                    T.reads(partial_max[slot, 0:16], partial_sum[slot, 0:16], partial_acc[slot, 0:128, 0:16], row_max[0, 0:16], row_sum[0, 0:16])
-                    T.writes(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:128, 0:16])
+                    T.reads(partial_max[slot, 0:16], partial_sum[slot, 0:16], partial_acc[slot, 0:16, 0:128], row_max[0, 0:16], row_sum[0, 0:16])
+                    T.writes(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
                     new_max = T.sblock_alloc_buffer((16,))
                     new_sum = T.sblock_alloc_buffer((16,))
                     alpha = T.sblock_alloc_buffer((16,))
@@ -389,32 +487,34 @@ class Module:
                             T.writes(row_max[0, vr], row_sum[0, vr])
                             row_max[0, vr] = new_max[vr]
                             row_sum[0, vr] = new_sum[vr]
-                    for d in range(128):
-                        for r in T.vectorized(16):
+                    for r, d_0 in T.grid(16, 8):
+                        for d_1 in T.vectorized(16):
                             with T.sblock("acc"):
-                                vr, vd = T.axis.remap("SS", [r, d])
+                                vr = T.axis.spatial(16, r)
+                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
                                 vstep_1 = T.axis.reduce(num_partials, vstep)
-                                T.reads(alpha[vr], beta[vr], partial_acc[slot, vd, vr])
-                                T.writes(acc[0, vd, vr])
+                                T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
+                                T.writes(acc[0, vr, vd])
                                 with T.init():
-                                    acc[0, vd, vr] = T.float32(0.0)
-                                acc[0, vd, vr] = alpha[vr] * acc[0, vd, vr] + beta[vr] * partial_acc[slot, vd, vr]
-        for d in range(128):
-            for r in T.vectorized(16):
-                with T.sblock("normalize"):
-                    vd, vr = T.axis.remap("SS", [d, r])
-                    T.reads(row_sum[0, vr], acc[0, vd, vr])
-                    T.writes(normalized[vd, vr])
-                    normalized[vd, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32(0.0), acc[0, vd, vr] / row_sum[0, vr])
-        for r, d in T.grid(num_rows, 128):
-            with T.sblock("out"):
-                vr, vd = T.axis.remap("SS", [r, d])
-                T.reads(normalized[vd, vr])
-                T.writes(out[seq, head_start + vr, vd])
-                out[seq, head_start + vr, vd] = T.Cast("float32", normalized[vd, vr])
-        for r in range(num_rows):
+                                    acc[0, vr, vd] = T.float32(0.0)
+                                acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
+        for h in T.vectorized(16):
+            with T.sblock("factor"):
+                vh = T.axis.spatial(16, h)
+                T.reads(row_sum[0, vh])
+                T.writes(factor[vh])
+                factor[vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32(0.0), T.float32(1.0) / row_sum[0, vh])
+        for h, d_0 in T.grid(16, 8):
+            for d_1 in T.vectorized(16):
+                with T.sblock("out"):
+                    vh = T.axis.spatial(16, h)
+                    vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                    T.reads(acc[0, vh, vd], factor[vh])
+                    T.writes(out[seq, vh, vd])
+                    out[seq, vh, vd] = T.Cast("float32", acc[0, vh, vd] * factor[vh])
+        for h in range(16):
             with T.sblock("lse"):
-                vr = T.axis.spatial(num_rows, r)
-                T.reads(row_sum[0, vr], row_max[0, vr])
-                T.writes(lse[seq, head_start + vr])
-                lse[seq, head_start + vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr]))
+                vh = T.axis.spatial(16, h)
+                T.reads(row_sum[0, vh], row_max[0, vh])
+                T.writes(lse[seq, vh])
+                lse[seq, vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32("-inf"), row_max[0, vh] + T.log(row_sum[0, vh]))

@@ -23,12 +23,8 @@ out_head = TypeVar("out_head")
 slots = TypeVar("slots")
 max_blocks = TypeVar("max_blocks")
 table_seq = TypeVar("table_seq")
-v_block = TypeVar("v_block")
-v_head = TypeVar("v_head")
-v_slot = TypeVar("v_slot")
-k_block = TypeVar("k_block")
-k_head = TypeVar("k_head")
-k_slot = TypeVar("k_slot")
+v_span = TypeVar("v_span")
+k_span = TypeVar("k_span")
 q_batch = TypeVar("q_batch")
 q_head = TypeVar("q_head")
 @I.ir_module
@@ -70,12 +66,12 @@ class Module:
                             cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def merge_partials(partial_max: T.Buffer((slots, T.int64(16)), "float32"), partial_sum: T.Buffer((slots, T.int64(16)), "float32"), partial_acc: T.Buffer((slots, T.int64(128), T.int64(16)), "float32"), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, head_start: T.int32, num_rows: T.int32, partial_start: T.int32, num_partials: T.int32):
+    def merge_partials(partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):
         # with T.sblock("root"):
         row_max = T.sblock_alloc_buffer((1, 16))
         row_sum = T.sblock_alloc_buffer((1, 16))
-        acc = T.sblock_alloc_buffer((1, 128, 16))
-        normalized = T.sblock_alloc_buffer((128, 16))
+        acc = T.sblock_alloc_buffer((1, 16, 128))
+        factor = T.sblock_alloc_buffer((16,))
         for step in range(num_partials):
             with T.sblock("partial"):
                 vstep = T.axis.opaque(num_partials, step)
@@ -83,8 +79,8 @@ class Module:
                 T.writes()
                 slot: T.let[T.int32] = partial_start + vstep
                 with T.sblock("online_update"):
-                    T.reads(partial_max[slot, 0:16], partial_sum[slot, 0:16], partial_acc[slot, 0:128, 0:16], row_max[0, 0:16], row_sum[0, 0:16])
-                    T.writes(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:128, 0:16])
+                    T.reads(partial_max[slot, 0:16], partial_sum[slot, 0:16], partial_acc[slot, 0:16, 0:128], row_max[0, 0:16], row_sum[0, 0:16])
+                    T.writes(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
                     new_max = T.sblock_alloc_buffer((16,))
                     new_sum = T.sblock_alloc_buffer((16,))
                     alpha = T.sblock_alloc_buffer((16,))
@@ -130,46 +126,45 @@ class Module:
                             T.writes(row_max[0, vr], row_sum[0, vr])
                             row_max[0, vr] = new_max[vr]
                             row_sum[0, vr] = new_sum[vr]
-                    for d, r in T.grid(128, 16):
+                    for r, d in T.grid(16, 128):
                         with T.sblock("acc"):
                             vr, vd = T.axis.remap("SS", [r, d])
                             vstep_1 = T.axis.reduce(num_partials, vstep)
-                            T.reads(alpha[vr], beta[vr], partial_acc[slot, vd, vr])
-                            T.writes(acc[0, vd, vr])
+                            T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
+                            T.writes(acc[0, vr, vd])
                             with T.init():
-                                acc[0, vd, vr] = T.float32(0.0)
-                            acc[0, vd, vr] = alpha[vr] * acc[0, vd, vr] + beta[vr] * partial_acc[slot, vd, vr]
-        for d, r in T.grid(128, 16):
-            with T.sblock("normalize"):
-                vd, vr = T.axis.remap("SS", [d, r])
-                T.reads(row_sum[0, vr], acc[0, vd, vr])
-                T.writes(normalized[vd, vr])
-                normalized[vd, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32(0.0), acc[0, vd, vr] / row_sum[0, vr])
-        for r, d in T.grid(num_rows, 128):
+                                acc[0, vr, vd] = T.float32(0.0)
+                            acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
+        for h in range(16):
+            with T.sblock("factor"):
+                vh = T.axis.spatial(16, h)
+                T.reads(row_sum[0, vh])
+                T.writes(factor[vh])
+                factor[vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32(0.0), T.float32(1.0) / row_sum[0, vh])
+        for h, d in T.grid(16, 128):
             with T.sblock("out"):
-                vr, vd = T.axis.remap("SS", [r, d])
-                T.reads(normalized[vd, vr])
-                T.writes(out[seq, head_start + vr, vd])
-                out[seq, head_start + vr, vd] = T.Cast("float32", normalized[vd, vr])
-        for r in range(num_rows):
+                vh, vd = T.axis.remap("SS", [h, d])
+                T.reads(acc[0, vh, vd], factor[vh])
+                T.writes(out[seq, vh, vd])
+                out[seq, vh, vd] = T.Cast("float32", acc[0, vh, vd] * factor[vh])
+        for h in range(16):
             with T.sblock("lse"):
-                vr = T.axis.spatial(num_rows, r)
-                T.reads(row_sum[0, vr], row_max[0, vr])
-                T.writes(lse[seq, head_start + vr])
-                lse[seq, head_start + vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr]))
+                vh = T.axis.spatial(16, h)
+                T.reads(row_sum[0, vh], row_max[0, vh])
+                T.writes(lse[seq, vh])
+                lse[seq, vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32("-inf"), row_max[0, vh] + T.log(row_sum[0, vh]))
 
     @T.prim_func(s_tir=True)
-    def online_update(tile_max: T.Buffer((16, 16), "float32"), tile_sum: T.Buffer((16, 16), "float32"), tile_acc: T.Buffer((16, 128, 16), "float32"), partial_max: T.Buffer((slots, T.int64(16)), "float32"), partial_sum: T.Buffer((slots, T.int64(16)), "float32"), partial_acc: T.Buffer((slots, T.int64(128), T.int64(16)), "float32"), num_seqs: T.int32, block_idx: T.int32, num_blocks: T.int32, partial_start: T.int32):
+    def online_update(tile_max: T.Buffer((16, 16), "float32"), tile_sum: T.Buffer((16, 16), "float32"), tile_acc: T.Buffer((16, 16, 128), "float32"), row_max: T.Buffer((16, 16), "float32"), row_sum: T.Buffer((16, 16), "float32"), acc: T.Buffer((16, 16, 128), "float32"), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), num_seqs: T.int32, block_idx: T.int32, num_blocks: T.int32, head_start: T.int32, num_rows: T.int32, partial_start: T.int32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                slot: T.let[T.int32] = partial_start + vs
                 with T.sblock("online_update"):
-                    T.reads(tile_max[vs, 0:16], tile_sum[vs, 0:16], tile_acc[vs, 0:128, 0:16], partial_max[slot, 0:16], partial_sum[slot, 0:16])
-                    T.writes(partial_max[slot, 0:16], partial_sum[slot, 0:16], partial_acc[slot, 0:128, 0:16])
+                    T.reads(tile_max[vs, 0:16], tile_sum[vs, 0:16], tile_acc[vs, 0:16, 0:128], row_max[vs, 0:16], row_sum[vs, 0:16])
+                    T.writes(row_max[vs, 0:16], row_sum[vs, 0:16], acc[vs, 0:16, 0:128])
                     new_max = T.sblock_alloc_buffer((16,))
                     new_sum = T.sblock_alloc_buffer((16,))
                     alpha = T.sblock_alloc_buffer((16,))
@@ -177,10 +172,10 @@ class Module:
                     for r in range(16):
                         with T.sblock("rescale"):
                             vr = T.axis.spatial(16, r)
-                            T.reads(partial_max[slot, vr], partial_sum[slot, vr], tile_max[vs, vr], tile_sum[vs, vr])
+                            T.reads(row_max[vs, vr], row_sum[vs, vr], tile_max[vs, vr], tile_sum[vs, vr])
                             T.writes(new_max[vr], alpha[vr], beta[vr])
-                            old_max: T.let[T.float32] = T.Select(block_idx == 0, T.float32(-1000000000000000019884624838656.0), partial_max[slot, vr])
-                            old_sum: T.let[T.float32] = T.Select(block_idx == 0, T.float32(0.0), partial_sum[slot, vr])
+                            old_max: T.let[T.float32] = T.Select(block_idx == 0, T.float32(-1000000000000000019884624838656.0), row_max[vs, vr])
+                            old_sum: T.let[T.float32] = T.Select(block_idx == 0, T.float32(0.0), row_sum[vs, vr])
                             both: T.let[T.float32] = T.max(old_max, tile_max[vs, vr])
                             old_or_both: T.let[T.float32] = T.Select(tile_sum[vs, vr] == T.float32(0.0), old_max, both)
                             m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vs, vr], old_or_both)
@@ -204,103 +199,158 @@ class Module:
                     for r in range(16):
                         with T.sblock("new_sum"):
                             vr = T.axis.spatial(16, r)
-                            T.reads(partial_sum[slot, vr], alpha[vr], beta[vr], tile_sum[vs, vr])
+                            T.reads(row_sum[vs, vr], alpha[vr], beta[vr], tile_sum[vs, vr])
                             T.writes(new_sum[vr])
-                            previous: T.let[T.float32] = T.Select(block_idx == 0, T.float32(0.0), partial_sum[slot, vr])
+                            previous: T.let[T.float32] = T.Select(block_idx == 0, T.float32(0.0), row_sum[vs, vr])
                             new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[vs, vr]
                     for r in range(16):
                         with T.sblock("row"):
                             vr = T.axis.spatial(16, r)
                             T.reads(new_max[vr], new_sum[vr])
-                            T.writes(partial_max[slot, vr], partial_sum[slot, vr])
-                            partial_max[slot, vr] = new_max[vr]
-                            partial_sum[slot, vr] = new_sum[vr]
-                    for d, r in T.grid(128, 16):
+                            T.writes(row_max[vs, vr], row_sum[vs, vr])
+                            row_max[vs, vr] = new_max[vr]
+                            row_sum[vs, vr] = new_sum[vr]
+                    for r, d in T.grid(16, 128):
                         with T.sblock("acc"):
                             vr, vd = T.axis.remap("SS", [r, d])
                             vstep = T.axis.reduce(num_blocks, block_idx)
-                            T.reads(alpha[vr], beta[vr], tile_acc[vs, vd, vr])
-                            T.writes(partial_acc[slot, vd, vr])
+                            T.reads(alpha[vr], beta[vr], tile_acc[vs, vr, vd])
+                            T.writes(acc[vs, vr, vd])
                             with T.init():
-                                partial_acc[slot, vd, vr] = T.float32(0.0)
-                            partial_acc[slot, vd, vr] = alpha[vr] * partial_acc[slot, vd, vr] + beta[vr] * tile_acc[vs, vd, vr]
-
-    @T.prim_func(s_tir=True)
-    def pv_matmul(value_cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "bfloat16", strides=(v_block, v_slot, v_head, T.int64(1)), align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), probs: T.Buffer((16, 132, 16), "float32"), tile_acc: T.Buffer((16, 128, 16), "float32"), batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, block_idx: T.int32):
-        # with T.sblock("root"):
-        for s in range(num_seqs):
-            with T.sblock("sequence"):
-                vs = T.axis.spatial(num_seqs, s)
-                T.reads()
-                T.writes()
-                seq: T.let[T.int32] = batch_start + vs
-                tile_start: T.let[T.int32] = block_idx * 128
-                valid_len: T.let[T.int32] = T.max(T.min(context_lens[seq] - tile_start, 128), 0)
-                with T.sblock("pv_matmul"):
-                    T.reads(value_cache[0:num_blocks, 0:128, kv_head, 0:128], block_table[seq, 0:max_blocks], probs[vs, 0:132, 0:16])
-                    T.writes(tile_acc[vs, 0:128, 0:16])
-                    v_tile = T.sblock_alloc_buffer((132, 128))
-                    for t, d in T.grid(valid_len, 128):
-                        with T.sblock("v_tile"):
-                            vt = T.axis.spatial(132, t)
+                                acc[vs, vr, vd] = T.float32(0.0)
+                            acc[vs, vr, vd] = alpha[vr] * acc[vs, vr, vd] + beta[vr] * tile_acc[vs, vr, vd]
+                with T.sblock("store_partial"):
+                    T.reads(row_max[vs, 0:16], row_sum[vs, 0:16], acc[vs, 0:16, 0:128])
+                    T.writes(partial_max[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0)], partial_sum[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0)], partial_acc[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0), 0:128])
+                    for r in range(T.Select(block_idx == num_blocks - 1, num_rows, 0)):
+                        with T.sblock("store_row"):
+                            vr = T.axis.spatial(16, r)
+                            T.reads(row_max[vs, vr], row_sum[vs, vr])
+                            T.writes(partial_max[partial_start + vs, head_start + vr], partial_sum[partial_start + vs, head_start + vr])
+                            partial_max[partial_start + vs, head_start + vr] = row_max[vs, vr]
+                            partial_sum[partial_start + vs, head_start + vr] = row_sum[vs, vr]
+                    for r, d in T.grid(T.Select(block_idx == num_blocks - 1, num_rows, 0), 128):
+                        with T.sblock("store_acc"):
+                            vr = T.axis.spatial(16, r)
                             vd = T.axis.spatial(128, d)
-                            T.reads(value_cache[0:num_blocks, 0:128, kv_head, vd], block_table[seq, 0:max_blocks])
-                            T.writes(v_tile[vt, vd])
-                            v_tile[vt, vd] = T.Cast("float32", value_cache[T.Cast("int64", block_table[seq, tile_start // 128]), tile_start % 128 + vt, kv_head, vd])
-                    for t, r, d in T.grid(valid_len, 16, 128):
-                        with T.sblock("tile_acc"):
-                            vt = T.axis.reduce(132, t)
-                            vr, vd = T.axis.remap("SS", [r, d])
-                            T.reads(probs[vs, vt, vr], v_tile[vt, vd])
-                            T.writes(tile_acc[vs, vd, vr])
-                            with T.init():
-                                tile_acc[vs, vd, vr] = T.float32(0.0)
-                            tile_acc[vs, vd, vr] = tile_acc[vs, vd, vr] + probs[vs, vt, vr] * v_tile[vt, vd]
+                            T.reads(acc[vs, vr, vd])
+                            T.writes(partial_acc[partial_start + vs, head_start + vr, vd])
+                            partial_acc[partial_start + vs, head_start + vr, vd] = acc[vs, vr, vd]
 
     @T.prim_func(s_tir=True)
-    def qk_matmul(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((num_blocks, T.int64(128), T.int64(1), T.int64(128)), "bfloat16", strides=(k_block, k_slot, k_head, T.int64(1)), align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 132, 16), "float32"), batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, head_start: T.int32, num_rows: T.int32, block_idx: T.int32):
+    def pv_matmul(value_cache: T.Buffer((v_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), probs: T.Buffer((16, 16, 128), "float32"), tile_acc: T.Buffer((16, 16, 128), "float32"), v_block: T.int64, v_slot: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, block_idx: T.int32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                q_tile = T.sblock_alloc_buffer((128, 16))
+                value_offsets = T.sblock_alloc_buffer((256,), "int64")
                 seq: T.let[T.int32] = batch_start + vs
                 tile_start: T.let[T.int32] = block_idx * 128
                 valid_len: T.let[T.int32] = T.max(T.min(context_lens[seq] - tile_start, 128), 0)
+                head_offset: T.let[T.int64] = T.Cast("int64", kv_head) * v_head
+                num_offsets: T.let[T.int32] = T.Select(0 < valid_len, 256, 0)
+                with T.sblock("token_offsets"):
+                    T.reads(block_table[seq, 0:max_blocks])
+                    T.writes(value_offsets[0:256])
+                    for t in range(num_offsets):
+                        with T.sblock("offset"):
+                            vt = T.axis.spatial(256, t)
+                            T.reads(block_table[seq, T.min(tile_start + vt, tile_start + valid_len - 1) // 128])
+                            T.writes(value_offsets[vt])
+                            token: T.let[T.int32] = T.min(tile_start + vt, tile_start + valid_len - 1)
+                            value_offsets[vt] = T.Cast("int64", block_table[seq, token // 128]) * v_block + T.Cast("int64", token % 128) * v_slot
+                with T.sblock("pv_matmul"):
+                    T.reads(probs[vs, 0:16, 0:128], value_cache[0:v_span], value_cache[0:v_span], value_offsets[0:256])
+                    T.writes(tile_acc[vs, 0:16, 0:128])
+                    full_acc = T.sblock_alloc_buffer((16, 128))
+                    fetched = T.sblock_alloc_buffer((128, 4), "int8")
+                    num_full: T.let[T.int32] = valid_len // 16
+                    for to, ti, li in T.grid(num_full, 16, 4):
+                        with T.sblock("prefetch_values"):
+                            vo = T.axis.spatial(8, to)
+                            vi, vl = T.axis.remap("SS", [ti, li])
+                            T.reads(value_offsets[0:256])
+                            T.writes(fetched[vo * 16 + vi, vl])
+                            number: T.let[T.int32] = (vl * num_full + vo) * 16 + vi
+                            ahead: T.let[T.int64] = head_offset + T.int64(32) * T.Cast("int64", number % 4)
+                            T.prefetch(T.address_of(value_cache[value_offsets[number // 4] + ahead]), 0, 2, 1)
+                    for to, ti, r, d in T.grid(num_full, 16, 16, 128):
+                        with T.sblock("full_groups"):
+                            vt = T.axis.reduce(128, to * 16 + ti)
+                            vr, vd = T.axis.remap("SS", [r, d])
+                            T.reads(probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt, vd // 32])
+                            T.writes(full_acc[vr, vd])
+                            with T.init():
+                                full_acc[vr, vd] = T.float32(0.0)
+                            full_acc[vr, vd] = full_acc[vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + head_offset + T.Cast("int64", vd)])
+                    for ti, r, d in T.grid(valid_len % 16, 16, 128):
+                        with T.sblock("tile_acc"):
+                            vt = T.axis.reduce(128, num_full * 16 + ti)
+                            vr, vd = T.axis.remap("SS", [r, d])
+                            T.reads(full_acc[vr, vd], probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt])
+                            T.writes(tile_acc[vs, vr, vd])
+                            with T.init():
+                                tile_acc[vs, vr, vd] = full_acc[vr, vd]
+                            tile_acc[vs, vr, vd] = tile_acc[vs, vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + head_offset + T.Cast("int64", vd)])
+
+    @T.prim_func(s_tir=True)
+    def qk_matmul(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), k_block: T.int64, k_slot: T.int64, k_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, head_start: T.int32, num_rows: T.int32, block_idx: T.int32):
+        # with T.sblock("root"):
+        for s in range(num_seqs):
+            with T.sblock("sequence"):
+                vs = T.axis.spatial(num_seqs, s)
+                T.reads()
+                T.writes()
+                q_tile = T.sblock_alloc_buffer((1, 16, 128))
+                key_offsets = T.sblock_alloc_buffer((256,), "int64")
+                seq: T.let[T.int32] = batch_start + vs
+                tile_start: T.let[T.int32] = block_idx * 128
+                valid_len: T.let[T.int32] = T.max(T.min(context_lens[seq] - tile_start, 128), 0)
+                head_offset: T.let[T.int64] = T.Cast("int64", kv_head) * k_head
+                num_offsets: T.let[T.int32] = T.Select(0 < valid_len, 256, 0)
                 with T.sblock("load_query"):
-                    T.reads(query[seq, head_start:head_start + 16, 0:128])
-                    T.writes(q_tile[0:128, 0:16])
-                    for d, r in T.grid(128, 16):
+                    T.reads(query[seq, head_start:head_start + num_rows, 0:128])
+                    T.writes(q_tile[0, 0:16, 0:128])
+                    for r, d in T.grid(16, 128):
                         with T.sblock("q_tile"):
                             vr, vd = T.axis.remap("SS", [r, d])
                             T.reads(query[seq, head_start + vr, vd])
-                            T.writes(q_tile[vd, vr])
-                            q_tile[vd, vr] = T.if_then_else(vr < num_rows, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
+                            T.writes(q_tile[0, vr, vd])
+                            q_tile[0, vr, vd] = T.if_then_else(vr < num_rows, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
+                with T.sblock("token_offsets"):
+                    T.reads(block_table[seq, 0:max_blocks])
+                    T.writes(key_offsets[0:256])
+                    for t in range(num_offsets):
+                        with T.sblock("offset"):
+                            vt = T.axis.spatial(256, t)
+                            T.reads(block_table[seq, T.min(tile_start + vt, tile_start + valid_len - 1) // 128])
+                            T.writes(key_offsets[vt])
+                            token: T.let[T.int32] = T.min(tile_start + vt, tile_start + valid_len - 1)
+                            key_offsets[vt] = T.Cast("int64", block_table[seq, token // 128]) * k_block + T.Cast("int64", token % 128) * k_slot
                 with T.sblock("qk_matmul"):
-                    T.reads(key_cache[0:num_blocks, 0:128, kv_head, 0:128], block_table[seq, 0:max_blocks], q_tile[0:128, 0:16])
-                    T.writes(scores[vs, 0:132, 0:16])
-                    k_tile = T.sblock_alloc_buffer((132, 128))
-                    for to, ti, d in T.grid((valid_len + 12 - 1) // 12, 12, 128):
-                        with T.sblock("k_tile"):
-                            vt = T.axis.spatial(132, to * 12 + ti)
-                            vd = T.axis.spatial(128, d)
-                            T.reads(key_cache[0:num_blocks, 0:128, kv_head, vd], block_table[seq, 0:max_blocks])
-                            T.writes(k_tile[vt, vd])
-                            k_tile[vt, vd] = T.Cast("float32", key_cache[T.Cast("int64", block_table[seq, tile_start // 128]), tile_start % 128 + T.min(vt, valid_len - 1), kv_head, vd])
-                    for to, ti, r, d in T.grid((valid_len + 12 - 1) // 12, 12, 16, 128):
+                    T.reads(q_tile[0, 0:16, 0:128], key_cache[0:k_span], key_cache[0:k_span], key_offsets[0:256])
+                    T.writes(scores[vs, 0:16, 0:128])
+                    for to, ti, li in T.grid((valid_len + 16 - 1) // 16, 16, 4):
+                        with T.sblock("prefetch_keys"):
+                            vt = T.axis.spatial(128, to * 16 + ti)
+                            vl = T.axis.spatial(4, li)
+                            T.reads(key_offsets[0:256])
+                            T.writes()
+                            T.prefetch(T.address_of(key_cache[key_offsets[vt] + head_offset + T.int64(32) * T.Cast("int64", vl)]), 0, 2, 1)
+                    for to, ti, r, d in T.grid((valid_len + 16 - 1) // 16, 16, 16, 128):
                         with T.sblock("scores"):
-                            vt = T.axis.spatial(132, to * 12 + ti)
+                            vt = T.axis.spatial(128, to * 16 + ti)
                             vr, vd = T.axis.remap("SR", [r, d])
-                            T.reads(q_tile[vd, vr], k_tile[vt, vd])
-                            T.writes(scores[vs, vt, vr])
+                            T.reads(q_tile[0, vr, vd], key_cache[key_offsets[vt] + head_offset + T.Cast("int64", vd)], key_offsets[vt])
+                            T.writes(scores[vs, vr, vt])
                             with T.init():
-                                scores[vs, vt, vr] = T.float32(0.0)
-                            scores[vs, vt, vr] = scores[vs, vt, vr] + q_tile[vd, vr] * k_tile[vt, vd]
+                                scores[vs, vr, vt] = T.float32(0.0)
+                            scores[vs, vr, vt] = scores[vs, vr, vt] + q_tile[0, vr, vd] * T.Cast("float32", key_cache[key_offsets[vt] + head_offset + T.Cast("int64", vd)])
 
     @T.prim_func(s_tir=True)
-    def softmax_prepare(context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 132, 16), "float32"), probs: T.Buffer((16, 132, 16), "float32"), tile_max: T.Buffer((16, 16), "float32"), tile_sum: T.Buffer((16, 16), "float32"), batch_start: T.int32, num_seqs: T.int32, block_idx: T.int32, scale: T.float32):
+    def softmax_prepare(context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), probs: T.Buffer((16, 16, 128), "float32"), tile_max: T.Buffer((16, 16), "float32"), tile_sum: T.Buffer((16, 16), "float32"), batch_start: T.int32, num_seqs: T.int32, block_idx: T.int32, scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -309,45 +359,51 @@ class Module:
                 T.writes()
                 valid_len: T.let[T.int32] = T.max(T.min(context_lens[batch_start + vs] - block_idx * 128, 128), 0)
                 with T.sblock("softmax_prepare"):
-                    T.reads(scores[vs, 0:132, 0:16])
-                    T.writes(probs[vs, 0:132, 0:16], tile_max[vs, 0:16], tile_sum[vs, 0:16])
-                    scaled = T.sblock_alloc_buffer((132, 16))
-                    for to, ti, r in T.grid(11, 12, 16):
+                    T.reads(scores[vs, 0:16, 0:128])
+                    T.writes(probs[vs, 0:16, 0:128], tile_max[vs, 0:16], tile_sum[vs, 0:16])
+                    scaled = T.sblock_alloc_buffer((16, 128))
+                    peak = T.sblock_alloc_buffer((16,))
+                    for r, to, ti in T.grid(16, 8, 16):
                         with T.sblock("scaled"):
-                            vt = T.axis.spatial(132, to * 12 + ti)
+                            vo, vi, vr = T.axis.remap("SSS", [to, ti, r])
+                            T.reads(scores[vs, vr, vo * 16 + vi])
+                            T.writes(scaled[vr, vo * 16 + vi])
+                            scaled[vr, vo * 16 + vi] = T.Select(vi < valid_len - vo * 16, scores[vs, vr, vo * 16 + vi] * scale, T.float32("-inf"))
+                    for r, to, ti in T.grid(16, 8, 16):
+                        with T.sblock("peak"):
+                            vt = T.axis.reduce(128, to * 16 + ti)
                             vr = T.axis.spatial(16, r)
-                            T.reads(scores[vs, vt, vr])
-                            T.writes(scaled[vt, vr])
-                            scaled[vt, vr] = T.Select(vt < valid_len, scores[vs, vt, vr] * scale, T.float32("-inf"))
-                    for to, ti, r in T.grid(11, 12, 16):
-                        with T.sblock("tile_max"):
-                            vt = T.axis.reduce(132, to * 12 + ti)
-                            vr = T.axis.spatial(16, r)
-                            T.reads(scaled[vt, vr])
-                            T.writes(tile_max[vs, vr])
+                            T.reads(scaled[vr, vt])
+                            T.writes(peak[vr])
                             with T.init():
-                                tile_max[vs, vr] = T.Select(0 < valid_len, T.float32("-inf"), T.float32(-1000000000000000019884624838656.0))
-                            tile_max[vs, vr] = T.max(tile_max[vs, vr], scaled[vt, vr])
-                    for to, ti, r in T.grid(11, 12, 16):
-                        with T.sblock("probs"):
-                            vt = T.axis.spatial(132, to * 12 + ti)
+                                peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
+                            peak[vr] = T.max(peak[vr], scaled[vr, vt])
+                    for r in range(16):
+                        with T.sblock("tile_max"):
                             vr = T.axis.spatial(16, r)
-                            T.reads(scaled[vt, vr], tile_max[vs, vr])
-                            T.writes(probs[vs, vt, vr])
-                            arg: T.let[T.float32] = scaled[vt, vr] - tile_max[vs, vr]
+                            T.reads(peak[vr])
+                            T.writes(tile_max[vs, vr])
+                            tile_max[vs, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
+                    for r, to, ti in T.grid(16, 8, 16):
+                        with T.sblock("probs"):
+                            vt = T.axis.spatial(128, to * 16 + ti)
+                            vr = T.axis.spatial(16, r)
+                            T.reads(scaled[vr, vt], tile_max[vs, vr])
+                            T.writes(probs[vs, vr, vt])
+                            arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vs, vr]
                             bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
                             n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
                             f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
                             high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
                             series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
                             power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                            probs[vs, vt, vr] = T.Select(vt < valid_len, T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                    for to, ti, r in T.grid(11, 12, 16):
+                            probs[vs, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                    for r, to, ti in T.grid(16, 8, 16):
                         with T.sblock("tile_sum"):
-                            vt = T.axis.reduce(132, to * 12 + ti)
+                            vt = T.axis.reduce(128, to * 16 + ti)
                             vr = T.axis.spatial(16, r)
-                            T.reads(probs[vs, vt, vr])
+                            T.reads(probs[vs, vr, vt])
                             T.writes(tile_sum[vs, vr])
                             with T.init():
                                 tile_sum[vs, vr] = T.float32(0.0)
-                            tile_sum[vs, vr] = tile_sum[vs, vr] + probs[vs, vt, vr]
+                            tile_sum[vs, vr] = tile_sum[vs, vr] + probs[vs, vr, vt]

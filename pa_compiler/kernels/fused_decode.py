@@ -3,11 +3,11 @@
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from pa_compiler.kernels.cache_access import cache_dtype, key_access, load_tile, token_offsets, value_access
 from pa_compiler.kernels.online_update import online_update, store_partial
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.qk_matmul import load_query, qk_matmul
 from pa_compiler.kernels.softmax_prepare import softmax_prepare
-from pa_compiler.kernels.token_offsets import load_tile, token_offsets
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
@@ -30,9 +30,11 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     tiles = kv_heads * group_tiles
 
     load_query_stage = load_query(spec, tiling)
-    offsets_stage = token_offsets(spec, tiling)
-    load_keys_stage = load_tile(spec, tiling, "load_keys")
-    load_values_stage = load_tile(spec, tiling, "load_values")
+    keys_in_cache, values_in_cache = key_access(spec, tiling), value_access(spec, tiling)
+    key_offsets_stage = token_offsets(spec, tiling, keys_in_cache)
+    value_offsets_stage = token_offsets(spec, tiling, values_in_cache)
+    load_keys_stage = load_tile(spec, tiling, keys_in_cache, "load_keys")
+    load_values_stage = load_tile(spec, tiling, values_in_cache, "load_values")
     qk_stage = qk_matmul(spec, tiling)
     softmax_stage = softmax_prepare(spec, tiling)
     pv_stage = pv_matmul(spec, tiling)
@@ -50,10 +52,10 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         partial_sum_handle: T.handle,
         partial_acc_handle: T.handle,
         k_block: T.int64,
-        k_slot: T.int64,
+        k_row: T.int64,
         k_head: T.int64,
         v_block: T.int64,
-        v_slot: T.int64,
+        v_row: T.int64,
         v_head: T.int64,
         batch_start: T.int32,
         num_seqs: T.int32,
@@ -68,8 +70,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             query_handle, (batch, heads, head_dim), dtype, strides=[q_batch, q_head, T.int64(1)], align=itemsize,
 
         )  # fmt: skip
-        key_cache = T.match_buffer(key_cache_handle, (k_span,), dtype, align=itemsize)
-        value_cache = T.match_buffer(value_cache_handle, (v_span,), dtype, align=itemsize)
+        key_cache = T.match_buffer(key_cache_handle, (k_span,), cache_dtype(spec), align=itemsize)
+        value_cache = T.match_buffer(value_cache_handle, (v_span,), cache_dtype(spec), align=itemsize)
         block_table = T.match_buffer(
             block_table_handle, (batch, max_blocks), "int32", strides=[table_seq, T.int64(1)], align=4
         )
@@ -111,11 +113,11 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         last_token: T.let = range_begin + range_len - 1
                         num_groups: T.let = T.ceildiv(valid_len, tiling.token_group)
                         num_offsets: T.let = T.Select(0 < valid_len, tiling.num_offsets, 0)
-                        offsets_stage(
-                            block_table, key_offsets, seq, tile_start, last_token, num_offsets, k_block, k_slot
+                        key_offsets_stage(
+                            block_table, key_offsets, seq, tile_start, last_token, num_offsets, k_block, k_row
                         )
-                        offsets_stage(
-                            block_table, value_offsets, seq, tile_start, last_token, num_offsets, v_block, v_slot
+                        value_offsets_stage(
+                            block_table, value_offsets, seq, tile_start, last_token, num_offsets, v_block, v_row
                         )
                         for kv_head in range(kv_heads):
                             with T.sblock("kv_head"):
@@ -131,8 +133,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                 k_now: T.let = T.Cast("int64", vkv) * k_head
                                 v_now: T.let = T.Cast("int64", vkv) * v_head
                                 if tiling.copy_tiles:
-                                    load_keys_stage(key_cache, key_offsets, k_tile, k_now, num_groups)
-                                    load_values_stage(value_cache, value_offsets, v_tile, v_now, num_groups)
+                                    load_keys_stage(key_cache, key_offsets, k_tile, k_now, k_row, num_groups)
+                                    load_values_stage(value_cache, value_offsets, v_tile, v_now, v_row, num_groups)
                                 keys = T.meta_var(k_tile if tiling.copy_tiles else key_cache)
                                 values = T.meta_var(v_tile if tiling.copy_tiles else value_cache)
                                 for group_tile in range(group_tiles):
@@ -148,14 +150,14 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                         tile_index: T.let = vkv * group_tiles + vgt
                                         qk_stage(
                                             q_tile, keys, key_cache, key_offsets, scores, tile_index, 0, k_now,
-                                            ahead_t, ahead_head * k_head, valid_len,
+                                            k_row, ahead_t, ahead_head * k_head, valid_len,
                                         )  # fmt: skip
                                         softmax_stage(
                                             scores, probs, tile_max, tile_sum, 0, scale, valid_len, num_groups
                                         )
                                         pv_stage(
                                             probs, values, value_cache, value_offsets, tile_acc, 0, v_now,
-                                            ahead_t, ahead_head * v_head, valid_len,
+                                            v_row, ahead_t, ahead_head * v_head, valid_len,
                                         )  # fmt: skip
                                         update_stage(
                                             tile_max, tile_sum, tile_acc, 0, row_max, row_sum, acc, tile_index,

@@ -13,7 +13,7 @@ from pa_compiler.kernels import online_update as update
 from pa_compiler.kernels import pv_matmul as pv
 from pa_compiler.kernels import qk_matmul as qk
 from pa_compiler.kernels import softmax_prepare as softmax
-from pa_compiler.kernels.token_offsets import token_offsets
+from pa_compiler.kernels.cache_access import cache_dtype, key_access, token_offsets, value_access
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
@@ -25,7 +25,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     itemsize = ITEMSIZES[dtype]
     rows, tokens = tiling.row_tile, tiling.padded_kv_tile
     load_query_stage = qk.load_query(spec, tiling)
-    offsets_stage = token_offsets(spec, tiling)
+    offsets_stage = token_offsets(spec, tiling, key_access(spec, tiling))
     qk_stage = qk.qk_matmul(spec, tiling)
 
     @T.prim_func(s_tir=True)
@@ -36,7 +36,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         context_lens_handle: T.handle,
         scores_handle: T.handle,
         k_block: T.int64,
-        k_slot: T.int64,
+        k_row: T.int64,
         k_head: T.int64,
         batch_start: T.int32,
         num_seqs: T.int32,
@@ -51,7 +51,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             query_handle, (batch, heads, head_dim), dtype, strides=[q_batch, q_head, T.int64(1)], align=itemsize,
 
         )  # fmt: skip
-        key_cache = T.match_buffer(key_cache_handle, (k_span,), dtype, align=itemsize)
+        key_cache = T.match_buffer(key_cache_handle, (k_span,), cache_dtype(spec), align=itemsize)
         block_table = T.match_buffer(
             block_table_handle, (batch, max_blocks), "int32", strides=[table_seq, T.int64(1)], align=4
         )
@@ -71,11 +71,12 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 num_offsets: T.let = T.Select(0 < valid_len, tiling.num_offsets, 0)
                 load_query_stage(query, q_tile, seq, 0, head_start, num_rows)
                 offsets_stage(
-                    block_table, key_offsets, seq, tile_start, tile_start + valid_len - 1, num_offsets, k_block, k_slot
+                    block_table, key_offsets, seq, tile_start, tile_start + valid_len - 1, num_offsets, k_block, k_row
                 )
                 qk_stage(
-                    q_tile, key_cache, key_cache, key_offsets, scores, 0, vs, head_offset, 0, head_offset, valid_len
-                )
+                    q_tile, key_cache, key_cache, key_offsets, scores, 0, vs, head_offset, k_row, 0, head_offset,
+                    valid_len,
+                )  # fmt: skip
 
     return qk_matmul
 
@@ -122,7 +123,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     block_size, dtype, chunk = spec.block_size, spec.dtype, spec.batch_chunk
     itemsize = ITEMSIZES[dtype]
     rows, tokens = tiling.row_tile, tiling.padded_kv_tile
-    offsets_stage = token_offsets(spec, tiling)
+    offsets_stage = token_offsets(spec, tiling, value_access(spec, tiling))
     pv_stage = pv.pv_matmul(spec, tiling)
 
     @T.prim_func(s_tir=True)
@@ -133,7 +134,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         probs_handle: T.handle,
         tile_acc_handle: T.handle,
         v_block: T.int64,
-        v_slot: T.int64,
+        v_row: T.int64,
         v_head: T.int64,
         batch_start: T.int32,
         num_seqs: T.int32,
@@ -141,7 +142,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         block_idx: T.int32,
     ):
         batch, max_blocks, v_span, table_seq = T.int64(), T.int64(), T.int64(), T.int64()
-        value_cache = T.match_buffer(value_cache_handle, (v_span,), dtype, align=itemsize)
+        value_cache = T.match_buffer(value_cache_handle, (v_span,), cache_dtype(spec), align=itemsize)
         block_table = T.match_buffer(
             block_table_handle, (batch, max_blocks), "int32", strides=[table_seq, T.int64(1)], align=4
         )
@@ -167,11 +168,12 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     tile_start + valid_len - 1,
                     num_offsets,
                     v_block,
-                    v_slot,
+                    v_row,
                 )
                 pv_stage(
-                    probs, value_cache, value_cache, value_offsets, tile_acc, vs, head_offset, 0, head_offset, valid_len
-                )
+                    probs, value_cache, value_cache, value_offsets, tile_acc, vs, head_offset, v_row, 0, head_offset,
+                    valid_len,
+                )  # fmt: skip
 
     return pv_matmul
 

@@ -1,0 +1,173 @@
+"""Where tokens lie in the paged caches: the one place that turns positions into blocks, slots and memory.
+
+A kernel sees a cache as one span of memory with three strides, in elements: of its blocks, of its heads, and of the rows
+in a block of one head. In NHD and HND a row is a token, and the two differ in nothing else. Packed, a row of the keys is
+an element of head_dim (bfloat16: a pair of them), a row of the values is a token (bfloat16: a pair of tokens), and a
+packed bfloat16 cache is a span of 32-bit words that each hold such a pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.tirx import Buffer, BufferRegion
+
+from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
+from pa_compiler.tiling import Tiling
+
+
+class CacheAccess(NamedTuple):
+    """How one of the two caches is read: functions for the bodies of the stages.
+
+    Attributes:
+        slot_offset: (slot, row_stride) -> elements from the start of a block to the slot's token, or, of packed keys, to
+            the PACKED_TOKENS tokens that it is one of. What a table of offsets holds.
+        element: (cache, offsets, t, head_offset, row_stride, d) -> element d of token t as float32.
+        line: (offsets, number, head_offset, row_stride) -> the offset of cache line `number` of a tile, where tokens lie
+            one after another and have num_lines lines each.
+        num_lines: Cache lines of one token; of packed keys, of the PACKED_TOKENS tokens of one of their groups together,
+            divided by PACKED_TOKENS and rounded up.
+    """
+
+    slot_offset: Callable[..., Expr]
+    element: Callable[..., Expr]
+    line: Callable[..., Expr]
+    num_lines: int
+
+
+def key_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
+    """How key_cache is read."""
+    if spec.kv_layout != "packed":
+        return _token_rows(spec, tiling)
+    pair, rows = spec.packed_pair, spec.head_dim // spec.packed_pair
+    lines = -(-rows // PACKED_TOKENS)
+
+    def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
+        return T.Cast("int64", slot - T.floormod(slot, PACKED_TOKENS))
+
+    def element(cache: Buffer, offsets: Buffer, t: Expr, head_offset: Expr, row_stride: Expr, d: Expr) -> Expr:
+        first = T.floordiv(t, PACKED_TOKENS) * PACKED_TOKENS
+        row = T.Cast("int64", T.floordiv(d, pair)) * row_stride
+        return _half(pair, cache[offsets[first] + head_offset + row + T.Cast("int64", t - first)], d)
+
+    def line(offsets: Buffer, number: Expr, head_offset: Expr, row_stride: Expr) -> Expr:
+        # a line holds one row of PACKED_TOKENS tokens; numbers past the last row name it again
+        first = T.floordiv(number, lines * PACKED_TOKENS) * PACKED_TOKENS
+        row = T.min(T.floormod(number, lines * PACKED_TOKENS), rows - 1)
+        return offsets[first] + head_offset + T.Cast("int64", row) * row_stride
+
+    return CacheAccess(slot_offset, element, line, lines)
+
+
+def value_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
+    """How value_cache is read."""
+    if spec.kv_layout != "packed" or spec.packed_pair == 1:
+        return _token_rows(spec, tiling)
+    pair = spec.packed_pair
+    lines = -(-spec.head_dim // tiling.line_elements)
+
+    def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
+        return T.Cast("int64", T.floordiv(slot, pair)) * row_stride
+
+    def element(cache: Buffer, offsets: Buffer, t: Expr, head_offset: Expr, row_stride: Expr, d: Expr) -> Expr:
+        return _half(pair, cache[offsets[t] + head_offset + T.Cast("int64", d)], t)
+
+    def line(offsets: Buffer, number: Expr, head_offset: Expr, row_stride: Expr) -> Expr:
+        # of the lines of a pair's row, its first token names the first half and its second one the other
+        token = T.floordiv(number, lines)
+        line_of_pair = T.floormod(token, pair) * lines + T.floormod(number, lines)
+        return offsets[token] + head_offset + T.Cast("int64", line_of_pair * (tiling.line_elements // pair))
+
+    return CacheAccess(slot_offset, element, line, lines)
+
+
+def _token_rows(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
+    lines = -(-spec.head_dim // tiling.line_elements)
+
+    def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
+        return T.Cast("int64", slot) * row_stride
+
+    def element(cache: Buffer, offsets: Buffer, t: Expr, head_offset: Expr, row_stride: Expr, d: Expr) -> Expr:
+        return T.Cast("float32", cache[offsets[t] + head_offset + T.Cast("int64", d)])
+
+    def line(offsets: Buffer, number: Expr, head_offset: Expr, row_stride: Expr) -> Expr:
+        start = T.Cast("int64", T.floormod(number, lines) * tiling.line_elements)
+        return offsets[T.floordiv(number, lines)] + head_offset + start
+
+    return CacheAccess(slot_offset, element, line, lines)
+
+
+def _half(pair: int, word: Expr, index: Expr) -> Expr:
+    """The bfloat16 number `index` of a word that holds a pair, as float32; of other types the element itself."""
+    if pair == 1:
+        return T.Cast("float32", word)
+    bits = T.Select(T.floormod(index, 2) == 0, T.shift_left(word, 16), T.bitwise_and(word, -65536))
+    return T.reinterpret("float32", bits)
+
+
+def cache_dtype(spec: PagedAttentionSpec) -> str:
+    """The type of what a kernel sees a cache as a span of."""
+    return "int32" if spec.kv_layout == "packed" and spec.packed_pair == 2 else spec.dtype
+
+
+def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> Callable[..., None]:
+    """offsets[t] = elements from the start of a cache to token tile_start + t of a sequence, in kv head 0; int64.
+
+    For t < num_offsets. Past last_token the last valid token is named again: an offset is always that of a token within
+    the sequence's length, so that whatever is read through the table may be read. Products with a stride are int64:
+    caches of more than 2**31 elements are ordinary.
+    """
+    block_size, size = spec.block_size, tiling.num_offsets
+
+    @T.inline
+    def stage(block_table, offsets, seq, tile_start, last_token, num_offsets, block_stride, row_stride):
+        with T.sblock("token_offsets"):
+            T.reads(block_table[seq, 0 : block_table.shape[1]])
+            T.writes(offsets[0:size])
+            for t in range(num_offsets):
+                with T.sblock("offset"):
+                    vt = T.axis.spatial(size, t)
+                    token: T.let = T.min(tile_start + vt, last_token)
+                    block: T.let = T.Cast("int64", block_table[seq, T.floordiv(token, block_size)])
+                    slot: T.let = T.floormod(token, block_size)
+                    offsets[vt] = block * block_stride + access.slot_offset(slot, row_stride)
+
+    return stage
+
+
+def load_tile(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess, name: str) -> Callable[..., None]:
+    """The sblock name: copy[t, d] = float32(element d of token t), for num_groups groups of token_group tokens."""
+    head_dim, group, tokens = spec.head_dim, tiling.token_group, tiling.padded_kv_tile
+
+    @T.inline
+    def stage(cache, cache_offsets, copy, head_offset, row_stride, num_groups):
+        with T.sblock(name):
+            T.reads(whole(cache), cache_offsets[0 : tiling.num_offsets])
+            T.writes(copy[0:tokens, 0:head_dim])
+            for to, ti, d in T.grid(num_groups, group, head_dim):
+                with T.sblock(f"{name}_element"):
+                    vt = T.axis.spatial(tokens, to * group + ti)
+                    vd = T.axis.spatial(head_dim, d)
+                    T.reads(whole(cache), cache_offsets[0 : tiling.num_offsets])
+                    T.writes(copy[vt, vd])
+                    copy[vt, vd] = access.element(cache, cache_offsets, vt, head_offset, row_stride, vd)
+
+    return stage
+
+
+def element(tiling: Tiling, access: CacheAccess) -> Callable[..., Expr]:
+    """access.element, whose first argument is what load_tile made where the tiling copies tiles."""
+    return (lambda copy, offsets, t, head_offset, row_stride, d: copy[t, d]) if tiling.copy_tiles else access.element
+
+
+def whole(buffer: Buffer) -> BufferRegion:
+    """All of a buffer, for T.reads and T.writes."""
+    return buffer[tuple(slice(0, extent) for extent in buffer.shape)]
+
+
+def prefetch(cache: Buffer, offset: Expr) -> Expr:
+    """Ask for the cache line of an element, to be read soon: into the second-level cache."""
+    return T.call_intrin("void", "tirx.prefetch", T.address_of(cache[offset]), 0, 2, 1)

@@ -1,0 +1,45 @@
+"""CPU strategy of the packed layout: tokens lie side by side in the lanes of a vector register. For any number of heads.
+
+    qk_matmul    qk_rows x token_group scores in registers, one step for an element of head_dim (bfloat16: a pair of
+                 them, that one vector of the cache holds): no sum across lanes, whatever the group
+    the rest     as where head_dim lies in the lanes: a row of packed values is a token's
+
+The fetches of the next tile are spread over the steps of the matmul.
+"""
+
+from collections.abc import Callable
+
+from tvm.s_tir import Schedule
+
+from pa_compiler.schedules import head_dim_in_lanes
+from pa_compiler.schedules.head_dim_in_lanes import in_registers
+from pa_compiler.tiling import Tiling, largest_divisor
+
+_FETCH_STEPS = 16
+_PAIR = 2
+
+
+def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
+    """Scores of a token group in registers."""
+    scores = sch.get_sblock("scores")
+    sums = sch.cache_write(scores, 0, "global")
+    group, token, row, dim = sch.get_loops(scores)[-4:]
+    row_outer, row = sch.split(row, [None, tiling.qk_rows])
+    head_dim = int(sch.get(dim).extent)
+    pair = _PAIR if head_dim % _PAIR == 0 else 1
+    steps = largest_divisor(head_dim // pair, _FETCH_STEPS)
+    dim_outer, dim, half = sch.split(dim, [steps, None, pair])
+    sch.reorder(group, row_outer, dim_outer, dim, half, row, token)
+    in_registers(sch, sums, row_outer, row, token)
+    sch.unroll(half)
+    sch.decompose_reduction(scores, dim_outer)
+    fetch = sch.get_sblock("prefetch_keys")
+    fetch_group, number = sch.get_loops(fetch)[-2:]
+    sch.split(number, [int(sch.get(row_outer).extent), steps, None])
+    sch.merge(fetch_group, group)
+    sch.merge(sch.get_loops(fetch)[-3], sch.get_loops(sch.get_sblock("scores_update"))[-6])
+    sch.merge(sch.get_loops(fetch)[-2], dim_outer)
+
+
+STAGES: dict[str, Callable[[Schedule, Tiling], None]] = head_dim_in_lanes.STAGES | {"qk_matmul": qk_matmul}
+"""How each stage is scheduled, by the name of its sblock."""
