@@ -22,6 +22,9 @@ constant, so that a sequence is cut at the same places in every batch and at eve
 MIN_SPLIT_TOKENS = 256
 """Below this a range would not be worth the merge of its result."""
 
+HEADS_IN_LANES = 16
+"""Rows from which on heads lie in the lanes: with 8 of them, AVX2 has measured slower than head_dim in the lanes."""
+
 LINE_BYTES = 64
 """A line of the memory system."""
 
@@ -39,6 +42,7 @@ class Tiling:
         qk_rows, qk_tokens: Scores that qk_matmul sums in registers at once.
         pv_rows, pv_dims: Outputs that pv_matmul sums in registers at once; pv_dims divides head_dim.
         copy_tiles: Whether keys and values are converted into scratch first; where not, the matmuls read the caches.
+        word_elements: Cache elements that are read as one word: 2 of bfloat16, wherever they come in pairs.
         line_elements: Cache elements of one line of the memory system, the step of the prefetches.
         split_blocks: Blocks of one range of a long sequence.
     """
@@ -53,8 +57,14 @@ class Tiling:
     pv_rows: int
     pv_dims: int
     copy_tiles: bool
+    word_elements: int
     line_elements: int
     split_blocks: int
+
+    @property
+    def dim_pair(self) -> int:
+        """Elements of head_dim in a word of the cache. Even and odd ones go to vectors of their own."""
+        return 1 if self.strategy == "tokens_in_lanes" else self.word_elements
 
     @property
     def padded_kv_tile(self) -> int:
@@ -78,20 +88,23 @@ class Tiling:
 def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling:
     """Choose the tiles from the spec and the target's features alone."""
     rows = -(-spec.group // -(-spec.group // spec.head_tile))
-    lanes = math.gcd(spec.head_dim, target.vector_lanes)
-    of_heads = rows // target.vector_lanes
-    load_cost = 1 if spec.dtype == "float32" else 3  # of a vector from the cache, in loads: a conversion goes with it
-    pv_rows, pv_vectors = register_tile(rows, divisors(spec.head_dim // lanes), target, load_cost)
+    in_pairs = spec.dtype == "bfloat16" and spec.head_dim % 2 == 0
+    word_elements = 2 if in_pairs and (pipeline == "fused" or spec.kv_layout == "packed") else 1
+    dim_pair = 1 if spec.kv_layout == "packed" else word_elements
+    lanes = math.gcd(spec.head_dim // dim_pair, target.vector_lanes)
+    load_cost = 1 if spec.dtype == "float32" else 2  # of a vector from the cache, in loads: a conversion goes with it
+    vectors = [dim_pair * count for count in divisors(spec.head_dim // (dim_pair * lanes))]
+    pv_rows, pv_vectors = register_tile(rows, vectors, target, load_cost)
     pv_dims = pv_vectors * lanes
     if spec.kv_layout == "packed":
         strategy = "tokens_in_lanes"
         whole_groups = [groups * PACKED_TOKENS // target.vector_lanes for groups in (1, 2, 4)]
         qk_rows, qk_vectors = register_tile(rows, whole_groups, target, load_cost)
         token_group = qk_tokens = qk_vectors * target.vector_lanes
-    elif pipeline == "fused" and of_heads > 1 and rows % target.vector_lanes == 0:
+    elif pipeline == "fused" and rows >= HEADS_IN_LANES and rows % target.vector_lanes == 0:
         strategy = "heads_in_lanes"
         qk_rows = pv_rows = rows
-        token_group = qk_tokens = max(1, target.vector_sums // of_heads)
+        token_group = qk_tokens = max(1, target.vector_sums // (rows // target.vector_lanes))
         pv_dims = largest_divisor(spec.head_dim, qk_tokens)
     else:
         strategy = "head_dim_in_lanes"
@@ -108,6 +121,7 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
         pv_rows=pv_rows,
         pv_dims=pv_dims,
         copy_tiles=strategy == "heads_in_lanes" and spec.dtype != "float32",
+        word_elements=word_elements,
         line_elements=LINE_BYTES // ITEMSIZES[spec.dtype],
         split_blocks=max(1, max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads) // spec.block_size),
     )
@@ -116,8 +130,8 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
 def register_tile(rows: int, columns: list[int], target: CpuTarget, load_cost: float) -> tuple[int, int]:
     """How many rows and columns of vectors of an outer product have their sums in registers at once.
 
-    A divisor of rows and one of the given numbers of columns, with the fewest loads for an FMA: a row costs one, a column
-    load_cost.
+    A divisor of rows and one of the given numbers of columns, with the fewest loads for an FMA: a row costs one, a
+    column load_cost.
     """
     tiles = [
         ((r + load_cost * c) / (r * c), -r, (r, c))

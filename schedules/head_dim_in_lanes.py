@@ -20,6 +20,7 @@ from pa_compiler.tiling import Tiling, largest_divisor
 
 def load_query(sch: Schedule, tiling: Tiling) -> None:
     """Rows of the query as vectors."""
+    evens_first(sch, tiling, "q_tile")
     vectorize_dims(sch, tiling, "q_tile")
 
 
@@ -36,16 +37,17 @@ def load_values(sch: Schedule, tiling: Tiling) -> None:
 def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     """Partial dot products in registers, summed across their lanes a token group at a time."""
     scores = sch.get_sblock("scores")
-    _, part_lane = sch.split(sch.get_loops(scores)[-1], [None, tiling.lanes])
+    _, part_lane, _ = sch.split(sch.get_loops(scores)[-1], [None, tiling.lanes, tiling.dim_pair])
     parts = sch.rfactor(part_lane, factor_axis=3)
     group, token, row, _ = sch.get_loops(scores)[-4:]
     sch.reorder(row, token)
     sch.compute_at(parts, group, preserve_unit_loops=True)
     sums = sch.cache_write(parts, 0, "global")
-    lane, token, row, dim = sch.get_loops(parts)[-4:]
+    lane, token, row, dim, half = sch.get_loops(parts)[-5:]
     token_outer, token = sch.split(token, [None, tiling.qk_tokens])
     row_outer, row = sch.split(row, [None, tiling.qk_rows])
-    sch.reorder(token_outer, row_outer, dim, token, row, lane)
+    sch.reorder(token_outer, row_outer, dim, half, token, row, lane)
+    sch.unroll(half)
     in_registers(sch, sums, row_outer, token, row, lane)
     sch.decompose_reduction(parts, dim)
     _, token, _ = sch.get_loops(scores)[-3:]
@@ -63,7 +65,7 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
 def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
     """Tokens in lanes; the maximum and the sum of a row first lane by lane."""
     for name in ("scaled", "probs"):
-        sch.vectorize(sch.get_loops(sch.get_sblock(name))[-1])
+        sch.vectorize(sch.get_loops(name)[-1])
     for name, axis in (("peak", 1), ("tile_sum", 2)):
         total = sch.get_sblock(name)
         parts = sch.rfactor(sch.get_loops(total)[-1], factor_axis=axis)
@@ -82,36 +84,37 @@ def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
 
 def pv_matmul(sch: Schedule, tiling: Tiling) -> None:
     """Outputs in registers over all whole token groups of the tile; the rest of the last one after that."""
-    full = sch.get_sblock("full_groups")
+    full, rest = sch.get_sblock("full_groups"), sch.get_sblock("tile_acc")
+    evens_first(sch, tiling, "full_groups", "tile_acc")
     sums = sch.cache_write(full, 0, "global")
     group, token, row, dim = sch.get_loops(full)[-4:]
     row_outer, row = sch.split(row, [None, tiling.pv_rows])
-    dim_outer, vector, lane = sch.split(dim, [None, tiling.pv_dims // tiling.lanes, tiling.lanes])
-    sch.reorder(row_outer, dim_outer, group, token, row, vector, lane)
+    vectors = tiling.pv_dims // (tiling.lanes * tiling.dim_pair)
+    dim_outer, vector, lane, half = sch.split(dim, [None, vectors, tiling.lanes, tiling.dim_pair])
+    sch.reorder(row_outer, dim_outer, group, token, vector, half, row, lane)
     sch.compute_at(sch.get_sblock("prefetch_values"), group, preserve_unit_loops=True)
     sch.reverse_compute_at(sums, dim_outer, preserve_unit_loops=True)
-    sch.split(sch.get_loops(sums)[-1], [None, tiling.lanes])
-    for loop in sch.get_loops(sums)[-3:-1]:
-        sch.unroll(loop)
-    sch.vectorize(sch.get_loops(sums)[-1])
-    for loop in (token, row, vector):
+    vectorize_dims(sch, tiling, sums)
+    for loop in (*sch.get_loops(sums)[-4:-1], token, vector, half, row):
         sch.unroll(loop)
     sch.vectorize(lane)
     sch.decompose_reduction(full, group)
-    rest = sch.get_sblock("tile_acc")
-    vectorize_dims(sch, tiling, "tile_acc")
-    sch.decompose_reduction(rest, sch.get_loops(rest)[-4])
+    token = sch.get_loops(rest)[-3]
+    vectorize_dims(sch, tiling, rest)
+    sch.decompose_reduction(rest, token)
 
 
 def online_update(sch: Schedule, tiling: Tiling) -> None:
     """Rows in lanes for their maxima and sums, head_dim in lanes for acc."""
+    evens_first(sch, tiling, "acc")
     vectorize_rows(sch, "rescale", "new_sum", "row")
     vectorize_dims(sch, tiling, "acc")
 
 
 def store_partial(sch: Schedule, tiling: Tiling) -> None:
-    """Rows of acc as vectors."""
-    vectorize_dims(sch, tiling, "store_acc")
+    """Rows of acc as vectors, or element by element where they are not in order."""
+    if tiling.dim_pair == 1:
+        vectorize_dims(sch, tiling, "store_acc")
 
 
 def normalize(sch: Schedule, tiling: Tiling) -> None:
@@ -137,14 +140,24 @@ STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
 def vectorize_rows(sch: Schedule, *sblocks: str) -> None:
     """Vectorize the innermost loop, which is over rows."""
     for name in sblocks:
-        sch.vectorize(sch.get_loops(sch.get_sblock(name))[-1])
+        sch.vectorize(sch.get_loops(name)[-1])
 
 
-def vectorize_dims(sch: Schedule, tiling: Tiling, *sblocks: str) -> None:
-    """Vectorize the innermost loop, which is over head_dim."""
-    for name in sblocks:
-        _, lane = sch.split(sch.get_loops(sch.get_sblock(name))[-1], [None, tiling.lanes])
+def vectorize_dims(sch: Schedule, tiling: Tiling, *sblocks: str | SBlockRV) -> None:
+    """Vectorize the innermost loop, which is over head_dim: of pairs, first the even elements, then the odd ones."""
+    for sblock in sblocks:
+        _, lane, half = sch.split(sch.get_loops(sblock)[-1], [None, tiling.lanes, tiling.dim_pair])
+        sch.reorder(half, lane)
         sch.vectorize(lane)
+
+
+def evens_first(sch: Schedule, tiling: Tiling, *sblocks: str) -> None:
+    """Where the cache gives pairs, lay what an sblock writes out as a vector of even elements, then one of odd ones."""
+    lanes, pair = tiling.lanes, tiling.dim_pair
+    for sblock in sblocks if pair > 1 else ():
+        sch.transform_layout(
+            sblock, ("write", 0), lambda *i: (*i[:-1], i[-1] // (lanes * pair), i[-1] % pair, i[-1] // pair % lanes)
+        )
 
 
 def in_registers(sch: Schedule, sums: SBlockRV, outer: LoopRV, *tile: LoopRV) -> None:
@@ -158,8 +171,11 @@ def in_registers(sch: Schedule, sums: SBlockRV, outer: LoopRV, *tile: LoopRV) ->
 
 def _load_rows(sch: Schedule, tiling: Tiling, sblock: str) -> None:
     """Read a cache row in vectors, unrolled so that its address is computed once for many."""
-    dim = sch.get_loops(sch.get_sblock(sblock))[-1]
-    vectors = int(sch.get(dim).extent) // tiling.lanes
-    _, vector, lane = sch.split(dim, [None, largest_divisor(vectors, 32), tiling.lanes])
+    evens_first(sch, tiling, sblock)
+    dim = sch.get_loops(sblock)[-1]
+    words = int(sch.get(dim).extent) // (tiling.lanes * tiling.dim_pair)
+    _, vector, lane, half = sch.split(dim, [None, largest_divisor(words, 16), tiling.lanes, tiling.dim_pair])
+    sch.reorder(vector, half, lane)
     sch.unroll(vector)
+    sch.unroll(half)
     sch.vectorize(lane)

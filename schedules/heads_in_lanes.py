@@ -29,7 +29,8 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     _rows_last(sch, "scores")
     sums = sch.cache_write(scores, 0, "global")
     group, token, row, dim = sch.get_loops(scores)[-4:]
-    sch.reorder(group, dim, token, row)
+    dim, *_ = sch.split(dim, [None, tiling.lanes, tiling.dim_pair])  # in the order in which the key lies in scratch
+    sch.reorder(group, *sch.get_loops(scores)[-3:], token, row)
     in_registers(sch, sums, group, token, row)
     sch.decompose_reduction(scores, dim)
     sch.merge(sch.get_loops(sch.get_sblock("prefetch_keys"))[-2], group)

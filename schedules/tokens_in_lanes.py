@@ -1,4 +1,4 @@
-"""CPU strategy of the packed layout: tokens lie side by side in the lanes of a vector register. For any number of heads.
+"""CPU strategy of the packed layout: tokens lie side by side in the lanes of a vector register, for any group.
 
     qk_matmul    qk_rows x token_group scores in registers, one step for an element of head_dim (bfloat16: a pair of
                  them, that one vector of the cache holds): no sum across lanes, whatever the group

@@ -10,11 +10,12 @@ from pa_compiler import PagedAttentionSpec
 
 PIPELINES = ("fused", "staged")
 
-SPECS = {
+SPECS = {  # every strategy, layout and type
     "float32": PagedAttentionSpec(6, 2, 24, 5, "float32"),  # blocks that no tile is a multiple of
-    "float32_whole_tiles": PagedAttentionSpec(4, 1, 16, 128, "float32"),  # the matmuls may read the cache in place
-    "float16": PagedAttentionSpec(17, 1, 24, 16, "float16", "float32"),  # a ragged second head tile
+    "float32_MQA": PagedAttentionSpec(16, 1, 16, 128, "float32"),  # heads in lanes, read in place
+    "float16": PagedAttentionSpec(31, 1, 24, 16, "float16", "float32"),  # heads in lanes, a ragged second tile
     "bfloat16_HND": PagedAttentionSpec(8, 8, 32, 8, "bfloat16", kv_layout="HND"),
+    "bfloat16_packed": PagedAttentionSpec(10, 2, 32, 16, "bfloat16", kv_layout="packed"),  # tokens in lanes
 }
 BASE = SPECS["float32"]
 
@@ -25,7 +26,7 @@ OUT_DTYPE_SPECS = {  # with the other sizes of heads' tiles and sequences' chunk
     "bfloat16_to_float16_chunk_1": PagedAttentionSpec(6, 2, 16, 8, "bfloat16", "float16", batch_chunk=1),
 }
 
-DTYPE_SPECS = {spec.dtype: spec for name, spec in SPECS.items() if name != "float32_whole_tiles"}
+DTYPE_SPECS = {spec.dtype: spec for name, spec in SPECS.items() if name in ("float32", "float16", "bfloat16_HND")}
 
 every_pipeline = pytest.mark.parametrize("pipeline", PIPELINES)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import mmap
 
@@ -17,9 +16,8 @@ from test_arrays import as_numpy, as_torch
 from test_bounds import fenced
 from tolerances import assert_close_to_oracle, assert_same_bits
 
-from pa_compiler import PagedAttentionSpec, compiler, reference, schedules, target, tiling
+from pa_compiler import PagedAttentionSpec, reference, schedules, target, tiling
 from pa_compiler.kernels import append_kv
-from pa_compiler.module import Module
 
 ALL_SPECS = {
     **SPECS,
@@ -34,20 +32,6 @@ every_spec = pytest.mark.parametrize("spec", ALL_SPECS.values(), ids=ALL_SPECS)
 @pytest.fixture(scope="module")
 def cpu():
     return target.resolve(target.normalize("llvm"))
-
-
-@pytest.fixture(scope="module")
-def module_of(compiled, cpu, tmp_path_factory):
-    """module_of(spec): its module. compile() refuses packed as long as decode does not read it."""
-
-    @functools.cache
-    def packed_module(spec):
-        path = tmp_path_factory.mktemp("packed")
-        tiles = tiling.choose(spec, cpu, "fused")
-        compiler.build_library(compiler.lower(spec, cpu, tiles, "fused"), cpu, path)
-        return Module(path / "pa.so")
-
-    return lambda spec: packed_module(spec) if spec.kv_layout == "packed" else compiled(spec)
 
 
 def random_bits(spec, *shape, seed=0):
@@ -107,7 +91,7 @@ def test_kernels(cpu, layout, dtype, num_kv_heads, head_dim, block_size):
     """Through TVM alone, some heads and then the others."""
     spec = PagedAttentionSpec(num_kv_heads, num_kv_heads, head_dim, block_size, dtype, kv_layout=layout)
     kernels = {"append_key": append_kv.append_key(spec), "append_value": append_kv.append_value(spec)}
-    scheduled = schedules.append_kv.schedule(tvm.IRModule(kernels))
+    scheduled = schedules.schedule(tvm.IRModule(kernels), tiling.choose(spec, cpu, "fused"))
     executable = tvm.compile(scheduled, target=tvm.target.Target(json.loads(cpu.config)))
     call = Call(spec, 40)
     slots = tvm.runtime.tensor(call.slot_mapping)
@@ -123,16 +107,16 @@ def test_kernels(cpu, layout, dtype, num_kv_heads, head_dim, block_size):
 
 @every_spec
 @pytest.mark.parametrize("num_tokens", [0, 1, 40])
-def test_module(module_of, spec, num_tokens):
+def test_module(compiled, spec, num_tokens):
     call = Call(spec, num_tokens)
-    assert module_of(spec).append_kv(*call.arguments) is None
+    assert compiled(spec).append_kv(*call.arguments) is None
     call.check()
 
 
 @every_spec
-def test_the_last_of_equal_slots_stays_at_any_number_of_threads(module_of, spec):
+def test_the_last_of_equal_slots_stays_at_any_number_of_threads(compiled, spec):
     """Some thousand tokens on a few slots: more than one thread's share."""
-    module = module_of(spec)
+    module = compiled(spec)
     num_tokens = 2 * (1 << 18) // (spec.num_kv_heads * spec.head_dim * DTYPES[spec.dtype].itemsize)
     for num_threads in (1, 2, 7):
         module.num_threads = num_threads
@@ -143,21 +127,21 @@ def test_the_last_of_equal_slots_stays_at_any_number_of_threads(module_of, spec)
 
 
 @every_spec
-def test_new_tokens_in_one_tensor_with_the_query(module_of, spec):
+def test_new_tokens_in_one_tensor_with_the_query(compiled, spec):
     call = Call(spec, 12)
     query = random_bits(spec, 12, spec.num_heads, spec.head_dim)
     qkv = np.concatenate([query, call.key, call.value], axis=1)[:, ::-1][:, ::-1]
     _, key, value = np.split(qkv, [spec.num_heads, spec.num_heads + spec.num_kv_heads], axis=1)
-    module_of(spec).append_kv(key, value, call.key_cache, call.value_cache, call.slot_mapping)
+    compiled(spec).append_kv(key, value, call.key_cache, call.value_cache, call.slot_mapping)
     call.check()
 
 
-def test_one_value_for_all_tokens(module_of):
+def test_one_value_for_all_tokens(compiled):
     """Stride 0, and read-only by NumPy's rule."""
     spec = SPECS["float32"]
     call = Call(spec, 1)
     key, value = (np.broadcast_to(array, (3, *array.shape[1:])) for array in (call.key, call.value))
-    module_of(spec).append_kv(key, value, call.key_cache, call.value_cache, np.array([0, -1, 0]))
+    compiled(spec).append_kv(key, value, call.key_cache, call.value_cache, np.array([0, -1, 0]))
     call.check()
 
 
@@ -189,24 +173,24 @@ ROWS = {
 
 @every_spec
 @pytest.mark.parametrize("place", BLOCKS.values(), ids=BLOCKS)
-def test_caches_in_one_buffer(module_of, spec, place):
+def test_caches_in_one_buffer(compiled, spec, place):
     call = Call(spec, 40)
     key_cache, value_cache = place(call.key_cache, call.value_cache)
-    module_of(spec).append_kv(call.key, call.value, key_cache, value_cache, call.slot_mapping)
+    compiled(spec).append_kv(call.key, call.value, key_cache, value_cache, call.slot_mapping)
     call.check(key_cache, value_cache)
 
 
 @pytest.mark.parametrize("place", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_caches_in_one_buffer_row_by_row(module_of, spec, place):
+def test_caches_in_one_buffer_row_by_row(compiled, spec, place):
     call = Call(spec, 40)
     key_cache, value_cache = place(call.key_cache, call.value_cache)
-    module_of(spec).append_kv(call.key, call.value, key_cache, value_cache, call.slot_mapping)
+    compiled(spec).append_kv(call.key, call.value, key_cache, value_cache, call.slot_mapping)
     call.check(key_cache, value_cache)
 
 
 @every_spec
-def test_blocks_in_one_buffer_that_overlap_by_an_element(module_of, spec):
+def test_blocks_in_one_buffer_that_overlap_by_an_element(compiled, spec):
     call = Call(spec, 1)
     size = call.key_cache[0].size
     room = np.zeros((7, 2 * size - 1), call.key_cache.dtype)
@@ -214,39 +198,39 @@ def test_blocks_in_one_buffer_that_overlap_by_an_element(module_of, spec):
     value_cache = room[:, size - 1 :].reshape(call.value_cache.shape)
     assert np.shares_memory(room, key_cache)
     with pytest.raises(ValueError, match=r"^value_cache\b.*key_cache"):
-        module_of(spec).append_kv(call.key, call.value, key_cache, value_cache, call.slot_mapping)
+        compiled(spec).append_kv(call.key, call.value, key_cache, value_cache, call.slot_mapping)
     assert not room.any()
 
 
 @every_spec
-def test_torch(module_of, spec):
+def test_torch(compiled, spec):
     call = Call(spec, 12)
     tensors = [as_torch(array) for array in call.arguments]
-    module_of(spec).append_kv(*tensors)
+    compiled(spec).append_kv(*tensors)
     call.check(as_numpy(tensors[2]), as_numpy(tensors[3]))
 
 
 @every_spec
-def test_dlpack(module_of, spec):
+def test_dlpack(compiled, spec):
     call = Call(spec, 12)
-    module_of(spec).append_kv(*(Exported(array, byte_offset=48) for array in call.arguments))
+    compiled(spec).append_kv(*(Exported(array, byte_offset=48) for array in call.arguments))
     call.check()
 
 
 @every_spec
 @pytest.mark.parametrize("side", ["start", "end"])
-def test_stays_inside_every_buffer(module_of, spec, side):
+def test_stays_inside_every_buffer(compiled, spec, side):
     call = Call(spec, 40)
     guarded = [fenced(array, side) for array in call.arguments]
-    module_of(spec).append_kv(*guarded)
+    compiled(spec).append_kv(*guarded)
     call.check(*guarded[2:4])
 
 
-def test_no_blocks_and_all_tokens_skipped(module_of):
+def test_no_blocks_and_all_tokens_skipped(compiled):
     for spec in ALL_SPECS.values():
         call = Call(spec, 3)
         caches = call.key_cache[:0], call.value_cache[:0]
-        module_of(spec).append_kv(call.key, call.value, *caches, np.full(3, -1))
+        compiled(spec).append_kv(call.key, call.value, *caches, np.full(3, -1))
 
 
 def far_apart(cache):
@@ -259,11 +243,11 @@ def far_apart(cache):
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16_HND", "packed_bfloat16"])
-def test_offsets_over_32_bits(module_of, name):
+def test_offsets_over_32_bits(compiled, name):
     spec = ALL_SPECS[name]
     call = Call(spec, 40, num_blocks=3)
     key_cache, value_cache = far_apart(call.key_cache), far_apart(call.value_cache)
-    module_of(spec).append_kv(call.key, call.value, key_cache, value_cache, call.slot_mapping)
+    compiled(spec).append_kv(call.key, call.value, key_cache, value_cache, call.slot_mapping)
     call.check(key_cache, value_cache)
 
 
@@ -277,9 +261,9 @@ def contiguous_attention(query, key, value):
 
 
 @every_spec
-def test_append_then_attend(module_of, spec):
+def test_append_then_attend(compiled, spec):
     """A prompt for each sequence at once, then token after token, into caches full of NaN."""
-    module, rng, dtype = module_of(spec), np.random.default_rng(0), DTYPES[spec.dtype]
+    module, rng, dtype = compiled(spec), np.random.default_rng(0), DTYPES[spec.dtype]
     prompts, steps = np.array([1, 2 * spec.block_size, 17]), 3
     lengths = prompts + steps
     max_blocks = -(-int(lengths.max()) // spec.block_size)
@@ -304,6 +288,5 @@ def test_append_then_attend(module_of, spec):
     for sequence, length in enumerate(lengths):
         expected = contiguous_attention(query[sequence], *tokens[:, sequence, :length])
         np.testing.assert_allclose(out[sequence], expected, rtol=1e-12, atol=1e-13)
-    if spec.kv_layout != "packed":
-        inputs = Inputs(query, *caches, block_table, context_lens, DTYPES[spec.out_dtype])
-        assert_close_to_oracle(spec, inputs, module.decode(*inputs.arguments))
+    inputs = Inputs(query, *caches, block_table, context_lens, DTYPES[spec.out_dtype])
+    assert_close_to_oracle(spec, inputs, module.decode(*inputs.arguments))

@@ -40,7 +40,7 @@ FEW_SEQUENCES = {"Case1": 3, "Case2": 2, "Case3": 2}
 """Of the seed's three big cases, in the default run."""
 
 BLOCK_SIZES = {
-    **{spec.block_size: spec for spec in (BASE, SHARED["float32_whole_tiles"])},
+    **{spec.block_size: spec for spec in (BASE, SHARED["float32_MQA"])},
     **{size: PagedAttentionSpec(4, 2, 16, size, "float32") for size in (1, 8, 64, 256)},
     16: dataclasses.replace(CASES["CaseSmall1"].spec, dtype="float32"),
 }

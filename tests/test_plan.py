@@ -106,7 +106,7 @@ def test_pure(compiled, pipeline, lengths):
 
 
 def test_plan_names_its_fields(compiled):
-    (item,) = plan(compiled(SPECS["float32_whole_tiles"]), [300])
+    (item,) = plan(compiled(SPECS["float32_MQA"]), [300])
     assert item._asdict() == {
         "batch_start": 0,
         "num_seqs": 1,

@@ -1,9 +1,9 @@
 """Where tokens lie in the paged caches: the one place that turns positions into blocks, slots and memory.
 
-A kernel sees a cache as one span of memory with three strides, in elements: of its blocks, of its heads, and of the rows
-in a block of one head. In NHD and HND a row is a token, and the two differ in nothing else. Packed, a row of the keys is
-an element of head_dim (bfloat16: a pair of them), a row of the values is a token (bfloat16: a pair of tokens), and a
-packed bfloat16 cache is a span of 32-bit words that each hold such a pair.
+A kernel sees a cache as one span of memory with three strides: of its blocks, of its heads, and of the rows in a block
+of one head. In NHD and HND a row is a token, and the two differ in nothing else. Packed, a row of the keys is an
+element of head_dim (bfloat16: a pair of them), a row of the values is a token (bfloat16: a pair of tokens). Where the
+tiling says so, bfloat16 is read in 32-bit words of two elements, each of which one shift or one mask makes float32.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from pa_compiler.tiling import Tiling
 
 
 class CacheAccess(NamedTuple):
-    """How one of the two caches is read: functions for the bodies of the stages.
+    """How one of the two caches is read: functions for the bodies of the stages. Offsets are in words, int64.
 
     Attributes:
-        slot_offset: (slot, row_stride) -> elements from the start of a block to the slot's token, or, of packed keys, to
-            the PACKED_TOKENS tokens that it is one of. What a table of offsets holds.
+        slot_offset: (slot, row_stride) -> from the start of a block to the slot's token, or, of packed keys, to the
+            PACKED_TOKENS tokens that it is one of. What a table of offsets holds.
         element: (cache, offsets, t, head_offset, row_stride, d) -> element d of token t as float32.
-        line: (offsets, number, head_offset, row_stride) -> the offset of cache line `number` of a tile, where tokens lie
-            one after another and have num_lines lines each.
-        num_lines: Cache lines of one token; of packed keys, of the PACKED_TOKENS tokens of one of their groups together,
-            divided by PACKED_TOKENS and rounded up.
+        line: (offsets, number, head_offset, row_stride) -> the offset of cache line `number` of a tile, whose tokens
+            have num_lines lines each, one after another.
+        num_lines: Cache lines of a token; of packed keys, PACKED_TOKENS tokens together have so many each.
     """
 
     slot_offset: Callable[..., Expr]
@@ -42,7 +41,7 @@ def key_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
     """How key_cache is read."""
     if spec.kv_layout != "packed":
         return _token_rows(spec, tiling)
-    pair, rows = spec.packed_pair, spec.head_dim // spec.packed_pair
+    pair, rows = tiling.word_elements, spec.head_dim // tiling.word_elements
     lines = -(-rows // PACKED_TOKENS)
 
     def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
@@ -66,7 +65,7 @@ def value_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
     """How value_cache is read."""
     if spec.kv_layout != "packed" or spec.packed_pair == 1:
         return _token_rows(spec, tiling)
-    pair = spec.packed_pair
+    pair = tiling.word_elements
     lines = -(-spec.head_dim // tiling.line_elements)
 
     def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
@@ -85,16 +84,16 @@ def value_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
 
 
 def _token_rows(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
-    lines = -(-spec.head_dim // tiling.line_elements)
+    pair, lines = tiling.word_elements, -(-spec.head_dim // tiling.line_elements)
 
     def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
         return T.Cast("int64", slot) * row_stride
 
     def element(cache: Buffer, offsets: Buffer, t: Expr, head_offset: Expr, row_stride: Expr, d: Expr) -> Expr:
-        return T.Cast("float32", cache[offsets[t] + head_offset + T.Cast("int64", d)])
+        return _half(pair, cache[offsets[t] + head_offset + T.Cast("int64", T.floordiv(d, pair))], d)
 
     def line(offsets: Buffer, number: Expr, head_offset: Expr, row_stride: Expr) -> Expr:
-        start = T.Cast("int64", T.floormod(number, lines) * tiling.line_elements)
+        start = T.Cast("int64", T.floormod(number, lines) * (tiling.line_elements // pair))
         return offsets[T.floordiv(number, lines)] + head_offset + start
 
     return CacheAccess(slot_offset, element, line, lines)
@@ -108,13 +107,13 @@ def _half(pair: int, word: Expr, index: Expr) -> Expr:
     return T.reinterpret("float32", bits)
 
 
-def cache_dtype(spec: PagedAttentionSpec) -> str:
-    """The type of what a kernel sees a cache as a span of."""
-    return "int32" if spec.kv_layout == "packed" and spec.packed_pair == 2 else spec.dtype
+def cache_dtype(spec: PagedAttentionSpec, tiling: Tiling) -> str:
+    """The type of the words that a kernel sees a cache as a span of."""
+    return spec.dtype if tiling.word_elements == 1 else "int32"
 
 
 def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> Callable[..., None]:
-    """offsets[t] = elements from the start of a cache to token tile_start + t of a sequence, in kv head 0; int64.
+    """offsets[t] = words from the start of a cache to token tile_start + t of a sequence, in kv head 0; int64.
 
     For t < num_offsets. Past last_token the last valid token is named again: an offset is always that of a token within
     the sequence's length, so that whatever is read through the table may be read. Products with a stride are int64:

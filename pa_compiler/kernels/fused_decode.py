@@ -70,8 +70,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             query_handle, (batch, heads, head_dim), dtype, strides=[q_batch, q_head, T.int64(1)], align=itemsize,
 
         )  # fmt: skip
-        key_cache = T.match_buffer(key_cache_handle, (k_span,), cache_dtype(spec), align=itemsize)
-        value_cache = T.match_buffer(value_cache_handle, (v_span,), cache_dtype(spec), align=itemsize)
+        key_cache = T.match_buffer(key_cache_handle, (k_span,), cache_dtype(spec, tiling), align=itemsize)
+        value_cache = T.match_buffer(value_cache_handle, (v_span,), cache_dtype(spec, tiling), align=itemsize)
         block_table = T.match_buffer(
             block_table_handle, (batch, max_blocks), "int32", strides=[table_seq, T.int64(1)], align=4
         )

@@ -23,7 +23,17 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
 
     @T.inline
     def stage(
-        probs, values, value_cache, value_offsets, tile_acc, slot, head_offset, row_stride, ahead_t, ahead_offset, valid_len
+        probs,
+        values,
+        value_cache,
+        value_offsets,
+        tile_acc,
+        slot,
+        head_offset,
+        row_stride,
+        ahead_t,
+        ahead_offset,
+        valid_len,
     ):
         with T.sblock("pv_matmul"):
             T.reads(probs[slot, 0:rows, 0:tokens], whole(values), whole(value_cache), value_offsets[0:offsets])
@@ -44,7 +54,10 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     vt = T.axis.reduce(tokens, to * group + ti)
                     vr, vd = T.axis.remap("SS", [r, d])
                     T.reads(
-                        probs[slot, vr, vt], whole(values), value_offsets[vt], fetched[vt, T.floordiv(vd * lines, head_dim)]
+                        probs[slot, vr, vt],
+                        whole(values),
+                        value_offsets[vt],
+                        fetched[vt, T.floordiv(vd * lines, head_dim)],
                     )
                     T.writes(full_acc[vr, vd])
                     with T.init():

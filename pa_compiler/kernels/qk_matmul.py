@@ -44,7 +44,18 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
 
     @T.inline
     def stage(
-        q_tile, keys, key_cache, key_offsets, scores, tile, slot, head_offset, row_stride, ahead_t, ahead_offset, valid_len
+        q_tile,
+        keys,
+        key_cache,
+        key_offsets,
+        scores,
+        tile,
+        slot,
+        head_offset,
+        row_stride,
+        ahead_t,
+        ahead_offset,
+        valid_len,
     ):
         with T.sblock("qk_matmul"):
             T.reads(q_tile[tile, 0:rows, 0:head_dim], whole(keys), whole(key_cache), key_offsets[0:offsets])
