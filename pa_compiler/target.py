@@ -41,7 +41,7 @@ class CpuTarget:
         AVX-512 has 32 registers, the others 16; the rest hold the operands. The sums of one tile also have to stay
         below the 1024 bytes under which TVM keeps a buffer on the stack, where LLVM can promote it to registers.
         """
-        return 15 if self.vector_lanes == 16 else 12
+        return 15 if self.vector_lanes == 16 else 14
 
 
 def normalize(target: TargetLike) -> dict[str, Any]:

@@ -12,8 +12,12 @@ STRATEGIES = ("heads_in_lanes", "head_dim_in_lanes", "tokens_in_lanes")
 """The schedules, by what lies in the lanes of a vector register."""
 
 KV_TILE = 128
-"""Tokens whose scores are held at once in the fused kernel: long enough to amortise the rescale of acc, short enough
-that scores and probs of 16 rows (8 KB each) stay in the first-level cache."""
+"""Tokens whose scores are held at once in the fused kernel, at most: long enough to amortise the rescale of acc, short
+enough that scores and probs of 16 rows (8 KB each) stay in the first-level cache."""
+
+KV_TILE_BYTES = 1 << 17
+"""Keys and values of one head and such a tile, at most: with the tile that is fetched meanwhile, half of a second-level
+cache of 512 KB."""
 
 SPLIT_TOKENS = 2048
 """Tokens of one kv head after which a sequence is split into block ranges; with more kv heads ranges are shorter. A
@@ -92,7 +96,7 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
     word_elements = 2 if in_pairs and (pipeline == "fused" or spec.kv_layout == "packed") else 1
     dim_pair = 1 if spec.kv_layout == "packed" else word_elements
     lanes = math.gcd(spec.head_dim // dim_pair, target.vector_lanes)
-    load_cost = 1 if spec.dtype == "float32" else 2  # of a vector from the cache, in loads: a conversion goes with it
+    load_cost = 2 if spec.dtype == "float32" else 3  # of a vector of the cache, in loads from the first-level cache
     vectors = [dim_pair * count for count in divisors(spec.head_dim // (dim_pair * lanes))]
     pv_rows, pv_vectors = register_tile(rows, vectors, target, load_cost)
     pv_dims = pv_vectors * lanes
@@ -104,16 +108,18 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
     elif pipeline == "fused" and rows >= HEADS_IN_LANES and rows % target.vector_lanes == 0:
         strategy = "heads_in_lanes"
         qk_rows = pv_rows = rows
-        token_group = qk_tokens = max(1, target.vector_sums // (rows // target.vector_lanes))
+        tokens = max(1, target.vector_sums // (rows // target.vector_lanes))
+        token_group = qk_tokens = 1 << (tokens.bit_length() - 1)  # more, up to tokens, has measured slower
         pv_dims = largest_divisor(spec.head_dim, qk_tokens)
     else:
         strategy = "head_dim_in_lanes"
         token_group = lanes
         qk_rows, qk_tokens = register_tile(rows, divisors(lanes), target, load_cost)
+    kv_tile = min(KV_TILE, KV_TILE_BYTES // (2 * spec.head_dim * ITEMSIZES[spec.dtype]))
     return Tiling(
         strategy=strategy,
         row_tile=rows,
-        kv_tile=spec.block_size if pipeline == "staged" else KV_TILE // token_group * token_group,
+        kv_tile=spec.block_size if pipeline == "staged" else max(1, kv_tile // token_group) * token_group,
         token_group=token_group,
         lanes=lanes,
         qk_rows=qk_rows,

@@ -94,9 +94,12 @@ def pv_matmul(sch: Schedule, tiling: Tiling) -> None:
     sch.reorder(row_outer, dim_outer, group, token, vector, half, row, lane)
     sch.compute_at(sch.get_sblock("prefetch_values"), group, preserve_unit_loops=True)
     sch.reverse_compute_at(sums, dim_outer, preserve_unit_loops=True)
-    vectorize_dims(sch, tiling, sums)
-    for loop in (*sch.get_loops(sums)[-4:-1], token, vector, half, row):
+    if tiling.dim_pair == 1:
+        sch.split(sch.get_loops(sums)[-1], [None, tiling.lanes])
+    *written, written_lane = sch.get_loops(sums)[len(sch.get_loops(full)) - 6 :]
+    for loop in (*written, token, vector, half, row):
         sch.unroll(loop)
+    sch.vectorize(written_lane)
     sch.vectorize(lane)
     sch.decompose_reduction(full, group)
     token = sch.get_loops(rest)[-3]

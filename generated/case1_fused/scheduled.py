@@ -70,7 +70,7 @@ class Module:
                                     cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def fused_decode(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), value_cache: T.Buffer((v_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), k_block: T.int64, k_slot: T.int64, k_head: T.int64, v_block: T.int64, v_slot: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
+    def fused_decode(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -106,142 +106,150 @@ class Module:
                         vstep = T.axis.opaque(num_steps, step)
                         T.reads()
                         T.writes()
-                        key_offsets = T.sblock_alloc_buffer((260,), "int64")
-                        value_offsets = T.sblock_alloc_buffer((260,), "int64")
+                        key_offsets = T.sblock_alloc_buffer((256,), "int64")
+                        value_offsets = T.sblock_alloc_buffer((256,), "int64")
                         tile_start: T.let[T.int32] = range_begin + vstep * 128
                         valid_len: T.let[T.int32] = T.min(range_len - vstep * 128, 128)
                         last_token: T.let[T.int32] = range_begin + range_len - 1
-                        num_groups: T.let[T.int32] = (valid_len + 12 - 1) // 12
-                        num_offsets: T.let[T.int32] = T.Select(0 < valid_len, 260, 0)
+                        num_groups: T.let[T.int32] = (valid_len + 8 - 1) // 8
+                        num_offsets: T.let[T.int32] = T.Select(0 < valid_len, 256, 0)
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
-                            T.writes(key_offsets[0:260])
+                            T.writes(key_offsets[0:256])
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(260, t)
+                                    vt = T.axis.spatial(256, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last_token) // 128])
                                     T.writes(key_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last_token)
-                                    key_offsets[vt] = T.Cast("int64", block_table[seq, token // 128]) * k_block + T.Cast("int64", token % 128) * k_slot
-                        with T.sblock("token_offsets_1"):
+                                    block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
+                                    slot: T.let[T.int32] = token % 128
+                                    key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
+                        with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
-                            T.writes(value_offsets[0:260])
+                            T.writes(value_offsets[0:256])
                             for t in range(num_offsets):
-                                with T.sblock("offset_1"):
-                                    vt = T.axis.spatial(260, t)
+                                with T.sblock("offset"):
+                                    vt = T.axis.spatial(256, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last_token) // 128])
                                     T.writes(value_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last_token)
-                                    value_offsets[vt] = T.Cast("int64", block_table[seq, token // 128]) * v_block + T.Cast("int64", token % 128) * v_slot
+                                    block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
+                                    slot: T.let[T.int32] = token % 128
+                                    value_offsets[vt] = block * v_block + T.Cast("int64", slot) * v_row
                         for kv_head in range(1):
                             with T.sblock("kv_head"):
                                 vkv = T.axis.spatial(1, kv_head)
                                 T.reads()
                                 T.writes()
-                                k_tile = T.sblock_alloc_buffer((132, 128))
-                                v_tile = T.sblock_alloc_buffer((132, 128))
+                                k_tile = T.sblock_alloc_buffer((128, 4, 2, 16))
+                                v_tile = T.sblock_alloc_buffer((128, 4, 2, 16))
                                 is_last: T.let[T.bool] = vkv == 0
                                 ahead_t: T.let[T.int32] = T.Select(is_last, 128, 0)
                                 ahead_head: T.let[T.int64] = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
                                 k_now: T.let[T.int64] = T.Cast("int64", vkv) * k_head
                                 v_now: T.let[T.int64] = T.Cast("int64", vkv) * v_head
                                 with T.sblock("load_keys"):
-                                    T.reads(key_cache[0:k_span], key_offsets[0:260])
-                                    T.writes(k_tile[0:132, 0:128])
-                                    for to, ti, d_0 in T.grid(num_groups, 12, 1):
-                                        for d_1 in T.unroll(8):
-                                            for d_2 in T.vectorized(16):
-                                                with T.sblock("load_keys_element"):
-                                                    vt = T.axis.spatial(132, to * 12 + ti)
-                                                    vd = T.axis.spatial(128, d_0 * 128 + d_1 * 16 + d_2)
-                                                    T.reads(key_cache[0:k_span], key_offsets[vt])
-                                                    T.writes(k_tile[vt, vd])
-                                                    k_tile[vt, vd] = T.Cast("float32", key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd)])
+                                    T.reads(key_cache[0:k_span], key_offsets[0:256])
+                                    T.writes(k_tile[0:num_groups * 8, 0:4, 0:2, 0:16])
+                                    for to, ti, d_0 in T.grid(num_groups, 8, 1):
+                                        for d_1 in T.unroll(4):
+                                            for d_3 in T.unroll(2):
+                                                for d_2 in T.vectorized(16):
+                                                    with T.sblock("load_keys_element"):
+                                                        vt = T.axis.spatial(128, to * 8 + ti)
+                                                        vd = T.axis.spatial(128, d_0 * 128 + d_1 * 32 + d_2 * 2 + d_3)
+                                                        T.reads(key_cache[0:k_span], key_offsets[0:256])
+                                                        T.writes(k_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
+                                                        k_tile[vt, vd // 32, vd % 2, vd % 32 // 2] = T.reinterpret("float32", T.Select(vd % 2 == 0, key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd // 2)] & -65536))
                                 with T.sblock("load_values"):
-                                    T.reads(value_cache[0:v_span], value_offsets[0:260])
-                                    T.writes(v_tile[0:132, 0:128])
-                                    for to, ti, d_0 in T.grid(num_groups, 12, 1):
-                                        for d_1 in T.unroll(8):
-                                            for d_2 in T.vectorized(16):
-                                                with T.sblock("load_values_element"):
-                                                    vt = T.axis.spatial(132, to * 12 + ti)
-                                                    vd = T.axis.spatial(128, d_0 * 128 + d_1 * 16 + d_2)
-                                                    T.reads(value_cache[0:v_span], value_offsets[vt])
-                                                    T.writes(v_tile[vt, vd])
-                                                    v_tile[vt, vd] = T.Cast("float32", value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd)])
+                                    T.reads(value_cache[0:v_span], value_offsets[0:256])
+                                    T.writes(v_tile[0:num_groups * 8, 0:4, 0:2, 0:16])
+                                    for to, ti, d_0 in T.grid(num_groups, 8, 1):
+                                        for d_1 in T.unroll(4):
+                                            for d_3 in T.unroll(2):
+                                                for d_2 in T.vectorized(16):
+                                                    with T.sblock("load_values_element"):
+                                                        vt = T.axis.spatial(128, to * 8 + ti)
+                                                        vd = T.axis.spatial(128, d_0 * 128 + d_1 * 32 + d_2 * 2 + d_3)
+                                                        T.reads(value_cache[0:v_span], value_offsets[0:256])
+                                                        T.writes(v_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
+                                                        v_tile[vt, vd // 32, vd % 2, vd % 32 // 2] = T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] & -65536))
                                 for group_tile in range(1):
                                     with T.sblock("head_tile"):
                                         vgt = T.axis.spatial(1, group_tile)
                                         T.reads()
                                         T.writes()
-                                        scores = T.sblock_alloc_buffer((1, 132, 16))
-                                        probs = T.sblock_alloc_buffer((1, 132, 16))
+                                        scores = T.sblock_alloc_buffer((1, 128, 16))
+                                        probs = T.sblock_alloc_buffer((1, 128, 16))
                                         tile_max = T.sblock_alloc_buffer((1, 16))
                                         tile_sum = T.sblock_alloc_buffer((1, 16))
                                         tile_acc = T.sblock_alloc_buffer((1, 128, 16))
                                         tile_index: T.let[T.int32] = vkv + vgt
                                         with T.sblock("qk_matmul"):
-                                            T.reads(q_tile[tile_index, 0:128, 0:16], k_tile[0:132, 0:128], key_cache[0:k_span], key_offsets[0:260])
-                                            T.writes(scores[0, 0:(valid_len + 11) // 12 * 12, 0:16])
-                                            scores_global = T.sblock_alloc_buffer((1, (valid_len + 11) // 12 * 12, 16))
-                                            for to_m in range((valid_len + 12 - 1) // 12):
-                                                for ti, li in T.grid(12, 4):
+                                            T.reads(q_tile[tile_index, 0:128, 0:16], k_tile[0:(valid_len + 7) // 8 * 8, 0:4, 0:2, 0:16], key_cache[0:k_span], key_offsets[0:256])
+                                            T.writes(scores[0, 0:(valid_len + 7) // 8 * 8, 0:16])
+                                            scores_global = T.sblock_alloc_buffer((1, (valid_len + 7) // 8 * 8, 16))
+                                            for to_m in range((valid_len + 8 - 1) // 8):
+                                                for n in range(32):
                                                     with T.sblock("prefetch_keys"):
-                                                        vt = T.axis.spatial(132, to_m * 12 + ti)
-                                                        vl = T.axis.spatial(4, li)
-                                                        T.reads(key_offsets[0:260])
+                                                        vo = T.axis.spatial(16, to_m)
+                                                        vn = T.axis.spatial(32, n)
+                                                        T.reads(key_offsets[0:256])
                                                         T.writes()
-                                                        T.prefetch(T.address_of(key_cache[key_offsets[ahead_t + vt] + ahead_head * k_head + T.int64(32) * T.Cast("int64", vl)]), 0, 2, 1)
-                                                for ti_init in T.unroll(12):
+                                                        number: T.let[T.int32] = ahead_t * 4 + vo * 32 + vn
+                                                        T.prefetch(T.address_of(key_cache[key_offsets[number // 4] + ahead_head * k_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                for ti_init in T.unroll(8):
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("scores_init"):
-                                                            vt = T.axis.spatial(132, to_m * 12 + ti_init)
+                                                            vt = T.axis.spatial(128, to_m * 8 + ti_init)
                                                             vr = T.axis.spatial(16, r_init)
                                                             T.reads()
                                                             T.writes(scores_global[0, vt, vr])
                                                             scores_global[0, vt, vr] = T.float32(0.0)
-                                                for d in range(128):
-                                                    for ti in T.unroll(12):
+                                                for d_0, d_1, d_2 in T.grid(4, 16, 2):
+                                                    for ti in T.unroll(8):
                                                         for r in T.vectorized(16):
                                                             with T.sblock("scores_update"):
-                                                                vt = T.axis.spatial(132, to_m * 12 + ti)
-                                                                vr, vd = T.axis.remap("SR", [r, d])
-                                                                T.reads(scores_global[0, vt, vr], q_tile[tile_index, vd, vr], k_tile[vt, vd])
+                                                                vt = T.axis.spatial(128, to_m * 8 + ti)
+                                                                vr = T.axis.spatial(16, r)
+                                                                vd = T.axis.reduce(128, d_0 * 32 + d_1 * 2 + d_2)
+                                                                T.reads(scores_global[0, vt, vr], q_tile[tile_index, vd, vr], k_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
                                                                 T.writes(scores_global[0, vt, vr])
-                                                                scores_global[0, vt, vr] = scores_global[0, vt, vr] + q_tile[tile_index, vd, vr] * k_tile[vt, vd]
+                                                                scores_global[0, vt, vr] = scores_global[0, vt, vr] + q_tile[tile_index, vd, vr] * k_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
                                                 for ax0 in range(1):
-                                                    for ax1 in T.unroll(12):
+                                                    for ax1 in T.unroll(8):
                                                         for ax2 in T.vectorized(16):
                                                             with T.sblock("scores_global"):
                                                                 v0 = T.axis.spatial(1, ax0)
-                                                                v1 = T.axis.spatial((valid_len + 11) // 12 * 12, to_m * 12 + ax1)
+                                                                v1 = T.axis.spatial((valid_len + 7) // 8 * 8, to_m * 8 + ax1)
                                                                 v2 = T.axis.spatial(16, ax2)
                                                                 T.reads(scores_global[v0, v1, v2])
                                                                 T.writes(scores[v0, v1, v2])
                                                                 scores[v0, v1, v2] = scores_global[v0, v1, v2]
                                         with T.sblock("softmax_prepare"):
-                                            T.reads(scores[0, 0:num_groups * 12, 0:16])
-                                            T.writes(probs[0, 0:num_groups * 12, 0:16], tile_max[0, 0:16], tile_sum[0, 0:16])
-                                            scaled = T.sblock_alloc_buffer((132, 16))
+                                            T.reads(scores[0, 0:num_groups * 8, 0:16])
+                                            T.writes(probs[0, 0:num_groups * 8, 0:16], tile_max[0, 0:16], tile_sum[0, 0:16])
+                                            scaled = T.sblock_alloc_buffer((128, 16))
                                             peak = T.sblock_alloc_buffer((16,))
-                                            for to, ti in T.grid(num_groups, 12):
+                                            for to, ti in T.grid(num_groups, 8):
                                                 for r in T.vectorized(16):
                                                     with T.sblock("scaled"):
-                                                        vo = T.axis.spatial(11, to)
+                                                        vo = T.axis.spatial(16, to)
                                                         vi, vr = T.axis.remap("SS", [ti, r])
-                                                        T.reads(scores[0, vo * 12 + vi, vr])
-                                                        T.writes(scaled[vo * 12 + vi, vr])
-                                                        scaled[vo * 12 + vi, vr] = T.Select(vi < valid_len - vo * 12, scores[0, vo * 12 + vi, vr] * scale, T.float32("-inf"))
+                                                        T.reads(scores[0, vo * 8 + vi, vr])
+                                                        T.writes(scaled[vo * 8 + vi, vr])
+                                                        scaled[vo * 8 + vi, vr] = T.Select(vi < valid_len - vo * 8, scores[0, vo * 8 + vi, vr] * scale, T.float32("-inf"))
                                             for r_init in T.vectorized(16):
                                                 with T.sblock("peak_init"):
                                                     vr = T.axis.spatial(16, r_init)
                                                     T.reads()
                                                     T.writes(peak[vr])
                                                     peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                            for to, ti in T.grid(num_groups, 12):
+                                            for to, ti in T.grid(num_groups, 8):
                                                 for r in T.vectorized(16):
                                                     with T.sblock("peak_update"):
-                                                        vt = T.axis.reduce(132, to * 12 + ti)
+                                                        vt = T.axis.reduce(128, to * 8 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(peak[vr], scaled[vt, vr])
                                                         T.writes(peak[vr])
@@ -252,10 +260,10 @@ class Module:
                                                     T.reads(peak[vr])
                                                     T.writes(tile_max[0, vr])
                                                     tile_max[0, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                            for to, ti in T.grid(num_groups, 12):
+                                            for to, ti in T.grid(num_groups, 8):
                                                 for r in T.vectorized(16):
                                                     with T.sblock("probs"):
-                                                        vt = T.axis.spatial(132, to * 12 + ti)
+                                                        vt = T.axis.spatial(128, to * 8 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(scaled[vt, vr], tile_max[0, vr])
                                                         T.writes(probs[0, vt, vr])
@@ -273,22 +281,22 @@ class Module:
                                                     T.reads()
                                                     T.writes(tile_sum[0, vr])
                                                     tile_sum[0, vr] = T.float32(0.0)
-                                            for to, ti in T.grid(num_groups, 12):
+                                            for to, ti in T.grid(num_groups, 8):
                                                 for r in T.vectorized(16):
                                                     with T.sblock("tile_sum_update"):
-                                                        vt = T.axis.reduce(132, to * 12 + ti)
+                                                        vt = T.axis.reduce(128, to * 8 + ti)
                                                         vr = T.axis.spatial(16, r)
                                                         T.reads(tile_sum[0, vr], probs[0, vt, vr])
                                                         T.writes(tile_sum[0, vr])
                                                         tile_sum[0, vr] = tile_sum[0, vr] + probs[0, vt, vr]
                                         with T.sblock("pv_matmul"):
                                             num_full = T.int32()
-                                            T.reads(probs[0, T.min(0, num_full * 12):T.min(0, num_full * 12) + (T.max(num_full * 12, num_full * 12 + valid_len % 12) - T.min(0, num_full * 12)), 0:16], v_tile[0:132, 0:128], value_cache[0:v_span], value_offsets[0:260])
+                                            T.reads(probs[0, T.min(0, num_full * 8):T.min(0, num_full * 8) + (T.max(num_full * 8, num_full * 8 + valid_len % 8) - T.min(0, num_full * 8)), 0:16], v_tile[T.min(0, num_full * 8):T.min(0, num_full * 8) + (T.max(num_full * 8, num_full * 8 + valid_len % 8) - T.min(0, num_full * 8)), 0:4, 0:2, 0:16], value_cache[0:v_span], value_offsets[0:256])
                                             T.writes(tile_acc[0, 0:128, 0:16])
                                             full_acc = T.sblock_alloc_buffer((128, 16))
-                                            fetched = T.sblock_alloc_buffer((132, 4), "int8")
+                                            fetched = T.sblock_alloc_buffer((128, 4), "int8")
                                             full_acc_global = T.sblock_alloc_buffer((128, 16))
-                                            num_full = valid_len // 12
+                                            num_full = valid_len // 8
                                             for d_0 in range(16):
                                                 for d_1_init in T.unroll(8):
                                                     for r_init in T.vectorized(16):
@@ -299,27 +307,26 @@ class Module:
                                                             T.writes(full_acc_global[vd, vr])
                                                             full_acc_global[vd, vr] = T.float32(0.0)
                                                 for to in range(num_full):
-                                                    for ax0, ax1, ax2 in T.grid(1, 12, 1):
+                                                    for ax0, ax1, ax2 in T.grid(1, 8, 1):
                                                         with T.sblock("prefetch_values"):
-                                                            vo = T.axis.spatial(11, to + ax0)
-                                                            vi = T.axis.spatial(12, ax1)
+                                                            vo = T.axis.spatial(16, to + ax0)
+                                                            vi = T.axis.spatial(8, ax1)
                                                             vl = T.axis.spatial(4, d_0 // 4 + ax2)
-                                                            T.where(to < 11)
-                                                            T.reads(value_offsets[0:260])
-                                                            T.writes(fetched[vo * 12 + vi, vl])
-                                                            number: T.let[T.int32] = (vl * num_full + vo) * 12 + vi
-                                                            ahead: T.let[T.int64] = ahead_head * v_head + T.int64(32) * T.Cast("int64", number % 4)
-                                                            T.prefetch(T.address_of(value_cache[value_offsets[ahead_t + number // 4] + ahead]), 0, 2, 1)
-                                                    for ti in range(12):
+                                                            T.where(to < 16)
+                                                            T.reads(value_offsets[0:256])
+                                                            T.writes(fetched[vo * 8 + vi, vl])
+                                                            number: T.let[T.int32] = ahead_t * 4 + (vl * num_full + vo) * 8 + vi
+                                                            T.prefetch(T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                    for ti in range(8):
                                                         for d_1 in T.unroll(8):
                                                             for r in T.vectorized(16):
                                                                 with T.sblock("full_groups_update"):
-                                                                    vt = T.axis.reduce(132, to * 12 + ti)
+                                                                    vt = T.axis.reduce(128, to * 8 + ti)
                                                                     vr = T.axis.spatial(16, r)
                                                                     vd = T.axis.spatial(128, d_0 * 8 + d_1)
-                                                                    T.reads(full_acc_global[vd, vr], probs[0, vt, vr], v_tile[0:132, 0:128], value_offsets[vt], fetched[vt, vd // 32])
+                                                                    T.reads(full_acc_global[vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt], fetched[vt, vd * 4 // 128])
                                                                     T.writes(full_acc_global[vd, vr])
-                                                                    full_acc_global[vd, vr] = full_acc_global[vd, vr] + probs[0, vt, vr] * v_tile[vt, vd]
+                                                                    full_acc_global[vd, vr] = full_acc_global[vd, vr] + probs[0, vt, vr] * v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
                                                 for ax0 in T.unroll(8):
                                                     for ax1 in T.vectorized(16):
                                                         with T.sblock("full_acc_global"):
@@ -335,14 +342,14 @@ class Module:
                                                         T.reads()
                                                         T.writes(tile_acc[0, vd, vr])
                                                         tile_acc[0, vd, vr] = full_acc[vd, vr]
-                                            for ti, d in T.grid(valid_len % 12, 128):
+                                            for ti, d in T.grid(valid_len % 8, 128):
                                                 for r in T.vectorized(16):
                                                     with T.sblock("tile_acc_update"):
-                                                        vt = T.axis.reduce(132, num_full * 12 + ti)
+                                                        vt = T.axis.reduce(128, num_full * 8 + ti)
                                                         vr, vd = T.axis.remap("SS", [r, d])
-                                                        T.reads(tile_acc[0, vd, vr], full_acc[vd, vr], probs[0, vt, vr], v_tile[0:132, 0:128], value_offsets[vt])
+                                                        T.reads(tile_acc[0, vd, vr], full_acc[vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt])
                                                         T.writes(tile_acc[0, vd, vr])
-                                                        tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd]
+                                                        tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
                                         with T.sblock("online_update"):
                                             T.reads(tile_max[0, 0:16], tile_sum[0, 0:16], tile_acc[0, 0:128, 0:16], row_max[tile_index, 0:16], row_sum[tile_index, 0:16])
                                             T.writes(row_max[tile_index, 0:16], row_sum[tile_index, 0:16], acc[tile_index, 0:128, 0:16])
@@ -431,7 +438,7 @@ class Module:
         # with T.sblock("root"):
         row_max = T.sblock_alloc_buffer((1, 16))
         row_sum = T.sblock_alloc_buffer((1, 16))
-        acc = T.sblock_alloc_buffer((1, 16, 128))
+        acc = T.sblock_alloc_buffer((1, 16, 4, 2, 16))
         factor = T.sblock_alloc_buffer((16,))
         for step in range(num_partials):
             with T.sblock("partial"):
@@ -441,7 +448,7 @@ class Module:
                 slot: T.let[T.int32] = partial_start + vstep
                 with T.sblock("online_update"):
                     T.reads(partial_max[slot, 0:16], partial_sum[slot, 0:16], partial_acc[slot, 0:16, 0:128], row_max[0, 0:16], row_sum[0, 0:16])
-                    T.writes(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
+                    T.writes(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:4, 0:2, 0:16])
                     new_max = T.sblock_alloc_buffer((16,))
                     new_sum = T.sblock_alloc_buffer((16,))
                     alpha = T.sblock_alloc_buffer((16,))
@@ -487,31 +494,31 @@ class Module:
                             T.writes(row_max[0, vr], row_sum[0, vr])
                             row_max[0, vr] = new_max[vr]
                             row_sum[0, vr] = new_sum[vr]
-                    for r, d_0 in T.grid(16, 8):
+                    for r, d_0, d_2 in T.grid(16, 4, 2):
                         for d_1 in T.vectorized(16):
                             with T.sblock("acc"):
                                 vr = T.axis.spatial(16, r)
-                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
                                 vstep_1 = T.axis.reduce(num_partials, vstep)
                                 T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
-                                T.writes(acc[0, vr, vd])
+                                T.writes(acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
                                 with T.init():
-                                    acc[0, vr, vd] = T.float32(0.0)
-                                acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
+                                    acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = T.float32(0.0)
+                                acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = alpha[vr] * acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] + beta[vr] * partial_acc[slot, vr, vd]
         for h in T.vectorized(16):
             with T.sblock("factor"):
                 vh = T.axis.spatial(16, h)
                 T.reads(row_sum[0, vh])
                 T.writes(factor[vh])
                 factor[vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32(0.0), T.float32(1.0) / row_sum[0, vh])
-        for h, d_0 in T.grid(16, 8):
+        for h, d_0, d_2 in T.grid(16, 4, 2):
             for d_1 in T.vectorized(16):
                 with T.sblock("out"):
                     vh = T.axis.spatial(16, h)
-                    vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                    T.reads(acc[0, vh, vd], factor[vh])
+                    vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
+                    T.reads(acc[0, vh, vd // 32, vd % 2, vd % 32 // 2], factor[vh])
                     T.writes(out[seq, vh, vd])
-                    out[seq, vh, vd] = T.Cast("float32", acc[0, vh, vd] * factor[vh])
+                    out[seq, vh, vd] = T.Cast("float32", acc[0, vh, vd // 32, vd % 2, vd % 32 // 2] * factor[vh])
         for h in range(16):
             with T.sblock("lse"):
                 vh = T.axis.spatial(16, h)

@@ -66,7 +66,7 @@ class Module:
                             cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def fused_decode(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), value_cache: T.Buffer((v_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), k_block: T.int64, k_slot: T.int64, k_head: T.int64, v_block: T.int64, v_slot: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
+    def fused_decode(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -102,89 +102,94 @@ class Module:
                         vstep = T.axis.opaque(num_steps, step)
                         T.reads()
                         T.writes()
-                        key_offsets = T.sblock_alloc_buffer((260,), "int64")
-                        value_offsets = T.sblock_alloc_buffer((260,), "int64")
+                        key_offsets = T.sblock_alloc_buffer((256,), "int64")
+                        value_offsets = T.sblock_alloc_buffer((256,), "int64")
                         tile_start: T.let[T.int32] = range_begin + vstep * 128
                         valid_len: T.let[T.int32] = T.min(range_len - vstep * 128, 128)
                         last_token: T.let[T.int32] = range_begin + range_len - 1
-                        num_groups: T.let[T.int32] = (valid_len + 12 - 1) // 12
-                        num_offsets: T.let[T.int32] = T.Select(0 < valid_len, 260, 0)
+                        num_groups: T.let[T.int32] = (valid_len + 8 - 1) // 8
+                        num_offsets: T.let[T.int32] = T.Select(0 < valid_len, 256, 0)
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
-                            T.writes(key_offsets[0:260])
+                            T.writes(key_offsets[0:256])
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
-                                    vt = T.axis.spatial(260, t)
+                                    vt = T.axis.spatial(256, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last_token) // 128])
                                     T.writes(key_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last_token)
-                                    key_offsets[vt] = T.Cast("int64", block_table[seq, token // 128]) * k_block + T.Cast("int64", token % 128) * k_slot
-                        with T.sblock("token_offsets_1"):
+                                    block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
+                                    slot: T.let[T.int32] = token % 128
+                                    key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
+                        with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
-                            T.writes(value_offsets[0:260])
+                            T.writes(value_offsets[0:256])
                             for t in range(num_offsets):
-                                with T.sblock("offset_1"):
-                                    vt = T.axis.spatial(260, t)
+                                with T.sblock("offset"):
+                                    vt = T.axis.spatial(256, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last_token) // 128])
                                     T.writes(value_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last_token)
-                                    value_offsets[vt] = T.Cast("int64", block_table[seq, token // 128]) * v_block + T.Cast("int64", token % 128) * v_slot
+                                    block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
+                                    slot: T.let[T.int32] = token % 128
+                                    value_offsets[vt] = block * v_block + T.Cast("int64", slot) * v_row
                         for kv_head in range(1):
                             with T.sblock("kv_head"):
                                 vkv = T.axis.spatial(1, kv_head)
                                 T.reads()
                                 T.writes()
-                                k_tile = T.sblock_alloc_buffer((132, 128))
-                                v_tile = T.sblock_alloc_buffer((132, 128))
+                                k_tile = T.sblock_alloc_buffer((128, 128))
+                                v_tile = T.sblock_alloc_buffer((128, 128))
                                 is_last: T.let[T.bool] = vkv == 0
                                 ahead_t: T.let[T.int32] = T.Select(is_last, 128, 0)
                                 ahead_head: T.let[T.int64] = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
                                 k_now: T.let[T.int64] = T.Cast("int64", vkv) * k_head
                                 v_now: T.let[T.int64] = T.Cast("int64", vkv) * v_head
                                 with T.sblock("load_keys"):
-                                    T.reads(key_cache[0:k_span], key_offsets[0:260])
-                                    T.writes(k_tile[0:132, 0:128])
-                                    for to, ti, d in T.grid(num_groups, 12, 128):
+                                    T.reads(key_cache[0:k_span], key_offsets[0:256])
+                                    T.writes(k_tile[0:128, 0:128])
+                                    for to, ti, d in T.grid(num_groups, 8, 128):
                                         with T.sblock("load_keys_element"):
-                                            vt = T.axis.spatial(132, to * 12 + ti)
+                                            vt = T.axis.spatial(128, to * 8 + ti)
                                             vd = T.axis.spatial(128, d)
-                                            T.reads(key_cache[0:k_span], key_offsets[vt])
+                                            T.reads(key_cache[0:k_span], key_offsets[0:256])
                                             T.writes(k_tile[vt, vd])
-                                            k_tile[vt, vd] = T.Cast("float32", key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd)])
+                                            k_tile[vt, vd] = T.reinterpret("float32", T.Select(vd % 2 == 0, key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd // 2)] & -65536))
                                 with T.sblock("load_values"):
-                                    T.reads(value_cache[0:v_span], value_offsets[0:260])
-                                    T.writes(v_tile[0:132, 0:128])
-                                    for to, ti, d in T.grid(num_groups, 12, 128):
+                                    T.reads(value_cache[0:v_span], value_offsets[0:256])
+                                    T.writes(v_tile[0:128, 0:128])
+                                    for to, ti, d in T.grid(num_groups, 8, 128):
                                         with T.sblock("load_values_element"):
-                                            vt = T.axis.spatial(132, to * 12 + ti)
+                                            vt = T.axis.spatial(128, to * 8 + ti)
                                             vd = T.axis.spatial(128, d)
-                                            T.reads(value_cache[0:v_span], value_offsets[vt])
+                                            T.reads(value_cache[0:v_span], value_offsets[0:256])
                                             T.writes(v_tile[vt, vd])
-                                            v_tile[vt, vd] = T.Cast("float32", value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd)])
+                                            v_tile[vt, vd] = T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] & -65536))
                                 for group_tile in range(1):
                                     with T.sblock("head_tile"):
                                         vgt = T.axis.spatial(1, group_tile)
                                         T.reads()
                                         T.writes()
-                                        scores = T.sblock_alloc_buffer((1, 16, 132))
-                                        probs = T.sblock_alloc_buffer((1, 16, 132))
+                                        scores = T.sblock_alloc_buffer((1, 16, 128))
+                                        probs = T.sblock_alloc_buffer((1, 16, 128))
                                         tile_max = T.sblock_alloc_buffer((1, 16))
                                         tile_sum = T.sblock_alloc_buffer((1, 16))
                                         tile_acc = T.sblock_alloc_buffer((1, 16, 128))
                                         tile_index: T.let[T.int32] = vkv + vgt
                                         with T.sblock("qk_matmul"):
-                                            T.reads(q_tile[tile_index, 0:16, 0:128], k_tile[0:132, 0:128], key_cache[0:k_span], key_offsets[0:260])
-                                            T.writes(scores[0, 0:16, 0:132])
-                                            for to, ti, li in T.grid((valid_len + 12 - 1) // 12, 12, 4):
+                                            T.reads(q_tile[tile_index, 0:16, 0:128], k_tile[0:128, 0:128], key_cache[0:k_span], key_offsets[0:256])
+                                            T.writes(scores[0, 0:16, 0:128])
+                                            for to, n in T.grid((valid_len + 8 - 1) // 8, 32):
                                                 with T.sblock("prefetch_keys"):
-                                                    vt = T.axis.spatial(132, to * 12 + ti)
-                                                    vl = T.axis.spatial(4, li)
-                                                    T.reads(key_offsets[0:260])
+                                                    vo = T.axis.spatial(16, to)
+                                                    vn = T.axis.spatial(32, n)
+                                                    T.reads(key_offsets[0:256])
                                                     T.writes()
-                                                    T.prefetch(T.address_of(key_cache[key_offsets[ahead_t + vt] + ahead_head * k_head + T.int64(32) * T.Cast("int64", vl)]), 0, 2, 1)
-                                            for to, ti, r, d in T.grid((valid_len + 12 - 1) // 12, 12, 16, 128):
+                                                    number: T.let[T.int32] = ahead_t * 4 + vo * 32 + vn
+                                                    T.prefetch(T.address_of(key_cache[key_offsets[number // 4] + ahead_head * k_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                            for to, ti, r, d in T.grid((valid_len + 8 - 1) // 8, 8, 16, 128):
                                                 with T.sblock("scores"):
-                                                    vt = T.axis.spatial(132, to * 12 + ti)
+                                                    vt = T.axis.spatial(128, to * 8 + ti)
                                                     vr, vd = T.axis.remap("SR", [r, d])
                                                     T.reads(q_tile[tile_index, vr, vd], k_tile[vt, vd])
                                                     T.writes(scores[0, vr, vt])
@@ -192,20 +197,20 @@ class Module:
                                                         scores[0, vr, vt] = T.float32(0.0)
                                                     scores[0, vr, vt] = scores[0, vr, vt] + q_tile[tile_index, vr, vd] * k_tile[vt, vd]
                                         with T.sblock("softmax_prepare"):
-                                            T.reads(scores[0, 0:16, 0:132])
-                                            T.writes(probs[0, 0:16, 0:132], tile_max[0, 0:16], tile_sum[0, 0:16])
-                                            scaled = T.sblock_alloc_buffer((16, 132))
+                                            T.reads(scores[0, 0:16, 0:128])
+                                            T.writes(probs[0, 0:16, 0:128], tile_max[0, 0:16], tile_sum[0, 0:16])
+                                            scaled = T.sblock_alloc_buffer((16, 128))
                                             peak = T.sblock_alloc_buffer((16,))
-                                            for r, to, ti in T.grid(16, num_groups, 12):
+                                            for r, to, ti in T.grid(16, num_groups, 8):
                                                 with T.sblock("scaled"):
-                                                    vo = T.axis.spatial(11, to)
+                                                    vo = T.axis.spatial(16, to)
                                                     vi, vr = T.axis.remap("SS", [ti, r])
-                                                    T.reads(scores[0, vr, vo * 12 + vi])
-                                                    T.writes(scaled[vr, vo * 12 + vi])
-                                                    scaled[vr, vo * 12 + vi] = T.Select(vi < valid_len - vo * 12, scores[0, vr, vo * 12 + vi] * scale, T.float32("-inf"))
-                                            for r, to, ti in T.grid(16, num_groups, 12):
+                                                    T.reads(scores[0, vr, vo * 8 + vi])
+                                                    T.writes(scaled[vr, vo * 8 + vi])
+                                                    scaled[vr, vo * 8 + vi] = T.Select(vi < valid_len - vo * 8, scores[0, vr, vo * 8 + vi] * scale, T.float32("-inf"))
+                                            for r, to, ti in T.grid(16, num_groups, 8):
                                                 with T.sblock("peak"):
-                                                    vt = T.axis.reduce(132, to * 12 + ti)
+                                                    vt = T.axis.reduce(128, to * 8 + ti)
                                                     vr = T.axis.spatial(16, r)
                                                     T.reads(scaled[vr, vt])
                                                     T.writes(peak[vr])
@@ -218,9 +223,9 @@ class Module:
                                                     T.reads(peak[vr])
                                                     T.writes(tile_max[0, vr])
                                                     tile_max[0, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                            for r, to, ti in T.grid(16, num_groups, 12):
+                                            for r, to, ti in T.grid(16, num_groups, 8):
                                                 with T.sblock("probs"):
-                                                    vt = T.axis.spatial(132, to * 12 + ti)
+                                                    vt = T.axis.spatial(128, to * 8 + ti)
                                                     vr = T.axis.spatial(16, r)
                                                     T.reads(scaled[vr, vt], tile_max[0, vr])
                                                     T.writes(probs[0, vr, vt])
@@ -232,9 +237,9 @@ class Module:
                                                     series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
                                                     power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
                                                     probs[0, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                                            for r, to, ti in T.grid(16, num_groups, 12):
+                                            for r, to, ti in T.grid(16, num_groups, 8):
                                                 with T.sblock("tile_sum"):
-                                                    vt = T.axis.reduce(132, to * 12 + ti)
+                                                    vt = T.axis.reduce(128, to * 8 + ti)
                                                     vr = T.axis.spatial(16, r)
                                                     T.reads(probs[0, vr, vt])
                                                     T.writes(tile_sum[0, vr])
@@ -242,34 +247,33 @@ class Module:
                                                         tile_sum[0, vr] = T.float32(0.0)
                                                     tile_sum[0, vr] = tile_sum[0, vr] + probs[0, vr, vt]
                                         with T.sblock("pv_matmul"):
-                                            T.reads(probs[0, 0:16, 0:132], v_tile[0:132, 0:128], value_cache[0:v_span], value_offsets[0:260])
+                                            T.reads(probs[0, 0:16, 0:128], v_tile[0:128, 0:128], value_cache[0:v_span], value_offsets[0:256])
                                             T.writes(tile_acc[0, 0:16, 0:128])
                                             full_acc = T.sblock_alloc_buffer((16, 128))
-                                            fetched = T.sblock_alloc_buffer((132, 4), "int8")
-                                            num_full: T.let[T.int32] = valid_len // 12
-                                            for to, ti, li in T.grid(num_full, 12, 4):
+                                            fetched = T.sblock_alloc_buffer((128, 4), "int8")
+                                            num_full: T.let[T.int32] = valid_len // 8
+                                            for to, ti, li in T.grid(num_full, 8, 4):
                                                 with T.sblock("prefetch_values"):
-                                                    vo = T.axis.spatial(11, to)
+                                                    vo = T.axis.spatial(16, to)
                                                     vi, vl = T.axis.remap("SS", [ti, li])
-                                                    T.reads(value_offsets[0:260])
-                                                    T.writes(fetched[vo * 12 + vi, vl])
-                                                    number: T.let[T.int32] = (vl * num_full + vo) * 12 + vi
-                                                    ahead: T.let[T.int64] = ahead_head * v_head + T.int64(32) * T.Cast("int64", number % 4)
-                                                    T.prefetch(T.address_of(value_cache[value_offsets[ahead_t + number // 4] + ahead]), 0, 2, 1)
-                                            for to, ti, r, d in T.grid(num_full, 12, 16, 128):
+                                                    T.reads(value_offsets[0:256])
+                                                    T.writes(fetched[vo * 8 + vi, vl])
+                                                    number: T.let[T.int32] = ahead_t * 4 + (vl * num_full + vo) * 8 + vi
+                                                    T.prefetch(T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                            for to, ti, r, d in T.grid(num_full, 8, 16, 128):
                                                 with T.sblock("full_groups"):
-                                                    vt = T.axis.reduce(132, to * 12 + ti)
+                                                    vt = T.axis.reduce(128, to * 8 + ti)
                                                     vr, vd = T.axis.remap("SS", [r, d])
-                                                    T.reads(probs[0, vr, vt], v_tile[0:132, 0:128], value_offsets[vt], fetched[vt, vd // 32])
+                                                    T.reads(probs[0, vr, vt], v_tile[0:128, 0:128], value_offsets[vt], fetched[vt, vd * 4 // 128])
                                                     T.writes(full_acc[vr, vd])
                                                     with T.init():
                                                         full_acc[vr, vd] = T.float32(0.0)
                                                     full_acc[vr, vd] = full_acc[vr, vd] + probs[0, vr, vt] * v_tile[vt, vd]
-                                            for ti, r, d in T.grid(valid_len % 12, 16, 128):
+                                            for ti, r, d in T.grid(valid_len % 8, 16, 128):
                                                 with T.sblock("tile_acc"):
-                                                    vt = T.axis.reduce(132, num_full * 12 + ti)
+                                                    vt = T.axis.reduce(128, num_full * 8 + ti)
                                                     vr, vd = T.axis.remap("SS", [r, d])
-                                                    T.reads(full_acc[vr, vd], probs[0, vr, vt], v_tile[0:132, 0:128], value_offsets[vt])
+                                                    T.reads(full_acc[vr, vd], probs[0, vr, vt], v_tile[0:128, 0:128], value_offsets[vt])
                                                     T.writes(tile_acc[0, vr, vd])
                                                     with T.init():
                                                         tile_acc[0, vr, vd] = full_acc[vr, vd]

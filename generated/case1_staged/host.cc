@@ -254,10 +254,10 @@ struct Named {
   const Array* array;
 };
 
-// A cache as one span of memory, with the strides (in elements) of its blocks, of the slots in a block and of its heads.
+// A cache as one span of memory, with the strides (in elements) of its blocks, of the rows in a block and of its heads.
 struct Cache {
   Array memory;
-  int64_t block_stride, slot_stride, head_stride;
+  int64_t block_stride, row_stride, head_stride;
 };
 
 struct Arguments {
@@ -449,17 +449,14 @@ void CheckIndices(const Array& block_table, const Array& context_lens, int64_t n
   }
 }
 
-// A checked cache as the kernels see it: layouts differ in their strides alone.
-Cache AsCache(const Array& array) {
-  constexpr int kSlotAxis = 1, kHeadAxis = 2;
-  Cache cache;
-  cache.memory = array;
+// A checked cache as the kernels see it: layouts differ in their strides alone. Its elements are read in words.
+Cache AsCache(const char* name, const Array& array) {
+  constexpr int kRowAxis = 1, kHeadAxis = 2;
+  Cache cache{array, array.strides[0], array.strides[kRowAxis], array.strides[kHeadAxis]};
   cache.memory.tensor.ndim = 1;
   cache.memory.shape[0] = array.empty() ? 0 : 1;  // where it begins is all that the kernels take from it
   cache.memory.strides[0] = 1;
-  cache.block_stride = array.strides[0];
-  cache.slot_stride = array.strides[kSlotAxis];
-  cache.head_stride = array.strides[kHeadAxis];
+  static_cast<void>(name);
   return cache;
 }
 
@@ -514,8 +511,8 @@ Arguments CheckArguments(const Inputs& in, double scale, int64_t num_threads, in
     CheckNoOverlap("lse", args.lse, "out", args.out);
   }
   CheckIndices(args.block_table, args.context_lens, num_blocks);
-  args.key_cache = AsCache(key_cache);
-  args.value_cache = AsCache(value_cache);
+  args.key_cache = AsCache("key_cache", key_cache);
+  args.value_cache = AsCache("value_cache", value_cache);
   return args;
 }
 
@@ -831,11 +828,11 @@ void RunItem(const WorkItem& item, const Arguments& args, float scale, const Par
     const int64_t num_rows = std::min(kRowTile, (kv_head + 1) * kGroup - head_start);
     for (int64_t block_idx = 0; block_idx < num_blocks; ++block_idx) {
       Call(__tvm_ffi_qk_matmul, args.query, key.memory, args.block_table, args.context_lens, scores, key.block_stride,
-           key.slot_stride, key.head_stride, item.batch_start, item.num_seqs, kv_head, head_start, num_rows, block_idx);
+           key.row_stride, key.head_stride, item.batch_start, item.num_seqs, kv_head, head_start, num_rows, block_idx);
       Call(__tvm_ffi_softmax_prepare, args.context_lens, scores, probs, tile_max, tile_sum, item.batch_start,
            item.num_seqs, block_idx, scale);
       Call(__tvm_ffi_pv_matmul, value.memory, args.block_table, args.context_lens, probs, tile_acc, value.block_stride,
-           value.slot_stride, value.head_stride, item.batch_start, item.num_seqs, kv_head, block_idx);
+           value.row_stride, value.head_stride, item.batch_start, item.num_seqs, kv_head, block_idx);
       Call(__tvm_ffi_online_update, tile_max, tile_sum, tile_acc, row_max, row_sum, acc, partials.max, partials.sum,
            partials.acc, item.num_seqs, block_idx, num_blocks, head_start, num_rows, item.partial_start);
     }

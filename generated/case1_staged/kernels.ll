@@ -1844,7 +1844,7 @@ entry:
   %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
   %v_block = load i64, ptr %19, align 8
   %20 = getelementptr inbounds nuw i8, ptr %args, i64 104
-  %v_slot = load i64, ptr %20, align 8
+  %v_row = load i64, ptr %20, align 8
   %21 = getelementptr inbounds nuw i8, ptr %args, i64 120
   %v_head = load i64, ptr %21, align 8
   %22 = getelementptr inbounds nuw i8, ptr %args, i64 136
@@ -1894,23 +1894,23 @@ for_body_s.lr.ph.i:                               ; preds = %entry
   %head_offset.i = mul nsw i64 %37, %v_head
   %38 = add i32 %tile_start.i, -1
   %invariant.gep229.i = getelementptr i16, ptr %value_cache, i64 %head_offset.i
-  %wide.trip.count341.i = and i64 %25, 2147483647
+  %wide.trip.count343.i = and i64 %25, 2147483647
   br label %for_body_s.i
 
 for_begin_s.i:                                    ; preds = %if_end12.i
-  %indvars.iv.next338.i = add nuw nsw i64 %indvars.iv337.i, 1
-  %exitcond342.not.i = icmp eq i64 %indvars.iv.next338.i, %wide.trip.count341.i
-  br i1 %exitcond342.not.i, label %pv_matmul_compute_.exit, label %for_body_s.i, !prof !13
+  %indvars.iv.next340.i = add nuw nsw i64 %indvars.iv339.i, 1
+  %exitcond344.not.i = icmp eq i64 %indvars.iv.next340.i, %wide.trip.count343.i
+  br i1 %exitcond344.not.i, label %pv_matmul_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv337.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next338.i, %for_begin_s.i ]
+  %indvars.iv339.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next340.i, %for_begin_s.i ]
   %39 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
   %value_offsets.i = tail call ptr %39(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %40 = icmp eq ptr %value_offsets.i, null
   br i1 %40, label %pv_matmul_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %cse_v9.i = add nsw i64 %indvars.iv337.i, %36
+  %cse_v9.i = add nsw i64 %indvars.iv339.i, %36
   %41 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v9.i
   %42 = load i32, ptr %41, align 4, !tbaa !5
   %43 = sub nsw i32 %42, %tile_start.i
@@ -1930,51 +1930,51 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %49 = trunc i64 %indvars.iv.i to i32
   %50 = add i32 %tile_start.i, %49
   %token.i = tail call i32 @llvm.smin.i32(i32 %50, i32 %47)
-  %cse_v35.i = sext i32 %token.i to i64
-  %51 = and i64 %cse_v35.i, 127
-  %52 = mul nsw i64 %51, %v_slot
-  %53 = ashr i64 %cse_v35.i, 7
-  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %53
-  %54 = load i32, ptr %gep.i, align 4, !tbaa !5
-  %55 = sext i32 %54 to i64
-  %56 = mul nsw i64 %v_block, %55
-  %57 = add nsw i64 %52, %56
-  %58 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.i
-  store i64 %57, ptr %58, align 8, !tbaa !5
+  %cse_v97.i = sext i32 %token.i to i64
+  %51 = ashr i64 %cse_v97.i, 7
+  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %51
+  %52 = load i32, ptr %gep.i, align 4, !tbaa !5
+  %block.i = sext i32 %52 to i64
+  %53 = and i64 %cse_v97.i, 127
+  %54 = mul nsw i64 %53, %v_row
+  %55 = mul nsw i64 %v_block, %block.i
+  %56 = add nsw i64 %54, %55
+  %57 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.i
+  store i64 %56, ptr %57, align 8, !tbaa !5
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
-  %59 = trunc i64 %indvars.iv.next.i to i32
-  %60 = add i32 %tile_start.i, %59
-  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %60, i32 %47)
-  %cse_v35.i.1 = sext i32 %token.i.1 to i64
-  %61 = and i64 %cse_v35.i.1, 127
-  %62 = mul nsw i64 %61, %v_slot
-  %63 = ashr i64 %cse_v35.i.1, 7
-  %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %63
-  %64 = load i32, ptr %gep.i.1, align 4, !tbaa !5
-  %65 = sext i32 %64 to i64
-  %66 = mul nsw i64 %v_block, %65
-  %67 = add nsw i64 %62, %66
-  %68 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next.i
-  store i64 %67, ptr %68, align 8, !tbaa !5
+  %58 = trunc i64 %indvars.iv.next.i to i32
+  %59 = add i32 %tile_start.i, %58
+  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %59, i32 %47)
+  %cse_v97.i.1 = sext i32 %token.i.1 to i64
+  %60 = ashr i64 %cse_v97.i.1, 7
+  %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %60
+  %61 = load i32, ptr %gep.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %61 to i64
+  %62 = and i64 %cse_v97.i.1, 127
+  %63 = mul nsw i64 %62, %v_row
+  %64 = mul nsw i64 %v_block, %block.i.1
+  %65 = add nsw i64 %63, %64
+  %66 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next.i
+  store i64 %65, ptr %66, align 8, !tbaa !5
   %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
   %exitcond.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, 256
   br i1 %exitcond.not.i.1, label %for_end_t.i, label %for_body_t.i, !prof !13, !llvm.loop !77
 
 for_end_t.i:                                      ; preds = %for_body_t.i, %if_end.i
-  %69 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %full_acc.i = tail call ptr %69(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %70 = icmp eq ptr %full_acc.i, null
-  br i1 %70, label %pv_matmul_compute_.exit, label %if_end2.i, !prof !8
+  %67 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %full_acc.i = tail call ptr %67(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %68 = icmp eq ptr %full_acc.i, null
+  br i1 %68, label %pv_matmul_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %for_end_t.i
   %num_full.i = lshr i32 %46, 4
-  %71 = shl nsw i64 %indvars.iv337.i, 11
+  %69 = shl nsw i64 %indvars.iv339.i, 11
   %.not273.i = icmp eq i32 %num_full.i, 0
   br i1 %.not273.i, label %for_begin_d_0.preheader.preheader.i, label %for_begin_d_0.preheader.us.preheader.i, !prof !58
 
 for_begin_d_0.preheader.us.preheader.i:           ; preds = %if_end2.i
-  %wide.trip.count.i = zext nneg i32 %num_full.i to i64
-  %invariant.gep352.i = getelementptr inbounds nuw float, ptr %probs, i64 %71
+  %70 = zext nneg i32 %num_full.i to i64
+  %invariant.gep354.i = getelementptr inbounds nuw float, ptr %probs, i64 %69
   br label %for_begin_d_0.preheader.us.i
 
 for_begin_d_0.preheader.preheader.i:              ; preds = %if_end2.i
@@ -1982,1110 +1982,933 @@ for_begin_d_0.preheader.preheader.i:              ; preds = %if_end2.i
   br label %for_begin_r_init.preheader.i
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_end_d_0.split.us.us.i, %for_begin_d_0.preheader.us.preheader.i
-  %72 = phi i1 [ true, %for_begin_d_0.preheader.us.preheader.i ], [ false, %for_end_d_0.split.us.us.i ]
-  %indvars.iv296.i = phi i64 [ 0, %for_begin_d_0.preheader.us.preheader.i ], [ 1024, %for_end_d_0.split.us.us.i ]
-  %gep353.i = getelementptr inbounds nuw float, ptr %invariant.gep352.i, i64 %indvars.iv296.i
-  %invariant.gep350.i = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %indvars.iv296.i
+  %indvars.iv297.i = phi i64 [ 0, %for_begin_d_0.preheader.us.preheader.i ], [ %indvars.iv.next298.i, %for_end_d_0.split.us.us.i ]
+  %71 = shl nuw nsw i64 %indvars.iv297.i, 9
+  %gep355.i = getelementptr inbounds nuw float, ptr %invariant.gep354.i, i64 %71
+  %invariant.gep352.i = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %71
   br label %for_body_d_0.us.us.i
 
 for_body_d_0.us.us.i:                             ; preds = %for_begin_to.for_end_to_crit_edge.us.us.i, %for_begin_d_0.preheader.us.i
   %indvars.iv291.i = phi i64 [ %indvars.iv.next292.i, %for_begin_to.for_end_to_crit_edge.us.us.i ], [ 0, %for_begin_d_0.preheader.us.i ]
-  %73 = trunc nuw nsw i64 %indvars.iv291.i to i32
-  %74 = lshr i32 %73, 1
-  %cse_v11.us.us.i = mul nuw nsw i32 %74, %num_full.i
-  %75 = shl nuw nsw i64 %indvars.iv291.i, 4
-  %gep230.us.us.i = getelementptr i16, ptr %invariant.gep229.i, i64 %75
-  %76 = zext nneg i32 %cse_v11.us.us.i to i64
+  %72 = mul nuw nsw i64 %indvars.iv291.i, %70
+  %73 = shl nuw nsw i64 %indvars.iv291.i, 5
+  %gep230.us.us.i = getelementptr i16, ptr %invariant.gep229.i, i64 %73
   br label %if_end5.us.us.i
 
 if_end5.us.us.i:                                  ; preds = %if_end5.us.us.i, %for_body_d_0.us.us.i
   %indvars.iv285.i = phi i64 [ %indvars.iv.next286.i, %if_end5.us.us.i ], [ 0, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.0.0156.us.us.i = phi <16 x float> [ %819, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.34.0155.us.us.i = phi <16 x float> [ %824, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.68.0154.us.us.i = phi <16 x float> [ %829, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.102.0153.us.us.i = phi <16 x float> [ %834, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.136.0152.us.us.i = phi <16 x float> [ %839, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.170.0151.us.us.i = phi <16 x float> [ %844, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.204.0150.us.us.i = phi <16 x float> [ %849, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.238.0149.us.us.i = phi <16 x float> [ %854, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %77 = shl nsw i64 %indvars.iv285.i, 4
-  %78 = add nuw nsw i64 %indvars.iv285.i, %76
-  %.idx = shl nuw nsw i64 %78, 5
-  %79 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx
-  %80 = load i64, ptr %79, align 8, !tbaa !5
-  %81 = getelementptr i16, ptr %value_cache, i64 %80
-  %82 = getelementptr i16, ptr %81, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %82, i32 0, i32 2, i32 1)
-  %83 = getelementptr i8, ptr %81, i64 64
-  %84 = getelementptr i16, ptr %83, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %84, i32 0, i32 2, i32 1)
-  %85 = getelementptr i8, ptr %81, i64 128
-  %86 = getelementptr i16, ptr %85, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %86, i32 0, i32 2, i32 1)
-  %87 = getelementptr i8, ptr %81, i64 192
-  %88 = getelementptr i16, ptr %87, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %88, i32 0, i32 2, i32 1)
-  %89 = getelementptr inbounds nuw i8, ptr %79, i64 8
-  %90 = load i64, ptr %89, align 8, !tbaa !5
-  %91 = getelementptr i16, ptr %value_cache, i64 %90
-  %92 = getelementptr i16, ptr %91, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %92, i32 0, i32 2, i32 1)
-  %93 = getelementptr i8, ptr %91, i64 64
-  %94 = getelementptr i16, ptr %93, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %94, i32 0, i32 2, i32 1)
-  %95 = getelementptr i8, ptr %91, i64 128
-  %96 = getelementptr i16, ptr %95, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %96, i32 0, i32 2, i32 1)
-  %97 = getelementptr i8, ptr %91, i64 192
-  %98 = getelementptr i16, ptr %97, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %98, i32 0, i32 2, i32 1)
-  %99 = getelementptr inbounds nuw i8, ptr %79, i64 16
-  %100 = load i64, ptr %99, align 8, !tbaa !5
-  %101 = getelementptr i16, ptr %value_cache, i64 %100
-  %102 = getelementptr i16, ptr %101, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %102, i32 0, i32 2, i32 1)
-  %103 = getelementptr i8, ptr %101, i64 64
-  %104 = getelementptr i16, ptr %103, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %104, i32 0, i32 2, i32 1)
-  %105 = getelementptr i8, ptr %101, i64 128
-  %106 = getelementptr i16, ptr %105, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %106, i32 0, i32 2, i32 1)
-  %107 = getelementptr i8, ptr %101, i64 192
-  %108 = getelementptr i16, ptr %107, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %108, i32 0, i32 2, i32 1)
-  %109 = getelementptr inbounds nuw i8, ptr %79, i64 24
-  %110 = load i64, ptr %109, align 8, !tbaa !5
-  %111 = getelementptr i16, ptr %value_cache, i64 %110
-  %112 = getelementptr i16, ptr %111, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %112, i32 0, i32 2, i32 1)
-  %113 = getelementptr i8, ptr %111, i64 64
-  %114 = getelementptr i16, ptr %113, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %114, i32 0, i32 2, i32 1)
-  %115 = getelementptr i8, ptr %111, i64 128
-  %116 = getelementptr i16, ptr %115, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %116, i32 0, i32 2, i32 1)
-  %117 = getelementptr i8, ptr %111, i64 192
-  %118 = getelementptr i16, ptr %117, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %118, i32 0, i32 2, i32 1)
-  %119 = getelementptr inbounds nuw float, ptr %gep353.i, i64 %77
-  %120 = load float, ptr %119, align 64, !tbaa !5
-  %121 = insertelement <16 x float> poison, float %120, i64 0
-  %122 = shufflevector <16 x float> %121, <16 x float> poison, <16 x i32> zeroinitializer
-  %123 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %77
-  %124 = load i64, ptr %123, align 8, !tbaa !5
-  %gep168.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %124
-  %125 = load <16 x i16>, ptr %gep168.us.us.i, align 2, !tbaa !5
-  %126 = zext <16 x i16> %125 to <16 x i32>
-  %127 = shl nuw <16 x i32> %126, splat (i32 16)
-  %128 = bitcast <16 x i32> %127 to <16 x float>
-  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %128, <16 x float> %full_acc_global17.sroa.0.0156.us.us.i)
-  %130 = getelementptr inbounds nuw i8, ptr %119, i64 512
-  %131 = load float, ptr %130, align 64, !tbaa !5
-  %132 = insertelement <16 x float> poison, float %131, i64 0
-  %133 = shufflevector <16 x float> %132, <16 x float> poison, <16 x i32> zeroinitializer
-  %134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %133, <16 x float> %128, <16 x float> %full_acc_global17.sroa.34.0155.us.us.i)
-  %135 = getelementptr inbounds nuw i8, ptr %119, i64 1024
-  %136 = load float, ptr %135, align 64, !tbaa !5
-  %137 = insertelement <16 x float> poison, float %136, i64 0
-  %138 = shufflevector <16 x float> %137, <16 x float> poison, <16 x i32> zeroinitializer
-  %139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %138, <16 x float> %128, <16 x float> %full_acc_global17.sroa.68.0154.us.us.i)
-  %140 = getelementptr inbounds nuw i8, ptr %119, i64 1536
-  %141 = load float, ptr %140, align 64, !tbaa !5
-  %142 = insertelement <16 x float> poison, float %141, i64 0
-  %143 = shufflevector <16 x float> %142, <16 x float> poison, <16 x i32> zeroinitializer
-  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %143, <16 x float> %128, <16 x float> %full_acc_global17.sroa.102.0153.us.us.i)
-  %145 = getelementptr inbounds nuw i8, ptr %119, i64 2048
-  %146 = load float, ptr %145, align 64, !tbaa !5
-  %147 = insertelement <16 x float> poison, float %146, i64 0
-  %148 = shufflevector <16 x float> %147, <16 x float> poison, <16 x i32> zeroinitializer
-  %149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %148, <16 x float> %128, <16 x float> %full_acc_global17.sroa.136.0152.us.us.i)
-  %150 = getelementptr inbounds nuw i8, ptr %119, i64 2560
-  %151 = load float, ptr %150, align 64, !tbaa !5
-  %152 = insertelement <16 x float> poison, float %151, i64 0
-  %153 = shufflevector <16 x float> %152, <16 x float> poison, <16 x i32> zeroinitializer
-  %154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %153, <16 x float> %128, <16 x float> %full_acc_global17.sroa.170.0151.us.us.i)
-  %155 = getelementptr inbounds nuw i8, ptr %119, i64 3072
-  %156 = load float, ptr %155, align 64, !tbaa !5
-  %157 = insertelement <16 x float> poison, float %156, i64 0
-  %158 = shufflevector <16 x float> %157, <16 x float> poison, <16 x i32> zeroinitializer
-  %159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %158, <16 x float> %128, <16 x float> %full_acc_global17.sroa.204.0150.us.us.i)
-  %160 = getelementptr inbounds nuw i8, ptr %119, i64 3584
-  %161 = load float, ptr %160, align 64, !tbaa !5
-  %162 = insertelement <16 x float> poison, float %161, i64 0
-  %163 = shufflevector <16 x float> %162, <16 x float> poison, <16 x i32> zeroinitializer
-  %164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %163, <16 x float> %128, <16 x float> %full_acc_global17.sroa.238.0149.us.us.i)
-  %165 = getelementptr inbounds nuw i8, ptr %119, i64 4
-  %166 = load float, ptr %165, align 4, !tbaa !5
-  %167 = insertelement <16 x float> poison, float %166, i64 0
-  %168 = shufflevector <16 x float> %167, <16 x float> poison, <16 x i32> zeroinitializer
-  %169 = getelementptr inbounds nuw i8, ptr %123, i64 8
-  %170 = load i64, ptr %169, align 8, !tbaa !5
-  %gep172.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %170
-  %171 = load <16 x i16>, ptr %gep172.us.us.i, align 2, !tbaa !5
-  %172 = zext <16 x i16> %171 to <16 x i32>
-  %173 = shl nuw <16 x i32> %172, splat (i32 16)
-  %174 = bitcast <16 x i32> %173 to <16 x float>
-  %175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %168, <16 x float> %174, <16 x float> %129)
-  %176 = getelementptr inbounds nuw i8, ptr %119, i64 516
-  %177 = load float, ptr %176, align 4, !tbaa !5
-  %178 = insertelement <16 x float> poison, float %177, i64 0
-  %179 = shufflevector <16 x float> %178, <16 x float> poison, <16 x i32> zeroinitializer
-  %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %179, <16 x float> %174, <16 x float> %134)
-  %181 = getelementptr inbounds nuw i8, ptr %119, i64 1028
-  %182 = load float, ptr %181, align 4, !tbaa !5
-  %183 = insertelement <16 x float> poison, float %182, i64 0
-  %184 = shufflevector <16 x float> %183, <16 x float> poison, <16 x i32> zeroinitializer
-  %185 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %184, <16 x float> %174, <16 x float> %139)
-  %186 = getelementptr inbounds nuw i8, ptr %119, i64 1540
-  %187 = load float, ptr %186, align 4, !tbaa !5
+  %full_acc_global17.sroa.0.0156.us.us.i = phi <16 x float> [ %651, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
+  %full_acc_global17.sroa.34.0155.us.us.i = phi <16 x float> [ %672, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
+  %full_acc_global17.sroa.68.0154.us.us.i = phi <16 x float> [ %656, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
+  %full_acc_global17.sroa.102.0153.us.us.i = phi <16 x float> [ %673, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
+  %full_acc_global17.sroa.136.0152.us.us.i = phi <16 x float> [ %661, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
+  %full_acc_global17.sroa.170.0151.us.us.i = phi <16 x float> [ %674, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
+  %full_acc_global17.sroa.204.0150.us.us.i = phi <16 x float> [ %666, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
+  %full_acc_global17.sroa.238.0149.us.us.i = phi <16 x float> [ %675, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
+  %74 = shl nsw i64 %indvars.iv285.i, 4
+  %75 = add nuw nsw i64 %indvars.iv285.i, %72
+  %.idx = shl nuw nsw i64 %75, 5
+  %76 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx
+  %77 = load i64, ptr %76, align 8, !tbaa !5
+  %78 = getelementptr i16, ptr %value_cache, i64 %77
+  %79 = getelementptr i16, ptr %78, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %79, i32 0, i32 2, i32 1)
+  %80 = getelementptr i8, ptr %78, i64 64
+  %81 = getelementptr i16, ptr %80, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %81, i32 0, i32 2, i32 1)
+  %82 = getelementptr i8, ptr %78, i64 128
+  %83 = getelementptr i16, ptr %82, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %83, i32 0, i32 2, i32 1)
+  %84 = getelementptr i8, ptr %78, i64 192
+  %85 = getelementptr i16, ptr %84, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %85, i32 0, i32 2, i32 1)
+  %86 = getelementptr inbounds nuw i8, ptr %76, i64 8
+  %87 = load i64, ptr %86, align 8, !tbaa !5
+  %88 = getelementptr i16, ptr %value_cache, i64 %87
+  %89 = getelementptr i16, ptr %88, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %89, i32 0, i32 2, i32 1)
+  %90 = getelementptr i8, ptr %88, i64 64
+  %91 = getelementptr i16, ptr %90, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %91, i32 0, i32 2, i32 1)
+  %92 = getelementptr i8, ptr %88, i64 128
+  %93 = getelementptr i16, ptr %92, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %93, i32 0, i32 2, i32 1)
+  %94 = getelementptr i8, ptr %88, i64 192
+  %95 = getelementptr i16, ptr %94, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %95, i32 0, i32 2, i32 1)
+  %96 = getelementptr inbounds nuw i8, ptr %76, i64 16
+  %97 = load i64, ptr %96, align 8, !tbaa !5
+  %98 = getelementptr i16, ptr %value_cache, i64 %97
+  %99 = getelementptr i16, ptr %98, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %99, i32 0, i32 2, i32 1)
+  %100 = getelementptr i8, ptr %98, i64 64
+  %101 = getelementptr i16, ptr %100, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %101, i32 0, i32 2, i32 1)
+  %102 = getelementptr i8, ptr %98, i64 128
+  %103 = getelementptr i16, ptr %102, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %103, i32 0, i32 2, i32 1)
+  %104 = getelementptr i8, ptr %98, i64 192
+  %105 = getelementptr i16, ptr %104, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %105, i32 0, i32 2, i32 1)
+  %106 = getelementptr inbounds nuw i8, ptr %76, i64 24
+  %107 = load i64, ptr %106, align 8, !tbaa !5
+  %108 = getelementptr i16, ptr %value_cache, i64 %107
+  %109 = getelementptr i16, ptr %108, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %109, i32 0, i32 2, i32 1)
+  %110 = getelementptr i8, ptr %108, i64 64
+  %111 = getelementptr i16, ptr %110, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %111, i32 0, i32 2, i32 1)
+  %112 = getelementptr i8, ptr %108, i64 128
+  %113 = getelementptr i16, ptr %112, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %113, i32 0, i32 2, i32 1)
+  %114 = getelementptr i8, ptr %108, i64 192
+  %115 = getelementptr i16, ptr %114, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %115, i32 0, i32 2, i32 1)
+  %116 = getelementptr inbounds nuw float, ptr %gep355.i, i64 %74
+  %117 = load float, ptr %116, align 64, !tbaa !5
+  %118 = insertelement <16 x float> poison, float %117, i64 0
+  %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
+  %120 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %74
+  %121 = load i64, ptr %120, align 8, !tbaa !5
+  %gep168.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %121
+  %122 = load <16 x i16>, ptr %gep168.us.us.i, align 2, !tbaa !5
+  %123 = zext <16 x i16> %122 to <16 x i32>
+  %124 = shl nuw <16 x i32> %123, splat (i32 16)
+  %125 = bitcast <16 x i32> %124 to <16 x float>
+  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %125, <16 x float> %full_acc_global17.sroa.0.0156.us.us.i)
+  %127 = getelementptr inbounds nuw i8, ptr %116, i64 512
+  %128 = load float, ptr %127, align 64, !tbaa !5
+  %129 = insertelement <16 x float> poison, float %128, i64 0
+  %130 = shufflevector <16 x float> %129, <16 x float> poison, <16 x i32> zeroinitializer
+  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %125, <16 x float> %full_acc_global17.sroa.68.0154.us.us.i)
+  %132 = getelementptr inbounds nuw i8, ptr %116, i64 1024
+  %133 = load float, ptr %132, align 64, !tbaa !5
+  %134 = insertelement <16 x float> poison, float %133, i64 0
+  %135 = shufflevector <16 x float> %134, <16 x float> poison, <16 x i32> zeroinitializer
+  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %125, <16 x float> %full_acc_global17.sroa.136.0152.us.us.i)
+  %137 = getelementptr inbounds nuw i8, ptr %116, i64 1536
+  %138 = load float, ptr %137, align 64, !tbaa !5
+  %139 = insertelement <16 x float> poison, float %138, i64 0
+  %140 = shufflevector <16 x float> %139, <16 x float> poison, <16 x i32> zeroinitializer
+  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %140, <16 x float> %125, <16 x float> %full_acc_global17.sroa.204.0150.us.us.i)
+  %142 = getelementptr i8, ptr %gep168.us.us.i, i64 32
+  %143 = load <16 x i16>, ptr %142, align 2, !tbaa !5
+  %144 = zext <16 x i16> %143 to <16 x i32>
+  %145 = shl nuw <16 x i32> %144, splat (i32 16)
+  %146 = bitcast <16 x i32> %145 to <16 x float>
+  %147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %146, <16 x float> %full_acc_global17.sroa.34.0155.us.us.i)
+  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %146, <16 x float> %full_acc_global17.sroa.102.0153.us.us.i)
+  %149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %146, <16 x float> %full_acc_global17.sroa.170.0151.us.us.i)
+  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %140, <16 x float> %146, <16 x float> %full_acc_global17.sroa.238.0149.us.us.i)
+  %151 = getelementptr inbounds nuw i8, ptr %116, i64 4
+  %152 = load float, ptr %151, align 4, !tbaa !5
+  %153 = insertelement <16 x float> poison, float %152, i64 0
+  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
+  %155 = getelementptr inbounds nuw i8, ptr %120, i64 8
+  %156 = load i64, ptr %155, align 8, !tbaa !5
+  %gep172.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %156
+  %157 = load <16 x i16>, ptr %gep172.us.us.i, align 2, !tbaa !5
+  %158 = zext <16 x i16> %157 to <16 x i32>
+  %159 = shl nuw <16 x i32> %158, splat (i32 16)
+  %160 = bitcast <16 x i32> %159 to <16 x float>
+  %161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %160, <16 x float> %126)
+  %162 = getelementptr inbounds nuw i8, ptr %116, i64 516
+  %163 = load float, ptr %162, align 4, !tbaa !5
+  %164 = insertelement <16 x float> poison, float %163, i64 0
+  %165 = shufflevector <16 x float> %164, <16 x float> poison, <16 x i32> zeroinitializer
+  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %160, <16 x float> %131)
+  %167 = getelementptr inbounds nuw i8, ptr %116, i64 1028
+  %168 = load float, ptr %167, align 4, !tbaa !5
+  %169 = insertelement <16 x float> poison, float %168, i64 0
+  %170 = shufflevector <16 x float> %169, <16 x float> poison, <16 x i32> zeroinitializer
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %160, <16 x float> %136)
+  %172 = getelementptr inbounds nuw i8, ptr %116, i64 1540
+  %173 = load float, ptr %172, align 4, !tbaa !5
+  %174 = insertelement <16 x float> poison, float %173, i64 0
+  %175 = shufflevector <16 x float> %174, <16 x float> poison, <16 x i32> zeroinitializer
+  %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %175, <16 x float> %160, <16 x float> %141)
+  %177 = getelementptr i8, ptr %gep172.us.us.i, i64 32
+  %178 = load <16 x i16>, ptr %177, align 2, !tbaa !5
+  %179 = zext <16 x i16> %178 to <16 x i32>
+  %180 = shl nuw <16 x i32> %179, splat (i32 16)
+  %181 = bitcast <16 x i32> %180 to <16 x float>
+  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %181, <16 x float> %147)
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %181, <16 x float> %148)
+  %184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %181, <16 x float> %149)
+  %185 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %175, <16 x float> %181, <16 x float> %150)
+  %186 = getelementptr inbounds nuw i8, ptr %116, i64 8
+  %187 = load float, ptr %186, align 8, !tbaa !5
   %188 = insertelement <16 x float> poison, float %187, i64 0
   %189 = shufflevector <16 x float> %188, <16 x float> poison, <16 x i32> zeroinitializer
-  %190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %189, <16 x float> %174, <16 x float> %144)
-  %191 = getelementptr inbounds nuw i8, ptr %119, i64 2052
-  %192 = load float, ptr %191, align 4, !tbaa !5
-  %193 = insertelement <16 x float> poison, float %192, i64 0
-  %194 = shufflevector <16 x float> %193, <16 x float> poison, <16 x i32> zeroinitializer
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %194, <16 x float> %174, <16 x float> %149)
-  %196 = getelementptr inbounds nuw i8, ptr %119, i64 2564
-  %197 = load float, ptr %196, align 4, !tbaa !5
-  %198 = insertelement <16 x float> poison, float %197, i64 0
-  %199 = shufflevector <16 x float> %198, <16 x float> poison, <16 x i32> zeroinitializer
-  %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %199, <16 x float> %174, <16 x float> %154)
-  %201 = getelementptr inbounds nuw i8, ptr %119, i64 3076
-  %202 = load float, ptr %201, align 4, !tbaa !5
-  %203 = insertelement <16 x float> poison, float %202, i64 0
-  %204 = shufflevector <16 x float> %203, <16 x float> poison, <16 x i32> zeroinitializer
-  %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %204, <16 x float> %174, <16 x float> %159)
-  %206 = getelementptr inbounds nuw i8, ptr %119, i64 3588
-  %207 = load float, ptr %206, align 4, !tbaa !5
-  %208 = insertelement <16 x float> poison, float %207, i64 0
-  %209 = shufflevector <16 x float> %208, <16 x float> poison, <16 x i32> zeroinitializer
-  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %209, <16 x float> %174, <16 x float> %164)
-  %211 = getelementptr inbounds nuw i8, ptr %119, i64 8
-  %212 = load float, ptr %211, align 8, !tbaa !5
-  %213 = insertelement <16 x float> poison, float %212, i64 0
-  %214 = shufflevector <16 x float> %213, <16 x float> poison, <16 x i32> zeroinitializer
-  %215 = getelementptr inbounds nuw i8, ptr %123, i64 16
-  %216 = load i64, ptr %215, align 8, !tbaa !5
-  %gep176.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %216
-  %217 = load <16 x i16>, ptr %gep176.us.us.i, align 2, !tbaa !5
-  %218 = zext <16 x i16> %217 to <16 x i32>
-  %219 = shl nuw <16 x i32> %218, splat (i32 16)
-  %220 = bitcast <16 x i32> %219 to <16 x float>
-  %221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %214, <16 x float> %220, <16 x float> %175)
-  %222 = getelementptr inbounds nuw i8, ptr %119, i64 520
-  %223 = load float, ptr %222, align 8, !tbaa !5
-  %224 = insertelement <16 x float> poison, float %223, i64 0
-  %225 = shufflevector <16 x float> %224, <16 x float> poison, <16 x i32> zeroinitializer
-  %226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %225, <16 x float> %220, <16 x float> %180)
-  %227 = getelementptr inbounds nuw i8, ptr %119, i64 1032
-  %228 = load float, ptr %227, align 8, !tbaa !5
-  %229 = insertelement <16 x float> poison, float %228, i64 0
-  %230 = shufflevector <16 x float> %229, <16 x float> poison, <16 x i32> zeroinitializer
-  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %230, <16 x float> %220, <16 x float> %185)
-  %232 = getelementptr inbounds nuw i8, ptr %119, i64 1544
-  %233 = load float, ptr %232, align 8, !tbaa !5
+  %190 = getelementptr inbounds nuw i8, ptr %120, i64 16
+  %191 = load i64, ptr %190, align 8, !tbaa !5
+  %gep176.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %191
+  %192 = load <16 x i16>, ptr %gep176.us.us.i, align 2, !tbaa !5
+  %193 = zext <16 x i16> %192 to <16 x i32>
+  %194 = shl nuw <16 x i32> %193, splat (i32 16)
+  %195 = bitcast <16 x i32> %194 to <16 x float>
+  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %189, <16 x float> %195, <16 x float> %161)
+  %197 = getelementptr inbounds nuw i8, ptr %116, i64 520
+  %198 = load float, ptr %197, align 8, !tbaa !5
+  %199 = insertelement <16 x float> poison, float %198, i64 0
+  %200 = shufflevector <16 x float> %199, <16 x float> poison, <16 x i32> zeroinitializer
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %200, <16 x float> %195, <16 x float> %166)
+  %202 = getelementptr inbounds nuw i8, ptr %116, i64 1032
+  %203 = load float, ptr %202, align 8, !tbaa !5
+  %204 = insertelement <16 x float> poison, float %203, i64 0
+  %205 = shufflevector <16 x float> %204, <16 x float> poison, <16 x i32> zeroinitializer
+  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %195, <16 x float> %171)
+  %207 = getelementptr inbounds nuw i8, ptr %116, i64 1544
+  %208 = load float, ptr %207, align 8, !tbaa !5
+  %209 = insertelement <16 x float> poison, float %208, i64 0
+  %210 = shufflevector <16 x float> %209, <16 x float> poison, <16 x i32> zeroinitializer
+  %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %210, <16 x float> %195, <16 x float> %176)
+  %212 = getelementptr i8, ptr %gep176.us.us.i, i64 32
+  %213 = load <16 x i16>, ptr %212, align 2, !tbaa !5
+  %214 = zext <16 x i16> %213 to <16 x i32>
+  %215 = shl nuw <16 x i32> %214, splat (i32 16)
+  %216 = bitcast <16 x i32> %215 to <16 x float>
+  %217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %189, <16 x float> %216, <16 x float> %182)
+  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %200, <16 x float> %216, <16 x float> %183)
+  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %216, <16 x float> %184)
+  %220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %210, <16 x float> %216, <16 x float> %185)
+  %221 = getelementptr inbounds nuw i8, ptr %116, i64 12
+  %222 = load float, ptr %221, align 4, !tbaa !5
+  %223 = insertelement <16 x float> poison, float %222, i64 0
+  %224 = shufflevector <16 x float> %223, <16 x float> poison, <16 x i32> zeroinitializer
+  %225 = getelementptr inbounds nuw i8, ptr %120, i64 24
+  %226 = load i64, ptr %225, align 8, !tbaa !5
+  %gep180.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %226
+  %227 = load <16 x i16>, ptr %gep180.us.us.i, align 2, !tbaa !5
+  %228 = zext <16 x i16> %227 to <16 x i32>
+  %229 = shl nuw <16 x i32> %228, splat (i32 16)
+  %230 = bitcast <16 x i32> %229 to <16 x float>
+  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %230, <16 x float> %196)
+  %232 = getelementptr inbounds nuw i8, ptr %116, i64 524
+  %233 = load float, ptr %232, align 4, !tbaa !5
   %234 = insertelement <16 x float> poison, float %233, i64 0
   %235 = shufflevector <16 x float> %234, <16 x float> poison, <16 x i32> zeroinitializer
-  %236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %235, <16 x float> %220, <16 x float> %190)
-  %237 = getelementptr inbounds nuw i8, ptr %119, i64 2056
-  %238 = load float, ptr %237, align 8, !tbaa !5
+  %236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %235, <16 x float> %230, <16 x float> %201)
+  %237 = getelementptr inbounds nuw i8, ptr %116, i64 1036
+  %238 = load float, ptr %237, align 4, !tbaa !5
   %239 = insertelement <16 x float> poison, float %238, i64 0
   %240 = shufflevector <16 x float> %239, <16 x float> poison, <16 x i32> zeroinitializer
-  %241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %240, <16 x float> %220, <16 x float> %195)
-  %242 = getelementptr inbounds nuw i8, ptr %119, i64 2568
-  %243 = load float, ptr %242, align 8, !tbaa !5
+  %241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %240, <16 x float> %230, <16 x float> %206)
+  %242 = getelementptr inbounds nuw i8, ptr %116, i64 1548
+  %243 = load float, ptr %242, align 4, !tbaa !5
   %244 = insertelement <16 x float> poison, float %243, i64 0
   %245 = shufflevector <16 x float> %244, <16 x float> poison, <16 x i32> zeroinitializer
-  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %245, <16 x float> %220, <16 x float> %200)
-  %247 = getelementptr inbounds nuw i8, ptr %119, i64 3080
-  %248 = load float, ptr %247, align 8, !tbaa !5
-  %249 = insertelement <16 x float> poison, float %248, i64 0
-  %250 = shufflevector <16 x float> %249, <16 x float> poison, <16 x i32> zeroinitializer
-  %251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %250, <16 x float> %220, <16 x float> %205)
-  %252 = getelementptr inbounds nuw i8, ptr %119, i64 3592
-  %253 = load float, ptr %252, align 8, !tbaa !5
-  %254 = insertelement <16 x float> poison, float %253, i64 0
-  %255 = shufflevector <16 x float> %254, <16 x float> poison, <16 x i32> zeroinitializer
-  %256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %255, <16 x float> %220, <16 x float> %210)
-  %257 = getelementptr inbounds nuw i8, ptr %119, i64 12
-  %258 = load float, ptr %257, align 4, !tbaa !5
-  %259 = insertelement <16 x float> poison, float %258, i64 0
-  %260 = shufflevector <16 x float> %259, <16 x float> poison, <16 x i32> zeroinitializer
-  %261 = getelementptr inbounds nuw i8, ptr %123, i64 24
-  %262 = load i64, ptr %261, align 8, !tbaa !5
-  %gep180.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %262
-  %263 = load <16 x i16>, ptr %gep180.us.us.i, align 2, !tbaa !5
-  %264 = zext <16 x i16> %263 to <16 x i32>
-  %265 = shl nuw <16 x i32> %264, splat (i32 16)
-  %266 = bitcast <16 x i32> %265 to <16 x float>
-  %267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %260, <16 x float> %266, <16 x float> %221)
-  %268 = getelementptr inbounds nuw i8, ptr %119, i64 524
-  %269 = load float, ptr %268, align 4, !tbaa !5
-  %270 = insertelement <16 x float> poison, float %269, i64 0
-  %271 = shufflevector <16 x float> %270, <16 x float> poison, <16 x i32> zeroinitializer
-  %272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %271, <16 x float> %266, <16 x float> %226)
-  %273 = getelementptr inbounds nuw i8, ptr %119, i64 1036
-  %274 = load float, ptr %273, align 4, !tbaa !5
-  %275 = insertelement <16 x float> poison, float %274, i64 0
-  %276 = shufflevector <16 x float> %275, <16 x float> poison, <16 x i32> zeroinitializer
-  %277 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %276, <16 x float> %266, <16 x float> %231)
-  %278 = getelementptr inbounds nuw i8, ptr %119, i64 1548
-  %279 = load float, ptr %278, align 4, !tbaa !5
-  %280 = insertelement <16 x float> poison, float %279, i64 0
-  %281 = shufflevector <16 x float> %280, <16 x float> poison, <16 x i32> zeroinitializer
-  %282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %281, <16 x float> %266, <16 x float> %236)
-  %283 = getelementptr inbounds nuw i8, ptr %119, i64 2060
-  %284 = load float, ptr %283, align 4, !tbaa !5
-  %285 = insertelement <16 x float> poison, float %284, i64 0
-  %286 = shufflevector <16 x float> %285, <16 x float> poison, <16 x i32> zeroinitializer
-  %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %286, <16 x float> %266, <16 x float> %241)
-  %288 = getelementptr inbounds nuw i8, ptr %119, i64 2572
-  %289 = load float, ptr %288, align 4, !tbaa !5
-  %290 = insertelement <16 x float> poison, float %289, i64 0
-  %291 = shufflevector <16 x float> %290, <16 x float> poison, <16 x i32> zeroinitializer
-  %292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %291, <16 x float> %266, <16 x float> %246)
-  %293 = getelementptr inbounds nuw i8, ptr %119, i64 3084
-  %294 = load float, ptr %293, align 4, !tbaa !5
-  %295 = insertelement <16 x float> poison, float %294, i64 0
-  %296 = shufflevector <16 x float> %295, <16 x float> poison, <16 x i32> zeroinitializer
-  %297 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %296, <16 x float> %266, <16 x float> %251)
-  %298 = getelementptr inbounds nuw i8, ptr %119, i64 3596
-  %299 = load float, ptr %298, align 4, !tbaa !5
-  %300 = insertelement <16 x float> poison, float %299, i64 0
-  %301 = shufflevector <16 x float> %300, <16 x float> poison, <16 x i32> zeroinitializer
-  %302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %301, <16 x float> %266, <16 x float> %256)
-  %303 = getelementptr inbounds nuw i8, ptr %119, i64 16
-  %304 = load float, ptr %303, align 16, !tbaa !5
-  %305 = insertelement <16 x float> poison, float %304, i64 0
-  %306 = shufflevector <16 x float> %305, <16 x float> poison, <16 x i32> zeroinitializer
-  %307 = getelementptr inbounds nuw i8, ptr %123, i64 32
-  %308 = load i64, ptr %307, align 8, !tbaa !5
-  %gep184.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %308
-  %309 = load <16 x i16>, ptr %gep184.us.us.i, align 2, !tbaa !5
-  %310 = zext <16 x i16> %309 to <16 x i32>
-  %311 = shl nuw <16 x i32> %310, splat (i32 16)
-  %312 = bitcast <16 x i32> %311 to <16 x float>
-  %313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %306, <16 x float> %312, <16 x float> %267)
-  %314 = getelementptr inbounds nuw i8, ptr %119, i64 528
-  %315 = load float, ptr %314, align 16, !tbaa !5
-  %316 = insertelement <16 x float> poison, float %315, i64 0
-  %317 = shufflevector <16 x float> %316, <16 x float> poison, <16 x i32> zeroinitializer
-  %318 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %317, <16 x float> %312, <16 x float> %272)
-  %319 = getelementptr inbounds nuw i8, ptr %119, i64 1040
-  %320 = load float, ptr %319, align 16, !tbaa !5
-  %321 = insertelement <16 x float> poison, float %320, i64 0
-  %322 = shufflevector <16 x float> %321, <16 x float> poison, <16 x i32> zeroinitializer
-  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %322, <16 x float> %312, <16 x float> %277)
-  %324 = getelementptr inbounds nuw i8, ptr %119, i64 1552
-  %325 = load float, ptr %324, align 16, !tbaa !5
-  %326 = insertelement <16 x float> poison, float %325, i64 0
-  %327 = shufflevector <16 x float> %326, <16 x float> poison, <16 x i32> zeroinitializer
-  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %327, <16 x float> %312, <16 x float> %282)
-  %329 = getelementptr inbounds nuw i8, ptr %119, i64 2064
-  %330 = load float, ptr %329, align 16, !tbaa !5
-  %331 = insertelement <16 x float> poison, float %330, i64 0
-  %332 = shufflevector <16 x float> %331, <16 x float> poison, <16 x i32> zeroinitializer
-  %333 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %312, <16 x float> %287)
-  %334 = getelementptr inbounds nuw i8, ptr %119, i64 2576
-  %335 = load float, ptr %334, align 16, !tbaa !5
-  %336 = insertelement <16 x float> poison, float %335, i64 0
-  %337 = shufflevector <16 x float> %336, <16 x float> poison, <16 x i32> zeroinitializer
-  %338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %337, <16 x float> %312, <16 x float> %292)
-  %339 = getelementptr inbounds nuw i8, ptr %119, i64 3088
-  %340 = load float, ptr %339, align 16, !tbaa !5
-  %341 = insertelement <16 x float> poison, float %340, i64 0
-  %342 = shufflevector <16 x float> %341, <16 x float> poison, <16 x i32> zeroinitializer
-  %343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %342, <16 x float> %312, <16 x float> %297)
-  %344 = getelementptr inbounds nuw i8, ptr %119, i64 3600
-  %345 = load float, ptr %344, align 16, !tbaa !5
-  %346 = insertelement <16 x float> poison, float %345, i64 0
-  %347 = shufflevector <16 x float> %346, <16 x float> poison, <16 x i32> zeroinitializer
-  %348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %347, <16 x float> %312, <16 x float> %302)
-  %349 = getelementptr inbounds nuw i8, ptr %119, i64 20
-  %350 = load float, ptr %349, align 4, !tbaa !5
-  %351 = insertelement <16 x float> poison, float %350, i64 0
-  %352 = shufflevector <16 x float> %351, <16 x float> poison, <16 x i32> zeroinitializer
-  %353 = getelementptr inbounds nuw i8, ptr %123, i64 40
-  %354 = load i64, ptr %353, align 8, !tbaa !5
-  %gep188.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %354
-  %355 = load <16 x i16>, ptr %gep188.us.us.i, align 2, !tbaa !5
-  %356 = zext <16 x i16> %355 to <16 x i32>
-  %357 = shl nuw <16 x i32> %356, splat (i32 16)
-  %358 = bitcast <16 x i32> %357 to <16 x float>
-  %359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %352, <16 x float> %358, <16 x float> %313)
-  %360 = getelementptr inbounds nuw i8, ptr %119, i64 532
-  %361 = load float, ptr %360, align 4, !tbaa !5
-  %362 = insertelement <16 x float> poison, float %361, i64 0
-  %363 = shufflevector <16 x float> %362, <16 x float> poison, <16 x i32> zeroinitializer
-  %364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %363, <16 x float> %358, <16 x float> %318)
-  %365 = getelementptr inbounds nuw i8, ptr %119, i64 1044
-  %366 = load float, ptr %365, align 4, !tbaa !5
-  %367 = insertelement <16 x float> poison, float %366, i64 0
-  %368 = shufflevector <16 x float> %367, <16 x float> poison, <16 x i32> zeroinitializer
-  %369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %358, <16 x float> %323)
-  %370 = getelementptr inbounds nuw i8, ptr %119, i64 1556
-  %371 = load float, ptr %370, align 4, !tbaa !5
-  %372 = insertelement <16 x float> poison, float %371, i64 0
-  %373 = shufflevector <16 x float> %372, <16 x float> poison, <16 x i32> zeroinitializer
-  %374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %373, <16 x float> %358, <16 x float> %328)
-  %375 = getelementptr inbounds nuw i8, ptr %119, i64 2068
-  %376 = load float, ptr %375, align 4, !tbaa !5
-  %377 = insertelement <16 x float> poison, float %376, i64 0
-  %378 = shufflevector <16 x float> %377, <16 x float> poison, <16 x i32> zeroinitializer
-  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %378, <16 x float> %358, <16 x float> %333)
-  %380 = getelementptr inbounds nuw i8, ptr %119, i64 2580
-  %381 = load float, ptr %380, align 4, !tbaa !5
-  %382 = insertelement <16 x float> poison, float %381, i64 0
-  %383 = shufflevector <16 x float> %382, <16 x float> poison, <16 x i32> zeroinitializer
-  %384 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %383, <16 x float> %358, <16 x float> %338)
-  %385 = getelementptr inbounds nuw i8, ptr %119, i64 3092
-  %386 = load float, ptr %385, align 4, !tbaa !5
-  %387 = insertelement <16 x float> poison, float %386, i64 0
-  %388 = shufflevector <16 x float> %387, <16 x float> poison, <16 x i32> zeroinitializer
-  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %388, <16 x float> %358, <16 x float> %343)
-  %390 = getelementptr inbounds nuw i8, ptr %119, i64 3604
-  %391 = load float, ptr %390, align 4, !tbaa !5
-  %392 = insertelement <16 x float> poison, float %391, i64 0
-  %393 = shufflevector <16 x float> %392, <16 x float> poison, <16 x i32> zeroinitializer
-  %394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %393, <16 x float> %358, <16 x float> %348)
-  %395 = getelementptr inbounds nuw i8, ptr %119, i64 24
-  %396 = load float, ptr %395, align 8, !tbaa !5
-  %397 = insertelement <16 x float> poison, float %396, i64 0
-  %398 = shufflevector <16 x float> %397, <16 x float> poison, <16 x i32> zeroinitializer
-  %399 = getelementptr inbounds nuw i8, ptr %123, i64 48
-  %400 = load i64, ptr %399, align 8, !tbaa !5
-  %gep192.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %400
-  %401 = load <16 x i16>, ptr %gep192.us.us.i, align 2, !tbaa !5
-  %402 = zext <16 x i16> %401 to <16 x i32>
-  %403 = shl nuw <16 x i32> %402, splat (i32 16)
-  %404 = bitcast <16 x i32> %403 to <16 x float>
-  %405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %398, <16 x float> %404, <16 x float> %359)
-  %406 = getelementptr inbounds nuw i8, ptr %119, i64 536
-  %407 = load float, ptr %406, align 8, !tbaa !5
-  %408 = insertelement <16 x float> poison, float %407, i64 0
-  %409 = shufflevector <16 x float> %408, <16 x float> poison, <16 x i32> zeroinitializer
-  %410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %409, <16 x float> %404, <16 x float> %364)
-  %411 = getelementptr inbounds nuw i8, ptr %119, i64 1048
-  %412 = load float, ptr %411, align 8, !tbaa !5
-  %413 = insertelement <16 x float> poison, float %412, i64 0
-  %414 = shufflevector <16 x float> %413, <16 x float> poison, <16 x i32> zeroinitializer
-  %415 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %414, <16 x float> %404, <16 x float> %369)
-  %416 = getelementptr inbounds nuw i8, ptr %119, i64 1560
-  %417 = load float, ptr %416, align 8, !tbaa !5
-  %418 = insertelement <16 x float> poison, float %417, i64 0
-  %419 = shufflevector <16 x float> %418, <16 x float> poison, <16 x i32> zeroinitializer
-  %420 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %419, <16 x float> %404, <16 x float> %374)
-  %421 = getelementptr inbounds nuw i8, ptr %119, i64 2072
-  %422 = load float, ptr %421, align 8, !tbaa !5
-  %423 = insertelement <16 x float> poison, float %422, i64 0
-  %424 = shufflevector <16 x float> %423, <16 x float> poison, <16 x i32> zeroinitializer
-  %425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %424, <16 x float> %404, <16 x float> %379)
-  %426 = getelementptr inbounds nuw i8, ptr %119, i64 2584
-  %427 = load float, ptr %426, align 8, !tbaa !5
-  %428 = insertelement <16 x float> poison, float %427, i64 0
-  %429 = shufflevector <16 x float> %428, <16 x float> poison, <16 x i32> zeroinitializer
-  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %429, <16 x float> %404, <16 x float> %384)
-  %431 = getelementptr inbounds nuw i8, ptr %119, i64 3096
-  %432 = load float, ptr %431, align 8, !tbaa !5
+  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %245, <16 x float> %230, <16 x float> %211)
+  %247 = getelementptr i8, ptr %gep180.us.us.i, i64 32
+  %248 = load <16 x i16>, ptr %247, align 2, !tbaa !5
+  %249 = zext <16 x i16> %248 to <16 x i32>
+  %250 = shl nuw <16 x i32> %249, splat (i32 16)
+  %251 = bitcast <16 x i32> %250 to <16 x float>
+  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %251, <16 x float> %217)
+  %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %235, <16 x float> %251, <16 x float> %218)
+  %254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %240, <16 x float> %251, <16 x float> %219)
+  %255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %245, <16 x float> %251, <16 x float> %220)
+  %256 = getelementptr inbounds nuw i8, ptr %116, i64 16
+  %257 = load float, ptr %256, align 16, !tbaa !5
+  %258 = insertelement <16 x float> poison, float %257, i64 0
+  %259 = shufflevector <16 x float> %258, <16 x float> poison, <16 x i32> zeroinitializer
+  %260 = getelementptr inbounds nuw i8, ptr %120, i64 32
+  %261 = load i64, ptr %260, align 8, !tbaa !5
+  %gep184.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %261
+  %262 = load <16 x i16>, ptr %gep184.us.us.i, align 2, !tbaa !5
+  %263 = zext <16 x i16> %262 to <16 x i32>
+  %264 = shl nuw <16 x i32> %263, splat (i32 16)
+  %265 = bitcast <16 x i32> %264 to <16 x float>
+  %266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %259, <16 x float> %265, <16 x float> %231)
+  %267 = getelementptr inbounds nuw i8, ptr %116, i64 528
+  %268 = load float, ptr %267, align 16, !tbaa !5
+  %269 = insertelement <16 x float> poison, float %268, i64 0
+  %270 = shufflevector <16 x float> %269, <16 x float> poison, <16 x i32> zeroinitializer
+  %271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %270, <16 x float> %265, <16 x float> %236)
+  %272 = getelementptr inbounds nuw i8, ptr %116, i64 1040
+  %273 = load float, ptr %272, align 16, !tbaa !5
+  %274 = insertelement <16 x float> poison, float %273, i64 0
+  %275 = shufflevector <16 x float> %274, <16 x float> poison, <16 x i32> zeroinitializer
+  %276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %275, <16 x float> %265, <16 x float> %241)
+  %277 = getelementptr inbounds nuw i8, ptr %116, i64 1552
+  %278 = load float, ptr %277, align 16, !tbaa !5
+  %279 = insertelement <16 x float> poison, float %278, i64 0
+  %280 = shufflevector <16 x float> %279, <16 x float> poison, <16 x i32> zeroinitializer
+  %281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %280, <16 x float> %265, <16 x float> %246)
+  %282 = getelementptr i8, ptr %gep184.us.us.i, i64 32
+  %283 = load <16 x i16>, ptr %282, align 2, !tbaa !5
+  %284 = zext <16 x i16> %283 to <16 x i32>
+  %285 = shl nuw <16 x i32> %284, splat (i32 16)
+  %286 = bitcast <16 x i32> %285 to <16 x float>
+  %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %259, <16 x float> %286, <16 x float> %252)
+  %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %270, <16 x float> %286, <16 x float> %253)
+  %289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %275, <16 x float> %286, <16 x float> %254)
+  %290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %280, <16 x float> %286, <16 x float> %255)
+  %291 = getelementptr inbounds nuw i8, ptr %116, i64 20
+  %292 = load float, ptr %291, align 4, !tbaa !5
+  %293 = insertelement <16 x float> poison, float %292, i64 0
+  %294 = shufflevector <16 x float> %293, <16 x float> poison, <16 x i32> zeroinitializer
+  %295 = getelementptr inbounds nuw i8, ptr %120, i64 40
+  %296 = load i64, ptr %295, align 8, !tbaa !5
+  %gep188.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %296
+  %297 = load <16 x i16>, ptr %gep188.us.us.i, align 2, !tbaa !5
+  %298 = zext <16 x i16> %297 to <16 x i32>
+  %299 = shl nuw <16 x i32> %298, splat (i32 16)
+  %300 = bitcast <16 x i32> %299 to <16 x float>
+  %301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %300, <16 x float> %266)
+  %302 = getelementptr inbounds nuw i8, ptr %116, i64 532
+  %303 = load float, ptr %302, align 4, !tbaa !5
+  %304 = insertelement <16 x float> poison, float %303, i64 0
+  %305 = shufflevector <16 x float> %304, <16 x float> poison, <16 x i32> zeroinitializer
+  %306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %300, <16 x float> %271)
+  %307 = getelementptr inbounds nuw i8, ptr %116, i64 1044
+  %308 = load float, ptr %307, align 4, !tbaa !5
+  %309 = insertelement <16 x float> poison, float %308, i64 0
+  %310 = shufflevector <16 x float> %309, <16 x float> poison, <16 x i32> zeroinitializer
+  %311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %300, <16 x float> %276)
+  %312 = getelementptr inbounds nuw i8, ptr %116, i64 1556
+  %313 = load float, ptr %312, align 4, !tbaa !5
+  %314 = insertelement <16 x float> poison, float %313, i64 0
+  %315 = shufflevector <16 x float> %314, <16 x float> poison, <16 x i32> zeroinitializer
+  %316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %315, <16 x float> %300, <16 x float> %281)
+  %317 = getelementptr i8, ptr %gep188.us.us.i, i64 32
+  %318 = load <16 x i16>, ptr %317, align 2, !tbaa !5
+  %319 = zext <16 x i16> %318 to <16 x i32>
+  %320 = shl nuw <16 x i32> %319, splat (i32 16)
+  %321 = bitcast <16 x i32> %320 to <16 x float>
+  %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %321, <16 x float> %287)
+  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %321, <16 x float> %288)
+  %324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %321, <16 x float> %289)
+  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %315, <16 x float> %321, <16 x float> %290)
+  %326 = getelementptr inbounds nuw i8, ptr %116, i64 24
+  %327 = load float, ptr %326, align 8, !tbaa !5
+  %328 = insertelement <16 x float> poison, float %327, i64 0
+  %329 = shufflevector <16 x float> %328, <16 x float> poison, <16 x i32> zeroinitializer
+  %330 = getelementptr inbounds nuw i8, ptr %120, i64 48
+  %331 = load i64, ptr %330, align 8, !tbaa !5
+  %gep192.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %331
+  %332 = load <16 x i16>, ptr %gep192.us.us.i, align 2, !tbaa !5
+  %333 = zext <16 x i16> %332 to <16 x i32>
+  %334 = shl nuw <16 x i32> %333, splat (i32 16)
+  %335 = bitcast <16 x i32> %334 to <16 x float>
+  %336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %335, <16 x float> %301)
+  %337 = getelementptr inbounds nuw i8, ptr %116, i64 536
+  %338 = load float, ptr %337, align 8, !tbaa !5
+  %339 = insertelement <16 x float> poison, float %338, i64 0
+  %340 = shufflevector <16 x float> %339, <16 x float> poison, <16 x i32> zeroinitializer
+  %341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %335, <16 x float> %306)
+  %342 = getelementptr inbounds nuw i8, ptr %116, i64 1048
+  %343 = load float, ptr %342, align 8, !tbaa !5
+  %344 = insertelement <16 x float> poison, float %343, i64 0
+  %345 = shufflevector <16 x float> %344, <16 x float> poison, <16 x i32> zeroinitializer
+  %346 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %335, <16 x float> %311)
+  %347 = getelementptr inbounds nuw i8, ptr %116, i64 1560
+  %348 = load float, ptr %347, align 8, !tbaa !5
+  %349 = insertelement <16 x float> poison, float %348, i64 0
+  %350 = shufflevector <16 x float> %349, <16 x float> poison, <16 x i32> zeroinitializer
+  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %335, <16 x float> %316)
+  %352 = getelementptr i8, ptr %gep192.us.us.i, i64 32
+  %353 = load <16 x i16>, ptr %352, align 2, !tbaa !5
+  %354 = zext <16 x i16> %353 to <16 x i32>
+  %355 = shl nuw <16 x i32> %354, splat (i32 16)
+  %356 = bitcast <16 x i32> %355 to <16 x float>
+  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %356, <16 x float> %322)
+  %358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %356, <16 x float> %323)
+  %359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %356, <16 x float> %324)
+  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %356, <16 x float> %325)
+  %361 = getelementptr inbounds nuw i8, ptr %116, i64 28
+  %362 = load float, ptr %361, align 4, !tbaa !5
+  %363 = insertelement <16 x float> poison, float %362, i64 0
+  %364 = shufflevector <16 x float> %363, <16 x float> poison, <16 x i32> zeroinitializer
+  %365 = getelementptr inbounds nuw i8, ptr %120, i64 56
+  %366 = load i64, ptr %365, align 8, !tbaa !5
+  %gep196.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %366
+  %367 = load <16 x i16>, ptr %gep196.us.us.i, align 2, !tbaa !5
+  %368 = zext <16 x i16> %367 to <16 x i32>
+  %369 = shl nuw <16 x i32> %368, splat (i32 16)
+  %370 = bitcast <16 x i32> %369 to <16 x float>
+  %371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %370, <16 x float> %336)
+  %372 = getelementptr inbounds nuw i8, ptr %116, i64 540
+  %373 = load float, ptr %372, align 4, !tbaa !5
+  %374 = insertelement <16 x float> poison, float %373, i64 0
+  %375 = shufflevector <16 x float> %374, <16 x float> poison, <16 x i32> zeroinitializer
+  %376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %375, <16 x float> %370, <16 x float> %341)
+  %377 = getelementptr inbounds nuw i8, ptr %116, i64 1052
+  %378 = load float, ptr %377, align 4, !tbaa !5
+  %379 = insertelement <16 x float> poison, float %378, i64 0
+  %380 = shufflevector <16 x float> %379, <16 x float> poison, <16 x i32> zeroinitializer
+  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %380, <16 x float> %370, <16 x float> %346)
+  %382 = getelementptr inbounds nuw i8, ptr %116, i64 1564
+  %383 = load float, ptr %382, align 4, !tbaa !5
+  %384 = insertelement <16 x float> poison, float %383, i64 0
+  %385 = shufflevector <16 x float> %384, <16 x float> poison, <16 x i32> zeroinitializer
+  %386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %385, <16 x float> %370, <16 x float> %351)
+  %387 = getelementptr i8, ptr %gep196.us.us.i, i64 32
+  %388 = load <16 x i16>, ptr %387, align 2, !tbaa !5
+  %389 = zext <16 x i16> %388 to <16 x i32>
+  %390 = shl nuw <16 x i32> %389, splat (i32 16)
+  %391 = bitcast <16 x i32> %390 to <16 x float>
+  %392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %391, <16 x float> %357)
+  %393 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %375, <16 x float> %391, <16 x float> %358)
+  %394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %380, <16 x float> %391, <16 x float> %359)
+  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %385, <16 x float> %391, <16 x float> %360)
+  %396 = getelementptr inbounds nuw i8, ptr %116, i64 32
+  %397 = load float, ptr %396, align 32, !tbaa !5
+  %398 = insertelement <16 x float> poison, float %397, i64 0
+  %399 = shufflevector <16 x float> %398, <16 x float> poison, <16 x i32> zeroinitializer
+  %400 = getelementptr inbounds nuw i8, ptr %120, i64 64
+  %401 = load i64, ptr %400, align 8, !tbaa !5
+  %gep200.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %401
+  %402 = load <16 x i16>, ptr %gep200.us.us.i, align 2, !tbaa !5
+  %403 = zext <16 x i16> %402 to <16 x i32>
+  %404 = shl nuw <16 x i32> %403, splat (i32 16)
+  %405 = bitcast <16 x i32> %404 to <16 x float>
+  %406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %399, <16 x float> %405, <16 x float> %371)
+  %407 = getelementptr inbounds nuw i8, ptr %116, i64 544
+  %408 = load float, ptr %407, align 32, !tbaa !5
+  %409 = insertelement <16 x float> poison, float %408, i64 0
+  %410 = shufflevector <16 x float> %409, <16 x float> poison, <16 x i32> zeroinitializer
+  %411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %405, <16 x float> %376)
+  %412 = getelementptr inbounds nuw i8, ptr %116, i64 1056
+  %413 = load float, ptr %412, align 32, !tbaa !5
+  %414 = insertelement <16 x float> poison, float %413, i64 0
+  %415 = shufflevector <16 x float> %414, <16 x float> poison, <16 x i32> zeroinitializer
+  %416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %405, <16 x float> %381)
+  %417 = getelementptr inbounds nuw i8, ptr %116, i64 1568
+  %418 = load float, ptr %417, align 32, !tbaa !5
+  %419 = insertelement <16 x float> poison, float %418, i64 0
+  %420 = shufflevector <16 x float> %419, <16 x float> poison, <16 x i32> zeroinitializer
+  %421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %405, <16 x float> %386)
+  %422 = getelementptr i8, ptr %gep200.us.us.i, i64 32
+  %423 = load <16 x i16>, ptr %422, align 2, !tbaa !5
+  %424 = zext <16 x i16> %423 to <16 x i32>
+  %425 = shl nuw <16 x i32> %424, splat (i32 16)
+  %426 = bitcast <16 x i32> %425 to <16 x float>
+  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %399, <16 x float> %426, <16 x float> %392)
+  %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %426, <16 x float> %393)
+  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %426, <16 x float> %394)
+  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %426, <16 x float> %395)
+  %431 = getelementptr inbounds nuw i8, ptr %116, i64 36
+  %432 = load float, ptr %431, align 4, !tbaa !5
   %433 = insertelement <16 x float> poison, float %432, i64 0
   %434 = shufflevector <16 x float> %433, <16 x float> poison, <16 x i32> zeroinitializer
-  %435 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %434, <16 x float> %404, <16 x float> %389)
-  %436 = getelementptr inbounds nuw i8, ptr %119, i64 3608
-  %437 = load float, ptr %436, align 8, !tbaa !5
-  %438 = insertelement <16 x float> poison, float %437, i64 0
-  %439 = shufflevector <16 x float> %438, <16 x float> poison, <16 x i32> zeroinitializer
-  %440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %439, <16 x float> %404, <16 x float> %394)
-  %441 = getelementptr inbounds nuw i8, ptr %119, i64 28
-  %442 = load float, ptr %441, align 4, !tbaa !5
-  %443 = insertelement <16 x float> poison, float %442, i64 0
-  %444 = shufflevector <16 x float> %443, <16 x float> poison, <16 x i32> zeroinitializer
-  %445 = getelementptr inbounds nuw i8, ptr %123, i64 56
-  %446 = load i64, ptr %445, align 8, !tbaa !5
-  %gep196.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %446
-  %447 = load <16 x i16>, ptr %gep196.us.us.i, align 2, !tbaa !5
-  %448 = zext <16 x i16> %447 to <16 x i32>
-  %449 = shl nuw <16 x i32> %448, splat (i32 16)
-  %450 = bitcast <16 x i32> %449 to <16 x float>
-  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %444, <16 x float> %450, <16 x float> %405)
-  %452 = getelementptr inbounds nuw i8, ptr %119, i64 540
+  %435 = getelementptr inbounds nuw i8, ptr %120, i64 72
+  %436 = load i64, ptr %435, align 8, !tbaa !5
+  %gep204.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %436
+  %437 = load <16 x i16>, ptr %gep204.us.us.i, align 2, !tbaa !5
+  %438 = zext <16 x i16> %437 to <16 x i32>
+  %439 = shl nuw <16 x i32> %438, splat (i32 16)
+  %440 = bitcast <16 x i32> %439 to <16 x float>
+  %441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %434, <16 x float> %440, <16 x float> %406)
+  %442 = getelementptr inbounds nuw i8, ptr %116, i64 548
+  %443 = load float, ptr %442, align 4, !tbaa !5
+  %444 = insertelement <16 x float> poison, float %443, i64 0
+  %445 = shufflevector <16 x float> %444, <16 x float> poison, <16 x i32> zeroinitializer
+  %446 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %440, <16 x float> %411)
+  %447 = getelementptr inbounds nuw i8, ptr %116, i64 1060
+  %448 = load float, ptr %447, align 4, !tbaa !5
+  %449 = insertelement <16 x float> poison, float %448, i64 0
+  %450 = shufflevector <16 x float> %449, <16 x float> poison, <16 x i32> zeroinitializer
+  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %450, <16 x float> %440, <16 x float> %416)
+  %452 = getelementptr inbounds nuw i8, ptr %116, i64 1572
   %453 = load float, ptr %452, align 4, !tbaa !5
   %454 = insertelement <16 x float> poison, float %453, i64 0
   %455 = shufflevector <16 x float> %454, <16 x float> poison, <16 x i32> zeroinitializer
-  %456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %455, <16 x float> %450, <16 x float> %410)
-  %457 = getelementptr inbounds nuw i8, ptr %119, i64 1052
-  %458 = load float, ptr %457, align 4, !tbaa !5
-  %459 = insertelement <16 x float> poison, float %458, i64 0
-  %460 = shufflevector <16 x float> %459, <16 x float> poison, <16 x i32> zeroinitializer
-  %461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %460, <16 x float> %450, <16 x float> %415)
-  %462 = getelementptr inbounds nuw i8, ptr %119, i64 1564
-  %463 = load float, ptr %462, align 4, !tbaa !5
-  %464 = insertelement <16 x float> poison, float %463, i64 0
-  %465 = shufflevector <16 x float> %464, <16 x float> poison, <16 x i32> zeroinitializer
-  %466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %465, <16 x float> %450, <16 x float> %420)
-  %467 = getelementptr inbounds nuw i8, ptr %119, i64 2076
-  %468 = load float, ptr %467, align 4, !tbaa !5
-  %469 = insertelement <16 x float> poison, float %468, i64 0
-  %470 = shufflevector <16 x float> %469, <16 x float> poison, <16 x i32> zeroinitializer
-  %471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %470, <16 x float> %450, <16 x float> %425)
-  %472 = getelementptr inbounds nuw i8, ptr %119, i64 2588
-  %473 = load float, ptr %472, align 4, !tbaa !5
-  %474 = insertelement <16 x float> poison, float %473, i64 0
-  %475 = shufflevector <16 x float> %474, <16 x float> poison, <16 x i32> zeroinitializer
-  %476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %475, <16 x float> %450, <16 x float> %430)
-  %477 = getelementptr inbounds nuw i8, ptr %119, i64 3100
-  %478 = load float, ptr %477, align 4, !tbaa !5
+  %456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %455, <16 x float> %440, <16 x float> %421)
+  %457 = getelementptr i8, ptr %gep204.us.us.i, i64 32
+  %458 = load <16 x i16>, ptr %457, align 2, !tbaa !5
+  %459 = zext <16 x i16> %458 to <16 x i32>
+  %460 = shl nuw <16 x i32> %459, splat (i32 16)
+  %461 = bitcast <16 x i32> %460 to <16 x float>
+  %462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %434, <16 x float> %461, <16 x float> %427)
+  %463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %461, <16 x float> %428)
+  %464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %450, <16 x float> %461, <16 x float> %429)
+  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %455, <16 x float> %461, <16 x float> %430)
+  %466 = getelementptr inbounds nuw i8, ptr %116, i64 40
+  %467 = load float, ptr %466, align 8, !tbaa !5
+  %468 = insertelement <16 x float> poison, float %467, i64 0
+  %469 = shufflevector <16 x float> %468, <16 x float> poison, <16 x i32> zeroinitializer
+  %470 = getelementptr inbounds nuw i8, ptr %120, i64 80
+  %471 = load i64, ptr %470, align 8, !tbaa !5
+  %gep208.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %471
+  %472 = load <16 x i16>, ptr %gep208.us.us.i, align 2, !tbaa !5
+  %473 = zext <16 x i16> %472 to <16 x i32>
+  %474 = shl nuw <16 x i32> %473, splat (i32 16)
+  %475 = bitcast <16 x i32> %474 to <16 x float>
+  %476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %469, <16 x float> %475, <16 x float> %441)
+  %477 = getelementptr inbounds nuw i8, ptr %116, i64 552
+  %478 = load float, ptr %477, align 8, !tbaa !5
   %479 = insertelement <16 x float> poison, float %478, i64 0
   %480 = shufflevector <16 x float> %479, <16 x float> poison, <16 x i32> zeroinitializer
-  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %480, <16 x float> %450, <16 x float> %435)
-  %482 = getelementptr inbounds nuw i8, ptr %119, i64 3612
-  %483 = load float, ptr %482, align 4, !tbaa !5
+  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %480, <16 x float> %475, <16 x float> %446)
+  %482 = getelementptr inbounds nuw i8, ptr %116, i64 1064
+  %483 = load float, ptr %482, align 8, !tbaa !5
   %484 = insertelement <16 x float> poison, float %483, i64 0
   %485 = shufflevector <16 x float> %484, <16 x float> poison, <16 x i32> zeroinitializer
-  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %485, <16 x float> %450, <16 x float> %440)
-  %487 = getelementptr inbounds nuw i8, ptr %119, i64 32
-  %488 = load float, ptr %487, align 32, !tbaa !5
+  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %485, <16 x float> %475, <16 x float> %451)
+  %487 = getelementptr inbounds nuw i8, ptr %116, i64 1576
+  %488 = load float, ptr %487, align 8, !tbaa !5
   %489 = insertelement <16 x float> poison, float %488, i64 0
   %490 = shufflevector <16 x float> %489, <16 x float> poison, <16 x i32> zeroinitializer
-  %491 = getelementptr inbounds nuw i8, ptr %123, i64 64
-  %492 = load i64, ptr %491, align 8, !tbaa !5
-  %gep200.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %492
-  %493 = load <16 x i16>, ptr %gep200.us.us.i, align 2, !tbaa !5
+  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %490, <16 x float> %475, <16 x float> %456)
+  %492 = getelementptr i8, ptr %gep208.us.us.i, i64 32
+  %493 = load <16 x i16>, ptr %492, align 2, !tbaa !5
   %494 = zext <16 x i16> %493 to <16 x i32>
   %495 = shl nuw <16 x i32> %494, splat (i32 16)
   %496 = bitcast <16 x i32> %495 to <16 x float>
-  %497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %490, <16 x float> %496, <16 x float> %451)
-  %498 = getelementptr inbounds nuw i8, ptr %119, i64 544
-  %499 = load float, ptr %498, align 32, !tbaa !5
-  %500 = insertelement <16 x float> poison, float %499, i64 0
-  %501 = shufflevector <16 x float> %500, <16 x float> poison, <16 x i32> zeroinitializer
-  %502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %501, <16 x float> %496, <16 x float> %456)
-  %503 = getelementptr inbounds nuw i8, ptr %119, i64 1056
-  %504 = load float, ptr %503, align 32, !tbaa !5
-  %505 = insertelement <16 x float> poison, float %504, i64 0
-  %506 = shufflevector <16 x float> %505, <16 x float> poison, <16 x i32> zeroinitializer
-  %507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %506, <16 x float> %496, <16 x float> %461)
-  %508 = getelementptr inbounds nuw i8, ptr %119, i64 1568
-  %509 = load float, ptr %508, align 32, !tbaa !5
-  %510 = insertelement <16 x float> poison, float %509, i64 0
-  %511 = shufflevector <16 x float> %510, <16 x float> poison, <16 x i32> zeroinitializer
-  %512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %511, <16 x float> %496, <16 x float> %466)
-  %513 = getelementptr inbounds nuw i8, ptr %119, i64 2080
-  %514 = load float, ptr %513, align 32, !tbaa !5
-  %515 = insertelement <16 x float> poison, float %514, i64 0
-  %516 = shufflevector <16 x float> %515, <16 x float> poison, <16 x i32> zeroinitializer
-  %517 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %516, <16 x float> %496, <16 x float> %471)
-  %518 = getelementptr inbounds nuw i8, ptr %119, i64 2592
-  %519 = load float, ptr %518, align 32, !tbaa !5
-  %520 = insertelement <16 x float> poison, float %519, i64 0
-  %521 = shufflevector <16 x float> %520, <16 x float> poison, <16 x i32> zeroinitializer
-  %522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %521, <16 x float> %496, <16 x float> %476)
-  %523 = getelementptr inbounds nuw i8, ptr %119, i64 3104
-  %524 = load float, ptr %523, align 32, !tbaa !5
-  %525 = insertelement <16 x float> poison, float %524, i64 0
-  %526 = shufflevector <16 x float> %525, <16 x float> poison, <16 x i32> zeroinitializer
-  %527 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %526, <16 x float> %496, <16 x float> %481)
-  %528 = getelementptr inbounds nuw i8, ptr %119, i64 3616
-  %529 = load float, ptr %528, align 32, !tbaa !5
-  %530 = insertelement <16 x float> poison, float %529, i64 0
-  %531 = shufflevector <16 x float> %530, <16 x float> poison, <16 x i32> zeroinitializer
-  %532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %531, <16 x float> %496, <16 x float> %486)
-  %533 = getelementptr inbounds nuw i8, ptr %119, i64 36
-  %534 = load float, ptr %533, align 4, !tbaa !5
-  %535 = insertelement <16 x float> poison, float %534, i64 0
-  %536 = shufflevector <16 x float> %535, <16 x float> poison, <16 x i32> zeroinitializer
-  %537 = getelementptr inbounds nuw i8, ptr %123, i64 72
-  %538 = load i64, ptr %537, align 8, !tbaa !5
-  %gep204.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %538
-  %539 = load <16 x i16>, ptr %gep204.us.us.i, align 2, !tbaa !5
-  %540 = zext <16 x i16> %539 to <16 x i32>
-  %541 = shl nuw <16 x i32> %540, splat (i32 16)
-  %542 = bitcast <16 x i32> %541 to <16 x float>
-  %543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %536, <16 x float> %542, <16 x float> %497)
-  %544 = getelementptr inbounds nuw i8, ptr %119, i64 548
-  %545 = load float, ptr %544, align 4, !tbaa !5
-  %546 = insertelement <16 x float> poison, float %545, i64 0
-  %547 = shufflevector <16 x float> %546, <16 x float> poison, <16 x i32> zeroinitializer
-  %548 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %547, <16 x float> %542, <16 x float> %502)
-  %549 = getelementptr inbounds nuw i8, ptr %119, i64 1060
-  %550 = load float, ptr %549, align 4, !tbaa !5
-  %551 = insertelement <16 x float> poison, float %550, i64 0
-  %552 = shufflevector <16 x float> %551, <16 x float> poison, <16 x i32> zeroinitializer
-  %553 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %552, <16 x float> %542, <16 x float> %507)
-  %554 = getelementptr inbounds nuw i8, ptr %119, i64 1572
-  %555 = load float, ptr %554, align 4, !tbaa !5
-  %556 = insertelement <16 x float> poison, float %555, i64 0
-  %557 = shufflevector <16 x float> %556, <16 x float> poison, <16 x i32> zeroinitializer
-  %558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %557, <16 x float> %542, <16 x float> %512)
-  %559 = getelementptr inbounds nuw i8, ptr %119, i64 2084
-  %560 = load float, ptr %559, align 4, !tbaa !5
-  %561 = insertelement <16 x float> poison, float %560, i64 0
-  %562 = shufflevector <16 x float> %561, <16 x float> poison, <16 x i32> zeroinitializer
-  %563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %562, <16 x float> %542, <16 x float> %517)
-  %564 = getelementptr inbounds nuw i8, ptr %119, i64 2596
-  %565 = load float, ptr %564, align 4, !tbaa !5
-  %566 = insertelement <16 x float> poison, float %565, i64 0
-  %567 = shufflevector <16 x float> %566, <16 x float> poison, <16 x i32> zeroinitializer
-  %568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %567, <16 x float> %542, <16 x float> %522)
-  %569 = getelementptr inbounds nuw i8, ptr %119, i64 3108
-  %570 = load float, ptr %569, align 4, !tbaa !5
-  %571 = insertelement <16 x float> poison, float %570, i64 0
-  %572 = shufflevector <16 x float> %571, <16 x float> poison, <16 x i32> zeroinitializer
-  %573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %572, <16 x float> %542, <16 x float> %527)
-  %574 = getelementptr inbounds nuw i8, ptr %119, i64 3620
-  %575 = load float, ptr %574, align 4, !tbaa !5
-  %576 = insertelement <16 x float> poison, float %575, i64 0
-  %577 = shufflevector <16 x float> %576, <16 x float> poison, <16 x i32> zeroinitializer
-  %578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %577, <16 x float> %542, <16 x float> %532)
-  %579 = getelementptr inbounds nuw i8, ptr %119, i64 40
-  %580 = load float, ptr %579, align 8, !tbaa !5
-  %581 = insertelement <16 x float> poison, float %580, i64 0
-  %582 = shufflevector <16 x float> %581, <16 x float> poison, <16 x i32> zeroinitializer
-  %583 = getelementptr inbounds nuw i8, ptr %123, i64 80
-  %584 = load i64, ptr %583, align 8, !tbaa !5
-  %gep208.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %584
-  %585 = load <16 x i16>, ptr %gep208.us.us.i, align 2, !tbaa !5
-  %586 = zext <16 x i16> %585 to <16 x i32>
-  %587 = shl nuw <16 x i32> %586, splat (i32 16)
-  %588 = bitcast <16 x i32> %587 to <16 x float>
-  %589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %582, <16 x float> %588, <16 x float> %543)
-  %590 = getelementptr inbounds nuw i8, ptr %119, i64 552
-  %591 = load float, ptr %590, align 8, !tbaa !5
-  %592 = insertelement <16 x float> poison, float %591, i64 0
-  %593 = shufflevector <16 x float> %592, <16 x float> poison, <16 x i32> zeroinitializer
-  %594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %593, <16 x float> %588, <16 x float> %548)
-  %595 = getelementptr inbounds nuw i8, ptr %119, i64 1064
-  %596 = load float, ptr %595, align 8, !tbaa !5
-  %597 = insertelement <16 x float> poison, float %596, i64 0
-  %598 = shufflevector <16 x float> %597, <16 x float> poison, <16 x i32> zeroinitializer
-  %599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %598, <16 x float> %588, <16 x float> %553)
-  %600 = getelementptr inbounds nuw i8, ptr %119, i64 1576
-  %601 = load float, ptr %600, align 8, !tbaa !5
-  %602 = insertelement <16 x float> poison, float %601, i64 0
-  %603 = shufflevector <16 x float> %602, <16 x float> poison, <16 x i32> zeroinitializer
-  %604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %603, <16 x float> %588, <16 x float> %558)
-  %605 = getelementptr inbounds nuw i8, ptr %119, i64 2088
-  %606 = load float, ptr %605, align 8, !tbaa !5
-  %607 = insertelement <16 x float> poison, float %606, i64 0
-  %608 = shufflevector <16 x float> %607, <16 x float> poison, <16 x i32> zeroinitializer
-  %609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %608, <16 x float> %588, <16 x float> %563)
-  %610 = getelementptr inbounds nuw i8, ptr %119, i64 2600
-  %611 = load float, ptr %610, align 8, !tbaa !5
-  %612 = insertelement <16 x float> poison, float %611, i64 0
-  %613 = shufflevector <16 x float> %612, <16 x float> poison, <16 x i32> zeroinitializer
-  %614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %613, <16 x float> %588, <16 x float> %568)
-  %615 = getelementptr inbounds nuw i8, ptr %119, i64 3112
-  %616 = load float, ptr %615, align 8, !tbaa !5
-  %617 = insertelement <16 x float> poison, float %616, i64 0
-  %618 = shufflevector <16 x float> %617, <16 x float> poison, <16 x i32> zeroinitializer
-  %619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %618, <16 x float> %588, <16 x float> %573)
-  %620 = getelementptr inbounds nuw i8, ptr %119, i64 3624
-  %621 = load float, ptr %620, align 8, !tbaa !5
-  %622 = insertelement <16 x float> poison, float %621, i64 0
-  %623 = shufflevector <16 x float> %622, <16 x float> poison, <16 x i32> zeroinitializer
-  %624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %623, <16 x float> %588, <16 x float> %578)
-  %625 = getelementptr inbounds nuw i8, ptr %119, i64 44
-  %626 = load float, ptr %625, align 4, !tbaa !5
-  %627 = insertelement <16 x float> poison, float %626, i64 0
-  %628 = shufflevector <16 x float> %627, <16 x float> poison, <16 x i32> zeroinitializer
-  %629 = getelementptr inbounds nuw i8, ptr %123, i64 88
-  %630 = load i64, ptr %629, align 8, !tbaa !5
-  %gep212.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %630
-  %631 = load <16 x i16>, ptr %gep212.us.us.i, align 2, !tbaa !5
-  %632 = zext <16 x i16> %631 to <16 x i32>
-  %633 = shl nuw <16 x i32> %632, splat (i32 16)
-  %634 = bitcast <16 x i32> %633 to <16 x float>
-  %635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %628, <16 x float> %634, <16 x float> %589)
-  %636 = getelementptr inbounds nuw i8, ptr %119, i64 556
-  %637 = load float, ptr %636, align 4, !tbaa !5
-  %638 = insertelement <16 x float> poison, float %637, i64 0
-  %639 = shufflevector <16 x float> %638, <16 x float> poison, <16 x i32> zeroinitializer
-  %640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %639, <16 x float> %634, <16 x float> %594)
-  %641 = getelementptr inbounds nuw i8, ptr %119, i64 1068
+  %497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %469, <16 x float> %496, <16 x float> %462)
+  %498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %480, <16 x float> %496, <16 x float> %463)
+  %499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %485, <16 x float> %496, <16 x float> %464)
+  %500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %490, <16 x float> %496, <16 x float> %465)
+  %501 = getelementptr inbounds nuw i8, ptr %116, i64 44
+  %502 = load float, ptr %501, align 4, !tbaa !5
+  %503 = insertelement <16 x float> poison, float %502, i64 0
+  %504 = shufflevector <16 x float> %503, <16 x float> poison, <16 x i32> zeroinitializer
+  %505 = getelementptr inbounds nuw i8, ptr %120, i64 88
+  %506 = load i64, ptr %505, align 8, !tbaa !5
+  %gep212.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %506
+  %507 = load <16 x i16>, ptr %gep212.us.us.i, align 2, !tbaa !5
+  %508 = zext <16 x i16> %507 to <16 x i32>
+  %509 = shl nuw <16 x i32> %508, splat (i32 16)
+  %510 = bitcast <16 x i32> %509 to <16 x float>
+  %511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %504, <16 x float> %510, <16 x float> %476)
+  %512 = getelementptr inbounds nuw i8, ptr %116, i64 556
+  %513 = load float, ptr %512, align 4, !tbaa !5
+  %514 = insertelement <16 x float> poison, float %513, i64 0
+  %515 = shufflevector <16 x float> %514, <16 x float> poison, <16 x i32> zeroinitializer
+  %516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %515, <16 x float> %510, <16 x float> %481)
+  %517 = getelementptr inbounds nuw i8, ptr %116, i64 1068
+  %518 = load float, ptr %517, align 4, !tbaa !5
+  %519 = insertelement <16 x float> poison, float %518, i64 0
+  %520 = shufflevector <16 x float> %519, <16 x float> poison, <16 x i32> zeroinitializer
+  %521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %520, <16 x float> %510, <16 x float> %486)
+  %522 = getelementptr inbounds nuw i8, ptr %116, i64 1580
+  %523 = load float, ptr %522, align 4, !tbaa !5
+  %524 = insertelement <16 x float> poison, float %523, i64 0
+  %525 = shufflevector <16 x float> %524, <16 x float> poison, <16 x i32> zeroinitializer
+  %526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %525, <16 x float> %510, <16 x float> %491)
+  %527 = getelementptr i8, ptr %gep212.us.us.i, i64 32
+  %528 = load <16 x i16>, ptr %527, align 2, !tbaa !5
+  %529 = zext <16 x i16> %528 to <16 x i32>
+  %530 = shl nuw <16 x i32> %529, splat (i32 16)
+  %531 = bitcast <16 x i32> %530 to <16 x float>
+  %532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %504, <16 x float> %531, <16 x float> %497)
+  %533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %515, <16 x float> %531, <16 x float> %498)
+  %534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %520, <16 x float> %531, <16 x float> %499)
+  %535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %525, <16 x float> %531, <16 x float> %500)
+  %536 = getelementptr inbounds nuw i8, ptr %116, i64 48
+  %537 = load float, ptr %536, align 16, !tbaa !5
+  %538 = insertelement <16 x float> poison, float %537, i64 0
+  %539 = shufflevector <16 x float> %538, <16 x float> poison, <16 x i32> zeroinitializer
+  %540 = getelementptr inbounds nuw i8, ptr %120, i64 96
+  %541 = load i64, ptr %540, align 8, !tbaa !5
+  %gep216.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %541
+  %542 = load <16 x i16>, ptr %gep216.us.us.i, align 2, !tbaa !5
+  %543 = zext <16 x i16> %542 to <16 x i32>
+  %544 = shl nuw <16 x i32> %543, splat (i32 16)
+  %545 = bitcast <16 x i32> %544 to <16 x float>
+  %546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %539, <16 x float> %545, <16 x float> %511)
+  %547 = getelementptr inbounds nuw i8, ptr %116, i64 560
+  %548 = load float, ptr %547, align 16, !tbaa !5
+  %549 = insertelement <16 x float> poison, float %548, i64 0
+  %550 = shufflevector <16 x float> %549, <16 x float> poison, <16 x i32> zeroinitializer
+  %551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %550, <16 x float> %545, <16 x float> %516)
+  %552 = getelementptr inbounds nuw i8, ptr %116, i64 1072
+  %553 = load float, ptr %552, align 16, !tbaa !5
+  %554 = insertelement <16 x float> poison, float %553, i64 0
+  %555 = shufflevector <16 x float> %554, <16 x float> poison, <16 x i32> zeroinitializer
+  %556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %555, <16 x float> %545, <16 x float> %521)
+  %557 = getelementptr inbounds nuw i8, ptr %116, i64 1584
+  %558 = load float, ptr %557, align 16, !tbaa !5
+  %559 = insertelement <16 x float> poison, float %558, i64 0
+  %560 = shufflevector <16 x float> %559, <16 x float> poison, <16 x i32> zeroinitializer
+  %561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %560, <16 x float> %545, <16 x float> %526)
+  %562 = getelementptr i8, ptr %gep216.us.us.i, i64 32
+  %563 = load <16 x i16>, ptr %562, align 2, !tbaa !5
+  %564 = zext <16 x i16> %563 to <16 x i32>
+  %565 = shl nuw <16 x i32> %564, splat (i32 16)
+  %566 = bitcast <16 x i32> %565 to <16 x float>
+  %567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %539, <16 x float> %566, <16 x float> %532)
+  %568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %550, <16 x float> %566, <16 x float> %533)
+  %569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %555, <16 x float> %566, <16 x float> %534)
+  %570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %560, <16 x float> %566, <16 x float> %535)
+  %571 = getelementptr inbounds nuw i8, ptr %116, i64 52
+  %572 = load float, ptr %571, align 4, !tbaa !5
+  %573 = insertelement <16 x float> poison, float %572, i64 0
+  %574 = shufflevector <16 x float> %573, <16 x float> poison, <16 x i32> zeroinitializer
+  %575 = getelementptr inbounds nuw i8, ptr %120, i64 104
+  %576 = load i64, ptr %575, align 8, !tbaa !5
+  %gep220.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %576
+  %577 = load <16 x i16>, ptr %gep220.us.us.i, align 2, !tbaa !5
+  %578 = zext <16 x i16> %577 to <16 x i32>
+  %579 = shl nuw <16 x i32> %578, splat (i32 16)
+  %580 = bitcast <16 x i32> %579 to <16 x float>
+  %581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %574, <16 x float> %580, <16 x float> %546)
+  %582 = getelementptr inbounds nuw i8, ptr %116, i64 564
+  %583 = load float, ptr %582, align 4, !tbaa !5
+  %584 = insertelement <16 x float> poison, float %583, i64 0
+  %585 = shufflevector <16 x float> %584, <16 x float> poison, <16 x i32> zeroinitializer
+  %586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %585, <16 x float> %580, <16 x float> %551)
+  %587 = getelementptr inbounds nuw i8, ptr %116, i64 1076
+  %588 = load float, ptr %587, align 4, !tbaa !5
+  %589 = insertelement <16 x float> poison, float %588, i64 0
+  %590 = shufflevector <16 x float> %589, <16 x float> poison, <16 x i32> zeroinitializer
+  %591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %590, <16 x float> %580, <16 x float> %556)
+  %592 = getelementptr inbounds nuw i8, ptr %116, i64 1588
+  %593 = load float, ptr %592, align 4, !tbaa !5
+  %594 = insertelement <16 x float> poison, float %593, i64 0
+  %595 = shufflevector <16 x float> %594, <16 x float> poison, <16 x i32> zeroinitializer
+  %596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %595, <16 x float> %580, <16 x float> %561)
+  %597 = getelementptr i8, ptr %gep220.us.us.i, i64 32
+  %598 = load <16 x i16>, ptr %597, align 2, !tbaa !5
+  %599 = zext <16 x i16> %598 to <16 x i32>
+  %600 = shl nuw <16 x i32> %599, splat (i32 16)
+  %601 = bitcast <16 x i32> %600 to <16 x float>
+  %602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %574, <16 x float> %601, <16 x float> %567)
+  %603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %585, <16 x float> %601, <16 x float> %568)
+  %604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %590, <16 x float> %601, <16 x float> %569)
+  %605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %595, <16 x float> %601, <16 x float> %570)
+  %606 = getelementptr inbounds nuw i8, ptr %116, i64 56
+  %607 = load float, ptr %606, align 8, !tbaa !5
+  %608 = insertelement <16 x float> poison, float %607, i64 0
+  %609 = shufflevector <16 x float> %608, <16 x float> poison, <16 x i32> zeroinitializer
+  %610 = getelementptr inbounds nuw i8, ptr %120, i64 112
+  %611 = load i64, ptr %610, align 8, !tbaa !5
+  %gep224.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %611
+  %612 = load <16 x i16>, ptr %gep224.us.us.i, align 2, !tbaa !5
+  %613 = zext <16 x i16> %612 to <16 x i32>
+  %614 = shl nuw <16 x i32> %613, splat (i32 16)
+  %615 = bitcast <16 x i32> %614 to <16 x float>
+  %616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %615, <16 x float> %581)
+  %617 = getelementptr inbounds nuw i8, ptr %116, i64 568
+  %618 = load float, ptr %617, align 8, !tbaa !5
+  %619 = insertelement <16 x float> poison, float %618, i64 0
+  %620 = shufflevector <16 x float> %619, <16 x float> poison, <16 x i32> zeroinitializer
+  %621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %615, <16 x float> %586)
+  %622 = getelementptr inbounds nuw i8, ptr %116, i64 1080
+  %623 = load float, ptr %622, align 8, !tbaa !5
+  %624 = insertelement <16 x float> poison, float %623, i64 0
+  %625 = shufflevector <16 x float> %624, <16 x float> poison, <16 x i32> zeroinitializer
+  %626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %625, <16 x float> %615, <16 x float> %591)
+  %627 = getelementptr inbounds nuw i8, ptr %116, i64 1592
+  %628 = load float, ptr %627, align 8, !tbaa !5
+  %629 = insertelement <16 x float> poison, float %628, i64 0
+  %630 = shufflevector <16 x float> %629, <16 x float> poison, <16 x i32> zeroinitializer
+  %631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %630, <16 x float> %615, <16 x float> %596)
+  %632 = getelementptr i8, ptr %gep224.us.us.i, i64 32
+  %633 = load <16 x i16>, ptr %632, align 2, !tbaa !5
+  %634 = zext <16 x i16> %633 to <16 x i32>
+  %635 = shl nuw <16 x i32> %634, splat (i32 16)
+  %636 = bitcast <16 x i32> %635 to <16 x float>
+  %637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %636, <16 x float> %602)
+  %638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %636, <16 x float> %603)
+  %639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %625, <16 x float> %636, <16 x float> %604)
+  %640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %630, <16 x float> %636, <16 x float> %605)
+  %641 = getelementptr inbounds nuw i8, ptr %116, i64 60
   %642 = load float, ptr %641, align 4, !tbaa !5
   %643 = insertelement <16 x float> poison, float %642, i64 0
   %644 = shufflevector <16 x float> %643, <16 x float> poison, <16 x i32> zeroinitializer
-  %645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %644, <16 x float> %634, <16 x float> %599)
-  %646 = getelementptr inbounds nuw i8, ptr %119, i64 1580
-  %647 = load float, ptr %646, align 4, !tbaa !5
-  %648 = insertelement <16 x float> poison, float %647, i64 0
-  %649 = shufflevector <16 x float> %648, <16 x float> poison, <16 x i32> zeroinitializer
-  %650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %649, <16 x float> %634, <16 x float> %604)
-  %651 = getelementptr inbounds nuw i8, ptr %119, i64 2092
-  %652 = load float, ptr %651, align 4, !tbaa !5
-  %653 = insertelement <16 x float> poison, float %652, i64 0
-  %654 = shufflevector <16 x float> %653, <16 x float> poison, <16 x i32> zeroinitializer
-  %655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %654, <16 x float> %634, <16 x float> %609)
-  %656 = getelementptr inbounds nuw i8, ptr %119, i64 2604
-  %657 = load float, ptr %656, align 4, !tbaa !5
-  %658 = insertelement <16 x float> poison, float %657, i64 0
-  %659 = shufflevector <16 x float> %658, <16 x float> poison, <16 x i32> zeroinitializer
-  %660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %659, <16 x float> %634, <16 x float> %614)
-  %661 = getelementptr inbounds nuw i8, ptr %119, i64 3116
-  %662 = load float, ptr %661, align 4, !tbaa !5
-  %663 = insertelement <16 x float> poison, float %662, i64 0
-  %664 = shufflevector <16 x float> %663, <16 x float> poison, <16 x i32> zeroinitializer
-  %665 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %664, <16 x float> %634, <16 x float> %619)
-  %666 = getelementptr inbounds nuw i8, ptr %119, i64 3628
-  %667 = load float, ptr %666, align 4, !tbaa !5
-  %668 = insertelement <16 x float> poison, float %667, i64 0
-  %669 = shufflevector <16 x float> %668, <16 x float> poison, <16 x i32> zeroinitializer
-  %670 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %669, <16 x float> %634, <16 x float> %624)
-  %671 = getelementptr inbounds nuw i8, ptr %119, i64 48
-  %672 = load float, ptr %671, align 16, !tbaa !5
-  %673 = insertelement <16 x float> poison, float %672, i64 0
-  %674 = shufflevector <16 x float> %673, <16 x float> poison, <16 x i32> zeroinitializer
-  %675 = getelementptr inbounds nuw i8, ptr %123, i64 96
-  %676 = load i64, ptr %675, align 8, !tbaa !5
-  %gep216.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %676
-  %677 = load <16 x i16>, ptr %gep216.us.us.i, align 2, !tbaa !5
-  %678 = zext <16 x i16> %677 to <16 x i32>
-  %679 = shl nuw <16 x i32> %678, splat (i32 16)
-  %680 = bitcast <16 x i32> %679 to <16 x float>
-  %681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %674, <16 x float> %680, <16 x float> %635)
-  %682 = getelementptr inbounds nuw i8, ptr %119, i64 560
-  %683 = load float, ptr %682, align 16, !tbaa !5
-  %684 = insertelement <16 x float> poison, float %683, i64 0
-  %685 = shufflevector <16 x float> %684, <16 x float> poison, <16 x i32> zeroinitializer
-  %686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %685, <16 x float> %680, <16 x float> %640)
-  %687 = getelementptr inbounds nuw i8, ptr %119, i64 1072
-  %688 = load float, ptr %687, align 16, !tbaa !5
-  %689 = insertelement <16 x float> poison, float %688, i64 0
-  %690 = shufflevector <16 x float> %689, <16 x float> poison, <16 x i32> zeroinitializer
-  %691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %690, <16 x float> %680, <16 x float> %645)
-  %692 = getelementptr inbounds nuw i8, ptr %119, i64 1584
-  %693 = load float, ptr %692, align 16, !tbaa !5
-  %694 = insertelement <16 x float> poison, float %693, i64 0
-  %695 = shufflevector <16 x float> %694, <16 x float> poison, <16 x i32> zeroinitializer
-  %696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %695, <16 x float> %680, <16 x float> %650)
-  %697 = getelementptr inbounds nuw i8, ptr %119, i64 2096
-  %698 = load float, ptr %697, align 16, !tbaa !5
-  %699 = insertelement <16 x float> poison, float %698, i64 0
-  %700 = shufflevector <16 x float> %699, <16 x float> poison, <16 x i32> zeroinitializer
-  %701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %700, <16 x float> %680, <16 x float> %655)
-  %702 = getelementptr inbounds nuw i8, ptr %119, i64 2608
-  %703 = load float, ptr %702, align 16, !tbaa !5
-  %704 = insertelement <16 x float> poison, float %703, i64 0
-  %705 = shufflevector <16 x float> %704, <16 x float> poison, <16 x i32> zeroinitializer
-  %706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %705, <16 x float> %680, <16 x float> %660)
-  %707 = getelementptr inbounds nuw i8, ptr %119, i64 3120
-  %708 = load float, ptr %707, align 16, !tbaa !5
-  %709 = insertelement <16 x float> poison, float %708, i64 0
-  %710 = shufflevector <16 x float> %709, <16 x float> poison, <16 x i32> zeroinitializer
-  %711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %710, <16 x float> %680, <16 x float> %665)
-  %712 = getelementptr inbounds nuw i8, ptr %119, i64 3632
-  %713 = load float, ptr %712, align 16, !tbaa !5
-  %714 = insertelement <16 x float> poison, float %713, i64 0
-  %715 = shufflevector <16 x float> %714, <16 x float> poison, <16 x i32> zeroinitializer
-  %716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %715, <16 x float> %680, <16 x float> %670)
-  %717 = getelementptr inbounds nuw i8, ptr %119, i64 52
-  %718 = load float, ptr %717, align 4, !tbaa !5
-  %719 = insertelement <16 x float> poison, float %718, i64 0
-  %720 = shufflevector <16 x float> %719, <16 x float> poison, <16 x i32> zeroinitializer
-  %721 = getelementptr inbounds nuw i8, ptr %123, i64 104
-  %722 = load i64, ptr %721, align 8, !tbaa !5
-  %gep220.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %722
-  %723 = load <16 x i16>, ptr %gep220.us.us.i, align 2, !tbaa !5
-  %724 = zext <16 x i16> %723 to <16 x i32>
-  %725 = shl nuw <16 x i32> %724, splat (i32 16)
-  %726 = bitcast <16 x i32> %725 to <16 x float>
-  %727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %720, <16 x float> %726, <16 x float> %681)
-  %728 = getelementptr inbounds nuw i8, ptr %119, i64 564
-  %729 = load float, ptr %728, align 4, !tbaa !5
-  %730 = insertelement <16 x float> poison, float %729, i64 0
-  %731 = shufflevector <16 x float> %730, <16 x float> poison, <16 x i32> zeroinitializer
-  %732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %731, <16 x float> %726, <16 x float> %686)
-  %733 = getelementptr inbounds nuw i8, ptr %119, i64 1076
-  %734 = load float, ptr %733, align 4, !tbaa !5
-  %735 = insertelement <16 x float> poison, float %734, i64 0
-  %736 = shufflevector <16 x float> %735, <16 x float> poison, <16 x i32> zeroinitializer
-  %737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %736, <16 x float> %726, <16 x float> %691)
-  %738 = getelementptr inbounds nuw i8, ptr %119, i64 1588
-  %739 = load float, ptr %738, align 4, !tbaa !5
-  %740 = insertelement <16 x float> poison, float %739, i64 0
-  %741 = shufflevector <16 x float> %740, <16 x float> poison, <16 x i32> zeroinitializer
-  %742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %741, <16 x float> %726, <16 x float> %696)
-  %743 = getelementptr inbounds nuw i8, ptr %119, i64 2100
-  %744 = load float, ptr %743, align 4, !tbaa !5
-  %745 = insertelement <16 x float> poison, float %744, i64 0
-  %746 = shufflevector <16 x float> %745, <16 x float> poison, <16 x i32> zeroinitializer
-  %747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %746, <16 x float> %726, <16 x float> %701)
-  %748 = getelementptr inbounds nuw i8, ptr %119, i64 2612
-  %749 = load float, ptr %748, align 4, !tbaa !5
-  %750 = insertelement <16 x float> poison, float %749, i64 0
-  %751 = shufflevector <16 x float> %750, <16 x float> poison, <16 x i32> zeroinitializer
-  %752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %751, <16 x float> %726, <16 x float> %706)
-  %753 = getelementptr inbounds nuw i8, ptr %119, i64 3124
-  %754 = load float, ptr %753, align 4, !tbaa !5
-  %755 = insertelement <16 x float> poison, float %754, i64 0
-  %756 = shufflevector <16 x float> %755, <16 x float> poison, <16 x i32> zeroinitializer
-  %757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %756, <16 x float> %726, <16 x float> %711)
-  %758 = getelementptr inbounds nuw i8, ptr %119, i64 3636
-  %759 = load float, ptr %758, align 4, !tbaa !5
-  %760 = insertelement <16 x float> poison, float %759, i64 0
-  %761 = shufflevector <16 x float> %760, <16 x float> poison, <16 x i32> zeroinitializer
-  %762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %761, <16 x float> %726, <16 x float> %716)
-  %763 = getelementptr inbounds nuw i8, ptr %119, i64 56
-  %764 = load float, ptr %763, align 8, !tbaa !5
-  %765 = insertelement <16 x float> poison, float %764, i64 0
-  %766 = shufflevector <16 x float> %765, <16 x float> poison, <16 x i32> zeroinitializer
-  %767 = getelementptr inbounds nuw i8, ptr %123, i64 112
-  %768 = load i64, ptr %767, align 8, !tbaa !5
-  %gep224.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %768
-  %769 = load <16 x i16>, ptr %gep224.us.us.i, align 2, !tbaa !5
-  %770 = zext <16 x i16> %769 to <16 x i32>
-  %771 = shl nuw <16 x i32> %770, splat (i32 16)
-  %772 = bitcast <16 x i32> %771 to <16 x float>
-  %773 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %766, <16 x float> %772, <16 x float> %727)
-  %774 = getelementptr inbounds nuw i8, ptr %119, i64 568
-  %775 = load float, ptr %774, align 8, !tbaa !5
-  %776 = insertelement <16 x float> poison, float %775, i64 0
-  %777 = shufflevector <16 x float> %776, <16 x float> poison, <16 x i32> zeroinitializer
-  %778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %777, <16 x float> %772, <16 x float> %732)
-  %779 = getelementptr inbounds nuw i8, ptr %119, i64 1080
-  %780 = load float, ptr %779, align 8, !tbaa !5
-  %781 = insertelement <16 x float> poison, float %780, i64 0
-  %782 = shufflevector <16 x float> %781, <16 x float> poison, <16 x i32> zeroinitializer
-  %783 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %782, <16 x float> %772, <16 x float> %737)
-  %784 = getelementptr inbounds nuw i8, ptr %119, i64 1592
-  %785 = load float, ptr %784, align 8, !tbaa !5
-  %786 = insertelement <16 x float> poison, float %785, i64 0
-  %787 = shufflevector <16 x float> %786, <16 x float> poison, <16 x i32> zeroinitializer
-  %788 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %787, <16 x float> %772, <16 x float> %742)
-  %789 = getelementptr inbounds nuw i8, ptr %119, i64 2104
-  %790 = load float, ptr %789, align 8, !tbaa !5
-  %791 = insertelement <16 x float> poison, float %790, i64 0
-  %792 = shufflevector <16 x float> %791, <16 x float> poison, <16 x i32> zeroinitializer
-  %793 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %792, <16 x float> %772, <16 x float> %747)
-  %794 = getelementptr inbounds nuw i8, ptr %119, i64 2616
-  %795 = load float, ptr %794, align 8, !tbaa !5
-  %796 = insertelement <16 x float> poison, float %795, i64 0
-  %797 = shufflevector <16 x float> %796, <16 x float> poison, <16 x i32> zeroinitializer
-  %798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %797, <16 x float> %772, <16 x float> %752)
-  %799 = getelementptr inbounds nuw i8, ptr %119, i64 3128
-  %800 = load float, ptr %799, align 8, !tbaa !5
-  %801 = insertelement <16 x float> poison, float %800, i64 0
-  %802 = shufflevector <16 x float> %801, <16 x float> poison, <16 x i32> zeroinitializer
-  %803 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %802, <16 x float> %772, <16 x float> %757)
-  %804 = getelementptr inbounds nuw i8, ptr %119, i64 3640
-  %805 = load float, ptr %804, align 8, !tbaa !5
-  %806 = insertelement <16 x float> poison, float %805, i64 0
-  %807 = shufflevector <16 x float> %806, <16 x float> poison, <16 x i32> zeroinitializer
-  %808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %807, <16 x float> %772, <16 x float> %762)
-  %809 = getelementptr inbounds nuw i8, ptr %119, i64 60
-  %810 = load float, ptr %809, align 4, !tbaa !5
-  %811 = insertelement <16 x float> poison, float %810, i64 0
-  %812 = shufflevector <16 x float> %811, <16 x float> poison, <16 x i32> zeroinitializer
-  %813 = getelementptr inbounds nuw i8, ptr %123, i64 120
-  %814 = load i64, ptr %813, align 8, !tbaa !5
-  %gep228.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %814
-  %815 = load <16 x i16>, ptr %gep228.us.us.i, align 2, !tbaa !5
-  %816 = zext <16 x i16> %815 to <16 x i32>
-  %817 = shl nuw <16 x i32> %816, splat (i32 16)
-  %818 = bitcast <16 x i32> %817 to <16 x float>
-  %819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %812, <16 x float> %818, <16 x float> %773)
-  %820 = getelementptr inbounds nuw i8, ptr %119, i64 572
-  %821 = load float, ptr %820, align 4, !tbaa !5
-  %822 = insertelement <16 x float> poison, float %821, i64 0
-  %823 = shufflevector <16 x float> %822, <16 x float> poison, <16 x i32> zeroinitializer
-  %824 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %823, <16 x float> %818, <16 x float> %778)
-  %825 = getelementptr inbounds nuw i8, ptr %119, i64 1084
-  %826 = load float, ptr %825, align 4, !tbaa !5
-  %827 = insertelement <16 x float> poison, float %826, i64 0
-  %828 = shufflevector <16 x float> %827, <16 x float> poison, <16 x i32> zeroinitializer
-  %829 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %828, <16 x float> %818, <16 x float> %783)
-  %830 = getelementptr inbounds nuw i8, ptr %119, i64 1596
-  %831 = load float, ptr %830, align 4, !tbaa !5
-  %832 = insertelement <16 x float> poison, float %831, i64 0
-  %833 = shufflevector <16 x float> %832, <16 x float> poison, <16 x i32> zeroinitializer
-  %834 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %833, <16 x float> %818, <16 x float> %788)
-  %835 = getelementptr inbounds nuw i8, ptr %119, i64 2108
-  %836 = load float, ptr %835, align 4, !tbaa !5
-  %837 = insertelement <16 x float> poison, float %836, i64 0
-  %838 = shufflevector <16 x float> %837, <16 x float> poison, <16 x i32> zeroinitializer
-  %839 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %838, <16 x float> %818, <16 x float> %793)
-  %840 = getelementptr inbounds nuw i8, ptr %119, i64 2620
-  %841 = load float, ptr %840, align 4, !tbaa !5
-  %842 = insertelement <16 x float> poison, float %841, i64 0
-  %843 = shufflevector <16 x float> %842, <16 x float> poison, <16 x i32> zeroinitializer
-  %844 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %843, <16 x float> %818, <16 x float> %798)
-  %845 = getelementptr inbounds nuw i8, ptr %119, i64 3132
-  %846 = load float, ptr %845, align 4, !tbaa !5
-  %847 = insertelement <16 x float> poison, float %846, i64 0
-  %848 = shufflevector <16 x float> %847, <16 x float> poison, <16 x i32> zeroinitializer
-  %849 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %848, <16 x float> %818, <16 x float> %803)
-  %850 = getelementptr inbounds nuw i8, ptr %119, i64 3644
-  %851 = load float, ptr %850, align 4, !tbaa !5
-  %852 = insertelement <16 x float> poison, float %851, i64 0
-  %853 = shufflevector <16 x float> %852, <16 x float> poison, <16 x i32> zeroinitializer
-  %854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %853, <16 x float> %818, <16 x float> %808)
+  %645 = getelementptr inbounds nuw i8, ptr %120, i64 120
+  %646 = load i64, ptr %645, align 8, !tbaa !5
+  %gep228.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %646
+  %647 = load <16 x i16>, ptr %gep228.us.us.i, align 2, !tbaa !5
+  %648 = zext <16 x i16> %647 to <16 x i32>
+  %649 = shl nuw <16 x i32> %648, splat (i32 16)
+  %650 = bitcast <16 x i32> %649 to <16 x float>
+  %651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %644, <16 x float> %650, <16 x float> %616)
+  %652 = getelementptr inbounds nuw i8, ptr %116, i64 572
+  %653 = load float, ptr %652, align 4, !tbaa !5
+  %654 = insertelement <16 x float> poison, float %653, i64 0
+  %655 = shufflevector <16 x float> %654, <16 x float> poison, <16 x i32> zeroinitializer
+  %656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %655, <16 x float> %650, <16 x float> %621)
+  %657 = getelementptr inbounds nuw i8, ptr %116, i64 1084
+  %658 = load float, ptr %657, align 4, !tbaa !5
+  %659 = insertelement <16 x float> poison, float %658, i64 0
+  %660 = shufflevector <16 x float> %659, <16 x float> poison, <16 x i32> zeroinitializer
+  %661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %650, <16 x float> %626)
+  %662 = getelementptr inbounds nuw i8, ptr %116, i64 1596
+  %663 = load float, ptr %662, align 4, !tbaa !5
+  %664 = insertelement <16 x float> poison, float %663, i64 0
+  %665 = shufflevector <16 x float> %664, <16 x float> poison, <16 x i32> zeroinitializer
+  %666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %665, <16 x float> %650, <16 x float> %631)
+  %667 = getelementptr i8, ptr %gep228.us.us.i, i64 32
+  %668 = load <16 x i16>, ptr %667, align 2, !tbaa !5
+  %669 = zext <16 x i16> %668 to <16 x i32>
+  %670 = shl nuw <16 x i32> %669, splat (i32 16)
+  %671 = bitcast <16 x i32> %670 to <16 x float>
+  %672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %644, <16 x float> %671, <16 x float> %637)
+  %673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %655, <16 x float> %671, <16 x float> %638)
+  %674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %671, <16 x float> %639)
+  %675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %665, <16 x float> %671, <16 x float> %640)
   %indvars.iv.next286.i = add nuw nsw i64 %indvars.iv285.i, 1
-  %exitcond290.not.i = icmp eq i64 %indvars.iv.next286.i, %wide.trip.count.i
+  %exitcond290.not.i = icmp eq i64 %indvars.iv.next286.i, %70
   br i1 %exitcond290.not.i, label %for_begin_to.for_end_to_crit_edge.us.us.i, label %if_end5.us.us.i, !prof !13
 
 for_begin_to.for_end_to_crit_edge.us.us.i:        ; preds = %if_end5.us.us.i
-  %gep351.i = getelementptr inbounds nuw float, ptr %invariant.gep350.i, i64 %75
-  store <16 x float> %819, ptr %gep351.i, align 4, !tbaa !5
-  %855 = getelementptr inbounds nuw i8, ptr %gep351.i, i64 512
-  store <16 x float> %824, ptr %855, align 4, !tbaa !5
-  %856 = getelementptr inbounds nuw i8, ptr %gep351.i, i64 1024
-  store <16 x float> %829, ptr %856, align 4, !tbaa !5
-  %857 = getelementptr inbounds nuw i8, ptr %gep351.i, i64 1536
-  store <16 x float> %834, ptr %857, align 4, !tbaa !5
-  %858 = getelementptr inbounds nuw i8, ptr %gep351.i, i64 2048
-  store <16 x float> %839, ptr %858, align 4, !tbaa !5
-  %859 = getelementptr inbounds nuw i8, ptr %gep351.i, i64 2560
-  store <16 x float> %844, ptr %859, align 4, !tbaa !5
-  %860 = getelementptr inbounds nuw i8, ptr %gep351.i, i64 3072
-  store <16 x float> %849, ptr %860, align 4, !tbaa !5
-  %861 = getelementptr inbounds nuw i8, ptr %gep351.i, i64 3584
-  store <16 x float> %854, ptr %861, align 4, !tbaa !5
+  %gep353.i = getelementptr inbounds nuw float, ptr %invariant.gep352.i, i64 %73
+  store <16 x float> %651, ptr %gep353.i, align 4, !tbaa !5
+  %676 = getelementptr inbounds nuw i8, ptr %gep353.i, i64 64
+  store <16 x float> %672, ptr %676, align 4, !tbaa !5
+  %677 = getelementptr inbounds nuw i8, ptr %gep353.i, i64 512
+  store <16 x float> %656, ptr %677, align 4, !tbaa !5
+  %678 = getelementptr inbounds nuw i8, ptr %gep353.i, i64 576
+  store <16 x float> %673, ptr %678, align 4, !tbaa !5
+  %679 = getelementptr inbounds nuw i8, ptr %gep353.i, i64 1024
+  store <16 x float> %661, ptr %679, align 4, !tbaa !5
+  %680 = getelementptr inbounds nuw i8, ptr %gep353.i, i64 1088
+  store <16 x float> %674, ptr %680, align 4, !tbaa !5
+  %681 = getelementptr inbounds nuw i8, ptr %gep353.i, i64 1536
+  store <16 x float> %666, ptr %681, align 4, !tbaa !5
+  %682 = getelementptr inbounds nuw i8, ptr %gep353.i, i64 1600
+  store <16 x float> %675, ptr %682, align 4, !tbaa !5
   %indvars.iv.next292.i = add nuw nsw i64 %indvars.iv291.i, 1
-  %exitcond295.not.i = icmp eq i64 %indvars.iv.next292.i, 8
-  br i1 %exitcond295.not.i, label %for_end_d_0.split.us.us.i, label %for_body_d_0.us.us.i, !prof !33
+  %exitcond296.not.i = icmp eq i64 %indvars.iv.next292.i, 4
+  br i1 %exitcond296.not.i, label %for_end_d_0.split.us.us.i, label %for_body_d_0.us.us.i, !prof !33
 
 for_end_d_0.split.us.us.i:                        ; preds = %for_begin_to.for_end_to_crit_edge.us.us.i
-  br i1 %72, label %for_begin_d_0.preheader.us.i, label %for_begin_r_init.preheader.i, !prof !79
+  %indvars.iv.next298.i = add nuw nsw i64 %indvars.iv297.i, 1
+  %exitcond301.not.i = icmp eq i64 %indvars.iv.next298.i, 4
+  br i1 %exitcond301.not.i, label %for_begin_r_init.preheader.i, label %for_begin_d_0.preheader.us.i, !prof !33
 
 for_begin_r_init.preheader.i:                     ; preds = %for_end_d_0.split.us.us.i, %for_begin_d_0.preheader.preheader.i
-  %862 = and i64 %71, 4294965248
-  %invariant.gep = getelementptr inbounds nuw float, ptr %tile_acc, i64 %862
+  %683 = and i64 %69, 4294965248
+  %invariant.gep = getelementptr inbounds nuw float, ptr %tile_acc, i64 %683
   br label %for_begin_d_0_init.preheader.i
 
 for_begin_d_0_init.preheader.i:                   ; preds = %for_begin_d_0_init.preheader.i, %for_begin_r_init.preheader.i
-  %indvars.iv316.i = phi i64 [ 0, %for_begin_r_init.preheader.i ], [ %indvars.iv.next317.i.1, %for_begin_d_0_init.preheader.i ]
-  %863 = shl nuw nsw i64 %indvars.iv316.i, 7
-  %864 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %863
-  %865 = load <16 x float>, ptr %864, align 4, !tbaa !5
-  %gep = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %863
-  store <16 x float> %865, ptr %gep, align 64, !tbaa !5
-  %866 = getelementptr inbounds nuw i8, ptr %864, i64 64
-  %867 = load <16 x float>, ptr %866, align 4, !tbaa !5
-  %868 = getelementptr inbounds nuw i8, ptr %gep, i64 64
-  store <16 x float> %867, ptr %868, align 64, !tbaa !5
-  %869 = getelementptr inbounds nuw i8, ptr %864, i64 128
-  %870 = load <16 x float>, ptr %869, align 4, !tbaa !5
-  %871 = getelementptr inbounds nuw i8, ptr %gep, i64 128
-  store <16 x float> %870, ptr %871, align 64, !tbaa !5
-  %872 = getelementptr inbounds nuw i8, ptr %864, i64 192
-  %873 = load <16 x float>, ptr %872, align 4, !tbaa !5
-  %874 = getelementptr inbounds nuw i8, ptr %gep, i64 192
-  store <16 x float> %873, ptr %874, align 64, !tbaa !5
-  %875 = getelementptr inbounds nuw i8, ptr %864, i64 256
-  %876 = load <16 x float>, ptr %875, align 4, !tbaa !5
-  %877 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  store <16 x float> %876, ptr %877, align 64, !tbaa !5
-  %878 = getelementptr inbounds nuw i8, ptr %864, i64 320
-  %879 = load <16 x float>, ptr %878, align 4, !tbaa !5
-  %880 = getelementptr inbounds nuw i8, ptr %gep, i64 320
-  store <16 x float> %879, ptr %880, align 64, !tbaa !5
-  %881 = getelementptr inbounds nuw i8, ptr %864, i64 384
-  %882 = load <16 x float>, ptr %881, align 4, !tbaa !5
-  %883 = getelementptr inbounds nuw i8, ptr %gep, i64 384
-  store <16 x float> %882, ptr %883, align 64, !tbaa !5
-  %884 = getelementptr inbounds nuw i8, ptr %864, i64 448
-  %885 = load <16 x float>, ptr %884, align 4, !tbaa !5
-  %886 = getelementptr inbounds nuw i8, ptr %gep, i64 448
-  store <16 x float> %885, ptr %886, align 64, !tbaa !5
-  %indvars.iv.next317.i = shl i64 %indvars.iv316.i, 7
-  %887 = or disjoint i64 %indvars.iv.next317.i, 128
-  %888 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %887
-  %889 = load <16 x float>, ptr %888, align 4, !tbaa !5
-  %gep.1 = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %887
-  store <16 x float> %889, ptr %gep.1, align 64, !tbaa !5
-  %890 = getelementptr inbounds nuw i8, ptr %888, i64 64
-  %891 = load <16 x float>, ptr %890, align 4, !tbaa !5
-  %892 = getelementptr inbounds nuw i8, ptr %gep.1, i64 64
-  store <16 x float> %891, ptr %892, align 64, !tbaa !5
-  %893 = getelementptr inbounds nuw i8, ptr %888, i64 128
-  %894 = load <16 x float>, ptr %893, align 4, !tbaa !5
-  %895 = getelementptr inbounds nuw i8, ptr %gep.1, i64 128
-  store <16 x float> %894, ptr %895, align 64, !tbaa !5
-  %896 = getelementptr inbounds nuw i8, ptr %888, i64 192
-  %897 = load <16 x float>, ptr %896, align 4, !tbaa !5
-  %898 = getelementptr inbounds nuw i8, ptr %gep.1, i64 192
-  store <16 x float> %897, ptr %898, align 64, !tbaa !5
-  %899 = getelementptr inbounds nuw i8, ptr %888, i64 256
-  %900 = load <16 x float>, ptr %899, align 4, !tbaa !5
-  %901 = getelementptr inbounds nuw i8, ptr %gep.1, i64 256
-  store <16 x float> %900, ptr %901, align 64, !tbaa !5
-  %902 = getelementptr inbounds nuw i8, ptr %888, i64 320
-  %903 = load <16 x float>, ptr %902, align 4, !tbaa !5
-  %904 = getelementptr inbounds nuw i8, ptr %gep.1, i64 320
-  store <16 x float> %903, ptr %904, align 64, !tbaa !5
-  %905 = getelementptr inbounds nuw i8, ptr %888, i64 384
-  %906 = load <16 x float>, ptr %905, align 4, !tbaa !5
-  %907 = getelementptr inbounds nuw i8, ptr %gep.1, i64 384
-  store <16 x float> %906, ptr %907, align 64, !tbaa !5
-  %908 = getelementptr inbounds nuw i8, ptr %888, i64 448
-  %909 = load <16 x float>, ptr %908, align 4, !tbaa !5
-  %910 = getelementptr inbounds nuw i8, ptr %gep.1, i64 448
-  store <16 x float> %909, ptr %910, align 64, !tbaa !5
-  %indvars.iv.next317.i.1 = add nuw nsw i64 %indvars.iv316.i, 2
-  %exitcond321.not.i.1 = icmp eq i64 %indvars.iv.next317.i.1, 16
-  br i1 %exitcond321.not.i.1, label %for_end_r_init.i, label %for_begin_d_0_init.preheader.i, !prof !33, !llvm.loop !80
+  %indvars.iv318.i = phi i64 [ 0, %for_begin_r_init.preheader.i ], [ %indvars.iv.next319.i.1, %for_begin_d_0_init.preheader.i ]
+  %684 = shl nuw nsw i64 %indvars.iv318.i, 7
+  %685 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %684
+  %686 = load <16 x float>, ptr %685, align 4, !tbaa !5
+  %gep = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %684
+  store <16 x float> %686, ptr %gep, align 64, !tbaa !5
+  %687 = getelementptr inbounds nuw i8, ptr %685, i64 64
+  %688 = load <16 x float>, ptr %687, align 4, !tbaa !5
+  %689 = getelementptr inbounds nuw i8, ptr %gep, i64 64
+  store <16 x float> %688, ptr %689, align 64, !tbaa !5
+  %690 = getelementptr inbounds nuw i8, ptr %685, i64 128
+  %691 = load <16 x float>, ptr %690, align 4, !tbaa !5
+  %692 = getelementptr inbounds nuw i8, ptr %gep, i64 128
+  store <16 x float> %691, ptr %692, align 64, !tbaa !5
+  %693 = getelementptr inbounds nuw i8, ptr %685, i64 192
+  %694 = load <16 x float>, ptr %693, align 4, !tbaa !5
+  %695 = getelementptr inbounds nuw i8, ptr %gep, i64 192
+  store <16 x float> %694, ptr %695, align 64, !tbaa !5
+  %696 = getelementptr inbounds nuw i8, ptr %685, i64 256
+  %697 = load <16 x float>, ptr %696, align 4, !tbaa !5
+  %698 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  store <16 x float> %697, ptr %698, align 64, !tbaa !5
+  %699 = getelementptr inbounds nuw i8, ptr %685, i64 320
+  %700 = load <16 x float>, ptr %699, align 4, !tbaa !5
+  %701 = getelementptr inbounds nuw i8, ptr %gep, i64 320
+  store <16 x float> %700, ptr %701, align 64, !tbaa !5
+  %702 = getelementptr inbounds nuw i8, ptr %685, i64 384
+  %703 = load <16 x float>, ptr %702, align 4, !tbaa !5
+  %704 = getelementptr inbounds nuw i8, ptr %gep, i64 384
+  store <16 x float> %703, ptr %704, align 64, !tbaa !5
+  %705 = getelementptr inbounds nuw i8, ptr %685, i64 448
+  %706 = load <16 x float>, ptr %705, align 4, !tbaa !5
+  %707 = getelementptr inbounds nuw i8, ptr %gep, i64 448
+  store <16 x float> %706, ptr %707, align 64, !tbaa !5
+  %indvars.iv.next319.i = shl i64 %indvars.iv318.i, 7
+  %708 = or disjoint i64 %indvars.iv.next319.i, 128
+  %709 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %708
+  %710 = load <16 x float>, ptr %709, align 4, !tbaa !5
+  %gep.1 = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %708
+  store <16 x float> %710, ptr %gep.1, align 64, !tbaa !5
+  %711 = getelementptr inbounds nuw i8, ptr %709, i64 64
+  %712 = load <16 x float>, ptr %711, align 4, !tbaa !5
+  %713 = getelementptr inbounds nuw i8, ptr %gep.1, i64 64
+  store <16 x float> %712, ptr %713, align 64, !tbaa !5
+  %714 = getelementptr inbounds nuw i8, ptr %709, i64 128
+  %715 = load <16 x float>, ptr %714, align 4, !tbaa !5
+  %716 = getelementptr inbounds nuw i8, ptr %gep.1, i64 128
+  store <16 x float> %715, ptr %716, align 64, !tbaa !5
+  %717 = getelementptr inbounds nuw i8, ptr %709, i64 192
+  %718 = load <16 x float>, ptr %717, align 4, !tbaa !5
+  %719 = getelementptr inbounds nuw i8, ptr %gep.1, i64 192
+  store <16 x float> %718, ptr %719, align 64, !tbaa !5
+  %720 = getelementptr inbounds nuw i8, ptr %709, i64 256
+  %721 = load <16 x float>, ptr %720, align 4, !tbaa !5
+  %722 = getelementptr inbounds nuw i8, ptr %gep.1, i64 256
+  store <16 x float> %721, ptr %722, align 64, !tbaa !5
+  %723 = getelementptr inbounds nuw i8, ptr %709, i64 320
+  %724 = load <16 x float>, ptr %723, align 4, !tbaa !5
+  %725 = getelementptr inbounds nuw i8, ptr %gep.1, i64 320
+  store <16 x float> %724, ptr %725, align 64, !tbaa !5
+  %726 = getelementptr inbounds nuw i8, ptr %709, i64 384
+  %727 = load <16 x float>, ptr %726, align 4, !tbaa !5
+  %728 = getelementptr inbounds nuw i8, ptr %gep.1, i64 384
+  store <16 x float> %727, ptr %728, align 64, !tbaa !5
+  %729 = getelementptr inbounds nuw i8, ptr %709, i64 448
+  %730 = load <16 x float>, ptr %729, align 4, !tbaa !5
+  %731 = getelementptr inbounds nuw i8, ptr %gep.1, i64 448
+  store <16 x float> %730, ptr %731, align 64, !tbaa !5
+  %indvars.iv.next319.i.1 = add nuw nsw i64 %indvars.iv318.i, 2
+  %exitcond323.not.i.1 = icmp eq i64 %indvars.iv.next319.i.1, 16
+  br i1 %exitcond323.not.i.1, label %for_end_r_init.i, label %for_begin_d_0_init.preheader.i, !prof !33, !llvm.loop !79
 
 for_end_r_init.i:                                 ; preds = %for_begin_d_0_init.preheader.i
-  %911 = and i32 %46, 15
-  %.not274.i = icmp eq i32 %911, 0
+  %732 = and i32 %46, 15
+  %.not274.i = icmp eq i32 %732, 0
   br i1 %.not274.i, label %for_end_ti.i, label %for_begin_r.preheader.lr.ph.i, !prof !58
 
 for_begin_r.preheader.lr.ph.i:                    ; preds = %for_end_r_init.i
   %cse_v30.i = and i32 %46, 240
-  %912 = zext nneg i32 %cse_v30.i to i64
-  %wide.trip.count335.i = zext nneg i32 %911 to i64
+  %733 = zext nneg i32 %cse_v30.i to i64
+  %wide.trip.count337.i = zext nneg i32 %732 to i64
   br label %for_begin_r.preheader.i
 
 for_begin_r.preheader.i:                          ; preds = %for_end_r.i, %for_begin_r.preheader.lr.ph.i
-  %indvars.iv332.i = phi i64 [ 0, %for_begin_r.preheader.lr.ph.i ], [ %indvars.iv.next333.i, %for_end_r.i ]
-  %913 = add nuw nsw i64 %indvars.iv332.i, %912
-  %914 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %913
-  %915 = getelementptr inbounds nuw float, ptr %probs, i64 %913
+  %indvars.iv334.i = phi i64 [ 0, %for_begin_r.preheader.lr.ph.i ], [ %indvars.iv.next335.i, %for_end_r.i ]
+  %734 = add nuw nsw i64 %indvars.iv334.i, %733
+  %735 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %734
+  %736 = getelementptr inbounds nuw float, ptr %probs, i64 %734
   br label %for_begin_d_06.preheader.i
 
 for_end_ti.i:                                     ; preds = %for_end_r.i, %for_end_r_init.i
-  %916 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %917 = tail call i32 %916(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
-  %.not.i = icmp eq i32 %917, 0
-  br i1 %.not.i, label %if_end12.i, label %pv_matmul_compute_.exit, !prof !82
+  %737 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %738 = tail call i32 %737(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
+  %.not.i = icmp eq i32 %738, 0
+  br i1 %.not.i, label %if_end12.i, label %pv_matmul_compute_.exit, !prof !81
 
 for_begin_d_06.preheader.i:                       ; preds = %for_begin_d_06.preheader.i, %for_begin_r.preheader.i
-  %indvars.iv327.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next328.i, %for_begin_d_06.preheader.i ]
-  %918 = shl nuw nsw i64 %indvars.iv327.i, 7
-  %919 = add nuw nsw i64 %918, %862
-  %920 = getelementptr inbounds nuw float, ptr %915, i64 %919
-  %921 = load float, ptr %920, align 4, !tbaa !5
-  %922 = insertelement <16 x float> poison, float %921, i64 0
-  %923 = shufflevector <16 x float> %922, <16 x float> poison, <16 x i32> zeroinitializer
-  %924 = load i64, ptr %914, align 8, !tbaa !5
-  %gep355.i = getelementptr i16, ptr %invariant.gep229.i, i64 %924
-  %925 = load <16 x i16>, ptr %gep355.i, align 2, !tbaa !5
-  %926 = zext <16 x i16> %925 to <16 x i32>
-  %927 = shl nuw <16 x i32> %926, splat (i32 16)
-  %928 = bitcast <16 x i32> %927 to <16 x float>
-  %929 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %919
-  %930 = load <16 x float>, ptr %929, align 64, !tbaa !5
-  %931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %923, <16 x float> %928, <16 x float> %930)
-  store <16 x float> %931, ptr %929, align 64, !tbaa !5
-  %932 = load float, ptr %920, align 4, !tbaa !5
-  %933 = insertelement <16 x float> poison, float %932, i64 0
-  %934 = shufflevector <16 x float> %933, <16 x float> poison, <16 x i32> zeroinitializer
-  %935 = load i64, ptr %914, align 8, !tbaa !5
-  %936 = getelementptr i16, ptr %value_cache, i64 %935
-  %937 = getelementptr i8, ptr %936, i64 32
-  %938 = getelementptr i16, ptr %937, i64 %head_offset.i
-  %939 = load <16 x i16>, ptr %938, align 2, !tbaa !5
-  %940 = zext <16 x i16> %939 to <16 x i32>
-  %941 = shl nuw <16 x i32> %940, splat (i32 16)
-  %942 = bitcast <16 x i32> %941 to <16 x float>
-  %943 = getelementptr inbounds nuw i8, ptr %929, i64 64
-  %944 = load <16 x float>, ptr %943, align 64, !tbaa !5
-  %945 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %934, <16 x float> %942, <16 x float> %944)
-  store <16 x float> %945, ptr %943, align 64, !tbaa !5
-  %946 = load float, ptr %920, align 4, !tbaa !5
-  %947 = insertelement <16 x float> poison, float %946, i64 0
-  %948 = shufflevector <16 x float> %947, <16 x float> poison, <16 x i32> zeroinitializer
-  %949 = load i64, ptr %914, align 8, !tbaa !5
-  %950 = getelementptr i16, ptr %value_cache, i64 %949
-  %951 = getelementptr i8, ptr %950, i64 64
-  %952 = getelementptr i16, ptr %951, i64 %head_offset.i
-  %953 = load <16 x i16>, ptr %952, align 2, !tbaa !5
-  %954 = zext <16 x i16> %953 to <16 x i32>
-  %955 = shl nuw <16 x i32> %954, splat (i32 16)
-  %956 = bitcast <16 x i32> %955 to <16 x float>
-  %957 = getelementptr inbounds nuw i8, ptr %929, i64 128
-  %958 = load <16 x float>, ptr %957, align 64, !tbaa !5
-  %959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %948, <16 x float> %956, <16 x float> %958)
-  store <16 x float> %959, ptr %957, align 64, !tbaa !5
-  %960 = load float, ptr %920, align 4, !tbaa !5
-  %961 = insertelement <16 x float> poison, float %960, i64 0
-  %962 = shufflevector <16 x float> %961, <16 x float> poison, <16 x i32> zeroinitializer
-  %963 = load i64, ptr %914, align 8, !tbaa !5
-  %964 = getelementptr i16, ptr %value_cache, i64 %963
-  %965 = getelementptr i8, ptr %964, i64 96
-  %966 = getelementptr i16, ptr %965, i64 %head_offset.i
-  %967 = load <16 x i16>, ptr %966, align 2, !tbaa !5
-  %968 = zext <16 x i16> %967 to <16 x i32>
-  %969 = shl nuw <16 x i32> %968, splat (i32 16)
-  %970 = bitcast <16 x i32> %969 to <16 x float>
-  %971 = getelementptr inbounds nuw i8, ptr %929, i64 192
-  %972 = load <16 x float>, ptr %971, align 64, !tbaa !5
-  %973 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %962, <16 x float> %970, <16 x float> %972)
-  store <16 x float> %973, ptr %971, align 64, !tbaa !5
-  %974 = load float, ptr %920, align 4, !tbaa !5
-  %975 = insertelement <16 x float> poison, float %974, i64 0
-  %976 = shufflevector <16 x float> %975, <16 x float> poison, <16 x i32> zeroinitializer
-  %977 = load i64, ptr %914, align 8, !tbaa !5
-  %978 = getelementptr i16, ptr %value_cache, i64 %977
-  %979 = getelementptr i8, ptr %978, i64 128
-  %980 = getelementptr i16, ptr %979, i64 %head_offset.i
-  %981 = load <16 x i16>, ptr %980, align 2, !tbaa !5
-  %982 = zext <16 x i16> %981 to <16 x i32>
-  %983 = shl nuw <16 x i32> %982, splat (i32 16)
-  %984 = bitcast <16 x i32> %983 to <16 x float>
-  %985 = getelementptr inbounds nuw i8, ptr %929, i64 256
-  %986 = load <16 x float>, ptr %985, align 64, !tbaa !5
-  %987 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %976, <16 x float> %984, <16 x float> %986)
-  store <16 x float> %987, ptr %985, align 64, !tbaa !5
-  %988 = load float, ptr %920, align 4, !tbaa !5
-  %989 = insertelement <16 x float> poison, float %988, i64 0
-  %990 = shufflevector <16 x float> %989, <16 x float> poison, <16 x i32> zeroinitializer
-  %991 = load i64, ptr %914, align 8, !tbaa !5
-  %992 = getelementptr i16, ptr %value_cache, i64 %991
-  %993 = getelementptr i8, ptr %992, i64 160
-  %994 = getelementptr i16, ptr %993, i64 %head_offset.i
-  %995 = load <16 x i16>, ptr %994, align 2, !tbaa !5
-  %996 = zext <16 x i16> %995 to <16 x i32>
-  %997 = shl nuw <16 x i32> %996, splat (i32 16)
-  %998 = bitcast <16 x i32> %997 to <16 x float>
-  %999 = getelementptr inbounds nuw i8, ptr %929, i64 320
-  %1000 = load <16 x float>, ptr %999, align 64, !tbaa !5
-  %1001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %990, <16 x float> %998, <16 x float> %1000)
-  store <16 x float> %1001, ptr %999, align 64, !tbaa !5
-  %1002 = load float, ptr %920, align 4, !tbaa !5
-  %1003 = insertelement <16 x float> poison, float %1002, i64 0
-  %1004 = shufflevector <16 x float> %1003, <16 x float> poison, <16 x i32> zeroinitializer
-  %1005 = load i64, ptr %914, align 8, !tbaa !5
-  %1006 = getelementptr i16, ptr %value_cache, i64 %1005
-  %1007 = getelementptr i8, ptr %1006, i64 192
-  %1008 = getelementptr i16, ptr %1007, i64 %head_offset.i
-  %1009 = load <16 x i16>, ptr %1008, align 2, !tbaa !5
-  %1010 = zext <16 x i16> %1009 to <16 x i32>
-  %1011 = shl nuw <16 x i32> %1010, splat (i32 16)
-  %1012 = bitcast <16 x i32> %1011 to <16 x float>
-  %1013 = getelementptr inbounds nuw i8, ptr %929, i64 384
-  %1014 = load <16 x float>, ptr %1013, align 64, !tbaa !5
-  %1015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1004, <16 x float> %1012, <16 x float> %1014)
-  store <16 x float> %1015, ptr %1013, align 64, !tbaa !5
-  %1016 = load float, ptr %920, align 4, !tbaa !5
-  %1017 = insertelement <16 x float> poison, float %1016, i64 0
-  %1018 = shufflevector <16 x float> %1017, <16 x float> poison, <16 x i32> zeroinitializer
-  %1019 = load i64, ptr %914, align 8, !tbaa !5
-  %1020 = getelementptr i16, ptr %value_cache, i64 %1019
-  %1021 = getelementptr i8, ptr %1020, i64 224
-  %1022 = getelementptr i16, ptr %1021, i64 %head_offset.i
-  %1023 = load <16 x i16>, ptr %1022, align 2, !tbaa !5
-  %1024 = zext <16 x i16> %1023 to <16 x i32>
-  %1025 = shl nuw <16 x i32> %1024, splat (i32 16)
-  %1026 = bitcast <16 x i32> %1025 to <16 x float>
-  %1027 = getelementptr inbounds nuw i8, ptr %929, i64 448
-  %1028 = load <16 x float>, ptr %1027, align 64, !tbaa !5
-  %1029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1018, <16 x float> %1026, <16 x float> %1028)
-  store <16 x float> %1029, ptr %1027, align 64, !tbaa !5
-  %indvars.iv.next328.i = add nuw nsw i64 %indvars.iv327.i, 1
-  %exitcond331.not.i = icmp eq i64 %indvars.iv.next328.i, 16
-  br i1 %exitcond331.not.i, label %for_end_r.i, label %for_begin_d_06.preheader.i, !prof !33
+  %indvars.iv329.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next330.i, %for_begin_d_06.preheader.i ]
+  %739 = shl nuw nsw i64 %indvars.iv329.i, 7
+  %740 = add nuw nsw i64 %739, %683
+  %741 = getelementptr inbounds nuw float, ptr %736, i64 %740
+  %742 = load float, ptr %741, align 4, !tbaa !5
+  %743 = insertelement <16 x float> poison, float %742, i64 0
+  %744 = shufflevector <16 x float> %743, <16 x float> poison, <16 x i32> zeroinitializer
+  %745 = load i64, ptr %735, align 8, !tbaa !5
+  %gep357.i = getelementptr i16, ptr %invariant.gep229.i, i64 %745
+  %746 = load <16 x i16>, ptr %gep357.i, align 2, !tbaa !5
+  %747 = zext <16 x i16> %746 to <16 x i32>
+  %748 = shl nuw <16 x i32> %747, splat (i32 16)
+  %749 = bitcast <16 x i32> %748 to <16 x float>
+  %750 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %740
+  %751 = load <16 x float>, ptr %750, align 64, !tbaa !5
+  %752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %744, <16 x float> %749, <16 x float> %751)
+  store <16 x float> %752, ptr %750, align 64, !tbaa !5
+  %753 = load float, ptr %741, align 4, !tbaa !5
+  %754 = insertelement <16 x float> poison, float %753, i64 0
+  %755 = shufflevector <16 x float> %754, <16 x float> poison, <16 x i32> zeroinitializer
+  %756 = load i64, ptr %735, align 8, !tbaa !5
+  %757 = getelementptr i16, ptr %value_cache, i64 %756
+  %758 = getelementptr i8, ptr %757, i64 32
+  %759 = getelementptr i16, ptr %758, i64 %head_offset.i
+  %760 = load <16 x i16>, ptr %759, align 2, !tbaa !5
+  %761 = zext <16 x i16> %760 to <16 x i32>
+  %762 = shl nuw <16 x i32> %761, splat (i32 16)
+  %763 = bitcast <16 x i32> %762 to <16 x float>
+  %764 = getelementptr inbounds nuw i8, ptr %750, i64 64
+  %765 = load <16 x float>, ptr %764, align 64, !tbaa !5
+  %766 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %755, <16 x float> %763, <16 x float> %765)
+  store <16 x float> %766, ptr %764, align 64, !tbaa !5
+  %767 = load float, ptr %741, align 4, !tbaa !5
+  %768 = insertelement <16 x float> poison, float %767, i64 0
+  %769 = shufflevector <16 x float> %768, <16 x float> poison, <16 x i32> zeroinitializer
+  %770 = load i64, ptr %735, align 8, !tbaa !5
+  %771 = getelementptr i16, ptr %value_cache, i64 %770
+  %772 = getelementptr i8, ptr %771, i64 64
+  %773 = getelementptr i16, ptr %772, i64 %head_offset.i
+  %774 = load <16 x i16>, ptr %773, align 2, !tbaa !5
+  %775 = zext <16 x i16> %774 to <16 x i32>
+  %776 = shl nuw <16 x i32> %775, splat (i32 16)
+  %777 = bitcast <16 x i32> %776 to <16 x float>
+  %778 = getelementptr inbounds nuw i8, ptr %750, i64 128
+  %779 = load <16 x float>, ptr %778, align 64, !tbaa !5
+  %780 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %769, <16 x float> %777, <16 x float> %779)
+  store <16 x float> %780, ptr %778, align 64, !tbaa !5
+  %781 = load float, ptr %741, align 4, !tbaa !5
+  %782 = insertelement <16 x float> poison, float %781, i64 0
+  %783 = shufflevector <16 x float> %782, <16 x float> poison, <16 x i32> zeroinitializer
+  %784 = load i64, ptr %735, align 8, !tbaa !5
+  %785 = getelementptr i16, ptr %value_cache, i64 %784
+  %786 = getelementptr i8, ptr %785, i64 96
+  %787 = getelementptr i16, ptr %786, i64 %head_offset.i
+  %788 = load <16 x i16>, ptr %787, align 2, !tbaa !5
+  %789 = zext <16 x i16> %788 to <16 x i32>
+  %790 = shl nuw <16 x i32> %789, splat (i32 16)
+  %791 = bitcast <16 x i32> %790 to <16 x float>
+  %792 = getelementptr inbounds nuw i8, ptr %750, i64 192
+  %793 = load <16 x float>, ptr %792, align 64, !tbaa !5
+  %794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %783, <16 x float> %791, <16 x float> %793)
+  store <16 x float> %794, ptr %792, align 64, !tbaa !5
+  %795 = load float, ptr %741, align 4, !tbaa !5
+  %796 = insertelement <16 x float> poison, float %795, i64 0
+  %797 = shufflevector <16 x float> %796, <16 x float> poison, <16 x i32> zeroinitializer
+  %798 = load i64, ptr %735, align 8, !tbaa !5
+  %799 = getelementptr i16, ptr %value_cache, i64 %798
+  %800 = getelementptr i8, ptr %799, i64 128
+  %801 = getelementptr i16, ptr %800, i64 %head_offset.i
+  %802 = load <16 x i16>, ptr %801, align 2, !tbaa !5
+  %803 = zext <16 x i16> %802 to <16 x i32>
+  %804 = shl nuw <16 x i32> %803, splat (i32 16)
+  %805 = bitcast <16 x i32> %804 to <16 x float>
+  %806 = getelementptr inbounds nuw i8, ptr %750, i64 256
+  %807 = load <16 x float>, ptr %806, align 64, !tbaa !5
+  %808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %797, <16 x float> %805, <16 x float> %807)
+  store <16 x float> %808, ptr %806, align 64, !tbaa !5
+  %809 = load float, ptr %741, align 4, !tbaa !5
+  %810 = insertelement <16 x float> poison, float %809, i64 0
+  %811 = shufflevector <16 x float> %810, <16 x float> poison, <16 x i32> zeroinitializer
+  %812 = load i64, ptr %735, align 8, !tbaa !5
+  %813 = getelementptr i16, ptr %value_cache, i64 %812
+  %814 = getelementptr i8, ptr %813, i64 160
+  %815 = getelementptr i16, ptr %814, i64 %head_offset.i
+  %816 = load <16 x i16>, ptr %815, align 2, !tbaa !5
+  %817 = zext <16 x i16> %816 to <16 x i32>
+  %818 = shl nuw <16 x i32> %817, splat (i32 16)
+  %819 = bitcast <16 x i32> %818 to <16 x float>
+  %820 = getelementptr inbounds nuw i8, ptr %750, i64 320
+  %821 = load <16 x float>, ptr %820, align 64, !tbaa !5
+  %822 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %811, <16 x float> %819, <16 x float> %821)
+  store <16 x float> %822, ptr %820, align 64, !tbaa !5
+  %823 = load float, ptr %741, align 4, !tbaa !5
+  %824 = insertelement <16 x float> poison, float %823, i64 0
+  %825 = shufflevector <16 x float> %824, <16 x float> poison, <16 x i32> zeroinitializer
+  %826 = load i64, ptr %735, align 8, !tbaa !5
+  %827 = getelementptr i16, ptr %value_cache, i64 %826
+  %828 = getelementptr i8, ptr %827, i64 192
+  %829 = getelementptr i16, ptr %828, i64 %head_offset.i
+  %830 = load <16 x i16>, ptr %829, align 2, !tbaa !5
+  %831 = zext <16 x i16> %830 to <16 x i32>
+  %832 = shl nuw <16 x i32> %831, splat (i32 16)
+  %833 = bitcast <16 x i32> %832 to <16 x float>
+  %834 = getelementptr inbounds nuw i8, ptr %750, i64 384
+  %835 = load <16 x float>, ptr %834, align 64, !tbaa !5
+  %836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %825, <16 x float> %833, <16 x float> %835)
+  store <16 x float> %836, ptr %834, align 64, !tbaa !5
+  %837 = load float, ptr %741, align 4, !tbaa !5
+  %838 = insertelement <16 x float> poison, float %837, i64 0
+  %839 = shufflevector <16 x float> %838, <16 x float> poison, <16 x i32> zeroinitializer
+  %840 = load i64, ptr %735, align 8, !tbaa !5
+  %841 = getelementptr i16, ptr %value_cache, i64 %840
+  %842 = getelementptr i8, ptr %841, i64 224
+  %843 = getelementptr i16, ptr %842, i64 %head_offset.i
+  %844 = load <16 x i16>, ptr %843, align 2, !tbaa !5
+  %845 = zext <16 x i16> %844 to <16 x i32>
+  %846 = shl nuw <16 x i32> %845, splat (i32 16)
+  %847 = bitcast <16 x i32> %846 to <16 x float>
+  %848 = getelementptr inbounds nuw i8, ptr %750, i64 448
+  %849 = load <16 x float>, ptr %848, align 64, !tbaa !5
+  %850 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %839, <16 x float> %847, <16 x float> %849)
+  store <16 x float> %850, ptr %848, align 64, !tbaa !5
+  %indvars.iv.next330.i = add nuw nsw i64 %indvars.iv329.i, 1
+  %exitcond333.not.i = icmp eq i64 %indvars.iv.next330.i, 16
+  br i1 %exitcond333.not.i, label %for_end_r.i, label %for_begin_d_06.preheader.i, !prof !33
 
 for_end_r.i:                                      ; preds = %for_begin_d_06.preheader.i
-  %indvars.iv.next333.i = add nuw nsw i64 %indvars.iv332.i, 1
-  %exitcond336.not.i = icmp eq i64 %indvars.iv.next333.i, %wide.trip.count335.i
-  br i1 %exitcond336.not.i, label %for_end_ti.i, label %for_begin_r.preheader.i, !prof !13
+  %indvars.iv.next335.i = add nuw nsw i64 %indvars.iv334.i, 1
+  %exitcond338.not.i = icmp eq i64 %indvars.iv.next335.i, %wide.trip.count337.i
+  br i1 %exitcond338.not.i, label %for_end_ti.i, label %for_begin_r.preheader.i, !prof !13
 
 if_end12.i:                                       ; preds = %for_end_ti.i
-  %1030 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %1031 = tail call i32 %1030(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not18.i = icmp eq i32 %1031, 0
-  br i1 %.not18.i, label %for_begin_s.i, label %pv_matmul_compute_.exit, !prof !82
+  %851 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %852 = tail call i32 %851(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not18.i = icmp eq i32 %852, 0
+  br i1 %.not18.i, label %for_begin_s.i, label %pv_matmul_compute_.exit, !prof !81
 
 pv_matmul_compute_.exit:                          ; preds = %if_end12.i, %for_end_ti.i, %for_end_t.i, %for_body_s.i, %for_begin_s.i, %entry
   %common.ret.op.i = phi i32 [ 0, %entry ], [ 0, %for_begin_s.i ], [ -1, %for_end_ti.i ], [ -1, %for_end_t.i ], [ -1, %for_body_s.i ], [ -1, %if_end12.i ]
@@ -3131,7 +2954,7 @@ entry:
   %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
   %k_block = load i64, ptr %19, align 8
   %20 = getelementptr inbounds nuw i8, ptr %args, i64 104
-  %k_slot = load i64, ptr %20, align 8
+  %k_row = load i64, ptr %20, align 8
   %21 = getelementptr inbounds nuw i8, ptr %args, i64 120
   %k_head = load i64, ptr %21, align 8
   %22 = getelementptr inbounds nuw i8, ptr %args, i64 136
@@ -3216,19 +3039,19 @@ for_body_s.lr.ph.i:                               ; preds = %if_end21
   %sext29 = shl i64 %29, 32
   %52 = ashr exact i64 %sext29, 32
   %53 = add i32 %tile_start.i, -1
-  %invariant.gep79.i = getelementptr i16, ptr %key_cache, i64 %head_offset.i
+  %invariant.gep76.i = getelementptr i16, ptr %key_cache, i64 %head_offset.i
   %sext30 = shl i64 %31, 32
   %54 = ashr exact i64 %sext30, 32
-  %wide.trip.count145.i = and i64 %25, 2147483647
+  %wide.trip.count140.i = and i64 %25, 2147483647
   br label %for_body_s.i
 
 for_begin_s.i:                                    ; preds = %if_end24.i
-  %indvars.iv.next143.i = add nuw nsw i64 %indvars.iv142.i, 1
-  %exitcond146.not.i = icmp eq i64 %indvars.iv.next143.i, %wide.trip.count145.i
-  br i1 %exitcond146.not.i, label %qk_matmul_compute_.exit, label %for_body_s.i, !prof !13
+  %indvars.iv.next138.i = add nuw nsw i64 %indvars.iv137.i, 1
+  %exitcond141.not.i = icmp eq i64 %indvars.iv.next138.i, %wide.trip.count140.i
+  br i1 %exitcond141.not.i, label %qk_matmul_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv142.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next143.i, %for_begin_s.i ]
+  %indvars.iv137.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next138.i, %for_begin_s.i ]
   %55 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
   %q_tile.i = tail call ptr %55(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %56 = icmp eq ptr %q_tile.i, null
@@ -3241,7 +3064,7 @@ if_end.i:                                         ; preds = %for_body_s.i
   br i1 %58, label %qk_matmul_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %cse_v4.i = add nsw i64 %indvars.iv142.i, %50
+  %cse_v4.i = add nsw i64 %indvars.iv137.i, %50
   %59 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v4.i
   %60 = load i32, ptr %59, align 4, !tbaa !5
   %61 = mul nsw i64 %cse_v4.i, %q_batch
@@ -3336,616 +3159,677 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %105 = trunc i64 %indvars.iv.i to i32
   %106 = add i32 %tile_start.i, %105
   %token.i = tail call i32 @llvm.smin.i32(i32 %106, i32 %67)
-  %cse_v12.i = sext i32 %token.i to i64
-  %107 = and i64 %cse_v12.i, 127
-  %108 = mul nsw i64 %107, %k_slot
-  %109 = ashr i64 %cse_v12.i, 7
-  %gep.i = getelementptr i32, ptr %invariant.gep60.i, i64 %109
-  %110 = load i32, ptr %gep.i, align 4, !tbaa !5
-  %111 = sext i32 %110 to i64
-  %112 = mul nsw i64 %k_block, %111
-  %113 = add nsw i64 %108, %112
-  %114 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.i
-  store i64 %113, ptr %114, align 8, !tbaa !5
+  %cse_v16.i = sext i32 %token.i to i64
+  %107 = ashr i64 %cse_v16.i, 7
+  %gep.i = getelementptr i32, ptr %invariant.gep60.i, i64 %107
+  %108 = load i32, ptr %gep.i, align 4, !tbaa !5
+  %block.i = sext i32 %108 to i64
+  %109 = and i64 %cse_v16.i, 127
+  %110 = mul nsw i64 %109, %k_row
+  %111 = mul nsw i64 %k_block, %block.i
+  %112 = add nsw i64 %110, %111
+  %113 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.i
+  store i64 %112, ptr %113, align 8, !tbaa !5
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
-  %115 = trunc i64 %indvars.iv.next.i to i32
-  %116 = add i32 %tile_start.i, %115
-  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %116, i32 %67)
-  %cse_v12.i.1 = sext i32 %token.i.1 to i64
-  %117 = and i64 %cse_v12.i.1, 127
-  %118 = mul nsw i64 %117, %k_slot
-  %119 = ashr i64 %cse_v12.i.1, 7
-  %gep.i.1 = getelementptr i32, ptr %invariant.gep60.i, i64 %119
-  %120 = load i32, ptr %gep.i.1, align 4, !tbaa !5
-  %121 = sext i32 %120 to i64
-  %122 = mul nsw i64 %k_block, %121
-  %123 = add nsw i64 %118, %122
-  %124 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next.i
-  store i64 %123, ptr %124, align 8, !tbaa !5
+  %114 = trunc i64 %indvars.iv.next.i to i32
+  %115 = add i32 %tile_start.i, %114
+  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %115, i32 %67)
+  %cse_v16.i.1 = sext i32 %token.i.1 to i64
+  %116 = ashr i64 %cse_v16.i.1, 7
+  %gep.i.1 = getelementptr i32, ptr %invariant.gep60.i, i64 %116
+  %117 = load i32, ptr %gep.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %117 to i64
+  %118 = and i64 %cse_v16.i.1, 127
+  %119 = mul nsw i64 %118, %k_row
+  %120 = mul nsw i64 %k_block, %block.i.1
+  %121 = add nsw i64 %119, %120
+  %122 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next.i
+  store i64 %121, ptr %122, align 8, !tbaa !5
   %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
   %exitcond104.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, 256
-  br i1 %exitcond104.not.i.1, label %for_end_t.i, label %for_body_t.i, !prof !13, !llvm.loop !83
+  br i1 %exitcond104.not.i.1, label %for_end_t.i, label %for_body_t.i, !prof !13, !llvm.loop !82
 
 for_end_t.i:                                      ; preds = %for_body_t.i, %for_begin_t.preheader.i
-  %125 = add nuw nsw i32 %66, 15
-  %126 = lshr i32 %125, 4
-  %.not89.i = icmp eq i32 %126, 0
+  %123 = add nuw nsw i32 %66, 15
+  %124 = lshr i32 %123, 4
+  %.not89.i = icmp eq i32 %124, 0
   br i1 %.not89.i, label %for_end_to_m.i, label %for_body_to_m.lr.ph.i, !prof !58
 
 for_body_to_m.lr.ph.i:                            ; preds = %for_end_t.i
-  %127 = icmp samesign ult i64 %indvars.iv142.i, 16
-  %128 = shl nsw i64 %indvars.iv142.i, 11
-  %wide.trip.count.i = zext nneg i32 %126 to i64
+  %125 = icmp samesign ult i64 %indvars.iv137.i, 16
+  %126 = shl nsw i64 %indvars.iv137.i, 11
+  %wide.trip.count.i = zext nneg i32 %124 to i64
   br label %for_body_to_m.i
 
 for_begin_to_m.i:                                 ; preds = %for_end_r17.i
-  %indvars.iv.next138.i = add nuw nsw i64 %indvars.iv137.i, 1
-  %exitcond141.not.i = icmp eq i64 %indvars.iv.next138.i, %wide.trip.count.i
-  br i1 %exitcond141.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
+  %indvars.iv.next133.i = add nuw nsw i64 %indvars.iv132.i, 1
+  %exitcond136.not.i = icmp eq i64 %indvars.iv.next133.i, %wide.trip.count.i
+  br i1 %exitcond136.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
 
 for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
-  %indvars.iv137.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next138.i, %for_begin_to_m.i ]
-  %129 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scores.rf.i = tail call ptr %129(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %130 = icmp eq ptr %scores.rf.i, null
-  br i1 %130, label %qk_matmul_compute_.exit, label %for_body_ti_0_m.us.preheader.i, !prof !8
+  %indvars.iv132.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next133.i, %for_begin_to_m.i ]
+  %127 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scores.rf.i = tail call ptr %127(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %128 = icmp eq ptr %scores.rf.i, null
+  br i1 %128, label %qk_matmul_compute_.exit, label %for_body_n_0_m.us.preheader.i, !prof !8
 
 for_end_to_m.i:                                   ; preds = %for_begin_to_m.i, %for_end_t.i
-  %131 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %132 = tail call i32 %131(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not.i = icmp eq i32 %132, 0
-  br i1 %.not.i, label %if_end24.i, label %qk_matmul_compute_.exit, !prof !82
+  %129 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %130 = tail call i32 %129(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not.i = icmp eq i32 %130, 0
+  br i1 %.not.i, label %if_end24.i, label %qk_matmul_compute_.exit, !prof !81
 
-for_body_ti_0_m.us.preheader.i:                   ; preds = %for_body_to_m.i
-  %133 = shl nsw i64 %indvars.iv137.i, 4
-  %invariant.gep153.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %133
-  br i1 %127, label %for_body_ti_0_m.us.i.us, label %for_body_ti_0_m.us.i.preheader, !prof !84
+for_body_n_0_m.us.preheader.i:                    ; preds = %for_body_to_m.i
+  %131 = shl nsw i64 %indvars.iv132.i, 4
+  %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %131
+  br i1 %125, label %for_body_n_0_m.us.i.us, label %for_body_n_0_m.us.i.preheader, !prof !83
 
-for_body_ti_0_m.us.i.preheader:                   ; preds = %for_body_ti_0_m.us.preheader.i
-  %134 = load i64, ptr %invariant.gep153.i, align 8, !tbaa !5
-  %gep80.us.i = getelementptr i16, ptr %invariant.gep79.i, i64 %134
-  tail call void @llvm.prefetch.p0(ptr readonly %gep80.us.i, i32 0, i32 2, i32 1)
-  %gep63.us.1.i = getelementptr i8, ptr %gep80.us.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.1.i, i32 0, i32 2, i32 1)
-  %gep63.us.2.i = getelementptr i8, ptr %gep80.us.i, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.2.i, i32 0, i32 2, i32 1)
-  %gep63.us.3.i = getelementptr i8, ptr %gep80.us.i, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.3.i, i32 0, i32 2, i32 1)
-  %gep154.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep153.i, i64 8
-  %135 = load i64, ptr %gep154.i.1, align 8, !tbaa !5
-  %gep80.us.i.1 = getelementptr i16, ptr %invariant.gep79.i, i64 %135
-  tail call void @llvm.prefetch.p0(ptr readonly %gep80.us.i.1, i32 0, i32 2, i32 1)
-  %gep63.us.1.i.1 = getelementptr i8, ptr %gep80.us.i.1, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.1.i.1, i32 0, i32 2, i32 1)
-  %gep63.us.2.i.1 = getelementptr i8, ptr %gep80.us.i.1, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.2.i.1, i32 0, i32 2, i32 1)
-  %gep63.us.3.i.1 = getelementptr i8, ptr %gep80.us.i.1, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.3.i.1, i32 0, i32 2, i32 1)
-  %gep154.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep153.i, i64 16
-  %136 = load i64, ptr %gep154.i.2, align 8, !tbaa !5
-  %gep80.us.i.2 = getelementptr i16, ptr %invariant.gep79.i, i64 %136
-  tail call void @llvm.prefetch.p0(ptr readonly %gep80.us.i.2, i32 0, i32 2, i32 1)
-  %gep63.us.1.i.2 = getelementptr i8, ptr %gep80.us.i.2, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.1.i.2, i32 0, i32 2, i32 1)
-  %gep63.us.2.i.2 = getelementptr i8, ptr %gep80.us.i.2, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.2.i.2, i32 0, i32 2, i32 1)
-  %gep63.us.3.i.2 = getelementptr i8, ptr %gep80.us.i.2, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.3.i.2, i32 0, i32 2, i32 1)
-  %gep154.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep153.i, i64 24
-  %137 = load i64, ptr %gep154.i.3, align 8, !tbaa !5
-  %gep80.us.i.3 = getelementptr i16, ptr %invariant.gep79.i, i64 %137
-  tail call void @llvm.prefetch.p0(ptr readonly %gep80.us.i.3, i32 0, i32 2, i32 1)
-  %gep63.us.1.i.3 = getelementptr i8, ptr %gep80.us.i.3, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.1.i.3, i32 0, i32 2, i32 1)
-  %gep63.us.2.i.3 = getelementptr i8, ptr %gep80.us.i.3, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.2.i.3, i32 0, i32 2, i32 1)
-  %gep63.us.3.i.3 = getelementptr i8, ptr %gep80.us.i.3, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.3.i.3, i32 0, i32 2, i32 1)
-  %gep154.i.4 = getelementptr inbounds nuw i8, ptr %invariant.gep153.i, i64 32
-  %138 = load i64, ptr %gep154.i.4, align 8, !tbaa !5
-  %gep80.us.i.4 = getelementptr i16, ptr %invariant.gep79.i, i64 %138
-  tail call void @llvm.prefetch.p0(ptr readonly %gep80.us.i.4, i32 0, i32 2, i32 1)
-  %gep63.us.1.i.4 = getelementptr i8, ptr %gep80.us.i.4, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.1.i.4, i32 0, i32 2, i32 1)
-  %gep63.us.2.i.4 = getelementptr i8, ptr %gep80.us.i.4, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.2.i.4, i32 0, i32 2, i32 1)
-  %gep63.us.3.i.4 = getelementptr i8, ptr %gep80.us.i.4, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.3.i.4, i32 0, i32 2, i32 1)
-  %gep154.i.5 = getelementptr inbounds nuw i8, ptr %invariant.gep153.i, i64 40
-  %139 = load i64, ptr %gep154.i.5, align 8, !tbaa !5
-  %gep80.us.i.5 = getelementptr i16, ptr %invariant.gep79.i, i64 %139
-  tail call void @llvm.prefetch.p0(ptr readonly %gep80.us.i.5, i32 0, i32 2, i32 1)
-  %gep63.us.1.i.5 = getelementptr i8, ptr %gep80.us.i.5, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.1.i.5, i32 0, i32 2, i32 1)
-  %gep63.us.2.i.5 = getelementptr i8, ptr %gep80.us.i.5, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.2.i.5, i32 0, i32 2, i32 1)
-  %gep63.us.3.i.5 = getelementptr i8, ptr %gep80.us.i.5, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.3.i.5, i32 0, i32 2, i32 1)
-  %gep154.i.6 = getelementptr inbounds nuw i8, ptr %invariant.gep153.i, i64 48
-  %140 = load i64, ptr %gep154.i.6, align 8, !tbaa !5
-  %gep80.us.i.6 = getelementptr i16, ptr %invariant.gep79.i, i64 %140
-  tail call void @llvm.prefetch.p0(ptr readonly %gep80.us.i.6, i32 0, i32 2, i32 1)
-  %gep63.us.1.i.6 = getelementptr i8, ptr %gep80.us.i.6, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.1.i.6, i32 0, i32 2, i32 1)
-  %gep63.us.2.i.6 = getelementptr i8, ptr %gep80.us.i.6, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.2.i.6, i32 0, i32 2, i32 1)
-  %gep63.us.3.i.6 = getelementptr i8, ptr %gep80.us.i.6, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.3.i.6, i32 0, i32 2, i32 1)
-  %gep154.i.7 = getelementptr inbounds nuw i8, ptr %invariant.gep153.i, i64 56
-  %141 = load i64, ptr %gep154.i.7, align 8, !tbaa !5
-  %gep80.us.i.7 = getelementptr i16, ptr %invariant.gep79.i, i64 %141
-  tail call void @llvm.prefetch.p0(ptr readonly %gep80.us.i.7, i32 0, i32 2, i32 1)
-  %gep63.us.1.i.7 = getelementptr i8, ptr %gep80.us.i.7, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.1.i.7, i32 0, i32 2, i32 1)
-  %gep63.us.2.i.7 = getelementptr i8, ptr %gep80.us.i.7, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.2.i.7, i32 0, i32 2, i32 1)
-  %gep63.us.3.i.7 = getelementptr i8, ptr %gep80.us.i.7, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.3.i.7, i32 0, i32 2, i32 1)
-  %gep154.i.8 = getelementptr inbounds nuw i8, ptr %invariant.gep153.i, i64 64
-  %142 = load i64, ptr %gep154.i.8, align 8, !tbaa !5
-  %gep80.us.i.8 = getelementptr i16, ptr %invariant.gep79.i, i64 %142
-  tail call void @llvm.prefetch.p0(ptr readonly %gep80.us.i.8, i32 0, i32 2, i32 1)
-  %gep63.us.1.i.8 = getelementptr i8, ptr %gep80.us.i.8, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.1.i.8, i32 0, i32 2, i32 1)
-  %gep63.us.2.i.8 = getelementptr i8, ptr %gep80.us.i.8, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.2.i.8, i32 0, i32 2, i32 1)
-  %gep63.us.3.i.8 = getelementptr i8, ptr %gep80.us.i.8, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.3.i.8, i32 0, i32 2, i32 1)
-  %gep154.i.9 = getelementptr inbounds nuw i8, ptr %invariant.gep153.i, i64 72
-  %143 = load i64, ptr %gep154.i.9, align 8, !tbaa !5
-  %gep80.us.i.9 = getelementptr i16, ptr %invariant.gep79.i, i64 %143
-  tail call void @llvm.prefetch.p0(ptr readonly %gep80.us.i.9, i32 0, i32 2, i32 1)
-  %gep63.us.1.i.9 = getelementptr i8, ptr %gep80.us.i.9, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.1.i.9, i32 0, i32 2, i32 1)
-  %gep63.us.2.i.9 = getelementptr i8, ptr %gep80.us.i.9, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.2.i.9, i32 0, i32 2, i32 1)
-  %gep63.us.3.i.9 = getelementptr i8, ptr %gep80.us.i.9, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.3.i.9, i32 0, i32 2, i32 1)
-  %gep154.i.10 = getelementptr inbounds nuw i8, ptr %invariant.gep153.i, i64 80
-  %144 = load i64, ptr %gep154.i.10, align 8, !tbaa !5
-  %gep80.us.i.10 = getelementptr i16, ptr %invariant.gep79.i, i64 %144
-  tail call void @llvm.prefetch.p0(ptr readonly %gep80.us.i.10, i32 0, i32 2, i32 1)
-  %gep63.us.1.i.10 = getelementptr i8, ptr %gep80.us.i.10, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.1.i.10, i32 0, i32 2, i32 1)
-  %gep63.us.2.i.10 = getelementptr i8, ptr %gep80.us.i.10, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.2.i.10, i32 0, i32 2, i32 1)
-  %gep63.us.3.i.10 = getelementptr i8, ptr %gep80.us.i.10, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.3.i.10, i32 0, i32 2, i32 1)
-  %gep154.i.11 = getelementptr inbounds nuw i8, ptr %invariant.gep153.i, i64 88
-  %145 = load i64, ptr %gep154.i.11, align 8, !tbaa !5
-  %gep80.us.i.11 = getelementptr i16, ptr %invariant.gep79.i, i64 %145
-  tail call void @llvm.prefetch.p0(ptr readonly %gep80.us.i.11, i32 0, i32 2, i32 1)
-  %gep63.us.1.i.11 = getelementptr i8, ptr %gep80.us.i.11, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.1.i.11, i32 0, i32 2, i32 1)
-  %gep63.us.2.i.11 = getelementptr i8, ptr %gep80.us.i.11, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.2.i.11, i32 0, i32 2, i32 1)
-  %gep63.us.3.i.11 = getelementptr i8, ptr %gep80.us.i.11, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.3.i.11, i32 0, i32 2, i32 1)
-  %gep154.i.12 = getelementptr inbounds nuw i8, ptr %invariant.gep153.i, i64 96
-  %146 = load i64, ptr %gep154.i.12, align 8, !tbaa !5
-  %gep80.us.i.12 = getelementptr i16, ptr %invariant.gep79.i, i64 %146
-  tail call void @llvm.prefetch.p0(ptr readonly %gep80.us.i.12, i32 0, i32 2, i32 1)
-  %gep63.us.1.i.12 = getelementptr i8, ptr %gep80.us.i.12, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.1.i.12, i32 0, i32 2, i32 1)
-  %gep63.us.2.i.12 = getelementptr i8, ptr %gep80.us.i.12, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.2.i.12, i32 0, i32 2, i32 1)
-  %gep63.us.3.i.12 = getelementptr i8, ptr %gep80.us.i.12, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.3.i.12, i32 0, i32 2, i32 1)
-  %gep154.i.13 = getelementptr inbounds nuw i8, ptr %invariant.gep153.i, i64 104
-  %147 = load i64, ptr %gep154.i.13, align 8, !tbaa !5
-  %gep80.us.i.13 = getelementptr i16, ptr %invariant.gep79.i, i64 %147
-  tail call void @llvm.prefetch.p0(ptr readonly %gep80.us.i.13, i32 0, i32 2, i32 1)
-  %gep63.us.1.i.13 = getelementptr i8, ptr %gep80.us.i.13, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.1.i.13, i32 0, i32 2, i32 1)
-  %gep63.us.2.i.13 = getelementptr i8, ptr %gep80.us.i.13, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.2.i.13, i32 0, i32 2, i32 1)
-  %gep63.us.3.i.13 = getelementptr i8, ptr %gep80.us.i.13, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.3.i.13, i32 0, i32 2, i32 1)
-  %gep154.i.14 = getelementptr inbounds nuw i8, ptr %invariant.gep153.i, i64 112
-  %148 = load i64, ptr %gep154.i.14, align 8, !tbaa !5
-  %gep80.us.i.14 = getelementptr i16, ptr %invariant.gep79.i, i64 %148
-  tail call void @llvm.prefetch.p0(ptr readonly %gep80.us.i.14, i32 0, i32 2, i32 1)
-  %gep63.us.1.i.14 = getelementptr i8, ptr %gep80.us.i.14, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.1.i.14, i32 0, i32 2, i32 1)
-  %gep63.us.2.i.14 = getelementptr i8, ptr %gep80.us.i.14, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.2.i.14, i32 0, i32 2, i32 1)
-  %gep63.us.3.i.14 = getelementptr i8, ptr %gep80.us.i.14, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.3.i.14, i32 0, i32 2, i32 1)
-  %gep154.i.15 = getelementptr inbounds nuw i8, ptr %invariant.gep153.i, i64 120
-  %149 = load i64, ptr %gep154.i.15, align 8, !tbaa !5
-  %gep80.us.i.15 = getelementptr i16, ptr %invariant.gep79.i, i64 %149
-  tail call void @llvm.prefetch.p0(ptr readonly %gep80.us.i.15, i32 0, i32 2, i32 1)
-  %gep63.us.1.i.15 = getelementptr i8, ptr %gep80.us.i.15, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.1.i.15, i32 0, i32 2, i32 1)
-  %gep63.us.2.i.15 = getelementptr i8, ptr %gep80.us.i.15, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.2.i.15, i32 0, i32 2, i32 1)
-  %gep63.us.3.i.15 = getelementptr i8, ptr %gep80.us.i.15, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.3.i.15, i32 0, i32 2, i32 1)
+for_body_n_0_m.us.i.preheader:                    ; preds = %for_body_n_0_m.us.preheader.i
+  %132 = load i64, ptr %invariant.gep, align 8, !tbaa !5
+  %133 = getelementptr i16, ptr %key_cache, i64 %132
+  %134 = getelementptr i16, ptr %133, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %134, i32 0, i32 2, i32 1)
+  %135 = getelementptr i8, ptr %133, i64 64
+  %136 = getelementptr i16, ptr %135, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %136, i32 0, i32 2, i32 1)
+  %137 = getelementptr i8, ptr %133, i64 128
+  %138 = getelementptr i16, ptr %137, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %138, i32 0, i32 2, i32 1)
+  %139 = getelementptr i8, ptr %133, i64 192
+  %140 = getelementptr i16, ptr %139, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %140, i32 0, i32 2, i32 1)
+  %141 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 8
+  %142 = load i64, ptr %141, align 8, !tbaa !5
+  %143 = getelementptr i16, ptr %key_cache, i64 %142
+  %144 = getelementptr i16, ptr %143, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %144, i32 0, i32 2, i32 1)
+  %145 = getelementptr i8, ptr %143, i64 64
+  %146 = getelementptr i16, ptr %145, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %146, i32 0, i32 2, i32 1)
+  %147 = getelementptr i8, ptr %143, i64 128
+  %148 = getelementptr i16, ptr %147, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %148, i32 0, i32 2, i32 1)
+  %149 = getelementptr i8, ptr %143, i64 192
+  %150 = getelementptr i16, ptr %149, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %150, i32 0, i32 2, i32 1)
+  %gep.1 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 16
+  %151 = load i64, ptr %gep.1, align 8, !tbaa !5
+  %152 = getelementptr i16, ptr %key_cache, i64 %151
+  %153 = getelementptr i16, ptr %152, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %153, i32 0, i32 2, i32 1)
+  %154 = getelementptr i8, ptr %152, i64 64
+  %155 = getelementptr i16, ptr %154, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %155, i32 0, i32 2, i32 1)
+  %156 = getelementptr i8, ptr %152, i64 128
+  %157 = getelementptr i16, ptr %156, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %157, i32 0, i32 2, i32 1)
+  %158 = getelementptr i8, ptr %152, i64 192
+  %159 = getelementptr i16, ptr %158, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %159, i32 0, i32 2, i32 1)
+  %160 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 24
+  %161 = load i64, ptr %160, align 8, !tbaa !5
+  %162 = getelementptr i16, ptr %key_cache, i64 %161
+  %163 = getelementptr i16, ptr %162, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %163, i32 0, i32 2, i32 1)
+  %164 = getelementptr i8, ptr %162, i64 64
+  %165 = getelementptr i16, ptr %164, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %165, i32 0, i32 2, i32 1)
+  %166 = getelementptr i8, ptr %162, i64 128
+  %167 = getelementptr i16, ptr %166, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %167, i32 0, i32 2, i32 1)
+  %168 = getelementptr i8, ptr %162, i64 192
+  %169 = getelementptr i16, ptr %168, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %169, i32 0, i32 2, i32 1)
+  %gep.2 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 32
+  %170 = load i64, ptr %gep.2, align 8, !tbaa !5
+  %171 = getelementptr i16, ptr %key_cache, i64 %170
+  %172 = getelementptr i16, ptr %171, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %172, i32 0, i32 2, i32 1)
+  %173 = getelementptr i8, ptr %171, i64 64
+  %174 = getelementptr i16, ptr %173, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %174, i32 0, i32 2, i32 1)
+  %175 = getelementptr i8, ptr %171, i64 128
+  %176 = getelementptr i16, ptr %175, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %176, i32 0, i32 2, i32 1)
+  %177 = getelementptr i8, ptr %171, i64 192
+  %178 = getelementptr i16, ptr %177, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %178, i32 0, i32 2, i32 1)
+  %179 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 40
+  %180 = load i64, ptr %179, align 8, !tbaa !5
+  %181 = getelementptr i16, ptr %key_cache, i64 %180
+  %182 = getelementptr i16, ptr %181, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %182, i32 0, i32 2, i32 1)
+  %183 = getelementptr i8, ptr %181, i64 64
+  %184 = getelementptr i16, ptr %183, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %184, i32 0, i32 2, i32 1)
+  %185 = getelementptr i8, ptr %181, i64 128
+  %186 = getelementptr i16, ptr %185, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %186, i32 0, i32 2, i32 1)
+  %187 = getelementptr i8, ptr %181, i64 192
+  %188 = getelementptr i16, ptr %187, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %188, i32 0, i32 2, i32 1)
+  %gep.3 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 48
+  %189 = load i64, ptr %gep.3, align 8, !tbaa !5
+  %190 = getelementptr i16, ptr %key_cache, i64 %189
+  %191 = getelementptr i16, ptr %190, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %191, i32 0, i32 2, i32 1)
+  %192 = getelementptr i8, ptr %190, i64 64
+  %193 = getelementptr i16, ptr %192, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %193, i32 0, i32 2, i32 1)
+  %194 = getelementptr i8, ptr %190, i64 128
+  %195 = getelementptr i16, ptr %194, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %195, i32 0, i32 2, i32 1)
+  %196 = getelementptr i8, ptr %190, i64 192
+  %197 = getelementptr i16, ptr %196, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %197, i32 0, i32 2, i32 1)
+  %198 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 56
+  %199 = load i64, ptr %198, align 8, !tbaa !5
+  %200 = getelementptr i16, ptr %key_cache, i64 %199
+  %201 = getelementptr i16, ptr %200, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %201, i32 0, i32 2, i32 1)
+  %202 = getelementptr i8, ptr %200, i64 64
+  %203 = getelementptr i16, ptr %202, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %203, i32 0, i32 2, i32 1)
+  %204 = getelementptr i8, ptr %200, i64 128
+  %205 = getelementptr i16, ptr %204, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %205, i32 0, i32 2, i32 1)
+  %206 = getelementptr i8, ptr %200, i64 192
+  %207 = getelementptr i16, ptr %206, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %207, i32 0, i32 2, i32 1)
+  %gep.4 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 64
+  %208 = load i64, ptr %gep.4, align 8, !tbaa !5
+  %209 = getelementptr i16, ptr %key_cache, i64 %208
+  %210 = getelementptr i16, ptr %209, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %210, i32 0, i32 2, i32 1)
+  %211 = getelementptr i8, ptr %209, i64 64
+  %212 = getelementptr i16, ptr %211, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %212, i32 0, i32 2, i32 1)
+  %213 = getelementptr i8, ptr %209, i64 128
+  %214 = getelementptr i16, ptr %213, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %214, i32 0, i32 2, i32 1)
+  %215 = getelementptr i8, ptr %209, i64 192
+  %216 = getelementptr i16, ptr %215, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %216, i32 0, i32 2, i32 1)
+  %217 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 72
+  %218 = load i64, ptr %217, align 8, !tbaa !5
+  %219 = getelementptr i16, ptr %key_cache, i64 %218
+  %220 = getelementptr i16, ptr %219, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %220, i32 0, i32 2, i32 1)
+  %221 = getelementptr i8, ptr %219, i64 64
+  %222 = getelementptr i16, ptr %221, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %222, i32 0, i32 2, i32 1)
+  %223 = getelementptr i8, ptr %219, i64 128
+  %224 = getelementptr i16, ptr %223, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %224, i32 0, i32 2, i32 1)
+  %225 = getelementptr i8, ptr %219, i64 192
+  %226 = getelementptr i16, ptr %225, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %226, i32 0, i32 2, i32 1)
+  %gep.5 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 80
+  %227 = load i64, ptr %gep.5, align 8, !tbaa !5
+  %228 = getelementptr i16, ptr %key_cache, i64 %227
+  %229 = getelementptr i16, ptr %228, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %229, i32 0, i32 2, i32 1)
+  %230 = getelementptr i8, ptr %228, i64 64
+  %231 = getelementptr i16, ptr %230, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %231, i32 0, i32 2, i32 1)
+  %232 = getelementptr i8, ptr %228, i64 128
+  %233 = getelementptr i16, ptr %232, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %233, i32 0, i32 2, i32 1)
+  %234 = getelementptr i8, ptr %228, i64 192
+  %235 = getelementptr i16, ptr %234, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %235, i32 0, i32 2, i32 1)
+  %236 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 88
+  %237 = load i64, ptr %236, align 8, !tbaa !5
+  %238 = getelementptr i16, ptr %key_cache, i64 %237
+  %239 = getelementptr i16, ptr %238, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %239, i32 0, i32 2, i32 1)
+  %240 = getelementptr i8, ptr %238, i64 64
+  %241 = getelementptr i16, ptr %240, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %241, i32 0, i32 2, i32 1)
+  %242 = getelementptr i8, ptr %238, i64 128
+  %243 = getelementptr i16, ptr %242, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %243, i32 0, i32 2, i32 1)
+  %244 = getelementptr i8, ptr %238, i64 192
+  %245 = getelementptr i16, ptr %244, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %245, i32 0, i32 2, i32 1)
+  %gep.6 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 96
+  %246 = load i64, ptr %gep.6, align 8, !tbaa !5
+  %247 = getelementptr i16, ptr %key_cache, i64 %246
+  %248 = getelementptr i16, ptr %247, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %248, i32 0, i32 2, i32 1)
+  %249 = getelementptr i8, ptr %247, i64 64
+  %250 = getelementptr i16, ptr %249, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %250, i32 0, i32 2, i32 1)
+  %251 = getelementptr i8, ptr %247, i64 128
+  %252 = getelementptr i16, ptr %251, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %252, i32 0, i32 2, i32 1)
+  %253 = getelementptr i8, ptr %247, i64 192
+  %254 = getelementptr i16, ptr %253, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %254, i32 0, i32 2, i32 1)
+  %255 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 104
+  %256 = load i64, ptr %255, align 8, !tbaa !5
+  %257 = getelementptr i16, ptr %key_cache, i64 %256
+  %258 = getelementptr i16, ptr %257, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %258, i32 0, i32 2, i32 1)
+  %259 = getelementptr i8, ptr %257, i64 64
+  %260 = getelementptr i16, ptr %259, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %260, i32 0, i32 2, i32 1)
+  %261 = getelementptr i8, ptr %257, i64 128
+  %262 = getelementptr i16, ptr %261, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %262, i32 0, i32 2, i32 1)
+  %263 = getelementptr i8, ptr %257, i64 192
+  %264 = getelementptr i16, ptr %263, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %264, i32 0, i32 2, i32 1)
+  %gep.7 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 112
+  %265 = load i64, ptr %gep.7, align 8, !tbaa !5
+  %266 = getelementptr i16, ptr %key_cache, i64 %265
+  %267 = getelementptr i16, ptr %266, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %267, i32 0, i32 2, i32 1)
+  %268 = getelementptr i8, ptr %266, i64 64
+  %269 = getelementptr i16, ptr %268, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %269, i32 0, i32 2, i32 1)
+  %270 = getelementptr i8, ptr %266, i64 128
+  %271 = getelementptr i16, ptr %270, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %271, i32 0, i32 2, i32 1)
+  %272 = getelementptr i8, ptr %266, i64 192
+  %273 = getelementptr i16, ptr %272, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %273, i32 0, i32 2, i32 1)
+  %274 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 120
+  %275 = load i64, ptr %274, align 8, !tbaa !5
+  %276 = getelementptr i16, ptr %key_cache, i64 %275
+  %277 = getelementptr i16, ptr %276, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %277, i32 0, i32 2, i32 1)
+  %278 = getelementptr i8, ptr %276, i64 64
+  %279 = getelementptr i16, ptr %278, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %279, i32 0, i32 2, i32 1)
+  %280 = getelementptr i8, ptr %276, i64 128
+  %281 = getelementptr i16, ptr %280, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %281, i32 0, i32 2, i32 1)
+  %282 = getelementptr i8, ptr %276, i64 192
+  %283 = getelementptr i16, ptr %282, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %283, i32 0, i32 2, i32 1)
   br label %for_begin_r15.preheader.i
 
-for_body_ti_0_m.us.i.us:                          ; preds = %for_end_ax2_0.split.us.us.i.split.us.us, %for_body_ti_0_m.us.preheader.i
-  %indvars.iv127.i.us = phi i64 [ %indvars.iv.next128.i.us, %for_end_ax2_0.split.us.us.i.split.us.us ], [ 0, %for_body_ti_0_m.us.preheader.i ]
-  %gep154.i.us = getelementptr inbounds nuw i64, ptr %invariant.gep153.i, i64 %indvars.iv127.i.us
-  %150 = load i64, ptr %gep154.i.us, align 8, !tbaa !5
-  %gep80.us.i.us = getelementptr i16, ptr %invariant.gep79.i, i64 %150
-  tail call void @llvm.prefetch.p0(ptr readonly %gep80.us.i.us, i32 0, i32 2, i32 1)
-  %gep63.us.1.i.us = getelementptr i8, ptr %gep80.us.i.us, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.1.i.us, i32 0, i32 2, i32 1)
-  %gep63.us.2.i.us = getelementptr i8, ptr %gep80.us.i.us, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.2.i.us, i32 0, i32 2, i32 1)
-  %gep63.us.3.i.us = getelementptr i8, ptr %gep80.us.i.us, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep63.us.3.i.us, i32 0, i32 2, i32 1)
-  %.idx147.i.us = shl nuw nsw i64 %indvars.iv127.i.us, 6
-  %invariant.gep151.i.us = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx147.i.us
+for_body_n_0_m.us.i.us:                           ; preds = %for_end_ax2_0.split.us.us.i.split.us.us, %for_body_n_0_m.us.preheader.i
+  %indvars.iv122.i.us = phi i64 [ %indvars.iv.next123.i.us, %for_end_ax2_0.split.us.us.i.split.us.us ], [ 0, %for_body_n_0_m.us.preheader.i ]
+  %.idx31.us = shl nuw nsw i64 %indvars.iv122.i.us, 4
+  %gep.us = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx31.us
+  %284 = load i64, ptr %gep.us, align 8, !tbaa !5
+  %285 = getelementptr i16, ptr %key_cache, i64 %284
+  %286 = getelementptr i16, ptr %285, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %286, i32 0, i32 2, i32 1)
+  %287 = getelementptr i8, ptr %285, i64 64
+  %288 = getelementptr i16, ptr %287, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %288, i32 0, i32 2, i32 1)
+  %289 = getelementptr i8, ptr %285, i64 128
+  %290 = getelementptr i16, ptr %289, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %290, i32 0, i32 2, i32 1)
+  %291 = getelementptr i8, ptr %285, i64 192
+  %292 = getelementptr i16, ptr %291, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %292, i32 0, i32 2, i32 1)
+  %293 = getelementptr inbounds nuw i8, ptr %gep.us, i64 8
+  %294 = load i64, ptr %293, align 8, !tbaa !5
+  %295 = getelementptr i16, ptr %key_cache, i64 %294
+  %296 = getelementptr i16, ptr %295, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %296, i32 0, i32 2, i32 1)
+  %297 = getelementptr i8, ptr %295, i64 64
+  %298 = getelementptr i16, ptr %297, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %298, i32 0, i32 2, i32 1)
+  %299 = getelementptr i8, ptr %295, i64 128
+  %300 = getelementptr i16, ptr %299, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %300, i32 0, i32 2, i32 1)
+  %301 = getelementptr i8, ptr %295, i64 192
+  %302 = getelementptr i16, ptr %301, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %302, i32 0, i32 2, i32 1)
+  %.idx142.i.us = shl nuw nsw i64 %indvars.iv122.i.us, 7
+  %invariant.gep146.i.us = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx142.i.us
   br label %for_body_ax2_0.us.us.i.us.us
 
-for_body_ax2_0.us.us.i.us.us:                     ; preds = %for_body_ax2_0.us.us.i.us.us, %for_body_ti_0_m.us.i.us
-  %151 = phi i1 [ false, %for_body_ax2_0.us.us.i.us.us ], [ true, %for_body_ti_0_m.us.i.us ]
-  %indvars.iv123.i.us.us = phi i64 [ 1, %for_body_ax2_0.us.us.i.us.us ], [ 0, %for_body_ti_0_m.us.i.us ]
-  %.idx31.us.us = shl nuw nsw i64 %indvars.iv123.i.us.us, 12
-  %152 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx31.us.us
-  %153 = getelementptr inbounds nuw i8, ptr %152, i64 4032
-  %154 = load <16 x float>, ptr %153, align 4, !tbaa !5
-  %155 = load i64, ptr %gep154.i.us, align 8, !tbaa !5
-  %gep77.us.us.i.us.us = getelementptr i16, ptr %invariant.gep79.i, i64 %155
-  %gep66.us.us.7.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 224
-  %156 = load <16 x i16>, ptr %gep66.us.us.7.i.us.us, align 2, !tbaa !5
-  %157 = zext <16 x i16> %156 to <16 x i32>
-  %158 = shl nuw <16 x i32> %157, splat (i32 16)
-  %159 = bitcast <16 x i32> %158 to <16 x float>
-  %160 = getelementptr inbounds nuw i8, ptr %152, i64 3968
-  %161 = load <16 x float>, ptr %160, align 4, !tbaa !5
-  %gep66.us.us.6.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 192
-  %162 = load <16 x i16>, ptr %gep66.us.us.6.i.us.us, align 2, !tbaa !5
-  %163 = zext <16 x i16> %162 to <16 x i32>
-  %164 = shl nuw <16 x i32> %163, splat (i32 16)
-  %165 = bitcast <16 x i32> %164 to <16 x float>
-  %166 = getelementptr inbounds nuw i8, ptr %152, i64 3904
-  %167 = load <16 x float>, ptr %166, align 4, !tbaa !5
-  %gep66.us.us.5.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 160
-  %168 = load <16 x i16>, ptr %gep66.us.us.5.i.us.us, align 2, !tbaa !5
-  %169 = zext <16 x i16> %168 to <16 x i32>
-  %170 = shl nuw <16 x i32> %169, splat (i32 16)
-  %171 = bitcast <16 x i32> %170 to <16 x float>
-  %172 = getelementptr inbounds nuw i8, ptr %152, i64 3840
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
-  %gep66.us.us.4.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 128
-  %174 = load <16 x i16>, ptr %gep66.us.us.4.i.us.us, align 2, !tbaa !5
-  %175 = zext <16 x i16> %174 to <16 x i32>
-  %176 = shl nuw <16 x i32> %175, splat (i32 16)
-  %177 = bitcast <16 x i32> %176 to <16 x float>
-  %178 = getelementptr inbounds nuw i8, ptr %152, i64 3776
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
-  %gep66.us.us.3.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 96
-  %180 = load <16 x i16>, ptr %gep66.us.us.3.i.us.us, align 2, !tbaa !5
-  %181 = zext <16 x i16> %180 to <16 x i32>
-  %182 = shl nuw <16 x i32> %181, splat (i32 16)
-  %183 = bitcast <16 x i32> %182 to <16 x float>
-  %184 = getelementptr inbounds nuw i8, ptr %152, i64 3712
-  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
-  %gep66.us.us.2.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 64
-  %186 = load <16 x i16>, ptr %gep66.us.us.2.i.us.us, align 2, !tbaa !5
-  %187 = zext <16 x i16> %186 to <16 x i32>
-  %188 = shl nuw <16 x i32> %187, splat (i32 16)
-  %189 = bitcast <16 x i32> %188 to <16 x float>
-  %190 = getelementptr inbounds nuw i8, ptr %152, i64 3648
-  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
-  %gep66.us.us.1.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 32
-  %192 = load <16 x i16>, ptr %gep66.us.us.1.i.us.us, align 2, !tbaa !5
-  %193 = zext <16 x i16> %192 to <16 x i32>
-  %194 = shl nuw <16 x i32> %193, splat (i32 16)
-  %195 = bitcast <16 x i32> %194 to <16 x float>
-  %196 = getelementptr inbounds nuw i8, ptr %152, i64 3584
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
-  %198 = load <16 x i16>, ptr %gep77.us.us.i.us.us, align 2, !tbaa !5
-  %199 = zext <16 x i16> %198 to <16 x i32>
-  %200 = shl nuw <16 x i32> %199, splat (i32 16)
-  %201 = bitcast <16 x i32> %200 to <16 x float>
-  %202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %197, <16 x float> %201, <16 x float> zeroinitializer)
-  %203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %191, <16 x float> %195, <16 x float> %202)
-  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %185, <16 x float> %189, <16 x float> %203)
-  %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %179, <16 x float> %183, <16 x float> %204)
-  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %173, <16 x float> %177, <16 x float> %205)
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %167, <16 x float> %171, <16 x float> %206)
-  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %161, <16 x float> %165, <16 x float> %207)
-  %209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %159, <16 x float> %208)
-  %210 = getelementptr inbounds nuw i8, ptr %152, i64 448
-  %211 = getelementptr inbounds nuw i8, ptr %152, i64 3520
-  %212 = load <16 x float>, ptr %211, align 4, !tbaa !5
-  %213 = getelementptr inbounds nuw i8, ptr %152, i64 3456
-  %214 = load <16 x float>, ptr %213, align 4, !tbaa !5
-  %215 = getelementptr inbounds nuw i8, ptr %152, i64 3392
-  %216 = load <16 x float>, ptr %215, align 4, !tbaa !5
-  %217 = getelementptr inbounds nuw i8, ptr %152, i64 3328
-  %218 = load <16 x float>, ptr %217, align 4, !tbaa !5
-  %219 = getelementptr inbounds nuw i8, ptr %152, i64 3264
-  %220 = load <16 x float>, ptr %219, align 4, !tbaa !5
-  %221 = getelementptr inbounds nuw i8, ptr %152, i64 3200
-  %222 = load <16 x float>, ptr %221, align 4, !tbaa !5
-  %223 = getelementptr inbounds nuw i8, ptr %152, i64 3136
-  %224 = load <16 x float>, ptr %223, align 4, !tbaa !5
-  %225 = getelementptr inbounds nuw i8, ptr %152, i64 3072
-  %226 = load <16 x float>, ptr %225, align 4, !tbaa !5
-  %227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %226, <16 x float> %201, <16 x float> zeroinitializer)
-  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %195, <16 x float> %227)
-  %229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %222, <16 x float> %189, <16 x float> %228)
-  %230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %220, <16 x float> %183, <16 x float> %229)
-  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %218, <16 x float> %177, <16 x float> %230)
-  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %216, <16 x float> %171, <16 x float> %231)
-  %233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %214, <16 x float> %165, <16 x float> %232)
-  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %212, <16 x float> %159, <16 x float> %233)
-  %235 = getelementptr inbounds nuw i8, ptr %152, i64 3008
-  %236 = load <16 x float>, ptr %235, align 4, !tbaa !5
-  %237 = getelementptr inbounds nuw i8, ptr %152, i64 2944
-  %238 = load <16 x float>, ptr %237, align 4, !tbaa !5
-  %239 = getelementptr inbounds nuw i8, ptr %152, i64 2880
-  %240 = load <16 x float>, ptr %239, align 4, !tbaa !5
-  %241 = getelementptr inbounds nuw i8, ptr %152, i64 2816
-  %242 = load <16 x float>, ptr %241, align 4, !tbaa !5
-  %243 = getelementptr inbounds nuw i8, ptr %152, i64 2752
-  %244 = load <16 x float>, ptr %243, align 4, !tbaa !5
-  %245 = getelementptr inbounds nuw i8, ptr %152, i64 2688
-  %246 = load <16 x float>, ptr %245, align 4, !tbaa !5
-  %247 = getelementptr inbounds nuw i8, ptr %152, i64 2624
-  %248 = load <16 x float>, ptr %247, align 4, !tbaa !5
-  %249 = getelementptr inbounds nuw i8, ptr %152, i64 2560
-  %250 = load <16 x float>, ptr %249, align 4, !tbaa !5
-  %251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %250, <16 x float> %201, <16 x float> zeroinitializer)
-  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %248, <16 x float> %195, <16 x float> %251)
-  %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %246, <16 x float> %189, <16 x float> %252)
-  %254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %244, <16 x float> %183, <16 x float> %253)
-  %255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %242, <16 x float> %177, <16 x float> %254)
-  %256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %240, <16 x float> %171, <16 x float> %255)
-  %257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %238, <16 x float> %165, <16 x float> %256)
-  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %236, <16 x float> %159, <16 x float> %257)
-  %259 = getelementptr inbounds nuw i8, ptr %152, i64 2496
-  %260 = load <16 x float>, ptr %259, align 4, !tbaa !5
-  %261 = getelementptr inbounds nuw i8, ptr %152, i64 2432
-  %262 = load <16 x float>, ptr %261, align 4, !tbaa !5
-  %263 = getelementptr inbounds nuw i8, ptr %152, i64 2368
-  %264 = load <16 x float>, ptr %263, align 4, !tbaa !5
-  %265 = getelementptr inbounds nuw i8, ptr %152, i64 2304
-  %266 = load <16 x float>, ptr %265, align 4, !tbaa !5
-  %267 = getelementptr inbounds nuw i8, ptr %152, i64 2240
-  %268 = load <16 x float>, ptr %267, align 4, !tbaa !5
-  %269 = getelementptr inbounds nuw i8, ptr %152, i64 2176
-  %270 = load <16 x float>, ptr %269, align 4, !tbaa !5
-  %271 = getelementptr inbounds nuw i8, ptr %152, i64 2112
-  %272 = load <16 x float>, ptr %271, align 4, !tbaa !5
-  %273 = getelementptr inbounds nuw i8, ptr %152, i64 2048
-  %274 = load <16 x float>, ptr %273, align 4, !tbaa !5
-  %275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %274, <16 x float> %201, <16 x float> zeroinitializer)
-  %276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %272, <16 x float> %195, <16 x float> %275)
-  %277 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %270, <16 x float> %189, <16 x float> %276)
-  %278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %268, <16 x float> %183, <16 x float> %277)
-  %279 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %266, <16 x float> %177, <16 x float> %278)
-  %280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %264, <16 x float> %171, <16 x float> %279)
-  %281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %262, <16 x float> %165, <16 x float> %280)
-  %282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %260, <16 x float> %159, <16 x float> %281)
-  %283 = getelementptr inbounds nuw i8, ptr %152, i64 1984
-  %284 = load <16 x float>, ptr %283, align 4, !tbaa !5
-  %285 = getelementptr inbounds nuw i8, ptr %152, i64 1920
-  %286 = load <16 x float>, ptr %285, align 4, !tbaa !5
-  %287 = getelementptr inbounds nuw i8, ptr %152, i64 1856
-  %288 = load <16 x float>, ptr %287, align 4, !tbaa !5
-  %289 = getelementptr inbounds nuw i8, ptr %152, i64 1792
-  %290 = load <16 x float>, ptr %289, align 4, !tbaa !5
-  %291 = getelementptr inbounds nuw i8, ptr %152, i64 1728
-  %292 = load <16 x float>, ptr %291, align 4, !tbaa !5
-  %293 = getelementptr inbounds nuw i8, ptr %152, i64 1664
-  %294 = load <16 x float>, ptr %293, align 4, !tbaa !5
-  %295 = getelementptr inbounds nuw i8, ptr %152, i64 1600
-  %296 = load <16 x float>, ptr %295, align 4, !tbaa !5
-  %297 = getelementptr inbounds nuw i8, ptr %152, i64 1536
-  %298 = load <16 x float>, ptr %297, align 4, !tbaa !5
-  %299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %298, <16 x float> %201, <16 x float> zeroinitializer)
-  %300 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %296, <16 x float> %195, <16 x float> %299)
-  %301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %189, <16 x float> %300)
-  %302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %292, <16 x float> %183, <16 x float> %301)
-  %303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %290, <16 x float> %177, <16 x float> %302)
-  %304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %171, <16 x float> %303)
-  %305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %286, <16 x float> %165, <16 x float> %304)
-  %306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %284, <16 x float> %159, <16 x float> %305)
-  %307 = getelementptr inbounds nuw i8, ptr %152, i64 1472
-  %308 = load <16 x float>, ptr %307, align 4, !tbaa !5
-  %309 = getelementptr inbounds nuw i8, ptr %152, i64 1408
-  %310 = load <16 x float>, ptr %309, align 4, !tbaa !5
-  %311 = getelementptr inbounds nuw i8, ptr %152, i64 1344
+for_body_ax2_0.us.us.i.us.us:                     ; preds = %for_body_ax2_0.us.us.i.us.us, %for_body_n_0_m.us.i.us
+  %indvars.iv117.i.us.us = phi i64 [ %indvars.iv.next118.i.us.us, %for_body_ax2_0.us.us.i.us.us ], [ 0, %for_body_n_0_m.us.i.us ]
+  %.idx32.us.us = shl nuw nsw i64 %indvars.iv117.i.us.us, 11
+  %303 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx32.us.us
+  %304 = getelementptr inbounds nuw i8, ptr %303, i64 1984
+  %305 = load <16 x float>, ptr %304, align 4, !tbaa !5
+  %306 = load i64, ptr %293, align 8, !tbaa !5
+  %gep79.us.us.i.us.us = getelementptr i16, ptr %invariant.gep76.i, i64 %306
+  %gep66.us.us.7.i.us.us = getelementptr i8, ptr %gep79.us.us.i.us.us, i64 224
+  %307 = load <16 x i16>, ptr %gep66.us.us.7.i.us.us, align 2, !tbaa !5
+  %308 = zext <16 x i16> %307 to <16 x i32>
+  %309 = shl nuw <16 x i32> %308, splat (i32 16)
+  %310 = bitcast <16 x i32> %309 to <16 x float>
+  %311 = getelementptr inbounds nuw i8, ptr %303, i64 1920
   %312 = load <16 x float>, ptr %311, align 4, !tbaa !5
-  %313 = getelementptr inbounds nuw i8, ptr %152, i64 1280
-  %314 = load <16 x float>, ptr %313, align 4, !tbaa !5
-  %315 = getelementptr inbounds nuw i8, ptr %152, i64 1216
-  %316 = load <16 x float>, ptr %315, align 4, !tbaa !5
-  %317 = getelementptr inbounds nuw i8, ptr %152, i64 1152
+  %gep66.us.us.6.i.us.us = getelementptr i8, ptr %gep79.us.us.i.us.us, i64 192
+  %313 = load <16 x i16>, ptr %gep66.us.us.6.i.us.us, align 2, !tbaa !5
+  %314 = zext <16 x i16> %313 to <16 x i32>
+  %315 = shl nuw <16 x i32> %314, splat (i32 16)
+  %316 = bitcast <16 x i32> %315 to <16 x float>
+  %317 = getelementptr inbounds nuw i8, ptr %303, i64 1856
   %318 = load <16 x float>, ptr %317, align 4, !tbaa !5
-  %319 = getelementptr inbounds nuw i8, ptr %152, i64 1088
-  %320 = load <16 x float>, ptr %319, align 4, !tbaa !5
-  %321 = getelementptr inbounds nuw i8, ptr %152, i64 1024
-  %322 = load <16 x float>, ptr %321, align 4, !tbaa !5
-  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %322, <16 x float> %201, <16 x float> zeroinitializer)
-  %324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %320, <16 x float> %195, <16 x float> %323)
-  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %318, <16 x float> %189, <16 x float> %324)
-  %326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %316, <16 x float> %183, <16 x float> %325)
-  %327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %314, <16 x float> %177, <16 x float> %326)
-  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %171, <16 x float> %327)
-  %329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %165, <16 x float> %328)
-  %330 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %308, <16 x float> %159, <16 x float> %329)
-  %331 = getelementptr inbounds nuw i8, ptr %152, i64 960
-  %332 = load <16 x float>, ptr %331, align 4, !tbaa !5
-  %333 = getelementptr inbounds nuw i8, ptr %152, i64 896
-  %334 = load <16 x float>, ptr %333, align 4, !tbaa !5
-  %335 = getelementptr inbounds nuw i8, ptr %152, i64 832
+  %gep66.us.us.5.i.us.us = getelementptr i8, ptr %gep79.us.us.i.us.us, i64 160
+  %319 = load <16 x i16>, ptr %gep66.us.us.5.i.us.us, align 2, !tbaa !5
+  %320 = zext <16 x i16> %319 to <16 x i32>
+  %321 = shl nuw <16 x i32> %320, splat (i32 16)
+  %322 = bitcast <16 x i32> %321 to <16 x float>
+  %323 = getelementptr inbounds nuw i8, ptr %303, i64 1792
+  %324 = load <16 x float>, ptr %323, align 4, !tbaa !5
+  %gep66.us.us.4.i.us.us = getelementptr i8, ptr %gep79.us.us.i.us.us, i64 128
+  %325 = load <16 x i16>, ptr %gep66.us.us.4.i.us.us, align 2, !tbaa !5
+  %326 = zext <16 x i16> %325 to <16 x i32>
+  %327 = shl nuw <16 x i32> %326, splat (i32 16)
+  %328 = bitcast <16 x i32> %327 to <16 x float>
+  %329 = getelementptr inbounds nuw i8, ptr %303, i64 1728
+  %330 = load <16 x float>, ptr %329, align 4, !tbaa !5
+  %gep66.us.us.3.i.us.us = getelementptr i8, ptr %gep79.us.us.i.us.us, i64 96
+  %331 = load <16 x i16>, ptr %gep66.us.us.3.i.us.us, align 2, !tbaa !5
+  %332 = zext <16 x i16> %331 to <16 x i32>
+  %333 = shl nuw <16 x i32> %332, splat (i32 16)
+  %334 = bitcast <16 x i32> %333 to <16 x float>
+  %335 = getelementptr inbounds nuw i8, ptr %303, i64 1664
   %336 = load <16 x float>, ptr %335, align 4, !tbaa !5
-  %337 = getelementptr inbounds nuw i8, ptr %152, i64 768
-  %338 = load <16 x float>, ptr %337, align 4, !tbaa !5
-  %339 = getelementptr inbounds nuw i8, ptr %152, i64 704
-  %340 = load <16 x float>, ptr %339, align 4, !tbaa !5
-  %341 = getelementptr inbounds nuw i8, ptr %152, i64 640
+  %gep66.us.us.2.i.us.us = getelementptr i8, ptr %gep79.us.us.i.us.us, i64 64
+  %337 = load <16 x i16>, ptr %gep66.us.us.2.i.us.us, align 2, !tbaa !5
+  %338 = zext <16 x i16> %337 to <16 x i32>
+  %339 = shl nuw <16 x i32> %338, splat (i32 16)
+  %340 = bitcast <16 x i32> %339 to <16 x float>
+  %341 = getelementptr inbounds nuw i8, ptr %303, i64 1600
   %342 = load <16 x float>, ptr %341, align 4, !tbaa !5
-  %343 = getelementptr inbounds nuw i8, ptr %152, i64 576
-  %344 = load <16 x float>, ptr %343, align 4, !tbaa !5
-  %345 = getelementptr inbounds nuw i8, ptr %152, i64 512
-  %346 = load <16 x float>, ptr %345, align 4, !tbaa !5
-  %347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %346, <16 x float> %201, <16 x float> zeroinitializer)
-  %348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %344, <16 x float> %195, <16 x float> %347)
-  %349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %342, <16 x float> %189, <16 x float> %348)
-  %350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %183, <16 x float> %349)
-  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %338, <16 x float> %177, <16 x float> %350)
-  %352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %171, <16 x float> %351)
-  %353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %334, <16 x float> %165, <16 x float> %352)
-  %354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %159, <16 x float> %353)
-  %355 = load <16 x float>, ptr %210, align 4, !tbaa !5
-  %356 = getelementptr inbounds nuw i8, ptr %152, i64 384
-  %357 = load <16 x float>, ptr %356, align 4, !tbaa !5
-  %358 = getelementptr inbounds nuw i8, ptr %152, i64 320
-  %359 = load <16 x float>, ptr %358, align 4, !tbaa !5
-  %360 = getelementptr inbounds nuw i8, ptr %152, i64 256
-  %361 = load <16 x float>, ptr %360, align 4, !tbaa !5
-  %362 = getelementptr inbounds nuw i8, ptr %152, i64 192
-  %363 = load <16 x float>, ptr %362, align 4, !tbaa !5
-  %364 = getelementptr inbounds nuw i8, ptr %152, i64 128
-  %365 = load <16 x float>, ptr %364, align 4, !tbaa !5
-  %366 = getelementptr inbounds nuw i8, ptr %152, i64 64
-  %367 = load <16 x float>, ptr %366, align 4, !tbaa !5
-  %368 = load <16 x float>, ptr %152, align 4, !tbaa !5
-  %369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %201, <16 x float> zeroinitializer)
-  %370 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %367, <16 x float> %195, <16 x float> %369)
-  %371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %365, <16 x float> %189, <16 x float> %370)
-  %372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %363, <16 x float> %183, <16 x float> %371)
-  %373 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %361, <16 x float> %177, <16 x float> %372)
-  %374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %359, <16 x float> %171, <16 x float> %373)
-  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %357, <16 x float> %165, <16 x float> %374)
-  %376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %355, <16 x float> %159, <16 x float> %375)
-  %.idx.i.us.us = shl nuw nsw i64 %indvars.iv123.i.us.us, 13
-  %gep152.i.us.us = getelementptr inbounds nuw i8, ptr %invariant.gep151.i.us, i64 %.idx.i.us.us
-  store <16 x float> %376, ptr %gep152.i.us.us, align 4, !tbaa !5
-  %377 = getelementptr inbounds nuw i8, ptr %gep152.i.us.us, i64 1024
-  store <16 x float> %354, ptr %377, align 4, !tbaa !5
-  %378 = getelementptr inbounds nuw i8, ptr %gep152.i.us.us, i64 2048
-  store <16 x float> %330, ptr %378, align 4, !tbaa !5
-  %379 = getelementptr inbounds nuw i8, ptr %gep152.i.us.us, i64 3072
-  store <16 x float> %306, ptr %379, align 4, !tbaa !5
-  %380 = getelementptr inbounds nuw i8, ptr %gep152.i.us.us, i64 4096
-  store <16 x float> %282, ptr %380, align 4, !tbaa !5
-  %381 = getelementptr inbounds nuw i8, ptr %gep152.i.us.us, i64 5120
-  store <16 x float> %258, ptr %381, align 4, !tbaa !5
-  %382 = getelementptr inbounds nuw i8, ptr %gep152.i.us.us, i64 6144
-  store <16 x float> %234, ptr %382, align 4, !tbaa !5
-  %383 = getelementptr inbounds nuw i8, ptr %gep152.i.us.us, i64 7168
-  store <16 x float> %209, ptr %383, align 4, !tbaa !5
-  br i1 %151, label %for_body_ax2_0.us.us.i.us.us, label %for_end_ax2_0.split.us.us.i.split.us.us, !prof !79
+  %gep66.us.us.1.i.us.us = getelementptr i8, ptr %gep79.us.us.i.us.us, i64 32
+  %343 = load <16 x i16>, ptr %gep66.us.us.1.i.us.us, align 2, !tbaa !5
+  %344 = zext <16 x i16> %343 to <16 x i32>
+  %345 = shl nuw <16 x i32> %344, splat (i32 16)
+  %346 = bitcast <16 x i32> %345 to <16 x float>
+  %347 = getelementptr inbounds nuw i8, ptr %303, i64 1536
+  %348 = load <16 x float>, ptr %347, align 4, !tbaa !5
+  %349 = load <16 x i16>, ptr %gep79.us.us.i.us.us, align 2, !tbaa !5
+  %350 = zext <16 x i16> %349 to <16 x i32>
+  %351 = shl nuw <16 x i32> %350, splat (i32 16)
+  %352 = bitcast <16 x i32> %351 to <16 x float>
+  %353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %348, <16 x float> %352, <16 x float> zeroinitializer)
+  %354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %342, <16 x float> %346, <16 x float> %353)
+  %355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %340, <16 x float> %354)
+  %356 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %330, <16 x float> %334, <16 x float> %355)
+  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %324, <16 x float> %328, <16 x float> %356)
+  %358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %318, <16 x float> %322, <16 x float> %357)
+  %359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %316, <16 x float> %358)
+  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %310, <16 x float> %359)
+  %361 = getelementptr inbounds nuw i8, ptr %303, i64 1472
+  %362 = load <16 x float>, ptr %361, align 4, !tbaa !5
+  %363 = getelementptr inbounds nuw i8, ptr %303, i64 1408
+  %364 = load <16 x float>, ptr %363, align 4, !tbaa !5
+  %365 = getelementptr inbounds nuw i8, ptr %303, i64 1344
+  %366 = load <16 x float>, ptr %365, align 4, !tbaa !5
+  %367 = getelementptr inbounds nuw i8, ptr %303, i64 1280
+  %368 = load <16 x float>, ptr %367, align 4, !tbaa !5
+  %369 = getelementptr inbounds nuw i8, ptr %303, i64 1216
+  %370 = load <16 x float>, ptr %369, align 4, !tbaa !5
+  %371 = getelementptr inbounds nuw i8, ptr %303, i64 1152
+  %372 = load <16 x float>, ptr %371, align 4, !tbaa !5
+  %373 = getelementptr inbounds nuw i8, ptr %303, i64 1088
+  %374 = load <16 x float>, ptr %373, align 4, !tbaa !5
+  %375 = getelementptr inbounds nuw i8, ptr %303, i64 1024
+  %376 = load <16 x float>, ptr %375, align 4, !tbaa !5
+  %377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %376, <16 x float> %352, <16 x float> zeroinitializer)
+  %378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %374, <16 x float> %346, <16 x float> %377)
+  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %372, <16 x float> %340, <16 x float> %378)
+  %380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> %334, <16 x float> %379)
+  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %328, <16 x float> %380)
+  %382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %366, <16 x float> %322, <16 x float> %381)
+  %383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %316, <16 x float> %382)
+  %384 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %362, <16 x float> %310, <16 x float> %383)
+  %385 = getelementptr inbounds nuw i8, ptr %303, i64 960
+  %386 = load <16 x float>, ptr %385, align 4, !tbaa !5
+  %387 = getelementptr inbounds nuw i8, ptr %303, i64 896
+  %388 = load <16 x float>, ptr %387, align 4, !tbaa !5
+  %389 = getelementptr inbounds nuw i8, ptr %303, i64 832
+  %390 = load <16 x float>, ptr %389, align 4, !tbaa !5
+  %391 = getelementptr inbounds nuw i8, ptr %303, i64 768
+  %392 = load <16 x float>, ptr %391, align 4, !tbaa !5
+  %393 = getelementptr inbounds nuw i8, ptr %303, i64 704
+  %394 = load <16 x float>, ptr %393, align 4, !tbaa !5
+  %395 = getelementptr inbounds nuw i8, ptr %303, i64 640
+  %396 = load <16 x float>, ptr %395, align 4, !tbaa !5
+  %397 = getelementptr inbounds nuw i8, ptr %303, i64 576
+  %398 = load <16 x float>, ptr %397, align 4, !tbaa !5
+  %399 = getelementptr inbounds nuw i8, ptr %303, i64 512
+  %400 = load <16 x float>, ptr %399, align 4, !tbaa !5
+  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %400, <16 x float> %352, <16 x float> zeroinitializer)
+  %402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %398, <16 x float> %346, <16 x float> %401)
+  %403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %396, <16 x float> %340, <16 x float> %402)
+  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %394, <16 x float> %334, <16 x float> %403)
+  %405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %392, <16 x float> %328, <16 x float> %404)
+  %406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %390, <16 x float> %322, <16 x float> %405)
+  %407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %388, <16 x float> %316, <16 x float> %406)
+  %408 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %386, <16 x float> %310, <16 x float> %407)
+  %409 = getelementptr inbounds nuw i8, ptr %303, i64 448
+  %410 = load <16 x float>, ptr %409, align 4, !tbaa !5
+  %411 = getelementptr inbounds nuw i8, ptr %303, i64 384
+  %412 = load <16 x float>, ptr %411, align 4, !tbaa !5
+  %413 = getelementptr inbounds nuw i8, ptr %303, i64 320
+  %414 = load <16 x float>, ptr %413, align 4, !tbaa !5
+  %415 = getelementptr inbounds nuw i8, ptr %303, i64 256
+  %416 = load <16 x float>, ptr %415, align 4, !tbaa !5
+  %417 = getelementptr inbounds nuw i8, ptr %303, i64 192
+  %418 = load <16 x float>, ptr %417, align 4, !tbaa !5
+  %419 = getelementptr inbounds nuw i8, ptr %303, i64 128
+  %420 = load <16 x float>, ptr %419, align 4, !tbaa !5
+  %421 = getelementptr inbounds nuw i8, ptr %303, i64 64
+  %422 = load <16 x float>, ptr %421, align 4, !tbaa !5
+  %423 = load <16 x float>, ptr %303, align 4, !tbaa !5
+  %424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %423, <16 x float> %352, <16 x float> zeroinitializer)
+  %425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %422, <16 x float> %346, <16 x float> %424)
+  %426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %340, <16 x float> %425)
+  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %418, <16 x float> %334, <16 x float> %426)
+  %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %416, <16 x float> %328, <16 x float> %427)
+  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %414, <16 x float> %322, <16 x float> %428)
+  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %412, <16 x float> %316, <16 x float> %429)
+  %431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %310, <16 x float> %430)
+  %432 = load i64, ptr %gep.us, align 8, !tbaa !5
+  %gep77.us.us.i.us.us = getelementptr i16, ptr %invariant.gep76.i, i64 %432
+  %gep64.us.us.7.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 224
+  %433 = load <16 x i16>, ptr %gep64.us.us.7.i.us.us, align 2, !tbaa !5
+  %434 = zext <16 x i16> %433 to <16 x i32>
+  %435 = shl nuw <16 x i32> %434, splat (i32 16)
+  %436 = bitcast <16 x i32> %435 to <16 x float>
+  %gep64.us.us.6.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 192
+  %437 = load <16 x i16>, ptr %gep64.us.us.6.i.us.us, align 2, !tbaa !5
+  %438 = zext <16 x i16> %437 to <16 x i32>
+  %439 = shl nuw <16 x i32> %438, splat (i32 16)
+  %440 = bitcast <16 x i32> %439 to <16 x float>
+  %gep64.us.us.5.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 160
+  %441 = load <16 x i16>, ptr %gep64.us.us.5.i.us.us, align 2, !tbaa !5
+  %442 = zext <16 x i16> %441 to <16 x i32>
+  %443 = shl nuw <16 x i32> %442, splat (i32 16)
+  %444 = bitcast <16 x i32> %443 to <16 x float>
+  %gep64.us.us.4.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 128
+  %445 = load <16 x i16>, ptr %gep64.us.us.4.i.us.us, align 2, !tbaa !5
+  %446 = zext <16 x i16> %445 to <16 x i32>
+  %447 = shl nuw <16 x i32> %446, splat (i32 16)
+  %448 = bitcast <16 x i32> %447 to <16 x float>
+  %gep64.us.us.3.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 96
+  %449 = load <16 x i16>, ptr %gep64.us.us.3.i.us.us, align 2, !tbaa !5
+  %450 = zext <16 x i16> %449 to <16 x i32>
+  %451 = shl nuw <16 x i32> %450, splat (i32 16)
+  %452 = bitcast <16 x i32> %451 to <16 x float>
+  %gep64.us.us.2.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 64
+  %453 = load <16 x i16>, ptr %gep64.us.us.2.i.us.us, align 2, !tbaa !5
+  %454 = zext <16 x i16> %453 to <16 x i32>
+  %455 = shl nuw <16 x i32> %454, splat (i32 16)
+  %456 = bitcast <16 x i32> %455 to <16 x float>
+  %gep64.us.us.1.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 32
+  %457 = load <16 x i16>, ptr %gep64.us.us.1.i.us.us, align 2, !tbaa !5
+  %458 = zext <16 x i16> %457 to <16 x i32>
+  %459 = shl nuw <16 x i32> %458, splat (i32 16)
+  %460 = bitcast <16 x i32> %459 to <16 x float>
+  %461 = load <16 x i16>, ptr %gep77.us.us.i.us.us, align 2, !tbaa !5
+  %462 = zext <16 x i16> %461 to <16 x i32>
+  %463 = shl nuw <16 x i32> %462, splat (i32 16)
+  %464 = bitcast <16 x i32> %463 to <16 x float>
+  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %348, <16 x float> %464, <16 x float> zeroinitializer)
+  %466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %342, <16 x float> %460, <16 x float> %465)
+  %467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %456, <16 x float> %466)
+  %468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %330, <16 x float> %452, <16 x float> %467)
+  %469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %324, <16 x float> %448, <16 x float> %468)
+  %470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %318, <16 x float> %444, <16 x float> %469)
+  %471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %440, <16 x float> %470)
+  %472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %436, <16 x float> %471)
+  %473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %376, <16 x float> %464, <16 x float> zeroinitializer)
+  %474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %374, <16 x float> %460, <16 x float> %473)
+  %475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %372, <16 x float> %456, <16 x float> %474)
+  %476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> %452, <16 x float> %475)
+  %477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %448, <16 x float> %476)
+  %478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %366, <16 x float> %444, <16 x float> %477)
+  %479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %440, <16 x float> %478)
+  %480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %362, <16 x float> %436, <16 x float> %479)
+  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %400, <16 x float> %464, <16 x float> zeroinitializer)
+  %482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %398, <16 x float> %460, <16 x float> %481)
+  %483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %396, <16 x float> %456, <16 x float> %482)
+  %484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %394, <16 x float> %452, <16 x float> %483)
+  %485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %392, <16 x float> %448, <16 x float> %484)
+  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %390, <16 x float> %444, <16 x float> %485)
+  %487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %388, <16 x float> %440, <16 x float> %486)
+  %488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %386, <16 x float> %436, <16 x float> %487)
+  %489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %423, <16 x float> %464, <16 x float> zeroinitializer)
+  %490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %422, <16 x float> %460, <16 x float> %489)
+  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %456, <16 x float> %490)
+  %492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %418, <16 x float> %452, <16 x float> %491)
+  %493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %416, <16 x float> %448, <16 x float> %492)
+  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %414, <16 x float> %444, <16 x float> %493)
+  %495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %412, <16 x float> %440, <16 x float> %494)
+  %496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %436, <16 x float> %495)
+  %.idx.i.us.us = shl nuw nsw i64 %indvars.iv117.i.us.us, 12
+  %gep147.i.us.us = getelementptr inbounds nuw i8, ptr %invariant.gep146.i.us, i64 %.idx.i.us.us
+  store <16 x float> %496, ptr %gep147.i.us.us, align 4, !tbaa !5
+  %497 = getelementptr inbounds nuw i8, ptr %gep147.i.us.us, i64 64
+  store <16 x float> %431, ptr %497, align 4, !tbaa !5
+  %498 = getelementptr inbounds nuw i8, ptr %gep147.i.us.us, i64 1024
+  store <16 x float> %488, ptr %498, align 4, !tbaa !5
+  %499 = getelementptr inbounds nuw i8, ptr %gep147.i.us.us, i64 1088
+  store <16 x float> %408, ptr %499, align 4, !tbaa !5
+  %500 = getelementptr inbounds nuw i8, ptr %gep147.i.us.us, i64 2048
+  store <16 x float> %480, ptr %500, align 4, !tbaa !5
+  %501 = getelementptr inbounds nuw i8, ptr %gep147.i.us.us, i64 2112
+  store <16 x float> %384, ptr %501, align 4, !tbaa !5
+  %502 = getelementptr inbounds nuw i8, ptr %gep147.i.us.us, i64 3072
+  store <16 x float> %472, ptr %502, align 4, !tbaa !5
+  %503 = getelementptr inbounds nuw i8, ptr %gep147.i.us.us, i64 3136
+  store <16 x float> %360, ptr %503, align 4, !tbaa !5
+  %indvars.iv.next118.i.us.us = add nuw nsw i64 %indvars.iv117.i.us.us, 1
+  %exitcond121.not.i.us.us = icmp eq i64 %indvars.iv.next118.i.us.us, 4
+  br i1 %exitcond121.not.i.us.us, label %for_end_ax2_0.split.us.us.i.split.us.us, label %for_body_ax2_0.us.us.i.us.us, !prof !33
 
 for_end_ax2_0.split.us.us.i.split.us.us:          ; preds = %for_body_ax2_0.us.us.i.us.us
-  %indvars.iv.next128.i.us = add nuw nsw i64 %indvars.iv127.i.us, 1
-  %exitcond131.not.i.us = icmp eq i64 %indvars.iv.next128.i.us, 16
-  br i1 %exitcond131.not.i.us, label %for_begin_r15.preheader.i, label %for_body_ti_0_m.us.i.us, !prof !33
+  %indvars.iv.next123.i.us = add nuw nsw i64 %indvars.iv122.i.us, 1
+  %exitcond126.not.i.us = icmp eq i64 %indvars.iv.next123.i.us, 8
+  br i1 %exitcond126.not.i.us, label %for_begin_r15.preheader.i, label %for_body_n_0_m.us.i.us, !prof !33
 
-for_begin_r15.preheader.i:                        ; preds = %for_end_ax2_0.split.us.us.i.split.us.us, %for_body_ti_0_m.us.i.preheader
-  %384 = add nuw nsw i64 %133, %128
-  %385 = and i64 %384, 4294967280
-  %386 = getelementptr inbounds nuw float, ptr %scores, i64 %385
+for_begin_r15.preheader.i:                        ; preds = %for_end_ax2_0.split.us.us.i.split.us.us, %for_body_n_0_m.us.i.preheader
+  %504 = add nuw nsw i64 %131, %126
+  %505 = and i64 %504, 4294967280
+  %506 = getelementptr inbounds nuw float, ptr %scores, i64 %505
   br label %for_body_r16.i
 
 for_body_r16.i:                                   ; preds = %for_body_r16.i, %for_begin_r15.preheader.i
-  %indvars.iv132.i = phi i64 [ 0, %for_begin_r15.preheader.i ], [ %indvars.iv.next133.i, %for_body_r16.i ]
-  %.idx148.i = shl nuw nsw i64 %indvars.iv132.i, 9
-  %387 = getelementptr inbounds nuw i8, ptr %386, i64 %.idx148.i
-  store <16 x float> zeroinitializer, ptr %387, align 64, !tbaa !5
-  %.idx149.i = shl nuw nsw i64 %indvars.iv132.i, 10
-  %388 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx149.i
-  %sum_0.i = load <16 x float>, ptr %388, align 4, !tbaa !5
-  %389 = getelementptr inbounds nuw i8, ptr %388, i64 64
-  %sum_1.i = load <16 x float>, ptr %389, align 4, !tbaa !5
-  %390 = getelementptr inbounds nuw i8, ptr %388, i64 128
-  %sum_2.i = load <16 x float>, ptr %390, align 4, !tbaa !5
-  %391 = getelementptr inbounds nuw i8, ptr %388, i64 192
-  %sum_3.i = load <16 x float>, ptr %391, align 4, !tbaa !5
-  %392 = getelementptr inbounds nuw i8, ptr %388, i64 256
-  %sum_4.i = load <16 x float>, ptr %392, align 4, !tbaa !5
-  %393 = getelementptr inbounds nuw i8, ptr %388, i64 320
-  %sum_5.i = load <16 x float>, ptr %393, align 4, !tbaa !5
-  %394 = getelementptr inbounds nuw i8, ptr %388, i64 384
-  %sum_6.i = load <16 x float>, ptr %394, align 4, !tbaa !5
-  %395 = getelementptr inbounds nuw i8, ptr %388, i64 448
-  %sum_7.i = load <16 x float>, ptr %395, align 4, !tbaa !5
-  %396 = getelementptr inbounds nuw i8, ptr %388, i64 512
-  %sum_8.i = load <16 x float>, ptr %396, align 4, !tbaa !5
-  %397 = getelementptr inbounds nuw i8, ptr %388, i64 576
-  %sum_9.i = load <16 x float>, ptr %397, align 4, !tbaa !5
-  %398 = getelementptr inbounds nuw i8, ptr %388, i64 640
-  %sum_10.i = load <16 x float>, ptr %398, align 4, !tbaa !5
-  %399 = getelementptr inbounds nuw i8, ptr %388, i64 704
-  %sum_11.i = load <16 x float>, ptr %399, align 4, !tbaa !5
-  %400 = getelementptr inbounds nuw i8, ptr %388, i64 768
-  %sum_12.i = load <16 x float>, ptr %400, align 4, !tbaa !5
-  %401 = getelementptr inbounds nuw i8, ptr %388, i64 832
-  %sum_13.i = load <16 x float>, ptr %401, align 4, !tbaa !5
-  %402 = getelementptr inbounds nuw i8, ptr %388, i64 896
-  %sum_14.i = load <16 x float>, ptr %402, align 4, !tbaa !5
-  %403 = getelementptr inbounds nuw i8, ptr %388, i64 960
-  %sum_15.i = load <16 x float>, ptr %403, align 4, !tbaa !5
-  %404 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %405 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.i = fadd <16 x float> %405, %404
-  %406 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %407 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.i = fadd <16 x float> %407, %406
-  %408 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %409 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.i = fadd <16 x float> %409, %408
-  %410 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %411 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.i = fadd <16 x float> %411, %410
-  %412 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %413 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.i = fadd <16 x float> %413, %412
-  %414 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %415 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.i = fadd <16 x float> %415, %414
-  %416 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %417 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.i = fadd <16 x float> %417, %416
-  %418 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %419 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.i = fadd <16 x float> %419, %418
-  %420 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %421 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.i = fadd <16 x float> %421, %420
-  %422 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %423 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.i = fadd <16 x float> %423, %422
-  %424 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %425 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.i = fadd <16 x float> %425, %424
-  %426 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %427 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.i = fadd <16 x float> %427, %426
-  %428 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %429 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.i = fadd <16 x float> %429, %428
-  %430 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %431 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.i = fadd <16 x float> %431, %430
-  %432 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %433 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %434 = fadd <16 x float> %433, %432
-  %435 = fadd <16 x float> %434, zeroinitializer
-  store <16 x float> %435, ptr %387, align 64, !tbaa !5
-  %indvars.iv.next133.i = add nuw nsw i64 %indvars.iv132.i, 1
-  %exitcond136.not.i = icmp eq i64 %indvars.iv.next133.i, 16
-  br i1 %exitcond136.not.i, label %for_end_r17.i, label %for_body_r16.i, !prof !33
+  %indvars.iv127.i = phi i64 [ 0, %for_begin_r15.preheader.i ], [ %indvars.iv.next128.i, %for_body_r16.i ]
+  %.idx143.i = shl nuw nsw i64 %indvars.iv127.i, 9
+  %507 = getelementptr inbounds nuw i8, ptr %506, i64 %.idx143.i
+  store <16 x float> zeroinitializer, ptr %507, align 64, !tbaa !5
+  %.idx144.i = shl nuw nsw i64 %indvars.iv127.i, 10
+  %508 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx144.i
+  %sum_0.i = load <16 x float>, ptr %508, align 4, !tbaa !5
+  %509 = getelementptr inbounds nuw i8, ptr %508, i64 64
+  %sum_1.i = load <16 x float>, ptr %509, align 4, !tbaa !5
+  %510 = getelementptr inbounds nuw i8, ptr %508, i64 128
+  %sum_2.i = load <16 x float>, ptr %510, align 4, !tbaa !5
+  %511 = getelementptr inbounds nuw i8, ptr %508, i64 192
+  %sum_3.i = load <16 x float>, ptr %511, align 4, !tbaa !5
+  %512 = getelementptr inbounds nuw i8, ptr %508, i64 256
+  %sum_4.i = load <16 x float>, ptr %512, align 4, !tbaa !5
+  %513 = getelementptr inbounds nuw i8, ptr %508, i64 320
+  %sum_5.i = load <16 x float>, ptr %513, align 4, !tbaa !5
+  %514 = getelementptr inbounds nuw i8, ptr %508, i64 384
+  %sum_6.i = load <16 x float>, ptr %514, align 4, !tbaa !5
+  %515 = getelementptr inbounds nuw i8, ptr %508, i64 448
+  %sum_7.i = load <16 x float>, ptr %515, align 4, !tbaa !5
+  %516 = getelementptr inbounds nuw i8, ptr %508, i64 512
+  %sum_8.i = load <16 x float>, ptr %516, align 4, !tbaa !5
+  %517 = getelementptr inbounds nuw i8, ptr %508, i64 576
+  %sum_9.i = load <16 x float>, ptr %517, align 4, !tbaa !5
+  %518 = getelementptr inbounds nuw i8, ptr %508, i64 640
+  %sum_10.i = load <16 x float>, ptr %518, align 4, !tbaa !5
+  %519 = getelementptr inbounds nuw i8, ptr %508, i64 704
+  %sum_11.i = load <16 x float>, ptr %519, align 4, !tbaa !5
+  %520 = getelementptr inbounds nuw i8, ptr %508, i64 768
+  %sum_12.i = load <16 x float>, ptr %520, align 4, !tbaa !5
+  %521 = getelementptr inbounds nuw i8, ptr %508, i64 832
+  %sum_13.i = load <16 x float>, ptr %521, align 4, !tbaa !5
+  %522 = getelementptr inbounds nuw i8, ptr %508, i64 896
+  %sum_14.i = load <16 x float>, ptr %522, align 4, !tbaa !5
+  %523 = getelementptr inbounds nuw i8, ptr %508, i64 960
+  %sum_15.i = load <16 x float>, ptr %523, align 4, !tbaa !5
+  %524 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %525 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.i = fadd <16 x float> %525, %524
+  %526 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %527 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.i = fadd <16 x float> %527, %526
+  %528 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %529 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.i = fadd <16 x float> %529, %528
+  %530 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %531 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.i = fadd <16 x float> %531, %530
+  %532 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %533 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.i = fadd <16 x float> %533, %532
+  %534 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %535 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.i = fadd <16 x float> %535, %534
+  %536 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %537 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.i = fadd <16 x float> %537, %536
+  %538 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %539 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.i = fadd <16 x float> %539, %538
+  %540 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %541 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.i = fadd <16 x float> %541, %540
+  %542 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %543 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.i = fadd <16 x float> %543, %542
+  %544 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %545 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.i = fadd <16 x float> %545, %544
+  %546 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %547 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.i = fadd <16 x float> %547, %546
+  %548 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %549 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.i = fadd <16 x float> %549, %548
+  %550 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %551 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.i = fadd <16 x float> %551, %550
+  %552 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %553 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %554 = fadd <16 x float> %553, %552
+  %555 = fadd <16 x float> %554, zeroinitializer
+  store <16 x float> %555, ptr %507, align 64, !tbaa !5
+  %indvars.iv.next128.i = add nuw nsw i64 %indvars.iv127.i, 1
+  %exitcond131.not.i = icmp eq i64 %indvars.iv.next128.i, 16
+  br i1 %exitcond131.not.i, label %for_end_r17.i, label %for_body_r16.i, !prof !33
 
 for_end_r17.i:                                    ; preds = %for_body_r16.i
-  %436 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %437 = tail call i32 %436(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not31.i = icmp eq i32 %437, 0
-  br i1 %.not31.i, label %for_begin_to_m.i, label %qk_matmul_compute_.exit, !prof !82
+  %556 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %557 = tail call i32 %556(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
+  %.not31.i = icmp eq i32 %557, 0
+  br i1 %.not31.i, label %for_begin_to_m.i, label %qk_matmul_compute_.exit, !prof !81
 
 if_end24.i:                                       ; preds = %for_end_to_m.i
-  %438 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %439 = tail call i32 %438(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not30.i = icmp eq i32 %439, 0
-  br i1 %.not30.i, label %for_begin_s.i, label %qk_matmul_compute_.exit, !prof !82
+  %558 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %559 = tail call i32 %558(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not30.i = icmp eq i32 %559, 0
+  br i1 %.not30.i, label %for_begin_s.i, label %qk_matmul_compute_.exit, !prof !81
 
 qk_matmul_compute_.exit:                          ; preds = %if_end24.i, %for_end_r17.i, %for_end_to_m.i, %for_body_to_m.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %for_body_to_m.i ], [ 0, %if_end21 ], [ -1, %for_end_r17.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end24.i ], [ -1, %if_end.i ]
@@ -4234,7 +4118,7 @@ for_begin_ax1.preheader.i:                        ; preds = %for_begin_ax1.prehe
   %peak.rf39.sroa.0.60.vec.extract.i = extractelement <16 x float> %152, i64 15
   %184 = fcmp ogt float %183, %peak.rf39.sroa.0.60.vec.extract.i
   %185 = select i1 %184, float %183, float %peak.rf39.sroa.0.60.vec.extract.i
-  store float %185, ptr %153, align 4, !tbaa !85
+  store float %185, ptr %153, align 4, !tbaa !84
   %indvars.iv.next74.i = add nuw nsw i64 %indvars.iv73.i, 1
   %exitcond76.not.i = icmp eq i64 %indvars.iv.next74.i, 16
   br i1 %exitcond76.not.i, label %for_end_r3.i, label %for_begin_ax1.preheader.i, !prof !33
@@ -4583,7 +4467,7 @@ for_end_r25.i:                                    ; preds = %for_begin_ax128.pre
   %445 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
   %446 = tail call i32 %445(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
   %.not.i = icmp eq i32 %446, 0
-  br i1 %.not.i, label %for_begin_s.i, label %softmax_prepare_compute_.exit, !prof !82
+  br i1 %.not.i, label %for_begin_s.i, label %softmax_prepare_compute_.exit, !prof !81
 
 softmax_prepare_compute_.exit:                    ; preds = %for_end_r25.i, %for_body_s.i, %for_begin_s.i, %entry
   %common.ret.op.i = phi i32 [ 0, %entry ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_r25.i ]
@@ -4879,11 +4763,10 @@ attributes #9 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !76 = distinct !{!76, !11}
 !77 = distinct !{!77, !78}
 !78 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!79 = !{!"branch_weights", i32 1048575, i32 1}
-!80 = distinct !{!80, !81}
-!81 = !{!"llvm.loop.estimated_trip_count", i32 524288}
-!82 = !{!"branch_weights", i32 1, i32 1048576}
-!83 = distinct !{!83, !78}
-!84 = !{!"branch_weights", i32 -2147483648, i32 0}
-!85 = !{!86, !86, i64 0}
-!86 = !{!"buffer5", !7, i64 0}
+!79 = distinct !{!79, !80}
+!80 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!81 = !{!"branch_weights", i32 1, i32 1048576}
+!82 = distinct !{!82, !78}
+!83 = !{!"branch_weights", i32 -2147483648, i32 0}
+!84 = !{!85, !85, i64 0}
+!85 = !{!"buffer5", !7, i64 0}

@@ -130,11 +130,11 @@ class Module:
                             T.writes(row_max[0, vr], row_sum[0, vr])
                             row_max[0, vr] = new_max[vr]
                             row_sum[0, vr] = new_sum[vr]
-                    for r, d_0 in T.grid(16, 8):
+                    for r, d_0, d_2 in T.grid(16, 8, 1):
                         for d_1 in T.vectorized(16):
                             with T.sblock("acc"):
                                 vr = T.axis.spatial(16, r)
-                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
                                 vstep_1 = T.axis.reduce(num_partials, vstep)
                                 T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
                                 T.writes(acc[0, vr, vd])
@@ -147,11 +147,11 @@ class Module:
                 T.reads(row_sum[0, vh])
                 T.writes(factor[vh])
                 factor[vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32(0.0), T.float32(1.0) / row_sum[0, vh])
-        for h, d_0 in T.grid(16, 8):
+        for h, d_0, d_2 in T.grid(16, 8, 1):
             for d_1 in T.vectorized(16):
                 with T.sblock("out"):
                     vh = T.axis.spatial(16, h)
-                    vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                    vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
                     T.reads(acc[0, vh, vd], factor[vh])
                     T.writes(out[seq, vh, vd])
                     out[seq, vh, vd] = T.Cast("float32", acc[0, vh, vd] * factor[vh])
@@ -218,11 +218,11 @@ class Module:
                             T.writes(row_max[vs, vr], row_sum[vs, vr])
                             row_max[vs, vr] = new_max[vr]
                             row_sum[vs, vr] = new_sum[vr]
-                    for r, d_0 in T.grid(16, 8):
+                    for r, d_0, d_2 in T.grid(16, 8, 1):
                         for d_1 in T.vectorized(16):
                             with T.sblock("acc"):
                                 vr = T.axis.spatial(16, r)
-                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
                                 vstep = T.axis.reduce(num_blocks, block_idx)
                                 T.reads(alpha[vr], beta[vr], tile_acc[vs, vr, vd])
                                 T.writes(acc[vs, vr, vd])
@@ -239,17 +239,17 @@ class Module:
                             T.writes(partial_max[partial_start + vs, head_start + vr], partial_sum[partial_start + vs, head_start + vr])
                             partial_max[partial_start + vs, head_start + vr] = row_max[vs, vr]
                             partial_sum[partial_start + vs, head_start + vr] = row_sum[vs, vr]
-                    for r, d_0 in T.grid(T.Select(block_idx == num_blocks - 1, num_rows, 0), 8):
+                    for r, d_0, d_2 in T.grid(T.Select(block_idx == num_blocks - 1, num_rows, 0), 8, 1):
                         for d_1 in T.vectorized(16):
                             with T.sblock("store_acc"):
                                 vr = T.axis.spatial(16, r)
-                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
                                 T.reads(acc[vs, vr, vd])
                                 T.writes(partial_acc[partial_start + vs, head_start + vr, vd])
                                 partial_acc[partial_start + vs, head_start + vr, vd] = acc[vs, vr, vd]
 
     @T.prim_func(s_tir=True)
-    def pv_matmul(value_cache: T.Buffer((v_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), probs: T.Buffer((16, 16, 128), "float32"), tile_acc: T.Buffer((16, 16, 128), "float32"), v_block: T.int64, v_slot: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, block_idx: T.int32):
+    def pv_matmul(value_cache: T.Buffer((v_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), probs: T.Buffer((16, 16, 128), "float32"), tile_acc: T.Buffer((16, 16, 128), "float32"), v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, block_idx: T.int32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -271,7 +271,9 @@ class Module:
                             T.reads(block_table[seq, T.min(tile_start + vt, tile_start + valid_len - 1) // 128])
                             T.writes(value_offsets[vt])
                             token: T.let[T.int32] = T.min(tile_start + vt, tile_start + valid_len - 1)
-                            value_offsets[vt] = T.Cast("int64", block_table[seq, token // 128]) * v_block + T.Cast("int64", token % 128) * v_slot
+                            block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
+                            slot: T.let[T.int32] = token % 128
+                            value_offsets[vt] = block * v_block + T.Cast("int64", slot) * v_row
                 with T.sblock("pv_matmul"):
                     T.reads(probs[vs, 0:16, 0:128], value_cache[0:v_span], value_cache[0:v_span], value_offsets[0:256])
                     T.writes(tile_acc[vs, 0:16, 0:128])
@@ -279,68 +281,69 @@ class Module:
                     fetched = T.sblock_alloc_buffer((128, 4), "int8")
                     full_acc_global = T.sblock_alloc_buffer((16, 128))
                     num_full: T.let[T.int32] = valid_len // 16
-                    for r_0, d_0 in T.grid(2, 8):
-                        for r_1_init in T.unroll(8):
-                            for d_1_init in T.unroll(1):
-                                for d_2_init in T.vectorized(16):
-                                    with T.sblock("full_groups_init"):
-                                        vr = T.axis.spatial(16, r_0 * 8 + r_1_init)
-                                        vd = T.axis.spatial(128, d_0 * 16 + d_1_init * 16 + d_2_init)
-                                        T.reads()
-                                        T.writes(full_acc_global[vr, vd])
-                                        full_acc_global[vr, vd] = T.float32(0.0)
+                    for r_0, d_0 in T.grid(4, 4):
+                        for d_1_init in T.unroll(2):
+                            for d_3_init in T.unroll(1):
+                                for r_1_init in T.unroll(4):
+                                    for d_2_init in T.vectorized(16):
+                                        with T.sblock("full_groups_init"):
+                                            vr = T.axis.spatial(16, r_0 * 4 + r_1_init)
+                                            vd = T.axis.spatial(128, d_0 * 32 + d_1_init * 16 + d_2_init + d_3_init)
+                                            T.reads()
+                                            T.writes(full_acc_global[vr, vd])
+                                            full_acc_global[vr, vd] = T.float32(0.0)
                         for to in range(num_full):
                             for ax0, ax1, ax2 in T.grid(1, 16, 1):
                                 with T.sblock("prefetch_values"):
                                     vo = T.axis.spatial(8, to + ax0)
                                     vi = T.axis.spatial(16, ax1)
-                                    vl = T.axis.spatial(4, d_0 // 2 + ax2)
+                                    vl = T.axis.spatial(4, d_0 + ax2)
                                     T.where(to < 8)
                                     T.reads(value_offsets[0:256])
                                     T.writes(fetched[vo * 16 + vi, vl])
                                     number: T.let[T.int32] = (vl * num_full + vo) * 16 + vi
-                                    ahead: T.let[T.int64] = head_offset + T.int64(32) * T.Cast("int64", number % 4)
-                                    T.prefetch(T.address_of(value_cache[value_offsets[number // 4] + ahead]), 0, 2, 1)
+                                    T.prefetch(T.address_of(value_cache[value_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
                             for ti in T.unroll(16):
-                                for r_1 in T.unroll(8):
-                                    for d_1 in T.unroll(1):
-                                        for d_2 in T.vectorized(16):
-                                            with T.sblock("full_groups_update"):
-                                                vt = T.axis.reduce(128, to * 16 + ti)
-                                                vr = T.axis.spatial(16, r_0 * 8 + r_1)
-                                                vd = T.axis.spatial(128, d_0 * 16 + d_1 * 16 + d_2)
-                                                T.reads(full_acc_global[vr, vd], probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt, vd // 32])
-                                                T.writes(full_acc_global[vr, vd])
-                                                full_acc_global[vr, vd] = full_acc_global[vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + head_offset + T.Cast("int64", vd)])
-                        for ax0 in T.unroll(8):
-                            for ax1_0 in T.unroll(1):
+                                for d_1 in T.unroll(2):
+                                    for d_3 in T.unroll(1):
+                                        for r_1 in T.unroll(4):
+                                            for d_2 in T.vectorized(16):
+                                                with T.sblock("full_groups_update"):
+                                                    vt = T.axis.reduce(128, to * 16 + ti)
+                                                    vr = T.axis.spatial(16, r_0 * 4 + r_1)
+                                                    vd = T.axis.spatial(128, d_0 * 32 + d_1 * 16 + d_2 + d_3)
+                                                    T.reads(full_acc_global[vr, vd], probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt, vd * 4 // 128])
+                                                    T.writes(full_acc_global[vr, vd])
+                                                    full_acc_global[vr, vd] = full_acc_global[vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + head_offset + T.Cast("int64", vd)])
+                        for ax0 in T.unroll(4):
+                            for ax1_0 in T.unroll(2):
                                 for ax1_1 in T.vectorized(16):
                                     with T.sblock("full_acc_global"):
-                                        v0 = T.axis.spatial(16, r_0 * 8 + ax0)
-                                        v1 = T.axis.spatial(128, d_0 * 16 + ax1_0 * 16 + ax1_1)
+                                        v0 = T.axis.spatial(16, r_0 * 4 + ax0)
+                                        v1 = T.axis.spatial(128, d_0 * 32 + ax1_0 * 16 + ax1_1)
                                         T.reads(full_acc_global[v0, v1])
                                         T.writes(full_acc[v0, v1])
                                         full_acc[v0, v1] = full_acc_global[v0, v1]
-                    for r_init, d_0_init in T.grid(16, 8):
+                    for r_init, d_0_init, d_2_init in T.grid(16, 8, 1):
                         for d_1_init in T.vectorized(16):
                             with T.sblock("tile_acc_init"):
                                 vr = T.axis.spatial(16, r_init)
-                                vd = T.axis.spatial(128, d_0_init * 16 + d_1_init)
+                                vd = T.axis.spatial(128, d_0_init * 16 + d_1_init + d_2_init)
                                 T.reads()
                                 T.writes(tile_acc[vs, vr, vd])
                                 tile_acc[vs, vr, vd] = full_acc[vr, vd]
-                    for ti, r, d_0 in T.grid(valid_len % 16, 16, 8):
+                    for ti, r, d_0, d_2 in T.grid(valid_len % 16, 16, 8, 1):
                         for d_1 in T.vectorized(16):
                             with T.sblock("tile_acc_update"):
                                 vt = T.axis.reduce(128, ti + num_full * 16)
                                 vr = T.axis.spatial(16, r)
-                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
                                 T.reads(tile_acc[vs, vr, vd], full_acc[vr, vd], probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt])
                                 T.writes(tile_acc[vs, vr, vd])
                                 tile_acc[vs, vr, vd] = tile_acc[vs, vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + head_offset + T.Cast("int64", vd)])
 
     @T.prim_func(s_tir=True)
-    def qk_matmul(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), k_block: T.int64, k_slot: T.int64, k_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, head_start: T.int32, num_rows: T.int32, block_idx: T.int32):
+    def qk_matmul(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), k_block: T.int64, k_row: T.int64, k_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, head_start: T.int32, num_rows: T.int32, block_idx: T.int32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -357,11 +360,11 @@ class Module:
                 with T.sblock("load_query"):
                     T.reads(query[seq, head_start:head_start + num_rows, 0:128])
                     T.writes(q_tile[0, 0:16, 0:128])
-                    for r, d_0 in T.grid(16, 8):
+                    for r, d_0, d_2 in T.grid(16, 8, 1):
                         for d_1 in T.vectorized(16):
                             with T.sblock("q_tile"):
                                 vr = T.axis.spatial(16, r)
-                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
                                 T.reads(query[seq, head_start + vr, vd])
                                 T.writes(q_tile[0, vr, vd])
                                 q_tile[0, vr, vd] = T.if_then_else(vr < num_rows, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
@@ -374,54 +377,58 @@ class Module:
                             T.reads(block_table[seq, T.min(tile_start + vt, tile_start + valid_len - 1) // 128])
                             T.writes(key_offsets[vt])
                             token: T.let[T.int32] = T.min(tile_start + vt, tile_start + valid_len - 1)
-                            key_offsets[vt] = T.Cast("int64", block_table[seq, token // 128]) * k_block + T.Cast("int64", token % 128) * k_slot
+                            block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
+                            slot: T.let[T.int32] = token % 128
+                            key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
                 with T.sblock("qk_matmul"):
                     T.reads(q_tile[0, 0:16, 0:128], key_cache[0:k_span], key_cache[0:k_span], key_offsets[0:256])
                     T.writes(scores[vs, 0:16, 0:128])
                     scores_rf = T.sblock_alloc_buffer((16, 16, 128, 16))
                     scores_rf_global = T.sblock_alloc_buffer((16, 16, 128, 16))
                     for to_m in range((valid_len + 16 - 1) // 16):
-                        for ti_0_m in range(16):
-                            for ti_1, li in T.grid(1, 4):
+                        for n_0_m in range(8):
+                            for n_1 in range(8):
                                 with T.sblock("prefetch_keys"):
-                                    vt = T.axis.spatial(128, to_m * 16 + ti_0_m + ti_1)
-                                    vl = T.axis.spatial(4, li)
+                                    vo = T.axis.spatial(8, to_m)
+                                    vn = T.axis.spatial(64, n_0_m * 8 + n_1)
                                     T.reads(key_offsets[0:256])
                                     T.writes()
-                                    T.prefetch(T.address_of(key_cache[key_offsets[vt] + head_offset + T.int64(32) * T.Cast("int64", vl)]), 0, 2, 1)
-                            for ax2_0 in range(2):
-                                for ax1_1_init in T.unroll(1):
-                                    for ax2_1_init in T.unroll(8):
+                                    number: T.let[T.int32] = vo * 64 + vn
+                                    T.prefetch(T.address_of(key_cache[key_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
+                            for ax2_0 in range(4):
+                                for ax1_1_init in T.unroll(2):
+                                    for ax2_1_init in T.unroll(4):
                                         for ax0_init in T.vectorized(16):
                                             with T.sblock("scores_rf_init"):
                                                 vd_1 = T.axis.spatial(16, ax0_init)
-                                                vt = T.axis.spatial(128, to_m * 16 + ti_0_m + ax1_1_init)
-                                                vr = T.axis.spatial(16, ax2_0 * 8 + ax2_1_init)
+                                                vt = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax1_1_init)
+                                                vr = T.axis.spatial(16, ax2_0 * 4 + ax2_1_init)
                                                 T.where(to_m < 8)
                                                 T.reads()
                                                 T.writes(scores_rf_global[vs, vr, vt, vd_1])
                                                 scores_rf_global[vs, vr, vt, vd_1] = T.float32(0.0)
                                 for ax3 in range(8):
-                                    for ax1_1 in T.unroll(1):
-                                        for ax2_1 in T.unroll(8):
-                                            for ax0 in T.vectorized(16):
-                                                with T.sblock("scores_rf_update"):
-                                                    vd_1 = T.axis.spatial(16, ax0)
-                                                    vt = T.axis.spatial(128, to_m * 16 + ti_0_m + ax1_1)
-                                                    vr = T.axis.spatial(16, ax2_0 * 8 + ax2_1)
-                                                    vd_0 = T.axis.reduce(8, ax3)
-                                                    T.where(to_m < 8)
-                                                    T.reads(scores_rf_global[vs, vr, vt, vd_1], q_tile[0, vr, vd_0 * 16 + vd_1], key_cache[key_offsets[vt] + head_offset + T.Cast("int64", vd_0 * 16 + vd_1)], key_offsets[vt])
-                                                    T.writes(scores_rf_global[vs, vr, vt, vd_1])
-                                                    scores_rf_global[vs, vr, vt, vd_1] = scores_rf_global[vs, vr, vt, vd_1] + q_tile[0, vr, vd_0 * 16 + vd_1] * T.Cast("float32", key_cache[key_offsets[vt] + head_offset + T.Cast("int64", vd_0 * 16 + vd_1)])
+                                    for ax4 in T.unroll(1):
+                                        for ax1_1 in T.unroll(2):
+                                            for ax2_1 in T.unroll(4):
+                                                for ax0 in T.vectorized(16):
+                                                    with T.sblock("scores_rf_update"):
+                                                        vd_1 = T.axis.spatial(16, ax0)
+                                                        vt = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax1_1)
+                                                        vr = T.axis.spatial(16, ax2_0 * 4 + ax2_1)
+                                                        vd_0, vd_2 = T.axis.remap("RR", [ax3, ax4])
+                                                        T.where(to_m < 8)
+                                                        T.reads(scores_rf_global[vs, vr, vt, vd_1], q_tile[0, vr, vd_0 * 16 + vd_1 + vd_2], key_cache[key_offsets[vt] + head_offset + T.Cast("int64", vd_0 * 16 + vd_1 + vd_2)], key_offsets[vt])
+                                                        T.writes(scores_rf_global[vs, vr, vt, vd_1])
+                                                        scores_rf_global[vs, vr, vt, vd_1] = scores_rf_global[vs, vr, vt, vd_1] + q_tile[0, vr, vd_0 * 16 + vd_1 + vd_2] * T.Cast("float32", key_cache[key_offsets[vt] + head_offset + T.Cast("int64", vd_0 * 16 + vd_1 + vd_2)])
                                 for ax0 in range(1):
-                                    for ax1 in T.unroll(8):
-                                        for ax2 in T.unroll(1):
+                                    for ax1 in T.unroll(4):
+                                        for ax2 in T.unroll(2):
                                             for ax3 in T.vectorized(16):
                                                 with T.sblock("scores.rf_global"):
                                                     v0 = T.axis.spatial(16, vs + ax0)
-                                                    v1 = T.axis.spatial(16, ax2_0 * 8 + ax1)
-                                                    v2 = T.axis.spatial(128, to_m * 16 + ti_0_m + ax2)
+                                                    v1 = T.axis.spatial(16, ax2_0 * 4 + ax1)
+                                                    v2 = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax2)
                                                     v3 = T.axis.spatial(16, ax3)
                                                     T.where(0 <= vs and vs < 16 and to_m < 8)
                                                     T.reads(scores_rf_global[v0, v1, v2, v3])

@@ -238,7 +238,7 @@ class Module:
                             partial_acc[partial_start + vs, head_start + vr, vd] = acc[vs, vr, vd]
 
     @T.prim_func(s_tir=True)
-    def pv_matmul(value_cache: T.Buffer((v_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), probs: T.Buffer((16, 16, 128), "float32"), tile_acc: T.Buffer((16, 16, 128), "float32"), v_block: T.int64, v_slot: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, block_idx: T.int32):
+    def pv_matmul(value_cache: T.Buffer((v_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), probs: T.Buffer((16, 16, 128), "float32"), tile_acc: T.Buffer((16, 16, 128), "float32"), v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, block_idx: T.int32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -260,7 +260,9 @@ class Module:
                             T.reads(block_table[seq, T.min(tile_start + vt, tile_start + valid_len - 1) // 128])
                             T.writes(value_offsets[vt])
                             token: T.let[T.int32] = T.min(tile_start + vt, tile_start + valid_len - 1)
-                            value_offsets[vt] = T.Cast("int64", block_table[seq, token // 128]) * v_block + T.Cast("int64", token % 128) * v_slot
+                            block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
+                            slot: T.let[T.int32] = token % 128
+                            value_offsets[vt] = block * v_block + T.Cast("int64", slot) * v_row
                 with T.sblock("pv_matmul"):
                     T.reads(probs[vs, 0:16, 0:128], value_cache[0:v_span], value_cache[0:v_span], value_offsets[0:256])
                     T.writes(tile_acc[vs, 0:16, 0:128])
@@ -274,13 +276,12 @@ class Module:
                             T.reads(value_offsets[0:256])
                             T.writes(fetched[vo * 16 + vi, vl])
                             number: T.let[T.int32] = (vl * num_full + vo) * 16 + vi
-                            ahead: T.let[T.int64] = head_offset + T.int64(32) * T.Cast("int64", number % 4)
-                            T.prefetch(T.address_of(value_cache[value_offsets[number // 4] + ahead]), 0, 2, 1)
+                            T.prefetch(T.address_of(value_cache[value_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
                     for to, ti, r, d in T.grid(num_full, 16, 16, 128):
                         with T.sblock("full_groups"):
                             vt = T.axis.reduce(128, to * 16 + ti)
                             vr, vd = T.axis.remap("SS", [r, d])
-                            T.reads(probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt, vd // 32])
+                            T.reads(probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt, vd * 4 // 128])
                             T.writes(full_acc[vr, vd])
                             with T.init():
                                 full_acc[vr, vd] = T.float32(0.0)
@@ -296,7 +297,7 @@ class Module:
                             tile_acc[vs, vr, vd] = tile_acc[vs, vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + head_offset + T.Cast("int64", vd)])
 
     @T.prim_func(s_tir=True)
-    def qk_matmul(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), k_block: T.int64, k_slot: T.int64, k_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, head_start: T.int32, num_rows: T.int32, block_idx: T.int32):
+    def qk_matmul(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), k_block: T.int64, k_row: T.int64, k_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, head_start: T.int32, num_rows: T.int32, block_idx: T.int32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -328,17 +329,20 @@ class Module:
                             T.reads(block_table[seq, T.min(tile_start + vt, tile_start + valid_len - 1) // 128])
                             T.writes(key_offsets[vt])
                             token: T.let[T.int32] = T.min(tile_start + vt, tile_start + valid_len - 1)
-                            key_offsets[vt] = T.Cast("int64", block_table[seq, token // 128]) * k_block + T.Cast("int64", token % 128) * k_slot
+                            block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
+                            slot: T.let[T.int32] = token % 128
+                            key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
                 with T.sblock("qk_matmul"):
                     T.reads(q_tile[0, 0:16, 0:128], key_cache[0:k_span], key_cache[0:k_span], key_offsets[0:256])
                     T.writes(scores[vs, 0:16, 0:128])
-                    for to, ti, li in T.grid((valid_len + 16 - 1) // 16, 16, 4):
+                    for to, n in T.grid((valid_len + 16 - 1) // 16, 64):
                         with T.sblock("prefetch_keys"):
-                            vt = T.axis.spatial(128, to * 16 + ti)
-                            vl = T.axis.spatial(4, li)
+                            vo = T.axis.spatial(8, to)
+                            vn = T.axis.spatial(64, n)
                             T.reads(key_offsets[0:256])
                             T.writes()
-                            T.prefetch(T.address_of(key_cache[key_offsets[vt] + head_offset + T.int64(32) * T.Cast("int64", vl)]), 0, 2, 1)
+                            number: T.let[T.int32] = vo * 64 + vn
+                            T.prefetch(T.address_of(key_cache[key_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
                     for to, ti, r, d in T.grid((valid_len + 16 - 1) // 16, 16, 16, 128):
                         with T.sblock("scores"):
                             vt = T.axis.spatial(128, to * 16 + ti)

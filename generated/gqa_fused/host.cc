@@ -251,10 +251,10 @@ struct Named {
   const Array* array;
 };
 
-// A cache as one span of memory, with the strides (in elements) of its blocks, of the slots in a block and of its heads.
+// A cache as one span of memory, with the strides (in elements) of its blocks, of the rows in a block and of its heads.
 struct Cache {
   Array memory;
-  int64_t block_stride, slot_stride, head_stride;
+  int64_t block_stride, row_stride, head_stride;
 };
 
 struct Arguments {
@@ -446,17 +446,21 @@ void CheckIndices(const Array& block_table, const Array& context_lens, int64_t n
   }
 }
 
-// A checked cache as the kernels see it: layouts differ in their strides alone.
-Cache AsCache(const Array& array) {
-  constexpr int kSlotAxis = 1, kHeadAxis = 2;
-  Cache cache;
-  cache.memory = array;
+// A checked cache as the kernels see it: layouts differ in their strides alone. Its elements are read in words.
+Cache AsCache(const char* name, const Array& array) {
+  constexpr int kRowAxis = 1, kHeadAxis = 2;
+  Cache cache{array, array.strides[0], array.strides[kRowAxis], array.strides[kHeadAxis]};
   cache.memory.tensor.ndim = 1;
   cache.memory.shape[0] = array.empty() ? 0 : 1;  // where it begins is all that the kernels take from it
   cache.memory.strides[0] = 1;
-  cache.block_stride = array.strides[0];
-  cache.slot_stride = array.strides[kSlotAxis];
-  cache.head_stride = array.strides[kHeadAxis];
+  for (int64_t* stride : {&cache.block_stride, &cache.row_stride, &cache.head_stride}) {
+    if (*stride % 2 != 0 && !array.empty()) {
+      Raise("ValueError", "%s: expected strides in whole pairs of elements, got %s", name,
+            ListText(array.strides, array.tensor.ndim).c_str());
+    }
+    *stride /= 2;
+  }
+  cache.memory.tensor.dtype = kInt32;
   return cache;
 }
 
@@ -511,8 +515,8 @@ Arguments CheckArguments(const Inputs& in, double scale, int64_t num_threads, in
     CheckNoOverlap("lse", args.lse, "out", args.out);
   }
   CheckIndices(args.block_table, args.context_lens, num_blocks);
-  args.key_cache = AsCache(key_cache);
-  args.value_cache = AsCache(value_cache);
+  args.key_cache = AsCache("key_cache", key_cache);
+  args.value_cache = AsCache("value_cache", value_cache);
   return args;
 }
 
@@ -808,8 +812,8 @@ class Partials {
 void RunItem(const WorkItem& item, const Arguments& args, float scale, const Partials& partials) {
   const Cache &key = args.key_cache, &value = args.value_cache;
   Call(__tvm_ffi_fused_decode, args.query, key.memory, value.memory, args.block_table, args.context_lens, partials.max,
-       partials.sum, partials.acc, key.block_stride, key.slot_stride, key.head_stride, value.block_stride,
-       value.slot_stride, value.head_stride, item.batch_start, item.num_seqs, item.block_begin, item.block_end,
+       partials.sum, partials.acc, key.block_stride, key.row_stride, key.head_stride, value.block_stride,
+       value.row_stride, value.head_stride, item.batch_start, item.num_seqs, item.block_begin, item.block_end,
        item.partial_start, scale);
 }
 

@@ -488,10 +488,10 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %beta192.i = alloca [4 x float], align 16
-  %alpha193.i = alloca [4 x float], align 16
-  %row_sum205.i = alloca [32 x float], align 16
-  %row_max206.i = alloca [32 x float], align 16
+  %beta203.i = alloca [4 x float], align 16
+  %alpha204.i = alloca [4 x float], align 16
+  %row_sum216.i = alloca [32 x float], align 16
+  %row_max217.i = alloca [32 x float], align 16
   %0 = getelementptr inbounds nuw i8, ptr %args, i64 8
   %1 = load ptr, ptr %0, align 8
   %2 = getelementptr inbounds nuw i8, ptr %args, i64 24
@@ -538,13 +538,13 @@ entry:
   %27 = getelementptr inbounds nuw i8, ptr %args, i64 136
   %k_block = load i64, ptr %27, align 8
   %28 = getelementptr inbounds nuw i8, ptr %args, i64 152
-  %k_slot = load i64, ptr %28, align 8
+  %k_row = load i64, ptr %28, align 8
   %29 = getelementptr inbounds nuw i8, ptr %args, i64 168
   %k_head = load i64, ptr %29, align 8
   %30 = getelementptr inbounds nuw i8, ptr %args, i64 184
   %v_block = load i64, ptr %30, align 8
   %31 = getelementptr inbounds nuw i8, ptr %args, i64 200
-  %v_slot = load i64, ptr %31, align 8
+  %v_row = load i64, ptr %31, align 8
   %32 = getelementptr inbounds nuw i8, ptr %args, i64 216
   %v_head = load i64, ptr %32, align 8
   %33 = getelementptr inbounds nuw i8, ptr %args, i64 232
@@ -618,10 +618,10 @@ if_end30:                                         ; preds = %if_then28, %if_end2
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   %partial_acc = load ptr, ptr %partial_acc.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta192.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha193.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum205.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max206.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta203.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha204.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum216.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max217.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -649,18 +649,18 @@ for_body_s.lr.ph.i:                               ; preds = %if_end30
   %68 = insertelement <16 x float> poison, float %scale, i64 0
   %69 = shufflevector <16 x float> %68, <16 x float> poison, <16 x i32> zeroinitializer
   %sext43 = shl i64 %42, 32
-  %cse_v20.i = ashr exact i64 %sext43, 32
+  %cse_v21.i = ashr exact i64 %sext43, 32
   %70 = zext i32 %range_begin.i to i64
-  %wide.trip.count762.i = and i64 %36, 2147483647
+  %wide.trip.count824.i = and i64 %36, 2147483647
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end187.i
-  %indvars.iv.next760.i = add nuw nsw i64 %indvars.iv759.i, 1
-  %exitcond763.not.i = icmp eq i64 %indvars.iv.next760.i, %wide.trip.count762.i
-  br i1 %exitcond763.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
+for_begin_s.i:                                    ; preds = %if_end198.i
+  %indvars.iv.next822.i = add nuw nsw i64 %indvars.iv821.i, 1
+  %exitcond825.not.i = icmp eq i64 %indvars.iv.next822.i, %wide.trip.count824.i
+  br i1 %exitcond825.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv759.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next760.i, %for_begin_s.i ]
+  %indvars.iv821.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next822.i, %for_begin_s.i ]
   %71 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
   %q_tile.i = tail call ptr %71(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %72 = icmp eq ptr %q_tile.i, null
@@ -673,581 +673,510 @@ if_end.i:                                         ; preds = %for_body_s.i
   br i1 %74, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %cse_v22.i = add nsw i64 %indvars.iv759.i, %65
-  %75 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v22.i
+  %cse_v23.i = add nsw i64 %indvars.iv821.i, %65
+  %75 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v23.i
   %76 = load i32, ptr %75, align 4, !tbaa !5
-  %77 = mul nsw i64 %cse_v22.i, %q_batch
+  %77 = mul nsw i64 %cse_v23.i, %q_batch
   %78 = getelementptr i16, ptr %query, i64 %77
   br label %for_begin_r.preheader.i
 
-for_begin_step.preheader.i:                       ; preds = %for_begin_r.preheader.i
+for_begin_step.preheader.i:                       ; preds = %for_end_r.i
   %79 = tail call i32 @llvm.smin.i32(i32 %66, i32 %76)
   %80 = sub i32 %79, %range_begin.i
   %range_len.i = tail call i32 @llvm.smax.i32(i32 %80, i32 0)
   %81 = add nuw i32 %range_len.i, 127
   %82 = lshr i32 %81, 7
   %last_token.i = add i32 %67, %range_len.i
-  %cse_v105.i = mul nsw i64 %cse_v22.i, %table_seq
-  %invariant.gep361.i = getelementptr i32, ptr %block_table, i64 %cse_v105.i
+  %cse_v106.i = mul nsw i64 %cse_v23.i, %table_seq
+  %invariant.gep381.i = getelementptr i32, ptr %block_table, i64 %cse_v106.i
   %83 = zext nneg i32 %range_len.i to i64
-  %umax729.i = tail call i32 @llvm.umax.i32(i32 %82, i32 1)
-  %wide.trip.count730.i = zext nneg i32 %umax729.i to i64
+  %umax796.i = tail call i32 @llvm.umax.i32(i32 %82, i32 1)
+  %wide.trip.count797.i = zext nneg i32 %umax796.i to i64
   br label %for_body_step.i
 
-for_begin_r.preheader.i:                          ; preds = %for_begin_r.preheader.i, %if_end2.i
-  %indvars.iv.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next.i, %for_begin_r.preheader.i ]
-  %84 = shl nuw nsw i64 %indvars.iv.i, 2
-  %85 = mul nsw i64 %84, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %78, i64 %85
-  %86 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !5
-  %87 = zext <16 x i16> %86 to <16 x i32>
-  %88 = shl nuw <16 x i32> %87, splat (i32 16)
-  %.idx = shl nuw nsw i64 %indvars.iv.i, 11
-  %89 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx
-  store <16 x i32> %88, ptr %89, align 4, !tbaa !5
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  %90 = load <16 x i16>, ptr %gep.1.i, align 2, !tbaa !5
-  %91 = zext <16 x i16> %90 to <16 x i32>
-  %92 = shl nuw <16 x i32> %91, splat (i32 16)
-  %93 = getelementptr inbounds nuw i8, ptr %89, i64 64
-  store <16 x i32> %92, ptr %93, align 4, !tbaa !5
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %94 = load <16 x i16>, ptr %gep.2.i, align 2, !tbaa !5
-  %95 = zext <16 x i16> %94 to <16 x i32>
-  %96 = shl nuw <16 x i32> %95, splat (i32 16)
-  %97 = getelementptr inbounds nuw i8, ptr %89, i64 128
-  store <16 x i32> %96, ptr %97, align 4, !tbaa !5
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  %98 = load <16 x i16>, ptr %gep.3.i, align 2, !tbaa !5
-  %99 = zext <16 x i16> %98 to <16 x i32>
-  %100 = shl nuw <16 x i32> %99, splat (i32 16)
-  %101 = getelementptr inbounds nuw i8, ptr %89, i64 192
-  store <16 x i32> %100, ptr %101, align 4, !tbaa !5
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %102 = load <16 x i16>, ptr %gep.4.i, align 2, !tbaa !5
-  %103 = zext <16 x i16> %102 to <16 x i32>
-  %104 = shl nuw <16 x i32> %103, splat (i32 16)
-  %105 = getelementptr inbounds nuw i8, ptr %89, i64 256
-  store <16 x i32> %104, ptr %105, align 4, !tbaa !5
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  %106 = load <16 x i16>, ptr %gep.5.i, align 2, !tbaa !5
-  %107 = zext <16 x i16> %106 to <16 x i32>
-  %108 = shl nuw <16 x i32> %107, splat (i32 16)
-  %109 = getelementptr inbounds nuw i8, ptr %89, i64 320
-  store <16 x i32> %108, ptr %109, align 4, !tbaa !5
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %110 = load <16 x i16>, ptr %gep.6.i, align 2, !tbaa !5
-  %111 = zext <16 x i16> %110 to <16 x i32>
-  %112 = shl nuw <16 x i32> %111, splat (i32 16)
-  %113 = getelementptr inbounds nuw i8, ptr %89, i64 384
-  store <16 x i32> %112, ptr %113, align 4, !tbaa !5
-  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %114 = load <16 x i16>, ptr %gep.7.i, align 2, !tbaa !5
-  %115 = zext <16 x i16> %114 to <16 x i32>
-  %116 = shl nuw <16 x i32> %115, splat (i32 16)
-  %117 = getelementptr inbounds nuw i8, ptr %89, i64 448
-  store <16 x i32> %116, ptr %117, align 4, !tbaa !5
-  %118 = or disjoint i64 %84, 1
-  %119 = mul nsw i64 %118, %q_head
-  %invariant.gep.1.i = getelementptr i16, ptr %78, i64 %119
-  %120 = load <16 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !5
-  %121 = zext <16 x i16> %120 to <16 x i32>
-  %122 = shl nuw <16 x i32> %121, splat (i32 16)
-  %123 = getelementptr inbounds nuw i8, ptr %89, i64 512
-  store <16 x i32> %122, ptr %123, align 4, !tbaa !5
-  %gep.1.1.i = getelementptr i8, ptr %invariant.gep.1.i, i64 32
-  %124 = load <16 x i16>, ptr %gep.1.1.i, align 2, !tbaa !5
-  %125 = zext <16 x i16> %124 to <16 x i32>
-  %126 = shl nuw <16 x i32> %125, splat (i32 16)
-  %127 = getelementptr inbounds nuw i8, ptr %89, i64 576
-  store <16 x i32> %126, ptr %127, align 4, !tbaa !5
-  %gep.2.1.i = getelementptr i8, ptr %invariant.gep.1.i, i64 64
-  %128 = load <16 x i16>, ptr %gep.2.1.i, align 2, !tbaa !5
-  %129 = zext <16 x i16> %128 to <16 x i32>
-  %130 = shl nuw <16 x i32> %129, splat (i32 16)
-  %131 = getelementptr inbounds nuw i8, ptr %89, i64 640
-  store <16 x i32> %130, ptr %131, align 4, !tbaa !5
-  %gep.3.1.i = getelementptr i8, ptr %invariant.gep.1.i, i64 96
-  %132 = load <16 x i16>, ptr %gep.3.1.i, align 2, !tbaa !5
-  %133 = zext <16 x i16> %132 to <16 x i32>
-  %134 = shl nuw <16 x i32> %133, splat (i32 16)
-  %135 = getelementptr inbounds nuw i8, ptr %89, i64 704
-  store <16 x i32> %134, ptr %135, align 4, !tbaa !5
-  %gep.4.1.i = getelementptr i8, ptr %invariant.gep.1.i, i64 128
-  %136 = load <16 x i16>, ptr %gep.4.1.i, align 2, !tbaa !5
-  %137 = zext <16 x i16> %136 to <16 x i32>
-  %138 = shl nuw <16 x i32> %137, splat (i32 16)
-  %139 = getelementptr inbounds nuw i8, ptr %89, i64 768
-  store <16 x i32> %138, ptr %139, align 4, !tbaa !5
-  %gep.5.1.i = getelementptr i8, ptr %invariant.gep.1.i, i64 160
-  %140 = load <16 x i16>, ptr %gep.5.1.i, align 2, !tbaa !5
-  %141 = zext <16 x i16> %140 to <16 x i32>
-  %142 = shl nuw <16 x i32> %141, splat (i32 16)
-  %143 = getelementptr inbounds nuw i8, ptr %89, i64 832
-  store <16 x i32> %142, ptr %143, align 4, !tbaa !5
-  %gep.6.1.i = getelementptr i8, ptr %invariant.gep.1.i, i64 192
-  %144 = load <16 x i16>, ptr %gep.6.1.i, align 2, !tbaa !5
-  %145 = zext <16 x i16> %144 to <16 x i32>
-  %146 = shl nuw <16 x i32> %145, splat (i32 16)
-  %147 = getelementptr inbounds nuw i8, ptr %89, i64 896
-  store <16 x i32> %146, ptr %147, align 4, !tbaa !5
-  %gep.7.1.i = getelementptr i8, ptr %invariant.gep.1.i, i64 224
-  %148 = load <16 x i16>, ptr %gep.7.1.i, align 2, !tbaa !5
-  %149 = zext <16 x i16> %148 to <16 x i32>
-  %150 = shl nuw <16 x i32> %149, splat (i32 16)
-  %151 = getelementptr inbounds nuw i8, ptr %89, i64 960
-  store <16 x i32> %150, ptr %151, align 4, !tbaa !5
-  %152 = or disjoint i64 %84, 2
-  %153 = mul nsw i64 %152, %q_head
-  %invariant.gep.2.i = getelementptr i16, ptr %78, i64 %153
-  %154 = load <16 x i16>, ptr %invariant.gep.2.i, align 2, !tbaa !5
-  %155 = zext <16 x i16> %154 to <16 x i32>
-  %156 = shl nuw <16 x i32> %155, splat (i32 16)
-  %157 = getelementptr inbounds nuw i8, ptr %89, i64 1024
-  store <16 x i32> %156, ptr %157, align 4, !tbaa !5
-  %gep.1.2.i = getelementptr i8, ptr %invariant.gep.2.i, i64 32
-  %158 = load <16 x i16>, ptr %gep.1.2.i, align 2, !tbaa !5
-  %159 = zext <16 x i16> %158 to <16 x i32>
-  %160 = shl nuw <16 x i32> %159, splat (i32 16)
-  %161 = getelementptr inbounds nuw i8, ptr %89, i64 1088
-  store <16 x i32> %160, ptr %161, align 4, !tbaa !5
-  %gep.2.2.i = getelementptr i8, ptr %invariant.gep.2.i, i64 64
-  %162 = load <16 x i16>, ptr %gep.2.2.i, align 2, !tbaa !5
-  %163 = zext <16 x i16> %162 to <16 x i32>
-  %164 = shl nuw <16 x i32> %163, splat (i32 16)
-  %165 = getelementptr inbounds nuw i8, ptr %89, i64 1152
-  store <16 x i32> %164, ptr %165, align 4, !tbaa !5
-  %gep.3.2.i = getelementptr i8, ptr %invariant.gep.2.i, i64 96
-  %166 = load <16 x i16>, ptr %gep.3.2.i, align 2, !tbaa !5
-  %167 = zext <16 x i16> %166 to <16 x i32>
-  %168 = shl nuw <16 x i32> %167, splat (i32 16)
-  %169 = getelementptr inbounds nuw i8, ptr %89, i64 1216
-  store <16 x i32> %168, ptr %169, align 4, !tbaa !5
-  %gep.4.2.i = getelementptr i8, ptr %invariant.gep.2.i, i64 128
-  %170 = load <16 x i16>, ptr %gep.4.2.i, align 2, !tbaa !5
-  %171 = zext <16 x i16> %170 to <16 x i32>
-  %172 = shl nuw <16 x i32> %171, splat (i32 16)
-  %173 = getelementptr inbounds nuw i8, ptr %89, i64 1280
-  store <16 x i32> %172, ptr %173, align 4, !tbaa !5
-  %gep.5.2.i = getelementptr i8, ptr %invariant.gep.2.i, i64 160
-  %174 = load <16 x i16>, ptr %gep.5.2.i, align 2, !tbaa !5
-  %175 = zext <16 x i16> %174 to <16 x i32>
-  %176 = shl nuw <16 x i32> %175, splat (i32 16)
-  %177 = getelementptr inbounds nuw i8, ptr %89, i64 1344
-  store <16 x i32> %176, ptr %177, align 4, !tbaa !5
-  %gep.6.2.i = getelementptr i8, ptr %invariant.gep.2.i, i64 192
-  %178 = load <16 x i16>, ptr %gep.6.2.i, align 2, !tbaa !5
-  %179 = zext <16 x i16> %178 to <16 x i32>
-  %180 = shl nuw <16 x i32> %179, splat (i32 16)
-  %181 = getelementptr inbounds nuw i8, ptr %89, i64 1408
-  store <16 x i32> %180, ptr %181, align 4, !tbaa !5
-  %gep.7.2.i = getelementptr i8, ptr %invariant.gep.2.i, i64 224
-  %182 = load <16 x i16>, ptr %gep.7.2.i, align 2, !tbaa !5
-  %183 = zext <16 x i16> %182 to <16 x i32>
-  %184 = shl nuw <16 x i32> %183, splat (i32 16)
-  %185 = getelementptr inbounds nuw i8, ptr %89, i64 1472
-  store <16 x i32> %184, ptr %185, align 4, !tbaa !5
-  %186 = or disjoint i64 %84, 3
-  %187 = mul nsw i64 %186, %q_head
-  %invariant.gep.3.i = getelementptr i16, ptr %78, i64 %187
-  %188 = load <16 x i16>, ptr %invariant.gep.3.i, align 2, !tbaa !5
-  %189 = zext <16 x i16> %188 to <16 x i32>
-  %190 = shl nuw <16 x i32> %189, splat (i32 16)
-  %191 = getelementptr inbounds nuw i8, ptr %89, i64 1536
-  store <16 x i32> %190, ptr %191, align 4, !tbaa !5
-  %gep.1.3.i = getelementptr i8, ptr %invariant.gep.3.i, i64 32
-  %192 = load <16 x i16>, ptr %gep.1.3.i, align 2, !tbaa !5
-  %193 = zext <16 x i16> %192 to <16 x i32>
-  %194 = shl nuw <16 x i32> %193, splat (i32 16)
-  %195 = getelementptr inbounds nuw i8, ptr %89, i64 1600
-  store <16 x i32> %194, ptr %195, align 4, !tbaa !5
-  %gep.2.3.i = getelementptr i8, ptr %invariant.gep.3.i, i64 64
-  %196 = load <16 x i16>, ptr %gep.2.3.i, align 2, !tbaa !5
-  %197 = zext <16 x i16> %196 to <16 x i32>
-  %198 = shl nuw <16 x i32> %197, splat (i32 16)
-  %199 = getelementptr inbounds nuw i8, ptr %89, i64 1664
-  store <16 x i32> %198, ptr %199, align 4, !tbaa !5
-  %gep.3.3.i = getelementptr i8, ptr %invariant.gep.3.i, i64 96
-  %200 = load <16 x i16>, ptr %gep.3.3.i, align 2, !tbaa !5
-  %201 = zext <16 x i16> %200 to <16 x i32>
-  %202 = shl nuw <16 x i32> %201, splat (i32 16)
-  %203 = getelementptr inbounds nuw i8, ptr %89, i64 1728
-  store <16 x i32> %202, ptr %203, align 4, !tbaa !5
-  %gep.4.3.i = getelementptr i8, ptr %invariant.gep.3.i, i64 128
-  %204 = load <16 x i16>, ptr %gep.4.3.i, align 2, !tbaa !5
-  %205 = zext <16 x i16> %204 to <16 x i32>
-  %206 = shl nuw <16 x i32> %205, splat (i32 16)
-  %207 = getelementptr inbounds nuw i8, ptr %89, i64 1792
-  store <16 x i32> %206, ptr %207, align 4, !tbaa !5
-  %gep.5.3.i = getelementptr i8, ptr %invariant.gep.3.i, i64 160
-  %208 = load <16 x i16>, ptr %gep.5.3.i, align 2, !tbaa !5
-  %209 = zext <16 x i16> %208 to <16 x i32>
-  %210 = shl nuw <16 x i32> %209, splat (i32 16)
-  %211 = getelementptr inbounds nuw i8, ptr %89, i64 1856
-  store <16 x i32> %210, ptr %211, align 4, !tbaa !5
-  %gep.6.3.i = getelementptr i8, ptr %invariant.gep.3.i, i64 192
-  %212 = load <16 x i16>, ptr %gep.6.3.i, align 2, !tbaa !5
-  %213 = zext <16 x i16> %212 to <16 x i32>
-  %214 = shl nuw <16 x i32> %213, splat (i32 16)
-  %215 = getelementptr inbounds nuw i8, ptr %89, i64 1920
-  store <16 x i32> %214, ptr %215, align 4, !tbaa !5
-  %gep.7.3.i = getelementptr i8, ptr %invariant.gep.3.i, i64 224
-  %216 = load <16 x i16>, ptr %gep.7.3.i, align 2, !tbaa !5
-  %217 = zext <16 x i16> %216 to <16 x i32>
-  %218 = shl nuw <16 x i32> %217, splat (i32 16)
-  %219 = getelementptr inbounds nuw i8, ptr %89, i64 1984
-  store <16 x i32> %218, ptr %219, align 4, !tbaa !5
+for_begin_r.preheader.i:                          ; preds = %for_end_r.i, %if_end2.i
+  %indvars.iv597.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next598.i, %for_end_r.i ]
+  %84 = shl nuw nsw i64 %indvars.iv597.i, 2
+  %.idx44 = shl nuw nsw i64 %indvars.iv597.i, 11
+  %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx44
+  br label %for_begin_d_0.preheader.i
+
+for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_begin_r.preheader.i
+  %indvars.iv593.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next594.i, %for_end_d_0.i ]
+  %85 = add nuw nsw i64 %indvars.iv593.i, %84
+  %86 = mul nsw i64 %85, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %78, i64 %86
+  %.idx = shl nuw nsw i64 %indvars.iv593.i, 9
+  %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx
+  br label %for_begin_d_2.preheader.i
+
+for_end_r.i:                                      ; preds = %for_end_d_0.i
+  %indvars.iv.next598.i = add nuw nsw i64 %indvars.iv597.i, 1
+  %exitcond600.not.i = icmp eq i64 %indvars.iv.next598.i, 8
+  br i1 %exitcond600.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !prof !17
+
+for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_d_0.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next.i, %for_begin_d_2.preheader.i ]
+  %87 = shl nuw nsw i64 %indvars.iv.i, 5
+  %gep.i = getelementptr i16, ptr %invariant.gep.i, i64 %87
+  %88 = load i16, ptr %gep.i, align 2, !tbaa !5
+  %89 = getelementptr i8, ptr %gep.i, i64 4
+  %90 = load i16, ptr %89, align 2, !tbaa !5
+  %91 = getelementptr i8, ptr %gep.i, i64 8
+  %92 = load i16, ptr %91, align 2, !tbaa !5
+  %93 = getelementptr i8, ptr %gep.i, i64 12
+  %94 = load i16, ptr %93, align 2, !tbaa !5
+  %95 = getelementptr i8, ptr %gep.i, i64 16
+  %96 = load i16, ptr %95, align 2, !tbaa !5
+  %97 = getelementptr i8, ptr %gep.i, i64 20
+  %98 = load i16, ptr %97, align 2, !tbaa !5
+  %99 = getelementptr i8, ptr %gep.i, i64 24
+  %100 = load i16, ptr %99, align 2, !tbaa !5
+  %101 = getelementptr i8, ptr %gep.i, i64 28
+  %102 = load i16, ptr %101, align 2, !tbaa !5
+  %103 = getelementptr i8, ptr %gep.i, i64 32
+  %104 = load i16, ptr %103, align 2, !tbaa !5
+  %105 = getelementptr i8, ptr %gep.i, i64 36
+  %106 = load i16, ptr %105, align 2, !tbaa !5
+  %107 = getelementptr i8, ptr %gep.i, i64 40
+  %108 = load i16, ptr %107, align 2, !tbaa !5
+  %109 = getelementptr i8, ptr %gep.i, i64 44
+  %110 = load i16, ptr %109, align 2, !tbaa !5
+  %111 = getelementptr i8, ptr %gep.i, i64 48
+  %112 = load i16, ptr %111, align 2, !tbaa !5
+  %113 = getelementptr i8, ptr %gep.i, i64 52
+  %114 = load i16, ptr %113, align 2, !tbaa !5
+  %115 = getelementptr i8, ptr %gep.i, i64 56
+  %116 = load i16, ptr %115, align 2, !tbaa !5
+  %117 = getelementptr i8, ptr %gep.i, i64 60
+  %118 = load i16, ptr %117, align 2, !tbaa !5
+  %119 = insertelement <16 x i16> <i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef>, i16 %88, i64 0
+  %120 = insertelement <16 x i16> %119, i16 %90, i64 1
+  %121 = insertelement <16 x i16> %120, i16 %92, i64 2
+  %122 = insertelement <16 x i16> %121, i16 %94, i64 3
+  %123 = insertelement <16 x i16> %122, i16 %96, i64 4
+  %124 = insertelement <16 x i16> %123, i16 %98, i64 5
+  %125 = insertelement <16 x i16> %124, i16 %100, i64 6
+  %126 = insertelement <16 x i16> %125, i16 %102, i64 7
+  %127 = insertelement <16 x i16> %126, i16 %104, i64 8
+  %128 = insertelement <16 x i16> %127, i16 %106, i64 9
+  %129 = insertelement <16 x i16> %128, i16 %108, i64 10
+  %130 = insertelement <16 x i16> %129, i16 %110, i64 11
+  %131 = insertelement <16 x i16> %130, i16 %112, i64 12
+  %132 = insertelement <16 x i16> %131, i16 %114, i64 13
+  %133 = insertelement <16 x i16> %132, i16 %116, i64 14
+  %134 = insertelement <16 x i16> %133, i16 %118, i64 15
+  %135 = zext <16 x i16> %134 to <16 x i32>
+  %136 = shl nuw <16 x i32> %135, splat (i32 16)
+  %137 = getelementptr inbounds nuw float, ptr %gep, i64 %87
+  store <16 x i32> %136, ptr %137, align 4, !tbaa !5
+  %138 = getelementptr i8, ptr %gep.i, i64 2
+  %139 = load i16, ptr %138, align 2, !tbaa !5
+  %140 = getelementptr i8, ptr %gep.i, i64 6
+  %141 = load i16, ptr %140, align 2, !tbaa !5
+  %142 = getelementptr i8, ptr %gep.i, i64 10
+  %143 = load i16, ptr %142, align 2, !tbaa !5
+  %144 = getelementptr i8, ptr %gep.i, i64 14
+  %145 = load i16, ptr %144, align 2, !tbaa !5
+  %146 = getelementptr i8, ptr %gep.i, i64 18
+  %147 = load i16, ptr %146, align 2, !tbaa !5
+  %148 = getelementptr i8, ptr %gep.i, i64 22
+  %149 = load i16, ptr %148, align 2, !tbaa !5
+  %150 = getelementptr i8, ptr %gep.i, i64 26
+  %151 = load i16, ptr %150, align 2, !tbaa !5
+  %152 = getelementptr i8, ptr %gep.i, i64 30
+  %153 = load i16, ptr %152, align 2, !tbaa !5
+  %154 = getelementptr i8, ptr %gep.i, i64 34
+  %155 = load i16, ptr %154, align 2, !tbaa !5
+  %156 = getelementptr i8, ptr %gep.i, i64 38
+  %157 = load i16, ptr %156, align 2, !tbaa !5
+  %158 = getelementptr i8, ptr %gep.i, i64 42
+  %159 = load i16, ptr %158, align 2, !tbaa !5
+  %160 = getelementptr i8, ptr %gep.i, i64 46
+  %161 = load i16, ptr %160, align 2, !tbaa !5
+  %162 = getelementptr i8, ptr %gep.i, i64 50
+  %163 = load i16, ptr %162, align 2, !tbaa !5
+  %164 = getelementptr i8, ptr %gep.i, i64 54
+  %165 = load i16, ptr %164, align 2, !tbaa !5
+  %166 = getelementptr i8, ptr %gep.i, i64 58
+  %167 = load i16, ptr %166, align 2, !tbaa !5
+  %168 = getelementptr i8, ptr %gep.i, i64 62
+  %169 = load i16, ptr %168, align 2, !tbaa !5
+  %170 = insertelement <16 x i16> <i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef>, i16 %139, i64 0
+  %171 = insertelement <16 x i16> %170, i16 %141, i64 1
+  %172 = insertelement <16 x i16> %171, i16 %143, i64 2
+  %173 = insertelement <16 x i16> %172, i16 %145, i64 3
+  %174 = insertelement <16 x i16> %173, i16 %147, i64 4
+  %175 = insertelement <16 x i16> %174, i16 %149, i64 5
+  %176 = insertelement <16 x i16> %175, i16 %151, i64 6
+  %177 = insertelement <16 x i16> %176, i16 %153, i64 7
+  %178 = insertelement <16 x i16> %177, i16 %155, i64 8
+  %179 = insertelement <16 x i16> %178, i16 %157, i64 9
+  %180 = insertelement <16 x i16> %179, i16 %159, i64 10
+  %181 = insertelement <16 x i16> %180, i16 %161, i64 11
+  %182 = insertelement <16 x i16> %181, i16 %163, i64 12
+  %183 = insertelement <16 x i16> %182, i16 %165, i64 13
+  %184 = insertelement <16 x i16> %183, i16 %167, i64 14
+  %185 = insertelement <16 x i16> %184, i16 %169, i64 15
+  %186 = zext <16 x i16> %185 to <16 x i32>
+  %187 = shl nuw <16 x i32> %186, splat (i32 16)
+  %188 = getelementptr inbounds nuw i8, ptr %137, i64 64
+  store <16 x i32> %187, ptr %188, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 8
-  br i1 %exitcond.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !prof !17
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
+  br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_begin_d_2.preheader.i, !prof !17
 
-for_begin_step.i:                                 ; preds = %if_end161.i
-  %indvars.iv.next724.i = add nuw nsw i64 %indvars.iv723.i, 1
-  %exitcond731.not.i = icmp eq i64 %indvars.iv.next724.i, %wide.trip.count730.i
+for_end_d_0.i:                                    ; preds = %for_begin_d_2.preheader.i
+  %indvars.iv.next594.i = add nuw nsw i64 %indvars.iv593.i, 1
+  %exitcond596.not.i = icmp eq i64 %indvars.iv.next594.i, 4
+  br i1 %exitcond596.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
+
+for_begin_step.i:                                 ; preds = %if_end177.i
+  %indvars.iv.next791.i = add nuw nsw i64 %indvars.iv790.i, 1
+  %exitcond798.not.i = icmp eq i64 %indvars.iv.next791.i, %wide.trip.count797.i
   %indvars.iv.next = add nsw i32 %indvars.iv, -128
-  br i1 %exitcond731.not.i, label %for_begin_tile166.preheader.i, label %for_body_step.i, !prof !17
+  br i1 %exitcond798.not.i, label %for_begin_tile182.preheader.i, label %for_body_step.i, !prof !17
 
-for_begin_tile166.preheader.i:                    ; preds = %for_begin_step.i
-  %220 = add nsw i64 %indvars.iv759.i, %cse_v20.i
-  %221 = shl nsw i64 %220, 5
-  %.idx.i = shl nsw i64 %220, 14
-  %222 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br label %for_body_tile167.i
+for_begin_tile182.preheader.i:                    ; preds = %for_begin_step.i
+  %189 = add nsw i64 %indvars.iv821.i, %cse_v21.i
+  %190 = shl nsw i64 %189, 5
+  %.idx.i = shl nsw i64 %189, 14
+  %191 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br label %for_body_tile183.i
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_begin_step.preheader.i
   %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_step.i ], [ %range_len.i, %for_begin_step.preheader.i ]
-  %indvars.iv723.i = phi i64 [ %indvars.iv.next724.i, %for_begin_step.i ], [ 0, %for_begin_step.preheader.i ]
+  %indvars.iv790.i = phi i64 [ %indvars.iv.next791.i, %for_begin_step.i ], [ 0, %for_begin_step.preheader.i ]
   %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %223 = and i32 %smin, 15
-  %224 = zext nneg i32 %223 to i64
-  %225 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %key_offsets.i = tail call ptr %225(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %226 = icmp eq ptr %key_offsets.i, null
-  br i1 %226, label %fused_decode_compute_.exit, label %if_end5.i, !prof !8
+  %192 = and i32 %smin, 15
+  %193 = zext nneg i32 %192 to i64
+  %194 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %key_offsets.i = tail call ptr %194(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %195 = icmp eq ptr %key_offsets.i, null
+  br i1 %195, label %fused_decode_compute_.exit, label %if_end5.i, !prof !8
 
 if_end5.i:                                        ; preds = %for_body_step.i
-  %227 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %value_offsets.i = tail call ptr %227(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %228 = icmp eq ptr %value_offsets.i, null
-  br i1 %228, label %fused_decode_compute_.exit, label %if_end8.i, !prof !8
+  %196 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %value_offsets.i = tail call ptr %196(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %197 = icmp eq ptr %value_offsets.i, null
+  br i1 %197, label %fused_decode_compute_.exit, label %if_end8.i, !prof !8
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %229 = shl nsw i64 %indvars.iv723.i, 7
-  %230 = add nuw nsw i64 %229, %70
-  %231 = sub nsw i64 %83, %229
-  %232 = trunc nsw i64 %231 to i32
-  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %232, i32 128)
-  %233 = add nsw i32 %valid_len.i, 15
-  %num_groups.i = ashr i32 %233, 4
-  %234 = icmp sgt i64 %231, 0
-  br i1 %234, label %for_body_t.i, label %for_begin_kv_head.preheader.i, !prof !3
+  %198 = shl nsw i64 %indvars.iv790.i, 7
+  %199 = add nuw nsw i64 %198, %70
+  %200 = sub nsw i64 %83, %198
+  %201 = trunc nsw i64 %200 to i32
+  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %201, i32 128)
+  %202 = add nsw i32 %valid_len.i, 15
+  %num_groups.i = ashr i32 %202, 4
+  %203 = icmp sgt i64 %200, 0
+  br i1 %203, label %for_body_t.i, label %for_begin_kv_head.preheader.i, !prof !3
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %if_end8.i
-  %indvars.iv565.i = phi i64 [ %indvars.iv.next566.i.1, %for_body_t.i ], [ 0, %if_end8.i ]
-  %235 = add nuw nsw i64 %indvars.iv565.i, %230
-  %236 = trunc i64 %235 to i32
-  %token.i = tail call i32 @llvm.smin.i32(i32 %236, i32 %last_token.i)
-  %cse_v119.i = sext i32 %token.i to i64
-  %237 = and i64 %cse_v119.i, 15
-  %238 = mul nsw i64 %237, %k_slot
-  %239 = ashr i64 %cse_v119.i, 4
-  %gep362.i = getelementptr i32, ptr %invariant.gep361.i, i64 %239
-  %240 = load i32, ptr %gep362.i, align 4, !tbaa !5
-  %241 = sext i32 %240 to i64
-  %242 = mul nsw i64 %k_block, %241
-  %243 = add nsw i64 %238, %242
-  %244 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv565.i
-  store i64 %243, ptr %244, align 8, !tbaa !5
-  %indvars.iv.next566.i = or disjoint i64 %indvars.iv565.i, 1
-  %245 = add nuw nsw i64 %indvars.iv.next566.i, %230
-  %246 = trunc i64 %245 to i32
-  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %246, i32 %last_token.i)
-  %cse_v119.i.1 = sext i32 %token.i.1 to i64
-  %247 = and i64 %cse_v119.i.1, 15
-  %248 = mul nsw i64 %247, %k_slot
-  %249 = ashr i64 %cse_v119.i.1, 4
-  %gep362.i.1 = getelementptr i32, ptr %invariant.gep361.i, i64 %249
-  %250 = load i32, ptr %gep362.i.1, align 4, !tbaa !5
-  %251 = sext i32 %250 to i64
-  %252 = mul nsw i64 %k_block, %251
-  %253 = add nsw i64 %248, %252
-  %254 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next566.i
-  store i64 %253, ptr %254, align 8, !tbaa !5
-  %indvars.iv.next566.i.1 = add nuw nsw i64 %indvars.iv565.i, 2
-  %exitcond568.not.i.1 = icmp eq i64 %indvars.iv.next566.i.1, 256
-  br i1 %exitcond568.not.i.1, label %for_body_t11.i, label %for_body_t.i, !prof !13, !llvm.loop !18
+  %indvars.iv601.i = phi i64 [ %indvars.iv.next602.i.1, %for_body_t.i ], [ 0, %if_end8.i ]
+  %204 = add nuw nsw i64 %indvars.iv601.i, %199
+  %205 = trunc i64 %204 to i32
+  %token.i = tail call i32 @llvm.smin.i32(i32 %205, i32 %last_token.i)
+  %cse_v124.i = sext i32 %token.i to i64
+  %206 = ashr i64 %cse_v124.i, 4
+  %gep382.i = getelementptr i32, ptr %invariant.gep381.i, i64 %206
+  %207 = load i32, ptr %gep382.i, align 4, !tbaa !5
+  %block.i = sext i32 %207 to i64
+  %208 = and i64 %cse_v124.i, 15
+  %209 = mul nsw i64 %208, %k_row
+  %210 = mul nsw i64 %k_block, %block.i
+  %211 = add nsw i64 %209, %210
+  %212 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv601.i
+  store i64 %211, ptr %212, align 8, !tbaa !5
+  %indvars.iv.next602.i = or disjoint i64 %indvars.iv601.i, 1
+  %213 = add nuw nsw i64 %indvars.iv.next602.i, %199
+  %214 = trunc i64 %213 to i32
+  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %214, i32 %last_token.i)
+  %cse_v124.i.1 = sext i32 %token.i.1 to i64
+  %215 = ashr i64 %cse_v124.i.1, 4
+  %gep382.i.1 = getelementptr i32, ptr %invariant.gep381.i, i64 %215
+  %216 = load i32, ptr %gep382.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %216 to i64
+  %217 = and i64 %cse_v124.i.1, 15
+  %218 = mul nsw i64 %217, %k_row
+  %219 = mul nsw i64 %k_block, %block.i.1
+  %220 = add nsw i64 %218, %219
+  %221 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next602.i
+  store i64 %220, ptr %221, align 8, !tbaa !5
+  %indvars.iv.next602.i.1 = add nuw nsw i64 %indvars.iv601.i, 2
+  %exitcond604.not.i.1 = icmp eq i64 %indvars.iv.next602.i.1, 256
+  br i1 %exitcond604.not.i.1, label %for_body_t11.i, label %for_body_t.i, !prof !13, !llvm.loop !18
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
-  %255 = icmp sgt i32 %num_groups.i, 0
+  %222 = icmp sgt i32 %num_groups.i, 0
   %num_full.i = ashr i32 %valid_len.i, 4
-  %256 = icmp sgt i32 %num_full.i, 0
-  %257 = and i32 %valid_len.i, 15
-  %.not538.i = icmp eq i32 %257, 0
-  %cse_v122.i = and i32 %valid_len.i, -16
-  %258 = icmp eq i64 %indvars.iv723.i, 0
-  %259 = insertelement <4 x i1> poison, i1 %258, i64 0
-  %260 = shufflevector <4 x i1> %259, <4 x i1> poison, <4 x i32> zeroinitializer
-  %261 = zext i32 %num_full.i to i64
-  %262 = sext i32 %cse_v122.i to i64
-  %wide.trip.count601.i = zext i32 %num_groups.i to i64
-  %xtraiter = and i64 %wide.trip.count601.i, 3
-  %263 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter = and i64 %wide.trip.count601.i, 2147483644
+  %223 = icmp sgt i32 %num_full.i, 0
+  %224 = and i32 %valid_len.i, 15
+  %.not565.i = icmp eq i32 %224, 0
+  %cse_v127.i = and i32 %valid_len.i, -16
+  %225 = icmp eq i64 %indvars.iv790.i, 0
+  %226 = insertelement <4 x i1> poison, i1 %225, i64 0
+  %227 = shufflevector <4 x i1> %226, <4 x i1> poison, <4 x i32> zeroinitializer
+  %228 = zext i32 %num_full.i to i64
+  %229 = sext i32 %cse_v127.i to i64
+  %wide.trip.count631.i = zext i32 %num_groups.i to i64
+  %xtraiter = and i64 %wide.trip.count631.i, 3
+  %230 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter = and i64 %wide.trip.count631.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod135 = icmp ne i64 %xtraiter, 0
-  %xtraiter136 = and i64 %wide.trip.count601.i, 3
-  %264 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter140 = and i64 %wide.trip.count601.i, 2147483644
-  %lcmp.mod138.not = icmp eq i64 %xtraiter136, 0
-  %lcmp.mod139 = icmp ne i64 %xtraiter136, 0
-  %xtraiter142 = and i64 %wide.trip.count601.i, 3
-  %265 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter146 = and i64 %wide.trip.count601.i, 2147483644
-  %lcmp.mod144.not = icmp eq i64 %xtraiter142, 0
-  %lcmp.mod145 = icmp ne i64 %xtraiter142, 0
-  %xtraiter148 = and i64 %wide.trip.count601.i, 3
-  %266 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter152 = and i64 %wide.trip.count601.i, 2147483644
-  %lcmp.mod150.not = icmp eq i64 %xtraiter148, 0
-  %lcmp.mod151 = icmp ne i64 %xtraiter148, 0
-  %xtraiter154 = and i64 %wide.trip.count601.i, 7
-  %267 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter159 = and i64 %wide.trip.count601.i, 2147483640
-  %lcmp.mod156.not = icmp eq i64 %xtraiter154, 0
-  %lcmp.mod158 = icmp ne i64 %xtraiter154, 0
-  %xtraiter161 = and i64 %wide.trip.count601.i, 7
-  %268 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter166 = and i64 %wide.trip.count601.i, 2147483640
-  %lcmp.mod163.not = icmp eq i64 %xtraiter161, 0
-  %lcmp.mod165 = icmp ne i64 %xtraiter161, 0
-  %xtraiter168 = and i64 %wide.trip.count601.i, 7
-  %269 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter173 = and i64 %wide.trip.count601.i, 2147483640
-  %lcmp.mod170.not = icmp eq i64 %xtraiter168, 0
-  %lcmp.mod172 = icmp ne i64 %xtraiter168, 0
-  %xtraiter175 = and i64 %wide.trip.count601.i, 7
-  %270 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter180 = and i64 %wide.trip.count601.i, 2147483640
-  %lcmp.mod177.not = icmp eq i64 %xtraiter175, 0
-  %lcmp.mod179 = icmp ne i64 %xtraiter175, 0
-  %xtraiter182 = and i64 %wide.trip.count601.i, 7
-  %271 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter187 = and i64 %wide.trip.count601.i, 2147483640
-  %lcmp.mod184.not = icmp eq i64 %xtraiter182, 0
-  %lcmp.mod186 = icmp ne i64 %xtraiter182, 0
-  %xtraiter189 = and i64 %wide.trip.count601.i, 7
-  %272 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter194 = and i64 %wide.trip.count601.i, 2147483640
-  %lcmp.mod191.not = icmp eq i64 %xtraiter189, 0
-  %lcmp.mod193 = icmp ne i64 %xtraiter189, 0
-  %xtraiter196 = and i64 %wide.trip.count601.i, 7
-  %273 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter201 = and i64 %wide.trip.count601.i, 2147483640
-  %lcmp.mod198.not = icmp eq i64 %xtraiter196, 0
-  %lcmp.mod200 = icmp ne i64 %xtraiter196, 0
-  %xtraiter203 = and i64 %wide.trip.count601.i, 7
-  %274 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter208 = and i64 %wide.trip.count601.i, 2147483640
-  %lcmp.mod205.not = icmp eq i64 %xtraiter203, 0
-  %lcmp.mod207 = icmp ne i64 %xtraiter203, 0
+  %lcmp.mod139 = icmp ne i64 %xtraiter, 0
+  %xtraiter140 = and i64 %wide.trip.count631.i, 3
+  %231 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter144 = and i64 %wide.trip.count631.i, 2147483644
+  %lcmp.mod142.not = icmp eq i64 %xtraiter140, 0
+  %lcmp.mod143 = icmp ne i64 %xtraiter140, 0
+  %xtraiter146 = and i64 %wide.trip.count631.i, 3
+  %232 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter150 = and i64 %wide.trip.count631.i, 2147483644
+  %lcmp.mod148.not = icmp eq i64 %xtraiter146, 0
+  %lcmp.mod149 = icmp ne i64 %xtraiter146, 0
+  %xtraiter152 = and i64 %wide.trip.count631.i, 3
+  %233 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter156 = and i64 %wide.trip.count631.i, 2147483644
+  %lcmp.mod154.not = icmp eq i64 %xtraiter152, 0
+  %lcmp.mod155 = icmp ne i64 %xtraiter152, 0
+  %xtraiter158 = and i64 %wide.trip.count631.i, 7
+  %234 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter163 = and i64 %wide.trip.count631.i, 2147483640
+  %lcmp.mod160.not = icmp eq i64 %xtraiter158, 0
+  %lcmp.mod162 = icmp ne i64 %xtraiter158, 0
+  %xtraiter165 = and i64 %wide.trip.count631.i, 7
+  %235 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter170 = and i64 %wide.trip.count631.i, 2147483640
+  %lcmp.mod167.not = icmp eq i64 %xtraiter165, 0
+  %lcmp.mod169 = icmp ne i64 %xtraiter165, 0
+  %xtraiter172 = and i64 %wide.trip.count631.i, 7
+  %236 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter177 = and i64 %wide.trip.count631.i, 2147483640
+  %lcmp.mod174.not = icmp eq i64 %xtraiter172, 0
+  %lcmp.mod176 = icmp ne i64 %xtraiter172, 0
+  %xtraiter179 = and i64 %wide.trip.count631.i, 7
+  %237 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter184 = and i64 %wide.trip.count631.i, 2147483640
+  %lcmp.mod181.not = icmp eq i64 %xtraiter179, 0
+  %lcmp.mod183 = icmp ne i64 %xtraiter179, 0
+  %xtraiter186 = and i64 %wide.trip.count631.i, 7
+  %238 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter191 = and i64 %wide.trip.count631.i, 2147483640
+  %lcmp.mod188.not = icmp eq i64 %xtraiter186, 0
+  %lcmp.mod190 = icmp ne i64 %xtraiter186, 0
+  %xtraiter193 = and i64 %wide.trip.count631.i, 7
+  %239 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter198 = and i64 %wide.trip.count631.i, 2147483640
+  %lcmp.mod195.not = icmp eq i64 %xtraiter193, 0
+  %lcmp.mod197 = icmp ne i64 %xtraiter193, 0
+  %xtraiter200 = and i64 %wide.trip.count631.i, 7
+  %240 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter205 = and i64 %wide.trip.count631.i, 2147483640
+  %lcmp.mod202.not = icmp eq i64 %xtraiter200, 0
+  %lcmp.mod204 = icmp ne i64 %xtraiter200, 0
+  %xtraiter207 = and i64 %wide.trip.count631.i, 7
+  %241 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter212 = and i64 %wide.trip.count631.i, 2147483640
+  %lcmp.mod209.not = icmp eq i64 %xtraiter207, 0
+  %lcmp.mod211 = icmp ne i64 %xtraiter207, 0
   br label %for_begin_kv_head.i
 
 for_body_t11.i:                                   ; preds = %for_body_t11.i, %for_body_t.i
-  %indvars.iv569.i = phi i64 [ %indvars.iv.next570.i.1, %for_body_t11.i ], [ 0, %for_body_t.i ]
-  %275 = add nuw nsw i64 %indvars.iv569.i, %230
-  %276 = trunc i64 %275 to i32
-  %token16.i = tail call i32 @llvm.smin.i32(i32 %276, i32 %last_token.i)
-  %cse_v120.i = sext i32 %token16.i to i64
-  %277 = and i64 %cse_v120.i, 15
-  %278 = mul nsw i64 %277, %v_slot
-  %279 = ashr i64 %cse_v120.i, 4
-  %gep365.i = getelementptr i32, ptr %invariant.gep361.i, i64 %279
-  %280 = load i32, ptr %gep365.i, align 4, !tbaa !5
-  %281 = sext i32 %280 to i64
-  %282 = mul nsw i64 %v_block, %281
-  %283 = add nsw i64 %278, %282
-  %284 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv569.i
-  store i64 %283, ptr %284, align 8, !tbaa !5
-  %indvars.iv.next570.i = or disjoint i64 %indvars.iv569.i, 1
-  %285 = add nuw nsw i64 %indvars.iv.next570.i, %230
-  %286 = trunc i64 %285 to i32
-  %token16.i.1 = tail call i32 @llvm.smin.i32(i32 %286, i32 %last_token.i)
-  %cse_v120.i.1 = sext i32 %token16.i.1 to i64
-  %287 = and i64 %cse_v120.i.1, 15
-  %288 = mul nsw i64 %287, %v_slot
-  %289 = ashr i64 %cse_v120.i.1, 4
-  %gep365.i.1 = getelementptr i32, ptr %invariant.gep361.i, i64 %289
-  %290 = load i32, ptr %gep365.i.1, align 4, !tbaa !5
-  %291 = sext i32 %290 to i64
-  %292 = mul nsw i64 %v_block, %291
-  %293 = add nsw i64 %288, %292
-  %294 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next570.i
-  store i64 %293, ptr %294, align 8, !tbaa !5
-  %indvars.iv.next570.i.1 = add nuw nsw i64 %indvars.iv569.i, 2
-  %exitcond573.not.i.1 = icmp eq i64 %indvars.iv.next570.i.1, 256
-  br i1 %exitcond573.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !13, !llvm.loop !20
+  %indvars.iv605.i = phi i64 [ %indvars.iv.next606.i.1, %for_body_t11.i ], [ 0, %for_body_t.i ]
+  %242 = add nuw nsw i64 %indvars.iv605.i, %199
+  %243 = trunc i64 %242 to i32
+  %token16.i = tail call i32 @llvm.smin.i32(i32 %243, i32 %last_token.i)
+  %cse_v125.i = sext i32 %token16.i to i64
+  %244 = ashr i64 %cse_v125.i, 4
+  %gep385.i = getelementptr i32, ptr %invariant.gep381.i, i64 %244
+  %245 = load i32, ptr %gep385.i, align 4, !tbaa !5
+  %block18.i = sext i32 %245 to i64
+  %246 = and i64 %cse_v125.i, 15
+  %247 = mul nsw i64 %246, %v_row
+  %248 = mul nsw i64 %v_block, %block18.i
+  %249 = add nsw i64 %247, %248
+  %250 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv605.i
+  store i64 %249, ptr %250, align 8, !tbaa !5
+  %indvars.iv.next606.i = or disjoint i64 %indvars.iv605.i, 1
+  %251 = add nuw nsw i64 %indvars.iv.next606.i, %199
+  %252 = trunc i64 %251 to i32
+  %token16.i.1 = tail call i32 @llvm.smin.i32(i32 %252, i32 %last_token.i)
+  %cse_v125.i.1 = sext i32 %token16.i.1 to i64
+  %253 = ashr i64 %cse_v125.i.1, 4
+  %gep385.i.1 = getelementptr i32, ptr %invariant.gep381.i, i64 %253
+  %254 = load i32, ptr %gep385.i.1, align 4, !tbaa !5
+  %block18.i.1 = sext i32 %254 to i64
+  %255 = and i64 %cse_v125.i.1, 15
+  %256 = mul nsw i64 %255, %v_row
+  %257 = mul nsw i64 %v_block, %block18.i.1
+  %258 = add nsw i64 %256, %257
+  %259 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next606.i
+  store i64 %258, ptr %259, align 8, !tbaa !5
+  %indvars.iv.next606.i.1 = add nuw nsw i64 %indvars.iv605.i, 2
+  %exitcond609.not.i.1 = icmp eq i64 %indvars.iv.next606.i.1, 256
+  br i1 %exitcond609.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !13, !llvm.loop !20
 
-for_begin_kv_head.i:                              ; preds = %if_end155.i, %for_begin_kv_head.preheader.i
-  %indvars.iv717.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next718.i, %if_end155.i ]
-  %exitcond722.not.i = icmp eq i64 %indvars.iv717.i, 8
-  br i1 %exitcond722.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !21
+for_begin_kv_head.i:                              ; preds = %if_end171.i, %for_begin_kv_head.preheader.i
+  %indvars.iv784.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next785.i, %if_end171.i ]
+  %exitcond789.not.i = icmp eq i64 %indvars.iv784.i, 8
+  br i1 %exitcond789.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !21
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %295 = icmp eq i64 %indvars.iv717.i, 7
-  %ahead_t.i = select i1 %295, i32 128, i32 0
-  %indvars.iv.next718.i = add nuw nsw i64 %indvars.iv717.i, 1
-  %ahead_head.i = select i1 %295, i64 0, i64 %indvars.iv.next718.i
-  %k_now.i = mul nsw i64 %indvars.iv717.i, %k_head
-  %v_now.i = mul nsw i64 %indvars.iv717.i, %v_head
-  %296 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scores.i = tail call ptr %296(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %297 = icmp eq ptr %scores.i, null
-  br i1 %297, label %fused_decode_compute_.exit, label %if_end18.i, !prof !8
+  %260 = icmp eq i64 %indvars.iv784.i, 7
+  %ahead_t.i = select i1 %260, i32 128, i32 0
+  %indvars.iv.next785.i = add nuw nsw i64 %indvars.iv784.i, 1
+  %ahead_head.i = select i1 %260, i64 0, i64 %indvars.iv.next785.i
+  %k_now.i = mul nsw i64 %indvars.iv784.i, %k_head
+  %v_now.i = mul nsw i64 %indvars.iv784.i, %v_head
+  %261 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scores.i = tail call ptr %261(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %262 = icmp eq ptr %scores.i, null
+  br i1 %262, label %fused_decode_compute_.exit, label %if_end22.i, !prof !8
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %298 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %299 = tail call i32 %298(i32 1, i32 %dev_id, ptr %value_offsets.i)
-  %.not209.i = icmp eq i32 %299, 0
-  br i1 %.not209.i, label %if_end161.i, label %fused_decode_compute_.exit, !prof !21
+  %263 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %264 = tail call i32 %263(i32 1, i32 %dev_id, ptr %value_offsets.i)
+  %.not220.i = icmp eq i32 %264, 0
+  br i1 %.not220.i, label %if_end177.i, label %fused_decode_compute_.exit, !prof !21
 
-if_end18.i:                                       ; preds = %for_body_kv_head.i
-  %300 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %probs.i = tail call ptr %300(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %301 = icmp eq ptr %probs.i, null
-  br i1 %301, label %fused_decode_compute_.exit, label %if_end21.i, !prof !8
+if_end22.i:                                       ; preds = %for_body_kv_head.i
+  %265 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %probs.i = tail call ptr %265(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %266 = icmp eq ptr %probs.i, null
+  br i1 %266, label %fused_decode_compute_.exit, label %if_end25.i, !prof !8
 
-if_end21.i:                                       ; preds = %if_end18.i
-  %302 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %tile_acc.i = tail call ptr %302(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %303 = icmp eq ptr %tile_acc.i, null
-  br i1 %303, label %fused_decode_compute_.exit, label %if_end24.i, !prof !8
+if_end25.i:                                       ; preds = %if_end22.i
+  %267 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %tile_acc.i = tail call ptr %267(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %268 = icmp eq ptr %tile_acc.i, null
+  br i1 %268, label %fused_decode_compute_.exit, label %if_end28.i, !prof !8
 
-if_end24.i:                                       ; preds = %if_end21.i
-  %304 = shl nuw nsw i64 %indvars.iv717.i, 9
-  br i1 %255, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
+if_end28.i:                                       ; preds = %if_end25.i
+  %269 = shl nuw nsw i64 %indvars.iv784.i, 9
+  br i1 %222, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
 
-for_body_to_m.lr.ph.i:                            ; preds = %if_end24.i
-  %305 = mul nsw i64 %ahead_head.i, %k_head
-  %invariant.gep370.i = getelementptr i16, ptr %key_cache, i64 %305
-  %invariant.gep386.i = getelementptr i16, ptr %key_cache, i64 %k_now.i
-  %306 = zext nneg i32 %ahead_t.i to i64
-  %307 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %304
-  %308 = getelementptr inbounds nuw i8, ptr %307, i64 512
-  %309 = getelementptr inbounds nuw i8, ptr %307, i64 1024
-  %310 = getelementptr inbounds nuw i8, ptr %307, i64 1536
-  %311 = getelementptr inbounds nuw i8, ptr %307, i64 64
-  %312 = getelementptr inbounds nuw i8, ptr %307, i64 576
-  %313 = getelementptr inbounds nuw i8, ptr %307, i64 1088
-  %314 = getelementptr inbounds nuw i8, ptr %307, i64 1600
-  %315 = getelementptr inbounds nuw i8, ptr %307, i64 128
-  %316 = getelementptr inbounds nuw i8, ptr %307, i64 640
-  %317 = getelementptr inbounds nuw i8, ptr %307, i64 1152
-  %318 = getelementptr inbounds nuw i8, ptr %307, i64 1664
-  %319 = getelementptr inbounds nuw i8, ptr %307, i64 192
-  %320 = getelementptr inbounds nuw i8, ptr %307, i64 704
-  %321 = getelementptr inbounds nuw i8, ptr %307, i64 1216
-  %322 = getelementptr inbounds nuw i8, ptr %307, i64 1728
-  %323 = getelementptr inbounds nuw i8, ptr %307, i64 256
-  %324 = getelementptr inbounds nuw i8, ptr %307, i64 768
-  %325 = getelementptr inbounds nuw i8, ptr %307, i64 1280
-  %326 = getelementptr inbounds nuw i8, ptr %307, i64 1792
-  %327 = getelementptr inbounds nuw i8, ptr %307, i64 320
-  %328 = getelementptr inbounds nuw i8, ptr %307, i64 832
-  %329 = getelementptr inbounds nuw i8, ptr %307, i64 1344
-  %330 = getelementptr inbounds nuw i8, ptr %307, i64 1856
-  %331 = getelementptr inbounds nuw i8, ptr %307, i64 384
-  %332 = getelementptr inbounds nuw i8, ptr %307, i64 896
-  %333 = getelementptr inbounds nuw i8, ptr %307, i64 1408
-  %334 = getelementptr inbounds nuw i8, ptr %307, i64 1920
-  %335 = getelementptr inbounds nuw i8, ptr %307, i64 448
-  %336 = getelementptr inbounds nuw i8, ptr %307, i64 960
-  %337 = getelementptr inbounds nuw i8, ptr %307, i64 1472
-  %338 = getelementptr inbounds nuw i8, ptr %307, i64 1984
-  %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %306
+for_body_to_m.lr.ph.i:                            ; preds = %if_end28.i
+  %270 = mul nsw i64 %ahead_head.i, %k_head
+  %invariant.gep401.i = getelementptr i32, ptr %key_cache, i64 %k_now.i
+  %271 = zext nneg i32 %ahead_t.i to i64
+  %272 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %269
+  %273 = getelementptr inbounds nuw i8, ptr %272, i64 512
+  %274 = getelementptr inbounds nuw i8, ptr %272, i64 1024
+  %275 = getelementptr inbounds nuw i8, ptr %272, i64 1536
+  %276 = getelementptr inbounds nuw i8, ptr %272, i64 64
+  %277 = getelementptr inbounds nuw i8, ptr %272, i64 576
+  %278 = getelementptr inbounds nuw i8, ptr %272, i64 1088
+  %279 = getelementptr inbounds nuw i8, ptr %272, i64 1600
+  %280 = getelementptr inbounds nuw i8, ptr %272, i64 128
+  %281 = getelementptr inbounds nuw i8, ptr %272, i64 640
+  %282 = getelementptr inbounds nuw i8, ptr %272, i64 1152
+  %283 = getelementptr inbounds nuw i8, ptr %272, i64 1664
+  %284 = getelementptr inbounds nuw i8, ptr %272, i64 192
+  %285 = getelementptr inbounds nuw i8, ptr %272, i64 704
+  %286 = getelementptr inbounds nuw i8, ptr %272, i64 1216
+  %287 = getelementptr inbounds nuw i8, ptr %272, i64 1728
+  %288 = getelementptr inbounds nuw i8, ptr %272, i64 256
+  %289 = getelementptr inbounds nuw i8, ptr %272, i64 768
+  %290 = getelementptr inbounds nuw i8, ptr %272, i64 1280
+  %291 = getelementptr inbounds nuw i8, ptr %272, i64 1792
+  %292 = getelementptr inbounds nuw i8, ptr %272, i64 320
+  %293 = getelementptr inbounds nuw i8, ptr %272, i64 832
+  %294 = getelementptr inbounds nuw i8, ptr %272, i64 1344
+  %295 = getelementptr inbounds nuw i8, ptr %272, i64 1856
+  %296 = getelementptr inbounds nuw i8, ptr %272, i64 384
+  %297 = getelementptr inbounds nuw i8, ptr %272, i64 896
+  %298 = getelementptr inbounds nuw i8, ptr %272, i64 1408
+  %299 = getelementptr inbounds nuw i8, ptr %272, i64 1920
+  %300 = getelementptr inbounds nuw i8, ptr %272, i64 448
+  %301 = getelementptr inbounds nuw i8, ptr %272, i64 960
+  %302 = getelementptr inbounds nuw i8, ptr %272, i64 1472
+  %303 = getelementptr inbounds nuw i8, ptr %272, i64 1984
+  %invariant.gep63 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %271
   br label %for_body_to_m.i
 
-for_begin_to_m.i:                                 ; preds = %for_body_r30.preheader.i
-  %indvars.iv.next598.i = add nuw nsw i64 %indvars.iv597.i, 1
-  %exitcond602.not.i = icmp eq i64 %indvars.iv.next598.i, %wide.trip.count601.i
-  br i1 %exitcond602.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
+for_begin_to_m.i:                                 ; preds = %for_body_r34.preheader.i
+  %indvars.iv.next628.i = add nuw nsw i64 %indvars.iv627.i, 1
+  %exitcond632.not.i = icmp eq i64 %indvars.iv.next628.i, %wide.trip.count631.i
+  br i1 %exitcond632.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
 
 for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
-  %indvars.iv597.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next598.i, %for_begin_to_m.i ]
-  %339 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scores.rf.i = tail call ptr %339(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
-  %340 = icmp eq ptr %scores.rf.i, null
-  br i1 %340, label %fused_decode_compute_.exit, label %if_end27.i, !prof !8
+  %indvars.iv627.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next628.i, %for_begin_to_m.i ]
+  %304 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scores.rf.i = tail call ptr %304(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
+  %305 = icmp eq ptr %scores.rf.i, null
+  br i1 %305, label %fused_decode_compute_.exit, label %if_end31.i, !prof !8
 
 for_end_to_m.i:                                   ; preds = %for_begin_to_m.i
-  %341 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scaled.i = tail call ptr %341(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %342 = icmp eq ptr %scaled.i, null
-  br i1 %342, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
+  %306 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scaled.i = tail call ptr %306(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %307 = icmp eq ptr %scaled.i, null
+  br i1 %307, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
 
 for_body_to.us.i.preheader:                       ; preds = %for_end_to_m.i
-  br i1 %263, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !22
+  br i1 %230, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !22
 
-for_end_to_m.thread.i:                            ; preds = %if_end24.i
-  %343 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scaled781.i = tail call ptr %343(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %344 = icmp eq ptr %scaled781.i, null
-  br i1 %344, label %fused_decode_compute_.exit, label %for_end_ax1.i, !prof !8
+for_end_to_m.thread.i:                            ; preds = %if_end28.i
+  %308 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scaled844.i = tail call ptr %308(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %309 = icmp eq ptr %scaled844.i, null
+  br i1 %309, label %fused_decode_compute_.exit, label %for_end_ax1.i, !prof !8
 
 for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
-  %indvars.iv603.i = phi i64 [ %indvars.iv.next604.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
+  %indvars.iv633.i = phi i64 [ %indvars.iv.next634.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
   %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %345 = shl nsw i64 %indvars.iv603.i, 4
-  %346 = getelementptr inbounds nuw float, ptr %scores.i, i64 %345
-  %347 = load <16 x float>, ptr %346, align 4, !tbaa !5
-  %348 = fmul <16 x float> %69, %347
-  %349 = trunc i64 %345 to i32
-  %350 = sub i32 %valid_len.i, %349
-  %351 = insertelement <16 x i32> poison, i32 %350, i64 0
-  %352 = shufflevector <16 x i32> %351, <16 x i32> poison, <16 x i32> zeroinitializer
-  %353 = icmp sgt <16 x i32> %352, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %354 = select <16 x i1> %353, <16 x float> %348, <16 x float> splat (float 0xFFF0000000000000)
-  %355 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %345
-  store <16 x float> %354, ptr %355, align 4, !tbaa !5
-  %indvars.iv.next604.i = shl i64 %indvars.iv603.i, 4
-  %356 = or disjoint i64 %indvars.iv.next604.i, 16
-  %357 = getelementptr inbounds nuw float, ptr %scores.i, i64 %356
-  %358 = load <16 x float>, ptr %357, align 4, !tbaa !5
-  %359 = fmul <16 x float> %69, %358
-  %360 = trunc i64 %356 to i32
-  %361 = sub i32 %valid_len.i, %360
-  %362 = insertelement <16 x i32> poison, i32 %361, i64 0
-  %363 = shufflevector <16 x i32> %362, <16 x i32> poison, <16 x i32> zeroinitializer
-  %364 = icmp sgt <16 x i32> %363, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %365 = select <16 x i1> %364, <16 x float> %359, <16 x float> splat (float 0xFFF0000000000000)
-  %366 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %356
-  store <16 x float> %365, ptr %366, align 4, !tbaa !5
-  %indvars.iv.next604.i.1 = shl i64 %indvars.iv603.i, 4
-  %367 = or disjoint i64 %indvars.iv.next604.i.1, 32
-  %368 = getelementptr inbounds nuw float, ptr %scores.i, i64 %367
-  %369 = load <16 x float>, ptr %368, align 4, !tbaa !5
-  %370 = fmul <16 x float> %69, %369
-  %371 = trunc i64 %367 to i32
-  %372 = sub i32 %valid_len.i, %371
-  %373 = insertelement <16 x i32> poison, i32 %372, i64 0
-  %374 = shufflevector <16 x i32> %373, <16 x i32> poison, <16 x i32> zeroinitializer
-  %375 = icmp sgt <16 x i32> %374, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %376 = select <16 x i1> %375, <16 x float> %370, <16 x float> splat (float 0xFFF0000000000000)
-  %377 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %367
-  store <16 x float> %376, ptr %377, align 4, !tbaa !5
-  %indvars.iv.next604.i.2 = shl i64 %indvars.iv603.i, 4
-  %378 = or disjoint i64 %indvars.iv.next604.i.2, 48
-  %379 = getelementptr inbounds nuw float, ptr %scores.i, i64 %378
-  %380 = load <16 x float>, ptr %379, align 4, !tbaa !5
-  %381 = fmul <16 x float> %69, %380
-  %382 = trunc i64 %378 to i32
-  %383 = sub i32 %valid_len.i, %382
-  %384 = insertelement <16 x i32> poison, i32 %383, i64 0
-  %385 = shufflevector <16 x i32> %384, <16 x i32> poison, <16 x i32> zeroinitializer
-  %386 = icmp sgt <16 x i32> %385, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %387 = select <16 x i1> %386, <16 x float> %381, <16 x float> splat (float 0xFFF0000000000000)
-  %388 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %378
-  store <16 x float> %387, ptr %388, align 4, !tbaa !5
-  %indvars.iv.next604.i.3 = add nuw nsw i64 %indvars.iv603.i, 4
+  %310 = shl nsw i64 %indvars.iv633.i, 4
+  %311 = getelementptr inbounds nuw float, ptr %scores.i, i64 %310
+  %312 = load <16 x float>, ptr %311, align 4, !tbaa !5
+  %313 = fmul <16 x float> %69, %312
+  %314 = trunc i64 %310 to i32
+  %315 = sub i32 %valid_len.i, %314
+  %316 = insertelement <16 x i32> poison, i32 %315, i64 0
+  %317 = shufflevector <16 x i32> %316, <16 x i32> poison, <16 x i32> zeroinitializer
+  %318 = icmp sgt <16 x i32> %317, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %319 = select <16 x i1> %318, <16 x float> %313, <16 x float> splat (float 0xFFF0000000000000)
+  %320 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %310
+  store <16 x float> %319, ptr %320, align 4, !tbaa !5
+  %indvars.iv.next634.i = shl i64 %indvars.iv633.i, 4
+  %321 = or disjoint i64 %indvars.iv.next634.i, 16
+  %322 = getelementptr inbounds nuw float, ptr %scores.i, i64 %321
+  %323 = load <16 x float>, ptr %322, align 4, !tbaa !5
+  %324 = fmul <16 x float> %69, %323
+  %325 = trunc i64 %321 to i32
+  %326 = sub i32 %valid_len.i, %325
+  %327 = insertelement <16 x i32> poison, i32 %326, i64 0
+  %328 = shufflevector <16 x i32> %327, <16 x i32> poison, <16 x i32> zeroinitializer
+  %329 = icmp sgt <16 x i32> %328, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %330 = select <16 x i1> %329, <16 x float> %324, <16 x float> splat (float 0xFFF0000000000000)
+  %331 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %321
+  store <16 x float> %330, ptr %331, align 4, !tbaa !5
+  %indvars.iv.next634.i.1 = shl i64 %indvars.iv633.i, 4
+  %332 = or disjoint i64 %indvars.iv.next634.i.1, 32
+  %333 = getelementptr inbounds nuw float, ptr %scores.i, i64 %332
+  %334 = load <16 x float>, ptr %333, align 4, !tbaa !5
+  %335 = fmul <16 x float> %69, %334
+  %336 = trunc i64 %332 to i32
+  %337 = sub i32 %valid_len.i, %336
+  %338 = insertelement <16 x i32> poison, i32 %337, i64 0
+  %339 = shufflevector <16 x i32> %338, <16 x i32> poison, <16 x i32> zeroinitializer
+  %340 = icmp sgt <16 x i32> %339, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %341 = select <16 x i1> %340, <16 x float> %335, <16 x float> splat (float 0xFFF0000000000000)
+  %342 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %332
+  store <16 x float> %341, ptr %342, align 4, !tbaa !5
+  %indvars.iv.next634.i.2 = shl i64 %indvars.iv633.i, 4
+  %343 = or disjoint i64 %indvars.iv.next634.i.2, 48
+  %344 = getelementptr inbounds nuw float, ptr %scores.i, i64 %343
+  %345 = load <16 x float>, ptr %344, align 4, !tbaa !5
+  %346 = fmul <16 x float> %69, %345
+  %347 = trunc i64 %343 to i32
+  %348 = sub i32 %valid_len.i, %347
+  %349 = insertelement <16 x i32> poison, i32 %348, i64 0
+  %350 = shufflevector <16 x i32> %349, <16 x i32> poison, <16 x i32> zeroinitializer
+  %351 = icmp sgt <16 x i32> %350, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %352 = select <16 x i1> %351, <16 x float> %346, <16 x float> splat (float 0xFFF0000000000000)
+  %353 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %343
+  store <16 x float> %352, ptr %353, align 4, !tbaa !5
+  %indvars.iv.next634.i.3 = add nuw nsw i64 %indvars.iv633.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
   br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !23, !llvm.loop !24
@@ -1256,3784 +1185,3723 @@ for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
   br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !26
 
 for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
-  %indvars.iv603.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next604.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod135)
+  %indvars.iv633.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next634.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod139)
   br label %for_body_to.us.i.epil
 
 for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
-  %indvars.iv603.i.epil = phi i64 [ %indvars.iv.next604.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv603.i.epil.init, %for_body_to.us.i.epil.preheader ]
+  %indvars.iv633.i.epil = phi i64 [ %indvars.iv.next634.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv633.i.epil.init, %for_body_to.us.i.epil.preheader ]
   %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
-  %389 = shl nsw i64 %indvars.iv603.i.epil, 4
-  %390 = getelementptr inbounds nuw float, ptr %scores.i, i64 %389
-  %391 = load <16 x float>, ptr %390, align 4, !tbaa !5
-  %392 = fmul <16 x float> %69, %391
-  %393 = trunc i64 %389 to i32
-  %394 = sub i32 %valid_len.i, %393
-  %395 = insertelement <16 x i32> poison, i32 %394, i64 0
-  %396 = shufflevector <16 x i32> %395, <16 x i32> poison, <16 x i32> zeroinitializer
-  %397 = icmp sgt <16 x i32> %396, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %398 = select <16 x i1> %397, <16 x float> %392, <16 x float> splat (float 0xFFF0000000000000)
-  %399 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %389
-  store <16 x float> %398, ptr %399, align 4, !tbaa !5
-  %indvars.iv.next604.i.epil = add nuw nsw i64 %indvars.iv603.i.epil, 1
+  %354 = shl nsw i64 %indvars.iv633.i.epil, 4
+  %355 = getelementptr inbounds nuw float, ptr %scores.i, i64 %354
+  %356 = load <16 x float>, ptr %355, align 4, !tbaa !5
+  %357 = fmul <16 x float> %69, %356
+  %358 = trunc i64 %354 to i32
+  %359 = sub i32 %valid_len.i, %358
+  %360 = insertelement <16 x i32> poison, i32 %359, i64 0
+  %361 = shufflevector <16 x i32> %360, <16 x i32> poison, <16 x i32> zeroinitializer
+  %362 = icmp sgt <16 x i32> %361, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %363 = select <16 x i1> %362, <16 x float> %357, <16 x float> splat (float 0xFFF0000000000000)
+  %364 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %354
+  store <16 x float> %363, ptr %364, align 4, !tbaa !5
+  %indvars.iv.next634.i.epil = add nuw nsw i64 %indvars.iv633.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
   br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !12, !llvm.loop !27
 
 for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.epil, %for_body_to.us.1.i.preheader.unr-lcssa
-  br i1 %264, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !22
+  br i1 %231, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !22
 
 for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
-  %indvars.iv603.1.i = phi i64 [ %indvars.iv.next604.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %niter141 = phi i64 [ %niter141.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %400 = shl nsw i64 %indvars.iv603.1.i, 4
-  %401 = add nuw nsw i64 %400, 128
+  %indvars.iv633.1.i = phi i64 [ %indvars.iv.next634.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %niter145 = phi i64 [ %niter145.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %365 = shl nsw i64 %indvars.iv633.1.i, 4
+  %366 = add nuw nsw i64 %365, 128
+  %367 = getelementptr inbounds nuw float, ptr %scores.i, i64 %366
+  %368 = load <16 x float>, ptr %367, align 4, !tbaa !5
+  %369 = fmul <16 x float> %69, %368
+  %370 = trunc i64 %365 to i32
+  %371 = sub i32 %valid_len.i, %370
+  %372 = insertelement <16 x i32> poison, i32 %371, i64 0
+  %373 = shufflevector <16 x i32> %372, <16 x i32> poison, <16 x i32> zeroinitializer
+  %374 = icmp sgt <16 x i32> %373, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %375 = select <16 x i1> %374, <16 x float> %369, <16 x float> splat (float 0xFFF0000000000000)
+  %376 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %366
+  store <16 x float> %375, ptr %376, align 4, !tbaa !5
+  %indvars.iv.next634.1.i = shl i64 %indvars.iv633.1.i, 4
+  %377 = add nuw nsw i64 %indvars.iv.next634.1.i, 144
+  %378 = getelementptr inbounds nuw float, ptr %scores.i, i64 %377
+  %379 = load <16 x float>, ptr %378, align 4, !tbaa !5
+  %380 = fmul <16 x float> %69, %379
+  %381 = trunc i64 %indvars.iv.next634.1.i to i32
+  %382 = or disjoint i32 %381, 16
+  %383 = sub i32 %valid_len.i, %382
+  %384 = insertelement <16 x i32> poison, i32 %383, i64 0
+  %385 = shufflevector <16 x i32> %384, <16 x i32> poison, <16 x i32> zeroinitializer
+  %386 = icmp sgt <16 x i32> %385, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %387 = select <16 x i1> %386, <16 x float> %380, <16 x float> splat (float 0xFFF0000000000000)
+  %388 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %377
+  store <16 x float> %387, ptr %388, align 4, !tbaa !5
+  %indvars.iv.next634.1.i.1 = shl i64 %indvars.iv633.1.i, 4
+  %389 = add nuw nsw i64 %indvars.iv.next634.1.i.1, 160
+  %390 = getelementptr inbounds nuw float, ptr %scores.i, i64 %389
+  %391 = load <16 x float>, ptr %390, align 4, !tbaa !5
+  %392 = fmul <16 x float> %69, %391
+  %393 = trunc i64 %indvars.iv.next634.1.i.1 to i32
+  %394 = or disjoint i32 %393, 32
+  %395 = sub i32 %valid_len.i, %394
+  %396 = insertelement <16 x i32> poison, i32 %395, i64 0
+  %397 = shufflevector <16 x i32> %396, <16 x i32> poison, <16 x i32> zeroinitializer
+  %398 = icmp sgt <16 x i32> %397, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %399 = select <16 x i1> %398, <16 x float> %392, <16 x float> splat (float 0xFFF0000000000000)
+  %400 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %389
+  store <16 x float> %399, ptr %400, align 4, !tbaa !5
+  %indvars.iv.next634.1.i.2 = shl i64 %indvars.iv633.1.i, 4
+  %401 = add nuw nsw i64 %indvars.iv.next634.1.i.2, 176
   %402 = getelementptr inbounds nuw float, ptr %scores.i, i64 %401
   %403 = load <16 x float>, ptr %402, align 4, !tbaa !5
   %404 = fmul <16 x float> %69, %403
-  %405 = trunc i64 %400 to i32
-  %406 = sub i32 %valid_len.i, %405
-  %407 = insertelement <16 x i32> poison, i32 %406, i64 0
-  %408 = shufflevector <16 x i32> %407, <16 x i32> poison, <16 x i32> zeroinitializer
-  %409 = icmp sgt <16 x i32> %408, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %410 = select <16 x i1> %409, <16 x float> %404, <16 x float> splat (float 0xFFF0000000000000)
-  %411 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %401
-  store <16 x float> %410, ptr %411, align 4, !tbaa !5
-  %indvars.iv.next604.1.i = shl i64 %indvars.iv603.1.i, 4
-  %412 = add nuw nsw i64 %indvars.iv.next604.1.i, 144
-  %413 = getelementptr inbounds nuw float, ptr %scores.i, i64 %412
-  %414 = load <16 x float>, ptr %413, align 4, !tbaa !5
-  %415 = fmul <16 x float> %69, %414
-  %416 = trunc i64 %indvars.iv.next604.1.i to i32
-  %417 = or disjoint i32 %416, 16
-  %418 = sub i32 %valid_len.i, %417
-  %419 = insertelement <16 x i32> poison, i32 %418, i64 0
-  %420 = shufflevector <16 x i32> %419, <16 x i32> poison, <16 x i32> zeroinitializer
-  %421 = icmp sgt <16 x i32> %420, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %422 = select <16 x i1> %421, <16 x float> %415, <16 x float> splat (float 0xFFF0000000000000)
-  %423 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %412
-  store <16 x float> %422, ptr %423, align 4, !tbaa !5
-  %indvars.iv.next604.1.i.1 = shl i64 %indvars.iv603.1.i, 4
-  %424 = add nuw nsw i64 %indvars.iv.next604.1.i.1, 160
-  %425 = getelementptr inbounds nuw float, ptr %scores.i, i64 %424
-  %426 = load <16 x float>, ptr %425, align 4, !tbaa !5
-  %427 = fmul <16 x float> %69, %426
-  %428 = trunc i64 %indvars.iv.next604.1.i.1 to i32
-  %429 = or disjoint i32 %428, 32
-  %430 = sub i32 %valid_len.i, %429
-  %431 = insertelement <16 x i32> poison, i32 %430, i64 0
-  %432 = shufflevector <16 x i32> %431, <16 x i32> poison, <16 x i32> zeroinitializer
-  %433 = icmp sgt <16 x i32> %432, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %434 = select <16 x i1> %433, <16 x float> %427, <16 x float> splat (float 0xFFF0000000000000)
-  %435 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %424
-  store <16 x float> %434, ptr %435, align 4, !tbaa !5
-  %indvars.iv.next604.1.i.2 = shl i64 %indvars.iv603.1.i, 4
-  %436 = add nuw nsw i64 %indvars.iv.next604.1.i.2, 176
-  %437 = getelementptr inbounds nuw float, ptr %scores.i, i64 %436
-  %438 = load <16 x float>, ptr %437, align 4, !tbaa !5
-  %439 = fmul <16 x float> %69, %438
-  %440 = trunc i64 %indvars.iv.next604.1.i.2 to i32
-  %441 = or disjoint i32 %440, 48
-  %442 = sub i32 %valid_len.i, %441
-  %443 = insertelement <16 x i32> poison, i32 %442, i64 0
-  %444 = shufflevector <16 x i32> %443, <16 x i32> poison, <16 x i32> zeroinitializer
-  %445 = icmp sgt <16 x i32> %444, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %446 = select <16 x i1> %445, <16 x float> %439, <16 x float> splat (float 0xFFF0000000000000)
-  %447 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %436
-  store <16 x float> %446, ptr %447, align 4, !tbaa !5
-  %indvars.iv.next604.1.i.3 = add nuw nsw i64 %indvars.iv603.1.i, 4
-  %niter141.next.3 = add i64 %niter141, 4
-  %niter141.ncmp.3 = icmp eq i64 %niter141.next.3, %unroll_iter140
-  br i1 %niter141.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !23, !llvm.loop !30
+  %405 = trunc i64 %indvars.iv.next634.1.i.2 to i32
+  %406 = or disjoint i32 %405, 48
+  %407 = sub i32 %valid_len.i, %406
+  %408 = insertelement <16 x i32> poison, i32 %407, i64 0
+  %409 = shufflevector <16 x i32> %408, <16 x i32> poison, <16 x i32> zeroinitializer
+  %410 = icmp sgt <16 x i32> %409, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %411 = select <16 x i1> %410, <16 x float> %404, <16 x float> splat (float 0xFFF0000000000000)
+  %412 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %401
+  store <16 x float> %411, ptr %412, align 4, !tbaa !5
+  %indvars.iv.next634.1.i.3 = add nuw nsw i64 %indvars.iv633.1.i, 4
+  %niter145.next.3 = add i64 %niter145, 4
+  %niter145.ncmp.3 = icmp eq i64 %niter145.next.3, %unroll_iter144
+  br i1 %niter145.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !23, !llvm.loop !30
 
 for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
-  br i1 %lcmp.mod138.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod142.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !26
 
 for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
-  %indvars.iv603.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next604.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod139)
+  %indvars.iv633.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next634.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod143)
   br label %for_body_to.us.1.i.epil
 
 for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
-  %indvars.iv603.1.i.epil = phi i64 [ %indvars.iv.next604.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv603.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
-  %epil.iter137 = phi i64 [ %epil.iter137.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
-  %448 = shl nsw i64 %indvars.iv603.1.i.epil, 4
-  %449 = add nuw nsw i64 %448, 128
+  %indvars.iv633.1.i.epil = phi i64 [ %indvars.iv.next634.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv633.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
+  %epil.iter141 = phi i64 [ %epil.iter141.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
+  %413 = shl nsw i64 %indvars.iv633.1.i.epil, 4
+  %414 = add nuw nsw i64 %413, 128
+  %415 = getelementptr inbounds nuw float, ptr %scores.i, i64 %414
+  %416 = load <16 x float>, ptr %415, align 4, !tbaa !5
+  %417 = fmul <16 x float> %69, %416
+  %418 = trunc i64 %413 to i32
+  %419 = sub i32 %valid_len.i, %418
+  %420 = insertelement <16 x i32> poison, i32 %419, i64 0
+  %421 = shufflevector <16 x i32> %420, <16 x i32> poison, <16 x i32> zeroinitializer
+  %422 = icmp sgt <16 x i32> %421, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %423 = select <16 x i1> %422, <16 x float> %417, <16 x float> splat (float 0xFFF0000000000000)
+  %424 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %414
+  store <16 x float> %423, ptr %424, align 4, !tbaa !5
+  %indvars.iv.next634.1.i.epil = add nuw nsw i64 %indvars.iv633.1.i.epil, 1
+  %epil.iter141.next = add i64 %epil.iter141, 1
+  %epil.iter141.cmp.not = icmp eq i64 %epil.iter141.next, %xtraiter140
+  br i1 %epil.iter141.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !31
+
+for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
+  br i1 %232, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !22
+
+for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
+  %indvars.iv633.2.i = phi i64 [ %indvars.iv.next634.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %niter151 = phi i64 [ %niter151.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %425 = shl nsw i64 %indvars.iv633.2.i, 4
+  %426 = add nuw nsw i64 %425, 256
+  %427 = getelementptr inbounds nuw float, ptr %scores.i, i64 %426
+  %428 = load <16 x float>, ptr %427, align 4, !tbaa !5
+  %429 = fmul <16 x float> %69, %428
+  %430 = trunc i64 %425 to i32
+  %431 = sub i32 %valid_len.i, %430
+  %432 = insertelement <16 x i32> poison, i32 %431, i64 0
+  %433 = shufflevector <16 x i32> %432, <16 x i32> poison, <16 x i32> zeroinitializer
+  %434 = icmp sgt <16 x i32> %433, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %435 = select <16 x i1> %434, <16 x float> %429, <16 x float> splat (float 0xFFF0000000000000)
+  %436 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %426
+  store <16 x float> %435, ptr %436, align 4, !tbaa !5
+  %indvars.iv.next634.2.i = shl i64 %indvars.iv633.2.i, 4
+  %437 = add nuw nsw i64 %indvars.iv.next634.2.i, 272
+  %438 = getelementptr inbounds nuw float, ptr %scores.i, i64 %437
+  %439 = load <16 x float>, ptr %438, align 4, !tbaa !5
+  %440 = fmul <16 x float> %69, %439
+  %441 = trunc i64 %indvars.iv.next634.2.i to i32
+  %442 = or disjoint i32 %441, 16
+  %443 = sub i32 %valid_len.i, %442
+  %444 = insertelement <16 x i32> poison, i32 %443, i64 0
+  %445 = shufflevector <16 x i32> %444, <16 x i32> poison, <16 x i32> zeroinitializer
+  %446 = icmp sgt <16 x i32> %445, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %447 = select <16 x i1> %446, <16 x float> %440, <16 x float> splat (float 0xFFF0000000000000)
+  %448 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %437
+  store <16 x float> %447, ptr %448, align 4, !tbaa !5
+  %indvars.iv.next634.2.i.1 = shl i64 %indvars.iv633.2.i, 4
+  %449 = add nuw nsw i64 %indvars.iv.next634.2.i.1, 288
   %450 = getelementptr inbounds nuw float, ptr %scores.i, i64 %449
   %451 = load <16 x float>, ptr %450, align 4, !tbaa !5
   %452 = fmul <16 x float> %69, %451
-  %453 = trunc i64 %448 to i32
-  %454 = sub i32 %valid_len.i, %453
-  %455 = insertelement <16 x i32> poison, i32 %454, i64 0
-  %456 = shufflevector <16 x i32> %455, <16 x i32> poison, <16 x i32> zeroinitializer
-  %457 = icmp sgt <16 x i32> %456, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %458 = select <16 x i1> %457, <16 x float> %452, <16 x float> splat (float 0xFFF0000000000000)
-  %459 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %449
-  store <16 x float> %458, ptr %459, align 4, !tbaa !5
-  %indvars.iv.next604.1.i.epil = add nuw nsw i64 %indvars.iv603.1.i.epil, 1
-  %epil.iter137.next = add i64 %epil.iter137, 1
-  %epil.iter137.cmp.not = icmp eq i64 %epil.iter137.next, %xtraiter136
-  br i1 %epil.iter137.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !31
-
-for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
-  br i1 %265, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !22
-
-for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
-  %indvars.iv603.2.i = phi i64 [ %indvars.iv.next604.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %niter147 = phi i64 [ %niter147.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %460 = shl nsw i64 %indvars.iv603.2.i, 4
-  %461 = add nuw nsw i64 %460, 256
+  %453 = trunc i64 %indvars.iv.next634.2.i.1 to i32
+  %454 = or disjoint i32 %453, 32
+  %455 = sub i32 %valid_len.i, %454
+  %456 = insertelement <16 x i32> poison, i32 %455, i64 0
+  %457 = shufflevector <16 x i32> %456, <16 x i32> poison, <16 x i32> zeroinitializer
+  %458 = icmp sgt <16 x i32> %457, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %459 = select <16 x i1> %458, <16 x float> %452, <16 x float> splat (float 0xFFF0000000000000)
+  %460 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %449
+  store <16 x float> %459, ptr %460, align 4, !tbaa !5
+  %indvars.iv.next634.2.i.2 = shl i64 %indvars.iv633.2.i, 4
+  %461 = add nuw nsw i64 %indvars.iv.next634.2.i.2, 304
   %462 = getelementptr inbounds nuw float, ptr %scores.i, i64 %461
   %463 = load <16 x float>, ptr %462, align 4, !tbaa !5
   %464 = fmul <16 x float> %69, %463
-  %465 = trunc i64 %460 to i32
-  %466 = sub i32 %valid_len.i, %465
-  %467 = insertelement <16 x i32> poison, i32 %466, i64 0
-  %468 = shufflevector <16 x i32> %467, <16 x i32> poison, <16 x i32> zeroinitializer
-  %469 = icmp sgt <16 x i32> %468, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %470 = select <16 x i1> %469, <16 x float> %464, <16 x float> splat (float 0xFFF0000000000000)
-  %471 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %461
-  store <16 x float> %470, ptr %471, align 4, !tbaa !5
-  %indvars.iv.next604.2.i = shl i64 %indvars.iv603.2.i, 4
-  %472 = add nuw nsw i64 %indvars.iv.next604.2.i, 272
-  %473 = getelementptr inbounds nuw float, ptr %scores.i, i64 %472
-  %474 = load <16 x float>, ptr %473, align 4, !tbaa !5
-  %475 = fmul <16 x float> %69, %474
-  %476 = trunc i64 %indvars.iv.next604.2.i to i32
-  %477 = or disjoint i32 %476, 16
-  %478 = sub i32 %valid_len.i, %477
-  %479 = insertelement <16 x i32> poison, i32 %478, i64 0
-  %480 = shufflevector <16 x i32> %479, <16 x i32> poison, <16 x i32> zeroinitializer
-  %481 = icmp sgt <16 x i32> %480, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %482 = select <16 x i1> %481, <16 x float> %475, <16 x float> splat (float 0xFFF0000000000000)
-  %483 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %472
-  store <16 x float> %482, ptr %483, align 4, !tbaa !5
-  %indvars.iv.next604.2.i.1 = shl i64 %indvars.iv603.2.i, 4
-  %484 = add nuw nsw i64 %indvars.iv.next604.2.i.1, 288
-  %485 = getelementptr inbounds nuw float, ptr %scores.i, i64 %484
-  %486 = load <16 x float>, ptr %485, align 4, !tbaa !5
-  %487 = fmul <16 x float> %69, %486
-  %488 = trunc i64 %indvars.iv.next604.2.i.1 to i32
-  %489 = or disjoint i32 %488, 32
-  %490 = sub i32 %valid_len.i, %489
-  %491 = insertelement <16 x i32> poison, i32 %490, i64 0
-  %492 = shufflevector <16 x i32> %491, <16 x i32> poison, <16 x i32> zeroinitializer
-  %493 = icmp sgt <16 x i32> %492, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %494 = select <16 x i1> %493, <16 x float> %487, <16 x float> splat (float 0xFFF0000000000000)
-  %495 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %484
-  store <16 x float> %494, ptr %495, align 4, !tbaa !5
-  %indvars.iv.next604.2.i.2 = shl i64 %indvars.iv603.2.i, 4
-  %496 = add nuw nsw i64 %indvars.iv.next604.2.i.2, 304
-  %497 = getelementptr inbounds nuw float, ptr %scores.i, i64 %496
-  %498 = load <16 x float>, ptr %497, align 4, !tbaa !5
-  %499 = fmul <16 x float> %69, %498
-  %500 = trunc i64 %indvars.iv.next604.2.i.2 to i32
-  %501 = or disjoint i32 %500, 48
-  %502 = sub i32 %valid_len.i, %501
-  %503 = insertelement <16 x i32> poison, i32 %502, i64 0
-  %504 = shufflevector <16 x i32> %503, <16 x i32> poison, <16 x i32> zeroinitializer
-  %505 = icmp sgt <16 x i32> %504, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %506 = select <16 x i1> %505, <16 x float> %499, <16 x float> splat (float 0xFFF0000000000000)
-  %507 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %496
-  store <16 x float> %506, ptr %507, align 4, !tbaa !5
-  %indvars.iv.next604.2.i.3 = add nuw nsw i64 %indvars.iv603.2.i, 4
-  %niter147.next.3 = add i64 %niter147, 4
-  %niter147.ncmp.3 = icmp eq i64 %niter147.next.3, %unroll_iter146
-  br i1 %niter147.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !23, !llvm.loop !32
+  %465 = trunc i64 %indvars.iv.next634.2.i.2 to i32
+  %466 = or disjoint i32 %465, 48
+  %467 = sub i32 %valid_len.i, %466
+  %468 = insertelement <16 x i32> poison, i32 %467, i64 0
+  %469 = shufflevector <16 x i32> %468, <16 x i32> poison, <16 x i32> zeroinitializer
+  %470 = icmp sgt <16 x i32> %469, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %471 = select <16 x i1> %470, <16 x float> %464, <16 x float> splat (float 0xFFF0000000000000)
+  %472 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %461
+  store <16 x float> %471, ptr %472, align 4, !tbaa !5
+  %indvars.iv.next634.2.i.3 = add nuw nsw i64 %indvars.iv633.2.i, 4
+  %niter151.next.3 = add i64 %niter151, 4
+  %niter151.ncmp.3 = icmp eq i64 %niter151.next.3, %unroll_iter150
+  br i1 %niter151.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !23, !llvm.loop !32
 
 for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
-  br i1 %lcmp.mod144.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod148.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !26
 
 for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
-  %indvars.iv603.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next604.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod145)
+  %indvars.iv633.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next634.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod149)
   br label %for_body_to.us.2.i.epil
 
 for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
-  %indvars.iv603.2.i.epil = phi i64 [ %indvars.iv.next604.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv603.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
-  %epil.iter143 = phi i64 [ %epil.iter143.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
-  %508 = shl nsw i64 %indvars.iv603.2.i.epil, 4
-  %509 = add nuw nsw i64 %508, 256
+  %indvars.iv633.2.i.epil = phi i64 [ %indvars.iv.next634.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv633.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
+  %epil.iter147 = phi i64 [ %epil.iter147.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
+  %473 = shl nsw i64 %indvars.iv633.2.i.epil, 4
+  %474 = add nuw nsw i64 %473, 256
+  %475 = getelementptr inbounds nuw float, ptr %scores.i, i64 %474
+  %476 = load <16 x float>, ptr %475, align 4, !tbaa !5
+  %477 = fmul <16 x float> %69, %476
+  %478 = trunc i64 %473 to i32
+  %479 = sub i32 %valid_len.i, %478
+  %480 = insertelement <16 x i32> poison, i32 %479, i64 0
+  %481 = shufflevector <16 x i32> %480, <16 x i32> poison, <16 x i32> zeroinitializer
+  %482 = icmp sgt <16 x i32> %481, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %483 = select <16 x i1> %482, <16 x float> %477, <16 x float> splat (float 0xFFF0000000000000)
+  %484 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %474
+  store <16 x float> %483, ptr %484, align 4, !tbaa !5
+  %indvars.iv.next634.2.i.epil = add nuw nsw i64 %indvars.iv633.2.i.epil, 1
+  %epil.iter147.next = add i64 %epil.iter147, 1
+  %epil.iter147.cmp.not = icmp eq i64 %epil.iter147.next, %xtraiter146
+  br i1 %epil.iter147.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !33
+
+for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
+  br i1 %233, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !22
+
+for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
+  %indvars.iv633.3.i = phi i64 [ %indvars.iv.next634.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %niter157 = phi i64 [ %niter157.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %485 = shl nsw i64 %indvars.iv633.3.i, 4
+  %486 = add nuw nsw i64 %485, 384
+  %487 = getelementptr inbounds nuw float, ptr %scores.i, i64 %486
+  %488 = load <16 x float>, ptr %487, align 4, !tbaa !5
+  %489 = fmul <16 x float> %69, %488
+  %490 = trunc i64 %485 to i32
+  %491 = sub i32 %valid_len.i, %490
+  %492 = insertelement <16 x i32> poison, i32 %491, i64 0
+  %493 = shufflevector <16 x i32> %492, <16 x i32> poison, <16 x i32> zeroinitializer
+  %494 = icmp sgt <16 x i32> %493, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %495 = select <16 x i1> %494, <16 x float> %489, <16 x float> splat (float 0xFFF0000000000000)
+  %496 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %486
+  store <16 x float> %495, ptr %496, align 4, !tbaa !5
+  %indvars.iv.next634.3.i = shl i64 %indvars.iv633.3.i, 4
+  %497 = add nuw nsw i64 %indvars.iv.next634.3.i, 400
+  %498 = getelementptr inbounds nuw float, ptr %scores.i, i64 %497
+  %499 = load <16 x float>, ptr %498, align 4, !tbaa !5
+  %500 = fmul <16 x float> %69, %499
+  %501 = trunc i64 %indvars.iv.next634.3.i to i32
+  %502 = or disjoint i32 %501, 16
+  %503 = sub i32 %valid_len.i, %502
+  %504 = insertelement <16 x i32> poison, i32 %503, i64 0
+  %505 = shufflevector <16 x i32> %504, <16 x i32> poison, <16 x i32> zeroinitializer
+  %506 = icmp sgt <16 x i32> %505, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %507 = select <16 x i1> %506, <16 x float> %500, <16 x float> splat (float 0xFFF0000000000000)
+  %508 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %497
+  store <16 x float> %507, ptr %508, align 4, !tbaa !5
+  %indvars.iv.next634.3.i.1 = shl i64 %indvars.iv633.3.i, 4
+  %509 = add nuw nsw i64 %indvars.iv.next634.3.i.1, 416
   %510 = getelementptr inbounds nuw float, ptr %scores.i, i64 %509
   %511 = load <16 x float>, ptr %510, align 4, !tbaa !5
   %512 = fmul <16 x float> %69, %511
-  %513 = trunc i64 %508 to i32
-  %514 = sub i32 %valid_len.i, %513
-  %515 = insertelement <16 x i32> poison, i32 %514, i64 0
-  %516 = shufflevector <16 x i32> %515, <16 x i32> poison, <16 x i32> zeroinitializer
-  %517 = icmp sgt <16 x i32> %516, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %518 = select <16 x i1> %517, <16 x float> %512, <16 x float> splat (float 0xFFF0000000000000)
-  %519 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %509
-  store <16 x float> %518, ptr %519, align 4, !tbaa !5
-  %indvars.iv.next604.2.i.epil = add nuw nsw i64 %indvars.iv603.2.i.epil, 1
-  %epil.iter143.next = add i64 %epil.iter143, 1
-  %epil.iter143.cmp.not = icmp eq i64 %epil.iter143.next, %xtraiter142
-  br i1 %epil.iter143.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !33
-
-for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
-  br i1 %266, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !22
-
-for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
-  %indvars.iv603.3.i = phi i64 [ %indvars.iv.next604.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %niter153 = phi i64 [ %niter153.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %520 = shl nsw i64 %indvars.iv603.3.i, 4
-  %521 = add nuw nsw i64 %520, 384
+  %513 = trunc i64 %indvars.iv.next634.3.i.1 to i32
+  %514 = or disjoint i32 %513, 32
+  %515 = sub i32 %valid_len.i, %514
+  %516 = insertelement <16 x i32> poison, i32 %515, i64 0
+  %517 = shufflevector <16 x i32> %516, <16 x i32> poison, <16 x i32> zeroinitializer
+  %518 = icmp sgt <16 x i32> %517, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %519 = select <16 x i1> %518, <16 x float> %512, <16 x float> splat (float 0xFFF0000000000000)
+  %520 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %509
+  store <16 x float> %519, ptr %520, align 4, !tbaa !5
+  %indvars.iv.next634.3.i.2 = shl i64 %indvars.iv633.3.i, 4
+  %521 = add nuw nsw i64 %indvars.iv.next634.3.i.2, 432
   %522 = getelementptr inbounds nuw float, ptr %scores.i, i64 %521
   %523 = load <16 x float>, ptr %522, align 4, !tbaa !5
   %524 = fmul <16 x float> %69, %523
-  %525 = trunc i64 %520 to i32
-  %526 = sub i32 %valid_len.i, %525
-  %527 = insertelement <16 x i32> poison, i32 %526, i64 0
-  %528 = shufflevector <16 x i32> %527, <16 x i32> poison, <16 x i32> zeroinitializer
-  %529 = icmp sgt <16 x i32> %528, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %530 = select <16 x i1> %529, <16 x float> %524, <16 x float> splat (float 0xFFF0000000000000)
-  %531 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %521
-  store <16 x float> %530, ptr %531, align 4, !tbaa !5
-  %indvars.iv.next604.3.i = shl i64 %indvars.iv603.3.i, 4
-  %532 = add nuw nsw i64 %indvars.iv.next604.3.i, 400
-  %533 = getelementptr inbounds nuw float, ptr %scores.i, i64 %532
-  %534 = load <16 x float>, ptr %533, align 4, !tbaa !5
-  %535 = fmul <16 x float> %69, %534
-  %536 = trunc i64 %indvars.iv.next604.3.i to i32
-  %537 = or disjoint i32 %536, 16
-  %538 = sub i32 %valid_len.i, %537
-  %539 = insertelement <16 x i32> poison, i32 %538, i64 0
-  %540 = shufflevector <16 x i32> %539, <16 x i32> poison, <16 x i32> zeroinitializer
-  %541 = icmp sgt <16 x i32> %540, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %542 = select <16 x i1> %541, <16 x float> %535, <16 x float> splat (float 0xFFF0000000000000)
-  %543 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %532
-  store <16 x float> %542, ptr %543, align 4, !tbaa !5
-  %indvars.iv.next604.3.i.1 = shl i64 %indvars.iv603.3.i, 4
-  %544 = add nuw nsw i64 %indvars.iv.next604.3.i.1, 416
-  %545 = getelementptr inbounds nuw float, ptr %scores.i, i64 %544
-  %546 = load <16 x float>, ptr %545, align 4, !tbaa !5
-  %547 = fmul <16 x float> %69, %546
-  %548 = trunc i64 %indvars.iv.next604.3.i.1 to i32
-  %549 = or disjoint i32 %548, 32
-  %550 = sub i32 %valid_len.i, %549
-  %551 = insertelement <16 x i32> poison, i32 %550, i64 0
-  %552 = shufflevector <16 x i32> %551, <16 x i32> poison, <16 x i32> zeroinitializer
-  %553 = icmp sgt <16 x i32> %552, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %554 = select <16 x i1> %553, <16 x float> %547, <16 x float> splat (float 0xFFF0000000000000)
-  %555 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %544
-  store <16 x float> %554, ptr %555, align 4, !tbaa !5
-  %indvars.iv.next604.3.i.2 = shl i64 %indvars.iv603.3.i, 4
-  %556 = add nuw nsw i64 %indvars.iv.next604.3.i.2, 432
-  %557 = getelementptr inbounds nuw float, ptr %scores.i, i64 %556
-  %558 = load <16 x float>, ptr %557, align 4, !tbaa !5
-  %559 = fmul <16 x float> %69, %558
-  %560 = trunc i64 %indvars.iv.next604.3.i.2 to i32
-  %561 = or disjoint i32 %560, 48
-  %562 = sub i32 %valid_len.i, %561
-  %563 = insertelement <16 x i32> poison, i32 %562, i64 0
-  %564 = shufflevector <16 x i32> %563, <16 x i32> poison, <16 x i32> zeroinitializer
-  %565 = icmp sgt <16 x i32> %564, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %566 = select <16 x i1> %565, <16 x float> %559, <16 x float> splat (float 0xFFF0000000000000)
-  %567 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %556
-  store <16 x float> %566, ptr %567, align 4, !tbaa !5
-  %indvars.iv.next604.3.i.3 = add nuw nsw i64 %indvars.iv603.3.i, 4
-  %niter153.next.3 = add i64 %niter153, 4
-  %niter153.ncmp.3 = icmp eq i64 %niter153.next.3, %unroll_iter152
-  br i1 %niter153.ncmp.3, label %for_body_ax1.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !23, !llvm.loop !34
+  %525 = trunc i64 %indvars.iv.next634.3.i.2 to i32
+  %526 = or disjoint i32 %525, 48
+  %527 = sub i32 %valid_len.i, %526
+  %528 = insertelement <16 x i32> poison, i32 %527, i64 0
+  %529 = shufflevector <16 x i32> %528, <16 x i32> poison, <16 x i32> zeroinitializer
+  %530 = icmp sgt <16 x i32> %529, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %531 = select <16 x i1> %530, <16 x float> %524, <16 x float> splat (float 0xFFF0000000000000)
+  %532 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %521
+  store <16 x float> %531, ptr %532, align 4, !tbaa !5
+  %indvars.iv.next634.3.i.3 = add nuw nsw i64 %indvars.iv633.3.i, 4
+  %niter157.next.3 = add i64 %niter157, 4
+  %niter157.ncmp.3 = icmp eq i64 %niter157.next.3, %unroll_iter156
+  br i1 %niter157.ncmp.3, label %for_body_ax1.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !23, !llvm.loop !34
 
 for_body_ax1.i.preheader.unr-lcssa:               ; preds = %for_body_to.us.3.i
-  br i1 %lcmp.mod150.not, label %for_body_ax1.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod154.not, label %for_body_ax1.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !26
 
 for_body_to.us.3.i.epil.preheader:                ; preds = %for_body_ax1.i.preheader.unr-lcssa, %for_body_to.us.3.i.preheader
-  %indvars.iv603.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next604.3.i.3, %for_body_ax1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod151)
+  %indvars.iv633.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next634.3.i.3, %for_body_ax1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod155)
   br label %for_body_to.us.3.i.epil
 
 for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
-  %indvars.iv603.3.i.epil = phi i64 [ %indvars.iv.next604.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv603.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
-  %epil.iter149 = phi i64 [ %epil.iter149.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
-  %568 = shl nsw i64 %indvars.iv603.3.i.epil, 4
-  %569 = add nuw nsw i64 %568, 384
-  %570 = getelementptr inbounds nuw float, ptr %scores.i, i64 %569
-  %571 = load <16 x float>, ptr %570, align 4, !tbaa !5
-  %572 = fmul <16 x float> %69, %571
-  %573 = trunc i64 %568 to i32
-  %574 = sub i32 %valid_len.i, %573
-  %575 = insertelement <16 x i32> poison, i32 %574, i64 0
-  %576 = shufflevector <16 x i32> %575, <16 x i32> poison, <16 x i32> zeroinitializer
-  %577 = icmp sgt <16 x i32> %576, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %578 = select <16 x i1> %577, <16 x float> %572, <16 x float> splat (float 0xFFF0000000000000)
-  %579 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %569
-  store <16 x float> %578, ptr %579, align 4, !tbaa !5
-  %indvars.iv.next604.3.i.epil = add nuw nsw i64 %indvars.iv603.3.i.epil, 1
-  %epil.iter149.next = add i64 %epil.iter149, 1
-  %epil.iter149.cmp.not = icmp eq i64 %epil.iter149.next, %xtraiter148
-  br i1 %epil.iter149.cmp.not, label %for_body_ax1.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !35
+  %indvars.iv633.3.i.epil = phi i64 [ %indvars.iv.next634.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv633.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
+  %epil.iter153 = phi i64 [ %epil.iter153.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
+  %533 = shl nsw i64 %indvars.iv633.3.i.epil, 4
+  %534 = add nuw nsw i64 %533, 384
+  %535 = getelementptr inbounds nuw float, ptr %scores.i, i64 %534
+  %536 = load <16 x float>, ptr %535, align 4, !tbaa !5
+  %537 = fmul <16 x float> %69, %536
+  %538 = trunc i64 %533 to i32
+  %539 = sub i32 %valid_len.i, %538
+  %540 = insertelement <16 x i32> poison, i32 %539, i64 0
+  %541 = shufflevector <16 x i32> %540, <16 x i32> poison, <16 x i32> zeroinitializer
+  %542 = icmp sgt <16 x i32> %541, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %543 = select <16 x i1> %542, <16 x float> %537, <16 x float> splat (float 0xFFF0000000000000)
+  %544 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %534
+  store <16 x float> %543, ptr %544, align 4, !tbaa !5
+  %indvars.iv.next634.3.i.epil = add nuw nsw i64 %indvars.iv633.3.i.epil, 1
+  %epil.iter153.next = add i64 %epil.iter153, 1
+  %epil.iter153.cmp.not = icmp eq i64 %epil.iter153.next, %xtraiter152
+  br i1 %epil.iter153.cmp.not, label %for_body_ax1.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !35
 
 for_body_ax1.i.preheader:                         ; preds = %for_body_to.us.3.i.epil, %for_body_ax1.i.preheader.unr-lcssa
-  br i1 %267, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !36
+  br i1 %234, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !36
 
-if_end27.i:                                       ; preds = %for_body_to_m.i
-  %580 = shl nsw i64 %indvars.iv597.i, 4
-  br label %for_body_ti_0_m.i
+if_end31.i:                                       ; preds = %for_body_to_m.i
+  %545 = shl nsw i64 %indvars.iv627.i, 4
+  br label %for_body_n_0_m.i
 
-for_body_ti_0_m.i:                                ; preds = %for_body_ti_0_m.i, %if_end27.i
-  %indvars.iv586.i = phi i64 [ 0, %if_end27.i ], [ %indvars.iv.next587.i, %for_body_ti_0_m.i ]
-  %581 = shl nuw nsw i64 %indvars.iv586.i, 1
-  %582 = add nuw nsw i64 %581, %580
-  %gep = getelementptr inbounds nuw i64, ptr %invariant.gep, i64 %582
-  %583 = load i64, ptr %gep, align 8, !tbaa !5
-  %gep371.i = getelementptr i16, ptr %invariant.gep370.i, i64 %583
-  tail call void @llvm.prefetch.p0(ptr readonly %gep371.i, i32 0, i32 2, i32 1)
-  %gep368.1.i = getelementptr i8, ptr %gep371.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep368.1.i, i32 0, i32 2, i32 1)
-  %gep368.2.i = getelementptr i8, ptr %gep371.i, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep368.2.i, i32 0, i32 2, i32 1)
-  %gep368.3.i = getelementptr i8, ptr %gep371.i, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep368.3.i, i32 0, i32 2, i32 1)
-  %584 = getelementptr inbounds nuw i8, ptr %gep, i64 8
-  %585 = load i64, ptr %584, align 8, !tbaa !5
-  %gep371.1.i = getelementptr i16, ptr %invariant.gep370.i, i64 %585
-  tail call void @llvm.prefetch.p0(ptr readonly %gep371.1.i, i32 0, i32 2, i32 1)
-  %gep368.1.1.i = getelementptr i8, ptr %gep371.1.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep368.1.1.i, i32 0, i32 2, i32 1)
-  %gep368.2.1.i = getelementptr i8, ptr %gep371.1.i, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep368.2.1.i, i32 0, i32 2, i32 1)
-  %gep368.3.1.i = getelementptr i8, ptr %gep371.1.i, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep368.3.1.i, i32 0, i32 2, i32 1)
-  %586 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %582
-  %587 = load i64, ptr %586, align 8, !tbaa !5
-  %gep387.i = getelementptr i16, ptr %invariant.gep386.i, i64 %587
-  %588 = getelementptr inbounds nuw i8, ptr %586, i64 8
-  %589 = load i64, ptr %588, align 8, !tbaa !5
-  %gep389.i = getelementptr i16, ptr %invariant.gep386.i, i64 %589
-  %590 = load <16 x float>, ptr %307, align 4, !tbaa !5
-  %591 = load <16 x i16>, ptr %gep387.i, align 2, !tbaa !5
-  %592 = zext <16 x i16> %591 to <16 x i32>
-  %593 = shl nuw <16 x i32> %592, splat (i32 16)
-  %594 = bitcast <16 x i32> %593 to <16 x float>
-  %595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %590, <16 x float> %594, <16 x float> zeroinitializer)
-  %596 = load <16 x float>, ptr %308, align 4, !tbaa !5
-  %597 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %596, <16 x float> %594, <16 x float> zeroinitializer)
-  %598 = load <16 x float>, ptr %309, align 4, !tbaa !5
-  %599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %598, <16 x float> %594, <16 x float> zeroinitializer)
-  %600 = load <16 x float>, ptr %310, align 4, !tbaa !5
-  %601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %600, <16 x float> %594, <16 x float> zeroinitializer)
-  %602 = load <16 x i16>, ptr %gep389.i, align 2, !tbaa !5
-  %603 = zext <16 x i16> %602 to <16 x i32>
-  %604 = shl nuw <16 x i32> %603, splat (i32 16)
-  %605 = bitcast <16 x i32> %604 to <16 x float>
-  %606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %590, <16 x float> %605, <16 x float> zeroinitializer)
-  %607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %596, <16 x float> %605, <16 x float> zeroinitializer)
-  %608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %598, <16 x float> %605, <16 x float> zeroinitializer)
-  %609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %600, <16 x float> %605, <16 x float> zeroinitializer)
-  %610 = load <16 x float>, ptr %311, align 4, !tbaa !5
-  %gep374.1.i = getelementptr i8, ptr %gep387.i, i64 32
-  %611 = load <16 x i16>, ptr %gep374.1.i, align 2, !tbaa !5
-  %612 = zext <16 x i16> %611 to <16 x i32>
-  %613 = shl nuw <16 x i32> %612, splat (i32 16)
-  %614 = bitcast <16 x i32> %613 to <16 x float>
-  %615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %610, <16 x float> %614, <16 x float> %595)
-  %616 = load <16 x float>, ptr %312, align 4, !tbaa !5
-  %617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %616, <16 x float> %614, <16 x float> %597)
-  %618 = load <16 x float>, ptr %313, align 4, !tbaa !5
-  %619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %618, <16 x float> %614, <16 x float> %599)
-  %620 = load <16 x float>, ptr %314, align 4, !tbaa !5
-  %621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %614, <16 x float> %601)
-  %gep376.1.i = getelementptr i8, ptr %gep389.i, i64 32
-  %622 = load <16 x i16>, ptr %gep376.1.i, align 2, !tbaa !5
-  %623 = zext <16 x i16> %622 to <16 x i32>
-  %624 = shl nuw <16 x i32> %623, splat (i32 16)
+for_body_n_0_m.i:                                 ; preds = %for_body_n_0_m.i, %if_end31.i
+  %indvars.iv616.i = phi i64 [ 0, %if_end31.i ], [ %indvars.iv.next617.i, %for_body_n_0_m.i ]
+  %546 = shl nuw nsw i64 %indvars.iv616.i, 1
+  %547 = add nuw nsw i64 %546, %545
+  %gep64 = getelementptr inbounds nuw i64, ptr %invariant.gep63, i64 %547
+  %548 = load i64, ptr %gep64, align 8, !tbaa !5
+  %549 = getelementptr i32, ptr %key_cache, i64 %548
+  %550 = getelementptr i32, ptr %549, i64 %270
+  tail call void @llvm.prefetch.p0(ptr readonly %550, i32 0, i32 2, i32 1)
+  %551 = getelementptr i8, ptr %549, i64 64
+  %552 = getelementptr i32, ptr %551, i64 %270
+  tail call void @llvm.prefetch.p0(ptr readonly %552, i32 0, i32 2, i32 1)
+  %553 = getelementptr i8, ptr %549, i64 128
+  %554 = getelementptr i32, ptr %553, i64 %270
+  tail call void @llvm.prefetch.p0(ptr readonly %554, i32 0, i32 2, i32 1)
+  %555 = getelementptr i8, ptr %549, i64 192
+  %556 = getelementptr i32, ptr %555, i64 %270
+  tail call void @llvm.prefetch.p0(ptr readonly %556, i32 0, i32 2, i32 1)
+  %557 = getelementptr inbounds nuw i8, ptr %gep64, i64 8
+  %558 = load i64, ptr %557, align 8, !tbaa !5
+  %559 = getelementptr i32, ptr %key_cache, i64 %558
+  %560 = getelementptr i32, ptr %559, i64 %270
+  tail call void @llvm.prefetch.p0(ptr readonly %560, i32 0, i32 2, i32 1)
+  %561 = getelementptr i8, ptr %559, i64 64
+  %562 = getelementptr i32, ptr %561, i64 %270
+  tail call void @llvm.prefetch.p0(ptr readonly %562, i32 0, i32 2, i32 1)
+  %563 = getelementptr i8, ptr %559, i64 128
+  %564 = getelementptr i32, ptr %563, i64 %270
+  tail call void @llvm.prefetch.p0(ptr readonly %564, i32 0, i32 2, i32 1)
+  %565 = getelementptr i8, ptr %559, i64 192
+  %566 = getelementptr i32, ptr %565, i64 %270
+  tail call void @llvm.prefetch.p0(ptr readonly %566, i32 0, i32 2, i32 1)
+  %567 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %547
+  %568 = load i64, ptr %567, align 8, !tbaa !5
+  %gep402.i = getelementptr i32, ptr %invariant.gep401.i, i64 %568
+  %569 = getelementptr inbounds nuw i8, ptr %567, i64 8
+  %570 = load i64, ptr %569, align 8, !tbaa !5
+  %gep404.i = getelementptr i32, ptr %invariant.gep401.i, i64 %570
+  %571 = load <16 x float>, ptr %272, align 4, !tbaa !5
+  %572 = load <16 x i32>, ptr %gep402.i, align 4, !tbaa !5
+  %573 = shl <16 x i32> %572, splat (i32 16)
+  %574 = bitcast <16 x i32> %573 to <16 x float>
+  %575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %571, <16 x float> %574, <16 x float> zeroinitializer)
+  %576 = load <16 x float>, ptr %273, align 4, !tbaa !5
+  %577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %576, <16 x float> %574, <16 x float> zeroinitializer)
+  %578 = load <16 x float>, ptr %274, align 4, !tbaa !5
+  %579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %578, <16 x float> %574, <16 x float> zeroinitializer)
+  %580 = load <16 x float>, ptr %275, align 4, !tbaa !5
+  %581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %580, <16 x float> %574, <16 x float> zeroinitializer)
+  %582 = load <16 x i32>, ptr %gep404.i, align 4, !tbaa !5
+  %583 = shl <16 x i32> %582, splat (i32 16)
+  %584 = bitcast <16 x i32> %583 to <16 x float>
+  %585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %571, <16 x float> %584, <16 x float> zeroinitializer)
+  %586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %576, <16 x float> %584, <16 x float> zeroinitializer)
+  %587 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %578, <16 x float> %584, <16 x float> zeroinitializer)
+  %588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %580, <16 x float> %584, <16 x float> zeroinitializer)
+  %589 = load <16 x float>, ptr %276, align 4, !tbaa !5
+  %590 = and <16 x i32> %572, splat (i32 -65536)
+  %591 = bitcast <16 x i32> %590 to <16 x float>
+  %592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %589, <16 x float> %591, <16 x float> %575)
+  %593 = load <16 x float>, ptr %277, align 4, !tbaa !5
+  %594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %593, <16 x float> %591, <16 x float> %577)
+  %595 = load <16 x float>, ptr %278, align 4, !tbaa !5
+  %596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %595, <16 x float> %591, <16 x float> %579)
+  %597 = load <16 x float>, ptr %279, align 4, !tbaa !5
+  %598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %597, <16 x float> %591, <16 x float> %581)
+  %599 = and <16 x i32> %582, splat (i32 -65536)
+  %600 = bitcast <16 x i32> %599 to <16 x float>
+  %601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %589, <16 x float> %600, <16 x float> %585)
+  %602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %593, <16 x float> %600, <16 x float> %586)
+  %603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %595, <16 x float> %600, <16 x float> %587)
+  %604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %597, <16 x float> %600, <16 x float> %588)
+  %605 = load <16 x float>, ptr %280, align 4, !tbaa !5
+  %gep389.1.i = getelementptr i8, ptr %gep402.i, i64 64
+  %606 = load <16 x i32>, ptr %gep389.1.i, align 4, !tbaa !5
+  %607 = shl <16 x i32> %606, splat (i32 16)
+  %608 = bitcast <16 x i32> %607 to <16 x float>
+  %609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %605, <16 x float> %608, <16 x float> %592)
+  %610 = load <16 x float>, ptr %281, align 4, !tbaa !5
+  %611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %610, <16 x float> %608, <16 x float> %594)
+  %612 = load <16 x float>, ptr %282, align 4, !tbaa !5
+  %613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %612, <16 x float> %608, <16 x float> %596)
+  %614 = load <16 x float>, ptr %283, align 4, !tbaa !5
+  %615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %614, <16 x float> %608, <16 x float> %598)
+  %gep391.1.i = getelementptr i8, ptr %gep404.i, i64 64
+  %616 = load <16 x i32>, ptr %gep391.1.i, align 4, !tbaa !5
+  %617 = shl <16 x i32> %616, splat (i32 16)
+  %618 = bitcast <16 x i32> %617 to <16 x float>
+  %619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %605, <16 x float> %618, <16 x float> %601)
+  %620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %610, <16 x float> %618, <16 x float> %602)
+  %621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %612, <16 x float> %618, <16 x float> %603)
+  %622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %614, <16 x float> %618, <16 x float> %604)
+  %623 = load <16 x float>, ptr %284, align 4, !tbaa !5
+  %624 = and <16 x i32> %606, splat (i32 -65536)
   %625 = bitcast <16 x i32> %624 to <16 x float>
-  %626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %610, <16 x float> %625, <16 x float> %606)
-  %627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %616, <16 x float> %625, <16 x float> %607)
-  %628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %618, <16 x float> %625, <16 x float> %608)
-  %629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %625, <16 x float> %609)
-  %630 = load <16 x float>, ptr %315, align 4, !tbaa !5
-  %gep374.2.i = getelementptr i8, ptr %gep387.i, i64 64
-  %631 = load <16 x i16>, ptr %gep374.2.i, align 2, !tbaa !5
-  %632 = zext <16 x i16> %631 to <16 x i32>
-  %633 = shl nuw <16 x i32> %632, splat (i32 16)
+  %626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %623, <16 x float> %625, <16 x float> %609)
+  %627 = load <16 x float>, ptr %285, align 4, !tbaa !5
+  %628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %627, <16 x float> %625, <16 x float> %611)
+  %629 = load <16 x float>, ptr %286, align 4, !tbaa !5
+  %630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %629, <16 x float> %625, <16 x float> %613)
+  %631 = load <16 x float>, ptr %287, align 4, !tbaa !5
+  %632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %631, <16 x float> %625, <16 x float> %615)
+  %633 = and <16 x i32> %616, splat (i32 -65536)
   %634 = bitcast <16 x i32> %633 to <16 x float>
-  %635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %630, <16 x float> %634, <16 x float> %615)
-  %636 = load <16 x float>, ptr %316, align 4, !tbaa !5
-  %637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %636, <16 x float> %634, <16 x float> %617)
-  %638 = load <16 x float>, ptr %317, align 4, !tbaa !5
-  %639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %638, <16 x float> %634, <16 x float> %619)
-  %640 = load <16 x float>, ptr %318, align 4, !tbaa !5
-  %641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %640, <16 x float> %634, <16 x float> %621)
-  %gep376.2.i = getelementptr i8, ptr %gep389.i, i64 64
-  %642 = load <16 x i16>, ptr %gep376.2.i, align 2, !tbaa !5
-  %643 = zext <16 x i16> %642 to <16 x i32>
-  %644 = shl nuw <16 x i32> %643, splat (i32 16)
-  %645 = bitcast <16 x i32> %644 to <16 x float>
-  %646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %630, <16 x float> %645, <16 x float> %626)
-  %647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %636, <16 x float> %645, <16 x float> %627)
-  %648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %638, <16 x float> %645, <16 x float> %628)
-  %649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %640, <16 x float> %645, <16 x float> %629)
-  %650 = load <16 x float>, ptr %319, align 4, !tbaa !5
-  %gep374.3.i = getelementptr i8, ptr %gep387.i, i64 96
-  %651 = load <16 x i16>, ptr %gep374.3.i, align 2, !tbaa !5
-  %652 = zext <16 x i16> %651 to <16 x i32>
-  %653 = shl nuw <16 x i32> %652, splat (i32 16)
-  %654 = bitcast <16 x i32> %653 to <16 x float>
-  %655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %650, <16 x float> %654, <16 x float> %635)
-  %656 = load <16 x float>, ptr %320, align 4, !tbaa !5
-  %657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %656, <16 x float> %654, <16 x float> %637)
-  %658 = load <16 x float>, ptr %321, align 4, !tbaa !5
-  %659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %658, <16 x float> %654, <16 x float> %639)
-  %660 = load <16 x float>, ptr %322, align 4, !tbaa !5
-  %661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %654, <16 x float> %641)
-  %gep376.3.i = getelementptr i8, ptr %gep389.i, i64 96
-  %662 = load <16 x i16>, ptr %gep376.3.i, align 2, !tbaa !5
-  %663 = zext <16 x i16> %662 to <16 x i32>
-  %664 = shl nuw <16 x i32> %663, splat (i32 16)
-  %665 = bitcast <16 x i32> %664 to <16 x float>
-  %666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %650, <16 x float> %665, <16 x float> %646)
-  %667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %656, <16 x float> %665, <16 x float> %647)
-  %668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %658, <16 x float> %665, <16 x float> %648)
-  %669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %665, <16 x float> %649)
-  %670 = load <16 x float>, ptr %323, align 4, !tbaa !5
-  %gep374.4.i = getelementptr i8, ptr %gep387.i, i64 128
-  %671 = load <16 x i16>, ptr %gep374.4.i, align 2, !tbaa !5
-  %672 = zext <16 x i16> %671 to <16 x i32>
-  %673 = shl nuw <16 x i32> %672, splat (i32 16)
-  %674 = bitcast <16 x i32> %673 to <16 x float>
-  %675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %670, <16 x float> %674, <16 x float> %655)
-  %676 = load <16 x float>, ptr %324, align 4, !tbaa !5
-  %677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %676, <16 x float> %674, <16 x float> %657)
-  %678 = load <16 x float>, ptr %325, align 4, !tbaa !5
-  %679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %678, <16 x float> %674, <16 x float> %659)
-  %680 = load <16 x float>, ptr %326, align 4, !tbaa !5
-  %681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %680, <16 x float> %674, <16 x float> %661)
-  %gep376.4.i = getelementptr i8, ptr %gep389.i, i64 128
-  %682 = load <16 x i16>, ptr %gep376.4.i, align 2, !tbaa !5
-  %683 = zext <16 x i16> %682 to <16 x i32>
-  %684 = shl nuw <16 x i32> %683, splat (i32 16)
-  %685 = bitcast <16 x i32> %684 to <16 x float>
-  %686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %670, <16 x float> %685, <16 x float> %666)
-  %687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %676, <16 x float> %685, <16 x float> %667)
-  %688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %678, <16 x float> %685, <16 x float> %668)
-  %689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %680, <16 x float> %685, <16 x float> %669)
-  %690 = load <16 x float>, ptr %327, align 4, !tbaa !5
-  %gep374.5.i = getelementptr i8, ptr %gep387.i, i64 160
-  %691 = load <16 x i16>, ptr %gep374.5.i, align 2, !tbaa !5
-  %692 = zext <16 x i16> %691 to <16 x i32>
-  %693 = shl nuw <16 x i32> %692, splat (i32 16)
-  %694 = bitcast <16 x i32> %693 to <16 x float>
-  %695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %690, <16 x float> %694, <16 x float> %675)
-  %696 = load <16 x float>, ptr %328, align 4, !tbaa !5
-  %697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %696, <16 x float> %694, <16 x float> %677)
-  %698 = load <16 x float>, ptr %329, align 4, !tbaa !5
-  %699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %698, <16 x float> %694, <16 x float> %679)
-  %700 = load <16 x float>, ptr %330, align 4, !tbaa !5
-  %701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %700, <16 x float> %694, <16 x float> %681)
-  %gep376.5.i = getelementptr i8, ptr %gep389.i, i64 160
-  %702 = load <16 x i16>, ptr %gep376.5.i, align 2, !tbaa !5
-  %703 = zext <16 x i16> %702 to <16 x i32>
-  %704 = shl nuw <16 x i32> %703, splat (i32 16)
-  %705 = bitcast <16 x i32> %704 to <16 x float>
-  %706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %690, <16 x float> %705, <16 x float> %686)
-  %707 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %696, <16 x float> %705, <16 x float> %687)
-  %708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %698, <16 x float> %705, <16 x float> %688)
-  %709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %700, <16 x float> %705, <16 x float> %689)
-  %710 = load <16 x float>, ptr %331, align 4, !tbaa !5
-  %gep374.6.i = getelementptr i8, ptr %gep387.i, i64 192
-  %711 = load <16 x i16>, ptr %gep374.6.i, align 2, !tbaa !5
-  %712 = zext <16 x i16> %711 to <16 x i32>
-  %713 = shl nuw <16 x i32> %712, splat (i32 16)
-  %714 = bitcast <16 x i32> %713 to <16 x float>
-  %715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %710, <16 x float> %714, <16 x float> %695)
-  %716 = load <16 x float>, ptr %332, align 4, !tbaa !5
-  %717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %716, <16 x float> %714, <16 x float> %697)
-  %718 = load <16 x float>, ptr %333, align 4, !tbaa !5
-  %719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %718, <16 x float> %714, <16 x float> %699)
-  %720 = load <16 x float>, ptr %334, align 4, !tbaa !5
-  %721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %720, <16 x float> %714, <16 x float> %701)
-  %gep376.6.i = getelementptr i8, ptr %gep389.i, i64 192
-  %722 = load <16 x i16>, ptr %gep376.6.i, align 2, !tbaa !5
-  %723 = zext <16 x i16> %722 to <16 x i32>
-  %724 = shl nuw <16 x i32> %723, splat (i32 16)
-  %725 = bitcast <16 x i32> %724 to <16 x float>
-  %726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %710, <16 x float> %725, <16 x float> %706)
-  %727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %716, <16 x float> %725, <16 x float> %707)
-  %728 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %718, <16 x float> %725, <16 x float> %708)
-  %729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %720, <16 x float> %725, <16 x float> %709)
-  %730 = load <16 x float>, ptr %335, align 4, !tbaa !5
-  %gep374.7.i = getelementptr i8, ptr %gep387.i, i64 224
-  %731 = load <16 x i16>, ptr %gep374.7.i, align 2, !tbaa !5
-  %732 = zext <16 x i16> %731 to <16 x i32>
-  %733 = shl nuw <16 x i32> %732, splat (i32 16)
-  %734 = bitcast <16 x i32> %733 to <16 x float>
-  %735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %730, <16 x float> %734, <16 x float> %715)
-  %736 = load <16 x float>, ptr %336, align 4, !tbaa !5
-  %737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %736, <16 x float> %734, <16 x float> %717)
-  %738 = load <16 x float>, ptr %337, align 4, !tbaa !5
-  %739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %738, <16 x float> %734, <16 x float> %719)
-  %740 = load <16 x float>, ptr %338, align 4, !tbaa !5
-  %741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %740, <16 x float> %734, <16 x float> %721)
-  %gep376.7.i = getelementptr i8, ptr %gep389.i, i64 224
-  %742 = load <16 x i16>, ptr %gep376.7.i, align 2, !tbaa !5
-  %743 = zext <16 x i16> %742 to <16 x i32>
-  %744 = shl nuw <16 x i32> %743, splat (i32 16)
-  %745 = bitcast <16 x i32> %744 to <16 x float>
-  %746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %730, <16 x float> %745, <16 x float> %726)
-  %747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %736, <16 x float> %745, <16 x float> %727)
-  %748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %738, <16 x float> %745, <16 x float> %728)
-  %749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %740, <16 x float> %745, <16 x float> %729)
-  %.idx770.i = shl nuw nsw i64 %indvars.iv586.i, 7
-  %750 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx770.i
-  store <16 x float> %735, ptr %750, align 4, !tbaa !5
-  %751 = getelementptr inbounds nuw i8, ptr %750, i64 64
-  store <16 x float> %746, ptr %751, align 4, !tbaa !5
-  %752 = getelementptr inbounds nuw i8, ptr %750, i64 1024
-  store <16 x float> %737, ptr %752, align 4, !tbaa !5
-  %753 = getelementptr inbounds nuw i8, ptr %750, i64 1088
-  store <16 x float> %747, ptr %753, align 4, !tbaa !5
-  %754 = getelementptr inbounds nuw i8, ptr %750, i64 2048
-  store <16 x float> %739, ptr %754, align 4, !tbaa !5
-  %755 = getelementptr inbounds nuw i8, ptr %750, i64 2112
-  store <16 x float> %748, ptr %755, align 4, !tbaa !5
-  %756 = getelementptr inbounds nuw i8, ptr %750, i64 3072
-  store <16 x float> %741, ptr %756, align 4, !tbaa !5
-  %757 = getelementptr inbounds nuw i8, ptr %750, i64 3136
-  store <16 x float> %749, ptr %757, align 4, !tbaa !5
-  %indvars.iv.next587.i = add nuw nsw i64 %indvars.iv586.i, 1
-  %exitcond591.not.i = icmp eq i64 %indvars.iv.next587.i, 8
-  br i1 %exitcond591.not.i, label %for_body_r30.preheader.i, label %for_body_ti_0_m.i, !prof !17
+  %635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %623, <16 x float> %634, <16 x float> %619)
+  %636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %627, <16 x float> %634, <16 x float> %620)
+  %637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %629, <16 x float> %634, <16 x float> %621)
+  %638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %631, <16 x float> %634, <16 x float> %622)
+  %639 = load <16 x float>, ptr %288, align 4, !tbaa !5
+  %gep389.2.i = getelementptr i8, ptr %gep402.i, i64 128
+  %640 = load <16 x i32>, ptr %gep389.2.i, align 4, !tbaa !5
+  %641 = shl <16 x i32> %640, splat (i32 16)
+  %642 = bitcast <16 x i32> %641 to <16 x float>
+  %643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %639, <16 x float> %642, <16 x float> %626)
+  %644 = load <16 x float>, ptr %289, align 4, !tbaa !5
+  %645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %644, <16 x float> %642, <16 x float> %628)
+  %646 = load <16 x float>, ptr %290, align 4, !tbaa !5
+  %647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %646, <16 x float> %642, <16 x float> %630)
+  %648 = load <16 x float>, ptr %291, align 4, !tbaa !5
+  %649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %648, <16 x float> %642, <16 x float> %632)
+  %gep391.2.i = getelementptr i8, ptr %gep404.i, i64 128
+  %650 = load <16 x i32>, ptr %gep391.2.i, align 4, !tbaa !5
+  %651 = shl <16 x i32> %650, splat (i32 16)
+  %652 = bitcast <16 x i32> %651 to <16 x float>
+  %653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %639, <16 x float> %652, <16 x float> %635)
+  %654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %644, <16 x float> %652, <16 x float> %636)
+  %655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %646, <16 x float> %652, <16 x float> %637)
+  %656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %648, <16 x float> %652, <16 x float> %638)
+  %657 = load <16 x float>, ptr %292, align 4, !tbaa !5
+  %658 = and <16 x i32> %640, splat (i32 -65536)
+  %659 = bitcast <16 x i32> %658 to <16 x float>
+  %660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %657, <16 x float> %659, <16 x float> %643)
+  %661 = load <16 x float>, ptr %293, align 4, !tbaa !5
+  %662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %661, <16 x float> %659, <16 x float> %645)
+  %663 = load <16 x float>, ptr %294, align 4, !tbaa !5
+  %664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %663, <16 x float> %659, <16 x float> %647)
+  %665 = load <16 x float>, ptr %295, align 4, !tbaa !5
+  %666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %665, <16 x float> %659, <16 x float> %649)
+  %667 = and <16 x i32> %650, splat (i32 -65536)
+  %668 = bitcast <16 x i32> %667 to <16 x float>
+  %669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %657, <16 x float> %668, <16 x float> %653)
+  %670 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %661, <16 x float> %668, <16 x float> %654)
+  %671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %663, <16 x float> %668, <16 x float> %655)
+  %672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %665, <16 x float> %668, <16 x float> %656)
+  %673 = load <16 x float>, ptr %296, align 4, !tbaa !5
+  %gep389.3.i = getelementptr i8, ptr %gep402.i, i64 192
+  %674 = load <16 x i32>, ptr %gep389.3.i, align 4, !tbaa !5
+  %675 = shl <16 x i32> %674, splat (i32 16)
+  %676 = bitcast <16 x i32> %675 to <16 x float>
+  %677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %673, <16 x float> %676, <16 x float> %660)
+  %678 = load <16 x float>, ptr %297, align 4, !tbaa !5
+  %679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %678, <16 x float> %676, <16 x float> %662)
+  %680 = load <16 x float>, ptr %298, align 4, !tbaa !5
+  %681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %680, <16 x float> %676, <16 x float> %664)
+  %682 = load <16 x float>, ptr %299, align 4, !tbaa !5
+  %683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %682, <16 x float> %676, <16 x float> %666)
+  %gep391.3.i = getelementptr i8, ptr %gep404.i, i64 192
+  %684 = load <16 x i32>, ptr %gep391.3.i, align 4, !tbaa !5
+  %685 = shl <16 x i32> %684, splat (i32 16)
+  %686 = bitcast <16 x i32> %685 to <16 x float>
+  %687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %673, <16 x float> %686, <16 x float> %669)
+  %688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %678, <16 x float> %686, <16 x float> %670)
+  %689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %680, <16 x float> %686, <16 x float> %671)
+  %690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %682, <16 x float> %686, <16 x float> %672)
+  %691 = load <16 x float>, ptr %300, align 4, !tbaa !5
+  %692 = and <16 x i32> %674, splat (i32 -65536)
+  %693 = bitcast <16 x i32> %692 to <16 x float>
+  %694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %691, <16 x float> %693, <16 x float> %677)
+  %695 = load <16 x float>, ptr %301, align 4, !tbaa !5
+  %696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %695, <16 x float> %693, <16 x float> %679)
+  %697 = load <16 x float>, ptr %302, align 4, !tbaa !5
+  %698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %697, <16 x float> %693, <16 x float> %681)
+  %699 = load <16 x float>, ptr %303, align 4, !tbaa !5
+  %700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %699, <16 x float> %693, <16 x float> %683)
+  %701 = and <16 x i32> %684, splat (i32 -65536)
+  %702 = bitcast <16 x i32> %701 to <16 x float>
+  %703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %691, <16 x float> %702, <16 x float> %687)
+  %704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %695, <16 x float> %702, <16 x float> %688)
+  %705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %697, <16 x float> %702, <16 x float> %689)
+  %706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %699, <16 x float> %702, <16 x float> %690)
+  %.idx832.i = shl nuw nsw i64 %indvars.iv616.i, 7
+  %707 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx832.i
+  store <16 x float> %694, ptr %707, align 4, !tbaa !5
+  %708 = getelementptr inbounds nuw i8, ptr %707, i64 64
+  store <16 x float> %703, ptr %708, align 4, !tbaa !5
+  %709 = getelementptr inbounds nuw i8, ptr %707, i64 1024
+  store <16 x float> %696, ptr %709, align 4, !tbaa !5
+  %710 = getelementptr inbounds nuw i8, ptr %707, i64 1088
+  store <16 x float> %704, ptr %710, align 4, !tbaa !5
+  %711 = getelementptr inbounds nuw i8, ptr %707, i64 2048
+  store <16 x float> %698, ptr %711, align 4, !tbaa !5
+  %712 = getelementptr inbounds nuw i8, ptr %707, i64 2112
+  store <16 x float> %705, ptr %712, align 4, !tbaa !5
+  %713 = getelementptr inbounds nuw i8, ptr %707, i64 3072
+  store <16 x float> %700, ptr %713, align 4, !tbaa !5
+  %714 = getelementptr inbounds nuw i8, ptr %707, i64 3136
+  store <16 x float> %706, ptr %714, align 4, !tbaa !5
+  %indvars.iv.next617.i = add nuw nsw i64 %indvars.iv616.i, 1
+  %exitcond621.not.i = icmp eq i64 %indvars.iv.next617.i, 8
+  br i1 %exitcond621.not.i, label %for_body_r34.preheader.i, label %for_body_n_0_m.i, !prof !17
 
-for_body_r30.preheader.i:                         ; preds = %for_body_ti_0_m.i
-  %758 = getelementptr inbounds nuw float, ptr %scores.i, i64 %580
-  store <16 x float> zeroinitializer, ptr %758, align 4, !tbaa !5
+for_body_r34.preheader.i:                         ; preds = %for_body_n_0_m.i
+  %715 = getelementptr inbounds nuw float, ptr %scores.i, i64 %545
+  store <16 x float> zeroinitializer, ptr %715, align 4, !tbaa !5
   %sum_0.i = load <16 x float>, ptr %scores.rf.i, align 4, !tbaa !5
-  %759 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
-  %sum_1.i = load <16 x float>, ptr %759, align 4, !tbaa !5
-  %760 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
-  %sum_2.i = load <16 x float>, ptr %760, align 4, !tbaa !5
-  %761 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
-  %sum_3.i = load <16 x float>, ptr %761, align 4, !tbaa !5
-  %762 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
-  %sum_4.i = load <16 x float>, ptr %762, align 4, !tbaa !5
-  %763 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
-  %sum_5.i = load <16 x float>, ptr %763, align 4, !tbaa !5
-  %764 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
-  %sum_6.i = load <16 x float>, ptr %764, align 4, !tbaa !5
-  %765 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
-  %sum_7.i = load <16 x float>, ptr %765, align 4, !tbaa !5
-  %766 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
-  %sum_8.i = load <16 x float>, ptr %766, align 4, !tbaa !5
-  %767 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
-  %sum_9.i = load <16 x float>, ptr %767, align 4, !tbaa !5
-  %768 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
-  %sum_10.i = load <16 x float>, ptr %768, align 4, !tbaa !5
-  %769 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
-  %sum_11.i = load <16 x float>, ptr %769, align 4, !tbaa !5
-  %770 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
-  %sum_12.i = load <16 x float>, ptr %770, align 4, !tbaa !5
-  %771 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
-  %sum_13.i = load <16 x float>, ptr %771, align 4, !tbaa !5
-  %772 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
-  %sum_14.i = load <16 x float>, ptr %772, align 4, !tbaa !5
-  %773 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
-  %sum_15.i = load <16 x float>, ptr %773, align 4, !tbaa !5
-  %774 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %775 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.i = fadd <16 x float> %775, %774
-  %776 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %777 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.i = fadd <16 x float> %777, %776
-  %778 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %779 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.i = fadd <16 x float> %779, %778
-  %780 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %781 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.i = fadd <16 x float> %781, %780
-  %782 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %783 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.i = fadd <16 x float> %783, %782
-  %784 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %785 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.i = fadd <16 x float> %785, %784
-  %786 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %787 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.i = fadd <16 x float> %787, %786
-  %788 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %789 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.i = fadd <16 x float> %789, %788
-  %790 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %791 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.i = fadd <16 x float> %791, %790
-  %792 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %793 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.i = fadd <16 x float> %793, %792
-  %794 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %795 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.i = fadd <16 x float> %795, %794
-  %796 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %797 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.i = fadd <16 x float> %797, %796
-  %798 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %799 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.i = fadd <16 x float> %799, %798
-  %800 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %801 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.i = fadd <16 x float> %801, %800
-  %802 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %803 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %804 = fadd <16 x float> %803, %802
-  %805 = fadd <16 x float> %804, zeroinitializer
-  store <16 x float> %805, ptr %758, align 4, !tbaa !5
-  %806 = getelementptr inbounds nuw i8, ptr %758, i64 512
-  store <16 x float> zeroinitializer, ptr %806, align 4, !tbaa !5
-  %807 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
-  %sum_0.1.i = load <16 x float>, ptr %807, align 4, !tbaa !5
-  %808 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
-  %sum_1.1.i = load <16 x float>, ptr %808, align 4, !tbaa !5
-  %809 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
-  %sum_2.1.i = load <16 x float>, ptr %809, align 4, !tbaa !5
-  %810 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
-  %sum_3.1.i = load <16 x float>, ptr %810, align 4, !tbaa !5
-  %811 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
-  %sum_4.1.i = load <16 x float>, ptr %811, align 4, !tbaa !5
-  %812 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
-  %sum_5.1.i = load <16 x float>, ptr %812, align 4, !tbaa !5
-  %813 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
-  %sum_6.1.i = load <16 x float>, ptr %813, align 4, !tbaa !5
-  %814 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
-  %sum_7.1.i = load <16 x float>, ptr %814, align 4, !tbaa !5
-  %815 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
-  %sum_8.1.i = load <16 x float>, ptr %815, align 4, !tbaa !5
-  %816 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
-  %sum_9.1.i = load <16 x float>, ptr %816, align 4, !tbaa !5
-  %817 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
-  %sum_10.1.i = load <16 x float>, ptr %817, align 4, !tbaa !5
-  %818 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
-  %sum_11.1.i = load <16 x float>, ptr %818, align 4, !tbaa !5
-  %819 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
-  %sum_12.1.i = load <16 x float>, ptr %819, align 4, !tbaa !5
-  %820 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
-  %sum_13.1.i = load <16 x float>, ptr %820, align 4, !tbaa !5
-  %821 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
-  %sum_14.1.i = load <16 x float>, ptr %821, align 4, !tbaa !5
-  %822 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
-  %sum_15.1.i = load <16 x float>, ptr %822, align 4, !tbaa !5
-  %823 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %824 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.1.i = fadd <16 x float> %824, %823
-  %825 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %826 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.1.i = fadd <16 x float> %826, %825
-  %827 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %828 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.1.i = fadd <16 x float> %828, %827
-  %829 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %830 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.1.i = fadd <16 x float> %830, %829
-  %831 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %832 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.1.i = fadd <16 x float> %832, %831
-  %833 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %834 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.1.i = fadd <16 x float> %834, %833
-  %835 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %836 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.1.i = fadd <16 x float> %836, %835
-  %837 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %838 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.1.i = fadd <16 x float> %838, %837
-  %839 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %840 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.1.i = fadd <16 x float> %840, %839
-  %841 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %842 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.1.i = fadd <16 x float> %842, %841
-  %843 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %844 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.1.i = fadd <16 x float> %844, %843
-  %845 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %846 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.1.i = fadd <16 x float> %846, %845
-  %847 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %848 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.1.i = fadd <16 x float> %848, %847
-  %849 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %850 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.1.i = fadd <16 x float> %850, %849
-  %851 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %852 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %853 = fadd <16 x float> %852, %851
-  %854 = fadd <16 x float> %853, zeroinitializer
-  store <16 x float> %854, ptr %806, align 4, !tbaa !5
-  %855 = getelementptr inbounds nuw i8, ptr %758, i64 1024
-  store <16 x float> zeroinitializer, ptr %855, align 4, !tbaa !5
-  %856 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
-  %sum_0.2.i = load <16 x float>, ptr %856, align 4, !tbaa !5
-  %857 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
-  %sum_1.2.i = load <16 x float>, ptr %857, align 4, !tbaa !5
-  %858 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
-  %sum_2.2.i = load <16 x float>, ptr %858, align 4, !tbaa !5
-  %859 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
-  %sum_3.2.i = load <16 x float>, ptr %859, align 4, !tbaa !5
-  %860 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
-  %sum_4.2.i = load <16 x float>, ptr %860, align 4, !tbaa !5
-  %861 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
-  %sum_5.2.i = load <16 x float>, ptr %861, align 4, !tbaa !5
-  %862 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
-  %sum_6.2.i = load <16 x float>, ptr %862, align 4, !tbaa !5
-  %863 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
-  %sum_7.2.i = load <16 x float>, ptr %863, align 4, !tbaa !5
-  %864 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
-  %sum_8.2.i = load <16 x float>, ptr %864, align 4, !tbaa !5
-  %865 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
-  %sum_9.2.i = load <16 x float>, ptr %865, align 4, !tbaa !5
-  %866 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
-  %sum_10.2.i = load <16 x float>, ptr %866, align 4, !tbaa !5
-  %867 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
-  %sum_11.2.i = load <16 x float>, ptr %867, align 4, !tbaa !5
-  %868 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
-  %sum_12.2.i = load <16 x float>, ptr %868, align 4, !tbaa !5
-  %869 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
-  %sum_13.2.i = load <16 x float>, ptr %869, align 4, !tbaa !5
-  %870 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
-  %sum_14.2.i = load <16 x float>, ptr %870, align 4, !tbaa !5
-  %871 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
-  %sum_15.2.i = load <16 x float>, ptr %871, align 4, !tbaa !5
-  %872 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %873 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.2.i = fadd <16 x float> %873, %872
-  %874 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %875 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.2.i = fadd <16 x float> %875, %874
-  %876 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %877 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.2.i = fadd <16 x float> %877, %876
-  %878 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %879 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.2.i = fadd <16 x float> %879, %878
-  %880 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %881 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.2.i = fadd <16 x float> %881, %880
-  %882 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %883 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.2.i = fadd <16 x float> %883, %882
-  %884 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %885 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.2.i = fadd <16 x float> %885, %884
-  %886 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %887 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.2.i = fadd <16 x float> %887, %886
-  %888 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %889 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.2.i = fadd <16 x float> %889, %888
-  %890 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %891 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.2.i = fadd <16 x float> %891, %890
-  %892 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %893 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.2.i = fadd <16 x float> %893, %892
-  %894 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %895 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.2.i = fadd <16 x float> %895, %894
-  %896 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %897 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.2.i = fadd <16 x float> %897, %896
-  %898 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %899 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.2.i = fadd <16 x float> %899, %898
-  %900 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %901 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %902 = fadd <16 x float> %901, %900
-  %903 = fadd <16 x float> %902, zeroinitializer
-  store <16 x float> %903, ptr %855, align 4, !tbaa !5
-  %904 = getelementptr inbounds nuw i8, ptr %758, i64 1536
-  store <16 x float> zeroinitializer, ptr %904, align 4, !tbaa !5
-  %905 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
-  %sum_0.3.i = load <16 x float>, ptr %905, align 4, !tbaa !5
-  %906 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
-  %sum_1.3.i = load <16 x float>, ptr %906, align 4, !tbaa !5
-  %907 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
-  %sum_2.3.i = load <16 x float>, ptr %907, align 4, !tbaa !5
-  %908 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
-  %sum_3.3.i = load <16 x float>, ptr %908, align 4, !tbaa !5
-  %909 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
-  %sum_4.3.i = load <16 x float>, ptr %909, align 4, !tbaa !5
-  %910 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
-  %sum_5.3.i = load <16 x float>, ptr %910, align 4, !tbaa !5
-  %911 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
-  %sum_6.3.i = load <16 x float>, ptr %911, align 4, !tbaa !5
-  %912 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
-  %sum_7.3.i = load <16 x float>, ptr %912, align 4, !tbaa !5
-  %913 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
-  %sum_8.3.i = load <16 x float>, ptr %913, align 4, !tbaa !5
-  %914 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
-  %sum_9.3.i = load <16 x float>, ptr %914, align 4, !tbaa !5
-  %915 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
-  %sum_10.3.i = load <16 x float>, ptr %915, align 4, !tbaa !5
-  %916 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
-  %sum_11.3.i = load <16 x float>, ptr %916, align 4, !tbaa !5
-  %917 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
-  %sum_12.3.i = load <16 x float>, ptr %917, align 4, !tbaa !5
-  %918 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
-  %sum_13.3.i = load <16 x float>, ptr %918, align 4, !tbaa !5
-  %919 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
-  %sum_14.3.i = load <16 x float>, ptr %919, align 4, !tbaa !5
-  %920 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
-  %sum_15.3.i = load <16 x float>, ptr %920, align 4, !tbaa !5
-  %921 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %922 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.3.i = fadd <16 x float> %922, %921
-  %923 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %924 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.3.i = fadd <16 x float> %924, %923
-  %925 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %926 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.3.i = fadd <16 x float> %926, %925
-  %927 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %928 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.3.i = fadd <16 x float> %928, %927
-  %929 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %930 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.3.i = fadd <16 x float> %930, %929
-  %931 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %932 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.3.i = fadd <16 x float> %932, %931
-  %933 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %934 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.3.i = fadd <16 x float> %934, %933
-  %935 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %936 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.3.i = fadd <16 x float> %936, %935
-  %937 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %938 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.3.i = fadd <16 x float> %938, %937
-  %939 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %940 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.3.i = fadd <16 x float> %940, %939
-  %941 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %942 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.3.i = fadd <16 x float> %942, %941
-  %943 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %944 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.3.i = fadd <16 x float> %944, %943
-  %945 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %946 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.3.i = fadd <16 x float> %946, %945
-  %947 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %948 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.3.i = fadd <16 x float> %948, %947
-  %949 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %950 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %951 = fadd <16 x float> %950, %949
-  %952 = fadd <16 x float> %951, zeroinitializer
-  store <16 x float> %952, ptr %904, align 4, !tbaa !5
-  %953 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %954 = tail call i32 %953(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not216.i = icmp eq i32 %954, 0
-  br i1 %.not216.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !21
+  %716 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
+  %sum_1.i = load <16 x float>, ptr %716, align 4, !tbaa !5
+  %717 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
+  %sum_2.i = load <16 x float>, ptr %717, align 4, !tbaa !5
+  %718 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
+  %sum_3.i = load <16 x float>, ptr %718, align 4, !tbaa !5
+  %719 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
+  %sum_4.i = load <16 x float>, ptr %719, align 4, !tbaa !5
+  %720 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
+  %sum_5.i = load <16 x float>, ptr %720, align 4, !tbaa !5
+  %721 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
+  %sum_6.i = load <16 x float>, ptr %721, align 4, !tbaa !5
+  %722 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
+  %sum_7.i = load <16 x float>, ptr %722, align 4, !tbaa !5
+  %723 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
+  %sum_8.i = load <16 x float>, ptr %723, align 4, !tbaa !5
+  %724 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
+  %sum_9.i = load <16 x float>, ptr %724, align 4, !tbaa !5
+  %725 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
+  %sum_10.i = load <16 x float>, ptr %725, align 4, !tbaa !5
+  %726 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
+  %sum_11.i = load <16 x float>, ptr %726, align 4, !tbaa !5
+  %727 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
+  %sum_12.i = load <16 x float>, ptr %727, align 4, !tbaa !5
+  %728 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
+  %sum_13.i = load <16 x float>, ptr %728, align 4, !tbaa !5
+  %729 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
+  %sum_14.i = load <16 x float>, ptr %729, align 4, !tbaa !5
+  %730 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
+  %sum_15.i = load <16 x float>, ptr %730, align 4, !tbaa !5
+  %731 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %732 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.i = fadd <16 x float> %732, %731
+  %733 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %734 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.i = fadd <16 x float> %734, %733
+  %735 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %736 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.i = fadd <16 x float> %736, %735
+  %737 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %738 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.i = fadd <16 x float> %738, %737
+  %739 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %740 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.i = fadd <16 x float> %740, %739
+  %741 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %742 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.i = fadd <16 x float> %742, %741
+  %743 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %744 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.i = fadd <16 x float> %744, %743
+  %745 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %746 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.i = fadd <16 x float> %746, %745
+  %747 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %748 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.i = fadd <16 x float> %748, %747
+  %749 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %750 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.i = fadd <16 x float> %750, %749
+  %751 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %752 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.i = fadd <16 x float> %752, %751
+  %753 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %754 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.i = fadd <16 x float> %754, %753
+  %755 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %756 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.i = fadd <16 x float> %756, %755
+  %757 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %758 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.i = fadd <16 x float> %758, %757
+  %759 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %760 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %761 = fadd <16 x float> %760, %759
+  %762 = fadd <16 x float> %761, zeroinitializer
+  store <16 x float> %762, ptr %715, align 4, !tbaa !5
+  %763 = getelementptr inbounds nuw i8, ptr %715, i64 512
+  store <16 x float> zeroinitializer, ptr %763, align 4, !tbaa !5
+  %764 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
+  %sum_0.1.i = load <16 x float>, ptr %764, align 4, !tbaa !5
+  %765 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
+  %sum_1.1.i = load <16 x float>, ptr %765, align 4, !tbaa !5
+  %766 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
+  %sum_2.1.i = load <16 x float>, ptr %766, align 4, !tbaa !5
+  %767 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
+  %sum_3.1.i = load <16 x float>, ptr %767, align 4, !tbaa !5
+  %768 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
+  %sum_4.1.i = load <16 x float>, ptr %768, align 4, !tbaa !5
+  %769 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
+  %sum_5.1.i = load <16 x float>, ptr %769, align 4, !tbaa !5
+  %770 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
+  %sum_6.1.i = load <16 x float>, ptr %770, align 4, !tbaa !5
+  %771 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
+  %sum_7.1.i = load <16 x float>, ptr %771, align 4, !tbaa !5
+  %772 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
+  %sum_8.1.i = load <16 x float>, ptr %772, align 4, !tbaa !5
+  %773 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
+  %sum_9.1.i = load <16 x float>, ptr %773, align 4, !tbaa !5
+  %774 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
+  %sum_10.1.i = load <16 x float>, ptr %774, align 4, !tbaa !5
+  %775 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
+  %sum_11.1.i = load <16 x float>, ptr %775, align 4, !tbaa !5
+  %776 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
+  %sum_12.1.i = load <16 x float>, ptr %776, align 4, !tbaa !5
+  %777 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
+  %sum_13.1.i = load <16 x float>, ptr %777, align 4, !tbaa !5
+  %778 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
+  %sum_14.1.i = load <16 x float>, ptr %778, align 4, !tbaa !5
+  %779 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
+  %sum_15.1.i = load <16 x float>, ptr %779, align 4, !tbaa !5
+  %780 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %781 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.1.i = fadd <16 x float> %781, %780
+  %782 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %783 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.1.i = fadd <16 x float> %783, %782
+  %784 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %785 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.1.i = fadd <16 x float> %785, %784
+  %786 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %787 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.1.i = fadd <16 x float> %787, %786
+  %788 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %789 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.1.i = fadd <16 x float> %789, %788
+  %790 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %791 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.1.i = fadd <16 x float> %791, %790
+  %792 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %793 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.1.i = fadd <16 x float> %793, %792
+  %794 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %795 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.1.i = fadd <16 x float> %795, %794
+  %796 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %797 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.1.i = fadd <16 x float> %797, %796
+  %798 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %799 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.1.i = fadd <16 x float> %799, %798
+  %800 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %801 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.1.i = fadd <16 x float> %801, %800
+  %802 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %803 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.1.i = fadd <16 x float> %803, %802
+  %804 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %805 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.1.i = fadd <16 x float> %805, %804
+  %806 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %807 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.1.i = fadd <16 x float> %807, %806
+  %808 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %809 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %810 = fadd <16 x float> %809, %808
+  %811 = fadd <16 x float> %810, zeroinitializer
+  store <16 x float> %811, ptr %763, align 4, !tbaa !5
+  %812 = getelementptr inbounds nuw i8, ptr %715, i64 1024
+  store <16 x float> zeroinitializer, ptr %812, align 4, !tbaa !5
+  %813 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
+  %sum_0.2.i = load <16 x float>, ptr %813, align 4, !tbaa !5
+  %814 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
+  %sum_1.2.i = load <16 x float>, ptr %814, align 4, !tbaa !5
+  %815 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
+  %sum_2.2.i = load <16 x float>, ptr %815, align 4, !tbaa !5
+  %816 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
+  %sum_3.2.i = load <16 x float>, ptr %816, align 4, !tbaa !5
+  %817 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
+  %sum_4.2.i = load <16 x float>, ptr %817, align 4, !tbaa !5
+  %818 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
+  %sum_5.2.i = load <16 x float>, ptr %818, align 4, !tbaa !5
+  %819 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
+  %sum_6.2.i = load <16 x float>, ptr %819, align 4, !tbaa !5
+  %820 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
+  %sum_7.2.i = load <16 x float>, ptr %820, align 4, !tbaa !5
+  %821 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
+  %sum_8.2.i = load <16 x float>, ptr %821, align 4, !tbaa !5
+  %822 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
+  %sum_9.2.i = load <16 x float>, ptr %822, align 4, !tbaa !5
+  %823 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
+  %sum_10.2.i = load <16 x float>, ptr %823, align 4, !tbaa !5
+  %824 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
+  %sum_11.2.i = load <16 x float>, ptr %824, align 4, !tbaa !5
+  %825 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
+  %sum_12.2.i = load <16 x float>, ptr %825, align 4, !tbaa !5
+  %826 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
+  %sum_13.2.i = load <16 x float>, ptr %826, align 4, !tbaa !5
+  %827 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
+  %sum_14.2.i = load <16 x float>, ptr %827, align 4, !tbaa !5
+  %828 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
+  %sum_15.2.i = load <16 x float>, ptr %828, align 4, !tbaa !5
+  %829 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %830 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.2.i = fadd <16 x float> %830, %829
+  %831 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %832 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.2.i = fadd <16 x float> %832, %831
+  %833 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %834 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.2.i = fadd <16 x float> %834, %833
+  %835 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %836 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.2.i = fadd <16 x float> %836, %835
+  %837 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %838 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.2.i = fadd <16 x float> %838, %837
+  %839 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %840 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.2.i = fadd <16 x float> %840, %839
+  %841 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %842 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.2.i = fadd <16 x float> %842, %841
+  %843 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %844 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.2.i = fadd <16 x float> %844, %843
+  %845 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %846 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.2.i = fadd <16 x float> %846, %845
+  %847 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %848 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.2.i = fadd <16 x float> %848, %847
+  %849 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %850 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.2.i = fadd <16 x float> %850, %849
+  %851 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %852 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.2.i = fadd <16 x float> %852, %851
+  %853 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %854 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.2.i = fadd <16 x float> %854, %853
+  %855 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %856 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.2.i = fadd <16 x float> %856, %855
+  %857 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %858 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %859 = fadd <16 x float> %858, %857
+  %860 = fadd <16 x float> %859, zeroinitializer
+  store <16 x float> %860, ptr %812, align 4, !tbaa !5
+  %861 = getelementptr inbounds nuw i8, ptr %715, i64 1536
+  store <16 x float> zeroinitializer, ptr %861, align 4, !tbaa !5
+  %862 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
+  %sum_0.3.i = load <16 x float>, ptr %862, align 4, !tbaa !5
+  %863 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
+  %sum_1.3.i = load <16 x float>, ptr %863, align 4, !tbaa !5
+  %864 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
+  %sum_2.3.i = load <16 x float>, ptr %864, align 4, !tbaa !5
+  %865 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
+  %sum_3.3.i = load <16 x float>, ptr %865, align 4, !tbaa !5
+  %866 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
+  %sum_4.3.i = load <16 x float>, ptr %866, align 4, !tbaa !5
+  %867 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
+  %sum_5.3.i = load <16 x float>, ptr %867, align 4, !tbaa !5
+  %868 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
+  %sum_6.3.i = load <16 x float>, ptr %868, align 4, !tbaa !5
+  %869 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
+  %sum_7.3.i = load <16 x float>, ptr %869, align 4, !tbaa !5
+  %870 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
+  %sum_8.3.i = load <16 x float>, ptr %870, align 4, !tbaa !5
+  %871 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
+  %sum_9.3.i = load <16 x float>, ptr %871, align 4, !tbaa !5
+  %872 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
+  %sum_10.3.i = load <16 x float>, ptr %872, align 4, !tbaa !5
+  %873 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
+  %sum_11.3.i = load <16 x float>, ptr %873, align 4, !tbaa !5
+  %874 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
+  %sum_12.3.i = load <16 x float>, ptr %874, align 4, !tbaa !5
+  %875 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
+  %sum_13.3.i = load <16 x float>, ptr %875, align 4, !tbaa !5
+  %876 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
+  %sum_14.3.i = load <16 x float>, ptr %876, align 4, !tbaa !5
+  %877 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
+  %sum_15.3.i = load <16 x float>, ptr %877, align 4, !tbaa !5
+  %878 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %879 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.3.i = fadd <16 x float> %879, %878
+  %880 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %881 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.3.i = fadd <16 x float> %881, %880
+  %882 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %883 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.3.i = fadd <16 x float> %883, %882
+  %884 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %885 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.3.i = fadd <16 x float> %885, %884
+  %886 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %887 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.3.i = fadd <16 x float> %887, %886
+  %888 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %889 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.3.i = fadd <16 x float> %889, %888
+  %890 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %891 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.3.i = fadd <16 x float> %891, %890
+  %892 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %893 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.3.i = fadd <16 x float> %893, %892
+  %894 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %895 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.3.i = fadd <16 x float> %895, %894
+  %896 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %897 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.3.i = fadd <16 x float> %897, %896
+  %898 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %899 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.3.i = fadd <16 x float> %899, %898
+  %900 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %901 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.3.i = fadd <16 x float> %901, %900
+  %902 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %903 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.3.i = fadd <16 x float> %903, %902
+  %904 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %905 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.3.i = fadd <16 x float> %905, %904
+  %906 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %907 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %908 = fadd <16 x float> %907, %906
+  %909 = fadd <16 x float> %908, zeroinitializer
+  store <16 x float> %909, ptr %861, align 4, !tbaa !5
+  %910 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %911 = tail call i32 %910(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
+  %.not227.i = icmp eq i32 %911, 0
+  br i1 %.not227.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !21
 
 for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.i.preheader
-  %indvars.iv614.i = phi i64 [ %indvars.iv.next615.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.i.preheader ]
-  %peak.rf_global199.sroa.0.0395.i = phi <16 x float> [ %993, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ]
-  %niter160 = phi i64 [ %niter160.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.i.preheader ]
-  %.idx771.i = shl nsw i64 %indvars.iv614.i, 6
-  %955 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx771.i
-  %956 = load <16 x float>, ptr %955, align 4, !tbaa !5
-  %957 = fcmp ogt <16 x float> %peak.rf_global199.sroa.0.0395.i, %956
-  %958 = select <16 x i1> %957, <16 x float> %peak.rf_global199.sroa.0.0395.i, <16 x float> %956
-  %indvars.iv.next615.i = shl i64 %indvars.iv614.i, 6
-  %959 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next615.i
-  %960 = getelementptr inbounds nuw i8, ptr %959, i64 64
-  %961 = load <16 x float>, ptr %960, align 4, !tbaa !5
-  %962 = fcmp ogt <16 x float> %958, %961
-  %963 = select <16 x i1> %962, <16 x float> %958, <16 x float> %961
-  %indvars.iv.next615.i.1 = shl i64 %indvars.iv614.i, 6
-  %964 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next615.i.1
-  %965 = getelementptr inbounds nuw i8, ptr %964, i64 128
-  %966 = load <16 x float>, ptr %965, align 4, !tbaa !5
-  %967 = fcmp ogt <16 x float> %963, %966
-  %968 = select <16 x i1> %967, <16 x float> %963, <16 x float> %966
-  %indvars.iv.next615.i.2 = shl i64 %indvars.iv614.i, 6
-  %969 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next615.i.2
-  %970 = getelementptr inbounds nuw i8, ptr %969, i64 192
-  %971 = load <16 x float>, ptr %970, align 4, !tbaa !5
-  %972 = fcmp ogt <16 x float> %968, %971
-  %973 = select <16 x i1> %972, <16 x float> %968, <16 x float> %971
-  %indvars.iv.next615.i.3 = shl i64 %indvars.iv614.i, 6
-  %974 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next615.i.3
-  %975 = getelementptr inbounds nuw i8, ptr %974, i64 256
-  %976 = load <16 x float>, ptr %975, align 4, !tbaa !5
-  %977 = fcmp ogt <16 x float> %973, %976
-  %978 = select <16 x i1> %977, <16 x float> %973, <16 x float> %976
-  %indvars.iv.next615.i.4 = shl i64 %indvars.iv614.i, 6
-  %979 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next615.i.4
-  %980 = getelementptr inbounds nuw i8, ptr %979, i64 320
-  %981 = load <16 x float>, ptr %980, align 4, !tbaa !5
-  %982 = fcmp ogt <16 x float> %978, %981
-  %983 = select <16 x i1> %982, <16 x float> %978, <16 x float> %981
-  %indvars.iv.next615.i.5 = shl i64 %indvars.iv614.i, 6
-  %984 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next615.i.5
-  %985 = getelementptr inbounds nuw i8, ptr %984, i64 384
-  %986 = load <16 x float>, ptr %985, align 4, !tbaa !5
-  %987 = fcmp ogt <16 x float> %983, %986
-  %988 = select <16 x i1> %987, <16 x float> %983, <16 x float> %986
-  %indvars.iv.next615.i.6 = shl i64 %indvars.iv614.i, 6
-  %989 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next615.i.6
-  %990 = getelementptr inbounds nuw i8, ptr %989, i64 448
-  %991 = load <16 x float>, ptr %990, align 4, !tbaa !5
-  %992 = fcmp ogt <16 x float> %988, %991
-  %993 = select <16 x i1> %992, <16 x float> %988, <16 x float> %991
-  %indvars.iv.next615.i.7 = add nuw nsw i64 %indvars.iv614.i, 8
-  %niter160.next.7 = add i64 %niter160, 8
-  %niter160.ncmp.7 = icmp eq i64 %niter160.next.7, %unroll_iter159
-  br i1 %niter160.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !37, !llvm.loop !38
+  %indvars.iv644.i = phi i64 [ %indvars.iv.next645.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.i.preheader ]
+  %peak.rf_global210.sroa.0.0410.i = phi <16 x float> [ %950, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ]
+  %niter164 = phi i64 [ %niter164.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.i.preheader ]
+  %.idx833.i = shl nsw i64 %indvars.iv644.i, 6
+  %912 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx833.i
+  %913 = load <16 x float>, ptr %912, align 4, !tbaa !5
+  %914 = fcmp ogt <16 x float> %peak.rf_global210.sroa.0.0410.i, %913
+  %915 = select <16 x i1> %914, <16 x float> %peak.rf_global210.sroa.0.0410.i, <16 x float> %913
+  %indvars.iv.next645.i = shl i64 %indvars.iv644.i, 6
+  %916 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next645.i
+  %917 = getelementptr inbounds nuw i8, ptr %916, i64 64
+  %918 = load <16 x float>, ptr %917, align 4, !tbaa !5
+  %919 = fcmp ogt <16 x float> %915, %918
+  %920 = select <16 x i1> %919, <16 x float> %915, <16 x float> %918
+  %indvars.iv.next645.i.1 = shl i64 %indvars.iv644.i, 6
+  %921 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next645.i.1
+  %922 = getelementptr inbounds nuw i8, ptr %921, i64 128
+  %923 = load <16 x float>, ptr %922, align 4, !tbaa !5
+  %924 = fcmp ogt <16 x float> %920, %923
+  %925 = select <16 x i1> %924, <16 x float> %920, <16 x float> %923
+  %indvars.iv.next645.i.2 = shl i64 %indvars.iv644.i, 6
+  %926 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next645.i.2
+  %927 = getelementptr inbounds nuw i8, ptr %926, i64 192
+  %928 = load <16 x float>, ptr %927, align 4, !tbaa !5
+  %929 = fcmp ogt <16 x float> %925, %928
+  %930 = select <16 x i1> %929, <16 x float> %925, <16 x float> %928
+  %indvars.iv.next645.i.3 = shl i64 %indvars.iv644.i, 6
+  %931 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next645.i.3
+  %932 = getelementptr inbounds nuw i8, ptr %931, i64 256
+  %933 = load <16 x float>, ptr %932, align 4, !tbaa !5
+  %934 = fcmp ogt <16 x float> %930, %933
+  %935 = select <16 x i1> %934, <16 x float> %930, <16 x float> %933
+  %indvars.iv.next645.i.4 = shl i64 %indvars.iv644.i, 6
+  %936 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next645.i.4
+  %937 = getelementptr inbounds nuw i8, ptr %936, i64 320
+  %938 = load <16 x float>, ptr %937, align 4, !tbaa !5
+  %939 = fcmp ogt <16 x float> %935, %938
+  %940 = select <16 x i1> %939, <16 x float> %935, <16 x float> %938
+  %indvars.iv.next645.i.5 = shl i64 %indvars.iv644.i, 6
+  %941 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next645.i.5
+  %942 = getelementptr inbounds nuw i8, ptr %941, i64 384
+  %943 = load <16 x float>, ptr %942, align 4, !tbaa !5
+  %944 = fcmp ogt <16 x float> %940, %943
+  %945 = select <16 x i1> %944, <16 x float> %940, <16 x float> %943
+  %indvars.iv.next645.i.6 = shl i64 %indvars.iv644.i, 6
+  %946 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next645.i.6
+  %947 = getelementptr inbounds nuw i8, ptr %946, i64 448
+  %948 = load <16 x float>, ptr %947, align 4, !tbaa !5
+  %949 = fcmp ogt <16 x float> %945, %948
+  %950 = select <16 x i1> %949, <16 x float> %945, <16 x float> %948
+  %indvars.iv.next645.i.7 = add nuw nsw i64 %indvars.iv644.i, 8
+  %niter164.next.7 = add i64 %niter164, 8
+  %niter164.ncmp.7 = icmp eq i64 %niter164.next.7, %unroll_iter163
+  br i1 %niter164.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !37, !llvm.loop !38
 
 for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
-  br i1 %lcmp.mod156.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod160.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !40
 
 for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.i.preheader
-  %indvars.iv614.i.epil.init = phi i64 [ 0, %for_body_ax1.i.preheader ], [ %indvars.iv.next615.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global199.sroa.0.0395.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ], [ %993, %for_end_ax1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod158)
+  %indvars.iv644.i.epil.init = phi i64 [ 0, %for_body_ax1.i.preheader ], [ %indvars.iv.next645.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %peak.rf_global210.sroa.0.0410.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ], [ %950, %for_end_ax1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod162)
   br label %for_body_ax1.i.epil
 
 for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil, %for_body_ax1.i.epil.preheader
-  %indvars.iv614.i.epil = phi i64 [ %indvars.iv.next615.i.epil, %for_body_ax1.i.epil ], [ %indvars.iv614.i.epil.init, %for_body_ax1.i.epil.preheader ]
-  %peak.rf_global199.sroa.0.0395.i.epil = phi <16 x float> [ %997, %for_body_ax1.i.epil ], [ %peak.rf_global199.sroa.0.0395.i.epil.init, %for_body_ax1.i.epil.preheader ]
-  %epil.iter155 = phi i64 [ %epil.iter155.next, %for_body_ax1.i.epil ], [ 0, %for_body_ax1.i.epil.preheader ]
-  %.idx771.i.epil = shl nsw i64 %indvars.iv614.i.epil, 6
-  %994 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx771.i.epil
-  %995 = load <16 x float>, ptr %994, align 4, !tbaa !5
-  %996 = fcmp ogt <16 x float> %peak.rf_global199.sroa.0.0395.i.epil, %995
-  %997 = select <16 x i1> %996, <16 x float> %peak.rf_global199.sroa.0.0395.i.epil, <16 x float> %995
-  %indvars.iv.next615.i.epil = add nuw nsw i64 %indvars.iv614.i.epil, 1
-  %epil.iter155.next = add i64 %epil.iter155, 1
-  %epil.iter155.cmp.not = icmp eq i64 %epil.iter155.next, %xtraiter154
-  br i1 %epil.iter155.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !26, !llvm.loop !41
+  %indvars.iv644.i.epil = phi i64 [ %indvars.iv.next645.i.epil, %for_body_ax1.i.epil ], [ %indvars.iv644.i.epil.init, %for_body_ax1.i.epil.preheader ]
+  %peak.rf_global210.sroa.0.0410.i.epil = phi <16 x float> [ %954, %for_body_ax1.i.epil ], [ %peak.rf_global210.sroa.0.0410.i.epil.init, %for_body_ax1.i.epil.preheader ]
+  %epil.iter159 = phi i64 [ %epil.iter159.next, %for_body_ax1.i.epil ], [ 0, %for_body_ax1.i.epil.preheader ]
+  %.idx833.i.epil = shl nsw i64 %indvars.iv644.i.epil, 6
+  %951 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx833.i.epil
+  %952 = load <16 x float>, ptr %951, align 4, !tbaa !5
+  %953 = fcmp ogt <16 x float> %peak.rf_global210.sroa.0.0410.i.epil, %952
+  %954 = select <16 x i1> %953, <16 x float> %peak.rf_global210.sroa.0.0410.i.epil, <16 x float> %952
+  %indvars.iv.next645.i.epil = add nuw nsw i64 %indvars.iv644.i.epil, 1
+  %epil.iter159.next = add i64 %epil.iter159, 1
+  %epil.iter159.cmp.not = icmp eq i64 %epil.iter159.next, %xtraiter158
+  br i1 %epil.iter159.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !26, !llvm.loop !41
 
 for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_end_to_m.thread.i
-  %scaled782784787.i = phi ptr [ %scaled781.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax1.i.epil ], [ %scaled.i, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global199.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %993, %for_end_ax1.i.loopexit.unr-lcssa ], [ %997, %for_body_ax1.i.epil ]
-  %peak.rf200.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.i, i64 0
-  %998 = fcmp olt float %peak.rf200.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %999 = select i1 %998, float 0xC7EFFFFFE0000000, float %peak.rf200.sroa.0.0.vec.extract.i
-  %peak.rf200.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.i, i64 1
-  %1000 = fcmp ogt float %999, %peak.rf200.sroa.0.4.vec.extract.i
-  %1001 = select i1 %1000, float %999, float %peak.rf200.sroa.0.4.vec.extract.i
-  %peak.rf200.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.i, i64 2
-  %1002 = fcmp ogt float %1001, %peak.rf200.sroa.0.8.vec.extract.i
-  %1003 = select i1 %1002, float %1001, float %peak.rf200.sroa.0.8.vec.extract.i
-  %peak.rf200.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.i, i64 3
-  %1004 = fcmp ogt float %1003, %peak.rf200.sroa.0.12.vec.extract.i
-  %1005 = select i1 %1004, float %1003, float %peak.rf200.sroa.0.12.vec.extract.i
-  %peak.rf200.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.i, i64 4
-  %1006 = fcmp ogt float %1005, %peak.rf200.sroa.0.16.vec.extract.i
-  %1007 = select i1 %1006, float %1005, float %peak.rf200.sroa.0.16.vec.extract.i
-  %peak.rf200.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.i, i64 5
-  %1008 = fcmp ogt float %1007, %peak.rf200.sroa.0.20.vec.extract.i
-  %1009 = select i1 %1008, float %1007, float %peak.rf200.sroa.0.20.vec.extract.i
-  %peak.rf200.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.i, i64 6
-  %1010 = fcmp ogt float %1009, %peak.rf200.sroa.0.24.vec.extract.i
-  %1011 = select i1 %1010, float %1009, float %peak.rf200.sroa.0.24.vec.extract.i
-  %peak.rf200.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.i, i64 7
-  %1012 = fcmp ogt float %1011, %peak.rf200.sroa.0.28.vec.extract.i
-  %1013 = select i1 %1012, float %1011, float %peak.rf200.sroa.0.28.vec.extract.i
-  %peak.rf200.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.i, i64 8
-  %1014 = fcmp ogt float %1013, %peak.rf200.sroa.0.32.vec.extract.i
-  %1015 = select i1 %1014, float %1013, float %peak.rf200.sroa.0.32.vec.extract.i
-  %peak.rf200.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.i, i64 9
-  %1016 = fcmp ogt float %1015, %peak.rf200.sroa.0.36.vec.extract.i
-  %1017 = select i1 %1016, float %1015, float %peak.rf200.sroa.0.36.vec.extract.i
-  %peak.rf200.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.i, i64 10
-  %1018 = fcmp ogt float %1017, %peak.rf200.sroa.0.40.vec.extract.i
-  %1019 = select i1 %1018, float %1017, float %peak.rf200.sroa.0.40.vec.extract.i
-  %peak.rf200.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.i, i64 11
-  %1020 = fcmp ogt float %1019, %peak.rf200.sroa.0.44.vec.extract.i
-  %1021 = select i1 %1020, float %1019, float %peak.rf200.sroa.0.44.vec.extract.i
-  %peak.rf200.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.i, i64 12
-  %1022 = fcmp ogt float %1021, %peak.rf200.sroa.0.48.vec.extract.i
-  %1023 = select i1 %1022, float %1021, float %peak.rf200.sroa.0.48.vec.extract.i
-  %peak.rf200.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.i, i64 13
-  %1024 = fcmp ogt float %1023, %peak.rf200.sroa.0.52.vec.extract.i
-  %1025 = select i1 %1024, float %1023, float %peak.rf200.sroa.0.52.vec.extract.i
-  %peak.rf200.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.i, i64 14
-  %1026 = fcmp ogt float %1025, %peak.rf200.sroa.0.56.vec.extract.i
-  %1027 = select i1 %1026, float %1025, float %peak.rf200.sroa.0.56.vec.extract.i
-  %peak.rf200.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.i, i64 15
-  %1028 = fcmp ogt float %1027, %peak.rf200.sroa.0.60.vec.extract.i
-  %1029 = select i1 %1028, float %1027, float %peak.rf200.sroa.0.60.vec.extract.i
-  br i1 %255, label %for_body_ax1.1.i.preheader, label %for_end_ax1.1.i, !prof !3
+  %scaled845847850.i = phi ptr [ %scaled844.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax1.i.epil ], [ %scaled.i, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %peak.rf_global210.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %950, %for_end_ax1.i.loopexit.unr-lcssa ], [ %954, %for_body_ax1.i.epil ]
+  %peak.rf211.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 0
+  %955 = fcmp olt float %peak.rf211.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %956 = select i1 %955, float 0xC7EFFFFFE0000000, float %peak.rf211.sroa.0.0.vec.extract.i
+  %peak.rf211.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 1
+  %957 = fcmp ogt float %956, %peak.rf211.sroa.0.4.vec.extract.i
+  %958 = select i1 %957, float %956, float %peak.rf211.sroa.0.4.vec.extract.i
+  %peak.rf211.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 2
+  %959 = fcmp ogt float %958, %peak.rf211.sroa.0.8.vec.extract.i
+  %960 = select i1 %959, float %958, float %peak.rf211.sroa.0.8.vec.extract.i
+  %peak.rf211.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 3
+  %961 = fcmp ogt float %960, %peak.rf211.sroa.0.12.vec.extract.i
+  %962 = select i1 %961, float %960, float %peak.rf211.sroa.0.12.vec.extract.i
+  %peak.rf211.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 4
+  %963 = fcmp ogt float %962, %peak.rf211.sroa.0.16.vec.extract.i
+  %964 = select i1 %963, float %962, float %peak.rf211.sroa.0.16.vec.extract.i
+  %peak.rf211.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 5
+  %965 = fcmp ogt float %964, %peak.rf211.sroa.0.20.vec.extract.i
+  %966 = select i1 %965, float %964, float %peak.rf211.sroa.0.20.vec.extract.i
+  %peak.rf211.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 6
+  %967 = fcmp ogt float %966, %peak.rf211.sroa.0.24.vec.extract.i
+  %968 = select i1 %967, float %966, float %peak.rf211.sroa.0.24.vec.extract.i
+  %peak.rf211.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 7
+  %969 = fcmp ogt float %968, %peak.rf211.sroa.0.28.vec.extract.i
+  %970 = select i1 %969, float %968, float %peak.rf211.sroa.0.28.vec.extract.i
+  %peak.rf211.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 8
+  %971 = fcmp ogt float %970, %peak.rf211.sroa.0.32.vec.extract.i
+  %972 = select i1 %971, float %970, float %peak.rf211.sroa.0.32.vec.extract.i
+  %peak.rf211.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 9
+  %973 = fcmp ogt float %972, %peak.rf211.sroa.0.36.vec.extract.i
+  %974 = select i1 %973, float %972, float %peak.rf211.sroa.0.36.vec.extract.i
+  %peak.rf211.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 10
+  %975 = fcmp ogt float %974, %peak.rf211.sroa.0.40.vec.extract.i
+  %976 = select i1 %975, float %974, float %peak.rf211.sroa.0.40.vec.extract.i
+  %peak.rf211.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 11
+  %977 = fcmp ogt float %976, %peak.rf211.sroa.0.44.vec.extract.i
+  %978 = select i1 %977, float %976, float %peak.rf211.sroa.0.44.vec.extract.i
+  %peak.rf211.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 12
+  %979 = fcmp ogt float %978, %peak.rf211.sroa.0.48.vec.extract.i
+  %980 = select i1 %979, float %978, float %peak.rf211.sroa.0.48.vec.extract.i
+  %peak.rf211.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 13
+  %981 = fcmp ogt float %980, %peak.rf211.sroa.0.52.vec.extract.i
+  %982 = select i1 %981, float %980, float %peak.rf211.sroa.0.52.vec.extract.i
+  %peak.rf211.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 14
+  %983 = fcmp ogt float %982, %peak.rf211.sroa.0.56.vec.extract.i
+  %984 = select i1 %983, float %982, float %peak.rf211.sroa.0.56.vec.extract.i
+  %peak.rf211.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 15
+  %985 = fcmp ogt float %984, %peak.rf211.sroa.0.60.vec.extract.i
+  %986 = select i1 %985, float %984, float %peak.rf211.sroa.0.60.vec.extract.i
+  br i1 %222, label %for_body_ax1.1.i.preheader, label %for_end_ax1.1.i, !prof !3
 
 for_body_ax1.1.i.preheader:                       ; preds = %for_end_ax1.i
-  br i1 %268, label %for_body_ax1.1.i.epil.preheader, label %for_body_ax1.1.i, !prof !36
+  br i1 %235, label %for_body_ax1.1.i.epil.preheader, label %for_body_ax1.1.i, !prof !36
 
 for_body_ax1.1.i:                                 ; preds = %for_body_ax1.1.i, %for_body_ax1.1.i.preheader
-  %indvars.iv614.1.i = phi i64 [ %indvars.iv.next615.1.i.7, %for_body_ax1.1.i ], [ 0, %for_body_ax1.1.i.preheader ]
-  %peak.rf_global199.sroa.0.0395.1.i = phi <16 x float> [ %1069, %for_body_ax1.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ]
-  %niter167 = phi i64 [ %niter167.next.7, %for_body_ax1.1.i ], [ 0, %for_body_ax1.1.i.preheader ]
-  %.idx772.i = shl nsw i64 %indvars.iv614.1.i, 6
-  %1030 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %.idx772.i
-  %1031 = getelementptr inbounds nuw i8, ptr %1030, i64 512
-  %1032 = load <16 x float>, ptr %1031, align 4, !tbaa !5
-  %1033 = fcmp ogt <16 x float> %peak.rf_global199.sroa.0.0395.1.i, %1032
-  %1034 = select <16 x i1> %1033, <16 x float> %peak.rf_global199.sroa.0.0395.1.i, <16 x float> %1032
-  %indvars.iv.next615.1.i = shl i64 %indvars.iv614.1.i, 6
-  %1035 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.1.i
-  %1036 = getelementptr inbounds nuw i8, ptr %1035, i64 576
-  %1037 = load <16 x float>, ptr %1036, align 4, !tbaa !5
-  %1038 = fcmp ogt <16 x float> %1034, %1037
-  %1039 = select <16 x i1> %1038, <16 x float> %1034, <16 x float> %1037
-  %indvars.iv.next615.1.i.1 = shl i64 %indvars.iv614.1.i, 6
-  %1040 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.1.i.1
-  %1041 = getelementptr inbounds nuw i8, ptr %1040, i64 640
-  %1042 = load <16 x float>, ptr %1041, align 4, !tbaa !5
-  %1043 = fcmp ogt <16 x float> %1039, %1042
-  %1044 = select <16 x i1> %1043, <16 x float> %1039, <16 x float> %1042
-  %indvars.iv.next615.1.i.2 = shl i64 %indvars.iv614.1.i, 6
-  %1045 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.1.i.2
-  %1046 = getelementptr inbounds nuw i8, ptr %1045, i64 704
-  %1047 = load <16 x float>, ptr %1046, align 4, !tbaa !5
-  %1048 = fcmp ogt <16 x float> %1044, %1047
-  %1049 = select <16 x i1> %1048, <16 x float> %1044, <16 x float> %1047
-  %indvars.iv.next615.1.i.3 = shl i64 %indvars.iv614.1.i, 6
-  %1050 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.1.i.3
-  %1051 = getelementptr inbounds nuw i8, ptr %1050, i64 768
-  %1052 = load <16 x float>, ptr %1051, align 4, !tbaa !5
-  %1053 = fcmp ogt <16 x float> %1049, %1052
-  %1054 = select <16 x i1> %1053, <16 x float> %1049, <16 x float> %1052
-  %indvars.iv.next615.1.i.4 = shl i64 %indvars.iv614.1.i, 6
-  %1055 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.1.i.4
-  %1056 = getelementptr inbounds nuw i8, ptr %1055, i64 832
-  %1057 = load <16 x float>, ptr %1056, align 4, !tbaa !5
-  %1058 = fcmp ogt <16 x float> %1054, %1057
-  %1059 = select <16 x i1> %1058, <16 x float> %1054, <16 x float> %1057
-  %indvars.iv.next615.1.i.5 = shl i64 %indvars.iv614.1.i, 6
-  %1060 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.1.i.5
-  %1061 = getelementptr inbounds nuw i8, ptr %1060, i64 896
-  %1062 = load <16 x float>, ptr %1061, align 4, !tbaa !5
-  %1063 = fcmp ogt <16 x float> %1059, %1062
-  %1064 = select <16 x i1> %1063, <16 x float> %1059, <16 x float> %1062
-  %indvars.iv.next615.1.i.6 = shl i64 %indvars.iv614.1.i, 6
-  %1065 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.1.i.6
-  %1066 = getelementptr inbounds nuw i8, ptr %1065, i64 960
-  %1067 = load <16 x float>, ptr %1066, align 4, !tbaa !5
-  %1068 = fcmp ogt <16 x float> %1064, %1067
-  %1069 = select <16 x i1> %1068, <16 x float> %1064, <16 x float> %1067
-  %indvars.iv.next615.1.i.7 = add nuw nsw i64 %indvars.iv614.1.i, 8
-  %niter167.next.7 = add i64 %niter167, 8
-  %niter167.ncmp.7 = icmp eq i64 %niter167.next.7, %unroll_iter166
-  br i1 %niter167.ncmp.7, label %for_end_ax1.1.i.loopexit.unr-lcssa, label %for_body_ax1.1.i, !prof !37, !llvm.loop !42
+  %indvars.iv644.1.i = phi i64 [ %indvars.iv.next645.1.i.7, %for_body_ax1.1.i ], [ 0, %for_body_ax1.1.i.preheader ]
+  %peak.rf_global210.sroa.0.0410.1.i = phi <16 x float> [ %1026, %for_body_ax1.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ]
+  %niter171 = phi i64 [ %niter171.next.7, %for_body_ax1.1.i ], [ 0, %for_body_ax1.1.i.preheader ]
+  %.idx834.i = shl nsw i64 %indvars.iv644.1.i, 6
+  %987 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %.idx834.i
+  %988 = getelementptr inbounds nuw i8, ptr %987, i64 512
+  %989 = load <16 x float>, ptr %988, align 4, !tbaa !5
+  %990 = fcmp ogt <16 x float> %peak.rf_global210.sroa.0.0410.1.i, %989
+  %991 = select <16 x i1> %990, <16 x float> %peak.rf_global210.sroa.0.0410.1.i, <16 x float> %989
+  %indvars.iv.next645.1.i = shl i64 %indvars.iv644.1.i, 6
+  %992 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.1.i
+  %993 = getelementptr inbounds nuw i8, ptr %992, i64 576
+  %994 = load <16 x float>, ptr %993, align 4, !tbaa !5
+  %995 = fcmp ogt <16 x float> %991, %994
+  %996 = select <16 x i1> %995, <16 x float> %991, <16 x float> %994
+  %indvars.iv.next645.1.i.1 = shl i64 %indvars.iv644.1.i, 6
+  %997 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.1.i.1
+  %998 = getelementptr inbounds nuw i8, ptr %997, i64 640
+  %999 = load <16 x float>, ptr %998, align 4, !tbaa !5
+  %1000 = fcmp ogt <16 x float> %996, %999
+  %1001 = select <16 x i1> %1000, <16 x float> %996, <16 x float> %999
+  %indvars.iv.next645.1.i.2 = shl i64 %indvars.iv644.1.i, 6
+  %1002 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.1.i.2
+  %1003 = getelementptr inbounds nuw i8, ptr %1002, i64 704
+  %1004 = load <16 x float>, ptr %1003, align 4, !tbaa !5
+  %1005 = fcmp ogt <16 x float> %1001, %1004
+  %1006 = select <16 x i1> %1005, <16 x float> %1001, <16 x float> %1004
+  %indvars.iv.next645.1.i.3 = shl i64 %indvars.iv644.1.i, 6
+  %1007 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.1.i.3
+  %1008 = getelementptr inbounds nuw i8, ptr %1007, i64 768
+  %1009 = load <16 x float>, ptr %1008, align 4, !tbaa !5
+  %1010 = fcmp ogt <16 x float> %1006, %1009
+  %1011 = select <16 x i1> %1010, <16 x float> %1006, <16 x float> %1009
+  %indvars.iv.next645.1.i.4 = shl i64 %indvars.iv644.1.i, 6
+  %1012 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.1.i.4
+  %1013 = getelementptr inbounds nuw i8, ptr %1012, i64 832
+  %1014 = load <16 x float>, ptr %1013, align 4, !tbaa !5
+  %1015 = fcmp ogt <16 x float> %1011, %1014
+  %1016 = select <16 x i1> %1015, <16 x float> %1011, <16 x float> %1014
+  %indvars.iv.next645.1.i.5 = shl i64 %indvars.iv644.1.i, 6
+  %1017 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.1.i.5
+  %1018 = getelementptr inbounds nuw i8, ptr %1017, i64 896
+  %1019 = load <16 x float>, ptr %1018, align 4, !tbaa !5
+  %1020 = fcmp ogt <16 x float> %1016, %1019
+  %1021 = select <16 x i1> %1020, <16 x float> %1016, <16 x float> %1019
+  %indvars.iv.next645.1.i.6 = shl i64 %indvars.iv644.1.i, 6
+  %1022 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.1.i.6
+  %1023 = getelementptr inbounds nuw i8, ptr %1022, i64 960
+  %1024 = load <16 x float>, ptr %1023, align 4, !tbaa !5
+  %1025 = fcmp ogt <16 x float> %1021, %1024
+  %1026 = select <16 x i1> %1025, <16 x float> %1021, <16 x float> %1024
+  %indvars.iv.next645.1.i.7 = add nuw nsw i64 %indvars.iv644.1.i, 8
+  %niter171.next.7 = add i64 %niter171, 8
+  %niter171.ncmp.7 = icmp eq i64 %niter171.next.7, %unroll_iter170
+  br i1 %niter171.ncmp.7, label %for_end_ax1.1.i.loopexit.unr-lcssa, label %for_body_ax1.1.i, !prof !37, !llvm.loop !42
 
 for_end_ax1.1.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.1.i
-  br i1 %lcmp.mod163.not, label %for_end_ax1.1.i, label %for_body_ax1.1.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod167.not, label %for_end_ax1.1.i, label %for_body_ax1.1.i.epil.preheader, !prof !40
 
 for_body_ax1.1.i.epil.preheader:                  ; preds = %for_end_ax1.1.i.loopexit.unr-lcssa, %for_body_ax1.1.i.preheader
-  %indvars.iv614.1.i.epil.init = phi i64 [ 0, %for_body_ax1.1.i.preheader ], [ %indvars.iv.next615.1.i.7, %for_end_ax1.1.i.loopexit.unr-lcssa ]
-  %peak.rf_global199.sroa.0.0395.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ], [ %1069, %for_end_ax1.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod165)
+  %indvars.iv644.1.i.epil.init = phi i64 [ 0, %for_body_ax1.1.i.preheader ], [ %indvars.iv.next645.1.i.7, %for_end_ax1.1.i.loopexit.unr-lcssa ]
+  %peak.rf_global210.sroa.0.0410.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ], [ %1026, %for_end_ax1.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod169)
   br label %for_body_ax1.1.i.epil
 
 for_body_ax1.1.i.epil:                            ; preds = %for_body_ax1.1.i.epil, %for_body_ax1.1.i.epil.preheader
-  %indvars.iv614.1.i.epil = phi i64 [ %indvars.iv.next615.1.i.epil, %for_body_ax1.1.i.epil ], [ %indvars.iv614.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
-  %peak.rf_global199.sroa.0.0395.1.i.epil = phi <16 x float> [ %1074, %for_body_ax1.1.i.epil ], [ %peak.rf_global199.sroa.0.0395.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
-  %epil.iter162 = phi i64 [ %epil.iter162.next, %for_body_ax1.1.i.epil ], [ 0, %for_body_ax1.1.i.epil.preheader ]
-  %.idx772.i.epil = shl nsw i64 %indvars.iv614.1.i.epil, 6
-  %1070 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %.idx772.i.epil
-  %1071 = getelementptr inbounds nuw i8, ptr %1070, i64 512
-  %1072 = load <16 x float>, ptr %1071, align 4, !tbaa !5
-  %1073 = fcmp ogt <16 x float> %peak.rf_global199.sroa.0.0395.1.i.epil, %1072
-  %1074 = select <16 x i1> %1073, <16 x float> %peak.rf_global199.sroa.0.0395.1.i.epil, <16 x float> %1072
-  %indvars.iv.next615.1.i.epil = add nuw nsw i64 %indvars.iv614.1.i.epil, 1
-  %epil.iter162.next = add i64 %epil.iter162, 1
-  %epil.iter162.cmp.not = icmp eq i64 %epil.iter162.next, %xtraiter161
-  br i1 %epil.iter162.cmp.not, label %for_end_ax1.1.i, label %for_body_ax1.1.i.epil, !prof !26, !llvm.loop !43
+  %indvars.iv644.1.i.epil = phi i64 [ %indvars.iv.next645.1.i.epil, %for_body_ax1.1.i.epil ], [ %indvars.iv644.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
+  %peak.rf_global210.sroa.0.0410.1.i.epil = phi <16 x float> [ %1031, %for_body_ax1.1.i.epil ], [ %peak.rf_global210.sroa.0.0410.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
+  %epil.iter166 = phi i64 [ %epil.iter166.next, %for_body_ax1.1.i.epil ], [ 0, %for_body_ax1.1.i.epil.preheader ]
+  %.idx834.i.epil = shl nsw i64 %indvars.iv644.1.i.epil, 6
+  %1027 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %.idx834.i.epil
+  %1028 = getelementptr inbounds nuw i8, ptr %1027, i64 512
+  %1029 = load <16 x float>, ptr %1028, align 4, !tbaa !5
+  %1030 = fcmp ogt <16 x float> %peak.rf_global210.sroa.0.0410.1.i.epil, %1029
+  %1031 = select <16 x i1> %1030, <16 x float> %peak.rf_global210.sroa.0.0410.1.i.epil, <16 x float> %1029
+  %indvars.iv.next645.1.i.epil = add nuw nsw i64 %indvars.iv644.1.i.epil, 1
+  %epil.iter166.next = add i64 %epil.iter166, 1
+  %epil.iter166.cmp.not = icmp eq i64 %epil.iter166.next, %xtraiter165
+  br i1 %epil.iter166.cmp.not, label %for_end_ax1.1.i, label %for_body_ax1.1.i.epil, !prof !26, !llvm.loop !43
 
 for_end_ax1.1.i:                                  ; preds = %for_body_ax1.1.i.epil, %for_end_ax1.1.i.loopexit.unr-lcssa, %for_end_ax1.i
-  %peak.rf_global199.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.i ], [ %1069, %for_end_ax1.1.i.loopexit.unr-lcssa ], [ %1074, %for_body_ax1.1.i.epil ]
-  %peak.rf200.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.1.i, i64 0
-  %1075 = fcmp olt float %peak.rf200.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
-  %1076 = select i1 %1075, float 0xC7EFFFFFE0000000, float %peak.rf200.sroa.0.0.vec.extract.1.i
-  %peak.rf200.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.1.i, i64 1
-  %1077 = fcmp ogt float %1076, %peak.rf200.sroa.0.4.vec.extract.1.i
-  %1078 = select i1 %1077, float %1076, float %peak.rf200.sroa.0.4.vec.extract.1.i
-  %peak.rf200.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.1.i, i64 2
-  %1079 = fcmp ogt float %1078, %peak.rf200.sroa.0.8.vec.extract.1.i
-  %1080 = select i1 %1079, float %1078, float %peak.rf200.sroa.0.8.vec.extract.1.i
-  %peak.rf200.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.1.i, i64 3
-  %1081 = fcmp ogt float %1080, %peak.rf200.sroa.0.12.vec.extract.1.i
-  %1082 = select i1 %1081, float %1080, float %peak.rf200.sroa.0.12.vec.extract.1.i
-  %peak.rf200.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.1.i, i64 4
-  %1083 = fcmp ogt float %1082, %peak.rf200.sroa.0.16.vec.extract.1.i
-  %1084 = select i1 %1083, float %1082, float %peak.rf200.sroa.0.16.vec.extract.1.i
-  %peak.rf200.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.1.i, i64 5
-  %1085 = fcmp ogt float %1084, %peak.rf200.sroa.0.20.vec.extract.1.i
-  %1086 = select i1 %1085, float %1084, float %peak.rf200.sroa.0.20.vec.extract.1.i
-  %peak.rf200.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.1.i, i64 6
-  %1087 = fcmp ogt float %1086, %peak.rf200.sroa.0.24.vec.extract.1.i
-  %1088 = select i1 %1087, float %1086, float %peak.rf200.sroa.0.24.vec.extract.1.i
-  %peak.rf200.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.1.i, i64 7
-  %1089 = fcmp ogt float %1088, %peak.rf200.sroa.0.28.vec.extract.1.i
-  %1090 = select i1 %1089, float %1088, float %peak.rf200.sroa.0.28.vec.extract.1.i
-  %peak.rf200.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.1.i, i64 8
-  %1091 = fcmp ogt float %1090, %peak.rf200.sroa.0.32.vec.extract.1.i
-  %1092 = select i1 %1091, float %1090, float %peak.rf200.sroa.0.32.vec.extract.1.i
-  %peak.rf200.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.1.i, i64 9
-  %1093 = fcmp ogt float %1092, %peak.rf200.sroa.0.36.vec.extract.1.i
-  %1094 = select i1 %1093, float %1092, float %peak.rf200.sroa.0.36.vec.extract.1.i
-  %peak.rf200.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.1.i, i64 10
-  %1095 = fcmp ogt float %1094, %peak.rf200.sroa.0.40.vec.extract.1.i
-  %1096 = select i1 %1095, float %1094, float %peak.rf200.sroa.0.40.vec.extract.1.i
-  %peak.rf200.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.1.i, i64 11
-  %1097 = fcmp ogt float %1096, %peak.rf200.sroa.0.44.vec.extract.1.i
-  %1098 = select i1 %1097, float %1096, float %peak.rf200.sroa.0.44.vec.extract.1.i
-  %peak.rf200.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.1.i, i64 12
-  %1099 = fcmp ogt float %1098, %peak.rf200.sroa.0.48.vec.extract.1.i
-  %1100 = select i1 %1099, float %1098, float %peak.rf200.sroa.0.48.vec.extract.1.i
-  %peak.rf200.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.1.i, i64 13
-  %1101 = fcmp ogt float %1100, %peak.rf200.sroa.0.52.vec.extract.1.i
-  %1102 = select i1 %1101, float %1100, float %peak.rf200.sroa.0.52.vec.extract.1.i
-  %peak.rf200.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.1.i, i64 14
-  %1103 = fcmp ogt float %1102, %peak.rf200.sroa.0.56.vec.extract.1.i
-  %1104 = select i1 %1103, float %1102, float %peak.rf200.sroa.0.56.vec.extract.1.i
-  %peak.rf200.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.1.i, i64 15
-  %1105 = fcmp ogt float %1104, %peak.rf200.sroa.0.60.vec.extract.1.i
-  %1106 = select i1 %1105, float %1104, float %peak.rf200.sroa.0.60.vec.extract.1.i
-  br i1 %255, label %for_body_ax1.2.i.preheader, label %for_end_ax1.2.i, !prof !3
+  %peak.rf_global210.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.i ], [ %1026, %for_end_ax1.1.i.loopexit.unr-lcssa ], [ %1031, %for_body_ax1.1.i.epil ]
+  %peak.rf211.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 0
+  %1032 = fcmp olt float %peak.rf211.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
+  %1033 = select i1 %1032, float 0xC7EFFFFFE0000000, float %peak.rf211.sroa.0.0.vec.extract.1.i
+  %peak.rf211.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 1
+  %1034 = fcmp ogt float %1033, %peak.rf211.sroa.0.4.vec.extract.1.i
+  %1035 = select i1 %1034, float %1033, float %peak.rf211.sroa.0.4.vec.extract.1.i
+  %peak.rf211.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 2
+  %1036 = fcmp ogt float %1035, %peak.rf211.sroa.0.8.vec.extract.1.i
+  %1037 = select i1 %1036, float %1035, float %peak.rf211.sroa.0.8.vec.extract.1.i
+  %peak.rf211.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 3
+  %1038 = fcmp ogt float %1037, %peak.rf211.sroa.0.12.vec.extract.1.i
+  %1039 = select i1 %1038, float %1037, float %peak.rf211.sroa.0.12.vec.extract.1.i
+  %peak.rf211.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 4
+  %1040 = fcmp ogt float %1039, %peak.rf211.sroa.0.16.vec.extract.1.i
+  %1041 = select i1 %1040, float %1039, float %peak.rf211.sroa.0.16.vec.extract.1.i
+  %peak.rf211.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 5
+  %1042 = fcmp ogt float %1041, %peak.rf211.sroa.0.20.vec.extract.1.i
+  %1043 = select i1 %1042, float %1041, float %peak.rf211.sroa.0.20.vec.extract.1.i
+  %peak.rf211.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 6
+  %1044 = fcmp ogt float %1043, %peak.rf211.sroa.0.24.vec.extract.1.i
+  %1045 = select i1 %1044, float %1043, float %peak.rf211.sroa.0.24.vec.extract.1.i
+  %peak.rf211.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 7
+  %1046 = fcmp ogt float %1045, %peak.rf211.sroa.0.28.vec.extract.1.i
+  %1047 = select i1 %1046, float %1045, float %peak.rf211.sroa.0.28.vec.extract.1.i
+  %peak.rf211.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 8
+  %1048 = fcmp ogt float %1047, %peak.rf211.sroa.0.32.vec.extract.1.i
+  %1049 = select i1 %1048, float %1047, float %peak.rf211.sroa.0.32.vec.extract.1.i
+  %peak.rf211.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 9
+  %1050 = fcmp ogt float %1049, %peak.rf211.sroa.0.36.vec.extract.1.i
+  %1051 = select i1 %1050, float %1049, float %peak.rf211.sroa.0.36.vec.extract.1.i
+  %peak.rf211.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 10
+  %1052 = fcmp ogt float %1051, %peak.rf211.sroa.0.40.vec.extract.1.i
+  %1053 = select i1 %1052, float %1051, float %peak.rf211.sroa.0.40.vec.extract.1.i
+  %peak.rf211.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 11
+  %1054 = fcmp ogt float %1053, %peak.rf211.sroa.0.44.vec.extract.1.i
+  %1055 = select i1 %1054, float %1053, float %peak.rf211.sroa.0.44.vec.extract.1.i
+  %peak.rf211.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 12
+  %1056 = fcmp ogt float %1055, %peak.rf211.sroa.0.48.vec.extract.1.i
+  %1057 = select i1 %1056, float %1055, float %peak.rf211.sroa.0.48.vec.extract.1.i
+  %peak.rf211.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 13
+  %1058 = fcmp ogt float %1057, %peak.rf211.sroa.0.52.vec.extract.1.i
+  %1059 = select i1 %1058, float %1057, float %peak.rf211.sroa.0.52.vec.extract.1.i
+  %peak.rf211.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 14
+  %1060 = fcmp ogt float %1059, %peak.rf211.sroa.0.56.vec.extract.1.i
+  %1061 = select i1 %1060, float %1059, float %peak.rf211.sroa.0.56.vec.extract.1.i
+  %peak.rf211.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 15
+  %1062 = fcmp ogt float %1061, %peak.rf211.sroa.0.60.vec.extract.1.i
+  %1063 = select i1 %1062, float %1061, float %peak.rf211.sroa.0.60.vec.extract.1.i
+  br i1 %222, label %for_body_ax1.2.i.preheader, label %for_end_ax1.2.i, !prof !3
 
 for_body_ax1.2.i.preheader:                       ; preds = %for_end_ax1.1.i
-  br i1 %269, label %for_body_ax1.2.i.epil.preheader, label %for_body_ax1.2.i, !prof !36
+  br i1 %236, label %for_body_ax1.2.i.epil.preheader, label %for_body_ax1.2.i, !prof !36
 
 for_body_ax1.2.i:                                 ; preds = %for_body_ax1.2.i, %for_body_ax1.2.i.preheader
-  %indvars.iv614.2.i = phi i64 [ %indvars.iv.next615.2.i.7, %for_body_ax1.2.i ], [ 0, %for_body_ax1.2.i.preheader ]
-  %peak.rf_global199.sroa.0.0395.2.i = phi <16 x float> [ %1146, %for_body_ax1.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ]
-  %niter174 = phi i64 [ %niter174.next.7, %for_body_ax1.2.i ], [ 0, %for_body_ax1.2.i.preheader ]
-  %.idx773.i = shl nsw i64 %indvars.iv614.2.i, 6
-  %1107 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %.idx773.i
-  %1108 = getelementptr inbounds nuw i8, ptr %1107, i64 1024
-  %1109 = load <16 x float>, ptr %1108, align 4, !tbaa !5
-  %1110 = fcmp ogt <16 x float> %peak.rf_global199.sroa.0.0395.2.i, %1109
-  %1111 = select <16 x i1> %1110, <16 x float> %peak.rf_global199.sroa.0.0395.2.i, <16 x float> %1109
-  %indvars.iv.next615.2.i = shl i64 %indvars.iv614.2.i, 6
-  %1112 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.2.i
-  %1113 = getelementptr inbounds nuw i8, ptr %1112, i64 1088
-  %1114 = load <16 x float>, ptr %1113, align 4, !tbaa !5
-  %1115 = fcmp ogt <16 x float> %1111, %1114
-  %1116 = select <16 x i1> %1115, <16 x float> %1111, <16 x float> %1114
-  %indvars.iv.next615.2.i.1 = shl i64 %indvars.iv614.2.i, 6
-  %1117 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.2.i.1
-  %1118 = getelementptr inbounds nuw i8, ptr %1117, i64 1152
-  %1119 = load <16 x float>, ptr %1118, align 4, !tbaa !5
-  %1120 = fcmp ogt <16 x float> %1116, %1119
-  %1121 = select <16 x i1> %1120, <16 x float> %1116, <16 x float> %1119
-  %indvars.iv.next615.2.i.2 = shl i64 %indvars.iv614.2.i, 6
-  %1122 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.2.i.2
-  %1123 = getelementptr inbounds nuw i8, ptr %1122, i64 1216
-  %1124 = load <16 x float>, ptr %1123, align 4, !tbaa !5
-  %1125 = fcmp ogt <16 x float> %1121, %1124
-  %1126 = select <16 x i1> %1125, <16 x float> %1121, <16 x float> %1124
-  %indvars.iv.next615.2.i.3 = shl i64 %indvars.iv614.2.i, 6
-  %1127 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.2.i.3
-  %1128 = getelementptr inbounds nuw i8, ptr %1127, i64 1280
-  %1129 = load <16 x float>, ptr %1128, align 4, !tbaa !5
-  %1130 = fcmp ogt <16 x float> %1126, %1129
-  %1131 = select <16 x i1> %1130, <16 x float> %1126, <16 x float> %1129
-  %indvars.iv.next615.2.i.4 = shl i64 %indvars.iv614.2.i, 6
-  %1132 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.2.i.4
-  %1133 = getelementptr inbounds nuw i8, ptr %1132, i64 1344
-  %1134 = load <16 x float>, ptr %1133, align 4, !tbaa !5
-  %1135 = fcmp ogt <16 x float> %1131, %1134
-  %1136 = select <16 x i1> %1135, <16 x float> %1131, <16 x float> %1134
-  %indvars.iv.next615.2.i.5 = shl i64 %indvars.iv614.2.i, 6
-  %1137 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.2.i.5
-  %1138 = getelementptr inbounds nuw i8, ptr %1137, i64 1408
-  %1139 = load <16 x float>, ptr %1138, align 4, !tbaa !5
-  %1140 = fcmp ogt <16 x float> %1136, %1139
-  %1141 = select <16 x i1> %1140, <16 x float> %1136, <16 x float> %1139
-  %indvars.iv.next615.2.i.6 = shl i64 %indvars.iv614.2.i, 6
-  %1142 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.2.i.6
-  %1143 = getelementptr inbounds nuw i8, ptr %1142, i64 1472
-  %1144 = load <16 x float>, ptr %1143, align 4, !tbaa !5
-  %1145 = fcmp ogt <16 x float> %1141, %1144
-  %1146 = select <16 x i1> %1145, <16 x float> %1141, <16 x float> %1144
-  %indvars.iv.next615.2.i.7 = add nuw nsw i64 %indvars.iv614.2.i, 8
-  %niter174.next.7 = add i64 %niter174, 8
-  %niter174.ncmp.7 = icmp eq i64 %niter174.next.7, %unroll_iter173
-  br i1 %niter174.ncmp.7, label %for_end_ax1.2.i.loopexit.unr-lcssa, label %for_body_ax1.2.i, !prof !37, !llvm.loop !44
+  %indvars.iv644.2.i = phi i64 [ %indvars.iv.next645.2.i.7, %for_body_ax1.2.i ], [ 0, %for_body_ax1.2.i.preheader ]
+  %peak.rf_global210.sroa.0.0410.2.i = phi <16 x float> [ %1103, %for_body_ax1.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ]
+  %niter178 = phi i64 [ %niter178.next.7, %for_body_ax1.2.i ], [ 0, %for_body_ax1.2.i.preheader ]
+  %.idx835.i = shl nsw i64 %indvars.iv644.2.i, 6
+  %1064 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %.idx835.i
+  %1065 = getelementptr inbounds nuw i8, ptr %1064, i64 1024
+  %1066 = load <16 x float>, ptr %1065, align 4, !tbaa !5
+  %1067 = fcmp ogt <16 x float> %peak.rf_global210.sroa.0.0410.2.i, %1066
+  %1068 = select <16 x i1> %1067, <16 x float> %peak.rf_global210.sroa.0.0410.2.i, <16 x float> %1066
+  %indvars.iv.next645.2.i = shl i64 %indvars.iv644.2.i, 6
+  %1069 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.2.i
+  %1070 = getelementptr inbounds nuw i8, ptr %1069, i64 1088
+  %1071 = load <16 x float>, ptr %1070, align 4, !tbaa !5
+  %1072 = fcmp ogt <16 x float> %1068, %1071
+  %1073 = select <16 x i1> %1072, <16 x float> %1068, <16 x float> %1071
+  %indvars.iv.next645.2.i.1 = shl i64 %indvars.iv644.2.i, 6
+  %1074 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.2.i.1
+  %1075 = getelementptr inbounds nuw i8, ptr %1074, i64 1152
+  %1076 = load <16 x float>, ptr %1075, align 4, !tbaa !5
+  %1077 = fcmp ogt <16 x float> %1073, %1076
+  %1078 = select <16 x i1> %1077, <16 x float> %1073, <16 x float> %1076
+  %indvars.iv.next645.2.i.2 = shl i64 %indvars.iv644.2.i, 6
+  %1079 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.2.i.2
+  %1080 = getelementptr inbounds nuw i8, ptr %1079, i64 1216
+  %1081 = load <16 x float>, ptr %1080, align 4, !tbaa !5
+  %1082 = fcmp ogt <16 x float> %1078, %1081
+  %1083 = select <16 x i1> %1082, <16 x float> %1078, <16 x float> %1081
+  %indvars.iv.next645.2.i.3 = shl i64 %indvars.iv644.2.i, 6
+  %1084 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.2.i.3
+  %1085 = getelementptr inbounds nuw i8, ptr %1084, i64 1280
+  %1086 = load <16 x float>, ptr %1085, align 4, !tbaa !5
+  %1087 = fcmp ogt <16 x float> %1083, %1086
+  %1088 = select <16 x i1> %1087, <16 x float> %1083, <16 x float> %1086
+  %indvars.iv.next645.2.i.4 = shl i64 %indvars.iv644.2.i, 6
+  %1089 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.2.i.4
+  %1090 = getelementptr inbounds nuw i8, ptr %1089, i64 1344
+  %1091 = load <16 x float>, ptr %1090, align 4, !tbaa !5
+  %1092 = fcmp ogt <16 x float> %1088, %1091
+  %1093 = select <16 x i1> %1092, <16 x float> %1088, <16 x float> %1091
+  %indvars.iv.next645.2.i.5 = shl i64 %indvars.iv644.2.i, 6
+  %1094 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.2.i.5
+  %1095 = getelementptr inbounds nuw i8, ptr %1094, i64 1408
+  %1096 = load <16 x float>, ptr %1095, align 4, !tbaa !5
+  %1097 = fcmp ogt <16 x float> %1093, %1096
+  %1098 = select <16 x i1> %1097, <16 x float> %1093, <16 x float> %1096
+  %indvars.iv.next645.2.i.6 = shl i64 %indvars.iv644.2.i, 6
+  %1099 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.2.i.6
+  %1100 = getelementptr inbounds nuw i8, ptr %1099, i64 1472
+  %1101 = load <16 x float>, ptr %1100, align 4, !tbaa !5
+  %1102 = fcmp ogt <16 x float> %1098, %1101
+  %1103 = select <16 x i1> %1102, <16 x float> %1098, <16 x float> %1101
+  %indvars.iv.next645.2.i.7 = add nuw nsw i64 %indvars.iv644.2.i, 8
+  %niter178.next.7 = add i64 %niter178, 8
+  %niter178.ncmp.7 = icmp eq i64 %niter178.next.7, %unroll_iter177
+  br i1 %niter178.ncmp.7, label %for_end_ax1.2.i.loopexit.unr-lcssa, label %for_body_ax1.2.i, !prof !37, !llvm.loop !44
 
 for_end_ax1.2.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.2.i
-  br i1 %lcmp.mod170.not, label %for_end_ax1.2.i, label %for_body_ax1.2.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod174.not, label %for_end_ax1.2.i, label %for_body_ax1.2.i.epil.preheader, !prof !40
 
 for_body_ax1.2.i.epil.preheader:                  ; preds = %for_end_ax1.2.i.loopexit.unr-lcssa, %for_body_ax1.2.i.preheader
-  %indvars.iv614.2.i.epil.init = phi i64 [ 0, %for_body_ax1.2.i.preheader ], [ %indvars.iv.next615.2.i.7, %for_end_ax1.2.i.loopexit.unr-lcssa ]
-  %peak.rf_global199.sroa.0.0395.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ], [ %1146, %for_end_ax1.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod172)
+  %indvars.iv644.2.i.epil.init = phi i64 [ 0, %for_body_ax1.2.i.preheader ], [ %indvars.iv.next645.2.i.7, %for_end_ax1.2.i.loopexit.unr-lcssa ]
+  %peak.rf_global210.sroa.0.0410.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ], [ %1103, %for_end_ax1.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod176)
   br label %for_body_ax1.2.i.epil
 
 for_body_ax1.2.i.epil:                            ; preds = %for_body_ax1.2.i.epil, %for_body_ax1.2.i.epil.preheader
-  %indvars.iv614.2.i.epil = phi i64 [ %indvars.iv.next615.2.i.epil, %for_body_ax1.2.i.epil ], [ %indvars.iv614.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
-  %peak.rf_global199.sroa.0.0395.2.i.epil = phi <16 x float> [ %1151, %for_body_ax1.2.i.epil ], [ %peak.rf_global199.sroa.0.0395.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
-  %epil.iter169 = phi i64 [ %epil.iter169.next, %for_body_ax1.2.i.epil ], [ 0, %for_body_ax1.2.i.epil.preheader ]
-  %.idx773.i.epil = shl nsw i64 %indvars.iv614.2.i.epil, 6
-  %1147 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %.idx773.i.epil
-  %1148 = getelementptr inbounds nuw i8, ptr %1147, i64 1024
-  %1149 = load <16 x float>, ptr %1148, align 4, !tbaa !5
-  %1150 = fcmp ogt <16 x float> %peak.rf_global199.sroa.0.0395.2.i.epil, %1149
-  %1151 = select <16 x i1> %1150, <16 x float> %peak.rf_global199.sroa.0.0395.2.i.epil, <16 x float> %1149
-  %indvars.iv.next615.2.i.epil = add nuw nsw i64 %indvars.iv614.2.i.epil, 1
-  %epil.iter169.next = add i64 %epil.iter169, 1
-  %epil.iter169.cmp.not = icmp eq i64 %epil.iter169.next, %xtraiter168
-  br i1 %epil.iter169.cmp.not, label %for_end_ax1.2.i, label %for_body_ax1.2.i.epil, !prof !26, !llvm.loop !45
+  %indvars.iv644.2.i.epil = phi i64 [ %indvars.iv.next645.2.i.epil, %for_body_ax1.2.i.epil ], [ %indvars.iv644.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
+  %peak.rf_global210.sroa.0.0410.2.i.epil = phi <16 x float> [ %1108, %for_body_ax1.2.i.epil ], [ %peak.rf_global210.sroa.0.0410.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
+  %epil.iter173 = phi i64 [ %epil.iter173.next, %for_body_ax1.2.i.epil ], [ 0, %for_body_ax1.2.i.epil.preheader ]
+  %.idx835.i.epil = shl nsw i64 %indvars.iv644.2.i.epil, 6
+  %1104 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %.idx835.i.epil
+  %1105 = getelementptr inbounds nuw i8, ptr %1104, i64 1024
+  %1106 = load <16 x float>, ptr %1105, align 4, !tbaa !5
+  %1107 = fcmp ogt <16 x float> %peak.rf_global210.sroa.0.0410.2.i.epil, %1106
+  %1108 = select <16 x i1> %1107, <16 x float> %peak.rf_global210.sroa.0.0410.2.i.epil, <16 x float> %1106
+  %indvars.iv.next645.2.i.epil = add nuw nsw i64 %indvars.iv644.2.i.epil, 1
+  %epil.iter173.next = add i64 %epil.iter173, 1
+  %epil.iter173.cmp.not = icmp eq i64 %epil.iter173.next, %xtraiter172
+  br i1 %epil.iter173.cmp.not, label %for_end_ax1.2.i, label %for_body_ax1.2.i.epil, !prof !26, !llvm.loop !45
 
 for_end_ax1.2.i:                                  ; preds = %for_body_ax1.2.i.epil, %for_end_ax1.2.i.loopexit.unr-lcssa, %for_end_ax1.1.i
-  %peak.rf_global199.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.1.i ], [ %1146, %for_end_ax1.2.i.loopexit.unr-lcssa ], [ %1151, %for_body_ax1.2.i.epil ]
-  %peak.rf200.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.2.i, i64 0
-  %1152 = fcmp olt float %peak.rf200.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
-  %1153 = select i1 %1152, float 0xC7EFFFFFE0000000, float %peak.rf200.sroa.0.0.vec.extract.2.i
-  %peak.rf200.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.2.i, i64 1
-  %1154 = fcmp ogt float %1153, %peak.rf200.sroa.0.4.vec.extract.2.i
-  %1155 = select i1 %1154, float %1153, float %peak.rf200.sroa.0.4.vec.extract.2.i
-  %peak.rf200.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.2.i, i64 2
-  %1156 = fcmp ogt float %1155, %peak.rf200.sroa.0.8.vec.extract.2.i
-  %1157 = select i1 %1156, float %1155, float %peak.rf200.sroa.0.8.vec.extract.2.i
-  %peak.rf200.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.2.i, i64 3
-  %1158 = fcmp ogt float %1157, %peak.rf200.sroa.0.12.vec.extract.2.i
-  %1159 = select i1 %1158, float %1157, float %peak.rf200.sroa.0.12.vec.extract.2.i
-  %peak.rf200.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.2.i, i64 4
-  %1160 = fcmp ogt float %1159, %peak.rf200.sroa.0.16.vec.extract.2.i
-  %1161 = select i1 %1160, float %1159, float %peak.rf200.sroa.0.16.vec.extract.2.i
-  %peak.rf200.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.2.i, i64 5
-  %1162 = fcmp ogt float %1161, %peak.rf200.sroa.0.20.vec.extract.2.i
-  %1163 = select i1 %1162, float %1161, float %peak.rf200.sroa.0.20.vec.extract.2.i
-  %peak.rf200.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.2.i, i64 6
-  %1164 = fcmp ogt float %1163, %peak.rf200.sroa.0.24.vec.extract.2.i
-  %1165 = select i1 %1164, float %1163, float %peak.rf200.sroa.0.24.vec.extract.2.i
-  %peak.rf200.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.2.i, i64 7
-  %1166 = fcmp ogt float %1165, %peak.rf200.sroa.0.28.vec.extract.2.i
-  %1167 = select i1 %1166, float %1165, float %peak.rf200.sroa.0.28.vec.extract.2.i
-  %peak.rf200.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.2.i, i64 8
-  %1168 = fcmp ogt float %1167, %peak.rf200.sroa.0.32.vec.extract.2.i
-  %1169 = select i1 %1168, float %1167, float %peak.rf200.sroa.0.32.vec.extract.2.i
-  %peak.rf200.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.2.i, i64 9
-  %1170 = fcmp ogt float %1169, %peak.rf200.sroa.0.36.vec.extract.2.i
-  %1171 = select i1 %1170, float %1169, float %peak.rf200.sroa.0.36.vec.extract.2.i
-  %peak.rf200.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.2.i, i64 10
-  %1172 = fcmp ogt float %1171, %peak.rf200.sroa.0.40.vec.extract.2.i
-  %1173 = select i1 %1172, float %1171, float %peak.rf200.sroa.0.40.vec.extract.2.i
-  %peak.rf200.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.2.i, i64 11
-  %1174 = fcmp ogt float %1173, %peak.rf200.sroa.0.44.vec.extract.2.i
-  %1175 = select i1 %1174, float %1173, float %peak.rf200.sroa.0.44.vec.extract.2.i
-  %peak.rf200.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.2.i, i64 12
-  %1176 = fcmp ogt float %1175, %peak.rf200.sroa.0.48.vec.extract.2.i
-  %1177 = select i1 %1176, float %1175, float %peak.rf200.sroa.0.48.vec.extract.2.i
-  %peak.rf200.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.2.i, i64 13
-  %1178 = fcmp ogt float %1177, %peak.rf200.sroa.0.52.vec.extract.2.i
-  %1179 = select i1 %1178, float %1177, float %peak.rf200.sroa.0.52.vec.extract.2.i
-  %peak.rf200.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.2.i, i64 14
-  %1180 = fcmp ogt float %1179, %peak.rf200.sroa.0.56.vec.extract.2.i
-  %1181 = select i1 %1180, float %1179, float %peak.rf200.sroa.0.56.vec.extract.2.i
-  %peak.rf200.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.2.i, i64 15
-  %1182 = fcmp ogt float %1181, %peak.rf200.sroa.0.60.vec.extract.2.i
-  %1183 = select i1 %1182, float %1181, float %peak.rf200.sroa.0.60.vec.extract.2.i
-  br i1 %255, label %for_body_ax1.3.i.preheader, label %for_end_ax1.3.i, !prof !3
+  %peak.rf_global210.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.1.i ], [ %1103, %for_end_ax1.2.i.loopexit.unr-lcssa ], [ %1108, %for_body_ax1.2.i.epil ]
+  %peak.rf211.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 0
+  %1109 = fcmp olt float %peak.rf211.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
+  %1110 = select i1 %1109, float 0xC7EFFFFFE0000000, float %peak.rf211.sroa.0.0.vec.extract.2.i
+  %peak.rf211.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 1
+  %1111 = fcmp ogt float %1110, %peak.rf211.sroa.0.4.vec.extract.2.i
+  %1112 = select i1 %1111, float %1110, float %peak.rf211.sroa.0.4.vec.extract.2.i
+  %peak.rf211.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 2
+  %1113 = fcmp ogt float %1112, %peak.rf211.sroa.0.8.vec.extract.2.i
+  %1114 = select i1 %1113, float %1112, float %peak.rf211.sroa.0.8.vec.extract.2.i
+  %peak.rf211.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 3
+  %1115 = fcmp ogt float %1114, %peak.rf211.sroa.0.12.vec.extract.2.i
+  %1116 = select i1 %1115, float %1114, float %peak.rf211.sroa.0.12.vec.extract.2.i
+  %peak.rf211.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 4
+  %1117 = fcmp ogt float %1116, %peak.rf211.sroa.0.16.vec.extract.2.i
+  %1118 = select i1 %1117, float %1116, float %peak.rf211.sroa.0.16.vec.extract.2.i
+  %peak.rf211.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 5
+  %1119 = fcmp ogt float %1118, %peak.rf211.sroa.0.20.vec.extract.2.i
+  %1120 = select i1 %1119, float %1118, float %peak.rf211.sroa.0.20.vec.extract.2.i
+  %peak.rf211.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 6
+  %1121 = fcmp ogt float %1120, %peak.rf211.sroa.0.24.vec.extract.2.i
+  %1122 = select i1 %1121, float %1120, float %peak.rf211.sroa.0.24.vec.extract.2.i
+  %peak.rf211.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 7
+  %1123 = fcmp ogt float %1122, %peak.rf211.sroa.0.28.vec.extract.2.i
+  %1124 = select i1 %1123, float %1122, float %peak.rf211.sroa.0.28.vec.extract.2.i
+  %peak.rf211.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 8
+  %1125 = fcmp ogt float %1124, %peak.rf211.sroa.0.32.vec.extract.2.i
+  %1126 = select i1 %1125, float %1124, float %peak.rf211.sroa.0.32.vec.extract.2.i
+  %peak.rf211.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 9
+  %1127 = fcmp ogt float %1126, %peak.rf211.sroa.0.36.vec.extract.2.i
+  %1128 = select i1 %1127, float %1126, float %peak.rf211.sroa.0.36.vec.extract.2.i
+  %peak.rf211.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 10
+  %1129 = fcmp ogt float %1128, %peak.rf211.sroa.0.40.vec.extract.2.i
+  %1130 = select i1 %1129, float %1128, float %peak.rf211.sroa.0.40.vec.extract.2.i
+  %peak.rf211.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 11
+  %1131 = fcmp ogt float %1130, %peak.rf211.sroa.0.44.vec.extract.2.i
+  %1132 = select i1 %1131, float %1130, float %peak.rf211.sroa.0.44.vec.extract.2.i
+  %peak.rf211.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 12
+  %1133 = fcmp ogt float %1132, %peak.rf211.sroa.0.48.vec.extract.2.i
+  %1134 = select i1 %1133, float %1132, float %peak.rf211.sroa.0.48.vec.extract.2.i
+  %peak.rf211.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 13
+  %1135 = fcmp ogt float %1134, %peak.rf211.sroa.0.52.vec.extract.2.i
+  %1136 = select i1 %1135, float %1134, float %peak.rf211.sroa.0.52.vec.extract.2.i
+  %peak.rf211.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 14
+  %1137 = fcmp ogt float %1136, %peak.rf211.sroa.0.56.vec.extract.2.i
+  %1138 = select i1 %1137, float %1136, float %peak.rf211.sroa.0.56.vec.extract.2.i
+  %peak.rf211.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 15
+  %1139 = fcmp ogt float %1138, %peak.rf211.sroa.0.60.vec.extract.2.i
+  %1140 = select i1 %1139, float %1138, float %peak.rf211.sroa.0.60.vec.extract.2.i
+  br i1 %222, label %for_body_ax1.3.i.preheader, label %for_end_ax1.3.i, !prof !3
 
 for_body_ax1.3.i.preheader:                       ; preds = %for_end_ax1.2.i
-  br i1 %270, label %for_body_ax1.3.i.epil.preheader, label %for_body_ax1.3.i, !prof !36
+  br i1 %237, label %for_body_ax1.3.i.epil.preheader, label %for_body_ax1.3.i, !prof !36
 
 for_body_ax1.3.i:                                 ; preds = %for_body_ax1.3.i, %for_body_ax1.3.i.preheader
-  %indvars.iv614.3.i = phi i64 [ %indvars.iv.next615.3.i.7, %for_body_ax1.3.i ], [ 0, %for_body_ax1.3.i.preheader ]
-  %peak.rf_global199.sroa.0.0395.3.i = phi <16 x float> [ %1223, %for_body_ax1.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ]
-  %niter181 = phi i64 [ %niter181.next.7, %for_body_ax1.3.i ], [ 0, %for_body_ax1.3.i.preheader ]
-  %.idx774.i = shl nsw i64 %indvars.iv614.3.i, 6
-  %1184 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %.idx774.i
-  %1185 = getelementptr inbounds nuw i8, ptr %1184, i64 1536
-  %1186 = load <16 x float>, ptr %1185, align 4, !tbaa !5
-  %1187 = fcmp ogt <16 x float> %peak.rf_global199.sroa.0.0395.3.i, %1186
-  %1188 = select <16 x i1> %1187, <16 x float> %peak.rf_global199.sroa.0.0395.3.i, <16 x float> %1186
-  %indvars.iv.next615.3.i = shl i64 %indvars.iv614.3.i, 6
-  %1189 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.3.i
-  %1190 = getelementptr inbounds nuw i8, ptr %1189, i64 1600
-  %1191 = load <16 x float>, ptr %1190, align 4, !tbaa !5
-  %1192 = fcmp ogt <16 x float> %1188, %1191
-  %1193 = select <16 x i1> %1192, <16 x float> %1188, <16 x float> %1191
-  %indvars.iv.next615.3.i.1 = shl i64 %indvars.iv614.3.i, 6
-  %1194 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.3.i.1
-  %1195 = getelementptr inbounds nuw i8, ptr %1194, i64 1664
-  %1196 = load <16 x float>, ptr %1195, align 4, !tbaa !5
-  %1197 = fcmp ogt <16 x float> %1193, %1196
-  %1198 = select <16 x i1> %1197, <16 x float> %1193, <16 x float> %1196
-  %indvars.iv.next615.3.i.2 = shl i64 %indvars.iv614.3.i, 6
-  %1199 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.3.i.2
-  %1200 = getelementptr inbounds nuw i8, ptr %1199, i64 1728
-  %1201 = load <16 x float>, ptr %1200, align 4, !tbaa !5
-  %1202 = fcmp ogt <16 x float> %1198, %1201
-  %1203 = select <16 x i1> %1202, <16 x float> %1198, <16 x float> %1201
-  %indvars.iv.next615.3.i.3 = shl i64 %indvars.iv614.3.i, 6
-  %1204 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.3.i.3
-  %1205 = getelementptr inbounds nuw i8, ptr %1204, i64 1792
-  %1206 = load <16 x float>, ptr %1205, align 4, !tbaa !5
-  %1207 = fcmp ogt <16 x float> %1203, %1206
-  %1208 = select <16 x i1> %1207, <16 x float> %1203, <16 x float> %1206
-  %indvars.iv.next615.3.i.4 = shl i64 %indvars.iv614.3.i, 6
-  %1209 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.3.i.4
-  %1210 = getelementptr inbounds nuw i8, ptr %1209, i64 1856
-  %1211 = load <16 x float>, ptr %1210, align 4, !tbaa !5
-  %1212 = fcmp ogt <16 x float> %1208, %1211
-  %1213 = select <16 x i1> %1212, <16 x float> %1208, <16 x float> %1211
-  %indvars.iv.next615.3.i.5 = shl i64 %indvars.iv614.3.i, 6
-  %1214 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.3.i.5
-  %1215 = getelementptr inbounds nuw i8, ptr %1214, i64 1920
-  %1216 = load <16 x float>, ptr %1215, align 4, !tbaa !5
-  %1217 = fcmp ogt <16 x float> %1213, %1216
-  %1218 = select <16 x i1> %1217, <16 x float> %1213, <16 x float> %1216
-  %indvars.iv.next615.3.i.6 = shl i64 %indvars.iv614.3.i, 6
-  %1219 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %indvars.iv.next615.3.i.6
-  %1220 = getelementptr inbounds nuw i8, ptr %1219, i64 1984
-  %1221 = load <16 x float>, ptr %1220, align 4, !tbaa !5
-  %1222 = fcmp ogt <16 x float> %1218, %1221
-  %1223 = select <16 x i1> %1222, <16 x float> %1218, <16 x float> %1221
-  %indvars.iv.next615.3.i.7 = add nuw nsw i64 %indvars.iv614.3.i, 8
-  %niter181.next.7 = add i64 %niter181, 8
-  %niter181.ncmp.7 = icmp eq i64 %niter181.next.7, %unroll_iter180
-  br i1 %niter181.ncmp.7, label %for_end_ax1.3.i.loopexit.unr-lcssa, label %for_body_ax1.3.i, !prof !37, !llvm.loop !46
+  %indvars.iv644.3.i = phi i64 [ %indvars.iv.next645.3.i.7, %for_body_ax1.3.i ], [ 0, %for_body_ax1.3.i.preheader ]
+  %peak.rf_global210.sroa.0.0410.3.i = phi <16 x float> [ %1180, %for_body_ax1.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ]
+  %niter185 = phi i64 [ %niter185.next.7, %for_body_ax1.3.i ], [ 0, %for_body_ax1.3.i.preheader ]
+  %.idx836.i = shl nsw i64 %indvars.iv644.3.i, 6
+  %1141 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %.idx836.i
+  %1142 = getelementptr inbounds nuw i8, ptr %1141, i64 1536
+  %1143 = load <16 x float>, ptr %1142, align 4, !tbaa !5
+  %1144 = fcmp ogt <16 x float> %peak.rf_global210.sroa.0.0410.3.i, %1143
+  %1145 = select <16 x i1> %1144, <16 x float> %peak.rf_global210.sroa.0.0410.3.i, <16 x float> %1143
+  %indvars.iv.next645.3.i = shl i64 %indvars.iv644.3.i, 6
+  %1146 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.3.i
+  %1147 = getelementptr inbounds nuw i8, ptr %1146, i64 1600
+  %1148 = load <16 x float>, ptr %1147, align 4, !tbaa !5
+  %1149 = fcmp ogt <16 x float> %1145, %1148
+  %1150 = select <16 x i1> %1149, <16 x float> %1145, <16 x float> %1148
+  %indvars.iv.next645.3.i.1 = shl i64 %indvars.iv644.3.i, 6
+  %1151 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.3.i.1
+  %1152 = getelementptr inbounds nuw i8, ptr %1151, i64 1664
+  %1153 = load <16 x float>, ptr %1152, align 4, !tbaa !5
+  %1154 = fcmp ogt <16 x float> %1150, %1153
+  %1155 = select <16 x i1> %1154, <16 x float> %1150, <16 x float> %1153
+  %indvars.iv.next645.3.i.2 = shl i64 %indvars.iv644.3.i, 6
+  %1156 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.3.i.2
+  %1157 = getelementptr inbounds nuw i8, ptr %1156, i64 1728
+  %1158 = load <16 x float>, ptr %1157, align 4, !tbaa !5
+  %1159 = fcmp ogt <16 x float> %1155, %1158
+  %1160 = select <16 x i1> %1159, <16 x float> %1155, <16 x float> %1158
+  %indvars.iv.next645.3.i.3 = shl i64 %indvars.iv644.3.i, 6
+  %1161 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.3.i.3
+  %1162 = getelementptr inbounds nuw i8, ptr %1161, i64 1792
+  %1163 = load <16 x float>, ptr %1162, align 4, !tbaa !5
+  %1164 = fcmp ogt <16 x float> %1160, %1163
+  %1165 = select <16 x i1> %1164, <16 x float> %1160, <16 x float> %1163
+  %indvars.iv.next645.3.i.4 = shl i64 %indvars.iv644.3.i, 6
+  %1166 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.3.i.4
+  %1167 = getelementptr inbounds nuw i8, ptr %1166, i64 1856
+  %1168 = load <16 x float>, ptr %1167, align 4, !tbaa !5
+  %1169 = fcmp ogt <16 x float> %1165, %1168
+  %1170 = select <16 x i1> %1169, <16 x float> %1165, <16 x float> %1168
+  %indvars.iv.next645.3.i.5 = shl i64 %indvars.iv644.3.i, 6
+  %1171 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.3.i.5
+  %1172 = getelementptr inbounds nuw i8, ptr %1171, i64 1920
+  %1173 = load <16 x float>, ptr %1172, align 4, !tbaa !5
+  %1174 = fcmp ogt <16 x float> %1170, %1173
+  %1175 = select <16 x i1> %1174, <16 x float> %1170, <16 x float> %1173
+  %indvars.iv.next645.3.i.6 = shl i64 %indvars.iv644.3.i, 6
+  %1176 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %indvars.iv.next645.3.i.6
+  %1177 = getelementptr inbounds nuw i8, ptr %1176, i64 1984
+  %1178 = load <16 x float>, ptr %1177, align 4, !tbaa !5
+  %1179 = fcmp ogt <16 x float> %1175, %1178
+  %1180 = select <16 x i1> %1179, <16 x float> %1175, <16 x float> %1178
+  %indvars.iv.next645.3.i.7 = add nuw nsw i64 %indvars.iv644.3.i, 8
+  %niter185.next.7 = add i64 %niter185, 8
+  %niter185.ncmp.7 = icmp eq i64 %niter185.next.7, %unroll_iter184
+  br i1 %niter185.ncmp.7, label %for_end_ax1.3.i.loopexit.unr-lcssa, label %for_body_ax1.3.i, !prof !37, !llvm.loop !46
 
 for_end_ax1.3.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.3.i
-  br i1 %lcmp.mod177.not, label %for_end_ax1.3.i, label %for_body_ax1.3.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod181.not, label %for_end_ax1.3.i, label %for_body_ax1.3.i.epil.preheader, !prof !40
 
 for_body_ax1.3.i.epil.preheader:                  ; preds = %for_end_ax1.3.i.loopexit.unr-lcssa, %for_body_ax1.3.i.preheader
-  %indvars.iv614.3.i.epil.init = phi i64 [ 0, %for_body_ax1.3.i.preheader ], [ %indvars.iv.next615.3.i.7, %for_end_ax1.3.i.loopexit.unr-lcssa ]
-  %peak.rf_global199.sroa.0.0395.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ], [ %1223, %for_end_ax1.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod179)
+  %indvars.iv644.3.i.epil.init = phi i64 [ 0, %for_body_ax1.3.i.preheader ], [ %indvars.iv.next645.3.i.7, %for_end_ax1.3.i.loopexit.unr-lcssa ]
+  %peak.rf_global210.sroa.0.0410.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ], [ %1180, %for_end_ax1.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod183)
   br label %for_body_ax1.3.i.epil
 
 for_body_ax1.3.i.epil:                            ; preds = %for_body_ax1.3.i.epil, %for_body_ax1.3.i.epil.preheader
-  %indvars.iv614.3.i.epil = phi i64 [ %indvars.iv.next615.3.i.epil, %for_body_ax1.3.i.epil ], [ %indvars.iv614.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
-  %peak.rf_global199.sroa.0.0395.3.i.epil = phi <16 x float> [ %1228, %for_body_ax1.3.i.epil ], [ %peak.rf_global199.sroa.0.0395.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
-  %epil.iter176 = phi i64 [ %epil.iter176.next, %for_body_ax1.3.i.epil ], [ 0, %for_body_ax1.3.i.epil.preheader ]
-  %.idx774.i.epil = shl nsw i64 %indvars.iv614.3.i.epil, 6
-  %1224 = getelementptr inbounds nuw i8, ptr %scaled782784787.i, i64 %.idx774.i.epil
-  %1225 = getelementptr inbounds nuw i8, ptr %1224, i64 1536
-  %1226 = load <16 x float>, ptr %1225, align 4, !tbaa !5
-  %1227 = fcmp ogt <16 x float> %peak.rf_global199.sroa.0.0395.3.i.epil, %1226
-  %1228 = select <16 x i1> %1227, <16 x float> %peak.rf_global199.sroa.0.0395.3.i.epil, <16 x float> %1226
-  %indvars.iv.next615.3.i.epil = add nuw nsw i64 %indvars.iv614.3.i.epil, 1
-  %epil.iter176.next = add i64 %epil.iter176, 1
-  %epil.iter176.cmp.not = icmp eq i64 %epil.iter176.next, %xtraiter175
-  br i1 %epil.iter176.cmp.not, label %for_end_ax1.3.i, label %for_body_ax1.3.i.epil, !prof !26, !llvm.loop !47
+  %indvars.iv644.3.i.epil = phi i64 [ %indvars.iv.next645.3.i.epil, %for_body_ax1.3.i.epil ], [ %indvars.iv644.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
+  %peak.rf_global210.sroa.0.0410.3.i.epil = phi <16 x float> [ %1185, %for_body_ax1.3.i.epil ], [ %peak.rf_global210.sroa.0.0410.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
+  %epil.iter180 = phi i64 [ %epil.iter180.next, %for_body_ax1.3.i.epil ], [ 0, %for_body_ax1.3.i.epil.preheader ]
+  %.idx836.i.epil = shl nsw i64 %indvars.iv644.3.i.epil, 6
+  %1181 = getelementptr inbounds nuw i8, ptr %scaled845847850.i, i64 %.idx836.i.epil
+  %1182 = getelementptr inbounds nuw i8, ptr %1181, i64 1536
+  %1183 = load <16 x float>, ptr %1182, align 4, !tbaa !5
+  %1184 = fcmp ogt <16 x float> %peak.rf_global210.sroa.0.0410.3.i.epil, %1183
+  %1185 = select <16 x i1> %1184, <16 x float> %peak.rf_global210.sroa.0.0410.3.i.epil, <16 x float> %1183
+  %indvars.iv.next645.3.i.epil = add nuw nsw i64 %indvars.iv644.3.i.epil, 1
+  %epil.iter180.next = add i64 %epil.iter180, 1
+  %epil.iter180.cmp.not = icmp eq i64 %epil.iter180.next, %xtraiter179
+  br i1 %epil.iter180.cmp.not, label %for_end_ax1.3.i, label %for_body_ax1.3.i.epil, !prof !26, !llvm.loop !47
 
 for_end_ax1.3.i:                                  ; preds = %for_body_ax1.3.i.epil, %for_end_ax1.3.i.loopexit.unr-lcssa, %for_end_ax1.2.i
-  %peak.rf_global199.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.2.i ], [ %1223, %for_end_ax1.3.i.loopexit.unr-lcssa ], [ %1228, %for_body_ax1.3.i.epil ]
-  br i1 %234, label %if_then55.3.i, label %if_end56.3.i
+  %peak.rf_global210.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.2.i ], [ %1180, %for_end_ax1.3.i.loopexit.unr-lcssa ], [ %1185, %for_body_ax1.3.i.epil ]
+  br i1 %203, label %if_then59.3.i, label %if_end60.3.i
 
-for_begin_to62.preheader.us.preheader.i:          ; preds = %if_end56.3.i
-  %1229 = insertelement <16 x float> poison, float %1373, i64 0
-  %1230 = shufflevector <16 x float> %1229, <16 x float> poison, <16 x i32> zeroinitializer
-  br label %for_body_to63.us.i
+for_begin_to66.preheader.us.preheader.i:          ; preds = %if_end60.3.i
+  %1186 = insertelement <16 x float> poison, float %1330, i64 0
+  %1187 = shufflevector <16 x float> %1186, <16 x float> poison, <16 x i32> zeroinitializer
+  br label %for_body_to67.us.i
 
-for_body_to63.us.i:                               ; preds = %for_body_to63.us.i, %for_begin_to62.preheader.us.preheader.i
-  %indvars.iv627.i = phi i64 [ 0, %for_begin_to62.preheader.us.preheader.i ], [ %indvars.iv.next628.i, %for_body_to63.us.i ]
-  %1231 = shl nsw i64 %indvars.iv627.i, 4
-  %1232 = getelementptr inbounds nuw float, ptr %scaled782784787.i, i64 %1231
-  %1233 = load <16 x float>, ptr %1232, align 4, !tbaa !5
-  %arg.us.i = fsub <16 x float> %1233, %1230
-  %cse_v33.us.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1234 = bitcast <16 x float> %cse_v33.us.i to <16 x i32>
-  %1235 = add nsw <16 x i32> %1234, splat (i32 -1262485504)
-  %1236 = sitofp <16 x i32> %1235 to <16 x float>
-  %1237 = fmul <16 x float> %1236, splat (float 0x3F2BD01060000000)
-  %1238 = fmul <16 x float> %1236, splat (float 0x3FE6300000000000)
-  %1239 = fsub <16 x float> %arg.us.i, %1238
-  %1240 = fadd <16 x float> %1237, %1239
-  %1241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1240, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1241, <16 x float> %1240, <16 x float> splat (float 0x3F81112100000000))
-  %1243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1242, <16 x float> %1240, <16 x float> splat (float 0x3FA5553820000000))
-  %1244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1243, <16 x float> %1240, <16 x float> splat (float 0x3FC5555540000000))
-  %1245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1244, <16 x float> %1240, <16 x float> splat (float 5.000000e-01))
-  %1246 = fmul <16 x float> %1240, %1245
-  %1247 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1246, <16 x float> %1240, <16 x float> %1240)
-  %1248 = shl <16 x i32> %1234, splat (i32 23)
-  %1249 = add <16 x i32> %1248, splat (i32 1065353216)
-  %1250 = bitcast <16 x i32> %1249 to <16 x float>
-  %1251 = fadd <16 x float> %1247, splat (float 1.000000e+00)
-  %1252 = fmul <16 x float> %1251, %1250
-  %1253 = fcmp olt <16 x float> %arg.us.i, splat (float -8.700000e+01)
-  %1254 = select <16 x i1> %1253, <16 x float> zeroinitializer, <16 x float> %1252
-  %1255 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1231
-  store <16 x float> %1254, ptr %1255, align 4, !tbaa !5
-  %indvars.iv.next628.i = add nuw nsw i64 %indvars.iv627.i, 1
-  %exitcond632.not.i = icmp eq i64 %indvars.iv.next628.i, %wide.trip.count601.i
-  br i1 %exitcond632.not.i, label %for_begin_to62.for_end_to64_crit_edge.us.i, label %for_body_to63.us.i, !prof !13
+for_body_to67.us.i:                               ; preds = %for_body_to67.us.i, %for_begin_to66.preheader.us.preheader.i
+  %indvars.iv657.i = phi i64 [ 0, %for_begin_to66.preheader.us.preheader.i ], [ %indvars.iv.next658.i, %for_body_to67.us.i ]
+  %1188 = shl nsw i64 %indvars.iv657.i, 4
+  %1189 = getelementptr inbounds nuw float, ptr %scaled845847850.i, i64 %1188
+  %1190 = load <16 x float>, ptr %1189, align 4, !tbaa !5
+  %arg.us.i = fsub <16 x float> %1190, %1187
+  %cse_v35.us.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1191 = bitcast <16 x float> %cse_v35.us.i to <16 x i32>
+  %1192 = add nsw <16 x i32> %1191, splat (i32 -1262485504)
+  %1193 = sitofp <16 x i32> %1192 to <16 x float>
+  %1194 = fmul <16 x float> %1193, splat (float 0x3F2BD01060000000)
+  %1195 = fmul <16 x float> %1193, splat (float 0x3FE6300000000000)
+  %1196 = fsub <16 x float> %arg.us.i, %1195
+  %1197 = fadd <16 x float> %1194, %1196
+  %1198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1197, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1198, <16 x float> %1197, <16 x float> splat (float 0x3F81112100000000))
+  %1200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1199, <16 x float> %1197, <16 x float> splat (float 0x3FA5553820000000))
+  %1201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1200, <16 x float> %1197, <16 x float> splat (float 0x3FC5555540000000))
+  %1202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1201, <16 x float> %1197, <16 x float> splat (float 5.000000e-01))
+  %1203 = fmul <16 x float> %1197, %1202
+  %1204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1203, <16 x float> %1197, <16 x float> %1197)
+  %1205 = shl <16 x i32> %1191, splat (i32 23)
+  %1206 = add <16 x i32> %1205, splat (i32 1065353216)
+  %1207 = bitcast <16 x i32> %1206 to <16 x float>
+  %1208 = fadd <16 x float> %1204, splat (float 1.000000e+00)
+  %1209 = fmul <16 x float> %1208, %1207
+  %1210 = fcmp olt <16 x float> %arg.us.i, splat (float -8.700000e+01)
+  %1211 = select <16 x i1> %1210, <16 x float> zeroinitializer, <16 x float> %1209
+  %1212 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1188
+  store <16 x float> %1211, ptr %1212, align 4, !tbaa !5
+  %indvars.iv.next658.i = add nuw nsw i64 %indvars.iv657.i, 1
+  %exitcond662.not.i = icmp eq i64 %indvars.iv.next658.i, %wide.trip.count631.i
+  br i1 %exitcond662.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.i, label %for_body_to67.us.i, !prof !13
 
-for_begin_to62.for_end_to64_crit_edge.us.i:       ; preds = %for_body_to63.us.i
-  %1256 = insertelement <16 x float> poison, float %1374, i64 0
-  %1257 = shufflevector <16 x float> %1256, <16 x float> poison, <16 x i32> zeroinitializer
-  br label %for_body_to63.us.1.i
+for_begin_to66.for_end_to68_crit_edge.us.i:       ; preds = %for_body_to67.us.i
+  %1213 = insertelement <16 x float> poison, float %1331, i64 0
+  %1214 = shufflevector <16 x float> %1213, <16 x float> poison, <16 x i32> zeroinitializer
+  br label %for_body_to67.us.1.i
 
-for_body_to63.us.1.i:                             ; preds = %for_body_to63.us.1.i, %for_begin_to62.for_end_to64_crit_edge.us.i
-  %indvars.iv627.1.i = phi i64 [ 0, %for_begin_to62.for_end_to64_crit_edge.us.i ], [ %indvars.iv.next628.1.i, %for_body_to63.us.1.i ]
-  %1258 = shl nsw i64 %indvars.iv627.1.i, 4
-  %1259 = add nuw nsw i64 %1258, 128
-  %1260 = getelementptr inbounds nuw float, ptr %scaled782784787.i, i64 %1259
-  %1261 = load <16 x float>, ptr %1260, align 4, !tbaa !5
-  %arg.us.1.i = fsub <16 x float> %1261, %1257
-  %cse_v33.us.1.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1262 = bitcast <16 x float> %cse_v33.us.1.i to <16 x i32>
-  %1263 = add nsw <16 x i32> %1262, splat (i32 -1262485504)
-  %1264 = sitofp <16 x i32> %1263 to <16 x float>
-  %1265 = fmul <16 x float> %1264, splat (float 0x3F2BD01060000000)
-  %1266 = fmul <16 x float> %1264, splat (float 0x3FE6300000000000)
-  %1267 = fsub <16 x float> %arg.us.1.i, %1266
-  %1268 = fadd <16 x float> %1265, %1267
-  %1269 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1268, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1269, <16 x float> %1268, <16 x float> splat (float 0x3F81112100000000))
-  %1271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1270, <16 x float> %1268, <16 x float> splat (float 0x3FA5553820000000))
-  %1272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1268, <16 x float> splat (float 0x3FC5555540000000))
-  %1273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1272, <16 x float> %1268, <16 x float> splat (float 5.000000e-01))
-  %1274 = fmul <16 x float> %1268, %1273
-  %1275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1274, <16 x float> %1268, <16 x float> %1268)
-  %1276 = shl <16 x i32> %1262, splat (i32 23)
-  %1277 = add <16 x i32> %1276, splat (i32 1065353216)
-  %1278 = bitcast <16 x i32> %1277 to <16 x float>
-  %1279 = fadd <16 x float> %1275, splat (float 1.000000e+00)
-  %1280 = fmul <16 x float> %1279, %1278
-  %1281 = fcmp olt <16 x float> %arg.us.1.i, splat (float -8.700000e+01)
-  %1282 = select <16 x i1> %1281, <16 x float> zeroinitializer, <16 x float> %1280
-  %1283 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1259
-  store <16 x float> %1282, ptr %1283, align 4, !tbaa !5
-  %indvars.iv.next628.1.i = add nuw nsw i64 %indvars.iv627.1.i, 1
-  %exitcond632.1.not.i = icmp eq i64 %indvars.iv.next628.1.i, %wide.trip.count601.i
-  br i1 %exitcond632.1.not.i, label %for_begin_to62.for_end_to64_crit_edge.us.1.i, label %for_body_to63.us.1.i, !prof !13
+for_body_to67.us.1.i:                             ; preds = %for_body_to67.us.1.i, %for_begin_to66.for_end_to68_crit_edge.us.i
+  %indvars.iv657.1.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.i ], [ %indvars.iv.next658.1.i, %for_body_to67.us.1.i ]
+  %1215 = shl nsw i64 %indvars.iv657.1.i, 4
+  %1216 = add nuw nsw i64 %1215, 128
+  %1217 = getelementptr inbounds nuw float, ptr %scaled845847850.i, i64 %1216
+  %1218 = load <16 x float>, ptr %1217, align 4, !tbaa !5
+  %arg.us.1.i = fsub <16 x float> %1218, %1214
+  %cse_v35.us.1.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1219 = bitcast <16 x float> %cse_v35.us.1.i to <16 x i32>
+  %1220 = add nsw <16 x i32> %1219, splat (i32 -1262485504)
+  %1221 = sitofp <16 x i32> %1220 to <16 x float>
+  %1222 = fmul <16 x float> %1221, splat (float 0x3F2BD01060000000)
+  %1223 = fmul <16 x float> %1221, splat (float 0x3FE6300000000000)
+  %1224 = fsub <16 x float> %arg.us.1.i, %1223
+  %1225 = fadd <16 x float> %1222, %1224
+  %1226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1225, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1226, <16 x float> %1225, <16 x float> splat (float 0x3F81112100000000))
+  %1228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1227, <16 x float> %1225, <16 x float> splat (float 0x3FA5553820000000))
+  %1229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1228, <16 x float> %1225, <16 x float> splat (float 0x3FC5555540000000))
+  %1230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1229, <16 x float> %1225, <16 x float> splat (float 5.000000e-01))
+  %1231 = fmul <16 x float> %1225, %1230
+  %1232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1231, <16 x float> %1225, <16 x float> %1225)
+  %1233 = shl <16 x i32> %1219, splat (i32 23)
+  %1234 = add <16 x i32> %1233, splat (i32 1065353216)
+  %1235 = bitcast <16 x i32> %1234 to <16 x float>
+  %1236 = fadd <16 x float> %1232, splat (float 1.000000e+00)
+  %1237 = fmul <16 x float> %1236, %1235
+  %1238 = fcmp olt <16 x float> %arg.us.1.i, splat (float -8.700000e+01)
+  %1239 = select <16 x i1> %1238, <16 x float> zeroinitializer, <16 x float> %1237
+  %1240 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1216
+  store <16 x float> %1239, ptr %1240, align 4, !tbaa !5
+  %indvars.iv.next658.1.i = add nuw nsw i64 %indvars.iv657.1.i, 1
+  %exitcond662.1.not.i = icmp eq i64 %indvars.iv.next658.1.i, %wide.trip.count631.i
+  br i1 %exitcond662.1.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.1.i, label %for_body_to67.us.1.i, !prof !13
 
-for_begin_to62.for_end_to64_crit_edge.us.1.i:     ; preds = %for_body_to63.us.1.i
-  %1284 = insertelement <16 x float> poison, float %1372, i64 0
-  %1285 = shufflevector <16 x float> %1284, <16 x float> poison, <16 x i32> zeroinitializer
-  br label %for_body_to63.us.2.i
+for_begin_to66.for_end_to68_crit_edge.us.1.i:     ; preds = %for_body_to67.us.1.i
+  %1241 = insertelement <16 x float> poison, float %1329, i64 0
+  %1242 = shufflevector <16 x float> %1241, <16 x float> poison, <16 x i32> zeroinitializer
+  br label %for_body_to67.us.2.i
 
-for_body_to63.us.2.i:                             ; preds = %for_body_to63.us.2.i, %for_begin_to62.for_end_to64_crit_edge.us.1.i
-  %indvars.iv627.2.i = phi i64 [ 0, %for_begin_to62.for_end_to64_crit_edge.us.1.i ], [ %indvars.iv.next628.2.i, %for_body_to63.us.2.i ]
-  %1286 = shl nsw i64 %indvars.iv627.2.i, 4
-  %1287 = add nuw nsw i64 %1286, 256
-  %1288 = getelementptr inbounds nuw float, ptr %scaled782784787.i, i64 %1287
-  %1289 = load <16 x float>, ptr %1288, align 4, !tbaa !5
-  %arg.us.2.i = fsub <16 x float> %1289, %1285
-  %cse_v33.us.2.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1290 = bitcast <16 x float> %cse_v33.us.2.i to <16 x i32>
-  %1291 = add nsw <16 x i32> %1290, splat (i32 -1262485504)
-  %1292 = sitofp <16 x i32> %1291 to <16 x float>
-  %1293 = fmul <16 x float> %1292, splat (float 0x3F2BD01060000000)
-  %1294 = fmul <16 x float> %1292, splat (float 0x3FE6300000000000)
-  %1295 = fsub <16 x float> %arg.us.2.i, %1294
-  %1296 = fadd <16 x float> %1293, %1295
-  %1297 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1296, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1297, <16 x float> %1296, <16 x float> splat (float 0x3F81112100000000))
-  %1299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1298, <16 x float> %1296, <16 x float> splat (float 0x3FA5553820000000))
-  %1300 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1299, <16 x float> %1296, <16 x float> splat (float 0x3FC5555540000000))
-  %1301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1300, <16 x float> %1296, <16 x float> splat (float 5.000000e-01))
-  %1302 = fmul <16 x float> %1296, %1301
-  %1303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1302, <16 x float> %1296, <16 x float> %1296)
-  %1304 = shl <16 x i32> %1290, splat (i32 23)
-  %1305 = add <16 x i32> %1304, splat (i32 1065353216)
-  %1306 = bitcast <16 x i32> %1305 to <16 x float>
-  %1307 = fadd <16 x float> %1303, splat (float 1.000000e+00)
-  %1308 = fmul <16 x float> %1307, %1306
-  %1309 = fcmp olt <16 x float> %arg.us.2.i, splat (float -8.700000e+01)
-  %1310 = select <16 x i1> %1309, <16 x float> zeroinitializer, <16 x float> %1308
-  %1311 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1287
-  store <16 x float> %1310, ptr %1311, align 4, !tbaa !5
-  %indvars.iv.next628.2.i = add nuw nsw i64 %indvars.iv627.2.i, 1
-  %exitcond632.2.not.i = icmp eq i64 %indvars.iv.next628.2.i, %wide.trip.count601.i
-  br i1 %exitcond632.2.not.i, label %for_begin_to62.for_end_to64_crit_edge.us.2.i, label %for_body_to63.us.2.i, !prof !13
+for_body_to67.us.2.i:                             ; preds = %for_body_to67.us.2.i, %for_begin_to66.for_end_to68_crit_edge.us.1.i
+  %indvars.iv657.2.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.1.i ], [ %indvars.iv.next658.2.i, %for_body_to67.us.2.i ]
+  %1243 = shl nsw i64 %indvars.iv657.2.i, 4
+  %1244 = add nuw nsw i64 %1243, 256
+  %1245 = getelementptr inbounds nuw float, ptr %scaled845847850.i, i64 %1244
+  %1246 = load <16 x float>, ptr %1245, align 4, !tbaa !5
+  %arg.us.2.i = fsub <16 x float> %1246, %1242
+  %cse_v35.us.2.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1247 = bitcast <16 x float> %cse_v35.us.2.i to <16 x i32>
+  %1248 = add nsw <16 x i32> %1247, splat (i32 -1262485504)
+  %1249 = sitofp <16 x i32> %1248 to <16 x float>
+  %1250 = fmul <16 x float> %1249, splat (float 0x3F2BD01060000000)
+  %1251 = fmul <16 x float> %1249, splat (float 0x3FE6300000000000)
+  %1252 = fsub <16 x float> %arg.us.2.i, %1251
+  %1253 = fadd <16 x float> %1250, %1252
+  %1254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1253, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1254, <16 x float> %1253, <16 x float> splat (float 0x3F81112100000000))
+  %1256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1255, <16 x float> %1253, <16 x float> splat (float 0x3FA5553820000000))
+  %1257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1256, <16 x float> %1253, <16 x float> splat (float 0x3FC5555540000000))
+  %1258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1257, <16 x float> %1253, <16 x float> splat (float 5.000000e-01))
+  %1259 = fmul <16 x float> %1253, %1258
+  %1260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1259, <16 x float> %1253, <16 x float> %1253)
+  %1261 = shl <16 x i32> %1247, splat (i32 23)
+  %1262 = add <16 x i32> %1261, splat (i32 1065353216)
+  %1263 = bitcast <16 x i32> %1262 to <16 x float>
+  %1264 = fadd <16 x float> %1260, splat (float 1.000000e+00)
+  %1265 = fmul <16 x float> %1264, %1263
+  %1266 = fcmp olt <16 x float> %arg.us.2.i, splat (float -8.700000e+01)
+  %1267 = select <16 x i1> %1266, <16 x float> zeroinitializer, <16 x float> %1265
+  %1268 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1244
+  store <16 x float> %1267, ptr %1268, align 4, !tbaa !5
+  %indvars.iv.next658.2.i = add nuw nsw i64 %indvars.iv657.2.i, 1
+  %exitcond662.2.not.i = icmp eq i64 %indvars.iv.next658.2.i, %wide.trip.count631.i
+  br i1 %exitcond662.2.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.2.i, label %for_body_to67.us.2.i, !prof !13
 
-for_begin_to62.for_end_to64_crit_edge.us.2.i:     ; preds = %for_body_to63.us.2.i
-  %1312 = insertelement <16 x float> poison, float %1375, i64 0
-  %1313 = shufflevector <16 x float> %1312, <16 x float> poison, <16 x i32> zeroinitializer
-  br label %for_body_to63.us.3.i
+for_begin_to66.for_end_to68_crit_edge.us.2.i:     ; preds = %for_body_to67.us.2.i
+  %1269 = insertelement <16 x float> poison, float %1332, i64 0
+  %1270 = shufflevector <16 x float> %1269, <16 x float> poison, <16 x i32> zeroinitializer
+  br label %for_body_to67.us.3.i
 
-for_body_to63.us.3.i:                             ; preds = %for_body_to63.us.3.i, %for_begin_to62.for_end_to64_crit_edge.us.2.i
-  %indvars.iv627.3.i = phi i64 [ 0, %for_begin_to62.for_end_to64_crit_edge.us.2.i ], [ %indvars.iv.next628.3.i, %for_body_to63.us.3.i ]
-  %1314 = shl nsw i64 %indvars.iv627.3.i, 4
-  %1315 = add nuw nsw i64 %1314, 384
-  %1316 = getelementptr inbounds nuw float, ptr %scaled782784787.i, i64 %1315
-  %1317 = load <16 x float>, ptr %1316, align 4, !tbaa !5
-  %arg.us.3.i = fsub <16 x float> %1317, %1313
-  %cse_v33.us.3.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1318 = bitcast <16 x float> %cse_v33.us.3.i to <16 x i32>
-  %1319 = add nsw <16 x i32> %1318, splat (i32 -1262485504)
-  %1320 = sitofp <16 x i32> %1319 to <16 x float>
-  %1321 = fmul <16 x float> %1320, splat (float 0x3F2BD01060000000)
-  %1322 = fmul <16 x float> %1320, splat (float 0x3FE6300000000000)
-  %1323 = fsub <16 x float> %arg.us.3.i, %1322
-  %1324 = fadd <16 x float> %1321, %1323
-  %1325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1324, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1325, <16 x float> %1324, <16 x float> splat (float 0x3F81112100000000))
-  %1327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1326, <16 x float> %1324, <16 x float> splat (float 0x3FA5553820000000))
-  %1328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1327, <16 x float> %1324, <16 x float> splat (float 0x3FC5555540000000))
-  %1329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1328, <16 x float> %1324, <16 x float> splat (float 5.000000e-01))
-  %1330 = fmul <16 x float> %1324, %1329
-  %1331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1330, <16 x float> %1324, <16 x float> %1324)
-  %1332 = shl <16 x i32> %1318, splat (i32 23)
-  %1333 = add <16 x i32> %1332, splat (i32 1065353216)
-  %1334 = bitcast <16 x i32> %1333 to <16 x float>
-  %1335 = fadd <16 x float> %1331, splat (float 1.000000e+00)
-  %1336 = fmul <16 x float> %1335, %1334
-  %1337 = fcmp olt <16 x float> %arg.us.3.i, splat (float -8.700000e+01)
-  %1338 = select <16 x i1> %1337, <16 x float> zeroinitializer, <16 x float> %1336
-  %1339 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1315
-  store <16 x float> %1338, ptr %1339, align 4, !tbaa !5
-  %indvars.iv.next628.3.i = add nuw nsw i64 %indvars.iv627.3.i, 1
-  %exitcond632.3.not.i = icmp eq i64 %indvars.iv.next628.3.i, %wide.trip.count601.i
-  br i1 %exitcond632.3.not.i, label %for_body_ax173.i.preheader, label %for_body_to63.us.3.i, !prof !13
+for_body_to67.us.3.i:                             ; preds = %for_body_to67.us.3.i, %for_begin_to66.for_end_to68_crit_edge.us.2.i
+  %indvars.iv657.3.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.2.i ], [ %indvars.iv.next658.3.i, %for_body_to67.us.3.i ]
+  %1271 = shl nsw i64 %indvars.iv657.3.i, 4
+  %1272 = add nuw nsw i64 %1271, 384
+  %1273 = getelementptr inbounds nuw float, ptr %scaled845847850.i, i64 %1272
+  %1274 = load <16 x float>, ptr %1273, align 4, !tbaa !5
+  %arg.us.3.i = fsub <16 x float> %1274, %1270
+  %cse_v35.us.3.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1275 = bitcast <16 x float> %cse_v35.us.3.i to <16 x i32>
+  %1276 = add nsw <16 x i32> %1275, splat (i32 -1262485504)
+  %1277 = sitofp <16 x i32> %1276 to <16 x float>
+  %1278 = fmul <16 x float> %1277, splat (float 0x3F2BD01060000000)
+  %1279 = fmul <16 x float> %1277, splat (float 0x3FE6300000000000)
+  %1280 = fsub <16 x float> %arg.us.3.i, %1279
+  %1281 = fadd <16 x float> %1278, %1280
+  %1282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1281, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1282, <16 x float> %1281, <16 x float> splat (float 0x3F81112100000000))
+  %1284 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1283, <16 x float> %1281, <16 x float> splat (float 0x3FA5553820000000))
+  %1285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1284, <16 x float> %1281, <16 x float> splat (float 0x3FC5555540000000))
+  %1286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1285, <16 x float> %1281, <16 x float> splat (float 5.000000e-01))
+  %1287 = fmul <16 x float> %1281, %1286
+  %1288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1287, <16 x float> %1281, <16 x float> %1281)
+  %1289 = shl <16 x i32> %1275, splat (i32 23)
+  %1290 = add <16 x i32> %1289, splat (i32 1065353216)
+  %1291 = bitcast <16 x i32> %1290 to <16 x float>
+  %1292 = fadd <16 x float> %1288, splat (float 1.000000e+00)
+  %1293 = fmul <16 x float> %1292, %1291
+  %1294 = fcmp olt <16 x float> %arg.us.3.i, splat (float -8.700000e+01)
+  %1295 = select <16 x i1> %1294, <16 x float> zeroinitializer, <16 x float> %1293
+  %1296 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1272
+  store <16 x float> %1295, ptr %1296, align 4, !tbaa !5
+  %indvars.iv.next658.3.i = add nuw nsw i64 %indvars.iv657.3.i, 1
+  %exitcond662.3.not.i = icmp eq i64 %indvars.iv.next658.3.i, %wide.trip.count631.i
+  br i1 %exitcond662.3.not.i, label %for_body_ax177.i.preheader, label %for_body_to67.us.3.i, !prof !13
 
-for_body_ax173.i.preheader:                       ; preds = %for_body_to63.us.3.i
-  br i1 %271, label %for_body_ax173.i.epil.preheader, label %for_body_ax173.i, !prof !36
+for_body_ax177.i.preheader:                       ; preds = %for_body_to67.us.3.i
+  br i1 %238, label %for_body_ax177.i.epil.preheader, label %for_body_ax177.i, !prof !36
 
-if_then55.3.i:                                    ; preds = %for_end_ax1.3.i
-  %peak.rf200.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.3.i, i64 0
-  %1340 = fcmp olt float %peak.rf200.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
-  %1341 = select i1 %1340, float 0xC7EFFFFFE0000000, float %peak.rf200.sroa.0.0.vec.extract.3.i
-  %peak.rf200.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.3.i, i64 1
-  %1342 = fcmp ogt float %1341, %peak.rf200.sroa.0.4.vec.extract.3.i
-  %1343 = select i1 %1342, float %1341, float %peak.rf200.sroa.0.4.vec.extract.3.i
-  %peak.rf200.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.3.i, i64 2
-  %1344 = fcmp ogt float %1343, %peak.rf200.sroa.0.8.vec.extract.3.i
-  %1345 = select i1 %1344, float %1343, float %peak.rf200.sroa.0.8.vec.extract.3.i
-  %peak.rf200.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.3.i, i64 3
-  %1346 = fcmp ogt float %1345, %peak.rf200.sroa.0.12.vec.extract.3.i
-  %1347 = select i1 %1346, float %1345, float %peak.rf200.sroa.0.12.vec.extract.3.i
-  %peak.rf200.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.3.i, i64 4
-  %1348 = fcmp ogt float %1347, %peak.rf200.sroa.0.16.vec.extract.3.i
-  %1349 = select i1 %1348, float %1347, float %peak.rf200.sroa.0.16.vec.extract.3.i
-  %peak.rf200.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.3.i, i64 5
-  %1350 = fcmp ogt float %1349, %peak.rf200.sroa.0.20.vec.extract.3.i
-  %1351 = select i1 %1350, float %1349, float %peak.rf200.sroa.0.20.vec.extract.3.i
-  %peak.rf200.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.3.i, i64 6
-  %1352 = fcmp ogt float %1351, %peak.rf200.sroa.0.24.vec.extract.3.i
-  %1353 = select i1 %1352, float %1351, float %peak.rf200.sroa.0.24.vec.extract.3.i
-  %peak.rf200.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.3.i, i64 7
-  %1354 = fcmp ogt float %1353, %peak.rf200.sroa.0.28.vec.extract.3.i
-  %1355 = select i1 %1354, float %1353, float %peak.rf200.sroa.0.28.vec.extract.3.i
-  %peak.rf200.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.3.i, i64 8
-  %1356 = fcmp ogt float %1355, %peak.rf200.sroa.0.32.vec.extract.3.i
-  %1357 = select i1 %1356, float %1355, float %peak.rf200.sroa.0.32.vec.extract.3.i
-  %peak.rf200.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.3.i, i64 9
-  %1358 = fcmp ogt float %1357, %peak.rf200.sroa.0.36.vec.extract.3.i
-  %1359 = select i1 %1358, float %1357, float %peak.rf200.sroa.0.36.vec.extract.3.i
-  %peak.rf200.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.3.i, i64 10
-  %1360 = fcmp ogt float %1359, %peak.rf200.sroa.0.40.vec.extract.3.i
-  %1361 = select i1 %1360, float %1359, float %peak.rf200.sroa.0.40.vec.extract.3.i
-  %peak.rf200.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.3.i, i64 11
-  %1362 = fcmp ogt float %1361, %peak.rf200.sroa.0.44.vec.extract.3.i
-  %1363 = select i1 %1362, float %1361, float %peak.rf200.sroa.0.44.vec.extract.3.i
-  %peak.rf200.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.3.i, i64 12
-  %1364 = fcmp ogt float %1363, %peak.rf200.sroa.0.48.vec.extract.3.i
-  %1365 = select i1 %1364, float %1363, float %peak.rf200.sroa.0.48.vec.extract.3.i
-  %peak.rf200.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.3.i, i64 13
-  %1366 = fcmp ogt float %1365, %peak.rf200.sroa.0.52.vec.extract.3.i
-  %1367 = select i1 %1366, float %1365, float %peak.rf200.sroa.0.52.vec.extract.3.i
-  %peak.rf200.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.3.i, i64 14
-  %1368 = fcmp ogt float %1367, %peak.rf200.sroa.0.56.vec.extract.3.i
-  %1369 = select i1 %1368, float %1367, float %peak.rf200.sroa.0.56.vec.extract.3.i
-  %peak.rf200.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global199.sroa.0.0.lcssa.3.i, i64 15
-  %1370 = fcmp ogt float %1369, %peak.rf200.sroa.0.60.vec.extract.3.i
-  %1371 = select i1 %1370, float %1369, float %peak.rf200.sroa.0.60.vec.extract.3.i
-  %tile_max204.sroa.0.0.vec.insert788.i = insertelement <4 x float> poison, float %1029, i64 0
-  %tile_max204.sroa.0.4.vec.insert792.i = insertelement <4 x float> %tile_max204.sroa.0.0.vec.insert788.i, float %1106, i64 1
-  %tile_max204.sroa.0.8.vec.insert796.i = insertelement <4 x float> %tile_max204.sroa.0.4.vec.insert792.i, float %1183, i64 2
-  br label %if_end56.3.i
+if_then59.3.i:                                    ; preds = %for_end_ax1.3.i
+  %peak.rf211.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 0
+  %1297 = fcmp olt float %peak.rf211.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
+  %1298 = select i1 %1297, float 0xC7EFFFFFE0000000, float %peak.rf211.sroa.0.0.vec.extract.3.i
+  %peak.rf211.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 1
+  %1299 = fcmp ogt float %1298, %peak.rf211.sroa.0.4.vec.extract.3.i
+  %1300 = select i1 %1299, float %1298, float %peak.rf211.sroa.0.4.vec.extract.3.i
+  %peak.rf211.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 2
+  %1301 = fcmp ogt float %1300, %peak.rf211.sroa.0.8.vec.extract.3.i
+  %1302 = select i1 %1301, float %1300, float %peak.rf211.sroa.0.8.vec.extract.3.i
+  %peak.rf211.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 3
+  %1303 = fcmp ogt float %1302, %peak.rf211.sroa.0.12.vec.extract.3.i
+  %1304 = select i1 %1303, float %1302, float %peak.rf211.sroa.0.12.vec.extract.3.i
+  %peak.rf211.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 4
+  %1305 = fcmp ogt float %1304, %peak.rf211.sroa.0.16.vec.extract.3.i
+  %1306 = select i1 %1305, float %1304, float %peak.rf211.sroa.0.16.vec.extract.3.i
+  %peak.rf211.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 5
+  %1307 = fcmp ogt float %1306, %peak.rf211.sroa.0.20.vec.extract.3.i
+  %1308 = select i1 %1307, float %1306, float %peak.rf211.sroa.0.20.vec.extract.3.i
+  %peak.rf211.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 6
+  %1309 = fcmp ogt float %1308, %peak.rf211.sroa.0.24.vec.extract.3.i
+  %1310 = select i1 %1309, float %1308, float %peak.rf211.sroa.0.24.vec.extract.3.i
+  %peak.rf211.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 7
+  %1311 = fcmp ogt float %1310, %peak.rf211.sroa.0.28.vec.extract.3.i
+  %1312 = select i1 %1311, float %1310, float %peak.rf211.sroa.0.28.vec.extract.3.i
+  %peak.rf211.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 8
+  %1313 = fcmp ogt float %1312, %peak.rf211.sroa.0.32.vec.extract.3.i
+  %1314 = select i1 %1313, float %1312, float %peak.rf211.sroa.0.32.vec.extract.3.i
+  %peak.rf211.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 9
+  %1315 = fcmp ogt float %1314, %peak.rf211.sroa.0.36.vec.extract.3.i
+  %1316 = select i1 %1315, float %1314, float %peak.rf211.sroa.0.36.vec.extract.3.i
+  %peak.rf211.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 10
+  %1317 = fcmp ogt float %1316, %peak.rf211.sroa.0.40.vec.extract.3.i
+  %1318 = select i1 %1317, float %1316, float %peak.rf211.sroa.0.40.vec.extract.3.i
+  %peak.rf211.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 11
+  %1319 = fcmp ogt float %1318, %peak.rf211.sroa.0.44.vec.extract.3.i
+  %1320 = select i1 %1319, float %1318, float %peak.rf211.sroa.0.44.vec.extract.3.i
+  %peak.rf211.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 12
+  %1321 = fcmp ogt float %1320, %peak.rf211.sroa.0.48.vec.extract.3.i
+  %1322 = select i1 %1321, float %1320, float %peak.rf211.sroa.0.48.vec.extract.3.i
+  %peak.rf211.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 13
+  %1323 = fcmp ogt float %1322, %peak.rf211.sroa.0.52.vec.extract.3.i
+  %1324 = select i1 %1323, float %1322, float %peak.rf211.sroa.0.52.vec.extract.3.i
+  %peak.rf211.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 14
+  %1325 = fcmp ogt float %1324, %peak.rf211.sroa.0.56.vec.extract.3.i
+  %1326 = select i1 %1325, float %1324, float %peak.rf211.sroa.0.56.vec.extract.3.i
+  %peak.rf211.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 15
+  %1327 = fcmp ogt float %1326, %peak.rf211.sroa.0.60.vec.extract.3.i
+  %1328 = select i1 %1327, float %1326, float %peak.rf211.sroa.0.60.vec.extract.3.i
+  %tile_max215.sroa.0.0.vec.insert851.i = insertelement <4 x float> poison, float %986, i64 0
+  %tile_max215.sroa.0.4.vec.insert855.i = insertelement <4 x float> %tile_max215.sroa.0.0.vec.insert851.i, float %1063, i64 1
+  %tile_max215.sroa.0.8.vec.insert859.i = insertelement <4 x float> %tile_max215.sroa.0.4.vec.insert855.i, float %1140, i64 2
+  br label %if_end60.3.i
 
-if_end56.3.i:                                     ; preds = %if_then55.3.i, %for_end_ax1.3.i
-  %tile_max204.sroa.0.8.vec.insert797.i = phi <4 x float> [ %tile_max204.sroa.0.8.vec.insert796.i, %if_then55.3.i ], [ <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>, %for_end_ax1.3.i ]
-  %1372 = phi float [ %1183, %if_then55.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1373 = phi float [ %1029, %if_then55.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1374 = phi float [ %1106, %if_then55.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1375 = phi float [ %1371, %if_then55.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %tile_max204.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_max204.sroa.0.8.vec.insert797.i, float %1375, i64 3
-  br i1 %255, label %for_begin_to62.preheader.us.preheader.i, label %for_end_ax174.i, !prof !3
+if_end60.3.i:                                     ; preds = %if_then59.3.i, %for_end_ax1.3.i
+  %tile_max215.sroa.0.8.vec.insert860.i = phi <4 x float> [ %tile_max215.sroa.0.8.vec.insert859.i, %if_then59.3.i ], [ <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>, %for_end_ax1.3.i ]
+  %1329 = phi float [ %1140, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
+  %1330 = phi float [ %986, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
+  %1331 = phi float [ %1063, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
+  %1332 = phi float [ %1328, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
+  %tile_max215.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_max215.sroa.0.8.vec.insert860.i, float %1332, i64 3
+  br i1 %222, label %for_begin_to66.preheader.us.preheader.i, label %for_end_ax178.i, !prof !3
 
-for_body_ax173.i:                                 ; preds = %for_body_ax173.i, %for_body_ax173.i.preheader
-  %indvars.iv637.i = phi i64 [ %indvars.iv.next638.i.7, %for_body_ax173.i ], [ 0, %for_body_ax173.i.preheader ]
-  %tile_sum.rf_global197.sroa.0.0401.i = phi <16 x float> [ %1406, %for_body_ax173.i ], [ zeroinitializer, %for_body_ax173.i.preheader ]
-  %niter188 = phi i64 [ %niter188.next.7, %for_body_ax173.i ], [ 0, %for_body_ax173.i.preheader ]
-  %.idx775.i = shl nsw i64 %indvars.iv637.i, 6
-  %1376 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx775.i
-  %1377 = load <16 x float>, ptr %1376, align 4, !tbaa !5
-  %1378 = fadd <16 x float> %tile_sum.rf_global197.sroa.0.0401.i, %1377
-  %indvars.iv.next638.i = shl i64 %indvars.iv637.i, 6
-  %1379 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.i
-  %1380 = getelementptr inbounds nuw i8, ptr %1379, i64 64
-  %1381 = load <16 x float>, ptr %1380, align 4, !tbaa !5
-  %1382 = fadd <16 x float> %1378, %1381
-  %indvars.iv.next638.i.1 = shl i64 %indvars.iv637.i, 6
-  %1383 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.i.1
-  %1384 = getelementptr inbounds nuw i8, ptr %1383, i64 128
+for_body_ax177.i:                                 ; preds = %for_body_ax177.i, %for_body_ax177.i.preheader
+  %indvars.iv667.i = phi i64 [ %indvars.iv.next668.i.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
+  %tile_sum.rf_global208.sroa.0.0416.i = phi <16 x float> [ %1363, %for_body_ax177.i ], [ zeroinitializer, %for_body_ax177.i.preheader ]
+  %niter192 = phi i64 [ %niter192.next.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
+  %.idx837.i = shl nsw i64 %indvars.iv667.i, 6
+  %1333 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx837.i
+  %1334 = load <16 x float>, ptr %1333, align 4, !tbaa !5
+  %1335 = fadd <16 x float> %tile_sum.rf_global208.sroa.0.0416.i, %1334
+  %indvars.iv.next668.i = shl i64 %indvars.iv667.i, 6
+  %1336 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.i
+  %1337 = getelementptr inbounds nuw i8, ptr %1336, i64 64
+  %1338 = load <16 x float>, ptr %1337, align 4, !tbaa !5
+  %1339 = fadd <16 x float> %1335, %1338
+  %indvars.iv.next668.i.1 = shl i64 %indvars.iv667.i, 6
+  %1340 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.i.1
+  %1341 = getelementptr inbounds nuw i8, ptr %1340, i64 128
+  %1342 = load <16 x float>, ptr %1341, align 4, !tbaa !5
+  %1343 = fadd <16 x float> %1339, %1342
+  %indvars.iv.next668.i.2 = shl i64 %indvars.iv667.i, 6
+  %1344 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.i.2
+  %1345 = getelementptr inbounds nuw i8, ptr %1344, i64 192
+  %1346 = load <16 x float>, ptr %1345, align 4, !tbaa !5
+  %1347 = fadd <16 x float> %1343, %1346
+  %indvars.iv.next668.i.3 = shl i64 %indvars.iv667.i, 6
+  %1348 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.i.3
+  %1349 = getelementptr inbounds nuw i8, ptr %1348, i64 256
+  %1350 = load <16 x float>, ptr %1349, align 4, !tbaa !5
+  %1351 = fadd <16 x float> %1347, %1350
+  %indvars.iv.next668.i.4 = shl i64 %indvars.iv667.i, 6
+  %1352 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.i.4
+  %1353 = getelementptr inbounds nuw i8, ptr %1352, i64 320
+  %1354 = load <16 x float>, ptr %1353, align 4, !tbaa !5
+  %1355 = fadd <16 x float> %1351, %1354
+  %indvars.iv.next668.i.5 = shl i64 %indvars.iv667.i, 6
+  %1356 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.i.5
+  %1357 = getelementptr inbounds nuw i8, ptr %1356, i64 384
+  %1358 = load <16 x float>, ptr %1357, align 4, !tbaa !5
+  %1359 = fadd <16 x float> %1355, %1358
+  %indvars.iv.next668.i.6 = shl i64 %indvars.iv667.i, 6
+  %1360 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.i.6
+  %1361 = getelementptr inbounds nuw i8, ptr %1360, i64 448
+  %1362 = load <16 x float>, ptr %1361, align 4, !tbaa !5
+  %1363 = fadd <16 x float> %1359, %1362
+  %indvars.iv.next668.i.7 = add nuw nsw i64 %indvars.iv667.i, 8
+  %niter192.next.7 = add i64 %niter192, 8
+  %niter192.ncmp.7 = icmp eq i64 %niter192.next.7, %unroll_iter191
+  br i1 %niter192.ncmp.7, label %for_end_ax178.i.loopexit.unr-lcssa, label %for_body_ax177.i, !prof !37, !llvm.loop !48
+
+for_end_ax178.i.loopexit.unr-lcssa:               ; preds = %for_body_ax177.i
+  br i1 %lcmp.mod188.not, label %for_end_ax178.i, label %for_body_ax177.i.epil.preheader, !prof !40
+
+for_body_ax177.i.epil.preheader:                  ; preds = %for_end_ax178.i.loopexit.unr-lcssa, %for_body_ax177.i.preheader
+  %indvars.iv667.i.epil.init = phi i64 [ 0, %for_body_ax177.i.preheader ], [ %indvars.iv.next668.i.7, %for_end_ax178.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global208.sroa.0.0416.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.i.preheader ], [ %1363, %for_end_ax178.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod190)
+  br label %for_body_ax177.i.epil
+
+for_body_ax177.i.epil:                            ; preds = %for_body_ax177.i.epil, %for_body_ax177.i.epil.preheader
+  %indvars.iv667.i.epil = phi i64 [ %indvars.iv.next668.i.epil, %for_body_ax177.i.epil ], [ %indvars.iv667.i.epil.init, %for_body_ax177.i.epil.preheader ]
+  %tile_sum.rf_global208.sroa.0.0416.i.epil = phi <16 x float> [ %1366, %for_body_ax177.i.epil ], [ %tile_sum.rf_global208.sroa.0.0416.i.epil.init, %for_body_ax177.i.epil.preheader ]
+  %epil.iter187 = phi i64 [ %epil.iter187.next, %for_body_ax177.i.epil ], [ 0, %for_body_ax177.i.epil.preheader ]
+  %.idx837.i.epil = shl nsw i64 %indvars.iv667.i.epil, 6
+  %1364 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx837.i.epil
+  %1365 = load <16 x float>, ptr %1364, align 4, !tbaa !5
+  %1366 = fadd <16 x float> %tile_sum.rf_global208.sroa.0.0416.i.epil, %1365
+  %indvars.iv.next668.i.epil = add nuw nsw i64 %indvars.iv667.i.epil, 1
+  %epil.iter187.next = add i64 %epil.iter187, 1
+  %epil.iter187.cmp.not = icmp eq i64 %epil.iter187.next, %xtraiter186
+  br i1 %epil.iter187.cmp.not, label %for_end_ax178.i, label %for_body_ax177.i.epil, !prof !26, !llvm.loop !49
+
+for_end_ax178.i:                                  ; preds = %for_body_ax177.i.epil, %for_end_ax178.i.loopexit.unr-lcssa, %if_end60.3.i
+  %tile_sum.rf_global208.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %if_end60.3.i ], [ %1363, %for_end_ax178.i.loopexit.unr-lcssa ], [ %1366, %for_body_ax177.i.epil ]
+  %tile_sum.rf209.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 0
+  %1367 = fadd float %tile_sum.rf209.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf209.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 1
+  %1368 = fadd float %tile_sum.rf209.sroa.0.4.vec.extract.i, %1367
+  %tile_sum.rf209.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 2
+  %1369 = fadd float %tile_sum.rf209.sroa.0.8.vec.extract.i, %1368
+  %tile_sum.rf209.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 3
+  %1370 = fadd float %tile_sum.rf209.sroa.0.12.vec.extract.i, %1369
+  %tile_sum.rf209.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 4
+  %1371 = fadd float %tile_sum.rf209.sroa.0.16.vec.extract.i, %1370
+  %tile_sum.rf209.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 5
+  %1372 = fadd float %tile_sum.rf209.sroa.0.20.vec.extract.i, %1371
+  %tile_sum.rf209.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 6
+  %1373 = fadd float %tile_sum.rf209.sroa.0.24.vec.extract.i, %1372
+  %tile_sum.rf209.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 7
+  %1374 = fadd float %tile_sum.rf209.sroa.0.28.vec.extract.i, %1373
+  %tile_sum.rf209.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 8
+  %1375 = fadd float %tile_sum.rf209.sroa.0.32.vec.extract.i, %1374
+  %tile_sum.rf209.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 9
+  %1376 = fadd float %tile_sum.rf209.sroa.0.36.vec.extract.i, %1375
+  %tile_sum.rf209.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 10
+  %1377 = fadd float %tile_sum.rf209.sroa.0.40.vec.extract.i, %1376
+  %tile_sum.rf209.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 11
+  %1378 = fadd float %tile_sum.rf209.sroa.0.44.vec.extract.i, %1377
+  %tile_sum.rf209.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 12
+  %1379 = fadd float %tile_sum.rf209.sroa.0.48.vec.extract.i, %1378
+  %tile_sum.rf209.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 13
+  %1380 = fadd float %tile_sum.rf209.sroa.0.52.vec.extract.i, %1379
+  %tile_sum.rf209.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 14
+  %1381 = fadd float %tile_sum.rf209.sroa.0.56.vec.extract.i, %1380
+  %tile_sum.rf209.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 15
+  %1382 = fadd float %tile_sum.rf209.sroa.0.60.vec.extract.i, %1381
+  %tile_sum214.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1382, i64 0
+  br i1 %222, label %for_body_ax177.1.i.preheader, label %for_end_ax178.1.i, !prof !3
+
+for_body_ax177.1.i.preheader:                     ; preds = %for_end_ax178.i
+  br i1 %239, label %for_body_ax177.1.i.epil.preheader, label %for_body_ax177.1.i, !prof !36
+
+for_body_ax177.1.i:                               ; preds = %for_body_ax177.1.i, %for_body_ax177.1.i.preheader
+  %indvars.iv667.1.i = phi i64 [ %indvars.iv.next668.1.i.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
+  %tile_sum.rf_global208.sroa.0.0416.1.i = phi <16 x float> [ %1414, %for_body_ax177.1.i ], [ zeroinitializer, %for_body_ax177.1.i.preheader ]
+  %niter199 = phi i64 [ %niter199.next.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
+  %.idx838.i = shl nsw i64 %indvars.iv667.1.i, 6
+  %1383 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx838.i
+  %1384 = getelementptr inbounds nuw i8, ptr %1383, i64 512
   %1385 = load <16 x float>, ptr %1384, align 4, !tbaa !5
-  %1386 = fadd <16 x float> %1382, %1385
-  %indvars.iv.next638.i.2 = shl i64 %indvars.iv637.i, 6
-  %1387 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.i.2
-  %1388 = getelementptr inbounds nuw i8, ptr %1387, i64 192
+  %1386 = fadd <16 x float> %tile_sum.rf_global208.sroa.0.0416.1.i, %1385
+  %indvars.iv.next668.1.i = shl i64 %indvars.iv667.1.i, 6
+  %1387 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.1.i
+  %1388 = getelementptr inbounds nuw i8, ptr %1387, i64 576
   %1389 = load <16 x float>, ptr %1388, align 4, !tbaa !5
   %1390 = fadd <16 x float> %1386, %1389
-  %indvars.iv.next638.i.3 = shl i64 %indvars.iv637.i, 6
-  %1391 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.i.3
-  %1392 = getelementptr inbounds nuw i8, ptr %1391, i64 256
+  %indvars.iv.next668.1.i.1 = shl i64 %indvars.iv667.1.i, 6
+  %1391 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.1.i.1
+  %1392 = getelementptr inbounds nuw i8, ptr %1391, i64 640
   %1393 = load <16 x float>, ptr %1392, align 4, !tbaa !5
   %1394 = fadd <16 x float> %1390, %1393
-  %indvars.iv.next638.i.4 = shl i64 %indvars.iv637.i, 6
-  %1395 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.i.4
-  %1396 = getelementptr inbounds nuw i8, ptr %1395, i64 320
+  %indvars.iv.next668.1.i.2 = shl i64 %indvars.iv667.1.i, 6
+  %1395 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.1.i.2
+  %1396 = getelementptr inbounds nuw i8, ptr %1395, i64 704
   %1397 = load <16 x float>, ptr %1396, align 4, !tbaa !5
   %1398 = fadd <16 x float> %1394, %1397
-  %indvars.iv.next638.i.5 = shl i64 %indvars.iv637.i, 6
-  %1399 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.i.5
-  %1400 = getelementptr inbounds nuw i8, ptr %1399, i64 384
+  %indvars.iv.next668.1.i.3 = shl i64 %indvars.iv667.1.i, 6
+  %1399 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.1.i.3
+  %1400 = getelementptr inbounds nuw i8, ptr %1399, i64 768
   %1401 = load <16 x float>, ptr %1400, align 4, !tbaa !5
   %1402 = fadd <16 x float> %1398, %1401
-  %indvars.iv.next638.i.6 = shl i64 %indvars.iv637.i, 6
-  %1403 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.i.6
-  %1404 = getelementptr inbounds nuw i8, ptr %1403, i64 448
+  %indvars.iv.next668.1.i.4 = shl i64 %indvars.iv667.1.i, 6
+  %1403 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.1.i.4
+  %1404 = getelementptr inbounds nuw i8, ptr %1403, i64 832
   %1405 = load <16 x float>, ptr %1404, align 4, !tbaa !5
   %1406 = fadd <16 x float> %1402, %1405
-  %indvars.iv.next638.i.7 = add nuw nsw i64 %indvars.iv637.i, 8
-  %niter188.next.7 = add i64 %niter188, 8
-  %niter188.ncmp.7 = icmp eq i64 %niter188.next.7, %unroll_iter187
-  br i1 %niter188.ncmp.7, label %for_end_ax174.i.loopexit.unr-lcssa, label %for_body_ax173.i, !prof !37, !llvm.loop !48
+  %indvars.iv.next668.1.i.5 = shl i64 %indvars.iv667.1.i, 6
+  %1407 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.1.i.5
+  %1408 = getelementptr inbounds nuw i8, ptr %1407, i64 896
+  %1409 = load <16 x float>, ptr %1408, align 4, !tbaa !5
+  %1410 = fadd <16 x float> %1406, %1409
+  %indvars.iv.next668.1.i.6 = shl i64 %indvars.iv667.1.i, 6
+  %1411 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.1.i.6
+  %1412 = getelementptr inbounds nuw i8, ptr %1411, i64 960
+  %1413 = load <16 x float>, ptr %1412, align 4, !tbaa !5
+  %1414 = fadd <16 x float> %1410, %1413
+  %indvars.iv.next668.1.i.7 = add nuw nsw i64 %indvars.iv667.1.i, 8
+  %niter199.next.7 = add i64 %niter199, 8
+  %niter199.ncmp.7 = icmp eq i64 %niter199.next.7, %unroll_iter198
+  br i1 %niter199.ncmp.7, label %for_end_ax178.1.i.loopexit.unr-lcssa, label %for_body_ax177.1.i, !prof !37, !llvm.loop !50
 
-for_end_ax174.i.loopexit.unr-lcssa:               ; preds = %for_body_ax173.i
-  br i1 %lcmp.mod184.not, label %for_end_ax174.i, label %for_body_ax173.i.epil.preheader, !prof !40
+for_end_ax178.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.1.i
+  br i1 %lcmp.mod195.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil.preheader, !prof !40
 
-for_body_ax173.i.epil.preheader:                  ; preds = %for_end_ax174.i.loopexit.unr-lcssa, %for_body_ax173.i.preheader
-  %indvars.iv637.i.epil.init = phi i64 [ 0, %for_body_ax173.i.preheader ], [ %indvars.iv.next638.i.7, %for_end_ax174.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global197.sroa.0.0401.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax173.i.preheader ], [ %1406, %for_end_ax174.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod186)
-  br label %for_body_ax173.i.epil
+for_body_ax177.1.i.epil.preheader:                ; preds = %for_end_ax178.1.i.loopexit.unr-lcssa, %for_body_ax177.1.i.preheader
+  %indvars.iv667.1.i.epil.init = phi i64 [ 0, %for_body_ax177.1.i.preheader ], [ %indvars.iv.next668.1.i.7, %for_end_ax178.1.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global208.sroa.0.0416.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.1.i.preheader ], [ %1414, %for_end_ax178.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod197)
+  br label %for_body_ax177.1.i.epil
 
-for_body_ax173.i.epil:                            ; preds = %for_body_ax173.i.epil, %for_body_ax173.i.epil.preheader
-  %indvars.iv637.i.epil = phi i64 [ %indvars.iv.next638.i.epil, %for_body_ax173.i.epil ], [ %indvars.iv637.i.epil.init, %for_body_ax173.i.epil.preheader ]
-  %tile_sum.rf_global197.sroa.0.0401.i.epil = phi <16 x float> [ %1409, %for_body_ax173.i.epil ], [ %tile_sum.rf_global197.sroa.0.0401.i.epil.init, %for_body_ax173.i.epil.preheader ]
-  %epil.iter183 = phi i64 [ %epil.iter183.next, %for_body_ax173.i.epil ], [ 0, %for_body_ax173.i.epil.preheader ]
-  %.idx775.i.epil = shl nsw i64 %indvars.iv637.i.epil, 6
-  %1407 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx775.i.epil
-  %1408 = load <16 x float>, ptr %1407, align 4, !tbaa !5
-  %1409 = fadd <16 x float> %tile_sum.rf_global197.sroa.0.0401.i.epil, %1408
-  %indvars.iv.next638.i.epil = add nuw nsw i64 %indvars.iv637.i.epil, 1
-  %epil.iter183.next = add i64 %epil.iter183, 1
-  %epil.iter183.cmp.not = icmp eq i64 %epil.iter183.next, %xtraiter182
-  br i1 %epil.iter183.cmp.not, label %for_end_ax174.i, label %for_body_ax173.i.epil, !prof !26, !llvm.loop !49
+for_body_ax177.1.i.epil:                          ; preds = %for_body_ax177.1.i.epil, %for_body_ax177.1.i.epil.preheader
+  %indvars.iv667.1.i.epil = phi i64 [ %indvars.iv.next668.1.i.epil, %for_body_ax177.1.i.epil ], [ %indvars.iv667.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
+  %tile_sum.rf_global208.sroa.0.0416.1.i.epil = phi <16 x float> [ %1418, %for_body_ax177.1.i.epil ], [ %tile_sum.rf_global208.sroa.0.0416.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
+  %epil.iter194 = phi i64 [ %epil.iter194.next, %for_body_ax177.1.i.epil ], [ 0, %for_body_ax177.1.i.epil.preheader ]
+  %.idx838.i.epil = shl nsw i64 %indvars.iv667.1.i.epil, 6
+  %1415 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx838.i.epil
+  %1416 = getelementptr inbounds nuw i8, ptr %1415, i64 512
+  %1417 = load <16 x float>, ptr %1416, align 4, !tbaa !5
+  %1418 = fadd <16 x float> %tile_sum.rf_global208.sroa.0.0416.1.i.epil, %1417
+  %indvars.iv.next668.1.i.epil = add nuw nsw i64 %indvars.iv667.1.i.epil, 1
+  %epil.iter194.next = add i64 %epil.iter194, 1
+  %epil.iter194.cmp.not = icmp eq i64 %epil.iter194.next, %xtraiter193
+  br i1 %epil.iter194.cmp.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil, !prof !26, !llvm.loop !51
 
-for_end_ax174.i:                                  ; preds = %for_body_ax173.i.epil, %for_end_ax174.i.loopexit.unr-lcssa, %if_end56.3.i
-  %tile_sum.rf_global197.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %if_end56.3.i ], [ %1406, %for_end_ax174.i.loopexit.unr-lcssa ], [ %1409, %for_body_ax173.i.epil ]
-  %tile_sum.rf198.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.i, i64 0
-  %1410 = fadd float %tile_sum.rf198.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf198.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.i, i64 1
-  %1411 = fadd float %tile_sum.rf198.sroa.0.4.vec.extract.i, %1410
-  %tile_sum.rf198.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.i, i64 2
-  %1412 = fadd float %tile_sum.rf198.sroa.0.8.vec.extract.i, %1411
-  %tile_sum.rf198.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.i, i64 3
-  %1413 = fadd float %tile_sum.rf198.sroa.0.12.vec.extract.i, %1412
-  %tile_sum.rf198.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.i, i64 4
-  %1414 = fadd float %tile_sum.rf198.sroa.0.16.vec.extract.i, %1413
-  %tile_sum.rf198.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.i, i64 5
-  %1415 = fadd float %tile_sum.rf198.sroa.0.20.vec.extract.i, %1414
-  %tile_sum.rf198.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.i, i64 6
-  %1416 = fadd float %tile_sum.rf198.sroa.0.24.vec.extract.i, %1415
-  %tile_sum.rf198.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.i, i64 7
-  %1417 = fadd float %tile_sum.rf198.sroa.0.28.vec.extract.i, %1416
-  %tile_sum.rf198.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.i, i64 8
-  %1418 = fadd float %tile_sum.rf198.sroa.0.32.vec.extract.i, %1417
-  %tile_sum.rf198.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.i, i64 9
-  %1419 = fadd float %tile_sum.rf198.sroa.0.36.vec.extract.i, %1418
-  %tile_sum.rf198.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.i, i64 10
-  %1420 = fadd float %tile_sum.rf198.sroa.0.40.vec.extract.i, %1419
-  %tile_sum.rf198.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.i, i64 11
-  %1421 = fadd float %tile_sum.rf198.sroa.0.44.vec.extract.i, %1420
-  %tile_sum.rf198.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.i, i64 12
-  %1422 = fadd float %tile_sum.rf198.sroa.0.48.vec.extract.i, %1421
-  %tile_sum.rf198.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.i, i64 13
-  %1423 = fadd float %tile_sum.rf198.sroa.0.52.vec.extract.i, %1422
-  %tile_sum.rf198.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.i, i64 14
-  %1424 = fadd float %tile_sum.rf198.sroa.0.56.vec.extract.i, %1423
-  %tile_sum.rf198.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.i, i64 15
-  %1425 = fadd float %tile_sum.rf198.sroa.0.60.vec.extract.i, %1424
-  %tile_sum203.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1425, i64 0
-  br i1 %255, label %for_body_ax173.1.i.preheader, label %for_end_ax174.1.i, !prof !3
+for_end_ax178.1.i:                                ; preds = %for_body_ax177.1.i.epil, %for_end_ax178.1.i.loopexit.unr-lcssa, %for_end_ax178.i
+  %tile_sum.rf_global208.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.i ], [ %1414, %for_end_ax178.1.i.loopexit.unr-lcssa ], [ %1418, %for_body_ax177.1.i.epil ]
+  %tile_sum.rf209.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 0
+  %1419 = fadd float %tile_sum.rf209.sroa.0.0.vec.extract.1.i, 0.000000e+00
+  %tile_sum.rf209.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 1
+  %1420 = fadd float %tile_sum.rf209.sroa.0.4.vec.extract.1.i, %1419
+  %tile_sum.rf209.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 2
+  %1421 = fadd float %tile_sum.rf209.sroa.0.8.vec.extract.1.i, %1420
+  %tile_sum.rf209.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 3
+  %1422 = fadd float %tile_sum.rf209.sroa.0.12.vec.extract.1.i, %1421
+  %tile_sum.rf209.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 4
+  %1423 = fadd float %tile_sum.rf209.sroa.0.16.vec.extract.1.i, %1422
+  %tile_sum.rf209.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 5
+  %1424 = fadd float %tile_sum.rf209.sroa.0.20.vec.extract.1.i, %1423
+  %tile_sum.rf209.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 6
+  %1425 = fadd float %tile_sum.rf209.sroa.0.24.vec.extract.1.i, %1424
+  %tile_sum.rf209.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 7
+  %1426 = fadd float %tile_sum.rf209.sroa.0.28.vec.extract.1.i, %1425
+  %tile_sum.rf209.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 8
+  %1427 = fadd float %tile_sum.rf209.sroa.0.32.vec.extract.1.i, %1426
+  %tile_sum.rf209.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 9
+  %1428 = fadd float %tile_sum.rf209.sroa.0.36.vec.extract.1.i, %1427
+  %tile_sum.rf209.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 10
+  %1429 = fadd float %tile_sum.rf209.sroa.0.40.vec.extract.1.i, %1428
+  %tile_sum.rf209.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 11
+  %1430 = fadd float %tile_sum.rf209.sroa.0.44.vec.extract.1.i, %1429
+  %tile_sum.rf209.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 12
+  %1431 = fadd float %tile_sum.rf209.sroa.0.48.vec.extract.1.i, %1430
+  %tile_sum.rf209.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 13
+  %1432 = fadd float %tile_sum.rf209.sroa.0.52.vec.extract.1.i, %1431
+  %tile_sum.rf209.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 14
+  %1433 = fadd float %tile_sum.rf209.sroa.0.56.vec.extract.1.i, %1432
+  %tile_sum.rf209.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 15
+  %1434 = fadd float %tile_sum.rf209.sroa.0.60.vec.extract.1.i, %1433
+  %tile_sum214.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum214.sroa.0.0.vec.insert.i, float %1434, i64 1
+  br i1 %222, label %for_body_ax177.2.i.preheader, label %for_end_ax178.2.i, !prof !3
 
-for_body_ax173.1.i.preheader:                     ; preds = %for_end_ax174.i
-  br i1 %272, label %for_body_ax173.1.i.epil.preheader, label %for_body_ax173.1.i, !prof !36
+for_body_ax177.2.i.preheader:                     ; preds = %for_end_ax178.1.i
+  br i1 %240, label %for_body_ax177.2.i.epil.preheader, label %for_body_ax177.2.i, !prof !36
 
-for_body_ax173.1.i:                               ; preds = %for_body_ax173.1.i, %for_body_ax173.1.i.preheader
-  %indvars.iv637.1.i = phi i64 [ %indvars.iv.next638.1.i.7, %for_body_ax173.1.i ], [ 0, %for_body_ax173.1.i.preheader ]
-  %tile_sum.rf_global197.sroa.0.0401.1.i = phi <16 x float> [ %1457, %for_body_ax173.1.i ], [ zeroinitializer, %for_body_ax173.1.i.preheader ]
-  %niter195 = phi i64 [ %niter195.next.7, %for_body_ax173.1.i ], [ 0, %for_body_ax173.1.i.preheader ]
-  %.idx776.i = shl nsw i64 %indvars.iv637.1.i, 6
-  %1426 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx776.i
-  %1427 = getelementptr inbounds nuw i8, ptr %1426, i64 512
-  %1428 = load <16 x float>, ptr %1427, align 4, !tbaa !5
-  %1429 = fadd <16 x float> %tile_sum.rf_global197.sroa.0.0401.1.i, %1428
-  %indvars.iv.next638.1.i = shl i64 %indvars.iv637.1.i, 6
-  %1430 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.1.i
-  %1431 = getelementptr inbounds nuw i8, ptr %1430, i64 576
-  %1432 = load <16 x float>, ptr %1431, align 4, !tbaa !5
-  %1433 = fadd <16 x float> %1429, %1432
-  %indvars.iv.next638.1.i.1 = shl i64 %indvars.iv637.1.i, 6
-  %1434 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.1.i.1
-  %1435 = getelementptr inbounds nuw i8, ptr %1434, i64 640
-  %1436 = load <16 x float>, ptr %1435, align 4, !tbaa !5
-  %1437 = fadd <16 x float> %1433, %1436
-  %indvars.iv.next638.1.i.2 = shl i64 %indvars.iv637.1.i, 6
-  %1438 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.1.i.2
-  %1439 = getelementptr inbounds nuw i8, ptr %1438, i64 704
-  %1440 = load <16 x float>, ptr %1439, align 4, !tbaa !5
-  %1441 = fadd <16 x float> %1437, %1440
-  %indvars.iv.next638.1.i.3 = shl i64 %indvars.iv637.1.i, 6
-  %1442 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.1.i.3
-  %1443 = getelementptr inbounds nuw i8, ptr %1442, i64 768
-  %1444 = load <16 x float>, ptr %1443, align 4, !tbaa !5
-  %1445 = fadd <16 x float> %1441, %1444
-  %indvars.iv.next638.1.i.4 = shl i64 %indvars.iv637.1.i, 6
-  %1446 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.1.i.4
-  %1447 = getelementptr inbounds nuw i8, ptr %1446, i64 832
-  %1448 = load <16 x float>, ptr %1447, align 4, !tbaa !5
-  %1449 = fadd <16 x float> %1445, %1448
-  %indvars.iv.next638.1.i.5 = shl i64 %indvars.iv637.1.i, 6
-  %1450 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.1.i.5
-  %1451 = getelementptr inbounds nuw i8, ptr %1450, i64 896
-  %1452 = load <16 x float>, ptr %1451, align 4, !tbaa !5
-  %1453 = fadd <16 x float> %1449, %1452
-  %indvars.iv.next638.1.i.6 = shl i64 %indvars.iv637.1.i, 6
-  %1454 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.1.i.6
-  %1455 = getelementptr inbounds nuw i8, ptr %1454, i64 960
-  %1456 = load <16 x float>, ptr %1455, align 4, !tbaa !5
-  %1457 = fadd <16 x float> %1453, %1456
-  %indvars.iv.next638.1.i.7 = add nuw nsw i64 %indvars.iv637.1.i, 8
-  %niter195.next.7 = add i64 %niter195, 8
-  %niter195.ncmp.7 = icmp eq i64 %niter195.next.7, %unroll_iter194
-  br i1 %niter195.ncmp.7, label %for_end_ax174.1.i.loopexit.unr-lcssa, label %for_body_ax173.1.i, !prof !37, !llvm.loop !50
+for_body_ax177.2.i:                               ; preds = %for_body_ax177.2.i, %for_body_ax177.2.i.preheader
+  %indvars.iv667.2.i = phi i64 [ %indvars.iv.next668.2.i.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
+  %tile_sum.rf_global208.sroa.0.0416.2.i = phi <16 x float> [ %1466, %for_body_ax177.2.i ], [ zeroinitializer, %for_body_ax177.2.i.preheader ]
+  %niter206 = phi i64 [ %niter206.next.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
+  %.idx839.i = shl nsw i64 %indvars.iv667.2.i, 6
+  %1435 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx839.i
+  %1436 = getelementptr inbounds nuw i8, ptr %1435, i64 1024
+  %1437 = load <16 x float>, ptr %1436, align 4, !tbaa !5
+  %1438 = fadd <16 x float> %tile_sum.rf_global208.sroa.0.0416.2.i, %1437
+  %indvars.iv.next668.2.i = shl i64 %indvars.iv667.2.i, 6
+  %1439 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.2.i
+  %1440 = getelementptr inbounds nuw i8, ptr %1439, i64 1088
+  %1441 = load <16 x float>, ptr %1440, align 4, !tbaa !5
+  %1442 = fadd <16 x float> %1438, %1441
+  %indvars.iv.next668.2.i.1 = shl i64 %indvars.iv667.2.i, 6
+  %1443 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.2.i.1
+  %1444 = getelementptr inbounds nuw i8, ptr %1443, i64 1152
+  %1445 = load <16 x float>, ptr %1444, align 4, !tbaa !5
+  %1446 = fadd <16 x float> %1442, %1445
+  %indvars.iv.next668.2.i.2 = shl i64 %indvars.iv667.2.i, 6
+  %1447 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.2.i.2
+  %1448 = getelementptr inbounds nuw i8, ptr %1447, i64 1216
+  %1449 = load <16 x float>, ptr %1448, align 4, !tbaa !5
+  %1450 = fadd <16 x float> %1446, %1449
+  %indvars.iv.next668.2.i.3 = shl i64 %indvars.iv667.2.i, 6
+  %1451 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.2.i.3
+  %1452 = getelementptr inbounds nuw i8, ptr %1451, i64 1280
+  %1453 = load <16 x float>, ptr %1452, align 4, !tbaa !5
+  %1454 = fadd <16 x float> %1450, %1453
+  %indvars.iv.next668.2.i.4 = shl i64 %indvars.iv667.2.i, 6
+  %1455 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.2.i.4
+  %1456 = getelementptr inbounds nuw i8, ptr %1455, i64 1344
+  %1457 = load <16 x float>, ptr %1456, align 4, !tbaa !5
+  %1458 = fadd <16 x float> %1454, %1457
+  %indvars.iv.next668.2.i.5 = shl i64 %indvars.iv667.2.i, 6
+  %1459 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.2.i.5
+  %1460 = getelementptr inbounds nuw i8, ptr %1459, i64 1408
+  %1461 = load <16 x float>, ptr %1460, align 4, !tbaa !5
+  %1462 = fadd <16 x float> %1458, %1461
+  %indvars.iv.next668.2.i.6 = shl i64 %indvars.iv667.2.i, 6
+  %1463 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.2.i.6
+  %1464 = getelementptr inbounds nuw i8, ptr %1463, i64 1472
+  %1465 = load <16 x float>, ptr %1464, align 4, !tbaa !5
+  %1466 = fadd <16 x float> %1462, %1465
+  %indvars.iv.next668.2.i.7 = add nuw nsw i64 %indvars.iv667.2.i, 8
+  %niter206.next.7 = add i64 %niter206, 8
+  %niter206.ncmp.7 = icmp eq i64 %niter206.next.7, %unroll_iter205
+  br i1 %niter206.ncmp.7, label %for_end_ax178.2.i.loopexit.unr-lcssa, label %for_body_ax177.2.i, !prof !37, !llvm.loop !52
 
-for_end_ax174.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax173.1.i
-  br i1 %lcmp.mod191.not, label %for_end_ax174.1.i, label %for_body_ax173.1.i.epil.preheader, !prof !40
+for_end_ax178.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.2.i
+  br i1 %lcmp.mod202.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil.preheader, !prof !40
 
-for_body_ax173.1.i.epil.preheader:                ; preds = %for_end_ax174.1.i.loopexit.unr-lcssa, %for_body_ax173.1.i.preheader
-  %indvars.iv637.1.i.epil.init = phi i64 [ 0, %for_body_ax173.1.i.preheader ], [ %indvars.iv.next638.1.i.7, %for_end_ax174.1.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global197.sroa.0.0401.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax173.1.i.preheader ], [ %1457, %for_end_ax174.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod193)
-  br label %for_body_ax173.1.i.epil
+for_body_ax177.2.i.epil.preheader:                ; preds = %for_end_ax178.2.i.loopexit.unr-lcssa, %for_body_ax177.2.i.preheader
+  %indvars.iv667.2.i.epil.init = phi i64 [ 0, %for_body_ax177.2.i.preheader ], [ %indvars.iv.next668.2.i.7, %for_end_ax178.2.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global208.sroa.0.0416.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.2.i.preheader ], [ %1466, %for_end_ax178.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod204)
+  br label %for_body_ax177.2.i.epil
 
-for_body_ax173.1.i.epil:                          ; preds = %for_body_ax173.1.i.epil, %for_body_ax173.1.i.epil.preheader
-  %indvars.iv637.1.i.epil = phi i64 [ %indvars.iv.next638.1.i.epil, %for_body_ax173.1.i.epil ], [ %indvars.iv637.1.i.epil.init, %for_body_ax173.1.i.epil.preheader ]
-  %tile_sum.rf_global197.sroa.0.0401.1.i.epil = phi <16 x float> [ %1461, %for_body_ax173.1.i.epil ], [ %tile_sum.rf_global197.sroa.0.0401.1.i.epil.init, %for_body_ax173.1.i.epil.preheader ]
-  %epil.iter190 = phi i64 [ %epil.iter190.next, %for_body_ax173.1.i.epil ], [ 0, %for_body_ax173.1.i.epil.preheader ]
-  %.idx776.i.epil = shl nsw i64 %indvars.iv637.1.i.epil, 6
-  %1458 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx776.i.epil
-  %1459 = getelementptr inbounds nuw i8, ptr %1458, i64 512
-  %1460 = load <16 x float>, ptr %1459, align 4, !tbaa !5
-  %1461 = fadd <16 x float> %tile_sum.rf_global197.sroa.0.0401.1.i.epil, %1460
-  %indvars.iv.next638.1.i.epil = add nuw nsw i64 %indvars.iv637.1.i.epil, 1
-  %epil.iter190.next = add i64 %epil.iter190, 1
-  %epil.iter190.cmp.not = icmp eq i64 %epil.iter190.next, %xtraiter189
-  br i1 %epil.iter190.cmp.not, label %for_end_ax174.1.i, label %for_body_ax173.1.i.epil, !prof !26, !llvm.loop !51
+for_body_ax177.2.i.epil:                          ; preds = %for_body_ax177.2.i.epil, %for_body_ax177.2.i.epil.preheader
+  %indvars.iv667.2.i.epil = phi i64 [ %indvars.iv.next668.2.i.epil, %for_body_ax177.2.i.epil ], [ %indvars.iv667.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
+  %tile_sum.rf_global208.sroa.0.0416.2.i.epil = phi <16 x float> [ %1470, %for_body_ax177.2.i.epil ], [ %tile_sum.rf_global208.sroa.0.0416.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
+  %epil.iter201 = phi i64 [ %epil.iter201.next, %for_body_ax177.2.i.epil ], [ 0, %for_body_ax177.2.i.epil.preheader ]
+  %.idx839.i.epil = shl nsw i64 %indvars.iv667.2.i.epil, 6
+  %1467 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx839.i.epil
+  %1468 = getelementptr inbounds nuw i8, ptr %1467, i64 1024
+  %1469 = load <16 x float>, ptr %1468, align 4, !tbaa !5
+  %1470 = fadd <16 x float> %tile_sum.rf_global208.sroa.0.0416.2.i.epil, %1469
+  %indvars.iv.next668.2.i.epil = add nuw nsw i64 %indvars.iv667.2.i.epil, 1
+  %epil.iter201.next = add i64 %epil.iter201, 1
+  %epil.iter201.cmp.not = icmp eq i64 %epil.iter201.next, %xtraiter200
+  br i1 %epil.iter201.cmp.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil, !prof !26, !llvm.loop !53
 
-for_end_ax174.1.i:                                ; preds = %for_body_ax173.1.i.epil, %for_end_ax174.1.i.loopexit.unr-lcssa, %for_end_ax174.i
-  %tile_sum.rf_global197.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax174.i ], [ %1457, %for_end_ax174.1.i.loopexit.unr-lcssa ], [ %1461, %for_body_ax173.1.i.epil ]
-  %tile_sum.rf198.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.1.i, i64 0
-  %1462 = fadd float %tile_sum.rf198.sroa.0.0.vec.extract.1.i, 0.000000e+00
-  %tile_sum.rf198.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.1.i, i64 1
-  %1463 = fadd float %tile_sum.rf198.sroa.0.4.vec.extract.1.i, %1462
-  %tile_sum.rf198.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.1.i, i64 2
-  %1464 = fadd float %tile_sum.rf198.sroa.0.8.vec.extract.1.i, %1463
-  %tile_sum.rf198.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.1.i, i64 3
-  %1465 = fadd float %tile_sum.rf198.sroa.0.12.vec.extract.1.i, %1464
-  %tile_sum.rf198.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.1.i, i64 4
-  %1466 = fadd float %tile_sum.rf198.sroa.0.16.vec.extract.1.i, %1465
-  %tile_sum.rf198.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.1.i, i64 5
-  %1467 = fadd float %tile_sum.rf198.sroa.0.20.vec.extract.1.i, %1466
-  %tile_sum.rf198.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.1.i, i64 6
-  %1468 = fadd float %tile_sum.rf198.sroa.0.24.vec.extract.1.i, %1467
-  %tile_sum.rf198.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.1.i, i64 7
-  %1469 = fadd float %tile_sum.rf198.sroa.0.28.vec.extract.1.i, %1468
-  %tile_sum.rf198.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.1.i, i64 8
-  %1470 = fadd float %tile_sum.rf198.sroa.0.32.vec.extract.1.i, %1469
-  %tile_sum.rf198.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.1.i, i64 9
-  %1471 = fadd float %tile_sum.rf198.sroa.0.36.vec.extract.1.i, %1470
-  %tile_sum.rf198.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.1.i, i64 10
-  %1472 = fadd float %tile_sum.rf198.sroa.0.40.vec.extract.1.i, %1471
-  %tile_sum.rf198.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.1.i, i64 11
-  %1473 = fadd float %tile_sum.rf198.sroa.0.44.vec.extract.1.i, %1472
-  %tile_sum.rf198.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.1.i, i64 12
-  %1474 = fadd float %tile_sum.rf198.sroa.0.48.vec.extract.1.i, %1473
-  %tile_sum.rf198.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.1.i, i64 13
-  %1475 = fadd float %tile_sum.rf198.sroa.0.52.vec.extract.1.i, %1474
-  %tile_sum.rf198.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.1.i, i64 14
-  %1476 = fadd float %tile_sum.rf198.sroa.0.56.vec.extract.1.i, %1475
-  %tile_sum.rf198.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.1.i, i64 15
-  %1477 = fadd float %tile_sum.rf198.sroa.0.60.vec.extract.1.i, %1476
-  %tile_sum203.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum203.sroa.0.0.vec.insert.i, float %1477, i64 1
-  br i1 %255, label %for_body_ax173.2.i.preheader, label %for_end_ax174.2.i, !prof !3
+for_end_ax178.2.i:                                ; preds = %for_body_ax177.2.i.epil, %for_end_ax178.2.i.loopexit.unr-lcssa, %for_end_ax178.1.i
+  %tile_sum.rf_global208.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.1.i ], [ %1466, %for_end_ax178.2.i.loopexit.unr-lcssa ], [ %1470, %for_body_ax177.2.i.epil ]
+  %tile_sum.rf209.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 0
+  %1471 = fadd float %tile_sum.rf209.sroa.0.0.vec.extract.2.i, 0.000000e+00
+  %tile_sum.rf209.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 1
+  %1472 = fadd float %tile_sum.rf209.sroa.0.4.vec.extract.2.i, %1471
+  %tile_sum.rf209.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 2
+  %1473 = fadd float %tile_sum.rf209.sroa.0.8.vec.extract.2.i, %1472
+  %tile_sum.rf209.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 3
+  %1474 = fadd float %tile_sum.rf209.sroa.0.12.vec.extract.2.i, %1473
+  %tile_sum.rf209.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 4
+  %1475 = fadd float %tile_sum.rf209.sroa.0.16.vec.extract.2.i, %1474
+  %tile_sum.rf209.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 5
+  %1476 = fadd float %tile_sum.rf209.sroa.0.20.vec.extract.2.i, %1475
+  %tile_sum.rf209.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 6
+  %1477 = fadd float %tile_sum.rf209.sroa.0.24.vec.extract.2.i, %1476
+  %tile_sum.rf209.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 7
+  %1478 = fadd float %tile_sum.rf209.sroa.0.28.vec.extract.2.i, %1477
+  %tile_sum.rf209.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 8
+  %1479 = fadd float %tile_sum.rf209.sroa.0.32.vec.extract.2.i, %1478
+  %tile_sum.rf209.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 9
+  %1480 = fadd float %tile_sum.rf209.sroa.0.36.vec.extract.2.i, %1479
+  %tile_sum.rf209.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 10
+  %1481 = fadd float %tile_sum.rf209.sroa.0.40.vec.extract.2.i, %1480
+  %tile_sum.rf209.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 11
+  %1482 = fadd float %tile_sum.rf209.sroa.0.44.vec.extract.2.i, %1481
+  %tile_sum.rf209.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 12
+  %1483 = fadd float %tile_sum.rf209.sroa.0.48.vec.extract.2.i, %1482
+  %tile_sum.rf209.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 13
+  %1484 = fadd float %tile_sum.rf209.sroa.0.52.vec.extract.2.i, %1483
+  %tile_sum.rf209.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 14
+  %1485 = fadd float %tile_sum.rf209.sroa.0.56.vec.extract.2.i, %1484
+  %tile_sum.rf209.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 15
+  %1486 = fadd float %tile_sum.rf209.sroa.0.60.vec.extract.2.i, %1485
+  %tile_sum214.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum214.sroa.0.4.vec.insert.i, float %1486, i64 2
+  br i1 %222, label %for_body_ax177.3.i.preheader, label %for_end_ax178.3.i, !prof !3
 
-for_body_ax173.2.i.preheader:                     ; preds = %for_end_ax174.1.i
-  br i1 %273, label %for_body_ax173.2.i.epil.preheader, label %for_body_ax173.2.i, !prof !36
+for_body_ax177.3.i.preheader:                     ; preds = %for_end_ax178.2.i
+  br i1 %241, label %for_body_ax177.3.i.epil.preheader, label %for_body_ax177.3.i, !prof !36
 
-for_body_ax173.2.i:                               ; preds = %for_body_ax173.2.i, %for_body_ax173.2.i.preheader
-  %indvars.iv637.2.i = phi i64 [ %indvars.iv.next638.2.i.7, %for_body_ax173.2.i ], [ 0, %for_body_ax173.2.i.preheader ]
-  %tile_sum.rf_global197.sroa.0.0401.2.i = phi <16 x float> [ %1509, %for_body_ax173.2.i ], [ zeroinitializer, %for_body_ax173.2.i.preheader ]
-  %niter202 = phi i64 [ %niter202.next.7, %for_body_ax173.2.i ], [ 0, %for_body_ax173.2.i.preheader ]
-  %.idx777.i = shl nsw i64 %indvars.iv637.2.i, 6
-  %1478 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx777.i
-  %1479 = getelementptr inbounds nuw i8, ptr %1478, i64 1024
-  %1480 = load <16 x float>, ptr %1479, align 4, !tbaa !5
-  %1481 = fadd <16 x float> %tile_sum.rf_global197.sroa.0.0401.2.i, %1480
-  %indvars.iv.next638.2.i = shl i64 %indvars.iv637.2.i, 6
-  %1482 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.2.i
-  %1483 = getelementptr inbounds nuw i8, ptr %1482, i64 1088
-  %1484 = load <16 x float>, ptr %1483, align 4, !tbaa !5
-  %1485 = fadd <16 x float> %1481, %1484
-  %indvars.iv.next638.2.i.1 = shl i64 %indvars.iv637.2.i, 6
-  %1486 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.2.i.1
-  %1487 = getelementptr inbounds nuw i8, ptr %1486, i64 1152
-  %1488 = load <16 x float>, ptr %1487, align 4, !tbaa !5
-  %1489 = fadd <16 x float> %1485, %1488
-  %indvars.iv.next638.2.i.2 = shl i64 %indvars.iv637.2.i, 6
-  %1490 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.2.i.2
-  %1491 = getelementptr inbounds nuw i8, ptr %1490, i64 1216
-  %1492 = load <16 x float>, ptr %1491, align 4, !tbaa !5
-  %1493 = fadd <16 x float> %1489, %1492
-  %indvars.iv.next638.2.i.3 = shl i64 %indvars.iv637.2.i, 6
-  %1494 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.2.i.3
-  %1495 = getelementptr inbounds nuw i8, ptr %1494, i64 1280
-  %1496 = load <16 x float>, ptr %1495, align 4, !tbaa !5
-  %1497 = fadd <16 x float> %1493, %1496
-  %indvars.iv.next638.2.i.4 = shl i64 %indvars.iv637.2.i, 6
-  %1498 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.2.i.4
-  %1499 = getelementptr inbounds nuw i8, ptr %1498, i64 1344
-  %1500 = load <16 x float>, ptr %1499, align 4, !tbaa !5
-  %1501 = fadd <16 x float> %1497, %1500
-  %indvars.iv.next638.2.i.5 = shl i64 %indvars.iv637.2.i, 6
-  %1502 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.2.i.5
-  %1503 = getelementptr inbounds nuw i8, ptr %1502, i64 1408
-  %1504 = load <16 x float>, ptr %1503, align 4, !tbaa !5
-  %1505 = fadd <16 x float> %1501, %1504
-  %indvars.iv.next638.2.i.6 = shl i64 %indvars.iv637.2.i, 6
-  %1506 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.2.i.6
-  %1507 = getelementptr inbounds nuw i8, ptr %1506, i64 1472
-  %1508 = load <16 x float>, ptr %1507, align 4, !tbaa !5
-  %1509 = fadd <16 x float> %1505, %1508
-  %indvars.iv.next638.2.i.7 = add nuw nsw i64 %indvars.iv637.2.i, 8
-  %niter202.next.7 = add i64 %niter202, 8
-  %niter202.ncmp.7 = icmp eq i64 %niter202.next.7, %unroll_iter201
-  br i1 %niter202.ncmp.7, label %for_end_ax174.2.i.loopexit.unr-lcssa, label %for_body_ax173.2.i, !prof !37, !llvm.loop !52
+for_body_ax177.3.i:                               ; preds = %for_body_ax177.3.i, %for_body_ax177.3.i.preheader
+  %indvars.iv667.3.i = phi i64 [ %indvars.iv.next668.3.i.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
+  %tile_sum.rf_global208.sroa.0.0416.3.i = phi <16 x float> [ %1518, %for_body_ax177.3.i ], [ zeroinitializer, %for_body_ax177.3.i.preheader ]
+  %niter213 = phi i64 [ %niter213.next.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
+  %.idx840.i = shl nsw i64 %indvars.iv667.3.i, 6
+  %1487 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx840.i
+  %1488 = getelementptr inbounds nuw i8, ptr %1487, i64 1536
+  %1489 = load <16 x float>, ptr %1488, align 4, !tbaa !5
+  %1490 = fadd <16 x float> %tile_sum.rf_global208.sroa.0.0416.3.i, %1489
+  %indvars.iv.next668.3.i = shl i64 %indvars.iv667.3.i, 6
+  %1491 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.3.i
+  %1492 = getelementptr inbounds nuw i8, ptr %1491, i64 1600
+  %1493 = load <16 x float>, ptr %1492, align 4, !tbaa !5
+  %1494 = fadd <16 x float> %1490, %1493
+  %indvars.iv.next668.3.i.1 = shl i64 %indvars.iv667.3.i, 6
+  %1495 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.3.i.1
+  %1496 = getelementptr inbounds nuw i8, ptr %1495, i64 1664
+  %1497 = load <16 x float>, ptr %1496, align 4, !tbaa !5
+  %1498 = fadd <16 x float> %1494, %1497
+  %indvars.iv.next668.3.i.2 = shl i64 %indvars.iv667.3.i, 6
+  %1499 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.3.i.2
+  %1500 = getelementptr inbounds nuw i8, ptr %1499, i64 1728
+  %1501 = load <16 x float>, ptr %1500, align 4, !tbaa !5
+  %1502 = fadd <16 x float> %1498, %1501
+  %indvars.iv.next668.3.i.3 = shl i64 %indvars.iv667.3.i, 6
+  %1503 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.3.i.3
+  %1504 = getelementptr inbounds nuw i8, ptr %1503, i64 1792
+  %1505 = load <16 x float>, ptr %1504, align 4, !tbaa !5
+  %1506 = fadd <16 x float> %1502, %1505
+  %indvars.iv.next668.3.i.4 = shl i64 %indvars.iv667.3.i, 6
+  %1507 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.3.i.4
+  %1508 = getelementptr inbounds nuw i8, ptr %1507, i64 1856
+  %1509 = load <16 x float>, ptr %1508, align 4, !tbaa !5
+  %1510 = fadd <16 x float> %1506, %1509
+  %indvars.iv.next668.3.i.5 = shl i64 %indvars.iv667.3.i, 6
+  %1511 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.3.i.5
+  %1512 = getelementptr inbounds nuw i8, ptr %1511, i64 1920
+  %1513 = load <16 x float>, ptr %1512, align 4, !tbaa !5
+  %1514 = fadd <16 x float> %1510, %1513
+  %indvars.iv.next668.3.i.6 = shl i64 %indvars.iv667.3.i, 6
+  %1515 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next668.3.i.6
+  %1516 = getelementptr inbounds nuw i8, ptr %1515, i64 1984
+  %1517 = load <16 x float>, ptr %1516, align 4, !tbaa !5
+  %1518 = fadd <16 x float> %1514, %1517
+  %indvars.iv.next668.3.i.7 = add nuw nsw i64 %indvars.iv667.3.i, 8
+  %niter213.next.7 = add i64 %niter213, 8
+  %niter213.ncmp.7 = icmp eq i64 %niter213.next.7, %unroll_iter212
+  br i1 %niter213.ncmp.7, label %for_end_ax178.3.i.loopexit.unr-lcssa, label %for_body_ax177.3.i, !prof !37, !llvm.loop !54
 
-for_end_ax174.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax173.2.i
-  br i1 %lcmp.mod198.not, label %for_end_ax174.2.i, label %for_body_ax173.2.i.epil.preheader, !prof !40
+for_end_ax178.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.3.i
+  br i1 %lcmp.mod209.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil.preheader, !prof !40
 
-for_body_ax173.2.i.epil.preheader:                ; preds = %for_end_ax174.2.i.loopexit.unr-lcssa, %for_body_ax173.2.i.preheader
-  %indvars.iv637.2.i.epil.init = phi i64 [ 0, %for_body_ax173.2.i.preheader ], [ %indvars.iv.next638.2.i.7, %for_end_ax174.2.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global197.sroa.0.0401.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax173.2.i.preheader ], [ %1509, %for_end_ax174.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod200)
-  br label %for_body_ax173.2.i.epil
+for_body_ax177.3.i.epil.preheader:                ; preds = %for_end_ax178.3.i.loopexit.unr-lcssa, %for_body_ax177.3.i.preheader
+  %indvars.iv667.3.i.epil.init = phi i64 [ 0, %for_body_ax177.3.i.preheader ], [ %indvars.iv.next668.3.i.7, %for_end_ax178.3.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global208.sroa.0.0416.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.3.i.preheader ], [ %1518, %for_end_ax178.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod211)
+  br label %for_body_ax177.3.i.epil
 
-for_body_ax173.2.i.epil:                          ; preds = %for_body_ax173.2.i.epil, %for_body_ax173.2.i.epil.preheader
-  %indvars.iv637.2.i.epil = phi i64 [ %indvars.iv.next638.2.i.epil, %for_body_ax173.2.i.epil ], [ %indvars.iv637.2.i.epil.init, %for_body_ax173.2.i.epil.preheader ]
-  %tile_sum.rf_global197.sroa.0.0401.2.i.epil = phi <16 x float> [ %1513, %for_body_ax173.2.i.epil ], [ %tile_sum.rf_global197.sroa.0.0401.2.i.epil.init, %for_body_ax173.2.i.epil.preheader ]
-  %epil.iter197 = phi i64 [ %epil.iter197.next, %for_body_ax173.2.i.epil ], [ 0, %for_body_ax173.2.i.epil.preheader ]
-  %.idx777.i.epil = shl nsw i64 %indvars.iv637.2.i.epil, 6
-  %1510 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx777.i.epil
-  %1511 = getelementptr inbounds nuw i8, ptr %1510, i64 1024
-  %1512 = load <16 x float>, ptr %1511, align 4, !tbaa !5
-  %1513 = fadd <16 x float> %tile_sum.rf_global197.sroa.0.0401.2.i.epil, %1512
-  %indvars.iv.next638.2.i.epil = add nuw nsw i64 %indvars.iv637.2.i.epil, 1
-  %epil.iter197.next = add i64 %epil.iter197, 1
-  %epil.iter197.cmp.not = icmp eq i64 %epil.iter197.next, %xtraiter196
-  br i1 %epil.iter197.cmp.not, label %for_end_ax174.2.i, label %for_body_ax173.2.i.epil, !prof !26, !llvm.loop !53
+for_body_ax177.3.i.epil:                          ; preds = %for_body_ax177.3.i.epil, %for_body_ax177.3.i.epil.preheader
+  %indvars.iv667.3.i.epil = phi i64 [ %indvars.iv.next668.3.i.epil, %for_body_ax177.3.i.epil ], [ %indvars.iv667.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
+  %tile_sum.rf_global208.sroa.0.0416.3.i.epil = phi <16 x float> [ %1522, %for_body_ax177.3.i.epil ], [ %tile_sum.rf_global208.sroa.0.0416.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
+  %epil.iter208 = phi i64 [ %epil.iter208.next, %for_body_ax177.3.i.epil ], [ 0, %for_body_ax177.3.i.epil.preheader ]
+  %.idx840.i.epil = shl nsw i64 %indvars.iv667.3.i.epil, 6
+  %1519 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx840.i.epil
+  %1520 = getelementptr inbounds nuw i8, ptr %1519, i64 1536
+  %1521 = load <16 x float>, ptr %1520, align 4, !tbaa !5
+  %1522 = fadd <16 x float> %tile_sum.rf_global208.sroa.0.0416.3.i.epil, %1521
+  %indvars.iv.next668.3.i.epil = add nuw nsw i64 %indvars.iv667.3.i.epil, 1
+  %epil.iter208.next = add i64 %epil.iter208, 1
+  %epil.iter208.cmp.not = icmp eq i64 %epil.iter208.next, %xtraiter207
+  br i1 %epil.iter208.cmp.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil, !prof !26, !llvm.loop !55
 
-for_end_ax174.2.i:                                ; preds = %for_body_ax173.2.i.epil, %for_end_ax174.2.i.loopexit.unr-lcssa, %for_end_ax174.1.i
-  %tile_sum.rf_global197.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax174.1.i ], [ %1509, %for_end_ax174.2.i.loopexit.unr-lcssa ], [ %1513, %for_body_ax173.2.i.epil ]
-  %tile_sum.rf198.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.2.i, i64 0
-  %1514 = fadd float %tile_sum.rf198.sroa.0.0.vec.extract.2.i, 0.000000e+00
-  %tile_sum.rf198.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.2.i, i64 1
-  %1515 = fadd float %tile_sum.rf198.sroa.0.4.vec.extract.2.i, %1514
-  %tile_sum.rf198.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.2.i, i64 2
-  %1516 = fadd float %tile_sum.rf198.sroa.0.8.vec.extract.2.i, %1515
-  %tile_sum.rf198.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.2.i, i64 3
-  %1517 = fadd float %tile_sum.rf198.sroa.0.12.vec.extract.2.i, %1516
-  %tile_sum.rf198.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.2.i, i64 4
-  %1518 = fadd float %tile_sum.rf198.sroa.0.16.vec.extract.2.i, %1517
-  %tile_sum.rf198.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.2.i, i64 5
-  %1519 = fadd float %tile_sum.rf198.sroa.0.20.vec.extract.2.i, %1518
-  %tile_sum.rf198.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.2.i, i64 6
-  %1520 = fadd float %tile_sum.rf198.sroa.0.24.vec.extract.2.i, %1519
-  %tile_sum.rf198.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.2.i, i64 7
-  %1521 = fadd float %tile_sum.rf198.sroa.0.28.vec.extract.2.i, %1520
-  %tile_sum.rf198.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.2.i, i64 8
-  %1522 = fadd float %tile_sum.rf198.sroa.0.32.vec.extract.2.i, %1521
-  %tile_sum.rf198.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.2.i, i64 9
-  %1523 = fadd float %tile_sum.rf198.sroa.0.36.vec.extract.2.i, %1522
-  %tile_sum.rf198.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.2.i, i64 10
-  %1524 = fadd float %tile_sum.rf198.sroa.0.40.vec.extract.2.i, %1523
-  %tile_sum.rf198.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.2.i, i64 11
-  %1525 = fadd float %tile_sum.rf198.sroa.0.44.vec.extract.2.i, %1524
-  %tile_sum.rf198.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.2.i, i64 12
-  %1526 = fadd float %tile_sum.rf198.sroa.0.48.vec.extract.2.i, %1525
-  %tile_sum.rf198.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.2.i, i64 13
-  %1527 = fadd float %tile_sum.rf198.sroa.0.52.vec.extract.2.i, %1526
-  %tile_sum.rf198.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.2.i, i64 14
-  %1528 = fadd float %tile_sum.rf198.sroa.0.56.vec.extract.2.i, %1527
-  %tile_sum.rf198.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.2.i, i64 15
-  %1529 = fadd float %tile_sum.rf198.sroa.0.60.vec.extract.2.i, %1528
-  %tile_sum203.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum203.sroa.0.4.vec.insert.i, float %1529, i64 2
-  br i1 %255, label %for_body_ax173.3.i.preheader, label %for_end_ax174.3.i, !prof !3
+for_end_ax178.3.i:                                ; preds = %for_body_ax177.3.i.epil, %for_end_ax178.3.i.loopexit.unr-lcssa, %for_end_ax178.2.i
+  %tile_sum.rf_global208.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.2.i ], [ %1518, %for_end_ax178.3.i.loopexit.unr-lcssa ], [ %1522, %for_body_ax177.3.i.epil ]
+  %tile_sum.rf209.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 0
+  %1523 = fadd float %tile_sum.rf209.sroa.0.0.vec.extract.3.i, 0.000000e+00
+  %tile_sum.rf209.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 1
+  %1524 = fadd float %tile_sum.rf209.sroa.0.4.vec.extract.3.i, %1523
+  %tile_sum.rf209.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 2
+  %1525 = fadd float %tile_sum.rf209.sroa.0.8.vec.extract.3.i, %1524
+  %tile_sum.rf209.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 3
+  %1526 = fadd float %tile_sum.rf209.sroa.0.12.vec.extract.3.i, %1525
+  %tile_sum.rf209.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 4
+  %1527 = fadd float %tile_sum.rf209.sroa.0.16.vec.extract.3.i, %1526
+  %tile_sum.rf209.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 5
+  %1528 = fadd float %tile_sum.rf209.sroa.0.20.vec.extract.3.i, %1527
+  %tile_sum.rf209.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 6
+  %1529 = fadd float %tile_sum.rf209.sroa.0.24.vec.extract.3.i, %1528
+  %tile_sum.rf209.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 7
+  %1530 = fadd float %tile_sum.rf209.sroa.0.28.vec.extract.3.i, %1529
+  %tile_sum.rf209.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 8
+  %1531 = fadd float %tile_sum.rf209.sroa.0.32.vec.extract.3.i, %1530
+  %tile_sum.rf209.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 9
+  %1532 = fadd float %tile_sum.rf209.sroa.0.36.vec.extract.3.i, %1531
+  %tile_sum.rf209.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 10
+  %1533 = fadd float %tile_sum.rf209.sroa.0.40.vec.extract.3.i, %1532
+  %tile_sum.rf209.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 11
+  %1534 = fadd float %tile_sum.rf209.sroa.0.44.vec.extract.3.i, %1533
+  %tile_sum.rf209.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 12
+  %1535 = fadd float %tile_sum.rf209.sroa.0.48.vec.extract.3.i, %1534
+  %tile_sum.rf209.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 13
+  %1536 = fadd float %tile_sum.rf209.sroa.0.52.vec.extract.3.i, %1535
+  %tile_sum.rf209.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 14
+  %1537 = fadd float %tile_sum.rf209.sroa.0.56.vec.extract.3.i, %1536
+  %tile_sum.rf209.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 15
+  %1538 = fadd float %tile_sum.rf209.sroa.0.60.vec.extract.3.i, %1537
+  %tile_sum214.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum214.sroa.0.8.vec.insert.i, float %1538, i64 3
+  %1539 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %full_acc.i = tail call ptr %1539(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1540 = icmp eq ptr %full_acc.i, null
+  br i1 %1540, label %fused_decode_compute_.exit, label %if_end82.i, !prof !8
 
-for_body_ax173.3.i.preheader:                     ; preds = %for_end_ax174.2.i
-  br i1 %274, label %for_body_ax173.3.i.epil.preheader, label %for_body_ax173.3.i, !prof !36
+if_end82.i:                                       ; preds = %for_end_ax178.3.i
+  %invariant.gep502.i = getelementptr i32, ptr %value_cache, i64 %v_now.i
+  %1541 = mul nsw i64 %ahead_head.i, %v_head
+  br label %for_begin_to89.preheader.i
 
-for_body_ax173.3.i:                               ; preds = %for_body_ax173.3.i, %for_body_ax173.3.i.preheader
-  %indvars.iv637.3.i = phi i64 [ %indvars.iv.next638.3.i.7, %for_body_ax173.3.i ], [ 0, %for_body_ax173.3.i.preheader ]
-  %tile_sum.rf_global197.sroa.0.0401.3.i = phi <16 x float> [ %1561, %for_body_ax173.3.i ], [ zeroinitializer, %for_body_ax173.3.i.preheader ]
-  %niter209 = phi i64 [ %niter209.next.7, %for_body_ax173.3.i ], [ 0, %for_body_ax173.3.i.preheader ]
-  %.idx778.i = shl nsw i64 %indvars.iv637.3.i, 6
-  %1530 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx778.i
-  %1531 = getelementptr inbounds nuw i8, ptr %1530, i64 1536
-  %1532 = load <16 x float>, ptr %1531, align 4, !tbaa !5
-  %1533 = fadd <16 x float> %tile_sum.rf_global197.sroa.0.0401.3.i, %1532
-  %indvars.iv.next638.3.i = shl i64 %indvars.iv637.3.i, 6
-  %1534 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.3.i
-  %1535 = getelementptr inbounds nuw i8, ptr %1534, i64 1600
-  %1536 = load <16 x float>, ptr %1535, align 4, !tbaa !5
-  %1537 = fadd <16 x float> %1533, %1536
-  %indvars.iv.next638.3.i.1 = shl i64 %indvars.iv637.3.i, 6
-  %1538 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.3.i.1
-  %1539 = getelementptr inbounds nuw i8, ptr %1538, i64 1664
-  %1540 = load <16 x float>, ptr %1539, align 4, !tbaa !5
-  %1541 = fadd <16 x float> %1537, %1540
-  %indvars.iv.next638.3.i.2 = shl i64 %indvars.iv637.3.i, 6
-  %1542 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.3.i.2
-  %1543 = getelementptr inbounds nuw i8, ptr %1542, i64 1728
-  %1544 = load <16 x float>, ptr %1543, align 4, !tbaa !5
-  %1545 = fadd <16 x float> %1541, %1544
-  %indvars.iv.next638.3.i.3 = shl i64 %indvars.iv637.3.i, 6
-  %1546 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.3.i.3
-  %1547 = getelementptr inbounds nuw i8, ptr %1546, i64 1792
-  %1548 = load <16 x float>, ptr %1547, align 4, !tbaa !5
-  %1549 = fadd <16 x float> %1545, %1548
-  %indvars.iv.next638.3.i.4 = shl i64 %indvars.iv637.3.i, 6
-  %1550 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.3.i.4
-  %1551 = getelementptr inbounds nuw i8, ptr %1550, i64 1856
-  %1552 = load <16 x float>, ptr %1551, align 4, !tbaa !5
-  %1553 = fadd <16 x float> %1549, %1552
-  %indvars.iv.next638.3.i.5 = shl i64 %indvars.iv637.3.i, 6
-  %1554 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.3.i.5
-  %1555 = getelementptr inbounds nuw i8, ptr %1554, i64 1920
-  %1556 = load <16 x float>, ptr %1555, align 4, !tbaa !5
-  %1557 = fadd <16 x float> %1553, %1556
-  %indvars.iv.next638.3.i.6 = shl i64 %indvars.iv637.3.i, 6
-  %1558 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next638.3.i.6
-  %1559 = getelementptr inbounds nuw i8, ptr %1558, i64 1984
-  %1560 = load <16 x float>, ptr %1559, align 4, !tbaa !5
-  %1561 = fadd <16 x float> %1557, %1560
-  %indvars.iv.next638.3.i.7 = add nuw nsw i64 %indvars.iv637.3.i, 8
-  %niter209.next.7 = add i64 %niter209, 8
-  %niter209.ncmp.7 = icmp eq i64 %niter209.next.7, %unroll_iter208
-  br i1 %niter209.ncmp.7, label %for_end_ax174.3.i.loopexit.unr-lcssa, label %for_body_ax173.3.i, !prof !37, !llvm.loop !54
+for_begin_to89.preheader.i:                       ; preds = %for_end_to91.i, %if_end82.i
+  %indvars.iv698.i = phi i64 [ 0, %if_end82.i ], [ %indvars.iv.next699.i, %for_end_to91.i ]
+  br i1 %223, label %for_body_to90.lr.ph.i, label %for_end_to91.i, !prof !3
 
-for_end_ax174.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax173.3.i
-  br i1 %lcmp.mod205.not, label %for_end_ax174.3.i, label %for_body_ax173.3.i.epil.preheader, !prof !40
+for_body_to90.lr.ph.i:                            ; preds = %for_begin_to89.preheader.i
+  %1542 = mul nuw nsw i64 %indvars.iv698.i, %228
+  %gep503.idx.i = shl i64 %indvars.iv698.i, 6
+  %gep503.i = getelementptr i8, ptr %invariant.gep502.i, i64 %gep503.idx.i
+  br label %for_body_to90.i
 
-for_body_ax173.3.i.epil.preheader:                ; preds = %for_end_ax174.3.i.loopexit.unr-lcssa, %for_body_ax173.3.i.preheader
-  %indvars.iv637.3.i.epil.init = phi i64 [ 0, %for_body_ax173.3.i.preheader ], [ %indvars.iv.next638.3.i.7, %for_end_ax174.3.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global197.sroa.0.0401.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax173.3.i.preheader ], [ %1561, %for_end_ax174.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod207)
-  br label %for_body_ax173.3.i.epil
-
-for_body_ax173.3.i.epil:                          ; preds = %for_body_ax173.3.i.epil, %for_body_ax173.3.i.epil.preheader
-  %indvars.iv637.3.i.epil = phi i64 [ %indvars.iv.next638.3.i.epil, %for_body_ax173.3.i.epil ], [ %indvars.iv637.3.i.epil.init, %for_body_ax173.3.i.epil.preheader ]
-  %tile_sum.rf_global197.sroa.0.0401.3.i.epil = phi <16 x float> [ %1565, %for_body_ax173.3.i.epil ], [ %tile_sum.rf_global197.sroa.0.0401.3.i.epil.init, %for_body_ax173.3.i.epil.preheader ]
-  %epil.iter204 = phi i64 [ %epil.iter204.next, %for_body_ax173.3.i.epil ], [ 0, %for_body_ax173.3.i.epil.preheader ]
-  %.idx778.i.epil = shl nsw i64 %indvars.iv637.3.i.epil, 6
-  %1562 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx778.i.epil
-  %1563 = getelementptr inbounds nuw i8, ptr %1562, i64 1536
-  %1564 = load <16 x float>, ptr %1563, align 4, !tbaa !5
-  %1565 = fadd <16 x float> %tile_sum.rf_global197.sroa.0.0401.3.i.epil, %1564
-  %indvars.iv.next638.3.i.epil = add nuw nsw i64 %indvars.iv637.3.i.epil, 1
-  %epil.iter204.next = add i64 %epil.iter204, 1
-  %epil.iter204.cmp.not = icmp eq i64 %epil.iter204.next, %xtraiter203
-  br i1 %epil.iter204.cmp.not, label %for_end_ax174.3.i, label %for_body_ax173.3.i.epil, !prof !26, !llvm.loop !55
-
-for_end_ax174.3.i:                                ; preds = %for_body_ax173.3.i.epil, %for_end_ax174.3.i.loopexit.unr-lcssa, %for_end_ax174.2.i
-  %tile_sum.rf_global197.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax174.2.i ], [ %1561, %for_end_ax174.3.i.loopexit.unr-lcssa ], [ %1565, %for_body_ax173.3.i.epil ]
-  %tile_sum.rf198.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.3.i, i64 0
-  %1566 = fadd float %tile_sum.rf198.sroa.0.0.vec.extract.3.i, 0.000000e+00
-  %tile_sum.rf198.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.3.i, i64 1
-  %1567 = fadd float %tile_sum.rf198.sroa.0.4.vec.extract.3.i, %1566
-  %tile_sum.rf198.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.3.i, i64 2
-  %1568 = fadd float %tile_sum.rf198.sroa.0.8.vec.extract.3.i, %1567
-  %tile_sum.rf198.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.3.i, i64 3
-  %1569 = fadd float %tile_sum.rf198.sroa.0.12.vec.extract.3.i, %1568
-  %tile_sum.rf198.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.3.i, i64 4
-  %1570 = fadd float %tile_sum.rf198.sroa.0.16.vec.extract.3.i, %1569
-  %tile_sum.rf198.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.3.i, i64 5
-  %1571 = fadd float %tile_sum.rf198.sroa.0.20.vec.extract.3.i, %1570
-  %tile_sum.rf198.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.3.i, i64 6
-  %1572 = fadd float %tile_sum.rf198.sroa.0.24.vec.extract.3.i, %1571
-  %tile_sum.rf198.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.3.i, i64 7
-  %1573 = fadd float %tile_sum.rf198.sroa.0.28.vec.extract.3.i, %1572
-  %tile_sum.rf198.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.3.i, i64 8
-  %1574 = fadd float %tile_sum.rf198.sroa.0.32.vec.extract.3.i, %1573
-  %tile_sum.rf198.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.3.i, i64 9
-  %1575 = fadd float %tile_sum.rf198.sroa.0.36.vec.extract.3.i, %1574
-  %tile_sum.rf198.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.3.i, i64 10
-  %1576 = fadd float %tile_sum.rf198.sroa.0.40.vec.extract.3.i, %1575
-  %tile_sum.rf198.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.3.i, i64 11
-  %1577 = fadd float %tile_sum.rf198.sroa.0.44.vec.extract.3.i, %1576
-  %tile_sum.rf198.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.3.i, i64 12
-  %1578 = fadd float %tile_sum.rf198.sroa.0.48.vec.extract.3.i, %1577
-  %tile_sum.rf198.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.3.i, i64 13
-  %1579 = fadd float %tile_sum.rf198.sroa.0.52.vec.extract.3.i, %1578
-  %tile_sum.rf198.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.3.i, i64 14
-  %1580 = fadd float %tile_sum.rf198.sroa.0.56.vec.extract.3.i, %1579
-  %tile_sum.rf198.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global197.sroa.0.0.lcssa.3.i, i64 15
-  %1581 = fadd float %tile_sum.rf198.sroa.0.60.vec.extract.3.i, %1580
-  %tile_sum203.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum203.sroa.0.8.vec.insert.i, float %1581, i64 3
-  %1582 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %full_acc.i = tail call ptr %1582(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1583 = icmp eq ptr %full_acc.i, null
-  br i1 %1583, label %fused_decode_compute_.exit, label %if_end78.i, !prof !8
-
-if_end78.i:                                       ; preds = %for_end_ax174.3.i
-  %invariant.gep487.i = getelementptr i16, ptr %value_cache, i64 %v_now.i
-  %cse_v117.i = mul nsw i64 %ahead_head.i, %v_head
-  br label %for_begin_to85.preheader.i
-
-for_begin_to85.preheader.i:                       ; preds = %for_end_to87.i, %if_end78.i
-  %indvars.iv668.i = phi i64 [ 0, %if_end78.i ], [ %indvars.iv.next669.i, %for_end_to87.i ]
-  br i1 %256, label %for_body_to86.lr.ph.i, label %for_begin_to85.preheader.for_end_to87_crit_edge.i, !prof !3
-
-for_begin_to85.preheader.for_end_to87_crit_edge.i: ; preds = %for_begin_to85.preheader.i
-  %.pre.i = shl nuw nsw i64 %indvars.iv668.i, 5
-  br label %for_end_to87.i
-
-for_body_to86.lr.ph.i:                            ; preds = %for_begin_to85.preheader.i
-  %1584 = mul nuw nsw i64 %indvars.iv668.i, %261
-  %1585 = shl nuw nsw i64 %indvars.iv668.i, 5
-  %gep488.i = getelementptr i16, ptr %invariant.gep487.i, i64 %1585
-  br label %for_body_to86.i
-
-for_body_to86.i:                                  ; preds = %for_body_to86.i, %for_body_to86.lr.ph.i
-  %indvars.iv647.i = phi i64 [ 0, %for_body_to86.lr.ph.i ], [ %indvars.iv.next648.i, %for_body_to86.i ]
-  %full_acc_global196.sroa.238.0413.i = phi <16 x float> [ zeroinitializer, %for_body_to86.lr.ph.i ], [ %2206, %for_body_to86.i ]
-  %full_acc_global196.sroa.204.0412.i = phi <16 x float> [ zeroinitializer, %for_body_to86.lr.ph.i ], [ %2205, %for_body_to86.i ]
-  %full_acc_global196.sroa.0.0411.i = phi <16 x float> [ zeroinitializer, %for_body_to86.lr.ph.i ], [ %2182, %for_body_to86.i ]
-  %full_acc_global196.sroa.34.0410.i = phi <16 x float> [ zeroinitializer, %for_body_to86.lr.ph.i ], [ %2188, %for_body_to86.i ]
-  %full_acc_global196.sroa.68.0409.i = phi <16 x float> [ zeroinitializer, %for_body_to86.lr.ph.i ], [ %2193, %for_body_to86.i ]
-  %full_acc_global196.sroa.102.0408.i = phi <16 x float> [ zeroinitializer, %for_body_to86.lr.ph.i ], [ %2194, %for_body_to86.i ]
-  %full_acc_global196.sroa.136.0407.i = phi <16 x float> [ zeroinitializer, %for_body_to86.lr.ph.i ], [ %2199, %for_body_to86.i ]
-  %full_acc_global196.sroa.170.0406.i = phi <16 x float> [ zeroinitializer, %for_body_to86.lr.ph.i ], [ %2200, %for_body_to86.i ]
-  %1586 = add nuw nsw i64 %indvars.iv647.i, %1584
-  %1587 = trunc i64 %1586 to i32
-  %1588 = shl i32 %1587, 2
-  %1589 = add i32 %1588, %ahead_t.i
-  %1590 = sext i32 %1589 to i64
-  %1591 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1590
-  %1592 = load i64, ptr %1591, align 8, !tbaa !5
-  %1593 = getelementptr i16, ptr %value_cache, i64 %1592
-  %1594 = getelementptr i16, ptr %1593, i64 %cse_v117.i
-  tail call void @llvm.prefetch.p0(ptr readonly %1594, i32 0, i32 2, i32 1)
-  %1595 = getelementptr i8, ptr %1593, i64 64
-  %1596 = getelementptr i16, ptr %1595, i64 %cse_v117.i
-  tail call void @llvm.prefetch.p0(ptr readonly %1596, i32 0, i32 2, i32 1)
-  %1597 = getelementptr i8, ptr %1593, i64 128
-  %1598 = getelementptr i16, ptr %1597, i64 %cse_v117.i
-  tail call void @llvm.prefetch.p0(ptr readonly %1598, i32 0, i32 2, i32 1)
-  %1599 = getelementptr i8, ptr %1593, i64 192
-  %1600 = getelementptr i16, ptr %1599, i64 %cse_v117.i
-  tail call void @llvm.prefetch.p0(ptr readonly %1600, i32 0, i32 2, i32 1)
-  %1601 = getelementptr i8, ptr %1591, i64 8
-  %1602 = load i64, ptr %1601, align 8, !tbaa !5
-  %1603 = getelementptr i16, ptr %value_cache, i64 %1602
-  %1604 = getelementptr i16, ptr %1603, i64 %cse_v117.i
-  tail call void @llvm.prefetch.p0(ptr readonly %1604, i32 0, i32 2, i32 1)
-  %1605 = getelementptr i8, ptr %1603, i64 64
-  %1606 = getelementptr i16, ptr %1605, i64 %cse_v117.i
-  tail call void @llvm.prefetch.p0(ptr readonly %1606, i32 0, i32 2, i32 1)
-  %1607 = getelementptr i8, ptr %1603, i64 128
-  %1608 = getelementptr i16, ptr %1607, i64 %cse_v117.i
-  tail call void @llvm.prefetch.p0(ptr readonly %1608, i32 0, i32 2, i32 1)
-  %1609 = getelementptr i8, ptr %1603, i64 192
-  %1610 = getelementptr i16, ptr %1609, i64 %cse_v117.i
-  tail call void @llvm.prefetch.p0(ptr readonly %1610, i32 0, i32 2, i32 1)
-  %1611 = getelementptr i8, ptr %1591, i64 16
-  %1612 = load i64, ptr %1611, align 8, !tbaa !5
-  %1613 = getelementptr i16, ptr %value_cache, i64 %1612
-  %1614 = getelementptr i16, ptr %1613, i64 %cse_v117.i
-  tail call void @llvm.prefetch.p0(ptr readonly %1614, i32 0, i32 2, i32 1)
-  %1615 = getelementptr i8, ptr %1613, i64 64
-  %1616 = getelementptr i16, ptr %1615, i64 %cse_v117.i
-  tail call void @llvm.prefetch.p0(ptr readonly %1616, i32 0, i32 2, i32 1)
-  %1617 = getelementptr i8, ptr %1613, i64 128
-  %1618 = getelementptr i16, ptr %1617, i64 %cse_v117.i
-  tail call void @llvm.prefetch.p0(ptr readonly %1618, i32 0, i32 2, i32 1)
-  %1619 = getelementptr i8, ptr %1613, i64 192
-  %1620 = getelementptr i16, ptr %1619, i64 %cse_v117.i
-  tail call void @llvm.prefetch.p0(ptr readonly %1620, i32 0, i32 2, i32 1)
-  %1621 = getelementptr i8, ptr %1591, i64 24
-  %1622 = load i64, ptr %1621, align 8, !tbaa !5
-  %1623 = getelementptr i16, ptr %value_cache, i64 %1622
-  %1624 = getelementptr i16, ptr %1623, i64 %cse_v117.i
-  tail call void @llvm.prefetch.p0(ptr readonly %1624, i32 0, i32 2, i32 1)
-  %1625 = getelementptr i8, ptr %1623, i64 64
-  %1626 = getelementptr i16, ptr %1625, i64 %cse_v117.i
-  tail call void @llvm.prefetch.p0(ptr readonly %1626, i32 0, i32 2, i32 1)
-  %1627 = getelementptr i8, ptr %1623, i64 128
-  %1628 = getelementptr i16, ptr %1627, i64 %cse_v117.i
-  tail call void @llvm.prefetch.p0(ptr readonly %1628, i32 0, i32 2, i32 1)
-  %1629 = getelementptr i8, ptr %1623, i64 192
-  %1630 = getelementptr i16, ptr %1629, i64 %cse_v117.i
-  tail call void @llvm.prefetch.p0(ptr readonly %1630, i32 0, i32 2, i32 1)
-  %1631 = shl nsw i64 %indvars.iv647.i, 4
-  %1632 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1631
-  %1633 = load float, ptr %1632, align 4, !tbaa !5
-  %1634 = insertelement <16 x float> poison, float %1633, i64 0
-  %1635 = shufflevector <16 x float> %1634, <16 x float> poison, <16 x i32> zeroinitializer
-  %1636 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1631
-  %1637 = load i64, ptr %1636, align 8, !tbaa !5
-  %gep426.i = getelementptr i16, ptr %gep488.i, i64 %1637
-  %1638 = load <16 x i16>, ptr %gep426.i, align 2, !tbaa !5
-  %1639 = zext <16 x i16> %1638 to <16 x i32>
-  %1640 = shl nuw <16 x i32> %1639, splat (i32 16)
-  %1641 = bitcast <16 x i32> %1640 to <16 x float>
-  %1642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1641, <16 x float> %full_acc_global196.sroa.0.0411.i)
-  %1643 = getelementptr i8, ptr %gep426.i, i64 32
-  %1644 = load <16 x i16>, ptr %1643, align 2, !tbaa !5
-  %1645 = zext <16 x i16> %1644 to <16 x i32>
-  %1646 = shl nuw <16 x i32> %1645, splat (i32 16)
+for_body_to90.i:                                  ; preds = %for_body_to90.i, %for_body_to90.lr.ph.i
+  %indvars.iv677.i = phi i64 [ 0, %for_body_to90.lr.ph.i ], [ %indvars.iv.next678.i, %for_body_to90.i ]
+  %full_acc_global207.sroa.238.0428.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2099, %for_body_to90.i ]
+  %full_acc_global207.sroa.204.0427.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2093, %for_body_to90.i ]
+  %full_acc_global207.sroa.0.0426.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2078, %for_body_to90.i ]
+  %full_acc_global207.sroa.34.0425.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2096, %for_body_to90.i ]
+  %full_acc_global207.sroa.68.0424.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2083, %for_body_to90.i ]
+  %full_acc_global207.sroa.102.0423.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2097, %for_body_to90.i ]
+  %full_acc_global207.sroa.136.0422.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2088, %for_body_to90.i ]
+  %full_acc_global207.sroa.170.0421.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2098, %for_body_to90.i ]
+  %1543 = add nuw nsw i64 %indvars.iv677.i, %1542
+  %1544 = trunc i64 %1543 to i32
+  %1545 = shl i32 %1544, 2
+  %1546 = add i32 %1545, %ahead_t.i
+  %1547 = sext i32 %1546 to i64
+  %1548 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1547
+  %1549 = load i64, ptr %1548, align 8, !tbaa !5
+  %1550 = getelementptr i32, ptr %value_cache, i64 %1549
+  %1551 = getelementptr i32, ptr %1550, i64 %1541
+  tail call void @llvm.prefetch.p0(ptr readonly %1551, i32 0, i32 2, i32 1)
+  %1552 = getelementptr i8, ptr %1550, i64 64
+  %1553 = getelementptr i32, ptr %1552, i64 %1541
+  tail call void @llvm.prefetch.p0(ptr readonly %1553, i32 0, i32 2, i32 1)
+  %1554 = getelementptr i8, ptr %1550, i64 128
+  %1555 = getelementptr i32, ptr %1554, i64 %1541
+  tail call void @llvm.prefetch.p0(ptr readonly %1555, i32 0, i32 2, i32 1)
+  %1556 = getelementptr i8, ptr %1550, i64 192
+  %1557 = getelementptr i32, ptr %1556, i64 %1541
+  tail call void @llvm.prefetch.p0(ptr readonly %1557, i32 0, i32 2, i32 1)
+  %1558 = getelementptr i8, ptr %1548, i64 8
+  %1559 = load i64, ptr %1558, align 8, !tbaa !5
+  %1560 = getelementptr i32, ptr %value_cache, i64 %1559
+  %1561 = getelementptr i32, ptr %1560, i64 %1541
+  tail call void @llvm.prefetch.p0(ptr readonly %1561, i32 0, i32 2, i32 1)
+  %1562 = getelementptr i8, ptr %1560, i64 64
+  %1563 = getelementptr i32, ptr %1562, i64 %1541
+  tail call void @llvm.prefetch.p0(ptr readonly %1563, i32 0, i32 2, i32 1)
+  %1564 = getelementptr i8, ptr %1560, i64 128
+  %1565 = getelementptr i32, ptr %1564, i64 %1541
+  tail call void @llvm.prefetch.p0(ptr readonly %1565, i32 0, i32 2, i32 1)
+  %1566 = getelementptr i8, ptr %1560, i64 192
+  %1567 = getelementptr i32, ptr %1566, i64 %1541
+  tail call void @llvm.prefetch.p0(ptr readonly %1567, i32 0, i32 2, i32 1)
+  %1568 = getelementptr i8, ptr %1548, i64 16
+  %1569 = load i64, ptr %1568, align 8, !tbaa !5
+  %1570 = getelementptr i32, ptr %value_cache, i64 %1569
+  %1571 = getelementptr i32, ptr %1570, i64 %1541
+  tail call void @llvm.prefetch.p0(ptr readonly %1571, i32 0, i32 2, i32 1)
+  %1572 = getelementptr i8, ptr %1570, i64 64
+  %1573 = getelementptr i32, ptr %1572, i64 %1541
+  tail call void @llvm.prefetch.p0(ptr readonly %1573, i32 0, i32 2, i32 1)
+  %1574 = getelementptr i8, ptr %1570, i64 128
+  %1575 = getelementptr i32, ptr %1574, i64 %1541
+  tail call void @llvm.prefetch.p0(ptr readonly %1575, i32 0, i32 2, i32 1)
+  %1576 = getelementptr i8, ptr %1570, i64 192
+  %1577 = getelementptr i32, ptr %1576, i64 %1541
+  tail call void @llvm.prefetch.p0(ptr readonly %1577, i32 0, i32 2, i32 1)
+  %1578 = getelementptr i8, ptr %1548, i64 24
+  %1579 = load i64, ptr %1578, align 8, !tbaa !5
+  %1580 = getelementptr i32, ptr %value_cache, i64 %1579
+  %1581 = getelementptr i32, ptr %1580, i64 %1541
+  tail call void @llvm.prefetch.p0(ptr readonly %1581, i32 0, i32 2, i32 1)
+  %1582 = getelementptr i8, ptr %1580, i64 64
+  %1583 = getelementptr i32, ptr %1582, i64 %1541
+  tail call void @llvm.prefetch.p0(ptr readonly %1583, i32 0, i32 2, i32 1)
+  %1584 = getelementptr i8, ptr %1580, i64 128
+  %1585 = getelementptr i32, ptr %1584, i64 %1541
+  tail call void @llvm.prefetch.p0(ptr readonly %1585, i32 0, i32 2, i32 1)
+  %1586 = getelementptr i8, ptr %1580, i64 192
+  %1587 = getelementptr i32, ptr %1586, i64 %1541
+  tail call void @llvm.prefetch.p0(ptr readonly %1587, i32 0, i32 2, i32 1)
+  %1588 = shl nsw i64 %indvars.iv677.i, 4
+  %1589 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1588
+  %1590 = load float, ptr %1589, align 4, !tbaa !5
+  %1591 = insertelement <16 x float> poison, float %1590, i64 0
+  %1592 = shufflevector <16 x float> %1591, <16 x float> poison, <16 x i32> zeroinitializer
+  %1593 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1588
+  %1594 = load i64, ptr %1593, align 8, !tbaa !5
+  %gep441.i = getelementptr i32, ptr %gep503.i, i64 %1594
+  %1595 = load <16 x i32>, ptr %gep441.i, align 4, !tbaa !5
+  %1596 = shl <16 x i32> %1595, splat (i32 16)
+  %1597 = bitcast <16 x i32> %1596 to <16 x float>
+  %1598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1597, <16 x float> %full_acc_global207.sroa.0.0426.i)
+  %1599 = getelementptr inbounds nuw i8, ptr %1589, i64 512
+  %1600 = load float, ptr %1599, align 4, !tbaa !5
+  %1601 = insertelement <16 x float> poison, float %1600, i64 0
+  %1602 = shufflevector <16 x float> %1601, <16 x float> poison, <16 x i32> zeroinitializer
+  %1603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1602, <16 x float> %1597, <16 x float> %full_acc_global207.sroa.68.0424.i)
+  %1604 = getelementptr inbounds nuw i8, ptr %1589, i64 1024
+  %1605 = load float, ptr %1604, align 4, !tbaa !5
+  %1606 = insertelement <16 x float> poison, float %1605, i64 0
+  %1607 = shufflevector <16 x float> %1606, <16 x float> poison, <16 x i32> zeroinitializer
+  %1608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1607, <16 x float> %1597, <16 x float> %full_acc_global207.sroa.136.0422.i)
+  %1609 = getelementptr inbounds nuw i8, ptr %1589, i64 1536
+  %1610 = load float, ptr %1609, align 4, !tbaa !5
+  %1611 = insertelement <16 x float> poison, float %1610, i64 0
+  %1612 = shufflevector <16 x float> %1611, <16 x float> poison, <16 x i32> zeroinitializer
+  %1613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1597, <16 x float> %full_acc_global207.sroa.204.0427.i)
+  %1614 = and <16 x i32> %1595, splat (i32 -65536)
+  %1615 = bitcast <16 x i32> %1614 to <16 x float>
+  %1616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1615, <16 x float> %full_acc_global207.sroa.34.0425.i)
+  %1617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1602, <16 x float> %1615, <16 x float> %full_acc_global207.sroa.102.0423.i)
+  %1618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1607, <16 x float> %1615, <16 x float> %full_acc_global207.sroa.170.0421.i)
+  %1619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1615, <16 x float> %full_acc_global207.sroa.238.0428.i)
+  %1620 = or disjoint i64 %1588, 1
+  %1621 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1620
+  %1622 = load float, ptr %1621, align 4, !tbaa !5
+  %1623 = insertelement <16 x float> poison, float %1622, i64 0
+  %1624 = shufflevector <16 x float> %1623, <16 x float> poison, <16 x i32> zeroinitializer
+  %1625 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1620
+  %1626 = load i64, ptr %1625, align 8, !tbaa !5
+  %gep445.i = getelementptr i32, ptr %gep503.i, i64 %1626
+  %1627 = load <16 x i32>, ptr %gep445.i, align 4, !tbaa !5
+  %1628 = shl <16 x i32> %1627, splat (i32 16)
+  %1629 = bitcast <16 x i32> %1628 to <16 x float>
+  %1630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1624, <16 x float> %1629, <16 x float> %1598)
+  %1631 = getelementptr inbounds nuw i8, ptr %1589, i64 516
+  %1632 = load float, ptr %1631, align 4, !tbaa !5
+  %1633 = insertelement <16 x float> poison, float %1632, i64 0
+  %1634 = shufflevector <16 x float> %1633, <16 x float> poison, <16 x i32> zeroinitializer
+  %1635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1629, <16 x float> %1603)
+  %1636 = getelementptr inbounds nuw i8, ptr %1589, i64 1028
+  %1637 = load float, ptr %1636, align 4, !tbaa !5
+  %1638 = insertelement <16 x float> poison, float %1637, i64 0
+  %1639 = shufflevector <16 x float> %1638, <16 x float> poison, <16 x i32> zeroinitializer
+  %1640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1639, <16 x float> %1629, <16 x float> %1608)
+  %1641 = getelementptr inbounds nuw i8, ptr %1589, i64 1540
+  %1642 = load float, ptr %1641, align 4, !tbaa !5
+  %1643 = insertelement <16 x float> poison, float %1642, i64 0
+  %1644 = shufflevector <16 x float> %1643, <16 x float> poison, <16 x i32> zeroinitializer
+  %1645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1644, <16 x float> %1629, <16 x float> %1613)
+  %1646 = and <16 x i32> %1627, splat (i32 -65536)
   %1647 = bitcast <16 x i32> %1646 to <16 x float>
-  %1648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1647, <16 x float> %full_acc_global196.sroa.34.0410.i)
-  %1649 = getelementptr inbounds nuw i8, ptr %1632, i64 512
-  %1650 = load float, ptr %1649, align 4, !tbaa !5
-  %1651 = insertelement <16 x float> poison, float %1650, i64 0
-  %1652 = shufflevector <16 x float> %1651, <16 x float> poison, <16 x i32> zeroinitializer
-  %1653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1641, <16 x float> %full_acc_global196.sroa.68.0409.i)
-  %1654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1647, <16 x float> %full_acc_global196.sroa.102.0408.i)
-  %1655 = getelementptr inbounds nuw i8, ptr %1632, i64 1024
-  %1656 = load float, ptr %1655, align 4, !tbaa !5
-  %1657 = insertelement <16 x float> poison, float %1656, i64 0
-  %1658 = shufflevector <16 x float> %1657, <16 x float> poison, <16 x i32> zeroinitializer
-  %1659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1641, <16 x float> %full_acc_global196.sroa.136.0407.i)
-  %1660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1658, <16 x float> %1647, <16 x float> %full_acc_global196.sroa.170.0406.i)
-  %1661 = getelementptr inbounds nuw i8, ptr %1632, i64 1536
-  %1662 = load float, ptr %1661, align 4, !tbaa !5
-  %1663 = insertelement <16 x float> poison, float %1662, i64 0
-  %1664 = shufflevector <16 x float> %1663, <16 x float> poison, <16 x i32> zeroinitializer
-  %1665 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1664, <16 x float> %1641, <16 x float> %full_acc_global196.sroa.204.0412.i)
-  %1666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1664, <16 x float> %1647, <16 x float> %full_acc_global196.sroa.238.0413.i)
-  %1667 = or disjoint i64 %1631, 1
-  %1668 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1667
+  %1648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1624, <16 x float> %1647, <16 x float> %1616)
+  %1649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1634, <16 x float> %1647, <16 x float> %1617)
+  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1639, <16 x float> %1647, <16 x float> %1618)
+  %1651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1644, <16 x float> %1647, <16 x float> %1619)
+  %1652 = or disjoint i64 %1588, 2
+  %1653 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1652
+  %1654 = load float, ptr %1653, align 4, !tbaa !5
+  %1655 = insertelement <16 x float> poison, float %1654, i64 0
+  %1656 = shufflevector <16 x float> %1655, <16 x float> poison, <16 x i32> zeroinitializer
+  %1657 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1652
+  %1658 = load i64, ptr %1657, align 8, !tbaa !5
+  %gep449.i = getelementptr i32, ptr %gep503.i, i64 %1658
+  %1659 = load <16 x i32>, ptr %gep449.i, align 4, !tbaa !5
+  %1660 = shl <16 x i32> %1659, splat (i32 16)
+  %1661 = bitcast <16 x i32> %1660 to <16 x float>
+  %1662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1656, <16 x float> %1661, <16 x float> %1630)
+  %1663 = getelementptr inbounds nuw i8, ptr %1589, i64 520
+  %1664 = load float, ptr %1663, align 4, !tbaa !5
+  %1665 = insertelement <16 x float> poison, float %1664, i64 0
+  %1666 = shufflevector <16 x float> %1665, <16 x float> poison, <16 x i32> zeroinitializer
+  %1667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1666, <16 x float> %1661, <16 x float> %1635)
+  %1668 = getelementptr inbounds nuw i8, ptr %1589, i64 1032
   %1669 = load float, ptr %1668, align 4, !tbaa !5
   %1670 = insertelement <16 x float> poison, float %1669, i64 0
   %1671 = shufflevector <16 x float> %1670, <16 x float> poison, <16 x i32> zeroinitializer
-  %1672 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1667
-  %1673 = load i64, ptr %1672, align 8, !tbaa !5
-  %gep430.i = getelementptr i16, ptr %gep488.i, i64 %1673
-  %1674 = load <16 x i16>, ptr %gep430.i, align 2, !tbaa !5
-  %1675 = zext <16 x i16> %1674 to <16 x i32>
-  %1676 = shl nuw <16 x i32> %1675, splat (i32 16)
-  %1677 = bitcast <16 x i32> %1676 to <16 x float>
-  %1678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1671, <16 x float> %1677, <16 x float> %1642)
-  %1679 = getelementptr i8, ptr %gep430.i, i64 32
-  %1680 = load <16 x i16>, ptr %1679, align 2, !tbaa !5
-  %1681 = zext <16 x i16> %1680 to <16 x i32>
-  %1682 = shl nuw <16 x i32> %1681, splat (i32 16)
-  %1683 = bitcast <16 x i32> %1682 to <16 x float>
-  %1684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1671, <16 x float> %1683, <16 x float> %1648)
-  %1685 = getelementptr inbounds nuw i8, ptr %1632, i64 516
+  %1672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1671, <16 x float> %1661, <16 x float> %1640)
+  %1673 = getelementptr inbounds nuw i8, ptr %1589, i64 1544
+  %1674 = load float, ptr %1673, align 4, !tbaa !5
+  %1675 = insertelement <16 x float> poison, float %1674, i64 0
+  %1676 = shufflevector <16 x float> %1675, <16 x float> poison, <16 x i32> zeroinitializer
+  %1677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1676, <16 x float> %1661, <16 x float> %1645)
+  %1678 = and <16 x i32> %1659, splat (i32 -65536)
+  %1679 = bitcast <16 x i32> %1678 to <16 x float>
+  %1680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1656, <16 x float> %1679, <16 x float> %1648)
+  %1681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1666, <16 x float> %1679, <16 x float> %1649)
+  %1682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1671, <16 x float> %1679, <16 x float> %1650)
+  %1683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1676, <16 x float> %1679, <16 x float> %1651)
+  %1684 = or disjoint i64 %1588, 3
+  %1685 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1684
   %1686 = load float, ptr %1685, align 4, !tbaa !5
   %1687 = insertelement <16 x float> poison, float %1686, i64 0
   %1688 = shufflevector <16 x float> %1687, <16 x float> poison, <16 x i32> zeroinitializer
-  %1689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1688, <16 x float> %1677, <16 x float> %1653)
-  %1690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1688, <16 x float> %1683, <16 x float> %1654)
-  %1691 = getelementptr inbounds nuw i8, ptr %1632, i64 1028
-  %1692 = load float, ptr %1691, align 4, !tbaa !5
-  %1693 = insertelement <16 x float> poison, float %1692, i64 0
-  %1694 = shufflevector <16 x float> %1693, <16 x float> poison, <16 x i32> zeroinitializer
-  %1695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1694, <16 x float> %1677, <16 x float> %1659)
-  %1696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1694, <16 x float> %1683, <16 x float> %1660)
-  %1697 = getelementptr inbounds nuw i8, ptr %1632, i64 1540
-  %1698 = load float, ptr %1697, align 4, !tbaa !5
-  %1699 = insertelement <16 x float> poison, float %1698, i64 0
-  %1700 = shufflevector <16 x float> %1699, <16 x float> poison, <16 x i32> zeroinitializer
-  %1701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1677, <16 x float> %1665)
-  %1702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1683, <16 x float> %1666)
-  %1703 = or disjoint i64 %1631, 2
-  %1704 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1703
-  %1705 = load float, ptr %1704, align 4, !tbaa !5
-  %1706 = insertelement <16 x float> poison, float %1705, i64 0
-  %1707 = shufflevector <16 x float> %1706, <16 x float> poison, <16 x i32> zeroinitializer
-  %1708 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1703
-  %1709 = load i64, ptr %1708, align 8, !tbaa !5
-  %gep434.i = getelementptr i16, ptr %gep488.i, i64 %1709
-  %1710 = load <16 x i16>, ptr %gep434.i, align 2, !tbaa !5
-  %1711 = zext <16 x i16> %1710 to <16 x i32>
-  %1712 = shl nuw <16 x i32> %1711, splat (i32 16)
-  %1713 = bitcast <16 x i32> %1712 to <16 x float>
-  %1714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1707, <16 x float> %1713, <16 x float> %1678)
-  %1715 = getelementptr i8, ptr %gep434.i, i64 32
-  %1716 = load <16 x i16>, ptr %1715, align 2, !tbaa !5
-  %1717 = zext <16 x i16> %1716 to <16 x i32>
-  %1718 = shl nuw <16 x i32> %1717, splat (i32 16)
-  %1719 = bitcast <16 x i32> %1718 to <16 x float>
-  %1720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1707, <16 x float> %1719, <16 x float> %1684)
-  %1721 = getelementptr inbounds nuw i8, ptr %1632, i64 520
-  %1722 = load float, ptr %1721, align 4, !tbaa !5
-  %1723 = insertelement <16 x float> poison, float %1722, i64 0
-  %1724 = shufflevector <16 x float> %1723, <16 x float> poison, <16 x i32> zeroinitializer
-  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1724, <16 x float> %1713, <16 x float> %1689)
-  %1726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1724, <16 x float> %1719, <16 x float> %1690)
-  %1727 = getelementptr inbounds nuw i8, ptr %1632, i64 1032
+  %1689 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1684
+  %1690 = load i64, ptr %1689, align 8, !tbaa !5
+  %gep453.i = getelementptr i32, ptr %gep503.i, i64 %1690
+  %1691 = load <16 x i32>, ptr %gep453.i, align 4, !tbaa !5
+  %1692 = shl <16 x i32> %1691, splat (i32 16)
+  %1693 = bitcast <16 x i32> %1692 to <16 x float>
+  %1694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1688, <16 x float> %1693, <16 x float> %1662)
+  %1695 = getelementptr inbounds nuw i8, ptr %1589, i64 524
+  %1696 = load float, ptr %1695, align 4, !tbaa !5
+  %1697 = insertelement <16 x float> poison, float %1696, i64 0
+  %1698 = shufflevector <16 x float> %1697, <16 x float> poison, <16 x i32> zeroinitializer
+  %1699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1698, <16 x float> %1693, <16 x float> %1667)
+  %1700 = getelementptr inbounds nuw i8, ptr %1589, i64 1036
+  %1701 = load float, ptr %1700, align 4, !tbaa !5
+  %1702 = insertelement <16 x float> poison, float %1701, i64 0
+  %1703 = shufflevector <16 x float> %1702, <16 x float> poison, <16 x i32> zeroinitializer
+  %1704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1703, <16 x float> %1693, <16 x float> %1672)
+  %1705 = getelementptr inbounds nuw i8, ptr %1589, i64 1548
+  %1706 = load float, ptr %1705, align 4, !tbaa !5
+  %1707 = insertelement <16 x float> poison, float %1706, i64 0
+  %1708 = shufflevector <16 x float> %1707, <16 x float> poison, <16 x i32> zeroinitializer
+  %1709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1708, <16 x float> %1693, <16 x float> %1677)
+  %1710 = and <16 x i32> %1691, splat (i32 -65536)
+  %1711 = bitcast <16 x i32> %1710 to <16 x float>
+  %1712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1688, <16 x float> %1711, <16 x float> %1680)
+  %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1698, <16 x float> %1711, <16 x float> %1681)
+  %1714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1703, <16 x float> %1711, <16 x float> %1682)
+  %1715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1708, <16 x float> %1711, <16 x float> %1683)
+  %1716 = or disjoint i64 %1588, 4
+  %1717 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1716
+  %1718 = load float, ptr %1717, align 4, !tbaa !5
+  %1719 = insertelement <16 x float> poison, float %1718, i64 0
+  %1720 = shufflevector <16 x float> %1719, <16 x float> poison, <16 x i32> zeroinitializer
+  %1721 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1716
+  %1722 = load i64, ptr %1721, align 8, !tbaa !5
+  %gep457.i = getelementptr i32, ptr %gep503.i, i64 %1722
+  %1723 = load <16 x i32>, ptr %gep457.i, align 4, !tbaa !5
+  %1724 = shl <16 x i32> %1723, splat (i32 16)
+  %1725 = bitcast <16 x i32> %1724 to <16 x float>
+  %1726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1720, <16 x float> %1725, <16 x float> %1694)
+  %1727 = getelementptr inbounds nuw i8, ptr %1589, i64 528
   %1728 = load float, ptr %1727, align 4, !tbaa !5
   %1729 = insertelement <16 x float> poison, float %1728, i64 0
   %1730 = shufflevector <16 x float> %1729, <16 x float> poison, <16 x i32> zeroinitializer
-  %1731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1730, <16 x float> %1713, <16 x float> %1695)
-  %1732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1730, <16 x float> %1719, <16 x float> %1696)
-  %1733 = getelementptr inbounds nuw i8, ptr %1632, i64 1544
-  %1734 = load float, ptr %1733, align 4, !tbaa !5
-  %1735 = insertelement <16 x float> poison, float %1734, i64 0
-  %1736 = shufflevector <16 x float> %1735, <16 x float> poison, <16 x i32> zeroinitializer
-  %1737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1736, <16 x float> %1713, <16 x float> %1701)
-  %1738 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1736, <16 x float> %1719, <16 x float> %1702)
-  %1739 = or disjoint i64 %1631, 3
-  %1740 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1739
-  %1741 = load float, ptr %1740, align 4, !tbaa !5
-  %1742 = insertelement <16 x float> poison, float %1741, i64 0
-  %1743 = shufflevector <16 x float> %1742, <16 x float> poison, <16 x i32> zeroinitializer
-  %1744 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1739
-  %1745 = load i64, ptr %1744, align 8, !tbaa !5
-  %gep438.i = getelementptr i16, ptr %gep488.i, i64 %1745
-  %1746 = load <16 x i16>, ptr %gep438.i, align 2, !tbaa !5
-  %1747 = zext <16 x i16> %1746 to <16 x i32>
-  %1748 = shl nuw <16 x i32> %1747, splat (i32 16)
-  %1749 = bitcast <16 x i32> %1748 to <16 x float>
-  %1750 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1749, <16 x float> %1714)
-  %1751 = getelementptr i8, ptr %gep438.i, i64 32
-  %1752 = load <16 x i16>, ptr %1751, align 2, !tbaa !5
-  %1753 = zext <16 x i16> %1752 to <16 x i32>
-  %1754 = shl nuw <16 x i32> %1753, splat (i32 16)
-  %1755 = bitcast <16 x i32> %1754 to <16 x float>
-  %1756 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> %1755, <16 x float> %1720)
-  %1757 = getelementptr inbounds nuw i8, ptr %1632, i64 524
-  %1758 = load float, ptr %1757, align 4, !tbaa !5
-  %1759 = insertelement <16 x float> poison, float %1758, i64 0
-  %1760 = shufflevector <16 x float> %1759, <16 x float> poison, <16 x i32> zeroinitializer
-  %1761 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1760, <16 x float> %1749, <16 x float> %1725)
-  %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1760, <16 x float> %1755, <16 x float> %1726)
-  %1763 = getelementptr inbounds nuw i8, ptr %1632, i64 1036
-  %1764 = load float, ptr %1763, align 4, !tbaa !5
-  %1765 = insertelement <16 x float> poison, float %1764, i64 0
-  %1766 = shufflevector <16 x float> %1765, <16 x float> poison, <16 x i32> zeroinitializer
-  %1767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1766, <16 x float> %1749, <16 x float> %1731)
-  %1768 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1766, <16 x float> %1755, <16 x float> %1732)
-  %1769 = getelementptr inbounds nuw i8, ptr %1632, i64 1548
+  %1731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1730, <16 x float> %1725, <16 x float> %1699)
+  %1732 = getelementptr inbounds nuw i8, ptr %1589, i64 1040
+  %1733 = load float, ptr %1732, align 4, !tbaa !5
+  %1734 = insertelement <16 x float> poison, float %1733, i64 0
+  %1735 = shufflevector <16 x float> %1734, <16 x float> poison, <16 x i32> zeroinitializer
+  %1736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1735, <16 x float> %1725, <16 x float> %1704)
+  %1737 = getelementptr inbounds nuw i8, ptr %1589, i64 1552
+  %1738 = load float, ptr %1737, align 4, !tbaa !5
+  %1739 = insertelement <16 x float> poison, float %1738, i64 0
+  %1740 = shufflevector <16 x float> %1739, <16 x float> poison, <16 x i32> zeroinitializer
+  %1741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1740, <16 x float> %1725, <16 x float> %1709)
+  %1742 = and <16 x i32> %1723, splat (i32 -65536)
+  %1743 = bitcast <16 x i32> %1742 to <16 x float>
+  %1744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1720, <16 x float> %1743, <16 x float> %1712)
+  %1745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1730, <16 x float> %1743, <16 x float> %1713)
+  %1746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1735, <16 x float> %1743, <16 x float> %1714)
+  %1747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1740, <16 x float> %1743, <16 x float> %1715)
+  %1748 = or disjoint i64 %1588, 5
+  %1749 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1748
+  %1750 = load float, ptr %1749, align 4, !tbaa !5
+  %1751 = insertelement <16 x float> poison, float %1750, i64 0
+  %1752 = shufflevector <16 x float> %1751, <16 x float> poison, <16 x i32> zeroinitializer
+  %1753 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1748
+  %1754 = load i64, ptr %1753, align 8, !tbaa !5
+  %gep461.i = getelementptr i32, ptr %gep503.i, i64 %1754
+  %1755 = load <16 x i32>, ptr %gep461.i, align 4, !tbaa !5
+  %1756 = shl <16 x i32> %1755, splat (i32 16)
+  %1757 = bitcast <16 x i32> %1756 to <16 x float>
+  %1758 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1752, <16 x float> %1757, <16 x float> %1726)
+  %1759 = getelementptr inbounds nuw i8, ptr %1589, i64 532
+  %1760 = load float, ptr %1759, align 4, !tbaa !5
+  %1761 = insertelement <16 x float> poison, float %1760, i64 0
+  %1762 = shufflevector <16 x float> %1761, <16 x float> poison, <16 x i32> zeroinitializer
+  %1763 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1762, <16 x float> %1757, <16 x float> %1731)
+  %1764 = getelementptr inbounds nuw i8, ptr %1589, i64 1044
+  %1765 = load float, ptr %1764, align 4, !tbaa !5
+  %1766 = insertelement <16 x float> poison, float %1765, i64 0
+  %1767 = shufflevector <16 x float> %1766, <16 x float> poison, <16 x i32> zeroinitializer
+  %1768 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1767, <16 x float> %1757, <16 x float> %1736)
+  %1769 = getelementptr inbounds nuw i8, ptr %1589, i64 1556
   %1770 = load float, ptr %1769, align 4, !tbaa !5
   %1771 = insertelement <16 x float> poison, float %1770, i64 0
   %1772 = shufflevector <16 x float> %1771, <16 x float> poison, <16 x i32> zeroinitializer
-  %1773 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1772, <16 x float> %1749, <16 x float> %1737)
-  %1774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1772, <16 x float> %1755, <16 x float> %1738)
-  %1775 = or disjoint i64 %1631, 4
-  %1776 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1775
-  %1777 = load float, ptr %1776, align 4, !tbaa !5
-  %1778 = insertelement <16 x float> poison, float %1777, i64 0
-  %1779 = shufflevector <16 x float> %1778, <16 x float> poison, <16 x i32> zeroinitializer
-  %1780 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1775
-  %1781 = load i64, ptr %1780, align 8, !tbaa !5
-  %gep442.i = getelementptr i16, ptr %gep488.i, i64 %1781
-  %1782 = load <16 x i16>, ptr %gep442.i, align 2, !tbaa !5
-  %1783 = zext <16 x i16> %1782 to <16 x i32>
-  %1784 = shl nuw <16 x i32> %1783, splat (i32 16)
-  %1785 = bitcast <16 x i32> %1784 to <16 x float>
-  %1786 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1779, <16 x float> %1785, <16 x float> %1750)
-  %1787 = getelementptr i8, ptr %gep442.i, i64 32
-  %1788 = load <16 x i16>, ptr %1787, align 2, !tbaa !5
-  %1789 = zext <16 x i16> %1788 to <16 x i32>
-  %1790 = shl nuw <16 x i32> %1789, splat (i32 16)
-  %1791 = bitcast <16 x i32> %1790 to <16 x float>
-  %1792 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1779, <16 x float> %1791, <16 x float> %1756)
-  %1793 = getelementptr inbounds nuw i8, ptr %1632, i64 528
-  %1794 = load float, ptr %1793, align 4, !tbaa !5
-  %1795 = insertelement <16 x float> poison, float %1794, i64 0
-  %1796 = shufflevector <16 x float> %1795, <16 x float> poison, <16 x i32> zeroinitializer
-  %1797 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1796, <16 x float> %1785, <16 x float> %1761)
-  %1798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1796, <16 x float> %1791, <16 x float> %1762)
-  %1799 = getelementptr inbounds nuw i8, ptr %1632, i64 1040
-  %1800 = load float, ptr %1799, align 4, !tbaa !5
-  %1801 = insertelement <16 x float> poison, float %1800, i64 0
-  %1802 = shufflevector <16 x float> %1801, <16 x float> poison, <16 x i32> zeroinitializer
-  %1803 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1802, <16 x float> %1785, <16 x float> %1767)
-  %1804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1802, <16 x float> %1791, <16 x float> %1768)
-  %1805 = getelementptr inbounds nuw i8, ptr %1632, i64 1552
-  %1806 = load float, ptr %1805, align 4, !tbaa !5
-  %1807 = insertelement <16 x float> poison, float %1806, i64 0
-  %1808 = shufflevector <16 x float> %1807, <16 x float> poison, <16 x i32> zeroinitializer
-  %1809 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1808, <16 x float> %1785, <16 x float> %1773)
-  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1808, <16 x float> %1791, <16 x float> %1774)
-  %1811 = or disjoint i64 %1631, 5
-  %1812 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1811
-  %1813 = load float, ptr %1812, align 4, !tbaa !5
-  %1814 = insertelement <16 x float> poison, float %1813, i64 0
-  %1815 = shufflevector <16 x float> %1814, <16 x float> poison, <16 x i32> zeroinitializer
-  %1816 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1811
-  %1817 = load i64, ptr %1816, align 8, !tbaa !5
-  %gep446.i = getelementptr i16, ptr %gep488.i, i64 %1817
-  %1818 = load <16 x i16>, ptr %gep446.i, align 2, !tbaa !5
-  %1819 = zext <16 x i16> %1818 to <16 x i32>
-  %1820 = shl nuw <16 x i32> %1819, splat (i32 16)
+  %1773 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1772, <16 x float> %1757, <16 x float> %1741)
+  %1774 = and <16 x i32> %1755, splat (i32 -65536)
+  %1775 = bitcast <16 x i32> %1774 to <16 x float>
+  %1776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1752, <16 x float> %1775, <16 x float> %1744)
+  %1777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1762, <16 x float> %1775, <16 x float> %1745)
+  %1778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1767, <16 x float> %1775, <16 x float> %1746)
+  %1779 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1772, <16 x float> %1775, <16 x float> %1747)
+  %1780 = or disjoint i64 %1588, 6
+  %1781 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1780
+  %1782 = load float, ptr %1781, align 4, !tbaa !5
+  %1783 = insertelement <16 x float> poison, float %1782, i64 0
+  %1784 = shufflevector <16 x float> %1783, <16 x float> poison, <16 x i32> zeroinitializer
+  %1785 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1780
+  %1786 = load i64, ptr %1785, align 8, !tbaa !5
+  %gep465.i = getelementptr i32, ptr %gep503.i, i64 %1786
+  %1787 = load <16 x i32>, ptr %gep465.i, align 4, !tbaa !5
+  %1788 = shl <16 x i32> %1787, splat (i32 16)
+  %1789 = bitcast <16 x i32> %1788 to <16 x float>
+  %1790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1784, <16 x float> %1789, <16 x float> %1758)
+  %1791 = getelementptr inbounds nuw i8, ptr %1589, i64 536
+  %1792 = load float, ptr %1791, align 4, !tbaa !5
+  %1793 = insertelement <16 x float> poison, float %1792, i64 0
+  %1794 = shufflevector <16 x float> %1793, <16 x float> poison, <16 x i32> zeroinitializer
+  %1795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1794, <16 x float> %1789, <16 x float> %1763)
+  %1796 = getelementptr inbounds nuw i8, ptr %1589, i64 1048
+  %1797 = load float, ptr %1796, align 4, !tbaa !5
+  %1798 = insertelement <16 x float> poison, float %1797, i64 0
+  %1799 = shufflevector <16 x float> %1798, <16 x float> poison, <16 x i32> zeroinitializer
+  %1800 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1799, <16 x float> %1789, <16 x float> %1768)
+  %1801 = getelementptr inbounds nuw i8, ptr %1589, i64 1560
+  %1802 = load float, ptr %1801, align 4, !tbaa !5
+  %1803 = insertelement <16 x float> poison, float %1802, i64 0
+  %1804 = shufflevector <16 x float> %1803, <16 x float> poison, <16 x i32> zeroinitializer
+  %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1804, <16 x float> %1789, <16 x float> %1773)
+  %1806 = and <16 x i32> %1787, splat (i32 -65536)
+  %1807 = bitcast <16 x i32> %1806 to <16 x float>
+  %1808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1784, <16 x float> %1807, <16 x float> %1776)
+  %1809 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1794, <16 x float> %1807, <16 x float> %1777)
+  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1799, <16 x float> %1807, <16 x float> %1778)
+  %1811 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1804, <16 x float> %1807, <16 x float> %1779)
+  %1812 = or disjoint i64 %1588, 7
+  %1813 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1812
+  %1814 = load float, ptr %1813, align 4, !tbaa !5
+  %1815 = insertelement <16 x float> poison, float %1814, i64 0
+  %1816 = shufflevector <16 x float> %1815, <16 x float> poison, <16 x i32> zeroinitializer
+  %1817 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1812
+  %1818 = load i64, ptr %1817, align 8, !tbaa !5
+  %gep469.i = getelementptr i32, ptr %gep503.i, i64 %1818
+  %1819 = load <16 x i32>, ptr %gep469.i, align 4, !tbaa !5
+  %1820 = shl <16 x i32> %1819, splat (i32 16)
   %1821 = bitcast <16 x i32> %1820 to <16 x float>
-  %1822 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1815, <16 x float> %1821, <16 x float> %1786)
-  %1823 = getelementptr i8, ptr %gep446.i, i64 32
-  %1824 = load <16 x i16>, ptr %1823, align 2, !tbaa !5
-  %1825 = zext <16 x i16> %1824 to <16 x i32>
-  %1826 = shl nuw <16 x i32> %1825, splat (i32 16)
-  %1827 = bitcast <16 x i32> %1826 to <16 x float>
-  %1828 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1815, <16 x float> %1827, <16 x float> %1792)
-  %1829 = getelementptr inbounds nuw i8, ptr %1632, i64 532
-  %1830 = load float, ptr %1829, align 4, !tbaa !5
-  %1831 = insertelement <16 x float> poison, float %1830, i64 0
-  %1832 = shufflevector <16 x float> %1831, <16 x float> poison, <16 x i32> zeroinitializer
-  %1833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1832, <16 x float> %1821, <16 x float> %1797)
-  %1834 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1832, <16 x float> %1827, <16 x float> %1798)
-  %1835 = getelementptr inbounds nuw i8, ptr %1632, i64 1044
-  %1836 = load float, ptr %1835, align 4, !tbaa !5
-  %1837 = insertelement <16 x float> poison, float %1836, i64 0
-  %1838 = shufflevector <16 x float> %1837, <16 x float> poison, <16 x i32> zeroinitializer
-  %1839 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1838, <16 x float> %1821, <16 x float> %1803)
-  %1840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1838, <16 x float> %1827, <16 x float> %1804)
-  %1841 = getelementptr inbounds nuw i8, ptr %1632, i64 1556
-  %1842 = load float, ptr %1841, align 4, !tbaa !5
-  %1843 = insertelement <16 x float> poison, float %1842, i64 0
-  %1844 = shufflevector <16 x float> %1843, <16 x float> poison, <16 x i32> zeroinitializer
-  %1845 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1844, <16 x float> %1821, <16 x float> %1809)
-  %1846 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1844, <16 x float> %1827, <16 x float> %1810)
-  %1847 = or disjoint i64 %1631, 6
-  %1848 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1847
-  %1849 = load float, ptr %1848, align 4, !tbaa !5
-  %1850 = insertelement <16 x float> poison, float %1849, i64 0
-  %1851 = shufflevector <16 x float> %1850, <16 x float> poison, <16 x i32> zeroinitializer
-  %1852 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1847
-  %1853 = load i64, ptr %1852, align 8, !tbaa !5
-  %gep450.i = getelementptr i16, ptr %gep488.i, i64 %1853
-  %1854 = load <16 x i16>, ptr %gep450.i, align 2, !tbaa !5
-  %1855 = zext <16 x i16> %1854 to <16 x i32>
-  %1856 = shl nuw <16 x i32> %1855, splat (i32 16)
-  %1857 = bitcast <16 x i32> %1856 to <16 x float>
-  %1858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1851, <16 x float> %1857, <16 x float> %1822)
-  %1859 = getelementptr i8, ptr %gep450.i, i64 32
-  %1860 = load <16 x i16>, ptr %1859, align 2, !tbaa !5
-  %1861 = zext <16 x i16> %1860 to <16 x i32>
-  %1862 = shl nuw <16 x i32> %1861, splat (i32 16)
-  %1863 = bitcast <16 x i32> %1862 to <16 x float>
-  %1864 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1851, <16 x float> %1863, <16 x float> %1828)
-  %1865 = getelementptr inbounds nuw i8, ptr %1632, i64 536
+  %1822 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1816, <16 x float> %1821, <16 x float> %1790)
+  %1823 = getelementptr inbounds nuw i8, ptr %1589, i64 540
+  %1824 = load float, ptr %1823, align 4, !tbaa !5
+  %1825 = insertelement <16 x float> poison, float %1824, i64 0
+  %1826 = shufflevector <16 x float> %1825, <16 x float> poison, <16 x i32> zeroinitializer
+  %1827 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1826, <16 x float> %1821, <16 x float> %1795)
+  %1828 = getelementptr inbounds nuw i8, ptr %1589, i64 1052
+  %1829 = load float, ptr %1828, align 4, !tbaa !5
+  %1830 = insertelement <16 x float> poison, float %1829, i64 0
+  %1831 = shufflevector <16 x float> %1830, <16 x float> poison, <16 x i32> zeroinitializer
+  %1832 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1831, <16 x float> %1821, <16 x float> %1800)
+  %1833 = getelementptr inbounds nuw i8, ptr %1589, i64 1564
+  %1834 = load float, ptr %1833, align 4, !tbaa !5
+  %1835 = insertelement <16 x float> poison, float %1834, i64 0
+  %1836 = shufflevector <16 x float> %1835, <16 x float> poison, <16 x i32> zeroinitializer
+  %1837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1836, <16 x float> %1821, <16 x float> %1805)
+  %1838 = and <16 x i32> %1819, splat (i32 -65536)
+  %1839 = bitcast <16 x i32> %1838 to <16 x float>
+  %1840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1816, <16 x float> %1839, <16 x float> %1808)
+  %1841 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1826, <16 x float> %1839, <16 x float> %1809)
+  %1842 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1831, <16 x float> %1839, <16 x float> %1810)
+  %1843 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1836, <16 x float> %1839, <16 x float> %1811)
+  %1844 = or disjoint i64 %1588, 8
+  %1845 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1844
+  %1846 = load float, ptr %1845, align 4, !tbaa !5
+  %1847 = insertelement <16 x float> poison, float %1846, i64 0
+  %1848 = shufflevector <16 x float> %1847, <16 x float> poison, <16 x i32> zeroinitializer
+  %1849 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1844
+  %1850 = load i64, ptr %1849, align 8, !tbaa !5
+  %gep473.i = getelementptr i32, ptr %gep503.i, i64 %1850
+  %1851 = load <16 x i32>, ptr %gep473.i, align 4, !tbaa !5
+  %1852 = shl <16 x i32> %1851, splat (i32 16)
+  %1853 = bitcast <16 x i32> %1852 to <16 x float>
+  %1854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1848, <16 x float> %1853, <16 x float> %1822)
+  %1855 = getelementptr inbounds nuw i8, ptr %1589, i64 544
+  %1856 = load float, ptr %1855, align 4, !tbaa !5
+  %1857 = insertelement <16 x float> poison, float %1856, i64 0
+  %1858 = shufflevector <16 x float> %1857, <16 x float> poison, <16 x i32> zeroinitializer
+  %1859 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1858, <16 x float> %1853, <16 x float> %1827)
+  %1860 = getelementptr inbounds nuw i8, ptr %1589, i64 1056
+  %1861 = load float, ptr %1860, align 4, !tbaa !5
+  %1862 = insertelement <16 x float> poison, float %1861, i64 0
+  %1863 = shufflevector <16 x float> %1862, <16 x float> poison, <16 x i32> zeroinitializer
+  %1864 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1863, <16 x float> %1853, <16 x float> %1832)
+  %1865 = getelementptr inbounds nuw i8, ptr %1589, i64 1568
   %1866 = load float, ptr %1865, align 4, !tbaa !5
   %1867 = insertelement <16 x float> poison, float %1866, i64 0
   %1868 = shufflevector <16 x float> %1867, <16 x float> poison, <16 x i32> zeroinitializer
-  %1869 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1868, <16 x float> %1857, <16 x float> %1833)
-  %1870 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1868, <16 x float> %1863, <16 x float> %1834)
-  %1871 = getelementptr inbounds nuw i8, ptr %1632, i64 1048
-  %1872 = load float, ptr %1871, align 4, !tbaa !5
-  %1873 = insertelement <16 x float> poison, float %1872, i64 0
-  %1874 = shufflevector <16 x float> %1873, <16 x float> poison, <16 x i32> zeroinitializer
-  %1875 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1874, <16 x float> %1857, <16 x float> %1839)
-  %1876 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1874, <16 x float> %1863, <16 x float> %1840)
-  %1877 = getelementptr inbounds nuw i8, ptr %1632, i64 1560
+  %1869 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1868, <16 x float> %1853, <16 x float> %1837)
+  %1870 = and <16 x i32> %1851, splat (i32 -65536)
+  %1871 = bitcast <16 x i32> %1870 to <16 x float>
+  %1872 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1848, <16 x float> %1871, <16 x float> %1840)
+  %1873 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1858, <16 x float> %1871, <16 x float> %1841)
+  %1874 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1863, <16 x float> %1871, <16 x float> %1842)
+  %1875 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1868, <16 x float> %1871, <16 x float> %1843)
+  %1876 = or disjoint i64 %1588, 9
+  %1877 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1876
   %1878 = load float, ptr %1877, align 4, !tbaa !5
   %1879 = insertelement <16 x float> poison, float %1878, i64 0
   %1880 = shufflevector <16 x float> %1879, <16 x float> poison, <16 x i32> zeroinitializer
-  %1881 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1880, <16 x float> %1857, <16 x float> %1845)
-  %1882 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1880, <16 x float> %1863, <16 x float> %1846)
-  %1883 = or disjoint i64 %1631, 7
-  %1884 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1883
-  %1885 = load float, ptr %1884, align 4, !tbaa !5
-  %1886 = insertelement <16 x float> poison, float %1885, i64 0
-  %1887 = shufflevector <16 x float> %1886, <16 x float> poison, <16 x i32> zeroinitializer
-  %1888 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1883
-  %1889 = load i64, ptr %1888, align 8, !tbaa !5
-  %gep454.i = getelementptr i16, ptr %gep488.i, i64 %1889
-  %1890 = load <16 x i16>, ptr %gep454.i, align 2, !tbaa !5
-  %1891 = zext <16 x i16> %1890 to <16 x i32>
-  %1892 = shl nuw <16 x i32> %1891, splat (i32 16)
-  %1893 = bitcast <16 x i32> %1892 to <16 x float>
-  %1894 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1887, <16 x float> %1893, <16 x float> %1858)
-  %1895 = getelementptr i8, ptr %gep454.i, i64 32
-  %1896 = load <16 x i16>, ptr %1895, align 2, !tbaa !5
-  %1897 = zext <16 x i16> %1896 to <16 x i32>
-  %1898 = shl nuw <16 x i32> %1897, splat (i32 16)
-  %1899 = bitcast <16 x i32> %1898 to <16 x float>
-  %1900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1887, <16 x float> %1899, <16 x float> %1864)
-  %1901 = getelementptr inbounds nuw i8, ptr %1632, i64 540
-  %1902 = load float, ptr %1901, align 4, !tbaa !5
-  %1903 = insertelement <16 x float> poison, float %1902, i64 0
-  %1904 = shufflevector <16 x float> %1903, <16 x float> poison, <16 x i32> zeroinitializer
-  %1905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1904, <16 x float> %1893, <16 x float> %1869)
-  %1906 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1904, <16 x float> %1899, <16 x float> %1870)
-  %1907 = getelementptr inbounds nuw i8, ptr %1632, i64 1052
-  %1908 = load float, ptr %1907, align 4, !tbaa !5
-  %1909 = insertelement <16 x float> poison, float %1908, i64 0
-  %1910 = shufflevector <16 x float> %1909, <16 x float> poison, <16 x i32> zeroinitializer
-  %1911 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1910, <16 x float> %1893, <16 x float> %1875)
-  %1912 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1910, <16 x float> %1899, <16 x float> %1876)
-  %1913 = getelementptr inbounds nuw i8, ptr %1632, i64 1564
-  %1914 = load float, ptr %1913, align 4, !tbaa !5
-  %1915 = insertelement <16 x float> poison, float %1914, i64 0
-  %1916 = shufflevector <16 x float> %1915, <16 x float> poison, <16 x i32> zeroinitializer
-  %1917 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1916, <16 x float> %1893, <16 x float> %1881)
-  %1918 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1916, <16 x float> %1899, <16 x float> %1882)
-  %1919 = or disjoint i64 %1631, 8
-  %1920 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1919
-  %1921 = load float, ptr %1920, align 4, !tbaa !5
-  %1922 = insertelement <16 x float> poison, float %1921, i64 0
-  %1923 = shufflevector <16 x float> %1922, <16 x float> poison, <16 x i32> zeroinitializer
-  %1924 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1919
-  %1925 = load i64, ptr %1924, align 8, !tbaa !5
-  %gep458.i = getelementptr i16, ptr %gep488.i, i64 %1925
-  %1926 = load <16 x i16>, ptr %gep458.i, align 2, !tbaa !5
-  %1927 = zext <16 x i16> %1926 to <16 x i32>
-  %1928 = shl nuw <16 x i32> %1927, splat (i32 16)
-  %1929 = bitcast <16 x i32> %1928 to <16 x float>
-  %1930 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1923, <16 x float> %1929, <16 x float> %1894)
-  %1931 = getelementptr i8, ptr %gep458.i, i64 32
-  %1932 = load <16 x i16>, ptr %1931, align 2, !tbaa !5
-  %1933 = zext <16 x i16> %1932 to <16 x i32>
-  %1934 = shl nuw <16 x i32> %1933, splat (i32 16)
+  %1881 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1876
+  %1882 = load i64, ptr %1881, align 8, !tbaa !5
+  %gep477.i = getelementptr i32, ptr %gep503.i, i64 %1882
+  %1883 = load <16 x i32>, ptr %gep477.i, align 4, !tbaa !5
+  %1884 = shl <16 x i32> %1883, splat (i32 16)
+  %1885 = bitcast <16 x i32> %1884 to <16 x float>
+  %1886 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1880, <16 x float> %1885, <16 x float> %1854)
+  %1887 = getelementptr inbounds nuw i8, ptr %1589, i64 548
+  %1888 = load float, ptr %1887, align 4, !tbaa !5
+  %1889 = insertelement <16 x float> poison, float %1888, i64 0
+  %1890 = shufflevector <16 x float> %1889, <16 x float> poison, <16 x i32> zeroinitializer
+  %1891 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1890, <16 x float> %1885, <16 x float> %1859)
+  %1892 = getelementptr inbounds nuw i8, ptr %1589, i64 1060
+  %1893 = load float, ptr %1892, align 4, !tbaa !5
+  %1894 = insertelement <16 x float> poison, float %1893, i64 0
+  %1895 = shufflevector <16 x float> %1894, <16 x float> poison, <16 x i32> zeroinitializer
+  %1896 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1895, <16 x float> %1885, <16 x float> %1864)
+  %1897 = getelementptr inbounds nuw i8, ptr %1589, i64 1572
+  %1898 = load float, ptr %1897, align 4, !tbaa !5
+  %1899 = insertelement <16 x float> poison, float %1898, i64 0
+  %1900 = shufflevector <16 x float> %1899, <16 x float> poison, <16 x i32> zeroinitializer
+  %1901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1900, <16 x float> %1885, <16 x float> %1869)
+  %1902 = and <16 x i32> %1883, splat (i32 -65536)
+  %1903 = bitcast <16 x i32> %1902 to <16 x float>
+  %1904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1880, <16 x float> %1903, <16 x float> %1872)
+  %1905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1890, <16 x float> %1903, <16 x float> %1873)
+  %1906 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1895, <16 x float> %1903, <16 x float> %1874)
+  %1907 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1900, <16 x float> %1903, <16 x float> %1875)
+  %1908 = or disjoint i64 %1588, 10
+  %1909 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1908
+  %1910 = load float, ptr %1909, align 4, !tbaa !5
+  %1911 = insertelement <16 x float> poison, float %1910, i64 0
+  %1912 = shufflevector <16 x float> %1911, <16 x float> poison, <16 x i32> zeroinitializer
+  %1913 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1908
+  %1914 = load i64, ptr %1913, align 8, !tbaa !5
+  %gep481.i = getelementptr i32, ptr %gep503.i, i64 %1914
+  %1915 = load <16 x i32>, ptr %gep481.i, align 4, !tbaa !5
+  %1916 = shl <16 x i32> %1915, splat (i32 16)
+  %1917 = bitcast <16 x i32> %1916 to <16 x float>
+  %1918 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1912, <16 x float> %1917, <16 x float> %1886)
+  %1919 = getelementptr inbounds nuw i8, ptr %1589, i64 552
+  %1920 = load float, ptr %1919, align 4, !tbaa !5
+  %1921 = insertelement <16 x float> poison, float %1920, i64 0
+  %1922 = shufflevector <16 x float> %1921, <16 x float> poison, <16 x i32> zeroinitializer
+  %1923 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1922, <16 x float> %1917, <16 x float> %1891)
+  %1924 = getelementptr inbounds nuw i8, ptr %1589, i64 1064
+  %1925 = load float, ptr %1924, align 4, !tbaa !5
+  %1926 = insertelement <16 x float> poison, float %1925, i64 0
+  %1927 = shufflevector <16 x float> %1926, <16 x float> poison, <16 x i32> zeroinitializer
+  %1928 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1927, <16 x float> %1917, <16 x float> %1896)
+  %1929 = getelementptr inbounds nuw i8, ptr %1589, i64 1576
+  %1930 = load float, ptr %1929, align 4, !tbaa !5
+  %1931 = insertelement <16 x float> poison, float %1930, i64 0
+  %1932 = shufflevector <16 x float> %1931, <16 x float> poison, <16 x i32> zeroinitializer
+  %1933 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1932, <16 x float> %1917, <16 x float> %1901)
+  %1934 = and <16 x i32> %1915, splat (i32 -65536)
   %1935 = bitcast <16 x i32> %1934 to <16 x float>
-  %1936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1923, <16 x float> %1935, <16 x float> %1900)
-  %1937 = getelementptr inbounds nuw i8, ptr %1632, i64 544
-  %1938 = load float, ptr %1937, align 4, !tbaa !5
-  %1939 = insertelement <16 x float> poison, float %1938, i64 0
-  %1940 = shufflevector <16 x float> %1939, <16 x float> poison, <16 x i32> zeroinitializer
-  %1941 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1940, <16 x float> %1929, <16 x float> %1905)
-  %1942 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1940, <16 x float> %1935, <16 x float> %1906)
-  %1943 = getelementptr inbounds nuw i8, ptr %1632, i64 1056
-  %1944 = load float, ptr %1943, align 4, !tbaa !5
-  %1945 = insertelement <16 x float> poison, float %1944, i64 0
-  %1946 = shufflevector <16 x float> %1945, <16 x float> poison, <16 x i32> zeroinitializer
-  %1947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1946, <16 x float> %1929, <16 x float> %1911)
-  %1948 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1946, <16 x float> %1935, <16 x float> %1912)
-  %1949 = getelementptr inbounds nuw i8, ptr %1632, i64 1568
-  %1950 = load float, ptr %1949, align 4, !tbaa !5
-  %1951 = insertelement <16 x float> poison, float %1950, i64 0
-  %1952 = shufflevector <16 x float> %1951, <16 x float> poison, <16 x i32> zeroinitializer
-  %1953 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1952, <16 x float> %1929, <16 x float> %1917)
-  %1954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1952, <16 x float> %1935, <16 x float> %1918)
-  %1955 = or disjoint i64 %1631, 9
-  %1956 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1955
+  %1936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1912, <16 x float> %1935, <16 x float> %1904)
+  %1937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1922, <16 x float> %1935, <16 x float> %1905)
+  %1938 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1927, <16 x float> %1935, <16 x float> %1906)
+  %1939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1932, <16 x float> %1935, <16 x float> %1907)
+  %1940 = or disjoint i64 %1588, 11
+  %1941 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1940
+  %1942 = load float, ptr %1941, align 4, !tbaa !5
+  %1943 = insertelement <16 x float> poison, float %1942, i64 0
+  %1944 = shufflevector <16 x float> %1943, <16 x float> poison, <16 x i32> zeroinitializer
+  %1945 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1940
+  %1946 = load i64, ptr %1945, align 8, !tbaa !5
+  %gep485.i = getelementptr i32, ptr %gep503.i, i64 %1946
+  %1947 = load <16 x i32>, ptr %gep485.i, align 4, !tbaa !5
+  %1948 = shl <16 x i32> %1947, splat (i32 16)
+  %1949 = bitcast <16 x i32> %1948 to <16 x float>
+  %1950 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1944, <16 x float> %1949, <16 x float> %1918)
+  %1951 = getelementptr inbounds nuw i8, ptr %1589, i64 556
+  %1952 = load float, ptr %1951, align 4, !tbaa !5
+  %1953 = insertelement <16 x float> poison, float %1952, i64 0
+  %1954 = shufflevector <16 x float> %1953, <16 x float> poison, <16 x i32> zeroinitializer
+  %1955 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1954, <16 x float> %1949, <16 x float> %1923)
+  %1956 = getelementptr inbounds nuw i8, ptr %1589, i64 1068
   %1957 = load float, ptr %1956, align 4, !tbaa !5
   %1958 = insertelement <16 x float> poison, float %1957, i64 0
   %1959 = shufflevector <16 x float> %1958, <16 x float> poison, <16 x i32> zeroinitializer
-  %1960 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1955
-  %1961 = load i64, ptr %1960, align 8, !tbaa !5
-  %gep462.i = getelementptr i16, ptr %gep488.i, i64 %1961
-  %1962 = load <16 x i16>, ptr %gep462.i, align 2, !tbaa !5
-  %1963 = zext <16 x i16> %1962 to <16 x i32>
-  %1964 = shl nuw <16 x i32> %1963, splat (i32 16)
-  %1965 = bitcast <16 x i32> %1964 to <16 x float>
-  %1966 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1959, <16 x float> %1965, <16 x float> %1930)
-  %1967 = getelementptr i8, ptr %gep462.i, i64 32
-  %1968 = load <16 x i16>, ptr %1967, align 2, !tbaa !5
-  %1969 = zext <16 x i16> %1968 to <16 x i32>
-  %1970 = shl nuw <16 x i32> %1969, splat (i32 16)
-  %1971 = bitcast <16 x i32> %1970 to <16 x float>
-  %1972 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1959, <16 x float> %1971, <16 x float> %1936)
-  %1973 = getelementptr inbounds nuw i8, ptr %1632, i64 548
+  %1960 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1959, <16 x float> %1949, <16 x float> %1928)
+  %1961 = getelementptr inbounds nuw i8, ptr %1589, i64 1580
+  %1962 = load float, ptr %1961, align 4, !tbaa !5
+  %1963 = insertelement <16 x float> poison, float %1962, i64 0
+  %1964 = shufflevector <16 x float> %1963, <16 x float> poison, <16 x i32> zeroinitializer
+  %1965 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1964, <16 x float> %1949, <16 x float> %1933)
+  %1966 = and <16 x i32> %1947, splat (i32 -65536)
+  %1967 = bitcast <16 x i32> %1966 to <16 x float>
+  %1968 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1944, <16 x float> %1967, <16 x float> %1936)
+  %1969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1954, <16 x float> %1967, <16 x float> %1937)
+  %1970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1959, <16 x float> %1967, <16 x float> %1938)
+  %1971 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1964, <16 x float> %1967, <16 x float> %1939)
+  %1972 = or disjoint i64 %1588, 12
+  %1973 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1972
   %1974 = load float, ptr %1973, align 4, !tbaa !5
   %1975 = insertelement <16 x float> poison, float %1974, i64 0
   %1976 = shufflevector <16 x float> %1975, <16 x float> poison, <16 x i32> zeroinitializer
-  %1977 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1976, <16 x float> %1965, <16 x float> %1941)
-  %1978 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1976, <16 x float> %1971, <16 x float> %1942)
-  %1979 = getelementptr inbounds nuw i8, ptr %1632, i64 1060
-  %1980 = load float, ptr %1979, align 4, !tbaa !5
-  %1981 = insertelement <16 x float> poison, float %1980, i64 0
-  %1982 = shufflevector <16 x float> %1981, <16 x float> poison, <16 x i32> zeroinitializer
-  %1983 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1982, <16 x float> %1965, <16 x float> %1947)
-  %1984 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1982, <16 x float> %1971, <16 x float> %1948)
-  %1985 = getelementptr inbounds nuw i8, ptr %1632, i64 1572
-  %1986 = load float, ptr %1985, align 4, !tbaa !5
-  %1987 = insertelement <16 x float> poison, float %1986, i64 0
-  %1988 = shufflevector <16 x float> %1987, <16 x float> poison, <16 x i32> zeroinitializer
-  %1989 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1988, <16 x float> %1965, <16 x float> %1953)
-  %1990 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1988, <16 x float> %1971, <16 x float> %1954)
-  %1991 = or disjoint i64 %1631, 10
-  %1992 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1991
-  %1993 = load float, ptr %1992, align 4, !tbaa !5
-  %1994 = insertelement <16 x float> poison, float %1993, i64 0
-  %1995 = shufflevector <16 x float> %1994, <16 x float> poison, <16 x i32> zeroinitializer
-  %1996 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1991
-  %1997 = load i64, ptr %1996, align 8, !tbaa !5
-  %gep466.i = getelementptr i16, ptr %gep488.i, i64 %1997
-  %1998 = load <16 x i16>, ptr %gep466.i, align 2, !tbaa !5
-  %1999 = zext <16 x i16> %1998 to <16 x i32>
-  %2000 = shl nuw <16 x i32> %1999, splat (i32 16)
-  %2001 = bitcast <16 x i32> %2000 to <16 x float>
-  %2002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1995, <16 x float> %2001, <16 x float> %1966)
-  %2003 = getelementptr i8, ptr %gep466.i, i64 32
-  %2004 = load <16 x i16>, ptr %2003, align 2, !tbaa !5
-  %2005 = zext <16 x i16> %2004 to <16 x i32>
-  %2006 = shl nuw <16 x i32> %2005, splat (i32 16)
-  %2007 = bitcast <16 x i32> %2006 to <16 x float>
-  %2008 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1995, <16 x float> %2007, <16 x float> %1972)
-  %2009 = getelementptr inbounds nuw i8, ptr %1632, i64 552
-  %2010 = load float, ptr %2009, align 4, !tbaa !5
-  %2011 = insertelement <16 x float> poison, float %2010, i64 0
-  %2012 = shufflevector <16 x float> %2011, <16 x float> poison, <16 x i32> zeroinitializer
-  %2013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2012, <16 x float> %2001, <16 x float> %1977)
-  %2014 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2012, <16 x float> %2007, <16 x float> %1978)
-  %2015 = getelementptr inbounds nuw i8, ptr %1632, i64 1064
+  %1977 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1972
+  %1978 = load i64, ptr %1977, align 8, !tbaa !5
+  %gep489.i = getelementptr i32, ptr %gep503.i, i64 %1978
+  %1979 = load <16 x i32>, ptr %gep489.i, align 4, !tbaa !5
+  %1980 = shl <16 x i32> %1979, splat (i32 16)
+  %1981 = bitcast <16 x i32> %1980 to <16 x float>
+  %1982 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1976, <16 x float> %1981, <16 x float> %1950)
+  %1983 = getelementptr inbounds nuw i8, ptr %1589, i64 560
+  %1984 = load float, ptr %1983, align 4, !tbaa !5
+  %1985 = insertelement <16 x float> poison, float %1984, i64 0
+  %1986 = shufflevector <16 x float> %1985, <16 x float> poison, <16 x i32> zeroinitializer
+  %1987 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1986, <16 x float> %1981, <16 x float> %1955)
+  %1988 = getelementptr inbounds nuw i8, ptr %1589, i64 1072
+  %1989 = load float, ptr %1988, align 4, !tbaa !5
+  %1990 = insertelement <16 x float> poison, float %1989, i64 0
+  %1991 = shufflevector <16 x float> %1990, <16 x float> poison, <16 x i32> zeroinitializer
+  %1992 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1991, <16 x float> %1981, <16 x float> %1960)
+  %1993 = getelementptr inbounds nuw i8, ptr %1589, i64 1584
+  %1994 = load float, ptr %1993, align 4, !tbaa !5
+  %1995 = insertelement <16 x float> poison, float %1994, i64 0
+  %1996 = shufflevector <16 x float> %1995, <16 x float> poison, <16 x i32> zeroinitializer
+  %1997 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1996, <16 x float> %1981, <16 x float> %1965)
+  %1998 = and <16 x i32> %1979, splat (i32 -65536)
+  %1999 = bitcast <16 x i32> %1998 to <16 x float>
+  %2000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1976, <16 x float> %1999, <16 x float> %1968)
+  %2001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1986, <16 x float> %1999, <16 x float> %1969)
+  %2002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1991, <16 x float> %1999, <16 x float> %1970)
+  %2003 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1996, <16 x float> %1999, <16 x float> %1971)
+  %2004 = or disjoint i64 %1588, 13
+  %2005 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2004
+  %2006 = load float, ptr %2005, align 4, !tbaa !5
+  %2007 = insertelement <16 x float> poison, float %2006, i64 0
+  %2008 = shufflevector <16 x float> %2007, <16 x float> poison, <16 x i32> zeroinitializer
+  %2009 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2004
+  %2010 = load i64, ptr %2009, align 8, !tbaa !5
+  %gep493.i = getelementptr i32, ptr %gep503.i, i64 %2010
+  %2011 = load <16 x i32>, ptr %gep493.i, align 4, !tbaa !5
+  %2012 = shl <16 x i32> %2011, splat (i32 16)
+  %2013 = bitcast <16 x i32> %2012 to <16 x float>
+  %2014 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2008, <16 x float> %2013, <16 x float> %1982)
+  %2015 = getelementptr inbounds nuw i8, ptr %1589, i64 564
   %2016 = load float, ptr %2015, align 4, !tbaa !5
   %2017 = insertelement <16 x float> poison, float %2016, i64 0
   %2018 = shufflevector <16 x float> %2017, <16 x float> poison, <16 x i32> zeroinitializer
-  %2019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2018, <16 x float> %2001, <16 x float> %1983)
-  %2020 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2018, <16 x float> %2007, <16 x float> %1984)
-  %2021 = getelementptr inbounds nuw i8, ptr %1632, i64 1576
-  %2022 = load float, ptr %2021, align 4, !tbaa !5
-  %2023 = insertelement <16 x float> poison, float %2022, i64 0
-  %2024 = shufflevector <16 x float> %2023, <16 x float> poison, <16 x i32> zeroinitializer
-  %2025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2024, <16 x float> %2001, <16 x float> %1989)
-  %2026 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2024, <16 x float> %2007, <16 x float> %1990)
-  %2027 = or disjoint i64 %1631, 11
-  %2028 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2027
-  %2029 = load float, ptr %2028, align 4, !tbaa !5
-  %2030 = insertelement <16 x float> poison, float %2029, i64 0
-  %2031 = shufflevector <16 x float> %2030, <16 x float> poison, <16 x i32> zeroinitializer
-  %2032 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2027
-  %2033 = load i64, ptr %2032, align 8, !tbaa !5
-  %gep470.i = getelementptr i16, ptr %gep488.i, i64 %2033
-  %2034 = load <16 x i16>, ptr %gep470.i, align 2, !tbaa !5
-  %2035 = zext <16 x i16> %2034 to <16 x i32>
-  %2036 = shl nuw <16 x i32> %2035, splat (i32 16)
-  %2037 = bitcast <16 x i32> %2036 to <16 x float>
-  %2038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2031, <16 x float> %2037, <16 x float> %2002)
-  %2039 = getelementptr i8, ptr %gep470.i, i64 32
-  %2040 = load <16 x i16>, ptr %2039, align 2, !tbaa !5
-  %2041 = zext <16 x i16> %2040 to <16 x i32>
-  %2042 = shl nuw <16 x i32> %2041, splat (i32 16)
-  %2043 = bitcast <16 x i32> %2042 to <16 x float>
-  %2044 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2031, <16 x float> %2043, <16 x float> %2008)
-  %2045 = getelementptr inbounds nuw i8, ptr %1632, i64 556
-  %2046 = load float, ptr %2045, align 4, !tbaa !5
-  %2047 = insertelement <16 x float> poison, float %2046, i64 0
-  %2048 = shufflevector <16 x float> %2047, <16 x float> poison, <16 x i32> zeroinitializer
-  %2049 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2048, <16 x float> %2037, <16 x float> %2013)
-  %2050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2048, <16 x float> %2043, <16 x float> %2014)
-  %2051 = getelementptr inbounds nuw i8, ptr %1632, i64 1068
-  %2052 = load float, ptr %2051, align 4, !tbaa !5
-  %2053 = insertelement <16 x float> poison, float %2052, i64 0
-  %2054 = shufflevector <16 x float> %2053, <16 x float> poison, <16 x i32> zeroinitializer
-  %2055 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2037, <16 x float> %2019)
-  %2056 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2043, <16 x float> %2020)
-  %2057 = getelementptr inbounds nuw i8, ptr %1632, i64 1580
+  %2019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2018, <16 x float> %2013, <16 x float> %1987)
+  %2020 = getelementptr inbounds nuw i8, ptr %1589, i64 1076
+  %2021 = load float, ptr %2020, align 4, !tbaa !5
+  %2022 = insertelement <16 x float> poison, float %2021, i64 0
+  %2023 = shufflevector <16 x float> %2022, <16 x float> poison, <16 x i32> zeroinitializer
+  %2024 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2023, <16 x float> %2013, <16 x float> %1992)
+  %2025 = getelementptr inbounds nuw i8, ptr %1589, i64 1588
+  %2026 = load float, ptr %2025, align 4, !tbaa !5
+  %2027 = insertelement <16 x float> poison, float %2026, i64 0
+  %2028 = shufflevector <16 x float> %2027, <16 x float> poison, <16 x i32> zeroinitializer
+  %2029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2028, <16 x float> %2013, <16 x float> %1997)
+  %2030 = and <16 x i32> %2011, splat (i32 -65536)
+  %2031 = bitcast <16 x i32> %2030 to <16 x float>
+  %2032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2008, <16 x float> %2031, <16 x float> %2000)
+  %2033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2018, <16 x float> %2031, <16 x float> %2001)
+  %2034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2023, <16 x float> %2031, <16 x float> %2002)
+  %2035 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2028, <16 x float> %2031, <16 x float> %2003)
+  %2036 = or disjoint i64 %1588, 14
+  %2037 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2036
+  %2038 = load float, ptr %2037, align 4, !tbaa !5
+  %2039 = insertelement <16 x float> poison, float %2038, i64 0
+  %2040 = shufflevector <16 x float> %2039, <16 x float> poison, <16 x i32> zeroinitializer
+  %2041 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2036
+  %2042 = load i64, ptr %2041, align 8, !tbaa !5
+  %gep497.i = getelementptr i32, ptr %gep503.i, i64 %2042
+  %2043 = load <16 x i32>, ptr %gep497.i, align 4, !tbaa !5
+  %2044 = shl <16 x i32> %2043, splat (i32 16)
+  %2045 = bitcast <16 x i32> %2044 to <16 x float>
+  %2046 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2040, <16 x float> %2045, <16 x float> %2014)
+  %2047 = getelementptr inbounds nuw i8, ptr %1589, i64 568
+  %2048 = load float, ptr %2047, align 4, !tbaa !5
+  %2049 = insertelement <16 x float> poison, float %2048, i64 0
+  %2050 = shufflevector <16 x float> %2049, <16 x float> poison, <16 x i32> zeroinitializer
+  %2051 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2050, <16 x float> %2045, <16 x float> %2019)
+  %2052 = getelementptr inbounds nuw i8, ptr %1589, i64 1080
+  %2053 = load float, ptr %2052, align 4, !tbaa !5
+  %2054 = insertelement <16 x float> poison, float %2053, i64 0
+  %2055 = shufflevector <16 x float> %2054, <16 x float> poison, <16 x i32> zeroinitializer
+  %2056 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2055, <16 x float> %2045, <16 x float> %2024)
+  %2057 = getelementptr inbounds nuw i8, ptr %1589, i64 1592
   %2058 = load float, ptr %2057, align 4, !tbaa !5
   %2059 = insertelement <16 x float> poison, float %2058, i64 0
   %2060 = shufflevector <16 x float> %2059, <16 x float> poison, <16 x i32> zeroinitializer
-  %2061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2060, <16 x float> %2037, <16 x float> %2025)
-  %2062 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2060, <16 x float> %2043, <16 x float> %2026)
-  %2063 = or disjoint i64 %1631, 12
-  %2064 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2063
-  %2065 = load float, ptr %2064, align 4, !tbaa !5
-  %2066 = insertelement <16 x float> poison, float %2065, i64 0
-  %2067 = shufflevector <16 x float> %2066, <16 x float> poison, <16 x i32> zeroinitializer
-  %2068 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2063
-  %2069 = load i64, ptr %2068, align 8, !tbaa !5
-  %gep474.i = getelementptr i16, ptr %gep488.i, i64 %2069
-  %2070 = load <16 x i16>, ptr %gep474.i, align 2, !tbaa !5
-  %2071 = zext <16 x i16> %2070 to <16 x i32>
-  %2072 = shl nuw <16 x i32> %2071, splat (i32 16)
-  %2073 = bitcast <16 x i32> %2072 to <16 x float>
-  %2074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2067, <16 x float> %2073, <16 x float> %2038)
-  %2075 = getelementptr i8, ptr %gep474.i, i64 32
-  %2076 = load <16 x i16>, ptr %2075, align 2, !tbaa !5
-  %2077 = zext <16 x i16> %2076 to <16 x i32>
-  %2078 = shl nuw <16 x i32> %2077, splat (i32 16)
-  %2079 = bitcast <16 x i32> %2078 to <16 x float>
-  %2080 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2067, <16 x float> %2079, <16 x float> %2044)
-  %2081 = getelementptr inbounds nuw i8, ptr %1632, i64 560
-  %2082 = load float, ptr %2081, align 4, !tbaa !5
-  %2083 = insertelement <16 x float> poison, float %2082, i64 0
-  %2084 = shufflevector <16 x float> %2083, <16 x float> poison, <16 x i32> zeroinitializer
-  %2085 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2084, <16 x float> %2073, <16 x float> %2049)
-  %2086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2084, <16 x float> %2079, <16 x float> %2050)
-  %2087 = getelementptr inbounds nuw i8, ptr %1632, i64 1072
-  %2088 = load float, ptr %2087, align 4, !tbaa !5
-  %2089 = insertelement <16 x float> poison, float %2088, i64 0
-  %2090 = shufflevector <16 x float> %2089, <16 x float> poison, <16 x i32> zeroinitializer
-  %2091 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2090, <16 x float> %2073, <16 x float> %2055)
-  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2090, <16 x float> %2079, <16 x float> %2056)
-  %2093 = getelementptr inbounds nuw i8, ptr %1632, i64 1584
-  %2094 = load float, ptr %2093, align 4, !tbaa !5
-  %2095 = insertelement <16 x float> poison, float %2094, i64 0
-  %2096 = shufflevector <16 x float> %2095, <16 x float> poison, <16 x i32> zeroinitializer
-  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2096, <16 x float> %2073, <16 x float> %2061)
-  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2096, <16 x float> %2079, <16 x float> %2062)
-  %2099 = or disjoint i64 %1631, 13
-  %2100 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2099
-  %2101 = load float, ptr %2100, align 4, !tbaa !5
-  %2102 = insertelement <16 x float> poison, float %2101, i64 0
-  %2103 = shufflevector <16 x float> %2102, <16 x float> poison, <16 x i32> zeroinitializer
-  %2104 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2099
-  %2105 = load i64, ptr %2104, align 8, !tbaa !5
-  %gep478.i = getelementptr i16, ptr %gep488.i, i64 %2105
-  %2106 = load <16 x i16>, ptr %gep478.i, align 2, !tbaa !5
-  %2107 = zext <16 x i16> %2106 to <16 x i32>
-  %2108 = shl nuw <16 x i32> %2107, splat (i32 16)
-  %2109 = bitcast <16 x i32> %2108 to <16 x float>
-  %2110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2103, <16 x float> %2109, <16 x float> %2074)
-  %2111 = getelementptr i8, ptr %gep478.i, i64 32
-  %2112 = load <16 x i16>, ptr %2111, align 2, !tbaa !5
-  %2113 = zext <16 x i16> %2112 to <16 x i32>
-  %2114 = shl nuw <16 x i32> %2113, splat (i32 16)
-  %2115 = bitcast <16 x i32> %2114 to <16 x float>
-  %2116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2103, <16 x float> %2115, <16 x float> %2080)
-  %2117 = getelementptr inbounds nuw i8, ptr %1632, i64 564
-  %2118 = load float, ptr %2117, align 4, !tbaa !5
-  %2119 = insertelement <16 x float> poison, float %2118, i64 0
-  %2120 = shufflevector <16 x float> %2119, <16 x float> poison, <16 x i32> zeroinitializer
-  %2121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2120, <16 x float> %2109, <16 x float> %2085)
-  %2122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2120, <16 x float> %2115, <16 x float> %2086)
-  %2123 = getelementptr inbounds nuw i8, ptr %1632, i64 1076
-  %2124 = load float, ptr %2123, align 4, !tbaa !5
-  %2125 = insertelement <16 x float> poison, float %2124, i64 0
-  %2126 = shufflevector <16 x float> %2125, <16 x float> poison, <16 x i32> zeroinitializer
-  %2127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2126, <16 x float> %2109, <16 x float> %2091)
-  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2126, <16 x float> %2115, <16 x float> %2092)
-  %2129 = getelementptr inbounds nuw i8, ptr %1632, i64 1588
-  %2130 = load float, ptr %2129, align 4, !tbaa !5
-  %2131 = insertelement <16 x float> poison, float %2130, i64 0
-  %2132 = shufflevector <16 x float> %2131, <16 x float> poison, <16 x i32> zeroinitializer
-  %2133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2109, <16 x float> %2097)
-  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2115, <16 x float> %2098)
-  %2135 = or disjoint i64 %1631, 14
-  %2136 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2135
-  %2137 = load float, ptr %2136, align 4, !tbaa !5
-  %2138 = insertelement <16 x float> poison, float %2137, i64 0
-  %2139 = shufflevector <16 x float> %2138, <16 x float> poison, <16 x i32> zeroinitializer
-  %2140 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2135
-  %2141 = load i64, ptr %2140, align 8, !tbaa !5
-  %gep482.i = getelementptr i16, ptr %gep488.i, i64 %2141
-  %2142 = load <16 x i16>, ptr %gep482.i, align 2, !tbaa !5
-  %2143 = zext <16 x i16> %2142 to <16 x i32>
-  %2144 = shl nuw <16 x i32> %2143, splat (i32 16)
-  %2145 = bitcast <16 x i32> %2144 to <16 x float>
-  %2146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2139, <16 x float> %2145, <16 x float> %2110)
-  %2147 = getelementptr i8, ptr %gep482.i, i64 32
-  %2148 = load <16 x i16>, ptr %2147, align 2, !tbaa !5
-  %2149 = zext <16 x i16> %2148 to <16 x i32>
-  %2150 = shl nuw <16 x i32> %2149, splat (i32 16)
-  %2151 = bitcast <16 x i32> %2150 to <16 x float>
-  %2152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2139, <16 x float> %2151, <16 x float> %2116)
-  %2153 = getelementptr inbounds nuw i8, ptr %1632, i64 568
-  %2154 = load float, ptr %2153, align 4, !tbaa !5
-  %2155 = insertelement <16 x float> poison, float %2154, i64 0
-  %2156 = shufflevector <16 x float> %2155, <16 x float> poison, <16 x i32> zeroinitializer
-  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2145, <16 x float> %2121)
-  %2158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2151, <16 x float> %2122)
-  %2159 = getelementptr inbounds nuw i8, ptr %1632, i64 1080
-  %2160 = load float, ptr %2159, align 4, !tbaa !5
-  %2161 = insertelement <16 x float> poison, float %2160, i64 0
-  %2162 = shufflevector <16 x float> %2161, <16 x float> poison, <16 x i32> zeroinitializer
-  %2163 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2162, <16 x float> %2145, <16 x float> %2127)
-  %2164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2162, <16 x float> %2151, <16 x float> %2128)
-  %2165 = getelementptr inbounds nuw i8, ptr %1632, i64 1592
-  %2166 = load float, ptr %2165, align 4, !tbaa !5
-  %2167 = insertelement <16 x float> poison, float %2166, i64 0
-  %2168 = shufflevector <16 x float> %2167, <16 x float> poison, <16 x i32> zeroinitializer
-  %2169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2145, <16 x float> %2133)
-  %2170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2151, <16 x float> %2134)
-  %2171 = or disjoint i64 %1631, 15
-  %2172 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2171
-  %2173 = load float, ptr %2172, align 4, !tbaa !5
-  %2174 = insertelement <16 x float> poison, float %2173, i64 0
-  %2175 = shufflevector <16 x float> %2174, <16 x float> poison, <16 x i32> zeroinitializer
-  %2176 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2171
-  %2177 = load i64, ptr %2176, align 8, !tbaa !5
-  %gep486.i = getelementptr i16, ptr %gep488.i, i64 %2177
-  %2178 = load <16 x i16>, ptr %gep486.i, align 2, !tbaa !5
-  %2179 = zext <16 x i16> %2178 to <16 x i32>
-  %2180 = shl nuw <16 x i32> %2179, splat (i32 16)
-  %2181 = bitcast <16 x i32> %2180 to <16 x float>
-  %2182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> %2181, <16 x float> %2146)
-  %2183 = getelementptr i8, ptr %gep486.i, i64 32
-  %2184 = load <16 x i16>, ptr %2183, align 2, !tbaa !5
-  %2185 = zext <16 x i16> %2184 to <16 x i32>
-  %2186 = shl nuw <16 x i32> %2185, splat (i32 16)
-  %2187 = bitcast <16 x i32> %2186 to <16 x float>
-  %2188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> %2187, <16 x float> %2152)
-  %2189 = getelementptr inbounds nuw i8, ptr %1632, i64 572
-  %2190 = load float, ptr %2189, align 4, !tbaa !5
-  %2191 = insertelement <16 x float> poison, float %2190, i64 0
-  %2192 = shufflevector <16 x float> %2191, <16 x float> poison, <16 x i32> zeroinitializer
-  %2193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2192, <16 x float> %2181, <16 x float> %2157)
-  %2194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2192, <16 x float> %2187, <16 x float> %2158)
-  %2195 = getelementptr inbounds nuw i8, ptr %1632, i64 1084
-  %2196 = load float, ptr %2195, align 4, !tbaa !5
-  %2197 = insertelement <16 x float> poison, float %2196, i64 0
-  %2198 = shufflevector <16 x float> %2197, <16 x float> poison, <16 x i32> zeroinitializer
-  %2199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2181, <16 x float> %2163)
-  %2200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2187, <16 x float> %2164)
-  %2201 = getelementptr inbounds nuw i8, ptr %1632, i64 1596
-  %2202 = load float, ptr %2201, align 4, !tbaa !5
-  %2203 = insertelement <16 x float> poison, float %2202, i64 0
-  %2204 = shufflevector <16 x float> %2203, <16 x float> poison, <16 x i32> zeroinitializer
-  %2205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2204, <16 x float> %2181, <16 x float> %2169)
-  %2206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2204, <16 x float> %2187, <16 x float> %2170)
-  %indvars.iv.next648.i = add nuw nsw i64 %indvars.iv647.i, 1
-  %exitcond667.not.i = icmp eq i64 %indvars.iv.next648.i, %261
-  br i1 %exitcond667.not.i, label %for_end_to87.i, label %for_body_to86.i, !prof !13
+  %2061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2060, <16 x float> %2045, <16 x float> %2029)
+  %2062 = and <16 x i32> %2043, splat (i32 -65536)
+  %2063 = bitcast <16 x i32> %2062 to <16 x float>
+  %2064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2040, <16 x float> %2063, <16 x float> %2032)
+  %2065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2050, <16 x float> %2063, <16 x float> %2033)
+  %2066 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2055, <16 x float> %2063, <16 x float> %2034)
+  %2067 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2060, <16 x float> %2063, <16 x float> %2035)
+  %2068 = or disjoint i64 %1588, 15
+  %2069 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2068
+  %2070 = load float, ptr %2069, align 4, !tbaa !5
+  %2071 = insertelement <16 x float> poison, float %2070, i64 0
+  %2072 = shufflevector <16 x float> %2071, <16 x float> poison, <16 x i32> zeroinitializer
+  %2073 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2068
+  %2074 = load i64, ptr %2073, align 8, !tbaa !5
+  %gep501.i = getelementptr i32, ptr %gep503.i, i64 %2074
+  %2075 = load <16 x i32>, ptr %gep501.i, align 4, !tbaa !5
+  %2076 = shl <16 x i32> %2075, splat (i32 16)
+  %2077 = bitcast <16 x i32> %2076 to <16 x float>
+  %2078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2072, <16 x float> %2077, <16 x float> %2046)
+  %2079 = getelementptr inbounds nuw i8, ptr %1589, i64 572
+  %2080 = load float, ptr %2079, align 4, !tbaa !5
+  %2081 = insertelement <16 x float> poison, float %2080, i64 0
+  %2082 = shufflevector <16 x float> %2081, <16 x float> poison, <16 x i32> zeroinitializer
+  %2083 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2082, <16 x float> %2077, <16 x float> %2051)
+  %2084 = getelementptr inbounds nuw i8, ptr %1589, i64 1084
+  %2085 = load float, ptr %2084, align 4, !tbaa !5
+  %2086 = insertelement <16 x float> poison, float %2085, i64 0
+  %2087 = shufflevector <16 x float> %2086, <16 x float> poison, <16 x i32> zeroinitializer
+  %2088 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2087, <16 x float> %2077, <16 x float> %2056)
+  %2089 = getelementptr inbounds nuw i8, ptr %1589, i64 1596
+  %2090 = load float, ptr %2089, align 4, !tbaa !5
+  %2091 = insertelement <16 x float> poison, float %2090, i64 0
+  %2092 = shufflevector <16 x float> %2091, <16 x float> poison, <16 x i32> zeroinitializer
+  %2093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2092, <16 x float> %2077, <16 x float> %2061)
+  %2094 = and <16 x i32> %2075, splat (i32 -65536)
+  %2095 = bitcast <16 x i32> %2094 to <16 x float>
+  %2096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2072, <16 x float> %2095, <16 x float> %2064)
+  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2082, <16 x float> %2095, <16 x float> %2065)
+  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2087, <16 x float> %2095, <16 x float> %2066)
+  %2099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2092, <16 x float> %2095, <16 x float> %2067)
+  %indvars.iv.next678.i = add nuw nsw i64 %indvars.iv677.i, 1
+  %exitcond697.not.i = icmp eq i64 %indvars.iv.next678.i, %228
+  br i1 %exitcond697.not.i, label %for_end_to91.i, label %for_body_to90.i, !prof !13
 
-for_end_to87.i:                                   ; preds = %for_body_to86.i, %for_begin_to85.preheader.for_end_to87_crit_edge.i
-  %.pre-phi.i = phi i64 [ %.pre.i, %for_begin_to85.preheader.for_end_to87_crit_edge.i ], [ %1585, %for_body_to86.i ]
-  %full_acc_global196.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to85.preheader.for_end_to87_crit_edge.i ], [ %2200, %for_body_to86.i ]
-  %full_acc_global196.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to85.preheader.for_end_to87_crit_edge.i ], [ %2199, %for_body_to86.i ]
-  %full_acc_global196.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to85.preheader.for_end_to87_crit_edge.i ], [ %2194, %for_body_to86.i ]
-  %full_acc_global196.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to85.preheader.for_end_to87_crit_edge.i ], [ %2193, %for_body_to86.i ]
-  %full_acc_global196.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to85.preheader.for_end_to87_crit_edge.i ], [ %2188, %for_body_to86.i ]
-  %full_acc_global196.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to85.preheader.for_end_to87_crit_edge.i ], [ %2182, %for_body_to86.i ]
-  %full_acc_global196.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to85.preheader.for_end_to87_crit_edge.i ], [ %2205, %for_body_to86.i ]
-  %full_acc_global196.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to85.preheader.for_end_to87_crit_edge.i ], [ %2206, %for_body_to86.i ]
-  %2207 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %.pre-phi.i
-  store <16 x float> %full_acc_global196.sroa.0.0.lcssa.i, ptr %2207, align 4, !tbaa !5
-  %2208 = getelementptr inbounds nuw i8, ptr %2207, i64 64
-  store <16 x float> %full_acc_global196.sroa.34.0.lcssa.i, ptr %2208, align 4, !tbaa !5
-  %2209 = getelementptr inbounds nuw i8, ptr %2207, i64 512
-  store <16 x float> %full_acc_global196.sroa.68.0.lcssa.i, ptr %2209, align 4, !tbaa !5
-  %2210 = getelementptr inbounds nuw i8, ptr %2207, i64 576
-  store <16 x float> %full_acc_global196.sroa.102.0.lcssa.i, ptr %2210, align 4, !tbaa !5
-  %2211 = getelementptr inbounds nuw i8, ptr %2207, i64 1024
-  store <16 x float> %full_acc_global196.sroa.136.0.lcssa.i, ptr %2211, align 4, !tbaa !5
-  %2212 = getelementptr inbounds nuw i8, ptr %2207, i64 1088
-  store <16 x float> %full_acc_global196.sroa.170.0.lcssa.i, ptr %2212, align 4, !tbaa !5
-  %2213 = getelementptr inbounds nuw i8, ptr %2207, i64 1536
-  store <16 x float> %full_acc_global196.sroa.204.0.lcssa.i, ptr %2213, align 4, !tbaa !5
-  %2214 = getelementptr inbounds nuw i8, ptr %2207, i64 1600
-  store <16 x float> %full_acc_global196.sroa.238.0.lcssa.i, ptr %2214, align 4, !tbaa !5
-  %indvars.iv.next669.i = add nuw nsw i64 %indvars.iv668.i, 1
-  %exitcond673.not.i = icmp eq i64 %indvars.iv.next669.i, 4
-  br i1 %exitcond673.not.i, label %for_begin_d_0_init.preheader.preheader.i, label %for_begin_to85.preheader.i, !prof !17
+for_end_to91.i:                                   ; preds = %for_body_to90.i, %for_begin_to89.preheader.i
+  %full_acc_global207.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2098, %for_body_to90.i ]
+  %full_acc_global207.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2088, %for_body_to90.i ]
+  %full_acc_global207.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2097, %for_body_to90.i ]
+  %full_acc_global207.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2083, %for_body_to90.i ]
+  %full_acc_global207.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2096, %for_body_to90.i ]
+  %full_acc_global207.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2078, %for_body_to90.i ]
+  %full_acc_global207.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2093, %for_body_to90.i ]
+  %full_acc_global207.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2099, %for_body_to90.i ]
+  %.idx841.i = shl nuw nsw i64 %indvars.iv698.i, 7
+  %2100 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 %.idx841.i
+  store <16 x float> %full_acc_global207.sroa.0.0.lcssa.i, ptr %2100, align 4, !tbaa !5
+  %2101 = getelementptr inbounds nuw i8, ptr %2100, i64 64
+  store <16 x float> %full_acc_global207.sroa.34.0.lcssa.i, ptr %2101, align 4, !tbaa !5
+  %2102 = getelementptr inbounds nuw i8, ptr %2100, i64 512
+  store <16 x float> %full_acc_global207.sroa.68.0.lcssa.i, ptr %2102, align 4, !tbaa !5
+  %2103 = getelementptr inbounds nuw i8, ptr %2100, i64 576
+  store <16 x float> %full_acc_global207.sroa.102.0.lcssa.i, ptr %2103, align 4, !tbaa !5
+  %2104 = getelementptr inbounds nuw i8, ptr %2100, i64 1024
+  store <16 x float> %full_acc_global207.sroa.136.0.lcssa.i, ptr %2104, align 4, !tbaa !5
+  %2105 = getelementptr inbounds nuw i8, ptr %2100, i64 1088
+  store <16 x float> %full_acc_global207.sroa.170.0.lcssa.i, ptr %2105, align 4, !tbaa !5
+  %2106 = getelementptr inbounds nuw i8, ptr %2100, i64 1536
+  store <16 x float> %full_acc_global207.sroa.204.0.lcssa.i, ptr %2106, align 4, !tbaa !5
+  %2107 = getelementptr inbounds nuw i8, ptr %2100, i64 1600
+  store <16 x float> %full_acc_global207.sroa.238.0.lcssa.i, ptr %2107, align 4, !tbaa !5
+  %indvars.iv.next699.i = add nuw nsw i64 %indvars.iv698.i, 1
+  %exitcond703.not.i = icmp eq i64 %indvars.iv.next699.i, 4
+  br i1 %exitcond703.not.i, label %for_begin_d_0_init.preheader.preheader.i, label %for_begin_to89.preheader.i, !prof !17
 
-for_begin_d_0_init.preheader.preheader.i:         ; preds = %for_end_to87.i
-  %2215 = load <16 x float>, ptr %full_acc.i, align 4, !tbaa !5
-  store <16 x float> %2215, ptr %tile_acc.i, align 4, !tbaa !5
-  %2216 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 64
-  %2217 = load <16 x float>, ptr %2216, align 4, !tbaa !5
-  %2218 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 64
-  store <16 x float> %2217, ptr %2218, align 4, !tbaa !5
-  %2219 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 128
-  %2220 = load <16 x float>, ptr %2219, align 4, !tbaa !5
-  %2221 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 128
-  store <16 x float> %2220, ptr %2221, align 4, !tbaa !5
-  %2222 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 192
-  %2223 = load <16 x float>, ptr %2222, align 4, !tbaa !5
-  %2224 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 192
-  store <16 x float> %2223, ptr %2224, align 4, !tbaa !5
-  %2225 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 256
-  %2226 = load <16 x float>, ptr %2225, align 4, !tbaa !5
-  %2227 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 256
-  store <16 x float> %2226, ptr %2227, align 4, !tbaa !5
-  %2228 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 320
-  %2229 = load <16 x float>, ptr %2228, align 4, !tbaa !5
-  %2230 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 320
-  store <16 x float> %2229, ptr %2230, align 4, !tbaa !5
-  %2231 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 384
-  %2232 = load <16 x float>, ptr %2231, align 4, !tbaa !5
-  %2233 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 384
-  store <16 x float> %2232, ptr %2233, align 4, !tbaa !5
-  %2234 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 448
-  %2235 = load <16 x float>, ptr %2234, align 4, !tbaa !5
-  %2236 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 448
-  store <16 x float> %2235, ptr %2236, align 4, !tbaa !5
-  %2237 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 512
-  %2238 = load <16 x float>, ptr %2237, align 4, !tbaa !5
-  %2239 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 512
-  store <16 x float> %2238, ptr %2239, align 4, !tbaa !5
-  %2240 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 576
-  %2241 = load <16 x float>, ptr %2240, align 4, !tbaa !5
-  %2242 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 576
-  store <16 x float> %2241, ptr %2242, align 4, !tbaa !5
-  %2243 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 640
-  %2244 = load <16 x float>, ptr %2243, align 4, !tbaa !5
-  %2245 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 640
-  store <16 x float> %2244, ptr %2245, align 4, !tbaa !5
-  %2246 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 704
-  %2247 = load <16 x float>, ptr %2246, align 4, !tbaa !5
-  %2248 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 704
-  store <16 x float> %2247, ptr %2248, align 4, !tbaa !5
-  %2249 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 768
-  %2250 = load <16 x float>, ptr %2249, align 4, !tbaa !5
-  %2251 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 768
-  store <16 x float> %2250, ptr %2251, align 4, !tbaa !5
-  %2252 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 832
-  %2253 = load <16 x float>, ptr %2252, align 4, !tbaa !5
-  %2254 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 832
-  store <16 x float> %2253, ptr %2254, align 4, !tbaa !5
-  %2255 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 896
-  %2256 = load <16 x float>, ptr %2255, align 4, !tbaa !5
-  %2257 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 896
-  store <16 x float> %2256, ptr %2257, align 4, !tbaa !5
-  %2258 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 960
-  %2259 = load <16 x float>, ptr %2258, align 4, !tbaa !5
-  %2260 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 960
-  store <16 x float> %2259, ptr %2260, align 4, !tbaa !5
-  %2261 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1024
-  %2262 = load <16 x float>, ptr %2261, align 4, !tbaa !5
-  %2263 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1024
-  store <16 x float> %2262, ptr %2263, align 4, !tbaa !5
-  %2264 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1088
-  %2265 = load <16 x float>, ptr %2264, align 4, !tbaa !5
-  %2266 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1088
-  store <16 x float> %2265, ptr %2266, align 4, !tbaa !5
-  %2267 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1152
-  %2268 = load <16 x float>, ptr %2267, align 4, !tbaa !5
-  %2269 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1152
-  store <16 x float> %2268, ptr %2269, align 4, !tbaa !5
-  %2270 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1216
-  %2271 = load <16 x float>, ptr %2270, align 4, !tbaa !5
-  %2272 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1216
-  store <16 x float> %2271, ptr %2272, align 4, !tbaa !5
-  %2273 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1280
-  %2274 = load <16 x float>, ptr %2273, align 4, !tbaa !5
-  %2275 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1280
-  store <16 x float> %2274, ptr %2275, align 4, !tbaa !5
-  %2276 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1344
-  %2277 = load <16 x float>, ptr %2276, align 4, !tbaa !5
-  %2278 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1344
-  store <16 x float> %2277, ptr %2278, align 4, !tbaa !5
-  %2279 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1408
-  %2280 = load <16 x float>, ptr %2279, align 4, !tbaa !5
-  %2281 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1408
-  store <16 x float> %2280, ptr %2281, align 4, !tbaa !5
-  %2282 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1472
-  %2283 = load <16 x float>, ptr %2282, align 4, !tbaa !5
-  %2284 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1472
-  store <16 x float> %2283, ptr %2284, align 4, !tbaa !5
-  %2285 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1536
-  %2286 = load <16 x float>, ptr %2285, align 4, !tbaa !5
-  %2287 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1536
-  store <16 x float> %2286, ptr %2287, align 4, !tbaa !5
-  %2288 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1600
-  %2289 = load <16 x float>, ptr %2288, align 4, !tbaa !5
-  %2290 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1600
-  store <16 x float> %2289, ptr %2290, align 4, !tbaa !5
-  %2291 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1664
-  %2292 = load <16 x float>, ptr %2291, align 4, !tbaa !5
-  %2293 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1664
-  store <16 x float> %2292, ptr %2293, align 4, !tbaa !5
-  %2294 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1728
-  %2295 = load <16 x float>, ptr %2294, align 4, !tbaa !5
-  %2296 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1728
-  store <16 x float> %2295, ptr %2296, align 4, !tbaa !5
-  %2297 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1792
-  %2298 = load <16 x float>, ptr %2297, align 4, !tbaa !5
-  %2299 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1792
-  store <16 x float> %2298, ptr %2299, align 4, !tbaa !5
-  %2300 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1856
-  %2301 = load <16 x float>, ptr %2300, align 4, !tbaa !5
-  %2302 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1856
-  store <16 x float> %2301, ptr %2302, align 4, !tbaa !5
-  %2303 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1920
-  %2304 = load <16 x float>, ptr %2303, align 4, !tbaa !5
-  %2305 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1920
-  store <16 x float> %2304, ptr %2305, align 4, !tbaa !5
-  %2306 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1984
-  %2307 = load <16 x float>, ptr %2306, align 4, !tbaa !5
-  %2308 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1984
-  store <16 x float> %2307, ptr %2308, align 4, !tbaa !5
-  br i1 %.not538.i, label %for_end_ti.i, label %for_begin_r95.preheader.i, !prof !56
+for_begin_d_0_init.preheader.preheader.i:         ; preds = %for_end_to91.i
+  %2108 = load <16 x float>, ptr %full_acc.i, align 4, !tbaa !5
+  store <16 x float> %2108, ptr %tile_acc.i, align 4, !tbaa !5
+  %2109 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 64
+  %2110 = load <16 x float>, ptr %2109, align 4, !tbaa !5
+  %2111 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 64
+  store <16 x float> %2110, ptr %2111, align 4, !tbaa !5
+  %2112 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 128
+  %2113 = load <16 x float>, ptr %2112, align 4, !tbaa !5
+  %2114 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 128
+  store <16 x float> %2113, ptr %2114, align 4, !tbaa !5
+  %2115 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 192
+  %2116 = load <16 x float>, ptr %2115, align 4, !tbaa !5
+  %2117 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 192
+  store <16 x float> %2116, ptr %2117, align 4, !tbaa !5
+  %2118 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 256
+  %2119 = load <16 x float>, ptr %2118, align 4, !tbaa !5
+  %2120 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 256
+  store <16 x float> %2119, ptr %2120, align 4, !tbaa !5
+  %2121 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 320
+  %2122 = load <16 x float>, ptr %2121, align 4, !tbaa !5
+  %2123 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 320
+  store <16 x float> %2122, ptr %2123, align 4, !tbaa !5
+  %2124 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 384
+  %2125 = load <16 x float>, ptr %2124, align 4, !tbaa !5
+  %2126 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 384
+  store <16 x float> %2125, ptr %2126, align 4, !tbaa !5
+  %2127 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 448
+  %2128 = load <16 x float>, ptr %2127, align 4, !tbaa !5
+  %2129 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 448
+  store <16 x float> %2128, ptr %2129, align 4, !tbaa !5
+  %2130 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 512
+  %2131 = load <16 x float>, ptr %2130, align 4, !tbaa !5
+  %2132 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 512
+  store <16 x float> %2131, ptr %2132, align 4, !tbaa !5
+  %2133 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 576
+  %2134 = load <16 x float>, ptr %2133, align 4, !tbaa !5
+  %2135 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 576
+  store <16 x float> %2134, ptr %2135, align 4, !tbaa !5
+  %2136 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 640
+  %2137 = load <16 x float>, ptr %2136, align 4, !tbaa !5
+  %2138 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 640
+  store <16 x float> %2137, ptr %2138, align 4, !tbaa !5
+  %2139 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 704
+  %2140 = load <16 x float>, ptr %2139, align 4, !tbaa !5
+  %2141 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 704
+  store <16 x float> %2140, ptr %2141, align 4, !tbaa !5
+  %2142 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 768
+  %2143 = load <16 x float>, ptr %2142, align 4, !tbaa !5
+  %2144 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 768
+  store <16 x float> %2143, ptr %2144, align 4, !tbaa !5
+  %2145 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 832
+  %2146 = load <16 x float>, ptr %2145, align 4, !tbaa !5
+  %2147 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 832
+  store <16 x float> %2146, ptr %2147, align 4, !tbaa !5
+  %2148 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 896
+  %2149 = load <16 x float>, ptr %2148, align 4, !tbaa !5
+  %2150 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 896
+  store <16 x float> %2149, ptr %2150, align 4, !tbaa !5
+  %2151 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 960
+  %2152 = load <16 x float>, ptr %2151, align 4, !tbaa !5
+  %2153 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 960
+  store <16 x float> %2152, ptr %2153, align 4, !tbaa !5
+  %2154 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1024
+  %2155 = load <16 x float>, ptr %2154, align 4, !tbaa !5
+  %2156 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1024
+  store <16 x float> %2155, ptr %2156, align 4, !tbaa !5
+  %2157 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1088
+  %2158 = load <16 x float>, ptr %2157, align 4, !tbaa !5
+  %2159 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1088
+  store <16 x float> %2158, ptr %2159, align 4, !tbaa !5
+  %2160 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1152
+  %2161 = load <16 x float>, ptr %2160, align 4, !tbaa !5
+  %2162 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1152
+  store <16 x float> %2161, ptr %2162, align 4, !tbaa !5
+  %2163 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1216
+  %2164 = load <16 x float>, ptr %2163, align 4, !tbaa !5
+  %2165 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1216
+  store <16 x float> %2164, ptr %2165, align 4, !tbaa !5
+  %2166 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1280
+  %2167 = load <16 x float>, ptr %2166, align 4, !tbaa !5
+  %2168 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1280
+  store <16 x float> %2167, ptr %2168, align 4, !tbaa !5
+  %2169 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1344
+  %2170 = load <16 x float>, ptr %2169, align 4, !tbaa !5
+  %2171 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1344
+  store <16 x float> %2170, ptr %2171, align 4, !tbaa !5
+  %2172 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1408
+  %2173 = load <16 x float>, ptr %2172, align 4, !tbaa !5
+  %2174 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1408
+  store <16 x float> %2173, ptr %2174, align 4, !tbaa !5
+  %2175 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1472
+  %2176 = load <16 x float>, ptr %2175, align 4, !tbaa !5
+  %2177 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1472
+  store <16 x float> %2176, ptr %2177, align 4, !tbaa !5
+  %2178 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1536
+  %2179 = load <16 x float>, ptr %2178, align 4, !tbaa !5
+  %2180 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1536
+  store <16 x float> %2179, ptr %2180, align 4, !tbaa !5
+  %2181 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1600
+  %2182 = load <16 x float>, ptr %2181, align 4, !tbaa !5
+  %2183 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1600
+  store <16 x float> %2182, ptr %2183, align 4, !tbaa !5
+  %2184 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1664
+  %2185 = load <16 x float>, ptr %2184, align 4, !tbaa !5
+  %2186 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1664
+  store <16 x float> %2185, ptr %2186, align 4, !tbaa !5
+  %2187 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1728
+  %2188 = load <16 x float>, ptr %2187, align 4, !tbaa !5
+  %2189 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1728
+  store <16 x float> %2188, ptr %2189, align 4, !tbaa !5
+  %2190 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1792
+  %2191 = load <16 x float>, ptr %2190, align 4, !tbaa !5
+  %2192 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1792
+  store <16 x float> %2191, ptr %2192, align 4, !tbaa !5
+  %2193 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1856
+  %2194 = load <16 x float>, ptr %2193, align 4, !tbaa !5
+  %2195 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1856
+  store <16 x float> %2194, ptr %2195, align 4, !tbaa !5
+  %2196 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1920
+  %2197 = load <16 x float>, ptr %2196, align 4, !tbaa !5
+  %2198 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1920
+  store <16 x float> %2197, ptr %2198, align 4, !tbaa !5
+  %2199 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1984
+  %2200 = load <16 x float>, ptr %2199, align 4, !tbaa !5
+  %2201 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1984
+  store <16 x float> %2200, ptr %2201, align 4, !tbaa !5
+  br i1 %.not565.i, label %for_end_ti.i, label %for_begin_r101.preheader.lr.ph.i, !prof !56
 
-for_begin_r95.preheader.i:                        ; preds = %for_begin_r95.preheader.i, %for_begin_d_0_init.preheader.preheader.i
-  %2309 = phi <16 x float> [ %2722, %for_begin_r95.preheader.i ], [ %2307, %for_begin_d_0_init.preheader.preheader.i ]
-  %2310 = phi <16 x float> [ %2710, %for_begin_r95.preheader.i ], [ %2304, %for_begin_d_0_init.preheader.preheader.i ]
-  %2311 = phi <16 x float> [ %2698, %for_begin_r95.preheader.i ], [ %2301, %for_begin_d_0_init.preheader.preheader.i ]
-  %2312 = phi <16 x float> [ %2686, %for_begin_r95.preheader.i ], [ %2298, %for_begin_d_0_init.preheader.preheader.i ]
-  %2313 = phi <16 x float> [ %2674, %for_begin_r95.preheader.i ], [ %2295, %for_begin_d_0_init.preheader.preheader.i ]
-  %2314 = phi <16 x float> [ %2662, %for_begin_r95.preheader.i ], [ %2292, %for_begin_d_0_init.preheader.preheader.i ]
-  %2315 = phi <16 x float> [ %2650, %for_begin_r95.preheader.i ], [ %2289, %for_begin_d_0_init.preheader.preheader.i ]
-  %2316 = phi <16 x float> [ %2638, %for_begin_r95.preheader.i ], [ %2286, %for_begin_d_0_init.preheader.preheader.i ]
-  %2317 = phi <16 x float> [ %2627, %for_begin_r95.preheader.i ], [ %2283, %for_begin_d_0_init.preheader.preheader.i ]
-  %2318 = phi <16 x float> [ %2615, %for_begin_r95.preheader.i ], [ %2280, %for_begin_d_0_init.preheader.preheader.i ]
-  %2319 = phi <16 x float> [ %2603, %for_begin_r95.preheader.i ], [ %2277, %for_begin_d_0_init.preheader.preheader.i ]
-  %2320 = phi <16 x float> [ %2591, %for_begin_r95.preheader.i ], [ %2274, %for_begin_d_0_init.preheader.preheader.i ]
-  %2321 = phi <16 x float> [ %2579, %for_begin_r95.preheader.i ], [ %2271, %for_begin_d_0_init.preheader.preheader.i ]
-  %2322 = phi <16 x float> [ %2567, %for_begin_r95.preheader.i ], [ %2268, %for_begin_d_0_init.preheader.preheader.i ]
-  %2323 = phi <16 x float> [ %2555, %for_begin_r95.preheader.i ], [ %2265, %for_begin_d_0_init.preheader.preheader.i ]
-  %2324 = phi <16 x float> [ %2543, %for_begin_r95.preheader.i ], [ %2262, %for_begin_d_0_init.preheader.preheader.i ]
-  %2325 = phi <16 x float> [ %2532, %for_begin_r95.preheader.i ], [ %2259, %for_begin_d_0_init.preheader.preheader.i ]
-  %2326 = phi <16 x float> [ %2520, %for_begin_r95.preheader.i ], [ %2256, %for_begin_d_0_init.preheader.preheader.i ]
-  %2327 = phi <16 x float> [ %2508, %for_begin_r95.preheader.i ], [ %2253, %for_begin_d_0_init.preheader.preheader.i ]
-  %2328 = phi <16 x float> [ %2496, %for_begin_r95.preheader.i ], [ %2250, %for_begin_d_0_init.preheader.preheader.i ]
-  %2329 = phi <16 x float> [ %2484, %for_begin_r95.preheader.i ], [ %2247, %for_begin_d_0_init.preheader.preheader.i ]
-  %2330 = phi <16 x float> [ %2472, %for_begin_r95.preheader.i ], [ %2244, %for_begin_d_0_init.preheader.preheader.i ]
-  %2331 = phi <16 x float> [ %2460, %for_begin_r95.preheader.i ], [ %2241, %for_begin_d_0_init.preheader.preheader.i ]
-  %2332 = phi <16 x float> [ %2448, %for_begin_r95.preheader.i ], [ %2238, %for_begin_d_0_init.preheader.preheader.i ]
-  %2333 = phi <16 x float> [ %2436, %for_begin_r95.preheader.i ], [ %2235, %for_begin_d_0_init.preheader.preheader.i ]
-  %2334 = phi <16 x float> [ %2424, %for_begin_r95.preheader.i ], [ %2232, %for_begin_d_0_init.preheader.preheader.i ]
-  %2335 = phi <16 x float> [ %2412, %for_begin_r95.preheader.i ], [ %2229, %for_begin_d_0_init.preheader.preheader.i ]
-  %2336 = phi <16 x float> [ %2400, %for_begin_r95.preheader.i ], [ %2226, %for_begin_d_0_init.preheader.preheader.i ]
-  %2337 = phi <16 x float> [ %2388, %for_begin_r95.preheader.i ], [ %2223, %for_begin_d_0_init.preheader.preheader.i ]
-  %2338 = phi <16 x float> [ %2376, %for_begin_r95.preheader.i ], [ %2220, %for_begin_d_0_init.preheader.preheader.i ]
-  %2339 = phi <16 x float> [ %2364, %for_begin_r95.preheader.i ], [ %2217, %for_begin_d_0_init.preheader.preheader.i ]
-  %2340 = phi <16 x float> [ %2352, %for_begin_r95.preheader.i ], [ %2215, %for_begin_d_0_init.preheader.preheader.i ]
-  %indvars.iv694.i = phi i64 [ %indvars.iv.next695.i, %for_begin_r95.preheader.i ], [ 0, %for_begin_d_0_init.preheader.preheader.i ]
-  %2341 = add nuw nsw i64 %indvars.iv694.i, %262
-  %2342 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2341
-  %2343 = getelementptr inbounds float, ptr %probs.i, i64 %2341
-  %2344 = load float, ptr %2343, align 4, !tbaa !5
+for_begin_r101.preheader.lr.ph.i:                 ; preds = %for_begin_d_0_init.preheader.preheader.i
+  %gep545.1.i = getelementptr i8, ptr %invariant.gep502.i, i64 64
+  %gep545.2.i = getelementptr i8, ptr %invariant.gep502.i, i64 128
+  %gep545.3.i = getelementptr i8, ptr %invariant.gep502.i, i64 192
+  br label %for_begin_r101.preheader.i
+
+for_begin_r101.preheader.i:                       ; preds = %for_begin_r101.preheader.i, %for_begin_r101.preheader.lr.ph.i
+  %2202 = phi <16 x float> [ %2200, %for_begin_r101.preheader.lr.ph.i ], [ %2499, %for_begin_r101.preheader.i ]
+  %2203 = phi <16 x float> [ %2197, %for_begin_r101.preheader.lr.ph.i ], [ %2491, %for_begin_r101.preheader.i ]
+  %2204 = phi <16 x float> [ %2194, %for_begin_r101.preheader.lr.ph.i ], [ %2483, %for_begin_r101.preheader.i ]
+  %2205 = phi <16 x float> [ %2191, %for_begin_r101.preheader.lr.ph.i ], [ %2475, %for_begin_r101.preheader.i ]
+  %2206 = phi <16 x float> [ %2188, %for_begin_r101.preheader.lr.ph.i ], [ %2467, %for_begin_r101.preheader.i ]
+  %2207 = phi <16 x float> [ %2185, %for_begin_r101.preheader.lr.ph.i ], [ %2459, %for_begin_r101.preheader.i ]
+  %2208 = phi <16 x float> [ %2182, %for_begin_r101.preheader.lr.ph.i ], [ %2451, %for_begin_r101.preheader.i ]
+  %2209 = phi <16 x float> [ %2179, %for_begin_r101.preheader.lr.ph.i ], [ %2443, %for_begin_r101.preheader.i ]
+  %2210 = phi <16 x float> [ %2176, %for_begin_r101.preheader.lr.ph.i ], [ %2433, %for_begin_r101.preheader.i ]
+  %2211 = phi <16 x float> [ %2173, %for_begin_r101.preheader.lr.ph.i ], [ %2425, %for_begin_r101.preheader.i ]
+  %2212 = phi <16 x float> [ %2170, %for_begin_r101.preheader.lr.ph.i ], [ %2417, %for_begin_r101.preheader.i ]
+  %2213 = phi <16 x float> [ %2167, %for_begin_r101.preheader.lr.ph.i ], [ %2409, %for_begin_r101.preheader.i ]
+  %2214 = phi <16 x float> [ %2164, %for_begin_r101.preheader.lr.ph.i ], [ %2401, %for_begin_r101.preheader.i ]
+  %2215 = phi <16 x float> [ %2161, %for_begin_r101.preheader.lr.ph.i ], [ %2393, %for_begin_r101.preheader.i ]
+  %2216 = phi <16 x float> [ %2158, %for_begin_r101.preheader.lr.ph.i ], [ %2385, %for_begin_r101.preheader.i ]
+  %2217 = phi <16 x float> [ %2155, %for_begin_r101.preheader.lr.ph.i ], [ %2377, %for_begin_r101.preheader.i ]
+  %2218 = phi <16 x float> [ %2152, %for_begin_r101.preheader.lr.ph.i ], [ %2367, %for_begin_r101.preheader.i ]
+  %2219 = phi <16 x float> [ %2149, %for_begin_r101.preheader.lr.ph.i ], [ %2359, %for_begin_r101.preheader.i ]
+  %2220 = phi <16 x float> [ %2146, %for_begin_r101.preheader.lr.ph.i ], [ %2351, %for_begin_r101.preheader.i ]
+  %2221 = phi <16 x float> [ %2143, %for_begin_r101.preheader.lr.ph.i ], [ %2343, %for_begin_r101.preheader.i ]
+  %2222 = phi <16 x float> [ %2140, %for_begin_r101.preheader.lr.ph.i ], [ %2335, %for_begin_r101.preheader.i ]
+  %2223 = phi <16 x float> [ %2137, %for_begin_r101.preheader.lr.ph.i ], [ %2327, %for_begin_r101.preheader.i ]
+  %2224 = phi <16 x float> [ %2134, %for_begin_r101.preheader.lr.ph.i ], [ %2319, %for_begin_r101.preheader.i ]
+  %2225 = phi <16 x float> [ %2131, %for_begin_r101.preheader.lr.ph.i ], [ %2311, %for_begin_r101.preheader.i ]
+  %2226 = phi <16 x float> [ %2128, %for_begin_r101.preheader.lr.ph.i ], [ %2300, %for_begin_r101.preheader.i ]
+  %2227 = phi <16 x float> [ %2125, %for_begin_r101.preheader.lr.ph.i ], [ %2292, %for_begin_r101.preheader.i ]
+  %2228 = phi <16 x float> [ %2122, %for_begin_r101.preheader.lr.ph.i ], [ %2284, %for_begin_r101.preheader.i ]
+  %2229 = phi <16 x float> [ %2119, %for_begin_r101.preheader.lr.ph.i ], [ %2276, %for_begin_r101.preheader.i ]
+  %2230 = phi <16 x float> [ %2116, %for_begin_r101.preheader.lr.ph.i ], [ %2268, %for_begin_r101.preheader.i ]
+  %2231 = phi <16 x float> [ %2113, %for_begin_r101.preheader.lr.ph.i ], [ %2260, %for_begin_r101.preheader.i ]
+  %2232 = phi <16 x float> [ %2110, %for_begin_r101.preheader.lr.ph.i ], [ %2252, %for_begin_r101.preheader.i ]
+  %2233 = phi <16 x float> [ %2108, %for_begin_r101.preheader.lr.ph.i ], [ %2244, %for_begin_r101.preheader.i ]
+  %indvars.iv746.i = phi i64 [ 0, %for_begin_r101.preheader.lr.ph.i ], [ %indvars.iv.next747.i, %for_begin_r101.preheader.i ]
+  %2234 = add nuw nsw i64 %indvars.iv746.i, %229
+  %2235 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2234
+  %2236 = getelementptr inbounds float, ptr %probs.i, i64 %2234
+  %2237 = load float, ptr %2236, align 4, !tbaa !5
+  %2238 = insertelement <16 x float> poison, float %2237, i64 0
+  %2239 = shufflevector <16 x float> %2238, <16 x float> poison, <16 x i32> zeroinitializer
+  %2240 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.i = getelementptr i32, ptr %invariant.gep502.i, i64 %2240
+  %2241 = load <16 x i32>, ptr %gep542.i, align 4, !tbaa !5
+  %2242 = shl <16 x i32> %2241, splat (i32 16)
+  %2243 = bitcast <16 x i32> %2242 to <16 x float>
+  %2244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2239, <16 x float> %2243, <16 x float> %2233)
+  store <16 x float> %2244, ptr %tile_acc.i, align 4, !tbaa !5
+  %2245 = load float, ptr %2236, align 4, !tbaa !5
+  %2246 = insertelement <16 x float> poison, float %2245, i64 0
+  %2247 = shufflevector <16 x float> %2246, <16 x float> poison, <16 x i32> zeroinitializer
+  %2248 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1.i = getelementptr i32, ptr %invariant.gep502.i, i64 %2248
+  %2249 = load <16 x i32>, ptr %gep542.1.i, align 4, !tbaa !5
+  %2250 = and <16 x i32> %2249, splat (i32 -65536)
+  %2251 = bitcast <16 x i32> %2250 to <16 x float>
+  %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2247, <16 x float> %2251, <16 x float> %2232)
+  store <16 x float> %2252, ptr %2111, align 4, !tbaa !5
+  %2253 = load float, ptr %2236, align 4, !tbaa !5
+  %2254 = insertelement <16 x float> poison, float %2253, i64 0
+  %2255 = shufflevector <16 x float> %2254, <16 x float> poison, <16 x i32> zeroinitializer
+  %2256 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1731.i = getelementptr i32, ptr %gep545.1.i, i64 %2256
+  %2257 = load <16 x i32>, ptr %gep542.1731.i, align 4, !tbaa !5
+  %2258 = shl <16 x i32> %2257, splat (i32 16)
+  %2259 = bitcast <16 x i32> %2258 to <16 x float>
+  %2260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2255, <16 x float> %2259, <16 x float> %2231)
+  store <16 x float> %2260, ptr %2114, align 4, !tbaa !5
+  %2261 = load float, ptr %2236, align 4, !tbaa !5
+  %2262 = insertelement <16 x float> poison, float %2261, i64 0
+  %2263 = shufflevector <16 x float> %2262, <16 x float> poison, <16 x i32> zeroinitializer
+  %2264 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1.1.i = getelementptr i32, ptr %gep545.1.i, i64 %2264
+  %2265 = load <16 x i32>, ptr %gep542.1.1.i, align 4, !tbaa !5
+  %2266 = and <16 x i32> %2265, splat (i32 -65536)
+  %2267 = bitcast <16 x i32> %2266 to <16 x float>
+  %2268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2263, <16 x float> %2267, <16 x float> %2230)
+  store <16 x float> %2268, ptr %2117, align 4, !tbaa !5
+  %2269 = load float, ptr %2236, align 4, !tbaa !5
+  %2270 = insertelement <16 x float> poison, float %2269, i64 0
+  %2271 = shufflevector <16 x float> %2270, <16 x float> poison, <16 x i32> zeroinitializer
+  %2272 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.2.i = getelementptr i32, ptr %gep545.2.i, i64 %2272
+  %2273 = load <16 x i32>, ptr %gep542.2.i, align 4, !tbaa !5
+  %2274 = shl <16 x i32> %2273, splat (i32 16)
+  %2275 = bitcast <16 x i32> %2274 to <16 x float>
+  %2276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2271, <16 x float> %2275, <16 x float> %2229)
+  store <16 x float> %2276, ptr %2120, align 4, !tbaa !5
+  %2277 = load float, ptr %2236, align 4, !tbaa !5
+  %2278 = insertelement <16 x float> poison, float %2277, i64 0
+  %2279 = shufflevector <16 x float> %2278, <16 x float> poison, <16 x i32> zeroinitializer
+  %2280 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1.2.i = getelementptr i32, ptr %gep545.2.i, i64 %2280
+  %2281 = load <16 x i32>, ptr %gep542.1.2.i, align 4, !tbaa !5
+  %2282 = and <16 x i32> %2281, splat (i32 -65536)
+  %2283 = bitcast <16 x i32> %2282 to <16 x float>
+  %2284 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2279, <16 x float> %2283, <16 x float> %2228)
+  store <16 x float> %2284, ptr %2123, align 4, !tbaa !5
+  %2285 = load float, ptr %2236, align 4, !tbaa !5
+  %2286 = insertelement <16 x float> poison, float %2285, i64 0
+  %2287 = shufflevector <16 x float> %2286, <16 x float> poison, <16 x i32> zeroinitializer
+  %2288 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.3.i = getelementptr i32, ptr %gep545.3.i, i64 %2288
+  %2289 = load <16 x i32>, ptr %gep542.3.i, align 4, !tbaa !5
+  %2290 = shl <16 x i32> %2289, splat (i32 16)
+  %2291 = bitcast <16 x i32> %2290 to <16 x float>
+  %2292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2287, <16 x float> %2291, <16 x float> %2227)
+  store <16 x float> %2292, ptr %2126, align 4, !tbaa !5
+  %2293 = load float, ptr %2236, align 4, !tbaa !5
+  %2294 = insertelement <16 x float> poison, float %2293, i64 0
+  %2295 = shufflevector <16 x float> %2294, <16 x float> poison, <16 x i32> zeroinitializer
+  %2296 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1.3.i = getelementptr i32, ptr %gep545.3.i, i64 %2296
+  %2297 = load <16 x i32>, ptr %gep542.1.3.i, align 4, !tbaa !5
+  %2298 = and <16 x i32> %2297, splat (i32 -65536)
+  %2299 = bitcast <16 x i32> %2298 to <16 x float>
+  %2300 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2295, <16 x float> %2299, <16 x float> %2226)
+  store <16 x float> %2300, ptr %2129, align 4, !tbaa !5
+  %2301 = shl i64 %2234, 32
+  %sext.i = add i64 %2301, 549755813888
+  %2302 = ashr exact i64 %sext.i, 30
+  %2303 = getelementptr inbounds i8, ptr %probs.i, i64 %2302
+  %2304 = load float, ptr %2303, align 4, !tbaa !5
+  %2305 = insertelement <16 x float> poison, float %2304, i64 0
+  %2306 = shufflevector <16 x float> %2305, <16 x float> poison, <16 x i32> zeroinitializer
+  %2307 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1737.i = getelementptr i32, ptr %invariant.gep502.i, i64 %2307
+  %2308 = load <16 x i32>, ptr %gep542.1737.i, align 4, !tbaa !5
+  %2309 = shl <16 x i32> %2308, splat (i32 16)
+  %2310 = bitcast <16 x i32> %2309 to <16 x float>
+  %2311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2306, <16 x float> %2310, <16 x float> %2225)
+  store <16 x float> %2311, ptr %2132, align 4, !tbaa !5
+  %2312 = load float, ptr %2303, align 4, !tbaa !5
+  %2313 = insertelement <16 x float> poison, float %2312, i64 0
+  %2314 = shufflevector <16 x float> %2313, <16 x float> poison, <16 x i32> zeroinitializer
+  %2315 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1.1738.i = getelementptr i32, ptr %invariant.gep502.i, i64 %2315
+  %2316 = load <16 x i32>, ptr %gep542.1.1738.i, align 4, !tbaa !5
+  %2317 = and <16 x i32> %2316, splat (i32 -65536)
+  %2318 = bitcast <16 x i32> %2317 to <16 x float>
+  %2319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %2318, <16 x float> %2224)
+  store <16 x float> %2319, ptr %2135, align 4, !tbaa !5
+  %2320 = load float, ptr %2303, align 4, !tbaa !5
+  %2321 = insertelement <16 x float> poison, float %2320, i64 0
+  %2322 = shufflevector <16 x float> %2321, <16 x float> poison, <16 x i32> zeroinitializer
+  %2323 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1731.1.i = getelementptr i32, ptr %gep545.1.i, i64 %2323
+  %2324 = load <16 x i32>, ptr %gep542.1731.1.i, align 4, !tbaa !5
+  %2325 = shl <16 x i32> %2324, splat (i32 16)
+  %2326 = bitcast <16 x i32> %2325 to <16 x float>
+  %2327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2322, <16 x float> %2326, <16 x float> %2223)
+  store <16 x float> %2327, ptr %2138, align 4, !tbaa !5
+  %2328 = load float, ptr %2303, align 4, !tbaa !5
+  %2329 = insertelement <16 x float> poison, float %2328, i64 0
+  %2330 = shufflevector <16 x float> %2329, <16 x float> poison, <16 x i32> zeroinitializer
+  %2331 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1.1.1.i = getelementptr i32, ptr %gep545.1.i, i64 %2331
+  %2332 = load <16 x i32>, ptr %gep542.1.1.1.i, align 4, !tbaa !5
+  %2333 = and <16 x i32> %2332, splat (i32 -65536)
+  %2334 = bitcast <16 x i32> %2333 to <16 x float>
+  %2335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2330, <16 x float> %2334, <16 x float> %2222)
+  store <16 x float> %2335, ptr %2141, align 4, !tbaa !5
+  %2336 = load float, ptr %2303, align 4, !tbaa !5
+  %2337 = insertelement <16 x float> poison, float %2336, i64 0
+  %2338 = shufflevector <16 x float> %2337, <16 x float> poison, <16 x i32> zeroinitializer
+  %2339 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.2.1.i = getelementptr i32, ptr %gep545.2.i, i64 %2339
+  %2340 = load <16 x i32>, ptr %gep542.2.1.i, align 4, !tbaa !5
+  %2341 = shl <16 x i32> %2340, splat (i32 16)
+  %2342 = bitcast <16 x i32> %2341 to <16 x float>
+  %2343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2338, <16 x float> %2342, <16 x float> %2221)
+  store <16 x float> %2343, ptr %2144, align 4, !tbaa !5
+  %2344 = load float, ptr %2303, align 4, !tbaa !5
   %2345 = insertelement <16 x float> poison, float %2344, i64 0
   %2346 = shufflevector <16 x float> %2345, <16 x float> poison, <16 x i32> zeroinitializer
-  %2347 = load i64, ptr %2342, align 8, !tbaa !5
-  %gep.i = getelementptr i16, ptr %invariant.gep487.i, i64 %2347
-  %2348 = load <16 x i16>, ptr %gep.i, align 2, !tbaa !5
-  %2349 = zext <16 x i16> %2348 to <16 x i32>
-  %2350 = shl nuw <16 x i32> %2349, splat (i32 16)
-  %2351 = bitcast <16 x i32> %2350 to <16 x float>
-  %2352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2346, <16 x float> %2351, <16 x float> %2340)
-  store <16 x float> %2352, ptr %tile_acc.i, align 4, !tbaa !5
-  %2353 = load float, ptr %2343, align 4, !tbaa !5
-  %2354 = insertelement <16 x float> poison, float %2353, i64 0
-  %2355 = shufflevector <16 x float> %2354, <16 x float> poison, <16 x i32> zeroinitializer
-  %2356 = load i64, ptr %2342, align 8, !tbaa !5
-  %2357 = getelementptr i16, ptr %value_cache, i64 %2356
-  %2358 = getelementptr i8, ptr %2357, i64 32
-  %2359 = getelementptr i16, ptr %2358, i64 %v_now.i
-  %2360 = load <16 x i16>, ptr %2359, align 2, !tbaa !5
-  %2361 = zext <16 x i16> %2360 to <16 x i32>
-  %2362 = shl nuw <16 x i32> %2361, splat (i32 16)
-  %2363 = bitcast <16 x i32> %2362 to <16 x float>
-  %2364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2355, <16 x float> %2363, <16 x float> %2339)
-  store <16 x float> %2364, ptr %2218, align 4, !tbaa !5
-  %2365 = load float, ptr %2343, align 4, !tbaa !5
-  %2366 = insertelement <16 x float> poison, float %2365, i64 0
-  %2367 = shufflevector <16 x float> %2366, <16 x float> poison, <16 x i32> zeroinitializer
-  %2368 = load i64, ptr %2342, align 8, !tbaa !5
-  %2369 = getelementptr i16, ptr %value_cache, i64 %2368
-  %2370 = getelementptr i8, ptr %2369, i64 64
-  %2371 = getelementptr i16, ptr %2370, i64 %v_now.i
-  %2372 = load <16 x i16>, ptr %2371, align 2, !tbaa !5
-  %2373 = zext <16 x i16> %2372 to <16 x i32>
-  %2374 = shl nuw <16 x i32> %2373, splat (i32 16)
-  %2375 = bitcast <16 x i32> %2374 to <16 x float>
-  %2376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2367, <16 x float> %2375, <16 x float> %2338)
-  store <16 x float> %2376, ptr %2221, align 4, !tbaa !5
-  %2377 = load float, ptr %2343, align 4, !tbaa !5
-  %2378 = insertelement <16 x float> poison, float %2377, i64 0
-  %2379 = shufflevector <16 x float> %2378, <16 x float> poison, <16 x i32> zeroinitializer
-  %2380 = load i64, ptr %2342, align 8, !tbaa !5
-  %2381 = getelementptr i16, ptr %value_cache, i64 %2380
-  %2382 = getelementptr i8, ptr %2381, i64 96
-  %2383 = getelementptr i16, ptr %2382, i64 %v_now.i
-  %2384 = load <16 x i16>, ptr %2383, align 2, !tbaa !5
-  %2385 = zext <16 x i16> %2384 to <16 x i32>
-  %2386 = shl nuw <16 x i32> %2385, splat (i32 16)
-  %2387 = bitcast <16 x i32> %2386 to <16 x float>
-  %2388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2379, <16 x float> %2387, <16 x float> %2337)
-  store <16 x float> %2388, ptr %2224, align 4, !tbaa !5
-  %2389 = load float, ptr %2343, align 4, !tbaa !5
-  %2390 = insertelement <16 x float> poison, float %2389, i64 0
-  %2391 = shufflevector <16 x float> %2390, <16 x float> poison, <16 x i32> zeroinitializer
-  %2392 = load i64, ptr %2342, align 8, !tbaa !5
-  %2393 = getelementptr i16, ptr %value_cache, i64 %2392
-  %2394 = getelementptr i8, ptr %2393, i64 128
-  %2395 = getelementptr i16, ptr %2394, i64 %v_now.i
-  %2396 = load <16 x i16>, ptr %2395, align 2, !tbaa !5
-  %2397 = zext <16 x i16> %2396 to <16 x i32>
-  %2398 = shl nuw <16 x i32> %2397, splat (i32 16)
-  %2399 = bitcast <16 x i32> %2398 to <16 x float>
-  %2400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2391, <16 x float> %2399, <16 x float> %2336)
-  store <16 x float> %2400, ptr %2227, align 4, !tbaa !5
-  %2401 = load float, ptr %2343, align 4, !tbaa !5
-  %2402 = insertelement <16 x float> poison, float %2401, i64 0
-  %2403 = shufflevector <16 x float> %2402, <16 x float> poison, <16 x i32> zeroinitializer
-  %2404 = load i64, ptr %2342, align 8, !tbaa !5
-  %2405 = getelementptr i16, ptr %value_cache, i64 %2404
-  %2406 = getelementptr i8, ptr %2405, i64 160
-  %2407 = getelementptr i16, ptr %2406, i64 %v_now.i
-  %2408 = load <16 x i16>, ptr %2407, align 2, !tbaa !5
-  %2409 = zext <16 x i16> %2408 to <16 x i32>
-  %2410 = shl nuw <16 x i32> %2409, splat (i32 16)
-  %2411 = bitcast <16 x i32> %2410 to <16 x float>
-  %2412 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2403, <16 x float> %2411, <16 x float> %2335)
-  store <16 x float> %2412, ptr %2230, align 4, !tbaa !5
-  %2413 = load float, ptr %2343, align 4, !tbaa !5
-  %2414 = insertelement <16 x float> poison, float %2413, i64 0
-  %2415 = shufflevector <16 x float> %2414, <16 x float> poison, <16 x i32> zeroinitializer
-  %2416 = load i64, ptr %2342, align 8, !tbaa !5
-  %2417 = getelementptr i16, ptr %value_cache, i64 %2416
-  %2418 = getelementptr i8, ptr %2417, i64 192
-  %2419 = getelementptr i16, ptr %2418, i64 %v_now.i
-  %2420 = load <16 x i16>, ptr %2419, align 2, !tbaa !5
-  %2421 = zext <16 x i16> %2420 to <16 x i32>
-  %2422 = shl nuw <16 x i32> %2421, splat (i32 16)
-  %2423 = bitcast <16 x i32> %2422 to <16 x float>
-  %2424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2415, <16 x float> %2423, <16 x float> %2334)
-  store <16 x float> %2424, ptr %2233, align 4, !tbaa !5
-  %2425 = load float, ptr %2343, align 4, !tbaa !5
-  %2426 = insertelement <16 x float> poison, float %2425, i64 0
-  %2427 = shufflevector <16 x float> %2426, <16 x float> poison, <16 x i32> zeroinitializer
-  %2428 = load i64, ptr %2342, align 8, !tbaa !5
-  %2429 = getelementptr i16, ptr %value_cache, i64 %2428
-  %2430 = getelementptr i8, ptr %2429, i64 224
-  %2431 = getelementptr i16, ptr %2430, i64 %v_now.i
-  %2432 = load <16 x i16>, ptr %2431, align 2, !tbaa !5
-  %2433 = zext <16 x i16> %2432 to <16 x i32>
-  %2434 = shl nuw <16 x i32> %2433, splat (i32 16)
-  %2435 = bitcast <16 x i32> %2434 to <16 x float>
-  %2436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2427, <16 x float> %2435, <16 x float> %2333)
-  store <16 x float> %2436, ptr %2236, align 4, !tbaa !5
-  %2437 = shl i64 %2341, 32
-  %sext.i = add i64 %2437, 549755813888
-  %2438 = ashr exact i64 %sext.i, 30
-  %2439 = getelementptr inbounds i8, ptr %probs.i, i64 %2438
-  %2440 = load float, ptr %2439, align 4, !tbaa !5
-  %2441 = insertelement <16 x float> poison, float %2440, i64 0
-  %2442 = shufflevector <16 x float> %2441, <16 x float> poison, <16 x i32> zeroinitializer
-  %2443 = load i64, ptr %2342, align 8, !tbaa !5
-  %gep819.i = getelementptr i16, ptr %invariant.gep487.i, i64 %2443
-  %2444 = load <16 x i16>, ptr %gep819.i, align 2, !tbaa !5
-  %2445 = zext <16 x i16> %2444 to <16 x i32>
-  %2446 = shl nuw <16 x i32> %2445, splat (i32 16)
-  %2447 = bitcast <16 x i32> %2446 to <16 x float>
-  %2448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2442, <16 x float> %2447, <16 x float> %2332)
-  store <16 x float> %2448, ptr %2239, align 4, !tbaa !5
-  %2449 = load float, ptr %2439, align 4, !tbaa !5
-  %2450 = insertelement <16 x float> poison, float %2449, i64 0
-  %2451 = shufflevector <16 x float> %2450, <16 x float> poison, <16 x i32> zeroinitializer
-  %2452 = load i64, ptr %2342, align 8, !tbaa !5
-  %2453 = getelementptr i16, ptr %value_cache, i64 %2452
-  %2454 = getelementptr i8, ptr %2453, i64 32
-  %2455 = getelementptr i16, ptr %2454, i64 %v_now.i
-  %2456 = load <16 x i16>, ptr %2455, align 2, !tbaa !5
-  %2457 = zext <16 x i16> %2456 to <16 x i32>
-  %2458 = shl nuw <16 x i32> %2457, splat (i32 16)
-  %2459 = bitcast <16 x i32> %2458 to <16 x float>
-  %2460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2451, <16 x float> %2459, <16 x float> %2331)
-  store <16 x float> %2460, ptr %2242, align 4, !tbaa !5
-  %2461 = load float, ptr %2439, align 4, !tbaa !5
-  %2462 = insertelement <16 x float> poison, float %2461, i64 0
-  %2463 = shufflevector <16 x float> %2462, <16 x float> poison, <16 x i32> zeroinitializer
-  %2464 = load i64, ptr %2342, align 8, !tbaa !5
-  %2465 = getelementptr i16, ptr %value_cache, i64 %2464
-  %2466 = getelementptr i8, ptr %2465, i64 64
-  %2467 = getelementptr i16, ptr %2466, i64 %v_now.i
-  %2468 = load <16 x i16>, ptr %2467, align 2, !tbaa !5
-  %2469 = zext <16 x i16> %2468 to <16 x i32>
-  %2470 = shl nuw <16 x i32> %2469, splat (i32 16)
-  %2471 = bitcast <16 x i32> %2470 to <16 x float>
-  %2472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2471, <16 x float> %2330)
-  store <16 x float> %2472, ptr %2245, align 4, !tbaa !5
-  %2473 = load float, ptr %2439, align 4, !tbaa !5
-  %2474 = insertelement <16 x float> poison, float %2473, i64 0
-  %2475 = shufflevector <16 x float> %2474, <16 x float> poison, <16 x i32> zeroinitializer
-  %2476 = load i64, ptr %2342, align 8, !tbaa !5
-  %2477 = getelementptr i16, ptr %value_cache, i64 %2476
-  %2478 = getelementptr i8, ptr %2477, i64 96
-  %2479 = getelementptr i16, ptr %2478, i64 %v_now.i
-  %2480 = load <16 x i16>, ptr %2479, align 2, !tbaa !5
-  %2481 = zext <16 x i16> %2480 to <16 x i32>
-  %2482 = shl nuw <16 x i32> %2481, splat (i32 16)
-  %2483 = bitcast <16 x i32> %2482 to <16 x float>
-  %2484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2475, <16 x float> %2483, <16 x float> %2329)
-  store <16 x float> %2484, ptr %2248, align 4, !tbaa !5
-  %2485 = load float, ptr %2439, align 4, !tbaa !5
-  %2486 = insertelement <16 x float> poison, float %2485, i64 0
-  %2487 = shufflevector <16 x float> %2486, <16 x float> poison, <16 x i32> zeroinitializer
-  %2488 = load i64, ptr %2342, align 8, !tbaa !5
-  %2489 = getelementptr i16, ptr %value_cache, i64 %2488
-  %2490 = getelementptr i8, ptr %2489, i64 128
-  %2491 = getelementptr i16, ptr %2490, i64 %v_now.i
-  %2492 = load <16 x i16>, ptr %2491, align 2, !tbaa !5
-  %2493 = zext <16 x i16> %2492 to <16 x i32>
-  %2494 = shl nuw <16 x i32> %2493, splat (i32 16)
-  %2495 = bitcast <16 x i32> %2494 to <16 x float>
-  %2496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2487, <16 x float> %2495, <16 x float> %2328)
-  store <16 x float> %2496, ptr %2251, align 4, !tbaa !5
-  %2497 = load float, ptr %2439, align 4, !tbaa !5
-  %2498 = insertelement <16 x float> poison, float %2497, i64 0
-  %2499 = shufflevector <16 x float> %2498, <16 x float> poison, <16 x i32> zeroinitializer
-  %2500 = load i64, ptr %2342, align 8, !tbaa !5
-  %2501 = getelementptr i16, ptr %value_cache, i64 %2500
-  %2502 = getelementptr i8, ptr %2501, i64 160
-  %2503 = getelementptr i16, ptr %2502, i64 %v_now.i
-  %2504 = load <16 x i16>, ptr %2503, align 2, !tbaa !5
-  %2505 = zext <16 x i16> %2504 to <16 x i32>
-  %2506 = shl nuw <16 x i32> %2505, splat (i32 16)
-  %2507 = bitcast <16 x i32> %2506 to <16 x float>
-  %2508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2499, <16 x float> %2507, <16 x float> %2327)
-  store <16 x float> %2508, ptr %2254, align 4, !tbaa !5
-  %2509 = load float, ptr %2439, align 4, !tbaa !5
-  %2510 = insertelement <16 x float> poison, float %2509, i64 0
-  %2511 = shufflevector <16 x float> %2510, <16 x float> poison, <16 x i32> zeroinitializer
-  %2512 = load i64, ptr %2342, align 8, !tbaa !5
-  %2513 = getelementptr i16, ptr %value_cache, i64 %2512
-  %2514 = getelementptr i8, ptr %2513, i64 192
-  %2515 = getelementptr i16, ptr %2514, i64 %v_now.i
-  %2516 = load <16 x i16>, ptr %2515, align 2, !tbaa !5
-  %2517 = zext <16 x i16> %2516 to <16 x i32>
-  %2518 = shl nuw <16 x i32> %2517, splat (i32 16)
-  %2519 = bitcast <16 x i32> %2518 to <16 x float>
-  %2520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2511, <16 x float> %2519, <16 x float> %2326)
-  store <16 x float> %2520, ptr %2257, align 4, !tbaa !5
-  %2521 = load float, ptr %2439, align 4, !tbaa !5
-  %2522 = insertelement <16 x float> poison, float %2521, i64 0
-  %2523 = shufflevector <16 x float> %2522, <16 x float> poison, <16 x i32> zeroinitializer
-  %2524 = load i64, ptr %2342, align 8, !tbaa !5
-  %2525 = getelementptr i16, ptr %value_cache, i64 %2524
-  %2526 = getelementptr i8, ptr %2525, i64 224
-  %2527 = getelementptr i16, ptr %2526, i64 %v_now.i
-  %2528 = load <16 x i16>, ptr %2527, align 2, !tbaa !5
-  %2529 = zext <16 x i16> %2528 to <16 x i32>
-  %2530 = shl nuw <16 x i32> %2529, splat (i32 16)
-  %2531 = bitcast <16 x i32> %2530 to <16 x float>
-  %2532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2523, <16 x float> %2531, <16 x float> %2325)
-  store <16 x float> %2532, ptr %2260, align 4, !tbaa !5
-  %sext779.i = add i64 %2437, 1099511627776
-  %2533 = ashr exact i64 %sext779.i, 30
-  %2534 = getelementptr inbounds i8, ptr %probs.i, i64 %2533
-  %2535 = load float, ptr %2534, align 4, !tbaa !5
-  %2536 = insertelement <16 x float> poison, float %2535, i64 0
-  %2537 = shufflevector <16 x float> %2536, <16 x float> poison, <16 x i32> zeroinitializer
-  %2538 = load i64, ptr %2342, align 8, !tbaa !5
-  %gep821.i = getelementptr i16, ptr %invariant.gep487.i, i64 %2538
-  %2539 = load <16 x i16>, ptr %gep821.i, align 2, !tbaa !5
-  %2540 = zext <16 x i16> %2539 to <16 x i32>
-  %2541 = shl nuw <16 x i32> %2540, splat (i32 16)
-  %2542 = bitcast <16 x i32> %2541 to <16 x float>
-  %2543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2537, <16 x float> %2542, <16 x float> %2324)
-  store <16 x float> %2543, ptr %2263, align 4, !tbaa !5
-  %2544 = load float, ptr %2534, align 4, !tbaa !5
-  %2545 = insertelement <16 x float> poison, float %2544, i64 0
-  %2546 = shufflevector <16 x float> %2545, <16 x float> poison, <16 x i32> zeroinitializer
-  %2547 = load i64, ptr %2342, align 8, !tbaa !5
-  %2548 = getelementptr i16, ptr %value_cache, i64 %2547
-  %2549 = getelementptr i8, ptr %2548, i64 32
-  %2550 = getelementptr i16, ptr %2549, i64 %v_now.i
-  %2551 = load <16 x i16>, ptr %2550, align 2, !tbaa !5
-  %2552 = zext <16 x i16> %2551 to <16 x i32>
-  %2553 = shl nuw <16 x i32> %2552, splat (i32 16)
-  %2554 = bitcast <16 x i32> %2553 to <16 x float>
-  %2555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2546, <16 x float> %2554, <16 x float> %2323)
-  store <16 x float> %2555, ptr %2266, align 4, !tbaa !5
-  %2556 = load float, ptr %2534, align 4, !tbaa !5
-  %2557 = insertelement <16 x float> poison, float %2556, i64 0
-  %2558 = shufflevector <16 x float> %2557, <16 x float> poison, <16 x i32> zeroinitializer
-  %2559 = load i64, ptr %2342, align 8, !tbaa !5
-  %2560 = getelementptr i16, ptr %value_cache, i64 %2559
-  %2561 = getelementptr i8, ptr %2560, i64 64
-  %2562 = getelementptr i16, ptr %2561, i64 %v_now.i
-  %2563 = load <16 x i16>, ptr %2562, align 2, !tbaa !5
-  %2564 = zext <16 x i16> %2563 to <16 x i32>
-  %2565 = shl nuw <16 x i32> %2564, splat (i32 16)
-  %2566 = bitcast <16 x i32> %2565 to <16 x float>
-  %2567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2558, <16 x float> %2566, <16 x float> %2322)
-  store <16 x float> %2567, ptr %2269, align 4, !tbaa !5
-  %2568 = load float, ptr %2534, align 4, !tbaa !5
-  %2569 = insertelement <16 x float> poison, float %2568, i64 0
-  %2570 = shufflevector <16 x float> %2569, <16 x float> poison, <16 x i32> zeroinitializer
-  %2571 = load i64, ptr %2342, align 8, !tbaa !5
-  %2572 = getelementptr i16, ptr %value_cache, i64 %2571
-  %2573 = getelementptr i8, ptr %2572, i64 96
-  %2574 = getelementptr i16, ptr %2573, i64 %v_now.i
-  %2575 = load <16 x i16>, ptr %2574, align 2, !tbaa !5
-  %2576 = zext <16 x i16> %2575 to <16 x i32>
-  %2577 = shl nuw <16 x i32> %2576, splat (i32 16)
-  %2578 = bitcast <16 x i32> %2577 to <16 x float>
-  %2579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2570, <16 x float> %2578, <16 x float> %2321)
-  store <16 x float> %2579, ptr %2272, align 4, !tbaa !5
-  %2580 = load float, ptr %2534, align 4, !tbaa !5
-  %2581 = insertelement <16 x float> poison, float %2580, i64 0
-  %2582 = shufflevector <16 x float> %2581, <16 x float> poison, <16 x i32> zeroinitializer
-  %2583 = load i64, ptr %2342, align 8, !tbaa !5
-  %2584 = getelementptr i16, ptr %value_cache, i64 %2583
-  %2585 = getelementptr i8, ptr %2584, i64 128
-  %2586 = getelementptr i16, ptr %2585, i64 %v_now.i
-  %2587 = load <16 x i16>, ptr %2586, align 2, !tbaa !5
-  %2588 = zext <16 x i16> %2587 to <16 x i32>
-  %2589 = shl nuw <16 x i32> %2588, splat (i32 16)
-  %2590 = bitcast <16 x i32> %2589 to <16 x float>
-  %2591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2590, <16 x float> %2320)
-  store <16 x float> %2591, ptr %2275, align 4, !tbaa !5
-  %2592 = load float, ptr %2534, align 4, !tbaa !5
-  %2593 = insertelement <16 x float> poison, float %2592, i64 0
-  %2594 = shufflevector <16 x float> %2593, <16 x float> poison, <16 x i32> zeroinitializer
-  %2595 = load i64, ptr %2342, align 8, !tbaa !5
-  %2596 = getelementptr i16, ptr %value_cache, i64 %2595
-  %2597 = getelementptr i8, ptr %2596, i64 160
-  %2598 = getelementptr i16, ptr %2597, i64 %v_now.i
-  %2599 = load <16 x i16>, ptr %2598, align 2, !tbaa !5
-  %2600 = zext <16 x i16> %2599 to <16 x i32>
-  %2601 = shl nuw <16 x i32> %2600, splat (i32 16)
-  %2602 = bitcast <16 x i32> %2601 to <16 x float>
-  %2603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2594, <16 x float> %2602, <16 x float> %2319)
-  store <16 x float> %2603, ptr %2278, align 4, !tbaa !5
-  %2604 = load float, ptr %2534, align 4, !tbaa !5
-  %2605 = insertelement <16 x float> poison, float %2604, i64 0
-  %2606 = shufflevector <16 x float> %2605, <16 x float> poison, <16 x i32> zeroinitializer
-  %2607 = load i64, ptr %2342, align 8, !tbaa !5
-  %2608 = getelementptr i16, ptr %value_cache, i64 %2607
-  %2609 = getelementptr i8, ptr %2608, i64 192
-  %2610 = getelementptr i16, ptr %2609, i64 %v_now.i
-  %2611 = load <16 x i16>, ptr %2610, align 2, !tbaa !5
-  %2612 = zext <16 x i16> %2611 to <16 x i32>
-  %2613 = shl nuw <16 x i32> %2612, splat (i32 16)
-  %2614 = bitcast <16 x i32> %2613 to <16 x float>
-  %2615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2614, <16 x float> %2318)
-  store <16 x float> %2615, ptr %2281, align 4, !tbaa !5
-  %2616 = load float, ptr %2534, align 4, !tbaa !5
-  %2617 = insertelement <16 x float> poison, float %2616, i64 0
-  %2618 = shufflevector <16 x float> %2617, <16 x float> poison, <16 x i32> zeroinitializer
-  %2619 = load i64, ptr %2342, align 8, !tbaa !5
-  %2620 = getelementptr i16, ptr %value_cache, i64 %2619
-  %2621 = getelementptr i8, ptr %2620, i64 224
-  %2622 = getelementptr i16, ptr %2621, i64 %v_now.i
-  %2623 = load <16 x i16>, ptr %2622, align 2, !tbaa !5
-  %2624 = zext <16 x i16> %2623 to <16 x i32>
-  %2625 = shl nuw <16 x i32> %2624, splat (i32 16)
-  %2626 = bitcast <16 x i32> %2625 to <16 x float>
-  %2627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2618, <16 x float> %2626, <16 x float> %2317)
-  store <16 x float> %2627, ptr %2284, align 4, !tbaa !5
-  %sext780.i = add i64 %2437, 1649267441664
-  %2628 = ashr exact i64 %sext780.i, 30
-  %2629 = getelementptr inbounds i8, ptr %probs.i, i64 %2628
-  %2630 = load float, ptr %2629, align 4, !tbaa !5
-  %2631 = insertelement <16 x float> poison, float %2630, i64 0
-  %2632 = shufflevector <16 x float> %2631, <16 x float> poison, <16 x i32> zeroinitializer
-  %2633 = load i64, ptr %2342, align 8, !tbaa !5
-  %gep823.i = getelementptr i16, ptr %invariant.gep487.i, i64 %2633
-  %2634 = load <16 x i16>, ptr %gep823.i, align 2, !tbaa !5
-  %2635 = zext <16 x i16> %2634 to <16 x i32>
-  %2636 = shl nuw <16 x i32> %2635, splat (i32 16)
-  %2637 = bitcast <16 x i32> %2636 to <16 x float>
-  %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2632, <16 x float> %2637, <16 x float> %2316)
-  store <16 x float> %2638, ptr %2287, align 4, !tbaa !5
-  %2639 = load float, ptr %2629, align 4, !tbaa !5
-  %2640 = insertelement <16 x float> poison, float %2639, i64 0
-  %2641 = shufflevector <16 x float> %2640, <16 x float> poison, <16 x i32> zeroinitializer
-  %2642 = load i64, ptr %2342, align 8, !tbaa !5
-  %2643 = getelementptr i16, ptr %value_cache, i64 %2642
-  %2644 = getelementptr i8, ptr %2643, i64 32
-  %2645 = getelementptr i16, ptr %2644, i64 %v_now.i
-  %2646 = load <16 x i16>, ptr %2645, align 2, !tbaa !5
-  %2647 = zext <16 x i16> %2646 to <16 x i32>
-  %2648 = shl nuw <16 x i32> %2647, splat (i32 16)
-  %2649 = bitcast <16 x i32> %2648 to <16 x float>
-  %2650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2641, <16 x float> %2649, <16 x float> %2315)
-  store <16 x float> %2650, ptr %2290, align 4, !tbaa !5
-  %2651 = load float, ptr %2629, align 4, !tbaa !5
-  %2652 = insertelement <16 x float> poison, float %2651, i64 0
-  %2653 = shufflevector <16 x float> %2652, <16 x float> poison, <16 x i32> zeroinitializer
-  %2654 = load i64, ptr %2342, align 8, !tbaa !5
-  %2655 = getelementptr i16, ptr %value_cache, i64 %2654
-  %2656 = getelementptr i8, ptr %2655, i64 64
-  %2657 = getelementptr i16, ptr %2656, i64 %v_now.i
-  %2658 = load <16 x i16>, ptr %2657, align 2, !tbaa !5
-  %2659 = zext <16 x i16> %2658 to <16 x i32>
-  %2660 = shl nuw <16 x i32> %2659, splat (i32 16)
-  %2661 = bitcast <16 x i32> %2660 to <16 x float>
-  %2662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2653, <16 x float> %2661, <16 x float> %2314)
-  store <16 x float> %2662, ptr %2293, align 4, !tbaa !5
-  %2663 = load float, ptr %2629, align 4, !tbaa !5
-  %2664 = insertelement <16 x float> poison, float %2663, i64 0
-  %2665 = shufflevector <16 x float> %2664, <16 x float> poison, <16 x i32> zeroinitializer
-  %2666 = load i64, ptr %2342, align 8, !tbaa !5
-  %2667 = getelementptr i16, ptr %value_cache, i64 %2666
-  %2668 = getelementptr i8, ptr %2667, i64 96
-  %2669 = getelementptr i16, ptr %2668, i64 %v_now.i
-  %2670 = load <16 x i16>, ptr %2669, align 2, !tbaa !5
-  %2671 = zext <16 x i16> %2670 to <16 x i32>
-  %2672 = shl nuw <16 x i32> %2671, splat (i32 16)
-  %2673 = bitcast <16 x i32> %2672 to <16 x float>
-  %2674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2665, <16 x float> %2673, <16 x float> %2313)
-  store <16 x float> %2674, ptr %2296, align 4, !tbaa !5
-  %2675 = load float, ptr %2629, align 4, !tbaa !5
-  %2676 = insertelement <16 x float> poison, float %2675, i64 0
-  %2677 = shufflevector <16 x float> %2676, <16 x float> poison, <16 x i32> zeroinitializer
-  %2678 = load i64, ptr %2342, align 8, !tbaa !5
-  %2679 = getelementptr i16, ptr %value_cache, i64 %2678
-  %2680 = getelementptr i8, ptr %2679, i64 128
-  %2681 = getelementptr i16, ptr %2680, i64 %v_now.i
-  %2682 = load <16 x i16>, ptr %2681, align 2, !tbaa !5
-  %2683 = zext <16 x i16> %2682 to <16 x i32>
-  %2684 = shl nuw <16 x i32> %2683, splat (i32 16)
-  %2685 = bitcast <16 x i32> %2684 to <16 x float>
-  %2686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2685, <16 x float> %2312)
-  store <16 x float> %2686, ptr %2299, align 4, !tbaa !5
-  %2687 = load float, ptr %2629, align 4, !tbaa !5
-  %2688 = insertelement <16 x float> poison, float %2687, i64 0
-  %2689 = shufflevector <16 x float> %2688, <16 x float> poison, <16 x i32> zeroinitializer
-  %2690 = load i64, ptr %2342, align 8, !tbaa !5
-  %2691 = getelementptr i16, ptr %value_cache, i64 %2690
-  %2692 = getelementptr i8, ptr %2691, i64 160
-  %2693 = getelementptr i16, ptr %2692, i64 %v_now.i
-  %2694 = load <16 x i16>, ptr %2693, align 2, !tbaa !5
-  %2695 = zext <16 x i16> %2694 to <16 x i32>
-  %2696 = shl nuw <16 x i32> %2695, splat (i32 16)
-  %2697 = bitcast <16 x i32> %2696 to <16 x float>
-  %2698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2689, <16 x float> %2697, <16 x float> %2311)
-  store <16 x float> %2698, ptr %2302, align 4, !tbaa !5
-  %2699 = load float, ptr %2629, align 4, !tbaa !5
-  %2700 = insertelement <16 x float> poison, float %2699, i64 0
-  %2701 = shufflevector <16 x float> %2700, <16 x float> poison, <16 x i32> zeroinitializer
-  %2702 = load i64, ptr %2342, align 8, !tbaa !5
-  %2703 = getelementptr i16, ptr %value_cache, i64 %2702
-  %2704 = getelementptr i8, ptr %2703, i64 192
-  %2705 = getelementptr i16, ptr %2704, i64 %v_now.i
-  %2706 = load <16 x i16>, ptr %2705, align 2, !tbaa !5
-  %2707 = zext <16 x i16> %2706 to <16 x i32>
-  %2708 = shl nuw <16 x i32> %2707, splat (i32 16)
-  %2709 = bitcast <16 x i32> %2708 to <16 x float>
-  %2710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2701, <16 x float> %2709, <16 x float> %2310)
-  store <16 x float> %2710, ptr %2305, align 4, !tbaa !5
-  %2711 = load float, ptr %2629, align 4, !tbaa !5
-  %2712 = insertelement <16 x float> poison, float %2711, i64 0
-  %2713 = shufflevector <16 x float> %2712, <16 x float> poison, <16 x i32> zeroinitializer
-  %2714 = load i64, ptr %2342, align 8, !tbaa !5
-  %2715 = getelementptr i16, ptr %value_cache, i64 %2714
-  %2716 = getelementptr i8, ptr %2715, i64 224
-  %2717 = getelementptr i16, ptr %2716, i64 %v_now.i
-  %2718 = load <16 x i16>, ptr %2717, align 2, !tbaa !5
-  %2719 = zext <16 x i16> %2718 to <16 x i32>
-  %2720 = shl nuw <16 x i32> %2719, splat (i32 16)
-  %2721 = bitcast <16 x i32> %2720 to <16 x float>
-  %2722 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2713, <16 x float> %2721, <16 x float> %2309)
-  store <16 x float> %2722, ptr %2308, align 4, !tbaa !5
-  %indvars.iv.next695.i = add nuw nsw i64 %indvars.iv694.i, 1
-  %exitcond.not = icmp eq i64 %indvars.iv.next695.i, %224
-  br i1 %exitcond.not, label %for_end_ti.i, label %for_begin_r95.preheader.i, !prof !13
+  %2347 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1.2.1.i = getelementptr i32, ptr %gep545.2.i, i64 %2347
+  %2348 = load <16 x i32>, ptr %gep542.1.2.1.i, align 4, !tbaa !5
+  %2349 = and <16 x i32> %2348, splat (i32 -65536)
+  %2350 = bitcast <16 x i32> %2349 to <16 x float>
+  %2351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2346, <16 x float> %2350, <16 x float> %2220)
+  store <16 x float> %2351, ptr %2147, align 4, !tbaa !5
+  %2352 = load float, ptr %2303, align 4, !tbaa !5
+  %2353 = insertelement <16 x float> poison, float %2352, i64 0
+  %2354 = shufflevector <16 x float> %2353, <16 x float> poison, <16 x i32> zeroinitializer
+  %2355 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.3.1.i = getelementptr i32, ptr %gep545.3.i, i64 %2355
+  %2356 = load <16 x i32>, ptr %gep542.3.1.i, align 4, !tbaa !5
+  %2357 = shl <16 x i32> %2356, splat (i32 16)
+  %2358 = bitcast <16 x i32> %2357 to <16 x float>
+  %2359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2354, <16 x float> %2358, <16 x float> %2219)
+  store <16 x float> %2359, ptr %2150, align 4, !tbaa !5
+  %2360 = load float, ptr %2303, align 4, !tbaa !5
+  %2361 = insertelement <16 x float> poison, float %2360, i64 0
+  %2362 = shufflevector <16 x float> %2361, <16 x float> poison, <16 x i32> zeroinitializer
+  %2363 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1.3.1.i = getelementptr i32, ptr %gep545.3.i, i64 %2363
+  %2364 = load <16 x i32>, ptr %gep542.1.3.1.i, align 4, !tbaa !5
+  %2365 = and <16 x i32> %2364, splat (i32 -65536)
+  %2366 = bitcast <16 x i32> %2365 to <16 x float>
+  %2367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2362, <16 x float> %2366, <16 x float> %2218)
+  store <16 x float> %2367, ptr %2153, align 4, !tbaa !5
+  %sext842.i = add i64 %2301, 1099511627776
+  %2368 = ashr exact i64 %sext842.i, 30
+  %2369 = getelementptr inbounds i8, ptr %probs.i, i64 %2368
+  %2370 = load float, ptr %2369, align 4, !tbaa !5
+  %2371 = insertelement <16 x float> poison, float %2370, i64 0
+  %2372 = shufflevector <16 x float> %2371, <16 x float> poison, <16 x i32> zeroinitializer
+  %2373 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.2740.i = getelementptr i32, ptr %invariant.gep502.i, i64 %2373
+  %2374 = load <16 x i32>, ptr %gep542.2740.i, align 4, !tbaa !5
+  %2375 = shl <16 x i32> %2374, splat (i32 16)
+  %2376 = bitcast <16 x i32> %2375 to <16 x float>
+  %2377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2372, <16 x float> %2376, <16 x float> %2217)
+  store <16 x float> %2377, ptr %2156, align 4, !tbaa !5
+  %2378 = load float, ptr %2369, align 4, !tbaa !5
+  %2379 = insertelement <16 x float> poison, float %2378, i64 0
+  %2380 = shufflevector <16 x float> %2379, <16 x float> poison, <16 x i32> zeroinitializer
+  %2381 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1.2741.i = getelementptr i32, ptr %invariant.gep502.i, i64 %2381
+  %2382 = load <16 x i32>, ptr %gep542.1.2741.i, align 4, !tbaa !5
+  %2383 = and <16 x i32> %2382, splat (i32 -65536)
+  %2384 = bitcast <16 x i32> %2383 to <16 x float>
+  %2385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2380, <16 x float> %2384, <16 x float> %2216)
+  store <16 x float> %2385, ptr %2159, align 4, !tbaa !5
+  %2386 = load float, ptr %2369, align 4, !tbaa !5
+  %2387 = insertelement <16 x float> poison, float %2386, i64 0
+  %2388 = shufflevector <16 x float> %2387, <16 x float> poison, <16 x i32> zeroinitializer
+  %2389 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1731.2.i = getelementptr i32, ptr %gep545.1.i, i64 %2389
+  %2390 = load <16 x i32>, ptr %gep542.1731.2.i, align 4, !tbaa !5
+  %2391 = shl <16 x i32> %2390, splat (i32 16)
+  %2392 = bitcast <16 x i32> %2391 to <16 x float>
+  %2393 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2388, <16 x float> %2392, <16 x float> %2215)
+  store <16 x float> %2393, ptr %2162, align 4, !tbaa !5
+  %2394 = load float, ptr %2369, align 4, !tbaa !5
+  %2395 = insertelement <16 x float> poison, float %2394, i64 0
+  %2396 = shufflevector <16 x float> %2395, <16 x float> poison, <16 x i32> zeroinitializer
+  %2397 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1.1.2.i = getelementptr i32, ptr %gep545.1.i, i64 %2397
+  %2398 = load <16 x i32>, ptr %gep542.1.1.2.i, align 4, !tbaa !5
+  %2399 = and <16 x i32> %2398, splat (i32 -65536)
+  %2400 = bitcast <16 x i32> %2399 to <16 x float>
+  %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2396, <16 x float> %2400, <16 x float> %2214)
+  store <16 x float> %2401, ptr %2165, align 4, !tbaa !5
+  %2402 = load float, ptr %2369, align 4, !tbaa !5
+  %2403 = insertelement <16 x float> poison, float %2402, i64 0
+  %2404 = shufflevector <16 x float> %2403, <16 x float> poison, <16 x i32> zeroinitializer
+  %2405 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.2.2.i = getelementptr i32, ptr %gep545.2.i, i64 %2405
+  %2406 = load <16 x i32>, ptr %gep542.2.2.i, align 4, !tbaa !5
+  %2407 = shl <16 x i32> %2406, splat (i32 16)
+  %2408 = bitcast <16 x i32> %2407 to <16 x float>
+  %2409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2404, <16 x float> %2408, <16 x float> %2213)
+  store <16 x float> %2409, ptr %2168, align 4, !tbaa !5
+  %2410 = load float, ptr %2369, align 4, !tbaa !5
+  %2411 = insertelement <16 x float> poison, float %2410, i64 0
+  %2412 = shufflevector <16 x float> %2411, <16 x float> poison, <16 x i32> zeroinitializer
+  %2413 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1.2.2.i = getelementptr i32, ptr %gep545.2.i, i64 %2413
+  %2414 = load <16 x i32>, ptr %gep542.1.2.2.i, align 4, !tbaa !5
+  %2415 = and <16 x i32> %2414, splat (i32 -65536)
+  %2416 = bitcast <16 x i32> %2415 to <16 x float>
+  %2417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2412, <16 x float> %2416, <16 x float> %2212)
+  store <16 x float> %2417, ptr %2171, align 4, !tbaa !5
+  %2418 = load float, ptr %2369, align 4, !tbaa !5
+  %2419 = insertelement <16 x float> poison, float %2418, i64 0
+  %2420 = shufflevector <16 x float> %2419, <16 x float> poison, <16 x i32> zeroinitializer
+  %2421 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.3.2.i = getelementptr i32, ptr %gep545.3.i, i64 %2421
+  %2422 = load <16 x i32>, ptr %gep542.3.2.i, align 4, !tbaa !5
+  %2423 = shl <16 x i32> %2422, splat (i32 16)
+  %2424 = bitcast <16 x i32> %2423 to <16 x float>
+  %2425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2424, <16 x float> %2211)
+  store <16 x float> %2425, ptr %2174, align 4, !tbaa !5
+  %2426 = load float, ptr %2369, align 4, !tbaa !5
+  %2427 = insertelement <16 x float> poison, float %2426, i64 0
+  %2428 = shufflevector <16 x float> %2427, <16 x float> poison, <16 x i32> zeroinitializer
+  %2429 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1.3.2.i = getelementptr i32, ptr %gep545.3.i, i64 %2429
+  %2430 = load <16 x i32>, ptr %gep542.1.3.2.i, align 4, !tbaa !5
+  %2431 = and <16 x i32> %2430, splat (i32 -65536)
+  %2432 = bitcast <16 x i32> %2431 to <16 x float>
+  %2433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2432, <16 x float> %2210)
+  store <16 x float> %2433, ptr %2177, align 4, !tbaa !5
+  %sext843.i = add i64 %2301, 1649267441664
+  %2434 = ashr exact i64 %sext843.i, 30
+  %2435 = getelementptr inbounds i8, ptr %probs.i, i64 %2434
+  %2436 = load float, ptr %2435, align 4, !tbaa !5
+  %2437 = insertelement <16 x float> poison, float %2436, i64 0
+  %2438 = shufflevector <16 x float> %2437, <16 x float> poison, <16 x i32> zeroinitializer
+  %2439 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.3743.i = getelementptr i32, ptr %invariant.gep502.i, i64 %2439
+  %2440 = load <16 x i32>, ptr %gep542.3743.i, align 4, !tbaa !5
+  %2441 = shl <16 x i32> %2440, splat (i32 16)
+  %2442 = bitcast <16 x i32> %2441 to <16 x float>
+  %2443 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2438, <16 x float> %2442, <16 x float> %2209)
+  store <16 x float> %2443, ptr %2180, align 4, !tbaa !5
+  %2444 = load float, ptr %2435, align 4, !tbaa !5
+  %2445 = insertelement <16 x float> poison, float %2444, i64 0
+  %2446 = shufflevector <16 x float> %2445, <16 x float> poison, <16 x i32> zeroinitializer
+  %2447 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1.3744.i = getelementptr i32, ptr %invariant.gep502.i, i64 %2447
+  %2448 = load <16 x i32>, ptr %gep542.1.3744.i, align 4, !tbaa !5
+  %2449 = and <16 x i32> %2448, splat (i32 -65536)
+  %2450 = bitcast <16 x i32> %2449 to <16 x float>
+  %2451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2446, <16 x float> %2450, <16 x float> %2208)
+  store <16 x float> %2451, ptr %2183, align 4, !tbaa !5
+  %2452 = load float, ptr %2435, align 4, !tbaa !5
+  %2453 = insertelement <16 x float> poison, float %2452, i64 0
+  %2454 = shufflevector <16 x float> %2453, <16 x float> poison, <16 x i32> zeroinitializer
+  %2455 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1731.3.i = getelementptr i32, ptr %gep545.1.i, i64 %2455
+  %2456 = load <16 x i32>, ptr %gep542.1731.3.i, align 4, !tbaa !5
+  %2457 = shl <16 x i32> %2456, splat (i32 16)
+  %2458 = bitcast <16 x i32> %2457 to <16 x float>
+  %2459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2454, <16 x float> %2458, <16 x float> %2207)
+  store <16 x float> %2459, ptr %2186, align 4, !tbaa !5
+  %2460 = load float, ptr %2435, align 4, !tbaa !5
+  %2461 = insertelement <16 x float> poison, float %2460, i64 0
+  %2462 = shufflevector <16 x float> %2461, <16 x float> poison, <16 x i32> zeroinitializer
+  %2463 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1.1.3.i = getelementptr i32, ptr %gep545.1.i, i64 %2463
+  %2464 = load <16 x i32>, ptr %gep542.1.1.3.i, align 4, !tbaa !5
+  %2465 = and <16 x i32> %2464, splat (i32 -65536)
+  %2466 = bitcast <16 x i32> %2465 to <16 x float>
+  %2467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2462, <16 x float> %2466, <16 x float> %2206)
+  store <16 x float> %2467, ptr %2189, align 4, !tbaa !5
+  %2468 = load float, ptr %2435, align 4, !tbaa !5
+  %2469 = insertelement <16 x float> poison, float %2468, i64 0
+  %2470 = shufflevector <16 x float> %2469, <16 x float> poison, <16 x i32> zeroinitializer
+  %2471 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.2.3.i = getelementptr i32, ptr %gep545.2.i, i64 %2471
+  %2472 = load <16 x i32>, ptr %gep542.2.3.i, align 4, !tbaa !5
+  %2473 = shl <16 x i32> %2472, splat (i32 16)
+  %2474 = bitcast <16 x i32> %2473 to <16 x float>
+  %2475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2470, <16 x float> %2474, <16 x float> %2205)
+  store <16 x float> %2475, ptr %2192, align 4, !tbaa !5
+  %2476 = load float, ptr %2435, align 4, !tbaa !5
+  %2477 = insertelement <16 x float> poison, float %2476, i64 0
+  %2478 = shufflevector <16 x float> %2477, <16 x float> poison, <16 x i32> zeroinitializer
+  %2479 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1.2.3.i = getelementptr i32, ptr %gep545.2.i, i64 %2479
+  %2480 = load <16 x i32>, ptr %gep542.1.2.3.i, align 4, !tbaa !5
+  %2481 = and <16 x i32> %2480, splat (i32 -65536)
+  %2482 = bitcast <16 x i32> %2481 to <16 x float>
+  %2483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2478, <16 x float> %2482, <16 x float> %2204)
+  store <16 x float> %2483, ptr %2195, align 4, !tbaa !5
+  %2484 = load float, ptr %2435, align 4, !tbaa !5
+  %2485 = insertelement <16 x float> poison, float %2484, i64 0
+  %2486 = shufflevector <16 x float> %2485, <16 x float> poison, <16 x i32> zeroinitializer
+  %2487 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.3.3.i = getelementptr i32, ptr %gep545.3.i, i64 %2487
+  %2488 = load <16 x i32>, ptr %gep542.3.3.i, align 4, !tbaa !5
+  %2489 = shl <16 x i32> %2488, splat (i32 16)
+  %2490 = bitcast <16 x i32> %2489 to <16 x float>
+  %2491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2486, <16 x float> %2490, <16 x float> %2203)
+  store <16 x float> %2491, ptr %2198, align 4, !tbaa !5
+  %2492 = load float, ptr %2435, align 4, !tbaa !5
+  %2493 = insertelement <16 x float> poison, float %2492, i64 0
+  %2494 = shufflevector <16 x float> %2493, <16 x float> poison, <16 x i32> zeroinitializer
+  %2495 = load i64, ptr %2235, align 8, !tbaa !5
+  %gep542.1.3.3.i = getelementptr i32, ptr %gep545.3.i, i64 %2495
+  %2496 = load <16 x i32>, ptr %gep542.1.3.3.i, align 4, !tbaa !5
+  %2497 = and <16 x i32> %2496, splat (i32 -65536)
+  %2498 = bitcast <16 x i32> %2497 to <16 x float>
+  %2499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2494, <16 x float> %2498, <16 x float> %2202)
+  store <16 x float> %2499, ptr %2201, align 4, !tbaa !5
+  %indvars.iv.next747.i = add nuw nsw i64 %indvars.iv746.i, 1
+  %exitcond.not = icmp eq i64 %indvars.iv.next747.i, %193
+  br i1 %exitcond.not, label %for_end_ti.i, label %for_begin_r101.preheader.i, !prof !13
 
-for_end_ti.i:                                     ; preds = %for_begin_r95.preheader.i, %for_begin_d_0_init.preheader.preheader.i
-  %2723 = shl nuw nsw i64 %indvars.iv717.i, 2
-  %2724 = getelementptr inbounds nuw float, ptr %row_max206.i, i64 %2723
-  %2725 = load <4 x float>, ptr %2724, align 16, !tbaa !57
-  %old_max.i = select <4 x i1> %260, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2725
-  %2726 = getelementptr inbounds nuw float, ptr %row_sum205.i, i64 %2723
-  %2727 = load <4 x float>, ptr %2726, align 16, !tbaa !59
-  %old_sum.i = select <4 x i1> %260, <4 x float> zeroinitializer, <4 x float> %2727
-  %2728 = fcmp ogt <4 x float> %old_max.i, %tile_max204.sroa.0.12.vec.insert.i
-  %2729 = fcmp oeq <4 x float> %tile_sum203.sroa.0.12.vec.insert.i, zeroinitializer
-  %2730 = select <4 x i1> %2729, <4 x i1> splat (i1 true), <4 x i1> %2728
-  %old_or_both.i = select <4 x i1> %2730, <4 x float> %old_max.i, <4 x float> %tile_max204.sroa.0.12.vec.insert.i
-  %2731 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %2731, <4 x float> %tile_max204.sroa.0.12.vec.insert.i, <4 x float> %old_or_both.i
-  %arg106.i = fsub <4 x float> %old_max.i, %m.i
-  %cse_v112.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg106.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2732 = bitcast <4 x float> %cse_v112.i to <4 x i32>
-  %2733 = add nsw <4 x i32> %2732, splat (i32 -1262485504)
-  %2734 = sitofp <4 x i32> %2733 to <4 x float>
-  %2735 = fmul <4 x float> %2734, splat (float 0x3F2BD01060000000)
-  %2736 = fmul <4 x float> %2734, splat (float 0x3FE6300000000000)
-  %2737 = fsub <4 x float> %arg106.i, %2736
-  %2738 = fadd <4 x float> %2735, %2737
-  %2739 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2738, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2740 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2739, <4 x float> %2738, <4 x float> splat (float 0x3F81112100000000))
-  %2741 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2740, <4 x float> %2738, <4 x float> splat (float 0x3FA5553820000000))
-  %2742 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2741, <4 x float> %2738, <4 x float> splat (float 0x3FC5555540000000))
-  %2743 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2742, <4 x float> %2738, <4 x float> splat (float 5.000000e-01))
-  %2744 = fmul <4 x float> %2738, %2743
-  %2745 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2744, <4 x float> %2738, <4 x float> %2738)
-  %2746 = shl <4 x i32> %2732, splat (i32 23)
-  %2747 = add <4 x i32> %2746, splat (i32 1065353216)
-  %2748 = bitcast <4 x i32> %2747 to <4 x float>
-  %2749 = fadd <4 x float> %2745, splat (float 1.000000e+00)
-  %2750 = fmul <4 x float> %2749, %2748
-  %2751 = fcmp olt <4 x float> %arg106.i, splat (float -8.700000e+01)
-  %2752 = select <4 x i1> %2751, <4 x float> zeroinitializer, <4 x float> %2750
-  %2753 = fcmp one <4 x float> %old_sum.i, zeroinitializer
-  %2754 = select <4 x i1> %2753, <4 x float> %2752, <4 x float> zeroinitializer
-  store <4 x float> %2754, ptr %alpha193.i, align 16, !tbaa !61
-  %arg120.i = fsub <4 x float> %tile_max204.sroa.0.12.vec.insert.i, %m.i
-  %cse_v100.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg120.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2755 = bitcast <4 x float> %cse_v100.i to <4 x i32>
-  %2756 = add nsw <4 x i32> %2755, splat (i32 -1262485504)
-  %2757 = sitofp <4 x i32> %2756 to <4 x float>
-  %2758 = fmul <4 x float> %2757, splat (float 0x3F2BD01060000000)
-  %2759 = fmul <4 x float> %2757, splat (float 0x3FE6300000000000)
-  %2760 = fsub <4 x float> %arg120.i, %2759
-  %2761 = fadd <4 x float> %2758, %2760
-  %2762 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2761, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2763 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2762, <4 x float> %2761, <4 x float> splat (float 0x3F81112100000000))
-  %2764 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2763, <4 x float> %2761, <4 x float> splat (float 0x3FA5553820000000))
-  %2765 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2764, <4 x float> %2761, <4 x float> splat (float 0x3FC5555540000000))
-  %2766 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2765, <4 x float> %2761, <4 x float> splat (float 5.000000e-01))
-  %2767 = fmul <4 x float> %2761, %2766
-  %2768 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2767, <4 x float> %2761, <4 x float> %2761)
-  %2769 = shl <4 x i32> %2755, splat (i32 23)
-  %2770 = add <4 x i32> %2769, splat (i32 1065353216)
-  %2771 = bitcast <4 x i32> %2770 to <4 x float>
-  %2772 = fadd <4 x float> %2768, splat (float 1.000000e+00)
-  %2773 = fmul <4 x float> %2772, %2771
-  %2774 = fcmp olt <4 x float> %arg120.i, splat (float -8.700000e+01)
-  %2775 = select <4 x i1> %2774, <4 x float> zeroinitializer, <4 x float> %2773
-  %2776 = fcmp one <4 x float> %tile_sum203.sroa.0.12.vec.insert.i, zeroinitializer
-  %2777 = select <4 x i1> %2776, <4 x float> %2775, <4 x float> zeroinitializer
-  store <4 x float> %2777, ptr %beta192.i, align 16, !tbaa !70
-  %2778 = fmul <4 x float> %old_sum.i, %2754
-  %2779 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2777, <4 x float> %tile_sum203.sroa.0.12.vec.insert.i, <4 x float> %2778)
-  store <4 x float> %m.i, ptr %2724, align 16, !tbaa !57
-  store <4 x float> %2779, ptr %2726, align 16, !tbaa !59
-  br label %for_begin_d_0138.preheader.i
+for_end_ti.i:                                     ; preds = %for_begin_r101.preheader.i, %for_begin_d_0_init.preheader.preheader.i
+  %2500 = shl nuw nsw i64 %indvars.iv784.i, 2
+  %2501 = getelementptr inbounds nuw float, ptr %row_max217.i, i64 %2500
+  %2502 = load <4 x float>, ptr %2501, align 16, !tbaa !57
+  %old_max.i = select <4 x i1> %227, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2502
+  %2503 = getelementptr inbounds nuw float, ptr %row_sum216.i, i64 %2500
+  %2504 = load <4 x float>, ptr %2503, align 16, !tbaa !59
+  %old_sum.i = select <4 x i1> %227, <4 x float> zeroinitializer, <4 x float> %2504
+  %2505 = fcmp ogt <4 x float> %old_max.i, %tile_max215.sroa.0.12.vec.insert.i
+  %2506 = fcmp oeq <4 x float> %tile_sum214.sroa.0.12.vec.insert.i, zeroinitializer
+  %2507 = select <4 x i1> %2506, <4 x i1> splat (i1 true), <4 x i1> %2505
+  %old_or_both.i = select <4 x i1> %2507, <4 x float> %old_max.i, <4 x float> %tile_max215.sroa.0.12.vec.insert.i
+  %2508 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %2508, <4 x float> %tile_max215.sroa.0.12.vec.insert.i, <4 x float> %old_or_both.i
+  %arg117.i = fsub <4 x float> %old_max.i, %m.i
+  %cse_v118.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg117.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %2509 = bitcast <4 x float> %cse_v118.i to <4 x i32>
+  %2510 = add nsw <4 x i32> %2509, splat (i32 -1262485504)
+  %2511 = sitofp <4 x i32> %2510 to <4 x float>
+  %2512 = fmul <4 x float> %2511, splat (float 0x3F2BD01060000000)
+  %2513 = fmul <4 x float> %2511, splat (float 0x3FE6300000000000)
+  %2514 = fsub <4 x float> %arg117.i, %2513
+  %2515 = fadd <4 x float> %2512, %2514
+  %2516 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2515, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %2517 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2516, <4 x float> %2515, <4 x float> splat (float 0x3F81112100000000))
+  %2518 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2517, <4 x float> %2515, <4 x float> splat (float 0x3FA5553820000000))
+  %2519 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2518, <4 x float> %2515, <4 x float> splat (float 0x3FC5555540000000))
+  %2520 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2519, <4 x float> %2515, <4 x float> splat (float 5.000000e-01))
+  %2521 = fmul <4 x float> %2515, %2520
+  %2522 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2521, <4 x float> %2515, <4 x float> %2515)
+  %2523 = shl <4 x i32> %2509, splat (i32 23)
+  %2524 = add <4 x i32> %2523, splat (i32 1065353216)
+  %2525 = bitcast <4 x i32> %2524 to <4 x float>
+  %2526 = fadd <4 x float> %2522, splat (float 1.000000e+00)
+  %2527 = fmul <4 x float> %2526, %2525
+  %2528 = fcmp olt <4 x float> %arg117.i, splat (float -8.700000e+01)
+  %2529 = select <4 x i1> %2528, <4 x float> zeroinitializer, <4 x float> %2527
+  %2530 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %2531 = select <4 x i1> %2530, <4 x float> %2529, <4 x float> zeroinitializer
+  store <4 x float> %2531, ptr %alpha204.i, align 16, !tbaa !61
+  %arg131.i = fsub <4 x float> %tile_max215.sroa.0.12.vec.insert.i, %m.i
+  %cse_v101.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg131.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %2532 = bitcast <4 x float> %cse_v101.i to <4 x i32>
+  %2533 = add nsw <4 x i32> %2532, splat (i32 -1262485504)
+  %2534 = sitofp <4 x i32> %2533 to <4 x float>
+  %2535 = fmul <4 x float> %2534, splat (float 0x3F2BD01060000000)
+  %2536 = fmul <4 x float> %2534, splat (float 0x3FE6300000000000)
+  %2537 = fsub <4 x float> %arg131.i, %2536
+  %2538 = fadd <4 x float> %2535, %2537
+  %2539 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2538, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %2540 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2539, <4 x float> %2538, <4 x float> splat (float 0x3F81112100000000))
+  %2541 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2540, <4 x float> %2538, <4 x float> splat (float 0x3FA5553820000000))
+  %2542 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2541, <4 x float> %2538, <4 x float> splat (float 0x3FC5555540000000))
+  %2543 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2542, <4 x float> %2538, <4 x float> splat (float 5.000000e-01))
+  %2544 = fmul <4 x float> %2538, %2543
+  %2545 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2544, <4 x float> %2538, <4 x float> %2538)
+  %2546 = shl <4 x i32> %2532, splat (i32 23)
+  %2547 = add <4 x i32> %2546, splat (i32 1065353216)
+  %2548 = bitcast <4 x i32> %2547 to <4 x float>
+  %2549 = fadd <4 x float> %2545, splat (float 1.000000e+00)
+  %2550 = fmul <4 x float> %2549, %2548
+  %2551 = fcmp olt <4 x float> %arg131.i, splat (float -8.700000e+01)
+  %2552 = select <4 x i1> %2551, <4 x float> zeroinitializer, <4 x float> %2550
+  %2553 = fcmp one <4 x float> %tile_sum214.sroa.0.12.vec.insert.i, zeroinitializer
+  %2554 = select <4 x i1> %2553, <4 x float> %2552, <4 x float> zeroinitializer
+  store <4 x float> %2554, ptr %beta203.i, align 16, !tbaa !70
+  %2555 = fmul <4 x float> %old_sum.i, %2531
+  %2556 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2554, <4 x float> %tile_sum214.sroa.0.12.vec.insert.i, <4 x float> %2555)
+  store <4 x float> %m.i, ptr %2501, align 16, !tbaa !57
+  store <4 x float> %2556, ptr %2503, align 16, !tbaa !59
+  br label %for_begin_d_0149.preheader.i
 
-for_begin_d_0138.preheader.i:                     ; preds = %for_end_d_0140.i, %for_end_ti.i
-  %indvars.iv711.i = phi i64 [ 0, %for_end_ti.i ], [ %indvars.iv.next712.i, %for_end_d_0140.i ]
-  %2780 = shl nuw nsw i64 %indvars.iv711.i, 7
-  %2781 = or disjoint i64 %2780, %304
-  %2782 = getelementptr inbounds nuw float, ptr %beta192.i, i64 %indvars.iv711.i
-  %2783 = load float, ptr %2782, align 4, !tbaa !79
-  %2784 = insertelement <16 x float> poison, float %2783, i64 0
-  %2785 = shufflevector <16 x float> %2784, <16 x float> poison, <16 x i32> zeroinitializer
-  %2786 = getelementptr inbounds nuw float, ptr %alpha193.i, i64 %indvars.iv711.i
-  %2787 = load float, ptr %2786, align 4, !tbaa !80
-  %2788 = insertelement <16 x float> poison, float %2787, i64 0
-  %2789 = shufflevector <16 x float> %2788, <16 x float> poison, <16 x i32> zeroinitializer
-  br i1 %258, label %for_body_d_0139.us.preheader.i, label %for_body_d_0139.preheader.i, !prof !8
+for_begin_d_0149.preheader.i:                     ; preds = %for_end_d_0151.i, %for_end_ti.i
+  %indvars.iv778.i = phi i64 [ 0, %for_end_ti.i ], [ %indvars.iv.next779.i, %for_end_d_0151.i ]
+  %2557 = shl nuw nsw i64 %indvars.iv778.i, 7
+  %2558 = or disjoint i64 %2557, %269
+  %2559 = getelementptr inbounds nuw float, ptr %beta203.i, i64 %indvars.iv778.i
+  %2560 = load float, ptr %2559, align 4, !tbaa !79
+  %2561 = insertelement <16 x float> poison, float %2560, i64 0
+  %2562 = shufflevector <16 x float> %2561, <16 x float> poison, <16 x i32> zeroinitializer
+  %2563 = getelementptr inbounds nuw float, ptr %alpha204.i, i64 %indvars.iv778.i
+  %2564 = load float, ptr %2563, align 4, !tbaa !80
+  %2565 = insertelement <16 x float> poison, float %2564, i64 0
+  %2566 = shufflevector <16 x float> %2565, <16 x float> poison, <16 x i32> zeroinitializer
+  br i1 %225, label %for_begin_d_2154.preheader.us.preheader.i, label %for_begin_d_2154.preheader.preheader.i, !prof !8
 
-for_body_d_0139.preheader.i:                      ; preds = %for_begin_d_0138.preheader.i
-  %2790 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2780
-  %2791 = load <16 x float>, ptr %2790, align 4, !tbaa !5
-  %2792 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2781
-  %2793 = load <16 x float>, ptr %2792, align 4, !tbaa !5
-  %2794 = fmul <16 x float> %2789, %2793
-  %2795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2785, <16 x float> %2791, <16 x float> %2794)
-  store <16 x float> %2795, ptr %2792, align 4, !tbaa !5
-  %2796 = getelementptr inbounds nuw i8, ptr %2790, i64 64
-  %2797 = load <16 x float>, ptr %2796, align 4, !tbaa !5
-  %2798 = getelementptr inbounds nuw i8, ptr %2792, i64 64
-  %2799 = load <16 x float>, ptr %2798, align 4, !tbaa !5
-  %2800 = fmul <16 x float> %2789, %2799
-  %2801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2785, <16 x float> %2797, <16 x float> %2800)
-  store <16 x float> %2801, ptr %2798, align 4, !tbaa !5
-  %2802 = getelementptr inbounds nuw i8, ptr %2790, i64 128
-  %2803 = load <16 x float>, ptr %2802, align 4, !tbaa !5
-  %2804 = getelementptr inbounds nuw i8, ptr %2792, i64 128
-  %2805 = load <16 x float>, ptr %2804, align 4, !tbaa !5
-  %2806 = fmul <16 x float> %2789, %2805
-  %2807 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2785, <16 x float> %2803, <16 x float> %2806)
-  store <16 x float> %2807, ptr %2804, align 4, !tbaa !5
-  %2808 = getelementptr inbounds nuw i8, ptr %2790, i64 192
-  %2809 = load <16 x float>, ptr %2808, align 4, !tbaa !5
-  %2810 = getelementptr inbounds nuw i8, ptr %2792, i64 192
-  %2811 = load <16 x float>, ptr %2810, align 4, !tbaa !5
-  %2812 = fmul <16 x float> %2789, %2811
-  %2813 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2785, <16 x float> %2809, <16 x float> %2812)
-  store <16 x float> %2813, ptr %2810, align 4, !tbaa !5
-  %2814 = getelementptr inbounds nuw i8, ptr %2790, i64 256
-  %2815 = load <16 x float>, ptr %2814, align 4, !tbaa !5
-  %2816 = getelementptr inbounds nuw i8, ptr %2792, i64 256
-  %2817 = load <16 x float>, ptr %2816, align 4, !tbaa !5
-  %2818 = fmul <16 x float> %2789, %2817
-  %2819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2785, <16 x float> %2815, <16 x float> %2818)
-  store <16 x float> %2819, ptr %2816, align 4, !tbaa !5
-  %2820 = getelementptr inbounds nuw i8, ptr %2790, i64 320
-  %2821 = load <16 x float>, ptr %2820, align 4, !tbaa !5
-  %2822 = getelementptr inbounds nuw i8, ptr %2792, i64 320
-  %2823 = load <16 x float>, ptr %2822, align 4, !tbaa !5
-  %2824 = fmul <16 x float> %2789, %2823
-  %2825 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2785, <16 x float> %2821, <16 x float> %2824)
-  store <16 x float> %2825, ptr %2822, align 4, !tbaa !5
-  %2826 = getelementptr inbounds nuw i8, ptr %2790, i64 384
-  %2827 = load <16 x float>, ptr %2826, align 4, !tbaa !5
-  %2828 = getelementptr inbounds nuw i8, ptr %2792, i64 384
-  %2829 = load <16 x float>, ptr %2828, align 4, !tbaa !5
-  %2830 = fmul <16 x float> %2789, %2829
-  %2831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2785, <16 x float> %2827, <16 x float> %2830)
-  store <16 x float> %2831, ptr %2828, align 4, !tbaa !5
-  %2832 = getelementptr inbounds nuw i8, ptr %2790, i64 448
-  %2833 = load <16 x float>, ptr %2832, align 4, !tbaa !5
-  %2834 = getelementptr inbounds nuw i8, ptr %2792, i64 448
-  %2835 = load <16 x float>, ptr %2834, align 4, !tbaa !5
-  %2836 = fmul <16 x float> %2789, %2835
-  %2837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2785, <16 x float> %2833, <16 x float> %2836)
-  store <16 x float> %2837, ptr %2834, align 4, !tbaa !5
-  br label %for_end_d_0140.i
+for_begin_d_2154.preheader.preheader.i:           ; preds = %for_begin_d_0149.preheader.i
+  %2567 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2557
+  %2568 = load <16 x float>, ptr %2567, align 4, !tbaa !5
+  %2569 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2558
+  %2570 = load <16 x float>, ptr %2569, align 4, !tbaa !5
+  %2571 = fmul <16 x float> %2566, %2570
+  %2572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2568, <16 x float> %2571)
+  store <16 x float> %2572, ptr %2569, align 4, !tbaa !5
+  %2573 = getelementptr inbounds nuw i8, ptr %2567, i64 64
+  %2574 = load <16 x float>, ptr %2573, align 4, !tbaa !5
+  %2575 = getelementptr inbounds nuw i8, ptr %2569, i64 64
+  %2576 = load <16 x float>, ptr %2575, align 4, !tbaa !5
+  %2577 = fmul <16 x float> %2566, %2576
+  %2578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2574, <16 x float> %2577)
+  store <16 x float> %2578, ptr %2575, align 4, !tbaa !5
+  %2579 = getelementptr inbounds nuw i8, ptr %2567, i64 128
+  %2580 = load <16 x float>, ptr %2579, align 4, !tbaa !5
+  %2581 = getelementptr inbounds nuw i8, ptr %2569, i64 128
+  %2582 = load <16 x float>, ptr %2581, align 4, !tbaa !5
+  %2583 = fmul <16 x float> %2566, %2582
+  %2584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2580, <16 x float> %2583)
+  store <16 x float> %2584, ptr %2581, align 4, !tbaa !5
+  %2585 = getelementptr inbounds nuw i8, ptr %2567, i64 192
+  %2586 = load <16 x float>, ptr %2585, align 4, !tbaa !5
+  %2587 = getelementptr inbounds nuw i8, ptr %2569, i64 192
+  %2588 = load <16 x float>, ptr %2587, align 4, !tbaa !5
+  %2589 = fmul <16 x float> %2566, %2588
+  %2590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2586, <16 x float> %2589)
+  store <16 x float> %2590, ptr %2587, align 4, !tbaa !5
+  %2591 = getelementptr inbounds nuw i8, ptr %2567, i64 256
+  %2592 = load <16 x float>, ptr %2591, align 4, !tbaa !5
+  %2593 = getelementptr inbounds nuw i8, ptr %2569, i64 256
+  %2594 = load <16 x float>, ptr %2593, align 4, !tbaa !5
+  %2595 = fmul <16 x float> %2566, %2594
+  %2596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2592, <16 x float> %2595)
+  store <16 x float> %2596, ptr %2593, align 4, !tbaa !5
+  %2597 = getelementptr inbounds nuw i8, ptr %2567, i64 320
+  %2598 = load <16 x float>, ptr %2597, align 4, !tbaa !5
+  %2599 = getelementptr inbounds nuw i8, ptr %2569, i64 320
+  %2600 = load <16 x float>, ptr %2599, align 4, !tbaa !5
+  %2601 = fmul <16 x float> %2566, %2600
+  %2602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2598, <16 x float> %2601)
+  store <16 x float> %2602, ptr %2599, align 4, !tbaa !5
+  %2603 = getelementptr inbounds nuw i8, ptr %2567, i64 384
+  %2604 = load <16 x float>, ptr %2603, align 4, !tbaa !5
+  %2605 = getelementptr inbounds nuw i8, ptr %2569, i64 384
+  %2606 = load <16 x float>, ptr %2605, align 4, !tbaa !5
+  %2607 = fmul <16 x float> %2566, %2606
+  %2608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2604, <16 x float> %2607)
+  store <16 x float> %2608, ptr %2605, align 4, !tbaa !5
+  %2609 = getelementptr inbounds nuw i8, ptr %2567, i64 448
+  %2610 = load <16 x float>, ptr %2609, align 4, !tbaa !5
+  %2611 = getelementptr inbounds nuw i8, ptr %2569, i64 448
+  %2612 = load <16 x float>, ptr %2611, align 4, !tbaa !5
+  %2613 = fmul <16 x float> %2566, %2612
+  %2614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2610, <16 x float> %2613)
+  store <16 x float> %2614, ptr %2611, align 4, !tbaa !5
+  br label %for_end_d_0151.i
 
-for_body_d_0139.us.preheader.i:                   ; preds = %for_begin_d_0138.preheader.i
-  %2838 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2781
-  store <16 x float> zeroinitializer, ptr %2838, align 4, !tbaa !5
-  %2839 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2780
-  %2840 = load <16 x float>, ptr %2839, align 4, !tbaa !5
-  %2841 = fmul <16 x float> %2789, zeroinitializer
-  %2842 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2785, <16 x float> %2840, <16 x float> %2841)
-  store <16 x float> %2842, ptr %2838, align 4, !tbaa !5
-  %2843 = getelementptr inbounds nuw i8, ptr %2838, i64 64
-  store <16 x float> zeroinitializer, ptr %2843, align 4, !tbaa !5
-  %2844 = getelementptr inbounds nuw i8, ptr %2839, i64 64
-  %2845 = load <16 x float>, ptr %2844, align 4, !tbaa !5
-  %2846 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2785, <16 x float> %2845, <16 x float> %2841)
-  store <16 x float> %2846, ptr %2843, align 4, !tbaa !5
-  %2847 = getelementptr inbounds nuw i8, ptr %2838, i64 128
-  store <16 x float> zeroinitializer, ptr %2847, align 4, !tbaa !5
-  %2848 = getelementptr inbounds nuw i8, ptr %2839, i64 128
-  %2849 = load <16 x float>, ptr %2848, align 4, !tbaa !5
-  %2850 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2785, <16 x float> %2849, <16 x float> %2841)
-  store <16 x float> %2850, ptr %2847, align 4, !tbaa !5
-  %2851 = getelementptr inbounds nuw i8, ptr %2838, i64 192
-  store <16 x float> zeroinitializer, ptr %2851, align 4, !tbaa !5
-  %2852 = getelementptr inbounds nuw i8, ptr %2839, i64 192
-  %2853 = load <16 x float>, ptr %2852, align 4, !tbaa !5
-  %2854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2785, <16 x float> %2853, <16 x float> %2841)
-  store <16 x float> %2854, ptr %2851, align 4, !tbaa !5
-  %2855 = getelementptr inbounds nuw i8, ptr %2838, i64 256
-  store <16 x float> zeroinitializer, ptr %2855, align 4, !tbaa !5
-  %2856 = getelementptr inbounds nuw i8, ptr %2839, i64 256
-  %2857 = load <16 x float>, ptr %2856, align 4, !tbaa !5
-  %2858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2785, <16 x float> %2857, <16 x float> %2841)
-  store <16 x float> %2858, ptr %2855, align 4, !tbaa !5
-  %2859 = getelementptr inbounds nuw i8, ptr %2838, i64 320
-  store <16 x float> zeroinitializer, ptr %2859, align 4, !tbaa !5
-  %2860 = getelementptr inbounds nuw i8, ptr %2839, i64 320
-  %2861 = load <16 x float>, ptr %2860, align 4, !tbaa !5
-  %2862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2785, <16 x float> %2861, <16 x float> %2841)
-  store <16 x float> %2862, ptr %2859, align 4, !tbaa !5
-  %2863 = getelementptr inbounds nuw i8, ptr %2838, i64 384
-  store <16 x float> zeroinitializer, ptr %2863, align 4, !tbaa !5
-  %2864 = getelementptr inbounds nuw i8, ptr %2839, i64 384
-  %2865 = load <16 x float>, ptr %2864, align 4, !tbaa !5
-  %2866 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2785, <16 x float> %2865, <16 x float> %2841)
-  store <16 x float> %2866, ptr %2863, align 4, !tbaa !5
-  %2867 = getelementptr inbounds nuw i8, ptr %2838, i64 448
-  store <16 x float> zeroinitializer, ptr %2867, align 4, !tbaa !5
-  %2868 = getelementptr inbounds nuw i8, ptr %2839, i64 448
-  %2869 = load <16 x float>, ptr %2868, align 4, !tbaa !5
-  %2870 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2785, <16 x float> %2869, <16 x float> %2841)
-  store <16 x float> %2870, ptr %2867, align 4, !tbaa !5
-  br label %for_end_d_0140.i
+for_begin_d_2154.preheader.us.preheader.i:        ; preds = %for_begin_d_0149.preheader.i
+  %2615 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2558
+  store <16 x float> zeroinitializer, ptr %2615, align 4, !tbaa !5
+  %2616 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2557
+  %2617 = load <16 x float>, ptr %2616, align 4, !tbaa !5
+  %2618 = fmul <16 x float> %2566, zeroinitializer
+  %2619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2617, <16 x float> %2618)
+  store <16 x float> %2619, ptr %2615, align 4, !tbaa !5
+  %2620 = getelementptr inbounds nuw i8, ptr %2615, i64 64
+  store <16 x float> zeroinitializer, ptr %2620, align 4, !tbaa !5
+  %2621 = getelementptr inbounds nuw i8, ptr %2616, i64 64
+  %2622 = load <16 x float>, ptr %2621, align 4, !tbaa !5
+  %2623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2622, <16 x float> %2618)
+  store <16 x float> %2623, ptr %2620, align 4, !tbaa !5
+  %2624 = getelementptr inbounds nuw i8, ptr %2615, i64 128
+  store <16 x float> zeroinitializer, ptr %2624, align 4, !tbaa !5
+  %2625 = getelementptr inbounds nuw i8, ptr %2616, i64 128
+  %2626 = load <16 x float>, ptr %2625, align 4, !tbaa !5
+  %2627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2626, <16 x float> %2618)
+  store <16 x float> %2627, ptr %2624, align 4, !tbaa !5
+  %2628 = getelementptr inbounds nuw i8, ptr %2615, i64 192
+  store <16 x float> zeroinitializer, ptr %2628, align 4, !tbaa !5
+  %2629 = getelementptr inbounds nuw i8, ptr %2616, i64 192
+  %2630 = load <16 x float>, ptr %2629, align 4, !tbaa !5
+  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2630, <16 x float> %2618)
+  store <16 x float> %2631, ptr %2628, align 4, !tbaa !5
+  %2632 = getelementptr inbounds nuw i8, ptr %2615, i64 256
+  store <16 x float> zeroinitializer, ptr %2632, align 4, !tbaa !5
+  %2633 = getelementptr inbounds nuw i8, ptr %2616, i64 256
+  %2634 = load <16 x float>, ptr %2633, align 4, !tbaa !5
+  %2635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2634, <16 x float> %2618)
+  store <16 x float> %2635, ptr %2632, align 4, !tbaa !5
+  %2636 = getelementptr inbounds nuw i8, ptr %2615, i64 320
+  store <16 x float> zeroinitializer, ptr %2636, align 4, !tbaa !5
+  %2637 = getelementptr inbounds nuw i8, ptr %2616, i64 320
+  %2638 = load <16 x float>, ptr %2637, align 4, !tbaa !5
+  %2639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2638, <16 x float> %2618)
+  store <16 x float> %2639, ptr %2636, align 4, !tbaa !5
+  %2640 = getelementptr inbounds nuw i8, ptr %2615, i64 384
+  store <16 x float> zeroinitializer, ptr %2640, align 4, !tbaa !5
+  %2641 = getelementptr inbounds nuw i8, ptr %2616, i64 384
+  %2642 = load <16 x float>, ptr %2641, align 4, !tbaa !5
+  %2643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2642, <16 x float> %2618)
+  store <16 x float> %2643, ptr %2640, align 4, !tbaa !5
+  %2644 = getelementptr inbounds nuw i8, ptr %2615, i64 448
+  store <16 x float> zeroinitializer, ptr %2644, align 4, !tbaa !5
+  %2645 = getelementptr inbounds nuw i8, ptr %2616, i64 448
+  %2646 = load <16 x float>, ptr %2645, align 4, !tbaa !5
+  %2647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2562, <16 x float> %2646, <16 x float> %2618)
+  store <16 x float> %2647, ptr %2644, align 4, !tbaa !5
+  br label %for_end_d_0151.i
 
-for_end_r135.i:                                   ; preds = %for_end_d_0140.i
-  %2871 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2872 = tail call i32 %2871(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
-  %.not211.i = icmp eq i32 %2872, 0
-  br i1 %.not211.i, label %if_end146.i, label %fused_decode_compute_.exit, !prof !21
+for_end_r146.i:                                   ; preds = %for_end_d_0151.i
+  %2648 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2649 = tail call i32 %2648(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
+  %.not222.i = icmp eq i32 %2649, 0
+  br i1 %.not222.i, label %if_end162.i, label %fused_decode_compute_.exit, !prof !21
 
-for_end_d_0140.i:                                 ; preds = %for_body_d_0139.us.preheader.i, %for_body_d_0139.preheader.i
-  %indvars.iv.next712.i = add nuw nsw i64 %indvars.iv711.i, 1
-  %exitcond716.not.i = icmp eq i64 %indvars.iv.next712.i, 4
-  br i1 %exitcond716.not.i, label %for_end_r135.i, label %for_begin_d_0138.preheader.i, !prof !17
+for_end_d_0151.i:                                 ; preds = %for_begin_d_2154.preheader.us.preheader.i, %for_begin_d_2154.preheader.preheader.i
+  %indvars.iv.next779.i = add nuw nsw i64 %indvars.iv778.i, 1
+  %exitcond783.not.i = icmp eq i64 %indvars.iv.next779.i, 4
+  br i1 %exitcond783.not.i, label %for_end_r146.i, label %for_begin_d_0149.preheader.i, !prof !17
 
-if_end146.i:                                      ; preds = %for_end_r135.i
-  %2873 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2874 = tail call i32 %2873(i32 1, i32 %dev_id, ptr nonnull %scaled782784787.i)
-  %.not212.i = icmp eq i32 %2874, 0
-  br i1 %.not212.i, label %if_end149.i, label %fused_decode_compute_.exit, !prof !21
+if_end162.i:                                      ; preds = %for_end_r146.i
+  %2650 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2651 = tail call i32 %2650(i32 1, i32 %dev_id, ptr nonnull %scaled845847850.i)
+  %.not223.i = icmp eq i32 %2651, 0
+  br i1 %.not223.i, label %if_end165.i, label %fused_decode_compute_.exit, !prof !21
 
-if_end149.i:                                      ; preds = %if_end146.i
-  %2875 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2876 = tail call i32 %2875(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
-  %.not213.i = icmp eq i32 %2876, 0
-  br i1 %.not213.i, label %if_end152.i, label %fused_decode_compute_.exit, !prof !21
+if_end165.i:                                      ; preds = %if_end162.i
+  %2652 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2653 = tail call i32 %2652(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
+  %.not224.i = icmp eq i32 %2653, 0
+  br i1 %.not224.i, label %if_end168.i, label %fused_decode_compute_.exit, !prof !21
 
-if_end152.i:                                      ; preds = %if_end149.i
-  %2877 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2878 = tail call i32 %2877(i32 1, i32 %dev_id, ptr %probs.i)
-  %.not214.i = icmp eq i32 %2878, 0
-  br i1 %.not214.i, label %if_end155.i, label %fused_decode_compute_.exit, !prof !21
+if_end168.i:                                      ; preds = %if_end165.i
+  %2654 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2655 = tail call i32 %2654(i32 1, i32 %dev_id, ptr %probs.i)
+  %.not225.i = icmp eq i32 %2655, 0
+  br i1 %.not225.i, label %if_end171.i, label %fused_decode_compute_.exit, !prof !21
 
-if_end155.i:                                      ; preds = %if_end152.i
-  %2879 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2880 = tail call i32 %2879(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not215.i = icmp eq i32 %2880, 0
-  br i1 %.not215.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !21
+if_end171.i:                                      ; preds = %if_end168.i
+  %2656 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2657 = tail call i32 %2656(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not226.i = icmp eq i32 %2657, 0
+  br i1 %.not226.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !21
 
-if_end161.i:                                      ; preds = %for_end_kv_head.i
-  %2881 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2882 = tail call i32 %2881(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not210.i = icmp eq i32 %2882, 0
-  br i1 %.not210.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !21
+if_end177.i:                                      ; preds = %for_end_kv_head.i
+  %2658 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2659 = tail call i32 %2658(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not221.i = icmp eq i32 %2659, 0
+  br i1 %.not221.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !21
 
-for_body_tile167.i:                               ; preds = %for_body_tile167.i, %for_begin_tile166.preheader.i
-  %indvars.iv754.i = phi i64 [ 0, %for_begin_tile166.preheader.i ], [ %indvars.iv.next755.i, %for_body_tile167.i ]
-  %2883 = shl nuw nsw i64 %indvars.iv754.i, 2
-  %2884 = add nuw nsw i64 %2883, %221
-  %2885 = getelementptr inbounds nuw float, ptr %row_max206.i, i64 %2883
-  %2886 = load float, ptr %2885, align 16, !tbaa !57
-  %2887 = getelementptr inbounds float, ptr %partial_max, i64 %2884
-  store float %2886, ptr %2887, align 4, !tbaa !5
-  %2888 = getelementptr inbounds nuw float, ptr %row_sum205.i, i64 %2883
-  %2889 = load float, ptr %2888, align 16, !tbaa !59
-  %2890 = getelementptr inbounds float, ptr %partial_sum, i64 %2884
-  store float %2889, ptr %2890, align 4, !tbaa !5
-  %2891 = or disjoint i64 %2883, 1
-  %cse_v123.1.i = or disjoint i64 %2884, 1
-  %2892 = getelementptr inbounds nuw float, ptr %row_max206.i, i64 %2891
-  %2893 = load float, ptr %2892, align 4, !tbaa !57
-  %2894 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v123.1.i
-  store float %2893, ptr %2894, align 4, !tbaa !5
-  %2895 = getelementptr inbounds nuw float, ptr %row_sum205.i, i64 %2891
-  %2896 = load float, ptr %2895, align 4, !tbaa !59
-  %2897 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v123.1.i
-  store float %2896, ptr %2897, align 4, !tbaa !5
-  %2898 = or disjoint i64 %2883, 2
-  %cse_v123.2.i = or disjoint i64 %2884, 2
-  %2899 = getelementptr inbounds nuw float, ptr %row_max206.i, i64 %2898
-  %2900 = load float, ptr %2899, align 8, !tbaa !57
-  %2901 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v123.2.i
-  store float %2900, ptr %2901, align 4, !tbaa !5
-  %2902 = getelementptr inbounds nuw float, ptr %row_sum205.i, i64 %2898
-  %2903 = load float, ptr %2902, align 8, !tbaa !59
-  %2904 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v123.2.i
-  store float %2903, ptr %2904, align 4, !tbaa !5
-  %2905 = or disjoint i64 %2883, 3
-  %cse_v123.3.i = or disjoint i64 %2884, 3
-  %2906 = getelementptr inbounds nuw float, ptr %row_max206.i, i64 %2905
-  %2907 = load float, ptr %2906, align 4, !tbaa !57
-  %2908 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v123.3.i
-  store float %2907, ptr %2908, align 4, !tbaa !5
-  %2909 = getelementptr inbounds nuw float, ptr %row_sum205.i, i64 %2905
-  %2910 = load float, ptr %2909, align 4, !tbaa !59
-  %2911 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v123.3.i
-  store float %2910, ptr %2911, align 4, !tbaa !5
-  %.idx208.i = shl nuw nsw i64 %indvars.iv754.i, 11
-  %2912 = getelementptr i8, ptr %222, i64 %.idx208.i
-  %2913 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx208.i
-  %2914 = load <16 x float>, ptr %2913, align 4, !tbaa !5
-  store <16 x float> %2914, ptr %2912, align 4, !tbaa !5
-  %2915 = getelementptr inbounds nuw i8, ptr %2913, i64 64
-  %2916 = load <16 x float>, ptr %2915, align 4, !tbaa !5
-  %2917 = getelementptr i8, ptr %2912, i64 64
-  store <16 x float> %2916, ptr %2917, align 4, !tbaa !5
-  %2918 = getelementptr inbounds nuw i8, ptr %2913, i64 128
-  %2919 = load <16 x float>, ptr %2918, align 4, !tbaa !5
-  %2920 = getelementptr i8, ptr %2912, i64 128
-  store <16 x float> %2919, ptr %2920, align 4, !tbaa !5
-  %2921 = getelementptr inbounds nuw i8, ptr %2913, i64 192
-  %2922 = load <16 x float>, ptr %2921, align 4, !tbaa !5
-  %2923 = getelementptr i8, ptr %2912, i64 192
-  store <16 x float> %2922, ptr %2923, align 4, !tbaa !5
-  %2924 = getelementptr inbounds nuw i8, ptr %2913, i64 256
-  %2925 = load <16 x float>, ptr %2924, align 4, !tbaa !5
-  %2926 = getelementptr i8, ptr %2912, i64 256
-  store <16 x float> %2925, ptr %2926, align 4, !tbaa !5
-  %2927 = getelementptr inbounds nuw i8, ptr %2913, i64 320
-  %2928 = load <16 x float>, ptr %2927, align 4, !tbaa !5
-  %2929 = getelementptr i8, ptr %2912, i64 320
-  store <16 x float> %2928, ptr %2929, align 4, !tbaa !5
-  %2930 = getelementptr inbounds nuw i8, ptr %2913, i64 384
-  %2931 = load <16 x float>, ptr %2930, align 4, !tbaa !5
-  %2932 = getelementptr i8, ptr %2912, i64 384
-  store <16 x float> %2931, ptr %2932, align 4, !tbaa !5
-  %2933 = getelementptr inbounds nuw i8, ptr %2913, i64 448
-  %2934 = load <16 x float>, ptr %2933, align 4, !tbaa !5
-  %2935 = getelementptr i8, ptr %2912, i64 448
-  store <16 x float> %2934, ptr %2935, align 4, !tbaa !5
-  %2936 = getelementptr i8, ptr %2912, i64 512
-  %2937 = getelementptr inbounds nuw i8, ptr %2913, i64 512
-  %2938 = load <16 x float>, ptr %2937, align 4, !tbaa !5
-  store <16 x float> %2938, ptr %2936, align 4, !tbaa !5
-  %2939 = getelementptr inbounds nuw i8, ptr %2913, i64 576
-  %2940 = load <16 x float>, ptr %2939, align 4, !tbaa !5
-  %2941 = getelementptr i8, ptr %2912, i64 576
-  store <16 x float> %2940, ptr %2941, align 4, !tbaa !5
-  %2942 = getelementptr inbounds nuw i8, ptr %2913, i64 640
-  %2943 = load <16 x float>, ptr %2942, align 4, !tbaa !5
-  %2944 = getelementptr i8, ptr %2912, i64 640
-  store <16 x float> %2943, ptr %2944, align 4, !tbaa !5
-  %2945 = getelementptr inbounds nuw i8, ptr %2913, i64 704
-  %2946 = load <16 x float>, ptr %2945, align 4, !tbaa !5
-  %2947 = getelementptr i8, ptr %2912, i64 704
-  store <16 x float> %2946, ptr %2947, align 4, !tbaa !5
-  %2948 = getelementptr inbounds nuw i8, ptr %2913, i64 768
-  %2949 = load <16 x float>, ptr %2948, align 4, !tbaa !5
-  %2950 = getelementptr i8, ptr %2912, i64 768
-  store <16 x float> %2949, ptr %2950, align 4, !tbaa !5
-  %2951 = getelementptr inbounds nuw i8, ptr %2913, i64 832
-  %2952 = load <16 x float>, ptr %2951, align 4, !tbaa !5
-  %2953 = getelementptr i8, ptr %2912, i64 832
-  store <16 x float> %2952, ptr %2953, align 4, !tbaa !5
-  %2954 = getelementptr inbounds nuw i8, ptr %2913, i64 896
-  %2955 = load <16 x float>, ptr %2954, align 4, !tbaa !5
-  %2956 = getelementptr i8, ptr %2912, i64 896
-  store <16 x float> %2955, ptr %2956, align 4, !tbaa !5
-  %2957 = getelementptr inbounds nuw i8, ptr %2913, i64 960
-  %2958 = load <16 x float>, ptr %2957, align 4, !tbaa !5
-  %2959 = getelementptr i8, ptr %2912, i64 960
-  store <16 x float> %2958, ptr %2959, align 4, !tbaa !5
-  %2960 = getelementptr i8, ptr %2912, i64 1024
-  %2961 = getelementptr inbounds nuw i8, ptr %2913, i64 1024
-  %2962 = load <16 x float>, ptr %2961, align 4, !tbaa !5
-  store <16 x float> %2962, ptr %2960, align 4, !tbaa !5
-  %2963 = getelementptr inbounds nuw i8, ptr %2913, i64 1088
-  %2964 = load <16 x float>, ptr %2963, align 4, !tbaa !5
-  %2965 = getelementptr i8, ptr %2912, i64 1088
-  store <16 x float> %2964, ptr %2965, align 4, !tbaa !5
-  %2966 = getelementptr inbounds nuw i8, ptr %2913, i64 1152
-  %2967 = load <16 x float>, ptr %2966, align 4, !tbaa !5
-  %2968 = getelementptr i8, ptr %2912, i64 1152
-  store <16 x float> %2967, ptr %2968, align 4, !tbaa !5
-  %2969 = getelementptr inbounds nuw i8, ptr %2913, i64 1216
-  %2970 = load <16 x float>, ptr %2969, align 4, !tbaa !5
-  %2971 = getelementptr i8, ptr %2912, i64 1216
-  store <16 x float> %2970, ptr %2971, align 4, !tbaa !5
-  %2972 = getelementptr inbounds nuw i8, ptr %2913, i64 1280
-  %2973 = load <16 x float>, ptr %2972, align 4, !tbaa !5
-  %2974 = getelementptr i8, ptr %2912, i64 1280
-  store <16 x float> %2973, ptr %2974, align 4, !tbaa !5
-  %2975 = getelementptr inbounds nuw i8, ptr %2913, i64 1344
-  %2976 = load <16 x float>, ptr %2975, align 4, !tbaa !5
-  %2977 = getelementptr i8, ptr %2912, i64 1344
-  store <16 x float> %2976, ptr %2977, align 4, !tbaa !5
-  %2978 = getelementptr inbounds nuw i8, ptr %2913, i64 1408
-  %2979 = load <16 x float>, ptr %2978, align 4, !tbaa !5
-  %2980 = getelementptr i8, ptr %2912, i64 1408
-  store <16 x float> %2979, ptr %2980, align 4, !tbaa !5
-  %2981 = getelementptr inbounds nuw i8, ptr %2913, i64 1472
-  %2982 = load <16 x float>, ptr %2981, align 4, !tbaa !5
-  %2983 = getelementptr i8, ptr %2912, i64 1472
-  store <16 x float> %2982, ptr %2983, align 4, !tbaa !5
-  %2984 = getelementptr i8, ptr %2912, i64 1536
-  %2985 = getelementptr inbounds nuw i8, ptr %2913, i64 1536
-  %2986 = load <16 x float>, ptr %2985, align 4, !tbaa !5
-  store <16 x float> %2986, ptr %2984, align 4, !tbaa !5
-  %2987 = getelementptr inbounds nuw i8, ptr %2913, i64 1600
-  %2988 = load <16 x float>, ptr %2987, align 4, !tbaa !5
-  %2989 = getelementptr i8, ptr %2912, i64 1600
-  store <16 x float> %2988, ptr %2989, align 4, !tbaa !5
-  %2990 = getelementptr inbounds nuw i8, ptr %2913, i64 1664
-  %2991 = load <16 x float>, ptr %2990, align 4, !tbaa !5
-  %2992 = getelementptr i8, ptr %2912, i64 1664
-  store <16 x float> %2991, ptr %2992, align 4, !tbaa !5
-  %2993 = getelementptr inbounds nuw i8, ptr %2913, i64 1728
-  %2994 = load <16 x float>, ptr %2993, align 4, !tbaa !5
-  %2995 = getelementptr i8, ptr %2912, i64 1728
-  store <16 x float> %2994, ptr %2995, align 4, !tbaa !5
-  %2996 = getelementptr inbounds nuw i8, ptr %2913, i64 1792
-  %2997 = load <16 x float>, ptr %2996, align 4, !tbaa !5
-  %2998 = getelementptr i8, ptr %2912, i64 1792
-  store <16 x float> %2997, ptr %2998, align 4, !tbaa !5
-  %2999 = getelementptr inbounds nuw i8, ptr %2913, i64 1856
-  %3000 = load <16 x float>, ptr %2999, align 4, !tbaa !5
-  %3001 = getelementptr i8, ptr %2912, i64 1856
-  store <16 x float> %3000, ptr %3001, align 4, !tbaa !5
-  %3002 = getelementptr inbounds nuw i8, ptr %2913, i64 1920
-  %3003 = load <16 x float>, ptr %3002, align 4, !tbaa !5
-  %3004 = getelementptr i8, ptr %2912, i64 1920
-  store <16 x float> %3003, ptr %3004, align 4, !tbaa !5
-  %3005 = getelementptr inbounds nuw i8, ptr %2913, i64 1984
-  %3006 = load <16 x float>, ptr %3005, align 4, !tbaa !5
-  %3007 = getelementptr i8, ptr %2912, i64 1984
-  store <16 x float> %3006, ptr %3007, align 4, !tbaa !5
-  %indvars.iv.next755.i = add nuw nsw i64 %indvars.iv754.i, 1
-  %exitcond758.not.i = icmp eq i64 %indvars.iv.next755.i, 8
-  br i1 %exitcond758.not.i, label %for_end_tile168.i, label %for_body_tile167.i, !prof !17
+for_body_tile183.i:                               ; preds = %for_end_d.3.i, %for_begin_tile182.preheader.i
+  %indvars.iv816.i = phi i64 [ 0, %for_begin_tile182.preheader.i ], [ %indvars.iv.next817.i, %for_end_d.3.i ]
+  %2660 = shl nuw nsw i64 %indvars.iv816.i, 2
+  %2661 = add nuw nsw i64 %2660, %190
+  %2662 = getelementptr inbounds nuw float, ptr %row_max217.i, i64 %2660
+  %2663 = load float, ptr %2662, align 16, !tbaa !57
+  %2664 = getelementptr inbounds float, ptr %partial_max, i64 %2661
+  store float %2663, ptr %2664, align 4, !tbaa !5
+  %2665 = getelementptr inbounds nuw float, ptr %row_sum216.i, i64 %2660
+  %2666 = load float, ptr %2665, align 16, !tbaa !59
+  %2667 = getelementptr inbounds float, ptr %partial_sum, i64 %2661
+  store float %2666, ptr %2667, align 4, !tbaa !5
+  %2668 = or disjoint i64 %2660, 1
+  %cse_v128.1.i = or disjoint i64 %2661, 1
+  %2669 = getelementptr inbounds nuw float, ptr %row_max217.i, i64 %2668
+  %2670 = load float, ptr %2669, align 4, !tbaa !57
+  %2671 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v128.1.i
+  store float %2670, ptr %2671, align 4, !tbaa !5
+  %2672 = getelementptr inbounds nuw float, ptr %row_sum216.i, i64 %2668
+  %2673 = load float, ptr %2672, align 4, !tbaa !59
+  %2674 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v128.1.i
+  store float %2673, ptr %2674, align 4, !tbaa !5
+  %2675 = or disjoint i64 %2660, 2
+  %cse_v128.2.i = or disjoint i64 %2661, 2
+  %2676 = getelementptr inbounds nuw float, ptr %row_max217.i, i64 %2675
+  %2677 = load float, ptr %2676, align 8, !tbaa !57
+  %2678 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v128.2.i
+  store float %2677, ptr %2678, align 4, !tbaa !5
+  %2679 = getelementptr inbounds nuw float, ptr %row_sum216.i, i64 %2675
+  %2680 = load float, ptr %2679, align 8, !tbaa !59
+  %2681 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v128.2.i
+  store float %2680, ptr %2681, align 4, !tbaa !5
+  %2682 = or disjoint i64 %2660, 3
+  %cse_v128.3.i = or disjoint i64 %2661, 3
+  %2683 = getelementptr inbounds nuw float, ptr %row_max217.i, i64 %2682
+  %2684 = load float, ptr %2683, align 4, !tbaa !57
+  %2685 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v128.3.i
+  store float %2684, ptr %2685, align 4, !tbaa !5
+  %2686 = getelementptr inbounds nuw float, ptr %row_sum216.i, i64 %2682
+  %2687 = load float, ptr %2686, align 4, !tbaa !59
+  %2688 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v128.3.i
+  store float %2687, ptr %2688, align 4, !tbaa !5
+  %.idx219.i = shl nuw nsw i64 %indvars.iv816.i, 11
+  %2689 = getelementptr i8, ptr %191, i64 %.idx219.i
+  %indvars.iv816.tr.i = trunc i64 %indvars.iv816.i to i32
+  %2690 = shl i32 %indvars.iv816.tr.i, 9
+  %invariant.op238 = or disjoint i32 %2690, 16
+  %invariant.op239 = or disjoint i32 %2690, 16
+  br label %for_body_d.i
 
-for_end_tile168.i:                                ; preds = %for_body_tile167.i
-  %3008 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %3009 = tail call i32 %3008(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %3009, 0
-  br i1 %.not.i, label %if_end187.i, label %fused_decode_compute_.exit, !prof !21
+for_end_tile184.i:                                ; preds = %for_end_d.3.i
+  %2691 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2692 = tail call i32 %2691(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2692, 0
+  br i1 %.not.i, label %if_end198.i, label %fused_decode_compute_.exit, !prof !21
 
-if_end187.i:                                      ; preds = %for_end_tile168.i
-  %3010 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %3011 = tail call i32 %3010(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not207.i = icmp eq i32 %3011, 0
-  br i1 %.not207.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !21
+for_body_d.i:                                     ; preds = %for_body_d.i, %for_body_tile183.i
+  %indvars.iv808.i = phi i64 [ 0, %for_body_tile183.i ], [ %indvars.iv.next809.i.3, %for_body_d.i ]
+  %2693 = trunc nuw nsw i64 %indvars.iv808.i to i32
+  %2694 = lshr exact i32 %2693, 1
+  %2695 = and i32 %2694, 14
+  %2696 = and i32 %2693, 96
+  %2697 = or disjoint i32 %2696, %2695
+  %2698 = or disjoint i32 %2697, %2690
+  %2699 = zext i32 %2698 to i64
+  %2700 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2699
+  %2701 = load float, ptr %2700, align 4, !tbaa !5
+  %2702 = getelementptr float, ptr %2689, i64 %indvars.iv808.i
+  store float %2701, ptr %2702, align 4, !tbaa !5
+  %indvars.iv.next809.i = or disjoint i64 %indvars.iv808.i, 1
+  %2703 = trunc nuw nsw i64 %indvars.iv.next809.i to i32
+  %2704 = lshr i32 %2703, 1
+  %2705 = and i32 %2704, 14
+  %2706 = and i32 %2703, 96
+  %2707 = or disjoint i32 %2706, %2705
+  %.reass = or disjoint i32 %2707, %invariant.op238
+  %2708 = zext i32 %.reass to i64
+  %2709 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2708
+  %2710 = load float, ptr %2709, align 4, !tbaa !5
+  %2711 = getelementptr float, ptr %2689, i64 %indvars.iv.next809.i
+  store float %2710, ptr %2711, align 4, !tbaa !5
+  %indvars.iv.next809.i.1 = or disjoint i64 %indvars.iv808.i, 2
+  %2712 = trunc nuw nsw i64 %indvars.iv.next809.i.1 to i32
+  %2713 = lshr exact i32 %2712, 1
+  %2714 = and i32 %2713, 15
+  %2715 = and i32 %2712, 96
+  %2716 = or disjoint i32 %2715, %2714
+  %2717 = or disjoint i32 %2716, %2690
+  %2718 = zext i32 %2717 to i64
+  %2719 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2718
+  %2720 = load float, ptr %2719, align 4, !tbaa !5
+  %2721 = getelementptr float, ptr %2689, i64 %indvars.iv.next809.i.1
+  store float %2720, ptr %2721, align 4, !tbaa !5
+  %indvars.iv.next809.i.2 = or disjoint i64 %indvars.iv808.i, 3
+  %2722 = trunc nuw nsw i64 %indvars.iv.next809.i.2 to i32
+  %2723 = lshr i32 %2722, 1
+  %2724 = and i32 %2723, 15
+  %2725 = and i32 %2722, 96
+  %2726 = or disjoint i32 %2725, %2724
+  %.reass240 = or disjoint i32 %2726, %invariant.op239
+  %2727 = zext i32 %.reass240 to i64
+  %2728 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2727
+  %2729 = load float, ptr %2728, align 4, !tbaa !5
+  %2730 = getelementptr float, ptr %2689, i64 %indvars.iv.next809.i.2
+  store float %2729, ptr %2730, align 4, !tbaa !5
+  %indvars.iv.next809.i.3 = add nuw nsw i64 %indvars.iv808.i, 4
+  %exitcond811.not.i.3 = icmp eq i64 %indvars.iv.next809.i.3, 128
+  br i1 %exitcond811.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !17, !llvm.loop !81
 
-fused_decode_compute_.exit:                       ; preds = %if_end187.i, %for_end_tile168.i, %if_end161.i, %if_end155.i, %if_end152.i, %if_end149.i, %if_end146.i, %for_end_r135.i, %for_end_ax174.3.i, %for_body_r30.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end21.i, %if_end18.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end30
-  %common.ret.op.i = phi i32 [ 0, %if_end30 ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ -1, %for_body_r30.preheader.i ], [ -1, %if_end155.i ], [ -1, %if_end152.i ], [ -1, %if_end149.i ], [ -1, %if_end146.i ], [ -1, %for_end_r135.i ], [ -1, %for_end_ax174.3.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end21.i ], [ -1, %if_end18.i ], [ -1, %if_end161.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %for_end_tile168.i ], [ 0, %for_begin_s.i ], [ -1, %if_end187.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta192.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha193.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum205.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max206.i)
+for_end_d.i:                                      ; preds = %for_body_d.i
+  %2731 = getelementptr i8, ptr %2689, i64 512
+  %invariant.op = or disjoint i32 %2690, 128
+  %invariant.op241 = or disjoint i32 %invariant.op, 16
+  %invariant.op242 = or disjoint i32 %invariant.op, 16
+  br label %for_body_d.1.i
+
+for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
+  %indvars.iv808.1.i = phi i64 [ 0, %for_end_d.i ], [ %indvars.iv.next809.1.i.3, %for_body_d.1.i ]
+  %2732 = trunc nuw nsw i64 %indvars.iv808.1.i to i32
+  %2733 = lshr exact i32 %2732, 1
+  %2734 = and i32 %2733, 14
+  %2735 = and i32 %2732, 96
+  %2736 = or disjoint i32 %2735, %2734
+  %.reass.i.reass = or disjoint i32 %2736, %invariant.op
+  %2737 = zext i32 %.reass.i.reass to i64
+  %2738 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2737
+  %2739 = load float, ptr %2738, align 4, !tbaa !5
+  %2740 = getelementptr float, ptr %2731, i64 %indvars.iv808.1.i
+  store float %2739, ptr %2740, align 4, !tbaa !5
+  %indvars.iv.next809.1.i = or disjoint i64 %indvars.iv808.1.i, 1
+  %2741 = trunc nuw nsw i64 %indvars.iv.next809.1.i to i32
+  %2742 = lshr i32 %2741, 1
+  %2743 = and i32 %2742, 14
+  %2744 = and i32 %2741, 96
+  %2745 = or disjoint i32 %2744, %2743
+  %.reass.i.reass.1.reass = or disjoint i32 %2745, %invariant.op241
+  %2746 = zext i32 %.reass.i.reass.1.reass to i64
+  %2747 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2746
+  %2748 = load float, ptr %2747, align 4, !tbaa !5
+  %2749 = getelementptr float, ptr %2731, i64 %indvars.iv.next809.1.i
+  store float %2748, ptr %2749, align 4, !tbaa !5
+  %indvars.iv.next809.1.i.1 = or disjoint i64 %indvars.iv808.1.i, 2
+  %2750 = trunc nuw nsw i64 %indvars.iv.next809.1.i.1 to i32
+  %2751 = lshr exact i32 %2750, 1
+  %2752 = and i32 %2751, 15
+  %2753 = and i32 %2750, 96
+  %2754 = or disjoint i32 %2753, %2752
+  %.reass.i.reass.2 = or disjoint i32 %2754, %invariant.op
+  %2755 = zext i32 %.reass.i.reass.2 to i64
+  %2756 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2755
+  %2757 = load float, ptr %2756, align 4, !tbaa !5
+  %2758 = getelementptr float, ptr %2731, i64 %indvars.iv.next809.1.i.1
+  store float %2757, ptr %2758, align 4, !tbaa !5
+  %indvars.iv.next809.1.i.2 = or disjoint i64 %indvars.iv808.1.i, 3
+  %2759 = trunc nuw nsw i64 %indvars.iv.next809.1.i.2 to i32
+  %2760 = lshr i32 %2759, 1
+  %2761 = and i32 %2760, 15
+  %2762 = and i32 %2759, 96
+  %2763 = or disjoint i32 %2762, %2761
+  %.reass.i.reass.3.reass = or disjoint i32 %2763, %invariant.op242
+  %2764 = zext i32 %.reass.i.reass.3.reass to i64
+  %2765 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2764
+  %2766 = load float, ptr %2765, align 4, !tbaa !5
+  %2767 = getelementptr float, ptr %2731, i64 %indvars.iv.next809.1.i.2
+  store float %2766, ptr %2767, align 4, !tbaa !5
+  %indvars.iv.next809.1.i.3 = add nuw nsw i64 %indvars.iv808.1.i, 4
+  %exitcond811.1.not.i.3 = icmp eq i64 %indvars.iv.next809.1.i.3, 128
+  br i1 %exitcond811.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !17, !llvm.loop !83
+
+for_end_d.1.i:                                    ; preds = %for_body_d.1.i
+  %2768 = getelementptr i8, ptr %2689, i64 1024
+  %invariant.op101 = or disjoint i32 %2690, 256
+  %invariant.op243 = or disjoint i32 %invariant.op101, 16
+  %invariant.op244 = or disjoint i32 %invariant.op101, 16
+  br label %for_body_d.2.i
+
+for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
+  %indvars.iv808.2.i = phi i64 [ 0, %for_end_d.1.i ], [ %indvars.iv.next809.2.i.3, %for_body_d.2.i ]
+  %2769 = trunc nuw nsw i64 %indvars.iv808.2.i to i32
+  %2770 = lshr exact i32 %2769, 1
+  %2771 = and i32 %2770, 14
+  %2772 = and i32 %2769, 96
+  %2773 = or disjoint i32 %2772, %2771
+  %.reass912.i.reass = or disjoint i32 %2773, %invariant.op101
+  %2774 = zext i32 %.reass912.i.reass to i64
+  %2775 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2774
+  %2776 = load float, ptr %2775, align 4, !tbaa !5
+  %2777 = getelementptr float, ptr %2768, i64 %indvars.iv808.2.i
+  store float %2776, ptr %2777, align 4, !tbaa !5
+  %indvars.iv.next809.2.i = or disjoint i64 %indvars.iv808.2.i, 1
+  %2778 = trunc nuw nsw i64 %indvars.iv.next809.2.i to i32
+  %2779 = lshr i32 %2778, 1
+  %2780 = and i32 %2779, 14
+  %2781 = and i32 %2778, 96
+  %2782 = or disjoint i32 %2781, %2780
+  %.reass912.i.reass.1.reass = or disjoint i32 %2782, %invariant.op243
+  %2783 = zext i32 %.reass912.i.reass.1.reass to i64
+  %2784 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2783
+  %2785 = load float, ptr %2784, align 4, !tbaa !5
+  %2786 = getelementptr float, ptr %2768, i64 %indvars.iv.next809.2.i
+  store float %2785, ptr %2786, align 4, !tbaa !5
+  %indvars.iv.next809.2.i.1 = or disjoint i64 %indvars.iv808.2.i, 2
+  %2787 = trunc nuw nsw i64 %indvars.iv.next809.2.i.1 to i32
+  %2788 = lshr exact i32 %2787, 1
+  %2789 = and i32 %2788, 15
+  %2790 = and i32 %2787, 96
+  %2791 = or disjoint i32 %2790, %2789
+  %.reass912.i.reass.2 = or disjoint i32 %2791, %invariant.op101
+  %2792 = zext i32 %.reass912.i.reass.2 to i64
+  %2793 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2792
+  %2794 = load float, ptr %2793, align 4, !tbaa !5
+  %2795 = getelementptr float, ptr %2768, i64 %indvars.iv.next809.2.i.1
+  store float %2794, ptr %2795, align 4, !tbaa !5
+  %indvars.iv.next809.2.i.2 = or disjoint i64 %indvars.iv808.2.i, 3
+  %2796 = trunc nuw nsw i64 %indvars.iv.next809.2.i.2 to i32
+  %2797 = lshr i32 %2796, 1
+  %2798 = and i32 %2797, 15
+  %2799 = and i32 %2796, 96
+  %2800 = or disjoint i32 %2799, %2798
+  %.reass912.i.reass.3.reass = or disjoint i32 %2800, %invariant.op244
+  %2801 = zext i32 %.reass912.i.reass.3.reass to i64
+  %2802 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2801
+  %2803 = load float, ptr %2802, align 4, !tbaa !5
+  %2804 = getelementptr float, ptr %2768, i64 %indvars.iv.next809.2.i.2
+  store float %2803, ptr %2804, align 4, !tbaa !5
+  %indvars.iv.next809.2.i.3 = add nuw nsw i64 %indvars.iv808.2.i, 4
+  %exitcond811.2.not.i.3 = icmp eq i64 %indvars.iv.next809.2.i.3, 128
+  br i1 %exitcond811.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !17, !llvm.loop !84
+
+for_end_d.2.i:                                    ; preds = %for_body_d.2.i
+  %2805 = getelementptr i8, ptr %2689, i64 1536
+  %invariant.op102 = or disjoint i32 %2690, 384
+  %invariant.op245 = or disjoint i32 %invariant.op102, 16
+  %invariant.op246 = or disjoint i32 %invariant.op102, 16
+  br label %for_body_d.3.i
+
+for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
+  %indvars.iv808.3.i = phi i64 [ 0, %for_end_d.2.i ], [ %indvars.iv.next809.3.i.3, %for_body_d.3.i ]
+  %2806 = trunc nuw nsw i64 %indvars.iv808.3.i to i32
+  %2807 = lshr exact i32 %2806, 1
+  %2808 = and i32 %2807, 14
+  %2809 = and i32 %2806, 96
+  %2810 = or disjoint i32 %2809, %2808
+  %.reass914.i.reass = or disjoint i32 %2810, %invariant.op102
+  %2811 = zext i32 %.reass914.i.reass to i64
+  %2812 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2811
+  %2813 = load float, ptr %2812, align 4, !tbaa !5
+  %2814 = getelementptr float, ptr %2805, i64 %indvars.iv808.3.i
+  store float %2813, ptr %2814, align 4, !tbaa !5
+  %indvars.iv.next809.3.i = or disjoint i64 %indvars.iv808.3.i, 1
+  %2815 = trunc nuw nsw i64 %indvars.iv.next809.3.i to i32
+  %2816 = lshr i32 %2815, 1
+  %2817 = and i32 %2816, 14
+  %2818 = and i32 %2815, 96
+  %2819 = or disjoint i32 %2818, %2817
+  %.reass914.i.reass.1.reass = or disjoint i32 %2819, %invariant.op245
+  %2820 = zext i32 %.reass914.i.reass.1.reass to i64
+  %2821 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2820
+  %2822 = load float, ptr %2821, align 4, !tbaa !5
+  %2823 = getelementptr float, ptr %2805, i64 %indvars.iv.next809.3.i
+  store float %2822, ptr %2823, align 4, !tbaa !5
+  %indvars.iv.next809.3.i.1 = or disjoint i64 %indvars.iv808.3.i, 2
+  %2824 = trunc nuw nsw i64 %indvars.iv.next809.3.i.1 to i32
+  %2825 = lshr exact i32 %2824, 1
+  %2826 = and i32 %2825, 15
+  %2827 = and i32 %2824, 96
+  %2828 = or disjoint i32 %2827, %2826
+  %.reass914.i.reass.2 = or disjoint i32 %2828, %invariant.op102
+  %2829 = zext i32 %.reass914.i.reass.2 to i64
+  %2830 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2829
+  %2831 = load float, ptr %2830, align 4, !tbaa !5
+  %2832 = getelementptr float, ptr %2805, i64 %indvars.iv.next809.3.i.1
+  store float %2831, ptr %2832, align 4, !tbaa !5
+  %indvars.iv.next809.3.i.2 = or disjoint i64 %indvars.iv808.3.i, 3
+  %2833 = trunc nuw nsw i64 %indvars.iv.next809.3.i.2 to i32
+  %2834 = lshr i32 %2833, 1
+  %2835 = and i32 %2834, 15
+  %2836 = and i32 %2833, 96
+  %2837 = or disjoint i32 %2836, %2835
+  %.reass914.i.reass.3.reass = or disjoint i32 %2837, %invariant.op246
+  %2838 = zext i32 %.reass914.i.reass.3.reass to i64
+  %2839 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2838
+  %2840 = load float, ptr %2839, align 4, !tbaa !5
+  %2841 = getelementptr float, ptr %2805, i64 %indvars.iv.next809.3.i.2
+  store float %2840, ptr %2841, align 4, !tbaa !5
+  %indvars.iv.next809.3.i.3 = add nuw nsw i64 %indvars.iv808.3.i, 4
+  %exitcond811.3.not.i.3 = icmp eq i64 %indvars.iv.next809.3.i.3, 128
+  br i1 %exitcond811.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !17, !llvm.loop !85
+
+for_end_d.3.i:                                    ; preds = %for_body_d.3.i
+  %indvars.iv.next817.i = add nuw nsw i64 %indvars.iv816.i, 1
+  %exitcond820.not.i = icmp eq i64 %indvars.iv.next817.i, 8
+  br i1 %exitcond820.not.i, label %for_end_tile184.i, label %for_body_tile183.i, !prof !17
+
+if_end198.i:                                      ; preds = %for_end_tile184.i
+  %2842 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2843 = tail call i32 %2842(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not218.i = icmp eq i32 %2843, 0
+  br i1 %.not218.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !21
+
+fused_decode_compute_.exit:                       ; preds = %if_end198.i, %for_end_tile184.i, %if_end177.i, %if_end171.i, %if_end168.i, %if_end165.i, %if_end162.i, %for_end_r146.i, %for_end_ax178.3.i, %for_body_r34.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end25.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end30
+  %common.ret.op.i = phi i32 [ 0, %if_end30 ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ -1, %for_body_r34.preheader.i ], [ -1, %if_end171.i ], [ -1, %if_end168.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %for_end_r146.i ], [ -1, %for_end_ax178.3.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end25.i ], [ -1, %if_end22.i ], [ -1, %if_end177.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %for_end_tile184.i ], [ 0, %for_begin_s.i ], [ -1, %if_end198.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta203.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha204.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum216.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max217.i)
   ret i32 %common.ret.op.i
 }
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %beta32.i = alloca [32 x float], align 16
-  %alpha33.i = alloca [32 x float], align 16
-  %factor36.i = alloca [32 x float], align 16
-  %row_sum37.i = alloca [32 x float], align 16
-  %row_max38.i = alloca [32 x float], align 16
+  %beta37.i = alloca [32 x float], align 16
+  %alpha38.i = alloca [32 x float], align 16
+  %factor41.i = alloca [32 x float], align 16
+  %row_sum42.i = alloca [32 x float], align 16
+  %row_max43.i = alloca [32 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -5124,11 +4992,11 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta32.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha33.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor36.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum37.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max38.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor41.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum42.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max43.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -5151,20 +5019,20 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   br label %for_body_step.i
 
 for_body_step.i:                                  ; preds = %for_end_r.i, %for_body_step.lr.ph.i
-  %indvars.iv63.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next64.i, %for_end_r.i ]
+  %indvars.iv66.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next67.i, %for_end_r.i ]
   %43 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r.i ]
-  %44 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %104, %for_end_r.i ]
-  %45 = icmp eq i64 %indvars.iv63.i, 0
+  %44 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %120, %for_end_r.i ]
+  %45 = icmp eq i64 %indvars.iv66.i, 0
   %46 = insertelement <32 x i1> poison, i1 %45, i64 0
   %47 = shufflevector <32 x i1> %46, <32 x i1> poison, <32 x i32> zeroinitializer
   %old_max.i = select <32 x i1> %47, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %43
   %old_sum.i = select <32 x i1> %47, <32 x float> zeroinitializer, <32 x float> %44
-  %48 = add nsw i64 %indvars.iv63.i, %cse_v2.i
-  %cse_v9.i = shl nsw i64 %48, 5
-  %49 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v9.i
+  %48 = add nsw i64 %indvars.iv66.i, %cse_v2.i
+  %cse_v7.i = shl nsw i64 %48, 5
+  %49 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v7.i
   %50 = load <32 x float>, ptr %49, align 4, !tbaa !5
   %51 = fcmp ogt <32 x float> %old_max.i, %50
-  %52 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v9.i
+  %52 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v7.i
   %53 = load <32 x float>, ptr %52, align 4, !tbaa !5
   %54 = fcmp oeq <32 x float> %53, zeroinitializer
   %55 = select <32 x i1> %54, <32 x i1> splat (i1 true), <32 x i1> %51
@@ -5172,8 +5040,8 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %56 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
   %m.i = select <32 x i1> %56, <32 x float> %50, <32 x float> %old_or_both.i
   %arg.i = fsub <32 x float> %old_max.i, %m.i
-  %cse_v10.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %57 = bitcast <32 x float> %cse_v10.i to <32 x i32>
+  %cse_v8.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %57 = bitcast <32 x float> %cse_v8.i to <32 x i32>
   %58 = add nsw <32 x i32> %57, splat (i32 -1262485504)
   %59 = sitofp <32 x i32> %58 to <32 x float>
   %60 = fmul <32 x float> %59, splat (float 0x3F2BD01060000000)
@@ -5196,7 +5064,7 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %77 = select <32 x i1> %76, <32 x float> zeroinitializer, <32 x float> %75
   %78 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %79 = select <32 x i1> %78, <32 x float> %77, <32 x float> zeroinitializer
-  store <32 x float> %79, ptr %alpha33.i, align 16, !tbaa !81
+  store <32 x float> %79, ptr %alpha38.i, align 16, !tbaa !86
   %arg2.i = fsub <32 x float> %50, %m.i
   %cse_v6.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
   %80 = bitcast <32 x float> %cse_v6.i to <32 x i32>
@@ -5222,203 +5090,212 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %100 = select <32 x i1> %99, <32 x float> zeroinitializer, <32 x float> %98
   %101 = fcmp one <32 x float> %53, zeroinitializer
   %102 = select <32 x i1> %101, <32 x float> %100, <32 x float> zeroinitializer
-  store <32 x float> %102, ptr %beta32.i, align 16, !tbaa !87
-  %103 = fmul <32 x float> %old_sum.i, %79
-  %104 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %102, <32 x float> %53, <32 x float> %103)
+  store <32 x float> %102, ptr %beta37.i, align 16, !tbaa !92
   %.idx.i = shl nsw i64 %48, 14
-  %105 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %45, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
-
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv59.i = phi i64 [ %indvars.iv.next60.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %106 = shl nuw nsw i64 %indvars.iv59.i, 7
-  %107 = getelementptr inbounds nuw float, ptr %beta32.i, i64 %indvars.iv59.i
-  %108 = load float, ptr %107, align 4, !tbaa !93
-  %109 = insertelement <16 x float> poison, float %108, i64 0
-  %110 = shufflevector <16 x float> %109, <16 x float> poison, <16 x i32> zeroinitializer
-  %111 = getelementptr float, ptr %105, i64 %106
-  %112 = getelementptr inbounds nuw float, ptr %alpha33.i, i64 %indvars.iv59.i
-  %113 = load float, ptr %112, align 4, !tbaa !94
-  %114 = getelementptr inbounds nuw float, ptr %acc.i, i64 %106
-  store <16 x float> zeroinitializer, ptr %114, align 4, !tbaa !5
-  %115 = load <16 x float>, ptr %111, align 4, !tbaa !5
-  %.scalar = fmul float %113, 0.000000e+00
-  %116 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %117 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> zeroinitializer
-  %118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %115, <16 x float> %117)
-  store <16 x float> %118, ptr %114, align 4, !tbaa !5
-  %119 = getelementptr inbounds nuw i8, ptr %114, i64 64
-  store <16 x float> zeroinitializer, ptr %119, align 4, !tbaa !5
-  %120 = getelementptr i8, ptr %111, i64 64
-  %121 = load <16 x float>, ptr %120, align 4, !tbaa !5
-  %122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %121, <16 x float> %117)
-  store <16 x float> %122, ptr %119, align 4, !tbaa !5
-  %123 = getelementptr inbounds nuw i8, ptr %114, i64 128
-  store <16 x float> zeroinitializer, ptr %123, align 4, !tbaa !5
-  %124 = getelementptr i8, ptr %111, i64 128
-  %125 = load <16 x float>, ptr %124, align 4, !tbaa !5
-  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %125, <16 x float> %117)
-  store <16 x float> %126, ptr %123, align 4, !tbaa !5
-  %127 = getelementptr inbounds nuw i8, ptr %114, i64 192
-  store <16 x float> zeroinitializer, ptr %127, align 4, !tbaa !5
-  %128 = getelementptr i8, ptr %111, i64 192
-  %129 = load <16 x float>, ptr %128, align 4, !tbaa !5
-  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %129, <16 x float> %117)
-  store <16 x float> %130, ptr %127, align 4, !tbaa !5
-  %131 = getelementptr inbounds nuw i8, ptr %114, i64 256
-  store <16 x float> zeroinitializer, ptr %131, align 4, !tbaa !5
-  %132 = getelementptr i8, ptr %111, i64 256
-  %133 = load <16 x float>, ptr %132, align 4, !tbaa !5
-  %134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %133, <16 x float> %117)
-  store <16 x float> %134, ptr %131, align 4, !tbaa !5
-  %135 = getelementptr inbounds nuw i8, ptr %114, i64 320
-  store <16 x float> zeroinitializer, ptr %135, align 4, !tbaa !5
-  %136 = getelementptr i8, ptr %111, i64 320
-  %137 = load <16 x float>, ptr %136, align 4, !tbaa !5
-  %138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %137, <16 x float> %117)
-  store <16 x float> %138, ptr %135, align 4, !tbaa !5
-  %139 = getelementptr inbounds nuw i8, ptr %114, i64 384
-  store <16 x float> zeroinitializer, ptr %139, align 4, !tbaa !5
-  %140 = getelementptr i8, ptr %111, i64 384
-  %141 = load <16 x float>, ptr %140, align 4, !tbaa !5
-  %142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %141, <16 x float> %117)
-  store <16 x float> %142, ptr %139, align 4, !tbaa !5
-  %143 = getelementptr inbounds nuw i8, ptr %114, i64 448
-  store <16 x float> zeroinitializer, ptr %143, align 4, !tbaa !5
-  %144 = getelementptr i8, ptr %111, i64 448
-  %145 = load <16 x float>, ptr %144, align 4, !tbaa !5
-  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %145, <16 x float> %117)
-  store <16 x float> %146, ptr %143, align 4, !tbaa !5
-  %indvars.iv.next60.i = add nuw nsw i64 %indvars.iv59.i, 1
-  %exitcond62.not.i = icmp eq i64 %indvars.iv.next60.i, 32
-  br i1 %exitcond62.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !17
+  %103 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br label %for_begin_d_0.preheader.i
 
 for_end_step.i:                                   ; preds = %for_end_r.i, %for_begin_step.preheader.i
-  %.lcssa42.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %104, %for_end_r.i ]
-  %m41.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
-  store <32 x float> %m41.lcssa.i, ptr %row_max38.i, align 16
-  store <32 x float> %.lcssa42.i, ptr %row_sum37.i, align 16
-  %147 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa42.i
-  %148 = fcmp oeq <32 x float> %.lcssa42.i, zeroinitializer
-  %149 = select <32 x i1> %148, <32 x float> zeroinitializer, <32 x float> %147
-  store <32 x float> %149, ptr %factor36.i, align 16, !tbaa !95
+  %.lcssa48.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %120, %for_end_r.i ]
+  %m47.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
+  store <32 x float> %m47.lcssa.i, ptr %row_max43.i, align 16
+  store <32 x float> %.lcssa48.i, ptr %row_sum42.i, align 16
+  %104 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa48.i
+  %105 = fcmp oeq <32 x float> %.lcssa48.i, zeroinitializer
+  %106 = select <32 x i1> %105, <32 x float> zeroinitializer, <32 x float> %104
+  store <32 x float> %106, ptr %factor41.i, align 16, !tbaa !98
   %sext28 = shl i64 %20, 32
   %cse_v5.i = ashr exact i64 %sext28, 32
-  %150 = mul nsw i64 %out_batch, %cse_v5.i
-  %151 = getelementptr i16, ptr %out, i64 %150
+  %107 = mul nsw i64 %out_batch, %cse_v5.i
+  %108 = getelementptr i16, ptr %out, i64 %107
   br label %for_begin_d_017.preheader.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %152 = shl nuw nsw i64 %indvars.iv.i, 7
-  %153 = getelementptr inbounds nuw float, ptr %beta32.i, i64 %indvars.iv.i
-  %154 = load float, ptr %153, align 4, !tbaa !93
-  %155 = insertelement <16 x float> poison, float %154, i64 0
-  %156 = shufflevector <16 x float> %155, <16 x float> poison, <16 x i32> zeroinitializer
-  %157 = getelementptr float, ptr %105, i64 %152
-  %158 = getelementptr inbounds nuw float, ptr %alpha33.i, i64 %indvars.iv.i
-  %159 = load float, ptr %158, align 4, !tbaa !94
-  %160 = insertelement <16 x float> poison, float %159, i64 0
-  %161 = shufflevector <16 x float> %160, <16 x float> poison, <16 x i32> zeroinitializer
-  %162 = load <16 x float>, ptr %157, align 4, !tbaa !5
-  %163 = getelementptr inbounds nuw float, ptr %acc.i, i64 %152
-  %164 = load <16 x float>, ptr %163, align 4, !tbaa !5
-  %165 = fmul <16 x float> %164, %161
-  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %162, <16 x float> %165)
-  store <16 x float> %166, ptr %163, align 4, !tbaa !5
-  %167 = getelementptr i8, ptr %157, i64 64
-  %168 = load <16 x float>, ptr %167, align 4, !tbaa !5
-  %169 = getelementptr inbounds nuw i8, ptr %163, i64 64
-  %170 = load <16 x float>, ptr %169, align 4, !tbaa !5
-  %171 = fmul <16 x float> %161, %170
-  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %168, <16 x float> %171)
-  store <16 x float> %172, ptr %169, align 4, !tbaa !5
-  %173 = getelementptr i8, ptr %157, i64 128
-  %174 = load <16 x float>, ptr %173, align 4, !tbaa !5
-  %175 = getelementptr inbounds nuw i8, ptr %163, i64 128
-  %176 = load <16 x float>, ptr %175, align 4, !tbaa !5
-  %177 = fmul <16 x float> %161, %176
-  %178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %174, <16 x float> %177)
-  store <16 x float> %178, ptr %175, align 4, !tbaa !5
-  %179 = getelementptr i8, ptr %157, i64 192
-  %180 = load <16 x float>, ptr %179, align 4, !tbaa !5
-  %181 = getelementptr inbounds nuw i8, ptr %163, i64 192
-  %182 = load <16 x float>, ptr %181, align 4, !tbaa !5
-  %183 = fmul <16 x float> %161, %182
-  %184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %180, <16 x float> %183)
-  store <16 x float> %184, ptr %181, align 4, !tbaa !5
-  %185 = getelementptr i8, ptr %157, i64 256
-  %186 = load <16 x float>, ptr %185, align 4, !tbaa !5
-  %187 = getelementptr inbounds nuw i8, ptr %163, i64 256
-  %188 = load <16 x float>, ptr %187, align 4, !tbaa !5
-  %189 = fmul <16 x float> %161, %188
-  %190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %186, <16 x float> %189)
-  store <16 x float> %190, ptr %187, align 4, !tbaa !5
-  %191 = getelementptr i8, ptr %157, i64 320
-  %192 = load <16 x float>, ptr %191, align 4, !tbaa !5
-  %193 = getelementptr inbounds nuw i8, ptr %163, i64 320
-  %194 = load <16 x float>, ptr %193, align 4, !tbaa !5
-  %195 = fmul <16 x float> %161, %194
-  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %192, <16 x float> %195)
-  store <16 x float> %196, ptr %193, align 4, !tbaa !5
-  %197 = getelementptr i8, ptr %157, i64 384
-  %198 = load <16 x float>, ptr %197, align 4, !tbaa !5
-  %199 = getelementptr inbounds nuw i8, ptr %163, i64 384
-  %200 = load <16 x float>, ptr %199, align 4, !tbaa !5
-  %201 = fmul <16 x float> %161, %200
-  %202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %198, <16 x float> %201)
-  store <16 x float> %202, ptr %199, align 4, !tbaa !5
-  %203 = getelementptr i8, ptr %157, i64 448
-  %204 = load <16 x float>, ptr %203, align 4, !tbaa !5
-  %205 = getelementptr inbounds nuw i8, ptr %163, i64 448
-  %206 = load <16 x float>, ptr %205, align 4, !tbaa !5
-  %207 = fmul <16 x float> %161, %206
-  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %204, <16 x float> %207)
-  store <16 x float> %208, ptr %205, align 4, !tbaa !5
+for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_body_step.i
+  %indvars.iv62.i = phi i64 [ 0, %for_body_step.i ], [ %indvars.iv.next63.i, %for_end_d_0.i ]
+  %109 = shl nuw nsw i64 %indvars.iv62.i, 7
+  %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv62.i
+  %111 = load float, ptr %110, align 4, !tbaa !104
+  %112 = insertelement <16 x float> poison, float %111, i64 0
+  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
+  %114 = getelementptr float, ptr %103, i64 %109
+  %115 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv62.i
+  %116 = load float, ptr %115, align 4, !tbaa !105
+  %117 = insertelement <16 x float> poison, float %116, i64 0
+  %118 = shufflevector <16 x float> %117, <16 x float> poison, <16 x i32> zeroinitializer
+  %invariant.gep = getelementptr inbounds nuw float, ptr %acc.i, i64 %109
+  br label %for_begin_d_2.preheader.i
+
+for_end_r.i:                                      ; preds = %for_end_d_0.i
+  %119 = fmul <32 x float> %old_sum.i, %79
+  %120 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %102, <32 x float> %53, <32 x float> %119)
+  %indvars.iv.next67.i = add nuw nsw i64 %indvars.iv66.i, 1
+  %exitcond69.not.i = icmp eq i64 %indvars.iv.next67.i, %wide.trip.count.i
+  br i1 %exitcond69.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+
+for_begin_d_2.preheader.i:                        ; preds = %if_end16.1.i, %for_begin_d_0.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next.i, %if_end16.1.i ]
+  %121 = shl nuw nsw i64 %indvars.iv.i, 5
+  %122 = getelementptr float, ptr %114, i64 %121
+  %gep = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %121
+  br i1 %45, label %if_then15.i, label %for_begin_d_2.preheader.if_end16_crit_edge.i, !prof !8
+
+for_begin_d_2.preheader.if_end16_crit_edge.i:     ; preds = %for_begin_d_2.preheader.i
+  %.pre.i = load <16 x float>, ptr %gep, align 4, !tbaa !5
+  br label %if_end16.i
+
+for_end_d_0.i:                                    ; preds = %if_end16.1.i
+  %indvars.iv.next63.i = add nuw nsw i64 %indvars.iv62.i, 1
+  %exitcond65.not.i = icmp eq i64 %indvars.iv.next63.i, 32
+  br i1 %exitcond65.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
+
+if_then15.i:                                      ; preds = %for_begin_d_2.preheader.i
+  store <16 x float> zeroinitializer, ptr %gep, align 4, !tbaa !5
+  br label %if_end16.i
+
+if_end16.i:                                       ; preds = %if_then15.i, %for_begin_d_2.preheader.if_end16_crit_edge.i
+  %123 = phi <16 x float> [ %.pre.i, %for_begin_d_2.preheader.if_end16_crit_edge.i ], [ zeroinitializer, %if_then15.i ]
+  %124 = load float, ptr %122, align 4, !tbaa !5
+  %125 = getelementptr i8, ptr %122, i64 8
+  %126 = load float, ptr %125, align 4, !tbaa !5
+  %127 = getelementptr i8, ptr %122, i64 16
+  %128 = load float, ptr %127, align 4, !tbaa !5
+  %129 = getelementptr i8, ptr %122, i64 24
+  %130 = load float, ptr %129, align 4, !tbaa !5
+  %131 = getelementptr i8, ptr %122, i64 32
+  %132 = load float, ptr %131, align 4, !tbaa !5
+  %133 = getelementptr i8, ptr %122, i64 40
+  %134 = load float, ptr %133, align 4, !tbaa !5
+  %135 = getelementptr i8, ptr %122, i64 48
+  %136 = load float, ptr %135, align 4, !tbaa !5
+  %137 = getelementptr i8, ptr %122, i64 56
+  %138 = load float, ptr %137, align 4, !tbaa !5
+  %139 = getelementptr i8, ptr %122, i64 64
+  %140 = load float, ptr %139, align 4, !tbaa !5
+  %141 = getelementptr i8, ptr %122, i64 72
+  %142 = load float, ptr %141, align 4, !tbaa !5
+  %143 = getelementptr i8, ptr %122, i64 80
+  %144 = load float, ptr %143, align 4, !tbaa !5
+  %145 = getelementptr i8, ptr %122, i64 88
+  %146 = load float, ptr %145, align 4, !tbaa !5
+  %147 = getelementptr i8, ptr %122, i64 96
+  %148 = load float, ptr %147, align 4, !tbaa !5
+  %149 = getelementptr i8, ptr %122, i64 104
+  %150 = load float, ptr %149, align 4, !tbaa !5
+  %151 = getelementptr i8, ptr %122, i64 112
+  %152 = load float, ptr %151, align 4, !tbaa !5
+  %153 = getelementptr i8, ptr %122, i64 120
+  %154 = load float, ptr %153, align 4, !tbaa !5
+  %155 = insertelement <16 x float> <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float undef, float undef, float undef, float undef, float undef, float undef>, float %124, i64 0
+  %156 = insertelement <16 x float> %155, float %126, i64 1
+  %157 = insertelement <16 x float> %156, float %128, i64 2
+  %158 = insertelement <16 x float> %157, float %130, i64 3
+  %159 = insertelement <16 x float> %158, float %132, i64 4
+  %160 = insertelement <16 x float> %159, float %134, i64 5
+  %161 = insertelement <16 x float> %160, float %136, i64 6
+  %162 = insertelement <16 x float> %161, float %138, i64 7
+  %163 = insertelement <16 x float> %162, float %140, i64 8
+  %164 = insertelement <16 x float> %163, float %142, i64 9
+  %165 = insertelement <16 x float> %164, float %144, i64 10
+  %166 = insertelement <16 x float> %165, float %146, i64 11
+  %167 = insertelement <16 x float> %166, float %148, i64 12
+  %168 = insertelement <16 x float> %167, float %150, i64 13
+  %169 = insertelement <16 x float> %168, float %152, i64 14
+  %170 = insertelement <16 x float> %169, float %154, i64 15
+  %171 = fmul <16 x float> %118, %123
+  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %170, <16 x float> %171)
+  store <16 x float> %172, ptr %gep, align 4, !tbaa !5
+  %173 = getelementptr inbounds nuw i8, ptr %gep, i64 64
+  br i1 %45, label %if_then15.1.i, label %if_end16.if_end16.1_crit_edge.i, !prof !8
+
+if_end16.if_end16.1_crit_edge.i:                  ; preds = %if_end16.i
+  %.pre88.i = load <16 x float>, ptr %173, align 4, !tbaa !5
+  br label %if_end16.1.i
+
+if_then15.1.i:                                    ; preds = %if_end16.i
+  store <16 x float> zeroinitializer, ptr %173, align 4, !tbaa !5
+  br label %if_end16.1.i
+
+if_end16.1.i:                                     ; preds = %if_then15.1.i, %if_end16.if_end16.1_crit_edge.i
+  %174 = phi <16 x float> [ %.pre88.i, %if_end16.if_end16.1_crit_edge.i ], [ zeroinitializer, %if_then15.1.i ]
+  %175 = getelementptr i8, ptr %122, i64 4
+  %176 = load float, ptr %175, align 4, !tbaa !5
+  %177 = getelementptr i8, ptr %122, i64 12
+  %178 = load float, ptr %177, align 4, !tbaa !5
+  %179 = getelementptr i8, ptr %122, i64 20
+  %180 = load float, ptr %179, align 4, !tbaa !5
+  %181 = getelementptr i8, ptr %122, i64 28
+  %182 = load float, ptr %181, align 4, !tbaa !5
+  %183 = getelementptr i8, ptr %122, i64 36
+  %184 = load float, ptr %183, align 4, !tbaa !5
+  %185 = getelementptr i8, ptr %122, i64 44
+  %186 = load float, ptr %185, align 4, !tbaa !5
+  %187 = getelementptr i8, ptr %122, i64 52
+  %188 = load float, ptr %187, align 4, !tbaa !5
+  %189 = getelementptr i8, ptr %122, i64 60
+  %190 = load float, ptr %189, align 4, !tbaa !5
+  %191 = getelementptr i8, ptr %122, i64 68
+  %192 = load float, ptr %191, align 4, !tbaa !5
+  %193 = getelementptr i8, ptr %122, i64 76
+  %194 = load float, ptr %193, align 4, !tbaa !5
+  %195 = getelementptr i8, ptr %122, i64 84
+  %196 = load float, ptr %195, align 4, !tbaa !5
+  %197 = getelementptr i8, ptr %122, i64 92
+  %198 = load float, ptr %197, align 4, !tbaa !5
+  %199 = getelementptr i8, ptr %122, i64 100
+  %200 = load float, ptr %199, align 4, !tbaa !5
+  %201 = getelementptr i8, ptr %122, i64 108
+  %202 = load float, ptr %201, align 4, !tbaa !5
+  %203 = getelementptr i8, ptr %122, i64 116
+  %204 = load float, ptr %203, align 4, !tbaa !5
+  %205 = getelementptr i8, ptr %122, i64 124
+  %206 = load float, ptr %205, align 4, !tbaa !5
+  %207 = insertelement <16 x float> <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float undef, float undef, float undef, float undef, float undef, float undef>, float %176, i64 0
+  %208 = insertelement <16 x float> %207, float %178, i64 1
+  %209 = insertelement <16 x float> %208, float %180, i64 2
+  %210 = insertelement <16 x float> %209, float %182, i64 3
+  %211 = insertelement <16 x float> %210, float %184, i64 4
+  %212 = insertelement <16 x float> %211, float %186, i64 5
+  %213 = insertelement <16 x float> %212, float %188, i64 6
+  %214 = insertelement <16 x float> %213, float %190, i64 7
+  %215 = insertelement <16 x float> %214, float %192, i64 8
+  %216 = insertelement <16 x float> %215, float %194, i64 9
+  %217 = insertelement <16 x float> %216, float %196, i64 10
+  %218 = insertelement <16 x float> %217, float %198, i64 11
+  %219 = insertelement <16 x float> %218, float %200, i64 12
+  %220 = insertelement <16 x float> %219, float %202, i64 13
+  %221 = insertelement <16 x float> %220, float %204, i64 14
+  %222 = insertelement <16 x float> %221, float %206, i64 15
+  %223 = fmul <16 x float> %118, %174
+  %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %222, <16 x float> %223)
+  store <16 x float> %224, ptr %173, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
+  br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_begin_d_2.preheader.i, !prof !17
 
-for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next64.i = add nuw nsw i64 %indvars.iv63.i, 1
-  %exitcond66.not.i = icmp eq i64 %indvars.iv.next64.i, %wide.trip.count.i
-  br i1 %exitcond66.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+for_begin_d_017.preheader.i:                      ; preds = %for_end_d_019.i, %for_end_step.i
+  %indvars.iv79.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next80.i, %for_end_d_019.i ]
+  %225 = getelementptr inbounds nuw float, ptr %factor41.i, i64 %indvars.iv79.i
+  %226 = load float, ptr %225, align 4, !tbaa !106
+  %227 = insertelement <16 x float> poison, float %226, i64 0
+  %228 = shufflevector <16 x float> %227, <16 x float> poison, <16 x i32> zeroinitializer
+  %229 = mul nsw i64 %indvars.iv79.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %108, i64 %229
+  %.idx = shl nuw nsw i64 %indvars.iv79.i, 9
+  %230 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  br label %for_begin_d_222.preheader.i
 
-for_begin_d_017.preheader.i:                      ; preds = %for_begin_d_017.preheader.i, %for_end_step.i
-  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_017.preheader.i ]
-  %209 = getelementptr inbounds nuw float, ptr %factor36.i, i64 %indvars.iv72.i
-  %210 = load float, ptr %209, align 4, !tbaa !101
-  %211 = insertelement <16 x float> poison, float %210, i64 0
-  %212 = shufflevector <16 x float> %211, <16 x float> poison, <16 x i32> zeroinitializer
-  %213 = mul nsw i64 %indvars.iv72.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %151, i64 %213
-  %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
-  %214 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %215 = load <16 x float>, ptr %214, align 4, !tbaa !5
-  %216 = fmul <16 x float> %215, %212
-  %217 = bitcast <16 x float> %216 to <16 x i32>
-  %218 = lshr <16 x i32> %217, splat (i32 16)
-  %219 = and <16 x i32> %218, splat (i32 1)
-  %220 = add nuw <16 x i32> %217, splat (i32 32767)
-  %221 = add nuw <16 x i32> %220, %219
-  %222 = lshr <16 x i32> %221, splat (i32 16)
-  %223 = trunc nuw <16 x i32> %222 to <16 x i16>
-  store <16 x i16> %223, ptr %invariant.gep.i, align 2, !tbaa !5
-  %224 = getelementptr inbounds nuw i8, ptr %214, i64 64
-  %225 = load <16 x float>, ptr %224, align 4, !tbaa !5
-  %226 = fmul <16 x float> %212, %225
-  %227 = bitcast <16 x float> %226 to <16 x i32>
-  %228 = lshr <16 x i32> %227, splat (i32 16)
-  %229 = and <16 x i32> %228, splat (i32 1)
-  %230 = add nuw <16 x i32> %227, splat (i32 32767)
-  %231 = add nuw <16 x i32> %230, %229
-  %232 = lshr <16 x i32> %231, splat (i32 16)
-  %233 = trunc nuw <16 x i32> %232 to <16 x i16>
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %233, ptr %gep.1.i, align 2, !tbaa !5
-  %234 = getelementptr inbounds nuw i8, ptr %214, i64 128
+for_begin_h27.preheader.i:                        ; preds = %for_end_d_019.i
+  %231 = mul nsw i64 %lse_batch, %cse_v5.i
+  %232 = getelementptr float, ptr %lse, i64 %231
+  br label %for_body_h28.i
+
+for_begin_d_222.preheader.i:                      ; preds = %for_begin_d_222.preheader.i, %for_begin_d_017.preheader.i
+  %indvars.iv74.i = phi i64 [ 0, %for_begin_d_017.preheader.i ], [ %indvars.iv.next75.i, %for_begin_d_222.preheader.i ]
+  %233 = shl nuw nsw i64 %indvars.iv74.i, 5
+  %gep.i = getelementptr i16, ptr %invariant.gep.i, i64 %233
+  %234 = getelementptr inbounds nuw float, ptr %230, i64 %233
   %235 = load <16 x float>, ptr %234, align 4, !tbaa !5
-  %236 = fmul <16 x float> %212, %235
+  %236 = fmul <16 x float> %228, %235
   %237 = bitcast <16 x float> %236 to <16 x i32>
   %238 = lshr <16 x i32> %237, splat (i32 16)
   %239 = and <16 x i32> %238, splat (i32 1)
@@ -5426,164 +5303,207 @@ for_begin_d_017.preheader.i:                      ; preds = %for_begin_d_017.pre
   %241 = add nuw <16 x i32> %240, %239
   %242 = lshr <16 x i32> %241, splat (i32 16)
   %243 = trunc nuw <16 x i32> %242 to <16 x i16>
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %243, ptr %gep.2.i, align 2, !tbaa !5
-  %244 = getelementptr inbounds nuw i8, ptr %214, i64 192
-  %245 = load <16 x float>, ptr %244, align 4, !tbaa !5
-  %246 = fmul <16 x float> %212, %245
-  %247 = bitcast <16 x float> %246 to <16 x i32>
-  %248 = lshr <16 x i32> %247, splat (i32 16)
-  %249 = and <16 x i32> %248, splat (i32 1)
-  %250 = add nuw <16 x i32> %247, splat (i32 32767)
-  %251 = add nuw <16 x i32> %250, %249
-  %252 = lshr <16 x i32> %251, splat (i32 16)
-  %253 = trunc nuw <16 x i32> %252 to <16 x i16>
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %253, ptr %gep.3.i, align 2, !tbaa !5
-  %254 = getelementptr inbounds nuw i8, ptr %214, i64 256
-  %255 = load <16 x float>, ptr %254, align 4, !tbaa !5
-  %256 = fmul <16 x float> %212, %255
-  %257 = bitcast <16 x float> %256 to <16 x i32>
-  %258 = lshr <16 x i32> %257, splat (i32 16)
-  %259 = and <16 x i32> %258, splat (i32 1)
-  %260 = add nuw <16 x i32> %257, splat (i32 32767)
-  %261 = add nuw <16 x i32> %260, %259
-  %262 = lshr <16 x i32> %261, splat (i32 16)
-  %263 = trunc nuw <16 x i32> %262 to <16 x i16>
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %263, ptr %gep.4.i, align 2, !tbaa !5
-  %264 = getelementptr inbounds nuw i8, ptr %214, i64 320
-  %265 = load <16 x float>, ptr %264, align 4, !tbaa !5
-  %266 = fmul <16 x float> %212, %265
-  %267 = bitcast <16 x float> %266 to <16 x i32>
-  %268 = lshr <16 x i32> %267, splat (i32 16)
-  %269 = and <16 x i32> %268, splat (i32 1)
-  %270 = add nuw <16 x i32> %267, splat (i32 32767)
-  %271 = add nuw <16 x i32> %270, %269
-  %272 = lshr <16 x i32> %271, splat (i32 16)
-  %273 = trunc nuw <16 x i32> %272 to <16 x i16>
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %273, ptr %gep.5.i, align 2, !tbaa !5
-  %274 = getelementptr inbounds nuw i8, ptr %214, i64 384
-  %275 = load <16 x float>, ptr %274, align 4, !tbaa !5
-  %276 = fmul <16 x float> %212, %275
-  %277 = bitcast <16 x float> %276 to <16 x i32>
-  %278 = lshr <16 x i32> %277, splat (i32 16)
-  %279 = and <16 x i32> %278, splat (i32 1)
-  %280 = add nuw <16 x i32> %277, splat (i32 32767)
-  %281 = add nuw <16 x i32> %280, %279
-  %282 = lshr <16 x i32> %281, splat (i32 16)
-  %283 = trunc nuw <16 x i32> %282 to <16 x i16>
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %283, ptr %gep.6.i, align 2, !tbaa !5
-  %284 = getelementptr inbounds nuw i8, ptr %214, i64 448
-  %285 = load <16 x float>, ptr %284, align 4, !tbaa !5
-  %286 = fmul <16 x float> %212, %285
-  %287 = bitcast <16 x float> %286 to <16 x i32>
-  %288 = lshr <16 x i32> %287, splat (i32 16)
-  %289 = and <16 x i32> %288, splat (i32 1)
-  %290 = add nuw <16 x i32> %287, splat (i32 32767)
-  %291 = add nuw <16 x i32> %290, %289
-  %292 = lshr <16 x i32> %291, splat (i32 16)
-  %293 = trunc nuw <16 x i32> %292 to <16 x i16>
-  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %293, ptr %gep.7.i, align 2, !tbaa !5
-  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
-  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
-  br i1 %exitcond75.not.i, label %for_begin_h22.preheader.i, label %for_begin_d_017.preheader.i, !prof !17
+  %244 = extractelement <16 x i16> %243, i64 0
+  store i16 %244, ptr %gep.i, align 2, !tbaa !5
+  %245 = getelementptr i8, ptr %gep.i, i64 4
+  %246 = extractelement <16 x i16> %243, i64 1
+  store i16 %246, ptr %245, align 2, !tbaa !5
+  %247 = getelementptr i8, ptr %gep.i, i64 8
+  %248 = extractelement <16 x i16> %243, i64 2
+  store i16 %248, ptr %247, align 2, !tbaa !5
+  %249 = getelementptr i8, ptr %gep.i, i64 12
+  %250 = extractelement <16 x i16> %243, i64 3
+  store i16 %250, ptr %249, align 2, !tbaa !5
+  %251 = getelementptr i8, ptr %gep.i, i64 16
+  %252 = extractelement <16 x i16> %243, i64 4
+  store i16 %252, ptr %251, align 2, !tbaa !5
+  %253 = getelementptr i8, ptr %gep.i, i64 20
+  %254 = extractelement <16 x i16> %243, i64 5
+  store i16 %254, ptr %253, align 2, !tbaa !5
+  %255 = getelementptr i8, ptr %gep.i, i64 24
+  %256 = extractelement <16 x i16> %243, i64 6
+  store i16 %256, ptr %255, align 2, !tbaa !5
+  %257 = getelementptr i8, ptr %gep.i, i64 28
+  %258 = extractelement <16 x i16> %243, i64 7
+  store i16 %258, ptr %257, align 2, !tbaa !5
+  %259 = getelementptr i8, ptr %gep.i, i64 32
+  %260 = extractelement <16 x i16> %243, i64 8
+  store i16 %260, ptr %259, align 2, !tbaa !5
+  %261 = getelementptr i8, ptr %gep.i, i64 36
+  %262 = extractelement <16 x i16> %243, i64 9
+  store i16 %262, ptr %261, align 2, !tbaa !5
+  %263 = getelementptr i8, ptr %gep.i, i64 40
+  %264 = extractelement <16 x i16> %243, i64 10
+  store i16 %264, ptr %263, align 2, !tbaa !5
+  %265 = getelementptr i8, ptr %gep.i, i64 44
+  %266 = extractelement <16 x i16> %243, i64 11
+  store i16 %266, ptr %265, align 2, !tbaa !5
+  %267 = getelementptr i8, ptr %gep.i, i64 48
+  %268 = extractelement <16 x i16> %243, i64 12
+  store i16 %268, ptr %267, align 2, !tbaa !5
+  %269 = getelementptr i8, ptr %gep.i, i64 52
+  %270 = extractelement <16 x i16> %243, i64 13
+  store i16 %270, ptr %269, align 2, !tbaa !5
+  %271 = getelementptr i8, ptr %gep.i, i64 56
+  %272 = extractelement <16 x i16> %243, i64 14
+  store i16 %272, ptr %271, align 2, !tbaa !5
+  %273 = getelementptr i8, ptr %gep.i, i64 60
+  %274 = extractelement <16 x i16> %243, i64 15
+  store i16 %274, ptr %273, align 2, !tbaa !5
+  %275 = getelementptr inbounds nuw i8, ptr %234, i64 64
+  %276 = load <16 x float>, ptr %275, align 4, !tbaa !5
+  %277 = fmul <16 x float> %228, %276
+  %278 = bitcast <16 x float> %277 to <16 x i32>
+  %279 = lshr <16 x i32> %278, splat (i32 16)
+  %280 = and <16 x i32> %279, splat (i32 1)
+  %281 = add nuw <16 x i32> %278, splat (i32 32767)
+  %282 = add nuw <16 x i32> %281, %280
+  %283 = lshr <16 x i32> %282, splat (i32 16)
+  %284 = trunc nuw <16 x i32> %283 to <16 x i16>
+  %285 = getelementptr i8, ptr %gep.i, i64 2
+  %286 = extractelement <16 x i16> %284, i64 0
+  store i16 %286, ptr %285, align 2, !tbaa !5
+  %287 = getelementptr i8, ptr %gep.i, i64 6
+  %288 = extractelement <16 x i16> %284, i64 1
+  store i16 %288, ptr %287, align 2, !tbaa !5
+  %289 = getelementptr i8, ptr %gep.i, i64 10
+  %290 = extractelement <16 x i16> %284, i64 2
+  store i16 %290, ptr %289, align 2, !tbaa !5
+  %291 = getelementptr i8, ptr %gep.i, i64 14
+  %292 = extractelement <16 x i16> %284, i64 3
+  store i16 %292, ptr %291, align 2, !tbaa !5
+  %293 = getelementptr i8, ptr %gep.i, i64 18
+  %294 = extractelement <16 x i16> %284, i64 4
+  store i16 %294, ptr %293, align 2, !tbaa !5
+  %295 = getelementptr i8, ptr %gep.i, i64 22
+  %296 = extractelement <16 x i16> %284, i64 5
+  store i16 %296, ptr %295, align 2, !tbaa !5
+  %297 = getelementptr i8, ptr %gep.i, i64 26
+  %298 = extractelement <16 x i16> %284, i64 6
+  store i16 %298, ptr %297, align 2, !tbaa !5
+  %299 = getelementptr i8, ptr %gep.i, i64 30
+  %300 = extractelement <16 x i16> %284, i64 7
+  store i16 %300, ptr %299, align 2, !tbaa !5
+  %301 = getelementptr i8, ptr %gep.i, i64 34
+  %302 = extractelement <16 x i16> %284, i64 8
+  store i16 %302, ptr %301, align 2, !tbaa !5
+  %303 = getelementptr i8, ptr %gep.i, i64 38
+  %304 = extractelement <16 x i16> %284, i64 9
+  store i16 %304, ptr %303, align 2, !tbaa !5
+  %305 = getelementptr i8, ptr %gep.i, i64 42
+  %306 = extractelement <16 x i16> %284, i64 10
+  store i16 %306, ptr %305, align 2, !tbaa !5
+  %307 = getelementptr i8, ptr %gep.i, i64 46
+  %308 = extractelement <16 x i16> %284, i64 11
+  store i16 %308, ptr %307, align 2, !tbaa !5
+  %309 = getelementptr i8, ptr %gep.i, i64 50
+  %310 = extractelement <16 x i16> %284, i64 12
+  store i16 %310, ptr %309, align 2, !tbaa !5
+  %311 = getelementptr i8, ptr %gep.i, i64 54
+  %312 = extractelement <16 x i16> %284, i64 13
+  store i16 %312, ptr %311, align 2, !tbaa !5
+  %313 = getelementptr i8, ptr %gep.i, i64 58
+  %314 = extractelement <16 x i16> %284, i64 14
+  store i16 %314, ptr %313, align 2, !tbaa !5
+  %315 = getelementptr i8, ptr %gep.i, i64 62
+  %316 = extractelement <16 x i16> %284, i64 15
+  store i16 %316, ptr %315, align 2, !tbaa !5
+  %indvars.iv.next75.i = add nuw nsw i64 %indvars.iv74.i, 1
+  %exitcond78.not.i = icmp eq i64 %indvars.iv.next75.i, 4
+  br i1 %exitcond78.not.i, label %for_end_d_019.i, label %for_begin_d_222.preheader.i, !prof !17
 
-for_begin_h22.preheader.i:                        ; preds = %for_begin_d_017.preheader.i
-  %294 = mul nsw i64 %lse_batch, %cse_v5.i
-  %295 = getelementptr float, ptr %lse, i64 %294
-  br label %for_body_h23.i
+for_end_d_019.i:                                  ; preds = %for_begin_d_222.preheader.i
+  %indvars.iv.next80.i = add nuw nsw i64 %indvars.iv79.i, 1
+  %exitcond82.not.i = icmp eq i64 %indvars.iv.next80.i, 32
+  br i1 %exitcond82.not.i, label %for_begin_h27.preheader.i, label %for_begin_d_017.preheader.i, !prof !17
 
-for_body_h23.i:                                   ; preds = %if_end28.i.3, %for_begin_h22.preheader.i
-  %indvars.iv76.i = phi i64 [ 0, %for_begin_h22.preheader.i ], [ %indvars.iv.next77.i.3, %if_end28.i.3 ]
-  %296 = getelementptr inbounds nuw float, ptr %row_sum37.i, i64 %indvars.iv76.i
-  %297 = load float, ptr %296, align 16, !tbaa !102
-  %298 = fcmp oeq float %297, 0.000000e+00
-  br i1 %298, label %if_end28.i, label %if_else.i
+for_body_h28.i:                                   ; preds = %if_end33.i.3, %for_begin_h27.preheader.i
+  %indvars.iv83.i = phi i64 [ 0, %for_begin_h27.preheader.i ], [ %indvars.iv.next84.i.3, %if_end33.i.3 ]
+  %317 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv83.i
+  %318 = load float, ptr %317, align 16, !tbaa !107
+  %319 = fcmp oeq float %318, 0.000000e+00
+  br i1 %319, label %if_end33.i, label %if_else.i
 
-for_end_h24.i:                                    ; preds = %if_end28.i.3
-  %299 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %300 = tail call i32 %299(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %300, 0
+for_end_h29.i:                                    ; preds = %if_end33.i.3
+  %320 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %321 = tail call i32 %320(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %321, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-if_else.i:                                        ; preds = %for_body_h23.i
-  %301 = tail call float @llvm.log.f32(float %297)
-  %302 = getelementptr inbounds nuw float, ptr %row_max38.i, i64 %indvars.iv76.i
-  %303 = load float, ptr %302, align 16, !tbaa !104
-  %304 = fadd float %301, %303
-  br label %if_end28.i
+if_else.i:                                        ; preds = %for_body_h28.i
+  %322 = tail call float @llvm.log.f32(float %318)
+  %323 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv83.i
+  %324 = load float, ptr %323, align 16, !tbaa !109
+  %325 = fadd float %322, %324
+  br label %if_end33.i
 
-if_end28.i:                                       ; preds = %if_else.i, %for_body_h23.i
-  %305 = phi float [ %304, %if_else.i ], [ 0xFFF0000000000000, %for_body_h23.i ]
-  %306 = getelementptr float, ptr %295, i64 %indvars.iv76.i
-  store float %305, ptr %306, align 4, !tbaa !5
-  %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
-  %307 = getelementptr inbounds nuw float, ptr %row_sum37.i, i64 %indvars.iv.next77.i
-  %308 = load float, ptr %307, align 4, !tbaa !102
-  %309 = fcmp oeq float %308, 0.000000e+00
-  br i1 %309, label %if_end28.i.1, label %if_else.i.1
+if_end33.i:                                       ; preds = %if_else.i, %for_body_h28.i
+  %326 = phi float [ %325, %if_else.i ], [ 0xFFF0000000000000, %for_body_h28.i ]
+  %327 = getelementptr float, ptr %232, i64 %indvars.iv83.i
+  store float %326, ptr %327, align 4, !tbaa !5
+  %indvars.iv.next84.i = or disjoint i64 %indvars.iv83.i, 1
+  %328 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next84.i
+  %329 = load float, ptr %328, align 4, !tbaa !107
+  %330 = fcmp oeq float %329, 0.000000e+00
+  br i1 %330, label %if_end33.i.1, label %if_else.i.1
 
-if_else.i.1:                                      ; preds = %if_end28.i
-  %310 = tail call float @llvm.log.f32(float %308)
-  %311 = getelementptr inbounds nuw float, ptr %row_max38.i, i64 %indvars.iv.next77.i
-  %312 = load float, ptr %311, align 4, !tbaa !104
-  %313 = fadd float %310, %312
-  br label %if_end28.i.1
+if_else.i.1:                                      ; preds = %if_end33.i
+  %331 = tail call float @llvm.log.f32(float %329)
+  %332 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next84.i
+  %333 = load float, ptr %332, align 4, !tbaa !109
+  %334 = fadd float %331, %333
+  br label %if_end33.i.1
 
-if_end28.i.1:                                     ; preds = %if_else.i.1, %if_end28.i
-  %314 = phi float [ %313, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end28.i ]
-  %315 = getelementptr float, ptr %295, i64 %indvars.iv.next77.i
-  store float %314, ptr %315, align 4, !tbaa !5
-  %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
-  %316 = getelementptr inbounds nuw float, ptr %row_sum37.i, i64 %indvars.iv.next77.i.1
-  %317 = load float, ptr %316, align 8, !tbaa !102
-  %318 = fcmp oeq float %317, 0.000000e+00
-  br i1 %318, label %if_end28.i.2, label %if_else.i.2
+if_end33.i.1:                                     ; preds = %if_else.i.1, %if_end33.i
+  %335 = phi float [ %334, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end33.i ]
+  %336 = getelementptr float, ptr %232, i64 %indvars.iv.next84.i
+  store float %335, ptr %336, align 4, !tbaa !5
+  %indvars.iv.next84.i.1 = or disjoint i64 %indvars.iv83.i, 2
+  %337 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next84.i.1
+  %338 = load float, ptr %337, align 8, !tbaa !107
+  %339 = fcmp oeq float %338, 0.000000e+00
+  br i1 %339, label %if_end33.i.2, label %if_else.i.2
 
-if_else.i.2:                                      ; preds = %if_end28.i.1
-  %319 = tail call float @llvm.log.f32(float %317)
-  %320 = getelementptr inbounds nuw float, ptr %row_max38.i, i64 %indvars.iv.next77.i.1
-  %321 = load float, ptr %320, align 8, !tbaa !104
-  %322 = fadd float %319, %321
-  br label %if_end28.i.2
+if_else.i.2:                                      ; preds = %if_end33.i.1
+  %340 = tail call float @llvm.log.f32(float %338)
+  %341 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next84.i.1
+  %342 = load float, ptr %341, align 8, !tbaa !109
+  %343 = fadd float %340, %342
+  br label %if_end33.i.2
 
-if_end28.i.2:                                     ; preds = %if_else.i.2, %if_end28.i.1
-  %323 = phi float [ %322, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end28.i.1 ]
-  %324 = getelementptr float, ptr %295, i64 %indvars.iv.next77.i.1
-  store float %323, ptr %324, align 4, !tbaa !5
-  %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
-  %325 = getelementptr inbounds nuw float, ptr %row_sum37.i, i64 %indvars.iv.next77.i.2
-  %326 = load float, ptr %325, align 4, !tbaa !102
-  %327 = fcmp oeq float %326, 0.000000e+00
-  br i1 %327, label %if_end28.i.3, label %if_else.i.3
+if_end33.i.2:                                     ; preds = %if_else.i.2, %if_end33.i.1
+  %344 = phi float [ %343, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end33.i.1 ]
+  %345 = getelementptr float, ptr %232, i64 %indvars.iv.next84.i.1
+  store float %344, ptr %345, align 4, !tbaa !5
+  %indvars.iv.next84.i.2 = or disjoint i64 %indvars.iv83.i, 3
+  %346 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next84.i.2
+  %347 = load float, ptr %346, align 4, !tbaa !107
+  %348 = fcmp oeq float %347, 0.000000e+00
+  br i1 %348, label %if_end33.i.3, label %if_else.i.3
 
-if_else.i.3:                                      ; preds = %if_end28.i.2
-  %328 = tail call float @llvm.log.f32(float %326)
-  %329 = getelementptr inbounds nuw float, ptr %row_max38.i, i64 %indvars.iv.next77.i.2
-  %330 = load float, ptr %329, align 4, !tbaa !104
-  %331 = fadd float %328, %330
-  br label %if_end28.i.3
+if_else.i.3:                                      ; preds = %if_end33.i.2
+  %349 = tail call float @llvm.log.f32(float %347)
+  %350 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next84.i.2
+  %351 = load float, ptr %350, align 4, !tbaa !109
+  %352 = fadd float %349, %351
+  br label %if_end33.i.3
 
-if_end28.i.3:                                     ; preds = %if_else.i.3, %if_end28.i.2
-  %332 = phi float [ %331, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end28.i.2 ]
-  %333 = getelementptr float, ptr %295, i64 %indvars.iv.next77.i.2
-  store float %332, ptr %333, align 4, !tbaa !5
-  %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
-  %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_h24.i, label %for_body_h23.i, !prof !17, !llvm.loop !106
+if_end33.i.3:                                     ; preds = %if_else.i.3, %if_end33.i.2
+  %353 = phi float [ %352, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end33.i.2 ]
+  %354 = getelementptr float, ptr %232, i64 %indvars.iv.next84.i.2
+  store float %353, ptr %354, align 4, !tbaa !5
+  %indvars.iv.next84.i.3 = add nuw nsw i64 %indvars.iv83.i, 4
+  %exitcond86.not.i.3 = icmp eq i64 %indvars.iv.next84.i.3, 32
+  br i1 %exitcond86.not.i.3, label %for_end_h29.i, label %for_body_h28.i, !prof !17, !llvm.loop !111
 
-merge_partials_compute_.exit:                     ; preds = %for_end_h24.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_h24.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta32.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha33.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor36.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum37.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max38.i)
+merge_partials_compute_.exit:                     ; preds = %for_end_h29.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_h29.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor41.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum42.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max43.i)
   ret i32 %common.ret.op.i
 }
 
@@ -5875,30 +5795,34 @@ attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !78 = !{!"buffer3", !7, i64 0}
 !79 = !{!78, !78, i64 0}
 !80 = !{!69, !69, i64 0}
-!81 = !{!82, !82, i64 0}
-!82 = !{!"buffer4.w128.b0", !83, i64 0}
-!83 = !{!"buffer4.w256.b0", !84, i64 0}
-!84 = !{!"buffer4.w512.b0", !85, i64 0}
-!85 = !{!"buffer4.w1024.b0", !86, i64 0}
-!86 = !{!"buffer4", !7, i64 0}
-!87 = !{!88, !88, i64 0}
-!88 = !{!"buffer5.w128.b0", !89, i64 0}
-!89 = !{!"buffer5.w256.b0", !90, i64 0}
-!90 = !{!"buffer5.w512.b0", !91, i64 0}
-!91 = !{!"buffer5.w1024.b0", !92, i64 0}
-!92 = !{!"buffer5", !7, i64 0}
-!93 = !{!92, !92, i64 0}
-!94 = !{!86, !86, i64 0}
-!95 = !{!96, !96, i64 0}
-!96 = !{!"buffer6.w128.b0", !97, i64 0}
-!97 = !{!"buffer6.w256.b0", !98, i64 0}
-!98 = !{!"buffer6.w512.b0", !99, i64 0}
-!99 = !{!"buffer6.w1024.b0", !100, i64 0}
-!100 = !{!"buffer6", !7, i64 0}
-!101 = !{!100, !100, i64 0}
-!102 = !{!103, !103, i64 0}
-!103 = !{!"buffer7", !7, i64 0}
-!104 = !{!105, !105, i64 0}
-!105 = !{!"buffer8", !7, i64 0}
-!106 = distinct !{!106, !107}
-!107 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!81 = distinct !{!81, !82}
+!82 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!83 = distinct !{!83, !82}
+!84 = distinct !{!84, !82}
+!85 = distinct !{!85, !82}
+!86 = !{!87, !87, i64 0}
+!87 = !{!"buffer4.w128.b0", !88, i64 0}
+!88 = !{!"buffer4.w256.b0", !89, i64 0}
+!89 = !{!"buffer4.w512.b0", !90, i64 0}
+!90 = !{!"buffer4.w1024.b0", !91, i64 0}
+!91 = !{!"buffer4", !7, i64 0}
+!92 = !{!93, !93, i64 0}
+!93 = !{!"buffer5.w128.b0", !94, i64 0}
+!94 = !{!"buffer5.w256.b0", !95, i64 0}
+!95 = !{!"buffer5.w512.b0", !96, i64 0}
+!96 = !{!"buffer5.w1024.b0", !97, i64 0}
+!97 = !{!"buffer5", !7, i64 0}
+!98 = !{!99, !99, i64 0}
+!99 = !{!"buffer6.w128.b0", !100, i64 0}
+!100 = !{!"buffer6.w256.b0", !101, i64 0}
+!101 = !{!"buffer6.w512.b0", !102, i64 0}
+!102 = !{!"buffer6.w1024.b0", !103, i64 0}
+!103 = !{!"buffer6", !7, i64 0}
+!104 = !{!97, !97, i64 0}
+!105 = !{!91, !91, i64 0}
+!106 = !{!103, !103, i64 0}
+!107 = !{!108, !108, i64 0}
+!108 = !{!"buffer7", !7, i64 0}
+!109 = !{!110, !110, i64 0}
+!110 = !{!"buffer8", !7, i64 0}
+!111 = distinct !{!111, !82}

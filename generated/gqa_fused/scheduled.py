@@ -70,17 +70,17 @@ class Module:
                                     cache[T.Div(target, T.int64(16)), T.truncmod(target, T.int64(16)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def fused_decode(query: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), value_cache: T.Buffer((v_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), k_block: T.int64, k_slot: T.int64, k_head: T.int64, v_block: T.int64, v_slot: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
+    def fused_decode(query: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                q_tile = T.sblock_alloc_buffer((8, 4, 128))
+                q_tile = T.sblock_alloc_buffer((8, 4, 4, 2, 16))
                 row_max = T.sblock_alloc_buffer((8, 4))
                 row_sum = T.sblock_alloc_buffer((8, 4))
-                acc = T.sblock_alloc_buffer((8, 4, 128))
+                acc = T.sblock_alloc_buffer((8, 4, 4, 2, 16))
                 seq: T.let[T.int32] = batch_start + vs
                 range_begin: T.let[T.int32] = block_begin * 16
                 range_len: T.let[T.int32] = T.max(T.min(block_end * 16, context_lens[seq]) - range_begin, 0)
@@ -94,15 +94,15 @@ class Module:
                         head_start: T.let[T.int32] = vtile * 4 + row_start
                         with T.sblock("load_query"):
                             T.reads(query[seq, head_start:head_start + (4 - T.max(row_start, 0)), 0:128])
-                            T.writes(q_tile[vtile, 0:4, 0:128])
-                            for r, d_0 in T.grid(4, 8):
+                            T.writes(q_tile[vtile, 0:4, 0:4, 0:2, 0:16])
+                            for r, d_0, d_2 in T.grid(4, 4, 2):
                                 for d_1 in T.vectorized(16):
                                     with T.sblock("q_tile"):
                                         vr = T.axis.spatial(4, r)
-                                        vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                        vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
                                         T.reads(query[seq, head_start + vr, vd])
-                                        T.writes(q_tile[vtile, vr, vd])
-                                        q_tile[vtile, vr, vd] = T.if_then_else(vr < T.min(4 - row_start, 4), T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
+                                        T.writes(q_tile[vtile, vr, vd // 32, vd % 2, vd % 32 // 2])
+                                        q_tile[vtile, vr, vd // 32, vd % 2, vd % 32 // 2] = T.if_then_else(vr < T.min(4 - row_start, 4), T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
@@ -124,17 +124,21 @@ class Module:
                                     T.reads(block_table[seq, T.min(tile_start + vt, last_token) // 16])
                                     T.writes(key_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last_token)
-                                    key_offsets[vt] = T.Cast("int64", block_table[seq, token // 16]) * k_block + T.Cast("int64", token % 16) * k_slot
-                        with T.sblock("token_offsets_1"):
+                                    block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 16])
+                                    slot: T.let[T.int32] = token % 16
+                                    key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
+                        with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
                             T.writes(value_offsets[0:256])
                             for t in range(num_offsets):
-                                with T.sblock("offset_1"):
+                                with T.sblock("offset"):
                                     vt = T.axis.spatial(256, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last_token) // 16])
                                     T.writes(value_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last_token)
-                                    value_offsets[vt] = T.Cast("int64", block_table[seq, token // 16]) * v_block + T.Cast("int64", token % 16) * v_slot
+                                    block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 16])
+                                    slot: T.let[T.int32] = token % 16
+                                    value_offsets[vt] = block * v_block + T.Cast("int64", slot) * v_row
                         for kv_head in range(8):
                             with T.sblock("kv_head"):
                                 vkv = T.axis.spatial(8, kv_head)
@@ -156,54 +160,56 @@ class Module:
                                         probs = T.sblock_alloc_buffer((1, 4, 128))
                                         tile_max = T.sblock_alloc_buffer((1, 4))
                                         tile_sum = T.sblock_alloc_buffer((1, 4))
-                                        tile_acc = T.sblock_alloc_buffer((1, 4, 128))
+                                        tile_acc = T.sblock_alloc_buffer((1, 4, 4, 2, 16))
                                         tile_index: T.let[T.int32] = vkv + vgt
                                         with T.sblock("qk_matmul"):
-                                            T.reads(q_tile[tile_index, 0:4, 0:128], key_cache[0:k_span], key_cache[0:k_span], key_offsets[0:256])
+                                            T.reads(q_tile[tile_index, 0:4, 0:4, 0:2, 0:16], key_cache[0:k_span], key_cache[0:k_span], key_offsets[0:256])
                                             T.writes(scores[0, 0:4, 0:128])
                                             scores_rf = T.sblock_alloc_buffer((1, 4, 128, 16))
                                             scores_rf_global = T.sblock_alloc_buffer((1, 4, 128, 16))
                                             for to_m in range((valid_len + 16 - 1) // 16):
-                                                for ti_0_m in range(8):
-                                                    for ti_1, li in T.grid(2, 4):
+                                                for n_0_m in range(8):
+                                                    for n_1 in range(8):
                                                         with T.sblock("prefetch_keys"):
-                                                            vt = T.axis.spatial(128, to_m * 16 + ti_0_m * 2 + ti_1)
-                                                            vl = T.axis.spatial(4, li)
+                                                            vo = T.axis.spatial(8, to_m)
+                                                            vn = T.axis.spatial(64, n_0_m * 8 + n_1)
                                                             T.reads(key_offsets[0:256])
                                                             T.writes()
-                                                            T.prefetch(T.address_of(key_cache[key_offsets[ahead_t + vt] + ahead_head * k_head + T.int64(32) * T.Cast("int64", vl)]), 0, 2, 1)
+                                                            number: T.let[T.int32] = ahead_t * 4 + vo * 64 + vn
+                                                            T.prefetch(T.address_of(key_cache[key_offsets[number // 4] + ahead_head * k_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
                                                     for ax2_0 in range(1):
                                                         for ax1_1_init in T.unroll(2):
                                                             for ax2_1_init in T.unroll(4):
                                                                 for ax0_init in T.vectorized(16):
                                                                     with T.sblock("scores_rf_init"):
                                                                         vd_1 = T.axis.spatial(16, ax0_init)
-                                                                        vt = T.axis.spatial(128, to_m * 16 + ti_0_m * 2 + ax1_1_init)
+                                                                        vt = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax1_1_init)
                                                                         vr = T.axis.spatial(4, ax2_0 * 4 + ax2_1_init)
                                                                         T.where(to_m < 8)
                                                                         T.reads()
                                                                         T.writes(scores_rf_global[0, vr, vt, vd_1])
                                                                         scores_rf_global[0, vr, vt, vd_1] = T.float32(0.0)
-                                                        for ax3 in range(8):
-                                                            for ax1_1 in T.unroll(2):
-                                                                for ax2_1 in T.unroll(4):
-                                                                    for ax0 in T.vectorized(16):
-                                                                        with T.sblock("scores_rf_update"):
-                                                                            vd_1 = T.axis.spatial(16, ax0)
-                                                                            vt = T.axis.spatial(128, to_m * 16 + ti_0_m * 2 + ax1_1)
-                                                                            vr = T.axis.spatial(4, ax2_0 * 4 + ax2_1)
-                                                                            vd_0 = T.axis.reduce(8, ax3)
-                                                                            T.where(to_m < 8)
-                                                                            T.reads(scores_rf_global[0, vr, vt, vd_1], q_tile[tile_index, vr, vd_0 * 16 + vd_1], key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd_0 * 16 + vd_1)], key_offsets[vt])
-                                                                            T.writes(scores_rf_global[0, vr, vt, vd_1])
-                                                                            scores_rf_global[0, vr, vt, vd_1] = scores_rf_global[0, vr, vt, vd_1] + q_tile[tile_index, vr, vd_0 * 16 + vd_1] * T.Cast("float32", key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd_0 * 16 + vd_1)])
+                                                        for ax3 in range(4):
+                                                            for ax4 in T.unroll(2):
+                                                                for ax1_1 in T.unroll(2):
+                                                                    for ax2_1 in T.unroll(4):
+                                                                        for ax0 in T.vectorized(16):
+                                                                            with T.sblock("scores_rf_update"):
+                                                                                vd_1 = T.axis.spatial(16, ax0)
+                                                                                vt = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax1_1)
+                                                                                vr = T.axis.spatial(4, ax2_0 * 4 + ax2_1)
+                                                                                vd_0, vd_2 = T.axis.remap("RR", [ax3, ax4])
+                                                                                T.where(to_m < 8)
+                                                                                T.reads(scores_rf_global[0, vr, vt, vd_1], q_tile[tile_index, vr, (vd_0 * 32 + vd_1 * 2 + vd_2) // 32, (vd_0 * 32 + vd_1 * 2 + vd_2) % 2, (vd_0 * 32 + vd_1 * 2 + vd_2) % 32 // 2], key_cache[T.Cast("int64", vd_0 * 32 + vd_1 * 2 + vd_2) // T.int64(2) + key_offsets[vt] + k_now], key_offsets[vt])
+                                                                                T.writes(scores_rf_global[0, vr, vt, vd_1])
+                                                                                scores_rf_global[0, vr, vt, vd_1] = scores_rf_global[0, vr, vt, vd_1] + q_tile[tile_index, vr, (vd_0 * 32 + vd_1 * 2 + vd_2) // 32, (vd_0 * 32 + vd_1 * 2 + vd_2) % 2, (vd_0 * 32 + vd_1 * 2 + vd_2) % 32 // 2] * T.reinterpret("float32", T.Select((vd_0 * 32 + vd_1 * 2 + vd_2) % 2 == 0, key_cache[key_offsets[vt] + k_now + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] << 16, key_cache[key_offsets[vt] + k_now + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] & -65536))
                                                         for ax0 in range(1):
                                                             for ax1 in T.unroll(4):
                                                                 for ax2 in T.unroll(2):
                                                                     for ax3 in T.vectorized(16):
                                                                         with T.sblock("scores.rf_global"):
                                                                             v0, v1 = T.axis.remap("SS", [ax0, ax1])
-                                                                            v2 = T.axis.spatial(128, to_m * 16 + ti_0_m * 2 + ax2)
+                                                                            v2 = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax2)
                                                                             v3 = T.axis.spatial(16, ax3)
                                                                             T.where(to_m < 8)
                                                                             T.reads(scores_rf_global[v0, v1, v2, v3])
@@ -329,7 +335,7 @@ class Module:
                                                         high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
                                                         series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
                                                         power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                                                        probs[0, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                                        probs[0, vr, vt] = T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power)
                                             for r in range(4):
                                                 for ax0_init in T.vectorized(16):
                                                     for ax2_init in range(1):
@@ -370,21 +376,22 @@ class Module:
                                                         tile_sum[0, vr] = tile_sum[0, vr] + tile_sum_rf[0, vr, vti]
                                         with T.sblock("pv_matmul"):
                                             T.reads(probs[0, 0:4, 0:128], value_cache[0:v_span], value_cache[0:v_span], value_offsets[0:256])
-                                            T.writes(tile_acc[0, 0:4, 0:128])
-                                            full_acc = T.sblock_alloc_buffer((4, 128))
+                                            T.writes(tile_acc[0, 0:4, 0:4, 0:2, 0:16])
+                                            full_acc = T.sblock_alloc_buffer((4, 4, 2, 16))
                                             fetched = T.sblock_alloc_buffer((128, 4), "int8")
-                                            full_acc_global = T.sblock_alloc_buffer((4, 128))
+                                            full_acc_global = T.sblock_alloc_buffer((4, 4, 2, 16))
                                             num_full: T.let[T.int32] = valid_len // 16
                                             for r_0, d_0 in T.grid(1, 4):
-                                                for r_1_init in T.unroll(4):
-                                                    for d_1_init in T.unroll(2):
-                                                        for d_2_init in T.vectorized(16):
-                                                            with T.sblock("full_groups_init"):
-                                                                vr = T.axis.spatial(4, r_0 * 4 + r_1_init)
-                                                                vd = T.axis.spatial(128, d_0 * 32 + d_1_init * 16 + d_2_init)
-                                                                T.reads()
-                                                                T.writes(full_acc_global[vr, vd])
-                                                                full_acc_global[vr, vd] = T.float32(0.0)
+                                                for d_1_init in T.unroll(1):
+                                                    for d_3_init in T.unroll(2):
+                                                        for r_1_init in T.unroll(4):
+                                                            for d_2_init in T.vectorized(16):
+                                                                with T.sblock("full_groups_init"):
+                                                                    vr = T.axis.spatial(4, r_0 * 4 + r_1_init)
+                                                                    vd = T.axis.spatial(128, d_0 * 32 + d_1_init * 32 + d_2_init * 2 + d_3_init)
+                                                                    T.reads()
+                                                                    T.writes(full_acc_global[vr, vd // 32, vd % 2, vd % 32 // 2])
+                                                                    full_acc_global[vr, vd // 32, vd % 2, vd % 32 // 2] = T.float32(0.0)
                                                 for to in range(num_full):
                                                     for ax0, ax1, ax2 in T.grid(1, 16, 1):
                                                         with T.sblock("prefetch_values"):
@@ -394,49 +401,51 @@ class Module:
                                                             T.where(to < 8)
                                                             T.reads(value_offsets[0:256])
                                                             T.writes(fetched[vo * 16 + vi, vl])
-                                                            number: T.let[T.int32] = (vl * num_full + vo) * 16 + vi
-                                                            ahead: T.let[T.int64] = ahead_head * v_head + T.int64(32) * T.Cast("int64", number % 4)
-                                                            T.prefetch(T.address_of(value_cache[value_offsets[ahead_t + number // 4] + ahead]), 0, 2, 1)
+                                                            number: T.let[T.int32] = ahead_t * 4 + (vl * num_full + vo) * 16 + vi
+                                                            T.prefetch(T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
                                                     for ti in T.unroll(16):
-                                                        for r_1 in T.unroll(4):
-                                                            for d_1 in T.unroll(2):
-                                                                for d_2 in T.vectorized(16):
-                                                                    with T.sblock("full_groups_update"):
-                                                                        vt = T.axis.reduce(128, to * 16 + ti)
-                                                                        vr = T.axis.spatial(4, r_0 * 4 + r_1)
-                                                                        vd = T.axis.spatial(128, d_0 * 32 + d_1 * 16 + d_2)
-                                                                        T.reads(full_acc_global[vr, vd], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt, vd // 32])
-                                                                        T.writes(full_acc_global[vr, vd])
-                                                                        full_acc_global[vr, vd] = full_acc_global[vr, vd] + probs[0, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd)])
+                                                        for d_1 in T.unroll(1):
+                                                            for d_3 in T.unroll(2):
+                                                                for r_1 in T.unroll(4):
+                                                                    for d_2 in T.vectorized(16):
+                                                                        with T.sblock("full_groups_update"):
+                                                                            vt = T.axis.reduce(128, to * 16 + ti)
+                                                                            vr = T.axis.spatial(4, r_0 * 4 + r_1)
+                                                                            vd = T.axis.spatial(128, d_0 * 32 + d_1 * 32 + d_2 * 2 + d_3)
+                                                                            T.reads(full_acc_global[vr, vd // 32, vd % 2, vd % 32 // 2], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt, vd * 4 // 128])
+                                                                            T.writes(full_acc_global[vr, vd // 32, vd % 2, vd % 32 // 2])
+                                                                            full_acc_global[vr, vd // 32, vd % 2, vd % 32 // 2] = full_acc_global[vr, vd // 32, vd % 2, vd % 32 // 2] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] & -65536))
                                                 for ax0 in T.unroll(4):
-                                                    for ax1_0 in T.unroll(2):
-                                                        for ax1_1 in T.vectorized(16):
-                                                            with T.sblock("full_acc_global"):
-                                                                v0 = T.axis.spatial(4, ax0)
-                                                                v1 = T.axis.spatial(128, d_0 * 32 + ax1_0 * 16 + ax1_1)
-                                                                T.reads(full_acc_global[v0, v1])
-                                                                T.writes(full_acc[v0, v1])
-                                                                full_acc[v0, v1] = full_acc_global[v0, v1]
-                                            for r_init, d_0_init in T.grid(4, 8):
+                                                    for ax1 in T.unroll(1):
+                                                        for ax2 in T.unroll(2):
+                                                            for ax3 in T.vectorized(16):
+                                                                with T.sblock("full_acc_global"):
+                                                                    v0 = T.axis.spatial(4, ax0)
+                                                                    v1 = T.axis.spatial(4, d_0 + ax1)
+                                                                    v2, v3 = T.axis.remap("SS", [ax2, ax3])
+                                                                    T.reads(full_acc_global[v0, v1, v2, v3])
+                                                                    T.writes(full_acc[v0, v1, v2, v3])
+                                                                    full_acc[v0, v1, v2, v3] = full_acc_global[v0, v1, v2, v3]
+                                            for r_init, d_0_init, d_2_init in T.grid(4, 4, 2):
                                                 for d_1_init in T.vectorized(16):
                                                     with T.sblock("tile_acc_init"):
                                                         vr = T.axis.spatial(4, r_init)
-                                                        vd = T.axis.spatial(128, d_0_init * 16 + d_1_init)
+                                                        vd = T.axis.spatial(128, d_0_init * 32 + d_1_init * 2 + d_2_init)
                                                         T.reads()
-                                                        T.writes(tile_acc[0, vr, vd])
-                                                        tile_acc[0, vr, vd] = full_acc[vr, vd]
-                                            for ti, r, d_0 in T.grid(valid_len % 16, 4, 8):
+                                                        T.writes(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
+                                                        tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = full_acc[vr, vd // 32, vd % 2, vd % 32 // 2]
+                                            for ti, r, d_0, d_2 in T.grid(valid_len % 16, 4, 4, 2):
                                                 for d_1 in T.vectorized(16):
                                                     with T.sblock("tile_acc_update"):
                                                         vt = T.axis.reduce(128, ti + num_full * 16)
                                                         vr = T.axis.spatial(4, r)
-                                                        vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                                                        T.reads(tile_acc[0, vr, vd], full_acc[vr, vd], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt])
-                                                        T.writes(tile_acc[0, vr, vd])
-                                                        tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + probs[0, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd)])
+                                                        vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
+                                                        T.reads(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2], full_acc[vr, vd // 32, vd % 2, vd % 32 // 2], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt])
+                                                        T.writes(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
+                                                        tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] & -65536))
                                         with T.sblock("online_update"):
-                                            T.reads(tile_max[0, 0:4], tile_sum[0, 0:4], tile_acc[0, 0:4, 0:128], row_max[tile_index, 0:4], row_sum[tile_index, 0:4])
-                                            T.writes(row_max[tile_index, 0:4], row_sum[tile_index, 0:4], acc[tile_index, 0:4, 0:128])
+                                            T.reads(tile_max[0, 0:4], tile_sum[0, 0:4], tile_acc[0, 0:4, 0:4, 0:2, 0:16], row_max[tile_index, 0:4], row_sum[tile_index, 0:4])
+                                            T.writes(row_max[tile_index, 0:4], row_sum[tile_index, 0:4], acc[tile_index, 0:4, 0:4, 0:2, 0:16])
                                             new_max = T.sblock_alloc_buffer((4,))
                                             new_sum = T.sblock_alloc_buffer((4,))
                                             alpha = T.sblock_alloc_buffer((4,))
@@ -482,17 +491,17 @@ class Module:
                                                     T.writes(row_max[tile_index, vr], row_sum[tile_index, vr])
                                                     row_max[tile_index, vr] = new_max[vr]
                                                     row_sum[tile_index, vr] = new_sum[vr]
-                                            for r, d_0 in T.grid(4, 8):
+                                            for r, d_0, d_2 in T.grid(4, 4, 2):
                                                 for d_1 in T.vectorized(16):
                                                     with T.sblock("acc"):
                                                         vr = T.axis.spatial(4, r)
-                                                        vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                                        vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
                                                         vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                        T.reads(alpha[vr], beta[vr], tile_acc[0, vr, vd])
-                                                        T.writes(acc[tile_index, vr, vd])
+                                                        T.reads(alpha[vr], beta[vr], tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
+                                                        T.writes(acc[tile_index, vr, vd // 32, vd % 2, vd % 32 // 2])
                                                         with T.init():
-                                                            acc[tile_index, vr, vd] = T.float32(0.0)
-                                                        acc[tile_index, vr, vd] = alpha[vr] * acc[tile_index, vr, vd] + beta[vr] * tile_acc[0, vr, vd]
+                                                            acc[tile_index, vr, vd // 32, vd % 2, vd % 32 // 2] = T.float32(0.0)
+                                                        acc[tile_index, vr, vd // 32, vd % 2, vd % 32 // 2] = alpha[vr] * acc[tile_index, vr, vd // 32, vd % 2, vd % 32 // 2] + beta[vr] * tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2]
                 for tile in range(8):
                     with T.sblock("partial"):
                         vtile = T.axis.spatial(8, tile)
@@ -501,7 +510,7 @@ class Module:
                         first_row: T.let[T.int32] = 0
                         first_head: T.let[T.int32] = vtile * 4 + first_row
                         with T.sblock("store_partial"):
-                            T.reads(row_max[vtile, 0:4], row_sum[vtile, 0:4], acc[vtile, 0:4, 0:128])
+                            T.reads(row_max[vtile, 0:4], row_sum[vtile, 0:4], acc[vtile, 0:4 - T.max(first_row, 0), 0:4, 0:2, 0:16])
                             T.writes(partial_max[partial_start + vs, first_head:first_head + (4 - T.max(first_row, 0))], partial_sum[partial_start + vs, first_head:first_head + (4 - T.max(first_row, 0))], partial_acc[partial_start + vs, first_head:first_head + (4 - T.max(first_row, 0)), 0:128])
                             for r in range(4 - T.max(first_row, 0)):
                                 with T.sblock("store_row"):
@@ -510,21 +519,20 @@ class Module:
                                     T.writes(partial_max[partial_start + vs, first_head + vr], partial_sum[partial_start + vs, first_head + vr])
                                     partial_max[partial_start + vs, first_head + vr] = row_max[vtile, vr]
                                     partial_sum[partial_start + vs, first_head + vr] = row_sum[vtile, vr]
-                            for r, d_0 in T.grid(T.min(4 - first_row, 4), 8):
-                                for d_1 in T.vectorized(16):
-                                    with T.sblock("store_acc"):
-                                        vr = T.axis.spatial(4, r)
-                                        vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                                        T.reads(acc[vtile, vr, vd])
-                                        T.writes(partial_acc[partial_start + vs, first_head + vr, vd])
-                                        partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vr, vd]
+                            for r, d in T.grid(T.min(4 - first_row, 4), 128):
+                                with T.sblock("store_acc"):
+                                    vr = T.axis.spatial(4, r)
+                                    vd = T.axis.spatial(128, d)
+                                    T.reads(acc[vtile, vr, vd // 32, vd % 2, vd % 32 // 2])
+                                    T.writes(partial_acc[partial_start + vs, first_head + vr, vd])
+                                    partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vr, vd // 32, vd % 2, vd % 32 // 2]
 
     @T.prim_func(s_tir=True)
     def merge_partials(partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):
         # with T.sblock("root"):
         row_max = T.sblock_alloc_buffer((1, 32))
         row_sum = T.sblock_alloc_buffer((1, 32))
-        acc = T.sblock_alloc_buffer((1, 32, 128))
+        acc = T.sblock_alloc_buffer((1, 32, 4, 2, 16))
         factor = T.sblock_alloc_buffer((32,))
         for step in range(num_partials):
             with T.sblock("partial"):
@@ -534,7 +542,7 @@ class Module:
                 slot: T.let[T.int32] = partial_start + vstep
                 with T.sblock("online_update"):
                     T.reads(partial_max[slot, 0:32], partial_sum[slot, 0:32], partial_acc[slot, 0:32, 0:128], row_max[0, 0:32], row_sum[0, 0:32])
-                    T.writes(row_max[0, 0:32], row_sum[0, 0:32], acc[0, 0:32, 0:128])
+                    T.writes(row_max[0, 0:32], row_sum[0, 0:32], acc[0, 0:32, 0:4, 0:2, 0:16])
                     new_max = T.sblock_alloc_buffer((32,))
                     new_sum = T.sblock_alloc_buffer((32,))
                     alpha = T.sblock_alloc_buffer((32,))
@@ -580,31 +588,31 @@ class Module:
                             T.writes(row_max[0, vr], row_sum[0, vr])
                             row_max[0, vr] = new_max[vr]
                             row_sum[0, vr] = new_sum[vr]
-                    for r, d_0 in T.grid(32, 8):
+                    for r, d_0, d_2 in T.grid(32, 4, 2):
                         for d_1 in T.vectorized(16):
                             with T.sblock("acc"):
                                 vr = T.axis.spatial(32, r)
-                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
                                 vstep_1 = T.axis.reduce(num_partials, vstep)
                                 T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
-                                T.writes(acc[0, vr, vd])
+                                T.writes(acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
                                 with T.init():
-                                    acc[0, vr, vd] = T.float32(0.0)
-                                acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
+                                    acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = T.float32(0.0)
+                                acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = alpha[vr] * acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] + beta[vr] * partial_acc[slot, vr, vd]
         for h in T.vectorized(32):
             with T.sblock("factor"):
                 vh = T.axis.spatial(32, h)
                 T.reads(row_sum[0, vh])
                 T.writes(factor[vh])
                 factor[vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32(0.0), T.float32(1.0) / row_sum[0, vh])
-        for h, d_0 in T.grid(32, 8):
+        for h, d_0, d_2 in T.grid(32, 4, 2):
             for d_1 in T.vectorized(16):
                 with T.sblock("out"):
                     vh = T.axis.spatial(32, h)
-                    vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                    T.reads(acc[0, vh, vd], factor[vh])
+                    vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
+                    T.reads(acc[0, vh, vd // 32, vd % 2, vd % 32 // 2], factor[vh])
                     T.writes(out[seq, vh, vd])
-                    out[seq, vh, vd] = T.Cast("bfloat16", acc[0, vh, vd] * factor[vh])
+                    out[seq, vh, vd] = T.Cast("bfloat16", acc[0, vh, vd // 32, vd % 2, vd % 32 // 2] * factor[vh])
         for h in range(32):
             with T.sblock("lse"):
                 vh = T.axis.spatial(32, h)

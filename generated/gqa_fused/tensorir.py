@@ -66,7 +66,7 @@ class Module:
                             cache[T.Div(target, T.int64(16)), T.truncmod(target, T.int64(16)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def fused_decode(query: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), value_cache: T.Buffer((v_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), k_block: T.int64, k_slot: T.int64, k_head: T.int64, v_block: T.int64, v_slot: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
+    def fused_decode(query: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -118,17 +118,21 @@ class Module:
                                     T.reads(block_table[seq, T.min(tile_start + vt, last_token) // 16])
                                     T.writes(key_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last_token)
-                                    key_offsets[vt] = T.Cast("int64", block_table[seq, token // 16]) * k_block + T.Cast("int64", token % 16) * k_slot
-                        with T.sblock("token_offsets_1"):
+                                    block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 16])
+                                    slot: T.let[T.int32] = token % 16
+                                    key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
+                        with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
                             T.writes(value_offsets[0:256])
                             for t in range(num_offsets):
-                                with T.sblock("offset_1"):
+                                with T.sblock("offset"):
                                     vt = T.axis.spatial(256, t)
                                     T.reads(block_table[seq, T.min(tile_start + vt, last_token) // 16])
                                     T.writes(value_offsets[vt])
                                     token: T.let[T.int32] = T.min(tile_start + vt, last_token)
-                                    value_offsets[vt] = T.Cast("int64", block_table[seq, token // 16]) * v_block + T.Cast("int64", token % 16) * v_slot
+                                    block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 16])
+                                    slot: T.let[T.int32] = token % 16
+                                    value_offsets[vt] = block * v_block + T.Cast("int64", slot) * v_row
                         for kv_head in range(8):
                             with T.sblock("kv_head"):
                                 vkv = T.axis.spatial(8, kv_head)
@@ -155,22 +159,23 @@ class Module:
                                         with T.sblock("qk_matmul"):
                                             T.reads(q_tile[tile_index, 0:4, 0:128], key_cache[0:k_span], key_cache[0:k_span], key_offsets[0:256])
                                             T.writes(scores[0, 0:4, 0:128])
-                                            for to, ti, li in T.grid((valid_len + 16 - 1) // 16, 16, 4):
+                                            for to, n in T.grid((valid_len + 16 - 1) // 16, 64):
                                                 with T.sblock("prefetch_keys"):
-                                                    vt = T.axis.spatial(128, to * 16 + ti)
-                                                    vl = T.axis.spatial(4, li)
+                                                    vo = T.axis.spatial(8, to)
+                                                    vn = T.axis.spatial(64, n)
                                                     T.reads(key_offsets[0:256])
                                                     T.writes()
-                                                    T.prefetch(T.address_of(key_cache[key_offsets[ahead_t + vt] + ahead_head * k_head + T.int64(32) * T.Cast("int64", vl)]), 0, 2, 1)
+                                                    number: T.let[T.int32] = ahead_t * 4 + vo * 64 + vn
+                                                    T.prefetch(T.address_of(key_cache[key_offsets[number // 4] + ahead_head * k_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
                                             for to, ti, r, d in T.grid((valid_len + 16 - 1) // 16, 16, 4, 128):
                                                 with T.sblock("scores"):
                                                     vt = T.axis.spatial(128, to * 16 + ti)
                                                     vr, vd = T.axis.remap("SR", [r, d])
-                                                    T.reads(q_tile[tile_index, vr, vd], key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd)], key_offsets[vt])
+                                                    T.reads(q_tile[tile_index, vr, vd], key_cache[T.Cast("int64", vd) // T.int64(2) + key_offsets[vt] + k_now], key_offsets[vt])
                                                     T.writes(scores[0, vr, vt])
                                                     with T.init():
                                                         scores[0, vr, vt] = T.float32(0.0)
-                                                    scores[0, vr, vt] = scores[0, vr, vt] + q_tile[tile_index, vr, vd] * T.Cast("float32", key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd)])
+                                                    scores[0, vr, vt] = scores[0, vr, vt] + q_tile[tile_index, vr, vd] * T.reinterpret("float32", T.Select(vd % 2 == 0, key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd // 2)] & -65536))
                                         with T.sblock("softmax_prepare"):
                                             T.reads(scores[0, 0:4, 0:128])
                                             T.writes(probs[0, 0:4, 0:128], tile_max[0, 0:4], tile_sum[0, 0:4])
@@ -233,18 +238,17 @@ class Module:
                                                     vi, vl = T.axis.remap("SS", [ti, li])
                                                     T.reads(value_offsets[0:256])
                                                     T.writes(fetched[vo * 16 + vi, vl])
-                                                    number: T.let[T.int32] = (vl * num_full + vo) * 16 + vi
-                                                    ahead: T.let[T.int64] = ahead_head * v_head + T.int64(32) * T.Cast("int64", number % 4)
-                                                    T.prefetch(T.address_of(value_cache[value_offsets[ahead_t + number // 4] + ahead]), 0, 2, 1)
+                                                    number: T.let[T.int32] = ahead_t * 4 + (vl * num_full + vo) * 16 + vi
+                                                    T.prefetch(T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
                                             for to, ti, r, d in T.grid(num_full, 16, 4, 128):
                                                 with T.sblock("full_groups"):
                                                     vt = T.axis.reduce(128, to * 16 + ti)
                                                     vr, vd = T.axis.remap("SS", [r, d])
-                                                    T.reads(probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt, vd // 32])
+                                                    T.reads(probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt, vd * 4 // 128])
                                                     T.writes(full_acc[vr, vd])
                                                     with T.init():
                                                         full_acc[vr, vd] = T.float32(0.0)
-                                                    full_acc[vr, vd] = full_acc[vr, vd] + probs[0, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd)])
+                                                    full_acc[vr, vd] = full_acc[vr, vd] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] & -65536))
                                             for ti, r, d in T.grid(valid_len % 16, 4, 128):
                                                 with T.sblock("tile_acc"):
                                                     vt = T.axis.reduce(128, num_full * 16 + ti)
@@ -253,7 +257,7 @@ class Module:
                                                     T.writes(tile_acc[0, vr, vd])
                                                     with T.init():
                                                         tile_acc[0, vr, vd] = full_acc[vr, vd]
-                                                    tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + probs[0, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd)])
+                                                    tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] & -65536))
                                         with T.sblock("online_update"):
                                             T.reads(tile_max[0, 0:4], tile_sum[0, 0:4], tile_acc[0, 0:4, 0:128], row_max[tile_index, 0:4], row_sum[tile_index, 0:4])
                                             T.writes(row_max[tile_index, 0:4], row_sum[tile_index, 0:4], acc[tile_index, 0:4, 0:128])
