@@ -129,7 +129,7 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
         copy_tiles=strategy == "heads_in_lanes" and spec.dtype != "float32",
         word_elements=word_elements,
         line_elements=LINE_BYTES // ITEMSIZES[spec.dtype],
-        split_blocks=max(1, max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads) // spec.block_size),
+        split_blocks=-(-max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads) // spec.block_size),
     )
 
 

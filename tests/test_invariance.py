@@ -65,13 +65,16 @@ def test_places_of_blocks(compiled, spec, pipeline):
 
 
 def interleaved(inputs):
-    both = np.stack([inputs.key_cache, inputs.value_cache], axis=1)  # [num_blocks, 2, ...]
-    return inputs.replace(key_cache=both[:, 0], value_cache=both[:, 1])
+    """A block of keys beside a block of values."""
+    key, value = inputs.key_cache, inputs.value_cache
+    both = np.concatenate([array.reshape(len(array), -1) for array in (key, value)], axis=1)
+    key_part, value_part = np.split(both, [key[0].size], axis=1)
+    return inputs.replace(key_cache=key_part.reshape(key.shape), value_cache=value_part.reshape(value.shape))
 
 
 def inside_larger(inputs):
     def inside(array):
-        larger = np.full([extent + 3 for extent in array.shape], np.nan, array.dtype)
+        larger = np.full([extent + 4 for extent in array.shape], np.nan, array.dtype)
         view = larger[tuple(slice(1, extent + 1) for extent in array.shape)]
         view[...] = array
         return view

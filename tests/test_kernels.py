@@ -42,8 +42,8 @@ def run_softmax_prepare(staged, context_lens, block_idx, scores):
     chunk, tokens, rows = SPEC.batch_chunk, tiles.padded_kv_tile, tiles.row_tile
     arrays = [
         np.asarray(context_lens, np.int32),
-        np.broadcast_to(np.asarray(scores, np.float32), (chunk, tokens, rows)),
-        *(np.full(shape, np.nan, np.float32) for shape in ((chunk, tokens, rows), (chunk, rows), (chunk, rows))),
+        np.broadcast_to(np.asarray(scores, np.float32), (chunk, rows, tokens)),
+        *(np.full(shape, np.nan, np.float32) for shape in ((chunk, rows, tokens), (chunk, rows), (chunk, rows))),
     ]
     tensors = [tvm.runtime.tensor(np.ascontiguousarray(array)) for array in arrays]
     executable["softmax_prepare"](*tensors, 0, len(context_lens), block_idx, 0.5)
@@ -60,14 +60,15 @@ def test_softmax_prepare_of_an_empty_block_is_exact(staged, garbage):
 
 def test_softmax_prepare_masks_the_tail(staged):
     tokens, rows = staged[1].padded_kv_tile, staged[1].row_tile
-    scores = np.random.default_rng(0).normal(size=(tokens, rows)).astype(np.float32)
-    scores[5:] = np.nan
+    scores = np.random.default_rng(0).normal(size=(rows, tokens)).astype(np.float32)
+    scores[:, 5:] = np.nan
     probs, tile_max, tile_sum = run_softmax_prepare(staged, [16 + 5], 1, scores)
-    expected = 0.5 * scores[:5].astype(np.float64)
-    np.testing.assert_allclose(tile_max[0], expected.max(axis=0), rtol=1e-6)
-    np.testing.assert_allclose(probs[0, :5], np.exp(expected - expected.max(axis=0)), rtol=1e-6)
-    np.testing.assert_allclose(tile_sum[0], probs[0].sum(axis=0), rtol=1e-6)
-    assert not probs[0, 5:].any()
+    expected = 0.5 * scores[:, :5].astype(np.float64)
+    largest = expected.max(axis=1, keepdims=True)
+    np.testing.assert_allclose(tile_max[0], largest[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(probs[0, :, :5], np.exp(expected - largest), rtol=1e-6)
+    np.testing.assert_allclose(tile_sum[0], probs[0].sum(axis=1), rtol=1e-6)
+    assert not probs[0, :, 5:].any()
 
 
 def test_exp_over_its_whole_range(cpu):

@@ -83,13 +83,13 @@ def test_a_sequence_is_cut_by_its_own_length_alone(compiled, lengths):
 
 @pytest.mark.parametrize(("kv_heads", "tokens"), [(1, 2048), (4, 512), (32, 256)])
 def test_long_sequences_are_split(compiled, kv_heads, tokens):
-    """Into ranges of at most 2048 tokens over the kv heads, but no fewer than 256; a shorter one is left whole."""
+    """Into ranges of 2048 tokens over the kv heads, but no fewer than 256, up to whole blocks; a shorter one stays."""
     spec = dataclasses.replace(BASE, num_heads=kv_heads, num_kv_heads=kv_heads)
     module = compiled(spec)
-    for length in (tokens + 1, 5000, 131072):
+    for length in (tokens + 1 + spec.block_size, 5000, 131072):
         ranges = ranges_of(spec, plan(module, [length]), [length], 0)
         assert len(ranges) > 1
-        assert all((end - begin) * spec.block_size <= tokens for begin, end in ranges)
+        assert all((end - begin - 1) * spec.block_size < tokens for begin, end in ranges)
     assert len(ranges_of(spec, plan(module, [tokens]), [tokens], 0)) == 1
 
 

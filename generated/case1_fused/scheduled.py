@@ -198,7 +198,7 @@ class Module:
                                                         T.reads(key_offsets[0:256])
                                                         T.writes()
                                                         number: T.let[T.int32] = ahead_t * 4 + vo * 32 + vn
-                                                        T.prefetch(T.address_of(key_cache[key_offsets[number // 4] + ahead_head * k_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[number // 4] + ahead_head * k_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
                                                 for ti_init in T.unroll(8):
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("scores_init"):
@@ -316,7 +316,7 @@ class Module:
                                                             T.reads(value_offsets[0:256])
                                                             T.writes(fetched[vo * 8 + vi, vl])
                                                             number: T.let[T.int32] = ahead_t * 4 + (vl * num_full + vo) * 8 + vi
-                                                            T.prefetch(T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
                                                     for ti in range(8):
                                                         for d_1 in T.unroll(8):
                                                             for r in T.vectorized(16):

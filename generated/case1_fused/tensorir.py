@@ -186,7 +186,7 @@ class Module:
                                                     T.reads(key_offsets[0:256])
                                                     T.writes()
                                                     number: T.let[T.int32] = ahead_t * 4 + vo * 32 + vn
-                                                    T.prefetch(T.address_of(key_cache[key_offsets[number // 4] + ahead_head * k_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[number // 4] + ahead_head * k_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
                                             for to, ti, r, d in T.grid((valid_len + 8 - 1) // 8, 8, 16, 128):
                                                 with T.sblock("scores"):
                                                     vt = T.axis.spatial(128, to * 8 + ti)
@@ -259,7 +259,7 @@ class Module:
                                                     T.reads(value_offsets[0:256])
                                                     T.writes(fetched[vo * 8 + vi, vl])
                                                     number: T.let[T.int32] = ahead_t * 4 + (vl * num_full + vo) * 8 + vi
-                                                    T.prefetch(T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
                                             for to, ti, r, d in T.grid(num_full, 8, 16, 128):
                                                 with T.sblock("full_groups"):
                                                     vt = T.axis.reduce(128, to * 8 + ti)

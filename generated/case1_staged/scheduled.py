@@ -302,7 +302,7 @@ class Module:
                                     T.reads(value_offsets[0:256])
                                     T.writes(fetched[vo * 16 + vi, vl])
                                     number: T.let[T.int32] = (vl * num_full + vo) * 16 + vi
-                                    T.prefetch(T.address_of(value_cache[value_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
+                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
                             for ti in T.unroll(16):
                                 for d_1 in T.unroll(2):
                                     for d_3 in T.unroll(1):
@@ -394,7 +394,7 @@ class Module:
                                     T.reads(key_offsets[0:256])
                                     T.writes()
                                     number: T.let[T.int32] = vo * 64 + vn
-                                    T.prefetch(T.address_of(key_cache[key_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
+                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
                             for ax2_0 in range(4):
                                 for ax1_1_init in T.unroll(2):
                                     for ax2_1_init in T.unroll(4):

@@ -166,7 +166,7 @@ class Module:
                                                     T.reads(key_offsets[0:256])
                                                     T.writes()
                                                     number: T.let[T.int32] = ahead_t * 4 + vo * 64 + vn
-                                                    T.prefetch(T.address_of(key_cache[key_offsets[number // 4] + ahead_head * k_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[number // 4] + ahead_head * k_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
                                             for to, ti, r, d in T.grid((valid_len + 16 - 1) // 16, 16, 4, 128):
                                                 with T.sblock("scores"):
                                                     vt = T.axis.spatial(128, to * 16 + ti)
@@ -239,7 +239,7 @@ class Module:
                                                     T.reads(value_offsets[0:256])
                                                     T.writes(fetched[vo * 16 + vi, vl])
                                                     number: T.let[T.int32] = ahead_t * 4 + (vl * num_full + vo) * 16 + vi
-                                                    T.prefetch(T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
                                             for to, ti, r, d in T.grid(num_full, 16, 4, 128):
                                                 with T.sblock("full_groups"):
                                                     vt = T.axis.reduce(128, to * 16 + ti)

@@ -168,5 +168,9 @@ def whole(buffer: Buffer) -> BufferRegion:
 
 
 def prefetch(cache: Buffer, offset: Expr) -> Expr:
-    """Ask for the cache line of an element, to be read soon: into the second-level cache."""
-    return T.call_intrin("void", "tirx.prefetch", T.address_of(cache[offset]), 0, 2, 1)
+    """Ask for the line of an element, to be read soon: into the second-level cache.
+
+    Not tirx.prefetch, which becomes the same, but whose text TVM's parser does not read back.
+    """
+    read, second_level, data = 0, 2, 1
+    return T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(cache[offset]), read, second_level, data)
