@@ -108,7 +108,8 @@ class Module:
                         valid_len: T.let[T.int32] = T.min(range_len - vstep * 128, 128)
                         last_token: T.let[T.int32] = range_begin + range_len - 1
                         num_groups: T.let[T.int32] = (valid_len + 16 - 1) // 16
-                        num_offsets: T.let[T.int32] = T.Select(0 < valid_len, 256, 0)
+                        has_next: T.let[T.bool] = vstep < num_steps - 1
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, num_groups * 16)
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
                             T.writes(key_offsets[0:256])
@@ -141,7 +142,7 @@ class Module:
                                 k_tile = T.sblock_alloc_buffer((1, 1))
                                 v_tile = T.sblock_alloc_buffer((1, 1))
                                 is_last: T.let[T.bool] = vkv == 7
-                                ahead_t: T.let[T.int32] = T.Select(is_last, 128, 0)
+                                ahead_t: T.let[T.int32] = T.Select(is_last and has_next, 128, 0)
                                 ahead_head: T.let[T.int64] = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
                                 k_now: T.let[T.int64] = T.Cast("int64", vkv) * k_head
                                 v_now: T.let[T.int64] = T.Cast("int64", vkv) * v_head

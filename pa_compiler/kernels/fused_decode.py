@@ -112,7 +112,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         valid_len: T.let = T.min(range_len - vstep * kv_tile, kv_tile)
                         last_token: T.let = range_begin + range_len - 1
                         num_groups: T.let = T.ceildiv(valid_len, tiling.token_group)
-                        num_offsets: T.let = T.Select(0 < valid_len, tiling.num_offsets, 0)
+                        has_next: T.let = vstep < num_steps - 1
+                        num_offsets: T.let = T.Select(has_next, tiling.num_offsets, num_groups * tiling.token_group)
                         key_offsets_stage(
                             block_table, key_offsets, seq, tile_start, last_token, num_offsets, k_block, k_row
                         )
@@ -126,9 +127,9 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                 T.writes()
                                 k_tile = T.sblock_alloc_buffer(tiling.copy_shape(spec), "float32")
                                 v_tile = T.sblock_alloc_buffer(tiling.copy_shape(spec), "float32")
-                                # next: these tokens in the next kv head, after the last one the next tokens in head 0
+                                # next: these tokens in the next kv head; after the last one, the next tokens in head 0
                                 is_last: T.let = vkv == kv_heads - 1
-                                ahead_t: T.let = T.Select(is_last, kv_tile, 0)
+                                ahead_t: T.let = T.Select(T.And(is_last, has_next), kv_tile, 0)
                                 ahead_head: T.let = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
                                 k_now: T.let = T.Cast("int64", vkv) * k_head
                                 v_now: T.let = T.Cast("int64", vkv) * v_head
