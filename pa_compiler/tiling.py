@@ -100,15 +100,16 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
     vectors = [dim_pair * count for count in divisors(spec.head_dim // (dim_pair * lanes))]
     pv_rows, pv_vectors = register_tile(rows, vectors, target, load_cost)
     pv_dims = pv_vectors * lanes
+    whole_vectors = range(0, target.vector_sums * target.vector_lanes + 1, target.vector_lanes)
     if spec.kv_layout == "packed":
         strategy = "tokens_in_lanes"
         whole_groups = [groups * PACKED_TOKENS // target.vector_lanes for groups in (1, 2, 4)]
         qk_rows, qk_vectors = register_tile(rows, whole_groups, target, load_cost)
         token_group = qk_tokens = qk_vectors * target.vector_lanes
-    elif pipeline == "fused" and rows >= HEADS_IN_LANES and rows % target.vector_lanes == 0:
+    elif pipeline == "fused" and rows >= HEADS_IN_LANES and rows in whole_vectors:
         strategy = "heads_in_lanes"
         qk_rows = pv_rows = rows
-        tokens = max(1, target.vector_sums // (rows // target.vector_lanes))
+        tokens = target.vector_sums // (rows // target.vector_lanes)
         token_group = qk_tokens = 1 << (tokens.bit_length() - 1)  # more, up to tokens, has measured slower
         pv_dims = largest_divisor(spec.head_dim, qk_tokens)
     else:

@@ -166,6 +166,11 @@ def evens_first(sch: Schedule, tiling: Tiling, *sblocks: str) -> None:
 def in_registers(sch: Schedule, sums: SBlockRV, outer: LoopRV, *tile: LoopRV) -> None:
     """Unroll the loops of a register tile, the last of them as a vector, and write its sums back below outer."""
     sch.reverse_compute_at(sums, outer, preserve_unit_loops=True)
+    unroll_tile(sch, sums, *tile)
+
+
+def unroll_tile(sch: Schedule, sums: SBlockRV, *tile: LoopRV) -> None:
+    """Unroll the loops of a register tile, the last of them as a vector, and as many of what writes its sums back."""
     for loop in (*sch.get_loops(sums)[-len(tile) : -1], *tile[:-1]):
         sch.unroll(loop)
     sch.vectorize(sch.get_loops(sums)[-1])

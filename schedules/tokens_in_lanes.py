@@ -12,11 +12,12 @@ from collections.abc import Callable
 from tvm.s_tir import Schedule
 
 from pa_compiler.schedules import head_dim_in_lanes
-from pa_compiler.schedules.head_dim_in_lanes import in_registers
+from pa_compiler.schedules.head_dim_in_lanes import unroll_tile
 from pa_compiler.tiling import Tiling, largest_divisor
 
 _FETCH_STEPS = 16
 _PAIR = 2
+_ROW_TOKENS = 16  # that lie side by side in packed keys, whatever the block size
 
 
 def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
@@ -29,15 +30,19 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     pair = _PAIR if head_dim % _PAIR == 0 else 1
     steps = largest_divisor(head_dim // pair, _FETCH_STEPS)
     dim_outer, dim, half = sch.split(dim, [steps, None, pair])
-    sch.reorder(group, row_outer, dim_outer, dim, half, row, token)
-    in_registers(sch, sums, row_outer, row, token)
+    # a vector must not reach past the tokens whose address is looked up once: it would be gathered one by one
+    token_outer, token = sch.split(token, [None, _ROW_TOKENS])
+    sch.reorder(group, row_outer, dim_outer, dim, half, row, token_outer, token)
+    sch.reverse_compute_at(sums, row_outer, preserve_unit_loops=True)
+    sch.split(sch.get_loops(sums)[-1], [None, _ROW_TOKENS])
+    unroll_tile(sch, sums, row, token_outer, token)
     sch.unroll(half)
     sch.decompose_reduction(scores, dim_outer)
     fetch = sch.get_sblock("prefetch_keys")
     fetch_group, number = sch.get_loops(fetch)[-2:]
     sch.split(number, [int(sch.get(row_outer).extent), steps, None])
     sch.merge(fetch_group, group)
-    sch.merge(sch.get_loops(fetch)[-3], sch.get_loops(sch.get_sblock("scores_update"))[-6])
+    sch.merge(sch.get_loops(fetch)[-3], sch.get_loops(sch.get_sblock("scores_update"))[-7])
     sch.merge(sch.get_loops(fetch)[-2], dim_outer)
 
 

@@ -1,0 +1,116 @@
+"""The policy of tiles, by arithmetic alone: nothing is compiled here."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from pa_compiler import PagedAttentionSpec, tiling
+from pa_compiler.spec import PACKED_TOKENS
+from pa_compiler.target import CpuTarget
+
+TARGETS = {"lanes16": "avx512f", "lanes8": "avx", "lanes4": ""}
+GROUPS = (1, 3, 8, 16, 31, 64, 65)
+HEAD_DIMS = (1, 7, 24, 128, 576, 8192)
+every_pipeline = pytest.mark.parametrize("pipeline", ["fused", "staged"])
+every_target = pytest.mark.parametrize(
+    "cpu", [CpuTarget("{}", frozenset(f.split())) for f in TARGETS.values()], ids=TARGETS
+)
+
+
+def specs():
+    """Groups, widths, types and layouts; block sizes that no tile is a multiple of among them."""
+    kinds = itertools.product(GROUPS, HEAD_DIMS, ("float32", "float16", "bfloat16"), ("NHD", "packed"), (4, 16, 64))
+    for group, head_dim, dtype, layout, head_tile in kinds:
+        if layout == "packed" and dtype == "bfloat16" and head_dim % 2:
+            continue
+        for block_size in (16, 48) if layout == "packed" else (1, 5, 300):
+            yield PagedAttentionSpec(
+                2 * group, 2, head_dim, block_size, dtype, kv_layout=layout, head_tile=head_tile
+            )  # fmt: skip
+
+
+def vectors_of_sums(tiles, cpu):
+    """Registers that qk_matmul and pv_matmul sum in."""
+    lanes = cpu.vector_lanes
+    if tiles.strategy == "heads_in_lanes":
+        return tiles.qk_tokens * tiles.row_tile // lanes, tiles.pv_dims * tiles.row_tile // lanes
+    qk = tiles.qk_rows * tiles.qk_tokens
+    return qk // lanes if tiles.strategy == "tokens_in_lanes" else qk, tiles.pv_rows * tiles.pv_dims // tiles.lanes
+
+
+@every_target
+@every_pipeline
+def test_the_tiles_of_every_spec(cpu, pipeline):
+    """Tiles divide what they tile, sums fit in registers, and what is looked up at once is in the table."""
+    for spec in specs():
+        tiles = tiling.choose(spec, cpu, pipeline)
+        assert tiles.row_tile <= spec.head_tile, spec
+        assert 0 <= tiles.row_tile * tiles.row_tiles(spec) - spec.group < tiles.row_tiles(spec), spec
+        assert tiles.row_tile % tiles.qk_rows == tiles.row_tile % tiles.pv_rows == 0, spec
+        assert tiles.token_group % tiles.qk_tokens == spec.head_dim % tiles.pv_dims == 0, spec
+        assert spec.head_dim % (tiles.lanes * tiles.dim_pair) == 0, spec
+        if tiles.strategy != "heads_in_lanes":
+            assert tiles.pv_dims % (tiles.lanes * tiles.dim_pair) == 0, spec
+        assert max(vectors_of_sums(tiles, cpu)) <= cpu.vector_sums, (spec, tiles)
+        assert 0 <= tiles.padded_kv_tile - tiles.kv_tile < tiles.token_group, spec
+        assert tiles.kv_tile == (spec.block_size if pipeline == "staged" else tiles.padded_kv_tile), spec
+        assert tiles.num_offsets == tiles.kv_tile + tiles.padded_kv_tile, spec
+        if spec.kv_layout == "packed":  # a tile begins where tokens that lie side by side begin
+            assert tiles.token_group % PACKED_TOKENS == tiles.kv_tile % PACKED_TOKENS == 0, spec
+        assert tiles.split_blocks == 1 or tiles.split_blocks * spec.block_size <= tiling.SPLIT_TOKENS, spec
+
+
+@pytest.mark.parametrize(
+    ("group", "layout", "pipeline", "strategies"),
+    [  # with 16, 8 and 4 lanes
+        (1, "NHD", "fused", ("head_dim_in_lanes",) * 3),
+        (8, "NHD", "fused", ("head_dim_in_lanes",) * 3),
+        (16, "NHD", "fused", ("heads_in_lanes",) * 3),
+        (24, "HND", "fused", ("head_dim_in_lanes",) * 3),  # two tiles of 12
+        (31, "HND", "fused", ("heads_in_lanes",) * 3),  # two tiles of 16, the second with a row of padding
+        (16, "NHD", "staged", ("head_dim_in_lanes",) * 3),
+        (1, "packed", "fused", ("tokens_in_lanes",) * 3),
+        (16, "packed", "staged", ("tokens_in_lanes",) * 3),
+    ],
+)
+def test_the_strategy(group, layout, pipeline, strategies):
+    spec = PagedAttentionSpec(group, 1, 128, 16, "float32", kv_layout=layout)
+    for features, strategy in zip(TARGETS.values(), strategies, strict=True):
+        cpu = CpuTarget("{}", frozenset(features.split()))
+        assert tiling.choose(spec, cpu, pipeline).strategy == strategy
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 128), ("bfloat16", 127), ("float16", 128)])
+@pytest.mark.parametrize(("layout", "pipeline"), [("NHD", "fused"), ("NHD", "staged"), ("packed", "staged")])
+def test_only_pairs_of_bfloat16_are_read_as_words(dtype, head_dim, layout, pipeline):
+    if layout == "packed":
+        head_dim -= head_dim % 2
+    spec = PagedAttentionSpec(8, 2, head_dim, 16, dtype, kv_layout=layout)
+    tiles = tiling.choose(spec, CpuTarget("{}", frozenset({"avx"})), pipeline)
+    as_words = dtype == "bfloat16" and head_dim % 2 == 0 and (layout, pipeline) != ("NHD", "staged")
+    assert tiles.word_elements == (2 if as_words else 1)
+    assert tiles.dim_pair == (2 if as_words and layout == "NHD" else 1)
+
+
+@every_target
+@pytest.mark.parametrize("load_cost", [2, 3])
+def test_a_register_tile_has_the_fewest_loads(cpu, load_cost):
+    """Against every other tile that fits; and where none does, one row of the smallest."""
+    for rows, columns in itertools.product(
+        (*range(1, 17), 31, 48, 64), ([1], [1, 2, 4], [2, 4, 8, 16], [1, 3, 9], [1, 2, 4, 8, 16])
+    ):
+        row_count, column_count = tiling.register_tile(rows, columns, cpu, load_cost)
+        assert rows % row_count == 0
+        assert column_count in columns
+        assert row_count * column_count <= cpu.vector_sums
+        for r, c in itertools.product(range(1, rows + 1), columns):
+            if rows % r == 0 and r * c <= cpu.vector_sums:
+                assert 1 / column_count + load_cost / row_count <= 1 / c + load_cost / r + 1e-12
+    assert tiling.register_tile(4, [64], cpu, load_cost) == (1, 64)
+
+
+def test_divisors():
+    assert tiling.divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert [tiling.largest_divisor(12, limit) for limit in (1, 5, 11, 99)] == [1, 4, 6, 12]
