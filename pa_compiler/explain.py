@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections.abc import Iterable
 
 from rich import box
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from pa_compiler import compiler, report, tiling
 from pa_compiler import target as _target
@@ -31,10 +32,13 @@ _COLUMNS = {
     "prefetches": "pref.",
     "stack_stores": "stack",
 }
-_LEGEND = (
-    "float: other float32 arithmetic; bcast: broadcasts, embed: those in an operand; conv.: conversions to float32; "
-    "pref.: prefetches; stack: stores to the stack, most of them spilled registers"
-)
+_LEGEND = """\
+line   where the first of the loops begins in inspect --stage asm
+float  other float32 arithmetic
+bcast  broadcasts; embed: those that are an operand of another instruction
+conv.  conversions of the cache's elements to float32
+pref.  prefetches
+stack  stores to the stack: registers that are spilled, and small buffers"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +81,11 @@ def print_explanation(
         flops: GFLOP/s of one core.
         bandwidth: GB/s of one core. Without both the predicted time is left out.
     """
-    table = report.facts()
+    table, cpu = report.facts(), explanation.target
     for label, text in report.spec_rows(explanation.spec):
         table.add_row(label, text)
-    table.add_row("target", report.target_text(json.loads(explanation.target.config)))
+    table.add_row("target", report.target_text(json.loads(cpu.config)))
+    table.add_row("vectors", f"{cpu.vector_registers} registers of {cpu.vector_lanes} float32 lanes")
     table.add_row("pipeline", explanation.pipeline)
     table.add_row("strategy", f"{explanation.tiles.strategy}. {explanation.reason}")
     for label, text in (*_tile_rows(explanation), *_work_rows(explanation.spec, flops, bandwidth)):
@@ -100,7 +105,7 @@ def _tile_rows(explanation: Explanation) -> list[tuple[str, str]]:
         read = "read in place, converted in registers"
     row_tiles = report.counted(tiles.row_tiles(spec), "tile")
     qk, pv = tiles.qk_sums(cpu.vector_lanes), tiles.pv_sums(cpu.vector_lanes)
-    of_all = f"in {{}} of {cpu.vector_registers} vector registers".format
+    of_all = f"in {{}} of {cpu.vector_registers} registers".format
     return [
         ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {report.counted(spec.group, 'row')} of a kv head"),
         ("tokens", f"kv_tile {tiles.kv_tile}, token_group {tiles.token_group}"),
@@ -134,20 +139,27 @@ def _work_rows(spec: PagedAttentionSpec, flops: float | None, bandwidth: float |
 
 def _print_loops(console: Console, loops: list[Loop]) -> None:
     """Print what the loops that compute consist of, those of the same make in one line, and how many others."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    table.add_column("inner loops of", overflow="fold")
     for title in ("line", "loops", *_COLUMNS.values()):
         table.add_column(title, justify="right", overflow="fold")
-    num_computing = 0
+    others = len(loops)
     for function, of_function in itertools.groupby(loops, lambda loop: loop.function):
-        lines: dict[Counts, list[int]] = {}
-        for loop in of_function:
-            counts = count(loop.code)
-            if counts.fmas or counts.arithmetic or counts.conversions:
-                lines.setdefault(counts, []).append(loop.line)
-        for counts, alike in lines.items():
-            table.add_row(str(alike[0]), str(len(alike)), *(str(getattr(counts, field)) for field in _COLUMNS))
-        num_computing += sum(map(len, lines.values()))
+        name = function.removeprefix("__tvm_ffi_")
+        for counts, lines in _alike(of_function).items():
+            others -= len(lines)
+            table.add_row(name, str(lines[0]), str(len(lines)), *(str(getattr(counts, field)) for field in _COLUMNS))
+            name = ""
     console.print()
     console.print(table)
-    others = report.counted(len(loops) - num_computing, "inner loop")
-    console.print(f"... and {others} without float32 arithmetic")
+    console.print(Text(f"... and {report.counted(others, 'inner loop')} without float32 arithmetic.\n{_LEGEND}"))
+
+
+def _alike(loops: Iterable[Loop]) -> dict[Counts, list[int]]:
+    """The lines of loops that compute, by what they consist of."""
+    lines: dict[Counts, list[int]] = {}
+    for loop in loops:
+        counts = count(loop.code)
+        if counts.fmas or counts.arithmetic or counts.conversions:
+            lines.setdefault(counts, []).append(loop.line)
+    return lines
