@@ -112,7 +112,12 @@ class Inputs(NamedTuple):
     context_lens: np.ndarray
 
 
-def make_inputs(case: Case, seed: int = 0, advance: Callable[[int], object] = lambda elements: None) -> Inputs:
+def make_inputs(
+    case: Case,
+    seed: int = 0,
+    advance: Callable[[int], object] = lambda elements: None,
+    caches: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Inputs:
     """Make a case's inputs as the seed does.
 
     query and key_cache are uniform in [-0.5, 0.5), value_cache in [-1, 1), block_table in [0, num_blocks), so blocks
@@ -121,14 +126,15 @@ def make_inputs(case: Case, seed: int = 0, advance: Callable[[int], object] = la
     Args:
         case: What to make inputs for.
         seed: Seed of NumPy's default generator.
-        advance: Called with the number of cache elements that were just written, for a progress bar.
+        advance: Called with the number of elements that were just written, for a progress bar.
+        caches: key_cache and value_cache to fill, as Module.empty_cache makes them for case.num_blocks; new ones where
+            it is None.
     """
     rng = np.random.default_rng(seed)
     spec = case.spec
 
-    def uniform(shape: tuple[int, ...], half: float) -> np.ndarray:
+    def uniform(array: np.ndarray, half: float) -> np.ndarray:
         # In pieces: float32 noise for a whole cache would take twice the cache's memory.
-        array = np.empty(shape, dtype=spec.dtype)
         flat = array.reshape(-1)
         for start in range(0, flat.size, _FILL_ELEMENTS):
             piece = flat[start : start + _FILL_ELEMENTS]
@@ -136,11 +142,26 @@ def make_inputs(case: Case, seed: int = 0, advance: Callable[[int], object] = la
             advance(piece.size)
         return array
 
-    query = uniform((case.batch, spec.num_heads, spec.head_dim), 0.5)
-    key_cache = uniform((case.num_blocks, *spec.key_cache_shape[1:]), 0.5)
-    value_cache = uniform((case.num_blocks, *spec.value_cache_shape[1:]), 1.0)
+    if caches is None:
+        shapes = (spec.key_cache_shape, spec.value_cache_shape)
+        keys, values = (np.empty((case.num_blocks, *shape[1:]), spec.dtype) for shape in shapes)
+    else:
+        keys, values = caches
+    query = uniform(np.empty((case.batch, spec.num_heads, spec.head_dim), spec.dtype), 0.5)
+    key_cache, value_cache = uniform(keys, 0.5), uniform(values, 1.0)
     block_table = rng.integers(0, case.num_blocks, (case.batch, case.max_blocks), dtype=np.int32)
     return Inputs(query, key_cache, value_cache, block_table, case.context_lens)
+
+
+def distinct_blocks(case: Case, seed: int = 0) -> np.ndarray:
+    """A block_table that uses every block once, in random order; entries that no token needs are -1.
+
+    So a call reads all of the case's kv_bytes from memory that no other sequence has just read.
+    """
+    table = np.full((case.batch, case.max_blocks), -1, np.int32)
+    used = np.arange(case.max_blocks) < -(-case.context_lens[:, None] // case.spec.block_size)
+    table[used] = np.random.default_rng(seed).permutation(case.num_blocks)[: used.sum()]
+    return table
 
 
 class Tolerance(NamedTuple):

@@ -8,15 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import pa_compiler
-from pa_compiler import cases, generate, report
-from pa_compiler.options import SeqLens, replace, spec_options, usage_errors
+from pa_compiler import cases, explain, generate, report
+from pa_compiler.options import call_options, replace, spec_options, usage_errors
 from pa_compiler.spec import PagedAttentionSpec
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _STDOUT = Console()
 _STDERR = Console(stderr=True)
+_POSITIVE = click.FloatRange(min=0, min_open=True)
 _LEXERS = {"tensorir": "python", "scheduled": "python", "host": "cpp", "llvm": "llvm", "asm": "gas"}
 
 
@@ -34,34 +35,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--case", "case_name", type=click.Choice(list(cases.CASES)), help="Start from one of the seed's cases.")
-@spec_options
-@click.option("--batch", type=click.IntRange(min=0), default=cases.DEFAULT.batch, help="Sequences.")
-@click.option(
-    "--seq-len",
-    "seq_lens",
-    type=SeqLens(),
-    default=",".join(map(str, cases.DEFAULT.seq_lens)),
-    envvar="PA_SEQ_LEN",
-    show_envvar=True,
-    help="Tokens of each sequence. A shorter list is repeated to fill the batch, a longer one is cut.",
-)
-@click.option(
-    "--max-model-len",
-    type=click.IntRange(min=1),
-    show_default="the longest length",
-    help="Tokens that one row of block_table can name.",
-)
-@click.option("--scale", type=float, show_default="1/sqrt(head_dim); 1 with --case", help="Factor of the scores.")
-@click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    envvar="PA_NUM_THREADS",
-    show_envvar=True,
-    show_default="the CPUs of this process",
-    help="Threads that share the work.",
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the inputs.")
+@call_options
 @click.option(
     "--repeat",
     type=click.IntRange(min=1),
@@ -75,23 +49,40 @@ def run(
 
     The exit status is 1 if the result is outside the tolerance.
     """
-    base = cases.CASES.get(case_name, cases.DEFAULT)
-    case = replace(base, spec=replace(base.spec))
-    _check_memory(case)
-    module = _compile(case.spec, target, pipeline)
-    if threads is not None:
-        module.num_threads = threads
+    case, module = _prepare(case_name, target, pipeline, threads)
     items = module.plan(case.context_lens)
     report.print_header(_STDOUT, case, module, len(items))
     report.print_plan(_STDOUT, items)
     inputs = _make_inputs(case, seed)
     with usage_errors():
-        out, seconds = _measure(module, case, inputs, repeat)
+        out, seconds = _measure(module, case, inputs, repeat or _Repeats(3, 100, 1))
     report.print_times(_STDOUT, case, seconds)
-    with _step("Comparing with NumPy in float64", case.batch) as advance:
-        errors = cases.compare(out, case, inputs, advance)
-    if not report.print_errors(_STDOUT, case, errors):
-        sys.exit(1)
+    _compare(out, case, inputs)
+
+
+@main.command()
+@call_options
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    show_default="as many as fit in 3 seconds, 10 to 1000",
+    help="Timed calls, after one to warm up.",
+)
+def bench(
+    case_name: str, target: Any, pipeline: str, threads: int | None, seed: int, repeat: int | None, **_: Any
+) -> None:
+    """Time decode on a cache of huge pages, each block of which is read once a call.
+
+    The result is compared with NumPy in float64; the exit status is 1 if it is outside the tolerance.
+    """
+    case, module = _prepare(case_name, target, pipeline, threads)
+    report.print_header(_STDOUT, case, module, len(module.plan(case.context_lens)))
+    inputs = _make_inputs(case, seed, module.empty_cache(case.num_blocks))
+    inputs = inputs._replace(block_table=cases.distinct_blocks(case, seed))
+    with usage_errors():
+        out, seconds = _measure(module, case, inputs, repeat or _Repeats(10, 1000, 3))
+    report.print_distribution(_STDOUT, case, seconds)
+    _compare(out, case, inputs)
 
 
 @main.command()
@@ -120,6 +111,21 @@ def inspect(stage: str, target: Any, pipeline: str, **_: Any) -> None:
 
         text = compiler.emit(spec, target, pipeline)[stage]
     report.print_code(_STDOUT, text, _LEXERS[stage])
+
+
+@main.command("explain")
+@spec_options
+@click.option("--flops", type=_POSITIVE, help="GFLOP/s of float32 of one core, for the predicted time.")
+@click.option("--bandwidth", type=_POSITIVE, help="GB/s that one core reads, for the predicted time.")
+def explain_command(target: Any, pipeline: str, flops: float | None, bandwidth: float | None, **_: Any) -> None:
+    """Say how a spec is compiled, and why: strategy, tiles, registers, inner loops, and the limit of the machine.
+
+    Nothing is run. The loops are those of the assembly, with the line where each begins in inspect --stage asm.
+    """
+    spec = replace(cases.DEFAULT.spec)
+    with _step("Compiling"), usage_errors():
+        explanation = explain.explain(spec, target, pipeline)
+    explain.print_explanation(_STDOUT, explanation, flops, bandwidth)
 
 
 @main.command("generate")
@@ -187,14 +193,37 @@ def _compile(spec: PagedAttentionSpec, target: Any, pipeline: str) -> Module:
         return pa_compiler.compile(spec, target, pipeline)
 
 
-def _make_inputs(case: cases.Case, seed: int) -> cases.Inputs:
+def _prepare(case_name: str, target: Any, pipeline: str, threads: int | None) -> tuple[cases.Case, Module]:
+    """The case that the options give, and its module."""
+    base = cases.CASES.get(case_name, cases.DEFAULT)
+    case = replace(base, spec=replace(base.spec))
+    _check_memory(case)
+    module = _compile(case.spec, target, pipeline)
+    if threads is not None:
+        module.num_threads = threads
+    return case, module
+
+
+def _make_inputs(
+    case: cases.Case, seed: int, caches: tuple[cases.np.ndarray, cases.np.ndarray] | None = None
+) -> cases.Inputs:
     elements = case.batch * case.spec.num_heads * case.spec.head_dim
     elements += case.cache_bytes // cases.np.dtype(case.spec.dtype).itemsize
     with _step("Making the inputs", elements) as advance:
-        return cases.make_inputs(case, seed, advance)
+        return cases.make_inputs(case, seed, advance, caches)
 
 
-def _measure(module: Module, case: cases.Case, inputs: cases.Inputs, repeat: int | None) -> tuple[Any, list[float]]:
+class _Repeats(NamedTuple):
+    """How often a call is timed: as often as fits in some seconds, within limits."""
+
+    least: int
+    most: int
+    seconds: float
+
+
+def _measure(
+    module: Module, case: cases.Case, inputs: cases.Inputs, repeats: int | _Repeats
+) -> tuple[Any, list[float]]:
     """Run once to warm up, then time each of the repeats. No bar: it would take time from what is measured."""
 
     def timed() -> float:
@@ -204,6 +233,14 @@ def _measure(module: Module, case: cases.Case, inputs: cases.Inputs, repeat: int
 
     out = module.decode(*inputs, case.scale)
     first = timed()
-    if repeat is None:
-        repeat = min(100, max(3, int(1 / max(first, 1e-9))))
-    return out, [timed() for _ in range(repeat)]
+    if isinstance(repeats, _Repeats):
+        repeats = min(repeats.most, max(repeats.least, int(repeats.seconds / max(first, 1e-9))))
+    return out, [timed() for _ in range(repeats)]
+
+
+def _compare(out: Any, case: cases.Case, inputs: cases.Inputs) -> None:
+    """Compare with the reference, print PASS or FAIL, and exit with 1 after the latter."""
+    with _step("Comparing with NumPy in float64", case.batch) as advance:
+        errors = cases.compare(out, case, inputs, advance)
+    if not report.print_errors(_STDOUT, case, errors):
+        sys.exit(1)

@@ -85,6 +85,48 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def call_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a call of decode: --case, the spec's, and those of what it is called with."""
+    default = cases.DEFAULT
+    decorators: list[Callable[[Any], Any]] = [
+        click.option(
+            "--case", "case_name", type=click.Choice(list(cases.CASES)), help="Start from one of the seed's cases."
+        ),
+        spec_options,
+        click.option("--batch", type=click.IntRange(min=0), default=default.batch, help="Sequences."),
+        click.option(
+            "--seq-len",
+            "seq_lens",
+            type=SeqLens(),
+            default=",".join(map(str, default.seq_lens)),
+            envvar="PA_SEQ_LEN",
+            show_envvar=True,
+            help="Tokens of each sequence. A shorter list is repeated to fill the batch, a longer one is cut.",
+        ),
+        click.option(
+            "--max-model-len",
+            type=click.IntRange(min=1),
+            show_default="the longest length",
+            help="Tokens that one row of block_table can name.",
+        ),
+        click.option(
+            "--scale", type=float, show_default="1/sqrt(head_dim); 1 with --case", help="Factor of the scores."
+        ),
+        click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            envvar="PA_NUM_THREADS",
+            show_envvar=True,
+            show_default="the CPUs of this process",
+            help="Threads that share the work.",
+        ),
+        click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the inputs."),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
 def replace(base: _Record, **changes: Any) -> _Record:
     """Replace fields of a spec or a case by changes and by the options of this command that the user gave."""
     ctx = click.get_current_context()

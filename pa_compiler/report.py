@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pa_compiler.cases import Case, Errors, tolerance
+from pa_compiler.spec import PagedAttentionSpec
 
 if TYPE_CHECKING:
     from pa_compiler.module import Module, WorkItem
@@ -28,19 +29,14 @@ def print_header(console: Console, case: Case, module: Module, num_items: int) -
     """Print the spec, what it is compiled for, and the size of the call."""
     spec, target = case.spec, module.target
     lens = case.context_lens
-    table = _facts()
-    table.add_row(
-        "spec",
-        f"{_count(spec.num_heads, 'query head')} on {_count(spec.num_kv_heads, 'kv head')} of {spec.head_dim}, "
-        f"{spec.dtype} in, {spec.out_dtype} out",
-    )
-    table.add_row("cache", f"{spec.kv_layout}, blocks of {_count(spec.block_size, 'token')}")
-    table.add_row("tiles", f"head_tile {spec.head_tile}, batch_chunk {spec.batch_chunk}")
-    table.add_row("target", ", ".join([target["kind"], target["mcpu"], *_vector_extension(target)]))
-    table.add_row("pipeline", f"{module.pipeline}, {_count(module.num_threads, 'thread')}")
+    table = facts()
+    for label, text in spec_rows(spec):
+        table.add_row(label, text)
+    table.add_row("target", target_text(target))
+    table.add_row("pipeline", f"{module.pipeline}, {counted(module.num_threads, 'thread')}")
     lengths = f" of {_between(lens)} tokens" if case.batch else ""
-    table.add_row("call", f"{_count(case.batch, 'sequence')}{lengths}, {_count(case.num_tokens, 'token')} in all")
-    table.add_row("plan", _count(num_items, "work item"))
+    table.add_row("call", f"{counted(case.batch, 'sequence')}{lengths}, {counted(case.num_tokens, 'token')} in all")
+    table.add_row("plan", counted(num_items, "work item"))
     console.print(table)
 
 
@@ -68,11 +64,27 @@ def print_plan(console: Console, items: Sequence[WorkItem]) -> None:
 def print_times(console: Console, case: Case, seconds: Sequence[float]) -> None:
     """Print the median time of a call and the rates that it means."""
     median = statistics.median(seconds)
-    table = _facts()
+    table = facts()
     table.add_row("time", f"{_time(median)}, median of {len(seconds)} ({_time(min(seconds))} to {_time(max(seconds))})")
     table.add_row(
         "rate", f"{case.flops / median / 1e9:.1f} GFLOP/s, {case.kv_bytes / median / 1e9:.2f} GB/s of KV read"
     )
+    console.print(table)
+
+
+def print_distribution(console: Console, case: Case, seconds: Sequence[float]) -> None:
+    """Print the median and the 10th and 90th percentiles of the time of a call, and of the rates that they mean."""
+    low, median, high = np.percentile(seconds, [10, 50, 90])
+
+    def rates(amount: int, digits: int) -> str:
+        return (
+            f"{amount / median / 1e9:.{digits}f} ({amount / high / 1e9:.{digits}f} to {amount / low / 1e9:.{digits}f})"
+        )
+
+    table = facts()
+    table.add_row("time", f"{_time(median)}, median of {len(seconds)}; 10 % to 90 %: {_time(low)} to {_time(high)}")
+    table.add_row("GFLOP/s", rates(case.flops, 1))
+    table.add_row("GB/s", f"{rates(case.kv_bytes, 2)}, of {case.kv_bytes / 1e6:,.3f} MB of KV a call")
     console.print(table)
 
 
@@ -81,7 +93,7 @@ def print_errors(console: Console, case: Case, errors: Errors) -> bool:
     passed = errors.of_tolerance <= 1
     of_out, of_magnitude = tolerance(case)
     bound = f"{of_out:g} |out| + {of_magnitude:g} sum(p |v|)" if of_out else f"{of_magnitude:g} sum(p |v|)"
-    table = _facts()
+    table = facts()
     table.add_row("error", f"{errors.largest:.2e} at most, against NumPy in float64")
     table.add_row("bound", f"{bound}, of which {errors.of_tolerance:.2g} is used")
     result = Text("PASS", "bold green") if passed else Text("FAIL: the error is over the bound", "bold red")
@@ -98,7 +110,23 @@ def print_code(console: Console, text: str, lexer: str) -> None:
         console.file.write(text)
 
 
-def _facts() -> Table:
+def spec_rows(spec: PagedAttentionSpec) -> list[tuple[str, str]]:
+    """What is said of a spec: rows of facts()."""
+    heads = f"{counted(spec.num_heads, 'query head')} on {counted(spec.num_kv_heads, 'kv head')} of {spec.head_dim}"
+    return [
+        ("spec", f"{heads}, {spec.dtype} in, {spec.out_dtype} out"),
+        ("cache", f"{spec.kv_layout}, blocks of {counted(spec.block_size, 'token')}"),
+        ("tiles", f"head_tile {spec.head_tile}, batch_chunk {spec.batch_chunk}"),
+    ]
+
+
+def target_text(target: dict[str, Any]) -> str:
+    """What is said of a TVM target."""
+    return ", ".join([target["kind"], target["mcpu"], *_vector_extension(target)])
+
+
+def facts() -> Table:
+    """A table of two columns without lines: labels, and text that is folded."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", min_width=8)
     table.add_column(overflow="fold")
@@ -111,7 +139,8 @@ def _vector_extension(target: dict[str, Any]) -> list[str]:
     return [name for feature, name in _VECTOR_EXTENSIONS.items() if f"+{feature}" in stated][:1]
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """1 token, 2 tokens."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

@@ -35,6 +35,11 @@ class CpuTarget:
         return 8 if "avx" in self.features else 4
 
     @property
+    def vector_registers(self) -> int:
+        """Vector registers that there are."""
+        return 32 if self.vector_lanes == 16 else 16
+
+    @property
     def vector_sums(self) -> int:
         """Vector registers that a register tile may use for its sums.
 

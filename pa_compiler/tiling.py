@@ -80,6 +80,17 @@ class Tiling:
         """Tokens whose places in the cache are looked up at once: a padded tile, and the one after it."""
         return self.kv_tile + self.padded_kv_tile
 
+    def qk_sums(self, vector_lanes: int) -> int:
+        """Vector registers that the sums of qk_matmul take."""
+        if self.strategy == "head_dim_in_lanes":
+            return self.qk_rows * self.qk_tokens
+        return -(-self.qk_rows * self.qk_tokens // vector_lanes)
+
+    def pv_sums(self, vector_lanes: int) -> int:
+        """Vector registers that the sums of pv_matmul take."""
+        lanes = vector_lanes if self.strategy == "heads_in_lanes" else self.lanes
+        return -(-self.pv_rows * self.pv_dims // lanes)
+
     def copy_shape(self, spec: PagedAttentionSpec) -> tuple[int, int]:
         """The shape of a tile that is converted into scratch; of nothing, where none is."""
         return (self.padded_kv_tile, spec.head_dim) if self.copy_tiles else (1, 1)
@@ -91,7 +102,7 @@ class Tiling:
 
 def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling:
     """Choose the tiles from the spec and the target's features alone."""
-    rows = -(-spec.group // -(-spec.group // spec.head_tile))
+    rows = _rows(spec)
     in_pairs = spec.dtype == "bfloat16" and spec.head_dim % 2 == 0
     word_elements = 2 if in_pairs and (pipeline == "fused" or spec.kv_layout == "packed") else 1
     dim_pair = 1 if spec.kv_layout == "packed" else word_elements
@@ -100,20 +111,17 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
     vectors = [dim_pair * count for count in divisors(spec.head_dim // (dim_pair * lanes))]
     pv_rows, pv_vectors = register_tile(rows, vectors, target, load_cost)
     pv_dims = pv_vectors * lanes
-    whole_vectors = range(0, target.vector_sums * target.vector_lanes + 1, target.vector_lanes)
-    if spec.kv_layout == "packed":
-        strategy = "tokens_in_lanes"
+    strategy, _ = choose_strategy(spec, target, pipeline)
+    if strategy == "tokens_in_lanes":
         whole_groups = [groups * PACKED_TOKENS // target.vector_lanes for groups in (1, 2, 4)]
         qk_rows, qk_vectors = register_tile(rows, whole_groups, target, load_cost)
         token_group = qk_tokens = qk_vectors * target.vector_lanes
-    elif pipeline == "fused" and rows >= HEADS_IN_LANES and rows in whole_vectors:
-        strategy = "heads_in_lanes"
+    elif strategy == "heads_in_lanes":
         qk_rows = pv_rows = rows
         tokens = target.vector_sums // (rows // target.vector_lanes)
         token_group = qk_tokens = 1 << (tokens.bit_length() - 1)  # more, up to tokens, has measured slower
         pv_dims = largest_divisor(spec.head_dim, qk_tokens)
     else:
-        strategy = "head_dim_in_lanes"
         token_group = lanes
         qk_rows, qk_tokens = register_tile(rows, divisors(lanes), target, load_cost)
     kv_tile = min(KV_TILE, KV_TILE_BYTES // (2 * spec.head_dim * ITEMSIZES[spec.dtype]))
@@ -132,6 +140,31 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
         line_elements=LINE_BYTES // ITEMSIZES[spec.dtype],
         split_blocks=-(-max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads) // spec.block_size),
     )
+
+
+def choose_strategy(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> tuple[str, str]:
+    """One of STRATEGIES, and the reason in one sentence."""
+    rows, lanes = _rows(spec), target.vector_lanes
+    if spec.kv_layout == "packed":
+        return "tokens_in_lanes", "kv_layout packed has the tokens of a block side by side."
+    if pipeline != "fused":
+        return "head_dim_in_lanes", f"It is the one strategy of pipeline {pipeline} for kv_layout {spec.kv_layout}."
+    tile = f"{rows} query head{'' if rows == 1 else 's'} in a tile"
+    if rows < HEADS_IN_LANES:
+        return "head_dim_in_lanes", f"{tile}: heads lie in lanes from {HEADS_IN_LANES} on."
+    if rows % lanes:
+        return "head_dim_in_lanes", f"{tile}: not whole vectors of {lanes}."
+    if rows > target.vector_sums * lanes:
+        return (
+            "head_dim_in_lanes",
+            f"{tile}: more than {target.vector_sums} vectors of {lanes}, whose sums fit in registers.",
+        )
+    return "heads_in_lanes", f"{tile}: whole vectors of {lanes}, and {HEADS_IN_LANES} or more."
+
+
+def _rows(spec: PagedAttentionSpec) -> int:
+    """row_tile of a spec."""
+    return -(-spec.group // -(-spec.group // spec.head_tile))
 
 
 def register_tile(rows: int, columns: list[int], target: CpuTarget, load_cost: float) -> tuple[int, int]:

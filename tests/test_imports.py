@@ -27,9 +27,11 @@ ARROWS = {
     "cases": {"spec", "reference"},
     "__init__": {"spec", "reference", "layout", "module", "compiler"},
     "generate": {"spec", "compiler", "host"},
-    "report": {"cases", "module"},
+    "report": {"spec", "cases", "module"},
+    "assembly": set(),
+    "explain": {"spec", "target", "tiling", "compiler", "assembly", "cases", "report"},
     "options": {"spec", "cases"},
-    "cli": {"__init__", "spec", "cases", "cache", "generate", "report", "options", "module", "compiler"},
+    "cli": {"__init__", "spec", "cases", "cache", "generate", "report", "explain", "options", "module", "compiler"},
 }
 
 

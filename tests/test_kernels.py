@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import subprocess
 
@@ -16,7 +15,7 @@ from tolerances import assert_close_to_oracle, assert_same_bits
 from tvm.script import tirx as T
 
 import pa_compiler
-from pa_compiler import compiler, kernels, schedules, target, tiling
+from pa_compiler import assembly, compiler, kernels, schedules, target, tiling
 from pa_compiler.kernels.exp import store_exp
 from pa_compiler.module import Module
 
@@ -111,32 +110,13 @@ def test_the_tiles_of_every_vector_width_are_right_on_this_cpu(cpu, tmp_path, fe
     assert_close_to_oracle(spec, inputs, out, lse)
 
 
-def inner_loops(asm: str) -> list[list[str]]:
-    """The instructions of every innermost loop of x86 assembly text."""
-    code, labels = [], {}
-    for line in map(str.strip, asm.splitlines()):
-        if label := re.match(r"(\.LBB\w+):", line):
-            labels[label[1]] = len(code)
-        elif line and not line.startswith((".", "#")) and not line.endswith(":"):
-            code.append(line)
-    jumps = []
-    for end, line in enumerate(code):
-        if jump := re.match(r"j\w+\s+(\.LBB\w+)", line):
-            jumps.append((labels.get(jump[1], math.inf), end))
-    loops = [(begin, end) for begin, end in jumps if begin <= end]
-    return [
-        code[begin : end + 1]
-        for begin, end in loops
-        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in loops)
-    ]
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_matmuls_stay_in_registers(dtype):
     """On AVX-512 both inner loops are FMAs with a broadcast operand, with no store and nothing on the stack."""
     spec = pa_compiler.PagedAttentionSpec(16, 1, 128, 128, dtype, out_dtype="float32")
     texts = compiler.emit(spec, V4)
-    matmuls = [loop for loop in inner_loops(texts["asm"]) if sum("{1to16}" in line for line in loop) >= 8]
+    loops = [loop.code for loop in assembly.inner_loops(texts["asm"])]
+    matmuls = [loop for loop in loops if sum("{1to16}" in line for line in loop) >= 8]
     assert len(matmuls) >= 2
     for loop in matmuls:
         assert len(loop) <= 20, loop

@@ -1,0 +1,165 @@
+"""How a spec is compiled for a target, and why, without running it: decisions, machine code, and the roofline."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pa_compiler import compiler, report, tiling
+from pa_compiler import target as _target
+from pa_compiler.assembly import Counts, Loop, count, inner_loops
+from pa_compiler.cases import Case
+from pa_compiler.spec import PagedAttentionSpec
+
+PREDICTED_TOKENS = 1000
+"""Tokens of context that the predicted time is of."""
+
+_COLUMNS = {
+    "instructions": "instr.",
+    "fmas": "FMAs",
+    "arithmetic": "float",
+    "loads": "loads",
+    "broadcasts": "bcast",
+    "embedded": "embed",
+    "conversions": "conv.",
+    "prefetches": "pref.",
+    "stack_stores": "stack",
+}
+_LEGEND = """\
+line   where the first of the loops begins in inspect --stage asm
+float  other float32 arithmetic
+bcast  broadcasts; embed: those that are an operand of another instruction
+conv.  conversions of the cache's elements to float32
+pref.  prefetches
+stack  stores to the stack: registers that are spilled, and small buffers"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What the compiler decides for a spec, and the loops that come of it.
+
+    Attributes:
+        spec: What is compiled.
+        pipeline: "fused" or "staged".
+        target: The CPU.
+        tiles: What tiling.choose chose.
+        reason: Why it chose tiles.strategy, in one sentence.
+        loops: All innermost loops of the assembly, in its order.
+    """
+
+    spec: PagedAttentionSpec
+    pipeline: str
+    target: _target.CpuTarget
+    tiles: tiling.Tiling
+    reason: str
+    loops: list[Loop]
+
+
+def explain(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline: str = "fused") -> Explanation:
+    """Compile as far as to assembly, and read it. Arguments and errors as for pa_compiler.compile."""
+    asm = compiler.emit(spec, target, pipeline)["asm"]
+    cpu = _target.resolve(_target.normalize(target))
+    _, reason = tiling.choose_strategy(spec, cpu, pipeline)
+    return Explanation(spec, pipeline, cpu, tiling.choose(spec, cpu, pipeline), reason, inner_loops(asm))
+
+
+def print_explanation(
+    console: Console, explanation: Explanation, flops: float | None = None, bandwidth: float | None = None
+) -> None:
+    """Print all of it.
+
+    Args:
+        console: Where to.
+        explanation: What explain returned.
+        flops: GFLOP/s of one core.
+        bandwidth: GB/s of one core. Without both the predicted time is left out.
+    """
+    table, cpu = report.facts(), explanation.target
+    for label, text in report.spec_rows(explanation.spec):
+        table.add_row(label, text)
+    table.add_row("target", report.target_text(json.loads(cpu.config)))
+    table.add_row("vectors", f"{cpu.vector_registers} registers of {cpu.vector_lanes} float32 lanes")
+    table.add_row("pipeline", explanation.pipeline)
+    table.add_row("strategy", f"{explanation.tiles.strategy}. {explanation.reason}")
+    for label, text in (*_tile_rows(explanation), *_work_rows(explanation.spec, flops, bandwidth)):
+        table.add_row(label, text)
+    console.print(table)
+    _print_loops(console, explanation.loops)
+
+
+def _tile_rows(explanation: Explanation) -> list[tuple[str, str]]:
+    """The tiles: of rows and tokens, and what of them lies in registers."""
+    spec, tiles, cpu = explanation.spec, explanation.tiles, explanation.target
+    if tiles.copy_tiles:
+        read = "tiles converted to float32 in scratch, once for all their rows"
+    elif spec.dtype == "float32":
+        read = "read in place"
+    else:
+        read = "read in place, converted in registers"
+    row_tiles = report.counted(tiles.row_tiles(spec), "tile")
+    qk, pv = tiles.qk_sums(cpu.vector_lanes), tiles.pv_sums(cpu.vector_lanes)
+    of_all = f"in {{}} of {cpu.vector_registers} registers".format
+    return [
+        ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {report.counted(spec.group, 'row')} of a kv head"),
+        ("tokens", f"kv_tile {tiles.kv_tile}, token_group {tiles.token_group}"),
+        ("KV", f"{read}, {report.counted(tiles.word_elements, 'element')} a word"),
+        ("QK sums", f"{tiles.qk_rows} rows x {tiles.qk_tokens} tokens{_partial(tiles)}, {of_all(qk)}"),
+        ("PV sums", f"{tiles.pv_rows} rows x {tiles.pv_dims} elements of head_dim, {of_all(pv)}"),
+    ]
+
+
+def _partial(tiles: tiling.Tiling) -> str:
+    return f" x {tiles.lanes} elements of head_dim" if tiles.strategy == "head_dim_in_lanes" else ""
+
+
+def _work_rows(spec: PagedAttentionSpec, flops: float | None, bandwidth: float | None) -> list[tuple[str, str]]:
+    """The work for a token of context, and how long it takes at the least."""
+    case = Case(spec, batch=1, seq_lens=(PREDICTED_TOKENS,))
+    intensity = case.flops / case.kv_bytes
+    work = f"{case.flops // PREDICTED_TOKENS:,} FLOPs and {case.kv_bytes // PREDICTED_TOKENS:,} bytes"
+    rows = [("work", f"{work} a token of context: {intensity:g} FLOPs a byte")]
+    if flops is None or bandwidth is None:
+        return [*rows, ("roofline", "--flops and --bandwidth of one core give the time that is predicted")]
+    limit = min(flops, bandwidth * intensity)
+    bound = "arithmetic" if flops <= bandwidth * intensity else "memory"
+    microseconds = case.flops / limit / 1e3
+    return [
+        *rows,
+        ("roofline", f"{limit:g} GFLOP/s, min({flops:g}, {bandwidth:g} x {intensity:g}): bound by {bound}"),
+        ("time", f"{microseconds:,.2f} us for {PREDICTED_TOKENS:,} tokens on one core, at the least"),
+    ]
+
+
+def _print_loops(console: Console, loops: list[Loop]) -> None:
+    """Print what the loops that compute consist of, those of the same make in one line, and how many others."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    table.add_column("inner loops of", overflow="fold")
+    for title in ("line", "loops", *_COLUMNS.values()):
+        table.add_column(title, justify="right", overflow="fold")
+    others = len(loops)
+    for function, of_function in itertools.groupby(loops, lambda loop: loop.function):
+        name = function.removeprefix("__tvm_ffi_")
+        for counts, lines in _alike(of_function).items():
+            others -= len(lines)
+            table.add_row(name, str(lines[0]), str(len(lines)), *(str(getattr(counts, field)) for field in _COLUMNS))
+            name = ""
+    console.print()
+    console.print(table)
+    console.print(Text(f"... and {report.counted(others, 'inner loop')} without float32 arithmetic.\n{_LEGEND}"))
+
+
+def _alike(loops: Iterable[Loop]) -> dict[Counts, list[int]]:
+    """The lines of loops that compute, by what they consist of."""
+    lines: dict[Counts, list[int]] = {}
+    for loop in loops:
+        counts = count(loop.code)
+        if counts.fmas or counts.arithmetic or counts.conversions:
+            lines.setdefault(counts, []).append(loop.line)
+    return lines
