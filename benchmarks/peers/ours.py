@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -23,12 +22,11 @@ def prepare_packed(call: Call) -> Callable[[], np.ndarray]:
     if not call.huge_pages:
         raise Unsupported("empty_cache asks for huge pages: measured with them alone")
     try:
-        module: Any = pa_compiler.compile(dataclasses.replace(call.case.spec, kv_layout="packed"))
+        module = pa_compiler.compile(dataclasses.replace(call.case.spec, kv_layout="packed"))
     except ValueError as error:
         raise Unsupported(str(error)) from error
     key_cache, value_cache = module.empty_cache(call.case.num_blocks)
-    library: Any = pa_compiler  # whose checked interface has no packed caches yet
-    converted = library.convert_cache(call.key_cache, call.value_cache, "NHD", "packed")
+    converted = pa_compiler.convert_cache(call.key_cache, call.value_cache, "NHD", "packed")
     key_cache[...], value_cache[...] = converted
     return _prepare(call, module, key_cache, value_cache)
 
