@@ -115,7 +115,9 @@ class Module:
         """Attend from one query token of each sequence to its context in the paged cache.
 
         Arrays are NumPy arrays (bfloat16 as ml_dtypes.bfloat16), torch CPU tensors, or anything with DLPack. They are
-        taken as they are, never copied: only the last axis must be contiguous, and data aligned to its elements.
+        taken as they are, never copied: only the last axis must be contiguous, and data aligned to its elements. Where
+        bfloat16 is read in pairs (an even head_dim, but not in a staged module of NHD or HND) the other strides of the
+        caches must be even.
 
         Args:
             query: [batch, num_heads, head_dim], dtype.

@@ -10,6 +10,8 @@ import pytest
 from dlpack import CUDA, Exported
 from inputs import DTYPES, INT32, make_inputs
 from numpy.lib.stride_tricks import as_strided
+from specs import DTYPE_SPECS
+from tolerances import assert_same_bits
 
 import pa_compiler
 from pa_compiler import PagedAttentionSpec
@@ -181,6 +183,37 @@ def test_refused_before_anything_is_written(compiled, error, argument, shows, ch
         assert re.search(rf"(?<![\w-]){re.escape(value)}(?!\w)", message), f"{value!r} is not in {message!r}"
     assert bytes_of(call) == before
     assert bytes_of(vars(good)) == good_before
+
+
+@pytest.mark.parametrize("name", ["key_cache", "value_cache"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_odd_strides_of_bfloat16_are_refused(compiled, name, axis):
+    """The fused kernels read pairs of elements as words. The staged ones, which do not, take any strides."""
+    spec = DTYPE_SPECS["bfloat16"]
+    inputs = make_inputs(spec, LENGTHS)
+    cache = getattr(inputs, name)
+    strides = [1]
+    for inner in (2, 1, 0):  # one element more than the rows in it take
+        strides.insert(0, strides[0] * cache.shape[inner + 1] + (inner == axis))
+    room = np.zeros(sum((e - 1) * s for e, s in zip(cache.shape, strides, strict=True)) + 1, cache.dtype)
+    odd = as_strided(room, cache.shape, [stride * cache.itemsize for stride in strides])
+    odd[...] = cache
+    out = inputs.out
+    shown = re.escape(str(strides))
+    with pytest.raises(ValueError, match=rf"^{name}: expected strides in whole pairs of elements, got {shown}$"):
+        compiled(spec).decode(*inputs.replace(**{name: odd}).arguments, out=out)
+    assert np.isnan(out.astype(np.float32)).all()
+    expected = compiled(spec, "staged").decode(*inputs.arguments)
+    assert_same_bits(compiled(spec, "staged").decode(*inputs.replace(**{name: odd}).arguments), expected)
+
+
+def test_one_block_may_have_an_odd_stride(compiled):
+    """It is never stepped over."""
+    spec = DTYPE_SPECS["bfloat16"]
+    inputs = make_inputs(spec, [5], spare_blocks=0)
+    odd = as_strided(inputs.key_cache, inputs.key_cache.shape, (14, *inputs.key_cache.strides[1:]))
+    module = compiled(spec)
+    assert_same_bits(module.decode(*inputs.replace(key_cache=odd).arguments), module.decode(*inputs.arguments))
 
 
 def test_the_good_call_is_good(compiled):

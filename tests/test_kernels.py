@@ -99,10 +99,16 @@ def test_exp_over_its_whole_range(cpu):
 
 
 @pytest.mark.parametrize("features", ["avx512f", "avx", ""], ids=["lanes16", "lanes8", "lanes4"])
-@pytest.mark.parametrize(("heads", "dtype"), [((32, 1), "float32"), ((20, 4), "bfloat16")], ids=["mqa", "gqa"])
-def test_the_tiles_of_every_vector_width_are_right_on_this_cpu(cpu, tmp_path, features, heads, dtype):
+@pytest.mark.parametrize(
+    ("heads", "block_size", "dtype", "kv_layout"),
+    [((32, 1), 20, "float32", "NHD"), ((20, 4), 20, "bfloat16", "NHD"), ((3, 3), 16, "bfloat16", "packed")],
+    ids=["mqa", "gqa", "packed"],
+)
+def test_the_tiles_of_every_vector_width_are_right_on_this_cpu(
+    cpu, tmp_path, features, heads, block_size, dtype, kv_layout
+):
     """The tiles follow another target's features; the code generator splits their vectors for this one."""
-    spec = pa_compiler.PagedAttentionSpec(*heads, 48, 20, dtype, out_dtype="float32")
+    spec = pa_compiler.PagedAttentionSpec(*heads, 48, block_size, dtype, out_dtype="float32", kv_layout=kv_layout)
     tiles = tiling.choose(spec, dataclasses.replace(cpu, features=frozenset(features.split())), "fused")
     compiler.build_library(spec, cpu, tiles, "fused", tmp_path)
     inputs = make_inputs(spec, [0, 1, 19, 20, 21, 61, 128, 129, 300])
@@ -110,19 +116,52 @@ def test_the_tiles_of_every_vector_width_are_right_on_this_cpu(cpu, tmp_path, fe
     assert_close_to_oracle(spec, inputs, out, lse)
 
 
+def matmuls(asm: str) -> list[list[str]]:
+    """The innermost loops of AVX-512 FMAs whose sums are not in memory: no exponentials, no updates of acc."""
+    found = []
+    for loop in (innermost.code for innermost in assembly.inner_loops(asm)):
+        fmas = sum(line.startswith("vfmadd") and "zmm" in line for line in loop)
+        stores = sum(bool(re.match(r"vmov\w+\s+%zmm\d+, ", line)) for line in loop)
+        exponents = any(re.match(r"vpslld\s+\$23", line) for line in loop)
+        if fmas >= 8 and stores < fmas and not exponents:
+            found.append(loop)
+    return found
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_matmuls_stay_in_registers(dtype):
-    """On AVX-512 both inner loops are FMAs with a broadcast operand, with no store and nothing on the stack."""
+    """On AVX-512 QK with heads in lanes is FMAs with a broadcast operand, with no store and nothing on the stack."""
     spec = pa_compiler.PagedAttentionSpec(16, 1, 128, 128, dtype, out_dtype="float32")
     texts = compiler.emit(spec, V4)
-    loops = [loop.code for loop in assembly.inner_loops(texts["asm"])]
-    matmuls = [loop for loop in loops if sum("{1to16}" in line for line in loop) >= 8]
-    assert len(matmuls) >= 2
-    for loop in matmuls:
-        assert len(loop) <= 20, loop
-        assert not any("rsp" in line for line in loop), loop
+    broadcasts = [loop for loop in matmuls(texts["asm"]) if sum("{1to16}" in line for line in loop) >= 8]
+    assert len(broadcasts) >= 2
+    for loop in broadcasts:
         assert not any(re.match(r"vmov\w+\s+%zmm\d+, ", line) for line in loop), loop
-    assert "expf" not in texts["asm"]
+    assert_in_registers(texts["asm"])
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "kv_layout"),
+    [
+        ((32, 8), "bfloat16", "NHD"),  # head_dim in lanes
+        ((32, 8), "float16", "packed"),  # tokens in lanes
+        ((8, 8), "bfloat16", "packed"),  # four vectors of them, for single rows
+    ],
+)
+def test_the_other_matmuls_stay_in_registers(heads, dtype, kv_layout):
+    spec = pa_compiler.PagedAttentionSpec(*heads, 128, 16, dtype, out_dtype="float32", kv_layout=kv_layout)
+    assert_in_registers(compiler.emit(spec, V4)["asm"])
+
+
+def assert_in_registers(asm: str) -> None:
+    """Matmuls spill nothing and load whole vectors or broadcasts; caches are prefetched; exp is not a call."""
+    loops = matmuls(asm)
+    assert len(loops) >= 2
+    for loop in loops:
+        assert not any(re.match(r"vmov\w+\s+%zmm\d+, .*%rsp", line) for line in loop), loop
+        assert not any(re.match(r"vp?(insert|gather)", line) for line in loop), loop
+    assert len(re.findall(r"^\s*prefetcht1", asm, re.MULTILINE)) >= 2
+    assert "expf" not in asm
 
 
 def test_only_the_entry_points_are_exported(compiled, tmp_path):

@@ -94,6 +94,24 @@ def oracle_one_hot(inputs, sign):
     return out
 
 
+@every_spec
+def test_scores_of_minus_infinity_weigh_nothing(compiled, spec, pipeline):
+    """Whole tiles of them too, before and after others; a sequence of nothing else is as an empty one."""
+    inputs = make_inputs(spec, [1, 17, 300, 2500, 40])
+    inputs.query[:] = 0
+    inputs.query[..., 0] = 1
+    size, pair = spec.block_size, spec.packed_pair
+    blocks = [row[: -(-length // size)] for row, length in zip(inputs.block_table, inputs.context_lens, strict=True)]
+    low = np.concatenate([blocks[0], blocks[2][: 200 // size], blocks[3][300 // size :], blocks[4]])
+    first = inputs.key_cache[..., 0, ::pair] if spec.kv_layout == "packed" else inputs.key_cache[..., 0]
+    first[low] = -np.inf
+    out, lse = decode(compiled(spec, pipeline), inputs, 1.0)
+    assert np.isneginf(lse[[0, 4]]).all()
+    assert not out[[0, 4]].any()
+    some = inputs.take([1, 2, 3])
+    assert_close_to_oracle(spec, some, out[1:4], lse[1:4], 1.0)
+
+
 @pytest.mark.parametrize("score", [-2e30, -1e30, -1e38, 1e38, -1e-40, 1e-40])
 @every_pipeline
 def test_equal_scores_weigh_equally(compiled, pipeline, score):

@@ -18,7 +18,8 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     scale * scores is rounded once and kept: a fused multiply-add with -tile_max would leave the product's rounding
     error in the exponent of the maximum, which shows from scores of 1e5 on. Over the first num_groups * token_group
     columns; columns at or past valid_len count as -inf and get probs of exactly 0 whatever their scores hold, NaN
-    included. With valid_len == 0: tile_max = -1e30, tile_sum = 0, probs = 0. Products past float32's range give NaN.
+    included. With valid_len == 0: tile_max = -1e30, tile_sum = 0, probs = 0. Products of -inf get probs of 0, and a row
+    of nothing else is as an empty one, whose sum is 0; with one of +inf or NaN tile_sum is NaN.
     Probabilities stay float32: the sum is over what pv_matmul multiplies, and nothing is rounded twice.
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
