@@ -8,9 +8,6 @@ import math
 from pa_compiler.spec import ITEMSIZES, PACKED_TOKENS, PagedAttentionSpec
 from pa_compiler.target import CpuTarget
 
-STRATEGIES = ("heads_in_lanes", "head_dim_in_lanes", "tokens_in_lanes")
-"""The schedules, by what lies in the lanes of a vector register."""
-
 KV_TILE = 128
 """Tokens whose scores are held at once in the fused kernel, at most: long enough to amortise the rescale of acc, short
 enough that scores and probs of 16 rows (8 KB each) stay in the first-level cache."""
@@ -38,7 +35,7 @@ class Tiling:
     """Sizes that kernels and schedules agree on.
 
     Attributes:
-        strategy: One of STRATEGIES.
+        strategy: The schedule, named by what lies in the lanes of a vector register: a file in schedules/.
         row_tile: Query heads of one kv head that a tile takes at once: the group in equal tiles of up to head_tile.
         kv_tile: Tokens of one step of the online softmax. In the staged pipeline: block_size.
         token_group: Tokens that the matmuls take at a time; a tile is padded to a multiple of it.
@@ -143,7 +140,7 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
 
 
 def choose_strategy(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> tuple[str, str]:
-    """One of STRATEGIES, and the reason in one sentence."""
+    """Tiling.strategy, and the reason in one sentence."""
     rows, lanes = _rows(spec), target.vector_lanes
     if spec.kv_layout == "packed":
         return "tokens_in_lanes", "kv_layout packed has the tokens of a block side by side."
@@ -189,4 +186,4 @@ def divisors(number: int) -> list[int]:
 
 def largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of number that is at most limit."""
-    return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)
+    return max(divisor for divisor in divisors(number) if divisor <= limit)

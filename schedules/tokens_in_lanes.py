@@ -13,11 +13,10 @@ from tvm.s_tir import Schedule
 
 from pa_compiler.schedules import head_dim_in_lanes
 from pa_compiler.schedules.head_dim_in_lanes import unroll_tile
-from pa_compiler.tiling import Tiling, largest_divisor
+from pa_compiler.tiling import PACKED_TOKENS, Tiling, largest_divisor
 
 _FETCH_STEPS = 16
 _PAIR = 2
-_ROW_TOKENS = 16  # that lie side by side in packed keys, whatever the block size
 
 
 def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
@@ -31,10 +30,10 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     steps = largest_divisor(head_dim // pair, _FETCH_STEPS)
     dim_outer, dim, half = sch.split(dim, [steps, None, pair])
     # a vector must not reach past the tokens whose address is looked up once: it would be gathered one by one
-    token_outer, token = sch.split(token, [None, _ROW_TOKENS])
+    token_outer, token = sch.split(token, [None, PACKED_TOKENS])
     sch.reorder(group, row_outer, dim_outer, dim, half, row, token_outer, token)
     sch.reverse_compute_at(sums, row_outer, preserve_unit_loops=True)
-    sch.split(sch.get_loops(sums)[-1], [None, _ROW_TOKENS])
+    sch.split(sch.get_loops(sums)[-1], [None, PACKED_TOKENS])
     unroll_tile(sch, sums, row, token_outer, token)
     sch.unroll(half)
     sch.decompose_reduction(scores, dim_outer)

@@ -1894,35 +1894,38 @@ for_body_s.lr.ph.i:                               ; preds = %entry
   %head_offset.i = mul nsw i64 %37, %v_head
   %38 = add i32 %tile_start.i, -1
   %invariant.gep229.i = getelementptr i16, ptr %value_cache, i64 %head_offset.i
-  %wide.trip.count343.i = and i64 %25, 2147483647
+  %wide.trip.count345.i = and i64 %25, 2147483647
   br label %for_body_s.i
 
 for_begin_s.i:                                    ; preds = %if_end12.i
-  %indvars.iv.next340.i = add nuw nsw i64 %indvars.iv339.i, 1
-  %exitcond344.not.i = icmp eq i64 %indvars.iv.next340.i, %wide.trip.count343.i
-  br i1 %exitcond344.not.i, label %pv_matmul_compute_.exit, label %for_body_s.i, !prof !13
+  %indvars.iv.next342.i = add nuw nsw i64 %indvars.iv341.i, 1
+  %exitcond346.not.i = icmp eq i64 %indvars.iv.next342.i, %wide.trip.count345.i
+  br i1 %exitcond346.not.i, label %pv_matmul_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv339.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next340.i, %for_begin_s.i ]
+  %indvars.iv341.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next342.i, %for_begin_s.i ]
   %39 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
   %value_offsets.i = tail call ptr %39(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %40 = icmp eq ptr %value_offsets.i, null
   br i1 %40, label %pv_matmul_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %cse_v9.i = add nsw i64 %indvars.iv339.i, %36
-  %41 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v9.i
+  %cse_v8.i = add nsw i64 %indvars.iv341.i, %36
+  %41 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v8.i
   %42 = load i32, ptr %41, align 4, !tbaa !5
   %43 = sub nsw i32 %42, %tile_start.i
-  %44 = icmp sgt i32 %43, 0
-  %45 = tail call i32 @llvm.smax.i32(i32 %43, i32 0)
-  %46 = tail call i32 @llvm.umin.i32(i32 %45, i32 128)
-  br i1 %44, label %for_body_t.lr.ph.i, label %for_end_t.i, !prof !3
+  %44 = tail call i32 @llvm.smax.i32(i32 %43, i32 0)
+  %45 = tail call i32 @llvm.umin.i32(i32 %44, i32 128)
+  %46 = add nuw nsw i32 %45, 15
+  %num_offsets.i = and i32 %46, 496
+  %.not273.i = icmp eq i32 %num_offsets.i, 0
+  br i1 %.not273.i, label %for_end_t.i, label %for_body_t.lr.ph.i, !prof !58
 
 for_body_t.lr.ph.i:                               ; preds = %if_end.i
-  %47 = add i32 %38, %46
-  %48 = mul nsw i64 %cse_v9.i, %table_seq
+  %47 = add i32 %38, %45
+  %48 = mul nsw i64 %cse_v8.i, %table_seq
   %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %48
+  %wide.trip.count.i = zext nneg i32 %num_offsets.i to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
@@ -1957,7 +1960,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %66 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next.i
   store i64 %65, ptr %66, align 8, !tbaa !5
   %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
-  %exitcond.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, 256
+  %exitcond.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, %wide.trip.count.i
   br i1 %exitcond.not.i.1, label %for_end_t.i, label %for_body_t.i, !prof !13, !llvm.loop !77
 
 for_end_t.i:                                      ; preds = %for_body_t.i, %if_end.i
@@ -1967,14 +1970,14 @@ for_end_t.i:                                      ; preds = %for_body_t.i, %if_e
   br i1 %68, label %pv_matmul_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %for_end_t.i
-  %num_full.i = lshr i32 %46, 4
-  %69 = shl nsw i64 %indvars.iv339.i, 11
-  %.not273.i = icmp eq i32 %num_full.i, 0
-  br i1 %.not273.i, label %for_begin_d_0.preheader.preheader.i, label %for_begin_d_0.preheader.us.preheader.i, !prof !58
+  %num_full.i = lshr i32 %45, 4
+  %69 = shl nsw i64 %indvars.iv341.i, 11
+  %.not274.i = icmp eq i32 %num_full.i, 0
+  br i1 %.not274.i, label %for_begin_d_0.preheader.preheader.i, label %for_begin_d_0.preheader.us.preheader.i, !prof !58
 
 for_begin_d_0.preheader.us.preheader.i:           ; preds = %if_end2.i
   %70 = zext nneg i32 %num_full.i to i64
-  %invariant.gep354.i = getelementptr inbounds nuw float, ptr %probs, i64 %69
+  %invariant.gep356.i = getelementptr inbounds nuw float, ptr %probs, i64 %69
   br label %for_begin_d_0.preheader.us.i
 
 for_begin_d_0.preheader.preheader.i:              ; preds = %if_end2.i
@@ -1982,21 +1985,21 @@ for_begin_d_0.preheader.preheader.i:              ; preds = %if_end2.i
   br label %for_begin_r_init.preheader.i
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_end_d_0.split.us.us.i, %for_begin_d_0.preheader.us.preheader.i
-  %indvars.iv297.i = phi i64 [ 0, %for_begin_d_0.preheader.us.preheader.i ], [ %indvars.iv.next298.i, %for_end_d_0.split.us.us.i ]
-  %71 = shl nuw nsw i64 %indvars.iv297.i, 9
-  %gep355.i = getelementptr inbounds nuw float, ptr %invariant.gep354.i, i64 %71
-  %invariant.gep352.i = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %71
+  %indvars.iv299.i = phi i64 [ 0, %for_begin_d_0.preheader.us.preheader.i ], [ %indvars.iv.next300.i, %for_end_d_0.split.us.us.i ]
+  %71 = shl nuw nsw i64 %indvars.iv299.i, 9
+  %gep357.i = getelementptr inbounds nuw float, ptr %invariant.gep356.i, i64 %71
+  %invariant.gep354.i = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %71
   br label %for_body_d_0.us.us.i
 
 for_body_d_0.us.us.i:                             ; preds = %for_begin_to.for_end_to_crit_edge.us.us.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv291.i = phi i64 [ %indvars.iv.next292.i, %for_begin_to.for_end_to_crit_edge.us.us.i ], [ 0, %for_begin_d_0.preheader.us.i ]
-  %72 = mul nuw nsw i64 %indvars.iv291.i, %70
-  %73 = shl nuw nsw i64 %indvars.iv291.i, 5
+  %indvars.iv293.i = phi i64 [ %indvars.iv.next294.i, %for_begin_to.for_end_to_crit_edge.us.us.i ], [ 0, %for_begin_d_0.preheader.us.i ]
+  %72 = mul nuw nsw i64 %indvars.iv293.i, %70
+  %73 = shl nuw nsw i64 %indvars.iv293.i, 5
   %gep230.us.us.i = getelementptr i16, ptr %invariant.gep229.i, i64 %73
   br label %if_end5.us.us.i
 
 if_end5.us.us.i:                                  ; preds = %if_end5.us.us.i, %for_body_d_0.us.us.i
-  %indvars.iv285.i = phi i64 [ %indvars.iv.next286.i, %if_end5.us.us.i ], [ 0, %for_body_d_0.us.us.i ]
+  %indvars.iv286.i = phi i64 [ %indvars.iv.next287.i, %if_end5.us.us.i ], [ 0, %for_body_d_0.us.us.i ]
   %full_acc_global17.sroa.0.0156.us.us.i = phi <16 x float> [ %651, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
   %full_acc_global17.sroa.34.0155.us.us.i = phi <16 x float> [ %672, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
   %full_acc_global17.sroa.68.0154.us.us.i = phi <16 x float> [ %656, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
@@ -2005,8 +2008,8 @@ if_end5.us.us.i:                                  ; preds = %if_end5.us.us.i, %f
   %full_acc_global17.sroa.170.0151.us.us.i = phi <16 x float> [ %674, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
   %full_acc_global17.sroa.204.0150.us.us.i = phi <16 x float> [ %666, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
   %full_acc_global17.sroa.238.0149.us.us.i = phi <16 x float> [ %675, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %74 = shl nsw i64 %indvars.iv285.i, 4
-  %75 = add nuw nsw i64 %indvars.iv285.i, %72
+  %74 = shl nsw i64 %indvars.iv286.i, 4
+  %75 = add nuw nsw i64 %indvars.iv286.i, %72
   %.idx = shl nuw nsw i64 %75, 5
   %76 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx
   %77 = load i64, ptr %76, align 8, !tbaa !5
@@ -2064,7 +2067,7 @@ if_end5.us.us.i:                                  ; preds = %if_end5.us.us.i, %f
   %114 = getelementptr i8, ptr %108, i64 192
   %115 = getelementptr i16, ptr %114, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %115, i32 0, i32 2, i32 1)
-  %116 = getelementptr inbounds nuw float, ptr %gep355.i, i64 %74
+  %116 = getelementptr inbounds nuw float, ptr %gep357.i, i64 %74
   %117 = load float, ptr %116, align 64, !tbaa !5
   %118 = insertelement <16 x float> poison, float %117, i64 0
   %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
@@ -2640,35 +2643,35 @@ if_end5.us.us.i:                                  ; preds = %if_end5.us.us.i, %f
   %673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %655, <16 x float> %671, <16 x float> %638)
   %674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %671, <16 x float> %639)
   %675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %665, <16 x float> %671, <16 x float> %640)
-  %indvars.iv.next286.i = add nuw nsw i64 %indvars.iv285.i, 1
-  %exitcond290.not.i = icmp eq i64 %indvars.iv.next286.i, %70
-  br i1 %exitcond290.not.i, label %for_begin_to.for_end_to_crit_edge.us.us.i, label %if_end5.us.us.i, !prof !13
+  %indvars.iv.next287.i = add nuw nsw i64 %indvars.iv286.i, 1
+  %exitcond292.not.i = icmp eq i64 %indvars.iv.next287.i, %70
+  br i1 %exitcond292.not.i, label %for_begin_to.for_end_to_crit_edge.us.us.i, label %if_end5.us.us.i, !prof !13
 
 for_begin_to.for_end_to_crit_edge.us.us.i:        ; preds = %if_end5.us.us.i
-  %gep353.i = getelementptr inbounds nuw float, ptr %invariant.gep352.i, i64 %73
-  store <16 x float> %651, ptr %gep353.i, align 4, !tbaa !5
-  %676 = getelementptr inbounds nuw i8, ptr %gep353.i, i64 64
+  %gep355.i = getelementptr inbounds nuw float, ptr %invariant.gep354.i, i64 %73
+  store <16 x float> %651, ptr %gep355.i, align 4, !tbaa !5
+  %676 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 64
   store <16 x float> %672, ptr %676, align 4, !tbaa !5
-  %677 = getelementptr inbounds nuw i8, ptr %gep353.i, i64 512
+  %677 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 512
   store <16 x float> %656, ptr %677, align 4, !tbaa !5
-  %678 = getelementptr inbounds nuw i8, ptr %gep353.i, i64 576
+  %678 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 576
   store <16 x float> %673, ptr %678, align 4, !tbaa !5
-  %679 = getelementptr inbounds nuw i8, ptr %gep353.i, i64 1024
+  %679 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 1024
   store <16 x float> %661, ptr %679, align 4, !tbaa !5
-  %680 = getelementptr inbounds nuw i8, ptr %gep353.i, i64 1088
+  %680 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 1088
   store <16 x float> %674, ptr %680, align 4, !tbaa !5
-  %681 = getelementptr inbounds nuw i8, ptr %gep353.i, i64 1536
+  %681 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 1536
   store <16 x float> %666, ptr %681, align 4, !tbaa !5
-  %682 = getelementptr inbounds nuw i8, ptr %gep353.i, i64 1600
+  %682 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 1600
   store <16 x float> %675, ptr %682, align 4, !tbaa !5
-  %indvars.iv.next292.i = add nuw nsw i64 %indvars.iv291.i, 1
-  %exitcond296.not.i = icmp eq i64 %indvars.iv.next292.i, 4
-  br i1 %exitcond296.not.i, label %for_end_d_0.split.us.us.i, label %for_body_d_0.us.us.i, !prof !33
+  %indvars.iv.next294.i = add nuw nsw i64 %indvars.iv293.i, 1
+  %exitcond298.not.i = icmp eq i64 %indvars.iv.next294.i, 4
+  br i1 %exitcond298.not.i, label %for_end_d_0.split.us.us.i, label %for_body_d_0.us.us.i, !prof !33
 
 for_end_d_0.split.us.us.i:                        ; preds = %for_begin_to.for_end_to_crit_edge.us.us.i
-  %indvars.iv.next298.i = add nuw nsw i64 %indvars.iv297.i, 1
-  %exitcond301.not.i = icmp eq i64 %indvars.iv.next298.i, 4
-  br i1 %exitcond301.not.i, label %for_begin_r_init.preheader.i, label %for_begin_d_0.preheader.us.i, !prof !33
+  %indvars.iv.next300.i = add nuw nsw i64 %indvars.iv299.i, 1
+  %exitcond303.not.i = icmp eq i64 %indvars.iv.next300.i, 4
+  br i1 %exitcond303.not.i, label %for_begin_r_init.preheader.i, label %for_begin_d_0.preheader.us.i, !prof !33
 
 for_begin_r_init.preheader.i:                     ; preds = %for_end_d_0.split.us.us.i, %for_begin_d_0.preheader.preheader.i
   %683 = and i64 %69, 4294965248
@@ -2676,8 +2679,8 @@ for_begin_r_init.preheader.i:                     ; preds = %for_end_d_0.split.u
   br label %for_begin_d_0_init.preheader.i
 
 for_begin_d_0_init.preheader.i:                   ; preds = %for_begin_d_0_init.preheader.i, %for_begin_r_init.preheader.i
-  %indvars.iv318.i = phi i64 [ 0, %for_begin_r_init.preheader.i ], [ %indvars.iv.next319.i.1, %for_begin_d_0_init.preheader.i ]
-  %684 = shl nuw nsw i64 %indvars.iv318.i, 7
+  %indvars.iv320.i = phi i64 [ 0, %for_begin_r_init.preheader.i ], [ %indvars.iv.next321.i.1, %for_begin_d_0_init.preheader.i ]
+  %684 = shl nuw nsw i64 %indvars.iv320.i, 7
   %685 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %684
   %686 = load <16 x float>, ptr %685, align 4, !tbaa !5
   %gep = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %684
@@ -2710,8 +2713,8 @@ for_begin_d_0_init.preheader.i:                   ; preds = %for_begin_d_0_init.
   %706 = load <16 x float>, ptr %705, align 4, !tbaa !5
   %707 = getelementptr inbounds nuw i8, ptr %gep, i64 448
   store <16 x float> %706, ptr %707, align 64, !tbaa !5
-  %indvars.iv.next319.i = shl i64 %indvars.iv318.i, 7
-  %708 = or disjoint i64 %indvars.iv.next319.i, 128
+  %indvars.iv.next321.i = shl i64 %indvars.iv320.i, 7
+  %708 = or disjoint i64 %indvars.iv.next321.i, 128
   %709 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %708
   %710 = load <16 x float>, ptr %709, align 4, !tbaa !5
   %gep.1 = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %708
@@ -2744,24 +2747,24 @@ for_begin_d_0_init.preheader.i:                   ; preds = %for_begin_d_0_init.
   %730 = load <16 x float>, ptr %729, align 4, !tbaa !5
   %731 = getelementptr inbounds nuw i8, ptr %gep.1, i64 448
   store <16 x float> %730, ptr %731, align 64, !tbaa !5
-  %indvars.iv.next319.i.1 = add nuw nsw i64 %indvars.iv318.i, 2
-  %exitcond323.not.i.1 = icmp eq i64 %indvars.iv.next319.i.1, 16
-  br i1 %exitcond323.not.i.1, label %for_end_r_init.i, label %for_begin_d_0_init.preheader.i, !prof !33, !llvm.loop !79
+  %indvars.iv.next321.i.1 = add nuw nsw i64 %indvars.iv320.i, 2
+  %exitcond325.not.i.1 = icmp eq i64 %indvars.iv.next321.i.1, 16
+  br i1 %exitcond325.not.i.1, label %for_end_r_init.i, label %for_begin_d_0_init.preheader.i, !prof !33, !llvm.loop !79
 
 for_end_r_init.i:                                 ; preds = %for_begin_d_0_init.preheader.i
-  %732 = and i32 %46, 15
-  %.not274.i = icmp eq i32 %732, 0
-  br i1 %.not274.i, label %for_end_ti.i, label %for_begin_r.preheader.lr.ph.i, !prof !58
+  %732 = and i32 %45, 15
+  %.not275.i = icmp eq i32 %732, 0
+  br i1 %.not275.i, label %for_end_ti.i, label %for_begin_r.preheader.lr.ph.i, !prof !58
 
 for_begin_r.preheader.lr.ph.i:                    ; preds = %for_end_r_init.i
-  %cse_v30.i = and i32 %46, 240
-  %733 = zext nneg i32 %cse_v30.i to i64
-  %wide.trip.count337.i = zext nneg i32 %732 to i64
+  %cse_v29.i = and i32 %45, 240
+  %733 = zext nneg i32 %cse_v29.i to i64
+  %wide.trip.count339.i = zext nneg i32 %732 to i64
   br label %for_begin_r.preheader.i
 
 for_begin_r.preheader.i:                          ; preds = %for_end_r.i, %for_begin_r.preheader.lr.ph.i
-  %indvars.iv334.i = phi i64 [ 0, %for_begin_r.preheader.lr.ph.i ], [ %indvars.iv.next335.i, %for_end_r.i ]
-  %734 = add nuw nsw i64 %indvars.iv334.i, %733
+  %indvars.iv336.i = phi i64 [ 0, %for_begin_r.preheader.lr.ph.i ], [ %indvars.iv.next337.i, %for_end_r.i ]
+  %734 = add nuw nsw i64 %indvars.iv336.i, %733
   %735 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %734
   %736 = getelementptr inbounds nuw float, ptr %probs, i64 %734
   br label %for_begin_d_06.preheader.i
@@ -2773,16 +2776,16 @@ for_end_ti.i:                                     ; preds = %for_end_r.i, %for_e
   br i1 %.not.i, label %if_end12.i, label %pv_matmul_compute_.exit, !prof !81
 
 for_begin_d_06.preheader.i:                       ; preds = %for_begin_d_06.preheader.i, %for_begin_r.preheader.i
-  %indvars.iv329.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next330.i, %for_begin_d_06.preheader.i ]
-  %739 = shl nuw nsw i64 %indvars.iv329.i, 7
+  %indvars.iv331.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next332.i, %for_begin_d_06.preheader.i ]
+  %739 = shl nuw nsw i64 %indvars.iv331.i, 7
   %740 = add nuw nsw i64 %739, %683
   %741 = getelementptr inbounds nuw float, ptr %736, i64 %740
   %742 = load float, ptr %741, align 4, !tbaa !5
   %743 = insertelement <16 x float> poison, float %742, i64 0
   %744 = shufflevector <16 x float> %743, <16 x float> poison, <16 x i32> zeroinitializer
   %745 = load i64, ptr %735, align 8, !tbaa !5
-  %gep357.i = getelementptr i16, ptr %invariant.gep229.i, i64 %745
-  %746 = load <16 x i16>, ptr %gep357.i, align 2, !tbaa !5
+  %gep359.i = getelementptr i16, ptr %invariant.gep229.i, i64 %745
+  %746 = load <16 x i16>, ptr %gep359.i, align 2, !tbaa !5
   %747 = zext <16 x i16> %746 to <16 x i32>
   %748 = shl nuw <16 x i32> %747, splat (i32 16)
   %749 = bitcast <16 x i32> %748 to <16 x float>
@@ -2895,14 +2898,14 @@ for_begin_d_06.preheader.i:                       ; preds = %for_begin_d_06.preh
   %849 = load <16 x float>, ptr %848, align 64, !tbaa !5
   %850 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %839, <16 x float> %847, <16 x float> %849)
   store <16 x float> %850, ptr %848, align 64, !tbaa !5
-  %indvars.iv.next330.i = add nuw nsw i64 %indvars.iv329.i, 1
-  %exitcond333.not.i = icmp eq i64 %indvars.iv.next330.i, 16
-  br i1 %exitcond333.not.i, label %for_end_r.i, label %for_begin_d_06.preheader.i, !prof !33
+  %indvars.iv.next332.i = add nuw nsw i64 %indvars.iv331.i, 1
+  %exitcond335.not.i = icmp eq i64 %indvars.iv.next332.i, 16
+  br i1 %exitcond335.not.i, label %for_end_r.i, label %for_begin_d_06.preheader.i, !prof !33
 
 for_end_r.i:                                      ; preds = %for_begin_d_06.preheader.i
-  %indvars.iv.next335.i = add nuw nsw i64 %indvars.iv334.i, 1
-  %exitcond338.not.i = icmp eq i64 %indvars.iv.next335.i, %wide.trip.count337.i
-  br i1 %exitcond338.not.i, label %for_end_ti.i, label %for_begin_r.preheader.i, !prof !13
+  %indvars.iv.next337.i = add nuw nsw i64 %indvars.iv336.i, 1
+  %exitcond340.not.i = icmp eq i64 %indvars.iv.next337.i, %wide.trip.count339.i
+  br i1 %exitcond340.not.i, label %for_end_ti.i, label %for_begin_r.preheader.i, !prof !13
 
 if_end12.i:                                       ; preds = %for_end_ti.i
   %851 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
@@ -3039,19 +3042,19 @@ for_body_s.lr.ph.i:                               ; preds = %if_end21
   %sext29 = shl i64 %29, 32
   %52 = ashr exact i64 %sext29, 32
   %53 = add i32 %tile_start.i, -1
-  %invariant.gep76.i = getelementptr i16, ptr %key_cache, i64 %head_offset.i
+  %invariant.gep75.i = getelementptr i16, ptr %key_cache, i64 %head_offset.i
   %sext30 = shl i64 %31, 32
   %54 = ashr exact i64 %sext30, 32
-  %wide.trip.count140.i = and i64 %25, 2147483647
+  %wide.trip.count141.i = and i64 %25, 2147483647
   br label %for_body_s.i
 
 for_begin_s.i:                                    ; preds = %if_end24.i
-  %indvars.iv.next138.i = add nuw nsw i64 %indvars.iv137.i, 1
-  %exitcond141.not.i = icmp eq i64 %indvars.iv.next138.i, %wide.trip.count140.i
-  br i1 %exitcond141.not.i, label %qk_matmul_compute_.exit, label %for_body_s.i, !prof !13
+  %indvars.iv.next139.i = add nuw nsw i64 %indvars.iv138.i, 1
+  %exitcond142.not.i = icmp eq i64 %indvars.iv.next139.i, %wide.trip.count141.i
+  br i1 %exitcond142.not.i, label %qk_matmul_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv137.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next138.i, %for_begin_s.i ]
+  %indvars.iv138.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next139.i, %for_begin_s.i ]
   %55 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
   %q_tile.i = tail call ptr %55(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %56 = icmp eq ptr %q_tile.i, null
@@ -3059,29 +3062,33 @@ for_body_s.i:                                     ; preds = %for_begin_s.i, %for
 
 if_end.i:                                         ; preds = %for_body_s.i
   %57 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %key_offsets.i = tail call ptr %57(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %key_offsets.i = tail call ptr %57(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
   %58 = icmp eq ptr %key_offsets.i, null
   br i1 %58, label %qk_matmul_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %cse_v4.i = add nsw i64 %indvars.iv137.i, %50
-  %59 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v4.i
+  %cse_v3.i = add nsw i64 %indvars.iv138.i, %50
+  %59 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v3.i
   %60 = load i32, ptr %59, align 4, !tbaa !5
-  %61 = mul nsw i64 %cse_v4.i, %q_batch
+  %61 = mul nsw i64 %cse_v3.i, %q_batch
   %62 = getelementptr i16, ptr %query, i64 %61
   br label %for_begin_d_0.preheader.i
 
 for_begin_t.preheader.i:                          ; preds = %for_end_d_0.i
   %63 = sub nsw i32 %60, %tile_start.i
-  %64 = icmp sgt i32 %63, 0
-  %65 = tail call i32 @llvm.smax.i32(i32 %63, i32 0)
-  %66 = tail call i32 @llvm.umin.i32(i32 %65, i32 128)
-  br i1 %64, label %for_body_t.lr.ph.i, label %for_end_t.i, !prof !3
+  %64 = tail call i32 @llvm.smax.i32(i32 %63, i32 0)
+  %65 = tail call i32 @llvm.umin.i32(i32 %64, i32 128)
+  %66 = add nuw nsw i32 %65, 15
+  %cse_v5.i = lshr i32 %66, 4
+  %num_offsets.i = and i32 %66, 496
+  %.not88.i = icmp eq i32 %num_offsets.i, 0
+  br i1 %.not88.i, label %for_begin_to_m.preheader.i, label %for_body_t.lr.ph.i, !prof !58
 
 for_body_t.lr.ph.i:                               ; preds = %for_begin_t.preheader.i
-  %67 = add i32 %53, %66
-  %68 = mul nsw i64 %cse_v4.i, %table_seq
+  %67 = add i32 %53, %65
+  %68 = mul nsw i64 %cse_v3.i, %table_seq
   %invariant.gep60.i = getelementptr i32, ptr %block_table, i64 %68
+  %wide.trip.count.i = zext nneg i32 %num_offsets.i to i64
   br label %for_body_t.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %if_end2.i
@@ -3154,567 +3161,565 @@ for_end_d_0.i:                                    ; preds = %for_body_d_0.us.pre
   %exitcond.not.i = icmp eq i64 %indvar.next.i, 16
   br i1 %exitcond.not.i, label %for_begin_t.preheader.i, label %for_begin_d_0.preheader.i, !prof !33
 
-for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next.i.1, %for_body_t.i ]
-  %105 = trunc i64 %indvars.iv.i to i32
-  %106 = add i32 %tile_start.i, %105
-  %token.i = tail call i32 @llvm.smin.i32(i32 %106, i32 %67)
-  %cse_v16.i = sext i32 %token.i to i64
-  %107 = ashr i64 %cse_v16.i, 7
-  %gep.i = getelementptr i32, ptr %invariant.gep60.i, i64 %107
-  %108 = load i32, ptr %gep.i, align 4, !tbaa !5
-  %block.i = sext i32 %108 to i64
-  %109 = and i64 %cse_v16.i, 127
-  %110 = mul nsw i64 %109, %k_row
-  %111 = mul nsw i64 %k_block, %block.i
-  %112 = add nsw i64 %110, %111
-  %113 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.i
-  store i64 %112, ptr %113, align 8, !tbaa !5
-  %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
-  %114 = trunc i64 %indvars.iv.next.i to i32
-  %115 = add i32 %tile_start.i, %114
-  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %115, i32 %67)
-  %cse_v16.i.1 = sext i32 %token.i.1 to i64
-  %116 = ashr i64 %cse_v16.i.1, 7
-  %gep.i.1 = getelementptr i32, ptr %invariant.gep60.i, i64 %116
-  %117 = load i32, ptr %gep.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %117 to i64
-  %118 = and i64 %cse_v16.i.1, 127
-  %119 = mul nsw i64 %118, %k_row
-  %120 = mul nsw i64 %k_block, %block.i.1
-  %121 = add nsw i64 %119, %120
-  %122 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next.i
-  store i64 %121, ptr %122, align 8, !tbaa !5
-  %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
-  %exitcond104.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, 256
-  br i1 %exitcond104.not.i.1, label %for_end_t.i, label %for_body_t.i, !prof !13, !llvm.loop !82
-
-for_end_t.i:                                      ; preds = %for_body_t.i, %for_begin_t.preheader.i
-  %123 = add nuw nsw i32 %66, 15
-  %124 = lshr i32 %123, 4
-  %.not89.i = icmp eq i32 %124, 0
+for_begin_to_m.preheader.i:                       ; preds = %for_body_t.i, %for_begin_t.preheader.i
+  %.not89.i = icmp eq i32 %cse_v5.i, 0
   br i1 %.not89.i, label %for_end_to_m.i, label %for_body_to_m.lr.ph.i, !prof !58
 
-for_body_to_m.lr.ph.i:                            ; preds = %for_end_t.i
-  %125 = icmp samesign ult i64 %indvars.iv137.i, 16
-  %126 = shl nsw i64 %indvars.iv137.i, 11
-  %wide.trip.count.i = zext nneg i32 %124 to i64
+for_body_to_m.lr.ph.i:                            ; preds = %for_begin_to_m.preheader.i
+  %105 = icmp samesign ult i64 %indvars.iv138.i, 16
+  %106 = shl nsw i64 %indvars.iv138.i, 11
+  %wide.trip.count136.i = zext nneg i32 %cse_v5.i to i64
   br label %for_body_to_m.i
+
+for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
+  %indvars.iv.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next.i.1, %for_body_t.i ]
+  %107 = trunc i64 %indvars.iv.i to i32
+  %108 = add i32 %tile_start.i, %107
+  %token.i = tail call i32 @llvm.smin.i32(i32 %108, i32 %67)
+  %cse_v17.i = sext i32 %token.i to i64
+  %109 = ashr i64 %cse_v17.i, 7
+  %gep.i = getelementptr i32, ptr %invariant.gep60.i, i64 %109
+  %110 = load i32, ptr %gep.i, align 4, !tbaa !5
+  %block.i = sext i32 %110 to i64
+  %111 = and i64 %cse_v17.i, 127
+  %112 = mul nsw i64 %111, %k_row
+  %113 = mul nsw i64 %k_block, %block.i
+  %114 = add nsw i64 %112, %113
+  %115 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.i
+  store i64 %114, ptr %115, align 8, !tbaa !5
+  %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
+  %116 = trunc i64 %indvars.iv.next.i to i32
+  %117 = add i32 %tile_start.i, %116
+  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %117, i32 %67)
+  %cse_v17.i.1 = sext i32 %token.i.1 to i64
+  %118 = ashr i64 %cse_v17.i.1, 7
+  %gep.i.1 = getelementptr i32, ptr %invariant.gep60.i, i64 %118
+  %119 = load i32, ptr %gep.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %119 to i64
+  %120 = and i64 %cse_v17.i.1, 127
+  %121 = mul nsw i64 %120, %k_row
+  %122 = mul nsw i64 %k_block, %block.i.1
+  %123 = add nsw i64 %121, %122
+  %124 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next.i
+  store i64 %123, ptr %124, align 8, !tbaa !5
+  %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
+  %exitcond104.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, %wide.trip.count.i
+  br i1 %exitcond104.not.i.1, label %for_begin_to_m.preheader.i, label %for_body_t.i, !prof !13, !llvm.loop !82
 
 for_begin_to_m.i:                                 ; preds = %for_end_r17.i
   %indvars.iv.next133.i = add nuw nsw i64 %indvars.iv132.i, 1
-  %exitcond136.not.i = icmp eq i64 %indvars.iv.next133.i, %wide.trip.count.i
-  br i1 %exitcond136.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
+  %exitcond137.not.i = icmp eq i64 %indvars.iv.next133.i, %wide.trip.count136.i
+  br i1 %exitcond137.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
 
 for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
   %indvars.iv132.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next133.i, %for_begin_to_m.i ]
-  %127 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scores.rf.i = tail call ptr %127(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %128 = icmp eq ptr %scores.rf.i, null
-  br i1 %128, label %qk_matmul_compute_.exit, label %for_body_n_0_m.us.preheader.i, !prof !8
+  %125 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scores.rf.i = tail call ptr %125(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %126 = icmp eq ptr %scores.rf.i, null
+  br i1 %126, label %qk_matmul_compute_.exit, label %for_body_n_0_m.us.preheader.i, !prof !8
 
-for_end_to_m.i:                                   ; preds = %for_begin_to_m.i, %for_end_t.i
-  %129 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %130 = tail call i32 %129(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not.i = icmp eq i32 %130, 0
+for_end_to_m.i:                                   ; preds = %for_begin_to_m.i, %for_begin_to_m.preheader.i
+  %127 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %128 = tail call i32 %127(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not.i = icmp eq i32 %128, 0
   br i1 %.not.i, label %if_end24.i, label %qk_matmul_compute_.exit, !prof !81
 
 for_body_n_0_m.us.preheader.i:                    ; preds = %for_body_to_m.i
-  %131 = shl nsw i64 %indvars.iv132.i, 4
-  %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %131
-  br i1 %125, label %for_body_n_0_m.us.i.us, label %for_body_n_0_m.us.i.preheader, !prof !83
+  %129 = shl nsw i64 %indvars.iv132.i, 4
+  %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %129
+  br i1 %105, label %for_body_n_0_m.us.i.us, label %for_body_n_0_m.us.i.preheader, !prof !83
 
 for_body_n_0_m.us.i.preheader:                    ; preds = %for_body_n_0_m.us.preheader.i
-  %132 = load i64, ptr %invariant.gep, align 8, !tbaa !5
-  %133 = getelementptr i16, ptr %key_cache, i64 %132
+  %130 = load i64, ptr %invariant.gep, align 8, !tbaa !5
+  %131 = getelementptr i16, ptr %key_cache, i64 %130
+  %132 = getelementptr i16, ptr %131, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %132, i32 0, i32 2, i32 1)
+  %133 = getelementptr i8, ptr %131, i64 64
   %134 = getelementptr i16, ptr %133, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %134, i32 0, i32 2, i32 1)
-  %135 = getelementptr i8, ptr %133, i64 64
+  %135 = getelementptr i8, ptr %131, i64 128
   %136 = getelementptr i16, ptr %135, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %136, i32 0, i32 2, i32 1)
-  %137 = getelementptr i8, ptr %133, i64 128
+  %137 = getelementptr i8, ptr %131, i64 192
   %138 = getelementptr i16, ptr %137, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %138, i32 0, i32 2, i32 1)
-  %139 = getelementptr i8, ptr %133, i64 192
-  %140 = getelementptr i16, ptr %139, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %140, i32 0, i32 2, i32 1)
-  %141 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 8
-  %142 = load i64, ptr %141, align 8, !tbaa !5
-  %143 = getelementptr i16, ptr %key_cache, i64 %142
+  %139 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 8
+  %140 = load i64, ptr %139, align 8, !tbaa !5
+  %141 = getelementptr i16, ptr %key_cache, i64 %140
+  %142 = getelementptr i16, ptr %141, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %142, i32 0, i32 2, i32 1)
+  %143 = getelementptr i8, ptr %141, i64 64
   %144 = getelementptr i16, ptr %143, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %144, i32 0, i32 2, i32 1)
-  %145 = getelementptr i8, ptr %143, i64 64
+  %145 = getelementptr i8, ptr %141, i64 128
   %146 = getelementptr i16, ptr %145, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %146, i32 0, i32 2, i32 1)
-  %147 = getelementptr i8, ptr %143, i64 128
+  %147 = getelementptr i8, ptr %141, i64 192
   %148 = getelementptr i16, ptr %147, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %148, i32 0, i32 2, i32 1)
-  %149 = getelementptr i8, ptr %143, i64 192
-  %150 = getelementptr i16, ptr %149, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %150, i32 0, i32 2, i32 1)
   %gep.1 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 16
-  %151 = load i64, ptr %gep.1, align 8, !tbaa !5
-  %152 = getelementptr i16, ptr %key_cache, i64 %151
+  %149 = load i64, ptr %gep.1, align 8, !tbaa !5
+  %150 = getelementptr i16, ptr %key_cache, i64 %149
+  %151 = getelementptr i16, ptr %150, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %151, i32 0, i32 2, i32 1)
+  %152 = getelementptr i8, ptr %150, i64 64
   %153 = getelementptr i16, ptr %152, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %153, i32 0, i32 2, i32 1)
-  %154 = getelementptr i8, ptr %152, i64 64
+  %154 = getelementptr i8, ptr %150, i64 128
   %155 = getelementptr i16, ptr %154, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %155, i32 0, i32 2, i32 1)
-  %156 = getelementptr i8, ptr %152, i64 128
+  %156 = getelementptr i8, ptr %150, i64 192
   %157 = getelementptr i16, ptr %156, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %157, i32 0, i32 2, i32 1)
-  %158 = getelementptr i8, ptr %152, i64 192
-  %159 = getelementptr i16, ptr %158, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %159, i32 0, i32 2, i32 1)
-  %160 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 24
-  %161 = load i64, ptr %160, align 8, !tbaa !5
-  %162 = getelementptr i16, ptr %key_cache, i64 %161
+  %158 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 24
+  %159 = load i64, ptr %158, align 8, !tbaa !5
+  %160 = getelementptr i16, ptr %key_cache, i64 %159
+  %161 = getelementptr i16, ptr %160, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %161, i32 0, i32 2, i32 1)
+  %162 = getelementptr i8, ptr %160, i64 64
   %163 = getelementptr i16, ptr %162, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %163, i32 0, i32 2, i32 1)
-  %164 = getelementptr i8, ptr %162, i64 64
+  %164 = getelementptr i8, ptr %160, i64 128
   %165 = getelementptr i16, ptr %164, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %165, i32 0, i32 2, i32 1)
-  %166 = getelementptr i8, ptr %162, i64 128
+  %166 = getelementptr i8, ptr %160, i64 192
   %167 = getelementptr i16, ptr %166, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %167, i32 0, i32 2, i32 1)
-  %168 = getelementptr i8, ptr %162, i64 192
-  %169 = getelementptr i16, ptr %168, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %169, i32 0, i32 2, i32 1)
   %gep.2 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 32
-  %170 = load i64, ptr %gep.2, align 8, !tbaa !5
-  %171 = getelementptr i16, ptr %key_cache, i64 %170
+  %168 = load i64, ptr %gep.2, align 8, !tbaa !5
+  %169 = getelementptr i16, ptr %key_cache, i64 %168
+  %170 = getelementptr i16, ptr %169, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %170, i32 0, i32 2, i32 1)
+  %171 = getelementptr i8, ptr %169, i64 64
   %172 = getelementptr i16, ptr %171, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %172, i32 0, i32 2, i32 1)
-  %173 = getelementptr i8, ptr %171, i64 64
+  %173 = getelementptr i8, ptr %169, i64 128
   %174 = getelementptr i16, ptr %173, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %174, i32 0, i32 2, i32 1)
-  %175 = getelementptr i8, ptr %171, i64 128
+  %175 = getelementptr i8, ptr %169, i64 192
   %176 = getelementptr i16, ptr %175, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %176, i32 0, i32 2, i32 1)
-  %177 = getelementptr i8, ptr %171, i64 192
-  %178 = getelementptr i16, ptr %177, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %178, i32 0, i32 2, i32 1)
-  %179 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 40
-  %180 = load i64, ptr %179, align 8, !tbaa !5
-  %181 = getelementptr i16, ptr %key_cache, i64 %180
+  %177 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 40
+  %178 = load i64, ptr %177, align 8, !tbaa !5
+  %179 = getelementptr i16, ptr %key_cache, i64 %178
+  %180 = getelementptr i16, ptr %179, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %180, i32 0, i32 2, i32 1)
+  %181 = getelementptr i8, ptr %179, i64 64
   %182 = getelementptr i16, ptr %181, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %182, i32 0, i32 2, i32 1)
-  %183 = getelementptr i8, ptr %181, i64 64
+  %183 = getelementptr i8, ptr %179, i64 128
   %184 = getelementptr i16, ptr %183, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %184, i32 0, i32 2, i32 1)
-  %185 = getelementptr i8, ptr %181, i64 128
+  %185 = getelementptr i8, ptr %179, i64 192
   %186 = getelementptr i16, ptr %185, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %186, i32 0, i32 2, i32 1)
-  %187 = getelementptr i8, ptr %181, i64 192
-  %188 = getelementptr i16, ptr %187, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %188, i32 0, i32 2, i32 1)
   %gep.3 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 48
-  %189 = load i64, ptr %gep.3, align 8, !tbaa !5
-  %190 = getelementptr i16, ptr %key_cache, i64 %189
+  %187 = load i64, ptr %gep.3, align 8, !tbaa !5
+  %188 = getelementptr i16, ptr %key_cache, i64 %187
+  %189 = getelementptr i16, ptr %188, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %189, i32 0, i32 2, i32 1)
+  %190 = getelementptr i8, ptr %188, i64 64
   %191 = getelementptr i16, ptr %190, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %191, i32 0, i32 2, i32 1)
-  %192 = getelementptr i8, ptr %190, i64 64
+  %192 = getelementptr i8, ptr %188, i64 128
   %193 = getelementptr i16, ptr %192, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %193, i32 0, i32 2, i32 1)
-  %194 = getelementptr i8, ptr %190, i64 128
+  %194 = getelementptr i8, ptr %188, i64 192
   %195 = getelementptr i16, ptr %194, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %195, i32 0, i32 2, i32 1)
-  %196 = getelementptr i8, ptr %190, i64 192
-  %197 = getelementptr i16, ptr %196, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %197, i32 0, i32 2, i32 1)
-  %198 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 56
-  %199 = load i64, ptr %198, align 8, !tbaa !5
-  %200 = getelementptr i16, ptr %key_cache, i64 %199
+  %196 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 56
+  %197 = load i64, ptr %196, align 8, !tbaa !5
+  %198 = getelementptr i16, ptr %key_cache, i64 %197
+  %199 = getelementptr i16, ptr %198, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %199, i32 0, i32 2, i32 1)
+  %200 = getelementptr i8, ptr %198, i64 64
   %201 = getelementptr i16, ptr %200, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %201, i32 0, i32 2, i32 1)
-  %202 = getelementptr i8, ptr %200, i64 64
+  %202 = getelementptr i8, ptr %198, i64 128
   %203 = getelementptr i16, ptr %202, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %203, i32 0, i32 2, i32 1)
-  %204 = getelementptr i8, ptr %200, i64 128
+  %204 = getelementptr i8, ptr %198, i64 192
   %205 = getelementptr i16, ptr %204, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %205, i32 0, i32 2, i32 1)
-  %206 = getelementptr i8, ptr %200, i64 192
-  %207 = getelementptr i16, ptr %206, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %207, i32 0, i32 2, i32 1)
   %gep.4 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 64
-  %208 = load i64, ptr %gep.4, align 8, !tbaa !5
-  %209 = getelementptr i16, ptr %key_cache, i64 %208
+  %206 = load i64, ptr %gep.4, align 8, !tbaa !5
+  %207 = getelementptr i16, ptr %key_cache, i64 %206
+  %208 = getelementptr i16, ptr %207, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %208, i32 0, i32 2, i32 1)
+  %209 = getelementptr i8, ptr %207, i64 64
   %210 = getelementptr i16, ptr %209, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %210, i32 0, i32 2, i32 1)
-  %211 = getelementptr i8, ptr %209, i64 64
+  %211 = getelementptr i8, ptr %207, i64 128
   %212 = getelementptr i16, ptr %211, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %212, i32 0, i32 2, i32 1)
-  %213 = getelementptr i8, ptr %209, i64 128
+  %213 = getelementptr i8, ptr %207, i64 192
   %214 = getelementptr i16, ptr %213, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %214, i32 0, i32 2, i32 1)
-  %215 = getelementptr i8, ptr %209, i64 192
-  %216 = getelementptr i16, ptr %215, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %216, i32 0, i32 2, i32 1)
-  %217 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 72
-  %218 = load i64, ptr %217, align 8, !tbaa !5
-  %219 = getelementptr i16, ptr %key_cache, i64 %218
+  %215 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 72
+  %216 = load i64, ptr %215, align 8, !tbaa !5
+  %217 = getelementptr i16, ptr %key_cache, i64 %216
+  %218 = getelementptr i16, ptr %217, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %218, i32 0, i32 2, i32 1)
+  %219 = getelementptr i8, ptr %217, i64 64
   %220 = getelementptr i16, ptr %219, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %220, i32 0, i32 2, i32 1)
-  %221 = getelementptr i8, ptr %219, i64 64
+  %221 = getelementptr i8, ptr %217, i64 128
   %222 = getelementptr i16, ptr %221, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %222, i32 0, i32 2, i32 1)
-  %223 = getelementptr i8, ptr %219, i64 128
+  %223 = getelementptr i8, ptr %217, i64 192
   %224 = getelementptr i16, ptr %223, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %224, i32 0, i32 2, i32 1)
-  %225 = getelementptr i8, ptr %219, i64 192
-  %226 = getelementptr i16, ptr %225, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %226, i32 0, i32 2, i32 1)
   %gep.5 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 80
-  %227 = load i64, ptr %gep.5, align 8, !tbaa !5
-  %228 = getelementptr i16, ptr %key_cache, i64 %227
+  %225 = load i64, ptr %gep.5, align 8, !tbaa !5
+  %226 = getelementptr i16, ptr %key_cache, i64 %225
+  %227 = getelementptr i16, ptr %226, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %227, i32 0, i32 2, i32 1)
+  %228 = getelementptr i8, ptr %226, i64 64
   %229 = getelementptr i16, ptr %228, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %229, i32 0, i32 2, i32 1)
-  %230 = getelementptr i8, ptr %228, i64 64
+  %230 = getelementptr i8, ptr %226, i64 128
   %231 = getelementptr i16, ptr %230, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %231, i32 0, i32 2, i32 1)
-  %232 = getelementptr i8, ptr %228, i64 128
+  %232 = getelementptr i8, ptr %226, i64 192
   %233 = getelementptr i16, ptr %232, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %233, i32 0, i32 2, i32 1)
-  %234 = getelementptr i8, ptr %228, i64 192
-  %235 = getelementptr i16, ptr %234, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %235, i32 0, i32 2, i32 1)
-  %236 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 88
-  %237 = load i64, ptr %236, align 8, !tbaa !5
-  %238 = getelementptr i16, ptr %key_cache, i64 %237
+  %234 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 88
+  %235 = load i64, ptr %234, align 8, !tbaa !5
+  %236 = getelementptr i16, ptr %key_cache, i64 %235
+  %237 = getelementptr i16, ptr %236, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %237, i32 0, i32 2, i32 1)
+  %238 = getelementptr i8, ptr %236, i64 64
   %239 = getelementptr i16, ptr %238, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %239, i32 0, i32 2, i32 1)
-  %240 = getelementptr i8, ptr %238, i64 64
+  %240 = getelementptr i8, ptr %236, i64 128
   %241 = getelementptr i16, ptr %240, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %241, i32 0, i32 2, i32 1)
-  %242 = getelementptr i8, ptr %238, i64 128
+  %242 = getelementptr i8, ptr %236, i64 192
   %243 = getelementptr i16, ptr %242, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %243, i32 0, i32 2, i32 1)
-  %244 = getelementptr i8, ptr %238, i64 192
-  %245 = getelementptr i16, ptr %244, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %245, i32 0, i32 2, i32 1)
   %gep.6 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 96
-  %246 = load i64, ptr %gep.6, align 8, !tbaa !5
-  %247 = getelementptr i16, ptr %key_cache, i64 %246
+  %244 = load i64, ptr %gep.6, align 8, !tbaa !5
+  %245 = getelementptr i16, ptr %key_cache, i64 %244
+  %246 = getelementptr i16, ptr %245, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %246, i32 0, i32 2, i32 1)
+  %247 = getelementptr i8, ptr %245, i64 64
   %248 = getelementptr i16, ptr %247, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %248, i32 0, i32 2, i32 1)
-  %249 = getelementptr i8, ptr %247, i64 64
+  %249 = getelementptr i8, ptr %245, i64 128
   %250 = getelementptr i16, ptr %249, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %250, i32 0, i32 2, i32 1)
-  %251 = getelementptr i8, ptr %247, i64 128
+  %251 = getelementptr i8, ptr %245, i64 192
   %252 = getelementptr i16, ptr %251, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %252, i32 0, i32 2, i32 1)
-  %253 = getelementptr i8, ptr %247, i64 192
-  %254 = getelementptr i16, ptr %253, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %254, i32 0, i32 2, i32 1)
-  %255 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 104
-  %256 = load i64, ptr %255, align 8, !tbaa !5
-  %257 = getelementptr i16, ptr %key_cache, i64 %256
+  %253 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 104
+  %254 = load i64, ptr %253, align 8, !tbaa !5
+  %255 = getelementptr i16, ptr %key_cache, i64 %254
+  %256 = getelementptr i16, ptr %255, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %256, i32 0, i32 2, i32 1)
+  %257 = getelementptr i8, ptr %255, i64 64
   %258 = getelementptr i16, ptr %257, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %258, i32 0, i32 2, i32 1)
-  %259 = getelementptr i8, ptr %257, i64 64
+  %259 = getelementptr i8, ptr %255, i64 128
   %260 = getelementptr i16, ptr %259, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %260, i32 0, i32 2, i32 1)
-  %261 = getelementptr i8, ptr %257, i64 128
+  %261 = getelementptr i8, ptr %255, i64 192
   %262 = getelementptr i16, ptr %261, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %262, i32 0, i32 2, i32 1)
-  %263 = getelementptr i8, ptr %257, i64 192
-  %264 = getelementptr i16, ptr %263, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %264, i32 0, i32 2, i32 1)
   %gep.7 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 112
-  %265 = load i64, ptr %gep.7, align 8, !tbaa !5
-  %266 = getelementptr i16, ptr %key_cache, i64 %265
+  %263 = load i64, ptr %gep.7, align 8, !tbaa !5
+  %264 = getelementptr i16, ptr %key_cache, i64 %263
+  %265 = getelementptr i16, ptr %264, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %265, i32 0, i32 2, i32 1)
+  %266 = getelementptr i8, ptr %264, i64 64
   %267 = getelementptr i16, ptr %266, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %267, i32 0, i32 2, i32 1)
-  %268 = getelementptr i8, ptr %266, i64 64
+  %268 = getelementptr i8, ptr %264, i64 128
   %269 = getelementptr i16, ptr %268, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %269, i32 0, i32 2, i32 1)
-  %270 = getelementptr i8, ptr %266, i64 128
+  %270 = getelementptr i8, ptr %264, i64 192
   %271 = getelementptr i16, ptr %270, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %271, i32 0, i32 2, i32 1)
-  %272 = getelementptr i8, ptr %266, i64 192
-  %273 = getelementptr i16, ptr %272, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %273, i32 0, i32 2, i32 1)
-  %274 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 120
-  %275 = load i64, ptr %274, align 8, !tbaa !5
-  %276 = getelementptr i16, ptr %key_cache, i64 %275
+  %272 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 120
+  %273 = load i64, ptr %272, align 8, !tbaa !5
+  %274 = getelementptr i16, ptr %key_cache, i64 %273
+  %275 = getelementptr i16, ptr %274, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %275, i32 0, i32 2, i32 1)
+  %276 = getelementptr i8, ptr %274, i64 64
   %277 = getelementptr i16, ptr %276, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %277, i32 0, i32 2, i32 1)
-  %278 = getelementptr i8, ptr %276, i64 64
+  %278 = getelementptr i8, ptr %274, i64 128
   %279 = getelementptr i16, ptr %278, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %279, i32 0, i32 2, i32 1)
-  %280 = getelementptr i8, ptr %276, i64 128
+  %280 = getelementptr i8, ptr %274, i64 192
   %281 = getelementptr i16, ptr %280, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %281, i32 0, i32 2, i32 1)
-  %282 = getelementptr i8, ptr %276, i64 192
-  %283 = getelementptr i16, ptr %282, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %283, i32 0, i32 2, i32 1)
   br label %for_begin_r15.preheader.i
 
 for_body_n_0_m.us.i.us:                           ; preds = %for_end_ax2_0.split.us.us.i.split.us.us, %for_body_n_0_m.us.preheader.i
   %indvars.iv122.i.us = phi i64 [ %indvars.iv.next123.i.us, %for_end_ax2_0.split.us.us.i.split.us.us ], [ 0, %for_body_n_0_m.us.preheader.i ]
   %.idx31.us = shl nuw nsw i64 %indvars.iv122.i.us, 4
   %gep.us = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx31.us
-  %284 = load i64, ptr %gep.us, align 8, !tbaa !5
-  %285 = getelementptr i16, ptr %key_cache, i64 %284
+  %282 = load i64, ptr %gep.us, align 8, !tbaa !5
+  %283 = getelementptr i16, ptr %key_cache, i64 %282
+  %284 = getelementptr i16, ptr %283, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %284, i32 0, i32 2, i32 1)
+  %285 = getelementptr i8, ptr %283, i64 64
   %286 = getelementptr i16, ptr %285, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %286, i32 0, i32 2, i32 1)
-  %287 = getelementptr i8, ptr %285, i64 64
+  %287 = getelementptr i8, ptr %283, i64 128
   %288 = getelementptr i16, ptr %287, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %288, i32 0, i32 2, i32 1)
-  %289 = getelementptr i8, ptr %285, i64 128
+  %289 = getelementptr i8, ptr %283, i64 192
   %290 = getelementptr i16, ptr %289, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %290, i32 0, i32 2, i32 1)
-  %291 = getelementptr i8, ptr %285, i64 192
-  %292 = getelementptr i16, ptr %291, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %292, i32 0, i32 2, i32 1)
-  %293 = getelementptr inbounds nuw i8, ptr %gep.us, i64 8
-  %294 = load i64, ptr %293, align 8, !tbaa !5
-  %295 = getelementptr i16, ptr %key_cache, i64 %294
+  %291 = getelementptr inbounds nuw i8, ptr %gep.us, i64 8
+  %292 = load i64, ptr %291, align 8, !tbaa !5
+  %293 = getelementptr i16, ptr %key_cache, i64 %292
+  %294 = getelementptr i16, ptr %293, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %294, i32 0, i32 2, i32 1)
+  %295 = getelementptr i8, ptr %293, i64 64
   %296 = getelementptr i16, ptr %295, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %296, i32 0, i32 2, i32 1)
-  %297 = getelementptr i8, ptr %295, i64 64
+  %297 = getelementptr i8, ptr %293, i64 128
   %298 = getelementptr i16, ptr %297, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %298, i32 0, i32 2, i32 1)
-  %299 = getelementptr i8, ptr %295, i64 128
+  %299 = getelementptr i8, ptr %293, i64 192
   %300 = getelementptr i16, ptr %299, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %300, i32 0, i32 2, i32 1)
-  %301 = getelementptr i8, ptr %295, i64 192
-  %302 = getelementptr i16, ptr %301, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %302, i32 0, i32 2, i32 1)
-  %.idx142.i.us = shl nuw nsw i64 %indvars.iv122.i.us, 7
-  %invariant.gep146.i.us = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx142.i.us
+  %.idx143.i.us = shl nuw nsw i64 %indvars.iv122.i.us, 7
+  %invariant.gep147.i.us = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx143.i.us
   br label %for_body_ax2_0.us.us.i.us.us
 
 for_body_ax2_0.us.us.i.us.us:                     ; preds = %for_body_ax2_0.us.us.i.us.us, %for_body_n_0_m.us.i.us
   %indvars.iv117.i.us.us = phi i64 [ %indvars.iv.next118.i.us.us, %for_body_ax2_0.us.us.i.us.us ], [ 0, %for_body_n_0_m.us.i.us ]
   %.idx32.us.us = shl nuw nsw i64 %indvars.iv117.i.us.us, 11
-  %303 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx32.us.us
-  %304 = getelementptr inbounds nuw i8, ptr %303, i64 1984
-  %305 = load <16 x float>, ptr %304, align 4, !tbaa !5
-  %306 = load i64, ptr %293, align 8, !tbaa !5
-  %gep79.us.us.i.us.us = getelementptr i16, ptr %invariant.gep76.i, i64 %306
-  %gep66.us.us.7.i.us.us = getelementptr i8, ptr %gep79.us.us.i.us.us, i64 224
-  %307 = load <16 x i16>, ptr %gep66.us.us.7.i.us.us, align 2, !tbaa !5
-  %308 = zext <16 x i16> %307 to <16 x i32>
-  %309 = shl nuw <16 x i32> %308, splat (i32 16)
-  %310 = bitcast <16 x i32> %309 to <16 x float>
-  %311 = getelementptr inbounds nuw i8, ptr %303, i64 1920
-  %312 = load <16 x float>, ptr %311, align 4, !tbaa !5
-  %gep66.us.us.6.i.us.us = getelementptr i8, ptr %gep79.us.us.i.us.us, i64 192
-  %313 = load <16 x i16>, ptr %gep66.us.us.6.i.us.us, align 2, !tbaa !5
-  %314 = zext <16 x i16> %313 to <16 x i32>
-  %315 = shl nuw <16 x i32> %314, splat (i32 16)
-  %316 = bitcast <16 x i32> %315 to <16 x float>
-  %317 = getelementptr inbounds nuw i8, ptr %303, i64 1856
-  %318 = load <16 x float>, ptr %317, align 4, !tbaa !5
-  %gep66.us.us.5.i.us.us = getelementptr i8, ptr %gep79.us.us.i.us.us, i64 160
-  %319 = load <16 x i16>, ptr %gep66.us.us.5.i.us.us, align 2, !tbaa !5
-  %320 = zext <16 x i16> %319 to <16 x i32>
-  %321 = shl nuw <16 x i32> %320, splat (i32 16)
-  %322 = bitcast <16 x i32> %321 to <16 x float>
-  %323 = getelementptr inbounds nuw i8, ptr %303, i64 1792
-  %324 = load <16 x float>, ptr %323, align 4, !tbaa !5
-  %gep66.us.us.4.i.us.us = getelementptr i8, ptr %gep79.us.us.i.us.us, i64 128
-  %325 = load <16 x i16>, ptr %gep66.us.us.4.i.us.us, align 2, !tbaa !5
-  %326 = zext <16 x i16> %325 to <16 x i32>
-  %327 = shl nuw <16 x i32> %326, splat (i32 16)
-  %328 = bitcast <16 x i32> %327 to <16 x float>
-  %329 = getelementptr inbounds nuw i8, ptr %303, i64 1728
-  %330 = load <16 x float>, ptr %329, align 4, !tbaa !5
-  %gep66.us.us.3.i.us.us = getelementptr i8, ptr %gep79.us.us.i.us.us, i64 96
-  %331 = load <16 x i16>, ptr %gep66.us.us.3.i.us.us, align 2, !tbaa !5
-  %332 = zext <16 x i16> %331 to <16 x i32>
-  %333 = shl nuw <16 x i32> %332, splat (i32 16)
-  %334 = bitcast <16 x i32> %333 to <16 x float>
-  %335 = getelementptr inbounds nuw i8, ptr %303, i64 1664
-  %336 = load <16 x float>, ptr %335, align 4, !tbaa !5
-  %gep66.us.us.2.i.us.us = getelementptr i8, ptr %gep79.us.us.i.us.us, i64 64
-  %337 = load <16 x i16>, ptr %gep66.us.us.2.i.us.us, align 2, !tbaa !5
-  %338 = zext <16 x i16> %337 to <16 x i32>
-  %339 = shl nuw <16 x i32> %338, splat (i32 16)
-  %340 = bitcast <16 x i32> %339 to <16 x float>
-  %341 = getelementptr inbounds nuw i8, ptr %303, i64 1600
-  %342 = load <16 x float>, ptr %341, align 4, !tbaa !5
-  %gep66.us.us.1.i.us.us = getelementptr i8, ptr %gep79.us.us.i.us.us, i64 32
-  %343 = load <16 x i16>, ptr %gep66.us.us.1.i.us.us, align 2, !tbaa !5
-  %344 = zext <16 x i16> %343 to <16 x i32>
-  %345 = shl nuw <16 x i32> %344, splat (i32 16)
-  %346 = bitcast <16 x i32> %345 to <16 x float>
-  %347 = getelementptr inbounds nuw i8, ptr %303, i64 1536
-  %348 = load <16 x float>, ptr %347, align 4, !tbaa !5
-  %349 = load <16 x i16>, ptr %gep79.us.us.i.us.us, align 2, !tbaa !5
-  %350 = zext <16 x i16> %349 to <16 x i32>
-  %351 = shl nuw <16 x i32> %350, splat (i32 16)
-  %352 = bitcast <16 x i32> %351 to <16 x float>
-  %353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %348, <16 x float> %352, <16 x float> zeroinitializer)
-  %354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %342, <16 x float> %346, <16 x float> %353)
-  %355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %340, <16 x float> %354)
-  %356 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %330, <16 x float> %334, <16 x float> %355)
-  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %324, <16 x float> %328, <16 x float> %356)
-  %358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %318, <16 x float> %322, <16 x float> %357)
-  %359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %316, <16 x float> %358)
-  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %310, <16 x float> %359)
-  %361 = getelementptr inbounds nuw i8, ptr %303, i64 1472
+  %301 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx32.us.us
+  %302 = getelementptr inbounds nuw i8, ptr %301, i64 1984
+  %303 = load <16 x float>, ptr %302, align 4, !tbaa !5
+  %304 = load i64, ptr %291, align 8, !tbaa !5
+  %gep78.us.us.i.us.us = getelementptr i16, ptr %invariant.gep75.i, i64 %304
+  %gep65.us.us.7.i.us.us = getelementptr i8, ptr %gep78.us.us.i.us.us, i64 224
+  %305 = load <16 x i16>, ptr %gep65.us.us.7.i.us.us, align 2, !tbaa !5
+  %306 = zext <16 x i16> %305 to <16 x i32>
+  %307 = shl nuw <16 x i32> %306, splat (i32 16)
+  %308 = bitcast <16 x i32> %307 to <16 x float>
+  %309 = getelementptr inbounds nuw i8, ptr %301, i64 1920
+  %310 = load <16 x float>, ptr %309, align 4, !tbaa !5
+  %gep65.us.us.6.i.us.us = getelementptr i8, ptr %gep78.us.us.i.us.us, i64 192
+  %311 = load <16 x i16>, ptr %gep65.us.us.6.i.us.us, align 2, !tbaa !5
+  %312 = zext <16 x i16> %311 to <16 x i32>
+  %313 = shl nuw <16 x i32> %312, splat (i32 16)
+  %314 = bitcast <16 x i32> %313 to <16 x float>
+  %315 = getelementptr inbounds nuw i8, ptr %301, i64 1856
+  %316 = load <16 x float>, ptr %315, align 4, !tbaa !5
+  %gep65.us.us.5.i.us.us = getelementptr i8, ptr %gep78.us.us.i.us.us, i64 160
+  %317 = load <16 x i16>, ptr %gep65.us.us.5.i.us.us, align 2, !tbaa !5
+  %318 = zext <16 x i16> %317 to <16 x i32>
+  %319 = shl nuw <16 x i32> %318, splat (i32 16)
+  %320 = bitcast <16 x i32> %319 to <16 x float>
+  %321 = getelementptr inbounds nuw i8, ptr %301, i64 1792
+  %322 = load <16 x float>, ptr %321, align 4, !tbaa !5
+  %gep65.us.us.4.i.us.us = getelementptr i8, ptr %gep78.us.us.i.us.us, i64 128
+  %323 = load <16 x i16>, ptr %gep65.us.us.4.i.us.us, align 2, !tbaa !5
+  %324 = zext <16 x i16> %323 to <16 x i32>
+  %325 = shl nuw <16 x i32> %324, splat (i32 16)
+  %326 = bitcast <16 x i32> %325 to <16 x float>
+  %327 = getelementptr inbounds nuw i8, ptr %301, i64 1728
+  %328 = load <16 x float>, ptr %327, align 4, !tbaa !5
+  %gep65.us.us.3.i.us.us = getelementptr i8, ptr %gep78.us.us.i.us.us, i64 96
+  %329 = load <16 x i16>, ptr %gep65.us.us.3.i.us.us, align 2, !tbaa !5
+  %330 = zext <16 x i16> %329 to <16 x i32>
+  %331 = shl nuw <16 x i32> %330, splat (i32 16)
+  %332 = bitcast <16 x i32> %331 to <16 x float>
+  %333 = getelementptr inbounds nuw i8, ptr %301, i64 1664
+  %334 = load <16 x float>, ptr %333, align 4, !tbaa !5
+  %gep65.us.us.2.i.us.us = getelementptr i8, ptr %gep78.us.us.i.us.us, i64 64
+  %335 = load <16 x i16>, ptr %gep65.us.us.2.i.us.us, align 2, !tbaa !5
+  %336 = zext <16 x i16> %335 to <16 x i32>
+  %337 = shl nuw <16 x i32> %336, splat (i32 16)
+  %338 = bitcast <16 x i32> %337 to <16 x float>
+  %339 = getelementptr inbounds nuw i8, ptr %301, i64 1600
+  %340 = load <16 x float>, ptr %339, align 4, !tbaa !5
+  %gep65.us.us.1.i.us.us = getelementptr i8, ptr %gep78.us.us.i.us.us, i64 32
+  %341 = load <16 x i16>, ptr %gep65.us.us.1.i.us.us, align 2, !tbaa !5
+  %342 = zext <16 x i16> %341 to <16 x i32>
+  %343 = shl nuw <16 x i32> %342, splat (i32 16)
+  %344 = bitcast <16 x i32> %343 to <16 x float>
+  %345 = getelementptr inbounds nuw i8, ptr %301, i64 1536
+  %346 = load <16 x float>, ptr %345, align 4, !tbaa !5
+  %347 = load <16 x i16>, ptr %gep78.us.us.i.us.us, align 2, !tbaa !5
+  %348 = zext <16 x i16> %347 to <16 x i32>
+  %349 = shl nuw <16 x i32> %348, splat (i32 16)
+  %350 = bitcast <16 x i32> %349 to <16 x float>
+  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %346, <16 x float> %350, <16 x float> zeroinitializer)
+  %352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %344, <16 x float> %351)
+  %353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %334, <16 x float> %338, <16 x float> %352)
+  %354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %328, <16 x float> %332, <16 x float> %353)
+  %355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %322, <16 x float> %326, <16 x float> %354)
+  %356 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %316, <16 x float> %320, <16 x float> %355)
+  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %314, <16 x float> %356)
+  %358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %308, <16 x float> %357)
+  %359 = getelementptr inbounds nuw i8, ptr %301, i64 1472
+  %360 = load <16 x float>, ptr %359, align 4, !tbaa !5
+  %361 = getelementptr inbounds nuw i8, ptr %301, i64 1408
   %362 = load <16 x float>, ptr %361, align 4, !tbaa !5
-  %363 = getelementptr inbounds nuw i8, ptr %303, i64 1408
+  %363 = getelementptr inbounds nuw i8, ptr %301, i64 1344
   %364 = load <16 x float>, ptr %363, align 4, !tbaa !5
-  %365 = getelementptr inbounds nuw i8, ptr %303, i64 1344
+  %365 = getelementptr inbounds nuw i8, ptr %301, i64 1280
   %366 = load <16 x float>, ptr %365, align 4, !tbaa !5
-  %367 = getelementptr inbounds nuw i8, ptr %303, i64 1280
+  %367 = getelementptr inbounds nuw i8, ptr %301, i64 1216
   %368 = load <16 x float>, ptr %367, align 4, !tbaa !5
-  %369 = getelementptr inbounds nuw i8, ptr %303, i64 1216
+  %369 = getelementptr inbounds nuw i8, ptr %301, i64 1152
   %370 = load <16 x float>, ptr %369, align 4, !tbaa !5
-  %371 = getelementptr inbounds nuw i8, ptr %303, i64 1152
+  %371 = getelementptr inbounds nuw i8, ptr %301, i64 1088
   %372 = load <16 x float>, ptr %371, align 4, !tbaa !5
-  %373 = getelementptr inbounds nuw i8, ptr %303, i64 1088
+  %373 = getelementptr inbounds nuw i8, ptr %301, i64 1024
   %374 = load <16 x float>, ptr %373, align 4, !tbaa !5
-  %375 = getelementptr inbounds nuw i8, ptr %303, i64 1024
-  %376 = load <16 x float>, ptr %375, align 4, !tbaa !5
-  %377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %376, <16 x float> %352, <16 x float> zeroinitializer)
-  %378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %374, <16 x float> %346, <16 x float> %377)
-  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %372, <16 x float> %340, <16 x float> %378)
-  %380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> %334, <16 x float> %379)
-  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %328, <16 x float> %380)
-  %382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %366, <16 x float> %322, <16 x float> %381)
-  %383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %316, <16 x float> %382)
-  %384 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %362, <16 x float> %310, <16 x float> %383)
-  %385 = getelementptr inbounds nuw i8, ptr %303, i64 960
+  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %374, <16 x float> %350, <16 x float> zeroinitializer)
+  %376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %372, <16 x float> %344, <16 x float> %375)
+  %377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> %338, <16 x float> %376)
+  %378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %332, <16 x float> %377)
+  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %366, <16 x float> %326, <16 x float> %378)
+  %380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %320, <16 x float> %379)
+  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %362, <16 x float> %314, <16 x float> %380)
+  %382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %360, <16 x float> %308, <16 x float> %381)
+  %383 = getelementptr inbounds nuw i8, ptr %301, i64 960
+  %384 = load <16 x float>, ptr %383, align 4, !tbaa !5
+  %385 = getelementptr inbounds nuw i8, ptr %301, i64 896
   %386 = load <16 x float>, ptr %385, align 4, !tbaa !5
-  %387 = getelementptr inbounds nuw i8, ptr %303, i64 896
+  %387 = getelementptr inbounds nuw i8, ptr %301, i64 832
   %388 = load <16 x float>, ptr %387, align 4, !tbaa !5
-  %389 = getelementptr inbounds nuw i8, ptr %303, i64 832
+  %389 = getelementptr inbounds nuw i8, ptr %301, i64 768
   %390 = load <16 x float>, ptr %389, align 4, !tbaa !5
-  %391 = getelementptr inbounds nuw i8, ptr %303, i64 768
+  %391 = getelementptr inbounds nuw i8, ptr %301, i64 704
   %392 = load <16 x float>, ptr %391, align 4, !tbaa !5
-  %393 = getelementptr inbounds nuw i8, ptr %303, i64 704
+  %393 = getelementptr inbounds nuw i8, ptr %301, i64 640
   %394 = load <16 x float>, ptr %393, align 4, !tbaa !5
-  %395 = getelementptr inbounds nuw i8, ptr %303, i64 640
+  %395 = getelementptr inbounds nuw i8, ptr %301, i64 576
   %396 = load <16 x float>, ptr %395, align 4, !tbaa !5
-  %397 = getelementptr inbounds nuw i8, ptr %303, i64 576
+  %397 = getelementptr inbounds nuw i8, ptr %301, i64 512
   %398 = load <16 x float>, ptr %397, align 4, !tbaa !5
-  %399 = getelementptr inbounds nuw i8, ptr %303, i64 512
-  %400 = load <16 x float>, ptr %399, align 4, !tbaa !5
-  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %400, <16 x float> %352, <16 x float> zeroinitializer)
-  %402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %398, <16 x float> %346, <16 x float> %401)
-  %403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %396, <16 x float> %340, <16 x float> %402)
-  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %394, <16 x float> %334, <16 x float> %403)
-  %405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %392, <16 x float> %328, <16 x float> %404)
-  %406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %390, <16 x float> %322, <16 x float> %405)
-  %407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %388, <16 x float> %316, <16 x float> %406)
-  %408 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %386, <16 x float> %310, <16 x float> %407)
-  %409 = getelementptr inbounds nuw i8, ptr %303, i64 448
+  %399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %398, <16 x float> %350, <16 x float> zeroinitializer)
+  %400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %396, <16 x float> %344, <16 x float> %399)
+  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %394, <16 x float> %338, <16 x float> %400)
+  %402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %392, <16 x float> %332, <16 x float> %401)
+  %403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %390, <16 x float> %326, <16 x float> %402)
+  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %388, <16 x float> %320, <16 x float> %403)
+  %405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %386, <16 x float> %314, <16 x float> %404)
+  %406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %384, <16 x float> %308, <16 x float> %405)
+  %407 = getelementptr inbounds nuw i8, ptr %301, i64 448
+  %408 = load <16 x float>, ptr %407, align 4, !tbaa !5
+  %409 = getelementptr inbounds nuw i8, ptr %301, i64 384
   %410 = load <16 x float>, ptr %409, align 4, !tbaa !5
-  %411 = getelementptr inbounds nuw i8, ptr %303, i64 384
+  %411 = getelementptr inbounds nuw i8, ptr %301, i64 320
   %412 = load <16 x float>, ptr %411, align 4, !tbaa !5
-  %413 = getelementptr inbounds nuw i8, ptr %303, i64 320
+  %413 = getelementptr inbounds nuw i8, ptr %301, i64 256
   %414 = load <16 x float>, ptr %413, align 4, !tbaa !5
-  %415 = getelementptr inbounds nuw i8, ptr %303, i64 256
+  %415 = getelementptr inbounds nuw i8, ptr %301, i64 192
   %416 = load <16 x float>, ptr %415, align 4, !tbaa !5
-  %417 = getelementptr inbounds nuw i8, ptr %303, i64 192
+  %417 = getelementptr inbounds nuw i8, ptr %301, i64 128
   %418 = load <16 x float>, ptr %417, align 4, !tbaa !5
-  %419 = getelementptr inbounds nuw i8, ptr %303, i64 128
+  %419 = getelementptr inbounds nuw i8, ptr %301, i64 64
   %420 = load <16 x float>, ptr %419, align 4, !tbaa !5
-  %421 = getelementptr inbounds nuw i8, ptr %303, i64 64
-  %422 = load <16 x float>, ptr %421, align 4, !tbaa !5
-  %423 = load <16 x float>, ptr %303, align 4, !tbaa !5
-  %424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %423, <16 x float> %352, <16 x float> zeroinitializer)
-  %425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %422, <16 x float> %346, <16 x float> %424)
-  %426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %340, <16 x float> %425)
-  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %418, <16 x float> %334, <16 x float> %426)
-  %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %416, <16 x float> %328, <16 x float> %427)
-  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %414, <16 x float> %322, <16 x float> %428)
-  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %412, <16 x float> %316, <16 x float> %429)
-  %431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %310, <16 x float> %430)
-  %432 = load i64, ptr %gep.us, align 8, !tbaa !5
-  %gep77.us.us.i.us.us = getelementptr i16, ptr %invariant.gep76.i, i64 %432
-  %gep64.us.us.7.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 224
-  %433 = load <16 x i16>, ptr %gep64.us.us.7.i.us.us, align 2, !tbaa !5
-  %434 = zext <16 x i16> %433 to <16 x i32>
-  %435 = shl nuw <16 x i32> %434, splat (i32 16)
-  %436 = bitcast <16 x i32> %435 to <16 x float>
-  %gep64.us.us.6.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 192
-  %437 = load <16 x i16>, ptr %gep64.us.us.6.i.us.us, align 2, !tbaa !5
-  %438 = zext <16 x i16> %437 to <16 x i32>
-  %439 = shl nuw <16 x i32> %438, splat (i32 16)
-  %440 = bitcast <16 x i32> %439 to <16 x float>
-  %gep64.us.us.5.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 160
-  %441 = load <16 x i16>, ptr %gep64.us.us.5.i.us.us, align 2, !tbaa !5
-  %442 = zext <16 x i16> %441 to <16 x i32>
-  %443 = shl nuw <16 x i32> %442, splat (i32 16)
-  %444 = bitcast <16 x i32> %443 to <16 x float>
-  %gep64.us.us.4.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 128
-  %445 = load <16 x i16>, ptr %gep64.us.us.4.i.us.us, align 2, !tbaa !5
-  %446 = zext <16 x i16> %445 to <16 x i32>
-  %447 = shl nuw <16 x i32> %446, splat (i32 16)
-  %448 = bitcast <16 x i32> %447 to <16 x float>
-  %gep64.us.us.3.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 96
-  %449 = load <16 x i16>, ptr %gep64.us.us.3.i.us.us, align 2, !tbaa !5
-  %450 = zext <16 x i16> %449 to <16 x i32>
-  %451 = shl nuw <16 x i32> %450, splat (i32 16)
-  %452 = bitcast <16 x i32> %451 to <16 x float>
-  %gep64.us.us.2.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 64
-  %453 = load <16 x i16>, ptr %gep64.us.us.2.i.us.us, align 2, !tbaa !5
-  %454 = zext <16 x i16> %453 to <16 x i32>
-  %455 = shl nuw <16 x i32> %454, splat (i32 16)
-  %456 = bitcast <16 x i32> %455 to <16 x float>
-  %gep64.us.us.1.i.us.us = getelementptr i8, ptr %gep77.us.us.i.us.us, i64 32
-  %457 = load <16 x i16>, ptr %gep64.us.us.1.i.us.us, align 2, !tbaa !5
-  %458 = zext <16 x i16> %457 to <16 x i32>
-  %459 = shl nuw <16 x i32> %458, splat (i32 16)
-  %460 = bitcast <16 x i32> %459 to <16 x float>
-  %461 = load <16 x i16>, ptr %gep77.us.us.i.us.us, align 2, !tbaa !5
-  %462 = zext <16 x i16> %461 to <16 x i32>
-  %463 = shl nuw <16 x i32> %462, splat (i32 16)
-  %464 = bitcast <16 x i32> %463 to <16 x float>
-  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %348, <16 x float> %464, <16 x float> zeroinitializer)
-  %466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %342, <16 x float> %460, <16 x float> %465)
-  %467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %336, <16 x float> %456, <16 x float> %466)
-  %468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %330, <16 x float> %452, <16 x float> %467)
-  %469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %324, <16 x float> %448, <16 x float> %468)
-  %470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %318, <16 x float> %444, <16 x float> %469)
-  %471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %312, <16 x float> %440, <16 x float> %470)
-  %472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %436, <16 x float> %471)
-  %473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %376, <16 x float> %464, <16 x float> zeroinitializer)
-  %474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %374, <16 x float> %460, <16 x float> %473)
-  %475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %372, <16 x float> %456, <16 x float> %474)
-  %476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> %452, <16 x float> %475)
-  %477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %448, <16 x float> %476)
-  %478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %366, <16 x float> %444, <16 x float> %477)
-  %479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %440, <16 x float> %478)
-  %480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %362, <16 x float> %436, <16 x float> %479)
-  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %400, <16 x float> %464, <16 x float> zeroinitializer)
-  %482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %398, <16 x float> %460, <16 x float> %481)
-  %483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %396, <16 x float> %456, <16 x float> %482)
-  %484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %394, <16 x float> %452, <16 x float> %483)
-  %485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %392, <16 x float> %448, <16 x float> %484)
-  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %390, <16 x float> %444, <16 x float> %485)
-  %487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %388, <16 x float> %440, <16 x float> %486)
-  %488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %386, <16 x float> %436, <16 x float> %487)
-  %489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %423, <16 x float> %464, <16 x float> zeroinitializer)
-  %490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %422, <16 x float> %460, <16 x float> %489)
-  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %456, <16 x float> %490)
-  %492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %418, <16 x float> %452, <16 x float> %491)
-  %493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %416, <16 x float> %448, <16 x float> %492)
-  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %414, <16 x float> %444, <16 x float> %493)
-  %495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %412, <16 x float> %440, <16 x float> %494)
-  %496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %436, <16 x float> %495)
+  %421 = load <16 x float>, ptr %301, align 4, !tbaa !5
+  %422 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %350, <16 x float> zeroinitializer)
+  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %344, <16 x float> %422)
+  %424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %418, <16 x float> %338, <16 x float> %423)
+  %425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %416, <16 x float> %332, <16 x float> %424)
+  %426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %414, <16 x float> %326, <16 x float> %425)
+  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %412, <16 x float> %320, <16 x float> %426)
+  %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %314, <16 x float> %427)
+  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %408, <16 x float> %308, <16 x float> %428)
+  %430 = load i64, ptr %gep.us, align 8, !tbaa !5
+  %gep76.us.us.i.us.us = getelementptr i16, ptr %invariant.gep75.i, i64 %430
+  %gep63.us.us.7.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 224
+  %431 = load <16 x i16>, ptr %gep63.us.us.7.i.us.us, align 2, !tbaa !5
+  %432 = zext <16 x i16> %431 to <16 x i32>
+  %433 = shl nuw <16 x i32> %432, splat (i32 16)
+  %434 = bitcast <16 x i32> %433 to <16 x float>
+  %gep63.us.us.6.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 192
+  %435 = load <16 x i16>, ptr %gep63.us.us.6.i.us.us, align 2, !tbaa !5
+  %436 = zext <16 x i16> %435 to <16 x i32>
+  %437 = shl nuw <16 x i32> %436, splat (i32 16)
+  %438 = bitcast <16 x i32> %437 to <16 x float>
+  %gep63.us.us.5.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 160
+  %439 = load <16 x i16>, ptr %gep63.us.us.5.i.us.us, align 2, !tbaa !5
+  %440 = zext <16 x i16> %439 to <16 x i32>
+  %441 = shl nuw <16 x i32> %440, splat (i32 16)
+  %442 = bitcast <16 x i32> %441 to <16 x float>
+  %gep63.us.us.4.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 128
+  %443 = load <16 x i16>, ptr %gep63.us.us.4.i.us.us, align 2, !tbaa !5
+  %444 = zext <16 x i16> %443 to <16 x i32>
+  %445 = shl nuw <16 x i32> %444, splat (i32 16)
+  %446 = bitcast <16 x i32> %445 to <16 x float>
+  %gep63.us.us.3.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 96
+  %447 = load <16 x i16>, ptr %gep63.us.us.3.i.us.us, align 2, !tbaa !5
+  %448 = zext <16 x i16> %447 to <16 x i32>
+  %449 = shl nuw <16 x i32> %448, splat (i32 16)
+  %450 = bitcast <16 x i32> %449 to <16 x float>
+  %gep63.us.us.2.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 64
+  %451 = load <16 x i16>, ptr %gep63.us.us.2.i.us.us, align 2, !tbaa !5
+  %452 = zext <16 x i16> %451 to <16 x i32>
+  %453 = shl nuw <16 x i32> %452, splat (i32 16)
+  %454 = bitcast <16 x i32> %453 to <16 x float>
+  %gep63.us.us.1.i.us.us = getelementptr i8, ptr %gep76.us.us.i.us.us, i64 32
+  %455 = load <16 x i16>, ptr %gep63.us.us.1.i.us.us, align 2, !tbaa !5
+  %456 = zext <16 x i16> %455 to <16 x i32>
+  %457 = shl nuw <16 x i32> %456, splat (i32 16)
+  %458 = bitcast <16 x i32> %457 to <16 x float>
+  %459 = load <16 x i16>, ptr %gep76.us.us.i.us.us, align 2, !tbaa !5
+  %460 = zext <16 x i16> %459 to <16 x i32>
+  %461 = shl nuw <16 x i32> %460, splat (i32 16)
+  %462 = bitcast <16 x i32> %461 to <16 x float>
+  %463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %346, <16 x float> %462, <16 x float> zeroinitializer)
+  %464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %458, <16 x float> %463)
+  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %334, <16 x float> %454, <16 x float> %464)
+  %466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %328, <16 x float> %450, <16 x float> %465)
+  %467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %322, <16 x float> %446, <16 x float> %466)
+  %468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %316, <16 x float> %442, <16 x float> %467)
+  %469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %438, <16 x float> %468)
+  %470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %434, <16 x float> %469)
+  %471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %374, <16 x float> %462, <16 x float> zeroinitializer)
+  %472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %372, <16 x float> %458, <16 x float> %471)
+  %473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %370, <16 x float> %454, <16 x float> %472)
+  %474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %450, <16 x float> %473)
+  %475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %366, <16 x float> %446, <16 x float> %474)
+  %476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %442, <16 x float> %475)
+  %477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %362, <16 x float> %438, <16 x float> %476)
+  %478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %360, <16 x float> %434, <16 x float> %477)
+  %479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %398, <16 x float> %462, <16 x float> zeroinitializer)
+  %480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %396, <16 x float> %458, <16 x float> %479)
+  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %394, <16 x float> %454, <16 x float> %480)
+  %482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %392, <16 x float> %450, <16 x float> %481)
+  %483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %390, <16 x float> %446, <16 x float> %482)
+  %484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %388, <16 x float> %442, <16 x float> %483)
+  %485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %386, <16 x float> %438, <16 x float> %484)
+  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %384, <16 x float> %434, <16 x float> %485)
+  %487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %462, <16 x float> zeroinitializer)
+  %488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %458, <16 x float> %487)
+  %489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %418, <16 x float> %454, <16 x float> %488)
+  %490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %416, <16 x float> %450, <16 x float> %489)
+  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %414, <16 x float> %446, <16 x float> %490)
+  %492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %412, <16 x float> %442, <16 x float> %491)
+  %493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %438, <16 x float> %492)
+  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %408, <16 x float> %434, <16 x float> %493)
   %.idx.i.us.us = shl nuw nsw i64 %indvars.iv117.i.us.us, 12
-  %gep147.i.us.us = getelementptr inbounds nuw i8, ptr %invariant.gep146.i.us, i64 %.idx.i.us.us
-  store <16 x float> %496, ptr %gep147.i.us.us, align 4, !tbaa !5
-  %497 = getelementptr inbounds nuw i8, ptr %gep147.i.us.us, i64 64
-  store <16 x float> %431, ptr %497, align 4, !tbaa !5
-  %498 = getelementptr inbounds nuw i8, ptr %gep147.i.us.us, i64 1024
-  store <16 x float> %488, ptr %498, align 4, !tbaa !5
-  %499 = getelementptr inbounds nuw i8, ptr %gep147.i.us.us, i64 1088
-  store <16 x float> %408, ptr %499, align 4, !tbaa !5
-  %500 = getelementptr inbounds nuw i8, ptr %gep147.i.us.us, i64 2048
-  store <16 x float> %480, ptr %500, align 4, !tbaa !5
-  %501 = getelementptr inbounds nuw i8, ptr %gep147.i.us.us, i64 2112
-  store <16 x float> %384, ptr %501, align 4, !tbaa !5
-  %502 = getelementptr inbounds nuw i8, ptr %gep147.i.us.us, i64 3072
-  store <16 x float> %472, ptr %502, align 4, !tbaa !5
-  %503 = getelementptr inbounds nuw i8, ptr %gep147.i.us.us, i64 3136
-  store <16 x float> %360, ptr %503, align 4, !tbaa !5
+  %gep148.i.us.us = getelementptr inbounds nuw i8, ptr %invariant.gep147.i.us, i64 %.idx.i.us.us
+  store <16 x float> %494, ptr %gep148.i.us.us, align 4, !tbaa !5
+  %495 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 64
+  store <16 x float> %429, ptr %495, align 4, !tbaa !5
+  %496 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 1024
+  store <16 x float> %486, ptr %496, align 4, !tbaa !5
+  %497 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 1088
+  store <16 x float> %406, ptr %497, align 4, !tbaa !5
+  %498 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 2048
+  store <16 x float> %478, ptr %498, align 4, !tbaa !5
+  %499 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 2112
+  store <16 x float> %382, ptr %499, align 4, !tbaa !5
+  %500 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 3072
+  store <16 x float> %470, ptr %500, align 4, !tbaa !5
+  %501 = getelementptr inbounds nuw i8, ptr %gep148.i.us.us, i64 3136
+  store <16 x float> %358, ptr %501, align 4, !tbaa !5
   %indvars.iv.next118.i.us.us = add nuw nsw i64 %indvars.iv117.i.us.us, 1
   %exitcond121.not.i.us.us = icmp eq i64 %indvars.iv.next118.i.us.us, 4
   br i1 %exitcond121.not.i.us.us, label %for_end_ax2_0.split.us.us.i.split.us.us, label %for_body_ax2_0.us.us.i.us.us, !prof !33
@@ -3725,110 +3730,110 @@ for_end_ax2_0.split.us.us.i.split.us.us:          ; preds = %for_body_ax2_0.us.u
   br i1 %exitcond126.not.i.us, label %for_begin_r15.preheader.i, label %for_body_n_0_m.us.i.us, !prof !33
 
 for_begin_r15.preheader.i:                        ; preds = %for_end_ax2_0.split.us.us.i.split.us.us, %for_body_n_0_m.us.i.preheader
-  %504 = add nuw nsw i64 %131, %126
-  %505 = and i64 %504, 4294967280
-  %506 = getelementptr inbounds nuw float, ptr %scores, i64 %505
+  %502 = add nuw nsw i64 %129, %106
+  %503 = and i64 %502, 4294967280
+  %504 = getelementptr inbounds nuw float, ptr %scores, i64 %503
   br label %for_body_r16.i
 
 for_body_r16.i:                                   ; preds = %for_body_r16.i, %for_begin_r15.preheader.i
   %indvars.iv127.i = phi i64 [ 0, %for_begin_r15.preheader.i ], [ %indvars.iv.next128.i, %for_body_r16.i ]
-  %.idx143.i = shl nuw nsw i64 %indvars.iv127.i, 9
-  %507 = getelementptr inbounds nuw i8, ptr %506, i64 %.idx143.i
-  store <16 x float> zeroinitializer, ptr %507, align 64, !tbaa !5
-  %.idx144.i = shl nuw nsw i64 %indvars.iv127.i, 10
-  %508 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx144.i
-  %sum_0.i = load <16 x float>, ptr %508, align 4, !tbaa !5
-  %509 = getelementptr inbounds nuw i8, ptr %508, i64 64
-  %sum_1.i = load <16 x float>, ptr %509, align 4, !tbaa !5
-  %510 = getelementptr inbounds nuw i8, ptr %508, i64 128
-  %sum_2.i = load <16 x float>, ptr %510, align 4, !tbaa !5
-  %511 = getelementptr inbounds nuw i8, ptr %508, i64 192
-  %sum_3.i = load <16 x float>, ptr %511, align 4, !tbaa !5
-  %512 = getelementptr inbounds nuw i8, ptr %508, i64 256
-  %sum_4.i = load <16 x float>, ptr %512, align 4, !tbaa !5
-  %513 = getelementptr inbounds nuw i8, ptr %508, i64 320
-  %sum_5.i = load <16 x float>, ptr %513, align 4, !tbaa !5
-  %514 = getelementptr inbounds nuw i8, ptr %508, i64 384
-  %sum_6.i = load <16 x float>, ptr %514, align 4, !tbaa !5
-  %515 = getelementptr inbounds nuw i8, ptr %508, i64 448
-  %sum_7.i = load <16 x float>, ptr %515, align 4, !tbaa !5
-  %516 = getelementptr inbounds nuw i8, ptr %508, i64 512
-  %sum_8.i = load <16 x float>, ptr %516, align 4, !tbaa !5
-  %517 = getelementptr inbounds nuw i8, ptr %508, i64 576
-  %sum_9.i = load <16 x float>, ptr %517, align 4, !tbaa !5
-  %518 = getelementptr inbounds nuw i8, ptr %508, i64 640
-  %sum_10.i = load <16 x float>, ptr %518, align 4, !tbaa !5
-  %519 = getelementptr inbounds nuw i8, ptr %508, i64 704
-  %sum_11.i = load <16 x float>, ptr %519, align 4, !tbaa !5
-  %520 = getelementptr inbounds nuw i8, ptr %508, i64 768
-  %sum_12.i = load <16 x float>, ptr %520, align 4, !tbaa !5
-  %521 = getelementptr inbounds nuw i8, ptr %508, i64 832
-  %sum_13.i = load <16 x float>, ptr %521, align 4, !tbaa !5
-  %522 = getelementptr inbounds nuw i8, ptr %508, i64 896
-  %sum_14.i = load <16 x float>, ptr %522, align 4, !tbaa !5
-  %523 = getelementptr inbounds nuw i8, ptr %508, i64 960
-  %sum_15.i = load <16 x float>, ptr %523, align 4, !tbaa !5
-  %524 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %525 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.i = fadd <16 x float> %525, %524
-  %526 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %527 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.i = fadd <16 x float> %527, %526
-  %528 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %529 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.i = fadd <16 x float> %529, %528
-  %530 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %531 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.i = fadd <16 x float> %531, %530
-  %532 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %533 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.i = fadd <16 x float> %533, %532
-  %534 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %535 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.i = fadd <16 x float> %535, %534
-  %536 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %537 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.i = fadd <16 x float> %537, %536
-  %538 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %539 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.i = fadd <16 x float> %539, %538
-  %540 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %541 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.i = fadd <16 x float> %541, %540
-  %542 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %543 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.i = fadd <16 x float> %543, %542
-  %544 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %545 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.i = fadd <16 x float> %545, %544
-  %546 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %547 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.i = fadd <16 x float> %547, %546
-  %548 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %549 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.i = fadd <16 x float> %549, %548
-  %550 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %551 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.i = fadd <16 x float> %551, %550
-  %552 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %553 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %554 = fadd <16 x float> %553, %552
-  %555 = fadd <16 x float> %554, zeroinitializer
-  store <16 x float> %555, ptr %507, align 64, !tbaa !5
+  %.idx144.i = shl nuw nsw i64 %indvars.iv127.i, 9
+  %505 = getelementptr inbounds nuw i8, ptr %504, i64 %.idx144.i
+  store <16 x float> zeroinitializer, ptr %505, align 64, !tbaa !5
+  %.idx145.i = shl nuw nsw i64 %indvars.iv127.i, 10
+  %506 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx145.i
+  %sum_0.i = load <16 x float>, ptr %506, align 4, !tbaa !5
+  %507 = getelementptr inbounds nuw i8, ptr %506, i64 64
+  %sum_1.i = load <16 x float>, ptr %507, align 4, !tbaa !5
+  %508 = getelementptr inbounds nuw i8, ptr %506, i64 128
+  %sum_2.i = load <16 x float>, ptr %508, align 4, !tbaa !5
+  %509 = getelementptr inbounds nuw i8, ptr %506, i64 192
+  %sum_3.i = load <16 x float>, ptr %509, align 4, !tbaa !5
+  %510 = getelementptr inbounds nuw i8, ptr %506, i64 256
+  %sum_4.i = load <16 x float>, ptr %510, align 4, !tbaa !5
+  %511 = getelementptr inbounds nuw i8, ptr %506, i64 320
+  %sum_5.i = load <16 x float>, ptr %511, align 4, !tbaa !5
+  %512 = getelementptr inbounds nuw i8, ptr %506, i64 384
+  %sum_6.i = load <16 x float>, ptr %512, align 4, !tbaa !5
+  %513 = getelementptr inbounds nuw i8, ptr %506, i64 448
+  %sum_7.i = load <16 x float>, ptr %513, align 4, !tbaa !5
+  %514 = getelementptr inbounds nuw i8, ptr %506, i64 512
+  %sum_8.i = load <16 x float>, ptr %514, align 4, !tbaa !5
+  %515 = getelementptr inbounds nuw i8, ptr %506, i64 576
+  %sum_9.i = load <16 x float>, ptr %515, align 4, !tbaa !5
+  %516 = getelementptr inbounds nuw i8, ptr %506, i64 640
+  %sum_10.i = load <16 x float>, ptr %516, align 4, !tbaa !5
+  %517 = getelementptr inbounds nuw i8, ptr %506, i64 704
+  %sum_11.i = load <16 x float>, ptr %517, align 4, !tbaa !5
+  %518 = getelementptr inbounds nuw i8, ptr %506, i64 768
+  %sum_12.i = load <16 x float>, ptr %518, align 4, !tbaa !5
+  %519 = getelementptr inbounds nuw i8, ptr %506, i64 832
+  %sum_13.i = load <16 x float>, ptr %519, align 4, !tbaa !5
+  %520 = getelementptr inbounds nuw i8, ptr %506, i64 896
+  %sum_14.i = load <16 x float>, ptr %520, align 4, !tbaa !5
+  %521 = getelementptr inbounds nuw i8, ptr %506, i64 960
+  %sum_15.i = load <16 x float>, ptr %521, align 4, !tbaa !5
+  %522 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %523 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.i = fadd <16 x float> %523, %522
+  %524 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %525 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.i = fadd <16 x float> %525, %524
+  %526 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %527 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.i = fadd <16 x float> %527, %526
+  %528 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %529 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.i = fadd <16 x float> %529, %528
+  %530 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %531 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.i = fadd <16 x float> %531, %530
+  %532 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %533 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.i = fadd <16 x float> %533, %532
+  %534 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %535 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.i = fadd <16 x float> %535, %534
+  %536 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %537 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.i = fadd <16 x float> %537, %536
+  %538 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %539 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.i = fadd <16 x float> %539, %538
+  %540 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %541 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.i = fadd <16 x float> %541, %540
+  %542 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %543 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.i = fadd <16 x float> %543, %542
+  %544 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %545 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.i = fadd <16 x float> %545, %544
+  %546 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %547 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.i = fadd <16 x float> %547, %546
+  %548 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %549 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.i = fadd <16 x float> %549, %548
+  %550 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %551 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %552 = fadd <16 x float> %551, %550
+  %553 = fadd <16 x float> %552, zeroinitializer
+  store <16 x float> %553, ptr %505, align 64, !tbaa !5
   %indvars.iv.next128.i = add nuw nsw i64 %indvars.iv127.i, 1
   %exitcond131.not.i = icmp eq i64 %indvars.iv.next128.i, 16
   br i1 %exitcond131.not.i, label %for_end_r17.i, label %for_body_r16.i, !prof !33
 
 for_end_r17.i:                                    ; preds = %for_body_r16.i
-  %556 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %557 = tail call i32 %556(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not31.i = icmp eq i32 %557, 0
+  %554 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %555 = tail call i32 %554(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
+  %.not31.i = icmp eq i32 %555, 0
   br i1 %.not31.i, label %for_begin_to_m.i, label %qk_matmul_compute_.exit, !prof !81
 
 if_end24.i:                                       ; preds = %for_end_to_m.i
-  %558 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %559 = tail call i32 %558(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not30.i = icmp eq i32 %559, 0
+  %556 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %557 = tail call i32 %556(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not30.i = icmp eq i32 %557, 0
   br i1 %.not30.i, label %for_begin_s.i, label %qk_matmul_compute_.exit, !prof !81
 
 qk_matmul_compute_.exit:                          ; preds = %if_end24.i, %for_end_r17.i, %for_end_to_m.i, %for_body_to_m.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end21

@@ -250,7 +250,7 @@ class Module:
                 tile_start: T.let[T.int32] = block_idx * 128
                 valid_len: T.let[T.int32] = T.max(T.min(context_lens[seq] - tile_start, 128), 0)
                 head_offset: T.let[T.int64] = T.Cast("int64", kv_head) * v_head
-                num_offsets: T.let[T.int32] = T.Select(0 < valid_len, 256, 0)
+                num_offsets: T.let[T.int32] = (valid_len + 16 - 1) // 16 * 16
                 with T.sblock("token_offsets"):
                     T.reads(block_table[seq, 0:max_blocks])
                     T.writes(value_offsets[0:256])
@@ -310,7 +310,7 @@ class Module:
                 tile_start: T.let[T.int32] = block_idx * 128
                 valid_len: T.let[T.int32] = T.max(T.min(context_lens[seq] - tile_start, 128), 0)
                 head_offset: T.let[T.int64] = T.Cast("int64", kv_head) * k_head
-                num_offsets: T.let[T.int32] = T.Select(0 < valid_len, 256, 0)
+                num_offsets: T.let[T.int32] = (valid_len + 16 - 1) // 16 * 16
                 with T.sblock("load_query"):
                     T.reads(query[seq, head_start:head_start + num_rows, 0:128])
                     T.writes(q_tile[0, 0:16, 0:128])

@@ -68,7 +68,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 tile_start: T.let = block_idx * block_size
                 valid_len: T.let = T.max(T.min(context_lens[seq] - tile_start, block_size), 0)
                 head_offset: T.let = T.Cast("int64", kv_head) * k_head
-                num_offsets: T.let = T.Select(0 < valid_len, tiling.num_offsets, 0)
+                num_offsets: T.let = T.ceildiv(valid_len, tiling.token_group) * tiling.token_group
                 load_query_stage(query, q_tile, seq, 0, head_start, num_rows)
                 offsets_stage(
                     block_table, key_offsets, seq, tile_start, tile_start + valid_len - 1, num_offsets, k_block, k_row
@@ -159,7 +159,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 tile_start: T.let = block_idx * block_size
                 valid_len: T.let = T.max(T.min(context_lens[seq] - tile_start, block_size), 0)
                 head_offset: T.let = T.Cast("int64", kv_head) * v_head
-                num_offsets: T.let = T.Select(0 < valid_len, tiling.num_offsets, 0)
+                num_offsets: T.let = T.ceildiv(valid_len, tiling.token_group) * tiling.token_group
                 offsets_stage(
                     block_table,
                     value_offsets,
