@@ -62,6 +62,7 @@ def render(
         kernels=kernels,
         split_blocks=tiling.split_blocks if fused else "std::numeric_limits<int64_t>::max()",
         item_tokens=4 * thread_tokens if fused else "std::numeric_limits<int64_t>::max()",
+        finishes_whole="true" if fused else "false",
         dtypes=_DTYPES,
         key_cache_extents=_extents(spec.key_cache_shape),
         value_cache_extents=_extents(spec.value_cache_shape),

@@ -3,6 +3,8 @@
 Each file has STAGES, which says for the name of an sblock what to do with it.
 """
 
+import dataclasses
+
 from tvm import IRModule
 from tvm.s_tir import Schedule
 
@@ -19,17 +21,18 @@ _STRATEGIES = {
 def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
     """The module with every PrimFunc scheduled. The one given may be changed: use it no more.
 
-    Merging partial results is the same for every strategy.
+    Merging partial results is the same for every strategy: head_dim lies in order in them.
     """
     sch = Schedule(mod)
+    in_order = dataclasses.replace(tiling, strategy="head_dim_in_lanes", word_elements=1)
     for variable in mod.get_global_vars():
         sch.work_on(variable.name_hint)
-        strategy = "head_dim_in_lanes" if variable.name_hint == "merge_partials" else tiling.strategy
-        stages = _STRATEGIES[strategy].STAGES | append_kv.STAGES
+        tiles = in_order if variable.name_hint == "merge_partials" else tiling
+        stages = _STRATEGIES[tiles.strategy].STAGES | append_kv.STAGES
         present = _sblock_names(sch)
         for stage, apply in stages.items():
             if stage in present:
-                apply(sch, tiling)
+                apply(sch, tiles)
     return sch.mod
 
 

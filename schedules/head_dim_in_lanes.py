@@ -15,6 +15,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from pa_compiler.schedules.sum_lanes import sum_lanes
+from pa_compiler.schedules.transpose import turn
 from pa_compiler.tiling import Tiling, largest_divisor
 
 
@@ -108,22 +109,27 @@ def pv_matmul(sch: Schedule, tiling: Tiling) -> None:
 
 
 def online_update(sch: Schedule, tiling: Tiling) -> None:
-    """Rows in lanes for their maxima and sums, head_dim in lanes for acc."""
-    evens_first(sch, tiling, "acc")
+    """Rows in lanes for their maxima and sums, head_dim in lanes for acc. From here on pairs are in order."""
     vectorize_rows(sch, "rescale", "new_sum", "row")
-    vectorize_dims(sch, tiling, "acc")
+    acc = sch.get_sblock("acc")
+    dim, lane = sch.split(sch.get_loops(acc)[-1], [None, tiling.lanes * tiling.dim_pair])
+    if tiling.dim_pair > 1:
+        in_order = sch.cache_read(acc, "tile_acc", "global")
+        sch.transform_layout(in_order, ("write", 0), lambda *i: (*i[:-3], i[-3] * tiling.lanes + i[-1], i[-2]))
+        sch.compute_at(in_order, dim, preserve_unit_loops=True)
+        turn(sch, in_order, 2, 4)
+    sch.vectorize(lane)
 
 
 def store_partial(sch: Schedule, tiling: Tiling) -> None:
-    """Rows of acc as vectors, or element by element where they are not in order."""
-    if tiling.dim_pair == 1:
-        vectorize_dims(sch, tiling, "store_acc")
+    """Rows of acc as vectors."""
+    _vectorize_in_order(sch, tiling, "store_acc")
 
 
 def normalize(sch: Schedule, tiling: Tiling) -> None:
     """Rows of out as vectors."""
     vectorize_rows(sch, "factor")
-    vectorize_dims(sch, tiling, "out")
+    _vectorize_in_order(sch, tiling, "out")
 
 
 STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
@@ -135,7 +141,7 @@ STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
     "pv_matmul": pv_matmul,
     "online_update": online_update,
     "store_partial": store_partial,
-    "out": normalize,
+    "normalize": normalize,
 }
 """How each stage is scheduled, by the name of its sblock."""
 
@@ -152,6 +158,12 @@ def vectorize_dims(sch: Schedule, tiling: Tiling, *sblocks: str | SBlockRV) -> N
         _, lane, half = sch.split(sch.get_loops(sblock)[-1], [None, tiling.lanes, tiling.dim_pair])
         sch.reorder(half, lane)
         sch.vectorize(lane)
+
+
+def _vectorize_in_order(sch: Schedule, tiling: Tiling, sblock: str) -> None:
+    """Vectorize the innermost loop, which is over head_dim."""
+    _, lane = sch.split(sch.get_loops(sblock)[-1], [None, tiling.lanes * tiling.dim_pair])
+    sch.vectorize(lane)
 
 
 def evens_first(sch: Schedule, tiling: Tiling, *sblocks: str) -> None:

@@ -6,21 +6,28 @@ across lanes anywhere. A row of the caches is broadcast element by element again
     qk_matmul    qk_tokens x row_tile sums in registers, one step per element of head_dim
     pv_matmul    pv_dims x row_tile sums in registers, one step per token
 
-Every intermediate is laid out with its rows last; store_partial turns acc back.
+Every intermediate is laid out with its rows last. The query is turned once, and acc is turned back.
 """
 
 from collections.abc import Callable
 
 from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import SBlockRV
 
 from pa_compiler.schedules import head_dim_in_lanes
 from pa_compiler.schedules.head_dim_in_lanes import in_registers, vectorize_rows
+from pa_compiler.schedules.transpose import turn
 from pa_compiler.tiling import Tiling
 
 
 def load_query(sch: Schedule, tiling: Tiling) -> None:
     """A transposed copy of the query."""
-    _rows_last(sch, "q_tile")
+    rows = sch.cache_write("q_tile", 0, "global")
+    _rows_last(sch, rows)
+    row, dim = sch.get_loops("q_tile")[-2:]
+    _, lane = sch.split(dim, [None, tiling.lanes])
+    sch.vectorize(lane)
+    turn(sch, rows, 4, 4)
 
 
 def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
@@ -74,6 +81,14 @@ def online_update(sch: Schedule, tiling: Tiling) -> None:
     vectorize_rows(sch, "rescale", "new_sum", "row", "acc")
 
 
+def normalize(sch: Schedule, tiling: Tiling) -> None:
+    """Heads by heads: turned back, then in vectors of head_dim."""
+    in_order = sch.cache_read("out", "acc", "global")
+    _rows_last(sch, in_order)
+    turn(sch, in_order, 4, 4)
+    head_dim_in_lanes.normalize(sch, tiling)
+
+
 STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
     "load_query": load_query,
     "load_keys": head_dim_in_lanes.load_keys,
@@ -82,11 +97,12 @@ STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
     "softmax_prepare": softmax_prepare,
     "pv_matmul": pv_matmul,
     "online_update": online_update,
+    "normalize": normalize,
 }
 """How each stage is scheduled, by the name of its sblock."""
 
 
-def _rows_last(sch: Schedule, *sblocks: str) -> None:
+def _rows_last(sch: Schedule, *sblocks: str | SBlockRV) -> None:
     """Lay the buffer that an sblock writes out with its last two axes exchanged, for all who read it."""
     for name in sblocks:
         sch.transform_layout(name, ("write", 0), lambda *axes: (*axes[:-2], axes[-1], axes[-2]))

@@ -1,10 +1,11 @@
 """The fused pipeline: the four stages as sblocks of one PrimFunc. Scores and probabilities never leave the core."""
 
+from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler.kernels.cache_access import cache_dtype, key_access, load_tile, token_offsets, value_access
-from pa_compiler.kernels.online_update import online_update, store_partial
+from pa_compiler.kernels.online_update import normalize, online_update, store_partial
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.qk_matmul import load_query, qk_matmul
 from pa_compiler.kernels.softmax_prepare import softmax_prepare
@@ -15,16 +16,18 @@ from pa_compiler.tiling import Tiling
 def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """One work item: num_seqs sequences from batch_start on, the blocks [block_begin, block_end), all heads.
 
-    Writes the partial result of sequence batch_start + i to slot partial_start + i of partial_max, partial_sum
-    (float32 [slots, num_heads]) and partial_acc (float32 [slots, num_heads, head_dim]). A sequence with no tokens in
-    the range gives the empty result. The caller has checked shapes, lengths and block ids.
+    With partial_start < 0 the range is all that the sequences have: writes their out and lse. Otherwise writes the
+    partial result of sequence batch_start + i to slot partial_start + i of partial_max, partial_sum (float32
+    [slots, num_heads]) and partial_acc (float32 [slots, num_heads, head_dim]). A sequence with no tokens in the range
+    gives the empty result. The caller has checked shapes, lengths and block ids.
 
     A tile of tokens is taken through all kv heads, and for each through all tiles of its query heads, before the next:
     the caches are read once, in the order in which a block lies in memory.
     """
     heads, head_dim = T.int64(spec.num_heads), T.int64(spec.head_dim)
     kv_heads, group, dtype = spec.num_kv_heads, spec.group, spec.dtype
-    itemsize = ITEMSIZES[dtype]
+    out_dtype = spec.out_dtype or dtype
+    itemsize, out_itemsize = ITEMSIZES[dtype], ITEMSIZES[out_dtype]
     rows, kv_tile, tokens = tiling.row_tile, tiling.kv_tile, tiling.padded_kv_tile
     group_tiles = tiling.row_tiles(spec)
     tiles = kv_heads * group_tiles
@@ -40,6 +43,11 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     pv_stage = pv_matmul(spec, tiling)
     update_stage = online_update(rows, spec.head_dim)
     store_stage = store_partial(rows, spec.head_dim)
+    normalize_stage = normalize(rows, spec.head_dim, out_dtype)
+
+    def rows_of_tile(row_start: Expr) -> Expr | int:
+        """Query heads in the tile that begins at this row of its group."""
+        return rows if group % rows == 0 else T.min(group - row_start, rows)
 
     @T.prim_func(s_tir=True)
     def fused_decode(
@@ -51,6 +59,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         partial_max_handle: T.handle,
         partial_sum_handle: T.handle,
         partial_acc_handle: T.handle,
+        out_handle: T.handle,
+        lse_handle: T.handle,
         k_block: T.int64,
         k_row: T.int64,
         k_head: T.int64,
@@ -66,6 +76,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     ):
         batch, max_blocks, slots, k_span, v_span = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
         q_batch, q_head, table_seq = T.int64(), T.int64(), T.int64()
+        out_batch, out_head, lse_batch = T.int64(), T.int64(), T.int64()
         query = T.match_buffer(
             query_handle, (batch, heads, head_dim), dtype, strides=[q_batch, q_head, T.int64(1)], align=itemsize,
 
@@ -79,6 +90,11 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         partial_max = T.match_buffer(partial_max_handle, (slots, heads), "float32", align=4)
         partial_sum = T.match_buffer(partial_sum_handle, (slots, heads), "float32", align=4)
         partial_acc = T.match_buffer(partial_acc_handle, (slots, heads, head_dim), "float32", align=4)
+        out = T.match_buffer(
+            out_handle, (batch, heads, head_dim), out_dtype, strides=[out_batch, out_head, T.int64(1)],
+            align=out_itemsize,
+        )  # fmt: skip
+        lse = T.match_buffer(lse_handle, (batch, heads), "float32", strides=[lse_batch, T.int64(1)], align=4)
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
@@ -100,7 +116,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         T.writes()
                         row_start: T.let = T.floormod(vtile, group_tiles) * rows
                         head_start: T.let = T.floordiv(vtile, group_tiles) * group + row_start
-                        load_query_stage(query, q_tile, seq, vtile, head_start, T.min(group - row_start, rows))
+                        load_query_stage(query, q_tile, seq, vtile, head_start, rows_of_tile(row_start))
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
@@ -165,15 +181,19 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                             vstep, num_steps,
                                         )  # fmt: skip
                 for tile in range(tiles):
-                    with T.sblock("partial"):
+                    with T.sblock("result"):
                         vtile = T.axis.spatial(tiles, tile)
                         T.reads()
                         T.writes()
                         first_row: T.let = T.floormod(vtile, group_tiles) * rows
                         first_head: T.let = T.floordiv(vtile, group_tiles) * group + first_row
-                        store_stage(
-                            row_max, row_sum, acc, vtile, partial_max, partial_sum, partial_acc, partial_start + vs,
-                            first_head, T.min(group - first_row, rows),
-                        )  # fmt: skip
+                        num_rows = T.meta_var(rows_of_tile(first_row))
+                        if partial_start < 0:
+                            normalize_stage(row_max, row_sum, acc, vtile, out, lse, seq, first_head, num_rows)
+                        else:
+                            store_stage(
+                                row_max, row_sum, acc, vtile, partial_max, partial_sum, partial_acc,
+                                partial_start + vs, first_head, num_rows,
+                            )  # fmt: skip
 
     return fused_decode

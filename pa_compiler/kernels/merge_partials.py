@@ -1,9 +1,9 @@
-"""The last step of both pipelines: merge the partial results of a sequence and write out and lse."""
+"""The last step of a sequence that several work items share: merge its partial results and write out and lse."""
 
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from pa_compiler.kernels.online_update import online_update
+from pa_compiler.kernels.online_update import normalize, online_update
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
@@ -18,6 +18,7 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     num_heads, out_dtype = spec.num_heads, spec.out_dtype or spec.dtype
     itemsize = ITEMSIZES[out_dtype]
     update_stage = online_update(num_heads, spec.head_dim)
+    normalize_stage = normalize(num_heads, spec.head_dim, out_dtype)
 
     @T.prim_func(s_tir=True)
     def merge_partials(
@@ -44,7 +45,6 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             row_max = T.sblock_alloc_buffer((1, num_heads), "float32")
             row_sum = T.sblock_alloc_buffer((1, num_heads), "float32")
             acc = T.sblock_alloc_buffer((1, num_heads, spec.head_dim), "float32")
-            factor = T.sblock_alloc_buffer((num_heads,), "float32")
             for step in range(num_partials):
                 with T.sblock("partial"):
                     vstep = T.axis.opaque(num_partials, step)
@@ -54,19 +54,6 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     update_stage(
                         partial_max, partial_sum, partial_acc, slot, row_max, row_sum, acc, 0, vstep, num_partials
                     )
-            for h in range(num_heads):
-                with T.sblock("factor"):
-                    vh = T.axis.spatial(num_heads, h)
-                    factor[vh] = T.Select(row_sum[0, vh] == T.float32(0), T.float32(0), T.float32(1) / row_sum[0, vh])
-            for h, d in T.grid(num_heads, spec.head_dim):
-                with T.sblock("out"):
-                    vh, vd = T.axis.remap("SS", [h, d])
-                    out[seq, vh, vd] = T.Cast(out_dtype, acc[0, vh, vd] * factor[vh])
-            for h in range(num_heads):
-                with T.sblock("lse"):
-                    vh = T.axis.spatial(num_heads, h)
-                    lse[seq, vh] = T.Select(
-                        row_sum[0, vh] == T.float32(0), T.float32("-inf"), row_max[0, vh] + T.log(row_sum[0, vh])
-                    )
+            normalize_stage(row_max, row_sum, acc, 0, out, lse, seq, 0, num_heads)
 
     return merge_partials

@@ -57,13 +57,16 @@ def online_update(rows: int, head_dim: int) -> Callable[..., None]:
                     vr = T.axis.spatial(rows, r)
                     row_max[slot, vr] = new_max[vr]
                     row_sum[slot, vr] = new_sum[vr]
-            for r, d in T.grid(rows, head_dim):
-                with T.sblock("acc"):
-                    vr, vd = T.axis.remap("SS", [r, d])
-                    vstep = T.axis.reduce(num_steps, step)
-                    with T.init():
-                        acc[slot, vr, vd] = T.float32(0)
-                    acc[slot, vr, vd] = alpha[vr] * acc[slot, vr, vd] + beta[vr] * tile_acc[tile_slot, vr, vd]
+            with T.sblock("rescale_acc"):
+                T.reads(tile_acc[tile_slot, 0:rows, 0:head_dim], alpha[0:rows], beta[0:rows])
+                T.writes(acc[slot, 0:rows, 0:head_dim])
+                for r, d in T.grid(rows, head_dim):
+                    with T.sblock("acc"):
+                        vr, vd = T.axis.remap("SS", [r, d])
+                        vstep = T.axis.reduce(num_steps, step)
+                        with T.init():
+                            acc[slot, vr, vd] = T.float32(0)
+                        acc[slot, vr, vd] = alpha[vr] * acc[slot, vr, vd] + beta[vr] * tile_acc[tile_slot, vr, vd]
 
     return stage
 
@@ -90,5 +93,42 @@ def store_partial(rows: int, head_dim: int) -> Callable[..., None]:
                     vr = T.axis.spatial(rows, r)
                     vd = T.axis.spatial(head_dim, d)
                     partial_acc[partial_slot, head_start + vr, vd] = acc[slot, vr, vd]
+
+    return stage
+
+
+def normalize(rows: int, head_dim: int, out_dtype: str) -> Callable[..., None]:
+    """out = acc / row_sum and lse = row_max + ln(row_sum) of the first num_rows rows, for the heads from head_start on.
+
+    A row whose sum is 0 gives out = 0 and lse = -inf.
+    """
+
+    @T.inline
+    def stage(row_max, row_sum, acc, slot, out, lse, seq, head_start, num_rows):
+        with T.sblock("normalize"):
+            T.reads(row_max[slot, 0:rows], row_sum[slot, 0:rows], acc[slot, 0:rows, 0:head_dim])
+            T.writes(
+                out[seq, head_start : head_start + num_rows, 0:head_dim],
+                lse[seq, head_start : head_start + num_rows],
+            )
+            factor = T.sblock_alloc_buffer((rows,), "float32")
+            for r in range(rows):
+                with T.sblock("factor"):
+                    vr = T.axis.spatial(rows, r)
+                    total: T.let = row_sum[slot, vr]
+                    factor[vr] = T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
+            for r, d in T.grid(num_rows, head_dim):
+                with T.sblock("out"):
+                    vr = T.axis.spatial(rows, r)
+                    vd = T.axis.spatial(head_dim, d)
+                    out[seq, head_start + vr, vd] = T.Cast(out_dtype, acc[slot, vr, vd] * factor[vr])
+            for r in range(num_rows):
+                with T.sblock("lse"):
+                    vr = T.axis.spatial(rows, r)
+                    lse[seq, head_start + vr] = T.Select(
+                        row_sum[slot, vr] == T.float32(0),
+                        T.float32("-inf"),
+                        row_max[slot, vr] + T.log(row_sum[slot, vr]),
+                    )
 
     return stage

@@ -1,0 +1,70 @@
+"""A tensor intrinsic: a small block of float32 turned, by shuffles of vectors of four."""
+
+from tvm.s_tir import Schedule, TensorIntrin
+from tvm.s_tir.schedule import SBlockRV
+from tvm.script import tirx as T
+from tvm.tirx import Buffer, PrimFunc, Shuffle
+
+
+def turn(sch: Schedule, copy: SBlockRV, rows: int, columns: int) -> None:
+    """Tensorize an sblock that copies a buffer into one whose last two axes are exchanged, by rows x columns elements.
+
+    Where these do not divide the extents, it goes on element by element.
+    """
+    row, column = sch.get_loops(copy)[-2:]
+    if int(sch.get(row).extent) % rows or int(sch.get(column).extent) % columns:
+        return
+    row_outer, row = sch.split(row, [None, rows])
+    column_outer, column = sch.split(column, [None, columns])
+    sch.reorder(row_outer, column_outer, row, column)
+    sch.tensorize(row, transpose(rows, columns))
+
+
+def transpose(rows: int, columns: int) -> str:
+    """Register the intrinsic turned[c, r] = block[r, c] for powers of 2 whose product is at least 8; return its name.
+
+    Rows of fewer than four elements, of either, must lie one after another.
+    """
+    name = f"pa_compiler.transpose_{rows}_{columns}"
+    if TensorIntrin.get(name, allow_missing=True) is None:
+        TensorIntrin.register(name, *_transpose(rows, columns))
+    return name
+
+
+def _transpose(rows: int, columns: int) -> tuple[PrimFunc, PrimFunc]:
+    count = rows * columns // 4
+
+    @T.prim_func(s_tir=True)
+    def description(turned_handle: T.handle, block_handle: T.handle) -> None:
+        block_row, turned_row = T.int32(), T.int32()
+        block = T.match_buffer(block_handle, (rows, columns), "float32", strides=[block_row, 1], offset_factor=1)
+        turned = T.match_buffer(turned_handle, (columns, rows), "float32", strides=[turned_row, 1], offset_factor=1)
+        with T.sblock("root"):
+            T.reads(block[0:rows, 0:columns])
+            T.writes(turned[0:columns, 0:rows])
+            for i, j in T.grid(rows, columns):
+                with T.sblock("element"):
+                    vi, vj = T.axis.remap("SS", [i, j])
+                    turned[vj, vi] = block[vi, vj]
+
+    def store(turned: Buffer, block: Buffer) -> None:
+        # To interleave the first half of all elements with the second turns the binary digits of their numbers by one
+        # place: after as many times as a row's number has digits, it comes last.
+        vectors = [block[4 * i // columns, T.ramp(4 * i % columns, 1, 4)] for i in range(count)]
+        for _ in range(rows.bit_length() - 1):
+            pairs = zip(vectors[: count // 2], vectors[count // 2 :], strict=True)
+            vectors = [Shuffle([a, b], half) for a, b in pairs for half in ([0, 4, 1, 5], [2, 6, 3, 7])]
+        for i, vector in enumerate(vectors):
+            T.buffer_store(turned, vector, [4 * i // rows, T.ramp(4 * i % rows, 1, 4)])
+
+    @T.prim_func(s_tir=True)
+    def implementation(turned_handle: T.handle, block_handle: T.handle) -> None:
+        block_row, turned_row = T.int32(), T.int32()
+        block = T.match_buffer(block_handle, (rows, columns), "float32", strides=[block_row, 1], offset_factor=1)
+        turned = T.match_buffer(turned_handle, (columns, rows), "float32", strides=[turned_row, 1], offset_factor=1)
+        with T.sblock("root"):
+            T.reads(block[0:rows, 0:columns])
+            T.writes(turned[0:columns, 0:rows])
+            store(turned, block)
+
+    return description, implementation
