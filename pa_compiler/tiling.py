@@ -26,6 +26,9 @@ MIN_SPLIT_TOKENS = 256
 HEADS_IN_LANES = 16
 """Rows from which on heads lie in the lanes: with 8 of them, AVX2 has measured slower than head_dim in the lanes."""
 
+_DOT_LANES = 4
+"""Words of the shortest vector that there is a dot product of pairs for."""
+
 LINE_BYTES = 64
 """A line of the memory system."""
 
@@ -42,7 +45,9 @@ class Tiling:
         lanes: float32 elements of head_dim in one vector; divides head_dim.
         qk_rows, qk_tokens: Scores that qk_matmul sums in registers at once.
         pv_rows, pv_dims: Outputs that pv_matmul sums in registers at once; pv_dims divides head_dim.
-        copy_tiles: Whether keys and values are converted into scratch first; where not, the matmuls read the caches.
+        copy_keys, copy_values: Whether they are converted into scratch first; where not, the matmuls read the caches.
+        dot_pairs: Whether the matmuls multiply pairs of bfloat16 numbers, probabilities too, as one instruction of the
+            target does; where not, float32.
         word_elements: Cache elements that are read as one word: 2 of bfloat16, wherever they come in pairs.
         line_elements: Cache elements of one line of the memory system, the step of the prefetches.
         split_blocks: Blocks of one range of a long sequence.
@@ -57,7 +62,9 @@ class Tiling:
     qk_tokens: int
     pv_rows: int
     pv_dims: int
-    copy_tiles: bool
+    copy_keys: bool
+    copy_values: bool
+    dot_pairs: bool
     word_elements: int
     line_elements: int
     split_blocks: int
@@ -66,6 +73,16 @@ class Tiling:
     def dim_pair(self) -> int:
         """Elements of head_dim in a word of the cache. Even and odd ones go to vectors of their own."""
         return 1 if self.strategy == "tokens_in_lanes" else self.word_elements
+
+    @property
+    def dot_elements(self) -> int:
+        """Elements of a query or a key, and tokens, that one step of a matmul takes."""
+        return 2 if self.dot_pairs else 1
+
+    @property
+    def key_pair(self) -> int:
+        """Elements of head_dim in a word of a key, if it is taken apart for qk_matmul."""
+        return 1 if self.dot_pairs else self.dim_pair
 
     @property
     def padded_kv_tile(self) -> int:
@@ -88,9 +105,9 @@ class Tiling:
         lanes = vector_lanes if self.strategy == "heads_in_lanes" else self.lanes
         return -(-self.pv_rows * self.pv_dims // lanes)
 
-    def copy_shape(self, spec: PagedAttentionSpec) -> tuple[int, int]:
-        """The shape of a tile that is converted into scratch; of nothing, where none is."""
-        return (self.padded_kv_tile, spec.head_dim) if self.copy_tiles else (1, 1)
+    def copy_shape(self, spec: PagedAttentionSpec, copied: bool) -> tuple[int, int]:
+        """The shape of a tile of keys or values that is converted into scratch; of nothing, where none is."""
+        return (self.padded_kv_tile // self.dot_elements, spec.head_dim) if copied else (1, 1)
 
     def row_tiles(self, spec: PagedAttentionSpec) -> int:
         """Tiles of rows that cover one group."""
@@ -104,7 +121,8 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
     word_elements = 2 if in_pairs and (pipeline == "fused" or spec.kv_layout == "packed") else 1
     dim_pair = 1 if spec.kv_layout == "packed" else word_elements
     lanes = math.gcd(spec.head_dim // dim_pair, target.vector_lanes)
-    load_cost = 2 if spec.dtype == "float32" else 3  # of a vector of the cache, in loads from the first-level cache
+    dot_pairs = word_elements == 2 and pipeline == "fused" and "avx512bf16" in target.features and lanes >= _DOT_LANES
+    load_cost = 2 if spec.dtype == "float32" or dot_pairs else 3  # of a vector of the cache, in loads from the first-level cache
     vectors = [dim_pair * count for count in divisors(spec.head_dim // (dim_pair * lanes))]
     pv_rows, pv_vectors = register_tile(rows, vectors, target, load_cost)
     pv_dims = pv_vectors * lanes
@@ -132,7 +150,9 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
         qk_tokens=qk_tokens,
         pv_rows=pv_rows,
         pv_dims=pv_dims,
-        copy_tiles=strategy == "heads_in_lanes" and spec.dtype != "float32",
+        copy_keys=strategy == "heads_in_lanes" and spec.dtype != "float32" and not dot_pairs,
+        copy_values=strategy == "heads_in_lanes" and spec.dtype != "float32",
+        dot_pairs=dot_pairs,
         word_elements=word_elements,
         line_elements=LINE_BYTES // ITEMSIZES[spec.dtype],
         split_blocks=-(-max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads) // spec.block_size),

@@ -21,8 +21,9 @@ from pa_compiler.tiling import Tiling, largest_divisor
 
 def load_query(sch: Schedule, tiling: Tiling) -> None:
     """Rows of the query as vectors."""
-    evens_first(sch, tiling, "q_tile")
-    vectorize_dims(sch, tiling, "q_tile")
+    if not tiling.dot_pairs:
+        evens_first(sch, tiling, "q_tile")
+        vectorize_dims(sch, tiling, "q_tile")
 
 
 def load_keys(sch: Schedule, tiling: Tiling) -> None:
@@ -38,7 +39,7 @@ def load_values(sch: Schedule, tiling: Tiling) -> None:
 def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     """Partial dot products in registers, summed across their lanes a token group at a time."""
     scores = sch.get_sblock("scores")
-    _, part_lane, _ = sch.split(sch.get_loops(scores)[-1], [None, tiling.lanes, tiling.dim_pair])
+    _, part_lane, _ = sch.split(sch.get_loops(scores)[-1], [None, tiling.lanes, tiling.key_pair])
     parts = sch.rfactor(part_lane, factor_axis=3)
     group, token, row, _ = sch.get_loops(scores)[-4:]
     sch.reorder(row, token)
@@ -65,7 +66,7 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
 
 def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
     """Tokens in lanes; the maximum and the sum of a row first lane by lane."""
-    for name in ("scaled", "probs"):
+    for name in ("scaled", "exact", "probs") if tiling.dot_pairs else ("scaled", "probs"):
         sch.vectorize(sch.get_loops(name)[-1])
     for name, axis in (("peak", 1), ("tile_sum", 2)):
         total = sch.get_sblock(name)
@@ -81,6 +82,11 @@ def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
         lane = sch.get_loops(total)[-1]
         sch.unroll(lane)
         sch.decompose_reduction(total, lane)
+
+
+def pair_probs(sch: Schedule, tiling: Tiling) -> None:
+    """Pairs of tokens in lanes."""
+    sch.vectorize(sch.get_loops("pairs")[-1])
 
 
 def pv_matmul(sch: Schedule, tiling: Tiling) -> None:
@@ -138,6 +144,7 @@ STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
     "load_values": load_values,
     "qk_matmul": qk_matmul,
     "softmax_prepare": softmax_prepare,
+    "pair_probs": pair_probs,
     "pv_matmul": pv_matmul,
     "online_update": online_update,
     "store_partial": store_partial,

@@ -36,7 +36,7 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     _rows_last(sch, "scores")
     sums = sch.cache_write(scores, 0, "global")
     group, token, row, dim = sch.get_loops(scores)[-4:]
-    dim, *_ = sch.split(dim, [None, tiling.lanes, tiling.dim_pair])  # in the order in which the key lies in scratch
+    dim, *_ = sch.split(dim, [None, tiling.lanes, tiling.key_pair])  # in the order in which the key lies in scratch
     sch.reorder(group, *sch.get_loops(scores)[-3:], token, row)
     in_registers(sch, sums, group, token, row)
     sch.decompose_reduction(scores, dim)
@@ -45,15 +45,23 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
 
 def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
     """Vertical in every step."""
-    for name in ("scaled", "probs"):
-        _rows_last(sch, name)
-    for name in ("scaled", "peak", "probs", "tile_sum"):
+    exact = ("exact",) if tiling.dot_pairs else ()
+    _rows_last(sch, "scaled", *exact, "probs")
+    for name in ("scaled", "peak", *exact, "probs", "tile_sum"):
         row, group, token = sch.get_loops(sch.get_sblock(name))[-3:]
         sch.reorder(group, token, row)
         sch.vectorize(row)
         if name in ("peak", "tile_sum"):
             sch.decompose_reduction(sch.get_sblock(name), group)
     vectorize_rows(sch, "tile_max")
+
+
+def pair_probs(sch: Schedule, tiling: Tiling) -> None:
+    """Vertical too."""
+    _rows_last(sch, "pairs")
+    row, group, token = sch.get_loops("pairs")[-3:]
+    sch.reorder(group, token, row)
+    sch.vectorize(row)
 
 
 def pv_matmul(sch: Schedule, tiling: Tiling) -> None:
@@ -95,6 +103,7 @@ STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
     "load_values": head_dim_in_lanes.load_values,
     "qk_matmul": qk_matmul,
     "softmax_prepare": softmax_prepare,
+    "pair_probs": pair_probs,
     "pv_matmul": pv_matmul,
     "online_update": online_update,
     "normalize": normalize,

@@ -3,7 +3,8 @@
 A kernel sees a cache as one span of memory with three strides: of its blocks, of its heads, and of the rows in a block
 of one head. In NHD and HND a row is a token, and the two differ in nothing else. Packed, a row of the keys is an
 element of head_dim (bfloat16: a pair of them), a row of the values is a token (bfloat16: a pair of tokens). Where the
-tiling says so, bfloat16 is read in 32-bit words of two elements, each of which one shift or one mask makes float32.
+tiling says so, bfloat16 is read in 32-bit words of two elements. One shift or one mask makes either of them float32; or
+the matmuls multiply pairs as they are, of elements of a key, and of one element of the values of two tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, BufferRegion
 
+from pa_compiler.kernels.pairs import half, pair_halves
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
@@ -26,6 +28,8 @@ class CacheAccess(NamedTuple):
         slot_offset: (slot, row_stride) -> from the start of a block to the slot's token, or, of packed keys, to the
             PACKED_TOKENS tokens that it is one of. What a table of offsets holds.
         element: (cache, offsets, t, head_offset, row_stride, d) -> element d of token t as float32.
+        pair: (cache, offsets, i, head_offset, row_stride, j) -> a word of two elements, where tiling.dot_pairs: of keys
+            the elements 2j and 2j + 1 of token i, of values the element j of the tokens 2i and 2i + 1.
         line: (offsets, number, head_offset, row_stride) -> the offset of cache line `number` of a tile, whose tokens
             have num_lines lines each, one after another.
         num_lines: Cache lines of a token; of packed keys, PACKED_TOKENS tokens together have so many each.
@@ -33,6 +37,7 @@ class CacheAccess(NamedTuple):
 
     slot_offset: Callable[..., Expr]
     element: Callable[..., Expr]
+    pair: Callable[..., Expr]
     line: Callable[..., Expr]
     num_lines: int
 
@@ -41,16 +46,18 @@ def key_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
     """How key_cache is read."""
     if spec.kv_layout != "packed":
         return _token_rows(spec, tiling)
-    pair, rows = tiling.word_elements, spec.head_dim // tiling.word_elements
+    elements, rows = tiling.word_elements, spec.head_dim // tiling.word_elements
     lines = -(-rows // PACKED_TOKENS)
 
     def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
         return T.Cast("int64", slot - T.floormod(slot, PACKED_TOKENS))
 
     def element(cache: Buffer, offsets: Buffer, t: Expr, head_offset: Expr, row_stride: Expr, d: Expr) -> Expr:
+        return _element(elements, pair(cache, offsets, t, head_offset, row_stride, T.floordiv(d, elements)), d)
+
+    def pair(cache: Buffer, offsets: Buffer, t: Expr, head_offset: Expr, row_stride: Expr, row: Expr) -> Expr:
         first = T.floordiv(t, PACKED_TOKENS) * PACKED_TOKENS
-        row = T.Cast("int64", T.floordiv(d, pair)) * row_stride
-        return _half(pair, cache[offsets[first] + head_offset + row + T.Cast("int64", t - first)], d)
+        return cache[offsets[first] + head_offset + T.Cast("int64", row) * row_stride + T.Cast("int64", t - first)]
 
     def line(offsets: Buffer, number: Expr, head_offset: Expr, row_stride: Expr) -> Expr:
         # a line holds one row of PACKED_TOKENS tokens; numbers past the last row name it again
@@ -58,53 +65,65 @@ def key_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
         row = T.min(T.floormod(number, lines * PACKED_TOKENS), rows - 1)
         return offsets[first] + head_offset + T.Cast("int64", row) * row_stride
 
-    return CacheAccess(slot_offset, element, line, lines)
+    return CacheAccess(slot_offset, element, pair, line, lines)
 
 
 def value_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
     """How value_cache is read."""
     if spec.kv_layout != "packed" or spec.packed_pair == 1:
-        return _token_rows(spec, tiling)
-    pair = tiling.word_elements
+        return _token_rows(spec, tiling)._replace(pair=_pair_of_rows)
+    elements = tiling.word_elements
     lines = -(-spec.head_dim // tiling.line_elements)
 
     def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
-        return T.Cast("int64", T.floordiv(slot, pair)) * row_stride
+        return T.Cast("int64", T.floordiv(slot, elements)) * row_stride
 
     def element(cache: Buffer, offsets: Buffer, t: Expr, head_offset: Expr, row_stride: Expr, d: Expr) -> Expr:
-        return _half(pair, cache[offsets[t] + head_offset + T.Cast("int64", d)], t)
+        return _element(elements, cache[offsets[t] + head_offset + T.Cast("int64", d)], t)
+
+    def pair(cache: Buffer, offsets: Buffer, i: Expr, head_offset: Expr, row_stride: Expr, d: Expr) -> Expr:
+        return cache[offsets[2 * i] + head_offset + T.Cast("int64", d)]
 
     def line(offsets: Buffer, number: Expr, head_offset: Expr, row_stride: Expr) -> Expr:
         # of the lines of a pair's row, its first token names the first half and its second one the other
         token = T.floordiv(number, lines)
-        line_of_pair = T.floormod(token, pair) * lines + T.floormod(number, lines)
-        return offsets[token] + head_offset + T.Cast("int64", line_of_pair * (tiling.line_elements // pair))
+        line_of_pair = T.floormod(token, elements) * lines + T.floormod(number, lines)
+        return offsets[token] + head_offset + T.Cast("int64", line_of_pair * (tiling.line_elements // elements))
 
-    return CacheAccess(slot_offset, element, line, lines)
+    return CacheAccess(slot_offset, element, pair, line, lines)
 
 
 def _token_rows(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
-    pair, lines = tiling.word_elements, -(-spec.head_dim // tiling.line_elements)
+    """A cache whose rows are tokens; a pair is of one of them."""
+    elements, lines = tiling.word_elements, -(-spec.head_dim // tiling.line_elements)
 
     def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
         return T.Cast("int64", slot) * row_stride
 
     def element(cache: Buffer, offsets: Buffer, t: Expr, head_offset: Expr, row_stride: Expr, d: Expr) -> Expr:
-        return _half(pair, cache[offsets[t] + head_offset + T.Cast("int64", T.floordiv(d, pair))], d)
+        return _element(elements, _word(cache, offsets, t, head_offset, row_stride, T.floordiv(d, elements)), d)
 
     def line(offsets: Buffer, number: Expr, head_offset: Expr, row_stride: Expr) -> Expr:
-        start = T.Cast("int64", T.floormod(number, lines) * (tiling.line_elements // pair))
+        start = T.Cast("int64", T.floormod(number, lines) * (tiling.line_elements // elements))
         return offsets[T.floordiv(number, lines)] + head_offset + start
 
-    return CacheAccess(slot_offset, element, line, lines)
+    return CacheAccess(slot_offset, element, _word, line, lines)
 
 
-def _half(pair: int, word: Expr, index: Expr) -> Expr:
+def _word(cache: Buffer, offsets: Buffer, t: Expr, head_offset: Expr, row_stride: Expr, word: Expr) -> Expr:
+    """A word of a token's row."""
+    return cache[offsets[t] + head_offset + T.Cast("int64", word)]
+
+
+def _pair_of_rows(cache: Buffer, offsets: Buffer, i: Expr, head_offset: Expr, row_stride: Expr, d: Expr) -> Expr:
+    """Element d of the rows of the tokens 2i and 2i + 1."""
+    words = [_word(cache, offsets, 2 * i + token, head_offset, row_stride, T.floordiv(d, 2)) for token in (0, 1)]
+    return pair_halves(*words, d)
+
+
+def _element(elements: int, word: Expr, index: Expr) -> Expr:
     """The bfloat16 number `index` of a word that holds a pair, as float32; of other types the element itself."""
-    if pair == 1:
-        return T.Cast("float32", word)
-    bits = T.Select(T.floormod(index, 2) == 0, T.shift_left(word, 16), T.bitwise_and(word, -65536))
-    return T.reinterpret("float32", bits)
+    return half(word, index) if elements == 2 else T.Cast("float32", word)
 
 
 def cache_dtype(spec: PagedAttentionSpec, tiling: Tiling) -> str:
@@ -138,8 +157,13 @@ def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess)
 
 
 def load_tile(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess, name: str) -> Callable[..., None]:
-    """The sblock name: copy[t, d] = float32(element d of token t), for num_groups groups of token_group tokens."""
-    head_dim, group, tokens = spec.head_dim, tiling.token_group, tiling.padded_kv_tile
+    """The sblock name: what load(tiling, access) reads, of num_groups groups of token_group tokens, in scratch.
+
+    copy[t, d] = float32(element d of token t); or, in pairs, the word of element d of the tokens 2t and 2t + 1.
+    """
+    head_dim, group = spec.head_dim, tiling.token_group // tiling.dot_elements
+    tokens = tiling.padded_kv_tile // tiling.dot_elements
+    read = load(tiling, access)
 
     @T.inline
     def stage(cache, cache_offsets, copy, head_offset, row_stride, num_groups):
@@ -152,14 +176,19 @@ def load_tile(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess, nam
                     vd = T.axis.spatial(head_dim, d)
                     T.reads(whole(cache), cache_offsets[0 : tiling.num_offsets])
                     T.writes(copy[vt, vd])
-                    copy[vt, vd] = access.element(cache, cache_offsets, vt, head_offset, row_stride, vd)
+                    copy[vt, vd] = read(cache, cache_offsets, vt, head_offset, row_stride, vd)
 
     return stage
 
 
-def element(tiling: Tiling, access: CacheAccess) -> Callable[..., Expr]:
-    """access.element, whose first argument is what load_tile made where the tiling copies tiles."""
-    return (lambda copy, offsets, t, head_offset, row_stride, d: copy[t, d]) if tiling.copy_tiles else access.element
+def load(tiling: Tiling, access: CacheAccess) -> Callable[..., Expr]:
+    """access.element, or access.pair where the matmuls multiply pairs."""
+    return access.pair if tiling.dot_pairs else access.element
+
+
+def load_copied(copy: Buffer, offsets: Buffer, t: Expr, head_offset: Expr, row_stride: Expr, d: Expr) -> Expr:
+    """The same of what load_tile made."""
+    return copy[t, d]
 
 
 def whole(buffer: Buffer) -> BufferRegion:

@@ -8,7 +8,7 @@ from pa_compiler.kernels.cache_access import cache_dtype, key_access, load_tile,
 from pa_compiler.kernels.online_update import normalize, online_update, store_partial
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.qk_matmul import load_query, qk_matmul
-from pa_compiler.kernels.softmax_prepare import softmax_prepare
+from pa_compiler.kernels.softmax_prepare import pair_probs, softmax_prepare
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
@@ -31,6 +31,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     rows, kv_tile, tokens = tiling.row_tile, tiling.kv_tile, tiling.padded_kv_tile
     group_tiles = tiling.row_tiles(spec)
     tiles = kv_heads * group_tiles
+    factor, pair = "int32" if tiling.dot_pairs else "float32", tiling.dot_elements
 
     load_query_stage = load_query(spec, tiling)
     keys_in_cache, values_in_cache = key_access(spec, tiling), value_access(spec, tiling)
@@ -40,6 +41,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     load_values_stage = load_tile(spec, tiling, values_in_cache, "load_values")
     qk_stage = qk_matmul(spec, tiling)
     softmax_stage = softmax_prepare(spec, tiling)
+    pairs_stage = pair_probs(tiling)
     pv_stage = pv_matmul(spec, tiling)
     update_stage = online_update(rows, spec.head_dim)
     store_stage = store_partial(rows, spec.head_dim)
@@ -100,7 +102,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                q_tile = T.sblock_alloc_buffer((tiles, rows, spec.head_dim), "float32")
+                q_tile = T.sblock_alloc_buffer((tiles, rows, spec.head_dim // pair), factor)
                 row_max = T.sblock_alloc_buffer((tiles, rows), "float32")
                 row_sum = T.sblock_alloc_buffer((tiles, rows), "float32")
                 acc = T.sblock_alloc_buffer((tiles, rows, spec.head_dim), "float32")
@@ -141,19 +143,20 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                 vkv = T.axis.spatial(kv_heads, kv_head)
                                 T.reads()
                                 T.writes()
-                                k_tile = T.sblock_alloc_buffer(tiling.copy_shape(spec), "float32")
-                                v_tile = T.sblock_alloc_buffer(tiling.copy_shape(spec), "float32")
+                                k_tile = T.sblock_alloc_buffer(tiling.copy_shape(spec, tiling.copy_keys), factor)
+                                v_tile = T.sblock_alloc_buffer(tiling.copy_shape(spec, tiling.copy_values), factor)
                                 # next: these tokens in the next kv head; after the last one, the next tokens in head 0
                                 is_last: T.let = vkv == kv_heads - 1
                                 ahead_t: T.let = T.Select(T.And(is_last, has_next), kv_tile, 0)
                                 ahead_head: T.let = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
                                 k_now: T.let = T.Cast("int64", vkv) * k_head
                                 v_now: T.let = T.Cast("int64", vkv) * v_head
-                                if tiling.copy_tiles:
+                                if tiling.copy_keys:
                                     load_keys_stage(key_cache, key_offsets, k_tile, k_now, k_row, num_groups)
+                                if tiling.copy_values:
                                     load_values_stage(value_cache, value_offsets, v_tile, v_now, v_row, num_groups)
-                                keys = T.meta_var(k_tile if tiling.copy_tiles else key_cache)
-                                values = T.meta_var(v_tile if tiling.copy_tiles else value_cache)
+                                keys = T.meta_var(k_tile if tiling.copy_keys else key_cache)
+                                values = T.meta_var(v_tile if tiling.copy_values else value_cache)
                                 for group_tile in range(group_tiles):
                                     with T.sblock("head_tile"):
                                         vgt = T.axis.spatial(group_tiles, group_tile)
@@ -172,8 +175,12 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                         softmax_stage(
                                             scores, probs, tile_max, tile_sum, 0, scale, valid_len, num_groups
                                         )
+                                        if tiling.dot_pairs:
+                                            prob_pairs = T.sblock_alloc_buffer((1, rows, tokens // 2), "int32")
+                                            pairs_stage(probs, prob_pairs, 0, num_groups)
+                                        weights = T.meta_var(prob_pairs if tiling.dot_pairs else probs)
                                         pv_stage(
-                                            probs, values, value_cache, value_offsets, tile_acc, 0, v_now,
+                                            weights, values, value_cache, value_offsets, tile_acc, 0, v_now,
                                             v_row, ahead_t, ahead_head * v_head, valid_len,
                                         )  # fmt: skip
                                         update_stage(

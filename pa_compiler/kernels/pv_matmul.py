@@ -1,10 +1,12 @@
 """Stage 3: tile_acc = probs @ value tile."""
 
+import operator
 from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from pa_compiler.kernels.cache_access import element, prefetch, value_access, whole
+from pa_compiler.kernels.cache_access import load, load_copied, prefetch, value_access, whole
+from pa_compiler.kernels.pairs import LOW, dot_pairs
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
@@ -15,11 +17,18 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     The sum stops at valid_len: values in unused slots are not multiplied by 0, they are not read. First come all whole
     groups of token_group tokens, then the rest of the last one. values and the tile that comes next are as in
     qk_matmul's keys; that tile is fetched row by row, whatever the order in which this one is read.
+
+    Or the sum over t of dot_pairs(probs[slot, r, t], values of the tokens 2t and 2t + 1). The value past an odd
+    valid_len is replaced by 0.
     """
-    rows, head_dim, group = tiling.row_tile, spec.head_dim, tiling.token_group
+    rows, head_dim, group, pair = tiling.row_tile, spec.head_dim, tiling.token_group, tiling.dot_elements
     tokens, offsets = tiling.padded_kv_tile, tiling.num_offsets
     access = value_access(spec, tiling)
-    load, lines = element(tiling, access), access.num_lines
+    read, lines = load_copied if tiling.copy_values else load(tiling, access), access.num_lines
+    product = dot_pairs if tiling.dot_pairs else operator.mul
+
+    def valid(word, t, valid_len):
+        return T.bitwise_and(word, T.Select(2 * t + 1 < valid_len, -1, LOW)) if tiling.dot_pairs else word
 
     @T.inline
     def stage(
@@ -36,7 +45,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         valid_len,
     ):
         with T.sblock("pv_matmul"):
-            T.reads(probs[slot, 0:rows, 0:tokens], whole(values), whole(value_cache), value_offsets[0:offsets])
+            T.reads(probs[slot, 0:rows, 0 : tokens // pair], whole(values), whole(value_cache), value_offsets[0:offsets])
             T.writes(tile_acc[slot, 0:rows, 0:head_dim])
             full_acc = T.sblock_alloc_buffer((rows, head_dim), "float32")
             fetched = T.sblock_alloc_buffer((tokens, lines), "int8")  # never touched: it ties the fetches to the loops
@@ -49,32 +58,38 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     T.writes(fetched[vo * group + vi, vl])
                     number: T.let = ahead_t * lines + (vl * num_full + vo) * group + vi
                     T.evaluate(prefetch(value_cache, access.line(value_offsets, number, ahead_offset, row_stride)))
-            for to, ti, r, d in T.grid(num_full, group, rows, head_dim):
+            for to, ti, r, d in T.grid(num_full, group // pair, rows, head_dim):
                 with T.sblock("full_groups"):
-                    vt = T.axis.reduce(tokens, to * group + ti)
+                    vt = T.axis.reduce(tokens // pair, to * (group // pair) + ti)
                     vr, vd = T.axis.remap("SS", [r, d])
                     T.reads(
                         probs[slot, vr, vt],
                         whole(values),
-                        value_offsets[vt],
-                        fetched[vt, T.floordiv(vd * lines, head_dim)],
+                        value_offsets[vt * pair : vt * pair + pair],
+                        fetched[vt * pair : vt * pair + pair, T.floordiv(vd * lines, head_dim)],
                     )
                     T.writes(full_acc[vr, vd])
                     with T.init():
                         full_acc[vr, vd] = T.float32(0)
-                    full_acc[vr, vd] += probs[slot, vr, vt] * load(
-                        values, value_offsets, vt, head_offset, row_stride, vd
+                    full_acc[vr, vd] += product(
+                        probs[slot, vr, vt], read(values, value_offsets, vt, head_offset, row_stride, vd)
                     )
-            for ti, r, d in T.grid(T.floormod(valid_len, group), rows, head_dim):
+            for ti, r, d in T.grid(T.ceildiv(T.floormod(valid_len, group), pair), rows, head_dim):
                 with T.sblock("tile_acc"):
-                    vt = T.axis.reduce(tokens, num_full * group + ti)
+                    vt = T.axis.reduce(tokens // pair, num_full * (group // pair) + ti)
                     vr, vd = T.axis.remap("SS", [r, d])
-                    T.reads(full_acc[vr, vd], probs[slot, vr, vt], whole(values), value_offsets[vt])
+                    T.reads(
+                        full_acc[vr, vd],
+                        probs[slot, vr, vt],
+                        whole(values),
+                        value_offsets[vt * pair : vt * pair + pair],
+                    )
                     T.writes(tile_acc[slot, vr, vd])
                     with T.init():
                         tile_acc[slot, vr, vd] = full_acc[vr, vd]
-                    tile_acc[slot, vr, vd] += probs[slot, vr, vt] * load(
-                        values, value_offsets, vt, head_offset, row_stride, vd
+                    tile_acc[slot, vr, vd] += product(
+                        probs[slot, vr, vt],
+                        valid(read(values, value_offsets, vt, head_offset, row_stride, vd), vt, valid_len),
                     )
 
     return stage

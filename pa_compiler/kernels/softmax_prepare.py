@@ -5,6 +5,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.exp import store_exp
+from pa_compiler.kernels.pairs import pair_floats, round_to_bfloat16
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
@@ -20,7 +21,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     columns; columns at or past valid_len count as -inf and get probs of exactly 0 whatever their scores hold, NaN
     included. With valid_len == 0: tile_max = -1e30, tile_sum = 0, probs = 0. Products of -inf get probs of 0, and a row
     of nothing else is as an empty one, whose sum is 0; with one of +inf or NaN tile_sum is NaN.
-    Probabilities stay float32: the sum is over what pv_matmul multiplies, and nothing is rounded twice.
+    The sum is over what pv_matmul multiplies: float32 as it is, or, where that takes pairs, rounded to bfloat16.
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
 
@@ -50,11 +51,24 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                 with T.sblock("tile_max"):
                     vr = T.axis.spatial(rows, r)
                     tile_max[slot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(EMPTY_ROW_MAX))
-            for r, to, ti in T.grid(rows, num_groups, group):
-                with T.sblock("probs"):
-                    vt = T.axis.spatial(tokens, to * group + ti)
-                    vr = T.axis.spatial(rows, r)
-                    store_exp(probs, (slot, vr, vt), scaled[vr, vt] - tile_max[slot, vr], True)
+            if tiling.dot_pairs:
+                exact = T.sblock_alloc_buffer((rows, tokens), "float32")
+                for r, to, ti in T.grid(rows, num_groups, group):
+                    with T.sblock("exact"):
+                        vt = T.axis.spatial(tokens, to * group + ti)
+                        vr = T.axis.spatial(rows, r)
+                        store_exp(exact, (vr, vt), scaled[vr, vt] - tile_max[slot, vr], True)
+                for r, to, ti in T.grid(rows, num_groups, group):
+                    with T.sblock("probs"):
+                        vt = T.axis.spatial(tokens, to * group + ti)
+                        vr = T.axis.spatial(rows, r)
+                        probs[slot, vr, vt] = round_to_bfloat16(exact[vr, vt])
+            else:
+                for r, to, ti in T.grid(rows, num_groups, group):
+                    with T.sblock("probs"):
+                        vt = T.axis.spatial(tokens, to * group + ti)
+                        vr = T.axis.spatial(rows, r)
+                        store_exp(probs, (slot, vr, vt), scaled[vr, vt] - tile_max[slot, vr], True)
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("tile_sum"):
                     vt = T.axis.reduce(tokens, to * group + ti)
@@ -62,5 +76,23 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     with T.init():
                         tile_sum[slot, vr] = T.float32(0)
                     tile_sum[slot, vr] = tile_sum[slot, vr] + probs[slot, vr, vt]
+
+    return stage
+
+
+def pair_probs(tiling: Tiling) -> Callable[..., None]:
+    """pairs[slot, r, t] = the word of probs[slot, r, 2t] and probs[slot, r, 2t + 1], over num_groups groups of tokens."""
+    rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
+
+    @T.inline
+    def stage(probs, pairs, slot, num_groups):
+        with T.sblock("pair_probs"):
+            T.reads(probs[slot, 0:rows, 0:tokens])
+            T.writes(pairs[slot, 0:rows, 0 : tokens // 2])
+            for r, to, ti in T.grid(rows, num_groups, group // 2):
+                with T.sblock("pairs"):
+                    vt = T.axis.spatial(tokens // 2, to * (group // 2) + ti)
+                    vr = T.axis.spatial(rows, r)
+                    pairs[slot, vr, vt] = pair_floats(probs[slot, vr, 2 * vt], probs[slot, vr, 2 * vt + 1])
 
     return stage

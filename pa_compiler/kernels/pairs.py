@@ -1,0 +1,48 @@
+"""Words of two bfloat16 numbers, as the dot product of AVX512_BF16 takes them. In plain operations, for no target.
+
+A word is an int32: the first number in its low half, the second in its high half.
+"""
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+HIGH = -65536
+"""The mask of a word's high half."""
+LOW = 65535
+"""The mask of a word's low half."""
+
+
+def half(word: Expr, index: Expr) -> Expr:
+    """The number index % 2 of a word, as float32: the bits of bfloat16 are the upper half of float32's."""
+    bits = T.Select(T.floormod(index, 2) == 0, T.shift_left(word, 16), T.bitwise_and(word, HIGH))
+    return T.reinterpret("float32", bits)
+
+
+def dot_pairs(a: Expr, b: Expr) -> Expr:
+    """The dot product of two words, float32. Added to a float32 sum, it is one instruction of AVX512_BF16."""
+    first = T.reinterpret("float32", T.shift_left(a, 16)) * T.reinterpret("float32", T.shift_left(b, 16))
+    second = T.reinterpret("float32", T.bitwise_and(a, HIGH)) * T.reinterpret("float32", T.bitwise_and(b, HIGH))
+    return first + second
+
+
+def pair_halves(first: Expr, second: Expr, index: Expr) -> Expr:
+    """The word of the numbers index % 2 of two words: of rows of two tokens, one element of both."""
+    evens = T.bitwise_or(T.bitwise_and(first, LOW), T.shift_left(second, 16))
+    odds = T.bitwise_or(T.bitwise_and(T.shift_right(first, 16), LOW), T.bitwise_and(second, HIGH))
+    return T.Select(T.floormod(index, 2) == 0, evens, odds)
+
+
+def pair_floats(first: Expr, second: Expr) -> Expr:
+    """The word of two float32 numbers that bfloat16 has."""
+    low = T.bitwise_and(T.shift_right(T.reinterpret("int32", first), 16), LOW)
+    return T.bitwise_or(low, T.reinterpret("int32", second))
+
+
+def round_to_bfloat16(x: Expr) -> Expr:
+    """The number of bfloat16 that is nearest to x, of two the even one, as float32.
+
+    x is finite, or a NaN whose lower 16 bits are 0, as are all that come of a bfloat16 NaN or of an invalid operation.
+    """
+    bits = T.reinterpret("int32", x)
+    odd = T.bitwise_and(T.shift_right(bits, 16), 1)
+    return T.reinterpret("float32", T.bitwise_and(bits + 32767 + odd, HIGH))
