@@ -41,11 +41,14 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     scores = sch.get_sblock("scores")
     _, part_lane, _ = sch.split(sch.get_loops(scores)[-1], [None, tiling.lanes, tiling.key_pair])
     parts = sch.rfactor(part_lane, factor_axis=3)
-    group, token, row, _ = sch.get_loops(scores)[-4:]
+    tile, group, token, row, _ = sch.get_loops(scores)[-5:]
+    if tiling.sweep == "tokens":
+        sch.reorder(group, tile)
+        group = tile
     sch.reorder(row, token)
     sch.compute_at(parts, group, preserve_unit_loops=True)
     sums = sch.cache_write(parts, 0, "global")
-    lane, token, row, dim, half = sch.get_loops(parts)[-5:]
+    lane, token, _, row, dim, half = sch.get_loops(parts)[-6:]
     token_outer, token = sch.split(token, [None, tiling.qk_tokens])
     row_outer, row = sch.split(row, [None, tiling.qk_rows])
     sch.reorder(token_outer, row_outer, dim, half, token, row, lane)
@@ -57,6 +60,8 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     sch.vectorize(sch.get_loops(init)[-1])
     if tiling.lanes > 1:
         sch.tensorize(token, sum_lanes(tiling.lanes))
+    if tiling.sweep:
+        return
     fetch = sch.get_sblock("prefetch_keys")
     fetch_group, number = sch.get_loops(fetch)[-2:]
     sch.split(number, [int(sch.get(token_outer).extent), None])
@@ -93,11 +98,18 @@ def pv_matmul(sch: Schedule, tiling: Tiling) -> None:
     """Outputs in registers over all whole token groups of the tile; the rest of the last one after that."""
     full, rest = sch.get_sblock("full_groups"), sch.get_sblock("tile_acc")
     evens_first(sch, tiling, "full_groups", "tile_acc")
+    (_sum_groups if tiling.sweep else _sum_tile)(sch, tiling, full)
+    token = sch.get_loops(rest)[-3]
+    vectorize_dims(sch, tiling, rest)
+    sch.decompose_reduction(rest, token)
+
+
+def _sum_tile(sch: Schedule, tiling: Tiling, full: SBlockRV) -> None:
+    """Outputs in registers over all whole token groups of the tile."""
     sums = sch.cache_write(full, 0, "global")
     group, token, row, dim = sch.get_loops(full)[-4:]
     row_outer, row = sch.split(row, [None, tiling.pv_rows])
-    vectors = tiling.pv_dims // (tiling.lanes * tiling.dim_pair)
-    dim_outer, vector, lane, half = sch.split(dim, [None, vectors, tiling.lanes, tiling.dim_pair])
+    dim_outer, vector, lane, half = _split_dims(sch, tiling, dim)
     sch.reorder(row_outer, dim_outer, group, token, vector, half, row, lane)
     sch.compute_at(sch.get_sblock("prefetch_values"), group, preserve_unit_loops=True)
     sch.reverse_compute_at(sums, dim_outer, preserve_unit_loops=True)
@@ -109,9 +121,30 @@ def pv_matmul(sch: Schedule, tiling: Tiling) -> None:
     sch.vectorize(written_lane)
     sch.vectorize(lane)
     sch.decompose_reduction(full, group)
-    token = sch.get_loops(rest)[-3]
-    vectorize_dims(sch, tiling, rest)
-    sch.decompose_reduction(rest, token)
+
+
+def _sum_groups(sch: Schedule, tiling: Tiling, full: SBlockRV) -> None:
+    """Outputs in registers over one token group, and then added to what there is of them in memory."""
+    sums = sch.rfactor(sch.get_loops(full)[-4], factor_axis=0)
+    tile, group, row, dim = sch.get_loops(full)[-4:]
+    row_outer, row = sch.split(row, [None, tiling.pv_rows])
+    dim_outer, *added = _split_dims(sch, tiling, dim)
+    sch.reorder(*((group, tile) if tiling.sweep == "tokens" else (tile, group)), row_outer, dim_outer, row)
+    sch.compute_at(sums, dim_outer, preserve_unit_loops=True)
+    token, _, summed_row, dim = sch.get_loops(sums)[-4:]
+    _, *summed = _split_dims(sch, tiling, dim)
+    for (vector, lane, half), each_row, each_token in ((added, row, []), (summed, summed_row, [token])):
+        sch.reorder(*each_token, vector, half, each_row, lane)
+        for loop in (*each_token, vector, half, each_row):
+            sch.unroll(loop)
+        sch.vectorize(lane)
+    sch.decompose_reduction(sums, token)
+    sch.decompose_reduction(full, group)
+
+
+def _split_dims(sch: Schedule, tiling: Tiling, dim: LoopRV) -> list[LoopRV]:
+    """The loop over head_dim as tiles of vectors of lanes of pairs."""
+    return sch.split(dim, [None, tiling.pv_dims // (tiling.lanes * tiling.dim_pair), tiling.lanes, tiling.dim_pair])
 
 
 def online_update(sch: Schedule, tiling: Tiling) -> None:

@@ -56,7 +56,8 @@ def test_the_tiles_of_every_spec(cpu, pipeline):
         assert max(vectors_of_sums(tiles, cpu)) <= cpu.vector_sums, (spec, tiles)
         assert 0 <= tiles.padded_kv_tile - tiles.kv_tile < tiles.token_group, spec
         assert tiles.kv_tile == (spec.block_size if pipeline == "staged" else tiles.padded_kv_tile), spec
-        assert tiles.num_offsets == tiles.kv_tile + tiles.padded_kv_tile, spec
+        assert tiles.num_offsets == (0 if tiles.sweep else tiles.kv_tile) + tiles.padded_kv_tile, spec
+        assert tiles.kv_tile % tiles.streams == 0, spec
         if spec.kv_layout == "packed":  # a tile begins where tokens that lie side by side begin
             assert tiles.token_group % PACKED_TOKENS == tiles.kv_tile % PACKED_TOKENS == 0, spec
         assert tiles.split_blocks == 1 or tiles.split_blocks * spec.block_size <= tiling.SPLIT_TOKENS, spec

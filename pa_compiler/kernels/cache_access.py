@@ -134,11 +134,13 @@ def cache_dtype(spec: PagedAttentionSpec, tiling: Tiling) -> str:
 def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> Callable[..., None]:
     """offsets[t] = words from the start of a cache to token tile_start + t of a sequence, in kv head 0; int64.
 
-    For t < num_offsets. Past last_token the last valid token is named again: an offset is always that of a token within
+    For t < num_offsets. In a sweep a whole tile is looked up in another order, its tokens from `streams` places in turn:
+    nothing that follows depends on the order of the tokens in a tile. Past last_token the last valid token is named again: an offset is always that of a token within
     the sequence's length, so that whatever is read through the table may be read. Products with a stride are int64:
     caches of more than 2**31 elements are ordinary.
     """
     block_size, size = spec.block_size, tiling.num_offsets
+    kv_tile, streams = tiling.kv_tile, tiling.streams
 
     @T.inline
     def stage(block_table, offsets, seq, tile_start, last_token, num_offsets, block_stride, row_stride):
@@ -148,7 +150,12 @@ def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess)
             for t in range(num_offsets):
                 with T.sblock("offset"):
                     vt = T.axis.spatial(size, t)
-                    token: T.let = T.min(tile_start + vt, last_token)
+                    if streams > 1:
+                        in_turn: T.let = T.floormod(vt, streams) * (kv_tile // streams) + T.floordiv(vt, streams)
+                        position: T.let = T.Select(tile_start + kv_tile - 1 <= last_token, in_turn, vt)
+                    else:
+                        position: T.let = vt
+                    token: T.let = T.min(tile_start + position, last_token)
                     block: T.let = T.Cast("int64", block_table[seq, T.floordiv(token, block_size)])
                     slot: T.let = T.floormod(token, block_size)
                     offsets[vt] = block * block_stride + access.slot_offset(slot, row_stride)

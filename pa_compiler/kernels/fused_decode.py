@@ -22,7 +22,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     gives the empty result. The caller has checked shapes, lengths and block ids.
 
     A tile of tokens is taken through all kv heads, and for each through all tiles of its query heads, before the next:
-    the caches are read once, in the order in which a block lies in memory.
+    the caches are read once, in the order in which a block lies in memory. In a sweep all of them go through each stage
+    together.
     """
     heads, head_dim = T.int64(spec.num_heads), T.int64(spec.head_dim)
     kv_heads, group, dtype = spec.num_kv_heads, spec.group, spec.dtype
@@ -30,7 +31,9 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     itemsize, out_itemsize = ITEMSIZES[dtype], ITEMSIZES[out_dtype]
     rows, kv_tile, tokens = tiling.row_tile, tiling.kv_tile, tiling.padded_kv_tile
     group_tiles = tiling.row_tiles(spec)
-    tiles = kv_heads * group_tiles
+    tiles, pass_tiles = kv_heads * group_tiles, tiling.pass_tiles(spec)
+    head_steps = 1 if tiling.sweep else kv_heads
+    tile_steps = tiles // (head_steps * pass_tiles)
     factor, pair = "int32" if tiling.dot_pairs else "float32", tiling.dot_elements
 
     load_query_stage = load_query(spec, tiling)
@@ -138,15 +141,15 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         value_offsets_stage(
                             block_table, value_offsets, seq, tile_start, last_token, num_offsets, v_block, v_row
                         )
-                        for kv_head in range(kv_heads):
+                        for kv_head in range(head_steps):
                             with T.sblock("kv_head"):
-                                vkv = T.axis.spatial(kv_heads, kv_head)
+                                vkv = T.axis.spatial(head_steps, kv_head)
                                 T.reads()
                                 T.writes()
                                 k_tile = T.sblock_alloc_buffer(tiling.copy_shape(spec, tiling.copy_keys), factor)
                                 v_tile = T.sblock_alloc_buffer(tiling.copy_shape(spec, tiling.copy_values), factor)
                                 # next: these tokens in the next kv head; after the last one, the next tokens in head 0
-                                is_last: T.let = vkv == kv_heads - 1
+                                is_last: T.let = vkv == head_steps - 1
                                 ahead_t: T.let = T.Select(T.And(is_last, has_next), kv_tile, 0)
                                 ahead_head: T.let = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
                                 k_now: T.let = T.Cast("int64", vkv) * k_head
@@ -157,36 +160,47 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                     load_values_stage(value_cache, value_offsets, v_tile, v_now, v_row, num_groups)
                                 keys = T.meta_var(k_tile if tiling.copy_keys else key_cache)
                                 values = T.meta_var(v_tile if tiling.copy_values else value_cache)
-                                for group_tile in range(group_tiles):
+                                for group_tile in range(tile_steps):
                                     with T.sblock("head_tile"):
-                                        vgt = T.axis.spatial(group_tiles, group_tile)
+                                        vgt = T.axis.spatial(tile_steps, group_tile)
                                         T.reads()
                                         T.writes()
-                                        scores = T.sblock_alloc_buffer((1, rows, tokens), "float32")
-                                        probs = T.sblock_alloc_buffer((1, rows, tokens), "float32")
-                                        tile_max = T.sblock_alloc_buffer((1, rows), "float32")
-                                        tile_sum = T.sblock_alloc_buffer((1, rows), "float32")
-                                        tile_acc = T.sblock_alloc_buffer((1, rows, spec.head_dim), "float32")
-                                        tile_index: T.let = vkv * group_tiles + vgt
+                                        scores = T.sblock_alloc_buffer((pass_tiles, rows, tokens), "float32")
+                                        probs = T.sblock_alloc_buffer((pass_tiles, rows, tokens), "float32")
+                                        tile_max = T.sblock_alloc_buffer((pass_tiles, rows), "float32")
+                                        tile_sum = T.sblock_alloc_buffer((pass_tiles, rows), "float32")
+                                        tile_acc = T.sblock_alloc_buffer((pass_tiles, rows, spec.head_dim), "float32")
+                                        first_tile: T.let = vkv * group_tiles + vgt
                                         qk_stage(
-                                            q_tile, keys, key_cache, key_offsets, scores, tile_index, 0, k_now,
+                                            q_tile, keys, key_cache, key_offsets, scores, first_tile, 0, k_now, k_head,
                                             k_row, ahead_t, ahead_head * k_head, valid_len,
                                         )  # fmt: skip
-                                        softmax_stage(
-                                            scores, probs, tile_max, tile_sum, 0, scale, valid_len, num_groups
-                                        )
                                         if tiling.dot_pairs:
-                                            prob_pairs = T.sblock_alloc_buffer((1, rows, tokens // 2), "int32")
-                                            pairs_stage(probs, prob_pairs, 0, num_groups)
+                                            prob_pairs = T.sblock_alloc_buffer((pass_tiles, rows, tokens // 2), "int32")
+                                        for tile in range(pass_tiles):
+                                            with T.sblock("softmax"):
+                                                vi = T.axis.spatial(pass_tiles, tile)
+                                                T.reads()
+                                                T.writes()
+                                                softmax_stage(
+                                                    scores, probs, tile_max, tile_sum, vi, scale, valid_len, num_groups
+                                                )
+                                                if tiling.dot_pairs:
+                                                    pairs_stage(probs, prob_pairs, vi, num_groups)
                                         weights = T.meta_var(prob_pairs if tiling.dot_pairs else probs)
                                         pv_stage(
-                                            weights, values, value_cache, value_offsets, tile_acc, 0, v_now,
+                                            weights, values, value_cache, value_offsets, tile_acc, 0, v_now, v_head,
                                             v_row, ahead_t, ahead_head * v_head, valid_len,
                                         )  # fmt: skip
-                                        update_stage(
-                                            tile_max, tile_sum, tile_acc, 0, row_max, row_sum, acc, tile_index,
-                                            vstep, num_steps,
-                                        )  # fmt: skip
+                                        for tile in range(pass_tiles):
+                                            with T.sblock("update"):
+                                                vi = T.axis.spatial(pass_tiles, tile)
+                                                T.reads()
+                                                T.writes()
+                                                update_stage(
+                                                    tile_max, tile_sum, tile_acc, vi, row_max, row_sum, acc,
+                                                    first_tile + vi, vstep, num_steps,
+                                                )  # fmt: skip
                 for tile in range(tiles):
                     with T.sblock("result"):
                         vtile = T.axis.spatial(tiles, tile)

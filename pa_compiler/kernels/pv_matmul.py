@@ -23,6 +23,8 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """
     rows, head_dim, group, pair = tiling.row_tile, spec.head_dim, tiling.token_group, tiling.dot_elements
     tokens, offsets = tiling.padded_kv_tile, tiling.num_offsets
+    one_tile = tiling.sweep is None
+    num_tiles, group_tiles = tiling.pass_tiles(spec), tiling.row_tiles(spec)
     access = value_access(spec, tiling)
     read, lines = load_copied if tiling.copy_values else load(tiling, access), access.num_lines
     product = dot_pairs if tiling.dot_pairs else operator.mul
@@ -39,57 +41,66 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         tile_acc,
         slot,
         head_offset,
+        head_stride,
         row_stride,
         ahead_t,
         ahead_offset,
         valid_len,
     ):
         with T.sblock("pv_matmul"):
-            T.reads(probs[slot, 0:rows, 0 : tokens // pair], whole(values), whole(value_cache), value_offsets[0:offsets])
-            T.writes(tile_acc[slot, 0:rows, 0:head_dim])
-            full_acc = T.sblock_alloc_buffer((rows, head_dim), "float32")
+            T.reads(
+                probs[slot : slot + num_tiles, 0:rows, 0 : tokens // pair],
+                whole(values),
+                whole(value_cache),
+                value_offsets[0:offsets],
+            )
+            T.writes(tile_acc[slot : slot + num_tiles, 0:rows, 0:head_dim])
+            full_acc = T.sblock_alloc_buffer((num_tiles, rows, head_dim), "float32")
             fetched = T.sblock_alloc_buffer((tokens, lines), "int8")  # never touched: it ties the fetches to the loops
             num_full: T.let = T.floordiv(valid_len, group)
-            for to, ti, li in T.grid(num_full, group, lines):
-                with T.sblock("prefetch_values"):
-                    vo = T.axis.spatial(tokens // group, to)
-                    vi, vl = T.axis.remap("SS", [ti, li])
-                    T.reads(value_offsets[0:offsets])
-                    T.writes(fetched[vo * group + vi, vl])
-                    number: T.let = ahead_t * lines + (vl * num_full + vo) * group + vi
-                    T.evaluate(prefetch(value_cache, access.line(value_offsets, number, ahead_offset, row_stride)))
-            for to, ti, r, d in T.grid(num_full, group // pair, rows, head_dim):
+            if one_tile:
+                for to, ti, li in T.grid(num_full, group, lines):
+                    with T.sblock("prefetch_values"):
+                        vo = T.axis.spatial(tokens // group, to)
+                        vi, vl = T.axis.remap("SS", [ti, li])
+                        T.reads(value_offsets[0:offsets])
+                        T.writes(fetched[vo * group + vi, vl])
+                        number: T.let = ahead_t * lines + (vl * num_full + vo) * group + vi
+                        T.evaluate(prefetch(value_cache, access.line(value_offsets, number, ahead_offset, row_stride)))
+            for i, to, ti, r, d in T.grid(num_tiles, num_full, group // pair, rows, head_dim):
                 with T.sblock("full_groups"):
                     vt = T.axis.reduce(tokens // pair, to * (group // pair) + ti)
-                    vr, vd = T.axis.remap("SS", [r, d])
+                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                    now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(vi, group_tiles)) * head_stride)
                     T.reads(
-                        probs[slot, vr, vt],
+                        probs[slot + vi, vr, vt],
                         whole(values),
                         value_offsets[vt * pair : vt * pair + pair],
                         fetched[vt * pair : vt * pair + pair, T.floordiv(vd * lines, head_dim)],
                     )
-                    T.writes(full_acc[vr, vd])
+                    T.writes(full_acc[vi, vr, vd])
                     with T.init():
-                        full_acc[vr, vd] = T.float32(0)
-                    full_acc[vr, vd] += product(
-                        probs[slot, vr, vt], read(values, value_offsets, vt, head_offset, row_stride, vd)
+                        full_acc[vi, vr, vd] = T.float32(0)
+                    full_acc[vi, vr, vd] += product(
+                        probs[slot + vi, vr, vt], read(values, value_offsets, vt, now, row_stride, vd)
                     )
-            for ti, r, d in T.grid(T.ceildiv(T.floormod(valid_len, group), pair), rows, head_dim):
+            for i, ti, r, d in T.grid(num_tiles, T.ceildiv(T.floormod(valid_len, group), pair), rows, head_dim):
                 with T.sblock("tile_acc"):
                     vt = T.axis.reduce(tokens // pair, num_full * (group // pair) + ti)
-                    vr, vd = T.axis.remap("SS", [r, d])
+                    vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                    now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(vi, group_tiles)) * head_stride)
                     T.reads(
-                        full_acc[vr, vd],
-                        probs[slot, vr, vt],
+                        full_acc[vi, vr, vd],
+                        probs[slot + vi, vr, vt],
                         whole(values),
                         value_offsets[vt * pair : vt * pair + pair],
                     )
-                    T.writes(tile_acc[slot, vr, vd])
+                    T.writes(tile_acc[slot + vi, vr, vd])
                     with T.init():
-                        tile_acc[slot, vr, vd] = full_acc[vr, vd]
-                    tile_acc[slot, vr, vd] += product(
-                        probs[slot, vr, vt],
-                        valid(read(values, value_offsets, vt, head_offset, row_stride, vd), vt, valid_len),
+                        tile_acc[slot + vi, vr, vd] = full_acc[vi, vr, vd]
+                    tile_acc[slot + vi, vr, vd] += product(
+                        probs[slot + vi, vr, vt],
+                        valid(read(values, value_offsets, vt, now, row_stride, vd), vt, valid_len),
                     )
 
     return stage

@@ -49,7 +49,7 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
 def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """scores[slot, r, t] = sum over d of q_tile[tile, r, d] * key of token t, for t < valid_len.
 
-    Or of dot_pairs(q_tile[tile, r, d], pair d of that key), which loses nothing: a product of two bfloat16 numbers is
+    For pass_tiles tiles and slots from tile and slot on; the first of them reads the kv head at head_offset. Or of dot_pairs(q_tile[tile, r, d], pair d of that key), which loses nothing: a product of two bfloat16 numbers is
     one of float32. Tokens are visited in groups of token_group. The last group is filled up with tokens of the same
     sequence, whose scores are finite wherever the valid ones are; or, packed, with lanes of the same block, whose
     scores mean nothing.
@@ -59,6 +59,8 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """
     rows, depth, group = tiling.row_tile, spec.head_dim // tiling.dot_elements, tiling.token_group
     tokens, offsets = tiling.padded_kv_tile, tiling.num_offsets
+    one_tile = tiling.sweep is None
+    num_tiles, group_tiles = tiling.pass_tiles(spec), tiling.row_tiles(spec)
     access = key_access(spec, tiling)
     read, fetches = load_copied if tiling.copy_keys else load(tiling, access), group * access.num_lines
     product = dot_pairs if tiling.dot_pairs else operator.mul
@@ -73,30 +75,38 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         tile,
         slot,
         head_offset,
+        head_stride,
         row_stride,
         ahead_t,
         ahead_offset,
         valid_len,
     ):
         with T.sblock("qk_matmul"):
-            T.reads(q_tile[tile, 0:rows, 0:depth], whole(keys), whole(key_cache), key_offsets[0:offsets])
-            T.writes(scores[slot, 0:rows, 0:tokens])
-            for to, n in T.grid(T.ceildiv(valid_len, group), fetches):
-                with T.sblock("prefetch_keys"):
-                    vo = T.axis.spatial(tokens // group, to)
-                    vn = T.axis.spatial(fetches, n)
-                    T.reads(key_offsets[0:offsets])
-                    T.writes()
-                    number: T.let = ahead_t * access.num_lines + vo * fetches + vn
-                    T.evaluate(prefetch(key_cache, access.line(key_offsets, number, ahead_offset, row_stride)))
-            for to, ti, r, d in T.grid(T.ceildiv(valid_len, group), group, rows, depth):
+            T.reads(
+                q_tile[tile : tile + num_tiles, 0:rows, 0:depth],
+                whole(keys),
+                whole(key_cache),
+                key_offsets[0:offsets],
+            )
+            T.writes(scores[slot : slot + num_tiles, 0:rows, 0:tokens])
+            if one_tile:
+                for _, to, n in T.grid(num_tiles, T.ceildiv(valid_len, group), fetches):
+                    with T.sblock("prefetch_keys"):
+                        vo = T.axis.spatial(tokens // group, to)
+                        vn = T.axis.spatial(fetches, n)
+                        T.reads(key_offsets[0:offsets])
+                        T.writes()
+                        number: T.let = ahead_t * access.num_lines + vo * fetches + vn
+                        T.evaluate(prefetch(key_cache, access.line(key_offsets, number, ahead_offset, row_stride)))
+            for i, to, ti, r, d in T.grid(num_tiles, T.ceildiv(valid_len, group), group, rows, depth):
                 with T.sblock("scores"):
                     vt = T.axis.spatial(tokens, to * group + ti)
-                    vr, vd = T.axis.remap("SR", [r, d])
+                    vi, vr, vd = T.axis.remap("SSR", [i, r, d])
+                    now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(vi, group_tiles)) * head_stride)
                     with T.init():
-                        scores[slot, vr, vt] = T.float32(0)
-                    scores[slot, vr, vt] += product(
-                        q_tile[tile, vr, vd], read(keys, key_offsets, vt, head_offset, row_stride, vd)
+                        scores[slot + vi, vr, vt] = T.float32(0)
+                    scores[slot + vi, vr, vt] += product(
+                        q_tile[tile + vi, vr, vd], read(keys, key_offsets, vt, now, row_stride, vd)
                     )
 
     return stage

@@ -74,8 +74,8 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     block_table, key_offsets, seq, tile_start, tile_start + valid_len - 1, num_offsets, k_block, k_row
                 )
                 qk_stage(
-                    q_tile, key_cache, key_cache, key_offsets, scores, 0, vs, head_offset, k_row, 0, head_offset,
-                    valid_len,
+                    q_tile, key_cache, key_cache, key_offsets, scores, 0, vs, head_offset, k_head,
+                    k_row, 0, head_offset, valid_len,
                 )  # fmt: skip
 
     return qk_matmul
@@ -171,8 +171,8 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     v_row,
                 )
                 pv_stage(
-                    probs, value_cache, value_cache, value_offsets, tile_acc, vs, head_offset, v_row, 0, head_offset,
-                    valid_len,
+                    probs, value_cache, value_cache, value_offsets, tile_acc, vs, head_offset, v_head,
+                    v_row, 0, head_offset, valid_len,
                 )  # fmt: skip
 
     return pv_matmul
