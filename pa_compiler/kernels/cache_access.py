@@ -15,6 +15,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, BufferRegion
 
+from pa_compiler.kernels.inline import inline
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
@@ -121,7 +122,7 @@ def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess)
     """
     block_size, size = spec.block_size, tiling.num_offsets
 
-    @T.inline
+    @inline
     def stage(block_table, offsets, seq, tile_start, last_token, num_offsets, block_stride, row_stride):
         with T.sblock("token_offsets"):
             T.reads(block_table[seq, 0 : block_table.shape[1]])
@@ -141,7 +142,7 @@ def load_tile(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess, nam
     """The sblock name: copy[t, d] = float32(element d of token t), for num_groups groups of token_group tokens."""
     head_dim, group, tokens = spec.head_dim, tiling.token_group, tiling.padded_kv_tile
 
-    @T.inline
+    @inline
     def stage(cache, cache_offsets, copy, head_offset, row_stride, num_groups):
         with T.sblock(name):
             T.reads(whole(cache), cache_offsets[0 : tiling.num_offsets])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.cache_access import element, prefetch, value_access, whole
+from pa_compiler.kernels.inline import inline
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
@@ -21,7 +22,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     access = value_access(spec, tiling)
     load, lines = element(tiling, access), access.num_lines
 
-    @T.inline
+    @inline
     def stage(
         probs,
         values,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.cache_access import element, key_access, prefetch, whole
+from pa_compiler.kernels.inline import inline
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
@@ -13,7 +14,7 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """q_tile[tile, r, :] = float32(query[seq, head_start + r, :]) for r < num_rows, 0 in the rows that pad the tile."""
     rows, head_dim = tiling.row_tile, spec.head_dim
 
-    @T.inline
+    @inline
     def stage(query, q_tile, seq, tile, head_start, num_rows):
         with T.sblock("load_query"):
             T.reads(query[seq, head_start : head_start + num_rows, 0:head_dim])
@@ -42,7 +43,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     access = key_access(spec, tiling)
     load, fetches = element(tiling, access), group * access.num_lines
 
-    @T.inline
+    @inline
     def stage(
         q_tile,
         keys,

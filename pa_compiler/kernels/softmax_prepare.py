@@ -5,6 +5,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.exp import store_exp
+from pa_compiler.kernels.inline import inline
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiling import Tiling
 
@@ -24,7 +25,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
 
-    @T.inline
+    @inline
     def stage(scores, probs, tile_max, tile_sum, slot, scale, valid_len, num_groups):
         with T.sblock("softmax_prepare"):
             T.reads(scores[slot, 0:rows, 0:tokens])
