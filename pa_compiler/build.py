@@ -45,7 +45,9 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
     # The asserts are TVM's own checks of the arguments: only the host calls the kernels, and has checked more.
     # Rewriting storage would put register sums into the memory of larger buffers, where LLVM leaves them.
     config = {"tirx.disable_assert": True, "tirx.disable_storage_rewrite": True}
-    with tvm.transform.PassContext(config=config):
+    # Nor do these two leave anything else to LLVM, which simplifies indices and drops empty loops itself.
+    needless = ["s_tir.RenormalizeSplitPattern", "tirx.RemoveNoOp"]
+    with tvm.transform.PassContext(config=config, disabled_pass=needless):
         executable = tvm.compile(mod, target=Target(json.loads(target.config)))
     text = directory / "kernels.ll"
     text.write_text(_without_debug_info(executable.mod.inspect_source("ll")))

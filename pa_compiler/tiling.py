@@ -146,7 +146,9 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
     dim_pair = 1 if spec.kv_layout == "packed" else word_elements
     lanes = math.gcd(spec.head_dim // dim_pair, target.vector_lanes)
     dot_pairs = word_elements == 2 and pipeline == "fused" and "avx512bf16" in target.features and lanes >= _DOT_LANES
-    load_cost = 2 if spec.dtype == "float32" or dot_pairs else 3  # of a vector of the cache, in loads from the first-level cache
+    load_cost = (
+        2 if spec.dtype == "float32" or dot_pairs else 3
+    )  # of a vector of the cache, in loads from the first-level cache
     vectors = [dim_pair * count for count in divisors(spec.head_dim // (dim_pair * lanes))]
     pv_rows, pv_vectors = register_tile(rows, vectors, target, load_cost)
     pv_dims = pv_vectors * lanes

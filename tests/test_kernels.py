@@ -171,3 +171,8 @@ def test_only_the_entry_points_are_exported(compiled, tmp_path):
     ).stdout.split()[2::3]
     names = ("append_kv", "decode", "manifest", "plan", "view_as_bfloat16")
     assert sorted(symbols) == [f"__tvm_ffi_{name}" for name in names]
+
+
+def test_a_stage_outside_of_a_prim_func_says_so():
+    with pytest.raises(RuntimeError, match=r"store_exp: used outside of a T\.prim_func"):
+        store_exp(None, (0,), 0.0, True)

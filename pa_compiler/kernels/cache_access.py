@@ -16,6 +16,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, BufferRegion
 
+from pa_compiler.kernels.inline import inline
 from pa_compiler.kernels.pairs import half, pair_halves
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
 from pa_compiler.tiling import Tiling
@@ -142,7 +143,7 @@ def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess)
     block_size, size = spec.block_size, tiling.num_offsets
     kv_tile, streams = tiling.kv_tile, tiling.streams
 
-    @T.inline
+    @inline
     def stage(block_table, offsets, seq, tile_start, last_token, num_offsets, block_stride, row_stride):
         with T.sblock("token_offsets"):
             T.reads(block_table[seq, 0 : block_table.shape[1]])
@@ -172,7 +173,7 @@ def load_tile(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess, nam
     tokens = tiling.padded_kv_tile // tiling.dot_elements
     read = load(tiling, access)
 
-    @T.inline
+    @inline
     def stage(cache, cache_offsets, copy, head_offset, row_stride, num_groups):
         with T.sblock(name):
             T.reads(whole(cache), cache_offsets[0 : tiling.num_offsets])

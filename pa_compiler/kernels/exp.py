@@ -7,6 +7,8 @@ Methods and Programs for Mathematical Functions, 1989).
 
 from tvm.script import tirx as T
 
+from pa_compiler.kernels.inline import inline
+
 _LOG2_E = 1.4426950408889634
 _LN2_HIGH = 0.693359375  # ten bits: n * _LN2_HIGH is exact for every n that occurs
 _LN2_LOW = -2.12194440e-4
@@ -17,7 +19,7 @@ _ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves round(t) in the low bits of
 _ROUND_BITS = 0x4B400000
 
 
-@T.inline
+@inline
 def store_exp(buffer, indices, x, valid):
     """buffer[indices] = exp(x) where valid, else 0; for float32 x <= 0, with a relative error below 2e-7.
 

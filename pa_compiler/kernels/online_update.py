@@ -9,6 +9,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.exp import store_exp
+from pa_compiler.kernels.inline import inline
 from pa_compiler.kernels.softmax_prepare import EMPTY_ROW_MAX
 
 
@@ -21,7 +22,7 @@ def online_update(rows: int, head_dim: int) -> Callable[..., None]:
     stand-in for -inf is ever compared with a score. All of rows rows of head_dim elements.
     """
 
-    @T.inline
+    @inline
     def stage(tile_max, tile_sum, tile_acc, tile_slot, row_max, row_sum, acc, slot, step, num_steps):
         with T.sblock("online_update"):
             T.reads(
@@ -74,7 +75,7 @@ def online_update(rows: int, head_dim: int) -> Callable[..., None]:
 def store_partial(rows: int, head_dim: int) -> Callable[..., None]:
     """Copy the first num_rows rows of (acc, row_max, row_sum)[slot] to the heads from head_start on of partial_slot."""
 
-    @T.inline
+    @inline
     def stage(row_max, row_sum, acc, slot, partial_max, partial_sum, partial_acc, partial_slot, head_start, num_rows):
         with T.sblock("store_partial"):
             T.reads(row_max[slot, 0:rows], row_sum[slot, 0:rows], acc[slot, 0:rows, 0:head_dim])

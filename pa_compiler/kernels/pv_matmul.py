@@ -6,6 +6,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.cache_access import load, load_copied, prefetch, value_access, whole
+from pa_compiler.kernels.inline import inline
 from pa_compiler.kernels.pairs import LOW, dot_pairs
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiling import Tiling
@@ -32,7 +33,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     def valid(word, t, valid_len):
         return T.bitwise_and(word, T.Select(2 * t + 1 < valid_len, -1, LOW)) if tiling.dot_pairs else word
 
-    @T.inline
+    @inline
     def stage(
         probs,
         values,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.cache_access import key_access, load, load_copied, prefetch, whole
+from pa_compiler.kernels.inline import inline
 from pa_compiler.kernels.pairs import dot_pairs, pair_floats
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiling import Tiling
@@ -18,7 +19,7 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """
     rows, head_dim, depth = tiling.row_tile, spec.head_dim, spec.head_dim // tiling.dot_elements
 
-    @T.inline
+    @inline
     def stage(query, q_tile, seq, tile, head_start, num_rows):
         with T.sblock("load_query"):
             T.reads(query[seq, head_start : head_start + num_rows, 0:head_dim])
@@ -65,7 +66,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     read, fetches = load_copied if tiling.copy_keys else load(tiling, access), group * access.num_lines
     product = dot_pairs if tiling.dot_pairs else operator.mul
 
-    @T.inline
+    @inline
     def stage(
         q_tile,
         keys,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.exp import store_exp
+from pa_compiler.kernels.inline import inline
 from pa_compiler.kernels.pairs import pair_floats, round_to_bfloat16
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiling import Tiling
@@ -25,7 +26,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
 
-    @T.inline
+    @inline
     def stage(scores, probs, tile_max, tile_sum, slot, scale, valid_len, num_groups):
         with T.sblock("softmax_prepare"):
             T.reads(scores[slot, 0:rows, 0:tokens])
@@ -84,7 +85,7 @@ def pair_probs(tiling: Tiling) -> Callable[..., None]:
     """pairs[slot, r, t] = the word of probs[slot, r, 2t] and probs[slot, r, 2t + 1], over num_groups groups of tokens."""
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
 
-    @T.inline
+    @inline
     def stage(probs, pairs, slot, num_groups):
         with T.sblock("pair_probs"):
             T.reads(probs[slot, 0:rows, 0:tokens])
