@@ -104,7 +104,7 @@ def normalize(rows: int, head_dim: int, out_dtype: str) -> Callable[..., None]:
     A row whose sum is 0 gives out = 0 and lse = -inf.
     """
 
-    @T.inline
+    @inline
     def stage(row_max, row_sum, acc, slot, out, lse, seq, head_start, num_rows):
         with T.sblock("normalize"):
             T.reads(row_max[slot, 0:rows], row_sum[slot, 0:rows], acc[slot, 0:rows, 0:head_dim])

@@ -72,9 +72,10 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 with T.sblock("full_groups"):
                     vt = T.axis.reduce(tokens // pair, to * (group // pair) + ti)
                     vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                    at = T.meta_var(slot if one_tile else slot + vi)
                     now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(vi, group_tiles)) * head_stride)
                     T.reads(
-                        probs[slot + vi, vr, vt],
+                        probs[at, vr, vt],
                         whole(values),
                         value_offsets[vt * pair : vt * pair + pair],
                         fetched[vt * pair : vt * pair + pair, T.floordiv(vd * lines, head_dim)],
@@ -83,24 +84,25 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     with T.init():
                         full_acc[vi, vr, vd] = T.float32(0)
                     full_acc[vi, vr, vd] += product(
-                        probs[slot + vi, vr, vt], read(values, value_offsets, vt, now, row_stride, vd)
+                        probs[at, vr, vt], read(values, value_offsets, vt, now, row_stride, vd)
                     )
             for i, ti, r, d in T.grid(num_tiles, T.ceildiv(T.floormod(valid_len, group), pair), rows, head_dim):
                 with T.sblock("tile_acc"):
                     vt = T.axis.reduce(tokens // pair, num_full * (group // pair) + ti)
                     vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                    at = T.meta_var(slot if one_tile else slot + vi)
                     now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(vi, group_tiles)) * head_stride)
                     T.reads(
                         full_acc[vi, vr, vd],
-                        probs[slot + vi, vr, vt],
+                        probs[at, vr, vt],
                         whole(values),
                         value_offsets[vt * pair : vt * pair + pair],
                     )
-                    T.writes(tile_acc[slot + vi, vr, vd])
+                    T.writes(tile_acc[at, vr, vd])
                     with T.init():
-                        tile_acc[slot + vi, vr, vd] = full_acc[vi, vr, vd]
-                    tile_acc[slot + vi, vr, vd] += product(
-                        probs[slot + vi, vr, vt],
+                        tile_acc[at, vr, vd] = full_acc[vi, vr, vd]
+                    tile_acc[at, vr, vd] += product(
+                        probs[at, vr, vt],
                         valid(read(values, value_offsets, vt, now, row_stride, vd), vt, valid_len),
                     )
 

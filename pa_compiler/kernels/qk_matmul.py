@@ -103,10 +103,11 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 with T.sblock("scores"):
                     vt = T.axis.spatial(tokens, to * group + ti)
                     vi, vr, vd = T.axis.remap("SSR", [i, r, d])
+                    at = T.meta_var(slot if one_tile else slot + vi)
                     now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(vi, group_tiles)) * head_stride)
                     with T.init():
-                        scores[slot + vi, vr, vt] = T.float32(0)
-                    scores[slot + vi, vr, vt] += product(
+                        scores[at, vr, vt] = T.float32(0)
+                    scores[at, vr, vt] += product(
                         q_tile[tile + vi, vr, vd], read(keys, key_offsets, vt, now, row_stride, vd)
                     )
 
