@@ -14,8 +14,9 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from pa_compiler.cases import Case, Errors, tolerance
+from pa_compiler.cases import Case, Errors
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tolerances import tolerance
 
 if TYPE_CHECKING:
     from pa_compiler.module import Module, WorkItem
@@ -91,7 +92,7 @@ def print_distribution(console: Console, case: Case, seconds: Sequence[float]) -
 def print_errors(console: Console, case: Case, errors: Errors) -> bool:
     """Print the error against the reference, and PASS or FAIL; return whether it passed."""
     passed = errors.of_tolerance <= 1
-    of_out, of_magnitude = tolerance(case)
+    of_out, of_magnitude = tolerance(case.spec, case.longest)
     bound = f"{of_out:g} |out| + {of_magnitude:g} sum(p |v|)" if of_out else f"{of_magnitude:g} sum(p |v|)"
     table = facts()
     table.add_row("error", f"{errors.largest:.2e} at most, against NumPy in float64")
