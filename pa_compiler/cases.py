@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  (gives NumPy its bfloat16)
 import numpy as np
@@ -194,8 +194,8 @@ def compare(
             context_lens=inputs.context_lens[i : i + 1],
         )
         layout = case.spec.kv_layout
-        oracle = reference.decode(*one, case.scale, kv_layout=layout)
-        magnitude = reference.decode(*one._replace(value_cache=magnitudes), case.scale, kv_layout=layout)
+        oracle: Any = reference.decode(*one, case.scale, kv_layout=layout)
+        magnitude: Any = reference.decode(*one._replace(value_cache=magnitudes), case.scale, kv_layout=layout)
         error = np.abs(out[i].astype(np.float64) - oracle[0])
         bound = out_bound(case.spec, one.context_lens, oracle, magnitude)[0]
         # An empty sequence has a bound of 0 and has to be met exactly. maximum keeps NaN, which passes no comparison.

@@ -2,7 +2,7 @@
 
 A library is an ELF file with a trailer, which the system's loader ignores:
 
-    ELF | manifest as JSON | length of the JSON (u64) | format (u32) | SHA-256 of all before it | "pa_compiler\\n"
+    ELF | manifest as JSON | length of the JSON (u64) | format (u32) | SHA-256 of all before it | magic (12)
 
 So a reader needs the file's bytes alone: nothing is mapped or run before the checksum has matched, and a library for
 another CPU can be described where it cannot be loaded. A section of the ELF file could not hold the checksum of the
@@ -88,20 +88,19 @@ def read(library: bytes, name: str | os.PathLike[str]) -> Manifest:
     footer = library[-_FOOTER.size :]
     if len(footer) < _FOOTER.size or not footer.endswith(_MAGIC):
         raise RuntimeError(
-            f"{name}: expected a library written by Module.save, which ends with {_MAGIC!r}, got {len(library):,} bytes "
-            f"that end with {footer[-len(_MAGIC) :]!r}"
+            f"{name}: expected a library written by Module.save, which ends with {_MAGIC!r}, got {len(library):,} "
+            f"bytes that end with {footer[-len(_MAGIC) :]!r}"
         )
     length, found_format, expected, _ = _FOOTER.unpack(footer)
     if found_format != FORMAT:
         raise RuntimeError(
-            f"{name}: expected a library of format {FORMAT}, got format {found_format}: it is damaged or of another version "
-            "of pa_compiler; compile its spec again"
+            f"{name}: expected a library of format {FORMAT}, got format {found_format}: it is damaged, or of another "
+            "version of pa_compiler; compile its spec again"
         )
-    checksum = hashlib.sha256(library[: _CHECKED - _FOOTER.size]).digest()
-    if checksum != expected:
+    found = hashlib.sha256(library[: _CHECKED - _FOOTER.size]).digest()
+    if found != expected:
         raise RuntimeError(
-            f"{name}: expected a library with the SHA-256 that it was sealed with, {expected.hex()}, got {checksum.hex()}: "
-            "it is damaged"
+            f"{name}: expected a library of SHA-256 {expected.hex()}, as it was sealed, got {found.hex()}: damaged"
         )
     fields = json.loads(library[-_FOOTER.size - length : -_FOOTER.size])
     manifest = Manifest(

@@ -18,7 +18,6 @@ import tvm_ffi
 
 from pa_compiler import manifest, memory
 from pa_compiler.manifest import Manifest
-from pa_compiler.spec import PagedAttentionSpec
 
 if TYPE_CHECKING:
     from pa_compiler.verify import Verification
@@ -289,7 +288,7 @@ def load(path: str | os.PathLike[str]) -> Module:
 
 
 _LOADED: dict[str, tvm_ffi.Module] = {}
-"""Libraries in this process by their checksums: of one that is loaded again there is still one, with one thread pool."""
+"""By checksum: a library that is loaded again is still one in this process, with one pool of threads."""
 
 
 def _opened(library: bytes, name: str) -> tvm_ffi.Module:

@@ -16,17 +16,18 @@ _KEYS = {"kind", "mcpu", "mattr"}
 
 # The instruction sets of x86 from which LLVM takes instructions unasked, by LLVM's names, with the names that Linux has
 # for them in /proc/cpuinfo. What else LLVM calls a feature is tuning, or is used by intrinsics alone.
-_INSTRUCTION_SETS = {
-    **{name: name for name in ("cmov", "sse", "sse2", "ssse3", "sse4a", "popcnt", "movbe", "tbm", "gfni")},
-    **{"sse3": "pni", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "sahf": "lahf_lm", "prfchw": "3dnowprefetch"},
-    **{"lzcnt": "abm", "bmi": "bmi1", "bmi2": "bmi2"},
-    **{name: name for name in ("avx", "avx2", "f16c", "fma", "fma4", "xop")},
-    **{"avxvnni": "avx_vnni", "avxifma": "avx_ifma", "avxneconvert": "avx_ne_convert"},
-    **{f"avxvnni{name}": f"avx_vnni_{name}" for name in ("int8", "int16")},
-    **{f"avx512{name}": f"avx512{name}" for name in ("f", "cd", "bw", "dq", "vl", "ifma", "vbmi")},
-    **{f"avx512{name}": f"avx512_{name}" for name in ("vbmi2", "vnni", "bitalg", "vpopcntdq", "bf16", "fp16")},
-    **{f"amx-{name}": f"amx_{name}" for name in ("tile", "int8", "bf16", "fp16", "complex")},
-}
+_INSTRUCTION_SETS = (
+    {name: name for name in ("cmov", "sse", "sse2", "ssse3", "sse4a", "popcnt", "movbe", "tbm", "gfni")}
+    | {"sse3": "pni", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "sahf": "lahf_lm", "prfchw": "3dnowprefetch"}
+    | {"lzcnt": "abm", "bmi": "bmi1", "bmi2": "bmi2"}
+    | dict.fromkeys(("egpr", "ndd", "nf", "ccmp", "ppx", "push2pop2", "zu", "cf"), "apx")
+    | {name: name for name in ("avx", "avx2", "f16c", "fma", "fma4", "xop")}
+    | {"avxvnni": "avx_vnni", "avxifma": "avx_ifma", "avxneconvert": "avx_ne_convert"}
+    | {f"avxvnni{name}": f"avx_vnni_{name}" for name in ("int8", "int16")}
+    | {f"avx512{name}": f"avx512{name}" for name in ("f", "cd", "bw", "dq", "vl", "ifma", "vbmi")}
+    | {f"avx512{name}": f"avx512_{name}" for name in ("vbmi2", "vnni", "bitalg", "vpopcntdq", "bf16", "fp16")}
+    | {f"amx-{name}": f"amx_{name}" for name in ("tile", "int8", "bf16", "fp16", "complex")}
+)
 
 
 @dataclasses.dataclass(frozen=True)

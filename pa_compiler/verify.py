@@ -31,8 +31,12 @@ class Verifiable(Protocol):
 
     spec: PagedAttentionSpec
     num_threads: int
-    decode: Callable[..., Any]
-    append_kv: Callable[..., None]
+
+    def decode(self, *arrays: Any, lse: Any = None, return_lse: bool = False) -> Any:
+        """As Module.decode."""
+
+    def append_kv(self, key: Any, value: Any, key_cache: Any, value_cache: Any, slot_mapping: Any) -> None:
+        """As Module.append_kv."""
 
 
 @dataclasses.dataclass(frozen=True)
