@@ -154,7 +154,7 @@ def _ordinary(
 def _huge_scores(
     rng: np.random.Generator, spec: PagedAttentionSpec, batch: int, num_blocks: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float | None]:
-    """The same with scores up to 1e35 that are exact in float32: ties weigh the same, and nothing cancels.
+    """The same with scores up to 4e34 that are exact in float32: ties weigh the same, and nothing cancels.
 
     A query is a power of two in one of its elements and 0 in the others, keys are small whole numbers.
     """

@@ -32,7 +32,19 @@ class Verifiable(Protocol):
     spec: PagedAttentionSpec
     num_threads: int
 
-    def decode(self, *arrays: Any, lse: Any = None, return_lse: bool = False) -> Any:
+    def decode(
+        self,
+        query: Any,
+        key_cache: Any,
+        value_cache: Any,
+        block_table: Any,
+        context_lens: Any,
+        scale: float | None = None,
+        out: Any = None,
+        *,
+        lse: Any = None,
+        return_lse: bool = False,
+    ) -> Any:
         """As Module.decode."""
 
     def append_kv(self, key: Any, value: Any, key_cache: Any, value_cache: Any, slot_mapping: Any) -> None:
@@ -138,7 +150,7 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
     converted = convert_cache(call.keys, call.values, "NHD", spec.kv_layout)
     back = convert_cache(*converted, spec.kv_layout, "NHD")
     wrong = _differences("of convert_cache there and back", back, (call.keys, call.values))
-    key_cache, value_cache = _in_one_buffer(*converted) if call.one_buffer else converted
+    key_cache, value_cache = _in_one_buffer(*converted) if call.one_buffer else [cache.copy() for cache in converted]
     out, whole_out = inside(np.full(call.query.shape, np.nan, spec.out_dtype), np.nan, call.rng)
     lse, whole_lse = inside(np.full(call.query.shape[:2], np.nan, np.float32), np.nan, call.rng)
     arguments = (call.query, key_cache, value_cache, call.block_table, call.context_lens)
