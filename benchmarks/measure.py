@@ -17,7 +17,8 @@ from benchmarks.inputs import Call, make_call
 from benchmarks.peers import PEERS, Unsupported
 from benchmarks.roofline import Probe, Roofline, summarise
 from pa_compiler import reference
-from pa_compiler.cases import Case, tolerance
+from pa_compiler.cases import Case
+from pa_compiler.tolerances import tolerance
 
 _TURN = 0.06  # seconds of a contender's turn, at least one call
 _PAUSE = 0.02  # seconds until the threads of the one before have gone to sleep
@@ -41,7 +42,7 @@ class Result:
         contender: Its name in PEERS.
         seconds: Of a call.
         of_limit: Its operations per second as a fraction of the roofline's.
-        error: The largest error against float64, as a fraction of the bound in pa_compiler.cases.TOLERANCES.
+        error: The largest error against float64, as a fraction of the bound in pa_compiler.tolerances.
         to_best_peer: How many times faster than the best peer; None for peers, and where no peer runs.
         reason: Why there are no figures, or "".
     """
@@ -156,7 +157,7 @@ def _oracle(call: Call) -> tuple[np.ndarray, np.ndarray]:
     rest = (call.block_table, call.context_lens, call.case.scale)
     oracle = np.asarray(reference.decode(call.query, call.key_cache, call.value_cache, *rest))
     magnitude = np.asarray(reference.decode(call.query, call.key_cache, np.abs(call.value_cache), *rest))
-    of_out, of_magnitude = tolerance(call.case)
+    of_out, of_magnitude = tolerance(call.case.spec, call.case.longest)
     return oracle, of_out * np.abs(oracle) + of_magnitude * magnitude
 
 

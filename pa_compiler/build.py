@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _COMPILE_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 
 # Only the entry points leave the library: two of them in one process do not see each other's kernels.
-_ENTRY_POINTS = ("decode", "append_kv", "plan", "manifest", "view_as_bfloat16")
+_ENTRY_POINTS = ("decode", "append_kv", "plan", "view_as_bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)

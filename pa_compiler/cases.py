@@ -1,4 +1,4 @@
-"""Named cases with their inputs and tolerances: what `pa-compiler run` and the tests run.
+"""Named cases with their inputs: what `pa-compiler run` and the tests run.
 
 The cases, their inputs and the rule for lengths are those of hw-native-sys/simpler#136, batch paged attention with
 chunking. Imports no TVM.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401  (gives NumPy its bfloat16)
 import numpy as np
 
 from pa_compiler import reference
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tolerances import out_bound
 
 _FILL_ELEMENTS = 1 << 22
 
@@ -164,27 +165,6 @@ def distinct_blocks(case: Case, seed: int = 0) -> np.ndarray:
     return table
 
 
-class Tolerance(NamedTuple):
-    """Bound on abs(out - oracle) of an element: of_out * abs(oracle) + of_magnitude * magnitude.
-
-    magnitude is sum_j p_j abs(v_j): what the sum would be if nothing cancelled.
-    """
-
-    of_out: float
-    of_magnitude: float
-
-
-TOLERANCES = {
-    "float32": Tolerance(0.0, 1e-5),
-    "float16": Tolerance(1e-3, 1e-3),
-    "bfloat16": Tolerance(1e-2, 8e-3),
-}
-"""By compute dtype, from its arithmetic. The oracle is the float64 reference on the same stored bytes."""
-
-LONG_FLOAT32 = Tolerance(0.0, 3e-5)
-"""float32 where a sequence is longer than 8192 tokens."""
-
-
 class Errors(NamedTuple):
     """How far a result is from the float64 reference."""
 
@@ -197,7 +177,7 @@ class Errors(NamedTuple):
 def compare(
     out: np.ndarray, case: Case, inputs: Inputs, advance: Callable[[int], object] = lambda sequences: None
 ) -> Errors:
-    """Compare a result of decode with the float64 reference, under TOLERANCES.
+    """Compare a result of decode with the float64 reference, under pa_compiler.tolerances.
 
     Args:
         out: [batch, num_heads, head_dim], what decode returned for inputs.
@@ -206,7 +186,6 @@ def compare(
         advance: Called with the number of sequences that were just compared, for a progress bar.
     """
     magnitudes = np.abs(inputs.value_cache)
-    of_out, of_magnitude = tolerance(case)
     largest = of_tolerance = 0.0
     for i in range(case.batch):
         one = inputs._replace(
@@ -215,18 +194,12 @@ def compare(
             context_lens=inputs.context_lens[i : i + 1],
         )
         layout = case.spec.kv_layout
-        oracle = reference.decode(*one, case.scale, kv_layout=layout)
-        magnitude = reference.decode(*one._replace(value_cache=magnitudes), case.scale, kv_layout=layout)
+        oracle: Any = reference.decode(*one, case.scale, kv_layout=layout)
+        magnitude: Any = reference.decode(*one._replace(value_cache=magnitudes), case.scale, kv_layout=layout)
         error = np.abs(out[i].astype(np.float64) - oracle[0])
-        bound = of_out * np.abs(oracle[0]) + of_magnitude * magnitude[0]
+        bound = out_bound(case.spec, one.context_lens, oracle, magnitude)[0]
         # An empty sequence has a bound of 0 and has to be met exactly. maximum keeps NaN, which passes no comparison.
         fraction = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
         largest, of_tolerance = np.maximum(largest, error.max()), np.maximum(of_tolerance, fraction.max())
         advance(1)
     return Errors(float(largest), float(of_tolerance))
-
-
-def tolerance(case: Case) -> Tolerance:
-    """The bound for a case's result: that of the coarser of dtype and out_dtype."""
-    found = max(TOLERANCES[str(dtype)] for dtype in (case.spec.dtype, case.spec.out_dtype))
-    return LONG_FLOAT32 if found == TOLERANCES["float32"] and case.longest > 8192 else found

@@ -8,13 +8,16 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tvm_ffi
+
 from pa_compiler import cache as _cache
-from pa_compiler import host, tiling
+from pa_compiler import host, manifest, tiling
 from pa_compiler import target as _target
 from pa_compiler.module import Module
 from pa_compiler.spec import PagedAttentionSpec
@@ -112,7 +115,7 @@ def _host(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: tiling.Tiling
     """spec -> host."""
     from pa_compiler import kernels
 
-    return host.render(spec, tiles, cpu, pipeline, kernels.names(pipeline), _manifest(spec, cpu, pipeline))
+    return host.render(spec, tiles, cpu, pipeline, kernels.names(pipeline))
 
 
 def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> None:
@@ -137,7 +140,16 @@ def build_library(
             lowered = lower(spec, tiles, pipeline)
             compiled = build.compile_kernels(lowered.scheduled, cpu, scratch)
             library = build.link(compiling, compiled, scratch)
-        shutil.copyfile(library, directory / "pa.so")
+        about = manifest.Manifest(
+            spec=spec,
+            pipeline=pipeline,
+            target=json.loads(cpu.config),
+            machine=platform.machine(),
+            features=_target.instruction_sets(cpu),
+            kernels=hashlib.sha256(compiled.asm.encode()).hexdigest(),
+            versions=_versions(),
+        )
+        (directory / "pa.so").write_bytes(manifest.seal(library.read_bytes(), about))
     for stage, text in _texts(lowered, host_text, compiled).items():
         (directory / STAGE_FILES[stage]).write_text(text)
 
@@ -158,7 +170,10 @@ def _script(mod: IRModule) -> str:
 
 
 def _read(entry: Path) -> Module:
-    return Module(entry / "pa.so", {stage: (entry / file).read_text() for stage, file in STAGE_FILES.items()})
+    path = entry / "pa.so"
+    library = path.read_bytes()
+    sources = {stage: (entry / file).read_text() for stage, file in STAGE_FILES.items()}
+    return Module(library, manifest.read(library, path), tvm_ffi.load_module(str(path)), sources)
 
 
 def _checked(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str) -> dict[str, Any]:
@@ -167,16 +182,6 @@ def _checked(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str
     if pipeline not in PIPELINES:
         raise ValueError(f"pipeline: expected one of {', '.join(PIPELINES)}, got {pipeline!r}")
     return _target.normalize(target)
-
-
-def _manifest(spec: PagedAttentionSpec, target: _target.CpuTarget, pipeline: str) -> dict[str, Any]:
-    """What a library says of itself; Module reads its spec, pipeline and target from here."""
-    return {
-        "spec": dataclasses.asdict(spec),
-        "pipeline": pipeline,
-        "target": json.loads(target.config),
-        "versions": _versions(),
-    }
 
 
 def _versions() -> dict[str, str]:

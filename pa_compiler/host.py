@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-import json
 from collections.abc import Sequence
 
 import jinja2
@@ -40,9 +39,8 @@ def render(
     target: CpuTarget,
     pipeline: str,
     kernels: Sequence[str],
-    manifest: dict[str, object],
 ) -> str:
-    """The text of host.cc; kernels names the pipeline's PrimFuncs, manifest is what the library says of itself."""
+    """The text of host.cc; kernels names the pipeline's PrimFuncs."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(str(importlib.resources.files("pa_compiler.templates"))),
         undefined=jinja2.StrictUndefined,
@@ -68,7 +66,6 @@ def render(
         value_cache_extents=_extents(spec.value_cache_shape),
         thread_tokens=thread_tokens,
         checked_features=[name for name in _CHECKED_FEATURES if name in target.features],
-        manifest=json.dumps(manifest, sort_keys=True),
     )
 
 

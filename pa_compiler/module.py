@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import math
 import numbers
 import os
+import tempfile
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import tvm_ffi
 
-from pa_compiler import memory
-from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler import manifest, memory
+from pa_compiler.manifest import Manifest
+
+if TYPE_CHECKING:
+    from pa_compiler.verify import Verification
 
 _BFLOAT16, _UINT16 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.uint16)
 _NUMPY_DTYPES = {
@@ -47,6 +51,7 @@ class Module:
     Made by pa_compiler.compile and pa_compiler.load. Calls from several threads at once are safe and independent.
 
     Attributes:
+        manifest: What the library says of itself, spec, pipeline and target among it.
         spec: The PagedAttentionSpec that it was compiled for.
         pipeline: "fused" or "staged".
         target: The TVM target dict that it was compiled for.
@@ -54,17 +59,18 @@ class Module:
         num_threads: Threads that a call uses at most. Results are bitwise the same for every value.
     """
 
-    def __init__(self, library: Path, sources: Mapping[str, str] | None = None) -> None:
-        self._library = library.read_bytes()
-        functions = tvm_ffi.load_module(str(library))
+    def __init__(
+        self, library: bytes, about: Manifest, functions: tvm_ffi.Module, sources: Mapping[str, str] | None = None
+    ) -> None:
+        self._library = library
+        self.manifest = about
         self._decode = functions["decode"]
         self._append_kv = functions["append_kv"]
         self._plan = functions["plan"]
         self._view_as_bfloat16 = functions["view_as_bfloat16"]
-        manifest = json.loads(functions["manifest"]())
-        self.spec = PagedAttentionSpec(**manifest["spec"])
-        self.pipeline: str = manifest["pipeline"]
-        self.target: dict[str, Any] = manifest["target"]
+        self.spec = self.manifest.spec
+        self.pipeline = self.manifest.pipeline
+        self.target = self.manifest.target
         self.sources: Mapping[str, str] = types.MappingProxyType(dict(sources or {}))
         self._num_threads = _default_num_threads()
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
@@ -216,6 +222,36 @@ class Module:
         finally:
             partial.unlink(missing_ok=True)
 
+    def verify(
+        self,
+        seconds: float = 10,
+        *,
+        seed: int | None = None,
+        draw: int | None = None,
+        advance: Callable[[int], object] = lambda milliseconds: None,
+    ) -> Verification:
+        """Compare decode and append_kv with the float64 reference on random calls that the spec allows.
+
+        Lengths of 0 and 1, at the ends of blocks and long ones; blocks anywhere, NaN in all that is not to be read;
+        huge scores; arrays as views, at any number of threads.
+
+        Args:
+            seconds: Draws until so much time has passed; one draw at least.
+            seed: Of the draws; a new one where it is None.
+            draw: The one draw to make, as a failure names it beside its seed.
+            advance: Called with the milliseconds that a draw took, for a progress bar.
+
+        Returns:
+            The draws, the worst errors, and what failed, each with the line that draws it again.
+
+        Raises:
+            TypeError, ValueError: a bad argument.
+            RuntimeError: this CPU lacks features that the module is compiled for.
+        """
+        from pa_compiler import verify
+
+        return verify.verify(copy.copy(self), seconds, seed=seed, draw=draw, advance=advance)
+
     def _new_like(self, query: Any, dtype: str, extents: tuple[int, ...]) -> Any:
         """A new array [batch, *extents] of query's kind."""
         if isinstance(query, np.ndarray):
@@ -234,16 +270,40 @@ class Module:
 
 
 def load(path: str | os.PathLike[str]) -> Module:
-    """Load a library that Module.save wrote.
+    """Load a library that Module.save wrote. Nothing of it runs before its checksum has matched.
 
     Raises:
         FileNotFoundError: there is no such file.
-        RuntimeError: it is not a library of pa_compiler.
+        RuntimeError: it is no library of pa_compiler, of another format, damaged, or made for another CPU than this
+            one, whose missing features are named.
     """
-    library = Path(path).absolute()
-    if not library.is_file():
-        raise FileNotFoundError(f"path: expected a library written by Module.save, got {library}")
-    return Module(library)
+    file = Path(path).absolute()
+    if not file.is_file():
+        raise FileNotFoundError(f"path: expected a library written by Module.save, got {file}")
+    library = file.read_bytes()
+    about = manifest.read(library, file)
+    if unfit := about.unfit():
+        raise RuntimeError(f"{file}: {unfit}")
+    return Module(library, about, _opened(library, file.name))
+
+
+_LOADED: dict[str, tvm_ffi.Module] = {}
+"""By checksum: a library that is loaded again is still one in this process, with one pool of threads."""
+
+
+def _opened(library: bytes, name: str) -> tvm_ffi.Module:
+    """Give a library's bytes to the system's loader, as a file of its own.
+
+    So what runs is what was checked, whatever becomes of the user's file; and a file that was replaced is not taken
+    for the one that was first loaded under its name, as the system's loader would.
+    """
+    checksum = manifest.checksum(library)
+    if checksum not in _LOADED:
+        with tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
+            copy = Path(directory) / name
+            copy.write_bytes(library)
+            _LOADED[checksum] = tvm_ffi.load_module(str(copy))
+    return _LOADED[checksum]
 
 
 def _expected(**dtypes: str) -> list[tuple[str, np.dtype]]:

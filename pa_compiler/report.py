@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,15 +14,19 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from pa_compiler.cases import Case, Errors, tolerance
+from pa_compiler.cases import Case, Errors
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tolerances import tolerance
 
 if TYPE_CHECKING:
+    from pa_compiler.manifest import Manifest
     from pa_compiler.module import Module, WorkItem
+    from pa_compiler.verify import Verification
 
 _VECTOR_EXTENSIONS = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sse4.2": "SSE4.2"}
 _LONG_PLAN = 12
 _SHOWN_OF_LONG_PLAN = 6
+_SHOWN_FAILURES = 5
 
 
 def print_header(console: Console, case: Case, module: Module, num_items: int) -> None:
@@ -91,7 +95,7 @@ def print_distribution(console: Console, case: Case, seconds: Sequence[float]) -
 def print_errors(console: Console, case: Case, errors: Errors) -> bool:
     """Print the error against the reference, and PASS or FAIL; return whether it passed."""
     passed = errors.of_tolerance <= 1
-    of_out, of_magnitude = tolerance(case)
+    of_out, of_magnitude = tolerance(case.spec, case.longest)
     bound = f"{of_out:g} |out| + {of_magnitude:g} sum(p |v|)" if of_out else f"{of_magnitude:g} sum(p |v|)"
     table = facts()
     table.add_row("error", f"{errors.largest:.2e} at most, against NumPy in float64")
@@ -100,6 +104,45 @@ def print_errors(console: Console, case: Case, errors: Errors) -> bool:
     table.add_row("result", result)
     console.print(table)
     return passed
+
+
+def print_manifest(console: Console, manifest: Manifest, checksum: str) -> None:
+    """Print what a library says of itself, and whether this machine can run it."""
+    table = facts()
+    for label, text in spec_rows(manifest.spec):
+        table.add_row(label, text)
+    table.add_row("pipeline", manifest.pipeline)
+    table.add_row("lse", manifest.lse)
+    table.add_row("empty", manifest.empty_rows)
+    table.add_row("target", f"{target_text(manifest.target)}, {manifest.machine}")
+    table.add_row("features", " ".join(manifest.features))
+    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in sorted(manifest.versions.items())))
+    table.add_row("kernels", f"SHA-256 {manifest.kernels}")
+    table.add_row("library", f"SHA-256 {checksum}, as it should be")
+    unfit = manifest.unfit()
+    table.add_row("loads", Text(f"no: {unfit}", "bold red") if unfit else "yes")
+    console.print(table)
+
+
+def print_verification(console: Console, module: Module, verification: Verification, command: str) -> None:
+    """Print what Module.verify found; command is the one that verified, for the lines that draw a failure again."""
+    table = facts()
+    for label, text in spec_rows(module.spec):
+        table.add_row(label, text)
+    table.add_row("target", target_text(module.target))
+    table.add_row("pipeline", module.pipeline)
+    draws = counted(verification.draws, "draw")
+    table.add_row("draws", f"{verification.draws:,} in {verification.seconds:.1f} s, seed {verification.seed}")
+    of_out, of_lse = verification.out.of_tolerance, verification.lse.of_tolerance
+    table.add_row("error", f"{verification.out.absolute:.2e} at most, against NumPy in float64")
+    table.add_row("bounds", f"{of_out:.2g} of out's is used, {of_lse:.2g} of lse's")
+    for failure in verification.failures[:_SHOWN_FAILURES]:
+        table.add_row(f"draw {failure.draw}", failure.message)
+        table.add_row("", f"{command} --seed {failure.seed} --draw {failure.draw}")
+    failed = len(verification.failures)
+    result = Text("PASS", "bold green") if verification.passed else Text(f"FAIL: {failed:,} of {draws}", "bold red")
+    table.add_row("result", result)
+    console.print(table)
 
 
 def print_code(console: Console, text: str, lexer: str) -> None:
@@ -120,7 +163,7 @@ def spec_rows(spec: PagedAttentionSpec) -> list[tuple[str, str]]:
     ]
 
 
-def target_text(target: dict[str, Any]) -> str:
+def target_text(target: Mapping[str, Any]) -> str:
     """What is said of a TVM target."""
     return ", ".join([target["kind"], target["mcpu"], *_vector_extension(target)])
 
@@ -133,7 +176,7 @@ def facts() -> Table:
     return table
 
 
-def _vector_extension(target: dict[str, Any]) -> list[str]:
+def _vector_extension(target: Mapping[str, Any]) -> list[str]:
     """The widest vector extension that a target states; none where its mcpu implies it."""
     stated = target.get("mattr", ())
     return [name for feature, name in _VECTOR_EXTENSIONS.items() if f"+{feature}" in stated][:1]

@@ -6,13 +6,28 @@ import dataclasses
 import json
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 TargetLike = str | Mapping[str, Any]
 
 _KEYS = {"kind", "mcpu", "mattr"}
+
+# The instruction sets of x86 from which LLVM takes instructions unasked, by LLVM's names, with the names that Linux has
+# for them in /proc/cpuinfo. What else LLVM calls a feature is tuning, or is used by intrinsics alone.
+_INSTRUCTION_SETS = (
+    {name: name for name in ("cmov", "sse", "sse2", "ssse3", "sse4a", "popcnt", "movbe", "tbm", "gfni")}
+    | {"sse3": "pni", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "sahf": "lahf_lm", "prfchw": "3dnowprefetch"}
+    | {"lzcnt": "abm", "bmi": "bmi1", "bmi2": "bmi2"}
+    | dict.fromkeys(("egpr", "ndd", "nf", "ccmp", "ppx", "push2pop2", "zu", "cf"), "apx")
+    | {name: name for name in ("avx", "avx2", "f16c", "fma", "fma4", "xop")}
+    | {"avxvnni": "avx_vnni", "avxifma": "avx_ifma", "avxneconvert": "avx_ne_convert"}
+    | {f"avxvnni{name}": f"avx_vnni_{name}" for name in ("int8", "int16")}
+    | {f"avx512{name}": f"avx512{name}" for name in ("f", "cd", "bw", "dq", "vl", "ifma", "vbmi")}
+    | {f"avx512{name}": f"avx512_{name}" for name in ("vbmi2", "vnni", "bitalg", "vpopcntdq", "bf16", "fp16")}
+    | {f"amx-{name}": f"amx_{name}" for name in ("tile", "int8", "bf16", "fp16", "complex")}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +98,25 @@ def fingerprint(normalized: dict[str, Any]) -> dict[str, Any]:
     """What tells two targets apart in a cache key: the dict, and for "llvm" this CPU with all its features."""
     if "mcpu" in normalized:
         return normalized
-    cpuinfo = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
-    fields = dict(line.split(":", 1) for line in cpuinfo if ":" in line)
-    identity = {name.strip(): value.strip() for name, value in fields.items()}
+    identity = _cpuinfo()
     keep = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU part", "Features")
     return {**normalized, "machine": platform.machine(), **{k: identity[k] for k in keep if k in identity}}
+
+
+def instruction_sets(target: CpuTarget) -> tuple[str, ...]:
+    """The instruction sets among a target's features, sorted: what a CPU must have to run its code."""
+    return tuple(sorted(target.features & _INSTRUCTION_SETS.keys()))
+
+
+def missing_features(features: Iterable[str]) -> list[str]:
+    """Those instruction sets (LLVM's names) that programs may not use on this machine, sorted. Imports no TVM.
+
+    The system's word in /proc/cpuinfo counts, rather than the CPU's in CPUID: a feature whose registers the system
+    does not save, or that a virtual machine hides, is not there to use. A kernel older than a feature does not name
+    it, and it then counts as missing.
+    """
+    present = set(_cpuinfo().get("flags", "").split())
+    return sorted(name for name in features if _INSTRUCTION_SETS.get(name, name) not in present)
 
 
 def resolve(normalized: dict[str, Any]) -> CpuTarget:
@@ -112,6 +141,13 @@ def resolve(normalized: dict[str, Any]) -> CpuTarget:
     for attribute in config.get("mattr", []):
         (features.add if attribute[0] == "+" else features.discard)(attribute[1:])
     return CpuTarget(json.dumps(config, sort_keys=True), frozenset(str(name) for name in features))
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first CPU."""
+    lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    fields = (line.split(":", 1) for line in lines if ":" in line)
+    return {name.strip(): value.strip() for name, value in fields}
 
 
 def _baseline() -> str:

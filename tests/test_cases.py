@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pa_compiler import cases, reference
+from pa_compiler.tolerances import tolerance
 
 SMALL = cases.CASES["CaseVarSeq4"]
 
@@ -68,8 +69,7 @@ def test_an_empty_sequence_has_to_be_met_exactly():
 
 def test_tolerance_is_that_of_the_coarser_type():
     def of(dtype, out_dtype, length):
-        spec = dataclasses.replace(SMALL.spec, dtype=dtype, out_dtype=out_dtype)
-        return cases.tolerance(dataclasses.replace(SMALL, spec=spec, seq_lens=(length,), max_model_len=None))
+        return tolerance(dataclasses.replace(SMALL.spec, dtype=dtype, out_dtype=out_dtype), length)
 
     assert of("float32", "float32", 8192) == (0, 1e-5)
     assert of("float32", "float32", 8193) == (0, 3e-5)

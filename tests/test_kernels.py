@@ -17,7 +17,6 @@ from tvm.script import tirx as T
 import pa_compiler
 from pa_compiler import assembly, compiler, kernels, schedules, target, tiling
 from pa_compiler.kernels.exp import store_exp
-from pa_compiler.module import Module
 
 SPEC = pa_compiler.PagedAttentionSpec(16, 1, 32, 16, "float32")
 V4 = {"kind": "llvm", "mcpu": "x86-64-v4"}
@@ -112,7 +111,7 @@ def test_the_tiles_of_every_vector_width_are_right_on_this_cpu(
     tiles = tiling.choose(spec, dataclasses.replace(cpu, features=frozenset(features.split())), "fused")
     compiler.build_library(spec, cpu, tiles, "fused", tmp_path)
     inputs = make_inputs(spec, [0, 1, 19, 20, 21, 61, 128, 129, 300])
-    out, lse = Module(tmp_path / "pa.so").decode(*inputs.arguments, return_lse=True)
+    out, lse = pa_compiler.load(tmp_path / "pa.so").decode(*inputs.arguments, return_lse=True)
     assert_close_to_oracle(spec, inputs, out, lse)
 
 
@@ -169,7 +168,7 @@ def test_only_the_entry_points_are_exported(compiled, tmp_path):
     symbols = subprocess.run(
         ["nm", "-D", "--defined-only", str(tmp_path / "pa.so")], capture_output=True, text=True, check=True
     ).stdout.split()[2::3]
-    names = ("append_kv", "decode", "manifest", "plan", "view_as_bfloat16")
+    names = ("append_kv", "decode", "plan", "view_as_bfloat16")
     assert sorted(symbols) == [f"__tvm_ffi_{name}" for name in names]
 
 

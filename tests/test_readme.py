@@ -10,11 +10,12 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+import pa_compiler
 from pa_compiler import cli
 
 TEXT = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
-EXAMPLES = [text for language, text in BLOCKS if language == "console" and text.startswith("$ ")]
+EXAMPLES = [text for language, text in BLOCKS if language == "console" and text.startswith("$ pa-compiler run")]
 
 # What differs from machine to machine, or with TVM's rounding from CPU to CPU.
 VARIES = ("target", "pipeline", "time", "rate", "error", "bound")
@@ -41,6 +42,19 @@ def test_command_prints_what_is_shown(build_cache, monkeypatch, example):
     assert result.exit_code == 0
     assert steady(result.stdout) == steady(shown)
     assert {line.split()[0] for line in shown.splitlines() if line} >= set(VARIES)
+
+
+def test_verify_prints_what_is_shown(compiled, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "_STDOUT", Console(width=80))
+    monkeypatch.chdir(tmp_path)
+    compiled(pa_compiler.PagedAttentionSpec(32, 8, 128, 16, "bfloat16")).save("pa.so")
+    (shown,) = (text for _, text in BLOCKS if text.startswith("$ pa-compiler verify pa.so\n"))
+    result = CliRunner().invoke(cli.main, ["verify", "pa.so", "--seconds", "0"], catch_exceptions=False)
+
+    def steady(text):
+        return [line.rstrip() for line in text.splitlines() if not line.startswith(("target", "draws", *VARIES))]
+
+    assert steady(result.stdout) == steady(shown)[1:]
 
 
 def test_every_command_named_exists(build_cache):

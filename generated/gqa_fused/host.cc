@@ -52,8 +52,6 @@ constexpr DLDataType kInt32 = {kDLInt, 32, 1};
 constexpr DLDataType kInt64 = {kDLInt, 64, 1};
 constexpr DLDataType kFloat32 = {kDLFloat, 32, 1};
 
-const char kManifest[] = R"json({"pipeline": "fused", "spec": {"batch_chunk": 16, "block_size": 16, "dtype": "bfloat16", "head_dim": 128, "head_tile": 16, "kv_layout": "NHD", "num_heads": 32, "num_kv_heads": 8, "out_dtype": "bfloat16"}, "target": {"kind": "llvm", "mcpu": "x86-64-v4"}, "versions": {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1", "pa-compiler": "0.1.0"}})json";
-
 // ---------------------------------------------------------------- tvm-ffi
 
 // An exception that reaches Python as the one named kind.
@@ -988,8 +986,4 @@ PA_EXPORT int __tvm_ffi_plan(void*, const TVMFFIAny* args, int32_t num_args, TVM
 
 PA_EXPORT int __tvm_ffi_view_as_bfloat16(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
   return Guarded([&] { ViewAsBFloat16(Inputs(args, num_args, 1), result); });
-}
-
-PA_EXPORT int __tvm_ffi_manifest(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
-  return Guarded([&] { ReturnText((Inputs(args, num_args, 0), kManifest), sizeof kManifest - 1, result); });
 }

@@ -1,0 +1,214 @@
+"""Module.verify: right modules pass, wrong ones fail, and what a failure says draws it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+
+import numpy as np
+import pytest
+import tvm
+from click.testing import CliRunner
+from specs import BASE, SPECS, every_spec
+
+import pa_compiler
+from pa_compiler import cli, compiler, draws, target, tiling, verify
+
+SEED = 1
+DRAWS = 24
+
+
+@every_spec
+def test_right_modules_pass(compiled, spec, pipeline):
+    module = compiled(spec, pipeline)
+    for number in range(16):
+        result = module.verify(seed=SEED, draw=number)
+        assert (result.passed, result.draws, result.failures) == (True, 1, ())
+        assert max(result.out.of_tolerance, result.lse.of_tolerance) <= 1
+    assert module.num_threads == 2
+
+
+def test_draws_until_the_time_is_over(compiled):
+    passed = []
+    result = compiled(BASE).verify(0.2, seed=SEED, advance=passed.append)
+    assert result.passed
+    assert result.draws == len(passed) > 0
+    assert result.seconds >= 0.2
+    assert compiled(BASE).verify(0).seed != compiled(BASE).verify(0).seed
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.seed = 2
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_draws_reach_what_is_hard(name):
+    spec = SPECS[name]
+    calls = [draws.draw(spec, SEED, number) for number in range(80)]
+    lens = np.concatenate([call.context_lens for call in calls])
+    for length in (0, 1, spec.block_size - 1, spec.block_size, spec.block_size + 1):
+        assert length in lens
+    assert lens.max() > 2048  # a sequence that is split
+    assert {0, 1, 2, 15, 16, 17, 33} <= {len(call.context_lens) for call in calls}
+    assert any(call.scale is None for call in calls)
+    assert max(call.scale or 0 for call in calls) > 1e25
+    for what in ("append", "one_buffer", "give_out", "num_threads", "lse"):
+        assert len({getattr(call, what) for call in calls}) >= 2, what
+    for call in calls:
+        assert not np.isfinite(call.keys[~call.is_used].astype(np.float32)).any()
+        assert np.isfinite(call.keys[call.is_used].astype(np.float32)).all()
+
+
+def test_a_draw_is_a_function_of_seed_and_number():
+    one, same, other = (draws.draw(BASE, SEED, number) for number in (5, 5, 6))
+    for field in dataclasses.fields(one):
+        if field.name != "rng":
+            np.testing.assert_array_equal(getattr(one, field.name), getattr(same, field.name))
+    assert one.keys.shape != other.keys.shape or (one.keys != other.keys).any()
+
+
+class Broken:
+    """A module whose results are changed on the way out; spoil(out, lse or None, arguments) says how."""
+
+    def __init__(self, module, spoil=lambda out, lse, arguments: None):
+        self.module, self.spec, self.num_threads, self.spoil = module, module.spec, 1, spoil
+
+    def decode(self, *arguments, **options):
+        returned = self.module.decode(*arguments, **options)
+        self.spoil(*(returned if isinstance(returned, tuple) else (returned, None)), arguments)
+        return returned
+
+    def append_kv(self, *arguments):
+        self.module.append_kv(*arguments)
+
+
+class ForgetsATokenOnAppend(Broken):
+    def append_kv(self, key, value, key_cache, value_cache, slot_mapping):
+        self.module.append_kv(key[1:], value[1:], key_cache, value_cache, slot_mapping[1:])
+
+
+def one_element(out, lse, arguments):
+    out[-1:, -1, -1] += 0.1
+
+
+def not_a_number(out, lse, arguments):
+    out[:1, 0, 0] = np.nan
+
+
+def empty_is_not_zero(out, lse, arguments):
+    out[arguments[4] == 0] = 1e-30
+
+
+def logarithm_to_base_2(out, lse, arguments):
+    if lse is not None:
+        lse /= np.float32(np.log(2))
+
+
+def writes_beside_out(out, lse, arguments):
+    if out.base is not None and out.base.shape != out.shape:
+        out.base[-1, -1, -1] = out.base[0, 0, 0] = 0
+
+
+def writes_its_inputs(out, lse, arguments):
+    arguments[2][-1] = 0
+
+
+def raises(out, lse, arguments):
+    raise IndexError("block_table: expected less")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (one_element, r"^out: 1 of \d+ elements out of tolerance, the worst at \["),
+        (not_a_number, r"^out: .* got nan, inf of the bound"),
+        (empty_is_not_zero, "of a sequence of 0 tokens: expected 0, got 1e-30, inf of the bound"),
+        (logarithm_to_base_2, "^lse: "),
+        (writes_beside_out, r"^out: \d+ elements beside the array that was given were written"),
+        (writes_its_inputs, "^value_cache: its bits are not as expected after decode"),
+        (raises, "^raised IndexError: block_table: expected less"),
+    ],
+)
+def test_wrong_results_fail(compiled, spoil, says):
+    expect_failures(Broken(compiled(BASE), spoil), says)
+
+
+def test_a_wrong_append_fails(compiled):
+    expect_failures(ForgetsATokenOnAppend(compiled(BASE)), "^key_cache: its bits are not as expected after append_kv")
+
+
+def expect_failures(module, says):
+    failed = [failure for number in range(DRAWS) for failure in verify.verify(module, seed=SEED, draw=number).failures]
+    assert any(re.search(says, failure.message) for failure in failed), failed
+
+
+FAULTS = {  # a stage, a piece of its text, and what is there instead
+    "scale": ("kernels", "vo * 8 + vi] * scale,", "vo * 8 + vi] * (scale * T.float32(1.02)),"),
+    "tail": ("kernels", "vi < valid_len - vo * 8", "vi <= valid_len - vo * 8"),
+    "merge": ("host", "plan.range_begin(seq), plan.ranges_of(seq));", "plan.range_begin(seq), int64_t{1});"),
+}
+
+
+@pytest.mark.parametrize(("stage", "text", "wrong"), FAULTS.values(), ids=FAULTS)
+def test_a_wrong_library_fails_and_its_command_draws_that_again(monkeypatch, tmp_path, stage, text, wrong):
+    library = build_with_fault(monkeypatch, tmp_path / "a folder", BASE, stage, text, wrong)
+    module = pa_compiler.load(library)
+    number = next(n for n in range(50) if not module.verify(seed=SEED, draw=n).passed)
+    (failure,) = eval(module.verify(seed=SEED, draw=number).failures[0].reproduction).failures
+    assert re.match("(out|lse): ", failure.message)
+    result = CliRunner().invoke(cli.main, ["verify", str(library), "--seed", str(SEED), "--draw", str(number)])
+    printed = " ".join(result.stdout.split())
+    assert (result.exit_code, failure.message in printed, "FAIL: 1 of 1 draw" in printed) == (1, True, True), printed
+    command = re.search(r"pa-compiler (verify .* --draw \d+)", printed)[1]
+    assert CliRunner().invoke(cli.main, shlex.split(command)).exit_code == 1
+
+
+def build_with_fault(monkeypatch, directory, spec, stage, text, wrong):
+    """A library of a spec in whose host or scheduled kernels one piece of text is another."""
+    lower, host = compiler.lower, compiler._host
+
+    def replaced(original):
+        assert text in original
+        return original.replace(text, wrong)
+
+    def faulty_lower(*arguments):
+        lowered = lower(*arguments)
+        return dataclasses.replace(lowered, scheduled=tvm.script.from_source(replaced(lowered.scheduled.script())))
+
+    if stage == "host":
+        monkeypatch.setattr(compiler, "_host", lambda *arguments: replaced(host(*arguments)))
+    else:
+        monkeypatch.setattr(compiler, "lower", faulty_lower)
+    directory.mkdir()
+    cpu = target.resolve(target.normalize("llvm"))
+    compiler.build_library(spec, cpu, tiling.choose(spec, cpu, "fused"), "fused", directory)
+    return directory / "pa.so"
+
+
+def test_the_command_passes_a_right_library(compiled, tmp_path):
+    compiled(BASE).save(tmp_path / "pa.so")
+    result = CliRunner().invoke(cli.main, ["verify", str(tmp_path / "pa.so"), "--seconds", "0.1", "--seed", "7"])
+    assert result.exit_code == 0
+    assert "Verifying" in result.stderr
+    for expected in ("6 query heads on 2 kv heads of 24", " s, seed 7", "of out's is used", "PASS"):
+        assert expected in result.stdout
+    result = CliRunner().invoke(cli.main, ["verify", str(tmp_path / "pa.so"), "--draw", "7"])
+    assert result.exit_code == 2
+    assert "'--seed': expected the seed of draw 7, got None" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"seconds": -1}, ValueError, "seconds: expected a number from 0 on, got -1"),
+        ({"seconds": float("nan")}, ValueError, "seconds: .* got nan"),
+        ({"seconds": "1"}, ValueError, "seconds: .* got '1'"),
+        ({"seed": -1}, ValueError, "seed: expected 0 or more, got -1"),
+        ({"seed": 1.0}, TypeError, "seed: expected an int, got 1.0 of type float"),
+        ({"seed": 1, "draw": True}, TypeError, "draw: expected an int, got True of type bool"),
+        ({"draw": 3}, ValueError, "seed: expected the seed of draw 3, got None"),
+    ],
+    ids=repr,
+)
+def test_arguments_are_checked(compiled, arguments, error, says):
+    with pytest.raises(error, match=f"^{says}"):
+        compiled(BASE).verify(**arguments)
