@@ -255,7 +255,7 @@ class Module:
     def _new_like(self, query: Any, dtype: str, extents: tuple[int, ...]) -> Any:
         """A new array [batch, *extents] of query's kind."""
         if isinstance(query, np.ndarray):
-            return np.empty((*query.shape[:1], *extents), _NUMPY_DTYPES[dtype])
+            return np.empty(query.shape[:1] + extents, _NUMPY_DTYPES[dtype])
         if not hasattr(query, "__dlpack__"):
             raise TypeError(f"query: expected an array with DLPack, got {type(query).__name__}")
         shape = (*query.shape[:1], *extents)
@@ -318,11 +318,15 @@ def _call(
     written: Sequence[str],
     *numbers: float,
 ) -> None:
-    """Call the library with arrays and numbers; an array that cannot be handed over is named."""
-    arguments, as_uint16 = _handed(expected, arrays)
+    """Call the library with arrays and numbers; an array that cannot be handed over is named.
+
+    The library checks everything itself. What it cannot be told is looked for only once it has refused the arrays.
+    """
+    arguments, as_uint16 = _without_bfloat16(expected, arrays)
     try:
         function(*arguments, *numbers, as_uint16)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        _check_kinds(expected, arrays)
         tensors = [
             None if argument is None else _as_tensor(name, argument, written=name in written)
             for (name, _), argument in zip(expected, arguments, strict=True)
@@ -332,22 +336,29 @@ def _call(
         function(*tensors, *numbers, as_uint16)  # NumPy's read-only arrays need more words
 
 
-def _handed(expected: Sequence[tuple[str, np.dtype]], arrays: Sequence[Any]) -> tuple[list[Any], int]:
+def _without_bfloat16(expected: Sequence[tuple[str, np.dtype]], arrays: Sequence[Any]) -> tuple[list[Any], int]:
     """Arrays as the library takes them, the same memory, and a call's as_uint16.
 
     NumPy has no bfloat16 in DLPack: such an array is handed over as uint16, and its bit in as_uint16 set.
     """
     arguments, as_uint16 = list(arrays), 0
-    for position, (array, (name, dtype)) in enumerate(zip(arrays, expected)):  # noqa: B905  (takes its time)
-        if isinstance(array, np.ndarray):
-            if array.dtype is not dtype and array.dtype != dtype:
-                raise TypeError(f"{name}: expected dtype {dtype}, got {array.dtype}")
-            if dtype is _BFLOAT16:
+    for position, (_, dtype) in enumerate(expected):
+        if dtype is _BFLOAT16:
+            array = arrays[position]
+            if isinstance(array, np.ndarray) and (array.dtype is dtype or array.dtype == dtype):
                 arguments[position] = array.getfield(_UINT16)  # a view, in half of view's time
                 as_uint16 |= 1 << position
+    return arguments, as_uint16
+
+
+def _check_kinds(expected: Sequence[tuple[str, np.dtype]], arrays: Sequence[Any]) -> None:
+    """Check that arrays are arrays, and the dtypes of NumPy's, which need not be ones that DLPack has."""
+    for array, (name, dtype) in zip(arrays, expected, strict=True):
+        if isinstance(array, np.ndarray):
+            if array.dtype != dtype:
+                raise TypeError(f"{name}: expected dtype {dtype}, got {array.dtype}")
         elif not hasattr(array, "__dlpack__") and (array is not None or name != "lse"):
             raise TypeError(f"{name}: expected an array with DLPack, got {type(array).__name__}")
-    return arguments, as_uint16
 
 
 def _as_tensor(name: str, array: Any, *, written: bool = False) -> tvm_ffi.Tensor:

@@ -24,8 +24,7 @@ def load_query(sch: Schedule, tiling: Tiling) -> None:
     """A transposed copy of the query."""
     rows = sch.cache_write("q_tile", 0, "global")
     _rows_last(sch, rows)
-    row, dim = sch.get_loops("q_tile")[-2:]
-    _, lane = sch.split(dim, [None, tiling.lanes])
+    _, lane = sch.split(sch.get_loops("q_tile")[-1], [None, tiling.lanes])
     sch.vectorize(lane)
     turn(sch, rows, 4, 4)
 
@@ -90,7 +89,7 @@ def online_update(sch: Schedule, tiling: Tiling) -> None:
 
 
 def normalize(sch: Schedule, tiling: Tiling) -> None:
-    """Heads by heads: turned back, then in vectors of head_dim."""
+    """Turned back, then in vectors of head_dim."""
     in_order = sch.cache_read("out", "acc", "global")
     _rows_last(sch, in_order)
     turn(sch, in_order, 4, 4)

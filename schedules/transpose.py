@@ -3,17 +3,19 @@
 from tvm.s_tir import Schedule, TensorIntrin
 from tvm.s_tir.schedule import SBlockRV
 from tvm.script import tirx as T
-from tvm.tirx import Buffer, PrimFunc, Shuffle
+from tvm.tirx import Buffer, IntImm, PrimFunc, Shuffle
 
 
 def turn(sch: Schedule, copy: SBlockRV, rows: int, columns: int) -> None:
     """Tensorize an sblock that copies a buffer into one whose last two axes are exchanged, by rows x columns elements.
 
-    Where these do not divide the extents, it goes on element by element.
+    Where these do not divide the extents, or an extent is known at run time only, it goes on element by element.
     """
     row, column = sch.get_loops(copy)[-2:]
-    if int(sch.get(row).extent) % rows or int(sch.get(column).extent) % columns:
-        return
+    for loop, step in ((row, rows), (column, columns)):
+        extent = sch.get(loop).extent
+        if not isinstance(extent, IntImm) or extent.value % step:
+            return
     row_outer, row = sch.split(row, [None, rows])
     column_outer, column = sch.split(column, [None, columns])
     sch.reorder(row_outer, column_outer, row, column)
