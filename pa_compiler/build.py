@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import tvm_ffi.libinfo
 
+from pa_compiler import instructions
 from pa_compiler.target import CpuTarget
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
     # Rewriting storage would put register sums into the memory of larger buffers, where LLVM leaves them.
     config = {"tirx.disable_assert": True, "tirx.disable_storage_rewrite": True}
     with tvm.transform.PassContext(config=config):
-        executable = tvm.compile(mod, target=Target(json.loads(target.config)))
+        executable = tvm.compile(instructions.select(mod, target), target=Target(json.loads(target.config)))
     text = directory / "kernels.ll"
     text.write_text(_without_debug_info(executable.mod.inspect_source("ll")))
     module = tvm.runtime.load_module(str(text))
