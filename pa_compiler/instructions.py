@@ -1,7 +1,7 @@
 """Instructions that LLVM does not find by itself: the dot product of pairs of AVX512_BF16, vdpbf16ps.
 
-The kernels say what it computes in plain operations (kernels/pairs.py), and on any other target those are compiled. Here
-sums of that form become calls of an operation of our own, which TVM vectorizes and then lowers to LLVM's intrinsic.
+The kernels say what it computes in plain operations (kernels/pairs.py), and on any other target those are compiled.
+Here sums of that form become calls of an operation of our own, which TVM vectorizes and lowers to LLVM's intrinsic.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def select(mod: IRModule, target: CpuTarget) -> IRModule:
     The module given may be changed: use it no more. The instruction adds the two products one after the other, each
     with one rounding, and takes subnormal numbers for 0.
     """
-    if not has_dot_pairs(target):
+    if not target.dot_pairs:
         return mod
     from tvm.s_tir import Schedule
 
@@ -40,11 +40,6 @@ def select(mod: IRModule, target: CpuTarget) -> IRModule:
         if sums:
             sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", _definitions())
     return sch.mod
-
-
-def has_dot_pairs(target: CpuTarget) -> bool:
-    """Whether the target has vdpbf16ps for vectors of every size."""
-    return {"avx512bf16", "avx512vl"} <= target.features
 
 
 def _sblocks(sch: Schedule) -> list[SBlockRV]:

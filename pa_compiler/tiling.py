@@ -26,8 +26,8 @@ MIN_SPLIT_TOKENS = 256
 HEADS_IN_LANES = 16
 """Rows from which on heads lie in the lanes: with 8 of them, AVX2 has measured slower than head_dim in the lanes."""
 
-_DOT_LANES = 4
-"""Words of the shortest vector that there is a dot product of pairs for."""
+DOT_DIMS = 8
+"""What head_dim is a multiple of where pairs of bfloat16 are multiplied: the words of it then fill vectors of 4."""
 
 LINE_BYTES = 64
 """A line of the memory system."""
@@ -121,8 +121,9 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
     word_elements = 2 if in_pairs and (pipeline == "fused" or spec.kv_layout == "packed") else 1
     dim_pair = 1 if spec.kv_layout == "packed" else word_elements
     lanes = math.gcd(spec.head_dim // dim_pair, target.vector_lanes)
-    dot_pairs = word_elements == 2 and pipeline == "fused" and "avx512bf16" in target.features and lanes >= _DOT_LANES
-    load_cost = 2 if spec.dtype == "float32" or dot_pairs else 3  # of a vector of the cache, in loads from the first-level cache
+    dot_pairs = in_pairs and pipeline == "fused" and target.dot_pairs and spec.head_dim % DOT_DIMS == 0
+    # of a vector of the cache, in loads from the first-level cache
+    load_cost = 2 if spec.dtype == "float32" or dot_pairs else 3
     vectors = [dim_pair * count for count in divisors(spec.head_dim // (dim_pair * lanes))]
     pv_rows, pv_vectors = register_tile(rows, vectors, target, load_cost)
     pv_dims = pv_vectors * lanes

@@ -117,8 +117,9 @@ def _word(cache: Buffer, offsets: Buffer, t: Expr, head_offset: Expr, row_stride
 
 def _pair_of_rows(cache: Buffer, offsets: Buffer, i: Expr, head_offset: Expr, row_stride: Expr, d: Expr) -> Expr:
     """Element d of the rows of the tokens 2i and 2i + 1."""
-    words = [_word(cache, offsets, 2 * i + token, head_offset, row_stride, T.floordiv(d, 2)) for token in (0, 1)]
-    return pair_halves(*words, d)
+    first = _word(cache, offsets, 2 * i, head_offset, row_stride, T.floordiv(d, 2))
+    second = _word(cache, offsets, 2 * i + 1, head_offset, row_stride, T.floordiv(d, 2))
+    return pair_halves(first, second, d)
 
 
 def _element(elements: int, word: Expr, index: Expr) -> Expr:

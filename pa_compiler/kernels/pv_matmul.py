@@ -46,7 +46,9 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     ):
         num_full: T.let = T.floordiv(valid_len, group)  # outside: a schedule may need it in what the sblock reads
         with T.sblock("pv_matmul"):
-            T.reads(probs[slot, 0:rows, 0 : tokens // pair], whole(values), whole(value_cache), value_offsets[0:offsets])
+            T.reads(
+                probs[slot, 0:rows, 0 : tokens // pair], whole(values), whole(value_cache), value_offsets[0:offsets]
+            )
             T.writes(tile_acc[slot, 0:rows, 0:head_dim])
             full_acc = T.sblock_alloc_buffer((rows, head_dim), "float32")
             fetched = T.sblock_alloc_buffer((tokens, lines), "int8")  # never touched: it ties the fetches to the loops
