@@ -6481,19 +6481,19 @@ for_end_to83.i:                                   ; preds = %for_begin_ti86.preh
   %scaled592594596599602.i = phi ptr [ %scaled591.i, %for_begin_to81.preheader.i ], [ %scaled.i, %for_end_to83.i.loopexit.unr-lcssa ], [ %scaled.i, %for_begin_ti86.preheader.i.epil.preheader ]
   %4034 = phi <16 x float> [ %3759, %for_begin_to81.preheader.i ], [ %3755, %for_end_to83.i.loopexit.unr-lcssa ], [ %3755, %for_begin_ti86.preheader.i.epil.preheader ]
   %tile_sum211.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to81.preheader.i ], [ %4009, %for_end_to83.i.loopexit.unr-lcssa ], [ %4033, %for_begin_ti86.preheader.i.epil.preheader ]
+  %num_full.i = ashr i32 %valid_len.i, 3
   %4035 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
   %full_acc.i = tail call ptr %4035(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %4036 = icmp eq ptr %full_acc.i, null
-  br i1 %4036, label %fused_decode_compute_.exit, label %if_end92.i, !prof !8
+  br i1 %4036, label %fused_decode_compute_.exit, label %for_begin_d_094.preheader.i, !prof !8
 
-if_end92.i:                                       ; preds = %for_end_to83.i
-  %num_full.i = ashr i32 %valid_len.i, 3
+for_begin_d_094.preheader.i:                      ; preds = %for_end_to83.i
   %4037 = icmp sgt i32 %num_full.i, 0
   %wide.trip.count489.i = zext nneg i32 %num_full.i to i64
   br label %for_begin_to99.preheader.i
 
-for_begin_to99.preheader.i:                       ; preds = %for_end_to101.i, %if_end92.i
-  %indvars.iv491.i = phi i64 [ 0, %if_end92.i ], [ %indvars.iv.next492.i, %for_end_to101.i ]
+for_begin_to99.preheader.i:                       ; preds = %for_end_to101.i, %for_begin_d_094.preheader.i
+  %indvars.iv491.i = phi i64 [ 0, %for_begin_d_094.preheader.i ], [ %indvars.iv.next492.i, %for_end_to101.i ]
   br i1 %4037, label %for_body_to100.lr.ph.i, label %for_end_to101.i, !prof !3
 
 for_body_to100.lr.ph.i:                           ; preds = %for_begin_to99.preheader.i

@@ -290,14 +290,13 @@ class Module:
                                                         T.reads(tile_sum[0, vr], probs[0, vt, vr])
                                                         T.writes(tile_sum[0, vr])
                                                         tile_sum[0, vr] = tile_sum[0, vr] + probs[0, vt, vr]
+                                        num_full: T.let[T.int32] = valid_len // 8
                                         with T.sblock("pv_matmul"):
-                                            num_full = T.int32()
                                             T.reads(probs[0, T.min(0, num_full * 8):T.min(0, num_full * 8) + (T.max(num_full * 8, num_full * 8 + valid_len % 8) - T.min(0, num_full * 8)), 0:16], v_tile[T.min(0, num_full * 8):T.min(0, num_full * 8) + (T.max(num_full * 8, num_full * 8 + valid_len % 8) - T.min(0, num_full * 8)), 0:4, 0:2, 0:16], value_cache[0:v_span], value_offsets[0:256])
                                             T.writes(tile_acc[0, 0:128, 0:16])
                                             full_acc = T.sblock_alloc_buffer((128, 16))
                                             fetched = T.sblock_alloc_buffer((128, 4), "int8")
                                             full_acc_global = T.sblock_alloc_buffer((128, 16))
-                                            num_full = valid_len // 8
                                             for d_0 in range(16):
                                                 for d_1_init in T.unroll(8):
                                                     for r_init in T.vectorized(16):

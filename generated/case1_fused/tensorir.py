@@ -247,12 +247,12 @@ class Module:
                                                     with T.init():
                                                         tile_sum[0, vr] = T.float32(0.0)
                                                     tile_sum[0, vr] = tile_sum[0, vr] + probs[0, vr, vt]
+                                        num_full: T.let[T.int32] = valid_len // 8
                                         with T.sblock("pv_matmul"):
                                             T.reads(probs[0, 0:16, 0:128], v_tile[0:128, 0:128], value_cache[0:v_span], value_offsets[0:256])
                                             T.writes(tile_acc[0, 0:16, 0:128])
                                             full_acc = T.sblock_alloc_buffer((16, 128))
                                             fetched = T.sblock_alloc_buffer((128, 4), "int8")
-                                            num_full: T.let[T.int32] = valid_len // 8
                                             for to, ti, li in T.grid(num_full, 8, 4):
                                                 with T.sblock("prefetch_values"):
                                                     vo = T.axis.spatial(16, to)

@@ -1964,13 +1964,13 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   br i1 %exitcond.not.i.1, label %for_end_t.i, label %for_body_t.i, !prof !13, !llvm.loop !77
 
 for_end_t.i:                                      ; preds = %for_body_t.i, %if_end.i
+  %num_full.i = lshr i32 %45, 4
   %67 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
   %full_acc.i = tail call ptr %67(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %68 = icmp eq ptr %full_acc.i, null
   br i1 %68, label %pv_matmul_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %for_end_t.i
-  %num_full.i = lshr i32 %45, 4
   %69 = shl nsw i64 %indvars.iv341.i, 11
   %.not274.i = icmp eq i32 %num_full.i, 0
   br i1 %.not274.i, label %for_begin_d_0.preheader.preheader.i, label %for_begin_d_0.preheader.us.preheader.i, !prof !58

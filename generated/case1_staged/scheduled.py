@@ -274,13 +274,13 @@ class Module:
                             block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
                             slot: T.let[T.int32] = token % 128
                             value_offsets[vt] = block * v_block + T.Cast("int64", slot) * v_row
+                num_full: T.let[T.int32] = valid_len // 16
                 with T.sblock("pv_matmul"):
                     T.reads(probs[vs, 0:16, 0:128], value_cache[0:v_span], value_cache[0:v_span], value_offsets[0:256])
                     T.writes(tile_acc[vs, 0:16, 0:128])
                     full_acc = T.sblock_alloc_buffer((16, 128))
                     fetched = T.sblock_alloc_buffer((128, 4), "int8")
                     full_acc_global = T.sblock_alloc_buffer((16, 128))
-                    num_full: T.let[T.int32] = valid_len // 16
                     for r_0, d_0 in T.grid(4, 4):
                         for d_1_init in T.unroll(2):
                             for d_3_init in T.unroll(1):

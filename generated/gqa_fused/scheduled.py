@@ -375,13 +375,13 @@ class Module:
                                                         T.reads(tile_sum[0, vr], tile_sum_rf[0, vr, vti])
                                                         T.writes(tile_sum[0, vr])
                                                         tile_sum[0, vr] = tile_sum[0, vr] + tile_sum_rf[0, vr, vti]
+                                        num_full: T.let[T.int32] = valid_len // 16
                                         with T.sblock("pv_matmul"):
                                             T.reads(probs[0, 0:4, 0:128], value_cache[0:v_span], value_cache[0:v_span], value_offsets[0:256])
                                             T.writes(tile_acc[0, 0:4, 0:4, 0:2, 0:16])
                                             full_acc = T.sblock_alloc_buffer((4, 4, 2, 16))
                                             fetched = T.sblock_alloc_buffer((128, 4), "int8")
                                             full_acc_global = T.sblock_alloc_buffer((4, 4, 2, 16))
-                                            num_full: T.let[T.int32] = valid_len // 16
                                             for r_0, d_0 in T.grid(1, 4):
                                                 for d_1_init in T.unroll(1):
                                                     for d_3_init in T.unroll(2):

@@ -27,6 +27,9 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     read, lines = load_copied if tiling.copy_values else load(tiling, access), access.num_lines
     product = dot_pairs if tiling.dot_pairs else operator.mul
 
+    def steps(tokens):
+        return T.ceildiv(tokens, 2) if tiling.dot_pairs else tokens
+
     def valid(word, t, valid_len):
         return T.bitwise_and(word, T.Select(2 * t + 1 < valid_len, -1, LOW)) if tiling.dot_pairs else word
 
@@ -76,7 +79,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     full_acc[vr, vd] += product(
                         probs[slot, vr, vt], read(values, value_offsets, vt, head_offset, row_stride, vd)
                     )
-            for ti, r, d in T.grid(T.ceildiv(T.floormod(valid_len, group), pair), rows, head_dim):
+            for ti, r, d in T.grid(steps(T.floormod(valid_len, group)), rows, head_dim):
                 with T.sblock("tile_acc"):
                     vt = T.axis.reduce(tokens // pair, num_full * (group // pair) + ti)
                     vr, vd = T.axis.remap("SS", [r, d])
