@@ -22,17 +22,20 @@ class Counts(NamedTuple):
     Attributes:
         instructions: All of them.
         fmas: Fused multiply-adds, of vectors and of scalars.
+        dots: Dot products of pairs of bfloat16, vdpbf16ps: of two fused multiply-adds each.
         arithmetic: Other float32 additions, products, divisions, minima and maxima.
         loads: Vector registers and operands that are read from memory as they lie there, from the stack too.
         broadcasts: Instructions that do nothing but copy one element to all lanes.
         embedded: Broadcasts that are an operand of another instruction.
-        conversions: From float16 or bfloat16 to float32; of bfloat16, shifts of 16 bits and masks of the upper half.
+        conversions: From float16 or bfloat16 to float32; of bfloat16, shifts of 16 bits, masks of the upper half,
+            and permutations of 16-bit elements, which pair those of two tokens.
         prefetches: Fetches into a cache.
         stack_stores: Instructions that write to the stack.
     """
 
     instructions: int
     fmas: int
+    dots: int
     arithmetic: int
     loads: int
     broadcasts: int
@@ -43,11 +46,12 @@ class Counts(NamedTuple):
 
 
 _FMA = re.compile(r"vfn?m(add|sub)\d+[ps]s\s")
+_DOT = re.compile(r"vdpbf16ps\s")
 _ARITHMETIC = re.compile(r"v?(add|sub|mul|div|min|max)[ps]s\s")
 _LOAD = re.compile(r"(?!kmov).*\).*,\s*%([xyz]mm|k)\d+[^,()]*$")
 _BROADCAST = re.compile(r"v?p?broadcast\w+\s")
 _EMBEDDED = re.compile(r".*\{1to\d+\}")
-_CONVERSION = re.compile(r"v?(cvtph2ps\s|pslld\s+\$16,|pblendw\s+\$170,|pand[dq]?\s)")
+_CONVERSION = re.compile(r"v?(cvtph2ps\s|pslld\s+\$16,|pblendw\s+\$170,|pand[dq]?\s|permt2w\s|permi2w\s)")
 _PREFETCH = re.compile("prefetch")
 _STACK_STORE = re.compile(r"(?!cmp|test|bt|prefetch|call|jmp|push|i?mul|i?div)\w+\s+.*\(%rsp[^)]*\)(\s*\{%k\d\})?$")
 
@@ -87,6 +91,7 @@ def count(code: Sequence[str]) -> Counts:
     return Counts(
         instructions=len(code),
         fmas=matching(_FMA),
+        dots=matching(_DOT),
         arithmetic=matching(_ARITHMETIC),
         loads=sum(bool(_LOAD.match(line)) and not (_BROADCAST.match(line) or _EMBEDDED.match(line)) for line in code),
         broadcasts=matching(_BROADCAST),

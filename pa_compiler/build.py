@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import tvm_ffi.libinfo
 
+from pa_compiler import instructions
 from pa_compiler.target import CpuTarget
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
     # Nor do these two leave anything else to LLVM, which simplifies indices and drops empty loops itself.
     needless = ["s_tir.RenormalizeSplitPattern", "tirx.RemoveNoOp"]
     with tvm.transform.PassContext(config=config, disabled_pass=needless):
-        executable = tvm.compile(mod, target=Target(json.loads(target.config)))
+        executable = tvm.compile(instructions.select(mod, target), target=Target(json.loads(target.config)))
     text = directory / "kernels.ll"
     text.write_text(_without_debug_info(executable.mod.inspect_source("ll")))
     module = tvm.runtime.load_module(str(text))

@@ -43,10 +43,11 @@ STAGE_FILES = {
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """A spec's kernels before scheduling, as text, and after."""
+    """A spec's kernels before scheduling, as text, and after, as text and to be compiled."""
 
     tensorir: str
-    scheduled: IRModule
+    scheduled: str
+    mod: IRModule
 
 
 def compile(  # noqa: A001  (the public name)
@@ -97,7 +98,7 @@ def emit(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline
     tiles = tiling.choose(spec, cpu, pipeline)
     lowered = lower(spec, tiles, pipeline)
     with tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
-        compiled = build.compile_kernels(lowered.scheduled, cpu, Path(directory))
+        compiled = build.compile_kernels(lowered.mod, cpu, Path(directory))
     return _texts(lowered, _host(spec, cpu, tiles, pipeline), compiled)
 
 
@@ -107,8 +108,9 @@ def lower(spec: PagedAttentionSpec, tiles: tiling.Tiling, pipeline: str) -> Lowe
     from pa_compiler.schedules import schedule
 
     unscheduled = kernels.build(spec, tiles, pipeline)
-    tensorir = _script(unscheduled)  # now: scheduling may change the PrimFuncs that it is given
-    return Lowered(tensorir, scheduled=schedule(unscheduled, tiles))
+    tensorir = _script(unscheduled)  # now: what follows may change the PrimFuncs that it is given
+    scheduled = schedule(unscheduled, tiles)
+    return Lowered(tensorir, _script(scheduled), scheduled)
 
 
 def _host(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: tiling.Tiling, pipeline: str) -> str:
@@ -138,7 +140,7 @@ def build_library(
         scratch = Path(name)
         with build.compiling_host(host_text, scratch) as compiling:  # while TVM works
             lowered = lower(spec, tiles, pipeline)
-            compiled = build.compile_kernels(lowered.scheduled, cpu, scratch)
+            compiled = build.compile_kernels(lowered.mod, cpu, scratch)
             library = build.link(compiling, compiled, scratch)
         about = manifest.Manifest(
             spec=spec,
@@ -157,7 +159,7 @@ def build_library(
 def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str]:
     return {
         "tensorir": lowered.tensorir,
-        "scheduled": _script(lowered.scheduled),
+        "scheduled": lowered.scheduled,
         "host": host_text,
         "llvm": compiled.llvm,
         "asm": compiled.asm,

@@ -24,6 +24,7 @@ PREDICTED_TOKENS = 1000
 _COLUMNS = {
     "instructions": "instr.",
     "fmas": "FMAs",
+    "dots": "dots",
     "arithmetic": "float",
     "loads": "loads",
     "broadcasts": "bcast",
@@ -34,9 +35,10 @@ _COLUMNS = {
 }
 _LEGEND = """\
 line   where the first of the loops begins in inspect --stage asm
+dots   dot products of pairs of bfloat16, two FMAs each
 float  other float32 arithmetic
 bcast  broadcasts; embed: those that are an operand of another instruction
-conv.  conversions of the cache's elements to float32
+conv.  conversions of the cache's elements to float32; or what pairs those of two tokens
 pref.  prefetches
 stack  stores to the stack: registers that are spilled, and small buffers"""
 
@@ -78,7 +80,7 @@ def print_explanation(
     Args:
         console: Where to.
         explanation: What explain returned.
-        flops: GFLOP/s of one core.
+        flops: GFLOP/s of one core in float32; dot products of pairs of bfloat16 count as twice that.
         bandwidth: GB/s of one core. Without both the predicted time is left out.
     """
     table, cpu = report.facts(), explanation.target
@@ -88,7 +90,7 @@ def print_explanation(
     table.add_row("vectors", f"{cpu.vector_registers} registers of {cpu.vector_lanes} float32 lanes")
     table.add_row("pipeline", explanation.pipeline)
     table.add_row("strategy", f"{explanation.tiles.strategy}. {explanation.reason}")
-    for label, text in (*_tile_rows(explanation), *_work_rows(explanation.spec, flops, bandwidth)):
+    for label, text in (*_tile_rows(explanation), *_work_rows(explanation, flops, bandwidth)):
         table.add_row(label, text)
     console.print(table)
     _print_loops(console, explanation.loops)
@@ -97,7 +99,10 @@ def print_explanation(
 def _tile_rows(explanation: Explanation) -> list[tuple[str, str]]:
     """The tiles: of rows and tokens, and what of them lies in registers."""
     spec, tiles, cpu = explanation.spec, explanation.tiles, explanation.target
-    if tiles.copy_tiles:
+    if tiles.dot_pairs:
+        values = "values paired in scratch, once for all their rows" if tiles.copy_values else "values too"
+        read = f"keys read in place and multiplied as pairs of bfloat16, {values}"
+    elif tiles.copy_keys:
         read = "tiles converted to float32 in scratch, once for all their rows"
     elif spec.dtype == "float32":
         read = "read in place"
@@ -119,14 +124,15 @@ def _partial(tiles: tiling.Tiling) -> str:
     return f" x {tiles.lanes} elements of head_dim" if tiles.strategy == "head_dim_in_lanes" else ""
 
 
-def _work_rows(spec: PagedAttentionSpec, flops: float | None, bandwidth: float | None) -> list[tuple[str, str]]:
+def _work_rows(explanation: Explanation, flops: float | None, bandwidth: float | None) -> list[tuple[str, str]]:
     """The work for a token of context, and how long it takes at the least."""
-    case = Case(spec, batch=1, seq_lens=(PREDICTED_TOKENS,))
+    case = Case(explanation.spec, batch=1, seq_lens=(PREDICTED_TOKENS,))
     intensity = case.flops / case.kv_bytes
     work = f"{case.flops // PREDICTED_TOKENS:,} FLOPs and {case.kv_bytes // PREDICTED_TOKENS:,} bytes"
     rows = [("work", f"{work} a token of context: {intensity:g} FLOPs a byte")]
     if flops is None or bandwidth is None:
         return [*rows, ("roofline", "--flops and --bandwidth of one core give the time that is predicted")]
+    flops *= explanation.tiles.dot_elements  # a dot product of pairs has twice the FLOPs of an FMA
     limit = min(flops, bandwidth * intensity)
     bound = "arithmetic" if flops <= bandwidth * intensity else "memory"
     microseconds = case.flops / limit / 1e3
@@ -160,6 +166,6 @@ def _alike(loops: Iterable[Loop]) -> dict[Counts, list[int]]:
     lines: dict[Counts, list[int]] = {}
     for loop in loops:
         counts = count(loop.code)
-        if counts.fmas or counts.arithmetic or counts.conversions:
+        if counts.fmas or counts.dots or counts.arithmetic or counts.conversions:
             lines.setdefault(counts, []).append(loop.line)
     return lines

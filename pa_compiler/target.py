@@ -63,6 +63,11 @@ class CpuTarget:
         """
         return 15 if self.vector_lanes == 16 else 14
 
+    @property
+    def dot_pairs(self) -> bool:
+        """Whether there is vdpbf16ps, the dot product of pairs of bfloat16, for vectors of every size."""
+        return {"avx512bf16", "avx512vl"} <= self.features
+
 
 def normalize(target: TargetLike) -> dict[str, Any]:
     """Check a target as a user gives it, without importing TVM.

@@ -26,18 +26,18 @@ MIN_SPLIT_TOKENS = 256
 HEADS_IN_LANES = 16
 """Rows from which on heads lie in the lanes: with 8 of them, AVX2 has measured slower than head_dim in the lanes."""
 
-_DOT_LANES = 4
-"""Words of the shortest vector that there is a dot product of pairs for."""
+DOT_DIMS = 8
+"""What head_dim is a multiple of where pairs of bfloat16 are multiplied: the words of it then fill vectors of 4."""
 
 SWEEP_INTENSITY = 2
-"""FLOPs a byte of the caches up to which the memory is what limits: how fast a core can multiply by how fast it reads."""
+"""FLOPs a byte of the caches up to which the memory is the limit: what a core computes while it reads a byte."""
 
 SWEEP_BYTES = 1 << 18
 """Scores and probabilities of all heads and a tile of tokens, at most."""
 
 STREAMS = 8
-"""Places of a tile that a sweep reads in turn, for the hardware's prefetchers to run ahead in each. Measured on one core:
-one place gives 60 % of the bandwidth, 4 give 80 %, 8 all of it."""
+"""Places of a tile that a sweep reads in turn, for the hardware's prefetchers to run ahead in each. In HND one place has
+measured 60 % of a core's bandwidth, 4 places 70 %, and 8 places 90 %."""
 
 LINE_BYTES = 64
 """A line of the memory system."""
@@ -58,9 +58,9 @@ class Tiling:
         copy_keys, copy_values: Whether they are converted into scratch first; where not, the matmuls read the caches.
         dot_pairs: Whether the matmuls multiply pairs of bfloat16 numbers, probabilities too, as one instruction of the
             target does; where not, float32.
-        sweep: How a tile of tokens is taken through the heads. None: one head tile after another, from scores to outputs,
-            while what the next one reads is fetched by instructions. Otherwise all scores come first and then all
-            outputs, which leaves the fetching to the hardware: "tokens", a group of tokens through all heads before the
+        sweep: How a tile of tokens is taken through the heads. None: head tile after head tile, from scores to outputs,
+            while instructions fetch what the next one reads. Otherwise all scores come first and then all outputs, in
+            an order that the hardware's prefetchers follow: "tokens", a group of tokens through all heads before the
             next group, or "heads", a head through all tokens.
         word_elements: Cache elements that are read as one word: 2 of bfloat16, wherever they come in pairs.
         line_elements: Cache elements of one line of the memory system, the step of the prefetches.
@@ -145,10 +145,9 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Tiling
     word_elements = 2 if in_pairs and (pipeline == "fused" or spec.kv_layout == "packed") else 1
     dim_pair = 1 if spec.kv_layout == "packed" else word_elements
     lanes = math.gcd(spec.head_dim // dim_pair, target.vector_lanes)
-    dot_pairs = word_elements == 2 and pipeline == "fused" and "avx512bf16" in target.features and lanes >= _DOT_LANES
-    load_cost = (
-        2 if spec.dtype == "float32" or dot_pairs else 3
-    )  # of a vector of the cache, in loads from the first-level cache
+    dot_pairs = in_pairs and pipeline == "fused" and target.dot_pairs and spec.head_dim % DOT_DIMS == 0
+    # of a vector of the cache, in loads from the first-level cache
+    load_cost = 2 if spec.dtype == "float32" or dot_pairs else 3
     vectors = [dim_pair * count for count in divisors(spec.head_dim // (dim_pair * lanes))]
     pv_rows, pv_vectors = register_tile(rows, vectors, target, load_cost)
     pv_dims = pv_vectors * lanes

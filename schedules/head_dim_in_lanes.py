@@ -14,6 +14,7 @@ from collections.abc import Callable
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
+from pa_compiler.schedules.pair_lanes import pair_lanes
 from pa_compiler.schedules.sum_lanes import sum_lanes
 from pa_compiler.schedules.transpose import turn
 from pa_compiler.tiling import Tiling, largest_divisor
@@ -91,7 +92,8 @@ def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
 
 def pair_probs(sch: Schedule, tiling: Tiling) -> None:
     """Pairs of tokens in lanes."""
-    sch.vectorize(sch.get_loops("pairs")[-1])
+    token = sch.get_loops("pairs")[-1]
+    sch.tensorize(token, pair_lanes(int(sch.get(token).extent)))
 
 
 def pv_matmul(sch: Schedule, tiling: Tiling) -> None:

@@ -35,8 +35,11 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     _rows_last(sch, "scores")
     sums = sch.cache_write(scores, 0, "global")
     group, token, row, dim = sch.get_loops(scores)[-4:]
-    dim, *_ = sch.split(dim, [None, tiling.lanes, tiling.key_pair])  # in the order in which the key lies in scratch
-    sch.reorder(group, *sch.get_loops(scores)[-3:], token, row)
+    # in the order in which the key lies in scratch
+    dim, step, half = sch.split(dim, [None, tiling.lanes, tiling.key_pair])
+    sch.reorder(group, dim, step, half, token, row)
+    if tiling.dot_pairs:
+        sch.unroll(step)  # for every token its address is read once for all of them
     in_registers(sch, sums, group, token, row)
     sch.decompose_reduction(scores, dim)
     sch.merge(sch.get_loops(sch.get_sblock("prefetch_keys"))[-2], group)

@@ -44,7 +44,7 @@ def invoke(*words):
 
 def printed_loops(text):
     """{line of the assembly: the numbers beside it}, from the table that explain prints."""
-    rows = (re.fullmatch(r"\s*(?:[a-z]\w+)?((?:\s+\d+){11})\s*", line) for line in text.splitlines())
+    rows = (re.fullmatch(r"\s*(?:[a-z]\w+)?((?:\s+\d+){12})\s*", line) for line in text.splitlines())
     numbers = [list(map(int, row[1].split())) for row in rows if row]
     return {line: rest for line, *rest in numbers}
 
@@ -77,7 +77,7 @@ def test_explain_counts_what_is_in_the_assembly(emitted, strategy, where):
         sum("pslld\t$16" in each or "pblendw\t$170" in each or "pand" in each for each in code),
         sum("mm" in each and each.endswith("(%rsp)") for each in code),
     ]
-    _, instructions, fmas, _, _, broadcasts, embedded, conversions, prefetches, stores = loops[line]
+    _, instructions, fmas, _, _, _, broadcasts, embedded, conversions, prefetches, stores = loops[line]
     assert [instructions, fmas, broadcasts, embedded, prefetches, conversions] == expected[:-1]
     assert stores >= expected[-1]
     assert fmas >= 8
@@ -94,6 +94,7 @@ def accumulators(asm):
     ("line", "field"),
     [
         ("vfmadd231ps\t(%rax){1to16}, %zmm1, %zmm0", "fmas embedded"),
+        ("vdpbf16ps\t(%rax){1to16}, %zmm1, %zmm0", "dots embedded"),
         ("vfnmadd213ss\t8(%rsp), %xmm1, %xmm0", "fmas loads"),
         ("mulps\t(%rax,%rcx,4), %xmm0", "arithmetic loads"),
         ("vmaxss\t%xmm1, %xmm2, %xmm3", "arithmetic"),
@@ -106,6 +107,7 @@ def accumulators(asm):
         ("vpslld\t$16, %ymm1, %ymm2", "conversions"),
         ("vpslld\t$23, %ymm1, %ymm2", ""),
         ("vpandd\t%zmm1, %zmm2, %zmm3", "conversions"),
+        ("vpermt2w\t%zmm1, %zmm2, %zmm3", "conversions"),
         ("prefetcht1\t64(%rsp,%rax)", "prefetches"),
         ("vmovups\t%zmm1, 64(%rsp) {%k1}", "stack_stores"),
         ("movq\t%rax, -8(%rsp,%rcx,8)", "stack_stores"),
@@ -154,6 +156,17 @@ def test_the_roofline_is_the_lower_of_two(monkeypatch):
     text = invoke(*words, "--flops", "40", "--bandwidth", "4")
     assert "32 GFLOP/s, min(40, 4 x 8): bound by memory" in text
     assert "256.00 us for 1,000 tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "values"), [("--num-heads 16", "values paired in scratch"), ("--num-heads 4", "values too")]
+)
+def test_dot_products_of_pairs_are_told(monkeypatch, options, values):
+    monkeypatch.setattr(compiler, "emit", lambda *_: {"asm": ""})
+    words = "explain --target sapphirerapids --head-dim 128 --flops 100 --bandwidth 1000".split()
+    text = " ".join(invoke(*words, *options.split()).split())
+    assert f"keys read in place and multiplied as pairs of bfloat16, {values}" in text
+    assert "200 GFLOP/s, min(200, 1000 x" in text
 
 
 @pytest.mark.parametrize("layout", ["NHD", "packed"])

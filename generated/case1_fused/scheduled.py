@@ -18,15 +18,15 @@ num_blocks = TypeVar("num_blocks")
 num_tokens = TypeVar("num_tokens")
 batch = TypeVar("batch")
 k_span = TypeVar("k_span")
-lse_batch = TypeVar("lse_batch")
 max_blocks = TypeVar("max_blocks")
-out_batch = TypeVar("out_batch")
-out_head = TypeVar("out_head")
 q_batch = TypeVar("q_batch")
 q_head = TypeVar("q_head")
 slots = TypeVar("slots")
 table_seq = TypeVar("table_seq")
 v_span = TypeVar("v_span")
+lse_batch = TypeVar("lse_batch")
+out_batch = TypeVar("out_batch")
+out_head = TypeVar("out_head")
 @I.ir_module
 class Module:
     @T.prim_func(s_tir=True)
@@ -70,7 +70,7 @@ class Module:
                                     cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def fused_decode(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
+    def fused_decode(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -93,28 +93,14 @@ class Module:
                         row_start: T.let[T.int32] = 0
                         head_start: T.let[T.int32] = vtile * 16 + row_start
                         with T.sblock("load_query"):
-                            T.reads(query[seq, head_start:head_start + 16, 0:128])
-                            T.writes(q_tile[0, 0:128, 0:16])
-                            q_tile_global = T.sblock_alloc_buffer((1, 16, 128))
-                            for r, d_0 in T.grid(16, 8):
-                                for d_1 in T.vectorized(16):
-                                    with T.sblock("q_tile"):
-                                        vr = T.axis.spatial(16, r)
-                                        vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                                        T.reads(query[seq, head_start + vr, vd])
-                                        T.writes(q_tile_global[0, vr, vd])
-                                        q_tile_global[0, vr, vd] = T.if_then_else(vr < 16, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
-                            for ax0, ax1_0, ax2_0 in T.grid(1, 4, 32):
-                                with T.sblock("q_tile_global_o"):
-                                    v0_o, v1_o, v2_o = T.axis.remap("SSS", [ax0, ax1_0, ax2_0])
-                                    T.reads(q_tile_global[v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
-                                    T.writes(q_tile[0, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4])
-                                    turned = T.match_buffer(q_tile[0, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4], (4, 4), strides=("turned_row", 1), offset_factor=1)
-                                    block = T.match_buffer(q_tile_global[v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4], (4, 4), strides=("block_row", 1), offset_factor=1)
-                                    turned[0, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [0, 4, 1, 5]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [0, 4, 1, 5])], [0, 4, 1, 5])
-                                    turned[1, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [0, 4, 1, 5]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [0, 4, 1, 5])], [2, 6, 3, 7])
-                                    turned[2, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [2, 6, 3, 7]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [2, 6, 3, 7])], [0, 4, 1, 5])
-                                    turned[3, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [2, 6, 3, 7]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [2, 6, 3, 7])], [2, 6, 3, 7])
+                            T.reads(query[seq, head_start:head_start + (16 - T.max(row_start, 0)), 0:128])
+                            T.writes(q_tile[vtile, 0:128, 0:16])
+                            for r, d in T.grid(16, 128):
+                                with T.sblock("q_tile"):
+                                    vr, vd = T.axis.remap("SS", [r, d])
+                                    T.reads(query[seq, head_start + vr, vd])
+                                    T.writes(q_tile[vtile, vd, vr])
+                                    q_tile[vtile, vd, vr] = T.if_then_else(vr < T.min(16 - row_start, 16), T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
@@ -304,14 +290,13 @@ class Module:
                                                         T.reads(tile_sum[0, vr], probs[0, vt, vr])
                                                         T.writes(tile_sum[0, vr])
                                                         tile_sum[0, vr] = tile_sum[0, vr] + probs[0, vt, vr]
+                                        num_full: T.let[T.int32] = valid_len // 8
                                         with T.sblock("pv_matmul"):
-                                            num_full = T.int32()
                                             T.reads(probs[0, T.min(0, num_full * 8):T.min(0, num_full * 8) + (T.max(num_full * 8, num_full * 8 + valid_len % 8) - T.min(0, num_full * 8)), 0:16], v_tile[T.min(0, num_full * 8):T.min(0, num_full * 8) + (T.max(num_full * 8, num_full * 8 + valid_len % 8) - T.min(0, num_full * 8)), 0:4, 0:2, 0:16], value_cache[0:v_span], value_offsets[0:256])
                                             T.writes(tile_acc[0, 0:128, 0:16])
                                             full_acc = T.sblock_alloc_buffer((128, 16))
                                             fetched = T.sblock_alloc_buffer((128, 4), "int8")
                                             full_acc_global = T.sblock_alloc_buffer((128, 16))
-                                            num_full = valid_len // 8
                                             for d_0 in range(16):
                                                 for d_1_init in T.unroll(8):
                                                     for r_init in T.vectorized(16):
@@ -413,88 +398,48 @@ class Module:
                                                     T.writes(row_max[tile_index, vr], row_sum[tile_index, vr])
                                                     row_max[tile_index, vr] = new_max[vr]
                                                     row_sum[tile_index, vr] = new_sum[vr]
-                                            with T.sblock("rescale_acc"):
-                                                T.reads(tile_acc[0, 0:128, 0:16], alpha[0:16], beta[0:16])
-                                                T.writes(acc[tile_index, 0:128, 0:16])
-                                                for d in range(128):
-                                                    for r in T.vectorized(16):
-                                                        with T.sblock("acc"):
-                                                            vr, vd = T.axis.remap("SS", [r, d])
-                                                            vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                            T.reads(alpha[vr], beta[vr], tile_acc[0, vd, vr])
-                                                            T.writes(acc[tile_index, vd, vr])
-                                                            with T.init():
-                                                                acc[tile_index, vd, vr] = T.float32(0.0)
-                                                            acc[tile_index, vd, vr] = alpha[vr] * acc[tile_index, vd, vr] + beta[vr] * tile_acc[0, vd, vr]
+                                            for d in range(128):
+                                                for r in T.vectorized(16):
+                                                    with T.sblock("acc"):
+                                                        vr, vd = T.axis.remap("SS", [r, d])
+                                                        vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                        T.reads(alpha[vr], beta[vr], tile_acc[0, vd, vr])
+                                                        T.writes(acc[tile_index, vd, vr])
+                                                        with T.init():
+                                                            acc[tile_index, vd, vr] = T.float32(0.0)
+                                                        acc[tile_index, vd, vr] = alpha[vr] * acc[tile_index, vd, vr] + beta[vr] * tile_acc[0, vd, vr]
                 for tile in range(1):
-                    with T.sblock("result"):
+                    with T.sblock("partial"):
                         vtile = T.axis.spatial(1, tile)
                         T.reads()
                         T.writes()
                         first_row: T.let[T.int32] = 0
                         first_head: T.let[T.int32] = vtile * 16 + first_row
-                        if partial_start < 0:
-                            with T.sblock("normalize"):
-                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:128, 0:16])
-                                T.writes(out[seq, first_head:first_head + 16, 0:128], lse[seq, first_head:first_head + 16])
-                                factor = T.sblock_alloc_buffer((16,))
-                                acc_global = T.sblock_alloc_buffer((1, 16, 128))
-                                for ax0, ax1_0, ax2_0 in T.grid(1, 32, 4):
-                                    with T.sblock("acc_global_o"):
-                                        v0_o, v1_o, v2_o = T.axis.remap("SSS", [ax0, ax1_0, ax2_0])
-                                        T.reads(acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
-                                        T.writes(acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4])
-                                        turned = T.match_buffer(acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4], (4, 4), strides=("turned_row", 1), offset_factor=1)
-                                        block = T.match_buffer(acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4], (4, 4), strides=("block_row", 1), offset_factor=1)
-                                        turned[0, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [0, 4, 1, 5]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [0, 4, 1, 5])], [0, 4, 1, 5])
-                                        turned[1, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [0, 4, 1, 5]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [0, 4, 1, 5])], [2, 6, 3, 7])
-                                        turned[2, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [2, 6, 3, 7]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [2, 6, 3, 7])], [0, 4, 1, 5])
-                                        turned[3, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [2, 6, 3, 7]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [2, 6, 3, 7])], [2, 6, 3, 7])
-                                for r in T.vectorized(16):
-                                    with T.sblock("factor"):
-                                        vr = T.axis.spatial(16, r)
-                                        T.reads(row_sum[vtile, vr])
-                                        T.writes(factor[vr])
-                                        total: T.let[T.float32] = row_sum[vtile, vr]
-                                        factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
-                                for r, d_0 in T.grid(16, 4):
-                                    for d_1 in T.vectorized(32):
-                                        with T.sblock("out"):
-                                            vr = T.axis.spatial(16, r)
-                                            vd = T.axis.spatial(128, d_0 * 32 + d_1)
-                                            T.reads(acc_global[0, vr, vd], factor[vr])
-                                            T.writes(out[seq, first_head + vr, vd])
-                                            out[seq, first_head + vr, vd] = T.Cast("float32", acc_global[0, vr, vd] * factor[vr])
-                                for r in range(16):
-                                    with T.sblock("lse"):
-                                        vr = T.axis.spatial(16, r)
-                                        T.reads(row_sum[vtile, vr], row_max[vtile, vr])
-                                        T.writes(lse[seq, first_head + vr])
-                                        lse[seq, first_head + vr] = T.Select(row_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), row_max[vtile, vr] + T.log(row_sum[vtile, vr]))
-                        else:
-                            with T.sblock("store_partial"):
-                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:128, 0:16])
-                                T.writes(partial_max[partial_start + vs, first_head:first_head + 16], partial_sum[partial_start + vs, first_head:first_head + 16], partial_acc[partial_start + vs, first_head:first_head + 16, 0:128])
-                                for r in range(16):
-                                    with T.sblock("store_row"):
-                                        vr = T.axis.spatial(16, r)
-                                        T.reads(row_max[vtile, vr], row_sum[vtile, vr])
-                                        T.writes(partial_max[partial_start + vs, first_head + vr], partial_sum[partial_start + vs, first_head + vr])
-                                        partial_max[partial_start + vs, first_head + vr] = row_max[vtile, vr]
-                                        partial_sum[partial_start + vs, first_head + vr] = row_sum[vtile, vr]
-                                for r, d in T.grid(16, 128):
-                                    with T.sblock("store_acc"):
-                                        vr, vd = T.axis.remap("SS", [r, d])
-                                        T.reads(acc[vtile, vd, vr])
-                                        T.writes(partial_acc[partial_start + vs, first_head + vr, vd])
-                                        partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vd, vr]
+                        with T.sblock("store_partial"):
+                            T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:128, 0:16 - T.max(first_row, 0)])
+                            T.writes(partial_max[partial_start + vs, first_head:first_head + (16 - T.max(first_row, 0))], partial_sum[partial_start + vs, first_head:first_head + (16 - T.max(first_row, 0))], partial_acc[partial_start + vs, first_head:first_head + (16 - T.max(first_row, 0)), 0:128])
+                            for r in range(16 - T.max(first_row, 0)):
+                                with T.sblock("store_row"):
+                                    vr = T.axis.spatial(16, r)
+                                    T.reads(row_max[vtile, vr], row_sum[vtile, vr])
+                                    T.writes(partial_max[partial_start + vs, first_head + vr], partial_sum[partial_start + vs, first_head + vr])
+                                    partial_max[partial_start + vs, first_head + vr] = row_max[vtile, vr]
+                                    partial_sum[partial_start + vs, first_head + vr] = row_sum[vtile, vr]
+                            for r, d in T.grid(T.min(16 - first_row, 16), 128):
+                                with T.sblock("store_acc"):
+                                    vr = T.axis.spatial(16, r)
+                                    vd = T.axis.spatial(128, d)
+                                    T.reads(acc[vtile, vd, vr])
+                                    T.writes(partial_acc[partial_start + vs, first_head + vr, vd])
+                                    partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vd, vr]
 
     @T.prim_func(s_tir=True)
     def merge_partials(partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):
         # with T.sblock("root"):
         row_max = T.sblock_alloc_buffer((1, 16))
         row_sum = T.sblock_alloc_buffer((1, 16))
-        acc = T.sblock_alloc_buffer((1, 16, 128))
+        acc = T.sblock_alloc_buffer((1, 16, 4, 2, 16))
+        factor = T.sblock_alloc_buffer((16,))
         for step in range(num_partials):
             with T.sblock("partial"):
                 vstep = T.axis.opaque(num_partials, step)
@@ -503,7 +448,7 @@ class Module:
                 slot: T.let[T.int32] = partial_start + vstep
                 with T.sblock("online_update"):
                     T.reads(partial_max[slot, 0:16], partial_sum[slot, 0:16], partial_acc[slot, 0:16, 0:128], row_max[0, 0:16], row_sum[0, 0:16])
-                    T.writes(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
+                    T.writes(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:4, 0:2, 0:16])
                     new_max = T.sblock_alloc_buffer((16,))
                     new_sum = T.sblock_alloc_buffer((16,))
                     alpha = T.sblock_alloc_buffer((16,))
@@ -549,42 +494,34 @@ class Module:
                             T.writes(row_max[0, vr], row_sum[0, vr])
                             row_max[0, vr] = new_max[vr]
                             row_sum[0, vr] = new_sum[vr]
-                    with T.sblock("rescale_acc"):
-                        T.reads(partial_acc[slot, 0:16, 0:128], alpha[0:16], beta[0:16])
-                        T.writes(acc[0, 0:16, 0:128])
-                        for r, d_0 in T.grid(16, 8):
-                            for d_1 in T.vectorized(16):
-                                with T.sblock("acc"):
-                                    vr = T.axis.spatial(16, r)
-                                    vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                                    vstep_1 = T.axis.reduce(num_partials, vstep)
-                                    T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
-                                    T.writes(acc[0, vr, vd])
-                                    with T.init():
-                                        acc[0, vr, vd] = T.float32(0.0)
-                                    acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
-        with T.sblock("normalize"):
-            T.reads(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
-            T.writes(out[seq, 0:16, 0:128], lse[seq, 0:16])
-            factor = T.sblock_alloc_buffer((16,))
-            for r in T.vectorized(16):
-                with T.sblock("factor"):
-                    vr = T.axis.spatial(16, r)
-                    T.reads(row_sum[0, vr])
-                    T.writes(factor[vr])
-                    total: T.let[T.float32] = row_sum[0, vr]
-                    factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
-            for r, d_0 in T.grid(16, 8):
-                for d_1 in T.vectorized(16):
-                    with T.sblock("out"):
-                        vr = T.axis.spatial(16, r)
-                        vd = T.axis.spatial(128, d_0 * 16 + d_1)
-                        T.reads(acc[0, vr, vd], factor[vr])
-                        T.writes(out[seq, vr, vd])
-                        out[seq, vr, vd] = T.Cast("float32", acc[0, vr, vd] * factor[vr])
-            for r in range(16):
-                with T.sblock("lse"):
-                    vr = T.axis.spatial(16, r)
-                    T.reads(row_sum[0, vr], row_max[0, vr])
-                    T.writes(lse[seq, vr])
-                    lse[seq, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr]))
+                    for r, d_0, d_2 in T.grid(16, 4, 2):
+                        for d_1 in T.vectorized(16):
+                            with T.sblock("acc"):
+                                vr = T.axis.spatial(16, r)
+                                vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
+                                vstep_1 = T.axis.reduce(num_partials, vstep)
+                                T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
+                                T.writes(acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
+                                with T.init():
+                                    acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = T.float32(0.0)
+                                acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = alpha[vr] * acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] + beta[vr] * partial_acc[slot, vr, vd]
+        for h in T.vectorized(16):
+            with T.sblock("factor"):
+                vh = T.axis.spatial(16, h)
+                T.reads(row_sum[0, vh])
+                T.writes(factor[vh])
+                factor[vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32(0.0), T.float32(1.0) / row_sum[0, vh])
+        for h, d_0, d_2 in T.grid(16, 4, 2):
+            for d_1 in T.vectorized(16):
+                with T.sblock("out"):
+                    vh = T.axis.spatial(16, h)
+                    vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
+                    T.reads(acc[0, vh, vd // 32, vd % 2, vd % 32 // 2], factor[vh])
+                    T.writes(out[seq, vh, vd])
+                    out[seq, vh, vd] = T.Cast("float32", acc[0, vh, vd // 32, vd % 2, vd % 32 // 2] * factor[vh])
+        for h in range(16):
+            with T.sblock("lse"):
+                vh = T.axis.spatial(16, h)
+                T.reads(row_sum[0, vh], row_max[0, vh])
+                T.writes(lse[seq, vh])
+                lse[seq, vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32("-inf"), row_max[0, vh] + T.log(row_sum[0, vh]))

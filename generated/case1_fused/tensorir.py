@@ -18,15 +18,15 @@ num_blocks = TypeVar("num_blocks")
 num_tokens = TypeVar("num_tokens")
 batch = TypeVar("batch")
 k_span = TypeVar("k_span")
-lse_batch = TypeVar("lse_batch")
 max_blocks = TypeVar("max_blocks")
-out_batch = TypeVar("out_batch")
-out_head = TypeVar("out_head")
 q_batch = TypeVar("q_batch")
 q_head = TypeVar("q_head")
 slots = TypeVar("slots")
 table_seq = TypeVar("table_seq")
 v_span = TypeVar("v_span")
+lse_batch = TypeVar("lse_batch")
+out_batch = TypeVar("out_batch")
+out_head = TypeVar("out_head")
 @I.ir_module
 class Module:
     @T.prim_func(s_tir=True)
@@ -66,7 +66,7 @@ class Module:
                             cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def fused_decode(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
+    def fused_decode(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -89,14 +89,14 @@ class Module:
                         row_start: T.let[T.int32] = 0
                         head_start: T.let[T.int32] = vtile * 16 + row_start
                         with T.sblock("load_query"):
-                            T.reads(query[seq, head_start:head_start + 16, 0:128])
+                            T.reads(query[seq, head_start:head_start + (16 - T.max(row_start, 0)), 0:128])
                             T.writes(q_tile[vtile, 0:16, 0:128])
                             for r, d in T.grid(16, 128):
                                 with T.sblock("q_tile"):
                                     vr, vd = T.axis.remap("SS", [r, d])
                                     T.reads(query[seq, head_start + vr, vd])
                                     T.writes(q_tile[vtile, vr, vd])
-                                    q_tile[vtile, vr, vd] = T.if_then_else(vr < 16, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
+                                    q_tile[vtile, vr, vd] = T.if_then_else(vr < T.min(16 - row_start, 16), T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
@@ -247,12 +247,12 @@ class Module:
                                                     with T.init():
                                                         tile_sum[0, vr] = T.float32(0.0)
                                                     tile_sum[0, vr] = tile_sum[0, vr] + probs[0, vr, vt]
+                                        num_full: T.let[T.int32] = valid_len // 8
                                         with T.sblock("pv_matmul"):
                                             T.reads(probs[0, 0:16, 0:128], v_tile[0:128, 0:128], value_cache[0:v_span], value_offsets[0:256])
                                             T.writes(tile_acc[0, 0:16, 0:128])
                                             full_acc = T.sblock_alloc_buffer((16, 128))
                                             fetched = T.sblock_alloc_buffer((128, 4), "int8")
-                                            num_full: T.let[T.int32] = valid_len // 8
                                             for to, ti, li in T.grid(num_full, 8, 4):
                                                 with T.sblock("prefetch_values"):
                                                     vo = T.axis.spatial(16, to)
@@ -327,66 +327,39 @@ class Module:
                                                     T.writes(row_max[tile_index, vr], row_sum[tile_index, vr])
                                                     row_max[tile_index, vr] = new_max[vr]
                                                     row_sum[tile_index, vr] = new_sum[vr]
-                                            with T.sblock("rescale_acc"):
-                                                T.reads(tile_acc[0, 0:16, 0:128], alpha[0:16], beta[0:16])
-                                                T.writes(acc[tile_index, 0:16, 0:128])
-                                                for r, d in T.grid(16, 128):
-                                                    with T.sblock("acc"):
-                                                        vr, vd = T.axis.remap("SS", [r, d])
-                                                        vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                        T.reads(alpha[vr], beta[vr], tile_acc[0, vr, vd])
-                                                        T.writes(acc[tile_index, vr, vd])
-                                                        with T.init():
-                                                            acc[tile_index, vr, vd] = T.float32(0.0)
-                                                        acc[tile_index, vr, vd] = alpha[vr] * acc[tile_index, vr, vd] + beta[vr] * tile_acc[0, vr, vd]
+                                            for r, d in T.grid(16, 128):
+                                                with T.sblock("acc"):
+                                                    vr, vd = T.axis.remap("SS", [r, d])
+                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                    T.reads(alpha[vr], beta[vr], tile_acc[0, vr, vd])
+                                                    T.writes(acc[tile_index, vr, vd])
+                                                    with T.init():
+                                                        acc[tile_index, vr, vd] = T.float32(0.0)
+                                                    acc[tile_index, vr, vd] = alpha[vr] * acc[tile_index, vr, vd] + beta[vr] * tile_acc[0, vr, vd]
                 for tile in range(1):
-                    with T.sblock("result"):
+                    with T.sblock("partial"):
                         vtile = T.axis.spatial(1, tile)
                         T.reads()
                         T.writes()
                         first_row: T.let[T.int32] = 0
                         first_head: T.let[T.int32] = vtile * 16 + first_row
-                        if partial_start < 0:
-                            with T.sblock("normalize"):
-                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:16, 0:128])
-                                T.writes(out[seq, first_head:first_head + 16, 0:128], lse[seq, first_head:first_head + 16])
-                                factor = T.sblock_alloc_buffer((16,))
-                                for r in range(16):
-                                    with T.sblock("factor"):
-                                        vr = T.axis.spatial(16, r)
-                                        T.reads(row_sum[vtile, vr])
-                                        T.writes(factor[vr])
-                                        total: T.let[T.float32] = row_sum[vtile, vr]
-                                        factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
-                                for r, d in T.grid(16, 128):
-                                    with T.sblock("out"):
-                                        vr, vd = T.axis.remap("SS", [r, d])
-                                        T.reads(acc[vtile, vr, vd], factor[vr])
-                                        T.writes(out[seq, first_head + vr, vd])
-                                        out[seq, first_head + vr, vd] = T.Cast("float32", acc[vtile, vr, vd] * factor[vr])
-                                for r in range(16):
-                                    with T.sblock("lse"):
-                                        vr = T.axis.spatial(16, r)
-                                        T.reads(row_sum[vtile, vr], row_max[vtile, vr])
-                                        T.writes(lse[seq, first_head + vr])
-                                        lse[seq, first_head + vr] = T.Select(row_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), row_max[vtile, vr] + T.log(row_sum[vtile, vr]))
-                        else:
-                            with T.sblock("store_partial"):
-                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:16, 0:128])
-                                T.writes(partial_max[partial_start + vs, first_head:first_head + 16], partial_sum[partial_start + vs, first_head:first_head + 16], partial_acc[partial_start + vs, first_head:first_head + 16, 0:128])
-                                for r in range(16):
-                                    with T.sblock("store_row"):
-                                        vr = T.axis.spatial(16, r)
-                                        T.reads(row_max[vtile, vr], row_sum[vtile, vr])
-                                        T.writes(partial_max[partial_start + vs, first_head + vr], partial_sum[partial_start + vs, first_head + vr])
-                                        partial_max[partial_start + vs, first_head + vr] = row_max[vtile, vr]
-                                        partial_sum[partial_start + vs, first_head + vr] = row_sum[vtile, vr]
-                                for r, d in T.grid(16, 128):
-                                    with T.sblock("store_acc"):
-                                        vr, vd = T.axis.remap("SS", [r, d])
-                                        T.reads(acc[vtile, vr, vd])
-                                        T.writes(partial_acc[partial_start + vs, first_head + vr, vd])
-                                        partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vr, vd]
+                        with T.sblock("store_partial"):
+                            T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:16, 0:128])
+                            T.writes(partial_max[partial_start + vs, first_head:first_head + (16 - T.max(first_row, 0))], partial_sum[partial_start + vs, first_head:first_head + (16 - T.max(first_row, 0))], partial_acc[partial_start + vs, first_head:first_head + (16 - T.max(first_row, 0)), 0:128])
+                            for r in range(16 - T.max(first_row, 0)):
+                                with T.sblock("store_row"):
+                                    vr = T.axis.spatial(16, r)
+                                    T.reads(row_max[vtile, vr], row_sum[vtile, vr])
+                                    T.writes(partial_max[partial_start + vs, first_head + vr], partial_sum[partial_start + vs, first_head + vr])
+                                    partial_max[partial_start + vs, first_head + vr] = row_max[vtile, vr]
+                                    partial_sum[partial_start + vs, first_head + vr] = row_sum[vtile, vr]
+                            for r, d in T.grid(T.min(16 - first_row, 16), 128):
+                                with T.sblock("store_acc"):
+                                    vr = T.axis.spatial(16, r)
+                                    vd = T.axis.spatial(128, d)
+                                    T.reads(acc[vtile, vr, vd])
+                                    T.writes(partial_acc[partial_start + vs, first_head + vr, vd])
+                                    partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vr, vd]
 
     @T.prim_func(s_tir=True)
     def merge_partials(partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):
@@ -394,6 +367,7 @@ class Module:
         row_max = T.sblock_alloc_buffer((1, 16))
         row_sum = T.sblock_alloc_buffer((1, 16))
         acc = T.sblock_alloc_buffer((1, 16, 128))
+        factor = T.sblock_alloc_buffer((16,))
         for step in range(num_partials):
             with T.sblock("partial"):
                 vstep = T.axis.opaque(num_partials, step)
@@ -448,38 +422,30 @@ class Module:
                             T.writes(row_max[0, vr], row_sum[0, vr])
                             row_max[0, vr] = new_max[vr]
                             row_sum[0, vr] = new_sum[vr]
-                    with T.sblock("rescale_acc"):
-                        T.reads(partial_acc[slot, 0:16, 0:128], alpha[0:16], beta[0:16])
-                        T.writes(acc[0, 0:16, 0:128])
-                        for r, d in T.grid(16, 128):
-                            with T.sblock("acc"):
-                                vr, vd = T.axis.remap("SS", [r, d])
-                                vstep_1 = T.axis.reduce(num_partials, vstep)
-                                T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
-                                T.writes(acc[0, vr, vd])
-                                with T.init():
-                                    acc[0, vr, vd] = T.float32(0.0)
-                                acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
-        with T.sblock("normalize"):
-            T.reads(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
-            T.writes(out[seq, 0:16, 0:128], lse[seq, 0:16])
-            factor = T.sblock_alloc_buffer((16,))
-            for r in range(16):
-                with T.sblock("factor"):
-                    vr = T.axis.spatial(16, r)
-                    T.reads(row_sum[0, vr])
-                    T.writes(factor[vr])
-                    total: T.let[T.float32] = row_sum[0, vr]
-                    factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
-            for r, d in T.grid(16, 128):
-                with T.sblock("out"):
-                    vr, vd = T.axis.remap("SS", [r, d])
-                    T.reads(acc[0, vr, vd], factor[vr])
-                    T.writes(out[seq, vr, vd])
-                    out[seq, vr, vd] = T.Cast("float32", acc[0, vr, vd] * factor[vr])
-            for r in range(16):
-                with T.sblock("lse"):
-                    vr = T.axis.spatial(16, r)
-                    T.reads(row_sum[0, vr], row_max[0, vr])
-                    T.writes(lse[seq, vr])
-                    lse[seq, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr]))
+                    for r, d in T.grid(16, 128):
+                        with T.sblock("acc"):
+                            vr, vd = T.axis.remap("SS", [r, d])
+                            vstep_1 = T.axis.reduce(num_partials, vstep)
+                            T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
+                            T.writes(acc[0, vr, vd])
+                            with T.init():
+                                acc[0, vr, vd] = T.float32(0.0)
+                            acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
+        for h in range(16):
+            with T.sblock("factor"):
+                vh = T.axis.spatial(16, h)
+                T.reads(row_sum[0, vh])
+                T.writes(factor[vh])
+                factor[vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32(0.0), T.float32(1.0) / row_sum[0, vh])
+        for h, d in T.grid(16, 128):
+            with T.sblock("out"):
+                vh, vd = T.axis.remap("SS", [h, d])
+                T.reads(acc[0, vh, vd], factor[vh])
+                T.writes(out[seq, vh, vd])
+                out[seq, vh, vd] = T.Cast("float32", acc[0, vh, vd] * factor[vh])
+        for h in range(16):
+            with T.sblock("lse"):
+                vh = T.axis.spatial(16, h)
+                T.reads(row_sum[0, vh], row_max[0, vh])
+                T.writes(lse[seq, vh])
+                lse[seq, vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32("-inf"), row_max[0, vh] + T.log(row_sum[0, vh]))

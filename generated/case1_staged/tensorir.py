@@ -71,6 +71,7 @@ class Module:
         row_max = T.sblock_alloc_buffer((1, 16))
         row_sum = T.sblock_alloc_buffer((1, 16))
         acc = T.sblock_alloc_buffer((1, 16, 128))
+        factor = T.sblock_alloc_buffer((16,))
         for step in range(num_partials):
             with T.sblock("partial"):
                 vstep = T.axis.opaque(num_partials, step)
@@ -125,41 +126,33 @@ class Module:
                             T.writes(row_max[0, vr], row_sum[0, vr])
                             row_max[0, vr] = new_max[vr]
                             row_sum[0, vr] = new_sum[vr]
-                    with T.sblock("rescale_acc"):
-                        T.reads(partial_acc[slot, 0:16, 0:128], alpha[0:16], beta[0:16])
-                        T.writes(acc[0, 0:16, 0:128])
-                        for r, d in T.grid(16, 128):
-                            with T.sblock("acc"):
-                                vr, vd = T.axis.remap("SS", [r, d])
-                                vstep_1 = T.axis.reduce(num_partials, vstep)
-                                T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
-                                T.writes(acc[0, vr, vd])
-                                with T.init():
-                                    acc[0, vr, vd] = T.float32(0.0)
-                                acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
-        with T.sblock("normalize"):
-            T.reads(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
-            T.writes(out[seq, 0:16, 0:128], lse[seq, 0:16])
-            factor = T.sblock_alloc_buffer((16,))
-            for r in range(16):
-                with T.sblock("factor"):
-                    vr = T.axis.spatial(16, r)
-                    T.reads(row_sum[0, vr])
-                    T.writes(factor[vr])
-                    total: T.let[T.float32] = row_sum[0, vr]
-                    factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
-            for r, d in T.grid(16, 128):
-                with T.sblock("out"):
-                    vr, vd = T.axis.remap("SS", [r, d])
-                    T.reads(acc[0, vr, vd], factor[vr])
-                    T.writes(out[seq, vr, vd])
-                    out[seq, vr, vd] = T.Cast("float32", acc[0, vr, vd] * factor[vr])
-            for r in range(16):
-                with T.sblock("lse"):
-                    vr = T.axis.spatial(16, r)
-                    T.reads(row_sum[0, vr], row_max[0, vr])
-                    T.writes(lse[seq, vr])
-                    lse[seq, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr]))
+                    for r, d in T.grid(16, 128):
+                        with T.sblock("acc"):
+                            vr, vd = T.axis.remap("SS", [r, d])
+                            vstep_1 = T.axis.reduce(num_partials, vstep)
+                            T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
+                            T.writes(acc[0, vr, vd])
+                            with T.init():
+                                acc[0, vr, vd] = T.float32(0.0)
+                            acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
+        for h in range(16):
+            with T.sblock("factor"):
+                vh = T.axis.spatial(16, h)
+                T.reads(row_sum[0, vh])
+                T.writes(factor[vh])
+                factor[vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32(0.0), T.float32(1.0) / row_sum[0, vh])
+        for h, d in T.grid(16, 128):
+            with T.sblock("out"):
+                vh, vd = T.axis.remap("SS", [h, d])
+                T.reads(acc[0, vh, vd], factor[vh])
+                T.writes(out[seq, vh, vd])
+                out[seq, vh, vd] = T.Cast("float32", acc[0, vh, vd] * factor[vh])
+        for h in range(16):
+            with T.sblock("lse"):
+                vh = T.axis.spatial(16, h)
+                T.reads(row_sum[0, vh], row_max[0, vh])
+                T.writes(lse[seq, vh])
+                lse[seq, vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32("-inf"), row_max[0, vh] + T.log(row_sum[0, vh]))
 
     @T.prim_func(s_tir=True)
     def online_update(tile_max: T.Buffer((16, 16), "float32"), tile_sum: T.Buffer((16, 16), "float32"), tile_acc: T.Buffer((16, 16, 128), "float32"), row_max: T.Buffer((16, 16), "float32"), row_sum: T.Buffer((16, 16), "float32"), acc: T.Buffer((16, 16, 128), "float32"), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), num_seqs: T.int32, block_idx: T.int32, num_blocks: T.int32, head_start: T.int32, num_rows: T.int32, partial_start: T.int32):
@@ -217,18 +210,15 @@ class Module:
                             T.writes(row_max[vs, vr], row_sum[vs, vr])
                             row_max[vs, vr] = new_max[vr]
                             row_sum[vs, vr] = new_sum[vr]
-                    with T.sblock("rescale_acc"):
-                        T.reads(tile_acc[vs, 0:16, 0:128], alpha[0:16], beta[0:16])
-                        T.writes(acc[vs, 0:16, 0:128])
-                        for r, d in T.grid(16, 128):
-                            with T.sblock("acc"):
-                                vr, vd = T.axis.remap("SS", [r, d])
-                                vstep = T.axis.reduce(num_blocks, block_idx)
-                                T.reads(alpha[vr], beta[vr], tile_acc[vs, vr, vd])
-                                T.writes(acc[vs, vr, vd])
-                                with T.init():
-                                    acc[vs, vr, vd] = T.float32(0.0)
-                                acc[vs, vr, vd] = alpha[vr] * acc[vs, vr, vd] + beta[vr] * tile_acc[vs, vr, vd]
+                    for r, d in T.grid(16, 128):
+                        with T.sblock("acc"):
+                            vr, vd = T.axis.remap("SS", [r, d])
+                            vstep = T.axis.reduce(num_blocks, block_idx)
+                            T.reads(alpha[vr], beta[vr], tile_acc[vs, vr, vd])
+                            T.writes(acc[vs, vr, vd])
+                            with T.init():
+                                acc[vs, vr, vd] = T.float32(0.0)
+                            acc[vs, vr, vd] = alpha[vr] * acc[vs, vr, vd] + beta[vr] * tile_acc[vs, vr, vd]
                 with T.sblock("store_partial"):
                     T.reads(row_max[vs, 0:16], row_sum[vs, 0:16], acc[vs, 0:16, 0:128])
                     T.writes(partial_max[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0)], partial_sum[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0)], partial_acc[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0), 0:128])
@@ -273,12 +263,12 @@ class Module:
                             block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
                             slot: T.let[T.int32] = token % 128
                             value_offsets[vt] = block * v_block + T.Cast("int64", slot) * v_row
+                num_full: T.let[T.int32] = valid_len // 16
                 with T.sblock("pv_matmul"):
                     T.reads(probs[vs, 0:16, 0:128], value_cache[0:v_span], value_cache[0:v_span], value_offsets[0:256])
                     T.writes(tile_acc[vs, 0:16, 0:128])
                     full_acc = T.sblock_alloc_buffer((16, 128))
                     fetched = T.sblock_alloc_buffer((128, 4), "int8")
-                    num_full: T.let[T.int32] = valid_len // 16
                     for to, ti, li in T.grid(num_full, 16, 4):
                         with T.sblock("prefetch_values"):
                             vo = T.axis.spatial(8, to)

@@ -118,8 +118,9 @@ def _word(cache: Buffer, offsets: Buffer, t: Expr, head_offset: Expr, row_stride
 
 def _pair_of_rows(cache: Buffer, offsets: Buffer, i: Expr, head_offset: Expr, row_stride: Expr, d: Expr) -> Expr:
     """Element d of the rows of the tokens 2i and 2i + 1."""
-    words = [_word(cache, offsets, 2 * i + token, head_offset, row_stride, T.floordiv(d, 2)) for token in (0, 1)]
-    return pair_halves(*words, d)
+    first = _word(cache, offsets, 2 * i, head_offset, row_stride, T.floordiv(d, 2))
+    second = _word(cache, offsets, 2 * i + 1, head_offset, row_stride, T.floordiv(d, 2))
+    return pair_halves(first, second, d)
 
 
 def _element(elements: int, word: Expr, index: Expr) -> Expr:
@@ -135,10 +136,10 @@ def cache_dtype(spec: PagedAttentionSpec, tiling: Tiling) -> str:
 def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> Callable[..., None]:
     """offsets[t] = words from the start of a cache to token tile_start + t of a sequence, in kv head 0; int64.
 
-    For t < num_offsets. In a sweep a whole tile is looked up in another order, its tokens from `streams` places in turn:
-    nothing that follows depends on the order of the tokens in a tile. Past last_token the last valid token is named again: an offset is always that of a token within
-    the sequence's length, so that whatever is read through the table may be read. Products with a stride are int64:
-    caches of more than 2**31 elements are ordinary.
+    For t < num_offsets. In a sweep the tokens of a whole tile come from `streams` places in turn: nothing that follows
+    depends on their order. Past last_token the last valid token is named again: an offset is always that of a token
+    within the sequence's length, so that whatever is read through the table may be read. Products with a stride are
+    int64: caches of more than 2**31 elements are ordinary.
     """
     block_size, size = spec.block_size, tiling.num_offsets
     kv_tile, streams = tiling.kv_tile, tiling.streams
@@ -153,9 +154,10 @@ def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess)
                     vt = T.axis.spatial(size, t)
                     if streams > 1:
                         in_turn: T.let = T.floormod(vt, streams) * (kv_tile // streams) + T.floordiv(vt, streams)
-                        position: T.let = T.Select(tile_start + kv_tile - 1 <= last_token, in_turn, vt)
+                        whole_tile: T.let = tile_start + kv_tile - 1 <= last_token
+                        position = T.meta_var(T.Select(whole_tile, in_turn, vt))
                     else:
-                        position: T.let = vt
+                        position = T.meta_var(vt)
                     token: T.let = T.min(tile_start + position, last_token)
                     block: T.let = T.Cast("int64", block_table[seq, T.floordiv(token, block_size)])
                     slot: T.let = T.floormod(token, block_size)

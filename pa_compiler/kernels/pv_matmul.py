@@ -30,6 +30,9 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     read, lines = load_copied if tiling.copy_values else load(tiling, access), access.num_lines
     product = dot_pairs if tiling.dot_pairs else operator.mul
 
+    def steps(tokens):
+        return T.ceildiv(tokens, 2) if tiling.dot_pairs else tokens
+
     def valid(word, t, valid_len):
         return T.bitwise_and(word, T.Select(2 * t + 1 < valid_len, -1, LOW)) if tiling.dot_pairs else word
 
@@ -48,6 +51,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         ahead_offset,
         valid_len,
     ):
+        num_full: T.let = T.floordiv(valid_len, group)  # outside: a schedule may need it in what the sblock reads
         with T.sblock("pv_matmul"):
             T.reads(
                 probs[slot : slot + num_tiles, 0:rows, 0 : tokens // pair],
@@ -58,7 +62,6 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
             T.writes(tile_acc[slot : slot + num_tiles, 0:rows, 0:head_dim])
             full_acc = T.sblock_alloc_buffer((num_tiles, rows, head_dim), "float32")
             fetched = T.sblock_alloc_buffer((tokens, lines), "int8")  # never touched: it ties the fetches to the loops
-            num_full: T.let = T.floordiv(valid_len, group)
             if one_tile:
                 for to, ti, li in T.grid(num_full, group, lines):
                     with T.sblock("prefetch_values"):
@@ -86,7 +89,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     full_acc[vi, vr, vd] += product(
                         probs[at, vr, vt], read(values, value_offsets, vt, now, row_stride, vd)
                     )
-            for i, ti, r, d in T.grid(num_tiles, T.ceildiv(T.floormod(valid_len, group), pair), rows, head_dim):
+            for i, ti, r, d in T.grid(num_tiles, steps(T.floormod(valid_len, group)), rows, head_dim):
                 with T.sblock("tile_acc"):
                     vt = T.axis.reduce(tokens // pair, num_full * (group // pair) + ti)
                     vi, vr, vd = T.axis.remap("SSS", [i, r, d])

@@ -50,13 +50,15 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
 def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """scores[slot, r, t] = sum over d of q_tile[tile, r, d] * key of token t, for t < valid_len.
 
-    For pass_tiles tiles and slots from tile and slot on; the first of them reads the kv head at head_offset. Or of dot_pairs(q_tile[tile, r, d], pair d of that key), which loses nothing: a product of two bfloat16 numbers is
+    For pass_tiles tiles and slots from tile and slot on; the first of them reads the kv head at head_offset.
+
+    Or of dot_pairs(q_tile[tile, r, d], pair d of that key), which loses nothing: a product of two bfloat16 numbers is
     one of float32. Tokens are visited in groups of token_group. The last group is filled up with tokens of the same
     sequence, whose scores are finite wherever the valid ones are; or, packed, with lanes of the same block, whose
     scores mean nothing.
 
     keys is what is multiplied: key_cache, or a tile of it that was converted. On the way the tile that comes next, of
-    the tokens from ahead_t on at ahead_offset, is fetched from key_cache.
+    the tokens from ahead_t on at ahead_offset, is fetched from key_cache; not in a sweep.
     """
     rows, depth, group = tiling.row_tile, spec.head_dim // tiling.dot_elements, tiling.token_group
     tokens, offsets = tiling.padded_kv_tile, tiling.num_offsets

@@ -82,7 +82,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
 
 
 def pair_probs(tiling: Tiling) -> Callable[..., None]:
-    """pairs[slot, r, t] = the word of probs[slot, r, 2t] and probs[slot, r, 2t + 1], over num_groups groups of tokens."""
+    """pairs[slot, r, t] = the word of probs[slot, r, 2t] and probs[slot, r, 2t + 1], for num_groups token groups."""
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
 
     @inline
