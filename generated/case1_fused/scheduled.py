@@ -18,15 +18,15 @@ num_blocks = TypeVar("num_blocks")
 num_tokens = TypeVar("num_tokens")
 batch = TypeVar("batch")
 k_span = TypeVar("k_span")
+lse_batch = TypeVar("lse_batch")
 max_blocks = TypeVar("max_blocks")
+out_batch = TypeVar("out_batch")
+out_head = TypeVar("out_head")
 q_batch = TypeVar("q_batch")
 q_head = TypeVar("q_head")
 slots = TypeVar("slots")
 table_seq = TypeVar("table_seq")
 v_span = TypeVar("v_span")
-lse_batch = TypeVar("lse_batch")
-out_batch = TypeVar("out_batch")
-out_head = TypeVar("out_head")
 @I.ir_module
 class Module:
     @T.prim_func(s_tir=True)
@@ -70,7 +70,7 @@ class Module:
                                     cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def fused_decode(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
+    def fused_decode(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -93,14 +93,28 @@ class Module:
                         row_start: T.let[T.int32] = 0
                         head_start: T.let[T.int32] = vtile * 16 + row_start
                         with T.sblock("load_query"):
-                            T.reads(query[seq, head_start:head_start + (16 - T.max(row_start, 0)), 0:128])
-                            T.writes(q_tile[vtile, 0:128, 0:16])
-                            for r, d in T.grid(16, 128):
-                                with T.sblock("q_tile"):
-                                    vr, vd = T.axis.remap("SS", [r, d])
-                                    T.reads(query[seq, head_start + vr, vd])
-                                    T.writes(q_tile[vtile, vd, vr])
-                                    q_tile[vtile, vd, vr] = T.if_then_else(vr < T.min(16 - row_start, 16), T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
+                            T.reads(query[seq, head_start:head_start + 16, 0:128])
+                            T.writes(q_tile[0, 0:128, 0:16])
+                            q_tile_global = T.sblock_alloc_buffer((1, 16, 128))
+                            for r, d_0 in T.grid(16, 8):
+                                for d_1 in T.vectorized(16):
+                                    with T.sblock("q_tile"):
+                                        vr = T.axis.spatial(16, r)
+                                        vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                        T.reads(query[seq, head_start + vr, vd])
+                                        T.writes(q_tile_global[0, vr, vd])
+                                        q_tile_global[0, vr, vd] = T.if_then_else(vr < 16, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
+                            for ax0, ax1_0, ax2_0 in T.grid(1, 4, 32):
+                                with T.sblock("q_tile_global_o"):
+                                    v0_o, v1_o, v2_o = T.axis.remap("SSS", [ax0, ax1_0, ax2_0])
+                                    T.reads(q_tile_global[v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
+                                    T.writes(q_tile[0, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4])
+                                    turned = T.match_buffer(q_tile[0, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4], (4, 4), strides=("turned_row", 1), offset_factor=1)
+                                    block = T.match_buffer(q_tile_global[v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4], (4, 4), strides=("block_row", 1), offset_factor=1)
+                                    turned[0, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [0, 4, 1, 5]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [0, 4, 1, 5])], [0, 4, 1, 5])
+                                    turned[1, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [0, 4, 1, 5]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [0, 4, 1, 5])], [2, 6, 3, 7])
+                                    turned[2, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [2, 6, 3, 7]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [2, 6, 3, 7])], [0, 4, 1, 5])
+                                    turned[3, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [2, 6, 3, 7]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [2, 6, 3, 7])], [2, 6, 3, 7])
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
@@ -186,12 +200,12 @@ class Module:
                                         tile_max = T.sblock_alloc_buffer((1, 16))
                                         tile_sum = T.sblock_alloc_buffer((1, 16))
                                         tile_acc = T.sblock_alloc_buffer((1, 128, 16))
-                                        tile_index: T.let[T.int32] = vkv + vgt
+                                        first_tile: T.let[T.int32] = vkv + vgt
                                         with T.sblock("qk_matmul"):
-                                            T.reads(q_tile[tile_index, 0:128, 0:16], k_tile[0:(valid_len + 7) // 8 * 8, 0:4, 0:2, 0:16], key_cache[0:k_span], key_offsets[0:256])
+                                            T.reads(q_tile[first_tile, 0:128, 0:16], k_tile[0:(valid_len + 7) // 8 * 8, 0:4, 0:2, 0:16], key_cache[0:k_span], key_offsets[0:256])
                                             T.writes(scores[0, 0:(valid_len + 7) // 8 * 8, 0:16])
                                             scores_global = T.sblock_alloc_buffer((1, (valid_len + 7) // 8 * 8, 16))
-                                            for to_m in range((valid_len + 8 - 1) // 8):
+                                            for __m, to_m in T.grid(1, (valid_len + 8 - 1) // 8):
                                                 for n in range(32):
                                                     with T.sblock("prefetch_keys"):
                                                         vo = T.axis.spatial(16, to_m)
@@ -204,7 +218,7 @@ class Module:
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("scores_init"):
                                                             vt = T.axis.spatial(128, to_m * 8 + ti_init)
-                                                            vr = T.axis.spatial(16, r_init)
+                                                            vi, vr = T.axis.remap("SS", [__m, r_init])
                                                             T.reads()
                                                             T.writes(scores_global[0, vt, vr])
                                                             scores_global[0, vt, vr] = T.float32(0.0)
@@ -213,11 +227,11 @@ class Module:
                                                         for r in T.vectorized(16):
                                                             with T.sblock("scores_update"):
                                                                 vt = T.axis.spatial(128, to_m * 8 + ti)
-                                                                vr = T.axis.spatial(16, r)
+                                                                vi, vr = T.axis.remap("SS", [__m, r])
                                                                 vd = T.axis.reduce(128, d_0 * 32 + d_1 * 2 + d_2)
-                                                                T.reads(scores_global[0, vt, vr], q_tile[tile_index, vd, vr], k_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
+                                                                T.reads(scores_global[0, vt, vr], q_tile[first_tile, vd, vr], k_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
                                                                 T.writes(scores_global[0, vt, vr])
-                                                                scores_global[0, vt, vr] = scores_global[0, vt, vr] + q_tile[tile_index, vd, vr] * k_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
+                                                                scores_global[0, vt, vr] = scores_global[0, vt, vr] + q_tile[first_tile, vd, vr] * k_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
                                                 for ax0 in range(1):
                                                     for ax1 in T.unroll(8):
                                                         for ax2 in T.vectorized(16):
@@ -228,84 +242,89 @@ class Module:
                                                                 T.reads(scores_global[v0, v1, v2])
                                                                 T.writes(scores[v0, v1, v2])
                                                                 scores[v0, v1, v2] = scores_global[v0, v1, v2]
-                                        with T.sblock("softmax_prepare"):
-                                            T.reads(scores[0, 0:num_groups * 8, 0:16])
-                                            T.writes(probs[0, 0:num_groups * 8, 0:16], tile_max[0, 0:16], tile_sum[0, 0:16])
-                                            scaled = T.sblock_alloc_buffer((128, 16))
-                                            peak = T.sblock_alloc_buffer((16,))
-                                            for to, ti in T.grid(num_groups, 8):
-                                                for r in T.vectorized(16):
-                                                    with T.sblock("scaled"):
-                                                        vo = T.axis.spatial(16, to)
-                                                        vi, vr = T.axis.remap("SS", [ti, r])
-                                                        T.reads(scores[0, vo * 8 + vi, vr])
-                                                        T.writes(scaled[vo * 8 + vi, vr])
-                                                        scaled[vo * 8 + vi, vr] = T.Select(vi < valid_len - vo * 8, scores[0, vo * 8 + vi, vr] * scale, T.float32("-inf"))
-                                            for r_init in T.vectorized(16):
-                                                with T.sblock("peak_init"):
-                                                    vr = T.axis.spatial(16, r_init)
-                                                    T.reads()
-                                                    T.writes(peak[vr])
-                                                    peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                            for to, ti in T.grid(num_groups, 8):
-                                                for r in T.vectorized(16):
-                                                    with T.sblock("peak_update"):
-                                                        vt = T.axis.reduce(128, to * 8 + ti)
-                                                        vr = T.axis.spatial(16, r)
-                                                        T.reads(peak[vr], scaled[vt, vr])
-                                                        T.writes(peak[vr])
-                                                        peak[vr] = T.max(peak[vr], scaled[vt, vr])
-                                            for r in T.vectorized(16):
-                                                with T.sblock("tile_max"):
-                                                    vr = T.axis.spatial(16, r)
-                                                    T.reads(peak[vr])
-                                                    T.writes(tile_max[0, vr])
-                                                    tile_max[0, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                            for to, ti in T.grid(num_groups, 8):
-                                                for r in T.vectorized(16):
-                                                    with T.sblock("probs"):
-                                                        vt = T.axis.spatial(128, to * 8 + ti)
-                                                        vr = T.axis.spatial(16, r)
-                                                        T.reads(scaled[vt, vr], tile_max[0, vr])
-                                                        T.writes(probs[0, vt, vr])
-                                                        arg: T.let[T.float32] = scaled[vt, vr] - tile_max[0, vr]
-                                                        bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                        n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
-                                                        f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                        high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                                        series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                                        power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                                                        probs[0, vt, vr] = T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power)
-                                            for r_init in T.vectorized(16):
-                                                with T.sblock("tile_sum_init"):
-                                                    vr = T.axis.spatial(16, r_init)
-                                                    T.reads()
-                                                    T.writes(tile_sum[0, vr])
-                                                    tile_sum[0, vr] = T.float32(0.0)
-                                            for to, ti in T.grid(num_groups, 8):
-                                                for r in T.vectorized(16):
-                                                    with T.sblock("tile_sum_update"):
-                                                        vt = T.axis.reduce(128, to * 8 + ti)
-                                                        vr = T.axis.spatial(16, r)
-                                                        T.reads(tile_sum[0, vr], probs[0, vt, vr])
-                                                        T.writes(tile_sum[0, vr])
-                                                        tile_sum[0, vr] = tile_sum[0, vr] + probs[0, vt, vr]
+                                        for tile in range(1):
+                                            with T.sblock("softmax"):
+                                                vi = T.axis.spatial(1, tile)
+                                                T.reads()
+                                                T.writes()
+                                                with T.sblock("softmax_prepare"):
+                                                    T.reads(scores[vi, 0:num_groups * 8, 0:16])
+                                                    T.writes(probs[vi, 0:num_groups * 8, 0:16], tile_max[vi, 0:16], tile_sum[vi, 0:16])
+                                                    scaled = T.sblock_alloc_buffer((128, 16))
+                                                    peak = T.sblock_alloc_buffer((16,))
+                                                    for to, ti in T.grid(num_groups, 8):
+                                                        for r in T.vectorized(16):
+                                                            with T.sblock("scaled"):
+                                                                vo = T.axis.spatial(16, to)
+                                                                vi_1, vr = T.axis.remap("SS", [ti, r])
+                                                                T.reads(scores[vi, vo * 8 + vi_1, vr])
+                                                                T.writes(scaled[vo * 8 + vi_1, vr])
+                                                                scaled[vo * 8 + vi_1, vr] = T.Select(vi_1 < valid_len - vo * 8, scores[vi, vo * 8 + vi_1, vr] * scale, T.float32("-inf"))
+                                                    for r_init in T.vectorized(16):
+                                                        with T.sblock("peak_init"):
+                                                            vr = T.axis.spatial(16, r_init)
+                                                            T.reads()
+                                                            T.writes(peak[vr])
+                                                            peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                    for to, ti in T.grid(num_groups, 8):
+                                                        for r in T.vectorized(16):
+                                                            with T.sblock("peak_update"):
+                                                                vt = T.axis.reduce(128, to * 8 + ti)
+                                                                vr = T.axis.spatial(16, r)
+                                                                T.reads(peak[vr], scaled[vt, vr])
+                                                                T.writes(peak[vr])
+                                                                peak[vr] = T.max(peak[vr], scaled[vt, vr])
+                                                    for r in T.vectorized(16):
+                                                        with T.sblock("tile_max"):
+                                                            vr = T.axis.spatial(16, r)
+                                                            T.reads(peak[vr])
+                                                            T.writes(tile_max[vi, vr])
+                                                            tile_max[vi, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
+                                                    for to, ti in T.grid(num_groups, 8):
+                                                        for r in T.vectorized(16):
+                                                            with T.sblock("probs"):
+                                                                vt = T.axis.spatial(128, to * 8 + ti)
+                                                                vr = T.axis.spatial(16, r)
+                                                                T.reads(scaled[vt, vr], tile_max[vi, vr])
+                                                                T.writes(probs[vi, vt, vr])
+                                                                arg: T.let[T.float32] = scaled[vt, vr] - tile_max[vi, vr]
+                                                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                                                f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
+                                                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
+                                                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                                                probs[vi, vt, vr] = T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power)
+                                                    for r_init in T.vectorized(16):
+                                                        with T.sblock("tile_sum_init"):
+                                                            vr = T.axis.spatial(16, r_init)
+                                                            T.reads()
+                                                            T.writes(tile_sum[vi, vr])
+                                                            tile_sum[vi, vr] = T.float32(0.0)
+                                                    for to, ti in T.grid(num_groups, 8):
+                                                        for r in T.vectorized(16):
+                                                            with T.sblock("tile_sum_update"):
+                                                                vt = T.axis.reduce(128, to * 8 + ti)
+                                                                vr = T.axis.spatial(16, r)
+                                                                T.reads(tile_sum[vi, vr], probs[vi, vt, vr])
+                                                                T.writes(tile_sum[vi, vr])
+                                                                tile_sum[vi, vr] = tile_sum[vi, vr] + probs[vi, vt, vr]
                                         num_full: T.let[T.int32] = valid_len // 8
                                         with T.sblock("pv_matmul"):
                                             T.reads(probs[0, T.min(0, num_full * 8):T.min(0, num_full * 8) + (T.max(num_full * 8, num_full * 8 + valid_len % 8) - T.min(0, num_full * 8)), 0:16], v_tile[T.min(0, num_full * 8):T.min(0, num_full * 8) + (T.max(num_full * 8, num_full * 8 + valid_len % 8) - T.min(0, num_full * 8)), 0:4, 0:2, 0:16], value_cache[0:v_span], value_offsets[0:256])
                                             T.writes(tile_acc[0, 0:128, 0:16])
-                                            full_acc = T.sblock_alloc_buffer((128, 16))
+                                            full_acc = T.sblock_alloc_buffer((1, 128, 16))
                                             fetched = T.sblock_alloc_buffer((128, 4), "int8")
-                                            full_acc_global = T.sblock_alloc_buffer((128, 16))
-                                            for d_0 in range(16):
+                                            full_acc_global = T.sblock_alloc_buffer((1, 128, 16))
+                                            for i, d_0 in T.grid(1, 16):
                                                 for d_1_init in T.unroll(8):
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("full_groups_init"):
-                                                            vr = T.axis.spatial(16, r_init)
+                                                            vi, vr = T.axis.remap("SS", [i, r_init])
                                                             vd = T.axis.spatial(128, d_0 * 8 + d_1_init)
                                                             T.reads()
-                                                            T.writes(full_acc_global[vd, vr])
-                                                            full_acc_global[vd, vr] = T.float32(0.0)
+                                                            T.writes(full_acc_global[vi, vd, vr])
+                                                            full_acc_global[vi, vd, vr] = T.float32(0.0)
                                                 for to in range(num_full):
                                                     for ax0, ax1, ax2 in T.grid(1, 8, 1):
                                                         with T.sblock("prefetch_values"):
@@ -322,124 +341,172 @@ class Module:
                                                             for r in T.vectorized(16):
                                                                 with T.sblock("full_groups_update"):
                                                                     vt = T.axis.reduce(128, to * 8 + ti)
-                                                                    vr = T.axis.spatial(16, r)
+                                                                    vi, vr = T.axis.remap("SS", [i, r])
                                                                     vd = T.axis.spatial(128, d_0 * 8 + d_1)
-                                                                    T.reads(full_acc_global[vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt], fetched[vt, vd * 4 // 128])
-                                                                    T.writes(full_acc_global[vd, vr])
-                                                                    full_acc_global[vd, vr] = full_acc_global[vd, vr] + probs[0, vt, vr] * v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
-                                                for ax0 in T.unroll(8):
-                                                    for ax1 in T.vectorized(16):
-                                                        with T.sblock("full_acc_global"):
-                                                            v0 = T.axis.spatial(128, d_0 * 8 + ax0)
-                                                            v1 = T.axis.spatial(16, ax1)
-                                                            T.reads(full_acc_global[v0, v1])
-                                                            T.writes(full_acc[v0, v1])
-                                                            full_acc[v0, v1] = full_acc_global[v0, v1]
-                                            for d_init in range(128):
-                                                for r_init in T.vectorized(16):
-                                                    with T.sblock("tile_acc_init"):
-                                                        vr, vd = T.axis.remap("SS", [r_init, d_init])
-                                                        T.reads()
-                                                        T.writes(tile_acc[0, vd, vr])
-                                                        tile_acc[0, vd, vr] = full_acc[vd, vr]
-                                            for ti, d in T.grid(valid_len % 8, 128):
-                                                for r in T.vectorized(16):
-                                                    with T.sblock("tile_acc_update"):
-                                                        vt = T.axis.reduce(128, num_full * 8 + ti)
-                                                        vr, vd = T.axis.remap("SS", [r, d])
-                                                        T.reads(tile_acc[0, vd, vr], full_acc[vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt])
-                                                        T.writes(tile_acc[0, vd, vr])
-                                                        tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
-                                        with T.sblock("online_update"):
-                                            T.reads(tile_max[0, 0:16], tile_sum[0, 0:16], tile_acc[0, 0:128, 0:16], row_max[tile_index, 0:16], row_sum[tile_index, 0:16])
-                                            T.writes(row_max[tile_index, 0:16], row_sum[tile_index, 0:16], acc[tile_index, 0:128, 0:16])
-                                            new_max = T.sblock_alloc_buffer((16,))
-                                            new_sum = T.sblock_alloc_buffer((16,))
-                                            alpha = T.sblock_alloc_buffer((16,))
-                                            beta = T.sblock_alloc_buffer((16,))
-                                            for r in T.vectorized(16):
-                                                with T.sblock("rescale"):
-                                                    vr = T.axis.spatial(16, r)
-                                                    T.reads(row_max[tile_index, vr], row_sum[tile_index, vr], tile_max[0, vr], tile_sum[0, vr])
-                                                    T.writes(new_max[vr], alpha[vr], beta[vr])
-                                                    old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[tile_index, vr])
-                                                    old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[tile_index, vr])
-                                                    both: T.let[T.float32] = T.max(old_max, tile_max[0, vr])
-                                                    old_or_both: T.let[T.float32] = T.Select(tile_sum[0, vr] == T.float32(0.0), old_max, both)
-                                                    m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[0, vr], old_or_both)
-                                                    new_max[vr] = m
-                                                    arg: T.let[T.float32] = old_max - m
-                                                    bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                    n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
-                                                    f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                    high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                                    series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                                    power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                                                    alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                                                    arg_1: T.let[T.float32] = tile_max[0, vr] - m
-                                                    bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                    n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
-                                                    f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                                                    high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                                                    series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                                                    power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
-                                                    beta[vr] = T.Select(tile_sum[0, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                                            for r in T.vectorized(16):
-                                                with T.sblock("new_sum"):
-                                                    vr = T.axis.spatial(16, r)
-                                                    T.reads(row_sum[tile_index, vr], alpha[vr], beta[vr], tile_sum[0, vr])
-                                                    T.writes(new_sum[vr])
-                                                    previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[tile_index, vr])
-                                                    new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[0, vr]
-                                            for r in T.vectorized(16):
-                                                with T.sblock("row"):
-                                                    vr = T.axis.spatial(16, r)
-                                                    T.reads(new_max[vr], new_sum[vr])
-                                                    T.writes(row_max[tile_index, vr], row_sum[tile_index, vr])
-                                                    row_max[tile_index, vr] = new_max[vr]
-                                                    row_sum[tile_index, vr] = new_sum[vr]
-                                            for d in range(128):
-                                                for r in T.vectorized(16):
-                                                    with T.sblock("acc"):
-                                                        vr, vd = T.axis.remap("SS", [r, d])
-                                                        vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                        T.reads(alpha[vr], beta[vr], tile_acc[0, vd, vr])
-                                                        T.writes(acc[tile_index, vd, vr])
-                                                        with T.init():
-                                                            acc[tile_index, vd, vr] = T.float32(0.0)
-                                                        acc[tile_index, vd, vr] = alpha[vr] * acc[tile_index, vd, vr] + beta[vr] * tile_acc[0, vd, vr]
+                                                                    T.reads(full_acc_global[vi, vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt], fetched[vt, vd * 4 // 128])
+                                                                    T.writes(full_acc_global[vi, vd, vr])
+                                                                    full_acc_global[vi, vd, vr] = full_acc_global[vi, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
+                                                for ax0 in range(1):
+                                                    for ax1 in T.unroll(8):
+                                                        for ax2 in T.vectorized(16):
+                                                            with T.sblock("full_acc_global"):
+                                                                v0 = T.axis.spatial(1, ax0)
+                                                                v1 = T.axis.spatial(128, d_0 * 8 + ax1)
+                                                                v2 = T.axis.spatial(16, ax2)
+                                                                T.reads(full_acc_global[v0, v1, v2])
+                                                                T.writes(full_acc[v0, v1, v2])
+                                                                full_acc[v0, v1, v2] = full_acc_global[v0, v1, v2]
+                                            for i in range(1):
+                                                for d_init in range(128):
+                                                    for r_init in T.vectorized(16):
+                                                        with T.sblock("tile_acc_init"):
+                                                            vi, vr, vd = T.axis.remap("SSS", [i, r_init, d_init])
+                                                            T.reads()
+                                                            T.writes(tile_acc[0, vd, vr])
+                                                            tile_acc[0, vd, vr] = full_acc[vi, vd, vr]
+                                                for ti, d in T.grid(valid_len % 8, 128):
+                                                    for r in T.vectorized(16):
+                                                        with T.sblock("tile_acc_update"):
+                                                            vt = T.axis.reduce(128, num_full * 8 + ti)
+                                                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                                                            T.reads(tile_acc[0, vd, vr], full_acc[vi, vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt])
+                                                            T.writes(tile_acc[0, vd, vr])
+                                                            tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
+                                        for tile in range(1):
+                                            with T.sblock("update"):
+                                                vi = T.axis.spatial(1, tile)
+                                                T.reads()
+                                                T.writes()
+                                                with T.sblock("online_update"):
+                                                    T.reads(tile_max[vi, 0:16], tile_sum[vi, 0:16], tile_acc[vi, 0:128, 0:16], row_max[first_tile + vi, 0:16], row_sum[first_tile + vi, 0:16])
+                                                    T.writes(row_max[first_tile + vi, 0:16], row_sum[first_tile + vi, 0:16], acc[first_tile, 0:128, 0:16])
+                                                    new_max = T.sblock_alloc_buffer((16,))
+                                                    new_sum = T.sblock_alloc_buffer((16,))
+                                                    alpha = T.sblock_alloc_buffer((16,))
+                                                    beta = T.sblock_alloc_buffer((16,))
+                                                    for r in T.vectorized(16):
+                                                        with T.sblock("rescale"):
+                                                            vr = T.axis.spatial(16, r)
+                                                            T.reads(row_max[first_tile + vi, vr], row_sum[first_tile + vi, vr], tile_max[vi, vr], tile_sum[vi, vr])
+                                                            T.writes(new_max[vr], alpha[vr], beta[vr])
+                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first_tile + vi, vr])
+                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vi, vr])
+                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vi, vr])
+                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vi, vr] == T.float32(0.0), old_max, both)
+                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vi, vr], old_or_both)
+                                                            new_max[vr] = m
+                                                            arg: T.let[T.float32] = old_max - m
+                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                                            n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                                            f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                                            high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
+                                                            series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
+                                                            power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                                            alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                                            arg_1: T.let[T.float32] = tile_max[vi, vr] - m
+                                                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                                            n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                                            f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
+                                                            high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
+                                                            series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
+                                                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                                            beta[vr] = T.Select(tile_sum[vi, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                                                    for r in T.vectorized(16):
+                                                        with T.sblock("new_sum"):
+                                                            vr = T.axis.spatial(16, r)
+                                                            T.reads(row_sum[first_tile + vi, vr], alpha[vr], beta[vr], tile_sum[vi, vr])
+                                                            T.writes(new_sum[vr])
+                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vi, vr])
+                                                            new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[vi, vr]
+                                                    for r in T.vectorized(16):
+                                                        with T.sblock("row"):
+                                                            vr = T.axis.spatial(16, r)
+                                                            T.reads(new_max[vr], new_sum[vr])
+                                                            T.writes(row_max[first_tile + vi, vr], row_sum[first_tile + vi, vr])
+                                                            row_max[first_tile + vi, vr] = new_max[vr]
+                                                            row_sum[first_tile + vi, vr] = new_sum[vr]
+                                                    with T.sblock("rescale_acc"):
+                                                        T.reads(tile_acc[vi, 0:128, 0:16], alpha[0:16], beta[0:16])
+                                                        T.writes(acc[first_tile, 0:128, 0:16])
+                                                        for d in range(128):
+                                                            for r in T.vectorized(16):
+                                                                with T.sblock("acc"):
+                                                                    vr, vd = T.axis.remap("SS", [r, d])
+                                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                                    T.reads(alpha[vr], beta[vr], tile_acc[vi, vd, vr])
+                                                                    T.writes(acc[first_tile, vd, vr])
+                                                                    with T.init():
+                                                                        acc[first_tile, vd, vr] = T.float32(0.0)
+                                                                    acc[first_tile, vd, vr] = alpha[vr] * acc[first_tile, vd, vr] + beta[vr] * tile_acc[vi, vd, vr]
                 for tile in range(1):
-                    with T.sblock("partial"):
+                    with T.sblock("result"):
                         vtile = T.axis.spatial(1, tile)
                         T.reads()
                         T.writes()
                         first_row: T.let[T.int32] = 0
                         first_head: T.let[T.int32] = vtile * 16 + first_row
-                        with T.sblock("store_partial"):
-                            T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:128, 0:16 - T.max(first_row, 0)])
-                            T.writes(partial_max[partial_start + vs, first_head:first_head + (16 - T.max(first_row, 0))], partial_sum[partial_start + vs, first_head:first_head + (16 - T.max(first_row, 0))], partial_acc[partial_start + vs, first_head:first_head + (16 - T.max(first_row, 0)), 0:128])
-                            for r in range(16 - T.max(first_row, 0)):
-                                with T.sblock("store_row"):
-                                    vr = T.axis.spatial(16, r)
-                                    T.reads(row_max[vtile, vr], row_sum[vtile, vr])
-                                    T.writes(partial_max[partial_start + vs, first_head + vr], partial_sum[partial_start + vs, first_head + vr])
-                                    partial_max[partial_start + vs, first_head + vr] = row_max[vtile, vr]
-                                    partial_sum[partial_start + vs, first_head + vr] = row_sum[vtile, vr]
-                            for r, d in T.grid(T.min(16 - first_row, 16), 128):
-                                with T.sblock("store_acc"):
-                                    vr = T.axis.spatial(16, r)
-                                    vd = T.axis.spatial(128, d)
-                                    T.reads(acc[vtile, vd, vr])
-                                    T.writes(partial_acc[partial_start + vs, first_head + vr, vd])
-                                    partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vd, vr]
+                        if partial_start < 0:
+                            with T.sblock("normalize"):
+                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:128, 0:16])
+                                T.writes(out[seq, first_head:first_head + 16, 0:128], lse[seq, first_head:first_head + 16])
+                                factor = T.sblock_alloc_buffer((16,))
+                                acc_global = T.sblock_alloc_buffer((1, 16, 128))
+                                for ax0, ax1_0, ax2_0 in T.grid(1, 32, 4):
+                                    with T.sblock("acc_global_o"):
+                                        v0_o, v1_o, v2_o = T.axis.remap("SSS", [ax0, ax1_0, ax2_0])
+                                        T.reads(acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
+                                        T.writes(acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4])
+                                        turned = T.match_buffer(acc_global[v0_o, v2_o * 4:v2_o * 4 + 4, v1_o * 4:v1_o * 4 + 4], (4, 4), strides=("turned_row", 1), offset_factor=1)
+                                        block = T.match_buffer(acc[vtile + v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4], (4, 4), strides=("block_row", 1), offset_factor=1)
+                                        turned[0, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [0, 4, 1, 5]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [0, 4, 1, 5])], [0, 4, 1, 5])
+                                        turned[1, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [0, 4, 1, 5]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [0, 4, 1, 5])], [2, 6, 3, 7])
+                                        turned[2, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [2, 6, 3, 7]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [2, 6, 3, 7])], [0, 4, 1, 5])
+                                        turned[3, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [2, 6, 3, 7]), T.Shuffle([block[1, T.Ramp(0, 1, 4)], block[3, T.Ramp(0, 1, 4)]], [2, 6, 3, 7])], [2, 6, 3, 7])
+                                for r in T.vectorized(16):
+                                    with T.sblock("factor"):
+                                        vr = T.axis.spatial(16, r)
+                                        T.reads(row_sum[vtile, vr])
+                                        T.writes(factor[vr])
+                                        total: T.let[T.float32] = row_sum[vtile, vr]
+                                        factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
+                                for r, d_0 in T.grid(16, 4):
+                                    for d_1 in T.vectorized(32):
+                                        with T.sblock("out"):
+                                            vr = T.axis.spatial(16, r)
+                                            vd = T.axis.spatial(128, d_0 * 32 + d_1)
+                                            T.reads(acc_global[0, vr, vd], factor[vr])
+                                            T.writes(out[seq, first_head + vr, vd])
+                                            out[seq, first_head + vr, vd] = T.Cast("float32", acc_global[0, vr, vd] * factor[vr])
+                                for r in range(16):
+                                    with T.sblock("lse"):
+                                        vr = T.axis.spatial(16, r)
+                                        T.reads(row_sum[vtile, vr], row_max[vtile, vr])
+                                        T.writes(lse[seq, first_head + vr])
+                                        lse[seq, first_head + vr] = T.Select(row_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), row_max[vtile, vr] + T.log(row_sum[vtile, vr]))
+                        else:
+                            with T.sblock("store_partial"):
+                                T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:128, 0:16])
+                                T.writes(partial_max[partial_start + vs, first_head:first_head + 16], partial_sum[partial_start + vs, first_head:first_head + 16], partial_acc[partial_start + vs, first_head:first_head + 16, 0:128])
+                                for r in range(16):
+                                    with T.sblock("store_row"):
+                                        vr = T.axis.spatial(16, r)
+                                        T.reads(row_max[vtile, vr], row_sum[vtile, vr])
+                                        T.writes(partial_max[partial_start + vs, first_head + vr], partial_sum[partial_start + vs, first_head + vr])
+                                        partial_max[partial_start + vs, first_head + vr] = row_max[vtile, vr]
+                                        partial_sum[partial_start + vs, first_head + vr] = row_sum[vtile, vr]
+                                for r, d in T.grid(16, 128):
+                                    with T.sblock("store_acc"):
+                                        vr, vd = T.axis.remap("SS", [r, d])
+                                        T.reads(acc[vtile, vd, vr])
+                                        T.writes(partial_acc[partial_start + vs, first_head + vr, vd])
+                                        partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vd, vr]
 
     @T.prim_func(s_tir=True)
     def merge_partials(partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):
         # with T.sblock("root"):
         row_max = T.sblock_alloc_buffer((1, 16))
         row_sum = T.sblock_alloc_buffer((1, 16))
-        acc = T.sblock_alloc_buffer((1, 16, 4, 2, 16))
-        factor = T.sblock_alloc_buffer((16,))
+        acc = T.sblock_alloc_buffer((1, 16, 128))
         for step in range(num_partials):
             with T.sblock("partial"):
                 vstep = T.axis.opaque(num_partials, step)
@@ -448,7 +515,7 @@ class Module:
                 slot: T.let[T.int32] = partial_start + vstep
                 with T.sblock("online_update"):
                     T.reads(partial_max[slot, 0:16], partial_sum[slot, 0:16], partial_acc[slot, 0:16, 0:128], row_max[0, 0:16], row_sum[0, 0:16])
-                    T.writes(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:4, 0:2, 0:16])
+                    T.writes(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
                     new_max = T.sblock_alloc_buffer((16,))
                     new_sum = T.sblock_alloc_buffer((16,))
                     alpha = T.sblock_alloc_buffer((16,))
@@ -494,34 +561,42 @@ class Module:
                             T.writes(row_max[0, vr], row_sum[0, vr])
                             row_max[0, vr] = new_max[vr]
                             row_sum[0, vr] = new_sum[vr]
-                    for r, d_0, d_2 in T.grid(16, 4, 2):
-                        for d_1 in T.vectorized(16):
-                            with T.sblock("acc"):
-                                vr = T.axis.spatial(16, r)
-                                vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
-                                vstep_1 = T.axis.reduce(num_partials, vstep)
-                                T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
-                                T.writes(acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
-                                with T.init():
-                                    acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = T.float32(0.0)
-                                acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = alpha[vr] * acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] + beta[vr] * partial_acc[slot, vr, vd]
-        for h in T.vectorized(16):
-            with T.sblock("factor"):
-                vh = T.axis.spatial(16, h)
-                T.reads(row_sum[0, vh])
-                T.writes(factor[vh])
-                factor[vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32(0.0), T.float32(1.0) / row_sum[0, vh])
-        for h, d_0, d_2 in T.grid(16, 4, 2):
-            for d_1 in T.vectorized(16):
-                with T.sblock("out"):
-                    vh = T.axis.spatial(16, h)
-                    vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
-                    T.reads(acc[0, vh, vd // 32, vd % 2, vd % 32 // 2], factor[vh])
-                    T.writes(out[seq, vh, vd])
-                    out[seq, vh, vd] = T.Cast("float32", acc[0, vh, vd // 32, vd % 2, vd % 32 // 2] * factor[vh])
-        for h in range(16):
-            with T.sblock("lse"):
-                vh = T.axis.spatial(16, h)
-                T.reads(row_sum[0, vh], row_max[0, vh])
-                T.writes(lse[seq, vh])
-                lse[seq, vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32("-inf"), row_max[0, vh] + T.log(row_sum[0, vh]))
+                    with T.sblock("rescale_acc"):
+                        T.reads(partial_acc[slot, 0:16, 0:128], alpha[0:16], beta[0:16])
+                        T.writes(acc[0, 0:16, 0:128])
+                        for r, d_0 in T.grid(16, 8):
+                            for d_1 in T.vectorized(16):
+                                with T.sblock("acc"):
+                                    vr = T.axis.spatial(16, r)
+                                    vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                    vstep_1 = T.axis.reduce(num_partials, vstep)
+                                    T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
+                                    T.writes(acc[0, vr, vd])
+                                    with T.init():
+                                        acc[0, vr, vd] = T.float32(0.0)
+                                    acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
+        with T.sblock("normalize"):
+            T.reads(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
+            T.writes(out[seq, 0:16, 0:128], lse[seq, 0:16])
+            factor = T.sblock_alloc_buffer((16,))
+            for r in T.vectorized(16):
+                with T.sblock("factor"):
+                    vr = T.axis.spatial(16, r)
+                    T.reads(row_sum[0, vr])
+                    T.writes(factor[vr])
+                    total: T.let[T.float32] = row_sum[0, vr]
+                    factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
+            for r, d_0 in T.grid(16, 8):
+                for d_1 in T.vectorized(16):
+                    with T.sblock("out"):
+                        vr = T.axis.spatial(16, r)
+                        vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                        T.reads(acc[0, vr, vd], factor[vr])
+                        T.writes(out[seq, vr, vd])
+                        out[seq, vr, vd] = T.Cast("float32", acc[0, vr, vd] * factor[vr])
+            for r in range(16):
+                with T.sblock("lse"):
+                    vr = T.axis.spatial(16, r)
+                    T.reads(row_sum[0, vr], row_max[0, vr])
+                    T.writes(lse[seq, vr])
+                    lse[seq, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr]))

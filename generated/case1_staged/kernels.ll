@@ -488,9 +488,9 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %beta32.i = alloca [16 x float], align 16
-  %alpha33.i = alloca [16 x float], align 16
-  %factor36.i = alloca [16 x float], align 16
+  %factor37.i = alloca [16 x float], align 16
+  %beta38.i = alloca [16 x float], align 16
+  %alpha39.i = alloca [16 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -581,9 +581,9 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta32.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha33.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor36.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor37.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta38.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha39.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -606,526 +606,526 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   br label %for_body_step.i
 
 for_body_step.i:                                  ; preds = %for_end_r.i, %for_body_step.lr.ph.i
-  %indvars.iv63.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next64.i, %for_end_r.i ]
+  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r.i ]
   %43 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r.i ]
-  %44 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %104, %for_end_r.i ]
-  %45 = icmp eq i64 %indvars.iv63.i, 0
-  %46 = insertelement <16 x i1> poison, i1 %45, i64 0
-  %47 = shufflevector <16 x i1> %46, <16 x i1> poison, <16 x i32> zeroinitializer
-  %old_max.i = select <16 x i1> %47, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %43
-  %old_sum.i = select <16 x i1> %47, <16 x float> zeroinitializer, <16 x float> %44
-  %48 = add nsw i64 %indvars.iv63.i, %cse_v2.i
-  %cse_v8.i = shl nsw i64 %48, 4
-  %49 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v8.i
-  %50 = load <16 x float>, ptr %49, align 4, !tbaa !5
-  %51 = fcmp ogt <16 x float> %old_max.i, %50
-  %52 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v8.i
-  %53 = load <16 x float>, ptr %52, align 4, !tbaa !5
-  %54 = fcmp oeq <16 x float> %53, zeroinitializer
-  %55 = select <16 x i1> %54, <16 x i1> splat (i1 true), <16 x i1> %51
-  %old_or_both.i = select <16 x i1> %55, <16 x float> %old_max.i, <16 x float> %50
-  %56 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %56, <16 x float> %50, <16 x float> %old_or_both.i
+  %total4448.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %103, %for_end_r.i ]
+  %44 = icmp eq i64 %indvars.iv69.i, 0
+  %45 = insertelement <16 x i1> poison, i1 %44, i64 0
+  %46 = shufflevector <16 x i1> %45, <16 x i1> poison, <16 x i32> zeroinitializer
+  %old_max.i = select <16 x i1> %46, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %43
+  %old_sum.i = select <16 x i1> %46, <16 x float> zeroinitializer, <16 x float> %total4448.i
+  %47 = add nsw i64 %indvars.iv69.i, %cse_v2.i
+  %cse_v8.i = shl nsw i64 %47, 4
+  %48 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v8.i
+  %49 = load <16 x float>, ptr %48, align 4, !tbaa !5
+  %50 = fcmp ogt <16 x float> %old_max.i, %49
+  %51 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v8.i
+  %52 = load <16 x float>, ptr %51, align 4, !tbaa !5
+  %53 = fcmp oeq <16 x float> %52, zeroinitializer
+  %54 = select <16 x i1> %53, <16 x i1> splat (i1 true), <16 x i1> %50
+  %old_or_both.i = select <16 x i1> %54, <16 x float> %old_max.i, <16 x float> %49
+  %55 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %55, <16 x float> %49, <16 x float> %old_or_both.i
   %arg.i = fsub <16 x float> %old_max.i, %m.i
   %cse_v9.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %57 = bitcast <16 x float> %cse_v9.i to <16 x i32>
-  %58 = add nsw <16 x i32> %57, splat (i32 -1262485504)
-  %59 = sitofp <16 x i32> %58 to <16 x float>
-  %60 = fmul <16 x float> %59, splat (float 0x3F2BD01060000000)
-  %61 = fmul <16 x float> %59, splat (float 0x3FE6300000000000)
-  %62 = fsub <16 x float> %arg.i, %61
-  %63 = fadd <16 x float> %60, %62
-  %64 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %63, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %65 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %64, <16 x float> %63, <16 x float> splat (float 0x3F81112100000000))
-  %66 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %65, <16 x float> %63, <16 x float> splat (float 0x3FA5553820000000))
-  %67 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %66, <16 x float> %63, <16 x float> splat (float 0x3FC5555540000000))
-  %68 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %67, <16 x float> %63, <16 x float> splat (float 5.000000e-01))
-  %69 = fmul <16 x float> %63, %68
-  %70 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %69, <16 x float> %63, <16 x float> %63)
-  %71 = shl <16 x i32> %57, splat (i32 23)
-  %72 = add <16 x i32> %71, splat (i32 1065353216)
-  %73 = bitcast <16 x i32> %72 to <16 x float>
-  %74 = fadd <16 x float> %70, splat (float 1.000000e+00)
-  %75 = fmul <16 x float> %74, %73
-  %76 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
-  %77 = select <16 x i1> %76, <16 x float> zeroinitializer, <16 x float> %75
-  %78 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %79 = select <16 x i1> %78, <16 x float> %77, <16 x float> zeroinitializer
-  store <16 x float> %79, ptr %alpha33.i, align 16, !tbaa !17
-  %arg2.i = fsub <16 x float> %50, %m.i
+  %56 = bitcast <16 x float> %cse_v9.i to <16 x i32>
+  %57 = add nsw <16 x i32> %56, splat (i32 -1262485504)
+  %58 = sitofp <16 x i32> %57 to <16 x float>
+  %59 = fmul <16 x float> %58, splat (float 0x3F2BD01060000000)
+  %60 = fmul <16 x float> %58, splat (float 0x3FE6300000000000)
+  %61 = fsub <16 x float> %arg.i, %60
+  %62 = fadd <16 x float> %59, %61
+  %63 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %62, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %64 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %63, <16 x float> %62, <16 x float> splat (float 0x3F81112100000000))
+  %65 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %64, <16 x float> %62, <16 x float> splat (float 0x3FA5553820000000))
+  %66 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %65, <16 x float> %62, <16 x float> splat (float 0x3FC5555540000000))
+  %67 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %66, <16 x float> %62, <16 x float> splat (float 5.000000e-01))
+  %68 = fmul <16 x float> %62, %67
+  %69 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %68, <16 x float> %62, <16 x float> %62)
+  %70 = shl <16 x i32> %56, splat (i32 23)
+  %71 = add <16 x i32> %70, splat (i32 1065353216)
+  %72 = bitcast <16 x i32> %71 to <16 x float>
+  %73 = fadd <16 x float> %69, splat (float 1.000000e+00)
+  %74 = fmul <16 x float> %73, %72
+  %75 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
+  %76 = select <16 x i1> %75, <16 x float> zeroinitializer, <16 x float> %74
+  %77 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %78 = select <16 x i1> %77, <16 x float> %76, <16 x float> zeroinitializer
+  store <16 x float> %78, ptr %alpha39.i, align 16, !tbaa !17
+  %arg2.i = fsub <16 x float> %49, %m.i
   %cse_v6.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %80 = bitcast <16 x float> %cse_v6.i to <16 x i32>
-  %81 = add nsw <16 x i32> %80, splat (i32 -1262485504)
-  %82 = sitofp <16 x i32> %81 to <16 x float>
-  %83 = fmul <16 x float> %82, splat (float 0x3F2BD01060000000)
-  %84 = fmul <16 x float> %82, splat (float 0x3FE6300000000000)
-  %85 = fsub <16 x float> %arg2.i, %84
-  %86 = fadd <16 x float> %83, %85
-  %87 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %86, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %88 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %87, <16 x float> %86, <16 x float> splat (float 0x3F81112100000000))
-  %89 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %88, <16 x float> %86, <16 x float> splat (float 0x3FA5553820000000))
-  %90 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %89, <16 x float> %86, <16 x float> splat (float 0x3FC5555540000000))
-  %91 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %90, <16 x float> %86, <16 x float> splat (float 5.000000e-01))
-  %92 = fmul <16 x float> %86, %91
-  %93 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %92, <16 x float> %86, <16 x float> %86)
-  %94 = shl <16 x i32> %80, splat (i32 23)
-  %95 = add <16 x i32> %94, splat (i32 1065353216)
-  %96 = bitcast <16 x i32> %95 to <16 x float>
-  %97 = fadd <16 x float> %93, splat (float 1.000000e+00)
-  %98 = fmul <16 x float> %97, %96
-  %99 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
-  %100 = select <16 x i1> %99, <16 x float> zeroinitializer, <16 x float> %98
-  %101 = fcmp one <16 x float> %53, zeroinitializer
-  %102 = select <16 x i1> %101, <16 x float> %100, <16 x float> zeroinitializer
-  store <16 x float> %102, ptr %beta32.i, align 16, !tbaa !24
-  %103 = fmul <16 x float> %old_sum.i, %79
-  %104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %102, <16 x float> %53, <16 x float> %103)
-  %.idx.i = shl nsw i64 %48, 13
-  %105 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %45, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+  %79 = bitcast <16 x float> %cse_v6.i to <16 x i32>
+  %80 = add nsw <16 x i32> %79, splat (i32 -1262485504)
+  %81 = sitofp <16 x i32> %80 to <16 x float>
+  %82 = fmul <16 x float> %81, splat (float 0x3F2BD01060000000)
+  %83 = fmul <16 x float> %81, splat (float 0x3FE6300000000000)
+  %84 = fsub <16 x float> %arg2.i, %83
+  %85 = fadd <16 x float> %82, %84
+  %86 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %85, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %87 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %86, <16 x float> %85, <16 x float> splat (float 0x3F81112100000000))
+  %88 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %87, <16 x float> %85, <16 x float> splat (float 0x3FA5553820000000))
+  %89 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %88, <16 x float> %85, <16 x float> splat (float 0x3FC5555540000000))
+  %90 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %89, <16 x float> %85, <16 x float> splat (float 5.000000e-01))
+  %91 = fmul <16 x float> %85, %90
+  %92 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %91, <16 x float> %85, <16 x float> %85)
+  %93 = shl <16 x i32> %79, splat (i32 23)
+  %94 = add <16 x i32> %93, splat (i32 1065353216)
+  %95 = bitcast <16 x i32> %94 to <16 x float>
+  %96 = fadd <16 x float> %92, splat (float 1.000000e+00)
+  %97 = fmul <16 x float> %96, %95
+  %98 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
+  %99 = select <16 x i1> %98, <16 x float> zeroinitializer, <16 x float> %97
+  %100 = fcmp one <16 x float> %52, zeroinitializer
+  %101 = select <16 x i1> %100, <16 x float> %99, <16 x float> zeroinitializer
+  store <16 x float> %101, ptr %beta38.i, align 16, !tbaa !24
+  %102 = fmul <16 x float> %old_sum.i, %78
+  %103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %101, <16 x float> %52, <16 x float> %102)
+  %.idx.i = shl nsw i64 %47, 13
+  %104 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %44, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv59.i = phi i64 [ %indvars.iv.next60.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %106 = shl nuw nsw i64 %indvars.iv59.i, 7
-  %107 = getelementptr inbounds nuw float, ptr %beta32.i, i64 %indvars.iv59.i
-  %108 = load float, ptr %107, align 4, !tbaa !31
-  %109 = insertelement <16 x float> poison, float %108, i64 0
-  %110 = shufflevector <16 x float> %109, <16 x float> poison, <16 x i32> zeroinitializer
-  %111 = getelementptr float, ptr %105, i64 %106
-  %112 = getelementptr inbounds nuw float, ptr %alpha33.i, i64 %indvars.iv59.i
-  %113 = load float, ptr %112, align 4, !tbaa !32
-  %114 = getelementptr inbounds nuw float, ptr %acc.i, i64 %106
-  store <16 x float> zeroinitializer, ptr %114, align 4, !tbaa !5
-  %115 = load <16 x float>, ptr %111, align 4, !tbaa !5
-  %.scalar = fmul float %113, 0.000000e+00
-  %116 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %117 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> zeroinitializer
-  %118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %115, <16 x float> %117)
-  store <16 x float> %118, ptr %114, align 4, !tbaa !5
-  %119 = getelementptr inbounds nuw i8, ptr %114, i64 64
-  store <16 x float> zeroinitializer, ptr %119, align 4, !tbaa !5
-  %120 = getelementptr i8, ptr %111, i64 64
-  %121 = load <16 x float>, ptr %120, align 4, !tbaa !5
-  %122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %121, <16 x float> %117)
-  store <16 x float> %122, ptr %119, align 4, !tbaa !5
-  %123 = getelementptr inbounds nuw i8, ptr %114, i64 128
-  store <16 x float> zeroinitializer, ptr %123, align 4, !tbaa !5
-  %124 = getelementptr i8, ptr %111, i64 128
-  %125 = load <16 x float>, ptr %124, align 4, !tbaa !5
-  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %125, <16 x float> %117)
-  store <16 x float> %126, ptr %123, align 4, !tbaa !5
-  %127 = getelementptr inbounds nuw i8, ptr %114, i64 192
-  store <16 x float> zeroinitializer, ptr %127, align 4, !tbaa !5
-  %128 = getelementptr i8, ptr %111, i64 192
-  %129 = load <16 x float>, ptr %128, align 4, !tbaa !5
-  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %129, <16 x float> %117)
-  store <16 x float> %130, ptr %127, align 4, !tbaa !5
-  %131 = getelementptr inbounds nuw i8, ptr %114, i64 256
-  store <16 x float> zeroinitializer, ptr %131, align 4, !tbaa !5
-  %132 = getelementptr i8, ptr %111, i64 256
-  %133 = load <16 x float>, ptr %132, align 4, !tbaa !5
-  %134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %133, <16 x float> %117)
-  store <16 x float> %134, ptr %131, align 4, !tbaa !5
-  %135 = getelementptr inbounds nuw i8, ptr %114, i64 320
-  store <16 x float> zeroinitializer, ptr %135, align 4, !tbaa !5
-  %136 = getelementptr i8, ptr %111, i64 320
-  %137 = load <16 x float>, ptr %136, align 4, !tbaa !5
-  %138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %137, <16 x float> %117)
-  store <16 x float> %138, ptr %135, align 4, !tbaa !5
-  %139 = getelementptr inbounds nuw i8, ptr %114, i64 384
-  store <16 x float> zeroinitializer, ptr %139, align 4, !tbaa !5
-  %140 = getelementptr i8, ptr %111, i64 384
-  %141 = load <16 x float>, ptr %140, align 4, !tbaa !5
-  %142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %141, <16 x float> %117)
-  store <16 x float> %142, ptr %139, align 4, !tbaa !5
-  %143 = getelementptr inbounds nuw i8, ptr %114, i64 448
-  store <16 x float> zeroinitializer, ptr %143, align 4, !tbaa !5
-  %144 = getelementptr i8, ptr %111, i64 448
-  %145 = load <16 x float>, ptr %144, align 4, !tbaa !5
-  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %145, <16 x float> %117)
-  store <16 x float> %146, ptr %143, align 4, !tbaa !5
-  %indvars.iv.next60.i = add nuw nsw i64 %indvars.iv59.i, 1
-  %exitcond62.not.i = icmp eq i64 %indvars.iv.next60.i, 16
-  br i1 %exitcond62.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !33
+  %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
+  %105 = shl nuw nsw i64 %indvars.iv65.i, 7
+  %106 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv65.i
+  %107 = load float, ptr %106, align 4, !tbaa !31
+  %108 = insertelement <16 x float> poison, float %107, i64 0
+  %109 = shufflevector <16 x float> %108, <16 x float> poison, <16 x i32> zeroinitializer
+  %110 = getelementptr float, ptr %104, i64 %105
+  %111 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv65.i
+  %112 = load float, ptr %111, align 4, !tbaa !32
+  %113 = getelementptr inbounds nuw float, ptr %acc.i, i64 %105
+  store <16 x float> zeroinitializer, ptr %113, align 4, !tbaa !5
+  %114 = load <16 x float>, ptr %110, align 4, !tbaa !5
+  %.scalar = fmul float %112, 0.000000e+00
+  %115 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %116 = shufflevector <16 x float> %115, <16 x float> poison, <16 x i32> zeroinitializer
+  %117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %114, <16 x float> %116)
+  store <16 x float> %117, ptr %113, align 4, !tbaa !5
+  %118 = getelementptr inbounds nuw i8, ptr %113, i64 64
+  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
+  %119 = getelementptr i8, ptr %110, i64 64
+  %120 = load <16 x float>, ptr %119, align 4, !tbaa !5
+  %121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %120, <16 x float> %116)
+  store <16 x float> %121, ptr %118, align 4, !tbaa !5
+  %122 = getelementptr inbounds nuw i8, ptr %113, i64 128
+  store <16 x float> zeroinitializer, ptr %122, align 4, !tbaa !5
+  %123 = getelementptr i8, ptr %110, i64 128
+  %124 = load <16 x float>, ptr %123, align 4, !tbaa !5
+  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %124, <16 x float> %116)
+  store <16 x float> %125, ptr %122, align 4, !tbaa !5
+  %126 = getelementptr inbounds nuw i8, ptr %113, i64 192
+  store <16 x float> zeroinitializer, ptr %126, align 4, !tbaa !5
+  %127 = getelementptr i8, ptr %110, i64 192
+  %128 = load <16 x float>, ptr %127, align 4, !tbaa !5
+  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %128, <16 x float> %116)
+  store <16 x float> %129, ptr %126, align 4, !tbaa !5
+  %130 = getelementptr inbounds nuw i8, ptr %113, i64 256
+  store <16 x float> zeroinitializer, ptr %130, align 4, !tbaa !5
+  %131 = getelementptr i8, ptr %110, i64 256
+  %132 = load <16 x float>, ptr %131, align 4, !tbaa !5
+  %133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %132, <16 x float> %116)
+  store <16 x float> %133, ptr %130, align 4, !tbaa !5
+  %134 = getelementptr inbounds nuw i8, ptr %113, i64 320
+  store <16 x float> zeroinitializer, ptr %134, align 4, !tbaa !5
+  %135 = getelementptr i8, ptr %110, i64 320
+  %136 = load <16 x float>, ptr %135, align 4, !tbaa !5
+  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %136, <16 x float> %116)
+  store <16 x float> %137, ptr %134, align 4, !tbaa !5
+  %138 = getelementptr inbounds nuw i8, ptr %113, i64 384
+  store <16 x float> zeroinitializer, ptr %138, align 4, !tbaa !5
+  %139 = getelementptr i8, ptr %110, i64 384
+  %140 = load <16 x float>, ptr %139, align 4, !tbaa !5
+  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %140, <16 x float> %116)
+  store <16 x float> %141, ptr %138, align 4, !tbaa !5
+  %142 = getelementptr inbounds nuw i8, ptr %113, i64 448
+  store <16 x float> zeroinitializer, ptr %142, align 4, !tbaa !5
+  %143 = getelementptr i8, ptr %110, i64 448
+  %144 = load <16 x float>, ptr %143, align 4, !tbaa !5
+  %145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %144, <16 x float> %116)
+  store <16 x float> %145, ptr %142, align 4, !tbaa !5
+  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
+  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 16
+  br i1 %exitcond68.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !33
 
 for_end_step.i:                                   ; preds = %for_end_r.i, %for_begin_step.preheader.i
-  %.lcssa42.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %104, %for_end_r.i ]
-  %m41.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
-  %147 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa42.i
-  %148 = fcmp oeq <16 x float> %.lcssa42.i, zeroinitializer
-  %149 = select <16 x i1> %148, <16 x float> zeroinitializer, <16 x float> %147
-  store <16 x float> %149, ptr %factor36.i, align 16, !tbaa !34
+  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %103, %for_end_r.i ]
+  %m47.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
+  %146 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
+  %147 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
+  %148 = select <16 x i1> %147, <16 x float> zeroinitializer, <16 x float> %146
+  store <16 x float> %148, ptr %factor37.i, align 16, !tbaa !34
   %sext28 = shl i64 %20, 32
   %cse_v5.i = ashr exact i64 %sext28, 32
-  %150 = mul nsw i64 %out_batch, %cse_v5.i
-  %151 = getelementptr float, ptr %out, i64 %150
-  br label %for_begin_d_017.preheader.i
+  %149 = mul nsw i64 %out_batch, %cse_v5.i
+  %150 = getelementptr float, ptr %out, i64 %149
+  br label %for_begin_d_022.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %152 = shl nuw nsw i64 %indvars.iv.i, 7
-  %153 = getelementptr inbounds nuw float, ptr %beta32.i, i64 %indvars.iv.i
-  %154 = load float, ptr %153, align 4, !tbaa !31
-  %155 = insertelement <16 x float> poison, float %154, i64 0
-  %156 = shufflevector <16 x float> %155, <16 x float> poison, <16 x i32> zeroinitializer
-  %157 = getelementptr float, ptr %105, i64 %152
-  %158 = getelementptr inbounds nuw float, ptr %alpha33.i, i64 %indvars.iv.i
-  %159 = load float, ptr %158, align 4, !tbaa !32
-  %160 = insertelement <16 x float> poison, float %159, i64 0
-  %161 = shufflevector <16 x float> %160, <16 x float> poison, <16 x i32> zeroinitializer
-  %162 = load <16 x float>, ptr %157, align 4, !tbaa !5
-  %163 = getelementptr inbounds nuw float, ptr %acc.i, i64 %152
-  %164 = load <16 x float>, ptr %163, align 4, !tbaa !5
-  %165 = fmul <16 x float> %164, %161
-  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %162, <16 x float> %165)
-  store <16 x float> %166, ptr %163, align 4, !tbaa !5
-  %167 = getelementptr i8, ptr %157, i64 64
-  %168 = load <16 x float>, ptr %167, align 4, !tbaa !5
-  %169 = getelementptr inbounds nuw i8, ptr %163, i64 64
-  %170 = load <16 x float>, ptr %169, align 4, !tbaa !5
-  %171 = fmul <16 x float> %161, %170
-  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %168, <16 x float> %171)
-  store <16 x float> %172, ptr %169, align 4, !tbaa !5
-  %173 = getelementptr i8, ptr %157, i64 128
-  %174 = load <16 x float>, ptr %173, align 4, !tbaa !5
-  %175 = getelementptr inbounds nuw i8, ptr %163, i64 128
-  %176 = load <16 x float>, ptr %175, align 4, !tbaa !5
-  %177 = fmul <16 x float> %161, %176
-  %178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %174, <16 x float> %177)
-  store <16 x float> %178, ptr %175, align 4, !tbaa !5
-  %179 = getelementptr i8, ptr %157, i64 192
-  %180 = load <16 x float>, ptr %179, align 4, !tbaa !5
-  %181 = getelementptr inbounds nuw i8, ptr %163, i64 192
-  %182 = load <16 x float>, ptr %181, align 4, !tbaa !5
-  %183 = fmul <16 x float> %161, %182
-  %184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %180, <16 x float> %183)
-  store <16 x float> %184, ptr %181, align 4, !tbaa !5
-  %185 = getelementptr i8, ptr %157, i64 256
-  %186 = load <16 x float>, ptr %185, align 4, !tbaa !5
-  %187 = getelementptr inbounds nuw i8, ptr %163, i64 256
-  %188 = load <16 x float>, ptr %187, align 4, !tbaa !5
-  %189 = fmul <16 x float> %161, %188
-  %190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %186, <16 x float> %189)
-  store <16 x float> %190, ptr %187, align 4, !tbaa !5
-  %191 = getelementptr i8, ptr %157, i64 320
-  %192 = load <16 x float>, ptr %191, align 4, !tbaa !5
-  %193 = getelementptr inbounds nuw i8, ptr %163, i64 320
-  %194 = load <16 x float>, ptr %193, align 4, !tbaa !5
-  %195 = fmul <16 x float> %161, %194
-  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %192, <16 x float> %195)
-  store <16 x float> %196, ptr %193, align 4, !tbaa !5
-  %197 = getelementptr i8, ptr %157, i64 384
-  %198 = load <16 x float>, ptr %197, align 4, !tbaa !5
-  %199 = getelementptr inbounds nuw i8, ptr %163, i64 384
-  %200 = load <16 x float>, ptr %199, align 4, !tbaa !5
-  %201 = fmul <16 x float> %161, %200
-  %202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %198, <16 x float> %201)
-  store <16 x float> %202, ptr %199, align 4, !tbaa !5
-  %203 = getelementptr i8, ptr %157, i64 448
-  %204 = load <16 x float>, ptr %203, align 4, !tbaa !5
-  %205 = getelementptr inbounds nuw i8, ptr %163, i64 448
-  %206 = load <16 x float>, ptr %205, align 4, !tbaa !5
-  %207 = fmul <16 x float> %161, %206
-  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %204, <16 x float> %207)
-  store <16 x float> %208, ptr %205, align 4, !tbaa !5
+  %151 = shl nuw nsw i64 %indvars.iv.i, 7
+  %152 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv.i
+  %153 = load float, ptr %152, align 4, !tbaa !31
+  %154 = insertelement <16 x float> poison, float %153, i64 0
+  %155 = shufflevector <16 x float> %154, <16 x float> poison, <16 x i32> zeroinitializer
+  %156 = getelementptr float, ptr %104, i64 %151
+  %157 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv.i
+  %158 = load float, ptr %157, align 4, !tbaa !32
+  %159 = insertelement <16 x float> poison, float %158, i64 0
+  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
+  %161 = load <16 x float>, ptr %156, align 4, !tbaa !5
+  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %151
+  %163 = load <16 x float>, ptr %162, align 4, !tbaa !5
+  %164 = fmul <16 x float> %163, %160
+  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %161, <16 x float> %164)
+  store <16 x float> %165, ptr %162, align 4, !tbaa !5
+  %166 = getelementptr i8, ptr %156, i64 64
+  %167 = load <16 x float>, ptr %166, align 4, !tbaa !5
+  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
+  %170 = fmul <16 x float> %160, %169
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %167, <16 x float> %170)
+  store <16 x float> %171, ptr %168, align 4, !tbaa !5
+  %172 = getelementptr i8, ptr %156, i64 128
+  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
+  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
+  %176 = fmul <16 x float> %160, %175
+  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %173, <16 x float> %176)
+  store <16 x float> %177, ptr %174, align 4, !tbaa !5
+  %178 = getelementptr i8, ptr %156, i64 192
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
+  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
+  %182 = fmul <16 x float> %160, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %179, <16 x float> %182)
+  store <16 x float> %183, ptr %180, align 4, !tbaa !5
+  %184 = getelementptr i8, ptr %156, i64 256
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
+  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
+  %188 = fmul <16 x float> %160, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %185, <16 x float> %188)
+  store <16 x float> %189, ptr %186, align 4, !tbaa !5
+  %190 = getelementptr i8, ptr %156, i64 320
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
+  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
+  %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
+  %194 = fmul <16 x float> %160, %193
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %191, <16 x float> %194)
+  store <16 x float> %195, ptr %192, align 4, !tbaa !5
+  %196 = getelementptr i8, ptr %156, i64 384
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
+  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
+  %200 = fmul <16 x float> %160, %199
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %197, <16 x float> %200)
+  store <16 x float> %201, ptr %198, align 4, !tbaa !5
+  %202 = getelementptr i8, ptr %156, i64 448
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
+  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
+  %206 = fmul <16 x float> %160, %205
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %203, <16 x float> %206)
+  store <16 x float> %207, ptr %204, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
   br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !33
 
 for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next64.i = add nuw nsw i64 %indvars.iv63.i, 1
-  %exitcond66.not.i = icmp eq i64 %indvars.iv.next64.i, %wide.trip.count.i
-  br i1 %exitcond66.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
+  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
+  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
 
-for_begin_d_017.preheader.i:                      ; preds = %for_begin_d_017.preheader.i, %for_end_step.i
-  %indvars.iv71.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next72.i, %for_begin_d_017.preheader.i ]
-  %209 = getelementptr inbounds nuw float, ptr %factor36.i, i64 %indvars.iv71.i
-  %210 = load float, ptr %209, align 4, !tbaa !41
-  %211 = insertelement <16 x float> poison, float %210, i64 0
-  %212 = shufflevector <16 x float> %211, <16 x float> poison, <16 x i32> zeroinitializer
-  %213 = mul nsw i64 %indvars.iv71.i, %out_head
-  %invariant.gep.i = getelementptr float, ptr %151, i64 %213
-  %.idx = shl nuw nsw i64 %indvars.iv71.i, 9
-  %214 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %215 = load <16 x float>, ptr %214, align 4, !tbaa !5
-  %216 = fmul <16 x float> %215, %212
-  store <16 x float> %216, ptr %invariant.gep.i, align 4, !tbaa !5
-  %217 = getelementptr inbounds nuw i8, ptr %214, i64 64
-  %218 = load <16 x float>, ptr %217, align 4, !tbaa !5
-  %219 = fmul <16 x float> %212, %218
+for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.preheader.i, %for_end_step.i
+  %indvars.iv77.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next78.i, %for_begin_d_022.preheader.i ]
+  %208 = getelementptr inbounds nuw float, ptr %factor37.i, i64 %indvars.iv77.i
+  %209 = load float, ptr %208, align 4, !tbaa !41
+  %210 = insertelement <16 x float> poison, float %209, i64 0
+  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
+  %212 = mul nsw i64 %indvars.iv77.i, %out_head
+  %invariant.gep.i = getelementptr float, ptr %150, i64 %212
+  %.idx = shl nuw nsw i64 %indvars.iv77.i, 9
+  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %214 = load <16 x float>, ptr %213, align 4, !tbaa !5
+  %215 = fmul <16 x float> %214, %211
+  store <16 x float> %215, ptr %invariant.gep.i, align 4, !tbaa !5
+  %216 = getelementptr inbounds nuw i8, ptr %213, i64 64
+  %217 = load <16 x float>, ptr %216, align 4, !tbaa !5
+  %218 = fmul <16 x float> %211, %217
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x float> %219, ptr %gep.1.i, align 4, !tbaa !5
-  %220 = getelementptr inbounds nuw i8, ptr %214, i64 128
-  %221 = load <16 x float>, ptr %220, align 4, !tbaa !5
-  %222 = fmul <16 x float> %212, %221
+  store <16 x float> %218, ptr %gep.1.i, align 4, !tbaa !5
+  %219 = getelementptr inbounds nuw i8, ptr %213, i64 128
+  %220 = load <16 x float>, ptr %219, align 4, !tbaa !5
+  %221 = fmul <16 x float> %211, %220
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x float> %222, ptr %gep.2.i, align 4, !tbaa !5
-  %223 = getelementptr inbounds nuw i8, ptr %214, i64 192
-  %224 = load <16 x float>, ptr %223, align 4, !tbaa !5
-  %225 = fmul <16 x float> %212, %224
+  store <16 x float> %221, ptr %gep.2.i, align 4, !tbaa !5
+  %222 = getelementptr inbounds nuw i8, ptr %213, i64 192
+  %223 = load <16 x float>, ptr %222, align 4, !tbaa !5
+  %224 = fmul <16 x float> %211, %223
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x float> %225, ptr %gep.3.i, align 4, !tbaa !5
-  %226 = getelementptr inbounds nuw i8, ptr %214, i64 256
-  %227 = load <16 x float>, ptr %226, align 4, !tbaa !5
-  %228 = fmul <16 x float> %212, %227
+  store <16 x float> %224, ptr %gep.3.i, align 4, !tbaa !5
+  %225 = getelementptr inbounds nuw i8, ptr %213, i64 256
+  %226 = load <16 x float>, ptr %225, align 4, !tbaa !5
+  %227 = fmul <16 x float> %211, %226
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 256
-  store <16 x float> %228, ptr %gep.4.i, align 4, !tbaa !5
-  %229 = getelementptr inbounds nuw i8, ptr %214, i64 320
-  %230 = load <16 x float>, ptr %229, align 4, !tbaa !5
-  %231 = fmul <16 x float> %212, %230
+  store <16 x float> %227, ptr %gep.4.i, align 4, !tbaa !5
+  %228 = getelementptr inbounds nuw i8, ptr %213, i64 320
+  %229 = load <16 x float>, ptr %228, align 4, !tbaa !5
+  %230 = fmul <16 x float> %211, %229
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 320
-  store <16 x float> %231, ptr %gep.5.i, align 4, !tbaa !5
-  %232 = getelementptr inbounds nuw i8, ptr %214, i64 384
-  %233 = load <16 x float>, ptr %232, align 4, !tbaa !5
-  %234 = fmul <16 x float> %212, %233
+  store <16 x float> %230, ptr %gep.5.i, align 4, !tbaa !5
+  %231 = getelementptr inbounds nuw i8, ptr %213, i64 384
+  %232 = load <16 x float>, ptr %231, align 4, !tbaa !5
+  %233 = fmul <16 x float> %211, %232
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 384
-  store <16 x float> %234, ptr %gep.6.i, align 4, !tbaa !5
-  %235 = getelementptr inbounds nuw i8, ptr %214, i64 448
-  %236 = load <16 x float>, ptr %235, align 4, !tbaa !5
-  %237 = fmul <16 x float> %212, %236
+  store <16 x float> %233, ptr %gep.6.i, align 4, !tbaa !5
+  %234 = getelementptr inbounds nuw i8, ptr %213, i64 448
+  %235 = load <16 x float>, ptr %234, align 4, !tbaa !5
+  %236 = fmul <16 x float> %211, %235
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 448
-  store <16 x float> %237, ptr %gep.7.i, align 4, !tbaa !5
-  %indvars.iv.next72.i = add nuw nsw i64 %indvars.iv71.i, 1
-  %exitcond74.not.i = icmp eq i64 %indvars.iv.next72.i, 16
-  br i1 %exitcond74.not.i, label %for_begin_h22.preheader.i, label %for_begin_d_017.preheader.i, !prof !33
+  store <16 x float> %236, ptr %gep.7.i, align 4, !tbaa !5
+  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1
+  %exitcond80.not.i = icmp eq i64 %indvars.iv.next78.i, 16
+  br i1 %exitcond80.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !33
 
-for_begin_h22.preheader.i:                        ; preds = %for_begin_d_017.preheader.i
-  %238 = mul nsw i64 %lse_batch, %cse_v5.i
-  %239 = getelementptr float, ptr %lse, i64 %238
-  %row_sum37.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa42.i, i64 0
-  %240 = fcmp oeq float %row_sum37.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %240, label %if_end28.i, label %if_else.i
+for_begin_r27.preheader.i:                        ; preds = %for_begin_d_022.preheader.i
+  %237 = mul nsw i64 %lse_batch, %cse_v5.i
+  %238 = getelementptr float, ptr %lse, i64 %237
+  %row_sum42.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
+  %239 = fcmp oeq float %row_sum42.sroa.0.0.vec.extract.i, 0.000000e+00
+  br i1 %239, label %if_end33.i, label %if_else.i
 
-if_else.i:                                        ; preds = %for_begin_h22.preheader.i
-  %241 = tail call float @llvm.log.f32(float %row_sum37.sroa.0.0.vec.extract.i)
-  %row_max38.sroa.0.0.vec.extract.i = extractelement <16 x float> %m41.lcssa.i, i64 0
-  %242 = fadd float %241, %row_max38.sroa.0.0.vec.extract.i
-  br label %if_end28.i
+if_else.i:                                        ; preds = %for_begin_r27.preheader.i
+  %240 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.0.vec.extract.i)
+  %row_max43.sroa.0.0.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 0
+  %241 = fadd float %240, %row_max43.sroa.0.0.vec.extract.i
+  br label %if_end33.i
 
-if_end28.i:                                       ; preds = %if_else.i, %for_begin_h22.preheader.i
-  %243 = phi float [ %242, %if_else.i ], [ 0xFFF0000000000000, %for_begin_h22.preheader.i ]
-  store float %243, ptr %239, align 4, !tbaa !5
-  %row_sum37.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa42.i, i64 1
-  %244 = fcmp oeq float %row_sum37.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %244, label %if_end28.1.i, label %if_else.1.i
+if_end33.i:                                       ; preds = %if_else.i, %for_begin_r27.preheader.i
+  %242 = phi float [ %241, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r27.preheader.i ]
+  store float %242, ptr %238, align 4, !tbaa !5
+  %row_sum42.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
+  %243 = fcmp oeq float %row_sum42.sroa.0.4.vec.extract.i, 0.000000e+00
+  br i1 %243, label %if_end33.1.i, label %if_else.1.i
 
-if_else.1.i:                                      ; preds = %if_end28.i
-  %245 = tail call float @llvm.log.f32(float %row_sum37.sroa.0.4.vec.extract.i)
-  %row_max38.sroa.0.4.vec.extract.i = extractelement <16 x float> %m41.lcssa.i, i64 1
-  %246 = fadd float %245, %row_max38.sroa.0.4.vec.extract.i
-  br label %if_end28.1.i
+if_else.1.i:                                      ; preds = %if_end33.i
+  %244 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.4.vec.extract.i)
+  %row_max43.sroa.0.4.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 1
+  %245 = fadd float %244, %row_max43.sroa.0.4.vec.extract.i
+  br label %if_end33.1.i
 
-if_end28.1.i:                                     ; preds = %if_else.1.i, %if_end28.i
-  %247 = phi float [ %246, %if_else.1.i ], [ 0xFFF0000000000000, %if_end28.i ]
-  %248 = getelementptr i8, ptr %239, i64 4
-  store float %247, ptr %248, align 4, !tbaa !5
-  %row_sum37.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa42.i, i64 2
-  %249 = fcmp oeq float %row_sum37.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %249, label %if_end28.2.i, label %if_else.2.i
+if_end33.1.i:                                     ; preds = %if_else.1.i, %if_end33.i
+  %246 = phi float [ %245, %if_else.1.i ], [ 0xFFF0000000000000, %if_end33.i ]
+  %247 = getelementptr i8, ptr %238, i64 4
+  store float %246, ptr %247, align 4, !tbaa !5
+  %row_sum42.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
+  %248 = fcmp oeq float %row_sum42.sroa.0.8.vec.extract.i, 0.000000e+00
+  br i1 %248, label %if_end33.2.i, label %if_else.2.i
 
-if_else.2.i:                                      ; preds = %if_end28.1.i
-  %250 = tail call float @llvm.log.f32(float %row_sum37.sroa.0.8.vec.extract.i)
-  %row_max38.sroa.0.8.vec.extract.i = extractelement <16 x float> %m41.lcssa.i, i64 2
-  %251 = fadd float %250, %row_max38.sroa.0.8.vec.extract.i
-  br label %if_end28.2.i
+if_else.2.i:                                      ; preds = %if_end33.1.i
+  %249 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.8.vec.extract.i)
+  %row_max43.sroa.0.8.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 2
+  %250 = fadd float %249, %row_max43.sroa.0.8.vec.extract.i
+  br label %if_end33.2.i
 
-if_end28.2.i:                                     ; preds = %if_else.2.i, %if_end28.1.i
-  %252 = phi float [ %251, %if_else.2.i ], [ 0xFFF0000000000000, %if_end28.1.i ]
-  %253 = getelementptr i8, ptr %239, i64 8
-  store float %252, ptr %253, align 4, !tbaa !5
-  %row_sum37.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa42.i, i64 3
-  %254 = fcmp oeq float %row_sum37.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %254, label %if_end28.3.i, label %if_else.3.i
+if_end33.2.i:                                     ; preds = %if_else.2.i, %if_end33.1.i
+  %251 = phi float [ %250, %if_else.2.i ], [ 0xFFF0000000000000, %if_end33.1.i ]
+  %252 = getelementptr i8, ptr %238, i64 8
+  store float %251, ptr %252, align 4, !tbaa !5
+  %row_sum42.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
+  %253 = fcmp oeq float %row_sum42.sroa.0.12.vec.extract.i, 0.000000e+00
+  br i1 %253, label %if_end33.3.i, label %if_else.3.i
 
-if_else.3.i:                                      ; preds = %if_end28.2.i
-  %255 = tail call float @llvm.log.f32(float %row_sum37.sroa.0.12.vec.extract.i)
-  %row_max38.sroa.0.12.vec.extract.i = extractelement <16 x float> %m41.lcssa.i, i64 3
-  %256 = fadd float %255, %row_max38.sroa.0.12.vec.extract.i
-  br label %if_end28.3.i
+if_else.3.i:                                      ; preds = %if_end33.2.i
+  %254 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.12.vec.extract.i)
+  %row_max43.sroa.0.12.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 3
+  %255 = fadd float %254, %row_max43.sroa.0.12.vec.extract.i
+  br label %if_end33.3.i
 
-if_end28.3.i:                                     ; preds = %if_else.3.i, %if_end28.2.i
-  %257 = phi float [ %256, %if_else.3.i ], [ 0xFFF0000000000000, %if_end28.2.i ]
-  %258 = getelementptr i8, ptr %239, i64 12
-  store float %257, ptr %258, align 4, !tbaa !5
-  %row_sum37.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa42.i, i64 4
-  %259 = fcmp oeq float %row_sum37.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %259, label %if_end28.4.i, label %if_else.4.i
+if_end33.3.i:                                     ; preds = %if_else.3.i, %if_end33.2.i
+  %256 = phi float [ %255, %if_else.3.i ], [ 0xFFF0000000000000, %if_end33.2.i ]
+  %257 = getelementptr i8, ptr %238, i64 12
+  store float %256, ptr %257, align 4, !tbaa !5
+  %row_sum42.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
+  %258 = fcmp oeq float %row_sum42.sroa.0.16.vec.extract.i, 0.000000e+00
+  br i1 %258, label %if_end33.4.i, label %if_else.4.i
 
-if_else.4.i:                                      ; preds = %if_end28.3.i
-  %260 = tail call float @llvm.log.f32(float %row_sum37.sroa.0.16.vec.extract.i)
-  %row_max38.sroa.0.16.vec.extract.i = extractelement <16 x float> %m41.lcssa.i, i64 4
-  %261 = fadd float %260, %row_max38.sroa.0.16.vec.extract.i
-  br label %if_end28.4.i
+if_else.4.i:                                      ; preds = %if_end33.3.i
+  %259 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.16.vec.extract.i)
+  %row_max43.sroa.0.16.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 4
+  %260 = fadd float %259, %row_max43.sroa.0.16.vec.extract.i
+  br label %if_end33.4.i
 
-if_end28.4.i:                                     ; preds = %if_else.4.i, %if_end28.3.i
-  %262 = phi float [ %261, %if_else.4.i ], [ 0xFFF0000000000000, %if_end28.3.i ]
-  %263 = getelementptr i8, ptr %239, i64 16
-  store float %262, ptr %263, align 4, !tbaa !5
-  %row_sum37.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa42.i, i64 5
-  %264 = fcmp oeq float %row_sum37.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %264, label %if_end28.5.i, label %if_else.5.i
+if_end33.4.i:                                     ; preds = %if_else.4.i, %if_end33.3.i
+  %261 = phi float [ %260, %if_else.4.i ], [ 0xFFF0000000000000, %if_end33.3.i ]
+  %262 = getelementptr i8, ptr %238, i64 16
+  store float %261, ptr %262, align 4, !tbaa !5
+  %row_sum42.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
+  %263 = fcmp oeq float %row_sum42.sroa.0.20.vec.extract.i, 0.000000e+00
+  br i1 %263, label %if_end33.5.i, label %if_else.5.i
 
-if_else.5.i:                                      ; preds = %if_end28.4.i
-  %265 = tail call float @llvm.log.f32(float %row_sum37.sroa.0.20.vec.extract.i)
-  %row_max38.sroa.0.20.vec.extract.i = extractelement <16 x float> %m41.lcssa.i, i64 5
-  %266 = fadd float %265, %row_max38.sroa.0.20.vec.extract.i
-  br label %if_end28.5.i
+if_else.5.i:                                      ; preds = %if_end33.4.i
+  %264 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.20.vec.extract.i)
+  %row_max43.sroa.0.20.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 5
+  %265 = fadd float %264, %row_max43.sroa.0.20.vec.extract.i
+  br label %if_end33.5.i
 
-if_end28.5.i:                                     ; preds = %if_else.5.i, %if_end28.4.i
-  %267 = phi float [ %266, %if_else.5.i ], [ 0xFFF0000000000000, %if_end28.4.i ]
-  %268 = getelementptr i8, ptr %239, i64 20
-  store float %267, ptr %268, align 4, !tbaa !5
-  %row_sum37.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa42.i, i64 6
-  %269 = fcmp oeq float %row_sum37.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %269, label %if_end28.6.i, label %if_else.6.i
+if_end33.5.i:                                     ; preds = %if_else.5.i, %if_end33.4.i
+  %266 = phi float [ %265, %if_else.5.i ], [ 0xFFF0000000000000, %if_end33.4.i ]
+  %267 = getelementptr i8, ptr %238, i64 20
+  store float %266, ptr %267, align 4, !tbaa !5
+  %row_sum42.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
+  %268 = fcmp oeq float %row_sum42.sroa.0.24.vec.extract.i, 0.000000e+00
+  br i1 %268, label %if_end33.6.i, label %if_else.6.i
 
-if_else.6.i:                                      ; preds = %if_end28.5.i
-  %270 = tail call float @llvm.log.f32(float %row_sum37.sroa.0.24.vec.extract.i)
-  %row_max38.sroa.0.24.vec.extract.i = extractelement <16 x float> %m41.lcssa.i, i64 6
-  %271 = fadd float %270, %row_max38.sroa.0.24.vec.extract.i
-  br label %if_end28.6.i
+if_else.6.i:                                      ; preds = %if_end33.5.i
+  %269 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.24.vec.extract.i)
+  %row_max43.sroa.0.24.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 6
+  %270 = fadd float %269, %row_max43.sroa.0.24.vec.extract.i
+  br label %if_end33.6.i
 
-if_end28.6.i:                                     ; preds = %if_else.6.i, %if_end28.5.i
-  %272 = phi float [ %271, %if_else.6.i ], [ 0xFFF0000000000000, %if_end28.5.i ]
-  %273 = getelementptr i8, ptr %239, i64 24
-  store float %272, ptr %273, align 4, !tbaa !5
-  %row_sum37.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa42.i, i64 7
-  %274 = fcmp oeq float %row_sum37.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %274, label %if_end28.7.i, label %if_else.7.i
+if_end33.6.i:                                     ; preds = %if_else.6.i, %if_end33.5.i
+  %271 = phi float [ %270, %if_else.6.i ], [ 0xFFF0000000000000, %if_end33.5.i ]
+  %272 = getelementptr i8, ptr %238, i64 24
+  store float %271, ptr %272, align 4, !tbaa !5
+  %row_sum42.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
+  %273 = fcmp oeq float %row_sum42.sroa.0.28.vec.extract.i, 0.000000e+00
+  br i1 %273, label %if_end33.7.i, label %if_else.7.i
 
-if_else.7.i:                                      ; preds = %if_end28.6.i
-  %275 = tail call float @llvm.log.f32(float %row_sum37.sroa.0.28.vec.extract.i)
-  %row_max38.sroa.0.28.vec.extract.i = extractelement <16 x float> %m41.lcssa.i, i64 7
-  %276 = fadd float %275, %row_max38.sroa.0.28.vec.extract.i
-  br label %if_end28.7.i
+if_else.7.i:                                      ; preds = %if_end33.6.i
+  %274 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.28.vec.extract.i)
+  %row_max43.sroa.0.28.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 7
+  %275 = fadd float %274, %row_max43.sroa.0.28.vec.extract.i
+  br label %if_end33.7.i
 
-if_end28.7.i:                                     ; preds = %if_else.7.i, %if_end28.6.i
-  %277 = phi float [ %276, %if_else.7.i ], [ 0xFFF0000000000000, %if_end28.6.i ]
-  %278 = getelementptr i8, ptr %239, i64 28
-  store float %277, ptr %278, align 4, !tbaa !5
-  %row_sum37.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa42.i, i64 8
-  %279 = fcmp oeq float %row_sum37.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %279, label %if_end28.8.i, label %if_else.8.i
+if_end33.7.i:                                     ; preds = %if_else.7.i, %if_end33.6.i
+  %276 = phi float [ %275, %if_else.7.i ], [ 0xFFF0000000000000, %if_end33.6.i ]
+  %277 = getelementptr i8, ptr %238, i64 28
+  store float %276, ptr %277, align 4, !tbaa !5
+  %row_sum42.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
+  %278 = fcmp oeq float %row_sum42.sroa.0.32.vec.extract.i, 0.000000e+00
+  br i1 %278, label %if_end33.8.i, label %if_else.8.i
 
-if_else.8.i:                                      ; preds = %if_end28.7.i
-  %280 = tail call float @llvm.log.f32(float %row_sum37.sroa.0.32.vec.extract.i)
-  %row_max38.sroa.0.32.vec.extract.i = extractelement <16 x float> %m41.lcssa.i, i64 8
-  %281 = fadd float %280, %row_max38.sroa.0.32.vec.extract.i
-  br label %if_end28.8.i
+if_else.8.i:                                      ; preds = %if_end33.7.i
+  %279 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.32.vec.extract.i)
+  %row_max43.sroa.0.32.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 8
+  %280 = fadd float %279, %row_max43.sroa.0.32.vec.extract.i
+  br label %if_end33.8.i
 
-if_end28.8.i:                                     ; preds = %if_else.8.i, %if_end28.7.i
-  %282 = phi float [ %281, %if_else.8.i ], [ 0xFFF0000000000000, %if_end28.7.i ]
-  %283 = getelementptr i8, ptr %239, i64 32
-  store float %282, ptr %283, align 4, !tbaa !5
-  %row_sum37.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa42.i, i64 9
-  %284 = fcmp oeq float %row_sum37.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %284, label %if_end28.9.i, label %if_else.9.i
+if_end33.8.i:                                     ; preds = %if_else.8.i, %if_end33.7.i
+  %281 = phi float [ %280, %if_else.8.i ], [ 0xFFF0000000000000, %if_end33.7.i ]
+  %282 = getelementptr i8, ptr %238, i64 32
+  store float %281, ptr %282, align 4, !tbaa !5
+  %row_sum42.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
+  %283 = fcmp oeq float %row_sum42.sroa.0.36.vec.extract.i, 0.000000e+00
+  br i1 %283, label %if_end33.9.i, label %if_else.9.i
 
-if_else.9.i:                                      ; preds = %if_end28.8.i
-  %285 = tail call float @llvm.log.f32(float %row_sum37.sroa.0.36.vec.extract.i)
-  %row_max38.sroa.0.36.vec.extract.i = extractelement <16 x float> %m41.lcssa.i, i64 9
-  %286 = fadd float %285, %row_max38.sroa.0.36.vec.extract.i
-  br label %if_end28.9.i
+if_else.9.i:                                      ; preds = %if_end33.8.i
+  %284 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.36.vec.extract.i)
+  %row_max43.sroa.0.36.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 9
+  %285 = fadd float %284, %row_max43.sroa.0.36.vec.extract.i
+  br label %if_end33.9.i
 
-if_end28.9.i:                                     ; preds = %if_else.9.i, %if_end28.8.i
-  %287 = phi float [ %286, %if_else.9.i ], [ 0xFFF0000000000000, %if_end28.8.i ]
-  %288 = getelementptr i8, ptr %239, i64 36
-  store float %287, ptr %288, align 4, !tbaa !5
-  %row_sum37.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa42.i, i64 10
-  %289 = fcmp oeq float %row_sum37.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %289, label %if_end28.10.i, label %if_else.10.i
+if_end33.9.i:                                     ; preds = %if_else.9.i, %if_end33.8.i
+  %286 = phi float [ %285, %if_else.9.i ], [ 0xFFF0000000000000, %if_end33.8.i ]
+  %287 = getelementptr i8, ptr %238, i64 36
+  store float %286, ptr %287, align 4, !tbaa !5
+  %row_sum42.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
+  %288 = fcmp oeq float %row_sum42.sroa.0.40.vec.extract.i, 0.000000e+00
+  br i1 %288, label %if_end33.10.i, label %if_else.10.i
 
-if_else.10.i:                                     ; preds = %if_end28.9.i
-  %290 = tail call float @llvm.log.f32(float %row_sum37.sroa.0.40.vec.extract.i)
-  %row_max38.sroa.0.40.vec.extract.i = extractelement <16 x float> %m41.lcssa.i, i64 10
-  %291 = fadd float %290, %row_max38.sroa.0.40.vec.extract.i
-  br label %if_end28.10.i
+if_else.10.i:                                     ; preds = %if_end33.9.i
+  %289 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.40.vec.extract.i)
+  %row_max43.sroa.0.40.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 10
+  %290 = fadd float %289, %row_max43.sroa.0.40.vec.extract.i
+  br label %if_end33.10.i
 
-if_end28.10.i:                                    ; preds = %if_else.10.i, %if_end28.9.i
-  %292 = phi float [ %291, %if_else.10.i ], [ 0xFFF0000000000000, %if_end28.9.i ]
-  %293 = getelementptr i8, ptr %239, i64 40
-  store float %292, ptr %293, align 4, !tbaa !5
-  %row_sum37.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa42.i, i64 11
-  %294 = fcmp oeq float %row_sum37.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %294, label %if_end28.11.i, label %if_else.11.i
+if_end33.10.i:                                    ; preds = %if_else.10.i, %if_end33.9.i
+  %291 = phi float [ %290, %if_else.10.i ], [ 0xFFF0000000000000, %if_end33.9.i ]
+  %292 = getelementptr i8, ptr %238, i64 40
+  store float %291, ptr %292, align 4, !tbaa !5
+  %row_sum42.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
+  %293 = fcmp oeq float %row_sum42.sroa.0.44.vec.extract.i, 0.000000e+00
+  br i1 %293, label %if_end33.11.i, label %if_else.11.i
 
-if_else.11.i:                                     ; preds = %if_end28.10.i
-  %295 = tail call float @llvm.log.f32(float %row_sum37.sroa.0.44.vec.extract.i)
-  %row_max38.sroa.0.44.vec.extract.i = extractelement <16 x float> %m41.lcssa.i, i64 11
-  %296 = fadd float %295, %row_max38.sroa.0.44.vec.extract.i
-  br label %if_end28.11.i
+if_else.11.i:                                     ; preds = %if_end33.10.i
+  %294 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.44.vec.extract.i)
+  %row_max43.sroa.0.44.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 11
+  %295 = fadd float %294, %row_max43.sroa.0.44.vec.extract.i
+  br label %if_end33.11.i
 
-if_end28.11.i:                                    ; preds = %if_else.11.i, %if_end28.10.i
-  %297 = phi float [ %296, %if_else.11.i ], [ 0xFFF0000000000000, %if_end28.10.i ]
-  %298 = getelementptr i8, ptr %239, i64 44
-  store float %297, ptr %298, align 4, !tbaa !5
-  %row_sum37.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa42.i, i64 12
-  %299 = fcmp oeq float %row_sum37.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %299, label %if_end28.12.i, label %if_else.12.i
+if_end33.11.i:                                    ; preds = %if_else.11.i, %if_end33.10.i
+  %296 = phi float [ %295, %if_else.11.i ], [ 0xFFF0000000000000, %if_end33.10.i ]
+  %297 = getelementptr i8, ptr %238, i64 44
+  store float %296, ptr %297, align 4, !tbaa !5
+  %row_sum42.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
+  %298 = fcmp oeq float %row_sum42.sroa.0.48.vec.extract.i, 0.000000e+00
+  br i1 %298, label %if_end33.12.i, label %if_else.12.i
 
-if_else.12.i:                                     ; preds = %if_end28.11.i
-  %300 = tail call float @llvm.log.f32(float %row_sum37.sroa.0.48.vec.extract.i)
-  %row_max38.sroa.0.48.vec.extract.i = extractelement <16 x float> %m41.lcssa.i, i64 12
-  %301 = fadd float %300, %row_max38.sroa.0.48.vec.extract.i
-  br label %if_end28.12.i
+if_else.12.i:                                     ; preds = %if_end33.11.i
+  %299 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.48.vec.extract.i)
+  %row_max43.sroa.0.48.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 12
+  %300 = fadd float %299, %row_max43.sroa.0.48.vec.extract.i
+  br label %if_end33.12.i
 
-if_end28.12.i:                                    ; preds = %if_else.12.i, %if_end28.11.i
-  %302 = phi float [ %301, %if_else.12.i ], [ 0xFFF0000000000000, %if_end28.11.i ]
-  %303 = getelementptr i8, ptr %239, i64 48
-  store float %302, ptr %303, align 4, !tbaa !5
-  %row_sum37.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa42.i, i64 13
-  %304 = fcmp oeq float %row_sum37.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %304, label %if_end28.13.i, label %if_else.13.i
+if_end33.12.i:                                    ; preds = %if_else.12.i, %if_end33.11.i
+  %301 = phi float [ %300, %if_else.12.i ], [ 0xFFF0000000000000, %if_end33.11.i ]
+  %302 = getelementptr i8, ptr %238, i64 48
+  store float %301, ptr %302, align 4, !tbaa !5
+  %row_sum42.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
+  %303 = fcmp oeq float %row_sum42.sroa.0.52.vec.extract.i, 0.000000e+00
+  br i1 %303, label %if_end33.13.i, label %if_else.13.i
 
-if_else.13.i:                                     ; preds = %if_end28.12.i
-  %305 = tail call float @llvm.log.f32(float %row_sum37.sroa.0.52.vec.extract.i)
-  %row_max38.sroa.0.52.vec.extract.i = extractelement <16 x float> %m41.lcssa.i, i64 13
-  %306 = fadd float %305, %row_max38.sroa.0.52.vec.extract.i
-  br label %if_end28.13.i
+if_else.13.i:                                     ; preds = %if_end33.12.i
+  %304 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.52.vec.extract.i)
+  %row_max43.sroa.0.52.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 13
+  %305 = fadd float %304, %row_max43.sroa.0.52.vec.extract.i
+  br label %if_end33.13.i
 
-if_end28.13.i:                                    ; preds = %if_else.13.i, %if_end28.12.i
-  %307 = phi float [ %306, %if_else.13.i ], [ 0xFFF0000000000000, %if_end28.12.i ]
-  %308 = getelementptr i8, ptr %239, i64 52
-  store float %307, ptr %308, align 4, !tbaa !5
-  %row_sum37.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa42.i, i64 14
-  %309 = fcmp oeq float %row_sum37.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %309, label %if_end28.14.i, label %if_else.14.i
+if_end33.13.i:                                    ; preds = %if_else.13.i, %if_end33.12.i
+  %306 = phi float [ %305, %if_else.13.i ], [ 0xFFF0000000000000, %if_end33.12.i ]
+  %307 = getelementptr i8, ptr %238, i64 52
+  store float %306, ptr %307, align 4, !tbaa !5
+  %row_sum42.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
+  %308 = fcmp oeq float %row_sum42.sroa.0.56.vec.extract.i, 0.000000e+00
+  br i1 %308, label %if_end33.14.i, label %if_else.14.i
 
-if_else.14.i:                                     ; preds = %if_end28.13.i
-  %310 = tail call float @llvm.log.f32(float %row_sum37.sroa.0.56.vec.extract.i)
-  %row_max38.sroa.0.56.vec.extract.i = extractelement <16 x float> %m41.lcssa.i, i64 14
-  %311 = fadd float %310, %row_max38.sroa.0.56.vec.extract.i
-  br label %if_end28.14.i
+if_else.14.i:                                     ; preds = %if_end33.13.i
+  %309 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.56.vec.extract.i)
+  %row_max43.sroa.0.56.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 14
+  %310 = fadd float %309, %row_max43.sroa.0.56.vec.extract.i
+  br label %if_end33.14.i
 
-if_end28.14.i:                                    ; preds = %if_else.14.i, %if_end28.13.i
-  %312 = phi float [ %311, %if_else.14.i ], [ 0xFFF0000000000000, %if_end28.13.i ]
-  %313 = getelementptr i8, ptr %239, i64 56
-  store float %312, ptr %313, align 4, !tbaa !5
-  %row_sum37.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa42.i, i64 15
-  %314 = fcmp oeq float %row_sum37.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %314, label %if_end28.15.i, label %if_else.15.i
+if_end33.14.i:                                    ; preds = %if_else.14.i, %if_end33.13.i
+  %311 = phi float [ %310, %if_else.14.i ], [ 0xFFF0000000000000, %if_end33.13.i ]
+  %312 = getelementptr i8, ptr %238, i64 56
+  store float %311, ptr %312, align 4, !tbaa !5
+  %row_sum42.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
+  %313 = fcmp oeq float %row_sum42.sroa.0.60.vec.extract.i, 0.000000e+00
+  br i1 %313, label %if_end33.15.i, label %if_else.15.i
 
-if_else.15.i:                                     ; preds = %if_end28.14.i
-  %315 = tail call float @llvm.log.f32(float %row_sum37.sroa.0.60.vec.extract.i)
-  %row_max38.sroa.0.60.vec.extract.i = extractelement <16 x float> %m41.lcssa.i, i64 15
-  %316 = fadd float %315, %row_max38.sroa.0.60.vec.extract.i
-  br label %if_end28.15.i
+if_else.15.i:                                     ; preds = %if_end33.14.i
+  %314 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.60.vec.extract.i)
+  %row_max43.sroa.0.60.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 15
+  %315 = fadd float %314, %row_max43.sroa.0.60.vec.extract.i
+  br label %if_end33.15.i
 
-if_end28.15.i:                                    ; preds = %if_else.15.i, %if_end28.14.i
-  %317 = phi float [ %316, %if_else.15.i ], [ 0xFFF0000000000000, %if_end28.14.i ]
-  %318 = getelementptr i8, ptr %239, i64 60
-  store float %317, ptr %318, align 4, !tbaa !5
-  %319 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %320 = tail call i32 %319(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %320, 0
+if_end33.15.i:                                    ; preds = %if_else.15.i, %if_end33.14.i
+  %316 = phi float [ %315, %if_else.15.i ], [ 0xFFF0000000000000, %if_end33.14.i ]
+  %317 = getelementptr i8, ptr %238, i64 60
+  store float %316, ptr %317, align 4, !tbaa !5
+  %318 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %319 = tail call i32 %318(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %319, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-merge_partials_compute_.exit:                     ; preds = %if_end28.15.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end28.15.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta32.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha33.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor36.i)
+merge_partials_compute_.exit:                     ; preds = %if_end33.15.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end33.15.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor37.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta38.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha39.i)
   ret i32 %common.ret.op.i
 }
 
@@ -3455,8 +3455,8 @@ for_body_n_0_m.us.i.preheader:                    ; preds = %for_body_n_0_m.us.p
   tail call void @llvm.prefetch.p0(ptr readonly %281, i32 0, i32 2, i32 1)
   br label %for_begin_r15.preheader.i
 
-for_body_n_0_m.us.i.us:                           ; preds = %for_end_ax2_0.split.us.us.i.split.us.us, %for_body_n_0_m.us.preheader.i
-  %indvars.iv122.i.us = phi i64 [ %indvars.iv.next123.i.us, %for_end_ax2_0.split.us.us.i.split.us.us ], [ 0, %for_body_n_0_m.us.preheader.i ]
+for_body_n_0_m.us.i.us:                           ; preds = %for_end_ax3_0.split.us.us.i.split.us.us, %for_body_n_0_m.us.preheader.i
+  %indvars.iv122.i.us = phi i64 [ %indvars.iv.next123.i.us, %for_end_ax3_0.split.us.us.i.split.us.us ], [ 0, %for_body_n_0_m.us.preheader.i ]
   %.idx31.us = shl nuw nsw i64 %indvars.iv122.i.us, 4
   %gep.us = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx31.us
   %282 = load i64, ptr %gep.us, align 8, !tbaa !5
@@ -3488,10 +3488,10 @@ for_body_n_0_m.us.i.us:                           ; preds = %for_end_ax2_0.split
   tail call void @llvm.prefetch.p0(ptr readonly %300, i32 0, i32 2, i32 1)
   %.idx143.i.us = shl nuw nsw i64 %indvars.iv122.i.us, 7
   %invariant.gep147.i.us = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx143.i.us
-  br label %for_body_ax2_0.us.us.i.us.us
+  br label %for_body_ax3_0.us.us.i.us.us
 
-for_body_ax2_0.us.us.i.us.us:                     ; preds = %for_body_ax2_0.us.us.i.us.us, %for_body_n_0_m.us.i.us
-  %indvars.iv117.i.us.us = phi i64 [ %indvars.iv.next118.i.us.us, %for_body_ax2_0.us.us.i.us.us ], [ 0, %for_body_n_0_m.us.i.us ]
+for_body_ax3_0.us.us.i.us.us:                     ; preds = %for_body_ax3_0.us.us.i.us.us, %for_body_n_0_m.us.i.us
+  %indvars.iv117.i.us.us = phi i64 [ %indvars.iv.next118.i.us.us, %for_body_ax3_0.us.us.i.us.us ], [ 0, %for_body_n_0_m.us.i.us ]
   %.idx32.us.us = shl nuw nsw i64 %indvars.iv117.i.us.us, 11
   %301 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx32.us.us
   %302 = getelementptr inbounds nuw i8, ptr %301, i64 1984
@@ -3722,14 +3722,14 @@ for_body_ax2_0.us.us.i.us.us:                     ; preds = %for_body_ax2_0.us.u
   store <16 x float> %358, ptr %501, align 4, !tbaa !5
   %indvars.iv.next118.i.us.us = add nuw nsw i64 %indvars.iv117.i.us.us, 1
   %exitcond121.not.i.us.us = icmp eq i64 %indvars.iv.next118.i.us.us, 4
-  br i1 %exitcond121.not.i.us.us, label %for_end_ax2_0.split.us.us.i.split.us.us, label %for_body_ax2_0.us.us.i.us.us, !prof !33
+  br i1 %exitcond121.not.i.us.us, label %for_end_ax3_0.split.us.us.i.split.us.us, label %for_body_ax3_0.us.us.i.us.us, !prof !33
 
-for_end_ax2_0.split.us.us.i.split.us.us:          ; preds = %for_body_ax2_0.us.us.i.us.us
+for_end_ax3_0.split.us.us.i.split.us.us:          ; preds = %for_body_ax3_0.us.us.i.us.us
   %indvars.iv.next123.i.us = add nuw nsw i64 %indvars.iv122.i.us, 1
   %exitcond126.not.i.us = icmp eq i64 %indvars.iv.next123.i.us, 8
   br i1 %exitcond126.not.i.us, label %for_begin_r15.preheader.i, label %for_body_n_0_m.us.i.us, !prof !33
 
-for_begin_r15.preheader.i:                        ; preds = %for_end_ax2_0.split.us.us.i.split.us.us, %for_body_n_0_m.us.i.preheader
+for_begin_r15.preheader.i:                        ; preds = %for_end_ax3_0.split.us.us.i.split.us.us, %for_body_n_0_m.us.i.preheader
   %502 = add nuw nsw i64 %129, %106
   %503 = and i64 %502, 4294967280
   %504 = getelementptr inbounds nuw float, ptr %scores, i64 %503

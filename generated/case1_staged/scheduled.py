@@ -75,7 +75,6 @@ class Module:
         row_max = T.sblock_alloc_buffer((1, 16))
         row_sum = T.sblock_alloc_buffer((1, 16))
         acc = T.sblock_alloc_buffer((1, 16, 128))
-        factor = T.sblock_alloc_buffer((16,))
         for step in range(num_partials):
             with T.sblock("partial"):
                 vstep = T.axis.opaque(num_partials, step)
@@ -130,37 +129,45 @@ class Module:
                             T.writes(row_max[0, vr], row_sum[0, vr])
                             row_max[0, vr] = new_max[vr]
                             row_sum[0, vr] = new_sum[vr]
-                    for r, d_0, d_2 in T.grid(16, 8, 1):
-                        for d_1 in T.vectorized(16):
-                            with T.sblock("acc"):
-                                vr = T.axis.spatial(16, r)
-                                vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
-                                vstep_1 = T.axis.reduce(num_partials, vstep)
-                                T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
-                                T.writes(acc[0, vr, vd])
-                                with T.init():
-                                    acc[0, vr, vd] = T.float32(0.0)
-                                acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
-        for h in T.vectorized(16):
-            with T.sblock("factor"):
-                vh = T.axis.spatial(16, h)
-                T.reads(row_sum[0, vh])
-                T.writes(factor[vh])
-                factor[vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32(0.0), T.float32(1.0) / row_sum[0, vh])
-        for h, d_0, d_2 in T.grid(16, 8, 1):
-            for d_1 in T.vectorized(16):
-                with T.sblock("out"):
-                    vh = T.axis.spatial(16, h)
-                    vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
-                    T.reads(acc[0, vh, vd], factor[vh])
-                    T.writes(out[seq, vh, vd])
-                    out[seq, vh, vd] = T.Cast("float32", acc[0, vh, vd] * factor[vh])
-        for h in range(16):
-            with T.sblock("lse"):
-                vh = T.axis.spatial(16, h)
-                T.reads(row_sum[0, vh], row_max[0, vh])
-                T.writes(lse[seq, vh])
-                lse[seq, vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32("-inf"), row_max[0, vh] + T.log(row_sum[0, vh]))
+                    with T.sblock("rescale_acc"):
+                        T.reads(partial_acc[slot, 0:16, 0:128], alpha[0:16], beta[0:16])
+                        T.writes(acc[0, 0:16, 0:128])
+                        for r, d_0 in T.grid(16, 8):
+                            for d_1 in T.vectorized(16):
+                                with T.sblock("acc"):
+                                    vr = T.axis.spatial(16, r)
+                                    vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                    vstep_1 = T.axis.reduce(num_partials, vstep)
+                                    T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
+                                    T.writes(acc[0, vr, vd])
+                                    with T.init():
+                                        acc[0, vr, vd] = T.float32(0.0)
+                                    acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
+        with T.sblock("normalize"):
+            T.reads(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
+            T.writes(out[seq, 0:16, 0:128], lse[seq, 0:16])
+            factor = T.sblock_alloc_buffer((16,))
+            for r in T.vectorized(16):
+                with T.sblock("factor"):
+                    vr = T.axis.spatial(16, r)
+                    T.reads(row_sum[0, vr])
+                    T.writes(factor[vr])
+                    total: T.let[T.float32] = row_sum[0, vr]
+                    factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
+            for r, d_0 in T.grid(16, 8):
+                for d_1 in T.vectorized(16):
+                    with T.sblock("out"):
+                        vr = T.axis.spatial(16, r)
+                        vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                        T.reads(acc[0, vr, vd], factor[vr])
+                        T.writes(out[seq, vr, vd])
+                        out[seq, vr, vd] = T.Cast("float32", acc[0, vr, vd] * factor[vr])
+            for r in range(16):
+                with T.sblock("lse"):
+                    vr = T.axis.spatial(16, r)
+                    T.reads(row_sum[0, vr], row_max[0, vr])
+                    T.writes(lse[seq, vr])
+                    lse[seq, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr]))
 
     @T.prim_func(s_tir=True)
     def online_update(tile_max: T.Buffer((16, 16), "float32"), tile_sum: T.Buffer((16, 16), "float32"), tile_acc: T.Buffer((16, 16, 128), "float32"), row_max: T.Buffer((16, 16), "float32"), row_sum: T.Buffer((16, 16), "float32"), acc: T.Buffer((16, 16, 128), "float32"), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), num_seqs: T.int32, block_idx: T.int32, num_blocks: T.int32, head_start: T.int32, num_rows: T.int32, partial_start: T.int32):
@@ -218,17 +225,20 @@ class Module:
                             T.writes(row_max[vs, vr], row_sum[vs, vr])
                             row_max[vs, vr] = new_max[vr]
                             row_sum[vs, vr] = new_sum[vr]
-                    for r, d_0, d_2 in T.grid(16, 8, 1):
-                        for d_1 in T.vectorized(16):
-                            with T.sblock("acc"):
-                                vr = T.axis.spatial(16, r)
-                                vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
-                                vstep = T.axis.reduce(num_blocks, block_idx)
-                                T.reads(alpha[vr], beta[vr], tile_acc[vs, vr, vd])
-                                T.writes(acc[vs, vr, vd])
-                                with T.init():
-                                    acc[vs, vr, vd] = T.float32(0.0)
-                                acc[vs, vr, vd] = alpha[vr] * acc[vs, vr, vd] + beta[vr] * tile_acc[vs, vr, vd]
+                    with T.sblock("rescale_acc"):
+                        T.reads(tile_acc[vs, 0:16, 0:128], alpha[0:16], beta[0:16])
+                        T.writes(acc[vs, 0:16, 0:128])
+                        for r, d_0 in T.grid(16, 8):
+                            for d_1 in T.vectorized(16):
+                                with T.sblock("acc"):
+                                    vr = T.axis.spatial(16, r)
+                                    vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                    vstep = T.axis.reduce(num_blocks, block_idx)
+                                    T.reads(alpha[vr], beta[vr], tile_acc[vs, vr, vd])
+                                    T.writes(acc[vs, vr, vd])
+                                    with T.init():
+                                        acc[vs, vr, vd] = T.float32(0.0)
+                                    acc[vs, vr, vd] = alpha[vr] * acc[vs, vr, vd] + beta[vr] * tile_acc[vs, vr, vd]
                 with T.sblock("store_partial"):
                     T.reads(row_max[vs, 0:16], row_sum[vs, 0:16], acc[vs, 0:16, 0:128])
                     T.writes(partial_max[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0)], partial_sum[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0)], partial_acc[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0), 0:128])
@@ -239,11 +249,11 @@ class Module:
                             T.writes(partial_max[partial_start + vs, head_start + vr], partial_sum[partial_start + vs, head_start + vr])
                             partial_max[partial_start + vs, head_start + vr] = row_max[vs, vr]
                             partial_sum[partial_start + vs, head_start + vr] = row_sum[vs, vr]
-                    for r, d_0, d_2 in T.grid(T.Select(block_idx == num_blocks - 1, num_rows, 0), 8, 1):
+                    for r, d_0 in T.grid(T.Select(block_idx == num_blocks - 1, num_rows, 0), 8):
                         for d_1 in T.vectorized(16):
                             with T.sblock("store_acc"):
                                 vr = T.axis.spatial(16, r)
-                                vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
+                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
                                 T.reads(acc[vs, vr, vd])
                                 T.writes(partial_acc[partial_start + vs, head_start + vr, vd])
                                 partial_acc[partial_start + vs, head_start + vr, vd] = acc[vs, vr, vd]
@@ -278,20 +288,21 @@ class Module:
                 with T.sblock("pv_matmul"):
                     T.reads(probs[vs, 0:16, 0:128], value_cache[0:v_span], value_cache[0:v_span], value_offsets[0:256])
                     T.writes(tile_acc[vs, 0:16, 0:128])
-                    full_acc = T.sblock_alloc_buffer((16, 128))
+                    full_acc = T.sblock_alloc_buffer((1, 16, 128))
                     fetched = T.sblock_alloc_buffer((128, 4), "int8")
-                    full_acc_global = T.sblock_alloc_buffer((16, 128))
-                    for r_0, d_0 in T.grid(4, 4):
+                    full_acc_global = T.sblock_alloc_buffer((1, 16, 128))
+                    for i, r_0, d_0 in T.grid(1, 4, 4):
                         for d_1_init in T.unroll(2):
                             for d_3_init in T.unroll(1):
                                 for r_1_init in T.unroll(4):
                                     for d_2_init in T.vectorized(16):
                                         with T.sblock("full_groups_init"):
+                                            vi = T.axis.spatial(1, i)
                                             vr = T.axis.spatial(16, r_0 * 4 + r_1_init)
                                             vd = T.axis.spatial(128, d_0 * 32 + d_1_init * 16 + d_2_init + d_3_init)
                                             T.reads()
-                                            T.writes(full_acc_global[vr, vd])
-                                            full_acc_global[vr, vd] = T.float32(0.0)
+                                            T.writes(full_acc_global[vi, vr, vd])
+                                            full_acc_global[vi, vr, vd] = T.float32(0.0)
                         for to in range(num_full):
                             for ax0, ax1, ax2 in T.grid(1, 16, 1):
                                 with T.sblock("prefetch_values"):
@@ -310,37 +321,41 @@ class Module:
                                             for d_2 in T.vectorized(16):
                                                 with T.sblock("full_groups_update"):
                                                     vt = T.axis.reduce(128, to * 16 + ti)
+                                                    vi = T.axis.spatial(1, i)
                                                     vr = T.axis.spatial(16, r_0 * 4 + r_1)
                                                     vd = T.axis.spatial(128, d_0 * 32 + d_1 * 16 + d_2 + d_3)
-                                                    T.reads(full_acc_global[vr, vd], probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt, vd * 4 // 128])
-                                                    T.writes(full_acc_global[vr, vd])
-                                                    full_acc_global[vr, vd] = full_acc_global[vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + head_offset + T.Cast("int64", vd)])
-                        for ax0 in T.unroll(4):
-                            for ax1_0 in T.unroll(2):
-                                for ax1_1 in T.vectorized(16):
-                                    with T.sblock("full_acc_global"):
-                                        v0 = T.axis.spatial(16, r_0 * 4 + ax0)
-                                        v1 = T.axis.spatial(128, d_0 * 32 + ax1_0 * 16 + ax1_1)
-                                        T.reads(full_acc_global[v0, v1])
-                                        T.writes(full_acc[v0, v1])
-                                        full_acc[v0, v1] = full_acc_global[v0, v1]
-                    for r_init, d_0_init, d_2_init in T.grid(16, 8, 1):
-                        for d_1_init in T.vectorized(16):
-                            with T.sblock("tile_acc_init"):
-                                vr = T.axis.spatial(16, r_init)
-                                vd = T.axis.spatial(128, d_0_init * 16 + d_1_init + d_2_init)
-                                T.reads()
-                                T.writes(tile_acc[vs, vr, vd])
-                                tile_acc[vs, vr, vd] = full_acc[vr, vd]
-                    for ti, r, d_0, d_2 in T.grid(valid_len % 16, 16, 8, 1):
-                        for d_1 in T.vectorized(16):
-                            with T.sblock("tile_acc_update"):
-                                vt = T.axis.reduce(128, ti + num_full * 16)
-                                vr = T.axis.spatial(16, r)
-                                vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
-                                T.reads(tile_acc[vs, vr, vd], full_acc[vr, vd], probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt])
-                                T.writes(tile_acc[vs, vr, vd])
-                                tile_acc[vs, vr, vd] = tile_acc[vs, vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + head_offset + T.Cast("int64", vd)])
+                                                    T.reads(full_acc_global[vi, vr, vd], probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt, vd * 4 // 128])
+                                                    T.writes(full_acc_global[vi, vr, vd])
+                                                    full_acc_global[vi, vr, vd] = full_acc_global[vi, vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + (head_offset + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)])
+                        for ax0 in T.unroll(1):
+                            for ax1 in T.unroll(4):
+                                for ax2_0 in T.unroll(2):
+                                    for ax2_1 in T.vectorized(16):
+                                        with T.sblock("full_acc_global"):
+                                            v0 = T.axis.spatial(1, ax0)
+                                            v1 = T.axis.spatial(16, r_0 * 4 + ax1)
+                                            v2 = T.axis.spatial(128, d_0 * 32 + ax2_0 * 16 + ax2_1)
+                                            T.reads(full_acc_global[v0, v1, v2])
+                                            T.writes(full_acc[v0, v1, v2])
+                                            full_acc[v0, v1, v2] = full_acc_global[v0, v1, v2]
+                    for i in range(1):
+                        for r_init, d_0_init, d_2_init in T.grid(16, 8, 1):
+                            for d_1_init in T.vectorized(16):
+                                with T.sblock("tile_acc_init"):
+                                    vi, vr = T.axis.remap("SS", [i, r_init])
+                                    vd = T.axis.spatial(128, d_0_init * 16 + d_1_init + d_2_init)
+                                    T.reads()
+                                    T.writes(tile_acc[vs, vr, vd])
+                                    tile_acc[vs, vr, vd] = full_acc[vi, vr, vd]
+                        for ti, r, d_0, d_2 in T.grid(valid_len % 16, 16, 8, 1):
+                            for d_1 in T.vectorized(16):
+                                with T.sblock("tile_acc_update"):
+                                    vt = T.axis.reduce(128, ti + num_full * 16)
+                                    vi, vr = T.axis.remap("SS", [i, r])
+                                    vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
+                                    T.reads(tile_acc[vs, vr, vd], full_acc[vi, vr, vd], probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt])
+                                    T.writes(tile_acc[vs, vr, vd])
+                                    tile_acc[vs, vr, vd] = tile_acc[vs, vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + (head_offset + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)])
 
     @T.prim_func(s_tir=True)
     def qk_matmul(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), k_block: T.int64, k_row: T.int64, k_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, head_start: T.int32, num_rows: T.int32, block_idx: T.int32):
@@ -385,7 +400,7 @@ class Module:
                     T.writes(scores[vs, 0:16, 0:128])
                     scores_rf = T.sblock_alloc_buffer((16, 16, 128, 16))
                     scores_rf_global = T.sblock_alloc_buffer((16, 16, 128, 16))
-                    for to_m in range((valid_len + 16 - 1) // 16):
+                    for __m, to_m in T.grid(1, (valid_len + 16 - 1) // 16):
                         for n_0_m in range(8):
                             for n_1 in range(8):
                                 with T.sblock("prefetch_keys"):
@@ -395,39 +410,42 @@ class Module:
                                     T.writes()
                                     number: T.let[T.int32] = vo * 64 + vn
                                     T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
-                            for ax2_0 in range(4):
-                                for ax1_1_init in T.unroll(2):
-                                    for ax2_1_init in T.unroll(4):
-                                        for ax0_init in T.vectorized(16):
-                                            with T.sblock("scores_rf_init"):
-                                                vd_1 = T.axis.spatial(16, ax0_init)
-                                                vt = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax1_1_init)
-                                                vr = T.axis.spatial(16, ax2_0 * 4 + ax2_1_init)
-                                                T.where(to_m < 8)
-                                                T.reads()
-                                                T.writes(scores_rf_global[vs, vr, vt, vd_1])
-                                                scores_rf_global[vs, vr, vt, vd_1] = T.float32(0.0)
-                                for ax3 in range(8):
-                                    for ax4 in T.unroll(1):
+                            for ax3_0 in range(4):
+                                for ax2_init in range(1):
+                                    for ax1_1_init in T.unroll(2):
+                                        for ax3_1_init in T.unroll(4):
+                                            for ax0_init in T.vectorized(16):
+                                                with T.sblock("scores_rf_init"):
+                                                    vd_1 = T.axis.spatial(16, ax0_init)
+                                                    vt = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax1_1_init)
+                                                    vi = T.axis.spatial(1, ax2_init)
+                                                    vr = T.axis.spatial(16, ax3_0 * 4 + ax3_1_init)
+                                                    T.where(to_m < 8)
+                                                    T.reads()
+                                                    T.writes(scores_rf_global[vs, vr, vt, vd_1])
+                                                    scores_rf_global[vs, vr, vt, vd_1] = T.float32(0.0)
+                                for ax4, ax2 in T.grid(8, 1):
+                                    for ax5 in T.unroll(1):
                                         for ax1_1 in T.unroll(2):
-                                            for ax2_1 in T.unroll(4):
+                                            for ax3_1 in T.unroll(4):
                                                 for ax0 in T.vectorized(16):
                                                     with T.sblock("scores_rf_update"):
                                                         vd_1 = T.axis.spatial(16, ax0)
                                                         vt = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax1_1)
-                                                        vr = T.axis.spatial(16, ax2_0 * 4 + ax2_1)
-                                                        vd_0, vd_2 = T.axis.remap("RR", [ax3, ax4])
+                                                        vi = T.axis.spatial(1, ax2)
+                                                        vr = T.axis.spatial(16, ax3_0 * 4 + ax3_1)
+                                                        vd_0, vd_2 = T.axis.remap("RR", [ax4, ax5])
                                                         T.where(to_m < 8)
-                                                        T.reads(scores_rf_global[vs, vr, vt, vd_1], q_tile[0, vr, vd_0 * 16 + vd_1 + vd_2], key_cache[key_offsets[vt] + head_offset + T.Cast("int64", vd_0 * 16 + vd_1 + vd_2)], key_offsets[vt])
+                                                        T.reads(scores_rf_global[vs, vr, vt, vd_1], q_tile[vi, vr, vd_0 * 16 + vd_1 + vd_2], key_cache[key_offsets[vt] + (head_offset + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd_0 * 16 + vd_1 + vd_2)], key_offsets[vt])
                                                         T.writes(scores_rf_global[vs, vr, vt, vd_1])
-                                                        scores_rf_global[vs, vr, vt, vd_1] = scores_rf_global[vs, vr, vt, vd_1] + q_tile[0, vr, vd_0 * 16 + vd_1 + vd_2] * T.Cast("float32", key_cache[key_offsets[vt] + head_offset + T.Cast("int64", vd_0 * 16 + vd_1 + vd_2)])
+                                                        scores_rf_global[vs, vr, vt, vd_1] = scores_rf_global[vs, vr, vt, vd_1] + q_tile[vi, vr, vd_0 * 16 + vd_1 + vd_2] * T.Cast("float32", key_cache[key_offsets[vt] + (head_offset + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd_0 * 16 + vd_1 + vd_2)])
                                 for ax0 in range(1):
                                     for ax1 in T.unroll(4):
                                         for ax2 in T.unroll(2):
                                             for ax3 in T.vectorized(16):
                                                 with T.sblock("scores.rf_global"):
                                                     v0 = T.axis.spatial(16, vs + ax0)
-                                                    v1 = T.axis.spatial(16, ax2_0 * 4 + ax1)
+                                                    v1 = T.axis.spatial(16, ax3_0 * 4 + ax1)
                                                     v2 = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax2)
                                                     v3 = T.axis.spatial(16, ax3)
                                                     T.where(0 <= vs and vs < 16 and to_m < 8)
@@ -438,13 +456,13 @@ class Module:
                             for ti_init in T.vectorized(16):
                                 with T.sblock("scores_init"):
                                     vt = T.axis.spatial(128, to_m * 16 + ti_init)
-                                    vr = T.axis.spatial(16, r)
+                                    vi, vr = T.axis.remap("SS", [__m, r])
                                     T.reads()
                                     T.writes(scores[vs, vr, vt])
                                     scores[vs, vr, vt] = T.float32(0.0)
                             with T.sblock("scores_update_o"):
                                 vd_1_o = T.axis.reduce(1, 0)
-                                vt_o, vr_o = T.axis.remap("SS", [to_m, r])
+                                vt_o, vi_o, vr_o = T.axis.remap("SSS", [to_m, __m, r])
                                 T.reads(scores[vs, vr_o, vt_o * 16:vt_o * 16 + 16], scores_rf[vs, vr_o, vt_o * 16:vt_o * 16 + 16, 0:16])
                                 T.writes(scores[vs, vr_o, vt_o * 16:vt_o * 16 + 16])
                                 sums = T.match_buffer(scores[vs, vr_o, vt_o * 16:vt_o * 16 + 16], (16,), offset_factor=1)

@@ -71,7 +71,6 @@ class Module:
         row_max = T.sblock_alloc_buffer((1, 16))
         row_sum = T.sblock_alloc_buffer((1, 16))
         acc = T.sblock_alloc_buffer((1, 16, 128))
-        factor = T.sblock_alloc_buffer((16,))
         for step in range(num_partials):
             with T.sblock("partial"):
                 vstep = T.axis.opaque(num_partials, step)
@@ -126,33 +125,41 @@ class Module:
                             T.writes(row_max[0, vr], row_sum[0, vr])
                             row_max[0, vr] = new_max[vr]
                             row_sum[0, vr] = new_sum[vr]
-                    for r, d in T.grid(16, 128):
-                        with T.sblock("acc"):
-                            vr, vd = T.axis.remap("SS", [r, d])
-                            vstep_1 = T.axis.reduce(num_partials, vstep)
-                            T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
-                            T.writes(acc[0, vr, vd])
-                            with T.init():
-                                acc[0, vr, vd] = T.float32(0.0)
-                            acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
-        for h in range(16):
-            with T.sblock("factor"):
-                vh = T.axis.spatial(16, h)
-                T.reads(row_sum[0, vh])
-                T.writes(factor[vh])
-                factor[vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32(0.0), T.float32(1.0) / row_sum[0, vh])
-        for h, d in T.grid(16, 128):
-            with T.sblock("out"):
-                vh, vd = T.axis.remap("SS", [h, d])
-                T.reads(acc[0, vh, vd], factor[vh])
-                T.writes(out[seq, vh, vd])
-                out[seq, vh, vd] = T.Cast("float32", acc[0, vh, vd] * factor[vh])
-        for h in range(16):
-            with T.sblock("lse"):
-                vh = T.axis.spatial(16, h)
-                T.reads(row_sum[0, vh], row_max[0, vh])
-                T.writes(lse[seq, vh])
-                lse[seq, vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32("-inf"), row_max[0, vh] + T.log(row_sum[0, vh]))
+                    with T.sblock("rescale_acc"):
+                        T.reads(partial_acc[slot, 0:16, 0:128], alpha[0:16], beta[0:16])
+                        T.writes(acc[0, 0:16, 0:128])
+                        for r, d in T.grid(16, 128):
+                            with T.sblock("acc"):
+                                vr, vd = T.axis.remap("SS", [r, d])
+                                vstep_1 = T.axis.reduce(num_partials, vstep)
+                                T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
+                                T.writes(acc[0, vr, vd])
+                                with T.init():
+                                    acc[0, vr, vd] = T.float32(0.0)
+                                acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
+        with T.sblock("normalize"):
+            T.reads(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
+            T.writes(out[seq, 0:16, 0:128], lse[seq, 0:16])
+            factor = T.sblock_alloc_buffer((16,))
+            for r in range(16):
+                with T.sblock("factor"):
+                    vr = T.axis.spatial(16, r)
+                    T.reads(row_sum[0, vr])
+                    T.writes(factor[vr])
+                    total: T.let[T.float32] = row_sum[0, vr]
+                    factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
+            for r, d in T.grid(16, 128):
+                with T.sblock("out"):
+                    vr, vd = T.axis.remap("SS", [r, d])
+                    T.reads(acc[0, vr, vd], factor[vr])
+                    T.writes(out[seq, vr, vd])
+                    out[seq, vr, vd] = T.Cast("float32", acc[0, vr, vd] * factor[vr])
+            for r in range(16):
+                with T.sblock("lse"):
+                    vr = T.axis.spatial(16, r)
+                    T.reads(row_sum[0, vr], row_max[0, vr])
+                    T.writes(lse[seq, vr])
+                    lse[seq, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr]))
 
     @T.prim_func(s_tir=True)
     def online_update(tile_max: T.Buffer((16, 16), "float32"), tile_sum: T.Buffer((16, 16), "float32"), tile_acc: T.Buffer((16, 16, 128), "float32"), row_max: T.Buffer((16, 16), "float32"), row_sum: T.Buffer((16, 16), "float32"), acc: T.Buffer((16, 16, 128), "float32"), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), num_seqs: T.int32, block_idx: T.int32, num_blocks: T.int32, head_start: T.int32, num_rows: T.int32, partial_start: T.int32):
@@ -210,15 +217,18 @@ class Module:
                             T.writes(row_max[vs, vr], row_sum[vs, vr])
                             row_max[vs, vr] = new_max[vr]
                             row_sum[vs, vr] = new_sum[vr]
-                    for r, d in T.grid(16, 128):
-                        with T.sblock("acc"):
-                            vr, vd = T.axis.remap("SS", [r, d])
-                            vstep = T.axis.reduce(num_blocks, block_idx)
-                            T.reads(alpha[vr], beta[vr], tile_acc[vs, vr, vd])
-                            T.writes(acc[vs, vr, vd])
-                            with T.init():
-                                acc[vs, vr, vd] = T.float32(0.0)
-                            acc[vs, vr, vd] = alpha[vr] * acc[vs, vr, vd] + beta[vr] * tile_acc[vs, vr, vd]
+                    with T.sblock("rescale_acc"):
+                        T.reads(tile_acc[vs, 0:16, 0:128], alpha[0:16], beta[0:16])
+                        T.writes(acc[vs, 0:16, 0:128])
+                        for r, d in T.grid(16, 128):
+                            with T.sblock("acc"):
+                                vr, vd = T.axis.remap("SS", [r, d])
+                                vstep = T.axis.reduce(num_blocks, block_idx)
+                                T.reads(alpha[vr], beta[vr], tile_acc[vs, vr, vd])
+                                T.writes(acc[vs, vr, vd])
+                                with T.init():
+                                    acc[vs, vr, vd] = T.float32(0.0)
+                                acc[vs, vr, vd] = alpha[vr] * acc[vs, vr, vd] + beta[vr] * tile_acc[vs, vr, vd]
                 with T.sblock("store_partial"):
                     T.reads(row_max[vs, 0:16], row_sum[vs, 0:16], acc[vs, 0:16, 0:128])
                     T.writes(partial_max[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0)], partial_sum[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0)], partial_acc[partial_start + vs, head_start:head_start + T.Select(block_idx == num_blocks - 1, num_rows, 0), 0:128])
@@ -267,7 +277,7 @@ class Module:
                 with T.sblock("pv_matmul"):
                     T.reads(probs[vs, 0:16, 0:128], value_cache[0:v_span], value_cache[0:v_span], value_offsets[0:256])
                     T.writes(tile_acc[vs, 0:16, 0:128])
-                    full_acc = T.sblock_alloc_buffer((16, 128))
+                    full_acc = T.sblock_alloc_buffer((1, 16, 128))
                     fetched = T.sblock_alloc_buffer((128, 4), "int8")
                     for to, ti, li in T.grid(num_full, 16, 4):
                         with T.sblock("prefetch_values"):
@@ -277,24 +287,24 @@ class Module:
                             T.writes(fetched[vo * 16 + vi, vl])
                             number: T.let[T.int32] = (vl * num_full + vo) * 16 + vi
                             T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
-                    for to, ti, r, d in T.grid(num_full, 16, 16, 128):
+                    for i, to, ti, r, d in T.grid(1, num_full, 16, 16, 128):
                         with T.sblock("full_groups"):
                             vt = T.axis.reduce(128, to * 16 + ti)
-                            vr, vd = T.axis.remap("SS", [r, d])
+                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                             T.reads(probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt, vd * 4 // 128])
-                            T.writes(full_acc[vr, vd])
+                            T.writes(full_acc[vi, vr, vd])
                             with T.init():
-                                full_acc[vr, vd] = T.float32(0.0)
-                            full_acc[vr, vd] = full_acc[vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + head_offset + T.Cast("int64", vd)])
-                    for ti, r, d in T.grid(valid_len % 16, 16, 128):
+                                full_acc[vi, vr, vd] = T.float32(0.0)
+                            full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + (head_offset + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)])
+                    for i, ti, r, d in T.grid(1, valid_len % 16, 16, 128):
                         with T.sblock("tile_acc"):
                             vt = T.axis.reduce(128, num_full * 16 + ti)
-                            vr, vd = T.axis.remap("SS", [r, d])
-                            T.reads(full_acc[vr, vd], probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt])
+                            vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                            T.reads(full_acc[vi, vr, vd], probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt])
                             T.writes(tile_acc[vs, vr, vd])
                             with T.init():
-                                tile_acc[vs, vr, vd] = full_acc[vr, vd]
-                            tile_acc[vs, vr, vd] = tile_acc[vs, vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + head_offset + T.Cast("int64", vd)])
+                                tile_acc[vs, vr, vd] = full_acc[vi, vr, vd]
+                            tile_acc[vs, vr, vd] = tile_acc[vs, vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + (head_offset + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)])
 
     @T.prim_func(s_tir=True)
     def qk_matmul(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), k_block: T.int64, k_row: T.int64, k_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, head_start: T.int32, num_rows: T.int32, block_idx: T.int32):
@@ -335,7 +345,7 @@ class Module:
                 with T.sblock("qk_matmul"):
                     T.reads(q_tile[0, 0:16, 0:128], key_cache[0:k_span], key_cache[0:k_span], key_offsets[0:256])
                     T.writes(scores[vs, 0:16, 0:128])
-                    for to, n in T.grid((valid_len + 16 - 1) // 16, 64):
+                    for _, to, n in T.grid(1, (valid_len + 16 - 1) // 16, 64):
                         with T.sblock("prefetch_keys"):
                             vo = T.axis.spatial(8, to)
                             vn = T.axis.spatial(64, n)
@@ -343,15 +353,15 @@ class Module:
                             T.writes()
                             number: T.let[T.int32] = vo * 64 + vn
                             T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
-                    for to, ti, r, d in T.grid((valid_len + 16 - 1) // 16, 16, 16, 128):
+                    for i, to, ti, r, d in T.grid(1, (valid_len + 16 - 1) // 16, 16, 16, 128):
                         with T.sblock("scores"):
                             vt = T.axis.spatial(128, to * 16 + ti)
-                            vr, vd = T.axis.remap("SR", [r, d])
-                            T.reads(q_tile[0, vr, vd], key_cache[key_offsets[vt] + head_offset + T.Cast("int64", vd)], key_offsets[vt])
+                            vi, vr, vd = T.axis.remap("SSR", [i, r, d])
+                            T.reads(q_tile[vi, vr, vd], key_cache[key_offsets[vt] + (head_offset + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd)], key_offsets[vt])
                             T.writes(scores[vs, vr, vt])
                             with T.init():
                                 scores[vs, vr, vt] = T.float32(0.0)
-                            scores[vs, vr, vt] = scores[vs, vr, vt] + q_tile[0, vr, vd] * T.Cast("float32", key_cache[key_offsets[vt] + head_offset + T.Cast("int64", vd)])
+                            scores[vs, vr, vt] = scores[vs, vr, vt] + q_tile[vi, vr, vd] * T.Cast("float32", key_cache[key_offsets[vt] + (head_offset + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd)])
 
     @T.prim_func(s_tir=True)
     def softmax_prepare(context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), probs: T.Buffer((16, 16, 128), "float32"), tile_max: T.Buffer((16, 16), "float32"), tile_sum: T.Buffer((16, 16), "float32"), batch_start: T.int32, num_seqs: T.int32, block_idx: T.int32, scale: T.float32):

@@ -488,120 +488,172 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %beta203.i = alloca [4 x float], align 16
-  %alpha204.i = alloca [4 x float], align 16
-  %row_sum216.i = alloca [32 x float], align 16
-  %row_max217.i = alloca [32 x float], align 16
-  %0 = getelementptr inbounds nuw i8, ptr %args, i64 8
-  %1 = load ptr, ptr %0, align 8
-  %2 = getelementptr inbounds nuw i8, ptr %args, i64 24
-  %3 = load ptr, ptr %2, align 8
-  %4 = getelementptr inbounds nuw i8, ptr %args, i64 40
-  %5 = load ptr, ptr %4, align 8
-  %6 = getelementptr inbounds nuw i8, ptr %args, i64 56
-  %7 = load ptr, ptr %6, align 8
-  %8 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %beta233.i = alloca [4 x float], align 16
+  %alpha234.i = alloca [4 x float], align 16
+  %row_sum246.i = alloca [32 x float], align 16
+  %row_max247.i = alloca [32 x float], align 16
+  %query.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %query.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %query.handle.idx = select i1 %0, i64 24, i64 0
+  %query.handle = getelementptr inbounds nuw i8, ptr %2, i64 %query.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %key_cache.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %key_cache.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %key_cache.handle.idx = select i1 %4, i64 24, i64 0
+  %key_cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %key_cache.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %8 = getelementptr inbounds nuw i8, ptr %args, i64 40
   %9 = load ptr, ptr %8, align 8
-  %10 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %10 = getelementptr inbounds nuw i8, ptr %args, i64 56
   %11 = load ptr, ptr %10, align 8
-  %12 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %12 = getelementptr inbounds nuw i8, ptr %args, i64 72
   %13 = load ptr, ptr %12, align 8
-  %14 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr align 8 %args, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
-  %15 = shufflevector <29 x i32> %14, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %16 = icmp eq <8 x i32> %15, splat (i32 70)
-  %17 = extractelement <8 x i1> %16, i64 0
-  %query.handle.idx = select i1 %17, i64 24, i64 0
-  %query.handle = getelementptr inbounds nuw i8, ptr %1, i64 %query.handle.idx
-  %18 = extractelement <8 x i1> %16, i64 1
-  %key_cache.handle.idx = select i1 %18, i64 24, i64 0
-  %key_cache.handle = getelementptr inbounds nuw i8, ptr %3, i64 %key_cache.handle.idx
-  %19 = extractelement <8 x i1> %16, i64 2
-  %value_cache.handle.idx = select i1 %19, i64 24, i64 0
-  %value_cache.handle = getelementptr inbounds nuw i8, ptr %5, i64 %value_cache.handle.idx
-  %20 = extractelement <8 x i1> %16, i64 3
-  %block_table.handle.idx = select i1 %20, i64 24, i64 0
-  %block_table.handle = getelementptr inbounds nuw i8, ptr %7, i64 %block_table.handle.idx
-  %21 = extractelement <8 x i1> %16, i64 4
-  %context_lens.handle.idx = select i1 %21, i64 24, i64 0
-  %context_lens.handle = getelementptr inbounds nuw i8, ptr %9, i64 %context_lens.handle.idx
-  %22 = extractelement <8 x i1> %16, i64 5
-  %partial_max.handle.idx = select i1 %22, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %11, i64 %partial_max.handle.idx
-  %23 = extractelement <8 x i1> %16, i64 6
-  %partial_sum.handle.idx = select i1 %23, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %13, i64 %partial_sum.handle.idx
-  %24 = getelementptr inbounds nuw i8, ptr %args, i64 120
-  %25 = load ptr, ptr %24, align 8
-  %26 = extractelement <8 x i1> %16, i64 7
-  %partial_acc.handle.idx = select i1 %26, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %25, i64 %partial_acc.handle.idx
-  %27 = getelementptr inbounds nuw i8, ptr %args, i64 136
-  %k_block = load i64, ptr %27, align 8
-  %28 = getelementptr inbounds nuw i8, ptr %args, i64 152
-  %k_row = load i64, ptr %28, align 8
-  %29 = getelementptr inbounds nuw i8, ptr %args, i64 168
-  %k_head = load i64, ptr %29, align 8
-  %30 = getelementptr inbounds nuw i8, ptr %args, i64 184
-  %v_block = load i64, ptr %30, align 8
-  %31 = getelementptr inbounds nuw i8, ptr %args, i64 200
-  %v_row = load i64, ptr %31, align 8
-  %32 = getelementptr inbounds nuw i8, ptr %args, i64 216
-  %v_head = load i64, ptr %32, align 8
-  %33 = getelementptr inbounds nuw i8, ptr %args, i64 232
-  %34 = load i64, ptr %33, align 8
-  %35 = getelementptr inbounds nuw i8, ptr %args, i64 248
-  %36 = load i64, ptr %35, align 8
-  %37 = getelementptr inbounds nuw i8, ptr %args, i64 264
-  %38 = load i64, ptr %37, align 8
-  %39 = getelementptr inbounds nuw i8, ptr %args, i64 280
-  %40 = load i64, ptr %39, align 8
-  %41 = getelementptr inbounds nuw i8, ptr %args, i64 296
+  %14 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %15 = load ptr, ptr %14, align 8
+  %16 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %17 = load ptr, ptr %16, align 8
+  %18 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %19 = load ptr, ptr %18, align 8
+  %20 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %21 = load ptr, ptr %20, align 8
+  %22 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr nonnull align 8 %7, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
+  %23 = shufflevector <29 x i32> %22, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %24 = icmp eq <8 x i32> %23, splat (i32 70)
+  %25 = extractelement <8 x i1> %24, i64 0
+  %value_cache.handle.idx = select i1 %25, i64 24, i64 0
+  %value_cache.handle = getelementptr inbounds nuw i8, ptr %9, i64 %value_cache.handle.idx
+  %26 = extractelement <8 x i1> %24, i64 1
+  %block_table.handle.idx = select i1 %26, i64 24, i64 0
+  %block_table.handle = getelementptr inbounds nuw i8, ptr %11, i64 %block_table.handle.idx
+  %27 = extractelement <8 x i1> %24, i64 2
+  %context_lens.handle.idx = select i1 %27, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %13, i64 %context_lens.handle.idx
+  %28 = extractelement <8 x i1> %24, i64 3
+  %partial_max.handle.idx = select i1 %28, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %15, i64 %partial_max.handle.idx
+  %29 = extractelement <8 x i1> %24, i64 4
+  %partial_sum.handle.idx = select i1 %29, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %17, i64 %partial_sum.handle.idx
+  %30 = extractelement <8 x i1> %24, i64 5
+  %partial_acc.handle.idx = select i1 %30, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %19, i64 %partial_acc.handle.idx
+  %31 = extractelement <8 x i1> %24, i64 6
+  %out.handle.idx = select i1 %31, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %21, i64 %out.handle.idx
+  %32 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %33 = load ptr, ptr %32, align 8
+  %34 = extractelement <8 x i1> %24, i64 7
+  %lse.handle.idx = select i1 %34, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %33, i64 %lse.handle.idx
+  %35 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %k_block = load i64, ptr %35, align 8
+  %36 = getelementptr inbounds nuw i8, ptr %args, i64 184
+  %k_row = load i64, ptr %36, align 8
+  %37 = getelementptr inbounds nuw i8, ptr %args, i64 200
+  %k_head = load i64, ptr %37, align 8
+  %38 = getelementptr inbounds nuw i8, ptr %args, i64 216
+  %v_block = load i64, ptr %38, align 8
+  %39 = getelementptr inbounds nuw i8, ptr %args, i64 232
+  %v_row = load i64, ptr %39, align 8
+  %40 = getelementptr inbounds nuw i8, ptr %args, i64 248
+  %v_head = load i64, ptr %40, align 8
+  %41 = getelementptr inbounds nuw i8, ptr %args, i64 264
   %42 = load i64, ptr %41, align 8
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 304
-  %scale.type_index = load i32, ptr %43, align 8
-  %44 = getelementptr inbounds nuw i8, ptr %args, i64 312
-  %45 = load i64, ptr %44, align 8
-  %46 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
-  %fused_decode.query_shape = load ptr, ptr %46, align 8
-  %47 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
-  %fused_decode.query_strides = load ptr, ptr %47, align 8
-  %48 = icmp eq ptr %fused_decode.query_strides, null
-  %49 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16
-  %50 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8
-  %q_head.in = select i1 %48, ptr %49, ptr %50
+  %43 = getelementptr inbounds nuw i8, ptr %args, i64 280
+  %44 = load i64, ptr %43, align 8
+  %45 = getelementptr inbounds nuw i8, ptr %args, i64 296
+  %46 = load i64, ptr %45, align 8
+  %47 = getelementptr inbounds nuw i8, ptr %args, i64 312
+  %48 = load i64, ptr %47, align 8
+  %49 = getelementptr inbounds nuw i8, ptr %args, i64 328
+  %50 = load i64, ptr %49, align 8
+  %51 = getelementptr inbounds nuw i8, ptr %args, i64 336
+  %scale.type_index = load i32, ptr %51, align 8
+  %52 = getelementptr inbounds nuw i8, ptr %args, i64 344
+  %53 = load i64, ptr %52, align 8
+  %54 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %fused_decode.query_shape = load ptr, ptr %54, align 8
+  %55 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %fused_decode.query_strides = load ptr, ptr %55, align 8
+  %56 = icmp eq ptr %fused_decode.query_strides, null
+  %57 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16
+  %58 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8
+  %q_head.in = select i1 %56, ptr %57, ptr %58
   %q_head = load i64, ptr %q_head.in, align 8
-  br i1 %48, label %if_then25, label %if_else26
+  br i1 %56, label %if_then31, label %if_else32
 
-if_then25:                                        ; preds = %entry
-  %51 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8
-  %52 = load i64, ptr %51, align 8
-  %53 = load i64, ptr %49, align 8
-  %54 = mul nsw i64 %53, %52
-  br label %if_end27
+if_then31:                                        ; preds = %entry
+  %59 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8
+  %60 = load i64, ptr %59, align 8
+  %61 = load i64, ptr %57, align 8
+  %62 = mul nsw i64 %61, %60
+  br label %if_end33
 
-if_else26:                                        ; preds = %entry
-  %55 = load i64, ptr %fused_decode.query_strides, align 8
-  br label %if_end27
+if_else32:                                        ; preds = %entry
+  %63 = load i64, ptr %fused_decode.query_strides, align 8
+  br label %if_end33
 
-if_end27:                                         ; preds = %if_else26, %if_then25
-  %q_batch = phi i64 [ %54, %if_then25 ], [ %55, %if_else26 ]
-  %56 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
-  %dev_id = load i32, ptr %56, align 4
-  %57 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
-  %fused_decode.block_table_strides = load ptr, ptr %57, align 8
-  %58 = icmp eq ptr %fused_decode.block_table_strides, null
-  br i1 %58, label %if_then28, label %if_end30
+if_end33:                                         ; preds = %if_else32, %if_then31
+  %q_batch = phi i64 [ %62, %if_then31 ], [ %63, %if_else32 ]
+  %64 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %64, align 4
+  %65 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %fused_decode.block_table_strides = load ptr, ptr %65, align 8
+  %66 = icmp eq ptr %fused_decode.block_table_strides, null
+  br i1 %66, label %if_then34, label %if_end36
 
-if_then28:                                        ; preds = %if_end27
-  %59 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
-  %fused_decode.block_table_shape = load ptr, ptr %59, align 8
-  %60 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8
-  br label %if_end30
+if_then34:                                        ; preds = %if_end33
+  %67 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %fused_decode.block_table_shape = load ptr, ptr %67, align 8
+  %68 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8
+  br label %if_end36
 
-if_end30:                                         ; preds = %if_then28, %if_end27
-  %table_seq.in = phi ptr [ %60, %if_then28 ], [ %fused_decode.block_table_strides, %if_end27 ]
+if_end36:                                         ; preds = %if_then34, %if_end33
+  %table_seq.in = phi ptr [ %68, %if_then34 ], [ %fused_decode.block_table_strides, %if_end33 ]
   %table_seq = load i64, ptr %table_seq.in, align 8
-  %num_seqs = trunc i64 %36 to i32
+  %69 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %fused_decode.out_shape = load ptr, ptr %69, align 8
+  %70 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %fused_decode.out_strides = load ptr, ptr %70, align 8
+  %71 = icmp eq ptr %fused_decode.out_strides, null
+  %72 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 16
+  %73 = getelementptr inbounds nuw i8, ptr %fused_decode.out_strides, i64 8
+  %out_head.in = select i1 %71, ptr %72, ptr %73
+  %out_head = load i64, ptr %out_head.in, align 8
+  br i1 %71, label %if_then40, label %if_else41
+
+if_then40:                                        ; preds = %if_end36
+  %74 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 8
+  %75 = load i64, ptr %74, align 8
+  %76 = load i64, ptr %72, align 8
+  %77 = mul nsw i64 %76, %75
+  br label %if_end42
+
+if_else41:                                        ; preds = %if_end36
+  %78 = load i64, ptr %fused_decode.out_strides, align 8
+  br label %if_end42
+
+if_end42:                                         ; preds = %if_else41, %if_then40
+  %out_batch = phi i64 [ %77, %if_then40 ], [ %78, %if_else41 ]
+  %79 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %fused_decode.lse_strides = load ptr, ptr %79, align 8
+  %80 = icmp eq ptr %fused_decode.lse_strides, null
+  br i1 %80, label %if_then43, label %if_end45
+
+if_then43:                                        ; preds = %if_end42
+  %81 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %fused_decode.lse_shape = load ptr, ptr %81, align 8
+  %82 = getelementptr inbounds nuw i8, ptr %fused_decode.lse_shape, i64 8
+  br label %if_end45
+
+if_end45:                                         ; preds = %if_then43, %if_end42
+  %lse_batch.in = phi ptr [ %82, %if_then43 ], [ %fused_decode.lse_strides, %if_end42 ]
+  %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %num_seqs = trunc i64 %44 to i32
   %query = load ptr, ptr %query.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   %key_cache = load ptr, ptr %key_cache.handle, align 8
@@ -618,10 +670,14 @@ if_end30:                                         ; preds = %if_then28, %if_end2
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   %partial_acc = load ptr, ptr %partial_acc.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta203.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha204.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum216.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max217.i)
+  %out = load ptr, ptr %out.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  %lse = load ptr, ptr %lse.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta233.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha234.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum246.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max247.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -630,562 +686,575 @@ if_end30:                                         ; preds = %if_then28, %if_end2
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  %61 = icmp sgt i32 %num_seqs, 0
-  br i1 %61, label %for_body_s.lr.ph.i, label %fused_decode_compute_.exit, !prof !3
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  %83 = icmp sgt i32 %num_seqs, 0
+  br i1 %83, label %for_body_s.lr.ph.i, label %fused_decode_compute_.exit, !prof !3
 
-for_body_s.lr.ph.i:                               ; preds = %if_end30
-  %block_begin = trunc i64 %38 to i32
-  %block_end = trunc i64 %40 to i32
-  %62 = icmp eq i32 %scale.type_index, 3
-  %.cast = bitcast i64 %45 to double
-  %63 = fptrunc double %.cast to float
-  %64 = sitofp i64 %45 to float
-  %scale = select i1 %62, float %63, float %64
+for_body_s.lr.ph.i:                               ; preds = %if_end45
+  %block_begin = trunc i64 %46 to i32
+  %block_end = trunc i64 %48 to i32
+  %84 = icmp eq i32 %scale.type_index, 3
+  %.cast = bitcast i64 %53 to double
+  %85 = fptrunc double %.cast to float
+  %86 = sitofp i64 %53 to float
+  %scale = select i1 %84, float %85, float %86
   %range_begin.i = shl nsw i32 %block_begin, 4
-  %sext = shl i64 %34, 32
-  %65 = ashr exact i64 %sext, 32
-  %66 = shl nsw i32 %block_end, 4
-  %67 = add i32 %range_begin.i, -1
-  %68 = insertelement <16 x float> poison, float %scale, i64 0
-  %69 = shufflevector <16 x float> %68, <16 x float> poison, <16 x i32> zeroinitializer
-  %sext43 = shl i64 %42, 32
-  %cse_v21.i = ashr exact i64 %sext43, 32
-  %70 = zext i32 %range_begin.i to i64
-  %wide.trip.count822.i = and i64 %36, 2147483647
+  %sext = shl i64 %42, 32
+  %87 = ashr exact i64 %sext, 32
+  %88 = shl nsw i32 %block_end, 4
+  %89 = add i32 %range_begin.i, -1
+  %90 = insertelement <16 x float> poison, float %scale, i64 0
+  %91 = shufflevector <16 x float> %90, <16 x float> poison, <16 x i32> zeroinitializer
+  %92 = and i64 %50, 2147483648
+  %.not = icmp eq i64 %92, 0
+  %cse_v22.i = and i64 %50, 4294967295
+  %93 = zext i32 %range_begin.i to i64
+  %wide.trip.count884.i = and i64 %44, 2147483647
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end198.i
-  %indvars.iv.next820.i = add nuw nsw i64 %indvars.iv819.i, 1
-  %exitcond823.not.i = icmp eq i64 %indvars.iv.next820.i, %wide.trip.count822.i
-  br i1 %exitcond823.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
+for_begin_s.i:                                    ; preds = %if_end226.i
+  %indvars.iv.next882.i = add nuw nsw i64 %indvars.iv881.i, 1
+  %exitcond885.not.i = icmp eq i64 %indvars.iv.next882.i, %wide.trip.count884.i
+  br i1 %exitcond885.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv819.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next820.i, %for_begin_s.i ]
-  %71 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %q_tile.i = tail call ptr %71(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %72 = icmp eq ptr %q_tile.i, null
-  br i1 %72, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
+  %indvars.iv881.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next882.i, %for_begin_s.i ]
+  %94 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %q_tile.i = tail call ptr %94(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %95 = icmp eq ptr %q_tile.i, null
+  br i1 %95, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %73 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %acc.i = tail call ptr %73(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %74 = icmp eq ptr %acc.i, null
-  br i1 %74, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
+  %96 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %acc.i = tail call ptr %96(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %97 = icmp eq ptr %acc.i, null
+  br i1 %97, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %cse_v23.i = add nsw i64 %indvars.iv819.i, %65
-  %75 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v23.i
-  %76 = load i32, ptr %75, align 4, !tbaa !5
-  %77 = mul nsw i64 %cse_v23.i, %q_batch
-  %78 = getelementptr i16, ptr %query, i64 %77
+  %cse_v24.i = add nsw i64 %indvars.iv881.i, %87
+  %98 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v24.i
+  %99 = load i32, ptr %98, align 4, !tbaa !5
+  %100 = mul nsw i64 %cse_v24.i, %q_batch
+  %101 = getelementptr i16, ptr %query, i64 %100
   br label %for_begin_r.preheader.i
 
 for_begin_step.preheader.i:                       ; preds = %for_end_r.i
-  %79 = tail call i32 @llvm.smin.i32(i32 %66, i32 %76)
-  %80 = sub nsw i32 %79, %range_begin.i
-  %range_len.i = tail call i32 @llvm.smax.i32(i32 %80, i32 0)
-  %81 = add nuw nsw i32 %range_len.i, 127
-  %cse_v24.i = lshr i32 %81, 7
-  %num_steps.i = tail call i32 @llvm.umax.i32(i32 %cse_v24.i, i32 1)
-  %last_token.i = add i32 %67, %range_len.i
-  %cse_v107.i = mul nsw i64 %cse_v23.i, %table_seq
-  %invariant.gep381.i = getelementptr i32, ptr %block_table, i64 %cse_v107.i
-  %82 = zext nneg i32 %cse_v24.i to i64
-  %83 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count795.i = zext nneg i32 %num_steps.i to i64
+  %102 = tail call i32 @llvm.smin.i32(i32 %88, i32 %99)
+  %103 = sub nsw i32 %102, %range_begin.i
+  %range_len.i = tail call i32 @llvm.smax.i32(i32 %103, i32 0)
+  %104 = add nuw nsw i32 %range_len.i, 127
+  %cse_v25.i = lshr i32 %104, 7
+  %num_steps.i = tail call i32 @llvm.umax.i32(i32 %cse_v25.i, i32 1)
+  %last_token.i = add i32 %89, %range_len.i
+  %cse_v110.i = mul nsw i64 %cse_v24.i, %table_seq
+  %invariant.gep412.i = getelementptr i32, ptr %block_table, i64 %cse_v110.i
+  %105 = zext nneg i32 %cse_v25.i to i64
+  %106 = zext nneg i32 %range_len.i to i64
+  %wide.trip.count833.i = zext nneg i32 %num_steps.i to i64
   br label %for_begin_step.i
 
 for_begin_r.preheader.i:                          ; preds = %for_end_r.i, %if_end2.i
-  %indvars.iv596.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next597.i, %for_end_r.i ]
-  %84 = shl nuw nsw i64 %indvars.iv596.i, 2
-  %.idx44 = shl nuw nsw i64 %indvars.iv596.i, 11
-  %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx44
+  %indvars.iv634.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next635.i, %for_end_r.i ]
+  %107 = shl nuw nsw i64 %indvars.iv634.i, 2
+  %.idx58 = shl nuw nsw i64 %indvars.iv634.i, 11
+  %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx58
   br label %for_begin_d_0.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_begin_r.preheader.i
-  %indvars.iv592.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next593.i, %for_end_d_0.i ]
-  %85 = add nuw nsw i64 %indvars.iv592.i, %84
-  %86 = mul nsw i64 %85, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %78, i64 %86
-  %.idx = shl nuw nsw i64 %indvars.iv592.i, 9
+  %indvars.iv630.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next631.i, %for_end_d_0.i ]
+  %108 = add nuw nsw i64 %indvars.iv630.i, %107
+  %109 = mul nsw i64 %108, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %101, i64 %109
+  %.idx = shl nuw nsw i64 %indvars.iv630.i, 9
   %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx
   br label %for_begin_d_2.preheader.i
 
 for_end_r.i:                                      ; preds = %for_end_d_0.i
-  %indvars.iv.next597.i = add nuw nsw i64 %indvars.iv596.i, 1
-  %exitcond599.not.i = icmp eq i64 %indvars.iv.next597.i, 8
-  br i1 %exitcond599.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !prof !17
+  %indvars.iv.next635.i = add nuw nsw i64 %indvars.iv634.i, 1
+  %exitcond637.not.i = icmp eq i64 %indvars.iv.next635.i, 8
+  br i1 %exitcond637.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !prof !17
 
 for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_d_0.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next.i, %for_begin_d_2.preheader.i ]
-  %87 = shl nuw nsw i64 %indvars.iv.i, 5
-  %gep.i = getelementptr i16, ptr %invariant.gep.i, i64 %87
-  %88 = load i16, ptr %gep.i, align 2, !tbaa !5
-  %89 = getelementptr i8, ptr %gep.i, i64 4
-  %90 = load i16, ptr %89, align 2, !tbaa !5
-  %91 = getelementptr i8, ptr %gep.i, i64 8
-  %92 = load i16, ptr %91, align 2, !tbaa !5
-  %93 = getelementptr i8, ptr %gep.i, i64 12
-  %94 = load i16, ptr %93, align 2, !tbaa !5
-  %95 = getelementptr i8, ptr %gep.i, i64 16
-  %96 = load i16, ptr %95, align 2, !tbaa !5
-  %97 = getelementptr i8, ptr %gep.i, i64 20
-  %98 = load i16, ptr %97, align 2, !tbaa !5
-  %99 = getelementptr i8, ptr %gep.i, i64 24
-  %100 = load i16, ptr %99, align 2, !tbaa !5
-  %101 = getelementptr i8, ptr %gep.i, i64 28
-  %102 = load i16, ptr %101, align 2, !tbaa !5
-  %103 = getelementptr i8, ptr %gep.i, i64 32
-  %104 = load i16, ptr %103, align 2, !tbaa !5
-  %105 = getelementptr i8, ptr %gep.i, i64 36
-  %106 = load i16, ptr %105, align 2, !tbaa !5
-  %107 = getelementptr i8, ptr %gep.i, i64 40
-  %108 = load i16, ptr %107, align 2, !tbaa !5
-  %109 = getelementptr i8, ptr %gep.i, i64 44
-  %110 = load i16, ptr %109, align 2, !tbaa !5
-  %111 = getelementptr i8, ptr %gep.i, i64 48
-  %112 = load i16, ptr %111, align 2, !tbaa !5
-  %113 = getelementptr i8, ptr %gep.i, i64 52
-  %114 = load i16, ptr %113, align 2, !tbaa !5
-  %115 = getelementptr i8, ptr %gep.i, i64 56
-  %116 = load i16, ptr %115, align 2, !tbaa !5
-  %117 = getelementptr i8, ptr %gep.i, i64 60
-  %118 = load i16, ptr %117, align 2, !tbaa !5
-  %119 = insertelement <16 x i16> <i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef>, i16 %88, i64 0
-  %120 = insertelement <16 x i16> %119, i16 %90, i64 1
-  %121 = insertelement <16 x i16> %120, i16 %92, i64 2
-  %122 = insertelement <16 x i16> %121, i16 %94, i64 3
-  %123 = insertelement <16 x i16> %122, i16 %96, i64 4
-  %124 = insertelement <16 x i16> %123, i16 %98, i64 5
-  %125 = insertelement <16 x i16> %124, i16 %100, i64 6
-  %126 = insertelement <16 x i16> %125, i16 %102, i64 7
-  %127 = insertelement <16 x i16> %126, i16 %104, i64 8
-  %128 = insertelement <16 x i16> %127, i16 %106, i64 9
-  %129 = insertelement <16 x i16> %128, i16 %108, i64 10
-  %130 = insertelement <16 x i16> %129, i16 %110, i64 11
-  %131 = insertelement <16 x i16> %130, i16 %112, i64 12
-  %132 = insertelement <16 x i16> %131, i16 %114, i64 13
-  %133 = insertelement <16 x i16> %132, i16 %116, i64 14
-  %134 = insertelement <16 x i16> %133, i16 %118, i64 15
-  %135 = zext <16 x i16> %134 to <16 x i32>
-  %136 = shl nuw <16 x i32> %135, splat (i32 16)
-  %137 = getelementptr inbounds nuw float, ptr %gep, i64 %87
-  store <16 x i32> %136, ptr %137, align 4, !tbaa !5
-  %138 = getelementptr i8, ptr %gep.i, i64 2
+  %110 = shl nuw nsw i64 %indvars.iv.i, 5
+  %gep.i = getelementptr i16, ptr %invariant.gep.i, i64 %110
+  %111 = load i16, ptr %gep.i, align 2, !tbaa !5
+  %112 = getelementptr i8, ptr %gep.i, i64 4
+  %113 = load i16, ptr %112, align 2, !tbaa !5
+  %114 = getelementptr i8, ptr %gep.i, i64 8
+  %115 = load i16, ptr %114, align 2, !tbaa !5
+  %116 = getelementptr i8, ptr %gep.i, i64 12
+  %117 = load i16, ptr %116, align 2, !tbaa !5
+  %118 = getelementptr i8, ptr %gep.i, i64 16
+  %119 = load i16, ptr %118, align 2, !tbaa !5
+  %120 = getelementptr i8, ptr %gep.i, i64 20
+  %121 = load i16, ptr %120, align 2, !tbaa !5
+  %122 = getelementptr i8, ptr %gep.i, i64 24
+  %123 = load i16, ptr %122, align 2, !tbaa !5
+  %124 = getelementptr i8, ptr %gep.i, i64 28
+  %125 = load i16, ptr %124, align 2, !tbaa !5
+  %126 = getelementptr i8, ptr %gep.i, i64 32
+  %127 = load i16, ptr %126, align 2, !tbaa !5
+  %128 = getelementptr i8, ptr %gep.i, i64 36
+  %129 = load i16, ptr %128, align 2, !tbaa !5
+  %130 = getelementptr i8, ptr %gep.i, i64 40
+  %131 = load i16, ptr %130, align 2, !tbaa !5
+  %132 = getelementptr i8, ptr %gep.i, i64 44
+  %133 = load i16, ptr %132, align 2, !tbaa !5
+  %134 = getelementptr i8, ptr %gep.i, i64 48
+  %135 = load i16, ptr %134, align 2, !tbaa !5
+  %136 = getelementptr i8, ptr %gep.i, i64 52
+  %137 = load i16, ptr %136, align 2, !tbaa !5
+  %138 = getelementptr i8, ptr %gep.i, i64 56
   %139 = load i16, ptr %138, align 2, !tbaa !5
-  %140 = getelementptr i8, ptr %gep.i, i64 6
+  %140 = getelementptr i8, ptr %gep.i, i64 60
   %141 = load i16, ptr %140, align 2, !tbaa !5
-  %142 = getelementptr i8, ptr %gep.i, i64 10
-  %143 = load i16, ptr %142, align 2, !tbaa !5
-  %144 = getelementptr i8, ptr %gep.i, i64 14
-  %145 = load i16, ptr %144, align 2, !tbaa !5
-  %146 = getelementptr i8, ptr %gep.i, i64 18
-  %147 = load i16, ptr %146, align 2, !tbaa !5
-  %148 = getelementptr i8, ptr %gep.i, i64 22
-  %149 = load i16, ptr %148, align 2, !tbaa !5
-  %150 = getelementptr i8, ptr %gep.i, i64 26
-  %151 = load i16, ptr %150, align 2, !tbaa !5
-  %152 = getelementptr i8, ptr %gep.i, i64 30
-  %153 = load i16, ptr %152, align 2, !tbaa !5
-  %154 = getelementptr i8, ptr %gep.i, i64 34
-  %155 = load i16, ptr %154, align 2, !tbaa !5
-  %156 = getelementptr i8, ptr %gep.i, i64 38
-  %157 = load i16, ptr %156, align 2, !tbaa !5
-  %158 = getelementptr i8, ptr %gep.i, i64 42
-  %159 = load i16, ptr %158, align 2, !tbaa !5
-  %160 = getelementptr i8, ptr %gep.i, i64 46
-  %161 = load i16, ptr %160, align 2, !tbaa !5
-  %162 = getelementptr i8, ptr %gep.i, i64 50
-  %163 = load i16, ptr %162, align 2, !tbaa !5
-  %164 = getelementptr i8, ptr %gep.i, i64 54
-  %165 = load i16, ptr %164, align 2, !tbaa !5
-  %166 = getelementptr i8, ptr %gep.i, i64 58
-  %167 = load i16, ptr %166, align 2, !tbaa !5
-  %168 = getelementptr i8, ptr %gep.i, i64 62
-  %169 = load i16, ptr %168, align 2, !tbaa !5
-  %170 = insertelement <16 x i16> <i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef>, i16 %139, i64 0
-  %171 = insertelement <16 x i16> %170, i16 %141, i64 1
-  %172 = insertelement <16 x i16> %171, i16 %143, i64 2
-  %173 = insertelement <16 x i16> %172, i16 %145, i64 3
-  %174 = insertelement <16 x i16> %173, i16 %147, i64 4
-  %175 = insertelement <16 x i16> %174, i16 %149, i64 5
-  %176 = insertelement <16 x i16> %175, i16 %151, i64 6
-  %177 = insertelement <16 x i16> %176, i16 %153, i64 7
-  %178 = insertelement <16 x i16> %177, i16 %155, i64 8
-  %179 = insertelement <16 x i16> %178, i16 %157, i64 9
-  %180 = insertelement <16 x i16> %179, i16 %159, i64 10
-  %181 = insertelement <16 x i16> %180, i16 %161, i64 11
-  %182 = insertelement <16 x i16> %181, i16 %163, i64 12
-  %183 = insertelement <16 x i16> %182, i16 %165, i64 13
-  %184 = insertelement <16 x i16> %183, i16 %167, i64 14
-  %185 = insertelement <16 x i16> %184, i16 %169, i64 15
-  %186 = zext <16 x i16> %185 to <16 x i32>
-  %187 = shl nuw <16 x i32> %186, splat (i32 16)
-  %188 = getelementptr inbounds nuw i8, ptr %137, i64 64
-  store <16 x i32> %187, ptr %188, align 4, !tbaa !5
+  %142 = insertelement <16 x i16> <i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef>, i16 %111, i64 0
+  %143 = insertelement <16 x i16> %142, i16 %113, i64 1
+  %144 = insertelement <16 x i16> %143, i16 %115, i64 2
+  %145 = insertelement <16 x i16> %144, i16 %117, i64 3
+  %146 = insertelement <16 x i16> %145, i16 %119, i64 4
+  %147 = insertelement <16 x i16> %146, i16 %121, i64 5
+  %148 = insertelement <16 x i16> %147, i16 %123, i64 6
+  %149 = insertelement <16 x i16> %148, i16 %125, i64 7
+  %150 = insertelement <16 x i16> %149, i16 %127, i64 8
+  %151 = insertelement <16 x i16> %150, i16 %129, i64 9
+  %152 = insertelement <16 x i16> %151, i16 %131, i64 10
+  %153 = insertelement <16 x i16> %152, i16 %133, i64 11
+  %154 = insertelement <16 x i16> %153, i16 %135, i64 12
+  %155 = insertelement <16 x i16> %154, i16 %137, i64 13
+  %156 = insertelement <16 x i16> %155, i16 %139, i64 14
+  %157 = insertelement <16 x i16> %156, i16 %141, i64 15
+  %158 = zext <16 x i16> %157 to <16 x i32>
+  %159 = shl nuw <16 x i32> %158, splat (i32 16)
+  %160 = getelementptr inbounds nuw float, ptr %gep, i64 %110
+  store <16 x i32> %159, ptr %160, align 4, !tbaa !5
+  %161 = getelementptr i8, ptr %gep.i, i64 2
+  %162 = load i16, ptr %161, align 2, !tbaa !5
+  %163 = getelementptr i8, ptr %gep.i, i64 6
+  %164 = load i16, ptr %163, align 2, !tbaa !5
+  %165 = getelementptr i8, ptr %gep.i, i64 10
+  %166 = load i16, ptr %165, align 2, !tbaa !5
+  %167 = getelementptr i8, ptr %gep.i, i64 14
+  %168 = load i16, ptr %167, align 2, !tbaa !5
+  %169 = getelementptr i8, ptr %gep.i, i64 18
+  %170 = load i16, ptr %169, align 2, !tbaa !5
+  %171 = getelementptr i8, ptr %gep.i, i64 22
+  %172 = load i16, ptr %171, align 2, !tbaa !5
+  %173 = getelementptr i8, ptr %gep.i, i64 26
+  %174 = load i16, ptr %173, align 2, !tbaa !5
+  %175 = getelementptr i8, ptr %gep.i, i64 30
+  %176 = load i16, ptr %175, align 2, !tbaa !5
+  %177 = getelementptr i8, ptr %gep.i, i64 34
+  %178 = load i16, ptr %177, align 2, !tbaa !5
+  %179 = getelementptr i8, ptr %gep.i, i64 38
+  %180 = load i16, ptr %179, align 2, !tbaa !5
+  %181 = getelementptr i8, ptr %gep.i, i64 42
+  %182 = load i16, ptr %181, align 2, !tbaa !5
+  %183 = getelementptr i8, ptr %gep.i, i64 46
+  %184 = load i16, ptr %183, align 2, !tbaa !5
+  %185 = getelementptr i8, ptr %gep.i, i64 50
+  %186 = load i16, ptr %185, align 2, !tbaa !5
+  %187 = getelementptr i8, ptr %gep.i, i64 54
+  %188 = load i16, ptr %187, align 2, !tbaa !5
+  %189 = getelementptr i8, ptr %gep.i, i64 58
+  %190 = load i16, ptr %189, align 2, !tbaa !5
+  %191 = getelementptr i8, ptr %gep.i, i64 62
+  %192 = load i16, ptr %191, align 2, !tbaa !5
+  %193 = insertelement <16 x i16> <i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef>, i16 %162, i64 0
+  %194 = insertelement <16 x i16> %193, i16 %164, i64 1
+  %195 = insertelement <16 x i16> %194, i16 %166, i64 2
+  %196 = insertelement <16 x i16> %195, i16 %168, i64 3
+  %197 = insertelement <16 x i16> %196, i16 %170, i64 4
+  %198 = insertelement <16 x i16> %197, i16 %172, i64 5
+  %199 = insertelement <16 x i16> %198, i16 %174, i64 6
+  %200 = insertelement <16 x i16> %199, i16 %176, i64 7
+  %201 = insertelement <16 x i16> %200, i16 %178, i64 8
+  %202 = insertelement <16 x i16> %201, i16 %180, i64 9
+  %203 = insertelement <16 x i16> %202, i16 %182, i64 10
+  %204 = insertelement <16 x i16> %203, i16 %184, i64 11
+  %205 = insertelement <16 x i16> %204, i16 %186, i64 12
+  %206 = insertelement <16 x i16> %205, i16 %188, i64 13
+  %207 = insertelement <16 x i16> %206, i16 %190, i64 14
+  %208 = insertelement <16 x i16> %207, i16 %192, i64 15
+  %209 = zext <16 x i16> %208 to <16 x i32>
+  %210 = shl nuw <16 x i32> %209, splat (i32 16)
+  %211 = getelementptr inbounds nuw i8, ptr %160, i64 64
+  store <16 x i32> %210, ptr %211, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
   br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_begin_d_2.preheader.i, !prof !17
 
 for_end_d_0.i:                                    ; preds = %for_begin_d_2.preheader.i
-  %indvars.iv.next593.i = add nuw nsw i64 %indvars.iv592.i, 1
-  %exitcond595.not.i = icmp eq i64 %indvars.iv.next593.i, 4
-  br i1 %exitcond595.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
+  %indvars.iv.next631.i = add nuw nsw i64 %indvars.iv630.i, 1
+  %exitcond633.not.i = icmp eq i64 %indvars.iv.next631.i, 4
+  br i1 %exitcond633.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
 
-for_begin_step.i:                                 ; preds = %if_end177.i, %for_begin_step.preheader.i
-  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end177.i ], [ %range_len.i, %for_begin_step.preheader.i ]
-  %indvars.iv789.i = phi i64 [ %indvars.iv.next790.i, %if_end177.i ], [ 0, %for_begin_step.preheader.i ]
+for_begin_step.i:                                 ; preds = %if_end172.i, %for_begin_step.preheader.i
+  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end172.i ], [ %range_len.i, %for_begin_step.preheader.i ]
+  %indvars.iv827.i = phi i64 [ %indvars.iv.next828.i, %if_end172.i ], [ 0, %for_begin_step.preheader.i ]
   %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %189 = and i32 %smin, 15
-  %190 = zext nneg i32 %189 to i64
-  %exitcond796.not.i = icmp eq i64 %indvars.iv789.i, %wide.trip.count795.i
-  br i1 %exitcond796.not.i, label %for_begin_tile182.preheader.i, label %for_body_step.i, !prof !18
-
-for_begin_tile182.preheader.i:                    ; preds = %for_begin_step.i
-  %191 = add nsw i64 %indvars.iv819.i, %cse_v21.i
-  %192 = shl nsw i64 %191, 5
-  %.idx.i = shl nsw i64 %191, 14
-  %193 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br label %for_body_tile183.i
+  %212 = and i32 %smin, 15
+  %213 = zext nneg i32 %212 to i64
+  %exitcond834.not.i = icmp eq i64 %indvars.iv827.i, %wide.trip.count833.i
+  br i1 %exitcond834.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
-  %194 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %key_offsets.i = tail call ptr %194(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %195 = icmp eq ptr %key_offsets.i, null
-  br i1 %195, label %fused_decode_compute_.exit, label %if_end5.i, !prof !8
+  %214 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %key_offsets.i = tail call ptr %214(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %215 = icmp eq ptr %key_offsets.i, null
+  br i1 %215, label %fused_decode_compute_.exit, label %if_end5.i, !prof !8
+
+for_end_step.i:                                   ; preds = %for_begin_step.i
+  br i1 %.not, label %for_begin_tile203.preheader.i, label %for_begin_tile180.preheader.i
+
+for_begin_tile203.preheader.i:                    ; preds = %for_end_step.i
+  %216 = add nuw nsw i64 %indvars.iv881.i, %cse_v22.i
+  %217 = shl nuw nsw i64 %216, 5
+  %.idx.i = shl nuw nsw i64 %216, 14
+  %218 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
+  br label %for_body_tile204.i
+
+for_begin_tile180.preheader.i:                    ; preds = %for_end_step.i
+  %219 = mul nsw i64 %cse_v24.i, %out_batch
+  %220 = getelementptr i16, ptr %out, i64 %219
+  %221 = mul nsw i64 %cse_v24.i, %lse_batch
+  %222 = getelementptr float, ptr %lse, i64 %221
+  br label %for_body_tile181.i
 
 if_end5.i:                                        ; preds = %for_body_step.i
-  %196 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %value_offsets.i = tail call ptr %196(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %197 = icmp eq ptr %value_offsets.i, null
-  br i1 %197, label %fused_decode_compute_.exit, label %if_end8.i, !prof !8
+  %223 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %value_offsets.i = tail call ptr %223(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %224 = icmp eq ptr %value_offsets.i, null
+  br i1 %224, label %fused_decode_compute_.exit, label %if_end8.i, !prof !8
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %198 = shl nsw i64 %indvars.iv789.i, 7
-  %199 = add nuw nsw i64 %198, %70
-  %200 = sub nsw i64 %83, %198
-  %201 = trunc nsw i64 %200 to i32
-  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %201, i32 128)
-  %202 = add nsw i32 %valid_len.i, 15
-  %num_groups.i = ashr i32 %202, 4
-  %indvars.iv.next790.i = add nuw nsw i64 %indvars.iv789.i, 1
-  %203 = and i32 %202, -16
-  %204 = icmp samesign ult i64 %indvars.iv.next790.i, %82
-  %num_offsets.i = select i1 %204, i32 256, i32 %203
-  %205 = icmp sgt i32 %num_offsets.i, 0
-  br i1 %205, label %for_body_t.preheader.i, label %for_begin_kv_head.preheader.i, !prof !3
+  %225 = shl nsw i64 %indvars.iv827.i, 7
+  %226 = add nuw nsw i64 %225, %93
+  %227 = sub nsw i64 %106, %225
+  %228 = trunc nsw i64 %227 to i32
+  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %228, i32 128)
+  %229 = add nsw i32 %valid_len.i, 15
+  %num_groups.i = ashr i32 %229, 4
+  %indvars.iv.next828.i = add nuw nsw i64 %indvars.iv827.i, 1
+  %230 = and i32 %229, -16
+  %231 = icmp samesign ult i64 %indvars.iv.next828.i, %105
+  %num_offsets.i = select i1 %231, i32 256, i32 %230
+  %232 = icmp sgt i32 %num_offsets.i, 0
+  br i1 %232, label %for_body_t.preheader.i, label %for_begin_kv_head.preheader.i, !prof !3
 
 for_body_t.preheader.i:                           ; preds = %if_end8.i
   %wide.trip.count.i = zext nneg i32 %num_offsets.i to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.preheader.i
-  %indvars.iv600.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next601.i.1, %for_body_t.i ]
-  %206 = add nuw nsw i64 %indvars.iv600.i, %199
-  %207 = trunc i64 %206 to i32
-  %token.i = tail call i32 @llvm.smin.i32(i32 %207, i32 %last_token.i)
-  %cse_v125.i = sext i32 %token.i to i64
-  %208 = ashr i64 %cse_v125.i, 4
-  %gep382.i = getelementptr i32, ptr %invariant.gep381.i, i64 %208
-  %209 = load i32, ptr %gep382.i, align 4, !tbaa !5
-  %block.i = sext i32 %209 to i64
-  %210 = and i64 %cse_v125.i, 15
-  %211 = mul nsw i64 %210, %k_row
-  %212 = mul nsw i64 %k_block, %block.i
-  %213 = add nsw i64 %211, %212
-  %214 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv600.i
-  store i64 %213, ptr %214, align 8, !tbaa !5
-  %indvars.iv.next601.i = or disjoint i64 %indvars.iv600.i, 1
-  %215 = add nuw nsw i64 %indvars.iv.next601.i, %199
-  %216 = trunc i64 %215 to i32
-  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %216, i32 %last_token.i)
-  %cse_v125.i.1 = sext i32 %token.i.1 to i64
-  %217 = ashr i64 %cse_v125.i.1, 4
-  %gep382.i.1 = getelementptr i32, ptr %invariant.gep381.i, i64 %217
-  %218 = load i32, ptr %gep382.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %218 to i64
-  %219 = and i64 %cse_v125.i.1, 15
-  %220 = mul nsw i64 %219, %k_row
-  %221 = mul nsw i64 %k_block, %block.i.1
-  %222 = add nsw i64 %220, %221
-  %223 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next601.i
-  store i64 %222, ptr %223, align 8, !tbaa !5
-  %indvars.iv.next601.i.1 = add nuw nsw i64 %indvars.iv600.i, 2
-  %exitcond603.not.i.1 = icmp eq i64 %indvars.iv.next601.i.1, %wide.trip.count.i
-  br i1 %exitcond603.not.i.1, label %for_body_t11.i, label %for_body_t.i, !prof !13, !llvm.loop !19
+  %indvars.iv638.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next639.i.1, %for_body_t.i ]
+  %233 = add nuw nsw i64 %indvars.iv638.i, %226
+  %234 = trunc i64 %233 to i32
+  %token.i = tail call i32 @llvm.smin.i32(i32 %234, i32 %last_token.i)
+  %cse_v131.i = sext i32 %token.i to i64
+  %235 = ashr i64 %cse_v131.i, 4
+  %gep413.i = getelementptr i32, ptr %invariant.gep412.i, i64 %235
+  %236 = load i32, ptr %gep413.i, align 4, !tbaa !5
+  %block.i = sext i32 %236 to i64
+  %237 = and i64 %cse_v131.i, 15
+  %238 = mul nsw i64 %237, %k_row
+  %239 = mul nsw i64 %k_block, %block.i
+  %240 = add nsw i64 %238, %239
+  %241 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv638.i
+  store i64 %240, ptr %241, align 8, !tbaa !5
+  %indvars.iv.next639.i = or disjoint i64 %indvars.iv638.i, 1
+  %242 = add nuw nsw i64 %indvars.iv.next639.i, %226
+  %243 = trunc i64 %242 to i32
+  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %243, i32 %last_token.i)
+  %cse_v131.i.1 = sext i32 %token.i.1 to i64
+  %244 = ashr i64 %cse_v131.i.1, 4
+  %gep413.i.1 = getelementptr i32, ptr %invariant.gep412.i, i64 %244
+  %245 = load i32, ptr %gep413.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %245 to i64
+  %246 = and i64 %cse_v131.i.1, 15
+  %247 = mul nsw i64 %246, %k_row
+  %248 = mul nsw i64 %k_block, %block.i.1
+  %249 = add nsw i64 %247, %248
+  %250 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next639.i
+  store i64 %249, ptr %250, align 8, !tbaa !5
+  %indvars.iv.next639.i.1 = add nuw nsw i64 %indvars.iv638.i, 2
+  %exitcond641.not.i.1 = icmp eq i64 %indvars.iv.next639.i.1, %wide.trip.count.i
+  br i1 %exitcond641.not.i.1, label %for_body_t11.i, label %for_body_t.i, !prof !13, !llvm.loop !19
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
-  %224 = icmp sgt i32 %num_groups.i, 0
-  %225 = icmp sgt i64 %200, 0
+  %251 = icmp sgt i32 %num_groups.i, 0
+  %252 = icmp sgt i64 %227, 0
   %num_full.i = ashr i32 %valid_len.i, 4
-  %226 = icmp sgt i32 %num_full.i, 0
-  %227 = and i32 %valid_len.i, 15
-  %.not564.i = icmp eq i32 %227, 0
-  %cse_v128.i = and i32 %valid_len.i, -16
-  %228 = icmp eq i64 %indvars.iv789.i, 0
-  %229 = insertelement <4 x i1> poison, i1 %228, i64 0
-  %230 = shufflevector <4 x i1> %229, <4 x i1> poison, <4 x i32> zeroinitializer
-  %231 = zext i32 %num_full.i to i64
-  %232 = sext i32 %cse_v128.i to i64
-  %wide.trip.count630.i = zext i32 %num_groups.i to i64
-  %xtraiter = and i64 %wide.trip.count630.i, 3
-  %233 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter = and i64 %wide.trip.count630.i, 2147483644
+  %253 = icmp sgt i32 %num_full.i, 0
+  %254 = and i32 %valid_len.i, 15
+  %.not601.i = icmp eq i32 %254, 0
+  %cse_v134.i = and i32 %valid_len.i, -16
+  %255 = icmp eq i64 %indvars.iv827.i, 0
+  %256 = insertelement <4 x i1> poison, i1 %255, i64 0
+  %257 = shufflevector <4 x i1> %256, <4 x i1> poison, <4 x i32> zeroinitializer
+  %258 = zext i32 %num_full.i to i64
+  %259 = sext i32 %cse_v134.i to i64
+  %wide.trip.count668.i = zext i32 %num_groups.i to i64
+  %xtraiter = and i64 %wide.trip.count668.i, 3
+  %260 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter = and i64 %wide.trip.count668.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod139 = icmp ne i64 %xtraiter, 0
-  %xtraiter140 = and i64 %wide.trip.count630.i, 3
-  %234 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter144 = and i64 %wide.trip.count630.i, 2147483644
-  %lcmp.mod142.not = icmp eq i64 %xtraiter140, 0
-  %lcmp.mod143 = icmp ne i64 %xtraiter140, 0
-  %xtraiter146 = and i64 %wide.trip.count630.i, 3
-  %235 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter150 = and i64 %wide.trip.count630.i, 2147483644
-  %lcmp.mod148.not = icmp eq i64 %xtraiter146, 0
-  %lcmp.mod149 = icmp ne i64 %xtraiter146, 0
-  %xtraiter152 = and i64 %wide.trip.count630.i, 3
-  %236 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter156 = and i64 %wide.trip.count630.i, 2147483644
-  %lcmp.mod154.not = icmp eq i64 %xtraiter152, 0
-  %lcmp.mod155 = icmp ne i64 %xtraiter152, 0
-  %xtraiter158 = and i64 %wide.trip.count630.i, 7
-  %237 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter163 = and i64 %wide.trip.count630.i, 2147483640
-  %lcmp.mod160.not = icmp eq i64 %xtraiter158, 0
-  %lcmp.mod162 = icmp ne i64 %xtraiter158, 0
-  %xtraiter165 = and i64 %wide.trip.count630.i, 7
-  %238 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter170 = and i64 %wide.trip.count630.i, 2147483640
-  %lcmp.mod167.not = icmp eq i64 %xtraiter165, 0
-  %lcmp.mod169 = icmp ne i64 %xtraiter165, 0
-  %xtraiter172 = and i64 %wide.trip.count630.i, 7
-  %239 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter177 = and i64 %wide.trip.count630.i, 2147483640
-  %lcmp.mod174.not = icmp eq i64 %xtraiter172, 0
-  %lcmp.mod176 = icmp ne i64 %xtraiter172, 0
-  %xtraiter179 = and i64 %wide.trip.count630.i, 7
-  %240 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter184 = and i64 %wide.trip.count630.i, 2147483640
-  %lcmp.mod181.not = icmp eq i64 %xtraiter179, 0
-  %lcmp.mod183 = icmp ne i64 %xtraiter179, 0
-  %xtraiter186 = and i64 %wide.trip.count630.i, 7
-  %241 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter191 = and i64 %wide.trip.count630.i, 2147483640
-  %lcmp.mod188.not = icmp eq i64 %xtraiter186, 0
-  %lcmp.mod190 = icmp ne i64 %xtraiter186, 0
-  %xtraiter193 = and i64 %wide.trip.count630.i, 7
-  %242 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter198 = and i64 %wide.trip.count630.i, 2147483640
-  %lcmp.mod195.not = icmp eq i64 %xtraiter193, 0
-  %lcmp.mod197 = icmp ne i64 %xtraiter193, 0
-  %xtraiter200 = and i64 %wide.trip.count630.i, 7
-  %243 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter205 = and i64 %wide.trip.count630.i, 2147483640
-  %lcmp.mod202.not = icmp eq i64 %xtraiter200, 0
-  %lcmp.mod204 = icmp ne i64 %xtraiter200, 0
-  %xtraiter207 = and i64 %wide.trip.count630.i, 7
-  %244 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter212 = and i64 %wide.trip.count630.i, 2147483640
-  %lcmp.mod209.not = icmp eq i64 %xtraiter207, 0
-  %lcmp.mod211 = icmp ne i64 %xtraiter207, 0
+  %lcmp.mod163 = icmp ne i64 %xtraiter, 0
+  %xtraiter164 = and i64 %wide.trip.count668.i, 3
+  %261 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter168 = and i64 %wide.trip.count668.i, 2147483644
+  %lcmp.mod166.not = icmp eq i64 %xtraiter164, 0
+  %lcmp.mod167 = icmp ne i64 %xtraiter164, 0
+  %xtraiter170 = and i64 %wide.trip.count668.i, 3
+  %262 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter174 = and i64 %wide.trip.count668.i, 2147483644
+  %lcmp.mod172.not = icmp eq i64 %xtraiter170, 0
+  %lcmp.mod173 = icmp ne i64 %xtraiter170, 0
+  %xtraiter176 = and i64 %wide.trip.count668.i, 3
+  %263 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter180 = and i64 %wide.trip.count668.i, 2147483644
+  %lcmp.mod178.not = icmp eq i64 %xtraiter176, 0
+  %lcmp.mod179 = icmp ne i64 %xtraiter176, 0
+  %xtraiter182 = and i64 %wide.trip.count668.i, 7
+  %264 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter187 = and i64 %wide.trip.count668.i, 2147483640
+  %lcmp.mod184.not = icmp eq i64 %xtraiter182, 0
+  %lcmp.mod186 = icmp ne i64 %xtraiter182, 0
+  %xtraiter189 = and i64 %wide.trip.count668.i, 7
+  %265 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter194 = and i64 %wide.trip.count668.i, 2147483640
+  %lcmp.mod191.not = icmp eq i64 %xtraiter189, 0
+  %lcmp.mod193 = icmp ne i64 %xtraiter189, 0
+  %xtraiter196 = and i64 %wide.trip.count668.i, 7
+  %266 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter201 = and i64 %wide.trip.count668.i, 2147483640
+  %lcmp.mod198.not = icmp eq i64 %xtraiter196, 0
+  %lcmp.mod200 = icmp ne i64 %xtraiter196, 0
+  %xtraiter203 = and i64 %wide.trip.count668.i, 7
+  %267 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter208 = and i64 %wide.trip.count668.i, 2147483640
+  %lcmp.mod205.not = icmp eq i64 %xtraiter203, 0
+  %lcmp.mod207 = icmp ne i64 %xtraiter203, 0
+  %xtraiter210 = and i64 %wide.trip.count668.i, 7
+  %268 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter215 = and i64 %wide.trip.count668.i, 2147483640
+  %lcmp.mod212.not = icmp eq i64 %xtraiter210, 0
+  %lcmp.mod214 = icmp ne i64 %xtraiter210, 0
+  %xtraiter217 = and i64 %wide.trip.count668.i, 7
+  %269 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter222 = and i64 %wide.trip.count668.i, 2147483640
+  %lcmp.mod219.not = icmp eq i64 %xtraiter217, 0
+  %lcmp.mod221 = icmp ne i64 %xtraiter217, 0
+  %xtraiter224 = and i64 %wide.trip.count668.i, 7
+  %270 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter229 = and i64 %wide.trip.count668.i, 2147483640
+  %lcmp.mod226.not = icmp eq i64 %xtraiter224, 0
+  %lcmp.mod228 = icmp ne i64 %xtraiter224, 0
+  %xtraiter231 = and i64 %wide.trip.count668.i, 7
+  %271 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter236 = and i64 %wide.trip.count668.i, 2147483640
+  %lcmp.mod233.not = icmp eq i64 %xtraiter231, 0
+  %lcmp.mod235 = icmp ne i64 %xtraiter231, 0
   br label %for_begin_kv_head.i
 
 for_body_t11.i:                                   ; preds = %for_body_t11.i, %for_body_t.i
-  %indvars.iv604.i = phi i64 [ %indvars.iv.next605.i.1, %for_body_t11.i ], [ 0, %for_body_t.i ]
-  %245 = add nuw nsw i64 %indvars.iv604.i, %199
-  %246 = trunc i64 %245 to i32
-  %token16.i = tail call i32 @llvm.smin.i32(i32 %246, i32 %last_token.i)
-  %cse_v126.i = sext i32 %token16.i to i64
-  %247 = ashr i64 %cse_v126.i, 4
-  %gep385.i = getelementptr i32, ptr %invariant.gep381.i, i64 %247
-  %248 = load i32, ptr %gep385.i, align 4, !tbaa !5
-  %block18.i = sext i32 %248 to i64
-  %249 = and i64 %cse_v126.i, 15
-  %250 = mul nsw i64 %249, %v_row
-  %251 = mul nsw i64 %v_block, %block18.i
-  %252 = add nsw i64 %250, %251
-  %253 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv604.i
-  store i64 %252, ptr %253, align 8, !tbaa !5
-  %indvars.iv.next605.i = or disjoint i64 %indvars.iv604.i, 1
-  %254 = add nuw nsw i64 %indvars.iv.next605.i, %199
-  %255 = trunc i64 %254 to i32
-  %token16.i.1 = tail call i32 @llvm.smin.i32(i32 %255, i32 %last_token.i)
-  %cse_v126.i.1 = sext i32 %token16.i.1 to i64
-  %256 = ashr i64 %cse_v126.i.1, 4
-  %gep385.i.1 = getelementptr i32, ptr %invariant.gep381.i, i64 %256
-  %257 = load i32, ptr %gep385.i.1, align 4, !tbaa !5
-  %block18.i.1 = sext i32 %257 to i64
-  %258 = and i64 %cse_v126.i.1, 15
-  %259 = mul nsw i64 %258, %v_row
-  %260 = mul nsw i64 %v_block, %block18.i.1
-  %261 = add nsw i64 %259, %260
-  %262 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next605.i
-  store i64 %261, ptr %262, align 8, !tbaa !5
-  %indvars.iv.next605.i.1 = add nuw nsw i64 %indvars.iv604.i, 2
-  %exitcond608.not.i.1 = icmp eq i64 %indvars.iv.next605.i.1, %wide.trip.count.i
-  br i1 %exitcond608.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !13, !llvm.loop !21
+  %indvars.iv642.i = phi i64 [ %indvars.iv.next643.i.1, %for_body_t11.i ], [ 0, %for_body_t.i ]
+  %272 = add nuw nsw i64 %indvars.iv642.i, %226
+  %273 = trunc i64 %272 to i32
+  %token16.i = tail call i32 @llvm.smin.i32(i32 %273, i32 %last_token.i)
+  %cse_v132.i = sext i32 %token16.i to i64
+  %274 = ashr i64 %cse_v132.i, 4
+  %gep416.i = getelementptr i32, ptr %invariant.gep412.i, i64 %274
+  %275 = load i32, ptr %gep416.i, align 4, !tbaa !5
+  %block18.i = sext i32 %275 to i64
+  %276 = and i64 %cse_v132.i, 15
+  %277 = mul nsw i64 %276, %v_row
+  %278 = mul nsw i64 %v_block, %block18.i
+  %279 = add nsw i64 %277, %278
+  %280 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv642.i
+  store i64 %279, ptr %280, align 8, !tbaa !5
+  %indvars.iv.next643.i = or disjoint i64 %indvars.iv642.i, 1
+  %281 = add nuw nsw i64 %indvars.iv.next643.i, %226
+  %282 = trunc i64 %281 to i32
+  %token16.i.1 = tail call i32 @llvm.smin.i32(i32 %282, i32 %last_token.i)
+  %cse_v132.i.1 = sext i32 %token16.i.1 to i64
+  %283 = ashr i64 %cse_v132.i.1, 4
+  %gep416.i.1 = getelementptr i32, ptr %invariant.gep412.i, i64 %283
+  %284 = load i32, ptr %gep416.i.1, align 4, !tbaa !5
+  %block18.i.1 = sext i32 %284 to i64
+  %285 = and i64 %cse_v132.i.1, 15
+  %286 = mul nsw i64 %285, %v_row
+  %287 = mul nsw i64 %v_block, %block18.i.1
+  %288 = add nsw i64 %286, %287
+  %289 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next643.i
+  store i64 %288, ptr %289, align 8, !tbaa !5
+  %indvars.iv.next643.i.1 = add nuw nsw i64 %indvars.iv642.i, 2
+  %exitcond646.not.i.1 = icmp eq i64 %indvars.iv.next643.i.1, %wide.trip.count.i
+  br i1 %exitcond646.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !13, !llvm.loop !21
 
-for_begin_kv_head.i:                              ; preds = %if_end171.i, %for_begin_kv_head.preheader.i
-  %indvars.iv783.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next784.i, %if_end171.i ]
-  %exitcond788.not.i = icmp eq i64 %indvars.iv783.i, 8
-  br i1 %exitcond788.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !18
+for_begin_kv_head.i:                              ; preds = %if_end166.i, %for_begin_kv_head.preheader.i
+  %indvars.iv821.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next822.i, %if_end166.i ]
+  %exitcond826.not.i = icmp eq i64 %indvars.iv821.i, 8
+  br i1 %exitcond826.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !18
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %263 = icmp eq i64 %indvars.iv783.i, 7
-  %264 = and i1 %204, %263
-  %ahead_t.i = select i1 %264, i32 128, i32 0
-  %indvars.iv.next784.i = add nuw nsw i64 %indvars.iv783.i, 1
-  %ahead_head.i = select i1 %263, i64 0, i64 %indvars.iv.next784.i
-  %k_now.i = mul nsw i64 %indvars.iv783.i, %k_head
-  %v_now.i = mul nsw i64 %indvars.iv783.i, %v_head
-  %265 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scores.i = tail call ptr %265(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %266 = icmp eq ptr %scores.i, null
-  br i1 %266, label %fused_decode_compute_.exit, label %if_end22.i, !prof !8
+  %290 = icmp eq i64 %indvars.iv821.i, 7
+  %291 = and i1 %231, %290
+  %ahead_t.i = select i1 %291, i32 128, i32 0
+  %indvars.iv.next822.i = add nuw nsw i64 %indvars.iv821.i, 1
+  %ahead_head.i = select i1 %290, i64 0, i64 %indvars.iv.next822.i
+  %k_now.i = mul nsw i64 %indvars.iv821.i, %k_head
+  %v_now.i = mul nsw i64 %indvars.iv821.i, %v_head
+  %292 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scores.i = tail call ptr %292(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %293 = icmp eq ptr %scores.i, null
+  br i1 %293, label %fused_decode_compute_.exit, label %if_end22.i, !prof !8
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %267 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %268 = tail call i32 %267(i32 1, i32 %dev_id, ptr %value_offsets.i)
-  %.not220.i = icmp eq i32 %268, 0
-  br i1 %.not220.i, label %if_end177.i, label %fused_decode_compute_.exit, !prof !18
+  %294 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %295 = tail call i32 %294(i32 1, i32 %dev_id, ptr %value_offsets.i)
+  %.not250.i = icmp eq i32 %295, 0
+  br i1 %.not250.i, label %if_end172.i, label %fused_decode_compute_.exit, !prof !18
 
 if_end22.i:                                       ; preds = %for_body_kv_head.i
-  %269 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %probs.i = tail call ptr %269(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %270 = icmp eq ptr %probs.i, null
-  br i1 %270, label %fused_decode_compute_.exit, label %if_end25.i, !prof !8
+  %296 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %probs.i = tail call ptr %296(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %297 = icmp eq ptr %probs.i, null
+  br i1 %297, label %fused_decode_compute_.exit, label %if_end25.i, !prof !8
 
 if_end25.i:                                       ; preds = %if_end22.i
-  %271 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %tile_acc.i = tail call ptr %271(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %272 = icmp eq ptr %tile_acc.i, null
-  br i1 %272, label %fused_decode_compute_.exit, label %if_end28.i, !prof !8
+  %298 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %tile_acc.i = tail call ptr %298(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %299 = icmp eq ptr %tile_acc.i, null
+  br i1 %299, label %fused_decode_compute_.exit, label %if_end28.i, !prof !8
 
 if_end28.i:                                       ; preds = %if_end25.i
-  %273 = shl nuw nsw i64 %indvars.iv783.i, 9
-  br i1 %224, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
+  %300 = shl nuw nsw i64 %indvars.iv821.i, 9
+  br i1 %251, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
 
 for_body_to_m.lr.ph.i:                            ; preds = %if_end28.i
-  %274 = mul nsw i64 %ahead_head.i, %k_head
-  %invariant.gep401.i = getelementptr i32, ptr %key_cache, i64 %k_now.i
-  %275 = zext nneg i32 %ahead_t.i to i64
-  %276 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %273
-  %277 = getelementptr inbounds nuw i8, ptr %276, i64 512
-  %278 = getelementptr inbounds nuw i8, ptr %276, i64 1024
-  %279 = getelementptr inbounds nuw i8, ptr %276, i64 1536
-  %280 = getelementptr inbounds nuw i8, ptr %276, i64 64
-  %281 = getelementptr inbounds nuw i8, ptr %276, i64 576
-  %282 = getelementptr inbounds nuw i8, ptr %276, i64 1088
-  %283 = getelementptr inbounds nuw i8, ptr %276, i64 1600
-  %284 = getelementptr inbounds nuw i8, ptr %276, i64 128
-  %285 = getelementptr inbounds nuw i8, ptr %276, i64 640
-  %286 = getelementptr inbounds nuw i8, ptr %276, i64 1152
-  %287 = getelementptr inbounds nuw i8, ptr %276, i64 1664
-  %288 = getelementptr inbounds nuw i8, ptr %276, i64 192
-  %289 = getelementptr inbounds nuw i8, ptr %276, i64 704
-  %290 = getelementptr inbounds nuw i8, ptr %276, i64 1216
-  %291 = getelementptr inbounds nuw i8, ptr %276, i64 1728
-  %292 = getelementptr inbounds nuw i8, ptr %276, i64 256
-  %293 = getelementptr inbounds nuw i8, ptr %276, i64 768
-  %294 = getelementptr inbounds nuw i8, ptr %276, i64 1280
-  %295 = getelementptr inbounds nuw i8, ptr %276, i64 1792
-  %296 = getelementptr inbounds nuw i8, ptr %276, i64 320
-  %297 = getelementptr inbounds nuw i8, ptr %276, i64 832
-  %298 = getelementptr inbounds nuw i8, ptr %276, i64 1344
-  %299 = getelementptr inbounds nuw i8, ptr %276, i64 1856
-  %300 = getelementptr inbounds nuw i8, ptr %276, i64 384
-  %301 = getelementptr inbounds nuw i8, ptr %276, i64 896
-  %302 = getelementptr inbounds nuw i8, ptr %276, i64 1408
-  %303 = getelementptr inbounds nuw i8, ptr %276, i64 1920
-  %304 = getelementptr inbounds nuw i8, ptr %276, i64 448
-  %305 = getelementptr inbounds nuw i8, ptr %276, i64 960
-  %306 = getelementptr inbounds nuw i8, ptr %276, i64 1472
-  %307 = getelementptr inbounds nuw i8, ptr %276, i64 1984
-  %invariant.gep63 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %275
+  %301 = mul nsw i64 %ahead_head.i, %k_head
+  %invariant.gep432.i = getelementptr i32, ptr %key_cache, i64 %k_now.i
+  %302 = zext nneg i32 %ahead_t.i to i64
+  %303 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %300
+  %304 = getelementptr inbounds nuw i8, ptr %303, i64 512
+  %305 = getelementptr inbounds nuw i8, ptr %303, i64 1024
+  %306 = getelementptr inbounds nuw i8, ptr %303, i64 1536
+  %307 = getelementptr inbounds nuw i8, ptr %303, i64 64
+  %308 = getelementptr inbounds nuw i8, ptr %303, i64 576
+  %309 = getelementptr inbounds nuw i8, ptr %303, i64 1088
+  %310 = getelementptr inbounds nuw i8, ptr %303, i64 1600
+  %311 = getelementptr inbounds nuw i8, ptr %303, i64 128
+  %312 = getelementptr inbounds nuw i8, ptr %303, i64 640
+  %313 = getelementptr inbounds nuw i8, ptr %303, i64 1152
+  %314 = getelementptr inbounds nuw i8, ptr %303, i64 1664
+  %315 = getelementptr inbounds nuw i8, ptr %303, i64 192
+  %316 = getelementptr inbounds nuw i8, ptr %303, i64 704
+  %317 = getelementptr inbounds nuw i8, ptr %303, i64 1216
+  %318 = getelementptr inbounds nuw i8, ptr %303, i64 1728
+  %319 = getelementptr inbounds nuw i8, ptr %303, i64 256
+  %320 = getelementptr inbounds nuw i8, ptr %303, i64 768
+  %321 = getelementptr inbounds nuw i8, ptr %303, i64 1280
+  %322 = getelementptr inbounds nuw i8, ptr %303, i64 1792
+  %323 = getelementptr inbounds nuw i8, ptr %303, i64 320
+  %324 = getelementptr inbounds nuw i8, ptr %303, i64 832
+  %325 = getelementptr inbounds nuw i8, ptr %303, i64 1344
+  %326 = getelementptr inbounds nuw i8, ptr %303, i64 1856
+  %327 = getelementptr inbounds nuw i8, ptr %303, i64 384
+  %328 = getelementptr inbounds nuw i8, ptr %303, i64 896
+  %329 = getelementptr inbounds nuw i8, ptr %303, i64 1408
+  %330 = getelementptr inbounds nuw i8, ptr %303, i64 1920
+  %331 = getelementptr inbounds nuw i8, ptr %303, i64 448
+  %332 = getelementptr inbounds nuw i8, ptr %303, i64 960
+  %333 = getelementptr inbounds nuw i8, ptr %303, i64 1472
+  %334 = getelementptr inbounds nuw i8, ptr %303, i64 1984
+  %invariant.gep80 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %302
   br label %for_body_to_m.i
 
 for_begin_to_m.i:                                 ; preds = %for_body_r34.preheader.i
-  %indvars.iv.next627.i = add nuw nsw i64 %indvars.iv626.i, 1
-  %exitcond631.not.i = icmp eq i64 %indvars.iv.next627.i, %wide.trip.count630.i
-  br i1 %exitcond631.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
+  %indvars.iv.next665.i = add nuw nsw i64 %indvars.iv664.i, 1
+  %exitcond669.not.i = icmp eq i64 %indvars.iv.next665.i, %wide.trip.count668.i
+  br i1 %exitcond669.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
 
 for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
-  %indvars.iv626.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next627.i, %for_begin_to_m.i ]
-  %308 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scores.rf.i = tail call ptr %308(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
-  %309 = icmp eq ptr %scores.rf.i, null
-  br i1 %309, label %fused_decode_compute_.exit, label %if_end31.i, !prof !8
+  %indvars.iv664.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next665.i, %for_begin_to_m.i ]
+  %335 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scores.rf.i = tail call ptr %335(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
+  %336 = icmp eq ptr %scores.rf.i, null
+  br i1 %336, label %fused_decode_compute_.exit, label %if_end31.i, !prof !8
 
 for_end_to_m.i:                                   ; preds = %for_begin_to_m.i
-  %310 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scaled.i = tail call ptr %310(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %311 = icmp eq ptr %scaled.i, null
-  br i1 %311, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
+  %337 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scaled.i = tail call ptr %337(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %338 = icmp eq ptr %scaled.i, null
+  br i1 %338, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
 
 for_body_to.us.i.preheader:                       ; preds = %for_end_to_m.i
-  br i1 %233, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !22
+  br i1 %260, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !22
 
 for_end_to_m.thread.i:                            ; preds = %if_end28.i
-  %312 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scaled842.i = tail call ptr %312(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %313 = icmp eq ptr %scaled842.i, null
-  br i1 %313, label %fused_decode_compute_.exit, label %for_end_ax1.i, !prof !8
+  %339 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scaled1083.i = tail call ptr %339(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %340 = icmp eq ptr %scaled1083.i, null
+  br i1 %340, label %fused_decode_compute_.exit, label %for_end_ax1.i, !prof !8
 
 for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
-  %indvars.iv632.i = phi i64 [ %indvars.iv.next633.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
+  %indvars.iv670.i = phi i64 [ %indvars.iv.next671.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
   %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %314 = shl nsw i64 %indvars.iv632.i, 4
-  %315 = getelementptr inbounds nuw float, ptr %scores.i, i64 %314
-  %316 = load <16 x float>, ptr %315, align 4, !tbaa !5
-  %317 = fmul <16 x float> %69, %316
-  %318 = trunc i64 %314 to i32
-  %319 = sub i32 %valid_len.i, %318
-  %320 = insertelement <16 x i32> poison, i32 %319, i64 0
-  %321 = shufflevector <16 x i32> %320, <16 x i32> poison, <16 x i32> zeroinitializer
-  %322 = icmp sgt <16 x i32> %321, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %323 = select <16 x i1> %322, <16 x float> %317, <16 x float> splat (float 0xFFF0000000000000)
-  %324 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %314
-  store <16 x float> %323, ptr %324, align 4, !tbaa !5
-  %indvars.iv.next633.i = shl i64 %indvars.iv632.i, 4
-  %325 = or disjoint i64 %indvars.iv.next633.i, 16
-  %326 = getelementptr inbounds nuw float, ptr %scores.i, i64 %325
-  %327 = load <16 x float>, ptr %326, align 4, !tbaa !5
-  %328 = fmul <16 x float> %69, %327
-  %329 = trunc i64 %325 to i32
-  %330 = sub i32 %valid_len.i, %329
-  %331 = insertelement <16 x i32> poison, i32 %330, i64 0
-  %332 = shufflevector <16 x i32> %331, <16 x i32> poison, <16 x i32> zeroinitializer
-  %333 = icmp sgt <16 x i32> %332, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %334 = select <16 x i1> %333, <16 x float> %328, <16 x float> splat (float 0xFFF0000000000000)
-  %335 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %325
-  store <16 x float> %334, ptr %335, align 4, !tbaa !5
-  %indvars.iv.next633.i.1 = shl i64 %indvars.iv632.i, 4
-  %336 = or disjoint i64 %indvars.iv.next633.i.1, 32
-  %337 = getelementptr inbounds nuw float, ptr %scores.i, i64 %336
-  %338 = load <16 x float>, ptr %337, align 4, !tbaa !5
-  %339 = fmul <16 x float> %69, %338
-  %340 = trunc i64 %336 to i32
-  %341 = sub i32 %valid_len.i, %340
-  %342 = insertelement <16 x i32> poison, i32 %341, i64 0
-  %343 = shufflevector <16 x i32> %342, <16 x i32> poison, <16 x i32> zeroinitializer
-  %344 = icmp sgt <16 x i32> %343, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %345 = select <16 x i1> %344, <16 x float> %339, <16 x float> splat (float 0xFFF0000000000000)
-  %346 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %336
-  store <16 x float> %345, ptr %346, align 4, !tbaa !5
-  %indvars.iv.next633.i.2 = shl i64 %indvars.iv632.i, 4
-  %347 = or disjoint i64 %indvars.iv.next633.i.2, 48
-  %348 = getelementptr inbounds nuw float, ptr %scores.i, i64 %347
-  %349 = load <16 x float>, ptr %348, align 4, !tbaa !5
-  %350 = fmul <16 x float> %69, %349
-  %351 = trunc i64 %347 to i32
-  %352 = sub i32 %valid_len.i, %351
-  %353 = insertelement <16 x i32> poison, i32 %352, i64 0
-  %354 = shufflevector <16 x i32> %353, <16 x i32> poison, <16 x i32> zeroinitializer
-  %355 = icmp sgt <16 x i32> %354, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %356 = select <16 x i1> %355, <16 x float> %350, <16 x float> splat (float 0xFFF0000000000000)
-  %357 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %347
-  store <16 x float> %356, ptr %357, align 4, !tbaa !5
-  %indvars.iv.next633.i.3 = add nuw nsw i64 %indvars.iv632.i, 4
+  %341 = shl nsw i64 %indvars.iv670.i, 4
+  %342 = getelementptr inbounds nuw float, ptr %scores.i, i64 %341
+  %343 = load <16 x float>, ptr %342, align 4, !tbaa !5
+  %344 = fmul <16 x float> %91, %343
+  %345 = trunc i64 %341 to i32
+  %346 = sub i32 %valid_len.i, %345
+  %347 = insertelement <16 x i32> poison, i32 %346, i64 0
+  %348 = shufflevector <16 x i32> %347, <16 x i32> poison, <16 x i32> zeroinitializer
+  %349 = icmp sgt <16 x i32> %348, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %350 = select <16 x i1> %349, <16 x float> %344, <16 x float> splat (float 0xFFF0000000000000)
+  %351 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %341
+  store <16 x float> %350, ptr %351, align 4, !tbaa !5
+  %indvars.iv.next671.i = shl i64 %indvars.iv670.i, 4
+  %352 = or disjoint i64 %indvars.iv.next671.i, 16
+  %353 = getelementptr inbounds nuw float, ptr %scores.i, i64 %352
+  %354 = load <16 x float>, ptr %353, align 4, !tbaa !5
+  %355 = fmul <16 x float> %91, %354
+  %356 = trunc i64 %352 to i32
+  %357 = sub i32 %valid_len.i, %356
+  %358 = insertelement <16 x i32> poison, i32 %357, i64 0
+  %359 = shufflevector <16 x i32> %358, <16 x i32> poison, <16 x i32> zeroinitializer
+  %360 = icmp sgt <16 x i32> %359, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %361 = select <16 x i1> %360, <16 x float> %355, <16 x float> splat (float 0xFFF0000000000000)
+  %362 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %352
+  store <16 x float> %361, ptr %362, align 4, !tbaa !5
+  %indvars.iv.next671.i.1 = shl i64 %indvars.iv670.i, 4
+  %363 = or disjoint i64 %indvars.iv.next671.i.1, 32
+  %364 = getelementptr inbounds nuw float, ptr %scores.i, i64 %363
+  %365 = load <16 x float>, ptr %364, align 4, !tbaa !5
+  %366 = fmul <16 x float> %91, %365
+  %367 = trunc i64 %363 to i32
+  %368 = sub i32 %valid_len.i, %367
+  %369 = insertelement <16 x i32> poison, i32 %368, i64 0
+  %370 = shufflevector <16 x i32> %369, <16 x i32> poison, <16 x i32> zeroinitializer
+  %371 = icmp sgt <16 x i32> %370, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %372 = select <16 x i1> %371, <16 x float> %366, <16 x float> splat (float 0xFFF0000000000000)
+  %373 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %363
+  store <16 x float> %372, ptr %373, align 4, !tbaa !5
+  %indvars.iv.next671.i.2 = shl i64 %indvars.iv670.i, 4
+  %374 = or disjoint i64 %indvars.iv.next671.i.2, 48
+  %375 = getelementptr inbounds nuw float, ptr %scores.i, i64 %374
+  %376 = load <16 x float>, ptr %375, align 4, !tbaa !5
+  %377 = fmul <16 x float> %91, %376
+  %378 = trunc i64 %374 to i32
+  %379 = sub i32 %valid_len.i, %378
+  %380 = insertelement <16 x i32> poison, i32 %379, i64 0
+  %381 = shufflevector <16 x i32> %380, <16 x i32> poison, <16 x i32> zeroinitializer
+  %382 = icmp sgt <16 x i32> %381, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %383 = select <16 x i1> %382, <16 x float> %377, <16 x float> splat (float 0xFFF0000000000000)
+  %384 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %374
+  store <16 x float> %383, ptr %384, align 4, !tbaa !5
+  %indvars.iv.next671.i.3 = add nuw nsw i64 %indvars.iv670.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
   br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !23, !llvm.loop !24
@@ -1194,3722 +1263,3954 @@ for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
   br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !26
 
 for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
-  %indvars.iv632.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next633.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod139)
+  %indvars.iv670.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next671.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod163)
   br label %for_body_to.us.i.epil
 
 for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
-  %indvars.iv632.i.epil = phi i64 [ %indvars.iv.next633.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv632.i.epil.init, %for_body_to.us.i.epil.preheader ]
+  %indvars.iv670.i.epil = phi i64 [ %indvars.iv.next671.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv670.i.epil.init, %for_body_to.us.i.epil.preheader ]
   %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
-  %358 = shl nsw i64 %indvars.iv632.i.epil, 4
-  %359 = getelementptr inbounds nuw float, ptr %scores.i, i64 %358
-  %360 = load <16 x float>, ptr %359, align 4, !tbaa !5
-  %361 = fmul <16 x float> %69, %360
-  %362 = trunc i64 %358 to i32
-  %363 = sub i32 %valid_len.i, %362
-  %364 = insertelement <16 x i32> poison, i32 %363, i64 0
-  %365 = shufflevector <16 x i32> %364, <16 x i32> poison, <16 x i32> zeroinitializer
-  %366 = icmp sgt <16 x i32> %365, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %367 = select <16 x i1> %366, <16 x float> %361, <16 x float> splat (float 0xFFF0000000000000)
-  %368 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %358
-  store <16 x float> %367, ptr %368, align 4, !tbaa !5
-  %indvars.iv.next633.i.epil = add nuw nsw i64 %indvars.iv632.i.epil, 1
+  %385 = shl nsw i64 %indvars.iv670.i.epil, 4
+  %386 = getelementptr inbounds nuw float, ptr %scores.i, i64 %385
+  %387 = load <16 x float>, ptr %386, align 4, !tbaa !5
+  %388 = fmul <16 x float> %91, %387
+  %389 = trunc i64 %385 to i32
+  %390 = sub i32 %valid_len.i, %389
+  %391 = insertelement <16 x i32> poison, i32 %390, i64 0
+  %392 = shufflevector <16 x i32> %391, <16 x i32> poison, <16 x i32> zeroinitializer
+  %393 = icmp sgt <16 x i32> %392, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %394 = select <16 x i1> %393, <16 x float> %388, <16 x float> splat (float 0xFFF0000000000000)
+  %395 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %385
+  store <16 x float> %394, ptr %395, align 4, !tbaa !5
+  %indvars.iv.next671.i.epil = add nuw nsw i64 %indvars.iv670.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
   br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !12, !llvm.loop !27
 
 for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.epil, %for_body_to.us.1.i.preheader.unr-lcssa
-  br i1 %234, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !22
+  br i1 %261, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !22
 
 for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
-  %indvars.iv632.1.i = phi i64 [ %indvars.iv.next633.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %niter145 = phi i64 [ %niter145.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %369 = shl nsw i64 %indvars.iv632.1.i, 4
-  %370 = add nuw nsw i64 %369, 128
-  %371 = getelementptr inbounds nuw float, ptr %scores.i, i64 %370
-  %372 = load <16 x float>, ptr %371, align 4, !tbaa !5
-  %373 = fmul <16 x float> %69, %372
-  %374 = trunc i64 %369 to i32
-  %375 = sub i32 %valid_len.i, %374
-  %376 = insertelement <16 x i32> poison, i32 %375, i64 0
-  %377 = shufflevector <16 x i32> %376, <16 x i32> poison, <16 x i32> zeroinitializer
-  %378 = icmp sgt <16 x i32> %377, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %379 = select <16 x i1> %378, <16 x float> %373, <16 x float> splat (float 0xFFF0000000000000)
-  %380 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %370
-  store <16 x float> %379, ptr %380, align 4, !tbaa !5
-  %indvars.iv.next633.1.i = shl i64 %indvars.iv632.1.i, 4
-  %381 = add nuw nsw i64 %indvars.iv.next633.1.i, 144
-  %382 = getelementptr inbounds nuw float, ptr %scores.i, i64 %381
-  %383 = load <16 x float>, ptr %382, align 4, !tbaa !5
-  %384 = fmul <16 x float> %69, %383
-  %385 = trunc i64 %indvars.iv.next633.1.i to i32
-  %386 = or disjoint i32 %385, 16
-  %387 = sub i32 %valid_len.i, %386
-  %388 = insertelement <16 x i32> poison, i32 %387, i64 0
-  %389 = shufflevector <16 x i32> %388, <16 x i32> poison, <16 x i32> zeroinitializer
-  %390 = icmp sgt <16 x i32> %389, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %391 = select <16 x i1> %390, <16 x float> %384, <16 x float> splat (float 0xFFF0000000000000)
-  %392 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %381
-  store <16 x float> %391, ptr %392, align 4, !tbaa !5
-  %indvars.iv.next633.1.i.1 = shl i64 %indvars.iv632.1.i, 4
-  %393 = add nuw nsw i64 %indvars.iv.next633.1.i.1, 160
-  %394 = getelementptr inbounds nuw float, ptr %scores.i, i64 %393
-  %395 = load <16 x float>, ptr %394, align 4, !tbaa !5
-  %396 = fmul <16 x float> %69, %395
-  %397 = trunc i64 %indvars.iv.next633.1.i.1 to i32
-  %398 = or disjoint i32 %397, 32
-  %399 = sub i32 %valid_len.i, %398
-  %400 = insertelement <16 x i32> poison, i32 %399, i64 0
-  %401 = shufflevector <16 x i32> %400, <16 x i32> poison, <16 x i32> zeroinitializer
-  %402 = icmp sgt <16 x i32> %401, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %403 = select <16 x i1> %402, <16 x float> %396, <16 x float> splat (float 0xFFF0000000000000)
-  %404 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %393
-  store <16 x float> %403, ptr %404, align 4, !tbaa !5
-  %indvars.iv.next633.1.i.2 = shl i64 %indvars.iv632.1.i, 4
-  %405 = add nuw nsw i64 %indvars.iv.next633.1.i.2, 176
-  %406 = getelementptr inbounds nuw float, ptr %scores.i, i64 %405
-  %407 = load <16 x float>, ptr %406, align 4, !tbaa !5
-  %408 = fmul <16 x float> %69, %407
-  %409 = trunc i64 %indvars.iv.next633.1.i.2 to i32
-  %410 = or disjoint i32 %409, 48
-  %411 = sub i32 %valid_len.i, %410
-  %412 = insertelement <16 x i32> poison, i32 %411, i64 0
-  %413 = shufflevector <16 x i32> %412, <16 x i32> poison, <16 x i32> zeroinitializer
-  %414 = icmp sgt <16 x i32> %413, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %415 = select <16 x i1> %414, <16 x float> %408, <16 x float> splat (float 0xFFF0000000000000)
-  %416 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %405
-  store <16 x float> %415, ptr %416, align 4, !tbaa !5
-  %indvars.iv.next633.1.i.3 = add nuw nsw i64 %indvars.iv632.1.i, 4
-  %niter145.next.3 = add i64 %niter145, 4
-  %niter145.ncmp.3 = icmp eq i64 %niter145.next.3, %unroll_iter144
-  br i1 %niter145.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !23, !llvm.loop !30
+  %indvars.iv670.1.i = phi i64 [ %indvars.iv.next671.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %niter169 = phi i64 [ %niter169.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %396 = shl nsw i64 %indvars.iv670.1.i, 4
+  %397 = add nuw nsw i64 %396, 128
+  %398 = getelementptr inbounds nuw float, ptr %scores.i, i64 %397
+  %399 = load <16 x float>, ptr %398, align 4, !tbaa !5
+  %400 = fmul <16 x float> %91, %399
+  %401 = trunc i64 %396 to i32
+  %402 = sub i32 %valid_len.i, %401
+  %403 = insertelement <16 x i32> poison, i32 %402, i64 0
+  %404 = shufflevector <16 x i32> %403, <16 x i32> poison, <16 x i32> zeroinitializer
+  %405 = icmp sgt <16 x i32> %404, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %406 = select <16 x i1> %405, <16 x float> %400, <16 x float> splat (float 0xFFF0000000000000)
+  %407 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %397
+  store <16 x float> %406, ptr %407, align 4, !tbaa !5
+  %indvars.iv.next671.1.i = shl i64 %indvars.iv670.1.i, 4
+  %408 = add nuw nsw i64 %indvars.iv.next671.1.i, 144
+  %409 = getelementptr inbounds nuw float, ptr %scores.i, i64 %408
+  %410 = load <16 x float>, ptr %409, align 4, !tbaa !5
+  %411 = fmul <16 x float> %91, %410
+  %412 = trunc i64 %indvars.iv.next671.1.i to i32
+  %413 = or disjoint i32 %412, 16
+  %414 = sub i32 %valid_len.i, %413
+  %415 = insertelement <16 x i32> poison, i32 %414, i64 0
+  %416 = shufflevector <16 x i32> %415, <16 x i32> poison, <16 x i32> zeroinitializer
+  %417 = icmp sgt <16 x i32> %416, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %418 = select <16 x i1> %417, <16 x float> %411, <16 x float> splat (float 0xFFF0000000000000)
+  %419 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %408
+  store <16 x float> %418, ptr %419, align 4, !tbaa !5
+  %indvars.iv.next671.1.i.1 = shl i64 %indvars.iv670.1.i, 4
+  %420 = add nuw nsw i64 %indvars.iv.next671.1.i.1, 160
+  %421 = getelementptr inbounds nuw float, ptr %scores.i, i64 %420
+  %422 = load <16 x float>, ptr %421, align 4, !tbaa !5
+  %423 = fmul <16 x float> %91, %422
+  %424 = trunc i64 %indvars.iv.next671.1.i.1 to i32
+  %425 = or disjoint i32 %424, 32
+  %426 = sub i32 %valid_len.i, %425
+  %427 = insertelement <16 x i32> poison, i32 %426, i64 0
+  %428 = shufflevector <16 x i32> %427, <16 x i32> poison, <16 x i32> zeroinitializer
+  %429 = icmp sgt <16 x i32> %428, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %430 = select <16 x i1> %429, <16 x float> %423, <16 x float> splat (float 0xFFF0000000000000)
+  %431 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %420
+  store <16 x float> %430, ptr %431, align 4, !tbaa !5
+  %indvars.iv.next671.1.i.2 = shl i64 %indvars.iv670.1.i, 4
+  %432 = add nuw nsw i64 %indvars.iv.next671.1.i.2, 176
+  %433 = getelementptr inbounds nuw float, ptr %scores.i, i64 %432
+  %434 = load <16 x float>, ptr %433, align 4, !tbaa !5
+  %435 = fmul <16 x float> %91, %434
+  %436 = trunc i64 %indvars.iv.next671.1.i.2 to i32
+  %437 = or disjoint i32 %436, 48
+  %438 = sub i32 %valid_len.i, %437
+  %439 = insertelement <16 x i32> poison, i32 %438, i64 0
+  %440 = shufflevector <16 x i32> %439, <16 x i32> poison, <16 x i32> zeroinitializer
+  %441 = icmp sgt <16 x i32> %440, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %442 = select <16 x i1> %441, <16 x float> %435, <16 x float> splat (float 0xFFF0000000000000)
+  %443 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %432
+  store <16 x float> %442, ptr %443, align 4, !tbaa !5
+  %indvars.iv.next671.1.i.3 = add nuw nsw i64 %indvars.iv670.1.i, 4
+  %niter169.next.3 = add i64 %niter169, 4
+  %niter169.ncmp.3 = icmp eq i64 %niter169.next.3, %unroll_iter168
+  br i1 %niter169.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !23, !llvm.loop !30
 
 for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
-  br i1 %lcmp.mod142.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod166.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !26
 
 for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
-  %indvars.iv632.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next633.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod143)
+  %indvars.iv670.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next671.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod167)
   br label %for_body_to.us.1.i.epil
 
 for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
-  %indvars.iv632.1.i.epil = phi i64 [ %indvars.iv.next633.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv632.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
-  %epil.iter141 = phi i64 [ %epil.iter141.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
-  %417 = shl nsw i64 %indvars.iv632.1.i.epil, 4
-  %418 = add nuw nsw i64 %417, 128
-  %419 = getelementptr inbounds nuw float, ptr %scores.i, i64 %418
-  %420 = load <16 x float>, ptr %419, align 4, !tbaa !5
-  %421 = fmul <16 x float> %69, %420
-  %422 = trunc i64 %417 to i32
-  %423 = sub i32 %valid_len.i, %422
-  %424 = insertelement <16 x i32> poison, i32 %423, i64 0
-  %425 = shufflevector <16 x i32> %424, <16 x i32> poison, <16 x i32> zeroinitializer
-  %426 = icmp sgt <16 x i32> %425, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %427 = select <16 x i1> %426, <16 x float> %421, <16 x float> splat (float 0xFFF0000000000000)
-  %428 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %418
-  store <16 x float> %427, ptr %428, align 4, !tbaa !5
-  %indvars.iv.next633.1.i.epil = add nuw nsw i64 %indvars.iv632.1.i.epil, 1
-  %epil.iter141.next = add i64 %epil.iter141, 1
-  %epil.iter141.cmp.not = icmp eq i64 %epil.iter141.next, %xtraiter140
-  br i1 %epil.iter141.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !31
+  %indvars.iv670.1.i.epil = phi i64 [ %indvars.iv.next671.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv670.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
+  %epil.iter165 = phi i64 [ %epil.iter165.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
+  %444 = shl nsw i64 %indvars.iv670.1.i.epil, 4
+  %445 = add nuw nsw i64 %444, 128
+  %446 = getelementptr inbounds nuw float, ptr %scores.i, i64 %445
+  %447 = load <16 x float>, ptr %446, align 4, !tbaa !5
+  %448 = fmul <16 x float> %91, %447
+  %449 = trunc i64 %444 to i32
+  %450 = sub i32 %valid_len.i, %449
+  %451 = insertelement <16 x i32> poison, i32 %450, i64 0
+  %452 = shufflevector <16 x i32> %451, <16 x i32> poison, <16 x i32> zeroinitializer
+  %453 = icmp sgt <16 x i32> %452, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %454 = select <16 x i1> %453, <16 x float> %448, <16 x float> splat (float 0xFFF0000000000000)
+  %455 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %445
+  store <16 x float> %454, ptr %455, align 4, !tbaa !5
+  %indvars.iv.next671.1.i.epil = add nuw nsw i64 %indvars.iv670.1.i.epil, 1
+  %epil.iter165.next = add i64 %epil.iter165, 1
+  %epil.iter165.cmp.not = icmp eq i64 %epil.iter165.next, %xtraiter164
+  br i1 %epil.iter165.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !31
 
 for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
-  br i1 %235, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !22
+  br i1 %262, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !22
 
 for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
-  %indvars.iv632.2.i = phi i64 [ %indvars.iv.next633.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %niter151 = phi i64 [ %niter151.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %429 = shl nsw i64 %indvars.iv632.2.i, 4
-  %430 = add nuw nsw i64 %429, 256
-  %431 = getelementptr inbounds nuw float, ptr %scores.i, i64 %430
-  %432 = load <16 x float>, ptr %431, align 4, !tbaa !5
-  %433 = fmul <16 x float> %69, %432
-  %434 = trunc i64 %429 to i32
-  %435 = sub i32 %valid_len.i, %434
-  %436 = insertelement <16 x i32> poison, i32 %435, i64 0
-  %437 = shufflevector <16 x i32> %436, <16 x i32> poison, <16 x i32> zeroinitializer
-  %438 = icmp sgt <16 x i32> %437, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %439 = select <16 x i1> %438, <16 x float> %433, <16 x float> splat (float 0xFFF0000000000000)
-  %440 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %430
-  store <16 x float> %439, ptr %440, align 4, !tbaa !5
-  %indvars.iv.next633.2.i = shl i64 %indvars.iv632.2.i, 4
-  %441 = add nuw nsw i64 %indvars.iv.next633.2.i, 272
-  %442 = getelementptr inbounds nuw float, ptr %scores.i, i64 %441
-  %443 = load <16 x float>, ptr %442, align 4, !tbaa !5
-  %444 = fmul <16 x float> %69, %443
-  %445 = trunc i64 %indvars.iv.next633.2.i to i32
-  %446 = or disjoint i32 %445, 16
-  %447 = sub i32 %valid_len.i, %446
-  %448 = insertelement <16 x i32> poison, i32 %447, i64 0
-  %449 = shufflevector <16 x i32> %448, <16 x i32> poison, <16 x i32> zeroinitializer
-  %450 = icmp sgt <16 x i32> %449, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %451 = select <16 x i1> %450, <16 x float> %444, <16 x float> splat (float 0xFFF0000000000000)
-  %452 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %441
-  store <16 x float> %451, ptr %452, align 4, !tbaa !5
-  %indvars.iv.next633.2.i.1 = shl i64 %indvars.iv632.2.i, 4
-  %453 = add nuw nsw i64 %indvars.iv.next633.2.i.1, 288
-  %454 = getelementptr inbounds nuw float, ptr %scores.i, i64 %453
-  %455 = load <16 x float>, ptr %454, align 4, !tbaa !5
-  %456 = fmul <16 x float> %69, %455
-  %457 = trunc i64 %indvars.iv.next633.2.i.1 to i32
-  %458 = or disjoint i32 %457, 32
-  %459 = sub i32 %valid_len.i, %458
-  %460 = insertelement <16 x i32> poison, i32 %459, i64 0
-  %461 = shufflevector <16 x i32> %460, <16 x i32> poison, <16 x i32> zeroinitializer
-  %462 = icmp sgt <16 x i32> %461, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %463 = select <16 x i1> %462, <16 x float> %456, <16 x float> splat (float 0xFFF0000000000000)
-  %464 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %453
-  store <16 x float> %463, ptr %464, align 4, !tbaa !5
-  %indvars.iv.next633.2.i.2 = shl i64 %indvars.iv632.2.i, 4
-  %465 = add nuw nsw i64 %indvars.iv.next633.2.i.2, 304
-  %466 = getelementptr inbounds nuw float, ptr %scores.i, i64 %465
-  %467 = load <16 x float>, ptr %466, align 4, !tbaa !5
-  %468 = fmul <16 x float> %69, %467
-  %469 = trunc i64 %indvars.iv.next633.2.i.2 to i32
-  %470 = or disjoint i32 %469, 48
-  %471 = sub i32 %valid_len.i, %470
-  %472 = insertelement <16 x i32> poison, i32 %471, i64 0
-  %473 = shufflevector <16 x i32> %472, <16 x i32> poison, <16 x i32> zeroinitializer
-  %474 = icmp sgt <16 x i32> %473, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %475 = select <16 x i1> %474, <16 x float> %468, <16 x float> splat (float 0xFFF0000000000000)
-  %476 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %465
-  store <16 x float> %475, ptr %476, align 4, !tbaa !5
-  %indvars.iv.next633.2.i.3 = add nuw nsw i64 %indvars.iv632.2.i, 4
-  %niter151.next.3 = add i64 %niter151, 4
-  %niter151.ncmp.3 = icmp eq i64 %niter151.next.3, %unroll_iter150
-  br i1 %niter151.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !23, !llvm.loop !32
+  %indvars.iv670.2.i = phi i64 [ %indvars.iv.next671.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %niter175 = phi i64 [ %niter175.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %456 = shl nsw i64 %indvars.iv670.2.i, 4
+  %457 = add nuw nsw i64 %456, 256
+  %458 = getelementptr inbounds nuw float, ptr %scores.i, i64 %457
+  %459 = load <16 x float>, ptr %458, align 4, !tbaa !5
+  %460 = fmul <16 x float> %91, %459
+  %461 = trunc i64 %456 to i32
+  %462 = sub i32 %valid_len.i, %461
+  %463 = insertelement <16 x i32> poison, i32 %462, i64 0
+  %464 = shufflevector <16 x i32> %463, <16 x i32> poison, <16 x i32> zeroinitializer
+  %465 = icmp sgt <16 x i32> %464, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %466 = select <16 x i1> %465, <16 x float> %460, <16 x float> splat (float 0xFFF0000000000000)
+  %467 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %457
+  store <16 x float> %466, ptr %467, align 4, !tbaa !5
+  %indvars.iv.next671.2.i = shl i64 %indvars.iv670.2.i, 4
+  %468 = add nuw nsw i64 %indvars.iv.next671.2.i, 272
+  %469 = getelementptr inbounds nuw float, ptr %scores.i, i64 %468
+  %470 = load <16 x float>, ptr %469, align 4, !tbaa !5
+  %471 = fmul <16 x float> %91, %470
+  %472 = trunc i64 %indvars.iv.next671.2.i to i32
+  %473 = or disjoint i32 %472, 16
+  %474 = sub i32 %valid_len.i, %473
+  %475 = insertelement <16 x i32> poison, i32 %474, i64 0
+  %476 = shufflevector <16 x i32> %475, <16 x i32> poison, <16 x i32> zeroinitializer
+  %477 = icmp sgt <16 x i32> %476, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %478 = select <16 x i1> %477, <16 x float> %471, <16 x float> splat (float 0xFFF0000000000000)
+  %479 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %468
+  store <16 x float> %478, ptr %479, align 4, !tbaa !5
+  %indvars.iv.next671.2.i.1 = shl i64 %indvars.iv670.2.i, 4
+  %480 = add nuw nsw i64 %indvars.iv.next671.2.i.1, 288
+  %481 = getelementptr inbounds nuw float, ptr %scores.i, i64 %480
+  %482 = load <16 x float>, ptr %481, align 4, !tbaa !5
+  %483 = fmul <16 x float> %91, %482
+  %484 = trunc i64 %indvars.iv.next671.2.i.1 to i32
+  %485 = or disjoint i32 %484, 32
+  %486 = sub i32 %valid_len.i, %485
+  %487 = insertelement <16 x i32> poison, i32 %486, i64 0
+  %488 = shufflevector <16 x i32> %487, <16 x i32> poison, <16 x i32> zeroinitializer
+  %489 = icmp sgt <16 x i32> %488, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %490 = select <16 x i1> %489, <16 x float> %483, <16 x float> splat (float 0xFFF0000000000000)
+  %491 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %480
+  store <16 x float> %490, ptr %491, align 4, !tbaa !5
+  %indvars.iv.next671.2.i.2 = shl i64 %indvars.iv670.2.i, 4
+  %492 = add nuw nsw i64 %indvars.iv.next671.2.i.2, 304
+  %493 = getelementptr inbounds nuw float, ptr %scores.i, i64 %492
+  %494 = load <16 x float>, ptr %493, align 4, !tbaa !5
+  %495 = fmul <16 x float> %91, %494
+  %496 = trunc i64 %indvars.iv.next671.2.i.2 to i32
+  %497 = or disjoint i32 %496, 48
+  %498 = sub i32 %valid_len.i, %497
+  %499 = insertelement <16 x i32> poison, i32 %498, i64 0
+  %500 = shufflevector <16 x i32> %499, <16 x i32> poison, <16 x i32> zeroinitializer
+  %501 = icmp sgt <16 x i32> %500, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %502 = select <16 x i1> %501, <16 x float> %495, <16 x float> splat (float 0xFFF0000000000000)
+  %503 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %492
+  store <16 x float> %502, ptr %503, align 4, !tbaa !5
+  %indvars.iv.next671.2.i.3 = add nuw nsw i64 %indvars.iv670.2.i, 4
+  %niter175.next.3 = add i64 %niter175, 4
+  %niter175.ncmp.3 = icmp eq i64 %niter175.next.3, %unroll_iter174
+  br i1 %niter175.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !23, !llvm.loop !32
 
 for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
-  br i1 %lcmp.mod148.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod172.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !26
 
 for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
-  %indvars.iv632.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next633.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod149)
+  %indvars.iv670.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next671.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod173)
   br label %for_body_to.us.2.i.epil
 
 for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
-  %indvars.iv632.2.i.epil = phi i64 [ %indvars.iv.next633.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv632.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
-  %epil.iter147 = phi i64 [ %epil.iter147.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
-  %477 = shl nsw i64 %indvars.iv632.2.i.epil, 4
-  %478 = add nuw nsw i64 %477, 256
-  %479 = getelementptr inbounds nuw float, ptr %scores.i, i64 %478
-  %480 = load <16 x float>, ptr %479, align 4, !tbaa !5
-  %481 = fmul <16 x float> %69, %480
-  %482 = trunc i64 %477 to i32
-  %483 = sub i32 %valid_len.i, %482
-  %484 = insertelement <16 x i32> poison, i32 %483, i64 0
-  %485 = shufflevector <16 x i32> %484, <16 x i32> poison, <16 x i32> zeroinitializer
-  %486 = icmp sgt <16 x i32> %485, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %487 = select <16 x i1> %486, <16 x float> %481, <16 x float> splat (float 0xFFF0000000000000)
-  %488 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %478
-  store <16 x float> %487, ptr %488, align 4, !tbaa !5
-  %indvars.iv.next633.2.i.epil = add nuw nsw i64 %indvars.iv632.2.i.epil, 1
-  %epil.iter147.next = add i64 %epil.iter147, 1
-  %epil.iter147.cmp.not = icmp eq i64 %epil.iter147.next, %xtraiter146
-  br i1 %epil.iter147.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !33
+  %indvars.iv670.2.i.epil = phi i64 [ %indvars.iv.next671.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv670.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
+  %epil.iter171 = phi i64 [ %epil.iter171.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
+  %504 = shl nsw i64 %indvars.iv670.2.i.epil, 4
+  %505 = add nuw nsw i64 %504, 256
+  %506 = getelementptr inbounds nuw float, ptr %scores.i, i64 %505
+  %507 = load <16 x float>, ptr %506, align 4, !tbaa !5
+  %508 = fmul <16 x float> %91, %507
+  %509 = trunc i64 %504 to i32
+  %510 = sub i32 %valid_len.i, %509
+  %511 = insertelement <16 x i32> poison, i32 %510, i64 0
+  %512 = shufflevector <16 x i32> %511, <16 x i32> poison, <16 x i32> zeroinitializer
+  %513 = icmp sgt <16 x i32> %512, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %514 = select <16 x i1> %513, <16 x float> %508, <16 x float> splat (float 0xFFF0000000000000)
+  %515 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %505
+  store <16 x float> %514, ptr %515, align 4, !tbaa !5
+  %indvars.iv.next671.2.i.epil = add nuw nsw i64 %indvars.iv670.2.i.epil, 1
+  %epil.iter171.next = add i64 %epil.iter171, 1
+  %epil.iter171.cmp.not = icmp eq i64 %epil.iter171.next, %xtraiter170
+  br i1 %epil.iter171.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !33
 
 for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
-  br i1 %236, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !22
+  br i1 %263, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !22
 
 for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
-  %indvars.iv632.3.i = phi i64 [ %indvars.iv.next633.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %niter157 = phi i64 [ %niter157.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %489 = shl nsw i64 %indvars.iv632.3.i, 4
-  %490 = add nuw nsw i64 %489, 384
-  %491 = getelementptr inbounds nuw float, ptr %scores.i, i64 %490
-  %492 = load <16 x float>, ptr %491, align 4, !tbaa !5
-  %493 = fmul <16 x float> %69, %492
-  %494 = trunc i64 %489 to i32
-  %495 = sub i32 %valid_len.i, %494
-  %496 = insertelement <16 x i32> poison, i32 %495, i64 0
-  %497 = shufflevector <16 x i32> %496, <16 x i32> poison, <16 x i32> zeroinitializer
-  %498 = icmp sgt <16 x i32> %497, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %499 = select <16 x i1> %498, <16 x float> %493, <16 x float> splat (float 0xFFF0000000000000)
-  %500 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %490
-  store <16 x float> %499, ptr %500, align 4, !tbaa !5
-  %indvars.iv.next633.3.i = shl i64 %indvars.iv632.3.i, 4
-  %501 = add nuw nsw i64 %indvars.iv.next633.3.i, 400
-  %502 = getelementptr inbounds nuw float, ptr %scores.i, i64 %501
-  %503 = load <16 x float>, ptr %502, align 4, !tbaa !5
-  %504 = fmul <16 x float> %69, %503
-  %505 = trunc i64 %indvars.iv.next633.3.i to i32
-  %506 = or disjoint i32 %505, 16
-  %507 = sub i32 %valid_len.i, %506
-  %508 = insertelement <16 x i32> poison, i32 %507, i64 0
-  %509 = shufflevector <16 x i32> %508, <16 x i32> poison, <16 x i32> zeroinitializer
-  %510 = icmp sgt <16 x i32> %509, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %511 = select <16 x i1> %510, <16 x float> %504, <16 x float> splat (float 0xFFF0000000000000)
-  %512 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %501
-  store <16 x float> %511, ptr %512, align 4, !tbaa !5
-  %indvars.iv.next633.3.i.1 = shl i64 %indvars.iv632.3.i, 4
-  %513 = add nuw nsw i64 %indvars.iv.next633.3.i.1, 416
-  %514 = getelementptr inbounds nuw float, ptr %scores.i, i64 %513
-  %515 = load <16 x float>, ptr %514, align 4, !tbaa !5
-  %516 = fmul <16 x float> %69, %515
-  %517 = trunc i64 %indvars.iv.next633.3.i.1 to i32
-  %518 = or disjoint i32 %517, 32
-  %519 = sub i32 %valid_len.i, %518
-  %520 = insertelement <16 x i32> poison, i32 %519, i64 0
-  %521 = shufflevector <16 x i32> %520, <16 x i32> poison, <16 x i32> zeroinitializer
-  %522 = icmp sgt <16 x i32> %521, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %523 = select <16 x i1> %522, <16 x float> %516, <16 x float> splat (float 0xFFF0000000000000)
-  %524 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %513
-  store <16 x float> %523, ptr %524, align 4, !tbaa !5
-  %indvars.iv.next633.3.i.2 = shl i64 %indvars.iv632.3.i, 4
-  %525 = add nuw nsw i64 %indvars.iv.next633.3.i.2, 432
-  %526 = getelementptr inbounds nuw float, ptr %scores.i, i64 %525
-  %527 = load <16 x float>, ptr %526, align 4, !tbaa !5
-  %528 = fmul <16 x float> %69, %527
-  %529 = trunc i64 %indvars.iv.next633.3.i.2 to i32
-  %530 = or disjoint i32 %529, 48
-  %531 = sub i32 %valid_len.i, %530
-  %532 = insertelement <16 x i32> poison, i32 %531, i64 0
-  %533 = shufflevector <16 x i32> %532, <16 x i32> poison, <16 x i32> zeroinitializer
-  %534 = icmp sgt <16 x i32> %533, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %535 = select <16 x i1> %534, <16 x float> %528, <16 x float> splat (float 0xFFF0000000000000)
-  %536 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %525
-  store <16 x float> %535, ptr %536, align 4, !tbaa !5
-  %indvars.iv.next633.3.i.3 = add nuw nsw i64 %indvars.iv632.3.i, 4
-  %niter157.next.3 = add i64 %niter157, 4
-  %niter157.ncmp.3 = icmp eq i64 %niter157.next.3, %unroll_iter156
-  br i1 %niter157.ncmp.3, label %for_body_ax1.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !23, !llvm.loop !34
+  %indvars.iv670.3.i = phi i64 [ %indvars.iv.next671.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %niter181 = phi i64 [ %niter181.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %516 = shl nsw i64 %indvars.iv670.3.i, 4
+  %517 = add nuw nsw i64 %516, 384
+  %518 = getelementptr inbounds nuw float, ptr %scores.i, i64 %517
+  %519 = load <16 x float>, ptr %518, align 4, !tbaa !5
+  %520 = fmul <16 x float> %91, %519
+  %521 = trunc i64 %516 to i32
+  %522 = sub i32 %valid_len.i, %521
+  %523 = insertelement <16 x i32> poison, i32 %522, i64 0
+  %524 = shufflevector <16 x i32> %523, <16 x i32> poison, <16 x i32> zeroinitializer
+  %525 = icmp sgt <16 x i32> %524, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %526 = select <16 x i1> %525, <16 x float> %520, <16 x float> splat (float 0xFFF0000000000000)
+  %527 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %517
+  store <16 x float> %526, ptr %527, align 4, !tbaa !5
+  %indvars.iv.next671.3.i = shl i64 %indvars.iv670.3.i, 4
+  %528 = add nuw nsw i64 %indvars.iv.next671.3.i, 400
+  %529 = getelementptr inbounds nuw float, ptr %scores.i, i64 %528
+  %530 = load <16 x float>, ptr %529, align 4, !tbaa !5
+  %531 = fmul <16 x float> %91, %530
+  %532 = trunc i64 %indvars.iv.next671.3.i to i32
+  %533 = or disjoint i32 %532, 16
+  %534 = sub i32 %valid_len.i, %533
+  %535 = insertelement <16 x i32> poison, i32 %534, i64 0
+  %536 = shufflevector <16 x i32> %535, <16 x i32> poison, <16 x i32> zeroinitializer
+  %537 = icmp sgt <16 x i32> %536, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %538 = select <16 x i1> %537, <16 x float> %531, <16 x float> splat (float 0xFFF0000000000000)
+  %539 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %528
+  store <16 x float> %538, ptr %539, align 4, !tbaa !5
+  %indvars.iv.next671.3.i.1 = shl i64 %indvars.iv670.3.i, 4
+  %540 = add nuw nsw i64 %indvars.iv.next671.3.i.1, 416
+  %541 = getelementptr inbounds nuw float, ptr %scores.i, i64 %540
+  %542 = load <16 x float>, ptr %541, align 4, !tbaa !5
+  %543 = fmul <16 x float> %91, %542
+  %544 = trunc i64 %indvars.iv.next671.3.i.1 to i32
+  %545 = or disjoint i32 %544, 32
+  %546 = sub i32 %valid_len.i, %545
+  %547 = insertelement <16 x i32> poison, i32 %546, i64 0
+  %548 = shufflevector <16 x i32> %547, <16 x i32> poison, <16 x i32> zeroinitializer
+  %549 = icmp sgt <16 x i32> %548, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %550 = select <16 x i1> %549, <16 x float> %543, <16 x float> splat (float 0xFFF0000000000000)
+  %551 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %540
+  store <16 x float> %550, ptr %551, align 4, !tbaa !5
+  %indvars.iv.next671.3.i.2 = shl i64 %indvars.iv670.3.i, 4
+  %552 = add nuw nsw i64 %indvars.iv.next671.3.i.2, 432
+  %553 = getelementptr inbounds nuw float, ptr %scores.i, i64 %552
+  %554 = load <16 x float>, ptr %553, align 4, !tbaa !5
+  %555 = fmul <16 x float> %91, %554
+  %556 = trunc i64 %indvars.iv.next671.3.i.2 to i32
+  %557 = or disjoint i32 %556, 48
+  %558 = sub i32 %valid_len.i, %557
+  %559 = insertelement <16 x i32> poison, i32 %558, i64 0
+  %560 = shufflevector <16 x i32> %559, <16 x i32> poison, <16 x i32> zeroinitializer
+  %561 = icmp sgt <16 x i32> %560, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %562 = select <16 x i1> %561, <16 x float> %555, <16 x float> splat (float 0xFFF0000000000000)
+  %563 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %552
+  store <16 x float> %562, ptr %563, align 4, !tbaa !5
+  %indvars.iv.next671.3.i.3 = add nuw nsw i64 %indvars.iv670.3.i, 4
+  %niter181.next.3 = add i64 %niter181, 4
+  %niter181.ncmp.3 = icmp eq i64 %niter181.next.3, %unroll_iter180
+  br i1 %niter181.ncmp.3, label %for_body_ax1.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !23, !llvm.loop !34
 
 for_body_ax1.i.preheader.unr-lcssa:               ; preds = %for_body_to.us.3.i
-  br i1 %lcmp.mod154.not, label %for_body_ax1.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod178.not, label %for_body_ax1.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !26
 
 for_body_to.us.3.i.epil.preheader:                ; preds = %for_body_ax1.i.preheader.unr-lcssa, %for_body_to.us.3.i.preheader
-  %indvars.iv632.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next633.3.i.3, %for_body_ax1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod155)
+  %indvars.iv670.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next671.3.i.3, %for_body_ax1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod179)
   br label %for_body_to.us.3.i.epil
 
 for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
-  %indvars.iv632.3.i.epil = phi i64 [ %indvars.iv.next633.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv632.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
-  %epil.iter153 = phi i64 [ %epil.iter153.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
-  %537 = shl nsw i64 %indvars.iv632.3.i.epil, 4
-  %538 = add nuw nsw i64 %537, 384
-  %539 = getelementptr inbounds nuw float, ptr %scores.i, i64 %538
-  %540 = load <16 x float>, ptr %539, align 4, !tbaa !5
-  %541 = fmul <16 x float> %69, %540
-  %542 = trunc i64 %537 to i32
-  %543 = sub i32 %valid_len.i, %542
-  %544 = insertelement <16 x i32> poison, i32 %543, i64 0
-  %545 = shufflevector <16 x i32> %544, <16 x i32> poison, <16 x i32> zeroinitializer
-  %546 = icmp sgt <16 x i32> %545, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %547 = select <16 x i1> %546, <16 x float> %541, <16 x float> splat (float 0xFFF0000000000000)
-  %548 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %538
-  store <16 x float> %547, ptr %548, align 4, !tbaa !5
-  %indvars.iv.next633.3.i.epil = add nuw nsw i64 %indvars.iv632.3.i.epil, 1
-  %epil.iter153.next = add i64 %epil.iter153, 1
-  %epil.iter153.cmp.not = icmp eq i64 %epil.iter153.next, %xtraiter152
-  br i1 %epil.iter153.cmp.not, label %for_body_ax1.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !35
+  %indvars.iv670.3.i.epil = phi i64 [ %indvars.iv.next671.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv670.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
+  %epil.iter177 = phi i64 [ %epil.iter177.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
+  %564 = shl nsw i64 %indvars.iv670.3.i.epil, 4
+  %565 = add nuw nsw i64 %564, 384
+  %566 = getelementptr inbounds nuw float, ptr %scores.i, i64 %565
+  %567 = load <16 x float>, ptr %566, align 4, !tbaa !5
+  %568 = fmul <16 x float> %91, %567
+  %569 = trunc i64 %564 to i32
+  %570 = sub i32 %valid_len.i, %569
+  %571 = insertelement <16 x i32> poison, i32 %570, i64 0
+  %572 = shufflevector <16 x i32> %571, <16 x i32> poison, <16 x i32> zeroinitializer
+  %573 = icmp sgt <16 x i32> %572, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %574 = select <16 x i1> %573, <16 x float> %568, <16 x float> splat (float 0xFFF0000000000000)
+  %575 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %565
+  store <16 x float> %574, ptr %575, align 4, !tbaa !5
+  %indvars.iv.next671.3.i.epil = add nuw nsw i64 %indvars.iv670.3.i.epil, 1
+  %epil.iter177.next = add i64 %epil.iter177, 1
+  %epil.iter177.cmp.not = icmp eq i64 %epil.iter177.next, %xtraiter176
+  br i1 %epil.iter177.cmp.not, label %for_body_ax1.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !35
 
 for_body_ax1.i.preheader:                         ; preds = %for_body_to.us.3.i.epil, %for_body_ax1.i.preheader.unr-lcssa
-  br i1 %237, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !36
+  br i1 %264, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !36
 
 if_end31.i:                                       ; preds = %for_body_to_m.i
-  %549 = shl nsw i64 %indvars.iv626.i, 4
+  %576 = shl nsw i64 %indvars.iv664.i, 4
   br label %for_body_n_0_m.i
 
 for_body_n_0_m.i:                                 ; preds = %for_body_n_0_m.i, %if_end31.i
-  %indvars.iv615.i = phi i64 [ 0, %if_end31.i ], [ %indvars.iv.next616.i, %for_body_n_0_m.i ]
-  %550 = shl nuw nsw i64 %indvars.iv615.i, 1
-  %551 = add nuw nsw i64 %550, %549
-  %gep64 = getelementptr inbounds nuw i64, ptr %invariant.gep63, i64 %551
-  %552 = load i64, ptr %gep64, align 8, !tbaa !5
-  %553 = getelementptr i32, ptr %key_cache, i64 %552
-  %554 = getelementptr i32, ptr %553, i64 %274
-  tail call void @llvm.prefetch.p0(ptr readonly %554, i32 0, i32 2, i32 1)
-  %555 = getelementptr i8, ptr %553, i64 64
-  %556 = getelementptr i32, ptr %555, i64 %274
-  tail call void @llvm.prefetch.p0(ptr readonly %556, i32 0, i32 2, i32 1)
-  %557 = getelementptr i8, ptr %553, i64 128
-  %558 = getelementptr i32, ptr %557, i64 %274
-  tail call void @llvm.prefetch.p0(ptr readonly %558, i32 0, i32 2, i32 1)
-  %559 = getelementptr i8, ptr %553, i64 192
-  %560 = getelementptr i32, ptr %559, i64 %274
-  tail call void @llvm.prefetch.p0(ptr readonly %560, i32 0, i32 2, i32 1)
-  %561 = getelementptr inbounds nuw i8, ptr %gep64, i64 8
-  %562 = load i64, ptr %561, align 8, !tbaa !5
-  %563 = getelementptr i32, ptr %key_cache, i64 %562
-  %564 = getelementptr i32, ptr %563, i64 %274
-  tail call void @llvm.prefetch.p0(ptr readonly %564, i32 0, i32 2, i32 1)
-  %565 = getelementptr i8, ptr %563, i64 64
-  %566 = getelementptr i32, ptr %565, i64 %274
-  tail call void @llvm.prefetch.p0(ptr readonly %566, i32 0, i32 2, i32 1)
-  %567 = getelementptr i8, ptr %563, i64 128
-  %568 = getelementptr i32, ptr %567, i64 %274
-  tail call void @llvm.prefetch.p0(ptr readonly %568, i32 0, i32 2, i32 1)
-  %569 = getelementptr i8, ptr %563, i64 192
-  %570 = getelementptr i32, ptr %569, i64 %274
-  tail call void @llvm.prefetch.p0(ptr readonly %570, i32 0, i32 2, i32 1)
-  %571 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %551
-  %572 = load i64, ptr %571, align 8, !tbaa !5
-  %gep402.i = getelementptr i32, ptr %invariant.gep401.i, i64 %572
-  %573 = getelementptr inbounds nuw i8, ptr %571, i64 8
-  %574 = load i64, ptr %573, align 8, !tbaa !5
-  %gep404.i = getelementptr i32, ptr %invariant.gep401.i, i64 %574
-  %575 = load <16 x float>, ptr %276, align 4, !tbaa !5
-  %576 = load <16 x i32>, ptr %gep402.i, align 4, !tbaa !5
-  %577 = shl <16 x i32> %576, splat (i32 16)
-  %578 = bitcast <16 x i32> %577 to <16 x float>
-  %579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %575, <16 x float> %578, <16 x float> zeroinitializer)
-  %580 = load <16 x float>, ptr %277, align 4, !tbaa !5
-  %581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %580, <16 x float> %578, <16 x float> zeroinitializer)
-  %582 = load <16 x float>, ptr %278, align 4, !tbaa !5
-  %583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %582, <16 x float> %578, <16 x float> zeroinitializer)
-  %584 = load <16 x float>, ptr %279, align 4, !tbaa !5
-  %585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %584, <16 x float> %578, <16 x float> zeroinitializer)
-  %586 = load <16 x i32>, ptr %gep404.i, align 4, !tbaa !5
-  %587 = shl <16 x i32> %586, splat (i32 16)
-  %588 = bitcast <16 x i32> %587 to <16 x float>
-  %589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %575, <16 x float> %588, <16 x float> zeroinitializer)
-  %590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %580, <16 x float> %588, <16 x float> zeroinitializer)
-  %591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %582, <16 x float> %588, <16 x float> zeroinitializer)
-  %592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %584, <16 x float> %588, <16 x float> zeroinitializer)
-  %593 = load <16 x float>, ptr %280, align 4, !tbaa !5
-  %594 = and <16 x i32> %576, splat (i32 -65536)
-  %595 = bitcast <16 x i32> %594 to <16 x float>
-  %596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %593, <16 x float> %595, <16 x float> %579)
-  %597 = load <16 x float>, ptr %281, align 4, !tbaa !5
-  %598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %597, <16 x float> %595, <16 x float> %581)
-  %599 = load <16 x float>, ptr %282, align 4, !tbaa !5
-  %600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %599, <16 x float> %595, <16 x float> %583)
-  %601 = load <16 x float>, ptr %283, align 4, !tbaa !5
-  %602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %601, <16 x float> %595, <16 x float> %585)
-  %603 = and <16 x i32> %586, splat (i32 -65536)
-  %604 = bitcast <16 x i32> %603 to <16 x float>
-  %605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %593, <16 x float> %604, <16 x float> %589)
-  %606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %597, <16 x float> %604, <16 x float> %590)
-  %607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %599, <16 x float> %604, <16 x float> %591)
-  %608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %601, <16 x float> %604, <16 x float> %592)
-  %609 = load <16 x float>, ptr %284, align 4, !tbaa !5
-  %gep389.1.i = getelementptr i8, ptr %gep402.i, i64 64
-  %610 = load <16 x i32>, ptr %gep389.1.i, align 4, !tbaa !5
-  %611 = shl <16 x i32> %610, splat (i32 16)
-  %612 = bitcast <16 x i32> %611 to <16 x float>
-  %613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %612, <16 x float> %596)
-  %614 = load <16 x float>, ptr %285, align 4, !tbaa !5
-  %615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %614, <16 x float> %612, <16 x float> %598)
-  %616 = load <16 x float>, ptr %286, align 4, !tbaa !5
-  %617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %616, <16 x float> %612, <16 x float> %600)
-  %618 = load <16 x float>, ptr %287, align 4, !tbaa !5
-  %619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %618, <16 x float> %612, <16 x float> %602)
-  %gep391.1.i = getelementptr i8, ptr %gep404.i, i64 64
-  %620 = load <16 x i32>, ptr %gep391.1.i, align 4, !tbaa !5
-  %621 = shl <16 x i32> %620, splat (i32 16)
+  %indvars.iv653.i = phi i64 [ 0, %if_end31.i ], [ %indvars.iv.next654.i, %for_body_n_0_m.i ]
+  %577 = shl nuw nsw i64 %indvars.iv653.i, 1
+  %578 = add nuw nsw i64 %577, %576
+  %gep81 = getelementptr inbounds nuw i64, ptr %invariant.gep80, i64 %578
+  %579 = load i64, ptr %gep81, align 8, !tbaa !5
+  %580 = getelementptr i32, ptr %key_cache, i64 %579
+  %581 = getelementptr i32, ptr %580, i64 %301
+  tail call void @llvm.prefetch.p0(ptr readonly %581, i32 0, i32 2, i32 1)
+  %582 = getelementptr i8, ptr %580, i64 64
+  %583 = getelementptr i32, ptr %582, i64 %301
+  tail call void @llvm.prefetch.p0(ptr readonly %583, i32 0, i32 2, i32 1)
+  %584 = getelementptr i8, ptr %580, i64 128
+  %585 = getelementptr i32, ptr %584, i64 %301
+  tail call void @llvm.prefetch.p0(ptr readonly %585, i32 0, i32 2, i32 1)
+  %586 = getelementptr i8, ptr %580, i64 192
+  %587 = getelementptr i32, ptr %586, i64 %301
+  tail call void @llvm.prefetch.p0(ptr readonly %587, i32 0, i32 2, i32 1)
+  %588 = getelementptr inbounds nuw i8, ptr %gep81, i64 8
+  %589 = load i64, ptr %588, align 8, !tbaa !5
+  %590 = getelementptr i32, ptr %key_cache, i64 %589
+  %591 = getelementptr i32, ptr %590, i64 %301
+  tail call void @llvm.prefetch.p0(ptr readonly %591, i32 0, i32 2, i32 1)
+  %592 = getelementptr i8, ptr %590, i64 64
+  %593 = getelementptr i32, ptr %592, i64 %301
+  tail call void @llvm.prefetch.p0(ptr readonly %593, i32 0, i32 2, i32 1)
+  %594 = getelementptr i8, ptr %590, i64 128
+  %595 = getelementptr i32, ptr %594, i64 %301
+  tail call void @llvm.prefetch.p0(ptr readonly %595, i32 0, i32 2, i32 1)
+  %596 = getelementptr i8, ptr %590, i64 192
+  %597 = getelementptr i32, ptr %596, i64 %301
+  tail call void @llvm.prefetch.p0(ptr readonly %597, i32 0, i32 2, i32 1)
+  %598 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %578
+  %599 = load i64, ptr %598, align 8, !tbaa !5
+  %gep433.i = getelementptr i32, ptr %invariant.gep432.i, i64 %599
+  %600 = getelementptr inbounds nuw i8, ptr %598, i64 8
+  %601 = load i64, ptr %600, align 8, !tbaa !5
+  %gep435.i = getelementptr i32, ptr %invariant.gep432.i, i64 %601
+  %602 = load <16 x float>, ptr %303, align 4, !tbaa !5
+  %603 = load <16 x i32>, ptr %gep433.i, align 4, !tbaa !5
+  %604 = shl <16 x i32> %603, splat (i32 16)
+  %605 = bitcast <16 x i32> %604 to <16 x float>
+  %606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %602, <16 x float> %605, <16 x float> zeroinitializer)
+  %607 = load <16 x float>, ptr %304, align 4, !tbaa !5
+  %608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %607, <16 x float> %605, <16 x float> zeroinitializer)
+  %609 = load <16 x float>, ptr %305, align 4, !tbaa !5
+  %610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %605, <16 x float> zeroinitializer)
+  %611 = load <16 x float>, ptr %306, align 4, !tbaa !5
+  %612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %611, <16 x float> %605, <16 x float> zeroinitializer)
+  %613 = load <16 x i32>, ptr %gep435.i, align 4, !tbaa !5
+  %614 = shl <16 x i32> %613, splat (i32 16)
+  %615 = bitcast <16 x i32> %614 to <16 x float>
+  %616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %602, <16 x float> %615, <16 x float> zeroinitializer)
+  %617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %607, <16 x float> %615, <16 x float> zeroinitializer)
+  %618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %615, <16 x float> zeroinitializer)
+  %619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %611, <16 x float> %615, <16 x float> zeroinitializer)
+  %620 = load <16 x float>, ptr %307, align 4, !tbaa !5
+  %621 = and <16 x i32> %603, splat (i32 -65536)
   %622 = bitcast <16 x i32> %621 to <16 x float>
-  %623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %622, <16 x float> %605)
-  %624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %614, <16 x float> %622, <16 x float> %606)
-  %625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %616, <16 x float> %622, <16 x float> %607)
-  %626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %618, <16 x float> %622, <16 x float> %608)
-  %627 = load <16 x float>, ptr %288, align 4, !tbaa !5
-  %628 = and <16 x i32> %610, splat (i32 -65536)
-  %629 = bitcast <16 x i32> %628 to <16 x float>
-  %630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %627, <16 x float> %629, <16 x float> %613)
-  %631 = load <16 x float>, ptr %289, align 4, !tbaa !5
-  %632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %631, <16 x float> %629, <16 x float> %615)
-  %633 = load <16 x float>, ptr %290, align 4, !tbaa !5
-  %634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %633, <16 x float> %629, <16 x float> %617)
-  %635 = load <16 x float>, ptr %291, align 4, !tbaa !5
-  %636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %635, <16 x float> %629, <16 x float> %619)
-  %637 = and <16 x i32> %620, splat (i32 -65536)
-  %638 = bitcast <16 x i32> %637 to <16 x float>
-  %639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %627, <16 x float> %638, <16 x float> %623)
-  %640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %631, <16 x float> %638, <16 x float> %624)
-  %641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %633, <16 x float> %638, <16 x float> %625)
-  %642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %635, <16 x float> %638, <16 x float> %626)
-  %643 = load <16 x float>, ptr %292, align 4, !tbaa !5
-  %gep389.2.i = getelementptr i8, ptr %gep402.i, i64 128
-  %644 = load <16 x i32>, ptr %gep389.2.i, align 4, !tbaa !5
-  %645 = shl <16 x i32> %644, splat (i32 16)
-  %646 = bitcast <16 x i32> %645 to <16 x float>
-  %647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %646, <16 x float> %630)
-  %648 = load <16 x float>, ptr %293, align 4, !tbaa !5
-  %649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %648, <16 x float> %646, <16 x float> %632)
-  %650 = load <16 x float>, ptr %294, align 4, !tbaa !5
-  %651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %650, <16 x float> %646, <16 x float> %634)
-  %652 = load <16 x float>, ptr %295, align 4, !tbaa !5
-  %653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %652, <16 x float> %646, <16 x float> %636)
-  %gep391.2.i = getelementptr i8, ptr %gep404.i, i64 128
-  %654 = load <16 x i32>, ptr %gep391.2.i, align 4, !tbaa !5
-  %655 = shl <16 x i32> %654, splat (i32 16)
+  %623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %622, <16 x float> %606)
+  %624 = load <16 x float>, ptr %308, align 4, !tbaa !5
+  %625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %624, <16 x float> %622, <16 x float> %608)
+  %626 = load <16 x float>, ptr %309, align 4, !tbaa !5
+  %627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %626, <16 x float> %622, <16 x float> %610)
+  %628 = load <16 x float>, ptr %310, align 4, !tbaa !5
+  %629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %628, <16 x float> %622, <16 x float> %612)
+  %630 = and <16 x i32> %613, splat (i32 -65536)
+  %631 = bitcast <16 x i32> %630 to <16 x float>
+  %632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %631, <16 x float> %616)
+  %633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %624, <16 x float> %631, <16 x float> %617)
+  %634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %626, <16 x float> %631, <16 x float> %618)
+  %635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %628, <16 x float> %631, <16 x float> %619)
+  %636 = load <16 x float>, ptr %311, align 4, !tbaa !5
+  %gep420.1.i = getelementptr i8, ptr %gep433.i, i64 64
+  %637 = load <16 x i32>, ptr %gep420.1.i, align 4, !tbaa !5
+  %638 = shl <16 x i32> %637, splat (i32 16)
+  %639 = bitcast <16 x i32> %638 to <16 x float>
+  %640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %636, <16 x float> %639, <16 x float> %623)
+  %641 = load <16 x float>, ptr %312, align 4, !tbaa !5
+  %642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %641, <16 x float> %639, <16 x float> %625)
+  %643 = load <16 x float>, ptr %313, align 4, !tbaa !5
+  %644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %639, <16 x float> %627)
+  %645 = load <16 x float>, ptr %314, align 4, !tbaa !5
+  %646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %645, <16 x float> %639, <16 x float> %629)
+  %gep422.1.i = getelementptr i8, ptr %gep435.i, i64 64
+  %647 = load <16 x i32>, ptr %gep422.1.i, align 4, !tbaa !5
+  %648 = shl <16 x i32> %647, splat (i32 16)
+  %649 = bitcast <16 x i32> %648 to <16 x float>
+  %650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %636, <16 x float> %649, <16 x float> %632)
+  %651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %641, <16 x float> %649, <16 x float> %633)
+  %652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %649, <16 x float> %634)
+  %653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %645, <16 x float> %649, <16 x float> %635)
+  %654 = load <16 x float>, ptr %315, align 4, !tbaa !5
+  %655 = and <16 x i32> %637, splat (i32 -65536)
   %656 = bitcast <16 x i32> %655 to <16 x float>
-  %657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %656, <16 x float> %639)
-  %658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %648, <16 x float> %656, <16 x float> %640)
-  %659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %650, <16 x float> %656, <16 x float> %641)
-  %660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %652, <16 x float> %656, <16 x float> %642)
-  %661 = load <16 x float>, ptr %296, align 4, !tbaa !5
-  %662 = and <16 x i32> %644, splat (i32 -65536)
-  %663 = bitcast <16 x i32> %662 to <16 x float>
-  %664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %661, <16 x float> %663, <16 x float> %647)
-  %665 = load <16 x float>, ptr %297, align 4, !tbaa !5
-  %666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %665, <16 x float> %663, <16 x float> %649)
-  %667 = load <16 x float>, ptr %298, align 4, !tbaa !5
-  %668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %667, <16 x float> %663, <16 x float> %651)
-  %669 = load <16 x float>, ptr %299, align 4, !tbaa !5
-  %670 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %669, <16 x float> %663, <16 x float> %653)
-  %671 = and <16 x i32> %654, splat (i32 -65536)
-  %672 = bitcast <16 x i32> %671 to <16 x float>
-  %673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %661, <16 x float> %672, <16 x float> %657)
-  %674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %665, <16 x float> %672, <16 x float> %658)
-  %675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %667, <16 x float> %672, <16 x float> %659)
-  %676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %669, <16 x float> %672, <16 x float> %660)
-  %677 = load <16 x float>, ptr %300, align 4, !tbaa !5
-  %gep389.3.i = getelementptr i8, ptr %gep402.i, i64 192
-  %678 = load <16 x i32>, ptr %gep389.3.i, align 4, !tbaa !5
-  %679 = shl <16 x i32> %678, splat (i32 16)
-  %680 = bitcast <16 x i32> %679 to <16 x float>
-  %681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %677, <16 x float> %680, <16 x float> %664)
-  %682 = load <16 x float>, ptr %301, align 4, !tbaa !5
-  %683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %682, <16 x float> %680, <16 x float> %666)
-  %684 = load <16 x float>, ptr %302, align 4, !tbaa !5
-  %685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %684, <16 x float> %680, <16 x float> %668)
-  %686 = load <16 x float>, ptr %303, align 4, !tbaa !5
-  %687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %686, <16 x float> %680, <16 x float> %670)
-  %gep391.3.i = getelementptr i8, ptr %gep404.i, i64 192
-  %688 = load <16 x i32>, ptr %gep391.3.i, align 4, !tbaa !5
-  %689 = shl <16 x i32> %688, splat (i32 16)
+  %657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %654, <16 x float> %656, <16 x float> %640)
+  %658 = load <16 x float>, ptr %316, align 4, !tbaa !5
+  %659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %658, <16 x float> %656, <16 x float> %642)
+  %660 = load <16 x float>, ptr %317, align 4, !tbaa !5
+  %661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %656, <16 x float> %644)
+  %662 = load <16 x float>, ptr %318, align 4, !tbaa !5
+  %663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %662, <16 x float> %656, <16 x float> %646)
+  %664 = and <16 x i32> %647, splat (i32 -65536)
+  %665 = bitcast <16 x i32> %664 to <16 x float>
+  %666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %654, <16 x float> %665, <16 x float> %650)
+  %667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %658, <16 x float> %665, <16 x float> %651)
+  %668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %665, <16 x float> %652)
+  %669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %662, <16 x float> %665, <16 x float> %653)
+  %670 = load <16 x float>, ptr %319, align 4, !tbaa !5
+  %gep420.2.i = getelementptr i8, ptr %gep433.i, i64 128
+  %671 = load <16 x i32>, ptr %gep420.2.i, align 4, !tbaa !5
+  %672 = shl <16 x i32> %671, splat (i32 16)
+  %673 = bitcast <16 x i32> %672 to <16 x float>
+  %674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %670, <16 x float> %673, <16 x float> %657)
+  %675 = load <16 x float>, ptr %320, align 4, !tbaa !5
+  %676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %675, <16 x float> %673, <16 x float> %659)
+  %677 = load <16 x float>, ptr %321, align 4, !tbaa !5
+  %678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %677, <16 x float> %673, <16 x float> %661)
+  %679 = load <16 x float>, ptr %322, align 4, !tbaa !5
+  %680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %679, <16 x float> %673, <16 x float> %663)
+  %gep422.2.i = getelementptr i8, ptr %gep435.i, i64 128
+  %681 = load <16 x i32>, ptr %gep422.2.i, align 4, !tbaa !5
+  %682 = shl <16 x i32> %681, splat (i32 16)
+  %683 = bitcast <16 x i32> %682 to <16 x float>
+  %684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %670, <16 x float> %683, <16 x float> %666)
+  %685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %675, <16 x float> %683, <16 x float> %667)
+  %686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %677, <16 x float> %683, <16 x float> %668)
+  %687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %679, <16 x float> %683, <16 x float> %669)
+  %688 = load <16 x float>, ptr %323, align 4, !tbaa !5
+  %689 = and <16 x i32> %671, splat (i32 -65536)
   %690 = bitcast <16 x i32> %689 to <16 x float>
-  %691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %677, <16 x float> %690, <16 x float> %673)
-  %692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %682, <16 x float> %690, <16 x float> %674)
-  %693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %684, <16 x float> %690, <16 x float> %675)
-  %694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %686, <16 x float> %690, <16 x float> %676)
-  %695 = load <16 x float>, ptr %304, align 4, !tbaa !5
-  %696 = and <16 x i32> %678, splat (i32 -65536)
-  %697 = bitcast <16 x i32> %696 to <16 x float>
-  %698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %695, <16 x float> %697, <16 x float> %681)
-  %699 = load <16 x float>, ptr %305, align 4, !tbaa !5
-  %700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %699, <16 x float> %697, <16 x float> %683)
-  %701 = load <16 x float>, ptr %306, align 4, !tbaa !5
-  %702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %701, <16 x float> %697, <16 x float> %685)
-  %703 = load <16 x float>, ptr %307, align 4, !tbaa !5
-  %704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %703, <16 x float> %697, <16 x float> %687)
-  %705 = and <16 x i32> %688, splat (i32 -65536)
-  %706 = bitcast <16 x i32> %705 to <16 x float>
-  %707 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %695, <16 x float> %706, <16 x float> %691)
-  %708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %699, <16 x float> %706, <16 x float> %692)
-  %709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %701, <16 x float> %706, <16 x float> %693)
-  %710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %703, <16 x float> %706, <16 x float> %694)
-  %.idx830.i = shl nuw nsw i64 %indvars.iv615.i, 7
-  %711 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx830.i
-  store <16 x float> %698, ptr %711, align 4, !tbaa !5
-  %712 = getelementptr inbounds nuw i8, ptr %711, i64 64
-  store <16 x float> %707, ptr %712, align 4, !tbaa !5
-  %713 = getelementptr inbounds nuw i8, ptr %711, i64 1024
-  store <16 x float> %700, ptr %713, align 4, !tbaa !5
-  %714 = getelementptr inbounds nuw i8, ptr %711, i64 1088
-  store <16 x float> %708, ptr %714, align 4, !tbaa !5
-  %715 = getelementptr inbounds nuw i8, ptr %711, i64 2048
-  store <16 x float> %702, ptr %715, align 4, !tbaa !5
-  %716 = getelementptr inbounds nuw i8, ptr %711, i64 2112
-  store <16 x float> %709, ptr %716, align 4, !tbaa !5
-  %717 = getelementptr inbounds nuw i8, ptr %711, i64 3072
-  store <16 x float> %704, ptr %717, align 4, !tbaa !5
-  %718 = getelementptr inbounds nuw i8, ptr %711, i64 3136
-  store <16 x float> %710, ptr %718, align 4, !tbaa !5
-  %indvars.iv.next616.i = add nuw nsw i64 %indvars.iv615.i, 1
-  %exitcond620.not.i = icmp eq i64 %indvars.iv.next616.i, 8
-  br i1 %exitcond620.not.i, label %for_body_r34.preheader.i, label %for_body_n_0_m.i, !prof !17
+  %691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %688, <16 x float> %690, <16 x float> %674)
+  %692 = load <16 x float>, ptr %324, align 4, !tbaa !5
+  %693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %692, <16 x float> %690, <16 x float> %676)
+  %694 = load <16 x float>, ptr %325, align 4, !tbaa !5
+  %695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %694, <16 x float> %690, <16 x float> %678)
+  %696 = load <16 x float>, ptr %326, align 4, !tbaa !5
+  %697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %696, <16 x float> %690, <16 x float> %680)
+  %698 = and <16 x i32> %681, splat (i32 -65536)
+  %699 = bitcast <16 x i32> %698 to <16 x float>
+  %700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %688, <16 x float> %699, <16 x float> %684)
+  %701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %692, <16 x float> %699, <16 x float> %685)
+  %702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %694, <16 x float> %699, <16 x float> %686)
+  %703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %696, <16 x float> %699, <16 x float> %687)
+  %704 = load <16 x float>, ptr %327, align 4, !tbaa !5
+  %gep420.3.i = getelementptr i8, ptr %gep433.i, i64 192
+  %705 = load <16 x i32>, ptr %gep420.3.i, align 4, !tbaa !5
+  %706 = shl <16 x i32> %705, splat (i32 16)
+  %707 = bitcast <16 x i32> %706 to <16 x float>
+  %708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %704, <16 x float> %707, <16 x float> %691)
+  %709 = load <16 x float>, ptr %328, align 4, !tbaa !5
+  %710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %709, <16 x float> %707, <16 x float> %693)
+  %711 = load <16 x float>, ptr %329, align 4, !tbaa !5
+  %712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %711, <16 x float> %707, <16 x float> %695)
+  %713 = load <16 x float>, ptr %330, align 4, !tbaa !5
+  %714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %713, <16 x float> %707, <16 x float> %697)
+  %gep422.3.i = getelementptr i8, ptr %gep435.i, i64 192
+  %715 = load <16 x i32>, ptr %gep422.3.i, align 4, !tbaa !5
+  %716 = shl <16 x i32> %715, splat (i32 16)
+  %717 = bitcast <16 x i32> %716 to <16 x float>
+  %718 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %704, <16 x float> %717, <16 x float> %700)
+  %719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %709, <16 x float> %717, <16 x float> %701)
+  %720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %711, <16 x float> %717, <16 x float> %702)
+  %721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %713, <16 x float> %717, <16 x float> %703)
+  %722 = load <16 x float>, ptr %331, align 4, !tbaa !5
+  %723 = and <16 x i32> %705, splat (i32 -65536)
+  %724 = bitcast <16 x i32> %723 to <16 x float>
+  %725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %722, <16 x float> %724, <16 x float> %708)
+  %726 = load <16 x float>, ptr %332, align 4, !tbaa !5
+  %727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %726, <16 x float> %724, <16 x float> %710)
+  %728 = load <16 x float>, ptr %333, align 4, !tbaa !5
+  %729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %728, <16 x float> %724, <16 x float> %712)
+  %730 = load <16 x float>, ptr %334, align 4, !tbaa !5
+  %731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %730, <16 x float> %724, <16 x float> %714)
+  %732 = and <16 x i32> %715, splat (i32 -65536)
+  %733 = bitcast <16 x i32> %732 to <16 x float>
+  %734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %722, <16 x float> %733, <16 x float> %718)
+  %735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %726, <16 x float> %733, <16 x float> %719)
+  %736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %728, <16 x float> %733, <16 x float> %720)
+  %737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %730, <16 x float> %733, <16 x float> %721)
+  %.idx1071.i = shl nuw nsw i64 %indvars.iv653.i, 7
+  %738 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx1071.i
+  store <16 x float> %725, ptr %738, align 4, !tbaa !5
+  %739 = getelementptr inbounds nuw i8, ptr %738, i64 64
+  store <16 x float> %734, ptr %739, align 4, !tbaa !5
+  %740 = getelementptr inbounds nuw i8, ptr %738, i64 1024
+  store <16 x float> %727, ptr %740, align 4, !tbaa !5
+  %741 = getelementptr inbounds nuw i8, ptr %738, i64 1088
+  store <16 x float> %735, ptr %741, align 4, !tbaa !5
+  %742 = getelementptr inbounds nuw i8, ptr %738, i64 2048
+  store <16 x float> %729, ptr %742, align 4, !tbaa !5
+  %743 = getelementptr inbounds nuw i8, ptr %738, i64 2112
+  store <16 x float> %736, ptr %743, align 4, !tbaa !5
+  %744 = getelementptr inbounds nuw i8, ptr %738, i64 3072
+  store <16 x float> %731, ptr %744, align 4, !tbaa !5
+  %745 = getelementptr inbounds nuw i8, ptr %738, i64 3136
+  store <16 x float> %737, ptr %745, align 4, !tbaa !5
+  %indvars.iv.next654.i = add nuw nsw i64 %indvars.iv653.i, 1
+  %exitcond658.not.i = icmp eq i64 %indvars.iv.next654.i, 8
+  br i1 %exitcond658.not.i, label %for_body_r34.preheader.i, label %for_body_n_0_m.i, !prof !17
 
 for_body_r34.preheader.i:                         ; preds = %for_body_n_0_m.i
-  %719 = getelementptr inbounds nuw float, ptr %scores.i, i64 %549
-  store <16 x float> zeroinitializer, ptr %719, align 4, !tbaa !5
+  %746 = getelementptr inbounds nuw float, ptr %scores.i, i64 %576
+  store <16 x float> zeroinitializer, ptr %746, align 4, !tbaa !5
   %sum_0.i = load <16 x float>, ptr %scores.rf.i, align 4, !tbaa !5
-  %720 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
-  %sum_1.i = load <16 x float>, ptr %720, align 4, !tbaa !5
-  %721 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
-  %sum_2.i = load <16 x float>, ptr %721, align 4, !tbaa !5
-  %722 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
-  %sum_3.i = load <16 x float>, ptr %722, align 4, !tbaa !5
-  %723 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
-  %sum_4.i = load <16 x float>, ptr %723, align 4, !tbaa !5
-  %724 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
-  %sum_5.i = load <16 x float>, ptr %724, align 4, !tbaa !5
-  %725 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
-  %sum_6.i = load <16 x float>, ptr %725, align 4, !tbaa !5
-  %726 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
-  %sum_7.i = load <16 x float>, ptr %726, align 4, !tbaa !5
-  %727 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
-  %sum_8.i = load <16 x float>, ptr %727, align 4, !tbaa !5
-  %728 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
-  %sum_9.i = load <16 x float>, ptr %728, align 4, !tbaa !5
-  %729 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
-  %sum_10.i = load <16 x float>, ptr %729, align 4, !tbaa !5
-  %730 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
-  %sum_11.i = load <16 x float>, ptr %730, align 4, !tbaa !5
-  %731 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
-  %sum_12.i = load <16 x float>, ptr %731, align 4, !tbaa !5
-  %732 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
-  %sum_13.i = load <16 x float>, ptr %732, align 4, !tbaa !5
-  %733 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
-  %sum_14.i = load <16 x float>, ptr %733, align 4, !tbaa !5
-  %734 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
-  %sum_15.i = load <16 x float>, ptr %734, align 4, !tbaa !5
-  %735 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %736 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.i = fadd <16 x float> %736, %735
-  %737 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %738 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.i = fadd <16 x float> %738, %737
-  %739 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %740 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.i = fadd <16 x float> %740, %739
-  %741 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %742 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.i = fadd <16 x float> %742, %741
-  %743 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %744 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.i = fadd <16 x float> %744, %743
-  %745 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %746 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.i = fadd <16 x float> %746, %745
-  %747 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %748 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.i = fadd <16 x float> %748, %747
-  %749 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %750 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.i = fadd <16 x float> %750, %749
-  %751 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %752 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.i = fadd <16 x float> %752, %751
-  %753 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %754 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.i = fadd <16 x float> %754, %753
-  %755 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %756 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.i = fadd <16 x float> %756, %755
-  %757 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %758 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.i = fadd <16 x float> %758, %757
-  %759 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %760 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.i = fadd <16 x float> %760, %759
-  %761 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %762 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.i = fadd <16 x float> %762, %761
-  %763 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %764 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %765 = fadd <16 x float> %764, %763
-  %766 = fadd <16 x float> %765, zeroinitializer
-  store <16 x float> %766, ptr %719, align 4, !tbaa !5
-  %767 = getelementptr inbounds nuw i8, ptr %719, i64 512
-  store <16 x float> zeroinitializer, ptr %767, align 4, !tbaa !5
-  %768 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
-  %sum_0.1.i = load <16 x float>, ptr %768, align 4, !tbaa !5
-  %769 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
-  %sum_1.1.i = load <16 x float>, ptr %769, align 4, !tbaa !5
-  %770 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
-  %sum_2.1.i = load <16 x float>, ptr %770, align 4, !tbaa !5
-  %771 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
-  %sum_3.1.i = load <16 x float>, ptr %771, align 4, !tbaa !5
-  %772 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
-  %sum_4.1.i = load <16 x float>, ptr %772, align 4, !tbaa !5
-  %773 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
-  %sum_5.1.i = load <16 x float>, ptr %773, align 4, !tbaa !5
-  %774 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
-  %sum_6.1.i = load <16 x float>, ptr %774, align 4, !tbaa !5
-  %775 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
-  %sum_7.1.i = load <16 x float>, ptr %775, align 4, !tbaa !5
-  %776 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
-  %sum_8.1.i = load <16 x float>, ptr %776, align 4, !tbaa !5
-  %777 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
-  %sum_9.1.i = load <16 x float>, ptr %777, align 4, !tbaa !5
-  %778 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
-  %sum_10.1.i = load <16 x float>, ptr %778, align 4, !tbaa !5
-  %779 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
-  %sum_11.1.i = load <16 x float>, ptr %779, align 4, !tbaa !5
-  %780 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
-  %sum_12.1.i = load <16 x float>, ptr %780, align 4, !tbaa !5
-  %781 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
-  %sum_13.1.i = load <16 x float>, ptr %781, align 4, !tbaa !5
-  %782 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
-  %sum_14.1.i = load <16 x float>, ptr %782, align 4, !tbaa !5
-  %783 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
-  %sum_15.1.i = load <16 x float>, ptr %783, align 4, !tbaa !5
-  %784 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %785 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.1.i = fadd <16 x float> %785, %784
-  %786 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %787 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.1.i = fadd <16 x float> %787, %786
-  %788 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %789 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.1.i = fadd <16 x float> %789, %788
-  %790 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %791 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.1.i = fadd <16 x float> %791, %790
-  %792 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %793 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.1.i = fadd <16 x float> %793, %792
-  %794 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %795 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.1.i = fadd <16 x float> %795, %794
-  %796 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %797 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.1.i = fadd <16 x float> %797, %796
-  %798 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %799 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.1.i = fadd <16 x float> %799, %798
-  %800 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %801 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.1.i = fadd <16 x float> %801, %800
-  %802 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %803 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.1.i = fadd <16 x float> %803, %802
-  %804 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %805 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.1.i = fadd <16 x float> %805, %804
-  %806 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %807 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.1.i = fadd <16 x float> %807, %806
-  %808 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %809 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.1.i = fadd <16 x float> %809, %808
-  %810 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %811 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.1.i = fadd <16 x float> %811, %810
-  %812 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %813 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %814 = fadd <16 x float> %813, %812
-  %815 = fadd <16 x float> %814, zeroinitializer
-  store <16 x float> %815, ptr %767, align 4, !tbaa !5
-  %816 = getelementptr inbounds nuw i8, ptr %719, i64 1024
-  store <16 x float> zeroinitializer, ptr %816, align 4, !tbaa !5
-  %817 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
-  %sum_0.2.i = load <16 x float>, ptr %817, align 4, !tbaa !5
-  %818 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
-  %sum_1.2.i = load <16 x float>, ptr %818, align 4, !tbaa !5
-  %819 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
-  %sum_2.2.i = load <16 x float>, ptr %819, align 4, !tbaa !5
-  %820 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
-  %sum_3.2.i = load <16 x float>, ptr %820, align 4, !tbaa !5
-  %821 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
-  %sum_4.2.i = load <16 x float>, ptr %821, align 4, !tbaa !5
-  %822 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
-  %sum_5.2.i = load <16 x float>, ptr %822, align 4, !tbaa !5
-  %823 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
-  %sum_6.2.i = load <16 x float>, ptr %823, align 4, !tbaa !5
-  %824 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
-  %sum_7.2.i = load <16 x float>, ptr %824, align 4, !tbaa !5
-  %825 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
-  %sum_8.2.i = load <16 x float>, ptr %825, align 4, !tbaa !5
-  %826 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
-  %sum_9.2.i = load <16 x float>, ptr %826, align 4, !tbaa !5
-  %827 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
-  %sum_10.2.i = load <16 x float>, ptr %827, align 4, !tbaa !5
-  %828 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
-  %sum_11.2.i = load <16 x float>, ptr %828, align 4, !tbaa !5
-  %829 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
-  %sum_12.2.i = load <16 x float>, ptr %829, align 4, !tbaa !5
-  %830 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
-  %sum_13.2.i = load <16 x float>, ptr %830, align 4, !tbaa !5
-  %831 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
-  %sum_14.2.i = load <16 x float>, ptr %831, align 4, !tbaa !5
-  %832 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
-  %sum_15.2.i = load <16 x float>, ptr %832, align 4, !tbaa !5
-  %833 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %834 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.2.i = fadd <16 x float> %834, %833
-  %835 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %836 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.2.i = fadd <16 x float> %836, %835
-  %837 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %838 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.2.i = fadd <16 x float> %838, %837
-  %839 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %840 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.2.i = fadd <16 x float> %840, %839
-  %841 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %842 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.2.i = fadd <16 x float> %842, %841
-  %843 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %844 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.2.i = fadd <16 x float> %844, %843
-  %845 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %846 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.2.i = fadd <16 x float> %846, %845
-  %847 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %848 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.2.i = fadd <16 x float> %848, %847
-  %849 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %850 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.2.i = fadd <16 x float> %850, %849
-  %851 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %852 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.2.i = fadd <16 x float> %852, %851
-  %853 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %854 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.2.i = fadd <16 x float> %854, %853
-  %855 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %856 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.2.i = fadd <16 x float> %856, %855
-  %857 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %858 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.2.i = fadd <16 x float> %858, %857
-  %859 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %860 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.2.i = fadd <16 x float> %860, %859
-  %861 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %862 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %863 = fadd <16 x float> %862, %861
-  %864 = fadd <16 x float> %863, zeroinitializer
-  store <16 x float> %864, ptr %816, align 4, !tbaa !5
-  %865 = getelementptr inbounds nuw i8, ptr %719, i64 1536
-  store <16 x float> zeroinitializer, ptr %865, align 4, !tbaa !5
-  %866 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
-  %sum_0.3.i = load <16 x float>, ptr %866, align 4, !tbaa !5
-  %867 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
-  %sum_1.3.i = load <16 x float>, ptr %867, align 4, !tbaa !5
-  %868 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
-  %sum_2.3.i = load <16 x float>, ptr %868, align 4, !tbaa !5
-  %869 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
-  %sum_3.3.i = load <16 x float>, ptr %869, align 4, !tbaa !5
-  %870 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
-  %sum_4.3.i = load <16 x float>, ptr %870, align 4, !tbaa !5
-  %871 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
-  %sum_5.3.i = load <16 x float>, ptr %871, align 4, !tbaa !5
-  %872 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
-  %sum_6.3.i = load <16 x float>, ptr %872, align 4, !tbaa !5
-  %873 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
-  %sum_7.3.i = load <16 x float>, ptr %873, align 4, !tbaa !5
-  %874 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
-  %sum_8.3.i = load <16 x float>, ptr %874, align 4, !tbaa !5
-  %875 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
-  %sum_9.3.i = load <16 x float>, ptr %875, align 4, !tbaa !5
-  %876 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
-  %sum_10.3.i = load <16 x float>, ptr %876, align 4, !tbaa !5
-  %877 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
-  %sum_11.3.i = load <16 x float>, ptr %877, align 4, !tbaa !5
-  %878 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
-  %sum_12.3.i = load <16 x float>, ptr %878, align 4, !tbaa !5
-  %879 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
-  %sum_13.3.i = load <16 x float>, ptr %879, align 4, !tbaa !5
-  %880 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
-  %sum_14.3.i = load <16 x float>, ptr %880, align 4, !tbaa !5
-  %881 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
-  %sum_15.3.i = load <16 x float>, ptr %881, align 4, !tbaa !5
-  %882 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %883 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.3.i = fadd <16 x float> %883, %882
-  %884 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %885 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.3.i = fadd <16 x float> %885, %884
-  %886 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %887 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.3.i = fadd <16 x float> %887, %886
-  %888 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %889 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.3.i = fadd <16 x float> %889, %888
-  %890 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %891 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.3.i = fadd <16 x float> %891, %890
-  %892 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %893 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.3.i = fadd <16 x float> %893, %892
-  %894 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %895 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.3.i = fadd <16 x float> %895, %894
-  %896 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %897 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.3.i = fadd <16 x float> %897, %896
-  %898 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %899 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.3.i = fadd <16 x float> %899, %898
-  %900 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %901 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.3.i = fadd <16 x float> %901, %900
-  %902 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %903 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.3.i = fadd <16 x float> %903, %902
-  %904 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %905 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.3.i = fadd <16 x float> %905, %904
-  %906 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %907 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.3.i = fadd <16 x float> %907, %906
-  %908 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %909 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.3.i = fadd <16 x float> %909, %908
-  %910 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %911 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %912 = fadd <16 x float> %911, %910
-  %913 = fadd <16 x float> %912, zeroinitializer
-  store <16 x float> %913, ptr %865, align 4, !tbaa !5
-  %914 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %915 = tail call i32 %914(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not227.i = icmp eq i32 %915, 0
-  br i1 %.not227.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !18
+  %747 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
+  %sum_1.i = load <16 x float>, ptr %747, align 4, !tbaa !5
+  %748 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
+  %sum_2.i = load <16 x float>, ptr %748, align 4, !tbaa !5
+  %749 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
+  %sum_3.i = load <16 x float>, ptr %749, align 4, !tbaa !5
+  %750 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
+  %sum_4.i = load <16 x float>, ptr %750, align 4, !tbaa !5
+  %751 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
+  %sum_5.i = load <16 x float>, ptr %751, align 4, !tbaa !5
+  %752 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
+  %sum_6.i = load <16 x float>, ptr %752, align 4, !tbaa !5
+  %753 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
+  %sum_7.i = load <16 x float>, ptr %753, align 4, !tbaa !5
+  %754 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
+  %sum_8.i = load <16 x float>, ptr %754, align 4, !tbaa !5
+  %755 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
+  %sum_9.i = load <16 x float>, ptr %755, align 4, !tbaa !5
+  %756 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
+  %sum_10.i = load <16 x float>, ptr %756, align 4, !tbaa !5
+  %757 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
+  %sum_11.i = load <16 x float>, ptr %757, align 4, !tbaa !5
+  %758 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
+  %sum_12.i = load <16 x float>, ptr %758, align 4, !tbaa !5
+  %759 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
+  %sum_13.i = load <16 x float>, ptr %759, align 4, !tbaa !5
+  %760 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
+  %sum_14.i = load <16 x float>, ptr %760, align 4, !tbaa !5
+  %761 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
+  %sum_15.i = load <16 x float>, ptr %761, align 4, !tbaa !5
+  %762 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %763 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.i = fadd <16 x float> %763, %762
+  %764 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %765 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.i = fadd <16 x float> %765, %764
+  %766 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %767 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.i = fadd <16 x float> %767, %766
+  %768 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %769 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.i = fadd <16 x float> %769, %768
+  %770 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %771 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.i = fadd <16 x float> %771, %770
+  %772 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %773 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.i = fadd <16 x float> %773, %772
+  %774 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %775 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.i = fadd <16 x float> %775, %774
+  %776 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %777 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.i = fadd <16 x float> %777, %776
+  %778 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %779 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.i = fadd <16 x float> %779, %778
+  %780 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %781 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.i = fadd <16 x float> %781, %780
+  %782 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %783 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.i = fadd <16 x float> %783, %782
+  %784 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %785 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.i = fadd <16 x float> %785, %784
+  %786 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %787 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.i = fadd <16 x float> %787, %786
+  %788 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %789 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.i = fadd <16 x float> %789, %788
+  %790 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %791 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %792 = fadd <16 x float> %791, %790
+  %793 = fadd <16 x float> %792, zeroinitializer
+  store <16 x float> %793, ptr %746, align 4, !tbaa !5
+  %794 = getelementptr inbounds nuw i8, ptr %746, i64 512
+  store <16 x float> zeroinitializer, ptr %794, align 4, !tbaa !5
+  %795 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
+  %sum_0.1.i = load <16 x float>, ptr %795, align 4, !tbaa !5
+  %796 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
+  %sum_1.1.i = load <16 x float>, ptr %796, align 4, !tbaa !5
+  %797 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
+  %sum_2.1.i = load <16 x float>, ptr %797, align 4, !tbaa !5
+  %798 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
+  %sum_3.1.i = load <16 x float>, ptr %798, align 4, !tbaa !5
+  %799 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
+  %sum_4.1.i = load <16 x float>, ptr %799, align 4, !tbaa !5
+  %800 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
+  %sum_5.1.i = load <16 x float>, ptr %800, align 4, !tbaa !5
+  %801 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
+  %sum_6.1.i = load <16 x float>, ptr %801, align 4, !tbaa !5
+  %802 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
+  %sum_7.1.i = load <16 x float>, ptr %802, align 4, !tbaa !5
+  %803 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
+  %sum_8.1.i = load <16 x float>, ptr %803, align 4, !tbaa !5
+  %804 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
+  %sum_9.1.i = load <16 x float>, ptr %804, align 4, !tbaa !5
+  %805 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
+  %sum_10.1.i = load <16 x float>, ptr %805, align 4, !tbaa !5
+  %806 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
+  %sum_11.1.i = load <16 x float>, ptr %806, align 4, !tbaa !5
+  %807 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
+  %sum_12.1.i = load <16 x float>, ptr %807, align 4, !tbaa !5
+  %808 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
+  %sum_13.1.i = load <16 x float>, ptr %808, align 4, !tbaa !5
+  %809 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
+  %sum_14.1.i = load <16 x float>, ptr %809, align 4, !tbaa !5
+  %810 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
+  %sum_15.1.i = load <16 x float>, ptr %810, align 4, !tbaa !5
+  %811 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %812 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.1.i = fadd <16 x float> %812, %811
+  %813 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %814 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.1.i = fadd <16 x float> %814, %813
+  %815 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %816 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.1.i = fadd <16 x float> %816, %815
+  %817 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %818 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.1.i = fadd <16 x float> %818, %817
+  %819 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %820 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.1.i = fadd <16 x float> %820, %819
+  %821 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %822 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.1.i = fadd <16 x float> %822, %821
+  %823 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %824 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.1.i = fadd <16 x float> %824, %823
+  %825 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %826 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.1.i = fadd <16 x float> %826, %825
+  %827 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %828 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.1.i = fadd <16 x float> %828, %827
+  %829 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %830 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.1.i = fadd <16 x float> %830, %829
+  %831 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %832 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.1.i = fadd <16 x float> %832, %831
+  %833 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %834 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.1.i = fadd <16 x float> %834, %833
+  %835 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %836 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.1.i = fadd <16 x float> %836, %835
+  %837 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %838 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.1.i = fadd <16 x float> %838, %837
+  %839 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %840 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %841 = fadd <16 x float> %840, %839
+  %842 = fadd <16 x float> %841, zeroinitializer
+  store <16 x float> %842, ptr %794, align 4, !tbaa !5
+  %843 = getelementptr inbounds nuw i8, ptr %746, i64 1024
+  store <16 x float> zeroinitializer, ptr %843, align 4, !tbaa !5
+  %844 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
+  %sum_0.2.i = load <16 x float>, ptr %844, align 4, !tbaa !5
+  %845 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
+  %sum_1.2.i = load <16 x float>, ptr %845, align 4, !tbaa !5
+  %846 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
+  %sum_2.2.i = load <16 x float>, ptr %846, align 4, !tbaa !5
+  %847 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
+  %sum_3.2.i = load <16 x float>, ptr %847, align 4, !tbaa !5
+  %848 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
+  %sum_4.2.i = load <16 x float>, ptr %848, align 4, !tbaa !5
+  %849 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
+  %sum_5.2.i = load <16 x float>, ptr %849, align 4, !tbaa !5
+  %850 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
+  %sum_6.2.i = load <16 x float>, ptr %850, align 4, !tbaa !5
+  %851 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
+  %sum_7.2.i = load <16 x float>, ptr %851, align 4, !tbaa !5
+  %852 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
+  %sum_8.2.i = load <16 x float>, ptr %852, align 4, !tbaa !5
+  %853 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
+  %sum_9.2.i = load <16 x float>, ptr %853, align 4, !tbaa !5
+  %854 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
+  %sum_10.2.i = load <16 x float>, ptr %854, align 4, !tbaa !5
+  %855 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
+  %sum_11.2.i = load <16 x float>, ptr %855, align 4, !tbaa !5
+  %856 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
+  %sum_12.2.i = load <16 x float>, ptr %856, align 4, !tbaa !5
+  %857 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
+  %sum_13.2.i = load <16 x float>, ptr %857, align 4, !tbaa !5
+  %858 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
+  %sum_14.2.i = load <16 x float>, ptr %858, align 4, !tbaa !5
+  %859 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
+  %sum_15.2.i = load <16 x float>, ptr %859, align 4, !tbaa !5
+  %860 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %861 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.2.i = fadd <16 x float> %861, %860
+  %862 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %863 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.2.i = fadd <16 x float> %863, %862
+  %864 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %865 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.2.i = fadd <16 x float> %865, %864
+  %866 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %867 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.2.i = fadd <16 x float> %867, %866
+  %868 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %869 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.2.i = fadd <16 x float> %869, %868
+  %870 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %871 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.2.i = fadd <16 x float> %871, %870
+  %872 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %873 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.2.i = fadd <16 x float> %873, %872
+  %874 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %875 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.2.i = fadd <16 x float> %875, %874
+  %876 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %877 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.2.i = fadd <16 x float> %877, %876
+  %878 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %879 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.2.i = fadd <16 x float> %879, %878
+  %880 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %881 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.2.i = fadd <16 x float> %881, %880
+  %882 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %883 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.2.i = fadd <16 x float> %883, %882
+  %884 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %885 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.2.i = fadd <16 x float> %885, %884
+  %886 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %887 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.2.i = fadd <16 x float> %887, %886
+  %888 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %889 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %890 = fadd <16 x float> %889, %888
+  %891 = fadd <16 x float> %890, zeroinitializer
+  store <16 x float> %891, ptr %843, align 4, !tbaa !5
+  %892 = getelementptr inbounds nuw i8, ptr %746, i64 1536
+  store <16 x float> zeroinitializer, ptr %892, align 4, !tbaa !5
+  %893 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
+  %sum_0.3.i = load <16 x float>, ptr %893, align 4, !tbaa !5
+  %894 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
+  %sum_1.3.i = load <16 x float>, ptr %894, align 4, !tbaa !5
+  %895 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
+  %sum_2.3.i = load <16 x float>, ptr %895, align 4, !tbaa !5
+  %896 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
+  %sum_3.3.i = load <16 x float>, ptr %896, align 4, !tbaa !5
+  %897 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
+  %sum_4.3.i = load <16 x float>, ptr %897, align 4, !tbaa !5
+  %898 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
+  %sum_5.3.i = load <16 x float>, ptr %898, align 4, !tbaa !5
+  %899 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
+  %sum_6.3.i = load <16 x float>, ptr %899, align 4, !tbaa !5
+  %900 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
+  %sum_7.3.i = load <16 x float>, ptr %900, align 4, !tbaa !5
+  %901 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
+  %sum_8.3.i = load <16 x float>, ptr %901, align 4, !tbaa !5
+  %902 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
+  %sum_9.3.i = load <16 x float>, ptr %902, align 4, !tbaa !5
+  %903 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
+  %sum_10.3.i = load <16 x float>, ptr %903, align 4, !tbaa !5
+  %904 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
+  %sum_11.3.i = load <16 x float>, ptr %904, align 4, !tbaa !5
+  %905 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
+  %sum_12.3.i = load <16 x float>, ptr %905, align 4, !tbaa !5
+  %906 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
+  %sum_13.3.i = load <16 x float>, ptr %906, align 4, !tbaa !5
+  %907 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
+  %sum_14.3.i = load <16 x float>, ptr %907, align 4, !tbaa !5
+  %908 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
+  %sum_15.3.i = load <16 x float>, ptr %908, align 4, !tbaa !5
+  %909 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %910 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.3.i = fadd <16 x float> %910, %909
+  %911 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %912 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.3.i = fadd <16 x float> %912, %911
+  %913 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %914 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.3.i = fadd <16 x float> %914, %913
+  %915 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %916 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.3.i = fadd <16 x float> %916, %915
+  %917 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %918 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.3.i = fadd <16 x float> %918, %917
+  %919 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %920 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.3.i = fadd <16 x float> %920, %919
+  %921 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %922 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.3.i = fadd <16 x float> %922, %921
+  %923 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %924 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.3.i = fadd <16 x float> %924, %923
+  %925 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %926 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.3.i = fadd <16 x float> %926, %925
+  %927 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %928 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.3.i = fadd <16 x float> %928, %927
+  %929 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %930 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.3.i = fadd <16 x float> %930, %929
+  %931 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %932 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.3.i = fadd <16 x float> %932, %931
+  %933 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %934 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.3.i = fadd <16 x float> %934, %933
+  %935 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %936 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.3.i = fadd <16 x float> %936, %935
+  %937 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %938 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %939 = fadd <16 x float> %938, %937
+  %940 = fadd <16 x float> %939, zeroinitializer
+  store <16 x float> %940, ptr %892, align 4, !tbaa !5
+  %941 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %942 = tail call i32 %941(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
+  %.not257.i = icmp eq i32 %942, 0
+  br i1 %.not257.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !18
 
 for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.i.preheader
-  %indvars.iv643.i = phi i64 [ %indvars.iv.next644.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.i.preheader ]
-  %peak.rf_global210.sroa.0.0410.i = phi <16 x float> [ %954, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ]
-  %niter164 = phi i64 [ %niter164.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.i.preheader ]
-  %.idx831.i = shl nsw i64 %indvars.iv643.i, 6
-  %916 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx831.i
-  %917 = load <16 x float>, ptr %916, align 4, !tbaa !5
-  %918 = fcmp ogt <16 x float> %peak.rf_global210.sroa.0.0410.i, %917
-  %919 = select <16 x i1> %918, <16 x float> %peak.rf_global210.sroa.0.0410.i, <16 x float> %917
-  %indvars.iv.next644.i = shl i64 %indvars.iv643.i, 6
-  %920 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next644.i
-  %921 = getelementptr inbounds nuw i8, ptr %920, i64 64
-  %922 = load <16 x float>, ptr %921, align 4, !tbaa !5
-  %923 = fcmp ogt <16 x float> %919, %922
-  %924 = select <16 x i1> %923, <16 x float> %919, <16 x float> %922
-  %indvars.iv.next644.i.1 = shl i64 %indvars.iv643.i, 6
-  %925 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next644.i.1
-  %926 = getelementptr inbounds nuw i8, ptr %925, i64 128
-  %927 = load <16 x float>, ptr %926, align 4, !tbaa !5
-  %928 = fcmp ogt <16 x float> %924, %927
-  %929 = select <16 x i1> %928, <16 x float> %924, <16 x float> %927
-  %indvars.iv.next644.i.2 = shl i64 %indvars.iv643.i, 6
-  %930 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next644.i.2
-  %931 = getelementptr inbounds nuw i8, ptr %930, i64 192
-  %932 = load <16 x float>, ptr %931, align 4, !tbaa !5
-  %933 = fcmp ogt <16 x float> %929, %932
-  %934 = select <16 x i1> %933, <16 x float> %929, <16 x float> %932
-  %indvars.iv.next644.i.3 = shl i64 %indvars.iv643.i, 6
-  %935 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next644.i.3
-  %936 = getelementptr inbounds nuw i8, ptr %935, i64 256
-  %937 = load <16 x float>, ptr %936, align 4, !tbaa !5
-  %938 = fcmp ogt <16 x float> %934, %937
-  %939 = select <16 x i1> %938, <16 x float> %934, <16 x float> %937
-  %indvars.iv.next644.i.4 = shl i64 %indvars.iv643.i, 6
-  %940 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next644.i.4
-  %941 = getelementptr inbounds nuw i8, ptr %940, i64 320
-  %942 = load <16 x float>, ptr %941, align 4, !tbaa !5
-  %943 = fcmp ogt <16 x float> %939, %942
-  %944 = select <16 x i1> %943, <16 x float> %939, <16 x float> %942
-  %indvars.iv.next644.i.5 = shl i64 %indvars.iv643.i, 6
-  %945 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next644.i.5
-  %946 = getelementptr inbounds nuw i8, ptr %945, i64 384
-  %947 = load <16 x float>, ptr %946, align 4, !tbaa !5
-  %948 = fcmp ogt <16 x float> %944, %947
-  %949 = select <16 x i1> %948, <16 x float> %944, <16 x float> %947
-  %indvars.iv.next644.i.6 = shl i64 %indvars.iv643.i, 6
-  %950 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next644.i.6
-  %951 = getelementptr inbounds nuw i8, ptr %950, i64 448
-  %952 = load <16 x float>, ptr %951, align 4, !tbaa !5
-  %953 = fcmp ogt <16 x float> %949, %952
-  %954 = select <16 x i1> %953, <16 x float> %949, <16 x float> %952
-  %indvars.iv.next644.i.7 = add nuw nsw i64 %indvars.iv643.i, 8
-  %niter164.next.7 = add i64 %niter164, 8
-  %niter164.ncmp.7 = icmp eq i64 %niter164.next.7, %unroll_iter163
-  br i1 %niter164.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !37, !llvm.loop !38
+  %indvars.iv681.i = phi i64 [ %indvars.iv.next682.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.i.preheader ]
+  %peak.rf_global240.sroa.0.0441.i = phi <16 x float> [ %981, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ]
+  %niter188 = phi i64 [ %niter188.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.i.preheader ]
+  %.idx1072.i = shl nsw i64 %indvars.iv681.i, 6
+  %943 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1072.i
+  %944 = load <16 x float>, ptr %943, align 4, !tbaa !5
+  %945 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.i, %944
+  %946 = select <16 x i1> %945, <16 x float> %peak.rf_global240.sroa.0.0441.i, <16 x float> %944
+  %indvars.iv.next682.i = shl i64 %indvars.iv681.i, 6
+  %947 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i
+  %948 = getelementptr inbounds nuw i8, ptr %947, i64 64
+  %949 = load <16 x float>, ptr %948, align 4, !tbaa !5
+  %950 = fcmp ogt <16 x float> %946, %949
+  %951 = select <16 x i1> %950, <16 x float> %946, <16 x float> %949
+  %indvars.iv.next682.i.1 = shl i64 %indvars.iv681.i, 6
+  %952 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.1
+  %953 = getelementptr inbounds nuw i8, ptr %952, i64 128
+  %954 = load <16 x float>, ptr %953, align 4, !tbaa !5
+  %955 = fcmp ogt <16 x float> %951, %954
+  %956 = select <16 x i1> %955, <16 x float> %951, <16 x float> %954
+  %indvars.iv.next682.i.2 = shl i64 %indvars.iv681.i, 6
+  %957 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.2
+  %958 = getelementptr inbounds nuw i8, ptr %957, i64 192
+  %959 = load <16 x float>, ptr %958, align 4, !tbaa !5
+  %960 = fcmp ogt <16 x float> %956, %959
+  %961 = select <16 x i1> %960, <16 x float> %956, <16 x float> %959
+  %indvars.iv.next682.i.3 = shl i64 %indvars.iv681.i, 6
+  %962 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.3
+  %963 = getelementptr inbounds nuw i8, ptr %962, i64 256
+  %964 = load <16 x float>, ptr %963, align 4, !tbaa !5
+  %965 = fcmp ogt <16 x float> %961, %964
+  %966 = select <16 x i1> %965, <16 x float> %961, <16 x float> %964
+  %indvars.iv.next682.i.4 = shl i64 %indvars.iv681.i, 6
+  %967 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.4
+  %968 = getelementptr inbounds nuw i8, ptr %967, i64 320
+  %969 = load <16 x float>, ptr %968, align 4, !tbaa !5
+  %970 = fcmp ogt <16 x float> %966, %969
+  %971 = select <16 x i1> %970, <16 x float> %966, <16 x float> %969
+  %indvars.iv.next682.i.5 = shl i64 %indvars.iv681.i, 6
+  %972 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.5
+  %973 = getelementptr inbounds nuw i8, ptr %972, i64 384
+  %974 = load <16 x float>, ptr %973, align 4, !tbaa !5
+  %975 = fcmp ogt <16 x float> %971, %974
+  %976 = select <16 x i1> %975, <16 x float> %971, <16 x float> %974
+  %indvars.iv.next682.i.6 = shl i64 %indvars.iv681.i, 6
+  %977 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.6
+  %978 = getelementptr inbounds nuw i8, ptr %977, i64 448
+  %979 = load <16 x float>, ptr %978, align 4, !tbaa !5
+  %980 = fcmp ogt <16 x float> %976, %979
+  %981 = select <16 x i1> %980, <16 x float> %976, <16 x float> %979
+  %indvars.iv.next682.i.7 = add nuw nsw i64 %indvars.iv681.i, 8
+  %niter188.next.7 = add i64 %niter188, 8
+  %niter188.ncmp.7 = icmp eq i64 %niter188.next.7, %unroll_iter187
+  br i1 %niter188.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !37, !llvm.loop !38
 
 for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
-  br i1 %lcmp.mod160.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod184.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !40
 
 for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.i.preheader
-  %indvars.iv643.i.epil.init = phi i64 [ 0, %for_body_ax1.i.preheader ], [ %indvars.iv.next644.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global210.sroa.0.0410.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ], [ %954, %for_end_ax1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod162)
+  %indvars.iv681.i.epil.init = phi i64 [ 0, %for_body_ax1.i.preheader ], [ %indvars.iv.next682.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %peak.rf_global240.sroa.0.0441.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ], [ %981, %for_end_ax1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod186)
   br label %for_body_ax1.i.epil
 
 for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil, %for_body_ax1.i.epil.preheader
-  %indvars.iv643.i.epil = phi i64 [ %indvars.iv.next644.i.epil, %for_body_ax1.i.epil ], [ %indvars.iv643.i.epil.init, %for_body_ax1.i.epil.preheader ]
-  %peak.rf_global210.sroa.0.0410.i.epil = phi <16 x float> [ %958, %for_body_ax1.i.epil ], [ %peak.rf_global210.sroa.0.0410.i.epil.init, %for_body_ax1.i.epil.preheader ]
-  %epil.iter159 = phi i64 [ %epil.iter159.next, %for_body_ax1.i.epil ], [ 0, %for_body_ax1.i.epil.preheader ]
-  %.idx831.i.epil = shl nsw i64 %indvars.iv643.i.epil, 6
-  %955 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx831.i.epil
-  %956 = load <16 x float>, ptr %955, align 4, !tbaa !5
-  %957 = fcmp ogt <16 x float> %peak.rf_global210.sroa.0.0410.i.epil, %956
-  %958 = select <16 x i1> %957, <16 x float> %peak.rf_global210.sroa.0.0410.i.epil, <16 x float> %956
-  %indvars.iv.next644.i.epil = add nuw nsw i64 %indvars.iv643.i.epil, 1
-  %epil.iter159.next = add i64 %epil.iter159, 1
-  %epil.iter159.cmp.not = icmp eq i64 %epil.iter159.next, %xtraiter158
-  br i1 %epil.iter159.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !26, !llvm.loop !41
+  %indvars.iv681.i.epil = phi i64 [ %indvars.iv.next682.i.epil, %for_body_ax1.i.epil ], [ %indvars.iv681.i.epil.init, %for_body_ax1.i.epil.preheader ]
+  %peak.rf_global240.sroa.0.0441.i.epil = phi <16 x float> [ %985, %for_body_ax1.i.epil ], [ %peak.rf_global240.sroa.0.0441.i.epil.init, %for_body_ax1.i.epil.preheader ]
+  %epil.iter183 = phi i64 [ %epil.iter183.next, %for_body_ax1.i.epil ], [ 0, %for_body_ax1.i.epil.preheader ]
+  %.idx1072.i.epil = shl nsw i64 %indvars.iv681.i.epil, 6
+  %982 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1072.i.epil
+  %983 = load <16 x float>, ptr %982, align 4, !tbaa !5
+  %984 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.i.epil, %983
+  %985 = select <16 x i1> %984, <16 x float> %peak.rf_global240.sroa.0.0441.i.epil, <16 x float> %983
+  %indvars.iv.next682.i.epil = add nuw nsw i64 %indvars.iv681.i.epil, 1
+  %epil.iter183.next = add i64 %epil.iter183, 1
+  %epil.iter183.cmp.not = icmp eq i64 %epil.iter183.next, %xtraiter182
+  br i1 %epil.iter183.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !26, !llvm.loop !41
 
 for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_end_to_m.thread.i
-  %scaled843845848.i = phi ptr [ %scaled842.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax1.i.epil ], [ %scaled.i, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global210.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %954, %for_end_ax1.i.loopexit.unr-lcssa ], [ %958, %for_body_ax1.i.epil ]
-  %peak.rf211.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 0
-  %959 = fcmp olt float %peak.rf211.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %960 = select i1 %959, float 0xC7EFFFFFE0000000, float %peak.rf211.sroa.0.0.vec.extract.i
-  %peak.rf211.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 1
-  %961 = fcmp ogt float %960, %peak.rf211.sroa.0.4.vec.extract.i
-  %962 = select i1 %961, float %960, float %peak.rf211.sroa.0.4.vec.extract.i
-  %peak.rf211.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 2
-  %963 = fcmp ogt float %962, %peak.rf211.sroa.0.8.vec.extract.i
-  %964 = select i1 %963, float %962, float %peak.rf211.sroa.0.8.vec.extract.i
-  %peak.rf211.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 3
-  %965 = fcmp ogt float %964, %peak.rf211.sroa.0.12.vec.extract.i
-  %966 = select i1 %965, float %964, float %peak.rf211.sroa.0.12.vec.extract.i
-  %peak.rf211.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 4
-  %967 = fcmp ogt float %966, %peak.rf211.sroa.0.16.vec.extract.i
-  %968 = select i1 %967, float %966, float %peak.rf211.sroa.0.16.vec.extract.i
-  %peak.rf211.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 5
-  %969 = fcmp ogt float %968, %peak.rf211.sroa.0.20.vec.extract.i
-  %970 = select i1 %969, float %968, float %peak.rf211.sroa.0.20.vec.extract.i
-  %peak.rf211.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 6
-  %971 = fcmp ogt float %970, %peak.rf211.sroa.0.24.vec.extract.i
-  %972 = select i1 %971, float %970, float %peak.rf211.sroa.0.24.vec.extract.i
-  %peak.rf211.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 7
-  %973 = fcmp ogt float %972, %peak.rf211.sroa.0.28.vec.extract.i
-  %974 = select i1 %973, float %972, float %peak.rf211.sroa.0.28.vec.extract.i
-  %peak.rf211.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 8
-  %975 = fcmp ogt float %974, %peak.rf211.sroa.0.32.vec.extract.i
-  %976 = select i1 %975, float %974, float %peak.rf211.sroa.0.32.vec.extract.i
-  %peak.rf211.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 9
-  %977 = fcmp ogt float %976, %peak.rf211.sroa.0.36.vec.extract.i
-  %978 = select i1 %977, float %976, float %peak.rf211.sroa.0.36.vec.extract.i
-  %peak.rf211.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 10
-  %979 = fcmp ogt float %978, %peak.rf211.sroa.0.40.vec.extract.i
-  %980 = select i1 %979, float %978, float %peak.rf211.sroa.0.40.vec.extract.i
-  %peak.rf211.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 11
-  %981 = fcmp ogt float %980, %peak.rf211.sroa.0.44.vec.extract.i
-  %982 = select i1 %981, float %980, float %peak.rf211.sroa.0.44.vec.extract.i
-  %peak.rf211.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 12
-  %983 = fcmp ogt float %982, %peak.rf211.sroa.0.48.vec.extract.i
-  %984 = select i1 %983, float %982, float %peak.rf211.sroa.0.48.vec.extract.i
-  %peak.rf211.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 13
-  %985 = fcmp ogt float %984, %peak.rf211.sroa.0.52.vec.extract.i
-  %986 = select i1 %985, float %984, float %peak.rf211.sroa.0.52.vec.extract.i
-  %peak.rf211.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 14
-  %987 = fcmp ogt float %986, %peak.rf211.sroa.0.56.vec.extract.i
-  %988 = select i1 %987, float %986, float %peak.rf211.sroa.0.56.vec.extract.i
-  %peak.rf211.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.i, i64 15
-  %989 = fcmp ogt float %988, %peak.rf211.sroa.0.60.vec.extract.i
-  %990 = select i1 %989, float %988, float %peak.rf211.sroa.0.60.vec.extract.i
-  br i1 %224, label %for_body_ax1.1.i.preheader, label %for_end_ax1.1.i, !prof !3
+  %scaled108410861089.i = phi ptr [ %scaled1083.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax1.i.epil ], [ %scaled.i, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %peak.rf_global240.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %981, %for_end_ax1.i.loopexit.unr-lcssa ], [ %985, %for_body_ax1.i.epil ]
+  %peak.rf241.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 0
+  %986 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %987 = select i1 %986, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.i
+  %peak.rf241.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 1
+  %988 = fcmp ogt float %987, %peak.rf241.sroa.0.4.vec.extract.i
+  %989 = select i1 %988, float %987, float %peak.rf241.sroa.0.4.vec.extract.i
+  %peak.rf241.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 2
+  %990 = fcmp ogt float %989, %peak.rf241.sroa.0.8.vec.extract.i
+  %991 = select i1 %990, float %989, float %peak.rf241.sroa.0.8.vec.extract.i
+  %peak.rf241.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 3
+  %992 = fcmp ogt float %991, %peak.rf241.sroa.0.12.vec.extract.i
+  %993 = select i1 %992, float %991, float %peak.rf241.sroa.0.12.vec.extract.i
+  %peak.rf241.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 4
+  %994 = fcmp ogt float %993, %peak.rf241.sroa.0.16.vec.extract.i
+  %995 = select i1 %994, float %993, float %peak.rf241.sroa.0.16.vec.extract.i
+  %peak.rf241.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 5
+  %996 = fcmp ogt float %995, %peak.rf241.sroa.0.20.vec.extract.i
+  %997 = select i1 %996, float %995, float %peak.rf241.sroa.0.20.vec.extract.i
+  %peak.rf241.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 6
+  %998 = fcmp ogt float %997, %peak.rf241.sroa.0.24.vec.extract.i
+  %999 = select i1 %998, float %997, float %peak.rf241.sroa.0.24.vec.extract.i
+  %peak.rf241.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 7
+  %1000 = fcmp ogt float %999, %peak.rf241.sroa.0.28.vec.extract.i
+  %1001 = select i1 %1000, float %999, float %peak.rf241.sroa.0.28.vec.extract.i
+  %peak.rf241.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 8
+  %1002 = fcmp ogt float %1001, %peak.rf241.sroa.0.32.vec.extract.i
+  %1003 = select i1 %1002, float %1001, float %peak.rf241.sroa.0.32.vec.extract.i
+  %peak.rf241.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 9
+  %1004 = fcmp ogt float %1003, %peak.rf241.sroa.0.36.vec.extract.i
+  %1005 = select i1 %1004, float %1003, float %peak.rf241.sroa.0.36.vec.extract.i
+  %peak.rf241.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 10
+  %1006 = fcmp ogt float %1005, %peak.rf241.sroa.0.40.vec.extract.i
+  %1007 = select i1 %1006, float %1005, float %peak.rf241.sroa.0.40.vec.extract.i
+  %peak.rf241.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 11
+  %1008 = fcmp ogt float %1007, %peak.rf241.sroa.0.44.vec.extract.i
+  %1009 = select i1 %1008, float %1007, float %peak.rf241.sroa.0.44.vec.extract.i
+  %peak.rf241.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 12
+  %1010 = fcmp ogt float %1009, %peak.rf241.sroa.0.48.vec.extract.i
+  %1011 = select i1 %1010, float %1009, float %peak.rf241.sroa.0.48.vec.extract.i
+  %peak.rf241.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 13
+  %1012 = fcmp ogt float %1011, %peak.rf241.sroa.0.52.vec.extract.i
+  %1013 = select i1 %1012, float %1011, float %peak.rf241.sroa.0.52.vec.extract.i
+  %peak.rf241.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 14
+  %1014 = fcmp ogt float %1013, %peak.rf241.sroa.0.56.vec.extract.i
+  %1015 = select i1 %1014, float %1013, float %peak.rf241.sroa.0.56.vec.extract.i
+  %peak.rf241.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 15
+  %1016 = fcmp ogt float %1015, %peak.rf241.sroa.0.60.vec.extract.i
+  %1017 = select i1 %1016, float %1015, float %peak.rf241.sroa.0.60.vec.extract.i
+  br i1 %251, label %for_body_ax1.1.i.preheader, label %for_end_ax1.1.i, !prof !3
 
 for_body_ax1.1.i.preheader:                       ; preds = %for_end_ax1.i
-  br i1 %238, label %for_body_ax1.1.i.epil.preheader, label %for_body_ax1.1.i, !prof !36
+  br i1 %265, label %for_body_ax1.1.i.epil.preheader, label %for_body_ax1.1.i, !prof !36
 
 for_body_ax1.1.i:                                 ; preds = %for_body_ax1.1.i, %for_body_ax1.1.i.preheader
-  %indvars.iv643.1.i = phi i64 [ %indvars.iv.next644.1.i.7, %for_body_ax1.1.i ], [ 0, %for_body_ax1.1.i.preheader ]
-  %peak.rf_global210.sroa.0.0410.1.i = phi <16 x float> [ %1030, %for_body_ax1.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ]
-  %niter171 = phi i64 [ %niter171.next.7, %for_body_ax1.1.i ], [ 0, %for_body_ax1.1.i.preheader ]
-  %.idx832.i = shl nsw i64 %indvars.iv643.1.i, 6
-  %991 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %.idx832.i
-  %992 = getelementptr inbounds nuw i8, ptr %991, i64 512
-  %993 = load <16 x float>, ptr %992, align 4, !tbaa !5
-  %994 = fcmp ogt <16 x float> %peak.rf_global210.sroa.0.0410.1.i, %993
-  %995 = select <16 x i1> %994, <16 x float> %peak.rf_global210.sroa.0.0410.1.i, <16 x float> %993
-  %indvars.iv.next644.1.i = shl i64 %indvars.iv643.1.i, 6
-  %996 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.1.i
-  %997 = getelementptr inbounds nuw i8, ptr %996, i64 576
-  %998 = load <16 x float>, ptr %997, align 4, !tbaa !5
-  %999 = fcmp ogt <16 x float> %995, %998
-  %1000 = select <16 x i1> %999, <16 x float> %995, <16 x float> %998
-  %indvars.iv.next644.1.i.1 = shl i64 %indvars.iv643.1.i, 6
-  %1001 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.1.i.1
-  %1002 = getelementptr inbounds nuw i8, ptr %1001, i64 640
-  %1003 = load <16 x float>, ptr %1002, align 4, !tbaa !5
-  %1004 = fcmp ogt <16 x float> %1000, %1003
-  %1005 = select <16 x i1> %1004, <16 x float> %1000, <16 x float> %1003
-  %indvars.iv.next644.1.i.2 = shl i64 %indvars.iv643.1.i, 6
-  %1006 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.1.i.2
-  %1007 = getelementptr inbounds nuw i8, ptr %1006, i64 704
-  %1008 = load <16 x float>, ptr %1007, align 4, !tbaa !5
-  %1009 = fcmp ogt <16 x float> %1005, %1008
-  %1010 = select <16 x i1> %1009, <16 x float> %1005, <16 x float> %1008
-  %indvars.iv.next644.1.i.3 = shl i64 %indvars.iv643.1.i, 6
-  %1011 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.1.i.3
-  %1012 = getelementptr inbounds nuw i8, ptr %1011, i64 768
-  %1013 = load <16 x float>, ptr %1012, align 4, !tbaa !5
-  %1014 = fcmp ogt <16 x float> %1010, %1013
-  %1015 = select <16 x i1> %1014, <16 x float> %1010, <16 x float> %1013
-  %indvars.iv.next644.1.i.4 = shl i64 %indvars.iv643.1.i, 6
-  %1016 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.1.i.4
-  %1017 = getelementptr inbounds nuw i8, ptr %1016, i64 832
-  %1018 = load <16 x float>, ptr %1017, align 4, !tbaa !5
-  %1019 = fcmp ogt <16 x float> %1015, %1018
-  %1020 = select <16 x i1> %1019, <16 x float> %1015, <16 x float> %1018
-  %indvars.iv.next644.1.i.5 = shl i64 %indvars.iv643.1.i, 6
-  %1021 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.1.i.5
-  %1022 = getelementptr inbounds nuw i8, ptr %1021, i64 896
-  %1023 = load <16 x float>, ptr %1022, align 4, !tbaa !5
-  %1024 = fcmp ogt <16 x float> %1020, %1023
-  %1025 = select <16 x i1> %1024, <16 x float> %1020, <16 x float> %1023
-  %indvars.iv.next644.1.i.6 = shl i64 %indvars.iv643.1.i, 6
-  %1026 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.1.i.6
-  %1027 = getelementptr inbounds nuw i8, ptr %1026, i64 960
-  %1028 = load <16 x float>, ptr %1027, align 4, !tbaa !5
-  %1029 = fcmp ogt <16 x float> %1025, %1028
-  %1030 = select <16 x i1> %1029, <16 x float> %1025, <16 x float> %1028
-  %indvars.iv.next644.1.i.7 = add nuw nsw i64 %indvars.iv643.1.i, 8
-  %niter171.next.7 = add i64 %niter171, 8
-  %niter171.ncmp.7 = icmp eq i64 %niter171.next.7, %unroll_iter170
-  br i1 %niter171.ncmp.7, label %for_end_ax1.1.i.loopexit.unr-lcssa, label %for_body_ax1.1.i, !prof !37, !llvm.loop !42
+  %indvars.iv681.1.i = phi i64 [ %indvars.iv.next682.1.i.7, %for_body_ax1.1.i ], [ 0, %for_body_ax1.1.i.preheader ]
+  %peak.rf_global240.sroa.0.0441.1.i = phi <16 x float> [ %1057, %for_body_ax1.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ]
+  %niter195 = phi i64 [ %niter195.next.7, %for_body_ax1.1.i ], [ 0, %for_body_ax1.1.i.preheader ]
+  %.idx1073.i = shl nsw i64 %indvars.iv681.1.i, 6
+  %1018 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1073.i
+  %1019 = getelementptr inbounds nuw i8, ptr %1018, i64 512
+  %1020 = load <16 x float>, ptr %1019, align 4, !tbaa !5
+  %1021 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.1.i, %1020
+  %1022 = select <16 x i1> %1021, <16 x float> %peak.rf_global240.sroa.0.0441.1.i, <16 x float> %1020
+  %indvars.iv.next682.1.i = shl i64 %indvars.iv681.1.i, 6
+  %1023 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i
+  %1024 = getelementptr inbounds nuw i8, ptr %1023, i64 576
+  %1025 = load <16 x float>, ptr %1024, align 4, !tbaa !5
+  %1026 = fcmp ogt <16 x float> %1022, %1025
+  %1027 = select <16 x i1> %1026, <16 x float> %1022, <16 x float> %1025
+  %indvars.iv.next682.1.i.1 = shl i64 %indvars.iv681.1.i, 6
+  %1028 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.1
+  %1029 = getelementptr inbounds nuw i8, ptr %1028, i64 640
+  %1030 = load <16 x float>, ptr %1029, align 4, !tbaa !5
+  %1031 = fcmp ogt <16 x float> %1027, %1030
+  %1032 = select <16 x i1> %1031, <16 x float> %1027, <16 x float> %1030
+  %indvars.iv.next682.1.i.2 = shl i64 %indvars.iv681.1.i, 6
+  %1033 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.2
+  %1034 = getelementptr inbounds nuw i8, ptr %1033, i64 704
+  %1035 = load <16 x float>, ptr %1034, align 4, !tbaa !5
+  %1036 = fcmp ogt <16 x float> %1032, %1035
+  %1037 = select <16 x i1> %1036, <16 x float> %1032, <16 x float> %1035
+  %indvars.iv.next682.1.i.3 = shl i64 %indvars.iv681.1.i, 6
+  %1038 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.3
+  %1039 = getelementptr inbounds nuw i8, ptr %1038, i64 768
+  %1040 = load <16 x float>, ptr %1039, align 4, !tbaa !5
+  %1041 = fcmp ogt <16 x float> %1037, %1040
+  %1042 = select <16 x i1> %1041, <16 x float> %1037, <16 x float> %1040
+  %indvars.iv.next682.1.i.4 = shl i64 %indvars.iv681.1.i, 6
+  %1043 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.4
+  %1044 = getelementptr inbounds nuw i8, ptr %1043, i64 832
+  %1045 = load <16 x float>, ptr %1044, align 4, !tbaa !5
+  %1046 = fcmp ogt <16 x float> %1042, %1045
+  %1047 = select <16 x i1> %1046, <16 x float> %1042, <16 x float> %1045
+  %indvars.iv.next682.1.i.5 = shl i64 %indvars.iv681.1.i, 6
+  %1048 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.5
+  %1049 = getelementptr inbounds nuw i8, ptr %1048, i64 896
+  %1050 = load <16 x float>, ptr %1049, align 4, !tbaa !5
+  %1051 = fcmp ogt <16 x float> %1047, %1050
+  %1052 = select <16 x i1> %1051, <16 x float> %1047, <16 x float> %1050
+  %indvars.iv.next682.1.i.6 = shl i64 %indvars.iv681.1.i, 6
+  %1053 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.6
+  %1054 = getelementptr inbounds nuw i8, ptr %1053, i64 960
+  %1055 = load <16 x float>, ptr %1054, align 4, !tbaa !5
+  %1056 = fcmp ogt <16 x float> %1052, %1055
+  %1057 = select <16 x i1> %1056, <16 x float> %1052, <16 x float> %1055
+  %indvars.iv.next682.1.i.7 = add nuw nsw i64 %indvars.iv681.1.i, 8
+  %niter195.next.7 = add i64 %niter195, 8
+  %niter195.ncmp.7 = icmp eq i64 %niter195.next.7, %unroll_iter194
+  br i1 %niter195.ncmp.7, label %for_end_ax1.1.i.loopexit.unr-lcssa, label %for_body_ax1.1.i, !prof !37, !llvm.loop !42
 
 for_end_ax1.1.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.1.i
-  br i1 %lcmp.mod167.not, label %for_end_ax1.1.i, label %for_body_ax1.1.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod191.not, label %for_end_ax1.1.i, label %for_body_ax1.1.i.epil.preheader, !prof !40
 
 for_body_ax1.1.i.epil.preheader:                  ; preds = %for_end_ax1.1.i.loopexit.unr-lcssa, %for_body_ax1.1.i.preheader
-  %indvars.iv643.1.i.epil.init = phi i64 [ 0, %for_body_ax1.1.i.preheader ], [ %indvars.iv.next644.1.i.7, %for_end_ax1.1.i.loopexit.unr-lcssa ]
-  %peak.rf_global210.sroa.0.0410.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ], [ %1030, %for_end_ax1.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod169)
+  %indvars.iv681.1.i.epil.init = phi i64 [ 0, %for_body_ax1.1.i.preheader ], [ %indvars.iv.next682.1.i.7, %for_end_ax1.1.i.loopexit.unr-lcssa ]
+  %peak.rf_global240.sroa.0.0441.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ], [ %1057, %for_end_ax1.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod193)
   br label %for_body_ax1.1.i.epil
 
 for_body_ax1.1.i.epil:                            ; preds = %for_body_ax1.1.i.epil, %for_body_ax1.1.i.epil.preheader
-  %indvars.iv643.1.i.epil = phi i64 [ %indvars.iv.next644.1.i.epil, %for_body_ax1.1.i.epil ], [ %indvars.iv643.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
-  %peak.rf_global210.sroa.0.0410.1.i.epil = phi <16 x float> [ %1035, %for_body_ax1.1.i.epil ], [ %peak.rf_global210.sroa.0.0410.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
-  %epil.iter166 = phi i64 [ %epil.iter166.next, %for_body_ax1.1.i.epil ], [ 0, %for_body_ax1.1.i.epil.preheader ]
-  %.idx832.i.epil = shl nsw i64 %indvars.iv643.1.i.epil, 6
-  %1031 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %.idx832.i.epil
-  %1032 = getelementptr inbounds nuw i8, ptr %1031, i64 512
-  %1033 = load <16 x float>, ptr %1032, align 4, !tbaa !5
-  %1034 = fcmp ogt <16 x float> %peak.rf_global210.sroa.0.0410.1.i.epil, %1033
-  %1035 = select <16 x i1> %1034, <16 x float> %peak.rf_global210.sroa.0.0410.1.i.epil, <16 x float> %1033
-  %indvars.iv.next644.1.i.epil = add nuw nsw i64 %indvars.iv643.1.i.epil, 1
-  %epil.iter166.next = add i64 %epil.iter166, 1
-  %epil.iter166.cmp.not = icmp eq i64 %epil.iter166.next, %xtraiter165
-  br i1 %epil.iter166.cmp.not, label %for_end_ax1.1.i, label %for_body_ax1.1.i.epil, !prof !26, !llvm.loop !43
+  %indvars.iv681.1.i.epil = phi i64 [ %indvars.iv.next682.1.i.epil, %for_body_ax1.1.i.epil ], [ %indvars.iv681.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
+  %peak.rf_global240.sroa.0.0441.1.i.epil = phi <16 x float> [ %1062, %for_body_ax1.1.i.epil ], [ %peak.rf_global240.sroa.0.0441.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
+  %epil.iter190 = phi i64 [ %epil.iter190.next, %for_body_ax1.1.i.epil ], [ 0, %for_body_ax1.1.i.epil.preheader ]
+  %.idx1073.i.epil = shl nsw i64 %indvars.iv681.1.i.epil, 6
+  %1058 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1073.i.epil
+  %1059 = getelementptr inbounds nuw i8, ptr %1058, i64 512
+  %1060 = load <16 x float>, ptr %1059, align 4, !tbaa !5
+  %1061 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.1.i.epil, %1060
+  %1062 = select <16 x i1> %1061, <16 x float> %peak.rf_global240.sroa.0.0441.1.i.epil, <16 x float> %1060
+  %indvars.iv.next682.1.i.epil = add nuw nsw i64 %indvars.iv681.1.i.epil, 1
+  %epil.iter190.next = add i64 %epil.iter190, 1
+  %epil.iter190.cmp.not = icmp eq i64 %epil.iter190.next, %xtraiter189
+  br i1 %epil.iter190.cmp.not, label %for_end_ax1.1.i, label %for_body_ax1.1.i.epil, !prof !26, !llvm.loop !43
 
 for_end_ax1.1.i:                                  ; preds = %for_body_ax1.1.i.epil, %for_end_ax1.1.i.loopexit.unr-lcssa, %for_end_ax1.i
-  %peak.rf_global210.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.i ], [ %1030, %for_end_ax1.1.i.loopexit.unr-lcssa ], [ %1035, %for_body_ax1.1.i.epil ]
-  %peak.rf211.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 0
-  %1036 = fcmp olt float %peak.rf211.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
-  %1037 = select i1 %1036, float 0xC7EFFFFFE0000000, float %peak.rf211.sroa.0.0.vec.extract.1.i
-  %peak.rf211.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 1
-  %1038 = fcmp ogt float %1037, %peak.rf211.sroa.0.4.vec.extract.1.i
-  %1039 = select i1 %1038, float %1037, float %peak.rf211.sroa.0.4.vec.extract.1.i
-  %peak.rf211.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 2
-  %1040 = fcmp ogt float %1039, %peak.rf211.sroa.0.8.vec.extract.1.i
-  %1041 = select i1 %1040, float %1039, float %peak.rf211.sroa.0.8.vec.extract.1.i
-  %peak.rf211.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 3
-  %1042 = fcmp ogt float %1041, %peak.rf211.sroa.0.12.vec.extract.1.i
-  %1043 = select i1 %1042, float %1041, float %peak.rf211.sroa.0.12.vec.extract.1.i
-  %peak.rf211.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 4
-  %1044 = fcmp ogt float %1043, %peak.rf211.sroa.0.16.vec.extract.1.i
-  %1045 = select i1 %1044, float %1043, float %peak.rf211.sroa.0.16.vec.extract.1.i
-  %peak.rf211.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 5
-  %1046 = fcmp ogt float %1045, %peak.rf211.sroa.0.20.vec.extract.1.i
-  %1047 = select i1 %1046, float %1045, float %peak.rf211.sroa.0.20.vec.extract.1.i
-  %peak.rf211.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 6
-  %1048 = fcmp ogt float %1047, %peak.rf211.sroa.0.24.vec.extract.1.i
-  %1049 = select i1 %1048, float %1047, float %peak.rf211.sroa.0.24.vec.extract.1.i
-  %peak.rf211.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 7
-  %1050 = fcmp ogt float %1049, %peak.rf211.sroa.0.28.vec.extract.1.i
-  %1051 = select i1 %1050, float %1049, float %peak.rf211.sroa.0.28.vec.extract.1.i
-  %peak.rf211.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 8
-  %1052 = fcmp ogt float %1051, %peak.rf211.sroa.0.32.vec.extract.1.i
-  %1053 = select i1 %1052, float %1051, float %peak.rf211.sroa.0.32.vec.extract.1.i
-  %peak.rf211.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 9
-  %1054 = fcmp ogt float %1053, %peak.rf211.sroa.0.36.vec.extract.1.i
-  %1055 = select i1 %1054, float %1053, float %peak.rf211.sroa.0.36.vec.extract.1.i
-  %peak.rf211.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 10
-  %1056 = fcmp ogt float %1055, %peak.rf211.sroa.0.40.vec.extract.1.i
-  %1057 = select i1 %1056, float %1055, float %peak.rf211.sroa.0.40.vec.extract.1.i
-  %peak.rf211.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 11
-  %1058 = fcmp ogt float %1057, %peak.rf211.sroa.0.44.vec.extract.1.i
-  %1059 = select i1 %1058, float %1057, float %peak.rf211.sroa.0.44.vec.extract.1.i
-  %peak.rf211.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 12
-  %1060 = fcmp ogt float %1059, %peak.rf211.sroa.0.48.vec.extract.1.i
-  %1061 = select i1 %1060, float %1059, float %peak.rf211.sroa.0.48.vec.extract.1.i
-  %peak.rf211.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 13
-  %1062 = fcmp ogt float %1061, %peak.rf211.sroa.0.52.vec.extract.1.i
-  %1063 = select i1 %1062, float %1061, float %peak.rf211.sroa.0.52.vec.extract.1.i
-  %peak.rf211.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 14
-  %1064 = fcmp ogt float %1063, %peak.rf211.sroa.0.56.vec.extract.1.i
-  %1065 = select i1 %1064, float %1063, float %peak.rf211.sroa.0.56.vec.extract.1.i
-  %peak.rf211.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.1.i, i64 15
-  %1066 = fcmp ogt float %1065, %peak.rf211.sroa.0.60.vec.extract.1.i
-  %1067 = select i1 %1066, float %1065, float %peak.rf211.sroa.0.60.vec.extract.1.i
-  br i1 %224, label %for_body_ax1.2.i.preheader, label %for_end_ax1.2.i, !prof !3
+  %peak.rf_global240.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.i ], [ %1057, %for_end_ax1.1.i.loopexit.unr-lcssa ], [ %1062, %for_body_ax1.1.i.epil ]
+  %peak.rf241.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 0
+  %1063 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
+  %1064 = select i1 %1063, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.1.i
+  %peak.rf241.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 1
+  %1065 = fcmp ogt float %1064, %peak.rf241.sroa.0.4.vec.extract.1.i
+  %1066 = select i1 %1065, float %1064, float %peak.rf241.sroa.0.4.vec.extract.1.i
+  %peak.rf241.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 2
+  %1067 = fcmp ogt float %1066, %peak.rf241.sroa.0.8.vec.extract.1.i
+  %1068 = select i1 %1067, float %1066, float %peak.rf241.sroa.0.8.vec.extract.1.i
+  %peak.rf241.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 3
+  %1069 = fcmp ogt float %1068, %peak.rf241.sroa.0.12.vec.extract.1.i
+  %1070 = select i1 %1069, float %1068, float %peak.rf241.sroa.0.12.vec.extract.1.i
+  %peak.rf241.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 4
+  %1071 = fcmp ogt float %1070, %peak.rf241.sroa.0.16.vec.extract.1.i
+  %1072 = select i1 %1071, float %1070, float %peak.rf241.sroa.0.16.vec.extract.1.i
+  %peak.rf241.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 5
+  %1073 = fcmp ogt float %1072, %peak.rf241.sroa.0.20.vec.extract.1.i
+  %1074 = select i1 %1073, float %1072, float %peak.rf241.sroa.0.20.vec.extract.1.i
+  %peak.rf241.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 6
+  %1075 = fcmp ogt float %1074, %peak.rf241.sroa.0.24.vec.extract.1.i
+  %1076 = select i1 %1075, float %1074, float %peak.rf241.sroa.0.24.vec.extract.1.i
+  %peak.rf241.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 7
+  %1077 = fcmp ogt float %1076, %peak.rf241.sroa.0.28.vec.extract.1.i
+  %1078 = select i1 %1077, float %1076, float %peak.rf241.sroa.0.28.vec.extract.1.i
+  %peak.rf241.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 8
+  %1079 = fcmp ogt float %1078, %peak.rf241.sroa.0.32.vec.extract.1.i
+  %1080 = select i1 %1079, float %1078, float %peak.rf241.sroa.0.32.vec.extract.1.i
+  %peak.rf241.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 9
+  %1081 = fcmp ogt float %1080, %peak.rf241.sroa.0.36.vec.extract.1.i
+  %1082 = select i1 %1081, float %1080, float %peak.rf241.sroa.0.36.vec.extract.1.i
+  %peak.rf241.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 10
+  %1083 = fcmp ogt float %1082, %peak.rf241.sroa.0.40.vec.extract.1.i
+  %1084 = select i1 %1083, float %1082, float %peak.rf241.sroa.0.40.vec.extract.1.i
+  %peak.rf241.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 11
+  %1085 = fcmp ogt float %1084, %peak.rf241.sroa.0.44.vec.extract.1.i
+  %1086 = select i1 %1085, float %1084, float %peak.rf241.sroa.0.44.vec.extract.1.i
+  %peak.rf241.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 12
+  %1087 = fcmp ogt float %1086, %peak.rf241.sroa.0.48.vec.extract.1.i
+  %1088 = select i1 %1087, float %1086, float %peak.rf241.sroa.0.48.vec.extract.1.i
+  %peak.rf241.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 13
+  %1089 = fcmp ogt float %1088, %peak.rf241.sroa.0.52.vec.extract.1.i
+  %1090 = select i1 %1089, float %1088, float %peak.rf241.sroa.0.52.vec.extract.1.i
+  %peak.rf241.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 14
+  %1091 = fcmp ogt float %1090, %peak.rf241.sroa.0.56.vec.extract.1.i
+  %1092 = select i1 %1091, float %1090, float %peak.rf241.sroa.0.56.vec.extract.1.i
+  %peak.rf241.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 15
+  %1093 = fcmp ogt float %1092, %peak.rf241.sroa.0.60.vec.extract.1.i
+  %1094 = select i1 %1093, float %1092, float %peak.rf241.sroa.0.60.vec.extract.1.i
+  br i1 %251, label %for_body_ax1.2.i.preheader, label %for_end_ax1.2.i, !prof !3
 
 for_body_ax1.2.i.preheader:                       ; preds = %for_end_ax1.1.i
-  br i1 %239, label %for_body_ax1.2.i.epil.preheader, label %for_body_ax1.2.i, !prof !36
+  br i1 %266, label %for_body_ax1.2.i.epil.preheader, label %for_body_ax1.2.i, !prof !36
 
 for_body_ax1.2.i:                                 ; preds = %for_body_ax1.2.i, %for_body_ax1.2.i.preheader
-  %indvars.iv643.2.i = phi i64 [ %indvars.iv.next644.2.i.7, %for_body_ax1.2.i ], [ 0, %for_body_ax1.2.i.preheader ]
-  %peak.rf_global210.sroa.0.0410.2.i = phi <16 x float> [ %1107, %for_body_ax1.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ]
-  %niter178 = phi i64 [ %niter178.next.7, %for_body_ax1.2.i ], [ 0, %for_body_ax1.2.i.preheader ]
-  %.idx833.i = shl nsw i64 %indvars.iv643.2.i, 6
-  %1068 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %.idx833.i
-  %1069 = getelementptr inbounds nuw i8, ptr %1068, i64 1024
-  %1070 = load <16 x float>, ptr %1069, align 4, !tbaa !5
-  %1071 = fcmp ogt <16 x float> %peak.rf_global210.sroa.0.0410.2.i, %1070
-  %1072 = select <16 x i1> %1071, <16 x float> %peak.rf_global210.sroa.0.0410.2.i, <16 x float> %1070
-  %indvars.iv.next644.2.i = shl i64 %indvars.iv643.2.i, 6
-  %1073 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.2.i
-  %1074 = getelementptr inbounds nuw i8, ptr %1073, i64 1088
-  %1075 = load <16 x float>, ptr %1074, align 4, !tbaa !5
-  %1076 = fcmp ogt <16 x float> %1072, %1075
-  %1077 = select <16 x i1> %1076, <16 x float> %1072, <16 x float> %1075
-  %indvars.iv.next644.2.i.1 = shl i64 %indvars.iv643.2.i, 6
-  %1078 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.2.i.1
-  %1079 = getelementptr inbounds nuw i8, ptr %1078, i64 1152
-  %1080 = load <16 x float>, ptr %1079, align 4, !tbaa !5
-  %1081 = fcmp ogt <16 x float> %1077, %1080
-  %1082 = select <16 x i1> %1081, <16 x float> %1077, <16 x float> %1080
-  %indvars.iv.next644.2.i.2 = shl i64 %indvars.iv643.2.i, 6
-  %1083 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.2.i.2
-  %1084 = getelementptr inbounds nuw i8, ptr %1083, i64 1216
-  %1085 = load <16 x float>, ptr %1084, align 4, !tbaa !5
-  %1086 = fcmp ogt <16 x float> %1082, %1085
-  %1087 = select <16 x i1> %1086, <16 x float> %1082, <16 x float> %1085
-  %indvars.iv.next644.2.i.3 = shl i64 %indvars.iv643.2.i, 6
-  %1088 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.2.i.3
-  %1089 = getelementptr inbounds nuw i8, ptr %1088, i64 1280
-  %1090 = load <16 x float>, ptr %1089, align 4, !tbaa !5
-  %1091 = fcmp ogt <16 x float> %1087, %1090
-  %1092 = select <16 x i1> %1091, <16 x float> %1087, <16 x float> %1090
-  %indvars.iv.next644.2.i.4 = shl i64 %indvars.iv643.2.i, 6
-  %1093 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.2.i.4
-  %1094 = getelementptr inbounds nuw i8, ptr %1093, i64 1344
-  %1095 = load <16 x float>, ptr %1094, align 4, !tbaa !5
-  %1096 = fcmp ogt <16 x float> %1092, %1095
-  %1097 = select <16 x i1> %1096, <16 x float> %1092, <16 x float> %1095
-  %indvars.iv.next644.2.i.5 = shl i64 %indvars.iv643.2.i, 6
-  %1098 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.2.i.5
-  %1099 = getelementptr inbounds nuw i8, ptr %1098, i64 1408
-  %1100 = load <16 x float>, ptr %1099, align 4, !tbaa !5
-  %1101 = fcmp ogt <16 x float> %1097, %1100
-  %1102 = select <16 x i1> %1101, <16 x float> %1097, <16 x float> %1100
-  %indvars.iv.next644.2.i.6 = shl i64 %indvars.iv643.2.i, 6
-  %1103 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.2.i.6
-  %1104 = getelementptr inbounds nuw i8, ptr %1103, i64 1472
-  %1105 = load <16 x float>, ptr %1104, align 4, !tbaa !5
-  %1106 = fcmp ogt <16 x float> %1102, %1105
-  %1107 = select <16 x i1> %1106, <16 x float> %1102, <16 x float> %1105
-  %indvars.iv.next644.2.i.7 = add nuw nsw i64 %indvars.iv643.2.i, 8
-  %niter178.next.7 = add i64 %niter178, 8
-  %niter178.ncmp.7 = icmp eq i64 %niter178.next.7, %unroll_iter177
-  br i1 %niter178.ncmp.7, label %for_end_ax1.2.i.loopexit.unr-lcssa, label %for_body_ax1.2.i, !prof !37, !llvm.loop !44
+  %indvars.iv681.2.i = phi i64 [ %indvars.iv.next682.2.i.7, %for_body_ax1.2.i ], [ 0, %for_body_ax1.2.i.preheader ]
+  %peak.rf_global240.sroa.0.0441.2.i = phi <16 x float> [ %1134, %for_body_ax1.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ]
+  %niter202 = phi i64 [ %niter202.next.7, %for_body_ax1.2.i ], [ 0, %for_body_ax1.2.i.preheader ]
+  %.idx1074.i = shl nsw i64 %indvars.iv681.2.i, 6
+  %1095 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1074.i
+  %1096 = getelementptr inbounds nuw i8, ptr %1095, i64 1024
+  %1097 = load <16 x float>, ptr %1096, align 4, !tbaa !5
+  %1098 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.2.i, %1097
+  %1099 = select <16 x i1> %1098, <16 x float> %peak.rf_global240.sroa.0.0441.2.i, <16 x float> %1097
+  %indvars.iv.next682.2.i = shl i64 %indvars.iv681.2.i, 6
+  %1100 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i
+  %1101 = getelementptr inbounds nuw i8, ptr %1100, i64 1088
+  %1102 = load <16 x float>, ptr %1101, align 4, !tbaa !5
+  %1103 = fcmp ogt <16 x float> %1099, %1102
+  %1104 = select <16 x i1> %1103, <16 x float> %1099, <16 x float> %1102
+  %indvars.iv.next682.2.i.1 = shl i64 %indvars.iv681.2.i, 6
+  %1105 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.1
+  %1106 = getelementptr inbounds nuw i8, ptr %1105, i64 1152
+  %1107 = load <16 x float>, ptr %1106, align 4, !tbaa !5
+  %1108 = fcmp ogt <16 x float> %1104, %1107
+  %1109 = select <16 x i1> %1108, <16 x float> %1104, <16 x float> %1107
+  %indvars.iv.next682.2.i.2 = shl i64 %indvars.iv681.2.i, 6
+  %1110 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.2
+  %1111 = getelementptr inbounds nuw i8, ptr %1110, i64 1216
+  %1112 = load <16 x float>, ptr %1111, align 4, !tbaa !5
+  %1113 = fcmp ogt <16 x float> %1109, %1112
+  %1114 = select <16 x i1> %1113, <16 x float> %1109, <16 x float> %1112
+  %indvars.iv.next682.2.i.3 = shl i64 %indvars.iv681.2.i, 6
+  %1115 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.3
+  %1116 = getelementptr inbounds nuw i8, ptr %1115, i64 1280
+  %1117 = load <16 x float>, ptr %1116, align 4, !tbaa !5
+  %1118 = fcmp ogt <16 x float> %1114, %1117
+  %1119 = select <16 x i1> %1118, <16 x float> %1114, <16 x float> %1117
+  %indvars.iv.next682.2.i.4 = shl i64 %indvars.iv681.2.i, 6
+  %1120 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.4
+  %1121 = getelementptr inbounds nuw i8, ptr %1120, i64 1344
+  %1122 = load <16 x float>, ptr %1121, align 4, !tbaa !5
+  %1123 = fcmp ogt <16 x float> %1119, %1122
+  %1124 = select <16 x i1> %1123, <16 x float> %1119, <16 x float> %1122
+  %indvars.iv.next682.2.i.5 = shl i64 %indvars.iv681.2.i, 6
+  %1125 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.5
+  %1126 = getelementptr inbounds nuw i8, ptr %1125, i64 1408
+  %1127 = load <16 x float>, ptr %1126, align 4, !tbaa !5
+  %1128 = fcmp ogt <16 x float> %1124, %1127
+  %1129 = select <16 x i1> %1128, <16 x float> %1124, <16 x float> %1127
+  %indvars.iv.next682.2.i.6 = shl i64 %indvars.iv681.2.i, 6
+  %1130 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.6
+  %1131 = getelementptr inbounds nuw i8, ptr %1130, i64 1472
+  %1132 = load <16 x float>, ptr %1131, align 4, !tbaa !5
+  %1133 = fcmp ogt <16 x float> %1129, %1132
+  %1134 = select <16 x i1> %1133, <16 x float> %1129, <16 x float> %1132
+  %indvars.iv.next682.2.i.7 = add nuw nsw i64 %indvars.iv681.2.i, 8
+  %niter202.next.7 = add i64 %niter202, 8
+  %niter202.ncmp.7 = icmp eq i64 %niter202.next.7, %unroll_iter201
+  br i1 %niter202.ncmp.7, label %for_end_ax1.2.i.loopexit.unr-lcssa, label %for_body_ax1.2.i, !prof !37, !llvm.loop !44
 
 for_end_ax1.2.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.2.i
-  br i1 %lcmp.mod174.not, label %for_end_ax1.2.i, label %for_body_ax1.2.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod198.not, label %for_end_ax1.2.i, label %for_body_ax1.2.i.epil.preheader, !prof !40
 
 for_body_ax1.2.i.epil.preheader:                  ; preds = %for_end_ax1.2.i.loopexit.unr-lcssa, %for_body_ax1.2.i.preheader
-  %indvars.iv643.2.i.epil.init = phi i64 [ 0, %for_body_ax1.2.i.preheader ], [ %indvars.iv.next644.2.i.7, %for_end_ax1.2.i.loopexit.unr-lcssa ]
-  %peak.rf_global210.sroa.0.0410.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ], [ %1107, %for_end_ax1.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod176)
+  %indvars.iv681.2.i.epil.init = phi i64 [ 0, %for_body_ax1.2.i.preheader ], [ %indvars.iv.next682.2.i.7, %for_end_ax1.2.i.loopexit.unr-lcssa ]
+  %peak.rf_global240.sroa.0.0441.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ], [ %1134, %for_end_ax1.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod200)
   br label %for_body_ax1.2.i.epil
 
 for_body_ax1.2.i.epil:                            ; preds = %for_body_ax1.2.i.epil, %for_body_ax1.2.i.epil.preheader
-  %indvars.iv643.2.i.epil = phi i64 [ %indvars.iv.next644.2.i.epil, %for_body_ax1.2.i.epil ], [ %indvars.iv643.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
-  %peak.rf_global210.sroa.0.0410.2.i.epil = phi <16 x float> [ %1112, %for_body_ax1.2.i.epil ], [ %peak.rf_global210.sroa.0.0410.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
-  %epil.iter173 = phi i64 [ %epil.iter173.next, %for_body_ax1.2.i.epil ], [ 0, %for_body_ax1.2.i.epil.preheader ]
-  %.idx833.i.epil = shl nsw i64 %indvars.iv643.2.i.epil, 6
-  %1108 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %.idx833.i.epil
-  %1109 = getelementptr inbounds nuw i8, ptr %1108, i64 1024
-  %1110 = load <16 x float>, ptr %1109, align 4, !tbaa !5
-  %1111 = fcmp ogt <16 x float> %peak.rf_global210.sroa.0.0410.2.i.epil, %1110
-  %1112 = select <16 x i1> %1111, <16 x float> %peak.rf_global210.sroa.0.0410.2.i.epil, <16 x float> %1110
-  %indvars.iv.next644.2.i.epil = add nuw nsw i64 %indvars.iv643.2.i.epil, 1
-  %epil.iter173.next = add i64 %epil.iter173, 1
-  %epil.iter173.cmp.not = icmp eq i64 %epil.iter173.next, %xtraiter172
-  br i1 %epil.iter173.cmp.not, label %for_end_ax1.2.i, label %for_body_ax1.2.i.epil, !prof !26, !llvm.loop !45
+  %indvars.iv681.2.i.epil = phi i64 [ %indvars.iv.next682.2.i.epil, %for_body_ax1.2.i.epil ], [ %indvars.iv681.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
+  %peak.rf_global240.sroa.0.0441.2.i.epil = phi <16 x float> [ %1139, %for_body_ax1.2.i.epil ], [ %peak.rf_global240.sroa.0.0441.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
+  %epil.iter197 = phi i64 [ %epil.iter197.next, %for_body_ax1.2.i.epil ], [ 0, %for_body_ax1.2.i.epil.preheader ]
+  %.idx1074.i.epil = shl nsw i64 %indvars.iv681.2.i.epil, 6
+  %1135 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1074.i.epil
+  %1136 = getelementptr inbounds nuw i8, ptr %1135, i64 1024
+  %1137 = load <16 x float>, ptr %1136, align 4, !tbaa !5
+  %1138 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.2.i.epil, %1137
+  %1139 = select <16 x i1> %1138, <16 x float> %peak.rf_global240.sroa.0.0441.2.i.epil, <16 x float> %1137
+  %indvars.iv.next682.2.i.epil = add nuw nsw i64 %indvars.iv681.2.i.epil, 1
+  %epil.iter197.next = add i64 %epil.iter197, 1
+  %epil.iter197.cmp.not = icmp eq i64 %epil.iter197.next, %xtraiter196
+  br i1 %epil.iter197.cmp.not, label %for_end_ax1.2.i, label %for_body_ax1.2.i.epil, !prof !26, !llvm.loop !45
 
 for_end_ax1.2.i:                                  ; preds = %for_body_ax1.2.i.epil, %for_end_ax1.2.i.loopexit.unr-lcssa, %for_end_ax1.1.i
-  %peak.rf_global210.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.1.i ], [ %1107, %for_end_ax1.2.i.loopexit.unr-lcssa ], [ %1112, %for_body_ax1.2.i.epil ]
-  %peak.rf211.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 0
-  %1113 = fcmp olt float %peak.rf211.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
-  %1114 = select i1 %1113, float 0xC7EFFFFFE0000000, float %peak.rf211.sroa.0.0.vec.extract.2.i
-  %peak.rf211.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 1
-  %1115 = fcmp ogt float %1114, %peak.rf211.sroa.0.4.vec.extract.2.i
-  %1116 = select i1 %1115, float %1114, float %peak.rf211.sroa.0.4.vec.extract.2.i
-  %peak.rf211.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 2
-  %1117 = fcmp ogt float %1116, %peak.rf211.sroa.0.8.vec.extract.2.i
-  %1118 = select i1 %1117, float %1116, float %peak.rf211.sroa.0.8.vec.extract.2.i
-  %peak.rf211.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 3
-  %1119 = fcmp ogt float %1118, %peak.rf211.sroa.0.12.vec.extract.2.i
-  %1120 = select i1 %1119, float %1118, float %peak.rf211.sroa.0.12.vec.extract.2.i
-  %peak.rf211.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 4
-  %1121 = fcmp ogt float %1120, %peak.rf211.sroa.0.16.vec.extract.2.i
-  %1122 = select i1 %1121, float %1120, float %peak.rf211.sroa.0.16.vec.extract.2.i
-  %peak.rf211.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 5
-  %1123 = fcmp ogt float %1122, %peak.rf211.sroa.0.20.vec.extract.2.i
-  %1124 = select i1 %1123, float %1122, float %peak.rf211.sroa.0.20.vec.extract.2.i
-  %peak.rf211.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 6
-  %1125 = fcmp ogt float %1124, %peak.rf211.sroa.0.24.vec.extract.2.i
-  %1126 = select i1 %1125, float %1124, float %peak.rf211.sroa.0.24.vec.extract.2.i
-  %peak.rf211.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 7
-  %1127 = fcmp ogt float %1126, %peak.rf211.sroa.0.28.vec.extract.2.i
-  %1128 = select i1 %1127, float %1126, float %peak.rf211.sroa.0.28.vec.extract.2.i
-  %peak.rf211.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 8
-  %1129 = fcmp ogt float %1128, %peak.rf211.sroa.0.32.vec.extract.2.i
-  %1130 = select i1 %1129, float %1128, float %peak.rf211.sroa.0.32.vec.extract.2.i
-  %peak.rf211.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 9
-  %1131 = fcmp ogt float %1130, %peak.rf211.sroa.0.36.vec.extract.2.i
-  %1132 = select i1 %1131, float %1130, float %peak.rf211.sroa.0.36.vec.extract.2.i
-  %peak.rf211.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 10
-  %1133 = fcmp ogt float %1132, %peak.rf211.sroa.0.40.vec.extract.2.i
-  %1134 = select i1 %1133, float %1132, float %peak.rf211.sroa.0.40.vec.extract.2.i
-  %peak.rf211.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 11
-  %1135 = fcmp ogt float %1134, %peak.rf211.sroa.0.44.vec.extract.2.i
-  %1136 = select i1 %1135, float %1134, float %peak.rf211.sroa.0.44.vec.extract.2.i
-  %peak.rf211.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 12
-  %1137 = fcmp ogt float %1136, %peak.rf211.sroa.0.48.vec.extract.2.i
-  %1138 = select i1 %1137, float %1136, float %peak.rf211.sroa.0.48.vec.extract.2.i
-  %peak.rf211.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 13
-  %1139 = fcmp ogt float %1138, %peak.rf211.sroa.0.52.vec.extract.2.i
-  %1140 = select i1 %1139, float %1138, float %peak.rf211.sroa.0.52.vec.extract.2.i
-  %peak.rf211.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 14
-  %1141 = fcmp ogt float %1140, %peak.rf211.sroa.0.56.vec.extract.2.i
-  %1142 = select i1 %1141, float %1140, float %peak.rf211.sroa.0.56.vec.extract.2.i
-  %peak.rf211.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.2.i, i64 15
-  %1143 = fcmp ogt float %1142, %peak.rf211.sroa.0.60.vec.extract.2.i
-  %1144 = select i1 %1143, float %1142, float %peak.rf211.sroa.0.60.vec.extract.2.i
-  br i1 %224, label %for_body_ax1.3.i.preheader, label %for_end_ax1.3.i, !prof !3
+  %peak.rf_global240.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.1.i ], [ %1134, %for_end_ax1.2.i.loopexit.unr-lcssa ], [ %1139, %for_body_ax1.2.i.epil ]
+  %peak.rf241.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 0
+  %1140 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
+  %1141 = select i1 %1140, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.2.i
+  %peak.rf241.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 1
+  %1142 = fcmp ogt float %1141, %peak.rf241.sroa.0.4.vec.extract.2.i
+  %1143 = select i1 %1142, float %1141, float %peak.rf241.sroa.0.4.vec.extract.2.i
+  %peak.rf241.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 2
+  %1144 = fcmp ogt float %1143, %peak.rf241.sroa.0.8.vec.extract.2.i
+  %1145 = select i1 %1144, float %1143, float %peak.rf241.sroa.0.8.vec.extract.2.i
+  %peak.rf241.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 3
+  %1146 = fcmp ogt float %1145, %peak.rf241.sroa.0.12.vec.extract.2.i
+  %1147 = select i1 %1146, float %1145, float %peak.rf241.sroa.0.12.vec.extract.2.i
+  %peak.rf241.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 4
+  %1148 = fcmp ogt float %1147, %peak.rf241.sroa.0.16.vec.extract.2.i
+  %1149 = select i1 %1148, float %1147, float %peak.rf241.sroa.0.16.vec.extract.2.i
+  %peak.rf241.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 5
+  %1150 = fcmp ogt float %1149, %peak.rf241.sroa.0.20.vec.extract.2.i
+  %1151 = select i1 %1150, float %1149, float %peak.rf241.sroa.0.20.vec.extract.2.i
+  %peak.rf241.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 6
+  %1152 = fcmp ogt float %1151, %peak.rf241.sroa.0.24.vec.extract.2.i
+  %1153 = select i1 %1152, float %1151, float %peak.rf241.sroa.0.24.vec.extract.2.i
+  %peak.rf241.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 7
+  %1154 = fcmp ogt float %1153, %peak.rf241.sroa.0.28.vec.extract.2.i
+  %1155 = select i1 %1154, float %1153, float %peak.rf241.sroa.0.28.vec.extract.2.i
+  %peak.rf241.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 8
+  %1156 = fcmp ogt float %1155, %peak.rf241.sroa.0.32.vec.extract.2.i
+  %1157 = select i1 %1156, float %1155, float %peak.rf241.sroa.0.32.vec.extract.2.i
+  %peak.rf241.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 9
+  %1158 = fcmp ogt float %1157, %peak.rf241.sroa.0.36.vec.extract.2.i
+  %1159 = select i1 %1158, float %1157, float %peak.rf241.sroa.0.36.vec.extract.2.i
+  %peak.rf241.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 10
+  %1160 = fcmp ogt float %1159, %peak.rf241.sroa.0.40.vec.extract.2.i
+  %1161 = select i1 %1160, float %1159, float %peak.rf241.sroa.0.40.vec.extract.2.i
+  %peak.rf241.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 11
+  %1162 = fcmp ogt float %1161, %peak.rf241.sroa.0.44.vec.extract.2.i
+  %1163 = select i1 %1162, float %1161, float %peak.rf241.sroa.0.44.vec.extract.2.i
+  %peak.rf241.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 12
+  %1164 = fcmp ogt float %1163, %peak.rf241.sroa.0.48.vec.extract.2.i
+  %1165 = select i1 %1164, float %1163, float %peak.rf241.sroa.0.48.vec.extract.2.i
+  %peak.rf241.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 13
+  %1166 = fcmp ogt float %1165, %peak.rf241.sroa.0.52.vec.extract.2.i
+  %1167 = select i1 %1166, float %1165, float %peak.rf241.sroa.0.52.vec.extract.2.i
+  %peak.rf241.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 14
+  %1168 = fcmp ogt float %1167, %peak.rf241.sroa.0.56.vec.extract.2.i
+  %1169 = select i1 %1168, float %1167, float %peak.rf241.sroa.0.56.vec.extract.2.i
+  %peak.rf241.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 15
+  %1170 = fcmp ogt float %1169, %peak.rf241.sroa.0.60.vec.extract.2.i
+  %1171 = select i1 %1170, float %1169, float %peak.rf241.sroa.0.60.vec.extract.2.i
+  br i1 %251, label %for_body_ax1.3.i.preheader, label %for_end_ax1.3.i, !prof !3
 
 for_body_ax1.3.i.preheader:                       ; preds = %for_end_ax1.2.i
-  br i1 %240, label %for_body_ax1.3.i.epil.preheader, label %for_body_ax1.3.i, !prof !36
+  br i1 %267, label %for_body_ax1.3.i.epil.preheader, label %for_body_ax1.3.i, !prof !36
 
 for_body_ax1.3.i:                                 ; preds = %for_body_ax1.3.i, %for_body_ax1.3.i.preheader
-  %indvars.iv643.3.i = phi i64 [ %indvars.iv.next644.3.i.7, %for_body_ax1.3.i ], [ 0, %for_body_ax1.3.i.preheader ]
-  %peak.rf_global210.sroa.0.0410.3.i = phi <16 x float> [ %1184, %for_body_ax1.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ]
-  %niter185 = phi i64 [ %niter185.next.7, %for_body_ax1.3.i ], [ 0, %for_body_ax1.3.i.preheader ]
-  %.idx834.i = shl nsw i64 %indvars.iv643.3.i, 6
-  %1145 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %.idx834.i
-  %1146 = getelementptr inbounds nuw i8, ptr %1145, i64 1536
-  %1147 = load <16 x float>, ptr %1146, align 4, !tbaa !5
-  %1148 = fcmp ogt <16 x float> %peak.rf_global210.sroa.0.0410.3.i, %1147
-  %1149 = select <16 x i1> %1148, <16 x float> %peak.rf_global210.sroa.0.0410.3.i, <16 x float> %1147
-  %indvars.iv.next644.3.i = shl i64 %indvars.iv643.3.i, 6
-  %1150 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.3.i
-  %1151 = getelementptr inbounds nuw i8, ptr %1150, i64 1600
-  %1152 = load <16 x float>, ptr %1151, align 4, !tbaa !5
-  %1153 = fcmp ogt <16 x float> %1149, %1152
-  %1154 = select <16 x i1> %1153, <16 x float> %1149, <16 x float> %1152
-  %indvars.iv.next644.3.i.1 = shl i64 %indvars.iv643.3.i, 6
-  %1155 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.3.i.1
-  %1156 = getelementptr inbounds nuw i8, ptr %1155, i64 1664
-  %1157 = load <16 x float>, ptr %1156, align 4, !tbaa !5
-  %1158 = fcmp ogt <16 x float> %1154, %1157
-  %1159 = select <16 x i1> %1158, <16 x float> %1154, <16 x float> %1157
-  %indvars.iv.next644.3.i.2 = shl i64 %indvars.iv643.3.i, 6
-  %1160 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.3.i.2
-  %1161 = getelementptr inbounds nuw i8, ptr %1160, i64 1728
-  %1162 = load <16 x float>, ptr %1161, align 4, !tbaa !5
-  %1163 = fcmp ogt <16 x float> %1159, %1162
-  %1164 = select <16 x i1> %1163, <16 x float> %1159, <16 x float> %1162
-  %indvars.iv.next644.3.i.3 = shl i64 %indvars.iv643.3.i, 6
-  %1165 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.3.i.3
-  %1166 = getelementptr inbounds nuw i8, ptr %1165, i64 1792
-  %1167 = load <16 x float>, ptr %1166, align 4, !tbaa !5
-  %1168 = fcmp ogt <16 x float> %1164, %1167
-  %1169 = select <16 x i1> %1168, <16 x float> %1164, <16 x float> %1167
-  %indvars.iv.next644.3.i.4 = shl i64 %indvars.iv643.3.i, 6
-  %1170 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.3.i.4
-  %1171 = getelementptr inbounds nuw i8, ptr %1170, i64 1856
-  %1172 = load <16 x float>, ptr %1171, align 4, !tbaa !5
-  %1173 = fcmp ogt <16 x float> %1169, %1172
-  %1174 = select <16 x i1> %1173, <16 x float> %1169, <16 x float> %1172
-  %indvars.iv.next644.3.i.5 = shl i64 %indvars.iv643.3.i, 6
-  %1175 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.3.i.5
-  %1176 = getelementptr inbounds nuw i8, ptr %1175, i64 1920
-  %1177 = load <16 x float>, ptr %1176, align 4, !tbaa !5
-  %1178 = fcmp ogt <16 x float> %1174, %1177
-  %1179 = select <16 x i1> %1178, <16 x float> %1174, <16 x float> %1177
-  %indvars.iv.next644.3.i.6 = shl i64 %indvars.iv643.3.i, 6
-  %1180 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %indvars.iv.next644.3.i.6
-  %1181 = getelementptr inbounds nuw i8, ptr %1180, i64 1984
-  %1182 = load <16 x float>, ptr %1181, align 4, !tbaa !5
-  %1183 = fcmp ogt <16 x float> %1179, %1182
-  %1184 = select <16 x i1> %1183, <16 x float> %1179, <16 x float> %1182
-  %indvars.iv.next644.3.i.7 = add nuw nsw i64 %indvars.iv643.3.i, 8
-  %niter185.next.7 = add i64 %niter185, 8
-  %niter185.ncmp.7 = icmp eq i64 %niter185.next.7, %unroll_iter184
-  br i1 %niter185.ncmp.7, label %for_end_ax1.3.i.loopexit.unr-lcssa, label %for_body_ax1.3.i, !prof !37, !llvm.loop !46
+  %indvars.iv681.3.i = phi i64 [ %indvars.iv.next682.3.i.7, %for_body_ax1.3.i ], [ 0, %for_body_ax1.3.i.preheader ]
+  %peak.rf_global240.sroa.0.0441.3.i = phi <16 x float> [ %1211, %for_body_ax1.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ]
+  %niter209 = phi i64 [ %niter209.next.7, %for_body_ax1.3.i ], [ 0, %for_body_ax1.3.i.preheader ]
+  %.idx1075.i = shl nsw i64 %indvars.iv681.3.i, 6
+  %1172 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1075.i
+  %1173 = getelementptr inbounds nuw i8, ptr %1172, i64 1536
+  %1174 = load <16 x float>, ptr %1173, align 4, !tbaa !5
+  %1175 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.3.i, %1174
+  %1176 = select <16 x i1> %1175, <16 x float> %peak.rf_global240.sroa.0.0441.3.i, <16 x float> %1174
+  %indvars.iv.next682.3.i = shl i64 %indvars.iv681.3.i, 6
+  %1177 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i
+  %1178 = getelementptr inbounds nuw i8, ptr %1177, i64 1600
+  %1179 = load <16 x float>, ptr %1178, align 4, !tbaa !5
+  %1180 = fcmp ogt <16 x float> %1176, %1179
+  %1181 = select <16 x i1> %1180, <16 x float> %1176, <16 x float> %1179
+  %indvars.iv.next682.3.i.1 = shl i64 %indvars.iv681.3.i, 6
+  %1182 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.1
+  %1183 = getelementptr inbounds nuw i8, ptr %1182, i64 1664
+  %1184 = load <16 x float>, ptr %1183, align 4, !tbaa !5
+  %1185 = fcmp ogt <16 x float> %1181, %1184
+  %1186 = select <16 x i1> %1185, <16 x float> %1181, <16 x float> %1184
+  %indvars.iv.next682.3.i.2 = shl i64 %indvars.iv681.3.i, 6
+  %1187 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.2
+  %1188 = getelementptr inbounds nuw i8, ptr %1187, i64 1728
+  %1189 = load <16 x float>, ptr %1188, align 4, !tbaa !5
+  %1190 = fcmp ogt <16 x float> %1186, %1189
+  %1191 = select <16 x i1> %1190, <16 x float> %1186, <16 x float> %1189
+  %indvars.iv.next682.3.i.3 = shl i64 %indvars.iv681.3.i, 6
+  %1192 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.3
+  %1193 = getelementptr inbounds nuw i8, ptr %1192, i64 1792
+  %1194 = load <16 x float>, ptr %1193, align 4, !tbaa !5
+  %1195 = fcmp ogt <16 x float> %1191, %1194
+  %1196 = select <16 x i1> %1195, <16 x float> %1191, <16 x float> %1194
+  %indvars.iv.next682.3.i.4 = shl i64 %indvars.iv681.3.i, 6
+  %1197 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.4
+  %1198 = getelementptr inbounds nuw i8, ptr %1197, i64 1856
+  %1199 = load <16 x float>, ptr %1198, align 4, !tbaa !5
+  %1200 = fcmp ogt <16 x float> %1196, %1199
+  %1201 = select <16 x i1> %1200, <16 x float> %1196, <16 x float> %1199
+  %indvars.iv.next682.3.i.5 = shl i64 %indvars.iv681.3.i, 6
+  %1202 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.5
+  %1203 = getelementptr inbounds nuw i8, ptr %1202, i64 1920
+  %1204 = load <16 x float>, ptr %1203, align 4, !tbaa !5
+  %1205 = fcmp ogt <16 x float> %1201, %1204
+  %1206 = select <16 x i1> %1205, <16 x float> %1201, <16 x float> %1204
+  %indvars.iv.next682.3.i.6 = shl i64 %indvars.iv681.3.i, 6
+  %1207 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.6
+  %1208 = getelementptr inbounds nuw i8, ptr %1207, i64 1984
+  %1209 = load <16 x float>, ptr %1208, align 4, !tbaa !5
+  %1210 = fcmp ogt <16 x float> %1206, %1209
+  %1211 = select <16 x i1> %1210, <16 x float> %1206, <16 x float> %1209
+  %indvars.iv.next682.3.i.7 = add nuw nsw i64 %indvars.iv681.3.i, 8
+  %niter209.next.7 = add i64 %niter209, 8
+  %niter209.ncmp.7 = icmp eq i64 %niter209.next.7, %unroll_iter208
+  br i1 %niter209.ncmp.7, label %for_end_ax1.3.i.loopexit.unr-lcssa, label %for_body_ax1.3.i, !prof !37, !llvm.loop !46
 
 for_end_ax1.3.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.3.i
-  br i1 %lcmp.mod181.not, label %for_end_ax1.3.i, label %for_body_ax1.3.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod205.not, label %for_end_ax1.3.i, label %for_body_ax1.3.i.epil.preheader, !prof !40
 
 for_body_ax1.3.i.epil.preheader:                  ; preds = %for_end_ax1.3.i.loopexit.unr-lcssa, %for_body_ax1.3.i.preheader
-  %indvars.iv643.3.i.epil.init = phi i64 [ 0, %for_body_ax1.3.i.preheader ], [ %indvars.iv.next644.3.i.7, %for_end_ax1.3.i.loopexit.unr-lcssa ]
-  %peak.rf_global210.sroa.0.0410.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ], [ %1184, %for_end_ax1.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod183)
+  %indvars.iv681.3.i.epil.init = phi i64 [ 0, %for_body_ax1.3.i.preheader ], [ %indvars.iv.next682.3.i.7, %for_end_ax1.3.i.loopexit.unr-lcssa ]
+  %peak.rf_global240.sroa.0.0441.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ], [ %1211, %for_end_ax1.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod207)
   br label %for_body_ax1.3.i.epil
 
 for_body_ax1.3.i.epil:                            ; preds = %for_body_ax1.3.i.epil, %for_body_ax1.3.i.epil.preheader
-  %indvars.iv643.3.i.epil = phi i64 [ %indvars.iv.next644.3.i.epil, %for_body_ax1.3.i.epil ], [ %indvars.iv643.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
-  %peak.rf_global210.sroa.0.0410.3.i.epil = phi <16 x float> [ %1189, %for_body_ax1.3.i.epil ], [ %peak.rf_global210.sroa.0.0410.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
-  %epil.iter180 = phi i64 [ %epil.iter180.next, %for_body_ax1.3.i.epil ], [ 0, %for_body_ax1.3.i.epil.preheader ]
-  %.idx834.i.epil = shl nsw i64 %indvars.iv643.3.i.epil, 6
-  %1185 = getelementptr inbounds nuw i8, ptr %scaled843845848.i, i64 %.idx834.i.epil
-  %1186 = getelementptr inbounds nuw i8, ptr %1185, i64 1536
-  %1187 = load <16 x float>, ptr %1186, align 4, !tbaa !5
-  %1188 = fcmp ogt <16 x float> %peak.rf_global210.sroa.0.0410.3.i.epil, %1187
-  %1189 = select <16 x i1> %1188, <16 x float> %peak.rf_global210.sroa.0.0410.3.i.epil, <16 x float> %1187
-  %indvars.iv.next644.3.i.epil = add nuw nsw i64 %indvars.iv643.3.i.epil, 1
-  %epil.iter180.next = add i64 %epil.iter180, 1
-  %epil.iter180.cmp.not = icmp eq i64 %epil.iter180.next, %xtraiter179
-  br i1 %epil.iter180.cmp.not, label %for_end_ax1.3.i, label %for_body_ax1.3.i.epil, !prof !26, !llvm.loop !47
+  %indvars.iv681.3.i.epil = phi i64 [ %indvars.iv.next682.3.i.epil, %for_body_ax1.3.i.epil ], [ %indvars.iv681.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
+  %peak.rf_global240.sroa.0.0441.3.i.epil = phi <16 x float> [ %1216, %for_body_ax1.3.i.epil ], [ %peak.rf_global240.sroa.0.0441.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
+  %epil.iter204 = phi i64 [ %epil.iter204.next, %for_body_ax1.3.i.epil ], [ 0, %for_body_ax1.3.i.epil.preheader ]
+  %.idx1075.i.epil = shl nsw i64 %indvars.iv681.3.i.epil, 6
+  %1212 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1075.i.epil
+  %1213 = getelementptr inbounds nuw i8, ptr %1212, i64 1536
+  %1214 = load <16 x float>, ptr %1213, align 4, !tbaa !5
+  %1215 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.3.i.epil, %1214
+  %1216 = select <16 x i1> %1215, <16 x float> %peak.rf_global240.sroa.0.0441.3.i.epil, <16 x float> %1214
+  %indvars.iv.next682.3.i.epil = add nuw nsw i64 %indvars.iv681.3.i.epil, 1
+  %epil.iter204.next = add i64 %epil.iter204, 1
+  %epil.iter204.cmp.not = icmp eq i64 %epil.iter204.next, %xtraiter203
+  br i1 %epil.iter204.cmp.not, label %for_end_ax1.3.i, label %for_body_ax1.3.i.epil, !prof !26, !llvm.loop !47
 
 for_end_ax1.3.i:                                  ; preds = %for_body_ax1.3.i.epil, %for_end_ax1.3.i.loopexit.unr-lcssa, %for_end_ax1.2.i
-  %peak.rf_global210.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.2.i ], [ %1184, %for_end_ax1.3.i.loopexit.unr-lcssa ], [ %1189, %for_body_ax1.3.i.epil ]
-  br i1 %225, label %if_then59.3.i, label %if_end60.3.i
+  %peak.rf_global240.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.2.i ], [ %1211, %for_end_ax1.3.i.loopexit.unr-lcssa ], [ %1216, %for_body_ax1.3.i.epil ]
+  br i1 %252, label %if_then59.3.i, label %if_end60.3.i
 
 for_begin_to66.preheader.us.preheader.i:          ; preds = %if_end60.3.i
-  %1190 = insertelement <16 x float> poison, float %1334, i64 0
-  %1191 = shufflevector <16 x float> %1190, <16 x float> poison, <16 x i32> zeroinitializer
+  %1217 = insertelement <16 x float> poison, float %1361, i64 0
+  %1218 = shufflevector <16 x float> %1217, <16 x float> poison, <16 x i32> zeroinitializer
   br label %for_body_to67.us.i
 
 for_body_to67.us.i:                               ; preds = %for_body_to67.us.i, %for_begin_to66.preheader.us.preheader.i
-  %indvars.iv656.i = phi i64 [ 0, %for_begin_to66.preheader.us.preheader.i ], [ %indvars.iv.next657.i, %for_body_to67.us.i ]
-  %1192 = shl nsw i64 %indvars.iv656.i, 4
-  %1193 = getelementptr inbounds nuw float, ptr %scaled843845848.i, i64 %1192
-  %1194 = load <16 x float>, ptr %1193, align 4, !tbaa !5
-  %arg.us.i = fsub <16 x float> %1194, %1191
-  %cse_v36.us.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1195 = bitcast <16 x float> %cse_v36.us.i to <16 x i32>
-  %1196 = add nsw <16 x i32> %1195, splat (i32 -1262485504)
-  %1197 = sitofp <16 x i32> %1196 to <16 x float>
-  %1198 = fmul <16 x float> %1197, splat (float 0x3F2BD01060000000)
-  %1199 = fmul <16 x float> %1197, splat (float 0x3FE6300000000000)
-  %1200 = fsub <16 x float> %arg.us.i, %1199
-  %1201 = fadd <16 x float> %1198, %1200
-  %1202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1201, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1202, <16 x float> %1201, <16 x float> splat (float 0x3F81112100000000))
-  %1204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1203, <16 x float> %1201, <16 x float> splat (float 0x3FA5553820000000))
-  %1205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1204, <16 x float> %1201, <16 x float> splat (float 0x3FC5555540000000))
-  %1206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1205, <16 x float> %1201, <16 x float> splat (float 5.000000e-01))
-  %1207 = fmul <16 x float> %1201, %1206
-  %1208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1207, <16 x float> %1201, <16 x float> %1201)
-  %1209 = shl <16 x i32> %1195, splat (i32 23)
-  %1210 = add <16 x i32> %1209, splat (i32 1065353216)
-  %1211 = bitcast <16 x i32> %1210 to <16 x float>
-  %1212 = fadd <16 x float> %1208, splat (float 1.000000e+00)
-  %1213 = fmul <16 x float> %1212, %1211
-  %1214 = fcmp olt <16 x float> %arg.us.i, splat (float -8.700000e+01)
-  %1215 = select <16 x i1> %1214, <16 x float> zeroinitializer, <16 x float> %1213
-  %1216 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1192
-  store <16 x float> %1215, ptr %1216, align 4, !tbaa !5
-  %indvars.iv.next657.i = add nuw nsw i64 %indvars.iv656.i, 1
-  %exitcond661.not.i = icmp eq i64 %indvars.iv.next657.i, %wide.trip.count630.i
-  br i1 %exitcond661.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.i, label %for_body_to67.us.i, !prof !13
+  %indvars.iv694.i = phi i64 [ 0, %for_begin_to66.preheader.us.preheader.i ], [ %indvars.iv.next695.i, %for_body_to67.us.i ]
+  %1219 = shl nsw i64 %indvars.iv694.i, 4
+  %1220 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1219
+  %1221 = load <16 x float>, ptr %1220, align 4, !tbaa !5
+  %arg.us.i = fsub <16 x float> %1221, %1218
+  %cse_v37.us.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1222 = bitcast <16 x float> %cse_v37.us.i to <16 x i32>
+  %1223 = add nsw <16 x i32> %1222, splat (i32 -1262485504)
+  %1224 = sitofp <16 x i32> %1223 to <16 x float>
+  %1225 = fmul <16 x float> %1224, splat (float 0x3F2BD01060000000)
+  %1226 = fmul <16 x float> %1224, splat (float 0x3FE6300000000000)
+  %1227 = fsub <16 x float> %arg.us.i, %1226
+  %1228 = fadd <16 x float> %1225, %1227
+  %1229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1228, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1229, <16 x float> %1228, <16 x float> splat (float 0x3F81112100000000))
+  %1231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1230, <16 x float> %1228, <16 x float> splat (float 0x3FA5553820000000))
+  %1232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1231, <16 x float> %1228, <16 x float> splat (float 0x3FC5555540000000))
+  %1233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1232, <16 x float> %1228, <16 x float> splat (float 5.000000e-01))
+  %1234 = fmul <16 x float> %1228, %1233
+  %1235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1234, <16 x float> %1228, <16 x float> %1228)
+  %1236 = shl <16 x i32> %1222, splat (i32 23)
+  %1237 = add <16 x i32> %1236, splat (i32 1065353216)
+  %1238 = bitcast <16 x i32> %1237 to <16 x float>
+  %1239 = fadd <16 x float> %1235, splat (float 1.000000e+00)
+  %1240 = fmul <16 x float> %1239, %1238
+  %1241 = fcmp olt <16 x float> %arg.us.i, splat (float -8.700000e+01)
+  %1242 = select <16 x i1> %1241, <16 x float> zeroinitializer, <16 x float> %1240
+  %1243 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1219
+  store <16 x float> %1242, ptr %1243, align 4, !tbaa !5
+  %indvars.iv.next695.i = add nuw nsw i64 %indvars.iv694.i, 1
+  %exitcond699.not.i = icmp eq i64 %indvars.iv.next695.i, %wide.trip.count668.i
+  br i1 %exitcond699.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.i, label %for_body_to67.us.i, !prof !13
 
 for_begin_to66.for_end_to68_crit_edge.us.i:       ; preds = %for_body_to67.us.i
-  %1217 = insertelement <16 x float> poison, float %1335, i64 0
-  %1218 = shufflevector <16 x float> %1217, <16 x float> poison, <16 x i32> zeroinitializer
+  %1244 = insertelement <16 x float> poison, float %1362, i64 0
+  %1245 = shufflevector <16 x float> %1244, <16 x float> poison, <16 x i32> zeroinitializer
   br label %for_body_to67.us.1.i
 
 for_body_to67.us.1.i:                             ; preds = %for_body_to67.us.1.i, %for_begin_to66.for_end_to68_crit_edge.us.i
-  %indvars.iv656.1.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.i ], [ %indvars.iv.next657.1.i, %for_body_to67.us.1.i ]
-  %1219 = shl nsw i64 %indvars.iv656.1.i, 4
-  %1220 = add nuw nsw i64 %1219, 128
-  %1221 = getelementptr inbounds nuw float, ptr %scaled843845848.i, i64 %1220
-  %1222 = load <16 x float>, ptr %1221, align 4, !tbaa !5
-  %arg.us.1.i = fsub <16 x float> %1222, %1218
-  %cse_v36.us.1.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1223 = bitcast <16 x float> %cse_v36.us.1.i to <16 x i32>
-  %1224 = add nsw <16 x i32> %1223, splat (i32 -1262485504)
-  %1225 = sitofp <16 x i32> %1224 to <16 x float>
-  %1226 = fmul <16 x float> %1225, splat (float 0x3F2BD01060000000)
-  %1227 = fmul <16 x float> %1225, splat (float 0x3FE6300000000000)
-  %1228 = fsub <16 x float> %arg.us.1.i, %1227
-  %1229 = fadd <16 x float> %1226, %1228
-  %1230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1229, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1230, <16 x float> %1229, <16 x float> splat (float 0x3F81112100000000))
-  %1232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1231, <16 x float> %1229, <16 x float> splat (float 0x3FA5553820000000))
-  %1233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1232, <16 x float> %1229, <16 x float> splat (float 0x3FC5555540000000))
-  %1234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1233, <16 x float> %1229, <16 x float> splat (float 5.000000e-01))
-  %1235 = fmul <16 x float> %1229, %1234
-  %1236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1235, <16 x float> %1229, <16 x float> %1229)
-  %1237 = shl <16 x i32> %1223, splat (i32 23)
-  %1238 = add <16 x i32> %1237, splat (i32 1065353216)
-  %1239 = bitcast <16 x i32> %1238 to <16 x float>
-  %1240 = fadd <16 x float> %1236, splat (float 1.000000e+00)
-  %1241 = fmul <16 x float> %1240, %1239
-  %1242 = fcmp olt <16 x float> %arg.us.1.i, splat (float -8.700000e+01)
-  %1243 = select <16 x i1> %1242, <16 x float> zeroinitializer, <16 x float> %1241
-  %1244 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1220
-  store <16 x float> %1243, ptr %1244, align 4, !tbaa !5
-  %indvars.iv.next657.1.i = add nuw nsw i64 %indvars.iv656.1.i, 1
-  %exitcond661.1.not.i = icmp eq i64 %indvars.iv.next657.1.i, %wide.trip.count630.i
-  br i1 %exitcond661.1.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.1.i, label %for_body_to67.us.1.i, !prof !13
+  %indvars.iv694.1.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.i ], [ %indvars.iv.next695.1.i, %for_body_to67.us.1.i ]
+  %1246 = shl nsw i64 %indvars.iv694.1.i, 4
+  %1247 = add nuw nsw i64 %1246, 128
+  %1248 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1247
+  %1249 = load <16 x float>, ptr %1248, align 4, !tbaa !5
+  %arg.us.1.i = fsub <16 x float> %1249, %1245
+  %cse_v37.us.1.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1250 = bitcast <16 x float> %cse_v37.us.1.i to <16 x i32>
+  %1251 = add nsw <16 x i32> %1250, splat (i32 -1262485504)
+  %1252 = sitofp <16 x i32> %1251 to <16 x float>
+  %1253 = fmul <16 x float> %1252, splat (float 0x3F2BD01060000000)
+  %1254 = fmul <16 x float> %1252, splat (float 0x3FE6300000000000)
+  %1255 = fsub <16 x float> %arg.us.1.i, %1254
+  %1256 = fadd <16 x float> %1253, %1255
+  %1257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1256, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1257, <16 x float> %1256, <16 x float> splat (float 0x3F81112100000000))
+  %1259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1258, <16 x float> %1256, <16 x float> splat (float 0x3FA5553820000000))
+  %1260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1259, <16 x float> %1256, <16 x float> splat (float 0x3FC5555540000000))
+  %1261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1260, <16 x float> %1256, <16 x float> splat (float 5.000000e-01))
+  %1262 = fmul <16 x float> %1256, %1261
+  %1263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %1256, <16 x float> %1256)
+  %1264 = shl <16 x i32> %1250, splat (i32 23)
+  %1265 = add <16 x i32> %1264, splat (i32 1065353216)
+  %1266 = bitcast <16 x i32> %1265 to <16 x float>
+  %1267 = fadd <16 x float> %1263, splat (float 1.000000e+00)
+  %1268 = fmul <16 x float> %1267, %1266
+  %1269 = fcmp olt <16 x float> %arg.us.1.i, splat (float -8.700000e+01)
+  %1270 = select <16 x i1> %1269, <16 x float> zeroinitializer, <16 x float> %1268
+  %1271 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1247
+  store <16 x float> %1270, ptr %1271, align 4, !tbaa !5
+  %indvars.iv.next695.1.i = add nuw nsw i64 %indvars.iv694.1.i, 1
+  %exitcond699.1.not.i = icmp eq i64 %indvars.iv.next695.1.i, %wide.trip.count668.i
+  br i1 %exitcond699.1.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.1.i, label %for_body_to67.us.1.i, !prof !13
 
 for_begin_to66.for_end_to68_crit_edge.us.1.i:     ; preds = %for_body_to67.us.1.i
-  %1245 = insertelement <16 x float> poison, float %1333, i64 0
-  %1246 = shufflevector <16 x float> %1245, <16 x float> poison, <16 x i32> zeroinitializer
+  %1272 = insertelement <16 x float> poison, float %1360, i64 0
+  %1273 = shufflevector <16 x float> %1272, <16 x float> poison, <16 x i32> zeroinitializer
   br label %for_body_to67.us.2.i
 
 for_body_to67.us.2.i:                             ; preds = %for_body_to67.us.2.i, %for_begin_to66.for_end_to68_crit_edge.us.1.i
-  %indvars.iv656.2.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.1.i ], [ %indvars.iv.next657.2.i, %for_body_to67.us.2.i ]
-  %1247 = shl nsw i64 %indvars.iv656.2.i, 4
-  %1248 = add nuw nsw i64 %1247, 256
-  %1249 = getelementptr inbounds nuw float, ptr %scaled843845848.i, i64 %1248
-  %1250 = load <16 x float>, ptr %1249, align 4, !tbaa !5
-  %arg.us.2.i = fsub <16 x float> %1250, %1246
-  %cse_v36.us.2.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1251 = bitcast <16 x float> %cse_v36.us.2.i to <16 x i32>
-  %1252 = add nsw <16 x i32> %1251, splat (i32 -1262485504)
-  %1253 = sitofp <16 x i32> %1252 to <16 x float>
-  %1254 = fmul <16 x float> %1253, splat (float 0x3F2BD01060000000)
-  %1255 = fmul <16 x float> %1253, splat (float 0x3FE6300000000000)
-  %1256 = fsub <16 x float> %arg.us.2.i, %1255
-  %1257 = fadd <16 x float> %1254, %1256
-  %1258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1257, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1258, <16 x float> %1257, <16 x float> splat (float 0x3F81112100000000))
-  %1260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1259, <16 x float> %1257, <16 x float> splat (float 0x3FA5553820000000))
-  %1261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1260, <16 x float> %1257, <16 x float> splat (float 0x3FC5555540000000))
-  %1262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1261, <16 x float> %1257, <16 x float> splat (float 5.000000e-01))
-  %1263 = fmul <16 x float> %1257, %1262
-  %1264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1263, <16 x float> %1257, <16 x float> %1257)
-  %1265 = shl <16 x i32> %1251, splat (i32 23)
-  %1266 = add <16 x i32> %1265, splat (i32 1065353216)
-  %1267 = bitcast <16 x i32> %1266 to <16 x float>
-  %1268 = fadd <16 x float> %1264, splat (float 1.000000e+00)
-  %1269 = fmul <16 x float> %1268, %1267
-  %1270 = fcmp olt <16 x float> %arg.us.2.i, splat (float -8.700000e+01)
-  %1271 = select <16 x i1> %1270, <16 x float> zeroinitializer, <16 x float> %1269
-  %1272 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1248
-  store <16 x float> %1271, ptr %1272, align 4, !tbaa !5
-  %indvars.iv.next657.2.i = add nuw nsw i64 %indvars.iv656.2.i, 1
-  %exitcond661.2.not.i = icmp eq i64 %indvars.iv.next657.2.i, %wide.trip.count630.i
-  br i1 %exitcond661.2.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.2.i, label %for_body_to67.us.2.i, !prof !13
+  %indvars.iv694.2.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.1.i ], [ %indvars.iv.next695.2.i, %for_body_to67.us.2.i ]
+  %1274 = shl nsw i64 %indvars.iv694.2.i, 4
+  %1275 = add nuw nsw i64 %1274, 256
+  %1276 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1275
+  %1277 = load <16 x float>, ptr %1276, align 4, !tbaa !5
+  %arg.us.2.i = fsub <16 x float> %1277, %1273
+  %cse_v37.us.2.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1278 = bitcast <16 x float> %cse_v37.us.2.i to <16 x i32>
+  %1279 = add nsw <16 x i32> %1278, splat (i32 -1262485504)
+  %1280 = sitofp <16 x i32> %1279 to <16 x float>
+  %1281 = fmul <16 x float> %1280, splat (float 0x3F2BD01060000000)
+  %1282 = fmul <16 x float> %1280, splat (float 0x3FE6300000000000)
+  %1283 = fsub <16 x float> %arg.us.2.i, %1282
+  %1284 = fadd <16 x float> %1281, %1283
+  %1285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1284, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1285, <16 x float> %1284, <16 x float> splat (float 0x3F81112100000000))
+  %1287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %1284, <16 x float> splat (float 0x3FA5553820000000))
+  %1288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1287, <16 x float> %1284, <16 x float> splat (float 0x3FC5555540000000))
+  %1289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1288, <16 x float> %1284, <16 x float> splat (float 5.000000e-01))
+  %1290 = fmul <16 x float> %1284, %1289
+  %1291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1290, <16 x float> %1284, <16 x float> %1284)
+  %1292 = shl <16 x i32> %1278, splat (i32 23)
+  %1293 = add <16 x i32> %1292, splat (i32 1065353216)
+  %1294 = bitcast <16 x i32> %1293 to <16 x float>
+  %1295 = fadd <16 x float> %1291, splat (float 1.000000e+00)
+  %1296 = fmul <16 x float> %1295, %1294
+  %1297 = fcmp olt <16 x float> %arg.us.2.i, splat (float -8.700000e+01)
+  %1298 = select <16 x i1> %1297, <16 x float> zeroinitializer, <16 x float> %1296
+  %1299 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1275
+  store <16 x float> %1298, ptr %1299, align 4, !tbaa !5
+  %indvars.iv.next695.2.i = add nuw nsw i64 %indvars.iv694.2.i, 1
+  %exitcond699.2.not.i = icmp eq i64 %indvars.iv.next695.2.i, %wide.trip.count668.i
+  br i1 %exitcond699.2.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.2.i, label %for_body_to67.us.2.i, !prof !13
 
 for_begin_to66.for_end_to68_crit_edge.us.2.i:     ; preds = %for_body_to67.us.2.i
-  %1273 = insertelement <16 x float> poison, float %1336, i64 0
-  %1274 = shufflevector <16 x float> %1273, <16 x float> poison, <16 x i32> zeroinitializer
+  %1300 = insertelement <16 x float> poison, float %1363, i64 0
+  %1301 = shufflevector <16 x float> %1300, <16 x float> poison, <16 x i32> zeroinitializer
   br label %for_body_to67.us.3.i
 
 for_body_to67.us.3.i:                             ; preds = %for_body_to67.us.3.i, %for_begin_to66.for_end_to68_crit_edge.us.2.i
-  %indvars.iv656.3.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.2.i ], [ %indvars.iv.next657.3.i, %for_body_to67.us.3.i ]
-  %1275 = shl nsw i64 %indvars.iv656.3.i, 4
-  %1276 = add nuw nsw i64 %1275, 384
-  %1277 = getelementptr inbounds nuw float, ptr %scaled843845848.i, i64 %1276
-  %1278 = load <16 x float>, ptr %1277, align 4, !tbaa !5
-  %arg.us.3.i = fsub <16 x float> %1278, %1274
-  %cse_v36.us.3.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1279 = bitcast <16 x float> %cse_v36.us.3.i to <16 x i32>
-  %1280 = add nsw <16 x i32> %1279, splat (i32 -1262485504)
-  %1281 = sitofp <16 x i32> %1280 to <16 x float>
-  %1282 = fmul <16 x float> %1281, splat (float 0x3F2BD01060000000)
-  %1283 = fmul <16 x float> %1281, splat (float 0x3FE6300000000000)
-  %1284 = fsub <16 x float> %arg.us.3.i, %1283
-  %1285 = fadd <16 x float> %1282, %1284
-  %1286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1285, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %1285, <16 x float> splat (float 0x3F81112100000000))
-  %1288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1287, <16 x float> %1285, <16 x float> splat (float 0x3FA5553820000000))
-  %1289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1288, <16 x float> %1285, <16 x float> splat (float 0x3FC5555540000000))
-  %1290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1289, <16 x float> %1285, <16 x float> splat (float 5.000000e-01))
-  %1291 = fmul <16 x float> %1285, %1290
-  %1292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1291, <16 x float> %1285, <16 x float> %1285)
-  %1293 = shl <16 x i32> %1279, splat (i32 23)
-  %1294 = add <16 x i32> %1293, splat (i32 1065353216)
-  %1295 = bitcast <16 x i32> %1294 to <16 x float>
-  %1296 = fadd <16 x float> %1292, splat (float 1.000000e+00)
-  %1297 = fmul <16 x float> %1296, %1295
-  %1298 = fcmp olt <16 x float> %arg.us.3.i, splat (float -8.700000e+01)
-  %1299 = select <16 x i1> %1298, <16 x float> zeroinitializer, <16 x float> %1297
-  %1300 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1276
-  store <16 x float> %1299, ptr %1300, align 4, !tbaa !5
-  %indvars.iv.next657.3.i = add nuw nsw i64 %indvars.iv656.3.i, 1
-  %exitcond661.3.not.i = icmp eq i64 %indvars.iv.next657.3.i, %wide.trip.count630.i
-  br i1 %exitcond661.3.not.i, label %for_body_ax177.i.preheader, label %for_body_to67.us.3.i, !prof !13
+  %indvars.iv694.3.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.2.i ], [ %indvars.iv.next695.3.i, %for_body_to67.us.3.i ]
+  %1302 = shl nsw i64 %indvars.iv694.3.i, 4
+  %1303 = add nuw nsw i64 %1302, 384
+  %1304 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1303
+  %1305 = load <16 x float>, ptr %1304, align 4, !tbaa !5
+  %arg.us.3.i = fsub <16 x float> %1305, %1301
+  %cse_v37.us.3.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1306 = bitcast <16 x float> %cse_v37.us.3.i to <16 x i32>
+  %1307 = add nsw <16 x i32> %1306, splat (i32 -1262485504)
+  %1308 = sitofp <16 x i32> %1307 to <16 x float>
+  %1309 = fmul <16 x float> %1308, splat (float 0x3F2BD01060000000)
+  %1310 = fmul <16 x float> %1308, splat (float 0x3FE6300000000000)
+  %1311 = fsub <16 x float> %arg.us.3.i, %1310
+  %1312 = fadd <16 x float> %1309, %1311
+  %1313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1312, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1313, <16 x float> %1312, <16 x float> splat (float 0x3F81112100000000))
+  %1315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1314, <16 x float> %1312, <16 x float> splat (float 0x3FA5553820000000))
+  %1316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1315, <16 x float> %1312, <16 x float> splat (float 0x3FC5555540000000))
+  %1317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1316, <16 x float> %1312, <16 x float> splat (float 5.000000e-01))
+  %1318 = fmul <16 x float> %1312, %1317
+  %1319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1318, <16 x float> %1312, <16 x float> %1312)
+  %1320 = shl <16 x i32> %1306, splat (i32 23)
+  %1321 = add <16 x i32> %1320, splat (i32 1065353216)
+  %1322 = bitcast <16 x i32> %1321 to <16 x float>
+  %1323 = fadd <16 x float> %1319, splat (float 1.000000e+00)
+  %1324 = fmul <16 x float> %1323, %1322
+  %1325 = fcmp olt <16 x float> %arg.us.3.i, splat (float -8.700000e+01)
+  %1326 = select <16 x i1> %1325, <16 x float> zeroinitializer, <16 x float> %1324
+  %1327 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1303
+  store <16 x float> %1326, ptr %1327, align 4, !tbaa !5
+  %indvars.iv.next695.3.i = add nuw nsw i64 %indvars.iv694.3.i, 1
+  %exitcond699.3.not.i = icmp eq i64 %indvars.iv.next695.3.i, %wide.trip.count668.i
+  br i1 %exitcond699.3.not.i, label %for_body_ax177.i.preheader, label %for_body_to67.us.3.i, !prof !13
 
 for_body_ax177.i.preheader:                       ; preds = %for_body_to67.us.3.i
-  br i1 %241, label %for_body_ax177.i.epil.preheader, label %for_body_ax177.i, !prof !36
+  br i1 %268, label %for_body_ax177.i.epil.preheader, label %for_body_ax177.i, !prof !36
 
 if_then59.3.i:                                    ; preds = %for_end_ax1.3.i
-  %peak.rf211.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 0
-  %1301 = fcmp olt float %peak.rf211.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
-  %1302 = select i1 %1301, float 0xC7EFFFFFE0000000, float %peak.rf211.sroa.0.0.vec.extract.3.i
-  %peak.rf211.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 1
-  %1303 = fcmp ogt float %1302, %peak.rf211.sroa.0.4.vec.extract.3.i
-  %1304 = select i1 %1303, float %1302, float %peak.rf211.sroa.0.4.vec.extract.3.i
-  %peak.rf211.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 2
-  %1305 = fcmp ogt float %1304, %peak.rf211.sroa.0.8.vec.extract.3.i
-  %1306 = select i1 %1305, float %1304, float %peak.rf211.sroa.0.8.vec.extract.3.i
-  %peak.rf211.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 3
-  %1307 = fcmp ogt float %1306, %peak.rf211.sroa.0.12.vec.extract.3.i
-  %1308 = select i1 %1307, float %1306, float %peak.rf211.sroa.0.12.vec.extract.3.i
-  %peak.rf211.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 4
-  %1309 = fcmp ogt float %1308, %peak.rf211.sroa.0.16.vec.extract.3.i
-  %1310 = select i1 %1309, float %1308, float %peak.rf211.sroa.0.16.vec.extract.3.i
-  %peak.rf211.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 5
-  %1311 = fcmp ogt float %1310, %peak.rf211.sroa.0.20.vec.extract.3.i
-  %1312 = select i1 %1311, float %1310, float %peak.rf211.sroa.0.20.vec.extract.3.i
-  %peak.rf211.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 6
-  %1313 = fcmp ogt float %1312, %peak.rf211.sroa.0.24.vec.extract.3.i
-  %1314 = select i1 %1313, float %1312, float %peak.rf211.sroa.0.24.vec.extract.3.i
-  %peak.rf211.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 7
-  %1315 = fcmp ogt float %1314, %peak.rf211.sroa.0.28.vec.extract.3.i
-  %1316 = select i1 %1315, float %1314, float %peak.rf211.sroa.0.28.vec.extract.3.i
-  %peak.rf211.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 8
-  %1317 = fcmp ogt float %1316, %peak.rf211.sroa.0.32.vec.extract.3.i
-  %1318 = select i1 %1317, float %1316, float %peak.rf211.sroa.0.32.vec.extract.3.i
-  %peak.rf211.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 9
-  %1319 = fcmp ogt float %1318, %peak.rf211.sroa.0.36.vec.extract.3.i
-  %1320 = select i1 %1319, float %1318, float %peak.rf211.sroa.0.36.vec.extract.3.i
-  %peak.rf211.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 10
-  %1321 = fcmp ogt float %1320, %peak.rf211.sroa.0.40.vec.extract.3.i
-  %1322 = select i1 %1321, float %1320, float %peak.rf211.sroa.0.40.vec.extract.3.i
-  %peak.rf211.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 11
-  %1323 = fcmp ogt float %1322, %peak.rf211.sroa.0.44.vec.extract.3.i
-  %1324 = select i1 %1323, float %1322, float %peak.rf211.sroa.0.44.vec.extract.3.i
-  %peak.rf211.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 12
-  %1325 = fcmp ogt float %1324, %peak.rf211.sroa.0.48.vec.extract.3.i
-  %1326 = select i1 %1325, float %1324, float %peak.rf211.sroa.0.48.vec.extract.3.i
-  %peak.rf211.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 13
-  %1327 = fcmp ogt float %1326, %peak.rf211.sroa.0.52.vec.extract.3.i
-  %1328 = select i1 %1327, float %1326, float %peak.rf211.sroa.0.52.vec.extract.3.i
-  %peak.rf211.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 14
-  %1329 = fcmp ogt float %1328, %peak.rf211.sroa.0.56.vec.extract.3.i
-  %1330 = select i1 %1329, float %1328, float %peak.rf211.sroa.0.56.vec.extract.3.i
-  %peak.rf211.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global210.sroa.0.0.lcssa.3.i, i64 15
-  %1331 = fcmp ogt float %1330, %peak.rf211.sroa.0.60.vec.extract.3.i
-  %1332 = select i1 %1331, float %1330, float %peak.rf211.sroa.0.60.vec.extract.3.i
-  %tile_max215.sroa.0.0.vec.insert849.i = insertelement <4 x float> poison, float %990, i64 0
-  %tile_max215.sroa.0.4.vec.insert853.i = insertelement <4 x float> %tile_max215.sroa.0.0.vec.insert849.i, float %1067, i64 1
-  %tile_max215.sroa.0.8.vec.insert857.i = insertelement <4 x float> %tile_max215.sroa.0.4.vec.insert853.i, float %1144, i64 2
+  %peak.rf241.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 0
+  %1328 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
+  %1329 = select i1 %1328, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.3.i
+  %peak.rf241.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 1
+  %1330 = fcmp ogt float %1329, %peak.rf241.sroa.0.4.vec.extract.3.i
+  %1331 = select i1 %1330, float %1329, float %peak.rf241.sroa.0.4.vec.extract.3.i
+  %peak.rf241.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 2
+  %1332 = fcmp ogt float %1331, %peak.rf241.sroa.0.8.vec.extract.3.i
+  %1333 = select i1 %1332, float %1331, float %peak.rf241.sroa.0.8.vec.extract.3.i
+  %peak.rf241.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 3
+  %1334 = fcmp ogt float %1333, %peak.rf241.sroa.0.12.vec.extract.3.i
+  %1335 = select i1 %1334, float %1333, float %peak.rf241.sroa.0.12.vec.extract.3.i
+  %peak.rf241.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 4
+  %1336 = fcmp ogt float %1335, %peak.rf241.sroa.0.16.vec.extract.3.i
+  %1337 = select i1 %1336, float %1335, float %peak.rf241.sroa.0.16.vec.extract.3.i
+  %peak.rf241.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 5
+  %1338 = fcmp ogt float %1337, %peak.rf241.sroa.0.20.vec.extract.3.i
+  %1339 = select i1 %1338, float %1337, float %peak.rf241.sroa.0.20.vec.extract.3.i
+  %peak.rf241.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 6
+  %1340 = fcmp ogt float %1339, %peak.rf241.sroa.0.24.vec.extract.3.i
+  %1341 = select i1 %1340, float %1339, float %peak.rf241.sroa.0.24.vec.extract.3.i
+  %peak.rf241.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 7
+  %1342 = fcmp ogt float %1341, %peak.rf241.sroa.0.28.vec.extract.3.i
+  %1343 = select i1 %1342, float %1341, float %peak.rf241.sroa.0.28.vec.extract.3.i
+  %peak.rf241.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 8
+  %1344 = fcmp ogt float %1343, %peak.rf241.sroa.0.32.vec.extract.3.i
+  %1345 = select i1 %1344, float %1343, float %peak.rf241.sroa.0.32.vec.extract.3.i
+  %peak.rf241.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 9
+  %1346 = fcmp ogt float %1345, %peak.rf241.sroa.0.36.vec.extract.3.i
+  %1347 = select i1 %1346, float %1345, float %peak.rf241.sroa.0.36.vec.extract.3.i
+  %peak.rf241.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 10
+  %1348 = fcmp ogt float %1347, %peak.rf241.sroa.0.40.vec.extract.3.i
+  %1349 = select i1 %1348, float %1347, float %peak.rf241.sroa.0.40.vec.extract.3.i
+  %peak.rf241.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 11
+  %1350 = fcmp ogt float %1349, %peak.rf241.sroa.0.44.vec.extract.3.i
+  %1351 = select i1 %1350, float %1349, float %peak.rf241.sroa.0.44.vec.extract.3.i
+  %peak.rf241.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 12
+  %1352 = fcmp ogt float %1351, %peak.rf241.sroa.0.48.vec.extract.3.i
+  %1353 = select i1 %1352, float %1351, float %peak.rf241.sroa.0.48.vec.extract.3.i
+  %peak.rf241.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 13
+  %1354 = fcmp ogt float %1353, %peak.rf241.sroa.0.52.vec.extract.3.i
+  %1355 = select i1 %1354, float %1353, float %peak.rf241.sroa.0.52.vec.extract.3.i
+  %peak.rf241.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 14
+  %1356 = fcmp ogt float %1355, %peak.rf241.sroa.0.56.vec.extract.3.i
+  %1357 = select i1 %1356, float %1355, float %peak.rf241.sroa.0.56.vec.extract.3.i
+  %peak.rf241.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 15
+  %1358 = fcmp ogt float %1357, %peak.rf241.sroa.0.60.vec.extract.3.i
+  %1359 = select i1 %1358, float %1357, float %peak.rf241.sroa.0.60.vec.extract.3.i
+  %tile_max245.sroa.0.0.vec.insert1090.i = insertelement <4 x float> poison, float %1017, i64 0
+  %tile_max245.sroa.0.4.vec.insert1094.i = insertelement <4 x float> %tile_max245.sroa.0.0.vec.insert1090.i, float %1094, i64 1
+  %tile_max245.sroa.0.8.vec.insert1098.i = insertelement <4 x float> %tile_max245.sroa.0.4.vec.insert1094.i, float %1171, i64 2
   br label %if_end60.3.i
 
 if_end60.3.i:                                     ; preds = %if_then59.3.i, %for_end_ax1.3.i
-  %tile_max215.sroa.0.8.vec.insert858.i = phi <4 x float> [ %tile_max215.sroa.0.8.vec.insert857.i, %if_then59.3.i ], [ <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>, %for_end_ax1.3.i ]
-  %1333 = phi float [ %1144, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1334 = phi float [ %990, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1335 = phi float [ %1067, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1336 = phi float [ %1332, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %tile_max215.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_max215.sroa.0.8.vec.insert858.i, float %1336, i64 3
-  br i1 %224, label %for_begin_to66.preheader.us.preheader.i, label %for_end_ax178.i, !prof !3
+  %tile_max245.sroa.0.8.vec.insert1099.i = phi <4 x float> [ %tile_max245.sroa.0.8.vec.insert1098.i, %if_then59.3.i ], [ <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>, %for_end_ax1.3.i ]
+  %1360 = phi float [ %1171, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
+  %1361 = phi float [ %1017, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
+  %1362 = phi float [ %1094, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
+  %1363 = phi float [ %1359, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
+  %tile_max245.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_max245.sroa.0.8.vec.insert1099.i, float %1363, i64 3
+  br i1 %251, label %for_begin_to66.preheader.us.preheader.i, label %for_end_ax178.i, !prof !3
 
 for_begin_d_084.preheader.i:                      ; preds = %for_end_ax178.3.i
-  %invariant.gep502.i = getelementptr i32, ptr %value_cache, i64 %v_now.i
-  %1337 = mul nsw i64 %ahead_head.i, %v_head
+  %invariant.gep533.i = getelementptr i32, ptr %value_cache, i64 %v_now.i
+  %1364 = mul nsw i64 %ahead_head.i, %v_head
   br label %for_begin_to89.preheader.i
 
 for_body_ax177.i:                                 ; preds = %for_body_ax177.i, %for_body_ax177.i.preheader
-  %indvars.iv666.i = phi i64 [ %indvars.iv.next667.i.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
-  %tile_sum.rf_global208.sroa.0.0416.i = phi <16 x float> [ %1368, %for_body_ax177.i ], [ zeroinitializer, %for_body_ax177.i.preheader ]
-  %niter192 = phi i64 [ %niter192.next.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
-  %.idx835.i = shl nsw i64 %indvars.iv666.i, 6
-  %1338 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx835.i
-  %1339 = load <16 x float>, ptr %1338, align 4, !tbaa !5
-  %1340 = fadd <16 x float> %tile_sum.rf_global208.sroa.0.0416.i, %1339
-  %indvars.iv.next667.i = shl i64 %indvars.iv666.i, 6
-  %1341 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.i
-  %1342 = getelementptr inbounds nuw i8, ptr %1341, i64 64
-  %1343 = load <16 x float>, ptr %1342, align 4, !tbaa !5
-  %1344 = fadd <16 x float> %1340, %1343
-  %indvars.iv.next667.i.1 = shl i64 %indvars.iv666.i, 6
-  %1345 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.i.1
-  %1346 = getelementptr inbounds nuw i8, ptr %1345, i64 128
-  %1347 = load <16 x float>, ptr %1346, align 4, !tbaa !5
-  %1348 = fadd <16 x float> %1344, %1347
-  %indvars.iv.next667.i.2 = shl i64 %indvars.iv666.i, 6
-  %1349 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.i.2
-  %1350 = getelementptr inbounds nuw i8, ptr %1349, i64 192
-  %1351 = load <16 x float>, ptr %1350, align 4, !tbaa !5
-  %1352 = fadd <16 x float> %1348, %1351
-  %indvars.iv.next667.i.3 = shl i64 %indvars.iv666.i, 6
-  %1353 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.i.3
-  %1354 = getelementptr inbounds nuw i8, ptr %1353, i64 256
-  %1355 = load <16 x float>, ptr %1354, align 4, !tbaa !5
-  %1356 = fadd <16 x float> %1352, %1355
-  %indvars.iv.next667.i.4 = shl i64 %indvars.iv666.i, 6
-  %1357 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.i.4
-  %1358 = getelementptr inbounds nuw i8, ptr %1357, i64 320
-  %1359 = load <16 x float>, ptr %1358, align 4, !tbaa !5
-  %1360 = fadd <16 x float> %1356, %1359
-  %indvars.iv.next667.i.5 = shl i64 %indvars.iv666.i, 6
-  %1361 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.i.5
-  %1362 = getelementptr inbounds nuw i8, ptr %1361, i64 384
-  %1363 = load <16 x float>, ptr %1362, align 4, !tbaa !5
-  %1364 = fadd <16 x float> %1360, %1363
-  %indvars.iv.next667.i.6 = shl i64 %indvars.iv666.i, 6
-  %1365 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.i.6
-  %1366 = getelementptr inbounds nuw i8, ptr %1365, i64 448
-  %1367 = load <16 x float>, ptr %1366, align 4, !tbaa !5
-  %1368 = fadd <16 x float> %1364, %1367
-  %indvars.iv.next667.i.7 = add nuw nsw i64 %indvars.iv666.i, 8
-  %niter192.next.7 = add i64 %niter192, 8
-  %niter192.ncmp.7 = icmp eq i64 %niter192.next.7, %unroll_iter191
-  br i1 %niter192.ncmp.7, label %for_end_ax178.i.loopexit.unr-lcssa, label %for_body_ax177.i, !prof !37, !llvm.loop !48
+  %indvars.iv704.i = phi i64 [ %indvars.iv.next705.i.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
+  %tile_sum.rf_global238.sroa.0.0447.i = phi <16 x float> [ %1395, %for_body_ax177.i ], [ zeroinitializer, %for_body_ax177.i.preheader ]
+  %niter216 = phi i64 [ %niter216.next.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
+  %.idx1076.i = shl nsw i64 %indvars.iv704.i, 6
+  %1365 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1076.i
+  %1366 = load <16 x float>, ptr %1365, align 4, !tbaa !5
+  %1367 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.i, %1366
+  %indvars.iv.next705.i = shl i64 %indvars.iv704.i, 6
+  %1368 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i
+  %1369 = getelementptr inbounds nuw i8, ptr %1368, i64 64
+  %1370 = load <16 x float>, ptr %1369, align 4, !tbaa !5
+  %1371 = fadd <16 x float> %1367, %1370
+  %indvars.iv.next705.i.1 = shl i64 %indvars.iv704.i, 6
+  %1372 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.1
+  %1373 = getelementptr inbounds nuw i8, ptr %1372, i64 128
+  %1374 = load <16 x float>, ptr %1373, align 4, !tbaa !5
+  %1375 = fadd <16 x float> %1371, %1374
+  %indvars.iv.next705.i.2 = shl i64 %indvars.iv704.i, 6
+  %1376 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.2
+  %1377 = getelementptr inbounds nuw i8, ptr %1376, i64 192
+  %1378 = load <16 x float>, ptr %1377, align 4, !tbaa !5
+  %1379 = fadd <16 x float> %1375, %1378
+  %indvars.iv.next705.i.3 = shl i64 %indvars.iv704.i, 6
+  %1380 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.3
+  %1381 = getelementptr inbounds nuw i8, ptr %1380, i64 256
+  %1382 = load <16 x float>, ptr %1381, align 4, !tbaa !5
+  %1383 = fadd <16 x float> %1379, %1382
+  %indvars.iv.next705.i.4 = shl i64 %indvars.iv704.i, 6
+  %1384 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.4
+  %1385 = getelementptr inbounds nuw i8, ptr %1384, i64 320
+  %1386 = load <16 x float>, ptr %1385, align 4, !tbaa !5
+  %1387 = fadd <16 x float> %1383, %1386
+  %indvars.iv.next705.i.5 = shl i64 %indvars.iv704.i, 6
+  %1388 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.5
+  %1389 = getelementptr inbounds nuw i8, ptr %1388, i64 384
+  %1390 = load <16 x float>, ptr %1389, align 4, !tbaa !5
+  %1391 = fadd <16 x float> %1387, %1390
+  %indvars.iv.next705.i.6 = shl i64 %indvars.iv704.i, 6
+  %1392 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.6
+  %1393 = getelementptr inbounds nuw i8, ptr %1392, i64 448
+  %1394 = load <16 x float>, ptr %1393, align 4, !tbaa !5
+  %1395 = fadd <16 x float> %1391, %1394
+  %indvars.iv.next705.i.7 = add nuw nsw i64 %indvars.iv704.i, 8
+  %niter216.next.7 = add i64 %niter216, 8
+  %niter216.ncmp.7 = icmp eq i64 %niter216.next.7, %unroll_iter215
+  br i1 %niter216.ncmp.7, label %for_end_ax178.i.loopexit.unr-lcssa, label %for_body_ax177.i, !prof !37, !llvm.loop !48
 
 for_end_ax178.i.loopexit.unr-lcssa:               ; preds = %for_body_ax177.i
-  br i1 %lcmp.mod188.not, label %for_end_ax178.i, label %for_body_ax177.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod212.not, label %for_end_ax178.i, label %for_body_ax177.i.epil.preheader, !prof !40
 
 for_body_ax177.i.epil.preheader:                  ; preds = %for_end_ax178.i.loopexit.unr-lcssa, %for_body_ax177.i.preheader
-  %indvars.iv666.i.epil.init = phi i64 [ 0, %for_body_ax177.i.preheader ], [ %indvars.iv.next667.i.7, %for_end_ax178.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global208.sroa.0.0416.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.i.preheader ], [ %1368, %for_end_ax178.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod190)
+  %indvars.iv704.i.epil.init = phi i64 [ 0, %for_body_ax177.i.preheader ], [ %indvars.iv.next705.i.7, %for_end_ax178.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global238.sroa.0.0447.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.i.preheader ], [ %1395, %for_end_ax178.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod214)
   br label %for_body_ax177.i.epil
 
 for_body_ax177.i.epil:                            ; preds = %for_body_ax177.i.epil, %for_body_ax177.i.epil.preheader
-  %indvars.iv666.i.epil = phi i64 [ %indvars.iv.next667.i.epil, %for_body_ax177.i.epil ], [ %indvars.iv666.i.epil.init, %for_body_ax177.i.epil.preheader ]
-  %tile_sum.rf_global208.sroa.0.0416.i.epil = phi <16 x float> [ %1371, %for_body_ax177.i.epil ], [ %tile_sum.rf_global208.sroa.0.0416.i.epil.init, %for_body_ax177.i.epil.preheader ]
-  %epil.iter187 = phi i64 [ %epil.iter187.next, %for_body_ax177.i.epil ], [ 0, %for_body_ax177.i.epil.preheader ]
-  %.idx835.i.epil = shl nsw i64 %indvars.iv666.i.epil, 6
-  %1369 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx835.i.epil
-  %1370 = load <16 x float>, ptr %1369, align 4, !tbaa !5
-  %1371 = fadd <16 x float> %tile_sum.rf_global208.sroa.0.0416.i.epil, %1370
-  %indvars.iv.next667.i.epil = add nuw nsw i64 %indvars.iv666.i.epil, 1
-  %epil.iter187.next = add i64 %epil.iter187, 1
-  %epil.iter187.cmp.not = icmp eq i64 %epil.iter187.next, %xtraiter186
-  br i1 %epil.iter187.cmp.not, label %for_end_ax178.i, label %for_body_ax177.i.epil, !prof !26, !llvm.loop !49
+  %indvars.iv704.i.epil = phi i64 [ %indvars.iv.next705.i.epil, %for_body_ax177.i.epil ], [ %indvars.iv704.i.epil.init, %for_body_ax177.i.epil.preheader ]
+  %tile_sum.rf_global238.sroa.0.0447.i.epil = phi <16 x float> [ %1398, %for_body_ax177.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.i.epil.init, %for_body_ax177.i.epil.preheader ]
+  %epil.iter211 = phi i64 [ %epil.iter211.next, %for_body_ax177.i.epil ], [ 0, %for_body_ax177.i.epil.preheader ]
+  %.idx1076.i.epil = shl nsw i64 %indvars.iv704.i.epil, 6
+  %1396 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1076.i.epil
+  %1397 = load <16 x float>, ptr %1396, align 4, !tbaa !5
+  %1398 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.i.epil, %1397
+  %indvars.iv.next705.i.epil = add nuw nsw i64 %indvars.iv704.i.epil, 1
+  %epil.iter211.next = add i64 %epil.iter211, 1
+  %epil.iter211.cmp.not = icmp eq i64 %epil.iter211.next, %xtraiter210
+  br i1 %epil.iter211.cmp.not, label %for_end_ax178.i, label %for_body_ax177.i.epil, !prof !26, !llvm.loop !49
 
 for_end_ax178.i:                                  ; preds = %for_body_ax177.i.epil, %for_end_ax178.i.loopexit.unr-lcssa, %if_end60.3.i
-  %tile_sum.rf_global208.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %if_end60.3.i ], [ %1368, %for_end_ax178.i.loopexit.unr-lcssa ], [ %1371, %for_body_ax177.i.epil ]
-  %tile_sum.rf209.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 0
-  %1372 = fadd float %tile_sum.rf209.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf209.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 1
-  %1373 = fadd float %tile_sum.rf209.sroa.0.4.vec.extract.i, %1372
-  %tile_sum.rf209.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 2
-  %1374 = fadd float %tile_sum.rf209.sroa.0.8.vec.extract.i, %1373
-  %tile_sum.rf209.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 3
-  %1375 = fadd float %tile_sum.rf209.sroa.0.12.vec.extract.i, %1374
-  %tile_sum.rf209.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 4
-  %1376 = fadd float %tile_sum.rf209.sroa.0.16.vec.extract.i, %1375
-  %tile_sum.rf209.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 5
-  %1377 = fadd float %tile_sum.rf209.sroa.0.20.vec.extract.i, %1376
-  %tile_sum.rf209.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 6
-  %1378 = fadd float %tile_sum.rf209.sroa.0.24.vec.extract.i, %1377
-  %tile_sum.rf209.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 7
-  %1379 = fadd float %tile_sum.rf209.sroa.0.28.vec.extract.i, %1378
-  %tile_sum.rf209.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 8
-  %1380 = fadd float %tile_sum.rf209.sroa.0.32.vec.extract.i, %1379
-  %tile_sum.rf209.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 9
-  %1381 = fadd float %tile_sum.rf209.sroa.0.36.vec.extract.i, %1380
-  %tile_sum.rf209.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 10
-  %1382 = fadd float %tile_sum.rf209.sroa.0.40.vec.extract.i, %1381
-  %tile_sum.rf209.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 11
-  %1383 = fadd float %tile_sum.rf209.sroa.0.44.vec.extract.i, %1382
-  %tile_sum.rf209.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 12
-  %1384 = fadd float %tile_sum.rf209.sroa.0.48.vec.extract.i, %1383
-  %tile_sum.rf209.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 13
-  %1385 = fadd float %tile_sum.rf209.sroa.0.52.vec.extract.i, %1384
-  %tile_sum.rf209.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 14
-  %1386 = fadd float %tile_sum.rf209.sroa.0.56.vec.extract.i, %1385
-  %tile_sum.rf209.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.i, i64 15
-  %1387 = fadd float %tile_sum.rf209.sroa.0.60.vec.extract.i, %1386
-  %tile_sum214.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1387, i64 0
-  br i1 %224, label %for_body_ax177.1.i.preheader, label %for_end_ax178.1.i, !prof !3
+  %tile_sum.rf_global238.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %if_end60.3.i ], [ %1395, %for_end_ax178.i.loopexit.unr-lcssa ], [ %1398, %for_body_ax177.i.epil ]
+  %tile_sum.rf239.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 0
+  %1399 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf239.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 1
+  %1400 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.i, %1399
+  %tile_sum.rf239.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 2
+  %1401 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.i, %1400
+  %tile_sum.rf239.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 3
+  %1402 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.i, %1401
+  %tile_sum.rf239.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 4
+  %1403 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.i, %1402
+  %tile_sum.rf239.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 5
+  %1404 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.i, %1403
+  %tile_sum.rf239.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 6
+  %1405 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.i, %1404
+  %tile_sum.rf239.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 7
+  %1406 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.i, %1405
+  %tile_sum.rf239.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 8
+  %1407 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.i, %1406
+  %tile_sum.rf239.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 9
+  %1408 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.i, %1407
+  %tile_sum.rf239.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 10
+  %1409 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.i, %1408
+  %tile_sum.rf239.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 11
+  %1410 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.i, %1409
+  %tile_sum.rf239.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 12
+  %1411 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.i, %1410
+  %tile_sum.rf239.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 13
+  %1412 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.i, %1411
+  %tile_sum.rf239.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 14
+  %1413 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.i, %1412
+  %tile_sum.rf239.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 15
+  %1414 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.i, %1413
+  %tile_sum244.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1414, i64 0
+  br i1 %251, label %for_body_ax177.1.i.preheader, label %for_end_ax178.1.i, !prof !3
 
 for_body_ax177.1.i.preheader:                     ; preds = %for_end_ax178.i
-  br i1 %242, label %for_body_ax177.1.i.epil.preheader, label %for_body_ax177.1.i, !prof !36
+  br i1 %269, label %for_body_ax177.1.i.epil.preheader, label %for_body_ax177.1.i, !prof !36
 
 for_body_ax177.1.i:                               ; preds = %for_body_ax177.1.i, %for_body_ax177.1.i.preheader
-  %indvars.iv666.1.i = phi i64 [ %indvars.iv.next667.1.i.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
-  %tile_sum.rf_global208.sroa.0.0416.1.i = phi <16 x float> [ %1419, %for_body_ax177.1.i ], [ zeroinitializer, %for_body_ax177.1.i.preheader ]
-  %niter199 = phi i64 [ %niter199.next.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
-  %.idx836.i = shl nsw i64 %indvars.iv666.1.i, 6
-  %1388 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx836.i
-  %1389 = getelementptr inbounds nuw i8, ptr %1388, i64 512
-  %1390 = load <16 x float>, ptr %1389, align 4, !tbaa !5
-  %1391 = fadd <16 x float> %tile_sum.rf_global208.sroa.0.0416.1.i, %1390
-  %indvars.iv.next667.1.i = shl i64 %indvars.iv666.1.i, 6
-  %1392 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.1.i
-  %1393 = getelementptr inbounds nuw i8, ptr %1392, i64 576
-  %1394 = load <16 x float>, ptr %1393, align 4, !tbaa !5
-  %1395 = fadd <16 x float> %1391, %1394
-  %indvars.iv.next667.1.i.1 = shl i64 %indvars.iv666.1.i, 6
-  %1396 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.1.i.1
-  %1397 = getelementptr inbounds nuw i8, ptr %1396, i64 640
-  %1398 = load <16 x float>, ptr %1397, align 4, !tbaa !5
-  %1399 = fadd <16 x float> %1395, %1398
-  %indvars.iv.next667.1.i.2 = shl i64 %indvars.iv666.1.i, 6
-  %1400 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.1.i.2
-  %1401 = getelementptr inbounds nuw i8, ptr %1400, i64 704
-  %1402 = load <16 x float>, ptr %1401, align 4, !tbaa !5
-  %1403 = fadd <16 x float> %1399, %1402
-  %indvars.iv.next667.1.i.3 = shl i64 %indvars.iv666.1.i, 6
-  %1404 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.1.i.3
-  %1405 = getelementptr inbounds nuw i8, ptr %1404, i64 768
-  %1406 = load <16 x float>, ptr %1405, align 4, !tbaa !5
-  %1407 = fadd <16 x float> %1403, %1406
-  %indvars.iv.next667.1.i.4 = shl i64 %indvars.iv666.1.i, 6
-  %1408 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.1.i.4
-  %1409 = getelementptr inbounds nuw i8, ptr %1408, i64 832
-  %1410 = load <16 x float>, ptr %1409, align 4, !tbaa !5
-  %1411 = fadd <16 x float> %1407, %1410
-  %indvars.iv.next667.1.i.5 = shl i64 %indvars.iv666.1.i, 6
-  %1412 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.1.i.5
-  %1413 = getelementptr inbounds nuw i8, ptr %1412, i64 896
-  %1414 = load <16 x float>, ptr %1413, align 4, !tbaa !5
-  %1415 = fadd <16 x float> %1411, %1414
-  %indvars.iv.next667.1.i.6 = shl i64 %indvars.iv666.1.i, 6
-  %1416 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.1.i.6
-  %1417 = getelementptr inbounds nuw i8, ptr %1416, i64 960
-  %1418 = load <16 x float>, ptr %1417, align 4, !tbaa !5
-  %1419 = fadd <16 x float> %1415, %1418
-  %indvars.iv.next667.1.i.7 = add nuw nsw i64 %indvars.iv666.1.i, 8
-  %niter199.next.7 = add i64 %niter199, 8
-  %niter199.ncmp.7 = icmp eq i64 %niter199.next.7, %unroll_iter198
-  br i1 %niter199.ncmp.7, label %for_end_ax178.1.i.loopexit.unr-lcssa, label %for_body_ax177.1.i, !prof !37, !llvm.loop !50
+  %indvars.iv704.1.i = phi i64 [ %indvars.iv.next705.1.i.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
+  %tile_sum.rf_global238.sroa.0.0447.1.i = phi <16 x float> [ %1446, %for_body_ax177.1.i ], [ zeroinitializer, %for_body_ax177.1.i.preheader ]
+  %niter223 = phi i64 [ %niter223.next.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
+  %.idx1077.i = shl nsw i64 %indvars.iv704.1.i, 6
+  %1415 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1077.i
+  %1416 = getelementptr inbounds nuw i8, ptr %1415, i64 512
+  %1417 = load <16 x float>, ptr %1416, align 4, !tbaa !5
+  %1418 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.1.i, %1417
+  %indvars.iv.next705.1.i = shl i64 %indvars.iv704.1.i, 6
+  %1419 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i
+  %1420 = getelementptr inbounds nuw i8, ptr %1419, i64 576
+  %1421 = load <16 x float>, ptr %1420, align 4, !tbaa !5
+  %1422 = fadd <16 x float> %1418, %1421
+  %indvars.iv.next705.1.i.1 = shl i64 %indvars.iv704.1.i, 6
+  %1423 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.1
+  %1424 = getelementptr inbounds nuw i8, ptr %1423, i64 640
+  %1425 = load <16 x float>, ptr %1424, align 4, !tbaa !5
+  %1426 = fadd <16 x float> %1422, %1425
+  %indvars.iv.next705.1.i.2 = shl i64 %indvars.iv704.1.i, 6
+  %1427 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.2
+  %1428 = getelementptr inbounds nuw i8, ptr %1427, i64 704
+  %1429 = load <16 x float>, ptr %1428, align 4, !tbaa !5
+  %1430 = fadd <16 x float> %1426, %1429
+  %indvars.iv.next705.1.i.3 = shl i64 %indvars.iv704.1.i, 6
+  %1431 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.3
+  %1432 = getelementptr inbounds nuw i8, ptr %1431, i64 768
+  %1433 = load <16 x float>, ptr %1432, align 4, !tbaa !5
+  %1434 = fadd <16 x float> %1430, %1433
+  %indvars.iv.next705.1.i.4 = shl i64 %indvars.iv704.1.i, 6
+  %1435 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.4
+  %1436 = getelementptr inbounds nuw i8, ptr %1435, i64 832
+  %1437 = load <16 x float>, ptr %1436, align 4, !tbaa !5
+  %1438 = fadd <16 x float> %1434, %1437
+  %indvars.iv.next705.1.i.5 = shl i64 %indvars.iv704.1.i, 6
+  %1439 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.5
+  %1440 = getelementptr inbounds nuw i8, ptr %1439, i64 896
+  %1441 = load <16 x float>, ptr %1440, align 4, !tbaa !5
+  %1442 = fadd <16 x float> %1438, %1441
+  %indvars.iv.next705.1.i.6 = shl i64 %indvars.iv704.1.i, 6
+  %1443 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.6
+  %1444 = getelementptr inbounds nuw i8, ptr %1443, i64 960
+  %1445 = load <16 x float>, ptr %1444, align 4, !tbaa !5
+  %1446 = fadd <16 x float> %1442, %1445
+  %indvars.iv.next705.1.i.7 = add nuw nsw i64 %indvars.iv704.1.i, 8
+  %niter223.next.7 = add i64 %niter223, 8
+  %niter223.ncmp.7 = icmp eq i64 %niter223.next.7, %unroll_iter222
+  br i1 %niter223.ncmp.7, label %for_end_ax178.1.i.loopexit.unr-lcssa, label %for_body_ax177.1.i, !prof !37, !llvm.loop !50
 
 for_end_ax178.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.1.i
-  br i1 %lcmp.mod195.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod219.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil.preheader, !prof !40
 
 for_body_ax177.1.i.epil.preheader:                ; preds = %for_end_ax178.1.i.loopexit.unr-lcssa, %for_body_ax177.1.i.preheader
-  %indvars.iv666.1.i.epil.init = phi i64 [ 0, %for_body_ax177.1.i.preheader ], [ %indvars.iv.next667.1.i.7, %for_end_ax178.1.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global208.sroa.0.0416.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.1.i.preheader ], [ %1419, %for_end_ax178.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod197)
+  %indvars.iv704.1.i.epil.init = phi i64 [ 0, %for_body_ax177.1.i.preheader ], [ %indvars.iv.next705.1.i.7, %for_end_ax178.1.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global238.sroa.0.0447.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.1.i.preheader ], [ %1446, %for_end_ax178.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod221)
   br label %for_body_ax177.1.i.epil
 
 for_body_ax177.1.i.epil:                          ; preds = %for_body_ax177.1.i.epil, %for_body_ax177.1.i.epil.preheader
-  %indvars.iv666.1.i.epil = phi i64 [ %indvars.iv.next667.1.i.epil, %for_body_ax177.1.i.epil ], [ %indvars.iv666.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
-  %tile_sum.rf_global208.sroa.0.0416.1.i.epil = phi <16 x float> [ %1423, %for_body_ax177.1.i.epil ], [ %tile_sum.rf_global208.sroa.0.0416.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
-  %epil.iter194 = phi i64 [ %epil.iter194.next, %for_body_ax177.1.i.epil ], [ 0, %for_body_ax177.1.i.epil.preheader ]
-  %.idx836.i.epil = shl nsw i64 %indvars.iv666.1.i.epil, 6
-  %1420 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx836.i.epil
-  %1421 = getelementptr inbounds nuw i8, ptr %1420, i64 512
-  %1422 = load <16 x float>, ptr %1421, align 4, !tbaa !5
-  %1423 = fadd <16 x float> %tile_sum.rf_global208.sroa.0.0416.1.i.epil, %1422
-  %indvars.iv.next667.1.i.epil = add nuw nsw i64 %indvars.iv666.1.i.epil, 1
-  %epil.iter194.next = add i64 %epil.iter194, 1
-  %epil.iter194.cmp.not = icmp eq i64 %epil.iter194.next, %xtraiter193
-  br i1 %epil.iter194.cmp.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil, !prof !26, !llvm.loop !51
+  %indvars.iv704.1.i.epil = phi i64 [ %indvars.iv.next705.1.i.epil, %for_body_ax177.1.i.epil ], [ %indvars.iv704.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
+  %tile_sum.rf_global238.sroa.0.0447.1.i.epil = phi <16 x float> [ %1450, %for_body_ax177.1.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
+  %epil.iter218 = phi i64 [ %epil.iter218.next, %for_body_ax177.1.i.epil ], [ 0, %for_body_ax177.1.i.epil.preheader ]
+  %.idx1077.i.epil = shl nsw i64 %indvars.iv704.1.i.epil, 6
+  %1447 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1077.i.epil
+  %1448 = getelementptr inbounds nuw i8, ptr %1447, i64 512
+  %1449 = load <16 x float>, ptr %1448, align 4, !tbaa !5
+  %1450 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.1.i.epil, %1449
+  %indvars.iv.next705.1.i.epil = add nuw nsw i64 %indvars.iv704.1.i.epil, 1
+  %epil.iter218.next = add i64 %epil.iter218, 1
+  %epil.iter218.cmp.not = icmp eq i64 %epil.iter218.next, %xtraiter217
+  br i1 %epil.iter218.cmp.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil, !prof !26, !llvm.loop !51
 
 for_end_ax178.1.i:                                ; preds = %for_body_ax177.1.i.epil, %for_end_ax178.1.i.loopexit.unr-lcssa, %for_end_ax178.i
-  %tile_sum.rf_global208.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.i ], [ %1419, %for_end_ax178.1.i.loopexit.unr-lcssa ], [ %1423, %for_body_ax177.1.i.epil ]
-  %tile_sum.rf209.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 0
-  %1424 = fadd float %tile_sum.rf209.sroa.0.0.vec.extract.1.i, 0.000000e+00
-  %tile_sum.rf209.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 1
-  %1425 = fadd float %tile_sum.rf209.sroa.0.4.vec.extract.1.i, %1424
-  %tile_sum.rf209.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 2
-  %1426 = fadd float %tile_sum.rf209.sroa.0.8.vec.extract.1.i, %1425
-  %tile_sum.rf209.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 3
-  %1427 = fadd float %tile_sum.rf209.sroa.0.12.vec.extract.1.i, %1426
-  %tile_sum.rf209.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 4
-  %1428 = fadd float %tile_sum.rf209.sroa.0.16.vec.extract.1.i, %1427
-  %tile_sum.rf209.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 5
-  %1429 = fadd float %tile_sum.rf209.sroa.0.20.vec.extract.1.i, %1428
-  %tile_sum.rf209.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 6
-  %1430 = fadd float %tile_sum.rf209.sroa.0.24.vec.extract.1.i, %1429
-  %tile_sum.rf209.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 7
-  %1431 = fadd float %tile_sum.rf209.sroa.0.28.vec.extract.1.i, %1430
-  %tile_sum.rf209.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 8
-  %1432 = fadd float %tile_sum.rf209.sroa.0.32.vec.extract.1.i, %1431
-  %tile_sum.rf209.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 9
-  %1433 = fadd float %tile_sum.rf209.sroa.0.36.vec.extract.1.i, %1432
-  %tile_sum.rf209.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 10
-  %1434 = fadd float %tile_sum.rf209.sroa.0.40.vec.extract.1.i, %1433
-  %tile_sum.rf209.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 11
-  %1435 = fadd float %tile_sum.rf209.sroa.0.44.vec.extract.1.i, %1434
-  %tile_sum.rf209.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 12
-  %1436 = fadd float %tile_sum.rf209.sroa.0.48.vec.extract.1.i, %1435
-  %tile_sum.rf209.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 13
-  %1437 = fadd float %tile_sum.rf209.sroa.0.52.vec.extract.1.i, %1436
-  %tile_sum.rf209.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 14
-  %1438 = fadd float %tile_sum.rf209.sroa.0.56.vec.extract.1.i, %1437
-  %tile_sum.rf209.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.1.i, i64 15
-  %1439 = fadd float %tile_sum.rf209.sroa.0.60.vec.extract.1.i, %1438
-  %tile_sum214.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum214.sroa.0.0.vec.insert.i, float %1439, i64 1
-  br i1 %224, label %for_body_ax177.2.i.preheader, label %for_end_ax178.2.i, !prof !3
+  %tile_sum.rf_global238.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.i ], [ %1446, %for_end_ax178.1.i.loopexit.unr-lcssa ], [ %1450, %for_body_ax177.1.i.epil ]
+  %tile_sum.rf239.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 0
+  %1451 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.1.i, 0.000000e+00
+  %tile_sum.rf239.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 1
+  %1452 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.1.i, %1451
+  %tile_sum.rf239.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 2
+  %1453 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.1.i, %1452
+  %tile_sum.rf239.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 3
+  %1454 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.1.i, %1453
+  %tile_sum.rf239.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 4
+  %1455 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.1.i, %1454
+  %tile_sum.rf239.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 5
+  %1456 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.1.i, %1455
+  %tile_sum.rf239.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 6
+  %1457 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.1.i, %1456
+  %tile_sum.rf239.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 7
+  %1458 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.1.i, %1457
+  %tile_sum.rf239.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 8
+  %1459 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.1.i, %1458
+  %tile_sum.rf239.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 9
+  %1460 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.1.i, %1459
+  %tile_sum.rf239.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 10
+  %1461 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.1.i, %1460
+  %tile_sum.rf239.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 11
+  %1462 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.1.i, %1461
+  %tile_sum.rf239.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 12
+  %1463 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.1.i, %1462
+  %tile_sum.rf239.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 13
+  %1464 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.1.i, %1463
+  %tile_sum.rf239.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 14
+  %1465 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.1.i, %1464
+  %tile_sum.rf239.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 15
+  %1466 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.1.i, %1465
+  %tile_sum244.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum244.sroa.0.0.vec.insert.i, float %1466, i64 1
+  br i1 %251, label %for_body_ax177.2.i.preheader, label %for_end_ax178.2.i, !prof !3
 
 for_body_ax177.2.i.preheader:                     ; preds = %for_end_ax178.1.i
-  br i1 %243, label %for_body_ax177.2.i.epil.preheader, label %for_body_ax177.2.i, !prof !36
+  br i1 %270, label %for_body_ax177.2.i.epil.preheader, label %for_body_ax177.2.i, !prof !36
 
 for_body_ax177.2.i:                               ; preds = %for_body_ax177.2.i, %for_body_ax177.2.i.preheader
-  %indvars.iv666.2.i = phi i64 [ %indvars.iv.next667.2.i.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
-  %tile_sum.rf_global208.sroa.0.0416.2.i = phi <16 x float> [ %1471, %for_body_ax177.2.i ], [ zeroinitializer, %for_body_ax177.2.i.preheader ]
-  %niter206 = phi i64 [ %niter206.next.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
-  %.idx837.i = shl nsw i64 %indvars.iv666.2.i, 6
-  %1440 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx837.i
-  %1441 = getelementptr inbounds nuw i8, ptr %1440, i64 1024
-  %1442 = load <16 x float>, ptr %1441, align 4, !tbaa !5
-  %1443 = fadd <16 x float> %tile_sum.rf_global208.sroa.0.0416.2.i, %1442
-  %indvars.iv.next667.2.i = shl i64 %indvars.iv666.2.i, 6
-  %1444 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.2.i
-  %1445 = getelementptr inbounds nuw i8, ptr %1444, i64 1088
-  %1446 = load <16 x float>, ptr %1445, align 4, !tbaa !5
-  %1447 = fadd <16 x float> %1443, %1446
-  %indvars.iv.next667.2.i.1 = shl i64 %indvars.iv666.2.i, 6
-  %1448 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.2.i.1
-  %1449 = getelementptr inbounds nuw i8, ptr %1448, i64 1152
-  %1450 = load <16 x float>, ptr %1449, align 4, !tbaa !5
-  %1451 = fadd <16 x float> %1447, %1450
-  %indvars.iv.next667.2.i.2 = shl i64 %indvars.iv666.2.i, 6
-  %1452 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.2.i.2
-  %1453 = getelementptr inbounds nuw i8, ptr %1452, i64 1216
-  %1454 = load <16 x float>, ptr %1453, align 4, !tbaa !5
-  %1455 = fadd <16 x float> %1451, %1454
-  %indvars.iv.next667.2.i.3 = shl i64 %indvars.iv666.2.i, 6
-  %1456 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.2.i.3
-  %1457 = getelementptr inbounds nuw i8, ptr %1456, i64 1280
-  %1458 = load <16 x float>, ptr %1457, align 4, !tbaa !5
-  %1459 = fadd <16 x float> %1455, %1458
-  %indvars.iv.next667.2.i.4 = shl i64 %indvars.iv666.2.i, 6
-  %1460 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.2.i.4
-  %1461 = getelementptr inbounds nuw i8, ptr %1460, i64 1344
-  %1462 = load <16 x float>, ptr %1461, align 4, !tbaa !5
-  %1463 = fadd <16 x float> %1459, %1462
-  %indvars.iv.next667.2.i.5 = shl i64 %indvars.iv666.2.i, 6
-  %1464 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.2.i.5
-  %1465 = getelementptr inbounds nuw i8, ptr %1464, i64 1408
-  %1466 = load <16 x float>, ptr %1465, align 4, !tbaa !5
-  %1467 = fadd <16 x float> %1463, %1466
-  %indvars.iv.next667.2.i.6 = shl i64 %indvars.iv666.2.i, 6
-  %1468 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.2.i.6
-  %1469 = getelementptr inbounds nuw i8, ptr %1468, i64 1472
-  %1470 = load <16 x float>, ptr %1469, align 4, !tbaa !5
-  %1471 = fadd <16 x float> %1467, %1470
-  %indvars.iv.next667.2.i.7 = add nuw nsw i64 %indvars.iv666.2.i, 8
-  %niter206.next.7 = add i64 %niter206, 8
-  %niter206.ncmp.7 = icmp eq i64 %niter206.next.7, %unroll_iter205
-  br i1 %niter206.ncmp.7, label %for_end_ax178.2.i.loopexit.unr-lcssa, label %for_body_ax177.2.i, !prof !37, !llvm.loop !52
+  %indvars.iv704.2.i = phi i64 [ %indvars.iv.next705.2.i.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
+  %tile_sum.rf_global238.sroa.0.0447.2.i = phi <16 x float> [ %1498, %for_body_ax177.2.i ], [ zeroinitializer, %for_body_ax177.2.i.preheader ]
+  %niter230 = phi i64 [ %niter230.next.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
+  %.idx1078.i = shl nsw i64 %indvars.iv704.2.i, 6
+  %1467 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1078.i
+  %1468 = getelementptr inbounds nuw i8, ptr %1467, i64 1024
+  %1469 = load <16 x float>, ptr %1468, align 4, !tbaa !5
+  %1470 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.2.i, %1469
+  %indvars.iv.next705.2.i = shl i64 %indvars.iv704.2.i, 6
+  %1471 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i
+  %1472 = getelementptr inbounds nuw i8, ptr %1471, i64 1088
+  %1473 = load <16 x float>, ptr %1472, align 4, !tbaa !5
+  %1474 = fadd <16 x float> %1470, %1473
+  %indvars.iv.next705.2.i.1 = shl i64 %indvars.iv704.2.i, 6
+  %1475 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.1
+  %1476 = getelementptr inbounds nuw i8, ptr %1475, i64 1152
+  %1477 = load <16 x float>, ptr %1476, align 4, !tbaa !5
+  %1478 = fadd <16 x float> %1474, %1477
+  %indvars.iv.next705.2.i.2 = shl i64 %indvars.iv704.2.i, 6
+  %1479 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.2
+  %1480 = getelementptr inbounds nuw i8, ptr %1479, i64 1216
+  %1481 = load <16 x float>, ptr %1480, align 4, !tbaa !5
+  %1482 = fadd <16 x float> %1478, %1481
+  %indvars.iv.next705.2.i.3 = shl i64 %indvars.iv704.2.i, 6
+  %1483 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.3
+  %1484 = getelementptr inbounds nuw i8, ptr %1483, i64 1280
+  %1485 = load <16 x float>, ptr %1484, align 4, !tbaa !5
+  %1486 = fadd <16 x float> %1482, %1485
+  %indvars.iv.next705.2.i.4 = shl i64 %indvars.iv704.2.i, 6
+  %1487 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.4
+  %1488 = getelementptr inbounds nuw i8, ptr %1487, i64 1344
+  %1489 = load <16 x float>, ptr %1488, align 4, !tbaa !5
+  %1490 = fadd <16 x float> %1486, %1489
+  %indvars.iv.next705.2.i.5 = shl i64 %indvars.iv704.2.i, 6
+  %1491 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.5
+  %1492 = getelementptr inbounds nuw i8, ptr %1491, i64 1408
+  %1493 = load <16 x float>, ptr %1492, align 4, !tbaa !5
+  %1494 = fadd <16 x float> %1490, %1493
+  %indvars.iv.next705.2.i.6 = shl i64 %indvars.iv704.2.i, 6
+  %1495 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.6
+  %1496 = getelementptr inbounds nuw i8, ptr %1495, i64 1472
+  %1497 = load <16 x float>, ptr %1496, align 4, !tbaa !5
+  %1498 = fadd <16 x float> %1494, %1497
+  %indvars.iv.next705.2.i.7 = add nuw nsw i64 %indvars.iv704.2.i, 8
+  %niter230.next.7 = add i64 %niter230, 8
+  %niter230.ncmp.7 = icmp eq i64 %niter230.next.7, %unroll_iter229
+  br i1 %niter230.ncmp.7, label %for_end_ax178.2.i.loopexit.unr-lcssa, label %for_body_ax177.2.i, !prof !37, !llvm.loop !52
 
 for_end_ax178.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.2.i
-  br i1 %lcmp.mod202.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod226.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil.preheader, !prof !40
 
 for_body_ax177.2.i.epil.preheader:                ; preds = %for_end_ax178.2.i.loopexit.unr-lcssa, %for_body_ax177.2.i.preheader
-  %indvars.iv666.2.i.epil.init = phi i64 [ 0, %for_body_ax177.2.i.preheader ], [ %indvars.iv.next667.2.i.7, %for_end_ax178.2.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global208.sroa.0.0416.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.2.i.preheader ], [ %1471, %for_end_ax178.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod204)
+  %indvars.iv704.2.i.epil.init = phi i64 [ 0, %for_body_ax177.2.i.preheader ], [ %indvars.iv.next705.2.i.7, %for_end_ax178.2.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global238.sroa.0.0447.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.2.i.preheader ], [ %1498, %for_end_ax178.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod228)
   br label %for_body_ax177.2.i.epil
 
 for_body_ax177.2.i.epil:                          ; preds = %for_body_ax177.2.i.epil, %for_body_ax177.2.i.epil.preheader
-  %indvars.iv666.2.i.epil = phi i64 [ %indvars.iv.next667.2.i.epil, %for_body_ax177.2.i.epil ], [ %indvars.iv666.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
-  %tile_sum.rf_global208.sroa.0.0416.2.i.epil = phi <16 x float> [ %1475, %for_body_ax177.2.i.epil ], [ %tile_sum.rf_global208.sroa.0.0416.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
-  %epil.iter201 = phi i64 [ %epil.iter201.next, %for_body_ax177.2.i.epil ], [ 0, %for_body_ax177.2.i.epil.preheader ]
-  %.idx837.i.epil = shl nsw i64 %indvars.iv666.2.i.epil, 6
-  %1472 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx837.i.epil
-  %1473 = getelementptr inbounds nuw i8, ptr %1472, i64 1024
-  %1474 = load <16 x float>, ptr %1473, align 4, !tbaa !5
-  %1475 = fadd <16 x float> %tile_sum.rf_global208.sroa.0.0416.2.i.epil, %1474
-  %indvars.iv.next667.2.i.epil = add nuw nsw i64 %indvars.iv666.2.i.epil, 1
-  %epil.iter201.next = add i64 %epil.iter201, 1
-  %epil.iter201.cmp.not = icmp eq i64 %epil.iter201.next, %xtraiter200
-  br i1 %epil.iter201.cmp.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil, !prof !26, !llvm.loop !53
+  %indvars.iv704.2.i.epil = phi i64 [ %indvars.iv.next705.2.i.epil, %for_body_ax177.2.i.epil ], [ %indvars.iv704.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
+  %tile_sum.rf_global238.sroa.0.0447.2.i.epil = phi <16 x float> [ %1502, %for_body_ax177.2.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
+  %epil.iter225 = phi i64 [ %epil.iter225.next, %for_body_ax177.2.i.epil ], [ 0, %for_body_ax177.2.i.epil.preheader ]
+  %.idx1078.i.epil = shl nsw i64 %indvars.iv704.2.i.epil, 6
+  %1499 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1078.i.epil
+  %1500 = getelementptr inbounds nuw i8, ptr %1499, i64 1024
+  %1501 = load <16 x float>, ptr %1500, align 4, !tbaa !5
+  %1502 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.2.i.epil, %1501
+  %indvars.iv.next705.2.i.epil = add nuw nsw i64 %indvars.iv704.2.i.epil, 1
+  %epil.iter225.next = add i64 %epil.iter225, 1
+  %epil.iter225.cmp.not = icmp eq i64 %epil.iter225.next, %xtraiter224
+  br i1 %epil.iter225.cmp.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil, !prof !26, !llvm.loop !53
 
 for_end_ax178.2.i:                                ; preds = %for_body_ax177.2.i.epil, %for_end_ax178.2.i.loopexit.unr-lcssa, %for_end_ax178.1.i
-  %tile_sum.rf_global208.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.1.i ], [ %1471, %for_end_ax178.2.i.loopexit.unr-lcssa ], [ %1475, %for_body_ax177.2.i.epil ]
-  %tile_sum.rf209.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 0
-  %1476 = fadd float %tile_sum.rf209.sroa.0.0.vec.extract.2.i, 0.000000e+00
-  %tile_sum.rf209.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 1
-  %1477 = fadd float %tile_sum.rf209.sroa.0.4.vec.extract.2.i, %1476
-  %tile_sum.rf209.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 2
-  %1478 = fadd float %tile_sum.rf209.sroa.0.8.vec.extract.2.i, %1477
-  %tile_sum.rf209.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 3
-  %1479 = fadd float %tile_sum.rf209.sroa.0.12.vec.extract.2.i, %1478
-  %tile_sum.rf209.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 4
-  %1480 = fadd float %tile_sum.rf209.sroa.0.16.vec.extract.2.i, %1479
-  %tile_sum.rf209.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 5
-  %1481 = fadd float %tile_sum.rf209.sroa.0.20.vec.extract.2.i, %1480
-  %tile_sum.rf209.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 6
-  %1482 = fadd float %tile_sum.rf209.sroa.0.24.vec.extract.2.i, %1481
-  %tile_sum.rf209.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 7
-  %1483 = fadd float %tile_sum.rf209.sroa.0.28.vec.extract.2.i, %1482
-  %tile_sum.rf209.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 8
-  %1484 = fadd float %tile_sum.rf209.sroa.0.32.vec.extract.2.i, %1483
-  %tile_sum.rf209.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 9
-  %1485 = fadd float %tile_sum.rf209.sroa.0.36.vec.extract.2.i, %1484
-  %tile_sum.rf209.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 10
-  %1486 = fadd float %tile_sum.rf209.sroa.0.40.vec.extract.2.i, %1485
-  %tile_sum.rf209.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 11
-  %1487 = fadd float %tile_sum.rf209.sroa.0.44.vec.extract.2.i, %1486
-  %tile_sum.rf209.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 12
-  %1488 = fadd float %tile_sum.rf209.sroa.0.48.vec.extract.2.i, %1487
-  %tile_sum.rf209.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 13
-  %1489 = fadd float %tile_sum.rf209.sroa.0.52.vec.extract.2.i, %1488
-  %tile_sum.rf209.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 14
-  %1490 = fadd float %tile_sum.rf209.sroa.0.56.vec.extract.2.i, %1489
-  %tile_sum.rf209.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.2.i, i64 15
-  %1491 = fadd float %tile_sum.rf209.sroa.0.60.vec.extract.2.i, %1490
-  %tile_sum214.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum214.sroa.0.4.vec.insert.i, float %1491, i64 2
-  br i1 %224, label %for_body_ax177.3.i.preheader, label %for_end_ax178.3.i, !prof !3
+  %tile_sum.rf_global238.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.1.i ], [ %1498, %for_end_ax178.2.i.loopexit.unr-lcssa ], [ %1502, %for_body_ax177.2.i.epil ]
+  %tile_sum.rf239.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 0
+  %1503 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.2.i, 0.000000e+00
+  %tile_sum.rf239.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 1
+  %1504 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.2.i, %1503
+  %tile_sum.rf239.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 2
+  %1505 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.2.i, %1504
+  %tile_sum.rf239.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 3
+  %1506 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.2.i, %1505
+  %tile_sum.rf239.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 4
+  %1507 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.2.i, %1506
+  %tile_sum.rf239.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 5
+  %1508 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.2.i, %1507
+  %tile_sum.rf239.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 6
+  %1509 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.2.i, %1508
+  %tile_sum.rf239.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 7
+  %1510 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.2.i, %1509
+  %tile_sum.rf239.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 8
+  %1511 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.2.i, %1510
+  %tile_sum.rf239.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 9
+  %1512 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.2.i, %1511
+  %tile_sum.rf239.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 10
+  %1513 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.2.i, %1512
+  %tile_sum.rf239.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 11
+  %1514 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.2.i, %1513
+  %tile_sum.rf239.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 12
+  %1515 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.2.i, %1514
+  %tile_sum.rf239.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 13
+  %1516 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.2.i, %1515
+  %tile_sum.rf239.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 14
+  %1517 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.2.i, %1516
+  %tile_sum.rf239.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 15
+  %1518 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.2.i, %1517
+  %tile_sum244.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum244.sroa.0.4.vec.insert.i, float %1518, i64 2
+  br i1 %251, label %for_body_ax177.3.i.preheader, label %for_end_ax178.3.i, !prof !3
 
 for_body_ax177.3.i.preheader:                     ; preds = %for_end_ax178.2.i
-  br i1 %244, label %for_body_ax177.3.i.epil.preheader, label %for_body_ax177.3.i, !prof !36
+  br i1 %271, label %for_body_ax177.3.i.epil.preheader, label %for_body_ax177.3.i, !prof !36
 
 for_body_ax177.3.i:                               ; preds = %for_body_ax177.3.i, %for_body_ax177.3.i.preheader
-  %indvars.iv666.3.i = phi i64 [ %indvars.iv.next667.3.i.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
-  %tile_sum.rf_global208.sroa.0.0416.3.i = phi <16 x float> [ %1523, %for_body_ax177.3.i ], [ zeroinitializer, %for_body_ax177.3.i.preheader ]
-  %niter213 = phi i64 [ %niter213.next.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
-  %.idx838.i = shl nsw i64 %indvars.iv666.3.i, 6
-  %1492 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx838.i
-  %1493 = getelementptr inbounds nuw i8, ptr %1492, i64 1536
-  %1494 = load <16 x float>, ptr %1493, align 4, !tbaa !5
-  %1495 = fadd <16 x float> %tile_sum.rf_global208.sroa.0.0416.3.i, %1494
-  %indvars.iv.next667.3.i = shl i64 %indvars.iv666.3.i, 6
-  %1496 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.3.i
-  %1497 = getelementptr inbounds nuw i8, ptr %1496, i64 1600
-  %1498 = load <16 x float>, ptr %1497, align 4, !tbaa !5
-  %1499 = fadd <16 x float> %1495, %1498
-  %indvars.iv.next667.3.i.1 = shl i64 %indvars.iv666.3.i, 6
-  %1500 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.3.i.1
-  %1501 = getelementptr inbounds nuw i8, ptr %1500, i64 1664
-  %1502 = load <16 x float>, ptr %1501, align 4, !tbaa !5
-  %1503 = fadd <16 x float> %1499, %1502
-  %indvars.iv.next667.3.i.2 = shl i64 %indvars.iv666.3.i, 6
-  %1504 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.3.i.2
-  %1505 = getelementptr inbounds nuw i8, ptr %1504, i64 1728
-  %1506 = load <16 x float>, ptr %1505, align 4, !tbaa !5
-  %1507 = fadd <16 x float> %1503, %1506
-  %indvars.iv.next667.3.i.3 = shl i64 %indvars.iv666.3.i, 6
-  %1508 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.3.i.3
-  %1509 = getelementptr inbounds nuw i8, ptr %1508, i64 1792
-  %1510 = load <16 x float>, ptr %1509, align 4, !tbaa !5
-  %1511 = fadd <16 x float> %1507, %1510
-  %indvars.iv.next667.3.i.4 = shl i64 %indvars.iv666.3.i, 6
-  %1512 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.3.i.4
-  %1513 = getelementptr inbounds nuw i8, ptr %1512, i64 1856
-  %1514 = load <16 x float>, ptr %1513, align 4, !tbaa !5
-  %1515 = fadd <16 x float> %1511, %1514
-  %indvars.iv.next667.3.i.5 = shl i64 %indvars.iv666.3.i, 6
-  %1516 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.3.i.5
-  %1517 = getelementptr inbounds nuw i8, ptr %1516, i64 1920
-  %1518 = load <16 x float>, ptr %1517, align 4, !tbaa !5
-  %1519 = fadd <16 x float> %1515, %1518
-  %indvars.iv.next667.3.i.6 = shl i64 %indvars.iv666.3.i, 6
-  %1520 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next667.3.i.6
-  %1521 = getelementptr inbounds nuw i8, ptr %1520, i64 1984
-  %1522 = load <16 x float>, ptr %1521, align 4, !tbaa !5
-  %1523 = fadd <16 x float> %1519, %1522
-  %indvars.iv.next667.3.i.7 = add nuw nsw i64 %indvars.iv666.3.i, 8
-  %niter213.next.7 = add i64 %niter213, 8
-  %niter213.ncmp.7 = icmp eq i64 %niter213.next.7, %unroll_iter212
-  br i1 %niter213.ncmp.7, label %for_end_ax178.3.i.loopexit.unr-lcssa, label %for_body_ax177.3.i, !prof !37, !llvm.loop !54
+  %indvars.iv704.3.i = phi i64 [ %indvars.iv.next705.3.i.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
+  %tile_sum.rf_global238.sroa.0.0447.3.i = phi <16 x float> [ %1550, %for_body_ax177.3.i ], [ zeroinitializer, %for_body_ax177.3.i.preheader ]
+  %niter237 = phi i64 [ %niter237.next.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
+  %.idx1079.i = shl nsw i64 %indvars.iv704.3.i, 6
+  %1519 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1079.i
+  %1520 = getelementptr inbounds nuw i8, ptr %1519, i64 1536
+  %1521 = load <16 x float>, ptr %1520, align 4, !tbaa !5
+  %1522 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.3.i, %1521
+  %indvars.iv.next705.3.i = shl i64 %indvars.iv704.3.i, 6
+  %1523 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i
+  %1524 = getelementptr inbounds nuw i8, ptr %1523, i64 1600
+  %1525 = load <16 x float>, ptr %1524, align 4, !tbaa !5
+  %1526 = fadd <16 x float> %1522, %1525
+  %indvars.iv.next705.3.i.1 = shl i64 %indvars.iv704.3.i, 6
+  %1527 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.1
+  %1528 = getelementptr inbounds nuw i8, ptr %1527, i64 1664
+  %1529 = load <16 x float>, ptr %1528, align 4, !tbaa !5
+  %1530 = fadd <16 x float> %1526, %1529
+  %indvars.iv.next705.3.i.2 = shl i64 %indvars.iv704.3.i, 6
+  %1531 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.2
+  %1532 = getelementptr inbounds nuw i8, ptr %1531, i64 1728
+  %1533 = load <16 x float>, ptr %1532, align 4, !tbaa !5
+  %1534 = fadd <16 x float> %1530, %1533
+  %indvars.iv.next705.3.i.3 = shl i64 %indvars.iv704.3.i, 6
+  %1535 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.3
+  %1536 = getelementptr inbounds nuw i8, ptr %1535, i64 1792
+  %1537 = load <16 x float>, ptr %1536, align 4, !tbaa !5
+  %1538 = fadd <16 x float> %1534, %1537
+  %indvars.iv.next705.3.i.4 = shl i64 %indvars.iv704.3.i, 6
+  %1539 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.4
+  %1540 = getelementptr inbounds nuw i8, ptr %1539, i64 1856
+  %1541 = load <16 x float>, ptr %1540, align 4, !tbaa !5
+  %1542 = fadd <16 x float> %1538, %1541
+  %indvars.iv.next705.3.i.5 = shl i64 %indvars.iv704.3.i, 6
+  %1543 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.5
+  %1544 = getelementptr inbounds nuw i8, ptr %1543, i64 1920
+  %1545 = load <16 x float>, ptr %1544, align 4, !tbaa !5
+  %1546 = fadd <16 x float> %1542, %1545
+  %indvars.iv.next705.3.i.6 = shl i64 %indvars.iv704.3.i, 6
+  %1547 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.6
+  %1548 = getelementptr inbounds nuw i8, ptr %1547, i64 1984
+  %1549 = load <16 x float>, ptr %1548, align 4, !tbaa !5
+  %1550 = fadd <16 x float> %1546, %1549
+  %indvars.iv.next705.3.i.7 = add nuw nsw i64 %indvars.iv704.3.i, 8
+  %niter237.next.7 = add i64 %niter237, 8
+  %niter237.ncmp.7 = icmp eq i64 %niter237.next.7, %unroll_iter236
+  br i1 %niter237.ncmp.7, label %for_end_ax178.3.i.loopexit.unr-lcssa, label %for_body_ax177.3.i, !prof !37, !llvm.loop !54
 
 for_end_ax178.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.3.i
-  br i1 %lcmp.mod209.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod233.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil.preheader, !prof !40
 
 for_body_ax177.3.i.epil.preheader:                ; preds = %for_end_ax178.3.i.loopexit.unr-lcssa, %for_body_ax177.3.i.preheader
-  %indvars.iv666.3.i.epil.init = phi i64 [ 0, %for_body_ax177.3.i.preheader ], [ %indvars.iv.next667.3.i.7, %for_end_ax178.3.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global208.sroa.0.0416.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.3.i.preheader ], [ %1523, %for_end_ax178.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod211)
+  %indvars.iv704.3.i.epil.init = phi i64 [ 0, %for_body_ax177.3.i.preheader ], [ %indvars.iv.next705.3.i.7, %for_end_ax178.3.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global238.sroa.0.0447.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.3.i.preheader ], [ %1550, %for_end_ax178.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod235)
   br label %for_body_ax177.3.i.epil
 
 for_body_ax177.3.i.epil:                          ; preds = %for_body_ax177.3.i.epil, %for_body_ax177.3.i.epil.preheader
-  %indvars.iv666.3.i.epil = phi i64 [ %indvars.iv.next667.3.i.epil, %for_body_ax177.3.i.epil ], [ %indvars.iv666.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
-  %tile_sum.rf_global208.sroa.0.0416.3.i.epil = phi <16 x float> [ %1527, %for_body_ax177.3.i.epil ], [ %tile_sum.rf_global208.sroa.0.0416.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
-  %epil.iter208 = phi i64 [ %epil.iter208.next, %for_body_ax177.3.i.epil ], [ 0, %for_body_ax177.3.i.epil.preheader ]
-  %.idx838.i.epil = shl nsw i64 %indvars.iv666.3.i.epil, 6
-  %1524 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx838.i.epil
-  %1525 = getelementptr inbounds nuw i8, ptr %1524, i64 1536
-  %1526 = load <16 x float>, ptr %1525, align 4, !tbaa !5
-  %1527 = fadd <16 x float> %tile_sum.rf_global208.sroa.0.0416.3.i.epil, %1526
-  %indvars.iv.next667.3.i.epil = add nuw nsw i64 %indvars.iv666.3.i.epil, 1
-  %epil.iter208.next = add i64 %epil.iter208, 1
-  %epil.iter208.cmp.not = icmp eq i64 %epil.iter208.next, %xtraiter207
-  br i1 %epil.iter208.cmp.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil, !prof !26, !llvm.loop !55
+  %indvars.iv704.3.i.epil = phi i64 [ %indvars.iv.next705.3.i.epil, %for_body_ax177.3.i.epil ], [ %indvars.iv704.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
+  %tile_sum.rf_global238.sroa.0.0447.3.i.epil = phi <16 x float> [ %1554, %for_body_ax177.3.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
+  %epil.iter232 = phi i64 [ %epil.iter232.next, %for_body_ax177.3.i.epil ], [ 0, %for_body_ax177.3.i.epil.preheader ]
+  %.idx1079.i.epil = shl nsw i64 %indvars.iv704.3.i.epil, 6
+  %1551 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1079.i.epil
+  %1552 = getelementptr inbounds nuw i8, ptr %1551, i64 1536
+  %1553 = load <16 x float>, ptr %1552, align 4, !tbaa !5
+  %1554 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.3.i.epil, %1553
+  %indvars.iv.next705.3.i.epil = add nuw nsw i64 %indvars.iv704.3.i.epil, 1
+  %epil.iter232.next = add i64 %epil.iter232, 1
+  %epil.iter232.cmp.not = icmp eq i64 %epil.iter232.next, %xtraiter231
+  br i1 %epil.iter232.cmp.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil, !prof !26, !llvm.loop !55
 
 for_end_ax178.3.i:                                ; preds = %for_body_ax177.3.i.epil, %for_end_ax178.3.i.loopexit.unr-lcssa, %for_end_ax178.2.i
-  %tile_sum.rf_global208.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.2.i ], [ %1523, %for_end_ax178.3.i.loopexit.unr-lcssa ], [ %1527, %for_body_ax177.3.i.epil ]
-  %tile_sum.rf209.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 0
-  %1528 = fadd float %tile_sum.rf209.sroa.0.0.vec.extract.3.i, 0.000000e+00
-  %tile_sum.rf209.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 1
-  %1529 = fadd float %tile_sum.rf209.sroa.0.4.vec.extract.3.i, %1528
-  %tile_sum.rf209.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 2
-  %1530 = fadd float %tile_sum.rf209.sroa.0.8.vec.extract.3.i, %1529
-  %tile_sum.rf209.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 3
-  %1531 = fadd float %tile_sum.rf209.sroa.0.12.vec.extract.3.i, %1530
-  %tile_sum.rf209.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 4
-  %1532 = fadd float %tile_sum.rf209.sroa.0.16.vec.extract.3.i, %1531
-  %tile_sum.rf209.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 5
-  %1533 = fadd float %tile_sum.rf209.sroa.0.20.vec.extract.3.i, %1532
-  %tile_sum.rf209.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 6
-  %1534 = fadd float %tile_sum.rf209.sroa.0.24.vec.extract.3.i, %1533
-  %tile_sum.rf209.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 7
-  %1535 = fadd float %tile_sum.rf209.sroa.0.28.vec.extract.3.i, %1534
-  %tile_sum.rf209.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 8
-  %1536 = fadd float %tile_sum.rf209.sroa.0.32.vec.extract.3.i, %1535
-  %tile_sum.rf209.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 9
-  %1537 = fadd float %tile_sum.rf209.sroa.0.36.vec.extract.3.i, %1536
-  %tile_sum.rf209.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 10
-  %1538 = fadd float %tile_sum.rf209.sroa.0.40.vec.extract.3.i, %1537
-  %tile_sum.rf209.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 11
-  %1539 = fadd float %tile_sum.rf209.sroa.0.44.vec.extract.3.i, %1538
-  %tile_sum.rf209.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 12
-  %1540 = fadd float %tile_sum.rf209.sroa.0.48.vec.extract.3.i, %1539
-  %tile_sum.rf209.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 13
-  %1541 = fadd float %tile_sum.rf209.sroa.0.52.vec.extract.3.i, %1540
-  %tile_sum.rf209.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 14
-  %1542 = fadd float %tile_sum.rf209.sroa.0.56.vec.extract.3.i, %1541
-  %tile_sum.rf209.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global208.sroa.0.0.lcssa.3.i, i64 15
-  %1543 = fadd float %tile_sum.rf209.sroa.0.60.vec.extract.3.i, %1542
-  %tile_sum214.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum214.sroa.0.8.vec.insert.i, float %1543, i64 3
-  %1544 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %full_acc.i = tail call ptr %1544(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1545 = icmp eq ptr %full_acc.i, null
-  br i1 %1545, label %fused_decode_compute_.exit, label %for_begin_d_084.preheader.i, !prof !8
+  %tile_sum.rf_global238.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.2.i ], [ %1550, %for_end_ax178.3.i.loopexit.unr-lcssa ], [ %1554, %for_body_ax177.3.i.epil ]
+  %tile_sum.rf239.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 0
+  %1555 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.3.i, 0.000000e+00
+  %tile_sum.rf239.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 1
+  %1556 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.3.i, %1555
+  %tile_sum.rf239.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 2
+  %1557 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.3.i, %1556
+  %tile_sum.rf239.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 3
+  %1558 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.3.i, %1557
+  %tile_sum.rf239.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 4
+  %1559 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.3.i, %1558
+  %tile_sum.rf239.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 5
+  %1560 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.3.i, %1559
+  %tile_sum.rf239.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 6
+  %1561 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.3.i, %1560
+  %tile_sum.rf239.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 7
+  %1562 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.3.i, %1561
+  %tile_sum.rf239.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 8
+  %1563 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.3.i, %1562
+  %tile_sum.rf239.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 9
+  %1564 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.3.i, %1563
+  %tile_sum.rf239.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 10
+  %1565 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.3.i, %1564
+  %tile_sum.rf239.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 11
+  %1566 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.3.i, %1565
+  %tile_sum.rf239.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 12
+  %1567 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.3.i, %1566
+  %tile_sum.rf239.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 13
+  %1568 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.3.i, %1567
+  %tile_sum.rf239.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 14
+  %1569 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.3.i, %1568
+  %tile_sum.rf239.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 15
+  %1570 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.3.i, %1569
+  %tile_sum244.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum244.sroa.0.8.vec.insert.i, float %1570, i64 3
+  %1571 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %full_acc.i = tail call ptr %1571(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1572 = icmp eq ptr %full_acc.i, null
+  br i1 %1572, label %fused_decode_compute_.exit, label %for_begin_d_084.preheader.i, !prof !8
 
 for_begin_to89.preheader.i:                       ; preds = %for_end_to91.i, %for_begin_d_084.preheader.i
-  %indvars.iv697.i = phi i64 [ 0, %for_begin_d_084.preheader.i ], [ %indvars.iv.next698.i, %for_end_to91.i ]
-  br i1 %226, label %for_body_to90.lr.ph.i, label %for_end_to91.i, !prof !3
+  %indvars.iv735.i = phi i64 [ 0, %for_begin_d_084.preheader.i ], [ %indvars.iv.next736.i, %for_end_to91.i ]
+  br i1 %253, label %for_body_to90.lr.ph.i, label %for_end_to91.i, !prof !3
 
 for_body_to90.lr.ph.i:                            ; preds = %for_begin_to89.preheader.i
-  %1546 = mul nuw nsw i64 %indvars.iv697.i, %231
-  %gep503.idx.i = shl i64 %indvars.iv697.i, 6
-  %gep503.i = getelementptr i8, ptr %invariant.gep502.i, i64 %gep503.idx.i
+  %1573 = mul nuw nsw i64 %indvars.iv735.i, %258
+  %gep534.idx.i = shl i64 %indvars.iv735.i, 6
+  %gep534.i = getelementptr i8, ptr %invariant.gep533.i, i64 %gep534.idx.i
   br label %for_body_to90.i
 
 for_body_to90.i:                                  ; preds = %for_body_to90.i, %for_body_to90.lr.ph.i
-  %indvars.iv676.i = phi i64 [ 0, %for_body_to90.lr.ph.i ], [ %indvars.iv.next677.i, %for_body_to90.i ]
-  %full_acc_global207.sroa.238.0428.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2103, %for_body_to90.i ]
-  %full_acc_global207.sroa.204.0427.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2097, %for_body_to90.i ]
-  %full_acc_global207.sroa.0.0426.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2082, %for_body_to90.i ]
-  %full_acc_global207.sroa.34.0425.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2100, %for_body_to90.i ]
-  %full_acc_global207.sroa.68.0424.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2087, %for_body_to90.i ]
-  %full_acc_global207.sroa.102.0423.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2101, %for_body_to90.i ]
-  %full_acc_global207.sroa.136.0422.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2092, %for_body_to90.i ]
-  %full_acc_global207.sroa.170.0421.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2102, %for_body_to90.i ]
-  %1547 = add nuw nsw i64 %indvars.iv676.i, %1546
-  %1548 = trunc i64 %1547 to i32
-  %1549 = shl i32 %1548, 2
-  %1550 = add i32 %1549, %ahead_t.i
-  %1551 = sext i32 %1550 to i64
-  %1552 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1551
-  %1553 = load i64, ptr %1552, align 8, !tbaa !5
-  %1554 = getelementptr i32, ptr %value_cache, i64 %1553
-  %1555 = getelementptr i32, ptr %1554, i64 %1337
-  tail call void @llvm.prefetch.p0(ptr readonly %1555, i32 0, i32 2, i32 1)
-  %1556 = getelementptr i8, ptr %1554, i64 64
-  %1557 = getelementptr i32, ptr %1556, i64 %1337
-  tail call void @llvm.prefetch.p0(ptr readonly %1557, i32 0, i32 2, i32 1)
-  %1558 = getelementptr i8, ptr %1554, i64 128
-  %1559 = getelementptr i32, ptr %1558, i64 %1337
-  tail call void @llvm.prefetch.p0(ptr readonly %1559, i32 0, i32 2, i32 1)
-  %1560 = getelementptr i8, ptr %1554, i64 192
-  %1561 = getelementptr i32, ptr %1560, i64 %1337
-  tail call void @llvm.prefetch.p0(ptr readonly %1561, i32 0, i32 2, i32 1)
-  %1562 = getelementptr i8, ptr %1552, i64 8
-  %1563 = load i64, ptr %1562, align 8, !tbaa !5
-  %1564 = getelementptr i32, ptr %value_cache, i64 %1563
-  %1565 = getelementptr i32, ptr %1564, i64 %1337
-  tail call void @llvm.prefetch.p0(ptr readonly %1565, i32 0, i32 2, i32 1)
-  %1566 = getelementptr i8, ptr %1564, i64 64
-  %1567 = getelementptr i32, ptr %1566, i64 %1337
-  tail call void @llvm.prefetch.p0(ptr readonly %1567, i32 0, i32 2, i32 1)
-  %1568 = getelementptr i8, ptr %1564, i64 128
-  %1569 = getelementptr i32, ptr %1568, i64 %1337
-  tail call void @llvm.prefetch.p0(ptr readonly %1569, i32 0, i32 2, i32 1)
-  %1570 = getelementptr i8, ptr %1564, i64 192
-  %1571 = getelementptr i32, ptr %1570, i64 %1337
-  tail call void @llvm.prefetch.p0(ptr readonly %1571, i32 0, i32 2, i32 1)
-  %1572 = getelementptr i8, ptr %1552, i64 16
-  %1573 = load i64, ptr %1572, align 8, !tbaa !5
-  %1574 = getelementptr i32, ptr %value_cache, i64 %1573
-  %1575 = getelementptr i32, ptr %1574, i64 %1337
-  tail call void @llvm.prefetch.p0(ptr readonly %1575, i32 0, i32 2, i32 1)
-  %1576 = getelementptr i8, ptr %1574, i64 64
-  %1577 = getelementptr i32, ptr %1576, i64 %1337
-  tail call void @llvm.prefetch.p0(ptr readonly %1577, i32 0, i32 2, i32 1)
-  %1578 = getelementptr i8, ptr %1574, i64 128
-  %1579 = getelementptr i32, ptr %1578, i64 %1337
-  tail call void @llvm.prefetch.p0(ptr readonly %1579, i32 0, i32 2, i32 1)
-  %1580 = getelementptr i8, ptr %1574, i64 192
-  %1581 = getelementptr i32, ptr %1580, i64 %1337
-  tail call void @llvm.prefetch.p0(ptr readonly %1581, i32 0, i32 2, i32 1)
-  %1582 = getelementptr i8, ptr %1552, i64 24
-  %1583 = load i64, ptr %1582, align 8, !tbaa !5
-  %1584 = getelementptr i32, ptr %value_cache, i64 %1583
-  %1585 = getelementptr i32, ptr %1584, i64 %1337
-  tail call void @llvm.prefetch.p0(ptr readonly %1585, i32 0, i32 2, i32 1)
-  %1586 = getelementptr i8, ptr %1584, i64 64
-  %1587 = getelementptr i32, ptr %1586, i64 %1337
-  tail call void @llvm.prefetch.p0(ptr readonly %1587, i32 0, i32 2, i32 1)
-  %1588 = getelementptr i8, ptr %1584, i64 128
-  %1589 = getelementptr i32, ptr %1588, i64 %1337
-  tail call void @llvm.prefetch.p0(ptr readonly %1589, i32 0, i32 2, i32 1)
-  %1590 = getelementptr i8, ptr %1584, i64 192
-  %1591 = getelementptr i32, ptr %1590, i64 %1337
-  tail call void @llvm.prefetch.p0(ptr readonly %1591, i32 0, i32 2, i32 1)
-  %1592 = shl nsw i64 %indvars.iv676.i, 4
-  %1593 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1592
-  %1594 = load float, ptr %1593, align 4, !tbaa !5
-  %1595 = insertelement <16 x float> poison, float %1594, i64 0
-  %1596 = shufflevector <16 x float> %1595, <16 x float> poison, <16 x i32> zeroinitializer
-  %1597 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1592
-  %1598 = load i64, ptr %1597, align 8, !tbaa !5
-  %gep441.i = getelementptr i32, ptr %gep503.i, i64 %1598
-  %1599 = load <16 x i32>, ptr %gep441.i, align 4, !tbaa !5
-  %1600 = shl <16 x i32> %1599, splat (i32 16)
-  %1601 = bitcast <16 x i32> %1600 to <16 x float>
-  %1602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1596, <16 x float> %1601, <16 x float> %full_acc_global207.sroa.0.0426.i)
-  %1603 = getelementptr inbounds nuw i8, ptr %1593, i64 512
-  %1604 = load float, ptr %1603, align 4, !tbaa !5
-  %1605 = insertelement <16 x float> poison, float %1604, i64 0
-  %1606 = shufflevector <16 x float> %1605, <16 x float> poison, <16 x i32> zeroinitializer
-  %1607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1606, <16 x float> %1601, <16 x float> %full_acc_global207.sroa.68.0424.i)
-  %1608 = getelementptr inbounds nuw i8, ptr %1593, i64 1024
-  %1609 = load float, ptr %1608, align 4, !tbaa !5
-  %1610 = insertelement <16 x float> poison, float %1609, i64 0
-  %1611 = shufflevector <16 x float> %1610, <16 x float> poison, <16 x i32> zeroinitializer
-  %1612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1611, <16 x float> %1601, <16 x float> %full_acc_global207.sroa.136.0422.i)
-  %1613 = getelementptr inbounds nuw i8, ptr %1593, i64 1536
-  %1614 = load float, ptr %1613, align 4, !tbaa !5
-  %1615 = insertelement <16 x float> poison, float %1614, i64 0
-  %1616 = shufflevector <16 x float> %1615, <16 x float> poison, <16 x i32> zeroinitializer
-  %1617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1601, <16 x float> %full_acc_global207.sroa.204.0427.i)
-  %1618 = and <16 x i32> %1599, splat (i32 -65536)
-  %1619 = bitcast <16 x i32> %1618 to <16 x float>
-  %1620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1596, <16 x float> %1619, <16 x float> %full_acc_global207.sroa.34.0425.i)
-  %1621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1606, <16 x float> %1619, <16 x float> %full_acc_global207.sroa.102.0423.i)
-  %1622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1611, <16 x float> %1619, <16 x float> %full_acc_global207.sroa.170.0421.i)
-  %1623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1619, <16 x float> %full_acc_global207.sroa.238.0428.i)
-  %1624 = or disjoint i64 %1592, 1
-  %1625 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1624
-  %1626 = load float, ptr %1625, align 4, !tbaa !5
-  %1627 = insertelement <16 x float> poison, float %1626, i64 0
-  %1628 = shufflevector <16 x float> %1627, <16 x float> poison, <16 x i32> zeroinitializer
-  %1629 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1624
-  %1630 = load i64, ptr %1629, align 8, !tbaa !5
-  %gep445.i = getelementptr i32, ptr %gep503.i, i64 %1630
-  %1631 = load <16 x i32>, ptr %gep445.i, align 4, !tbaa !5
-  %1632 = shl <16 x i32> %1631, splat (i32 16)
-  %1633 = bitcast <16 x i32> %1632 to <16 x float>
-  %1634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1628, <16 x float> %1633, <16 x float> %1602)
-  %1635 = getelementptr inbounds nuw i8, ptr %1593, i64 516
+  %indvars.iv714.i = phi i64 [ 0, %for_body_to90.lr.ph.i ], [ %indvars.iv.next715.i, %for_body_to90.i ]
+  %full_acc_global237.sroa.238.0459.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2130, %for_body_to90.i ]
+  %full_acc_global237.sroa.204.0458.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2124, %for_body_to90.i ]
+  %full_acc_global237.sroa.0.0457.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2109, %for_body_to90.i ]
+  %full_acc_global237.sroa.34.0456.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2127, %for_body_to90.i ]
+  %full_acc_global237.sroa.68.0455.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2114, %for_body_to90.i ]
+  %full_acc_global237.sroa.102.0454.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2128, %for_body_to90.i ]
+  %full_acc_global237.sroa.136.0453.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2119, %for_body_to90.i ]
+  %full_acc_global237.sroa.170.0452.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2129, %for_body_to90.i ]
+  %1574 = add nuw nsw i64 %indvars.iv714.i, %1573
+  %1575 = trunc i64 %1574 to i32
+  %1576 = shl i32 %1575, 2
+  %1577 = add i32 %1576, %ahead_t.i
+  %1578 = sext i32 %1577 to i64
+  %1579 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1578
+  %1580 = load i64, ptr %1579, align 8, !tbaa !5
+  %1581 = getelementptr i32, ptr %value_cache, i64 %1580
+  %1582 = getelementptr i32, ptr %1581, i64 %1364
+  tail call void @llvm.prefetch.p0(ptr readonly %1582, i32 0, i32 2, i32 1)
+  %1583 = getelementptr i8, ptr %1581, i64 64
+  %1584 = getelementptr i32, ptr %1583, i64 %1364
+  tail call void @llvm.prefetch.p0(ptr readonly %1584, i32 0, i32 2, i32 1)
+  %1585 = getelementptr i8, ptr %1581, i64 128
+  %1586 = getelementptr i32, ptr %1585, i64 %1364
+  tail call void @llvm.prefetch.p0(ptr readonly %1586, i32 0, i32 2, i32 1)
+  %1587 = getelementptr i8, ptr %1581, i64 192
+  %1588 = getelementptr i32, ptr %1587, i64 %1364
+  tail call void @llvm.prefetch.p0(ptr readonly %1588, i32 0, i32 2, i32 1)
+  %1589 = getelementptr i8, ptr %1579, i64 8
+  %1590 = load i64, ptr %1589, align 8, !tbaa !5
+  %1591 = getelementptr i32, ptr %value_cache, i64 %1590
+  %1592 = getelementptr i32, ptr %1591, i64 %1364
+  tail call void @llvm.prefetch.p0(ptr readonly %1592, i32 0, i32 2, i32 1)
+  %1593 = getelementptr i8, ptr %1591, i64 64
+  %1594 = getelementptr i32, ptr %1593, i64 %1364
+  tail call void @llvm.prefetch.p0(ptr readonly %1594, i32 0, i32 2, i32 1)
+  %1595 = getelementptr i8, ptr %1591, i64 128
+  %1596 = getelementptr i32, ptr %1595, i64 %1364
+  tail call void @llvm.prefetch.p0(ptr readonly %1596, i32 0, i32 2, i32 1)
+  %1597 = getelementptr i8, ptr %1591, i64 192
+  %1598 = getelementptr i32, ptr %1597, i64 %1364
+  tail call void @llvm.prefetch.p0(ptr readonly %1598, i32 0, i32 2, i32 1)
+  %1599 = getelementptr i8, ptr %1579, i64 16
+  %1600 = load i64, ptr %1599, align 8, !tbaa !5
+  %1601 = getelementptr i32, ptr %value_cache, i64 %1600
+  %1602 = getelementptr i32, ptr %1601, i64 %1364
+  tail call void @llvm.prefetch.p0(ptr readonly %1602, i32 0, i32 2, i32 1)
+  %1603 = getelementptr i8, ptr %1601, i64 64
+  %1604 = getelementptr i32, ptr %1603, i64 %1364
+  tail call void @llvm.prefetch.p0(ptr readonly %1604, i32 0, i32 2, i32 1)
+  %1605 = getelementptr i8, ptr %1601, i64 128
+  %1606 = getelementptr i32, ptr %1605, i64 %1364
+  tail call void @llvm.prefetch.p0(ptr readonly %1606, i32 0, i32 2, i32 1)
+  %1607 = getelementptr i8, ptr %1601, i64 192
+  %1608 = getelementptr i32, ptr %1607, i64 %1364
+  tail call void @llvm.prefetch.p0(ptr readonly %1608, i32 0, i32 2, i32 1)
+  %1609 = getelementptr i8, ptr %1579, i64 24
+  %1610 = load i64, ptr %1609, align 8, !tbaa !5
+  %1611 = getelementptr i32, ptr %value_cache, i64 %1610
+  %1612 = getelementptr i32, ptr %1611, i64 %1364
+  tail call void @llvm.prefetch.p0(ptr readonly %1612, i32 0, i32 2, i32 1)
+  %1613 = getelementptr i8, ptr %1611, i64 64
+  %1614 = getelementptr i32, ptr %1613, i64 %1364
+  tail call void @llvm.prefetch.p0(ptr readonly %1614, i32 0, i32 2, i32 1)
+  %1615 = getelementptr i8, ptr %1611, i64 128
+  %1616 = getelementptr i32, ptr %1615, i64 %1364
+  tail call void @llvm.prefetch.p0(ptr readonly %1616, i32 0, i32 2, i32 1)
+  %1617 = getelementptr i8, ptr %1611, i64 192
+  %1618 = getelementptr i32, ptr %1617, i64 %1364
+  tail call void @llvm.prefetch.p0(ptr readonly %1618, i32 0, i32 2, i32 1)
+  %1619 = shl nsw i64 %indvars.iv714.i, 4
+  %1620 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1619
+  %1621 = load float, ptr %1620, align 4, !tbaa !5
+  %1622 = insertelement <16 x float> poison, float %1621, i64 0
+  %1623 = shufflevector <16 x float> %1622, <16 x float> poison, <16 x i32> zeroinitializer
+  %1624 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1619
+  %1625 = load i64, ptr %1624, align 8, !tbaa !5
+  %gep472.i = getelementptr i32, ptr %gep534.i, i64 %1625
+  %1626 = load <16 x i32>, ptr %gep472.i, align 4, !tbaa !5
+  %1627 = shl <16 x i32> %1626, splat (i32 16)
+  %1628 = bitcast <16 x i32> %1627 to <16 x float>
+  %1629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.0.0457.i)
+  %1630 = getelementptr inbounds nuw i8, ptr %1620, i64 512
+  %1631 = load float, ptr %1630, align 4, !tbaa !5
+  %1632 = insertelement <16 x float> poison, float %1631, i64 0
+  %1633 = shufflevector <16 x float> %1632, <16 x float> poison, <16 x i32> zeroinitializer
+  %1634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1633, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.68.0455.i)
+  %1635 = getelementptr inbounds nuw i8, ptr %1620, i64 1024
   %1636 = load float, ptr %1635, align 4, !tbaa !5
   %1637 = insertelement <16 x float> poison, float %1636, i64 0
   %1638 = shufflevector <16 x float> %1637, <16 x float> poison, <16 x i32> zeroinitializer
-  %1639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1633, <16 x float> %1607)
-  %1640 = getelementptr inbounds nuw i8, ptr %1593, i64 1028
+  %1639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.136.0453.i)
+  %1640 = getelementptr inbounds nuw i8, ptr %1620, i64 1536
   %1641 = load float, ptr %1640, align 4, !tbaa !5
   %1642 = insertelement <16 x float> poison, float %1641, i64 0
   %1643 = shufflevector <16 x float> %1642, <16 x float> poison, <16 x i32> zeroinitializer
-  %1644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1643, <16 x float> %1633, <16 x float> %1612)
-  %1645 = getelementptr inbounds nuw i8, ptr %1593, i64 1540
-  %1646 = load float, ptr %1645, align 4, !tbaa !5
-  %1647 = insertelement <16 x float> poison, float %1646, i64 0
-  %1648 = shufflevector <16 x float> %1647, <16 x float> poison, <16 x i32> zeroinitializer
-  %1649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1648, <16 x float> %1633, <16 x float> %1617)
-  %1650 = and <16 x i32> %1631, splat (i32 -65536)
-  %1651 = bitcast <16 x i32> %1650 to <16 x float>
-  %1652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1628, <16 x float> %1651, <16 x float> %1620)
-  %1653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1651, <16 x float> %1621)
-  %1654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1643, <16 x float> %1651, <16 x float> %1622)
-  %1655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1648, <16 x float> %1651, <16 x float> %1623)
-  %1656 = or disjoint i64 %1592, 2
-  %1657 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1656
-  %1658 = load float, ptr %1657, align 4, !tbaa !5
-  %1659 = insertelement <16 x float> poison, float %1658, i64 0
-  %1660 = shufflevector <16 x float> %1659, <16 x float> poison, <16 x i32> zeroinitializer
-  %1661 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1656
-  %1662 = load i64, ptr %1661, align 8, !tbaa !5
-  %gep449.i = getelementptr i32, ptr %gep503.i, i64 %1662
-  %1663 = load <16 x i32>, ptr %gep449.i, align 4, !tbaa !5
-  %1664 = shl <16 x i32> %1663, splat (i32 16)
-  %1665 = bitcast <16 x i32> %1664 to <16 x float>
-  %1666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1660, <16 x float> %1665, <16 x float> %1634)
-  %1667 = getelementptr inbounds nuw i8, ptr %1593, i64 520
+  %1644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1643, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.204.0458.i)
+  %1645 = and <16 x i32> %1626, splat (i32 -65536)
+  %1646 = bitcast <16 x i32> %1645 to <16 x float>
+  %1647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.34.0456.i)
+  %1648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1633, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.102.0454.i)
+  %1649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.170.0452.i)
+  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1643, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.238.0459.i)
+  %1651 = or disjoint i64 %1619, 1
+  %1652 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1651
+  %1653 = load float, ptr %1652, align 4, !tbaa !5
+  %1654 = insertelement <16 x float> poison, float %1653, i64 0
+  %1655 = shufflevector <16 x float> %1654, <16 x float> poison, <16 x i32> zeroinitializer
+  %1656 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1651
+  %1657 = load i64, ptr %1656, align 8, !tbaa !5
+  %gep476.i = getelementptr i32, ptr %gep534.i, i64 %1657
+  %1658 = load <16 x i32>, ptr %gep476.i, align 4, !tbaa !5
+  %1659 = shl <16 x i32> %1658, splat (i32 16)
+  %1660 = bitcast <16 x i32> %1659 to <16 x float>
+  %1661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1655, <16 x float> %1660, <16 x float> %1629)
+  %1662 = getelementptr inbounds nuw i8, ptr %1620, i64 516
+  %1663 = load float, ptr %1662, align 4, !tbaa !5
+  %1664 = insertelement <16 x float> poison, float %1663, i64 0
+  %1665 = shufflevector <16 x float> %1664, <16 x float> poison, <16 x i32> zeroinitializer
+  %1666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1660, <16 x float> %1634)
+  %1667 = getelementptr inbounds nuw i8, ptr %1620, i64 1028
   %1668 = load float, ptr %1667, align 4, !tbaa !5
   %1669 = insertelement <16 x float> poison, float %1668, i64 0
   %1670 = shufflevector <16 x float> %1669, <16 x float> poison, <16 x i32> zeroinitializer
-  %1671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1665, <16 x float> %1639)
-  %1672 = getelementptr inbounds nuw i8, ptr %1593, i64 1032
+  %1671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1660, <16 x float> %1639)
+  %1672 = getelementptr inbounds nuw i8, ptr %1620, i64 1540
   %1673 = load float, ptr %1672, align 4, !tbaa !5
   %1674 = insertelement <16 x float> poison, float %1673, i64 0
   %1675 = shufflevector <16 x float> %1674, <16 x float> poison, <16 x i32> zeroinitializer
-  %1676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1665, <16 x float> %1644)
-  %1677 = getelementptr inbounds nuw i8, ptr %1593, i64 1544
-  %1678 = load float, ptr %1677, align 4, !tbaa !5
-  %1679 = insertelement <16 x float> poison, float %1678, i64 0
-  %1680 = shufflevector <16 x float> %1679, <16 x float> poison, <16 x i32> zeroinitializer
-  %1681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1680, <16 x float> %1665, <16 x float> %1649)
-  %1682 = and <16 x i32> %1663, splat (i32 -65536)
-  %1683 = bitcast <16 x i32> %1682 to <16 x float>
-  %1684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1660, <16 x float> %1683, <16 x float> %1652)
-  %1685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1683, <16 x float> %1653)
-  %1686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1683, <16 x float> %1654)
-  %1687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1680, <16 x float> %1683, <16 x float> %1655)
-  %1688 = or disjoint i64 %1592, 3
-  %1689 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1688
-  %1690 = load float, ptr %1689, align 4, !tbaa !5
-  %1691 = insertelement <16 x float> poison, float %1690, i64 0
-  %1692 = shufflevector <16 x float> %1691, <16 x float> poison, <16 x i32> zeroinitializer
-  %1693 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1688
-  %1694 = load i64, ptr %1693, align 8, !tbaa !5
-  %gep453.i = getelementptr i32, ptr %gep503.i, i64 %1694
-  %1695 = load <16 x i32>, ptr %gep453.i, align 4, !tbaa !5
-  %1696 = shl <16 x i32> %1695, splat (i32 16)
-  %1697 = bitcast <16 x i32> %1696 to <16 x float>
-  %1698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1692, <16 x float> %1697, <16 x float> %1666)
-  %1699 = getelementptr inbounds nuw i8, ptr %1593, i64 524
+  %1676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1660, <16 x float> %1644)
+  %1677 = and <16 x i32> %1658, splat (i32 -65536)
+  %1678 = bitcast <16 x i32> %1677 to <16 x float>
+  %1679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1655, <16 x float> %1678, <16 x float> %1647)
+  %1680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1678, <16 x float> %1648)
+  %1681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1678, <16 x float> %1649)
+  %1682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1678, <16 x float> %1650)
+  %1683 = or disjoint i64 %1619, 2
+  %1684 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1683
+  %1685 = load float, ptr %1684, align 4, !tbaa !5
+  %1686 = insertelement <16 x float> poison, float %1685, i64 0
+  %1687 = shufflevector <16 x float> %1686, <16 x float> poison, <16 x i32> zeroinitializer
+  %1688 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1683
+  %1689 = load i64, ptr %1688, align 8, !tbaa !5
+  %gep480.i = getelementptr i32, ptr %gep534.i, i64 %1689
+  %1690 = load <16 x i32>, ptr %gep480.i, align 4, !tbaa !5
+  %1691 = shl <16 x i32> %1690, splat (i32 16)
+  %1692 = bitcast <16 x i32> %1691 to <16 x float>
+  %1693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1692, <16 x float> %1661)
+  %1694 = getelementptr inbounds nuw i8, ptr %1620, i64 520
+  %1695 = load float, ptr %1694, align 4, !tbaa !5
+  %1696 = insertelement <16 x float> poison, float %1695, i64 0
+  %1697 = shufflevector <16 x float> %1696, <16 x float> poison, <16 x i32> zeroinitializer
+  %1698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1692, <16 x float> %1666)
+  %1699 = getelementptr inbounds nuw i8, ptr %1620, i64 1032
   %1700 = load float, ptr %1699, align 4, !tbaa !5
   %1701 = insertelement <16 x float> poison, float %1700, i64 0
   %1702 = shufflevector <16 x float> %1701, <16 x float> poison, <16 x i32> zeroinitializer
-  %1703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1702, <16 x float> %1697, <16 x float> %1671)
-  %1704 = getelementptr inbounds nuw i8, ptr %1593, i64 1036
+  %1703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1702, <16 x float> %1692, <16 x float> %1671)
+  %1704 = getelementptr inbounds nuw i8, ptr %1620, i64 1544
   %1705 = load float, ptr %1704, align 4, !tbaa !5
   %1706 = insertelement <16 x float> poison, float %1705, i64 0
   %1707 = shufflevector <16 x float> %1706, <16 x float> poison, <16 x i32> zeroinitializer
-  %1708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1707, <16 x float> %1697, <16 x float> %1676)
-  %1709 = getelementptr inbounds nuw i8, ptr %1593, i64 1548
-  %1710 = load float, ptr %1709, align 4, !tbaa !5
-  %1711 = insertelement <16 x float> poison, float %1710, i64 0
-  %1712 = shufflevector <16 x float> %1711, <16 x float> poison, <16 x i32> zeroinitializer
-  %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1712, <16 x float> %1697, <16 x float> %1681)
-  %1714 = and <16 x i32> %1695, splat (i32 -65536)
-  %1715 = bitcast <16 x i32> %1714 to <16 x float>
-  %1716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1692, <16 x float> %1715, <16 x float> %1684)
-  %1717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1702, <16 x float> %1715, <16 x float> %1685)
-  %1718 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1707, <16 x float> %1715, <16 x float> %1686)
-  %1719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1712, <16 x float> %1715, <16 x float> %1687)
-  %1720 = or disjoint i64 %1592, 4
-  %1721 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1720
-  %1722 = load float, ptr %1721, align 4, !tbaa !5
-  %1723 = insertelement <16 x float> poison, float %1722, i64 0
-  %1724 = shufflevector <16 x float> %1723, <16 x float> poison, <16 x i32> zeroinitializer
-  %1725 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1720
-  %1726 = load i64, ptr %1725, align 8, !tbaa !5
-  %gep457.i = getelementptr i32, ptr %gep503.i, i64 %1726
-  %1727 = load <16 x i32>, ptr %gep457.i, align 4, !tbaa !5
-  %1728 = shl <16 x i32> %1727, splat (i32 16)
-  %1729 = bitcast <16 x i32> %1728 to <16 x float>
-  %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1724, <16 x float> %1729, <16 x float> %1698)
-  %1731 = getelementptr inbounds nuw i8, ptr %1593, i64 528
+  %1708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1707, <16 x float> %1692, <16 x float> %1676)
+  %1709 = and <16 x i32> %1690, splat (i32 -65536)
+  %1710 = bitcast <16 x i32> %1709 to <16 x float>
+  %1711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1710, <16 x float> %1679)
+  %1712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1710, <16 x float> %1680)
+  %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1702, <16 x float> %1710, <16 x float> %1681)
+  %1714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1707, <16 x float> %1710, <16 x float> %1682)
+  %1715 = or disjoint i64 %1619, 3
+  %1716 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1715
+  %1717 = load float, ptr %1716, align 4, !tbaa !5
+  %1718 = insertelement <16 x float> poison, float %1717, i64 0
+  %1719 = shufflevector <16 x float> %1718, <16 x float> poison, <16 x i32> zeroinitializer
+  %1720 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1715
+  %1721 = load i64, ptr %1720, align 8, !tbaa !5
+  %gep484.i = getelementptr i32, ptr %gep534.i, i64 %1721
+  %1722 = load <16 x i32>, ptr %gep484.i, align 4, !tbaa !5
+  %1723 = shl <16 x i32> %1722, splat (i32 16)
+  %1724 = bitcast <16 x i32> %1723 to <16 x float>
+  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1724, <16 x float> %1693)
+  %1726 = getelementptr inbounds nuw i8, ptr %1620, i64 524
+  %1727 = load float, ptr %1726, align 4, !tbaa !5
+  %1728 = insertelement <16 x float> poison, float %1727, i64 0
+  %1729 = shufflevector <16 x float> %1728, <16 x float> poison, <16 x i32> zeroinitializer
+  %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1729, <16 x float> %1724, <16 x float> %1698)
+  %1731 = getelementptr inbounds nuw i8, ptr %1620, i64 1036
   %1732 = load float, ptr %1731, align 4, !tbaa !5
   %1733 = insertelement <16 x float> poison, float %1732, i64 0
   %1734 = shufflevector <16 x float> %1733, <16 x float> poison, <16 x i32> zeroinitializer
-  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1734, <16 x float> %1729, <16 x float> %1703)
-  %1736 = getelementptr inbounds nuw i8, ptr %1593, i64 1040
+  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1734, <16 x float> %1724, <16 x float> %1703)
+  %1736 = getelementptr inbounds nuw i8, ptr %1620, i64 1548
   %1737 = load float, ptr %1736, align 4, !tbaa !5
   %1738 = insertelement <16 x float> poison, float %1737, i64 0
   %1739 = shufflevector <16 x float> %1738, <16 x float> poison, <16 x i32> zeroinitializer
-  %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1729, <16 x float> %1708)
-  %1741 = getelementptr inbounds nuw i8, ptr %1593, i64 1552
-  %1742 = load float, ptr %1741, align 4, !tbaa !5
-  %1743 = insertelement <16 x float> poison, float %1742, i64 0
-  %1744 = shufflevector <16 x float> %1743, <16 x float> poison, <16 x i32> zeroinitializer
-  %1745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1744, <16 x float> %1729, <16 x float> %1713)
-  %1746 = and <16 x i32> %1727, splat (i32 -65536)
-  %1747 = bitcast <16 x i32> %1746 to <16 x float>
-  %1748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1724, <16 x float> %1747, <16 x float> %1716)
-  %1749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1734, <16 x float> %1747, <16 x float> %1717)
-  %1750 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1747, <16 x float> %1718)
-  %1751 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1744, <16 x float> %1747, <16 x float> %1719)
-  %1752 = or disjoint i64 %1592, 5
-  %1753 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1752
-  %1754 = load float, ptr %1753, align 4, !tbaa !5
-  %1755 = insertelement <16 x float> poison, float %1754, i64 0
-  %1756 = shufflevector <16 x float> %1755, <16 x float> poison, <16 x i32> zeroinitializer
-  %1757 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1752
-  %1758 = load i64, ptr %1757, align 8, !tbaa !5
-  %gep461.i = getelementptr i32, ptr %gep503.i, i64 %1758
-  %1759 = load <16 x i32>, ptr %gep461.i, align 4, !tbaa !5
-  %1760 = shl <16 x i32> %1759, splat (i32 16)
-  %1761 = bitcast <16 x i32> %1760 to <16 x float>
-  %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1756, <16 x float> %1761, <16 x float> %1730)
-  %1763 = getelementptr inbounds nuw i8, ptr %1593, i64 532
+  %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1724, <16 x float> %1708)
+  %1741 = and <16 x i32> %1722, splat (i32 -65536)
+  %1742 = bitcast <16 x i32> %1741 to <16 x float>
+  %1743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1742, <16 x float> %1711)
+  %1744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1729, <16 x float> %1742, <16 x float> %1712)
+  %1745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1734, <16 x float> %1742, <16 x float> %1713)
+  %1746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1742, <16 x float> %1714)
+  %1747 = or disjoint i64 %1619, 4
+  %1748 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1747
+  %1749 = load float, ptr %1748, align 4, !tbaa !5
+  %1750 = insertelement <16 x float> poison, float %1749, i64 0
+  %1751 = shufflevector <16 x float> %1750, <16 x float> poison, <16 x i32> zeroinitializer
+  %1752 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1747
+  %1753 = load i64, ptr %1752, align 8, !tbaa !5
+  %gep488.i = getelementptr i32, ptr %gep534.i, i64 %1753
+  %1754 = load <16 x i32>, ptr %gep488.i, align 4, !tbaa !5
+  %1755 = shl <16 x i32> %1754, splat (i32 16)
+  %1756 = bitcast <16 x i32> %1755 to <16 x float>
+  %1757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1751, <16 x float> %1756, <16 x float> %1725)
+  %1758 = getelementptr inbounds nuw i8, ptr %1620, i64 528
+  %1759 = load float, ptr %1758, align 4, !tbaa !5
+  %1760 = insertelement <16 x float> poison, float %1759, i64 0
+  %1761 = shufflevector <16 x float> %1760, <16 x float> poison, <16 x i32> zeroinitializer
+  %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1756, <16 x float> %1730)
+  %1763 = getelementptr inbounds nuw i8, ptr %1620, i64 1040
   %1764 = load float, ptr %1763, align 4, !tbaa !5
   %1765 = insertelement <16 x float> poison, float %1764, i64 0
   %1766 = shufflevector <16 x float> %1765, <16 x float> poison, <16 x i32> zeroinitializer
-  %1767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1766, <16 x float> %1761, <16 x float> %1735)
-  %1768 = getelementptr inbounds nuw i8, ptr %1593, i64 1044
+  %1767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1766, <16 x float> %1756, <16 x float> %1735)
+  %1768 = getelementptr inbounds nuw i8, ptr %1620, i64 1552
   %1769 = load float, ptr %1768, align 4, !tbaa !5
   %1770 = insertelement <16 x float> poison, float %1769, i64 0
   %1771 = shufflevector <16 x float> %1770, <16 x float> poison, <16 x i32> zeroinitializer
-  %1772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1771, <16 x float> %1761, <16 x float> %1740)
-  %1773 = getelementptr inbounds nuw i8, ptr %1593, i64 1556
-  %1774 = load float, ptr %1773, align 4, !tbaa !5
-  %1775 = insertelement <16 x float> poison, float %1774, i64 0
-  %1776 = shufflevector <16 x float> %1775, <16 x float> poison, <16 x i32> zeroinitializer
-  %1777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1776, <16 x float> %1761, <16 x float> %1745)
-  %1778 = and <16 x i32> %1759, splat (i32 -65536)
-  %1779 = bitcast <16 x i32> %1778 to <16 x float>
-  %1780 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1756, <16 x float> %1779, <16 x float> %1748)
-  %1781 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1766, <16 x float> %1779, <16 x float> %1749)
-  %1782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1771, <16 x float> %1779, <16 x float> %1750)
-  %1783 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1776, <16 x float> %1779, <16 x float> %1751)
-  %1784 = or disjoint i64 %1592, 6
-  %1785 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1784
-  %1786 = load float, ptr %1785, align 4, !tbaa !5
-  %1787 = insertelement <16 x float> poison, float %1786, i64 0
-  %1788 = shufflevector <16 x float> %1787, <16 x float> poison, <16 x i32> zeroinitializer
-  %1789 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1784
-  %1790 = load i64, ptr %1789, align 8, !tbaa !5
-  %gep465.i = getelementptr i32, ptr %gep503.i, i64 %1790
-  %1791 = load <16 x i32>, ptr %gep465.i, align 4, !tbaa !5
-  %1792 = shl <16 x i32> %1791, splat (i32 16)
-  %1793 = bitcast <16 x i32> %1792 to <16 x float>
-  %1794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1788, <16 x float> %1793, <16 x float> %1762)
-  %1795 = getelementptr inbounds nuw i8, ptr %1593, i64 536
+  %1772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1771, <16 x float> %1756, <16 x float> %1740)
+  %1773 = and <16 x i32> %1754, splat (i32 -65536)
+  %1774 = bitcast <16 x i32> %1773 to <16 x float>
+  %1775 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1751, <16 x float> %1774, <16 x float> %1743)
+  %1776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1774, <16 x float> %1744)
+  %1777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1766, <16 x float> %1774, <16 x float> %1745)
+  %1778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1771, <16 x float> %1774, <16 x float> %1746)
+  %1779 = or disjoint i64 %1619, 5
+  %1780 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1779
+  %1781 = load float, ptr %1780, align 4, !tbaa !5
+  %1782 = insertelement <16 x float> poison, float %1781, i64 0
+  %1783 = shufflevector <16 x float> %1782, <16 x float> poison, <16 x i32> zeroinitializer
+  %1784 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1779
+  %1785 = load i64, ptr %1784, align 8, !tbaa !5
+  %gep492.i = getelementptr i32, ptr %gep534.i, i64 %1785
+  %1786 = load <16 x i32>, ptr %gep492.i, align 4, !tbaa !5
+  %1787 = shl <16 x i32> %1786, splat (i32 16)
+  %1788 = bitcast <16 x i32> %1787 to <16 x float>
+  %1789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1783, <16 x float> %1788, <16 x float> %1757)
+  %1790 = getelementptr inbounds nuw i8, ptr %1620, i64 532
+  %1791 = load float, ptr %1790, align 4, !tbaa !5
+  %1792 = insertelement <16 x float> poison, float %1791, i64 0
+  %1793 = shufflevector <16 x float> %1792, <16 x float> poison, <16 x i32> zeroinitializer
+  %1794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1793, <16 x float> %1788, <16 x float> %1762)
+  %1795 = getelementptr inbounds nuw i8, ptr %1620, i64 1044
   %1796 = load float, ptr %1795, align 4, !tbaa !5
   %1797 = insertelement <16 x float> poison, float %1796, i64 0
   %1798 = shufflevector <16 x float> %1797, <16 x float> poison, <16 x i32> zeroinitializer
-  %1799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1798, <16 x float> %1793, <16 x float> %1767)
-  %1800 = getelementptr inbounds nuw i8, ptr %1593, i64 1048
+  %1799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1798, <16 x float> %1788, <16 x float> %1767)
+  %1800 = getelementptr inbounds nuw i8, ptr %1620, i64 1556
   %1801 = load float, ptr %1800, align 4, !tbaa !5
   %1802 = insertelement <16 x float> poison, float %1801, i64 0
   %1803 = shufflevector <16 x float> %1802, <16 x float> poison, <16 x i32> zeroinitializer
-  %1804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1803, <16 x float> %1793, <16 x float> %1772)
-  %1805 = getelementptr inbounds nuw i8, ptr %1593, i64 1560
-  %1806 = load float, ptr %1805, align 4, !tbaa !5
-  %1807 = insertelement <16 x float> poison, float %1806, i64 0
-  %1808 = shufflevector <16 x float> %1807, <16 x float> poison, <16 x i32> zeroinitializer
-  %1809 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1808, <16 x float> %1793, <16 x float> %1777)
-  %1810 = and <16 x i32> %1791, splat (i32 -65536)
-  %1811 = bitcast <16 x i32> %1810 to <16 x float>
-  %1812 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1788, <16 x float> %1811, <16 x float> %1780)
-  %1813 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1798, <16 x float> %1811, <16 x float> %1781)
-  %1814 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1803, <16 x float> %1811, <16 x float> %1782)
-  %1815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1808, <16 x float> %1811, <16 x float> %1783)
-  %1816 = or disjoint i64 %1592, 7
-  %1817 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1816
-  %1818 = load float, ptr %1817, align 4, !tbaa !5
-  %1819 = insertelement <16 x float> poison, float %1818, i64 0
-  %1820 = shufflevector <16 x float> %1819, <16 x float> poison, <16 x i32> zeroinitializer
-  %1821 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1816
-  %1822 = load i64, ptr %1821, align 8, !tbaa !5
-  %gep469.i = getelementptr i32, ptr %gep503.i, i64 %1822
-  %1823 = load <16 x i32>, ptr %gep469.i, align 4, !tbaa !5
-  %1824 = shl <16 x i32> %1823, splat (i32 16)
-  %1825 = bitcast <16 x i32> %1824 to <16 x float>
-  %1826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1820, <16 x float> %1825, <16 x float> %1794)
-  %1827 = getelementptr inbounds nuw i8, ptr %1593, i64 540
+  %1804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1803, <16 x float> %1788, <16 x float> %1772)
+  %1805 = and <16 x i32> %1786, splat (i32 -65536)
+  %1806 = bitcast <16 x i32> %1805 to <16 x float>
+  %1807 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1783, <16 x float> %1806, <16 x float> %1775)
+  %1808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1793, <16 x float> %1806, <16 x float> %1776)
+  %1809 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1798, <16 x float> %1806, <16 x float> %1777)
+  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1803, <16 x float> %1806, <16 x float> %1778)
+  %1811 = or disjoint i64 %1619, 6
+  %1812 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1811
+  %1813 = load float, ptr %1812, align 4, !tbaa !5
+  %1814 = insertelement <16 x float> poison, float %1813, i64 0
+  %1815 = shufflevector <16 x float> %1814, <16 x float> poison, <16 x i32> zeroinitializer
+  %1816 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1811
+  %1817 = load i64, ptr %1816, align 8, !tbaa !5
+  %gep496.i = getelementptr i32, ptr %gep534.i, i64 %1817
+  %1818 = load <16 x i32>, ptr %gep496.i, align 4, !tbaa !5
+  %1819 = shl <16 x i32> %1818, splat (i32 16)
+  %1820 = bitcast <16 x i32> %1819 to <16 x float>
+  %1821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1815, <16 x float> %1820, <16 x float> %1789)
+  %1822 = getelementptr inbounds nuw i8, ptr %1620, i64 536
+  %1823 = load float, ptr %1822, align 4, !tbaa !5
+  %1824 = insertelement <16 x float> poison, float %1823, i64 0
+  %1825 = shufflevector <16 x float> %1824, <16 x float> poison, <16 x i32> zeroinitializer
+  %1826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1825, <16 x float> %1820, <16 x float> %1794)
+  %1827 = getelementptr inbounds nuw i8, ptr %1620, i64 1048
   %1828 = load float, ptr %1827, align 4, !tbaa !5
   %1829 = insertelement <16 x float> poison, float %1828, i64 0
   %1830 = shufflevector <16 x float> %1829, <16 x float> poison, <16 x i32> zeroinitializer
-  %1831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1830, <16 x float> %1825, <16 x float> %1799)
-  %1832 = getelementptr inbounds nuw i8, ptr %1593, i64 1052
+  %1831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1830, <16 x float> %1820, <16 x float> %1799)
+  %1832 = getelementptr inbounds nuw i8, ptr %1620, i64 1560
   %1833 = load float, ptr %1832, align 4, !tbaa !5
   %1834 = insertelement <16 x float> poison, float %1833, i64 0
   %1835 = shufflevector <16 x float> %1834, <16 x float> poison, <16 x i32> zeroinitializer
-  %1836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1835, <16 x float> %1825, <16 x float> %1804)
-  %1837 = getelementptr inbounds nuw i8, ptr %1593, i64 1564
-  %1838 = load float, ptr %1837, align 4, !tbaa !5
-  %1839 = insertelement <16 x float> poison, float %1838, i64 0
-  %1840 = shufflevector <16 x float> %1839, <16 x float> poison, <16 x i32> zeroinitializer
-  %1841 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1840, <16 x float> %1825, <16 x float> %1809)
-  %1842 = and <16 x i32> %1823, splat (i32 -65536)
-  %1843 = bitcast <16 x i32> %1842 to <16 x float>
-  %1844 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1820, <16 x float> %1843, <16 x float> %1812)
-  %1845 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1830, <16 x float> %1843, <16 x float> %1813)
-  %1846 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1835, <16 x float> %1843, <16 x float> %1814)
-  %1847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1840, <16 x float> %1843, <16 x float> %1815)
-  %1848 = or disjoint i64 %1592, 8
-  %1849 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1848
-  %1850 = load float, ptr %1849, align 4, !tbaa !5
-  %1851 = insertelement <16 x float> poison, float %1850, i64 0
-  %1852 = shufflevector <16 x float> %1851, <16 x float> poison, <16 x i32> zeroinitializer
-  %1853 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1848
-  %1854 = load i64, ptr %1853, align 8, !tbaa !5
-  %gep473.i = getelementptr i32, ptr %gep503.i, i64 %1854
-  %1855 = load <16 x i32>, ptr %gep473.i, align 4, !tbaa !5
-  %1856 = shl <16 x i32> %1855, splat (i32 16)
-  %1857 = bitcast <16 x i32> %1856 to <16 x float>
-  %1858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1852, <16 x float> %1857, <16 x float> %1826)
-  %1859 = getelementptr inbounds nuw i8, ptr %1593, i64 544
+  %1836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1835, <16 x float> %1820, <16 x float> %1804)
+  %1837 = and <16 x i32> %1818, splat (i32 -65536)
+  %1838 = bitcast <16 x i32> %1837 to <16 x float>
+  %1839 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1815, <16 x float> %1838, <16 x float> %1807)
+  %1840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1825, <16 x float> %1838, <16 x float> %1808)
+  %1841 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1830, <16 x float> %1838, <16 x float> %1809)
+  %1842 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1835, <16 x float> %1838, <16 x float> %1810)
+  %1843 = or disjoint i64 %1619, 7
+  %1844 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1843
+  %1845 = load float, ptr %1844, align 4, !tbaa !5
+  %1846 = insertelement <16 x float> poison, float %1845, i64 0
+  %1847 = shufflevector <16 x float> %1846, <16 x float> poison, <16 x i32> zeroinitializer
+  %1848 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1843
+  %1849 = load i64, ptr %1848, align 8, !tbaa !5
+  %gep500.i = getelementptr i32, ptr %gep534.i, i64 %1849
+  %1850 = load <16 x i32>, ptr %gep500.i, align 4, !tbaa !5
+  %1851 = shl <16 x i32> %1850, splat (i32 16)
+  %1852 = bitcast <16 x i32> %1851 to <16 x float>
+  %1853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1847, <16 x float> %1852, <16 x float> %1821)
+  %1854 = getelementptr inbounds nuw i8, ptr %1620, i64 540
+  %1855 = load float, ptr %1854, align 4, !tbaa !5
+  %1856 = insertelement <16 x float> poison, float %1855, i64 0
+  %1857 = shufflevector <16 x float> %1856, <16 x float> poison, <16 x i32> zeroinitializer
+  %1858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1857, <16 x float> %1852, <16 x float> %1826)
+  %1859 = getelementptr inbounds nuw i8, ptr %1620, i64 1052
   %1860 = load float, ptr %1859, align 4, !tbaa !5
   %1861 = insertelement <16 x float> poison, float %1860, i64 0
   %1862 = shufflevector <16 x float> %1861, <16 x float> poison, <16 x i32> zeroinitializer
-  %1863 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1862, <16 x float> %1857, <16 x float> %1831)
-  %1864 = getelementptr inbounds nuw i8, ptr %1593, i64 1056
+  %1863 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1862, <16 x float> %1852, <16 x float> %1831)
+  %1864 = getelementptr inbounds nuw i8, ptr %1620, i64 1564
   %1865 = load float, ptr %1864, align 4, !tbaa !5
   %1866 = insertelement <16 x float> poison, float %1865, i64 0
   %1867 = shufflevector <16 x float> %1866, <16 x float> poison, <16 x i32> zeroinitializer
-  %1868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1867, <16 x float> %1857, <16 x float> %1836)
-  %1869 = getelementptr inbounds nuw i8, ptr %1593, i64 1568
-  %1870 = load float, ptr %1869, align 4, !tbaa !5
-  %1871 = insertelement <16 x float> poison, float %1870, i64 0
-  %1872 = shufflevector <16 x float> %1871, <16 x float> poison, <16 x i32> zeroinitializer
-  %1873 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1872, <16 x float> %1857, <16 x float> %1841)
-  %1874 = and <16 x i32> %1855, splat (i32 -65536)
-  %1875 = bitcast <16 x i32> %1874 to <16 x float>
-  %1876 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1852, <16 x float> %1875, <16 x float> %1844)
-  %1877 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1862, <16 x float> %1875, <16 x float> %1845)
-  %1878 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1867, <16 x float> %1875, <16 x float> %1846)
-  %1879 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1872, <16 x float> %1875, <16 x float> %1847)
-  %1880 = or disjoint i64 %1592, 9
-  %1881 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1880
-  %1882 = load float, ptr %1881, align 4, !tbaa !5
-  %1883 = insertelement <16 x float> poison, float %1882, i64 0
-  %1884 = shufflevector <16 x float> %1883, <16 x float> poison, <16 x i32> zeroinitializer
-  %1885 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1880
-  %1886 = load i64, ptr %1885, align 8, !tbaa !5
-  %gep477.i = getelementptr i32, ptr %gep503.i, i64 %1886
-  %1887 = load <16 x i32>, ptr %gep477.i, align 4, !tbaa !5
-  %1888 = shl <16 x i32> %1887, splat (i32 16)
-  %1889 = bitcast <16 x i32> %1888 to <16 x float>
-  %1890 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1884, <16 x float> %1889, <16 x float> %1858)
-  %1891 = getelementptr inbounds nuw i8, ptr %1593, i64 548
+  %1868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1867, <16 x float> %1852, <16 x float> %1836)
+  %1869 = and <16 x i32> %1850, splat (i32 -65536)
+  %1870 = bitcast <16 x i32> %1869 to <16 x float>
+  %1871 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1847, <16 x float> %1870, <16 x float> %1839)
+  %1872 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1857, <16 x float> %1870, <16 x float> %1840)
+  %1873 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1862, <16 x float> %1870, <16 x float> %1841)
+  %1874 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1867, <16 x float> %1870, <16 x float> %1842)
+  %1875 = or disjoint i64 %1619, 8
+  %1876 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1875
+  %1877 = load float, ptr %1876, align 4, !tbaa !5
+  %1878 = insertelement <16 x float> poison, float %1877, i64 0
+  %1879 = shufflevector <16 x float> %1878, <16 x float> poison, <16 x i32> zeroinitializer
+  %1880 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1875
+  %1881 = load i64, ptr %1880, align 8, !tbaa !5
+  %gep504.i = getelementptr i32, ptr %gep534.i, i64 %1881
+  %1882 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !5
+  %1883 = shl <16 x i32> %1882, splat (i32 16)
+  %1884 = bitcast <16 x i32> %1883 to <16 x float>
+  %1885 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1879, <16 x float> %1884, <16 x float> %1853)
+  %1886 = getelementptr inbounds nuw i8, ptr %1620, i64 544
+  %1887 = load float, ptr %1886, align 4, !tbaa !5
+  %1888 = insertelement <16 x float> poison, float %1887, i64 0
+  %1889 = shufflevector <16 x float> %1888, <16 x float> poison, <16 x i32> zeroinitializer
+  %1890 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1889, <16 x float> %1884, <16 x float> %1858)
+  %1891 = getelementptr inbounds nuw i8, ptr %1620, i64 1056
   %1892 = load float, ptr %1891, align 4, !tbaa !5
   %1893 = insertelement <16 x float> poison, float %1892, i64 0
   %1894 = shufflevector <16 x float> %1893, <16 x float> poison, <16 x i32> zeroinitializer
-  %1895 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1889, <16 x float> %1863)
-  %1896 = getelementptr inbounds nuw i8, ptr %1593, i64 1060
+  %1895 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1884, <16 x float> %1863)
+  %1896 = getelementptr inbounds nuw i8, ptr %1620, i64 1568
   %1897 = load float, ptr %1896, align 4, !tbaa !5
   %1898 = insertelement <16 x float> poison, float %1897, i64 0
   %1899 = shufflevector <16 x float> %1898, <16 x float> poison, <16 x i32> zeroinitializer
-  %1900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1899, <16 x float> %1889, <16 x float> %1868)
-  %1901 = getelementptr inbounds nuw i8, ptr %1593, i64 1572
-  %1902 = load float, ptr %1901, align 4, !tbaa !5
-  %1903 = insertelement <16 x float> poison, float %1902, i64 0
-  %1904 = shufflevector <16 x float> %1903, <16 x float> poison, <16 x i32> zeroinitializer
-  %1905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1904, <16 x float> %1889, <16 x float> %1873)
-  %1906 = and <16 x i32> %1887, splat (i32 -65536)
-  %1907 = bitcast <16 x i32> %1906 to <16 x float>
-  %1908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1884, <16 x float> %1907, <16 x float> %1876)
-  %1909 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1907, <16 x float> %1877)
-  %1910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1899, <16 x float> %1907, <16 x float> %1878)
-  %1911 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1904, <16 x float> %1907, <16 x float> %1879)
-  %1912 = or disjoint i64 %1592, 10
-  %1913 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1912
-  %1914 = load float, ptr %1913, align 4, !tbaa !5
-  %1915 = insertelement <16 x float> poison, float %1914, i64 0
-  %1916 = shufflevector <16 x float> %1915, <16 x float> poison, <16 x i32> zeroinitializer
-  %1917 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1912
-  %1918 = load i64, ptr %1917, align 8, !tbaa !5
-  %gep481.i = getelementptr i32, ptr %gep503.i, i64 %1918
-  %1919 = load <16 x i32>, ptr %gep481.i, align 4, !tbaa !5
-  %1920 = shl <16 x i32> %1919, splat (i32 16)
-  %1921 = bitcast <16 x i32> %1920 to <16 x float>
-  %1922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1916, <16 x float> %1921, <16 x float> %1890)
-  %1923 = getelementptr inbounds nuw i8, ptr %1593, i64 552
+  %1900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1899, <16 x float> %1884, <16 x float> %1868)
+  %1901 = and <16 x i32> %1882, splat (i32 -65536)
+  %1902 = bitcast <16 x i32> %1901 to <16 x float>
+  %1903 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1879, <16 x float> %1902, <16 x float> %1871)
+  %1904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1889, <16 x float> %1902, <16 x float> %1872)
+  %1905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1902, <16 x float> %1873)
+  %1906 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1899, <16 x float> %1902, <16 x float> %1874)
+  %1907 = or disjoint i64 %1619, 9
+  %1908 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1907
+  %1909 = load float, ptr %1908, align 4, !tbaa !5
+  %1910 = insertelement <16 x float> poison, float %1909, i64 0
+  %1911 = shufflevector <16 x float> %1910, <16 x float> poison, <16 x i32> zeroinitializer
+  %1912 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1907
+  %1913 = load i64, ptr %1912, align 8, !tbaa !5
+  %gep508.i = getelementptr i32, ptr %gep534.i, i64 %1913
+  %1914 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !5
+  %1915 = shl <16 x i32> %1914, splat (i32 16)
+  %1916 = bitcast <16 x i32> %1915 to <16 x float>
+  %1917 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1911, <16 x float> %1916, <16 x float> %1885)
+  %1918 = getelementptr inbounds nuw i8, ptr %1620, i64 548
+  %1919 = load float, ptr %1918, align 4, !tbaa !5
+  %1920 = insertelement <16 x float> poison, float %1919, i64 0
+  %1921 = shufflevector <16 x float> %1920, <16 x float> poison, <16 x i32> zeroinitializer
+  %1922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1921, <16 x float> %1916, <16 x float> %1890)
+  %1923 = getelementptr inbounds nuw i8, ptr %1620, i64 1060
   %1924 = load float, ptr %1923, align 4, !tbaa !5
   %1925 = insertelement <16 x float> poison, float %1924, i64 0
   %1926 = shufflevector <16 x float> %1925, <16 x float> poison, <16 x i32> zeroinitializer
-  %1927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1921, <16 x float> %1895)
-  %1928 = getelementptr inbounds nuw i8, ptr %1593, i64 1064
+  %1927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1916, <16 x float> %1895)
+  %1928 = getelementptr inbounds nuw i8, ptr %1620, i64 1572
   %1929 = load float, ptr %1928, align 4, !tbaa !5
   %1930 = insertelement <16 x float> poison, float %1929, i64 0
   %1931 = shufflevector <16 x float> %1930, <16 x float> poison, <16 x i32> zeroinitializer
-  %1932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1931, <16 x float> %1921, <16 x float> %1900)
-  %1933 = getelementptr inbounds nuw i8, ptr %1593, i64 1576
-  %1934 = load float, ptr %1933, align 4, !tbaa !5
-  %1935 = insertelement <16 x float> poison, float %1934, i64 0
-  %1936 = shufflevector <16 x float> %1935, <16 x float> poison, <16 x i32> zeroinitializer
-  %1937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1936, <16 x float> %1921, <16 x float> %1905)
-  %1938 = and <16 x i32> %1919, splat (i32 -65536)
-  %1939 = bitcast <16 x i32> %1938 to <16 x float>
-  %1940 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1916, <16 x float> %1939, <16 x float> %1908)
-  %1941 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1939, <16 x float> %1909)
-  %1942 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1931, <16 x float> %1939, <16 x float> %1910)
-  %1943 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1936, <16 x float> %1939, <16 x float> %1911)
-  %1944 = or disjoint i64 %1592, 11
-  %1945 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1944
-  %1946 = load float, ptr %1945, align 4, !tbaa !5
-  %1947 = insertelement <16 x float> poison, float %1946, i64 0
-  %1948 = shufflevector <16 x float> %1947, <16 x float> poison, <16 x i32> zeroinitializer
-  %1949 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1944
-  %1950 = load i64, ptr %1949, align 8, !tbaa !5
-  %gep485.i = getelementptr i32, ptr %gep503.i, i64 %1950
-  %1951 = load <16 x i32>, ptr %gep485.i, align 4, !tbaa !5
-  %1952 = shl <16 x i32> %1951, splat (i32 16)
-  %1953 = bitcast <16 x i32> %1952 to <16 x float>
-  %1954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1948, <16 x float> %1953, <16 x float> %1922)
-  %1955 = getelementptr inbounds nuw i8, ptr %1593, i64 556
+  %1932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1931, <16 x float> %1916, <16 x float> %1900)
+  %1933 = and <16 x i32> %1914, splat (i32 -65536)
+  %1934 = bitcast <16 x i32> %1933 to <16 x float>
+  %1935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1911, <16 x float> %1934, <16 x float> %1903)
+  %1936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1921, <16 x float> %1934, <16 x float> %1904)
+  %1937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1934, <16 x float> %1905)
+  %1938 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1931, <16 x float> %1934, <16 x float> %1906)
+  %1939 = or disjoint i64 %1619, 10
+  %1940 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1939
+  %1941 = load float, ptr %1940, align 4, !tbaa !5
+  %1942 = insertelement <16 x float> poison, float %1941, i64 0
+  %1943 = shufflevector <16 x float> %1942, <16 x float> poison, <16 x i32> zeroinitializer
+  %1944 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1939
+  %1945 = load i64, ptr %1944, align 8, !tbaa !5
+  %gep512.i = getelementptr i32, ptr %gep534.i, i64 %1945
+  %1946 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !5
+  %1947 = shl <16 x i32> %1946, splat (i32 16)
+  %1948 = bitcast <16 x i32> %1947 to <16 x float>
+  %1949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1943, <16 x float> %1948, <16 x float> %1917)
+  %1950 = getelementptr inbounds nuw i8, ptr %1620, i64 552
+  %1951 = load float, ptr %1950, align 4, !tbaa !5
+  %1952 = insertelement <16 x float> poison, float %1951, i64 0
+  %1953 = shufflevector <16 x float> %1952, <16 x float> poison, <16 x i32> zeroinitializer
+  %1954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1953, <16 x float> %1948, <16 x float> %1922)
+  %1955 = getelementptr inbounds nuw i8, ptr %1620, i64 1064
   %1956 = load float, ptr %1955, align 4, !tbaa !5
   %1957 = insertelement <16 x float> poison, float %1956, i64 0
   %1958 = shufflevector <16 x float> %1957, <16 x float> poison, <16 x i32> zeroinitializer
-  %1959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1953, <16 x float> %1927)
-  %1960 = getelementptr inbounds nuw i8, ptr %1593, i64 1068
+  %1959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1948, <16 x float> %1927)
+  %1960 = getelementptr inbounds nuw i8, ptr %1620, i64 1576
   %1961 = load float, ptr %1960, align 4, !tbaa !5
   %1962 = insertelement <16 x float> poison, float %1961, i64 0
   %1963 = shufflevector <16 x float> %1962, <16 x float> poison, <16 x i32> zeroinitializer
-  %1964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1963, <16 x float> %1953, <16 x float> %1932)
-  %1965 = getelementptr inbounds nuw i8, ptr %1593, i64 1580
-  %1966 = load float, ptr %1965, align 4, !tbaa !5
-  %1967 = insertelement <16 x float> poison, float %1966, i64 0
-  %1968 = shufflevector <16 x float> %1967, <16 x float> poison, <16 x i32> zeroinitializer
-  %1969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1968, <16 x float> %1953, <16 x float> %1937)
-  %1970 = and <16 x i32> %1951, splat (i32 -65536)
-  %1971 = bitcast <16 x i32> %1970 to <16 x float>
-  %1972 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1948, <16 x float> %1971, <16 x float> %1940)
-  %1973 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1971, <16 x float> %1941)
-  %1974 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1963, <16 x float> %1971, <16 x float> %1942)
-  %1975 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1968, <16 x float> %1971, <16 x float> %1943)
-  %1976 = or disjoint i64 %1592, 12
-  %1977 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1976
-  %1978 = load float, ptr %1977, align 4, !tbaa !5
-  %1979 = insertelement <16 x float> poison, float %1978, i64 0
-  %1980 = shufflevector <16 x float> %1979, <16 x float> poison, <16 x i32> zeroinitializer
-  %1981 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1976
-  %1982 = load i64, ptr %1981, align 8, !tbaa !5
-  %gep489.i = getelementptr i32, ptr %gep503.i, i64 %1982
-  %1983 = load <16 x i32>, ptr %gep489.i, align 4, !tbaa !5
-  %1984 = shl <16 x i32> %1983, splat (i32 16)
-  %1985 = bitcast <16 x i32> %1984 to <16 x float>
-  %1986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1980, <16 x float> %1985, <16 x float> %1954)
-  %1987 = getelementptr inbounds nuw i8, ptr %1593, i64 560
+  %1964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1963, <16 x float> %1948, <16 x float> %1932)
+  %1965 = and <16 x i32> %1946, splat (i32 -65536)
+  %1966 = bitcast <16 x i32> %1965 to <16 x float>
+  %1967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1943, <16 x float> %1966, <16 x float> %1935)
+  %1968 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1953, <16 x float> %1966, <16 x float> %1936)
+  %1969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1966, <16 x float> %1937)
+  %1970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1963, <16 x float> %1966, <16 x float> %1938)
+  %1971 = or disjoint i64 %1619, 11
+  %1972 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1971
+  %1973 = load float, ptr %1972, align 4, !tbaa !5
+  %1974 = insertelement <16 x float> poison, float %1973, i64 0
+  %1975 = shufflevector <16 x float> %1974, <16 x float> poison, <16 x i32> zeroinitializer
+  %1976 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1971
+  %1977 = load i64, ptr %1976, align 8, !tbaa !5
+  %gep516.i = getelementptr i32, ptr %gep534.i, i64 %1977
+  %1978 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !5
+  %1979 = shl <16 x i32> %1978, splat (i32 16)
+  %1980 = bitcast <16 x i32> %1979 to <16 x float>
+  %1981 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1975, <16 x float> %1980, <16 x float> %1949)
+  %1982 = getelementptr inbounds nuw i8, ptr %1620, i64 556
+  %1983 = load float, ptr %1982, align 4, !tbaa !5
+  %1984 = insertelement <16 x float> poison, float %1983, i64 0
+  %1985 = shufflevector <16 x float> %1984, <16 x float> poison, <16 x i32> zeroinitializer
+  %1986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1985, <16 x float> %1980, <16 x float> %1954)
+  %1987 = getelementptr inbounds nuw i8, ptr %1620, i64 1068
   %1988 = load float, ptr %1987, align 4, !tbaa !5
   %1989 = insertelement <16 x float> poison, float %1988, i64 0
   %1990 = shufflevector <16 x float> %1989, <16 x float> poison, <16 x i32> zeroinitializer
-  %1991 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %1985, <16 x float> %1959)
-  %1992 = getelementptr inbounds nuw i8, ptr %1593, i64 1072
+  %1991 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %1980, <16 x float> %1959)
+  %1992 = getelementptr inbounds nuw i8, ptr %1620, i64 1580
   %1993 = load float, ptr %1992, align 4, !tbaa !5
   %1994 = insertelement <16 x float> poison, float %1993, i64 0
   %1995 = shufflevector <16 x float> %1994, <16 x float> poison, <16 x i32> zeroinitializer
-  %1996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1995, <16 x float> %1985, <16 x float> %1964)
-  %1997 = getelementptr inbounds nuw i8, ptr %1593, i64 1584
-  %1998 = load float, ptr %1997, align 4, !tbaa !5
-  %1999 = insertelement <16 x float> poison, float %1998, i64 0
-  %2000 = shufflevector <16 x float> %1999, <16 x float> poison, <16 x i32> zeroinitializer
-  %2001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2000, <16 x float> %1985, <16 x float> %1969)
-  %2002 = and <16 x i32> %1983, splat (i32 -65536)
-  %2003 = bitcast <16 x i32> %2002 to <16 x float>
-  %2004 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1980, <16 x float> %2003, <16 x float> %1972)
-  %2005 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %2003, <16 x float> %1973)
-  %2006 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1995, <16 x float> %2003, <16 x float> %1974)
-  %2007 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2000, <16 x float> %2003, <16 x float> %1975)
-  %2008 = or disjoint i64 %1592, 13
-  %2009 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2008
-  %2010 = load float, ptr %2009, align 4, !tbaa !5
-  %2011 = insertelement <16 x float> poison, float %2010, i64 0
-  %2012 = shufflevector <16 x float> %2011, <16 x float> poison, <16 x i32> zeroinitializer
-  %2013 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2008
-  %2014 = load i64, ptr %2013, align 8, !tbaa !5
-  %gep493.i = getelementptr i32, ptr %gep503.i, i64 %2014
-  %2015 = load <16 x i32>, ptr %gep493.i, align 4, !tbaa !5
-  %2016 = shl <16 x i32> %2015, splat (i32 16)
-  %2017 = bitcast <16 x i32> %2016 to <16 x float>
-  %2018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2012, <16 x float> %2017, <16 x float> %1986)
-  %2019 = getelementptr inbounds nuw i8, ptr %1593, i64 564
+  %1996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1995, <16 x float> %1980, <16 x float> %1964)
+  %1997 = and <16 x i32> %1978, splat (i32 -65536)
+  %1998 = bitcast <16 x i32> %1997 to <16 x float>
+  %1999 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1975, <16 x float> %1998, <16 x float> %1967)
+  %2000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1985, <16 x float> %1998, <16 x float> %1968)
+  %2001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %1998, <16 x float> %1969)
+  %2002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1995, <16 x float> %1998, <16 x float> %1970)
+  %2003 = or disjoint i64 %1619, 12
+  %2004 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2003
+  %2005 = load float, ptr %2004, align 4, !tbaa !5
+  %2006 = insertelement <16 x float> poison, float %2005, i64 0
+  %2007 = shufflevector <16 x float> %2006, <16 x float> poison, <16 x i32> zeroinitializer
+  %2008 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2003
+  %2009 = load i64, ptr %2008, align 8, !tbaa !5
+  %gep520.i = getelementptr i32, ptr %gep534.i, i64 %2009
+  %2010 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !5
+  %2011 = shl <16 x i32> %2010, splat (i32 16)
+  %2012 = bitcast <16 x i32> %2011 to <16 x float>
+  %2013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2007, <16 x float> %2012, <16 x float> %1981)
+  %2014 = getelementptr inbounds nuw i8, ptr %1620, i64 560
+  %2015 = load float, ptr %2014, align 4, !tbaa !5
+  %2016 = insertelement <16 x float> poison, float %2015, i64 0
+  %2017 = shufflevector <16 x float> %2016, <16 x float> poison, <16 x i32> zeroinitializer
+  %2018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2017, <16 x float> %2012, <16 x float> %1986)
+  %2019 = getelementptr inbounds nuw i8, ptr %1620, i64 1072
   %2020 = load float, ptr %2019, align 4, !tbaa !5
   %2021 = insertelement <16 x float> poison, float %2020, i64 0
   %2022 = shufflevector <16 x float> %2021, <16 x float> poison, <16 x i32> zeroinitializer
-  %2023 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2017, <16 x float> %1991)
-  %2024 = getelementptr inbounds nuw i8, ptr %1593, i64 1076
+  %2023 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2012, <16 x float> %1991)
+  %2024 = getelementptr inbounds nuw i8, ptr %1620, i64 1584
   %2025 = load float, ptr %2024, align 4, !tbaa !5
   %2026 = insertelement <16 x float> poison, float %2025, i64 0
   %2027 = shufflevector <16 x float> %2026, <16 x float> poison, <16 x i32> zeroinitializer
-  %2028 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2027, <16 x float> %2017, <16 x float> %1996)
-  %2029 = getelementptr inbounds nuw i8, ptr %1593, i64 1588
-  %2030 = load float, ptr %2029, align 4, !tbaa !5
-  %2031 = insertelement <16 x float> poison, float %2030, i64 0
-  %2032 = shufflevector <16 x float> %2031, <16 x float> poison, <16 x i32> zeroinitializer
-  %2033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2032, <16 x float> %2017, <16 x float> %2001)
-  %2034 = and <16 x i32> %2015, splat (i32 -65536)
-  %2035 = bitcast <16 x i32> %2034 to <16 x float>
-  %2036 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2012, <16 x float> %2035, <16 x float> %2004)
-  %2037 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2035, <16 x float> %2005)
-  %2038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2027, <16 x float> %2035, <16 x float> %2006)
-  %2039 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2032, <16 x float> %2035, <16 x float> %2007)
-  %2040 = or disjoint i64 %1592, 14
-  %2041 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2040
-  %2042 = load float, ptr %2041, align 4, !tbaa !5
-  %2043 = insertelement <16 x float> poison, float %2042, i64 0
-  %2044 = shufflevector <16 x float> %2043, <16 x float> poison, <16 x i32> zeroinitializer
-  %2045 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2040
-  %2046 = load i64, ptr %2045, align 8, !tbaa !5
-  %gep497.i = getelementptr i32, ptr %gep503.i, i64 %2046
-  %2047 = load <16 x i32>, ptr %gep497.i, align 4, !tbaa !5
-  %2048 = shl <16 x i32> %2047, splat (i32 16)
-  %2049 = bitcast <16 x i32> %2048 to <16 x float>
-  %2050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2044, <16 x float> %2049, <16 x float> %2018)
-  %2051 = getelementptr inbounds nuw i8, ptr %1593, i64 568
+  %2028 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2027, <16 x float> %2012, <16 x float> %1996)
+  %2029 = and <16 x i32> %2010, splat (i32 -65536)
+  %2030 = bitcast <16 x i32> %2029 to <16 x float>
+  %2031 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2007, <16 x float> %2030, <16 x float> %1999)
+  %2032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2017, <16 x float> %2030, <16 x float> %2000)
+  %2033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2030, <16 x float> %2001)
+  %2034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2027, <16 x float> %2030, <16 x float> %2002)
+  %2035 = or disjoint i64 %1619, 13
+  %2036 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2035
+  %2037 = load float, ptr %2036, align 4, !tbaa !5
+  %2038 = insertelement <16 x float> poison, float %2037, i64 0
+  %2039 = shufflevector <16 x float> %2038, <16 x float> poison, <16 x i32> zeroinitializer
+  %2040 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2035
+  %2041 = load i64, ptr %2040, align 8, !tbaa !5
+  %gep524.i = getelementptr i32, ptr %gep534.i, i64 %2041
+  %2042 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !5
+  %2043 = shl <16 x i32> %2042, splat (i32 16)
+  %2044 = bitcast <16 x i32> %2043 to <16 x float>
+  %2045 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2039, <16 x float> %2044, <16 x float> %2013)
+  %2046 = getelementptr inbounds nuw i8, ptr %1620, i64 564
+  %2047 = load float, ptr %2046, align 4, !tbaa !5
+  %2048 = insertelement <16 x float> poison, float %2047, i64 0
+  %2049 = shufflevector <16 x float> %2048, <16 x float> poison, <16 x i32> zeroinitializer
+  %2050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2049, <16 x float> %2044, <16 x float> %2018)
+  %2051 = getelementptr inbounds nuw i8, ptr %1620, i64 1076
   %2052 = load float, ptr %2051, align 4, !tbaa !5
   %2053 = insertelement <16 x float> poison, float %2052, i64 0
   %2054 = shufflevector <16 x float> %2053, <16 x float> poison, <16 x i32> zeroinitializer
-  %2055 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2049, <16 x float> %2023)
-  %2056 = getelementptr inbounds nuw i8, ptr %1593, i64 1080
+  %2055 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2044, <16 x float> %2023)
+  %2056 = getelementptr inbounds nuw i8, ptr %1620, i64 1588
   %2057 = load float, ptr %2056, align 4, !tbaa !5
   %2058 = insertelement <16 x float> poison, float %2057, i64 0
   %2059 = shufflevector <16 x float> %2058, <16 x float> poison, <16 x i32> zeroinitializer
-  %2060 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2059, <16 x float> %2049, <16 x float> %2028)
-  %2061 = getelementptr inbounds nuw i8, ptr %1593, i64 1592
-  %2062 = load float, ptr %2061, align 4, !tbaa !5
-  %2063 = insertelement <16 x float> poison, float %2062, i64 0
-  %2064 = shufflevector <16 x float> %2063, <16 x float> poison, <16 x i32> zeroinitializer
-  %2065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2064, <16 x float> %2049, <16 x float> %2033)
-  %2066 = and <16 x i32> %2047, splat (i32 -65536)
-  %2067 = bitcast <16 x i32> %2066 to <16 x float>
-  %2068 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2044, <16 x float> %2067, <16 x float> %2036)
-  %2069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2067, <16 x float> %2037)
-  %2070 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2059, <16 x float> %2067, <16 x float> %2038)
-  %2071 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2064, <16 x float> %2067, <16 x float> %2039)
-  %2072 = or disjoint i64 %1592, 15
-  %2073 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2072
-  %2074 = load float, ptr %2073, align 4, !tbaa !5
-  %2075 = insertelement <16 x float> poison, float %2074, i64 0
-  %2076 = shufflevector <16 x float> %2075, <16 x float> poison, <16 x i32> zeroinitializer
-  %2077 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2072
-  %2078 = load i64, ptr %2077, align 8, !tbaa !5
-  %gep501.i = getelementptr i32, ptr %gep503.i, i64 %2078
-  %2079 = load <16 x i32>, ptr %gep501.i, align 4, !tbaa !5
-  %2080 = shl <16 x i32> %2079, splat (i32 16)
-  %2081 = bitcast <16 x i32> %2080 to <16 x float>
-  %2082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2076, <16 x float> %2081, <16 x float> %2050)
-  %2083 = getelementptr inbounds nuw i8, ptr %1593, i64 572
+  %2060 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2059, <16 x float> %2044, <16 x float> %2028)
+  %2061 = and <16 x i32> %2042, splat (i32 -65536)
+  %2062 = bitcast <16 x i32> %2061 to <16 x float>
+  %2063 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2039, <16 x float> %2062, <16 x float> %2031)
+  %2064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2049, <16 x float> %2062, <16 x float> %2032)
+  %2065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2062, <16 x float> %2033)
+  %2066 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2059, <16 x float> %2062, <16 x float> %2034)
+  %2067 = or disjoint i64 %1619, 14
+  %2068 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2067
+  %2069 = load float, ptr %2068, align 4, !tbaa !5
+  %2070 = insertelement <16 x float> poison, float %2069, i64 0
+  %2071 = shufflevector <16 x float> %2070, <16 x float> poison, <16 x i32> zeroinitializer
+  %2072 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2067
+  %2073 = load i64, ptr %2072, align 8, !tbaa !5
+  %gep528.i = getelementptr i32, ptr %gep534.i, i64 %2073
+  %2074 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !5
+  %2075 = shl <16 x i32> %2074, splat (i32 16)
+  %2076 = bitcast <16 x i32> %2075 to <16 x float>
+  %2077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2071, <16 x float> %2076, <16 x float> %2045)
+  %2078 = getelementptr inbounds nuw i8, ptr %1620, i64 568
+  %2079 = load float, ptr %2078, align 4, !tbaa !5
+  %2080 = insertelement <16 x float> poison, float %2079, i64 0
+  %2081 = shufflevector <16 x float> %2080, <16 x float> poison, <16 x i32> zeroinitializer
+  %2082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> %2076, <16 x float> %2050)
+  %2083 = getelementptr inbounds nuw i8, ptr %1620, i64 1080
   %2084 = load float, ptr %2083, align 4, !tbaa !5
   %2085 = insertelement <16 x float> poison, float %2084, i64 0
   %2086 = shufflevector <16 x float> %2085, <16 x float> poison, <16 x i32> zeroinitializer
-  %2087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2081, <16 x float> %2055)
-  %2088 = getelementptr inbounds nuw i8, ptr %1593, i64 1084
+  %2087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2076, <16 x float> %2055)
+  %2088 = getelementptr inbounds nuw i8, ptr %1620, i64 1592
   %2089 = load float, ptr %2088, align 4, !tbaa !5
   %2090 = insertelement <16 x float> poison, float %2089, i64 0
   %2091 = shufflevector <16 x float> %2090, <16 x float> poison, <16 x i32> zeroinitializer
-  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2081, <16 x float> %2060)
-  %2093 = getelementptr inbounds nuw i8, ptr %1593, i64 1596
-  %2094 = load float, ptr %2093, align 4, !tbaa !5
-  %2095 = insertelement <16 x float> poison, float %2094, i64 0
-  %2096 = shufflevector <16 x float> %2095, <16 x float> poison, <16 x i32> zeroinitializer
-  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2096, <16 x float> %2081, <16 x float> %2065)
-  %2098 = and <16 x i32> %2079, splat (i32 -65536)
-  %2099 = bitcast <16 x i32> %2098 to <16 x float>
-  %2100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2076, <16 x float> %2099, <16 x float> %2068)
-  %2101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2099, <16 x float> %2069)
-  %2102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2099, <16 x float> %2070)
-  %2103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2096, <16 x float> %2099, <16 x float> %2071)
-  %indvars.iv.next677.i = add nuw nsw i64 %indvars.iv676.i, 1
-  %exitcond696.not.i = icmp eq i64 %indvars.iv.next677.i, %231
-  br i1 %exitcond696.not.i, label %for_end_to91.i, label %for_body_to90.i, !prof !13
+  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2076, <16 x float> %2060)
+  %2093 = and <16 x i32> %2074, splat (i32 -65536)
+  %2094 = bitcast <16 x i32> %2093 to <16 x float>
+  %2095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2071, <16 x float> %2094, <16 x float> %2063)
+  %2096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> %2094, <16 x float> %2064)
+  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2094, <16 x float> %2065)
+  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2094, <16 x float> %2066)
+  %2099 = or disjoint i64 %1619, 15
+  %2100 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2099
+  %2101 = load float, ptr %2100, align 4, !tbaa !5
+  %2102 = insertelement <16 x float> poison, float %2101, i64 0
+  %2103 = shufflevector <16 x float> %2102, <16 x float> poison, <16 x i32> zeroinitializer
+  %2104 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2099
+  %2105 = load i64, ptr %2104, align 8, !tbaa !5
+  %gep532.i = getelementptr i32, ptr %gep534.i, i64 %2105
+  %2106 = load <16 x i32>, ptr %gep532.i, align 4, !tbaa !5
+  %2107 = shl <16 x i32> %2106, splat (i32 16)
+  %2108 = bitcast <16 x i32> %2107 to <16 x float>
+  %2109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2103, <16 x float> %2108, <16 x float> %2077)
+  %2110 = getelementptr inbounds nuw i8, ptr %1620, i64 572
+  %2111 = load float, ptr %2110, align 4, !tbaa !5
+  %2112 = insertelement <16 x float> poison, float %2111, i64 0
+  %2113 = shufflevector <16 x float> %2112, <16 x float> poison, <16 x i32> zeroinitializer
+  %2114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2113, <16 x float> %2108, <16 x float> %2082)
+  %2115 = getelementptr inbounds nuw i8, ptr %1620, i64 1084
+  %2116 = load float, ptr %2115, align 4, !tbaa !5
+  %2117 = insertelement <16 x float> poison, float %2116, i64 0
+  %2118 = shufflevector <16 x float> %2117, <16 x float> poison, <16 x i32> zeroinitializer
+  %2119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2108, <16 x float> %2087)
+  %2120 = getelementptr inbounds nuw i8, ptr %1620, i64 1596
+  %2121 = load float, ptr %2120, align 4, !tbaa !5
+  %2122 = insertelement <16 x float> poison, float %2121, i64 0
+  %2123 = shufflevector <16 x float> %2122, <16 x float> poison, <16 x i32> zeroinitializer
+  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2108, <16 x float> %2092)
+  %2125 = and <16 x i32> %2106, splat (i32 -65536)
+  %2126 = bitcast <16 x i32> %2125 to <16 x float>
+  %2127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2103, <16 x float> %2126, <16 x float> %2095)
+  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2113, <16 x float> %2126, <16 x float> %2096)
+  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2126, <16 x float> %2097)
+  %2130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2126, <16 x float> %2098)
+  %indvars.iv.next715.i = add nuw nsw i64 %indvars.iv714.i, 1
+  %exitcond734.not.i = icmp eq i64 %indvars.iv.next715.i, %258
+  br i1 %exitcond734.not.i, label %for_end_to91.i, label %for_body_to90.i, !prof !13
 
 for_end_to91.i:                                   ; preds = %for_body_to90.i, %for_begin_to89.preheader.i
-  %full_acc_global207.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2102, %for_body_to90.i ]
-  %full_acc_global207.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2092, %for_body_to90.i ]
-  %full_acc_global207.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2101, %for_body_to90.i ]
-  %full_acc_global207.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2087, %for_body_to90.i ]
-  %full_acc_global207.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2100, %for_body_to90.i ]
-  %full_acc_global207.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2082, %for_body_to90.i ]
-  %full_acc_global207.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2097, %for_body_to90.i ]
-  %full_acc_global207.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2103, %for_body_to90.i ]
-  %.idx839.i = shl nuw nsw i64 %indvars.iv697.i, 7
-  %2104 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 %.idx839.i
-  store <16 x float> %full_acc_global207.sroa.0.0.lcssa.i, ptr %2104, align 4, !tbaa !5
-  %2105 = getelementptr inbounds nuw i8, ptr %2104, i64 64
-  store <16 x float> %full_acc_global207.sroa.34.0.lcssa.i, ptr %2105, align 4, !tbaa !5
-  %2106 = getelementptr inbounds nuw i8, ptr %2104, i64 512
-  store <16 x float> %full_acc_global207.sroa.68.0.lcssa.i, ptr %2106, align 4, !tbaa !5
-  %2107 = getelementptr inbounds nuw i8, ptr %2104, i64 576
-  store <16 x float> %full_acc_global207.sroa.102.0.lcssa.i, ptr %2107, align 4, !tbaa !5
-  %2108 = getelementptr inbounds nuw i8, ptr %2104, i64 1024
-  store <16 x float> %full_acc_global207.sroa.136.0.lcssa.i, ptr %2108, align 4, !tbaa !5
-  %2109 = getelementptr inbounds nuw i8, ptr %2104, i64 1088
-  store <16 x float> %full_acc_global207.sroa.170.0.lcssa.i, ptr %2109, align 4, !tbaa !5
-  %2110 = getelementptr inbounds nuw i8, ptr %2104, i64 1536
-  store <16 x float> %full_acc_global207.sroa.204.0.lcssa.i, ptr %2110, align 4, !tbaa !5
-  %2111 = getelementptr inbounds nuw i8, ptr %2104, i64 1600
-  store <16 x float> %full_acc_global207.sroa.238.0.lcssa.i, ptr %2111, align 4, !tbaa !5
-  %indvars.iv.next698.i = add nuw nsw i64 %indvars.iv697.i, 1
-  %exitcond702.not.i = icmp eq i64 %indvars.iv.next698.i, 4
-  br i1 %exitcond702.not.i, label %for_begin_d_0_init.preheader.preheader.i, label %for_begin_to89.preheader.i, !prof !17
+  %full_acc_global237.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2129, %for_body_to90.i ]
+  %full_acc_global237.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2119, %for_body_to90.i ]
+  %full_acc_global237.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2128, %for_body_to90.i ]
+  %full_acc_global237.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2114, %for_body_to90.i ]
+  %full_acc_global237.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2127, %for_body_to90.i ]
+  %full_acc_global237.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2109, %for_body_to90.i ]
+  %full_acc_global237.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2124, %for_body_to90.i ]
+  %full_acc_global237.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2130, %for_body_to90.i ]
+  %.idx1080.i = shl nuw nsw i64 %indvars.iv735.i, 7
+  %2131 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 %.idx1080.i
+  store <16 x float> %full_acc_global237.sroa.0.0.lcssa.i, ptr %2131, align 4, !tbaa !5
+  %2132 = getelementptr inbounds nuw i8, ptr %2131, i64 64
+  store <16 x float> %full_acc_global237.sroa.34.0.lcssa.i, ptr %2132, align 4, !tbaa !5
+  %2133 = getelementptr inbounds nuw i8, ptr %2131, i64 512
+  store <16 x float> %full_acc_global237.sroa.68.0.lcssa.i, ptr %2133, align 4, !tbaa !5
+  %2134 = getelementptr inbounds nuw i8, ptr %2131, i64 576
+  store <16 x float> %full_acc_global237.sroa.102.0.lcssa.i, ptr %2134, align 4, !tbaa !5
+  %2135 = getelementptr inbounds nuw i8, ptr %2131, i64 1024
+  store <16 x float> %full_acc_global237.sroa.136.0.lcssa.i, ptr %2135, align 4, !tbaa !5
+  %2136 = getelementptr inbounds nuw i8, ptr %2131, i64 1088
+  store <16 x float> %full_acc_global237.sroa.170.0.lcssa.i, ptr %2136, align 4, !tbaa !5
+  %2137 = getelementptr inbounds nuw i8, ptr %2131, i64 1536
+  store <16 x float> %full_acc_global237.sroa.204.0.lcssa.i, ptr %2137, align 4, !tbaa !5
+  %2138 = getelementptr inbounds nuw i8, ptr %2131, i64 1600
+  store <16 x float> %full_acc_global237.sroa.238.0.lcssa.i, ptr %2138, align 4, !tbaa !5
+  %indvars.iv.next736.i = add nuw nsw i64 %indvars.iv735.i, 1
+  %exitcond740.not.i = icmp eq i64 %indvars.iv.next736.i, 4
+  br i1 %exitcond740.not.i, label %for_begin_d_0_init.preheader.preheader.i, label %for_begin_to89.preheader.i, !prof !17
 
 for_begin_d_0_init.preheader.preheader.i:         ; preds = %for_end_to91.i
-  %2112 = load <16 x float>, ptr %full_acc.i, align 4, !tbaa !5
-  store <16 x float> %2112, ptr %tile_acc.i, align 4, !tbaa !5
-  %2113 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 64
-  %2114 = load <16 x float>, ptr %2113, align 4, !tbaa !5
-  %2115 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 64
-  store <16 x float> %2114, ptr %2115, align 4, !tbaa !5
-  %2116 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 128
-  %2117 = load <16 x float>, ptr %2116, align 4, !tbaa !5
-  %2118 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 128
-  store <16 x float> %2117, ptr %2118, align 4, !tbaa !5
-  %2119 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 192
-  %2120 = load <16 x float>, ptr %2119, align 4, !tbaa !5
-  %2121 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 192
-  store <16 x float> %2120, ptr %2121, align 4, !tbaa !5
-  %2122 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 256
-  %2123 = load <16 x float>, ptr %2122, align 4, !tbaa !5
-  %2124 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 256
-  store <16 x float> %2123, ptr %2124, align 4, !tbaa !5
-  %2125 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 320
-  %2126 = load <16 x float>, ptr %2125, align 4, !tbaa !5
-  %2127 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 320
-  store <16 x float> %2126, ptr %2127, align 4, !tbaa !5
-  %2128 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 384
-  %2129 = load <16 x float>, ptr %2128, align 4, !tbaa !5
-  %2130 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 384
-  store <16 x float> %2129, ptr %2130, align 4, !tbaa !5
-  %2131 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 448
-  %2132 = load <16 x float>, ptr %2131, align 4, !tbaa !5
-  %2133 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 448
-  store <16 x float> %2132, ptr %2133, align 4, !tbaa !5
-  %2134 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 512
-  %2135 = load <16 x float>, ptr %2134, align 4, !tbaa !5
-  %2136 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 512
-  store <16 x float> %2135, ptr %2136, align 4, !tbaa !5
-  %2137 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 576
-  %2138 = load <16 x float>, ptr %2137, align 4, !tbaa !5
-  %2139 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 576
-  store <16 x float> %2138, ptr %2139, align 4, !tbaa !5
-  %2140 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 640
+  %2139 = load <16 x float>, ptr %full_acc.i, align 4, !tbaa !5
+  store <16 x float> %2139, ptr %tile_acc.i, align 4, !tbaa !5
+  %2140 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 64
   %2141 = load <16 x float>, ptr %2140, align 4, !tbaa !5
-  %2142 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 640
+  %2142 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 64
   store <16 x float> %2141, ptr %2142, align 4, !tbaa !5
-  %2143 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 704
+  %2143 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 128
   %2144 = load <16 x float>, ptr %2143, align 4, !tbaa !5
-  %2145 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 704
+  %2145 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 128
   store <16 x float> %2144, ptr %2145, align 4, !tbaa !5
-  %2146 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 768
+  %2146 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 192
   %2147 = load <16 x float>, ptr %2146, align 4, !tbaa !5
-  %2148 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 768
+  %2148 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 192
   store <16 x float> %2147, ptr %2148, align 4, !tbaa !5
-  %2149 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 832
+  %2149 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 256
   %2150 = load <16 x float>, ptr %2149, align 4, !tbaa !5
-  %2151 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 832
+  %2151 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 256
   store <16 x float> %2150, ptr %2151, align 4, !tbaa !5
-  %2152 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 896
+  %2152 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 320
   %2153 = load <16 x float>, ptr %2152, align 4, !tbaa !5
-  %2154 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 896
+  %2154 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 320
   store <16 x float> %2153, ptr %2154, align 4, !tbaa !5
-  %2155 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 960
+  %2155 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 384
   %2156 = load <16 x float>, ptr %2155, align 4, !tbaa !5
-  %2157 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 960
+  %2157 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 384
   store <16 x float> %2156, ptr %2157, align 4, !tbaa !5
-  %2158 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1024
+  %2158 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 448
   %2159 = load <16 x float>, ptr %2158, align 4, !tbaa !5
-  %2160 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1024
+  %2160 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 448
   store <16 x float> %2159, ptr %2160, align 4, !tbaa !5
-  %2161 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1088
+  %2161 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 512
   %2162 = load <16 x float>, ptr %2161, align 4, !tbaa !5
-  %2163 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1088
+  %2163 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 512
   store <16 x float> %2162, ptr %2163, align 4, !tbaa !5
-  %2164 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1152
+  %2164 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 576
   %2165 = load <16 x float>, ptr %2164, align 4, !tbaa !5
-  %2166 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1152
+  %2166 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 576
   store <16 x float> %2165, ptr %2166, align 4, !tbaa !5
-  %2167 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1216
+  %2167 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 640
   %2168 = load <16 x float>, ptr %2167, align 4, !tbaa !5
-  %2169 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1216
+  %2169 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 640
   store <16 x float> %2168, ptr %2169, align 4, !tbaa !5
-  %2170 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1280
+  %2170 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 704
   %2171 = load <16 x float>, ptr %2170, align 4, !tbaa !5
-  %2172 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1280
+  %2172 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 704
   store <16 x float> %2171, ptr %2172, align 4, !tbaa !5
-  %2173 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1344
+  %2173 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 768
   %2174 = load <16 x float>, ptr %2173, align 4, !tbaa !5
-  %2175 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1344
+  %2175 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 768
   store <16 x float> %2174, ptr %2175, align 4, !tbaa !5
-  %2176 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1408
+  %2176 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 832
   %2177 = load <16 x float>, ptr %2176, align 4, !tbaa !5
-  %2178 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1408
+  %2178 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 832
   store <16 x float> %2177, ptr %2178, align 4, !tbaa !5
-  %2179 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1472
+  %2179 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 896
   %2180 = load <16 x float>, ptr %2179, align 4, !tbaa !5
-  %2181 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1472
+  %2181 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 896
   store <16 x float> %2180, ptr %2181, align 4, !tbaa !5
-  %2182 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1536
+  %2182 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 960
   %2183 = load <16 x float>, ptr %2182, align 4, !tbaa !5
-  %2184 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1536
+  %2184 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 960
   store <16 x float> %2183, ptr %2184, align 4, !tbaa !5
-  %2185 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1600
+  %2185 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1024
   %2186 = load <16 x float>, ptr %2185, align 4, !tbaa !5
-  %2187 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1600
+  %2187 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1024
   store <16 x float> %2186, ptr %2187, align 4, !tbaa !5
-  %2188 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1664
+  %2188 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1088
   %2189 = load <16 x float>, ptr %2188, align 4, !tbaa !5
-  %2190 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1664
+  %2190 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1088
   store <16 x float> %2189, ptr %2190, align 4, !tbaa !5
-  %2191 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1728
+  %2191 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1152
   %2192 = load <16 x float>, ptr %2191, align 4, !tbaa !5
-  %2193 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1728
+  %2193 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1152
   store <16 x float> %2192, ptr %2193, align 4, !tbaa !5
-  %2194 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1792
+  %2194 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1216
   %2195 = load <16 x float>, ptr %2194, align 4, !tbaa !5
-  %2196 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1792
+  %2196 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1216
   store <16 x float> %2195, ptr %2196, align 4, !tbaa !5
-  %2197 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1856
+  %2197 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1280
   %2198 = load <16 x float>, ptr %2197, align 4, !tbaa !5
-  %2199 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1856
+  %2199 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1280
   store <16 x float> %2198, ptr %2199, align 4, !tbaa !5
-  %2200 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1920
+  %2200 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1344
   %2201 = load <16 x float>, ptr %2200, align 4, !tbaa !5
-  %2202 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1920
+  %2202 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1344
   store <16 x float> %2201, ptr %2202, align 4, !tbaa !5
-  %2203 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1984
+  %2203 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1408
   %2204 = load <16 x float>, ptr %2203, align 4, !tbaa !5
-  %2205 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1984
+  %2205 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1408
   store <16 x float> %2204, ptr %2205, align 4, !tbaa !5
-  br i1 %.not564.i, label %for_end_ti.i, label %for_begin_r101.preheader.lr.ph.i, !prof !56
+  %2206 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1472
+  %2207 = load <16 x float>, ptr %2206, align 4, !tbaa !5
+  %2208 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1472
+  store <16 x float> %2207, ptr %2208, align 4, !tbaa !5
+  %2209 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1536
+  %2210 = load <16 x float>, ptr %2209, align 4, !tbaa !5
+  %2211 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1536
+  store <16 x float> %2210, ptr %2211, align 4, !tbaa !5
+  %2212 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1600
+  %2213 = load <16 x float>, ptr %2212, align 4, !tbaa !5
+  %2214 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1600
+  store <16 x float> %2213, ptr %2214, align 4, !tbaa !5
+  %2215 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1664
+  %2216 = load <16 x float>, ptr %2215, align 4, !tbaa !5
+  %2217 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1664
+  store <16 x float> %2216, ptr %2217, align 4, !tbaa !5
+  %2218 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1728
+  %2219 = load <16 x float>, ptr %2218, align 4, !tbaa !5
+  %2220 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1728
+  store <16 x float> %2219, ptr %2220, align 4, !tbaa !5
+  %2221 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1792
+  %2222 = load <16 x float>, ptr %2221, align 4, !tbaa !5
+  %2223 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1792
+  store <16 x float> %2222, ptr %2223, align 4, !tbaa !5
+  %2224 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1856
+  %2225 = load <16 x float>, ptr %2224, align 4, !tbaa !5
+  %2226 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1856
+  store <16 x float> %2225, ptr %2226, align 4, !tbaa !5
+  %2227 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1920
+  %2228 = load <16 x float>, ptr %2227, align 4, !tbaa !5
+  %2229 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1920
+  store <16 x float> %2228, ptr %2229, align 4, !tbaa !5
+  %2230 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1984
+  %2231 = load <16 x float>, ptr %2230, align 4, !tbaa !5
+  %2232 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1984
+  store <16 x float> %2231, ptr %2232, align 4, !tbaa !5
+  br i1 %.not601.i, label %for_end_ti.i, label %for_begin_r101.preheader.lr.ph.i, !prof !56
 
 for_begin_r101.preheader.lr.ph.i:                 ; preds = %for_begin_d_0_init.preheader.preheader.i
-  %gep545.1.i = getelementptr i8, ptr %invariant.gep502.i, i64 64
-  %gep545.2.i = getelementptr i8, ptr %invariant.gep502.i, i64 128
-  %gep545.3.i = getelementptr i8, ptr %invariant.gep502.i, i64 192
+  %gep576.1.i = getelementptr i8, ptr %invariant.gep533.i, i64 64
+  %gep576.2.i = getelementptr i8, ptr %invariant.gep533.i, i64 128
+  %gep576.3.i = getelementptr i8, ptr %invariant.gep533.i, i64 192
   br label %for_begin_r101.preheader.i
 
 for_begin_r101.preheader.i:                       ; preds = %for_begin_r101.preheader.i, %for_begin_r101.preheader.lr.ph.i
-  %2206 = phi <16 x float> [ %2204, %for_begin_r101.preheader.lr.ph.i ], [ %2503, %for_begin_r101.preheader.i ]
-  %2207 = phi <16 x float> [ %2201, %for_begin_r101.preheader.lr.ph.i ], [ %2495, %for_begin_r101.preheader.i ]
-  %2208 = phi <16 x float> [ %2198, %for_begin_r101.preheader.lr.ph.i ], [ %2487, %for_begin_r101.preheader.i ]
-  %2209 = phi <16 x float> [ %2195, %for_begin_r101.preheader.lr.ph.i ], [ %2479, %for_begin_r101.preheader.i ]
-  %2210 = phi <16 x float> [ %2192, %for_begin_r101.preheader.lr.ph.i ], [ %2471, %for_begin_r101.preheader.i ]
-  %2211 = phi <16 x float> [ %2189, %for_begin_r101.preheader.lr.ph.i ], [ %2463, %for_begin_r101.preheader.i ]
-  %2212 = phi <16 x float> [ %2186, %for_begin_r101.preheader.lr.ph.i ], [ %2455, %for_begin_r101.preheader.i ]
-  %2213 = phi <16 x float> [ %2183, %for_begin_r101.preheader.lr.ph.i ], [ %2447, %for_begin_r101.preheader.i ]
-  %2214 = phi <16 x float> [ %2180, %for_begin_r101.preheader.lr.ph.i ], [ %2437, %for_begin_r101.preheader.i ]
-  %2215 = phi <16 x float> [ %2177, %for_begin_r101.preheader.lr.ph.i ], [ %2429, %for_begin_r101.preheader.i ]
-  %2216 = phi <16 x float> [ %2174, %for_begin_r101.preheader.lr.ph.i ], [ %2421, %for_begin_r101.preheader.i ]
-  %2217 = phi <16 x float> [ %2171, %for_begin_r101.preheader.lr.ph.i ], [ %2413, %for_begin_r101.preheader.i ]
-  %2218 = phi <16 x float> [ %2168, %for_begin_r101.preheader.lr.ph.i ], [ %2405, %for_begin_r101.preheader.i ]
-  %2219 = phi <16 x float> [ %2165, %for_begin_r101.preheader.lr.ph.i ], [ %2397, %for_begin_r101.preheader.i ]
-  %2220 = phi <16 x float> [ %2162, %for_begin_r101.preheader.lr.ph.i ], [ %2389, %for_begin_r101.preheader.i ]
-  %2221 = phi <16 x float> [ %2159, %for_begin_r101.preheader.lr.ph.i ], [ %2381, %for_begin_r101.preheader.i ]
-  %2222 = phi <16 x float> [ %2156, %for_begin_r101.preheader.lr.ph.i ], [ %2371, %for_begin_r101.preheader.i ]
-  %2223 = phi <16 x float> [ %2153, %for_begin_r101.preheader.lr.ph.i ], [ %2363, %for_begin_r101.preheader.i ]
-  %2224 = phi <16 x float> [ %2150, %for_begin_r101.preheader.lr.ph.i ], [ %2355, %for_begin_r101.preheader.i ]
-  %2225 = phi <16 x float> [ %2147, %for_begin_r101.preheader.lr.ph.i ], [ %2347, %for_begin_r101.preheader.i ]
-  %2226 = phi <16 x float> [ %2144, %for_begin_r101.preheader.lr.ph.i ], [ %2339, %for_begin_r101.preheader.i ]
-  %2227 = phi <16 x float> [ %2141, %for_begin_r101.preheader.lr.ph.i ], [ %2331, %for_begin_r101.preheader.i ]
-  %2228 = phi <16 x float> [ %2138, %for_begin_r101.preheader.lr.ph.i ], [ %2323, %for_begin_r101.preheader.i ]
-  %2229 = phi <16 x float> [ %2135, %for_begin_r101.preheader.lr.ph.i ], [ %2315, %for_begin_r101.preheader.i ]
-  %2230 = phi <16 x float> [ %2132, %for_begin_r101.preheader.lr.ph.i ], [ %2304, %for_begin_r101.preheader.i ]
-  %2231 = phi <16 x float> [ %2129, %for_begin_r101.preheader.lr.ph.i ], [ %2296, %for_begin_r101.preheader.i ]
-  %2232 = phi <16 x float> [ %2126, %for_begin_r101.preheader.lr.ph.i ], [ %2288, %for_begin_r101.preheader.i ]
-  %2233 = phi <16 x float> [ %2123, %for_begin_r101.preheader.lr.ph.i ], [ %2280, %for_begin_r101.preheader.i ]
-  %2234 = phi <16 x float> [ %2120, %for_begin_r101.preheader.lr.ph.i ], [ %2272, %for_begin_r101.preheader.i ]
-  %2235 = phi <16 x float> [ %2117, %for_begin_r101.preheader.lr.ph.i ], [ %2264, %for_begin_r101.preheader.i ]
-  %2236 = phi <16 x float> [ %2114, %for_begin_r101.preheader.lr.ph.i ], [ %2256, %for_begin_r101.preheader.i ]
-  %2237 = phi <16 x float> [ %2112, %for_begin_r101.preheader.lr.ph.i ], [ %2248, %for_begin_r101.preheader.i ]
-  %indvars.iv745.i = phi i64 [ 0, %for_begin_r101.preheader.lr.ph.i ], [ %indvars.iv.next746.i, %for_begin_r101.preheader.i ]
-  %2238 = add nuw nsw i64 %indvars.iv745.i, %232
-  %2239 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2238
-  %2240 = getelementptr inbounds float, ptr %probs.i, i64 %2238
-  %2241 = load float, ptr %2240, align 4, !tbaa !5
-  %2242 = insertelement <16 x float> poison, float %2241, i64 0
-  %2243 = shufflevector <16 x float> %2242, <16 x float> poison, <16 x i32> zeroinitializer
-  %2244 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.i = getelementptr i32, ptr %invariant.gep502.i, i64 %2244
-  %2245 = load <16 x i32>, ptr %gep542.i, align 4, !tbaa !5
-  %2246 = shl <16 x i32> %2245, splat (i32 16)
-  %2247 = bitcast <16 x i32> %2246 to <16 x float>
-  %2248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2243, <16 x float> %2247, <16 x float> %2237)
-  store <16 x float> %2248, ptr %tile_acc.i, align 4, !tbaa !5
-  %2249 = load float, ptr %2240, align 4, !tbaa !5
-  %2250 = insertelement <16 x float> poison, float %2249, i64 0
-  %2251 = shufflevector <16 x float> %2250, <16 x float> poison, <16 x i32> zeroinitializer
-  %2252 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1.i = getelementptr i32, ptr %invariant.gep502.i, i64 %2252
-  %2253 = load <16 x i32>, ptr %gep542.1.i, align 4, !tbaa !5
-  %2254 = and <16 x i32> %2253, splat (i32 -65536)
-  %2255 = bitcast <16 x i32> %2254 to <16 x float>
-  %2256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2251, <16 x float> %2255, <16 x float> %2236)
-  store <16 x float> %2256, ptr %2115, align 4, !tbaa !5
-  %2257 = load float, ptr %2240, align 4, !tbaa !5
-  %2258 = insertelement <16 x float> poison, float %2257, i64 0
-  %2259 = shufflevector <16 x float> %2258, <16 x float> poison, <16 x i32> zeroinitializer
-  %2260 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1730.i = getelementptr i32, ptr %gep545.1.i, i64 %2260
-  %2261 = load <16 x i32>, ptr %gep542.1730.i, align 4, !tbaa !5
-  %2262 = shl <16 x i32> %2261, splat (i32 16)
-  %2263 = bitcast <16 x i32> %2262 to <16 x float>
-  %2264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2259, <16 x float> %2263, <16 x float> %2235)
-  store <16 x float> %2264, ptr %2118, align 4, !tbaa !5
-  %2265 = load float, ptr %2240, align 4, !tbaa !5
-  %2266 = insertelement <16 x float> poison, float %2265, i64 0
-  %2267 = shufflevector <16 x float> %2266, <16 x float> poison, <16 x i32> zeroinitializer
-  %2268 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1.1.i = getelementptr i32, ptr %gep545.1.i, i64 %2268
-  %2269 = load <16 x i32>, ptr %gep542.1.1.i, align 4, !tbaa !5
-  %2270 = and <16 x i32> %2269, splat (i32 -65536)
-  %2271 = bitcast <16 x i32> %2270 to <16 x float>
-  %2272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2267, <16 x float> %2271, <16 x float> %2234)
-  store <16 x float> %2272, ptr %2121, align 4, !tbaa !5
-  %2273 = load float, ptr %2240, align 4, !tbaa !5
-  %2274 = insertelement <16 x float> poison, float %2273, i64 0
-  %2275 = shufflevector <16 x float> %2274, <16 x float> poison, <16 x i32> zeroinitializer
-  %2276 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.2.i = getelementptr i32, ptr %gep545.2.i, i64 %2276
-  %2277 = load <16 x i32>, ptr %gep542.2.i, align 4, !tbaa !5
-  %2278 = shl <16 x i32> %2277, splat (i32 16)
-  %2279 = bitcast <16 x i32> %2278 to <16 x float>
-  %2280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2275, <16 x float> %2279, <16 x float> %2233)
-  store <16 x float> %2280, ptr %2124, align 4, !tbaa !5
-  %2281 = load float, ptr %2240, align 4, !tbaa !5
-  %2282 = insertelement <16 x float> poison, float %2281, i64 0
-  %2283 = shufflevector <16 x float> %2282, <16 x float> poison, <16 x i32> zeroinitializer
-  %2284 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1.2.i = getelementptr i32, ptr %gep545.2.i, i64 %2284
-  %2285 = load <16 x i32>, ptr %gep542.1.2.i, align 4, !tbaa !5
-  %2286 = and <16 x i32> %2285, splat (i32 -65536)
-  %2287 = bitcast <16 x i32> %2286 to <16 x float>
-  %2288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2283, <16 x float> %2287, <16 x float> %2232)
-  store <16 x float> %2288, ptr %2127, align 4, !tbaa !5
-  %2289 = load float, ptr %2240, align 4, !tbaa !5
-  %2290 = insertelement <16 x float> poison, float %2289, i64 0
-  %2291 = shufflevector <16 x float> %2290, <16 x float> poison, <16 x i32> zeroinitializer
-  %2292 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.3.i = getelementptr i32, ptr %gep545.3.i, i64 %2292
-  %2293 = load <16 x i32>, ptr %gep542.3.i, align 4, !tbaa !5
-  %2294 = shl <16 x i32> %2293, splat (i32 16)
-  %2295 = bitcast <16 x i32> %2294 to <16 x float>
-  %2296 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2291, <16 x float> %2295, <16 x float> %2231)
-  store <16 x float> %2296, ptr %2130, align 4, !tbaa !5
-  %2297 = load float, ptr %2240, align 4, !tbaa !5
-  %2298 = insertelement <16 x float> poison, float %2297, i64 0
-  %2299 = shufflevector <16 x float> %2298, <16 x float> poison, <16 x i32> zeroinitializer
-  %2300 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1.3.i = getelementptr i32, ptr %gep545.3.i, i64 %2300
-  %2301 = load <16 x i32>, ptr %gep542.1.3.i, align 4, !tbaa !5
-  %2302 = and <16 x i32> %2301, splat (i32 -65536)
-  %2303 = bitcast <16 x i32> %2302 to <16 x float>
-  %2304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2299, <16 x float> %2303, <16 x float> %2230)
-  store <16 x float> %2304, ptr %2133, align 4, !tbaa !5
-  %2305 = shl i64 %2238, 32
-  %sext.i = add i64 %2305, 549755813888
-  %2306 = ashr exact i64 %sext.i, 30
-  %2307 = getelementptr inbounds i8, ptr %probs.i, i64 %2306
-  %2308 = load float, ptr %2307, align 4, !tbaa !5
+  %2233 = phi <16 x float> [ %2231, %for_begin_r101.preheader.lr.ph.i ], [ %2530, %for_begin_r101.preheader.i ]
+  %2234 = phi <16 x float> [ %2228, %for_begin_r101.preheader.lr.ph.i ], [ %2522, %for_begin_r101.preheader.i ]
+  %2235 = phi <16 x float> [ %2225, %for_begin_r101.preheader.lr.ph.i ], [ %2514, %for_begin_r101.preheader.i ]
+  %2236 = phi <16 x float> [ %2222, %for_begin_r101.preheader.lr.ph.i ], [ %2506, %for_begin_r101.preheader.i ]
+  %2237 = phi <16 x float> [ %2219, %for_begin_r101.preheader.lr.ph.i ], [ %2498, %for_begin_r101.preheader.i ]
+  %2238 = phi <16 x float> [ %2216, %for_begin_r101.preheader.lr.ph.i ], [ %2490, %for_begin_r101.preheader.i ]
+  %2239 = phi <16 x float> [ %2213, %for_begin_r101.preheader.lr.ph.i ], [ %2482, %for_begin_r101.preheader.i ]
+  %2240 = phi <16 x float> [ %2210, %for_begin_r101.preheader.lr.ph.i ], [ %2474, %for_begin_r101.preheader.i ]
+  %2241 = phi <16 x float> [ %2207, %for_begin_r101.preheader.lr.ph.i ], [ %2464, %for_begin_r101.preheader.i ]
+  %2242 = phi <16 x float> [ %2204, %for_begin_r101.preheader.lr.ph.i ], [ %2456, %for_begin_r101.preheader.i ]
+  %2243 = phi <16 x float> [ %2201, %for_begin_r101.preheader.lr.ph.i ], [ %2448, %for_begin_r101.preheader.i ]
+  %2244 = phi <16 x float> [ %2198, %for_begin_r101.preheader.lr.ph.i ], [ %2440, %for_begin_r101.preheader.i ]
+  %2245 = phi <16 x float> [ %2195, %for_begin_r101.preheader.lr.ph.i ], [ %2432, %for_begin_r101.preheader.i ]
+  %2246 = phi <16 x float> [ %2192, %for_begin_r101.preheader.lr.ph.i ], [ %2424, %for_begin_r101.preheader.i ]
+  %2247 = phi <16 x float> [ %2189, %for_begin_r101.preheader.lr.ph.i ], [ %2416, %for_begin_r101.preheader.i ]
+  %2248 = phi <16 x float> [ %2186, %for_begin_r101.preheader.lr.ph.i ], [ %2408, %for_begin_r101.preheader.i ]
+  %2249 = phi <16 x float> [ %2183, %for_begin_r101.preheader.lr.ph.i ], [ %2398, %for_begin_r101.preheader.i ]
+  %2250 = phi <16 x float> [ %2180, %for_begin_r101.preheader.lr.ph.i ], [ %2390, %for_begin_r101.preheader.i ]
+  %2251 = phi <16 x float> [ %2177, %for_begin_r101.preheader.lr.ph.i ], [ %2382, %for_begin_r101.preheader.i ]
+  %2252 = phi <16 x float> [ %2174, %for_begin_r101.preheader.lr.ph.i ], [ %2374, %for_begin_r101.preheader.i ]
+  %2253 = phi <16 x float> [ %2171, %for_begin_r101.preheader.lr.ph.i ], [ %2366, %for_begin_r101.preheader.i ]
+  %2254 = phi <16 x float> [ %2168, %for_begin_r101.preheader.lr.ph.i ], [ %2358, %for_begin_r101.preheader.i ]
+  %2255 = phi <16 x float> [ %2165, %for_begin_r101.preheader.lr.ph.i ], [ %2350, %for_begin_r101.preheader.i ]
+  %2256 = phi <16 x float> [ %2162, %for_begin_r101.preheader.lr.ph.i ], [ %2342, %for_begin_r101.preheader.i ]
+  %2257 = phi <16 x float> [ %2159, %for_begin_r101.preheader.lr.ph.i ], [ %2331, %for_begin_r101.preheader.i ]
+  %2258 = phi <16 x float> [ %2156, %for_begin_r101.preheader.lr.ph.i ], [ %2323, %for_begin_r101.preheader.i ]
+  %2259 = phi <16 x float> [ %2153, %for_begin_r101.preheader.lr.ph.i ], [ %2315, %for_begin_r101.preheader.i ]
+  %2260 = phi <16 x float> [ %2150, %for_begin_r101.preheader.lr.ph.i ], [ %2307, %for_begin_r101.preheader.i ]
+  %2261 = phi <16 x float> [ %2147, %for_begin_r101.preheader.lr.ph.i ], [ %2299, %for_begin_r101.preheader.i ]
+  %2262 = phi <16 x float> [ %2144, %for_begin_r101.preheader.lr.ph.i ], [ %2291, %for_begin_r101.preheader.i ]
+  %2263 = phi <16 x float> [ %2141, %for_begin_r101.preheader.lr.ph.i ], [ %2283, %for_begin_r101.preheader.i ]
+  %2264 = phi <16 x float> [ %2139, %for_begin_r101.preheader.lr.ph.i ], [ %2275, %for_begin_r101.preheader.i ]
+  %indvars.iv783.i = phi i64 [ 0, %for_begin_r101.preheader.lr.ph.i ], [ %indvars.iv.next784.i, %for_begin_r101.preheader.i ]
+  %2265 = add nuw nsw i64 %indvars.iv783.i, %259
+  %2266 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2265
+  %2267 = getelementptr inbounds float, ptr %probs.i, i64 %2265
+  %2268 = load float, ptr %2267, align 4, !tbaa !5
+  %2269 = insertelement <16 x float> poison, float %2268, i64 0
+  %2270 = shufflevector <16 x float> %2269, <16 x float> poison, <16 x i32> zeroinitializer
+  %2271 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2271
+  %2272 = load <16 x i32>, ptr %gep573.i, align 4, !tbaa !5
+  %2273 = shl <16 x i32> %2272, splat (i32 16)
+  %2274 = bitcast <16 x i32> %2273 to <16 x float>
+  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2274, <16 x float> %2264)
+  store <16 x float> %2275, ptr %tile_acc.i, align 4, !tbaa !5
+  %2276 = load float, ptr %2267, align 4, !tbaa !5
+  %2277 = insertelement <16 x float> poison, float %2276, i64 0
+  %2278 = shufflevector <16 x float> %2277, <16 x float> poison, <16 x i32> zeroinitializer
+  %2279 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2279
+  %2280 = load <16 x i32>, ptr %gep573.1.i, align 4, !tbaa !5
+  %2281 = and <16 x i32> %2280, splat (i32 -65536)
+  %2282 = bitcast <16 x i32> %2281 to <16 x float>
+  %2283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %2282, <16 x float> %2263)
+  store <16 x float> %2283, ptr %2142, align 4, !tbaa !5
+  %2284 = load float, ptr %2267, align 4, !tbaa !5
+  %2285 = insertelement <16 x float> poison, float %2284, i64 0
+  %2286 = shufflevector <16 x float> %2285, <16 x float> poison, <16 x i32> zeroinitializer
+  %2287 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1768.i = getelementptr i32, ptr %gep576.1.i, i64 %2287
+  %2288 = load <16 x i32>, ptr %gep573.1768.i, align 4, !tbaa !5
+  %2289 = shl <16 x i32> %2288, splat (i32 16)
+  %2290 = bitcast <16 x i32> %2289 to <16 x float>
+  %2291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2286, <16 x float> %2290, <16 x float> %2262)
+  store <16 x float> %2291, ptr %2145, align 4, !tbaa !5
+  %2292 = load float, ptr %2267, align 4, !tbaa !5
+  %2293 = insertelement <16 x float> poison, float %2292, i64 0
+  %2294 = shufflevector <16 x float> %2293, <16 x float> poison, <16 x i32> zeroinitializer
+  %2295 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1.1.i = getelementptr i32, ptr %gep576.1.i, i64 %2295
+  %2296 = load <16 x i32>, ptr %gep573.1.1.i, align 4, !tbaa !5
+  %2297 = and <16 x i32> %2296, splat (i32 -65536)
+  %2298 = bitcast <16 x i32> %2297 to <16 x float>
+  %2299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2298, <16 x float> %2261)
+  store <16 x float> %2299, ptr %2148, align 4, !tbaa !5
+  %2300 = load float, ptr %2267, align 4, !tbaa !5
+  %2301 = insertelement <16 x float> poison, float %2300, i64 0
+  %2302 = shufflevector <16 x float> %2301, <16 x float> poison, <16 x i32> zeroinitializer
+  %2303 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2303
+  %2304 = load <16 x i32>, ptr %gep573.2.i, align 4, !tbaa !5
+  %2305 = shl <16 x i32> %2304, splat (i32 16)
+  %2306 = bitcast <16 x i32> %2305 to <16 x float>
+  %2307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2302, <16 x float> %2306, <16 x float> %2260)
+  store <16 x float> %2307, ptr %2151, align 4, !tbaa !5
+  %2308 = load float, ptr %2267, align 4, !tbaa !5
   %2309 = insertelement <16 x float> poison, float %2308, i64 0
   %2310 = shufflevector <16 x float> %2309, <16 x float> poison, <16 x i32> zeroinitializer
-  %2311 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1736.i = getelementptr i32, ptr %invariant.gep502.i, i64 %2311
-  %2312 = load <16 x i32>, ptr %gep542.1736.i, align 4, !tbaa !5
-  %2313 = shl <16 x i32> %2312, splat (i32 16)
+  %2311 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2311
+  %2312 = load <16 x i32>, ptr %gep573.1.2.i, align 4, !tbaa !5
+  %2313 = and <16 x i32> %2312, splat (i32 -65536)
   %2314 = bitcast <16 x i32> %2313 to <16 x float>
-  %2315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2314, <16 x float> %2229)
-  store <16 x float> %2315, ptr %2136, align 4, !tbaa !5
-  %2316 = load float, ptr %2307, align 4, !tbaa !5
+  %2315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2314, <16 x float> %2259)
+  store <16 x float> %2315, ptr %2154, align 4, !tbaa !5
+  %2316 = load float, ptr %2267, align 4, !tbaa !5
   %2317 = insertelement <16 x float> poison, float %2316, i64 0
   %2318 = shufflevector <16 x float> %2317, <16 x float> poison, <16 x i32> zeroinitializer
-  %2319 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1.1737.i = getelementptr i32, ptr %invariant.gep502.i, i64 %2319
-  %2320 = load <16 x i32>, ptr %gep542.1.1737.i, align 4, !tbaa !5
-  %2321 = and <16 x i32> %2320, splat (i32 -65536)
+  %2319 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2319
+  %2320 = load <16 x i32>, ptr %gep573.3.i, align 4, !tbaa !5
+  %2321 = shl <16 x i32> %2320, splat (i32 16)
   %2322 = bitcast <16 x i32> %2321 to <16 x float>
-  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2318, <16 x float> %2322, <16 x float> %2228)
-  store <16 x float> %2323, ptr %2139, align 4, !tbaa !5
-  %2324 = load float, ptr %2307, align 4, !tbaa !5
+  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2318, <16 x float> %2322, <16 x float> %2258)
+  store <16 x float> %2323, ptr %2157, align 4, !tbaa !5
+  %2324 = load float, ptr %2267, align 4, !tbaa !5
   %2325 = insertelement <16 x float> poison, float %2324, i64 0
   %2326 = shufflevector <16 x float> %2325, <16 x float> poison, <16 x i32> zeroinitializer
-  %2327 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1730.1.i = getelementptr i32, ptr %gep545.1.i, i64 %2327
-  %2328 = load <16 x i32>, ptr %gep542.1730.1.i, align 4, !tbaa !5
-  %2329 = shl <16 x i32> %2328, splat (i32 16)
+  %2327 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2327
+  %2328 = load <16 x i32>, ptr %gep573.1.3.i, align 4, !tbaa !5
+  %2329 = and <16 x i32> %2328, splat (i32 -65536)
   %2330 = bitcast <16 x i32> %2329 to <16 x float>
-  %2331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2326, <16 x float> %2330, <16 x float> %2227)
-  store <16 x float> %2331, ptr %2142, align 4, !tbaa !5
-  %2332 = load float, ptr %2307, align 4, !tbaa !5
-  %2333 = insertelement <16 x float> poison, float %2332, i64 0
-  %2334 = shufflevector <16 x float> %2333, <16 x float> poison, <16 x i32> zeroinitializer
-  %2335 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1.1.1.i = getelementptr i32, ptr %gep545.1.i, i64 %2335
-  %2336 = load <16 x i32>, ptr %gep542.1.1.1.i, align 4, !tbaa !5
-  %2337 = and <16 x i32> %2336, splat (i32 -65536)
-  %2338 = bitcast <16 x i32> %2337 to <16 x float>
-  %2339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2338, <16 x float> %2226)
-  store <16 x float> %2339, ptr %2145, align 4, !tbaa !5
-  %2340 = load float, ptr %2307, align 4, !tbaa !5
-  %2341 = insertelement <16 x float> poison, float %2340, i64 0
-  %2342 = shufflevector <16 x float> %2341, <16 x float> poison, <16 x i32> zeroinitializer
-  %2343 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.2.1.i = getelementptr i32, ptr %gep545.2.i, i64 %2343
-  %2344 = load <16 x i32>, ptr %gep542.2.1.i, align 4, !tbaa !5
-  %2345 = shl <16 x i32> %2344, splat (i32 16)
-  %2346 = bitcast <16 x i32> %2345 to <16 x float>
-  %2347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2342, <16 x float> %2346, <16 x float> %2225)
-  store <16 x float> %2347, ptr %2148, align 4, !tbaa !5
-  %2348 = load float, ptr %2307, align 4, !tbaa !5
-  %2349 = insertelement <16 x float> poison, float %2348, i64 0
-  %2350 = shufflevector <16 x float> %2349, <16 x float> poison, <16 x i32> zeroinitializer
-  %2351 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1.2.1.i = getelementptr i32, ptr %gep545.2.i, i64 %2351
-  %2352 = load <16 x i32>, ptr %gep542.1.2.1.i, align 4, !tbaa !5
-  %2353 = and <16 x i32> %2352, splat (i32 -65536)
-  %2354 = bitcast <16 x i32> %2353 to <16 x float>
-  %2355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2350, <16 x float> %2354, <16 x float> %2224)
-  store <16 x float> %2355, ptr %2151, align 4, !tbaa !5
-  %2356 = load float, ptr %2307, align 4, !tbaa !5
-  %2357 = insertelement <16 x float> poison, float %2356, i64 0
-  %2358 = shufflevector <16 x float> %2357, <16 x float> poison, <16 x i32> zeroinitializer
-  %2359 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.3.1.i = getelementptr i32, ptr %gep545.3.i, i64 %2359
-  %2360 = load <16 x i32>, ptr %gep542.3.1.i, align 4, !tbaa !5
-  %2361 = shl <16 x i32> %2360, splat (i32 16)
-  %2362 = bitcast <16 x i32> %2361 to <16 x float>
-  %2363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2358, <16 x float> %2362, <16 x float> %2223)
-  store <16 x float> %2363, ptr %2154, align 4, !tbaa !5
-  %2364 = load float, ptr %2307, align 4, !tbaa !5
-  %2365 = insertelement <16 x float> poison, float %2364, i64 0
-  %2366 = shufflevector <16 x float> %2365, <16 x float> poison, <16 x i32> zeroinitializer
-  %2367 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1.3.1.i = getelementptr i32, ptr %gep545.3.i, i64 %2367
-  %2368 = load <16 x i32>, ptr %gep542.1.3.1.i, align 4, !tbaa !5
-  %2369 = and <16 x i32> %2368, splat (i32 -65536)
-  %2370 = bitcast <16 x i32> %2369 to <16 x float>
-  %2371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2366, <16 x float> %2370, <16 x float> %2222)
-  store <16 x float> %2371, ptr %2157, align 4, !tbaa !5
-  %sext840.i = add i64 %2305, 1099511627776
-  %2372 = ashr exact i64 %sext840.i, 30
-  %2373 = getelementptr inbounds i8, ptr %probs.i, i64 %2372
-  %2374 = load float, ptr %2373, align 4, !tbaa !5
-  %2375 = insertelement <16 x float> poison, float %2374, i64 0
-  %2376 = shufflevector <16 x float> %2375, <16 x float> poison, <16 x i32> zeroinitializer
-  %2377 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.2739.i = getelementptr i32, ptr %invariant.gep502.i, i64 %2377
-  %2378 = load <16 x i32>, ptr %gep542.2739.i, align 4, !tbaa !5
-  %2379 = shl <16 x i32> %2378, splat (i32 16)
-  %2380 = bitcast <16 x i32> %2379 to <16 x float>
-  %2381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2380, <16 x float> %2221)
-  store <16 x float> %2381, ptr %2160, align 4, !tbaa !5
-  %2382 = load float, ptr %2373, align 4, !tbaa !5
-  %2383 = insertelement <16 x float> poison, float %2382, i64 0
-  %2384 = shufflevector <16 x float> %2383, <16 x float> poison, <16 x i32> zeroinitializer
-  %2385 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1.2740.i = getelementptr i32, ptr %invariant.gep502.i, i64 %2385
-  %2386 = load <16 x i32>, ptr %gep542.1.2740.i, align 4, !tbaa !5
-  %2387 = and <16 x i32> %2386, splat (i32 -65536)
-  %2388 = bitcast <16 x i32> %2387 to <16 x float>
-  %2389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2384, <16 x float> %2388, <16 x float> %2220)
-  store <16 x float> %2389, ptr %2163, align 4, !tbaa !5
-  %2390 = load float, ptr %2373, align 4, !tbaa !5
-  %2391 = insertelement <16 x float> poison, float %2390, i64 0
-  %2392 = shufflevector <16 x float> %2391, <16 x float> poison, <16 x i32> zeroinitializer
-  %2393 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1730.2.i = getelementptr i32, ptr %gep545.1.i, i64 %2393
-  %2394 = load <16 x i32>, ptr %gep542.1730.2.i, align 4, !tbaa !5
-  %2395 = shl <16 x i32> %2394, splat (i32 16)
-  %2396 = bitcast <16 x i32> %2395 to <16 x float>
-  %2397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2392, <16 x float> %2396, <16 x float> %2219)
-  store <16 x float> %2397, ptr %2166, align 4, !tbaa !5
-  %2398 = load float, ptr %2373, align 4, !tbaa !5
-  %2399 = insertelement <16 x float> poison, float %2398, i64 0
-  %2400 = shufflevector <16 x float> %2399, <16 x float> poison, <16 x i32> zeroinitializer
-  %2401 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1.1.2.i = getelementptr i32, ptr %gep545.1.i, i64 %2401
-  %2402 = load <16 x i32>, ptr %gep542.1.1.2.i, align 4, !tbaa !5
-  %2403 = and <16 x i32> %2402, splat (i32 -65536)
-  %2404 = bitcast <16 x i32> %2403 to <16 x float>
-  %2405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2400, <16 x float> %2404, <16 x float> %2218)
-  store <16 x float> %2405, ptr %2169, align 4, !tbaa !5
-  %2406 = load float, ptr %2373, align 4, !tbaa !5
-  %2407 = insertelement <16 x float> poison, float %2406, i64 0
-  %2408 = shufflevector <16 x float> %2407, <16 x float> poison, <16 x i32> zeroinitializer
-  %2409 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.2.2.i = getelementptr i32, ptr %gep545.2.i, i64 %2409
-  %2410 = load <16 x i32>, ptr %gep542.2.2.i, align 4, !tbaa !5
-  %2411 = shl <16 x i32> %2410, splat (i32 16)
-  %2412 = bitcast <16 x i32> %2411 to <16 x float>
-  %2413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2408, <16 x float> %2412, <16 x float> %2217)
-  store <16 x float> %2413, ptr %2172, align 4, !tbaa !5
-  %2414 = load float, ptr %2373, align 4, !tbaa !5
-  %2415 = insertelement <16 x float> poison, float %2414, i64 0
-  %2416 = shufflevector <16 x float> %2415, <16 x float> poison, <16 x i32> zeroinitializer
-  %2417 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1.2.2.i = getelementptr i32, ptr %gep545.2.i, i64 %2417
-  %2418 = load <16 x i32>, ptr %gep542.1.2.2.i, align 4, !tbaa !5
-  %2419 = and <16 x i32> %2418, splat (i32 -65536)
-  %2420 = bitcast <16 x i32> %2419 to <16 x float>
-  %2421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2416, <16 x float> %2420, <16 x float> %2216)
-  store <16 x float> %2421, ptr %2175, align 4, !tbaa !5
-  %2422 = load float, ptr %2373, align 4, !tbaa !5
-  %2423 = insertelement <16 x float> poison, float %2422, i64 0
-  %2424 = shufflevector <16 x float> %2423, <16 x float> poison, <16 x i32> zeroinitializer
-  %2425 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.3.2.i = getelementptr i32, ptr %gep545.3.i, i64 %2425
-  %2426 = load <16 x i32>, ptr %gep542.3.2.i, align 4, !tbaa !5
-  %2427 = shl <16 x i32> %2426, splat (i32 16)
-  %2428 = bitcast <16 x i32> %2427 to <16 x float>
-  %2429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2424, <16 x float> %2428, <16 x float> %2215)
-  store <16 x float> %2429, ptr %2178, align 4, !tbaa !5
-  %2430 = load float, ptr %2373, align 4, !tbaa !5
-  %2431 = insertelement <16 x float> poison, float %2430, i64 0
-  %2432 = shufflevector <16 x float> %2431, <16 x float> poison, <16 x i32> zeroinitializer
-  %2433 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1.3.2.i = getelementptr i32, ptr %gep545.3.i, i64 %2433
-  %2434 = load <16 x i32>, ptr %gep542.1.3.2.i, align 4, !tbaa !5
-  %2435 = and <16 x i32> %2434, splat (i32 -65536)
-  %2436 = bitcast <16 x i32> %2435 to <16 x float>
-  %2437 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2432, <16 x float> %2436, <16 x float> %2214)
-  store <16 x float> %2437, ptr %2181, align 4, !tbaa !5
-  %sext841.i = add i64 %2305, 1649267441664
-  %2438 = ashr exact i64 %sext841.i, 30
-  %2439 = getelementptr inbounds i8, ptr %probs.i, i64 %2438
-  %2440 = load float, ptr %2439, align 4, !tbaa !5
-  %2441 = insertelement <16 x float> poison, float %2440, i64 0
-  %2442 = shufflevector <16 x float> %2441, <16 x float> poison, <16 x i32> zeroinitializer
-  %2443 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.3742.i = getelementptr i32, ptr %invariant.gep502.i, i64 %2443
-  %2444 = load <16 x i32>, ptr %gep542.3742.i, align 4, !tbaa !5
-  %2445 = shl <16 x i32> %2444, splat (i32 16)
-  %2446 = bitcast <16 x i32> %2445 to <16 x float>
-  %2447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2442, <16 x float> %2446, <16 x float> %2213)
-  store <16 x float> %2447, ptr %2184, align 4, !tbaa !5
-  %2448 = load float, ptr %2439, align 4, !tbaa !5
-  %2449 = insertelement <16 x float> poison, float %2448, i64 0
-  %2450 = shufflevector <16 x float> %2449, <16 x float> poison, <16 x i32> zeroinitializer
-  %2451 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1.3743.i = getelementptr i32, ptr %invariant.gep502.i, i64 %2451
-  %2452 = load <16 x i32>, ptr %gep542.1.3743.i, align 4, !tbaa !5
-  %2453 = and <16 x i32> %2452, splat (i32 -65536)
-  %2454 = bitcast <16 x i32> %2453 to <16 x float>
-  %2455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2450, <16 x float> %2454, <16 x float> %2212)
-  store <16 x float> %2455, ptr %2187, align 4, !tbaa !5
-  %2456 = load float, ptr %2439, align 4, !tbaa !5
-  %2457 = insertelement <16 x float> poison, float %2456, i64 0
-  %2458 = shufflevector <16 x float> %2457, <16 x float> poison, <16 x i32> zeroinitializer
-  %2459 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1730.3.i = getelementptr i32, ptr %gep545.1.i, i64 %2459
-  %2460 = load <16 x i32>, ptr %gep542.1730.3.i, align 4, !tbaa !5
-  %2461 = shl <16 x i32> %2460, splat (i32 16)
-  %2462 = bitcast <16 x i32> %2461 to <16 x float>
-  %2463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2458, <16 x float> %2462, <16 x float> %2211)
-  store <16 x float> %2463, ptr %2190, align 4, !tbaa !5
-  %2464 = load float, ptr %2439, align 4, !tbaa !5
-  %2465 = insertelement <16 x float> poison, float %2464, i64 0
-  %2466 = shufflevector <16 x float> %2465, <16 x float> poison, <16 x i32> zeroinitializer
-  %2467 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1.1.3.i = getelementptr i32, ptr %gep545.1.i, i64 %2467
-  %2468 = load <16 x i32>, ptr %gep542.1.1.3.i, align 4, !tbaa !5
-  %2469 = and <16 x i32> %2468, splat (i32 -65536)
-  %2470 = bitcast <16 x i32> %2469 to <16 x float>
-  %2471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2466, <16 x float> %2470, <16 x float> %2210)
-  store <16 x float> %2471, ptr %2193, align 4, !tbaa !5
-  %2472 = load float, ptr %2439, align 4, !tbaa !5
-  %2473 = insertelement <16 x float> poison, float %2472, i64 0
-  %2474 = shufflevector <16 x float> %2473, <16 x float> poison, <16 x i32> zeroinitializer
-  %2475 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.2.3.i = getelementptr i32, ptr %gep545.2.i, i64 %2475
-  %2476 = load <16 x i32>, ptr %gep542.2.3.i, align 4, !tbaa !5
-  %2477 = shl <16 x i32> %2476, splat (i32 16)
-  %2478 = bitcast <16 x i32> %2477 to <16 x float>
-  %2479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2474, <16 x float> %2478, <16 x float> %2209)
-  store <16 x float> %2479, ptr %2196, align 4, !tbaa !5
-  %2480 = load float, ptr %2439, align 4, !tbaa !5
-  %2481 = insertelement <16 x float> poison, float %2480, i64 0
-  %2482 = shufflevector <16 x float> %2481, <16 x float> poison, <16 x i32> zeroinitializer
-  %2483 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1.2.3.i = getelementptr i32, ptr %gep545.2.i, i64 %2483
-  %2484 = load <16 x i32>, ptr %gep542.1.2.3.i, align 4, !tbaa !5
-  %2485 = and <16 x i32> %2484, splat (i32 -65536)
-  %2486 = bitcast <16 x i32> %2485 to <16 x float>
-  %2487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2482, <16 x float> %2486, <16 x float> %2208)
-  store <16 x float> %2487, ptr %2199, align 4, !tbaa !5
-  %2488 = load float, ptr %2439, align 4, !tbaa !5
-  %2489 = insertelement <16 x float> poison, float %2488, i64 0
-  %2490 = shufflevector <16 x float> %2489, <16 x float> poison, <16 x i32> zeroinitializer
-  %2491 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.3.3.i = getelementptr i32, ptr %gep545.3.i, i64 %2491
-  %2492 = load <16 x i32>, ptr %gep542.3.3.i, align 4, !tbaa !5
-  %2493 = shl <16 x i32> %2492, splat (i32 16)
-  %2494 = bitcast <16 x i32> %2493 to <16 x float>
-  %2495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2490, <16 x float> %2494, <16 x float> %2207)
-  store <16 x float> %2495, ptr %2202, align 4, !tbaa !5
-  %2496 = load float, ptr %2439, align 4, !tbaa !5
-  %2497 = insertelement <16 x float> poison, float %2496, i64 0
-  %2498 = shufflevector <16 x float> %2497, <16 x float> poison, <16 x i32> zeroinitializer
-  %2499 = load i64, ptr %2239, align 8, !tbaa !5
-  %gep542.1.3.3.i = getelementptr i32, ptr %gep545.3.i, i64 %2499
-  %2500 = load <16 x i32>, ptr %gep542.1.3.3.i, align 4, !tbaa !5
-  %2501 = and <16 x i32> %2500, splat (i32 -65536)
-  %2502 = bitcast <16 x i32> %2501 to <16 x float>
-  %2503 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2498, <16 x float> %2502, <16 x float> %2206)
-  store <16 x float> %2503, ptr %2205, align 4, !tbaa !5
-  %indvars.iv.next746.i = add nuw nsw i64 %indvars.iv745.i, 1
-  %exitcond.not = icmp eq i64 %indvars.iv.next746.i, %190
+  %2331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2326, <16 x float> %2330, <16 x float> %2257)
+  store <16 x float> %2331, ptr %2160, align 4, !tbaa !5
+  %2332 = shl i64 %2265, 32
+  %sext.i = add i64 %2332, 549755813888
+  %2333 = ashr exact i64 %sext.i, 30
+  %2334 = getelementptr inbounds i8, ptr %probs.i, i64 %2333
+  %2335 = load float, ptr %2334, align 4, !tbaa !5
+  %2336 = insertelement <16 x float> poison, float %2335, i64 0
+  %2337 = shufflevector <16 x float> %2336, <16 x float> poison, <16 x i32> zeroinitializer
+  %2338 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1774.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2338
+  %2339 = load <16 x i32>, ptr %gep573.1774.i, align 4, !tbaa !5
+  %2340 = shl <16 x i32> %2339, splat (i32 16)
+  %2341 = bitcast <16 x i32> %2340 to <16 x float>
+  %2342 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2337, <16 x float> %2341, <16 x float> %2256)
+  store <16 x float> %2342, ptr %2163, align 4, !tbaa !5
+  %2343 = load float, ptr %2334, align 4, !tbaa !5
+  %2344 = insertelement <16 x float> poison, float %2343, i64 0
+  %2345 = shufflevector <16 x float> %2344, <16 x float> poison, <16 x i32> zeroinitializer
+  %2346 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1.1775.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2346
+  %2347 = load <16 x i32>, ptr %gep573.1.1775.i, align 4, !tbaa !5
+  %2348 = and <16 x i32> %2347, splat (i32 -65536)
+  %2349 = bitcast <16 x i32> %2348 to <16 x float>
+  %2350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2345, <16 x float> %2349, <16 x float> %2255)
+  store <16 x float> %2350, ptr %2166, align 4, !tbaa !5
+  %2351 = load float, ptr %2334, align 4, !tbaa !5
+  %2352 = insertelement <16 x float> poison, float %2351, i64 0
+  %2353 = shufflevector <16 x float> %2352, <16 x float> poison, <16 x i32> zeroinitializer
+  %2354 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1768.1.i = getelementptr i32, ptr %gep576.1.i, i64 %2354
+  %2355 = load <16 x i32>, ptr %gep573.1768.1.i, align 4, !tbaa !5
+  %2356 = shl <16 x i32> %2355, splat (i32 16)
+  %2357 = bitcast <16 x i32> %2356 to <16 x float>
+  %2358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2353, <16 x float> %2357, <16 x float> %2254)
+  store <16 x float> %2358, ptr %2169, align 4, !tbaa !5
+  %2359 = load float, ptr %2334, align 4, !tbaa !5
+  %2360 = insertelement <16 x float> poison, float %2359, i64 0
+  %2361 = shufflevector <16 x float> %2360, <16 x float> poison, <16 x i32> zeroinitializer
+  %2362 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1.1.1.i = getelementptr i32, ptr %gep576.1.i, i64 %2362
+  %2363 = load <16 x i32>, ptr %gep573.1.1.1.i, align 4, !tbaa !5
+  %2364 = and <16 x i32> %2363, splat (i32 -65536)
+  %2365 = bitcast <16 x i32> %2364 to <16 x float>
+  %2366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2361, <16 x float> %2365, <16 x float> %2253)
+  store <16 x float> %2366, ptr %2172, align 4, !tbaa !5
+  %2367 = load float, ptr %2334, align 4, !tbaa !5
+  %2368 = insertelement <16 x float> poison, float %2367, i64 0
+  %2369 = shufflevector <16 x float> %2368, <16 x float> poison, <16 x i32> zeroinitializer
+  %2370 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.2.1.i = getelementptr i32, ptr %gep576.2.i, i64 %2370
+  %2371 = load <16 x i32>, ptr %gep573.2.1.i, align 4, !tbaa !5
+  %2372 = shl <16 x i32> %2371, splat (i32 16)
+  %2373 = bitcast <16 x i32> %2372 to <16 x float>
+  %2374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2369, <16 x float> %2373, <16 x float> %2252)
+  store <16 x float> %2374, ptr %2175, align 4, !tbaa !5
+  %2375 = load float, ptr %2334, align 4, !tbaa !5
+  %2376 = insertelement <16 x float> poison, float %2375, i64 0
+  %2377 = shufflevector <16 x float> %2376, <16 x float> poison, <16 x i32> zeroinitializer
+  %2378 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1.2.1.i = getelementptr i32, ptr %gep576.2.i, i64 %2378
+  %2379 = load <16 x i32>, ptr %gep573.1.2.1.i, align 4, !tbaa !5
+  %2380 = and <16 x i32> %2379, splat (i32 -65536)
+  %2381 = bitcast <16 x i32> %2380 to <16 x float>
+  %2382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2377, <16 x float> %2381, <16 x float> %2251)
+  store <16 x float> %2382, ptr %2178, align 4, !tbaa !5
+  %2383 = load float, ptr %2334, align 4, !tbaa !5
+  %2384 = insertelement <16 x float> poison, float %2383, i64 0
+  %2385 = shufflevector <16 x float> %2384, <16 x float> poison, <16 x i32> zeroinitializer
+  %2386 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.3.1.i = getelementptr i32, ptr %gep576.3.i, i64 %2386
+  %2387 = load <16 x i32>, ptr %gep573.3.1.i, align 4, !tbaa !5
+  %2388 = shl <16 x i32> %2387, splat (i32 16)
+  %2389 = bitcast <16 x i32> %2388 to <16 x float>
+  %2390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2385, <16 x float> %2389, <16 x float> %2250)
+  store <16 x float> %2390, ptr %2181, align 4, !tbaa !5
+  %2391 = load float, ptr %2334, align 4, !tbaa !5
+  %2392 = insertelement <16 x float> poison, float %2391, i64 0
+  %2393 = shufflevector <16 x float> %2392, <16 x float> poison, <16 x i32> zeroinitializer
+  %2394 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1.3.1.i = getelementptr i32, ptr %gep576.3.i, i64 %2394
+  %2395 = load <16 x i32>, ptr %gep573.1.3.1.i, align 4, !tbaa !5
+  %2396 = and <16 x i32> %2395, splat (i32 -65536)
+  %2397 = bitcast <16 x i32> %2396 to <16 x float>
+  %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2393, <16 x float> %2397, <16 x float> %2249)
+  store <16 x float> %2398, ptr %2184, align 4, !tbaa !5
+  %sext1081.i = add i64 %2332, 1099511627776
+  %2399 = ashr exact i64 %sext1081.i, 30
+  %2400 = getelementptr inbounds i8, ptr %probs.i, i64 %2399
+  %2401 = load float, ptr %2400, align 4, !tbaa !5
+  %2402 = insertelement <16 x float> poison, float %2401, i64 0
+  %2403 = shufflevector <16 x float> %2402, <16 x float> poison, <16 x i32> zeroinitializer
+  %2404 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.2777.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2404
+  %2405 = load <16 x i32>, ptr %gep573.2777.i, align 4, !tbaa !5
+  %2406 = shl <16 x i32> %2405, splat (i32 16)
+  %2407 = bitcast <16 x i32> %2406 to <16 x float>
+  %2408 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2403, <16 x float> %2407, <16 x float> %2248)
+  store <16 x float> %2408, ptr %2187, align 4, !tbaa !5
+  %2409 = load float, ptr %2400, align 4, !tbaa !5
+  %2410 = insertelement <16 x float> poison, float %2409, i64 0
+  %2411 = shufflevector <16 x float> %2410, <16 x float> poison, <16 x i32> zeroinitializer
+  %2412 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1.2778.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2412
+  %2413 = load <16 x i32>, ptr %gep573.1.2778.i, align 4, !tbaa !5
+  %2414 = and <16 x i32> %2413, splat (i32 -65536)
+  %2415 = bitcast <16 x i32> %2414 to <16 x float>
+  %2416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2415, <16 x float> %2247)
+  store <16 x float> %2416, ptr %2190, align 4, !tbaa !5
+  %2417 = load float, ptr %2400, align 4, !tbaa !5
+  %2418 = insertelement <16 x float> poison, float %2417, i64 0
+  %2419 = shufflevector <16 x float> %2418, <16 x float> poison, <16 x i32> zeroinitializer
+  %2420 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1768.2.i = getelementptr i32, ptr %gep576.1.i, i64 %2420
+  %2421 = load <16 x i32>, ptr %gep573.1768.2.i, align 4, !tbaa !5
+  %2422 = shl <16 x i32> %2421, splat (i32 16)
+  %2423 = bitcast <16 x i32> %2422 to <16 x float>
+  %2424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2419, <16 x float> %2423, <16 x float> %2246)
+  store <16 x float> %2424, ptr %2193, align 4, !tbaa !5
+  %2425 = load float, ptr %2400, align 4, !tbaa !5
+  %2426 = insertelement <16 x float> poison, float %2425, i64 0
+  %2427 = shufflevector <16 x float> %2426, <16 x float> poison, <16 x i32> zeroinitializer
+  %2428 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1.1.2.i = getelementptr i32, ptr %gep576.1.i, i64 %2428
+  %2429 = load <16 x i32>, ptr %gep573.1.1.2.i, align 4, !tbaa !5
+  %2430 = and <16 x i32> %2429, splat (i32 -65536)
+  %2431 = bitcast <16 x i32> %2430 to <16 x float>
+  %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2427, <16 x float> %2431, <16 x float> %2245)
+  store <16 x float> %2432, ptr %2196, align 4, !tbaa !5
+  %2433 = load float, ptr %2400, align 4, !tbaa !5
+  %2434 = insertelement <16 x float> poison, float %2433, i64 0
+  %2435 = shufflevector <16 x float> %2434, <16 x float> poison, <16 x i32> zeroinitializer
+  %2436 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.2.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2436
+  %2437 = load <16 x i32>, ptr %gep573.2.2.i, align 4, !tbaa !5
+  %2438 = shl <16 x i32> %2437, splat (i32 16)
+  %2439 = bitcast <16 x i32> %2438 to <16 x float>
+  %2440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2435, <16 x float> %2439, <16 x float> %2244)
+  store <16 x float> %2440, ptr %2199, align 4, !tbaa !5
+  %2441 = load float, ptr %2400, align 4, !tbaa !5
+  %2442 = insertelement <16 x float> poison, float %2441, i64 0
+  %2443 = shufflevector <16 x float> %2442, <16 x float> poison, <16 x i32> zeroinitializer
+  %2444 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1.2.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2444
+  %2445 = load <16 x i32>, ptr %gep573.1.2.2.i, align 4, !tbaa !5
+  %2446 = and <16 x i32> %2445, splat (i32 -65536)
+  %2447 = bitcast <16 x i32> %2446 to <16 x float>
+  %2448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2443, <16 x float> %2447, <16 x float> %2243)
+  store <16 x float> %2448, ptr %2202, align 4, !tbaa !5
+  %2449 = load float, ptr %2400, align 4, !tbaa !5
+  %2450 = insertelement <16 x float> poison, float %2449, i64 0
+  %2451 = shufflevector <16 x float> %2450, <16 x float> poison, <16 x i32> zeroinitializer
+  %2452 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.3.2.i = getelementptr i32, ptr %gep576.3.i, i64 %2452
+  %2453 = load <16 x i32>, ptr %gep573.3.2.i, align 4, !tbaa !5
+  %2454 = shl <16 x i32> %2453, splat (i32 16)
+  %2455 = bitcast <16 x i32> %2454 to <16 x float>
+  %2456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2451, <16 x float> %2455, <16 x float> %2242)
+  store <16 x float> %2456, ptr %2205, align 4, !tbaa !5
+  %2457 = load float, ptr %2400, align 4, !tbaa !5
+  %2458 = insertelement <16 x float> poison, float %2457, i64 0
+  %2459 = shufflevector <16 x float> %2458, <16 x float> poison, <16 x i32> zeroinitializer
+  %2460 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1.3.2.i = getelementptr i32, ptr %gep576.3.i, i64 %2460
+  %2461 = load <16 x i32>, ptr %gep573.1.3.2.i, align 4, !tbaa !5
+  %2462 = and <16 x i32> %2461, splat (i32 -65536)
+  %2463 = bitcast <16 x i32> %2462 to <16 x float>
+  %2464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2459, <16 x float> %2463, <16 x float> %2241)
+  store <16 x float> %2464, ptr %2208, align 4, !tbaa !5
+  %sext1082.i = add i64 %2332, 1649267441664
+  %2465 = ashr exact i64 %sext1082.i, 30
+  %2466 = getelementptr inbounds i8, ptr %probs.i, i64 %2465
+  %2467 = load float, ptr %2466, align 4, !tbaa !5
+  %2468 = insertelement <16 x float> poison, float %2467, i64 0
+  %2469 = shufflevector <16 x float> %2468, <16 x float> poison, <16 x i32> zeroinitializer
+  %2470 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.3780.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2470
+  %2471 = load <16 x i32>, ptr %gep573.3780.i, align 4, !tbaa !5
+  %2472 = shl <16 x i32> %2471, splat (i32 16)
+  %2473 = bitcast <16 x i32> %2472 to <16 x float>
+  %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2473, <16 x float> %2240)
+  store <16 x float> %2474, ptr %2211, align 4, !tbaa !5
+  %2475 = load float, ptr %2466, align 4, !tbaa !5
+  %2476 = insertelement <16 x float> poison, float %2475, i64 0
+  %2477 = shufflevector <16 x float> %2476, <16 x float> poison, <16 x i32> zeroinitializer
+  %2478 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1.3781.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2478
+  %2479 = load <16 x i32>, ptr %gep573.1.3781.i, align 4, !tbaa !5
+  %2480 = and <16 x i32> %2479, splat (i32 -65536)
+  %2481 = bitcast <16 x i32> %2480 to <16 x float>
+  %2482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2477, <16 x float> %2481, <16 x float> %2239)
+  store <16 x float> %2482, ptr %2214, align 4, !tbaa !5
+  %2483 = load float, ptr %2466, align 4, !tbaa !5
+  %2484 = insertelement <16 x float> poison, float %2483, i64 0
+  %2485 = shufflevector <16 x float> %2484, <16 x float> poison, <16 x i32> zeroinitializer
+  %2486 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1768.3.i = getelementptr i32, ptr %gep576.1.i, i64 %2486
+  %2487 = load <16 x i32>, ptr %gep573.1768.3.i, align 4, !tbaa !5
+  %2488 = shl <16 x i32> %2487, splat (i32 16)
+  %2489 = bitcast <16 x i32> %2488 to <16 x float>
+  %2490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2485, <16 x float> %2489, <16 x float> %2238)
+  store <16 x float> %2490, ptr %2217, align 4, !tbaa !5
+  %2491 = load float, ptr %2466, align 4, !tbaa !5
+  %2492 = insertelement <16 x float> poison, float %2491, i64 0
+  %2493 = shufflevector <16 x float> %2492, <16 x float> poison, <16 x i32> zeroinitializer
+  %2494 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1.1.3.i = getelementptr i32, ptr %gep576.1.i, i64 %2494
+  %2495 = load <16 x i32>, ptr %gep573.1.1.3.i, align 4, !tbaa !5
+  %2496 = and <16 x i32> %2495, splat (i32 -65536)
+  %2497 = bitcast <16 x i32> %2496 to <16 x float>
+  %2498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2493, <16 x float> %2497, <16 x float> %2237)
+  store <16 x float> %2498, ptr %2220, align 4, !tbaa !5
+  %2499 = load float, ptr %2466, align 4, !tbaa !5
+  %2500 = insertelement <16 x float> poison, float %2499, i64 0
+  %2501 = shufflevector <16 x float> %2500, <16 x float> poison, <16 x i32> zeroinitializer
+  %2502 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.2.3.i = getelementptr i32, ptr %gep576.2.i, i64 %2502
+  %2503 = load <16 x i32>, ptr %gep573.2.3.i, align 4, !tbaa !5
+  %2504 = shl <16 x i32> %2503, splat (i32 16)
+  %2505 = bitcast <16 x i32> %2504 to <16 x float>
+  %2506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %2505, <16 x float> %2236)
+  store <16 x float> %2506, ptr %2223, align 4, !tbaa !5
+  %2507 = load float, ptr %2466, align 4, !tbaa !5
+  %2508 = insertelement <16 x float> poison, float %2507, i64 0
+  %2509 = shufflevector <16 x float> %2508, <16 x float> poison, <16 x i32> zeroinitializer
+  %2510 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1.2.3.i = getelementptr i32, ptr %gep576.2.i, i64 %2510
+  %2511 = load <16 x i32>, ptr %gep573.1.2.3.i, align 4, !tbaa !5
+  %2512 = and <16 x i32> %2511, splat (i32 -65536)
+  %2513 = bitcast <16 x i32> %2512 to <16 x float>
+  %2514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2509, <16 x float> %2513, <16 x float> %2235)
+  store <16 x float> %2514, ptr %2226, align 4, !tbaa !5
+  %2515 = load float, ptr %2466, align 4, !tbaa !5
+  %2516 = insertelement <16 x float> poison, float %2515, i64 0
+  %2517 = shufflevector <16 x float> %2516, <16 x float> poison, <16 x i32> zeroinitializer
+  %2518 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.3.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2518
+  %2519 = load <16 x i32>, ptr %gep573.3.3.i, align 4, !tbaa !5
+  %2520 = shl <16 x i32> %2519, splat (i32 16)
+  %2521 = bitcast <16 x i32> %2520 to <16 x float>
+  %2522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2517, <16 x float> %2521, <16 x float> %2234)
+  store <16 x float> %2522, ptr %2229, align 4, !tbaa !5
+  %2523 = load float, ptr %2466, align 4, !tbaa !5
+  %2524 = insertelement <16 x float> poison, float %2523, i64 0
+  %2525 = shufflevector <16 x float> %2524, <16 x float> poison, <16 x i32> zeroinitializer
+  %2526 = load i64, ptr %2266, align 8, !tbaa !5
+  %gep573.1.3.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2526
+  %2527 = load <16 x i32>, ptr %gep573.1.3.3.i, align 4, !tbaa !5
+  %2528 = and <16 x i32> %2527, splat (i32 -65536)
+  %2529 = bitcast <16 x i32> %2528 to <16 x float>
+  %2530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2529, <16 x float> %2233)
+  store <16 x float> %2530, ptr %2232, align 4, !tbaa !5
+  %indvars.iv.next784.i = add nuw nsw i64 %indvars.iv783.i, 1
+  %exitcond.not = icmp eq i64 %indvars.iv.next784.i, %213
   br i1 %exitcond.not, label %for_end_ti.i, label %for_begin_r101.preheader.i, !prof !13
 
 for_end_ti.i:                                     ; preds = %for_begin_r101.preheader.i, %for_begin_d_0_init.preheader.preheader.i
-  %2504 = shl nuw nsw i64 %indvars.iv783.i, 2
-  %2505 = getelementptr inbounds nuw float, ptr %row_max217.i, i64 %2504
-  %2506 = load <4 x float>, ptr %2505, align 16, !tbaa !57
-  %old_max.i = select <4 x i1> %230, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2506
-  %2507 = getelementptr inbounds nuw float, ptr %row_sum216.i, i64 %2504
-  %2508 = load <4 x float>, ptr %2507, align 16, !tbaa !59
-  %old_sum.i = select <4 x i1> %230, <4 x float> zeroinitializer, <4 x float> %2508
-  %2509 = fcmp ogt <4 x float> %old_max.i, %tile_max215.sroa.0.12.vec.insert.i
-  %2510 = fcmp oeq <4 x float> %tile_sum214.sroa.0.12.vec.insert.i, zeroinitializer
-  %2511 = select <4 x i1> %2510, <4 x i1> splat (i1 true), <4 x i1> %2509
-  %old_or_both.i = select <4 x i1> %2511, <4 x float> %old_max.i, <4 x float> %tile_max215.sroa.0.12.vec.insert.i
-  %2512 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %2512, <4 x float> %tile_max215.sroa.0.12.vec.insert.i, <4 x float> %old_or_both.i
+  %2531 = shl nuw nsw i64 %indvars.iv821.i, 2
+  %2532 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2531
+  %2533 = load <4 x float>, ptr %2532, align 16, !tbaa !57
+  %old_max.i = select <4 x i1> %257, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2533
+  %2534 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2531
+  %2535 = load <4 x float>, ptr %2534, align 16, !tbaa !59
+  %old_sum.i = select <4 x i1> %257, <4 x float> zeroinitializer, <4 x float> %2535
+  %2536 = fcmp ogt <4 x float> %old_max.i, %tile_max245.sroa.0.12.vec.insert.i
+  %2537 = fcmp oeq <4 x float> %tile_sum244.sroa.0.12.vec.insert.i, zeroinitializer
+  %2538 = select <4 x i1> %2537, <4 x i1> splat (i1 true), <4 x i1> %2536
+  %old_or_both.i = select <4 x i1> %2538, <4 x float> %old_max.i, <4 x float> %tile_max245.sroa.0.12.vec.insert.i
+  %2539 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %2539, <4 x float> %tile_max245.sroa.0.12.vec.insert.i, <4 x float> %old_or_both.i
   %arg117.i = fsub <4 x float> %old_max.i, %m.i
-  %cse_v119.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg117.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2513 = bitcast <4 x float> %cse_v119.i to <4 x i32>
-  %2514 = add nsw <4 x i32> %2513, splat (i32 -1262485504)
-  %2515 = sitofp <4 x i32> %2514 to <4 x float>
-  %2516 = fmul <4 x float> %2515, splat (float 0x3F2BD01060000000)
-  %2517 = fmul <4 x float> %2515, splat (float 0x3FE6300000000000)
-  %2518 = fsub <4 x float> %arg117.i, %2517
-  %2519 = fadd <4 x float> %2516, %2518
-  %2520 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2519, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2521 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2520, <4 x float> %2519, <4 x float> splat (float 0x3F81112100000000))
-  %2522 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2521, <4 x float> %2519, <4 x float> splat (float 0x3FA5553820000000))
-  %2523 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2522, <4 x float> %2519, <4 x float> splat (float 0x3FC5555540000000))
-  %2524 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2523, <4 x float> %2519, <4 x float> splat (float 5.000000e-01))
-  %2525 = fmul <4 x float> %2519, %2524
-  %2526 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2525, <4 x float> %2519, <4 x float> %2519)
-  %2527 = shl <4 x i32> %2513, splat (i32 23)
-  %2528 = add <4 x i32> %2527, splat (i32 1065353216)
-  %2529 = bitcast <4 x i32> %2528 to <4 x float>
-  %2530 = fadd <4 x float> %2526, splat (float 1.000000e+00)
-  %2531 = fmul <4 x float> %2530, %2529
-  %2532 = fcmp olt <4 x float> %arg117.i, splat (float -8.700000e+01)
-  %2533 = select <4 x i1> %2532, <4 x float> zeroinitializer, <4 x float> %2531
-  %2534 = fcmp one <4 x float> %old_sum.i, zeroinitializer
-  %2535 = select <4 x i1> %2534, <4 x float> %2533, <4 x float> zeroinitializer
-  store <4 x float> %2535, ptr %alpha204.i, align 16, !tbaa !61
-  %arg131.i = fsub <4 x float> %tile_max215.sroa.0.12.vec.insert.i, %m.i
-  %cse_v102.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg131.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2536 = bitcast <4 x float> %cse_v102.i to <4 x i32>
-  %2537 = add nsw <4 x i32> %2536, splat (i32 -1262485504)
-  %2538 = sitofp <4 x i32> %2537 to <4 x float>
-  %2539 = fmul <4 x float> %2538, splat (float 0x3F2BD01060000000)
-  %2540 = fmul <4 x float> %2538, splat (float 0x3FE6300000000000)
-  %2541 = fsub <4 x float> %arg131.i, %2540
-  %2542 = fadd <4 x float> %2539, %2541
-  %2543 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2542, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2544 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2543, <4 x float> %2542, <4 x float> splat (float 0x3F81112100000000))
-  %2545 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2544, <4 x float> %2542, <4 x float> splat (float 0x3FA5553820000000))
-  %2546 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2545, <4 x float> %2542, <4 x float> splat (float 0x3FC5555540000000))
-  %2547 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2546, <4 x float> %2542, <4 x float> splat (float 5.000000e-01))
-  %2548 = fmul <4 x float> %2542, %2547
-  %2549 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2548, <4 x float> %2542, <4 x float> %2542)
-  %2550 = shl <4 x i32> %2536, splat (i32 23)
-  %2551 = add <4 x i32> %2550, splat (i32 1065353216)
-  %2552 = bitcast <4 x i32> %2551 to <4 x float>
-  %2553 = fadd <4 x float> %2549, splat (float 1.000000e+00)
-  %2554 = fmul <4 x float> %2553, %2552
-  %2555 = fcmp olt <4 x float> %arg131.i, splat (float -8.700000e+01)
-  %2556 = select <4 x i1> %2555, <4 x float> zeroinitializer, <4 x float> %2554
-  %2557 = fcmp one <4 x float> %tile_sum214.sroa.0.12.vec.insert.i, zeroinitializer
-  %2558 = select <4 x i1> %2557, <4 x float> %2556, <4 x float> zeroinitializer
-  store <4 x float> %2558, ptr %beta203.i, align 16, !tbaa !70
-  %2559 = fmul <4 x float> %old_sum.i, %2535
-  %2560 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2558, <4 x float> %tile_sum214.sroa.0.12.vec.insert.i, <4 x float> %2559)
-  store <4 x float> %m.i, ptr %2505, align 16, !tbaa !57
-  store <4 x float> %2560, ptr %2507, align 16, !tbaa !59
+  %cse_v122.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg117.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %2540 = bitcast <4 x float> %cse_v122.i to <4 x i32>
+  %2541 = add nsw <4 x i32> %2540, splat (i32 -1262485504)
+  %2542 = sitofp <4 x i32> %2541 to <4 x float>
+  %2543 = fmul <4 x float> %2542, splat (float 0x3F2BD01060000000)
+  %2544 = fmul <4 x float> %2542, splat (float 0x3FE6300000000000)
+  %2545 = fsub <4 x float> %arg117.i, %2544
+  %2546 = fadd <4 x float> %2543, %2545
+  %2547 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2546, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %2548 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2547, <4 x float> %2546, <4 x float> splat (float 0x3F81112100000000))
+  %2549 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2548, <4 x float> %2546, <4 x float> splat (float 0x3FA5553820000000))
+  %2550 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2549, <4 x float> %2546, <4 x float> splat (float 0x3FC5555540000000))
+  %2551 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2550, <4 x float> %2546, <4 x float> splat (float 5.000000e-01))
+  %2552 = fmul <4 x float> %2546, %2551
+  %2553 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2552, <4 x float> %2546, <4 x float> %2546)
+  %2554 = shl <4 x i32> %2540, splat (i32 23)
+  %2555 = add <4 x i32> %2554, splat (i32 1065353216)
+  %2556 = bitcast <4 x i32> %2555 to <4 x float>
+  %2557 = fadd <4 x float> %2553, splat (float 1.000000e+00)
+  %2558 = fmul <4 x float> %2557, %2556
+  %2559 = fcmp olt <4 x float> %arg117.i, splat (float -8.700000e+01)
+  %2560 = select <4 x i1> %2559, <4 x float> zeroinitializer, <4 x float> %2558
+  %2561 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %2562 = select <4 x i1> %2561, <4 x float> %2560, <4 x float> zeroinitializer
+  store <4 x float> %2562, ptr %alpha234.i, align 16, !tbaa !61
+  %arg131.i = fsub <4 x float> %tile_max245.sroa.0.12.vec.insert.i, %m.i
+  %cse_v103.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg131.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %2563 = bitcast <4 x float> %cse_v103.i to <4 x i32>
+  %2564 = add nsw <4 x i32> %2563, splat (i32 -1262485504)
+  %2565 = sitofp <4 x i32> %2564 to <4 x float>
+  %2566 = fmul <4 x float> %2565, splat (float 0x3F2BD01060000000)
+  %2567 = fmul <4 x float> %2565, splat (float 0x3FE6300000000000)
+  %2568 = fsub <4 x float> %arg131.i, %2567
+  %2569 = fadd <4 x float> %2566, %2568
+  %2570 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2569, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %2571 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2570, <4 x float> %2569, <4 x float> splat (float 0x3F81112100000000))
+  %2572 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2571, <4 x float> %2569, <4 x float> splat (float 0x3FA5553820000000))
+  %2573 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2572, <4 x float> %2569, <4 x float> splat (float 0x3FC5555540000000))
+  %2574 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2573, <4 x float> %2569, <4 x float> splat (float 5.000000e-01))
+  %2575 = fmul <4 x float> %2569, %2574
+  %2576 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2575, <4 x float> %2569, <4 x float> %2569)
+  %2577 = shl <4 x i32> %2563, splat (i32 23)
+  %2578 = add <4 x i32> %2577, splat (i32 1065353216)
+  %2579 = bitcast <4 x i32> %2578 to <4 x float>
+  %2580 = fadd <4 x float> %2576, splat (float 1.000000e+00)
+  %2581 = fmul <4 x float> %2580, %2579
+  %2582 = fcmp olt <4 x float> %arg131.i, splat (float -8.700000e+01)
+  %2583 = select <4 x i1> %2582, <4 x float> zeroinitializer, <4 x float> %2581
+  %2584 = fcmp one <4 x float> %tile_sum244.sroa.0.12.vec.insert.i, zeroinitializer
+  %2585 = select <4 x i1> %2584, <4 x float> %2583, <4 x float> zeroinitializer
+  store <4 x float> %2585, ptr %beta233.i, align 16, !tbaa !70
+  %2586 = fmul <4 x float> %old_sum.i, %2562
+  %2587 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2585, <4 x float> %tile_sum244.sroa.0.12.vec.insert.i, <4 x float> %2586)
+  store <4 x float> %m.i, ptr %2532, align 16, !tbaa !57
+  store <4 x float> %2587, ptr %2534, align 16, !tbaa !59
+  %invariant.gep82 = getelementptr inbounds nuw float, ptr %acc.i, i64 %300
   br label %for_begin_d_0149.preheader.i
 
 for_begin_d_0149.preheader.i:                     ; preds = %for_end_d_0151.i, %for_end_ti.i
-  %indvars.iv777.i = phi i64 [ 0, %for_end_ti.i ], [ %indvars.iv.next778.i, %for_end_d_0151.i ]
-  %2561 = shl nuw nsw i64 %indvars.iv777.i, 7
-  %2562 = or disjoint i64 %2561, %273
-  %2563 = getelementptr inbounds nuw float, ptr %beta203.i, i64 %indvars.iv777.i
-  %2564 = load float, ptr %2563, align 4, !tbaa !79
-  %2565 = insertelement <16 x float> poison, float %2564, i64 0
-  %2566 = shufflevector <16 x float> %2565, <16 x float> poison, <16 x i32> zeroinitializer
-  %2567 = getelementptr inbounds nuw float, ptr %alpha204.i, i64 %indvars.iv777.i
-  %2568 = load float, ptr %2567, align 4, !tbaa !80
-  %2569 = insertelement <16 x float> poison, float %2568, i64 0
-  %2570 = shufflevector <16 x float> %2569, <16 x float> poison, <16 x i32> zeroinitializer
-  br i1 %228, label %for_begin_d_2154.preheader.us.preheader.i, label %for_begin_d_2154.preheader.preheader.i, !prof !8
+  %indvars.iv815.i = phi i64 [ 0, %for_end_ti.i ], [ %indvars.iv.next816.i, %for_end_d_0151.i ]
+  %2588 = shl nuw nsw i64 %indvars.iv815.i, 7
+  %2589 = getelementptr inbounds nuw float, ptr %beta233.i, i64 %indvars.iv815.i
+  %2590 = load float, ptr %2589, align 4, !tbaa !79
+  %2591 = insertelement <32 x float> poison, float %2590, i64 0
+  %2592 = shufflevector <32 x float> %2591, <32 x float> poison, <32 x i32> zeroinitializer
+  %2593 = getelementptr inbounds nuw float, ptr %alpha234.i, i64 %indvars.iv815.i
+  %2594 = load float, ptr %2593, align 4, !tbaa !80
+  %2595 = insertelement <32 x float> poison, float %2594, i64 0
+  %2596 = shufflevector <32 x float> %2595, <32 x float> poison, <32 x i32> zeroinitializer
+  %2597 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2588
+  %2598 = load <4 x float>, ptr %2597, align 4, !tbaa !5
+  %2599 = getelementptr inbounds nuw i8, ptr %2597, i64 64
+  %2600 = load <4 x float>, ptr %2599, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.16.vecblend932.i = shufflevector <4 x float> %2598, <4 x float> %2600, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2601 = getelementptr inbounds nuw i8, ptr %2597, i64 16
+  %2602 = load <4 x float>, ptr %2601, align 4, !tbaa !5
+  %2603 = getelementptr inbounds nuw i8, ptr %2597, i64 80
+  %2604 = load <4 x float>, ptr %2603, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.32.vec.expand952.i = shufflevector <4 x float> %2602, <4 x float> %2604, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.32.vecblend953.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend932.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand952.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.48.vec.expand973.i = shufflevector <4 x float> %2602, <4 x float> %2604, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.48.vecblend974.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend953.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand973.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2605 = getelementptr inbounds nuw i8, ptr %2597, i64 32
+  %2606 = load <4 x float>, ptr %2605, align 4, !tbaa !5
+  %2607 = getelementptr inbounds nuw i8, ptr %2597, i64 96
+  %2608 = load <4 x float>, ptr %2607, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.64.vec.expand994.i = shufflevector <4 x float> %2606, <4 x float> %2608, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.64.vecblend995.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend974.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand994.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.80.vec.expand1015.i = shufflevector <4 x float> %2606, <4 x float> %2608, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.80.vecblend1016.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend995.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1015.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2609 = getelementptr inbounds nuw i8, ptr %2597, i64 48
+  %2610 = load <4 x float>, ptr %2609, align 4, !tbaa !5
+  %2611 = getelementptr inbounds nuw i8, ptr %2597, i64 112
+  %2612 = load <4 x float>, ptr %2611, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.96.vec.expand1036.i = shufflevector <4 x float> %2610, <4 x float> %2612, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.96.vecblend1037.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1016.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1036.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.112.vec.expand1057.i = shufflevector <4 x float> %2610, <4 x float> %2612, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global232.sroa.0.112.vecblend1058.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1037.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1057.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %gep83 = getelementptr inbounds nuw float, ptr %invariant.gep82, i64 %2588
+  br i1 %255, label %for_body_d_0150.us.preheader.i, label %for_body_d_0150.preheader.i, !prof !8
 
-for_begin_d_2154.preheader.preheader.i:           ; preds = %for_begin_d_0149.preheader.i
-  %2571 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2561
-  %2572 = load <16 x float>, ptr %2571, align 4, !tbaa !5
-  %2573 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2562
-  %2574 = load <16 x float>, ptr %2573, align 4, !tbaa !5
-  %2575 = fmul <16 x float> %2570, %2574
-  %2576 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2572, <16 x float> %2575)
-  store <16 x float> %2576, ptr %2573, align 4, !tbaa !5
-  %2577 = getelementptr inbounds nuw i8, ptr %2571, i64 64
-  %2578 = load <16 x float>, ptr %2577, align 4, !tbaa !5
-  %2579 = getelementptr inbounds nuw i8, ptr %2573, i64 64
-  %2580 = load <16 x float>, ptr %2579, align 4, !tbaa !5
-  %2581 = fmul <16 x float> %2570, %2580
-  %2582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2578, <16 x float> %2581)
-  store <16 x float> %2582, ptr %2579, align 4, !tbaa !5
-  %2583 = getelementptr inbounds nuw i8, ptr %2571, i64 128
-  %2584 = load <16 x float>, ptr %2583, align 4, !tbaa !5
-  %2585 = getelementptr inbounds nuw i8, ptr %2573, i64 128
-  %2586 = load <16 x float>, ptr %2585, align 4, !tbaa !5
-  %2587 = fmul <16 x float> %2570, %2586
-  %2588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2584, <16 x float> %2587)
-  store <16 x float> %2588, ptr %2585, align 4, !tbaa !5
-  %2589 = getelementptr inbounds nuw i8, ptr %2571, i64 192
-  %2590 = load <16 x float>, ptr %2589, align 4, !tbaa !5
-  %2591 = getelementptr inbounds nuw i8, ptr %2573, i64 192
-  %2592 = load <16 x float>, ptr %2591, align 4, !tbaa !5
-  %2593 = fmul <16 x float> %2570, %2592
-  %2594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2590, <16 x float> %2593)
-  store <16 x float> %2594, ptr %2591, align 4, !tbaa !5
-  %2595 = getelementptr inbounds nuw i8, ptr %2571, i64 256
-  %2596 = load <16 x float>, ptr %2595, align 4, !tbaa !5
-  %2597 = getelementptr inbounds nuw i8, ptr %2573, i64 256
-  %2598 = load <16 x float>, ptr %2597, align 4, !tbaa !5
-  %2599 = fmul <16 x float> %2570, %2598
-  %2600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2596, <16 x float> %2599)
-  store <16 x float> %2600, ptr %2597, align 4, !tbaa !5
-  %2601 = getelementptr inbounds nuw i8, ptr %2571, i64 320
-  %2602 = load <16 x float>, ptr %2601, align 4, !tbaa !5
-  %2603 = getelementptr inbounds nuw i8, ptr %2573, i64 320
-  %2604 = load <16 x float>, ptr %2603, align 4, !tbaa !5
-  %2605 = fmul <16 x float> %2570, %2604
-  %2606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2602, <16 x float> %2605)
-  store <16 x float> %2606, ptr %2603, align 4, !tbaa !5
-  %2607 = getelementptr inbounds nuw i8, ptr %2571, i64 384
-  %2608 = load <16 x float>, ptr %2607, align 4, !tbaa !5
-  %2609 = getelementptr inbounds nuw i8, ptr %2573, i64 384
-  %2610 = load <16 x float>, ptr %2609, align 4, !tbaa !5
-  %2611 = fmul <16 x float> %2570, %2610
-  %2612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2608, <16 x float> %2611)
-  store <16 x float> %2612, ptr %2609, align 4, !tbaa !5
-  %2613 = getelementptr inbounds nuw i8, ptr %2571, i64 448
-  %2614 = load <16 x float>, ptr %2613, align 4, !tbaa !5
-  %2615 = getelementptr inbounds nuw i8, ptr %2573, i64 448
-  %2616 = load <16 x float>, ptr %2615, align 4, !tbaa !5
-  %2617 = fmul <16 x float> %2570, %2616
-  %2618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2614, <16 x float> %2617)
-  store <16 x float> %2618, ptr %2615, align 4, !tbaa !5
+for_body_d_0150.preheader.i:                      ; preds = %for_begin_d_0149.preheader.i
+  %2613 = load <32 x float>, ptr %gep83, align 4, !tbaa !5
+  %2614 = fmul <32 x float> %2596, %2613
+  %2615 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1058.i, <32 x float> %2614)
+  store <32 x float> %2615, ptr %gep83, align 4, !tbaa !5
+  %2616 = getelementptr inbounds nuw i8, ptr %2597, i64 128
+  %2617 = load <4 x float>, ptr %2616, align 4, !tbaa !5
+  %2618 = getelementptr inbounds nuw i8, ptr %2597, i64 192
+  %2619 = load <4 x float>, ptr %2618, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.16.vecblend923.i = shufflevector <4 x float> %2617, <4 x float> %2619, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2620 = getelementptr inbounds nuw i8, ptr %2597, i64 144
+  %2621 = load <4 x float>, ptr %2620, align 4, !tbaa !5
+  %2622 = getelementptr inbounds nuw i8, ptr %2597, i64 208
+  %2623 = load <4 x float>, ptr %2622, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.32.vec.expand943.i = shufflevector <4 x float> %2621, <4 x float> %2623, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.32.vecblend944.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend923.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand943.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.48.vec.expand964.i = shufflevector <4 x float> %2621, <4 x float> %2623, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.48.vecblend965.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend944.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand964.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2624 = getelementptr inbounds nuw i8, ptr %2597, i64 160
+  %2625 = load <4 x float>, ptr %2624, align 4, !tbaa !5
+  %2626 = getelementptr inbounds nuw i8, ptr %2597, i64 224
+  %2627 = load <4 x float>, ptr %2626, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.64.vec.expand985.i = shufflevector <4 x float> %2625, <4 x float> %2627, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.64.vecblend986.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend965.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand985.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.80.vec.expand1006.i = shufflevector <4 x float> %2625, <4 x float> %2627, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.80.vecblend1007.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend986.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1006.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2628 = getelementptr inbounds nuw i8, ptr %2597, i64 176
+  %2629 = load <4 x float>, ptr %2628, align 4, !tbaa !5
+  %2630 = getelementptr inbounds nuw i8, ptr %2597, i64 240
+  %2631 = load <4 x float>, ptr %2630, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.96.vec.expand1027.i = shufflevector <4 x float> %2629, <4 x float> %2631, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.96.vecblend1028.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1007.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1027.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.112.vec.expand1048.i = shufflevector <4 x float> %2629, <4 x float> %2631, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global232.sroa.0.112.vecblend1049.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1028.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1048.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2632 = getelementptr inbounds nuw i8, ptr %gep83, i64 128
+  %2633 = load <32 x float>, ptr %2632, align 4, !tbaa !5
+  %2634 = fmul <32 x float> %2596, %2633
+  %2635 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1049.i, <32 x float> %2634)
+  store <32 x float> %2635, ptr %2632, align 4, !tbaa !5
+  %2636 = getelementptr inbounds nuw i8, ptr %2597, i64 256
+  %2637 = load <4 x float>, ptr %2636, align 4, !tbaa !5
+  %2638 = getelementptr inbounds nuw i8, ptr %2597, i64 320
+  %2639 = load <4 x float>, ptr %2638, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.16.vecblend926.i = shufflevector <4 x float> %2637, <4 x float> %2639, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2640 = getelementptr inbounds nuw i8, ptr %2597, i64 272
+  %2641 = load <4 x float>, ptr %2640, align 4, !tbaa !5
+  %2642 = getelementptr inbounds nuw i8, ptr %2597, i64 336
+  %2643 = load <4 x float>, ptr %2642, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.32.vec.expand946.i = shufflevector <4 x float> %2641, <4 x float> %2643, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.32.vecblend947.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend926.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand946.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.48.vec.expand967.i = shufflevector <4 x float> %2641, <4 x float> %2643, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.48.vecblend968.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend947.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand967.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2644 = getelementptr inbounds nuw i8, ptr %2597, i64 288
+  %2645 = load <4 x float>, ptr %2644, align 4, !tbaa !5
+  %2646 = getelementptr inbounds nuw i8, ptr %2597, i64 352
+  %2647 = load <4 x float>, ptr %2646, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.64.vec.expand988.i = shufflevector <4 x float> %2645, <4 x float> %2647, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.64.vecblend989.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend968.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand988.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.80.vec.expand1009.i = shufflevector <4 x float> %2645, <4 x float> %2647, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.80.vecblend1010.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend989.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1009.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2648 = getelementptr inbounds nuw i8, ptr %2597, i64 304
+  %2649 = load <4 x float>, ptr %2648, align 4, !tbaa !5
+  %2650 = getelementptr inbounds nuw i8, ptr %2597, i64 368
+  %2651 = load <4 x float>, ptr %2650, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.96.vec.expand1030.i = shufflevector <4 x float> %2649, <4 x float> %2651, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.96.vecblend1031.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1010.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1030.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.112.vec.expand1051.i = shufflevector <4 x float> %2649, <4 x float> %2651, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global232.sroa.0.112.vecblend1052.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1031.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1051.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2652 = getelementptr inbounds nuw i8, ptr %gep83, i64 256
+  %2653 = load <32 x float>, ptr %2652, align 4, !tbaa !5
+  %2654 = fmul <32 x float> %2596, %2653
+  %2655 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1052.i, <32 x float> %2654)
+  store <32 x float> %2655, ptr %2652, align 4, !tbaa !5
+  %2656 = getelementptr inbounds nuw i8, ptr %2597, i64 384
+  %2657 = load <4 x float>, ptr %2656, align 4, !tbaa !5
+  %2658 = getelementptr inbounds nuw i8, ptr %2597, i64 448
+  %2659 = load <4 x float>, ptr %2658, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.16.vecblend929.i = shufflevector <4 x float> %2657, <4 x float> %2659, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2660 = getelementptr inbounds nuw i8, ptr %2597, i64 400
+  %2661 = load <4 x float>, ptr %2660, align 4, !tbaa !5
+  %2662 = getelementptr inbounds nuw i8, ptr %2597, i64 464
+  %2663 = load <4 x float>, ptr %2662, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.32.vec.expand949.i = shufflevector <4 x float> %2661, <4 x float> %2663, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.32.vecblend950.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend929.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand949.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.48.vec.expand970.i = shufflevector <4 x float> %2661, <4 x float> %2663, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.48.vecblend971.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend950.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand970.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2664 = getelementptr inbounds nuw i8, ptr %2597, i64 416
+  %2665 = load <4 x float>, ptr %2664, align 4, !tbaa !5
+  %2666 = getelementptr inbounds nuw i8, ptr %2597, i64 480
+  %2667 = load <4 x float>, ptr %2666, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.64.vec.expand991.i = shufflevector <4 x float> %2665, <4 x float> %2667, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.64.vecblend992.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend971.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand991.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.80.vec.expand1012.i = shufflevector <4 x float> %2665, <4 x float> %2667, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.80.vecblend1013.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend992.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1012.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2668 = getelementptr inbounds nuw i8, ptr %2597, i64 432
+  %2669 = load <4 x float>, ptr %2668, align 4, !tbaa !5
+  %2670 = getelementptr inbounds nuw i8, ptr %2597, i64 496
+  %2671 = load <4 x float>, ptr %2670, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.96.vec.expand1033.i = shufflevector <4 x float> %2669, <4 x float> %2671, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.96.vecblend1034.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1013.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1033.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.112.vec.expand1054.i = shufflevector <4 x float> %2669, <4 x float> %2671, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global232.sroa.0.112.vecblend1055.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1034.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1054.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2672 = getelementptr inbounds nuw i8, ptr %gep83, i64 384
+  %2673 = load <32 x float>, ptr %2672, align 4, !tbaa !5
+  %2674 = fmul <32 x float> %2596, %2673
+  %2675 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1055.i, <32 x float> %2674)
+  store <32 x float> %2675, ptr %2672, align 4, !tbaa !5
   br label %for_end_d_0151.i
 
-for_begin_d_2154.preheader.us.preheader.i:        ; preds = %for_begin_d_0149.preheader.i
-  %2619 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2562
-  store <16 x float> zeroinitializer, ptr %2619, align 4, !tbaa !5
-  %2620 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2561
-  %2621 = load <16 x float>, ptr %2620, align 4, !tbaa !5
-  %2622 = fmul <16 x float> %2570, zeroinitializer
-  %2623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2621, <16 x float> %2622)
-  store <16 x float> %2623, ptr %2619, align 4, !tbaa !5
-  %2624 = getelementptr inbounds nuw i8, ptr %2619, i64 64
-  store <16 x float> zeroinitializer, ptr %2624, align 4, !tbaa !5
-  %2625 = getelementptr inbounds nuw i8, ptr %2620, i64 64
-  %2626 = load <16 x float>, ptr %2625, align 4, !tbaa !5
-  %2627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2626, <16 x float> %2622)
-  store <16 x float> %2627, ptr %2624, align 4, !tbaa !5
-  %2628 = getelementptr inbounds nuw i8, ptr %2619, i64 128
-  store <16 x float> zeroinitializer, ptr %2628, align 4, !tbaa !5
-  %2629 = getelementptr inbounds nuw i8, ptr %2620, i64 128
-  %2630 = load <16 x float>, ptr %2629, align 4, !tbaa !5
-  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2630, <16 x float> %2622)
-  store <16 x float> %2631, ptr %2628, align 4, !tbaa !5
-  %2632 = getelementptr inbounds nuw i8, ptr %2619, i64 192
-  store <16 x float> zeroinitializer, ptr %2632, align 4, !tbaa !5
-  %2633 = getelementptr inbounds nuw i8, ptr %2620, i64 192
-  %2634 = load <16 x float>, ptr %2633, align 4, !tbaa !5
-  %2635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2634, <16 x float> %2622)
-  store <16 x float> %2635, ptr %2632, align 4, !tbaa !5
-  %2636 = getelementptr inbounds nuw i8, ptr %2619, i64 256
-  store <16 x float> zeroinitializer, ptr %2636, align 4, !tbaa !5
-  %2637 = getelementptr inbounds nuw i8, ptr %2620, i64 256
-  %2638 = load <16 x float>, ptr %2637, align 4, !tbaa !5
-  %2639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2638, <16 x float> %2622)
-  store <16 x float> %2639, ptr %2636, align 4, !tbaa !5
-  %2640 = getelementptr inbounds nuw i8, ptr %2619, i64 320
-  store <16 x float> zeroinitializer, ptr %2640, align 4, !tbaa !5
-  %2641 = getelementptr inbounds nuw i8, ptr %2620, i64 320
-  %2642 = load <16 x float>, ptr %2641, align 4, !tbaa !5
-  %2643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2642, <16 x float> %2622)
-  store <16 x float> %2643, ptr %2640, align 4, !tbaa !5
-  %2644 = getelementptr inbounds nuw i8, ptr %2619, i64 384
-  store <16 x float> zeroinitializer, ptr %2644, align 4, !tbaa !5
-  %2645 = getelementptr inbounds nuw i8, ptr %2620, i64 384
-  %2646 = load <16 x float>, ptr %2645, align 4, !tbaa !5
-  %2647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2646, <16 x float> %2622)
-  store <16 x float> %2647, ptr %2644, align 4, !tbaa !5
-  %2648 = getelementptr inbounds nuw i8, ptr %2619, i64 448
-  store <16 x float> zeroinitializer, ptr %2648, align 4, !tbaa !5
-  %2649 = getelementptr inbounds nuw i8, ptr %2620, i64 448
-  %2650 = load <16 x float>, ptr %2649, align 4, !tbaa !5
-  %2651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2566, <16 x float> %2650, <16 x float> %2622)
-  store <16 x float> %2651, ptr %2648, align 4, !tbaa !5
+for_body_d_0150.us.preheader.i:                   ; preds = %for_begin_d_0149.preheader.i
+  %2676 = fmul <32 x float> %2596, zeroinitializer
+  %2677 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1058.i, <32 x float> %2676)
+  store <32 x float> %2677, ptr %gep83, align 4, !tbaa !5
+  %2678 = getelementptr inbounds nuw i8, ptr %2597, i64 128
+  %2679 = load <4 x float>, ptr %2678, align 4, !tbaa !5
+  %2680 = getelementptr inbounds nuw i8, ptr %2597, i64 192
+  %2681 = load <4 x float>, ptr %2680, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.16.vecblend935.i = shufflevector <4 x float> %2679, <4 x float> %2681, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2682 = getelementptr inbounds nuw i8, ptr %2597, i64 144
+  %2683 = load <4 x float>, ptr %2682, align 4, !tbaa !5
+  %2684 = getelementptr inbounds nuw i8, ptr %2597, i64 208
+  %2685 = load <4 x float>, ptr %2684, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.32.vec.expand955.i = shufflevector <4 x float> %2683, <4 x float> %2685, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.32.vecblend956.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend935.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand955.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.48.vec.expand976.i = shufflevector <4 x float> %2683, <4 x float> %2685, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.48.vecblend977.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend956.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand976.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2686 = getelementptr inbounds nuw i8, ptr %2597, i64 160
+  %2687 = load <4 x float>, ptr %2686, align 4, !tbaa !5
+  %2688 = getelementptr inbounds nuw i8, ptr %2597, i64 224
+  %2689 = load <4 x float>, ptr %2688, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.64.vec.expand997.i = shufflevector <4 x float> %2687, <4 x float> %2689, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.64.vecblend998.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend977.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand997.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.80.vec.expand1018.i = shufflevector <4 x float> %2687, <4 x float> %2689, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.80.vecblend1019.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend998.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1018.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2690 = getelementptr inbounds nuw i8, ptr %2597, i64 176
+  %2691 = load <4 x float>, ptr %2690, align 4, !tbaa !5
+  %2692 = getelementptr inbounds nuw i8, ptr %2597, i64 240
+  %2693 = load <4 x float>, ptr %2692, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.96.vec.expand1039.i = shufflevector <4 x float> %2691, <4 x float> %2693, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.96.vecblend1040.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1019.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1039.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.112.vec.expand1060.i = shufflevector <4 x float> %2691, <4 x float> %2693, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global232.sroa.0.112.vecblend1061.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1040.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1060.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2694 = getelementptr inbounds nuw i8, ptr %gep83, i64 128
+  %2695 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1061.i, <32 x float> %2676)
+  store <32 x float> %2695, ptr %2694, align 4, !tbaa !5
+  %2696 = getelementptr inbounds nuw i8, ptr %2597, i64 256
+  %2697 = load <4 x float>, ptr %2696, align 4, !tbaa !5
+  %2698 = getelementptr inbounds nuw i8, ptr %2597, i64 320
+  %2699 = load <4 x float>, ptr %2698, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.16.vecblend938.i = shufflevector <4 x float> %2697, <4 x float> %2699, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2700 = getelementptr inbounds nuw i8, ptr %2597, i64 272
+  %2701 = load <4 x float>, ptr %2700, align 4, !tbaa !5
+  %2702 = getelementptr inbounds nuw i8, ptr %2597, i64 336
+  %2703 = load <4 x float>, ptr %2702, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.32.vec.expand958.i = shufflevector <4 x float> %2701, <4 x float> %2703, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.32.vecblend959.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend938.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand958.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.48.vec.expand979.i = shufflevector <4 x float> %2701, <4 x float> %2703, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.48.vecblend980.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend959.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand979.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2704 = getelementptr inbounds nuw i8, ptr %2597, i64 288
+  %2705 = load <4 x float>, ptr %2704, align 4, !tbaa !5
+  %2706 = getelementptr inbounds nuw i8, ptr %2597, i64 352
+  %2707 = load <4 x float>, ptr %2706, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.64.vec.expand1000.i = shufflevector <4 x float> %2705, <4 x float> %2707, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.64.vecblend1001.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend980.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand1000.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.80.vec.expand1021.i = shufflevector <4 x float> %2705, <4 x float> %2707, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.80.vecblend1022.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend1001.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1021.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2708 = getelementptr inbounds nuw i8, ptr %2597, i64 304
+  %2709 = load <4 x float>, ptr %2708, align 4, !tbaa !5
+  %2710 = getelementptr inbounds nuw i8, ptr %2597, i64 368
+  %2711 = load <4 x float>, ptr %2710, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.96.vec.expand1042.i = shufflevector <4 x float> %2709, <4 x float> %2711, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.96.vecblend1043.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1022.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1042.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.112.vec.expand1063.i = shufflevector <4 x float> %2709, <4 x float> %2711, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global232.sroa.0.112.vecblend1064.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1043.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1063.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2712 = getelementptr inbounds nuw i8, ptr %gep83, i64 256
+  %2713 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1064.i, <32 x float> %2676)
+  store <32 x float> %2713, ptr %2712, align 4, !tbaa !5
+  %2714 = getelementptr inbounds nuw i8, ptr %2597, i64 384
+  %2715 = load <4 x float>, ptr %2714, align 4, !tbaa !5
+  %2716 = getelementptr inbounds nuw i8, ptr %2597, i64 448
+  %2717 = load <4 x float>, ptr %2716, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.16.vecblend941.i = shufflevector <4 x float> %2715, <4 x float> %2717, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2718 = getelementptr inbounds nuw i8, ptr %2597, i64 400
+  %2719 = load <4 x float>, ptr %2718, align 4, !tbaa !5
+  %2720 = getelementptr inbounds nuw i8, ptr %2597, i64 464
+  %2721 = load <4 x float>, ptr %2720, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.32.vec.expand961.i = shufflevector <4 x float> %2719, <4 x float> %2721, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.32.vecblend962.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend941.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand961.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.48.vec.expand982.i = shufflevector <4 x float> %2719, <4 x float> %2721, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.48.vecblend983.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend962.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand982.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2722 = getelementptr inbounds nuw i8, ptr %2597, i64 416
+  %2723 = load <4 x float>, ptr %2722, align 4, !tbaa !5
+  %2724 = getelementptr inbounds nuw i8, ptr %2597, i64 480
+  %2725 = load <4 x float>, ptr %2724, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.64.vec.expand1003.i = shufflevector <4 x float> %2723, <4 x float> %2725, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.64.vecblend1004.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend983.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand1003.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.80.vec.expand1024.i = shufflevector <4 x float> %2723, <4 x float> %2725, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.80.vecblend1025.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend1004.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1024.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2726 = getelementptr inbounds nuw i8, ptr %2597, i64 432
+  %2727 = load <4 x float>, ptr %2726, align 4, !tbaa !5
+  %2728 = getelementptr inbounds nuw i8, ptr %2597, i64 496
+  %2729 = load <4 x float>, ptr %2728, align 4, !tbaa !5
+  %tile_acc_global232.sroa.0.96.vec.expand1045.i = shufflevector <4 x float> %2727, <4 x float> %2729, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.96.vecblend1046.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1025.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1045.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global232.sroa.0.112.vec.expand1066.i = shufflevector <4 x float> %2727, <4 x float> %2729, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global232.sroa.0.112.vecblend1067.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1046.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1066.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2730 = getelementptr inbounds nuw i8, ptr %gep83, i64 384
+  %2731 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1067.i, <32 x float> %2676)
+  store <32 x float> %2731, ptr %2730, align 4, !tbaa !5
   br label %for_end_d_0151.i
 
 for_end_r146.i:                                   ; preds = %for_end_d_0151.i
-  %2652 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2653 = tail call i32 %2652(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
-  %.not222.i = icmp eq i32 %2653, 0
-  br i1 %.not222.i, label %if_end162.i, label %fused_decode_compute_.exit, !prof !18
+  %2732 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2733 = tail call i32 %2732(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
+  %.not252.i = icmp eq i32 %2733, 0
+  br i1 %.not252.i, label %if_end157.i, label %fused_decode_compute_.exit, !prof !18
 
-for_end_d_0151.i:                                 ; preds = %for_begin_d_2154.preheader.us.preheader.i, %for_begin_d_2154.preheader.preheader.i
-  %indvars.iv.next778.i = add nuw nsw i64 %indvars.iv777.i, 1
-  %exitcond782.not.i = icmp eq i64 %indvars.iv.next778.i, 4
-  br i1 %exitcond782.not.i, label %for_end_r146.i, label %for_begin_d_0149.preheader.i, !prof !17
+for_end_d_0151.i:                                 ; preds = %for_body_d_0150.us.preheader.i, %for_body_d_0150.preheader.i
+  %indvars.iv.next816.i = add nuw nsw i64 %indvars.iv815.i, 1
+  %exitcond820.not.i = icmp eq i64 %indvars.iv.next816.i, 4
+  br i1 %exitcond820.not.i, label %for_end_r146.i, label %for_begin_d_0149.preheader.i, !prof !17
 
-if_end162.i:                                      ; preds = %for_end_r146.i
-  %2654 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2655 = tail call i32 %2654(i32 1, i32 %dev_id, ptr nonnull %scaled843845848.i)
-  %.not223.i = icmp eq i32 %2655, 0
-  br i1 %.not223.i, label %if_end165.i, label %fused_decode_compute_.exit, !prof !18
+if_end157.i:                                      ; preds = %for_end_r146.i
+  %2734 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2735 = tail call i32 %2734(i32 1, i32 %dev_id, ptr nonnull %scaled108410861089.i)
+  %.not253.i = icmp eq i32 %2735, 0
+  br i1 %.not253.i, label %if_end160.i, label %fused_decode_compute_.exit, !prof !18
 
-if_end165.i:                                      ; preds = %if_end162.i
-  %2656 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2657 = tail call i32 %2656(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
-  %.not224.i = icmp eq i32 %2657, 0
-  br i1 %.not224.i, label %if_end168.i, label %fused_decode_compute_.exit, !prof !18
+if_end160.i:                                      ; preds = %if_end157.i
+  %2736 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2737 = tail call i32 %2736(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
+  %.not254.i = icmp eq i32 %2737, 0
+  br i1 %.not254.i, label %if_end163.i, label %fused_decode_compute_.exit, !prof !18
 
-if_end168.i:                                      ; preds = %if_end165.i
-  %2658 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2659 = tail call i32 %2658(i32 1, i32 %dev_id, ptr %probs.i)
-  %.not225.i = icmp eq i32 %2659, 0
-  br i1 %.not225.i, label %if_end171.i, label %fused_decode_compute_.exit, !prof !18
+if_end163.i:                                      ; preds = %if_end160.i
+  %2738 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2739 = tail call i32 %2738(i32 1, i32 %dev_id, ptr %probs.i)
+  %.not255.i = icmp eq i32 %2739, 0
+  br i1 %.not255.i, label %if_end166.i, label %fused_decode_compute_.exit, !prof !18
 
-if_end171.i:                                      ; preds = %if_end168.i
-  %2660 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2661 = tail call i32 %2660(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not226.i = icmp eq i32 %2661, 0
-  br i1 %.not226.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !18
+if_end166.i:                                      ; preds = %if_end163.i
+  %2740 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2741 = tail call i32 %2740(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not256.i = icmp eq i32 %2741, 0
+  br i1 %.not256.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !18
 
-if_end177.i:                                      ; preds = %for_end_kv_head.i
-  %2662 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2663 = tail call i32 %2662(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not221.i = icmp eq i32 %2663, 0
+if_end172.i:                                      ; preds = %for_end_kv_head.i
+  %2742 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2743 = tail call i32 %2742(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not251.i = icmp eq i32 %2743, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not221.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !18
+  br i1 %.not251.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !18
 
-for_body_tile183.i:                               ; preds = %for_end_d.3.i, %for_begin_tile182.preheader.i
-  %indvars.iv814.i = phi i64 [ 0, %for_begin_tile182.preheader.i ], [ %indvars.iv.next815.i, %for_end_d.3.i ]
-  %2664 = shl nuw nsw i64 %indvars.iv814.i, 2
-  %2665 = add nuw nsw i64 %2664, %192
-  %2666 = getelementptr inbounds nuw float, ptr %row_max217.i, i64 %2664
-  %2667 = load float, ptr %2666, align 16, !tbaa !57
-  %2668 = getelementptr inbounds float, ptr %partial_max, i64 %2665
-  store float %2667, ptr %2668, align 4, !tbaa !5
-  %2669 = getelementptr inbounds nuw float, ptr %row_sum216.i, i64 %2664
-  %2670 = load float, ptr %2669, align 16, !tbaa !59
-  %2671 = getelementptr inbounds float, ptr %partial_sum, i64 %2665
-  store float %2670, ptr %2671, align 4, !tbaa !5
-  %2672 = or disjoint i64 %2664, 1
-  %cse_v129.1.i = or disjoint i64 %2665, 1
-  %2673 = getelementptr inbounds nuw float, ptr %row_max217.i, i64 %2672
-  %2674 = load float, ptr %2673, align 4, !tbaa !57
-  %2675 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v129.1.i
-  store float %2674, ptr %2675, align 4, !tbaa !5
-  %2676 = getelementptr inbounds nuw float, ptr %row_sum216.i, i64 %2672
-  %2677 = load float, ptr %2676, align 4, !tbaa !59
-  %2678 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v129.1.i
-  store float %2677, ptr %2678, align 4, !tbaa !5
-  %2679 = or disjoint i64 %2664, 2
-  %cse_v129.2.i = or disjoint i64 %2665, 2
-  %2680 = getelementptr inbounds nuw float, ptr %row_max217.i, i64 %2679
-  %2681 = load float, ptr %2680, align 8, !tbaa !57
-  %2682 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v129.2.i
-  store float %2681, ptr %2682, align 4, !tbaa !5
-  %2683 = getelementptr inbounds nuw float, ptr %row_sum216.i, i64 %2679
-  %2684 = load float, ptr %2683, align 8, !tbaa !59
-  %2685 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v129.2.i
-  store float %2684, ptr %2685, align 4, !tbaa !5
-  %2686 = or disjoint i64 %2664, 3
-  %cse_v129.3.i = or disjoint i64 %2665, 3
-  %2687 = getelementptr inbounds nuw float, ptr %row_max217.i, i64 %2686
-  %2688 = load float, ptr %2687, align 4, !tbaa !57
-  %2689 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v129.3.i
-  store float %2688, ptr %2689, align 4, !tbaa !5
-  %2690 = getelementptr inbounds nuw float, ptr %row_sum216.i, i64 %2686
-  %2691 = load float, ptr %2690, align 4, !tbaa !59
-  %2692 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v129.3.i
-  store float %2691, ptr %2692, align 4, !tbaa !5
-  %.idx219.i = shl nuw nsw i64 %indvars.iv814.i, 11
-  %2693 = getelementptr i8, ptr %193, i64 %.idx219.i
-  %indvars.iv814.tr.i = trunc i64 %indvars.iv814.i to i32
-  %2694 = shl i32 %indvars.iv814.tr.i, 9
-  %invariant.op238 = or disjoint i32 %2694, 16
-  %invariant.op239 = or disjoint i32 %2694, 16
-  br label %for_body_d.i
+if_end178.i:                                      ; preds = %for_body_tile204.i, %if_end202.3.i
+  %2744 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2745 = tail call i32 %2744(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2745, 0
+  br i1 %.not.i, label %if_end226.i, label %fused_decode_compute_.exit, !prof !18
 
-for_end_tile184.i:                                ; preds = %for_end_d.3.i
-  %2695 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2696 = tail call i32 %2695(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2696, 0
-  br i1 %.not.i, label %if_end198.i, label %fused_decode_compute_.exit, !prof !18
+for_body_tile181.i:                               ; preds = %if_end202.3.i, %for_begin_tile180.preheader.i
+  %indvars.iv876.i = phi i64 [ 0, %for_begin_tile180.preheader.i ], [ %indvars.iv.next877.i, %if_end202.3.i ]
+  %2746 = shl nuw nsw i64 %indvars.iv876.i, 2
+  %2747 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2746
+  %total.i = load <4 x float>, ptr %2747, align 16, !tbaa !59
+  %2748 = fdiv <4 x float> splat (float 1.000000e+00), %total.i
+  %2749 = fcmp oeq <4 x float> %total.i, zeroinitializer
+  %2750 = select <4 x i1> %2749, <4 x float> zeroinitializer, <4 x float> %2748
+  %2751 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> zeroinitializer
+  %2752 = mul nsw i64 %2746, %out_head
+  %invariant.gep589.i = getelementptr i16, ptr %220, i64 %2752
+  %.idx60 = shl nuw nsw i64 %indvars.iv876.i, 11
+  %2753 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
+  %2754 = load <32 x float>, ptr %2753, align 4, !tbaa !5
+  %2755 = fmul <32 x float> %2754, %2751
+  %2756 = bitcast <32 x float> %2755 to <32 x i32>
+  %2757 = lshr <32 x i32> %2756, splat (i32 16)
+  %2758 = and <32 x i32> %2757, splat (i32 1)
+  %2759 = add nuw <32 x i32> %2756, splat (i32 32767)
+  %2760 = add nuw <32 x i32> %2759, %2758
+  %2761 = lshr <32 x i32> %2760, splat (i32 16)
+  %2762 = trunc nuw <32 x i32> %2761 to <32 x i16>
+  store <32 x i16> %2762, ptr %invariant.gep589.i, align 2, !tbaa !5
+  %2763 = getelementptr inbounds nuw i8, ptr %2753, i64 128
+  %2764 = load <32 x float>, ptr %2763, align 4, !tbaa !5
+  %2765 = fmul <32 x float> %2764, %2751
+  %2766 = bitcast <32 x float> %2765 to <32 x i32>
+  %2767 = lshr <32 x i32> %2766, splat (i32 16)
+  %2768 = and <32 x i32> %2767, splat (i32 1)
+  %2769 = add nuw <32 x i32> %2766, splat (i32 32767)
+  %2770 = add nuw <32 x i32> %2769, %2768
+  %2771 = lshr <32 x i32> %2770, splat (i32 16)
+  %2772 = trunc nuw <32 x i32> %2771 to <32 x i16>
+  %gep590.1.i = getelementptr i8, ptr %invariant.gep589.i, i64 64
+  store <32 x i16> %2772, ptr %gep590.1.i, align 2, !tbaa !5
+  %2773 = getelementptr inbounds nuw i8, ptr %2753, i64 256
+  %2774 = load <32 x float>, ptr %2773, align 4, !tbaa !5
+  %2775 = fmul <32 x float> %2751, %2774
+  %2776 = bitcast <32 x float> %2775 to <32 x i32>
+  %2777 = lshr <32 x i32> %2776, splat (i32 16)
+  %2778 = and <32 x i32> %2777, splat (i32 1)
+  %2779 = add nuw <32 x i32> %2776, splat (i32 32767)
+  %2780 = add nuw <32 x i32> %2779, %2778
+  %2781 = lshr <32 x i32> %2780, splat (i32 16)
+  %2782 = trunc nuw <32 x i32> %2781 to <32 x i16>
+  %gep590.2.i = getelementptr i8, ptr %invariant.gep589.i, i64 128
+  store <32 x i16> %2782, ptr %gep590.2.i, align 2, !tbaa !5
+  %2783 = getelementptr inbounds nuw i8, ptr %2753, i64 384
+  %2784 = load <32 x float>, ptr %2783, align 4, !tbaa !5
+  %2785 = fmul <32 x float> %2751, %2784
+  %2786 = bitcast <32 x float> %2785 to <32 x i32>
+  %2787 = lshr <32 x i32> %2786, splat (i32 16)
+  %2788 = and <32 x i32> %2787, splat (i32 1)
+  %2789 = add nuw <32 x i32> %2786, splat (i32 32767)
+  %2790 = add nuw <32 x i32> %2789, %2788
+  %2791 = lshr <32 x i32> %2790, splat (i32 16)
+  %2792 = trunc nuw <32 x i32> %2791 to <32 x i16>
+  %gep590.3.i = getelementptr i8, ptr %invariant.gep589.i, i64 192
+  store <32 x i16> %2792, ptr %gep590.3.i, align 2, !tbaa !5
+  %2793 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2794 = or disjoint i64 %2746, 1
+  %2795 = mul nsw i64 %2794, %out_head
+  %invariant.gep589.1.i = getelementptr i16, ptr %220, i64 %2795
+  %2796 = getelementptr inbounds nuw i8, ptr %2753, i64 512
+  %2797 = load <32 x float>, ptr %2796, align 4, !tbaa !5
+  %2798 = fmul <32 x float> %2793, %2797
+  %2799 = bitcast <32 x float> %2798 to <32 x i32>
+  %2800 = lshr <32 x i32> %2799, splat (i32 16)
+  %2801 = and <32 x i32> %2800, splat (i32 1)
+  %2802 = add nuw <32 x i32> %2799, splat (i32 32767)
+  %2803 = add nuw <32 x i32> %2802, %2801
+  %2804 = lshr <32 x i32> %2803, splat (i32 16)
+  %2805 = trunc nuw <32 x i32> %2804 to <32 x i16>
+  store <32 x i16> %2805, ptr %invariant.gep589.1.i, align 2, !tbaa !5
+  %2806 = getelementptr inbounds nuw i8, ptr %2753, i64 640
+  %2807 = load <32 x float>, ptr %2806, align 4, !tbaa !5
+  %2808 = fmul <32 x float> %2793, %2807
+  %2809 = bitcast <32 x float> %2808 to <32 x i32>
+  %2810 = lshr <32 x i32> %2809, splat (i32 16)
+  %2811 = and <32 x i32> %2810, splat (i32 1)
+  %2812 = add nuw <32 x i32> %2809, splat (i32 32767)
+  %2813 = add nuw <32 x i32> %2812, %2811
+  %2814 = lshr <32 x i32> %2813, splat (i32 16)
+  %2815 = trunc nuw <32 x i32> %2814 to <32 x i16>
+  %gep590.1.1.i = getelementptr i8, ptr %invariant.gep589.1.i, i64 64
+  store <32 x i16> %2815, ptr %gep590.1.1.i, align 2, !tbaa !5
+  %2816 = getelementptr inbounds nuw i8, ptr %2753, i64 768
+  %2817 = load <32 x float>, ptr %2816, align 4, !tbaa !5
+  %2818 = fmul <32 x float> %2793, %2817
+  %2819 = bitcast <32 x float> %2818 to <32 x i32>
+  %2820 = lshr <32 x i32> %2819, splat (i32 16)
+  %2821 = and <32 x i32> %2820, splat (i32 1)
+  %2822 = add nuw <32 x i32> %2819, splat (i32 32767)
+  %2823 = add nuw <32 x i32> %2822, %2821
+  %2824 = lshr <32 x i32> %2823, splat (i32 16)
+  %2825 = trunc nuw <32 x i32> %2824 to <32 x i16>
+  %gep590.2.1.i = getelementptr i8, ptr %invariant.gep589.1.i, i64 128
+  store <32 x i16> %2825, ptr %gep590.2.1.i, align 2, !tbaa !5
+  %2826 = getelementptr inbounds nuw i8, ptr %2753, i64 896
+  %2827 = load <32 x float>, ptr %2826, align 4, !tbaa !5
+  %2828 = fmul <32 x float> %2793, %2827
+  %2829 = bitcast <32 x float> %2828 to <32 x i32>
+  %2830 = lshr <32 x i32> %2829, splat (i32 16)
+  %2831 = and <32 x i32> %2830, splat (i32 1)
+  %2832 = add nuw <32 x i32> %2829, splat (i32 32767)
+  %2833 = add nuw <32 x i32> %2832, %2831
+  %2834 = lshr <32 x i32> %2833, splat (i32 16)
+  %2835 = trunc nuw <32 x i32> %2834 to <32 x i16>
+  %gep590.3.1.i = getelementptr i8, ptr %invariant.gep589.1.i, i64 192
+  store <32 x i16> %2835, ptr %gep590.3.1.i, align 2, !tbaa !5
+  %2836 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2837 = or disjoint i64 %2746, 2
+  %2838 = mul nsw i64 %2837, %out_head
+  %invariant.gep589.2.i = getelementptr i16, ptr %220, i64 %2838
+  %2839 = getelementptr inbounds nuw i8, ptr %2753, i64 1024
+  %2840 = load <32 x float>, ptr %2839, align 4, !tbaa !5
+  %2841 = fmul <32 x float> %2836, %2840
+  %2842 = bitcast <32 x float> %2841 to <32 x i32>
+  %2843 = lshr <32 x i32> %2842, splat (i32 16)
+  %2844 = and <32 x i32> %2843, splat (i32 1)
+  %2845 = add nuw <32 x i32> %2842, splat (i32 32767)
+  %2846 = add nuw <32 x i32> %2845, %2844
+  %2847 = lshr <32 x i32> %2846, splat (i32 16)
+  %2848 = trunc nuw <32 x i32> %2847 to <32 x i16>
+  store <32 x i16> %2848, ptr %invariant.gep589.2.i, align 2, !tbaa !5
+  %2849 = getelementptr inbounds nuw i8, ptr %2753, i64 1152
+  %2850 = load <32 x float>, ptr %2849, align 4, !tbaa !5
+  %2851 = fmul <32 x float> %2836, %2850
+  %2852 = bitcast <32 x float> %2851 to <32 x i32>
+  %2853 = lshr <32 x i32> %2852, splat (i32 16)
+  %2854 = and <32 x i32> %2853, splat (i32 1)
+  %2855 = add nuw <32 x i32> %2852, splat (i32 32767)
+  %2856 = add nuw <32 x i32> %2855, %2854
+  %2857 = lshr <32 x i32> %2856, splat (i32 16)
+  %2858 = trunc nuw <32 x i32> %2857 to <32 x i16>
+  %gep590.1.2.i = getelementptr i8, ptr %invariant.gep589.2.i, i64 64
+  store <32 x i16> %2858, ptr %gep590.1.2.i, align 2, !tbaa !5
+  %2859 = getelementptr inbounds nuw i8, ptr %2753, i64 1280
+  %2860 = load <32 x float>, ptr %2859, align 4, !tbaa !5
+  %2861 = fmul <32 x float> %2836, %2860
+  %2862 = bitcast <32 x float> %2861 to <32 x i32>
+  %2863 = lshr <32 x i32> %2862, splat (i32 16)
+  %2864 = and <32 x i32> %2863, splat (i32 1)
+  %2865 = add nuw <32 x i32> %2862, splat (i32 32767)
+  %2866 = add nuw <32 x i32> %2865, %2864
+  %2867 = lshr <32 x i32> %2866, splat (i32 16)
+  %2868 = trunc nuw <32 x i32> %2867 to <32 x i16>
+  %gep590.2.2.i = getelementptr i8, ptr %invariant.gep589.2.i, i64 128
+  store <32 x i16> %2868, ptr %gep590.2.2.i, align 2, !tbaa !5
+  %2869 = getelementptr inbounds nuw i8, ptr %2753, i64 1408
+  %2870 = load <32 x float>, ptr %2869, align 4, !tbaa !5
+  %2871 = fmul <32 x float> %2836, %2870
+  %2872 = bitcast <32 x float> %2871 to <32 x i32>
+  %2873 = lshr <32 x i32> %2872, splat (i32 16)
+  %2874 = and <32 x i32> %2873, splat (i32 1)
+  %2875 = add nuw <32 x i32> %2872, splat (i32 32767)
+  %2876 = add nuw <32 x i32> %2875, %2874
+  %2877 = lshr <32 x i32> %2876, splat (i32 16)
+  %2878 = trunc nuw <32 x i32> %2877 to <32 x i16>
+  %gep590.3.2.i = getelementptr i8, ptr %invariant.gep589.2.i, i64 192
+  store <32 x i16> %2878, ptr %gep590.3.2.i, align 2, !tbaa !5
+  %2879 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2880 = or disjoint i64 %2746, 3
+  %2881 = mul nsw i64 %2880, %out_head
+  %invariant.gep589.3.i = getelementptr i16, ptr %220, i64 %2881
+  %2882 = getelementptr inbounds nuw i8, ptr %2753, i64 1536
+  %2883 = load <32 x float>, ptr %2882, align 4, !tbaa !5
+  %2884 = fmul <32 x float> %2879, %2883
+  %2885 = bitcast <32 x float> %2884 to <32 x i32>
+  %2886 = lshr <32 x i32> %2885, splat (i32 16)
+  %2887 = and <32 x i32> %2886, splat (i32 1)
+  %2888 = add nuw <32 x i32> %2885, splat (i32 32767)
+  %2889 = add nuw <32 x i32> %2888, %2887
+  %2890 = lshr <32 x i32> %2889, splat (i32 16)
+  %2891 = trunc nuw <32 x i32> %2890 to <32 x i16>
+  store <32 x i16> %2891, ptr %invariant.gep589.3.i, align 2, !tbaa !5
+  %2892 = getelementptr inbounds nuw i8, ptr %2753, i64 1664
+  %2893 = load <32 x float>, ptr %2892, align 4, !tbaa !5
+  %2894 = fmul <32 x float> %2879, %2893
+  %2895 = bitcast <32 x float> %2894 to <32 x i32>
+  %2896 = lshr <32 x i32> %2895, splat (i32 16)
+  %2897 = and <32 x i32> %2896, splat (i32 1)
+  %2898 = add nuw <32 x i32> %2895, splat (i32 32767)
+  %2899 = add nuw <32 x i32> %2898, %2897
+  %2900 = lshr <32 x i32> %2899, splat (i32 16)
+  %2901 = trunc nuw <32 x i32> %2900 to <32 x i16>
+  %gep590.1.3.i = getelementptr i8, ptr %invariant.gep589.3.i, i64 64
+  store <32 x i16> %2901, ptr %gep590.1.3.i, align 2, !tbaa !5
+  %2902 = getelementptr inbounds nuw i8, ptr %2753, i64 1792
+  %2903 = load <32 x float>, ptr %2902, align 4, !tbaa !5
+  %2904 = fmul <32 x float> %2879, %2903
+  %2905 = bitcast <32 x float> %2904 to <32 x i32>
+  %2906 = lshr <32 x i32> %2905, splat (i32 16)
+  %2907 = and <32 x i32> %2906, splat (i32 1)
+  %2908 = add nuw <32 x i32> %2905, splat (i32 32767)
+  %2909 = add nuw <32 x i32> %2908, %2907
+  %2910 = lshr <32 x i32> %2909, splat (i32 16)
+  %2911 = trunc nuw <32 x i32> %2910 to <32 x i16>
+  %gep590.2.3.i = getelementptr i8, ptr %invariant.gep589.3.i, i64 128
+  store <32 x i16> %2911, ptr %gep590.2.3.i, align 2, !tbaa !5
+  %2912 = getelementptr inbounds nuw i8, ptr %2753, i64 1920
+  %2913 = load <32 x float>, ptr %2912, align 4, !tbaa !5
+  %2914 = fmul <32 x float> %2879, %2913
+  %2915 = bitcast <32 x float> %2914 to <32 x i32>
+  %2916 = lshr <32 x i32> %2915, splat (i32 16)
+  %2917 = and <32 x i32> %2916, splat (i32 1)
+  %2918 = add nuw <32 x i32> %2915, splat (i32 32767)
+  %2919 = add nuw <32 x i32> %2918, %2917
+  %2920 = lshr <32 x i32> %2919, splat (i32 16)
+  %2921 = trunc nuw <32 x i32> %2920 to <32 x i16>
+  %gep590.3.3.i = getelementptr i8, ptr %invariant.gep589.3.i, i64 192
+  store <32 x i16> %2921, ptr %gep590.3.3.i, align 2, !tbaa !5
+  %2922 = getelementptr float, ptr %222, i64 %2746
+  %2923 = load float, ptr %2747, align 16, !tbaa !59
+  %2924 = fcmp oeq float %2923, 0.000000e+00
+  br i1 %2924, label %if_end202.i, label %if_else201.i
 
-for_body_d.i:                                     ; preds = %for_body_d.i, %for_body_tile183.i
-  %indvars.iv806.i = phi i64 [ 0, %for_body_tile183.i ], [ %indvars.iv.next807.i.3, %for_body_d.i ]
-  %2697 = trunc nuw nsw i64 %indvars.iv806.i to i32
-  %2698 = lshr exact i32 %2697, 1
-  %2699 = and i32 %2698, 14
-  %2700 = and i32 %2697, 96
-  %2701 = or disjoint i32 %2700, %2699
-  %2702 = or disjoint i32 %2701, %2694
-  %2703 = zext i32 %2702 to i64
-  %2704 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2703
-  %2705 = load float, ptr %2704, align 4, !tbaa !5
-  %2706 = getelementptr float, ptr %2693, i64 %indvars.iv806.i
-  store float %2705, ptr %2706, align 4, !tbaa !5
-  %indvars.iv.next807.i = or disjoint i64 %indvars.iv806.i, 1
-  %2707 = trunc nuw nsw i64 %indvars.iv.next807.i to i32
-  %2708 = lshr i32 %2707, 1
-  %2709 = and i32 %2708, 14
-  %2710 = and i32 %2707, 96
-  %2711 = or disjoint i32 %2710, %2709
-  %.reass = or disjoint i32 %2711, %invariant.op238
-  %2712 = zext i32 %.reass to i64
-  %2713 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2712
-  %2714 = load float, ptr %2713, align 4, !tbaa !5
-  %2715 = getelementptr float, ptr %2693, i64 %indvars.iv.next807.i
-  store float %2714, ptr %2715, align 4, !tbaa !5
-  %indvars.iv.next807.i.1 = or disjoint i64 %indvars.iv806.i, 2
-  %2716 = trunc nuw nsw i64 %indvars.iv.next807.i.1 to i32
-  %2717 = lshr exact i32 %2716, 1
-  %2718 = and i32 %2717, 15
-  %2719 = and i32 %2716, 96
-  %2720 = or disjoint i32 %2719, %2718
-  %2721 = or disjoint i32 %2720, %2694
-  %2722 = zext i32 %2721 to i64
-  %2723 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2722
-  %2724 = load float, ptr %2723, align 4, !tbaa !5
-  %2725 = getelementptr float, ptr %2693, i64 %indvars.iv.next807.i.1
-  store float %2724, ptr %2725, align 4, !tbaa !5
-  %indvars.iv.next807.i.2 = or disjoint i64 %indvars.iv806.i, 3
-  %2726 = trunc nuw nsw i64 %indvars.iv.next807.i.2 to i32
-  %2727 = lshr i32 %2726, 1
-  %2728 = and i32 %2727, 15
-  %2729 = and i32 %2726, 96
-  %2730 = or disjoint i32 %2729, %2728
-  %.reass240 = or disjoint i32 %2730, %invariant.op239
-  %2731 = zext i32 %.reass240 to i64
-  %2732 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2731
-  %2733 = load float, ptr %2732, align 4, !tbaa !5
-  %2734 = getelementptr float, ptr %2693, i64 %indvars.iv.next807.i.2
-  store float %2733, ptr %2734, align 4, !tbaa !5
-  %indvars.iv.next807.i.3 = add nuw nsw i64 %indvars.iv806.i, 4
-  %exitcond809.not.i.3 = icmp eq i64 %indvars.iv.next807.i.3, 128
-  br i1 %exitcond809.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !17, !llvm.loop !81
+if_else201.i:                                     ; preds = %for_body_tile181.i
+  %2925 = tail call float @llvm.log.f32(float %2923)
+  %2926 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2746
+  %2927 = load float, ptr %2926, align 16, !tbaa !57
+  %2928 = fadd float %2925, %2927
+  br label %if_end202.i
 
-for_end_d.i:                                      ; preds = %for_body_d.i
-  %2735 = getelementptr i8, ptr %2693, i64 512
-  %invariant.op = or disjoint i32 %2694, 128
-  %invariant.op241 = or disjoint i32 %invariant.op, 16
-  %invariant.op242 = or disjoint i32 %invariant.op, 16
-  br label %for_body_d.1.i
+if_end202.i:                                      ; preds = %if_else201.i, %for_body_tile181.i
+  %2929 = phi float [ %2928, %if_else201.i ], [ 0xFFF0000000000000, %for_body_tile181.i ]
+  store float %2929, ptr %2922, align 4, !tbaa !5
+  %2930 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2794
+  %2931 = load float, ptr %2930, align 4, !tbaa !59
+  %2932 = fcmp oeq float %2931, 0.000000e+00
+  br i1 %2932, label %if_end202.1.i, label %if_else201.1.i
 
-for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
-  %indvars.iv806.1.i = phi i64 [ 0, %for_end_d.i ], [ %indvars.iv.next807.1.i.3, %for_body_d.1.i ]
-  %2736 = trunc nuw nsw i64 %indvars.iv806.1.i to i32
-  %2737 = lshr exact i32 %2736, 1
-  %2738 = and i32 %2737, 14
-  %2739 = and i32 %2736, 96
-  %2740 = or disjoint i32 %2739, %2738
-  %.reass.i.reass = or disjoint i32 %2740, %invariant.op
-  %2741 = zext i32 %.reass.i.reass to i64
-  %2742 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2741
-  %2743 = load float, ptr %2742, align 4, !tbaa !5
-  %2744 = getelementptr float, ptr %2735, i64 %indvars.iv806.1.i
-  store float %2743, ptr %2744, align 4, !tbaa !5
-  %indvars.iv.next807.1.i = or disjoint i64 %indvars.iv806.1.i, 1
-  %2745 = trunc nuw nsw i64 %indvars.iv.next807.1.i to i32
-  %2746 = lshr i32 %2745, 1
-  %2747 = and i32 %2746, 14
-  %2748 = and i32 %2745, 96
-  %2749 = or disjoint i32 %2748, %2747
-  %.reass.i.reass.1.reass = or disjoint i32 %2749, %invariant.op241
-  %2750 = zext i32 %.reass.i.reass.1.reass to i64
-  %2751 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2750
-  %2752 = load float, ptr %2751, align 4, !tbaa !5
-  %2753 = getelementptr float, ptr %2735, i64 %indvars.iv.next807.1.i
-  store float %2752, ptr %2753, align 4, !tbaa !5
-  %indvars.iv.next807.1.i.1 = or disjoint i64 %indvars.iv806.1.i, 2
-  %2754 = trunc nuw nsw i64 %indvars.iv.next807.1.i.1 to i32
-  %2755 = lshr exact i32 %2754, 1
-  %2756 = and i32 %2755, 15
-  %2757 = and i32 %2754, 96
-  %2758 = or disjoint i32 %2757, %2756
-  %.reass.i.reass.2 = or disjoint i32 %2758, %invariant.op
-  %2759 = zext i32 %.reass.i.reass.2 to i64
-  %2760 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2759
-  %2761 = load float, ptr %2760, align 4, !tbaa !5
-  %2762 = getelementptr float, ptr %2735, i64 %indvars.iv.next807.1.i.1
-  store float %2761, ptr %2762, align 4, !tbaa !5
-  %indvars.iv.next807.1.i.2 = or disjoint i64 %indvars.iv806.1.i, 3
-  %2763 = trunc nuw nsw i64 %indvars.iv.next807.1.i.2 to i32
-  %2764 = lshr i32 %2763, 1
-  %2765 = and i32 %2764, 15
-  %2766 = and i32 %2763, 96
-  %2767 = or disjoint i32 %2766, %2765
-  %.reass.i.reass.3.reass = or disjoint i32 %2767, %invariant.op242
-  %2768 = zext i32 %.reass.i.reass.3.reass to i64
-  %2769 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2768
-  %2770 = load float, ptr %2769, align 4, !tbaa !5
-  %2771 = getelementptr float, ptr %2735, i64 %indvars.iv.next807.1.i.2
-  store float %2770, ptr %2771, align 4, !tbaa !5
-  %indvars.iv.next807.1.i.3 = add nuw nsw i64 %indvars.iv806.1.i, 4
-  %exitcond809.1.not.i.3 = icmp eq i64 %indvars.iv.next807.1.i.3, 128
-  br i1 %exitcond809.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !17, !llvm.loop !83
+if_else201.1.i:                                   ; preds = %if_end202.i
+  %2933 = tail call float @llvm.log.f32(float %2931)
+  %2934 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2794
+  %2935 = load float, ptr %2934, align 4, !tbaa !57
+  %2936 = fadd float %2933, %2935
+  br label %if_end202.1.i
 
-for_end_d.1.i:                                    ; preds = %for_body_d.1.i
-  %2772 = getelementptr i8, ptr %2693, i64 1024
-  %invariant.op101 = or disjoint i32 %2694, 256
-  %invariant.op243 = or disjoint i32 %invariant.op101, 16
-  %invariant.op244 = or disjoint i32 %invariant.op101, 16
-  br label %for_body_d.2.i
+if_end202.1.i:                                    ; preds = %if_else201.1.i, %if_end202.i
+  %2937 = phi float [ %2936, %if_else201.1.i ], [ 0xFFF0000000000000, %if_end202.i ]
+  %2938 = getelementptr i8, ptr %2922, i64 4
+  store float %2937, ptr %2938, align 4, !tbaa !5
+  %2939 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2837
+  %2940 = load float, ptr %2939, align 8, !tbaa !59
+  %2941 = fcmp oeq float %2940, 0.000000e+00
+  br i1 %2941, label %if_end202.2.i, label %if_else201.2.i
 
-for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
-  %indvars.iv806.2.i = phi i64 [ 0, %for_end_d.1.i ], [ %indvars.iv.next807.2.i.3, %for_body_d.2.i ]
-  %2773 = trunc nuw nsw i64 %indvars.iv806.2.i to i32
-  %2774 = lshr exact i32 %2773, 1
-  %2775 = and i32 %2774, 14
-  %2776 = and i32 %2773, 96
-  %2777 = or disjoint i32 %2776, %2775
-  %.reass910.i.reass = or disjoint i32 %2777, %invariant.op101
-  %2778 = zext i32 %.reass910.i.reass to i64
-  %2779 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2778
-  %2780 = load float, ptr %2779, align 4, !tbaa !5
-  %2781 = getelementptr float, ptr %2772, i64 %indvars.iv806.2.i
-  store float %2780, ptr %2781, align 4, !tbaa !5
-  %indvars.iv.next807.2.i = or disjoint i64 %indvars.iv806.2.i, 1
-  %2782 = trunc nuw nsw i64 %indvars.iv.next807.2.i to i32
-  %2783 = lshr i32 %2782, 1
-  %2784 = and i32 %2783, 14
-  %2785 = and i32 %2782, 96
-  %2786 = or disjoint i32 %2785, %2784
-  %.reass910.i.reass.1.reass = or disjoint i32 %2786, %invariant.op243
-  %2787 = zext i32 %.reass910.i.reass.1.reass to i64
-  %2788 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2787
-  %2789 = load float, ptr %2788, align 4, !tbaa !5
-  %2790 = getelementptr float, ptr %2772, i64 %indvars.iv.next807.2.i
-  store float %2789, ptr %2790, align 4, !tbaa !5
-  %indvars.iv.next807.2.i.1 = or disjoint i64 %indvars.iv806.2.i, 2
-  %2791 = trunc nuw nsw i64 %indvars.iv.next807.2.i.1 to i32
-  %2792 = lshr exact i32 %2791, 1
-  %2793 = and i32 %2792, 15
-  %2794 = and i32 %2791, 96
-  %2795 = or disjoint i32 %2794, %2793
-  %.reass910.i.reass.2 = or disjoint i32 %2795, %invariant.op101
-  %2796 = zext i32 %.reass910.i.reass.2 to i64
-  %2797 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2796
-  %2798 = load float, ptr %2797, align 4, !tbaa !5
-  %2799 = getelementptr float, ptr %2772, i64 %indvars.iv.next807.2.i.1
-  store float %2798, ptr %2799, align 4, !tbaa !5
-  %indvars.iv.next807.2.i.2 = or disjoint i64 %indvars.iv806.2.i, 3
-  %2800 = trunc nuw nsw i64 %indvars.iv.next807.2.i.2 to i32
-  %2801 = lshr i32 %2800, 1
-  %2802 = and i32 %2801, 15
-  %2803 = and i32 %2800, 96
-  %2804 = or disjoint i32 %2803, %2802
-  %.reass910.i.reass.3.reass = or disjoint i32 %2804, %invariant.op244
-  %2805 = zext i32 %.reass910.i.reass.3.reass to i64
-  %2806 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2805
-  %2807 = load float, ptr %2806, align 4, !tbaa !5
-  %2808 = getelementptr float, ptr %2772, i64 %indvars.iv.next807.2.i.2
-  store float %2807, ptr %2808, align 4, !tbaa !5
-  %indvars.iv.next807.2.i.3 = add nuw nsw i64 %indvars.iv806.2.i, 4
-  %exitcond809.2.not.i.3 = icmp eq i64 %indvars.iv.next807.2.i.3, 128
-  br i1 %exitcond809.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !17, !llvm.loop !84
+if_else201.2.i:                                   ; preds = %if_end202.1.i
+  %2942 = tail call float @llvm.log.f32(float %2940)
+  %2943 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2837
+  %2944 = load float, ptr %2943, align 8, !tbaa !57
+  %2945 = fadd float %2942, %2944
+  br label %if_end202.2.i
 
-for_end_d.2.i:                                    ; preds = %for_body_d.2.i
-  %2809 = getelementptr i8, ptr %2693, i64 1536
-  %invariant.op102 = or disjoint i32 %2694, 384
-  %invariant.op245 = or disjoint i32 %invariant.op102, 16
-  %invariant.op246 = or disjoint i32 %invariant.op102, 16
-  br label %for_body_d.3.i
+if_end202.2.i:                                    ; preds = %if_else201.2.i, %if_end202.1.i
+  %2946 = phi float [ %2945, %if_else201.2.i ], [ 0xFFF0000000000000, %if_end202.1.i ]
+  %2947 = getelementptr i8, ptr %2922, i64 8
+  store float %2946, ptr %2947, align 4, !tbaa !5
+  %2948 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2880
+  %2949 = load float, ptr %2948, align 4, !tbaa !59
+  %2950 = fcmp oeq float %2949, 0.000000e+00
+  br i1 %2950, label %if_end202.3.i, label %if_else201.3.i
 
-for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
-  %indvars.iv806.3.i = phi i64 [ 0, %for_end_d.2.i ], [ %indvars.iv.next807.3.i.3, %for_body_d.3.i ]
-  %2810 = trunc nuw nsw i64 %indvars.iv806.3.i to i32
-  %2811 = lshr exact i32 %2810, 1
-  %2812 = and i32 %2811, 14
-  %2813 = and i32 %2810, 96
-  %2814 = or disjoint i32 %2813, %2812
-  %.reass912.i.reass = or disjoint i32 %2814, %invariant.op102
-  %2815 = zext i32 %.reass912.i.reass to i64
-  %2816 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2815
-  %2817 = load float, ptr %2816, align 4, !tbaa !5
-  %2818 = getelementptr float, ptr %2809, i64 %indvars.iv806.3.i
-  store float %2817, ptr %2818, align 4, !tbaa !5
-  %indvars.iv.next807.3.i = or disjoint i64 %indvars.iv806.3.i, 1
-  %2819 = trunc nuw nsw i64 %indvars.iv.next807.3.i to i32
-  %2820 = lshr i32 %2819, 1
-  %2821 = and i32 %2820, 14
-  %2822 = and i32 %2819, 96
-  %2823 = or disjoint i32 %2822, %2821
-  %.reass912.i.reass.1.reass = or disjoint i32 %2823, %invariant.op245
-  %2824 = zext i32 %.reass912.i.reass.1.reass to i64
-  %2825 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2824
-  %2826 = load float, ptr %2825, align 4, !tbaa !5
-  %2827 = getelementptr float, ptr %2809, i64 %indvars.iv.next807.3.i
-  store float %2826, ptr %2827, align 4, !tbaa !5
-  %indvars.iv.next807.3.i.1 = or disjoint i64 %indvars.iv806.3.i, 2
-  %2828 = trunc nuw nsw i64 %indvars.iv.next807.3.i.1 to i32
-  %2829 = lshr exact i32 %2828, 1
-  %2830 = and i32 %2829, 15
-  %2831 = and i32 %2828, 96
-  %2832 = or disjoint i32 %2831, %2830
-  %.reass912.i.reass.2 = or disjoint i32 %2832, %invariant.op102
-  %2833 = zext i32 %.reass912.i.reass.2 to i64
-  %2834 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2833
-  %2835 = load float, ptr %2834, align 4, !tbaa !5
-  %2836 = getelementptr float, ptr %2809, i64 %indvars.iv.next807.3.i.1
-  store float %2835, ptr %2836, align 4, !tbaa !5
-  %indvars.iv.next807.3.i.2 = or disjoint i64 %indvars.iv806.3.i, 3
-  %2837 = trunc nuw nsw i64 %indvars.iv.next807.3.i.2 to i32
-  %2838 = lshr i32 %2837, 1
-  %2839 = and i32 %2838, 15
-  %2840 = and i32 %2837, 96
-  %2841 = or disjoint i32 %2840, %2839
-  %.reass912.i.reass.3.reass = or disjoint i32 %2841, %invariant.op246
-  %2842 = zext i32 %.reass912.i.reass.3.reass to i64
-  %2843 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2842
-  %2844 = load float, ptr %2843, align 4, !tbaa !5
-  %2845 = getelementptr float, ptr %2809, i64 %indvars.iv.next807.3.i.2
-  store float %2844, ptr %2845, align 4, !tbaa !5
-  %indvars.iv.next807.3.i.3 = add nuw nsw i64 %indvars.iv806.3.i, 4
-  %exitcond809.3.not.i.3 = icmp eq i64 %indvars.iv.next807.3.i.3, 128
-  br i1 %exitcond809.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !17, !llvm.loop !85
+if_else201.3.i:                                   ; preds = %if_end202.2.i
+  %2951 = tail call float @llvm.log.f32(float %2949)
+  %2952 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2880
+  %2953 = load float, ptr %2952, align 4, !tbaa !57
+  %2954 = fadd float %2951, %2953
+  br label %if_end202.3.i
 
-for_end_d.3.i:                                    ; preds = %for_body_d.3.i
-  %indvars.iv.next815.i = add nuw nsw i64 %indvars.iv814.i, 1
-  %exitcond818.not.i = icmp eq i64 %indvars.iv.next815.i, 8
-  br i1 %exitcond818.not.i, label %for_end_tile184.i, label %for_body_tile183.i, !prof !17
+if_end202.3.i:                                    ; preds = %if_else201.3.i, %if_end202.2.i
+  %2955 = phi float [ %2954, %if_else201.3.i ], [ 0xFFF0000000000000, %if_end202.2.i ]
+  %2956 = getelementptr i8, ptr %2922, i64 12
+  store float %2955, ptr %2956, align 4, !tbaa !5
+  %indvars.iv.next877.i = add nuw nsw i64 %indvars.iv876.i, 1
+  %exitcond880.not.i = icmp eq i64 %indvars.iv.next877.i, 8
+  br i1 %exitcond880.not.i, label %if_end178.i, label %for_body_tile181.i, !prof !17
 
-if_end198.i:                                      ; preds = %for_end_tile184.i
-  %2846 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2847 = tail call i32 %2846(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not218.i = icmp eq i32 %2847, 0
-  br i1 %.not218.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !18
+for_body_tile204.i:                               ; preds = %for_body_tile204.i, %for_begin_tile203.preheader.i
+  %indvars.iv857.i = phi i64 [ 0, %for_begin_tile203.preheader.i ], [ %indvars.iv.next858.i, %for_body_tile204.i ]
+  %2957 = shl nuw nsw i64 %indvars.iv857.i, 2
+  %2958 = add nuw nsw i64 %2957, %217
+  %2959 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2957
+  %2960 = load float, ptr %2959, align 16, !tbaa !57
+  %2961 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2958
+  store float %2960, ptr %2961, align 4, !tbaa !5
+  %2962 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2957
+  %2963 = load float, ptr %2962, align 16, !tbaa !59
+  %2964 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2958
+  store float %2963, ptr %2964, align 4, !tbaa !5
+  %2965 = or disjoint i64 %2957, 1
+  %cse_v135.1.i = or disjoint i64 %2958, 1
+  %2966 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2965
+  %2967 = load float, ptr %2966, align 4, !tbaa !57
+  %2968 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.1.i
+  store float %2967, ptr %2968, align 4, !tbaa !5
+  %2969 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2965
+  %2970 = load float, ptr %2969, align 4, !tbaa !59
+  %2971 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.1.i
+  store float %2970, ptr %2971, align 4, !tbaa !5
+  %2972 = or disjoint i64 %2957, 2
+  %cse_v135.2.i = or disjoint i64 %2958, 2
+  %2973 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2972
+  %2974 = load float, ptr %2973, align 8, !tbaa !57
+  %2975 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.2.i
+  store float %2974, ptr %2975, align 4, !tbaa !5
+  %2976 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2972
+  %2977 = load float, ptr %2976, align 8, !tbaa !59
+  %2978 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.2.i
+  store float %2977, ptr %2978, align 4, !tbaa !5
+  %2979 = or disjoint i64 %2957, 3
+  %cse_v135.3.i = or disjoint i64 %2958, 3
+  %2980 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2979
+  %2981 = load float, ptr %2980, align 4, !tbaa !57
+  %2982 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.3.i
+  store float %2981, ptr %2982, align 4, !tbaa !5
+  %2983 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2979
+  %2984 = load float, ptr %2983, align 4, !tbaa !59
+  %2985 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.3.i
+  store float %2984, ptr %2985, align 4, !tbaa !5
+  %.idx248.i = shl nuw nsw i64 %indvars.iv857.i, 11
+  %2986 = getelementptr inbounds nuw i8, ptr %218, i64 %.idx248.i
+  %2987 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx248.i
+  %2988 = load <32 x float>, ptr %2987, align 4, !tbaa !5
+  store <32 x float> %2988, ptr %2986, align 4, !tbaa !5
+  %2989 = getelementptr inbounds nuw i8, ptr %2987, i64 128
+  %2990 = load <32 x float>, ptr %2989, align 4, !tbaa !5
+  %2991 = getelementptr inbounds nuw i8, ptr %2986, i64 128
+  store <32 x float> %2990, ptr %2991, align 4, !tbaa !5
+  %2992 = getelementptr inbounds nuw i8, ptr %2987, i64 256
+  %2993 = load <32 x float>, ptr %2992, align 4, !tbaa !5
+  %2994 = getelementptr inbounds nuw i8, ptr %2986, i64 256
+  store <32 x float> %2993, ptr %2994, align 4, !tbaa !5
+  %2995 = getelementptr inbounds nuw i8, ptr %2987, i64 384
+  %2996 = load <32 x float>, ptr %2995, align 4, !tbaa !5
+  %2997 = getelementptr inbounds nuw i8, ptr %2986, i64 384
+  store <32 x float> %2996, ptr %2997, align 4, !tbaa !5
+  %2998 = getelementptr inbounds nuw i8, ptr %2986, i64 512
+  %2999 = getelementptr inbounds nuw i8, ptr %2987, i64 512
+  %3000 = load <32 x float>, ptr %2999, align 4, !tbaa !5
+  store <32 x float> %3000, ptr %2998, align 4, !tbaa !5
+  %3001 = getelementptr inbounds nuw i8, ptr %2987, i64 640
+  %3002 = load <32 x float>, ptr %3001, align 4, !tbaa !5
+  %3003 = getelementptr inbounds nuw i8, ptr %2986, i64 640
+  store <32 x float> %3002, ptr %3003, align 4, !tbaa !5
+  %3004 = getelementptr inbounds nuw i8, ptr %2987, i64 768
+  %3005 = load <32 x float>, ptr %3004, align 4, !tbaa !5
+  %3006 = getelementptr inbounds nuw i8, ptr %2986, i64 768
+  store <32 x float> %3005, ptr %3006, align 4, !tbaa !5
+  %3007 = getelementptr inbounds nuw i8, ptr %2987, i64 896
+  %3008 = load <32 x float>, ptr %3007, align 4, !tbaa !5
+  %3009 = getelementptr inbounds nuw i8, ptr %2986, i64 896
+  store <32 x float> %3008, ptr %3009, align 4, !tbaa !5
+  %3010 = getelementptr inbounds nuw i8, ptr %2986, i64 1024
+  %3011 = getelementptr inbounds nuw i8, ptr %2987, i64 1024
+  %3012 = load <32 x float>, ptr %3011, align 4, !tbaa !5
+  store <32 x float> %3012, ptr %3010, align 4, !tbaa !5
+  %3013 = getelementptr inbounds nuw i8, ptr %2987, i64 1152
+  %3014 = load <32 x float>, ptr %3013, align 4, !tbaa !5
+  %3015 = getelementptr inbounds nuw i8, ptr %2986, i64 1152
+  store <32 x float> %3014, ptr %3015, align 4, !tbaa !5
+  %3016 = getelementptr inbounds nuw i8, ptr %2987, i64 1280
+  %3017 = load <32 x float>, ptr %3016, align 4, !tbaa !5
+  %3018 = getelementptr inbounds nuw i8, ptr %2986, i64 1280
+  store <32 x float> %3017, ptr %3018, align 4, !tbaa !5
+  %3019 = getelementptr inbounds nuw i8, ptr %2987, i64 1408
+  %3020 = load <32 x float>, ptr %3019, align 4, !tbaa !5
+  %3021 = getelementptr inbounds nuw i8, ptr %2986, i64 1408
+  store <32 x float> %3020, ptr %3021, align 4, !tbaa !5
+  %3022 = getelementptr inbounds nuw i8, ptr %2986, i64 1536
+  %3023 = getelementptr inbounds nuw i8, ptr %2987, i64 1536
+  %3024 = load <32 x float>, ptr %3023, align 4, !tbaa !5
+  store <32 x float> %3024, ptr %3022, align 4, !tbaa !5
+  %3025 = getelementptr inbounds nuw i8, ptr %2987, i64 1664
+  %3026 = load <32 x float>, ptr %3025, align 4, !tbaa !5
+  %3027 = getelementptr inbounds nuw i8, ptr %2986, i64 1664
+  store <32 x float> %3026, ptr %3027, align 4, !tbaa !5
+  %3028 = getelementptr inbounds nuw i8, ptr %2987, i64 1792
+  %3029 = load <32 x float>, ptr %3028, align 4, !tbaa !5
+  %3030 = getelementptr inbounds nuw i8, ptr %2986, i64 1792
+  store <32 x float> %3029, ptr %3030, align 4, !tbaa !5
+  %3031 = getelementptr inbounds nuw i8, ptr %2987, i64 1920
+  %3032 = load <32 x float>, ptr %3031, align 4, !tbaa !5
+  %3033 = getelementptr inbounds nuw i8, ptr %2986, i64 1920
+  store <32 x float> %3032, ptr %3033, align 4, !tbaa !5
+  %indvars.iv.next858.i = add nuw nsw i64 %indvars.iv857.i, 1
+  %exitcond861.not.i = icmp eq i64 %indvars.iv.next858.i, 8
+  br i1 %exitcond861.not.i, label %if_end178.i, label %for_body_tile204.i, !prof !17
 
-fused_decode_compute_.exit:                       ; preds = %if_end198.i, %for_end_tile184.i, %if_end177.i, %if_end171.i, %if_end168.i, %if_end165.i, %if_end162.i, %for_end_r146.i, %for_end_ax178.3.i, %for_body_r34.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end25.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end30
-  %common.ret.op.i = phi i32 [ 0, %if_end30 ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ -1, %for_body_r34.preheader.i ], [ -1, %if_end171.i ], [ -1, %if_end168.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %for_end_r146.i ], [ -1, %for_end_ax178.3.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end25.i ], [ -1, %if_end22.i ], [ -1, %if_end177.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %for_end_tile184.i ], [ 0, %for_begin_s.i ], [ -1, %if_end198.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta203.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha204.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum216.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max217.i)
+if_end226.i:                                      ; preds = %if_end178.i
+  %3034 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %3035 = tail call i32 %3034(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not249.i = icmp eq i32 %3035, 0
+  br i1 %.not249.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !18
+
+fused_decode_compute_.exit:                       ; preds = %if_end226.i, %if_end178.i, %if_end172.i, %if_end166.i, %if_end163.i, %if_end160.i, %if_end157.i, %for_end_r146.i, %for_end_ax178.3.i, %for_body_r34.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end25.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ 0, %if_end45 ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ -1, %for_body_r34.preheader.i ], [ -1, %if_end166.i ], [ -1, %if_end163.i ], [ -1, %if_end160.i ], [ -1, %if_end157.i ], [ -1, %for_end_r146.i ], [ -1, %for_end_ax178.3.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end25.i ], [ -1, %if_end22.i ], [ -1, %if_end172.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end178.i ], [ 0, %for_begin_s.i ], [ -1, %if_end226.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta233.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha234.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum246.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max247.i)
   ret i32 %common.ret.op.i
 }
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %beta37.i = alloca [32 x float], align 16
-  %alpha38.i = alloca [32 x float], align 16
-  %factor41.i = alloca [32 x float], align 16
+  %factor37.i = alloca [32 x float], align 16
+  %beta38.i = alloca [32 x float], align 16
+  %alpha39.i = alloca [32 x float], align 16
   %row_sum42.i = alloca [32 x float], align 16
   %row_max43.i = alloca [32 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
@@ -5002,9 +5303,9 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor41.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor37.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta38.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha39.i)
   call void @llvm.lifetime.start.p0(ptr nonnull %row_sum42.i)
   call void @llvm.lifetime.start.p0(ptr nonnull %row_max43.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
@@ -5029,489 +5330,437 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   br label %for_body_step.i
 
 for_body_step.i:                                  ; preds = %for_end_r.i, %for_body_step.lr.ph.i
-  %indvars.iv66.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next67.i, %for_end_r.i ]
+  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r.i ]
   %43 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r.i ]
-  %44 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %120, %for_end_r.i ]
-  %45 = icmp eq i64 %indvars.iv66.i, 0
-  %46 = insertelement <32 x i1> poison, i1 %45, i64 0
-  %47 = shufflevector <32 x i1> %46, <32 x i1> poison, <32 x i32> zeroinitializer
-  %old_max.i = select <32 x i1> %47, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %43
-  %old_sum.i = select <32 x i1> %47, <32 x float> zeroinitializer, <32 x float> %44
-  %48 = add nsw i64 %indvars.iv66.i, %cse_v2.i
-  %cse_v7.i = shl nsw i64 %48, 5
-  %49 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v7.i
-  %50 = load <32 x float>, ptr %49, align 4, !tbaa !5
-  %51 = fcmp ogt <32 x float> %old_max.i, %50
-  %52 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v7.i
-  %53 = load <32 x float>, ptr %52, align 4, !tbaa !5
-  %54 = fcmp oeq <32 x float> %53, zeroinitializer
-  %55 = select <32 x i1> %54, <32 x i1> splat (i1 true), <32 x i1> %51
-  %old_or_both.i = select <32 x i1> %55, <32 x float> %old_max.i, <32 x float> %50
-  %56 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
-  %m.i = select <32 x i1> %56, <32 x float> %50, <32 x float> %old_or_both.i
+  %total4448.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %103, %for_end_r.i ]
+  %44 = icmp eq i64 %indvars.iv69.i, 0
+  %45 = insertelement <32 x i1> poison, i1 %44, i64 0
+  %46 = shufflevector <32 x i1> %45, <32 x i1> poison, <32 x i32> zeroinitializer
+  %old_max.i = select <32 x i1> %46, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %43
+  %old_sum.i = select <32 x i1> %46, <32 x float> zeroinitializer, <32 x float> %total4448.i
+  %47 = add nsw i64 %indvars.iv69.i, %cse_v2.i
+  %cse_v9.i = shl nsw i64 %47, 5
+  %48 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v9.i
+  %49 = load <32 x float>, ptr %48, align 4, !tbaa !5
+  %50 = fcmp ogt <32 x float> %old_max.i, %49
+  %51 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v9.i
+  %52 = load <32 x float>, ptr %51, align 4, !tbaa !5
+  %53 = fcmp oeq <32 x float> %52, zeroinitializer
+  %54 = select <32 x i1> %53, <32 x i1> splat (i1 true), <32 x i1> %50
+  %old_or_both.i = select <32 x i1> %54, <32 x float> %old_max.i, <32 x float> %49
+  %55 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
+  %m.i = select <32 x i1> %55, <32 x float> %49, <32 x float> %old_or_both.i
   %arg.i = fsub <32 x float> %old_max.i, %m.i
-  %cse_v8.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %57 = bitcast <32 x float> %cse_v8.i to <32 x i32>
-  %58 = add nsw <32 x i32> %57, splat (i32 -1262485504)
-  %59 = sitofp <32 x i32> %58 to <32 x float>
-  %60 = fmul <32 x float> %59, splat (float 0x3F2BD01060000000)
-  %61 = fmul <32 x float> %59, splat (float 0x3FE6300000000000)
-  %62 = fsub <32 x float> %arg.i, %61
-  %63 = fadd <32 x float> %60, %62
-  %64 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %63, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %65 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %64, <32 x float> %63, <32 x float> splat (float 0x3F81112100000000))
-  %66 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %65, <32 x float> %63, <32 x float> splat (float 0x3FA5553820000000))
-  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> %63, <32 x float> splat (float 0x3FC5555540000000))
-  %68 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %67, <32 x float> %63, <32 x float> splat (float 5.000000e-01))
-  %69 = fmul <32 x float> %63, %68
-  %70 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %69, <32 x float> %63, <32 x float> %63)
-  %71 = shl <32 x i32> %57, splat (i32 23)
-  %72 = add <32 x i32> %71, splat (i32 1065353216)
-  %73 = bitcast <32 x i32> %72 to <32 x float>
-  %74 = fadd <32 x float> %70, splat (float 1.000000e+00)
-  %75 = fmul <32 x float> %74, %73
-  %76 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
-  %77 = select <32 x i1> %76, <32 x float> zeroinitializer, <32 x float> %75
-  %78 = fcmp one <32 x float> %old_sum.i, zeroinitializer
-  %79 = select <32 x i1> %78, <32 x float> %77, <32 x float> zeroinitializer
-  store <32 x float> %79, ptr %alpha38.i, align 16, !tbaa !86
-  %arg2.i = fsub <32 x float> %50, %m.i
+  %cse_v10.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %56 = bitcast <32 x float> %cse_v10.i to <32 x i32>
+  %57 = add nsw <32 x i32> %56, splat (i32 -1262485504)
+  %58 = sitofp <32 x i32> %57 to <32 x float>
+  %59 = fmul <32 x float> %58, splat (float 0x3F2BD01060000000)
+  %60 = fmul <32 x float> %58, splat (float 0x3FE6300000000000)
+  %61 = fsub <32 x float> %arg.i, %60
+  %62 = fadd <32 x float> %59, %61
+  %63 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %62, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %64 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %63, <32 x float> %62, <32 x float> splat (float 0x3F81112100000000))
+  %65 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %64, <32 x float> %62, <32 x float> splat (float 0x3FA5553820000000))
+  %66 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %65, <32 x float> %62, <32 x float> splat (float 0x3FC5555540000000))
+  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> %62, <32 x float> splat (float 5.000000e-01))
+  %68 = fmul <32 x float> %62, %67
+  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %62, <32 x float> %62)
+  %70 = shl <32 x i32> %56, splat (i32 23)
+  %71 = add <32 x i32> %70, splat (i32 1065353216)
+  %72 = bitcast <32 x i32> %71 to <32 x float>
+  %73 = fadd <32 x float> %69, splat (float 1.000000e+00)
+  %74 = fmul <32 x float> %73, %72
+  %75 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
+  %76 = select <32 x i1> %75, <32 x float> zeroinitializer, <32 x float> %74
+  %77 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %78 = select <32 x i1> %77, <32 x float> %76, <32 x float> zeroinitializer
+  store <32 x float> %78, ptr %alpha39.i, align 16, !tbaa !81
+  %arg2.i = fsub <32 x float> %49, %m.i
   %cse_v6.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %80 = bitcast <32 x float> %cse_v6.i to <32 x i32>
-  %81 = add nsw <32 x i32> %80, splat (i32 -1262485504)
-  %82 = sitofp <32 x i32> %81 to <32 x float>
-  %83 = fmul <32 x float> %82, splat (float 0x3F2BD01060000000)
-  %84 = fmul <32 x float> %82, splat (float 0x3FE6300000000000)
-  %85 = fsub <32 x float> %arg2.i, %84
-  %86 = fadd <32 x float> %83, %85
-  %87 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %86, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %88 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %87, <32 x float> %86, <32 x float> splat (float 0x3F81112100000000))
-  %89 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %88, <32 x float> %86, <32 x float> splat (float 0x3FA5553820000000))
-  %90 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %89, <32 x float> %86, <32 x float> splat (float 0x3FC5555540000000))
-  %91 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %90, <32 x float> %86, <32 x float> splat (float 5.000000e-01))
-  %92 = fmul <32 x float> %86, %91
-  %93 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %92, <32 x float> %86, <32 x float> %86)
-  %94 = shl <32 x i32> %80, splat (i32 23)
-  %95 = add <32 x i32> %94, splat (i32 1065353216)
-  %96 = bitcast <32 x i32> %95 to <32 x float>
-  %97 = fadd <32 x float> %93, splat (float 1.000000e+00)
-  %98 = fmul <32 x float> %97, %96
-  %99 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
-  %100 = select <32 x i1> %99, <32 x float> zeroinitializer, <32 x float> %98
-  %101 = fcmp one <32 x float> %53, zeroinitializer
-  %102 = select <32 x i1> %101, <32 x float> %100, <32 x float> zeroinitializer
-  store <32 x float> %102, ptr %beta37.i, align 16, !tbaa !92
-  %.idx.i = shl nsw i64 %48, 14
-  %103 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br label %for_begin_d_0.preheader.i
+  %79 = bitcast <32 x float> %cse_v6.i to <32 x i32>
+  %80 = add nsw <32 x i32> %79, splat (i32 -1262485504)
+  %81 = sitofp <32 x i32> %80 to <32 x float>
+  %82 = fmul <32 x float> %81, splat (float 0x3F2BD01060000000)
+  %83 = fmul <32 x float> %81, splat (float 0x3FE6300000000000)
+  %84 = fsub <32 x float> %arg2.i, %83
+  %85 = fadd <32 x float> %82, %84
+  %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %85, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %87 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %86, <32 x float> %85, <32 x float> splat (float 0x3F81112100000000))
+  %88 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %87, <32 x float> %85, <32 x float> splat (float 0x3FA5553820000000))
+  %89 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %88, <32 x float> %85, <32 x float> splat (float 0x3FC5555540000000))
+  %90 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %89, <32 x float> %85, <32 x float> splat (float 5.000000e-01))
+  %91 = fmul <32 x float> %85, %90
+  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %91, <32 x float> %85, <32 x float> %85)
+  %93 = shl <32 x i32> %79, splat (i32 23)
+  %94 = add <32 x i32> %93, splat (i32 1065353216)
+  %95 = bitcast <32 x i32> %94 to <32 x float>
+  %96 = fadd <32 x float> %92, splat (float 1.000000e+00)
+  %97 = fmul <32 x float> %96, %95
+  %98 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
+  %99 = select <32 x i1> %98, <32 x float> zeroinitializer, <32 x float> %97
+  %100 = fcmp one <32 x float> %52, zeroinitializer
+  %101 = select <32 x i1> %100, <32 x float> %99, <32 x float> zeroinitializer
+  store <32 x float> %101, ptr %beta38.i, align 16, !tbaa !87
+  %102 = fmul <32 x float> %old_sum.i, %78
+  %103 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %101, <32 x float> %52, <32 x float> %102)
+  %.idx.i = shl nsw i64 %47, 14
+  %104 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %44, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+
+for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
+  %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
+  %105 = shl nuw nsw i64 %indvars.iv65.i, 7
+  %106 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv65.i
+  %107 = load float, ptr %106, align 4, !tbaa !93
+  %108 = insertelement <16 x float> poison, float %107, i64 0
+  %109 = shufflevector <16 x float> %108, <16 x float> poison, <16 x i32> zeroinitializer
+  %110 = getelementptr float, ptr %104, i64 %105
+  %111 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv65.i
+  %112 = load float, ptr %111, align 4, !tbaa !94
+  %113 = getelementptr inbounds nuw float, ptr %acc.i, i64 %105
+  store <16 x float> zeroinitializer, ptr %113, align 4, !tbaa !5
+  %114 = load <16 x float>, ptr %110, align 4, !tbaa !5
+  %.scalar = fmul float %112, 0.000000e+00
+  %115 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %116 = shufflevector <16 x float> %115, <16 x float> poison, <16 x i32> zeroinitializer
+  %117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %114, <16 x float> %116)
+  store <16 x float> %117, ptr %113, align 4, !tbaa !5
+  %118 = getelementptr inbounds nuw i8, ptr %113, i64 64
+  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
+  %119 = getelementptr i8, ptr %110, i64 64
+  %120 = load <16 x float>, ptr %119, align 4, !tbaa !5
+  %121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %120, <16 x float> %116)
+  store <16 x float> %121, ptr %118, align 4, !tbaa !5
+  %122 = getelementptr inbounds nuw i8, ptr %113, i64 128
+  store <16 x float> zeroinitializer, ptr %122, align 4, !tbaa !5
+  %123 = getelementptr i8, ptr %110, i64 128
+  %124 = load <16 x float>, ptr %123, align 4, !tbaa !5
+  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %124, <16 x float> %116)
+  store <16 x float> %125, ptr %122, align 4, !tbaa !5
+  %126 = getelementptr inbounds nuw i8, ptr %113, i64 192
+  store <16 x float> zeroinitializer, ptr %126, align 4, !tbaa !5
+  %127 = getelementptr i8, ptr %110, i64 192
+  %128 = load <16 x float>, ptr %127, align 4, !tbaa !5
+  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %128, <16 x float> %116)
+  store <16 x float> %129, ptr %126, align 4, !tbaa !5
+  %130 = getelementptr inbounds nuw i8, ptr %113, i64 256
+  store <16 x float> zeroinitializer, ptr %130, align 4, !tbaa !5
+  %131 = getelementptr i8, ptr %110, i64 256
+  %132 = load <16 x float>, ptr %131, align 4, !tbaa !5
+  %133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %132, <16 x float> %116)
+  store <16 x float> %133, ptr %130, align 4, !tbaa !5
+  %134 = getelementptr inbounds nuw i8, ptr %113, i64 320
+  store <16 x float> zeroinitializer, ptr %134, align 4, !tbaa !5
+  %135 = getelementptr i8, ptr %110, i64 320
+  %136 = load <16 x float>, ptr %135, align 4, !tbaa !5
+  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %136, <16 x float> %116)
+  store <16 x float> %137, ptr %134, align 4, !tbaa !5
+  %138 = getelementptr inbounds nuw i8, ptr %113, i64 384
+  store <16 x float> zeroinitializer, ptr %138, align 4, !tbaa !5
+  %139 = getelementptr i8, ptr %110, i64 384
+  %140 = load <16 x float>, ptr %139, align 4, !tbaa !5
+  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %140, <16 x float> %116)
+  store <16 x float> %141, ptr %138, align 4, !tbaa !5
+  %142 = getelementptr inbounds nuw i8, ptr %113, i64 448
+  store <16 x float> zeroinitializer, ptr %142, align 4, !tbaa !5
+  %143 = getelementptr i8, ptr %110, i64 448
+  %144 = load <16 x float>, ptr %143, align 4, !tbaa !5
+  %145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %144, <16 x float> %116)
+  store <16 x float> %145, ptr %142, align 4, !tbaa !5
+  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
+  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 32
+  br i1 %exitcond68.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !17
 
 for_end_step.i:                                   ; preds = %for_end_r.i, %for_begin_step.preheader.i
-  %.lcssa48.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %120, %for_end_r.i ]
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %103, %for_end_r.i ]
   %m47.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
   store <32 x float> %m47.lcssa.i, ptr %row_max43.i, align 16
-  store <32 x float> %.lcssa48.i, ptr %row_sum42.i, align 16
-  %104 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa48.i
-  %105 = fcmp oeq <32 x float> %.lcssa48.i, zeroinitializer
-  %106 = select <32 x i1> %105, <32 x float> zeroinitializer, <32 x float> %104
-  store <32 x float> %106, ptr %factor41.i, align 16, !tbaa !98
+  store <32 x float> %.lcssa.i, ptr %row_sum42.i, align 16
+  %146 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %147 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %148 = select <32 x i1> %147, <32 x float> zeroinitializer, <32 x float> %146
+  store <32 x float> %148, ptr %factor37.i, align 16, !tbaa !95
   %sext28 = shl i64 %20, 32
   %cse_v5.i = ashr exact i64 %sext28, 32
-  %107 = mul nsw i64 %out_batch, %cse_v5.i
-  %108 = getelementptr i16, ptr %out, i64 %107
-  br label %for_begin_d_017.preheader.i
+  %149 = mul nsw i64 %out_batch, %cse_v5.i
+  %150 = getelementptr i16, ptr %out, i64 %149
+  br label %for_begin_d_022.preheader.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_body_step.i
-  %indvars.iv62.i = phi i64 [ 0, %for_body_step.i ], [ %indvars.iv.next63.i, %for_end_d_0.i ]
-  %109 = shl nuw nsw i64 %indvars.iv62.i, 7
-  %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv62.i
-  %111 = load float, ptr %110, align 4, !tbaa !104
-  %112 = insertelement <16 x float> poison, float %111, i64 0
-  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
-  %114 = getelementptr float, ptr %103, i64 %109
-  %115 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv62.i
-  %116 = load float, ptr %115, align 4, !tbaa !105
-  %117 = insertelement <16 x float> poison, float %116, i64 0
-  %118 = shufflevector <16 x float> %117, <16 x float> poison, <16 x i32> zeroinitializer
-  %invariant.gep = getelementptr inbounds nuw float, ptr %acc.i, i64 %109
-  br label %for_begin_d_2.preheader.i
-
-for_end_r.i:                                      ; preds = %for_end_d_0.i
-  %119 = fmul <32 x float> %old_sum.i, %79
-  %120 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %102, <32 x float> %53, <32 x float> %119)
-  %indvars.iv.next67.i = add nuw nsw i64 %indvars.iv66.i, 1
-  %exitcond69.not.i = icmp eq i64 %indvars.iv.next67.i, %wide.trip.count.i
-  br i1 %exitcond69.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
-
-for_begin_d_2.preheader.i:                        ; preds = %if_end16.1.i, %for_begin_d_0.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next.i, %if_end16.1.i ]
-  %121 = shl nuw nsw i64 %indvars.iv.i, 5
-  %122 = getelementptr float, ptr %114, i64 %121
-  %gep = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %121
-  br i1 %45, label %if_then15.i, label %for_begin_d_2.preheader.if_end16_crit_edge.i, !prof !8
-
-for_begin_d_2.preheader.if_end16_crit_edge.i:     ; preds = %for_begin_d_2.preheader.i
-  %.pre.i = load <16 x float>, ptr %gep, align 4, !tbaa !5
-  br label %if_end16.i
-
-for_end_d_0.i:                                    ; preds = %if_end16.1.i
-  %indvars.iv.next63.i = add nuw nsw i64 %indvars.iv62.i, 1
-  %exitcond65.not.i = icmp eq i64 %indvars.iv.next63.i, 32
-  br i1 %exitcond65.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
-
-if_then15.i:                                      ; preds = %for_begin_d_2.preheader.i
-  store <16 x float> zeroinitializer, ptr %gep, align 4, !tbaa !5
-  br label %if_end16.i
-
-if_end16.i:                                       ; preds = %if_then15.i, %for_begin_d_2.preheader.if_end16_crit_edge.i
-  %123 = phi <16 x float> [ %.pre.i, %for_begin_d_2.preheader.if_end16_crit_edge.i ], [ zeroinitializer, %if_then15.i ]
-  %124 = load float, ptr %122, align 4, !tbaa !5
-  %125 = getelementptr i8, ptr %122, i64 8
-  %126 = load float, ptr %125, align 4, !tbaa !5
-  %127 = getelementptr i8, ptr %122, i64 16
-  %128 = load float, ptr %127, align 4, !tbaa !5
-  %129 = getelementptr i8, ptr %122, i64 24
-  %130 = load float, ptr %129, align 4, !tbaa !5
-  %131 = getelementptr i8, ptr %122, i64 32
-  %132 = load float, ptr %131, align 4, !tbaa !5
-  %133 = getelementptr i8, ptr %122, i64 40
-  %134 = load float, ptr %133, align 4, !tbaa !5
-  %135 = getelementptr i8, ptr %122, i64 48
-  %136 = load float, ptr %135, align 4, !tbaa !5
-  %137 = getelementptr i8, ptr %122, i64 56
-  %138 = load float, ptr %137, align 4, !tbaa !5
-  %139 = getelementptr i8, ptr %122, i64 64
-  %140 = load float, ptr %139, align 4, !tbaa !5
-  %141 = getelementptr i8, ptr %122, i64 72
-  %142 = load float, ptr %141, align 4, !tbaa !5
-  %143 = getelementptr i8, ptr %122, i64 80
-  %144 = load float, ptr %143, align 4, !tbaa !5
-  %145 = getelementptr i8, ptr %122, i64 88
-  %146 = load float, ptr %145, align 4, !tbaa !5
-  %147 = getelementptr i8, ptr %122, i64 96
-  %148 = load float, ptr %147, align 4, !tbaa !5
-  %149 = getelementptr i8, ptr %122, i64 104
-  %150 = load float, ptr %149, align 4, !tbaa !5
-  %151 = getelementptr i8, ptr %122, i64 112
-  %152 = load float, ptr %151, align 4, !tbaa !5
-  %153 = getelementptr i8, ptr %122, i64 120
-  %154 = load float, ptr %153, align 4, !tbaa !5
-  %155 = insertelement <16 x float> <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float undef, float undef, float undef, float undef, float undef, float undef>, float %124, i64 0
-  %156 = insertelement <16 x float> %155, float %126, i64 1
-  %157 = insertelement <16 x float> %156, float %128, i64 2
-  %158 = insertelement <16 x float> %157, float %130, i64 3
-  %159 = insertelement <16 x float> %158, float %132, i64 4
-  %160 = insertelement <16 x float> %159, float %134, i64 5
-  %161 = insertelement <16 x float> %160, float %136, i64 6
-  %162 = insertelement <16 x float> %161, float %138, i64 7
-  %163 = insertelement <16 x float> %162, float %140, i64 8
-  %164 = insertelement <16 x float> %163, float %142, i64 9
-  %165 = insertelement <16 x float> %164, float %144, i64 10
-  %166 = insertelement <16 x float> %165, float %146, i64 11
-  %167 = insertelement <16 x float> %166, float %148, i64 12
-  %168 = insertelement <16 x float> %167, float %150, i64 13
-  %169 = insertelement <16 x float> %168, float %152, i64 14
-  %170 = insertelement <16 x float> %169, float %154, i64 15
-  %171 = fmul <16 x float> %118, %123
-  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %170, <16 x float> %171)
-  store <16 x float> %172, ptr %gep, align 4, !tbaa !5
-  %173 = getelementptr inbounds nuw i8, ptr %gep, i64 64
-  br i1 %45, label %if_then15.1.i, label %if_end16.if_end16.1_crit_edge.i, !prof !8
-
-if_end16.if_end16.1_crit_edge.i:                  ; preds = %if_end16.i
-  %.pre88.i = load <16 x float>, ptr %173, align 4, !tbaa !5
-  br label %if_end16.1.i
-
-if_then15.1.i:                                    ; preds = %if_end16.i
-  store <16 x float> zeroinitializer, ptr %173, align 4, !tbaa !5
-  br label %if_end16.1.i
-
-if_end16.1.i:                                     ; preds = %if_then15.1.i, %if_end16.if_end16.1_crit_edge.i
-  %174 = phi <16 x float> [ %.pre88.i, %if_end16.if_end16.1_crit_edge.i ], [ zeroinitializer, %if_then15.1.i ]
-  %175 = getelementptr i8, ptr %122, i64 4
-  %176 = load float, ptr %175, align 4, !tbaa !5
-  %177 = getelementptr i8, ptr %122, i64 12
-  %178 = load float, ptr %177, align 4, !tbaa !5
-  %179 = getelementptr i8, ptr %122, i64 20
-  %180 = load float, ptr %179, align 4, !tbaa !5
-  %181 = getelementptr i8, ptr %122, i64 28
-  %182 = load float, ptr %181, align 4, !tbaa !5
-  %183 = getelementptr i8, ptr %122, i64 36
-  %184 = load float, ptr %183, align 4, !tbaa !5
-  %185 = getelementptr i8, ptr %122, i64 44
-  %186 = load float, ptr %185, align 4, !tbaa !5
-  %187 = getelementptr i8, ptr %122, i64 52
-  %188 = load float, ptr %187, align 4, !tbaa !5
-  %189 = getelementptr i8, ptr %122, i64 60
-  %190 = load float, ptr %189, align 4, !tbaa !5
-  %191 = getelementptr i8, ptr %122, i64 68
-  %192 = load float, ptr %191, align 4, !tbaa !5
-  %193 = getelementptr i8, ptr %122, i64 76
-  %194 = load float, ptr %193, align 4, !tbaa !5
-  %195 = getelementptr i8, ptr %122, i64 84
-  %196 = load float, ptr %195, align 4, !tbaa !5
-  %197 = getelementptr i8, ptr %122, i64 92
-  %198 = load float, ptr %197, align 4, !tbaa !5
-  %199 = getelementptr i8, ptr %122, i64 100
-  %200 = load float, ptr %199, align 4, !tbaa !5
-  %201 = getelementptr i8, ptr %122, i64 108
-  %202 = load float, ptr %201, align 4, !tbaa !5
-  %203 = getelementptr i8, ptr %122, i64 116
-  %204 = load float, ptr %203, align 4, !tbaa !5
-  %205 = getelementptr i8, ptr %122, i64 124
-  %206 = load float, ptr %205, align 4, !tbaa !5
-  %207 = insertelement <16 x float> <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float undef, float undef, float undef, float undef, float undef, float undef>, float %176, i64 0
-  %208 = insertelement <16 x float> %207, float %178, i64 1
-  %209 = insertelement <16 x float> %208, float %180, i64 2
-  %210 = insertelement <16 x float> %209, float %182, i64 3
-  %211 = insertelement <16 x float> %210, float %184, i64 4
-  %212 = insertelement <16 x float> %211, float %186, i64 5
-  %213 = insertelement <16 x float> %212, float %188, i64 6
-  %214 = insertelement <16 x float> %213, float %190, i64 7
-  %215 = insertelement <16 x float> %214, float %192, i64 8
-  %216 = insertelement <16 x float> %215, float %194, i64 9
-  %217 = insertelement <16 x float> %216, float %196, i64 10
-  %218 = insertelement <16 x float> %217, float %198, i64 11
-  %219 = insertelement <16 x float> %218, float %200, i64 12
-  %220 = insertelement <16 x float> %219, float %202, i64 13
-  %221 = insertelement <16 x float> %220, float %204, i64 14
-  %222 = insertelement <16 x float> %221, float %206, i64 15
-  %223 = fmul <16 x float> %118, %174
-  %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %222, <16 x float> %223)
-  store <16 x float> %224, ptr %173, align 4, !tbaa !5
+for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
+  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
+  %151 = shl nuw nsw i64 %indvars.iv.i, 7
+  %152 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv.i
+  %153 = load float, ptr %152, align 4, !tbaa !93
+  %154 = insertelement <16 x float> poison, float %153, i64 0
+  %155 = shufflevector <16 x float> %154, <16 x float> poison, <16 x i32> zeroinitializer
+  %156 = getelementptr float, ptr %104, i64 %151
+  %157 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv.i
+  %158 = load float, ptr %157, align 4, !tbaa !94
+  %159 = insertelement <16 x float> poison, float %158, i64 0
+  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
+  %161 = load <16 x float>, ptr %156, align 4, !tbaa !5
+  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %151
+  %163 = load <16 x float>, ptr %162, align 4, !tbaa !5
+  %164 = fmul <16 x float> %163, %160
+  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %161, <16 x float> %164)
+  store <16 x float> %165, ptr %162, align 4, !tbaa !5
+  %166 = getelementptr i8, ptr %156, i64 64
+  %167 = load <16 x float>, ptr %166, align 4, !tbaa !5
+  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
+  %170 = fmul <16 x float> %160, %169
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %167, <16 x float> %170)
+  store <16 x float> %171, ptr %168, align 4, !tbaa !5
+  %172 = getelementptr i8, ptr %156, i64 128
+  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
+  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
+  %176 = fmul <16 x float> %160, %175
+  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %173, <16 x float> %176)
+  store <16 x float> %177, ptr %174, align 4, !tbaa !5
+  %178 = getelementptr i8, ptr %156, i64 192
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
+  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
+  %182 = fmul <16 x float> %160, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %179, <16 x float> %182)
+  store <16 x float> %183, ptr %180, align 4, !tbaa !5
+  %184 = getelementptr i8, ptr %156, i64 256
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
+  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
+  %188 = fmul <16 x float> %160, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %185, <16 x float> %188)
+  store <16 x float> %189, ptr %186, align 4, !tbaa !5
+  %190 = getelementptr i8, ptr %156, i64 320
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
+  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
+  %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
+  %194 = fmul <16 x float> %160, %193
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %191, <16 x float> %194)
+  store <16 x float> %195, ptr %192, align 4, !tbaa !5
+  %196 = getelementptr i8, ptr %156, i64 384
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
+  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
+  %200 = fmul <16 x float> %160, %199
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %197, <16 x float> %200)
+  store <16 x float> %201, ptr %198, align 4, !tbaa !5
+  %202 = getelementptr i8, ptr %156, i64 448
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
+  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
+  %206 = fmul <16 x float> %160, %205
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %203, <16 x float> %206)
+  store <16 x float> %207, ptr %204, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
-  br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_begin_d_2.preheader.i, !prof !17
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
+  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
 
-for_begin_d_017.preheader.i:                      ; preds = %for_end_d_019.i, %for_end_step.i
-  %indvars.iv79.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next80.i, %for_end_d_019.i ]
-  %225 = getelementptr inbounds nuw float, ptr %factor41.i, i64 %indvars.iv79.i
-  %226 = load float, ptr %225, align 4, !tbaa !106
-  %227 = insertelement <16 x float> poison, float %226, i64 0
-  %228 = shufflevector <16 x float> %227, <16 x float> poison, <16 x i32> zeroinitializer
-  %229 = mul nsw i64 %indvars.iv79.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %108, i64 %229
-  %.idx = shl nuw nsw i64 %indvars.iv79.i, 9
-  %230 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  br label %for_begin_d_222.preheader.i
+for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
+  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
+  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
+  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
 
-for_begin_h27.preheader.i:                        ; preds = %for_end_d_019.i
-  %231 = mul nsw i64 %lse_batch, %cse_v5.i
-  %232 = getelementptr float, ptr %lse, i64 %231
-  br label %for_body_h28.i
+for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.preheader.i, %for_end_step.i
+  %indvars.iv78.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next79.i, %for_begin_d_022.preheader.i ]
+  %208 = getelementptr inbounds nuw float, ptr %factor37.i, i64 %indvars.iv78.i
+  %209 = load float, ptr %208, align 4, !tbaa !101
+  %210 = insertelement <16 x float> poison, float %209, i64 0
+  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
+  %212 = mul nsw i64 %indvars.iv78.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %150, i64 %212
+  %.idx = shl nuw nsw i64 %indvars.iv78.i, 9
+  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %214 = load <16 x float>, ptr %213, align 4, !tbaa !5
+  %215 = fmul <16 x float> %214, %211
+  %216 = bitcast <16 x float> %215 to <16 x i32>
+  %217 = lshr <16 x i32> %216, splat (i32 16)
+  %218 = and <16 x i32> %217, splat (i32 1)
+  %219 = add nuw <16 x i32> %216, splat (i32 32767)
+  %220 = add nuw <16 x i32> %219, %218
+  %221 = lshr <16 x i32> %220, splat (i32 16)
+  %222 = trunc nuw <16 x i32> %221 to <16 x i16>
+  store <16 x i16> %222, ptr %invariant.gep.i, align 2, !tbaa !5
+  %223 = getelementptr inbounds nuw i8, ptr %213, i64 64
+  %224 = load <16 x float>, ptr %223, align 4, !tbaa !5
+  %225 = fmul <16 x float> %211, %224
+  %226 = bitcast <16 x float> %225 to <16 x i32>
+  %227 = lshr <16 x i32> %226, splat (i32 16)
+  %228 = and <16 x i32> %227, splat (i32 1)
+  %229 = add nuw <16 x i32> %226, splat (i32 32767)
+  %230 = add nuw <16 x i32> %229, %228
+  %231 = lshr <16 x i32> %230, splat (i32 16)
+  %232 = trunc nuw <16 x i32> %231 to <16 x i16>
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
+  store <16 x i16> %232, ptr %gep.1.i, align 2, !tbaa !5
+  %233 = getelementptr inbounds nuw i8, ptr %213, i64 128
+  %234 = load <16 x float>, ptr %233, align 4, !tbaa !5
+  %235 = fmul <16 x float> %211, %234
+  %236 = bitcast <16 x float> %235 to <16 x i32>
+  %237 = lshr <16 x i32> %236, splat (i32 16)
+  %238 = and <16 x i32> %237, splat (i32 1)
+  %239 = add nuw <16 x i32> %236, splat (i32 32767)
+  %240 = add nuw <16 x i32> %239, %238
+  %241 = lshr <16 x i32> %240, splat (i32 16)
+  %242 = trunc nuw <16 x i32> %241 to <16 x i16>
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  store <16 x i16> %242, ptr %gep.2.i, align 2, !tbaa !5
+  %243 = getelementptr inbounds nuw i8, ptr %213, i64 192
+  %244 = load <16 x float>, ptr %243, align 4, !tbaa !5
+  %245 = fmul <16 x float> %211, %244
+  %246 = bitcast <16 x float> %245 to <16 x i32>
+  %247 = lshr <16 x i32> %246, splat (i32 16)
+  %248 = and <16 x i32> %247, splat (i32 1)
+  %249 = add nuw <16 x i32> %246, splat (i32 32767)
+  %250 = add nuw <16 x i32> %249, %248
+  %251 = lshr <16 x i32> %250, splat (i32 16)
+  %252 = trunc nuw <16 x i32> %251 to <16 x i16>
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
+  store <16 x i16> %252, ptr %gep.3.i, align 2, !tbaa !5
+  %253 = getelementptr inbounds nuw i8, ptr %213, i64 256
+  %254 = load <16 x float>, ptr %253, align 4, !tbaa !5
+  %255 = fmul <16 x float> %211, %254
+  %256 = bitcast <16 x float> %255 to <16 x i32>
+  %257 = lshr <16 x i32> %256, splat (i32 16)
+  %258 = and <16 x i32> %257, splat (i32 1)
+  %259 = add nuw <16 x i32> %256, splat (i32 32767)
+  %260 = add nuw <16 x i32> %259, %258
+  %261 = lshr <16 x i32> %260, splat (i32 16)
+  %262 = trunc nuw <16 x i32> %261 to <16 x i16>
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  store <16 x i16> %262, ptr %gep.4.i, align 2, !tbaa !5
+  %263 = getelementptr inbounds nuw i8, ptr %213, i64 320
+  %264 = load <16 x float>, ptr %263, align 4, !tbaa !5
+  %265 = fmul <16 x float> %211, %264
+  %266 = bitcast <16 x float> %265 to <16 x i32>
+  %267 = lshr <16 x i32> %266, splat (i32 16)
+  %268 = and <16 x i32> %267, splat (i32 1)
+  %269 = add nuw <16 x i32> %266, splat (i32 32767)
+  %270 = add nuw <16 x i32> %269, %268
+  %271 = lshr <16 x i32> %270, splat (i32 16)
+  %272 = trunc nuw <16 x i32> %271 to <16 x i16>
+  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
+  store <16 x i16> %272, ptr %gep.5.i, align 2, !tbaa !5
+  %273 = getelementptr inbounds nuw i8, ptr %213, i64 384
+  %274 = load <16 x float>, ptr %273, align 4, !tbaa !5
+  %275 = fmul <16 x float> %211, %274
+  %276 = bitcast <16 x float> %275 to <16 x i32>
+  %277 = lshr <16 x i32> %276, splat (i32 16)
+  %278 = and <16 x i32> %277, splat (i32 1)
+  %279 = add nuw <16 x i32> %276, splat (i32 32767)
+  %280 = add nuw <16 x i32> %279, %278
+  %281 = lshr <16 x i32> %280, splat (i32 16)
+  %282 = trunc nuw <16 x i32> %281 to <16 x i16>
+  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  store <16 x i16> %282, ptr %gep.6.i, align 2, !tbaa !5
+  %283 = getelementptr inbounds nuw i8, ptr %213, i64 448
+  %284 = load <16 x float>, ptr %283, align 4, !tbaa !5
+  %285 = fmul <16 x float> %211, %284
+  %286 = bitcast <16 x float> %285 to <16 x i32>
+  %287 = lshr <16 x i32> %286, splat (i32 16)
+  %288 = and <16 x i32> %287, splat (i32 1)
+  %289 = add nuw <16 x i32> %286, splat (i32 32767)
+  %290 = add nuw <16 x i32> %289, %288
+  %291 = lshr <16 x i32> %290, splat (i32 16)
+  %292 = trunc nuw <16 x i32> %291 to <16 x i16>
+  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
+  store <16 x i16> %292, ptr %gep.7.i, align 2, !tbaa !5
+  %indvars.iv.next79.i = add nuw nsw i64 %indvars.iv78.i, 1
+  %exitcond81.not.i = icmp eq i64 %indvars.iv.next79.i, 32
+  br i1 %exitcond81.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !17
 
-for_begin_d_222.preheader.i:                      ; preds = %for_begin_d_222.preheader.i, %for_begin_d_017.preheader.i
-  %indvars.iv74.i = phi i64 [ 0, %for_begin_d_017.preheader.i ], [ %indvars.iv.next75.i, %for_begin_d_222.preheader.i ]
-  %233 = shl nuw nsw i64 %indvars.iv74.i, 5
-  %gep.i = getelementptr i16, ptr %invariant.gep.i, i64 %233
-  %234 = getelementptr inbounds nuw float, ptr %230, i64 %233
-  %235 = load <16 x float>, ptr %234, align 4, !tbaa !5
-  %236 = fmul <16 x float> %228, %235
-  %237 = bitcast <16 x float> %236 to <16 x i32>
-  %238 = lshr <16 x i32> %237, splat (i32 16)
-  %239 = and <16 x i32> %238, splat (i32 1)
-  %240 = add nuw <16 x i32> %237, splat (i32 32767)
-  %241 = add nuw <16 x i32> %240, %239
-  %242 = lshr <16 x i32> %241, splat (i32 16)
-  %243 = trunc nuw <16 x i32> %242 to <16 x i16>
-  %244 = extractelement <16 x i16> %243, i64 0
-  store i16 %244, ptr %gep.i, align 2, !tbaa !5
-  %245 = getelementptr i8, ptr %gep.i, i64 4
-  %246 = extractelement <16 x i16> %243, i64 1
-  store i16 %246, ptr %245, align 2, !tbaa !5
-  %247 = getelementptr i8, ptr %gep.i, i64 8
-  %248 = extractelement <16 x i16> %243, i64 2
-  store i16 %248, ptr %247, align 2, !tbaa !5
-  %249 = getelementptr i8, ptr %gep.i, i64 12
-  %250 = extractelement <16 x i16> %243, i64 3
-  store i16 %250, ptr %249, align 2, !tbaa !5
-  %251 = getelementptr i8, ptr %gep.i, i64 16
-  %252 = extractelement <16 x i16> %243, i64 4
-  store i16 %252, ptr %251, align 2, !tbaa !5
-  %253 = getelementptr i8, ptr %gep.i, i64 20
-  %254 = extractelement <16 x i16> %243, i64 5
-  store i16 %254, ptr %253, align 2, !tbaa !5
-  %255 = getelementptr i8, ptr %gep.i, i64 24
-  %256 = extractelement <16 x i16> %243, i64 6
-  store i16 %256, ptr %255, align 2, !tbaa !5
-  %257 = getelementptr i8, ptr %gep.i, i64 28
-  %258 = extractelement <16 x i16> %243, i64 7
-  store i16 %258, ptr %257, align 2, !tbaa !5
-  %259 = getelementptr i8, ptr %gep.i, i64 32
-  %260 = extractelement <16 x i16> %243, i64 8
-  store i16 %260, ptr %259, align 2, !tbaa !5
-  %261 = getelementptr i8, ptr %gep.i, i64 36
-  %262 = extractelement <16 x i16> %243, i64 9
-  store i16 %262, ptr %261, align 2, !tbaa !5
-  %263 = getelementptr i8, ptr %gep.i, i64 40
-  %264 = extractelement <16 x i16> %243, i64 10
-  store i16 %264, ptr %263, align 2, !tbaa !5
-  %265 = getelementptr i8, ptr %gep.i, i64 44
-  %266 = extractelement <16 x i16> %243, i64 11
-  store i16 %266, ptr %265, align 2, !tbaa !5
-  %267 = getelementptr i8, ptr %gep.i, i64 48
-  %268 = extractelement <16 x i16> %243, i64 12
-  store i16 %268, ptr %267, align 2, !tbaa !5
-  %269 = getelementptr i8, ptr %gep.i, i64 52
-  %270 = extractelement <16 x i16> %243, i64 13
-  store i16 %270, ptr %269, align 2, !tbaa !5
-  %271 = getelementptr i8, ptr %gep.i, i64 56
-  %272 = extractelement <16 x i16> %243, i64 14
-  store i16 %272, ptr %271, align 2, !tbaa !5
-  %273 = getelementptr i8, ptr %gep.i, i64 60
-  %274 = extractelement <16 x i16> %243, i64 15
-  store i16 %274, ptr %273, align 2, !tbaa !5
-  %275 = getelementptr inbounds nuw i8, ptr %234, i64 64
-  %276 = load <16 x float>, ptr %275, align 4, !tbaa !5
-  %277 = fmul <16 x float> %228, %276
-  %278 = bitcast <16 x float> %277 to <16 x i32>
-  %279 = lshr <16 x i32> %278, splat (i32 16)
-  %280 = and <16 x i32> %279, splat (i32 1)
-  %281 = add nuw <16 x i32> %278, splat (i32 32767)
-  %282 = add nuw <16 x i32> %281, %280
-  %283 = lshr <16 x i32> %282, splat (i32 16)
-  %284 = trunc nuw <16 x i32> %283 to <16 x i16>
-  %285 = getelementptr i8, ptr %gep.i, i64 2
-  %286 = extractelement <16 x i16> %284, i64 0
-  store i16 %286, ptr %285, align 2, !tbaa !5
-  %287 = getelementptr i8, ptr %gep.i, i64 6
-  %288 = extractelement <16 x i16> %284, i64 1
-  store i16 %288, ptr %287, align 2, !tbaa !5
-  %289 = getelementptr i8, ptr %gep.i, i64 10
-  %290 = extractelement <16 x i16> %284, i64 2
-  store i16 %290, ptr %289, align 2, !tbaa !5
-  %291 = getelementptr i8, ptr %gep.i, i64 14
-  %292 = extractelement <16 x i16> %284, i64 3
-  store i16 %292, ptr %291, align 2, !tbaa !5
-  %293 = getelementptr i8, ptr %gep.i, i64 18
-  %294 = extractelement <16 x i16> %284, i64 4
-  store i16 %294, ptr %293, align 2, !tbaa !5
-  %295 = getelementptr i8, ptr %gep.i, i64 22
-  %296 = extractelement <16 x i16> %284, i64 5
-  store i16 %296, ptr %295, align 2, !tbaa !5
-  %297 = getelementptr i8, ptr %gep.i, i64 26
-  %298 = extractelement <16 x i16> %284, i64 6
-  store i16 %298, ptr %297, align 2, !tbaa !5
-  %299 = getelementptr i8, ptr %gep.i, i64 30
-  %300 = extractelement <16 x i16> %284, i64 7
-  store i16 %300, ptr %299, align 2, !tbaa !5
-  %301 = getelementptr i8, ptr %gep.i, i64 34
-  %302 = extractelement <16 x i16> %284, i64 8
-  store i16 %302, ptr %301, align 2, !tbaa !5
-  %303 = getelementptr i8, ptr %gep.i, i64 38
-  %304 = extractelement <16 x i16> %284, i64 9
-  store i16 %304, ptr %303, align 2, !tbaa !5
-  %305 = getelementptr i8, ptr %gep.i, i64 42
-  %306 = extractelement <16 x i16> %284, i64 10
-  store i16 %306, ptr %305, align 2, !tbaa !5
-  %307 = getelementptr i8, ptr %gep.i, i64 46
-  %308 = extractelement <16 x i16> %284, i64 11
-  store i16 %308, ptr %307, align 2, !tbaa !5
-  %309 = getelementptr i8, ptr %gep.i, i64 50
-  %310 = extractelement <16 x i16> %284, i64 12
-  store i16 %310, ptr %309, align 2, !tbaa !5
-  %311 = getelementptr i8, ptr %gep.i, i64 54
-  %312 = extractelement <16 x i16> %284, i64 13
-  store i16 %312, ptr %311, align 2, !tbaa !5
-  %313 = getelementptr i8, ptr %gep.i, i64 58
-  %314 = extractelement <16 x i16> %284, i64 14
-  store i16 %314, ptr %313, align 2, !tbaa !5
-  %315 = getelementptr i8, ptr %gep.i, i64 62
-  %316 = extractelement <16 x i16> %284, i64 15
-  store i16 %316, ptr %315, align 2, !tbaa !5
-  %indvars.iv.next75.i = add nuw nsw i64 %indvars.iv74.i, 1
-  %exitcond78.not.i = icmp eq i64 %indvars.iv.next75.i, 4
-  br i1 %exitcond78.not.i, label %for_end_d_019.i, label %for_begin_d_222.preheader.i, !prof !17
+for_begin_r27.preheader.i:                        ; preds = %for_begin_d_022.preheader.i
+  %293 = mul nsw i64 %lse_batch, %cse_v5.i
+  %294 = getelementptr float, ptr %lse, i64 %293
+  br label %for_body_r28.i
 
-for_end_d_019.i:                                  ; preds = %for_begin_d_222.preheader.i
-  %indvars.iv.next80.i = add nuw nsw i64 %indvars.iv79.i, 1
-  %exitcond82.not.i = icmp eq i64 %indvars.iv.next80.i, 32
-  br i1 %exitcond82.not.i, label %for_begin_h27.preheader.i, label %for_begin_d_017.preheader.i, !prof !17
+for_body_r28.i:                                   ; preds = %if_end33.i.3, %for_begin_r27.preheader.i
+  %indvars.iv82.i = phi i64 [ 0, %for_begin_r27.preheader.i ], [ %indvars.iv.next83.i.3, %if_end33.i.3 ]
+  %295 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv82.i
+  %296 = load float, ptr %295, align 16, !tbaa !102
+  %297 = fcmp oeq float %296, 0.000000e+00
+  br i1 %297, label %if_end33.i, label %if_else.i
 
-for_body_h28.i:                                   ; preds = %if_end33.i.3, %for_begin_h27.preheader.i
-  %indvars.iv83.i = phi i64 [ 0, %for_begin_h27.preheader.i ], [ %indvars.iv.next84.i.3, %if_end33.i.3 ]
-  %317 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv83.i
-  %318 = load float, ptr %317, align 16, !tbaa !107
-  %319 = fcmp oeq float %318, 0.000000e+00
-  br i1 %319, label %if_end33.i, label %if_else.i
-
-for_end_h29.i:                                    ; preds = %if_end33.i.3
-  %320 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %321 = tail call i32 %320(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %321, 0
+for_end_r29.i:                                    ; preds = %if_end33.i.3
+  %298 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %299 = tail call i32 %298(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %299, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-if_else.i:                                        ; preds = %for_body_h28.i
-  %322 = tail call float @llvm.log.f32(float %318)
-  %323 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv83.i
-  %324 = load float, ptr %323, align 16, !tbaa !109
-  %325 = fadd float %322, %324
+if_else.i:                                        ; preds = %for_body_r28.i
+  %300 = tail call float @llvm.log.f32(float %296)
+  %301 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv82.i
+  %302 = load float, ptr %301, align 16, !tbaa !104
+  %303 = fadd float %300, %302
   br label %if_end33.i
 
-if_end33.i:                                       ; preds = %if_else.i, %for_body_h28.i
-  %326 = phi float [ %325, %if_else.i ], [ 0xFFF0000000000000, %for_body_h28.i ]
-  %327 = getelementptr float, ptr %232, i64 %indvars.iv83.i
-  store float %326, ptr %327, align 4, !tbaa !5
-  %indvars.iv.next84.i = or disjoint i64 %indvars.iv83.i, 1
-  %328 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next84.i
-  %329 = load float, ptr %328, align 4, !tbaa !107
-  %330 = fcmp oeq float %329, 0.000000e+00
-  br i1 %330, label %if_end33.i.1, label %if_else.i.1
+if_end33.i:                                       ; preds = %if_else.i, %for_body_r28.i
+  %304 = phi float [ %303, %if_else.i ], [ 0xFFF0000000000000, %for_body_r28.i ]
+  %305 = getelementptr float, ptr %294, i64 %indvars.iv82.i
+  store float %304, ptr %305, align 4, !tbaa !5
+  %indvars.iv.next83.i = or disjoint i64 %indvars.iv82.i, 1
+  %306 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i
+  %307 = load float, ptr %306, align 4, !tbaa !102
+  %308 = fcmp oeq float %307, 0.000000e+00
+  br i1 %308, label %if_end33.i.1, label %if_else.i.1
 
 if_else.i.1:                                      ; preds = %if_end33.i
-  %331 = tail call float @llvm.log.f32(float %329)
-  %332 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next84.i
-  %333 = load float, ptr %332, align 4, !tbaa !109
-  %334 = fadd float %331, %333
+  %309 = tail call float @llvm.log.f32(float %307)
+  %310 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i
+  %311 = load float, ptr %310, align 4, !tbaa !104
+  %312 = fadd float %309, %311
   br label %if_end33.i.1
 
 if_end33.i.1:                                     ; preds = %if_else.i.1, %if_end33.i
-  %335 = phi float [ %334, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end33.i ]
-  %336 = getelementptr float, ptr %232, i64 %indvars.iv.next84.i
-  store float %335, ptr %336, align 4, !tbaa !5
-  %indvars.iv.next84.i.1 = or disjoint i64 %indvars.iv83.i, 2
-  %337 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next84.i.1
-  %338 = load float, ptr %337, align 8, !tbaa !107
-  %339 = fcmp oeq float %338, 0.000000e+00
-  br i1 %339, label %if_end33.i.2, label %if_else.i.2
+  %313 = phi float [ %312, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end33.i ]
+  %314 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i
+  store float %313, ptr %314, align 4, !tbaa !5
+  %indvars.iv.next83.i.1 = or disjoint i64 %indvars.iv82.i, 2
+  %315 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.1
+  %316 = load float, ptr %315, align 8, !tbaa !102
+  %317 = fcmp oeq float %316, 0.000000e+00
+  br i1 %317, label %if_end33.i.2, label %if_else.i.2
 
 if_else.i.2:                                      ; preds = %if_end33.i.1
-  %340 = tail call float @llvm.log.f32(float %338)
-  %341 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next84.i.1
-  %342 = load float, ptr %341, align 8, !tbaa !109
-  %343 = fadd float %340, %342
+  %318 = tail call float @llvm.log.f32(float %316)
+  %319 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.1
+  %320 = load float, ptr %319, align 8, !tbaa !104
+  %321 = fadd float %318, %320
   br label %if_end33.i.2
 
 if_end33.i.2:                                     ; preds = %if_else.i.2, %if_end33.i.1
-  %344 = phi float [ %343, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end33.i.1 ]
-  %345 = getelementptr float, ptr %232, i64 %indvars.iv.next84.i.1
-  store float %344, ptr %345, align 4, !tbaa !5
-  %indvars.iv.next84.i.2 = or disjoint i64 %indvars.iv83.i, 3
-  %346 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next84.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !107
-  %348 = fcmp oeq float %347, 0.000000e+00
-  br i1 %348, label %if_end33.i.3, label %if_else.i.3
+  %322 = phi float [ %321, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end33.i.1 ]
+  %323 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.1
+  store float %322, ptr %323, align 4, !tbaa !5
+  %indvars.iv.next83.i.2 = or disjoint i64 %indvars.iv82.i, 3
+  %324 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.2
+  %325 = load float, ptr %324, align 4, !tbaa !102
+  %326 = fcmp oeq float %325, 0.000000e+00
+  br i1 %326, label %if_end33.i.3, label %if_else.i.3
 
 if_else.i.3:                                      ; preds = %if_end33.i.2
-  %349 = tail call float @llvm.log.f32(float %347)
-  %350 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next84.i.2
-  %351 = load float, ptr %350, align 4, !tbaa !109
-  %352 = fadd float %349, %351
+  %327 = tail call float @llvm.log.f32(float %325)
+  %328 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.2
+  %329 = load float, ptr %328, align 4, !tbaa !104
+  %330 = fadd float %327, %329
   br label %if_end33.i.3
 
 if_end33.i.3:                                     ; preds = %if_else.i.3, %if_end33.i.2
-  %353 = phi float [ %352, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end33.i.2 ]
-  %354 = getelementptr float, ptr %232, i64 %indvars.iv.next84.i.2
-  store float %353, ptr %354, align 4, !tbaa !5
-  %indvars.iv.next84.i.3 = add nuw nsw i64 %indvars.iv83.i, 4
-  %exitcond86.not.i.3 = icmp eq i64 %indvars.iv.next84.i.3, 32
-  br i1 %exitcond86.not.i.3, label %for_end_h29.i, label %for_body_h28.i, !prof !17, !llvm.loop !111
+  %331 = phi float [ %330, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end33.i.2 ]
+  %332 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.2
+  store float %331, ptr %332, align 4, !tbaa !5
+  %indvars.iv.next83.i.3 = add nuw nsw i64 %indvars.iv82.i, 4
+  %exitcond85.not.i.3 = icmp eq i64 %indvars.iv.next83.i.3, 32
+  br i1 %exitcond85.not.i.3, label %for_end_r29.i, label %for_body_r28.i, !prof !17, !llvm.loop !106
 
-merge_partials_compute_.exit:                     ; preds = %for_end_h29.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_h29.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor41.i)
+merge_partials_compute_.exit:                     ; preds = %for_end_r29.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r29.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor37.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta38.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha39.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %row_sum42.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %row_max43.i)
   ret i32 %common.ret.op.i
@@ -5805,34 +6054,30 @@ attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !78 = !{!"buffer3", !7, i64 0}
 !79 = !{!78, !78, i64 0}
 !80 = !{!69, !69, i64 0}
-!81 = distinct !{!81, !82}
-!82 = !{!"llvm.loop.estimated_trip_count", i32 262144}
-!83 = distinct !{!83, !82}
-!84 = distinct !{!84, !82}
-!85 = distinct !{!85, !82}
-!86 = !{!87, !87, i64 0}
-!87 = !{!"buffer4.w128.b0", !88, i64 0}
-!88 = !{!"buffer4.w256.b0", !89, i64 0}
-!89 = !{!"buffer4.w512.b0", !90, i64 0}
-!90 = !{!"buffer4.w1024.b0", !91, i64 0}
-!91 = !{!"buffer4", !7, i64 0}
-!92 = !{!93, !93, i64 0}
-!93 = !{!"buffer5.w128.b0", !94, i64 0}
-!94 = !{!"buffer5.w256.b0", !95, i64 0}
-!95 = !{!"buffer5.w512.b0", !96, i64 0}
-!96 = !{!"buffer5.w1024.b0", !97, i64 0}
-!97 = !{!"buffer5", !7, i64 0}
-!98 = !{!99, !99, i64 0}
-!99 = !{!"buffer6.w128.b0", !100, i64 0}
-!100 = !{!"buffer6.w256.b0", !101, i64 0}
-!101 = !{!"buffer6.w512.b0", !102, i64 0}
-!102 = !{!"buffer6.w1024.b0", !103, i64 0}
-!103 = !{!"buffer6", !7, i64 0}
-!104 = !{!97, !97, i64 0}
-!105 = !{!91, !91, i64 0}
-!106 = !{!103, !103, i64 0}
-!107 = !{!108, !108, i64 0}
-!108 = !{!"buffer7", !7, i64 0}
-!109 = !{!110, !110, i64 0}
-!110 = !{!"buffer8", !7, i64 0}
-!111 = distinct !{!111, !82}
+!81 = !{!82, !82, i64 0}
+!82 = !{!"buffer4.w128.b0", !83, i64 0}
+!83 = !{!"buffer4.w256.b0", !84, i64 0}
+!84 = !{!"buffer4.w512.b0", !85, i64 0}
+!85 = !{!"buffer4.w1024.b0", !86, i64 0}
+!86 = !{!"buffer4", !7, i64 0}
+!87 = !{!88, !88, i64 0}
+!88 = !{!"buffer5.w128.b0", !89, i64 0}
+!89 = !{!"buffer5.w256.b0", !90, i64 0}
+!90 = !{!"buffer5.w512.b0", !91, i64 0}
+!91 = !{!"buffer5.w1024.b0", !92, i64 0}
+!92 = !{!"buffer5", !7, i64 0}
+!93 = !{!92, !92, i64 0}
+!94 = !{!86, !86, i64 0}
+!95 = !{!96, !96, i64 0}
+!96 = !{!"buffer6.w128.b0", !97, i64 0}
+!97 = !{!"buffer6.w256.b0", !98, i64 0}
+!98 = !{!"buffer6.w512.b0", !99, i64 0}
+!99 = !{!"buffer6.w1024.b0", !100, i64 0}
+!100 = !{!"buffer6", !7, i64 0}
+!101 = !{!100, !100, i64 0}
+!102 = !{!103, !103, i64 0}
+!103 = !{!"buffer7", !7, i64 0}
+!104 = !{!105, !105, i64 0}
+!105 = !{!"buffer8", !7, i64 0}
+!106 = distinct !{!106, !107}
+!107 = !{!"llvm.loop.estimated_trip_count", i32 262144}

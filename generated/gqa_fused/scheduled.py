@@ -18,15 +18,15 @@ num_blocks = TypeVar("num_blocks")
 num_tokens = TypeVar("num_tokens")
 batch = TypeVar("batch")
 k_span = TypeVar("k_span")
+lse_batch = TypeVar("lse_batch")
 max_blocks = TypeVar("max_blocks")
+out_batch = TypeVar("out_batch")
+out_head = TypeVar("out_head")
 q_batch = TypeVar("q_batch")
 q_head = TypeVar("q_head")
 slots = TypeVar("slots")
 table_seq = TypeVar("table_seq")
 v_span = TypeVar("v_span")
-lse_batch = TypeVar("lse_batch")
-out_batch = TypeVar("out_batch")
-out_head = TypeVar("out_head")
 @I.ir_module
 class Module:
     @T.prim_func(s_tir=True)
@@ -70,7 +70,7 @@ class Module:
                                     cache[T.Div(target, T.int64(16)), T.truncmod(target, T.int64(16)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def fused_decode(query: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
+    def fused_decode(query: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -80,7 +80,7 @@ class Module:
                 q_tile = T.sblock_alloc_buffer((8, 4, 4, 2, 16))
                 row_max = T.sblock_alloc_buffer((8, 4))
                 row_sum = T.sblock_alloc_buffer((8, 4))
-                acc = T.sblock_alloc_buffer((8, 4, 4, 2, 16))
+                acc = T.sblock_alloc_buffer((8, 4, 128))
                 seq: T.let[T.int32] = batch_start + vs
                 range_begin: T.let[T.int32] = block_begin * 16
                 range_len: T.let[T.int32] = T.max(T.min(block_end * 16, context_lens[seq]) - range_begin, 0)
@@ -93,7 +93,7 @@ class Module:
                         row_start: T.let[T.int32] = 0
                         head_start: T.let[T.int32] = vtile * 4 + row_start
                         with T.sblock("load_query"):
-                            T.reads(query[seq, head_start:head_start + (4 - T.max(row_start, 0)), 0:128])
+                            T.reads(query[seq, head_start:head_start + 4, 0:128])
                             T.writes(q_tile[vtile, 0:4, 0:4, 0:2, 0:16])
                             for r, d_0, d_2 in T.grid(4, 4, 2):
                                 for d_1 in T.vectorized(16):
@@ -102,7 +102,7 @@ class Module:
                                         vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
                                         T.reads(query[seq, head_start + vr, vd])
                                         T.writes(q_tile[vtile, vr, vd // 32, vd % 2, vd % 32 // 2])
-                                        q_tile[vtile, vr, vd // 32, vd % 2, vd % 32 // 2] = T.if_then_else(vr < T.min(4 - row_start, 4), T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
+                                        q_tile[vtile, vr, vd // 32, vd % 2, vd % 32 // 2] = T.if_then_else(vr < 4, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
@@ -162,13 +162,13 @@ class Module:
                                         tile_max = T.sblock_alloc_buffer((1, 4))
                                         tile_sum = T.sblock_alloc_buffer((1, 4))
                                         tile_acc = T.sblock_alloc_buffer((1, 4, 4, 2, 16))
-                                        tile_index: T.let[T.int32] = vkv + vgt
+                                        first_tile: T.let[T.int32] = vkv + vgt
                                         with T.sblock("qk_matmul"):
-                                            T.reads(q_tile[tile_index, 0:4, 0:4, 0:2, 0:16], key_cache[0:k_span], key_cache[0:k_span], key_offsets[0:256])
+                                            T.reads(q_tile[first_tile, 0:4, 0:4, 0:2, 0:16], key_cache[0:k_span], key_cache[0:k_span], key_offsets[0:256])
                                             T.writes(scores[0, 0:4, 0:128])
                                             scores_rf = T.sblock_alloc_buffer((1, 4, 128, 16))
                                             scores_rf_global = T.sblock_alloc_buffer((1, 4, 128, 16))
-                                            for to_m in range((valid_len + 16 - 1) // 16):
+                                            for __m, to_m in T.grid(1, (valid_len + 16 - 1) // 16):
                                                 for n_0_m in range(8):
                                                     for n_1 in range(8):
                                                         with T.sblock("prefetch_keys"):
@@ -178,32 +178,35 @@ class Module:
                                                             T.writes()
                                                             number: T.let[T.int32] = ahead_t * 4 + vo * 64 + vn
                                                             T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[number // 4] + ahead_head * k_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
-                                                    for ax2_0 in range(1):
-                                                        for ax1_1_init in T.unroll(2):
-                                                            for ax2_1_init in T.unroll(4):
-                                                                for ax0_init in T.vectorized(16):
-                                                                    with T.sblock("scores_rf_init"):
-                                                                        vd_1 = T.axis.spatial(16, ax0_init)
-                                                                        vt = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax1_1_init)
-                                                                        vr = T.axis.spatial(4, ax2_0 * 4 + ax2_1_init)
-                                                                        T.where(to_m < 8)
-                                                                        T.reads()
-                                                                        T.writes(scores_rf_global[0, vr, vt, vd_1])
-                                                                        scores_rf_global[0, vr, vt, vd_1] = T.float32(0.0)
-                                                        for ax3 in range(4):
-                                                            for ax4 in T.unroll(2):
+                                                    for ax3_0 in range(1):
+                                                        for ax2_init in range(1):
+                                                            for ax1_1_init in T.unroll(2):
+                                                                for ax3_1_init in T.unroll(4):
+                                                                    for ax0_init in T.vectorized(16):
+                                                                        with T.sblock("scores_rf_init"):
+                                                                            vd_1 = T.axis.spatial(16, ax0_init)
+                                                                            vt = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax1_1_init)
+                                                                            vi = T.axis.spatial(1, ax2_init)
+                                                                            vr = T.axis.spatial(4, ax3_0 * 4 + ax3_1_init)
+                                                                            T.where(to_m < 8)
+                                                                            T.reads()
+                                                                            T.writes(scores_rf_global[0, vr, vt, vd_1])
+                                                                            scores_rf_global[0, vr, vt, vd_1] = T.float32(0.0)
+                                                        for ax4, ax2 in T.grid(4, 1):
+                                                            for ax5 in T.unroll(2):
                                                                 for ax1_1 in T.unroll(2):
-                                                                    for ax2_1 in T.unroll(4):
+                                                                    for ax3_1 in T.unroll(4):
                                                                         for ax0 in T.vectorized(16):
                                                                             with T.sblock("scores_rf_update"):
                                                                                 vd_1 = T.axis.spatial(16, ax0)
                                                                                 vt = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax1_1)
-                                                                                vr = T.axis.spatial(4, ax2_0 * 4 + ax2_1)
-                                                                                vd_0, vd_2 = T.axis.remap("RR", [ax3, ax4])
+                                                                                vi = T.axis.spatial(1, ax2)
+                                                                                vr = T.axis.spatial(4, ax3_0 * 4 + ax3_1)
+                                                                                vd_0, vd_2 = T.axis.remap("RR", [ax4, ax5])
                                                                                 T.where(to_m < 8)
-                                                                                T.reads(scores_rf_global[0, vr, vt, vd_1], q_tile[tile_index, vr, (vd_0 * 32 + vd_1 * 2 + vd_2) // 32, (vd_0 * 32 + vd_1 * 2 + vd_2) % 2, (vd_0 * 32 + vd_1 * 2 + vd_2) % 32 // 2], key_cache[T.Cast("int64", vd_0 * 32 + vd_1 * 2 + vd_2) // T.int64(2) + key_offsets[vt] + k_now], key_offsets[vt])
+                                                                                T.reads(scores_rf_global[0, vr, vt, vd_1], q_tile[first_tile, vr, (vd_0 * 32 + vd_1 * 2 + vd_2) // 32, (vd_0 * 32 + vd_1 * 2 + vd_2) % 2, (vd_0 * 32 + vd_1 * 2 + vd_2) % 32 // 2], key_cache[T.Cast("int64", vd_0 * 32 + vd_1 * 2 + vd_2) // T.int64(2) + key_offsets[vt] + k_now + T.Cast("int64", vi) * k_head], key_offsets[vt])
                                                                                 T.writes(scores_rf_global[0, vr, vt, vd_1])
-                                                                                scores_rf_global[0, vr, vt, vd_1] = scores_rf_global[0, vr, vt, vd_1] + q_tile[tile_index, vr, (vd_0 * 32 + vd_1 * 2 + vd_2) // 32, (vd_0 * 32 + vd_1 * 2 + vd_2) % 2, (vd_0 * 32 + vd_1 * 2 + vd_2) % 32 // 2] * T.reinterpret("float32", T.Select((vd_0 * 32 + vd_1 * 2 + vd_2) % 2 == 0, key_cache[key_offsets[vt] + k_now + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] << 16, key_cache[key_offsets[vt] + k_now + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] & -65536))
+                                                                                scores_rf_global[0, vr, vt, vd_1] = scores_rf_global[0, vr, vt, vd_1] + q_tile[first_tile, vr, (vd_0 * 32 + vd_1 * 2 + vd_2) // 32, (vd_0 * 32 + vd_1 * 2 + vd_2) % 2, (vd_0 * 32 + vd_1 * 2 + vd_2) % 32 // 2] * T.reinterpret("float32", T.Select((vd_0 * 32 + vd_1 * 2 + vd_2) % 2 == 0, key_cache[key_offsets[vt] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] << 16, key_cache[key_offsets[vt] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] & -65536))
                                                         for ax0 in range(1):
                                                             for ax1 in T.unroll(4):
                                                                 for ax2 in T.unroll(2):
@@ -220,13 +223,13 @@ class Module:
                                                     for ti_init in T.vectorized(16):
                                                         with T.sblock("scores_init"):
                                                             vt = T.axis.spatial(128, to_m * 16 + ti_init)
-                                                            vr = T.axis.spatial(4, r)
+                                                            vi, vr = T.axis.remap("SS", [__m, r])
                                                             T.reads()
                                                             T.writes(scores[0, vr, vt])
                                                             scores[0, vr, vt] = T.float32(0.0)
                                                     with T.sblock("scores_update_o"):
                                                         vd_1_o = T.axis.reduce(1, 0)
-                                                        vt_o, vr_o = T.axis.remap("SS", [to_m, r])
+                                                        vt_o, vi_o, vr_o = T.axis.remap("SSS", [to_m, __m, r])
                                                         T.reads(scores[0, vr_o, vt_o * 16:vt_o * 16 + 16], scores_rf[0, vr_o, vt_o * 16:vt_o * 16 + 16, 0:16])
                                                         T.writes(scores[0, vr_o, vt_o * 16:vt_o * 16 + 16])
                                                         sums = T.match_buffer(scores[0, vr_o, vt_o * 16:vt_o * 16 + 16], (16,), offset_factor=1)
@@ -262,137 +265,143 @@ class Module:
                                                         sum_28 = T.float32x16()
                                                         sum_29 = T.float32x16()
                                                         sums[0:16] = sums[T.Ramp(0, 1, 16)] + T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Shuffle([sum_28, sum_29], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_28, sum_29], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]), where={sum_29: T.Shuffle([sum_26, sum_27], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_26, sum_27], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31])}), where={sum_28: T.Shuffle([sum_24, sum_25], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_24, sum_25], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31])}), where={sum_27: T.Shuffle([sum_22, sum_23], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_22, sum_23], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_26: T.Shuffle([sum_20, sum_21], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_20, sum_21], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_25: T.Shuffle([sum_18, sum_19], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_18, sum_19], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_24: T.Shuffle([sum_16, sum_17], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_16, sum_17], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_23: T.Shuffle([sum_14, sum_15], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_14, sum_15], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_22: T.Shuffle([sum_12, sum_13], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_12, sum_13], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_21: T.Shuffle([sum_10, sum_11], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_10, sum_11], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_20: T.Shuffle([sum_8, sum_9], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_8, sum_9], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_19: T.Shuffle([sum_6, sum_7], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_6, sum_7], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_18: T.Shuffle([sum_4, sum_5], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_4, sum_5], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_17: T.Shuffle([sum_2, sum_3], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_2, sum_3], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_16: T.Shuffle([sum_0, sum_1], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_0, sum_1], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_15: parts[15, T.Ramp(0, 1, 16)]}), where={sum_14: parts[14, T.Ramp(0, 1, 16)]}), where={sum_13: parts[13, T.Ramp(0, 1, 16)]}), where={sum_12: parts[12, T.Ramp(0, 1, 16)]}), where={sum_11: parts[11, T.Ramp(0, 1, 16)]}), where={sum_10: parts[10, T.Ramp(0, 1, 16)]}), where={sum_9: parts[9, T.Ramp(0, 1, 16)]}), where={sum_8: parts[8, T.Ramp(0, 1, 16)]}), where={sum_7: parts[7, T.Ramp(0, 1, 16)]}), where={sum_6: parts[6, T.Ramp(0, 1, 16)]}), where={sum_5: parts[5, T.Ramp(0, 1, 16)]}), where={sum_4: parts[4, T.Ramp(0, 1, 16)]}), where={sum_3: parts[3, T.Ramp(0, 1, 16)]}), where={sum_2: parts[2, T.Ramp(0, 1, 16)]}), where={sum_1: parts[1, T.Ramp(0, 1, 16)]}), where={sum_0: parts[0, T.Ramp(0, 1, 16)]})
-                                        with T.sblock("softmax_prepare"):
-                                            T.reads(scores[0, 0:4, 0:128])
-                                            T.writes(probs[0, 0:4, 0:128], tile_max[0, 0:4], tile_sum[0, 0:4])
-                                            scaled = T.sblock_alloc_buffer((4, 128))
-                                            peak = T.sblock_alloc_buffer((4,))
-                                            peak_rf = T.sblock_alloc_buffer((4, 16))
-                                            peak_rf_global = T.sblock_alloc_buffer((4, 16))
-                                            tile_sum_rf = T.sblock_alloc_buffer((1, 4, 16))
-                                            tile_sum_rf_global = T.sblock_alloc_buffer((1, 4, 16))
-                                            for r, to in T.grid(4, num_groups):
-                                                for ti in T.vectorized(16):
-                                                    with T.sblock("scaled"):
-                                                        vo = T.axis.spatial(8, to)
-                                                        vi, vr = T.axis.remap("SS", [ti, r])
-                                                        T.reads(scores[0, vr, vo * 16 + vi])
-                                                        T.writes(scaled[vr, vo * 16 + vi])
-                                                        scaled[vr, vo * 16 + vi] = T.Select(vi < valid_len - vo * 16, scores[0, vr, vo * 16 + vi] * scale, T.float32("-inf"))
-                                            for r in range(4):
-                                                for ax0_init in T.vectorized(16):
-                                                    for ax2_init in range(1):
-                                                        with T.sblock("peak_rf_init"):
-                                                            vti = T.axis.spatial(16, ax0_init)
-                                                            vr = T.axis.spatial(4, r + ax2_init)
+                                        for tile in range(1):
+                                            with T.sblock("softmax"):
+                                                vi = T.axis.spatial(1, tile)
+                                                T.reads()
+                                                T.writes()
+                                                with T.sblock("softmax_prepare"):
+                                                    T.reads(scores[vi, 0:4, 0:128])
+                                                    T.writes(probs[vi, 0:4, 0:128], tile_max[vi, 0:4], tile_sum[vi, 0:4])
+                                                    scaled = T.sblock_alloc_buffer((4, 128))
+                                                    peak = T.sblock_alloc_buffer((4,))
+                                                    peak_rf = T.sblock_alloc_buffer((4, 16))
+                                                    peak_rf_global = T.sblock_alloc_buffer((4, 16))
+                                                    tile_sum_rf = T.sblock_alloc_buffer((1, 4, 16))
+                                                    tile_sum_rf_global = T.sblock_alloc_buffer((1, 4, 16))
+                                                    for r, to in T.grid(4, num_groups):
+                                                        for ti in T.vectorized(16):
+                                                            with T.sblock("scaled"):
+                                                                vo = T.axis.spatial(8, to)
+                                                                vi_1, vr = T.axis.remap("SS", [ti, r])
+                                                                T.reads(scores[vi, vr, vo * 16 + vi_1])
+                                                                T.writes(scaled[vr, vo * 16 + vi_1])
+                                                                scaled[vr, vo * 16 + vi_1] = T.Select(vi_1 < valid_len - vo * 16, scores[vi, vr, vo * 16 + vi_1] * scale, T.float32("-inf"))
+                                                    for r in range(4):
+                                                        for ax0_init in T.vectorized(16):
+                                                            for ax2_init in range(1):
+                                                                with T.sblock("peak_rf_init"):
+                                                                    vti = T.axis.spatial(16, ax0_init)
+                                                                    vr = T.axis.spatial(4, r + ax2_init)
+                                                                    T.reads()
+                                                                    T.writes(peak_rf_global[vr, vti])
+                                                                    peak_rf_global[vr, vti] = T.float32(-340282346638528859811704183484516925440.0)
+                                                        for ax1 in range(num_groups):
+                                                            for ax0 in T.vectorized(16):
+                                                                for ax2 in range(1):
+                                                                    with T.sblock("peak_rf_update"):
+                                                                        vti, vto = T.axis.remap("SR", [ax0, ax1])
+                                                                        vr = T.axis.spatial(4, r + ax2)
+                                                                        T.reads(peak_rf_global[vr, vti], scaled[vr, vto * 16 + vti])
+                                                                        T.writes(peak_rf_global[vr, vti])
+                                                                        peak_rf_global[vr, vti] = T.max(peak_rf_global[vr, vti], scaled[vr, vto * 16 + vti])
+                                                        for ax0 in range(1):
+                                                            for ax1 in T.vectorized(16):
+                                                                with T.sblock("peak.rf_global"):
+                                                                    v0 = T.axis.spatial(4, r + ax0)
+                                                                    v1 = T.axis.spatial(16, ax1)
+                                                                    T.reads(peak_rf_global[v0, v1])
+                                                                    T.writes(peak_rf[v0, v1])
+                                                                    peak_rf[v0, v1] = peak_rf_global[v0, v1]
+                                                        with T.sblock("peak_init"):
+                                                            vr = T.axis.spatial(4, r)
                                                             T.reads()
-                                                            T.writes(peak_rf_global[vr, vti])
-                                                            peak_rf_global[vr, vti] = T.float32(-340282346638528859811704183484516925440.0)
-                                                for ax1 in range(num_groups):
-                                                    for ax0 in T.vectorized(16):
-                                                        for ax2 in range(1):
-                                                            with T.sblock("peak_rf_update"):
-                                                                vti, vto = T.axis.remap("SR", [ax0, ax1])
-                                                                vr = T.axis.spatial(4, r + ax2)
-                                                                T.reads(peak_rf_global[vr, vti], scaled[vr, vto * 16 + vti])
-                                                                T.writes(peak_rf_global[vr, vti])
-                                                                peak_rf_global[vr, vti] = T.max(peak_rf_global[vr, vti], scaled[vr, vto * 16 + vti])
-                                                for ax0 in range(1):
-                                                    for ax1 in T.vectorized(16):
-                                                        with T.sblock("peak.rf_global"):
-                                                            v0 = T.axis.spatial(4, r + ax0)
-                                                            v1 = T.axis.spatial(16, ax1)
-                                                            T.reads(peak_rf_global[v0, v1])
-                                                            T.writes(peak_rf[v0, v1])
-                                                            peak_rf[v0, v1] = peak_rf_global[v0, v1]
-                                                with T.sblock("peak_init"):
-                                                    vr = T.axis.spatial(4, r)
-                                                    T.reads()
-                                                    T.writes(peak[vr])
-                                                    peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                for ti in T.unroll(16):
-                                                    with T.sblock("peak_update"):
-                                                        vti, vr = T.axis.remap("RS", [ti, r])
-                                                        T.reads(peak[vr], peak_rf[vr, vti])
-                                                        T.writes(peak[vr])
-                                                        peak[vr] = T.max(peak[vr], peak_rf[vr, vti])
-                                            for r in range(4):
-                                                with T.sblock("tile_max"):
-                                                    vr = T.axis.spatial(4, r)
-                                                    T.reads(peak[vr])
-                                                    T.writes(tile_max[0, vr])
-                                                    tile_max[0, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                            for r, to in T.grid(4, num_groups):
-                                                for ti in T.vectorized(16):
-                                                    with T.sblock("probs"):
-                                                        vt = T.axis.spatial(128, to * 16 + ti)
-                                                        vr = T.axis.spatial(4, r)
-                                                        T.reads(scaled[vr, vt], tile_max[0, vr])
-                                                        T.writes(probs[0, vr, vt])
-                                                        arg: T.let[T.float32] = scaled[vr, vt] - tile_max[0, vr]
-                                                        bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                        n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
-                                                        f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                        high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                                        series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                                        power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                                                        probs[0, vr, vt] = T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power)
-                                            for r in range(4):
-                                                for ax0_init in T.vectorized(16):
-                                                    for ax2_init in range(1):
-                                                        with T.sblock("tile_sum_rf_init"):
-                                                            vti = T.axis.spatial(16, ax0_init)
-                                                            vr = T.axis.spatial(4, r + ax2_init)
+                                                            T.writes(peak[vr])
+                                                            peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                        for ti in T.unroll(16):
+                                                            with T.sblock("peak_update"):
+                                                                vti, vr = T.axis.remap("RS", [ti, r])
+                                                                T.reads(peak[vr], peak_rf[vr, vti])
+                                                                T.writes(peak[vr])
+                                                                peak[vr] = T.max(peak[vr], peak_rf[vr, vti])
+                                                    for r in range(4):
+                                                        with T.sblock("tile_max"):
+                                                            vr = T.axis.spatial(4, r)
+                                                            T.reads(peak[vr])
+                                                            T.writes(tile_max[vi, vr])
+                                                            tile_max[vi, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
+                                                    for r, to in T.grid(4, num_groups):
+                                                        for ti in T.vectorized(16):
+                                                            with T.sblock("probs"):
+                                                                vt = T.axis.spatial(128, to * 16 + ti)
+                                                                vr = T.axis.spatial(4, r)
+                                                                T.reads(scaled[vr, vt], tile_max[vi, vr])
+                                                                T.writes(probs[vi, vr, vt])
+                                                                arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vi, vr]
+                                                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                                                f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
+                                                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
+                                                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                                                probs[vi, vr, vt] = T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power)
+                                                    for r in range(4):
+                                                        for ax0_init in T.vectorized(16):
+                                                            for ax2_init in range(1):
+                                                                with T.sblock("tile_sum_rf_init"):
+                                                                    vti = T.axis.spatial(16, ax0_init)
+                                                                    vr = T.axis.spatial(4, r + ax2_init)
+                                                                    T.reads()
+                                                                    T.writes(tile_sum_rf_global[vi, vr, vti])
+                                                                    tile_sum_rf_global[vi, vr, vti] = T.float32(0.0)
+                                                        for ax1 in range(num_groups):
+                                                            for ax0 in T.vectorized(16):
+                                                                for ax2 in range(1):
+                                                                    with T.sblock("tile_sum_rf_update"):
+                                                                        vti, vto = T.axis.remap("SR", [ax0, ax1])
+                                                                        vr = T.axis.spatial(4, r + ax2)
+                                                                        T.reads(tile_sum_rf_global[vi, vr, vti], probs[vi, vr, vto * 16 + vti])
+                                                                        T.writes(tile_sum_rf_global[vi, vr, vti])
+                                                                        tile_sum_rf_global[vi, vr, vti] = tile_sum_rf_global[vi, vr, vti] + probs[vi, vr, vto * 16 + vti]
+                                                        for ax0, ax1 in T.grid(1, 1):
+                                                            for ax2 in T.vectorized(16):
+                                                                with T.sblock("tile_sum.rf_global"):
+                                                                    v0 = T.axis.spatial(1, vi + ax0)
+                                                                    v1 = T.axis.spatial(4, r + ax1)
+                                                                    v2 = T.axis.spatial(16, ax2)
+                                                                    T.reads(tile_sum_rf_global[v0, v1, v2])
+                                                                    T.writes(tile_sum_rf[v0, v1, v2])
+                                                                    tile_sum_rf[v0, v1, v2] = tile_sum_rf_global[v0, v1, v2]
+                                                        with T.sblock("tile_sum_init"):
+                                                            vr = T.axis.spatial(4, r)
                                                             T.reads()
-                                                            T.writes(tile_sum_rf_global[0, vr, vti])
-                                                            tile_sum_rf_global[0, vr, vti] = T.float32(0.0)
-                                                for ax1 in range(num_groups):
-                                                    for ax0 in T.vectorized(16):
-                                                        for ax2 in range(1):
-                                                            with T.sblock("tile_sum_rf_update"):
-                                                                vti, vto = T.axis.remap("SR", [ax0, ax1])
-                                                                vr = T.axis.spatial(4, r + ax2)
-                                                                T.reads(tile_sum_rf_global[0, vr, vti], probs[0, vr, vto * 16 + vti])
-                                                                T.writes(tile_sum_rf_global[0, vr, vti])
-                                                                tile_sum_rf_global[0, vr, vti] = tile_sum_rf_global[0, vr, vti] + probs[0, vr, vto * 16 + vti]
-                                                for ax0, ax1 in T.grid(1, 1):
-                                                    for ax2 in T.vectorized(16):
-                                                        with T.sblock("tile_sum.rf_global"):
-                                                            v0 = T.axis.spatial(1, ax0)
-                                                            v1 = T.axis.spatial(4, r + ax1)
-                                                            v2 = T.axis.spatial(16, ax2)
-                                                            T.reads(tile_sum_rf_global[v0, v1, v2])
-                                                            T.writes(tile_sum_rf[v0, v1, v2])
-                                                            tile_sum_rf[v0, v1, v2] = tile_sum_rf_global[v0, v1, v2]
-                                                with T.sblock("tile_sum_init"):
-                                                    vr = T.axis.spatial(4, r)
-                                                    T.reads()
-                                                    T.writes(tile_sum[0, vr])
-                                                    tile_sum[0, vr] = T.float32(0.0)
-                                                for ti in T.unroll(16):
-                                                    with T.sblock("tile_sum_update"):
-                                                        vti, vr = T.axis.remap("RS", [ti, r])
-                                                        T.reads(tile_sum[0, vr], tile_sum_rf[0, vr, vti])
-                                                        T.writes(tile_sum[0, vr])
-                                                        tile_sum[0, vr] = tile_sum[0, vr] + tile_sum_rf[0, vr, vti]
+                                                            T.writes(tile_sum[vi, vr])
+                                                            tile_sum[vi, vr] = T.float32(0.0)
+                                                        for ti in T.unroll(16):
+                                                            with T.sblock("tile_sum_update"):
+                                                                vti, vr = T.axis.remap("RS", [ti, r])
+                                                                T.reads(tile_sum[vi, vr], tile_sum_rf[vi, vr, vti])
+                                                                T.writes(tile_sum[vi, vr])
+                                                                tile_sum[vi, vr] = tile_sum[vi, vr] + tile_sum_rf[vi, vr, vti]
                                         num_full: T.let[T.int32] = valid_len // 16
                                         with T.sblock("pv_matmul"):
                                             T.reads(probs[0, 0:4, 0:128], value_cache[0:v_span], value_cache[0:v_span], value_offsets[0:256])
                                             T.writes(tile_acc[0, 0:4, 0:4, 0:2, 0:16])
-                                            full_acc = T.sblock_alloc_buffer((4, 4, 2, 16))
+                                            full_acc = T.sblock_alloc_buffer((1, 4, 4, 2, 16))
                                             fetched = T.sblock_alloc_buffer((128, 4), "int8")
-                                            full_acc_global = T.sblock_alloc_buffer((4, 4, 2, 16))
-                                            for r_0, d_0 in T.grid(1, 4):
+                                            full_acc_global = T.sblock_alloc_buffer((1, 4, 4, 2, 16))
+                                            for i, r_0, d_0 in T.grid(1, 1, 4):
                                                 for d_1_init in T.unroll(1):
                                                     for d_3_init in T.unroll(2):
                                                         for r_1_init in T.unroll(4):
                                                             for d_2_init in T.vectorized(16):
                                                                 with T.sblock("full_groups_init"):
+                                                                    vi = T.axis.spatial(1, i)
                                                                     vr = T.axis.spatial(4, r_0 * 4 + r_1_init)
                                                                     vd = T.axis.spatial(128, d_0 * 32 + d_1_init * 32 + d_2_init * 2 + d_3_init)
                                                                     T.reads()
-                                                                    T.writes(full_acc_global[vr, vd // 32, vd % 2, vd % 32 // 2])
-                                                                    full_acc_global[vr, vd // 32, vd % 2, vd % 32 // 2] = T.float32(0.0)
+                                                                    T.writes(full_acc_global[vi, vr, vd // 32, vd % 2, vd % 32 // 2])
+                                                                    full_acc_global[vi, vr, vd // 32, vd % 2, vd % 32 // 2] = T.float32(0.0)
                                                 for to in range(num_full):
                                                     for ax0, ax1, ax2 in T.grid(1, 16, 1):
                                                         with T.sblock("prefetch_values"):
@@ -411,130 +420,181 @@ class Module:
                                                                     for d_2 in T.vectorized(16):
                                                                         with T.sblock("full_groups_update"):
                                                                             vt = T.axis.reduce(128, to * 16 + ti)
+                                                                            vi = T.axis.spatial(1, i)
                                                                             vr = T.axis.spatial(4, r_0 * 4 + r_1)
                                                                             vd = T.axis.spatial(128, d_0 * 32 + d_1 * 32 + d_2 * 2 + d_3)
-                                                                            T.reads(full_acc_global[vr, vd // 32, vd % 2, vd % 32 // 2], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt, vd * 4 // 128])
-                                                                            T.writes(full_acc_global[vr, vd // 32, vd % 2, vd % 32 // 2])
-                                                                            full_acc_global[vr, vd // 32, vd % 2, vd % 32 // 2] = full_acc_global[vr, vd // 32, vd % 2, vd % 32 // 2] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] & -65536))
-                                                for ax0 in T.unroll(4):
-                                                    for ax1 in T.unroll(1):
-                                                        for ax2 in T.unroll(2):
-                                                            for ax3 in T.vectorized(16):
-                                                                with T.sblock("full_acc_global"):
-                                                                    v0 = T.axis.spatial(4, ax0)
-                                                                    v1 = T.axis.spatial(4, d_0 + ax1)
-                                                                    v2, v3 = T.axis.remap("SS", [ax2, ax3])
-                                                                    T.reads(full_acc_global[v0, v1, v2, v3])
-                                                                    T.writes(full_acc[v0, v1, v2, v3])
-                                                                    full_acc[v0, v1, v2, v3] = full_acc_global[v0, v1, v2, v3]
-                                            for r_init, d_0_init, d_2_init in T.grid(4, 4, 2):
-                                                for d_1_init in T.vectorized(16):
-                                                    with T.sblock("tile_acc_init"):
-                                                        vr = T.axis.spatial(4, r_init)
-                                                        vd = T.axis.spatial(128, d_0_init * 32 + d_1_init * 2 + d_2_init)
-                                                        T.reads()
-                                                        T.writes(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
-                                                        tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = full_acc[vr, vd // 32, vd % 2, vd % 32 // 2]
-                                            for ti, r, d_0, d_2 in T.grid(valid_len % 16, 4, 4, 2):
-                                                for d_1 in T.vectorized(16):
-                                                    with T.sblock("tile_acc_update"):
-                                                        vt = T.axis.reduce(128, ti + num_full * 16)
-                                                        vr = T.axis.spatial(4, r)
-                                                        vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
-                                                        T.reads(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2], full_acc[vr, vd // 32, vd % 2, vd % 32 // 2], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt])
-                                                        T.writes(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
-                                                        tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] & -65536))
-                                        with T.sblock("online_update"):
-                                            T.reads(tile_max[0, 0:4], tile_sum[0, 0:4], tile_acc[0, 0:4, 0:4, 0:2, 0:16], row_max[tile_index, 0:4], row_sum[tile_index, 0:4])
-                                            T.writes(row_max[tile_index, 0:4], row_sum[tile_index, 0:4], acc[tile_index, 0:4, 0:4, 0:2, 0:16])
-                                            new_max = T.sblock_alloc_buffer((4,))
-                                            new_sum = T.sblock_alloc_buffer((4,))
-                                            alpha = T.sblock_alloc_buffer((4,))
-                                            beta = T.sblock_alloc_buffer((4,))
-                                            for r in T.vectorized(4):
-                                                with T.sblock("rescale"):
-                                                    vr = T.axis.spatial(4, r)
-                                                    T.reads(row_max[tile_index, vr], row_sum[tile_index, vr], tile_max[0, vr], tile_sum[0, vr])
-                                                    T.writes(new_max[vr], alpha[vr], beta[vr])
-                                                    old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[tile_index, vr])
-                                                    old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[tile_index, vr])
-                                                    both: T.let[T.float32] = T.max(old_max, tile_max[0, vr])
-                                                    old_or_both: T.let[T.float32] = T.Select(tile_sum[0, vr] == T.float32(0.0), old_max, both)
-                                                    m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[0, vr], old_or_both)
-                                                    new_max[vr] = m
-                                                    arg: T.let[T.float32] = old_max - m
-                                                    bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                    n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
-                                                    f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                    high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                                    series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                                    power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                                                    alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                                                    arg_1: T.let[T.float32] = tile_max[0, vr] - m
-                                                    bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                    n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
-                                                    f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                                                    high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                                                    series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                                                    power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
-                                                    beta[vr] = T.Select(tile_sum[0, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                                            for r in T.vectorized(4):
-                                                with T.sblock("new_sum"):
-                                                    vr = T.axis.spatial(4, r)
-                                                    T.reads(row_sum[tile_index, vr], alpha[vr], beta[vr], tile_sum[0, vr])
-                                                    T.writes(new_sum[vr])
-                                                    previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[tile_index, vr])
-                                                    new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[0, vr]
-                                            for r in T.vectorized(4):
-                                                with T.sblock("row"):
-                                                    vr = T.axis.spatial(4, r)
-                                                    T.reads(new_max[vr], new_sum[vr])
-                                                    T.writes(row_max[tile_index, vr], row_sum[tile_index, vr])
-                                                    row_max[tile_index, vr] = new_max[vr]
-                                                    row_sum[tile_index, vr] = new_sum[vr]
-                                            for r, d_0, d_2 in T.grid(4, 4, 2):
-                                                for d_1 in T.vectorized(16):
-                                                    with T.sblock("acc"):
-                                                        vr = T.axis.spatial(4, r)
-                                                        vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
-                                                        vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                        T.reads(alpha[vr], beta[vr], tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
-                                                        T.writes(acc[tile_index, vr, vd // 32, vd % 2, vd % 32 // 2])
-                                                        with T.init():
-                                                            acc[tile_index, vr, vd // 32, vd % 2, vd % 32 // 2] = T.float32(0.0)
-                                                        acc[tile_index, vr, vd // 32, vd % 2, vd % 32 // 2] = alpha[vr] * acc[tile_index, vr, vd // 32, vd % 2, vd % 32 // 2] + beta[vr] * tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2]
+                                                                            T.reads(full_acc_global[vi, vr, vd // 32, vd % 2, vd % 32 // 2], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt, vd * 4 // 128])
+                                                                            T.writes(full_acc_global[vi, vr, vd // 32, vd % 2, vd % 32 // 2])
+                                                                            full_acc_global[vi, vr, vd // 32, vd % 2, vd % 32 // 2] = full_acc_global[vi, vr, vd // 32, vd % 2, vd % 32 // 2] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & -65536))
+                                                for ax0 in T.unroll(1):
+                                                    for ax1 in T.unroll(4):
+                                                        for ax2 in T.unroll(1):
+                                                            for ax3 in T.unroll(2):
+                                                                for ax4 in T.vectorized(16):
+                                                                    with T.sblock("full_acc_global"):
+                                                                        v0, v1 = T.axis.remap("SS", [ax0, ax1])
+                                                                        v2 = T.axis.spatial(4, d_0 + ax2)
+                                                                        v3, v4 = T.axis.remap("SS", [ax3, ax4])
+                                                                        T.reads(full_acc_global[v0, v1, v2, v3, v4])
+                                                                        T.writes(full_acc[v0, v1, v2, v3, v4])
+                                                                        full_acc[v0, v1, v2, v3, v4] = full_acc_global[v0, v1, v2, v3, v4]
+                                            for i in range(1):
+                                                for r_init, d_0_init, d_2_init in T.grid(4, 4, 2):
+                                                    for d_1_init in T.vectorized(16):
+                                                        with T.sblock("tile_acc_init"):
+                                                            vi, vr = T.axis.remap("SS", [i, r_init])
+                                                            vd = T.axis.spatial(128, d_0_init * 32 + d_1_init * 2 + d_2_init)
+                                                            T.reads()
+                                                            T.writes(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
+                                                            tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2]
+                                                for ti, r, d_0, d_2 in T.grid(valid_len % 16, 4, 4, 2):
+                                                    for d_1 in T.vectorized(16):
+                                                        with T.sblock("tile_acc_update"):
+                                                            vt = T.axis.reduce(128, ti + num_full * 16)
+                                                            vi, vr = T.axis.remap("SS", [i, r])
+                                                            vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
+                                                            T.reads(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2], full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt])
+                                                            T.writes(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
+                                                            tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & -65536))
+                                        for tile in range(1):
+                                            with T.sblock("update"):
+                                                vi = T.axis.spatial(1, tile)
+                                                T.reads()
+                                                T.writes()
+                                                with T.sblock("online_update"):
+                                                    T.reads(tile_max[vi, 0:4], tile_sum[vi, 0:4], tile_acc[vi, 0:4, 0:4, 0:2, 0:16], row_max[first_tile + vi, 0:4], row_sum[first_tile + vi, 0:4])
+                                                    T.writes(row_max[first_tile + vi, 0:4], row_sum[first_tile + vi, 0:4], acc[first_tile + vi, 0:4, 0:128])
+                                                    new_max = T.sblock_alloc_buffer((4,))
+                                                    new_sum = T.sblock_alloc_buffer((4,))
+                                                    alpha = T.sblock_alloc_buffer((4,))
+                                                    beta = T.sblock_alloc_buffer((4,))
+                                                    for r in T.vectorized(4):
+                                                        with T.sblock("rescale"):
+                                                            vr = T.axis.spatial(4, r)
+                                                            T.reads(row_max[first_tile + vi, vr], row_sum[first_tile + vi, vr], tile_max[vi, vr], tile_sum[vi, vr])
+                                                            T.writes(new_max[vr], alpha[vr], beta[vr])
+                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first_tile + vi, vr])
+                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vi, vr])
+                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vi, vr])
+                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vi, vr] == T.float32(0.0), old_max, both)
+                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vi, vr], old_or_both)
+                                                            new_max[vr] = m
+                                                            arg: T.let[T.float32] = old_max - m
+                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                                            n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                                            f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                                            high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
+                                                            series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
+                                                            power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                                            alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                                            arg_1: T.let[T.float32] = tile_max[vi, vr] - m
+                                                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                                            n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                                            f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
+                                                            high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
+                                                            series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
+                                                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                                            beta[vr] = T.Select(tile_sum[vi, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                                                    for r in T.vectorized(4):
+                                                        with T.sblock("new_sum"):
+                                                            vr = T.axis.spatial(4, r)
+                                                            T.reads(row_sum[first_tile + vi, vr], alpha[vr], beta[vr], tile_sum[vi, vr])
+                                                            T.writes(new_sum[vr])
+                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vi, vr])
+                                                            new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[vi, vr]
+                                                    for r in T.vectorized(4):
+                                                        with T.sblock("row"):
+                                                            vr = T.axis.spatial(4, r)
+                                                            T.reads(new_max[vr], new_sum[vr])
+                                                            T.writes(row_max[first_tile + vi, vr], row_sum[first_tile + vi, vr])
+                                                            row_max[first_tile + vi, vr] = new_max[vr]
+                                                            row_sum[first_tile + vi, vr] = new_sum[vr]
+                                                    with T.sblock("rescale_acc"):
+                                                        T.reads(tile_acc[vi, 0:4, 0:4, 0:2, 0:16], alpha[0:4], beta[0:4])
+                                                        T.writes(acc[first_tile + vi, 0:4, 0:128])
+                                                        tile_acc_global = T.sblock_alloc_buffer((1, 4, 64, 2))
+                                                        for r, d_0 in T.grid(4, 4):
+                                                            for ax0, ax1, ax2, ax3_0, ax4_0 in T.grid(1, 1, 1, 1, 4):
+                                                                with T.sblock("tile_acc_global_o"):
+                                                                    v0_o = T.axis.spatial(1, ax0)
+                                                                    v1_o = T.axis.spatial(4, r + ax1)
+                                                                    v2_o = T.axis.spatial(4, d_0 + ax2)
+                                                                    v3_o, v4_o = T.axis.remap("SS", [ax3_0, ax4_0])
+                                                                    T.reads(tile_acc[vi + v0_o, v1_o, v2_o, 0:2, v4_o * 4:v4_o * 4 + 4])
+                                                                    T.writes(tile_acc_global[v0_o, v1_o, v2_o * 16 + v4_o * 4:v2_o * 16 + v4_o * 4 + 4, 0:2])
+                                                                    turned = T.match_buffer(tile_acc_global[v0_o, v1_o, v2_o * 16 + v4_o * 4:v2_o * 16 + v4_o * 4 + 4, 0:2], (4, 2), strides=("turned_row", 1), offset_factor=1)
+                                                                    block = T.match_buffer(tile_acc[vi + v0_o, v1_o, v2_o, 0:2, v4_o * 4:v4_o * 4 + 4], (2, 4), strides=("block_row", 1), offset_factor=1)
+                                                                    turned[0, 0:4] = T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[1, T.Ramp(0, 1, 4)]], [0, 4, 1, 5])
+                                                                    turned[2, 0:4] = T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[1, T.Ramp(0, 1, 4)]], [2, 6, 3, 7])
+                                                            for d_1 in T.vectorized(32):
+                                                                with T.sblock("acc"):
+                                                                    vr = T.axis.spatial(4, r)
+                                                                    vd = T.axis.spatial(128, d_0 * 32 + d_1)
+                                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                                    T.reads(alpha[vr], beta[vr], tile_acc_global[0, vr, vd // 2, vd % 2])
+                                                                    T.writes(acc[first_tile + vi, vr, vd])
+                                                                    with T.init():
+                                                                        acc[first_tile + vi, vr, vd] = T.float32(0.0)
+                                                                    acc[first_tile + vi, vr, vd] = alpha[vr] * acc[first_tile + vi, vr, vd] + beta[vr] * tile_acc_global[0, vr, vd // 2, vd % 2]
                 for tile in range(8):
-                    with T.sblock("partial"):
+                    with T.sblock("result"):
                         vtile = T.axis.spatial(8, tile)
                         T.reads()
                         T.writes()
                         first_row: T.let[T.int32] = 0
                         first_head: T.let[T.int32] = vtile * 4 + first_row
-                        with T.sblock("store_partial"):
-                            T.reads(row_max[vtile, 0:4], row_sum[vtile, 0:4], acc[vtile, 0:4 - T.max(first_row, 0), 0:4, 0:2, 0:16])
-                            T.writes(partial_max[partial_start + vs, first_head:first_head + (4 - T.max(first_row, 0))], partial_sum[partial_start + vs, first_head:first_head + (4 - T.max(first_row, 0))], partial_acc[partial_start + vs, first_head:first_head + (4 - T.max(first_row, 0)), 0:128])
-                            for r in range(4 - T.max(first_row, 0)):
-                                with T.sblock("store_row"):
-                                    vr = T.axis.spatial(4, r)
-                                    T.reads(row_max[vtile, vr], row_sum[vtile, vr])
-                                    T.writes(partial_max[partial_start + vs, first_head + vr], partial_sum[partial_start + vs, first_head + vr])
-                                    partial_max[partial_start + vs, first_head + vr] = row_max[vtile, vr]
-                                    partial_sum[partial_start + vs, first_head + vr] = row_sum[vtile, vr]
-                            for r, d in T.grid(T.min(4 - first_row, 4), 128):
-                                with T.sblock("store_acc"):
-                                    vr = T.axis.spatial(4, r)
-                                    vd = T.axis.spatial(128, d)
-                                    T.reads(acc[vtile, vr, vd // 32, vd % 2, vd % 32 // 2])
-                                    T.writes(partial_acc[partial_start + vs, first_head + vr, vd])
-                                    partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vr, vd // 32, vd % 2, vd % 32 // 2]
+                        if partial_start < 0:
+                            with T.sblock("normalize"):
+                                T.reads(row_max[vtile, 0:4], row_sum[vtile, 0:4], acc[vtile, 0:4, 0:128])
+                                T.writes(out[seq, first_head:first_head + 4, 0:128], lse[seq, first_head:first_head + 4])
+                                factor = T.sblock_alloc_buffer((4,))
+                                for r in T.vectorized(4):
+                                    with T.sblock("factor"):
+                                        vr = T.axis.spatial(4, r)
+                                        T.reads(row_sum[vtile, vr])
+                                        T.writes(factor[vr])
+                                        total: T.let[T.float32] = row_sum[vtile, vr]
+                                        factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
+                                for r, d_0 in T.grid(4, 4):
+                                    for d_1 in T.vectorized(32):
+                                        with T.sblock("out"):
+                                            vr = T.axis.spatial(4, r)
+                                            vd = T.axis.spatial(128, d_0 * 32 + d_1)
+                                            T.reads(acc[vtile, vr, vd], factor[vr])
+                                            T.writes(out[seq, first_head + vr, vd])
+                                            out[seq, first_head + vr, vd] = T.Cast("bfloat16", acc[vtile, vr, vd] * factor[vr])
+                                for r in range(4):
+                                    with T.sblock("lse"):
+                                        vr = T.axis.spatial(4, r)
+                                        T.reads(row_sum[vtile, vr], row_max[vtile, vr])
+                                        T.writes(lse[seq, first_head + vr])
+                                        lse[seq, first_head + vr] = T.Select(row_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), row_max[vtile, vr] + T.log(row_sum[vtile, vr]))
+                        else:
+                            with T.sblock("store_partial"):
+                                T.reads(row_max[vtile, 0:4], row_sum[vtile, 0:4], acc[vtile, 0:4, 0:128])
+                                T.writes(partial_max[partial_start + vs, first_head:first_head + 4], partial_sum[partial_start + vs, first_head:first_head + 4], partial_acc[partial_start + vs, first_head:first_head + 4, 0:128])
+                                for r in range(4):
+                                    with T.sblock("store_row"):
+                                        vr = T.axis.spatial(4, r)
+                                        T.reads(row_max[vtile, vr], row_sum[vtile, vr])
+                                        T.writes(partial_max[partial_start + vs, first_head + vr], partial_sum[partial_start + vs, first_head + vr])
+                                        partial_max[partial_start + vs, first_head + vr] = row_max[vtile, vr]
+                                        partial_sum[partial_start + vs, first_head + vr] = row_sum[vtile, vr]
+                                for r, d_0 in T.grid(4, 4):
+                                    for d_1 in T.vectorized(32):
+                                        with T.sblock("store_acc"):
+                                            vr = T.axis.spatial(4, r)
+                                            vd = T.axis.spatial(128, d_0 * 32 + d_1)
+                                            T.reads(acc[vtile, vr, vd])
+                                            T.writes(partial_acc[partial_start + vs, first_head + vr, vd])
+                                            partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vr, vd]
 
     @T.prim_func(s_tir=True)
     def merge_partials(partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):
         # with T.sblock("root"):
         row_max = T.sblock_alloc_buffer((1, 32))
         row_sum = T.sblock_alloc_buffer((1, 32))
-        acc = T.sblock_alloc_buffer((1, 32, 4, 2, 16))
-        factor = T.sblock_alloc_buffer((32,))
+        acc = T.sblock_alloc_buffer((1, 32, 128))
         for step in range(num_partials):
             with T.sblock("partial"):
                 vstep = T.axis.opaque(num_partials, step)
@@ -543,7 +603,7 @@ class Module:
                 slot: T.let[T.int32] = partial_start + vstep
                 with T.sblock("online_update"):
                     T.reads(partial_max[slot, 0:32], partial_sum[slot, 0:32], partial_acc[slot, 0:32, 0:128], row_max[0, 0:32], row_sum[0, 0:32])
-                    T.writes(row_max[0, 0:32], row_sum[0, 0:32], acc[0, 0:32, 0:4, 0:2, 0:16])
+                    T.writes(row_max[0, 0:32], row_sum[0, 0:32], acc[0, 0:32, 0:128])
                     new_max = T.sblock_alloc_buffer((32,))
                     new_sum = T.sblock_alloc_buffer((32,))
                     alpha = T.sblock_alloc_buffer((32,))
@@ -589,34 +649,42 @@ class Module:
                             T.writes(row_max[0, vr], row_sum[0, vr])
                             row_max[0, vr] = new_max[vr]
                             row_sum[0, vr] = new_sum[vr]
-                    for r, d_0, d_2 in T.grid(32, 4, 2):
-                        for d_1 in T.vectorized(16):
-                            with T.sblock("acc"):
-                                vr = T.axis.spatial(32, r)
-                                vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
-                                vstep_1 = T.axis.reduce(num_partials, vstep)
-                                T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
-                                T.writes(acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
-                                with T.init():
-                                    acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = T.float32(0.0)
-                                acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = alpha[vr] * acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] + beta[vr] * partial_acc[slot, vr, vd]
-        for h in T.vectorized(32):
-            with T.sblock("factor"):
-                vh = T.axis.spatial(32, h)
-                T.reads(row_sum[0, vh])
-                T.writes(factor[vh])
-                factor[vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32(0.0), T.float32(1.0) / row_sum[0, vh])
-        for h, d_0, d_2 in T.grid(32, 4, 2):
-            for d_1 in T.vectorized(16):
-                with T.sblock("out"):
-                    vh = T.axis.spatial(32, h)
-                    vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
-                    T.reads(acc[0, vh, vd // 32, vd % 2, vd % 32 // 2], factor[vh])
-                    T.writes(out[seq, vh, vd])
-                    out[seq, vh, vd] = T.Cast("bfloat16", acc[0, vh, vd // 32, vd % 2, vd % 32 // 2] * factor[vh])
-        for h in range(32):
-            with T.sblock("lse"):
-                vh = T.axis.spatial(32, h)
-                T.reads(row_sum[0, vh], row_max[0, vh])
-                T.writes(lse[seq, vh])
-                lse[seq, vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32("-inf"), row_max[0, vh] + T.log(row_sum[0, vh]))
+                    with T.sblock("rescale_acc"):
+                        T.reads(partial_acc[slot, 0:32, 0:128], alpha[0:32], beta[0:32])
+                        T.writes(acc[0, 0:32, 0:128])
+                        for r, d_0 in T.grid(32, 8):
+                            for d_1 in T.vectorized(16):
+                                with T.sblock("acc"):
+                                    vr = T.axis.spatial(32, r)
+                                    vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                    vstep_1 = T.axis.reduce(num_partials, vstep)
+                                    T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
+                                    T.writes(acc[0, vr, vd])
+                                    with T.init():
+                                        acc[0, vr, vd] = T.float32(0.0)
+                                    acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
+        with T.sblock("normalize"):
+            T.reads(row_max[0, 0:32], row_sum[0, 0:32], acc[0, 0:32, 0:128])
+            T.writes(out[seq, 0:32, 0:128], lse[seq, 0:32])
+            factor = T.sblock_alloc_buffer((32,))
+            for r in T.vectorized(32):
+                with T.sblock("factor"):
+                    vr = T.axis.spatial(32, r)
+                    T.reads(row_sum[0, vr])
+                    T.writes(factor[vr])
+                    total: T.let[T.float32] = row_sum[0, vr]
+                    factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
+            for r, d_0 in T.grid(32, 8):
+                for d_1 in T.vectorized(16):
+                    with T.sblock("out"):
+                        vr = T.axis.spatial(32, r)
+                        vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                        T.reads(acc[0, vr, vd], factor[vr])
+                        T.writes(out[seq, vr, vd])
+                        out[seq, vr, vd] = T.Cast("bfloat16", acc[0, vr, vd] * factor[vr])
+            for r in range(32):
+                with T.sblock("lse"):
+                    vr = T.axis.spatial(32, r)
+                    T.reads(row_sum[0, vr], row_max[0, vr])
+                    T.writes(lse[seq, vr])
+                    lse[seq, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr]))
