@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 PEERS  := .venv-peers
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: run test slow bench lint format generate check-generated clean
+.PHONY: run test slow soak bench lint format generate check-generated clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -23,6 +23,10 @@ test: $(STAMP)
 # The seed's three big cases: 1 GB of cache and several minutes.
 slow: $(STAMP)
 	$(PYTEST) -m slow $(TESTS)
+
+# The scorecard with its full counts: under an hour on two cores. Writes RELIABILITY.md.
+soak: $(STAMP)
+	$(PYTEST) -n $(JOBS) --soak -m scorecard $(TESTS)
 
 # Our kernels, the machine's limits, and other libraries, which live in an environment of their own.
 bench: $(PEERS)/.installed

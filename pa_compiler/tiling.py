@@ -36,8 +36,8 @@ SWEEP_BYTES = 1 << 18
 """Scores and probabilities of all heads and a tile of tokens, at most."""
 
 STREAMS = 8
-"""Places of a tile that a sweep reads in turn, for the hardware's prefetchers to run ahead in each. In HND one place has
-measured 60 % of a core's bandwidth, 4 places 70 %, and 8 places 90 %."""
+"""Places of a tile that a sweep reads in turn, for the hardware's prefetchers to run ahead in each. In HND one place
+has measured 60 % of a core's bandwidth, 4 places 70 %, and 8 places 90 %."""
 
 LINE_BYTES = 64
 """A line of the memory system."""

@@ -7,8 +7,60 @@ import json
 import os
 
 import pytest
+import scorecard
 
 import pa_compiler
+
+
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="the full counts of the scorecard, and write RELIABILITY.md")
+
+
+@pytest.fixture
+def count(request):
+    """count(fast, full) -> cases that a test draws: full with --soak."""
+    return lambda fast, full: full if request.config.getoption("--soak") else fast
+
+
+@pytest.fixture
+def figure(request):
+    """figure(what, number, worst=False): what a test has measured. Of several tests the sum counts, or the worst."""
+
+    def figure(what, number, worst=False):
+        request.node.user_properties.append(("figure", (what, number, worst)))
+
+    return figure
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Every report says which item of the scorecard its test belongs to."""
+    mark = item.get_closest_marker("scorecard")
+    if mark and call.when == "setup":
+        item.user_properties.append(("scorecard", mark.args[0]))
+    return (yield)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Print the figures by item; with --soak write them to RELIABILITY.md."""
+    figures, failed = {}, set()
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            properties = report.user_properties if report.when == "call" or outcome != "passed" else []
+            for item in {value for name, value in properties if name == "scorecard"}:
+                numbers = figures.setdefault(item, {})
+                for what, number, worst in (value for name, value in properties if name == "figure"):
+                    numbers[what] = max(numbers.get(what, number), number) if worst else numbers.get(what, 0) + number
+                if outcome != "passed":
+                    failed.add(item)
+    if not figures:
+        return
+    terminalreporter.section("scorecard")
+    for item, numbers in sorted(figures.items()):
+        verdict = "FAILED " if item in failed else ""
+        terminalreporter.write_line(f"{item:2} {scorecard.ITEMS[item]}: {verdict}{scorecard.text(numbers)}")
+    if config.getoption("--soak"):
+        scorecard.record(figures, failed)
 
 
 @pytest.fixture(scope="session", autouse=True)

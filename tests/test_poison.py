@@ -52,8 +52,10 @@ def test_out_before_the_call(compiled, spec, pipeline):
 
 
 @every_spec
-def test_empty_sequences_at_every_position(compiled, spec, pipeline):
+@pytest.mark.scorecard(7)
+def test_empty_sequences_at_every_position(compiled, spec, pipeline, figure):
     module = compiled(spec, pipeline)
+    figure("positions", 18)
     for position in range(18):
         lengths = np.full(18, 7)
         lengths[position] = 0
