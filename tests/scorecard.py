@@ -1,7 +1,7 @@
 """The scorecard: what is promised of reliability, and the figures of the last full run, in RELIABILITY.md.
 
 A test belongs to an item by the mark scorecard(item), draws count(fast, full) cases and says with figure(what, number)
-what it found. `make test` runs all of them with the fast counts, `make soak` with the full ones; the latter writes the table.
+what it found. `make test` runs all of them with the fast counts; `make soak` with the full ones, and writes the table.
 """
 
 from __future__ import annotations
