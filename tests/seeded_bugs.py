@@ -1,0 +1,183 @@
+"""Small faults, one at a time, that the tests must notice: what a slip of the pen, or an old bug of others, looks like.
+
+A fault is a text that occurs once in a file, what it becomes, and the tests that are to fail then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """One edit, and the pytest arguments that should catch it."""
+
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+_DECODE = "test_decode.py test_poison.py test_invariance.py"
+_KERNELS = "pa_compiler/kernels/"
+
+FAULTS = {
+    "tail mask one too long": Fault(
+        f"{_KERNELS}softmax_prepare.py", "vi < valid_len - vo * group", "vi <= valid_len - vo * group", _DECODE
+    ),
+    "tail mask dropped": Fault(f"{_KERNELS}softmax_prepare.py", "vi < valid_len - vo * group", "vi < group", _DECODE),
+    "maximum starts at 0": Fault(
+        f"{_KERNELS}softmax_prepare.py", 'peak[vr] = T.min_value("float32")', "peak[vr] = T.float32(0)", _DECODE
+    ),
+    "an empty tile has a maximum": Fault(
+        f"{_KERNELS}softmax_prepare.py",
+        "T.Select(0 < valid_len, peak[vr]",
+        "T.Select(0 <= valid_len, peak[vr]",
+        "test_kernels.py test_decode.py",
+    ),
+    "exp loses the low part of ln 2": Fault(
+        f"{_KERNELS}exp.py", "_LN2_LOW = -2.12194440e-4", "_LN2_LOW = 0.0", "test_kernels.py"
+    ),
+    "exp wraps around far below 0": Fault(
+        f"{_KERNELS}exp.py", "arg < T.float32(_SMALLEST)", "arg < T.float32(100 * _SMALLEST)", _DECODE
+    ),
+    "offsets in 32 bits": Fault(
+        f"{_KERNELS}cache_access.py",
+        "offsets[vt] = block * block_stride + access",
+        'offsets[vt] = T.Cast("int64", T.Cast("int32", block * block_stride)) + access',
+        "test_invariance.py",
+    ),
+    "offsets past the last token": Fault(
+        f"{_KERNELS}cache_access.py", "T.min(tile_start + position, last_token)", "tile_start + position", _DECODE
+    ),
+    "a tile that is not whole read in turn": Fault(
+        f"{_KERNELS}cache_access.py",
+        "tile_start + kv_tile - 1 <= last_token",
+        "tile_start + kv_tile - 2 <= last_token",
+        _DECODE,
+    ),
+    "values past the last token multiplied": Fault(
+        f"{_KERNELS}pv_matmul.py",
+        "num_full: T.let = T.floordiv(valid_len",
+        "num_full: T.let = T.ceildiv(valid_len",
+        _DECODE,
+    ),
+    "a sweep forgets which kv head a tile reads": Fault(
+        f"{_KERNELS}qk_matmul.py",
+        'T.Cast("int64", T.floordiv(vi, group_tiles))',
+        'T.Cast("int64", vi)',
+        "test_tiling.py " + _DECODE,
+    ),
+    "an empty tile lowers the maximum": Fault(
+        f"{_KERNELS}online_update.py",
+        "T.Select(tile_sum[tile_slot, vr] == T.float32(0), old_max, both)",
+        "both",
+        _DECODE,
+    ),
+    "an empty beginning has a maximum": Fault(
+        f"{_KERNELS}online_update.py",
+        "T.Select(old_sum == T.float32(0), tile_max[tile_slot, vr], old_or_both)",
+        "old_or_both",
+        _DECODE,
+    ),
+    "division by an empty sum": Fault(
+        f"{_KERNELS}online_update.py",
+        "T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)",
+        "T.float32(1) / total",
+        _DECODE,
+    ),
+    "lse in base 2": Fault(f"{_KERNELS}online_update.py", "T.log(row_sum", "T.log2(row_sum", _DECODE),
+    "append_kv skips slot 0": Fault(
+        f"{_KERNELS}append_kv.py", "if target >= T.int64(0):", "if target > T.int64(0):", "test_append.py"
+    ),
+    "append_kv forgets the first head": Fault(
+        f"{_KERNELS}append_kv.py",
+        "T.truncmod(target, block_size), head_begin + vh, vd",
+        "T.truncmod(target, block_size), vh, vd",
+        "test_append.py",
+    ),
+    "staged results stored a block too soon": Fault(
+        f"{_KERNELS}staged.py", "block_idx == num_blocks - 1", "block_idx == num_blocks - 2", _DECODE
+    ),
+    "sums across lanes of the wrong quarters": Fault(
+        "schedules/sum_lanes.py", "rounds.append((low, [i + 4 for i in low]))", "rounds.append((low, low))", _DECODE
+    ),
+    "pairs interleaved in the wrong order": Fault("schedules/transpose.py", "[2, 6, 3, 7]", "[2, 3, 6, 7]", _DECODE),
+    "the last tile of a group dropped": Fault(
+        "pa_compiler/tiling.py",
+        "return -(-spec.group // self.row_tile)",
+        "return spec.group // self.row_tile",
+        "test_tiling.py",
+    ),
+    "block id num_blocks accepted": Fault(
+        "templates/checks.cc.j2", "row[i] >= num_blocks", "row[i] > num_blocks", "test_errors.py test_bounds.py"
+    ),
+    "negative block ids accepted": Fault(
+        "templates/checks.cc.j2", "row[i] < 0 || row[i]", "row[i]", "test_errors.py test_bounds.py"
+    ),
+    "the last block of a sequence unchecked": Fault(
+        "templates/checks.cc.j2",
+        "used = (lens[seq] + kBlockSize - 1) / kBlockSize",
+        "used = lens[seq] / kBlockSize",
+        "test_errors.py test_bounds.py",
+    ),
+    "a length over capacity accepted": Fault(
+        "templates/checks.cc.j2",
+        "std::min(max_blocks * kBlockSize,",
+        "std::min(max_blocks * kBlockSize + 1,",
+        "test_errors.py test_bounds.py",
+    ),
+    "negative lengths accepted": Fault(
+        "templates/checks.cc.j2", "context_len < 0 || context_len", "context_len", "test_errors.py test_bounds.py"
+    ),
+    "out over an input accepted": Fault(
+        "templates/checks.cc.j2",
+        'for (const Named& input : inputs) CheckNoOverlap("out"',
+        'if (false) for (const Named& input : inputs) CheckNoOverlap("out"',
+        "test_errors.py",
+    ),
+    "rows and heads of a cache exchanged": Fault(
+        "templates/checks.cc.j2", "kRowAxis = 1, kHeadAxis = 2", "kRowAxis = 2, kHeadAxis = 1", _DECODE
+    ),
+    "slot num_slots accepted": Fault(
+        "templates/append.cc.j2", "slots[token] >= num_slots", "slots[token] > num_slots", "test_append_errors.py"
+    ),
+    "partial results merged before the last": Fault(
+        "templates/host.cc.j2",
+        "if (--missing.data()[seq] > 0) continue;",
+        "if (--missing.data()[seq] > 1) continue;",
+        _DECODE,
+    ),
+    "all ranges write one partial result": Fault(
+        "templates/plan.cc.j2", "-1 : num_partials + i, tokens", "-1 : num_partials, tokens", _DECODE
+    ),
+    "work items across chunks": Fault("templates/plan.cc.j2", "seq % kBatchChunk != 0 && ", "", "test_plan.py"),
+    "the pipeline missing from the cache key": Fault(
+        "pa_compiler/compiler.py",
+        '        "pipeline": pipeline,\n        "versions"',
+        '        "versions"',
+        "test_cache.py test_cache_entries.py",
+    ),
+    "no lock around a build": Fault(
+        "pa_compiler/cache.py",
+        'with filelock.FileLock(root / f"{name}.lock"):',
+        "if True:",
+        "test_cache.py test_cache_entries.py",
+    ),
+    "digests of cache entries not compared": Fault(
+        "pa_compiler/cache.py", "_digest(entry / file) == digest", "bool(digest)", "test_cache.py test_cache_entries.py"
+    ),
+    "a cache directory open to the group accepted": Fault(
+        "pa_compiler/cache.py",
+        "status.st_mode & 0o077",
+        "status.st_mode & 0o007",
+        "test_cache.py test_cache_entries.py",
+    ),
+    "tokens and elements of packed values exchanged": Fault(
+        "pa_compiler/layout.py", ".transpose(0, 1, 2, 5, 3, 4)", ".transpose(0, 1, 2, 3, 5, 4)", "test_layout.py"
+    ),
+    "checksum of a library not compared": Fault(
+        "pa_compiler/manifest.py", "if found != expected:", "if len(found) != len(expected):", "test_manifest.py"
+    ),
+}
+"""By what goes wrong."""
