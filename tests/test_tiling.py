@@ -14,8 +14,9 @@ TARGETS = {"lanes16": "avx512f", "lanes8": "avx", "lanes4": ""}
 GROUPS = (1, 3, 8, 16, 31, 64, 65)
 HEAD_DIMS = (1, 7, 24, 128, 576, 8192)
 every_pipeline = pytest.mark.parametrize("pipeline", ["fused", "staged"])
+_ALL_TARGETS = TARGETS | {"pairs": "avx512f avx512vl avx512bf16"}
 every_target = pytest.mark.parametrize(
-    "cpu", [CpuTarget("{}", frozenset(f.split())) for f in TARGETS.values()], ids=TARGETS
+    "cpu", [CpuTarget("{}", frozenset(f.split())) for f in _ALL_TARGETS.values()], ids=_ALL_TARGETS
 )
 
 
@@ -55,6 +56,9 @@ def test_the_tiles_of_every_spec(cpu, pipeline):
             assert tiles.pv_dims % (tiles.lanes * tiles.dim_pair) == 0, spec
         assert max(vectors_of_sums(tiles, cpu)) <= cpu.vector_sums, (spec, tiles)
         assert 0 <= tiles.padded_kv_tile - tiles.kv_tile < tiles.token_group, spec
+        if tiles.dot_pairs:
+            assert (spec.dtype, spec.head_dim % 8, pipeline) == ("bfloat16", 0, "fused"), spec
+            assert tiles.token_group % 2 == tiles.kv_tile % 2 == 0, spec
         assert tiles.kv_tile == (spec.block_size if pipeline == "staged" else tiles.padded_kv_tile), spec
         assert tiles.num_offsets == (0 if tiles.sweep else tiles.kv_tile) + tiles.padded_kv_tile, spec
         assert tiles.kv_tile % tiles.streams == 0, spec
