@@ -43,6 +43,14 @@ pref.  prefetches
 stack  stores to the stack: registers that are spilled, and small buffers"""
 
 
+_ORDERS = {
+    None: "head tile after head tile, from scores to outputs; instructions prefetch what the next one reads",
+    "tokens": f"all scores, then all outputs: token groups, each through all heads; {tiling.STREAMS} places read in turn",
+    "heads": f"all scores, then all outputs: heads, each through the whole tile; {tiling.STREAMS} places read in turn",
+}
+"""By Tiling.sweep."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Explanation:
     """What the compiler decides for a spec, and the loops that come of it.
@@ -115,6 +123,7 @@ def _tile_rows(explanation: Explanation) -> list[tuple[str, str]]:
         ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {report.counted(spec.group, 'row')} of a kv head"),
         ("tokens", f"kv_tile {tiles.kv_tile}, token_group {tiles.token_group}"),
         ("KV", f"{read}, {report.counted(tiles.word_elements, 'element')} a word"),
+        ("order", _ORDERS[tiles.sweep]),
         ("QK sums", f"{tiles.qk_rows} rows x {tiles.qk_tokens} tokens{_partial(tiles)}, {of_all(qk)}"),
         ("PV sums", f"{tiles.pv_rows} rows x {tiles.pv_dims} elements of head_dim, {of_all(pv)}"),
     ]
