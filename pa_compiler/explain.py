@@ -43,10 +43,11 @@ pref.  prefetches
 stack  stores to the stack: registers that are spilled, and small buffers"""
 
 
+_IN_TURN = f"{tiling.STREAMS} places of a tile read in turn"
 _ORDERS = {
     None: "head tile after head tile, from scores to outputs; instructions prefetch what the next one reads",
-    "tokens": f"all scores, then all outputs: token groups, each through all heads; {tiling.STREAMS} places read in turn",
-    "heads": f"all scores, then all outputs: heads, each through the whole tile; {tiling.STREAMS} places read in turn",
+    "tokens": f"all scores, then all outputs: groups of tokens, each through all heads; {_IN_TURN}",
+    "heads": f"all scores, then all outputs: heads, each through the whole tile; {_IN_TURN}",
 }
 """By Tiling.sweep."""
 
