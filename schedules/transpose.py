@@ -1,4 +1,4 @@
-"""A tensor intrinsic: a small block of float32 turned, by shuffles of vectors of four."""
+"""A tensor intrinsic: a small block of 32-bit elements turned, by shuffles of vectors of four."""
 
 from tvm.s_tir import Schedule, TensorIntrin
 from tvm.s_tir.schedule import SBlockRV
@@ -19,28 +19,28 @@ def turn(sch: Schedule, copy: SBlockRV, rows: int, columns: int) -> None:
     row_outer, row = sch.split(row, [None, rows])
     column_outer, column = sch.split(column, [None, columns])
     sch.reorder(row_outer, column_outer, row, column)
-    sch.tensorize(row, transpose(rows, columns))
+    sch.tensorize(row, transpose(rows, columns, str(sch.get(copy).writes[0].source.dtype)))
 
 
-def transpose(rows: int, columns: int) -> str:
+def transpose(rows: int, columns: int, dtype: str) -> str:
     """Register the intrinsic turned[c, r] = block[r, c] for powers of 2 whose product is at least 8; return its name.
 
     Rows of fewer than four elements, of either, must lie one after another.
     """
-    name = f"pa_compiler.transpose_{rows}_{columns}"
+    name = f"pa_compiler.transpose_{rows}_{columns}_{dtype}"
     if TensorIntrin.get(name, allow_missing=True) is None:
-        TensorIntrin.register(name, *_transpose(rows, columns))
+        TensorIntrin.register(name, *_transpose(rows, columns, dtype))
     return name
 
 
-def _transpose(rows: int, columns: int) -> tuple[PrimFunc, PrimFunc]:
+def _transpose(rows: int, columns: int, dtype: str) -> tuple[PrimFunc, PrimFunc]:
     count = rows * columns // 4
 
     @T.prim_func(s_tir=True)
     def description(turned_handle: T.handle, block_handle: T.handle) -> None:
         block_row, turned_row = T.int32(), T.int32()
-        block = T.match_buffer(block_handle, (rows, columns), "float32", strides=[block_row, 1], offset_factor=1)
-        turned = T.match_buffer(turned_handle, (columns, rows), "float32", strides=[turned_row, 1], offset_factor=1)
+        block = T.match_buffer(block_handle, (rows, columns), dtype, strides=[block_row, 1], offset_factor=1)
+        turned = T.match_buffer(turned_handle, (columns, rows), dtype, strides=[turned_row, 1], offset_factor=1)
         with T.sblock("root"):
             T.reads(block[0:rows, 0:columns])
             T.writes(turned[0:columns, 0:rows])
@@ -62,8 +62,8 @@ def _transpose(rows: int, columns: int) -> tuple[PrimFunc, PrimFunc]:
     @T.prim_func(s_tir=True)
     def implementation(turned_handle: T.handle, block_handle: T.handle) -> None:
         block_row, turned_row = T.int32(), T.int32()
-        block = T.match_buffer(block_handle, (rows, columns), "float32", strides=[block_row, 1], offset_factor=1)
-        turned = T.match_buffer(turned_handle, (columns, rows), "float32", strides=[turned_row, 1], offset_factor=1)
+        block = T.match_buffer(block_handle, (rows, columns), dtype, strides=[block_row, 1], offset_factor=1)
+        turned = T.match_buffer(turned_handle, (columns, rows), dtype, strides=[turned_row, 1], offset_factor=1)
         with T.sblock("root"):
             T.reads(block[0:rows, 0:columns])
             T.writes(turned[0:columns, 0:rows])

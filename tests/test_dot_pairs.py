@@ -14,9 +14,9 @@ from inputs import POISONS, make_inputs
 from tolerances import assert_close_to_oracle, assert_same_bits
 from tvm.script import tirx as T
 
+import pa_compiler
 from pa_compiler import PagedAttentionSpec, assembly, compiler, instructions, target, tiling
 from pa_compiler.kernels.pairs import round_to_bfloat16
-from pa_compiler.module import Module
 
 FEATURES = frozenset({"avx512f", "avx512vl", "avx512bf16"})
 SAPPHIRE_RAPIDS = {"kind": "llvm", "mcpu": "sapphirerapids"}
@@ -49,7 +49,7 @@ def module(request, cpu, tmp_path_factory):
     assert tiles.dot_pairs
     directory = tmp_path_factory.mktemp("dot_pairs")
     compiler.build_library(spec, cpu, tiles, "fused", directory)
-    return Module(directory / "pa.so")
+    return pa_compiler.load(directory / "pa.so")
 
 
 def test_pairs_are_multiplied_right(module):
@@ -101,7 +101,7 @@ def test_the_operation_that_becomes_the_instruction(cpu, tmp_path, monkeypatch, 
     compiler.build_library(SPECS[name], cpu, tiles, "fused", tmp_path)
     assert f"call <{tiles.lanes} x float> @llvm.fma.v{tiles.lanes}f32" in (tmp_path / "kernels.ll").read_text()
     inputs = make_inputs(SPECS[name], LENGTHS)
-    out, lse = Module(tmp_path / "pa.so").decode(*inputs.arguments, None, inputs.out, return_lse=True)
+    out, lse = pa_compiler.load(tmp_path / "pa.so").decode(*inputs.arguments, None, inputs.out, return_lse=True)
     assert_close_to_oracle(SPECS[name], inputs, out, lse)
 
 

@@ -144,7 +144,7 @@ def expect_failures(module, says):
 FAULTS = {  # a stage, a piece of its text, and what is there instead
     "scale": ("kernels", "vo * 8 + vi] * scale,", "vo * 8 + vi] * (scale * T.float32(1.02)),"),
     "tail": ("kernels", "vi < valid_len - vo * 8", "vi <= valid_len - vo * 8"),
-    "merge": ("host", "plan.range_begin(seq), plan.ranges_of(seq));", "plan.range_begin(seq), int64_t{1});"),
+    "merge": ("host", "plan.partial_begin(seq), plan.partials_of(seq));", "plan.partial_begin(seq), int64_t{1});"),
 }
 
 
@@ -172,7 +172,8 @@ def build_with_fault(monkeypatch, directory, spec, stage, text, wrong):
 
     def faulty_lower(*arguments):
         lowered = lower(*arguments)
-        return dataclasses.replace(lowered, scheduled=tvm.script.from_source(replaced(lowered.scheduled.script())))
+        scheduled = replaced(lowered.scheduled)
+        return dataclasses.replace(lowered, scheduled=scheduled, mod=tvm.script.from_source(scheduled))
 
     if stage == "host":
         monkeypatch.setattr(compiler, "_host", lambda *arguments: replaced(host(*arguments)))

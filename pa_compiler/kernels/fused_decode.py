@@ -179,14 +179,14 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                             prob_pairs = T.sblock_alloc_buffer((pass_tiles, rows, tokens // 2), "int32")
                                         for tile in range(pass_tiles):
                                             with T.sblock("softmax"):
-                                                vi = T.axis.spatial(pass_tiles, tile)
+                                                vslot = T.axis.spatial(pass_tiles, tile)
                                                 T.reads()
                                                 T.writes()
                                                 softmax_stage(
-                                                    scores, probs, tile_max, tile_sum, vi, scale, valid_len, num_groups
+                                                    scores, probs, tile_max, tile_sum, vslot, scale, valid_len, num_groups
                                                 )
                                                 if tiling.dot_pairs:
-                                                    pairs_stage(probs, prob_pairs, vi, num_groups)
+                                                    pairs_stage(probs, prob_pairs, vslot, num_groups)
                                         weights = T.meta_var(prob_pairs if tiling.dot_pairs else probs)
                                         pv_stage(
                                             weights, values, value_cache, value_offsets, tile_acc, 0, v_now, v_head,
@@ -194,12 +194,12 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                         )  # fmt: skip
                                         for tile in range(pass_tiles):
                                             with T.sblock("update"):
-                                                vi = T.axis.spatial(pass_tiles, tile)
+                                                vslot = T.axis.spatial(pass_tiles, tile)
                                                 T.reads()
                                                 T.writes()
                                                 update_stage(
-                                                    tile_max, tile_sum, tile_acc, vi, row_max, row_sum, acc,
-                                                    first_tile + vi, vstep, num_steps,
+                                                    tile_max, tile_sum, tile_acc, vslot, row_max, row_sum, acc,
+                                                    first_tile + vslot, vstep, num_steps,
                                                 )  # fmt: skip
                 for tile in range(tiles):
                     with T.sblock("result"):
