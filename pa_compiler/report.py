@@ -138,11 +138,13 @@ def print_verification(console: Console, module: Module, verification: Verificat
     table.add_row("bounds", f"{of_out:.2g} of out's is used, {of_lse:.2g} of lse's")
     for failure in verification.failures[:_SHOWN_FAILURES]:
         table.add_row(f"draw {failure.draw}", failure.message)
-        table.add_row("", f"{command} --seed {failure.seed} --draw {failure.draw}")
     failed = len(verification.failures)
     result = Text("PASS", "bold green") if verification.passed else Text(f"FAIL: {failed:,} of {draws}", "bold red")
     table.add_row("result", result)
     console.print(table)
+    for failure in verification.failures[:_SHOWN_FAILURES]:  # in whole lines, to be copied
+        line = f"{command} --seed {failure.seed} --draw {failure.draw}"
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def print_code(console: Console, text: str, lexer: str) -> None:

@@ -158,7 +158,7 @@ def test_a_wrong_library_fails_and_its_command_draws_that_again(monkeypatch, tmp
     result = CliRunner().invoke(cli.main, ["verify", str(library), "--seed", str(SEED), "--draw", str(number)])
     printed = " ".join(result.stdout.split())
     assert (result.exit_code, failure.message in printed, "FAIL: 1 of 1 draw" in printed) == (1, True, True), printed
-    command = re.search(r"pa-compiler (verify .* --draw \d+)", printed)[1]
+    command = re.search(r"^pa-compiler (verify .* --draw \d+)$", result.stdout, re.MULTILINE)[1]
     assert CliRunner().invoke(cli.main, shlex.split(command)).exit_code == 1
 
 
