@@ -244,22 +244,22 @@ class Module:
                                                                 scores[v0, v1, v2] = scores_global[v0, v1, v2]
                                         for tile in range(1):
                                             with T.sblock("softmax"):
-                                                vi = T.axis.spatial(1, tile)
+                                                vslot = T.axis.spatial(1, tile)
                                                 T.reads()
                                                 T.writes()
                                                 with T.sblock("softmax_prepare"):
-                                                    T.reads(scores[vi, 0:num_groups * 8, 0:16])
-                                                    T.writes(probs[vi, 0:num_groups * 8, 0:16], tile_max[vi, 0:16], tile_sum[vi, 0:16])
+                                                    T.reads(scores[vslot, 0:num_groups * 8, 0:16])
+                                                    T.writes(probs[vslot, 0:num_groups * 8, 0:16], tile_max[vslot, 0:16], tile_sum[vslot, 0:16])
                                                     scaled = T.sblock_alloc_buffer((128, 16))
                                                     peak = T.sblock_alloc_buffer((16,))
                                                     for to, ti in T.grid(num_groups, 8):
                                                         for r in T.vectorized(16):
                                                             with T.sblock("scaled"):
                                                                 vo = T.axis.spatial(16, to)
-                                                                vi_1, vr = T.axis.remap("SS", [ti, r])
-                                                                T.reads(scores[vi, vo * 8 + vi_1, vr])
-                                                                T.writes(scaled[vo * 8 + vi_1, vr])
-                                                                scaled[vo * 8 + vi_1, vr] = T.Select(vi_1 < valid_len - vo * 8, scores[vi, vo * 8 + vi_1, vr] * scale, T.float32("-inf"))
+                                                                vi, vr = T.axis.remap("SS", [ti, r])
+                                                                T.reads(scores[vslot, vo * 8 + vi, vr])
+                                                                T.writes(scaled[vo * 8 + vi, vr])
+                                                                scaled[vo * 8 + vi, vr] = T.Select(vi < valid_len - vo * 8, scores[vslot, vo * 8 + vi, vr] * scale, T.float32("-inf"))
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("peak_init"):
                                                             vr = T.axis.spatial(16, r_init)
@@ -278,37 +278,37 @@ class Module:
                                                         with T.sblock("tile_max"):
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(peak[vr])
-                                                            T.writes(tile_max[vi, vr])
-                                                            tile_max[vi, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
+                                                            T.writes(tile_max[vslot, vr])
+                                                            tile_max[vslot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
                                                     for to, ti in T.grid(num_groups, 8):
                                                         for r in T.vectorized(16):
                                                             with T.sblock("probs"):
                                                                 vt = T.axis.spatial(128, to * 8 + ti)
                                                                 vr = T.axis.spatial(16, r)
-                                                                T.reads(scaled[vt, vr], tile_max[vi, vr])
-                                                                T.writes(probs[vi, vt, vr])
-                                                                arg: T.let[T.float32] = scaled[vt, vr] - tile_max[vi, vr]
+                                                                T.reads(scaled[vt, vr], tile_max[vslot, vr])
+                                                                T.writes(probs[vslot, vt, vr])
+                                                                arg: T.let[T.float32] = scaled[vt, vr] - tile_max[vslot, vr]
                                                                 bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
                                                                 n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
                                                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
                                                                 high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
                                                                 series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
                                                                 power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                                                                probs[vi, vt, vr] = T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power)
+                                                                probs[vslot, vt, vr] = T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power)
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("tile_sum_init"):
                                                             vr = T.axis.spatial(16, r_init)
                                                             T.reads()
-                                                            T.writes(tile_sum[vi, vr])
-                                                            tile_sum[vi, vr] = T.float32(0.0)
+                                                            T.writes(tile_sum[vslot, vr])
+                                                            tile_sum[vslot, vr] = T.float32(0.0)
                                                     for to, ti in T.grid(num_groups, 8):
                                                         for r in T.vectorized(16):
                                                             with T.sblock("tile_sum_update"):
                                                                 vt = T.axis.reduce(128, to * 8 + ti)
                                                                 vr = T.axis.spatial(16, r)
-                                                                T.reads(tile_sum[vi, vr], probs[vi, vt, vr])
-                                                                T.writes(tile_sum[vi, vr])
-                                                                tile_sum[vi, vr] = tile_sum[vi, vr] + probs[vi, vt, vr]
+                                                                T.reads(tile_sum[vslot, vr], probs[vslot, vt, vr])
+                                                                T.writes(tile_sum[vslot, vr])
+                                                                tile_sum[vslot, vr] = tile_sum[vslot, vr] + probs[vslot, vt, vr]
                                         num_full: T.let[T.int32] = valid_len // 8
                                         with T.sblock("pv_matmul"):
                                             T.reads(probs[0, T.min(0, num_full * 8):T.min(0, num_full * 8) + (T.max(num_full * 8, num_full * 8 + valid_len % 8) - T.min(0, num_full * 8)), 0:16], v_tile[T.min(0, num_full * 8):T.min(0, num_full * 8) + (T.max(num_full * 8, num_full * 8 + valid_len % 8) - T.min(0, num_full * 8)), 0:4, 0:2, 0:16], value_cache[0:v_span], value_offsets[0:256])
@@ -374,12 +374,12 @@ class Module:
                                                             tile_acc[0, vd, vr] = tile_acc[0, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
                                         for tile in range(1):
                                             with T.sblock("update"):
-                                                vi = T.axis.spatial(1, tile)
+                                                vslot = T.axis.spatial(1, tile)
                                                 T.reads()
                                                 T.writes()
                                                 with T.sblock("online_update"):
-                                                    T.reads(tile_max[vi, 0:16], tile_sum[vi, 0:16], tile_acc[vi, 0:128, 0:16], row_max[first_tile + vi, 0:16], row_sum[first_tile + vi, 0:16])
-                                                    T.writes(row_max[first_tile + vi, 0:16], row_sum[first_tile + vi, 0:16], acc[first_tile, 0:128, 0:16])
+                                                    T.reads(tile_max[vslot, 0:16], tile_sum[vslot, 0:16], tile_acc[vslot, 0:128, 0:16], row_max[first_tile + vslot, 0:16], row_sum[first_tile + vslot, 0:16])
+                                                    T.writes(row_max[first_tile + vslot, 0:16], row_sum[first_tile + vslot, 0:16], acc[first_tile, 0:128, 0:16])
                                                     new_max = T.sblock_alloc_buffer((16,))
                                                     new_sum = T.sblock_alloc_buffer((16,))
                                                     alpha = T.sblock_alloc_buffer((16,))
@@ -387,13 +387,13 @@ class Module:
                                                     for r in T.vectorized(16):
                                                         with T.sblock("rescale"):
                                                             vr = T.axis.spatial(16, r)
-                                                            T.reads(row_max[first_tile + vi, vr], row_sum[first_tile + vi, vr], tile_max[vi, vr], tile_sum[vi, vr])
+                                                            T.reads(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr], tile_max[vslot, vr], tile_sum[vslot, vr])
                                                             T.writes(new_max[vr], alpha[vr], beta[vr])
-                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first_tile + vi, vr])
-                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vi, vr])
-                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vi, vr])
-                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vi, vr] == T.float32(0.0), old_max, both)
-                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vi, vr], old_or_both)
+                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first_tile + vslot, vr])
+                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
+                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vslot, vr])
+                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vslot, vr] == T.float32(0.0), old_max, both)
+                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vslot, vr], old_or_both)
                                                             new_max[vr] = m
                                                             arg: T.let[T.float32] = old_max - m
                                                             bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
@@ -403,41 +403,41 @@ class Module:
                                                             series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
                                                             power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
                                                             alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                                                            arg_1: T.let[T.float32] = tile_max[vi, vr] - m
+                                                            arg_1: T.let[T.float32] = tile_max[vslot, vr] - m
                                                             bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
                                                             n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
                                                             f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
                                                             high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
                                                             series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
                                                             power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
-                                                            beta[vr] = T.Select(tile_sum[vi, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                                                            beta[vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                                                     for r in T.vectorized(16):
                                                         with T.sblock("new_sum"):
                                                             vr = T.axis.spatial(16, r)
-                                                            T.reads(row_sum[first_tile + vi, vr], alpha[vr], beta[vr], tile_sum[vi, vr])
+                                                            T.reads(row_sum[first_tile + vslot, vr], alpha[vr], beta[vr], tile_sum[vslot, vr])
                                                             T.writes(new_sum[vr])
-                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vi, vr])
-                                                            new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[vi, vr]
+                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
+                                                            new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[vslot, vr]
                                                     for r in T.vectorized(16):
                                                         with T.sblock("row"):
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(new_max[vr], new_sum[vr])
-                                                            T.writes(row_max[first_tile + vi, vr], row_sum[first_tile + vi, vr])
-                                                            row_max[first_tile + vi, vr] = new_max[vr]
-                                                            row_sum[first_tile + vi, vr] = new_sum[vr]
+                                                            T.writes(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr])
+                                                            row_max[first_tile + vslot, vr] = new_max[vr]
+                                                            row_sum[first_tile + vslot, vr] = new_sum[vr]
                                                     with T.sblock("rescale_acc"):
-                                                        T.reads(tile_acc[vi, 0:128, 0:16], alpha[0:16], beta[0:16])
+                                                        T.reads(tile_acc[vslot, 0:128, 0:16], alpha[0:16], beta[0:16])
                                                         T.writes(acc[first_tile, 0:128, 0:16])
                                                         for d in range(128):
                                                             for r in T.vectorized(16):
                                                                 with T.sblock("acc"):
                                                                     vr, vd = T.axis.remap("SS", [r, d])
                                                                     vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                    T.reads(alpha[vr], beta[vr], tile_acc[vi, vd, vr])
+                                                                    T.reads(alpha[vr], beta[vr], tile_acc[vslot, vd, vr])
                                                                     T.writes(acc[first_tile, vd, vr])
                                                                     with T.init():
                                                                         acc[first_tile, vd, vr] = T.float32(0.0)
-                                                                    acc[first_tile, vd, vr] = alpha[vr] * acc[first_tile, vd, vr] + beta[vr] * tile_acc[vi, vd, vr]
+                                                                    acc[first_tile, vd, vr] = alpha[vr] * acc[first_tile, vd, vr] + beta[vr] * tile_acc[vslot, vd, vr]
                 for tile in range(1):
                     with T.sblock("result"):
                         vtile = T.axis.spatial(1, tile)

@@ -267,12 +267,12 @@ class Module:
                                                         sums[0:16] = sums[T.Ramp(0, 1, 16)] + T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Shuffle([sum_28, sum_29], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_28, sum_29], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]), where={sum_29: T.Shuffle([sum_26, sum_27], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_26, sum_27], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31])}), where={sum_28: T.Shuffle([sum_24, sum_25], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_24, sum_25], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31])}), where={sum_27: T.Shuffle([sum_22, sum_23], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_22, sum_23], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_26: T.Shuffle([sum_20, sum_21], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_20, sum_21], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_25: T.Shuffle([sum_18, sum_19], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_18, sum_19], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_24: T.Shuffle([sum_16, sum_17], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_16, sum_17], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_23: T.Shuffle([sum_14, sum_15], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_14, sum_15], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_22: T.Shuffle([sum_12, sum_13], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_12, sum_13], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_21: T.Shuffle([sum_10, sum_11], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_10, sum_11], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_20: T.Shuffle([sum_8, sum_9], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_8, sum_9], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_19: T.Shuffle([sum_6, sum_7], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_6, sum_7], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_18: T.Shuffle([sum_4, sum_5], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_4, sum_5], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_17: T.Shuffle([sum_2, sum_3], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_2, sum_3], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_16: T.Shuffle([sum_0, sum_1], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_0, sum_1], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_15: parts[15, T.Ramp(0, 1, 16)]}), where={sum_14: parts[14, T.Ramp(0, 1, 16)]}), where={sum_13: parts[13, T.Ramp(0, 1, 16)]}), where={sum_12: parts[12, T.Ramp(0, 1, 16)]}), where={sum_11: parts[11, T.Ramp(0, 1, 16)]}), where={sum_10: parts[10, T.Ramp(0, 1, 16)]}), where={sum_9: parts[9, T.Ramp(0, 1, 16)]}), where={sum_8: parts[8, T.Ramp(0, 1, 16)]}), where={sum_7: parts[7, T.Ramp(0, 1, 16)]}), where={sum_6: parts[6, T.Ramp(0, 1, 16)]}), where={sum_5: parts[5, T.Ramp(0, 1, 16)]}), where={sum_4: parts[4, T.Ramp(0, 1, 16)]}), where={sum_3: parts[3, T.Ramp(0, 1, 16)]}), where={sum_2: parts[2, T.Ramp(0, 1, 16)]}), where={sum_1: parts[1, T.Ramp(0, 1, 16)]}), where={sum_0: parts[0, T.Ramp(0, 1, 16)]})
                                         for tile in range(1):
                                             with T.sblock("softmax"):
-                                                vi = T.axis.spatial(1, tile)
+                                                vslot = T.axis.spatial(1, tile)
                                                 T.reads()
                                                 T.writes()
                                                 with T.sblock("softmax_prepare"):
-                                                    T.reads(scores[vi, 0:4, 0:128])
-                                                    T.writes(probs[vi, 0:4, 0:128], tile_max[vi, 0:4], tile_sum[vi, 0:4])
+                                                    T.reads(scores[vslot, 0:4, 0:128])
+                                                    T.writes(probs[vslot, 0:4, 0:128], tile_max[vslot, 0:4], tile_sum[vslot, 0:4])
                                                     scaled = T.sblock_alloc_buffer((4, 128))
                                                     peak = T.sblock_alloc_buffer((4,))
                                                     peak_rf = T.sblock_alloc_buffer((4, 16))
@@ -283,10 +283,10 @@ class Module:
                                                         for ti in T.vectorized(16):
                                                             with T.sblock("scaled"):
                                                                 vo = T.axis.spatial(8, to)
-                                                                vi_1, vr = T.axis.remap("SS", [ti, r])
-                                                                T.reads(scores[vi, vr, vo * 16 + vi_1])
-                                                                T.writes(scaled[vr, vo * 16 + vi_1])
-                                                                scaled[vr, vo * 16 + vi_1] = T.Select(vi_1 < valid_len - vo * 16, scores[vi, vr, vo * 16 + vi_1] * scale, T.float32("-inf"))
+                                                                vi, vr = T.axis.remap("SS", [ti, r])
+                                                                T.reads(scores[vslot, vr, vo * 16 + vi])
+                                                                T.writes(scaled[vr, vo * 16 + vi])
+                                                                scaled[vr, vo * 16 + vi] = T.Select(vi < valid_len - vo * 16, scores[vslot, vr, vo * 16 + vi] * scale, T.float32("-inf"))
                                                     for r in range(4):
                                                         for ax0_init in T.vectorized(16):
                                                             for ax2_init in range(1):
@@ -328,23 +328,23 @@ class Module:
                                                         with T.sblock("tile_max"):
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(peak[vr])
-                                                            T.writes(tile_max[vi, vr])
-                                                            tile_max[vi, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
+                                                            T.writes(tile_max[vslot, vr])
+                                                            tile_max[vslot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
                                                     for r, to in T.grid(4, num_groups):
                                                         for ti in T.vectorized(16):
                                                             with T.sblock("probs"):
                                                                 vt = T.axis.spatial(128, to * 16 + ti)
                                                                 vr = T.axis.spatial(4, r)
-                                                                T.reads(scaled[vr, vt], tile_max[vi, vr])
-                                                                T.writes(probs[vi, vr, vt])
-                                                                arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vi, vr]
+                                                                T.reads(scaled[vr, vt], tile_max[vslot, vr])
+                                                                T.writes(probs[vslot, vr, vt])
+                                                                arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vslot, vr]
                                                                 bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
                                                                 n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
                                                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
                                                                 high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
                                                                 series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
                                                                 power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                                                                probs[vi, vr, vt] = T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power)
+                                                                probs[vslot, vr, vt] = T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power)
                                                     for r in range(4):
                                                         for ax0_init in T.vectorized(16):
                                                             for ax2_init in range(1):
@@ -352,21 +352,21 @@ class Module:
                                                                     vti = T.axis.spatial(16, ax0_init)
                                                                     vr = T.axis.spatial(4, r + ax2_init)
                                                                     T.reads()
-                                                                    T.writes(tile_sum_rf_global[vi, vr, vti])
-                                                                    tile_sum_rf_global[vi, vr, vti] = T.float32(0.0)
+                                                                    T.writes(tile_sum_rf_global[vslot, vr, vti])
+                                                                    tile_sum_rf_global[vslot, vr, vti] = T.float32(0.0)
                                                         for ax1 in range(num_groups):
                                                             for ax0 in T.vectorized(16):
                                                                 for ax2 in range(1):
                                                                     with T.sblock("tile_sum_rf_update"):
                                                                         vti, vto = T.axis.remap("SR", [ax0, ax1])
                                                                         vr = T.axis.spatial(4, r + ax2)
-                                                                        T.reads(tile_sum_rf_global[vi, vr, vti], probs[vi, vr, vto * 16 + vti])
-                                                                        T.writes(tile_sum_rf_global[vi, vr, vti])
-                                                                        tile_sum_rf_global[vi, vr, vti] = tile_sum_rf_global[vi, vr, vti] + probs[vi, vr, vto * 16 + vti]
+                                                                        T.reads(tile_sum_rf_global[vslot, vr, vti], probs[vslot, vr, vto * 16 + vti])
+                                                                        T.writes(tile_sum_rf_global[vslot, vr, vti])
+                                                                        tile_sum_rf_global[vslot, vr, vti] = tile_sum_rf_global[vslot, vr, vti] + probs[vslot, vr, vto * 16 + vti]
                                                         for ax0, ax1 in T.grid(1, 1):
                                                             for ax2 in T.vectorized(16):
                                                                 with T.sblock("tile_sum.rf_global"):
-                                                                    v0 = T.axis.spatial(1, vi + ax0)
+                                                                    v0 = T.axis.spatial(1, vslot + ax0)
                                                                     v1 = T.axis.spatial(4, r + ax1)
                                                                     v2 = T.axis.spatial(16, ax2)
                                                                     T.reads(tile_sum_rf_global[v0, v1, v2])
@@ -375,14 +375,14 @@ class Module:
                                                         with T.sblock("tile_sum_init"):
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads()
-                                                            T.writes(tile_sum[vi, vr])
-                                                            tile_sum[vi, vr] = T.float32(0.0)
+                                                            T.writes(tile_sum[vslot, vr])
+                                                            tile_sum[vslot, vr] = T.float32(0.0)
                                                         for ti in T.unroll(16):
                                                             with T.sblock("tile_sum_update"):
                                                                 vti, vr = T.axis.remap("RS", [ti, r])
-                                                                T.reads(tile_sum[vi, vr], tile_sum_rf[vi, vr, vti])
-                                                                T.writes(tile_sum[vi, vr])
-                                                                tile_sum[vi, vr] = tile_sum[vi, vr] + tile_sum_rf[vi, vr, vti]
+                                                                T.reads(tile_sum[vslot, vr], tile_sum_rf[vslot, vr, vti])
+                                                                T.writes(tile_sum[vslot, vr])
+                                                                tile_sum[vslot, vr] = tile_sum[vslot, vr] + tile_sum_rf[vslot, vr, vti]
                                         num_full: T.let[T.int32] = valid_len // 16
                                         with T.sblock("pv_matmul"):
                                             T.reads(probs[0, 0:4, 0:128], value_cache[0:v_span], value_cache[0:v_span], value_offsets[0:256])
@@ -458,12 +458,12 @@ class Module:
                                                             tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & -65536))
                                         for tile in range(1):
                                             with T.sblock("update"):
-                                                vi = T.axis.spatial(1, tile)
+                                                vslot = T.axis.spatial(1, tile)
                                                 T.reads()
                                                 T.writes()
                                                 with T.sblock("online_update"):
-                                                    T.reads(tile_max[vi, 0:4], tile_sum[vi, 0:4], tile_acc[vi, 0:4, 0:4, 0:2, 0:16], row_max[first_tile + vi, 0:4], row_sum[first_tile + vi, 0:4])
-                                                    T.writes(row_max[first_tile + vi, 0:4], row_sum[first_tile + vi, 0:4], acc[first_tile + vi, 0:4, 0:128])
+                                                    T.reads(tile_max[vslot, 0:4], tile_sum[vslot, 0:4], tile_acc[vslot, 0:4, 0:4, 0:2, 0:16], row_max[first_tile + vslot, 0:4], row_sum[first_tile + vslot, 0:4])
+                                                    T.writes(row_max[first_tile + vslot, 0:4], row_sum[first_tile + vslot, 0:4], acc[first_tile + vslot, 0:4, 0:128])
                                                     new_max = T.sblock_alloc_buffer((4,))
                                                     new_sum = T.sblock_alloc_buffer((4,))
                                                     alpha = T.sblock_alloc_buffer((4,))
@@ -471,13 +471,13 @@ class Module:
                                                     for r in T.vectorized(4):
                                                         with T.sblock("rescale"):
                                                             vr = T.axis.spatial(4, r)
-                                                            T.reads(row_max[first_tile + vi, vr], row_sum[first_tile + vi, vr], tile_max[vi, vr], tile_sum[vi, vr])
+                                                            T.reads(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr], tile_max[vslot, vr], tile_sum[vslot, vr])
                                                             T.writes(new_max[vr], alpha[vr], beta[vr])
-                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first_tile + vi, vr])
-                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vi, vr])
-                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vi, vr])
-                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vi, vr] == T.float32(0.0), old_max, both)
-                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vi, vr], old_or_both)
+                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first_tile + vslot, vr])
+                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
+                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vslot, vr])
+                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vslot, vr] == T.float32(0.0), old_max, both)
+                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vslot, vr], old_or_both)
                                                             new_max[vr] = m
                                                             arg: T.let[T.float32] = old_max - m
                                                             bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
@@ -487,31 +487,31 @@ class Module:
                                                             series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
                                                             power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
                                                             alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                                                            arg_1: T.let[T.float32] = tile_max[vi, vr] - m
+                                                            arg_1: T.let[T.float32] = tile_max[vslot, vr] - m
                                                             bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
                                                             n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
                                                             f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
                                                             high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
                                                             series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
                                                             power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
-                                                            beta[vr] = T.Select(tile_sum[vi, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                                                            beta[vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                                                     for r in T.vectorized(4):
                                                         with T.sblock("new_sum"):
                                                             vr = T.axis.spatial(4, r)
-                                                            T.reads(row_sum[first_tile + vi, vr], alpha[vr], beta[vr], tile_sum[vi, vr])
+                                                            T.reads(row_sum[first_tile + vslot, vr], alpha[vr], beta[vr], tile_sum[vslot, vr])
                                                             T.writes(new_sum[vr])
-                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vi, vr])
-                                                            new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[vi, vr]
+                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
+                                                            new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[vslot, vr]
                                                     for r in T.vectorized(4):
                                                         with T.sblock("row"):
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(new_max[vr], new_sum[vr])
-                                                            T.writes(row_max[first_tile + vi, vr], row_sum[first_tile + vi, vr])
-                                                            row_max[first_tile + vi, vr] = new_max[vr]
-                                                            row_sum[first_tile + vi, vr] = new_sum[vr]
+                                                            T.writes(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr])
+                                                            row_max[first_tile + vslot, vr] = new_max[vr]
+                                                            row_sum[first_tile + vslot, vr] = new_sum[vr]
                                                     with T.sblock("rescale_acc"):
-                                                        T.reads(tile_acc[vi, 0:4, 0:4, 0:2, 0:16], alpha[0:4], beta[0:4])
-                                                        T.writes(acc[first_tile + vi, 0:4, 0:128])
+                                                        T.reads(tile_acc[vslot, 0:4, 0:4, 0:2, 0:16], alpha[0:4], beta[0:4])
+                                                        T.writes(acc[first_tile + vslot, 0:4, 0:128])
                                                         tile_acc_global = T.sblock_alloc_buffer((1, 4, 64, 2))
                                                         for r, d_0 in T.grid(4, 4):
                                                             for ax0, ax1, ax2, ax3_0, ax4_0 in T.grid(1, 1, 1, 1, 4):
@@ -520,10 +520,10 @@ class Module:
                                                                     v1_o = T.axis.spatial(4, r + ax1)
                                                                     v2_o = T.axis.spatial(4, d_0 + ax2)
                                                                     v3_o, v4_o = T.axis.remap("SS", [ax3_0, ax4_0])
-                                                                    T.reads(tile_acc[vi + v0_o, v1_o, v2_o, 0:2, v4_o * 4:v4_o * 4 + 4])
+                                                                    T.reads(tile_acc[vslot + v0_o, v1_o, v2_o, 0:2, v4_o * 4:v4_o * 4 + 4])
                                                                     T.writes(tile_acc_global[v0_o, v1_o, v2_o * 16 + v4_o * 4:v2_o * 16 + v4_o * 4 + 4, 0:2])
                                                                     turned = T.match_buffer(tile_acc_global[v0_o, v1_o, v2_o * 16 + v4_o * 4:v2_o * 16 + v4_o * 4 + 4, 0:2], (4, 2), strides=("turned_row", 1), offset_factor=1)
-                                                                    block = T.match_buffer(tile_acc[vi + v0_o, v1_o, v2_o, 0:2, v4_o * 4:v4_o * 4 + 4], (2, 4), strides=("block_row", 1), offset_factor=1)
+                                                                    block = T.match_buffer(tile_acc[vslot + v0_o, v1_o, v2_o, 0:2, v4_o * 4:v4_o * 4 + 4], (2, 4), strides=("block_row", 1), offset_factor=1)
                                                                     turned[0, 0:4] = T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[1, T.Ramp(0, 1, 4)]], [0, 4, 1, 5])
                                                                     turned[2, 0:4] = T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[1, T.Ramp(0, 1, 4)]], [2, 6, 3, 7])
                                                             for d_1 in T.vectorized(32):
@@ -532,10 +532,10 @@ class Module:
                                                                     vd = T.axis.spatial(128, d_0 * 32 + d_1)
                                                                     vstep_1 = T.axis.reduce(num_steps, vstep)
                                                                     T.reads(alpha[vr], beta[vr], tile_acc_global[0, vr, vd // 2, vd % 2])
-                                                                    T.writes(acc[first_tile + vi, vr, vd])
+                                                                    T.writes(acc[first_tile + vslot, vr, vd])
                                                                     with T.init():
-                                                                        acc[first_tile + vi, vr, vd] = T.float32(0.0)
-                                                                    acc[first_tile + vi, vr, vd] = alpha[vr] * acc[first_tile + vi, vr, vd] + beta[vr] * tile_acc_global[0, vr, vd // 2, vd % 2]
+                                                                        acc[first_tile + vslot, vr, vd] = T.float32(0.0)
+                                                                    acc[first_tile + vslot, vr, vd] = alpha[vr] * acc[first_tile + vslot, vr, vd] + beta[vr] * tile_acc_global[0, vr, vd // 2, vd % 2]
                 for tile in range(8):
                     with T.sblock("result"):
                         vtile = T.axis.spatial(8, tile)

@@ -179,21 +179,21 @@ class Module:
                                                     scores[0, vr, vt] = scores[0, vr, vt] + q_tile[first_tile + vi, vr, vd] * T.reinterpret("float32", T.Select(vd % 2 == 0, key_cache[key_offsets[vt] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[vt] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd // 2)] & -65536))
                                         for tile in range(1):
                                             with T.sblock("softmax"):
-                                                vi = T.axis.spatial(1, tile)
+                                                vslot = T.axis.spatial(1, tile)
                                                 T.reads()
                                                 T.writes()
                                                 with T.sblock("softmax_prepare"):
-                                                    T.reads(scores[vi, 0:4, 0:128])
-                                                    T.writes(probs[vi, 0:4, 0:128], tile_max[vi, 0:4], tile_sum[vi, 0:4])
+                                                    T.reads(scores[vslot, 0:4, 0:128])
+                                                    T.writes(probs[vslot, 0:4, 0:128], tile_max[vslot, 0:4], tile_sum[vslot, 0:4])
                                                     scaled = T.sblock_alloc_buffer((4, 128))
                                                     peak = T.sblock_alloc_buffer((4,))
                                                     for r, to, ti in T.grid(4, num_groups, 16):
                                                         with T.sblock("scaled"):
                                                             vo = T.axis.spatial(8, to)
-                                                            vi_1, vr = T.axis.remap("SS", [ti, r])
-                                                            T.reads(scores[vi, vr, vo * 16 + vi_1])
-                                                            T.writes(scaled[vr, vo * 16 + vi_1])
-                                                            scaled[vr, vo * 16 + vi_1] = T.Select(vi_1 < valid_len - vo * 16, scores[vi, vr, vo * 16 + vi_1] * scale, T.float32("-inf"))
+                                                            vi, vr = T.axis.remap("SS", [ti, r])
+                                                            T.reads(scores[vslot, vr, vo * 16 + vi])
+                                                            T.writes(scaled[vr, vo * 16 + vi])
+                                                            scaled[vr, vo * 16 + vi] = T.Select(vi < valid_len - vo * 16, scores[vslot, vr, vo * 16 + vi] * scale, T.float32("-inf"))
                                                     for r, to, ti in T.grid(4, num_groups, 16):
                                                         with T.sblock("peak"):
                                                             vt = T.axis.reduce(128, to * 16 + ti)
@@ -207,31 +207,31 @@ class Module:
                                                         with T.sblock("tile_max"):
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(peak[vr])
-                                                            T.writes(tile_max[vi, vr])
-                                                            tile_max[vi, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
+                                                            T.writes(tile_max[vslot, vr])
+                                                            tile_max[vslot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
                                                     for r, to, ti in T.grid(4, num_groups, 16):
                                                         with T.sblock("probs"):
                                                             vt = T.axis.spatial(128, to * 16 + ti)
                                                             vr = T.axis.spatial(4, r)
-                                                            T.reads(scaled[vr, vt], tile_max[vi, vr])
-                                                            T.writes(probs[vi, vr, vt])
-                                                            arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vi, vr]
+                                                            T.reads(scaled[vr, vt], tile_max[vslot, vr])
+                                                            T.writes(probs[vslot, vr, vt])
+                                                            arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vslot, vr]
                                                             bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
                                                             n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
                                                             f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
                                                             high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
                                                             series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
                                                             power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                                                            probs[vi, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                                            probs[vslot, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
                                                     for r, to, ti in T.grid(4, num_groups, 16):
                                                         with T.sblock("tile_sum"):
                                                             vt = T.axis.reduce(128, to * 16 + ti)
                                                             vr = T.axis.spatial(4, r)
-                                                            T.reads(probs[vi, vr, vt])
-                                                            T.writes(tile_sum[vi, vr])
+                                                            T.reads(probs[vslot, vr, vt])
+                                                            T.writes(tile_sum[vslot, vr])
                                                             with T.init():
-                                                                tile_sum[vi, vr] = T.float32(0.0)
-                                                            tile_sum[vi, vr] = tile_sum[vi, vr] + probs[vi, vr, vt]
+                                                                tile_sum[vslot, vr] = T.float32(0.0)
+                                                            tile_sum[vslot, vr] = tile_sum[vslot, vr] + probs[vslot, vr, vt]
                                         num_full: T.let[T.int32] = valid_len // 16
                                         with T.sblock("pv_matmul"):
                                             T.reads(probs[0, 0:4, 0:128], value_cache[0:v_span], value_cache[0:v_span], value_offsets[0:256])
@@ -266,12 +266,12 @@ class Module:
                                                     tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & -65536))
                                         for tile in range(1):
                                             with T.sblock("update"):
-                                                vi = T.axis.spatial(1, tile)
+                                                vslot = T.axis.spatial(1, tile)
                                                 T.reads()
                                                 T.writes()
                                                 with T.sblock("online_update"):
-                                                    T.reads(tile_max[vi, 0:4], tile_sum[vi, 0:4], tile_acc[vi, 0:4, 0:128], row_max[first_tile + vi, 0:4], row_sum[first_tile + vi, 0:4])
-                                                    T.writes(row_max[first_tile + vi, 0:4], row_sum[first_tile + vi, 0:4], acc[first_tile + vi, 0:4, 0:128])
+                                                    T.reads(tile_max[vslot, 0:4], tile_sum[vslot, 0:4], tile_acc[vslot, 0:4, 0:128], row_max[first_tile + vslot, 0:4], row_sum[first_tile + vslot, 0:4])
+                                                    T.writes(row_max[first_tile + vslot, 0:4], row_sum[first_tile + vslot, 0:4], acc[first_tile + vslot, 0:4, 0:128])
                                                     new_max = T.sblock_alloc_buffer((4,))
                                                     new_sum = T.sblock_alloc_buffer((4,))
                                                     alpha = T.sblock_alloc_buffer((4,))
@@ -279,13 +279,13 @@ class Module:
                                                     for r in range(4):
                                                         with T.sblock("rescale"):
                                                             vr = T.axis.spatial(4, r)
-                                                            T.reads(row_max[first_tile + vi, vr], row_sum[first_tile + vi, vr], tile_max[vi, vr], tile_sum[vi, vr])
+                                                            T.reads(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr], tile_max[vslot, vr], tile_sum[vslot, vr])
                                                             T.writes(new_max[vr], alpha[vr], beta[vr])
-                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first_tile + vi, vr])
-                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vi, vr])
-                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vi, vr])
-                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vi, vr] == T.float32(0.0), old_max, both)
-                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vi, vr], old_or_both)
+                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first_tile + vslot, vr])
+                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
+                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vslot, vr])
+                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vslot, vr] == T.float32(0.0), old_max, both)
+                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vslot, vr], old_or_both)
                                                             new_max[vr] = m
                                                             arg: T.let[T.float32] = old_max - m
                                                             bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
@@ -295,40 +295,40 @@ class Module:
                                                             series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
                                                             power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
                                                             alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                                                            arg_1: T.let[T.float32] = tile_max[vi, vr] - m
+                                                            arg_1: T.let[T.float32] = tile_max[vslot, vr] - m
                                                             bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
                                                             n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
                                                             f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
                                                             high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
                                                             series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
                                                             power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
-                                                            beta[vr] = T.Select(tile_sum[vi, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                                                            beta[vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                                                     for r in range(4):
                                                         with T.sblock("new_sum"):
                                                             vr = T.axis.spatial(4, r)
-                                                            T.reads(row_sum[first_tile + vi, vr], alpha[vr], beta[vr], tile_sum[vi, vr])
+                                                            T.reads(row_sum[first_tile + vslot, vr], alpha[vr], beta[vr], tile_sum[vslot, vr])
                                                             T.writes(new_sum[vr])
-                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vi, vr])
-                                                            new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[vi, vr]
+                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
+                                                            new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[vslot, vr]
                                                     for r in range(4):
                                                         with T.sblock("row"):
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(new_max[vr], new_sum[vr])
-                                                            T.writes(row_max[first_tile + vi, vr], row_sum[first_tile + vi, vr])
-                                                            row_max[first_tile + vi, vr] = new_max[vr]
-                                                            row_sum[first_tile + vi, vr] = new_sum[vr]
+                                                            T.writes(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr])
+                                                            row_max[first_tile + vslot, vr] = new_max[vr]
+                                                            row_sum[first_tile + vslot, vr] = new_sum[vr]
                                                     with T.sblock("rescale_acc"):
-                                                        T.reads(tile_acc[vi, 0:4, 0:128], alpha[0:4], beta[0:4])
-                                                        T.writes(acc[first_tile + vi, 0:4, 0:128])
+                                                        T.reads(tile_acc[vslot, 0:4, 0:128], alpha[0:4], beta[0:4])
+                                                        T.writes(acc[first_tile + vslot, 0:4, 0:128])
                                                         for r, d in T.grid(4, 128):
                                                             with T.sblock("acc"):
                                                                 vr, vd = T.axis.remap("SS", [r, d])
                                                                 vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                                T.reads(alpha[vr], beta[vr], tile_acc[vi, vr, vd])
-                                                                T.writes(acc[first_tile + vi, vr, vd])
+                                                                T.reads(alpha[vr], beta[vr], tile_acc[vslot, vr, vd])
+                                                                T.writes(acc[first_tile + vslot, vr, vd])
                                                                 with T.init():
-                                                                    acc[first_tile + vi, vr, vd] = T.float32(0.0)
-                                                                acc[first_tile + vi, vr, vd] = alpha[vr] * acc[first_tile + vi, vr, vd] + beta[vr] * tile_acc[vi, vr, vd]
+                                                                    acc[first_tile + vslot, vr, vd] = T.float32(0.0)
+                                                                acc[first_tile + vslot, vr, vd] = alpha[vr] * acc[first_tile + vslot, vr, vd] + beta[vr] * tile_acc[vslot, vr, vd]
                 for tile in range(8):
                     with T.sblock("result"):
                         vtile = T.axis.spatial(8, tile)

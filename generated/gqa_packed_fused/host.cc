@@ -44,6 +44,7 @@ constexpr int64_t kBatchChunk = 16;  // sequences
 constexpr int64_t kSplitBlocks = 16;  // blocks of one range of a long sequence
 constexpr int64_t kItemTokens = 120;  // tokens after which a work item takes no further sequence
 constexpr int64_t kThreadTokens = 30;  // KV tokens of work items that are worth one more thread
+constexpr bool kFinishesWhole = true;  // whether RunItem writes out and lse of a sequence of one range
 constexpr int64_t kMaxContextLen = int64_t{1} << 30;  // keeps the kernels' token arithmetic within int32
 
 constexpr DLDataType kDType = {kDLBfloat, 16, 1};
@@ -51,8 +52,6 @@ constexpr DLDataType kOutDType = {kDLBfloat, 16, 1};
 constexpr DLDataType kInt32 = {kDLInt, 32, 1};
 constexpr DLDataType kInt64 = {kDLInt, 64, 1};
 constexpr DLDataType kFloat32 = {kDLFloat, 32, 1};
-
-const char kManifest[] = R"json({"pipeline": "fused", "spec": {"batch_chunk": 16, "block_size": 16, "dtype": "bfloat16", "head_dim": 128, "head_tile": 16, "kv_layout": "packed", "num_heads": 32, "num_kv_heads": 8, "out_dtype": "bfloat16"}, "target": {"kind": "llvm", "mcpu": "sapphirerapids"}, "versions": {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1", "pa-compiler": "0.1.0"}})json";
 
 // ---------------------------------------------------------------- tvm-ffi
 
@@ -551,7 +550,7 @@ void CheckCpuFeatures() {
 struct WorkItem {
   int64_t batch_start, num_seqs;
   int64_t block_begin, block_end;
-  int64_t partial_start;  // slot of the first sequence's partial result
+  int64_t partial_start;  // slot of the first sequence's partial result; -1 where the kernels write out and lse
   int64_t num_tokens;     // KV tokens that it reads
 };
 
@@ -565,6 +564,8 @@ struct Cut {
     step = (blocks - 1) / splits + 1;
     num_ranges = (blocks - 1) / step + 1;
   }
+  // Partial results that are to be merged.
+  int64_t num_partials() const { return num_ranges == 1 && kFinishesWhole ? 0 : num_ranges; }
 };
 
 int64_t CountRanges(const int32_t* context_lens, int64_t batch) {
@@ -574,39 +575,38 @@ int64_t CountRanges(const int32_t* context_lens, int64_t batch) {
 }
 
 // A pure function of the lengths. Since a sequence's ranges depend on its own length alone, its result is the same in any
-// batch; how sequences share items only balances the work. Sequence b has the ranges range_begin[b] to range_begin[b + 1].
+// batch; how sequences share items only balances the work. Sequence b has the partial results partial_begin[b] to
+// partial_begin[b + 1].
 class Plan {
  public:
   Plan(const int32_t* context_lens, int64_t batch)
-      : num_ranges(CountRanges(context_lens, batch)),
-        range_begin_(call_workspace, batch + 1),
-        items_(call_workspace, num_ranges) {
+      : partial_begin_(call_workspace, batch + 1), items_(call_workspace, CountRanges(context_lens, batch)) {
     WorkItem* const first = items_.data();
     WorkItem* const last = AddItems(context_lens, batch, first);
     for (const WorkItem* item = first; item != last; ++item) num_tokens += item->num_tokens;
     // Longest first, for any number of threads.
     std::sort(first, last, [](const WorkItem& a, const WorkItem& b) {
-      return a.num_tokens != b.num_tokens ? a.num_tokens > b.num_tokens : a.partial_start < b.partial_start;
+      if (a.num_tokens != b.num_tokens) return a.num_tokens > b.num_tokens;
+      return a.batch_start != b.batch_start ? a.batch_start < b.batch_start : a.block_begin < b.block_begin;
     });
     num_items = last - first;
   }
 
   const WorkItem& item(int64_t i) const { return items_.data()[i]; }
-  int64_t range_begin(int64_t seq) const { return range_begin_.data()[seq]; }
-  int64_t ranges_of(int64_t seq) const { return range_begin(seq + 1) - range_begin(seq); }
+  int64_t partial_begin(int64_t seq) const { return partial_begin_.data()[seq]; }
+  int64_t partials_of(int64_t seq) const { return partial_begin(seq + 1) - partial_begin(seq); }
 
-  int64_t num_ranges, num_items = 0;
+  int64_t num_partials = 0, num_items = 0;
   int64_t num_tokens = 0;  // of all items together
 
  private:
-  // Write range_begin and the items, in order; return their end.
+  // Write partial_begin and the items, in order; return their end.
   WorkItem* AddItems(const int32_t* context_lens, int64_t batch, WorkItem* items) {
     WorkItem* end = items;
-    int64_t range = 0;
     for (int64_t seq = 0; seq < batch; ++seq) {
-      range_begin_.data()[seq] = range;
+      partial_begin_.data()[seq] = num_partials;
       const Cut cut(context_lens[seq]);
-      for (int64_t i = 0; i < cut.num_ranges; ++i, ++range) {
+      for (int64_t i = 0; i < cut.num_ranges; ++i) {
         const int64_t begin = i * cut.step, stop = std::min(begin + cut.step, cut.blocks);
         const int64_t tokens = std::min<int64_t>(stop * kBlockSize, context_lens[seq]) - begin * kBlockSize;
         WorkItem* open = end == items ? nullptr : end - 1;
@@ -617,15 +617,16 @@ class Plan {
           open->num_tokens += tokens;
           open->block_end = std::max(open->block_end, stop);
         } else {
-          *end++ = {seq, 1, begin, stop, range, tokens};
+          *end++ = {seq, 1, begin, stop, cut.num_partials() == 0 ? -1 : num_partials + i, tokens};
         }
       }
+      num_partials += cut.num_partials();
     }
-    range_begin_.data()[batch] = range;
+    partial_begin_.data()[batch] = num_partials;
     return end;
   }
 
-  Borrowed<int64_t> range_begin_;  // [batch + 1]
+  Borrowed<int64_t> partial_begin_;  // [batch + 1]
   Borrowed<WorkItem> items_;
 };
 
@@ -814,9 +815,9 @@ class Partials {
 void RunItem(const WorkItem& item, const Arguments& args, float scale, const Partials& partials) {
   const Cache &key = args.key_cache, &value = args.value_cache;
   Call(__tvm_ffi_fused_decode, args.query, key.memory, value.memory, args.block_table, args.context_lens, partials.max,
-       partials.sum, partials.acc, key.block_stride, key.row_stride, key.head_stride, value.block_stride,
-       value.row_stride, value.head_stride, item.batch_start, item.num_seqs, item.block_begin, item.block_end,
-       item.partial_start, scale);
+       partials.sum, partials.acc, args.out, args.lse, key.block_stride, key.row_stride, key.head_stride,
+       value.block_stride, value.row_stride, value.head_stride, item.batch_start, item.num_seqs, item.block_begin,
+       item.block_end, item.partial_start, scale);
 }
 
 // ---------------------------------------------------------------- append_kv
@@ -919,21 +920,22 @@ void Decode(const Inputs& in) {
   const int64_t num_threads = in.Int(8);
   Arguments args = CheckArguments(in, scale, num_threads, in.Int(9));
   const Plan plan(static_cast<const int32_t*>(args.context_lens.tensor.data), args.batch);
-  const Partials partials(plan.num_ranges);
+  const Partials partials(plan.num_partials);
   const bool has_lse = args.lse.tensor.data != nullptr;
   const Borrowed<float> unused_lse(call_workspace, has_lse ? 0 : args.batch * kNumHeads);
   if (!has_lse) args.lse = Array(unused_lse.data(), {args.batch, kNumHeads});
-  const Borrowed<std::atomic<int32_t>> missing(call_workspace, args.batch);  // ranges not yet computed
-  for (int64_t seq = 0; seq < args.batch; ++seq) new (&missing.data()[seq]) std::atomic<int32_t>(plan.ranges_of(seq));
+  const Borrowed<std::atomic<int32_t>> missing(call_workspace, args.batch);  // partial results not yet computed
+  for (int64_t seq = 0; seq < args.batch; ++seq) new (&missing.data()[seq]) std::atomic<int32_t>(plan.partials_of(seq));
   const int64_t wanted_threads = plan.num_tokens / kThreadTokens + 1;
   ParallelFor(plan.num_items, std::min(num_threads, wanted_threads), [&](int64_t i) {
     const WorkItem& item = plan.item(i);
     RunItem(item, args, static_cast<float>(scale), partials);
+    if (item.partial_start < 0) return;
     for (int64_t seq = item.batch_start; seq < item.batch_start + item.num_seqs; ++seq) {
-      // Whoever computes a sequence's last range merges all of them, in their order.
+      // Whoever computes the last of a sequence's partial results merges all of them, in their order.
       if (--missing.data()[seq] > 0) continue;
       Call(__tvm_ffi_merge_partials, partials.max, partials.sum, partials.acc, args.out, args.lse, seq,
-           plan.range_begin(seq), plan.ranges_of(seq));
+           plan.partial_begin(seq), plan.partials_of(seq));
     }
   });
 }
@@ -990,8 +992,4 @@ PA_EXPORT int __tvm_ffi_plan(void*, const TVMFFIAny* args, int32_t num_args, TVM
 
 PA_EXPORT int __tvm_ffi_view_as_bfloat16(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
   return Guarded([&] { ViewAsBFloat16(Inputs(args, num_args, 1), result); });
-}
-
-PA_EXPORT int __tvm_ffi_manifest(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
-  return Guarded([&] { ReturnText((Inputs(args, num_args, 0), kManifest), sizeof kManifest - 1, result); });
 }

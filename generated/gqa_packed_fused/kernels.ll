@@ -1135,122 +1135,174 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %beta214.i = alloca [4 x float], align 16
-  %alpha215.i = alloca [4 x float], align 16
-  %peak223.i = alloca [4 x float], align 16
-  %tile_sum225.i = alloca [4 x float], align 16
-  %row_sum227.i = alloca [32 x float], align 16
-  %row_max228.i = alloca [32 x float], align 16
-  %0 = getelementptr inbounds nuw i8, ptr %args, i64 8
-  %1 = load ptr, ptr %0, align 8
-  %2 = getelementptr inbounds nuw i8, ptr %args, i64 24
-  %3 = load ptr, ptr %2, align 8
-  %4 = getelementptr inbounds nuw i8, ptr %args, i64 40
-  %5 = load ptr, ptr %4, align 8
-  %6 = getelementptr inbounds nuw i8, ptr %args, i64 56
-  %7 = load ptr, ptr %6, align 8
-  %8 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %beta243.i = alloca [4 x float], align 16
+  %alpha244.i = alloca [4 x float], align 16
+  %peak252.i = alloca [4 x float], align 16
+  %tile_sum254.i = alloca [4 x float], align 16
+  %row_sum256.i = alloca [32 x float], align 16
+  %row_max257.i = alloca [32 x float], align 16
+  %query.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %query.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %query.handle.idx = select i1 %0, i64 24, i64 0
+  %query.handle = getelementptr inbounds nuw i8, ptr %2, i64 %query.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %key_cache.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %key_cache.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %key_cache.handle.idx = select i1 %4, i64 24, i64 0
+  %key_cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %key_cache.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %8 = getelementptr inbounds nuw i8, ptr %args, i64 40
   %9 = load ptr, ptr %8, align 8
-  %10 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %10 = getelementptr inbounds nuw i8, ptr %args, i64 56
   %11 = load ptr, ptr %10, align 8
-  %12 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %12 = getelementptr inbounds nuw i8, ptr %args, i64 72
   %13 = load ptr, ptr %12, align 8
-  %14 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr align 8 %args, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
-  %15 = shufflevector <29 x i32> %14, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
-  %16 = icmp eq <8 x i32> %15, splat (i32 70)
-  %17 = extractelement <8 x i1> %16, i64 0
-  %query.handle.idx = select i1 %17, i64 24, i64 0
-  %query.handle = getelementptr inbounds nuw i8, ptr %1, i64 %query.handle.idx
-  %18 = extractelement <8 x i1> %16, i64 1
-  %key_cache.handle.idx = select i1 %18, i64 24, i64 0
-  %key_cache.handle = getelementptr inbounds nuw i8, ptr %3, i64 %key_cache.handle.idx
-  %19 = extractelement <8 x i1> %16, i64 2
-  %value_cache.handle.idx = select i1 %19, i64 24, i64 0
-  %value_cache.handle = getelementptr inbounds nuw i8, ptr %5, i64 %value_cache.handle.idx
-  %20 = extractelement <8 x i1> %16, i64 3
-  %block_table.handle.idx = select i1 %20, i64 24, i64 0
-  %block_table.handle = getelementptr inbounds nuw i8, ptr %7, i64 %block_table.handle.idx
-  %21 = extractelement <8 x i1> %16, i64 4
-  %context_lens.handle.idx = select i1 %21, i64 24, i64 0
-  %context_lens.handle = getelementptr inbounds nuw i8, ptr %9, i64 %context_lens.handle.idx
-  %22 = extractelement <8 x i1> %16, i64 5
-  %partial_max.handle.idx = select i1 %22, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %11, i64 %partial_max.handle.idx
-  %23 = extractelement <8 x i1> %16, i64 6
-  %partial_sum.handle.idx = select i1 %23, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %13, i64 %partial_sum.handle.idx
-  %24 = getelementptr inbounds nuw i8, ptr %args, i64 120
-  %25 = load ptr, ptr %24, align 8
-  %26 = extractelement <8 x i1> %16, i64 7
-  %partial_acc.handle.idx = select i1 %26, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %25, i64 %partial_acc.handle.idx
-  %27 = getelementptr inbounds nuw i8, ptr %args, i64 136
-  %k_block = load i64, ptr %27, align 8
-  %28 = getelementptr inbounds nuw i8, ptr %args, i64 152
-  %k_row = load i64, ptr %28, align 8
-  %29 = getelementptr inbounds nuw i8, ptr %args, i64 168
-  %k_head = load i64, ptr %29, align 8
-  %30 = getelementptr inbounds nuw i8, ptr %args, i64 184
-  %v_block = load i64, ptr %30, align 8
-  %31 = getelementptr inbounds nuw i8, ptr %args, i64 200
-  %v_row = load i64, ptr %31, align 8
-  %32 = getelementptr inbounds nuw i8, ptr %args, i64 216
-  %v_head = load i64, ptr %32, align 8
-  %33 = getelementptr inbounds nuw i8, ptr %args, i64 232
-  %34 = load i64, ptr %33, align 8
-  %35 = getelementptr inbounds nuw i8, ptr %args, i64 248
-  %36 = load i64, ptr %35, align 8
-  %37 = getelementptr inbounds nuw i8, ptr %args, i64 264
-  %38 = load i64, ptr %37, align 8
-  %39 = getelementptr inbounds nuw i8, ptr %args, i64 280
-  %40 = load i64, ptr %39, align 8
-  %41 = getelementptr inbounds nuw i8, ptr %args, i64 296
+  %14 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %15 = load ptr, ptr %14, align 8
+  %16 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %17 = load ptr, ptr %16, align 8
+  %18 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %19 = load ptr, ptr %18, align 8
+  %20 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %21 = load ptr, ptr %20, align 8
+  %22 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr nonnull align 8 %7, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
+  %23 = shufflevector <29 x i32> %22, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %24 = icmp eq <8 x i32> %23, splat (i32 70)
+  %25 = extractelement <8 x i1> %24, i64 0
+  %value_cache.handle.idx = select i1 %25, i64 24, i64 0
+  %value_cache.handle = getelementptr inbounds nuw i8, ptr %9, i64 %value_cache.handle.idx
+  %26 = extractelement <8 x i1> %24, i64 1
+  %block_table.handle.idx = select i1 %26, i64 24, i64 0
+  %block_table.handle = getelementptr inbounds nuw i8, ptr %11, i64 %block_table.handle.idx
+  %27 = extractelement <8 x i1> %24, i64 2
+  %context_lens.handle.idx = select i1 %27, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %13, i64 %context_lens.handle.idx
+  %28 = extractelement <8 x i1> %24, i64 3
+  %partial_max.handle.idx = select i1 %28, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %15, i64 %partial_max.handle.idx
+  %29 = extractelement <8 x i1> %24, i64 4
+  %partial_sum.handle.idx = select i1 %29, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %17, i64 %partial_sum.handle.idx
+  %30 = extractelement <8 x i1> %24, i64 5
+  %partial_acc.handle.idx = select i1 %30, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %19, i64 %partial_acc.handle.idx
+  %31 = extractelement <8 x i1> %24, i64 6
+  %out.handle.idx = select i1 %31, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %21, i64 %out.handle.idx
+  %32 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %33 = load ptr, ptr %32, align 8
+  %34 = extractelement <8 x i1> %24, i64 7
+  %lse.handle.idx = select i1 %34, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %33, i64 %lse.handle.idx
+  %35 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %k_block = load i64, ptr %35, align 8
+  %36 = getelementptr inbounds nuw i8, ptr %args, i64 184
+  %k_row = load i64, ptr %36, align 8
+  %37 = getelementptr inbounds nuw i8, ptr %args, i64 200
+  %k_head = load i64, ptr %37, align 8
+  %38 = getelementptr inbounds nuw i8, ptr %args, i64 216
+  %v_block = load i64, ptr %38, align 8
+  %39 = getelementptr inbounds nuw i8, ptr %args, i64 232
+  %v_row = load i64, ptr %39, align 8
+  %40 = getelementptr inbounds nuw i8, ptr %args, i64 248
+  %v_head = load i64, ptr %40, align 8
+  %41 = getelementptr inbounds nuw i8, ptr %args, i64 264
   %42 = load i64, ptr %41, align 8
-  %43 = getelementptr inbounds nuw i8, ptr %args, i64 304
-  %scale.type_index = load i32, ptr %43, align 8
-  %44 = getelementptr inbounds nuw i8, ptr %args, i64 312
-  %45 = load i64, ptr %44, align 8
-  %46 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
-  %fused_decode.query_shape = load ptr, ptr %46, align 8
-  %47 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
-  %fused_decode.query_strides = load ptr, ptr %47, align 8
-  %48 = icmp eq ptr %fused_decode.query_strides, null
-  %49 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16
-  %50 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8
-  %q_head.in = select i1 %48, ptr %49, ptr %50
+  %43 = getelementptr inbounds nuw i8, ptr %args, i64 280
+  %44 = load i64, ptr %43, align 8
+  %45 = getelementptr inbounds nuw i8, ptr %args, i64 296
+  %46 = load i64, ptr %45, align 8
+  %47 = getelementptr inbounds nuw i8, ptr %args, i64 312
+  %48 = load i64, ptr %47, align 8
+  %49 = getelementptr inbounds nuw i8, ptr %args, i64 328
+  %50 = load i64, ptr %49, align 8
+  %51 = getelementptr inbounds nuw i8, ptr %args, i64 336
+  %scale.type_index = load i32, ptr %51, align 8
+  %52 = getelementptr inbounds nuw i8, ptr %args, i64 344
+  %53 = load i64, ptr %52, align 8
+  %54 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %fused_decode.query_shape = load ptr, ptr %54, align 8
+  %55 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %fused_decode.query_strides = load ptr, ptr %55, align 8
+  %56 = icmp eq ptr %fused_decode.query_strides, null
+  %57 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16
+  %58 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8
+  %q_head.in = select i1 %56, ptr %57, ptr %58
   %q_head = load i64, ptr %q_head.in, align 8
-  br i1 %48, label %if_then25, label %if_else26
+  br i1 %56, label %if_then31, label %if_else32
 
-if_then25:                                        ; preds = %entry
-  %51 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8
-  %52 = load i64, ptr %51, align 8
-  %53 = load i64, ptr %49, align 8
-  %54 = mul nsw i64 %53, %52
-  br label %if_end27
+if_then31:                                        ; preds = %entry
+  %59 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8
+  %60 = load i64, ptr %59, align 8
+  %61 = load i64, ptr %57, align 8
+  %62 = mul nsw i64 %61, %60
+  br label %if_end33
 
-if_else26:                                        ; preds = %entry
-  %55 = load i64, ptr %fused_decode.query_strides, align 8
-  br label %if_end27
+if_else32:                                        ; preds = %entry
+  %63 = load i64, ptr %fused_decode.query_strides, align 8
+  br label %if_end33
 
-if_end27:                                         ; preds = %if_else26, %if_then25
-  %q_batch = phi i64 [ %54, %if_then25 ], [ %55, %if_else26 ]
-  %56 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
-  %dev_id = load i32, ptr %56, align 4
-  %57 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
-  %fused_decode.block_table_strides = load ptr, ptr %57, align 8
-  %58 = icmp eq ptr %fused_decode.block_table_strides, null
-  br i1 %58, label %if_then28, label %if_end30
+if_end33:                                         ; preds = %if_else32, %if_then31
+  %q_batch = phi i64 [ %62, %if_then31 ], [ %63, %if_else32 ]
+  %64 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %64, align 4
+  %65 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %fused_decode.block_table_strides = load ptr, ptr %65, align 8
+  %66 = icmp eq ptr %fused_decode.block_table_strides, null
+  br i1 %66, label %if_then34, label %if_end36
 
-if_then28:                                        ; preds = %if_end27
-  %59 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
-  %fused_decode.block_table_shape = load ptr, ptr %59, align 8
-  %60 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8
-  br label %if_end30
+if_then34:                                        ; preds = %if_end33
+  %67 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %fused_decode.block_table_shape = load ptr, ptr %67, align 8
+  %68 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8
+  br label %if_end36
 
-if_end30:                                         ; preds = %if_then28, %if_end27
-  %table_seq.in = phi ptr [ %60, %if_then28 ], [ %fused_decode.block_table_strides, %if_end27 ]
+if_end36:                                         ; preds = %if_then34, %if_end33
+  %table_seq.in = phi ptr [ %68, %if_then34 ], [ %fused_decode.block_table_strides, %if_end33 ]
   %table_seq = load i64, ptr %table_seq.in, align 8
-  %num_seqs = trunc i64 %36 to i32
+  %69 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %fused_decode.out_shape = load ptr, ptr %69, align 8
+  %70 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %fused_decode.out_strides = load ptr, ptr %70, align 8
+  %71 = icmp eq ptr %fused_decode.out_strides, null
+  %72 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 16
+  %73 = getelementptr inbounds nuw i8, ptr %fused_decode.out_strides, i64 8
+  %out_head.in = select i1 %71, ptr %72, ptr %73
+  %out_head = load i64, ptr %out_head.in, align 8
+  br i1 %71, label %if_then40, label %if_else41
+
+if_then40:                                        ; preds = %if_end36
+  %74 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 8
+  %75 = load i64, ptr %74, align 8
+  %76 = load i64, ptr %72, align 8
+  %77 = mul nsw i64 %76, %75
+  br label %if_end42
+
+if_else41:                                        ; preds = %if_end36
+  %78 = load i64, ptr %fused_decode.out_strides, align 8
+  br label %if_end42
+
+if_end42:                                         ; preds = %if_else41, %if_then40
+  %out_batch = phi i64 [ %77, %if_then40 ], [ %78, %if_else41 ]
+  %79 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %fused_decode.lse_strides = load ptr, ptr %79, align 8
+  %80 = icmp eq ptr %fused_decode.lse_strides, null
+  br i1 %80, label %if_then43, label %if_end45
+
+if_then43:                                        ; preds = %if_end42
+  %81 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %fused_decode.lse_shape = load ptr, ptr %81, align 8
+  %82 = getelementptr inbounds nuw i8, ptr %fused_decode.lse_shape, i64 8
+  br label %if_end45
+
+if_end45:                                         ; preds = %if_then43, %if_end42
+  %lse_batch.in = phi ptr [ %82, %if_then43 ], [ %fused_decode.lse_strides, %if_end42 ]
+  %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %num_seqs = trunc i64 %44 to i32
   %query = load ptr, ptr %query.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   %key_cache = load ptr, ptr %key_cache.handle, align 8
@@ -1267,12 +1319,16 @@ if_end30:                                         ; preds = %if_then28, %if_end2
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   %partial_acc = load ptr, ptr %partial_acc.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta214.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha215.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %peak223.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum225.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum227.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max228.i)
+  %out = load ptr, ptr %out.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  %lse = load ptr, ptr %lse.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta243.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha244.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %peak252.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum254.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum256.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max257.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -1281,4908 +1337,5395 @@ if_end30:                                         ; preds = %if_then28, %if_end2
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  %61 = icmp sgt i32 %num_seqs, 0
-  br i1 %61, label %for_body_s.lr.ph.i, label %fused_decode_compute_.exit, !prof !3
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  %83 = icmp sgt i32 %num_seqs, 0
+  br i1 %83, label %for_body_s.lr.ph.i, label %fused_decode_compute_.exit, !prof !3
 
-for_body_s.lr.ph.i:                               ; preds = %if_end30
-  %block_begin = trunc i64 %38 to i32
-  %block_end = trunc i64 %40 to i32
-  %62 = icmp eq i32 %scale.type_index, 3
-  %.cast = bitcast i64 %45 to double
-  %63 = fptrunc double %.cast to float
-  %64 = sitofp i64 %45 to float
-  %scale = select i1 %62, float %63, float %64
+for_body_s.lr.ph.i:                               ; preds = %if_end45
+  %block_begin = trunc i64 %46 to i32
+  %block_end = trunc i64 %48 to i32
+  %84 = icmp eq i32 %scale.type_index, 3
+  %.cast = bitcast i64 %53 to double
+  %85 = fptrunc double %.cast to float
+  %86 = sitofp i64 %53 to float
+  %scale = select i1 %84, float %85, float %86
   %range_begin.i = shl nsw i32 %block_begin, 4
-  %sext = shl i64 %34, 32
-  %65 = ashr exact i64 %sext, 32
-  %66 = shl nsw i32 %block_end, 4
-  %67 = add i32 %range_begin.i, -1
-  %68 = insertelement <32 x float> poison, float %scale, i64 0
-  %69 = shufflevector <32 x float> %68, <32 x float> poison, <32 x i32> zeroinitializer
-  %sext43 = shl i64 %42, 32
-  %cse_v19.i = ashr exact i64 %sext43, 32
-  %70 = zext i32 %range_begin.i to i64
-  %wide.trip.count1232.i = and i64 %36, 2147483647
-  %71 = mul i64 %q_batch, %65
-  %72 = shl i64 %71, 1
-  %73 = shl i64 %q_batch, 1
-  %74 = mul i64 %q_head, 56
-  %75 = getelementptr i8, ptr %query, i64 %72
-  %76 = getelementptr i8, ptr %query, i64 %72
-  %77 = getelementptr i8, ptr %76, i64 %74
-  %78 = getelementptr i8, ptr %77, i64 256
+  %sext = shl i64 %42, 32
+  %87 = ashr exact i64 %sext, 32
+  %88 = shl nsw i32 %block_end, 4
+  %89 = add i32 %range_begin.i, -1
+  %90 = insertelement <32 x float> poison, float %scale, i64 0
+  %91 = shufflevector <32 x float> %90, <32 x float> poison, <32 x i32> zeroinitializer
+  %92 = and i64 %50, 2147483648
+  %.not = icmp eq i64 %92, 0
+  %cse_v21.i = and i64 %50, 4294967295
+  %93 = zext i32 %range_begin.i to i64
+  %wide.trip.count1288.i = and i64 %44, 2147483647
+  %94 = mul i64 %q_batch, %87
+  %95 = shl i64 %94, 1
+  %96 = shl i64 %q_batch, 1
+  %97 = mul i64 %q_head, 56
+  %98 = getelementptr i8, ptr %query, i64 %95
+  %99 = getelementptr i8, ptr %query, i64 %95
+  %100 = getelementptr i8, ptr %99, i64 %97
+  %101 = getelementptr i8, ptr %100, i64 256
   %.mask = and i64 %q_head, 1152921504606846976
   %stride.check = icmp ne i64 %.mask, 0
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end209.i
-  %indvars.iv.next1230.i = add nuw nsw i64 %indvars.iv1229.i, 1
-  %exitcond1233.not.i = icmp eq i64 %indvars.iv.next1230.i, %wide.trip.count1232.i
-  br i1 %exitcond1233.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
+for_begin_s.i:                                    ; preds = %if_end237.i
+  %indvars.iv.next1286.i = add nuw nsw i64 %indvars.iv1285.i, 1
+  %exitcond1289.not.i = icmp eq i64 %indvars.iv.next1286.i, %wide.trip.count1288.i
+  br i1 %exitcond1289.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv1229.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1230.i, %for_begin_s.i ]
-  %79 = mul i64 %73, %indvars.iv1229.i
-  %scevgep63 = getelementptr i8, ptr %75, i64 %79
-  %scevgep64 = getelementptr i8, ptr %78, i64 %79
-  %80 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %q_tile.i = tail call ptr %80(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %81 = icmp eq ptr %q_tile.i, null
-  br i1 %81, label %fused_decode_compute_.exit, label %if_end.i, !prof !7
+  %indvars.iv1285.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1286.i, %for_begin_s.i ]
+  %102 = mul i64 %96, %indvars.iv1285.i
+  %scevgep88 = getelementptr i8, ptr %98, i64 %102
+  %scevgep89 = getelementptr i8, ptr %101, i64 %102
+  %103 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %q_tile.i = tail call ptr %103(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %104 = icmp eq ptr %q_tile.i, null
+  br i1 %104, label %fused_decode_compute_.exit, label %if_end.i, !prof !7
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %82 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %acc.i = tail call ptr %82(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %83 = icmp eq ptr %acc.i, null
-  br i1 %83, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
+  %105 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %acc.i = tail call ptr %105(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %106 = icmp eq ptr %acc.i, null
+  br i1 %106, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
 
 if_end2.i:                                        ; preds = %if_end.i
-  %cse_v21.i = add nsw i64 %indvars.iv1229.i, %65
-  %84 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v21.i
-  %85 = load i32, ptr %84, align 4, !tbaa !4
-  %86 = mul nsw i64 %cse_v21.i, %q_batch
-  %87 = getelementptr i16, ptr %query, i64 %86
+  %cse_v23.i = add nsw i64 %indvars.iv1285.i, %87
+  %107 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v23.i
+  %108 = load i32, ptr %107, align 4, !tbaa !4
+  %109 = mul nsw i64 %cse_v23.i, %q_batch
+  %110 = getelementptr i16, ptr %query, i64 %109
   %scevgep = getelementptr i8, ptr %q_tile.i, i64 7424
-  %bound0 = icmp ult ptr %q_tile.i, %scevgep64
-  %bound1 = icmp ult ptr %scevgep63, %scevgep
+  %bound0 = icmp ult ptr %q_tile.i, %scevgep89
+  %bound1 = icmp ult ptr %scevgep88, %scevgep
   %found.conflict = and i1 %bound0, %bound1
-  %88 = or i1 %found.conflict, %stride.check
+  %111 = or i1 %found.conflict, %stride.check
   br label %for_begin_r.preheader.i
 
 for_begin_step.preheader.i:                       ; preds = %for_end_d.i
-  %89 = tail call i32 @llvm.smin.i32(i32 %66, i32 %85)
-  %90 = sub nsw i32 %89, %range_begin.i
-  %range_len.i = tail call i32 @llvm.smax.i32(i32 %90, i32 0)
-  %91 = add nuw nsw i32 %range_len.i, 127
-  %cse_v22.i = lshr i32 %91, 7
-  %num_steps.i = tail call i32 @llvm.umax.i32(i32 %cse_v22.i, i32 1)
-  %last_token.i = add i32 %67, %range_len.i
-  %cse_v120.i = mul nsw i64 %cse_v21.i, %table_seq
-  %92 = getelementptr i32, ptr %block_table, i64 %cse_v120.i
-  %93 = zext nneg i32 %cse_v22.i to i64
-  %94 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count1200.i = zext nneg i32 %num_steps.i to i64
+  %112 = tail call i32 @llvm.smin.i32(i32 %88, i32 %108)
+  %113 = sub nsw i32 %112, %range_begin.i
+  %range_len.i = tail call i32 @llvm.smax.i32(i32 %113, i32 0)
+  %114 = add nuw nsw i32 %range_len.i, 127
+  %cse_v24.i = lshr i32 %114, 7
+  %num_steps.i = tail call i32 @llvm.umax.i32(i32 %cse_v24.i, i32 1)
+  %last_token.i = add i32 %89, %range_len.i
+  %cse_v124.i = mul nsw i64 %cse_v23.i, %table_seq
+  %115 = getelementptr i32, ptr %block_table, i64 %cse_v124.i
+  %116 = zext nneg i32 %cse_v24.i to i64
+  %117 = zext nneg i32 %range_len.i to i64
+  %wide.trip.count1237.i = zext nneg i32 %num_steps.i to i64
   br label %for_begin_step.i
 
 for_begin_r.preheader.i:                          ; preds = %for_end_d.i, %if_end2.i
-  %indvars.iv1029.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next1030.i, %for_end_d.i ]
-  %95 = shl nuw nsw i64 %indvars.iv1029.i, 2
-  %96 = mul nsw i64 %95, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %87, i64 %96
-  %invariant.gep1267.i.idx = shl nuw nsw i64 %indvars.iv1029.i, 10
-  %invariant.gep1267.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %invariant.gep1267.i.idx
-  br i1 %88, label %for_body_d.i, label %vector.body, !prof !11
+  %indvars.iv1065.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next1066.i, %for_end_d.i ]
+  %118 = shl nuw nsw i64 %indvars.iv1065.i, 2
+  %119 = mul nsw i64 %118, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %110, i64 %119
+  %invariant.gep1327.i.idx = shl nuw nsw i64 %indvars.iv1065.i, 10
+  %invariant.gep1327.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %invariant.gep1327.i.idx
+  br i1 %111, label %for_body_d.i, label %vector.body, !prof !11
 
 vector.body:                                      ; preds = %for_begin_r.preheader.i
-  %97 = getelementptr i8, ptr %invariant.gep.i, i64 32
-  %98 = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %99 = getelementptr i8, ptr %invariant.gep.i, i64 96
+  %120 = getelementptr i8, ptr %invariant.gep.i, i64 32
+  %121 = getelementptr i8, ptr %invariant.gep.i, i64 64
+  %122 = getelementptr i8, ptr %invariant.gep.i, i64 96
   %wide.load = load <8 x i32>, ptr %invariant.gep.i, align 2, !alias.scope !12
-  %wide.load65 = load <8 x i32>, ptr %97, align 2, !alias.scope !12
-  %wide.load66 = load <8 x i32>, ptr %98, align 2, !alias.scope !12
-  %wide.load67 = load <8 x i32>, ptr %99, align 2, !alias.scope !12
-  %100 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 32
-  %101 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 64
-  %102 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 96
-  store <8 x i32> %wide.load, ptr %invariant.gep1267.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load65, ptr %100, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load66, ptr %101, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load67, ptr %102, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  %103 = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %104 = getelementptr i8, ptr %invariant.gep.i, i64 160
-  %105 = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %106 = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %wide.load.1 = load <8 x i32>, ptr %103, align 2, !alias.scope !12
-  %wide.load65.1 = load <8 x i32>, ptr %104, align 2, !alias.scope !12
-  %wide.load66.1 = load <8 x i32>, ptr %105, align 2, !alias.scope !12
-  %wide.load67.1 = load <8 x i32>, ptr %106, align 2, !alias.scope !12
-  %107 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 128
-  %108 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 160
-  %109 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 192
-  %110 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 224
-  store <8 x i32> %wide.load.1, ptr %107, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load65.1, ptr %108, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load66.1, ptr %109, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load67.1, ptr %110, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  %wide.load90 = load <8 x i32>, ptr %120, align 2, !alias.scope !12
+  %wide.load91 = load <8 x i32>, ptr %121, align 2, !alias.scope !12
+  %wide.load92 = load <8 x i32>, ptr %122, align 2, !alias.scope !12
+  %123 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 32
+  %124 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 64
+  %125 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 96
+  store <8 x i32> %wide.load, ptr %invariant.gep1327.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load90, ptr %123, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load91, ptr %124, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load92, ptr %125, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  %126 = getelementptr i8, ptr %invariant.gep.i, i64 128
+  %127 = getelementptr i8, ptr %invariant.gep.i, i64 160
+  %128 = getelementptr i8, ptr %invariant.gep.i, i64 192
+  %129 = getelementptr i8, ptr %invariant.gep.i, i64 224
+  %wide.load.1 = load <8 x i32>, ptr %126, align 2, !alias.scope !12
+  %wide.load90.1 = load <8 x i32>, ptr %127, align 2, !alias.scope !12
+  %wide.load91.1 = load <8 x i32>, ptr %128, align 2, !alias.scope !12
+  %wide.load92.1 = load <8 x i32>, ptr %129, align 2, !alias.scope !12
+  %130 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 128
+  %131 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 160
+  %132 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 192
+  %133 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 224
+  store <8 x i32> %wide.load.1, ptr %130, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load90.1, ptr %131, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load91.1, ptr %132, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load92.1, ptr %133, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   br label %for_end_d.i
 
 for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r.preheader.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i.7, %for_body_d.i ], [ 0, %for_begin_r.preheader.i ]
   %gep.idx.i = shl i64 %indvars.iv.i, 2
   %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i
-  %111 = load i32, ptr %gep.i, align 2
-  %gep1268.i = getelementptr inbounds nuw i32, ptr %invariant.gep1267.i, i64 %indvars.iv.i
-  store i32 %111, ptr %gep1268.i, align 4, !tbaa !4
+  %134 = load i32, ptr %gep.i, align 2
+  %gep1328.i = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.i
+  store i32 %134, ptr %gep1328.i, align 4, !tbaa !4
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
-  %112 = load i32, ptr %gep.i.1, align 2
-  %gep1268.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1267.i, i64 %indvars.iv.next.i
-  store i32 %112, ptr %gep1268.i.1, align 4, !tbaa !4
+  %135 = load i32, ptr %gep.i.1, align 2
+  %gep1328.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i
+  store i32 %135, ptr %gep1328.i.1, align 4, !tbaa !4
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
   %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
-  %113 = load i32, ptr %gep.i.2, align 2
-  %gep1268.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1267.i, i64 %indvars.iv.next.i.1
-  store i32 %113, ptr %gep1268.i.2, align 4, !tbaa !4
+  %136 = load i32, ptr %gep.i.2, align 2
+  %gep1328.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.1
+  store i32 %136, ptr %gep1328.i.2, align 4, !tbaa !4
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
   %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
-  %114 = load i32, ptr %gep.i.3, align 2
-  %gep1268.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1267.i, i64 %indvars.iv.next.i.2
-  store i32 %114, ptr %gep1268.i.3, align 4, !tbaa !4
+  %137 = load i32, ptr %gep.i.3, align 2
+  %gep1328.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.2
+  store i32 %137, ptr %gep1328.i.3, align 4, !tbaa !4
   %indvars.iv.next.i.3 = or disjoint i64 %indvars.iv.i, 4
   %gep.idx.i.4 = shl i64 %indvars.iv.next.i.3, 2
   %gep.i.4 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.4
-  %115 = load i32, ptr %gep.i.4, align 2
-  %gep1268.i.4 = getelementptr inbounds nuw i32, ptr %invariant.gep1267.i, i64 %indvars.iv.next.i.3
-  store i32 %115, ptr %gep1268.i.4, align 4, !tbaa !4
+  %138 = load i32, ptr %gep.i.4, align 2
+  %gep1328.i.4 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.3
+  store i32 %138, ptr %gep1328.i.4, align 4, !tbaa !4
   %indvars.iv.next.i.4 = or disjoint i64 %indvars.iv.i, 5
   %gep.idx.i.5 = shl i64 %indvars.iv.next.i.4, 2
   %gep.i.5 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.5
-  %116 = load i32, ptr %gep.i.5, align 2
-  %gep1268.i.5 = getelementptr inbounds nuw i32, ptr %invariant.gep1267.i, i64 %indvars.iv.next.i.4
-  store i32 %116, ptr %gep1268.i.5, align 4, !tbaa !4
+  %139 = load i32, ptr %gep.i.5, align 2
+  %gep1328.i.5 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.4
+  store i32 %139, ptr %gep1328.i.5, align 4, !tbaa !4
   %indvars.iv.next.i.5 = or disjoint i64 %indvars.iv.i, 6
   %gep.idx.i.6 = shl i64 %indvars.iv.next.i.5, 2
   %gep.i.6 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.6
-  %117 = load i32, ptr %gep.i.6, align 2
-  %gep1268.i.6 = getelementptr inbounds nuw i32, ptr %invariant.gep1267.i, i64 %indvars.iv.next.i.5
-  store i32 %117, ptr %gep1268.i.6, align 4, !tbaa !4
+  %140 = load i32, ptr %gep.i.6, align 2
+  %gep1328.i.6 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.5
+  store i32 %140, ptr %gep1328.i.6, align 4, !tbaa !4
   %indvars.iv.next.i.6 = or disjoint i64 %indvars.iv.i, 7
   %gep.idx.i.7 = shl i64 %indvars.iv.next.i.6, 2
   %gep.i.7 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.7
-  %118 = load i32, ptr %gep.i.7, align 2
-  %gep1268.i.7 = getelementptr inbounds nuw i32, ptr %invariant.gep1267.i, i64 %indvars.iv.next.i.6
-  store i32 %118, ptr %gep1268.i.7, align 4, !tbaa !4
+  %141 = load i32, ptr %gep.i.7, align 2
+  %gep1328.i.7 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.6
+  store i32 %141, ptr %gep1328.i.7, align 4, !tbaa !4
   %indvars.iv.next.i.7 = add nuw nsw i64 %indvars.iv.i, 8
   %exitcond.not.i.7 = icmp eq i64 %indvars.iv.next.i.7, 64
   br i1 %exitcond.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !17, !llvm.loop !18
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body
-  %119 = or disjoint i64 %95, 1
-  %120 = mul nsw i64 %119, %q_head
-  %invariant.gep.1.i = getelementptr i16, ptr %87, i64 %120
-  %121 = load i32, ptr %invariant.gep.1.i, align 2
-  %122 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 256
-  store i32 %121, ptr %122, align 4, !tbaa !4
+  %142 = or disjoint i64 %118, 1
+  %143 = mul nsw i64 %142, %q_head
+  %invariant.gep.1.i = getelementptr i16, ptr %110, i64 %143
+  %144 = load i32, ptr %invariant.gep.1.i, align 2
+  %145 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 256
+  store i32 %144, ptr %145, align 4, !tbaa !4
   %gep.1.i.1 = getelementptr i8, ptr %invariant.gep.1.i, i64 4
-  %123 = load i32, ptr %gep.1.i.1, align 2
-  %124 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 260
-  store i32 %123, ptr %124, align 4, !tbaa !4
+  %146 = load i32, ptr %gep.1.i.1, align 2
+  %147 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 260
+  store i32 %146, ptr %147, align 4, !tbaa !4
   %gep.1.i.2 = getelementptr i8, ptr %invariant.gep.1.i, i64 8
-  %125 = load i32, ptr %gep.1.i.2, align 2
-  %126 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 264
-  store i32 %125, ptr %126, align 4, !tbaa !4
+  %148 = load i32, ptr %gep.1.i.2, align 2
+  %149 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 264
+  store i32 %148, ptr %149, align 4, !tbaa !4
   %gep.1.i.3 = getelementptr i8, ptr %invariant.gep.1.i, i64 12
-  %127 = load i32, ptr %gep.1.i.3, align 2
-  %128 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 268
-  store i32 %127, ptr %128, align 4, !tbaa !4
+  %150 = load i32, ptr %gep.1.i.3, align 2
+  %151 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 268
+  store i32 %150, ptr %151, align 4, !tbaa !4
   %gep.1.i.4 = getelementptr i8, ptr %invariant.gep.1.i, i64 16
-  %129 = load i32, ptr %gep.1.i.4, align 2
-  %130 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 272
-  store i32 %129, ptr %130, align 4, !tbaa !4
+  %152 = load i32, ptr %gep.1.i.4, align 2
+  %153 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 272
+  store i32 %152, ptr %153, align 4, !tbaa !4
   %gep.1.i.5 = getelementptr i8, ptr %invariant.gep.1.i, i64 20
-  %131 = load i32, ptr %gep.1.i.5, align 2
-  %132 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 276
-  store i32 %131, ptr %132, align 4, !tbaa !4
+  %154 = load i32, ptr %gep.1.i.5, align 2
+  %155 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 276
+  store i32 %154, ptr %155, align 4, !tbaa !4
   %gep.1.i.6 = getelementptr i8, ptr %invariant.gep.1.i, i64 24
-  %133 = load i32, ptr %gep.1.i.6, align 2
-  %134 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 280
-  store i32 %133, ptr %134, align 4, !tbaa !4
+  %156 = load i32, ptr %gep.1.i.6, align 2
+  %157 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 280
+  store i32 %156, ptr %157, align 4, !tbaa !4
   %gep.1.i.7 = getelementptr i8, ptr %invariant.gep.1.i, i64 28
-  %135 = load i32, ptr %gep.1.i.7, align 2
-  %136 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 284
-  store i32 %135, ptr %136, align 4, !tbaa !4
+  %158 = load i32, ptr %gep.1.i.7, align 2
+  %159 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 284
+  store i32 %158, ptr %159, align 4, !tbaa !4
   %gep.1.i.8 = getelementptr i8, ptr %invariant.gep.1.i, i64 32
-  %137 = load i32, ptr %gep.1.i.8, align 2
-  %138 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 288
-  store i32 %137, ptr %138, align 4, !tbaa !4
+  %160 = load i32, ptr %gep.1.i.8, align 2
+  %161 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 288
+  store i32 %160, ptr %161, align 4, !tbaa !4
   %gep.1.i.9 = getelementptr i8, ptr %invariant.gep.1.i, i64 36
-  %139 = load i32, ptr %gep.1.i.9, align 2
-  %140 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 292
-  store i32 %139, ptr %140, align 4, !tbaa !4
+  %162 = load i32, ptr %gep.1.i.9, align 2
+  %163 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 292
+  store i32 %162, ptr %163, align 4, !tbaa !4
   %gep.1.i.10 = getelementptr i8, ptr %invariant.gep.1.i, i64 40
-  %141 = load i32, ptr %gep.1.i.10, align 2
-  %142 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 296
-  store i32 %141, ptr %142, align 4, !tbaa !4
+  %164 = load i32, ptr %gep.1.i.10, align 2
+  %165 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 296
+  store i32 %164, ptr %165, align 4, !tbaa !4
   %gep.1.i.11 = getelementptr i8, ptr %invariant.gep.1.i, i64 44
-  %143 = load i32, ptr %gep.1.i.11, align 2
-  %144 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 300
-  store i32 %143, ptr %144, align 4, !tbaa !4
+  %166 = load i32, ptr %gep.1.i.11, align 2
+  %167 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 300
+  store i32 %166, ptr %167, align 4, !tbaa !4
   %gep.1.i.12 = getelementptr i8, ptr %invariant.gep.1.i, i64 48
-  %145 = load i32, ptr %gep.1.i.12, align 2
-  %146 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 304
-  store i32 %145, ptr %146, align 4, !tbaa !4
+  %168 = load i32, ptr %gep.1.i.12, align 2
+  %169 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 304
+  store i32 %168, ptr %169, align 4, !tbaa !4
   %gep.1.i.13 = getelementptr i8, ptr %invariant.gep.1.i, i64 52
-  %147 = load i32, ptr %gep.1.i.13, align 2
-  %148 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 308
-  store i32 %147, ptr %148, align 4, !tbaa !4
+  %170 = load i32, ptr %gep.1.i.13, align 2
+  %171 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 308
+  store i32 %170, ptr %171, align 4, !tbaa !4
   %gep.1.i.14 = getelementptr i8, ptr %invariant.gep.1.i, i64 56
-  %149 = load i32, ptr %gep.1.i.14, align 2
-  %150 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 312
-  store i32 %149, ptr %150, align 4, !tbaa !4
+  %172 = load i32, ptr %gep.1.i.14, align 2
+  %173 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 312
+  store i32 %172, ptr %173, align 4, !tbaa !4
   %gep.1.i.15 = getelementptr i8, ptr %invariant.gep.1.i, i64 60
-  %151 = load i32, ptr %gep.1.i.15, align 2
-  %152 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 316
-  store i32 %151, ptr %152, align 4, !tbaa !4
+  %174 = load i32, ptr %gep.1.i.15, align 2
+  %175 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 316
+  store i32 %174, ptr %175, align 4, !tbaa !4
   %gep.1.i.16 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
-  %153 = load i32, ptr %gep.1.i.16, align 2
-  %154 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 320
-  store i32 %153, ptr %154, align 4, !tbaa !4
+  %176 = load i32, ptr %gep.1.i.16, align 2
+  %177 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 320
+  store i32 %176, ptr %177, align 4, !tbaa !4
   %gep.1.i.17 = getelementptr i8, ptr %invariant.gep.1.i, i64 68
-  %155 = load i32, ptr %gep.1.i.17, align 2
-  %156 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 324
-  store i32 %155, ptr %156, align 4, !tbaa !4
+  %178 = load i32, ptr %gep.1.i.17, align 2
+  %179 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 324
+  store i32 %178, ptr %179, align 4, !tbaa !4
   %gep.1.i.18 = getelementptr i8, ptr %invariant.gep.1.i, i64 72
-  %157 = load i32, ptr %gep.1.i.18, align 2
-  %158 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 328
-  store i32 %157, ptr %158, align 4, !tbaa !4
+  %180 = load i32, ptr %gep.1.i.18, align 2
+  %181 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 328
+  store i32 %180, ptr %181, align 4, !tbaa !4
   %gep.1.i.19 = getelementptr i8, ptr %invariant.gep.1.i, i64 76
-  %159 = load i32, ptr %gep.1.i.19, align 2
-  %160 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 332
-  store i32 %159, ptr %160, align 4, !tbaa !4
+  %182 = load i32, ptr %gep.1.i.19, align 2
+  %183 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 332
+  store i32 %182, ptr %183, align 4, !tbaa !4
   %gep.1.i.20 = getelementptr i8, ptr %invariant.gep.1.i, i64 80
-  %161 = load i32, ptr %gep.1.i.20, align 2
-  %162 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 336
-  store i32 %161, ptr %162, align 4, !tbaa !4
+  %184 = load i32, ptr %gep.1.i.20, align 2
+  %185 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 336
+  store i32 %184, ptr %185, align 4, !tbaa !4
   %gep.1.i.21 = getelementptr i8, ptr %invariant.gep.1.i, i64 84
-  %163 = load i32, ptr %gep.1.i.21, align 2
-  %164 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 340
-  store i32 %163, ptr %164, align 4, !tbaa !4
+  %186 = load i32, ptr %gep.1.i.21, align 2
+  %187 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 340
+  store i32 %186, ptr %187, align 4, !tbaa !4
   %gep.1.i.22 = getelementptr i8, ptr %invariant.gep.1.i, i64 88
-  %165 = load i32, ptr %gep.1.i.22, align 2
-  %166 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 344
-  store i32 %165, ptr %166, align 4, !tbaa !4
+  %188 = load i32, ptr %gep.1.i.22, align 2
+  %189 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 344
+  store i32 %188, ptr %189, align 4, !tbaa !4
   %gep.1.i.23 = getelementptr i8, ptr %invariant.gep.1.i, i64 92
-  %167 = load i32, ptr %gep.1.i.23, align 2
-  %168 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 348
-  store i32 %167, ptr %168, align 4, !tbaa !4
+  %190 = load i32, ptr %gep.1.i.23, align 2
+  %191 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 348
+  store i32 %190, ptr %191, align 4, !tbaa !4
   %gep.1.i.24 = getelementptr i8, ptr %invariant.gep.1.i, i64 96
-  %169 = load i32, ptr %gep.1.i.24, align 2
-  %170 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 352
-  store i32 %169, ptr %170, align 4, !tbaa !4
+  %192 = load i32, ptr %gep.1.i.24, align 2
+  %193 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 352
+  store i32 %192, ptr %193, align 4, !tbaa !4
   %gep.1.i.25 = getelementptr i8, ptr %invariant.gep.1.i, i64 100
-  %171 = load i32, ptr %gep.1.i.25, align 2
-  %172 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 356
-  store i32 %171, ptr %172, align 4, !tbaa !4
+  %194 = load i32, ptr %gep.1.i.25, align 2
+  %195 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 356
+  store i32 %194, ptr %195, align 4, !tbaa !4
   %gep.1.i.26 = getelementptr i8, ptr %invariant.gep.1.i, i64 104
-  %173 = load i32, ptr %gep.1.i.26, align 2
-  %174 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 360
-  store i32 %173, ptr %174, align 4, !tbaa !4
+  %196 = load i32, ptr %gep.1.i.26, align 2
+  %197 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 360
+  store i32 %196, ptr %197, align 4, !tbaa !4
   %gep.1.i.27 = getelementptr i8, ptr %invariant.gep.1.i, i64 108
-  %175 = load i32, ptr %gep.1.i.27, align 2
-  %176 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 364
-  store i32 %175, ptr %176, align 4, !tbaa !4
+  %198 = load i32, ptr %gep.1.i.27, align 2
+  %199 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 364
+  store i32 %198, ptr %199, align 4, !tbaa !4
   %gep.1.i.28 = getelementptr i8, ptr %invariant.gep.1.i, i64 112
-  %177 = load i32, ptr %gep.1.i.28, align 2
-  %178 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 368
-  store i32 %177, ptr %178, align 4, !tbaa !4
+  %200 = load i32, ptr %gep.1.i.28, align 2
+  %201 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 368
+  store i32 %200, ptr %201, align 4, !tbaa !4
   %gep.1.i.29 = getelementptr i8, ptr %invariant.gep.1.i, i64 116
-  %179 = load i32, ptr %gep.1.i.29, align 2
-  %180 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 372
-  store i32 %179, ptr %180, align 4, !tbaa !4
+  %202 = load i32, ptr %gep.1.i.29, align 2
+  %203 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 372
+  store i32 %202, ptr %203, align 4, !tbaa !4
   %gep.1.i.30 = getelementptr i8, ptr %invariant.gep.1.i, i64 120
-  %181 = load i32, ptr %gep.1.i.30, align 2
-  %182 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 376
-  store i32 %181, ptr %182, align 4, !tbaa !4
+  %204 = load i32, ptr %gep.1.i.30, align 2
+  %205 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 376
+  store i32 %204, ptr %205, align 4, !tbaa !4
   %gep.1.i.31 = getelementptr i8, ptr %invariant.gep.1.i, i64 124
-  %183 = load i32, ptr %gep.1.i.31, align 2
-  %184 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 380
-  store i32 %183, ptr %184, align 4, !tbaa !4
+  %206 = load i32, ptr %gep.1.i.31, align 2
+  %207 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 380
+  store i32 %206, ptr %207, align 4, !tbaa !4
   %gep.1.i.32 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
-  %185 = load i32, ptr %gep.1.i.32, align 2
-  %186 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 384
-  store i32 %185, ptr %186, align 4, !tbaa !4
+  %208 = load i32, ptr %gep.1.i.32, align 2
+  %209 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 384
+  store i32 %208, ptr %209, align 4, !tbaa !4
   %gep.1.i.33 = getelementptr i8, ptr %invariant.gep.1.i, i64 132
-  %187 = load i32, ptr %gep.1.i.33, align 2
-  %188 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 388
-  store i32 %187, ptr %188, align 4, !tbaa !4
+  %210 = load i32, ptr %gep.1.i.33, align 2
+  %211 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 388
+  store i32 %210, ptr %211, align 4, !tbaa !4
   %gep.1.i.34 = getelementptr i8, ptr %invariant.gep.1.i, i64 136
-  %189 = load i32, ptr %gep.1.i.34, align 2
-  %190 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 392
-  store i32 %189, ptr %190, align 4, !tbaa !4
+  %212 = load i32, ptr %gep.1.i.34, align 2
+  %213 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 392
+  store i32 %212, ptr %213, align 4, !tbaa !4
   %gep.1.i.35 = getelementptr i8, ptr %invariant.gep.1.i, i64 140
-  %191 = load i32, ptr %gep.1.i.35, align 2
-  %192 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 396
-  store i32 %191, ptr %192, align 4, !tbaa !4
+  %214 = load i32, ptr %gep.1.i.35, align 2
+  %215 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 396
+  store i32 %214, ptr %215, align 4, !tbaa !4
   %gep.1.i.36 = getelementptr i8, ptr %invariant.gep.1.i, i64 144
-  %193 = load i32, ptr %gep.1.i.36, align 2
-  %194 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 400
-  store i32 %193, ptr %194, align 4, !tbaa !4
+  %216 = load i32, ptr %gep.1.i.36, align 2
+  %217 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 400
+  store i32 %216, ptr %217, align 4, !tbaa !4
   %gep.1.i.37 = getelementptr i8, ptr %invariant.gep.1.i, i64 148
-  %195 = load i32, ptr %gep.1.i.37, align 2
-  %196 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 404
-  store i32 %195, ptr %196, align 4, !tbaa !4
+  %218 = load i32, ptr %gep.1.i.37, align 2
+  %219 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 404
+  store i32 %218, ptr %219, align 4, !tbaa !4
   %gep.1.i.38 = getelementptr i8, ptr %invariant.gep.1.i, i64 152
-  %197 = load i32, ptr %gep.1.i.38, align 2
-  %198 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 408
-  store i32 %197, ptr %198, align 4, !tbaa !4
+  %220 = load i32, ptr %gep.1.i.38, align 2
+  %221 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 408
+  store i32 %220, ptr %221, align 4, !tbaa !4
   %gep.1.i.39 = getelementptr i8, ptr %invariant.gep.1.i, i64 156
-  %199 = load i32, ptr %gep.1.i.39, align 2
-  %200 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 412
-  store i32 %199, ptr %200, align 4, !tbaa !4
+  %222 = load i32, ptr %gep.1.i.39, align 2
+  %223 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 412
+  store i32 %222, ptr %223, align 4, !tbaa !4
   %gep.1.i.40 = getelementptr i8, ptr %invariant.gep.1.i, i64 160
-  %201 = load i32, ptr %gep.1.i.40, align 2
-  %202 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 416
-  store i32 %201, ptr %202, align 4, !tbaa !4
+  %224 = load i32, ptr %gep.1.i.40, align 2
+  %225 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 416
+  store i32 %224, ptr %225, align 4, !tbaa !4
   %gep.1.i.41 = getelementptr i8, ptr %invariant.gep.1.i, i64 164
-  %203 = load i32, ptr %gep.1.i.41, align 2
-  %204 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 420
-  store i32 %203, ptr %204, align 4, !tbaa !4
+  %226 = load i32, ptr %gep.1.i.41, align 2
+  %227 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 420
+  store i32 %226, ptr %227, align 4, !tbaa !4
   %gep.1.i.42 = getelementptr i8, ptr %invariant.gep.1.i, i64 168
-  %205 = load i32, ptr %gep.1.i.42, align 2
-  %206 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 424
-  store i32 %205, ptr %206, align 4, !tbaa !4
+  %228 = load i32, ptr %gep.1.i.42, align 2
+  %229 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 424
+  store i32 %228, ptr %229, align 4, !tbaa !4
   %gep.1.i.43 = getelementptr i8, ptr %invariant.gep.1.i, i64 172
-  %207 = load i32, ptr %gep.1.i.43, align 2
-  %208 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 428
-  store i32 %207, ptr %208, align 4, !tbaa !4
+  %230 = load i32, ptr %gep.1.i.43, align 2
+  %231 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 428
+  store i32 %230, ptr %231, align 4, !tbaa !4
   %gep.1.i.44 = getelementptr i8, ptr %invariant.gep.1.i, i64 176
-  %209 = load i32, ptr %gep.1.i.44, align 2
-  %210 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 432
-  store i32 %209, ptr %210, align 4, !tbaa !4
+  %232 = load i32, ptr %gep.1.i.44, align 2
+  %233 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 432
+  store i32 %232, ptr %233, align 4, !tbaa !4
   %gep.1.i.45 = getelementptr i8, ptr %invariant.gep.1.i, i64 180
-  %211 = load i32, ptr %gep.1.i.45, align 2
-  %212 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 436
-  store i32 %211, ptr %212, align 4, !tbaa !4
+  %234 = load i32, ptr %gep.1.i.45, align 2
+  %235 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 436
+  store i32 %234, ptr %235, align 4, !tbaa !4
   %gep.1.i.46 = getelementptr i8, ptr %invariant.gep.1.i, i64 184
-  %213 = load i32, ptr %gep.1.i.46, align 2
-  %214 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 440
-  store i32 %213, ptr %214, align 4, !tbaa !4
+  %236 = load i32, ptr %gep.1.i.46, align 2
+  %237 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 440
+  store i32 %236, ptr %237, align 4, !tbaa !4
   %gep.1.i.47 = getelementptr i8, ptr %invariant.gep.1.i, i64 188
-  %215 = load i32, ptr %gep.1.i.47, align 2
-  %216 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 444
-  store i32 %215, ptr %216, align 4, !tbaa !4
+  %238 = load i32, ptr %gep.1.i.47, align 2
+  %239 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 444
+  store i32 %238, ptr %239, align 4, !tbaa !4
   %gep.1.i.48 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
-  %217 = load i32, ptr %gep.1.i.48, align 2
-  %218 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 448
-  store i32 %217, ptr %218, align 4, !tbaa !4
+  %240 = load i32, ptr %gep.1.i.48, align 2
+  %241 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 448
+  store i32 %240, ptr %241, align 4, !tbaa !4
   %gep.1.i.49 = getelementptr i8, ptr %invariant.gep.1.i, i64 196
-  %219 = load i32, ptr %gep.1.i.49, align 2
-  %220 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 452
-  store i32 %219, ptr %220, align 4, !tbaa !4
+  %242 = load i32, ptr %gep.1.i.49, align 2
+  %243 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 452
+  store i32 %242, ptr %243, align 4, !tbaa !4
   %gep.1.i.50 = getelementptr i8, ptr %invariant.gep.1.i, i64 200
-  %221 = load i32, ptr %gep.1.i.50, align 2
-  %222 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 456
-  store i32 %221, ptr %222, align 4, !tbaa !4
+  %244 = load i32, ptr %gep.1.i.50, align 2
+  %245 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 456
+  store i32 %244, ptr %245, align 4, !tbaa !4
   %gep.1.i.51 = getelementptr i8, ptr %invariant.gep.1.i, i64 204
-  %223 = load i32, ptr %gep.1.i.51, align 2
-  %224 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 460
-  store i32 %223, ptr %224, align 4, !tbaa !4
+  %246 = load i32, ptr %gep.1.i.51, align 2
+  %247 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 460
+  store i32 %246, ptr %247, align 4, !tbaa !4
   %gep.1.i.52 = getelementptr i8, ptr %invariant.gep.1.i, i64 208
-  %225 = load i32, ptr %gep.1.i.52, align 2
-  %226 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 464
-  store i32 %225, ptr %226, align 4, !tbaa !4
+  %248 = load i32, ptr %gep.1.i.52, align 2
+  %249 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 464
+  store i32 %248, ptr %249, align 4, !tbaa !4
   %gep.1.i.53 = getelementptr i8, ptr %invariant.gep.1.i, i64 212
-  %227 = load i32, ptr %gep.1.i.53, align 2
-  %228 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 468
-  store i32 %227, ptr %228, align 4, !tbaa !4
+  %250 = load i32, ptr %gep.1.i.53, align 2
+  %251 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 468
+  store i32 %250, ptr %251, align 4, !tbaa !4
   %gep.1.i.54 = getelementptr i8, ptr %invariant.gep.1.i, i64 216
-  %229 = load i32, ptr %gep.1.i.54, align 2
-  %230 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 472
-  store i32 %229, ptr %230, align 4, !tbaa !4
+  %252 = load i32, ptr %gep.1.i.54, align 2
+  %253 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 472
+  store i32 %252, ptr %253, align 4, !tbaa !4
   %gep.1.i.55 = getelementptr i8, ptr %invariant.gep.1.i, i64 220
-  %231 = load i32, ptr %gep.1.i.55, align 2
-  %232 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 476
-  store i32 %231, ptr %232, align 4, !tbaa !4
+  %254 = load i32, ptr %gep.1.i.55, align 2
+  %255 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 476
+  store i32 %254, ptr %255, align 4, !tbaa !4
   %gep.1.i.56 = getelementptr i8, ptr %invariant.gep.1.i, i64 224
-  %233 = load i32, ptr %gep.1.i.56, align 2
-  %234 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 480
-  store i32 %233, ptr %234, align 4, !tbaa !4
+  %256 = load i32, ptr %gep.1.i.56, align 2
+  %257 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 480
+  store i32 %256, ptr %257, align 4, !tbaa !4
   %gep.1.i.57 = getelementptr i8, ptr %invariant.gep.1.i, i64 228
-  %235 = load i32, ptr %gep.1.i.57, align 2
-  %236 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 484
-  store i32 %235, ptr %236, align 4, !tbaa !4
+  %258 = load i32, ptr %gep.1.i.57, align 2
+  %259 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 484
+  store i32 %258, ptr %259, align 4, !tbaa !4
   %gep.1.i.58 = getelementptr i8, ptr %invariant.gep.1.i, i64 232
-  %237 = load i32, ptr %gep.1.i.58, align 2
-  %238 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 488
-  store i32 %237, ptr %238, align 4, !tbaa !4
+  %260 = load i32, ptr %gep.1.i.58, align 2
+  %261 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 488
+  store i32 %260, ptr %261, align 4, !tbaa !4
   %gep.1.i.59 = getelementptr i8, ptr %invariant.gep.1.i, i64 236
-  %239 = load i32, ptr %gep.1.i.59, align 2
-  %240 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 492
-  store i32 %239, ptr %240, align 4, !tbaa !4
+  %262 = load i32, ptr %gep.1.i.59, align 2
+  %263 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 492
+  store i32 %262, ptr %263, align 4, !tbaa !4
   %gep.1.i.60 = getelementptr i8, ptr %invariant.gep.1.i, i64 240
-  %241 = load i32, ptr %gep.1.i.60, align 2
-  %242 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 496
-  store i32 %241, ptr %242, align 4, !tbaa !4
+  %264 = load i32, ptr %gep.1.i.60, align 2
+  %265 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 496
+  store i32 %264, ptr %265, align 4, !tbaa !4
   %gep.1.i.61 = getelementptr i8, ptr %invariant.gep.1.i, i64 244
-  %243 = load i32, ptr %gep.1.i.61, align 2
-  %244 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 500
-  store i32 %243, ptr %244, align 4, !tbaa !4
+  %266 = load i32, ptr %gep.1.i.61, align 2
+  %267 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 500
+  store i32 %266, ptr %267, align 4, !tbaa !4
   %gep.1.i.62 = getelementptr i8, ptr %invariant.gep.1.i, i64 248
-  %245 = load i32, ptr %gep.1.i.62, align 2
-  %246 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 504
-  store i32 %245, ptr %246, align 4, !tbaa !4
+  %268 = load i32, ptr %gep.1.i.62, align 2
+  %269 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 504
+  store i32 %268, ptr %269, align 4, !tbaa !4
   %gep.1.i.63 = getelementptr i8, ptr %invariant.gep.1.i, i64 252
-  %247 = load i32, ptr %gep.1.i.63, align 2
-  %248 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 508
-  store i32 %247, ptr %248, align 4, !tbaa !4
-  %249 = or disjoint i64 %95, 2
-  %250 = mul nsw i64 %249, %q_head
-  %invariant.gep.2.i = getelementptr i16, ptr %87, i64 %250
-  %251 = load i32, ptr %invariant.gep.2.i, align 2
-  %252 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 512
-  store i32 %251, ptr %252, align 4, !tbaa !4
+  %270 = load i32, ptr %gep.1.i.63, align 2
+  %271 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 508
+  store i32 %270, ptr %271, align 4, !tbaa !4
+  %272 = or disjoint i64 %118, 2
+  %273 = mul nsw i64 %272, %q_head
+  %invariant.gep.2.i = getelementptr i16, ptr %110, i64 %273
+  %274 = load i32, ptr %invariant.gep.2.i, align 2
+  %275 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 512
+  store i32 %274, ptr %275, align 4, !tbaa !4
   %gep.2.i.1 = getelementptr i8, ptr %invariant.gep.2.i, i64 4
-  %253 = load i32, ptr %gep.2.i.1, align 2
-  %254 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 516
-  store i32 %253, ptr %254, align 4, !tbaa !4
+  %276 = load i32, ptr %gep.2.i.1, align 2
+  %277 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 516
+  store i32 %276, ptr %277, align 4, !tbaa !4
   %gep.2.i.2 = getelementptr i8, ptr %invariant.gep.2.i, i64 8
-  %255 = load i32, ptr %gep.2.i.2, align 2
-  %256 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 520
-  store i32 %255, ptr %256, align 4, !tbaa !4
+  %278 = load i32, ptr %gep.2.i.2, align 2
+  %279 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 520
+  store i32 %278, ptr %279, align 4, !tbaa !4
   %gep.2.i.3 = getelementptr i8, ptr %invariant.gep.2.i, i64 12
-  %257 = load i32, ptr %gep.2.i.3, align 2
-  %258 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 524
-  store i32 %257, ptr %258, align 4, !tbaa !4
+  %280 = load i32, ptr %gep.2.i.3, align 2
+  %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 524
+  store i32 %280, ptr %281, align 4, !tbaa !4
   %gep.2.i.4 = getelementptr i8, ptr %invariant.gep.2.i, i64 16
-  %259 = load i32, ptr %gep.2.i.4, align 2
-  %260 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 528
-  store i32 %259, ptr %260, align 4, !tbaa !4
+  %282 = load i32, ptr %gep.2.i.4, align 2
+  %283 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 528
+  store i32 %282, ptr %283, align 4, !tbaa !4
   %gep.2.i.5 = getelementptr i8, ptr %invariant.gep.2.i, i64 20
-  %261 = load i32, ptr %gep.2.i.5, align 2
-  %262 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 532
-  store i32 %261, ptr %262, align 4, !tbaa !4
+  %284 = load i32, ptr %gep.2.i.5, align 2
+  %285 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 532
+  store i32 %284, ptr %285, align 4, !tbaa !4
   %gep.2.i.6 = getelementptr i8, ptr %invariant.gep.2.i, i64 24
-  %263 = load i32, ptr %gep.2.i.6, align 2
-  %264 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 536
-  store i32 %263, ptr %264, align 4, !tbaa !4
+  %286 = load i32, ptr %gep.2.i.6, align 2
+  %287 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 536
+  store i32 %286, ptr %287, align 4, !tbaa !4
   %gep.2.i.7 = getelementptr i8, ptr %invariant.gep.2.i, i64 28
-  %265 = load i32, ptr %gep.2.i.7, align 2
-  %266 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 540
-  store i32 %265, ptr %266, align 4, !tbaa !4
+  %288 = load i32, ptr %gep.2.i.7, align 2
+  %289 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 540
+  store i32 %288, ptr %289, align 4, !tbaa !4
   %gep.2.i.8 = getelementptr i8, ptr %invariant.gep.2.i, i64 32
-  %267 = load i32, ptr %gep.2.i.8, align 2
-  %268 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 544
-  store i32 %267, ptr %268, align 4, !tbaa !4
+  %290 = load i32, ptr %gep.2.i.8, align 2
+  %291 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 544
+  store i32 %290, ptr %291, align 4, !tbaa !4
   %gep.2.i.9 = getelementptr i8, ptr %invariant.gep.2.i, i64 36
-  %269 = load i32, ptr %gep.2.i.9, align 2
-  %270 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 548
-  store i32 %269, ptr %270, align 4, !tbaa !4
+  %292 = load i32, ptr %gep.2.i.9, align 2
+  %293 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 548
+  store i32 %292, ptr %293, align 4, !tbaa !4
   %gep.2.i.10 = getelementptr i8, ptr %invariant.gep.2.i, i64 40
-  %271 = load i32, ptr %gep.2.i.10, align 2
-  %272 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 552
-  store i32 %271, ptr %272, align 4, !tbaa !4
+  %294 = load i32, ptr %gep.2.i.10, align 2
+  %295 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 552
+  store i32 %294, ptr %295, align 4, !tbaa !4
   %gep.2.i.11 = getelementptr i8, ptr %invariant.gep.2.i, i64 44
-  %273 = load i32, ptr %gep.2.i.11, align 2
-  %274 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 556
-  store i32 %273, ptr %274, align 4, !tbaa !4
+  %296 = load i32, ptr %gep.2.i.11, align 2
+  %297 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 556
+  store i32 %296, ptr %297, align 4, !tbaa !4
   %gep.2.i.12 = getelementptr i8, ptr %invariant.gep.2.i, i64 48
-  %275 = load i32, ptr %gep.2.i.12, align 2
-  %276 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 560
-  store i32 %275, ptr %276, align 4, !tbaa !4
+  %298 = load i32, ptr %gep.2.i.12, align 2
+  %299 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 560
+  store i32 %298, ptr %299, align 4, !tbaa !4
   %gep.2.i.13 = getelementptr i8, ptr %invariant.gep.2.i, i64 52
-  %277 = load i32, ptr %gep.2.i.13, align 2
-  %278 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 564
-  store i32 %277, ptr %278, align 4, !tbaa !4
+  %300 = load i32, ptr %gep.2.i.13, align 2
+  %301 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 564
+  store i32 %300, ptr %301, align 4, !tbaa !4
   %gep.2.i.14 = getelementptr i8, ptr %invariant.gep.2.i, i64 56
-  %279 = load i32, ptr %gep.2.i.14, align 2
-  %280 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 568
-  store i32 %279, ptr %280, align 4, !tbaa !4
+  %302 = load i32, ptr %gep.2.i.14, align 2
+  %303 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 568
+  store i32 %302, ptr %303, align 4, !tbaa !4
   %gep.2.i.15 = getelementptr i8, ptr %invariant.gep.2.i, i64 60
-  %281 = load i32, ptr %gep.2.i.15, align 2
-  %282 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 572
-  store i32 %281, ptr %282, align 4, !tbaa !4
+  %304 = load i32, ptr %gep.2.i.15, align 2
+  %305 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 572
+  store i32 %304, ptr %305, align 4, !tbaa !4
   %gep.2.i.16 = getelementptr i8, ptr %invariant.gep.2.i, i64 64
-  %283 = load i32, ptr %gep.2.i.16, align 2
-  %284 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 576
-  store i32 %283, ptr %284, align 4, !tbaa !4
+  %306 = load i32, ptr %gep.2.i.16, align 2
+  %307 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 576
+  store i32 %306, ptr %307, align 4, !tbaa !4
   %gep.2.i.17 = getelementptr i8, ptr %invariant.gep.2.i, i64 68
-  %285 = load i32, ptr %gep.2.i.17, align 2
-  %286 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 580
-  store i32 %285, ptr %286, align 4, !tbaa !4
+  %308 = load i32, ptr %gep.2.i.17, align 2
+  %309 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 580
+  store i32 %308, ptr %309, align 4, !tbaa !4
   %gep.2.i.18 = getelementptr i8, ptr %invariant.gep.2.i, i64 72
-  %287 = load i32, ptr %gep.2.i.18, align 2
-  %288 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 584
-  store i32 %287, ptr %288, align 4, !tbaa !4
+  %310 = load i32, ptr %gep.2.i.18, align 2
+  %311 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 584
+  store i32 %310, ptr %311, align 4, !tbaa !4
   %gep.2.i.19 = getelementptr i8, ptr %invariant.gep.2.i, i64 76
-  %289 = load i32, ptr %gep.2.i.19, align 2
-  %290 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 588
-  store i32 %289, ptr %290, align 4, !tbaa !4
+  %312 = load i32, ptr %gep.2.i.19, align 2
+  %313 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 588
+  store i32 %312, ptr %313, align 4, !tbaa !4
   %gep.2.i.20 = getelementptr i8, ptr %invariant.gep.2.i, i64 80
-  %291 = load i32, ptr %gep.2.i.20, align 2
-  %292 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 592
-  store i32 %291, ptr %292, align 4, !tbaa !4
+  %314 = load i32, ptr %gep.2.i.20, align 2
+  %315 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 592
+  store i32 %314, ptr %315, align 4, !tbaa !4
   %gep.2.i.21 = getelementptr i8, ptr %invariant.gep.2.i, i64 84
-  %293 = load i32, ptr %gep.2.i.21, align 2
-  %294 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 596
-  store i32 %293, ptr %294, align 4, !tbaa !4
+  %316 = load i32, ptr %gep.2.i.21, align 2
+  %317 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 596
+  store i32 %316, ptr %317, align 4, !tbaa !4
   %gep.2.i.22 = getelementptr i8, ptr %invariant.gep.2.i, i64 88
-  %295 = load i32, ptr %gep.2.i.22, align 2
-  %296 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 600
-  store i32 %295, ptr %296, align 4, !tbaa !4
+  %318 = load i32, ptr %gep.2.i.22, align 2
+  %319 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 600
+  store i32 %318, ptr %319, align 4, !tbaa !4
   %gep.2.i.23 = getelementptr i8, ptr %invariant.gep.2.i, i64 92
-  %297 = load i32, ptr %gep.2.i.23, align 2
-  %298 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 604
-  store i32 %297, ptr %298, align 4, !tbaa !4
+  %320 = load i32, ptr %gep.2.i.23, align 2
+  %321 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 604
+  store i32 %320, ptr %321, align 4, !tbaa !4
   %gep.2.i.24 = getelementptr i8, ptr %invariant.gep.2.i, i64 96
-  %299 = load i32, ptr %gep.2.i.24, align 2
-  %300 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 608
-  store i32 %299, ptr %300, align 4, !tbaa !4
+  %322 = load i32, ptr %gep.2.i.24, align 2
+  %323 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 608
+  store i32 %322, ptr %323, align 4, !tbaa !4
   %gep.2.i.25 = getelementptr i8, ptr %invariant.gep.2.i, i64 100
-  %301 = load i32, ptr %gep.2.i.25, align 2
-  %302 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 612
-  store i32 %301, ptr %302, align 4, !tbaa !4
+  %324 = load i32, ptr %gep.2.i.25, align 2
+  %325 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 612
+  store i32 %324, ptr %325, align 4, !tbaa !4
   %gep.2.i.26 = getelementptr i8, ptr %invariant.gep.2.i, i64 104
-  %303 = load i32, ptr %gep.2.i.26, align 2
-  %304 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 616
-  store i32 %303, ptr %304, align 4, !tbaa !4
+  %326 = load i32, ptr %gep.2.i.26, align 2
+  %327 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 616
+  store i32 %326, ptr %327, align 4, !tbaa !4
   %gep.2.i.27 = getelementptr i8, ptr %invariant.gep.2.i, i64 108
-  %305 = load i32, ptr %gep.2.i.27, align 2
-  %306 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 620
-  store i32 %305, ptr %306, align 4, !tbaa !4
+  %328 = load i32, ptr %gep.2.i.27, align 2
+  %329 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 620
+  store i32 %328, ptr %329, align 4, !tbaa !4
   %gep.2.i.28 = getelementptr i8, ptr %invariant.gep.2.i, i64 112
-  %307 = load i32, ptr %gep.2.i.28, align 2
-  %308 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 624
-  store i32 %307, ptr %308, align 4, !tbaa !4
+  %330 = load i32, ptr %gep.2.i.28, align 2
+  %331 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 624
+  store i32 %330, ptr %331, align 4, !tbaa !4
   %gep.2.i.29 = getelementptr i8, ptr %invariant.gep.2.i, i64 116
-  %309 = load i32, ptr %gep.2.i.29, align 2
-  %310 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 628
-  store i32 %309, ptr %310, align 4, !tbaa !4
+  %332 = load i32, ptr %gep.2.i.29, align 2
+  %333 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 628
+  store i32 %332, ptr %333, align 4, !tbaa !4
   %gep.2.i.30 = getelementptr i8, ptr %invariant.gep.2.i, i64 120
-  %311 = load i32, ptr %gep.2.i.30, align 2
-  %312 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 632
-  store i32 %311, ptr %312, align 4, !tbaa !4
+  %334 = load i32, ptr %gep.2.i.30, align 2
+  %335 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 632
+  store i32 %334, ptr %335, align 4, !tbaa !4
   %gep.2.i.31 = getelementptr i8, ptr %invariant.gep.2.i, i64 124
-  %313 = load i32, ptr %gep.2.i.31, align 2
-  %314 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 636
-  store i32 %313, ptr %314, align 4, !tbaa !4
+  %336 = load i32, ptr %gep.2.i.31, align 2
+  %337 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 636
+  store i32 %336, ptr %337, align 4, !tbaa !4
   %gep.2.i.32 = getelementptr i8, ptr %invariant.gep.2.i, i64 128
-  %315 = load i32, ptr %gep.2.i.32, align 2
-  %316 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 640
-  store i32 %315, ptr %316, align 4, !tbaa !4
+  %338 = load i32, ptr %gep.2.i.32, align 2
+  %339 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 640
+  store i32 %338, ptr %339, align 4, !tbaa !4
   %gep.2.i.33 = getelementptr i8, ptr %invariant.gep.2.i, i64 132
-  %317 = load i32, ptr %gep.2.i.33, align 2
-  %318 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 644
-  store i32 %317, ptr %318, align 4, !tbaa !4
+  %340 = load i32, ptr %gep.2.i.33, align 2
+  %341 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 644
+  store i32 %340, ptr %341, align 4, !tbaa !4
   %gep.2.i.34 = getelementptr i8, ptr %invariant.gep.2.i, i64 136
-  %319 = load i32, ptr %gep.2.i.34, align 2
-  %320 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 648
-  store i32 %319, ptr %320, align 4, !tbaa !4
+  %342 = load i32, ptr %gep.2.i.34, align 2
+  %343 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 648
+  store i32 %342, ptr %343, align 4, !tbaa !4
   %gep.2.i.35 = getelementptr i8, ptr %invariant.gep.2.i, i64 140
-  %321 = load i32, ptr %gep.2.i.35, align 2
-  %322 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 652
-  store i32 %321, ptr %322, align 4, !tbaa !4
+  %344 = load i32, ptr %gep.2.i.35, align 2
+  %345 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 652
+  store i32 %344, ptr %345, align 4, !tbaa !4
   %gep.2.i.36 = getelementptr i8, ptr %invariant.gep.2.i, i64 144
-  %323 = load i32, ptr %gep.2.i.36, align 2
-  %324 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 656
-  store i32 %323, ptr %324, align 4, !tbaa !4
+  %346 = load i32, ptr %gep.2.i.36, align 2
+  %347 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 656
+  store i32 %346, ptr %347, align 4, !tbaa !4
   %gep.2.i.37 = getelementptr i8, ptr %invariant.gep.2.i, i64 148
-  %325 = load i32, ptr %gep.2.i.37, align 2
-  %326 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 660
-  store i32 %325, ptr %326, align 4, !tbaa !4
+  %348 = load i32, ptr %gep.2.i.37, align 2
+  %349 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 660
+  store i32 %348, ptr %349, align 4, !tbaa !4
   %gep.2.i.38 = getelementptr i8, ptr %invariant.gep.2.i, i64 152
-  %327 = load i32, ptr %gep.2.i.38, align 2
-  %328 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 664
-  store i32 %327, ptr %328, align 4, !tbaa !4
+  %350 = load i32, ptr %gep.2.i.38, align 2
+  %351 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 664
+  store i32 %350, ptr %351, align 4, !tbaa !4
   %gep.2.i.39 = getelementptr i8, ptr %invariant.gep.2.i, i64 156
-  %329 = load i32, ptr %gep.2.i.39, align 2
-  %330 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 668
-  store i32 %329, ptr %330, align 4, !tbaa !4
+  %352 = load i32, ptr %gep.2.i.39, align 2
+  %353 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 668
+  store i32 %352, ptr %353, align 4, !tbaa !4
   %gep.2.i.40 = getelementptr i8, ptr %invariant.gep.2.i, i64 160
-  %331 = load i32, ptr %gep.2.i.40, align 2
-  %332 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 672
-  store i32 %331, ptr %332, align 4, !tbaa !4
+  %354 = load i32, ptr %gep.2.i.40, align 2
+  %355 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 672
+  store i32 %354, ptr %355, align 4, !tbaa !4
   %gep.2.i.41 = getelementptr i8, ptr %invariant.gep.2.i, i64 164
-  %333 = load i32, ptr %gep.2.i.41, align 2
-  %334 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 676
-  store i32 %333, ptr %334, align 4, !tbaa !4
+  %356 = load i32, ptr %gep.2.i.41, align 2
+  %357 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 676
+  store i32 %356, ptr %357, align 4, !tbaa !4
   %gep.2.i.42 = getelementptr i8, ptr %invariant.gep.2.i, i64 168
-  %335 = load i32, ptr %gep.2.i.42, align 2
-  %336 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 680
-  store i32 %335, ptr %336, align 4, !tbaa !4
+  %358 = load i32, ptr %gep.2.i.42, align 2
+  %359 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 680
+  store i32 %358, ptr %359, align 4, !tbaa !4
   %gep.2.i.43 = getelementptr i8, ptr %invariant.gep.2.i, i64 172
-  %337 = load i32, ptr %gep.2.i.43, align 2
-  %338 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 684
-  store i32 %337, ptr %338, align 4, !tbaa !4
+  %360 = load i32, ptr %gep.2.i.43, align 2
+  %361 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 684
+  store i32 %360, ptr %361, align 4, !tbaa !4
   %gep.2.i.44 = getelementptr i8, ptr %invariant.gep.2.i, i64 176
-  %339 = load i32, ptr %gep.2.i.44, align 2
-  %340 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 688
-  store i32 %339, ptr %340, align 4, !tbaa !4
+  %362 = load i32, ptr %gep.2.i.44, align 2
+  %363 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 688
+  store i32 %362, ptr %363, align 4, !tbaa !4
   %gep.2.i.45 = getelementptr i8, ptr %invariant.gep.2.i, i64 180
-  %341 = load i32, ptr %gep.2.i.45, align 2
-  %342 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 692
-  store i32 %341, ptr %342, align 4, !tbaa !4
+  %364 = load i32, ptr %gep.2.i.45, align 2
+  %365 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 692
+  store i32 %364, ptr %365, align 4, !tbaa !4
   %gep.2.i.46 = getelementptr i8, ptr %invariant.gep.2.i, i64 184
-  %343 = load i32, ptr %gep.2.i.46, align 2
-  %344 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 696
-  store i32 %343, ptr %344, align 4, !tbaa !4
+  %366 = load i32, ptr %gep.2.i.46, align 2
+  %367 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 696
+  store i32 %366, ptr %367, align 4, !tbaa !4
   %gep.2.i.47 = getelementptr i8, ptr %invariant.gep.2.i, i64 188
-  %345 = load i32, ptr %gep.2.i.47, align 2
-  %346 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 700
-  store i32 %345, ptr %346, align 4, !tbaa !4
+  %368 = load i32, ptr %gep.2.i.47, align 2
+  %369 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 700
+  store i32 %368, ptr %369, align 4, !tbaa !4
   %gep.2.i.48 = getelementptr i8, ptr %invariant.gep.2.i, i64 192
-  %347 = load i32, ptr %gep.2.i.48, align 2
-  %348 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 704
-  store i32 %347, ptr %348, align 4, !tbaa !4
+  %370 = load i32, ptr %gep.2.i.48, align 2
+  %371 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 704
+  store i32 %370, ptr %371, align 4, !tbaa !4
   %gep.2.i.49 = getelementptr i8, ptr %invariant.gep.2.i, i64 196
-  %349 = load i32, ptr %gep.2.i.49, align 2
-  %350 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 708
-  store i32 %349, ptr %350, align 4, !tbaa !4
+  %372 = load i32, ptr %gep.2.i.49, align 2
+  %373 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 708
+  store i32 %372, ptr %373, align 4, !tbaa !4
   %gep.2.i.50 = getelementptr i8, ptr %invariant.gep.2.i, i64 200
-  %351 = load i32, ptr %gep.2.i.50, align 2
-  %352 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 712
-  store i32 %351, ptr %352, align 4, !tbaa !4
+  %374 = load i32, ptr %gep.2.i.50, align 2
+  %375 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 712
+  store i32 %374, ptr %375, align 4, !tbaa !4
   %gep.2.i.51 = getelementptr i8, ptr %invariant.gep.2.i, i64 204
-  %353 = load i32, ptr %gep.2.i.51, align 2
-  %354 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 716
-  store i32 %353, ptr %354, align 4, !tbaa !4
+  %376 = load i32, ptr %gep.2.i.51, align 2
+  %377 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 716
+  store i32 %376, ptr %377, align 4, !tbaa !4
   %gep.2.i.52 = getelementptr i8, ptr %invariant.gep.2.i, i64 208
-  %355 = load i32, ptr %gep.2.i.52, align 2
-  %356 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 720
-  store i32 %355, ptr %356, align 4, !tbaa !4
+  %378 = load i32, ptr %gep.2.i.52, align 2
+  %379 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 720
+  store i32 %378, ptr %379, align 4, !tbaa !4
   %gep.2.i.53 = getelementptr i8, ptr %invariant.gep.2.i, i64 212
-  %357 = load i32, ptr %gep.2.i.53, align 2
-  %358 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 724
-  store i32 %357, ptr %358, align 4, !tbaa !4
+  %380 = load i32, ptr %gep.2.i.53, align 2
+  %381 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 724
+  store i32 %380, ptr %381, align 4, !tbaa !4
   %gep.2.i.54 = getelementptr i8, ptr %invariant.gep.2.i, i64 216
-  %359 = load i32, ptr %gep.2.i.54, align 2
-  %360 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 728
-  store i32 %359, ptr %360, align 4, !tbaa !4
+  %382 = load i32, ptr %gep.2.i.54, align 2
+  %383 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 728
+  store i32 %382, ptr %383, align 4, !tbaa !4
   %gep.2.i.55 = getelementptr i8, ptr %invariant.gep.2.i, i64 220
-  %361 = load i32, ptr %gep.2.i.55, align 2
-  %362 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 732
-  store i32 %361, ptr %362, align 4, !tbaa !4
+  %384 = load i32, ptr %gep.2.i.55, align 2
+  %385 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 732
+  store i32 %384, ptr %385, align 4, !tbaa !4
   %gep.2.i.56 = getelementptr i8, ptr %invariant.gep.2.i, i64 224
-  %363 = load i32, ptr %gep.2.i.56, align 2
-  %364 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 736
-  store i32 %363, ptr %364, align 4, !tbaa !4
+  %386 = load i32, ptr %gep.2.i.56, align 2
+  %387 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 736
+  store i32 %386, ptr %387, align 4, !tbaa !4
   %gep.2.i.57 = getelementptr i8, ptr %invariant.gep.2.i, i64 228
-  %365 = load i32, ptr %gep.2.i.57, align 2
-  %366 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 740
-  store i32 %365, ptr %366, align 4, !tbaa !4
+  %388 = load i32, ptr %gep.2.i.57, align 2
+  %389 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 740
+  store i32 %388, ptr %389, align 4, !tbaa !4
   %gep.2.i.58 = getelementptr i8, ptr %invariant.gep.2.i, i64 232
-  %367 = load i32, ptr %gep.2.i.58, align 2
-  %368 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 744
-  store i32 %367, ptr %368, align 4, !tbaa !4
+  %390 = load i32, ptr %gep.2.i.58, align 2
+  %391 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 744
+  store i32 %390, ptr %391, align 4, !tbaa !4
   %gep.2.i.59 = getelementptr i8, ptr %invariant.gep.2.i, i64 236
-  %369 = load i32, ptr %gep.2.i.59, align 2
-  %370 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 748
-  store i32 %369, ptr %370, align 4, !tbaa !4
+  %392 = load i32, ptr %gep.2.i.59, align 2
+  %393 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 748
+  store i32 %392, ptr %393, align 4, !tbaa !4
   %gep.2.i.60 = getelementptr i8, ptr %invariant.gep.2.i, i64 240
-  %371 = load i32, ptr %gep.2.i.60, align 2
-  %372 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 752
-  store i32 %371, ptr %372, align 4, !tbaa !4
+  %394 = load i32, ptr %gep.2.i.60, align 2
+  %395 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 752
+  store i32 %394, ptr %395, align 4, !tbaa !4
   %gep.2.i.61 = getelementptr i8, ptr %invariant.gep.2.i, i64 244
-  %373 = load i32, ptr %gep.2.i.61, align 2
-  %374 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 756
-  store i32 %373, ptr %374, align 4, !tbaa !4
+  %396 = load i32, ptr %gep.2.i.61, align 2
+  %397 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 756
+  store i32 %396, ptr %397, align 4, !tbaa !4
   %gep.2.i.62 = getelementptr i8, ptr %invariant.gep.2.i, i64 248
-  %375 = load i32, ptr %gep.2.i.62, align 2
-  %376 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 760
-  store i32 %375, ptr %376, align 4, !tbaa !4
+  %398 = load i32, ptr %gep.2.i.62, align 2
+  %399 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 760
+  store i32 %398, ptr %399, align 4, !tbaa !4
   %gep.2.i.63 = getelementptr i8, ptr %invariant.gep.2.i, i64 252
-  %377 = load i32, ptr %gep.2.i.63, align 2
-  %378 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 764
-  store i32 %377, ptr %378, align 4, !tbaa !4
-  %379 = or disjoint i64 %95, 3
-  %380 = mul nsw i64 %379, %q_head
-  %invariant.gep.3.i = getelementptr i16, ptr %87, i64 %380
-  %381 = load i32, ptr %invariant.gep.3.i, align 2
-  %382 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 768
-  store i32 %381, ptr %382, align 4, !tbaa !4
+  %400 = load i32, ptr %gep.2.i.63, align 2
+  %401 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 764
+  store i32 %400, ptr %401, align 4, !tbaa !4
+  %402 = or disjoint i64 %118, 3
+  %403 = mul nsw i64 %402, %q_head
+  %invariant.gep.3.i = getelementptr i16, ptr %110, i64 %403
+  %404 = load i32, ptr %invariant.gep.3.i, align 2
+  %405 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 768
+  store i32 %404, ptr %405, align 4, !tbaa !4
   %gep.3.i.1 = getelementptr i8, ptr %invariant.gep.3.i, i64 4
-  %383 = load i32, ptr %gep.3.i.1, align 2
-  %384 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 772
-  store i32 %383, ptr %384, align 4, !tbaa !4
+  %406 = load i32, ptr %gep.3.i.1, align 2
+  %407 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 772
+  store i32 %406, ptr %407, align 4, !tbaa !4
   %gep.3.i.2 = getelementptr i8, ptr %invariant.gep.3.i, i64 8
-  %385 = load i32, ptr %gep.3.i.2, align 2
-  %386 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 776
-  store i32 %385, ptr %386, align 4, !tbaa !4
+  %408 = load i32, ptr %gep.3.i.2, align 2
+  %409 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 776
+  store i32 %408, ptr %409, align 4, !tbaa !4
   %gep.3.i.3 = getelementptr i8, ptr %invariant.gep.3.i, i64 12
-  %387 = load i32, ptr %gep.3.i.3, align 2
-  %388 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 780
-  store i32 %387, ptr %388, align 4, !tbaa !4
+  %410 = load i32, ptr %gep.3.i.3, align 2
+  %411 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 780
+  store i32 %410, ptr %411, align 4, !tbaa !4
   %gep.3.i.4 = getelementptr i8, ptr %invariant.gep.3.i, i64 16
-  %389 = load i32, ptr %gep.3.i.4, align 2
-  %390 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 784
-  store i32 %389, ptr %390, align 4, !tbaa !4
+  %412 = load i32, ptr %gep.3.i.4, align 2
+  %413 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 784
+  store i32 %412, ptr %413, align 4, !tbaa !4
   %gep.3.i.5 = getelementptr i8, ptr %invariant.gep.3.i, i64 20
-  %391 = load i32, ptr %gep.3.i.5, align 2
-  %392 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 788
-  store i32 %391, ptr %392, align 4, !tbaa !4
+  %414 = load i32, ptr %gep.3.i.5, align 2
+  %415 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 788
+  store i32 %414, ptr %415, align 4, !tbaa !4
   %gep.3.i.6 = getelementptr i8, ptr %invariant.gep.3.i, i64 24
-  %393 = load i32, ptr %gep.3.i.6, align 2
-  %394 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 792
-  store i32 %393, ptr %394, align 4, !tbaa !4
+  %416 = load i32, ptr %gep.3.i.6, align 2
+  %417 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 792
+  store i32 %416, ptr %417, align 4, !tbaa !4
   %gep.3.i.7 = getelementptr i8, ptr %invariant.gep.3.i, i64 28
-  %395 = load i32, ptr %gep.3.i.7, align 2
-  %396 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 796
-  store i32 %395, ptr %396, align 4, !tbaa !4
+  %418 = load i32, ptr %gep.3.i.7, align 2
+  %419 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 796
+  store i32 %418, ptr %419, align 4, !tbaa !4
   %gep.3.i.8 = getelementptr i8, ptr %invariant.gep.3.i, i64 32
-  %397 = load i32, ptr %gep.3.i.8, align 2
-  %398 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 800
-  store i32 %397, ptr %398, align 4, !tbaa !4
+  %420 = load i32, ptr %gep.3.i.8, align 2
+  %421 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 800
+  store i32 %420, ptr %421, align 4, !tbaa !4
   %gep.3.i.9 = getelementptr i8, ptr %invariant.gep.3.i, i64 36
-  %399 = load i32, ptr %gep.3.i.9, align 2
-  %400 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 804
-  store i32 %399, ptr %400, align 4, !tbaa !4
+  %422 = load i32, ptr %gep.3.i.9, align 2
+  %423 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 804
+  store i32 %422, ptr %423, align 4, !tbaa !4
   %gep.3.i.10 = getelementptr i8, ptr %invariant.gep.3.i, i64 40
-  %401 = load i32, ptr %gep.3.i.10, align 2
-  %402 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 808
-  store i32 %401, ptr %402, align 4, !tbaa !4
+  %424 = load i32, ptr %gep.3.i.10, align 2
+  %425 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 808
+  store i32 %424, ptr %425, align 4, !tbaa !4
   %gep.3.i.11 = getelementptr i8, ptr %invariant.gep.3.i, i64 44
-  %403 = load i32, ptr %gep.3.i.11, align 2
-  %404 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 812
-  store i32 %403, ptr %404, align 4, !tbaa !4
+  %426 = load i32, ptr %gep.3.i.11, align 2
+  %427 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 812
+  store i32 %426, ptr %427, align 4, !tbaa !4
   %gep.3.i.12 = getelementptr i8, ptr %invariant.gep.3.i, i64 48
-  %405 = load i32, ptr %gep.3.i.12, align 2
-  %406 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 816
-  store i32 %405, ptr %406, align 4, !tbaa !4
+  %428 = load i32, ptr %gep.3.i.12, align 2
+  %429 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 816
+  store i32 %428, ptr %429, align 4, !tbaa !4
   %gep.3.i.13 = getelementptr i8, ptr %invariant.gep.3.i, i64 52
-  %407 = load i32, ptr %gep.3.i.13, align 2
-  %408 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 820
-  store i32 %407, ptr %408, align 4, !tbaa !4
+  %430 = load i32, ptr %gep.3.i.13, align 2
+  %431 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 820
+  store i32 %430, ptr %431, align 4, !tbaa !4
   %gep.3.i.14 = getelementptr i8, ptr %invariant.gep.3.i, i64 56
-  %409 = load i32, ptr %gep.3.i.14, align 2
-  %410 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 824
-  store i32 %409, ptr %410, align 4, !tbaa !4
+  %432 = load i32, ptr %gep.3.i.14, align 2
+  %433 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 824
+  store i32 %432, ptr %433, align 4, !tbaa !4
   %gep.3.i.15 = getelementptr i8, ptr %invariant.gep.3.i, i64 60
-  %411 = load i32, ptr %gep.3.i.15, align 2
-  %412 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 828
-  store i32 %411, ptr %412, align 4, !tbaa !4
+  %434 = load i32, ptr %gep.3.i.15, align 2
+  %435 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 828
+  store i32 %434, ptr %435, align 4, !tbaa !4
   %gep.3.i.16 = getelementptr i8, ptr %invariant.gep.3.i, i64 64
-  %413 = load i32, ptr %gep.3.i.16, align 2
-  %414 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 832
-  store i32 %413, ptr %414, align 4, !tbaa !4
+  %436 = load i32, ptr %gep.3.i.16, align 2
+  %437 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 832
+  store i32 %436, ptr %437, align 4, !tbaa !4
   %gep.3.i.17 = getelementptr i8, ptr %invariant.gep.3.i, i64 68
-  %415 = load i32, ptr %gep.3.i.17, align 2
-  %416 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 836
-  store i32 %415, ptr %416, align 4, !tbaa !4
+  %438 = load i32, ptr %gep.3.i.17, align 2
+  %439 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 836
+  store i32 %438, ptr %439, align 4, !tbaa !4
   %gep.3.i.18 = getelementptr i8, ptr %invariant.gep.3.i, i64 72
-  %417 = load i32, ptr %gep.3.i.18, align 2
-  %418 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 840
-  store i32 %417, ptr %418, align 4, !tbaa !4
+  %440 = load i32, ptr %gep.3.i.18, align 2
+  %441 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 840
+  store i32 %440, ptr %441, align 4, !tbaa !4
   %gep.3.i.19 = getelementptr i8, ptr %invariant.gep.3.i, i64 76
-  %419 = load i32, ptr %gep.3.i.19, align 2
-  %420 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 844
-  store i32 %419, ptr %420, align 4, !tbaa !4
+  %442 = load i32, ptr %gep.3.i.19, align 2
+  %443 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 844
+  store i32 %442, ptr %443, align 4, !tbaa !4
   %gep.3.i.20 = getelementptr i8, ptr %invariant.gep.3.i, i64 80
-  %421 = load i32, ptr %gep.3.i.20, align 2
-  %422 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 848
-  store i32 %421, ptr %422, align 4, !tbaa !4
+  %444 = load i32, ptr %gep.3.i.20, align 2
+  %445 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 848
+  store i32 %444, ptr %445, align 4, !tbaa !4
   %gep.3.i.21 = getelementptr i8, ptr %invariant.gep.3.i, i64 84
-  %423 = load i32, ptr %gep.3.i.21, align 2
-  %424 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 852
-  store i32 %423, ptr %424, align 4, !tbaa !4
+  %446 = load i32, ptr %gep.3.i.21, align 2
+  %447 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 852
+  store i32 %446, ptr %447, align 4, !tbaa !4
   %gep.3.i.22 = getelementptr i8, ptr %invariant.gep.3.i, i64 88
-  %425 = load i32, ptr %gep.3.i.22, align 2
-  %426 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 856
-  store i32 %425, ptr %426, align 4, !tbaa !4
+  %448 = load i32, ptr %gep.3.i.22, align 2
+  %449 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 856
+  store i32 %448, ptr %449, align 4, !tbaa !4
   %gep.3.i.23 = getelementptr i8, ptr %invariant.gep.3.i, i64 92
-  %427 = load i32, ptr %gep.3.i.23, align 2
-  %428 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 860
-  store i32 %427, ptr %428, align 4, !tbaa !4
+  %450 = load i32, ptr %gep.3.i.23, align 2
+  %451 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 860
+  store i32 %450, ptr %451, align 4, !tbaa !4
   %gep.3.i.24 = getelementptr i8, ptr %invariant.gep.3.i, i64 96
-  %429 = load i32, ptr %gep.3.i.24, align 2
-  %430 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 864
-  store i32 %429, ptr %430, align 4, !tbaa !4
+  %452 = load i32, ptr %gep.3.i.24, align 2
+  %453 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 864
+  store i32 %452, ptr %453, align 4, !tbaa !4
   %gep.3.i.25 = getelementptr i8, ptr %invariant.gep.3.i, i64 100
-  %431 = load i32, ptr %gep.3.i.25, align 2
-  %432 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 868
-  store i32 %431, ptr %432, align 4, !tbaa !4
+  %454 = load i32, ptr %gep.3.i.25, align 2
+  %455 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 868
+  store i32 %454, ptr %455, align 4, !tbaa !4
   %gep.3.i.26 = getelementptr i8, ptr %invariant.gep.3.i, i64 104
-  %433 = load i32, ptr %gep.3.i.26, align 2
-  %434 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 872
-  store i32 %433, ptr %434, align 4, !tbaa !4
+  %456 = load i32, ptr %gep.3.i.26, align 2
+  %457 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 872
+  store i32 %456, ptr %457, align 4, !tbaa !4
   %gep.3.i.27 = getelementptr i8, ptr %invariant.gep.3.i, i64 108
-  %435 = load i32, ptr %gep.3.i.27, align 2
-  %436 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 876
-  store i32 %435, ptr %436, align 4, !tbaa !4
+  %458 = load i32, ptr %gep.3.i.27, align 2
+  %459 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 876
+  store i32 %458, ptr %459, align 4, !tbaa !4
   %gep.3.i.28 = getelementptr i8, ptr %invariant.gep.3.i, i64 112
-  %437 = load i32, ptr %gep.3.i.28, align 2
-  %438 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 880
-  store i32 %437, ptr %438, align 4, !tbaa !4
+  %460 = load i32, ptr %gep.3.i.28, align 2
+  %461 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 880
+  store i32 %460, ptr %461, align 4, !tbaa !4
   %gep.3.i.29 = getelementptr i8, ptr %invariant.gep.3.i, i64 116
-  %439 = load i32, ptr %gep.3.i.29, align 2
-  %440 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 884
-  store i32 %439, ptr %440, align 4, !tbaa !4
+  %462 = load i32, ptr %gep.3.i.29, align 2
+  %463 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 884
+  store i32 %462, ptr %463, align 4, !tbaa !4
   %gep.3.i.30 = getelementptr i8, ptr %invariant.gep.3.i, i64 120
-  %441 = load i32, ptr %gep.3.i.30, align 2
-  %442 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 888
-  store i32 %441, ptr %442, align 4, !tbaa !4
+  %464 = load i32, ptr %gep.3.i.30, align 2
+  %465 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 888
+  store i32 %464, ptr %465, align 4, !tbaa !4
   %gep.3.i.31 = getelementptr i8, ptr %invariant.gep.3.i, i64 124
-  %443 = load i32, ptr %gep.3.i.31, align 2
-  %444 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 892
-  store i32 %443, ptr %444, align 4, !tbaa !4
+  %466 = load i32, ptr %gep.3.i.31, align 2
+  %467 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 892
+  store i32 %466, ptr %467, align 4, !tbaa !4
   %gep.3.i.32 = getelementptr i8, ptr %invariant.gep.3.i, i64 128
-  %445 = load i32, ptr %gep.3.i.32, align 2
-  %446 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 896
-  store i32 %445, ptr %446, align 4, !tbaa !4
+  %468 = load i32, ptr %gep.3.i.32, align 2
+  %469 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 896
+  store i32 %468, ptr %469, align 4, !tbaa !4
   %gep.3.i.33 = getelementptr i8, ptr %invariant.gep.3.i, i64 132
-  %447 = load i32, ptr %gep.3.i.33, align 2
-  %448 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 900
-  store i32 %447, ptr %448, align 4, !tbaa !4
+  %470 = load i32, ptr %gep.3.i.33, align 2
+  %471 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 900
+  store i32 %470, ptr %471, align 4, !tbaa !4
   %gep.3.i.34 = getelementptr i8, ptr %invariant.gep.3.i, i64 136
-  %449 = load i32, ptr %gep.3.i.34, align 2
-  %450 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 904
-  store i32 %449, ptr %450, align 4, !tbaa !4
+  %472 = load i32, ptr %gep.3.i.34, align 2
+  %473 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 904
+  store i32 %472, ptr %473, align 4, !tbaa !4
   %gep.3.i.35 = getelementptr i8, ptr %invariant.gep.3.i, i64 140
-  %451 = load i32, ptr %gep.3.i.35, align 2
-  %452 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 908
-  store i32 %451, ptr %452, align 4, !tbaa !4
+  %474 = load i32, ptr %gep.3.i.35, align 2
+  %475 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 908
+  store i32 %474, ptr %475, align 4, !tbaa !4
   %gep.3.i.36 = getelementptr i8, ptr %invariant.gep.3.i, i64 144
-  %453 = load i32, ptr %gep.3.i.36, align 2
-  %454 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 912
-  store i32 %453, ptr %454, align 4, !tbaa !4
+  %476 = load i32, ptr %gep.3.i.36, align 2
+  %477 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 912
+  store i32 %476, ptr %477, align 4, !tbaa !4
   %gep.3.i.37 = getelementptr i8, ptr %invariant.gep.3.i, i64 148
-  %455 = load i32, ptr %gep.3.i.37, align 2
-  %456 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 916
-  store i32 %455, ptr %456, align 4, !tbaa !4
+  %478 = load i32, ptr %gep.3.i.37, align 2
+  %479 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 916
+  store i32 %478, ptr %479, align 4, !tbaa !4
   %gep.3.i.38 = getelementptr i8, ptr %invariant.gep.3.i, i64 152
-  %457 = load i32, ptr %gep.3.i.38, align 2
-  %458 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 920
-  store i32 %457, ptr %458, align 4, !tbaa !4
+  %480 = load i32, ptr %gep.3.i.38, align 2
+  %481 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 920
+  store i32 %480, ptr %481, align 4, !tbaa !4
   %gep.3.i.39 = getelementptr i8, ptr %invariant.gep.3.i, i64 156
-  %459 = load i32, ptr %gep.3.i.39, align 2
-  %460 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 924
-  store i32 %459, ptr %460, align 4, !tbaa !4
+  %482 = load i32, ptr %gep.3.i.39, align 2
+  %483 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 924
+  store i32 %482, ptr %483, align 4, !tbaa !4
   %gep.3.i.40 = getelementptr i8, ptr %invariant.gep.3.i, i64 160
-  %461 = load i32, ptr %gep.3.i.40, align 2
-  %462 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 928
-  store i32 %461, ptr %462, align 4, !tbaa !4
+  %484 = load i32, ptr %gep.3.i.40, align 2
+  %485 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 928
+  store i32 %484, ptr %485, align 4, !tbaa !4
   %gep.3.i.41 = getelementptr i8, ptr %invariant.gep.3.i, i64 164
-  %463 = load i32, ptr %gep.3.i.41, align 2
-  %464 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 932
-  store i32 %463, ptr %464, align 4, !tbaa !4
+  %486 = load i32, ptr %gep.3.i.41, align 2
+  %487 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 932
+  store i32 %486, ptr %487, align 4, !tbaa !4
   %gep.3.i.42 = getelementptr i8, ptr %invariant.gep.3.i, i64 168
-  %465 = load i32, ptr %gep.3.i.42, align 2
-  %466 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 936
-  store i32 %465, ptr %466, align 4, !tbaa !4
+  %488 = load i32, ptr %gep.3.i.42, align 2
+  %489 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 936
+  store i32 %488, ptr %489, align 4, !tbaa !4
   %gep.3.i.43 = getelementptr i8, ptr %invariant.gep.3.i, i64 172
-  %467 = load i32, ptr %gep.3.i.43, align 2
-  %468 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 940
-  store i32 %467, ptr %468, align 4, !tbaa !4
+  %490 = load i32, ptr %gep.3.i.43, align 2
+  %491 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 940
+  store i32 %490, ptr %491, align 4, !tbaa !4
   %gep.3.i.44 = getelementptr i8, ptr %invariant.gep.3.i, i64 176
-  %469 = load i32, ptr %gep.3.i.44, align 2
-  %470 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 944
-  store i32 %469, ptr %470, align 4, !tbaa !4
+  %492 = load i32, ptr %gep.3.i.44, align 2
+  %493 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 944
+  store i32 %492, ptr %493, align 4, !tbaa !4
   %gep.3.i.45 = getelementptr i8, ptr %invariant.gep.3.i, i64 180
-  %471 = load i32, ptr %gep.3.i.45, align 2
-  %472 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 948
-  store i32 %471, ptr %472, align 4, !tbaa !4
+  %494 = load i32, ptr %gep.3.i.45, align 2
+  %495 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 948
+  store i32 %494, ptr %495, align 4, !tbaa !4
   %gep.3.i.46 = getelementptr i8, ptr %invariant.gep.3.i, i64 184
-  %473 = load i32, ptr %gep.3.i.46, align 2
-  %474 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 952
-  store i32 %473, ptr %474, align 4, !tbaa !4
+  %496 = load i32, ptr %gep.3.i.46, align 2
+  %497 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 952
+  store i32 %496, ptr %497, align 4, !tbaa !4
   %gep.3.i.47 = getelementptr i8, ptr %invariant.gep.3.i, i64 188
-  %475 = load i32, ptr %gep.3.i.47, align 2
-  %476 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 956
-  store i32 %475, ptr %476, align 4, !tbaa !4
+  %498 = load i32, ptr %gep.3.i.47, align 2
+  %499 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 956
+  store i32 %498, ptr %499, align 4, !tbaa !4
   %gep.3.i.48 = getelementptr i8, ptr %invariant.gep.3.i, i64 192
-  %477 = load i32, ptr %gep.3.i.48, align 2
-  %478 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 960
-  store i32 %477, ptr %478, align 4, !tbaa !4
+  %500 = load i32, ptr %gep.3.i.48, align 2
+  %501 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 960
+  store i32 %500, ptr %501, align 4, !tbaa !4
   %gep.3.i.49 = getelementptr i8, ptr %invariant.gep.3.i, i64 196
-  %479 = load i32, ptr %gep.3.i.49, align 2
-  %480 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 964
-  store i32 %479, ptr %480, align 4, !tbaa !4
+  %502 = load i32, ptr %gep.3.i.49, align 2
+  %503 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 964
+  store i32 %502, ptr %503, align 4, !tbaa !4
   %gep.3.i.50 = getelementptr i8, ptr %invariant.gep.3.i, i64 200
-  %481 = load i32, ptr %gep.3.i.50, align 2
-  %482 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 968
-  store i32 %481, ptr %482, align 4, !tbaa !4
+  %504 = load i32, ptr %gep.3.i.50, align 2
+  %505 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 968
+  store i32 %504, ptr %505, align 4, !tbaa !4
   %gep.3.i.51 = getelementptr i8, ptr %invariant.gep.3.i, i64 204
-  %483 = load i32, ptr %gep.3.i.51, align 2
-  %484 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 972
-  store i32 %483, ptr %484, align 4, !tbaa !4
+  %506 = load i32, ptr %gep.3.i.51, align 2
+  %507 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 972
+  store i32 %506, ptr %507, align 4, !tbaa !4
   %gep.3.i.52 = getelementptr i8, ptr %invariant.gep.3.i, i64 208
-  %485 = load i32, ptr %gep.3.i.52, align 2
-  %486 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 976
-  store i32 %485, ptr %486, align 4, !tbaa !4
+  %508 = load i32, ptr %gep.3.i.52, align 2
+  %509 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 976
+  store i32 %508, ptr %509, align 4, !tbaa !4
   %gep.3.i.53 = getelementptr i8, ptr %invariant.gep.3.i, i64 212
-  %487 = load i32, ptr %gep.3.i.53, align 2
-  %488 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 980
-  store i32 %487, ptr %488, align 4, !tbaa !4
+  %510 = load i32, ptr %gep.3.i.53, align 2
+  %511 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 980
+  store i32 %510, ptr %511, align 4, !tbaa !4
   %gep.3.i.54 = getelementptr i8, ptr %invariant.gep.3.i, i64 216
-  %489 = load i32, ptr %gep.3.i.54, align 2
-  %490 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 984
-  store i32 %489, ptr %490, align 4, !tbaa !4
+  %512 = load i32, ptr %gep.3.i.54, align 2
+  %513 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 984
+  store i32 %512, ptr %513, align 4, !tbaa !4
   %gep.3.i.55 = getelementptr i8, ptr %invariant.gep.3.i, i64 220
-  %491 = load i32, ptr %gep.3.i.55, align 2
-  %492 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 988
-  store i32 %491, ptr %492, align 4, !tbaa !4
+  %514 = load i32, ptr %gep.3.i.55, align 2
+  %515 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 988
+  store i32 %514, ptr %515, align 4, !tbaa !4
   %gep.3.i.56 = getelementptr i8, ptr %invariant.gep.3.i, i64 224
-  %493 = load i32, ptr %gep.3.i.56, align 2
-  %494 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 992
-  store i32 %493, ptr %494, align 4, !tbaa !4
+  %516 = load i32, ptr %gep.3.i.56, align 2
+  %517 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 992
+  store i32 %516, ptr %517, align 4, !tbaa !4
   %gep.3.i.57 = getelementptr i8, ptr %invariant.gep.3.i, i64 228
-  %495 = load i32, ptr %gep.3.i.57, align 2
-  %496 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 996
-  store i32 %495, ptr %496, align 4, !tbaa !4
+  %518 = load i32, ptr %gep.3.i.57, align 2
+  %519 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 996
+  store i32 %518, ptr %519, align 4, !tbaa !4
   %gep.3.i.58 = getelementptr i8, ptr %invariant.gep.3.i, i64 232
-  %497 = load i32, ptr %gep.3.i.58, align 2
-  %498 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 1000
-  store i32 %497, ptr %498, align 4, !tbaa !4
+  %520 = load i32, ptr %gep.3.i.58, align 2
+  %521 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1000
+  store i32 %520, ptr %521, align 4, !tbaa !4
   %gep.3.i.59 = getelementptr i8, ptr %invariant.gep.3.i, i64 236
-  %499 = load i32, ptr %gep.3.i.59, align 2
-  %500 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 1004
-  store i32 %499, ptr %500, align 4, !tbaa !4
+  %522 = load i32, ptr %gep.3.i.59, align 2
+  %523 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1004
+  store i32 %522, ptr %523, align 4, !tbaa !4
   %gep.3.i.60 = getelementptr i8, ptr %invariant.gep.3.i, i64 240
-  %501 = load i32, ptr %gep.3.i.60, align 2
-  %502 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 1008
-  store i32 %501, ptr %502, align 4, !tbaa !4
+  %524 = load i32, ptr %gep.3.i.60, align 2
+  %525 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1008
+  store i32 %524, ptr %525, align 4, !tbaa !4
   %gep.3.i.61 = getelementptr i8, ptr %invariant.gep.3.i, i64 244
-  %503 = load i32, ptr %gep.3.i.61, align 2
-  %504 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 1012
-  store i32 %503, ptr %504, align 4, !tbaa !4
+  %526 = load i32, ptr %gep.3.i.61, align 2
+  %527 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1012
+  store i32 %526, ptr %527, align 4, !tbaa !4
   %gep.3.i.62 = getelementptr i8, ptr %invariant.gep.3.i, i64 248
-  %505 = load i32, ptr %gep.3.i.62, align 2
-  %506 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 1016
-  store i32 %505, ptr %506, align 4, !tbaa !4
+  %528 = load i32, ptr %gep.3.i.62, align 2
+  %529 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1016
+  store i32 %528, ptr %529, align 4, !tbaa !4
   %gep.3.i.63 = getelementptr i8, ptr %invariant.gep.3.i, i64 252
-  %507 = load i32, ptr %gep.3.i.63, align 2
-  %508 = getelementptr inbounds nuw i8, ptr %invariant.gep1267.i, i64 1020
-  store i32 %507, ptr %508, align 4, !tbaa !4
-  %indvars.iv.next1030.i = add nuw nsw i64 %indvars.iv1029.i, 1
-  %exitcond1032.not.i = icmp eq i64 %indvars.iv.next1030.i, 8
-  br i1 %exitcond1032.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !prof !21
+  %530 = load i32, ptr %gep.3.i.63, align 2
+  %531 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1020
+  store i32 %530, ptr %531, align 4, !tbaa !4
+  %indvars.iv.next1066.i = add nuw nsw i64 %indvars.iv1065.i, 1
+  %exitcond1068.not.i = icmp eq i64 %indvars.iv.next1066.i, 8
+  br i1 %exitcond1068.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !prof !21
 
 for_begin_step.i:                                 ; preds = %if_end183.i, %for_begin_step.preheader.i
   %indvars.iv = phi i32 [ %indvars.iv.next, %if_end183.i ], [ %range_len.i, %for_begin_step.preheader.i ]
-  %indvars.iv1194.i = phi i64 [ %indvars.iv.next1195.i, %if_end183.i ], [ 0, %for_begin_step.preheader.i ]
+  %indvars.iv1231.i = phi i64 [ %indvars.iv.next1232.i, %if_end183.i ], [ 0, %for_begin_step.preheader.i ]
   %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %509 = and i32 %smin, 31
-  %narrow = add nuw nsw i32 %509, 1
-  %510 = lshr i32 %narrow, 1
-  %511 = zext nneg i32 %510 to i64
-  %exitcond1201.not.i = icmp eq i64 %indvars.iv1194.i, %wide.trip.count1200.i
-  br i1 %exitcond1201.not.i, label %for_begin_tile188.preheader.i, label %for_body_step.i, !prof !22
-
-for_begin_tile188.preheader.i:                    ; preds = %for_begin_step.i
-  %512 = add nsw i64 %indvars.iv1229.i, %cse_v19.i
-  %513 = shl nsw i64 %512, 5
-  %.idx.i = shl nsw i64 %512, 14
-  %514 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br label %for_body_tile189.i
+  %532 = and i32 %smin, 31
+  %narrow = add nuw nsw i32 %532, 1
+  %533 = lshr i32 %narrow, 1
+  %534 = zext nneg i32 %533 to i64
+  %exitcond1238.not.i = icmp eq i64 %indvars.iv1231.i, %wide.trip.count1237.i
+  br i1 %exitcond1238.not.i, label %for_end_step.i, label %for_body_step.i, !prof !22
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
-  %515 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %key_offsets.i = tail call ptr %515(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %516 = icmp eq ptr %key_offsets.i, null
-  br i1 %516, label %fused_decode_compute_.exit, label %if_end5.i, !prof !7
+  %535 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %key_offsets.i = tail call ptr %535(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %536 = icmp eq ptr %key_offsets.i, null
+  br i1 %536, label %fused_decode_compute_.exit, label %if_end5.i, !prof !7
+
+for_end_step.i:                                   ; preds = %for_begin_step.i
+  br i1 %.not, label %for_begin_tile214.preheader.i, label %for_begin_tile191.preheader.i
+
+for_begin_tile214.preheader.i:                    ; preds = %for_end_step.i
+  %537 = add nuw nsw i64 %indvars.iv1285.i, %cse_v21.i
+  %538 = shl nuw nsw i64 %537, 5
+  %.idx.i = shl nuw nsw i64 %537, 14
+  %539 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
+  br label %for_body_tile215.i
+
+for_begin_tile191.preheader.i:                    ; preds = %for_end_step.i
+  %540 = mul nsw i64 %cse_v23.i, %out_batch
+  %541 = getelementptr i16, ptr %out, i64 %540
+  %542 = mul nsw i64 %cse_v23.i, %lse_batch
+  %543 = getelementptr float, ptr %lse, i64 %542
+  br label %for_body_tile192.i
 
 if_end5.i:                                        ; preds = %for_body_step.i
-  %517 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %value_offsets.i = tail call ptr %517(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %518 = icmp eq ptr %value_offsets.i, null
-  br i1 %518, label %fused_decode_compute_.exit, label %if_end8.i, !prof !7
+  %544 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %value_offsets.i = tail call ptr %544(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %545 = icmp eq ptr %value_offsets.i, null
+  br i1 %545, label %fused_decode_compute_.exit, label %if_end8.i, !prof !7
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %519 = shl nsw i64 %indvars.iv1194.i, 7
-  %520 = add nuw nsw i64 %519, %70
-  %521 = sub nsw i64 %94, %519
-  %522 = trunc nsw i64 %521 to i32
-  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %522, i32 128)
-  %523 = add nsw i32 %valid_len.i, 31
-  %num_groups.i = ashr i32 %523, 5
-  %indvars.iv.next1195.i = add nuw nsw i64 %indvars.iv1194.i, 1
-  %524 = and i32 %523, -32
-  %525 = icmp samesign ult i64 %indvars.iv.next1195.i, %93
-  %num_offsets.i = select i1 %525, i32 256, i32 %524
-  %526 = icmp sgt i32 %num_offsets.i, 0
-  br i1 %526, label %for_body_t.preheader.i, label %for_begin_kv_head.preheader.i, !prof !3
+  %546 = shl nsw i64 %indvars.iv1231.i, 7
+  %547 = add nuw nsw i64 %546, %93
+  %548 = sub nsw i64 %117, %546
+  %549 = trunc nsw i64 %548 to i32
+  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %549, i32 128)
+  %550 = add nsw i32 %valid_len.i, 31
+  %num_groups.i = ashr i32 %550, 5
+  %indvars.iv.next1232.i = add nuw nsw i64 %indvars.iv1231.i, 1
+  %551 = and i32 %550, -32
+  %552 = icmp samesign ult i64 %indvars.iv.next1232.i, %116
+  %num_offsets.i = select i1 %552, i32 256, i32 %551
+  %553 = icmp sgt i32 %num_offsets.i, 0
+  br i1 %553, label %for_body_t.preheader.i, label %for_begin_kv_head.preheader.i, !prof !3
 
 for_body_t.preheader.i:                           ; preds = %if_end8.i
   %wide.trip.count.i = zext nneg i32 %num_offsets.i to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.preheader.i
-  %indvars.iv1033.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next1034.i.3, %for_body_t.i ]
-  %527 = add nuw nsw i64 %indvars.iv1033.i, %520
-  %528 = trunc i64 %527 to i32
-  %token.i = tail call i32 @llvm.smin.i32(i32 %528, i32 %last_token.i)
-  %529 = ashr i32 %token.i, 4
-  %530 = sext i32 %529 to i64
-  %531 = getelementptr i32, ptr %92, i64 %530
-  %532 = load i32, ptr %531, align 4, !tbaa !4
-  %block.i = sext i32 %532 to i64
-  %533 = mul nsw i64 %k_block, %block.i
-  %534 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1033.i
-  store i64 %533, ptr %534, align 8, !tbaa !4
-  %indvars.iv.next1034.i = or disjoint i64 %indvars.iv1033.i, 1
-  %535 = add nuw nsw i64 %indvars.iv.next1034.i, %520
-  %536 = trunc i64 %535 to i32
-  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %536, i32 %last_token.i)
-  %537 = ashr i32 %token.i.1, 4
-  %538 = sext i32 %537 to i64
-  %539 = getelementptr i32, ptr %92, i64 %538
-  %540 = load i32, ptr %539, align 4, !tbaa !4
-  %block.i.1 = sext i32 %540 to i64
-  %541 = mul nsw i64 %k_block, %block.i.1
-  %542 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1034.i
-  store i64 %541, ptr %542, align 8, !tbaa !4
-  %indvars.iv.next1034.i.1 = or disjoint i64 %indvars.iv1033.i, 2
-  %543 = add nuw nsw i64 %indvars.iv.next1034.i.1, %520
-  %544 = trunc i64 %543 to i32
-  %token.i.2 = tail call i32 @llvm.smin.i32(i32 %544, i32 %last_token.i)
-  %545 = ashr i32 %token.i.2, 4
-  %546 = sext i32 %545 to i64
-  %547 = getelementptr i32, ptr %92, i64 %546
-  %548 = load i32, ptr %547, align 4, !tbaa !4
-  %block.i.2 = sext i32 %548 to i64
-  %549 = mul nsw i64 %k_block, %block.i.2
-  %550 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1034.i.1
-  store i64 %549, ptr %550, align 8, !tbaa !4
-  %indvars.iv.next1034.i.2 = or disjoint i64 %indvars.iv1033.i, 3
-  %551 = add nuw nsw i64 %indvars.iv.next1034.i.2, %520
-  %552 = trunc i64 %551 to i32
-  %token.i.3 = tail call i32 @llvm.smin.i32(i32 %552, i32 %last_token.i)
-  %553 = ashr i32 %token.i.3, 4
-  %554 = sext i32 %553 to i64
-  %555 = getelementptr i32, ptr %92, i64 %554
-  %556 = load i32, ptr %555, align 4, !tbaa !4
-  %block.i.3 = sext i32 %556 to i64
-  %557 = mul nsw i64 %k_block, %block.i.3
-  %558 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1034.i.2
-  store i64 %557, ptr %558, align 8, !tbaa !4
-  %indvars.iv.next1034.i.3 = add nuw nsw i64 %indvars.iv1033.i, 4
-  %exitcond1036.not.i.3 = icmp eq i64 %indvars.iv.next1034.i.3, %wide.trip.count.i
-  br i1 %exitcond1036.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !23
+  %indvars.iv1069.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next1070.i.3, %for_body_t.i ]
+  %554 = add nuw nsw i64 %indvars.iv1069.i, %547
+  %555 = trunc i64 %554 to i32
+  %token.i = tail call i32 @llvm.smin.i32(i32 %555, i32 %last_token.i)
+  %556 = ashr i32 %token.i, 4
+  %557 = sext i32 %556 to i64
+  %558 = getelementptr i32, ptr %115, i64 %557
+  %559 = load i32, ptr %558, align 4, !tbaa !4
+  %block.i = sext i32 %559 to i64
+  %560 = mul nsw i64 %k_block, %block.i
+  %561 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1069.i
+  store i64 %560, ptr %561, align 8, !tbaa !4
+  %indvars.iv.next1070.i = or disjoint i64 %indvars.iv1069.i, 1
+  %562 = add nuw nsw i64 %indvars.iv.next1070.i, %547
+  %563 = trunc i64 %562 to i32
+  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %563, i32 %last_token.i)
+  %564 = ashr i32 %token.i.1, 4
+  %565 = sext i32 %564 to i64
+  %566 = getelementptr i32, ptr %115, i64 %565
+  %567 = load i32, ptr %566, align 4, !tbaa !4
+  %block.i.1 = sext i32 %567 to i64
+  %568 = mul nsw i64 %k_block, %block.i.1
+  %569 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1070.i
+  store i64 %568, ptr %569, align 8, !tbaa !4
+  %indvars.iv.next1070.i.1 = or disjoint i64 %indvars.iv1069.i, 2
+  %570 = add nuw nsw i64 %indvars.iv.next1070.i.1, %547
+  %571 = trunc i64 %570 to i32
+  %token.i.2 = tail call i32 @llvm.smin.i32(i32 %571, i32 %last_token.i)
+  %572 = ashr i32 %token.i.2, 4
+  %573 = sext i32 %572 to i64
+  %574 = getelementptr i32, ptr %115, i64 %573
+  %575 = load i32, ptr %574, align 4, !tbaa !4
+  %block.i.2 = sext i32 %575 to i64
+  %576 = mul nsw i64 %k_block, %block.i.2
+  %577 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1070.i.1
+  store i64 %576, ptr %577, align 8, !tbaa !4
+  %indvars.iv.next1070.i.2 = or disjoint i64 %indvars.iv1069.i, 3
+  %578 = add nuw nsw i64 %indvars.iv.next1070.i.2, %547
+  %579 = trunc i64 %578 to i32
+  %token.i.3 = tail call i32 @llvm.smin.i32(i32 %579, i32 %last_token.i)
+  %580 = ashr i32 %token.i.3, 4
+  %581 = sext i32 %580 to i64
+  %582 = getelementptr i32, ptr %115, i64 %581
+  %583 = load i32, ptr %582, align 4, !tbaa !4
+  %block.i.3 = sext i32 %583 to i64
+  %584 = mul nsw i64 %k_block, %block.i.3
+  %585 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1070.i.2
+  store i64 %584, ptr %585, align 8, !tbaa !4
+  %indvars.iv.next1070.i.3 = add nuw nsw i64 %indvars.iv1069.i, 4
+  %exitcond1072.not.i.3 = icmp eq i64 %indvars.iv.next1070.i.3, %wide.trip.count.i
+  br i1 %exitcond1072.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !23
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
-  %559 = icmp sgt i32 %num_groups.i, 0
-  %560 = icmp sgt i64 %521, 0
+  %586 = icmp sgt i32 %num_groups.i, 0
+  %587 = icmp sgt i64 %548, 0
   %num_full.i = ashr i32 %valid_len.i, 5
-  %561 = icmp sgt i32 %num_full.i, 0
-  %562 = and i32 %valid_len.i, 31
-  %.not1001.i = icmp eq i32 %562, 0
-  %563 = and i32 %valid_len.i, -32
-  %564 = shl nsw i32 %num_full.i, 4
-  %565 = icmp eq i64 %indvars.iv1194.i, 0
-  %566 = insertelement <4 x i1> poison, i1 %565, i64 0
-  %567 = shufflevector <4 x i1> %566, <4 x i1> poison, <4 x i32> zeroinitializer
-  %568 = zext i32 %num_full.i to i64
-  %569 = sext i32 %564 to i64
-  %570 = sext i32 %563 to i64
-  %wide.trip.count1059.i = zext i32 %num_groups.i to i64
-  %xtraiter = and i64 %wide.trip.count1059.i, 3
-  %571 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter = and i64 %wide.trip.count1059.i, 2147483644
+  %588 = icmp sgt i32 %num_full.i, 0
+  %589 = and i32 %valid_len.i, 31
+  %.not1037.i = icmp eq i32 %589, 0
+  %590 = and i32 %valid_len.i, -32
+  %591 = shl nsw i32 %num_full.i, 4
+  %592 = icmp eq i64 %indvars.iv1231.i, 0
+  %593 = insertelement <4 x i1> poison, i1 %592, i64 0
+  %594 = shufflevector <4 x i1> %593, <4 x i1> poison, <4 x i32> zeroinitializer
+  %595 = zext i32 %num_full.i to i64
+  %596 = sext i32 %591 to i64
+  %597 = sext i32 %590 to i64
+  %wide.trip.count1096.i = zext i32 %num_groups.i to i64
+  %xtraiter = and i64 %wide.trip.count1096.i, 3
+  %598 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter = and i64 %wide.trip.count1096.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod72 = icmp ne i64 %xtraiter, 0
-  %xtraiter73 = and i64 %wide.trip.count1059.i, 3
-  %572 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter77 = and i64 %wide.trip.count1059.i, 2147483644
-  %lcmp.mod75.not = icmp eq i64 %xtraiter73, 0
-  %lcmp.mod76 = icmp ne i64 %xtraiter73, 0
-  %xtraiter79 = and i64 %wide.trip.count1059.i, 3
-  %573 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter83 = and i64 %wide.trip.count1059.i, 2147483644
-  %lcmp.mod81.not = icmp eq i64 %xtraiter79, 0
-  %lcmp.mod82 = icmp ne i64 %xtraiter79, 0
-  %xtraiter85 = and i64 %wide.trip.count1059.i, 3
-  %574 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter89 = and i64 %wide.trip.count1059.i, 2147483644
-  %lcmp.mod87.not = icmp eq i64 %xtraiter85, 0
-  %lcmp.mod88 = icmp ne i64 %xtraiter85, 0
-  %xtraiter91 = and i64 %wide.trip.count1059.i, 7
-  %575 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter96 = and i64 %wide.trip.count1059.i, 2147483640
-  %lcmp.mod93.not = icmp eq i64 %xtraiter91, 0
-  %lcmp.mod95 = icmp ne i64 %xtraiter91, 0
-  %xtraiter98 = and i64 %wide.trip.count1059.i, 3
-  %576 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter102 = and i64 %wide.trip.count1059.i, 2147483644
-  %lcmp.mod100.not = icmp eq i64 %xtraiter98, 0
-  %lcmp.mod101 = icmp ne i64 %xtraiter98, 0
-  %xtraiter104 = and i64 %wide.trip.count1059.i, 3
-  %577 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter108 = and i64 %wide.trip.count1059.i, 2147483644
-  %lcmp.mod106.not = icmp eq i64 %xtraiter104, 0
-  %lcmp.mod107 = icmp ne i64 %xtraiter104, 0
-  %xtraiter110 = and i64 %wide.trip.count1059.i, 3
-  %578 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter114 = and i64 %wide.trip.count1059.i, 2147483644
-  %lcmp.mod112.not = icmp eq i64 %xtraiter110, 0
-  %lcmp.mod113 = icmp ne i64 %xtraiter110, 0
-  %xtraiter116 = and i64 %wide.trip.count1059.i, 3
-  %579 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter120 = and i64 %wide.trip.count1059.i, 2147483644
-  %lcmp.mod118.not = icmp eq i64 %xtraiter116, 0
-  %lcmp.mod119 = icmp ne i64 %xtraiter116, 0
-  %xtraiter122 = and i64 %wide.trip.count1059.i, 7
-  %580 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter127 = and i64 %wide.trip.count1059.i, 2147483640
-  %lcmp.mod124.not = icmp eq i64 %xtraiter122, 0
-  %lcmp.mod126 = icmp ne i64 %xtraiter122, 0
-  %xtraiter129 = and i64 %wide.trip.count1059.i, 3
-  %581 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter133 = and i64 %wide.trip.count1059.i, 2147483644
-  %lcmp.mod131.not = icmp eq i64 %xtraiter129, 0
-  %lcmp.mod132 = icmp ne i64 %xtraiter129, 0
-  %xtraiter135 = and i64 %wide.trip.count1059.i, 3
-  %582 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter139 = and i64 %wide.trip.count1059.i, 2147483644
-  %lcmp.mod137.not = icmp eq i64 %xtraiter135, 0
-  %lcmp.mod138 = icmp ne i64 %xtraiter135, 0
-  %xtraiter141 = and i64 %wide.trip.count1059.i, 3
-  %583 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter145 = and i64 %wide.trip.count1059.i, 2147483644
-  %lcmp.mod143.not = icmp eq i64 %xtraiter141, 0
-  %lcmp.mod144 = icmp ne i64 %xtraiter141, 0
-  %xtraiter147 = and i64 %wide.trip.count1059.i, 3
-  %584 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter151 = and i64 %wide.trip.count1059.i, 2147483644
-  %lcmp.mod149.not = icmp eq i64 %xtraiter147, 0
-  %lcmp.mod150 = icmp ne i64 %xtraiter147, 0
+  %lcmp.mod98 = icmp ne i64 %xtraiter, 0
+  %xtraiter99 = and i64 %wide.trip.count1096.i, 3
+  %599 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter103 = and i64 %wide.trip.count1096.i, 2147483644
+  %lcmp.mod101.not = icmp eq i64 %xtraiter99, 0
+  %lcmp.mod102 = icmp ne i64 %xtraiter99, 0
+  %xtraiter105 = and i64 %wide.trip.count1096.i, 3
+  %600 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter109 = and i64 %wide.trip.count1096.i, 2147483644
+  %lcmp.mod107.not = icmp eq i64 %xtraiter105, 0
+  %lcmp.mod108 = icmp ne i64 %xtraiter105, 0
+  %xtraiter111 = and i64 %wide.trip.count1096.i, 3
+  %601 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter115 = and i64 %wide.trip.count1096.i, 2147483644
+  %lcmp.mod113.not = icmp eq i64 %xtraiter111, 0
+  %lcmp.mod114 = icmp ne i64 %xtraiter111, 0
+  %xtraiter117 = and i64 %wide.trip.count1096.i, 7
+  %602 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter122 = and i64 %wide.trip.count1096.i, 2147483640
+  %lcmp.mod119.not = icmp eq i64 %xtraiter117, 0
+  %lcmp.mod121 = icmp ne i64 %xtraiter117, 0
+  %xtraiter124 = and i64 %wide.trip.count1096.i, 3
+  %603 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter128 = and i64 %wide.trip.count1096.i, 2147483644
+  %lcmp.mod126.not = icmp eq i64 %xtraiter124, 0
+  %lcmp.mod127 = icmp ne i64 %xtraiter124, 0
+  %xtraiter130 = and i64 %wide.trip.count1096.i, 3
+  %604 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter134 = and i64 %wide.trip.count1096.i, 2147483644
+  %lcmp.mod132.not = icmp eq i64 %xtraiter130, 0
+  %lcmp.mod133 = icmp ne i64 %xtraiter130, 0
+  %xtraiter136 = and i64 %wide.trip.count1096.i, 3
+  %605 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter140 = and i64 %wide.trip.count1096.i, 2147483644
+  %lcmp.mod138.not = icmp eq i64 %xtraiter136, 0
+  %lcmp.mod139 = icmp ne i64 %xtraiter136, 0
+  %xtraiter142 = and i64 %wide.trip.count1096.i, 3
+  %606 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter146 = and i64 %wide.trip.count1096.i, 2147483644
+  %lcmp.mod144.not = icmp eq i64 %xtraiter142, 0
+  %lcmp.mod145 = icmp ne i64 %xtraiter142, 0
+  %xtraiter148 = and i64 %wide.trip.count1096.i, 7
+  %607 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter153 = and i64 %wide.trip.count1096.i, 2147483640
+  %lcmp.mod150.not = icmp eq i64 %xtraiter148, 0
+  %lcmp.mod152 = icmp ne i64 %xtraiter148, 0
+  %xtraiter155 = and i64 %wide.trip.count1096.i, 3
+  %608 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter159 = and i64 %wide.trip.count1096.i, 2147483644
+  %lcmp.mod157.not = icmp eq i64 %xtraiter155, 0
+  %lcmp.mod158 = icmp ne i64 %xtraiter155, 0
+  %xtraiter161 = and i64 %wide.trip.count1096.i, 3
+  %609 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter165 = and i64 %wide.trip.count1096.i, 2147483644
+  %lcmp.mod163.not = icmp eq i64 %xtraiter161, 0
+  %lcmp.mod164 = icmp ne i64 %xtraiter161, 0
+  %xtraiter167 = and i64 %wide.trip.count1096.i, 3
+  %610 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter171 = and i64 %wide.trip.count1096.i, 2147483644
+  %lcmp.mod169.not = icmp eq i64 %xtraiter167, 0
+  %lcmp.mod170 = icmp ne i64 %xtraiter167, 0
+  %xtraiter173 = and i64 %wide.trip.count1096.i, 3
+  %611 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter177 = and i64 %wide.trip.count1096.i, 2147483644
+  %lcmp.mod175.not = icmp eq i64 %xtraiter173, 0
+  %lcmp.mod176 = icmp ne i64 %xtraiter173, 0
   br label %for_begin_kv_head.i
 
 for_body_t11.i:                                   ; preds = %for_body_t11.i, %for_body_t.i
-  %indvars.iv1037.i = phi i64 [ %indvars.iv.next1038.i.3, %for_body_t11.i ], [ 0, %for_body_t.i ]
-  %585 = add nuw nsw i64 %indvars.iv1037.i, %520
-  %586 = trunc i64 %585 to i32
-  %token16.i = tail call i32 @llvm.smin.i32(i32 %586, i32 %last_token.i)
-  %cse_v140.i = sext i32 %token16.i to i64
-  %587 = ashr i64 %cse_v140.i, 4
-  %gep825.i = getelementptr i32, ptr %92, i64 %587
-  %588 = load i32, ptr %gep825.i, align 4, !tbaa !4
-  %block18.i = sext i32 %588 to i64
-  %589 = lshr i64 %cse_v140.i, 1
-  %590 = and i64 %589, 7
-  %591 = mul nsw i64 %590, %v_row
-  %592 = mul nsw i64 %v_block, %block18.i
-  %593 = add nsw i64 %591, %592
-  %594 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1037.i
-  store i64 %593, ptr %594, align 8, !tbaa !4
-  %indvars.iv.next1038.i = or disjoint i64 %indvars.iv1037.i, 1
-  %595 = add nuw nsw i64 %indvars.iv.next1038.i, %520
-  %596 = trunc i64 %595 to i32
-  %token16.i.1 = tail call i32 @llvm.smin.i32(i32 %596, i32 %last_token.i)
-  %cse_v140.i.1 = sext i32 %token16.i.1 to i64
-  %597 = ashr i64 %cse_v140.i.1, 4
-  %gep825.i.1 = getelementptr i32, ptr %92, i64 %597
-  %598 = load i32, ptr %gep825.i.1, align 4, !tbaa !4
-  %block18.i.1 = sext i32 %598 to i64
-  %599 = lshr i64 %cse_v140.i.1, 1
-  %600 = and i64 %599, 7
-  %601 = mul nsw i64 %600, %v_row
-  %602 = mul nsw i64 %v_block, %block18.i.1
-  %603 = add nsw i64 %601, %602
-  %604 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1038.i
-  store i64 %603, ptr %604, align 8, !tbaa !4
-  %indvars.iv.next1038.i.1 = or disjoint i64 %indvars.iv1037.i, 2
-  %605 = add nuw nsw i64 %indvars.iv.next1038.i.1, %520
-  %606 = trunc i64 %605 to i32
-  %token16.i.2 = tail call i32 @llvm.smin.i32(i32 %606, i32 %last_token.i)
-  %cse_v140.i.2 = sext i32 %token16.i.2 to i64
-  %607 = ashr i64 %cse_v140.i.2, 4
-  %gep825.i.2 = getelementptr i32, ptr %92, i64 %607
-  %608 = load i32, ptr %gep825.i.2, align 4, !tbaa !4
-  %block18.i.2 = sext i32 %608 to i64
-  %609 = lshr i64 %cse_v140.i.2, 1
-  %610 = and i64 %609, 7
-  %611 = mul nsw i64 %610, %v_row
-  %612 = mul nsw i64 %v_block, %block18.i.2
-  %613 = add nsw i64 %611, %612
-  %614 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1038.i.1
-  store i64 %613, ptr %614, align 8, !tbaa !4
-  %indvars.iv.next1038.i.2 = or disjoint i64 %indvars.iv1037.i, 3
-  %615 = add nuw nsw i64 %indvars.iv.next1038.i.2, %520
-  %616 = trunc i64 %615 to i32
-  %token16.i.3 = tail call i32 @llvm.smin.i32(i32 %616, i32 %last_token.i)
-  %cse_v140.i.3 = sext i32 %token16.i.3 to i64
-  %617 = ashr i64 %cse_v140.i.3, 4
-  %gep825.i.3 = getelementptr i32, ptr %92, i64 %617
-  %618 = load i32, ptr %gep825.i.3, align 4, !tbaa !4
-  %block18.i.3 = sext i32 %618 to i64
-  %619 = lshr i64 %cse_v140.i.3, 1
-  %620 = and i64 %619, 7
-  %621 = mul nsw i64 %620, %v_row
-  %622 = mul nsw i64 %v_block, %block18.i.3
-  %623 = add nsw i64 %621, %622
-  %624 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1038.i.2
-  store i64 %623, ptr %624, align 8, !tbaa !4
-  %indvars.iv.next1038.i.3 = add nuw nsw i64 %indvars.iv1037.i, 4
-  %exitcond1041.not.i.3 = icmp eq i64 %indvars.iv.next1038.i.3, %wide.trip.count.i
-  br i1 %exitcond1041.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !25
+  %indvars.iv1073.i = phi i64 [ %indvars.iv.next1074.i.3, %for_body_t11.i ], [ 0, %for_body_t.i ]
+  %612 = add nuw nsw i64 %indvars.iv1073.i, %547
+  %613 = trunc i64 %612 to i32
+  %token16.i = tail call i32 @llvm.smin.i32(i32 %613, i32 %last_token.i)
+  %cse_v145.i = sext i32 %token16.i to i64
+  %614 = ashr i64 %cse_v145.i, 4
+  %gep855.i = getelementptr i32, ptr %115, i64 %614
+  %615 = load i32, ptr %gep855.i, align 4, !tbaa !4
+  %block18.i = sext i32 %615 to i64
+  %616 = lshr i64 %cse_v145.i, 1
+  %617 = and i64 %616, 7
+  %618 = mul nsw i64 %617, %v_row
+  %619 = mul nsw i64 %v_block, %block18.i
+  %620 = add nsw i64 %618, %619
+  %621 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1073.i
+  store i64 %620, ptr %621, align 8, !tbaa !4
+  %indvars.iv.next1074.i = or disjoint i64 %indvars.iv1073.i, 1
+  %622 = add nuw nsw i64 %indvars.iv.next1074.i, %547
+  %623 = trunc i64 %622 to i32
+  %token16.i.1 = tail call i32 @llvm.smin.i32(i32 %623, i32 %last_token.i)
+  %cse_v145.i.1 = sext i32 %token16.i.1 to i64
+  %624 = ashr i64 %cse_v145.i.1, 4
+  %gep855.i.1 = getelementptr i32, ptr %115, i64 %624
+  %625 = load i32, ptr %gep855.i.1, align 4, !tbaa !4
+  %block18.i.1 = sext i32 %625 to i64
+  %626 = lshr i64 %cse_v145.i.1, 1
+  %627 = and i64 %626, 7
+  %628 = mul nsw i64 %627, %v_row
+  %629 = mul nsw i64 %v_block, %block18.i.1
+  %630 = add nsw i64 %628, %629
+  %631 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1074.i
+  store i64 %630, ptr %631, align 8, !tbaa !4
+  %indvars.iv.next1074.i.1 = or disjoint i64 %indvars.iv1073.i, 2
+  %632 = add nuw nsw i64 %indvars.iv.next1074.i.1, %547
+  %633 = trunc i64 %632 to i32
+  %token16.i.2 = tail call i32 @llvm.smin.i32(i32 %633, i32 %last_token.i)
+  %cse_v145.i.2 = sext i32 %token16.i.2 to i64
+  %634 = ashr i64 %cse_v145.i.2, 4
+  %gep855.i.2 = getelementptr i32, ptr %115, i64 %634
+  %635 = load i32, ptr %gep855.i.2, align 4, !tbaa !4
+  %block18.i.2 = sext i32 %635 to i64
+  %636 = lshr i64 %cse_v145.i.2, 1
+  %637 = and i64 %636, 7
+  %638 = mul nsw i64 %637, %v_row
+  %639 = mul nsw i64 %v_block, %block18.i.2
+  %640 = add nsw i64 %638, %639
+  %641 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1074.i.1
+  store i64 %640, ptr %641, align 8, !tbaa !4
+  %indvars.iv.next1074.i.2 = or disjoint i64 %indvars.iv1073.i, 3
+  %642 = add nuw nsw i64 %indvars.iv.next1074.i.2, %547
+  %643 = trunc i64 %642 to i32
+  %token16.i.3 = tail call i32 @llvm.smin.i32(i32 %643, i32 %last_token.i)
+  %cse_v145.i.3 = sext i32 %token16.i.3 to i64
+  %644 = ashr i64 %cse_v145.i.3, 4
+  %gep855.i.3 = getelementptr i32, ptr %115, i64 %644
+  %645 = load i32, ptr %gep855.i.3, align 4, !tbaa !4
+  %block18.i.3 = sext i32 %645 to i64
+  %646 = lshr i64 %cse_v145.i.3, 1
+  %647 = and i64 %646, 7
+  %648 = mul nsw i64 %647, %v_row
+  %649 = mul nsw i64 %v_block, %block18.i.3
+  %650 = add nsw i64 %648, %649
+  %651 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1074.i.2
+  store i64 %650, ptr %651, align 8, !tbaa !4
+  %indvars.iv.next1074.i.3 = add nuw nsw i64 %indvars.iv1073.i, 4
+  %exitcond1077.not.i.3 = icmp eq i64 %indvars.iv.next1074.i.3, %wide.trip.count.i
+  br i1 %exitcond1077.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !25
 
 for_begin_kv_head.i:                              ; preds = %if_end177.i, %for_begin_kv_head.preheader.i
-  %indvars.iv1189.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1190.i, %if_end177.i ]
-  %exitcond1193.not.i = icmp eq i64 %indvars.iv1189.i, 8
-  br i1 %exitcond1193.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !22
+  %indvars.iv1226.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1227.i, %if_end177.i ]
+  %exitcond1230.not.i = icmp eq i64 %indvars.iv1226.i, 8
+  br i1 %exitcond1230.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !22
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %625 = icmp eq i64 %indvars.iv1189.i, 7
-  %626 = and i1 %525, %625
-  %ahead_t.i = select i1 %626, i32 128, i32 0
-  %indvars.iv.next1190.i = add nuw nsw i64 %indvars.iv1189.i, 1
-  %ahead_head.i = select i1 %625, i64 0, i64 %indvars.iv.next1190.i
-  %k_now.i = mul nsw i64 %indvars.iv1189.i, %k_head
-  %v_now.i = mul nsw i64 %indvars.iv1189.i, %v_head
-  %627 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scores.i = tail call ptr %627(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %628 = icmp eq ptr %scores.i, null
-  br i1 %628, label %fused_decode_compute_.exit, label %if_end22.i, !prof !7
+  %652 = icmp eq i64 %indvars.iv1226.i, 7
+  %653 = and i1 %552, %652
+  %ahead_t.i = select i1 %653, i32 128, i32 0
+  %indvars.iv.next1227.i = add nuw nsw i64 %indvars.iv1226.i, 1
+  %ahead_head.i = select i1 %652, i64 0, i64 %indvars.iv.next1227.i
+  %k_now.i = mul nsw i64 %indvars.iv1226.i, %k_head
+  %v_now.i = mul nsw i64 %indvars.iv1226.i, %v_head
+  %654 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scores.i = tail call ptr %654(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %655 = icmp eq ptr %scores.i, null
+  br i1 %655, label %fused_decode_compute_.exit, label %if_end22.i, !prof !7
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %629 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %630 = tail call i32 %629(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not231.i = icmp eq i32 %630, 0
-  br i1 %.not231.i, label %if_end183.i, label %fused_decode_compute_.exit, !prof !22
+  %656 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %657 = tail call i32 %656(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not260.i = icmp eq i32 %657, 0
+  br i1 %.not260.i, label %if_end183.i, label %fused_decode_compute_.exit, !prof !22
 
 if_end22.i:                                       ; preds = %for_body_kv_head.i
-  %631 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %probs.i = tail call ptr %631(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %632 = icmp eq ptr %probs.i, null
-  br i1 %632, label %fused_decode_compute_.exit, label %if_end25.i, !prof !7
+  %658 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %tile_acc.i = tail call ptr %658(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %659 = icmp eq ptr %tile_acc.i, null
+  br i1 %659, label %fused_decode_compute_.exit, label %if_end25.i, !prof !7
 
 if_end25.i:                                       ; preds = %if_end22.i
-  %633 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %tile_acc.i = tail call ptr %633(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %634 = icmp eq ptr %tile_acc.i, null
-  br i1 %634, label %fused_decode_compute_.exit, label %if_end28.i, !prof !7
+  %660 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %prob_pairs.i = tail call ptr %660(i32 1, i32 %dev_id, i64 1024, i32 0, i32 32)
+  %661 = icmp eq ptr %prob_pairs.i, null
+  br i1 %661, label %fused_decode_compute_.exit, label %for_begin___m.preheader.i, !prof !7
 
-if_end28.i:                                       ; preds = %if_end25.i
-  %635 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %prob_pairs.i = tail call ptr %635(i32 1, i32 %dev_id, i64 1024, i32 0, i32 32)
-  %636 = icmp eq ptr %prob_pairs.i, null
-  br i1 %636, label %fused_decode_compute_.exit, label %for_begin_to_m.preheader.i, !prof !7
+for_begin___m.preheader.i:                        ; preds = %if_end25.i
+  %invariant.gep878.i = getelementptr i32, ptr %key_cache, i64 %k_now.i
+  %662 = mul nsw i64 %ahead_head.i, %k_head
+  %invariant.gep867.i = getelementptr i32, ptr %key_cache, i64 %662
+  br i1 %586, label %for_body_to_m.us.i.preheader, label %for_end___m.i, !prof !3
 
-for_begin_to_m.preheader.i:                       ; preds = %if_end28.i
-  %invariant.gep848.i = getelementptr i32, ptr %key_cache, i64 %k_now.i
-  br i1 %559, label %for_body_to_m.lr.ph.i, label %for_end_to_m.i, !prof !3
-
-for_body_to_m.lr.ph.i:                            ; preds = %for_begin_to_m.preheader.i
-  %637 = mul nsw i64 %ahead_head.i, %k_head
-  %invariant.gep837.i = getelementptr i32, ptr %key_cache, i64 %637
-  %.idx = shl nuw nsw i64 %indvars.iv1189.i, 10
+for_body_to_m.us.i.preheader:                     ; preds = %for_begin___m.preheader.i
+  %.idx = shl nuw nsw i64 %indvars.iv1226.i, 10
   %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx
-  br label %for_body_to_m.i
+  br label %for_body_to_m.us.i
 
-for_body_to_m.i:                                  ; preds = %for_end_n_1_m.i, %for_body_to_m.lr.ph.i
-  %indvars.iv1054.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next1055.i, %for_end_n_1_m.i ]
-  %638 = shl nsw i64 %indvars.iv1054.i, 5
-  %639 = or disjoint i64 %638, 16
-  %640 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %638
-  %641 = load i64, ptr %640, align 8, !tbaa !4
-  %gep849.i = getelementptr i32, ptr %invariant.gep848.i, i64 %641
-  %642 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %639
-  %643 = load i64, ptr %642, align 8, !tbaa !4
-  %gep851.i = getelementptr i32, ptr %invariant.gep848.i, i64 %643
-  %644 = trunc i64 %638 to i32
-  %645 = add i32 %ahead_t.i, %644
-  br label %for_body_n_1_m.i
+for_body_to_m.us.i:                               ; preds = %for_end_n_1_m.us.i, %for_body_to_m.us.i.preheader
+  %indvars.iv1091.i = phi i64 [ %indvars.iv.next1092.i, %for_end_n_1_m.us.i ], [ 0, %for_body_to_m.us.i.preheader ]
+  %663 = shl nsw i64 %indvars.iv1091.i, 5
+  %664 = or disjoint i64 %663, 16
+  %665 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %663
+  %666 = load i64, ptr %665, align 8, !tbaa !4
+  %gep879.us.i = getelementptr i32, ptr %invariant.gep878.i, i64 %666
+  %667 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %664
+  %668 = load i64, ptr %667, align 8, !tbaa !4
+  %gep881.us.i = getelementptr i32, ptr %invariant.gep878.i, i64 %668
+  %669 = trunc i64 %663 to i32
+  %670 = add i32 %ahead_t.i, %669
+  br label %for_body_n_1_m.us.i
 
-for_end_to_m.i:                                   ; preds = %for_end_n_1_m.i, %for_begin_to_m.preheader.i
-  %646 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scaled.i = tail call ptr %646(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %647 = icmp eq ptr %scaled.i, null
-  br i1 %647, label %fused_decode_compute_.exit, label %if_end34.i, !prof !7
+for_end_n_1_m.us.i:                               ; preds = %for_body_n_1_m.us.i
+  %671 = getelementptr inbounds nuw float, ptr %scores.i, i64 %663
+  store <16 x float> %r.i292.us.1.i, ptr %671, align 4, !tbaa !4
+  %672 = getelementptr inbounds nuw float, ptr %scores.i, i64 %664
+  store <16 x float> %r.i295.us.1.i, ptr %672, align 4, !tbaa !4
+  %673 = getelementptr inbounds nuw i8, ptr %671, i64 512
+  store <16 x float> %r.i298.us.1.i, ptr %673, align 4, !tbaa !4
+  %674 = getelementptr inbounds nuw i8, ptr %671, i64 576
+  store <16 x float> %r.i301.us.1.i, ptr %674, align 4, !tbaa !4
+  %675 = getelementptr inbounds nuw i8, ptr %671, i64 1024
+  store <16 x float> %r.i304.us.1.i, ptr %675, align 4, !tbaa !4
+  %676 = getelementptr inbounds nuw i8, ptr %671, i64 1088
+  store <16 x float> %r.i307.us.1.i, ptr %676, align 4, !tbaa !4
+  %677 = getelementptr inbounds nuw i8, ptr %671, i64 1536
+  store <16 x float> %r.i310.us.1.i, ptr %677, align 4, !tbaa !4
+  %678 = getelementptr inbounds nuw i8, ptr %671, i64 1600
+  store <16 x float> %r.i313.us.1.i, ptr %678, align 4, !tbaa !4
+  %indvars.iv.next1092.i = add nuw nsw i64 %indvars.iv1091.i, 1
+  %exitcond1097.not.i = icmp eq i64 %indvars.iv.next1092.i, %wide.trip.count1096.i
+  br i1 %exitcond1097.not.i, label %for_end___m.i, label %for_body_to_m.us.i, !prof !8
 
-for_body_n_1_m.i:                                 ; preds = %for_body_n_1_m.i, %for_body_to_m.i
-  %indvars.iv1050.i = phi i64 [ 0, %for_body_to_m.i ], [ %indvars.iv.next1051.i, %for_body_n_1_m.i ]
-  %scores_global224.sroa.0.0846.i = phi <16 x float> [ zeroinitializer, %for_body_to_m.i ], [ %r.i263.1.i, %for_body_n_1_m.i ]
-  %scores_global224.sroa.6.0845.i = phi <16 x float> [ zeroinitializer, %for_body_to_m.i ], [ %r.i266.1.i, %for_body_n_1_m.i ]
-  %scores_global224.sroa.12.0844.i = phi <16 x float> [ zeroinitializer, %for_body_to_m.i ], [ %r.i269.1.i, %for_body_n_1_m.i ]
-  %scores_global224.sroa.18.0843.i = phi <16 x float> [ zeroinitializer, %for_body_to_m.i ], [ %r.i272.1.i, %for_body_n_1_m.i ]
-  %scores_global224.sroa.24.0842.i = phi <16 x float> [ zeroinitializer, %for_body_to_m.i ], [ %r.i275.1.i, %for_body_n_1_m.i ]
-  %scores_global224.sroa.30.0841.i = phi <16 x float> [ zeroinitializer, %for_body_to_m.i ], [ %r.i278.1.i, %for_body_n_1_m.i ]
-  %scores_global224.sroa.36.0840.i = phi <16 x float> [ zeroinitializer, %for_body_to_m.i ], [ %r.i281.1.i, %for_body_n_1_m.i ]
-  %scores_global224.sroa.42.0839.i = phi <16 x float> [ zeroinitializer, %for_body_to_m.i ], [ %r.i284.1.i, %for_body_n_1_m.i ]
-  %648 = shl nuw nsw i64 %indvars.iv1050.i, 3
-  %.masked.i = and i64 %648, 56
-  %indvars.iv1050.tr.i = trunc i64 %indvars.iv1050.i to i32
-  %649 = shl i32 %indvars.iv1050.tr.i, 1
-  %650 = and i32 %649, 16
-  %651 = or disjoint i32 %650, %645
-  %652 = zext nneg i32 %651 to i64
-  %653 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %652
-  %654 = load i64, ptr %653, align 8, !tbaa !4
-  %gep838.i = getelementptr i32, ptr %invariant.gep837.i, i64 %654
-  %655 = mul nsw i64 %.masked.i, %k_row
-  %656 = getelementptr i32, ptr %gep838.i, i64 %655
-  tail call void @llvm.prefetch.p0(ptr readonly %656, i32 0, i32 2, i32 1)
-  %657 = or disjoint i64 %.masked.i, 1
-  %658 = mul nsw i64 %657, %k_row
-  %659 = getelementptr i32, ptr %gep838.i, i64 %658
-  tail call void @llvm.prefetch.p0(ptr readonly %659, i32 0, i32 2, i32 1)
-  %660 = or disjoint i64 %.masked.i, 2
-  %661 = mul nsw i64 %660, %k_row
-  %662 = getelementptr i32, ptr %gep838.i, i64 %661
-  tail call void @llvm.prefetch.p0(ptr readonly %662, i32 0, i32 2, i32 1)
-  %663 = or disjoint i64 %.masked.i, 3
-  %664 = mul nsw i64 %663, %k_row
-  %665 = getelementptr i32, ptr %gep838.i, i64 %664
-  tail call void @llvm.prefetch.p0(ptr readonly %665, i32 0, i32 2, i32 1)
-  %666 = or disjoint i64 %.masked.i, 4
-  %667 = mul nsw i64 %666, %k_row
-  %668 = getelementptr i32, ptr %gep838.i, i64 %667
-  tail call void @llvm.prefetch.p0(ptr readonly %668, i32 0, i32 2, i32 1)
-  %669 = or disjoint i64 %.masked.i, 5
-  %670 = mul nsw i64 %669, %k_row
-  %671 = getelementptr i32, ptr %gep838.i, i64 %670
-  tail call void @llvm.prefetch.p0(ptr readonly %671, i32 0, i32 2, i32 1)
-  %672 = or disjoint i64 %.masked.i, 6
-  %673 = mul nsw i64 %672, %k_row
-  %674 = getelementptr i32, ptr %gep838.i, i64 %673
-  tail call void @llvm.prefetch.p0(ptr readonly %674, i32 0, i32 2, i32 1)
-  %675 = or disjoint i64 %.masked.i, 7
-  %676 = mul nsw i64 %675, %k_row
-  %677 = getelementptr i32, ptr %gep838.i, i64 %676
-  tail call void @llvm.prefetch.p0(ptr readonly %677, i32 0, i32 2, i32 1)
-  %678 = shl nuw nsw i64 %indvars.iv1050.i, 2
-  %cse_v129.i = mul nsw i64 %678, %k_row
-  %gep = getelementptr inbounds nuw i32, ptr %invariant.gep, i64 %678
-  %679 = load i32, ptr %gep, align 4, !tbaa !4
-  %680 = insertelement <16 x i32> poison, i32 %679, i64 0
-  %681 = shufflevector <16 x i32> %680, <16 x i32> poison, <16 x i32> zeroinitializer
-  %682 = getelementptr i32, ptr %gep849.i, i64 %cse_v129.i
-  %683 = load <32 x bfloat>, ptr %682, align 4, !tbaa !4
-  %x.i.i = bitcast <16 x i32> %681 to <32 x bfloat>
-  %r.i.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global224.sroa.0.0846.i, <32 x bfloat> %x.i.i, <32 x bfloat> %683)
-  %684 = getelementptr i32, ptr %gep851.i, i64 %cse_v129.i
-  %685 = load <32 x bfloat>, ptr %684, align 4, !tbaa !4
-  %r.i242.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global224.sroa.6.0845.i, <32 x bfloat> %x.i.i, <32 x bfloat> %685)
-  %686 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  %687 = load i32, ptr %686, align 4, !tbaa !4
-  %688 = insertelement <16 x i32> poison, i32 %687, i64 0
-  %689 = shufflevector <16 x i32> %688, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i243.i = bitcast <16 x i32> %689 to <32 x bfloat>
-  %r.i245.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global224.sroa.12.0844.i, <32 x bfloat> %x.i243.i, <32 x bfloat> %683)
-  %r.i248.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global224.sroa.18.0843.i, <32 x bfloat> %x.i243.i, <32 x bfloat> %685)
-  %690 = getelementptr inbounds nuw i8, ptr %gep, i64 512
-  %691 = load i32, ptr %690, align 4, !tbaa !4
-  %692 = insertelement <16 x i32> poison, i32 %691, i64 0
-  %693 = shufflevector <16 x i32> %692, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i249.i = bitcast <16 x i32> %693 to <32 x bfloat>
-  %r.i251.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global224.sroa.24.0842.i, <32 x bfloat> %x.i249.i, <32 x bfloat> %683)
-  %r.i254.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global224.sroa.30.0841.i, <32 x bfloat> %x.i249.i, <32 x bfloat> %685)
-  %694 = getelementptr inbounds nuw i8, ptr %gep, i64 768
-  %695 = load i32, ptr %694, align 4, !tbaa !4
-  %696 = insertelement <16 x i32> poison, i32 %695, i64 0
-  %697 = shufflevector <16 x i32> %696, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i255.i = bitcast <16 x i32> %697 to <32 x bfloat>
-  %r.i257.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global224.sroa.36.0840.i, <32 x bfloat> %x.i255.i, <32 x bfloat> %683)
-  %r.i260.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global224.sroa.42.0839.i, <32 x bfloat> %x.i255.i, <32 x bfloat> %685)
-  %698 = or disjoint i64 %678, 1
-  %cse_v141.i = mul nsw i64 %698, %k_row
-  %699 = getelementptr inbounds nuw i8, ptr %gep, i64 4
-  %700 = load i32, ptr %699, align 4, !tbaa !4
-  %701 = insertelement <16 x i32> poison, i32 %700, i64 0
-  %702 = shufflevector <16 x i32> %701, <16 x i32> poison, <16 x i32> zeroinitializer
-  %703 = getelementptr i32, ptr %gep849.i, i64 %cse_v141.i
-  %704 = load <32 x bfloat>, ptr %703, align 4, !tbaa !4
-  %x.i261.i = bitcast <16 x i32> %702 to <32 x bfloat>
-  %r.i263.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.i, <32 x bfloat> %x.i261.i, <32 x bfloat> %704)
-  %705 = getelementptr i32, ptr %gep851.i, i64 %cse_v141.i
-  %706 = load <32 x bfloat>, ptr %705, align 4, !tbaa !4
-  %r.i266.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i242.i, <32 x bfloat> %x.i261.i, <32 x bfloat> %706)
-  %707 = getelementptr inbounds nuw i8, ptr %gep, i64 260
-  %708 = load i32, ptr %707, align 4, !tbaa !4
-  %709 = insertelement <16 x i32> poison, i32 %708, i64 0
-  %710 = shufflevector <16 x i32> %709, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i267.i = bitcast <16 x i32> %710 to <32 x bfloat>
-  %r.i269.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i245.i, <32 x bfloat> %x.i267.i, <32 x bfloat> %704)
-  %r.i272.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i248.i, <32 x bfloat> %x.i267.i, <32 x bfloat> %706)
-  %711 = getelementptr inbounds nuw i8, ptr %gep, i64 516
-  %712 = load i32, ptr %711, align 4, !tbaa !4
-  %713 = insertelement <16 x i32> poison, i32 %712, i64 0
-  %714 = shufflevector <16 x i32> %713, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i273.i = bitcast <16 x i32> %714 to <32 x bfloat>
-  %r.i275.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i251.i, <32 x bfloat> %x.i273.i, <32 x bfloat> %704)
-  %r.i278.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i254.i, <32 x bfloat> %x.i273.i, <32 x bfloat> %706)
-  %715 = getelementptr inbounds nuw i8, ptr %gep, i64 772
-  %716 = load i32, ptr %715, align 4, !tbaa !4
-  %717 = insertelement <16 x i32> poison, i32 %716, i64 0
-  %718 = shufflevector <16 x i32> %717, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i279.i = bitcast <16 x i32> %718 to <32 x bfloat>
-  %r.i281.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i257.i, <32 x bfloat> %x.i279.i, <32 x bfloat> %704)
-  %r.i284.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i260.i, <32 x bfloat> %x.i279.i, <32 x bfloat> %706)
-  %cse_v124.1.i = or disjoint i64 %678, 2
-  %cse_v129.1.i = mul nsw i64 %cse_v124.1.i, %k_row
-  %719 = getelementptr inbounds nuw i8, ptr %gep, i64 8
-  %720 = load i32, ptr %719, align 4, !tbaa !4
-  %721 = insertelement <16 x i32> poison, i32 %720, i64 0
-  %722 = shufflevector <16 x i32> %721, <16 x i32> poison, <16 x i32> zeroinitializer
-  %723 = getelementptr i32, ptr %gep849.i, i64 %cse_v129.1.i
-  %724 = load <32 x bfloat>, ptr %723, align 4, !tbaa !4
-  %x.i.1.i = bitcast <16 x i32> %722 to <32 x bfloat>
-  %r.i.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i263.i, <32 x bfloat> %x.i.1.i, <32 x bfloat> %724)
-  %725 = getelementptr i32, ptr %gep851.i, i64 %cse_v129.1.i
-  %726 = load <32 x bfloat>, ptr %725, align 4, !tbaa !4
-  %r.i242.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i266.i, <32 x bfloat> %x.i.1.i, <32 x bfloat> %726)
-  %727 = getelementptr inbounds nuw i8, ptr %gep, i64 264
-  %728 = load i32, ptr %727, align 4, !tbaa !4
-  %729 = insertelement <16 x i32> poison, i32 %728, i64 0
-  %730 = shufflevector <16 x i32> %729, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i243.1.i = bitcast <16 x i32> %730 to <32 x bfloat>
-  %r.i245.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i269.i, <32 x bfloat> %x.i243.1.i, <32 x bfloat> %724)
-  %r.i248.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i272.i, <32 x bfloat> %x.i243.1.i, <32 x bfloat> %726)
-  %731 = getelementptr inbounds nuw i8, ptr %gep, i64 520
-  %732 = load i32, ptr %731, align 4, !tbaa !4
-  %733 = insertelement <16 x i32> poison, i32 %732, i64 0
-  %734 = shufflevector <16 x i32> %733, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i249.1.i = bitcast <16 x i32> %734 to <32 x bfloat>
-  %r.i251.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i275.i, <32 x bfloat> %x.i249.1.i, <32 x bfloat> %724)
-  %r.i254.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i278.i, <32 x bfloat> %x.i249.1.i, <32 x bfloat> %726)
-  %735 = getelementptr inbounds nuw i8, ptr %gep, i64 776
-  %736 = load i32, ptr %735, align 4, !tbaa !4
-  %737 = insertelement <16 x i32> poison, i32 %736, i64 0
-  %738 = shufflevector <16 x i32> %737, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i255.1.i = bitcast <16 x i32> %738 to <32 x bfloat>
-  %r.i257.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i281.i, <32 x bfloat> %x.i255.1.i, <32 x bfloat> %724)
-  %r.i260.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i284.i, <32 x bfloat> %x.i255.1.i, <32 x bfloat> %726)
-  %739 = or disjoint i64 %678, 3
-  %cse_v141.1.i = mul nsw i64 %739, %k_row
-  %740 = getelementptr inbounds nuw i8, ptr %gep, i64 12
-  %741 = load i32, ptr %740, align 4, !tbaa !4
-  %742 = insertelement <16 x i32> poison, i32 %741, i64 0
-  %743 = shufflevector <16 x i32> %742, <16 x i32> poison, <16 x i32> zeroinitializer
-  %744 = getelementptr i32, ptr %gep849.i, i64 %cse_v141.1.i
-  %745 = load <32 x bfloat>, ptr %744, align 4, !tbaa !4
-  %x.i261.1.i = bitcast <16 x i32> %743 to <32 x bfloat>
-  %r.i263.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.1.i, <32 x bfloat> %x.i261.1.i, <32 x bfloat> %745)
-  %746 = getelementptr i32, ptr %gep851.i, i64 %cse_v141.1.i
-  %747 = load <32 x bfloat>, ptr %746, align 4, !tbaa !4
-  %r.i266.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i242.1.i, <32 x bfloat> %x.i261.1.i, <32 x bfloat> %747)
-  %748 = getelementptr inbounds nuw i8, ptr %gep, i64 268
-  %749 = load i32, ptr %748, align 4, !tbaa !4
-  %750 = insertelement <16 x i32> poison, i32 %749, i64 0
-  %751 = shufflevector <16 x i32> %750, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i267.1.i = bitcast <16 x i32> %751 to <32 x bfloat>
-  %r.i269.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i245.1.i, <32 x bfloat> %x.i267.1.i, <32 x bfloat> %745)
-  %r.i272.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i248.1.i, <32 x bfloat> %x.i267.1.i, <32 x bfloat> %747)
-  %752 = getelementptr inbounds nuw i8, ptr %gep, i64 524
-  %753 = load i32, ptr %752, align 4, !tbaa !4
-  %754 = insertelement <16 x i32> poison, i32 %753, i64 0
-  %755 = shufflevector <16 x i32> %754, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i273.1.i = bitcast <16 x i32> %755 to <32 x bfloat>
-  %r.i275.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i251.1.i, <32 x bfloat> %x.i273.1.i, <32 x bfloat> %745)
-  %r.i278.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i254.1.i, <32 x bfloat> %x.i273.1.i, <32 x bfloat> %747)
-  %756 = getelementptr inbounds nuw i8, ptr %gep, i64 780
-  %757 = load i32, ptr %756, align 4, !tbaa !4
-  %758 = insertelement <16 x i32> poison, i32 %757, i64 0
-  %759 = shufflevector <16 x i32> %758, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i279.1.i = bitcast <16 x i32> %759 to <32 x bfloat>
-  %r.i281.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i257.1.i, <32 x bfloat> %x.i279.1.i, <32 x bfloat> %745)
-  %r.i284.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i260.1.i, <32 x bfloat> %x.i279.1.i, <32 x bfloat> %747)
-  %indvars.iv.next1051.i = add nuw nsw i64 %indvars.iv1050.i, 1
-  %exitcond1053.not.i = icmp eq i64 %indvars.iv.next1051.i, 16
-  br i1 %exitcond1053.not.i, label %for_end_n_1_m.i, label %for_body_n_1_m.i, !prof !21
+for_body_n_1_m.us.i:                              ; preds = %for_body_n_1_m.us.i, %for_body_to_m.us.i
+  %indvars.iv1086.i = phi i64 [ %indvars.iv.next1087.i, %for_body_n_1_m.us.i ], [ 0, %for_body_to_m.us.i ]
+  %scores_global253.sroa.0.0876.us.i = phi <16 x float> [ %r.i292.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global253.sroa.6.0875.us.i = phi <16 x float> [ %r.i295.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global253.sroa.12.0874.us.i = phi <16 x float> [ %r.i298.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global253.sroa.18.0873.us.i = phi <16 x float> [ %r.i301.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global253.sroa.24.0872.us.i = phi <16 x float> [ %r.i304.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global253.sroa.30.0871.us.i = phi <16 x float> [ %r.i307.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global253.sroa.36.0870.us.i = phi <16 x float> [ %r.i310.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global253.sroa.42.0869.us.i = phi <16 x float> [ %r.i313.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %679 = shl nuw nsw i64 %indvars.iv1086.i, 3
+  %.masked.us.i = and i64 %679, 56
+  %indvars.iv1086.tr.i = trunc i64 %indvars.iv1086.i to i32
+  %680 = shl i32 %indvars.iv1086.tr.i, 1
+  %cse_v8.masked.us.i = and i32 %680, 16
+  %681 = or disjoint i32 %cse_v8.masked.us.i, %670
+  %682 = zext nneg i32 %681 to i64
+  %683 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %682
+  %684 = load i64, ptr %683, align 8, !tbaa !4
+  %gep868.us.i = getelementptr i32, ptr %invariant.gep867.i, i64 %684
+  %685 = mul nsw i64 %.masked.us.i, %k_row
+  %686 = getelementptr i32, ptr %gep868.us.i, i64 %685
+  tail call void @llvm.prefetch.p0(ptr readonly %686, i32 0, i32 2, i32 1)
+  %687 = or disjoint i64 %.masked.us.i, 1
+  %688 = mul nsw i64 %687, %k_row
+  %689 = getelementptr i32, ptr %gep868.us.i, i64 %688
+  tail call void @llvm.prefetch.p0(ptr readonly %689, i32 0, i32 2, i32 1)
+  %690 = or disjoint i64 %.masked.us.i, 2
+  %691 = mul nsw i64 %690, %k_row
+  %692 = getelementptr i32, ptr %gep868.us.i, i64 %691
+  tail call void @llvm.prefetch.p0(ptr readonly %692, i32 0, i32 2, i32 1)
+  %693 = or disjoint i64 %.masked.us.i, 3
+  %694 = mul nsw i64 %693, %k_row
+  %695 = getelementptr i32, ptr %gep868.us.i, i64 %694
+  tail call void @llvm.prefetch.p0(ptr readonly %695, i32 0, i32 2, i32 1)
+  %696 = or disjoint i64 %.masked.us.i, 4
+  %697 = mul nsw i64 %696, %k_row
+  %698 = getelementptr i32, ptr %gep868.us.i, i64 %697
+  tail call void @llvm.prefetch.p0(ptr readonly %698, i32 0, i32 2, i32 1)
+  %699 = or disjoint i64 %.masked.us.i, 5
+  %700 = mul nsw i64 %699, %k_row
+  %701 = getelementptr i32, ptr %gep868.us.i, i64 %700
+  tail call void @llvm.prefetch.p0(ptr readonly %701, i32 0, i32 2, i32 1)
+  %702 = or disjoint i64 %.masked.us.i, 6
+  %703 = mul nsw i64 %702, %k_row
+  %704 = getelementptr i32, ptr %gep868.us.i, i64 %703
+  tail call void @llvm.prefetch.p0(ptr readonly %704, i32 0, i32 2, i32 1)
+  %705 = or disjoint i64 %.masked.us.i, 7
+  %706 = mul nsw i64 %705, %k_row
+  %707 = getelementptr i32, ptr %gep868.us.i, i64 %706
+  tail call void @llvm.prefetch.p0(ptr readonly %707, i32 0, i32 2, i32 1)
+  %708 = shl nuw nsw i64 %indvars.iv1086.i, 2
+  %cse_v134.us.i = mul nsw i64 %708, %k_row
+  %gep = getelementptr inbounds nuw i32, ptr %invariant.gep, i64 %708
+  %709 = load i32, ptr %gep, align 4, !tbaa !4
+  %710 = insertelement <16 x i32> poison, i32 %709, i64 0
+  %711 = shufflevector <16 x i32> %710, <16 x i32> poison, <16 x i32> zeroinitializer
+  %712 = getelementptr i32, ptr %gep879.us.i, i64 %cse_v134.us.i
+  %713 = load <32 x bfloat>, ptr %712, align 4, !tbaa !4
+  %x.i.us.i = bitcast <16 x i32> %711 to <32 x bfloat>
+  %r.i.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.0.0876.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %713)
+  %714 = getelementptr i32, ptr %gep881.us.i, i64 %cse_v134.us.i
+  %715 = load <32 x bfloat>, ptr %714, align 4, !tbaa !4
+  %r.i271.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.6.0875.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %715)
+  %716 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  %717 = load i32, ptr %716, align 4, !tbaa !4
+  %718 = insertelement <16 x i32> poison, i32 %717, i64 0
+  %719 = shufflevector <16 x i32> %718, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i272.us.i = bitcast <16 x i32> %719 to <32 x bfloat>
+  %r.i274.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.12.0874.us.i, <32 x bfloat> %x.i272.us.i, <32 x bfloat> %713)
+  %r.i277.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.18.0873.us.i, <32 x bfloat> %x.i272.us.i, <32 x bfloat> %715)
+  %720 = getelementptr inbounds nuw i8, ptr %gep, i64 512
+  %721 = load i32, ptr %720, align 4, !tbaa !4
+  %722 = insertelement <16 x i32> poison, i32 %721, i64 0
+  %723 = shufflevector <16 x i32> %722, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i278.us.i = bitcast <16 x i32> %723 to <32 x bfloat>
+  %r.i280.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.24.0872.us.i, <32 x bfloat> %x.i278.us.i, <32 x bfloat> %713)
+  %r.i283.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.30.0871.us.i, <32 x bfloat> %x.i278.us.i, <32 x bfloat> %715)
+  %724 = getelementptr inbounds nuw i8, ptr %gep, i64 768
+  %725 = load i32, ptr %724, align 4, !tbaa !4
+  %726 = insertelement <16 x i32> poison, i32 %725, i64 0
+  %727 = shufflevector <16 x i32> %726, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i284.us.i = bitcast <16 x i32> %727 to <32 x bfloat>
+  %r.i286.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.36.0870.us.i, <32 x bfloat> %x.i284.us.i, <32 x bfloat> %713)
+  %r.i289.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.42.0869.us.i, <32 x bfloat> %x.i284.us.i, <32 x bfloat> %715)
+  %728 = or disjoint i64 %708, 1
+  %cse_v146.us.i = mul nsw i64 %728, %k_row
+  %729 = getelementptr inbounds nuw i8, ptr %gep, i64 4
+  %730 = load i32, ptr %729, align 4, !tbaa !4
+  %731 = insertelement <16 x i32> poison, i32 %730, i64 0
+  %732 = shufflevector <16 x i32> %731, <16 x i32> poison, <16 x i32> zeroinitializer
+  %733 = getelementptr i32, ptr %gep879.us.i, i64 %cse_v146.us.i
+  %734 = load <32 x bfloat>, ptr %733, align 4, !tbaa !4
+  %x.i290.us.i = bitcast <16 x i32> %732 to <32 x bfloat>
+  %r.i292.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.i, <32 x bfloat> %x.i290.us.i, <32 x bfloat> %734)
+  %735 = getelementptr i32, ptr %gep881.us.i, i64 %cse_v146.us.i
+  %736 = load <32 x bfloat>, ptr %735, align 4, !tbaa !4
+  %r.i295.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i271.us.i, <32 x bfloat> %x.i290.us.i, <32 x bfloat> %736)
+  %737 = getelementptr inbounds nuw i8, ptr %gep, i64 260
+  %738 = load i32, ptr %737, align 4, !tbaa !4
+  %739 = insertelement <16 x i32> poison, i32 %738, i64 0
+  %740 = shufflevector <16 x i32> %739, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i296.us.i = bitcast <16 x i32> %740 to <32 x bfloat>
+  %r.i298.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i274.us.i, <32 x bfloat> %x.i296.us.i, <32 x bfloat> %734)
+  %r.i301.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i277.us.i, <32 x bfloat> %x.i296.us.i, <32 x bfloat> %736)
+  %741 = getelementptr inbounds nuw i8, ptr %gep, i64 516
+  %742 = load i32, ptr %741, align 4, !tbaa !4
+  %743 = insertelement <16 x i32> poison, i32 %742, i64 0
+  %744 = shufflevector <16 x i32> %743, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i302.us.i = bitcast <16 x i32> %744 to <32 x bfloat>
+  %r.i304.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i280.us.i, <32 x bfloat> %x.i302.us.i, <32 x bfloat> %734)
+  %r.i307.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i283.us.i, <32 x bfloat> %x.i302.us.i, <32 x bfloat> %736)
+  %745 = getelementptr inbounds nuw i8, ptr %gep, i64 772
+  %746 = load i32, ptr %745, align 4, !tbaa !4
+  %747 = insertelement <16 x i32> poison, i32 %746, i64 0
+  %748 = shufflevector <16 x i32> %747, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i308.us.i = bitcast <16 x i32> %748 to <32 x bfloat>
+  %r.i310.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i286.us.i, <32 x bfloat> %x.i308.us.i, <32 x bfloat> %734)
+  %r.i313.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i289.us.i, <32 x bfloat> %x.i308.us.i, <32 x bfloat> %736)
+  %cse_v128.us.1.i = or disjoint i64 %708, 2
+  %cse_v134.us.1.i = mul nsw i64 %cse_v128.us.1.i, %k_row
+  %749 = getelementptr inbounds nuw i8, ptr %gep, i64 8
+  %750 = load i32, ptr %749, align 4, !tbaa !4
+  %751 = insertelement <16 x i32> poison, i32 %750, i64 0
+  %752 = shufflevector <16 x i32> %751, <16 x i32> poison, <16 x i32> zeroinitializer
+  %753 = getelementptr i32, ptr %gep879.us.i, i64 %cse_v134.us.1.i
+  %754 = load <32 x bfloat>, ptr %753, align 4, !tbaa !4
+  %x.i.us.1.i = bitcast <16 x i32> %752 to <32 x bfloat>
+  %r.i.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i292.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %754)
+  %755 = getelementptr i32, ptr %gep881.us.i, i64 %cse_v134.us.1.i
+  %756 = load <32 x bfloat>, ptr %755, align 4, !tbaa !4
+  %r.i271.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i295.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %756)
+  %757 = getelementptr inbounds nuw i8, ptr %gep, i64 264
+  %758 = load i32, ptr %757, align 4, !tbaa !4
+  %759 = insertelement <16 x i32> poison, i32 %758, i64 0
+  %760 = shufflevector <16 x i32> %759, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i272.us.1.i = bitcast <16 x i32> %760 to <32 x bfloat>
+  %r.i274.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i298.us.i, <32 x bfloat> %x.i272.us.1.i, <32 x bfloat> %754)
+  %r.i277.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i301.us.i, <32 x bfloat> %x.i272.us.1.i, <32 x bfloat> %756)
+  %761 = getelementptr inbounds nuw i8, ptr %gep, i64 520
+  %762 = load i32, ptr %761, align 4, !tbaa !4
+  %763 = insertelement <16 x i32> poison, i32 %762, i64 0
+  %764 = shufflevector <16 x i32> %763, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i278.us.1.i = bitcast <16 x i32> %764 to <32 x bfloat>
+  %r.i280.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i304.us.i, <32 x bfloat> %x.i278.us.1.i, <32 x bfloat> %754)
+  %r.i283.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i307.us.i, <32 x bfloat> %x.i278.us.1.i, <32 x bfloat> %756)
+  %765 = getelementptr inbounds nuw i8, ptr %gep, i64 776
+  %766 = load i32, ptr %765, align 4, !tbaa !4
+  %767 = insertelement <16 x i32> poison, i32 %766, i64 0
+  %768 = shufflevector <16 x i32> %767, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i284.us.1.i = bitcast <16 x i32> %768 to <32 x bfloat>
+  %r.i286.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i310.us.i, <32 x bfloat> %x.i284.us.1.i, <32 x bfloat> %754)
+  %r.i289.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i313.us.i, <32 x bfloat> %x.i284.us.1.i, <32 x bfloat> %756)
+  %769 = or disjoint i64 %708, 3
+  %cse_v146.us.1.i = mul nsw i64 %769, %k_row
+  %770 = getelementptr inbounds nuw i8, ptr %gep, i64 12
+  %771 = load i32, ptr %770, align 4, !tbaa !4
+  %772 = insertelement <16 x i32> poison, i32 %771, i64 0
+  %773 = shufflevector <16 x i32> %772, <16 x i32> poison, <16 x i32> zeroinitializer
+  %774 = getelementptr i32, ptr %gep879.us.i, i64 %cse_v146.us.1.i
+  %775 = load <32 x bfloat>, ptr %774, align 4, !tbaa !4
+  %x.i290.us.1.i = bitcast <16 x i32> %773 to <32 x bfloat>
+  %r.i292.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.1.i, <32 x bfloat> %x.i290.us.1.i, <32 x bfloat> %775)
+  %776 = getelementptr i32, ptr %gep881.us.i, i64 %cse_v146.us.1.i
+  %777 = load <32 x bfloat>, ptr %776, align 4, !tbaa !4
+  %r.i295.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i271.us.1.i, <32 x bfloat> %x.i290.us.1.i, <32 x bfloat> %777)
+  %778 = getelementptr inbounds nuw i8, ptr %gep, i64 268
+  %779 = load i32, ptr %778, align 4, !tbaa !4
+  %780 = insertelement <16 x i32> poison, i32 %779, i64 0
+  %781 = shufflevector <16 x i32> %780, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i296.us.1.i = bitcast <16 x i32> %781 to <32 x bfloat>
+  %r.i298.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i274.us.1.i, <32 x bfloat> %x.i296.us.1.i, <32 x bfloat> %775)
+  %r.i301.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i277.us.1.i, <32 x bfloat> %x.i296.us.1.i, <32 x bfloat> %777)
+  %782 = getelementptr inbounds nuw i8, ptr %gep, i64 524
+  %783 = load i32, ptr %782, align 4, !tbaa !4
+  %784 = insertelement <16 x i32> poison, i32 %783, i64 0
+  %785 = shufflevector <16 x i32> %784, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i302.us.1.i = bitcast <16 x i32> %785 to <32 x bfloat>
+  %r.i304.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i280.us.1.i, <32 x bfloat> %x.i302.us.1.i, <32 x bfloat> %775)
+  %r.i307.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i283.us.1.i, <32 x bfloat> %x.i302.us.1.i, <32 x bfloat> %777)
+  %786 = getelementptr inbounds nuw i8, ptr %gep, i64 780
+  %787 = load i32, ptr %786, align 4, !tbaa !4
+  %788 = insertelement <16 x i32> poison, i32 %787, i64 0
+  %789 = shufflevector <16 x i32> %788, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i308.us.1.i = bitcast <16 x i32> %789 to <32 x bfloat>
+  %r.i310.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i286.us.1.i, <32 x bfloat> %x.i308.us.1.i, <32 x bfloat> %775)
+  %r.i313.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i289.us.1.i, <32 x bfloat> %x.i308.us.1.i, <32 x bfloat> %777)
+  %indvars.iv.next1087.i = add nuw nsw i64 %indvars.iv1086.i, 1
+  %exitcond1090.not.i = icmp eq i64 %indvars.iv.next1087.i, 16
+  br i1 %exitcond1090.not.i, label %for_end_n_1_m.us.i, label %for_body_n_1_m.us.i, !prof !21
 
-for_end_n_1_m.i:                                  ; preds = %for_body_n_1_m.i
-  %760 = getelementptr inbounds nuw float, ptr %scores.i, i64 %638
-  store <16 x float> %r.i263.1.i, ptr %760, align 4, !tbaa !4
-  %761 = getelementptr inbounds nuw float, ptr %scores.i, i64 %639
-  store <16 x float> %r.i266.1.i, ptr %761, align 4, !tbaa !4
-  %762 = getelementptr inbounds nuw i8, ptr %760, i64 512
-  store <16 x float> %r.i269.1.i, ptr %762, align 4, !tbaa !4
-  %763 = getelementptr inbounds nuw i8, ptr %760, i64 576
-  store <16 x float> %r.i272.1.i, ptr %763, align 4, !tbaa !4
-  %764 = getelementptr inbounds nuw i8, ptr %760, i64 1024
-  store <16 x float> %r.i275.1.i, ptr %764, align 4, !tbaa !4
-  %765 = getelementptr inbounds nuw i8, ptr %760, i64 1088
-  store <16 x float> %r.i278.1.i, ptr %765, align 4, !tbaa !4
-  %766 = getelementptr inbounds nuw i8, ptr %760, i64 1536
-  store <16 x float> %r.i281.1.i, ptr %766, align 4, !tbaa !4
-  %767 = getelementptr inbounds nuw i8, ptr %760, i64 1600
-  store <16 x float> %r.i284.1.i, ptr %767, align 4, !tbaa !4
-  %indvars.iv.next1055.i = add nuw nsw i64 %indvars.iv1054.i, 1
-  %exitcond1060.not.i = icmp eq i64 %indvars.iv.next1055.i, %wide.trip.count1059.i
-  br i1 %exitcond1060.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !8
+for_end___m.i:                                    ; preds = %for_end_n_1_m.us.i, %for_begin___m.preheader.i
+  %790 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %probs.i = tail call ptr %790(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %791 = icmp eq ptr %probs.i, null
+  br i1 %791, label %fused_decode_compute_.exit, label %if_end31.i, !prof !7
 
-if_end34.i:                                       ; preds = %for_end_to_m.i
-  %768 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %exact.i = tail call ptr %768(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %769 = icmp eq ptr %exact.i, null
-  br i1 %769, label %fused_decode_compute_.exit, label %for_begin_r39.preheader.i, !prof !7
+if_end31.i:                                       ; preds = %for_end___m.i
+  %792 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scaled.i = tail call ptr %792(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %793 = icmp eq ptr %scaled.i, null
+  br i1 %793, label %fused_decode_compute_.exit, label %if_end34.i, !prof !7
 
-for_begin_r39.preheader.i:                        ; preds = %if_end34.i
-  br i1 %559, label %for_body_to.us.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
+if_end34.i:                                       ; preds = %if_end31.i
+  %794 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %exact.i = tail call ptr %794(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %795 = icmp eq ptr %exact.i, null
+  br i1 %795, label %fused_decode_compute_.exit, label %for_begin_to.preheader.preheader.i, !prof !7
 
-for_body_to.us.i.preheader:                       ; preds = %for_begin_r39.preheader.i
-  br i1 %571, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !26
+for_begin_to.preheader.preheader.i:               ; preds = %if_end34.i
+  br i1 %586, label %for_body_to.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
 
-for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
-  %indvars.iv1061.i = phi i64 [ %indvars.iv.next1062.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %770 = shl nsw i64 %indvars.iv1061.i, 5
-  %771 = getelementptr inbounds nuw float, ptr %scores.i, i64 %770
-  %772 = load <32 x float>, ptr %771, align 4, !tbaa !4
-  %773 = fmul <32 x float> %69, %772
-  %774 = trunc i64 %770 to i32
-  %775 = sub i32 %valid_len.i, %774
-  %776 = insertelement <32 x i32> poison, i32 %775, i64 0
-  %777 = shufflevector <32 x i32> %776, <32 x i32> poison, <32 x i32> zeroinitializer
-  %778 = icmp sgt <32 x i32> %777, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %779 = select <32 x i1> %778, <32 x float> %773, <32 x float> splat (float 0xFFF0000000000000)
-  %780 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %770
-  store <32 x float> %779, ptr %780, align 4, !tbaa !4
-  %indvars.iv.next1062.i = shl i64 %indvars.iv1061.i, 5
-  %781 = or disjoint i64 %indvars.iv.next1062.i, 32
-  %782 = getelementptr inbounds nuw float, ptr %scores.i, i64 %781
-  %783 = load <32 x float>, ptr %782, align 4, !tbaa !4
-  %784 = fmul <32 x float> %69, %783
-  %785 = trunc i64 %781 to i32
-  %786 = sub i32 %valid_len.i, %785
-  %787 = insertelement <32 x i32> poison, i32 %786, i64 0
-  %788 = shufflevector <32 x i32> %787, <32 x i32> poison, <32 x i32> zeroinitializer
-  %789 = icmp sgt <32 x i32> %788, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %790 = select <32 x i1> %789, <32 x float> %784, <32 x float> splat (float 0xFFF0000000000000)
-  %791 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %781
-  store <32 x float> %790, ptr %791, align 4, !tbaa !4
-  %indvars.iv.next1062.i.1 = shl i64 %indvars.iv1061.i, 5
-  %792 = or disjoint i64 %indvars.iv.next1062.i.1, 64
-  %793 = getelementptr inbounds nuw float, ptr %scores.i, i64 %792
-  %794 = load <32 x float>, ptr %793, align 4, !tbaa !4
-  %795 = fmul <32 x float> %69, %794
-  %796 = trunc i64 %792 to i32
-  %797 = sub i32 %valid_len.i, %796
-  %798 = insertelement <32 x i32> poison, i32 %797, i64 0
-  %799 = shufflevector <32 x i32> %798, <32 x i32> poison, <32 x i32> zeroinitializer
-  %800 = icmp sgt <32 x i32> %799, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %801 = select <32 x i1> %800, <32 x float> %795, <32 x float> splat (float 0xFFF0000000000000)
-  %802 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %792
-  store <32 x float> %801, ptr %802, align 4, !tbaa !4
-  %indvars.iv.next1062.i.2 = shl i64 %indvars.iv1061.i, 5
-  %803 = or disjoint i64 %indvars.iv.next1062.i.2, 96
-  %804 = getelementptr inbounds nuw float, ptr %scores.i, i64 %803
-  %805 = load <32 x float>, ptr %804, align 4, !tbaa !4
-  %806 = fmul <32 x float> %69, %805
-  %807 = trunc i64 %803 to i32
-  %808 = sub i32 %valid_len.i, %807
-  %809 = insertelement <32 x i32> poison, i32 %808, i64 0
-  %810 = shufflevector <32 x i32> %809, <32 x i32> poison, <32 x i32> zeroinitializer
-  %811 = icmp sgt <32 x i32> %810, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %812 = select <32 x i1> %811, <32 x float> %806, <32 x float> splat (float 0xFFF0000000000000)
-  %813 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %803
-  store <32 x float> %812, ptr %813, align 4, !tbaa !4
-  %indvars.iv.next1062.i.3 = add nuw nsw i64 %indvars.iv1061.i, 4
+for_body_to.i.preheader:                          ; preds = %for_begin_to.preheader.preheader.i
+  br i1 %598, label %for_body_to.i.epil.preheader, label %for_body_to.i, !prof !26
+
+for_body_to.i:                                    ; preds = %for_body_to.i, %for_body_to.i.preheader
+  %indvars.iv1098.i = phi i64 [ %indvars.iv.next1099.i.3, %for_body_to.i ], [ 0, %for_body_to.i.preheader ]
+  %niter = phi i64 [ %niter.next.3, %for_body_to.i ], [ 0, %for_body_to.i.preheader ]
+  %796 = shl nsw i64 %indvars.iv1098.i, 5
+  %797 = getelementptr inbounds nuw float, ptr %scores.i, i64 %796
+  %798 = load <32 x float>, ptr %797, align 4, !tbaa !4
+  %799 = fmul <32 x float> %91, %798
+  %800 = trunc i64 %796 to i32
+  %801 = sub i32 %valid_len.i, %800
+  %802 = insertelement <32 x i32> poison, i32 %801, i64 0
+  %803 = shufflevector <32 x i32> %802, <32 x i32> poison, <32 x i32> zeroinitializer
+  %804 = icmp sgt <32 x i32> %803, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %805 = select <32 x i1> %804, <32 x float> %799, <32 x float> splat (float 0xFFF0000000000000)
+  %806 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %796
+  store <32 x float> %805, ptr %806, align 4, !tbaa !4
+  %indvars.iv.next1099.i = shl i64 %indvars.iv1098.i, 5
+  %807 = or disjoint i64 %indvars.iv.next1099.i, 32
+  %808 = getelementptr inbounds nuw float, ptr %scores.i, i64 %807
+  %809 = load <32 x float>, ptr %808, align 4, !tbaa !4
+  %810 = fmul <32 x float> %91, %809
+  %811 = trunc i64 %807 to i32
+  %812 = sub i32 %valid_len.i, %811
+  %813 = insertelement <32 x i32> poison, i32 %812, i64 0
+  %814 = shufflevector <32 x i32> %813, <32 x i32> poison, <32 x i32> zeroinitializer
+  %815 = icmp sgt <32 x i32> %814, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %816 = select <32 x i1> %815, <32 x float> %810, <32 x float> splat (float 0xFFF0000000000000)
+  %817 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %807
+  store <32 x float> %816, ptr %817, align 4, !tbaa !4
+  %indvars.iv.next1099.i.1 = shl i64 %indvars.iv1098.i, 5
+  %818 = or disjoint i64 %indvars.iv.next1099.i.1, 64
+  %819 = getelementptr inbounds nuw float, ptr %scores.i, i64 %818
+  %820 = load <32 x float>, ptr %819, align 4, !tbaa !4
+  %821 = fmul <32 x float> %91, %820
+  %822 = trunc i64 %818 to i32
+  %823 = sub i32 %valid_len.i, %822
+  %824 = insertelement <32 x i32> poison, i32 %823, i64 0
+  %825 = shufflevector <32 x i32> %824, <32 x i32> poison, <32 x i32> zeroinitializer
+  %826 = icmp sgt <32 x i32> %825, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %827 = select <32 x i1> %826, <32 x float> %821, <32 x float> splat (float 0xFFF0000000000000)
+  %828 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %818
+  store <32 x float> %827, ptr %828, align 4, !tbaa !4
+  %indvars.iv.next1099.i.2 = shl i64 %indvars.iv1098.i, 5
+  %829 = or disjoint i64 %indvars.iv.next1099.i.2, 96
+  %830 = getelementptr inbounds nuw float, ptr %scores.i, i64 %829
+  %831 = load <32 x float>, ptr %830, align 4, !tbaa !4
+  %832 = fmul <32 x float> %91, %831
+  %833 = trunc i64 %829 to i32
+  %834 = sub i32 %valid_len.i, %833
+  %835 = insertelement <32 x i32> poison, i32 %834, i64 0
+  %836 = shufflevector <32 x i32> %835, <32 x i32> poison, <32 x i32> zeroinitializer
+  %837 = icmp sgt <32 x i32> %836, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %838 = select <32 x i1> %837, <32 x float> %832, <32 x float> splat (float 0xFFF0000000000000)
+  %839 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %829
+  store <32 x float> %838, ptr %839, align 4, !tbaa !4
+  %indvars.iv.next1099.i.3 = add nuw nsw i64 %indvars.iv1098.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !27, !llvm.loop !28
+  br i1 %niter.ncmp.3, label %for_body_to.1.i.preheader.unr-lcssa, label %for_body_to.i, !prof !27, !llvm.loop !28
 
-for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
-  br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !30
+for_body_to.1.i.preheader.unr-lcssa:              ; preds = %for_body_to.i
+  br i1 %lcmp.mod.not, label %for_body_to.1.i.preheader, label %for_body_to.i.epil.preheader, !prof !30
 
-for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
-  %indvars.iv1061.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next1062.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod72)
-  br label %for_body_to.us.i.epil
+for_body_to.i.epil.preheader:                     ; preds = %for_body_to.1.i.preheader.unr-lcssa, %for_body_to.i.preheader
+  %indvars.iv1098.i.epil.init = phi i64 [ 0, %for_body_to.i.preheader ], [ %indvars.iv.next1099.i.3, %for_body_to.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod98)
+  br label %for_body_to.i.epil
 
-for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
-  %indvars.iv1061.i.epil = phi i64 [ %indvars.iv.next1062.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv1061.i.epil.init, %for_body_to.us.i.epil.preheader ]
-  %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
-  %814 = shl nsw i64 %indvars.iv1061.i.epil, 5
-  %815 = getelementptr inbounds nuw float, ptr %scores.i, i64 %814
-  %816 = load <32 x float>, ptr %815, align 4, !tbaa !4
-  %817 = fmul <32 x float> %69, %816
-  %818 = trunc i64 %814 to i32
-  %819 = sub i32 %valid_len.i, %818
-  %820 = insertelement <32 x i32> poison, i32 %819, i64 0
-  %821 = shufflevector <32 x i32> %820, <32 x i32> poison, <32 x i32> zeroinitializer
-  %822 = icmp sgt <32 x i32> %821, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %823 = select <32 x i1> %822, <32 x float> %817, <32 x float> splat (float 0xFFF0000000000000)
-  %824 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %814
-  store <32 x float> %823, ptr %824, align 4, !tbaa !4
-  %indvars.iv.next1062.i.epil = add nuw nsw i64 %indvars.iv1061.i.epil, 1
+for_body_to.i.epil:                               ; preds = %for_body_to.i.epil, %for_body_to.i.epil.preheader
+  %indvars.iv1098.i.epil = phi i64 [ %indvars.iv.next1099.i.epil, %for_body_to.i.epil ], [ %indvars.iv1098.i.epil.init, %for_body_to.i.epil.preheader ]
+  %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.i.epil ], [ 0, %for_body_to.i.epil.preheader ]
+  %840 = shl nsw i64 %indvars.iv1098.i.epil, 5
+  %841 = getelementptr inbounds nuw float, ptr %scores.i, i64 %840
+  %842 = load <32 x float>, ptr %841, align 4, !tbaa !4
+  %843 = fmul <32 x float> %91, %842
+  %844 = trunc i64 %840 to i32
+  %845 = sub i32 %valid_len.i, %844
+  %846 = insertelement <32 x i32> poison, i32 %845, i64 0
+  %847 = shufflevector <32 x i32> %846, <32 x i32> poison, <32 x i32> zeroinitializer
+  %848 = icmp sgt <32 x i32> %847, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %849 = select <32 x i1> %848, <32 x float> %843, <32 x float> splat (float 0xFFF0000000000000)
+  %850 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %840
+  store <32 x float> %849, ptr %850, align 4, !tbaa !4
+  %indvars.iv.next1099.i.epil = add nuw nsw i64 %indvars.iv1098.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !31, !llvm.loop !32
+  br i1 %epil.iter.cmp.not, label %for_body_to.1.i.preheader, label %for_body_to.i.epil, !prof !31, !llvm.loop !32
 
-for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.epil, %for_body_to.us.1.i.preheader.unr-lcssa
-  br i1 %572, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !26
+for_body_to.1.i.preheader:                        ; preds = %for_body_to.i.epil, %for_body_to.1.i.preheader.unr-lcssa
+  br i1 %599, label %for_body_to.1.i.epil.preheader, label %for_body_to.1.i, !prof !26
 
-for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
-  %indvars.iv1061.1.i = phi i64 [ %indvars.iv.next1062.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %niter78 = phi i64 [ %niter78.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %825 = shl nsw i64 %indvars.iv1061.1.i, 5
-  %826 = add nuw nsw i64 %825, 128
-  %827 = getelementptr inbounds nuw float, ptr %scores.i, i64 %826
-  %828 = load <32 x float>, ptr %827, align 4, !tbaa !4
-  %829 = fmul <32 x float> %69, %828
-  %830 = trunc i64 %825 to i32
-  %831 = sub i32 %valid_len.i, %830
-  %832 = insertelement <32 x i32> poison, i32 %831, i64 0
-  %833 = shufflevector <32 x i32> %832, <32 x i32> poison, <32 x i32> zeroinitializer
-  %834 = icmp sgt <32 x i32> %833, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %835 = select <32 x i1> %834, <32 x float> %829, <32 x float> splat (float 0xFFF0000000000000)
-  %836 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %826
-  store <32 x float> %835, ptr %836, align 4, !tbaa !4
-  %indvars.iv.next1062.1.i = shl i64 %indvars.iv1061.1.i, 5
-  %837 = add nuw nsw i64 %indvars.iv.next1062.1.i, 160
-  %838 = getelementptr inbounds nuw float, ptr %scores.i, i64 %837
-  %839 = load <32 x float>, ptr %838, align 4, !tbaa !4
-  %840 = fmul <32 x float> %69, %839
-  %841 = trunc i64 %indvars.iv.next1062.1.i to i32
-  %842 = or disjoint i32 %841, 32
-  %843 = sub i32 %valid_len.i, %842
-  %844 = insertelement <32 x i32> poison, i32 %843, i64 0
-  %845 = shufflevector <32 x i32> %844, <32 x i32> poison, <32 x i32> zeroinitializer
-  %846 = icmp sgt <32 x i32> %845, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %847 = select <32 x i1> %846, <32 x float> %840, <32 x float> splat (float 0xFFF0000000000000)
-  %848 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %837
-  store <32 x float> %847, ptr %848, align 4, !tbaa !4
-  %indvars.iv.next1062.1.i.1 = shl i64 %indvars.iv1061.1.i, 5
-  %849 = add nuw nsw i64 %indvars.iv.next1062.1.i.1, 192
-  %850 = getelementptr inbounds nuw float, ptr %scores.i, i64 %849
-  %851 = load <32 x float>, ptr %850, align 4, !tbaa !4
-  %852 = fmul <32 x float> %69, %851
-  %853 = trunc i64 %indvars.iv.next1062.1.i.1 to i32
-  %854 = or disjoint i32 %853, 64
-  %855 = sub i32 %valid_len.i, %854
-  %856 = insertelement <32 x i32> poison, i32 %855, i64 0
-  %857 = shufflevector <32 x i32> %856, <32 x i32> poison, <32 x i32> zeroinitializer
-  %858 = icmp sgt <32 x i32> %857, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %859 = select <32 x i1> %858, <32 x float> %852, <32 x float> splat (float 0xFFF0000000000000)
-  %860 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %849
-  store <32 x float> %859, ptr %860, align 4, !tbaa !4
-  %indvars.iv.next1062.1.i.2 = shl i64 %indvars.iv1061.1.i, 5
-  %861 = add nuw nsw i64 %indvars.iv.next1062.1.i.2, 224
-  %862 = getelementptr inbounds nuw float, ptr %scores.i, i64 %861
-  %863 = load <32 x float>, ptr %862, align 4, !tbaa !4
-  %864 = fmul <32 x float> %69, %863
-  %865 = trunc i64 %indvars.iv.next1062.1.i.2 to i32
-  %866 = or disjoint i32 %865, 96
-  %867 = sub i32 %valid_len.i, %866
-  %868 = insertelement <32 x i32> poison, i32 %867, i64 0
-  %869 = shufflevector <32 x i32> %868, <32 x i32> poison, <32 x i32> zeroinitializer
-  %870 = icmp sgt <32 x i32> %869, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %871 = select <32 x i1> %870, <32 x float> %864, <32 x float> splat (float 0xFFF0000000000000)
-  %872 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %861
-  store <32 x float> %871, ptr %872, align 4, !tbaa !4
-  %indvars.iv.next1062.1.i.3 = add nuw nsw i64 %indvars.iv1061.1.i, 4
-  %niter78.next.3 = add i64 %niter78, 4
-  %niter78.ncmp.3 = icmp eq i64 %niter78.next.3, %unroll_iter77
-  br i1 %niter78.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !27, !llvm.loop !35
+for_body_to.1.i:                                  ; preds = %for_body_to.1.i, %for_body_to.1.i.preheader
+  %indvars.iv1098.1.i = phi i64 [ %indvars.iv.next1099.1.i.3, %for_body_to.1.i ], [ 0, %for_body_to.1.i.preheader ]
+  %niter104 = phi i64 [ %niter104.next.3, %for_body_to.1.i ], [ 0, %for_body_to.1.i.preheader ]
+  %851 = shl nsw i64 %indvars.iv1098.1.i, 5
+  %852 = add nuw nsw i64 %851, 128
+  %853 = getelementptr inbounds nuw float, ptr %scores.i, i64 %852
+  %854 = load <32 x float>, ptr %853, align 4, !tbaa !4
+  %855 = fmul <32 x float> %91, %854
+  %856 = trunc i64 %851 to i32
+  %857 = sub i32 %valid_len.i, %856
+  %858 = insertelement <32 x i32> poison, i32 %857, i64 0
+  %859 = shufflevector <32 x i32> %858, <32 x i32> poison, <32 x i32> zeroinitializer
+  %860 = icmp sgt <32 x i32> %859, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %861 = select <32 x i1> %860, <32 x float> %855, <32 x float> splat (float 0xFFF0000000000000)
+  %862 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %852
+  store <32 x float> %861, ptr %862, align 4, !tbaa !4
+  %indvars.iv.next1099.1.i = shl i64 %indvars.iv1098.1.i, 5
+  %863 = add nuw nsw i64 %indvars.iv.next1099.1.i, 160
+  %864 = getelementptr inbounds nuw float, ptr %scores.i, i64 %863
+  %865 = load <32 x float>, ptr %864, align 4, !tbaa !4
+  %866 = fmul <32 x float> %91, %865
+  %867 = trunc i64 %indvars.iv.next1099.1.i to i32
+  %868 = or disjoint i32 %867, 32
+  %869 = sub i32 %valid_len.i, %868
+  %870 = insertelement <32 x i32> poison, i32 %869, i64 0
+  %871 = shufflevector <32 x i32> %870, <32 x i32> poison, <32 x i32> zeroinitializer
+  %872 = icmp sgt <32 x i32> %871, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %873 = select <32 x i1> %872, <32 x float> %866, <32 x float> splat (float 0xFFF0000000000000)
+  %874 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %863
+  store <32 x float> %873, ptr %874, align 4, !tbaa !4
+  %indvars.iv.next1099.1.i.1 = shl i64 %indvars.iv1098.1.i, 5
+  %875 = add nuw nsw i64 %indvars.iv.next1099.1.i.1, 192
+  %876 = getelementptr inbounds nuw float, ptr %scores.i, i64 %875
+  %877 = load <32 x float>, ptr %876, align 4, !tbaa !4
+  %878 = fmul <32 x float> %91, %877
+  %879 = trunc i64 %indvars.iv.next1099.1.i.1 to i32
+  %880 = or disjoint i32 %879, 64
+  %881 = sub i32 %valid_len.i, %880
+  %882 = insertelement <32 x i32> poison, i32 %881, i64 0
+  %883 = shufflevector <32 x i32> %882, <32 x i32> poison, <32 x i32> zeroinitializer
+  %884 = icmp sgt <32 x i32> %883, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %885 = select <32 x i1> %884, <32 x float> %878, <32 x float> splat (float 0xFFF0000000000000)
+  %886 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %875
+  store <32 x float> %885, ptr %886, align 4, !tbaa !4
+  %indvars.iv.next1099.1.i.2 = shl i64 %indvars.iv1098.1.i, 5
+  %887 = add nuw nsw i64 %indvars.iv.next1099.1.i.2, 224
+  %888 = getelementptr inbounds nuw float, ptr %scores.i, i64 %887
+  %889 = load <32 x float>, ptr %888, align 4, !tbaa !4
+  %890 = fmul <32 x float> %91, %889
+  %891 = trunc i64 %indvars.iv.next1099.1.i.2 to i32
+  %892 = or disjoint i32 %891, 96
+  %893 = sub i32 %valid_len.i, %892
+  %894 = insertelement <32 x i32> poison, i32 %893, i64 0
+  %895 = shufflevector <32 x i32> %894, <32 x i32> poison, <32 x i32> zeroinitializer
+  %896 = icmp sgt <32 x i32> %895, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %897 = select <32 x i1> %896, <32 x float> %890, <32 x float> splat (float 0xFFF0000000000000)
+  %898 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %887
+  store <32 x float> %897, ptr %898, align 4, !tbaa !4
+  %indvars.iv.next1099.1.i.3 = add nuw nsw i64 %indvars.iv1098.1.i, 4
+  %niter104.next.3 = add i64 %niter104, 4
+  %niter104.ncmp.3 = icmp eq i64 %niter104.next.3, %unroll_iter103
+  br i1 %niter104.ncmp.3, label %for_body_to.2.i.preheader.unr-lcssa, label %for_body_to.1.i, !prof !27, !llvm.loop !35
 
-for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
-  br i1 %lcmp.mod75.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !30
+for_body_to.2.i.preheader.unr-lcssa:              ; preds = %for_body_to.1.i
+  br i1 %lcmp.mod101.not, label %for_body_to.2.i.preheader, label %for_body_to.1.i.epil.preheader, !prof !30
 
-for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
-  %indvars.iv1061.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next1062.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod76)
-  br label %for_body_to.us.1.i.epil
+for_body_to.1.i.epil.preheader:                   ; preds = %for_body_to.2.i.preheader.unr-lcssa, %for_body_to.1.i.preheader
+  %indvars.iv1098.1.i.epil.init = phi i64 [ 0, %for_body_to.1.i.preheader ], [ %indvars.iv.next1099.1.i.3, %for_body_to.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod102)
+  br label %for_body_to.1.i.epil
 
-for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
-  %indvars.iv1061.1.i.epil = phi i64 [ %indvars.iv.next1062.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv1061.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
-  %epil.iter74 = phi i64 [ %epil.iter74.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
-  %873 = shl nsw i64 %indvars.iv1061.1.i.epil, 5
-  %874 = add nuw nsw i64 %873, 128
-  %875 = getelementptr inbounds nuw float, ptr %scores.i, i64 %874
-  %876 = load <32 x float>, ptr %875, align 4, !tbaa !4
-  %877 = fmul <32 x float> %69, %876
-  %878 = trunc i64 %873 to i32
-  %879 = sub i32 %valid_len.i, %878
-  %880 = insertelement <32 x i32> poison, i32 %879, i64 0
-  %881 = shufflevector <32 x i32> %880, <32 x i32> poison, <32 x i32> zeroinitializer
-  %882 = icmp sgt <32 x i32> %881, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %883 = select <32 x i1> %882, <32 x float> %877, <32 x float> splat (float 0xFFF0000000000000)
-  %884 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %874
-  store <32 x float> %883, ptr %884, align 4, !tbaa !4
-  %indvars.iv.next1062.1.i.epil = add nuw nsw i64 %indvars.iv1061.1.i.epil, 1
-  %epil.iter74.next = add i64 %epil.iter74, 1
-  %epil.iter74.cmp.not = icmp eq i64 %epil.iter74.next, %xtraiter73
-  br i1 %epil.iter74.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !31, !llvm.loop !36
+for_body_to.1.i.epil:                             ; preds = %for_body_to.1.i.epil, %for_body_to.1.i.epil.preheader
+  %indvars.iv1098.1.i.epil = phi i64 [ %indvars.iv.next1099.1.i.epil, %for_body_to.1.i.epil ], [ %indvars.iv1098.1.i.epil.init, %for_body_to.1.i.epil.preheader ]
+  %epil.iter100 = phi i64 [ %epil.iter100.next, %for_body_to.1.i.epil ], [ 0, %for_body_to.1.i.epil.preheader ]
+  %899 = shl nsw i64 %indvars.iv1098.1.i.epil, 5
+  %900 = add nuw nsw i64 %899, 128
+  %901 = getelementptr inbounds nuw float, ptr %scores.i, i64 %900
+  %902 = load <32 x float>, ptr %901, align 4, !tbaa !4
+  %903 = fmul <32 x float> %91, %902
+  %904 = trunc i64 %899 to i32
+  %905 = sub i32 %valid_len.i, %904
+  %906 = insertelement <32 x i32> poison, i32 %905, i64 0
+  %907 = shufflevector <32 x i32> %906, <32 x i32> poison, <32 x i32> zeroinitializer
+  %908 = icmp sgt <32 x i32> %907, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %909 = select <32 x i1> %908, <32 x float> %903, <32 x float> splat (float 0xFFF0000000000000)
+  %910 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %900
+  store <32 x float> %909, ptr %910, align 4, !tbaa !4
+  %indvars.iv.next1099.1.i.epil = add nuw nsw i64 %indvars.iv1098.1.i.epil, 1
+  %epil.iter100.next = add i64 %epil.iter100, 1
+  %epil.iter100.cmp.not = icmp eq i64 %epil.iter100.next, %xtraiter99
+  br i1 %epil.iter100.cmp.not, label %for_body_to.2.i.preheader, label %for_body_to.1.i.epil, !prof !31, !llvm.loop !36
 
-for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
-  br i1 %573, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !26
+for_body_to.2.i.preheader:                        ; preds = %for_body_to.1.i.epil, %for_body_to.2.i.preheader.unr-lcssa
+  br i1 %600, label %for_body_to.2.i.epil.preheader, label %for_body_to.2.i, !prof !26
 
-for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
-  %indvars.iv1061.2.i = phi i64 [ %indvars.iv.next1062.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %niter84 = phi i64 [ %niter84.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %885 = shl nsw i64 %indvars.iv1061.2.i, 5
-  %886 = add nuw nsw i64 %885, 256
-  %887 = getelementptr inbounds nuw float, ptr %scores.i, i64 %886
-  %888 = load <32 x float>, ptr %887, align 4, !tbaa !4
-  %889 = fmul <32 x float> %69, %888
-  %890 = trunc i64 %885 to i32
-  %891 = sub i32 %valid_len.i, %890
-  %892 = insertelement <32 x i32> poison, i32 %891, i64 0
-  %893 = shufflevector <32 x i32> %892, <32 x i32> poison, <32 x i32> zeroinitializer
-  %894 = icmp sgt <32 x i32> %893, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %895 = select <32 x i1> %894, <32 x float> %889, <32 x float> splat (float 0xFFF0000000000000)
-  %896 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %886
-  store <32 x float> %895, ptr %896, align 4, !tbaa !4
-  %indvars.iv.next1062.2.i = shl i64 %indvars.iv1061.2.i, 5
-  %897 = add nuw nsw i64 %indvars.iv.next1062.2.i, 288
-  %898 = getelementptr inbounds nuw float, ptr %scores.i, i64 %897
-  %899 = load <32 x float>, ptr %898, align 4, !tbaa !4
-  %900 = fmul <32 x float> %69, %899
-  %901 = trunc i64 %indvars.iv.next1062.2.i to i32
-  %902 = or disjoint i32 %901, 32
-  %903 = sub i32 %valid_len.i, %902
-  %904 = insertelement <32 x i32> poison, i32 %903, i64 0
-  %905 = shufflevector <32 x i32> %904, <32 x i32> poison, <32 x i32> zeroinitializer
-  %906 = icmp sgt <32 x i32> %905, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %907 = select <32 x i1> %906, <32 x float> %900, <32 x float> splat (float 0xFFF0000000000000)
-  %908 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %897
-  store <32 x float> %907, ptr %908, align 4, !tbaa !4
-  %indvars.iv.next1062.2.i.1 = shl i64 %indvars.iv1061.2.i, 5
-  %909 = add nuw nsw i64 %indvars.iv.next1062.2.i.1, 320
-  %910 = getelementptr inbounds nuw float, ptr %scores.i, i64 %909
-  %911 = load <32 x float>, ptr %910, align 4, !tbaa !4
-  %912 = fmul <32 x float> %69, %911
-  %913 = trunc i64 %indvars.iv.next1062.2.i.1 to i32
-  %914 = or disjoint i32 %913, 64
-  %915 = sub i32 %valid_len.i, %914
-  %916 = insertelement <32 x i32> poison, i32 %915, i64 0
-  %917 = shufflevector <32 x i32> %916, <32 x i32> poison, <32 x i32> zeroinitializer
-  %918 = icmp sgt <32 x i32> %917, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %919 = select <32 x i1> %918, <32 x float> %912, <32 x float> splat (float 0xFFF0000000000000)
-  %920 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %909
-  store <32 x float> %919, ptr %920, align 4, !tbaa !4
-  %indvars.iv.next1062.2.i.2 = shl i64 %indvars.iv1061.2.i, 5
-  %921 = add nuw nsw i64 %indvars.iv.next1062.2.i.2, 352
-  %922 = getelementptr inbounds nuw float, ptr %scores.i, i64 %921
-  %923 = load <32 x float>, ptr %922, align 4, !tbaa !4
-  %924 = fmul <32 x float> %69, %923
-  %925 = trunc i64 %indvars.iv.next1062.2.i.2 to i32
-  %926 = or disjoint i32 %925, 96
-  %927 = sub i32 %valid_len.i, %926
-  %928 = insertelement <32 x i32> poison, i32 %927, i64 0
-  %929 = shufflevector <32 x i32> %928, <32 x i32> poison, <32 x i32> zeroinitializer
-  %930 = icmp sgt <32 x i32> %929, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %931 = select <32 x i1> %930, <32 x float> %924, <32 x float> splat (float 0xFFF0000000000000)
-  %932 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %921
-  store <32 x float> %931, ptr %932, align 4, !tbaa !4
-  %indvars.iv.next1062.2.i.3 = add nuw nsw i64 %indvars.iv1061.2.i, 4
-  %niter84.next.3 = add i64 %niter84, 4
-  %niter84.ncmp.3 = icmp eq i64 %niter84.next.3, %unroll_iter83
-  br i1 %niter84.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !27, !llvm.loop !37
+for_body_to.2.i:                                  ; preds = %for_body_to.2.i, %for_body_to.2.i.preheader
+  %indvars.iv1098.2.i = phi i64 [ %indvars.iv.next1099.2.i.3, %for_body_to.2.i ], [ 0, %for_body_to.2.i.preheader ]
+  %niter110 = phi i64 [ %niter110.next.3, %for_body_to.2.i ], [ 0, %for_body_to.2.i.preheader ]
+  %911 = shl nsw i64 %indvars.iv1098.2.i, 5
+  %912 = add nuw nsw i64 %911, 256
+  %913 = getelementptr inbounds nuw float, ptr %scores.i, i64 %912
+  %914 = load <32 x float>, ptr %913, align 4, !tbaa !4
+  %915 = fmul <32 x float> %91, %914
+  %916 = trunc i64 %911 to i32
+  %917 = sub i32 %valid_len.i, %916
+  %918 = insertelement <32 x i32> poison, i32 %917, i64 0
+  %919 = shufflevector <32 x i32> %918, <32 x i32> poison, <32 x i32> zeroinitializer
+  %920 = icmp sgt <32 x i32> %919, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %921 = select <32 x i1> %920, <32 x float> %915, <32 x float> splat (float 0xFFF0000000000000)
+  %922 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %912
+  store <32 x float> %921, ptr %922, align 4, !tbaa !4
+  %indvars.iv.next1099.2.i = shl i64 %indvars.iv1098.2.i, 5
+  %923 = add nuw nsw i64 %indvars.iv.next1099.2.i, 288
+  %924 = getelementptr inbounds nuw float, ptr %scores.i, i64 %923
+  %925 = load <32 x float>, ptr %924, align 4, !tbaa !4
+  %926 = fmul <32 x float> %91, %925
+  %927 = trunc i64 %indvars.iv.next1099.2.i to i32
+  %928 = or disjoint i32 %927, 32
+  %929 = sub i32 %valid_len.i, %928
+  %930 = insertelement <32 x i32> poison, i32 %929, i64 0
+  %931 = shufflevector <32 x i32> %930, <32 x i32> poison, <32 x i32> zeroinitializer
+  %932 = icmp sgt <32 x i32> %931, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %933 = select <32 x i1> %932, <32 x float> %926, <32 x float> splat (float 0xFFF0000000000000)
+  %934 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %923
+  store <32 x float> %933, ptr %934, align 4, !tbaa !4
+  %indvars.iv.next1099.2.i.1 = shl i64 %indvars.iv1098.2.i, 5
+  %935 = add nuw nsw i64 %indvars.iv.next1099.2.i.1, 320
+  %936 = getelementptr inbounds nuw float, ptr %scores.i, i64 %935
+  %937 = load <32 x float>, ptr %936, align 4, !tbaa !4
+  %938 = fmul <32 x float> %91, %937
+  %939 = trunc i64 %indvars.iv.next1099.2.i.1 to i32
+  %940 = or disjoint i32 %939, 64
+  %941 = sub i32 %valid_len.i, %940
+  %942 = insertelement <32 x i32> poison, i32 %941, i64 0
+  %943 = shufflevector <32 x i32> %942, <32 x i32> poison, <32 x i32> zeroinitializer
+  %944 = icmp sgt <32 x i32> %943, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %945 = select <32 x i1> %944, <32 x float> %938, <32 x float> splat (float 0xFFF0000000000000)
+  %946 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %935
+  store <32 x float> %945, ptr %946, align 4, !tbaa !4
+  %indvars.iv.next1099.2.i.2 = shl i64 %indvars.iv1098.2.i, 5
+  %947 = add nuw nsw i64 %indvars.iv.next1099.2.i.2, 352
+  %948 = getelementptr inbounds nuw float, ptr %scores.i, i64 %947
+  %949 = load <32 x float>, ptr %948, align 4, !tbaa !4
+  %950 = fmul <32 x float> %91, %949
+  %951 = trunc i64 %indvars.iv.next1099.2.i.2 to i32
+  %952 = or disjoint i32 %951, 96
+  %953 = sub i32 %valid_len.i, %952
+  %954 = insertelement <32 x i32> poison, i32 %953, i64 0
+  %955 = shufflevector <32 x i32> %954, <32 x i32> poison, <32 x i32> zeroinitializer
+  %956 = icmp sgt <32 x i32> %955, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %957 = select <32 x i1> %956, <32 x float> %950, <32 x float> splat (float 0xFFF0000000000000)
+  %958 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %947
+  store <32 x float> %957, ptr %958, align 4, !tbaa !4
+  %indvars.iv.next1099.2.i.3 = add nuw nsw i64 %indvars.iv1098.2.i, 4
+  %niter110.next.3 = add i64 %niter110, 4
+  %niter110.ncmp.3 = icmp eq i64 %niter110.next.3, %unroll_iter109
+  br i1 %niter110.ncmp.3, label %for_body_to.3.i.preheader.unr-lcssa, label %for_body_to.2.i, !prof !27, !llvm.loop !37
 
-for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
-  br i1 %lcmp.mod81.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !30
+for_body_to.3.i.preheader.unr-lcssa:              ; preds = %for_body_to.2.i
+  br i1 %lcmp.mod107.not, label %for_body_to.3.i.preheader, label %for_body_to.2.i.epil.preheader, !prof !30
 
-for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
-  %indvars.iv1061.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next1062.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod82)
-  br label %for_body_to.us.2.i.epil
+for_body_to.2.i.epil.preheader:                   ; preds = %for_body_to.3.i.preheader.unr-lcssa, %for_body_to.2.i.preheader
+  %indvars.iv1098.2.i.epil.init = phi i64 [ 0, %for_body_to.2.i.preheader ], [ %indvars.iv.next1099.2.i.3, %for_body_to.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod108)
+  br label %for_body_to.2.i.epil
 
-for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
-  %indvars.iv1061.2.i.epil = phi i64 [ %indvars.iv.next1062.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv1061.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
-  %epil.iter80 = phi i64 [ %epil.iter80.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
-  %933 = shl nsw i64 %indvars.iv1061.2.i.epil, 5
-  %934 = add nuw nsw i64 %933, 256
-  %935 = getelementptr inbounds nuw float, ptr %scores.i, i64 %934
-  %936 = load <32 x float>, ptr %935, align 4, !tbaa !4
-  %937 = fmul <32 x float> %69, %936
-  %938 = trunc i64 %933 to i32
-  %939 = sub i32 %valid_len.i, %938
-  %940 = insertelement <32 x i32> poison, i32 %939, i64 0
-  %941 = shufflevector <32 x i32> %940, <32 x i32> poison, <32 x i32> zeroinitializer
-  %942 = icmp sgt <32 x i32> %941, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %943 = select <32 x i1> %942, <32 x float> %937, <32 x float> splat (float 0xFFF0000000000000)
-  %944 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %934
-  store <32 x float> %943, ptr %944, align 4, !tbaa !4
-  %indvars.iv.next1062.2.i.epil = add nuw nsw i64 %indvars.iv1061.2.i.epil, 1
-  %epil.iter80.next = add i64 %epil.iter80, 1
-  %epil.iter80.cmp.not = icmp eq i64 %epil.iter80.next, %xtraiter79
-  br i1 %epil.iter80.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !31, !llvm.loop !38
+for_body_to.2.i.epil:                             ; preds = %for_body_to.2.i.epil, %for_body_to.2.i.epil.preheader
+  %indvars.iv1098.2.i.epil = phi i64 [ %indvars.iv.next1099.2.i.epil, %for_body_to.2.i.epil ], [ %indvars.iv1098.2.i.epil.init, %for_body_to.2.i.epil.preheader ]
+  %epil.iter106 = phi i64 [ %epil.iter106.next, %for_body_to.2.i.epil ], [ 0, %for_body_to.2.i.epil.preheader ]
+  %959 = shl nsw i64 %indvars.iv1098.2.i.epil, 5
+  %960 = add nuw nsw i64 %959, 256
+  %961 = getelementptr inbounds nuw float, ptr %scores.i, i64 %960
+  %962 = load <32 x float>, ptr %961, align 4, !tbaa !4
+  %963 = fmul <32 x float> %91, %962
+  %964 = trunc i64 %959 to i32
+  %965 = sub i32 %valid_len.i, %964
+  %966 = insertelement <32 x i32> poison, i32 %965, i64 0
+  %967 = shufflevector <32 x i32> %966, <32 x i32> poison, <32 x i32> zeroinitializer
+  %968 = icmp sgt <32 x i32> %967, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %969 = select <32 x i1> %968, <32 x float> %963, <32 x float> splat (float 0xFFF0000000000000)
+  %970 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %960
+  store <32 x float> %969, ptr %970, align 4, !tbaa !4
+  %indvars.iv.next1099.2.i.epil = add nuw nsw i64 %indvars.iv1098.2.i.epil, 1
+  %epil.iter106.next = add i64 %epil.iter106, 1
+  %epil.iter106.cmp.not = icmp eq i64 %epil.iter106.next, %xtraiter105
+  br i1 %epil.iter106.cmp.not, label %for_body_to.3.i.preheader, label %for_body_to.2.i.epil, !prof !31, !llvm.loop !38
 
-for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
-  br i1 %574, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !26
+for_body_to.3.i.preheader:                        ; preds = %for_body_to.2.i.epil, %for_body_to.3.i.preheader.unr-lcssa
+  br i1 %601, label %for_body_to.3.i.epil.preheader, label %for_body_to.3.i, !prof !26
 
-for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
-  %indvars.iv1061.3.i = phi i64 [ %indvars.iv.next1062.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %niter90 = phi i64 [ %niter90.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %945 = shl nsw i64 %indvars.iv1061.3.i, 5
-  %946 = add nuw nsw i64 %945, 384
-  %947 = getelementptr inbounds nuw float, ptr %scores.i, i64 %946
-  %948 = load <32 x float>, ptr %947, align 4, !tbaa !4
-  %949 = fmul <32 x float> %69, %948
-  %950 = trunc i64 %945 to i32
-  %951 = sub i32 %valid_len.i, %950
-  %952 = insertelement <32 x i32> poison, i32 %951, i64 0
-  %953 = shufflevector <32 x i32> %952, <32 x i32> poison, <32 x i32> zeroinitializer
-  %954 = icmp sgt <32 x i32> %953, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %955 = select <32 x i1> %954, <32 x float> %949, <32 x float> splat (float 0xFFF0000000000000)
-  %956 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %946
-  store <32 x float> %955, ptr %956, align 4, !tbaa !4
-  %indvars.iv.next1062.3.i = shl i64 %indvars.iv1061.3.i, 5
-  %957 = add nuw nsw i64 %indvars.iv.next1062.3.i, 416
-  %958 = getelementptr inbounds nuw float, ptr %scores.i, i64 %957
-  %959 = load <32 x float>, ptr %958, align 4, !tbaa !4
-  %960 = fmul <32 x float> %69, %959
-  %961 = trunc i64 %indvars.iv.next1062.3.i to i32
-  %962 = or disjoint i32 %961, 32
-  %963 = sub i32 %valid_len.i, %962
-  %964 = insertelement <32 x i32> poison, i32 %963, i64 0
-  %965 = shufflevector <32 x i32> %964, <32 x i32> poison, <32 x i32> zeroinitializer
-  %966 = icmp sgt <32 x i32> %965, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %967 = select <32 x i1> %966, <32 x float> %960, <32 x float> splat (float 0xFFF0000000000000)
-  %968 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %957
-  store <32 x float> %967, ptr %968, align 4, !tbaa !4
-  %indvars.iv.next1062.3.i.1 = shl i64 %indvars.iv1061.3.i, 5
-  %969 = add nuw nsw i64 %indvars.iv.next1062.3.i.1, 448
-  %970 = getelementptr inbounds nuw float, ptr %scores.i, i64 %969
-  %971 = load <32 x float>, ptr %970, align 4, !tbaa !4
-  %972 = fmul <32 x float> %69, %971
-  %973 = trunc i64 %indvars.iv.next1062.3.i.1 to i32
-  %974 = or disjoint i32 %973, 64
-  %975 = sub i32 %valid_len.i, %974
-  %976 = insertelement <32 x i32> poison, i32 %975, i64 0
-  %977 = shufflevector <32 x i32> %976, <32 x i32> poison, <32 x i32> zeroinitializer
-  %978 = icmp sgt <32 x i32> %977, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %979 = select <32 x i1> %978, <32 x float> %972, <32 x float> splat (float 0xFFF0000000000000)
-  %980 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %969
-  store <32 x float> %979, ptr %980, align 4, !tbaa !4
-  %indvars.iv.next1062.3.i.2 = shl i64 %indvars.iv1061.3.i, 5
-  %981 = add nuw nsw i64 %indvars.iv.next1062.3.i.2, 480
-  %982 = getelementptr inbounds nuw float, ptr %scores.i, i64 %981
-  %983 = load <32 x float>, ptr %982, align 4, !tbaa !4
-  %984 = fmul <32 x float> %69, %983
-  %985 = trunc i64 %indvars.iv.next1062.3.i.2 to i32
-  %986 = or disjoint i32 %985, 96
-  %987 = sub i32 %valid_len.i, %986
-  %988 = insertelement <32 x i32> poison, i32 %987, i64 0
-  %989 = shufflevector <32 x i32> %988, <32 x i32> poison, <32 x i32> zeroinitializer
-  %990 = icmp sgt <32 x i32> %989, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %991 = select <32 x i1> %990, <32 x float> %984, <32 x float> splat (float 0xFFF0000000000000)
-  %992 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %981
-  store <32 x float> %991, ptr %992, align 4, !tbaa !4
-  %indvars.iv.next1062.3.i.3 = add nuw nsw i64 %indvars.iv1061.3.i, 4
-  %niter90.next.3 = add i64 %niter90, 4
-  %niter90.ncmp.3 = icmp eq i64 %niter90.next.3, %unroll_iter89
-  br i1 %niter90.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to.us.3.i, !prof !27, !llvm.loop !39
+for_body_to.3.i:                                  ; preds = %for_body_to.3.i, %for_body_to.3.i.preheader
+  %indvars.iv1098.3.i = phi i64 [ %indvars.iv.next1099.3.i.3, %for_body_to.3.i ], [ 0, %for_body_to.3.i.preheader ]
+  %niter116 = phi i64 [ %niter116.next.3, %for_body_to.3.i ], [ 0, %for_body_to.3.i.preheader ]
+  %971 = shl nsw i64 %indvars.iv1098.3.i, 5
+  %972 = add nuw nsw i64 %971, 384
+  %973 = getelementptr inbounds nuw float, ptr %scores.i, i64 %972
+  %974 = load <32 x float>, ptr %973, align 4, !tbaa !4
+  %975 = fmul <32 x float> %91, %974
+  %976 = trunc i64 %971 to i32
+  %977 = sub i32 %valid_len.i, %976
+  %978 = insertelement <32 x i32> poison, i32 %977, i64 0
+  %979 = shufflevector <32 x i32> %978, <32 x i32> poison, <32 x i32> zeroinitializer
+  %980 = icmp sgt <32 x i32> %979, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %981 = select <32 x i1> %980, <32 x float> %975, <32 x float> splat (float 0xFFF0000000000000)
+  %982 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %972
+  store <32 x float> %981, ptr %982, align 4, !tbaa !4
+  %indvars.iv.next1099.3.i = shl i64 %indvars.iv1098.3.i, 5
+  %983 = add nuw nsw i64 %indvars.iv.next1099.3.i, 416
+  %984 = getelementptr inbounds nuw float, ptr %scores.i, i64 %983
+  %985 = load <32 x float>, ptr %984, align 4, !tbaa !4
+  %986 = fmul <32 x float> %91, %985
+  %987 = trunc i64 %indvars.iv.next1099.3.i to i32
+  %988 = or disjoint i32 %987, 32
+  %989 = sub i32 %valid_len.i, %988
+  %990 = insertelement <32 x i32> poison, i32 %989, i64 0
+  %991 = shufflevector <32 x i32> %990, <32 x i32> poison, <32 x i32> zeroinitializer
+  %992 = icmp sgt <32 x i32> %991, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %993 = select <32 x i1> %992, <32 x float> %986, <32 x float> splat (float 0xFFF0000000000000)
+  %994 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %983
+  store <32 x float> %993, ptr %994, align 4, !tbaa !4
+  %indvars.iv.next1099.3.i.1 = shl i64 %indvars.iv1098.3.i, 5
+  %995 = add nuw nsw i64 %indvars.iv.next1099.3.i.1, 448
+  %996 = getelementptr inbounds nuw float, ptr %scores.i, i64 %995
+  %997 = load <32 x float>, ptr %996, align 4, !tbaa !4
+  %998 = fmul <32 x float> %91, %997
+  %999 = trunc i64 %indvars.iv.next1099.3.i.1 to i32
+  %1000 = or disjoint i32 %999, 64
+  %1001 = sub i32 %valid_len.i, %1000
+  %1002 = insertelement <32 x i32> poison, i32 %1001, i64 0
+  %1003 = shufflevector <32 x i32> %1002, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1004 = icmp sgt <32 x i32> %1003, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1005 = select <32 x i1> %1004, <32 x float> %998, <32 x float> splat (float 0xFFF0000000000000)
+  %1006 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %995
+  store <32 x float> %1005, ptr %1006, align 4, !tbaa !4
+  %indvars.iv.next1099.3.i.2 = shl i64 %indvars.iv1098.3.i, 5
+  %1007 = add nuw nsw i64 %indvars.iv.next1099.3.i.2, 480
+  %1008 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1007
+  %1009 = load <32 x float>, ptr %1008, align 4, !tbaa !4
+  %1010 = fmul <32 x float> %91, %1009
+  %1011 = trunc i64 %indvars.iv.next1099.3.i.2 to i32
+  %1012 = or disjoint i32 %1011, 96
+  %1013 = sub i32 %valid_len.i, %1012
+  %1014 = insertelement <32 x i32> poison, i32 %1013, i64 0
+  %1015 = shufflevector <32 x i32> %1014, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1016 = icmp sgt <32 x i32> %1015, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1017 = select <32 x i1> %1016, <32 x float> %1010, <32 x float> splat (float 0xFFF0000000000000)
+  %1018 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1007
+  store <32 x float> %1017, ptr %1018, align 4, !tbaa !4
+  %indvars.iv.next1099.3.i.3 = add nuw nsw i64 %indvars.iv1098.3.i, 4
+  %niter116.next.3 = add i64 %niter116, 4
+  %niter116.ncmp.3 = icmp eq i64 %niter116.next.3, %unroll_iter115
+  br i1 %niter116.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to.3.i, !prof !27, !llvm.loop !39
 
-for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to.us.3.i
-  br i1 %lcmp.mod87.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !30
+for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to.3.i
+  br i1 %lcmp.mod113.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.3.i.epil.preheader, !prof !30
 
-for_body_to.us.3.i.epil.preheader:                ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to.us.3.i.preheader
-  %indvars.iv1061.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next1062.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod88)
-  br label %for_body_to.us.3.i.epil
+for_body_to.3.i.epil.preheader:                   ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to.3.i.preheader
+  %indvars.iv1098.3.i.epil.init = phi i64 [ 0, %for_body_to.3.i.preheader ], [ %indvars.iv.next1099.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod114)
+  br label %for_body_to.3.i.epil
 
-for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
-  %indvars.iv1061.3.i.epil = phi i64 [ %indvars.iv.next1062.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv1061.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
-  %epil.iter86 = phi i64 [ %epil.iter86.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
-  %993 = shl nsw i64 %indvars.iv1061.3.i.epil, 5
-  %994 = add nuw nsw i64 %993, 384
-  %995 = getelementptr inbounds nuw float, ptr %scores.i, i64 %994
-  %996 = load <32 x float>, ptr %995, align 4, !tbaa !4
-  %997 = fmul <32 x float> %69, %996
-  %998 = trunc i64 %993 to i32
-  %999 = sub i32 %valid_len.i, %998
-  %1000 = insertelement <32 x i32> poison, i32 %999, i64 0
-  %1001 = shufflevector <32 x i32> %1000, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1002 = icmp sgt <32 x i32> %1001, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1003 = select <32 x i1> %1002, <32 x float> %997, <32 x float> splat (float 0xFFF0000000000000)
-  %1004 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %994
-  store <32 x float> %1003, ptr %1004, align 4, !tbaa !4
-  %indvars.iv.next1062.3.i.epil = add nuw nsw i64 %indvars.iv1061.3.i.epil, 1
-  %epil.iter86.next = add i64 %epil.iter86, 1
-  %epil.iter86.cmp.not = icmp eq i64 %epil.iter86.next, %xtraiter85
-  br i1 %epil.iter86.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.us.3.i.epil, !prof !31, !llvm.loop !40
+for_body_to.3.i.epil:                             ; preds = %for_body_to.3.i.epil, %for_body_to.3.i.epil.preheader
+  %indvars.iv1098.3.i.epil = phi i64 [ %indvars.iv.next1099.3.i.epil, %for_body_to.3.i.epil ], [ %indvars.iv1098.3.i.epil.init, %for_body_to.3.i.epil.preheader ]
+  %epil.iter112 = phi i64 [ %epil.iter112.next, %for_body_to.3.i.epil ], [ 0, %for_body_to.3.i.epil.preheader ]
+  %1019 = shl nsw i64 %indvars.iv1098.3.i.epil, 5
+  %1020 = add nuw nsw i64 %1019, 384
+  %1021 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1020
+  %1022 = load <32 x float>, ptr %1021, align 4, !tbaa !4
+  %1023 = fmul <32 x float> %91, %1022
+  %1024 = trunc i64 %1019 to i32
+  %1025 = sub i32 %valid_len.i, %1024
+  %1026 = insertelement <32 x i32> poison, i32 %1025, i64 0
+  %1027 = shufflevector <32 x i32> %1026, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1028 = icmp sgt <32 x i32> %1027, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1029 = select <32 x i1> %1028, <32 x float> %1023, <32 x float> splat (float 0xFFF0000000000000)
+  %1030 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1020
+  store <32 x float> %1029, ptr %1030, align 4, !tbaa !4
+  %indvars.iv.next1099.3.i.epil = add nuw nsw i64 %indvars.iv1098.3.i.epil, 1
+  %epil.iter112.next = add i64 %epil.iter112, 1
+  %epil.iter112.cmp.not = icmp eq i64 %epil.iter112.next, %xtraiter111
+  br i1 %epil.iter112.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.3.i.epil, !prof !31, !llvm.loop !40
 
-for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to.us.3.i.epil, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_begin_r39.preheader.i
+for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to.3.i.epil, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_begin_to.preheader.preheader.i
   br label %for_begin_ax1.preheader.i
 
 for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %for_begin_ax1.preheader.i.preheader
-  %indvars.iv1077.i = phi i64 [ %indvars.iv.next1078.i, %for_end_ax1.i ], [ 0, %for_begin_ax1.preheader.i.preheader ]
-  br i1 %559, label %for_body_ax1.lr.ph.i, label %for_end_ax1.i, !prof !3
+  %indvars.iv1114.i = phi i64 [ %indvars.iv.next1115.i, %for_end_ax1.i ], [ 0, %for_begin_ax1.preheader.i.preheader ]
+  br i1 %586, label %for_body_ax1.lr.ph.i, label %for_end_ax1.i, !prof !3
 
 for_body_ax1.lr.ph.i:                             ; preds = %for_begin_ax1.preheader.i
-  %.idx1240.i = shl nuw nsw i64 %indvars.iv1077.i, 9
-  %invariant.gep1275.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1240.i
-  br i1 %575, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !41
+  %.idx1299.i = shl nuw nsw i64 %indvars.iv1114.i, 9
+  %invariant.gep1335.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1299.i
+  br i1 %602, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !41
 
 for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.lr.ph.i
-  %indvars.iv1072.i = phi i64 [ %indvars.iv.next1073.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
-  %peak.rf_global221.sroa.0.0855.i = phi <32 x float> [ %1035, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ]
-  %niter97 = phi i64 [ %niter97.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
-  %.idx1239.i = shl nsw i64 %indvars.iv1072.i, 7
-  %gep1276.i = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 %.idx1239.i
-  %1005 = load <32 x float>, ptr %gep1276.i, align 4, !tbaa !4
-  %1006 = fcmp ogt <32 x float> %peak.rf_global221.sroa.0.0855.i, %1005
-  %1007 = select <32 x i1> %1006, <32 x float> %peak.rf_global221.sroa.0.0855.i, <32 x float> %1005
-  %indvars.iv.next1073.i = shl i64 %indvars.iv1072.i, 7
-  %1008 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 %indvars.iv.next1073.i
-  %gep1276.i.1 = getelementptr inbounds nuw i8, ptr %1008, i64 128
-  %1009 = load <32 x float>, ptr %gep1276.i.1, align 4, !tbaa !4
-  %1010 = fcmp ogt <32 x float> %1007, %1009
-  %1011 = select <32 x i1> %1010, <32 x float> %1007, <32 x float> %1009
-  %indvars.iv.next1073.i.1 = shl i64 %indvars.iv1072.i, 7
-  %1012 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 %indvars.iv.next1073.i.1
-  %gep1276.i.2 = getelementptr inbounds nuw i8, ptr %1012, i64 256
-  %1013 = load <32 x float>, ptr %gep1276.i.2, align 4, !tbaa !4
-  %1014 = fcmp ogt <32 x float> %1011, %1013
-  %1015 = select <32 x i1> %1014, <32 x float> %1011, <32 x float> %1013
-  %indvars.iv.next1073.i.2 = shl i64 %indvars.iv1072.i, 7
-  %1016 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 %indvars.iv.next1073.i.2
-  %gep1276.i.3 = getelementptr inbounds nuw i8, ptr %1016, i64 384
-  %1017 = load <32 x float>, ptr %gep1276.i.3, align 4, !tbaa !4
-  %1018 = fcmp ogt <32 x float> %1015, %1017
-  %1019 = select <32 x i1> %1018, <32 x float> %1015, <32 x float> %1017
-  %indvars.iv.next1073.i.3 = shl i64 %indvars.iv1072.i, 7
-  %1020 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 %indvars.iv.next1073.i.3
-  %gep1276.i.4 = getelementptr inbounds nuw i8, ptr %1020, i64 512
-  %1021 = load <32 x float>, ptr %gep1276.i.4, align 4, !tbaa !4
-  %1022 = fcmp ogt <32 x float> %1019, %1021
-  %1023 = select <32 x i1> %1022, <32 x float> %1019, <32 x float> %1021
-  %indvars.iv.next1073.i.4 = shl i64 %indvars.iv1072.i, 7
-  %1024 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 %indvars.iv.next1073.i.4
-  %gep1276.i.5 = getelementptr inbounds nuw i8, ptr %1024, i64 640
-  %1025 = load <32 x float>, ptr %gep1276.i.5, align 4, !tbaa !4
-  %1026 = fcmp ogt <32 x float> %1023, %1025
-  %1027 = select <32 x i1> %1026, <32 x float> %1023, <32 x float> %1025
-  %indvars.iv.next1073.i.5 = shl i64 %indvars.iv1072.i, 7
-  %1028 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 %indvars.iv.next1073.i.5
-  %gep1276.i.6 = getelementptr inbounds nuw i8, ptr %1028, i64 768
-  %1029 = load <32 x float>, ptr %gep1276.i.6, align 4, !tbaa !4
-  %1030 = fcmp ogt <32 x float> %1027, %1029
-  %1031 = select <32 x i1> %1030, <32 x float> %1027, <32 x float> %1029
-  %indvars.iv.next1073.i.6 = shl i64 %indvars.iv1072.i, 7
-  %1032 = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 %indvars.iv.next1073.i.6
-  %gep1276.i.7 = getelementptr inbounds nuw i8, ptr %1032, i64 896
-  %1033 = load <32 x float>, ptr %gep1276.i.7, align 4, !tbaa !4
-  %1034 = fcmp ogt <32 x float> %1031, %1033
-  %1035 = select <32 x i1> %1034, <32 x float> %1031, <32 x float> %1033
-  %indvars.iv.next1073.i.7 = add nuw nsw i64 %indvars.iv1072.i, 8
-  %niter97.next.7 = add i64 %niter97, 8
-  %niter97.ncmp.7 = icmp eq i64 %niter97.next.7, %unroll_iter96
-  br i1 %niter97.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !42, !llvm.loop !43
+  %indvars.iv1109.i = phi i64 [ %indvars.iv.next1110.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
+  %peak.rf_global250.sroa.0.0885.i = phi <32 x float> [ %1061, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ]
+  %niter123 = phi i64 [ %niter123.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
+  %.idx1298.i = shl nsw i64 %indvars.iv1109.i, 7
+  %gep1336.i = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %.idx1298.i
+  %1031 = load <32 x float>, ptr %gep1336.i, align 4, !tbaa !4
+  %1032 = fcmp ogt <32 x float> %peak.rf_global250.sroa.0.0885.i, %1031
+  %1033 = select <32 x i1> %1032, <32 x float> %peak.rf_global250.sroa.0.0885.i, <32 x float> %1031
+  %indvars.iv.next1110.i = shl i64 %indvars.iv1109.i, 7
+  %1034 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i
+  %gep1336.i.1 = getelementptr inbounds nuw i8, ptr %1034, i64 128
+  %1035 = load <32 x float>, ptr %gep1336.i.1, align 4, !tbaa !4
+  %1036 = fcmp ogt <32 x float> %1033, %1035
+  %1037 = select <32 x i1> %1036, <32 x float> %1033, <32 x float> %1035
+  %indvars.iv.next1110.i.1 = shl i64 %indvars.iv1109.i, 7
+  %1038 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.1
+  %gep1336.i.2 = getelementptr inbounds nuw i8, ptr %1038, i64 256
+  %1039 = load <32 x float>, ptr %gep1336.i.2, align 4, !tbaa !4
+  %1040 = fcmp ogt <32 x float> %1037, %1039
+  %1041 = select <32 x i1> %1040, <32 x float> %1037, <32 x float> %1039
+  %indvars.iv.next1110.i.2 = shl i64 %indvars.iv1109.i, 7
+  %1042 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.2
+  %gep1336.i.3 = getelementptr inbounds nuw i8, ptr %1042, i64 384
+  %1043 = load <32 x float>, ptr %gep1336.i.3, align 4, !tbaa !4
+  %1044 = fcmp ogt <32 x float> %1041, %1043
+  %1045 = select <32 x i1> %1044, <32 x float> %1041, <32 x float> %1043
+  %indvars.iv.next1110.i.3 = shl i64 %indvars.iv1109.i, 7
+  %1046 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.3
+  %gep1336.i.4 = getelementptr inbounds nuw i8, ptr %1046, i64 512
+  %1047 = load <32 x float>, ptr %gep1336.i.4, align 4, !tbaa !4
+  %1048 = fcmp ogt <32 x float> %1045, %1047
+  %1049 = select <32 x i1> %1048, <32 x float> %1045, <32 x float> %1047
+  %indvars.iv.next1110.i.4 = shl i64 %indvars.iv1109.i, 7
+  %1050 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.4
+  %gep1336.i.5 = getelementptr inbounds nuw i8, ptr %1050, i64 640
+  %1051 = load <32 x float>, ptr %gep1336.i.5, align 4, !tbaa !4
+  %1052 = fcmp ogt <32 x float> %1049, %1051
+  %1053 = select <32 x i1> %1052, <32 x float> %1049, <32 x float> %1051
+  %indvars.iv.next1110.i.5 = shl i64 %indvars.iv1109.i, 7
+  %1054 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.5
+  %gep1336.i.6 = getelementptr inbounds nuw i8, ptr %1054, i64 768
+  %1055 = load <32 x float>, ptr %gep1336.i.6, align 4, !tbaa !4
+  %1056 = fcmp ogt <32 x float> %1053, %1055
+  %1057 = select <32 x i1> %1056, <32 x float> %1053, <32 x float> %1055
+  %indvars.iv.next1110.i.6 = shl i64 %indvars.iv1109.i, 7
+  %1058 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.6
+  %gep1336.i.7 = getelementptr inbounds nuw i8, ptr %1058, i64 896
+  %1059 = load <32 x float>, ptr %gep1336.i.7, align 4, !tbaa !4
+  %1060 = fcmp ogt <32 x float> %1057, %1059
+  %1061 = select <32 x i1> %1060, <32 x float> %1057, <32 x float> %1059
+  %indvars.iv.next1110.i.7 = add nuw nsw i64 %indvars.iv1109.i, 8
+  %niter123.next.7 = add i64 %niter123, 8
+  %niter123.ncmp.7 = icmp eq i64 %niter123.next.7, %unroll_iter122
+  br i1 %niter123.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !42, !llvm.loop !43
 
 for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
-  br i1 %lcmp.mod93.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !45
+  br i1 %lcmp.mod119.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !45
 
 for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.lr.ph.i
-  %indvars.iv1072.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1073.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global221.sroa.0.0855.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ], [ %1035, %for_end_ax1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod95)
+  %indvars.iv1109.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1110.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %peak.rf_global250.sroa.0.0885.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ], [ %1061, %for_end_ax1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod121)
   br label %for_body_ax1.i.epil
 
 for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil, %for_body_ax1.i.epil.preheader
-  %indvars.iv1072.i.epil = phi i64 [ %indvars.iv1072.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %indvars.iv.next1073.i.epil, %for_body_ax1.i.epil ]
-  %peak.rf_global221.sroa.0.0855.i.epil = phi <32 x float> [ %peak.rf_global221.sroa.0.0855.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %1038, %for_body_ax1.i.epil ]
-  %epil.iter92 = phi i64 [ 0, %for_body_ax1.i.epil.preheader ], [ %epil.iter92.next, %for_body_ax1.i.epil ]
-  %.idx1239.i.epil = shl nsw i64 %indvars.iv1072.i.epil, 7
-  %gep1276.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1275.i, i64 %.idx1239.i.epil
-  %1036 = load <32 x float>, ptr %gep1276.i.epil, align 4, !tbaa !4
-  %1037 = fcmp ogt <32 x float> %peak.rf_global221.sroa.0.0855.i.epil, %1036
-  %1038 = select <32 x i1> %1037, <32 x float> %peak.rf_global221.sroa.0.0855.i.epil, <32 x float> %1036
-  %indvars.iv.next1073.i.epil = add nuw nsw i64 %indvars.iv1072.i.epil, 1
-  %epil.iter92.next = add i64 %epil.iter92, 1
-  %epil.iter92.cmp.not = icmp eq i64 %epil.iter92.next, %xtraiter91
-  br i1 %epil.iter92.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !30, !llvm.loop !46
+  %indvars.iv1109.i.epil = phi i64 [ %indvars.iv1109.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %indvars.iv.next1110.i.epil, %for_body_ax1.i.epil ]
+  %peak.rf_global250.sroa.0.0885.i.epil = phi <32 x float> [ %peak.rf_global250.sroa.0.0885.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %1064, %for_body_ax1.i.epil ]
+  %epil.iter118 = phi i64 [ 0, %for_body_ax1.i.epil.preheader ], [ %epil.iter118.next, %for_body_ax1.i.epil ]
+  %.idx1298.i.epil = shl nsw i64 %indvars.iv1109.i.epil, 7
+  %gep1336.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %.idx1298.i.epil
+  %1062 = load <32 x float>, ptr %gep1336.i.epil, align 4, !tbaa !4
+  %1063 = fcmp ogt <32 x float> %peak.rf_global250.sroa.0.0885.i.epil, %1062
+  %1064 = select <32 x i1> %1063, <32 x float> %peak.rf_global250.sroa.0.0885.i.epil, <32 x float> %1062
+  %indvars.iv.next1110.i.epil = add nuw nsw i64 %indvars.iv1109.i.epil, 1
+  %epil.iter118.next = add i64 %epil.iter118, 1
+  %epil.iter118.cmp.not = icmp eq i64 %epil.iter118.next, %xtraiter117
+  br i1 %epil.iter118.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !30, !llvm.loop !46
 
 for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_begin_ax1.preheader.i
-  %peak.rf_global221.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1035, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1038, %for_body_ax1.i.epil ]
-  %1039 = getelementptr inbounds nuw float, ptr %peak223.i, i64 %indvars.iv1077.i
-  %peak.rf222.sroa.0.0.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 0
-  %1040 = fcmp olt float %peak.rf222.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %1041 = select i1 %1040, float 0xC7EFFFFFE0000000, float %peak.rf222.sroa.0.0.vec.extract.i
-  %peak.rf222.sroa.0.4.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 1
-  %1042 = fcmp ogt float %1041, %peak.rf222.sroa.0.4.vec.extract.i
-  %1043 = select i1 %1042, float %1041, float %peak.rf222.sroa.0.4.vec.extract.i
-  %peak.rf222.sroa.0.8.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 2
-  %1044 = fcmp ogt float %1043, %peak.rf222.sroa.0.8.vec.extract.i
-  %1045 = select i1 %1044, float %1043, float %peak.rf222.sroa.0.8.vec.extract.i
-  %peak.rf222.sroa.0.12.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 3
-  %1046 = fcmp ogt float %1045, %peak.rf222.sroa.0.12.vec.extract.i
-  %1047 = select i1 %1046, float %1045, float %peak.rf222.sroa.0.12.vec.extract.i
-  %peak.rf222.sroa.0.16.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 4
-  %1048 = fcmp ogt float %1047, %peak.rf222.sroa.0.16.vec.extract.i
-  %1049 = select i1 %1048, float %1047, float %peak.rf222.sroa.0.16.vec.extract.i
-  %peak.rf222.sroa.0.20.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 5
-  %1050 = fcmp ogt float %1049, %peak.rf222.sroa.0.20.vec.extract.i
-  %1051 = select i1 %1050, float %1049, float %peak.rf222.sroa.0.20.vec.extract.i
-  %peak.rf222.sroa.0.24.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 6
-  %1052 = fcmp ogt float %1051, %peak.rf222.sroa.0.24.vec.extract.i
-  %1053 = select i1 %1052, float %1051, float %peak.rf222.sroa.0.24.vec.extract.i
-  %peak.rf222.sroa.0.28.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 7
-  %1054 = fcmp ogt float %1053, %peak.rf222.sroa.0.28.vec.extract.i
-  %1055 = select i1 %1054, float %1053, float %peak.rf222.sroa.0.28.vec.extract.i
-  %peak.rf222.sroa.0.32.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 8
-  %1056 = fcmp ogt float %1055, %peak.rf222.sroa.0.32.vec.extract.i
-  %1057 = select i1 %1056, float %1055, float %peak.rf222.sroa.0.32.vec.extract.i
-  %peak.rf222.sroa.0.36.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 9
-  %1058 = fcmp ogt float %1057, %peak.rf222.sroa.0.36.vec.extract.i
-  %1059 = select i1 %1058, float %1057, float %peak.rf222.sroa.0.36.vec.extract.i
-  %peak.rf222.sroa.0.40.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 10
-  %1060 = fcmp ogt float %1059, %peak.rf222.sroa.0.40.vec.extract.i
-  %1061 = select i1 %1060, float %1059, float %peak.rf222.sroa.0.40.vec.extract.i
-  %peak.rf222.sroa.0.44.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 11
-  %1062 = fcmp ogt float %1061, %peak.rf222.sroa.0.44.vec.extract.i
-  %1063 = select i1 %1062, float %1061, float %peak.rf222.sroa.0.44.vec.extract.i
-  %peak.rf222.sroa.0.48.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 12
-  %1064 = fcmp ogt float %1063, %peak.rf222.sroa.0.48.vec.extract.i
-  %1065 = select i1 %1064, float %1063, float %peak.rf222.sroa.0.48.vec.extract.i
-  %peak.rf222.sroa.0.52.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 13
-  %1066 = fcmp ogt float %1065, %peak.rf222.sroa.0.52.vec.extract.i
-  %1067 = select i1 %1066, float %1065, float %peak.rf222.sroa.0.52.vec.extract.i
-  %peak.rf222.sroa.0.56.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 14
-  %1068 = fcmp ogt float %1067, %peak.rf222.sroa.0.56.vec.extract.i
-  %1069 = select i1 %1068, float %1067, float %peak.rf222.sroa.0.56.vec.extract.i
-  %peak.rf222.sroa.0.60.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 15
-  %1070 = fcmp ogt float %1069, %peak.rf222.sroa.0.60.vec.extract.i
-  %1071 = select i1 %1070, float %1069, float %peak.rf222.sroa.0.60.vec.extract.i
-  %peak.rf222.sroa.0.64.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 16
-  %1072 = fcmp ogt float %1071, %peak.rf222.sroa.0.64.vec.extract.i
-  %1073 = select i1 %1072, float %1071, float %peak.rf222.sroa.0.64.vec.extract.i
-  %peak.rf222.sroa.0.68.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 17
-  %1074 = fcmp ogt float %1073, %peak.rf222.sroa.0.68.vec.extract.i
-  %1075 = select i1 %1074, float %1073, float %peak.rf222.sroa.0.68.vec.extract.i
-  %peak.rf222.sroa.0.72.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 18
-  %1076 = fcmp ogt float %1075, %peak.rf222.sroa.0.72.vec.extract.i
-  %1077 = select i1 %1076, float %1075, float %peak.rf222.sroa.0.72.vec.extract.i
-  %peak.rf222.sroa.0.76.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 19
-  %1078 = fcmp ogt float %1077, %peak.rf222.sroa.0.76.vec.extract.i
-  %1079 = select i1 %1078, float %1077, float %peak.rf222.sroa.0.76.vec.extract.i
-  %peak.rf222.sroa.0.80.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 20
-  %1080 = fcmp ogt float %1079, %peak.rf222.sroa.0.80.vec.extract.i
-  %1081 = select i1 %1080, float %1079, float %peak.rf222.sroa.0.80.vec.extract.i
-  %peak.rf222.sroa.0.84.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 21
-  %1082 = fcmp ogt float %1081, %peak.rf222.sroa.0.84.vec.extract.i
-  %1083 = select i1 %1082, float %1081, float %peak.rf222.sroa.0.84.vec.extract.i
-  %peak.rf222.sroa.0.88.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 22
-  %1084 = fcmp ogt float %1083, %peak.rf222.sroa.0.88.vec.extract.i
-  %1085 = select i1 %1084, float %1083, float %peak.rf222.sroa.0.88.vec.extract.i
-  %peak.rf222.sroa.0.92.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 23
-  %1086 = fcmp ogt float %1085, %peak.rf222.sroa.0.92.vec.extract.i
-  %1087 = select i1 %1086, float %1085, float %peak.rf222.sroa.0.92.vec.extract.i
-  %peak.rf222.sroa.0.96.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 24
-  %1088 = fcmp ogt float %1087, %peak.rf222.sroa.0.96.vec.extract.i
-  %1089 = select i1 %1088, float %1087, float %peak.rf222.sroa.0.96.vec.extract.i
-  %peak.rf222.sroa.0.100.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 25
-  %1090 = fcmp ogt float %1089, %peak.rf222.sroa.0.100.vec.extract.i
-  %1091 = select i1 %1090, float %1089, float %peak.rf222.sroa.0.100.vec.extract.i
-  %peak.rf222.sroa.0.104.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 26
-  %1092 = fcmp ogt float %1091, %peak.rf222.sroa.0.104.vec.extract.i
-  %1093 = select i1 %1092, float %1091, float %peak.rf222.sroa.0.104.vec.extract.i
-  %peak.rf222.sroa.0.108.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 27
-  %1094 = fcmp ogt float %1093, %peak.rf222.sroa.0.108.vec.extract.i
-  %1095 = select i1 %1094, float %1093, float %peak.rf222.sroa.0.108.vec.extract.i
-  %peak.rf222.sroa.0.112.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 28
-  %1096 = fcmp ogt float %1095, %peak.rf222.sroa.0.112.vec.extract.i
-  %1097 = select i1 %1096, float %1095, float %peak.rf222.sroa.0.112.vec.extract.i
-  %peak.rf222.sroa.0.116.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 29
-  %1098 = fcmp ogt float %1097, %peak.rf222.sroa.0.116.vec.extract.i
-  %1099 = select i1 %1098, float %1097, float %peak.rf222.sroa.0.116.vec.extract.i
-  %peak.rf222.sroa.0.120.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 30
-  %1100 = fcmp ogt float %1099, %peak.rf222.sroa.0.120.vec.extract.i
-  %1101 = select i1 %1100, float %1099, float %peak.rf222.sroa.0.120.vec.extract.i
-  %peak.rf222.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global221.sroa.0.0.lcssa.i, i64 31
-  %1102 = fcmp ogt float %1101, %peak.rf222.sroa.0.124.vec.extract.i
-  %1103 = select i1 %1102, float %1101, float %peak.rf222.sroa.0.124.vec.extract.i
-  store float %1103, ptr %1039, align 4, !tbaa !47
-  %indvars.iv.next1078.i = add nuw nsw i64 %indvars.iv1077.i, 1
-  %exitcond1080.not.i = icmp eq i64 %indvars.iv.next1078.i, 4
-  br i1 %exitcond1080.not.i, label %for_body_r50.preheader.i, label %for_begin_ax1.preheader.i, !prof !21
+  %peak.rf_global250.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1061, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1064, %for_body_ax1.i.epil ]
+  %1065 = getelementptr inbounds nuw float, ptr %peak252.i, i64 %indvars.iv1114.i
+  %peak.rf251.sroa.0.0.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 0
+  %1066 = fcmp olt float %peak.rf251.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1067 = select i1 %1066, float 0xC7EFFFFFE0000000, float %peak.rf251.sroa.0.0.vec.extract.i
+  %peak.rf251.sroa.0.4.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 1
+  %1068 = fcmp ogt float %1067, %peak.rf251.sroa.0.4.vec.extract.i
+  %1069 = select i1 %1068, float %1067, float %peak.rf251.sroa.0.4.vec.extract.i
+  %peak.rf251.sroa.0.8.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 2
+  %1070 = fcmp ogt float %1069, %peak.rf251.sroa.0.8.vec.extract.i
+  %1071 = select i1 %1070, float %1069, float %peak.rf251.sroa.0.8.vec.extract.i
+  %peak.rf251.sroa.0.12.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 3
+  %1072 = fcmp ogt float %1071, %peak.rf251.sroa.0.12.vec.extract.i
+  %1073 = select i1 %1072, float %1071, float %peak.rf251.sroa.0.12.vec.extract.i
+  %peak.rf251.sroa.0.16.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 4
+  %1074 = fcmp ogt float %1073, %peak.rf251.sroa.0.16.vec.extract.i
+  %1075 = select i1 %1074, float %1073, float %peak.rf251.sroa.0.16.vec.extract.i
+  %peak.rf251.sroa.0.20.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 5
+  %1076 = fcmp ogt float %1075, %peak.rf251.sroa.0.20.vec.extract.i
+  %1077 = select i1 %1076, float %1075, float %peak.rf251.sroa.0.20.vec.extract.i
+  %peak.rf251.sroa.0.24.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 6
+  %1078 = fcmp ogt float %1077, %peak.rf251.sroa.0.24.vec.extract.i
+  %1079 = select i1 %1078, float %1077, float %peak.rf251.sroa.0.24.vec.extract.i
+  %peak.rf251.sroa.0.28.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 7
+  %1080 = fcmp ogt float %1079, %peak.rf251.sroa.0.28.vec.extract.i
+  %1081 = select i1 %1080, float %1079, float %peak.rf251.sroa.0.28.vec.extract.i
+  %peak.rf251.sroa.0.32.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 8
+  %1082 = fcmp ogt float %1081, %peak.rf251.sroa.0.32.vec.extract.i
+  %1083 = select i1 %1082, float %1081, float %peak.rf251.sroa.0.32.vec.extract.i
+  %peak.rf251.sroa.0.36.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 9
+  %1084 = fcmp ogt float %1083, %peak.rf251.sroa.0.36.vec.extract.i
+  %1085 = select i1 %1084, float %1083, float %peak.rf251.sroa.0.36.vec.extract.i
+  %peak.rf251.sroa.0.40.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 10
+  %1086 = fcmp ogt float %1085, %peak.rf251.sroa.0.40.vec.extract.i
+  %1087 = select i1 %1086, float %1085, float %peak.rf251.sroa.0.40.vec.extract.i
+  %peak.rf251.sroa.0.44.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 11
+  %1088 = fcmp ogt float %1087, %peak.rf251.sroa.0.44.vec.extract.i
+  %1089 = select i1 %1088, float %1087, float %peak.rf251.sroa.0.44.vec.extract.i
+  %peak.rf251.sroa.0.48.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 12
+  %1090 = fcmp ogt float %1089, %peak.rf251.sroa.0.48.vec.extract.i
+  %1091 = select i1 %1090, float %1089, float %peak.rf251.sroa.0.48.vec.extract.i
+  %peak.rf251.sroa.0.52.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 13
+  %1092 = fcmp ogt float %1091, %peak.rf251.sroa.0.52.vec.extract.i
+  %1093 = select i1 %1092, float %1091, float %peak.rf251.sroa.0.52.vec.extract.i
+  %peak.rf251.sroa.0.56.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 14
+  %1094 = fcmp ogt float %1093, %peak.rf251.sroa.0.56.vec.extract.i
+  %1095 = select i1 %1094, float %1093, float %peak.rf251.sroa.0.56.vec.extract.i
+  %peak.rf251.sroa.0.60.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 15
+  %1096 = fcmp ogt float %1095, %peak.rf251.sroa.0.60.vec.extract.i
+  %1097 = select i1 %1096, float %1095, float %peak.rf251.sroa.0.60.vec.extract.i
+  %peak.rf251.sroa.0.64.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 16
+  %1098 = fcmp ogt float %1097, %peak.rf251.sroa.0.64.vec.extract.i
+  %1099 = select i1 %1098, float %1097, float %peak.rf251.sroa.0.64.vec.extract.i
+  %peak.rf251.sroa.0.68.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 17
+  %1100 = fcmp ogt float %1099, %peak.rf251.sroa.0.68.vec.extract.i
+  %1101 = select i1 %1100, float %1099, float %peak.rf251.sroa.0.68.vec.extract.i
+  %peak.rf251.sroa.0.72.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 18
+  %1102 = fcmp ogt float %1101, %peak.rf251.sroa.0.72.vec.extract.i
+  %1103 = select i1 %1102, float %1101, float %peak.rf251.sroa.0.72.vec.extract.i
+  %peak.rf251.sroa.0.76.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 19
+  %1104 = fcmp ogt float %1103, %peak.rf251.sroa.0.76.vec.extract.i
+  %1105 = select i1 %1104, float %1103, float %peak.rf251.sroa.0.76.vec.extract.i
+  %peak.rf251.sroa.0.80.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 20
+  %1106 = fcmp ogt float %1105, %peak.rf251.sroa.0.80.vec.extract.i
+  %1107 = select i1 %1106, float %1105, float %peak.rf251.sroa.0.80.vec.extract.i
+  %peak.rf251.sroa.0.84.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 21
+  %1108 = fcmp ogt float %1107, %peak.rf251.sroa.0.84.vec.extract.i
+  %1109 = select i1 %1108, float %1107, float %peak.rf251.sroa.0.84.vec.extract.i
+  %peak.rf251.sroa.0.88.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 22
+  %1110 = fcmp ogt float %1109, %peak.rf251.sroa.0.88.vec.extract.i
+  %1111 = select i1 %1110, float %1109, float %peak.rf251.sroa.0.88.vec.extract.i
+  %peak.rf251.sroa.0.92.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 23
+  %1112 = fcmp ogt float %1111, %peak.rf251.sroa.0.92.vec.extract.i
+  %1113 = select i1 %1112, float %1111, float %peak.rf251.sroa.0.92.vec.extract.i
+  %peak.rf251.sroa.0.96.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 24
+  %1114 = fcmp ogt float %1113, %peak.rf251.sroa.0.96.vec.extract.i
+  %1115 = select i1 %1114, float %1113, float %peak.rf251.sroa.0.96.vec.extract.i
+  %peak.rf251.sroa.0.100.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 25
+  %1116 = fcmp ogt float %1115, %peak.rf251.sroa.0.100.vec.extract.i
+  %1117 = select i1 %1116, float %1115, float %peak.rf251.sroa.0.100.vec.extract.i
+  %peak.rf251.sroa.0.104.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 26
+  %1118 = fcmp ogt float %1117, %peak.rf251.sroa.0.104.vec.extract.i
+  %1119 = select i1 %1118, float %1117, float %peak.rf251.sroa.0.104.vec.extract.i
+  %peak.rf251.sroa.0.108.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 27
+  %1120 = fcmp ogt float %1119, %peak.rf251.sroa.0.108.vec.extract.i
+  %1121 = select i1 %1120, float %1119, float %peak.rf251.sroa.0.108.vec.extract.i
+  %peak.rf251.sroa.0.112.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 28
+  %1122 = fcmp ogt float %1121, %peak.rf251.sroa.0.112.vec.extract.i
+  %1123 = select i1 %1122, float %1121, float %peak.rf251.sroa.0.112.vec.extract.i
+  %peak.rf251.sroa.0.116.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 29
+  %1124 = fcmp ogt float %1123, %peak.rf251.sroa.0.116.vec.extract.i
+  %1125 = select i1 %1124, float %1123, float %peak.rf251.sroa.0.116.vec.extract.i
+  %peak.rf251.sroa.0.120.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 30
+  %1126 = fcmp ogt float %1125, %peak.rf251.sroa.0.120.vec.extract.i
+  %1127 = select i1 %1126, float %1125, float %peak.rf251.sroa.0.120.vec.extract.i
+  %peak.rf251.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 31
+  %1128 = fcmp ogt float %1127, %peak.rf251.sroa.0.124.vec.extract.i
+  %1129 = select i1 %1128, float %1127, float %peak.rf251.sroa.0.124.vec.extract.i
+  store float %1129, ptr %1065, align 4, !tbaa !47
+  %indvars.iv.next1115.i = add nuw nsw i64 %indvars.iv1114.i, 1
+  %exitcond1117.not.i = icmp eq i64 %indvars.iv.next1115.i, 4
+  br i1 %exitcond1117.not.i, label %for_body_r50.preheader.i, label %for_begin_ax1.preheader.i, !prof !21
 
 for_body_r50.preheader.i:                         ; preds = %for_end_ax1.i
-  %1104 = load <4 x float>, ptr %peak223.i, align 16
-  %spec.select = select i1 %560, <4 x float> %1104, <4 x float> <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>
-  %spec.select157 = select i1 %560, <4 x float> %1104, <4 x float> splat (float 0xC6293E5940000000)
-  %1105 = shufflevector <4 x float> %spec.select, <4 x float> %spec.select157, <4 x i32> <i32 0, i32 1, i32 2, i32 7>
-  br i1 %559, label %for_body_to62.lr.ph.i, label %for_begin_ax181.preheader.i.preheader, !prof !3
+  %1130 = load <4 x float>, ptr %peak252.i, align 16
+  %spec.select = select i1 %587, <4 x float> %1130, <4 x float> <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>
+  %spec.select183 = select i1 %587, <4 x float> %1130, <4 x float> splat (float 0xC6293E5940000000)
+  %1131 = shufflevector <4 x float> %spec.select, <4 x float> %spec.select183, <4 x i32> <i32 0, i32 1, i32 2, i32 7>
+  br i1 %586, label %for_body_to62.lr.ph.i, label %for_begin_ax181.preheader.i.preheader, !prof !3
 
 for_body_to62.lr.ph.i:                            ; preds = %for_body_r50.preheader.i
-  %1106 = shufflevector <4 x float> %spec.select157, <4 x float> poison, <32 x i32> zeroinitializer
+  %1132 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> zeroinitializer
   br label %for_body_to62.i
 
 for_body_to62.i:                                  ; preds = %for_body_to62.i, %for_body_to62.lr.ph.i
-  %indvars.iv1085.i = phi i64 [ 0, %for_body_to62.lr.ph.i ], [ %indvars.iv.next1086.i, %for_body_to62.i ]
-  %1107 = shl nsw i64 %indvars.iv1085.i, 5
-  %1108 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1107
-  %1109 = load <32 x float>, ptr %1108, align 4, !tbaa !4
-  %arg.i = fsub <32 x float> %1109, %1106
-  %cse_v31.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1110 = bitcast <32 x float> %cse_v31.i to <32 x i32>
-  %1111 = add nsw <32 x i32> %1110, splat (i32 -1262485504)
-  %1112 = sitofp <32 x i32> %1111 to <32 x float>
-  %1113 = fmul <32 x float> %1112, splat (float 0x3F2BD01060000000)
-  %1114 = fmul <32 x float> %1112, splat (float 0x3FE6300000000000)
-  %1115 = fsub <32 x float> %arg.i, %1114
-  %1116 = fadd <32 x float> %1113, %1115
-  %1117 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1116, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1118 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1117, <32 x float> %1116, <32 x float> splat (float 0x3F81112100000000))
-  %1119 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1118, <32 x float> %1116, <32 x float> splat (float 0x3FA5553820000000))
-  %1120 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1119, <32 x float> %1116, <32 x float> splat (float 0x3FC5555540000000))
-  %1121 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1120, <32 x float> %1116, <32 x float> splat (float 5.000000e-01))
-  %1122 = fmul <32 x float> %1116, %1121
-  %1123 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1122, <32 x float> %1116, <32 x float> %1116)
-  %1124 = shl <32 x i32> %1110, splat (i32 23)
-  %1125 = add <32 x i32> %1124, splat (i32 1065353216)
-  %1126 = bitcast <32 x i32> %1125 to <32 x float>
-  %1127 = fadd <32 x float> %1123, splat (float 1.000000e+00)
-  %1128 = fmul <32 x float> %1127, %1126
-  %1129 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
-  %1130 = select <32 x i1> %1129, <32 x float> zeroinitializer, <32 x float> %1128
-  %1131 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1107
-  store <32 x float> %1130, ptr %1131, align 4, !tbaa !4
-  %indvars.iv.next1086.i = add nuw nsw i64 %indvars.iv1085.i, 1
-  %exitcond1090.not.i = icmp eq i64 %indvars.iv.next1086.i, %wide.trip.count1059.i
-  br i1 %exitcond1090.not.i, label %for_body_to62.lr.ph.1.i, label %for_body_to62.i, !prof !8
+  %indvars.iv1122.i = phi i64 [ 0, %for_body_to62.lr.ph.i ], [ %indvars.iv.next1123.i, %for_body_to62.i ]
+  %1133 = shl nsw i64 %indvars.iv1122.i, 5
+  %1134 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1133
+  %1135 = load <32 x float>, ptr %1134, align 4, !tbaa !4
+  %arg.i = fsub <32 x float> %1135, %1132
+  %cse_v33.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %1136 = bitcast <32 x float> %cse_v33.i to <32 x i32>
+  %1137 = add nsw <32 x i32> %1136, splat (i32 -1262485504)
+  %1138 = sitofp <32 x i32> %1137 to <32 x float>
+  %1139 = fmul <32 x float> %1138, splat (float 0x3F2BD01060000000)
+  %1140 = fmul <32 x float> %1138, splat (float 0x3FE6300000000000)
+  %1141 = fsub <32 x float> %arg.i, %1140
+  %1142 = fadd <32 x float> %1139, %1141
+  %1143 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1142, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %1144 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1143, <32 x float> %1142, <32 x float> splat (float 0x3F81112100000000))
+  %1145 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1144, <32 x float> %1142, <32 x float> splat (float 0x3FA5553820000000))
+  %1146 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1145, <32 x float> %1142, <32 x float> splat (float 0x3FC5555540000000))
+  %1147 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1146, <32 x float> %1142, <32 x float> splat (float 5.000000e-01))
+  %1148 = fmul <32 x float> %1142, %1147
+  %1149 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1148, <32 x float> %1142, <32 x float> %1142)
+  %1150 = shl <32 x i32> %1136, splat (i32 23)
+  %1151 = add <32 x i32> %1150, splat (i32 1065353216)
+  %1152 = bitcast <32 x i32> %1151 to <32 x float>
+  %1153 = fadd <32 x float> %1149, splat (float 1.000000e+00)
+  %1154 = fmul <32 x float> %1153, %1152
+  %1155 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
+  %1156 = select <32 x i1> %1155, <32 x float> zeroinitializer, <32 x float> %1154
+  %1157 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1133
+  store <32 x float> %1156, ptr %1157, align 4, !tbaa !4
+  %indvars.iv.next1123.i = add nuw nsw i64 %indvars.iv1122.i, 1
+  %exitcond1127.not.i = icmp eq i64 %indvars.iv.next1123.i, %wide.trip.count1096.i
+  br i1 %exitcond1127.not.i, label %for_body_to62.lr.ph.1.i, label %for_body_to62.i, !prof !8
 
 for_body_to62.lr.ph.1.i:                          ; preds = %for_body_to62.i
-  %1132 = shufflevector <4 x float> %spec.select157, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %1158 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   br label %for_body_to62.1.i
 
 for_body_to62.1.i:                                ; preds = %for_body_to62.1.i, %for_body_to62.lr.ph.1.i
-  %indvars.iv1085.1.i = phi i64 [ 0, %for_body_to62.lr.ph.1.i ], [ %indvars.iv.next1086.1.i, %for_body_to62.1.i ]
-  %1133 = shl nsw i64 %indvars.iv1085.1.i, 5
-  %1134 = add nuw nsw i64 %1133, 128
-  %1135 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1134
-  %1136 = load <32 x float>, ptr %1135, align 4, !tbaa !4
-  %arg.1.i = fsub <32 x float> %1136, %1132
-  %cse_v31.1.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.1.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1137 = bitcast <32 x float> %cse_v31.1.i to <32 x i32>
-  %1138 = add nsw <32 x i32> %1137, splat (i32 -1262485504)
-  %1139 = sitofp <32 x i32> %1138 to <32 x float>
-  %1140 = fmul <32 x float> %1139, splat (float 0x3F2BD01060000000)
-  %1141 = fmul <32 x float> %1139, splat (float 0x3FE6300000000000)
-  %1142 = fsub <32 x float> %arg.1.i, %1141
-  %1143 = fadd <32 x float> %1140, %1142
-  %1144 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1143, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1145 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1144, <32 x float> %1143, <32 x float> splat (float 0x3F81112100000000))
-  %1146 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1145, <32 x float> %1143, <32 x float> splat (float 0x3FA5553820000000))
-  %1147 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1146, <32 x float> %1143, <32 x float> splat (float 0x3FC5555540000000))
-  %1148 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1147, <32 x float> %1143, <32 x float> splat (float 5.000000e-01))
-  %1149 = fmul <32 x float> %1143, %1148
-  %1150 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1149, <32 x float> %1143, <32 x float> %1143)
-  %1151 = shl <32 x i32> %1137, splat (i32 23)
-  %1152 = add <32 x i32> %1151, splat (i32 1065353216)
-  %1153 = bitcast <32 x i32> %1152 to <32 x float>
-  %1154 = fadd <32 x float> %1150, splat (float 1.000000e+00)
-  %1155 = fmul <32 x float> %1154, %1153
-  %1156 = fcmp olt <32 x float> %arg.1.i, splat (float -8.700000e+01)
-  %1157 = select <32 x i1> %1156, <32 x float> zeroinitializer, <32 x float> %1155
-  %1158 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1134
-  store <32 x float> %1157, ptr %1158, align 4, !tbaa !4
-  %indvars.iv.next1086.1.i = add nuw nsw i64 %indvars.iv1085.1.i, 1
-  %exitcond1090.1.not.i = icmp eq i64 %indvars.iv.next1086.1.i, %wide.trip.count1059.i
-  br i1 %exitcond1090.1.not.i, label %for_body_to62.lr.ph.2.i, label %for_body_to62.1.i, !prof !8
+  %indvars.iv1122.1.i = phi i64 [ 0, %for_body_to62.lr.ph.1.i ], [ %indvars.iv.next1123.1.i, %for_body_to62.1.i ]
+  %1159 = shl nsw i64 %indvars.iv1122.1.i, 5
+  %1160 = add nuw nsw i64 %1159, 128
+  %1161 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1160
+  %1162 = load <32 x float>, ptr %1161, align 4, !tbaa !4
+  %arg.1.i = fsub <32 x float> %1162, %1158
+  %cse_v33.1.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.1.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %1163 = bitcast <32 x float> %cse_v33.1.i to <32 x i32>
+  %1164 = add nsw <32 x i32> %1163, splat (i32 -1262485504)
+  %1165 = sitofp <32 x i32> %1164 to <32 x float>
+  %1166 = fmul <32 x float> %1165, splat (float 0x3F2BD01060000000)
+  %1167 = fmul <32 x float> %1165, splat (float 0x3FE6300000000000)
+  %1168 = fsub <32 x float> %arg.1.i, %1167
+  %1169 = fadd <32 x float> %1166, %1168
+  %1170 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1169, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %1171 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1170, <32 x float> %1169, <32 x float> splat (float 0x3F81112100000000))
+  %1172 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1171, <32 x float> %1169, <32 x float> splat (float 0x3FA5553820000000))
+  %1173 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1172, <32 x float> %1169, <32 x float> splat (float 0x3FC5555540000000))
+  %1174 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1173, <32 x float> %1169, <32 x float> splat (float 5.000000e-01))
+  %1175 = fmul <32 x float> %1169, %1174
+  %1176 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1175, <32 x float> %1169, <32 x float> %1169)
+  %1177 = shl <32 x i32> %1163, splat (i32 23)
+  %1178 = add <32 x i32> %1177, splat (i32 1065353216)
+  %1179 = bitcast <32 x i32> %1178 to <32 x float>
+  %1180 = fadd <32 x float> %1176, splat (float 1.000000e+00)
+  %1181 = fmul <32 x float> %1180, %1179
+  %1182 = fcmp olt <32 x float> %arg.1.i, splat (float -8.700000e+01)
+  %1183 = select <32 x i1> %1182, <32 x float> zeroinitializer, <32 x float> %1181
+  %1184 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1160
+  store <32 x float> %1183, ptr %1184, align 4, !tbaa !4
+  %indvars.iv.next1123.1.i = add nuw nsw i64 %indvars.iv1122.1.i, 1
+  %exitcond1127.1.not.i = icmp eq i64 %indvars.iv.next1123.1.i, %wide.trip.count1096.i
+  br i1 %exitcond1127.1.not.i, label %for_body_to62.lr.ph.2.i, label %for_body_to62.1.i, !prof !8
 
 for_body_to62.lr.ph.2.i:                          ; preds = %for_body_to62.1.i
-  %1159 = shufflevector <4 x float> %spec.select157, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %1185 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
   br label %for_body_to62.2.i
 
 for_body_to62.2.i:                                ; preds = %for_body_to62.2.i, %for_body_to62.lr.ph.2.i
-  %indvars.iv1085.2.i = phi i64 [ 0, %for_body_to62.lr.ph.2.i ], [ %indvars.iv.next1086.2.i, %for_body_to62.2.i ]
-  %1160 = shl nsw i64 %indvars.iv1085.2.i, 5
-  %1161 = add nuw nsw i64 %1160, 256
-  %1162 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1161
-  %1163 = load <32 x float>, ptr %1162, align 4, !tbaa !4
-  %arg.2.i = fsub <32 x float> %1163, %1159
-  %cse_v31.2.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1164 = bitcast <32 x float> %cse_v31.2.i to <32 x i32>
-  %1165 = add nsw <32 x i32> %1164, splat (i32 -1262485504)
-  %1166 = sitofp <32 x i32> %1165 to <32 x float>
-  %1167 = fmul <32 x float> %1166, splat (float 0x3F2BD01060000000)
-  %1168 = fmul <32 x float> %1166, splat (float 0x3FE6300000000000)
-  %1169 = fsub <32 x float> %arg.2.i, %1168
-  %1170 = fadd <32 x float> %1167, %1169
-  %1171 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1170, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1172 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1171, <32 x float> %1170, <32 x float> splat (float 0x3F81112100000000))
-  %1173 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1172, <32 x float> %1170, <32 x float> splat (float 0x3FA5553820000000))
-  %1174 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1173, <32 x float> %1170, <32 x float> splat (float 0x3FC5555540000000))
-  %1175 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1174, <32 x float> %1170, <32 x float> splat (float 5.000000e-01))
-  %1176 = fmul <32 x float> %1170, %1175
-  %1177 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1176, <32 x float> %1170, <32 x float> %1170)
-  %1178 = shl <32 x i32> %1164, splat (i32 23)
-  %1179 = add <32 x i32> %1178, splat (i32 1065353216)
-  %1180 = bitcast <32 x i32> %1179 to <32 x float>
-  %1181 = fadd <32 x float> %1177, splat (float 1.000000e+00)
-  %1182 = fmul <32 x float> %1181, %1180
-  %1183 = fcmp olt <32 x float> %arg.2.i, splat (float -8.700000e+01)
-  %1184 = select <32 x i1> %1183, <32 x float> zeroinitializer, <32 x float> %1182
-  %1185 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1161
-  store <32 x float> %1184, ptr %1185, align 4, !tbaa !4
-  %indvars.iv.next1086.2.i = add nuw nsw i64 %indvars.iv1085.2.i, 1
-  %exitcond1090.2.not.i = icmp eq i64 %indvars.iv.next1086.2.i, %wide.trip.count1059.i
-  br i1 %exitcond1090.2.not.i, label %for_body_to62.lr.ph.3.i, label %for_body_to62.2.i, !prof !8
+  %indvars.iv1122.2.i = phi i64 [ 0, %for_body_to62.lr.ph.2.i ], [ %indvars.iv.next1123.2.i, %for_body_to62.2.i ]
+  %1186 = shl nsw i64 %indvars.iv1122.2.i, 5
+  %1187 = add nuw nsw i64 %1186, 256
+  %1188 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1187
+  %1189 = load <32 x float>, ptr %1188, align 4, !tbaa !4
+  %arg.2.i = fsub <32 x float> %1189, %1185
+  %cse_v33.2.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %1190 = bitcast <32 x float> %cse_v33.2.i to <32 x i32>
+  %1191 = add nsw <32 x i32> %1190, splat (i32 -1262485504)
+  %1192 = sitofp <32 x i32> %1191 to <32 x float>
+  %1193 = fmul <32 x float> %1192, splat (float 0x3F2BD01060000000)
+  %1194 = fmul <32 x float> %1192, splat (float 0x3FE6300000000000)
+  %1195 = fsub <32 x float> %arg.2.i, %1194
+  %1196 = fadd <32 x float> %1193, %1195
+  %1197 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1196, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %1198 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1197, <32 x float> %1196, <32 x float> splat (float 0x3F81112100000000))
+  %1199 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1198, <32 x float> %1196, <32 x float> splat (float 0x3FA5553820000000))
+  %1200 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1199, <32 x float> %1196, <32 x float> splat (float 0x3FC5555540000000))
+  %1201 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1200, <32 x float> %1196, <32 x float> splat (float 5.000000e-01))
+  %1202 = fmul <32 x float> %1196, %1201
+  %1203 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1202, <32 x float> %1196, <32 x float> %1196)
+  %1204 = shl <32 x i32> %1190, splat (i32 23)
+  %1205 = add <32 x i32> %1204, splat (i32 1065353216)
+  %1206 = bitcast <32 x i32> %1205 to <32 x float>
+  %1207 = fadd <32 x float> %1203, splat (float 1.000000e+00)
+  %1208 = fmul <32 x float> %1207, %1206
+  %1209 = fcmp olt <32 x float> %arg.2.i, splat (float -8.700000e+01)
+  %1210 = select <32 x i1> %1209, <32 x float> zeroinitializer, <32 x float> %1208
+  %1211 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1187
+  store <32 x float> %1210, ptr %1211, align 4, !tbaa !4
+  %indvars.iv.next1123.2.i = add nuw nsw i64 %indvars.iv1122.2.i, 1
+  %exitcond1127.2.not.i = icmp eq i64 %indvars.iv.next1123.2.i, %wide.trip.count1096.i
+  br i1 %exitcond1127.2.not.i, label %for_body_to62.lr.ph.3.i, label %for_body_to62.2.i, !prof !8
 
 for_body_to62.lr.ph.3.i:                          ; preds = %for_body_to62.2.i
-  %1186 = shufflevector <4 x float> %spec.select157, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %1212 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
   br label %for_body_to62.3.i
 
 for_body_to62.3.i:                                ; preds = %for_body_to62.3.i, %for_body_to62.lr.ph.3.i
-  %indvars.iv1085.3.i = phi i64 [ 0, %for_body_to62.lr.ph.3.i ], [ %indvars.iv.next1086.3.i, %for_body_to62.3.i ]
-  %1187 = shl nsw i64 %indvars.iv1085.3.i, 5
-  %1188 = add nuw nsw i64 %1187, 384
-  %1189 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1188
-  %1190 = load <32 x float>, ptr %1189, align 4, !tbaa !4
-  %arg.3.i = fsub <32 x float> %1190, %1186
-  %cse_v31.3.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.3.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1191 = bitcast <32 x float> %cse_v31.3.i to <32 x i32>
-  %1192 = add nsw <32 x i32> %1191, splat (i32 -1262485504)
-  %1193 = sitofp <32 x i32> %1192 to <32 x float>
-  %1194 = fmul <32 x float> %1193, splat (float 0x3F2BD01060000000)
-  %1195 = fmul <32 x float> %1193, splat (float 0x3FE6300000000000)
-  %1196 = fsub <32 x float> %arg.3.i, %1195
-  %1197 = fadd <32 x float> %1194, %1196
-  %1198 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1197, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1199 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1198, <32 x float> %1197, <32 x float> splat (float 0x3F81112100000000))
-  %1200 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1199, <32 x float> %1197, <32 x float> splat (float 0x3FA5553820000000))
-  %1201 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1200, <32 x float> %1197, <32 x float> splat (float 0x3FC5555540000000))
-  %1202 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1201, <32 x float> %1197, <32 x float> splat (float 5.000000e-01))
-  %1203 = fmul <32 x float> %1197, %1202
-  %1204 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1203, <32 x float> %1197, <32 x float> %1197)
-  %1205 = shl <32 x i32> %1191, splat (i32 23)
-  %1206 = add <32 x i32> %1205, splat (i32 1065353216)
-  %1207 = bitcast <32 x i32> %1206 to <32 x float>
-  %1208 = fadd <32 x float> %1204, splat (float 1.000000e+00)
-  %1209 = fmul <32 x float> %1208, %1207
-  %1210 = fcmp olt <32 x float> %arg.3.i, splat (float -8.700000e+01)
-  %1211 = select <32 x i1> %1210, <32 x float> zeroinitializer, <32 x float> %1209
-  %1212 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1188
-  store <32 x float> %1211, ptr %1212, align 4, !tbaa !4
-  %indvars.iv.next1086.3.i = add nuw nsw i64 %indvars.iv1085.3.i, 1
-  %exitcond1090.3.not.i = icmp eq i64 %indvars.iv.next1086.3.i, %wide.trip.count1059.i
-  br i1 %exitcond1090.3.not.i, label %for_body_to72.i.preheader, label %for_body_to62.3.i, !prof !8
+  %indvars.iv1122.3.i = phi i64 [ 0, %for_body_to62.lr.ph.3.i ], [ %indvars.iv.next1123.3.i, %for_body_to62.3.i ]
+  %1213 = shl nsw i64 %indvars.iv1122.3.i, 5
+  %1214 = add nuw nsw i64 %1213, 384
+  %1215 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1214
+  %1216 = load <32 x float>, ptr %1215, align 4, !tbaa !4
+  %arg.3.i = fsub <32 x float> %1216, %1212
+  %cse_v33.3.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.3.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %1217 = bitcast <32 x float> %cse_v33.3.i to <32 x i32>
+  %1218 = add nsw <32 x i32> %1217, splat (i32 -1262485504)
+  %1219 = sitofp <32 x i32> %1218 to <32 x float>
+  %1220 = fmul <32 x float> %1219, splat (float 0x3F2BD01060000000)
+  %1221 = fmul <32 x float> %1219, splat (float 0x3FE6300000000000)
+  %1222 = fsub <32 x float> %arg.3.i, %1221
+  %1223 = fadd <32 x float> %1220, %1222
+  %1224 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1223, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %1225 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1224, <32 x float> %1223, <32 x float> splat (float 0x3F81112100000000))
+  %1226 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1225, <32 x float> %1223, <32 x float> splat (float 0x3FA5553820000000))
+  %1227 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1226, <32 x float> %1223, <32 x float> splat (float 0x3FC5555540000000))
+  %1228 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1227, <32 x float> %1223, <32 x float> splat (float 5.000000e-01))
+  %1229 = fmul <32 x float> %1223, %1228
+  %1230 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1229, <32 x float> %1223, <32 x float> %1223)
+  %1231 = shl <32 x i32> %1217, splat (i32 23)
+  %1232 = add <32 x i32> %1231, splat (i32 1065353216)
+  %1233 = bitcast <32 x i32> %1232 to <32 x float>
+  %1234 = fadd <32 x float> %1230, splat (float 1.000000e+00)
+  %1235 = fmul <32 x float> %1234, %1233
+  %1236 = fcmp olt <32 x float> %arg.3.i, splat (float -8.700000e+01)
+  %1237 = select <32 x i1> %1236, <32 x float> zeroinitializer, <32 x float> %1235
+  %1238 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1214
+  store <32 x float> %1237, ptr %1238, align 4, !tbaa !4
+  %indvars.iv.next1123.3.i = add nuw nsw i64 %indvars.iv1122.3.i, 1
+  %exitcond1127.3.not.i = icmp eq i64 %indvars.iv.next1123.3.i, %wide.trip.count1096.i
+  br i1 %exitcond1127.3.not.i, label %for_body_to72.i.preheader, label %for_body_to62.3.i, !prof !8
 
 for_body_to72.i.preheader:                        ; preds = %for_body_to62.3.i
-  br i1 %576, label %for_body_to72.i.epil.preheader, label %for_body_to72.i, !prof !26
+  br i1 %603, label %for_body_to72.i.epil.preheader, label %for_body_to72.i, !prof !26
 
 for_body_to72.i:                                  ; preds = %for_body_to72.i, %for_body_to72.i.preheader
-  %indvars.iv1095.i = phi i64 [ %indvars.iv.next1096.i.3, %for_body_to72.i ], [ 0, %for_body_to72.i.preheader ]
-  %niter103 = phi i64 [ %niter103.next.3, %for_body_to72.i ], [ 0, %for_body_to72.i.preheader ]
-  %1213 = shl nsw i64 %indvars.iv1095.i, 5
-  %1214 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1213
-  %1215 = load <32 x i32>, ptr %1214, align 4, !tbaa !4
-  %1216 = lshr <32 x i32> %1215, splat (i32 16)
-  %1217 = and <32 x i32> %1216, splat (i32 1)
-  %1218 = add <32 x i32> %1215, splat (i32 32767)
-  %1219 = add <32 x i32> %1218, %1217
-  %1220 = and <32 x i32> %1219, splat (i32 -65536)
-  %1221 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1213
-  store <32 x i32> %1220, ptr %1221, align 4, !tbaa !4
-  %indvars.iv.next1096.i = shl i64 %indvars.iv1095.i, 5
-  %1222 = or disjoint i64 %indvars.iv.next1096.i, 32
-  %1223 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1222
-  %1224 = load <32 x i32>, ptr %1223, align 4, !tbaa !4
-  %1225 = lshr <32 x i32> %1224, splat (i32 16)
-  %1226 = and <32 x i32> %1225, splat (i32 1)
-  %1227 = add <32 x i32> %1224, splat (i32 32767)
-  %1228 = add <32 x i32> %1227, %1226
-  %1229 = and <32 x i32> %1228, splat (i32 -65536)
-  %1230 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1222
-  store <32 x i32> %1229, ptr %1230, align 4, !tbaa !4
-  %indvars.iv.next1096.i.1 = shl i64 %indvars.iv1095.i, 5
-  %1231 = or disjoint i64 %indvars.iv.next1096.i.1, 64
-  %1232 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1231
-  %1233 = load <32 x i32>, ptr %1232, align 4, !tbaa !4
-  %1234 = lshr <32 x i32> %1233, splat (i32 16)
-  %1235 = and <32 x i32> %1234, splat (i32 1)
-  %1236 = add <32 x i32> %1233, splat (i32 32767)
-  %1237 = add <32 x i32> %1236, %1235
-  %1238 = and <32 x i32> %1237, splat (i32 -65536)
-  %1239 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1231
-  store <32 x i32> %1238, ptr %1239, align 4, !tbaa !4
-  %indvars.iv.next1096.i.2 = shl i64 %indvars.iv1095.i, 5
-  %1240 = or disjoint i64 %indvars.iv.next1096.i.2, 96
-  %1241 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1240
-  %1242 = load <32 x i32>, ptr %1241, align 4, !tbaa !4
-  %1243 = lshr <32 x i32> %1242, splat (i32 16)
-  %1244 = and <32 x i32> %1243, splat (i32 1)
-  %1245 = add <32 x i32> %1242, splat (i32 32767)
-  %1246 = add <32 x i32> %1245, %1244
-  %1247 = and <32 x i32> %1246, splat (i32 -65536)
-  %1248 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1240
-  store <32 x i32> %1247, ptr %1248, align 4, !tbaa !4
-  %indvars.iv.next1096.i.3 = add nuw nsw i64 %indvars.iv1095.i, 4
-  %niter103.next.3 = add i64 %niter103, 4
-  %niter103.ncmp.3 = icmp eq i64 %niter103.next.3, %unroll_iter102
-  br i1 %niter103.ncmp.3, label %for_body_to72.1.i.preheader.unr-lcssa, label %for_body_to72.i, !prof !27, !llvm.loop !49
+  %indvars.iv1132.i = phi i64 [ %indvars.iv.next1133.i.3, %for_body_to72.i ], [ 0, %for_body_to72.i.preheader ]
+  %niter129 = phi i64 [ %niter129.next.3, %for_body_to72.i ], [ 0, %for_body_to72.i.preheader ]
+  %1239 = shl nsw i64 %indvars.iv1132.i, 5
+  %1240 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1239
+  %1241 = load <32 x i32>, ptr %1240, align 4, !tbaa !4
+  %1242 = lshr <32 x i32> %1241, splat (i32 16)
+  %1243 = and <32 x i32> %1242, splat (i32 1)
+  %1244 = add <32 x i32> %1241, splat (i32 32767)
+  %1245 = add <32 x i32> %1244, %1243
+  %1246 = and <32 x i32> %1245, splat (i32 -65536)
+  %1247 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1239
+  store <32 x i32> %1246, ptr %1247, align 4, !tbaa !4
+  %indvars.iv.next1133.i = shl i64 %indvars.iv1132.i, 5
+  %1248 = or disjoint i64 %indvars.iv.next1133.i, 32
+  %1249 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1248
+  %1250 = load <32 x i32>, ptr %1249, align 4, !tbaa !4
+  %1251 = lshr <32 x i32> %1250, splat (i32 16)
+  %1252 = and <32 x i32> %1251, splat (i32 1)
+  %1253 = add <32 x i32> %1250, splat (i32 32767)
+  %1254 = add <32 x i32> %1253, %1252
+  %1255 = and <32 x i32> %1254, splat (i32 -65536)
+  %1256 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1248
+  store <32 x i32> %1255, ptr %1256, align 4, !tbaa !4
+  %indvars.iv.next1133.i.1 = shl i64 %indvars.iv1132.i, 5
+  %1257 = or disjoint i64 %indvars.iv.next1133.i.1, 64
+  %1258 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1257
+  %1259 = load <32 x i32>, ptr %1258, align 4, !tbaa !4
+  %1260 = lshr <32 x i32> %1259, splat (i32 16)
+  %1261 = and <32 x i32> %1260, splat (i32 1)
+  %1262 = add <32 x i32> %1259, splat (i32 32767)
+  %1263 = add <32 x i32> %1262, %1261
+  %1264 = and <32 x i32> %1263, splat (i32 -65536)
+  %1265 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1257
+  store <32 x i32> %1264, ptr %1265, align 4, !tbaa !4
+  %indvars.iv.next1133.i.2 = shl i64 %indvars.iv1132.i, 5
+  %1266 = or disjoint i64 %indvars.iv.next1133.i.2, 96
+  %1267 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1266
+  %1268 = load <32 x i32>, ptr %1267, align 4, !tbaa !4
+  %1269 = lshr <32 x i32> %1268, splat (i32 16)
+  %1270 = and <32 x i32> %1269, splat (i32 1)
+  %1271 = add <32 x i32> %1268, splat (i32 32767)
+  %1272 = add <32 x i32> %1271, %1270
+  %1273 = and <32 x i32> %1272, splat (i32 -65536)
+  %1274 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1266
+  store <32 x i32> %1273, ptr %1274, align 4, !tbaa !4
+  %indvars.iv.next1133.i.3 = add nuw nsw i64 %indvars.iv1132.i, 4
+  %niter129.next.3 = add i64 %niter129, 4
+  %niter129.ncmp.3 = icmp eq i64 %niter129.next.3, %unroll_iter128
+  br i1 %niter129.ncmp.3, label %for_body_to72.1.i.preheader.unr-lcssa, label %for_body_to72.i, !prof !27, !llvm.loop !49
 
 for_body_to72.1.i.preheader.unr-lcssa:            ; preds = %for_body_to72.i
-  br i1 %lcmp.mod100.not, label %for_body_to72.1.i.preheader, label %for_body_to72.i.epil.preheader, !prof !30
+  br i1 %lcmp.mod126.not, label %for_body_to72.1.i.preheader, label %for_body_to72.i.epil.preheader, !prof !30
 
 for_body_to72.i.epil.preheader:                   ; preds = %for_body_to72.1.i.preheader.unr-lcssa, %for_body_to72.i.preheader
-  %indvars.iv1095.i.epil.init = phi i64 [ 0, %for_body_to72.i.preheader ], [ %indvars.iv.next1096.i.3, %for_body_to72.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod101)
+  %indvars.iv1132.i.epil.init = phi i64 [ 0, %for_body_to72.i.preheader ], [ %indvars.iv.next1133.i.3, %for_body_to72.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod127)
   br label %for_body_to72.i.epil
 
 for_body_to72.i.epil:                             ; preds = %for_body_to72.i.epil, %for_body_to72.i.epil.preheader
-  %indvars.iv1095.i.epil = phi i64 [ %indvars.iv.next1096.i.epil, %for_body_to72.i.epil ], [ %indvars.iv1095.i.epil.init, %for_body_to72.i.epil.preheader ]
-  %epil.iter99 = phi i64 [ %epil.iter99.next, %for_body_to72.i.epil ], [ 0, %for_body_to72.i.epil.preheader ]
-  %1249 = shl nsw i64 %indvars.iv1095.i.epil, 5
-  %1250 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1249
-  %1251 = load <32 x i32>, ptr %1250, align 4, !tbaa !4
-  %1252 = lshr <32 x i32> %1251, splat (i32 16)
-  %1253 = and <32 x i32> %1252, splat (i32 1)
-  %1254 = add <32 x i32> %1251, splat (i32 32767)
-  %1255 = add <32 x i32> %1254, %1253
-  %1256 = and <32 x i32> %1255, splat (i32 -65536)
-  %1257 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1249
-  store <32 x i32> %1256, ptr %1257, align 4, !tbaa !4
-  %indvars.iv.next1096.i.epil = add nuw nsw i64 %indvars.iv1095.i.epil, 1
-  %epil.iter99.next = add i64 %epil.iter99, 1
-  %epil.iter99.cmp.not = icmp eq i64 %epil.iter99.next, %xtraiter98
-  br i1 %epil.iter99.cmp.not, label %for_body_to72.1.i.preheader, label %for_body_to72.i.epil, !prof !31, !llvm.loop !50
+  %indvars.iv1132.i.epil = phi i64 [ %indvars.iv.next1133.i.epil, %for_body_to72.i.epil ], [ %indvars.iv1132.i.epil.init, %for_body_to72.i.epil.preheader ]
+  %epil.iter125 = phi i64 [ %epil.iter125.next, %for_body_to72.i.epil ], [ 0, %for_body_to72.i.epil.preheader ]
+  %1275 = shl nsw i64 %indvars.iv1132.i.epil, 5
+  %1276 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1275
+  %1277 = load <32 x i32>, ptr %1276, align 4, !tbaa !4
+  %1278 = lshr <32 x i32> %1277, splat (i32 16)
+  %1279 = and <32 x i32> %1278, splat (i32 1)
+  %1280 = add <32 x i32> %1277, splat (i32 32767)
+  %1281 = add <32 x i32> %1280, %1279
+  %1282 = and <32 x i32> %1281, splat (i32 -65536)
+  %1283 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1275
+  store <32 x i32> %1282, ptr %1283, align 4, !tbaa !4
+  %indvars.iv.next1133.i.epil = add nuw nsw i64 %indvars.iv1132.i.epil, 1
+  %epil.iter125.next = add i64 %epil.iter125, 1
+  %epil.iter125.cmp.not = icmp eq i64 %epil.iter125.next, %xtraiter124
+  br i1 %epil.iter125.cmp.not, label %for_body_to72.1.i.preheader, label %for_body_to72.i.epil, !prof !31, !llvm.loop !50
 
 for_body_to72.1.i.preheader:                      ; preds = %for_body_to72.i.epil, %for_body_to72.1.i.preheader.unr-lcssa
-  br i1 %577, label %for_body_to72.1.i.epil.preheader, label %for_body_to72.1.i, !prof !26
+  br i1 %604, label %for_body_to72.1.i.epil.preheader, label %for_body_to72.1.i, !prof !26
 
 for_body_to72.1.i:                                ; preds = %for_body_to72.1.i, %for_body_to72.1.i.preheader
-  %indvars.iv1095.1.i = phi i64 [ %indvars.iv.next1096.1.i.3, %for_body_to72.1.i ], [ 0, %for_body_to72.1.i.preheader ]
-  %niter109 = phi i64 [ %niter109.next.3, %for_body_to72.1.i ], [ 0, %for_body_to72.1.i.preheader ]
-  %1258 = shl nsw i64 %indvars.iv1095.1.i, 5
-  %1259 = add nuw nsw i64 %1258, 128
-  %1260 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1259
-  %1261 = load <32 x i32>, ptr %1260, align 4, !tbaa !4
-  %1262 = lshr <32 x i32> %1261, splat (i32 16)
-  %1263 = and <32 x i32> %1262, splat (i32 1)
-  %1264 = add <32 x i32> %1261, splat (i32 32767)
-  %1265 = add <32 x i32> %1264, %1263
-  %1266 = and <32 x i32> %1265, splat (i32 -65536)
-  %1267 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1259
-  store <32 x i32> %1266, ptr %1267, align 4, !tbaa !4
-  %indvars.iv.next1096.1.i = shl i64 %indvars.iv1095.1.i, 5
-  %1268 = add nuw nsw i64 %indvars.iv.next1096.1.i, 160
-  %1269 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1268
-  %1270 = load <32 x i32>, ptr %1269, align 4, !tbaa !4
-  %1271 = lshr <32 x i32> %1270, splat (i32 16)
-  %1272 = and <32 x i32> %1271, splat (i32 1)
-  %1273 = add <32 x i32> %1270, splat (i32 32767)
-  %1274 = add <32 x i32> %1273, %1272
-  %1275 = and <32 x i32> %1274, splat (i32 -65536)
-  %1276 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1268
-  store <32 x i32> %1275, ptr %1276, align 4, !tbaa !4
-  %indvars.iv.next1096.1.i.1 = shl i64 %indvars.iv1095.1.i, 5
-  %1277 = add nuw nsw i64 %indvars.iv.next1096.1.i.1, 192
-  %1278 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1277
-  %1279 = load <32 x i32>, ptr %1278, align 4, !tbaa !4
-  %1280 = lshr <32 x i32> %1279, splat (i32 16)
-  %1281 = and <32 x i32> %1280, splat (i32 1)
-  %1282 = add <32 x i32> %1279, splat (i32 32767)
-  %1283 = add <32 x i32> %1282, %1281
-  %1284 = and <32 x i32> %1283, splat (i32 -65536)
-  %1285 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1277
-  store <32 x i32> %1284, ptr %1285, align 4, !tbaa !4
-  %indvars.iv.next1096.1.i.2 = shl i64 %indvars.iv1095.1.i, 5
-  %1286 = add nuw nsw i64 %indvars.iv.next1096.1.i.2, 224
-  %1287 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1286
-  %1288 = load <32 x i32>, ptr %1287, align 4, !tbaa !4
-  %1289 = lshr <32 x i32> %1288, splat (i32 16)
-  %1290 = and <32 x i32> %1289, splat (i32 1)
-  %1291 = add <32 x i32> %1288, splat (i32 32767)
-  %1292 = add <32 x i32> %1291, %1290
-  %1293 = and <32 x i32> %1292, splat (i32 -65536)
-  %1294 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1286
-  store <32 x i32> %1293, ptr %1294, align 4, !tbaa !4
-  %indvars.iv.next1096.1.i.3 = add nuw nsw i64 %indvars.iv1095.1.i, 4
-  %niter109.next.3 = add i64 %niter109, 4
-  %niter109.ncmp.3 = icmp eq i64 %niter109.next.3, %unroll_iter108
-  br i1 %niter109.ncmp.3, label %for_body_to72.2.i.preheader.unr-lcssa, label %for_body_to72.1.i, !prof !27, !llvm.loop !51
+  %indvars.iv1132.1.i = phi i64 [ %indvars.iv.next1133.1.i.3, %for_body_to72.1.i ], [ 0, %for_body_to72.1.i.preheader ]
+  %niter135 = phi i64 [ %niter135.next.3, %for_body_to72.1.i ], [ 0, %for_body_to72.1.i.preheader ]
+  %1284 = shl nsw i64 %indvars.iv1132.1.i, 5
+  %1285 = add nuw nsw i64 %1284, 128
+  %1286 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1285
+  %1287 = load <32 x i32>, ptr %1286, align 4, !tbaa !4
+  %1288 = lshr <32 x i32> %1287, splat (i32 16)
+  %1289 = and <32 x i32> %1288, splat (i32 1)
+  %1290 = add <32 x i32> %1287, splat (i32 32767)
+  %1291 = add <32 x i32> %1290, %1289
+  %1292 = and <32 x i32> %1291, splat (i32 -65536)
+  %1293 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1285
+  store <32 x i32> %1292, ptr %1293, align 4, !tbaa !4
+  %indvars.iv.next1133.1.i = shl i64 %indvars.iv1132.1.i, 5
+  %1294 = add nuw nsw i64 %indvars.iv.next1133.1.i, 160
+  %1295 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1294
+  %1296 = load <32 x i32>, ptr %1295, align 4, !tbaa !4
+  %1297 = lshr <32 x i32> %1296, splat (i32 16)
+  %1298 = and <32 x i32> %1297, splat (i32 1)
+  %1299 = add <32 x i32> %1296, splat (i32 32767)
+  %1300 = add <32 x i32> %1299, %1298
+  %1301 = and <32 x i32> %1300, splat (i32 -65536)
+  %1302 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1294
+  store <32 x i32> %1301, ptr %1302, align 4, !tbaa !4
+  %indvars.iv.next1133.1.i.1 = shl i64 %indvars.iv1132.1.i, 5
+  %1303 = add nuw nsw i64 %indvars.iv.next1133.1.i.1, 192
+  %1304 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1303
+  %1305 = load <32 x i32>, ptr %1304, align 4, !tbaa !4
+  %1306 = lshr <32 x i32> %1305, splat (i32 16)
+  %1307 = and <32 x i32> %1306, splat (i32 1)
+  %1308 = add <32 x i32> %1305, splat (i32 32767)
+  %1309 = add <32 x i32> %1308, %1307
+  %1310 = and <32 x i32> %1309, splat (i32 -65536)
+  %1311 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1303
+  store <32 x i32> %1310, ptr %1311, align 4, !tbaa !4
+  %indvars.iv.next1133.1.i.2 = shl i64 %indvars.iv1132.1.i, 5
+  %1312 = add nuw nsw i64 %indvars.iv.next1133.1.i.2, 224
+  %1313 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1312
+  %1314 = load <32 x i32>, ptr %1313, align 4, !tbaa !4
+  %1315 = lshr <32 x i32> %1314, splat (i32 16)
+  %1316 = and <32 x i32> %1315, splat (i32 1)
+  %1317 = add <32 x i32> %1314, splat (i32 32767)
+  %1318 = add <32 x i32> %1317, %1316
+  %1319 = and <32 x i32> %1318, splat (i32 -65536)
+  %1320 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1312
+  store <32 x i32> %1319, ptr %1320, align 4, !tbaa !4
+  %indvars.iv.next1133.1.i.3 = add nuw nsw i64 %indvars.iv1132.1.i, 4
+  %niter135.next.3 = add i64 %niter135, 4
+  %niter135.ncmp.3 = icmp eq i64 %niter135.next.3, %unroll_iter134
+  br i1 %niter135.ncmp.3, label %for_body_to72.2.i.preheader.unr-lcssa, label %for_body_to72.1.i, !prof !27, !llvm.loop !51
 
 for_body_to72.2.i.preheader.unr-lcssa:            ; preds = %for_body_to72.1.i
-  br i1 %lcmp.mod106.not, label %for_body_to72.2.i.preheader, label %for_body_to72.1.i.epil.preheader, !prof !30
+  br i1 %lcmp.mod132.not, label %for_body_to72.2.i.preheader, label %for_body_to72.1.i.epil.preheader, !prof !30
 
 for_body_to72.1.i.epil.preheader:                 ; preds = %for_body_to72.2.i.preheader.unr-lcssa, %for_body_to72.1.i.preheader
-  %indvars.iv1095.1.i.epil.init = phi i64 [ 0, %for_body_to72.1.i.preheader ], [ %indvars.iv.next1096.1.i.3, %for_body_to72.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod107)
+  %indvars.iv1132.1.i.epil.init = phi i64 [ 0, %for_body_to72.1.i.preheader ], [ %indvars.iv.next1133.1.i.3, %for_body_to72.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod133)
   br label %for_body_to72.1.i.epil
 
 for_body_to72.1.i.epil:                           ; preds = %for_body_to72.1.i.epil, %for_body_to72.1.i.epil.preheader
-  %indvars.iv1095.1.i.epil = phi i64 [ %indvars.iv.next1096.1.i.epil, %for_body_to72.1.i.epil ], [ %indvars.iv1095.1.i.epil.init, %for_body_to72.1.i.epil.preheader ]
-  %epil.iter105 = phi i64 [ %epil.iter105.next, %for_body_to72.1.i.epil ], [ 0, %for_body_to72.1.i.epil.preheader ]
-  %1295 = shl nsw i64 %indvars.iv1095.1.i.epil, 5
-  %1296 = add nuw nsw i64 %1295, 128
-  %1297 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1296
-  %1298 = load <32 x i32>, ptr %1297, align 4, !tbaa !4
-  %1299 = lshr <32 x i32> %1298, splat (i32 16)
-  %1300 = and <32 x i32> %1299, splat (i32 1)
-  %1301 = add <32 x i32> %1298, splat (i32 32767)
-  %1302 = add <32 x i32> %1301, %1300
-  %1303 = and <32 x i32> %1302, splat (i32 -65536)
-  %1304 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1296
-  store <32 x i32> %1303, ptr %1304, align 4, !tbaa !4
-  %indvars.iv.next1096.1.i.epil = add nuw nsw i64 %indvars.iv1095.1.i.epil, 1
-  %epil.iter105.next = add i64 %epil.iter105, 1
-  %epil.iter105.cmp.not = icmp eq i64 %epil.iter105.next, %xtraiter104
-  br i1 %epil.iter105.cmp.not, label %for_body_to72.2.i.preheader, label %for_body_to72.1.i.epil, !prof !31, !llvm.loop !52
+  %indvars.iv1132.1.i.epil = phi i64 [ %indvars.iv.next1133.1.i.epil, %for_body_to72.1.i.epil ], [ %indvars.iv1132.1.i.epil.init, %for_body_to72.1.i.epil.preheader ]
+  %epil.iter131 = phi i64 [ %epil.iter131.next, %for_body_to72.1.i.epil ], [ 0, %for_body_to72.1.i.epil.preheader ]
+  %1321 = shl nsw i64 %indvars.iv1132.1.i.epil, 5
+  %1322 = add nuw nsw i64 %1321, 128
+  %1323 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1322
+  %1324 = load <32 x i32>, ptr %1323, align 4, !tbaa !4
+  %1325 = lshr <32 x i32> %1324, splat (i32 16)
+  %1326 = and <32 x i32> %1325, splat (i32 1)
+  %1327 = add <32 x i32> %1324, splat (i32 32767)
+  %1328 = add <32 x i32> %1327, %1326
+  %1329 = and <32 x i32> %1328, splat (i32 -65536)
+  %1330 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1322
+  store <32 x i32> %1329, ptr %1330, align 4, !tbaa !4
+  %indvars.iv.next1133.1.i.epil = add nuw nsw i64 %indvars.iv1132.1.i.epil, 1
+  %epil.iter131.next = add i64 %epil.iter131, 1
+  %epil.iter131.cmp.not = icmp eq i64 %epil.iter131.next, %xtraiter130
+  br i1 %epil.iter131.cmp.not, label %for_body_to72.2.i.preheader, label %for_body_to72.1.i.epil, !prof !31, !llvm.loop !52
 
 for_body_to72.2.i.preheader:                      ; preds = %for_body_to72.1.i.epil, %for_body_to72.2.i.preheader.unr-lcssa
-  br i1 %578, label %for_body_to72.2.i.epil.preheader, label %for_body_to72.2.i, !prof !26
+  br i1 %605, label %for_body_to72.2.i.epil.preheader, label %for_body_to72.2.i, !prof !26
 
 for_body_to72.2.i:                                ; preds = %for_body_to72.2.i, %for_body_to72.2.i.preheader
-  %indvars.iv1095.2.i = phi i64 [ %indvars.iv.next1096.2.i.3, %for_body_to72.2.i ], [ 0, %for_body_to72.2.i.preheader ]
-  %niter115 = phi i64 [ %niter115.next.3, %for_body_to72.2.i ], [ 0, %for_body_to72.2.i.preheader ]
-  %1305 = shl nsw i64 %indvars.iv1095.2.i, 5
-  %1306 = add nuw nsw i64 %1305, 256
-  %1307 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1306
-  %1308 = load <32 x i32>, ptr %1307, align 4, !tbaa !4
-  %1309 = lshr <32 x i32> %1308, splat (i32 16)
-  %1310 = and <32 x i32> %1309, splat (i32 1)
-  %1311 = add <32 x i32> %1308, splat (i32 32767)
-  %1312 = add <32 x i32> %1311, %1310
-  %1313 = and <32 x i32> %1312, splat (i32 -65536)
-  %1314 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1306
-  store <32 x i32> %1313, ptr %1314, align 4, !tbaa !4
-  %indvars.iv.next1096.2.i = shl i64 %indvars.iv1095.2.i, 5
-  %1315 = add nuw nsw i64 %indvars.iv.next1096.2.i, 288
-  %1316 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1315
-  %1317 = load <32 x i32>, ptr %1316, align 4, !tbaa !4
-  %1318 = lshr <32 x i32> %1317, splat (i32 16)
-  %1319 = and <32 x i32> %1318, splat (i32 1)
-  %1320 = add <32 x i32> %1317, splat (i32 32767)
-  %1321 = add <32 x i32> %1320, %1319
-  %1322 = and <32 x i32> %1321, splat (i32 -65536)
-  %1323 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1315
-  store <32 x i32> %1322, ptr %1323, align 4, !tbaa !4
-  %indvars.iv.next1096.2.i.1 = shl i64 %indvars.iv1095.2.i, 5
-  %1324 = add nuw nsw i64 %indvars.iv.next1096.2.i.1, 320
-  %1325 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1324
-  %1326 = load <32 x i32>, ptr %1325, align 4, !tbaa !4
-  %1327 = lshr <32 x i32> %1326, splat (i32 16)
-  %1328 = and <32 x i32> %1327, splat (i32 1)
-  %1329 = add <32 x i32> %1326, splat (i32 32767)
-  %1330 = add <32 x i32> %1329, %1328
-  %1331 = and <32 x i32> %1330, splat (i32 -65536)
-  %1332 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1324
-  store <32 x i32> %1331, ptr %1332, align 4, !tbaa !4
-  %indvars.iv.next1096.2.i.2 = shl i64 %indvars.iv1095.2.i, 5
-  %1333 = add nuw nsw i64 %indvars.iv.next1096.2.i.2, 352
-  %1334 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1333
-  %1335 = load <32 x i32>, ptr %1334, align 4, !tbaa !4
-  %1336 = lshr <32 x i32> %1335, splat (i32 16)
-  %1337 = and <32 x i32> %1336, splat (i32 1)
-  %1338 = add <32 x i32> %1335, splat (i32 32767)
-  %1339 = add <32 x i32> %1338, %1337
-  %1340 = and <32 x i32> %1339, splat (i32 -65536)
-  %1341 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1333
-  store <32 x i32> %1340, ptr %1341, align 4, !tbaa !4
-  %indvars.iv.next1096.2.i.3 = add nuw nsw i64 %indvars.iv1095.2.i, 4
-  %niter115.next.3 = add i64 %niter115, 4
-  %niter115.ncmp.3 = icmp eq i64 %niter115.next.3, %unroll_iter114
-  br i1 %niter115.ncmp.3, label %for_body_to72.3.i.preheader.unr-lcssa, label %for_body_to72.2.i, !prof !27, !llvm.loop !53
+  %indvars.iv1132.2.i = phi i64 [ %indvars.iv.next1133.2.i.3, %for_body_to72.2.i ], [ 0, %for_body_to72.2.i.preheader ]
+  %niter141 = phi i64 [ %niter141.next.3, %for_body_to72.2.i ], [ 0, %for_body_to72.2.i.preheader ]
+  %1331 = shl nsw i64 %indvars.iv1132.2.i, 5
+  %1332 = add nuw nsw i64 %1331, 256
+  %1333 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1332
+  %1334 = load <32 x i32>, ptr %1333, align 4, !tbaa !4
+  %1335 = lshr <32 x i32> %1334, splat (i32 16)
+  %1336 = and <32 x i32> %1335, splat (i32 1)
+  %1337 = add <32 x i32> %1334, splat (i32 32767)
+  %1338 = add <32 x i32> %1337, %1336
+  %1339 = and <32 x i32> %1338, splat (i32 -65536)
+  %1340 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1332
+  store <32 x i32> %1339, ptr %1340, align 4, !tbaa !4
+  %indvars.iv.next1133.2.i = shl i64 %indvars.iv1132.2.i, 5
+  %1341 = add nuw nsw i64 %indvars.iv.next1133.2.i, 288
+  %1342 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1341
+  %1343 = load <32 x i32>, ptr %1342, align 4, !tbaa !4
+  %1344 = lshr <32 x i32> %1343, splat (i32 16)
+  %1345 = and <32 x i32> %1344, splat (i32 1)
+  %1346 = add <32 x i32> %1343, splat (i32 32767)
+  %1347 = add <32 x i32> %1346, %1345
+  %1348 = and <32 x i32> %1347, splat (i32 -65536)
+  %1349 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1341
+  store <32 x i32> %1348, ptr %1349, align 4, !tbaa !4
+  %indvars.iv.next1133.2.i.1 = shl i64 %indvars.iv1132.2.i, 5
+  %1350 = add nuw nsw i64 %indvars.iv.next1133.2.i.1, 320
+  %1351 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1350
+  %1352 = load <32 x i32>, ptr %1351, align 4, !tbaa !4
+  %1353 = lshr <32 x i32> %1352, splat (i32 16)
+  %1354 = and <32 x i32> %1353, splat (i32 1)
+  %1355 = add <32 x i32> %1352, splat (i32 32767)
+  %1356 = add <32 x i32> %1355, %1354
+  %1357 = and <32 x i32> %1356, splat (i32 -65536)
+  %1358 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1350
+  store <32 x i32> %1357, ptr %1358, align 4, !tbaa !4
+  %indvars.iv.next1133.2.i.2 = shl i64 %indvars.iv1132.2.i, 5
+  %1359 = add nuw nsw i64 %indvars.iv.next1133.2.i.2, 352
+  %1360 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1359
+  %1361 = load <32 x i32>, ptr %1360, align 4, !tbaa !4
+  %1362 = lshr <32 x i32> %1361, splat (i32 16)
+  %1363 = and <32 x i32> %1362, splat (i32 1)
+  %1364 = add <32 x i32> %1361, splat (i32 32767)
+  %1365 = add <32 x i32> %1364, %1363
+  %1366 = and <32 x i32> %1365, splat (i32 -65536)
+  %1367 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1359
+  store <32 x i32> %1366, ptr %1367, align 4, !tbaa !4
+  %indvars.iv.next1133.2.i.3 = add nuw nsw i64 %indvars.iv1132.2.i, 4
+  %niter141.next.3 = add i64 %niter141, 4
+  %niter141.ncmp.3 = icmp eq i64 %niter141.next.3, %unroll_iter140
+  br i1 %niter141.ncmp.3, label %for_body_to72.3.i.preheader.unr-lcssa, label %for_body_to72.2.i, !prof !27, !llvm.loop !53
 
 for_body_to72.3.i.preheader.unr-lcssa:            ; preds = %for_body_to72.2.i
-  br i1 %lcmp.mod112.not, label %for_body_to72.3.i.preheader, label %for_body_to72.2.i.epil.preheader, !prof !30
+  br i1 %lcmp.mod138.not, label %for_body_to72.3.i.preheader, label %for_body_to72.2.i.epil.preheader, !prof !30
 
 for_body_to72.2.i.epil.preheader:                 ; preds = %for_body_to72.3.i.preheader.unr-lcssa, %for_body_to72.2.i.preheader
-  %indvars.iv1095.2.i.epil.init = phi i64 [ 0, %for_body_to72.2.i.preheader ], [ %indvars.iv.next1096.2.i.3, %for_body_to72.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod113)
+  %indvars.iv1132.2.i.epil.init = phi i64 [ 0, %for_body_to72.2.i.preheader ], [ %indvars.iv.next1133.2.i.3, %for_body_to72.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod139)
   br label %for_body_to72.2.i.epil
 
 for_body_to72.2.i.epil:                           ; preds = %for_body_to72.2.i.epil, %for_body_to72.2.i.epil.preheader
-  %indvars.iv1095.2.i.epil = phi i64 [ %indvars.iv.next1096.2.i.epil, %for_body_to72.2.i.epil ], [ %indvars.iv1095.2.i.epil.init, %for_body_to72.2.i.epil.preheader ]
-  %epil.iter111 = phi i64 [ %epil.iter111.next, %for_body_to72.2.i.epil ], [ 0, %for_body_to72.2.i.epil.preheader ]
-  %1342 = shl nsw i64 %indvars.iv1095.2.i.epil, 5
-  %1343 = add nuw nsw i64 %1342, 256
-  %1344 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1343
-  %1345 = load <32 x i32>, ptr %1344, align 4, !tbaa !4
-  %1346 = lshr <32 x i32> %1345, splat (i32 16)
-  %1347 = and <32 x i32> %1346, splat (i32 1)
-  %1348 = add <32 x i32> %1345, splat (i32 32767)
-  %1349 = add <32 x i32> %1348, %1347
-  %1350 = and <32 x i32> %1349, splat (i32 -65536)
-  %1351 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1343
-  store <32 x i32> %1350, ptr %1351, align 4, !tbaa !4
-  %indvars.iv.next1096.2.i.epil = add nuw nsw i64 %indvars.iv1095.2.i.epil, 1
-  %epil.iter111.next = add i64 %epil.iter111, 1
-  %epil.iter111.cmp.not = icmp eq i64 %epil.iter111.next, %xtraiter110
-  br i1 %epil.iter111.cmp.not, label %for_body_to72.3.i.preheader, label %for_body_to72.2.i.epil, !prof !31, !llvm.loop !54
+  %indvars.iv1132.2.i.epil = phi i64 [ %indvars.iv.next1133.2.i.epil, %for_body_to72.2.i.epil ], [ %indvars.iv1132.2.i.epil.init, %for_body_to72.2.i.epil.preheader ]
+  %epil.iter137 = phi i64 [ %epil.iter137.next, %for_body_to72.2.i.epil ], [ 0, %for_body_to72.2.i.epil.preheader ]
+  %1368 = shl nsw i64 %indvars.iv1132.2.i.epil, 5
+  %1369 = add nuw nsw i64 %1368, 256
+  %1370 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1369
+  %1371 = load <32 x i32>, ptr %1370, align 4, !tbaa !4
+  %1372 = lshr <32 x i32> %1371, splat (i32 16)
+  %1373 = and <32 x i32> %1372, splat (i32 1)
+  %1374 = add <32 x i32> %1371, splat (i32 32767)
+  %1375 = add <32 x i32> %1374, %1373
+  %1376 = and <32 x i32> %1375, splat (i32 -65536)
+  %1377 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1369
+  store <32 x i32> %1376, ptr %1377, align 4, !tbaa !4
+  %indvars.iv.next1133.2.i.epil = add nuw nsw i64 %indvars.iv1132.2.i.epil, 1
+  %epil.iter137.next = add i64 %epil.iter137, 1
+  %epil.iter137.cmp.not = icmp eq i64 %epil.iter137.next, %xtraiter136
+  br i1 %epil.iter137.cmp.not, label %for_body_to72.3.i.preheader, label %for_body_to72.2.i.epil, !prof !31, !llvm.loop !54
 
 for_body_to72.3.i.preheader:                      ; preds = %for_body_to72.2.i.epil, %for_body_to72.3.i.preheader.unr-lcssa
-  br i1 %579, label %for_body_to72.3.i.epil.preheader, label %for_body_to72.3.i, !prof !26
+  br i1 %606, label %for_body_to72.3.i.epil.preheader, label %for_body_to72.3.i, !prof !26
 
 for_body_to72.3.i:                                ; preds = %for_body_to72.3.i, %for_body_to72.3.i.preheader
-  %indvars.iv1095.3.i = phi i64 [ %indvars.iv.next1096.3.i.3, %for_body_to72.3.i ], [ 0, %for_body_to72.3.i.preheader ]
-  %niter121 = phi i64 [ %niter121.next.3, %for_body_to72.3.i ], [ 0, %for_body_to72.3.i.preheader ]
-  %1352 = shl nsw i64 %indvars.iv1095.3.i, 5
-  %1353 = add nuw nsw i64 %1352, 384
-  %1354 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1353
-  %1355 = load <32 x i32>, ptr %1354, align 4, !tbaa !4
-  %1356 = lshr <32 x i32> %1355, splat (i32 16)
-  %1357 = and <32 x i32> %1356, splat (i32 1)
-  %1358 = add <32 x i32> %1355, splat (i32 32767)
-  %1359 = add <32 x i32> %1358, %1357
-  %1360 = and <32 x i32> %1359, splat (i32 -65536)
-  %1361 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1353
-  store <32 x i32> %1360, ptr %1361, align 4, !tbaa !4
-  %indvars.iv.next1096.3.i = shl i64 %indvars.iv1095.3.i, 5
-  %1362 = add nuw nsw i64 %indvars.iv.next1096.3.i, 416
-  %1363 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1362
-  %1364 = load <32 x i32>, ptr %1363, align 4, !tbaa !4
-  %1365 = lshr <32 x i32> %1364, splat (i32 16)
-  %1366 = and <32 x i32> %1365, splat (i32 1)
-  %1367 = add <32 x i32> %1364, splat (i32 32767)
-  %1368 = add <32 x i32> %1367, %1366
-  %1369 = and <32 x i32> %1368, splat (i32 -65536)
-  %1370 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1362
-  store <32 x i32> %1369, ptr %1370, align 4, !tbaa !4
-  %indvars.iv.next1096.3.i.1 = shl i64 %indvars.iv1095.3.i, 5
-  %1371 = add nuw nsw i64 %indvars.iv.next1096.3.i.1, 448
-  %1372 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1371
-  %1373 = load <32 x i32>, ptr %1372, align 4, !tbaa !4
-  %1374 = lshr <32 x i32> %1373, splat (i32 16)
-  %1375 = and <32 x i32> %1374, splat (i32 1)
-  %1376 = add <32 x i32> %1373, splat (i32 32767)
-  %1377 = add <32 x i32> %1376, %1375
-  %1378 = and <32 x i32> %1377, splat (i32 -65536)
-  %1379 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1371
-  store <32 x i32> %1378, ptr %1379, align 4, !tbaa !4
-  %indvars.iv.next1096.3.i.2 = shl i64 %indvars.iv1095.3.i, 5
-  %1380 = add nuw nsw i64 %indvars.iv.next1096.3.i.2, 480
-  %1381 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1380
-  %1382 = load <32 x i32>, ptr %1381, align 4, !tbaa !4
-  %1383 = lshr <32 x i32> %1382, splat (i32 16)
-  %1384 = and <32 x i32> %1383, splat (i32 1)
-  %1385 = add <32 x i32> %1382, splat (i32 32767)
-  %1386 = add <32 x i32> %1385, %1384
-  %1387 = and <32 x i32> %1386, splat (i32 -65536)
-  %1388 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1380
-  store <32 x i32> %1387, ptr %1388, align 4, !tbaa !4
-  %indvars.iv.next1096.3.i.3 = add nuw nsw i64 %indvars.iv1095.3.i, 4
-  %niter121.next.3 = add i64 %niter121, 4
-  %niter121.ncmp.3 = icmp eq i64 %niter121.next.3, %unroll_iter120
-  br i1 %niter121.ncmp.3, label %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to72.3.i, !prof !27, !llvm.loop !55
+  %indvars.iv1132.3.i = phi i64 [ %indvars.iv.next1133.3.i.3, %for_body_to72.3.i ], [ 0, %for_body_to72.3.i.preheader ]
+  %niter147 = phi i64 [ %niter147.next.3, %for_body_to72.3.i ], [ 0, %for_body_to72.3.i.preheader ]
+  %1378 = shl nsw i64 %indvars.iv1132.3.i, 5
+  %1379 = add nuw nsw i64 %1378, 384
+  %1380 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1379
+  %1381 = load <32 x i32>, ptr %1380, align 4, !tbaa !4
+  %1382 = lshr <32 x i32> %1381, splat (i32 16)
+  %1383 = and <32 x i32> %1382, splat (i32 1)
+  %1384 = add <32 x i32> %1381, splat (i32 32767)
+  %1385 = add <32 x i32> %1384, %1383
+  %1386 = and <32 x i32> %1385, splat (i32 -65536)
+  %1387 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1379
+  store <32 x i32> %1386, ptr %1387, align 4, !tbaa !4
+  %indvars.iv.next1133.3.i = shl i64 %indvars.iv1132.3.i, 5
+  %1388 = add nuw nsw i64 %indvars.iv.next1133.3.i, 416
+  %1389 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1388
+  %1390 = load <32 x i32>, ptr %1389, align 4, !tbaa !4
+  %1391 = lshr <32 x i32> %1390, splat (i32 16)
+  %1392 = and <32 x i32> %1391, splat (i32 1)
+  %1393 = add <32 x i32> %1390, splat (i32 32767)
+  %1394 = add <32 x i32> %1393, %1392
+  %1395 = and <32 x i32> %1394, splat (i32 -65536)
+  %1396 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1388
+  store <32 x i32> %1395, ptr %1396, align 4, !tbaa !4
+  %indvars.iv.next1133.3.i.1 = shl i64 %indvars.iv1132.3.i, 5
+  %1397 = add nuw nsw i64 %indvars.iv.next1133.3.i.1, 448
+  %1398 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1397
+  %1399 = load <32 x i32>, ptr %1398, align 4, !tbaa !4
+  %1400 = lshr <32 x i32> %1399, splat (i32 16)
+  %1401 = and <32 x i32> %1400, splat (i32 1)
+  %1402 = add <32 x i32> %1399, splat (i32 32767)
+  %1403 = add <32 x i32> %1402, %1401
+  %1404 = and <32 x i32> %1403, splat (i32 -65536)
+  %1405 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1397
+  store <32 x i32> %1404, ptr %1405, align 4, !tbaa !4
+  %indvars.iv.next1133.3.i.2 = shl i64 %indvars.iv1132.3.i, 5
+  %1406 = add nuw nsw i64 %indvars.iv.next1133.3.i.2, 480
+  %1407 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1406
+  %1408 = load <32 x i32>, ptr %1407, align 4, !tbaa !4
+  %1409 = lshr <32 x i32> %1408, splat (i32 16)
+  %1410 = and <32 x i32> %1409, splat (i32 1)
+  %1411 = add <32 x i32> %1408, splat (i32 32767)
+  %1412 = add <32 x i32> %1411, %1410
+  %1413 = and <32 x i32> %1412, splat (i32 -65536)
+  %1414 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1406
+  store <32 x i32> %1413, ptr %1414, align 4, !tbaa !4
+  %indvars.iv.next1133.3.i.3 = add nuw nsw i64 %indvars.iv1132.3.i, 4
+  %niter147.next.3 = add i64 %niter147, 4
+  %niter147.ncmp.3 = icmp eq i64 %niter147.next.3, %unroll_iter146
+  br i1 %niter147.ncmp.3, label %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to72.3.i, !prof !27, !llvm.loop !55
 
 for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to72.3.i
-  br i1 %lcmp.mod118.not, label %for_begin_ax181.preheader.i.preheader, label %for_body_to72.3.i.epil.preheader, !prof !30
+  br i1 %lcmp.mod144.not, label %for_begin_ax181.preheader.i.preheader, label %for_body_to72.3.i.epil.preheader, !prof !30
 
 for_body_to72.3.i.epil.preheader:                 ; preds = %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to72.3.i.preheader
-  %indvars.iv1095.3.i.epil.init = phi i64 [ 0, %for_body_to72.3.i.preheader ], [ %indvars.iv.next1096.3.i.3, %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod119)
+  %indvars.iv1132.3.i.epil.init = phi i64 [ 0, %for_body_to72.3.i.preheader ], [ %indvars.iv.next1133.3.i.3, %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod145)
   br label %for_body_to72.3.i.epil
 
 for_body_to72.3.i.epil:                           ; preds = %for_body_to72.3.i.epil, %for_body_to72.3.i.epil.preheader
-  %indvars.iv1095.3.i.epil = phi i64 [ %indvars.iv.next1096.3.i.epil, %for_body_to72.3.i.epil ], [ %indvars.iv1095.3.i.epil.init, %for_body_to72.3.i.epil.preheader ]
-  %epil.iter117 = phi i64 [ %epil.iter117.next, %for_body_to72.3.i.epil ], [ 0, %for_body_to72.3.i.epil.preheader ]
-  %1389 = shl nsw i64 %indvars.iv1095.3.i.epil, 5
-  %1390 = add nuw nsw i64 %1389, 384
-  %1391 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1390
-  %1392 = load <32 x i32>, ptr %1391, align 4, !tbaa !4
-  %1393 = lshr <32 x i32> %1392, splat (i32 16)
-  %1394 = and <32 x i32> %1393, splat (i32 1)
-  %1395 = add <32 x i32> %1392, splat (i32 32767)
-  %1396 = add <32 x i32> %1395, %1394
-  %1397 = and <32 x i32> %1396, splat (i32 -65536)
-  %1398 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1390
-  store <32 x i32> %1397, ptr %1398, align 4, !tbaa !4
-  %indvars.iv.next1096.3.i.epil = add nuw nsw i64 %indvars.iv1095.3.i.epil, 1
-  %epil.iter117.next = add i64 %epil.iter117, 1
-  %epil.iter117.cmp.not = icmp eq i64 %epil.iter117.next, %xtraiter116
-  br i1 %epil.iter117.cmp.not, label %for_begin_ax181.preheader.i.preheader, label %for_body_to72.3.i.epil, !prof !31, !llvm.loop !56
+  %indvars.iv1132.3.i.epil = phi i64 [ %indvars.iv.next1133.3.i.epil, %for_body_to72.3.i.epil ], [ %indvars.iv1132.3.i.epil.init, %for_body_to72.3.i.epil.preheader ]
+  %epil.iter143 = phi i64 [ %epil.iter143.next, %for_body_to72.3.i.epil ], [ 0, %for_body_to72.3.i.epil.preheader ]
+  %1415 = shl nsw i64 %indvars.iv1132.3.i.epil, 5
+  %1416 = add nuw nsw i64 %1415, 384
+  %1417 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1416
+  %1418 = load <32 x i32>, ptr %1417, align 4, !tbaa !4
+  %1419 = lshr <32 x i32> %1418, splat (i32 16)
+  %1420 = and <32 x i32> %1419, splat (i32 1)
+  %1421 = add <32 x i32> %1418, splat (i32 32767)
+  %1422 = add <32 x i32> %1421, %1420
+  %1423 = and <32 x i32> %1422, splat (i32 -65536)
+  %1424 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1416
+  store <32 x i32> %1423, ptr %1424, align 4, !tbaa !4
+  %indvars.iv.next1133.3.i.epil = add nuw nsw i64 %indvars.iv1132.3.i.epil, 1
+  %epil.iter143.next = add i64 %epil.iter143, 1
+  %epil.iter143.cmp.not = icmp eq i64 %epil.iter143.next, %xtraiter142
+  br i1 %epil.iter143.cmp.not, label %for_begin_ax181.preheader.i.preheader, label %for_body_to72.3.i.epil, !prof !31, !llvm.loop !56
 
 for_begin_ax181.preheader.i.preheader:            ; preds = %for_body_to72.3.i.epil, %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa, %for_body_r50.preheader.i
   br label %for_begin_ax181.preheader.i
 
 for_begin_ax181.preheader.i:                      ; preds = %for_end_ax183.i, %for_begin_ax181.preheader.i.preheader
-  %indvars.iv1110.i = phi i64 [ %indvars.iv.next1111.i, %for_end_ax183.i ], [ 0, %for_begin_ax181.preheader.i.preheader ]
-  br i1 %559, label %for_body_ax182.lr.ph.i, label %for_end_ax183.i, !prof !3
+  %indvars.iv1147.i = phi i64 [ %indvars.iv.next1148.i, %for_end_ax183.i ], [ 0, %for_begin_ax181.preheader.i.preheader ]
+  br i1 %586, label %for_body_ax182.lr.ph.i, label %for_end_ax183.i, !prof !3
 
 for_body_ax182.lr.ph.i:                           ; preds = %for_begin_ax181.preheader.i
-  %.idx1242.i = shl nuw nsw i64 %indvars.iv1110.i, 9
-  %invariant.gep1277.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1242.i
-  br i1 %580, label %for_body_ax182.i.epil.preheader, label %for_body_ax182.i, !prof !41
+  %.idx1301.i = shl nuw nsw i64 %indvars.iv1147.i, 9
+  %invariant.gep1337.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1301.i
+  br i1 %607, label %for_body_ax182.i.epil.preheader, label %for_body_ax182.i, !prof !41
 
 for_body_ax182.i:                                 ; preds = %for_body_ax182.i, %for_body_ax182.lr.ph.i
-  %indvars.iv1105.i = phi i64 [ %indvars.iv.next1106.i.7, %for_body_ax182.i ], [ 0, %for_body_ax182.lr.ph.i ]
-  %tile_sum.rf_global219.sroa.0.0863.i = phi <32 x float> [ %1421, %for_body_ax182.i ], [ zeroinitializer, %for_body_ax182.lr.ph.i ]
-  %niter128 = phi i64 [ %niter128.next.7, %for_body_ax182.i ], [ 0, %for_body_ax182.lr.ph.i ]
-  %.idx1241.i = shl nsw i64 %indvars.iv1105.i, 7
-  %gep1278.i = getelementptr inbounds nuw i8, ptr %invariant.gep1277.i, i64 %.idx1241.i
-  %1399 = load <32 x float>, ptr %gep1278.i, align 4, !tbaa !4
-  %1400 = fadd <32 x float> %tile_sum.rf_global219.sroa.0.0863.i, %1399
-  %indvars.iv.next1106.i = shl i64 %indvars.iv1105.i, 7
-  %1401 = getelementptr inbounds nuw i8, ptr %invariant.gep1277.i, i64 %indvars.iv.next1106.i
-  %gep1278.i.1 = getelementptr inbounds nuw i8, ptr %1401, i64 128
-  %1402 = load <32 x float>, ptr %gep1278.i.1, align 4, !tbaa !4
-  %1403 = fadd <32 x float> %1400, %1402
-  %indvars.iv.next1106.i.1 = shl i64 %indvars.iv1105.i, 7
-  %1404 = getelementptr inbounds nuw i8, ptr %invariant.gep1277.i, i64 %indvars.iv.next1106.i.1
-  %gep1278.i.2 = getelementptr inbounds nuw i8, ptr %1404, i64 256
-  %1405 = load <32 x float>, ptr %gep1278.i.2, align 4, !tbaa !4
-  %1406 = fadd <32 x float> %1403, %1405
-  %indvars.iv.next1106.i.2 = shl i64 %indvars.iv1105.i, 7
-  %1407 = getelementptr inbounds nuw i8, ptr %invariant.gep1277.i, i64 %indvars.iv.next1106.i.2
-  %gep1278.i.3 = getelementptr inbounds nuw i8, ptr %1407, i64 384
-  %1408 = load <32 x float>, ptr %gep1278.i.3, align 4, !tbaa !4
-  %1409 = fadd <32 x float> %1406, %1408
-  %indvars.iv.next1106.i.3 = shl i64 %indvars.iv1105.i, 7
-  %1410 = getelementptr inbounds nuw i8, ptr %invariant.gep1277.i, i64 %indvars.iv.next1106.i.3
-  %gep1278.i.4 = getelementptr inbounds nuw i8, ptr %1410, i64 512
-  %1411 = load <32 x float>, ptr %gep1278.i.4, align 4, !tbaa !4
-  %1412 = fadd <32 x float> %1409, %1411
-  %indvars.iv.next1106.i.4 = shl i64 %indvars.iv1105.i, 7
-  %1413 = getelementptr inbounds nuw i8, ptr %invariant.gep1277.i, i64 %indvars.iv.next1106.i.4
-  %gep1278.i.5 = getelementptr inbounds nuw i8, ptr %1413, i64 640
-  %1414 = load <32 x float>, ptr %gep1278.i.5, align 4, !tbaa !4
-  %1415 = fadd <32 x float> %1412, %1414
-  %indvars.iv.next1106.i.5 = shl i64 %indvars.iv1105.i, 7
-  %1416 = getelementptr inbounds nuw i8, ptr %invariant.gep1277.i, i64 %indvars.iv.next1106.i.5
-  %gep1278.i.6 = getelementptr inbounds nuw i8, ptr %1416, i64 768
-  %1417 = load <32 x float>, ptr %gep1278.i.6, align 4, !tbaa !4
-  %1418 = fadd <32 x float> %1415, %1417
-  %indvars.iv.next1106.i.6 = shl i64 %indvars.iv1105.i, 7
-  %1419 = getelementptr inbounds nuw i8, ptr %invariant.gep1277.i, i64 %indvars.iv.next1106.i.6
-  %gep1278.i.7 = getelementptr inbounds nuw i8, ptr %1419, i64 896
-  %1420 = load <32 x float>, ptr %gep1278.i.7, align 4, !tbaa !4
-  %1421 = fadd <32 x float> %1418, %1420
-  %indvars.iv.next1106.i.7 = add nuw nsw i64 %indvars.iv1105.i, 8
-  %niter128.next.7 = add i64 %niter128, 8
-  %niter128.ncmp.7 = icmp eq i64 %niter128.next.7, %unroll_iter127
-  br i1 %niter128.ncmp.7, label %for_end_ax183.i.loopexit.unr-lcssa, label %for_body_ax182.i, !prof !42, !llvm.loop !57
+  %indvars.iv1142.i = phi i64 [ %indvars.iv.next1143.i.7, %for_body_ax182.i ], [ 0, %for_body_ax182.lr.ph.i ]
+  %tile_sum.rf_global248.sroa.0.0893.i = phi <32 x float> [ %1447, %for_body_ax182.i ], [ zeroinitializer, %for_body_ax182.lr.ph.i ]
+  %niter154 = phi i64 [ %niter154.next.7, %for_body_ax182.i ], [ 0, %for_body_ax182.lr.ph.i ]
+  %.idx1300.i = shl nsw i64 %indvars.iv1142.i, 7
+  %gep1338.i = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %.idx1300.i
+  %1425 = load <32 x float>, ptr %gep1338.i, align 4, !tbaa !4
+  %1426 = fadd <32 x float> %tile_sum.rf_global248.sroa.0.0893.i, %1425
+  %indvars.iv.next1143.i = shl i64 %indvars.iv1142.i, 7
+  %1427 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i
+  %gep1338.i.1 = getelementptr inbounds nuw i8, ptr %1427, i64 128
+  %1428 = load <32 x float>, ptr %gep1338.i.1, align 4, !tbaa !4
+  %1429 = fadd <32 x float> %1426, %1428
+  %indvars.iv.next1143.i.1 = shl i64 %indvars.iv1142.i, 7
+  %1430 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.1
+  %gep1338.i.2 = getelementptr inbounds nuw i8, ptr %1430, i64 256
+  %1431 = load <32 x float>, ptr %gep1338.i.2, align 4, !tbaa !4
+  %1432 = fadd <32 x float> %1429, %1431
+  %indvars.iv.next1143.i.2 = shl i64 %indvars.iv1142.i, 7
+  %1433 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.2
+  %gep1338.i.3 = getelementptr inbounds nuw i8, ptr %1433, i64 384
+  %1434 = load <32 x float>, ptr %gep1338.i.3, align 4, !tbaa !4
+  %1435 = fadd <32 x float> %1432, %1434
+  %indvars.iv.next1143.i.3 = shl i64 %indvars.iv1142.i, 7
+  %1436 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.3
+  %gep1338.i.4 = getelementptr inbounds nuw i8, ptr %1436, i64 512
+  %1437 = load <32 x float>, ptr %gep1338.i.4, align 4, !tbaa !4
+  %1438 = fadd <32 x float> %1435, %1437
+  %indvars.iv.next1143.i.4 = shl i64 %indvars.iv1142.i, 7
+  %1439 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.4
+  %gep1338.i.5 = getelementptr inbounds nuw i8, ptr %1439, i64 640
+  %1440 = load <32 x float>, ptr %gep1338.i.5, align 4, !tbaa !4
+  %1441 = fadd <32 x float> %1438, %1440
+  %indvars.iv.next1143.i.5 = shl i64 %indvars.iv1142.i, 7
+  %1442 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.5
+  %gep1338.i.6 = getelementptr inbounds nuw i8, ptr %1442, i64 768
+  %1443 = load <32 x float>, ptr %gep1338.i.6, align 4, !tbaa !4
+  %1444 = fadd <32 x float> %1441, %1443
+  %indvars.iv.next1143.i.6 = shl i64 %indvars.iv1142.i, 7
+  %1445 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.6
+  %gep1338.i.7 = getelementptr inbounds nuw i8, ptr %1445, i64 896
+  %1446 = load <32 x float>, ptr %gep1338.i.7, align 4, !tbaa !4
+  %1447 = fadd <32 x float> %1444, %1446
+  %indvars.iv.next1143.i.7 = add nuw nsw i64 %indvars.iv1142.i, 8
+  %niter154.next.7 = add i64 %niter154, 8
+  %niter154.ncmp.7 = icmp eq i64 %niter154.next.7, %unroll_iter153
+  br i1 %niter154.ncmp.7, label %for_end_ax183.i.loopexit.unr-lcssa, label %for_body_ax182.i, !prof !42, !llvm.loop !57
 
 for_end_ax183.i.loopexit.unr-lcssa:               ; preds = %for_body_ax182.i
-  br i1 %lcmp.mod124.not, label %for_end_ax183.i, label %for_body_ax182.i.epil.preheader, !prof !45
+  br i1 %lcmp.mod150.not, label %for_end_ax183.i, label %for_body_ax182.i.epil.preheader, !prof !45
 
 for_body_ax182.i.epil.preheader:                  ; preds = %for_end_ax183.i.loopexit.unr-lcssa, %for_body_ax182.lr.ph.i
-  %indvars.iv1105.i.epil.init = phi i64 [ 0, %for_body_ax182.lr.ph.i ], [ %indvars.iv.next1106.i.7, %for_end_ax183.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global219.sroa.0.0863.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax182.lr.ph.i ], [ %1421, %for_end_ax183.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod126)
+  %indvars.iv1142.i.epil.init = phi i64 [ 0, %for_body_ax182.lr.ph.i ], [ %indvars.iv.next1143.i.7, %for_end_ax183.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global248.sroa.0.0893.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax182.lr.ph.i ], [ %1447, %for_end_ax183.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod152)
   br label %for_body_ax182.i.epil
 
 for_body_ax182.i.epil:                            ; preds = %for_body_ax182.i.epil, %for_body_ax182.i.epil.preheader
-  %indvars.iv1105.i.epil = phi i64 [ %indvars.iv1105.i.epil.init, %for_body_ax182.i.epil.preheader ], [ %indvars.iv.next1106.i.epil, %for_body_ax182.i.epil ]
-  %tile_sum.rf_global219.sroa.0.0863.i.epil = phi <32 x float> [ %tile_sum.rf_global219.sroa.0.0863.i.epil.init, %for_body_ax182.i.epil.preheader ], [ %1423, %for_body_ax182.i.epil ]
-  %epil.iter123 = phi i64 [ 0, %for_body_ax182.i.epil.preheader ], [ %epil.iter123.next, %for_body_ax182.i.epil ]
-  %.idx1241.i.epil = shl nsw i64 %indvars.iv1105.i.epil, 7
-  %gep1278.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1277.i, i64 %.idx1241.i.epil
-  %1422 = load <32 x float>, ptr %gep1278.i.epil, align 4, !tbaa !4
-  %1423 = fadd <32 x float> %tile_sum.rf_global219.sroa.0.0863.i.epil, %1422
-  %indvars.iv.next1106.i.epil = add nuw nsw i64 %indvars.iv1105.i.epil, 1
-  %epil.iter123.next = add i64 %epil.iter123, 1
-  %epil.iter123.cmp.not = icmp eq i64 %epil.iter123.next, %xtraiter122
-  br i1 %epil.iter123.cmp.not, label %for_end_ax183.i, label %for_body_ax182.i.epil, !prof !30, !llvm.loop !58
+  %indvars.iv1142.i.epil = phi i64 [ %indvars.iv1142.i.epil.init, %for_body_ax182.i.epil.preheader ], [ %indvars.iv.next1143.i.epil, %for_body_ax182.i.epil ]
+  %tile_sum.rf_global248.sroa.0.0893.i.epil = phi <32 x float> [ %tile_sum.rf_global248.sroa.0.0893.i.epil.init, %for_body_ax182.i.epil.preheader ], [ %1449, %for_body_ax182.i.epil ]
+  %epil.iter149 = phi i64 [ 0, %for_body_ax182.i.epil.preheader ], [ %epil.iter149.next, %for_body_ax182.i.epil ]
+  %.idx1300.i.epil = shl nsw i64 %indvars.iv1142.i.epil, 7
+  %gep1338.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %.idx1300.i.epil
+  %1448 = load <32 x float>, ptr %gep1338.i.epil, align 4, !tbaa !4
+  %1449 = fadd <32 x float> %tile_sum.rf_global248.sroa.0.0893.i.epil, %1448
+  %indvars.iv.next1143.i.epil = add nuw nsw i64 %indvars.iv1142.i.epil, 1
+  %epil.iter149.next = add i64 %epil.iter149, 1
+  %epil.iter149.cmp.not = icmp eq i64 %epil.iter149.next, %xtraiter148
+  br i1 %epil.iter149.cmp.not, label %for_end_ax183.i, label %for_body_ax182.i.epil, !prof !30, !llvm.loop !58
 
 for_end_ax183.i:                                  ; preds = %for_body_ax182.i.epil, %for_end_ax183.i.loopexit.unr-lcssa, %for_begin_ax181.preheader.i
-  %tile_sum.rf_global219.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax181.preheader.i ], [ %1421, %for_end_ax183.i.loopexit.unr-lcssa ], [ %1423, %for_body_ax182.i.epil ]
-  %1424 = getelementptr inbounds nuw float, ptr %tile_sum225.i, i64 %indvars.iv1110.i
-  %tile_sum.rf220.sroa.0.0.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 0
-  %1425 = fadd float %tile_sum.rf220.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf220.sroa.0.4.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 1
-  %1426 = fadd float %tile_sum.rf220.sroa.0.4.vec.extract.i, %1425
-  %tile_sum.rf220.sroa.0.8.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 2
-  %1427 = fadd float %tile_sum.rf220.sroa.0.8.vec.extract.i, %1426
-  %tile_sum.rf220.sroa.0.12.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 3
-  %1428 = fadd float %tile_sum.rf220.sroa.0.12.vec.extract.i, %1427
-  %tile_sum.rf220.sroa.0.16.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 4
-  %1429 = fadd float %tile_sum.rf220.sroa.0.16.vec.extract.i, %1428
-  %tile_sum.rf220.sroa.0.20.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 5
-  %1430 = fadd float %tile_sum.rf220.sroa.0.20.vec.extract.i, %1429
-  %tile_sum.rf220.sroa.0.24.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 6
-  %1431 = fadd float %tile_sum.rf220.sroa.0.24.vec.extract.i, %1430
-  %tile_sum.rf220.sroa.0.28.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 7
-  %1432 = fadd float %tile_sum.rf220.sroa.0.28.vec.extract.i, %1431
-  %tile_sum.rf220.sroa.0.32.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 8
-  %1433 = fadd float %tile_sum.rf220.sroa.0.32.vec.extract.i, %1432
-  %tile_sum.rf220.sroa.0.36.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 9
-  %1434 = fadd float %tile_sum.rf220.sroa.0.36.vec.extract.i, %1433
-  %tile_sum.rf220.sroa.0.40.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 10
-  %1435 = fadd float %tile_sum.rf220.sroa.0.40.vec.extract.i, %1434
-  %tile_sum.rf220.sroa.0.44.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 11
-  %1436 = fadd float %tile_sum.rf220.sroa.0.44.vec.extract.i, %1435
-  %tile_sum.rf220.sroa.0.48.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 12
-  %1437 = fadd float %tile_sum.rf220.sroa.0.48.vec.extract.i, %1436
-  %tile_sum.rf220.sroa.0.52.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 13
-  %1438 = fadd float %tile_sum.rf220.sroa.0.52.vec.extract.i, %1437
-  %tile_sum.rf220.sroa.0.56.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 14
-  %1439 = fadd float %tile_sum.rf220.sroa.0.56.vec.extract.i, %1438
-  %tile_sum.rf220.sroa.0.60.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 15
-  %1440 = fadd float %tile_sum.rf220.sroa.0.60.vec.extract.i, %1439
-  %tile_sum.rf220.sroa.0.64.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 16
-  %1441 = fadd float %tile_sum.rf220.sroa.0.64.vec.extract.i, %1440
-  %tile_sum.rf220.sroa.0.68.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 17
-  %1442 = fadd float %tile_sum.rf220.sroa.0.68.vec.extract.i, %1441
-  %tile_sum.rf220.sroa.0.72.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 18
-  %1443 = fadd float %tile_sum.rf220.sroa.0.72.vec.extract.i, %1442
-  %tile_sum.rf220.sroa.0.76.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 19
-  %1444 = fadd float %tile_sum.rf220.sroa.0.76.vec.extract.i, %1443
-  %tile_sum.rf220.sroa.0.80.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 20
-  %1445 = fadd float %tile_sum.rf220.sroa.0.80.vec.extract.i, %1444
-  %tile_sum.rf220.sroa.0.84.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 21
-  %1446 = fadd float %tile_sum.rf220.sroa.0.84.vec.extract.i, %1445
-  %tile_sum.rf220.sroa.0.88.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 22
-  %1447 = fadd float %tile_sum.rf220.sroa.0.88.vec.extract.i, %1446
-  %tile_sum.rf220.sroa.0.92.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 23
-  %1448 = fadd float %tile_sum.rf220.sroa.0.92.vec.extract.i, %1447
-  %tile_sum.rf220.sroa.0.96.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 24
-  %1449 = fadd float %tile_sum.rf220.sroa.0.96.vec.extract.i, %1448
-  %tile_sum.rf220.sroa.0.100.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 25
-  %1450 = fadd float %tile_sum.rf220.sroa.0.100.vec.extract.i, %1449
-  %tile_sum.rf220.sroa.0.104.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 26
-  %1451 = fadd float %tile_sum.rf220.sroa.0.104.vec.extract.i, %1450
-  %tile_sum.rf220.sroa.0.108.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 27
-  %1452 = fadd float %tile_sum.rf220.sroa.0.108.vec.extract.i, %1451
-  %tile_sum.rf220.sroa.0.112.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 28
-  %1453 = fadd float %tile_sum.rf220.sroa.0.112.vec.extract.i, %1452
-  %tile_sum.rf220.sroa.0.116.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 29
-  %1454 = fadd float %tile_sum.rf220.sroa.0.116.vec.extract.i, %1453
-  %tile_sum.rf220.sroa.0.120.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 30
-  %1455 = fadd float %tile_sum.rf220.sroa.0.120.vec.extract.i, %1454
-  %tile_sum.rf220.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global219.sroa.0.0.lcssa.i, i64 31
-  %1456 = fadd float %tile_sum.rf220.sroa.0.124.vec.extract.i, %1455
-  store float %1456, ptr %1424, align 4, !tbaa !59
-  %indvars.iv.next1111.i = add nuw nsw i64 %indvars.iv1110.i, 1
-  %exitcond1113.not.i = icmp eq i64 %indvars.iv.next1111.i, 4
-  br i1 %exitcond1113.not.i, label %for_begin_to91.preheader.preheader.i, label %for_begin_ax181.preheader.i, !prof !21
+  %tile_sum.rf_global248.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax181.preheader.i ], [ %1447, %for_end_ax183.i.loopexit.unr-lcssa ], [ %1449, %for_body_ax182.i.epil ]
+  %1450 = getelementptr inbounds nuw float, ptr %tile_sum254.i, i64 %indvars.iv1147.i
+  %tile_sum.rf249.sroa.0.0.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 0
+  %1451 = fadd float %tile_sum.rf249.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf249.sroa.0.4.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 1
+  %1452 = fadd float %tile_sum.rf249.sroa.0.4.vec.extract.i, %1451
+  %tile_sum.rf249.sroa.0.8.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 2
+  %1453 = fadd float %tile_sum.rf249.sroa.0.8.vec.extract.i, %1452
+  %tile_sum.rf249.sroa.0.12.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 3
+  %1454 = fadd float %tile_sum.rf249.sroa.0.12.vec.extract.i, %1453
+  %tile_sum.rf249.sroa.0.16.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 4
+  %1455 = fadd float %tile_sum.rf249.sroa.0.16.vec.extract.i, %1454
+  %tile_sum.rf249.sroa.0.20.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 5
+  %1456 = fadd float %tile_sum.rf249.sroa.0.20.vec.extract.i, %1455
+  %tile_sum.rf249.sroa.0.24.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 6
+  %1457 = fadd float %tile_sum.rf249.sroa.0.24.vec.extract.i, %1456
+  %tile_sum.rf249.sroa.0.28.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 7
+  %1458 = fadd float %tile_sum.rf249.sroa.0.28.vec.extract.i, %1457
+  %tile_sum.rf249.sroa.0.32.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 8
+  %1459 = fadd float %tile_sum.rf249.sroa.0.32.vec.extract.i, %1458
+  %tile_sum.rf249.sroa.0.36.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 9
+  %1460 = fadd float %tile_sum.rf249.sroa.0.36.vec.extract.i, %1459
+  %tile_sum.rf249.sroa.0.40.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 10
+  %1461 = fadd float %tile_sum.rf249.sroa.0.40.vec.extract.i, %1460
+  %tile_sum.rf249.sroa.0.44.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 11
+  %1462 = fadd float %tile_sum.rf249.sroa.0.44.vec.extract.i, %1461
+  %tile_sum.rf249.sroa.0.48.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 12
+  %1463 = fadd float %tile_sum.rf249.sroa.0.48.vec.extract.i, %1462
+  %tile_sum.rf249.sroa.0.52.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 13
+  %1464 = fadd float %tile_sum.rf249.sroa.0.52.vec.extract.i, %1463
+  %tile_sum.rf249.sroa.0.56.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 14
+  %1465 = fadd float %tile_sum.rf249.sroa.0.56.vec.extract.i, %1464
+  %tile_sum.rf249.sroa.0.60.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 15
+  %1466 = fadd float %tile_sum.rf249.sroa.0.60.vec.extract.i, %1465
+  %tile_sum.rf249.sroa.0.64.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 16
+  %1467 = fadd float %tile_sum.rf249.sroa.0.64.vec.extract.i, %1466
+  %tile_sum.rf249.sroa.0.68.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 17
+  %1468 = fadd float %tile_sum.rf249.sroa.0.68.vec.extract.i, %1467
+  %tile_sum.rf249.sroa.0.72.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 18
+  %1469 = fadd float %tile_sum.rf249.sroa.0.72.vec.extract.i, %1468
+  %tile_sum.rf249.sroa.0.76.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 19
+  %1470 = fadd float %tile_sum.rf249.sroa.0.76.vec.extract.i, %1469
+  %tile_sum.rf249.sroa.0.80.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 20
+  %1471 = fadd float %tile_sum.rf249.sroa.0.80.vec.extract.i, %1470
+  %tile_sum.rf249.sroa.0.84.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 21
+  %1472 = fadd float %tile_sum.rf249.sroa.0.84.vec.extract.i, %1471
+  %tile_sum.rf249.sroa.0.88.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 22
+  %1473 = fadd float %tile_sum.rf249.sroa.0.88.vec.extract.i, %1472
+  %tile_sum.rf249.sroa.0.92.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 23
+  %1474 = fadd float %tile_sum.rf249.sroa.0.92.vec.extract.i, %1473
+  %tile_sum.rf249.sroa.0.96.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 24
+  %1475 = fadd float %tile_sum.rf249.sroa.0.96.vec.extract.i, %1474
+  %tile_sum.rf249.sroa.0.100.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 25
+  %1476 = fadd float %tile_sum.rf249.sroa.0.100.vec.extract.i, %1475
+  %tile_sum.rf249.sroa.0.104.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 26
+  %1477 = fadd float %tile_sum.rf249.sroa.0.104.vec.extract.i, %1476
+  %tile_sum.rf249.sroa.0.108.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 27
+  %1478 = fadd float %tile_sum.rf249.sroa.0.108.vec.extract.i, %1477
+  %tile_sum.rf249.sroa.0.112.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 28
+  %1479 = fadd float %tile_sum.rf249.sroa.0.112.vec.extract.i, %1478
+  %tile_sum.rf249.sroa.0.116.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 29
+  %1480 = fadd float %tile_sum.rf249.sroa.0.116.vec.extract.i, %1479
+  %tile_sum.rf249.sroa.0.120.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 30
+  %1481 = fadd float %tile_sum.rf249.sroa.0.120.vec.extract.i, %1480
+  %tile_sum.rf249.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 31
+  %1482 = fadd float %tile_sum.rf249.sroa.0.124.vec.extract.i, %1481
+  store float %1482, ptr %1450, align 4, !tbaa !59
+  %indvars.iv.next1148.i = add nuw nsw i64 %indvars.iv1147.i, 1
+  %exitcond1150.not.i = icmp eq i64 %indvars.iv.next1148.i, 4
+  br i1 %exitcond1150.not.i, label %for_begin_to91.preheader.preheader.i, label %for_begin_ax181.preheader.i, !prof !21
 
 for_begin_to91.preheader.preheader.i:             ; preds = %for_end_ax183.i
-  br i1 %559, label %for_body_to92.i.preheader, label %for_end_to93.3.i, !prof !3
+  br i1 %586, label %for_body_to92.i.preheader, label %for_end_to93.3.i, !prof !3
 
 for_body_to92.i.preheader:                        ; preds = %for_begin_to91.preheader.preheader.i
-  br i1 %581, label %for_body_to92.i.epil.preheader, label %for_body_to92.i, !prof !26
+  br i1 %608, label %for_body_to92.i.epil.preheader, label %for_body_to92.i, !prof !26
 
 for_begin_d_0.preheader.i:                        ; preds = %for_end_to93.3.i
-  %invariant.gep951.i = getelementptr i32, ptr %value_cache, i64 %v_now.i
-  %1457 = mul nsw i64 %ahead_head.i, %v_head
+  %invariant.gep981.i = getelementptr i32, ptr %value_cache, i64 %v_now.i
+  %1483 = mul nsw i64 %ahead_head.i, %v_head
   br label %for_begin_to99.preheader.i
 
 for_body_to92.i:                                  ; preds = %for_body_to92.i, %for_body_to92.i.preheader
-  %indvars.iv1114.i = phi i64 [ %indvars.iv.next1115.i.3, %for_body_to92.i ], [ 0, %for_body_to92.i.preheader ]
-  %niter134 = phi i64 [ %niter134.next.3, %for_body_to92.i ], [ 0, %for_body_to92.i.preheader ]
-  %.idx1243.i = shl nsw i64 %indvars.iv1114.i, 7
-  %1458 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1243.i
-  %1459 = load <32 x float>, ptr %1458, align 4, !tbaa !4
-  %1460 = bitcast <32 x float> %1459 to <32 x i32>
-  %1461 = shufflevector <32 x i32> %1460, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1462 = lshr <16 x i32> %1461, splat (i32 16)
-  %1463 = bitcast <32 x float> %1459 to <32 x i32>
-  %1464 = shufflevector <32 x i32> %1463, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1465 = or <16 x i32> %1462, %1464
-  %.idx1244.i = shl nsw i64 %indvars.iv1114.i, 6
-  %1466 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1244.i
-  store <16 x i32> %1465, ptr %1466, align 4, !tbaa !4
-  %indvars.iv.next1115.i = or disjoint i64 %indvars.iv1114.i, 1
-  %.idx1243.i.1 = shl nsw i64 %indvars.iv.next1115.i, 7
-  %1467 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1243.i.1
-  %1468 = load <32 x float>, ptr %1467, align 4, !tbaa !4
-  %1469 = bitcast <32 x float> %1468 to <32 x i32>
-  %1470 = shufflevector <32 x i32> %1469, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1471 = lshr <16 x i32> %1470, splat (i32 16)
-  %1472 = bitcast <32 x float> %1468 to <32 x i32>
-  %1473 = shufflevector <32 x i32> %1472, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1474 = or <16 x i32> %1471, %1473
-  %.idx1244.i.1 = shl nsw i64 %indvars.iv.next1115.i, 6
-  %1475 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1244.i.1
-  store <16 x i32> %1474, ptr %1475, align 4, !tbaa !4
-  %indvars.iv.next1115.i.1 = or disjoint i64 %indvars.iv1114.i, 2
-  %.idx1243.i.2 = shl nsw i64 %indvars.iv.next1115.i.1, 7
-  %1476 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1243.i.2
-  %1477 = load <32 x float>, ptr %1476, align 4, !tbaa !4
-  %1478 = bitcast <32 x float> %1477 to <32 x i32>
-  %1479 = shufflevector <32 x i32> %1478, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1480 = lshr <16 x i32> %1479, splat (i32 16)
-  %1481 = bitcast <32 x float> %1477 to <32 x i32>
-  %1482 = shufflevector <32 x i32> %1481, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1483 = or <16 x i32> %1480, %1482
-  %.idx1244.i.2 = shl nsw i64 %indvars.iv.next1115.i.1, 6
-  %1484 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1244.i.2
-  store <16 x i32> %1483, ptr %1484, align 4, !tbaa !4
-  %indvars.iv.next1115.i.2 = or disjoint i64 %indvars.iv1114.i, 3
-  %.idx1243.i.3 = shl nsw i64 %indvars.iv.next1115.i.2, 7
-  %1485 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1243.i.3
-  %1486 = load <32 x float>, ptr %1485, align 4, !tbaa !4
-  %1487 = bitcast <32 x float> %1486 to <32 x i32>
-  %1488 = shufflevector <32 x i32> %1487, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1489 = lshr <16 x i32> %1488, splat (i32 16)
-  %1490 = bitcast <32 x float> %1486 to <32 x i32>
-  %1491 = shufflevector <32 x i32> %1490, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1492 = or <16 x i32> %1489, %1491
-  %.idx1244.i.3 = shl nsw i64 %indvars.iv.next1115.i.2, 6
-  %1493 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1244.i.3
-  store <16 x i32> %1492, ptr %1493, align 4, !tbaa !4
-  %indvars.iv.next1115.i.3 = add nuw nsw i64 %indvars.iv1114.i, 4
-  %niter134.next.3 = add i64 %niter134, 4
-  %niter134.ncmp.3 = icmp eq i64 %niter134.next.3, %unroll_iter133
-  br i1 %niter134.ncmp.3, label %for_body_to92.1.i.preheader.unr-lcssa, label %for_body_to92.i, !prof !27, !llvm.loop !61
+  %indvars.iv1151.i = phi i64 [ %indvars.iv.next1152.i.3, %for_body_to92.i ], [ 0, %for_body_to92.i.preheader ]
+  %niter160 = phi i64 [ %niter160.next.3, %for_body_to92.i ], [ 0, %for_body_to92.i.preheader ]
+  %.idx1302.i = shl nsw i64 %indvars.iv1151.i, 7
+  %1484 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i
+  %1485 = load <32 x float>, ptr %1484, align 4, !tbaa !4
+  %1486 = bitcast <32 x float> %1485 to <32 x i32>
+  %1487 = shufflevector <32 x i32> %1486, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1488 = lshr <16 x i32> %1487, splat (i32 16)
+  %1489 = bitcast <32 x float> %1485 to <32 x i32>
+  %1490 = shufflevector <32 x i32> %1489, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1491 = or <16 x i32> %1488, %1490
+  %.idx1303.i = shl nsw i64 %indvars.iv1151.i, 6
+  %1492 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i
+  store <16 x i32> %1491, ptr %1492, align 4, !tbaa !4
+  %indvars.iv.next1152.i = or disjoint i64 %indvars.iv1151.i, 1
+  %.idx1302.i.1 = shl nsw i64 %indvars.iv.next1152.i, 7
+  %1493 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i.1
+  %1494 = load <32 x float>, ptr %1493, align 4, !tbaa !4
+  %1495 = bitcast <32 x float> %1494 to <32 x i32>
+  %1496 = shufflevector <32 x i32> %1495, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1497 = lshr <16 x i32> %1496, splat (i32 16)
+  %1498 = bitcast <32 x float> %1494 to <32 x i32>
+  %1499 = shufflevector <32 x i32> %1498, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1500 = or <16 x i32> %1497, %1499
+  %.idx1303.i.1 = shl nsw i64 %indvars.iv.next1152.i, 6
+  %1501 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i.1
+  store <16 x i32> %1500, ptr %1501, align 4, !tbaa !4
+  %indvars.iv.next1152.i.1 = or disjoint i64 %indvars.iv1151.i, 2
+  %.idx1302.i.2 = shl nsw i64 %indvars.iv.next1152.i.1, 7
+  %1502 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i.2
+  %1503 = load <32 x float>, ptr %1502, align 4, !tbaa !4
+  %1504 = bitcast <32 x float> %1503 to <32 x i32>
+  %1505 = shufflevector <32 x i32> %1504, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1506 = lshr <16 x i32> %1505, splat (i32 16)
+  %1507 = bitcast <32 x float> %1503 to <32 x i32>
+  %1508 = shufflevector <32 x i32> %1507, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1509 = or <16 x i32> %1506, %1508
+  %.idx1303.i.2 = shl nsw i64 %indvars.iv.next1152.i.1, 6
+  %1510 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i.2
+  store <16 x i32> %1509, ptr %1510, align 4, !tbaa !4
+  %indvars.iv.next1152.i.2 = or disjoint i64 %indvars.iv1151.i, 3
+  %.idx1302.i.3 = shl nsw i64 %indvars.iv.next1152.i.2, 7
+  %1511 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i.3
+  %1512 = load <32 x float>, ptr %1511, align 4, !tbaa !4
+  %1513 = bitcast <32 x float> %1512 to <32 x i32>
+  %1514 = shufflevector <32 x i32> %1513, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1515 = lshr <16 x i32> %1514, splat (i32 16)
+  %1516 = bitcast <32 x float> %1512 to <32 x i32>
+  %1517 = shufflevector <32 x i32> %1516, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1518 = or <16 x i32> %1515, %1517
+  %.idx1303.i.3 = shl nsw i64 %indvars.iv.next1152.i.2, 6
+  %1519 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i.3
+  store <16 x i32> %1518, ptr %1519, align 4, !tbaa !4
+  %indvars.iv.next1152.i.3 = add nuw nsw i64 %indvars.iv1151.i, 4
+  %niter160.next.3 = add i64 %niter160, 4
+  %niter160.ncmp.3 = icmp eq i64 %niter160.next.3, %unroll_iter159
+  br i1 %niter160.ncmp.3, label %for_body_to92.1.i.preheader.unr-lcssa, label %for_body_to92.i, !prof !27, !llvm.loop !61
 
 for_body_to92.1.i.preheader.unr-lcssa:            ; preds = %for_body_to92.i
-  br i1 %lcmp.mod131.not, label %for_body_to92.1.i.preheader, label %for_body_to92.i.epil.preheader, !prof !30
+  br i1 %lcmp.mod157.not, label %for_body_to92.1.i.preheader, label %for_body_to92.i.epil.preheader, !prof !30
 
 for_body_to92.i.epil.preheader:                   ; preds = %for_body_to92.1.i.preheader.unr-lcssa, %for_body_to92.i.preheader
-  %indvars.iv1114.i.epil.init = phi i64 [ 0, %for_body_to92.i.preheader ], [ %indvars.iv.next1115.i.3, %for_body_to92.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod132)
+  %indvars.iv1151.i.epil.init = phi i64 [ 0, %for_body_to92.i.preheader ], [ %indvars.iv.next1152.i.3, %for_body_to92.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod158)
   br label %for_body_to92.i.epil
 
 for_body_to92.i.epil:                             ; preds = %for_body_to92.i.epil, %for_body_to92.i.epil.preheader
-  %indvars.iv1114.i.epil = phi i64 [ %indvars.iv.next1115.i.epil, %for_body_to92.i.epil ], [ %indvars.iv1114.i.epil.init, %for_body_to92.i.epil.preheader ]
-  %epil.iter130 = phi i64 [ %epil.iter130.next, %for_body_to92.i.epil ], [ 0, %for_body_to92.i.epil.preheader ]
-  %.idx1243.i.epil = shl nsw i64 %indvars.iv1114.i.epil, 7
-  %1494 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1243.i.epil
-  %1495 = load <32 x float>, ptr %1494, align 4, !tbaa !4
-  %1496 = bitcast <32 x float> %1495 to <32 x i32>
-  %1497 = shufflevector <32 x i32> %1496, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1498 = lshr <16 x i32> %1497, splat (i32 16)
-  %1499 = bitcast <32 x float> %1495 to <32 x i32>
-  %1500 = shufflevector <32 x i32> %1499, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1501 = or <16 x i32> %1498, %1500
-  %.idx1244.i.epil = shl nsw i64 %indvars.iv1114.i.epil, 6
-  %1502 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1244.i.epil
-  store <16 x i32> %1501, ptr %1502, align 4, !tbaa !4
-  %indvars.iv.next1115.i.epil = add nuw nsw i64 %indvars.iv1114.i.epil, 1
-  %epil.iter130.next = add i64 %epil.iter130, 1
-  %epil.iter130.cmp.not = icmp eq i64 %epil.iter130.next, %xtraiter129
-  br i1 %epil.iter130.cmp.not, label %for_body_to92.1.i.preheader, label %for_body_to92.i.epil, !prof !31, !llvm.loop !62
+  %indvars.iv1151.i.epil = phi i64 [ %indvars.iv.next1152.i.epil, %for_body_to92.i.epil ], [ %indvars.iv1151.i.epil.init, %for_body_to92.i.epil.preheader ]
+  %epil.iter156 = phi i64 [ %epil.iter156.next, %for_body_to92.i.epil ], [ 0, %for_body_to92.i.epil.preheader ]
+  %.idx1302.i.epil = shl nsw i64 %indvars.iv1151.i.epil, 7
+  %1520 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i.epil
+  %1521 = load <32 x float>, ptr %1520, align 4, !tbaa !4
+  %1522 = bitcast <32 x float> %1521 to <32 x i32>
+  %1523 = shufflevector <32 x i32> %1522, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1524 = lshr <16 x i32> %1523, splat (i32 16)
+  %1525 = bitcast <32 x float> %1521 to <32 x i32>
+  %1526 = shufflevector <32 x i32> %1525, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1527 = or <16 x i32> %1524, %1526
+  %.idx1303.i.epil = shl nsw i64 %indvars.iv1151.i.epil, 6
+  %1528 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i.epil
+  store <16 x i32> %1527, ptr %1528, align 4, !tbaa !4
+  %indvars.iv.next1152.i.epil = add nuw nsw i64 %indvars.iv1151.i.epil, 1
+  %epil.iter156.next = add i64 %epil.iter156, 1
+  %epil.iter156.cmp.not = icmp eq i64 %epil.iter156.next, %xtraiter155
+  br i1 %epil.iter156.cmp.not, label %for_body_to92.1.i.preheader, label %for_body_to92.i.epil, !prof !31, !llvm.loop !62
 
 for_body_to92.1.i.preheader:                      ; preds = %for_body_to92.i.epil, %for_body_to92.1.i.preheader.unr-lcssa
-  br i1 %582, label %for_body_to92.1.i.epil.preheader, label %for_body_to92.1.i, !prof !26
+  br i1 %609, label %for_body_to92.1.i.epil.preheader, label %for_body_to92.1.i, !prof !26
 
 for_body_to92.1.i:                                ; preds = %for_body_to92.1.i, %for_body_to92.1.i.preheader
-  %indvars.iv1114.1.i = phi i64 [ %indvars.iv.next1115.1.i.3, %for_body_to92.1.i ], [ 0, %for_body_to92.1.i.preheader ]
-  %niter140 = phi i64 [ %niter140.next.3, %for_body_to92.1.i ], [ 0, %for_body_to92.1.i.preheader ]
-  %.idx1245.i = shl nsw i64 %indvars.iv1114.1.i, 7
-  %1503 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1245.i
-  %1504 = getelementptr inbounds nuw i8, ptr %1503, i64 512
-  %1505 = load <32 x float>, ptr %1504, align 4, !tbaa !4
-  %1506 = bitcast <32 x float> %1505 to <32 x i32>
-  %1507 = shufflevector <32 x i32> %1506, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1508 = lshr <16 x i32> %1507, splat (i32 16)
-  %1509 = bitcast <32 x float> %1505 to <32 x i32>
-  %1510 = shufflevector <32 x i32> %1509, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1511 = or <16 x i32> %1508, %1510
-  %.idx1246.i = shl nsw i64 %indvars.iv1114.1.i, 6
-  %1512 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1246.i
-  %1513 = getelementptr inbounds nuw i8, ptr %1512, i64 256
-  store <16 x i32> %1511, ptr %1513, align 4, !tbaa !4
-  %indvars.iv.next1115.1.i = or disjoint i64 %indvars.iv1114.1.i, 1
-  %.idx1245.i.1 = shl nsw i64 %indvars.iv.next1115.1.i, 7
-  %1514 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1245.i.1
-  %1515 = getelementptr inbounds nuw i8, ptr %1514, i64 512
-  %1516 = load <32 x float>, ptr %1515, align 4, !tbaa !4
-  %1517 = bitcast <32 x float> %1516 to <32 x i32>
-  %1518 = shufflevector <32 x i32> %1517, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1519 = lshr <16 x i32> %1518, splat (i32 16)
-  %1520 = bitcast <32 x float> %1516 to <32 x i32>
-  %1521 = shufflevector <32 x i32> %1520, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1522 = or <16 x i32> %1519, %1521
-  %.idx1246.i.1 = shl nsw i64 %indvars.iv.next1115.1.i, 6
-  %1523 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1246.i.1
-  %1524 = getelementptr inbounds nuw i8, ptr %1523, i64 256
-  store <16 x i32> %1522, ptr %1524, align 4, !tbaa !4
-  %indvars.iv.next1115.1.i.1 = or disjoint i64 %indvars.iv1114.1.i, 2
-  %.idx1245.i.2 = shl nsw i64 %indvars.iv.next1115.1.i.1, 7
-  %1525 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1245.i.2
-  %1526 = getelementptr inbounds nuw i8, ptr %1525, i64 512
-  %1527 = load <32 x float>, ptr %1526, align 4, !tbaa !4
-  %1528 = bitcast <32 x float> %1527 to <32 x i32>
-  %1529 = shufflevector <32 x i32> %1528, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1530 = lshr <16 x i32> %1529, splat (i32 16)
-  %1531 = bitcast <32 x float> %1527 to <32 x i32>
-  %1532 = shufflevector <32 x i32> %1531, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1533 = or <16 x i32> %1530, %1532
-  %.idx1246.i.2 = shl nsw i64 %indvars.iv.next1115.1.i.1, 6
-  %1534 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1246.i.2
-  %1535 = getelementptr inbounds nuw i8, ptr %1534, i64 256
-  store <16 x i32> %1533, ptr %1535, align 4, !tbaa !4
-  %indvars.iv.next1115.1.i.2 = or disjoint i64 %indvars.iv1114.1.i, 3
-  %.idx1245.i.3 = shl nsw i64 %indvars.iv.next1115.1.i.2, 7
-  %1536 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1245.i.3
-  %1537 = getelementptr inbounds nuw i8, ptr %1536, i64 512
-  %1538 = load <32 x float>, ptr %1537, align 4, !tbaa !4
-  %1539 = bitcast <32 x float> %1538 to <32 x i32>
-  %1540 = shufflevector <32 x i32> %1539, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1541 = lshr <16 x i32> %1540, splat (i32 16)
-  %1542 = bitcast <32 x float> %1538 to <32 x i32>
-  %1543 = shufflevector <32 x i32> %1542, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1544 = or <16 x i32> %1541, %1543
-  %.idx1246.i.3 = shl nsw i64 %indvars.iv.next1115.1.i.2, 6
-  %1545 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1246.i.3
-  %1546 = getelementptr inbounds nuw i8, ptr %1545, i64 256
-  store <16 x i32> %1544, ptr %1546, align 4, !tbaa !4
-  %indvars.iv.next1115.1.i.3 = add nuw nsw i64 %indvars.iv1114.1.i, 4
-  %niter140.next.3 = add i64 %niter140, 4
-  %niter140.ncmp.3 = icmp eq i64 %niter140.next.3, %unroll_iter139
-  br i1 %niter140.ncmp.3, label %for_body_to92.2.i.preheader.unr-lcssa, label %for_body_to92.1.i, !prof !27, !llvm.loop !63
+  %indvars.iv1151.1.i = phi i64 [ %indvars.iv.next1152.1.i.3, %for_body_to92.1.i ], [ 0, %for_body_to92.1.i.preheader ]
+  %niter166 = phi i64 [ %niter166.next.3, %for_body_to92.1.i ], [ 0, %for_body_to92.1.i.preheader ]
+  %.idx1304.i = shl nsw i64 %indvars.iv1151.1.i, 7
+  %1529 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i
+  %1530 = getelementptr inbounds nuw i8, ptr %1529, i64 512
+  %1531 = load <32 x float>, ptr %1530, align 4, !tbaa !4
+  %1532 = bitcast <32 x float> %1531 to <32 x i32>
+  %1533 = shufflevector <32 x i32> %1532, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1534 = lshr <16 x i32> %1533, splat (i32 16)
+  %1535 = bitcast <32 x float> %1531 to <32 x i32>
+  %1536 = shufflevector <32 x i32> %1535, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1537 = or <16 x i32> %1534, %1536
+  %.idx1305.i = shl nsw i64 %indvars.iv1151.1.i, 6
+  %1538 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i
+  %1539 = getelementptr inbounds nuw i8, ptr %1538, i64 256
+  store <16 x i32> %1537, ptr %1539, align 4, !tbaa !4
+  %indvars.iv.next1152.1.i = or disjoint i64 %indvars.iv1151.1.i, 1
+  %.idx1304.i.1 = shl nsw i64 %indvars.iv.next1152.1.i, 7
+  %1540 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i.1
+  %1541 = getelementptr inbounds nuw i8, ptr %1540, i64 512
+  %1542 = load <32 x float>, ptr %1541, align 4, !tbaa !4
+  %1543 = bitcast <32 x float> %1542 to <32 x i32>
+  %1544 = shufflevector <32 x i32> %1543, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1545 = lshr <16 x i32> %1544, splat (i32 16)
+  %1546 = bitcast <32 x float> %1542 to <32 x i32>
+  %1547 = shufflevector <32 x i32> %1546, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1548 = or <16 x i32> %1545, %1547
+  %.idx1305.i.1 = shl nsw i64 %indvars.iv.next1152.1.i, 6
+  %1549 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i.1
+  %1550 = getelementptr inbounds nuw i8, ptr %1549, i64 256
+  store <16 x i32> %1548, ptr %1550, align 4, !tbaa !4
+  %indvars.iv.next1152.1.i.1 = or disjoint i64 %indvars.iv1151.1.i, 2
+  %.idx1304.i.2 = shl nsw i64 %indvars.iv.next1152.1.i.1, 7
+  %1551 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i.2
+  %1552 = getelementptr inbounds nuw i8, ptr %1551, i64 512
+  %1553 = load <32 x float>, ptr %1552, align 4, !tbaa !4
+  %1554 = bitcast <32 x float> %1553 to <32 x i32>
+  %1555 = shufflevector <32 x i32> %1554, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1556 = lshr <16 x i32> %1555, splat (i32 16)
+  %1557 = bitcast <32 x float> %1553 to <32 x i32>
+  %1558 = shufflevector <32 x i32> %1557, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1559 = or <16 x i32> %1556, %1558
+  %.idx1305.i.2 = shl nsw i64 %indvars.iv.next1152.1.i.1, 6
+  %1560 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i.2
+  %1561 = getelementptr inbounds nuw i8, ptr %1560, i64 256
+  store <16 x i32> %1559, ptr %1561, align 4, !tbaa !4
+  %indvars.iv.next1152.1.i.2 = or disjoint i64 %indvars.iv1151.1.i, 3
+  %.idx1304.i.3 = shl nsw i64 %indvars.iv.next1152.1.i.2, 7
+  %1562 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i.3
+  %1563 = getelementptr inbounds nuw i8, ptr %1562, i64 512
+  %1564 = load <32 x float>, ptr %1563, align 4, !tbaa !4
+  %1565 = bitcast <32 x float> %1564 to <32 x i32>
+  %1566 = shufflevector <32 x i32> %1565, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1567 = lshr <16 x i32> %1566, splat (i32 16)
+  %1568 = bitcast <32 x float> %1564 to <32 x i32>
+  %1569 = shufflevector <32 x i32> %1568, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1570 = or <16 x i32> %1567, %1569
+  %.idx1305.i.3 = shl nsw i64 %indvars.iv.next1152.1.i.2, 6
+  %1571 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i.3
+  %1572 = getelementptr inbounds nuw i8, ptr %1571, i64 256
+  store <16 x i32> %1570, ptr %1572, align 4, !tbaa !4
+  %indvars.iv.next1152.1.i.3 = add nuw nsw i64 %indvars.iv1151.1.i, 4
+  %niter166.next.3 = add i64 %niter166, 4
+  %niter166.ncmp.3 = icmp eq i64 %niter166.next.3, %unroll_iter165
+  br i1 %niter166.ncmp.3, label %for_body_to92.2.i.preheader.unr-lcssa, label %for_body_to92.1.i, !prof !27, !llvm.loop !63
 
 for_body_to92.2.i.preheader.unr-lcssa:            ; preds = %for_body_to92.1.i
-  br i1 %lcmp.mod137.not, label %for_body_to92.2.i.preheader, label %for_body_to92.1.i.epil.preheader, !prof !30
+  br i1 %lcmp.mod163.not, label %for_body_to92.2.i.preheader, label %for_body_to92.1.i.epil.preheader, !prof !30
 
 for_body_to92.1.i.epil.preheader:                 ; preds = %for_body_to92.2.i.preheader.unr-lcssa, %for_body_to92.1.i.preheader
-  %indvars.iv1114.1.i.epil.init = phi i64 [ 0, %for_body_to92.1.i.preheader ], [ %indvars.iv.next1115.1.i.3, %for_body_to92.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod138)
+  %indvars.iv1151.1.i.epil.init = phi i64 [ 0, %for_body_to92.1.i.preheader ], [ %indvars.iv.next1152.1.i.3, %for_body_to92.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod164)
   br label %for_body_to92.1.i.epil
 
 for_body_to92.1.i.epil:                           ; preds = %for_body_to92.1.i.epil, %for_body_to92.1.i.epil.preheader
-  %indvars.iv1114.1.i.epil = phi i64 [ %indvars.iv.next1115.1.i.epil, %for_body_to92.1.i.epil ], [ %indvars.iv1114.1.i.epil.init, %for_body_to92.1.i.epil.preheader ]
-  %epil.iter136 = phi i64 [ %epil.iter136.next, %for_body_to92.1.i.epil ], [ 0, %for_body_to92.1.i.epil.preheader ]
-  %.idx1245.i.epil = shl nsw i64 %indvars.iv1114.1.i.epil, 7
-  %1547 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1245.i.epil
-  %1548 = getelementptr inbounds nuw i8, ptr %1547, i64 512
-  %1549 = load <32 x float>, ptr %1548, align 4, !tbaa !4
-  %1550 = bitcast <32 x float> %1549 to <32 x i32>
-  %1551 = shufflevector <32 x i32> %1550, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1552 = lshr <16 x i32> %1551, splat (i32 16)
-  %1553 = bitcast <32 x float> %1549 to <32 x i32>
-  %1554 = shufflevector <32 x i32> %1553, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1555 = or <16 x i32> %1552, %1554
-  %.idx1246.i.epil = shl nsw i64 %indvars.iv1114.1.i.epil, 6
-  %1556 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1246.i.epil
-  %1557 = getelementptr inbounds nuw i8, ptr %1556, i64 256
-  store <16 x i32> %1555, ptr %1557, align 4, !tbaa !4
-  %indvars.iv.next1115.1.i.epil = add nuw nsw i64 %indvars.iv1114.1.i.epil, 1
-  %epil.iter136.next = add i64 %epil.iter136, 1
-  %epil.iter136.cmp.not = icmp eq i64 %epil.iter136.next, %xtraiter135
-  br i1 %epil.iter136.cmp.not, label %for_body_to92.2.i.preheader, label %for_body_to92.1.i.epil, !prof !31, !llvm.loop !64
+  %indvars.iv1151.1.i.epil = phi i64 [ %indvars.iv.next1152.1.i.epil, %for_body_to92.1.i.epil ], [ %indvars.iv1151.1.i.epil.init, %for_body_to92.1.i.epil.preheader ]
+  %epil.iter162 = phi i64 [ %epil.iter162.next, %for_body_to92.1.i.epil ], [ 0, %for_body_to92.1.i.epil.preheader ]
+  %.idx1304.i.epil = shl nsw i64 %indvars.iv1151.1.i.epil, 7
+  %1573 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i.epil
+  %1574 = getelementptr inbounds nuw i8, ptr %1573, i64 512
+  %1575 = load <32 x float>, ptr %1574, align 4, !tbaa !4
+  %1576 = bitcast <32 x float> %1575 to <32 x i32>
+  %1577 = shufflevector <32 x i32> %1576, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1578 = lshr <16 x i32> %1577, splat (i32 16)
+  %1579 = bitcast <32 x float> %1575 to <32 x i32>
+  %1580 = shufflevector <32 x i32> %1579, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1581 = or <16 x i32> %1578, %1580
+  %.idx1305.i.epil = shl nsw i64 %indvars.iv1151.1.i.epil, 6
+  %1582 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i.epil
+  %1583 = getelementptr inbounds nuw i8, ptr %1582, i64 256
+  store <16 x i32> %1581, ptr %1583, align 4, !tbaa !4
+  %indvars.iv.next1152.1.i.epil = add nuw nsw i64 %indvars.iv1151.1.i.epil, 1
+  %epil.iter162.next = add i64 %epil.iter162, 1
+  %epil.iter162.cmp.not = icmp eq i64 %epil.iter162.next, %xtraiter161
+  br i1 %epil.iter162.cmp.not, label %for_body_to92.2.i.preheader, label %for_body_to92.1.i.epil, !prof !31, !llvm.loop !64
 
 for_body_to92.2.i.preheader:                      ; preds = %for_body_to92.1.i.epil, %for_body_to92.2.i.preheader.unr-lcssa
-  br i1 %583, label %for_body_to92.2.i.epil.preheader, label %for_body_to92.2.i, !prof !26
+  br i1 %610, label %for_body_to92.2.i.epil.preheader, label %for_body_to92.2.i, !prof !26
 
 for_body_to92.2.i:                                ; preds = %for_body_to92.2.i, %for_body_to92.2.i.preheader
-  %indvars.iv1114.2.i = phi i64 [ %indvars.iv.next1115.2.i.3, %for_body_to92.2.i ], [ 0, %for_body_to92.2.i.preheader ]
-  %niter146 = phi i64 [ %niter146.next.3, %for_body_to92.2.i ], [ 0, %for_body_to92.2.i.preheader ]
-  %.idx1247.i = shl nsw i64 %indvars.iv1114.2.i, 7
-  %1558 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1247.i
-  %1559 = getelementptr inbounds nuw i8, ptr %1558, i64 1024
-  %1560 = load <32 x float>, ptr %1559, align 4, !tbaa !4
-  %1561 = bitcast <32 x float> %1560 to <32 x i32>
-  %1562 = shufflevector <32 x i32> %1561, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1563 = lshr <16 x i32> %1562, splat (i32 16)
-  %1564 = bitcast <32 x float> %1560 to <32 x i32>
-  %1565 = shufflevector <32 x i32> %1564, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1566 = or <16 x i32> %1563, %1565
-  %.idx1248.i = shl nsw i64 %indvars.iv1114.2.i, 6
-  %1567 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1248.i
-  %1568 = getelementptr inbounds nuw i8, ptr %1567, i64 512
-  store <16 x i32> %1566, ptr %1568, align 4, !tbaa !4
-  %indvars.iv.next1115.2.i = or disjoint i64 %indvars.iv1114.2.i, 1
-  %.idx1247.i.1 = shl nsw i64 %indvars.iv.next1115.2.i, 7
-  %1569 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1247.i.1
-  %1570 = getelementptr inbounds nuw i8, ptr %1569, i64 1024
-  %1571 = load <32 x float>, ptr %1570, align 4, !tbaa !4
-  %1572 = bitcast <32 x float> %1571 to <32 x i32>
-  %1573 = shufflevector <32 x i32> %1572, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1574 = lshr <16 x i32> %1573, splat (i32 16)
-  %1575 = bitcast <32 x float> %1571 to <32 x i32>
-  %1576 = shufflevector <32 x i32> %1575, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1577 = or <16 x i32> %1574, %1576
-  %.idx1248.i.1 = shl nsw i64 %indvars.iv.next1115.2.i, 6
-  %1578 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1248.i.1
-  %1579 = getelementptr inbounds nuw i8, ptr %1578, i64 512
-  store <16 x i32> %1577, ptr %1579, align 4, !tbaa !4
-  %indvars.iv.next1115.2.i.1 = or disjoint i64 %indvars.iv1114.2.i, 2
-  %.idx1247.i.2 = shl nsw i64 %indvars.iv.next1115.2.i.1, 7
-  %1580 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1247.i.2
-  %1581 = getelementptr inbounds nuw i8, ptr %1580, i64 1024
-  %1582 = load <32 x float>, ptr %1581, align 4, !tbaa !4
-  %1583 = bitcast <32 x float> %1582 to <32 x i32>
-  %1584 = shufflevector <32 x i32> %1583, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1585 = lshr <16 x i32> %1584, splat (i32 16)
-  %1586 = bitcast <32 x float> %1582 to <32 x i32>
-  %1587 = shufflevector <32 x i32> %1586, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1588 = or <16 x i32> %1585, %1587
-  %.idx1248.i.2 = shl nsw i64 %indvars.iv.next1115.2.i.1, 6
-  %1589 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1248.i.2
-  %1590 = getelementptr inbounds nuw i8, ptr %1589, i64 512
-  store <16 x i32> %1588, ptr %1590, align 4, !tbaa !4
-  %indvars.iv.next1115.2.i.2 = or disjoint i64 %indvars.iv1114.2.i, 3
-  %.idx1247.i.3 = shl nsw i64 %indvars.iv.next1115.2.i.2, 7
-  %1591 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1247.i.3
-  %1592 = getelementptr inbounds nuw i8, ptr %1591, i64 1024
-  %1593 = load <32 x float>, ptr %1592, align 4, !tbaa !4
-  %1594 = bitcast <32 x float> %1593 to <32 x i32>
-  %1595 = shufflevector <32 x i32> %1594, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1596 = lshr <16 x i32> %1595, splat (i32 16)
-  %1597 = bitcast <32 x float> %1593 to <32 x i32>
-  %1598 = shufflevector <32 x i32> %1597, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1599 = or <16 x i32> %1596, %1598
-  %.idx1248.i.3 = shl nsw i64 %indvars.iv.next1115.2.i.2, 6
-  %1600 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1248.i.3
-  %1601 = getelementptr inbounds nuw i8, ptr %1600, i64 512
-  store <16 x i32> %1599, ptr %1601, align 4, !tbaa !4
-  %indvars.iv.next1115.2.i.3 = add nuw nsw i64 %indvars.iv1114.2.i, 4
-  %niter146.next.3 = add i64 %niter146, 4
-  %niter146.ncmp.3 = icmp eq i64 %niter146.next.3, %unroll_iter145
-  br i1 %niter146.ncmp.3, label %for_body_to92.3.i.preheader.unr-lcssa, label %for_body_to92.2.i, !prof !27, !llvm.loop !65
+  %indvars.iv1151.2.i = phi i64 [ %indvars.iv.next1152.2.i.3, %for_body_to92.2.i ], [ 0, %for_body_to92.2.i.preheader ]
+  %niter172 = phi i64 [ %niter172.next.3, %for_body_to92.2.i ], [ 0, %for_body_to92.2.i.preheader ]
+  %.idx1306.i = shl nsw i64 %indvars.iv1151.2.i, 7
+  %1584 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i
+  %1585 = getelementptr inbounds nuw i8, ptr %1584, i64 1024
+  %1586 = load <32 x float>, ptr %1585, align 4, !tbaa !4
+  %1587 = bitcast <32 x float> %1586 to <32 x i32>
+  %1588 = shufflevector <32 x i32> %1587, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1589 = lshr <16 x i32> %1588, splat (i32 16)
+  %1590 = bitcast <32 x float> %1586 to <32 x i32>
+  %1591 = shufflevector <32 x i32> %1590, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1592 = or <16 x i32> %1589, %1591
+  %.idx1307.i = shl nsw i64 %indvars.iv1151.2.i, 6
+  %1593 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i
+  %1594 = getelementptr inbounds nuw i8, ptr %1593, i64 512
+  store <16 x i32> %1592, ptr %1594, align 4, !tbaa !4
+  %indvars.iv.next1152.2.i = or disjoint i64 %indvars.iv1151.2.i, 1
+  %.idx1306.i.1 = shl nsw i64 %indvars.iv.next1152.2.i, 7
+  %1595 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i.1
+  %1596 = getelementptr inbounds nuw i8, ptr %1595, i64 1024
+  %1597 = load <32 x float>, ptr %1596, align 4, !tbaa !4
+  %1598 = bitcast <32 x float> %1597 to <32 x i32>
+  %1599 = shufflevector <32 x i32> %1598, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1600 = lshr <16 x i32> %1599, splat (i32 16)
+  %1601 = bitcast <32 x float> %1597 to <32 x i32>
+  %1602 = shufflevector <32 x i32> %1601, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1603 = or <16 x i32> %1600, %1602
+  %.idx1307.i.1 = shl nsw i64 %indvars.iv.next1152.2.i, 6
+  %1604 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i.1
+  %1605 = getelementptr inbounds nuw i8, ptr %1604, i64 512
+  store <16 x i32> %1603, ptr %1605, align 4, !tbaa !4
+  %indvars.iv.next1152.2.i.1 = or disjoint i64 %indvars.iv1151.2.i, 2
+  %.idx1306.i.2 = shl nsw i64 %indvars.iv.next1152.2.i.1, 7
+  %1606 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i.2
+  %1607 = getelementptr inbounds nuw i8, ptr %1606, i64 1024
+  %1608 = load <32 x float>, ptr %1607, align 4, !tbaa !4
+  %1609 = bitcast <32 x float> %1608 to <32 x i32>
+  %1610 = shufflevector <32 x i32> %1609, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1611 = lshr <16 x i32> %1610, splat (i32 16)
+  %1612 = bitcast <32 x float> %1608 to <32 x i32>
+  %1613 = shufflevector <32 x i32> %1612, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1614 = or <16 x i32> %1611, %1613
+  %.idx1307.i.2 = shl nsw i64 %indvars.iv.next1152.2.i.1, 6
+  %1615 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i.2
+  %1616 = getelementptr inbounds nuw i8, ptr %1615, i64 512
+  store <16 x i32> %1614, ptr %1616, align 4, !tbaa !4
+  %indvars.iv.next1152.2.i.2 = or disjoint i64 %indvars.iv1151.2.i, 3
+  %.idx1306.i.3 = shl nsw i64 %indvars.iv.next1152.2.i.2, 7
+  %1617 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i.3
+  %1618 = getelementptr inbounds nuw i8, ptr %1617, i64 1024
+  %1619 = load <32 x float>, ptr %1618, align 4, !tbaa !4
+  %1620 = bitcast <32 x float> %1619 to <32 x i32>
+  %1621 = shufflevector <32 x i32> %1620, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1622 = lshr <16 x i32> %1621, splat (i32 16)
+  %1623 = bitcast <32 x float> %1619 to <32 x i32>
+  %1624 = shufflevector <32 x i32> %1623, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1625 = or <16 x i32> %1622, %1624
+  %.idx1307.i.3 = shl nsw i64 %indvars.iv.next1152.2.i.2, 6
+  %1626 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i.3
+  %1627 = getelementptr inbounds nuw i8, ptr %1626, i64 512
+  store <16 x i32> %1625, ptr %1627, align 4, !tbaa !4
+  %indvars.iv.next1152.2.i.3 = add nuw nsw i64 %indvars.iv1151.2.i, 4
+  %niter172.next.3 = add i64 %niter172, 4
+  %niter172.ncmp.3 = icmp eq i64 %niter172.next.3, %unroll_iter171
+  br i1 %niter172.ncmp.3, label %for_body_to92.3.i.preheader.unr-lcssa, label %for_body_to92.2.i, !prof !27, !llvm.loop !65
 
 for_body_to92.3.i.preheader.unr-lcssa:            ; preds = %for_body_to92.2.i
-  br i1 %lcmp.mod143.not, label %for_body_to92.3.i.preheader, label %for_body_to92.2.i.epil.preheader, !prof !30
+  br i1 %lcmp.mod169.not, label %for_body_to92.3.i.preheader, label %for_body_to92.2.i.epil.preheader, !prof !30
 
 for_body_to92.2.i.epil.preheader:                 ; preds = %for_body_to92.3.i.preheader.unr-lcssa, %for_body_to92.2.i.preheader
-  %indvars.iv1114.2.i.epil.init = phi i64 [ 0, %for_body_to92.2.i.preheader ], [ %indvars.iv.next1115.2.i.3, %for_body_to92.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod144)
+  %indvars.iv1151.2.i.epil.init = phi i64 [ 0, %for_body_to92.2.i.preheader ], [ %indvars.iv.next1152.2.i.3, %for_body_to92.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod170)
   br label %for_body_to92.2.i.epil
 
 for_body_to92.2.i.epil:                           ; preds = %for_body_to92.2.i.epil, %for_body_to92.2.i.epil.preheader
-  %indvars.iv1114.2.i.epil = phi i64 [ %indvars.iv.next1115.2.i.epil, %for_body_to92.2.i.epil ], [ %indvars.iv1114.2.i.epil.init, %for_body_to92.2.i.epil.preheader ]
-  %epil.iter142 = phi i64 [ %epil.iter142.next, %for_body_to92.2.i.epil ], [ 0, %for_body_to92.2.i.epil.preheader ]
-  %.idx1247.i.epil = shl nsw i64 %indvars.iv1114.2.i.epil, 7
-  %1602 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1247.i.epil
-  %1603 = getelementptr inbounds nuw i8, ptr %1602, i64 1024
-  %1604 = load <32 x float>, ptr %1603, align 4, !tbaa !4
-  %1605 = bitcast <32 x float> %1604 to <32 x i32>
-  %1606 = shufflevector <32 x i32> %1605, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1607 = lshr <16 x i32> %1606, splat (i32 16)
-  %1608 = bitcast <32 x float> %1604 to <32 x i32>
-  %1609 = shufflevector <32 x i32> %1608, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1610 = or <16 x i32> %1607, %1609
-  %.idx1248.i.epil = shl nsw i64 %indvars.iv1114.2.i.epil, 6
-  %1611 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1248.i.epil
-  %1612 = getelementptr inbounds nuw i8, ptr %1611, i64 512
-  store <16 x i32> %1610, ptr %1612, align 4, !tbaa !4
-  %indvars.iv.next1115.2.i.epil = add nuw nsw i64 %indvars.iv1114.2.i.epil, 1
-  %epil.iter142.next = add i64 %epil.iter142, 1
-  %epil.iter142.cmp.not = icmp eq i64 %epil.iter142.next, %xtraiter141
-  br i1 %epil.iter142.cmp.not, label %for_body_to92.3.i.preheader, label %for_body_to92.2.i.epil, !prof !31, !llvm.loop !66
+  %indvars.iv1151.2.i.epil = phi i64 [ %indvars.iv.next1152.2.i.epil, %for_body_to92.2.i.epil ], [ %indvars.iv1151.2.i.epil.init, %for_body_to92.2.i.epil.preheader ]
+  %epil.iter168 = phi i64 [ %epil.iter168.next, %for_body_to92.2.i.epil ], [ 0, %for_body_to92.2.i.epil.preheader ]
+  %.idx1306.i.epil = shl nsw i64 %indvars.iv1151.2.i.epil, 7
+  %1628 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i.epil
+  %1629 = getelementptr inbounds nuw i8, ptr %1628, i64 1024
+  %1630 = load <32 x float>, ptr %1629, align 4, !tbaa !4
+  %1631 = bitcast <32 x float> %1630 to <32 x i32>
+  %1632 = shufflevector <32 x i32> %1631, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1633 = lshr <16 x i32> %1632, splat (i32 16)
+  %1634 = bitcast <32 x float> %1630 to <32 x i32>
+  %1635 = shufflevector <32 x i32> %1634, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1636 = or <16 x i32> %1633, %1635
+  %.idx1307.i.epil = shl nsw i64 %indvars.iv1151.2.i.epil, 6
+  %1637 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i.epil
+  %1638 = getelementptr inbounds nuw i8, ptr %1637, i64 512
+  store <16 x i32> %1636, ptr %1638, align 4, !tbaa !4
+  %indvars.iv.next1152.2.i.epil = add nuw nsw i64 %indvars.iv1151.2.i.epil, 1
+  %epil.iter168.next = add i64 %epil.iter168, 1
+  %epil.iter168.cmp.not = icmp eq i64 %epil.iter168.next, %xtraiter167
+  br i1 %epil.iter168.cmp.not, label %for_body_to92.3.i.preheader, label %for_body_to92.2.i.epil, !prof !31, !llvm.loop !66
 
 for_body_to92.3.i.preheader:                      ; preds = %for_body_to92.2.i.epil, %for_body_to92.3.i.preheader.unr-lcssa
-  br i1 %584, label %for_body_to92.3.i.epil.preheader, label %for_body_to92.3.i, !prof !26
+  br i1 %611, label %for_body_to92.3.i.epil.preheader, label %for_body_to92.3.i, !prof !26
 
 for_body_to92.3.i:                                ; preds = %for_body_to92.3.i, %for_body_to92.3.i.preheader
-  %indvars.iv1114.3.i = phi i64 [ %indvars.iv.next1115.3.i.3, %for_body_to92.3.i ], [ 0, %for_body_to92.3.i.preheader ]
-  %niter152 = phi i64 [ %niter152.next.3, %for_body_to92.3.i ], [ 0, %for_body_to92.3.i.preheader ]
-  %.idx1249.i = shl nsw i64 %indvars.iv1114.3.i, 7
-  %1613 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1249.i
-  %1614 = getelementptr inbounds nuw i8, ptr %1613, i64 1536
-  %1615 = load <32 x float>, ptr %1614, align 4, !tbaa !4
-  %1616 = bitcast <32 x float> %1615 to <32 x i32>
-  %1617 = shufflevector <32 x i32> %1616, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1618 = lshr <16 x i32> %1617, splat (i32 16)
-  %1619 = bitcast <32 x float> %1615 to <32 x i32>
-  %1620 = shufflevector <32 x i32> %1619, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1621 = or <16 x i32> %1618, %1620
-  %.idx1250.i = shl nsw i64 %indvars.iv1114.3.i, 6
-  %1622 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1250.i
-  %1623 = getelementptr inbounds nuw i8, ptr %1622, i64 768
-  store <16 x i32> %1621, ptr %1623, align 4, !tbaa !4
-  %indvars.iv.next1115.3.i = or disjoint i64 %indvars.iv1114.3.i, 1
-  %.idx1249.i.1 = shl nsw i64 %indvars.iv.next1115.3.i, 7
-  %1624 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1249.i.1
-  %1625 = getelementptr inbounds nuw i8, ptr %1624, i64 1536
-  %1626 = load <32 x float>, ptr %1625, align 4, !tbaa !4
-  %1627 = bitcast <32 x float> %1626 to <32 x i32>
-  %1628 = shufflevector <32 x i32> %1627, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1629 = lshr <16 x i32> %1628, splat (i32 16)
-  %1630 = bitcast <32 x float> %1626 to <32 x i32>
-  %1631 = shufflevector <32 x i32> %1630, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1632 = or <16 x i32> %1629, %1631
-  %.idx1250.i.1 = shl nsw i64 %indvars.iv.next1115.3.i, 6
-  %1633 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1250.i.1
-  %1634 = getelementptr inbounds nuw i8, ptr %1633, i64 768
-  store <16 x i32> %1632, ptr %1634, align 4, !tbaa !4
-  %indvars.iv.next1115.3.i.1 = or disjoint i64 %indvars.iv1114.3.i, 2
-  %.idx1249.i.2 = shl nsw i64 %indvars.iv.next1115.3.i.1, 7
-  %1635 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1249.i.2
-  %1636 = getelementptr inbounds nuw i8, ptr %1635, i64 1536
-  %1637 = load <32 x float>, ptr %1636, align 4, !tbaa !4
-  %1638 = bitcast <32 x float> %1637 to <32 x i32>
-  %1639 = shufflevector <32 x i32> %1638, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1640 = lshr <16 x i32> %1639, splat (i32 16)
-  %1641 = bitcast <32 x float> %1637 to <32 x i32>
-  %1642 = shufflevector <32 x i32> %1641, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1643 = or <16 x i32> %1640, %1642
-  %.idx1250.i.2 = shl nsw i64 %indvars.iv.next1115.3.i.1, 6
-  %1644 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1250.i.2
-  %1645 = getelementptr inbounds nuw i8, ptr %1644, i64 768
-  store <16 x i32> %1643, ptr %1645, align 4, !tbaa !4
-  %indvars.iv.next1115.3.i.2 = or disjoint i64 %indvars.iv1114.3.i, 3
-  %.idx1249.i.3 = shl nsw i64 %indvars.iv.next1115.3.i.2, 7
-  %1646 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1249.i.3
-  %1647 = getelementptr inbounds nuw i8, ptr %1646, i64 1536
-  %1648 = load <32 x float>, ptr %1647, align 4, !tbaa !4
-  %1649 = bitcast <32 x float> %1648 to <32 x i32>
-  %1650 = shufflevector <32 x i32> %1649, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1651 = lshr <16 x i32> %1650, splat (i32 16)
-  %1652 = bitcast <32 x float> %1648 to <32 x i32>
-  %1653 = shufflevector <32 x i32> %1652, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1654 = or <16 x i32> %1651, %1653
-  %.idx1250.i.3 = shl nsw i64 %indvars.iv.next1115.3.i.2, 6
-  %1655 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1250.i.3
-  %1656 = getelementptr inbounds nuw i8, ptr %1655, i64 768
-  store <16 x i32> %1654, ptr %1656, align 4, !tbaa !4
-  %indvars.iv.next1115.3.i.3 = add nuw nsw i64 %indvars.iv1114.3.i, 4
-  %niter152.next.3 = add i64 %niter152, 4
-  %niter152.ncmp.3 = icmp eq i64 %niter152.next.3, %unroll_iter151
-  br i1 %niter152.ncmp.3, label %for_end_to93.3.i.loopexit.unr-lcssa, label %for_body_to92.3.i, !prof !27, !llvm.loop !67
+  %indvars.iv1151.3.i = phi i64 [ %indvars.iv.next1152.3.i.3, %for_body_to92.3.i ], [ 0, %for_body_to92.3.i.preheader ]
+  %niter178 = phi i64 [ %niter178.next.3, %for_body_to92.3.i ], [ 0, %for_body_to92.3.i.preheader ]
+  %.idx1308.i = shl nsw i64 %indvars.iv1151.3.i, 7
+  %1639 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i
+  %1640 = getelementptr inbounds nuw i8, ptr %1639, i64 1536
+  %1641 = load <32 x float>, ptr %1640, align 4, !tbaa !4
+  %1642 = bitcast <32 x float> %1641 to <32 x i32>
+  %1643 = shufflevector <32 x i32> %1642, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1644 = lshr <16 x i32> %1643, splat (i32 16)
+  %1645 = bitcast <32 x float> %1641 to <32 x i32>
+  %1646 = shufflevector <32 x i32> %1645, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1647 = or <16 x i32> %1644, %1646
+  %.idx1309.i = shl nsw i64 %indvars.iv1151.3.i, 6
+  %1648 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i
+  %1649 = getelementptr inbounds nuw i8, ptr %1648, i64 768
+  store <16 x i32> %1647, ptr %1649, align 4, !tbaa !4
+  %indvars.iv.next1152.3.i = or disjoint i64 %indvars.iv1151.3.i, 1
+  %.idx1308.i.1 = shl nsw i64 %indvars.iv.next1152.3.i, 7
+  %1650 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i.1
+  %1651 = getelementptr inbounds nuw i8, ptr %1650, i64 1536
+  %1652 = load <32 x float>, ptr %1651, align 4, !tbaa !4
+  %1653 = bitcast <32 x float> %1652 to <32 x i32>
+  %1654 = shufflevector <32 x i32> %1653, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1655 = lshr <16 x i32> %1654, splat (i32 16)
+  %1656 = bitcast <32 x float> %1652 to <32 x i32>
+  %1657 = shufflevector <32 x i32> %1656, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1658 = or <16 x i32> %1655, %1657
+  %.idx1309.i.1 = shl nsw i64 %indvars.iv.next1152.3.i, 6
+  %1659 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i.1
+  %1660 = getelementptr inbounds nuw i8, ptr %1659, i64 768
+  store <16 x i32> %1658, ptr %1660, align 4, !tbaa !4
+  %indvars.iv.next1152.3.i.1 = or disjoint i64 %indvars.iv1151.3.i, 2
+  %.idx1308.i.2 = shl nsw i64 %indvars.iv.next1152.3.i.1, 7
+  %1661 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i.2
+  %1662 = getelementptr inbounds nuw i8, ptr %1661, i64 1536
+  %1663 = load <32 x float>, ptr %1662, align 4, !tbaa !4
+  %1664 = bitcast <32 x float> %1663 to <32 x i32>
+  %1665 = shufflevector <32 x i32> %1664, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1666 = lshr <16 x i32> %1665, splat (i32 16)
+  %1667 = bitcast <32 x float> %1663 to <32 x i32>
+  %1668 = shufflevector <32 x i32> %1667, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1669 = or <16 x i32> %1666, %1668
+  %.idx1309.i.2 = shl nsw i64 %indvars.iv.next1152.3.i.1, 6
+  %1670 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i.2
+  %1671 = getelementptr inbounds nuw i8, ptr %1670, i64 768
+  store <16 x i32> %1669, ptr %1671, align 4, !tbaa !4
+  %indvars.iv.next1152.3.i.2 = or disjoint i64 %indvars.iv1151.3.i, 3
+  %.idx1308.i.3 = shl nsw i64 %indvars.iv.next1152.3.i.2, 7
+  %1672 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i.3
+  %1673 = getelementptr inbounds nuw i8, ptr %1672, i64 1536
+  %1674 = load <32 x float>, ptr %1673, align 4, !tbaa !4
+  %1675 = bitcast <32 x float> %1674 to <32 x i32>
+  %1676 = shufflevector <32 x i32> %1675, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1677 = lshr <16 x i32> %1676, splat (i32 16)
+  %1678 = bitcast <32 x float> %1674 to <32 x i32>
+  %1679 = shufflevector <32 x i32> %1678, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1680 = or <16 x i32> %1677, %1679
+  %.idx1309.i.3 = shl nsw i64 %indvars.iv.next1152.3.i.2, 6
+  %1681 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i.3
+  %1682 = getelementptr inbounds nuw i8, ptr %1681, i64 768
+  store <16 x i32> %1680, ptr %1682, align 4, !tbaa !4
+  %indvars.iv.next1152.3.i.3 = add nuw nsw i64 %indvars.iv1151.3.i, 4
+  %niter178.next.3 = add i64 %niter178, 4
+  %niter178.ncmp.3 = icmp eq i64 %niter178.next.3, %unroll_iter177
+  br i1 %niter178.ncmp.3, label %for_end_to93.3.i.loopexit.unr-lcssa, label %for_body_to92.3.i, !prof !27, !llvm.loop !67
 
 for_end_to93.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to92.3.i
-  br i1 %lcmp.mod149.not, label %for_end_to93.3.i, label %for_body_to92.3.i.epil.preheader, !prof !30
+  br i1 %lcmp.mod175.not, label %for_end_to93.3.i, label %for_body_to92.3.i.epil.preheader, !prof !30
 
 for_body_to92.3.i.epil.preheader:                 ; preds = %for_end_to93.3.i.loopexit.unr-lcssa, %for_body_to92.3.i.preheader
-  %indvars.iv1114.3.i.epil.init = phi i64 [ 0, %for_body_to92.3.i.preheader ], [ %indvars.iv.next1115.3.i.3, %for_end_to93.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod150)
+  %indvars.iv1151.3.i.epil.init = phi i64 [ 0, %for_body_to92.3.i.preheader ], [ %indvars.iv.next1152.3.i.3, %for_end_to93.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod176)
   br label %for_body_to92.3.i.epil
 
 for_body_to92.3.i.epil:                           ; preds = %for_body_to92.3.i.epil, %for_body_to92.3.i.epil.preheader
-  %indvars.iv1114.3.i.epil = phi i64 [ %indvars.iv.next1115.3.i.epil, %for_body_to92.3.i.epil ], [ %indvars.iv1114.3.i.epil.init, %for_body_to92.3.i.epil.preheader ]
-  %epil.iter148 = phi i64 [ %epil.iter148.next, %for_body_to92.3.i.epil ], [ 0, %for_body_to92.3.i.epil.preheader ]
-  %.idx1249.i.epil = shl nsw i64 %indvars.iv1114.3.i.epil, 7
-  %1657 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1249.i.epil
-  %1658 = getelementptr inbounds nuw i8, ptr %1657, i64 1536
-  %1659 = load <32 x float>, ptr %1658, align 4, !tbaa !4
-  %1660 = bitcast <32 x float> %1659 to <32 x i32>
-  %1661 = shufflevector <32 x i32> %1660, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1662 = lshr <16 x i32> %1661, splat (i32 16)
-  %1663 = bitcast <32 x float> %1659 to <32 x i32>
-  %1664 = shufflevector <32 x i32> %1663, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1665 = or <16 x i32> %1662, %1664
-  %.idx1250.i.epil = shl nsw i64 %indvars.iv1114.3.i.epil, 6
-  %1666 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1250.i.epil
-  %1667 = getelementptr inbounds nuw i8, ptr %1666, i64 768
-  store <16 x i32> %1665, ptr %1667, align 4, !tbaa !4
-  %indvars.iv.next1115.3.i.epil = add nuw nsw i64 %indvars.iv1114.3.i.epil, 1
-  %epil.iter148.next = add i64 %epil.iter148, 1
-  %epil.iter148.cmp.not = icmp eq i64 %epil.iter148.next, %xtraiter147
-  br i1 %epil.iter148.cmp.not, label %for_end_to93.3.i, label %for_body_to92.3.i.epil, !prof !31, !llvm.loop !68
+  %indvars.iv1151.3.i.epil = phi i64 [ %indvars.iv.next1152.3.i.epil, %for_body_to92.3.i.epil ], [ %indvars.iv1151.3.i.epil.init, %for_body_to92.3.i.epil.preheader ]
+  %epil.iter174 = phi i64 [ %epil.iter174.next, %for_body_to92.3.i.epil ], [ 0, %for_body_to92.3.i.epil.preheader ]
+  %.idx1308.i.epil = shl nsw i64 %indvars.iv1151.3.i.epil, 7
+  %1683 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i.epil
+  %1684 = getelementptr inbounds nuw i8, ptr %1683, i64 1536
+  %1685 = load <32 x float>, ptr %1684, align 4, !tbaa !4
+  %1686 = bitcast <32 x float> %1685 to <32 x i32>
+  %1687 = shufflevector <32 x i32> %1686, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1688 = lshr <16 x i32> %1687, splat (i32 16)
+  %1689 = bitcast <32 x float> %1685 to <32 x i32>
+  %1690 = shufflevector <32 x i32> %1689, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1691 = or <16 x i32> %1688, %1690
+  %.idx1309.i.epil = shl nsw i64 %indvars.iv1151.3.i.epil, 6
+  %1692 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i.epil
+  %1693 = getelementptr inbounds nuw i8, ptr %1692, i64 768
+  store <16 x i32> %1691, ptr %1693, align 4, !tbaa !4
+  %indvars.iv.next1152.3.i.epil = add nuw nsw i64 %indvars.iv1151.3.i.epil, 1
+  %epil.iter174.next = add i64 %epil.iter174, 1
+  %epil.iter174.cmp.not = icmp eq i64 %epil.iter174.next, %xtraiter173
+  br i1 %epil.iter174.cmp.not, label %for_end_to93.3.i, label %for_body_to92.3.i.epil, !prof !31, !llvm.loop !68
 
 for_end_to93.3.i:                                 ; preds = %for_body_to92.3.i.epil, %for_end_to93.3.i.loopexit.unr-lcssa, %for_begin_to91.preheader.preheader.i
-  %1668 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %full_acc.i = tail call ptr %1668(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1669 = icmp eq ptr %full_acc.i, null
-  br i1 %1669, label %fused_decode_compute_.exit, label %for_begin_d_0.preheader.i, !prof !7
+  %1694 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %full_acc.i = tail call ptr %1694(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1695 = icmp eq ptr %full_acc.i, null
+  br i1 %1695, label %fused_decode_compute_.exit, label %for_begin_d_0.preheader.i, !prof !7
 
 for_begin_to99.preheader.i:                       ; preds = %for_end_to101.i, %for_begin_d_0.preheader.i
-  %indvars.iv1132.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next1133.i, %for_end_to101.i ]
-  br i1 %561, label %for_body_to100.lr.ph.i, label %for_begin_to99.preheader.for_end_to101_crit_edge.i, !prof !3
+  %indvars.iv1169.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next1170.i, %for_end_to101.i ]
+  br i1 %588, label %for_body_to100.lr.ph.i, label %for_begin_to99.preheader.for_end_to101_crit_edge.i, !prof !3
 
 for_begin_to99.preheader.for_end_to101_crit_edge.i: ; preds = %for_begin_to99.preheader.i
-  %.pre.i = shl nuw nsw i64 %indvars.iv1132.i, 5
+  %.pre.i = shl nuw nsw i64 %indvars.iv1169.i, 5
   br label %for_end_to101.i
 
 for_body_to100.lr.ph.i:                           ; preds = %for_begin_to99.preheader.i
-  %1670 = mul nuw nsw i64 %indvars.iv1132.i, %568
-  %1671 = shl nuw nsw i64 %indvars.iv1132.i, 5
-  %gep952.i = getelementptr i32, ptr %invariant.gep951.i, i64 %1671
+  %1696 = mul nuw nsw i64 %indvars.iv1169.i, %595
+  %1697 = shl nuw nsw i64 %indvars.iv1169.i, 5
+  %gep982.i = getelementptr i32, ptr %invariant.gep981.i, i64 %1697
   br label %for_body_to100.i
 
 for_body_to100.i:                                 ; preds = %for_body_to100.i, %for_body_to100.lr.ph.i
-  %indvars.iv1125.i = phi i64 [ 0, %for_body_to100.lr.ph.i ], [ %indvars.iv.next1126.i, %for_body_to100.i ]
-  %full_acc_global218.sroa.238.0877.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i668.i, %for_body_to100.i ]
-  %full_acc_global218.sroa.204.0876.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i656.i, %for_body_to100.i ]
-  %full_acc_global218.sroa.0.0875.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i647.i, %for_body_to100.i ]
-  %full_acc_global218.sroa.34.0874.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i659.i, %for_body_to100.i ]
-  %full_acc_global218.sroa.68.0873.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i650.i, %for_body_to100.i ]
-  %full_acc_global218.sroa.102.0872.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i662.i, %for_body_to100.i ]
-  %full_acc_global218.sroa.136.0871.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i653.i, %for_body_to100.i ]
-  %full_acc_global218.sroa.170.0870.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i665.i, %for_body_to100.i ]
-  %1672 = add nuw nsw i64 %indvars.iv1125.i, %1670
-  %1673 = trunc i64 %1672 to i32
-  %1674 = shl i32 %1673, 3
-  %1675 = add i32 %1674, %ahead_t.i
-  %1676 = sext i32 %1675 to i64
-  %1677 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1676
-  %1678 = load i64, ptr %1677, align 8, !tbaa !4
-  %1679 = getelementptr i32, ptr %value_cache, i64 %1678
-  %1680 = getelementptr i32, ptr %1679, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1680, i32 0, i32 2, i32 1)
-  %1681 = getelementptr i8, ptr %1679, i64 64
-  %1682 = getelementptr i32, ptr %1681, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1682, i32 0, i32 2, i32 1)
-  %1683 = getelementptr i8, ptr %1679, i64 128
-  %1684 = getelementptr i32, ptr %1683, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1684, i32 0, i32 2, i32 1)
-  %1685 = getelementptr i8, ptr %1679, i64 192
-  %1686 = getelementptr i32, ptr %1685, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1686, i32 0, i32 2, i32 1)
-  %1687 = getelementptr i8, ptr %1677, i64 8
-  %1688 = load i64, ptr %1687, align 8, !tbaa !4
-  %1689 = getelementptr i32, ptr %value_cache, i64 %1688
-  %1690 = getelementptr i8, ptr %1689, i64 256
-  %1691 = getelementptr i32, ptr %1690, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1691, i32 0, i32 2, i32 1)
-  %1692 = getelementptr i8, ptr %1689, i64 320
-  %1693 = getelementptr i32, ptr %1692, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1693, i32 0, i32 2, i32 1)
-  %1694 = getelementptr i8, ptr %1689, i64 384
-  %1695 = getelementptr i32, ptr %1694, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1695, i32 0, i32 2, i32 1)
-  %1696 = getelementptr i8, ptr %1689, i64 448
-  %1697 = getelementptr i32, ptr %1696, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1697, i32 0, i32 2, i32 1)
-  %1698 = getelementptr i8, ptr %1677, i64 16
-  %1699 = load i64, ptr %1698, align 8, !tbaa !4
-  %1700 = getelementptr i32, ptr %value_cache, i64 %1699
-  %1701 = getelementptr i32, ptr %1700, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1701, i32 0, i32 2, i32 1)
-  %1702 = getelementptr i8, ptr %1700, i64 64
-  %1703 = getelementptr i32, ptr %1702, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1703, i32 0, i32 2, i32 1)
-  %1704 = getelementptr i8, ptr %1700, i64 128
-  %1705 = getelementptr i32, ptr %1704, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1705, i32 0, i32 2, i32 1)
-  %1706 = getelementptr i8, ptr %1700, i64 192
-  %1707 = getelementptr i32, ptr %1706, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1707, i32 0, i32 2, i32 1)
-  %1708 = getelementptr i8, ptr %1677, i64 24
-  %1709 = load i64, ptr %1708, align 8, !tbaa !4
-  %1710 = getelementptr i32, ptr %value_cache, i64 %1709
-  %1711 = getelementptr i8, ptr %1710, i64 256
-  %1712 = getelementptr i32, ptr %1711, i64 %1457
+  %indvars.iv1162.i = phi i64 [ 0, %for_body_to100.lr.ph.i ], [ %indvars.iv.next1163.i, %for_body_to100.i ]
+  %full_acc_global247.sroa.238.0907.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i697.i, %for_body_to100.i ]
+  %full_acc_global247.sroa.204.0906.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i685.i, %for_body_to100.i ]
+  %full_acc_global247.sroa.0.0905.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i676.i, %for_body_to100.i ]
+  %full_acc_global247.sroa.34.0904.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i688.i, %for_body_to100.i ]
+  %full_acc_global247.sroa.68.0903.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i679.i, %for_body_to100.i ]
+  %full_acc_global247.sroa.102.0902.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i691.i, %for_body_to100.i ]
+  %full_acc_global247.sroa.136.0901.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i682.i, %for_body_to100.i ]
+  %full_acc_global247.sroa.170.0900.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i694.i, %for_body_to100.i ]
+  %1698 = add nuw nsw i64 %indvars.iv1162.i, %1696
+  %1699 = trunc i64 %1698 to i32
+  %1700 = shl i32 %1699, 3
+  %1701 = add i32 %1700, %ahead_t.i
+  %1702 = sext i32 %1701 to i64
+  %1703 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1702
+  %1704 = load i64, ptr %1703, align 8, !tbaa !4
+  %1705 = getelementptr i32, ptr %value_cache, i64 %1704
+  %1706 = getelementptr i32, ptr %1705, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1706, i32 0, i32 2, i32 1)
+  %1707 = getelementptr i8, ptr %1705, i64 64
+  %1708 = getelementptr i32, ptr %1707, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1708, i32 0, i32 2, i32 1)
+  %1709 = getelementptr i8, ptr %1705, i64 128
+  %1710 = getelementptr i32, ptr %1709, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1710, i32 0, i32 2, i32 1)
+  %1711 = getelementptr i8, ptr %1705, i64 192
+  %1712 = getelementptr i32, ptr %1711, i64 %1483
   tail call void @llvm.prefetch.p0(ptr readonly %1712, i32 0, i32 2, i32 1)
-  %1713 = getelementptr i8, ptr %1710, i64 320
-  %1714 = getelementptr i32, ptr %1713, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1714, i32 0, i32 2, i32 1)
-  %1715 = getelementptr i8, ptr %1710, i64 384
-  %1716 = getelementptr i32, ptr %1715, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1716, i32 0, i32 2, i32 1)
-  %1717 = getelementptr i8, ptr %1710, i64 448
-  %1718 = getelementptr i32, ptr %1717, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1718, i32 0, i32 2, i32 1)
-  %1719 = getelementptr i8, ptr %1677, i64 32
-  %1720 = load i64, ptr %1719, align 8, !tbaa !4
-  %1721 = getelementptr i32, ptr %value_cache, i64 %1720
-  %1722 = getelementptr i32, ptr %1721, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1722, i32 0, i32 2, i32 1)
-  %1723 = getelementptr i8, ptr %1721, i64 64
-  %1724 = getelementptr i32, ptr %1723, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1724, i32 0, i32 2, i32 1)
-  %1725 = getelementptr i8, ptr %1721, i64 128
-  %1726 = getelementptr i32, ptr %1725, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1726, i32 0, i32 2, i32 1)
-  %1727 = getelementptr i8, ptr %1721, i64 192
-  %1728 = getelementptr i32, ptr %1727, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1728, i32 0, i32 2, i32 1)
-  %1729 = getelementptr i8, ptr %1677, i64 40
-  %1730 = load i64, ptr %1729, align 8, !tbaa !4
-  %1731 = getelementptr i32, ptr %value_cache, i64 %1730
-  %1732 = getelementptr i8, ptr %1731, i64 256
-  %1733 = getelementptr i32, ptr %1732, i64 %1457
+  %1713 = getelementptr i8, ptr %1703, i64 8
+  %1714 = load i64, ptr %1713, align 8, !tbaa !4
+  %1715 = getelementptr i32, ptr %value_cache, i64 %1714
+  %1716 = getelementptr i8, ptr %1715, i64 256
+  %1717 = getelementptr i32, ptr %1716, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1717, i32 0, i32 2, i32 1)
+  %1718 = getelementptr i8, ptr %1715, i64 320
+  %1719 = getelementptr i32, ptr %1718, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1719, i32 0, i32 2, i32 1)
+  %1720 = getelementptr i8, ptr %1715, i64 384
+  %1721 = getelementptr i32, ptr %1720, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1721, i32 0, i32 2, i32 1)
+  %1722 = getelementptr i8, ptr %1715, i64 448
+  %1723 = getelementptr i32, ptr %1722, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1723, i32 0, i32 2, i32 1)
+  %1724 = getelementptr i8, ptr %1703, i64 16
+  %1725 = load i64, ptr %1724, align 8, !tbaa !4
+  %1726 = getelementptr i32, ptr %value_cache, i64 %1725
+  %1727 = getelementptr i32, ptr %1726, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1727, i32 0, i32 2, i32 1)
+  %1728 = getelementptr i8, ptr %1726, i64 64
+  %1729 = getelementptr i32, ptr %1728, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1729, i32 0, i32 2, i32 1)
+  %1730 = getelementptr i8, ptr %1726, i64 128
+  %1731 = getelementptr i32, ptr %1730, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1731, i32 0, i32 2, i32 1)
+  %1732 = getelementptr i8, ptr %1726, i64 192
+  %1733 = getelementptr i32, ptr %1732, i64 %1483
   tail call void @llvm.prefetch.p0(ptr readonly %1733, i32 0, i32 2, i32 1)
-  %1734 = getelementptr i8, ptr %1731, i64 320
-  %1735 = getelementptr i32, ptr %1734, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1735, i32 0, i32 2, i32 1)
-  %1736 = getelementptr i8, ptr %1731, i64 384
-  %1737 = getelementptr i32, ptr %1736, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1737, i32 0, i32 2, i32 1)
-  %1738 = getelementptr i8, ptr %1731, i64 448
-  %1739 = getelementptr i32, ptr %1738, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1739, i32 0, i32 2, i32 1)
-  %1740 = getelementptr i8, ptr %1677, i64 48
-  %1741 = load i64, ptr %1740, align 8, !tbaa !4
-  %1742 = getelementptr i32, ptr %value_cache, i64 %1741
-  %1743 = getelementptr i32, ptr %1742, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1743, i32 0, i32 2, i32 1)
-  %1744 = getelementptr i8, ptr %1742, i64 64
-  %1745 = getelementptr i32, ptr %1744, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1745, i32 0, i32 2, i32 1)
-  %1746 = getelementptr i8, ptr %1742, i64 128
-  %1747 = getelementptr i32, ptr %1746, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1747, i32 0, i32 2, i32 1)
-  %1748 = getelementptr i8, ptr %1742, i64 192
-  %1749 = getelementptr i32, ptr %1748, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1749, i32 0, i32 2, i32 1)
-  %1750 = getelementptr i8, ptr %1677, i64 56
-  %1751 = load i64, ptr %1750, align 8, !tbaa !4
-  %1752 = getelementptr i32, ptr %value_cache, i64 %1751
-  %1753 = getelementptr i8, ptr %1752, i64 256
-  %1754 = getelementptr i32, ptr %1753, i64 %1457
+  %1734 = getelementptr i8, ptr %1703, i64 24
+  %1735 = load i64, ptr %1734, align 8, !tbaa !4
+  %1736 = getelementptr i32, ptr %value_cache, i64 %1735
+  %1737 = getelementptr i8, ptr %1736, i64 256
+  %1738 = getelementptr i32, ptr %1737, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1738, i32 0, i32 2, i32 1)
+  %1739 = getelementptr i8, ptr %1736, i64 320
+  %1740 = getelementptr i32, ptr %1739, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1740, i32 0, i32 2, i32 1)
+  %1741 = getelementptr i8, ptr %1736, i64 384
+  %1742 = getelementptr i32, ptr %1741, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1742, i32 0, i32 2, i32 1)
+  %1743 = getelementptr i8, ptr %1736, i64 448
+  %1744 = getelementptr i32, ptr %1743, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1744, i32 0, i32 2, i32 1)
+  %1745 = getelementptr i8, ptr %1703, i64 32
+  %1746 = load i64, ptr %1745, align 8, !tbaa !4
+  %1747 = getelementptr i32, ptr %value_cache, i64 %1746
+  %1748 = getelementptr i32, ptr %1747, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1748, i32 0, i32 2, i32 1)
+  %1749 = getelementptr i8, ptr %1747, i64 64
+  %1750 = getelementptr i32, ptr %1749, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1750, i32 0, i32 2, i32 1)
+  %1751 = getelementptr i8, ptr %1747, i64 128
+  %1752 = getelementptr i32, ptr %1751, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1752, i32 0, i32 2, i32 1)
+  %1753 = getelementptr i8, ptr %1747, i64 192
+  %1754 = getelementptr i32, ptr %1753, i64 %1483
   tail call void @llvm.prefetch.p0(ptr readonly %1754, i32 0, i32 2, i32 1)
-  %1755 = getelementptr i8, ptr %1752, i64 320
-  %1756 = getelementptr i32, ptr %1755, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1756, i32 0, i32 2, i32 1)
-  %1757 = getelementptr i8, ptr %1752, i64 384
-  %1758 = getelementptr i32, ptr %1757, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1758, i32 0, i32 2, i32 1)
-  %1759 = getelementptr i8, ptr %1752, i64 448
-  %1760 = getelementptr i32, ptr %1759, i64 %1457
-  tail call void @llvm.prefetch.p0(ptr readonly %1760, i32 0, i32 2, i32 1)
-  %.idx1251.i = shl nsw i64 %indvars.iv1125.i, 6
-  %1761 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1251.i
-  %1762 = load i32, ptr %1761, align 4, !tbaa !4
-  %1763 = insertelement <16 x i32> poison, i32 %1762, i64 0
-  %1764 = shufflevector <16 x i32> %1763, <16 x i32> poison, <16 x i32> zeroinitializer
-  %.idx1252.i = shl nsw i64 %indvars.iv1125.i, 8
-  %1765 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1252.i
-  %1766 = load i64, ptr %1765, align 8, !tbaa !4
-  %gep890.i = getelementptr i32, ptr %gep952.i, i64 %1766
-  %1767 = load <32 x bfloat>, ptr %gep890.i, align 4, !tbaa !4
-  %x.i285.i = bitcast <16 x i32> %1764 to <32 x bfloat>
-  %r.i287.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global218.sroa.0.0875.i, <32 x bfloat> %x.i285.i, <32 x bfloat> %1767)
-  %1768 = getelementptr inbounds nuw i8, ptr %1761, i64 256
-  %1769 = load i32, ptr %1768, align 4, !tbaa !4
-  %1770 = insertelement <16 x i32> poison, i32 %1769, i64 0
-  %1771 = shufflevector <16 x i32> %1770, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i288.i = bitcast <16 x i32> %1771 to <32 x bfloat>
-  %r.i290.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global218.sroa.68.0873.i, <32 x bfloat> %x.i288.i, <32 x bfloat> %1767)
-  %1772 = getelementptr inbounds nuw i8, ptr %1761, i64 512
-  %1773 = load i32, ptr %1772, align 4, !tbaa !4
-  %1774 = insertelement <16 x i32> poison, i32 %1773, i64 0
-  %1775 = shufflevector <16 x i32> %1774, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i291.i = bitcast <16 x i32> %1775 to <32 x bfloat>
-  %r.i293.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global218.sroa.136.0871.i, <32 x bfloat> %x.i291.i, <32 x bfloat> %1767)
-  %1776 = getelementptr inbounds nuw i8, ptr %1761, i64 768
-  %1777 = load i32, ptr %1776, align 4, !tbaa !4
-  %1778 = insertelement <16 x i32> poison, i32 %1777, i64 0
-  %1779 = shufflevector <16 x i32> %1778, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i294.i = bitcast <16 x i32> %1779 to <32 x bfloat>
-  %r.i296.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global218.sroa.204.0876.i, <32 x bfloat> %x.i294.i, <32 x bfloat> %1767)
-  %1780 = getelementptr i8, ptr %gep890.i, i64 64
-  %1781 = load <32 x bfloat>, ptr %1780, align 4, !tbaa !4
-  %r.i299.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global218.sroa.34.0874.i, <32 x bfloat> %x.i285.i, <32 x bfloat> %1781)
-  %r.i302.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global218.sroa.102.0872.i, <32 x bfloat> %x.i288.i, <32 x bfloat> %1781)
-  %r.i305.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global218.sroa.170.0870.i, <32 x bfloat> %x.i291.i, <32 x bfloat> %1781)
-  %r.i308.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global218.sroa.238.0877.i, <32 x bfloat> %x.i294.i, <32 x bfloat> %1781)
-  %1782 = getelementptr inbounds nuw i8, ptr %1761, i64 4
-  %1783 = load i32, ptr %1782, align 4, !tbaa !4
-  %1784 = insertelement <16 x i32> poison, i32 %1783, i64 0
-  %1785 = shufflevector <16 x i32> %1784, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1786 = getelementptr inbounds nuw i8, ptr %1765, i64 16
-  %1787 = load i64, ptr %1786, align 8, !tbaa !4
-  %gep894.i = getelementptr i32, ptr %gep952.i, i64 %1787
-  %1788 = load <32 x bfloat>, ptr %gep894.i, align 4, !tbaa !4
-  %x.i309.i = bitcast <16 x i32> %1785 to <32 x bfloat>
-  %r.i311.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i287.i, <32 x bfloat> %x.i309.i, <32 x bfloat> %1788)
-  %1789 = getelementptr inbounds nuw i8, ptr %1761, i64 260
-  %1790 = load i32, ptr %1789, align 4, !tbaa !4
-  %1791 = insertelement <16 x i32> poison, i32 %1790, i64 0
-  %1792 = shufflevector <16 x i32> %1791, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i312.i = bitcast <16 x i32> %1792 to <32 x bfloat>
-  %r.i314.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i290.i, <32 x bfloat> %x.i312.i, <32 x bfloat> %1788)
-  %1793 = getelementptr inbounds nuw i8, ptr %1761, i64 516
-  %1794 = load i32, ptr %1793, align 4, !tbaa !4
-  %1795 = insertelement <16 x i32> poison, i32 %1794, i64 0
-  %1796 = shufflevector <16 x i32> %1795, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i315.i = bitcast <16 x i32> %1796 to <32 x bfloat>
-  %r.i317.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i293.i, <32 x bfloat> %x.i315.i, <32 x bfloat> %1788)
-  %1797 = getelementptr inbounds nuw i8, ptr %1761, i64 772
-  %1798 = load i32, ptr %1797, align 4, !tbaa !4
-  %1799 = insertelement <16 x i32> poison, i32 %1798, i64 0
-  %1800 = shufflevector <16 x i32> %1799, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i318.i = bitcast <16 x i32> %1800 to <32 x bfloat>
-  %r.i320.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i296.i, <32 x bfloat> %x.i318.i, <32 x bfloat> %1788)
-  %1801 = getelementptr i8, ptr %gep894.i, i64 64
-  %1802 = load <32 x bfloat>, ptr %1801, align 4, !tbaa !4
-  %r.i323.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i299.i, <32 x bfloat> %x.i309.i, <32 x bfloat> %1802)
-  %r.i326.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i302.i, <32 x bfloat> %x.i312.i, <32 x bfloat> %1802)
-  %r.i329.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i305.i, <32 x bfloat> %x.i315.i, <32 x bfloat> %1802)
-  %r.i332.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i308.i, <32 x bfloat> %x.i318.i, <32 x bfloat> %1802)
-  %1803 = getelementptr inbounds nuw i8, ptr %1761, i64 8
-  %1804 = load i32, ptr %1803, align 4, !tbaa !4
-  %1805 = insertelement <16 x i32> poison, i32 %1804, i64 0
-  %1806 = shufflevector <16 x i32> %1805, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1807 = getelementptr inbounds nuw i8, ptr %1765, i64 32
-  %1808 = load i64, ptr %1807, align 8, !tbaa !4
-  %gep898.i = getelementptr i32, ptr %gep952.i, i64 %1808
-  %1809 = load <32 x bfloat>, ptr %gep898.i, align 4, !tbaa !4
-  %x.i333.i = bitcast <16 x i32> %1806 to <32 x bfloat>
-  %r.i335.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i311.i, <32 x bfloat> %x.i333.i, <32 x bfloat> %1809)
-  %1810 = getelementptr inbounds nuw i8, ptr %1761, i64 264
-  %1811 = load i32, ptr %1810, align 4, !tbaa !4
-  %1812 = insertelement <16 x i32> poison, i32 %1811, i64 0
-  %1813 = shufflevector <16 x i32> %1812, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i336.i = bitcast <16 x i32> %1813 to <32 x bfloat>
-  %r.i338.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i314.i, <32 x bfloat> %x.i336.i, <32 x bfloat> %1809)
-  %1814 = getelementptr inbounds nuw i8, ptr %1761, i64 520
-  %1815 = load i32, ptr %1814, align 4, !tbaa !4
-  %1816 = insertelement <16 x i32> poison, i32 %1815, i64 0
-  %1817 = shufflevector <16 x i32> %1816, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i339.i = bitcast <16 x i32> %1817 to <32 x bfloat>
-  %r.i341.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i317.i, <32 x bfloat> %x.i339.i, <32 x bfloat> %1809)
-  %1818 = getelementptr inbounds nuw i8, ptr %1761, i64 776
-  %1819 = load i32, ptr %1818, align 4, !tbaa !4
-  %1820 = insertelement <16 x i32> poison, i32 %1819, i64 0
-  %1821 = shufflevector <16 x i32> %1820, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i342.i = bitcast <16 x i32> %1821 to <32 x bfloat>
-  %r.i344.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i320.i, <32 x bfloat> %x.i342.i, <32 x bfloat> %1809)
-  %1822 = getelementptr i8, ptr %gep898.i, i64 64
-  %1823 = load <32 x bfloat>, ptr %1822, align 4, !tbaa !4
-  %r.i347.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i323.i, <32 x bfloat> %x.i333.i, <32 x bfloat> %1823)
-  %r.i350.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i326.i, <32 x bfloat> %x.i336.i, <32 x bfloat> %1823)
-  %r.i353.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i329.i, <32 x bfloat> %x.i339.i, <32 x bfloat> %1823)
-  %r.i356.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i332.i, <32 x bfloat> %x.i342.i, <32 x bfloat> %1823)
-  %1824 = getelementptr inbounds nuw i8, ptr %1761, i64 12
-  %1825 = load i32, ptr %1824, align 4, !tbaa !4
-  %1826 = insertelement <16 x i32> poison, i32 %1825, i64 0
-  %1827 = shufflevector <16 x i32> %1826, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1828 = getelementptr inbounds nuw i8, ptr %1765, i64 48
-  %1829 = load i64, ptr %1828, align 8, !tbaa !4
-  %gep902.i = getelementptr i32, ptr %gep952.i, i64 %1829
-  %1830 = load <32 x bfloat>, ptr %gep902.i, align 4, !tbaa !4
-  %x.i357.i = bitcast <16 x i32> %1827 to <32 x bfloat>
-  %r.i359.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i335.i, <32 x bfloat> %x.i357.i, <32 x bfloat> %1830)
-  %1831 = getelementptr inbounds nuw i8, ptr %1761, i64 268
-  %1832 = load i32, ptr %1831, align 4, !tbaa !4
-  %1833 = insertelement <16 x i32> poison, i32 %1832, i64 0
-  %1834 = shufflevector <16 x i32> %1833, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i360.i = bitcast <16 x i32> %1834 to <32 x bfloat>
-  %r.i362.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i338.i, <32 x bfloat> %x.i360.i, <32 x bfloat> %1830)
-  %1835 = getelementptr inbounds nuw i8, ptr %1761, i64 524
-  %1836 = load i32, ptr %1835, align 4, !tbaa !4
-  %1837 = insertelement <16 x i32> poison, i32 %1836, i64 0
-  %1838 = shufflevector <16 x i32> %1837, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i363.i = bitcast <16 x i32> %1838 to <32 x bfloat>
-  %r.i365.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i341.i, <32 x bfloat> %x.i363.i, <32 x bfloat> %1830)
-  %1839 = getelementptr inbounds nuw i8, ptr %1761, i64 780
-  %1840 = load i32, ptr %1839, align 4, !tbaa !4
-  %1841 = insertelement <16 x i32> poison, i32 %1840, i64 0
-  %1842 = shufflevector <16 x i32> %1841, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i366.i = bitcast <16 x i32> %1842 to <32 x bfloat>
-  %r.i368.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i344.i, <32 x bfloat> %x.i366.i, <32 x bfloat> %1830)
-  %1843 = getelementptr i8, ptr %gep902.i, i64 64
-  %1844 = load <32 x bfloat>, ptr %1843, align 4, !tbaa !4
-  %r.i371.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i347.i, <32 x bfloat> %x.i357.i, <32 x bfloat> %1844)
-  %r.i374.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i350.i, <32 x bfloat> %x.i360.i, <32 x bfloat> %1844)
-  %r.i377.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i353.i, <32 x bfloat> %x.i363.i, <32 x bfloat> %1844)
-  %r.i380.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i356.i, <32 x bfloat> %x.i366.i, <32 x bfloat> %1844)
-  %1845 = getelementptr inbounds nuw i8, ptr %1761, i64 16
-  %1846 = load i32, ptr %1845, align 4, !tbaa !4
-  %1847 = insertelement <16 x i32> poison, i32 %1846, i64 0
-  %1848 = shufflevector <16 x i32> %1847, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1849 = getelementptr inbounds nuw i8, ptr %1765, i64 64
-  %1850 = load i64, ptr %1849, align 8, !tbaa !4
-  %gep906.i = getelementptr i32, ptr %gep952.i, i64 %1850
-  %1851 = load <32 x bfloat>, ptr %gep906.i, align 4, !tbaa !4
-  %x.i381.i = bitcast <16 x i32> %1848 to <32 x bfloat>
-  %r.i383.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i359.i, <32 x bfloat> %x.i381.i, <32 x bfloat> %1851)
-  %1852 = getelementptr inbounds nuw i8, ptr %1761, i64 272
-  %1853 = load i32, ptr %1852, align 4, !tbaa !4
-  %1854 = insertelement <16 x i32> poison, i32 %1853, i64 0
-  %1855 = shufflevector <16 x i32> %1854, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i384.i = bitcast <16 x i32> %1855 to <32 x bfloat>
-  %r.i386.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i362.i, <32 x bfloat> %x.i384.i, <32 x bfloat> %1851)
-  %1856 = getelementptr inbounds nuw i8, ptr %1761, i64 528
-  %1857 = load i32, ptr %1856, align 4, !tbaa !4
-  %1858 = insertelement <16 x i32> poison, i32 %1857, i64 0
-  %1859 = shufflevector <16 x i32> %1858, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i387.i = bitcast <16 x i32> %1859 to <32 x bfloat>
-  %r.i389.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i365.i, <32 x bfloat> %x.i387.i, <32 x bfloat> %1851)
-  %1860 = getelementptr inbounds nuw i8, ptr %1761, i64 784
-  %1861 = load i32, ptr %1860, align 4, !tbaa !4
-  %1862 = insertelement <16 x i32> poison, i32 %1861, i64 0
-  %1863 = shufflevector <16 x i32> %1862, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i390.i = bitcast <16 x i32> %1863 to <32 x bfloat>
-  %r.i392.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i368.i, <32 x bfloat> %x.i390.i, <32 x bfloat> %1851)
-  %1864 = getelementptr i8, ptr %gep906.i, i64 64
-  %1865 = load <32 x bfloat>, ptr %1864, align 4, !tbaa !4
-  %r.i395.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i371.i, <32 x bfloat> %x.i381.i, <32 x bfloat> %1865)
-  %r.i398.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i374.i, <32 x bfloat> %x.i384.i, <32 x bfloat> %1865)
-  %r.i401.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i377.i, <32 x bfloat> %x.i387.i, <32 x bfloat> %1865)
-  %r.i404.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i380.i, <32 x bfloat> %x.i390.i, <32 x bfloat> %1865)
-  %1866 = getelementptr inbounds nuw i8, ptr %1761, i64 20
-  %1867 = load i32, ptr %1866, align 4, !tbaa !4
-  %1868 = insertelement <16 x i32> poison, i32 %1867, i64 0
-  %1869 = shufflevector <16 x i32> %1868, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1870 = getelementptr inbounds nuw i8, ptr %1765, i64 80
-  %1871 = load i64, ptr %1870, align 8, !tbaa !4
-  %gep910.i = getelementptr i32, ptr %gep952.i, i64 %1871
-  %1872 = load <32 x bfloat>, ptr %gep910.i, align 4, !tbaa !4
-  %x.i405.i = bitcast <16 x i32> %1869 to <32 x bfloat>
-  %r.i407.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i383.i, <32 x bfloat> %x.i405.i, <32 x bfloat> %1872)
-  %1873 = getelementptr inbounds nuw i8, ptr %1761, i64 276
-  %1874 = load i32, ptr %1873, align 4, !tbaa !4
-  %1875 = insertelement <16 x i32> poison, i32 %1874, i64 0
-  %1876 = shufflevector <16 x i32> %1875, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i408.i = bitcast <16 x i32> %1876 to <32 x bfloat>
-  %r.i410.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i386.i, <32 x bfloat> %x.i408.i, <32 x bfloat> %1872)
-  %1877 = getelementptr inbounds nuw i8, ptr %1761, i64 532
-  %1878 = load i32, ptr %1877, align 4, !tbaa !4
-  %1879 = insertelement <16 x i32> poison, i32 %1878, i64 0
-  %1880 = shufflevector <16 x i32> %1879, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i411.i = bitcast <16 x i32> %1880 to <32 x bfloat>
-  %r.i413.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i389.i, <32 x bfloat> %x.i411.i, <32 x bfloat> %1872)
-  %1881 = getelementptr inbounds nuw i8, ptr %1761, i64 788
-  %1882 = load i32, ptr %1881, align 4, !tbaa !4
-  %1883 = insertelement <16 x i32> poison, i32 %1882, i64 0
-  %1884 = shufflevector <16 x i32> %1883, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i414.i = bitcast <16 x i32> %1884 to <32 x bfloat>
-  %r.i416.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i392.i, <32 x bfloat> %x.i414.i, <32 x bfloat> %1872)
-  %1885 = getelementptr i8, ptr %gep910.i, i64 64
-  %1886 = load <32 x bfloat>, ptr %1885, align 4, !tbaa !4
-  %r.i419.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i395.i, <32 x bfloat> %x.i405.i, <32 x bfloat> %1886)
-  %r.i422.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i398.i, <32 x bfloat> %x.i408.i, <32 x bfloat> %1886)
-  %r.i425.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i401.i, <32 x bfloat> %x.i411.i, <32 x bfloat> %1886)
-  %r.i428.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i404.i, <32 x bfloat> %x.i414.i, <32 x bfloat> %1886)
-  %1887 = getelementptr inbounds nuw i8, ptr %1761, i64 24
-  %1888 = load i32, ptr %1887, align 4, !tbaa !4
-  %1889 = insertelement <16 x i32> poison, i32 %1888, i64 0
-  %1890 = shufflevector <16 x i32> %1889, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1891 = getelementptr inbounds nuw i8, ptr %1765, i64 96
-  %1892 = load i64, ptr %1891, align 8, !tbaa !4
-  %gep914.i = getelementptr i32, ptr %gep952.i, i64 %1892
-  %1893 = load <32 x bfloat>, ptr %gep914.i, align 4, !tbaa !4
-  %x.i429.i = bitcast <16 x i32> %1890 to <32 x bfloat>
-  %r.i431.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i407.i, <32 x bfloat> %x.i429.i, <32 x bfloat> %1893)
-  %1894 = getelementptr inbounds nuw i8, ptr %1761, i64 280
-  %1895 = load i32, ptr %1894, align 4, !tbaa !4
-  %1896 = insertelement <16 x i32> poison, i32 %1895, i64 0
-  %1897 = shufflevector <16 x i32> %1896, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i432.i = bitcast <16 x i32> %1897 to <32 x bfloat>
-  %r.i434.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i410.i, <32 x bfloat> %x.i432.i, <32 x bfloat> %1893)
-  %1898 = getelementptr inbounds nuw i8, ptr %1761, i64 536
-  %1899 = load i32, ptr %1898, align 4, !tbaa !4
-  %1900 = insertelement <16 x i32> poison, i32 %1899, i64 0
-  %1901 = shufflevector <16 x i32> %1900, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i435.i = bitcast <16 x i32> %1901 to <32 x bfloat>
-  %r.i437.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i413.i, <32 x bfloat> %x.i435.i, <32 x bfloat> %1893)
-  %1902 = getelementptr inbounds nuw i8, ptr %1761, i64 792
-  %1903 = load i32, ptr %1902, align 4, !tbaa !4
-  %1904 = insertelement <16 x i32> poison, i32 %1903, i64 0
-  %1905 = shufflevector <16 x i32> %1904, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i438.i = bitcast <16 x i32> %1905 to <32 x bfloat>
-  %r.i440.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i416.i, <32 x bfloat> %x.i438.i, <32 x bfloat> %1893)
-  %1906 = getelementptr i8, ptr %gep914.i, i64 64
-  %1907 = load <32 x bfloat>, ptr %1906, align 4, !tbaa !4
-  %r.i443.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i419.i, <32 x bfloat> %x.i429.i, <32 x bfloat> %1907)
-  %r.i446.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i422.i, <32 x bfloat> %x.i432.i, <32 x bfloat> %1907)
-  %r.i449.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i425.i, <32 x bfloat> %x.i435.i, <32 x bfloat> %1907)
-  %r.i452.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i428.i, <32 x bfloat> %x.i438.i, <32 x bfloat> %1907)
-  %1908 = getelementptr inbounds nuw i8, ptr %1761, i64 28
-  %1909 = load i32, ptr %1908, align 4, !tbaa !4
-  %1910 = insertelement <16 x i32> poison, i32 %1909, i64 0
-  %1911 = shufflevector <16 x i32> %1910, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1912 = getelementptr inbounds nuw i8, ptr %1765, i64 112
-  %1913 = load i64, ptr %1912, align 8, !tbaa !4
-  %gep918.i = getelementptr i32, ptr %gep952.i, i64 %1913
-  %1914 = load <32 x bfloat>, ptr %gep918.i, align 4, !tbaa !4
-  %x.i453.i = bitcast <16 x i32> %1911 to <32 x bfloat>
-  %r.i455.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i431.i, <32 x bfloat> %x.i453.i, <32 x bfloat> %1914)
-  %1915 = getelementptr inbounds nuw i8, ptr %1761, i64 284
-  %1916 = load i32, ptr %1915, align 4, !tbaa !4
-  %1917 = insertelement <16 x i32> poison, i32 %1916, i64 0
-  %1918 = shufflevector <16 x i32> %1917, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i456.i = bitcast <16 x i32> %1918 to <32 x bfloat>
-  %r.i458.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i434.i, <32 x bfloat> %x.i456.i, <32 x bfloat> %1914)
-  %1919 = getelementptr inbounds nuw i8, ptr %1761, i64 540
-  %1920 = load i32, ptr %1919, align 4, !tbaa !4
-  %1921 = insertelement <16 x i32> poison, i32 %1920, i64 0
-  %1922 = shufflevector <16 x i32> %1921, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i459.i = bitcast <16 x i32> %1922 to <32 x bfloat>
-  %r.i461.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i437.i, <32 x bfloat> %x.i459.i, <32 x bfloat> %1914)
-  %1923 = getelementptr inbounds nuw i8, ptr %1761, i64 796
-  %1924 = load i32, ptr %1923, align 4, !tbaa !4
-  %1925 = insertelement <16 x i32> poison, i32 %1924, i64 0
-  %1926 = shufflevector <16 x i32> %1925, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i462.i = bitcast <16 x i32> %1926 to <32 x bfloat>
-  %r.i464.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i440.i, <32 x bfloat> %x.i462.i, <32 x bfloat> %1914)
-  %1927 = getelementptr i8, ptr %gep918.i, i64 64
-  %1928 = load <32 x bfloat>, ptr %1927, align 4, !tbaa !4
-  %r.i467.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i443.i, <32 x bfloat> %x.i453.i, <32 x bfloat> %1928)
-  %r.i470.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i446.i, <32 x bfloat> %x.i456.i, <32 x bfloat> %1928)
-  %r.i473.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i449.i, <32 x bfloat> %x.i459.i, <32 x bfloat> %1928)
-  %r.i476.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i452.i, <32 x bfloat> %x.i462.i, <32 x bfloat> %1928)
-  %1929 = getelementptr inbounds nuw i8, ptr %1761, i64 32
-  %1930 = load i32, ptr %1929, align 4, !tbaa !4
-  %1931 = insertelement <16 x i32> poison, i32 %1930, i64 0
-  %1932 = shufflevector <16 x i32> %1931, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1933 = getelementptr inbounds nuw i8, ptr %1765, i64 128
-  %1934 = load i64, ptr %1933, align 8, !tbaa !4
-  %gep922.i = getelementptr i32, ptr %gep952.i, i64 %1934
-  %1935 = load <32 x bfloat>, ptr %gep922.i, align 4, !tbaa !4
-  %x.i477.i = bitcast <16 x i32> %1932 to <32 x bfloat>
-  %r.i479.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i455.i, <32 x bfloat> %x.i477.i, <32 x bfloat> %1935)
-  %1936 = getelementptr inbounds nuw i8, ptr %1761, i64 288
-  %1937 = load i32, ptr %1936, align 4, !tbaa !4
-  %1938 = insertelement <16 x i32> poison, i32 %1937, i64 0
-  %1939 = shufflevector <16 x i32> %1938, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i480.i = bitcast <16 x i32> %1939 to <32 x bfloat>
-  %r.i482.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i458.i, <32 x bfloat> %x.i480.i, <32 x bfloat> %1935)
-  %1940 = getelementptr inbounds nuw i8, ptr %1761, i64 544
-  %1941 = load i32, ptr %1940, align 4, !tbaa !4
-  %1942 = insertelement <16 x i32> poison, i32 %1941, i64 0
-  %1943 = shufflevector <16 x i32> %1942, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i483.i = bitcast <16 x i32> %1943 to <32 x bfloat>
-  %r.i485.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i461.i, <32 x bfloat> %x.i483.i, <32 x bfloat> %1935)
-  %1944 = getelementptr inbounds nuw i8, ptr %1761, i64 800
-  %1945 = load i32, ptr %1944, align 4, !tbaa !4
-  %1946 = insertelement <16 x i32> poison, i32 %1945, i64 0
-  %1947 = shufflevector <16 x i32> %1946, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i486.i = bitcast <16 x i32> %1947 to <32 x bfloat>
-  %r.i488.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i464.i, <32 x bfloat> %x.i486.i, <32 x bfloat> %1935)
-  %1948 = getelementptr i8, ptr %gep922.i, i64 64
-  %1949 = load <32 x bfloat>, ptr %1948, align 4, !tbaa !4
-  %r.i491.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i467.i, <32 x bfloat> %x.i477.i, <32 x bfloat> %1949)
-  %r.i494.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i470.i, <32 x bfloat> %x.i480.i, <32 x bfloat> %1949)
-  %r.i497.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i473.i, <32 x bfloat> %x.i483.i, <32 x bfloat> %1949)
-  %r.i500.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i476.i, <32 x bfloat> %x.i486.i, <32 x bfloat> %1949)
-  %1950 = getelementptr inbounds nuw i8, ptr %1761, i64 36
-  %1951 = load i32, ptr %1950, align 4, !tbaa !4
-  %1952 = insertelement <16 x i32> poison, i32 %1951, i64 0
-  %1953 = shufflevector <16 x i32> %1952, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1954 = getelementptr inbounds nuw i8, ptr %1765, i64 144
-  %1955 = load i64, ptr %1954, align 8, !tbaa !4
-  %gep926.i = getelementptr i32, ptr %gep952.i, i64 %1955
-  %1956 = load <32 x bfloat>, ptr %gep926.i, align 4, !tbaa !4
-  %x.i501.i = bitcast <16 x i32> %1953 to <32 x bfloat>
-  %r.i503.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i479.i, <32 x bfloat> %x.i501.i, <32 x bfloat> %1956)
-  %1957 = getelementptr inbounds nuw i8, ptr %1761, i64 292
-  %1958 = load i32, ptr %1957, align 4, !tbaa !4
-  %1959 = insertelement <16 x i32> poison, i32 %1958, i64 0
-  %1960 = shufflevector <16 x i32> %1959, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i504.i = bitcast <16 x i32> %1960 to <32 x bfloat>
-  %r.i506.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i482.i, <32 x bfloat> %x.i504.i, <32 x bfloat> %1956)
-  %1961 = getelementptr inbounds nuw i8, ptr %1761, i64 548
-  %1962 = load i32, ptr %1961, align 4, !tbaa !4
-  %1963 = insertelement <16 x i32> poison, i32 %1962, i64 0
-  %1964 = shufflevector <16 x i32> %1963, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i507.i = bitcast <16 x i32> %1964 to <32 x bfloat>
-  %r.i509.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i485.i, <32 x bfloat> %x.i507.i, <32 x bfloat> %1956)
-  %1965 = getelementptr inbounds nuw i8, ptr %1761, i64 804
-  %1966 = load i32, ptr %1965, align 4, !tbaa !4
-  %1967 = insertelement <16 x i32> poison, i32 %1966, i64 0
-  %1968 = shufflevector <16 x i32> %1967, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i510.i = bitcast <16 x i32> %1968 to <32 x bfloat>
-  %r.i512.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i488.i, <32 x bfloat> %x.i510.i, <32 x bfloat> %1956)
-  %1969 = getelementptr i8, ptr %gep926.i, i64 64
-  %1970 = load <32 x bfloat>, ptr %1969, align 4, !tbaa !4
-  %r.i515.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i491.i, <32 x bfloat> %x.i501.i, <32 x bfloat> %1970)
-  %r.i518.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i494.i, <32 x bfloat> %x.i504.i, <32 x bfloat> %1970)
-  %r.i521.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i497.i, <32 x bfloat> %x.i507.i, <32 x bfloat> %1970)
-  %r.i524.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i500.i, <32 x bfloat> %x.i510.i, <32 x bfloat> %1970)
-  %1971 = getelementptr inbounds nuw i8, ptr %1761, i64 40
-  %1972 = load i32, ptr %1971, align 4, !tbaa !4
-  %1973 = insertelement <16 x i32> poison, i32 %1972, i64 0
-  %1974 = shufflevector <16 x i32> %1973, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1975 = getelementptr inbounds nuw i8, ptr %1765, i64 160
-  %1976 = load i64, ptr %1975, align 8, !tbaa !4
-  %gep930.i = getelementptr i32, ptr %gep952.i, i64 %1976
-  %1977 = load <32 x bfloat>, ptr %gep930.i, align 4, !tbaa !4
-  %x.i525.i = bitcast <16 x i32> %1974 to <32 x bfloat>
-  %r.i527.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i503.i, <32 x bfloat> %x.i525.i, <32 x bfloat> %1977)
-  %1978 = getelementptr inbounds nuw i8, ptr %1761, i64 296
-  %1979 = load i32, ptr %1978, align 4, !tbaa !4
-  %1980 = insertelement <16 x i32> poison, i32 %1979, i64 0
-  %1981 = shufflevector <16 x i32> %1980, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i528.i = bitcast <16 x i32> %1981 to <32 x bfloat>
-  %r.i530.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i506.i, <32 x bfloat> %x.i528.i, <32 x bfloat> %1977)
-  %1982 = getelementptr inbounds nuw i8, ptr %1761, i64 552
-  %1983 = load i32, ptr %1982, align 4, !tbaa !4
-  %1984 = insertelement <16 x i32> poison, i32 %1983, i64 0
-  %1985 = shufflevector <16 x i32> %1984, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i531.i = bitcast <16 x i32> %1985 to <32 x bfloat>
-  %r.i533.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i509.i, <32 x bfloat> %x.i531.i, <32 x bfloat> %1977)
-  %1986 = getelementptr inbounds nuw i8, ptr %1761, i64 808
-  %1987 = load i32, ptr %1986, align 4, !tbaa !4
-  %1988 = insertelement <16 x i32> poison, i32 %1987, i64 0
-  %1989 = shufflevector <16 x i32> %1988, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i534.i = bitcast <16 x i32> %1989 to <32 x bfloat>
-  %r.i536.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i512.i, <32 x bfloat> %x.i534.i, <32 x bfloat> %1977)
-  %1990 = getelementptr i8, ptr %gep930.i, i64 64
-  %1991 = load <32 x bfloat>, ptr %1990, align 4, !tbaa !4
-  %r.i539.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i515.i, <32 x bfloat> %x.i525.i, <32 x bfloat> %1991)
-  %r.i542.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i518.i, <32 x bfloat> %x.i528.i, <32 x bfloat> %1991)
-  %r.i545.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i521.i, <32 x bfloat> %x.i531.i, <32 x bfloat> %1991)
-  %r.i548.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i524.i, <32 x bfloat> %x.i534.i, <32 x bfloat> %1991)
-  %1992 = getelementptr inbounds nuw i8, ptr %1761, i64 44
-  %1993 = load i32, ptr %1992, align 4, !tbaa !4
-  %1994 = insertelement <16 x i32> poison, i32 %1993, i64 0
-  %1995 = shufflevector <16 x i32> %1994, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1996 = getelementptr inbounds nuw i8, ptr %1765, i64 176
-  %1997 = load i64, ptr %1996, align 8, !tbaa !4
-  %gep934.i = getelementptr i32, ptr %gep952.i, i64 %1997
-  %1998 = load <32 x bfloat>, ptr %gep934.i, align 4, !tbaa !4
-  %x.i549.i = bitcast <16 x i32> %1995 to <32 x bfloat>
-  %r.i551.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i527.i, <32 x bfloat> %x.i549.i, <32 x bfloat> %1998)
-  %1999 = getelementptr inbounds nuw i8, ptr %1761, i64 300
-  %2000 = load i32, ptr %1999, align 4, !tbaa !4
-  %2001 = insertelement <16 x i32> poison, i32 %2000, i64 0
-  %2002 = shufflevector <16 x i32> %2001, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i552.i = bitcast <16 x i32> %2002 to <32 x bfloat>
-  %r.i554.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i530.i, <32 x bfloat> %x.i552.i, <32 x bfloat> %1998)
-  %2003 = getelementptr inbounds nuw i8, ptr %1761, i64 556
-  %2004 = load i32, ptr %2003, align 4, !tbaa !4
-  %2005 = insertelement <16 x i32> poison, i32 %2004, i64 0
-  %2006 = shufflevector <16 x i32> %2005, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i555.i = bitcast <16 x i32> %2006 to <32 x bfloat>
-  %r.i557.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i533.i, <32 x bfloat> %x.i555.i, <32 x bfloat> %1998)
-  %2007 = getelementptr inbounds nuw i8, ptr %1761, i64 812
-  %2008 = load i32, ptr %2007, align 4, !tbaa !4
-  %2009 = insertelement <16 x i32> poison, i32 %2008, i64 0
-  %2010 = shufflevector <16 x i32> %2009, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i558.i = bitcast <16 x i32> %2010 to <32 x bfloat>
-  %r.i560.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i536.i, <32 x bfloat> %x.i558.i, <32 x bfloat> %1998)
-  %2011 = getelementptr i8, ptr %gep934.i, i64 64
-  %2012 = load <32 x bfloat>, ptr %2011, align 4, !tbaa !4
-  %r.i563.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i539.i, <32 x bfloat> %x.i549.i, <32 x bfloat> %2012)
-  %r.i566.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i542.i, <32 x bfloat> %x.i552.i, <32 x bfloat> %2012)
-  %r.i569.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i545.i, <32 x bfloat> %x.i555.i, <32 x bfloat> %2012)
-  %r.i572.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i548.i, <32 x bfloat> %x.i558.i, <32 x bfloat> %2012)
-  %2013 = getelementptr inbounds nuw i8, ptr %1761, i64 48
-  %2014 = load i32, ptr %2013, align 4, !tbaa !4
-  %2015 = insertelement <16 x i32> poison, i32 %2014, i64 0
-  %2016 = shufflevector <16 x i32> %2015, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2017 = getelementptr inbounds nuw i8, ptr %1765, i64 192
-  %2018 = load i64, ptr %2017, align 8, !tbaa !4
-  %gep938.i = getelementptr i32, ptr %gep952.i, i64 %2018
-  %2019 = load <32 x bfloat>, ptr %gep938.i, align 4, !tbaa !4
-  %x.i573.i = bitcast <16 x i32> %2016 to <32 x bfloat>
-  %r.i575.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i551.i, <32 x bfloat> %x.i573.i, <32 x bfloat> %2019)
-  %2020 = getelementptr inbounds nuw i8, ptr %1761, i64 304
-  %2021 = load i32, ptr %2020, align 4, !tbaa !4
-  %2022 = insertelement <16 x i32> poison, i32 %2021, i64 0
-  %2023 = shufflevector <16 x i32> %2022, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i576.i = bitcast <16 x i32> %2023 to <32 x bfloat>
-  %r.i578.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i554.i, <32 x bfloat> %x.i576.i, <32 x bfloat> %2019)
-  %2024 = getelementptr inbounds nuw i8, ptr %1761, i64 560
-  %2025 = load i32, ptr %2024, align 4, !tbaa !4
-  %2026 = insertelement <16 x i32> poison, i32 %2025, i64 0
-  %2027 = shufflevector <16 x i32> %2026, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i579.i = bitcast <16 x i32> %2027 to <32 x bfloat>
-  %r.i581.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i557.i, <32 x bfloat> %x.i579.i, <32 x bfloat> %2019)
-  %2028 = getelementptr inbounds nuw i8, ptr %1761, i64 816
-  %2029 = load i32, ptr %2028, align 4, !tbaa !4
-  %2030 = insertelement <16 x i32> poison, i32 %2029, i64 0
-  %2031 = shufflevector <16 x i32> %2030, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i582.i = bitcast <16 x i32> %2031 to <32 x bfloat>
-  %r.i584.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i560.i, <32 x bfloat> %x.i582.i, <32 x bfloat> %2019)
-  %2032 = getelementptr i8, ptr %gep938.i, i64 64
-  %2033 = load <32 x bfloat>, ptr %2032, align 4, !tbaa !4
-  %r.i587.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i563.i, <32 x bfloat> %x.i573.i, <32 x bfloat> %2033)
-  %r.i590.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i566.i, <32 x bfloat> %x.i576.i, <32 x bfloat> %2033)
-  %r.i593.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i569.i, <32 x bfloat> %x.i579.i, <32 x bfloat> %2033)
-  %r.i596.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i572.i, <32 x bfloat> %x.i582.i, <32 x bfloat> %2033)
-  %2034 = getelementptr inbounds nuw i8, ptr %1761, i64 52
-  %2035 = load i32, ptr %2034, align 4, !tbaa !4
-  %2036 = insertelement <16 x i32> poison, i32 %2035, i64 0
-  %2037 = shufflevector <16 x i32> %2036, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2038 = getelementptr inbounds nuw i8, ptr %1765, i64 208
-  %2039 = load i64, ptr %2038, align 8, !tbaa !4
-  %gep942.i = getelementptr i32, ptr %gep952.i, i64 %2039
-  %2040 = load <32 x bfloat>, ptr %gep942.i, align 4, !tbaa !4
-  %x.i597.i = bitcast <16 x i32> %2037 to <32 x bfloat>
-  %r.i599.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i575.i, <32 x bfloat> %x.i597.i, <32 x bfloat> %2040)
-  %2041 = getelementptr inbounds nuw i8, ptr %1761, i64 308
-  %2042 = load i32, ptr %2041, align 4, !tbaa !4
-  %2043 = insertelement <16 x i32> poison, i32 %2042, i64 0
-  %2044 = shufflevector <16 x i32> %2043, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i600.i = bitcast <16 x i32> %2044 to <32 x bfloat>
-  %r.i602.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i578.i, <32 x bfloat> %x.i600.i, <32 x bfloat> %2040)
-  %2045 = getelementptr inbounds nuw i8, ptr %1761, i64 564
-  %2046 = load i32, ptr %2045, align 4, !tbaa !4
-  %2047 = insertelement <16 x i32> poison, i32 %2046, i64 0
-  %2048 = shufflevector <16 x i32> %2047, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i603.i = bitcast <16 x i32> %2048 to <32 x bfloat>
-  %r.i605.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i581.i, <32 x bfloat> %x.i603.i, <32 x bfloat> %2040)
-  %2049 = getelementptr inbounds nuw i8, ptr %1761, i64 820
-  %2050 = load i32, ptr %2049, align 4, !tbaa !4
-  %2051 = insertelement <16 x i32> poison, i32 %2050, i64 0
-  %2052 = shufflevector <16 x i32> %2051, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i606.i = bitcast <16 x i32> %2052 to <32 x bfloat>
-  %r.i608.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i584.i, <32 x bfloat> %x.i606.i, <32 x bfloat> %2040)
-  %2053 = getelementptr i8, ptr %gep942.i, i64 64
-  %2054 = load <32 x bfloat>, ptr %2053, align 4, !tbaa !4
-  %r.i611.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i587.i, <32 x bfloat> %x.i597.i, <32 x bfloat> %2054)
-  %r.i614.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i590.i, <32 x bfloat> %x.i600.i, <32 x bfloat> %2054)
-  %r.i617.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i593.i, <32 x bfloat> %x.i603.i, <32 x bfloat> %2054)
-  %r.i620.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i596.i, <32 x bfloat> %x.i606.i, <32 x bfloat> %2054)
-  %2055 = getelementptr inbounds nuw i8, ptr %1761, i64 56
-  %2056 = load i32, ptr %2055, align 4, !tbaa !4
-  %2057 = insertelement <16 x i32> poison, i32 %2056, i64 0
-  %2058 = shufflevector <16 x i32> %2057, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2059 = getelementptr inbounds nuw i8, ptr %1765, i64 224
-  %2060 = load i64, ptr %2059, align 8, !tbaa !4
-  %gep946.i = getelementptr i32, ptr %gep952.i, i64 %2060
-  %2061 = load <32 x bfloat>, ptr %gep946.i, align 4, !tbaa !4
-  %x.i621.i = bitcast <16 x i32> %2058 to <32 x bfloat>
-  %r.i623.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i599.i, <32 x bfloat> %x.i621.i, <32 x bfloat> %2061)
-  %2062 = getelementptr inbounds nuw i8, ptr %1761, i64 312
-  %2063 = load i32, ptr %2062, align 4, !tbaa !4
-  %2064 = insertelement <16 x i32> poison, i32 %2063, i64 0
-  %2065 = shufflevector <16 x i32> %2064, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i624.i = bitcast <16 x i32> %2065 to <32 x bfloat>
-  %r.i626.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i602.i, <32 x bfloat> %x.i624.i, <32 x bfloat> %2061)
-  %2066 = getelementptr inbounds nuw i8, ptr %1761, i64 568
-  %2067 = load i32, ptr %2066, align 4, !tbaa !4
-  %2068 = insertelement <16 x i32> poison, i32 %2067, i64 0
-  %2069 = shufflevector <16 x i32> %2068, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i627.i = bitcast <16 x i32> %2069 to <32 x bfloat>
-  %r.i629.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i605.i, <32 x bfloat> %x.i627.i, <32 x bfloat> %2061)
-  %2070 = getelementptr inbounds nuw i8, ptr %1761, i64 824
-  %2071 = load i32, ptr %2070, align 4, !tbaa !4
-  %2072 = insertelement <16 x i32> poison, i32 %2071, i64 0
-  %2073 = shufflevector <16 x i32> %2072, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i630.i = bitcast <16 x i32> %2073 to <32 x bfloat>
-  %r.i632.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i608.i, <32 x bfloat> %x.i630.i, <32 x bfloat> %2061)
-  %2074 = getelementptr i8, ptr %gep946.i, i64 64
-  %2075 = load <32 x bfloat>, ptr %2074, align 4, !tbaa !4
-  %r.i635.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i611.i, <32 x bfloat> %x.i621.i, <32 x bfloat> %2075)
-  %r.i638.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i614.i, <32 x bfloat> %x.i624.i, <32 x bfloat> %2075)
-  %r.i641.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i617.i, <32 x bfloat> %x.i627.i, <32 x bfloat> %2075)
-  %r.i644.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i620.i, <32 x bfloat> %x.i630.i, <32 x bfloat> %2075)
-  %2076 = getelementptr inbounds nuw i8, ptr %1761, i64 60
-  %2077 = load i32, ptr %2076, align 4, !tbaa !4
-  %2078 = insertelement <16 x i32> poison, i32 %2077, i64 0
-  %2079 = shufflevector <16 x i32> %2078, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2080 = getelementptr inbounds nuw i8, ptr %1765, i64 240
-  %2081 = load i64, ptr %2080, align 8, !tbaa !4
-  %gep950.i = getelementptr i32, ptr %gep952.i, i64 %2081
-  %2082 = load <32 x bfloat>, ptr %gep950.i, align 4, !tbaa !4
-  %x.i645.i = bitcast <16 x i32> %2079 to <32 x bfloat>
-  %r.i647.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i623.i, <32 x bfloat> %x.i645.i, <32 x bfloat> %2082)
-  %2083 = getelementptr inbounds nuw i8, ptr %1761, i64 316
-  %2084 = load i32, ptr %2083, align 4, !tbaa !4
-  %2085 = insertelement <16 x i32> poison, i32 %2084, i64 0
-  %2086 = shufflevector <16 x i32> %2085, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i648.i = bitcast <16 x i32> %2086 to <32 x bfloat>
-  %r.i650.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i626.i, <32 x bfloat> %x.i648.i, <32 x bfloat> %2082)
-  %2087 = getelementptr inbounds nuw i8, ptr %1761, i64 572
-  %2088 = load i32, ptr %2087, align 4, !tbaa !4
-  %2089 = insertelement <16 x i32> poison, i32 %2088, i64 0
-  %2090 = shufflevector <16 x i32> %2089, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i651.i = bitcast <16 x i32> %2090 to <32 x bfloat>
-  %r.i653.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i629.i, <32 x bfloat> %x.i651.i, <32 x bfloat> %2082)
-  %2091 = getelementptr inbounds nuw i8, ptr %1761, i64 828
-  %2092 = load i32, ptr %2091, align 4, !tbaa !4
-  %2093 = insertelement <16 x i32> poison, i32 %2092, i64 0
-  %2094 = shufflevector <16 x i32> %2093, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i654.i = bitcast <16 x i32> %2094 to <32 x bfloat>
-  %r.i656.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i632.i, <32 x bfloat> %x.i654.i, <32 x bfloat> %2082)
-  %2095 = getelementptr i8, ptr %gep950.i, i64 64
-  %2096 = load <32 x bfloat>, ptr %2095, align 4, !tbaa !4
-  %r.i659.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i635.i, <32 x bfloat> %x.i645.i, <32 x bfloat> %2096)
-  %r.i662.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i638.i, <32 x bfloat> %x.i648.i, <32 x bfloat> %2096)
-  %r.i665.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i641.i, <32 x bfloat> %x.i651.i, <32 x bfloat> %2096)
-  %r.i668.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i644.i, <32 x bfloat> %x.i654.i, <32 x bfloat> %2096)
-  %indvars.iv.next1126.i = add nuw nsw i64 %indvars.iv1125.i, 1
-  %exitcond1131.not.i = icmp eq i64 %indvars.iv.next1126.i, %568
-  br i1 %exitcond1131.not.i, label %for_end_to101.i, label %for_body_to100.i, !prof !8
+  %1755 = getelementptr i8, ptr %1703, i64 40
+  %1756 = load i64, ptr %1755, align 8, !tbaa !4
+  %1757 = getelementptr i32, ptr %value_cache, i64 %1756
+  %1758 = getelementptr i8, ptr %1757, i64 256
+  %1759 = getelementptr i32, ptr %1758, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1759, i32 0, i32 2, i32 1)
+  %1760 = getelementptr i8, ptr %1757, i64 320
+  %1761 = getelementptr i32, ptr %1760, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1761, i32 0, i32 2, i32 1)
+  %1762 = getelementptr i8, ptr %1757, i64 384
+  %1763 = getelementptr i32, ptr %1762, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1763, i32 0, i32 2, i32 1)
+  %1764 = getelementptr i8, ptr %1757, i64 448
+  %1765 = getelementptr i32, ptr %1764, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1765, i32 0, i32 2, i32 1)
+  %1766 = getelementptr i8, ptr %1703, i64 48
+  %1767 = load i64, ptr %1766, align 8, !tbaa !4
+  %1768 = getelementptr i32, ptr %value_cache, i64 %1767
+  %1769 = getelementptr i32, ptr %1768, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1769, i32 0, i32 2, i32 1)
+  %1770 = getelementptr i8, ptr %1768, i64 64
+  %1771 = getelementptr i32, ptr %1770, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1771, i32 0, i32 2, i32 1)
+  %1772 = getelementptr i8, ptr %1768, i64 128
+  %1773 = getelementptr i32, ptr %1772, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1773, i32 0, i32 2, i32 1)
+  %1774 = getelementptr i8, ptr %1768, i64 192
+  %1775 = getelementptr i32, ptr %1774, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1775, i32 0, i32 2, i32 1)
+  %1776 = getelementptr i8, ptr %1703, i64 56
+  %1777 = load i64, ptr %1776, align 8, !tbaa !4
+  %1778 = getelementptr i32, ptr %value_cache, i64 %1777
+  %1779 = getelementptr i8, ptr %1778, i64 256
+  %1780 = getelementptr i32, ptr %1779, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1780, i32 0, i32 2, i32 1)
+  %1781 = getelementptr i8, ptr %1778, i64 320
+  %1782 = getelementptr i32, ptr %1781, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1782, i32 0, i32 2, i32 1)
+  %1783 = getelementptr i8, ptr %1778, i64 384
+  %1784 = getelementptr i32, ptr %1783, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1784, i32 0, i32 2, i32 1)
+  %1785 = getelementptr i8, ptr %1778, i64 448
+  %1786 = getelementptr i32, ptr %1785, i64 %1483
+  tail call void @llvm.prefetch.p0(ptr readonly %1786, i32 0, i32 2, i32 1)
+  %.idx1310.i = shl nsw i64 %indvars.iv1162.i, 6
+  %1787 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1310.i
+  %1788 = load i32, ptr %1787, align 4, !tbaa !4
+  %1789 = insertelement <16 x i32> poison, i32 %1788, i64 0
+  %1790 = shufflevector <16 x i32> %1789, <16 x i32> poison, <16 x i32> zeroinitializer
+  %.idx1311.i = shl nsw i64 %indvars.iv1162.i, 8
+  %1791 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1311.i
+  %1792 = load i64, ptr %1791, align 8, !tbaa !4
+  %gep920.i = getelementptr i32, ptr %gep982.i, i64 %1792
+  %1793 = load <32 x bfloat>, ptr %gep920.i, align 4, !tbaa !4
+  %x.i314.i = bitcast <16 x i32> %1790 to <32 x bfloat>
+  %r.i316.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.0.0905.i, <32 x bfloat> %x.i314.i, <32 x bfloat> %1793)
+  %1794 = getelementptr inbounds nuw i8, ptr %1787, i64 256
+  %1795 = load i32, ptr %1794, align 4, !tbaa !4
+  %1796 = insertelement <16 x i32> poison, i32 %1795, i64 0
+  %1797 = shufflevector <16 x i32> %1796, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i317.i = bitcast <16 x i32> %1797 to <32 x bfloat>
+  %r.i319.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.68.0903.i, <32 x bfloat> %x.i317.i, <32 x bfloat> %1793)
+  %1798 = getelementptr inbounds nuw i8, ptr %1787, i64 512
+  %1799 = load i32, ptr %1798, align 4, !tbaa !4
+  %1800 = insertelement <16 x i32> poison, i32 %1799, i64 0
+  %1801 = shufflevector <16 x i32> %1800, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i320.i = bitcast <16 x i32> %1801 to <32 x bfloat>
+  %r.i322.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.136.0901.i, <32 x bfloat> %x.i320.i, <32 x bfloat> %1793)
+  %1802 = getelementptr inbounds nuw i8, ptr %1787, i64 768
+  %1803 = load i32, ptr %1802, align 4, !tbaa !4
+  %1804 = insertelement <16 x i32> poison, i32 %1803, i64 0
+  %1805 = shufflevector <16 x i32> %1804, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i323.i = bitcast <16 x i32> %1805 to <32 x bfloat>
+  %r.i325.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.204.0906.i, <32 x bfloat> %x.i323.i, <32 x bfloat> %1793)
+  %1806 = getelementptr i8, ptr %gep920.i, i64 64
+  %1807 = load <32 x bfloat>, ptr %1806, align 4, !tbaa !4
+  %r.i328.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.34.0904.i, <32 x bfloat> %x.i314.i, <32 x bfloat> %1807)
+  %r.i331.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.102.0902.i, <32 x bfloat> %x.i317.i, <32 x bfloat> %1807)
+  %r.i334.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.170.0900.i, <32 x bfloat> %x.i320.i, <32 x bfloat> %1807)
+  %r.i337.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.238.0907.i, <32 x bfloat> %x.i323.i, <32 x bfloat> %1807)
+  %1808 = getelementptr inbounds nuw i8, ptr %1787, i64 4
+  %1809 = load i32, ptr %1808, align 4, !tbaa !4
+  %1810 = insertelement <16 x i32> poison, i32 %1809, i64 0
+  %1811 = shufflevector <16 x i32> %1810, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1812 = getelementptr inbounds nuw i8, ptr %1791, i64 16
+  %1813 = load i64, ptr %1812, align 8, !tbaa !4
+  %gep924.i = getelementptr i32, ptr %gep982.i, i64 %1813
+  %1814 = load <32 x bfloat>, ptr %gep924.i, align 4, !tbaa !4
+  %x.i338.i = bitcast <16 x i32> %1811 to <32 x bfloat>
+  %r.i340.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i316.i, <32 x bfloat> %x.i338.i, <32 x bfloat> %1814)
+  %1815 = getelementptr inbounds nuw i8, ptr %1787, i64 260
+  %1816 = load i32, ptr %1815, align 4, !tbaa !4
+  %1817 = insertelement <16 x i32> poison, i32 %1816, i64 0
+  %1818 = shufflevector <16 x i32> %1817, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i341.i = bitcast <16 x i32> %1818 to <32 x bfloat>
+  %r.i343.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i319.i, <32 x bfloat> %x.i341.i, <32 x bfloat> %1814)
+  %1819 = getelementptr inbounds nuw i8, ptr %1787, i64 516
+  %1820 = load i32, ptr %1819, align 4, !tbaa !4
+  %1821 = insertelement <16 x i32> poison, i32 %1820, i64 0
+  %1822 = shufflevector <16 x i32> %1821, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i344.i = bitcast <16 x i32> %1822 to <32 x bfloat>
+  %r.i346.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i322.i, <32 x bfloat> %x.i344.i, <32 x bfloat> %1814)
+  %1823 = getelementptr inbounds nuw i8, ptr %1787, i64 772
+  %1824 = load i32, ptr %1823, align 4, !tbaa !4
+  %1825 = insertelement <16 x i32> poison, i32 %1824, i64 0
+  %1826 = shufflevector <16 x i32> %1825, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i347.i = bitcast <16 x i32> %1826 to <32 x bfloat>
+  %r.i349.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i325.i, <32 x bfloat> %x.i347.i, <32 x bfloat> %1814)
+  %1827 = getelementptr i8, ptr %gep924.i, i64 64
+  %1828 = load <32 x bfloat>, ptr %1827, align 4, !tbaa !4
+  %r.i352.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i328.i, <32 x bfloat> %x.i338.i, <32 x bfloat> %1828)
+  %r.i355.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i331.i, <32 x bfloat> %x.i341.i, <32 x bfloat> %1828)
+  %r.i358.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i334.i, <32 x bfloat> %x.i344.i, <32 x bfloat> %1828)
+  %r.i361.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i337.i, <32 x bfloat> %x.i347.i, <32 x bfloat> %1828)
+  %1829 = getelementptr inbounds nuw i8, ptr %1787, i64 8
+  %1830 = load i32, ptr %1829, align 4, !tbaa !4
+  %1831 = insertelement <16 x i32> poison, i32 %1830, i64 0
+  %1832 = shufflevector <16 x i32> %1831, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1833 = getelementptr inbounds nuw i8, ptr %1791, i64 32
+  %1834 = load i64, ptr %1833, align 8, !tbaa !4
+  %gep928.i = getelementptr i32, ptr %gep982.i, i64 %1834
+  %1835 = load <32 x bfloat>, ptr %gep928.i, align 4, !tbaa !4
+  %x.i362.i = bitcast <16 x i32> %1832 to <32 x bfloat>
+  %r.i364.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i340.i, <32 x bfloat> %x.i362.i, <32 x bfloat> %1835)
+  %1836 = getelementptr inbounds nuw i8, ptr %1787, i64 264
+  %1837 = load i32, ptr %1836, align 4, !tbaa !4
+  %1838 = insertelement <16 x i32> poison, i32 %1837, i64 0
+  %1839 = shufflevector <16 x i32> %1838, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i365.i = bitcast <16 x i32> %1839 to <32 x bfloat>
+  %r.i367.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i343.i, <32 x bfloat> %x.i365.i, <32 x bfloat> %1835)
+  %1840 = getelementptr inbounds nuw i8, ptr %1787, i64 520
+  %1841 = load i32, ptr %1840, align 4, !tbaa !4
+  %1842 = insertelement <16 x i32> poison, i32 %1841, i64 0
+  %1843 = shufflevector <16 x i32> %1842, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i368.i = bitcast <16 x i32> %1843 to <32 x bfloat>
+  %r.i370.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i346.i, <32 x bfloat> %x.i368.i, <32 x bfloat> %1835)
+  %1844 = getelementptr inbounds nuw i8, ptr %1787, i64 776
+  %1845 = load i32, ptr %1844, align 4, !tbaa !4
+  %1846 = insertelement <16 x i32> poison, i32 %1845, i64 0
+  %1847 = shufflevector <16 x i32> %1846, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i371.i = bitcast <16 x i32> %1847 to <32 x bfloat>
+  %r.i373.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i349.i, <32 x bfloat> %x.i371.i, <32 x bfloat> %1835)
+  %1848 = getelementptr i8, ptr %gep928.i, i64 64
+  %1849 = load <32 x bfloat>, ptr %1848, align 4, !tbaa !4
+  %r.i376.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i352.i, <32 x bfloat> %x.i362.i, <32 x bfloat> %1849)
+  %r.i379.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i355.i, <32 x bfloat> %x.i365.i, <32 x bfloat> %1849)
+  %r.i382.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i358.i, <32 x bfloat> %x.i368.i, <32 x bfloat> %1849)
+  %r.i385.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i361.i, <32 x bfloat> %x.i371.i, <32 x bfloat> %1849)
+  %1850 = getelementptr inbounds nuw i8, ptr %1787, i64 12
+  %1851 = load i32, ptr %1850, align 4, !tbaa !4
+  %1852 = insertelement <16 x i32> poison, i32 %1851, i64 0
+  %1853 = shufflevector <16 x i32> %1852, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1854 = getelementptr inbounds nuw i8, ptr %1791, i64 48
+  %1855 = load i64, ptr %1854, align 8, !tbaa !4
+  %gep932.i = getelementptr i32, ptr %gep982.i, i64 %1855
+  %1856 = load <32 x bfloat>, ptr %gep932.i, align 4, !tbaa !4
+  %x.i386.i = bitcast <16 x i32> %1853 to <32 x bfloat>
+  %r.i388.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i364.i, <32 x bfloat> %x.i386.i, <32 x bfloat> %1856)
+  %1857 = getelementptr inbounds nuw i8, ptr %1787, i64 268
+  %1858 = load i32, ptr %1857, align 4, !tbaa !4
+  %1859 = insertelement <16 x i32> poison, i32 %1858, i64 0
+  %1860 = shufflevector <16 x i32> %1859, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i389.i = bitcast <16 x i32> %1860 to <32 x bfloat>
+  %r.i391.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i367.i, <32 x bfloat> %x.i389.i, <32 x bfloat> %1856)
+  %1861 = getelementptr inbounds nuw i8, ptr %1787, i64 524
+  %1862 = load i32, ptr %1861, align 4, !tbaa !4
+  %1863 = insertelement <16 x i32> poison, i32 %1862, i64 0
+  %1864 = shufflevector <16 x i32> %1863, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i392.i = bitcast <16 x i32> %1864 to <32 x bfloat>
+  %r.i394.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i370.i, <32 x bfloat> %x.i392.i, <32 x bfloat> %1856)
+  %1865 = getelementptr inbounds nuw i8, ptr %1787, i64 780
+  %1866 = load i32, ptr %1865, align 4, !tbaa !4
+  %1867 = insertelement <16 x i32> poison, i32 %1866, i64 0
+  %1868 = shufflevector <16 x i32> %1867, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i395.i = bitcast <16 x i32> %1868 to <32 x bfloat>
+  %r.i397.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i373.i, <32 x bfloat> %x.i395.i, <32 x bfloat> %1856)
+  %1869 = getelementptr i8, ptr %gep932.i, i64 64
+  %1870 = load <32 x bfloat>, ptr %1869, align 4, !tbaa !4
+  %r.i400.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i376.i, <32 x bfloat> %x.i386.i, <32 x bfloat> %1870)
+  %r.i403.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i379.i, <32 x bfloat> %x.i389.i, <32 x bfloat> %1870)
+  %r.i406.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i382.i, <32 x bfloat> %x.i392.i, <32 x bfloat> %1870)
+  %r.i409.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i385.i, <32 x bfloat> %x.i395.i, <32 x bfloat> %1870)
+  %1871 = getelementptr inbounds nuw i8, ptr %1787, i64 16
+  %1872 = load i32, ptr %1871, align 4, !tbaa !4
+  %1873 = insertelement <16 x i32> poison, i32 %1872, i64 0
+  %1874 = shufflevector <16 x i32> %1873, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1875 = getelementptr inbounds nuw i8, ptr %1791, i64 64
+  %1876 = load i64, ptr %1875, align 8, !tbaa !4
+  %gep936.i = getelementptr i32, ptr %gep982.i, i64 %1876
+  %1877 = load <32 x bfloat>, ptr %gep936.i, align 4, !tbaa !4
+  %x.i410.i = bitcast <16 x i32> %1874 to <32 x bfloat>
+  %r.i412.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i388.i, <32 x bfloat> %x.i410.i, <32 x bfloat> %1877)
+  %1878 = getelementptr inbounds nuw i8, ptr %1787, i64 272
+  %1879 = load i32, ptr %1878, align 4, !tbaa !4
+  %1880 = insertelement <16 x i32> poison, i32 %1879, i64 0
+  %1881 = shufflevector <16 x i32> %1880, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i413.i = bitcast <16 x i32> %1881 to <32 x bfloat>
+  %r.i415.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i391.i, <32 x bfloat> %x.i413.i, <32 x bfloat> %1877)
+  %1882 = getelementptr inbounds nuw i8, ptr %1787, i64 528
+  %1883 = load i32, ptr %1882, align 4, !tbaa !4
+  %1884 = insertelement <16 x i32> poison, i32 %1883, i64 0
+  %1885 = shufflevector <16 x i32> %1884, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i416.i = bitcast <16 x i32> %1885 to <32 x bfloat>
+  %r.i418.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i394.i, <32 x bfloat> %x.i416.i, <32 x bfloat> %1877)
+  %1886 = getelementptr inbounds nuw i8, ptr %1787, i64 784
+  %1887 = load i32, ptr %1886, align 4, !tbaa !4
+  %1888 = insertelement <16 x i32> poison, i32 %1887, i64 0
+  %1889 = shufflevector <16 x i32> %1888, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i419.i = bitcast <16 x i32> %1889 to <32 x bfloat>
+  %r.i421.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i397.i, <32 x bfloat> %x.i419.i, <32 x bfloat> %1877)
+  %1890 = getelementptr i8, ptr %gep936.i, i64 64
+  %1891 = load <32 x bfloat>, ptr %1890, align 4, !tbaa !4
+  %r.i424.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i400.i, <32 x bfloat> %x.i410.i, <32 x bfloat> %1891)
+  %r.i427.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i403.i, <32 x bfloat> %x.i413.i, <32 x bfloat> %1891)
+  %r.i430.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i406.i, <32 x bfloat> %x.i416.i, <32 x bfloat> %1891)
+  %r.i433.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i409.i, <32 x bfloat> %x.i419.i, <32 x bfloat> %1891)
+  %1892 = getelementptr inbounds nuw i8, ptr %1787, i64 20
+  %1893 = load i32, ptr %1892, align 4, !tbaa !4
+  %1894 = insertelement <16 x i32> poison, i32 %1893, i64 0
+  %1895 = shufflevector <16 x i32> %1894, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1896 = getelementptr inbounds nuw i8, ptr %1791, i64 80
+  %1897 = load i64, ptr %1896, align 8, !tbaa !4
+  %gep940.i = getelementptr i32, ptr %gep982.i, i64 %1897
+  %1898 = load <32 x bfloat>, ptr %gep940.i, align 4, !tbaa !4
+  %x.i434.i = bitcast <16 x i32> %1895 to <32 x bfloat>
+  %r.i436.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i412.i, <32 x bfloat> %x.i434.i, <32 x bfloat> %1898)
+  %1899 = getelementptr inbounds nuw i8, ptr %1787, i64 276
+  %1900 = load i32, ptr %1899, align 4, !tbaa !4
+  %1901 = insertelement <16 x i32> poison, i32 %1900, i64 0
+  %1902 = shufflevector <16 x i32> %1901, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i437.i = bitcast <16 x i32> %1902 to <32 x bfloat>
+  %r.i439.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i415.i, <32 x bfloat> %x.i437.i, <32 x bfloat> %1898)
+  %1903 = getelementptr inbounds nuw i8, ptr %1787, i64 532
+  %1904 = load i32, ptr %1903, align 4, !tbaa !4
+  %1905 = insertelement <16 x i32> poison, i32 %1904, i64 0
+  %1906 = shufflevector <16 x i32> %1905, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i440.i = bitcast <16 x i32> %1906 to <32 x bfloat>
+  %r.i442.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i418.i, <32 x bfloat> %x.i440.i, <32 x bfloat> %1898)
+  %1907 = getelementptr inbounds nuw i8, ptr %1787, i64 788
+  %1908 = load i32, ptr %1907, align 4, !tbaa !4
+  %1909 = insertelement <16 x i32> poison, i32 %1908, i64 0
+  %1910 = shufflevector <16 x i32> %1909, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i443.i = bitcast <16 x i32> %1910 to <32 x bfloat>
+  %r.i445.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i421.i, <32 x bfloat> %x.i443.i, <32 x bfloat> %1898)
+  %1911 = getelementptr i8, ptr %gep940.i, i64 64
+  %1912 = load <32 x bfloat>, ptr %1911, align 4, !tbaa !4
+  %r.i448.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i424.i, <32 x bfloat> %x.i434.i, <32 x bfloat> %1912)
+  %r.i451.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i427.i, <32 x bfloat> %x.i437.i, <32 x bfloat> %1912)
+  %r.i454.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i430.i, <32 x bfloat> %x.i440.i, <32 x bfloat> %1912)
+  %r.i457.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i433.i, <32 x bfloat> %x.i443.i, <32 x bfloat> %1912)
+  %1913 = getelementptr inbounds nuw i8, ptr %1787, i64 24
+  %1914 = load i32, ptr %1913, align 4, !tbaa !4
+  %1915 = insertelement <16 x i32> poison, i32 %1914, i64 0
+  %1916 = shufflevector <16 x i32> %1915, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1917 = getelementptr inbounds nuw i8, ptr %1791, i64 96
+  %1918 = load i64, ptr %1917, align 8, !tbaa !4
+  %gep944.i = getelementptr i32, ptr %gep982.i, i64 %1918
+  %1919 = load <32 x bfloat>, ptr %gep944.i, align 4, !tbaa !4
+  %x.i458.i = bitcast <16 x i32> %1916 to <32 x bfloat>
+  %r.i460.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i436.i, <32 x bfloat> %x.i458.i, <32 x bfloat> %1919)
+  %1920 = getelementptr inbounds nuw i8, ptr %1787, i64 280
+  %1921 = load i32, ptr %1920, align 4, !tbaa !4
+  %1922 = insertelement <16 x i32> poison, i32 %1921, i64 0
+  %1923 = shufflevector <16 x i32> %1922, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i461.i = bitcast <16 x i32> %1923 to <32 x bfloat>
+  %r.i463.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i439.i, <32 x bfloat> %x.i461.i, <32 x bfloat> %1919)
+  %1924 = getelementptr inbounds nuw i8, ptr %1787, i64 536
+  %1925 = load i32, ptr %1924, align 4, !tbaa !4
+  %1926 = insertelement <16 x i32> poison, i32 %1925, i64 0
+  %1927 = shufflevector <16 x i32> %1926, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i464.i = bitcast <16 x i32> %1927 to <32 x bfloat>
+  %r.i466.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i442.i, <32 x bfloat> %x.i464.i, <32 x bfloat> %1919)
+  %1928 = getelementptr inbounds nuw i8, ptr %1787, i64 792
+  %1929 = load i32, ptr %1928, align 4, !tbaa !4
+  %1930 = insertelement <16 x i32> poison, i32 %1929, i64 0
+  %1931 = shufflevector <16 x i32> %1930, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i467.i = bitcast <16 x i32> %1931 to <32 x bfloat>
+  %r.i469.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i445.i, <32 x bfloat> %x.i467.i, <32 x bfloat> %1919)
+  %1932 = getelementptr i8, ptr %gep944.i, i64 64
+  %1933 = load <32 x bfloat>, ptr %1932, align 4, !tbaa !4
+  %r.i472.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i448.i, <32 x bfloat> %x.i458.i, <32 x bfloat> %1933)
+  %r.i475.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i451.i, <32 x bfloat> %x.i461.i, <32 x bfloat> %1933)
+  %r.i478.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i454.i, <32 x bfloat> %x.i464.i, <32 x bfloat> %1933)
+  %r.i481.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i457.i, <32 x bfloat> %x.i467.i, <32 x bfloat> %1933)
+  %1934 = getelementptr inbounds nuw i8, ptr %1787, i64 28
+  %1935 = load i32, ptr %1934, align 4, !tbaa !4
+  %1936 = insertelement <16 x i32> poison, i32 %1935, i64 0
+  %1937 = shufflevector <16 x i32> %1936, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1938 = getelementptr inbounds nuw i8, ptr %1791, i64 112
+  %1939 = load i64, ptr %1938, align 8, !tbaa !4
+  %gep948.i = getelementptr i32, ptr %gep982.i, i64 %1939
+  %1940 = load <32 x bfloat>, ptr %gep948.i, align 4, !tbaa !4
+  %x.i482.i = bitcast <16 x i32> %1937 to <32 x bfloat>
+  %r.i484.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i460.i, <32 x bfloat> %x.i482.i, <32 x bfloat> %1940)
+  %1941 = getelementptr inbounds nuw i8, ptr %1787, i64 284
+  %1942 = load i32, ptr %1941, align 4, !tbaa !4
+  %1943 = insertelement <16 x i32> poison, i32 %1942, i64 0
+  %1944 = shufflevector <16 x i32> %1943, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i485.i = bitcast <16 x i32> %1944 to <32 x bfloat>
+  %r.i487.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i463.i, <32 x bfloat> %x.i485.i, <32 x bfloat> %1940)
+  %1945 = getelementptr inbounds nuw i8, ptr %1787, i64 540
+  %1946 = load i32, ptr %1945, align 4, !tbaa !4
+  %1947 = insertelement <16 x i32> poison, i32 %1946, i64 0
+  %1948 = shufflevector <16 x i32> %1947, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i488.i = bitcast <16 x i32> %1948 to <32 x bfloat>
+  %r.i490.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i466.i, <32 x bfloat> %x.i488.i, <32 x bfloat> %1940)
+  %1949 = getelementptr inbounds nuw i8, ptr %1787, i64 796
+  %1950 = load i32, ptr %1949, align 4, !tbaa !4
+  %1951 = insertelement <16 x i32> poison, i32 %1950, i64 0
+  %1952 = shufflevector <16 x i32> %1951, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i491.i = bitcast <16 x i32> %1952 to <32 x bfloat>
+  %r.i493.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i469.i, <32 x bfloat> %x.i491.i, <32 x bfloat> %1940)
+  %1953 = getelementptr i8, ptr %gep948.i, i64 64
+  %1954 = load <32 x bfloat>, ptr %1953, align 4, !tbaa !4
+  %r.i496.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i472.i, <32 x bfloat> %x.i482.i, <32 x bfloat> %1954)
+  %r.i499.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i475.i, <32 x bfloat> %x.i485.i, <32 x bfloat> %1954)
+  %r.i502.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i478.i, <32 x bfloat> %x.i488.i, <32 x bfloat> %1954)
+  %r.i505.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i481.i, <32 x bfloat> %x.i491.i, <32 x bfloat> %1954)
+  %1955 = getelementptr inbounds nuw i8, ptr %1787, i64 32
+  %1956 = load i32, ptr %1955, align 4, !tbaa !4
+  %1957 = insertelement <16 x i32> poison, i32 %1956, i64 0
+  %1958 = shufflevector <16 x i32> %1957, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1959 = getelementptr inbounds nuw i8, ptr %1791, i64 128
+  %1960 = load i64, ptr %1959, align 8, !tbaa !4
+  %gep952.i = getelementptr i32, ptr %gep982.i, i64 %1960
+  %1961 = load <32 x bfloat>, ptr %gep952.i, align 4, !tbaa !4
+  %x.i506.i = bitcast <16 x i32> %1958 to <32 x bfloat>
+  %r.i508.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i484.i, <32 x bfloat> %x.i506.i, <32 x bfloat> %1961)
+  %1962 = getelementptr inbounds nuw i8, ptr %1787, i64 288
+  %1963 = load i32, ptr %1962, align 4, !tbaa !4
+  %1964 = insertelement <16 x i32> poison, i32 %1963, i64 0
+  %1965 = shufflevector <16 x i32> %1964, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i509.i = bitcast <16 x i32> %1965 to <32 x bfloat>
+  %r.i511.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i487.i, <32 x bfloat> %x.i509.i, <32 x bfloat> %1961)
+  %1966 = getelementptr inbounds nuw i8, ptr %1787, i64 544
+  %1967 = load i32, ptr %1966, align 4, !tbaa !4
+  %1968 = insertelement <16 x i32> poison, i32 %1967, i64 0
+  %1969 = shufflevector <16 x i32> %1968, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i512.i = bitcast <16 x i32> %1969 to <32 x bfloat>
+  %r.i514.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i490.i, <32 x bfloat> %x.i512.i, <32 x bfloat> %1961)
+  %1970 = getelementptr inbounds nuw i8, ptr %1787, i64 800
+  %1971 = load i32, ptr %1970, align 4, !tbaa !4
+  %1972 = insertelement <16 x i32> poison, i32 %1971, i64 0
+  %1973 = shufflevector <16 x i32> %1972, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i515.i = bitcast <16 x i32> %1973 to <32 x bfloat>
+  %r.i517.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i493.i, <32 x bfloat> %x.i515.i, <32 x bfloat> %1961)
+  %1974 = getelementptr i8, ptr %gep952.i, i64 64
+  %1975 = load <32 x bfloat>, ptr %1974, align 4, !tbaa !4
+  %r.i520.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i496.i, <32 x bfloat> %x.i506.i, <32 x bfloat> %1975)
+  %r.i523.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i499.i, <32 x bfloat> %x.i509.i, <32 x bfloat> %1975)
+  %r.i526.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i502.i, <32 x bfloat> %x.i512.i, <32 x bfloat> %1975)
+  %r.i529.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i505.i, <32 x bfloat> %x.i515.i, <32 x bfloat> %1975)
+  %1976 = getelementptr inbounds nuw i8, ptr %1787, i64 36
+  %1977 = load i32, ptr %1976, align 4, !tbaa !4
+  %1978 = insertelement <16 x i32> poison, i32 %1977, i64 0
+  %1979 = shufflevector <16 x i32> %1978, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1980 = getelementptr inbounds nuw i8, ptr %1791, i64 144
+  %1981 = load i64, ptr %1980, align 8, !tbaa !4
+  %gep956.i = getelementptr i32, ptr %gep982.i, i64 %1981
+  %1982 = load <32 x bfloat>, ptr %gep956.i, align 4, !tbaa !4
+  %x.i530.i = bitcast <16 x i32> %1979 to <32 x bfloat>
+  %r.i532.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i508.i, <32 x bfloat> %x.i530.i, <32 x bfloat> %1982)
+  %1983 = getelementptr inbounds nuw i8, ptr %1787, i64 292
+  %1984 = load i32, ptr %1983, align 4, !tbaa !4
+  %1985 = insertelement <16 x i32> poison, i32 %1984, i64 0
+  %1986 = shufflevector <16 x i32> %1985, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i533.i = bitcast <16 x i32> %1986 to <32 x bfloat>
+  %r.i535.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i511.i, <32 x bfloat> %x.i533.i, <32 x bfloat> %1982)
+  %1987 = getelementptr inbounds nuw i8, ptr %1787, i64 548
+  %1988 = load i32, ptr %1987, align 4, !tbaa !4
+  %1989 = insertelement <16 x i32> poison, i32 %1988, i64 0
+  %1990 = shufflevector <16 x i32> %1989, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i536.i = bitcast <16 x i32> %1990 to <32 x bfloat>
+  %r.i538.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i514.i, <32 x bfloat> %x.i536.i, <32 x bfloat> %1982)
+  %1991 = getelementptr inbounds nuw i8, ptr %1787, i64 804
+  %1992 = load i32, ptr %1991, align 4, !tbaa !4
+  %1993 = insertelement <16 x i32> poison, i32 %1992, i64 0
+  %1994 = shufflevector <16 x i32> %1993, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i539.i = bitcast <16 x i32> %1994 to <32 x bfloat>
+  %r.i541.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i517.i, <32 x bfloat> %x.i539.i, <32 x bfloat> %1982)
+  %1995 = getelementptr i8, ptr %gep956.i, i64 64
+  %1996 = load <32 x bfloat>, ptr %1995, align 4, !tbaa !4
+  %r.i544.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i520.i, <32 x bfloat> %x.i530.i, <32 x bfloat> %1996)
+  %r.i547.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i523.i, <32 x bfloat> %x.i533.i, <32 x bfloat> %1996)
+  %r.i550.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i526.i, <32 x bfloat> %x.i536.i, <32 x bfloat> %1996)
+  %r.i553.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i529.i, <32 x bfloat> %x.i539.i, <32 x bfloat> %1996)
+  %1997 = getelementptr inbounds nuw i8, ptr %1787, i64 40
+  %1998 = load i32, ptr %1997, align 4, !tbaa !4
+  %1999 = insertelement <16 x i32> poison, i32 %1998, i64 0
+  %2000 = shufflevector <16 x i32> %1999, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2001 = getelementptr inbounds nuw i8, ptr %1791, i64 160
+  %2002 = load i64, ptr %2001, align 8, !tbaa !4
+  %gep960.i = getelementptr i32, ptr %gep982.i, i64 %2002
+  %2003 = load <32 x bfloat>, ptr %gep960.i, align 4, !tbaa !4
+  %x.i554.i = bitcast <16 x i32> %2000 to <32 x bfloat>
+  %r.i556.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i532.i, <32 x bfloat> %x.i554.i, <32 x bfloat> %2003)
+  %2004 = getelementptr inbounds nuw i8, ptr %1787, i64 296
+  %2005 = load i32, ptr %2004, align 4, !tbaa !4
+  %2006 = insertelement <16 x i32> poison, i32 %2005, i64 0
+  %2007 = shufflevector <16 x i32> %2006, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i557.i = bitcast <16 x i32> %2007 to <32 x bfloat>
+  %r.i559.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i535.i, <32 x bfloat> %x.i557.i, <32 x bfloat> %2003)
+  %2008 = getelementptr inbounds nuw i8, ptr %1787, i64 552
+  %2009 = load i32, ptr %2008, align 4, !tbaa !4
+  %2010 = insertelement <16 x i32> poison, i32 %2009, i64 0
+  %2011 = shufflevector <16 x i32> %2010, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i560.i = bitcast <16 x i32> %2011 to <32 x bfloat>
+  %r.i562.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i538.i, <32 x bfloat> %x.i560.i, <32 x bfloat> %2003)
+  %2012 = getelementptr inbounds nuw i8, ptr %1787, i64 808
+  %2013 = load i32, ptr %2012, align 4, !tbaa !4
+  %2014 = insertelement <16 x i32> poison, i32 %2013, i64 0
+  %2015 = shufflevector <16 x i32> %2014, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i563.i = bitcast <16 x i32> %2015 to <32 x bfloat>
+  %r.i565.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i541.i, <32 x bfloat> %x.i563.i, <32 x bfloat> %2003)
+  %2016 = getelementptr i8, ptr %gep960.i, i64 64
+  %2017 = load <32 x bfloat>, ptr %2016, align 4, !tbaa !4
+  %r.i568.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i544.i, <32 x bfloat> %x.i554.i, <32 x bfloat> %2017)
+  %r.i571.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i547.i, <32 x bfloat> %x.i557.i, <32 x bfloat> %2017)
+  %r.i574.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i550.i, <32 x bfloat> %x.i560.i, <32 x bfloat> %2017)
+  %r.i577.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i553.i, <32 x bfloat> %x.i563.i, <32 x bfloat> %2017)
+  %2018 = getelementptr inbounds nuw i8, ptr %1787, i64 44
+  %2019 = load i32, ptr %2018, align 4, !tbaa !4
+  %2020 = insertelement <16 x i32> poison, i32 %2019, i64 0
+  %2021 = shufflevector <16 x i32> %2020, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2022 = getelementptr inbounds nuw i8, ptr %1791, i64 176
+  %2023 = load i64, ptr %2022, align 8, !tbaa !4
+  %gep964.i = getelementptr i32, ptr %gep982.i, i64 %2023
+  %2024 = load <32 x bfloat>, ptr %gep964.i, align 4, !tbaa !4
+  %x.i578.i = bitcast <16 x i32> %2021 to <32 x bfloat>
+  %r.i580.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i556.i, <32 x bfloat> %x.i578.i, <32 x bfloat> %2024)
+  %2025 = getelementptr inbounds nuw i8, ptr %1787, i64 300
+  %2026 = load i32, ptr %2025, align 4, !tbaa !4
+  %2027 = insertelement <16 x i32> poison, i32 %2026, i64 0
+  %2028 = shufflevector <16 x i32> %2027, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i581.i = bitcast <16 x i32> %2028 to <32 x bfloat>
+  %r.i583.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i559.i, <32 x bfloat> %x.i581.i, <32 x bfloat> %2024)
+  %2029 = getelementptr inbounds nuw i8, ptr %1787, i64 556
+  %2030 = load i32, ptr %2029, align 4, !tbaa !4
+  %2031 = insertelement <16 x i32> poison, i32 %2030, i64 0
+  %2032 = shufflevector <16 x i32> %2031, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i584.i = bitcast <16 x i32> %2032 to <32 x bfloat>
+  %r.i586.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i562.i, <32 x bfloat> %x.i584.i, <32 x bfloat> %2024)
+  %2033 = getelementptr inbounds nuw i8, ptr %1787, i64 812
+  %2034 = load i32, ptr %2033, align 4, !tbaa !4
+  %2035 = insertelement <16 x i32> poison, i32 %2034, i64 0
+  %2036 = shufflevector <16 x i32> %2035, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i587.i = bitcast <16 x i32> %2036 to <32 x bfloat>
+  %r.i589.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i565.i, <32 x bfloat> %x.i587.i, <32 x bfloat> %2024)
+  %2037 = getelementptr i8, ptr %gep964.i, i64 64
+  %2038 = load <32 x bfloat>, ptr %2037, align 4, !tbaa !4
+  %r.i592.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i568.i, <32 x bfloat> %x.i578.i, <32 x bfloat> %2038)
+  %r.i595.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i571.i, <32 x bfloat> %x.i581.i, <32 x bfloat> %2038)
+  %r.i598.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i574.i, <32 x bfloat> %x.i584.i, <32 x bfloat> %2038)
+  %r.i601.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i577.i, <32 x bfloat> %x.i587.i, <32 x bfloat> %2038)
+  %2039 = getelementptr inbounds nuw i8, ptr %1787, i64 48
+  %2040 = load i32, ptr %2039, align 4, !tbaa !4
+  %2041 = insertelement <16 x i32> poison, i32 %2040, i64 0
+  %2042 = shufflevector <16 x i32> %2041, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2043 = getelementptr inbounds nuw i8, ptr %1791, i64 192
+  %2044 = load i64, ptr %2043, align 8, !tbaa !4
+  %gep968.i = getelementptr i32, ptr %gep982.i, i64 %2044
+  %2045 = load <32 x bfloat>, ptr %gep968.i, align 4, !tbaa !4
+  %x.i602.i = bitcast <16 x i32> %2042 to <32 x bfloat>
+  %r.i604.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i580.i, <32 x bfloat> %x.i602.i, <32 x bfloat> %2045)
+  %2046 = getelementptr inbounds nuw i8, ptr %1787, i64 304
+  %2047 = load i32, ptr %2046, align 4, !tbaa !4
+  %2048 = insertelement <16 x i32> poison, i32 %2047, i64 0
+  %2049 = shufflevector <16 x i32> %2048, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i605.i = bitcast <16 x i32> %2049 to <32 x bfloat>
+  %r.i607.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i583.i, <32 x bfloat> %x.i605.i, <32 x bfloat> %2045)
+  %2050 = getelementptr inbounds nuw i8, ptr %1787, i64 560
+  %2051 = load i32, ptr %2050, align 4, !tbaa !4
+  %2052 = insertelement <16 x i32> poison, i32 %2051, i64 0
+  %2053 = shufflevector <16 x i32> %2052, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i608.i = bitcast <16 x i32> %2053 to <32 x bfloat>
+  %r.i610.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i586.i, <32 x bfloat> %x.i608.i, <32 x bfloat> %2045)
+  %2054 = getelementptr inbounds nuw i8, ptr %1787, i64 816
+  %2055 = load i32, ptr %2054, align 4, !tbaa !4
+  %2056 = insertelement <16 x i32> poison, i32 %2055, i64 0
+  %2057 = shufflevector <16 x i32> %2056, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i611.i = bitcast <16 x i32> %2057 to <32 x bfloat>
+  %r.i613.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i589.i, <32 x bfloat> %x.i611.i, <32 x bfloat> %2045)
+  %2058 = getelementptr i8, ptr %gep968.i, i64 64
+  %2059 = load <32 x bfloat>, ptr %2058, align 4, !tbaa !4
+  %r.i616.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i592.i, <32 x bfloat> %x.i602.i, <32 x bfloat> %2059)
+  %r.i619.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i595.i, <32 x bfloat> %x.i605.i, <32 x bfloat> %2059)
+  %r.i622.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i598.i, <32 x bfloat> %x.i608.i, <32 x bfloat> %2059)
+  %r.i625.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i601.i, <32 x bfloat> %x.i611.i, <32 x bfloat> %2059)
+  %2060 = getelementptr inbounds nuw i8, ptr %1787, i64 52
+  %2061 = load i32, ptr %2060, align 4, !tbaa !4
+  %2062 = insertelement <16 x i32> poison, i32 %2061, i64 0
+  %2063 = shufflevector <16 x i32> %2062, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2064 = getelementptr inbounds nuw i8, ptr %1791, i64 208
+  %2065 = load i64, ptr %2064, align 8, !tbaa !4
+  %gep972.i = getelementptr i32, ptr %gep982.i, i64 %2065
+  %2066 = load <32 x bfloat>, ptr %gep972.i, align 4, !tbaa !4
+  %x.i626.i = bitcast <16 x i32> %2063 to <32 x bfloat>
+  %r.i628.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i604.i, <32 x bfloat> %x.i626.i, <32 x bfloat> %2066)
+  %2067 = getelementptr inbounds nuw i8, ptr %1787, i64 308
+  %2068 = load i32, ptr %2067, align 4, !tbaa !4
+  %2069 = insertelement <16 x i32> poison, i32 %2068, i64 0
+  %2070 = shufflevector <16 x i32> %2069, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i629.i = bitcast <16 x i32> %2070 to <32 x bfloat>
+  %r.i631.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i607.i, <32 x bfloat> %x.i629.i, <32 x bfloat> %2066)
+  %2071 = getelementptr inbounds nuw i8, ptr %1787, i64 564
+  %2072 = load i32, ptr %2071, align 4, !tbaa !4
+  %2073 = insertelement <16 x i32> poison, i32 %2072, i64 0
+  %2074 = shufflevector <16 x i32> %2073, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i632.i = bitcast <16 x i32> %2074 to <32 x bfloat>
+  %r.i634.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i610.i, <32 x bfloat> %x.i632.i, <32 x bfloat> %2066)
+  %2075 = getelementptr inbounds nuw i8, ptr %1787, i64 820
+  %2076 = load i32, ptr %2075, align 4, !tbaa !4
+  %2077 = insertelement <16 x i32> poison, i32 %2076, i64 0
+  %2078 = shufflevector <16 x i32> %2077, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i635.i = bitcast <16 x i32> %2078 to <32 x bfloat>
+  %r.i637.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i613.i, <32 x bfloat> %x.i635.i, <32 x bfloat> %2066)
+  %2079 = getelementptr i8, ptr %gep972.i, i64 64
+  %2080 = load <32 x bfloat>, ptr %2079, align 4, !tbaa !4
+  %r.i640.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i616.i, <32 x bfloat> %x.i626.i, <32 x bfloat> %2080)
+  %r.i643.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i619.i, <32 x bfloat> %x.i629.i, <32 x bfloat> %2080)
+  %r.i646.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i622.i, <32 x bfloat> %x.i632.i, <32 x bfloat> %2080)
+  %r.i649.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i625.i, <32 x bfloat> %x.i635.i, <32 x bfloat> %2080)
+  %2081 = getelementptr inbounds nuw i8, ptr %1787, i64 56
+  %2082 = load i32, ptr %2081, align 4, !tbaa !4
+  %2083 = insertelement <16 x i32> poison, i32 %2082, i64 0
+  %2084 = shufflevector <16 x i32> %2083, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2085 = getelementptr inbounds nuw i8, ptr %1791, i64 224
+  %2086 = load i64, ptr %2085, align 8, !tbaa !4
+  %gep976.i = getelementptr i32, ptr %gep982.i, i64 %2086
+  %2087 = load <32 x bfloat>, ptr %gep976.i, align 4, !tbaa !4
+  %x.i650.i = bitcast <16 x i32> %2084 to <32 x bfloat>
+  %r.i652.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i628.i, <32 x bfloat> %x.i650.i, <32 x bfloat> %2087)
+  %2088 = getelementptr inbounds nuw i8, ptr %1787, i64 312
+  %2089 = load i32, ptr %2088, align 4, !tbaa !4
+  %2090 = insertelement <16 x i32> poison, i32 %2089, i64 0
+  %2091 = shufflevector <16 x i32> %2090, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i653.i = bitcast <16 x i32> %2091 to <32 x bfloat>
+  %r.i655.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i631.i, <32 x bfloat> %x.i653.i, <32 x bfloat> %2087)
+  %2092 = getelementptr inbounds nuw i8, ptr %1787, i64 568
+  %2093 = load i32, ptr %2092, align 4, !tbaa !4
+  %2094 = insertelement <16 x i32> poison, i32 %2093, i64 0
+  %2095 = shufflevector <16 x i32> %2094, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i656.i = bitcast <16 x i32> %2095 to <32 x bfloat>
+  %r.i658.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i634.i, <32 x bfloat> %x.i656.i, <32 x bfloat> %2087)
+  %2096 = getelementptr inbounds nuw i8, ptr %1787, i64 824
+  %2097 = load i32, ptr %2096, align 4, !tbaa !4
+  %2098 = insertelement <16 x i32> poison, i32 %2097, i64 0
+  %2099 = shufflevector <16 x i32> %2098, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i659.i = bitcast <16 x i32> %2099 to <32 x bfloat>
+  %r.i661.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i637.i, <32 x bfloat> %x.i659.i, <32 x bfloat> %2087)
+  %2100 = getelementptr i8, ptr %gep976.i, i64 64
+  %2101 = load <32 x bfloat>, ptr %2100, align 4, !tbaa !4
+  %r.i664.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i640.i, <32 x bfloat> %x.i650.i, <32 x bfloat> %2101)
+  %r.i667.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i643.i, <32 x bfloat> %x.i653.i, <32 x bfloat> %2101)
+  %r.i670.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i646.i, <32 x bfloat> %x.i656.i, <32 x bfloat> %2101)
+  %r.i673.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i649.i, <32 x bfloat> %x.i659.i, <32 x bfloat> %2101)
+  %2102 = getelementptr inbounds nuw i8, ptr %1787, i64 60
+  %2103 = load i32, ptr %2102, align 4, !tbaa !4
+  %2104 = insertelement <16 x i32> poison, i32 %2103, i64 0
+  %2105 = shufflevector <16 x i32> %2104, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2106 = getelementptr inbounds nuw i8, ptr %1791, i64 240
+  %2107 = load i64, ptr %2106, align 8, !tbaa !4
+  %gep980.i = getelementptr i32, ptr %gep982.i, i64 %2107
+  %2108 = load <32 x bfloat>, ptr %gep980.i, align 4, !tbaa !4
+  %x.i674.i = bitcast <16 x i32> %2105 to <32 x bfloat>
+  %r.i676.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i652.i, <32 x bfloat> %x.i674.i, <32 x bfloat> %2108)
+  %2109 = getelementptr inbounds nuw i8, ptr %1787, i64 316
+  %2110 = load i32, ptr %2109, align 4, !tbaa !4
+  %2111 = insertelement <16 x i32> poison, i32 %2110, i64 0
+  %2112 = shufflevector <16 x i32> %2111, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i677.i = bitcast <16 x i32> %2112 to <32 x bfloat>
+  %r.i679.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i655.i, <32 x bfloat> %x.i677.i, <32 x bfloat> %2108)
+  %2113 = getelementptr inbounds nuw i8, ptr %1787, i64 572
+  %2114 = load i32, ptr %2113, align 4, !tbaa !4
+  %2115 = insertelement <16 x i32> poison, i32 %2114, i64 0
+  %2116 = shufflevector <16 x i32> %2115, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i680.i = bitcast <16 x i32> %2116 to <32 x bfloat>
+  %r.i682.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i658.i, <32 x bfloat> %x.i680.i, <32 x bfloat> %2108)
+  %2117 = getelementptr inbounds nuw i8, ptr %1787, i64 828
+  %2118 = load i32, ptr %2117, align 4, !tbaa !4
+  %2119 = insertelement <16 x i32> poison, i32 %2118, i64 0
+  %2120 = shufflevector <16 x i32> %2119, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i683.i = bitcast <16 x i32> %2120 to <32 x bfloat>
+  %r.i685.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i661.i, <32 x bfloat> %x.i683.i, <32 x bfloat> %2108)
+  %2121 = getelementptr i8, ptr %gep980.i, i64 64
+  %2122 = load <32 x bfloat>, ptr %2121, align 4, !tbaa !4
+  %r.i688.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i664.i, <32 x bfloat> %x.i674.i, <32 x bfloat> %2122)
+  %r.i691.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i667.i, <32 x bfloat> %x.i677.i, <32 x bfloat> %2122)
+  %r.i694.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i670.i, <32 x bfloat> %x.i680.i, <32 x bfloat> %2122)
+  %r.i697.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i673.i, <32 x bfloat> %x.i683.i, <32 x bfloat> %2122)
+  %indvars.iv.next1163.i = add nuw nsw i64 %indvars.iv1162.i, 1
+  %exitcond1168.not.i = icmp eq i64 %indvars.iv.next1163.i, %595
+  br i1 %exitcond1168.not.i, label %for_end_to101.i, label %for_body_to100.i, !prof !8
 
 for_end_to101.i:                                  ; preds = %for_body_to100.i, %for_begin_to99.preheader.for_end_to101_crit_edge.i
-  %.pre-phi.i = phi i64 [ %.pre.i, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %1671, %for_body_to100.i ]
-  %full_acc_global218.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i665.i, %for_body_to100.i ]
-  %full_acc_global218.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i653.i, %for_body_to100.i ]
-  %full_acc_global218.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i662.i, %for_body_to100.i ]
-  %full_acc_global218.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i650.i, %for_body_to100.i ]
-  %full_acc_global218.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i659.i, %for_body_to100.i ]
-  %full_acc_global218.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i647.i, %for_body_to100.i ]
-  %full_acc_global218.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i656.i, %for_body_to100.i ]
-  %full_acc_global218.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i668.i, %for_body_to100.i ]
-  %2097 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %.pre-phi.i
-  store <16 x float> %full_acc_global218.sroa.0.0.lcssa.i, ptr %2097, align 4, !tbaa !4
-  %2098 = getelementptr inbounds nuw i8, ptr %2097, i64 64
-  store <16 x float> %full_acc_global218.sroa.34.0.lcssa.i, ptr %2098, align 4, !tbaa !4
-  %2099 = getelementptr inbounds nuw i8, ptr %2097, i64 512
-  store <16 x float> %full_acc_global218.sroa.68.0.lcssa.i, ptr %2099, align 4, !tbaa !4
-  %2100 = getelementptr inbounds nuw i8, ptr %2097, i64 576
-  store <16 x float> %full_acc_global218.sroa.102.0.lcssa.i, ptr %2100, align 4, !tbaa !4
-  %2101 = getelementptr inbounds nuw i8, ptr %2097, i64 1024
-  store <16 x float> %full_acc_global218.sroa.136.0.lcssa.i, ptr %2101, align 4, !tbaa !4
-  %2102 = getelementptr inbounds nuw i8, ptr %2097, i64 1088
-  store <16 x float> %full_acc_global218.sroa.170.0.lcssa.i, ptr %2102, align 4, !tbaa !4
-  %2103 = getelementptr inbounds nuw i8, ptr %2097, i64 1536
-  store <16 x float> %full_acc_global218.sroa.204.0.lcssa.i, ptr %2103, align 4, !tbaa !4
-  %2104 = getelementptr inbounds nuw i8, ptr %2097, i64 1600
-  store <16 x float> %full_acc_global218.sroa.238.0.lcssa.i, ptr %2104, align 4, !tbaa !4
-  %indvars.iv.next1133.i = add nuw nsw i64 %indvars.iv1132.i, 1
-  %exitcond1137.not.i = icmp eq i64 %indvars.iv.next1133.i, 4
-  br i1 %exitcond1137.not.i, label %for_begin_d_0_init.preheader.preheader.i, label %for_begin_to99.preheader.i, !prof !21
+  %.pre-phi.i = phi i64 [ %.pre.i, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %1697, %for_body_to100.i ]
+  %full_acc_global247.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i694.i, %for_body_to100.i ]
+  %full_acc_global247.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i682.i, %for_body_to100.i ]
+  %full_acc_global247.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i691.i, %for_body_to100.i ]
+  %full_acc_global247.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i679.i, %for_body_to100.i ]
+  %full_acc_global247.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i688.i, %for_body_to100.i ]
+  %full_acc_global247.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i676.i, %for_body_to100.i ]
+  %full_acc_global247.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i685.i, %for_body_to100.i ]
+  %full_acc_global247.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i697.i, %for_body_to100.i ]
+  %2123 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %.pre-phi.i
+  store <16 x float> %full_acc_global247.sroa.0.0.lcssa.i, ptr %2123, align 4, !tbaa !4
+  %2124 = getelementptr inbounds nuw i8, ptr %2123, i64 64
+  store <16 x float> %full_acc_global247.sroa.34.0.lcssa.i, ptr %2124, align 4, !tbaa !4
+  %2125 = getelementptr inbounds nuw i8, ptr %2123, i64 512
+  store <16 x float> %full_acc_global247.sroa.68.0.lcssa.i, ptr %2125, align 4, !tbaa !4
+  %2126 = getelementptr inbounds nuw i8, ptr %2123, i64 576
+  store <16 x float> %full_acc_global247.sroa.102.0.lcssa.i, ptr %2126, align 4, !tbaa !4
+  %2127 = getelementptr inbounds nuw i8, ptr %2123, i64 1024
+  store <16 x float> %full_acc_global247.sroa.136.0.lcssa.i, ptr %2127, align 4, !tbaa !4
+  %2128 = getelementptr inbounds nuw i8, ptr %2123, i64 1088
+  store <16 x float> %full_acc_global247.sroa.170.0.lcssa.i, ptr %2128, align 4, !tbaa !4
+  %2129 = getelementptr inbounds nuw i8, ptr %2123, i64 1536
+  store <16 x float> %full_acc_global247.sroa.204.0.lcssa.i, ptr %2129, align 4, !tbaa !4
+  %2130 = getelementptr inbounds nuw i8, ptr %2123, i64 1600
+  store <16 x float> %full_acc_global247.sroa.238.0.lcssa.i, ptr %2130, align 4, !tbaa !4
+  %indvars.iv.next1170.i = add nuw nsw i64 %indvars.iv1169.i, 1
+  %exitcond1174.not.i = icmp eq i64 %indvars.iv.next1170.i, 4
+  br i1 %exitcond1174.not.i, label %for_begin_d_0_init.preheader.preheader.i, label %for_begin_to99.preheader.i, !prof !21
 
 for_begin_d_0_init.preheader.preheader.i:         ; preds = %for_end_to101.i
-  %2105 = load <16 x float>, ptr %full_acc.i, align 4, !tbaa !4
-  store <16 x float> %2105, ptr %tile_acc.i, align 4, !tbaa !4
-  %2106 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 64
-  %2107 = load <16 x float>, ptr %2106, align 4, !tbaa !4
-  %2108 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 64
-  store <16 x float> %2107, ptr %2108, align 4, !tbaa !4
-  %2109 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 128
-  %2110 = load <16 x float>, ptr %2109, align 4, !tbaa !4
-  %2111 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 128
-  store <16 x float> %2110, ptr %2111, align 4, !tbaa !4
-  %2112 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 192
-  %2113 = load <16 x float>, ptr %2112, align 4, !tbaa !4
-  %2114 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 192
-  store <16 x float> %2113, ptr %2114, align 4, !tbaa !4
-  %2115 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 256
-  %2116 = load <16 x float>, ptr %2115, align 4, !tbaa !4
-  %2117 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 256
-  store <16 x float> %2116, ptr %2117, align 4, !tbaa !4
-  %2118 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 320
-  %2119 = load <16 x float>, ptr %2118, align 4, !tbaa !4
-  %2120 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 320
-  store <16 x float> %2119, ptr %2120, align 4, !tbaa !4
-  %2121 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 384
-  %2122 = load <16 x float>, ptr %2121, align 4, !tbaa !4
-  %2123 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 384
-  store <16 x float> %2122, ptr %2123, align 4, !tbaa !4
-  %2124 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 448
-  %2125 = load <16 x float>, ptr %2124, align 4, !tbaa !4
-  %2126 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 448
-  store <16 x float> %2125, ptr %2126, align 4, !tbaa !4
-  %2127 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 512
-  %2128 = load <16 x float>, ptr %2127, align 4, !tbaa !4
-  %2129 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 512
-  store <16 x float> %2128, ptr %2129, align 4, !tbaa !4
-  %2130 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 576
-  %2131 = load <16 x float>, ptr %2130, align 4, !tbaa !4
-  %2132 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 576
-  store <16 x float> %2131, ptr %2132, align 4, !tbaa !4
-  %2133 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 640
-  %2134 = load <16 x float>, ptr %2133, align 4, !tbaa !4
-  %2135 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 640
-  store <16 x float> %2134, ptr %2135, align 4, !tbaa !4
-  %2136 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 704
-  %2137 = load <16 x float>, ptr %2136, align 4, !tbaa !4
-  %2138 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 704
-  store <16 x float> %2137, ptr %2138, align 4, !tbaa !4
-  %2139 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 768
-  %2140 = load <16 x float>, ptr %2139, align 4, !tbaa !4
-  %2141 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 768
-  store <16 x float> %2140, ptr %2141, align 4, !tbaa !4
-  %2142 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 832
-  %2143 = load <16 x float>, ptr %2142, align 4, !tbaa !4
-  %2144 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 832
-  store <16 x float> %2143, ptr %2144, align 4, !tbaa !4
-  %2145 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 896
-  %2146 = load <16 x float>, ptr %2145, align 4, !tbaa !4
-  %2147 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 896
-  store <16 x float> %2146, ptr %2147, align 4, !tbaa !4
-  %2148 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 960
-  %2149 = load <16 x float>, ptr %2148, align 4, !tbaa !4
-  %2150 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 960
-  store <16 x float> %2149, ptr %2150, align 4, !tbaa !4
-  %2151 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1024
-  %2152 = load <16 x float>, ptr %2151, align 4, !tbaa !4
-  %2153 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1024
-  store <16 x float> %2152, ptr %2153, align 4, !tbaa !4
-  %2154 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1088
-  %2155 = load <16 x float>, ptr %2154, align 4, !tbaa !4
-  %2156 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1088
-  store <16 x float> %2155, ptr %2156, align 4, !tbaa !4
-  %2157 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1152
-  %2158 = load <16 x float>, ptr %2157, align 4, !tbaa !4
-  %2159 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1152
-  store <16 x float> %2158, ptr %2159, align 4, !tbaa !4
-  %2160 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1216
-  %2161 = load <16 x float>, ptr %2160, align 4, !tbaa !4
-  %2162 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1216
-  store <16 x float> %2161, ptr %2162, align 4, !tbaa !4
-  %2163 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1280
-  %2164 = load <16 x float>, ptr %2163, align 4, !tbaa !4
-  %2165 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1280
-  store <16 x float> %2164, ptr %2165, align 4, !tbaa !4
-  %2166 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1344
-  %2167 = load <16 x float>, ptr %2166, align 4, !tbaa !4
-  %2168 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1344
-  store <16 x float> %2167, ptr %2168, align 4, !tbaa !4
-  %2169 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1408
-  %2170 = load <16 x float>, ptr %2169, align 4, !tbaa !4
-  %2171 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1408
-  store <16 x float> %2170, ptr %2171, align 4, !tbaa !4
-  %2172 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1472
-  %2173 = load <16 x float>, ptr %2172, align 4, !tbaa !4
-  %2174 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1472
-  store <16 x float> %2173, ptr %2174, align 4, !tbaa !4
-  %2175 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1536
-  %2176 = load <16 x float>, ptr %2175, align 4, !tbaa !4
-  %2177 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1536
-  store <16 x float> %2176, ptr %2177, align 4, !tbaa !4
-  %2178 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1600
-  %2179 = load <16 x float>, ptr %2178, align 4, !tbaa !4
-  %2180 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1600
-  store <16 x float> %2179, ptr %2180, align 4, !tbaa !4
-  %2181 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1664
-  %2182 = load <16 x float>, ptr %2181, align 4, !tbaa !4
-  %2183 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1664
-  store <16 x float> %2182, ptr %2183, align 4, !tbaa !4
-  %2184 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1728
-  %2185 = load <16 x float>, ptr %2184, align 4, !tbaa !4
-  %2186 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1728
-  store <16 x float> %2185, ptr %2186, align 4, !tbaa !4
-  %2187 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1792
-  %2188 = load <16 x float>, ptr %2187, align 4, !tbaa !4
-  %2189 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1792
-  store <16 x float> %2188, ptr %2189, align 4, !tbaa !4
-  %2190 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1856
-  %2191 = load <16 x float>, ptr %2190, align 4, !tbaa !4
-  %2192 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1856
-  store <16 x float> %2191, ptr %2192, align 4, !tbaa !4
-  %2193 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1920
-  %2194 = load <16 x float>, ptr %2193, align 4, !tbaa !4
-  %2195 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1920
-  store <16 x float> %2194, ptr %2195, align 4, !tbaa !4
-  %2196 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1984
-  %2197 = load <16 x float>, ptr %2196, align 4, !tbaa !4
-  %2198 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1984
-  store <16 x float> %2197, ptr %2198, align 4, !tbaa !4
-  br i1 %.not1001.i, label %for_end_ti.i, label %for_begin_r111.preheader.i.preheader, !prof !11
+  %2131 = load <16 x float>, ptr %full_acc.i, align 4, !tbaa !4
+  store <16 x float> %2131, ptr %tile_acc.i, align 4, !tbaa !4
+  %2132 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 64
+  %2133 = load <16 x float>, ptr %2132, align 4, !tbaa !4
+  %2134 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 64
+  store <16 x float> %2133, ptr %2134, align 4, !tbaa !4
+  %2135 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 128
+  %2136 = load <16 x float>, ptr %2135, align 4, !tbaa !4
+  %2137 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 128
+  store <16 x float> %2136, ptr %2137, align 4, !tbaa !4
+  %2138 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 192
+  %2139 = load <16 x float>, ptr %2138, align 4, !tbaa !4
+  %2140 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 192
+  store <16 x float> %2139, ptr %2140, align 4, !tbaa !4
+  %2141 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 256
+  %2142 = load <16 x float>, ptr %2141, align 4, !tbaa !4
+  %2143 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 256
+  store <16 x float> %2142, ptr %2143, align 4, !tbaa !4
+  %2144 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 320
+  %2145 = load <16 x float>, ptr %2144, align 4, !tbaa !4
+  %2146 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 320
+  store <16 x float> %2145, ptr %2146, align 4, !tbaa !4
+  %2147 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 384
+  %2148 = load <16 x float>, ptr %2147, align 4, !tbaa !4
+  %2149 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 384
+  store <16 x float> %2148, ptr %2149, align 4, !tbaa !4
+  %2150 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 448
+  %2151 = load <16 x float>, ptr %2150, align 4, !tbaa !4
+  %2152 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 448
+  store <16 x float> %2151, ptr %2152, align 4, !tbaa !4
+  %2153 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 512
+  %2154 = load <16 x float>, ptr %2153, align 4, !tbaa !4
+  %2155 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 512
+  store <16 x float> %2154, ptr %2155, align 4, !tbaa !4
+  %2156 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 576
+  %2157 = load <16 x float>, ptr %2156, align 4, !tbaa !4
+  %2158 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 576
+  store <16 x float> %2157, ptr %2158, align 4, !tbaa !4
+  %2159 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 640
+  %2160 = load <16 x float>, ptr %2159, align 4, !tbaa !4
+  %2161 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 640
+  store <16 x float> %2160, ptr %2161, align 4, !tbaa !4
+  %2162 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 704
+  %2163 = load <16 x float>, ptr %2162, align 4, !tbaa !4
+  %2164 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 704
+  store <16 x float> %2163, ptr %2164, align 4, !tbaa !4
+  %2165 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 768
+  %2166 = load <16 x float>, ptr %2165, align 4, !tbaa !4
+  %2167 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 768
+  store <16 x float> %2166, ptr %2167, align 4, !tbaa !4
+  %2168 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 832
+  %2169 = load <16 x float>, ptr %2168, align 4, !tbaa !4
+  %2170 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 832
+  store <16 x float> %2169, ptr %2170, align 4, !tbaa !4
+  %2171 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 896
+  %2172 = load <16 x float>, ptr %2171, align 4, !tbaa !4
+  %2173 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 896
+  store <16 x float> %2172, ptr %2173, align 4, !tbaa !4
+  %2174 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 960
+  %2175 = load <16 x float>, ptr %2174, align 4, !tbaa !4
+  %2176 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 960
+  store <16 x float> %2175, ptr %2176, align 4, !tbaa !4
+  %2177 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1024
+  %2178 = load <16 x float>, ptr %2177, align 4, !tbaa !4
+  %2179 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1024
+  store <16 x float> %2178, ptr %2179, align 4, !tbaa !4
+  %2180 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1088
+  %2181 = load <16 x float>, ptr %2180, align 4, !tbaa !4
+  %2182 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1088
+  store <16 x float> %2181, ptr %2182, align 4, !tbaa !4
+  %2183 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1152
+  %2184 = load <16 x float>, ptr %2183, align 4, !tbaa !4
+  %2185 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1152
+  store <16 x float> %2184, ptr %2185, align 4, !tbaa !4
+  %2186 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1216
+  %2187 = load <16 x float>, ptr %2186, align 4, !tbaa !4
+  %2188 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1216
+  store <16 x float> %2187, ptr %2188, align 4, !tbaa !4
+  %2189 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1280
+  %2190 = load <16 x float>, ptr %2189, align 4, !tbaa !4
+  %2191 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1280
+  store <16 x float> %2190, ptr %2191, align 4, !tbaa !4
+  %2192 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1344
+  %2193 = load <16 x float>, ptr %2192, align 4, !tbaa !4
+  %2194 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1344
+  store <16 x float> %2193, ptr %2194, align 4, !tbaa !4
+  %2195 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1408
+  %2196 = load <16 x float>, ptr %2195, align 4, !tbaa !4
+  %2197 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1408
+  store <16 x float> %2196, ptr %2197, align 4, !tbaa !4
+  %2198 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1472
+  %2199 = load <16 x float>, ptr %2198, align 4, !tbaa !4
+  %2200 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1472
+  store <16 x float> %2199, ptr %2200, align 4, !tbaa !4
+  %2201 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1536
+  %2202 = load <16 x float>, ptr %2201, align 4, !tbaa !4
+  %2203 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1536
+  store <16 x float> %2202, ptr %2203, align 4, !tbaa !4
+  %2204 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1600
+  %2205 = load <16 x float>, ptr %2204, align 4, !tbaa !4
+  %2206 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1600
+  store <16 x float> %2205, ptr %2206, align 4, !tbaa !4
+  %2207 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1664
+  %2208 = load <16 x float>, ptr %2207, align 4, !tbaa !4
+  %2209 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1664
+  store <16 x float> %2208, ptr %2209, align 4, !tbaa !4
+  %2210 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1728
+  %2211 = load <16 x float>, ptr %2210, align 4, !tbaa !4
+  %2212 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1728
+  store <16 x float> %2211, ptr %2212, align 4, !tbaa !4
+  %2213 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1792
+  %2214 = load <16 x float>, ptr %2213, align 4, !tbaa !4
+  %2215 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1792
+  store <16 x float> %2214, ptr %2215, align 4, !tbaa !4
+  %2216 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1856
+  %2217 = load <16 x float>, ptr %2216, align 4, !tbaa !4
+  %2218 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1856
+  store <16 x float> %2217, ptr %2218, align 4, !tbaa !4
+  %2219 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1920
+  %2220 = load <16 x float>, ptr %2219, align 4, !tbaa !4
+  %2221 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1920
+  store <16 x float> %2220, ptr %2221, align 4, !tbaa !4
+  %2222 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1984
+  %2223 = load <16 x float>, ptr %2222, align 4, !tbaa !4
+  %2224 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1984
+  store <16 x float> %2223, ptr %2224, align 4, !tbaa !4
+  br i1 %.not1037.i, label %for_end_ti.i, label %for_begin_r111.preheader.i.preheader, !prof !11
 
 for_begin_r111.preheader.i.preheader:             ; preds = %for_begin_d_0_init.preheader.preheader.i
-  %invariant.gep48 = getelementptr i32, ptr %prob_pairs.i, i64 %569
+  %invariant.gep65 = getelementptr i32, ptr %prob_pairs.i, i64 %596
   br label %for_begin_r111.preheader.i
 
 for_begin_r111.preheader.i:                       ; preds = %for_begin_r111.preheader.i, %for_begin_r111.preheader.i.preheader
-  %r.i671.7.31347.i = phi <16 x float> [ %r.i671.7.3.i, %for_begin_r111.preheader.i ], [ %2197, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.6.31345.i = phi <16 x float> [ %r.i671.6.3.i, %for_begin_r111.preheader.i ], [ %2194, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.5.31343.i = phi <16 x float> [ %r.i671.5.3.i, %for_begin_r111.preheader.i ], [ %2191, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.4.31341.i = phi <16 x float> [ %r.i671.4.3.i, %for_begin_r111.preheader.i ], [ %2188, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.3.31339.i = phi <16 x float> [ %r.i671.3.3.i, %for_begin_r111.preheader.i ], [ %2185, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.2.31337.i = phi <16 x float> [ %r.i671.2.3.i, %for_begin_r111.preheader.i ], [ %2182, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.1.31335.i = phi <16 x float> [ %r.i671.1.3.i, %for_begin_r111.preheader.i ], [ %2179, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.311651333.i = phi <16 x float> [ %r.i671.31165.i, %for_begin_r111.preheader.i ], [ %2176, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.7.21331.i = phi <16 x float> [ %r.i671.7.2.i, %for_begin_r111.preheader.i ], [ %2173, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.6.21329.i = phi <16 x float> [ %r.i671.6.2.i, %for_begin_r111.preheader.i ], [ %2170, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.5.21327.i = phi <16 x float> [ %r.i671.5.2.i, %for_begin_r111.preheader.i ], [ %2167, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.4.21325.i = phi <16 x float> [ %r.i671.4.2.i, %for_begin_r111.preheader.i ], [ %2164, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.3.21323.i = phi <16 x float> [ %r.i671.3.2.i, %for_begin_r111.preheader.i ], [ %2161, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.2.21321.i = phi <16 x float> [ %r.i671.2.2.i, %for_begin_r111.preheader.i ], [ %2158, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.1.21319.i = phi <16 x float> [ %r.i671.1.2.i, %for_begin_r111.preheader.i ], [ %2155, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.211621317.i = phi <16 x float> [ %r.i671.21162.i, %for_begin_r111.preheader.i ], [ %2152, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.7.11315.i = phi <16 x float> [ %r.i671.7.1.i, %for_begin_r111.preheader.i ], [ %2149, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.6.11313.i = phi <16 x float> [ %r.i671.6.1.i, %for_begin_r111.preheader.i ], [ %2146, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.5.11311.i = phi <16 x float> [ %r.i671.5.1.i, %for_begin_r111.preheader.i ], [ %2143, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.4.11309.i = phi <16 x float> [ %r.i671.4.1.i, %for_begin_r111.preheader.i ], [ %2140, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.3.11307.i = phi <16 x float> [ %r.i671.3.1.i, %for_begin_r111.preheader.i ], [ %2137, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.2.11305.i = phi <16 x float> [ %r.i671.2.1.i, %for_begin_r111.preheader.i ], [ %2134, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.1.11303.i = phi <16 x float> [ %r.i671.1.1.i, %for_begin_r111.preheader.i ], [ %2131, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.111591301.i = phi <16 x float> [ %r.i671.11159.i, %for_begin_r111.preheader.i ], [ %2128, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.71299.i = phi <16 x float> [ %r.i671.7.i, %for_begin_r111.preheader.i ], [ %2125, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.61297.i = phi <16 x float> [ %r.i671.6.i, %for_begin_r111.preheader.i ], [ %2122, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.51295.i = phi <16 x float> [ %r.i671.5.i, %for_begin_r111.preheader.i ], [ %2119, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.41293.i = phi <16 x float> [ %r.i671.4.i, %for_begin_r111.preheader.i ], [ %2116, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.31291.i = phi <16 x float> [ %r.i671.3.i, %for_begin_r111.preheader.i ], [ %2113, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.21289.i = phi <16 x float> [ %r.i671.2.i, %for_begin_r111.preheader.i ], [ %2110, %for_begin_r111.preheader.i.preheader ]
-  %r.i671.11287.i = phi <16 x float> [ %r.i671.1.i, %for_begin_r111.preheader.i ], [ %2107, %for_begin_r111.preheader.i.preheader ]
-  %2199 = phi <16 x float> [ %r.i671.i, %for_begin_r111.preheader.i ], [ %2105, %for_begin_r111.preheader.i.preheader ]
-  %indvars.iv1166.i = phi i64 [ %indvars.iv.next1167.i, %for_begin_r111.preheader.i ], [ 0, %for_begin_r111.preheader.i.preheader ]
-  %2200 = shl nuw nsw i64 %indvars.iv1166.i, 1
-  %2201 = add nuw nsw i64 %2200, %570
-  %2202 = icmp slt i64 %2201, 127
-  %2203 = or disjoint i64 %2201, 1
-  %2204 = icmp slt i64 %2203, %521
-  %2205 = and i1 %2202, %2204
-  %2206 = select i1 %2205, i32 -1, i32 65535
-  %2207 = insertelement <16 x i32> poison, i32 %2206, i64 0
-  %2208 = shufflevector <16 x i32> %2207, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2209 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2201
-  %gep49 = getelementptr i32, ptr %invariant.gep48, i64 %indvars.iv1166.i
-  %2210 = load i32, ptr %gep49, align 4, !tbaa !4
-  %2211 = insertelement <16 x i32> poison, i32 %2210, i64 0
-  %2212 = shufflevector <16 x i32> %2211, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2213 = load i64, ptr %2209, align 8, !tbaa !4
-  %gep1280.i = getelementptr i32, ptr %invariant.gep951.i, i64 %2213
-  %2214 = load <16 x i32>, ptr %gep1280.i, align 4, !tbaa !4
-  %2215 = and <16 x i32> %2208, %2214
-  %x.i669.i = bitcast <16 x i32> %2212 to <32 x bfloat>
-  %y.i670.i = bitcast <16 x i32> %2215 to <32 x bfloat>
-  %r.i671.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %2199, <32 x bfloat> %x.i669.i, <32 x bfloat> %y.i670.i)
-  store <16 x float> %r.i671.i, ptr %tile_acc.i, align 4, !tbaa !4
-  %2216 = load i32, ptr %gep49, align 4, !tbaa !4
-  %2217 = insertelement <16 x i32> poison, i32 %2216, i64 0
-  %2218 = shufflevector <16 x i32> %2217, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2219 = load i64, ptr %2209, align 8, !tbaa !4
-  %2220 = getelementptr i32, ptr %value_cache, i64 %2219
-  %2221 = getelementptr i8, ptr %2220, i64 64
-  %2222 = getelementptr i32, ptr %2221, i64 %v_now.i
-  %2223 = load <16 x i32>, ptr %2222, align 4, !tbaa !4
-  %2224 = and <16 x i32> %2223, %2208
-  %x.i669.1.i = bitcast <16 x i32> %2218 to <32 x bfloat>
-  %y.i670.1.i = bitcast <16 x i32> %2224 to <32 x bfloat>
-  %r.i671.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.11287.i, <32 x bfloat> %x.i669.1.i, <32 x bfloat> %y.i670.1.i)
-  store <16 x float> %r.i671.1.i, ptr %2108, align 4, !tbaa !4
-  %2225 = load i32, ptr %gep49, align 4, !tbaa !4
-  %2226 = insertelement <16 x i32> poison, i32 %2225, i64 0
-  %2227 = shufflevector <16 x i32> %2226, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2228 = load i64, ptr %2209, align 8, !tbaa !4
-  %2229 = getelementptr i32, ptr %value_cache, i64 %2228
-  %2230 = getelementptr i8, ptr %2229, i64 128
-  %2231 = getelementptr i32, ptr %2230, i64 %v_now.i
-  %2232 = load <16 x i32>, ptr %2231, align 4, !tbaa !4
-  %2233 = and <16 x i32> %2232, %2208
-  %x.i669.2.i = bitcast <16 x i32> %2227 to <32 x bfloat>
-  %y.i670.2.i = bitcast <16 x i32> %2233 to <32 x bfloat>
-  %r.i671.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.21289.i, <32 x bfloat> %x.i669.2.i, <32 x bfloat> %y.i670.2.i)
-  store <16 x float> %r.i671.2.i, ptr %2111, align 4, !tbaa !4
-  %2234 = load i32, ptr %gep49, align 4, !tbaa !4
-  %2235 = insertelement <16 x i32> poison, i32 %2234, i64 0
-  %2236 = shufflevector <16 x i32> %2235, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2237 = load i64, ptr %2209, align 8, !tbaa !4
-  %2238 = getelementptr i32, ptr %value_cache, i64 %2237
-  %2239 = getelementptr i8, ptr %2238, i64 192
-  %2240 = getelementptr i32, ptr %2239, i64 %v_now.i
-  %2241 = load <16 x i32>, ptr %2240, align 4, !tbaa !4
-  %2242 = and <16 x i32> %2241, %2208
-  %x.i669.3.i = bitcast <16 x i32> %2236 to <32 x bfloat>
-  %y.i670.3.i = bitcast <16 x i32> %2242 to <32 x bfloat>
-  %r.i671.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.31291.i, <32 x bfloat> %x.i669.3.i, <32 x bfloat> %y.i670.3.i)
-  store <16 x float> %r.i671.3.i, ptr %2114, align 4, !tbaa !4
-  %2243 = load i32, ptr %gep49, align 4, !tbaa !4
-  %2244 = insertelement <16 x i32> poison, i32 %2243, i64 0
-  %2245 = shufflevector <16 x i32> %2244, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2246 = load i64, ptr %2209, align 8, !tbaa !4
-  %2247 = getelementptr i32, ptr %value_cache, i64 %2246
-  %2248 = getelementptr i8, ptr %2247, i64 256
-  %2249 = getelementptr i32, ptr %2248, i64 %v_now.i
-  %2250 = load <16 x i32>, ptr %2249, align 4, !tbaa !4
-  %2251 = and <16 x i32> %2250, %2208
-  %x.i669.4.i = bitcast <16 x i32> %2245 to <32 x bfloat>
-  %y.i670.4.i = bitcast <16 x i32> %2251 to <32 x bfloat>
-  %r.i671.4.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.41293.i, <32 x bfloat> %x.i669.4.i, <32 x bfloat> %y.i670.4.i)
-  store <16 x float> %r.i671.4.i, ptr %2117, align 4, !tbaa !4
-  %2252 = load i32, ptr %gep49, align 4, !tbaa !4
-  %2253 = insertelement <16 x i32> poison, i32 %2252, i64 0
-  %2254 = shufflevector <16 x i32> %2253, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2255 = load i64, ptr %2209, align 8, !tbaa !4
-  %2256 = getelementptr i32, ptr %value_cache, i64 %2255
-  %2257 = getelementptr i8, ptr %2256, i64 320
-  %2258 = getelementptr i32, ptr %2257, i64 %v_now.i
-  %2259 = load <16 x i32>, ptr %2258, align 4, !tbaa !4
-  %2260 = and <16 x i32> %2259, %2208
-  %x.i669.5.i = bitcast <16 x i32> %2254 to <32 x bfloat>
-  %y.i670.5.i = bitcast <16 x i32> %2260 to <32 x bfloat>
-  %r.i671.5.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.51295.i, <32 x bfloat> %x.i669.5.i, <32 x bfloat> %y.i670.5.i)
-  store <16 x float> %r.i671.5.i, ptr %2120, align 4, !tbaa !4
-  %2261 = load i32, ptr %gep49, align 4, !tbaa !4
-  %2262 = insertelement <16 x i32> poison, i32 %2261, i64 0
-  %2263 = shufflevector <16 x i32> %2262, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2264 = load i64, ptr %2209, align 8, !tbaa !4
-  %2265 = getelementptr i32, ptr %value_cache, i64 %2264
-  %2266 = getelementptr i8, ptr %2265, i64 384
-  %2267 = getelementptr i32, ptr %2266, i64 %v_now.i
-  %2268 = load <16 x i32>, ptr %2267, align 4, !tbaa !4
-  %2269 = and <16 x i32> %2268, %2208
-  %x.i669.6.i = bitcast <16 x i32> %2263 to <32 x bfloat>
-  %y.i670.6.i = bitcast <16 x i32> %2269 to <32 x bfloat>
-  %r.i671.6.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.61297.i, <32 x bfloat> %x.i669.6.i, <32 x bfloat> %y.i670.6.i)
-  store <16 x float> %r.i671.6.i, ptr %2123, align 4, !tbaa !4
-  %2270 = load i32, ptr %gep49, align 4, !tbaa !4
-  %2271 = insertelement <16 x i32> poison, i32 %2270, i64 0
-  %2272 = shufflevector <16 x i32> %2271, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2273 = load i64, ptr %2209, align 8, !tbaa !4
-  %2274 = getelementptr i32, ptr %value_cache, i64 %2273
-  %2275 = getelementptr i8, ptr %2274, i64 448
-  %2276 = getelementptr i32, ptr %2275, i64 %v_now.i
-  %2277 = load <16 x i32>, ptr %2276, align 4, !tbaa !4
-  %2278 = and <16 x i32> %2277, %2208
-  %x.i669.7.i = bitcast <16 x i32> %2272 to <32 x bfloat>
-  %y.i670.7.i = bitcast <16 x i32> %2278 to <32 x bfloat>
-  %r.i671.7.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.71299.i, <32 x bfloat> %x.i669.7.i, <32 x bfloat> %y.i670.7.i)
-  store <16 x float> %r.i671.7.i, ptr %2126, align 4, !tbaa !4
-  %2279 = getelementptr i8, ptr %gep49, i64 256
-  %2280 = load i32, ptr %2279, align 4, !tbaa !4
-  %2281 = insertelement <16 x i32> poison, i32 %2280, i64 0
-  %2282 = shufflevector <16 x i32> %2281, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2283 = load i64, ptr %2209, align 8, !tbaa !4
-  %gep1282.i = getelementptr i32, ptr %invariant.gep951.i, i64 %2283
-  %2284 = load <16 x i32>, ptr %gep1282.i, align 4, !tbaa !4
-  %2285 = and <16 x i32> %2284, %2208
-  %x.i669.11157.i = bitcast <16 x i32> %2282 to <32 x bfloat>
-  %y.i670.11158.i = bitcast <16 x i32> %2285 to <32 x bfloat>
-  %r.i671.11159.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.111591301.i, <32 x bfloat> %x.i669.11157.i, <32 x bfloat> %y.i670.11158.i)
-  store <16 x float> %r.i671.11159.i, ptr %2129, align 4, !tbaa !4
-  %2286 = load i32, ptr %2279, align 4, !tbaa !4
-  %2287 = insertelement <16 x i32> poison, i32 %2286, i64 0
-  %2288 = shufflevector <16 x i32> %2287, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2289 = load i64, ptr %2209, align 8, !tbaa !4
-  %2290 = getelementptr i32, ptr %value_cache, i64 %2289
-  %2291 = getelementptr i8, ptr %2290, i64 64
-  %2292 = getelementptr i32, ptr %2291, i64 %v_now.i
-  %2293 = load <16 x i32>, ptr %2292, align 4, !tbaa !4
-  %2294 = and <16 x i32> %2293, %2208
-  %x.i669.1.1.i = bitcast <16 x i32> %2288 to <32 x bfloat>
-  %y.i670.1.1.i = bitcast <16 x i32> %2294 to <32 x bfloat>
-  %r.i671.1.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.1.11303.i, <32 x bfloat> %x.i669.1.1.i, <32 x bfloat> %y.i670.1.1.i)
-  store <16 x float> %r.i671.1.1.i, ptr %2132, align 4, !tbaa !4
-  %2295 = load i32, ptr %2279, align 4, !tbaa !4
-  %2296 = insertelement <16 x i32> poison, i32 %2295, i64 0
-  %2297 = shufflevector <16 x i32> %2296, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2298 = load i64, ptr %2209, align 8, !tbaa !4
-  %2299 = getelementptr i32, ptr %value_cache, i64 %2298
-  %2300 = getelementptr i8, ptr %2299, i64 128
-  %2301 = getelementptr i32, ptr %2300, i64 %v_now.i
-  %2302 = load <16 x i32>, ptr %2301, align 4, !tbaa !4
-  %2303 = and <16 x i32> %2302, %2208
-  %x.i669.2.1.i = bitcast <16 x i32> %2297 to <32 x bfloat>
-  %y.i670.2.1.i = bitcast <16 x i32> %2303 to <32 x bfloat>
-  %r.i671.2.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.2.11305.i, <32 x bfloat> %x.i669.2.1.i, <32 x bfloat> %y.i670.2.1.i)
-  store <16 x float> %r.i671.2.1.i, ptr %2135, align 4, !tbaa !4
-  %2304 = load i32, ptr %2279, align 4, !tbaa !4
-  %2305 = insertelement <16 x i32> poison, i32 %2304, i64 0
-  %2306 = shufflevector <16 x i32> %2305, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2307 = load i64, ptr %2209, align 8, !tbaa !4
-  %2308 = getelementptr i32, ptr %value_cache, i64 %2307
-  %2309 = getelementptr i8, ptr %2308, i64 192
-  %2310 = getelementptr i32, ptr %2309, i64 %v_now.i
-  %2311 = load <16 x i32>, ptr %2310, align 4, !tbaa !4
-  %2312 = and <16 x i32> %2311, %2208
-  %x.i669.3.1.i = bitcast <16 x i32> %2306 to <32 x bfloat>
-  %y.i670.3.1.i = bitcast <16 x i32> %2312 to <32 x bfloat>
-  %r.i671.3.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.3.11307.i, <32 x bfloat> %x.i669.3.1.i, <32 x bfloat> %y.i670.3.1.i)
-  store <16 x float> %r.i671.3.1.i, ptr %2138, align 4, !tbaa !4
-  %2313 = load i32, ptr %2279, align 4, !tbaa !4
-  %2314 = insertelement <16 x i32> poison, i32 %2313, i64 0
-  %2315 = shufflevector <16 x i32> %2314, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2316 = load i64, ptr %2209, align 8, !tbaa !4
-  %2317 = getelementptr i32, ptr %value_cache, i64 %2316
-  %2318 = getelementptr i8, ptr %2317, i64 256
-  %2319 = getelementptr i32, ptr %2318, i64 %v_now.i
-  %2320 = load <16 x i32>, ptr %2319, align 4, !tbaa !4
-  %2321 = and <16 x i32> %2320, %2208
-  %x.i669.4.1.i = bitcast <16 x i32> %2315 to <32 x bfloat>
-  %y.i670.4.1.i = bitcast <16 x i32> %2321 to <32 x bfloat>
-  %r.i671.4.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.4.11309.i, <32 x bfloat> %x.i669.4.1.i, <32 x bfloat> %y.i670.4.1.i)
-  store <16 x float> %r.i671.4.1.i, ptr %2141, align 4, !tbaa !4
-  %2322 = load i32, ptr %2279, align 4, !tbaa !4
-  %2323 = insertelement <16 x i32> poison, i32 %2322, i64 0
-  %2324 = shufflevector <16 x i32> %2323, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2325 = load i64, ptr %2209, align 8, !tbaa !4
-  %2326 = getelementptr i32, ptr %value_cache, i64 %2325
-  %2327 = getelementptr i8, ptr %2326, i64 320
-  %2328 = getelementptr i32, ptr %2327, i64 %v_now.i
-  %2329 = load <16 x i32>, ptr %2328, align 4, !tbaa !4
-  %2330 = and <16 x i32> %2329, %2208
-  %x.i669.5.1.i = bitcast <16 x i32> %2324 to <32 x bfloat>
-  %y.i670.5.1.i = bitcast <16 x i32> %2330 to <32 x bfloat>
-  %r.i671.5.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.5.11311.i, <32 x bfloat> %x.i669.5.1.i, <32 x bfloat> %y.i670.5.1.i)
-  store <16 x float> %r.i671.5.1.i, ptr %2144, align 4, !tbaa !4
-  %2331 = load i32, ptr %2279, align 4, !tbaa !4
-  %2332 = insertelement <16 x i32> poison, i32 %2331, i64 0
-  %2333 = shufflevector <16 x i32> %2332, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2334 = load i64, ptr %2209, align 8, !tbaa !4
-  %2335 = getelementptr i32, ptr %value_cache, i64 %2334
-  %2336 = getelementptr i8, ptr %2335, i64 384
-  %2337 = getelementptr i32, ptr %2336, i64 %v_now.i
-  %2338 = load <16 x i32>, ptr %2337, align 4, !tbaa !4
-  %2339 = and <16 x i32> %2338, %2208
-  %x.i669.6.1.i = bitcast <16 x i32> %2333 to <32 x bfloat>
-  %y.i670.6.1.i = bitcast <16 x i32> %2339 to <32 x bfloat>
-  %r.i671.6.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.6.11313.i, <32 x bfloat> %x.i669.6.1.i, <32 x bfloat> %y.i670.6.1.i)
-  store <16 x float> %r.i671.6.1.i, ptr %2147, align 4, !tbaa !4
-  %2340 = load i32, ptr %2279, align 4, !tbaa !4
-  %2341 = insertelement <16 x i32> poison, i32 %2340, i64 0
-  %2342 = shufflevector <16 x i32> %2341, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2343 = load i64, ptr %2209, align 8, !tbaa !4
-  %2344 = getelementptr i32, ptr %value_cache, i64 %2343
-  %2345 = getelementptr i8, ptr %2344, i64 448
-  %2346 = getelementptr i32, ptr %2345, i64 %v_now.i
-  %2347 = load <16 x i32>, ptr %2346, align 4, !tbaa !4
-  %2348 = and <16 x i32> %2347, %2208
-  %x.i669.7.1.i = bitcast <16 x i32> %2342 to <32 x bfloat>
-  %y.i670.7.1.i = bitcast <16 x i32> %2348 to <32 x bfloat>
-  %r.i671.7.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.7.11315.i, <32 x bfloat> %x.i669.7.1.i, <32 x bfloat> %y.i670.7.1.i)
-  store <16 x float> %r.i671.7.1.i, ptr %2150, align 4, !tbaa !4
-  %2349 = getelementptr i8, ptr %gep49, i64 512
-  %2350 = load i32, ptr %2349, align 4, !tbaa !4
-  %2351 = insertelement <16 x i32> poison, i32 %2350, i64 0
-  %2352 = shufflevector <16 x i32> %2351, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2353 = load i64, ptr %2209, align 8, !tbaa !4
-  %gep1284.i = getelementptr i32, ptr %invariant.gep951.i, i64 %2353
-  %2354 = load <16 x i32>, ptr %gep1284.i, align 4, !tbaa !4
-  %2355 = and <16 x i32> %2354, %2208
-  %x.i669.21160.i = bitcast <16 x i32> %2352 to <32 x bfloat>
-  %y.i670.21161.i = bitcast <16 x i32> %2355 to <32 x bfloat>
-  %r.i671.21162.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.211621317.i, <32 x bfloat> %x.i669.21160.i, <32 x bfloat> %y.i670.21161.i)
-  store <16 x float> %r.i671.21162.i, ptr %2153, align 4, !tbaa !4
-  %2356 = load i32, ptr %2349, align 4, !tbaa !4
-  %2357 = insertelement <16 x i32> poison, i32 %2356, i64 0
-  %2358 = shufflevector <16 x i32> %2357, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2359 = load i64, ptr %2209, align 8, !tbaa !4
-  %2360 = getelementptr i32, ptr %value_cache, i64 %2359
-  %2361 = getelementptr i8, ptr %2360, i64 64
-  %2362 = getelementptr i32, ptr %2361, i64 %v_now.i
-  %2363 = load <16 x i32>, ptr %2362, align 4, !tbaa !4
-  %2364 = and <16 x i32> %2363, %2208
-  %x.i669.1.2.i = bitcast <16 x i32> %2358 to <32 x bfloat>
-  %y.i670.1.2.i = bitcast <16 x i32> %2364 to <32 x bfloat>
-  %r.i671.1.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.1.21319.i, <32 x bfloat> %x.i669.1.2.i, <32 x bfloat> %y.i670.1.2.i)
-  store <16 x float> %r.i671.1.2.i, ptr %2156, align 4, !tbaa !4
-  %2365 = load i32, ptr %2349, align 4, !tbaa !4
-  %2366 = insertelement <16 x i32> poison, i32 %2365, i64 0
-  %2367 = shufflevector <16 x i32> %2366, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2368 = load i64, ptr %2209, align 8, !tbaa !4
-  %2369 = getelementptr i32, ptr %value_cache, i64 %2368
-  %2370 = getelementptr i8, ptr %2369, i64 128
-  %2371 = getelementptr i32, ptr %2370, i64 %v_now.i
-  %2372 = load <16 x i32>, ptr %2371, align 4, !tbaa !4
-  %2373 = and <16 x i32> %2372, %2208
-  %x.i669.2.2.i = bitcast <16 x i32> %2367 to <32 x bfloat>
-  %y.i670.2.2.i = bitcast <16 x i32> %2373 to <32 x bfloat>
-  %r.i671.2.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.2.21321.i, <32 x bfloat> %x.i669.2.2.i, <32 x bfloat> %y.i670.2.2.i)
-  store <16 x float> %r.i671.2.2.i, ptr %2159, align 4, !tbaa !4
-  %2374 = load i32, ptr %2349, align 4, !tbaa !4
-  %2375 = insertelement <16 x i32> poison, i32 %2374, i64 0
-  %2376 = shufflevector <16 x i32> %2375, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2377 = load i64, ptr %2209, align 8, !tbaa !4
-  %2378 = getelementptr i32, ptr %value_cache, i64 %2377
-  %2379 = getelementptr i8, ptr %2378, i64 192
-  %2380 = getelementptr i32, ptr %2379, i64 %v_now.i
-  %2381 = load <16 x i32>, ptr %2380, align 4, !tbaa !4
-  %2382 = and <16 x i32> %2381, %2208
-  %x.i669.3.2.i = bitcast <16 x i32> %2376 to <32 x bfloat>
-  %y.i670.3.2.i = bitcast <16 x i32> %2382 to <32 x bfloat>
-  %r.i671.3.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.3.21323.i, <32 x bfloat> %x.i669.3.2.i, <32 x bfloat> %y.i670.3.2.i)
-  store <16 x float> %r.i671.3.2.i, ptr %2162, align 4, !tbaa !4
-  %2383 = load i32, ptr %2349, align 4, !tbaa !4
-  %2384 = insertelement <16 x i32> poison, i32 %2383, i64 0
-  %2385 = shufflevector <16 x i32> %2384, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2386 = load i64, ptr %2209, align 8, !tbaa !4
-  %2387 = getelementptr i32, ptr %value_cache, i64 %2386
-  %2388 = getelementptr i8, ptr %2387, i64 256
-  %2389 = getelementptr i32, ptr %2388, i64 %v_now.i
-  %2390 = load <16 x i32>, ptr %2389, align 4, !tbaa !4
-  %2391 = and <16 x i32> %2390, %2208
-  %x.i669.4.2.i = bitcast <16 x i32> %2385 to <32 x bfloat>
-  %y.i670.4.2.i = bitcast <16 x i32> %2391 to <32 x bfloat>
-  %r.i671.4.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.4.21325.i, <32 x bfloat> %x.i669.4.2.i, <32 x bfloat> %y.i670.4.2.i)
-  store <16 x float> %r.i671.4.2.i, ptr %2165, align 4, !tbaa !4
-  %2392 = load i32, ptr %2349, align 4, !tbaa !4
-  %2393 = insertelement <16 x i32> poison, i32 %2392, i64 0
-  %2394 = shufflevector <16 x i32> %2393, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2395 = load i64, ptr %2209, align 8, !tbaa !4
-  %2396 = getelementptr i32, ptr %value_cache, i64 %2395
-  %2397 = getelementptr i8, ptr %2396, i64 320
-  %2398 = getelementptr i32, ptr %2397, i64 %v_now.i
-  %2399 = load <16 x i32>, ptr %2398, align 4, !tbaa !4
-  %2400 = and <16 x i32> %2399, %2208
-  %x.i669.5.2.i = bitcast <16 x i32> %2394 to <32 x bfloat>
-  %y.i670.5.2.i = bitcast <16 x i32> %2400 to <32 x bfloat>
-  %r.i671.5.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.5.21327.i, <32 x bfloat> %x.i669.5.2.i, <32 x bfloat> %y.i670.5.2.i)
-  store <16 x float> %r.i671.5.2.i, ptr %2168, align 4, !tbaa !4
-  %2401 = load i32, ptr %2349, align 4, !tbaa !4
-  %2402 = insertelement <16 x i32> poison, i32 %2401, i64 0
-  %2403 = shufflevector <16 x i32> %2402, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2404 = load i64, ptr %2209, align 8, !tbaa !4
-  %2405 = getelementptr i32, ptr %value_cache, i64 %2404
-  %2406 = getelementptr i8, ptr %2405, i64 384
-  %2407 = getelementptr i32, ptr %2406, i64 %v_now.i
-  %2408 = load <16 x i32>, ptr %2407, align 4, !tbaa !4
-  %2409 = and <16 x i32> %2408, %2208
-  %x.i669.6.2.i = bitcast <16 x i32> %2403 to <32 x bfloat>
-  %y.i670.6.2.i = bitcast <16 x i32> %2409 to <32 x bfloat>
-  %r.i671.6.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.6.21329.i, <32 x bfloat> %x.i669.6.2.i, <32 x bfloat> %y.i670.6.2.i)
-  store <16 x float> %r.i671.6.2.i, ptr %2171, align 4, !tbaa !4
-  %2410 = load i32, ptr %2349, align 4, !tbaa !4
-  %2411 = insertelement <16 x i32> poison, i32 %2410, i64 0
-  %2412 = shufflevector <16 x i32> %2411, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2413 = load i64, ptr %2209, align 8, !tbaa !4
-  %2414 = getelementptr i32, ptr %value_cache, i64 %2413
-  %2415 = getelementptr i8, ptr %2414, i64 448
-  %2416 = getelementptr i32, ptr %2415, i64 %v_now.i
-  %2417 = load <16 x i32>, ptr %2416, align 4, !tbaa !4
-  %2418 = and <16 x i32> %2417, %2208
-  %x.i669.7.2.i = bitcast <16 x i32> %2412 to <32 x bfloat>
-  %y.i670.7.2.i = bitcast <16 x i32> %2418 to <32 x bfloat>
-  %r.i671.7.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.7.21331.i, <32 x bfloat> %x.i669.7.2.i, <32 x bfloat> %y.i670.7.2.i)
-  store <16 x float> %r.i671.7.2.i, ptr %2174, align 4, !tbaa !4
-  %2419 = getelementptr i8, ptr %gep49, i64 768
-  %2420 = load i32, ptr %2419, align 4, !tbaa !4
-  %2421 = insertelement <16 x i32> poison, i32 %2420, i64 0
-  %2422 = shufflevector <16 x i32> %2421, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2423 = load i64, ptr %2209, align 8, !tbaa !4
-  %gep1286.i = getelementptr i32, ptr %invariant.gep951.i, i64 %2423
-  %2424 = load <16 x i32>, ptr %gep1286.i, align 4, !tbaa !4
-  %2425 = and <16 x i32> %2424, %2208
-  %x.i669.31163.i = bitcast <16 x i32> %2422 to <32 x bfloat>
-  %y.i670.31164.i = bitcast <16 x i32> %2425 to <32 x bfloat>
-  %r.i671.31165.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.311651333.i, <32 x bfloat> %x.i669.31163.i, <32 x bfloat> %y.i670.31164.i)
-  store <16 x float> %r.i671.31165.i, ptr %2177, align 4, !tbaa !4
-  %2426 = load i32, ptr %2419, align 4, !tbaa !4
-  %2427 = insertelement <16 x i32> poison, i32 %2426, i64 0
-  %2428 = shufflevector <16 x i32> %2427, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2429 = load i64, ptr %2209, align 8, !tbaa !4
-  %2430 = getelementptr i32, ptr %value_cache, i64 %2429
-  %2431 = getelementptr i8, ptr %2430, i64 64
-  %2432 = getelementptr i32, ptr %2431, i64 %v_now.i
-  %2433 = load <16 x i32>, ptr %2432, align 4, !tbaa !4
-  %2434 = and <16 x i32> %2433, %2208
-  %x.i669.1.3.i = bitcast <16 x i32> %2428 to <32 x bfloat>
-  %y.i670.1.3.i = bitcast <16 x i32> %2434 to <32 x bfloat>
-  %r.i671.1.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.1.31335.i, <32 x bfloat> %x.i669.1.3.i, <32 x bfloat> %y.i670.1.3.i)
-  store <16 x float> %r.i671.1.3.i, ptr %2180, align 4, !tbaa !4
-  %2435 = load i32, ptr %2419, align 4, !tbaa !4
-  %2436 = insertelement <16 x i32> poison, i32 %2435, i64 0
-  %2437 = shufflevector <16 x i32> %2436, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2438 = load i64, ptr %2209, align 8, !tbaa !4
-  %2439 = getelementptr i32, ptr %value_cache, i64 %2438
-  %2440 = getelementptr i8, ptr %2439, i64 128
-  %2441 = getelementptr i32, ptr %2440, i64 %v_now.i
-  %2442 = load <16 x i32>, ptr %2441, align 4, !tbaa !4
-  %2443 = and <16 x i32> %2442, %2208
-  %x.i669.2.3.i = bitcast <16 x i32> %2437 to <32 x bfloat>
-  %y.i670.2.3.i = bitcast <16 x i32> %2443 to <32 x bfloat>
-  %r.i671.2.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.2.31337.i, <32 x bfloat> %x.i669.2.3.i, <32 x bfloat> %y.i670.2.3.i)
-  store <16 x float> %r.i671.2.3.i, ptr %2183, align 4, !tbaa !4
-  %2444 = load i32, ptr %2419, align 4, !tbaa !4
-  %2445 = insertelement <16 x i32> poison, i32 %2444, i64 0
-  %2446 = shufflevector <16 x i32> %2445, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2447 = load i64, ptr %2209, align 8, !tbaa !4
-  %2448 = getelementptr i32, ptr %value_cache, i64 %2447
-  %2449 = getelementptr i8, ptr %2448, i64 192
-  %2450 = getelementptr i32, ptr %2449, i64 %v_now.i
-  %2451 = load <16 x i32>, ptr %2450, align 4, !tbaa !4
-  %2452 = and <16 x i32> %2451, %2208
-  %x.i669.3.3.i = bitcast <16 x i32> %2446 to <32 x bfloat>
-  %y.i670.3.3.i = bitcast <16 x i32> %2452 to <32 x bfloat>
-  %r.i671.3.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.3.31339.i, <32 x bfloat> %x.i669.3.3.i, <32 x bfloat> %y.i670.3.3.i)
-  store <16 x float> %r.i671.3.3.i, ptr %2186, align 4, !tbaa !4
-  %2453 = load i32, ptr %2419, align 4, !tbaa !4
-  %2454 = insertelement <16 x i32> poison, i32 %2453, i64 0
-  %2455 = shufflevector <16 x i32> %2454, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2456 = load i64, ptr %2209, align 8, !tbaa !4
-  %2457 = getelementptr i32, ptr %value_cache, i64 %2456
-  %2458 = getelementptr i8, ptr %2457, i64 256
-  %2459 = getelementptr i32, ptr %2458, i64 %v_now.i
-  %2460 = load <16 x i32>, ptr %2459, align 4, !tbaa !4
-  %2461 = and <16 x i32> %2460, %2208
-  %x.i669.4.3.i = bitcast <16 x i32> %2455 to <32 x bfloat>
-  %y.i670.4.3.i = bitcast <16 x i32> %2461 to <32 x bfloat>
-  %r.i671.4.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.4.31341.i, <32 x bfloat> %x.i669.4.3.i, <32 x bfloat> %y.i670.4.3.i)
-  store <16 x float> %r.i671.4.3.i, ptr %2189, align 4, !tbaa !4
-  %2462 = load i32, ptr %2419, align 4, !tbaa !4
-  %2463 = insertelement <16 x i32> poison, i32 %2462, i64 0
-  %2464 = shufflevector <16 x i32> %2463, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2465 = load i64, ptr %2209, align 8, !tbaa !4
-  %2466 = getelementptr i32, ptr %value_cache, i64 %2465
-  %2467 = getelementptr i8, ptr %2466, i64 320
-  %2468 = getelementptr i32, ptr %2467, i64 %v_now.i
-  %2469 = load <16 x i32>, ptr %2468, align 4, !tbaa !4
-  %2470 = and <16 x i32> %2469, %2208
-  %x.i669.5.3.i = bitcast <16 x i32> %2464 to <32 x bfloat>
-  %y.i670.5.3.i = bitcast <16 x i32> %2470 to <32 x bfloat>
-  %r.i671.5.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.5.31343.i, <32 x bfloat> %x.i669.5.3.i, <32 x bfloat> %y.i670.5.3.i)
-  store <16 x float> %r.i671.5.3.i, ptr %2192, align 4, !tbaa !4
-  %2471 = load i32, ptr %2419, align 4, !tbaa !4
-  %2472 = insertelement <16 x i32> poison, i32 %2471, i64 0
-  %2473 = shufflevector <16 x i32> %2472, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2474 = load i64, ptr %2209, align 8, !tbaa !4
-  %2475 = getelementptr i32, ptr %value_cache, i64 %2474
-  %2476 = getelementptr i8, ptr %2475, i64 384
-  %2477 = getelementptr i32, ptr %2476, i64 %v_now.i
-  %2478 = load <16 x i32>, ptr %2477, align 4, !tbaa !4
-  %2479 = and <16 x i32> %2478, %2208
-  %x.i669.6.3.i = bitcast <16 x i32> %2473 to <32 x bfloat>
-  %y.i670.6.3.i = bitcast <16 x i32> %2479 to <32 x bfloat>
-  %r.i671.6.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.6.31345.i, <32 x bfloat> %x.i669.6.3.i, <32 x bfloat> %y.i670.6.3.i)
-  store <16 x float> %r.i671.6.3.i, ptr %2195, align 4, !tbaa !4
-  %2480 = load i32, ptr %2419, align 4, !tbaa !4
-  %2481 = insertelement <16 x i32> poison, i32 %2480, i64 0
-  %2482 = shufflevector <16 x i32> %2481, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2483 = load i64, ptr %2209, align 8, !tbaa !4
-  %2484 = getelementptr i32, ptr %value_cache, i64 %2483
-  %2485 = getelementptr i8, ptr %2484, i64 448
-  %2486 = getelementptr i32, ptr %2485, i64 %v_now.i
-  %2487 = load <16 x i32>, ptr %2486, align 4, !tbaa !4
-  %2488 = and <16 x i32> %2487, %2208
-  %x.i669.7.3.i = bitcast <16 x i32> %2482 to <32 x bfloat>
-  %y.i670.7.3.i = bitcast <16 x i32> %2488 to <32 x bfloat>
-  %r.i671.7.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.7.31347.i, <32 x bfloat> %x.i669.7.3.i, <32 x bfloat> %y.i670.7.3.i)
-  store <16 x float> %r.i671.7.3.i, ptr %2198, align 4, !tbaa !4
-  %indvars.iv.next1167.i = add nuw nsw i64 %indvars.iv1166.i, 1
-  %exitcond.not = icmp eq i64 %indvars.iv.next1167.i, %511
+  %r.i700.7.31407.i = phi <16 x float> [ %r.i700.7.3.i, %for_begin_r111.preheader.i ], [ %2223, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.6.31405.i = phi <16 x float> [ %r.i700.6.3.i, %for_begin_r111.preheader.i ], [ %2220, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.5.31403.i = phi <16 x float> [ %r.i700.5.3.i, %for_begin_r111.preheader.i ], [ %2217, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.4.31401.i = phi <16 x float> [ %r.i700.4.3.i, %for_begin_r111.preheader.i ], [ %2214, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.3.31399.i = phi <16 x float> [ %r.i700.3.3.i, %for_begin_r111.preheader.i ], [ %2211, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.2.31397.i = phi <16 x float> [ %r.i700.2.3.i, %for_begin_r111.preheader.i ], [ %2208, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.1.31395.i = phi <16 x float> [ %r.i700.1.3.i, %for_begin_r111.preheader.i ], [ %2205, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.312021393.i = phi <16 x float> [ %r.i700.31202.i, %for_begin_r111.preheader.i ], [ %2202, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.7.21391.i = phi <16 x float> [ %r.i700.7.2.i, %for_begin_r111.preheader.i ], [ %2199, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.6.21389.i = phi <16 x float> [ %r.i700.6.2.i, %for_begin_r111.preheader.i ], [ %2196, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.5.21387.i = phi <16 x float> [ %r.i700.5.2.i, %for_begin_r111.preheader.i ], [ %2193, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.4.21385.i = phi <16 x float> [ %r.i700.4.2.i, %for_begin_r111.preheader.i ], [ %2190, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.3.21383.i = phi <16 x float> [ %r.i700.3.2.i, %for_begin_r111.preheader.i ], [ %2187, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.2.21381.i = phi <16 x float> [ %r.i700.2.2.i, %for_begin_r111.preheader.i ], [ %2184, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.1.21379.i = phi <16 x float> [ %r.i700.1.2.i, %for_begin_r111.preheader.i ], [ %2181, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.211991377.i = phi <16 x float> [ %r.i700.21199.i, %for_begin_r111.preheader.i ], [ %2178, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.7.11375.i = phi <16 x float> [ %r.i700.7.1.i, %for_begin_r111.preheader.i ], [ %2175, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.6.11373.i = phi <16 x float> [ %r.i700.6.1.i, %for_begin_r111.preheader.i ], [ %2172, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.5.11371.i = phi <16 x float> [ %r.i700.5.1.i, %for_begin_r111.preheader.i ], [ %2169, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.4.11369.i = phi <16 x float> [ %r.i700.4.1.i, %for_begin_r111.preheader.i ], [ %2166, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.3.11367.i = phi <16 x float> [ %r.i700.3.1.i, %for_begin_r111.preheader.i ], [ %2163, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.2.11365.i = phi <16 x float> [ %r.i700.2.1.i, %for_begin_r111.preheader.i ], [ %2160, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.1.11363.i = phi <16 x float> [ %r.i700.1.1.i, %for_begin_r111.preheader.i ], [ %2157, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.111961361.i = phi <16 x float> [ %r.i700.11196.i, %for_begin_r111.preheader.i ], [ %2154, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.71359.i = phi <16 x float> [ %r.i700.7.i, %for_begin_r111.preheader.i ], [ %2151, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.61357.i = phi <16 x float> [ %r.i700.6.i, %for_begin_r111.preheader.i ], [ %2148, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.51355.i = phi <16 x float> [ %r.i700.5.i, %for_begin_r111.preheader.i ], [ %2145, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.41353.i = phi <16 x float> [ %r.i700.4.i, %for_begin_r111.preheader.i ], [ %2142, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.31351.i = phi <16 x float> [ %r.i700.3.i, %for_begin_r111.preheader.i ], [ %2139, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.21349.i = phi <16 x float> [ %r.i700.2.i, %for_begin_r111.preheader.i ], [ %2136, %for_begin_r111.preheader.i.preheader ]
+  %r.i700.11347.i = phi <16 x float> [ %r.i700.1.i, %for_begin_r111.preheader.i ], [ %2133, %for_begin_r111.preheader.i.preheader ]
+  %2225 = phi <16 x float> [ %r.i700.i, %for_begin_r111.preheader.i ], [ %2131, %for_begin_r111.preheader.i.preheader ]
+  %indvars.iv1203.i = phi i64 [ %indvars.iv.next1204.i, %for_begin_r111.preheader.i ], [ 0, %for_begin_r111.preheader.i.preheader ]
+  %2226 = shl nuw nsw i64 %indvars.iv1203.i, 1
+  %2227 = add nuw nsw i64 %2226, %597
+  %2228 = icmp slt i64 %2227, 127
+  %2229 = or disjoint i64 %2227, 1
+  %2230 = icmp slt i64 %2229, %548
+  %2231 = and i1 %2228, %2230
+  %2232 = select i1 %2231, i32 -1, i32 65535
+  %2233 = insertelement <16 x i32> poison, i32 %2232, i64 0
+  %2234 = shufflevector <16 x i32> %2233, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2235 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2227
+  %gep66 = getelementptr i32, ptr %invariant.gep65, i64 %indvars.iv1203.i
+  %2236 = load i32, ptr %gep66, align 4, !tbaa !4
+  %2237 = insertelement <16 x i32> poison, i32 %2236, i64 0
+  %2238 = shufflevector <16 x i32> %2237, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2239 = load i64, ptr %2235, align 8, !tbaa !4
+  %gep1340.i = getelementptr i32, ptr %invariant.gep981.i, i64 %2239
+  %2240 = load <16 x i32>, ptr %gep1340.i, align 4, !tbaa !4
+  %2241 = and <16 x i32> %2234, %2240
+  %x.i698.i = bitcast <16 x i32> %2238 to <32 x bfloat>
+  %y.i699.i = bitcast <16 x i32> %2241 to <32 x bfloat>
+  %r.i700.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %2225, <32 x bfloat> %x.i698.i, <32 x bfloat> %y.i699.i)
+  store <16 x float> %r.i700.i, ptr %tile_acc.i, align 4, !tbaa !4
+  %2242 = load i32, ptr %gep66, align 4, !tbaa !4
+  %2243 = insertelement <16 x i32> poison, i32 %2242, i64 0
+  %2244 = shufflevector <16 x i32> %2243, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2245 = load i64, ptr %2235, align 8, !tbaa !4
+  %2246 = getelementptr i32, ptr %value_cache, i64 %2245
+  %2247 = getelementptr i8, ptr %2246, i64 64
+  %2248 = getelementptr i32, ptr %2247, i64 %v_now.i
+  %2249 = load <16 x i32>, ptr %2248, align 4, !tbaa !4
+  %2250 = and <16 x i32> %2249, %2234
+  %x.i698.1.i = bitcast <16 x i32> %2244 to <32 x bfloat>
+  %y.i699.1.i = bitcast <16 x i32> %2250 to <32 x bfloat>
+  %r.i700.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.11347.i, <32 x bfloat> %x.i698.1.i, <32 x bfloat> %y.i699.1.i)
+  store <16 x float> %r.i700.1.i, ptr %2134, align 4, !tbaa !4
+  %2251 = load i32, ptr %gep66, align 4, !tbaa !4
+  %2252 = insertelement <16 x i32> poison, i32 %2251, i64 0
+  %2253 = shufflevector <16 x i32> %2252, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2254 = load i64, ptr %2235, align 8, !tbaa !4
+  %2255 = getelementptr i32, ptr %value_cache, i64 %2254
+  %2256 = getelementptr i8, ptr %2255, i64 128
+  %2257 = getelementptr i32, ptr %2256, i64 %v_now.i
+  %2258 = load <16 x i32>, ptr %2257, align 4, !tbaa !4
+  %2259 = and <16 x i32> %2258, %2234
+  %x.i698.2.i = bitcast <16 x i32> %2253 to <32 x bfloat>
+  %y.i699.2.i = bitcast <16 x i32> %2259 to <32 x bfloat>
+  %r.i700.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.21349.i, <32 x bfloat> %x.i698.2.i, <32 x bfloat> %y.i699.2.i)
+  store <16 x float> %r.i700.2.i, ptr %2137, align 4, !tbaa !4
+  %2260 = load i32, ptr %gep66, align 4, !tbaa !4
+  %2261 = insertelement <16 x i32> poison, i32 %2260, i64 0
+  %2262 = shufflevector <16 x i32> %2261, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2263 = load i64, ptr %2235, align 8, !tbaa !4
+  %2264 = getelementptr i32, ptr %value_cache, i64 %2263
+  %2265 = getelementptr i8, ptr %2264, i64 192
+  %2266 = getelementptr i32, ptr %2265, i64 %v_now.i
+  %2267 = load <16 x i32>, ptr %2266, align 4, !tbaa !4
+  %2268 = and <16 x i32> %2267, %2234
+  %x.i698.3.i = bitcast <16 x i32> %2262 to <32 x bfloat>
+  %y.i699.3.i = bitcast <16 x i32> %2268 to <32 x bfloat>
+  %r.i700.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.31351.i, <32 x bfloat> %x.i698.3.i, <32 x bfloat> %y.i699.3.i)
+  store <16 x float> %r.i700.3.i, ptr %2140, align 4, !tbaa !4
+  %2269 = load i32, ptr %gep66, align 4, !tbaa !4
+  %2270 = insertelement <16 x i32> poison, i32 %2269, i64 0
+  %2271 = shufflevector <16 x i32> %2270, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2272 = load i64, ptr %2235, align 8, !tbaa !4
+  %2273 = getelementptr i32, ptr %value_cache, i64 %2272
+  %2274 = getelementptr i8, ptr %2273, i64 256
+  %2275 = getelementptr i32, ptr %2274, i64 %v_now.i
+  %2276 = load <16 x i32>, ptr %2275, align 4, !tbaa !4
+  %2277 = and <16 x i32> %2276, %2234
+  %x.i698.4.i = bitcast <16 x i32> %2271 to <32 x bfloat>
+  %y.i699.4.i = bitcast <16 x i32> %2277 to <32 x bfloat>
+  %r.i700.4.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.41353.i, <32 x bfloat> %x.i698.4.i, <32 x bfloat> %y.i699.4.i)
+  store <16 x float> %r.i700.4.i, ptr %2143, align 4, !tbaa !4
+  %2278 = load i32, ptr %gep66, align 4, !tbaa !4
+  %2279 = insertelement <16 x i32> poison, i32 %2278, i64 0
+  %2280 = shufflevector <16 x i32> %2279, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2281 = load i64, ptr %2235, align 8, !tbaa !4
+  %2282 = getelementptr i32, ptr %value_cache, i64 %2281
+  %2283 = getelementptr i8, ptr %2282, i64 320
+  %2284 = getelementptr i32, ptr %2283, i64 %v_now.i
+  %2285 = load <16 x i32>, ptr %2284, align 4, !tbaa !4
+  %2286 = and <16 x i32> %2285, %2234
+  %x.i698.5.i = bitcast <16 x i32> %2280 to <32 x bfloat>
+  %y.i699.5.i = bitcast <16 x i32> %2286 to <32 x bfloat>
+  %r.i700.5.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.51355.i, <32 x bfloat> %x.i698.5.i, <32 x bfloat> %y.i699.5.i)
+  store <16 x float> %r.i700.5.i, ptr %2146, align 4, !tbaa !4
+  %2287 = load i32, ptr %gep66, align 4, !tbaa !4
+  %2288 = insertelement <16 x i32> poison, i32 %2287, i64 0
+  %2289 = shufflevector <16 x i32> %2288, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2290 = load i64, ptr %2235, align 8, !tbaa !4
+  %2291 = getelementptr i32, ptr %value_cache, i64 %2290
+  %2292 = getelementptr i8, ptr %2291, i64 384
+  %2293 = getelementptr i32, ptr %2292, i64 %v_now.i
+  %2294 = load <16 x i32>, ptr %2293, align 4, !tbaa !4
+  %2295 = and <16 x i32> %2294, %2234
+  %x.i698.6.i = bitcast <16 x i32> %2289 to <32 x bfloat>
+  %y.i699.6.i = bitcast <16 x i32> %2295 to <32 x bfloat>
+  %r.i700.6.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.61357.i, <32 x bfloat> %x.i698.6.i, <32 x bfloat> %y.i699.6.i)
+  store <16 x float> %r.i700.6.i, ptr %2149, align 4, !tbaa !4
+  %2296 = load i32, ptr %gep66, align 4, !tbaa !4
+  %2297 = insertelement <16 x i32> poison, i32 %2296, i64 0
+  %2298 = shufflevector <16 x i32> %2297, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2299 = load i64, ptr %2235, align 8, !tbaa !4
+  %2300 = getelementptr i32, ptr %value_cache, i64 %2299
+  %2301 = getelementptr i8, ptr %2300, i64 448
+  %2302 = getelementptr i32, ptr %2301, i64 %v_now.i
+  %2303 = load <16 x i32>, ptr %2302, align 4, !tbaa !4
+  %2304 = and <16 x i32> %2303, %2234
+  %x.i698.7.i = bitcast <16 x i32> %2298 to <32 x bfloat>
+  %y.i699.7.i = bitcast <16 x i32> %2304 to <32 x bfloat>
+  %r.i700.7.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.71359.i, <32 x bfloat> %x.i698.7.i, <32 x bfloat> %y.i699.7.i)
+  store <16 x float> %r.i700.7.i, ptr %2152, align 4, !tbaa !4
+  %2305 = getelementptr i8, ptr %gep66, i64 256
+  %2306 = load i32, ptr %2305, align 4, !tbaa !4
+  %2307 = insertelement <16 x i32> poison, i32 %2306, i64 0
+  %2308 = shufflevector <16 x i32> %2307, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2309 = load i64, ptr %2235, align 8, !tbaa !4
+  %gep1342.i = getelementptr i32, ptr %invariant.gep981.i, i64 %2309
+  %2310 = load <16 x i32>, ptr %gep1342.i, align 4, !tbaa !4
+  %2311 = and <16 x i32> %2310, %2234
+  %x.i698.11194.i = bitcast <16 x i32> %2308 to <32 x bfloat>
+  %y.i699.11195.i = bitcast <16 x i32> %2311 to <32 x bfloat>
+  %r.i700.11196.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.111961361.i, <32 x bfloat> %x.i698.11194.i, <32 x bfloat> %y.i699.11195.i)
+  store <16 x float> %r.i700.11196.i, ptr %2155, align 4, !tbaa !4
+  %2312 = load i32, ptr %2305, align 4, !tbaa !4
+  %2313 = insertelement <16 x i32> poison, i32 %2312, i64 0
+  %2314 = shufflevector <16 x i32> %2313, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2315 = load i64, ptr %2235, align 8, !tbaa !4
+  %2316 = getelementptr i32, ptr %value_cache, i64 %2315
+  %2317 = getelementptr i8, ptr %2316, i64 64
+  %2318 = getelementptr i32, ptr %2317, i64 %v_now.i
+  %2319 = load <16 x i32>, ptr %2318, align 4, !tbaa !4
+  %2320 = and <16 x i32> %2319, %2234
+  %x.i698.1.1.i = bitcast <16 x i32> %2314 to <32 x bfloat>
+  %y.i699.1.1.i = bitcast <16 x i32> %2320 to <32 x bfloat>
+  %r.i700.1.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.1.11363.i, <32 x bfloat> %x.i698.1.1.i, <32 x bfloat> %y.i699.1.1.i)
+  store <16 x float> %r.i700.1.1.i, ptr %2158, align 4, !tbaa !4
+  %2321 = load i32, ptr %2305, align 4, !tbaa !4
+  %2322 = insertelement <16 x i32> poison, i32 %2321, i64 0
+  %2323 = shufflevector <16 x i32> %2322, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2324 = load i64, ptr %2235, align 8, !tbaa !4
+  %2325 = getelementptr i32, ptr %value_cache, i64 %2324
+  %2326 = getelementptr i8, ptr %2325, i64 128
+  %2327 = getelementptr i32, ptr %2326, i64 %v_now.i
+  %2328 = load <16 x i32>, ptr %2327, align 4, !tbaa !4
+  %2329 = and <16 x i32> %2328, %2234
+  %x.i698.2.1.i = bitcast <16 x i32> %2323 to <32 x bfloat>
+  %y.i699.2.1.i = bitcast <16 x i32> %2329 to <32 x bfloat>
+  %r.i700.2.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.2.11365.i, <32 x bfloat> %x.i698.2.1.i, <32 x bfloat> %y.i699.2.1.i)
+  store <16 x float> %r.i700.2.1.i, ptr %2161, align 4, !tbaa !4
+  %2330 = load i32, ptr %2305, align 4, !tbaa !4
+  %2331 = insertelement <16 x i32> poison, i32 %2330, i64 0
+  %2332 = shufflevector <16 x i32> %2331, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2333 = load i64, ptr %2235, align 8, !tbaa !4
+  %2334 = getelementptr i32, ptr %value_cache, i64 %2333
+  %2335 = getelementptr i8, ptr %2334, i64 192
+  %2336 = getelementptr i32, ptr %2335, i64 %v_now.i
+  %2337 = load <16 x i32>, ptr %2336, align 4, !tbaa !4
+  %2338 = and <16 x i32> %2337, %2234
+  %x.i698.3.1.i = bitcast <16 x i32> %2332 to <32 x bfloat>
+  %y.i699.3.1.i = bitcast <16 x i32> %2338 to <32 x bfloat>
+  %r.i700.3.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.3.11367.i, <32 x bfloat> %x.i698.3.1.i, <32 x bfloat> %y.i699.3.1.i)
+  store <16 x float> %r.i700.3.1.i, ptr %2164, align 4, !tbaa !4
+  %2339 = load i32, ptr %2305, align 4, !tbaa !4
+  %2340 = insertelement <16 x i32> poison, i32 %2339, i64 0
+  %2341 = shufflevector <16 x i32> %2340, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2342 = load i64, ptr %2235, align 8, !tbaa !4
+  %2343 = getelementptr i32, ptr %value_cache, i64 %2342
+  %2344 = getelementptr i8, ptr %2343, i64 256
+  %2345 = getelementptr i32, ptr %2344, i64 %v_now.i
+  %2346 = load <16 x i32>, ptr %2345, align 4, !tbaa !4
+  %2347 = and <16 x i32> %2346, %2234
+  %x.i698.4.1.i = bitcast <16 x i32> %2341 to <32 x bfloat>
+  %y.i699.4.1.i = bitcast <16 x i32> %2347 to <32 x bfloat>
+  %r.i700.4.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.4.11369.i, <32 x bfloat> %x.i698.4.1.i, <32 x bfloat> %y.i699.4.1.i)
+  store <16 x float> %r.i700.4.1.i, ptr %2167, align 4, !tbaa !4
+  %2348 = load i32, ptr %2305, align 4, !tbaa !4
+  %2349 = insertelement <16 x i32> poison, i32 %2348, i64 0
+  %2350 = shufflevector <16 x i32> %2349, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2351 = load i64, ptr %2235, align 8, !tbaa !4
+  %2352 = getelementptr i32, ptr %value_cache, i64 %2351
+  %2353 = getelementptr i8, ptr %2352, i64 320
+  %2354 = getelementptr i32, ptr %2353, i64 %v_now.i
+  %2355 = load <16 x i32>, ptr %2354, align 4, !tbaa !4
+  %2356 = and <16 x i32> %2355, %2234
+  %x.i698.5.1.i = bitcast <16 x i32> %2350 to <32 x bfloat>
+  %y.i699.5.1.i = bitcast <16 x i32> %2356 to <32 x bfloat>
+  %r.i700.5.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.5.11371.i, <32 x bfloat> %x.i698.5.1.i, <32 x bfloat> %y.i699.5.1.i)
+  store <16 x float> %r.i700.5.1.i, ptr %2170, align 4, !tbaa !4
+  %2357 = load i32, ptr %2305, align 4, !tbaa !4
+  %2358 = insertelement <16 x i32> poison, i32 %2357, i64 0
+  %2359 = shufflevector <16 x i32> %2358, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2360 = load i64, ptr %2235, align 8, !tbaa !4
+  %2361 = getelementptr i32, ptr %value_cache, i64 %2360
+  %2362 = getelementptr i8, ptr %2361, i64 384
+  %2363 = getelementptr i32, ptr %2362, i64 %v_now.i
+  %2364 = load <16 x i32>, ptr %2363, align 4, !tbaa !4
+  %2365 = and <16 x i32> %2364, %2234
+  %x.i698.6.1.i = bitcast <16 x i32> %2359 to <32 x bfloat>
+  %y.i699.6.1.i = bitcast <16 x i32> %2365 to <32 x bfloat>
+  %r.i700.6.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.6.11373.i, <32 x bfloat> %x.i698.6.1.i, <32 x bfloat> %y.i699.6.1.i)
+  store <16 x float> %r.i700.6.1.i, ptr %2173, align 4, !tbaa !4
+  %2366 = load i32, ptr %2305, align 4, !tbaa !4
+  %2367 = insertelement <16 x i32> poison, i32 %2366, i64 0
+  %2368 = shufflevector <16 x i32> %2367, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2369 = load i64, ptr %2235, align 8, !tbaa !4
+  %2370 = getelementptr i32, ptr %value_cache, i64 %2369
+  %2371 = getelementptr i8, ptr %2370, i64 448
+  %2372 = getelementptr i32, ptr %2371, i64 %v_now.i
+  %2373 = load <16 x i32>, ptr %2372, align 4, !tbaa !4
+  %2374 = and <16 x i32> %2373, %2234
+  %x.i698.7.1.i = bitcast <16 x i32> %2368 to <32 x bfloat>
+  %y.i699.7.1.i = bitcast <16 x i32> %2374 to <32 x bfloat>
+  %r.i700.7.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.7.11375.i, <32 x bfloat> %x.i698.7.1.i, <32 x bfloat> %y.i699.7.1.i)
+  store <16 x float> %r.i700.7.1.i, ptr %2176, align 4, !tbaa !4
+  %2375 = getelementptr i8, ptr %gep66, i64 512
+  %2376 = load i32, ptr %2375, align 4, !tbaa !4
+  %2377 = insertelement <16 x i32> poison, i32 %2376, i64 0
+  %2378 = shufflevector <16 x i32> %2377, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2379 = load i64, ptr %2235, align 8, !tbaa !4
+  %gep1344.i = getelementptr i32, ptr %invariant.gep981.i, i64 %2379
+  %2380 = load <16 x i32>, ptr %gep1344.i, align 4, !tbaa !4
+  %2381 = and <16 x i32> %2380, %2234
+  %x.i698.21197.i = bitcast <16 x i32> %2378 to <32 x bfloat>
+  %y.i699.21198.i = bitcast <16 x i32> %2381 to <32 x bfloat>
+  %r.i700.21199.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.211991377.i, <32 x bfloat> %x.i698.21197.i, <32 x bfloat> %y.i699.21198.i)
+  store <16 x float> %r.i700.21199.i, ptr %2179, align 4, !tbaa !4
+  %2382 = load i32, ptr %2375, align 4, !tbaa !4
+  %2383 = insertelement <16 x i32> poison, i32 %2382, i64 0
+  %2384 = shufflevector <16 x i32> %2383, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2385 = load i64, ptr %2235, align 8, !tbaa !4
+  %2386 = getelementptr i32, ptr %value_cache, i64 %2385
+  %2387 = getelementptr i8, ptr %2386, i64 64
+  %2388 = getelementptr i32, ptr %2387, i64 %v_now.i
+  %2389 = load <16 x i32>, ptr %2388, align 4, !tbaa !4
+  %2390 = and <16 x i32> %2389, %2234
+  %x.i698.1.2.i = bitcast <16 x i32> %2384 to <32 x bfloat>
+  %y.i699.1.2.i = bitcast <16 x i32> %2390 to <32 x bfloat>
+  %r.i700.1.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.1.21379.i, <32 x bfloat> %x.i698.1.2.i, <32 x bfloat> %y.i699.1.2.i)
+  store <16 x float> %r.i700.1.2.i, ptr %2182, align 4, !tbaa !4
+  %2391 = load i32, ptr %2375, align 4, !tbaa !4
+  %2392 = insertelement <16 x i32> poison, i32 %2391, i64 0
+  %2393 = shufflevector <16 x i32> %2392, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2394 = load i64, ptr %2235, align 8, !tbaa !4
+  %2395 = getelementptr i32, ptr %value_cache, i64 %2394
+  %2396 = getelementptr i8, ptr %2395, i64 128
+  %2397 = getelementptr i32, ptr %2396, i64 %v_now.i
+  %2398 = load <16 x i32>, ptr %2397, align 4, !tbaa !4
+  %2399 = and <16 x i32> %2398, %2234
+  %x.i698.2.2.i = bitcast <16 x i32> %2393 to <32 x bfloat>
+  %y.i699.2.2.i = bitcast <16 x i32> %2399 to <32 x bfloat>
+  %r.i700.2.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.2.21381.i, <32 x bfloat> %x.i698.2.2.i, <32 x bfloat> %y.i699.2.2.i)
+  store <16 x float> %r.i700.2.2.i, ptr %2185, align 4, !tbaa !4
+  %2400 = load i32, ptr %2375, align 4, !tbaa !4
+  %2401 = insertelement <16 x i32> poison, i32 %2400, i64 0
+  %2402 = shufflevector <16 x i32> %2401, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2403 = load i64, ptr %2235, align 8, !tbaa !4
+  %2404 = getelementptr i32, ptr %value_cache, i64 %2403
+  %2405 = getelementptr i8, ptr %2404, i64 192
+  %2406 = getelementptr i32, ptr %2405, i64 %v_now.i
+  %2407 = load <16 x i32>, ptr %2406, align 4, !tbaa !4
+  %2408 = and <16 x i32> %2407, %2234
+  %x.i698.3.2.i = bitcast <16 x i32> %2402 to <32 x bfloat>
+  %y.i699.3.2.i = bitcast <16 x i32> %2408 to <32 x bfloat>
+  %r.i700.3.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.3.21383.i, <32 x bfloat> %x.i698.3.2.i, <32 x bfloat> %y.i699.3.2.i)
+  store <16 x float> %r.i700.3.2.i, ptr %2188, align 4, !tbaa !4
+  %2409 = load i32, ptr %2375, align 4, !tbaa !4
+  %2410 = insertelement <16 x i32> poison, i32 %2409, i64 0
+  %2411 = shufflevector <16 x i32> %2410, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2412 = load i64, ptr %2235, align 8, !tbaa !4
+  %2413 = getelementptr i32, ptr %value_cache, i64 %2412
+  %2414 = getelementptr i8, ptr %2413, i64 256
+  %2415 = getelementptr i32, ptr %2414, i64 %v_now.i
+  %2416 = load <16 x i32>, ptr %2415, align 4, !tbaa !4
+  %2417 = and <16 x i32> %2416, %2234
+  %x.i698.4.2.i = bitcast <16 x i32> %2411 to <32 x bfloat>
+  %y.i699.4.2.i = bitcast <16 x i32> %2417 to <32 x bfloat>
+  %r.i700.4.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.4.21385.i, <32 x bfloat> %x.i698.4.2.i, <32 x bfloat> %y.i699.4.2.i)
+  store <16 x float> %r.i700.4.2.i, ptr %2191, align 4, !tbaa !4
+  %2418 = load i32, ptr %2375, align 4, !tbaa !4
+  %2419 = insertelement <16 x i32> poison, i32 %2418, i64 0
+  %2420 = shufflevector <16 x i32> %2419, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2421 = load i64, ptr %2235, align 8, !tbaa !4
+  %2422 = getelementptr i32, ptr %value_cache, i64 %2421
+  %2423 = getelementptr i8, ptr %2422, i64 320
+  %2424 = getelementptr i32, ptr %2423, i64 %v_now.i
+  %2425 = load <16 x i32>, ptr %2424, align 4, !tbaa !4
+  %2426 = and <16 x i32> %2425, %2234
+  %x.i698.5.2.i = bitcast <16 x i32> %2420 to <32 x bfloat>
+  %y.i699.5.2.i = bitcast <16 x i32> %2426 to <32 x bfloat>
+  %r.i700.5.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.5.21387.i, <32 x bfloat> %x.i698.5.2.i, <32 x bfloat> %y.i699.5.2.i)
+  store <16 x float> %r.i700.5.2.i, ptr %2194, align 4, !tbaa !4
+  %2427 = load i32, ptr %2375, align 4, !tbaa !4
+  %2428 = insertelement <16 x i32> poison, i32 %2427, i64 0
+  %2429 = shufflevector <16 x i32> %2428, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2430 = load i64, ptr %2235, align 8, !tbaa !4
+  %2431 = getelementptr i32, ptr %value_cache, i64 %2430
+  %2432 = getelementptr i8, ptr %2431, i64 384
+  %2433 = getelementptr i32, ptr %2432, i64 %v_now.i
+  %2434 = load <16 x i32>, ptr %2433, align 4, !tbaa !4
+  %2435 = and <16 x i32> %2434, %2234
+  %x.i698.6.2.i = bitcast <16 x i32> %2429 to <32 x bfloat>
+  %y.i699.6.2.i = bitcast <16 x i32> %2435 to <32 x bfloat>
+  %r.i700.6.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.6.21389.i, <32 x bfloat> %x.i698.6.2.i, <32 x bfloat> %y.i699.6.2.i)
+  store <16 x float> %r.i700.6.2.i, ptr %2197, align 4, !tbaa !4
+  %2436 = load i32, ptr %2375, align 4, !tbaa !4
+  %2437 = insertelement <16 x i32> poison, i32 %2436, i64 0
+  %2438 = shufflevector <16 x i32> %2437, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2439 = load i64, ptr %2235, align 8, !tbaa !4
+  %2440 = getelementptr i32, ptr %value_cache, i64 %2439
+  %2441 = getelementptr i8, ptr %2440, i64 448
+  %2442 = getelementptr i32, ptr %2441, i64 %v_now.i
+  %2443 = load <16 x i32>, ptr %2442, align 4, !tbaa !4
+  %2444 = and <16 x i32> %2443, %2234
+  %x.i698.7.2.i = bitcast <16 x i32> %2438 to <32 x bfloat>
+  %y.i699.7.2.i = bitcast <16 x i32> %2444 to <32 x bfloat>
+  %r.i700.7.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.7.21391.i, <32 x bfloat> %x.i698.7.2.i, <32 x bfloat> %y.i699.7.2.i)
+  store <16 x float> %r.i700.7.2.i, ptr %2200, align 4, !tbaa !4
+  %2445 = getelementptr i8, ptr %gep66, i64 768
+  %2446 = load i32, ptr %2445, align 4, !tbaa !4
+  %2447 = insertelement <16 x i32> poison, i32 %2446, i64 0
+  %2448 = shufflevector <16 x i32> %2447, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2449 = load i64, ptr %2235, align 8, !tbaa !4
+  %gep1346.i = getelementptr i32, ptr %invariant.gep981.i, i64 %2449
+  %2450 = load <16 x i32>, ptr %gep1346.i, align 4, !tbaa !4
+  %2451 = and <16 x i32> %2450, %2234
+  %x.i698.31200.i = bitcast <16 x i32> %2448 to <32 x bfloat>
+  %y.i699.31201.i = bitcast <16 x i32> %2451 to <32 x bfloat>
+  %r.i700.31202.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.312021393.i, <32 x bfloat> %x.i698.31200.i, <32 x bfloat> %y.i699.31201.i)
+  store <16 x float> %r.i700.31202.i, ptr %2203, align 4, !tbaa !4
+  %2452 = load i32, ptr %2445, align 4, !tbaa !4
+  %2453 = insertelement <16 x i32> poison, i32 %2452, i64 0
+  %2454 = shufflevector <16 x i32> %2453, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2455 = load i64, ptr %2235, align 8, !tbaa !4
+  %2456 = getelementptr i32, ptr %value_cache, i64 %2455
+  %2457 = getelementptr i8, ptr %2456, i64 64
+  %2458 = getelementptr i32, ptr %2457, i64 %v_now.i
+  %2459 = load <16 x i32>, ptr %2458, align 4, !tbaa !4
+  %2460 = and <16 x i32> %2459, %2234
+  %x.i698.1.3.i = bitcast <16 x i32> %2454 to <32 x bfloat>
+  %y.i699.1.3.i = bitcast <16 x i32> %2460 to <32 x bfloat>
+  %r.i700.1.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.1.31395.i, <32 x bfloat> %x.i698.1.3.i, <32 x bfloat> %y.i699.1.3.i)
+  store <16 x float> %r.i700.1.3.i, ptr %2206, align 4, !tbaa !4
+  %2461 = load i32, ptr %2445, align 4, !tbaa !4
+  %2462 = insertelement <16 x i32> poison, i32 %2461, i64 0
+  %2463 = shufflevector <16 x i32> %2462, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2464 = load i64, ptr %2235, align 8, !tbaa !4
+  %2465 = getelementptr i32, ptr %value_cache, i64 %2464
+  %2466 = getelementptr i8, ptr %2465, i64 128
+  %2467 = getelementptr i32, ptr %2466, i64 %v_now.i
+  %2468 = load <16 x i32>, ptr %2467, align 4, !tbaa !4
+  %2469 = and <16 x i32> %2468, %2234
+  %x.i698.2.3.i = bitcast <16 x i32> %2463 to <32 x bfloat>
+  %y.i699.2.3.i = bitcast <16 x i32> %2469 to <32 x bfloat>
+  %r.i700.2.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.2.31397.i, <32 x bfloat> %x.i698.2.3.i, <32 x bfloat> %y.i699.2.3.i)
+  store <16 x float> %r.i700.2.3.i, ptr %2209, align 4, !tbaa !4
+  %2470 = load i32, ptr %2445, align 4, !tbaa !4
+  %2471 = insertelement <16 x i32> poison, i32 %2470, i64 0
+  %2472 = shufflevector <16 x i32> %2471, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2473 = load i64, ptr %2235, align 8, !tbaa !4
+  %2474 = getelementptr i32, ptr %value_cache, i64 %2473
+  %2475 = getelementptr i8, ptr %2474, i64 192
+  %2476 = getelementptr i32, ptr %2475, i64 %v_now.i
+  %2477 = load <16 x i32>, ptr %2476, align 4, !tbaa !4
+  %2478 = and <16 x i32> %2477, %2234
+  %x.i698.3.3.i = bitcast <16 x i32> %2472 to <32 x bfloat>
+  %y.i699.3.3.i = bitcast <16 x i32> %2478 to <32 x bfloat>
+  %r.i700.3.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.3.31399.i, <32 x bfloat> %x.i698.3.3.i, <32 x bfloat> %y.i699.3.3.i)
+  store <16 x float> %r.i700.3.3.i, ptr %2212, align 4, !tbaa !4
+  %2479 = load i32, ptr %2445, align 4, !tbaa !4
+  %2480 = insertelement <16 x i32> poison, i32 %2479, i64 0
+  %2481 = shufflevector <16 x i32> %2480, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2482 = load i64, ptr %2235, align 8, !tbaa !4
+  %2483 = getelementptr i32, ptr %value_cache, i64 %2482
+  %2484 = getelementptr i8, ptr %2483, i64 256
+  %2485 = getelementptr i32, ptr %2484, i64 %v_now.i
+  %2486 = load <16 x i32>, ptr %2485, align 4, !tbaa !4
+  %2487 = and <16 x i32> %2486, %2234
+  %x.i698.4.3.i = bitcast <16 x i32> %2481 to <32 x bfloat>
+  %y.i699.4.3.i = bitcast <16 x i32> %2487 to <32 x bfloat>
+  %r.i700.4.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.4.31401.i, <32 x bfloat> %x.i698.4.3.i, <32 x bfloat> %y.i699.4.3.i)
+  store <16 x float> %r.i700.4.3.i, ptr %2215, align 4, !tbaa !4
+  %2488 = load i32, ptr %2445, align 4, !tbaa !4
+  %2489 = insertelement <16 x i32> poison, i32 %2488, i64 0
+  %2490 = shufflevector <16 x i32> %2489, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2491 = load i64, ptr %2235, align 8, !tbaa !4
+  %2492 = getelementptr i32, ptr %value_cache, i64 %2491
+  %2493 = getelementptr i8, ptr %2492, i64 320
+  %2494 = getelementptr i32, ptr %2493, i64 %v_now.i
+  %2495 = load <16 x i32>, ptr %2494, align 4, !tbaa !4
+  %2496 = and <16 x i32> %2495, %2234
+  %x.i698.5.3.i = bitcast <16 x i32> %2490 to <32 x bfloat>
+  %y.i699.5.3.i = bitcast <16 x i32> %2496 to <32 x bfloat>
+  %r.i700.5.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.5.31403.i, <32 x bfloat> %x.i698.5.3.i, <32 x bfloat> %y.i699.5.3.i)
+  store <16 x float> %r.i700.5.3.i, ptr %2218, align 4, !tbaa !4
+  %2497 = load i32, ptr %2445, align 4, !tbaa !4
+  %2498 = insertelement <16 x i32> poison, i32 %2497, i64 0
+  %2499 = shufflevector <16 x i32> %2498, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2500 = load i64, ptr %2235, align 8, !tbaa !4
+  %2501 = getelementptr i32, ptr %value_cache, i64 %2500
+  %2502 = getelementptr i8, ptr %2501, i64 384
+  %2503 = getelementptr i32, ptr %2502, i64 %v_now.i
+  %2504 = load <16 x i32>, ptr %2503, align 4, !tbaa !4
+  %2505 = and <16 x i32> %2504, %2234
+  %x.i698.6.3.i = bitcast <16 x i32> %2499 to <32 x bfloat>
+  %y.i699.6.3.i = bitcast <16 x i32> %2505 to <32 x bfloat>
+  %r.i700.6.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.6.31405.i, <32 x bfloat> %x.i698.6.3.i, <32 x bfloat> %y.i699.6.3.i)
+  store <16 x float> %r.i700.6.3.i, ptr %2221, align 4, !tbaa !4
+  %2506 = load i32, ptr %2445, align 4, !tbaa !4
+  %2507 = insertelement <16 x i32> poison, i32 %2506, i64 0
+  %2508 = shufflevector <16 x i32> %2507, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2509 = load i64, ptr %2235, align 8, !tbaa !4
+  %2510 = getelementptr i32, ptr %value_cache, i64 %2509
+  %2511 = getelementptr i8, ptr %2510, i64 448
+  %2512 = getelementptr i32, ptr %2511, i64 %v_now.i
+  %2513 = load <16 x i32>, ptr %2512, align 4, !tbaa !4
+  %2514 = and <16 x i32> %2513, %2234
+  %x.i698.7.3.i = bitcast <16 x i32> %2508 to <32 x bfloat>
+  %y.i699.7.3.i = bitcast <16 x i32> %2514 to <32 x bfloat>
+  %r.i700.7.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.7.31407.i, <32 x bfloat> %x.i698.7.3.i, <32 x bfloat> %y.i699.7.3.i)
+  store <16 x float> %r.i700.7.3.i, ptr %2224, align 4, !tbaa !4
+  %indvars.iv.next1204.i = add nuw nsw i64 %indvars.iv1203.i, 1
+  %exitcond.not = icmp eq i64 %indvars.iv.next1204.i, %534
   br i1 %exitcond.not, label %for_end_ti.i, label %for_begin_r111.preheader.i, !prof !8
 
 for_end_ti.i:                                     ; preds = %for_begin_r111.preheader.i, %for_begin_d_0_init.preheader.preheader.i
-  %2489 = shl nuw nsw i64 %indvars.iv1189.i, 2
-  %2490 = getelementptr inbounds nuw float, ptr %row_max228.i, i64 %2489
-  %2491 = load <4 x float>, ptr %2490, align 16, !tbaa !69
-  %old_max.i = select <4 x i1> %567, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2491
-  %2492 = getelementptr inbounds nuw float, ptr %row_sum227.i, i64 %2489
-  %2493 = load <4 x float>, ptr %2492, align 16, !tbaa !71
-  %old_sum.i = select <4 x i1> %567, <4 x float> zeroinitializer, <4 x float> %2493
-  %2494 = fcmp ogt <4 x float> %old_max.i, %1105
-  %2495 = load <4 x float>, ptr %tile_sum225.i, align 16, !tbaa !73
-  %2496 = fcmp oeq <4 x float> %2495, zeroinitializer
-  %2497 = select <4 x i1> %2496, <4 x i1> splat (i1 true), <4 x i1> %2494
-  %old_or_both.i = select <4 x i1> %2497, <4 x float> %old_max.i, <4 x float> %1105
-  %2498 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %2498, <4 x float> %1105, <4 x float> %old_or_both.i
+  %2515 = shl nuw nsw i64 %indvars.iv1226.i, 2
+  %2516 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %2515
+  %2517 = load <4 x float>, ptr %2516, align 16, !tbaa !69
+  %old_max.i = select <4 x i1> %594, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2517
+  %2518 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %2515
+  %2519 = load <4 x float>, ptr %2518, align 16, !tbaa !71
+  %old_sum.i = select <4 x i1> %594, <4 x float> zeroinitializer, <4 x float> %2519
+  %2520 = fcmp ogt <4 x float> %old_max.i, %1131
+  %2521 = load <4 x float>, ptr %tile_sum254.i, align 16, !tbaa !73
+  %2522 = fcmp oeq <4 x float> %2521, zeroinitializer
+  %2523 = select <4 x i1> %2522, <4 x i1> splat (i1 true), <4 x i1> %2520
+  %old_or_both.i = select <4 x i1> %2523, <4 x float> %old_max.i, <4 x float> %1131
+  %2524 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %2524, <4 x float> %1131, <4 x float> %old_or_both.i
   %arg122.i = fsub <4 x float> %old_max.i, %m.i
-  %cse_v125.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg122.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2499 = bitcast <4 x float> %cse_v125.i to <4 x i32>
-  %2500 = add nsw <4 x i32> %2499, splat (i32 -1262485504)
-  %2501 = sitofp <4 x i32> %2500 to <4 x float>
-  %2502 = fmul <4 x float> %2501, splat (float 0x3F2BD01060000000)
-  %2503 = fmul <4 x float> %2501, splat (float 0x3FE6300000000000)
-  %2504 = fsub <4 x float> %arg122.i, %2503
-  %2505 = fadd <4 x float> %2502, %2504
-  %2506 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2505, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2507 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2506, <4 x float> %2505, <4 x float> splat (float 0x3F81112100000000))
-  %2508 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2507, <4 x float> %2505, <4 x float> splat (float 0x3FA5553820000000))
-  %2509 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2508, <4 x float> %2505, <4 x float> splat (float 0x3FC5555540000000))
-  %2510 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2509, <4 x float> %2505, <4 x float> splat (float 5.000000e-01))
-  %2511 = fmul <4 x float> %2505, %2510
-  %2512 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2511, <4 x float> %2505, <4 x float> %2505)
-  %2513 = shl <4 x i32> %2499, splat (i32 23)
-  %2514 = add <4 x i32> %2513, splat (i32 1065353216)
-  %2515 = bitcast <4 x i32> %2514 to <4 x float>
-  %2516 = fadd <4 x float> %2512, splat (float 1.000000e+00)
-  %2517 = fmul <4 x float> %2516, %2515
-  %2518 = fcmp olt <4 x float> %arg122.i, splat (float -8.700000e+01)
-  %2519 = select <4 x i1> %2518, <4 x float> zeroinitializer, <4 x float> %2517
-  %2520 = fcmp one <4 x float> %old_sum.i, zeroinitializer
-  %2521 = select <4 x i1> %2520, <4 x float> %2519, <4 x float> zeroinitializer
-  store <4 x float> %2521, ptr %alpha215.i, align 16, !tbaa !81
-  %arg136.i = fsub <4 x float> %1105, %m.i
-  %cse_v115.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg136.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2522 = bitcast <4 x float> %cse_v115.i to <4 x i32>
-  %2523 = add nsw <4 x i32> %2522, splat (i32 -1262485504)
-  %2524 = sitofp <4 x i32> %2523 to <4 x float>
-  %2525 = fmul <4 x float> %2524, splat (float 0x3F2BD01060000000)
-  %2526 = fmul <4 x float> %2524, splat (float 0x3FE6300000000000)
-  %2527 = fsub <4 x float> %arg136.i, %2526
-  %2528 = fadd <4 x float> %2525, %2527
-  %2529 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2528, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2530 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2529, <4 x float> %2528, <4 x float> splat (float 0x3F81112100000000))
-  %2531 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2530, <4 x float> %2528, <4 x float> splat (float 0x3FA5553820000000))
-  %2532 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2531, <4 x float> %2528, <4 x float> splat (float 0x3FC5555540000000))
-  %2533 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2532, <4 x float> %2528, <4 x float> splat (float 5.000000e-01))
-  %2534 = fmul <4 x float> %2528, %2533
-  %2535 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2534, <4 x float> %2528, <4 x float> %2528)
-  %2536 = shl <4 x i32> %2522, splat (i32 23)
-  %2537 = add <4 x i32> %2536, splat (i32 1065353216)
-  %2538 = bitcast <4 x i32> %2537 to <4 x float>
-  %2539 = fadd <4 x float> %2535, splat (float 1.000000e+00)
-  %2540 = fmul <4 x float> %2539, %2538
-  %2541 = fcmp olt <4 x float> %arg136.i, splat (float -8.700000e+01)
-  %2542 = select <4 x i1> %2541, <4 x float> zeroinitializer, <4 x float> %2540
-  %2543 = fcmp one <4 x float> %2495, zeroinitializer
-  %2544 = select <4 x i1> %2543, <4 x float> %2542, <4 x float> zeroinitializer
-  store <4 x float> %2544, ptr %beta214.i, align 16, !tbaa !90
-  %2545 = fmul <4 x float> %old_sum.i, %2521
-  %2546 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2544, <4 x float> %2495, <4 x float> %2545)
-  store <4 x float> %m.i, ptr %2490, align 16, !tbaa !69
-  store <4 x float> %2546, ptr %2492, align 16, !tbaa !71
-  %2547 = shl nuw nsw i64 %indvars.iv1189.i, 9
+  %cse_v129.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg122.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %2525 = bitcast <4 x float> %cse_v129.i to <4 x i32>
+  %2526 = add nsw <4 x i32> %2525, splat (i32 -1262485504)
+  %2527 = sitofp <4 x i32> %2526 to <4 x float>
+  %2528 = fmul <4 x float> %2527, splat (float 0x3F2BD01060000000)
+  %2529 = fmul <4 x float> %2527, splat (float 0x3FE6300000000000)
+  %2530 = fsub <4 x float> %arg122.i, %2529
+  %2531 = fadd <4 x float> %2528, %2530
+  %2532 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2531, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %2533 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2532, <4 x float> %2531, <4 x float> splat (float 0x3F81112100000000))
+  %2534 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2533, <4 x float> %2531, <4 x float> splat (float 0x3FA5553820000000))
+  %2535 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2534, <4 x float> %2531, <4 x float> splat (float 0x3FC5555540000000))
+  %2536 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2535, <4 x float> %2531, <4 x float> splat (float 5.000000e-01))
+  %2537 = fmul <4 x float> %2531, %2536
+  %2538 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2537, <4 x float> %2531, <4 x float> %2531)
+  %2539 = shl <4 x i32> %2525, splat (i32 23)
+  %2540 = add <4 x i32> %2539, splat (i32 1065353216)
+  %2541 = bitcast <4 x i32> %2540 to <4 x float>
+  %2542 = fadd <4 x float> %2538, splat (float 1.000000e+00)
+  %2543 = fmul <4 x float> %2542, %2541
+  %2544 = fcmp olt <4 x float> %arg122.i, splat (float -8.700000e+01)
+  %2545 = select <4 x i1> %2544, <4 x float> zeroinitializer, <4 x float> %2543
+  %2546 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %2547 = select <4 x i1> %2546, <4 x float> %2545, <4 x float> zeroinitializer
+  store <4 x float> %2547, ptr %alpha244.i, align 16, !tbaa !81
+  %arg136.i = fsub <4 x float> %1131, %m.i
+  %cse_v117.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg136.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %2548 = bitcast <4 x float> %cse_v117.i to <4 x i32>
+  %2549 = add nsw <4 x i32> %2548, splat (i32 -1262485504)
+  %2550 = sitofp <4 x i32> %2549 to <4 x float>
+  %2551 = fmul <4 x float> %2550, splat (float 0x3F2BD01060000000)
+  %2552 = fmul <4 x float> %2550, splat (float 0x3FE6300000000000)
+  %2553 = fsub <4 x float> %arg136.i, %2552
+  %2554 = fadd <4 x float> %2551, %2553
+  %2555 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2554, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %2556 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2555, <4 x float> %2554, <4 x float> splat (float 0x3F81112100000000))
+  %2557 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2556, <4 x float> %2554, <4 x float> splat (float 0x3FA5553820000000))
+  %2558 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2557, <4 x float> %2554, <4 x float> splat (float 0x3FC5555540000000))
+  %2559 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2558, <4 x float> %2554, <4 x float> splat (float 5.000000e-01))
+  %2560 = fmul <4 x float> %2554, %2559
+  %2561 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2560, <4 x float> %2554, <4 x float> %2554)
+  %2562 = shl <4 x i32> %2548, splat (i32 23)
+  %2563 = add <4 x i32> %2562, splat (i32 1065353216)
+  %2564 = bitcast <4 x i32> %2563 to <4 x float>
+  %2565 = fadd <4 x float> %2561, splat (float 1.000000e+00)
+  %2566 = fmul <4 x float> %2565, %2564
+  %2567 = fcmp olt <4 x float> %arg136.i, splat (float -8.700000e+01)
+  %2568 = select <4 x i1> %2567, <4 x float> zeroinitializer, <4 x float> %2566
+  %2569 = fcmp one <4 x float> %2521, zeroinitializer
+  %2570 = select <4 x i1> %2569, <4 x float> %2568, <4 x float> zeroinitializer
+  store <4 x float> %2570, ptr %beta243.i, align 16, !tbaa !90
+  %2571 = fmul <4 x float> %old_sum.i, %2547
+  %2572 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2570, <4 x float> %2521, <4 x float> %2571)
+  store <4 x float> %m.i, ptr %2516, align 16, !tbaa !69
+  store <4 x float> %2572, ptr %2518, align 16, !tbaa !71
+  %2573 = shl nuw nsw i64 %indvars.iv1226.i, 9
   br label %for_begin_d_0154.preheader.i
 
 for_begin_d_0154.preheader.i:                     ; preds = %for_end_d_0156.i, %for_end_ti.i
-  %indvars.iv1184.i = phi i64 [ 0, %for_end_ti.i ], [ %indvars.iv.next1185.i, %for_end_d_0156.i ]
-  %2548 = shl nuw nsw i64 %indvars.iv1184.i, 7
-  %2549 = add nuw nsw i64 %2548, %2547
-  %2550 = getelementptr inbounds nuw float, ptr %beta214.i, i64 %indvars.iv1184.i
-  %2551 = load float, ptr %2550, align 4, !tbaa !99
-  %2552 = insertelement <16 x float> poison, float %2551, i64 0
-  %2553 = shufflevector <16 x float> %2552, <16 x float> poison, <16 x i32> zeroinitializer
-  %2554 = getelementptr inbounds nuw float, ptr %alpha215.i, i64 %indvars.iv1184.i
-  %2555 = load float, ptr %2554, align 4, !tbaa !100
-  %2556 = insertelement <16 x float> poison, float %2555, i64 0
-  %2557 = shufflevector <16 x float> %2556, <16 x float> poison, <16 x i32> zeroinitializer
-  br i1 %565, label %for_body_d_0155.us.preheader.i, label %for_body_d_0155.preheader.i, !prof !7
+  %indvars.iv1221.i = phi i64 [ 0, %for_end_ti.i ], [ %indvars.iv.next1222.i, %for_end_d_0156.i ]
+  %2574 = shl nuw nsw i64 %indvars.iv1221.i, 7
+  %2575 = add nuw nsw i64 %2574, %2573
+  %2576 = getelementptr inbounds nuw float, ptr %beta243.i, i64 %indvars.iv1221.i
+  %2577 = load float, ptr %2576, align 4, !tbaa !99
+  %2578 = insertelement <16 x float> poison, float %2577, i64 0
+  %2579 = shufflevector <16 x float> %2578, <16 x float> poison, <16 x i32> zeroinitializer
+  %2580 = getelementptr inbounds nuw float, ptr %alpha244.i, i64 %indvars.iv1221.i
+  %2581 = load float, ptr %2580, align 4, !tbaa !100
+  %2582 = insertelement <16 x float> poison, float %2581, i64 0
+  %2583 = shufflevector <16 x float> %2582, <16 x float> poison, <16 x i32> zeroinitializer
+  br i1 %592, label %for_body_d_0155.us.preheader.i, label %for_body_d_0155.preheader.i, !prof !7
 
 for_body_d_0155.preheader.i:                      ; preds = %for_begin_d_0154.preheader.i
-  %2558 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2548
-  %2559 = load <16 x float>, ptr %2558, align 4, !tbaa !4
-  %2560 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2549
-  %2561 = load <16 x float>, ptr %2560, align 4, !tbaa !4
-  %2562 = fmul <16 x float> %2557, %2561
-  %2563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2559, <16 x float> %2562)
-  store <16 x float> %2563, ptr %2560, align 4, !tbaa !4
-  %2564 = getelementptr inbounds nuw i8, ptr %2558, i64 64
-  %2565 = load <16 x float>, ptr %2564, align 4, !tbaa !4
-  %2566 = getelementptr inbounds nuw i8, ptr %2560, i64 64
-  %2567 = load <16 x float>, ptr %2566, align 4, !tbaa !4
-  %2568 = fmul <16 x float> %2557, %2567
-  %2569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2565, <16 x float> %2568)
-  store <16 x float> %2569, ptr %2566, align 4, !tbaa !4
-  %2570 = getelementptr inbounds nuw i8, ptr %2558, i64 128
-  %2571 = load <16 x float>, ptr %2570, align 4, !tbaa !4
-  %2572 = getelementptr inbounds nuw i8, ptr %2560, i64 128
-  %2573 = load <16 x float>, ptr %2572, align 4, !tbaa !4
-  %2574 = fmul <16 x float> %2557, %2573
-  %2575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2571, <16 x float> %2574)
-  store <16 x float> %2575, ptr %2572, align 4, !tbaa !4
-  %2576 = getelementptr inbounds nuw i8, ptr %2558, i64 192
-  %2577 = load <16 x float>, ptr %2576, align 4, !tbaa !4
-  %2578 = getelementptr inbounds nuw i8, ptr %2560, i64 192
-  %2579 = load <16 x float>, ptr %2578, align 4, !tbaa !4
-  %2580 = fmul <16 x float> %2557, %2579
-  %2581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2577, <16 x float> %2580)
-  store <16 x float> %2581, ptr %2578, align 4, !tbaa !4
-  %2582 = getelementptr inbounds nuw i8, ptr %2558, i64 256
-  %2583 = load <16 x float>, ptr %2582, align 4, !tbaa !4
-  %2584 = getelementptr inbounds nuw i8, ptr %2560, i64 256
+  %2584 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2574
   %2585 = load <16 x float>, ptr %2584, align 4, !tbaa !4
-  %2586 = fmul <16 x float> %2557, %2585
-  %2587 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2583, <16 x float> %2586)
-  store <16 x float> %2587, ptr %2584, align 4, !tbaa !4
-  %2588 = getelementptr inbounds nuw i8, ptr %2558, i64 320
-  %2589 = load <16 x float>, ptr %2588, align 4, !tbaa !4
-  %2590 = getelementptr inbounds nuw i8, ptr %2560, i64 320
+  %2586 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2575
+  %2587 = load <16 x float>, ptr %2586, align 4, !tbaa !4
+  %2588 = fmul <16 x float> %2583, %2587
+  %2589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2585, <16 x float> %2588)
+  store <16 x float> %2589, ptr %2586, align 4, !tbaa !4
+  %2590 = getelementptr inbounds nuw i8, ptr %2584, i64 64
   %2591 = load <16 x float>, ptr %2590, align 4, !tbaa !4
-  %2592 = fmul <16 x float> %2557, %2591
-  %2593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2589, <16 x float> %2592)
-  store <16 x float> %2593, ptr %2590, align 4, !tbaa !4
-  %2594 = getelementptr inbounds nuw i8, ptr %2558, i64 384
-  %2595 = load <16 x float>, ptr %2594, align 4, !tbaa !4
-  %2596 = getelementptr inbounds nuw i8, ptr %2560, i64 384
+  %2592 = getelementptr inbounds nuw i8, ptr %2586, i64 64
+  %2593 = load <16 x float>, ptr %2592, align 4, !tbaa !4
+  %2594 = fmul <16 x float> %2583, %2593
+  %2595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2591, <16 x float> %2594)
+  store <16 x float> %2595, ptr %2592, align 4, !tbaa !4
+  %2596 = getelementptr inbounds nuw i8, ptr %2584, i64 128
   %2597 = load <16 x float>, ptr %2596, align 4, !tbaa !4
-  %2598 = fmul <16 x float> %2557, %2597
-  %2599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2595, <16 x float> %2598)
-  store <16 x float> %2599, ptr %2596, align 4, !tbaa !4
-  %2600 = getelementptr inbounds nuw i8, ptr %2558, i64 448
-  %2601 = load <16 x float>, ptr %2600, align 4, !tbaa !4
-  %2602 = getelementptr inbounds nuw i8, ptr %2560, i64 448
+  %2598 = getelementptr inbounds nuw i8, ptr %2586, i64 128
+  %2599 = load <16 x float>, ptr %2598, align 4, !tbaa !4
+  %2600 = fmul <16 x float> %2583, %2599
+  %2601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2597, <16 x float> %2600)
+  store <16 x float> %2601, ptr %2598, align 4, !tbaa !4
+  %2602 = getelementptr inbounds nuw i8, ptr %2584, i64 192
   %2603 = load <16 x float>, ptr %2602, align 4, !tbaa !4
-  %2604 = fmul <16 x float> %2557, %2603
-  %2605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2601, <16 x float> %2604)
-  store <16 x float> %2605, ptr %2602, align 4, !tbaa !4
+  %2604 = getelementptr inbounds nuw i8, ptr %2586, i64 192
+  %2605 = load <16 x float>, ptr %2604, align 4, !tbaa !4
+  %2606 = fmul <16 x float> %2583, %2605
+  %2607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2603, <16 x float> %2606)
+  store <16 x float> %2607, ptr %2604, align 4, !tbaa !4
+  %2608 = getelementptr inbounds nuw i8, ptr %2584, i64 256
+  %2609 = load <16 x float>, ptr %2608, align 4, !tbaa !4
+  %2610 = getelementptr inbounds nuw i8, ptr %2586, i64 256
+  %2611 = load <16 x float>, ptr %2610, align 4, !tbaa !4
+  %2612 = fmul <16 x float> %2583, %2611
+  %2613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2609, <16 x float> %2612)
+  store <16 x float> %2613, ptr %2610, align 4, !tbaa !4
+  %2614 = getelementptr inbounds nuw i8, ptr %2584, i64 320
+  %2615 = load <16 x float>, ptr %2614, align 4, !tbaa !4
+  %2616 = getelementptr inbounds nuw i8, ptr %2586, i64 320
+  %2617 = load <16 x float>, ptr %2616, align 4, !tbaa !4
+  %2618 = fmul <16 x float> %2583, %2617
+  %2619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2615, <16 x float> %2618)
+  store <16 x float> %2619, ptr %2616, align 4, !tbaa !4
+  %2620 = getelementptr inbounds nuw i8, ptr %2584, i64 384
+  %2621 = load <16 x float>, ptr %2620, align 4, !tbaa !4
+  %2622 = getelementptr inbounds nuw i8, ptr %2586, i64 384
+  %2623 = load <16 x float>, ptr %2622, align 4, !tbaa !4
+  %2624 = fmul <16 x float> %2583, %2623
+  %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2621, <16 x float> %2624)
+  store <16 x float> %2625, ptr %2622, align 4, !tbaa !4
+  %2626 = getelementptr inbounds nuw i8, ptr %2584, i64 448
+  %2627 = load <16 x float>, ptr %2626, align 4, !tbaa !4
+  %2628 = getelementptr inbounds nuw i8, ptr %2586, i64 448
+  %2629 = load <16 x float>, ptr %2628, align 4, !tbaa !4
+  %2630 = fmul <16 x float> %2583, %2629
+  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2627, <16 x float> %2630)
+  store <16 x float> %2631, ptr %2628, align 4, !tbaa !4
   br label %for_end_d_0156.i
 
 for_body_d_0155.us.preheader.i:                   ; preds = %for_begin_d_0154.preheader.i
-  %2606 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2549
-  store <16 x float> zeroinitializer, ptr %2606, align 4, !tbaa !4
-  %2607 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2548
-  %2608 = load <16 x float>, ptr %2607, align 4, !tbaa !4
-  %2609 = fmul <16 x float> %2557, zeroinitializer
-  %2610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2608, <16 x float> %2609)
-  store <16 x float> %2610, ptr %2606, align 4, !tbaa !4
-  %2611 = getelementptr inbounds nuw i8, ptr %2606, i64 64
-  store <16 x float> zeroinitializer, ptr %2611, align 4, !tbaa !4
-  %2612 = getelementptr inbounds nuw i8, ptr %2607, i64 64
-  %2613 = load <16 x float>, ptr %2612, align 4, !tbaa !4
-  %2614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2613, <16 x float> %2609)
-  store <16 x float> %2614, ptr %2611, align 4, !tbaa !4
-  %2615 = getelementptr inbounds nuw i8, ptr %2606, i64 128
-  store <16 x float> zeroinitializer, ptr %2615, align 4, !tbaa !4
-  %2616 = getelementptr inbounds nuw i8, ptr %2607, i64 128
-  %2617 = load <16 x float>, ptr %2616, align 4, !tbaa !4
-  %2618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2617, <16 x float> %2609)
-  store <16 x float> %2618, ptr %2615, align 4, !tbaa !4
-  %2619 = getelementptr inbounds nuw i8, ptr %2606, i64 192
-  store <16 x float> zeroinitializer, ptr %2619, align 4, !tbaa !4
-  %2620 = getelementptr inbounds nuw i8, ptr %2607, i64 192
-  %2621 = load <16 x float>, ptr %2620, align 4, !tbaa !4
-  %2622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2621, <16 x float> %2609)
-  store <16 x float> %2622, ptr %2619, align 4, !tbaa !4
-  %2623 = getelementptr inbounds nuw i8, ptr %2606, i64 256
-  store <16 x float> zeroinitializer, ptr %2623, align 4, !tbaa !4
-  %2624 = getelementptr inbounds nuw i8, ptr %2607, i64 256
-  %2625 = load <16 x float>, ptr %2624, align 4, !tbaa !4
-  %2626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2625, <16 x float> %2609)
-  store <16 x float> %2626, ptr %2623, align 4, !tbaa !4
-  %2627 = getelementptr inbounds nuw i8, ptr %2606, i64 320
-  store <16 x float> zeroinitializer, ptr %2627, align 4, !tbaa !4
-  %2628 = getelementptr inbounds nuw i8, ptr %2607, i64 320
-  %2629 = load <16 x float>, ptr %2628, align 4, !tbaa !4
-  %2630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2629, <16 x float> %2609)
-  store <16 x float> %2630, ptr %2627, align 4, !tbaa !4
-  %2631 = getelementptr inbounds nuw i8, ptr %2606, i64 384
-  store <16 x float> zeroinitializer, ptr %2631, align 4, !tbaa !4
-  %2632 = getelementptr inbounds nuw i8, ptr %2607, i64 384
-  %2633 = load <16 x float>, ptr %2632, align 4, !tbaa !4
-  %2634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2633, <16 x float> %2609)
-  store <16 x float> %2634, ptr %2631, align 4, !tbaa !4
-  %2635 = getelementptr inbounds nuw i8, ptr %2606, i64 448
-  store <16 x float> zeroinitializer, ptr %2635, align 4, !tbaa !4
-  %2636 = getelementptr inbounds nuw i8, ptr %2607, i64 448
-  %2637 = load <16 x float>, ptr %2636, align 4, !tbaa !4
-  %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2637, <16 x float> %2609)
-  store <16 x float> %2638, ptr %2635, align 4, !tbaa !4
+  %2632 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2575
+  store <16 x float> zeroinitializer, ptr %2632, align 4, !tbaa !4
+  %2633 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2574
+  %2634 = load <16 x float>, ptr %2633, align 4, !tbaa !4
+  %2635 = fmul <16 x float> %2583, zeroinitializer
+  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2634, <16 x float> %2635)
+  store <16 x float> %2636, ptr %2632, align 4, !tbaa !4
+  %2637 = getelementptr inbounds nuw i8, ptr %2632, i64 64
+  store <16 x float> zeroinitializer, ptr %2637, align 4, !tbaa !4
+  %2638 = getelementptr inbounds nuw i8, ptr %2633, i64 64
+  %2639 = load <16 x float>, ptr %2638, align 4, !tbaa !4
+  %2640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2639, <16 x float> %2635)
+  store <16 x float> %2640, ptr %2637, align 4, !tbaa !4
+  %2641 = getelementptr inbounds nuw i8, ptr %2632, i64 128
+  store <16 x float> zeroinitializer, ptr %2641, align 4, !tbaa !4
+  %2642 = getelementptr inbounds nuw i8, ptr %2633, i64 128
+  %2643 = load <16 x float>, ptr %2642, align 4, !tbaa !4
+  %2644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2643, <16 x float> %2635)
+  store <16 x float> %2644, ptr %2641, align 4, !tbaa !4
+  %2645 = getelementptr inbounds nuw i8, ptr %2632, i64 192
+  store <16 x float> zeroinitializer, ptr %2645, align 4, !tbaa !4
+  %2646 = getelementptr inbounds nuw i8, ptr %2633, i64 192
+  %2647 = load <16 x float>, ptr %2646, align 4, !tbaa !4
+  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2647, <16 x float> %2635)
+  store <16 x float> %2648, ptr %2645, align 4, !tbaa !4
+  %2649 = getelementptr inbounds nuw i8, ptr %2632, i64 256
+  store <16 x float> zeroinitializer, ptr %2649, align 4, !tbaa !4
+  %2650 = getelementptr inbounds nuw i8, ptr %2633, i64 256
+  %2651 = load <16 x float>, ptr %2650, align 4, !tbaa !4
+  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2651, <16 x float> %2635)
+  store <16 x float> %2652, ptr %2649, align 4, !tbaa !4
+  %2653 = getelementptr inbounds nuw i8, ptr %2632, i64 320
+  store <16 x float> zeroinitializer, ptr %2653, align 4, !tbaa !4
+  %2654 = getelementptr inbounds nuw i8, ptr %2633, i64 320
+  %2655 = load <16 x float>, ptr %2654, align 4, !tbaa !4
+  %2656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2655, <16 x float> %2635)
+  store <16 x float> %2656, ptr %2653, align 4, !tbaa !4
+  %2657 = getelementptr inbounds nuw i8, ptr %2632, i64 384
+  store <16 x float> zeroinitializer, ptr %2657, align 4, !tbaa !4
+  %2658 = getelementptr inbounds nuw i8, ptr %2633, i64 384
+  %2659 = load <16 x float>, ptr %2658, align 4, !tbaa !4
+  %2660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2659, <16 x float> %2635)
+  store <16 x float> %2660, ptr %2657, align 4, !tbaa !4
+  %2661 = getelementptr inbounds nuw i8, ptr %2632, i64 448
+  store <16 x float> zeroinitializer, ptr %2661, align 4, !tbaa !4
+  %2662 = getelementptr inbounds nuw i8, ptr %2633, i64 448
+  %2663 = load <16 x float>, ptr %2662, align 4, !tbaa !4
+  %2664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2663, <16 x float> %2635)
+  store <16 x float> %2664, ptr %2661, align 4, !tbaa !4
   br label %for_end_d_0156.i
 
 for_end_r151.i:                                   ; preds = %for_end_d_0156.i
-  %2639 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2640 = tail call i32 %2639(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
-  %.not233.i = icmp eq i32 %2640, 0
-  br i1 %.not233.i, label %if_end162.i, label %fused_decode_compute_.exit, !prof !22
+  %2665 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2666 = tail call i32 %2665(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
+  %.not262.i = icmp eq i32 %2666, 0
+  br i1 %.not262.i, label %if_end162.i, label %fused_decode_compute_.exit, !prof !22
 
 for_end_d_0156.i:                                 ; preds = %for_body_d_0155.us.preheader.i, %for_body_d_0155.preheader.i
-  %indvars.iv.next1185.i = add nuw nsw i64 %indvars.iv1184.i, 1
-  %exitcond1188.not.i = icmp eq i64 %indvars.iv.next1185.i, 4
-  br i1 %exitcond1188.not.i, label %for_end_r151.i, label %for_begin_d_0154.preheader.i, !prof !21
+  %indvars.iv.next1222.i = add nuw nsw i64 %indvars.iv1221.i, 1
+  %exitcond1225.not.i = icmp eq i64 %indvars.iv.next1222.i, 4
+  br i1 %exitcond1225.not.i, label %for_end_r151.i, label %for_begin_d_0154.preheader.i, !prof !21
 
 if_end162.i:                                      ; preds = %for_end_r151.i
-  %2641 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2642 = tail call i32 %2641(i32 1, i32 %dev_id, ptr nonnull %exact.i)
-  %.not234.i = icmp eq i32 %2642, 0
-  br i1 %.not234.i, label %if_end165.i, label %fused_decode_compute_.exit, !prof !22
+  %2667 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2668 = tail call i32 %2667(i32 1, i32 %dev_id, ptr nonnull %exact.i)
+  %.not263.i = icmp eq i32 %2668, 0
+  br i1 %.not263.i, label %if_end165.i, label %fused_decode_compute_.exit, !prof !22
 
 if_end165.i:                                      ; preds = %if_end162.i
-  %2643 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2644 = tail call i32 %2643(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not235.i = icmp eq i32 %2644, 0
-  br i1 %.not235.i, label %if_end168.i, label %fused_decode_compute_.exit, !prof !22
+  %2669 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2670 = tail call i32 %2669(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not264.i = icmp eq i32 %2670, 0
+  br i1 %.not264.i, label %if_end168.i, label %fused_decode_compute_.exit, !prof !22
 
 if_end168.i:                                      ; preds = %if_end165.i
-  %2645 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2646 = tail call i32 %2645(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
-  %.not236.i = icmp eq i32 %2646, 0
-  br i1 %.not236.i, label %if_end171.i, label %fused_decode_compute_.exit, !prof !22
+  %2671 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2672 = tail call i32 %2671(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not265.i = icmp eq i32 %2672, 0
+  br i1 %.not265.i, label %if_end171.i, label %fused_decode_compute_.exit, !prof !22
 
 if_end171.i:                                      ; preds = %if_end168.i
-  %2647 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2648 = tail call i32 %2647(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
-  %.not237.i = icmp eq i32 %2648, 0
-  br i1 %.not237.i, label %if_end174.i, label %fused_decode_compute_.exit, !prof !22
+  %2673 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2674 = tail call i32 %2673(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
+  %.not266.i = icmp eq i32 %2674, 0
+  br i1 %.not266.i, label %if_end174.i, label %fused_decode_compute_.exit, !prof !22
 
 if_end174.i:                                      ; preds = %if_end171.i
-  %2649 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2650 = tail call i32 %2649(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not238.i = icmp eq i32 %2650, 0
-  br i1 %.not238.i, label %if_end177.i, label %fused_decode_compute_.exit, !prof !22
+  %2675 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2676 = tail call i32 %2675(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
+  %.not267.i = icmp eq i32 %2676, 0
+  br i1 %.not267.i, label %if_end177.i, label %fused_decode_compute_.exit, !prof !22
 
 if_end177.i:                                      ; preds = %if_end174.i
-  %2651 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2652 = tail call i32 %2651(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not239.i = icmp eq i32 %2652, 0
-  br i1 %.not239.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !22
+  %2677 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2678 = tail call i32 %2677(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not268.i = icmp eq i32 %2678, 0
+  br i1 %.not268.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !22
 
 if_end183.i:                                      ; preds = %for_end_kv_head.i
-  %2653 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2654 = tail call i32 %2653(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not232.i = icmp eq i32 %2654, 0
+  %2679 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2680 = tail call i32 %2679(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not261.i = icmp eq i32 %2680, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not232.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !22
+  br i1 %.not261.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !22
 
-for_body_tile189.i:                               ; preds = %for_body_tile189.i, %for_begin_tile188.preheader.i
-  %indvars.iv1224.i = phi i64 [ 0, %for_begin_tile188.preheader.i ], [ %indvars.iv.next1225.i, %for_body_tile189.i ]
-  %2655 = shl nuw nsw i64 %indvars.iv1224.i, 2
-  %2656 = add nuw nsw i64 %2655, %513
-  %2657 = getelementptr inbounds nuw float, ptr %row_max228.i, i64 %2655
-  %2658 = load float, ptr %2657, align 16, !tbaa !69
-  %2659 = getelementptr inbounds float, ptr %partial_max, i64 %2656
-  store float %2658, ptr %2659, align 4, !tbaa !4
-  %2660 = getelementptr inbounds nuw float, ptr %row_sum227.i, i64 %2655
-  %2661 = load float, ptr %2660, align 16, !tbaa !71
-  %2662 = getelementptr inbounds float, ptr %partial_sum, i64 %2656
-  store float %2661, ptr %2662, align 4, !tbaa !4
-  %2663 = or disjoint i64 %2655, 1
-  %cse_v143.1.i = or disjoint i64 %2656, 1
-  %2664 = getelementptr inbounds nuw float, ptr %row_max228.i, i64 %2663
-  %2665 = load float, ptr %2664, align 4, !tbaa !69
-  %2666 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v143.1.i
-  store float %2665, ptr %2666, align 4, !tbaa !4
-  %2667 = getelementptr inbounds nuw float, ptr %row_sum227.i, i64 %2663
-  %2668 = load float, ptr %2667, align 4, !tbaa !71
-  %2669 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v143.1.i
-  store float %2668, ptr %2669, align 4, !tbaa !4
-  %2670 = or disjoint i64 %2655, 2
-  %cse_v143.2.i = or disjoint i64 %2656, 2
-  %2671 = getelementptr inbounds nuw float, ptr %row_max228.i, i64 %2670
-  %2672 = load float, ptr %2671, align 8, !tbaa !69
-  %2673 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v143.2.i
-  store float %2672, ptr %2673, align 4, !tbaa !4
-  %2674 = getelementptr inbounds nuw float, ptr %row_sum227.i, i64 %2670
-  %2675 = load float, ptr %2674, align 8, !tbaa !71
-  %2676 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v143.2.i
-  store float %2675, ptr %2676, align 4, !tbaa !4
-  %2677 = or disjoint i64 %2655, 3
-  %cse_v143.3.i = or disjoint i64 %2656, 3
-  %2678 = getelementptr inbounds nuw float, ptr %row_max228.i, i64 %2677
-  %2679 = load float, ptr %2678, align 4, !tbaa !69
-  %2680 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v143.3.i
-  store float %2679, ptr %2680, align 4, !tbaa !4
-  %2681 = getelementptr inbounds nuw float, ptr %row_sum227.i, i64 %2677
-  %2682 = load float, ptr %2681, align 4, !tbaa !71
-  %2683 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v143.3.i
-  store float %2682, ptr %2683, align 4, !tbaa !4
-  %.idx230.i = shl nuw nsw i64 %indvars.iv1224.i, 11
-  %2684 = getelementptr i8, ptr %514, i64 %.idx230.i
-  %2685 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx230.i
-  %2686 = load <16 x float>, ptr %2685, align 4, !tbaa !4
-  store <16 x float> %2686, ptr %2684, align 4, !tbaa !4
-  %2687 = getelementptr inbounds nuw i8, ptr %2685, i64 64
-  %2688 = load <16 x float>, ptr %2687, align 4, !tbaa !4
-  %2689 = getelementptr i8, ptr %2684, i64 64
-  store <16 x float> %2688, ptr %2689, align 4, !tbaa !4
-  %2690 = getelementptr inbounds nuw i8, ptr %2685, i64 128
-  %2691 = load <16 x float>, ptr %2690, align 4, !tbaa !4
-  %2692 = getelementptr i8, ptr %2684, i64 128
-  store <16 x float> %2691, ptr %2692, align 4, !tbaa !4
-  %2693 = getelementptr inbounds nuw i8, ptr %2685, i64 192
-  %2694 = load <16 x float>, ptr %2693, align 4, !tbaa !4
-  %2695 = getelementptr i8, ptr %2684, i64 192
-  store <16 x float> %2694, ptr %2695, align 4, !tbaa !4
-  %2696 = getelementptr inbounds nuw i8, ptr %2685, i64 256
-  %2697 = load <16 x float>, ptr %2696, align 4, !tbaa !4
-  %2698 = getelementptr i8, ptr %2684, i64 256
-  store <16 x float> %2697, ptr %2698, align 4, !tbaa !4
-  %2699 = getelementptr inbounds nuw i8, ptr %2685, i64 320
+if_end189.i:                                      ; preds = %for_body_tile215.i, %if_end213.3.i
+  %2681 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2682 = tail call i32 %2681(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2682, 0
+  br i1 %.not.i, label %if_end237.i, label %fused_decode_compute_.exit, !prof !22
+
+for_body_tile192.i:                               ; preds = %if_end213.3.i, %for_begin_tile191.preheader.i
+  %indvars.iv1280.i = phi i64 [ 0, %for_begin_tile191.preheader.i ], [ %indvars.iv.next1281.i, %if_end213.3.i ]
+  %2683 = shl nuw nsw i64 %indvars.iv1280.i, 2
+  %2684 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %2683
+  %total.i = load <4 x float>, ptr %2684, align 16, !tbaa !71
+  %2685 = fdiv <4 x float> splat (float 1.000000e+00), %total.i
+  %2686 = fcmp oeq <4 x float> %total.i, zeroinitializer
+  %2687 = select <4 x i1> %2686, <4 x float> zeroinitializer, <4 x float> %2685
+  %.idx60 = shl nuw nsw i64 %indvars.iv1280.i, 11
+  %invariant.gep67 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
+  %2688 = shufflevector <4 x float> %2687, <4 x float> poison, <16 x i32> zeroinitializer
+  %2689 = mul nsw i64 %2683, %out_head
+  %invariant.gep1025.i = getelementptr i16, ptr %541, i64 %2689
+  %2690 = load <16 x float>, ptr %invariant.gep67, align 4, !tbaa !4
+  %2691 = fmul <16 x float> %2690, %2688
+  %2692 = bitcast <16 x float> %2691 to <16 x i32>
+  %2693 = lshr <16 x i32> %2692, splat (i32 16)
+  %2694 = and <16 x i32> %2693, splat (i32 1)
+  %2695 = add nuw <16 x i32> %2692, splat (i32 32767)
+  %2696 = add nuw <16 x i32> %2695, %2694
+  %2697 = lshr <16 x i32> %2696, splat (i32 16)
+  %2698 = trunc nuw <16 x i32> %2697 to <16 x i16>
+  store <16 x i16> %2698, ptr %invariant.gep1025.i, align 2, !tbaa !4
+  %2699 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 64
   %2700 = load <16 x float>, ptr %2699, align 4, !tbaa !4
-  %2701 = getelementptr i8, ptr %2684, i64 320
-  store <16 x float> %2700, ptr %2701, align 4, !tbaa !4
-  %2702 = getelementptr inbounds nuw i8, ptr %2685, i64 384
-  %2703 = load <16 x float>, ptr %2702, align 4, !tbaa !4
-  %2704 = getelementptr i8, ptr %2684, i64 384
-  store <16 x float> %2703, ptr %2704, align 4, !tbaa !4
-  %2705 = getelementptr inbounds nuw i8, ptr %2685, i64 448
-  %2706 = load <16 x float>, ptr %2705, align 4, !tbaa !4
-  %2707 = getelementptr i8, ptr %2684, i64 448
-  store <16 x float> %2706, ptr %2707, align 4, !tbaa !4
-  %2708 = getelementptr i8, ptr %2684, i64 512
-  %2709 = getelementptr inbounds nuw i8, ptr %2685, i64 512
+  %2701 = fmul <16 x float> %2688, %2700
+  %2702 = bitcast <16 x float> %2701 to <16 x i32>
+  %2703 = lshr <16 x i32> %2702, splat (i32 16)
+  %2704 = and <16 x i32> %2703, splat (i32 1)
+  %2705 = add nuw <16 x i32> %2702, splat (i32 32767)
+  %2706 = add nuw <16 x i32> %2705, %2704
+  %2707 = lshr <16 x i32> %2706, splat (i32 16)
+  %2708 = trunc nuw <16 x i32> %2707 to <16 x i16>
+  %gep1026.1.i = getelementptr i8, ptr %invariant.gep1025.i, i64 32
+  store <16 x i16> %2708, ptr %gep1026.1.i, align 2, !tbaa !4
+  %2709 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 128
   %2710 = load <16 x float>, ptr %2709, align 4, !tbaa !4
-  store <16 x float> %2710, ptr %2708, align 4, !tbaa !4
-  %2711 = getelementptr inbounds nuw i8, ptr %2685, i64 576
-  %2712 = load <16 x float>, ptr %2711, align 4, !tbaa !4
-  %2713 = getelementptr i8, ptr %2684, i64 576
-  store <16 x float> %2712, ptr %2713, align 4, !tbaa !4
-  %2714 = getelementptr inbounds nuw i8, ptr %2685, i64 640
-  %2715 = load <16 x float>, ptr %2714, align 4, !tbaa !4
-  %2716 = getelementptr i8, ptr %2684, i64 640
-  store <16 x float> %2715, ptr %2716, align 4, !tbaa !4
-  %2717 = getelementptr inbounds nuw i8, ptr %2685, i64 704
-  %2718 = load <16 x float>, ptr %2717, align 4, !tbaa !4
-  %2719 = getelementptr i8, ptr %2684, i64 704
-  store <16 x float> %2718, ptr %2719, align 4, !tbaa !4
-  %2720 = getelementptr inbounds nuw i8, ptr %2685, i64 768
-  %2721 = load <16 x float>, ptr %2720, align 4, !tbaa !4
-  %2722 = getelementptr i8, ptr %2684, i64 768
-  store <16 x float> %2721, ptr %2722, align 4, !tbaa !4
-  %2723 = getelementptr inbounds nuw i8, ptr %2685, i64 832
-  %2724 = load <16 x float>, ptr %2723, align 4, !tbaa !4
-  %2725 = getelementptr i8, ptr %2684, i64 832
-  store <16 x float> %2724, ptr %2725, align 4, !tbaa !4
-  %2726 = getelementptr inbounds nuw i8, ptr %2685, i64 896
-  %2727 = load <16 x float>, ptr %2726, align 4, !tbaa !4
-  %2728 = getelementptr i8, ptr %2684, i64 896
-  store <16 x float> %2727, ptr %2728, align 4, !tbaa !4
-  %2729 = getelementptr inbounds nuw i8, ptr %2685, i64 960
+  %2711 = fmul <16 x float> %2688, %2710
+  %2712 = bitcast <16 x float> %2711 to <16 x i32>
+  %2713 = lshr <16 x i32> %2712, splat (i32 16)
+  %2714 = and <16 x i32> %2713, splat (i32 1)
+  %2715 = add nuw <16 x i32> %2712, splat (i32 32767)
+  %2716 = add nuw <16 x i32> %2715, %2714
+  %2717 = lshr <16 x i32> %2716, splat (i32 16)
+  %2718 = trunc nuw <16 x i32> %2717 to <16 x i16>
+  %gep1026.2.i = getelementptr i8, ptr %invariant.gep1025.i, i64 64
+  store <16 x i16> %2718, ptr %gep1026.2.i, align 2, !tbaa !4
+  %2719 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 192
+  %2720 = load <16 x float>, ptr %2719, align 4, !tbaa !4
+  %2721 = fmul <16 x float> %2688, %2720
+  %2722 = bitcast <16 x float> %2721 to <16 x i32>
+  %2723 = lshr <16 x i32> %2722, splat (i32 16)
+  %2724 = and <16 x i32> %2723, splat (i32 1)
+  %2725 = add nuw <16 x i32> %2722, splat (i32 32767)
+  %2726 = add nuw <16 x i32> %2725, %2724
+  %2727 = lshr <16 x i32> %2726, splat (i32 16)
+  %2728 = trunc nuw <16 x i32> %2727 to <16 x i16>
+  %gep1026.3.i = getelementptr i8, ptr %invariant.gep1025.i, i64 96
+  store <16 x i16> %2728, ptr %gep1026.3.i, align 2, !tbaa !4
+  %2729 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 256
   %2730 = load <16 x float>, ptr %2729, align 4, !tbaa !4
-  %2731 = getelementptr i8, ptr %2684, i64 960
-  store <16 x float> %2730, ptr %2731, align 4, !tbaa !4
-  %2732 = getelementptr i8, ptr %2684, i64 1024
-  %2733 = getelementptr inbounds nuw i8, ptr %2685, i64 1024
-  %2734 = load <16 x float>, ptr %2733, align 4, !tbaa !4
-  store <16 x float> %2734, ptr %2732, align 4, !tbaa !4
-  %2735 = getelementptr inbounds nuw i8, ptr %2685, i64 1088
-  %2736 = load <16 x float>, ptr %2735, align 4, !tbaa !4
-  %2737 = getelementptr i8, ptr %2684, i64 1088
-  store <16 x float> %2736, ptr %2737, align 4, !tbaa !4
-  %2738 = getelementptr inbounds nuw i8, ptr %2685, i64 1152
-  %2739 = load <16 x float>, ptr %2738, align 4, !tbaa !4
-  %2740 = getelementptr i8, ptr %2684, i64 1152
-  store <16 x float> %2739, ptr %2740, align 4, !tbaa !4
-  %2741 = getelementptr inbounds nuw i8, ptr %2685, i64 1216
-  %2742 = load <16 x float>, ptr %2741, align 4, !tbaa !4
-  %2743 = getelementptr i8, ptr %2684, i64 1216
-  store <16 x float> %2742, ptr %2743, align 4, !tbaa !4
-  %2744 = getelementptr inbounds nuw i8, ptr %2685, i64 1280
-  %2745 = load <16 x float>, ptr %2744, align 4, !tbaa !4
-  %2746 = getelementptr i8, ptr %2684, i64 1280
-  store <16 x float> %2745, ptr %2746, align 4, !tbaa !4
-  %2747 = getelementptr inbounds nuw i8, ptr %2685, i64 1344
-  %2748 = load <16 x float>, ptr %2747, align 4, !tbaa !4
-  %2749 = getelementptr i8, ptr %2684, i64 1344
-  store <16 x float> %2748, ptr %2749, align 4, !tbaa !4
-  %2750 = getelementptr inbounds nuw i8, ptr %2685, i64 1408
-  %2751 = load <16 x float>, ptr %2750, align 4, !tbaa !4
-  %2752 = getelementptr i8, ptr %2684, i64 1408
-  store <16 x float> %2751, ptr %2752, align 4, !tbaa !4
-  %2753 = getelementptr inbounds nuw i8, ptr %2685, i64 1472
-  %2754 = load <16 x float>, ptr %2753, align 4, !tbaa !4
-  %2755 = getelementptr i8, ptr %2684, i64 1472
-  store <16 x float> %2754, ptr %2755, align 4, !tbaa !4
-  %2756 = getelementptr i8, ptr %2684, i64 1536
-  %2757 = getelementptr inbounds nuw i8, ptr %2685, i64 1536
-  %2758 = load <16 x float>, ptr %2757, align 4, !tbaa !4
-  store <16 x float> %2758, ptr %2756, align 4, !tbaa !4
-  %2759 = getelementptr inbounds nuw i8, ptr %2685, i64 1600
+  %2731 = fmul <16 x float> %2688, %2730
+  %2732 = bitcast <16 x float> %2731 to <16 x i32>
+  %2733 = lshr <16 x i32> %2732, splat (i32 16)
+  %2734 = and <16 x i32> %2733, splat (i32 1)
+  %2735 = add nuw <16 x i32> %2732, splat (i32 32767)
+  %2736 = add nuw <16 x i32> %2735, %2734
+  %2737 = lshr <16 x i32> %2736, splat (i32 16)
+  %2738 = trunc nuw <16 x i32> %2737 to <16 x i16>
+  %gep1026.4.i = getelementptr i8, ptr %invariant.gep1025.i, i64 128
+  store <16 x i16> %2738, ptr %gep1026.4.i, align 2, !tbaa !4
+  %2739 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 320
+  %2740 = load <16 x float>, ptr %2739, align 4, !tbaa !4
+  %2741 = fmul <16 x float> %2688, %2740
+  %2742 = bitcast <16 x float> %2741 to <16 x i32>
+  %2743 = lshr <16 x i32> %2742, splat (i32 16)
+  %2744 = and <16 x i32> %2743, splat (i32 1)
+  %2745 = add nuw <16 x i32> %2742, splat (i32 32767)
+  %2746 = add nuw <16 x i32> %2745, %2744
+  %2747 = lshr <16 x i32> %2746, splat (i32 16)
+  %2748 = trunc nuw <16 x i32> %2747 to <16 x i16>
+  %gep1026.5.i = getelementptr i8, ptr %invariant.gep1025.i, i64 160
+  store <16 x i16> %2748, ptr %gep1026.5.i, align 2, !tbaa !4
+  %2749 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 384
+  %2750 = load <16 x float>, ptr %2749, align 4, !tbaa !4
+  %2751 = fmul <16 x float> %2688, %2750
+  %2752 = bitcast <16 x float> %2751 to <16 x i32>
+  %2753 = lshr <16 x i32> %2752, splat (i32 16)
+  %2754 = and <16 x i32> %2753, splat (i32 1)
+  %2755 = add nuw <16 x i32> %2752, splat (i32 32767)
+  %2756 = add nuw <16 x i32> %2755, %2754
+  %2757 = lshr <16 x i32> %2756, splat (i32 16)
+  %2758 = trunc nuw <16 x i32> %2757 to <16 x i16>
+  %gep1026.6.i = getelementptr i8, ptr %invariant.gep1025.i, i64 192
+  store <16 x i16> %2758, ptr %gep1026.6.i, align 2, !tbaa !4
+  %2759 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 448
   %2760 = load <16 x float>, ptr %2759, align 4, !tbaa !4
-  %2761 = getelementptr i8, ptr %2684, i64 1600
-  store <16 x float> %2760, ptr %2761, align 4, !tbaa !4
-  %2762 = getelementptr inbounds nuw i8, ptr %2685, i64 1664
-  %2763 = load <16 x float>, ptr %2762, align 4, !tbaa !4
-  %2764 = getelementptr i8, ptr %2684, i64 1664
-  store <16 x float> %2763, ptr %2764, align 4, !tbaa !4
-  %2765 = getelementptr inbounds nuw i8, ptr %2685, i64 1728
-  %2766 = load <16 x float>, ptr %2765, align 4, !tbaa !4
-  %2767 = getelementptr i8, ptr %2684, i64 1728
-  store <16 x float> %2766, ptr %2767, align 4, !tbaa !4
-  %2768 = getelementptr inbounds nuw i8, ptr %2685, i64 1792
-  %2769 = load <16 x float>, ptr %2768, align 4, !tbaa !4
-  %2770 = getelementptr i8, ptr %2684, i64 1792
-  store <16 x float> %2769, ptr %2770, align 4, !tbaa !4
-  %2771 = getelementptr inbounds nuw i8, ptr %2685, i64 1856
-  %2772 = load <16 x float>, ptr %2771, align 4, !tbaa !4
-  %2773 = getelementptr i8, ptr %2684, i64 1856
-  store <16 x float> %2772, ptr %2773, align 4, !tbaa !4
-  %2774 = getelementptr inbounds nuw i8, ptr %2685, i64 1920
-  %2775 = load <16 x float>, ptr %2774, align 4, !tbaa !4
-  %2776 = getelementptr i8, ptr %2684, i64 1920
-  store <16 x float> %2775, ptr %2776, align 4, !tbaa !4
-  %2777 = getelementptr inbounds nuw i8, ptr %2685, i64 1984
-  %2778 = load <16 x float>, ptr %2777, align 4, !tbaa !4
-  %2779 = getelementptr i8, ptr %2684, i64 1984
-  store <16 x float> %2778, ptr %2779, align 4, !tbaa !4
-  %indvars.iv.next1225.i = add nuw nsw i64 %indvars.iv1224.i, 1
-  %exitcond1228.not.i = icmp eq i64 %indvars.iv.next1225.i, 8
-  br i1 %exitcond1228.not.i, label %for_end_tile190.i, label %for_body_tile189.i, !prof !21
+  %2761 = fmul <16 x float> %2688, %2760
+  %2762 = bitcast <16 x float> %2761 to <16 x i32>
+  %2763 = lshr <16 x i32> %2762, splat (i32 16)
+  %2764 = and <16 x i32> %2763, splat (i32 1)
+  %2765 = add nuw <16 x i32> %2762, splat (i32 32767)
+  %2766 = add nuw <16 x i32> %2765, %2764
+  %2767 = lshr <16 x i32> %2766, splat (i32 16)
+  %2768 = trunc nuw <16 x i32> %2767 to <16 x i16>
+  %gep1026.7.i = getelementptr i8, ptr %invariant.gep1025.i, i64 224
+  store <16 x i16> %2768, ptr %gep1026.7.i, align 2, !tbaa !4
+  %2769 = shufflevector <4 x float> %2687, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2770 = or disjoint i64 %2683, 1
+  %2771 = mul nsw i64 %2770, %out_head
+  %invariant.gep1025.i.1 = getelementptr i16, ptr %541, i64 %2771
+  %gep68.1 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 512
+  %2772 = load <16 x float>, ptr %gep68.1, align 4, !tbaa !4
+  %2773 = fmul <16 x float> %2772, %2769
+  %2774 = bitcast <16 x float> %2773 to <16 x i32>
+  %2775 = lshr <16 x i32> %2774, splat (i32 16)
+  %2776 = and <16 x i32> %2775, splat (i32 1)
+  %2777 = add nuw <16 x i32> %2774, splat (i32 32767)
+  %2778 = add nuw <16 x i32> %2777, %2776
+  %2779 = lshr <16 x i32> %2778, splat (i32 16)
+  %2780 = trunc nuw <16 x i32> %2779 to <16 x i16>
+  store <16 x i16> %2780, ptr %invariant.gep1025.i.1, align 2, !tbaa !4
+  %2781 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 576
+  %2782 = load <16 x float>, ptr %2781, align 4, !tbaa !4
+  %2783 = fmul <16 x float> %2769, %2782
+  %2784 = bitcast <16 x float> %2783 to <16 x i32>
+  %2785 = lshr <16 x i32> %2784, splat (i32 16)
+  %2786 = and <16 x i32> %2785, splat (i32 1)
+  %2787 = add nuw <16 x i32> %2784, splat (i32 32767)
+  %2788 = add nuw <16 x i32> %2787, %2786
+  %2789 = lshr <16 x i32> %2788, splat (i32 16)
+  %2790 = trunc nuw <16 x i32> %2789 to <16 x i16>
+  %gep1026.1.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 32
+  store <16 x i16> %2790, ptr %gep1026.1.i.1, align 2, !tbaa !4
+  %2791 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 640
+  %2792 = load <16 x float>, ptr %2791, align 4, !tbaa !4
+  %2793 = fmul <16 x float> %2769, %2792
+  %2794 = bitcast <16 x float> %2793 to <16 x i32>
+  %2795 = lshr <16 x i32> %2794, splat (i32 16)
+  %2796 = and <16 x i32> %2795, splat (i32 1)
+  %2797 = add nuw <16 x i32> %2794, splat (i32 32767)
+  %2798 = add nuw <16 x i32> %2797, %2796
+  %2799 = lshr <16 x i32> %2798, splat (i32 16)
+  %2800 = trunc nuw <16 x i32> %2799 to <16 x i16>
+  %gep1026.2.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 64
+  store <16 x i16> %2800, ptr %gep1026.2.i.1, align 2, !tbaa !4
+  %2801 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 704
+  %2802 = load <16 x float>, ptr %2801, align 4, !tbaa !4
+  %2803 = fmul <16 x float> %2769, %2802
+  %2804 = bitcast <16 x float> %2803 to <16 x i32>
+  %2805 = lshr <16 x i32> %2804, splat (i32 16)
+  %2806 = and <16 x i32> %2805, splat (i32 1)
+  %2807 = add nuw <16 x i32> %2804, splat (i32 32767)
+  %2808 = add nuw <16 x i32> %2807, %2806
+  %2809 = lshr <16 x i32> %2808, splat (i32 16)
+  %2810 = trunc nuw <16 x i32> %2809 to <16 x i16>
+  %gep1026.3.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 96
+  store <16 x i16> %2810, ptr %gep1026.3.i.1, align 2, !tbaa !4
+  %2811 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 768
+  %2812 = load <16 x float>, ptr %2811, align 4, !tbaa !4
+  %2813 = fmul <16 x float> %2769, %2812
+  %2814 = bitcast <16 x float> %2813 to <16 x i32>
+  %2815 = lshr <16 x i32> %2814, splat (i32 16)
+  %2816 = and <16 x i32> %2815, splat (i32 1)
+  %2817 = add nuw <16 x i32> %2814, splat (i32 32767)
+  %2818 = add nuw <16 x i32> %2817, %2816
+  %2819 = lshr <16 x i32> %2818, splat (i32 16)
+  %2820 = trunc nuw <16 x i32> %2819 to <16 x i16>
+  %gep1026.4.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 128
+  store <16 x i16> %2820, ptr %gep1026.4.i.1, align 2, !tbaa !4
+  %2821 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 832
+  %2822 = load <16 x float>, ptr %2821, align 4, !tbaa !4
+  %2823 = fmul <16 x float> %2769, %2822
+  %2824 = bitcast <16 x float> %2823 to <16 x i32>
+  %2825 = lshr <16 x i32> %2824, splat (i32 16)
+  %2826 = and <16 x i32> %2825, splat (i32 1)
+  %2827 = add nuw <16 x i32> %2824, splat (i32 32767)
+  %2828 = add nuw <16 x i32> %2827, %2826
+  %2829 = lshr <16 x i32> %2828, splat (i32 16)
+  %2830 = trunc nuw <16 x i32> %2829 to <16 x i16>
+  %gep1026.5.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 160
+  store <16 x i16> %2830, ptr %gep1026.5.i.1, align 2, !tbaa !4
+  %2831 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 896
+  %2832 = load <16 x float>, ptr %2831, align 4, !tbaa !4
+  %2833 = fmul <16 x float> %2769, %2832
+  %2834 = bitcast <16 x float> %2833 to <16 x i32>
+  %2835 = lshr <16 x i32> %2834, splat (i32 16)
+  %2836 = and <16 x i32> %2835, splat (i32 1)
+  %2837 = add nuw <16 x i32> %2834, splat (i32 32767)
+  %2838 = add nuw <16 x i32> %2837, %2836
+  %2839 = lshr <16 x i32> %2838, splat (i32 16)
+  %2840 = trunc nuw <16 x i32> %2839 to <16 x i16>
+  %gep1026.6.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 192
+  store <16 x i16> %2840, ptr %gep1026.6.i.1, align 2, !tbaa !4
+  %2841 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 960
+  %2842 = load <16 x float>, ptr %2841, align 4, !tbaa !4
+  %2843 = fmul <16 x float> %2769, %2842
+  %2844 = bitcast <16 x float> %2843 to <16 x i32>
+  %2845 = lshr <16 x i32> %2844, splat (i32 16)
+  %2846 = and <16 x i32> %2845, splat (i32 1)
+  %2847 = add nuw <16 x i32> %2844, splat (i32 32767)
+  %2848 = add nuw <16 x i32> %2847, %2846
+  %2849 = lshr <16 x i32> %2848, splat (i32 16)
+  %2850 = trunc nuw <16 x i32> %2849 to <16 x i16>
+  %gep1026.7.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 224
+  store <16 x i16> %2850, ptr %gep1026.7.i.1, align 2, !tbaa !4
+  %2851 = shufflevector <4 x float> %2687, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2852 = or disjoint i64 %2683, 2
+  %2853 = mul nsw i64 %2852, %out_head
+  %invariant.gep1025.i.2 = getelementptr i16, ptr %541, i64 %2853
+  %gep68.2 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1024
+  %2854 = load <16 x float>, ptr %gep68.2, align 4, !tbaa !4
+  %2855 = fmul <16 x float> %2854, %2851
+  %2856 = bitcast <16 x float> %2855 to <16 x i32>
+  %2857 = lshr <16 x i32> %2856, splat (i32 16)
+  %2858 = and <16 x i32> %2857, splat (i32 1)
+  %2859 = add nuw <16 x i32> %2856, splat (i32 32767)
+  %2860 = add nuw <16 x i32> %2859, %2858
+  %2861 = lshr <16 x i32> %2860, splat (i32 16)
+  %2862 = trunc nuw <16 x i32> %2861 to <16 x i16>
+  store <16 x i16> %2862, ptr %invariant.gep1025.i.2, align 2, !tbaa !4
+  %2863 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1088
+  %2864 = load <16 x float>, ptr %2863, align 4, !tbaa !4
+  %2865 = fmul <16 x float> %2851, %2864
+  %2866 = bitcast <16 x float> %2865 to <16 x i32>
+  %2867 = lshr <16 x i32> %2866, splat (i32 16)
+  %2868 = and <16 x i32> %2867, splat (i32 1)
+  %2869 = add nuw <16 x i32> %2866, splat (i32 32767)
+  %2870 = add nuw <16 x i32> %2869, %2868
+  %2871 = lshr <16 x i32> %2870, splat (i32 16)
+  %2872 = trunc nuw <16 x i32> %2871 to <16 x i16>
+  %gep1026.1.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 32
+  store <16 x i16> %2872, ptr %gep1026.1.i.2, align 2, !tbaa !4
+  %2873 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1152
+  %2874 = load <16 x float>, ptr %2873, align 4, !tbaa !4
+  %2875 = fmul <16 x float> %2851, %2874
+  %2876 = bitcast <16 x float> %2875 to <16 x i32>
+  %2877 = lshr <16 x i32> %2876, splat (i32 16)
+  %2878 = and <16 x i32> %2877, splat (i32 1)
+  %2879 = add nuw <16 x i32> %2876, splat (i32 32767)
+  %2880 = add nuw <16 x i32> %2879, %2878
+  %2881 = lshr <16 x i32> %2880, splat (i32 16)
+  %2882 = trunc nuw <16 x i32> %2881 to <16 x i16>
+  %gep1026.2.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 64
+  store <16 x i16> %2882, ptr %gep1026.2.i.2, align 2, !tbaa !4
+  %2883 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1216
+  %2884 = load <16 x float>, ptr %2883, align 4, !tbaa !4
+  %2885 = fmul <16 x float> %2851, %2884
+  %2886 = bitcast <16 x float> %2885 to <16 x i32>
+  %2887 = lshr <16 x i32> %2886, splat (i32 16)
+  %2888 = and <16 x i32> %2887, splat (i32 1)
+  %2889 = add nuw <16 x i32> %2886, splat (i32 32767)
+  %2890 = add nuw <16 x i32> %2889, %2888
+  %2891 = lshr <16 x i32> %2890, splat (i32 16)
+  %2892 = trunc nuw <16 x i32> %2891 to <16 x i16>
+  %gep1026.3.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 96
+  store <16 x i16> %2892, ptr %gep1026.3.i.2, align 2, !tbaa !4
+  %2893 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1280
+  %2894 = load <16 x float>, ptr %2893, align 4, !tbaa !4
+  %2895 = fmul <16 x float> %2851, %2894
+  %2896 = bitcast <16 x float> %2895 to <16 x i32>
+  %2897 = lshr <16 x i32> %2896, splat (i32 16)
+  %2898 = and <16 x i32> %2897, splat (i32 1)
+  %2899 = add nuw <16 x i32> %2896, splat (i32 32767)
+  %2900 = add nuw <16 x i32> %2899, %2898
+  %2901 = lshr <16 x i32> %2900, splat (i32 16)
+  %2902 = trunc nuw <16 x i32> %2901 to <16 x i16>
+  %gep1026.4.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 128
+  store <16 x i16> %2902, ptr %gep1026.4.i.2, align 2, !tbaa !4
+  %2903 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1344
+  %2904 = load <16 x float>, ptr %2903, align 4, !tbaa !4
+  %2905 = fmul <16 x float> %2851, %2904
+  %2906 = bitcast <16 x float> %2905 to <16 x i32>
+  %2907 = lshr <16 x i32> %2906, splat (i32 16)
+  %2908 = and <16 x i32> %2907, splat (i32 1)
+  %2909 = add nuw <16 x i32> %2906, splat (i32 32767)
+  %2910 = add nuw <16 x i32> %2909, %2908
+  %2911 = lshr <16 x i32> %2910, splat (i32 16)
+  %2912 = trunc nuw <16 x i32> %2911 to <16 x i16>
+  %gep1026.5.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 160
+  store <16 x i16> %2912, ptr %gep1026.5.i.2, align 2, !tbaa !4
+  %2913 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1408
+  %2914 = load <16 x float>, ptr %2913, align 4, !tbaa !4
+  %2915 = fmul <16 x float> %2851, %2914
+  %2916 = bitcast <16 x float> %2915 to <16 x i32>
+  %2917 = lshr <16 x i32> %2916, splat (i32 16)
+  %2918 = and <16 x i32> %2917, splat (i32 1)
+  %2919 = add nuw <16 x i32> %2916, splat (i32 32767)
+  %2920 = add nuw <16 x i32> %2919, %2918
+  %2921 = lshr <16 x i32> %2920, splat (i32 16)
+  %2922 = trunc nuw <16 x i32> %2921 to <16 x i16>
+  %gep1026.6.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 192
+  store <16 x i16> %2922, ptr %gep1026.6.i.2, align 2, !tbaa !4
+  %2923 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1472
+  %2924 = load <16 x float>, ptr %2923, align 4, !tbaa !4
+  %2925 = fmul <16 x float> %2851, %2924
+  %2926 = bitcast <16 x float> %2925 to <16 x i32>
+  %2927 = lshr <16 x i32> %2926, splat (i32 16)
+  %2928 = and <16 x i32> %2927, splat (i32 1)
+  %2929 = add nuw <16 x i32> %2926, splat (i32 32767)
+  %2930 = add nuw <16 x i32> %2929, %2928
+  %2931 = lshr <16 x i32> %2930, splat (i32 16)
+  %2932 = trunc nuw <16 x i32> %2931 to <16 x i16>
+  %gep1026.7.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 224
+  store <16 x i16> %2932, ptr %gep1026.7.i.2, align 2, !tbaa !4
+  %2933 = shufflevector <4 x float> %2687, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2934 = or disjoint i64 %2683, 3
+  %2935 = mul nsw i64 %2934, %out_head
+  %invariant.gep1025.i.3 = getelementptr i16, ptr %541, i64 %2935
+  %gep68.3 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1536
+  %2936 = load <16 x float>, ptr %gep68.3, align 4, !tbaa !4
+  %2937 = fmul <16 x float> %2936, %2933
+  %2938 = bitcast <16 x float> %2937 to <16 x i32>
+  %2939 = lshr <16 x i32> %2938, splat (i32 16)
+  %2940 = and <16 x i32> %2939, splat (i32 1)
+  %2941 = add nuw <16 x i32> %2938, splat (i32 32767)
+  %2942 = add nuw <16 x i32> %2941, %2940
+  %2943 = lshr <16 x i32> %2942, splat (i32 16)
+  %2944 = trunc nuw <16 x i32> %2943 to <16 x i16>
+  store <16 x i16> %2944, ptr %invariant.gep1025.i.3, align 2, !tbaa !4
+  %2945 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1600
+  %2946 = load <16 x float>, ptr %2945, align 4, !tbaa !4
+  %2947 = fmul <16 x float> %2933, %2946
+  %2948 = bitcast <16 x float> %2947 to <16 x i32>
+  %2949 = lshr <16 x i32> %2948, splat (i32 16)
+  %2950 = and <16 x i32> %2949, splat (i32 1)
+  %2951 = add nuw <16 x i32> %2948, splat (i32 32767)
+  %2952 = add nuw <16 x i32> %2951, %2950
+  %2953 = lshr <16 x i32> %2952, splat (i32 16)
+  %2954 = trunc nuw <16 x i32> %2953 to <16 x i16>
+  %gep1026.1.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 32
+  store <16 x i16> %2954, ptr %gep1026.1.i.3, align 2, !tbaa !4
+  %2955 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1664
+  %2956 = load <16 x float>, ptr %2955, align 4, !tbaa !4
+  %2957 = fmul <16 x float> %2933, %2956
+  %2958 = bitcast <16 x float> %2957 to <16 x i32>
+  %2959 = lshr <16 x i32> %2958, splat (i32 16)
+  %2960 = and <16 x i32> %2959, splat (i32 1)
+  %2961 = add nuw <16 x i32> %2958, splat (i32 32767)
+  %2962 = add nuw <16 x i32> %2961, %2960
+  %2963 = lshr <16 x i32> %2962, splat (i32 16)
+  %2964 = trunc nuw <16 x i32> %2963 to <16 x i16>
+  %gep1026.2.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 64
+  store <16 x i16> %2964, ptr %gep1026.2.i.3, align 2, !tbaa !4
+  %2965 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1728
+  %2966 = load <16 x float>, ptr %2965, align 4, !tbaa !4
+  %2967 = fmul <16 x float> %2933, %2966
+  %2968 = bitcast <16 x float> %2967 to <16 x i32>
+  %2969 = lshr <16 x i32> %2968, splat (i32 16)
+  %2970 = and <16 x i32> %2969, splat (i32 1)
+  %2971 = add nuw <16 x i32> %2968, splat (i32 32767)
+  %2972 = add nuw <16 x i32> %2971, %2970
+  %2973 = lshr <16 x i32> %2972, splat (i32 16)
+  %2974 = trunc nuw <16 x i32> %2973 to <16 x i16>
+  %gep1026.3.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 96
+  store <16 x i16> %2974, ptr %gep1026.3.i.3, align 2, !tbaa !4
+  %2975 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1792
+  %2976 = load <16 x float>, ptr %2975, align 4, !tbaa !4
+  %2977 = fmul <16 x float> %2933, %2976
+  %2978 = bitcast <16 x float> %2977 to <16 x i32>
+  %2979 = lshr <16 x i32> %2978, splat (i32 16)
+  %2980 = and <16 x i32> %2979, splat (i32 1)
+  %2981 = add nuw <16 x i32> %2978, splat (i32 32767)
+  %2982 = add nuw <16 x i32> %2981, %2980
+  %2983 = lshr <16 x i32> %2982, splat (i32 16)
+  %2984 = trunc nuw <16 x i32> %2983 to <16 x i16>
+  %gep1026.4.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 128
+  store <16 x i16> %2984, ptr %gep1026.4.i.3, align 2, !tbaa !4
+  %2985 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1856
+  %2986 = load <16 x float>, ptr %2985, align 4, !tbaa !4
+  %2987 = fmul <16 x float> %2933, %2986
+  %2988 = bitcast <16 x float> %2987 to <16 x i32>
+  %2989 = lshr <16 x i32> %2988, splat (i32 16)
+  %2990 = and <16 x i32> %2989, splat (i32 1)
+  %2991 = add nuw <16 x i32> %2988, splat (i32 32767)
+  %2992 = add nuw <16 x i32> %2991, %2990
+  %2993 = lshr <16 x i32> %2992, splat (i32 16)
+  %2994 = trunc nuw <16 x i32> %2993 to <16 x i16>
+  %gep1026.5.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 160
+  store <16 x i16> %2994, ptr %gep1026.5.i.3, align 2, !tbaa !4
+  %2995 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1920
+  %2996 = load <16 x float>, ptr %2995, align 4, !tbaa !4
+  %2997 = fmul <16 x float> %2933, %2996
+  %2998 = bitcast <16 x float> %2997 to <16 x i32>
+  %2999 = lshr <16 x i32> %2998, splat (i32 16)
+  %3000 = and <16 x i32> %2999, splat (i32 1)
+  %3001 = add nuw <16 x i32> %2998, splat (i32 32767)
+  %3002 = add nuw <16 x i32> %3001, %3000
+  %3003 = lshr <16 x i32> %3002, splat (i32 16)
+  %3004 = trunc nuw <16 x i32> %3003 to <16 x i16>
+  %gep1026.6.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 192
+  store <16 x i16> %3004, ptr %gep1026.6.i.3, align 2, !tbaa !4
+  %3005 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1984
+  %3006 = load <16 x float>, ptr %3005, align 4, !tbaa !4
+  %3007 = fmul <16 x float> %2933, %3006
+  %3008 = bitcast <16 x float> %3007 to <16 x i32>
+  %3009 = lshr <16 x i32> %3008, splat (i32 16)
+  %3010 = and <16 x i32> %3009, splat (i32 1)
+  %3011 = add nuw <16 x i32> %3008, splat (i32 32767)
+  %3012 = add nuw <16 x i32> %3011, %3010
+  %3013 = lshr <16 x i32> %3012, splat (i32 16)
+  %3014 = trunc nuw <16 x i32> %3013 to <16 x i16>
+  %gep1026.7.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 224
+  store <16 x i16> %3014, ptr %gep1026.7.i.3, align 2, !tbaa !4
+  %3015 = getelementptr float, ptr %543, i64 %2683
+  %3016 = load float, ptr %2684, align 16, !tbaa !71
+  %3017 = fcmp oeq float %3016, 0.000000e+00
+  br i1 %3017, label %if_end213.i, label %if_else212.i
 
-for_end_tile190.i:                                ; preds = %for_body_tile189.i
-  %2780 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2781 = tail call i32 %2780(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2781, 0
-  br i1 %.not.i, label %if_end209.i, label %fused_decode_compute_.exit, !prof !22
+if_else212.i:                                     ; preds = %for_body_tile192.i
+  %3018 = tail call float @llvm.log.f32(float %3016)
+  %3019 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %2683
+  %3020 = load float, ptr %3019, align 16, !tbaa !69
+  %3021 = fadd float %3018, %3020
+  br label %if_end213.i
 
-if_end209.i:                                      ; preds = %for_end_tile190.i
-  %2782 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2783 = tail call i32 %2782(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not229.i = icmp eq i32 %2783, 0
-  br i1 %.not229.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !22
+if_end213.i:                                      ; preds = %if_else212.i, %for_body_tile192.i
+  %3022 = phi float [ %3021, %if_else212.i ], [ 0xFFF0000000000000, %for_body_tile192.i ]
+  store float %3022, ptr %3015, align 4, !tbaa !4
+  %3023 = or disjoint i64 %2683, 1
+  %3024 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3023
+  %3025 = load float, ptr %3024, align 4, !tbaa !71
+  %3026 = fcmp oeq float %3025, 0.000000e+00
+  br i1 %3026, label %if_end213.1.i, label %if_else212.1.i
 
-fused_decode_compute_.exit:                       ; preds = %if_end209.i, %for_end_tile190.i, %if_end183.i, %if_end177.i, %if_end174.i, %if_end171.i, %if_end168.i, %if_end165.i, %if_end162.i, %for_end_r151.i, %for_end_to93.3.i, %if_end34.i, %for_end_to_m.i, %if_end28.i, %if_end25.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end30
-  %common.ret.op.i = phi i32 [ 0, %if_end30 ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end177.i ], [ -1, %if_end174.i ], [ -1, %if_end171.i ], [ -1, %if_end168.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %for_end_r151.i ], [ -1, %for_end_to93.3.i ], [ -1, %if_end34.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end28.i ], [ -1, %if_end25.i ], [ -1, %if_end22.i ], [ -1, %if_end183.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end209.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_tile190.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta214.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha215.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %peak223.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum225.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum227.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max228.i)
+if_else212.1.i:                                   ; preds = %if_end213.i
+  %3027 = tail call float @llvm.log.f32(float %3025)
+  %3028 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3023
+  %3029 = load float, ptr %3028, align 4, !tbaa !69
+  %3030 = fadd float %3027, %3029
+  br label %if_end213.1.i
+
+if_end213.1.i:                                    ; preds = %if_else212.1.i, %if_end213.i
+  %3031 = phi float [ %3030, %if_else212.1.i ], [ 0xFFF0000000000000, %if_end213.i ]
+  %3032 = getelementptr i8, ptr %3015, i64 4
+  store float %3031, ptr %3032, align 4, !tbaa !4
+  %3033 = or disjoint i64 %2683, 2
+  %3034 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3033
+  %3035 = load float, ptr %3034, align 8, !tbaa !71
+  %3036 = fcmp oeq float %3035, 0.000000e+00
+  br i1 %3036, label %if_end213.2.i, label %if_else212.2.i
+
+if_else212.2.i:                                   ; preds = %if_end213.1.i
+  %3037 = tail call float @llvm.log.f32(float %3035)
+  %3038 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3033
+  %3039 = load float, ptr %3038, align 8, !tbaa !69
+  %3040 = fadd float %3037, %3039
+  br label %if_end213.2.i
+
+if_end213.2.i:                                    ; preds = %if_else212.2.i, %if_end213.1.i
+  %3041 = phi float [ %3040, %if_else212.2.i ], [ 0xFFF0000000000000, %if_end213.1.i ]
+  %3042 = getelementptr i8, ptr %3015, i64 8
+  store float %3041, ptr %3042, align 4, !tbaa !4
+  %3043 = or disjoint i64 %2683, 3
+  %3044 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3043
+  %3045 = load float, ptr %3044, align 4, !tbaa !71
+  %3046 = fcmp oeq float %3045, 0.000000e+00
+  br i1 %3046, label %if_end213.3.i, label %if_else212.3.i
+
+if_else212.3.i:                                   ; preds = %if_end213.2.i
+  %3047 = tail call float @llvm.log.f32(float %3045)
+  %3048 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3043
+  %3049 = load float, ptr %3048, align 4, !tbaa !69
+  %3050 = fadd float %3047, %3049
+  br label %if_end213.3.i
+
+if_end213.3.i:                                    ; preds = %if_else212.3.i, %if_end213.2.i
+  %3051 = phi float [ %3050, %if_else212.3.i ], [ 0xFFF0000000000000, %if_end213.2.i ]
+  %3052 = getelementptr i8, ptr %3015, i64 12
+  store float %3051, ptr %3052, align 4, !tbaa !4
+  %indvars.iv.next1281.i = add nuw nsw i64 %indvars.iv1280.i, 1
+  %exitcond1284.not.i = icmp eq i64 %indvars.iv.next1281.i, 8
+  br i1 %exitcond1284.not.i, label %if_end189.i, label %for_body_tile192.i, !prof !21
+
+for_body_tile215.i:                               ; preds = %for_body_tile215.i, %for_begin_tile214.preheader.i
+  %indvars.iv1261.i = phi i64 [ 0, %for_begin_tile214.preheader.i ], [ %indvars.iv.next1262.i, %for_body_tile215.i ]
+  %3053 = shl nuw nsw i64 %indvars.iv1261.i, 2
+  %3054 = add nuw nsw i64 %3053, %538
+  %3055 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3053
+  %3056 = load float, ptr %3055, align 16, !tbaa !69
+  %3057 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3054
+  store float %3056, ptr %3057, align 4, !tbaa !4
+  %3058 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3053
+  %3059 = load float, ptr %3058, align 16, !tbaa !71
+  %3060 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3054
+  store float %3059, ptr %3060, align 4, !tbaa !4
+  %3061 = or disjoint i64 %3053, 1
+  %cse_v148.1.i = or disjoint i64 %3054, 1
+  %3062 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3061
+  %3063 = load float, ptr %3062, align 4, !tbaa !69
+  %3064 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v148.1.i
+  store float %3063, ptr %3064, align 4, !tbaa !4
+  %3065 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3061
+  %3066 = load float, ptr %3065, align 4, !tbaa !71
+  %3067 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v148.1.i
+  store float %3066, ptr %3067, align 4, !tbaa !4
+  %3068 = or disjoint i64 %3053, 2
+  %cse_v148.2.i = or disjoint i64 %3054, 2
+  %3069 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3068
+  %3070 = load float, ptr %3069, align 8, !tbaa !69
+  %3071 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v148.2.i
+  store float %3070, ptr %3071, align 4, !tbaa !4
+  %3072 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3068
+  %3073 = load float, ptr %3072, align 8, !tbaa !71
+  %3074 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v148.2.i
+  store float %3073, ptr %3074, align 4, !tbaa !4
+  %3075 = or disjoint i64 %3053, 3
+  %cse_v148.3.i = or disjoint i64 %3054, 3
+  %3076 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3075
+  %3077 = load float, ptr %3076, align 4, !tbaa !69
+  %3078 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v148.3.i
+  store float %3077, ptr %3078, align 4, !tbaa !4
+  %3079 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3075
+  %3080 = load float, ptr %3079, align 4, !tbaa !71
+  %3081 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v148.3.i
+  store float %3080, ptr %3081, align 4, !tbaa !4
+  %.idx258.i = shl nuw nsw i64 %indvars.iv1261.i, 11
+  %3082 = getelementptr inbounds nuw i8, ptr %539, i64 %.idx258.i
+  %3083 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx258.i
+  %3084 = load <16 x float>, ptr %3083, align 4, !tbaa !4
+  store <16 x float> %3084, ptr %3082, align 4, !tbaa !4
+  %3085 = getelementptr inbounds nuw i8, ptr %3083, i64 64
+  %3086 = load <16 x float>, ptr %3085, align 4, !tbaa !4
+  %3087 = getelementptr inbounds nuw i8, ptr %3082, i64 64
+  store <16 x float> %3086, ptr %3087, align 4, !tbaa !4
+  %3088 = getelementptr inbounds nuw i8, ptr %3083, i64 128
+  %3089 = load <16 x float>, ptr %3088, align 4, !tbaa !4
+  %3090 = getelementptr inbounds nuw i8, ptr %3082, i64 128
+  store <16 x float> %3089, ptr %3090, align 4, !tbaa !4
+  %3091 = getelementptr inbounds nuw i8, ptr %3083, i64 192
+  %3092 = load <16 x float>, ptr %3091, align 4, !tbaa !4
+  %3093 = getelementptr inbounds nuw i8, ptr %3082, i64 192
+  store <16 x float> %3092, ptr %3093, align 4, !tbaa !4
+  %3094 = getelementptr inbounds nuw i8, ptr %3083, i64 256
+  %3095 = load <16 x float>, ptr %3094, align 4, !tbaa !4
+  %3096 = getelementptr inbounds nuw i8, ptr %3082, i64 256
+  store <16 x float> %3095, ptr %3096, align 4, !tbaa !4
+  %3097 = getelementptr inbounds nuw i8, ptr %3083, i64 320
+  %3098 = load <16 x float>, ptr %3097, align 4, !tbaa !4
+  %3099 = getelementptr inbounds nuw i8, ptr %3082, i64 320
+  store <16 x float> %3098, ptr %3099, align 4, !tbaa !4
+  %3100 = getelementptr inbounds nuw i8, ptr %3083, i64 384
+  %3101 = load <16 x float>, ptr %3100, align 4, !tbaa !4
+  %3102 = getelementptr inbounds nuw i8, ptr %3082, i64 384
+  store <16 x float> %3101, ptr %3102, align 4, !tbaa !4
+  %3103 = getelementptr inbounds nuw i8, ptr %3083, i64 448
+  %3104 = load <16 x float>, ptr %3103, align 4, !tbaa !4
+  %3105 = getelementptr inbounds nuw i8, ptr %3082, i64 448
+  store <16 x float> %3104, ptr %3105, align 4, !tbaa !4
+  %3106 = getelementptr inbounds nuw i8, ptr %3082, i64 512
+  %3107 = getelementptr inbounds nuw i8, ptr %3083, i64 512
+  %3108 = load <16 x float>, ptr %3107, align 4, !tbaa !4
+  store <16 x float> %3108, ptr %3106, align 4, !tbaa !4
+  %3109 = getelementptr inbounds nuw i8, ptr %3083, i64 576
+  %3110 = load <16 x float>, ptr %3109, align 4, !tbaa !4
+  %3111 = getelementptr inbounds nuw i8, ptr %3082, i64 576
+  store <16 x float> %3110, ptr %3111, align 4, !tbaa !4
+  %3112 = getelementptr inbounds nuw i8, ptr %3083, i64 640
+  %3113 = load <16 x float>, ptr %3112, align 4, !tbaa !4
+  %3114 = getelementptr inbounds nuw i8, ptr %3082, i64 640
+  store <16 x float> %3113, ptr %3114, align 4, !tbaa !4
+  %3115 = getelementptr inbounds nuw i8, ptr %3083, i64 704
+  %3116 = load <16 x float>, ptr %3115, align 4, !tbaa !4
+  %3117 = getelementptr inbounds nuw i8, ptr %3082, i64 704
+  store <16 x float> %3116, ptr %3117, align 4, !tbaa !4
+  %3118 = getelementptr inbounds nuw i8, ptr %3083, i64 768
+  %3119 = load <16 x float>, ptr %3118, align 4, !tbaa !4
+  %3120 = getelementptr inbounds nuw i8, ptr %3082, i64 768
+  store <16 x float> %3119, ptr %3120, align 4, !tbaa !4
+  %3121 = getelementptr inbounds nuw i8, ptr %3083, i64 832
+  %3122 = load <16 x float>, ptr %3121, align 4, !tbaa !4
+  %3123 = getelementptr inbounds nuw i8, ptr %3082, i64 832
+  store <16 x float> %3122, ptr %3123, align 4, !tbaa !4
+  %3124 = getelementptr inbounds nuw i8, ptr %3083, i64 896
+  %3125 = load <16 x float>, ptr %3124, align 4, !tbaa !4
+  %3126 = getelementptr inbounds nuw i8, ptr %3082, i64 896
+  store <16 x float> %3125, ptr %3126, align 4, !tbaa !4
+  %3127 = getelementptr inbounds nuw i8, ptr %3083, i64 960
+  %3128 = load <16 x float>, ptr %3127, align 4, !tbaa !4
+  %3129 = getelementptr inbounds nuw i8, ptr %3082, i64 960
+  store <16 x float> %3128, ptr %3129, align 4, !tbaa !4
+  %3130 = getelementptr inbounds nuw i8, ptr %3082, i64 1024
+  %3131 = getelementptr inbounds nuw i8, ptr %3083, i64 1024
+  %3132 = load <16 x float>, ptr %3131, align 4, !tbaa !4
+  store <16 x float> %3132, ptr %3130, align 4, !tbaa !4
+  %3133 = getelementptr inbounds nuw i8, ptr %3083, i64 1088
+  %3134 = load <16 x float>, ptr %3133, align 4, !tbaa !4
+  %3135 = getelementptr inbounds nuw i8, ptr %3082, i64 1088
+  store <16 x float> %3134, ptr %3135, align 4, !tbaa !4
+  %3136 = getelementptr inbounds nuw i8, ptr %3083, i64 1152
+  %3137 = load <16 x float>, ptr %3136, align 4, !tbaa !4
+  %3138 = getelementptr inbounds nuw i8, ptr %3082, i64 1152
+  store <16 x float> %3137, ptr %3138, align 4, !tbaa !4
+  %3139 = getelementptr inbounds nuw i8, ptr %3083, i64 1216
+  %3140 = load <16 x float>, ptr %3139, align 4, !tbaa !4
+  %3141 = getelementptr inbounds nuw i8, ptr %3082, i64 1216
+  store <16 x float> %3140, ptr %3141, align 4, !tbaa !4
+  %3142 = getelementptr inbounds nuw i8, ptr %3083, i64 1280
+  %3143 = load <16 x float>, ptr %3142, align 4, !tbaa !4
+  %3144 = getelementptr inbounds nuw i8, ptr %3082, i64 1280
+  store <16 x float> %3143, ptr %3144, align 4, !tbaa !4
+  %3145 = getelementptr inbounds nuw i8, ptr %3083, i64 1344
+  %3146 = load <16 x float>, ptr %3145, align 4, !tbaa !4
+  %3147 = getelementptr inbounds nuw i8, ptr %3082, i64 1344
+  store <16 x float> %3146, ptr %3147, align 4, !tbaa !4
+  %3148 = getelementptr inbounds nuw i8, ptr %3083, i64 1408
+  %3149 = load <16 x float>, ptr %3148, align 4, !tbaa !4
+  %3150 = getelementptr inbounds nuw i8, ptr %3082, i64 1408
+  store <16 x float> %3149, ptr %3150, align 4, !tbaa !4
+  %3151 = getelementptr inbounds nuw i8, ptr %3083, i64 1472
+  %3152 = load <16 x float>, ptr %3151, align 4, !tbaa !4
+  %3153 = getelementptr inbounds nuw i8, ptr %3082, i64 1472
+  store <16 x float> %3152, ptr %3153, align 4, !tbaa !4
+  %3154 = getelementptr inbounds nuw i8, ptr %3082, i64 1536
+  %3155 = getelementptr inbounds nuw i8, ptr %3083, i64 1536
+  %3156 = load <16 x float>, ptr %3155, align 4, !tbaa !4
+  store <16 x float> %3156, ptr %3154, align 4, !tbaa !4
+  %3157 = getelementptr inbounds nuw i8, ptr %3083, i64 1600
+  %3158 = load <16 x float>, ptr %3157, align 4, !tbaa !4
+  %3159 = getelementptr inbounds nuw i8, ptr %3082, i64 1600
+  store <16 x float> %3158, ptr %3159, align 4, !tbaa !4
+  %3160 = getelementptr inbounds nuw i8, ptr %3083, i64 1664
+  %3161 = load <16 x float>, ptr %3160, align 4, !tbaa !4
+  %3162 = getelementptr inbounds nuw i8, ptr %3082, i64 1664
+  store <16 x float> %3161, ptr %3162, align 4, !tbaa !4
+  %3163 = getelementptr inbounds nuw i8, ptr %3083, i64 1728
+  %3164 = load <16 x float>, ptr %3163, align 4, !tbaa !4
+  %3165 = getelementptr inbounds nuw i8, ptr %3082, i64 1728
+  store <16 x float> %3164, ptr %3165, align 4, !tbaa !4
+  %3166 = getelementptr inbounds nuw i8, ptr %3083, i64 1792
+  %3167 = load <16 x float>, ptr %3166, align 4, !tbaa !4
+  %3168 = getelementptr inbounds nuw i8, ptr %3082, i64 1792
+  store <16 x float> %3167, ptr %3168, align 4, !tbaa !4
+  %3169 = getelementptr inbounds nuw i8, ptr %3083, i64 1856
+  %3170 = load <16 x float>, ptr %3169, align 4, !tbaa !4
+  %3171 = getelementptr inbounds nuw i8, ptr %3082, i64 1856
+  store <16 x float> %3170, ptr %3171, align 4, !tbaa !4
+  %3172 = getelementptr inbounds nuw i8, ptr %3083, i64 1920
+  %3173 = load <16 x float>, ptr %3172, align 4, !tbaa !4
+  %3174 = getelementptr inbounds nuw i8, ptr %3082, i64 1920
+  store <16 x float> %3173, ptr %3174, align 4, !tbaa !4
+  %3175 = getelementptr inbounds nuw i8, ptr %3083, i64 1984
+  %3176 = load <16 x float>, ptr %3175, align 4, !tbaa !4
+  %3177 = getelementptr inbounds nuw i8, ptr %3082, i64 1984
+  store <16 x float> %3176, ptr %3177, align 4, !tbaa !4
+  %indvars.iv.next1262.i = add nuw nsw i64 %indvars.iv1261.i, 1
+  %exitcond1265.not.i = icmp eq i64 %indvars.iv.next1262.i, 8
+  br i1 %exitcond1265.not.i, label %if_end189.i, label %for_body_tile215.i, !prof !21
+
+if_end237.i:                                      ; preds = %if_end189.i
+  %3178 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3179 = tail call i32 %3178(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not259.i = icmp eq i32 %3179, 0
+  br i1 %.not259.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !22
+
+fused_decode_compute_.exit:                       ; preds = %if_end237.i, %if_end189.i, %if_end183.i, %if_end177.i, %if_end174.i, %if_end171.i, %if_end168.i, %if_end165.i, %if_end162.i, %for_end_r151.i, %for_end_to93.3.i, %if_end34.i, %if_end31.i, %for_end___m.i, %if_end25.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ 0, %if_end45 ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end177.i ], [ -1, %if_end174.i ], [ -1, %if_end171.i ], [ -1, %if_end168.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %for_end_r151.i ], [ -1, %for_end_to93.3.i ], [ -1, %if_end34.i ], [ -1, %if_end31.i ], [ -1, %for_end___m.i ], [ -1, %if_end25.i ], [ -1, %if_end22.i ], [ -1, %if_end183.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end237.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end189.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta243.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha244.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %peak252.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum254.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum256.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max257.i)
   ret i32 %common.ret.op.i
 }
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %beta32.i = alloca [32 x float], align 16
-  %alpha33.i = alloca [32 x float], align 16
-  %factor36.i = alloca [32 x float], align 16
-  %row_sum37.i = alloca [32 x float], align 16
-  %row_max38.i = alloca [32 x float], align 16
+  %factor37.i = alloca [32 x float], align 16
+  %beta38.i = alloca [32 x float], align 16
+  %alpha39.i = alloca [32 x float], align 16
+  %row_sum42.i = alloca [32 x float], align 16
+  %row_max43.i = alloca [32 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -6273,11 +6816,11 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta32.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha33.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor36.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum37.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max38.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor37.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta38.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum42.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max43.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -6300,439 +6843,439 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   br label %for_body_step.i
 
 for_body_step.i:                                  ; preds = %for_end_r.i, %for_body_step.lr.ph.i
-  %indvars.iv63.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next64.i, %for_end_r.i ]
+  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r.i ]
   %43 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r.i ]
-  %44 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %104, %for_end_r.i ]
-  %45 = icmp eq i64 %indvars.iv63.i, 0
-  %46 = insertelement <32 x i1> poison, i1 %45, i64 0
-  %47 = shufflevector <32 x i1> %46, <32 x i1> poison, <32 x i32> zeroinitializer
-  %old_max.i = select <32 x i1> %47, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %43
-  %old_sum.i = select <32 x i1> %47, <32 x float> zeroinitializer, <32 x float> %44
-  %48 = add nsw i64 %indvars.iv63.i, %cse_v2.i
-  %cse_v9.i = shl nsw i64 %48, 5
-  %49 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v9.i
-  %50 = load <32 x float>, ptr %49, align 4, !tbaa !4
-  %51 = fcmp ogt <32 x float> %old_max.i, %50
-  %52 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v9.i
-  %53 = load <32 x float>, ptr %52, align 4, !tbaa !4
-  %54 = fcmp oeq <32 x float> %53, zeroinitializer
-  %55 = select <32 x i1> %54, <32 x i1> splat (i1 true), <32 x i1> %51
-  %old_or_both.i = select <32 x i1> %55, <32 x float> %old_max.i, <32 x float> %50
-  %56 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
-  %m.i = select <32 x i1> %56, <32 x float> %50, <32 x float> %old_or_both.i
+  %total4448.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %103, %for_end_r.i ]
+  %44 = icmp eq i64 %indvars.iv69.i, 0
+  %45 = insertelement <32 x i1> poison, i1 %44, i64 0
+  %46 = shufflevector <32 x i1> %45, <32 x i1> poison, <32 x i32> zeroinitializer
+  %old_max.i = select <32 x i1> %46, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %43
+  %old_sum.i = select <32 x i1> %46, <32 x float> zeroinitializer, <32 x float> %total4448.i
+  %47 = add nsw i64 %indvars.iv69.i, %cse_v2.i
+  %cse_v9.i = shl nsw i64 %47, 5
+  %48 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v9.i
+  %49 = load <32 x float>, ptr %48, align 4, !tbaa !4
+  %50 = fcmp ogt <32 x float> %old_max.i, %49
+  %51 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v9.i
+  %52 = load <32 x float>, ptr %51, align 4, !tbaa !4
+  %53 = fcmp oeq <32 x float> %52, zeroinitializer
+  %54 = select <32 x i1> %53, <32 x i1> splat (i1 true), <32 x i1> %50
+  %old_or_both.i = select <32 x i1> %54, <32 x float> %old_max.i, <32 x float> %49
+  %55 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
+  %m.i = select <32 x i1> %55, <32 x float> %49, <32 x float> %old_or_both.i
   %arg.i = fsub <32 x float> %old_max.i, %m.i
   %cse_v10.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %57 = bitcast <32 x float> %cse_v10.i to <32 x i32>
-  %58 = add nsw <32 x i32> %57, splat (i32 -1262485504)
-  %59 = sitofp <32 x i32> %58 to <32 x float>
-  %60 = fmul <32 x float> %59, splat (float 0x3F2BD01060000000)
-  %61 = fmul <32 x float> %59, splat (float 0x3FE6300000000000)
-  %62 = fsub <32 x float> %arg.i, %61
-  %63 = fadd <32 x float> %60, %62
-  %64 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %63, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %65 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %64, <32 x float> %63, <32 x float> splat (float 0x3F81112100000000))
-  %66 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %65, <32 x float> %63, <32 x float> splat (float 0x3FA5553820000000))
-  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> %63, <32 x float> splat (float 0x3FC5555540000000))
-  %68 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %67, <32 x float> %63, <32 x float> splat (float 5.000000e-01))
-  %69 = fmul <32 x float> %63, %68
-  %70 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %69, <32 x float> %63, <32 x float> %63)
-  %71 = shl <32 x i32> %57, splat (i32 23)
-  %72 = add <32 x i32> %71, splat (i32 1065353216)
-  %73 = bitcast <32 x i32> %72 to <32 x float>
-  %74 = fadd <32 x float> %70, splat (float 1.000000e+00)
-  %75 = fmul <32 x float> %74, %73
-  %76 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
-  %77 = select <32 x i1> %76, <32 x float> zeroinitializer, <32 x float> %75
-  %78 = fcmp one <32 x float> %old_sum.i, zeroinitializer
-  %79 = select <32 x i1> %78, <32 x float> %77, <32 x float> zeroinitializer
-  store <32 x float> %79, ptr %alpha33.i, align 16, !tbaa !101
-  %arg2.i = fsub <32 x float> %50, %m.i
+  %56 = bitcast <32 x float> %cse_v10.i to <32 x i32>
+  %57 = add nsw <32 x i32> %56, splat (i32 -1262485504)
+  %58 = sitofp <32 x i32> %57 to <32 x float>
+  %59 = fmul <32 x float> %58, splat (float 0x3F2BD01060000000)
+  %60 = fmul <32 x float> %58, splat (float 0x3FE6300000000000)
+  %61 = fsub <32 x float> %arg.i, %60
+  %62 = fadd <32 x float> %59, %61
+  %63 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %62, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %64 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %63, <32 x float> %62, <32 x float> splat (float 0x3F81112100000000))
+  %65 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %64, <32 x float> %62, <32 x float> splat (float 0x3FA5553820000000))
+  %66 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %65, <32 x float> %62, <32 x float> splat (float 0x3FC5555540000000))
+  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> %62, <32 x float> splat (float 5.000000e-01))
+  %68 = fmul <32 x float> %62, %67
+  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %62, <32 x float> %62)
+  %70 = shl <32 x i32> %56, splat (i32 23)
+  %71 = add <32 x i32> %70, splat (i32 1065353216)
+  %72 = bitcast <32 x i32> %71 to <32 x float>
+  %73 = fadd <32 x float> %69, splat (float 1.000000e+00)
+  %74 = fmul <32 x float> %73, %72
+  %75 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
+  %76 = select <32 x i1> %75, <32 x float> zeroinitializer, <32 x float> %74
+  %77 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %78 = select <32 x i1> %77, <32 x float> %76, <32 x float> zeroinitializer
+  store <32 x float> %78, ptr %alpha39.i, align 16, !tbaa !101
+  %arg2.i = fsub <32 x float> %49, %m.i
   %cse_v6.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %80 = bitcast <32 x float> %cse_v6.i to <32 x i32>
-  %81 = add nsw <32 x i32> %80, splat (i32 -1262485504)
-  %82 = sitofp <32 x i32> %81 to <32 x float>
-  %83 = fmul <32 x float> %82, splat (float 0x3F2BD01060000000)
-  %84 = fmul <32 x float> %82, splat (float 0x3FE6300000000000)
-  %85 = fsub <32 x float> %arg2.i, %84
-  %86 = fadd <32 x float> %83, %85
-  %87 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %86, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %88 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %87, <32 x float> %86, <32 x float> splat (float 0x3F81112100000000))
-  %89 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %88, <32 x float> %86, <32 x float> splat (float 0x3FA5553820000000))
-  %90 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %89, <32 x float> %86, <32 x float> splat (float 0x3FC5555540000000))
-  %91 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %90, <32 x float> %86, <32 x float> splat (float 5.000000e-01))
-  %92 = fmul <32 x float> %86, %91
-  %93 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %92, <32 x float> %86, <32 x float> %86)
-  %94 = shl <32 x i32> %80, splat (i32 23)
-  %95 = add <32 x i32> %94, splat (i32 1065353216)
-  %96 = bitcast <32 x i32> %95 to <32 x float>
-  %97 = fadd <32 x float> %93, splat (float 1.000000e+00)
-  %98 = fmul <32 x float> %97, %96
-  %99 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
-  %100 = select <32 x i1> %99, <32 x float> zeroinitializer, <32 x float> %98
-  %101 = fcmp one <32 x float> %53, zeroinitializer
-  %102 = select <32 x i1> %101, <32 x float> %100, <32 x float> zeroinitializer
-  store <32 x float> %102, ptr %beta32.i, align 16, !tbaa !107
-  %103 = fmul <32 x float> %old_sum.i, %79
-  %104 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %102, <32 x float> %53, <32 x float> %103)
-  %.idx.i = shl nsw i64 %48, 14
-  %105 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %45, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !7
+  %79 = bitcast <32 x float> %cse_v6.i to <32 x i32>
+  %80 = add nsw <32 x i32> %79, splat (i32 -1262485504)
+  %81 = sitofp <32 x i32> %80 to <32 x float>
+  %82 = fmul <32 x float> %81, splat (float 0x3F2BD01060000000)
+  %83 = fmul <32 x float> %81, splat (float 0x3FE6300000000000)
+  %84 = fsub <32 x float> %arg2.i, %83
+  %85 = fadd <32 x float> %82, %84
+  %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %85, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %87 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %86, <32 x float> %85, <32 x float> splat (float 0x3F81112100000000))
+  %88 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %87, <32 x float> %85, <32 x float> splat (float 0x3FA5553820000000))
+  %89 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %88, <32 x float> %85, <32 x float> splat (float 0x3FC5555540000000))
+  %90 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %89, <32 x float> %85, <32 x float> splat (float 5.000000e-01))
+  %91 = fmul <32 x float> %85, %90
+  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %91, <32 x float> %85, <32 x float> %85)
+  %93 = shl <32 x i32> %79, splat (i32 23)
+  %94 = add <32 x i32> %93, splat (i32 1065353216)
+  %95 = bitcast <32 x i32> %94 to <32 x float>
+  %96 = fadd <32 x float> %92, splat (float 1.000000e+00)
+  %97 = fmul <32 x float> %96, %95
+  %98 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
+  %99 = select <32 x i1> %98, <32 x float> zeroinitializer, <32 x float> %97
+  %100 = fcmp one <32 x float> %52, zeroinitializer
+  %101 = select <32 x i1> %100, <32 x float> %99, <32 x float> zeroinitializer
+  store <32 x float> %101, ptr %beta38.i, align 16, !tbaa !107
+  %102 = fmul <32 x float> %old_sum.i, %78
+  %103 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %101, <32 x float> %52, <32 x float> %102)
+  %.idx.i = shl nsw i64 %47, 14
+  %104 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %44, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !7
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv59.i = phi i64 [ %indvars.iv.next60.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %106 = shl nuw nsw i64 %indvars.iv59.i, 7
-  %107 = getelementptr inbounds nuw float, ptr %beta32.i, i64 %indvars.iv59.i
-  %108 = load float, ptr %107, align 4, !tbaa !113
-  %109 = insertelement <16 x float> poison, float %108, i64 0
-  %110 = shufflevector <16 x float> %109, <16 x float> poison, <16 x i32> zeroinitializer
-  %111 = getelementptr float, ptr %105, i64 %106
-  %112 = getelementptr inbounds nuw float, ptr %alpha33.i, i64 %indvars.iv59.i
-  %113 = load float, ptr %112, align 4, !tbaa !114
-  %114 = getelementptr inbounds nuw float, ptr %acc.i, i64 %106
-  store <16 x float> zeroinitializer, ptr %114, align 4, !tbaa !4
-  %115 = load <16 x float>, ptr %111, align 4, !tbaa !4
-  %.scalar = fmul float %113, 0.000000e+00
-  %116 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %117 = shufflevector <16 x float> %116, <16 x float> poison, <16 x i32> zeroinitializer
-  %118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %115, <16 x float> %117)
-  store <16 x float> %118, ptr %114, align 4, !tbaa !4
-  %119 = getelementptr inbounds nuw i8, ptr %114, i64 64
-  store <16 x float> zeroinitializer, ptr %119, align 4, !tbaa !4
-  %120 = getelementptr i8, ptr %111, i64 64
-  %121 = load <16 x float>, ptr %120, align 4, !tbaa !4
-  %122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %121, <16 x float> %117)
-  store <16 x float> %122, ptr %119, align 4, !tbaa !4
-  %123 = getelementptr inbounds nuw i8, ptr %114, i64 128
-  store <16 x float> zeroinitializer, ptr %123, align 4, !tbaa !4
-  %124 = getelementptr i8, ptr %111, i64 128
-  %125 = load <16 x float>, ptr %124, align 4, !tbaa !4
-  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %125, <16 x float> %117)
-  store <16 x float> %126, ptr %123, align 4, !tbaa !4
-  %127 = getelementptr inbounds nuw i8, ptr %114, i64 192
-  store <16 x float> zeroinitializer, ptr %127, align 4, !tbaa !4
-  %128 = getelementptr i8, ptr %111, i64 192
-  %129 = load <16 x float>, ptr %128, align 4, !tbaa !4
-  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %129, <16 x float> %117)
-  store <16 x float> %130, ptr %127, align 4, !tbaa !4
-  %131 = getelementptr inbounds nuw i8, ptr %114, i64 256
-  store <16 x float> zeroinitializer, ptr %131, align 4, !tbaa !4
-  %132 = getelementptr i8, ptr %111, i64 256
-  %133 = load <16 x float>, ptr %132, align 4, !tbaa !4
-  %134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %133, <16 x float> %117)
-  store <16 x float> %134, ptr %131, align 4, !tbaa !4
-  %135 = getelementptr inbounds nuw i8, ptr %114, i64 320
-  store <16 x float> zeroinitializer, ptr %135, align 4, !tbaa !4
-  %136 = getelementptr i8, ptr %111, i64 320
-  %137 = load <16 x float>, ptr %136, align 4, !tbaa !4
-  %138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %137, <16 x float> %117)
-  store <16 x float> %138, ptr %135, align 4, !tbaa !4
-  %139 = getelementptr inbounds nuw i8, ptr %114, i64 384
-  store <16 x float> zeroinitializer, ptr %139, align 4, !tbaa !4
-  %140 = getelementptr i8, ptr %111, i64 384
-  %141 = load <16 x float>, ptr %140, align 4, !tbaa !4
-  %142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %141, <16 x float> %117)
-  store <16 x float> %142, ptr %139, align 4, !tbaa !4
-  %143 = getelementptr inbounds nuw i8, ptr %114, i64 448
-  store <16 x float> zeroinitializer, ptr %143, align 4, !tbaa !4
-  %144 = getelementptr i8, ptr %111, i64 448
-  %145 = load <16 x float>, ptr %144, align 4, !tbaa !4
-  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %145, <16 x float> %117)
-  store <16 x float> %146, ptr %143, align 4, !tbaa !4
-  %indvars.iv.next60.i = add nuw nsw i64 %indvars.iv59.i, 1
-  %exitcond62.not.i = icmp eq i64 %indvars.iv.next60.i, 32
-  br i1 %exitcond62.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !21
+  %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
+  %105 = shl nuw nsw i64 %indvars.iv65.i, 7
+  %106 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv65.i
+  %107 = load float, ptr %106, align 4, !tbaa !113
+  %108 = insertelement <16 x float> poison, float %107, i64 0
+  %109 = shufflevector <16 x float> %108, <16 x float> poison, <16 x i32> zeroinitializer
+  %110 = getelementptr float, ptr %104, i64 %105
+  %111 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv65.i
+  %112 = load float, ptr %111, align 4, !tbaa !114
+  %113 = getelementptr inbounds nuw float, ptr %acc.i, i64 %105
+  store <16 x float> zeroinitializer, ptr %113, align 4, !tbaa !4
+  %114 = load <16 x float>, ptr %110, align 4, !tbaa !4
+  %.scalar = fmul float %112, 0.000000e+00
+  %115 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %116 = shufflevector <16 x float> %115, <16 x float> poison, <16 x i32> zeroinitializer
+  %117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %114, <16 x float> %116)
+  store <16 x float> %117, ptr %113, align 4, !tbaa !4
+  %118 = getelementptr inbounds nuw i8, ptr %113, i64 64
+  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !4
+  %119 = getelementptr i8, ptr %110, i64 64
+  %120 = load <16 x float>, ptr %119, align 4, !tbaa !4
+  %121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %120, <16 x float> %116)
+  store <16 x float> %121, ptr %118, align 4, !tbaa !4
+  %122 = getelementptr inbounds nuw i8, ptr %113, i64 128
+  store <16 x float> zeroinitializer, ptr %122, align 4, !tbaa !4
+  %123 = getelementptr i8, ptr %110, i64 128
+  %124 = load <16 x float>, ptr %123, align 4, !tbaa !4
+  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %124, <16 x float> %116)
+  store <16 x float> %125, ptr %122, align 4, !tbaa !4
+  %126 = getelementptr inbounds nuw i8, ptr %113, i64 192
+  store <16 x float> zeroinitializer, ptr %126, align 4, !tbaa !4
+  %127 = getelementptr i8, ptr %110, i64 192
+  %128 = load <16 x float>, ptr %127, align 4, !tbaa !4
+  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %128, <16 x float> %116)
+  store <16 x float> %129, ptr %126, align 4, !tbaa !4
+  %130 = getelementptr inbounds nuw i8, ptr %113, i64 256
+  store <16 x float> zeroinitializer, ptr %130, align 4, !tbaa !4
+  %131 = getelementptr i8, ptr %110, i64 256
+  %132 = load <16 x float>, ptr %131, align 4, !tbaa !4
+  %133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %132, <16 x float> %116)
+  store <16 x float> %133, ptr %130, align 4, !tbaa !4
+  %134 = getelementptr inbounds nuw i8, ptr %113, i64 320
+  store <16 x float> zeroinitializer, ptr %134, align 4, !tbaa !4
+  %135 = getelementptr i8, ptr %110, i64 320
+  %136 = load <16 x float>, ptr %135, align 4, !tbaa !4
+  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %136, <16 x float> %116)
+  store <16 x float> %137, ptr %134, align 4, !tbaa !4
+  %138 = getelementptr inbounds nuw i8, ptr %113, i64 384
+  store <16 x float> zeroinitializer, ptr %138, align 4, !tbaa !4
+  %139 = getelementptr i8, ptr %110, i64 384
+  %140 = load <16 x float>, ptr %139, align 4, !tbaa !4
+  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %140, <16 x float> %116)
+  store <16 x float> %141, ptr %138, align 4, !tbaa !4
+  %142 = getelementptr inbounds nuw i8, ptr %113, i64 448
+  store <16 x float> zeroinitializer, ptr %142, align 4, !tbaa !4
+  %143 = getelementptr i8, ptr %110, i64 448
+  %144 = load <16 x float>, ptr %143, align 4, !tbaa !4
+  %145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %144, <16 x float> %116)
+  store <16 x float> %145, ptr %142, align 4, !tbaa !4
+  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
+  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 32
+  br i1 %exitcond68.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !21
 
 for_end_step.i:                                   ; preds = %for_end_r.i, %for_begin_step.preheader.i
-  %.lcssa42.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %104, %for_end_r.i ]
-  %m41.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
-  store <32 x float> %m41.lcssa.i, ptr %row_max38.i, align 16
-  store <32 x float> %.lcssa42.i, ptr %row_sum37.i, align 16
-  %147 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa42.i
-  %148 = fcmp oeq <32 x float> %.lcssa42.i, zeroinitializer
-  %149 = select <32 x i1> %148, <32 x float> zeroinitializer, <32 x float> %147
-  store <32 x float> %149, ptr %factor36.i, align 16, !tbaa !115
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %103, %for_end_r.i ]
+  %m47.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
+  store <32 x float> %m47.lcssa.i, ptr %row_max43.i, align 16
+  store <32 x float> %.lcssa.i, ptr %row_sum42.i, align 16
+  %146 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %147 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %148 = select <32 x i1> %147, <32 x float> zeroinitializer, <32 x float> %146
+  store <32 x float> %148, ptr %factor37.i, align 16, !tbaa !115
   %sext28 = shl i64 %20, 32
   %cse_v5.i = ashr exact i64 %sext28, 32
-  %150 = mul nsw i64 %out_batch, %cse_v5.i
-  %151 = getelementptr i16, ptr %out, i64 %150
-  br label %for_begin_d_017.preheader.i
+  %149 = mul nsw i64 %out_batch, %cse_v5.i
+  %150 = getelementptr i16, ptr %out, i64 %149
+  br label %for_begin_d_022.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %152 = shl nuw nsw i64 %indvars.iv.i, 7
-  %153 = getelementptr inbounds nuw float, ptr %beta32.i, i64 %indvars.iv.i
-  %154 = load float, ptr %153, align 4, !tbaa !113
-  %155 = insertelement <16 x float> poison, float %154, i64 0
-  %156 = shufflevector <16 x float> %155, <16 x float> poison, <16 x i32> zeroinitializer
-  %157 = getelementptr float, ptr %105, i64 %152
-  %158 = getelementptr inbounds nuw float, ptr %alpha33.i, i64 %indvars.iv.i
-  %159 = load float, ptr %158, align 4, !tbaa !114
-  %160 = insertelement <16 x float> poison, float %159, i64 0
-  %161 = shufflevector <16 x float> %160, <16 x float> poison, <16 x i32> zeroinitializer
-  %162 = load <16 x float>, ptr %157, align 4, !tbaa !4
-  %163 = getelementptr inbounds nuw float, ptr %acc.i, i64 %152
-  %164 = load <16 x float>, ptr %163, align 4, !tbaa !4
-  %165 = fmul <16 x float> %164, %161
-  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %162, <16 x float> %165)
-  store <16 x float> %166, ptr %163, align 4, !tbaa !4
-  %167 = getelementptr i8, ptr %157, i64 64
-  %168 = load <16 x float>, ptr %167, align 4, !tbaa !4
-  %169 = getelementptr inbounds nuw i8, ptr %163, i64 64
-  %170 = load <16 x float>, ptr %169, align 4, !tbaa !4
-  %171 = fmul <16 x float> %161, %170
-  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %168, <16 x float> %171)
-  store <16 x float> %172, ptr %169, align 4, !tbaa !4
-  %173 = getelementptr i8, ptr %157, i64 128
-  %174 = load <16 x float>, ptr %173, align 4, !tbaa !4
-  %175 = getelementptr inbounds nuw i8, ptr %163, i64 128
-  %176 = load <16 x float>, ptr %175, align 4, !tbaa !4
-  %177 = fmul <16 x float> %161, %176
-  %178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %174, <16 x float> %177)
-  store <16 x float> %178, ptr %175, align 4, !tbaa !4
-  %179 = getelementptr i8, ptr %157, i64 192
-  %180 = load <16 x float>, ptr %179, align 4, !tbaa !4
-  %181 = getelementptr inbounds nuw i8, ptr %163, i64 192
-  %182 = load <16 x float>, ptr %181, align 4, !tbaa !4
-  %183 = fmul <16 x float> %161, %182
-  %184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %180, <16 x float> %183)
-  store <16 x float> %184, ptr %181, align 4, !tbaa !4
-  %185 = getelementptr i8, ptr %157, i64 256
-  %186 = load <16 x float>, ptr %185, align 4, !tbaa !4
-  %187 = getelementptr inbounds nuw i8, ptr %163, i64 256
-  %188 = load <16 x float>, ptr %187, align 4, !tbaa !4
-  %189 = fmul <16 x float> %161, %188
-  %190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %186, <16 x float> %189)
-  store <16 x float> %190, ptr %187, align 4, !tbaa !4
-  %191 = getelementptr i8, ptr %157, i64 320
-  %192 = load <16 x float>, ptr %191, align 4, !tbaa !4
-  %193 = getelementptr inbounds nuw i8, ptr %163, i64 320
-  %194 = load <16 x float>, ptr %193, align 4, !tbaa !4
-  %195 = fmul <16 x float> %161, %194
-  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %192, <16 x float> %195)
-  store <16 x float> %196, ptr %193, align 4, !tbaa !4
-  %197 = getelementptr i8, ptr %157, i64 384
-  %198 = load <16 x float>, ptr %197, align 4, !tbaa !4
-  %199 = getelementptr inbounds nuw i8, ptr %163, i64 384
-  %200 = load <16 x float>, ptr %199, align 4, !tbaa !4
-  %201 = fmul <16 x float> %161, %200
-  %202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %198, <16 x float> %201)
-  store <16 x float> %202, ptr %199, align 4, !tbaa !4
-  %203 = getelementptr i8, ptr %157, i64 448
-  %204 = load <16 x float>, ptr %203, align 4, !tbaa !4
-  %205 = getelementptr inbounds nuw i8, ptr %163, i64 448
-  %206 = load <16 x float>, ptr %205, align 4, !tbaa !4
-  %207 = fmul <16 x float> %161, %206
-  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %156, <16 x float> %204, <16 x float> %207)
-  store <16 x float> %208, ptr %205, align 4, !tbaa !4
+  %151 = shl nuw nsw i64 %indvars.iv.i, 7
+  %152 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv.i
+  %153 = load float, ptr %152, align 4, !tbaa !113
+  %154 = insertelement <16 x float> poison, float %153, i64 0
+  %155 = shufflevector <16 x float> %154, <16 x float> poison, <16 x i32> zeroinitializer
+  %156 = getelementptr float, ptr %104, i64 %151
+  %157 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv.i
+  %158 = load float, ptr %157, align 4, !tbaa !114
+  %159 = insertelement <16 x float> poison, float %158, i64 0
+  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
+  %161 = load <16 x float>, ptr %156, align 4, !tbaa !4
+  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %151
+  %163 = load <16 x float>, ptr %162, align 4, !tbaa !4
+  %164 = fmul <16 x float> %163, %160
+  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %161, <16 x float> %164)
+  store <16 x float> %165, ptr %162, align 4, !tbaa !4
+  %166 = getelementptr i8, ptr %156, i64 64
+  %167 = load <16 x float>, ptr %166, align 4, !tbaa !4
+  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !4
+  %170 = fmul <16 x float> %160, %169
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %167, <16 x float> %170)
+  store <16 x float> %171, ptr %168, align 4, !tbaa !4
+  %172 = getelementptr i8, ptr %156, i64 128
+  %173 = load <16 x float>, ptr %172, align 4, !tbaa !4
+  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !4
+  %176 = fmul <16 x float> %160, %175
+  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %173, <16 x float> %176)
+  store <16 x float> %177, ptr %174, align 4, !tbaa !4
+  %178 = getelementptr i8, ptr %156, i64 192
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !4
+  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !4
+  %182 = fmul <16 x float> %160, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %179, <16 x float> %182)
+  store <16 x float> %183, ptr %180, align 4, !tbaa !4
+  %184 = getelementptr i8, ptr %156, i64 256
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !4
+  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !4
+  %188 = fmul <16 x float> %160, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %185, <16 x float> %188)
+  store <16 x float> %189, ptr %186, align 4, !tbaa !4
+  %190 = getelementptr i8, ptr %156, i64 320
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !4
+  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
+  %193 = load <16 x float>, ptr %192, align 4, !tbaa !4
+  %194 = fmul <16 x float> %160, %193
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %191, <16 x float> %194)
+  store <16 x float> %195, ptr %192, align 4, !tbaa !4
+  %196 = getelementptr i8, ptr %156, i64 384
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !4
+  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !4
+  %200 = fmul <16 x float> %160, %199
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %197, <16 x float> %200)
+  store <16 x float> %201, ptr %198, align 4, !tbaa !4
+  %202 = getelementptr i8, ptr %156, i64 448
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !4
+  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !4
+  %206 = fmul <16 x float> %160, %205
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %203, <16 x float> %206)
+  store <16 x float> %207, ptr %204, align 4, !tbaa !4
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !21
 
 for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next64.i = add nuw nsw i64 %indvars.iv63.i, 1
-  %exitcond66.not.i = icmp eq i64 %indvars.iv.next64.i, %wide.trip.count.i
-  br i1 %exitcond66.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
+  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
+  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
+  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
 
-for_begin_d_017.preheader.i:                      ; preds = %for_begin_d_017.preheader.i, %for_end_step.i
-  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_017.preheader.i ]
-  %209 = getelementptr inbounds nuw float, ptr %factor36.i, i64 %indvars.iv72.i
-  %210 = load float, ptr %209, align 4, !tbaa !121
-  %211 = insertelement <16 x float> poison, float %210, i64 0
-  %212 = shufflevector <16 x float> %211, <16 x float> poison, <16 x i32> zeroinitializer
-  %213 = mul nsw i64 %indvars.iv72.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %151, i64 %213
-  %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
-  %214 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %215 = load <16 x float>, ptr %214, align 4, !tbaa !4
-  %216 = fmul <16 x float> %215, %212
-  %217 = bitcast <16 x float> %216 to <16 x i32>
-  %218 = lshr <16 x i32> %217, splat (i32 16)
-  %219 = and <16 x i32> %218, splat (i32 1)
-  %220 = add nuw <16 x i32> %217, splat (i32 32767)
-  %221 = add nuw <16 x i32> %220, %219
-  %222 = lshr <16 x i32> %221, splat (i32 16)
-  %223 = trunc nuw <16 x i32> %222 to <16 x i16>
-  store <16 x i16> %223, ptr %invariant.gep.i, align 2, !tbaa !4
-  %224 = getelementptr inbounds nuw i8, ptr %214, i64 64
-  %225 = load <16 x float>, ptr %224, align 4, !tbaa !4
-  %226 = fmul <16 x float> %212, %225
-  %227 = bitcast <16 x float> %226 to <16 x i32>
-  %228 = lshr <16 x i32> %227, splat (i32 16)
-  %229 = and <16 x i32> %228, splat (i32 1)
-  %230 = add nuw <16 x i32> %227, splat (i32 32767)
-  %231 = add nuw <16 x i32> %230, %229
-  %232 = lshr <16 x i32> %231, splat (i32 16)
-  %233 = trunc nuw <16 x i32> %232 to <16 x i16>
+for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.preheader.i, %for_end_step.i
+  %indvars.iv78.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next79.i, %for_begin_d_022.preheader.i ]
+  %208 = getelementptr inbounds nuw float, ptr %factor37.i, i64 %indvars.iv78.i
+  %209 = load float, ptr %208, align 4, !tbaa !121
+  %210 = insertelement <16 x float> poison, float %209, i64 0
+  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
+  %212 = mul nsw i64 %indvars.iv78.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %150, i64 %212
+  %.idx = shl nuw nsw i64 %indvars.iv78.i, 9
+  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %214 = load <16 x float>, ptr %213, align 4, !tbaa !4
+  %215 = fmul <16 x float> %214, %211
+  %216 = bitcast <16 x float> %215 to <16 x i32>
+  %217 = lshr <16 x i32> %216, splat (i32 16)
+  %218 = and <16 x i32> %217, splat (i32 1)
+  %219 = add nuw <16 x i32> %216, splat (i32 32767)
+  %220 = add nuw <16 x i32> %219, %218
+  %221 = lshr <16 x i32> %220, splat (i32 16)
+  %222 = trunc nuw <16 x i32> %221 to <16 x i16>
+  store <16 x i16> %222, ptr %invariant.gep.i, align 2, !tbaa !4
+  %223 = getelementptr inbounds nuw i8, ptr %213, i64 64
+  %224 = load <16 x float>, ptr %223, align 4, !tbaa !4
+  %225 = fmul <16 x float> %211, %224
+  %226 = bitcast <16 x float> %225 to <16 x i32>
+  %227 = lshr <16 x i32> %226, splat (i32 16)
+  %228 = and <16 x i32> %227, splat (i32 1)
+  %229 = add nuw <16 x i32> %226, splat (i32 32767)
+  %230 = add nuw <16 x i32> %229, %228
+  %231 = lshr <16 x i32> %230, splat (i32 16)
+  %232 = trunc nuw <16 x i32> %231 to <16 x i16>
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %233, ptr %gep.1.i, align 2, !tbaa !4
-  %234 = getelementptr inbounds nuw i8, ptr %214, i64 128
-  %235 = load <16 x float>, ptr %234, align 4, !tbaa !4
-  %236 = fmul <16 x float> %212, %235
-  %237 = bitcast <16 x float> %236 to <16 x i32>
-  %238 = lshr <16 x i32> %237, splat (i32 16)
-  %239 = and <16 x i32> %238, splat (i32 1)
-  %240 = add nuw <16 x i32> %237, splat (i32 32767)
-  %241 = add nuw <16 x i32> %240, %239
-  %242 = lshr <16 x i32> %241, splat (i32 16)
-  %243 = trunc nuw <16 x i32> %242 to <16 x i16>
+  store <16 x i16> %232, ptr %gep.1.i, align 2, !tbaa !4
+  %233 = getelementptr inbounds nuw i8, ptr %213, i64 128
+  %234 = load <16 x float>, ptr %233, align 4, !tbaa !4
+  %235 = fmul <16 x float> %211, %234
+  %236 = bitcast <16 x float> %235 to <16 x i32>
+  %237 = lshr <16 x i32> %236, splat (i32 16)
+  %238 = and <16 x i32> %237, splat (i32 1)
+  %239 = add nuw <16 x i32> %236, splat (i32 32767)
+  %240 = add nuw <16 x i32> %239, %238
+  %241 = lshr <16 x i32> %240, splat (i32 16)
+  %242 = trunc nuw <16 x i32> %241 to <16 x i16>
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %243, ptr %gep.2.i, align 2, !tbaa !4
-  %244 = getelementptr inbounds nuw i8, ptr %214, i64 192
-  %245 = load <16 x float>, ptr %244, align 4, !tbaa !4
-  %246 = fmul <16 x float> %212, %245
-  %247 = bitcast <16 x float> %246 to <16 x i32>
-  %248 = lshr <16 x i32> %247, splat (i32 16)
-  %249 = and <16 x i32> %248, splat (i32 1)
-  %250 = add nuw <16 x i32> %247, splat (i32 32767)
-  %251 = add nuw <16 x i32> %250, %249
-  %252 = lshr <16 x i32> %251, splat (i32 16)
-  %253 = trunc nuw <16 x i32> %252 to <16 x i16>
+  store <16 x i16> %242, ptr %gep.2.i, align 2, !tbaa !4
+  %243 = getelementptr inbounds nuw i8, ptr %213, i64 192
+  %244 = load <16 x float>, ptr %243, align 4, !tbaa !4
+  %245 = fmul <16 x float> %211, %244
+  %246 = bitcast <16 x float> %245 to <16 x i32>
+  %247 = lshr <16 x i32> %246, splat (i32 16)
+  %248 = and <16 x i32> %247, splat (i32 1)
+  %249 = add nuw <16 x i32> %246, splat (i32 32767)
+  %250 = add nuw <16 x i32> %249, %248
+  %251 = lshr <16 x i32> %250, splat (i32 16)
+  %252 = trunc nuw <16 x i32> %251 to <16 x i16>
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %253, ptr %gep.3.i, align 2, !tbaa !4
-  %254 = getelementptr inbounds nuw i8, ptr %214, i64 256
-  %255 = load <16 x float>, ptr %254, align 4, !tbaa !4
-  %256 = fmul <16 x float> %212, %255
-  %257 = bitcast <16 x float> %256 to <16 x i32>
-  %258 = lshr <16 x i32> %257, splat (i32 16)
-  %259 = and <16 x i32> %258, splat (i32 1)
-  %260 = add nuw <16 x i32> %257, splat (i32 32767)
-  %261 = add nuw <16 x i32> %260, %259
-  %262 = lshr <16 x i32> %261, splat (i32 16)
-  %263 = trunc nuw <16 x i32> %262 to <16 x i16>
+  store <16 x i16> %252, ptr %gep.3.i, align 2, !tbaa !4
+  %253 = getelementptr inbounds nuw i8, ptr %213, i64 256
+  %254 = load <16 x float>, ptr %253, align 4, !tbaa !4
+  %255 = fmul <16 x float> %211, %254
+  %256 = bitcast <16 x float> %255 to <16 x i32>
+  %257 = lshr <16 x i32> %256, splat (i32 16)
+  %258 = and <16 x i32> %257, splat (i32 1)
+  %259 = add nuw <16 x i32> %256, splat (i32 32767)
+  %260 = add nuw <16 x i32> %259, %258
+  %261 = lshr <16 x i32> %260, splat (i32 16)
+  %262 = trunc nuw <16 x i32> %261 to <16 x i16>
   %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %263, ptr %gep.4.i, align 2, !tbaa !4
-  %264 = getelementptr inbounds nuw i8, ptr %214, i64 320
-  %265 = load <16 x float>, ptr %264, align 4, !tbaa !4
-  %266 = fmul <16 x float> %212, %265
-  %267 = bitcast <16 x float> %266 to <16 x i32>
-  %268 = lshr <16 x i32> %267, splat (i32 16)
-  %269 = and <16 x i32> %268, splat (i32 1)
-  %270 = add nuw <16 x i32> %267, splat (i32 32767)
-  %271 = add nuw <16 x i32> %270, %269
-  %272 = lshr <16 x i32> %271, splat (i32 16)
-  %273 = trunc nuw <16 x i32> %272 to <16 x i16>
+  store <16 x i16> %262, ptr %gep.4.i, align 2, !tbaa !4
+  %263 = getelementptr inbounds nuw i8, ptr %213, i64 320
+  %264 = load <16 x float>, ptr %263, align 4, !tbaa !4
+  %265 = fmul <16 x float> %211, %264
+  %266 = bitcast <16 x float> %265 to <16 x i32>
+  %267 = lshr <16 x i32> %266, splat (i32 16)
+  %268 = and <16 x i32> %267, splat (i32 1)
+  %269 = add nuw <16 x i32> %266, splat (i32 32767)
+  %270 = add nuw <16 x i32> %269, %268
+  %271 = lshr <16 x i32> %270, splat (i32 16)
+  %272 = trunc nuw <16 x i32> %271 to <16 x i16>
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %273, ptr %gep.5.i, align 2, !tbaa !4
-  %274 = getelementptr inbounds nuw i8, ptr %214, i64 384
-  %275 = load <16 x float>, ptr %274, align 4, !tbaa !4
-  %276 = fmul <16 x float> %212, %275
-  %277 = bitcast <16 x float> %276 to <16 x i32>
-  %278 = lshr <16 x i32> %277, splat (i32 16)
-  %279 = and <16 x i32> %278, splat (i32 1)
-  %280 = add nuw <16 x i32> %277, splat (i32 32767)
-  %281 = add nuw <16 x i32> %280, %279
-  %282 = lshr <16 x i32> %281, splat (i32 16)
-  %283 = trunc nuw <16 x i32> %282 to <16 x i16>
+  store <16 x i16> %272, ptr %gep.5.i, align 2, !tbaa !4
+  %273 = getelementptr inbounds nuw i8, ptr %213, i64 384
+  %274 = load <16 x float>, ptr %273, align 4, !tbaa !4
+  %275 = fmul <16 x float> %211, %274
+  %276 = bitcast <16 x float> %275 to <16 x i32>
+  %277 = lshr <16 x i32> %276, splat (i32 16)
+  %278 = and <16 x i32> %277, splat (i32 1)
+  %279 = add nuw <16 x i32> %276, splat (i32 32767)
+  %280 = add nuw <16 x i32> %279, %278
+  %281 = lshr <16 x i32> %280, splat (i32 16)
+  %282 = trunc nuw <16 x i32> %281 to <16 x i16>
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %283, ptr %gep.6.i, align 2, !tbaa !4
-  %284 = getelementptr inbounds nuw i8, ptr %214, i64 448
-  %285 = load <16 x float>, ptr %284, align 4, !tbaa !4
-  %286 = fmul <16 x float> %212, %285
-  %287 = bitcast <16 x float> %286 to <16 x i32>
-  %288 = lshr <16 x i32> %287, splat (i32 16)
-  %289 = and <16 x i32> %288, splat (i32 1)
-  %290 = add nuw <16 x i32> %287, splat (i32 32767)
-  %291 = add nuw <16 x i32> %290, %289
-  %292 = lshr <16 x i32> %291, splat (i32 16)
-  %293 = trunc nuw <16 x i32> %292 to <16 x i16>
+  store <16 x i16> %282, ptr %gep.6.i, align 2, !tbaa !4
+  %283 = getelementptr inbounds nuw i8, ptr %213, i64 448
+  %284 = load <16 x float>, ptr %283, align 4, !tbaa !4
+  %285 = fmul <16 x float> %211, %284
+  %286 = bitcast <16 x float> %285 to <16 x i32>
+  %287 = lshr <16 x i32> %286, splat (i32 16)
+  %288 = and <16 x i32> %287, splat (i32 1)
+  %289 = add nuw <16 x i32> %286, splat (i32 32767)
+  %290 = add nuw <16 x i32> %289, %288
+  %291 = lshr <16 x i32> %290, splat (i32 16)
+  %292 = trunc nuw <16 x i32> %291 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %293, ptr %gep.7.i, align 2, !tbaa !4
-  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
-  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
-  br i1 %exitcond75.not.i, label %for_begin_h22.preheader.i, label %for_begin_d_017.preheader.i, !prof !21
+  store <16 x i16> %292, ptr %gep.7.i, align 2, !tbaa !4
+  %indvars.iv.next79.i = add nuw nsw i64 %indvars.iv78.i, 1
+  %exitcond81.not.i = icmp eq i64 %indvars.iv.next79.i, 32
+  br i1 %exitcond81.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !21
 
-for_begin_h22.preheader.i:                        ; preds = %for_begin_d_017.preheader.i
-  %294 = mul nsw i64 %lse_batch, %cse_v5.i
-  %295 = getelementptr float, ptr %lse, i64 %294
-  br label %for_body_h23.i
+for_begin_r27.preheader.i:                        ; preds = %for_begin_d_022.preheader.i
+  %293 = mul nsw i64 %lse_batch, %cse_v5.i
+  %294 = getelementptr float, ptr %lse, i64 %293
+  br label %for_body_r28.i
 
-for_body_h23.i:                                   ; preds = %if_end28.i.3, %for_begin_h22.preheader.i
-  %indvars.iv76.i = phi i64 [ 0, %for_begin_h22.preheader.i ], [ %indvars.iv.next77.i.3, %if_end28.i.3 ]
-  %296 = getelementptr inbounds nuw float, ptr %row_sum37.i, i64 %indvars.iv76.i
-  %297 = load float, ptr %296, align 16, !tbaa !122
-  %298 = fcmp oeq float %297, 0.000000e+00
-  br i1 %298, label %if_end28.i, label %if_else.i
+for_body_r28.i:                                   ; preds = %if_end33.i.3, %for_begin_r27.preheader.i
+  %indvars.iv82.i = phi i64 [ 0, %for_begin_r27.preheader.i ], [ %indvars.iv.next83.i.3, %if_end33.i.3 ]
+  %295 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv82.i
+  %296 = load float, ptr %295, align 16, !tbaa !122
+  %297 = fcmp oeq float %296, 0.000000e+00
+  br i1 %297, label %if_end33.i, label %if_else.i
 
-for_end_h24.i:                                    ; preds = %if_end28.i.3
-  %299 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %300 = tail call i32 %299(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %300, 0
+for_end_r29.i:                                    ; preds = %if_end33.i.3
+  %298 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %299 = tail call i32 %298(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %299, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-if_else.i:                                        ; preds = %for_body_h23.i
-  %301 = tail call float @llvm.log.f32(float %297)
-  %302 = getelementptr inbounds nuw float, ptr %row_max38.i, i64 %indvars.iv76.i
-  %303 = load float, ptr %302, align 16, !tbaa !124
-  %304 = fadd float %301, %303
-  br label %if_end28.i
+if_else.i:                                        ; preds = %for_body_r28.i
+  %300 = tail call float @llvm.log.f32(float %296)
+  %301 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv82.i
+  %302 = load float, ptr %301, align 16, !tbaa !124
+  %303 = fadd float %300, %302
+  br label %if_end33.i
 
-if_end28.i:                                       ; preds = %if_else.i, %for_body_h23.i
-  %305 = phi float [ %304, %if_else.i ], [ 0xFFF0000000000000, %for_body_h23.i ]
-  %306 = getelementptr float, ptr %295, i64 %indvars.iv76.i
-  store float %305, ptr %306, align 4, !tbaa !4
-  %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
-  %307 = getelementptr inbounds nuw float, ptr %row_sum37.i, i64 %indvars.iv.next77.i
-  %308 = load float, ptr %307, align 4, !tbaa !122
-  %309 = fcmp oeq float %308, 0.000000e+00
-  br i1 %309, label %if_end28.i.1, label %if_else.i.1
+if_end33.i:                                       ; preds = %if_else.i, %for_body_r28.i
+  %304 = phi float [ %303, %if_else.i ], [ 0xFFF0000000000000, %for_body_r28.i ]
+  %305 = getelementptr float, ptr %294, i64 %indvars.iv82.i
+  store float %304, ptr %305, align 4, !tbaa !4
+  %indvars.iv.next83.i = or disjoint i64 %indvars.iv82.i, 1
+  %306 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i
+  %307 = load float, ptr %306, align 4, !tbaa !122
+  %308 = fcmp oeq float %307, 0.000000e+00
+  br i1 %308, label %if_end33.i.1, label %if_else.i.1
 
-if_else.i.1:                                      ; preds = %if_end28.i
-  %310 = tail call float @llvm.log.f32(float %308)
-  %311 = getelementptr inbounds nuw float, ptr %row_max38.i, i64 %indvars.iv.next77.i
-  %312 = load float, ptr %311, align 4, !tbaa !124
-  %313 = fadd float %310, %312
-  br label %if_end28.i.1
+if_else.i.1:                                      ; preds = %if_end33.i
+  %309 = tail call float @llvm.log.f32(float %307)
+  %310 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i
+  %311 = load float, ptr %310, align 4, !tbaa !124
+  %312 = fadd float %309, %311
+  br label %if_end33.i.1
 
-if_end28.i.1:                                     ; preds = %if_else.i.1, %if_end28.i
-  %314 = phi float [ %313, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end28.i ]
-  %315 = getelementptr float, ptr %295, i64 %indvars.iv.next77.i
-  store float %314, ptr %315, align 4, !tbaa !4
-  %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
-  %316 = getelementptr inbounds nuw float, ptr %row_sum37.i, i64 %indvars.iv.next77.i.1
-  %317 = load float, ptr %316, align 8, !tbaa !122
-  %318 = fcmp oeq float %317, 0.000000e+00
-  br i1 %318, label %if_end28.i.2, label %if_else.i.2
+if_end33.i.1:                                     ; preds = %if_else.i.1, %if_end33.i
+  %313 = phi float [ %312, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end33.i ]
+  %314 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i
+  store float %313, ptr %314, align 4, !tbaa !4
+  %indvars.iv.next83.i.1 = or disjoint i64 %indvars.iv82.i, 2
+  %315 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.1
+  %316 = load float, ptr %315, align 8, !tbaa !122
+  %317 = fcmp oeq float %316, 0.000000e+00
+  br i1 %317, label %if_end33.i.2, label %if_else.i.2
 
-if_else.i.2:                                      ; preds = %if_end28.i.1
-  %319 = tail call float @llvm.log.f32(float %317)
-  %320 = getelementptr inbounds nuw float, ptr %row_max38.i, i64 %indvars.iv.next77.i.1
-  %321 = load float, ptr %320, align 8, !tbaa !124
-  %322 = fadd float %319, %321
-  br label %if_end28.i.2
+if_else.i.2:                                      ; preds = %if_end33.i.1
+  %318 = tail call float @llvm.log.f32(float %316)
+  %319 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.1
+  %320 = load float, ptr %319, align 8, !tbaa !124
+  %321 = fadd float %318, %320
+  br label %if_end33.i.2
 
-if_end28.i.2:                                     ; preds = %if_else.i.2, %if_end28.i.1
-  %323 = phi float [ %322, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end28.i.1 ]
-  %324 = getelementptr float, ptr %295, i64 %indvars.iv.next77.i.1
-  store float %323, ptr %324, align 4, !tbaa !4
-  %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
-  %325 = getelementptr inbounds nuw float, ptr %row_sum37.i, i64 %indvars.iv.next77.i.2
-  %326 = load float, ptr %325, align 4, !tbaa !122
-  %327 = fcmp oeq float %326, 0.000000e+00
-  br i1 %327, label %if_end28.i.3, label %if_else.i.3
+if_end33.i.2:                                     ; preds = %if_else.i.2, %if_end33.i.1
+  %322 = phi float [ %321, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end33.i.1 ]
+  %323 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.1
+  store float %322, ptr %323, align 4, !tbaa !4
+  %indvars.iv.next83.i.2 = or disjoint i64 %indvars.iv82.i, 3
+  %324 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.2
+  %325 = load float, ptr %324, align 4, !tbaa !122
+  %326 = fcmp oeq float %325, 0.000000e+00
+  br i1 %326, label %if_end33.i.3, label %if_else.i.3
 
-if_else.i.3:                                      ; preds = %if_end28.i.2
-  %328 = tail call float @llvm.log.f32(float %326)
-  %329 = getelementptr inbounds nuw float, ptr %row_max38.i, i64 %indvars.iv.next77.i.2
-  %330 = load float, ptr %329, align 4, !tbaa !124
-  %331 = fadd float %328, %330
-  br label %if_end28.i.3
+if_else.i.3:                                      ; preds = %if_end33.i.2
+  %327 = tail call float @llvm.log.f32(float %325)
+  %328 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.2
+  %329 = load float, ptr %328, align 4, !tbaa !124
+  %330 = fadd float %327, %329
+  br label %if_end33.i.3
 
-if_end28.i.3:                                     ; preds = %if_else.i.3, %if_end28.i.2
-  %332 = phi float [ %331, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end28.i.2 ]
-  %333 = getelementptr float, ptr %295, i64 %indvars.iv.next77.i.2
-  store float %332, ptr %333, align 4, !tbaa !4
-  %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
-  %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_h24.i, label %for_body_h23.i, !prof !21, !llvm.loop !126
+if_end33.i.3:                                     ; preds = %if_else.i.3, %if_end33.i.2
+  %331 = phi float [ %330, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end33.i.2 ]
+  %332 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.2
+  store float %331, ptr %332, align 4, !tbaa !4
+  %indvars.iv.next83.i.3 = add nuw nsw i64 %indvars.iv82.i, 4
+  %exitcond85.not.i.3 = icmp eq i64 %indvars.iv.next83.i.3, 32
+  br i1 %exitcond85.not.i.3, label %for_end_r29.i, label %for_body_r28.i, !prof !21, !llvm.loop !126
 
-merge_partials_compute_.exit:                     ; preds = %for_end_h24.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_h24.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta32.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha33.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor36.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum37.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max38.i)
+merge_partials_compute_.exit:                     ; preds = %for_end_r29.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r29.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor37.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta38.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha39.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum42.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max43.i)
   ret i32 %common.ret.op.i
 }
 

@@ -18,15 +18,15 @@ num_blocks = TypeVar("num_blocks")
 num_tokens = TypeVar("num_tokens")
 batch = TypeVar("batch")
 k_span = TypeVar("k_span")
+lse_batch = TypeVar("lse_batch")
 max_blocks = TypeVar("max_blocks")
+out_batch = TypeVar("out_batch")
+out_head = TypeVar("out_head")
 q_batch = TypeVar("q_batch")
 q_head = TypeVar("q_head")
 slots = TypeVar("slots")
 table_seq = TypeVar("table_seq")
 v_span = TypeVar("v_span")
-lse_batch = TypeVar("lse_batch")
-out_batch = TypeVar("out_batch")
-out_head = TypeVar("out_head")
 @I.ir_module
 class Module:
     @T.prim_func(s_tir=True)
@@ -70,7 +70,7 @@ class Module:
                                     cache[T.Div(target, T.int64(16)), head_begin + vh, T.Div(T.truncmod(target, T.int64(16)), T.int64(2)), T.Cast("int64", vd * 2) + T.truncmod(T.truncmod(target, T.int64(16)), T.int64(2))] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def fused_decode(query: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
+    def fused_decode(query: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -93,14 +93,14 @@ class Module:
                         row_start: T.let[T.int32] = 0
                         head_start: T.let[T.int32] = vtile * 4 + row_start
                         with T.sblock("load_query"):
-                            T.reads(query[seq, head_start:head_start + (4 - T.max(row_start, 0)), 0:128])
+                            T.reads(query[seq, head_start:head_start + 4, 0:128])
                             T.writes(q_tile[vtile, 0:4, 0:64])
                             for r, d in T.grid(4, 64):
                                 with T.sblock("q_tile"):
                                     vr, vd = T.axis.remap("SS", [r, d])
                                     T.reads(query[seq, head_start + vr, vd * 2:vd * 2 + 2])
                                     T.writes(q_tile[vtile, vr, vd])
-                                    q_tile[vtile, vr, vd] = T.if_then_else(vr < T.min(4 - row_start, 4), T.reinterpret("int32", T.Cast("float32", query[seq, head_start + vr, 2 * vd])) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[seq, head_start + vr, 2 * vd + 1])), 0)
+                                    q_tile[vtile, vr, vd] = T.if_then_else(vr < 4, T.reinterpret("int32", T.Cast("float32", query[seq, head_start + vr, 2 * vd])) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[seq, head_start + vr, 2 * vd + 1])), 0)
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
@@ -161,17 +161,18 @@ class Module:
                                         tile_sum = T.sblock_alloc_buffer((1, 4))
                                         tile_acc = T.sblock_alloc_buffer((1, 4, 128))
                                         prob_pairs = T.sblock_alloc_buffer((1, 4, 64), "int32")
-                                        tile_index: T.let[T.int32] = vkv + vgt
+                                        first_tile: T.let[T.int32] = vkv + vgt
                                         with T.sblock("qk_matmul"):
-                                            T.reads(q_tile[tile_index, 0:4, 0:64], key_cache[0:k_span], key_cache[0:k_span], key_offsets[0:256])
+                                            T.reads(q_tile[first_tile, 0:4, 0:64], key_cache[0:k_span], key_cache[0:k_span], key_offsets[0:256])
                                             T.writes(scores[0, 0:4, 0:128])
                                             scores_global = T.sblock_alloc_buffer((1, 4, (valid_len + 31) // 32 * 32))
-                                            for to_m, n_0_m in T.grid((valid_len + 32 - 1) // 32, 1):
+                                            for __m, to_m, n_0_m in T.grid(1, (valid_len + 32 - 1) // 32, 1):
                                                 for r_1_init in T.unroll(4):
                                                     for ti_0_init in T.unroll(2):
                                                         for ti_1_init in T.vectorized(16):
                                                             with T.sblock("scores_init"):
                                                                 vt = T.axis.spatial(128, to_m * 32 + ti_0_init * 16 + ti_1_init)
+                                                                vi = T.axis.spatial(1, __m)
                                                                 vr = T.axis.spatial(4, n_0_m * 4 + r_1_init)
                                                                 T.reads()
                                                                 T.writes(scores_global[0, vr, vt])
@@ -192,11 +193,12 @@ class Module:
                                                                     for ti_1 in T.vectorized(16):
                                                                         with T.sblock("scores_update"):
                                                                             vt = T.axis.spatial(128, to_m * 32 + ti_0 * 16 + ti_1)
+                                                                            vi = T.axis.spatial(1, __m)
                                                                             vr = T.axis.spatial(4, n_0_m * 4 + r_1)
                                                                             vd = T.axis.reduce(64, n_1_m * 4 + d_1 * 2 + d_2)
-                                                                            T.reads(scores_global[0, vr, vt], q_tile[tile_index, vr, vd], key_cache[key_offsets[vt // 16 * 16] + k_now + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
+                                                                            T.reads(scores_global[0, vr, vt], q_tile[first_tile + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + k_now + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
                                                                             T.writes(scores_global[0, vr, vt])
-                                                                            scores_global[0, vr, vt] = scores_global[0, vr, vt] + (T.reinterpret("float32", q_tile[tile_index, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + k_now + T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16)] << 16) + T.reinterpret("float32", q_tile[tile_index, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + k_now + T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16)] & -65536))
+                                                                            scores_global[0, vr, vt] = scores_global[0, vr, vt] + (T.reinterpret("float32", q_tile[first_tile + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16)] << 16) + T.reinterpret("float32", q_tile[first_tile + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16)] & -65536))
                                                 for ax0 in range(1):
                                                     for ax1 in T.unroll(4):
                                                         for ax2_0 in T.unroll(2):
@@ -207,160 +209,166 @@ class Module:
                                                                     T.reads(scores_global[v0, v1, v2])
                                                                     T.writes(scores[v0, v1, v2])
                                                                     scores[v0, v1, v2] = scores_global[v0, v1, v2]
-                                        with T.sblock("softmax_prepare"):
-                                            T.reads(scores[0, 0:4, 0:128])
-                                            T.writes(probs[0, 0:4, 0:128], tile_max[0, 0:4], tile_sum[0, 0:4])
-                                            scaled = T.sblock_alloc_buffer((4, 128))
-                                            peak = T.sblock_alloc_buffer((4,))
-                                            exact = T.sblock_alloc_buffer((4, 128))
-                                            peak_rf = T.sblock_alloc_buffer((4, 32))
-                                            peak_rf_global = T.sblock_alloc_buffer((4, 32))
-                                            tile_sum_rf = T.sblock_alloc_buffer((1, 4, 32))
-                                            tile_sum_rf_global = T.sblock_alloc_buffer((1, 4, 32))
-                                            for r, to in T.grid(4, num_groups):
-                                                for ti in T.vectorized(32):
-                                                    with T.sblock("scaled"):
-                                                        vo = T.axis.spatial(4, to)
-                                                        vi, vr = T.axis.remap("SS", [ti, r])
-                                                        T.reads(scores[0, vr, vo * 32 + vi])
-                                                        T.writes(scaled[vr, vo * 32 + vi])
-                                                        scaled[vr, vo * 32 + vi] = T.Select(vi < valid_len - vo * 32, scores[0, vr, vo * 32 + vi] * scale, T.float32("-inf"))
-                                            for r in range(4):
-                                                for ax0_init in T.vectorized(32):
-                                                    for ax2_init in range(1):
-                                                        with T.sblock("peak_rf_init"):
-                                                            vti = T.axis.spatial(32, ax0_init)
-                                                            vr = T.axis.spatial(4, r + ax2_init)
+                                        for tile in range(1):
+                                            with T.sblock("softmax"):
+                                                vslot = T.axis.spatial(1, tile)
+                                                T.reads()
+                                                T.writes()
+                                                with T.sblock("softmax_prepare"):
+                                                    T.reads(scores[vslot, 0:4, 0:128])
+                                                    T.writes(probs[vslot, 0:4, 0:128], tile_max[vslot, 0:4], tile_sum[vslot, 0:4])
+                                                    scaled = T.sblock_alloc_buffer((4, 128))
+                                                    peak = T.sblock_alloc_buffer((4,))
+                                                    exact = T.sblock_alloc_buffer((4, 128))
+                                                    peak_rf = T.sblock_alloc_buffer((4, 32))
+                                                    peak_rf_global = T.sblock_alloc_buffer((4, 32))
+                                                    tile_sum_rf = T.sblock_alloc_buffer((1, 4, 32))
+                                                    tile_sum_rf_global = T.sblock_alloc_buffer((1, 4, 32))
+                                                    for r, to in T.grid(4, num_groups):
+                                                        for ti in T.vectorized(32):
+                                                            with T.sblock("scaled"):
+                                                                vo = T.axis.spatial(4, to)
+                                                                vi, vr = T.axis.remap("SS", [ti, r])
+                                                                T.reads(scores[vslot, vr, vo * 32 + vi])
+                                                                T.writes(scaled[vr, vo * 32 + vi])
+                                                                scaled[vr, vo * 32 + vi] = T.Select(vi < valid_len - vo * 32, scores[vslot, vr, vo * 32 + vi] * scale, T.float32("-inf"))
+                                                    for r in range(4):
+                                                        for ax0_init in T.vectorized(32):
+                                                            for ax2_init in range(1):
+                                                                with T.sblock("peak_rf_init"):
+                                                                    vti = T.axis.spatial(32, ax0_init)
+                                                                    vr = T.axis.spatial(4, r + ax2_init)
+                                                                    T.reads()
+                                                                    T.writes(peak_rf_global[vr, vti])
+                                                                    peak_rf_global[vr, vti] = T.float32(-340282346638528859811704183484516925440.0)
+                                                        for ax1 in range(num_groups):
+                                                            for ax0 in T.vectorized(32):
+                                                                for ax2 in range(1):
+                                                                    with T.sblock("peak_rf_update"):
+                                                                        vti, vto = T.axis.remap("SR", [ax0, ax1])
+                                                                        vr = T.axis.spatial(4, r + ax2)
+                                                                        T.reads(peak_rf_global[vr, vti], scaled[vr, vto * 32 + vti])
+                                                                        T.writes(peak_rf_global[vr, vti])
+                                                                        peak_rf_global[vr, vti] = T.max(peak_rf_global[vr, vti], scaled[vr, vto * 32 + vti])
+                                                        for ax0 in range(1):
+                                                            for ax1 in T.vectorized(32):
+                                                                with T.sblock("peak.rf_global"):
+                                                                    v0 = T.axis.spatial(4, r + ax0)
+                                                                    v1 = T.axis.spatial(32, ax1)
+                                                                    T.reads(peak_rf_global[v0, v1])
+                                                                    T.writes(peak_rf[v0, v1])
+                                                                    peak_rf[v0, v1] = peak_rf_global[v0, v1]
+                                                        with T.sblock("peak_init"):
+                                                            vr = T.axis.spatial(4, r)
                                                             T.reads()
-                                                            T.writes(peak_rf_global[vr, vti])
-                                                            peak_rf_global[vr, vti] = T.float32(-340282346638528859811704183484516925440.0)
-                                                for ax1 in range(num_groups):
-                                                    for ax0 in T.vectorized(32):
-                                                        for ax2 in range(1):
-                                                            with T.sblock("peak_rf_update"):
-                                                                vti, vto = T.axis.remap("SR", [ax0, ax1])
-                                                                vr = T.axis.spatial(4, r + ax2)
-                                                                T.reads(peak_rf_global[vr, vti], scaled[vr, vto * 32 + vti])
-                                                                T.writes(peak_rf_global[vr, vti])
-                                                                peak_rf_global[vr, vti] = T.max(peak_rf_global[vr, vti], scaled[vr, vto * 32 + vti])
-                                                for ax0 in range(1):
-                                                    for ax1 in T.vectorized(32):
-                                                        with T.sblock("peak.rf_global"):
-                                                            v0 = T.axis.spatial(4, r + ax0)
-                                                            v1 = T.axis.spatial(32, ax1)
-                                                            T.reads(peak_rf_global[v0, v1])
-                                                            T.writes(peak_rf[v0, v1])
-                                                            peak_rf[v0, v1] = peak_rf_global[v0, v1]
-                                                with T.sblock("peak_init"):
-                                                    vr = T.axis.spatial(4, r)
-                                                    T.reads()
-                                                    T.writes(peak[vr])
-                                                    peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                for ti in T.unroll(32):
-                                                    with T.sblock("peak_update"):
-                                                        vti, vr = T.axis.remap("RS", [ti, r])
-                                                        T.reads(peak[vr], peak_rf[vr, vti])
-                                                        T.writes(peak[vr])
-                                                        peak[vr] = T.max(peak[vr], peak_rf[vr, vti])
-                                            for r in range(4):
-                                                with T.sblock("tile_max"):
-                                                    vr = T.axis.spatial(4, r)
-                                                    T.reads(peak[vr])
-                                                    T.writes(tile_max[0, vr])
-                                                    tile_max[0, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                            for r, to in T.grid(4, num_groups):
-                                                for ti in T.vectorized(32):
-                                                    with T.sblock("exact"):
-                                                        vt = T.axis.spatial(128, to * 32 + ti)
-                                                        vr = T.axis.spatial(4, r)
-                                                        T.reads(scaled[vr, vt], tile_max[0, vr])
-                                                        T.writes(exact[vr, vt])
-                                                        arg: T.let[T.float32] = scaled[vr, vt] - tile_max[0, vr]
-                                                        bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                        n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
-                                                        f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                        high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                                        series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                                        power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                                                        exact[vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                                            for r, to in T.grid(4, num_groups):
-                                                for ti in T.vectorized(32):
-                                                    with T.sblock("probs"):
-                                                        vt = T.axis.spatial(128, to * 32 + ti)
-                                                        vr = T.axis.spatial(4, r)
-                                                        T.reads(exact[vr, vt])
-                                                        T.writes(probs[0, vr, vt])
-                                                        probs[0, vr, vt] = T.reinterpret("float32", T.reinterpret("int32", exact[vr, vt]) + 32767 + (T.reinterpret("int32", exact[vr, vt]) >> 16 & 1) & -65536)
-                                            for r in range(4):
-                                                for ax0_init in T.vectorized(32):
-                                                    for ax2_init in range(1):
-                                                        with T.sblock("tile_sum_rf_init"):
-                                                            vti = T.axis.spatial(32, ax0_init)
-                                                            vr = T.axis.spatial(4, r + ax2_init)
+                                                            T.writes(peak[vr])
+                                                            peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
+                                                        for ti in T.unroll(32):
+                                                            with T.sblock("peak_update"):
+                                                                vti, vr = T.axis.remap("RS", [ti, r])
+                                                                T.reads(peak[vr], peak_rf[vr, vti])
+                                                                T.writes(peak[vr])
+                                                                peak[vr] = T.max(peak[vr], peak_rf[vr, vti])
+                                                    for r in range(4):
+                                                        with T.sblock("tile_max"):
+                                                            vr = T.axis.spatial(4, r)
+                                                            T.reads(peak[vr])
+                                                            T.writes(tile_max[vslot, vr])
+                                                            tile_max[vslot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
+                                                    for r, to in T.grid(4, num_groups):
+                                                        for ti in T.vectorized(32):
+                                                            with T.sblock("exact"):
+                                                                vt = T.axis.spatial(128, to * 32 + ti)
+                                                                vr = T.axis.spatial(4, r)
+                                                                T.reads(scaled[vr, vt], tile_max[vslot, vr])
+                                                                T.writes(exact[vr, vt])
+                                                                arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vslot, vr]
+                                                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                                                n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                                                f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                                                high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
+                                                                series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
+                                                                power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                                                exact[vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                                    for r, to in T.grid(4, num_groups):
+                                                        for ti in T.vectorized(32):
+                                                            with T.sblock("probs"):
+                                                                vt = T.axis.spatial(128, to * 32 + ti)
+                                                                vr = T.axis.spatial(4, r)
+                                                                T.reads(exact[vr, vt])
+                                                                T.writes(probs[vslot, vr, vt])
+                                                                probs[vslot, vr, vt] = T.reinterpret("float32", T.reinterpret("int32", exact[vr, vt]) + 32767 + (T.reinterpret("int32", exact[vr, vt]) >> 16 & 1) & -65536)
+                                                    for r in range(4):
+                                                        for ax0_init in T.vectorized(32):
+                                                            for ax2_init in range(1):
+                                                                with T.sblock("tile_sum_rf_init"):
+                                                                    vti = T.axis.spatial(32, ax0_init)
+                                                                    vr = T.axis.spatial(4, r + ax2_init)
+                                                                    T.reads()
+                                                                    T.writes(tile_sum_rf_global[vslot, vr, vti])
+                                                                    tile_sum_rf_global[vslot, vr, vti] = T.float32(0.0)
+                                                        for ax1 in range(num_groups):
+                                                            for ax0 in T.vectorized(32):
+                                                                for ax2 in range(1):
+                                                                    with T.sblock("tile_sum_rf_update"):
+                                                                        vti, vto = T.axis.remap("SR", [ax0, ax1])
+                                                                        vr = T.axis.spatial(4, r + ax2)
+                                                                        T.reads(tile_sum_rf_global[vslot, vr, vti], probs[vslot, vr, vto * 32 + vti])
+                                                                        T.writes(tile_sum_rf_global[vslot, vr, vti])
+                                                                        tile_sum_rf_global[vslot, vr, vti] = tile_sum_rf_global[vslot, vr, vti] + probs[vslot, vr, vto * 32 + vti]
+                                                        for ax0, ax1 in T.grid(1, 1):
+                                                            for ax2 in T.vectorized(32):
+                                                                with T.sblock("tile_sum.rf_global"):
+                                                                    v0 = T.axis.spatial(1, vslot + ax0)
+                                                                    v1 = T.axis.spatial(4, r + ax1)
+                                                                    v2 = T.axis.spatial(32, ax2)
+                                                                    T.reads(tile_sum_rf_global[v0, v1, v2])
+                                                                    T.writes(tile_sum_rf[v0, v1, v2])
+                                                                    tile_sum_rf[v0, v1, v2] = tile_sum_rf_global[v0, v1, v2]
+                                                        with T.sblock("tile_sum_init"):
+                                                            vr = T.axis.spatial(4, r)
                                                             T.reads()
-                                                            T.writes(tile_sum_rf_global[0, vr, vti])
-                                                            tile_sum_rf_global[0, vr, vti] = T.float32(0.0)
-                                                for ax1 in range(num_groups):
-                                                    for ax0 in T.vectorized(32):
-                                                        for ax2 in range(1):
-                                                            with T.sblock("tile_sum_rf_update"):
-                                                                vti, vto = T.axis.remap("SR", [ax0, ax1])
-                                                                vr = T.axis.spatial(4, r + ax2)
-                                                                T.reads(tile_sum_rf_global[0, vr, vti], probs[0, vr, vto * 32 + vti])
-                                                                T.writes(tile_sum_rf_global[0, vr, vti])
-                                                                tile_sum_rf_global[0, vr, vti] = tile_sum_rf_global[0, vr, vti] + probs[0, vr, vto * 32 + vti]
-                                                for ax0, ax1 in T.grid(1, 1):
-                                                    for ax2 in T.vectorized(32):
-                                                        with T.sblock("tile_sum.rf_global"):
-                                                            v0 = T.axis.spatial(1, ax0)
-                                                            v1 = T.axis.spatial(4, r + ax1)
-                                                            v2 = T.axis.spatial(32, ax2)
-                                                            T.reads(tile_sum_rf_global[v0, v1, v2])
-                                                            T.writes(tile_sum_rf[v0, v1, v2])
-                                                            tile_sum_rf[v0, v1, v2] = tile_sum_rf_global[v0, v1, v2]
-                                                with T.sblock("tile_sum_init"):
-                                                    vr = T.axis.spatial(4, r)
-                                                    T.reads()
-                                                    T.writes(tile_sum[0, vr])
-                                                    tile_sum[0, vr] = T.float32(0.0)
-                                                for ti in T.unroll(32):
-                                                    with T.sblock("tile_sum_update"):
-                                                        vti, vr = T.axis.remap("RS", [ti, r])
-                                                        T.reads(tile_sum[0, vr], tile_sum_rf[0, vr, vti])
-                                                        T.writes(tile_sum[0, vr])
-                                                        tile_sum[0, vr] = tile_sum[0, vr] + tile_sum_rf[0, vr, vti]
-                                        with T.sblock("pair_probs"):
-                                            T.reads(probs[0, 0:4, 0:128])
-                                            T.writes(prob_pairs[0, 0:4, 0:64])
-                                            for r, to in T.grid(4, num_groups):
-                                                with T.sblock("pairs_o"):
-                                                    vt_o, vr_o = T.axis.remap("SS", [to, r])
-                                                    T.reads(probs[0, vr_o, vt_o * 32:vt_o * 32 + 32])
-                                                    T.writes(prob_pairs[0, vr_o, vt_o * 16:vt_o * 16 + 16])
-                                                    pairs = T.match_buffer(prob_pairs[0, vr_o, vt_o * 16:vt_o * 16 + 16], (16,), "int32", offset_factor=1)
-                                                    numbers = T.match_buffer(probs[0, vr_o, vt_o * 32:vt_o * 32 + 32], (32,), offset_factor=1)
-                                                    evens: T.let[T.float32x16] = T.Shuffle([numbers[T.Ramp(0, 1, 32)]], [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30])
-                                                    odds: T.let[T.float32x16] = T.Shuffle([numbers[T.Ramp(0, 1, 32)]], [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31])
-                                                    low: T.let[T.int32x16] = T.reinterpret("int32x16", evens) >> T.Broadcast(16, 16) & T.Broadcast(65535, 16)
-                                                    pairs[0:16] = low | T.reinterpret("int32x16", odds)
+                                                            T.writes(tile_sum[vslot, vr])
+                                                            tile_sum[vslot, vr] = T.float32(0.0)
+                                                        for ti in T.unroll(32):
+                                                            with T.sblock("tile_sum_update"):
+                                                                vti, vr = T.axis.remap("RS", [ti, r])
+                                                                T.reads(tile_sum[vslot, vr], tile_sum_rf[vslot, vr, vti])
+                                                                T.writes(tile_sum[vslot, vr])
+                                                                tile_sum[vslot, vr] = tile_sum[vslot, vr] + tile_sum_rf[vslot, vr, vti]
+                                                with T.sblock("pair_probs"):
+                                                    T.reads(probs[vslot, 0:4, 0:128])
+                                                    T.writes(prob_pairs[vslot, 0:4, 0:64])
+                                                    for r, to in T.grid(4, num_groups):
+                                                        with T.sblock("pairs_o"):
+                                                            vt_o, vr_o = T.axis.remap("SS", [to, r])
+                                                            T.reads(probs[vslot, vr_o, vt_o * 32:vt_o * 32 + 32])
+                                                            T.writes(prob_pairs[vslot, vr_o, vt_o * 16:vt_o * 16 + 16])
+                                                            pairs = T.match_buffer(prob_pairs[vslot, vr_o, vt_o * 16:vt_o * 16 + 16], (16,), "int32", offset_factor=1)
+                                                            numbers = T.match_buffer(probs[vslot, vr_o, vt_o * 32:vt_o * 32 + 32], (32,), offset_factor=1)
+                                                            evens: T.let[T.float32x16] = T.Shuffle([numbers[T.Ramp(0, 1, 32)]], [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30])
+                                                            odds: T.let[T.float32x16] = T.Shuffle([numbers[T.Ramp(0, 1, 32)]], [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31])
+                                                            low: T.let[T.int32x16] = T.reinterpret("int32x16", evens) >> T.Broadcast(16, 16) & T.Broadcast(65535, 16)
+                                                            pairs[0:16] = low | T.reinterpret("int32x16", odds)
                                         num_full: T.let[T.int32] = valid_len // 32
                                         with T.sblock("pv_matmul"):
                                             T.reads(prob_pairs[0, 0:4, 0:64], value_cache[0:v_span], value_cache[0:v_span], value_offsets[0:256])
                                             T.writes(tile_acc[0, 0:4, 0:128])
-                                            full_acc = T.sblock_alloc_buffer((4, 128))
+                                            full_acc = T.sblock_alloc_buffer((1, 4, 128))
                                             fetched = T.sblock_alloc_buffer((128, 4), "int8")
-                                            full_acc_global = T.sblock_alloc_buffer((4, 128))
-                                            for r_0, d_0 in T.grid(1, 4):
+                                            full_acc_global = T.sblock_alloc_buffer((1, 4, 128))
+                                            for i, r_0, d_0 in T.grid(1, 1, 4):
                                                 for d_1_init in T.unroll(2):
                                                     for d_3_init in T.unroll(1):
                                                         for r_1_init in T.unroll(4):
                                                             for d_2_init in T.vectorized(16):
                                                                 with T.sblock("full_groups_init"):
+                                                                    vi = T.axis.spatial(1, i)
                                                                     vr = T.axis.spatial(4, r_0 * 4 + r_1_init)
                                                                     vd = T.axis.spatial(128, d_0 * 32 + d_1_init * 16 + d_2_init + d_3_init)
                                                                     T.reads()
-                                                                    T.writes(full_acc_global[vr, vd])
-                                                                    full_acc_global[vr, vd] = T.float32(0.0)
+                                                                    T.writes(full_acc_global[vi, vr, vd])
+                                                                    full_acc_global[vi, vr, vd] = T.float32(0.0)
                                                 for to in range(num_full):
                                                     for ax0, ax1, ax2 in T.grid(1, 32, 1):
                                                         with T.sblock("prefetch_values"):
@@ -379,121 +387,159 @@ class Module:
                                                                     for d_2 in T.vectorized(16):
                                                                         with T.sblock("full_groups_update"):
                                                                             vt = T.axis.reduce(64, to * 16 + ti)
+                                                                            vi = T.axis.spatial(1, i)
                                                                             vr = T.axis.spatial(4, r_0 * 4 + r_1)
                                                                             vd = T.axis.spatial(128, d_0 * 32 + d_1 * 16 + d_2 + d_3)
-                                                                            T.reads(full_acc_global[vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], fetched[vt * 2:vt * 2 + 2, vd * 4 // 128])
-                                                                            T.writes(full_acc_global[vr, vd])
-                                                                            full_acc_global[vr, vd] = full_acc_global[vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + v_now + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + v_now + T.Cast("int64", vd)] & -65536))
-                                                for ax0 in T.unroll(4):
-                                                    for ax1_0 in T.unroll(2):
-                                                        for ax1_1 in T.vectorized(16):
-                                                            with T.sblock("full_acc_global"):
-                                                                v0 = T.axis.spatial(4, ax0)
-                                                                v1 = T.axis.spatial(128, d_0 * 32 + ax1_0 * 16 + ax1_1)
-                                                                T.reads(full_acc_global[v0, v1])
-                                                                T.writes(full_acc[v0, v1])
-                                                                full_acc[v0, v1] = full_acc_global[v0, v1]
-                                            for r_init, d_0_init, d_2_init in T.grid(4, 8, 1):
-                                                for d_1_init in T.vectorized(16):
-                                                    with T.sblock("tile_acc_init"):
-                                                        vr = T.axis.spatial(4, r_init)
-                                                        vd = T.axis.spatial(128, d_0_init * 16 + d_1_init + d_2_init)
-                                                        T.reads()
-                                                        T.writes(tile_acc[0, vr, vd])
-                                                        tile_acc[0, vr, vd] = full_acc[vr, vd]
-                                            for ti, r, d_0, d_2 in T.grid((valid_len % 32 + 2 - 1) // 2, 4, 8, 1):
-                                                for d_1 in T.vectorized(16):
-                                                    with T.sblock("tile_acc_update"):
-                                                        vt = T.axis.reduce(64, ti + num_full * 16)
-                                                        vr = T.axis.spatial(4, r)
-                                                        vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
-                                                        T.reads(tile_acc[0, vr, vd], full_acc[vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
-                                                        T.writes(tile_acc[0, vr, vd])
-                                                        tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + v_now + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535)) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + v_now + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535) & -65536))
-                                        with T.sblock("online_update"):
-                                            T.reads(tile_max[0, 0:4], tile_sum[0, 0:4], tile_acc[0, 0:4, 0:128], row_max[tile_index, 0:4], row_sum[tile_index, 0:4])
-                                            T.writes(row_max[tile_index, 0:4], row_sum[tile_index, 0:4], acc[tile_index, 0:4, 0:128])
-                                            new_max = T.sblock_alloc_buffer((4,))
-                                            new_sum = T.sblock_alloc_buffer((4,))
-                                            alpha = T.sblock_alloc_buffer((4,))
-                                            beta = T.sblock_alloc_buffer((4,))
-                                            for r in T.vectorized(4):
-                                                with T.sblock("rescale"):
-                                                    vr = T.axis.spatial(4, r)
-                                                    T.reads(row_max[tile_index, vr], row_sum[tile_index, vr], tile_max[0, vr], tile_sum[0, vr])
-                                                    T.writes(new_max[vr], alpha[vr], beta[vr])
-                                                    old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[tile_index, vr])
-                                                    old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[tile_index, vr])
-                                                    both: T.let[T.float32] = T.max(old_max, tile_max[0, vr])
-                                                    old_or_both: T.let[T.float32] = T.Select(tile_sum[0, vr] == T.float32(0.0), old_max, both)
-                                                    m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[0, vr], old_or_both)
-                                                    new_max[vr] = m
-                                                    arg: T.let[T.float32] = old_max - m
-                                                    bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                    n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
-                                                    f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
-                                                    high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
-                                                    series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
-                                                    power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
-                                                    alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                                                    arg_1: T.let[T.float32] = tile_max[0, vr] - m
-                                                    bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
-                                                    n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
-                                                    f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
-                                                    high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
-                                                    series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
-                                                    power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
-                                                    beta[vr] = T.Select(tile_sum[0, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
-                                            for r in T.vectorized(4):
-                                                with T.sblock("new_sum"):
-                                                    vr = T.axis.spatial(4, r)
-                                                    T.reads(row_sum[tile_index, vr], alpha[vr], beta[vr], tile_sum[0, vr])
-                                                    T.writes(new_sum[vr])
-                                                    previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[tile_index, vr])
-                                                    new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[0, vr]
-                                            for r in T.vectorized(4):
-                                                with T.sblock("row"):
-                                                    vr = T.axis.spatial(4, r)
-                                                    T.reads(new_max[vr], new_sum[vr])
-                                                    T.writes(row_max[tile_index, vr], row_sum[tile_index, vr])
-                                                    row_max[tile_index, vr] = new_max[vr]
-                                                    row_sum[tile_index, vr] = new_sum[vr]
-                                            for r, d_0, d_2 in T.grid(4, 8, 1):
-                                                for d_1 in T.vectorized(16):
-                                                    with T.sblock("acc"):
-                                                        vr = T.axis.spatial(4, r)
-                                                        vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
-                                                        vstep_1 = T.axis.reduce(num_steps, vstep)
-                                                        T.reads(alpha[vr], beta[vr], tile_acc[0, vr, vd])
-                                                        T.writes(acc[tile_index, vr, vd])
-                                                        with T.init():
-                                                            acc[tile_index, vr, vd] = T.float32(0.0)
-                                                        acc[tile_index, vr, vd] = alpha[vr] * acc[tile_index, vr, vd] + beta[vr] * tile_acc[0, vr, vd]
+                                                                            T.reads(full_acc_global[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], fetched[vt * 2:vt * 2 + 2, vd * 4 // 128])
+                                                                            T.writes(full_acc_global[vi, vr, vd])
+                                                                            full_acc_global[vi, vr, vd] = full_acc_global[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
+                                                for ax0 in T.unroll(1):
+                                                    for ax1 in T.unroll(4):
+                                                        for ax2_0 in T.unroll(2):
+                                                            for ax2_1 in T.vectorized(16):
+                                                                with T.sblock("full_acc_global"):
+                                                                    v0, v1 = T.axis.remap("SS", [ax0, ax1])
+                                                                    v2 = T.axis.spatial(128, d_0 * 32 + ax2_0 * 16 + ax2_1)
+                                                                    T.reads(full_acc_global[v0, v1, v2])
+                                                                    T.writes(full_acc[v0, v1, v2])
+                                                                    full_acc[v0, v1, v2] = full_acc_global[v0, v1, v2]
+                                            for i in range(1):
+                                                for r_init, d_0_init, d_2_init in T.grid(4, 8, 1):
+                                                    for d_1_init in T.vectorized(16):
+                                                        with T.sblock("tile_acc_init"):
+                                                            vi, vr = T.axis.remap("SS", [i, r_init])
+                                                            vd = T.axis.spatial(128, d_0_init * 16 + d_1_init + d_2_init)
+                                                            T.reads()
+                                                            T.writes(tile_acc[0, vr, vd])
+                                                            tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
+                                                for ti, r, d_0, d_2 in T.grid((valid_len % 32 + 2 - 1) // 2, 4, 8, 1):
+                                                    for d_1 in T.vectorized(16):
+                                                        with T.sblock("tile_acc_update"):
+                                                            vt = T.axis.reduce(64, ti + num_full * 16)
+                                                            vi, vr = T.axis.remap("SS", [i, r])
+                                                            vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
+                                                            T.reads(tile_acc[0, vr, vd], full_acc[vi, vr, vd], prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
+                                                            T.writes(tile_acc[0, vr, vd])
+                                                            tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535)) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535) & -65536))
+                                        for tile in range(1):
+                                            with T.sblock("update"):
+                                                vslot = T.axis.spatial(1, tile)
+                                                T.reads()
+                                                T.writes()
+                                                with T.sblock("online_update"):
+                                                    T.reads(tile_max[vslot, 0:4], tile_sum[vslot, 0:4], tile_acc[vslot, 0:4, 0:128], row_max[first_tile + vslot, 0:4], row_sum[first_tile + vslot, 0:4])
+                                                    T.writes(row_max[first_tile + vslot, 0:4], row_sum[first_tile + vslot, 0:4], acc[first_tile + vslot, 0:4, 0:128])
+                                                    new_max = T.sblock_alloc_buffer((4,))
+                                                    new_sum = T.sblock_alloc_buffer((4,))
+                                                    alpha = T.sblock_alloc_buffer((4,))
+                                                    beta = T.sblock_alloc_buffer((4,))
+                                                    for r in T.vectorized(4):
+                                                        with T.sblock("rescale"):
+                                                            vr = T.axis.spatial(4, r)
+                                                            T.reads(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr], tile_max[vslot, vr], tile_sum[vslot, vr])
+                                                            T.writes(new_max[vr], alpha[vr], beta[vr])
+                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first_tile + vslot, vr])
+                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
+                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vslot, vr])
+                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vslot, vr] == T.float32(0.0), old_max, both)
+                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vslot, vr], old_or_both)
+                                                            new_max[vr] = m
+                                                            arg: T.let[T.float32] = old_max - m
+                                                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                                            n: T.let[T.float32] = T.Cast("float32", bits - 1262485504)
+                                                            f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
+                                                            high: T.let[T.float32] = ((T.float32(0.000198756915) * f + T.float32(0.0013981999507)) * f + T.float32(0.0083334519072999994)) * f + T.float32(0.041665795893999998)
+                                                            series: T.let[T.float32] = ((high * f + T.float32(0.16666665458999999)) * f + T.float32(0.50000001200999999)) * f * f + f + T.float32(1.0)
+                                                            power: T.let[T.float32] = T.reinterpret("float32", bits + 127 << 23)
+                                                            alpha[vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                                            arg_1: T.let[T.float32] = tile_max[vslot, vr] - m
+                                                            bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12582912.0))
+                                                            n_1: T.let[T.float32] = T.Cast("float32", bits_1 - 1262485504)
+                                                            f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
+                                                            high_1: T.let[T.float32] = ((T.float32(0.000198756915) * f_1 + T.float32(0.0013981999507)) * f_1 + T.float32(0.0083334519072999994)) * f_1 + T.float32(0.041665795893999998)
+                                                            series_1: T.let[T.float32] = ((high_1 * f_1 + T.float32(0.16666665458999999)) * f_1 + T.float32(0.50000001200999999)) * f_1 * f_1 + f_1 + T.float32(1.0)
+                                                            power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 + 127 << 23)
+                                                            beta[vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                                                    for r in T.vectorized(4):
+                                                        with T.sblock("new_sum"):
+                                                            vr = T.axis.spatial(4, r)
+                                                            T.reads(row_sum[first_tile + vslot, vr], alpha[vr], beta[vr], tile_sum[vslot, vr])
+                                                            T.writes(new_sum[vr])
+                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
+                                                            new_sum[vr] = alpha[vr] * previous + beta[vr] * tile_sum[vslot, vr]
+                                                    for r in T.vectorized(4):
+                                                        with T.sblock("row"):
+                                                            vr = T.axis.spatial(4, r)
+                                                            T.reads(new_max[vr], new_sum[vr])
+                                                            T.writes(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr])
+                                                            row_max[first_tile + vslot, vr] = new_max[vr]
+                                                            row_sum[first_tile + vslot, vr] = new_sum[vr]
+                                                    with T.sblock("rescale_acc"):
+                                                        T.reads(tile_acc[vslot, 0:4, 0:128], alpha[0:4], beta[0:4])
+                                                        T.writes(acc[first_tile + vslot, 0:4, 0:128])
+                                                        for r, d_0 in T.grid(4, 8):
+                                                            for d_1 in T.vectorized(16):
+                                                                with T.sblock("acc"):
+                                                                    vr = T.axis.spatial(4, r)
+                                                                    vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                                                    vstep_1 = T.axis.reduce(num_steps, vstep)
+                                                                    T.reads(alpha[vr], beta[vr], tile_acc[vslot, vr, vd])
+                                                                    T.writes(acc[first_tile + vslot, vr, vd])
+                                                                    with T.init():
+                                                                        acc[first_tile + vslot, vr, vd] = T.float32(0.0)
+                                                                    acc[first_tile + vslot, vr, vd] = alpha[vr] * acc[first_tile + vslot, vr, vd] + beta[vr] * tile_acc[vslot, vr, vd]
                 for tile in range(8):
-                    with T.sblock("partial"):
+                    with T.sblock("result"):
                         vtile = T.axis.spatial(8, tile)
                         T.reads()
                         T.writes()
                         first_row: T.let[T.int32] = 0
                         first_head: T.let[T.int32] = vtile * 4 + first_row
-                        with T.sblock("store_partial"):
-                            T.reads(row_max[vtile, 0:4], row_sum[vtile, 0:4], acc[vtile, 0:4, 0:128])
-                            T.writes(partial_max[partial_start + vs, first_head:first_head + (4 - T.max(first_row, 0))], partial_sum[partial_start + vs, first_head:first_head + (4 - T.max(first_row, 0))], partial_acc[partial_start + vs, first_head:first_head + (4 - T.max(first_row, 0)), 0:128])
-                            for r in range(4 - T.max(first_row, 0)):
-                                with T.sblock("store_row"):
-                                    vr = T.axis.spatial(4, r)
-                                    T.reads(row_max[vtile, vr], row_sum[vtile, vr])
-                                    T.writes(partial_max[partial_start + vs, first_head + vr], partial_sum[partial_start + vs, first_head + vr])
-                                    partial_max[partial_start + vs, first_head + vr] = row_max[vtile, vr]
-                                    partial_sum[partial_start + vs, first_head + vr] = row_sum[vtile, vr]
-                            for r, d_0, d_2 in T.grid(T.min(4 - first_row, 4), 8, 1):
-                                for d_1 in T.vectorized(16):
-                                    with T.sblock("store_acc"):
+                        if partial_start < 0:
+                            with T.sblock("normalize"):
+                                T.reads(row_max[vtile, 0:4], row_sum[vtile, 0:4], acc[vtile, 0:4, 0:128])
+                                T.writes(out[seq, first_head:first_head + 4, 0:128], lse[seq, first_head:first_head + 4])
+                                factor = T.sblock_alloc_buffer((4,))
+                                for r in T.vectorized(4):
+                                    with T.sblock("factor"):
                                         vr = T.axis.spatial(4, r)
-                                        vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
-                                        T.reads(acc[vtile, vr, vd])
-                                        T.writes(partial_acc[partial_start + vs, first_head + vr, vd])
-                                        partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vr, vd]
+                                        T.reads(row_sum[vtile, vr])
+                                        T.writes(factor[vr])
+                                        total: T.let[T.float32] = row_sum[vtile, vr]
+                                        factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
+                                for r, d_0 in T.grid(4, 8):
+                                    for d_1 in T.vectorized(16):
+                                        with T.sblock("out"):
+                                            vr = T.axis.spatial(4, r)
+                                            vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                            T.reads(acc[vtile, vr, vd], factor[vr])
+                                            T.writes(out[seq, first_head + vr, vd])
+                                            out[seq, first_head + vr, vd] = T.Cast("bfloat16", acc[vtile, vr, vd] * factor[vr])
+                                for r in range(4):
+                                    with T.sblock("lse"):
+                                        vr = T.axis.spatial(4, r)
+                                        T.reads(row_sum[vtile, vr], row_max[vtile, vr])
+                                        T.writes(lse[seq, first_head + vr])
+                                        lse[seq, first_head + vr] = T.Select(row_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), row_max[vtile, vr] + T.log(row_sum[vtile, vr]))
+                        else:
+                            with T.sblock("store_partial"):
+                                T.reads(row_max[vtile, 0:4], row_sum[vtile, 0:4], acc[vtile, 0:4, 0:128])
+                                T.writes(partial_max[partial_start + vs, first_head:first_head + 4], partial_sum[partial_start + vs, first_head:first_head + 4], partial_acc[partial_start + vs, first_head:first_head + 4, 0:128])
+                                for r in range(4):
+                                    with T.sblock("store_row"):
+                                        vr = T.axis.spatial(4, r)
+                                        T.reads(row_max[vtile, vr], row_sum[vtile, vr])
+                                        T.writes(partial_max[partial_start + vs, first_head + vr], partial_sum[partial_start + vs, first_head + vr])
+                                        partial_max[partial_start + vs, first_head + vr] = row_max[vtile, vr]
+                                        partial_sum[partial_start + vs, first_head + vr] = row_sum[vtile, vr]
+                                for r, d_0 in T.grid(4, 8):
+                                    for d_1 in T.vectorized(16):
+                                        with T.sblock("store_acc"):
+                                            vr = T.axis.spatial(4, r)
+                                            vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                            T.reads(acc[vtile, vr, vd])
+                                            T.writes(partial_acc[partial_start + vs, first_head + vr, vd])
+                                            partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vr, vd]
 
     @T.prim_func(s_tir=True)
     def merge_partials(partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):
@@ -501,7 +547,6 @@ class Module:
         row_max = T.sblock_alloc_buffer((1, 32))
         row_sum = T.sblock_alloc_buffer((1, 32))
         acc = T.sblock_alloc_buffer((1, 32, 128))
-        factor = T.sblock_alloc_buffer((32,))
         for step in range(num_partials):
             with T.sblock("partial"):
                 vstep = T.axis.opaque(num_partials, step)
@@ -556,34 +601,42 @@ class Module:
                             T.writes(row_max[0, vr], row_sum[0, vr])
                             row_max[0, vr] = new_max[vr]
                             row_sum[0, vr] = new_sum[vr]
-                    for r, d_0, d_2 in T.grid(32, 8, 1):
-                        for d_1 in T.vectorized(16):
-                            with T.sblock("acc"):
-                                vr = T.axis.spatial(32, r)
-                                vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
-                                vstep_1 = T.axis.reduce(num_partials, vstep)
-                                T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
-                                T.writes(acc[0, vr, vd])
-                                with T.init():
-                                    acc[0, vr, vd] = T.float32(0.0)
-                                acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
-        for h in T.vectorized(32):
-            with T.sblock("factor"):
-                vh = T.axis.spatial(32, h)
-                T.reads(row_sum[0, vh])
-                T.writes(factor[vh])
-                factor[vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32(0.0), T.float32(1.0) / row_sum[0, vh])
-        for h, d_0, d_2 in T.grid(32, 8, 1):
-            for d_1 in T.vectorized(16):
-                with T.sblock("out"):
-                    vh = T.axis.spatial(32, h)
-                    vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
-                    T.reads(acc[0, vh, vd], factor[vh])
-                    T.writes(out[seq, vh, vd])
-                    out[seq, vh, vd] = T.Cast("bfloat16", acc[0, vh, vd] * factor[vh])
-        for h in range(32):
-            with T.sblock("lse"):
-                vh = T.axis.spatial(32, h)
-                T.reads(row_sum[0, vh], row_max[0, vh])
-                T.writes(lse[seq, vh])
-                lse[seq, vh] = T.Select(row_sum[0, vh] == T.float32(0.0), T.float32("-inf"), row_max[0, vh] + T.log(row_sum[0, vh]))
+                    with T.sblock("rescale_acc"):
+                        T.reads(partial_acc[slot, 0:32, 0:128], alpha[0:32], beta[0:32])
+                        T.writes(acc[0, 0:32, 0:128])
+                        for r, d_0 in T.grid(32, 8):
+                            for d_1 in T.vectorized(16):
+                                with T.sblock("acc"):
+                                    vr = T.axis.spatial(32, r)
+                                    vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                                    vstep_1 = T.axis.reduce(num_partials, vstep)
+                                    T.reads(alpha[vr], beta[vr], partial_acc[slot, vr, vd])
+                                    T.writes(acc[0, vr, vd])
+                                    with T.init():
+                                        acc[0, vr, vd] = T.float32(0.0)
+                                    acc[0, vr, vd] = alpha[vr] * acc[0, vr, vd] + beta[vr] * partial_acc[slot, vr, vd]
+        with T.sblock("normalize"):
+            T.reads(row_max[0, 0:32], row_sum[0, 0:32], acc[0, 0:32, 0:128])
+            T.writes(out[seq, 0:32, 0:128], lse[seq, 0:32])
+            factor = T.sblock_alloc_buffer((32,))
+            for r in T.vectorized(32):
+                with T.sblock("factor"):
+                    vr = T.axis.spatial(32, r)
+                    T.reads(row_sum[0, vr])
+                    T.writes(factor[vr])
+                    total: T.let[T.float32] = row_sum[0, vr]
+                    factor[vr] = T.Select(total == T.float32(0.0), T.float32(0.0), T.float32(1.0) / total)
+            for r, d_0 in T.grid(32, 8):
+                for d_1 in T.vectorized(16):
+                    with T.sblock("out"):
+                        vr = T.axis.spatial(32, r)
+                        vd = T.axis.spatial(128, d_0 * 16 + d_1)
+                        T.reads(acc[0, vr, vd], factor[vr])
+                        T.writes(out[seq, vr, vd])
+                        out[seq, vr, vd] = T.Cast("bfloat16", acc[0, vr, vd] * factor[vr])
+            for r in range(32):
+                with T.sblock("lse"):
+                    vr = T.axis.spatial(32, r)
+                    T.reads(row_sum[0, vr], row_max[0, vr])
+                    T.writes(lse[seq, vr])
+                    lse[seq, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr]))
