@@ -18,7 +18,10 @@ class Fault:
     tests: str
 
 
-_DECODE = "test_decode.py test_poison.py test_invariance.py"
+_DECODE = (
+    "test_decode.py::test_every_length_to_three_blocks test_decode.py::test_lengths_around_the_splits "
+    "test_poison.py test_decode.py test_invariance.py"
+)
 _KERNELS = "pa_compiler/kernels/"
 
 FAULTS = {

@@ -183,8 +183,9 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                                                 T.reads()
                                                 T.writes()
                                                 softmax_stage(
-                                                    scores, probs, tile_max, tile_sum, vslot, scale, valid_len, num_groups
-                                                )
+                                                    scores, probs, tile_max, tile_sum, vslot, scale, valid_len,
+                                                    num_groups,
+                                                )  # fmt: skip
                                                 if tiling.dot_pairs:
                                                     pairs_stage(probs, prob_pairs, vslot, num_groups)
                                         weights = T.meta_var(prob_pairs if tiling.dot_pairs else probs)
