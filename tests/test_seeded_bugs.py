@@ -59,6 +59,7 @@ def test_a_fault_is_caught(number, tmp_path, count, figure):
     file = places[folder].joinpath(*rest)
     file.write_text(file.read_text().replace(fault.right, fault.wrong))
     run = run_tests(tmp_path, fault.tests)
-    assert run.returncode == 1, f"{_SAMPLE[number]}: survived\n{run.stdout[-2000:]}{run.stderr[-2000:]}"
-    assert re.search(r"^(FAILED|ERROR) ", run.stdout, re.MULTILINE), run.stdout[-2000:]
+    failed = run.returncode == 1 and re.search(r"^(FAILED|ERROR) ", run.stdout, re.MULTILINE)
+    crashed = run.returncode < 0  # a fault that reads where nothing is may end the process
+    assert failed or crashed, f"{_SAMPLE[number]}: survived\n{run.stdout[-2000:]}{run.stderr[-2000:]}"
     figure("faults caught", 1)
