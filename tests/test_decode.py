@@ -18,6 +18,7 @@ from tolerances import assert_close_to_oracle, assert_same_bits
 
 from pa_compiler import PagedAttentionSpec
 from pa_compiler.cases import CASES
+from pa_compiler.tiling import KV_TILE
 
 SHAPES = [  # heads, kv heads, head_dim; the seed's cases have 16 and 64 heads of 16, 128 and 256
     (1, 1, 8), (2, 1, 16), (3, 1, 64), (4, 1, 80), (5, 1, 96), (6, 1, 112), (7, 1, 192), (8, 1, 1), (12, 1, 7),
@@ -121,6 +122,13 @@ def test_lengths_around_the_splits(compiled, block_size, pipeline):
     spec = BLOCK_SIZES[block_size]
     around = [2048 * ranges + offset for ranges in (1, 2, 3) for offset in (-5, -1, 0, 1, 2, 5)]
     check(compiled(spec, pipeline), make_inputs(spec, [*around, 0, 1, 8192]))
+
+
+@pytest.mark.parametrize("name", ["float32", "float32_MQA", "bfloat16_HND", "bfloat16_packed"])
+def test_lengths_around_the_tiles(compiled, name):
+    """Whole tiles may be read in another order than those that are not: every length to one and a half, and others."""
+    spec = SHARED[name]
+    check(compiled(spec), make_inputs(spec, [*range(3 * KV_TILE // 2), *range(2 * KV_TILE - 9, 2 * KV_TILE + 2)]))
 
 
 def test_131072_tokens(compiled):
