@@ -7,6 +7,7 @@ import math
 import mmap
 import os
 import signal
+import threading
 import warnings
 
 import numpy as np
@@ -30,19 +31,24 @@ def assert_same(actual, expected):
 
 
 @every_spec
-def test_threads(compiled, spec, pipeline):
+@pytest.mark.scorecard(6)
+def test_threads(compiled, spec, pipeline, count, figure):
+    """Short sequences that share a work item, and long ones that are cut into ranges."""
     module, inputs = compiled(spec, pipeline), make_inputs(spec, LENGTHS)
     module.num_threads = 1
     expected = decode(module, inputs)
-    for threads in (2, 3, 8, 2, 1):
+    reruns = count(5, 100)
+    for threads in (2, 3, 4, 8, 2, 1):
         module.num_threads = threads
-        for _ in range(5):
+        for _ in range(reruns):
             assert_same(decode(module, inputs), expected)
+    figure("reruns", 6 * reruns)
 
 
 @every_spec
+@pytest.mark.scorecard(5)
 @pytest.mark.parametrize("length", [0, 1, 37, 2500])
-def test_alone_and_at_every_position(compiled, spec, pipeline, length):
+def test_alone_and_at_every_position(compiled, spec, pipeline, length, figure):
     """Of batches that end just before, at and after a chunk of 16."""
     module = compiled(spec, pipeline)
     inputs = make_inputs(spec, [*np.random.default_rng(3).integers(0, 70, 33), length])
@@ -53,15 +59,19 @@ def test_alone_and_at_every_position(compiled, spec, pipeline, length):
             order[position] = 33
             out, lse = decode(module, inputs.take(order))
             assert_same((out[position : position + 1], lse[position : position + 1]), alone)
+        figure("positions", batch)
 
 
 @every_spec
-def test_places_of_blocks(compiled, spec, pipeline):
+@pytest.mark.scorecard(4)
+def test_places_of_blocks(compiled, spec, pipeline, count, figure):
     module = compiled(spec, pipeline)
     expected = decode(module, make_inputs(spec, LENGTHS, placement=0))
-    for placement in range(1, 20):
-        moved = make_inputs(spec, LENGTHS, placement=placement, spare_blocks=placement * 7)
+    relocations = count(19, 100)
+    for placement in range(1, relocations + 1):
+        moved = make_inputs(spec, LENGTHS, placement=placement, spare_blocks=placement % 20 * 7)
         assert_same(decode(module, moved), expected)
+    figure("relocations", relocations)
 
 
 def interleaved(inputs):
@@ -188,26 +198,68 @@ def test_cache_of_more_than_2_to_the_32_elements(compiled, spec, pipeline):
 
 
 @every_spec
-def test_calls_at_once(compiled, spec, pipeline):
-    module = compiled(spec, pipeline)
-    batches = [make_inputs(spec, LENGTHS[start:], seed=start) for start in range(8)]
+@pytest.mark.scorecard(16)
+def test_calls_at_once(compiled, spec, pipeline, count, figure):
+    """From 16 threads, each with inputs of its own: one token here, sequences that are cut into ranges there."""
+    module, calls = compiled(spec, pipeline), count(10, 500)
+    batches = [make_inputs(spec, LENGTHS[first : first + 4], seed=first) for first in range(16)]
     expected = [decode(module, inputs) for inputs in batches]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        for _ in range(10):
-            for actual, serial in zip(pool.map(lambda inputs: decode(module, inputs), batches), expected, strict=True):
-                assert_same(actual, serial)
+    together = threading.Barrier(len(batches))
+
+    def call_again_and_again(inputs, serial):
+        together.wait()
+        for _ in range(calls):
+            assert_same(decode(module, inputs), serial)
+
+    with concurrent.futures.ThreadPoolExecutor(len(batches)) as pool:
+        assert list(pool.map(call_again_and_again, batches, expected)) == [None] * len(batches)
+    figure("calls", calls * len(batches))
 
 
 @every_pipeline
+@pytest.mark.scorecard(18)
 @pytest.mark.parametrize("child_calls_first", [False, True], ids=["same_module", "module_new_to_the_child"])
-def test_fork_after_a_parallel_call(compiled, tmp_path, pipeline, child_calls_first):
-    """The child gets the same bits, or a RuntimeError that names the fork, within ten seconds."""
+def test_fork_after_a_parallel_call(compiled, tmp_path, pipeline, child_calls_first, count, figure):
+    """A child, and a child of its own, get the same bits within ten seconds, and so does the parent afterwards."""
     module, inputs = compiled(BASE, pipeline), make_inputs(BASE, LENGTHS)
     expected = decode(module, inputs)
     if child_calls_first:  # a copy of the library with run-time state of its own
         module.save(tmp_path / "copy.so")
         module = pa_compiler.load(tmp_path / "copy.so")
         module.num_threads = 2
+    forks = count(2, 50)
+    for _ in range(forks):
+        assert in_a_child(lambda: assert_same(decode(module, inputs), expected), forks=2)
+        assert_same(decode(module, inputs), expected)
+    figure("children", 2 * forks)
+
+
+@every_pipeline
+@pytest.mark.scorecard(18)
+def test_fork_while_other_threads_call(compiled, pipeline, count, figure):
+    """Whatever they hold at that moment, the child has it not."""
+    module, forks = compiled(BASE, pipeline), count(5, 100)
+    batches = [make_inputs(BASE, LENGTHS, seed=seed) for seed in range(4)]
+    expected = [decode(module, inputs) for inputs in batches]
+    done = threading.Event()
+
+    def call_until_done(inputs):
+        while not done.is_set():
+            decode(module, inputs)
+
+    with concurrent.futures.ThreadPoolExecutor(len(batches)) as pool:
+        calling = [pool.submit(call_until_done, inputs) for inputs in batches]
+        children = [
+            in_a_child(lambda: assert_same(decode(module, batches[0]), expected[0]), forks=1) for _ in range(forks)
+        ]
+        done.set()
+    assert all(children)
+    assert all(call.result() is None for call in calling)
+    figure("children", forks)
+
+
+def in_a_child(check, forks):
+    """Whether a check passes within ten seconds in a process that is so many forks away, and in those between."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of what is tested here
         child = os.fork()
@@ -215,10 +267,8 @@ def test_fork_after_a_parallel_call(compiled, tmp_path, pipeline, child_calls_fi
         signal.alarm(10)
         code = 1
         try:
-            assert_same(decode(module, inputs), expected)
-            code = 0
-        except RuntimeError as error:
-            code = 0 if "fork" in str(error) else 2
+            check()
+            code = 0 if forks == 1 or in_a_child(check, forks - 1) else 2
         finally:
             os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+    return os.waitpid(child, 0)[1] == 0
