@@ -256,13 +256,11 @@ class Module:
         """A new array [batch, *extents] of query's kind."""
         if isinstance(query, np.ndarray):
             return np.empty(query.shape[:1] + extents, _NUMPY_DTYPES[dtype])
-        if not hasattr(query, "__dlpack__"):
-            raise TypeError(f"query: expected an array with DLPack, got {type(query).__name__}")
-        shape = (*query.shape[:1], *extents)
         if type(query).__module__.partition(".")[0] == "torch":
             import torch
 
-            return torch.empty(shape, dtype=getattr(torch, dtype))
+            return torch.empty((*query.shape[:1], *extents), dtype=getattr(torch, dtype))
+        shape = (*_as_tensor("query", query).shape[:1], *extents)
         array = np.empty(shape, _NUMPY_DTYPES[dtype])
         if dtype == "bfloat16":
             return self._view_as_bfloat16(tvm_ffi.from_dlpack(array.view(_UINT16)))

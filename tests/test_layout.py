@@ -91,7 +91,9 @@ REFUSED = [  # id, error, the argument and what its message also shows, the call
 ]
 
 
+@pytest.mark.scorecard(13)
 @pytest.mark.parametrize(("error", "says", "call"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
-def test_refused(error, says, call):
+def test_refused(figure, error, says, call):
     with pytest.raises(error, match=f"^{says}"):
         convert_cache(*call)
+    figure("kinds", 1)

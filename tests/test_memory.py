@@ -89,15 +89,19 @@ def test_ordinary_pages_where_there_are_no_huge_ones(monkeypatch):
     assert not array.any()
 
 
+@pytest.mark.scorecard(13)
 @pytest.mark.parametrize("num_blocks", [1 << 50, 1 << 80])
-def test_too_much_memory_is_named(compiled, num_blocks):
+def test_too_much_memory_is_named(figure, compiled, num_blocks):
     with pytest.raises(MemoryError, match=rf"{num_blocks}.*bytes"):
         compiled(BASE).empty_cache(num_blocks)
+    figure("kinds", 1)
 
 
+@pytest.mark.scorecard(13)
 @pytest.mark.parametrize(
     ("num_blocks", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), ("2", TypeError), (True, TypeError)]
 )
-def test_num_blocks_is_checked(compiled, num_blocks, error):
+def test_num_blocks_is_checked(figure, compiled, num_blocks, error):
     with pytest.raises(error, match=rf"^num_blocks\b.*{num_blocks}"):
         compiled(BASE).empty_cache(num_blocks)
+    figure("kinds", 1)

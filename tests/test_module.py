@@ -88,12 +88,14 @@ def test_load_and_decode_without_tvm(compiled, tmp_path, pipeline):
     assert_same_bits(np.load(paths[-1]), module.decode(*inputs.arguments))
 
 
-def test_load_refuses_what_it_did_not_save(tmp_path):
+@pytest.mark.scorecard(13)
+def test_load_refuses_what_it_did_not_save(figure, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing\.so"):
         pa_compiler.load(tmp_path / "missing.so")
     (tmp_path / "text.so").write_text("not a library")
     with pytest.raises(RuntimeError, match=r"text\.so"):
         pa_compiler.load(tmp_path / "text.so")
+    figure("kinds", 2)
 
 
 def test_save_replaces_and_leaves_nothing_behind(compiled, tmp_path):
@@ -106,16 +108,18 @@ def test_save_replaces_and_leaves_nothing_behind(compiled, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.scorecard(13)
 @pytest.mark.parametrize(
     ("value", "error"),
     [(0, ValueError), (-1, ValueError), (1.0, TypeError), ("2", TypeError), (True, TypeError)],
     ids=repr,
 )
-def test_num_threads_is_checked(compiled, value, error):
+def test_num_threads_is_checked(figure, compiled, value, error):
     module = compiled(BASE)
     with pytest.raises(error, match=rf"^num_threads\b.*{value}"):
         module.num_threads = value
     assert module.num_threads == 2
+    figure("kinds", 1)
 
 
 def test_num_threads_from_the_environment(compiled, tmp_path, monkeypatch):

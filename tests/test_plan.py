@@ -116,6 +116,7 @@ def test_plan_names_its_fields(compiled):
     }
 
 
+@pytest.mark.scorecard(13)
 @pytest.mark.parametrize(
     ("lengths", "error", "shows"),
     [
@@ -126,6 +127,7 @@ def test_plan_names_its_fields(compiled):
     ],
     ids=["negative", "rank_2", "float", "list"],
 )
-def test_bad_lengths_are_refused(compiled, lengths, error, shows):
+def test_bad_lengths_are_refused(figure, compiled, lengths, error, shows):
     with pytest.raises(error, match=rf"^context_lens\b.*{shows}"):
         compiled(BASE).plan(lengths)
+    figure("kinds", 1)

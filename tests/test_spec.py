@@ -48,11 +48,13 @@ REFUSED = [  # field, bad value, error, what the message says besides the field 
 ]
 
 
+@pytest.mark.scorecard(13)
 @pytest.mark.parametrize(("field", "value", "error", "says"), REFUSED, ids=[f"{f}={v}" for f, v, *_ in REFUSED])
-def test_refused(field, value, error, says):
+def test_refused(figure, field, value, error, says):
     with pytest.raises(error, match=rf"^{field}\b.*{says}") as caught:
         PagedAttentionSpec(**{**GOOD, field: value})
     assert str(value) in str(caught.value)
+    figure("kinds", 1)
 
 
 def test_defaults():
@@ -81,14 +83,16 @@ def test_positional_order():
     }
 
 
+@pytest.mark.scorecard(13)
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [("block_size", 8, "multiple of 16"), ("block_size", 24, "multiple of 16"), ("head_dim", 81, "even")],
 )
-def test_packed_refuses(field, value, says):
+def test_packed_refuses(figure, field, value, says):
     with pytest.raises(ValueError, match=rf"^{field}\b.*{says}.*packed.*{value}"):
         PagedAttentionSpec(**{**GOOD, field: value}, kv_layout="packed")
     assert PagedAttentionSpec(**{**GOOD, field: value})
+    figure("kinds", 1)
 
 
 def test_only_packed_bfloat16_needs_an_even_head_dim():

@@ -197,6 +197,7 @@ def test_the_command_passes_a_right_library(compiled, tmp_path):
     assert "'--seed': expected the seed of draw 7, got None" in result.stderr
 
 
+@pytest.mark.scorecard(13)
 @pytest.mark.parametrize(
     ("arguments", "error", "says"),
     [
@@ -210,6 +211,7 @@ def test_the_command_passes_a_right_library(compiled, tmp_path):
     ],
     ids=repr,
 )
-def test_arguments_are_checked(compiled, arguments, error, says):
+def test_arguments_are_checked(figure, compiled, arguments, error, says):
     with pytest.raises(error, match=f"^{says}"):
         compiled(BASE).verify(**arguments)
+    figure("kinds", 1)
