@@ -237,13 +237,12 @@ def in_torch(call):
 BAD_TORCH = [  # as BAD; the change gets torch and a good call in tensors
     ("float64", T, "query", "float16 float64", lambda t, c: c["query"].double()),
     ("bfloat16", T, "key_cache", "float16 bfloat16", lambda t, c: c["key_cache"].bfloat16()),
-    ("transposed", V, "value_cache", "[num_blocks,8,2,24] [10,2,8,24]", lambda t, c: c["value_cache"].mT.mT.mT),
+    ("transposed", V, "value_cache", "[num_blocks,8,2,24] [10,8,24,2]", lambda t, c: c["value_cache"].mT),
     ("every_other_column", V, "query", "1 2", lambda t, c: c["query"].repeat(1, 1, 2)[..., ::2]),
     ("lens_int64", T, "context_lens", "int32 int64", lambda t, c: c["context_lens"].long()),
-    ("id_over", I, "block_table", "10 11 0", lambda t, c: c["block_table"] + 10),
+    ("id_over", I, "block_table", "10 0", lambda t, c: t.full_like(c["block_table"], 10)),
     ("out_float16", T, "out", "float32 float16", lambda t, c: c["out"].half()),
     ("out_expanded", V, "out", "overlap", lambda t, c: c["out"][:1].expand(4, 6, 24)),
-    ("wants_gradients", T, "query", "DLPack", lambda t, c: c["query"].requires_grad_()),
     ("meta_device", T, "key_cache", "DLPack", lambda t, c: c["key_cache"].to("meta")),
     ("sparse", T, "query", "DLPack", lambda t, c: c["query"].float().to_sparse()),
 ]

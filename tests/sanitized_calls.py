@@ -1,0 +1,76 @@
+"""Calls of libraries in a process of their own: python sanitized_calls.py [--short NAME] FILE...
+
+Arrays are as large as they have to be and no larger. With --short, the array of that name lacks its last element,
+whatever its shape says: the call then reads or writes one element past its end.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+from inputs import DTYPES, lay_out, make_inputs
+from numpy.lib.stride_tricks import as_strided
+from tolerances import assert_close_to_oracle, assert_same_bits
+
+import pa_compiler
+
+NAMES = ("query", "key_cache", "value_cache", "block_table", "context_lens")
+
+
+def decode(module, number):
+    """Batches around a chunk, with sequences around the ends of tiles, that are cut into ranges, and of no tokens."""
+    spec, rng = module.spec, np.random.default_rng(number)
+    ends = [0, 1, spec.block_size, 16, 17, 127, 128, 129, 300]
+    for batch in (1, spec.batch_chunk % 32, 17):
+        lengths = rng.choice(ends, batch)
+        lengths[-1] = rng.integers(2000, 2600) if batch == 1 else lengths[-1]
+        inputs = make_inputs(spec, lengths, seed=number, spare_blocks=0, surplus=0)
+        module.num_threads = int(rng.integers(1, 4))
+        out, lse = inputs.out, inputs.lse
+        module.decode(*inputs.arguments, out=out, lse=lse)
+        assert_close_to_oracle(spec, inputs, out, lse)
+
+
+def append(module, number):
+    """Each slot of two blocks, written in any order."""
+    spec, rng = module.spec, np.random.default_rng(number)
+    num_tokens = 2 * spec.block_size
+    shape = (num_tokens, spec.num_kv_heads, spec.head_dim)
+    key, value = (rng.random(shape, np.float32).astype(DTYPES[spec.dtype]) for _ in range(2))
+    expected = lay_out(spec, *(new.reshape(2, spec.block_size, *shape[1:]) for new in (key, value)))
+    caches = [np.zeros_like(cache) for cache in expected]
+    order = rng.permutation(num_tokens)
+    module.append_kv(key[order], value[order], *caches, order.astype(np.int64))
+    for cache, wanted in zip(caches, expected, strict=True):
+        assert_same_bits(cache, wanted)
+
+
+def shortened(array):
+    """An array of the same shape, values and strides whose memory ends one element early."""
+    memory = array.reshape(-1)[:-1].copy()
+    return as_strided(memory, array.shape, array.strides)
+
+
+def decode_with_a_short_array(module, name):
+    inputs = make_inputs(module.spec, [module.spec.block_size] * 3, spare_blocks=0, surplus=0)
+    arrays = dict(zip(NAMES, inputs.arguments, strict=True)) | {"out": inputs.out}
+    arrays[name] = shortened(arrays[name])
+    module.decode(**arrays)
+
+
+def main(words):
+    short = words[1] if words[0] == "--short" else None
+    for number, path in enumerate(words if short is None else words[2:]):
+        module = pa_compiler.load(path)
+        print(module.spec, module.pipeline, module.target.get("mcpu"), flush=True)
+        if short is None:
+            decode(module, number)
+            append(module, number)
+        else:
+            decode_with_a_short_array(module, short)
+    print("done")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
