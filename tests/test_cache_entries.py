@@ -13,10 +13,12 @@ import pytest
 
 from pa_compiler import cache
 
+LIBRARY = {"pa.so": b"library" * 100, "host.cc": b"host"}
+
 
 def write_library(directory):
-    (directory / "pa.so").write_bytes(b"library" * 100)
-    (directory / "host.cc").write_text("host")
+    for name, content in LIBRARY.items():
+        (directory / name).write_bytes(content)
 
 
 def entries(own_cache):
@@ -47,12 +49,11 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_entry_is_built_again(own_cache, damage):
-    entry = cache.get_or_build("name", write_library)
-    assert cache.get_or_build("name", None) == entry
-    damage(entry)
-    assert cache.get_or_build("name", write_library) == entry
-    assert (entry / "pa.so").read_bytes() == b"library" * 100
-    assert cache.get_or_build("name", None) == entry
+    assert cache.get_or_build("name", write_library) == LIBRARY
+    assert cache.get_or_build("name", None) == LIBRARY
+    damage(own_cache / "name")
+    assert cache.get_or_build("name", write_library) == LIBRARY
+    assert cache.get_or_build("name", None) == LIBRARY
 
 
 def test_a_failed_build_leaves_nothing(own_cache):
@@ -63,7 +64,7 @@ def test_a_failed_build_leaves_nothing(own_cache):
     with pytest.raises(OSError, match="no space left"):
         cache.get_or_build("name", fail)
     assert not entries(own_cache)
-    assert cache.get_or_build("name", write_library).is_dir()
+    assert cache.get_or_build("name", write_library) == LIBRARY
 
 
 def test_a_killed_build_is_done_again(own_cache):
@@ -80,8 +81,7 @@ def test_a_killed_build_is_done_again(own_cache):
         cache.get_or_build("name", die)
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    entry = cache.get_or_build("name", write_library)
-    assert (entry / "pa.so").read_bytes() == b"library" * 100
+    assert cache.get_or_build("name", write_library) == LIBRARY
 
 
 def test_threads_build_once(own_cache):
@@ -93,8 +93,9 @@ def test_threads_build_once(own_cache):
         write_library(directory)
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        results = set(pool.map(lambda _: cache.get_or_build("name", build), range(16)))
-    assert len(asked) == len(results) == 1
+        results = list(pool.map(lambda _: cache.get_or_build("name", build), range(16)))
+    assert len(asked) == 1
+    assert results == [LIBRARY] * 16
 
 
 def test_directory_is_the_users_alone(own_cache):
@@ -132,15 +133,16 @@ def test_clear_removes_entries_and_nothing_else(own_cache):
     (own_cache / "a user's own").mkdir()
     (own_cache / "notes.txt").touch()
     cache.clear()
-    assert sorted(path.name for path in own_cache.iterdir()) == ["a user's own", "notes.txt"]
+    assert sorted(path.name for path in own_cache.iterdir()) == [f"{name}.lock", "a user's own", "notes.txt"]
     cache.clear()
 
 
 def test_what_a_killed_build_left_is_removed_by_the_next(own_cache):
     name = cache.key({"of": "this test"})
     (cache.directory() / f".{name}.killed").mkdir()
-    entry = cache.get_or_build(name, write_library)
+    cache.get_or_build(name, write_library)
     assert not (own_cache / f".{name}.killed").exists()
-    entry.rename(own_cache / "aside")
-    entry.touch()  # a plain file where the entry should be
-    assert cache.get_or_build(name, write_library).is_dir()
+    (own_cache / name).rename(own_cache / "aside")
+    (own_cache / name).touch()  # a plain file where the entry should be
+    assert cache.get_or_build(name, write_library) == LIBRARY
+    assert (own_cache / name).is_dir()
