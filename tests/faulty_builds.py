@@ -8,6 +8,7 @@ and its files too, each child does in full.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import mmap
 import os
@@ -54,7 +55,7 @@ def build(job, faults):
     if child == 0:
         os.setpgid(0, 0)
         victim = -os.getpid() if job.get("group") else os.getpid()
-        signal.alarm(PATIENCE)
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)
         os.write(writing, _outcome(job, faults, victim).encode())
         os._exit(0)
     os.close(writing)
@@ -65,10 +66,11 @@ def build(job, faults):
         outcome = pipe.read()
     status = os.waitpid(child, 0)[1]
     if os.WIFSIGNALED(status):
-        names = {signal.SIGKILL: "killed", signal.SIGALRM: "hung"}
-        outcome = names.get(os.WTERMSIG(status), f"signal {os.WTERMSIG(status)}")
-    operations, *_, what = FAULTS.unpack(faults[:])
-    faults[:] = bytes(FAULTS.size)
+        outcome = "killed" if os.WTERMSIG(status) == signal.SIGKILL else f"signal {os.WTERMSIG(status)}"
+    elif status:
+        outcome = "hung"
+    operations, *_, what = FAULTS.unpack(faults[: FAULTS.size])
+    faults[:] = bytes(len(faults))
     return {"outcome": outcome, "operations": operations, "what": what.rstrip(b"\0").decode()}
 
 
@@ -76,11 +78,10 @@ def _outcome(job, faults, victim):
     os.environ |= {"PA_CACHE_DIR": f"{job['root']}/cache", "TMPDIR": f"{job['root']}/tmp"}
     tempfile.tempdir = os.environ["TMPDIR"]
     error, stays = job.get("error", 0), job.get("stays", False)
-    faults[:] = FAULTS.pack(0, job.get("nth", 0), error, victim, stays, 0, job["root"].encode(), b"")
+    faults[: FAULTS.size] = FAULTS.pack(0, job.get("nth", 0), error, victim, stays, 0, job["root"].encode(), b"")
     try:
         module = pa_compiler.compile(SPEC)
     except (OSError, RuntimeError) as caught:
-        faults[:] = faults[:24] + bytes(FAULTS.size - 24 - 1024) + faults[-1024:]
         return f"{'named' if _is_named(caught, job['root'], error) else 'unnamed'} {caught!r}"
     except BaseException:
         return traceback.format_exc()
@@ -92,8 +93,8 @@ def _outcome(job, faults, victim):
 def _is_named(caught, root, error):
     """Whether an error says what failed: which file and why, or what the C++ compiler said."""
     if isinstance(caught, OSError):
-        return caught.errno == error and str(caught.filename).startswith(root)
-    return root in str(caught) or re.match(r"the C\+\+ compiler .* failed with status \d+:\n.", str(caught)) is not None
+        return caught.errno == error and bool(caught.filename)
+    return root in str(caught) or re.match(r"the C\+\+ compiler .* failed with status -?\d+:", str(caught)) is not None
 
 
 def _do_tvms_part_once():
@@ -115,7 +116,7 @@ def _once(function):
 
 if __name__ == "__main__":
     ASM = _do_tvms_part_once()
-    with open(os.environ["FAULTS"], "r+b") as file, mmap.mmap(file.fileno(), FAULTS.size) as memory:
+    with open(os.environ["FAULTS"], "r+b") as file, mmap.mmap(file.fileno(), 4096) as memory:
         for line in sys.stdin:
             given = json.loads(line)
             for name in ("cache", "tmp"):

@@ -95,6 +95,16 @@ bool FailsOn(const char* operation, FILE* file, bool takes_space) {
   return true;
 }
 
+bool IsFile(int file) {
+  struct stat status;
+  int before = errno;
+  bool is = fstat(file, &status) == 0 && S_ISREG(status.st_mode);
+  errno = before;
+  return is;
+}
+
+bool IsFile(FILE* file) { return IsFile(fileno(file)); }
+
 template <typename F>
 F* Real(F*, const char* name) {
   return reinterpret_cast<F*>(dlsym(RTLD_NEXT, name));
@@ -162,11 +172,11 @@ ON_FILE(size_t, 0, fread, false, file, (void* to, size_t size, size_t n, FILE* f
 ON_FILE(size_t, 0, fwrite, true, file, (const void* from, size_t size, size_t n, FILE* file), (from, size, n, file))
 ON_FILE(int, EOF, fflush, true, file, (FILE* file), (file))
 
-// These let go of what they have even where they fail.
+// These let go of what they have even where they fail. Directories have nothing left to write then.
 #define CLOSE(name, type)                                 \
   int name(type file) {                                   \
     REAL(name);                                           \
-    int error = FailsOn(#name, file, true) ? errno : 0;   \
+    int error = IsFile(file) && FailsOn(#name, file, true) ? errno : 0;   \
     int result = real(file);                              \
     if (!error) return result;                            \
     errno = error;                                        \

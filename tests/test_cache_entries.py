@@ -31,6 +31,18 @@ def flip_a_byte(entry):
     (entry / "pa.so").write_bytes(damaged)
 
 
+def move_behind_a_link(entry):
+    elsewhere = entry.with_name("elsewhere")
+    entry.rename(elsewhere)
+    entry.symlink_to(elsewhere)
+
+
+def remove_all(entry):
+    for path in entry.iterdir():
+        path.unlink()
+    (entry / "digests.json").write_text("{}")
+
+
 DAMAGES = {
     "flipped": flip_a_byte,
     "cut": lambda entry: os.truncate(entry / "pa.so", 100),
@@ -43,16 +55,20 @@ DAMAGES = {
     "digests_empty": lambda entry: (entry / "digests.json").write_text("{}"),
     "digests_a_list": lambda entry: (entry / "digests.json").write_text('["pa.so", "host.cc"]'),
     "digests_a_number": lambda entry: (entry / "digests.json").write_text("7"),
+    "moved_behind_a_link": move_behind_a_link,
+    "all_removed": remove_all,
     "digests_binary": lambda entry: (entry / "digests.json").write_bytes(b"\xff\xfe\x00"),
 }
 
 
+@pytest.mark.scorecard(22)
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_entry_is_built_again(own_cache, damage):
     assert cache.get_or_build("name", write_library) == LIBRARY
     assert cache.get_or_build("name", None) == LIBRARY
     damage(own_cache / "name")
     assert cache.get_or_build("name", write_library) == LIBRARY
+    assert not (own_cache / "name").is_symlink()
     assert cache.get_or_build("name", None) == LIBRARY
 
 
@@ -98,12 +114,15 @@ def test_threads_build_once(own_cache):
     assert results == [LIBRARY] * 16
 
 
-def test_directory_is_the_users_alone(own_cache):
+@pytest.mark.scorecard(24)
+def test_directory_is_the_users_alone(own_cache, figure):
     assert cache.directory() == own_cache
     assert stat.S_IMODE(own_cache.stat().st_mode) == 0o700
-    own_cache.chmod(0o777)
-    with pytest.raises(PermissionError, match="0700, got 0777"):
-        cache.directory()
+    for mode in (0o701, 0o710, 0o720, 0o740, 0o777):
+        own_cache.chmod(mode)
+        with pytest.raises(PermissionError, match=f"0700, got {mode:04o}"):
+            cache.directory()
+        figure("directories refused", 1)
 
 
 def test_directory_of_the_users_cache(tmp_path, monkeypatch):
@@ -112,18 +131,25 @@ def test_directory_of_the_users_cache(tmp_path, monkeypatch):
     assert cache.directory() == tmp_path / "pa_compiler"
 
 
-def test_a_symbolic_link_is_refused(own_cache, tmp_path):
+@pytest.mark.scorecard(24)
+def test_a_symbolic_link_is_refused(own_cache, tmp_path, figure):
     (tmp_path / "elsewhere").mkdir()
     own_cache.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(PermissionError, match="symbolic link"):
         cache.directory()
+    (tmp_path / "elsewhere").rmdir()
+    with pytest.raises(FileExistsError, match=str(own_cache)):
+        cache.directory()
+    figure("directories refused", 2)
 
 
-def test_somebody_elses_directory_is_refused(own_cache, monkeypatch):
+@pytest.mark.scorecard(24)
+def test_somebody_elses_directory_is_refused(own_cache, monkeypatch, figure):
     owner = cache.directory().stat().st_uid
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
     with pytest.raises(PermissionError, match=rf"{owner + 1}.*{owner}"):
         cache.directory()
+    figure("directories refused", 1)
 
 
 def test_clear_removes_entries_and_nothing_else(own_cache):
