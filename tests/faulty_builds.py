@@ -29,8 +29,8 @@ import pa_compiler
 from pa_compiler import PagedAttentionSpec, compiler
 
 SPEC = PagedAttentionSpec(3, 1, 4, 2, "float32")
-PATIENCE = 120
-"""Seconds after which a build counts as hung: fifty times what it takes."""
+PATIENCE = 300
+"""Seconds after which a build counts as hung: a hundred times what it takes."""
 
 FAULTS = struct.Struct("<qqiiii1024s1024s")
 """struct Faults of file_faults.cc."""
