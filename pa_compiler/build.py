@@ -39,6 +39,10 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
     """Compile scheduled PrimFuncs with TVM's LLVM code generator; directory is for its intermediate file.
 
     LLVM generates machine code once, as text: what a reader of Kernels.asm sees is what runs.
+
+    Raises:
+        OSError: the intermediate file cannot be written.
+        RuntimeError: it cannot be read back.
     """
     import tvm
     from tvm.target import Target
@@ -52,7 +56,10 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
         executable = tvm.compile(instructions.select(mod, target), target=Target(json.loads(target.config)))
     text = directory / "kernels.ll"
     text.write_text(_without_debug_info(executable.mod.inspect_source("ll")))
-    module = tvm.runtime.load_module(str(text))
+    try:
+        module = tvm.runtime.load_module(str(text))
+    except RuntimeError as error:  # which may say no more than "Input/output error"
+        raise RuntimeError(f"{text}: LLVM cannot read what it has written: {error}") from error
     llvm = module.inspect_source("ll").removeprefix(f"; ModuleID = '{text}'\n")
     return Kernels(llvm=llvm, asm=module.inspect_source("asm"))
 

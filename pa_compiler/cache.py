@@ -1,8 +1,10 @@
 """Where built modules live on disk: one directory an entry, published by one rename, checked by a digest.
 
 An entry is <cache>/<key>/ with pa.so, the texts of the stages, and digests.json. It is made in a temporary directory
-beside it and renamed into place, so a reader sees a whole entry or none. A lock file per key keeps two processes from
-building one spec twice; it is advisory and dies with its process.
+beside it and renamed into place, so a reader sees a whole entry or none; what it gets is the bytes that it has checked,
+so nothing that becomes of the entry afterwards matters to it. A lock file per key keeps two processes from building one
+spec twice; it is advisory and dies with its process. Lock files are never removed: who waits for one that is gone, and
+who makes it anew, would both have it.
 """
 
 from __future__ import annotations
@@ -14,15 +16,15 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import filelock
 import platformdirs
 
 _DIGESTS = "digests.json"
-_OURS = re.compile(r"\.?[0-9a-f]{32}(\..+)?")
-"""The names of entries, of their locks, and of the directories that they are made in."""
+_OURS = re.compile(r"\.?([0-9a-f]{32})(\..+)?")
+"""The names of entries, of their locks, and of the directories that they are made in, and the key in them."""
 
 
 def directory() -> Path:
@@ -51,51 +53,74 @@ def key(inputs: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def get_or_build(name: str, build: Callable[[Path], None]) -> Path:
-    """The directory of the entry, built by build(empty directory) if it is missing or does not match its digests."""
-    root = directory()
-    entry = root / name
-    if _is_whole(entry):
-        return entry
-    with filelock.FileLock(root / f"{name}.lock"):
-        if _is_whole(entry):
-            return entry
-        for stale in (entry, *root.glob(f".{name}.*")):  # a damaged entry, and what killed builds left
-            _remove(stale)
-        workspace = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=root))
-        try:
-            build(workspace)
-            digests = {path.name: _digest(path) for path in sorted(workspace.iterdir())}
-            (workspace / _DIGESTS).write_text(json.dumps(digests, indent=1))
-            workspace.rename(entry)
-        finally:
-            shutil.rmtree(workspace, ignore_errors=True)
-    return entry
+def get_or_build(name: str, build: Callable[[Path], None]) -> dict[str, bytes]:
+    """The entry's files by name, built by build(empty directory) if it is missing or does not match its digests.
+
+    Raises:
+        OSError: the file system refuses something; with the path.
+    """
+    entry = directory() / name
+    if files := _checked(entry):
+        return files
+    try:
+        with filelock.FileLock(entry.with_name(f"{name}.lock")):
+            return _checked(entry) or _built(entry, build)
+    except OSError as error:
+        if error.errno and not error.filename:  # as of a write to a full disk
+            error.filename = str(entry)
+        raise
+
+
+def _built(entry: Path, build: Callable[[Path], None]) -> dict[str, bytes]:
+    """Build an entry; to be called with its lock."""
+    _remove(entry)  # a damaged one, and what killed builds left
+    workspace = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
+    try:
+        build(workspace)
+        files = contents(workspace)
+        (workspace / _DIGESTS).write_text(json.dumps(_digests(files), indent=1))
+        workspace.rename(entry)
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+    return files
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """The files of a directory by name."""
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
 def clear() -> None:
-    """Remove every entry, and nothing else that may be there. Modules already loaded go on working."""
-    for path in directory().iterdir():
-        if _OURS.fullmatch(path.name):
-            _remove(path)
+    """Remove every entry, once it is built; nothing else that may be there, and not the empty lock files.
+
+    Modules already loaded go on working.
+    """
+    root = directory()
+    for name in {match[1] for path in root.iterdir() if (match := _OURS.fullmatch(path.name))}:
+        with filelock.FileLock(root / f"{name}.lock"):
+            _remove(root / name)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _remove(entry: Path) -> None:
+    """Remove an entry and the directories that it was being made in; to be called with its lock."""
+    for path in (entry, *entry.parent.glob(f".{entry.name}.*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
-def _is_whole(entry: Path) -> bool:
+def _checked(entry: Path) -> dict[str, bytes] | None:
+    """The files of an entry, or None if it is missing, no directory of its own, or does not match its digests."""
     try:
-        digests = json.loads((entry / _DIGESTS).read_text())
-        return {path.name for path in entry.iterdir()} == {*digests, _DIGESTS} and all(
-            _digest(entry / file) == digest for file, digest in digests.items()
-        )
-    except (OSError, ValueError, TypeError, AttributeError):
-        return False
+        if entry.is_symlink():
+            return None
+        files = contents(entry)
+        digests = json.loads(files.pop(_DIGESTS))
+    except (OSError, KeyError, ValueError):
+        return None
+    return files if digests == _digests(files) else None
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}

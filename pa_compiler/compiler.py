@@ -11,15 +11,15 @@ import os
 import platform
 import shutil
 import tempfile
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import tvm_ffi
 
 from pa_compiler import cache as _cache
 from pa_compiler import host, manifest, tiling
 from pa_compiler import target as _target
-from pa_compiler.module import Module
+from pa_compiler.module import Module, open_library
 from pa_compiler.spec import PagedAttentionSpec
 
 if TYPE_CHECKING:
@@ -78,11 +78,12 @@ def compile(  # noqa: A001  (the public name)
     config = _checked(spec, target, pipeline)
     if cache:
         name = _cache.key(_inputs(spec, config, pipeline))
-        module = _read(_cache.get_or_build(name, lambda directory: _build(spec, config, pipeline, directory)))
+        files = _cache.get_or_build(name, lambda directory: _build(spec, config, pipeline, directory))
     else:
         with tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
             _build(spec, config, pipeline, Path(directory))
-            module = _read(Path(directory))
+            files = _cache.contents(Path(directory))
+    module = _loaded(files)
     if dump_dir is not None:
         Path(dump_dir).mkdir(parents=True, exist_ok=True)
         for number, (stage, text) in enumerate(module.sources.items(), start=1):
@@ -94,12 +95,13 @@ def emit(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline
     """The text of every stage, as in Module.sources, without building the library. Arguments as for compile."""
     from pa_compiler import build
 
-    cpu = _target.resolve(_checked(spec, target, pipeline))
-    tiles = tiling.choose(spec, cpu, pipeline)
-    lowered = lower(spec, tiles, pipeline)
-    with tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
+    config = _checked(spec, target, pipeline)
+    with _turn(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
+        cpu = _target.resolve(config)
+        tiles = tiling.choose(spec, cpu, pipeline)
+        lowered = lower(spec, tiles, pipeline)
         compiled = build.compile_kernels(lowered.mod, cpu, Path(directory))
-    return _texts(lowered, _host(spec, cpu, tiles, pipeline), compiled)
+        return _texts(lowered, _host(spec, cpu, tiles, pipeline), compiled)
 
 
 def lower(spec: PagedAttentionSpec, tiles: tiling.Tiling, pipeline: str) -> Lowered:
@@ -125,8 +127,20 @@ def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, dire
     from pa_compiler import build
 
     build.cxx()  # a missing compiler is said before a second is spent on TVM
-    cpu = _target.resolve(config)
-    build_library(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory)
+    with _turn():
+        cpu = _target.resolve(config)
+        build_library(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory)
+
+
+_turns: dict[int, threading.Lock] = {}
+
+
+def _turn() -> threading.Lock:
+    """The lock that lets one thread at a time use TVM, whose registries and passes are not made for several.
+
+    One for each process: a child of fork() must not wait for a thread that only its parent has.
+    """
+    return _turns.setdefault(os.getpid(), threading.Lock())
 
 
 def build_library(
@@ -136,7 +150,7 @@ def build_library(
     from pa_compiler import build
 
     host_text = _host(spec, cpu, tiles, pipeline)
-    with tempfile.TemporaryDirectory(prefix="pa_compiler.") as name:
+    with tempfile.TemporaryDirectory(prefix=".scratch.", dir=directory) as name:  # what removes one removes the other
         scratch = Path(name)
         with build.compiling_host(host_text, scratch) as compiling:  # while TVM works
             lowered = lower(spec, tiles, pipeline)
@@ -153,7 +167,7 @@ def build_library(
         )
         (directory / "pa.so").write_bytes(manifest.seal(library.read_bytes(), about))
     for stage, text in _texts(lowered, host_text, compiled).items():
-        (directory / STAGE_FILES[stage]).write_text(text)
+        (directory / STAGE_FILES[stage]).write_text(text, encoding="utf-8")
 
 
 def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str]:
@@ -171,11 +185,10 @@ def _script(mod: IRModule) -> str:
     return mod.script(extra_config={"relax.use_pep695": False}) + "\n"
 
 
-def _read(entry: Path) -> Module:
-    path = entry / "pa.so"
-    library = path.read_bytes()
-    sources = {stage: (entry / file).read_text() for stage, file in STAGE_FILES.items()}
-    return Module(library, manifest.read(library, path), tvm_ffi.load_module(str(path)), sources)
+def _loaded(files: Mapping[str, bytes]) -> Module:
+    library = files["pa.so"]
+    sources = {stage: files[file].decode() for stage, file in STAGE_FILES.items()}
+    return Module(library, manifest.read(library, "pa.so"), open_library(library, "pa.so"), sources)
 
 
 def _checked(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str) -> dict[str, Any]:
@@ -190,6 +203,10 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("pa-compiler", "apache-tvm", "apache-tvm-ffi")}
 
 
+_CXX_VARIABLES = ("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "COMPILER_PATH", "GCC_EXEC_PREFIX", "LD_RUN_PATH")
+"""The environment variables that change what the C++ compiler makes of its arguments."""
+
+
 def _inputs(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> dict[str, object]:
     """All that a build depends on."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
@@ -199,8 +216,10 @@ def _inputs(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> 
         "target": _target.fingerprint(config),
         "pipeline": pipeline,
         "versions": _versions(),
+        "languages": [platform.python_version_tuple()[:2], importlib.metadata.version("jinja2")],
         "text": text_digest(),
         "compiler": [compiler, status.st_size, status.st_mtime_ns] if status else None,
+        "environment": {name: os.environ[name] for name in _CXX_VARIABLES if name in os.environ},
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import re
 from collections.abc import Sequence
 
 import jinja2
@@ -41,6 +42,31 @@ def render(
     kernels: Sequence[str],
 ) -> str:
     """The text of host.cc; kernels names the pipeline's PrimFuncs."""
+    fused = pipeline == "fused"
+    thread_tokens = max(1, _THREAD_FLOPS // (4 * spec.head_dim * spec.num_heads))
+    return (
+        _environment()
+        .get_template("host.cc.j2")
+        .render(
+            banner=BANNER,
+            description=describe(spec, pipeline),
+            spec=spec,
+            tiling=tiling,
+            pipeline=pipeline,
+            kernels=kernels,
+            split_blocks=tiling.split_blocks if fused else "std::numeric_limits<int64_t>::max()",
+            item_tokens=4 * thread_tokens if fused else "std::numeric_limits<int64_t>::max()",
+            finishes_whole="true" if fused else "false",
+            dtypes=_DTYPES,
+            key_cache_extents=_extents(spec.key_cache_shape),
+            value_cache_extents=_extents(spec.value_cache_shape),
+            thread_tokens=thread_tokens,
+            checked_features=[name for name in _CHECKED_FEATURES if name in target.features],
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(str(importlib.resources.files("pa_compiler.templates"))),
         undefined=jinja2.StrictUndefined,
@@ -49,24 +75,15 @@ def render(
         keep_trailing_newline=True,
         autoescape=False,
     )
-    fused = pipeline == "fused"
-    thread_tokens = max(1, _THREAD_FLOPS // (4 * spec.head_dim * spec.num_heads))
-    return environment.get_template("host.cc.j2").render(
-        banner=BANNER,
-        description=describe(spec, pipeline),
-        spec=spec,
-        tiling=tiling,
-        pipeline=pipeline,
-        kernels=kernels,
-        split_blocks=tiling.split_blocks if fused else "std::numeric_limits<int64_t>::max()",
-        item_tokens=4 * thread_tokens if fused else "std::numeric_limits<int64_t>::max()",
-        finishes_whole="true" if fused else "false",
-        dtypes=_DTYPES,
-        key_cache_extents=_extents(spec.key_cache_shape),
-        value_cache_extents=_extents(spec.value_cache_shape),
-        thread_tokens=thread_tokens,
-        checked_features=[name for name in _CHECKED_FEATURES if name in target.features],
-    )
+    environment.filters["identifier"] = _identifier
+    return environment
+
+
+def _identifier(name: str) -> str:
+    """A name, which must be one in C++."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(f"kernels: expected names of letters, digits and _, got {name!r}")
+    return name
 
 
 def _extents(shape: Sequence[str | int]) -> str:

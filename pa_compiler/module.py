@@ -282,14 +282,14 @@ def load(path: str | os.PathLike[str]) -> Module:
     about = manifest.read(library, file)
     if unfit := about.unfit():
         raise RuntimeError(f"{file}: {unfit}")
-    return Module(library, about, _opened(library, file.name))
+    return Module(library, about, open_library(library, file.name))
 
 
 _LOADED: dict[str, tvm_ffi.Module] = {}
 """By checksum: a library that is loaded again is still one in this process, with one pool of threads."""
 
 
-def _opened(library: bytes, name: str) -> tvm_ffi.Module:
+def open_library(library: bytes, name: str) -> tvm_ffi.Module:
     """Give a library's bytes to the system's loader, as a file of its own.
 
     So what runs is what was checked, whatever becomes of the user's file; and a file that was replaced is not taken
@@ -299,8 +299,12 @@ def _opened(library: bytes, name: str) -> tvm_ffi.Module:
     if checksum not in _LOADED:
         with tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
             copy = Path(directory) / name
-            copy.write_bytes(library)
-            _LOADED[checksum] = tvm_ffi.load_module(str(copy))
+            try:
+                copy.write_bytes(library)
+            except OSError as error:
+                error.filename = str(copy)  # a full disk names no file
+                raise
+            _LOADED.setdefault(checksum, tvm_ffi.load_module(str(copy)))
     return _LOADED[checksum]
 
 

@@ -64,12 +64,14 @@ class PagedAttentionSpec:
                 raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}")
             if not low <= value <= high:
                 raise ValueError(f"{name}: expected {low} to {high}, got {value}")
+            object.__setattr__(self, name, int(value))  # an IntEnum's text would be its own
         for name, choices in (("dtype", DTYPES), ("out_dtype", DTYPES), ("kv_layout", KV_LAYOUTS)):
             value = getattr(self, name)
             if not isinstance(value, str):
                 raise TypeError(f"{name}: expected a string, got {value!r} of type {type(value).__name__}")
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+            object.__setattr__(self, name, choices[choices.index(value)])  # nor a str of another class
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}"

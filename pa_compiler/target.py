@@ -100,9 +100,9 @@ def normalize(target: TargetLike) -> dict[str, Any]:
 
 
 def fingerprint(normalized: dict[str, Any]) -> dict[str, Any]:
-    """What tells two targets apart in a cache key: the dict, and for "llvm" this CPU with all its features."""
+    """What tells two targets apart in a cache key: the dict and, for "llvm", this CPU with all its features."""
     if "mcpu" in normalized:
-        return normalized
+        return {**normalized, "machine": platform.machine()}
     identity = _cpuinfo()
     keep = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU part", "Features")
     return {**normalized, "machine": platform.machine(), **{k: identity[k] for k in keep if k in identity}}

@@ -163,12 +163,21 @@ FAULTS = {
     ),
     "no lock around a build": Fault(
         "pa_compiler/cache.py",
-        'with filelock.FileLock(root / f"{name}.lock"):',
+        'with filelock.FileLock(entry.with_name(f"{name}.lock")):',
         "if True:",
-        "test_cache.py test_cache_entries.py",
+        "test_cache_entries.py",
     ),
     "digests of cache entries not compared": Fault(
-        "pa_compiler/cache.py", "_digest(entry / file) == digest", "bool(digest)", "test_cache.py test_cache_entries.py"
+        "pa_compiler/cache.py",
+        "digests == _digests(files)",
+        "digests.keys() == files.keys()",
+        "test_cache.py test_cache_entries.py",
+    ),
+    "a link for a cache entry followed": Fault(
+        "pa_compiler/cache.py", "if entry.is_symlink():", "if False:", "test_cache_entries.py"
+    ),
+    "names unchecked on their way into C++": Fault(
+        "templates/host.cc.j2", "{{ kernel | identifier }}", "{{ kernel }}", "test_generated_code.py"
     ),
     "a cache directory open to the group accepted": Fault(
         "pa_compiler/cache.py",

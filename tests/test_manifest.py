@@ -128,6 +128,7 @@ def test_another_machine_is_refused(library, refused):
     )
 
 
+@pytest.mark.scorecard(23)
 def test_another_cpu_is_refused_with_the_features_it_lacks(compiled, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(target, "_cpuinfo", lambda: {"flags": HASWELL})
     module = compiled(SPECS["float16"], target={"kind": "llvm", "mcpu": "sapphirerapids"})
