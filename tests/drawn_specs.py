@@ -8,6 +8,8 @@ from pa_compiler import PagedAttentionSpec
 from pa_compiler.spec import DTYPES, KV_LAYOUTS
 
 MAX_HEADS = 128
+MAX_WIDTH = 1 << 13
+"""Elements of a query, at most: a draw of a wider spec would take seconds."""
 HEAD_DIMS = (1, 7, 8, 16, 24, 32, 40, 64, 64, 80, 96, 100, 112, 128, 128, 192, 256, 509, 576)
 BLOCK_SIZES = (1, 2, 5, 8, 16, 16, 32, 48, 64, 100, 128, 256)
 CPUS = ("x86-64", "x86-64-v2", "x86-64-v3")
@@ -26,7 +28,7 @@ def drawn_spec(number: int) -> tuple[PagedAttentionSpec, str, str | dict[str, st
         block_size = -(-block_size // 16) * 16
         head_dim += head_dim % 2 if dtype == "bfloat16" else 0
     spec = PagedAttentionSpec(
-        num_heads=kv_heads * _group(rng, kv_heads),
+        num_heads=kv_heads * min(_group(rng), max(1, MAX_WIDTH // (kv_heads * head_dim)), MAX_HEADS // kv_heads),
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         block_size=block_size,
@@ -40,8 +42,8 @@ def drawn_spec(number: int) -> tuple[PagedAttentionSpec, str, str | dict[str, st
     return spec, str(rng.choice(["fused", "fused", "staged"])), target
 
 
-def _group(rng: np.random.Generator, kv_heads: int) -> int:
+def _group(rng: np.random.Generator) -> int:
     """Query heads of a kv head: few, as many as fill tiles, or one more."""
     common = [1, 1, 2, 4, 7, 8, 16, 24, 32, 33, 64, 65]
     group = rng.choice(common) if rng.random() < 0.7 else rng.integers(1, 40)
-    return min(int(group), MAX_HEADS // kv_heads)
+    return int(group)

@@ -19,20 +19,21 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 SIDES = ("start", "end")
 
 
-def fenced(array: np.ndarray, side: str, protection: int = PROT_READ | PROT_WRITE) -> np.ndarray:
+def fenced(array: np.ndarray, side: str, protection: int = PROT_READ | PROT_WRITE, unread: int = 0) -> np.ndarray:
     """A copy of array whose first ("start") or last ("end") byte is next to a PROT_NONE page.
 
     There is one past its other end too, after what remains of the last page. The memory of array's own pages may be
-    used as protection says.
+    used as protection says; at the end, a number of elements that are not to be read may lie beyond the fence.
     """
-    pages = -(-array.nbytes // PAGE)
-    region = mmap.mmap(-1, (pages + 2) * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    kept = array.nbytes - unread * array.itemsize
+    inner, beyond = -(-kept // PAGE), 1 + unread * array.itemsize // PAGE
+    region = mmap.mmap(-1, (1 + inner + beyond) * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = ctypes.addressof(ctypes.c_char.from_buffer(region))
-    offset = PAGE if side == "start" else (pages + 1) * PAGE - array.nbytes
+    offset = PAGE if side == "start" else (1 + inner) * PAGE - kept
     copy = np.frombuffer(region, array.dtype, array.size, offset).reshape(array.shape)
     copy[...] = array
-    for start, length, allowed in ((0, 1, PROT_NONE), (pages + 1, 1, PROT_NONE), (1, pages, protection)):
-        if length and LIBC.mprotect(ctypes.c_void_p(address + start * PAGE), length * PAGE, allowed):
+    for start, pages, allowed in ((0, 1, PROT_NONE), (1, inner, protection), (1 + inner, beyond, PROT_NONE)):
+        if pages and LIBC.mprotect(ctypes.c_void_p(address + start * PAGE), pages * PAGE, allowed):
             raise OSError(ctypes.get_errno(), "mprotect")
     return copy
 
