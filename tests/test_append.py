@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 
@@ -9,11 +10,11 @@ import numpy as np
 import pytest
 import tvm
 from dlpack import Exported
+from fences import PROT_READ, PROT_WRITE, SIDES, fenced, run_in_child
 from inputs import DTYPES, Inputs, lay_out
 from numpy.lib.stride_tricks import as_strided
 from specs import SPECS
 from test_arrays import as_numpy, as_torch
-from test_bounds import fenced
 from tolerances import assert_close_to_oracle, assert_same_bits
 
 from pa_compiler import PagedAttentionSpec, reference, schedules, target, tiling
@@ -218,12 +219,21 @@ def test_dlpack(compiled, spec):
 
 
 @every_spec
-@pytest.mark.parametrize("side", ["start", "end"])
-def test_stays_inside_every_buffer(compiled, spec, side):
-    call = Call(spec, 40)
-    guarded = [fenced(array, side) for array in call.arguments]
-    compiled(spec).append_kv(*guarded)
-    call.check(*guarded[2:4])
+@pytest.mark.scorecard(11)
+@pytest.mark.parametrize("side", SIDES)
+def test_stays_inside_every_buffer(compiled, spec, side, count, figure):
+    """What is only read lies in read-only pages too."""
+    module = compiled(spec)
+
+    def check(seed):
+        call = Call(spec, seed % 41, num_blocks=1 + seed % 7, seed=seed)
+        writable = (PROT_READ, PROT_READ, PROT_READ | PROT_WRITE, PROT_READ | PROT_WRITE, PROT_READ)
+        guarded = [fenced(array, side, may) for array, may in zip(call.arguments, writable, strict=True)]
+        module.append_kv(*guarded)
+        call.check(*guarded[2:4])
+
+    cases = ((f"{spec}, seed {seed}", functools.partial(check, seed)) for seed in range(count(41, 300)))
+    figure(f"calls of append_kv at the {side}", run_in_child(cases))
 
 
 def test_no_blocks_and_all_tokens_skipped(compiled):

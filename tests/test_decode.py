@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 import pytest
 from inputs import DTYPES, make_inputs
-from specs import BASE, OUT_DTYPE_SPECS, PIPELINES, every_pipeline, every_spec
+from specs import BASE, OUT_DTYPE_SPECS, PIPELINES, every_pipeline, every_spec, parametrize
 from specs import SPECS as SHARED
 from tolerances import assert_close_to_oracle, assert_same_bits
 
@@ -42,7 +42,7 @@ FEW_SEQUENCES = {"Case1": 3, "Case2": 2, "Case3": 2}
 
 BLOCK_SIZES = {
     **{spec.block_size: spec for spec in (BASE, SHARED["float32_MQA"])},
-    **{size: PagedAttentionSpec(4, 2, 16, size, "float32") for size in (1, 8, 64, 256)},
+    **{size: PagedAttentionSpec(4, 2, 16, size, "float32") for size in (1, 8, 32, 64, 256)},
     16: dataclasses.replace(CASES["CaseSmall1"].spec, dtype="float32"),
 }
 
@@ -92,27 +92,46 @@ def _check_spec(compiled, spec, pipeline):
     check(compiled(spec, pipeline), make_inputs(spec, lengths * 2))  # 20: a full chunk of 16 and a short one
 
 
-@pytest.mark.slow
-@every_pipeline
-@pytest.mark.parametrize("num_heads", range(1, 66))
-def test_every_head_count(compiled, num_heads, pipeline):
-    spec = PagedAttentionSpec(num_heads, 1, 16, 8, "float32")
-    check(compiled(spec, pipeline), make_inputs(spec, [0, 1, 7, 8, 9, 33, 130]))
+@pytest.mark.scorecard(2)
+@pytest.mark.parametrize(
+    ("kv_heads_of", "dtype", "pipeline"),
+    [
+        (lambda heads: 1, "float32", "fused"),
+        (lambda heads: 1, "float16", "staged"),
+        (lambda heads: heads, "bfloat16", "fused"),
+    ],
+    ids=["one_kv_head", "one_kv_head_staged", "as_many_kv_heads"],
+)
+def test_every_head_count(compiled, kv_heads_of, dtype, pipeline, count, figure):
+    numbers = range(count(33, 1), 66, count(65, 1))
+    for num_heads in numbers:
+        spec = PagedAttentionSpec(num_heads, kv_heads_of(num_heads), 16, 8, dtype)
+        check(compiled(spec, pipeline), make_inputs(spec, [0, 1, 7, 8, 9, 33, 130]))
+    figure("head counts", len(numbers))
 
 
+@pytest.mark.scorecard(2)
 @every_pipeline
 @pytest.mark.parametrize("block_size", sorted(BLOCK_SIZES))
-def test_every_length_to_three_blocks(compiled, block_size, pipeline):
-    spec = BLOCK_SIZES[block_size]
-    lengths = np.random.default_rng(block_size).permutation(3 * block_size + 2)  # neighbours in a chunk differ
-    check(compiled(spec, pipeline), make_inputs(spec, lengths))
+def test_every_length_to_three_blocks(compiled, block_size, pipeline, count, figure):
+    base = BLOCK_SIZES[block_size]
+    others = [dataclasses.replace(base, dtype="bfloat16", kv_layout="HND")]
+    if block_size % 16 == 0:
+        others.append(dataclasses.replace(base, dtype="float16", kv_layout="packed"))
+    for spec in [base, *others[: count(0, 2)]]:
+        lengths = np.random.default_rng(block_size).permutation(3 * block_size + 2)  # neighbours in a chunk differ
+        check(compiled(spec, pipeline), make_inputs(spec, lengths))
+        figure("lengths", len(lengths))
 
 
-@every_pipeline
-def test_every_batch_to_49(compiled, pipeline):
-    module = compiled(BASE, pipeline)
+@pytest.mark.scorecard(2)
+@every_spec
+def test_every_batch_to_49(compiled, spec, pipeline, figure):
+    module = compiled(spec, pipeline)
     for batch in range(50):
-        check(module, make_inputs(BASE, np.random.default_rng(batch).integers(0, 26, batch), seed=batch))
+        lengths = np.random.default_rng(batch).integers(0, 5 * spec.block_size + 1, batch)
+        check(module, make_inputs(spec, np.minimum(lengths, 40), seed=batch))
+    figure("batches", 50)
 
 
 @every_pipeline
@@ -131,16 +150,27 @@ def test_lengths_around_the_tiles(compiled, name):
     check(compiled(spec), make_inputs(spec, [*range(3 * KV_TILE // 2), *range(2 * KV_TILE - 9, 2 * KV_TILE + 2)]))
 
 
-def test_131072_tokens(compiled):
-    spec = BLOCK_SIZES[16]
-    check(compiled(spec), make_inputs(spec, [131072, 3]))
+@pytest.mark.scorecard(9)
+def test_131072_tokens(compiled, count, figure):
+    specs = [BLOCK_SIZES[16], *SHARED.values()][: count(1, None)]
+    for spec in specs:
+        check(compiled(spec), make_inputs(spec, [131072, 3]))
+    figure("specs at 131,072 tokens", len(specs))
 
 
 @pytest.mark.slow
-@every_pipeline
-def test_a_million_tokens(compiled, pipeline):
-    spec = BLOCK_SIZES[16]
+@pytest.mark.scorecard(9)
+@parametrize(
+    {
+        "float32": BLOCK_SIZES[16],
+        "float16": PagedAttentionSpec(2, 1, 16, 16, "float16"),
+        "bfloat16_packed": PagedAttentionSpec(2, 1, 16, 16, "bfloat16", kv_layout="packed"),
+        "float32_HND_sweep": PagedAttentionSpec(2, 2, 8, 16, "float32", kv_layout="HND"),
+    }
+)
+def test_a_million_tokens(compiled, spec, pipeline, figure):
     check(compiled(spec, pipeline), make_inputs(spec, [1_000_003]))
+    figure("specs at 1,000,003 tokens", 1)
 
 
 @every_pipeline

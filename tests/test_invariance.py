@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 import pytest
 from inputs import make_inputs
-from specs import BASE, DTYPE_SPECS, every_pipeline, every_spec, parametrize
+from specs import BASE, every_pipeline, every_spec
 from tolerances import assert_same_bits
 
 import pa_compiler
@@ -177,24 +177,62 @@ def test_alignment(compiled, spec, pipeline, elements):
     assert_same((out, lse), expected)
 
 
-@parametrize(DTYPE_SPECS)
-def test_cache_of_more_than_2_to_the_32_elements(compiled, spec, pipeline):
-    """The same data at the bottom and at the top of a sparse mapping; where a 32-bit offset wraps to, there is 0."""
-    small = make_inputs(spec, [100, 33, 16], spare_blocks=0)
-    shape, used = small.key_cache.shape[1:], len(small.key_cache)
-    num_blocks = (1 << 32) // (2 * math.prod(shape)) + 1000
+def sparse(shape, dtype):
+    """Zeros that take memory only where they are touched."""
     no_reserve = 0x4000  # MAP_NORESERVE, which the mmap module names from Python 3.12 on
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    memory = mmap.mmap(-1, num_blocks * 2 * math.prod(shape) * small.key_cache.itemsize, flags=flags)
-    both = np.frombuffer(memory, small.key_cache.dtype).reshape(num_blocks, 2, *shape)
-    module = compiled(spec, pipeline)
+    return np.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags), dtype).reshape(shape)
+
+
+@every_spec
+@pytest.mark.scorecard(12)
+@pytest.mark.parametrize("one_buffer", [True, False], ids=["one_buffer", "two_buffers"])
+def test_cache_of_more_than_2_to_the_31_elements(compiled, spec, pipeline, one_buffer, figure):
+    """The same data at the bottom and at the top of sparse mappings; where a 32-bit offset wraps to, there is 0.
+
+    In one buffer, block beside block, it is 2^32 elements.
+    """
+    module, small = compiled(spec, pipeline), make_inputs(spec, [100, 33, 16], spare_blocks=0)
     expected = decode(module, small)
+    caches = (small.key_cache, small.value_cache)
+    used, size = len(small.key_cache), small.key_cache[0].size
+    num_blocks = (1 << 31) // size + 1000
+    if one_buffer:
+        large = np.moveaxis(sparse((num_blocks, 2, size), small.key_cache.dtype), 1, 0)
+    else:
+        large = [sparse((num_blocks, size), cache.dtype) for cache in caches]
+    key_cache, value_cache = (flat.reshape(-1, *cache.shape[1:]) for flat, cache in zip(large, caches, strict=True))
     for first in (0, num_blocks - used):
-        both[first : first + used] = np.stack([small.key_cache, small.value_cache], axis=1)
+        key_cache[first : first + used], value_cache[first : first + used] = caches
         table = (small.block_table % used + first).astype(np.int32)  # surplus entries turn into some block, unread
-        assert_same(
-            decode(module, small.replace(key_cache=both[:, 0], value_cache=both[:, 1], block_table=table)), expected
-        )
+        moved = small.replace(key_cache=key_cache, value_cache=value_cache, block_table=table)
+        assert_same(decode(module, moved), expected)
+        key_cache[first : first + used] = value_cache[first : first + used] = 0
+    figure("elements of the largest cache", num_blocks * size * (1 + one_buffer), worst=True)
+    figure("comparisons", 2)
+
+
+@every_spec
+@pytest.mark.scorecard(12)
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_strides_of_more_than_2_to_the_31_elements(compiled, spec, pipeline, axis, figure):
+    """Blocks, and slots or heads within them, so far apart that no offset between two fits into 32 bits."""
+
+    def far_apart(array):
+        stride = (1 << 31) + 8
+        room = sparse((array.shape[axis] * stride,), array.dtype)
+        order = [axis, *(other for other in range(4) if other != axis)]
+        inner = array.transpose(order).copy()
+        strides = [stride * array.itemsize, *inner.strides[1:]]
+        view = np.lib.stride_tricks.as_strided(room, inner.shape, strides).transpose(np.argsort(order))
+        view[...] = array
+        return view
+
+    module, small = compiled(spec, pipeline), make_inputs(spec, [16, 7], spare_blocks=0)
+    expected = decode(module, small)
+    far = small.replace(key_cache=far_apart(small.key_cache), value_cache=far_apart(small.value_cache))
+    assert_same(decode(module, far), expected)
+    figure("comparisons", 1)
 
 
 @every_spec

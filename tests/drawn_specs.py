@@ -1,0 +1,49 @@
+"""Specs drawn at random, with the pipeline and the CPU they are compiled for: what nobody thought of writing down."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pa_compiler import PagedAttentionSpec
+from pa_compiler.spec import DTYPES, KV_LAYOUTS
+
+MAX_HEADS = 128
+MAX_WIDTH = 1 << 13
+"""Elements of a query, at most: a draw of a wider spec would take seconds."""
+HEAD_DIMS = (1, 7, 8, 16, 24, 32, 40, 64, 64, 80, 96, 100, 112, 128, 128, 192, 256, 509, 576)
+BLOCK_SIZES = (1, 2, 5, 8, 16, 16, 32, 48, 64, 100, 128, 256)
+CPUS = ("x86-64", "x86-64-v2", "x86-64-v3")
+"""What any CPU since 2017 runs, so that a test may call what is compiled for them."""
+
+
+def drawn_spec(number: int) -> tuple[PagedAttentionSpec, str, str | dict[str, str]]:
+    """The spec, pipeline and target of a number, always the same ones."""
+    rng = np.random.default_rng((4, number))
+    dtype, out_dtype = rng.choice(DTYPES, 2)
+    layout = rng.choice(KV_LAYOUTS)
+    kv_heads = int(rng.choice([1, 1, 2, 3, 4, 8, 12]))
+    head_dim = int(rng.choice(HEAD_DIMS) if rng.random() < 0.8 else rng.integers(1, 161))
+    block_size = int(rng.choice(BLOCK_SIZES))
+    if layout == "packed":
+        block_size = -(-block_size // 16) * 16
+        head_dim += head_dim % 2 if dtype == "bfloat16" else 0
+    spec = PagedAttentionSpec(
+        num_heads=kv_heads * min(_group(rng), max(1, MAX_WIDTH // (kv_heads * head_dim)), MAX_HEADS // kv_heads),
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=str(dtype),
+        out_dtype=str(rng.choice([dtype, out_dtype])),
+        kv_layout=str(layout),
+        head_tile=int(rng.choice([16, 2 ** rng.integers(0, 7)])),
+        batch_chunk=int(rng.choice([16, rng.integers(1, 40)])),
+    )
+    target = "llvm" if rng.random() < 0.6 else {"kind": "llvm", "mcpu": str(rng.choice(CPUS))}
+    return spec, str(rng.choice(["fused", "fused", "staged"])), target
+
+
+def _group(rng: np.random.Generator) -> int:
+    """Query heads of a kv head: few, as many as fill tiles, or one more."""
+    common = [1, 1, 2, 4, 7, 8, 16, 24, 32, 33, 64, 65]
+    group = rng.choice(common) if rng.random() < 0.7 else rng.integers(1, 40)
+    return int(group)

@@ -1,0 +1,41 @@
+"""Specs and inputs drawn at random, compiled for CPUs drawn at random, against the float64 reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from drawn_specs import drawn_spec
+
+GROUPS = 4
+"""Of specs, for as many processes."""
+
+
+@pytest.mark.scorecard(1)
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_random_specs(compiled, group, count, figure):
+    worst = []
+    numbers = range(group, count(GROUPS, 152), GROUPS)
+    for number in numbers:
+        module = compiled(*drawn_spec(number))
+        for draw in range(count(12, 66)):
+            result = module.verify(seed=number, draw=draw)
+            assert result.passed, (f"drawn_spec({number})", module, result.failures)
+            worst.append(max(result.out.of_tolerance, result.lse.of_tolerance))
+    figure("specs", len(numbers))
+    figure("draws", len(worst))
+    figure("largest error, of the bound", max(worst), worst=True)
+    # The largest of the groups' percentiles: at most 0.1 % of all draws are above it.
+    figure("99.9th percentile of the draws' largest", float(np.percentile(worst, 99.9)), worst=True)
+
+
+def test_drawn_specs_reach_every_kind():
+    drawn = [drawn_spec(number) for number in range(152)]
+    specs = [spec for spec, _, _ in drawn]
+    assert len({(spec.dtype, spec.out_dtype, spec.kv_layout) for spec in specs}) == 27
+    assert len({(spec.kv_layout, pipeline) for spec, pipeline, _ in drawn}) == 6
+    assert {str(target) for _, _, target in drawn} >= {"llvm", "{'kind': 'llvm', 'mcpu': 'x86-64'}"}
+    assert {spec.head_tile for spec in specs} == {1, 2, 4, 8, 16, 32, 64}
+    assert len({spec.head_dim for spec in specs}) > 30
+    assert max(spec.head_dim for spec in specs) > 512
+    assert max(spec.group for spec in specs) > 64
+    assert {spec.block_size for spec in specs} >= {1, 2, 5, 8, 16, 32, 48, 64, 100, 128, 256}
