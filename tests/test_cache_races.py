@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,8 @@ def test_clear_waits_for_a_build(own_cache):
 
 
 def test_a_child_of_fork_does_not_wait_for_its_parents_threads():
-    with compiler._turn():
+    with compiler._turn(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of fork in a process with threads
         child = os.fork()
         if child == 0:
             os._exit(0 if compiler._turn().acquire(timeout=5) else 1)
