@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from pa_compiler import cache as _cache
 from pa_compiler import host, manifest, tiling
 from pa_compiler import target as _target
-from pa_compiler.module import Module, open_library
+from pa_compiler.loader import open_library
+from pa_compiler.module import Module
 from pa_compiler.spec import PagedAttentionSpec
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ import copy
 import math
 import numbers
 import os
-import tempfile
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import tvm_ffi
 
 from pa_compiler import manifest, memory
+from pa_compiler.loader import open_library
 from pa_compiler.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -283,29 +283,6 @@ def load(path: str | os.PathLike[str]) -> Module:
     if unfit := about.unfit():
         raise RuntimeError(f"{file}: {unfit}")
     return Module(library, about, open_library(library, file.name))
-
-
-_LOADED: dict[str, tvm_ffi.Module] = {}
-"""By checksum: a library that is loaded again is still one in this process, with one pool of threads."""
-
-
-def open_library(library: bytes, name: str) -> tvm_ffi.Module:
-    """Give a library's bytes to the system's loader, as a file of its own.
-
-    So what runs is what was checked, whatever becomes of the user's file; and a file that was replaced is not taken
-    for the one that was first loaded under its name, as the system's loader would.
-    """
-    checksum = manifest.checksum(library)
-    if checksum not in _LOADED:
-        with tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
-            copy = Path(directory) / name
-            try:
-                copy.write_bytes(library)
-            except OSError as error:
-                error.filename = str(copy)  # a full disk names no file
-                raise
-            _LOADED.setdefault(checksum, tvm_ffi.load_module(str(copy)))
-    return _LOADED[checksum]
 
 
 def _expected(**dtypes: str) -> list[tuple[str, np.dtype]]:
