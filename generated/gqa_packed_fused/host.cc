@@ -632,6 +632,20 @@ class Plan {
 
 // ---------------------------------------------------------------- run
 
+// While it lives this thread rounds to nearest, computes with subnormal numbers and traps nothing, whatever its caller
+// has set: threads get that from whoever starts them, and a result would depend on which of them computes it.
+class DefaultFloatingPoint {
+ public:
+  DefaultFloatingPoint() : callers_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(kDefault); }
+  DefaultFloatingPoint(const DefaultFloatingPoint&) = delete;
+  DefaultFloatingPoint& operator=(const DefaultFloatingPoint&) = delete;
+  ~DefaultFloatingPoint() { __builtin_ia32_ldmxcsr(callers_); }
+
+ private:
+  static constexpr uint32_t kDefault = 0x1F80;  // of MXCSR, as a program starts
+  uint32_t callers_;
+};
+
 // Threads that help a decode call. The caller works as well and returns when every index is done, not when every helper
 // has come: a helper that the system starts late finds nothing left, and holds nobody up.
 class ThreadPool {
@@ -726,6 +740,7 @@ class ThreadPool {
   }
 
   [[noreturn]] void Serve() {
+    const DefaultFloatingPoint state;
     pthread_mutex_lock(&mutex_);
     for (;;) {
       while (jobs_.first == nullptr) pthread_cond_wait(&wake_, &mutex_);
@@ -916,6 +931,7 @@ void AppendKV(const Inputs& in) {
 // that argument i holds bfloat16 and is declared uint16, for arrays of libraries that have no bfloat16 in DLPack.
 void Decode(const Inputs& in) {
   CheckCpuFeatures();
+  const DefaultFloatingPoint state;
   const double scale = in.Float(7);
   const int64_t num_threads = in.Int(8);
   Arguments args = CheckArguments(in, scale, num_threads, in.Int(9));
