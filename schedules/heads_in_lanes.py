@@ -24,9 +24,10 @@ def load_query(sch: Schedule, tiling: Tiling) -> None:
     """A transposed copy of the query."""
     rows = sch.cache_write("q_tile", 0, "global")
     _rows_last(sch, rows)
-    _, lane = sch.split(sch.get_loops("q_tile")[-1], [None, tiling.lanes])
-    sch.vectorize(lane)
-    turn(sch, rows, 4, 4)
+    turn(sch, rows, 4, 4, "q_tile")
+    row, dim = sch.get_loops("q_tile")[-2:]
+    sch.unroll(row)
+    sch.vectorize(dim)
 
 
 def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
@@ -67,20 +68,23 @@ def pair_probs(sch: Schedule, tiling: Tiling) -> None:
 
 
 def pv_matmul(sch: Schedule, tiling: Tiling) -> None:
-    """Outputs in registers over all whole token groups of the tile; the rest of the last one after that."""
+    """Outputs in registers over all whole token groups of the tile, and over the rest of the last one."""
     full, rest = sch.get_sblock("full_groups"), sch.get_sblock("tile_acc")
     _rows_last(sch, "full_groups", "tile_acc")
-    sums = sch.cache_write(full, 0, "global")
-    group, token, row, dim = sch.get_loops(full)[-4:]
-    dim_outer, dim = sch.split(dim, [None, tiling.pv_dims])
-    sch.reorder(dim_outer, group, token, dim, row)
+    sums = sch.cache_write(rest, 0, "global")
+    _, group, token, row, dim = sch.get_loops(full)[-5:]
+    full_outer, dim = sch.split(dim, [None, tiling.pv_dims])
+    sch.reorder(full_outer, group, token, dim, row)
     sch.compute_at(sch.get_sblock("prefetch_values"), group, preserve_unit_loops=True)
-    in_registers(sch, sums, dim_outer, dim, row)
-    sch.decompose_reduction(full, group)
-    token, row, dim = sch.get_loops(rest)[-3:]
-    sch.reorder(token, dim, row)
+    sch.unroll(dim)
     sch.vectorize(row)
-    sch.decompose_reduction(rest, token)
+    rest_token, row, dim = sch.get_loops(rest)[-3:]
+    rest_outer, dim = sch.split(dim, [None, tiling.pv_dims])
+    sch.reorder(rest_outer, rest_token, dim, row)
+    in_registers(sch, sums, rest_outer, dim, row)
+    sch.merge(full_outer, rest_outer)
+    sch.decompose_reduction(full, group)
+    sch.decompose_reduction(rest, rest_token)
 
 
 def online_update(sch: Schedule, tiling: Tiling) -> None:
@@ -92,11 +96,18 @@ def online_update(sch: Schedule, tiling: Tiling) -> None:
 
 
 def normalize(sch: Schedule, tiling: Tiling) -> None:
-    """Turned back, then in vectors of head_dim."""
+    """Turned back in registers, then in vectors of head_dim."""
+    vectorize_rows(sch, "factor")
     in_order = sch.cache_read("out", "acc", "global")
     _rows_last(sch, in_order)
+    row, dim = sch.get_loops("out")[-2:]
+    row_outer, row = sch.split(row, [None, 4])
+    dim_outer, lane = sch.split(dim, [None, tiling.lanes])
+    sch.reorder(row_outer, dim_outer, row, lane)
+    sch.compute_at(in_order, dim_outer, preserve_unit_loops=True)
     turn(sch, in_order, 4, 4)
-    head_dim_in_lanes.normalize(sch, tiling)
+    sch.unroll(row)
+    sch.vectorize(lane)
 
 
 STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
