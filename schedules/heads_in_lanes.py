@@ -67,32 +67,34 @@ def pair_probs(sch: Schedule, tiling: Tiling) -> None:
     sch.vectorize(row)
 
 
-def pv_matmul(sch: Schedule, tiling: Tiling) -> None:
-    """Outputs in registers over all whole token groups of the tile, and over the rest of the last one."""
-    full, rest = sch.get_sblock("full_groups"), sch.get_sblock("tile_acc")
-    _rows_last(sch, "full_groups", "tile_acc")
-    sums = sch.cache_write(rest, 0, "global")
+def pv_update(sch: Schedule, tiling: Tiling) -> None:
+    """Outputs in registers over all whole token groups of the tile, then over the rest of the last one, then folded."""
+    full, rest, acc = (sch.get_sblock(name) for name in ("full_groups", "tile_acc", "acc"))
+    _rows_last(sch, full, rest, acc)
     _, group, token, row, dim = sch.get_loops(full)[-5:]
-    full_outer, dim = sch.split(dim, [None, tiling.pv_dims])
-    sch.reorder(full_outer, group, token, dim, row)
+    full_pass, dim = sch.split(dim, [None, tiling.pv_dims])
+    sch.reorder(full_pass, group, token, dim, row)
     sch.compute_at(sch.get_sblock("prefetch_values"), group, preserve_unit_loops=True)
-    sch.unroll(dim)
-    sch.vectorize(row)
-    rest_token, row, dim = sch.get_loops(rest)[-3:]
-    rest_outer, dim = sch.split(dim, [None, tiling.pv_dims])
-    sch.reorder(rest_outer, rest_token, dim, row)
-    in_registers(sch, sums, rest_outer, dim, row)
-    sch.merge(full_outer, rest_outer)
+    tiles = [(dim, row)]
+    _, rest_token, row, dim = sch.get_loops(rest)[-4:]
+    rest_pass, dim = sch.split(dim, [None, tiling.pv_dims])
+    sch.reorder(rest_pass, rest_token, dim, row)
+    tiles.append((dim, row))
+    row, dim = sch.get_loops(acc)[-2:]
+    fold_pass, dim = sch.split(dim, [None, tiling.pv_dims])
+    sch.reorder(fold_pass, dim, row)
+    tiles.append((dim, row))
+    for dim, row in tiles:
+        sch.unroll(dim)
+        sch.vectorize(row)
+    sch.merge(full_pass, rest_pass, fold_pass)
     sch.decompose_reduction(full, group)
     sch.decompose_reduction(rest, rest_token)
 
 
-def online_update(sch: Schedule, tiling: Tiling) -> None:
-    """Rows in lanes throughout."""
-    _rows_last(sch, "acc")
-    row, dim = sch.get_loops(sch.get_sblock("acc"))[-2:]
-    sch.reorder(dim, row)
-    vectorize_rows(sch, "rescale", "new_sum", "row", "acc")
+def rescale(sch: Schedule, tiling: Tiling) -> None:
+    """Vertical."""
+    vectorize_rows(sch, "factors", "new_sum", "row")
 
 
 def normalize(sch: Schedule, tiling: Tiling) -> None:
@@ -117,8 +119,8 @@ STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
     "qk_matmul": qk_matmul,
     "softmax_prepare": softmax_prepare,
     "pair_probs": pair_probs,
-    "pv_matmul": pv_matmul,
-    "online_update": online_update,
+    "rescale": rescale,
+    "pv_update": pv_update,
     "normalize": normalize,
 }
 """How each stage is scheduled, by the name of its sblock."""

@@ -170,10 +170,13 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     v_block,
                     v_row,
                 )
-                pv_stage(
-                    probs, value_cache, value_cache, value_offsets, tile_acc, vs, head_offset, v_head,
-                    v_row, 0, head_offset, valid_len,
-                )  # fmt: skip
+                with T.sblock("pv_matmul"):
+                    T.reads()
+                    T.writes()
+                    pv_stage(
+                        probs, value_cache, value_cache, value_offsets, tile_acc, vs, head_offset, v_head,
+                        v_row, 0, head_offset, valid_len,
+                    )  # fmt: skip
 
     return pv_matmul
 
