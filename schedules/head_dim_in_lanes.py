@@ -22,9 +22,21 @@ from pa_compiler.tiling import Tiling, largest_divisor
 
 def load_query(sch: Schedule, tiling: Tiling) -> None:
     """Rows of the query as vectors."""
-    if not tiling.dot_pairs:
-        evens_first(sch, tiling, "q_tile")
+    if tiling.dot_pairs:
+        return
+    if tiling.dim_pair == 1:
         vectorize_dims(sch, tiling, "q_tile")
+        return
+    evens = sch.cache_write("q_tile", 0, "global")
+    evens_first(sch, tiling, evens)
+    lanes, pair = tiling.lanes, tiling.dim_pair
+    sch.transform_block_layout(
+        evens, lambda tile, row, dim: (tile, row, dim // (lanes * pair), dim // pair % lanes, dim % pair)
+    )
+    sch.compute_at("q_tile", sch.get_loops(evens)[-3], preserve_unit_loops=True)
+    sch.vectorize(sch.get_loops("q_tile")[-1])
+    sch.transform_layout("q_tile", ("write", 0), lambda *i: (*i[:-1], i[-1] // pair, i[-1] % pair))
+    turn(sch, evens, 4, 2)
 
 
 def load_keys(sch: Schedule, tiling: Tiling) -> None:
@@ -234,7 +246,7 @@ def _vectorize_in_order(sch: Schedule, tiling: Tiling, sblock: str) -> None:
     sch.vectorize(lane)
 
 
-def evens_first(sch: Schedule, tiling: Tiling, *sblocks: str) -> None:
+def evens_first(sch: Schedule, tiling: Tiling, *sblocks: str | SBlockRV) -> None:
     """Where the cache gives pairs, lay what an sblock writes out as a vector of even elements, then one of odd ones."""
     lanes, pair = tiling.lanes, tiling.dim_pair
     for sblock in sblocks if pair > 1 else ():
