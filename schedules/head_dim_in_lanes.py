@@ -21,7 +21,7 @@ from pa_compiler.tiling import Tiling, largest_divisor
 
 
 def load_query(sch: Schedule, tiling: Tiling) -> None:
-    """Rows of the query as vectors."""
+    """Rows of the query as vectors; pairs are taken apart in registers."""
     if tiling.dot_pairs:
         return
     if tiling.dim_pair == 1:
@@ -189,12 +189,12 @@ def _split_dims(sch: Schedule, tiling: Tiling, dim: LoopRV) -> list[LoopRV]:
 
 
 def rescale(sch: Schedule, tiling: Tiling) -> None:
-    """Rows in lanes."""
+    """Rows in lanes, for their maxima, sums and factors."""
     vectorize_rows(sch, "factors", "new_sum", "row")
 
 
 def fold(sch: Schedule, tiling: Tiling) -> None:
-    """Tiles of rows and vectors."""
+    """Register tiles of acc, where what is folded lies in memory."""
     _fold_tile(sch, tiling)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
+from tvm.tirx import IntImm
 
 from pa_compiler.schedules import head_dim_in_lanes
 from pa_compiler.schedules.head_dim_in_lanes import in_registers, vectorize_rows
@@ -69,41 +70,29 @@ def pair_probs(sch: Schedule, tiling: Tiling) -> None:
 
 def pv_update(sch: Schedule, tiling: Tiling) -> None:
     """Outputs in registers over all whole token groups of the tile, then over the rest of the last one, then folded."""
-    full, rest, acc = (sch.get_sblock(name) for name in ("full_groups", "tile_acc", "acc"))
-    _rows_last(sch, full, rest, acc)
-    _, group, token, row, dim = sch.get_loops(full)[-5:]
-    full_pass, dim = sch.split(dim, [None, tiling.pv_dims])
-    sch.reorder(full_pass, group, token, dim, row)
-    sch.compute_at(sch.get_sblock("prefetch_values"), group, preserve_unit_loops=True)
-    tiles = [(dim, row)]
-    _, rest_token, row, dim = sch.get_loops(rest)[-4:]
-    rest_pass, dim = sch.split(dim, [None, tiling.pv_dims])
-    sch.reorder(rest_pass, rest_token, dim, row)
-    tiles.append((dim, row))
-    row, dim = sch.get_loops(acc)[-2:]
-    fold_pass, dim = sch.split(dim, [None, tiling.pv_dims])
-    sch.reorder(fold_pass, dim, row)
-    tiles.append((dim, row))
-    for dim, row in tiles:
+    group = sch.get_loops("full_groups")[1]
+    passes = []
+    for name in ("full_groups", "tile_acc", "acc"):
+        _rows_last(sch, name)
+        _, *tokens, row, dim = sch.get_loops(name)
+        dim_outer, dim = sch.split(dim, [None, tiling.pv_dims])
+        sch.reorder(dim_outer, *tokens, dim, row)
         sch.unroll(dim)
         sch.vectorize(row)
-    sch.merge(full_pass, rest_pass, fold_pass)
-    sch.decompose_reduction(full, group)
-    sch.decompose_reduction(rest, rest_token)
-
-
-def rescale(sch: Schedule, tiling: Tiling) -> None:
-    """Vertical."""
-    vectorize_rows(sch, "factors", "new_sum", "row")
+        if tokens:
+            sch.decompose_reduction(name, tokens[0])
+        passes.append(dim_outer)
+    sch.compute_at(sch.get_sblock("prefetch_values"), group, preserve_unit_loops=True)
+    sch.merge(*passes)
 
 
 def normalize(sch: Schedule, tiling: Tiling) -> None:
-    """Turned back in registers, then in vectors of head_dim."""
+    """Turned back in registers, then in vectors of head_dim; row by row where a tile may be one short."""
     vectorize_rows(sch, "factor")
     in_order = sch.cache_read("out", "acc", "global")
     _rows_last(sch, in_order)
     row, dim = sch.get_loops("out")[-2:]
-    row_outer, row = sch.split(row, [None, 4])
+    row_outer, row = sch.split(row, [None, 4 if isinstance(sch.get(row).extent, IntImm) else 1])
     dim_outer, lane = sch.split(dim, [None, tiling.lanes])
     sch.reorder(row_outer, dim_outer, row, lane)
     sch.compute_at(in_order, dim_outer, preserve_unit_loops=True)
@@ -119,7 +108,7 @@ STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
     "qk_matmul": qk_matmul,
     "softmax_prepare": softmax_prepare,
     "pair_probs": pair_probs,
-    "rescale": rescale,
+    "rescale": head_dim_in_lanes.rescale,
     "pv_update": pv_update,
     "normalize": normalize,
 }

@@ -145,9 +145,10 @@ class ScratchStack {
     return buffer.data;
   }
   void Pop() { --depth_; }
-  ~ScratchStack() {
+  void Release() {
     for (size_t i = 0; i < size_; ++i) std::free(buffers_[i].data);
     std::free(buffers_);
+    *this = ScratchStack();
   }
 
  private:
@@ -156,19 +157,31 @@ class ScratchStack {
     size_t capacity;
   };
 
-  void Grow() {
-    auto* grown = static_cast<Buffer*>(std::realloc(buffers_, (size_ + 1) * sizeof(Buffer)));
-    if (grown == nullptr) throw std::bad_alloc();
-    buffers_ = grown;
-    buffers_[size_++] = {nullptr, 0};
-  }
+  void Grow();
 
   Buffer* buffers_ = nullptr;
   size_t size_ = 0, depth_ = 0;
 };
 
+// Without constructor or destructor, so that each access is one to memory and no look whether they have run.
 thread_local ScratchStack kernel_scratch;  // of the kernels that run on this thread
 thread_local ScratchStack call_workspace;  // of the decode call made on this thread
+
+// Gives this thread's memory back when it ends.
+struct ScratchRelease {
+  ~ScratchRelease() {
+    kernel_scratch.Release();
+    call_workspace.Release();
+  }
+};
+
+void ScratchStack::Grow() {
+  thread_local const ScratchRelease at_exit;
+  auto* grown = static_cast<Buffer*>(std::realloc(buffers_, (size_ + 1) * sizeof(Buffer)));
+  if (grown == nullptr) throw std::bad_alloc();
+  buffers_ = grown;
+  buffers_[size_++] = {nullptr, 0};
+}
 
 // Kernels ask for their scratch through TVM's workspace hooks. One that is given none returns an error.
 void* AllocWorkspace(int, int, uint64_t num_bytes, int, int) noexcept {

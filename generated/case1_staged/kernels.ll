@@ -488,9 +488,9 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor37.i = alloca [16 x float], align 16
-  %beta38.i = alloca [16 x float], align 16
-  %alpha39.i = alloca [16 x float], align 16
+  %factor46.i = alloca [16 x float], align 16
+  %beta49.i = alloca [16 x float], align 16
+  %alpha50.i = alloca [16 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -581,9 +581,9 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor46.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta49.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha50.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -605,21 +605,21 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   %wide.trip.count.i = and i64 %24, 2147483647
   br label %for_body_step.i
 
-for_body_step.i:                                  ; preds = %for_end_r.i, %for_body_step.lr.ph.i
-  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r.i ]
-  %43 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r.i ]
-  %total4448.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %103, %for_end_r.i ]
-  %44 = icmp eq i64 %indvars.iv69.i, 0
+for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
+  %indvars.iv94.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next95.i, %for_end_r_0.i ]
+  %43 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
+  %total5366.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %151, %for_end_r_0.i ]
+  %44 = icmp eq i64 %indvars.iv94.i, 0
   %45 = insertelement <16 x i1> poison, i1 %44, i64 0
   %46 = shufflevector <16 x i1> %45, <16 x i1> poison, <16 x i32> zeroinitializer
   %old_max.i = select <16 x i1> %46, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %43
-  %old_sum.i = select <16 x i1> %46, <16 x float> zeroinitializer, <16 x float> %total4448.i
-  %47 = add nsw i64 %indvars.iv69.i, %cse_v2.i
-  %cse_v8.i = shl nsw i64 %47, 4
-  %48 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v8.i
+  %old_sum.i = select <16 x i1> %46, <16 x float> zeroinitializer, <16 x float> %total5366.i
+  %47 = add nsw i64 %indvars.iv94.i, %cse_v2.i
+  %cse_v12.i = shl nsw i64 %47, 4
+  %48 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v12.i
   %49 = load <16 x float>, ptr %48, align 4, !tbaa !5
   %50 = fcmp ogt <16 x float> %old_max.i, %49
-  %51 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v8.i
+  %51 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v12.i
   %52 = load <16 x float>, ptr %51, align 4, !tbaa !5
   %53 = fcmp oeq <16 x float> %52, zeroinitializer
   %54 = select <16 x i1> %53, <16 x i1> splat (i1 true), <16 x i1> %50
@@ -627,8 +627,8 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %55 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
   %m.i = select <16 x i1> %55, <16 x float> %49, <16 x float> %old_or_both.i
   %arg.i = fsub <16 x float> %old_max.i, %m.i
-  %cse_v9.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %56 = bitcast <16 x float> %cse_v9.i to <16 x i32>
+  %cse_v13.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %56 = bitcast <16 x float> %cse_v13.i to <16 x i32>
   %57 = add nsw <16 x i32> %56, splat (i32 -1262485504)
   %58 = sitofp <16 x i32> %57 to <16 x float>
   %59 = fmul <16 x float> %58, splat (float 0x3F2BD01060000000)
@@ -651,10 +651,10 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %76 = select <16 x i1> %75, <16 x float> zeroinitializer, <16 x float> %74
   %77 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %78 = select <16 x i1> %77, <16 x float> %76, <16 x float> zeroinitializer
-  store <16 x float> %78, ptr %alpha39.i, align 16, !tbaa !17
+  store <16 x float> %78, ptr %alpha50.i, align 16, !tbaa !17
   %arg2.i = fsub <16 x float> %49, %m.i
-  %cse_v6.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %79 = bitcast <16 x float> %cse_v6.i to <16 x i32>
+  %cse_v7.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %79 = bitcast <16 x float> %cse_v7.i to <16 x i32>
   %80 = add nsw <16 x i32> %79, splat (i32 -1262485504)
   %81 = sitofp <16 x i32> %80 to <16 x float>
   %82 = fmul <16 x float> %81, splat (float 0x3F2BD01060000000)
@@ -677,463 +677,523 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %99 = select <16 x i1> %98, <16 x float> zeroinitializer, <16 x float> %97
   %100 = fcmp one <16 x float> %52, zeroinitializer
   %101 = select <16 x i1> %100, <16 x float> %99, <16 x float> zeroinitializer
-  store <16 x float> %101, ptr %beta38.i, align 16, !tbaa !24
-  %102 = fmul <16 x float> %old_sum.i, %78
-  %103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %101, <16 x float> %52, <16 x float> %102)
+  store <16 x float> %101, ptr %beta49.i, align 16, !tbaa !24
   %.idx.i = shl nsw i64 %47, 13
-  %104 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %44, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+  %102 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br label %for_begin_d_0.preheader.i
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %105 = shl nuw nsw i64 %indvars.iv65.i, 7
-  %106 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv65.i
-  %107 = load float, ptr %106, align 4, !tbaa !31
-  %108 = insertelement <16 x float> poison, float %107, i64 0
-  %109 = shufflevector <16 x float> %108, <16 x float> poison, <16 x i32> zeroinitializer
-  %110 = getelementptr float, ptr %104, i64 %105
-  %111 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv65.i
-  %112 = load float, ptr %111, align 4, !tbaa !32
-  %113 = getelementptr inbounds nuw float, ptr %acc.i, i64 %105
-  store <16 x float> zeroinitializer, ptr %113, align 4, !tbaa !5
-  %114 = load <16 x float>, ptr %110, align 4, !tbaa !5
-  %.scalar = fmul float %112, 0.000000e+00
-  %115 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %116 = shufflevector <16 x float> %115, <16 x float> poison, <16 x i32> zeroinitializer
-  %117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %114, <16 x float> %116)
-  store <16 x float> %117, ptr %113, align 4, !tbaa !5
-  %118 = getelementptr inbounds nuw i8, ptr %113, i64 64
-  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
-  %119 = getelementptr i8, ptr %110, i64 64
-  %120 = load <16 x float>, ptr %119, align 4, !tbaa !5
-  %121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %120, <16 x float> %116)
-  store <16 x float> %121, ptr %118, align 4, !tbaa !5
-  %122 = getelementptr inbounds nuw i8, ptr %113, i64 128
-  store <16 x float> zeroinitializer, ptr %122, align 4, !tbaa !5
-  %123 = getelementptr i8, ptr %110, i64 128
-  %124 = load <16 x float>, ptr %123, align 4, !tbaa !5
-  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %124, <16 x float> %116)
-  store <16 x float> %125, ptr %122, align 4, !tbaa !5
-  %126 = getelementptr inbounds nuw i8, ptr %113, i64 192
-  store <16 x float> zeroinitializer, ptr %126, align 4, !tbaa !5
-  %127 = getelementptr i8, ptr %110, i64 192
-  %128 = load <16 x float>, ptr %127, align 4, !tbaa !5
-  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %128, <16 x float> %116)
-  store <16 x float> %129, ptr %126, align 4, !tbaa !5
-  %130 = getelementptr inbounds nuw i8, ptr %113, i64 256
-  store <16 x float> zeroinitializer, ptr %130, align 4, !tbaa !5
-  %131 = getelementptr i8, ptr %110, i64 256
-  %132 = load <16 x float>, ptr %131, align 4, !tbaa !5
-  %133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %132, <16 x float> %116)
-  store <16 x float> %133, ptr %130, align 4, !tbaa !5
-  %134 = getelementptr inbounds nuw i8, ptr %113, i64 320
-  store <16 x float> zeroinitializer, ptr %134, align 4, !tbaa !5
-  %135 = getelementptr i8, ptr %110, i64 320
-  %136 = load <16 x float>, ptr %135, align 4, !tbaa !5
-  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %136, <16 x float> %116)
-  store <16 x float> %137, ptr %134, align 4, !tbaa !5
-  %138 = getelementptr inbounds nuw i8, ptr %113, i64 384
-  store <16 x float> zeroinitializer, ptr %138, align 4, !tbaa !5
-  %139 = getelementptr i8, ptr %110, i64 384
-  %140 = load <16 x float>, ptr %139, align 4, !tbaa !5
-  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %140, <16 x float> %116)
-  store <16 x float> %141, ptr %138, align 4, !tbaa !5
-  %142 = getelementptr inbounds nuw i8, ptr %113, i64 448
-  store <16 x float> zeroinitializer, ptr %142, align 4, !tbaa !5
-  %143 = getelementptr i8, ptr %110, i64 448
-  %144 = load <16 x float>, ptr %143, align 4, !tbaa !5
-  %145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %144, <16 x float> %116)
-  store <16 x float> %145, ptr %142, align 4, !tbaa !5
-  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
-  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 16
-  br i1 %exitcond68.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !33
-
-for_end_step.i:                                   ; preds = %for_end_r.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %103, %for_end_r.i ]
-  %m47.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
-  %146 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
-  %147 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
-  %148 = select <16 x i1> %147, <16 x float> zeroinitializer, <16 x float> %146
-  store <16 x float> %148, ptr %factor37.i, align 16, !tbaa !34
+for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %151, %for_end_r_0.i ]
+  %m65.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+  %103 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
+  %104 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
+  %105 = select <16 x i1> %104, <16 x float> zeroinitializer, <16 x float> %103
+  store <16 x float> %105, ptr %factor46.i, align 16, !tbaa !31
   %sext28 = shl i64 %20, 32
-  %cse_v5.i = ashr exact i64 %sext28, 32
-  %149 = mul nsw i64 %out_batch, %cse_v5.i
-  %150 = getelementptr float, ptr %out, i64 %149
-  br label %for_begin_d_022.preheader.i
+  %cse_v6.i = ashr exact i64 %sext28, 32
+  %106 = mul nsw i64 %out_batch, %cse_v6.i
+  %107 = getelementptr float, ptr %out, i64 %106
+  br label %for_begin_d_031.preheader.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %151 = shl nuw nsw i64 %indvars.iv.i, 7
-  %152 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv.i
-  %153 = load float, ptr %152, align 4, !tbaa !31
-  %154 = insertelement <16 x float> poison, float %153, i64 0
-  %155 = shufflevector <16 x float> %154, <16 x float> poison, <16 x i32> zeroinitializer
-  %156 = getelementptr float, ptr %104, i64 %151
-  %157 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !32
-  %159 = insertelement <16 x float> poison, float %158, i64 0
-  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = load <16 x float>, ptr %156, align 4, !tbaa !5
-  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %151
+for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_body_step.i
+  %indvars.iv86.i = phi i64 [ 0, %for_body_step.i ], [ %indvars.iv.next87.i, %for_end_d_0.i ]
+  %108 = shl nuw nsw i64 %indvars.iv86.i, 9
+  %109 = shl nuw nsw i64 %indvars.iv86.i, 2
+  %110 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %109
+  %111 = load float, ptr %110, align 16, !tbaa !38
+  %112 = insertelement <16 x float> poison, float %111, i64 0
+  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
+  %114 = getelementptr float, ptr %102, i64 %108
+  %115 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %109
+  %116 = load float, ptr %115, align 16, !tbaa !39
+  %117 = insertelement <16 x float> poison, float %116, i64 0
+  %118 = shufflevector <16 x float> %117, <16 x float> poison, <16 x i32> zeroinitializer
+  %119 = or disjoint i64 %109, 1
+  %120 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %119
+  %121 = load float, ptr %120, align 4, !tbaa !38
+  %122 = insertelement <16 x float> poison, float %121, i64 0
+  %123 = shufflevector <16 x float> %122, <16 x float> poison, <16 x i32> zeroinitializer
+  %124 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %119
+  %125 = load float, ptr %124, align 4, !tbaa !39
+  %126 = insertelement <16 x float> poison, float %125, i64 0
+  %127 = shufflevector <16 x float> %126, <16 x float> poison, <16 x i32> zeroinitializer
+  %128 = or disjoint i64 %109, 2
+  %129 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %128
+  %130 = load float, ptr %129, align 8, !tbaa !38
+  %131 = insertelement <16 x float> poison, float %130, i64 0
+  %132 = shufflevector <16 x float> %131, <16 x float> poison, <16 x i32> zeroinitializer
+  %133 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %128
+  %134 = load float, ptr %133, align 8, !tbaa !39
+  %135 = insertelement <16 x float> poison, float %134, i64 0
+  %136 = shufflevector <16 x float> %135, <16 x float> poison, <16 x i32> zeroinitializer
+  %137 = or disjoint i64 %109, 3
+  %138 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %137
+  %139 = load float, ptr %138, align 4, !tbaa !38
+  %140 = insertelement <16 x float> poison, float %139, i64 0
+  %141 = shufflevector <16 x float> %140, <16 x float> poison, <16 x i32> zeroinitializer
+  %142 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %137
+  %143 = load float, ptr %142, align 4, !tbaa !39
+  %144 = insertelement <16 x float> poison, float %143, i64 0
+  %145 = shufflevector <16 x float> %144, <16 x float> poison, <16 x i32> zeroinitializer
+  %146 = trunc nuw nsw i64 %108 to i32
+  %147 = fmul <16 x float> %118, zeroinitializer
+  %148 = fmul <16 x float> %127, zeroinitializer
+  %149 = fmul <16 x float> %136, zeroinitializer
+  br label %for_body_d_0.i
+
+for_end_r_0.i:                                    ; preds = %for_end_d_0.i
+  %150 = fmul <16 x float> %old_sum.i, %78
+  %151 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %101, <16 x float> %52, <16 x float> %150)
+  %indvars.iv.next95.i = add nuw nsw i64 %indvars.iv94.i, 1
+  %exitcond97.not.i = icmp eq i64 %indvars.iv.next95.i, %wide.trip.count.i
+  br i1 %exitcond97.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+
+for_body_d_0.i:                                   ; preds = %if_end30.i, %for_begin_d_0.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next.i, %if_end30.i ]
+  %indvars85.i = trunc i64 %indvars.iv.i to i32
+  %152 = shl nuw nsw i64 %indvars.iv.i, 5
+  %153 = shl nuw nsw i32 %indvars85.i, 5
+  %154 = or disjoint i64 %152, %108
+  %cse_v8.i = add nuw nsw i32 %153, %146
+  %155 = getelementptr inbounds nuw float, ptr %acc.i, i64 %154
+  %156 = getelementptr float, ptr %114, i64 %152
+  br i1 %44, label %if_then19.i, label %if_end18.i, !prof !8
+
+for_end_d_0.i:                                    ; preds = %if_end30.i
+  %indvars.iv.next87.i = add nuw nsw i64 %indvars.iv86.i, 1
+  %exitcond93.not.i = icmp eq i64 %indvars.iv.next87.i, 4
+  br i1 %exitcond93.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !40
+
+if_end18.i:                                       ; preds = %for_body_d_0.i
+  %.pre.i = load <16 x float>, ptr %155, align 4, !tbaa !5
+  %157 = load <16 x float>, ptr %156, align 4, !tbaa !5
+  %158 = fmul <16 x float> %118, %.pre.i
+  %159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %157, <16 x float> %158)
+  store <16 x float> %159, ptr %155, align 4, !tbaa !5
+  %160 = getelementptr i8, ptr %156, i64 64
+  %161 = load <16 x float>, ptr %160, align 4, !tbaa !5
+  %162 = getelementptr inbounds nuw i8, ptr %155, i64 64
   %163 = load <16 x float>, ptr %162, align 4, !tbaa !5
-  %164 = fmul <16 x float> %163, %160
-  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %161, <16 x float> %164)
+  %164 = fmul <16 x float> %118, %163
+  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %161, <16 x float> %164)
   store <16 x float> %165, ptr %162, align 4, !tbaa !5
-  %166 = getelementptr i8, ptr %156, i64 64
-  %167 = load <16 x float>, ptr %166, align 4, !tbaa !5
-  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
-  %170 = fmul <16 x float> %160, %169
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %167, <16 x float> %170)
-  store <16 x float> %171, ptr %168, align 4, !tbaa !5
-  %172 = getelementptr i8, ptr %156, i64 128
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
-  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
+  %166 = trunc i64 %154 to i32
+  br label %if_end20.i
+
+if_then19.i:                                      ; preds = %for_body_d_0.i
+  store <16 x float> zeroinitializer, ptr %155, align 4, !tbaa !5
+  %167 = load <16 x float>, ptr %156, align 4, !tbaa !5
+  %168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %167, <16 x float> %147)
+  store <16 x float> %168, ptr %155, align 4, !tbaa !5
+  %169 = getelementptr inbounds nuw i8, ptr %155, i64 64
+  store <16 x float> zeroinitializer, ptr %169, align 4, !tbaa !5
+  %170 = getelementptr i8, ptr %156, i64 64
+  %171 = load <16 x float>, ptr %170, align 4, !tbaa !5
+  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %171, <16 x float> %147)
+  store <16 x float> %172, ptr %169, align 4, !tbaa !5
+  %173 = getelementptr inbounds nuw i8, ptr %155, i64 512
+  store <16 x float> zeroinitializer, ptr %173, align 4, !tbaa !5
+  br label %if_end20.i
+
+if_end20.i:                                       ; preds = %if_then19.i, %if_end18.i
+  %cse_v1556.in.i = phi i32 [ %cse_v8.i, %if_then19.i ], [ %166, %if_end18.i ]
+  %cse_v1556.i = or i32 %cse_v1556.in.i, 128
+  %174 = getelementptr i8, ptr %156, i64 512
   %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
-  %176 = fmul <16 x float> %160, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %173, <16 x float> %176)
-  store <16 x float> %177, ptr %174, align 4, !tbaa !5
-  %178 = getelementptr i8, ptr %156, i64 192
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
-  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
-  %182 = fmul <16 x float> %160, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %179, <16 x float> %182)
-  store <16 x float> %183, ptr %180, align 4, !tbaa !5
-  %184 = getelementptr i8, ptr %156, i64 256
+  %176 = zext nneg i32 %cse_v1556.i to i64
+  %177 = getelementptr inbounds nuw float, ptr %acc.i, i64 %176
+  %178 = load <16 x float>, ptr %177, align 4, !tbaa !5
+  %179 = fmul <16 x float> %127, %178
+  %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %175, <16 x float> %179)
+  store <16 x float> %180, ptr %177, align 4, !tbaa !5
+  %181 = or disjoint i64 %154, 144
+  br i1 %44, label %if_then23.i, label %if_end22.i, !prof !8
+
+if_end22.i:                                       ; preds = %if_end20.i
+  %182 = getelementptr i8, ptr %156, i64 576
+  %183 = load <16 x float>, ptr %182, align 4, !tbaa !5
+  %184 = getelementptr inbounds nuw float, ptr %acc.i, i64 %181
   %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
-  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
-  %188 = fmul <16 x float> %160, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %185, <16 x float> %188)
-  store <16 x float> %189, ptr %186, align 4, !tbaa !5
-  %190 = getelementptr i8, ptr %156, i64 320
+  %186 = fmul <16 x float> %127, %185
+  %187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %183, <16 x float> %186)
+  store <16 x float> %187, ptr %184, align 4, !tbaa !5
+  %188 = trunc i64 %154 to i32
+  br label %if_end24.i
+
+if_then23.i:                                      ; preds = %if_end20.i
+  %189 = getelementptr inbounds nuw float, ptr %acc.i, i64 %181
+  store <16 x float> zeroinitializer, ptr %189, align 4, !tbaa !5
+  %190 = getelementptr i8, ptr %156, i64 576
   %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
-  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
-  %194 = fmul <16 x float> %160, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %191, <16 x float> %194)
-  store <16 x float> %195, ptr %192, align 4, !tbaa !5
-  %196 = getelementptr i8, ptr %156, i64 384
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
-  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
-  %200 = fmul <16 x float> %160, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %197, <16 x float> %200)
-  store <16 x float> %201, ptr %198, align 4, !tbaa !5
-  %202 = getelementptr i8, ptr %156, i64 448
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
-  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
+  %192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %191, <16 x float> %148)
+  store <16 x float> %192, ptr %189, align 4, !tbaa !5
+  %193 = getelementptr inbounds nuw i8, ptr %155, i64 1024
+  store <16 x float> zeroinitializer, ptr %193, align 4, !tbaa !5
+  br label %if_end24.i
+
+if_end24.i:                                       ; preds = %if_then23.i, %if_end22.i
+  %cse_v1759.in.i = phi i32 [ %cse_v8.i, %if_then23.i ], [ %188, %if_end22.i ]
+  %cse_v1759.i = or i32 %cse_v1759.in.i, 256
+  %194 = getelementptr i8, ptr %156, i64 1024
+  %195 = load <16 x float>, ptr %194, align 4, !tbaa !5
+  %196 = zext nneg i32 %cse_v1759.i to i64
+  %197 = getelementptr inbounds nuw float, ptr %acc.i, i64 %196
+  %198 = load <16 x float>, ptr %197, align 4, !tbaa !5
+  %199 = fmul <16 x float> %136, %198
+  %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %195, <16 x float> %199)
+  store <16 x float> %200, ptr %197, align 4, !tbaa !5
+  %201 = or disjoint i64 %154, 272
+  %202 = getelementptr i8, ptr %156, i64 1536
+  %203 = getelementptr inbounds nuw i8, ptr %155, i64 1600
+  br i1 %44, label %if_then29.i, label %if_end28.if_end30_crit_edge.i, !prof !8
+
+if_end28.if_end30_crit_edge.i:                    ; preds = %if_end24.i
+  %204 = getelementptr i8, ptr %156, i64 1088
   %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
-  %206 = fmul <16 x float> %160, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %203, <16 x float> %206)
-  store <16 x float> %207, ptr %204, align 4, !tbaa !5
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !33
+  %206 = getelementptr inbounds nuw float, ptr %acc.i, i64 %201
+  %207 = load <16 x float>, ptr %206, align 4, !tbaa !5
+  %208 = fmul <16 x float> %136, %207
+  %209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %205, <16 x float> %208)
+  store <16 x float> %209, ptr %206, align 4, !tbaa !5
+  %210 = load <16 x float>, ptr %202, align 4, !tbaa !5
+  %cse_v1962.i = and i64 %154, 4294966880
+  %211 = getelementptr inbounds nuw float, ptr %acc.i, i64 %cse_v1962.i
+  %212 = getelementptr inbounds nuw i8, ptr %211, i64 1536
+  %213 = load <16 x float>, ptr %212, align 4, !tbaa !5
+  %214 = fmul <16 x float> %145, %213
+  %215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %210, <16 x float> %214)
+  store <16 x float> %215, ptr %212, align 4, !tbaa !5
+  %.pre113.i = load <16 x float>, ptr %203, align 4, !tbaa !5
+  br label %if_end30.i
 
-for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
-  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
-  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+if_then29.i:                                      ; preds = %if_end24.i
+  %216 = getelementptr inbounds nuw float, ptr %acc.i, i64 %201
+  store <16 x float> zeroinitializer, ptr %216, align 4, !tbaa !5
+  %217 = getelementptr i8, ptr %156, i64 1088
+  %218 = load <16 x float>, ptr %217, align 4, !tbaa !5
+  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %218, <16 x float> %149)
+  store <16 x float> %219, ptr %216, align 4, !tbaa !5
+  %220 = getelementptr inbounds nuw i8, ptr %155, i64 1536
+  store <16 x float> zeroinitializer, ptr %220, align 4, !tbaa !5
+  %cse_v1962.i30 = or i32 %cse_v8.i, 384
+  %221 = load <16 x float>, ptr %202, align 4, !tbaa !5
+  %222 = zext nneg i32 %cse_v1962.i30 to i64
+  %223 = getelementptr inbounds nuw float, ptr %acc.i, i64 %222
+  %224 = load <16 x float>, ptr %223, align 4, !tbaa !5
+  %225 = fmul <16 x float> %145, %224
+  %226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %221, <16 x float> %225)
+  store <16 x float> %226, ptr %223, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %203, align 4, !tbaa !5
+  br label %if_end30.i
 
-for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.preheader.i, %for_end_step.i
-  %indvars.iv77.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next78.i, %for_begin_d_022.preheader.i ]
-  %208 = getelementptr inbounds nuw float, ptr %factor37.i, i64 %indvars.iv77.i
-  %209 = load float, ptr %208, align 4, !tbaa !41
-  %210 = insertelement <16 x float> poison, float %209, i64 0
-  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
-  %212 = mul nsw i64 %indvars.iv77.i, %out_head
-  %invariant.gep.i = getelementptr float, ptr %150, i64 %212
-  %.idx = shl nuw nsw i64 %indvars.iv77.i, 9
-  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %214 = load <16 x float>, ptr %213, align 4, !tbaa !5
-  %215 = fmul <16 x float> %214, %211
-  store <16 x float> %215, ptr %invariant.gep.i, align 4, !tbaa !5
-  %216 = getelementptr inbounds nuw i8, ptr %213, i64 64
-  %217 = load <16 x float>, ptr %216, align 4, !tbaa !5
-  %218 = fmul <16 x float> %211, %217
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x float> %218, ptr %gep.1.i, align 4, !tbaa !5
-  %219 = getelementptr inbounds nuw i8, ptr %213, i64 128
-  %220 = load <16 x float>, ptr %219, align 4, !tbaa !5
-  %221 = fmul <16 x float> %211, %220
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x float> %221, ptr %gep.2.i, align 4, !tbaa !5
-  %222 = getelementptr inbounds nuw i8, ptr %213, i64 192
-  %223 = load <16 x float>, ptr %222, align 4, !tbaa !5
-  %224 = fmul <16 x float> %211, %223
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x float> %224, ptr %gep.3.i, align 4, !tbaa !5
-  %225 = getelementptr inbounds nuw i8, ptr %213, i64 256
-  %226 = load <16 x float>, ptr %225, align 4, !tbaa !5
-  %227 = fmul <16 x float> %211, %226
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 256
-  store <16 x float> %227, ptr %gep.4.i, align 4, !tbaa !5
-  %228 = getelementptr inbounds nuw i8, ptr %213, i64 320
+if_end30.i:                                       ; preds = %if_then29.i, %if_end28.if_end30_crit_edge.i
+  %227 = phi <16 x float> [ %.pre113.i, %if_end28.if_end30_crit_edge.i ], [ zeroinitializer, %if_then29.i ]
+  %228 = getelementptr i8, ptr %156, i64 1600
   %229 = load <16 x float>, ptr %228, align 4, !tbaa !5
-  %230 = fmul <16 x float> %211, %229
+  %230 = fmul <16 x float> %145, %227
+  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %229, <16 x float> %230)
+  store <16 x float> %231, ptr %203, align 4, !tbaa !5
+  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
+  br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !prof !40
+
+for_begin_d_031.preheader.i:                      ; preds = %for_begin_d_031.preheader.i, %for_end_step.i
+  %indvars.iv102.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next103.i, %for_begin_d_031.preheader.i ]
+  %232 = getelementptr inbounds nuw float, ptr %factor46.i, i64 %indvars.iv102.i
+  %233 = load float, ptr %232, align 4, !tbaa !41
+  %234 = insertelement <16 x float> poison, float %233, i64 0
+  %235 = shufflevector <16 x float> %234, <16 x float> poison, <16 x i32> zeroinitializer
+  %236 = mul nsw i64 %indvars.iv102.i, %out_head
+  %invariant.gep.i = getelementptr float, ptr %107, i64 %236
+  %.idx = shl nuw nsw i64 %indvars.iv102.i, 9
+  %237 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %238 = load <16 x float>, ptr %237, align 4, !tbaa !5
+  %239 = fmul <16 x float> %238, %235
+  store <16 x float> %239, ptr %invariant.gep.i, align 4, !tbaa !5
+  %240 = getelementptr inbounds nuw i8, ptr %237, i64 64
+  %241 = load <16 x float>, ptr %240, align 4, !tbaa !5
+  %242 = fmul <16 x float> %235, %241
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  store <16 x float> %242, ptr %gep.1.i, align 4, !tbaa !5
+  %243 = getelementptr inbounds nuw i8, ptr %237, i64 128
+  %244 = load <16 x float>, ptr %243, align 4, !tbaa !5
+  %245 = fmul <16 x float> %235, %244
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  store <16 x float> %245, ptr %gep.2.i, align 4, !tbaa !5
+  %246 = getelementptr inbounds nuw i8, ptr %237, i64 192
+  %247 = load <16 x float>, ptr %246, align 4, !tbaa !5
+  %248 = fmul <16 x float> %235, %247
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  store <16 x float> %248, ptr %gep.3.i, align 4, !tbaa !5
+  %249 = getelementptr inbounds nuw i8, ptr %237, i64 256
+  %250 = load <16 x float>, ptr %249, align 4, !tbaa !5
+  %251 = fmul <16 x float> %235, %250
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 256
+  store <16 x float> %251, ptr %gep.4.i, align 4, !tbaa !5
+  %252 = getelementptr inbounds nuw i8, ptr %237, i64 320
+  %253 = load <16 x float>, ptr %252, align 4, !tbaa !5
+  %254 = fmul <16 x float> %235, %253
   %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 320
-  store <16 x float> %230, ptr %gep.5.i, align 4, !tbaa !5
-  %231 = getelementptr inbounds nuw i8, ptr %213, i64 384
-  %232 = load <16 x float>, ptr %231, align 4, !tbaa !5
-  %233 = fmul <16 x float> %211, %232
+  store <16 x float> %254, ptr %gep.5.i, align 4, !tbaa !5
+  %255 = getelementptr inbounds nuw i8, ptr %237, i64 384
+  %256 = load <16 x float>, ptr %255, align 4, !tbaa !5
+  %257 = fmul <16 x float> %235, %256
   %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 384
-  store <16 x float> %233, ptr %gep.6.i, align 4, !tbaa !5
-  %234 = getelementptr inbounds nuw i8, ptr %213, i64 448
-  %235 = load <16 x float>, ptr %234, align 4, !tbaa !5
-  %236 = fmul <16 x float> %211, %235
+  store <16 x float> %257, ptr %gep.6.i, align 4, !tbaa !5
+  %258 = getelementptr inbounds nuw i8, ptr %237, i64 448
+  %259 = load <16 x float>, ptr %258, align 4, !tbaa !5
+  %260 = fmul <16 x float> %235, %259
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 448
-  store <16 x float> %236, ptr %gep.7.i, align 4, !tbaa !5
-  %indvars.iv.next78.i = add nuw nsw i64 %indvars.iv77.i, 1
-  %exitcond80.not.i = icmp eq i64 %indvars.iv.next78.i, 16
-  br i1 %exitcond80.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !33
+  store <16 x float> %260, ptr %gep.7.i, align 4, !tbaa !5
+  %indvars.iv.next103.i = add nuw nsw i64 %indvars.iv102.i, 1
+  %exitcond105.not.i = icmp eq i64 %indvars.iv.next103.i, 16
+  br i1 %exitcond105.not.i, label %for_begin_r36.preheader.i, label %for_begin_d_031.preheader.i, !prof !40
 
-for_begin_r27.preheader.i:                        ; preds = %for_begin_d_022.preheader.i
-  %237 = mul nsw i64 %lse_batch, %cse_v5.i
-  %238 = getelementptr float, ptr %lse, i64 %237
-  %row_sum42.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
-  %239 = fcmp oeq float %row_sum42.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %239, label %if_end33.i, label %if_else.i
+for_begin_r36.preheader.i:                        ; preds = %for_begin_d_031.preheader.i
+  %261 = mul nsw i64 %lse_batch, %cse_v6.i
+  %262 = getelementptr float, ptr %lse, i64 %261
+  %row_sum51.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
+  %263 = fcmp oeq float %row_sum51.sroa.0.0.vec.extract.i, 0.000000e+00
+  br i1 %263, label %if_end42.i, label %if_else.i
 
-if_else.i:                                        ; preds = %for_begin_r27.preheader.i
-  %240 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.0.vec.extract.i)
-  %row_max43.sroa.0.0.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 0
-  %241 = fadd float %240, %row_max43.sroa.0.0.vec.extract.i
-  br label %if_end33.i
+if_else.i:                                        ; preds = %for_begin_r36.preheader.i
+  %264 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.0.vec.extract.i)
+  %row_max52.sroa.0.0.vec.extract.i = extractelement <16 x float> %m65.lcssa.i, i64 0
+  %265 = fadd float %264, %row_max52.sroa.0.0.vec.extract.i
+  br label %if_end42.i
 
-if_end33.i:                                       ; preds = %if_else.i, %for_begin_r27.preheader.i
-  %242 = phi float [ %241, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r27.preheader.i ]
-  store float %242, ptr %238, align 4, !tbaa !5
-  %row_sum42.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
-  %243 = fcmp oeq float %row_sum42.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %243, label %if_end33.1.i, label %if_else.1.i
+if_end42.i:                                       ; preds = %if_else.i, %for_begin_r36.preheader.i
+  %266 = phi float [ %265, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r36.preheader.i ]
+  store float %266, ptr %262, align 4, !tbaa !5
+  %row_sum51.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
+  %267 = fcmp oeq float %row_sum51.sroa.0.4.vec.extract.i, 0.000000e+00
+  br i1 %267, label %if_end42.1.i, label %if_else.1.i
 
-if_else.1.i:                                      ; preds = %if_end33.i
-  %244 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.4.vec.extract.i)
-  %row_max43.sroa.0.4.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 1
-  %245 = fadd float %244, %row_max43.sroa.0.4.vec.extract.i
-  br label %if_end33.1.i
+if_else.1.i:                                      ; preds = %if_end42.i
+  %268 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.4.vec.extract.i)
+  %row_max52.sroa.0.4.vec.extract.i = extractelement <16 x float> %m65.lcssa.i, i64 1
+  %269 = fadd float %268, %row_max52.sroa.0.4.vec.extract.i
+  br label %if_end42.1.i
 
-if_end33.1.i:                                     ; preds = %if_else.1.i, %if_end33.i
-  %246 = phi float [ %245, %if_else.1.i ], [ 0xFFF0000000000000, %if_end33.i ]
-  %247 = getelementptr i8, ptr %238, i64 4
-  store float %246, ptr %247, align 4, !tbaa !5
-  %row_sum42.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
-  %248 = fcmp oeq float %row_sum42.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %248, label %if_end33.2.i, label %if_else.2.i
+if_end42.1.i:                                     ; preds = %if_else.1.i, %if_end42.i
+  %270 = phi float [ %269, %if_else.1.i ], [ 0xFFF0000000000000, %if_end42.i ]
+  %271 = getelementptr i8, ptr %262, i64 4
+  store float %270, ptr %271, align 4, !tbaa !5
+  %row_sum51.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
+  %272 = fcmp oeq float %row_sum51.sroa.0.8.vec.extract.i, 0.000000e+00
+  br i1 %272, label %if_end42.2.i, label %if_else.2.i
 
-if_else.2.i:                                      ; preds = %if_end33.1.i
-  %249 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.8.vec.extract.i)
-  %row_max43.sroa.0.8.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 2
-  %250 = fadd float %249, %row_max43.sroa.0.8.vec.extract.i
-  br label %if_end33.2.i
+if_else.2.i:                                      ; preds = %if_end42.1.i
+  %273 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.8.vec.extract.i)
+  %row_max52.sroa.0.8.vec.extract.i = extractelement <16 x float> %m65.lcssa.i, i64 2
+  %274 = fadd float %273, %row_max52.sroa.0.8.vec.extract.i
+  br label %if_end42.2.i
 
-if_end33.2.i:                                     ; preds = %if_else.2.i, %if_end33.1.i
-  %251 = phi float [ %250, %if_else.2.i ], [ 0xFFF0000000000000, %if_end33.1.i ]
-  %252 = getelementptr i8, ptr %238, i64 8
-  store float %251, ptr %252, align 4, !tbaa !5
-  %row_sum42.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
-  %253 = fcmp oeq float %row_sum42.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %253, label %if_end33.3.i, label %if_else.3.i
+if_end42.2.i:                                     ; preds = %if_else.2.i, %if_end42.1.i
+  %275 = phi float [ %274, %if_else.2.i ], [ 0xFFF0000000000000, %if_end42.1.i ]
+  %276 = getelementptr i8, ptr %262, i64 8
+  store float %275, ptr %276, align 4, !tbaa !5
+  %row_sum51.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
+  %277 = fcmp oeq float %row_sum51.sroa.0.12.vec.extract.i, 0.000000e+00
+  br i1 %277, label %if_end42.3.i, label %if_else.3.i
 
-if_else.3.i:                                      ; preds = %if_end33.2.i
-  %254 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.12.vec.extract.i)
-  %row_max43.sroa.0.12.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 3
-  %255 = fadd float %254, %row_max43.sroa.0.12.vec.extract.i
-  br label %if_end33.3.i
+if_else.3.i:                                      ; preds = %if_end42.2.i
+  %278 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.12.vec.extract.i)
+  %row_max52.sroa.0.12.vec.extract.i = extractelement <16 x float> %m65.lcssa.i, i64 3
+  %279 = fadd float %278, %row_max52.sroa.0.12.vec.extract.i
+  br label %if_end42.3.i
 
-if_end33.3.i:                                     ; preds = %if_else.3.i, %if_end33.2.i
-  %256 = phi float [ %255, %if_else.3.i ], [ 0xFFF0000000000000, %if_end33.2.i ]
-  %257 = getelementptr i8, ptr %238, i64 12
-  store float %256, ptr %257, align 4, !tbaa !5
-  %row_sum42.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
-  %258 = fcmp oeq float %row_sum42.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %258, label %if_end33.4.i, label %if_else.4.i
+if_end42.3.i:                                     ; preds = %if_else.3.i, %if_end42.2.i
+  %280 = phi float [ %279, %if_else.3.i ], [ 0xFFF0000000000000, %if_end42.2.i ]
+  %281 = getelementptr i8, ptr %262, i64 12
+  store float %280, ptr %281, align 4, !tbaa !5
+  %row_sum51.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
+  %282 = fcmp oeq float %row_sum51.sroa.0.16.vec.extract.i, 0.000000e+00
+  br i1 %282, label %if_end42.4.i, label %if_else.4.i
 
-if_else.4.i:                                      ; preds = %if_end33.3.i
-  %259 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.16.vec.extract.i)
-  %row_max43.sroa.0.16.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 4
-  %260 = fadd float %259, %row_max43.sroa.0.16.vec.extract.i
-  br label %if_end33.4.i
+if_else.4.i:                                      ; preds = %if_end42.3.i
+  %283 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.16.vec.extract.i)
+  %row_max52.sroa.0.16.vec.extract.i = extractelement <16 x float> %m65.lcssa.i, i64 4
+  %284 = fadd float %283, %row_max52.sroa.0.16.vec.extract.i
+  br label %if_end42.4.i
 
-if_end33.4.i:                                     ; preds = %if_else.4.i, %if_end33.3.i
-  %261 = phi float [ %260, %if_else.4.i ], [ 0xFFF0000000000000, %if_end33.3.i ]
-  %262 = getelementptr i8, ptr %238, i64 16
-  store float %261, ptr %262, align 4, !tbaa !5
-  %row_sum42.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
-  %263 = fcmp oeq float %row_sum42.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %263, label %if_end33.5.i, label %if_else.5.i
+if_end42.4.i:                                     ; preds = %if_else.4.i, %if_end42.3.i
+  %285 = phi float [ %284, %if_else.4.i ], [ 0xFFF0000000000000, %if_end42.3.i ]
+  %286 = getelementptr i8, ptr %262, i64 16
+  store float %285, ptr %286, align 4, !tbaa !5
+  %row_sum51.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
+  %287 = fcmp oeq float %row_sum51.sroa.0.20.vec.extract.i, 0.000000e+00
+  br i1 %287, label %if_end42.5.i, label %if_else.5.i
 
-if_else.5.i:                                      ; preds = %if_end33.4.i
-  %264 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.20.vec.extract.i)
-  %row_max43.sroa.0.20.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 5
-  %265 = fadd float %264, %row_max43.sroa.0.20.vec.extract.i
-  br label %if_end33.5.i
+if_else.5.i:                                      ; preds = %if_end42.4.i
+  %288 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.20.vec.extract.i)
+  %row_max52.sroa.0.20.vec.extract.i = extractelement <16 x float> %m65.lcssa.i, i64 5
+  %289 = fadd float %288, %row_max52.sroa.0.20.vec.extract.i
+  br label %if_end42.5.i
 
-if_end33.5.i:                                     ; preds = %if_else.5.i, %if_end33.4.i
-  %266 = phi float [ %265, %if_else.5.i ], [ 0xFFF0000000000000, %if_end33.4.i ]
-  %267 = getelementptr i8, ptr %238, i64 20
-  store float %266, ptr %267, align 4, !tbaa !5
-  %row_sum42.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
-  %268 = fcmp oeq float %row_sum42.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %268, label %if_end33.6.i, label %if_else.6.i
+if_end42.5.i:                                     ; preds = %if_else.5.i, %if_end42.4.i
+  %290 = phi float [ %289, %if_else.5.i ], [ 0xFFF0000000000000, %if_end42.4.i ]
+  %291 = getelementptr i8, ptr %262, i64 20
+  store float %290, ptr %291, align 4, !tbaa !5
+  %row_sum51.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
+  %292 = fcmp oeq float %row_sum51.sroa.0.24.vec.extract.i, 0.000000e+00
+  br i1 %292, label %if_end42.6.i, label %if_else.6.i
 
-if_else.6.i:                                      ; preds = %if_end33.5.i
-  %269 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.24.vec.extract.i)
-  %row_max43.sroa.0.24.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 6
-  %270 = fadd float %269, %row_max43.sroa.0.24.vec.extract.i
-  br label %if_end33.6.i
+if_else.6.i:                                      ; preds = %if_end42.5.i
+  %293 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.24.vec.extract.i)
+  %row_max52.sroa.0.24.vec.extract.i = extractelement <16 x float> %m65.lcssa.i, i64 6
+  %294 = fadd float %293, %row_max52.sroa.0.24.vec.extract.i
+  br label %if_end42.6.i
 
-if_end33.6.i:                                     ; preds = %if_else.6.i, %if_end33.5.i
-  %271 = phi float [ %270, %if_else.6.i ], [ 0xFFF0000000000000, %if_end33.5.i ]
-  %272 = getelementptr i8, ptr %238, i64 24
-  store float %271, ptr %272, align 4, !tbaa !5
-  %row_sum42.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
-  %273 = fcmp oeq float %row_sum42.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %273, label %if_end33.7.i, label %if_else.7.i
+if_end42.6.i:                                     ; preds = %if_else.6.i, %if_end42.5.i
+  %295 = phi float [ %294, %if_else.6.i ], [ 0xFFF0000000000000, %if_end42.5.i ]
+  %296 = getelementptr i8, ptr %262, i64 24
+  store float %295, ptr %296, align 4, !tbaa !5
+  %row_sum51.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
+  %297 = fcmp oeq float %row_sum51.sroa.0.28.vec.extract.i, 0.000000e+00
+  br i1 %297, label %if_end42.7.i, label %if_else.7.i
 
-if_else.7.i:                                      ; preds = %if_end33.6.i
-  %274 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.28.vec.extract.i)
-  %row_max43.sroa.0.28.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 7
-  %275 = fadd float %274, %row_max43.sroa.0.28.vec.extract.i
-  br label %if_end33.7.i
+if_else.7.i:                                      ; preds = %if_end42.6.i
+  %298 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.28.vec.extract.i)
+  %row_max52.sroa.0.28.vec.extract.i = extractelement <16 x float> %m65.lcssa.i, i64 7
+  %299 = fadd float %298, %row_max52.sroa.0.28.vec.extract.i
+  br label %if_end42.7.i
 
-if_end33.7.i:                                     ; preds = %if_else.7.i, %if_end33.6.i
-  %276 = phi float [ %275, %if_else.7.i ], [ 0xFFF0000000000000, %if_end33.6.i ]
-  %277 = getelementptr i8, ptr %238, i64 28
-  store float %276, ptr %277, align 4, !tbaa !5
-  %row_sum42.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
-  %278 = fcmp oeq float %row_sum42.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %278, label %if_end33.8.i, label %if_else.8.i
+if_end42.7.i:                                     ; preds = %if_else.7.i, %if_end42.6.i
+  %300 = phi float [ %299, %if_else.7.i ], [ 0xFFF0000000000000, %if_end42.6.i ]
+  %301 = getelementptr i8, ptr %262, i64 28
+  store float %300, ptr %301, align 4, !tbaa !5
+  %row_sum51.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
+  %302 = fcmp oeq float %row_sum51.sroa.0.32.vec.extract.i, 0.000000e+00
+  br i1 %302, label %if_end42.8.i, label %if_else.8.i
 
-if_else.8.i:                                      ; preds = %if_end33.7.i
-  %279 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.32.vec.extract.i)
-  %row_max43.sroa.0.32.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 8
-  %280 = fadd float %279, %row_max43.sroa.0.32.vec.extract.i
-  br label %if_end33.8.i
+if_else.8.i:                                      ; preds = %if_end42.7.i
+  %303 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.32.vec.extract.i)
+  %row_max52.sroa.0.32.vec.extract.i = extractelement <16 x float> %m65.lcssa.i, i64 8
+  %304 = fadd float %303, %row_max52.sroa.0.32.vec.extract.i
+  br label %if_end42.8.i
 
-if_end33.8.i:                                     ; preds = %if_else.8.i, %if_end33.7.i
-  %281 = phi float [ %280, %if_else.8.i ], [ 0xFFF0000000000000, %if_end33.7.i ]
-  %282 = getelementptr i8, ptr %238, i64 32
-  store float %281, ptr %282, align 4, !tbaa !5
-  %row_sum42.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
-  %283 = fcmp oeq float %row_sum42.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %283, label %if_end33.9.i, label %if_else.9.i
+if_end42.8.i:                                     ; preds = %if_else.8.i, %if_end42.7.i
+  %305 = phi float [ %304, %if_else.8.i ], [ 0xFFF0000000000000, %if_end42.7.i ]
+  %306 = getelementptr i8, ptr %262, i64 32
+  store float %305, ptr %306, align 4, !tbaa !5
+  %row_sum51.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
+  %307 = fcmp oeq float %row_sum51.sroa.0.36.vec.extract.i, 0.000000e+00
+  br i1 %307, label %if_end42.9.i, label %if_else.9.i
 
-if_else.9.i:                                      ; preds = %if_end33.8.i
-  %284 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.36.vec.extract.i)
-  %row_max43.sroa.0.36.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 9
-  %285 = fadd float %284, %row_max43.sroa.0.36.vec.extract.i
-  br label %if_end33.9.i
+if_else.9.i:                                      ; preds = %if_end42.8.i
+  %308 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.36.vec.extract.i)
+  %row_max52.sroa.0.36.vec.extract.i = extractelement <16 x float> %m65.lcssa.i, i64 9
+  %309 = fadd float %308, %row_max52.sroa.0.36.vec.extract.i
+  br label %if_end42.9.i
 
-if_end33.9.i:                                     ; preds = %if_else.9.i, %if_end33.8.i
-  %286 = phi float [ %285, %if_else.9.i ], [ 0xFFF0000000000000, %if_end33.8.i ]
-  %287 = getelementptr i8, ptr %238, i64 36
-  store float %286, ptr %287, align 4, !tbaa !5
-  %row_sum42.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
-  %288 = fcmp oeq float %row_sum42.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %288, label %if_end33.10.i, label %if_else.10.i
+if_end42.9.i:                                     ; preds = %if_else.9.i, %if_end42.8.i
+  %310 = phi float [ %309, %if_else.9.i ], [ 0xFFF0000000000000, %if_end42.8.i ]
+  %311 = getelementptr i8, ptr %262, i64 36
+  store float %310, ptr %311, align 4, !tbaa !5
+  %row_sum51.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
+  %312 = fcmp oeq float %row_sum51.sroa.0.40.vec.extract.i, 0.000000e+00
+  br i1 %312, label %if_end42.10.i, label %if_else.10.i
 
-if_else.10.i:                                     ; preds = %if_end33.9.i
-  %289 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.40.vec.extract.i)
-  %row_max43.sroa.0.40.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 10
-  %290 = fadd float %289, %row_max43.sroa.0.40.vec.extract.i
-  br label %if_end33.10.i
+if_else.10.i:                                     ; preds = %if_end42.9.i
+  %313 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.40.vec.extract.i)
+  %row_max52.sroa.0.40.vec.extract.i = extractelement <16 x float> %m65.lcssa.i, i64 10
+  %314 = fadd float %313, %row_max52.sroa.0.40.vec.extract.i
+  br label %if_end42.10.i
 
-if_end33.10.i:                                    ; preds = %if_else.10.i, %if_end33.9.i
-  %291 = phi float [ %290, %if_else.10.i ], [ 0xFFF0000000000000, %if_end33.9.i ]
-  %292 = getelementptr i8, ptr %238, i64 40
-  store float %291, ptr %292, align 4, !tbaa !5
-  %row_sum42.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
-  %293 = fcmp oeq float %row_sum42.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %293, label %if_end33.11.i, label %if_else.11.i
+if_end42.10.i:                                    ; preds = %if_else.10.i, %if_end42.9.i
+  %315 = phi float [ %314, %if_else.10.i ], [ 0xFFF0000000000000, %if_end42.9.i ]
+  %316 = getelementptr i8, ptr %262, i64 40
+  store float %315, ptr %316, align 4, !tbaa !5
+  %row_sum51.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
+  %317 = fcmp oeq float %row_sum51.sroa.0.44.vec.extract.i, 0.000000e+00
+  br i1 %317, label %if_end42.11.i, label %if_else.11.i
 
-if_else.11.i:                                     ; preds = %if_end33.10.i
-  %294 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.44.vec.extract.i)
-  %row_max43.sroa.0.44.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 11
-  %295 = fadd float %294, %row_max43.sroa.0.44.vec.extract.i
-  br label %if_end33.11.i
+if_else.11.i:                                     ; preds = %if_end42.10.i
+  %318 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.44.vec.extract.i)
+  %row_max52.sroa.0.44.vec.extract.i = extractelement <16 x float> %m65.lcssa.i, i64 11
+  %319 = fadd float %318, %row_max52.sroa.0.44.vec.extract.i
+  br label %if_end42.11.i
 
-if_end33.11.i:                                    ; preds = %if_else.11.i, %if_end33.10.i
-  %296 = phi float [ %295, %if_else.11.i ], [ 0xFFF0000000000000, %if_end33.10.i ]
-  %297 = getelementptr i8, ptr %238, i64 44
-  store float %296, ptr %297, align 4, !tbaa !5
-  %row_sum42.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
-  %298 = fcmp oeq float %row_sum42.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %298, label %if_end33.12.i, label %if_else.12.i
+if_end42.11.i:                                    ; preds = %if_else.11.i, %if_end42.10.i
+  %320 = phi float [ %319, %if_else.11.i ], [ 0xFFF0000000000000, %if_end42.10.i ]
+  %321 = getelementptr i8, ptr %262, i64 44
+  store float %320, ptr %321, align 4, !tbaa !5
+  %row_sum51.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
+  %322 = fcmp oeq float %row_sum51.sroa.0.48.vec.extract.i, 0.000000e+00
+  br i1 %322, label %if_end42.12.i, label %if_else.12.i
 
-if_else.12.i:                                     ; preds = %if_end33.11.i
-  %299 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.48.vec.extract.i)
-  %row_max43.sroa.0.48.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 12
-  %300 = fadd float %299, %row_max43.sroa.0.48.vec.extract.i
-  br label %if_end33.12.i
+if_else.12.i:                                     ; preds = %if_end42.11.i
+  %323 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.48.vec.extract.i)
+  %row_max52.sroa.0.48.vec.extract.i = extractelement <16 x float> %m65.lcssa.i, i64 12
+  %324 = fadd float %323, %row_max52.sroa.0.48.vec.extract.i
+  br label %if_end42.12.i
 
-if_end33.12.i:                                    ; preds = %if_else.12.i, %if_end33.11.i
-  %301 = phi float [ %300, %if_else.12.i ], [ 0xFFF0000000000000, %if_end33.11.i ]
-  %302 = getelementptr i8, ptr %238, i64 48
-  store float %301, ptr %302, align 4, !tbaa !5
-  %row_sum42.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
-  %303 = fcmp oeq float %row_sum42.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %303, label %if_end33.13.i, label %if_else.13.i
+if_end42.12.i:                                    ; preds = %if_else.12.i, %if_end42.11.i
+  %325 = phi float [ %324, %if_else.12.i ], [ 0xFFF0000000000000, %if_end42.11.i ]
+  %326 = getelementptr i8, ptr %262, i64 48
+  store float %325, ptr %326, align 4, !tbaa !5
+  %row_sum51.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
+  %327 = fcmp oeq float %row_sum51.sroa.0.52.vec.extract.i, 0.000000e+00
+  br i1 %327, label %if_end42.13.i, label %if_else.13.i
 
-if_else.13.i:                                     ; preds = %if_end33.12.i
-  %304 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.52.vec.extract.i)
-  %row_max43.sroa.0.52.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 13
-  %305 = fadd float %304, %row_max43.sroa.0.52.vec.extract.i
-  br label %if_end33.13.i
+if_else.13.i:                                     ; preds = %if_end42.12.i
+  %328 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.52.vec.extract.i)
+  %row_max52.sroa.0.52.vec.extract.i = extractelement <16 x float> %m65.lcssa.i, i64 13
+  %329 = fadd float %328, %row_max52.sroa.0.52.vec.extract.i
+  br label %if_end42.13.i
 
-if_end33.13.i:                                    ; preds = %if_else.13.i, %if_end33.12.i
-  %306 = phi float [ %305, %if_else.13.i ], [ 0xFFF0000000000000, %if_end33.12.i ]
-  %307 = getelementptr i8, ptr %238, i64 52
-  store float %306, ptr %307, align 4, !tbaa !5
-  %row_sum42.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
-  %308 = fcmp oeq float %row_sum42.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %308, label %if_end33.14.i, label %if_else.14.i
+if_end42.13.i:                                    ; preds = %if_else.13.i, %if_end42.12.i
+  %330 = phi float [ %329, %if_else.13.i ], [ 0xFFF0000000000000, %if_end42.12.i ]
+  %331 = getelementptr i8, ptr %262, i64 52
+  store float %330, ptr %331, align 4, !tbaa !5
+  %row_sum51.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
+  %332 = fcmp oeq float %row_sum51.sroa.0.56.vec.extract.i, 0.000000e+00
+  br i1 %332, label %if_end42.14.i, label %if_else.14.i
 
-if_else.14.i:                                     ; preds = %if_end33.13.i
-  %309 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.56.vec.extract.i)
-  %row_max43.sroa.0.56.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 14
-  %310 = fadd float %309, %row_max43.sroa.0.56.vec.extract.i
-  br label %if_end33.14.i
+if_else.14.i:                                     ; preds = %if_end42.13.i
+  %333 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.56.vec.extract.i)
+  %row_max52.sroa.0.56.vec.extract.i = extractelement <16 x float> %m65.lcssa.i, i64 14
+  %334 = fadd float %333, %row_max52.sroa.0.56.vec.extract.i
+  br label %if_end42.14.i
 
-if_end33.14.i:                                    ; preds = %if_else.14.i, %if_end33.13.i
-  %311 = phi float [ %310, %if_else.14.i ], [ 0xFFF0000000000000, %if_end33.13.i ]
-  %312 = getelementptr i8, ptr %238, i64 56
-  store float %311, ptr %312, align 4, !tbaa !5
-  %row_sum42.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
-  %313 = fcmp oeq float %row_sum42.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %313, label %if_end33.15.i, label %if_else.15.i
+if_end42.14.i:                                    ; preds = %if_else.14.i, %if_end42.13.i
+  %335 = phi float [ %334, %if_else.14.i ], [ 0xFFF0000000000000, %if_end42.13.i ]
+  %336 = getelementptr i8, ptr %262, i64 56
+  store float %335, ptr %336, align 4, !tbaa !5
+  %row_sum51.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
+  %337 = fcmp oeq float %row_sum51.sroa.0.60.vec.extract.i, 0.000000e+00
+  br i1 %337, label %if_end42.15.i, label %if_else.15.i
 
-if_else.15.i:                                     ; preds = %if_end33.14.i
-  %314 = tail call float @llvm.log.f32(float %row_sum42.sroa.0.60.vec.extract.i)
-  %row_max43.sroa.0.60.vec.extract.i = extractelement <16 x float> %m47.lcssa.i, i64 15
-  %315 = fadd float %314, %row_max43.sroa.0.60.vec.extract.i
-  br label %if_end33.15.i
+if_else.15.i:                                     ; preds = %if_end42.14.i
+  %338 = tail call float @llvm.log.f32(float %row_sum51.sroa.0.60.vec.extract.i)
+  %row_max52.sroa.0.60.vec.extract.i = extractelement <16 x float> %m65.lcssa.i, i64 15
+  %339 = fadd float %338, %row_max52.sroa.0.60.vec.extract.i
+  br label %if_end42.15.i
 
-if_end33.15.i:                                    ; preds = %if_else.15.i, %if_end33.14.i
-  %316 = phi float [ %315, %if_else.15.i ], [ 0xFFF0000000000000, %if_end33.14.i ]
-  %317 = getelementptr i8, ptr %238, i64 60
-  store float %316, ptr %317, align 4, !tbaa !5
-  %318 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %319 = tail call i32 %318(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %319, 0
+if_end42.15.i:                                    ; preds = %if_else.15.i, %if_end42.14.i
+  %340 = phi float [ %339, %if_else.15.i ], [ 0xFFF0000000000000, %if_end42.14.i ]
+  %341 = getelementptr i8, ptr %262, i64 60
+  store float %340, ptr %341, align 4, !tbaa !5
+  %342 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %343 = tail call i32 %342(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %343, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-merge_partials_compute_.exit:                     ; preds = %if_end33.15.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end33.15.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha39.i)
+merge_partials_compute_.exit:                     ; preds = %if_end42.15.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end42.15.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor46.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta49.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha50.i)
   ret i32 %common.ret.op.i
 }
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
 define dllexport noundef i32 @__tvm_ffi_online_update(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
-  %beta30.i = alloca [16 x float], align 16
-  %alpha31.i = alloca [16 x float], align 16
+  %beta41.i = alloca [16 x float], align 16
+  %alpha42.i = alloca [16 x float], align 16
   %tile_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %tile_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -1215,8 +1275,8 @@ entry:
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   %partial_acc = load ptr, ptr %partial_acc.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta30.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha31.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta41.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha42.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_max, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_sum, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_acc, i64 64) ]
@@ -1230,10 +1290,10 @@ entry:
   br i1 %43, label %for_body_s.lr.ph.i, label %online_update_compute_.exit, !prof !3
 
 for_body_s.lr.ph.i:                               ; preds = %entry
-  %partial_sum48 = ptrtoint ptr %partial_sum to i64
-  %partial_max49 = ptrtoint ptr %partial_max to i64
-  %row_sum52 = ptrtoint ptr %row_sum to i64
-  %row_max50 = ptrtoint ptr %row_max to i64
+  %partial_sum44 = ptrtoint ptr %partial_sum to i64
+  %partial_max45 = ptrtoint ptr %partial_max to i64
+  %row_sum48 = ptrtoint ptr %row_sum to i64
+  %row_max46 = ptrtoint ptr %row_max to i64
   %num_rows = trunc i64 %40 to i32
   %num_blocks = trunc i64 %36 to i32
   %block_idx = trunc i64 %34 to i32
@@ -1242,55 +1302,55 @@ for_body_s.lr.ph.i:                               ; preds = %entry
   %46 = shufflevector <16 x i1> %45, <16 x i1> poison, <16 x i32> zeroinitializer
   %47 = add nsw i32 %num_blocks, -1
   %48 = icmp eq i32 %47, %block_idx
-  %cse_v6.i = select i1 %48, i32 %num_rows, i32 0
+  %cse_v7.i = select i1 %48, i32 %num_rows, i32 0
   %sext = shl i64 %42, 32
-  %cse_v7.i = ashr exact i64 %sext, 32
+  %cse_v8.i = ashr exact i64 %sext, 32
   %sext43 = shl i64 %38, 32
-  %cse_v9.i = ashr exact i64 %sext43, 32
-  %49 = icmp sgt i32 %cse_v6.i, 0
-  %wide.trip.count78.i = and i64 %32, 2147483647
-  %wide.trip.count.i = zext i32 %cse_v6.i to i64
-  %50 = sub i64 %partial_sum48, %partial_max49
+  %cse_v10.i = ashr exact i64 %sext43, 32
+  %49 = icmp sgt i32 %cse_v7.i, 0
+  %wide.trip.count102.i = and i64 %32, 2147483647
+  %wide.trip.count.i = zext i32 %cse_v7.i to i64
+  %50 = sub i64 %partial_sum44, %partial_max45
   %51 = ashr exact i64 %sext, 26
-  %52 = add i64 %51, %partial_max49
+  %52 = add i64 %51, %partial_max45
   %53 = ashr exact i64 %sext43, 30
   %54 = add i64 %52, %53
-  %55 = sub i64 %54, %row_max50
-  %56 = sub i64 %row_sum52, %54
-  %57 = add i64 %51, %partial_sum48
+  %55 = sub i64 %54, %row_max46
+  %56 = sub i64 %row_sum48, %54
+  %57 = add i64 %51, %partial_sum44
   %58 = add i64 %57, %53
-  %59 = sub i64 %58, %row_max50
-  %60 = sub i64 %58, %row_sum52
+  %59 = sub i64 %58, %row_max46
+  %60 = sub i64 %58, %row_sum48
   %61 = add nsw i64 %wide.trip.count.i, -1
-  %min.iters.check = icmp ult i32 %cse_v6.i, 4
+  %min.iters.check = icmp ult i32 %cse_v7.i, 4
   %diff.check = icmp ult i64 %50, 64
-  %diff.check51 = icmp ult i64 %55, 64
-  %conflict.rdx = or i1 %diff.check, %diff.check51
-  %diff.check53 = icmp ult i64 %56, 64
-  %conflict.rdx54 = or i1 %conflict.rdx, %diff.check53
-  %diff.check55 = icmp ult i64 %59, 64
-  %conflict.rdx56 = or i1 %conflict.rdx54, %diff.check55
-  %diff.check57 = icmp ult i64 %60, 64
-  %conflict.rdx58 = or i1 %conflict.rdx56, %diff.check57
-  %min.iters.check59 = icmp ult i32 %cse_v6.i, 16
+  %diff.check47 = icmp ult i64 %55, 64
+  %conflict.rdx = or i1 %diff.check, %diff.check47
+  %diff.check49 = icmp ult i64 %56, 64
+  %conflict.rdx50 = or i1 %conflict.rdx, %diff.check49
+  %diff.check51 = icmp ult i64 %59, 64
+  %conflict.rdx52 = or i1 %conflict.rdx50, %diff.check51
+  %diff.check53 = icmp ult i64 %60, 64
+  %conflict.rdx54 = or i1 %conflict.rdx52, %diff.check53
+  %min.iters.check55 = icmp ult i32 %cse_v7.i, 16
   %n.mod.vf = and i64 %wide.trip.count.i, 12
   %n.vec = and i64 %wide.trip.count.i, 2147483632
   %cmp.n = icmp eq i64 %n.vec, %wide.trip.count.i
   %min.epilog.iters.check = icmp eq i64 %n.mod.vf, 0
-  %n.vec64 = and i64 %wide.trip.count.i, 2147483644
-  %cmp.n69 = icmp eq i64 %n.vec64, %wide.trip.count.i
+  %n.vec60 = and i64 %wide.trip.count.i, 2147483644
+  %cmp.n65 = icmp eq i64 %n.vec60, %wide.trip.count.i
   %xtraiter = and i64 %wide.trip.count.i, 3
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %xtraiter71 = and i64 %wide.trip.count.i, 1
+  %xtraiter66 = and i64 %wide.trip.count.i, 1
   %62 = icmp eq i64 %61, 0
   %unroll_iter = and i64 %wide.trip.count.i, 2147483646
-  %lcmp.mod72.not = icmp eq i64 %xtraiter71, 0
-  %lcmp.mod73 = icmp ne i64 %xtraiter71, 0
+  %lcmp.mod67.not = icmp eq i64 %xtraiter66, 0
+  %lcmp.mod68 = icmp ne i64 %xtraiter66, 0
   br label %for_body_s.i
 
-for_body_s.i:                                     ; preds = %for_end_r22.i, %for_body_s.lr.ph.i
-  %indvars.iv73.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next74.i, %for_end_r22.i ]
-  %63 = shl nsw i64 %indvars.iv73.i, 4
+for_body_s.i:                                     ; preds = %for_end_r31.i, %for_body_s.lr.ph.i
+  %indvars.iv97.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next98.i, %for_end_r31.i ]
+  %63 = shl nsw i64 %indvars.iv97.i, 4
   %64 = getelementptr inbounds nuw float, ptr %row_max, i64 %63
   %65 = load <16 x float>, ptr %64, align 64, !tbaa !5
   %old_max.i = select <16 x i1> %46, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %65
@@ -1308,8 +1368,8 @@ for_body_s.i:                                     ; preds = %for_end_r22.i, %for
   %75 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
   %m.i = select <16 x i1> %75, <16 x float> %69, <16 x float> %old_or_both.i
   %arg.i = fsub <16 x float> %old_max.i, %m.i
-  %cse_v12.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %76 = bitcast <16 x float> %cse_v12.i to <16 x i32>
+  %cse_v16.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %76 = bitcast <16 x float> %cse_v16.i to <16 x i32>
   %77 = add nsw <16 x i32> %76, splat (i32 -1262485504)
   %78 = sitofp <16 x i32> %77 to <16 x float>
   %79 = fmul <16 x float> %78, splat (float 0x3F2BD01060000000)
@@ -1332,10 +1392,10 @@ for_body_s.i:                                     ; preds = %for_end_r22.i, %for
   %96 = select <16 x i1> %95, <16 x float> zeroinitializer, <16 x float> %94
   %97 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %98 = select <16 x i1> %97, <16 x float> %96, <16 x float> zeroinitializer
-  store <16 x float> %98, ptr %alpha31.i, align 16, !tbaa !42
+  store <16 x float> %98, ptr %alpha42.i, align 16, !tbaa !42
   %arg2.i = fsub <16 x float> %69, %m.i
-  %cse_v10.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %99 = bitcast <16 x float> %cse_v10.i to <16 x i32>
+  %cse_v11.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %99 = bitcast <16 x float> %cse_v11.i to <16 x i32>
   %100 = add nsw <16 x i32> %99, splat (i32 -1262485504)
   %101 = sitofp <16 x i32> %100 to <16 x float>
   %102 = fmul <16 x float> %101, splat (float 0x3F2BD01060000000)
@@ -1358,450 +1418,500 @@ for_body_s.i:                                     ; preds = %for_end_r22.i, %for
   %119 = select <16 x i1> %118, <16 x float> zeroinitializer, <16 x float> %117
   %120 = fcmp one <16 x float> %72, zeroinitializer
   %121 = select <16 x i1> %120, <16 x float> %119, <16 x float> zeroinitializer
-  store <16 x float> %121, ptr %beta30.i, align 16, !tbaa !49
+  store <16 x float> %121, ptr %beta41.i, align 16, !tbaa !49
   %122 = fmul <16 x float> %old_sum.i, %98
   %123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %121, <16 x float> %72, <16 x float> %122)
   store <16 x float> %m.i, ptr %64, align 64, !tbaa !5
   store <16 x float> %123, ptr %66, align 64, !tbaa !5
-  %124 = shl nsw i64 %indvars.iv73.i, 11
+  %124 = shl nsw i64 %indvars.iv97.i, 11
   %125 = and i64 %124, 4294965248
-  br i1 %44, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+  br label %for_begin_d_0.preheader.i
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_s.i
-  %indvars.iv51.i = phi i64 [ %indvars.iv.next52.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_s.i ]
-  %126 = shl nuw nsw i64 %indvars.iv51.i, 7
+for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_body_s.i
+  %indvars.iv71.i = phi i64 [ 0, %for_body_s.i ], [ %indvars.iv.next72.i, %for_end_d_0.i ]
+  %126 = shl nuw nsw i64 %indvars.iv71.i, 9
   %127 = add nuw nsw i64 %126, %125
-  %128 = getelementptr inbounds nuw float, ptr %beta30.i, i64 %indvars.iv51.i
-  %129 = load float, ptr %128, align 4, !tbaa !56
-  %130 = insertelement <16 x float> poison, float %129, i64 0
-  %131 = shufflevector <16 x float> %130, <16 x float> poison, <16 x i32> zeroinitializer
-  %132 = getelementptr inbounds nuw float, ptr %alpha31.i, i64 %indvars.iv51.i
-  %133 = load float, ptr %132, align 4, !tbaa !57
-  %134 = getelementptr inbounds nuw float, ptr %acc, i64 %127
-  store <16 x float> zeroinitializer, ptr %134, align 64, !tbaa !5
-  %135 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %127
-  %136 = load <16 x float>, ptr %135, align 64, !tbaa !5
-  %.scalar = fmul float %133, 0.000000e+00
-  %137 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %138 = shufflevector <16 x float> %137, <16 x float> poison, <16 x i32> zeroinitializer
-  %139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %136, <16 x float> %138)
-  store <16 x float> %139, ptr %134, align 64, !tbaa !5
-  %140 = or disjoint i64 %127, 16
-  %141 = getelementptr inbounds nuw float, ptr %acc, i64 %140
-  store <16 x float> zeroinitializer, ptr %141, align 64, !tbaa !5
-  %142 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %140
-  %143 = load <16 x float>, ptr %142, align 64, !tbaa !5
-  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %143, <16 x float> %138)
-  store <16 x float> %144, ptr %141, align 64, !tbaa !5
-  %145 = or disjoint i64 %127, 32
-  %146 = getelementptr inbounds nuw float, ptr %acc, i64 %145
-  store <16 x float> zeroinitializer, ptr %146, align 64, !tbaa !5
-  %147 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %145
-  %148 = load <16 x float>, ptr %147, align 64, !tbaa !5
-  %149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %148, <16 x float> %138)
-  store <16 x float> %149, ptr %146, align 64, !tbaa !5
-  %150 = or disjoint i64 %127, 48
-  %151 = getelementptr inbounds nuw float, ptr %acc, i64 %150
-  store <16 x float> zeroinitializer, ptr %151, align 64, !tbaa !5
-  %152 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %150
-  %153 = load <16 x float>, ptr %152, align 64, !tbaa !5
-  %154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %153, <16 x float> %138)
-  store <16 x float> %154, ptr %151, align 64, !tbaa !5
-  %155 = or disjoint i64 %127, 64
-  %156 = getelementptr inbounds nuw float, ptr %acc, i64 %155
-  store <16 x float> zeroinitializer, ptr %156, align 64, !tbaa !5
-  %157 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %155
-  %158 = load <16 x float>, ptr %157, align 64, !tbaa !5
-  %159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %158, <16 x float> %138)
-  store <16 x float> %159, ptr %156, align 64, !tbaa !5
-  %160 = or disjoint i64 %127, 80
-  %161 = getelementptr inbounds nuw float, ptr %acc, i64 %160
-  store <16 x float> zeroinitializer, ptr %161, align 64, !tbaa !5
-  %162 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %160
-  %163 = load <16 x float>, ptr %162, align 64, !tbaa !5
-  %164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %163, <16 x float> %138)
-  store <16 x float> %164, ptr %161, align 64, !tbaa !5
-  %165 = or disjoint i64 %127, 96
-  %166 = getelementptr inbounds nuw float, ptr %acc, i64 %165
-  store <16 x float> zeroinitializer, ptr %166, align 64, !tbaa !5
-  %167 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %165
-  %168 = load <16 x float>, ptr %167, align 64, !tbaa !5
-  %169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %168, <16 x float> %138)
-  store <16 x float> %169, ptr %166, align 64, !tbaa !5
-  %170 = or disjoint i64 %127, 112
-  %171 = getelementptr inbounds nuw float, ptr %acc, i64 %170
-  store <16 x float> zeroinitializer, ptr %171, align 64, !tbaa !5
-  %172 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %170
-  %173 = load <16 x float>, ptr %172, align 64, !tbaa !5
-  %174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %131, <16 x float> %173, <16 x float> %138)
-  store <16 x float> %174, ptr %171, align 64, !tbaa !5
-  %indvars.iv.next52.i = add nuw nsw i64 %indvars.iv51.i, 1
-  %exitcond55.not.i = icmp eq i64 %indvars.iv.next52.i, 16
-  br i1 %exitcond55.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !33
+  %128 = shl nuw nsw i64 %indvars.iv71.i, 2
+  %129 = getelementptr inbounds nuw float, ptr %beta41.i, i64 %128
+  %130 = load float, ptr %129, align 16, !tbaa !56
+  %131 = insertelement <16 x float> poison, float %130, i64 0
+  %132 = shufflevector <16 x float> %131, <16 x float> poison, <16 x i32> zeroinitializer
+  %133 = getelementptr inbounds nuw float, ptr %alpha42.i, i64 %128
+  %134 = load float, ptr %133, align 16, !tbaa !57
+  %135 = insertelement <16 x float> poison, float %134, i64 0
+  %136 = shufflevector <16 x float> %135, <16 x float> poison, <16 x i32> zeroinitializer
+  %137 = or disjoint i64 %128, 1
+  %138 = getelementptr inbounds nuw float, ptr %beta41.i, i64 %137
+  %139 = load float, ptr %138, align 4, !tbaa !56
+  %140 = insertelement <16 x float> poison, float %139, i64 0
+  %141 = shufflevector <16 x float> %140, <16 x float> poison, <16 x i32> zeroinitializer
+  %142 = getelementptr inbounds nuw float, ptr %alpha42.i, i64 %137
+  %143 = load float, ptr %142, align 4, !tbaa !57
+  %144 = insertelement <16 x float> poison, float %143, i64 0
+  %145 = shufflevector <16 x float> %144, <16 x float> poison, <16 x i32> zeroinitializer
+  %146 = or disjoint i64 %128, 2
+  %147 = getelementptr inbounds nuw float, ptr %beta41.i, i64 %146
+  %148 = load float, ptr %147, align 8, !tbaa !56
+  %149 = insertelement <16 x float> poison, float %148, i64 0
+  %150 = shufflevector <16 x float> %149, <16 x float> poison, <16 x i32> zeroinitializer
+  %151 = getelementptr inbounds nuw float, ptr %alpha42.i, i64 %146
+  %152 = load float, ptr %151, align 8, !tbaa !57
+  %153 = insertelement <16 x float> poison, float %152, i64 0
+  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
+  %155 = or disjoint i64 %128, 3
+  %156 = getelementptr inbounds nuw float, ptr %beta41.i, i64 %155
+  %157 = load float, ptr %156, align 4, !tbaa !56
+  %158 = insertelement <16 x float> poison, float %157, i64 0
+  %159 = shufflevector <16 x float> %158, <16 x float> poison, <16 x i32> zeroinitializer
+  %160 = getelementptr inbounds nuw float, ptr %alpha42.i, i64 %155
+  %161 = load float, ptr %160, align 4, !tbaa !57
+  %162 = insertelement <16 x float> poison, float %161, i64 0
+  %163 = shufflevector <16 x float> %162, <16 x float> poison, <16 x i32> zeroinitializer
+  %164 = trunc nuw i64 %127 to i32
+  %165 = fmul <16 x float> %136, zeroinitializer
+  %166 = fmul <16 x float> %145, zeroinitializer
+  %167 = fmul <16 x float> %154, zeroinitializer
+  br label %for_body_d_0.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_s.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_s.i ]
-  %175 = shl nuw nsw i64 %indvars.iv.i, 7
-  %176 = add nuw nsw i64 %175, %125
-  %177 = getelementptr inbounds nuw float, ptr %beta30.i, i64 %indvars.iv.i
-  %178 = load float, ptr %177, align 4, !tbaa !56
-  %179 = insertelement <16 x float> poison, float %178, i64 0
-  %180 = shufflevector <16 x float> %179, <16 x float> poison, <16 x i32> zeroinitializer
-  %181 = getelementptr inbounds nuw float, ptr %alpha31.i, i64 %indvars.iv.i
-  %182 = load float, ptr %181, align 4, !tbaa !57
-  %183 = insertelement <16 x float> poison, float %182, i64 0
-  %184 = shufflevector <16 x float> %183, <16 x float> poison, <16 x i32> zeroinitializer
-  %185 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %176
-  %186 = load <16 x float>, ptr %185, align 64, !tbaa !5
-  %187 = getelementptr inbounds nuw float, ptr %acc, i64 %176
-  %188 = load <16 x float>, ptr %187, align 64, !tbaa !5
-  %189 = fmul <16 x float> %188, %184
-  %190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %186, <16 x float> %189)
-  store <16 x float> %190, ptr %187, align 64, !tbaa !5
-  %191 = or disjoint i64 %176, 16
-  %192 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %191
-  %193 = load <16 x float>, ptr %192, align 64, !tbaa !5
-  %194 = getelementptr inbounds nuw float, ptr %acc, i64 %191
-  %195 = load <16 x float>, ptr %194, align 64, !tbaa !5
-  %196 = fmul <16 x float> %184, %195
-  %197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %193, <16 x float> %196)
-  store <16 x float> %197, ptr %194, align 64, !tbaa !5
-  %198 = or disjoint i64 %176, 32
-  %199 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %198
-  %200 = load <16 x float>, ptr %199, align 64, !tbaa !5
-  %201 = getelementptr inbounds nuw float, ptr %acc, i64 %198
-  %202 = load <16 x float>, ptr %201, align 64, !tbaa !5
-  %203 = fmul <16 x float> %184, %202
-  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %200, <16 x float> %203)
-  store <16 x float> %204, ptr %201, align 64, !tbaa !5
-  %205 = or disjoint i64 %176, 48
-  %206 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %205
-  %207 = load <16 x float>, ptr %206, align 64, !tbaa !5
-  %208 = getelementptr inbounds nuw float, ptr %acc, i64 %205
-  %209 = load <16 x float>, ptr %208, align 64, !tbaa !5
-  %210 = fmul <16 x float> %184, %209
-  %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %207, <16 x float> %210)
-  store <16 x float> %211, ptr %208, align 64, !tbaa !5
-  %212 = or disjoint i64 %176, 64
-  %213 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %212
-  %214 = load <16 x float>, ptr %213, align 64, !tbaa !5
-  %215 = getelementptr inbounds nuw float, ptr %acc, i64 %212
-  %216 = load <16 x float>, ptr %215, align 64, !tbaa !5
-  %217 = fmul <16 x float> %184, %216
-  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %214, <16 x float> %217)
-  store <16 x float> %218, ptr %215, align 64, !tbaa !5
-  %219 = or disjoint i64 %176, 80
-  %220 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %219
-  %221 = load <16 x float>, ptr %220, align 64, !tbaa !5
-  %222 = getelementptr inbounds nuw float, ptr %acc, i64 %219
-  %223 = load <16 x float>, ptr %222, align 64, !tbaa !5
-  %224 = fmul <16 x float> %184, %223
-  %225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %221, <16 x float> %224)
-  store <16 x float> %225, ptr %222, align 64, !tbaa !5
-  %226 = or disjoint i64 %176, 96
-  %227 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %226
-  %228 = load <16 x float>, ptr %227, align 64, !tbaa !5
-  %229 = getelementptr inbounds nuw float, ptr %acc, i64 %226
-  %230 = load <16 x float>, ptr %229, align 64, !tbaa !5
-  %231 = fmul <16 x float> %184, %230
-  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %228, <16 x float> %231)
-  store <16 x float> %232, ptr %229, align 64, !tbaa !5
-  %233 = or disjoint i64 %176, 112
-  %234 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %233
-  %235 = load <16 x float>, ptr %234, align 64, !tbaa !5
-  %236 = getelementptr inbounds nuw float, ptr %acc, i64 %233
-  %237 = load <16 x float>, ptr %236, align 64, !tbaa !5
-  %238 = fmul <16 x float> %184, %237
-  %239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %235, <16 x float> %238)
-  store <16 x float> %239, ptr %236, align 64, !tbaa !5
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !33
+for_end_r_0.i:                                    ; preds = %for_end_d_0.i
+  br i1 %49, label %iter.check, label %for_end_r31.i, !prof !3
 
-for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  br i1 %49, label %iter.check, label %for_end_r22.i, !prof !3
-
-iter.check:                                       ; preds = %for_end_r.i
-  %240 = add nsw i64 %indvars.iv73.i, %cse_v7.i
-  %241 = shl nsw i64 %240, 4
-  %242 = add nsw i64 %241, %cse_v9.i
-  %brmerge = select i1 %min.iters.check, i1 true, i1 %conflict.rdx58, !prof !58
-  br i1 %brmerge, label %for_body_r16.i.preheader, label %vector.main.loop.iter.check, !prof !59
+iter.check:                                       ; preds = %for_end_r_0.i
+  %168 = add nsw i64 %indvars.iv97.i, %cse_v8.i
+  %169 = shl nsw i64 %168, 4
+  %170 = add nsw i64 %169, %cse_v10.i
+  %brmerge = select i1 %min.iters.check, i1 true, i1 %conflict.rdx54, !prof !58
+  br i1 %brmerge, label %for_body_r.i.preheader, label %vector.main.loop.iter.check, !prof !59
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
-  br i1 %min.iters.check59, label %vec.epilog.ph, label %vector.body, !prof !58
+  br i1 %min.iters.check55, label %vec.epilog.ph, label %vector.body, !prof !58
 
 vector.body:                                      ; preds = %vector.body, %vector.main.loop.iter.check
   %index = phi i64 [ %index.next, %vector.body ], [ 0, %vector.main.loop.iter.check ]
-  %243 = add nuw nsw i64 %index, %63
-  %244 = add nsw i64 %242, %index
-  %245 = getelementptr inbounds nuw float, ptr %row_max, i64 %243
-  %246 = getelementptr inbounds nuw i8, ptr %245, i64 32
-  %wide.load = load <8 x float>, ptr %245, align 64, !tbaa !5
-  %wide.load60 = load <8 x float>, ptr %246, align 32, !tbaa !5
-  %247 = getelementptr inbounds float, ptr %partial_max, i64 %244
-  %248 = getelementptr inbounds nuw i8, ptr %247, i64 32
-  store <8 x float> %wide.load, ptr %247, align 4, !tbaa !5
-  store <8 x float> %wide.load60, ptr %248, align 4, !tbaa !5
-  %249 = getelementptr inbounds nuw float, ptr %row_sum, i64 %243
-  %250 = getelementptr inbounds nuw i8, ptr %249, i64 32
-  %wide.load61 = load <8 x float>, ptr %249, align 64, !tbaa !5
-  %wide.load62 = load <8 x float>, ptr %250, align 32, !tbaa !5
-  %251 = getelementptr inbounds float, ptr %partial_sum, i64 %244
-  %252 = getelementptr inbounds nuw i8, ptr %251, i64 32
-  store <8 x float> %wide.load61, ptr %251, align 4, !tbaa !5
-  store <8 x float> %wide.load62, ptr %252, align 4, !tbaa !5
+  %171 = add nuw nsw i64 %index, %63
+  %172 = add nsw i64 %170, %index
+  %173 = getelementptr inbounds nuw float, ptr %row_max, i64 %171
+  %174 = getelementptr inbounds nuw i8, ptr %173, i64 32
+  %wide.load = load <8 x float>, ptr %173, align 64, !tbaa !5
+  %wide.load56 = load <8 x float>, ptr %174, align 32, !tbaa !5
+  %175 = getelementptr inbounds float, ptr %partial_max, i64 %172
+  %176 = getelementptr inbounds nuw i8, ptr %175, i64 32
+  store <8 x float> %wide.load, ptr %175, align 4, !tbaa !5
+  store <8 x float> %wide.load56, ptr %176, align 4, !tbaa !5
+  %177 = getelementptr inbounds nuw float, ptr %row_sum, i64 %171
+  %178 = getelementptr inbounds nuw i8, ptr %177, i64 32
+  %wide.load57 = load <8 x float>, ptr %177, align 64, !tbaa !5
+  %wide.load58 = load <8 x float>, ptr %178, align 32, !tbaa !5
+  %179 = getelementptr inbounds float, ptr %partial_sum, i64 %172
+  %180 = getelementptr inbounds nuw i8, ptr %179, i64 32
+  store <8 x float> %wide.load57, ptr %179, align 4, !tbaa !5
+  store <8 x float> %wide.load58, ptr %180, align 4, !tbaa !5
   %index.next = add nuw i64 %index, 16
-  %253 = icmp eq i64 %index.next, %n.vec
-  br i1 %253, label %middle.block, label %vector.body, !prof !60, !llvm.loop !61
+  %181 = icmp eq i64 %index.next, %n.vec
+  br i1 %181, label %middle.block, label %vector.body, !prof !60, !llvm.loop !61
 
 middle.block:                                     ; preds = %vector.body
-  br i1 %cmp.n, label %for_begin_d_025.preheader.lr.ph.i, label %vec.epilog.iter.check, !prof !65
+  br i1 %cmp.n, label %for_begin_d_034.preheader.lr.ph.i, label %vec.epilog.iter.check, !prof !65
 
 vec.epilog.iter.check:                            ; preds = %middle.block
-  br i1 %min.epilog.iters.check, label %for_body_r16.i.preheader, label %vec.epilog.ph, !prof !66
+  br i1 %min.epilog.iters.check, label %for_body_r.i.preheader, label %vec.epilog.ph, !prof !66
 
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
   br label %vec.epilog.vector.body
 
 vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
-  %index65 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next68, %vec.epilog.vector.body ]
-  %254 = add nuw nsw i64 %index65, %63
-  %255 = add nsw i64 %242, %index65
-  %256 = getelementptr inbounds nuw float, ptr %row_max, i64 %254
-  %wide.load66 = load <4 x float>, ptr %256, align 16, !tbaa !5
-  %257 = getelementptr inbounds float, ptr %partial_max, i64 %255
-  store <4 x float> %wide.load66, ptr %257, align 4, !tbaa !5
-  %258 = getelementptr inbounds nuw float, ptr %row_sum, i64 %254
-  %wide.load67 = load <4 x float>, ptr %258, align 16, !tbaa !5
-  %259 = getelementptr inbounds float, ptr %partial_sum, i64 %255
-  store <4 x float> %wide.load67, ptr %259, align 4, !tbaa !5
-  %index.next68 = add nuw i64 %index65, 4
-  %260 = icmp eq i64 %index.next68, %n.vec64
-  br i1 %260, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !prof !67, !llvm.loop !68
+  %index61 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next64, %vec.epilog.vector.body ]
+  %182 = add nuw nsw i64 %index61, %63
+  %183 = add nsw i64 %170, %index61
+  %184 = getelementptr inbounds nuw float, ptr %row_max, i64 %182
+  %wide.load62 = load <4 x float>, ptr %184, align 16, !tbaa !5
+  %185 = getelementptr inbounds float, ptr %partial_max, i64 %183
+  store <4 x float> %wide.load62, ptr %185, align 4, !tbaa !5
+  %186 = getelementptr inbounds nuw float, ptr %row_sum, i64 %182
+  %wide.load63 = load <4 x float>, ptr %186, align 16, !tbaa !5
+  %187 = getelementptr inbounds float, ptr %partial_sum, i64 %183
+  store <4 x float> %wide.load63, ptr %187, align 4, !tbaa !5
+  %index.next64 = add nuw i64 %index61, 4
+  %188 = icmp eq i64 %index.next64, %n.vec60
+  br i1 %188, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !prof !67, !llvm.loop !68
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
-  br i1 %cmp.n69, label %for_begin_d_025.preheader.lr.ph.i, label %for_body_r16.i.preheader, !prof !70
+  br i1 %cmp.n65, label %for_begin_d_034.preheader.lr.ph.i, label %for_body_r.i.preheader, !prof !70
 
-for_body_r16.i.preheader:                         ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
-  %indvars.iv56.i.ph = phi i64 [ 0, %iter.check ], [ %n.vec64, %vec.epilog.middle.block ], [ %n.vec, %vec.epilog.iter.check ]
-  %261 = sub nsw i64 %61, %indvars.iv56.i.ph
-  br i1 %lcmp.mod.not, label %for_body_r16.i.prol.loopexit, label %for_body_r16.i.prol, !prof !3
+for_body_r.i.preheader:                           ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
+  %indvars.iv80.i.ph = phi i64 [ 0, %iter.check ], [ %n.vec60, %vec.epilog.middle.block ], [ %n.vec, %vec.epilog.iter.check ]
+  %189 = sub nsw i64 %61, %indvars.iv80.i.ph
+  br i1 %lcmp.mod.not, label %for_body_r.i.prol.loopexit, label %for_body_r.i.prol, !prof !3
 
-for_body_r16.i.prol:                              ; preds = %for_body_r16.i.prol, %for_body_r16.i.preheader
-  %indvars.iv56.i.prol = phi i64 [ %indvars.iv.next57.i.prol, %for_body_r16.i.prol ], [ %indvars.iv56.i.ph, %for_body_r16.i.preheader ]
-  %prol.iter = phi i64 [ %prol.iter.next, %for_body_r16.i.prol ], [ 0, %for_body_r16.i.preheader ]
-  %262 = add nuw nsw i64 %indvars.iv56.i.prol, %63
-  %cse_v14.i.prol = add nsw i64 %242, %indvars.iv56.i.prol
-  %263 = getelementptr inbounds nuw float, ptr %row_max, i64 %262
-  %264 = load float, ptr %263, align 4, !tbaa !5
-  %265 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i.prol
-  store float %264, ptr %265, align 4, !tbaa !5
-  %266 = getelementptr inbounds nuw float, ptr %row_sum, i64 %262
-  %267 = load float, ptr %266, align 4, !tbaa !5
-  %268 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i.prol
-  store float %267, ptr %268, align 4, !tbaa !5
-  %indvars.iv.next57.i.prol = add nuw nsw i64 %indvars.iv56.i.prol, 1
+for_body_r.i.prol:                                ; preds = %for_body_r.i.prol, %for_body_r.i.preheader
+  %indvars.iv80.i.prol = phi i64 [ %indvars.iv.next81.i.prol, %for_body_r.i.prol ], [ %indvars.iv80.i.ph, %for_body_r.i.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %for_body_r.i.prol ], [ 0, %for_body_r.i.preheader ]
+  %190 = add nuw nsw i64 %indvars.iv80.i.prol, %63
+  %cse_v25.i.prol = add nsw i64 %170, %indvars.iv80.i.prol
+  %191 = getelementptr inbounds nuw float, ptr %row_max, i64 %190
+  %192 = load float, ptr %191, align 4, !tbaa !5
+  %193 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v25.i.prol
+  store float %192, ptr %193, align 4, !tbaa !5
+  %194 = getelementptr inbounds nuw float, ptr %row_sum, i64 %190
+  %195 = load float, ptr %194, align 4, !tbaa !5
+  %196 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v25.i.prol
+  store float %195, ptr %196, align 4, !tbaa !5
+  %indvars.iv.next81.i.prol = add nuw nsw i64 %indvars.iv80.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
   %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
-  br i1 %prol.iter.cmp.not, label %for_body_r16.i.prol.loopexit, label %for_body_r16.i.prol, !prof !71, !llvm.loop !72
+  br i1 %prol.iter.cmp.not, label %for_body_r.i.prol.loopexit, label %for_body_r.i.prol, !prof !71, !llvm.loop !72
 
-for_body_r16.i.prol.loopexit:                     ; preds = %for_body_r16.i.prol, %for_body_r16.i.preheader
-  %indvars.iv56.i.unr = phi i64 [ %indvars.iv56.i.ph, %for_body_r16.i.preheader ], [ %indvars.iv.next57.i.prol, %for_body_r16.i.prol ]
-  %269 = icmp ult i64 %261, 3
-  br i1 %269, label %for_begin_d_025.preheader.lr.ph.i, label %for_body_r16.i, !prof !58
+for_body_r.i.prol.loopexit:                       ; preds = %for_body_r.i.prol, %for_body_r.i.preheader
+  %indvars.iv80.i.unr = phi i64 [ %indvars.iv80.i.ph, %for_body_r.i.preheader ], [ %indvars.iv.next81.i.prol, %for_body_r.i.prol ]
+  %197 = icmp ult i64 %189, 3
+  br i1 %197, label %for_begin_d_034.preheader.lr.ph.i, label %for_body_r.i, !prof !58
 
-for_begin_d_025.preheader.lr.ph.i:                ; preds = %for_body_r16.i, %for_body_r16.i.prol.loopexit, %vec.epilog.middle.block, %middle.block
-  %.idx34.i = shl nsw i64 %240, 13
-  %invariant.gep.i = getelementptr i8, ptr %partial_acc, i64 %.idx34.i
-  br i1 %62, label %for_begin_d_025.preheader.i.epil.preheader, label %for_begin_d_025.preheader.i, !prof !4
+for_body_d_0.i:                                   ; preds = %if_end28.i, %for_begin_d_0.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next.i, %if_end28.i ]
+  %indvars70.i = trunc i64 %indvars.iv.i to i32
+  %198 = shl nuw nsw i64 %indvars.iv.i, 5
+  %199 = shl nuw nsw i32 %indvars70.i, 5
+  %200 = add nuw nsw i64 %198, %127
+  %cse_v17.reass.i = add nuw nsw i32 %199, %164
+  %201 = getelementptr inbounds nuw float, ptr %acc, i64 %200
+  %202 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %200
+  br i1 %44, label %if_then17.i, label %if_end16.i, !prof !8
 
-for_body_r16.i:                                   ; preds = %for_body_r16.i, %for_body_r16.i.prol.loopexit
-  %indvars.iv56.i = phi i64 [ %indvars.iv.next57.i.3, %for_body_r16.i ], [ %indvars.iv56.i.unr, %for_body_r16.i.prol.loopexit ]
-  %270 = add nuw nsw i64 %indvars.iv56.i, %63
-  %cse_v14.i = add nsw i64 %242, %indvars.iv56.i
-  %271 = getelementptr inbounds nuw float, ptr %row_max, i64 %270
-  %272 = load float, ptr %271, align 4, !tbaa !5
-  %273 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i
-  store float %272, ptr %273, align 4, !tbaa !5
-  %274 = getelementptr inbounds nuw float, ptr %row_sum, i64 %270
-  %275 = load float, ptr %274, align 4, !tbaa !5
-  %276 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i
-  store float %275, ptr %276, align 4, !tbaa !5
-  %indvars.iv.next57.i = add nuw nsw i64 %indvars.iv56.i, 1
-  %277 = add nuw nsw i64 %indvars.iv.next57.i, %63
-  %cse_v14.i.1 = add nsw i64 %242, %indvars.iv.next57.i
-  %278 = getelementptr inbounds nuw float, ptr %row_max, i64 %277
-  %279 = load float, ptr %278, align 4, !tbaa !5
-  %280 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i.1
-  store float %279, ptr %280, align 4, !tbaa !5
-  %281 = getelementptr inbounds nuw float, ptr %row_sum, i64 %277
-  %282 = load float, ptr %281, align 4, !tbaa !5
-  %283 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i.1
-  store float %282, ptr %283, align 4, !tbaa !5
-  %indvars.iv.next57.i.1 = add nuw nsw i64 %indvars.iv56.i, 2
-  %284 = add nuw nsw i64 %indvars.iv.next57.i.1, %63
-  %cse_v14.i.2 = add nsw i64 %242, %indvars.iv.next57.i.1
-  %285 = getelementptr inbounds nuw float, ptr %row_max, i64 %284
-  %286 = load float, ptr %285, align 4, !tbaa !5
-  %287 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i.2
-  store float %286, ptr %287, align 4, !tbaa !5
-  %288 = getelementptr inbounds nuw float, ptr %row_sum, i64 %284
-  %289 = load float, ptr %288, align 4, !tbaa !5
-  %290 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i.2
-  store float %289, ptr %290, align 4, !tbaa !5
-  %indvars.iv.next57.i.2 = add nuw nsw i64 %indvars.iv56.i, 3
-  %291 = add nuw nsw i64 %indvars.iv.next57.i.2, %63
-  %cse_v14.i.3 = add nsw i64 %242, %indvars.iv.next57.i.2
-  %292 = getelementptr inbounds nuw float, ptr %row_max, i64 %291
-  %293 = load float, ptr %292, align 4, !tbaa !5
-  %294 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v14.i.3
-  store float %293, ptr %294, align 4, !tbaa !5
-  %295 = getelementptr inbounds nuw float, ptr %row_sum, i64 %291
-  %296 = load float, ptr %295, align 4, !tbaa !5
-  %297 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v14.i.3
-  store float %296, ptr %297, align 4, !tbaa !5
-  %indvars.iv.next57.i.3 = add nuw nsw i64 %indvars.iv56.i, 4
-  %exitcond60.not.i.3 = icmp eq i64 %indvars.iv.next57.i.3, %wide.trip.count.i
-  br i1 %exitcond60.not.i.3, label %for_begin_d_025.preheader.lr.ph.i, label %for_body_r16.i, !prof !74, !llvm.loop !75
+for_end_d_0.i:                                    ; preds = %if_end28.i
+  %indvars.iv.next72.i = add nuw nsw i64 %indvars.iv71.i, 1
+  %exitcond79.not.i = icmp eq i64 %indvars.iv.next72.i, 4
+  br i1 %exitcond79.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !40
 
-for_begin_d_025.preheader.i:                      ; preds = %for_begin_d_025.preheader.i, %for_begin_d_025.preheader.lr.ph.i
-  %indvars.iv68.i = phi i64 [ %indvars.iv.next69.i.1, %for_begin_d_025.preheader.i ], [ 0, %for_begin_d_025.preheader.lr.ph.i ]
-  %niter = phi i64 [ %niter.next.1, %for_begin_d_025.preheader.i ], [ 0, %for_begin_d_025.preheader.lr.ph.i ]
-  %298 = shl nsw i64 %indvars.iv68.i, 7
-  %299 = add nuw nsw i64 %298, %124
-  %300 = add nsw i64 %indvars.iv68.i, %cse_v9.i
-  %.idx.i = shl nsw i64 %300, 9
+if_end16.i:                                       ; preds = %for_body_d_0.i
+  %.pre.i = load <16 x float>, ptr %201, align 64, !tbaa !5
+  %203 = load <16 x float>, ptr %202, align 64, !tbaa !5
+  %204 = fmul <16 x float> %136, %.pre.i
+  %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %203, <16 x float> %204)
+  store <16 x float> %205, ptr %201, align 64, !tbaa !5
+  %206 = or disjoint i64 %200, 16
+  %207 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %206
+  %208 = load <16 x float>, ptr %207, align 64, !tbaa !5
+  %209 = getelementptr inbounds nuw float, ptr %acc, i64 %206
+  %210 = load <16 x float>, ptr %209, align 64, !tbaa !5
+  %211 = fmul <16 x float> %136, %210
+  %212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %208, <16 x float> %211)
+  store <16 x float> %212, ptr %209, align 64, !tbaa !5
+  %213 = trunc i64 %200 to i32
+  br label %if_end18.i
+
+if_then17.i:                                      ; preds = %for_body_d_0.i
+  store <16 x float> zeroinitializer, ptr %201, align 64, !tbaa !5
+  %214 = load <16 x float>, ptr %202, align 64, !tbaa !5
+  %215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %214, <16 x float> %165)
+  store <16 x float> %215, ptr %201, align 64, !tbaa !5
+  %216 = or disjoint i64 %200, 16
+  %217 = getelementptr inbounds nuw float, ptr %acc, i64 %216
+  store <16 x float> zeroinitializer, ptr %217, align 64, !tbaa !5
+  %218 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %216
+  %219 = load <16 x float>, ptr %218, align 64, !tbaa !5
+  %220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %219, <16 x float> %165)
+  store <16 x float> %220, ptr %217, align 64, !tbaa !5
+  %221 = getelementptr inbounds nuw i8, ptr %201, i64 512
+  store <16 x float> zeroinitializer, ptr %221, align 64, !tbaa !5
+  br label %if_end18.i
+
+if_end18.i:                                       ; preds = %if_then17.i, %if_end16.i
+  %cse_v1946.in.i = phi i32 [ %cse_v17.reass.i, %if_then17.i ], [ %213, %if_end16.i ]
+  %cse_v1946.i = or i32 %cse_v1946.in.i, 128
+  %222 = zext nneg i32 %cse_v1946.i to i64
+  %223 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %222
+  %224 = load <16 x float>, ptr %223, align 64, !tbaa !5
+  %225 = getelementptr inbounds nuw float, ptr %acc, i64 %222
+  %226 = load <16 x float>, ptr %225, align 64, !tbaa !5
+  %227 = fmul <16 x float> %145, %226
+  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %224, <16 x float> %227)
+  store <16 x float> %228, ptr %225, align 64, !tbaa !5
+  %229 = or disjoint i64 %200, 144
+  br i1 %44, label %if_then21.i, label %if_end20.i, !prof !8
+
+if_end20.i:                                       ; preds = %if_end18.i
+  %230 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %229
+  %231 = load <16 x float>, ptr %230, align 64, !tbaa !5
+  %232 = getelementptr inbounds nuw float, ptr %acc, i64 %229
+  %233 = load <16 x float>, ptr %232, align 64, !tbaa !5
+  %234 = fmul <16 x float> %145, %233
+  %235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %231, <16 x float> %234)
+  store <16 x float> %235, ptr %232, align 64, !tbaa !5
+  %236 = trunc i64 %200 to i32
+  br label %if_end22.i
+
+if_then21.i:                                      ; preds = %if_end18.i
+  %237 = getelementptr inbounds nuw float, ptr %acc, i64 %229
+  store <16 x float> zeroinitializer, ptr %237, align 64, !tbaa !5
+  %238 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %229
+  %239 = load <16 x float>, ptr %238, align 64, !tbaa !5
+  %240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %239, <16 x float> %166)
+  store <16 x float> %240, ptr %237, align 64, !tbaa !5
+  %241 = getelementptr inbounds nuw i8, ptr %201, i64 1024
+  store <16 x float> zeroinitializer, ptr %241, align 64, !tbaa !5
+  br label %if_end22.i
+
+if_end22.i:                                       ; preds = %if_then21.i, %if_end20.i
+  %cse_v2149.in.i = phi i32 [ %cse_v17.reass.i, %if_then21.i ], [ %236, %if_end20.i ]
+  %cse_v2149.i = or i32 %cse_v2149.in.i, 256
+  %242 = zext nneg i32 %cse_v2149.i to i64
+  %243 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %242
+  %244 = load <16 x float>, ptr %243, align 64, !tbaa !5
+  %245 = getelementptr inbounds nuw float, ptr %acc, i64 %242
+  %246 = load <16 x float>, ptr %245, align 64, !tbaa !5
+  %247 = fmul <16 x float> %154, %246
+  %248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %244, <16 x float> %247)
+  store <16 x float> %248, ptr %245, align 64, !tbaa !5
+  %249 = or disjoint i64 %200, 272
+  br i1 %44, label %if_then25.i, label %if_end24.i, !prof !8
+
+if_end24.i:                                       ; preds = %if_end22.i
+  %250 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %249
+  %251 = load <16 x float>, ptr %250, align 64, !tbaa !5
+  %252 = getelementptr inbounds nuw float, ptr %acc, i64 %249
+  %253 = load <16 x float>, ptr %252, align 64, !tbaa !5
+  %254 = fmul <16 x float> %154, %253
+  %255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %251, <16 x float> %254)
+  store <16 x float> %255, ptr %252, align 64, !tbaa !5
+  %256 = trunc i64 %200 to i32
+  br label %if_end26.i
+
+if_then25.i:                                      ; preds = %if_end22.i
+  %257 = getelementptr inbounds nuw float, ptr %acc, i64 %249
+  store <16 x float> zeroinitializer, ptr %257, align 64, !tbaa !5
+  %258 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %249
+  %259 = load <16 x float>, ptr %258, align 64, !tbaa !5
+  %260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %150, <16 x float> %259, <16 x float> %167)
+  store <16 x float> %260, ptr %257, align 64, !tbaa !5
+  %261 = getelementptr inbounds nuw i8, ptr %201, i64 1536
+  store <16 x float> zeroinitializer, ptr %261, align 64, !tbaa !5
+  br label %if_end26.i
+
+if_end26.i:                                       ; preds = %if_then25.i, %if_end24.i
+  %cse_v2352.in.i = phi i32 [ %cse_v17.reass.i, %if_then25.i ], [ %256, %if_end24.i ]
+  %cse_v2352.i = or i32 %cse_v2352.in.i, 384
+  %262 = zext nneg i32 %cse_v2352.i to i64
+  %263 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %262
+  %264 = load <16 x float>, ptr %263, align 64, !tbaa !5
+  %265 = getelementptr inbounds nuw float, ptr %acc, i64 %262
+  %266 = load <16 x float>, ptr %265, align 64, !tbaa !5
+  %267 = fmul <16 x float> %163, %266
+  %268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %264, <16 x float> %267)
+  store <16 x float> %268, ptr %265, align 64, !tbaa !5
+  %269 = or disjoint i64 %200, 400
+  %270 = getelementptr inbounds nuw float, ptr %acc, i64 %269
+  br i1 %44, label %if_then27.i, label %if_end26.if_end28_crit_edge.i, !prof !8
+
+if_end26.if_end28_crit_edge.i:                    ; preds = %if_end26.i
+  %.pre105.i = load <16 x float>, ptr %270, align 64, !tbaa !5
+  br label %if_end28.i
+
+if_then27.i:                                      ; preds = %if_end26.i
+  store <16 x float> zeroinitializer, ptr %270, align 64, !tbaa !5
+  br label %if_end28.i
+
+if_end28.i:                                       ; preds = %if_then27.i, %if_end26.if_end28_crit_edge.i
+  %271 = phi <16 x float> [ %.pre105.i, %if_end26.if_end28_crit_edge.i ], [ zeroinitializer, %if_then27.i ]
+  %272 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %269
+  %273 = load <16 x float>, ptr %272, align 64, !tbaa !5
+  %274 = fmul <16 x float> %163, %271
+  %275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %159, <16 x float> %273, <16 x float> %274)
+  store <16 x float> %275, ptr %270, align 64, !tbaa !5
+  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
+  br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !prof !40
+
+for_begin_d_034.preheader.lr.ph.i:                ; preds = %for_body_r.i, %for_body_r.i.prol.loopexit, %vec.epilog.middle.block, %middle.block
+  %.idx43.i = shl nsw i64 %168, 13
+  %invariant.gep.i = getelementptr i8, ptr %partial_acc, i64 %.idx43.i
+  br i1 %62, label %for_begin_d_034.preheader.i.epil.preheader, label %for_begin_d_034.preheader.i, !prof !4
+
+for_body_r.i:                                     ; preds = %for_body_r.i, %for_body_r.i.prol.loopexit
+  %indvars.iv80.i = phi i64 [ %indvars.iv.next81.i.3, %for_body_r.i ], [ %indvars.iv80.i.unr, %for_body_r.i.prol.loopexit ]
+  %276 = add nuw nsw i64 %indvars.iv80.i, %63
+  %cse_v25.i = add nsw i64 %170, %indvars.iv80.i
+  %277 = getelementptr inbounds nuw float, ptr %row_max, i64 %276
+  %278 = load float, ptr %277, align 4, !tbaa !5
+  %279 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v25.i
+  store float %278, ptr %279, align 4, !tbaa !5
+  %280 = getelementptr inbounds nuw float, ptr %row_sum, i64 %276
+  %281 = load float, ptr %280, align 4, !tbaa !5
+  %282 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v25.i
+  store float %281, ptr %282, align 4, !tbaa !5
+  %indvars.iv.next81.i = add nuw nsw i64 %indvars.iv80.i, 1
+  %283 = add nuw nsw i64 %indvars.iv.next81.i, %63
+  %cse_v25.i.1 = add nsw i64 %170, %indvars.iv.next81.i
+  %284 = getelementptr inbounds nuw float, ptr %row_max, i64 %283
+  %285 = load float, ptr %284, align 4, !tbaa !5
+  %286 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v25.i.1
+  store float %285, ptr %286, align 4, !tbaa !5
+  %287 = getelementptr inbounds nuw float, ptr %row_sum, i64 %283
+  %288 = load float, ptr %287, align 4, !tbaa !5
+  %289 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v25.i.1
+  store float %288, ptr %289, align 4, !tbaa !5
+  %indvars.iv.next81.i.1 = add nuw nsw i64 %indvars.iv80.i, 2
+  %290 = add nuw nsw i64 %indvars.iv.next81.i.1, %63
+  %cse_v25.i.2 = add nsw i64 %170, %indvars.iv.next81.i.1
+  %291 = getelementptr inbounds nuw float, ptr %row_max, i64 %290
+  %292 = load float, ptr %291, align 4, !tbaa !5
+  %293 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v25.i.2
+  store float %292, ptr %293, align 4, !tbaa !5
+  %294 = getelementptr inbounds nuw float, ptr %row_sum, i64 %290
+  %295 = load float, ptr %294, align 4, !tbaa !5
+  %296 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v25.i.2
+  store float %295, ptr %296, align 4, !tbaa !5
+  %indvars.iv.next81.i.2 = add nuw nsw i64 %indvars.iv80.i, 3
+  %297 = add nuw nsw i64 %indvars.iv.next81.i.2, %63
+  %cse_v25.i.3 = add nsw i64 %170, %indvars.iv.next81.i.2
+  %298 = getelementptr inbounds nuw float, ptr %row_max, i64 %297
+  %299 = load float, ptr %298, align 4, !tbaa !5
+  %300 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v25.i.3
+  store float %299, ptr %300, align 4, !tbaa !5
+  %301 = getelementptr inbounds nuw float, ptr %row_sum, i64 %297
+  %302 = load float, ptr %301, align 4, !tbaa !5
+  %303 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v25.i.3
+  store float %302, ptr %303, align 4, !tbaa !5
+  %indvars.iv.next81.i.3 = add nuw nsw i64 %indvars.iv80.i, 4
+  %exitcond84.not.i.3 = icmp eq i64 %indvars.iv.next81.i.3, %wide.trip.count.i
+  br i1 %exitcond84.not.i.3, label %for_begin_d_034.preheader.lr.ph.i, label %for_body_r.i, !prof !74, !llvm.loop !75
+
+for_begin_d_034.preheader.i:                      ; preds = %for_begin_d_034.preheader.i, %for_begin_d_034.preheader.lr.ph.i
+  %indvars.iv92.i = phi i64 [ %indvars.iv.next93.i.1, %for_begin_d_034.preheader.i ], [ 0, %for_begin_d_034.preheader.lr.ph.i ]
+  %niter = phi i64 [ %niter.next.1, %for_begin_d_034.preheader.i ], [ 0, %for_begin_d_034.preheader.lr.ph.i ]
+  %304 = shl nsw i64 %indvars.iv92.i, 7
+  %305 = add nuw nsw i64 %304, %124
+  %306 = add nsw i64 %indvars.iv92.i, %cse_v10.i
+  %.idx.i = shl nsw i64 %306, 9
   %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %.idx.i
-  %301 = and i64 %299, 4294967040
-  %302 = getelementptr inbounds nuw float, ptr %acc, i64 %301
-  %303 = load <16 x float>, ptr %302, align 64, !tbaa !5
-  store <16 x float> %303, ptr %gep.i, align 4, !tbaa !5
-  %304 = getelementptr inbounds nuw i8, ptr %302, i64 64
-  %305 = load <16 x float>, ptr %304, align 64, !tbaa !5
-  %306 = getelementptr i8, ptr %gep.i, i64 64
-  store <16 x float> %305, ptr %306, align 4, !tbaa !5
-  %307 = getelementptr inbounds nuw i8, ptr %302, i64 128
-  %308 = load <16 x float>, ptr %307, align 64, !tbaa !5
-  %309 = getelementptr i8, ptr %gep.i, i64 128
-  store <16 x float> %308, ptr %309, align 4, !tbaa !5
-  %310 = getelementptr inbounds nuw i8, ptr %302, i64 192
+  %307 = and i64 %305, 4294967040
+  %308 = getelementptr inbounds nuw float, ptr %acc, i64 %307
+  %309 = load <16 x float>, ptr %308, align 64, !tbaa !5
+  store <16 x float> %309, ptr %gep.i, align 4, !tbaa !5
+  %310 = getelementptr inbounds nuw i8, ptr %308, i64 64
   %311 = load <16 x float>, ptr %310, align 64, !tbaa !5
-  %312 = getelementptr i8, ptr %gep.i, i64 192
+  %312 = getelementptr i8, ptr %gep.i, i64 64
   store <16 x float> %311, ptr %312, align 4, !tbaa !5
-  %313 = getelementptr inbounds nuw i8, ptr %302, i64 256
+  %313 = getelementptr inbounds nuw i8, ptr %308, i64 128
   %314 = load <16 x float>, ptr %313, align 64, !tbaa !5
-  %315 = getelementptr i8, ptr %gep.i, i64 256
+  %315 = getelementptr i8, ptr %gep.i, i64 128
   store <16 x float> %314, ptr %315, align 4, !tbaa !5
-  %316 = getelementptr inbounds nuw i8, ptr %302, i64 320
+  %316 = getelementptr inbounds nuw i8, ptr %308, i64 192
   %317 = load <16 x float>, ptr %316, align 64, !tbaa !5
-  %318 = getelementptr i8, ptr %gep.i, i64 320
+  %318 = getelementptr i8, ptr %gep.i, i64 192
   store <16 x float> %317, ptr %318, align 4, !tbaa !5
-  %319 = getelementptr inbounds nuw i8, ptr %302, i64 384
+  %319 = getelementptr inbounds nuw i8, ptr %308, i64 256
   %320 = load <16 x float>, ptr %319, align 64, !tbaa !5
-  %321 = getelementptr i8, ptr %gep.i, i64 384
+  %321 = getelementptr i8, ptr %gep.i, i64 256
   store <16 x float> %320, ptr %321, align 4, !tbaa !5
-  %322 = getelementptr inbounds nuw i8, ptr %302, i64 448
+  %322 = getelementptr inbounds nuw i8, ptr %308, i64 320
   %323 = load <16 x float>, ptr %322, align 64, !tbaa !5
-  %324 = getelementptr i8, ptr %gep.i, i64 448
+  %324 = getelementptr i8, ptr %gep.i, i64 320
   store <16 x float> %323, ptr %324, align 4, !tbaa !5
-  %indvars.iv.next69.i = or disjoint i64 %indvars.iv68.i, 1
-  %325 = shl nsw i64 %indvars.iv.next69.i, 7
-  %326 = add nuw nsw i64 %325, %124
-  %327 = add nsw i64 %indvars.iv.next69.i, %cse_v9.i
-  %.idx.i.1 = shl nsw i64 %327, 9
+  %325 = getelementptr inbounds nuw i8, ptr %308, i64 384
+  %326 = load <16 x float>, ptr %325, align 64, !tbaa !5
+  %327 = getelementptr i8, ptr %gep.i, i64 384
+  store <16 x float> %326, ptr %327, align 4, !tbaa !5
+  %328 = getelementptr inbounds nuw i8, ptr %308, i64 448
+  %329 = load <16 x float>, ptr %328, align 64, !tbaa !5
+  %330 = getelementptr i8, ptr %gep.i, i64 448
+  store <16 x float> %329, ptr %330, align 4, !tbaa !5
+  %indvars.iv.next93.i = or disjoint i64 %indvars.iv92.i, 1
+  %331 = shl nsw i64 %indvars.iv.next93.i, 7
+  %332 = add nuw nsw i64 %331, %124
+  %333 = add nsw i64 %indvars.iv.next93.i, %cse_v10.i
+  %.idx.i.1 = shl nsw i64 %333, 9
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %.idx.i.1
-  %328 = and i64 %326, 4294967168
-  %329 = getelementptr inbounds nuw float, ptr %acc, i64 %328
-  %330 = load <16 x float>, ptr %329, align 64, !tbaa !5
-  store <16 x float> %330, ptr %gep.i.1, align 4, !tbaa !5
-  %331 = getelementptr inbounds nuw i8, ptr %329, i64 64
-  %332 = load <16 x float>, ptr %331, align 64, !tbaa !5
-  %333 = getelementptr i8, ptr %gep.i.1, i64 64
-  store <16 x float> %332, ptr %333, align 4, !tbaa !5
-  %334 = getelementptr inbounds nuw i8, ptr %329, i64 128
-  %335 = load <16 x float>, ptr %334, align 64, !tbaa !5
-  %336 = getelementptr i8, ptr %gep.i.1, i64 128
-  store <16 x float> %335, ptr %336, align 4, !tbaa !5
-  %337 = getelementptr inbounds nuw i8, ptr %329, i64 192
+  %334 = and i64 %332, 4294967168
+  %335 = getelementptr inbounds nuw float, ptr %acc, i64 %334
+  %336 = load <16 x float>, ptr %335, align 64, !tbaa !5
+  store <16 x float> %336, ptr %gep.i.1, align 4, !tbaa !5
+  %337 = getelementptr inbounds nuw i8, ptr %335, i64 64
   %338 = load <16 x float>, ptr %337, align 64, !tbaa !5
-  %339 = getelementptr i8, ptr %gep.i.1, i64 192
+  %339 = getelementptr i8, ptr %gep.i.1, i64 64
   store <16 x float> %338, ptr %339, align 4, !tbaa !5
-  %340 = getelementptr inbounds nuw i8, ptr %329, i64 256
+  %340 = getelementptr inbounds nuw i8, ptr %335, i64 128
   %341 = load <16 x float>, ptr %340, align 64, !tbaa !5
-  %342 = getelementptr i8, ptr %gep.i.1, i64 256
+  %342 = getelementptr i8, ptr %gep.i.1, i64 128
   store <16 x float> %341, ptr %342, align 4, !tbaa !5
-  %343 = getelementptr inbounds nuw i8, ptr %329, i64 320
+  %343 = getelementptr inbounds nuw i8, ptr %335, i64 192
   %344 = load <16 x float>, ptr %343, align 64, !tbaa !5
-  %345 = getelementptr i8, ptr %gep.i.1, i64 320
+  %345 = getelementptr i8, ptr %gep.i.1, i64 192
   store <16 x float> %344, ptr %345, align 4, !tbaa !5
-  %346 = getelementptr inbounds nuw i8, ptr %329, i64 384
+  %346 = getelementptr inbounds nuw i8, ptr %335, i64 256
   %347 = load <16 x float>, ptr %346, align 64, !tbaa !5
-  %348 = getelementptr i8, ptr %gep.i.1, i64 384
+  %348 = getelementptr i8, ptr %gep.i.1, i64 256
   store <16 x float> %347, ptr %348, align 4, !tbaa !5
-  %349 = getelementptr inbounds nuw i8, ptr %329, i64 448
+  %349 = getelementptr inbounds nuw i8, ptr %335, i64 320
   %350 = load <16 x float>, ptr %349, align 64, !tbaa !5
-  %351 = getelementptr i8, ptr %gep.i.1, i64 448
+  %351 = getelementptr i8, ptr %gep.i.1, i64 320
   store <16 x float> %350, ptr %351, align 4, !tbaa !5
-  %indvars.iv.next69.i.1 = add nuw nsw i64 %indvars.iv68.i, 2
+  %352 = getelementptr inbounds nuw i8, ptr %335, i64 384
+  %353 = load <16 x float>, ptr %352, align 64, !tbaa !5
+  %354 = getelementptr i8, ptr %gep.i.1, i64 384
+  store <16 x float> %353, ptr %354, align 4, !tbaa !5
+  %355 = getelementptr inbounds nuw i8, ptr %335, i64 448
+  %356 = load <16 x float>, ptr %355, align 64, !tbaa !5
+  %357 = getelementptr i8, ptr %gep.i.1, i64 448
+  store <16 x float> %356, ptr %357, align 4, !tbaa !5
+  %indvars.iv.next93.i.1 = add nuw nsw i64 %indvars.iv92.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_end_r22.i.loopexit.unr-lcssa, label %for_begin_d_025.preheader.i, !prof !9, !llvm.loop !76
+  br i1 %niter.ncmp.1, label %for_end_r31.i.loopexit.unr-lcssa, label %for_begin_d_034.preheader.i, !prof !9, !llvm.loop !76
 
-for_end_r22.i.loopexit.unr-lcssa:                 ; preds = %for_begin_d_025.preheader.i
-  br i1 %lcmp.mod72.not, label %for_end_r22.i, label %for_begin_d_025.preheader.i.epil.preheader, !prof !12
+for_end_r31.i.loopexit.unr-lcssa:                 ; preds = %for_begin_d_034.preheader.i
+  br i1 %lcmp.mod67.not, label %for_end_r31.i, label %for_begin_d_034.preheader.i.epil.preheader, !prof !12
 
-for_begin_d_025.preheader.i.epil.preheader:       ; preds = %for_end_r22.i.loopexit.unr-lcssa, %for_begin_d_025.preheader.lr.ph.i
-  %indvars.iv68.i.epil.init = phi i64 [ 0, %for_begin_d_025.preheader.lr.ph.i ], [ %indvars.iv.next69.i.1, %for_end_r22.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod73)
-  %352 = shl nsw i64 %indvars.iv68.i.epil.init, 7
-  %353 = add nuw nsw i64 %352, %124
-  %354 = add nsw i64 %indvars.iv68.i.epil.init, %cse_v9.i
-  %.idx.i.epil = shl nsw i64 %354, 9
+for_begin_d_034.preheader.i.epil.preheader:       ; preds = %for_end_r31.i.loopexit.unr-lcssa, %for_begin_d_034.preheader.lr.ph.i
+  %indvars.iv92.i.epil.init = phi i64 [ 0, %for_begin_d_034.preheader.lr.ph.i ], [ %indvars.iv.next93.i.1, %for_end_r31.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod68)
+  %358 = shl nsw i64 %indvars.iv92.i.epil.init, 7
+  %359 = add nuw nsw i64 %358, %124
+  %360 = add nsw i64 %indvars.iv92.i.epil.init, %cse_v10.i
+  %.idx.i.epil = shl nsw i64 %360, 9
   %gep.i.epil = getelementptr i8, ptr %invariant.gep.i, i64 %.idx.i.epil
-  %355 = and i64 %353, 4294967168
-  %356 = getelementptr inbounds nuw float, ptr %acc, i64 %355
-  %357 = load <16 x float>, ptr %356, align 64, !tbaa !5
-  store <16 x float> %357, ptr %gep.i.epil, align 4, !tbaa !5
-  %358 = getelementptr inbounds nuw i8, ptr %356, i64 64
-  %359 = load <16 x float>, ptr %358, align 64, !tbaa !5
-  %360 = getelementptr i8, ptr %gep.i.epil, i64 64
-  store <16 x float> %359, ptr %360, align 4, !tbaa !5
-  %361 = getelementptr inbounds nuw i8, ptr %356, i64 128
-  %362 = load <16 x float>, ptr %361, align 64, !tbaa !5
-  %363 = getelementptr i8, ptr %gep.i.epil, i64 128
-  store <16 x float> %362, ptr %363, align 4, !tbaa !5
-  %364 = getelementptr inbounds nuw i8, ptr %356, i64 192
+  %361 = and i64 %359, 4294967168
+  %362 = getelementptr inbounds nuw float, ptr %acc, i64 %361
+  %363 = load <16 x float>, ptr %362, align 64, !tbaa !5
+  store <16 x float> %363, ptr %gep.i.epil, align 4, !tbaa !5
+  %364 = getelementptr inbounds nuw i8, ptr %362, i64 64
   %365 = load <16 x float>, ptr %364, align 64, !tbaa !5
-  %366 = getelementptr i8, ptr %gep.i.epil, i64 192
+  %366 = getelementptr i8, ptr %gep.i.epil, i64 64
   store <16 x float> %365, ptr %366, align 4, !tbaa !5
-  %367 = getelementptr inbounds nuw i8, ptr %356, i64 256
+  %367 = getelementptr inbounds nuw i8, ptr %362, i64 128
   %368 = load <16 x float>, ptr %367, align 64, !tbaa !5
-  %369 = getelementptr i8, ptr %gep.i.epil, i64 256
+  %369 = getelementptr i8, ptr %gep.i.epil, i64 128
   store <16 x float> %368, ptr %369, align 4, !tbaa !5
-  %370 = getelementptr inbounds nuw i8, ptr %356, i64 320
+  %370 = getelementptr inbounds nuw i8, ptr %362, i64 192
   %371 = load <16 x float>, ptr %370, align 64, !tbaa !5
-  %372 = getelementptr i8, ptr %gep.i.epil, i64 320
+  %372 = getelementptr i8, ptr %gep.i.epil, i64 192
   store <16 x float> %371, ptr %372, align 4, !tbaa !5
-  %373 = getelementptr inbounds nuw i8, ptr %356, i64 384
+  %373 = getelementptr inbounds nuw i8, ptr %362, i64 256
   %374 = load <16 x float>, ptr %373, align 64, !tbaa !5
-  %375 = getelementptr i8, ptr %gep.i.epil, i64 384
+  %375 = getelementptr i8, ptr %gep.i.epil, i64 256
   store <16 x float> %374, ptr %375, align 4, !tbaa !5
-  %376 = getelementptr inbounds nuw i8, ptr %356, i64 448
+  %376 = getelementptr inbounds nuw i8, ptr %362, i64 320
   %377 = load <16 x float>, ptr %376, align 64, !tbaa !5
-  %378 = getelementptr i8, ptr %gep.i.epil, i64 448
+  %378 = getelementptr i8, ptr %gep.i.epil, i64 320
   store <16 x float> %377, ptr %378, align 4, !tbaa !5
-  br label %for_end_r22.i
+  %379 = getelementptr inbounds nuw i8, ptr %362, i64 384
+  %380 = load <16 x float>, ptr %379, align 64, !tbaa !5
+  %381 = getelementptr i8, ptr %gep.i.epil, i64 384
+  store <16 x float> %380, ptr %381, align 4, !tbaa !5
+  %382 = getelementptr inbounds nuw i8, ptr %362, i64 448
+  %383 = load <16 x float>, ptr %382, align 64, !tbaa !5
+  %384 = getelementptr i8, ptr %gep.i.epil, i64 448
+  store <16 x float> %383, ptr %384, align 4, !tbaa !5
+  br label %for_end_r31.i
 
-for_end_r22.i:                                    ; preds = %for_begin_d_025.preheader.i.epil.preheader, %for_end_r22.i.loopexit.unr-lcssa, %for_end_r.i
-  %indvars.iv.next74.i = add nuw nsw i64 %indvars.iv73.i, 1
-  %exitcond79.not.i = icmp eq i64 %indvars.iv.next74.i, %wide.trip.count78.i
-  br i1 %exitcond79.not.i, label %online_update_compute_.exit, label %for_body_s.i, !prof !13
+for_end_r31.i:                                    ; preds = %for_begin_d_034.preheader.i.epil.preheader, %for_end_r31.i.loopexit.unr-lcssa, %for_end_r_0.i
+  %indvars.iv.next98.i = add nuw nsw i64 %indvars.iv97.i, 1
+  %exitcond103.not.i = icmp eq i64 %indvars.iv.next98.i, %wide.trip.count102.i
+  br i1 %exitcond103.not.i, label %online_update_compute_.exit, label %for_body_s.i, !prof !13
 
-online_update_compute_.exit:                      ; preds = %for_end_r22.i, %entry
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta30.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha31.i)
+online_update_compute_.exit:                      ; preds = %for_end_r31.i, %entry
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta41.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha42.i)
   ret i32 0
 }
 
@@ -1893,37 +2003,37 @@ for_body_s.lr.ph.i:                               ; preds = %entry
   %37 = ashr exact i64 %sext24, 32
   %head_offset.i = mul nsw i64 %37, %v_head
   %38 = add i32 %tile_start.i, -1
-  %invariant.gep229.i = getelementptr i16, ptr %value_cache, i64 %head_offset.i
-  %wide.trip.count345.i = and i64 %25, 2147483647
+  %invariant.gep257.i = getelementptr i16, ptr %value_cache, i64 %head_offset.i
+  %wide.trip.count351.i = and i64 %25, 2147483647
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end12.i
-  %indvars.iv.next342.i = add nuw nsw i64 %indvars.iv341.i, 1
-  %exitcond346.not.i = icmp eq i64 %indvars.iv.next342.i, %wide.trip.count345.i
-  br i1 %exitcond346.not.i, label %pv_matmul_compute_.exit, label %for_body_s.i, !prof !13
+for_begin_s.i:                                    ; preds = %for_end_r_0_m.i
+  %indvars.iv.next349.i = add nuw nsw i64 %indvars.iv348.i, 1
+  %exitcond352.not.i = icmp eq i64 %indvars.iv.next349.i, %wide.trip.count351.i
+  br i1 %exitcond352.not.i, label %pv_matmul_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv341.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next342.i, %for_begin_s.i ]
+  %indvars.iv348.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next349.i, %for_begin_s.i ]
   %39 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
   %value_offsets.i = tail call ptr %39(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %40 = icmp eq ptr %value_offsets.i, null
   br i1 %40, label %pv_matmul_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %cse_v8.i = add nsw i64 %indvars.iv341.i, %36
-  %41 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v8.i
+  %cse_v4.i = add nsw i64 %indvars.iv348.i, %36
+  %41 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v4.i
   %42 = load i32, ptr %41, align 4, !tbaa !5
   %43 = sub nsw i32 %42, %tile_start.i
   %44 = tail call i32 @llvm.smax.i32(i32 %43, i32 0)
   %45 = tail call i32 @llvm.umin.i32(i32 %44, i32 128)
   %46 = add nuw nsw i32 %45, 15
   %num_offsets.i = and i32 %46, 496
-  %.not273.i = icmp eq i32 %num_offsets.i, 0
-  br i1 %.not273.i, label %for_end_t.i, label %for_body_t.lr.ph.i, !prof !58
+  %.not311.i = icmp eq i32 %num_offsets.i, 0
+  br i1 %.not311.i, label %for_end_t.i, label %for_body_t.lr.ph.i, !prof !58
 
 for_body_t.lr.ph.i:                               ; preds = %if_end.i
   %47 = add i32 %38, %45
-  %48 = mul nsw i64 %cse_v8.i, %table_seq
+  %48 = mul nsw i64 %cse_v4.i, %table_seq
   %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %48
   %wide.trip.count.i = zext nneg i32 %num_offsets.i to i64
   br label %for_body_t.i
@@ -1933,12 +2043,12 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %49 = trunc i64 %indvars.iv.i to i32
   %50 = add i32 %tile_start.i, %49
   %token.i = tail call i32 @llvm.smin.i32(i32 %50, i32 %47)
-  %cse_v97.i = sext i32 %token.i to i64
-  %51 = ashr i64 %cse_v97.i, 7
+  %cse_v101.i = sext i32 %token.i to i64
+  %51 = ashr i64 %cse_v101.i, 7
   %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %51
   %52 = load i32, ptr %gep.i, align 4, !tbaa !5
   %block.i = sext i32 %52 to i64
-  %53 = and i64 %cse_v97.i, 127
+  %53 = and i64 %cse_v101.i, 127
   %54 = mul nsw i64 %53, %v_row
   %55 = mul nsw i64 %v_block, %block.i
   %56 = add nsw i64 %54, %55
@@ -1948,12 +2058,12 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %58 = trunc i64 %indvars.iv.next.i to i32
   %59 = add i32 %tile_start.i, %58
   %token.i.1 = tail call i32 @llvm.smin.i32(i32 %59, i32 %47)
-  %cse_v97.i.1 = sext i32 %token.i.1 to i64
-  %60 = ashr i64 %cse_v97.i.1, 7
+  %cse_v101.i.1 = sext i32 %token.i.1 to i64
+  %60 = ashr i64 %cse_v101.i.1, 7
   %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %60
   %61 = load i32, ptr %gep.i.1, align 4, !tbaa !5
   %block.i.1 = sext i32 %61 to i64
-  %62 = and i64 %cse_v97.i.1, 127
+  %62 = and i64 %cse_v101.i.1, 127
   %63 = mul nsw i64 %62, %v_row
   %64 = mul nsw i64 %v_block, %block.i.1
   %65 = add nsw i64 %63, %64
@@ -1965,956 +2075,845 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
 
 for_end_t.i:                                      ; preds = %for_body_t.i, %if_end.i
   %num_full.i = lshr i32 %45, 4
-  %67 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %full_acc.i = tail call ptr %67(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %68 = icmp eq ptr %full_acc.i, null
-  br i1 %68, label %pv_matmul_compute_.exit, label %if_end2.i, !prof !8
-
-if_end2.i:                                        ; preds = %for_end_t.i
-  %69 = shl nsw i64 %indvars.iv341.i, 11
-  %.not274.i = icmp eq i32 %num_full.i, 0
-  br i1 %.not274.i, label %for_begin_d_0.preheader.preheader.i, label %for_begin_d_0.preheader.us.preheader.i, !prof !58
-
-for_begin_d_0.preheader.us.preheader.i:           ; preds = %if_end2.i
+  %67 = shl nsw i64 %indvars.iv348.i, 11
+  %.not312.i = icmp eq i32 %num_full.i, 0
+  %68 = and i32 %45, 15
+  %.not313.i = icmp eq i32 %68, 0
+  %cse_v24.i = and i32 %45, 240
+  %69 = zext nneg i32 %cse_v24.i to i64
   %70 = zext nneg i32 %num_full.i to i64
-  %invariant.gep356.i = getelementptr inbounds nuw float, ptr %probs, i64 %69
-  br label %for_begin_d_0.preheader.us.i
+  %wide.trip.count335.i = zext nneg i32 %68 to i64
+  %invariant.gep364.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %69
+  br label %for_begin_d_0_m.preheader.i
 
-for_begin_d_0.preheader.preheader.i:              ; preds = %if_end2.i
-  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %full_acc.i, i8 0, i64 8192, i1 false), !tbaa !5
-  br label %for_begin_r_init.preheader.i
+for_begin_d_0_m.preheader.i:                      ; preds = %for_end_d_0_m.i, %for_end_t.i
+  %indvars.iv343.i = phi i64 [ 0, %for_end_t.i ], [ %indvars.iv.next344.i, %for_end_d_0_m.i ]
+  %71 = shl nuw nsw i64 %indvars.iv343.i, 9
+  %72 = add nuw nsw i64 %71, %67
+  %73 = trunc i64 %72 to i32
+  %74 = or disjoint i32 %cse_v24.i, %73
+  %75 = zext i32 %74 to i64
+  %76 = and i64 %72, 4294966784
+  %invariant.gep360.i = getelementptr inbounds nuw float, ptr %probs, i64 %72
+  %invariant.gep366.i = getelementptr inbounds nuw float, ptr %tile_acc, i64 %76
+  %invariant.gep362.i = getelementptr inbounds nuw float, ptr %probs, i64 %75
+  br label %for_body_d_0_m.i
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_end_d_0.split.us.us.i, %for_begin_d_0.preheader.us.preheader.i
-  %indvars.iv299.i = phi i64 [ 0, %for_begin_d_0.preheader.us.preheader.i ], [ %indvars.iv.next300.i, %for_end_d_0.split.us.us.i ]
-  %71 = shl nuw nsw i64 %indvars.iv299.i, 9
-  %gep357.i = getelementptr inbounds nuw float, ptr %invariant.gep356.i, i64 %71
-  %invariant.gep354.i = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %71
-  br label %for_body_d_0.us.us.i
+for_end_r_0_m.i:                                  ; preds = %for_end_d_0_m.i
+  %77 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %78 = tail call i32 %77(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not.i = icmp eq i32 %78, 0
+  br i1 %.not.i, label %for_begin_s.i, label %pv_matmul_compute_.exit, !prof !79
 
-for_body_d_0.us.us.i:                             ; preds = %for_begin_to.for_end_to_crit_edge.us.us.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv293.i = phi i64 [ %indvars.iv.next294.i, %for_begin_to.for_end_to_crit_edge.us.us.i ], [ 0, %for_begin_d_0.preheader.us.i ]
-  %72 = mul nuw nsw i64 %indvars.iv293.i, %70
-  %73 = shl nuw nsw i64 %indvars.iv293.i, 5
-  %gep230.us.us.i = getelementptr i16, ptr %invariant.gep229.i, i64 %73
-  br label %if_end5.us.us.i
+for_body_d_0_m.i:                                 ; preds = %for_end_ti.i, %for_begin_d_0_m.preheader.i
+  %indvars.iv337.i = phi i64 [ 0, %for_begin_d_0_m.preheader.i ], [ %indvars.iv.next338.i, %for_end_ti.i ]
+  %79 = shl nuw nsw i64 %indvars.iv337.i, 5
+  %gep258.i = getelementptr i16, ptr %invariant.gep257.i, i64 %79
+  br i1 %.not312.i, label %for_end_to.i, label %for_body_to.lr.ph.i, !prof !58
 
-if_end5.us.us.i:                                  ; preds = %if_end5.us.us.i, %for_body_d_0.us.us.i
-  %indvars.iv286.i = phi i64 [ %indvars.iv.next287.i, %if_end5.us.us.i ], [ 0, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.0.0156.us.us.i = phi <16 x float> [ %651, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.34.0155.us.us.i = phi <16 x float> [ %672, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.68.0154.us.us.i = phi <16 x float> [ %656, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.102.0153.us.us.i = phi <16 x float> [ %673, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.136.0152.us.us.i = phi <16 x float> [ %661, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.170.0151.us.us.i = phi <16 x float> [ %674, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.204.0150.us.us.i = phi <16 x float> [ %666, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %full_acc_global17.sroa.238.0149.us.us.i = phi <16 x float> [ %675, %if_end5.us.us.i ], [ zeroinitializer, %for_body_d_0.us.us.i ]
-  %74 = shl nsw i64 %indvars.iv286.i, 4
-  %75 = add nuw nsw i64 %indvars.iv286.i, %72
-  %.idx = shl nuw nsw i64 %75, 5
-  %76 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx
-  %77 = load i64, ptr %76, align 8, !tbaa !5
-  %78 = getelementptr i16, ptr %value_cache, i64 %77
-  %79 = getelementptr i16, ptr %78, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %79, i32 0, i32 2, i32 1)
-  %80 = getelementptr i8, ptr %78, i64 64
-  %81 = getelementptr i16, ptr %80, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %81, i32 0, i32 2, i32 1)
-  %82 = getelementptr i8, ptr %78, i64 128
-  %83 = getelementptr i16, ptr %82, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %83, i32 0, i32 2, i32 1)
-  %84 = getelementptr i8, ptr %78, i64 192
-  %85 = getelementptr i16, ptr %84, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %85, i32 0, i32 2, i32 1)
-  %86 = getelementptr inbounds nuw i8, ptr %76, i64 8
-  %87 = load i64, ptr %86, align 8, !tbaa !5
-  %88 = getelementptr i16, ptr %value_cache, i64 %87
-  %89 = getelementptr i16, ptr %88, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %89, i32 0, i32 2, i32 1)
-  %90 = getelementptr i8, ptr %88, i64 64
-  %91 = getelementptr i16, ptr %90, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %91, i32 0, i32 2, i32 1)
-  %92 = getelementptr i8, ptr %88, i64 128
+for_body_to.lr.ph.i:                              ; preds = %for_body_d_0_m.i
+  %80 = mul nuw nsw i64 %indvars.iv337.i, %70
+  br label %if_end2.i
+
+for_end_d_0_m.i:                                  ; preds = %for_end_ti.i
+  %indvars.iv.next344.i = add nuw nsw i64 %indvars.iv343.i, 1
+  %exitcond347.not.i = icmp eq i64 %indvars.iv.next344.i, 4
+  br i1 %exitcond347.not.i, label %for_end_r_0_m.i, label %for_begin_d_0_m.preheader.i, !prof !40
+
+for_end_to.i:                                     ; preds = %if_end2.i, %for_body_d_0_m.i
+  %.promoted256.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %688, %if_end2.i ]
+  %.promoted252.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %679, %if_end2.i ]
+  %.promoted255.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %687, %if_end2.i ]
+  %.promoted251.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %674, %if_end2.i ]
+  %.promoted254.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %686, %if_end2.i ]
+  %.promoted250.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %669, %if_end2.i ]
+  %.promoted253.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %685, %if_end2.i ]
+  %.promoted.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %664, %if_end2.i ]
+  %gep367.i = getelementptr inbounds nuw float, ptr %invariant.gep366.i, i64 %79
+  store <16 x float> %.promoted.i, ptr %gep367.i, align 64, !tbaa !5
+  %81 = getelementptr inbounds nuw i8, ptr %gep367.i, i64 512
+  store <16 x float> %.promoted250.i, ptr %81, align 64, !tbaa !5
+  %82 = getelementptr inbounds nuw i8, ptr %gep367.i, i64 1024
+  store <16 x float> %.promoted251.i, ptr %82, align 64, !tbaa !5
+  %83 = getelementptr inbounds nuw i8, ptr %gep367.i, i64 1536
+  store <16 x float> %.promoted252.i, ptr %83, align 64, !tbaa !5
+  %84 = getelementptr inbounds nuw i8, ptr %gep367.i, i64 64
+  store <16 x float> %.promoted253.i, ptr %84, align 64, !tbaa !5
+  %85 = getelementptr inbounds nuw i8, ptr %gep367.i, i64 576
+  store <16 x float> %.promoted254.i, ptr %85, align 64, !tbaa !5
+  %86 = getelementptr inbounds nuw i8, ptr %gep367.i, i64 1088
+  store <16 x float> %.promoted255.i, ptr %86, align 64, !tbaa !5
+  %87 = getelementptr inbounds nuw i8, ptr %gep367.i, i64 1600
+  store <16 x float> %.promoted256.i, ptr %87, align 64, !tbaa !5
+  br i1 %.not313.i, label %for_end_ti.i, label %for_body_ti.i, !prof !58
+
+if_end2.i:                                        ; preds = %if_end2.i, %for_body_to.lr.ph.i
+  %indvars.iv323.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next324.i, %if_end2.i ]
+  %full_acc6.sroa.0.0208.i = phi <16 x float> [ zeroinitializer, %for_body_to.lr.ph.i ], [ %664, %if_end2.i ]
+  %full_acc6.sroa.34.0207.i = phi <16 x float> [ zeroinitializer, %for_body_to.lr.ph.i ], [ %685, %if_end2.i ]
+  %full_acc6.sroa.68.0206.i = phi <16 x float> [ zeroinitializer, %for_body_to.lr.ph.i ], [ %669, %if_end2.i ]
+  %full_acc6.sroa.102.0205.i = phi <16 x float> [ zeroinitializer, %for_body_to.lr.ph.i ], [ %686, %if_end2.i ]
+  %full_acc6.sroa.136.0204.i = phi <16 x float> [ zeroinitializer, %for_body_to.lr.ph.i ], [ %674, %if_end2.i ]
+  %full_acc6.sroa.170.0203.i = phi <16 x float> [ zeroinitializer, %for_body_to.lr.ph.i ], [ %687, %if_end2.i ]
+  %full_acc6.sroa.204.0202.i = phi <16 x float> [ zeroinitializer, %for_body_to.lr.ph.i ], [ %679, %if_end2.i ]
+  %full_acc6.sroa.238.0201.i = phi <16 x float> [ zeroinitializer, %for_body_to.lr.ph.i ], [ %688, %if_end2.i ]
+  %88 = shl nsw i64 %indvars.iv323.i, 4
+  %89 = add nuw nsw i64 %indvars.iv323.i, %80
+  %.idx = shl nuw nsw i64 %89, 5
+  %90 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx
+  %91 = load i64, ptr %90, align 8, !tbaa !5
+  %92 = getelementptr i16, ptr %value_cache, i64 %91
   %93 = getelementptr i16, ptr %92, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %93, i32 0, i32 2, i32 1)
-  %94 = getelementptr i8, ptr %88, i64 192
+  %94 = getelementptr i8, ptr %92, i64 64
   %95 = getelementptr i16, ptr %94, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %95, i32 0, i32 2, i32 1)
-  %96 = getelementptr inbounds nuw i8, ptr %76, i64 16
-  %97 = load i64, ptr %96, align 8, !tbaa !5
-  %98 = getelementptr i16, ptr %value_cache, i64 %97
+  %96 = getelementptr i8, ptr %92, i64 128
+  %97 = getelementptr i16, ptr %96, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %97, i32 0, i32 2, i32 1)
+  %98 = getelementptr i8, ptr %92, i64 192
   %99 = getelementptr i16, ptr %98, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %99, i32 0, i32 2, i32 1)
-  %100 = getelementptr i8, ptr %98, i64 64
-  %101 = getelementptr i16, ptr %100, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %101, i32 0, i32 2, i32 1)
-  %102 = getelementptr i8, ptr %98, i64 128
+  %100 = getelementptr inbounds nuw i8, ptr %90, i64 8
+  %101 = load i64, ptr %100, align 8, !tbaa !5
+  %102 = getelementptr i16, ptr %value_cache, i64 %101
   %103 = getelementptr i16, ptr %102, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %103, i32 0, i32 2, i32 1)
-  %104 = getelementptr i8, ptr %98, i64 192
+  %104 = getelementptr i8, ptr %102, i64 64
   %105 = getelementptr i16, ptr %104, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %105, i32 0, i32 2, i32 1)
-  %106 = getelementptr inbounds nuw i8, ptr %76, i64 24
-  %107 = load i64, ptr %106, align 8, !tbaa !5
-  %108 = getelementptr i16, ptr %value_cache, i64 %107
+  %106 = getelementptr i8, ptr %102, i64 128
+  %107 = getelementptr i16, ptr %106, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %107, i32 0, i32 2, i32 1)
+  %108 = getelementptr i8, ptr %102, i64 192
   %109 = getelementptr i16, ptr %108, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %109, i32 0, i32 2, i32 1)
-  %110 = getelementptr i8, ptr %108, i64 64
-  %111 = getelementptr i16, ptr %110, i64 %head_offset.i
-  tail call void @llvm.prefetch.p0(ptr readonly %111, i32 0, i32 2, i32 1)
-  %112 = getelementptr i8, ptr %108, i64 128
+  %110 = getelementptr inbounds nuw i8, ptr %90, i64 16
+  %111 = load i64, ptr %110, align 8, !tbaa !5
+  %112 = getelementptr i16, ptr %value_cache, i64 %111
   %113 = getelementptr i16, ptr %112, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %113, i32 0, i32 2, i32 1)
-  %114 = getelementptr i8, ptr %108, i64 192
+  %114 = getelementptr i8, ptr %112, i64 64
   %115 = getelementptr i16, ptr %114, i64 %head_offset.i
   tail call void @llvm.prefetch.p0(ptr readonly %115, i32 0, i32 2, i32 1)
-  %116 = getelementptr inbounds nuw float, ptr %gep357.i, i64 %74
-  %117 = load float, ptr %116, align 64, !tbaa !5
-  %118 = insertelement <16 x float> poison, float %117, i64 0
-  %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
-  %120 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %74
+  %116 = getelementptr i8, ptr %112, i64 128
+  %117 = getelementptr i16, ptr %116, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %117, i32 0, i32 2, i32 1)
+  %118 = getelementptr i8, ptr %112, i64 192
+  %119 = getelementptr i16, ptr %118, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %119, i32 0, i32 2, i32 1)
+  %120 = getelementptr inbounds nuw i8, ptr %90, i64 24
   %121 = load i64, ptr %120, align 8, !tbaa !5
-  %gep168.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %121
-  %122 = load <16 x i16>, ptr %gep168.us.us.i, align 2, !tbaa !5
-  %123 = zext <16 x i16> %122 to <16 x i32>
-  %124 = shl nuw <16 x i32> %123, splat (i32 16)
-  %125 = bitcast <16 x i32> %124 to <16 x float>
-  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %125, <16 x float> %full_acc_global17.sroa.0.0156.us.us.i)
-  %127 = getelementptr inbounds nuw i8, ptr %116, i64 512
-  %128 = load float, ptr %127, align 64, !tbaa !5
-  %129 = insertelement <16 x float> poison, float %128, i64 0
-  %130 = shufflevector <16 x float> %129, <16 x float> poison, <16 x i32> zeroinitializer
-  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %125, <16 x float> %full_acc_global17.sroa.68.0154.us.us.i)
-  %132 = getelementptr inbounds nuw i8, ptr %116, i64 1024
-  %133 = load float, ptr %132, align 64, !tbaa !5
-  %134 = insertelement <16 x float> poison, float %133, i64 0
-  %135 = shufflevector <16 x float> %134, <16 x float> poison, <16 x i32> zeroinitializer
-  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %125, <16 x float> %full_acc_global17.sroa.136.0152.us.us.i)
-  %137 = getelementptr inbounds nuw i8, ptr %116, i64 1536
-  %138 = load float, ptr %137, align 64, !tbaa !5
-  %139 = insertelement <16 x float> poison, float %138, i64 0
-  %140 = shufflevector <16 x float> %139, <16 x float> poison, <16 x i32> zeroinitializer
-  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %140, <16 x float> %125, <16 x float> %full_acc_global17.sroa.204.0150.us.us.i)
-  %142 = getelementptr i8, ptr %gep168.us.us.i, i64 32
-  %143 = load <16 x i16>, ptr %142, align 2, !tbaa !5
-  %144 = zext <16 x i16> %143 to <16 x i32>
-  %145 = shl nuw <16 x i32> %144, splat (i32 16)
-  %146 = bitcast <16 x i32> %145 to <16 x float>
-  %147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %119, <16 x float> %146, <16 x float> %full_acc_global17.sroa.34.0155.us.us.i)
-  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %130, <16 x float> %146, <16 x float> %full_acc_global17.sroa.102.0153.us.us.i)
-  %149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %146, <16 x float> %full_acc_global17.sroa.170.0151.us.us.i)
-  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %140, <16 x float> %146, <16 x float> %full_acc_global17.sroa.238.0149.us.us.i)
-  %151 = getelementptr inbounds nuw i8, ptr %116, i64 4
-  %152 = load float, ptr %151, align 4, !tbaa !5
-  %153 = insertelement <16 x float> poison, float %152, i64 0
-  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
-  %155 = getelementptr inbounds nuw i8, ptr %120, i64 8
-  %156 = load i64, ptr %155, align 8, !tbaa !5
-  %gep172.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %156
-  %157 = load <16 x i16>, ptr %gep172.us.us.i, align 2, !tbaa !5
-  %158 = zext <16 x i16> %157 to <16 x i32>
-  %159 = shl nuw <16 x i32> %158, splat (i32 16)
-  %160 = bitcast <16 x i32> %159 to <16 x float>
-  %161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %160, <16 x float> %126)
-  %162 = getelementptr inbounds nuw i8, ptr %116, i64 516
-  %163 = load float, ptr %162, align 4, !tbaa !5
-  %164 = insertelement <16 x float> poison, float %163, i64 0
-  %165 = shufflevector <16 x float> %164, <16 x float> poison, <16 x i32> zeroinitializer
-  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %160, <16 x float> %131)
-  %167 = getelementptr inbounds nuw i8, ptr %116, i64 1028
-  %168 = load float, ptr %167, align 4, !tbaa !5
-  %169 = insertelement <16 x float> poison, float %168, i64 0
-  %170 = shufflevector <16 x float> %169, <16 x float> poison, <16 x i32> zeroinitializer
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %160, <16 x float> %136)
-  %172 = getelementptr inbounds nuw i8, ptr %116, i64 1540
-  %173 = load float, ptr %172, align 4, !tbaa !5
-  %174 = insertelement <16 x float> poison, float %173, i64 0
-  %175 = shufflevector <16 x float> %174, <16 x float> poison, <16 x i32> zeroinitializer
-  %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %175, <16 x float> %160, <16 x float> %141)
-  %177 = getelementptr i8, ptr %gep172.us.us.i, i64 32
-  %178 = load <16 x i16>, ptr %177, align 2, !tbaa !5
-  %179 = zext <16 x i16> %178 to <16 x i32>
-  %180 = shl nuw <16 x i32> %179, splat (i32 16)
-  %181 = bitcast <16 x i32> %180 to <16 x float>
-  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %181, <16 x float> %147)
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %181, <16 x float> %148)
-  %184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %181, <16 x float> %149)
-  %185 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %175, <16 x float> %181, <16 x float> %150)
-  %186 = getelementptr inbounds nuw i8, ptr %116, i64 8
-  %187 = load float, ptr %186, align 8, !tbaa !5
-  %188 = insertelement <16 x float> poison, float %187, i64 0
-  %189 = shufflevector <16 x float> %188, <16 x float> poison, <16 x i32> zeroinitializer
-  %190 = getelementptr inbounds nuw i8, ptr %120, i64 16
-  %191 = load i64, ptr %190, align 8, !tbaa !5
-  %gep176.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %191
-  %192 = load <16 x i16>, ptr %gep176.us.us.i, align 2, !tbaa !5
-  %193 = zext <16 x i16> %192 to <16 x i32>
-  %194 = shl nuw <16 x i32> %193, splat (i32 16)
-  %195 = bitcast <16 x i32> %194 to <16 x float>
-  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %189, <16 x float> %195, <16 x float> %161)
-  %197 = getelementptr inbounds nuw i8, ptr %116, i64 520
-  %198 = load float, ptr %197, align 8, !tbaa !5
-  %199 = insertelement <16 x float> poison, float %198, i64 0
-  %200 = shufflevector <16 x float> %199, <16 x float> poison, <16 x i32> zeroinitializer
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %200, <16 x float> %195, <16 x float> %166)
-  %202 = getelementptr inbounds nuw i8, ptr %116, i64 1032
-  %203 = load float, ptr %202, align 8, !tbaa !5
-  %204 = insertelement <16 x float> poison, float %203, i64 0
-  %205 = shufflevector <16 x float> %204, <16 x float> poison, <16 x i32> zeroinitializer
-  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %195, <16 x float> %171)
-  %207 = getelementptr inbounds nuw i8, ptr %116, i64 1544
-  %208 = load float, ptr %207, align 8, !tbaa !5
-  %209 = insertelement <16 x float> poison, float %208, i64 0
-  %210 = shufflevector <16 x float> %209, <16 x float> poison, <16 x i32> zeroinitializer
-  %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %210, <16 x float> %195, <16 x float> %176)
-  %212 = getelementptr i8, ptr %gep176.us.us.i, i64 32
-  %213 = load <16 x i16>, ptr %212, align 2, !tbaa !5
-  %214 = zext <16 x i16> %213 to <16 x i32>
-  %215 = shl nuw <16 x i32> %214, splat (i32 16)
-  %216 = bitcast <16 x i32> %215 to <16 x float>
-  %217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %189, <16 x float> %216, <16 x float> %182)
-  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %200, <16 x float> %216, <16 x float> %183)
-  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %216, <16 x float> %184)
-  %220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %210, <16 x float> %216, <16 x float> %185)
-  %221 = getelementptr inbounds nuw i8, ptr %116, i64 12
-  %222 = load float, ptr %221, align 4, !tbaa !5
-  %223 = insertelement <16 x float> poison, float %222, i64 0
-  %224 = shufflevector <16 x float> %223, <16 x float> poison, <16 x i32> zeroinitializer
-  %225 = getelementptr inbounds nuw i8, ptr %120, i64 24
-  %226 = load i64, ptr %225, align 8, !tbaa !5
-  %gep180.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %226
-  %227 = load <16 x i16>, ptr %gep180.us.us.i, align 2, !tbaa !5
-  %228 = zext <16 x i16> %227 to <16 x i32>
-  %229 = shl nuw <16 x i32> %228, splat (i32 16)
-  %230 = bitcast <16 x i32> %229 to <16 x float>
-  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %230, <16 x float> %196)
-  %232 = getelementptr inbounds nuw i8, ptr %116, i64 524
-  %233 = load float, ptr %232, align 4, !tbaa !5
-  %234 = insertelement <16 x float> poison, float %233, i64 0
-  %235 = shufflevector <16 x float> %234, <16 x float> poison, <16 x i32> zeroinitializer
-  %236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %235, <16 x float> %230, <16 x float> %201)
-  %237 = getelementptr inbounds nuw i8, ptr %116, i64 1036
-  %238 = load float, ptr %237, align 4, !tbaa !5
-  %239 = insertelement <16 x float> poison, float %238, i64 0
-  %240 = shufflevector <16 x float> %239, <16 x float> poison, <16 x i32> zeroinitializer
-  %241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %240, <16 x float> %230, <16 x float> %206)
-  %242 = getelementptr inbounds nuw i8, ptr %116, i64 1548
-  %243 = load float, ptr %242, align 4, !tbaa !5
-  %244 = insertelement <16 x float> poison, float %243, i64 0
-  %245 = shufflevector <16 x float> %244, <16 x float> poison, <16 x i32> zeroinitializer
-  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %245, <16 x float> %230, <16 x float> %211)
-  %247 = getelementptr i8, ptr %gep180.us.us.i, i64 32
-  %248 = load <16 x i16>, ptr %247, align 2, !tbaa !5
-  %249 = zext <16 x i16> %248 to <16 x i32>
-  %250 = shl nuw <16 x i32> %249, splat (i32 16)
-  %251 = bitcast <16 x i32> %250 to <16 x float>
-  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %224, <16 x float> %251, <16 x float> %217)
-  %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %235, <16 x float> %251, <16 x float> %218)
-  %254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %240, <16 x float> %251, <16 x float> %219)
-  %255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %245, <16 x float> %251, <16 x float> %220)
-  %256 = getelementptr inbounds nuw i8, ptr %116, i64 16
-  %257 = load float, ptr %256, align 16, !tbaa !5
-  %258 = insertelement <16 x float> poison, float %257, i64 0
-  %259 = shufflevector <16 x float> %258, <16 x float> poison, <16 x i32> zeroinitializer
-  %260 = getelementptr inbounds nuw i8, ptr %120, i64 32
-  %261 = load i64, ptr %260, align 8, !tbaa !5
-  %gep184.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %261
-  %262 = load <16 x i16>, ptr %gep184.us.us.i, align 2, !tbaa !5
-  %263 = zext <16 x i16> %262 to <16 x i32>
-  %264 = shl nuw <16 x i32> %263, splat (i32 16)
-  %265 = bitcast <16 x i32> %264 to <16 x float>
-  %266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %259, <16 x float> %265, <16 x float> %231)
-  %267 = getelementptr inbounds nuw i8, ptr %116, i64 528
-  %268 = load float, ptr %267, align 16, !tbaa !5
-  %269 = insertelement <16 x float> poison, float %268, i64 0
-  %270 = shufflevector <16 x float> %269, <16 x float> poison, <16 x i32> zeroinitializer
-  %271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %270, <16 x float> %265, <16 x float> %236)
-  %272 = getelementptr inbounds nuw i8, ptr %116, i64 1040
-  %273 = load float, ptr %272, align 16, !tbaa !5
-  %274 = insertelement <16 x float> poison, float %273, i64 0
-  %275 = shufflevector <16 x float> %274, <16 x float> poison, <16 x i32> zeroinitializer
-  %276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %275, <16 x float> %265, <16 x float> %241)
-  %277 = getelementptr inbounds nuw i8, ptr %116, i64 1552
-  %278 = load float, ptr %277, align 16, !tbaa !5
-  %279 = insertelement <16 x float> poison, float %278, i64 0
-  %280 = shufflevector <16 x float> %279, <16 x float> poison, <16 x i32> zeroinitializer
-  %281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %280, <16 x float> %265, <16 x float> %246)
-  %282 = getelementptr i8, ptr %gep184.us.us.i, i64 32
-  %283 = load <16 x i16>, ptr %282, align 2, !tbaa !5
-  %284 = zext <16 x i16> %283 to <16 x i32>
-  %285 = shl nuw <16 x i32> %284, splat (i32 16)
-  %286 = bitcast <16 x i32> %285 to <16 x float>
-  %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %259, <16 x float> %286, <16 x float> %252)
-  %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %270, <16 x float> %286, <16 x float> %253)
-  %289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %275, <16 x float> %286, <16 x float> %254)
-  %290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %280, <16 x float> %286, <16 x float> %255)
-  %291 = getelementptr inbounds nuw i8, ptr %116, i64 20
-  %292 = load float, ptr %291, align 4, !tbaa !5
-  %293 = insertelement <16 x float> poison, float %292, i64 0
-  %294 = shufflevector <16 x float> %293, <16 x float> poison, <16 x i32> zeroinitializer
-  %295 = getelementptr inbounds nuw i8, ptr %120, i64 40
-  %296 = load i64, ptr %295, align 8, !tbaa !5
-  %gep188.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %296
-  %297 = load <16 x i16>, ptr %gep188.us.us.i, align 2, !tbaa !5
-  %298 = zext <16 x i16> %297 to <16 x i32>
-  %299 = shl nuw <16 x i32> %298, splat (i32 16)
-  %300 = bitcast <16 x i32> %299 to <16 x float>
-  %301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %300, <16 x float> %266)
-  %302 = getelementptr inbounds nuw i8, ptr %116, i64 532
-  %303 = load float, ptr %302, align 4, !tbaa !5
-  %304 = insertelement <16 x float> poison, float %303, i64 0
-  %305 = shufflevector <16 x float> %304, <16 x float> poison, <16 x i32> zeroinitializer
-  %306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %300, <16 x float> %271)
-  %307 = getelementptr inbounds nuw i8, ptr %116, i64 1044
-  %308 = load float, ptr %307, align 4, !tbaa !5
-  %309 = insertelement <16 x float> poison, float %308, i64 0
-  %310 = shufflevector <16 x float> %309, <16 x float> poison, <16 x i32> zeroinitializer
-  %311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %300, <16 x float> %276)
-  %312 = getelementptr inbounds nuw i8, ptr %116, i64 1556
-  %313 = load float, ptr %312, align 4, !tbaa !5
-  %314 = insertelement <16 x float> poison, float %313, i64 0
-  %315 = shufflevector <16 x float> %314, <16 x float> poison, <16 x i32> zeroinitializer
-  %316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %315, <16 x float> %300, <16 x float> %281)
-  %317 = getelementptr i8, ptr %gep188.us.us.i, i64 32
-  %318 = load <16 x i16>, ptr %317, align 2, !tbaa !5
-  %319 = zext <16 x i16> %318 to <16 x i32>
-  %320 = shl nuw <16 x i32> %319, splat (i32 16)
-  %321 = bitcast <16 x i32> %320 to <16 x float>
-  %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %294, <16 x float> %321, <16 x float> %287)
-  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %321, <16 x float> %288)
-  %324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %321, <16 x float> %289)
-  %325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %315, <16 x float> %321, <16 x float> %290)
-  %326 = getelementptr inbounds nuw i8, ptr %116, i64 24
-  %327 = load float, ptr %326, align 8, !tbaa !5
-  %328 = insertelement <16 x float> poison, float %327, i64 0
-  %329 = shufflevector <16 x float> %328, <16 x float> poison, <16 x i32> zeroinitializer
-  %330 = getelementptr inbounds nuw i8, ptr %120, i64 48
-  %331 = load i64, ptr %330, align 8, !tbaa !5
-  %gep192.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %331
-  %332 = load <16 x i16>, ptr %gep192.us.us.i, align 2, !tbaa !5
-  %333 = zext <16 x i16> %332 to <16 x i32>
-  %334 = shl nuw <16 x i32> %333, splat (i32 16)
-  %335 = bitcast <16 x i32> %334 to <16 x float>
-  %336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %335, <16 x float> %301)
-  %337 = getelementptr inbounds nuw i8, ptr %116, i64 536
-  %338 = load float, ptr %337, align 8, !tbaa !5
-  %339 = insertelement <16 x float> poison, float %338, i64 0
-  %340 = shufflevector <16 x float> %339, <16 x float> poison, <16 x i32> zeroinitializer
-  %341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %335, <16 x float> %306)
-  %342 = getelementptr inbounds nuw i8, ptr %116, i64 1048
-  %343 = load float, ptr %342, align 8, !tbaa !5
-  %344 = insertelement <16 x float> poison, float %343, i64 0
-  %345 = shufflevector <16 x float> %344, <16 x float> poison, <16 x i32> zeroinitializer
-  %346 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %335, <16 x float> %311)
-  %347 = getelementptr inbounds nuw i8, ptr %116, i64 1560
-  %348 = load float, ptr %347, align 8, !tbaa !5
-  %349 = insertelement <16 x float> poison, float %348, i64 0
-  %350 = shufflevector <16 x float> %349, <16 x float> poison, <16 x i32> zeroinitializer
-  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %335, <16 x float> %316)
-  %352 = getelementptr i8, ptr %gep192.us.us.i, i64 32
-  %353 = load <16 x i16>, ptr %352, align 2, !tbaa !5
-  %354 = zext <16 x i16> %353 to <16 x i32>
-  %355 = shl nuw <16 x i32> %354, splat (i32 16)
-  %356 = bitcast <16 x i32> %355 to <16 x float>
-  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %356, <16 x float> %322)
-  %358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %356, <16 x float> %323)
-  %359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %356, <16 x float> %324)
-  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %350, <16 x float> %356, <16 x float> %325)
-  %361 = getelementptr inbounds nuw i8, ptr %116, i64 28
-  %362 = load float, ptr %361, align 4, !tbaa !5
-  %363 = insertelement <16 x float> poison, float %362, i64 0
-  %364 = shufflevector <16 x float> %363, <16 x float> poison, <16 x i32> zeroinitializer
-  %365 = getelementptr inbounds nuw i8, ptr %120, i64 56
-  %366 = load i64, ptr %365, align 8, !tbaa !5
-  %gep196.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %366
-  %367 = load <16 x i16>, ptr %gep196.us.us.i, align 2, !tbaa !5
-  %368 = zext <16 x i16> %367 to <16 x i32>
-  %369 = shl nuw <16 x i32> %368, splat (i32 16)
-  %370 = bitcast <16 x i32> %369 to <16 x float>
-  %371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %370, <16 x float> %336)
-  %372 = getelementptr inbounds nuw i8, ptr %116, i64 540
-  %373 = load float, ptr %372, align 4, !tbaa !5
-  %374 = insertelement <16 x float> poison, float %373, i64 0
-  %375 = shufflevector <16 x float> %374, <16 x float> poison, <16 x i32> zeroinitializer
-  %376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %375, <16 x float> %370, <16 x float> %341)
-  %377 = getelementptr inbounds nuw i8, ptr %116, i64 1052
-  %378 = load float, ptr %377, align 4, !tbaa !5
-  %379 = insertelement <16 x float> poison, float %378, i64 0
-  %380 = shufflevector <16 x float> %379, <16 x float> poison, <16 x i32> zeroinitializer
-  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %380, <16 x float> %370, <16 x float> %346)
-  %382 = getelementptr inbounds nuw i8, ptr %116, i64 1564
-  %383 = load float, ptr %382, align 4, !tbaa !5
-  %384 = insertelement <16 x float> poison, float %383, i64 0
-  %385 = shufflevector <16 x float> %384, <16 x float> poison, <16 x i32> zeroinitializer
-  %386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %385, <16 x float> %370, <16 x float> %351)
-  %387 = getelementptr i8, ptr %gep196.us.us.i, i64 32
-  %388 = load <16 x i16>, ptr %387, align 2, !tbaa !5
-  %389 = zext <16 x i16> %388 to <16 x i32>
-  %390 = shl nuw <16 x i32> %389, splat (i32 16)
-  %391 = bitcast <16 x i32> %390 to <16 x float>
-  %392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %391, <16 x float> %357)
-  %393 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %375, <16 x float> %391, <16 x float> %358)
-  %394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %380, <16 x float> %391, <16 x float> %359)
-  %395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %385, <16 x float> %391, <16 x float> %360)
-  %396 = getelementptr inbounds nuw i8, ptr %116, i64 32
-  %397 = load float, ptr %396, align 32, !tbaa !5
-  %398 = insertelement <16 x float> poison, float %397, i64 0
-  %399 = shufflevector <16 x float> %398, <16 x float> poison, <16 x i32> zeroinitializer
-  %400 = getelementptr inbounds nuw i8, ptr %120, i64 64
-  %401 = load i64, ptr %400, align 8, !tbaa !5
-  %gep200.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %401
-  %402 = load <16 x i16>, ptr %gep200.us.us.i, align 2, !tbaa !5
-  %403 = zext <16 x i16> %402 to <16 x i32>
-  %404 = shl nuw <16 x i32> %403, splat (i32 16)
-  %405 = bitcast <16 x i32> %404 to <16 x float>
-  %406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %399, <16 x float> %405, <16 x float> %371)
-  %407 = getelementptr inbounds nuw i8, ptr %116, i64 544
-  %408 = load float, ptr %407, align 32, !tbaa !5
-  %409 = insertelement <16 x float> poison, float %408, i64 0
-  %410 = shufflevector <16 x float> %409, <16 x float> poison, <16 x i32> zeroinitializer
-  %411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %405, <16 x float> %376)
-  %412 = getelementptr inbounds nuw i8, ptr %116, i64 1056
-  %413 = load float, ptr %412, align 32, !tbaa !5
-  %414 = insertelement <16 x float> poison, float %413, i64 0
-  %415 = shufflevector <16 x float> %414, <16 x float> poison, <16 x i32> zeroinitializer
-  %416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %405, <16 x float> %381)
-  %417 = getelementptr inbounds nuw i8, ptr %116, i64 1568
-  %418 = load float, ptr %417, align 32, !tbaa !5
-  %419 = insertelement <16 x float> poison, float %418, i64 0
-  %420 = shufflevector <16 x float> %419, <16 x float> poison, <16 x i32> zeroinitializer
-  %421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %405, <16 x float> %386)
-  %422 = getelementptr i8, ptr %gep200.us.us.i, i64 32
-  %423 = load <16 x i16>, ptr %422, align 2, !tbaa !5
-  %424 = zext <16 x i16> %423 to <16 x i32>
-  %425 = shl nuw <16 x i32> %424, splat (i32 16)
-  %426 = bitcast <16 x i32> %425 to <16 x float>
-  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %399, <16 x float> %426, <16 x float> %392)
-  %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %410, <16 x float> %426, <16 x float> %393)
-  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %426, <16 x float> %394)
-  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %420, <16 x float> %426, <16 x float> %395)
-  %431 = getelementptr inbounds nuw i8, ptr %116, i64 36
-  %432 = load float, ptr %431, align 4, !tbaa !5
-  %433 = insertelement <16 x float> poison, float %432, i64 0
-  %434 = shufflevector <16 x float> %433, <16 x float> poison, <16 x i32> zeroinitializer
-  %435 = getelementptr inbounds nuw i8, ptr %120, i64 72
-  %436 = load i64, ptr %435, align 8, !tbaa !5
-  %gep204.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %436
-  %437 = load <16 x i16>, ptr %gep204.us.us.i, align 2, !tbaa !5
-  %438 = zext <16 x i16> %437 to <16 x i32>
-  %439 = shl nuw <16 x i32> %438, splat (i32 16)
-  %440 = bitcast <16 x i32> %439 to <16 x float>
-  %441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %434, <16 x float> %440, <16 x float> %406)
-  %442 = getelementptr inbounds nuw i8, ptr %116, i64 548
-  %443 = load float, ptr %442, align 4, !tbaa !5
-  %444 = insertelement <16 x float> poison, float %443, i64 0
-  %445 = shufflevector <16 x float> %444, <16 x float> poison, <16 x i32> zeroinitializer
-  %446 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %440, <16 x float> %411)
-  %447 = getelementptr inbounds nuw i8, ptr %116, i64 1060
-  %448 = load float, ptr %447, align 4, !tbaa !5
-  %449 = insertelement <16 x float> poison, float %448, i64 0
-  %450 = shufflevector <16 x float> %449, <16 x float> poison, <16 x i32> zeroinitializer
-  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %450, <16 x float> %440, <16 x float> %416)
-  %452 = getelementptr inbounds nuw i8, ptr %116, i64 1572
-  %453 = load float, ptr %452, align 4, !tbaa !5
-  %454 = insertelement <16 x float> poison, float %453, i64 0
-  %455 = shufflevector <16 x float> %454, <16 x float> poison, <16 x i32> zeroinitializer
-  %456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %455, <16 x float> %440, <16 x float> %421)
-  %457 = getelementptr i8, ptr %gep204.us.us.i, i64 32
-  %458 = load <16 x i16>, ptr %457, align 2, !tbaa !5
-  %459 = zext <16 x i16> %458 to <16 x i32>
-  %460 = shl nuw <16 x i32> %459, splat (i32 16)
-  %461 = bitcast <16 x i32> %460 to <16 x float>
-  %462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %434, <16 x float> %461, <16 x float> %427)
-  %463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %461, <16 x float> %428)
-  %464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %450, <16 x float> %461, <16 x float> %429)
-  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %455, <16 x float> %461, <16 x float> %430)
-  %466 = getelementptr inbounds nuw i8, ptr %116, i64 40
-  %467 = load float, ptr %466, align 8, !tbaa !5
-  %468 = insertelement <16 x float> poison, float %467, i64 0
-  %469 = shufflevector <16 x float> %468, <16 x float> poison, <16 x i32> zeroinitializer
-  %470 = getelementptr inbounds nuw i8, ptr %120, i64 80
-  %471 = load i64, ptr %470, align 8, !tbaa !5
-  %gep208.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %471
-  %472 = load <16 x i16>, ptr %gep208.us.us.i, align 2, !tbaa !5
-  %473 = zext <16 x i16> %472 to <16 x i32>
-  %474 = shl nuw <16 x i32> %473, splat (i32 16)
-  %475 = bitcast <16 x i32> %474 to <16 x float>
-  %476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %469, <16 x float> %475, <16 x float> %441)
-  %477 = getelementptr inbounds nuw i8, ptr %116, i64 552
-  %478 = load float, ptr %477, align 8, !tbaa !5
-  %479 = insertelement <16 x float> poison, float %478, i64 0
-  %480 = shufflevector <16 x float> %479, <16 x float> poison, <16 x i32> zeroinitializer
-  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %480, <16 x float> %475, <16 x float> %446)
-  %482 = getelementptr inbounds nuw i8, ptr %116, i64 1064
-  %483 = load float, ptr %482, align 8, !tbaa !5
-  %484 = insertelement <16 x float> poison, float %483, i64 0
-  %485 = shufflevector <16 x float> %484, <16 x float> poison, <16 x i32> zeroinitializer
-  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %485, <16 x float> %475, <16 x float> %451)
-  %487 = getelementptr inbounds nuw i8, ptr %116, i64 1576
-  %488 = load float, ptr %487, align 8, !tbaa !5
-  %489 = insertelement <16 x float> poison, float %488, i64 0
-  %490 = shufflevector <16 x float> %489, <16 x float> poison, <16 x i32> zeroinitializer
-  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %490, <16 x float> %475, <16 x float> %456)
-  %492 = getelementptr i8, ptr %gep208.us.us.i, i64 32
-  %493 = load <16 x i16>, ptr %492, align 2, !tbaa !5
-  %494 = zext <16 x i16> %493 to <16 x i32>
-  %495 = shl nuw <16 x i32> %494, splat (i32 16)
-  %496 = bitcast <16 x i32> %495 to <16 x float>
-  %497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %469, <16 x float> %496, <16 x float> %462)
-  %498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %480, <16 x float> %496, <16 x float> %463)
-  %499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %485, <16 x float> %496, <16 x float> %464)
-  %500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %490, <16 x float> %496, <16 x float> %465)
-  %501 = getelementptr inbounds nuw i8, ptr %116, i64 44
-  %502 = load float, ptr %501, align 4, !tbaa !5
-  %503 = insertelement <16 x float> poison, float %502, i64 0
-  %504 = shufflevector <16 x float> %503, <16 x float> poison, <16 x i32> zeroinitializer
-  %505 = getelementptr inbounds nuw i8, ptr %120, i64 88
-  %506 = load i64, ptr %505, align 8, !tbaa !5
-  %gep212.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %506
-  %507 = load <16 x i16>, ptr %gep212.us.us.i, align 2, !tbaa !5
-  %508 = zext <16 x i16> %507 to <16 x i32>
-  %509 = shl nuw <16 x i32> %508, splat (i32 16)
-  %510 = bitcast <16 x i32> %509 to <16 x float>
-  %511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %504, <16 x float> %510, <16 x float> %476)
-  %512 = getelementptr inbounds nuw i8, ptr %116, i64 556
-  %513 = load float, ptr %512, align 4, !tbaa !5
-  %514 = insertelement <16 x float> poison, float %513, i64 0
-  %515 = shufflevector <16 x float> %514, <16 x float> poison, <16 x i32> zeroinitializer
-  %516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %515, <16 x float> %510, <16 x float> %481)
-  %517 = getelementptr inbounds nuw i8, ptr %116, i64 1068
-  %518 = load float, ptr %517, align 4, !tbaa !5
-  %519 = insertelement <16 x float> poison, float %518, i64 0
-  %520 = shufflevector <16 x float> %519, <16 x float> poison, <16 x i32> zeroinitializer
-  %521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %520, <16 x float> %510, <16 x float> %486)
-  %522 = getelementptr inbounds nuw i8, ptr %116, i64 1580
-  %523 = load float, ptr %522, align 4, !tbaa !5
-  %524 = insertelement <16 x float> poison, float %523, i64 0
-  %525 = shufflevector <16 x float> %524, <16 x float> poison, <16 x i32> zeroinitializer
-  %526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %525, <16 x float> %510, <16 x float> %491)
-  %527 = getelementptr i8, ptr %gep212.us.us.i, i64 32
-  %528 = load <16 x i16>, ptr %527, align 2, !tbaa !5
-  %529 = zext <16 x i16> %528 to <16 x i32>
-  %530 = shl nuw <16 x i32> %529, splat (i32 16)
-  %531 = bitcast <16 x i32> %530 to <16 x float>
-  %532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %504, <16 x float> %531, <16 x float> %497)
-  %533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %515, <16 x float> %531, <16 x float> %498)
-  %534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %520, <16 x float> %531, <16 x float> %499)
-  %535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %525, <16 x float> %531, <16 x float> %500)
-  %536 = getelementptr inbounds nuw i8, ptr %116, i64 48
-  %537 = load float, ptr %536, align 16, !tbaa !5
-  %538 = insertelement <16 x float> poison, float %537, i64 0
-  %539 = shufflevector <16 x float> %538, <16 x float> poison, <16 x i32> zeroinitializer
-  %540 = getelementptr inbounds nuw i8, ptr %120, i64 96
-  %541 = load i64, ptr %540, align 8, !tbaa !5
-  %gep216.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %541
-  %542 = load <16 x i16>, ptr %gep216.us.us.i, align 2, !tbaa !5
-  %543 = zext <16 x i16> %542 to <16 x i32>
-  %544 = shl nuw <16 x i32> %543, splat (i32 16)
-  %545 = bitcast <16 x i32> %544 to <16 x float>
-  %546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %539, <16 x float> %545, <16 x float> %511)
-  %547 = getelementptr inbounds nuw i8, ptr %116, i64 560
-  %548 = load float, ptr %547, align 16, !tbaa !5
-  %549 = insertelement <16 x float> poison, float %548, i64 0
-  %550 = shufflevector <16 x float> %549, <16 x float> poison, <16 x i32> zeroinitializer
-  %551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %550, <16 x float> %545, <16 x float> %516)
-  %552 = getelementptr inbounds nuw i8, ptr %116, i64 1072
-  %553 = load float, ptr %552, align 16, !tbaa !5
-  %554 = insertelement <16 x float> poison, float %553, i64 0
-  %555 = shufflevector <16 x float> %554, <16 x float> poison, <16 x i32> zeroinitializer
-  %556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %555, <16 x float> %545, <16 x float> %521)
-  %557 = getelementptr inbounds nuw i8, ptr %116, i64 1584
-  %558 = load float, ptr %557, align 16, !tbaa !5
-  %559 = insertelement <16 x float> poison, float %558, i64 0
-  %560 = shufflevector <16 x float> %559, <16 x float> poison, <16 x i32> zeroinitializer
-  %561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %560, <16 x float> %545, <16 x float> %526)
-  %562 = getelementptr i8, ptr %gep216.us.us.i, i64 32
-  %563 = load <16 x i16>, ptr %562, align 2, !tbaa !5
-  %564 = zext <16 x i16> %563 to <16 x i32>
-  %565 = shl nuw <16 x i32> %564, splat (i32 16)
-  %566 = bitcast <16 x i32> %565 to <16 x float>
-  %567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %539, <16 x float> %566, <16 x float> %532)
-  %568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %550, <16 x float> %566, <16 x float> %533)
-  %569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %555, <16 x float> %566, <16 x float> %534)
-  %570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %560, <16 x float> %566, <16 x float> %535)
-  %571 = getelementptr inbounds nuw i8, ptr %116, i64 52
-  %572 = load float, ptr %571, align 4, !tbaa !5
-  %573 = insertelement <16 x float> poison, float %572, i64 0
-  %574 = shufflevector <16 x float> %573, <16 x float> poison, <16 x i32> zeroinitializer
-  %575 = getelementptr inbounds nuw i8, ptr %120, i64 104
-  %576 = load i64, ptr %575, align 8, !tbaa !5
-  %gep220.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %576
-  %577 = load <16 x i16>, ptr %gep220.us.us.i, align 2, !tbaa !5
-  %578 = zext <16 x i16> %577 to <16 x i32>
-  %579 = shl nuw <16 x i32> %578, splat (i32 16)
-  %580 = bitcast <16 x i32> %579 to <16 x float>
-  %581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %574, <16 x float> %580, <16 x float> %546)
-  %582 = getelementptr inbounds nuw i8, ptr %116, i64 564
-  %583 = load float, ptr %582, align 4, !tbaa !5
-  %584 = insertelement <16 x float> poison, float %583, i64 0
-  %585 = shufflevector <16 x float> %584, <16 x float> poison, <16 x i32> zeroinitializer
-  %586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %585, <16 x float> %580, <16 x float> %551)
-  %587 = getelementptr inbounds nuw i8, ptr %116, i64 1076
-  %588 = load float, ptr %587, align 4, !tbaa !5
-  %589 = insertelement <16 x float> poison, float %588, i64 0
-  %590 = shufflevector <16 x float> %589, <16 x float> poison, <16 x i32> zeroinitializer
-  %591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %590, <16 x float> %580, <16 x float> %556)
-  %592 = getelementptr inbounds nuw i8, ptr %116, i64 1588
-  %593 = load float, ptr %592, align 4, !tbaa !5
-  %594 = insertelement <16 x float> poison, float %593, i64 0
-  %595 = shufflevector <16 x float> %594, <16 x float> poison, <16 x i32> zeroinitializer
-  %596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %595, <16 x float> %580, <16 x float> %561)
-  %597 = getelementptr i8, ptr %gep220.us.us.i, i64 32
-  %598 = load <16 x i16>, ptr %597, align 2, !tbaa !5
-  %599 = zext <16 x i16> %598 to <16 x i32>
-  %600 = shl nuw <16 x i32> %599, splat (i32 16)
-  %601 = bitcast <16 x i32> %600 to <16 x float>
-  %602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %574, <16 x float> %601, <16 x float> %567)
-  %603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %585, <16 x float> %601, <16 x float> %568)
-  %604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %590, <16 x float> %601, <16 x float> %569)
-  %605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %595, <16 x float> %601, <16 x float> %570)
-  %606 = getelementptr inbounds nuw i8, ptr %116, i64 56
-  %607 = load float, ptr %606, align 8, !tbaa !5
-  %608 = insertelement <16 x float> poison, float %607, i64 0
-  %609 = shufflevector <16 x float> %608, <16 x float> poison, <16 x i32> zeroinitializer
-  %610 = getelementptr inbounds nuw i8, ptr %120, i64 112
-  %611 = load i64, ptr %610, align 8, !tbaa !5
-  %gep224.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %611
-  %612 = load <16 x i16>, ptr %gep224.us.us.i, align 2, !tbaa !5
-  %613 = zext <16 x i16> %612 to <16 x i32>
-  %614 = shl nuw <16 x i32> %613, splat (i32 16)
-  %615 = bitcast <16 x i32> %614 to <16 x float>
-  %616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %615, <16 x float> %581)
-  %617 = getelementptr inbounds nuw i8, ptr %116, i64 568
-  %618 = load float, ptr %617, align 8, !tbaa !5
-  %619 = insertelement <16 x float> poison, float %618, i64 0
-  %620 = shufflevector <16 x float> %619, <16 x float> poison, <16 x i32> zeroinitializer
-  %621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %615, <16 x float> %586)
-  %622 = getelementptr inbounds nuw i8, ptr %116, i64 1080
-  %623 = load float, ptr %622, align 8, !tbaa !5
-  %624 = insertelement <16 x float> poison, float %623, i64 0
-  %625 = shufflevector <16 x float> %624, <16 x float> poison, <16 x i32> zeroinitializer
-  %626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %625, <16 x float> %615, <16 x float> %591)
-  %627 = getelementptr inbounds nuw i8, ptr %116, i64 1592
-  %628 = load float, ptr %627, align 8, !tbaa !5
-  %629 = insertelement <16 x float> poison, float %628, i64 0
-  %630 = shufflevector <16 x float> %629, <16 x float> poison, <16 x i32> zeroinitializer
-  %631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %630, <16 x float> %615, <16 x float> %596)
-  %632 = getelementptr i8, ptr %gep224.us.us.i, i64 32
-  %633 = load <16 x i16>, ptr %632, align 2, !tbaa !5
-  %634 = zext <16 x i16> %633 to <16 x i32>
-  %635 = shl nuw <16 x i32> %634, splat (i32 16)
-  %636 = bitcast <16 x i32> %635 to <16 x float>
-  %637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %636, <16 x float> %602)
-  %638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %636, <16 x float> %603)
-  %639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %625, <16 x float> %636, <16 x float> %604)
-  %640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %630, <16 x float> %636, <16 x float> %605)
-  %641 = getelementptr inbounds nuw i8, ptr %116, i64 60
-  %642 = load float, ptr %641, align 4, !tbaa !5
-  %643 = insertelement <16 x float> poison, float %642, i64 0
-  %644 = shufflevector <16 x float> %643, <16 x float> poison, <16 x i32> zeroinitializer
-  %645 = getelementptr inbounds nuw i8, ptr %120, i64 120
-  %646 = load i64, ptr %645, align 8, !tbaa !5
-  %gep228.us.us.i = getelementptr i16, ptr %gep230.us.us.i, i64 %646
-  %647 = load <16 x i16>, ptr %gep228.us.us.i, align 2, !tbaa !5
-  %648 = zext <16 x i16> %647 to <16 x i32>
-  %649 = shl nuw <16 x i32> %648, splat (i32 16)
-  %650 = bitcast <16 x i32> %649 to <16 x float>
-  %651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %644, <16 x float> %650, <16 x float> %616)
-  %652 = getelementptr inbounds nuw i8, ptr %116, i64 572
-  %653 = load float, ptr %652, align 4, !tbaa !5
-  %654 = insertelement <16 x float> poison, float %653, i64 0
-  %655 = shufflevector <16 x float> %654, <16 x float> poison, <16 x i32> zeroinitializer
-  %656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %655, <16 x float> %650, <16 x float> %621)
-  %657 = getelementptr inbounds nuw i8, ptr %116, i64 1084
-  %658 = load float, ptr %657, align 4, !tbaa !5
-  %659 = insertelement <16 x float> poison, float %658, i64 0
-  %660 = shufflevector <16 x float> %659, <16 x float> poison, <16 x i32> zeroinitializer
-  %661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %650, <16 x float> %626)
-  %662 = getelementptr inbounds nuw i8, ptr %116, i64 1596
-  %663 = load float, ptr %662, align 4, !tbaa !5
-  %664 = insertelement <16 x float> poison, float %663, i64 0
-  %665 = shufflevector <16 x float> %664, <16 x float> poison, <16 x i32> zeroinitializer
-  %666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %665, <16 x float> %650, <16 x float> %631)
-  %667 = getelementptr i8, ptr %gep228.us.us.i, i64 32
-  %668 = load <16 x i16>, ptr %667, align 2, !tbaa !5
-  %669 = zext <16 x i16> %668 to <16 x i32>
-  %670 = shl nuw <16 x i32> %669, splat (i32 16)
-  %671 = bitcast <16 x i32> %670 to <16 x float>
-  %672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %644, <16 x float> %671, <16 x float> %637)
-  %673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %655, <16 x float> %671, <16 x float> %638)
-  %674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %671, <16 x float> %639)
-  %675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %665, <16 x float> %671, <16 x float> %640)
-  %indvars.iv.next287.i = add nuw nsw i64 %indvars.iv286.i, 1
-  %exitcond292.not.i = icmp eq i64 %indvars.iv.next287.i, %70
-  br i1 %exitcond292.not.i, label %for_begin_to.for_end_to_crit_edge.us.us.i, label %if_end5.us.us.i, !prof !13
+  %122 = getelementptr i16, ptr %value_cache, i64 %121
+  %123 = getelementptr i16, ptr %122, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %123, i32 0, i32 2, i32 1)
+  %124 = getelementptr i8, ptr %122, i64 64
+  %125 = getelementptr i16, ptr %124, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %125, i32 0, i32 2, i32 1)
+  %126 = getelementptr i8, ptr %122, i64 128
+  %127 = getelementptr i16, ptr %126, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %127, i32 0, i32 2, i32 1)
+  %128 = getelementptr i8, ptr %122, i64 192
+  %129 = getelementptr i16, ptr %128, i64 %head_offset.i
+  tail call void @llvm.prefetch.p0(ptr readonly %129, i32 0, i32 2, i32 1)
+  %gep361.i = getelementptr inbounds nuw float, ptr %invariant.gep360.i, i64 %88
+  %130 = load float, ptr %gep361.i, align 64, !tbaa !5
+  %131 = insertelement <16 x float> poison, float %130, i64 0
+  %132 = shufflevector <16 x float> %131, <16 x float> poison, <16 x i32> zeroinitializer
+  %133 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %88
+  %134 = load i64, ptr %133, align 8, !tbaa !5
+  %gep140.i = getelementptr i16, ptr %gep258.i, i64 %134
+  %135 = load <16 x i16>, ptr %gep140.i, align 2, !tbaa !5
+  %136 = zext <16 x i16> %135 to <16 x i32>
+  %137 = shl nuw <16 x i32> %136, splat (i32 16)
+  %138 = bitcast <16 x i32> %137 to <16 x float>
+  %139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %138, <16 x float> %full_acc6.sroa.0.0208.i)
+  %140 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 512
+  %141 = load float, ptr %140, align 64, !tbaa !5
+  %142 = insertelement <16 x float> poison, float %141, i64 0
+  %143 = shufflevector <16 x float> %142, <16 x float> poison, <16 x i32> zeroinitializer
+  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %143, <16 x float> %138, <16 x float> %full_acc6.sroa.68.0206.i)
+  %145 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1024
+  %146 = load float, ptr %145, align 64, !tbaa !5
+  %147 = insertelement <16 x float> poison, float %146, i64 0
+  %148 = shufflevector <16 x float> %147, <16 x float> poison, <16 x i32> zeroinitializer
+  %149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %148, <16 x float> %138, <16 x float> %full_acc6.sroa.136.0204.i)
+  %150 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1536
+  %151 = load float, ptr %150, align 64, !tbaa !5
+  %152 = insertelement <16 x float> poison, float %151, i64 0
+  %153 = shufflevector <16 x float> %152, <16 x float> poison, <16 x i32> zeroinitializer
+  %154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %153, <16 x float> %138, <16 x float> %full_acc6.sroa.204.0202.i)
+  %155 = getelementptr i8, ptr %gep140.i, i64 32
+  %156 = load <16 x i16>, ptr %155, align 2, !tbaa !5
+  %157 = zext <16 x i16> %156 to <16 x i32>
+  %158 = shl nuw <16 x i32> %157, splat (i32 16)
+  %159 = bitcast <16 x i32> %158 to <16 x float>
+  %160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %159, <16 x float> %full_acc6.sroa.34.0207.i)
+  %161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %143, <16 x float> %159, <16 x float> %full_acc6.sroa.102.0205.i)
+  %162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %148, <16 x float> %159, <16 x float> %full_acc6.sroa.170.0203.i)
+  %163 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %153, <16 x float> %159, <16 x float> %full_acc6.sroa.238.0201.i)
+  %164 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 4
+  %165 = load float, ptr %164, align 4, !tbaa !5
+  %166 = insertelement <16 x float> poison, float %165, i64 0
+  %167 = shufflevector <16 x float> %166, <16 x float> poison, <16 x i32> zeroinitializer
+  %168 = getelementptr inbounds nuw i8, ptr %133, i64 8
+  %169 = load i64, ptr %168, align 8, !tbaa !5
+  %gep144.i = getelementptr i16, ptr %gep258.i, i64 %169
+  %170 = load <16 x i16>, ptr %gep144.i, align 2, !tbaa !5
+  %171 = zext <16 x i16> %170 to <16 x i32>
+  %172 = shl nuw <16 x i32> %171, splat (i32 16)
+  %173 = bitcast <16 x i32> %172 to <16 x float>
+  %174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %167, <16 x float> %173, <16 x float> %139)
+  %175 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 516
+  %176 = load float, ptr %175, align 4, !tbaa !5
+  %177 = insertelement <16 x float> poison, float %176, i64 0
+  %178 = shufflevector <16 x float> %177, <16 x float> poison, <16 x i32> zeroinitializer
+  %179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %178, <16 x float> %173, <16 x float> %144)
+  %180 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1028
+  %181 = load float, ptr %180, align 4, !tbaa !5
+  %182 = insertelement <16 x float> poison, float %181, i64 0
+  %183 = shufflevector <16 x float> %182, <16 x float> poison, <16 x i32> zeroinitializer
+  %184 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %183, <16 x float> %173, <16 x float> %149)
+  %185 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1540
+  %186 = load float, ptr %185, align 4, !tbaa !5
+  %187 = insertelement <16 x float> poison, float %186, i64 0
+  %188 = shufflevector <16 x float> %187, <16 x float> poison, <16 x i32> zeroinitializer
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %188, <16 x float> %173, <16 x float> %154)
+  %190 = getelementptr i8, ptr %gep144.i, i64 32
+  %191 = load <16 x i16>, ptr %190, align 2, !tbaa !5
+  %192 = zext <16 x i16> %191 to <16 x i32>
+  %193 = shl nuw <16 x i32> %192, splat (i32 16)
+  %194 = bitcast <16 x i32> %193 to <16 x float>
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %167, <16 x float> %194, <16 x float> %160)
+  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %178, <16 x float> %194, <16 x float> %161)
+  %197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %183, <16 x float> %194, <16 x float> %162)
+  %198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %188, <16 x float> %194, <16 x float> %163)
+  %199 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 8
+  %200 = load float, ptr %199, align 8, !tbaa !5
+  %201 = insertelement <16 x float> poison, float %200, i64 0
+  %202 = shufflevector <16 x float> %201, <16 x float> poison, <16 x i32> zeroinitializer
+  %203 = getelementptr inbounds nuw i8, ptr %133, i64 16
+  %204 = load i64, ptr %203, align 8, !tbaa !5
+  %gep148.i = getelementptr i16, ptr %gep258.i, i64 %204
+  %205 = load <16 x i16>, ptr %gep148.i, align 2, !tbaa !5
+  %206 = zext <16 x i16> %205 to <16 x i32>
+  %207 = shl nuw <16 x i32> %206, splat (i32 16)
+  %208 = bitcast <16 x i32> %207 to <16 x float>
+  %209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %202, <16 x float> %208, <16 x float> %174)
+  %210 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 520
+  %211 = load float, ptr %210, align 8, !tbaa !5
+  %212 = insertelement <16 x float> poison, float %211, i64 0
+  %213 = shufflevector <16 x float> %212, <16 x float> poison, <16 x i32> zeroinitializer
+  %214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %213, <16 x float> %208, <16 x float> %179)
+  %215 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1032
+  %216 = load float, ptr %215, align 8, !tbaa !5
+  %217 = insertelement <16 x float> poison, float %216, i64 0
+  %218 = shufflevector <16 x float> %217, <16 x float> poison, <16 x i32> zeroinitializer
+  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %218, <16 x float> %208, <16 x float> %184)
+  %220 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1544
+  %221 = load float, ptr %220, align 8, !tbaa !5
+  %222 = insertelement <16 x float> poison, float %221, i64 0
+  %223 = shufflevector <16 x float> %222, <16 x float> poison, <16 x i32> zeroinitializer
+  %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %223, <16 x float> %208, <16 x float> %189)
+  %225 = getelementptr i8, ptr %gep148.i, i64 32
+  %226 = load <16 x i16>, ptr %225, align 2, !tbaa !5
+  %227 = zext <16 x i16> %226 to <16 x i32>
+  %228 = shl nuw <16 x i32> %227, splat (i32 16)
+  %229 = bitcast <16 x i32> %228 to <16 x float>
+  %230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %202, <16 x float> %229, <16 x float> %195)
+  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %213, <16 x float> %229, <16 x float> %196)
+  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %218, <16 x float> %229, <16 x float> %197)
+  %233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %223, <16 x float> %229, <16 x float> %198)
+  %234 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 12
+  %235 = load float, ptr %234, align 4, !tbaa !5
+  %236 = insertelement <16 x float> poison, float %235, i64 0
+  %237 = shufflevector <16 x float> %236, <16 x float> poison, <16 x i32> zeroinitializer
+  %238 = getelementptr inbounds nuw i8, ptr %133, i64 24
+  %239 = load i64, ptr %238, align 8, !tbaa !5
+  %gep152.i = getelementptr i16, ptr %gep258.i, i64 %239
+  %240 = load <16 x i16>, ptr %gep152.i, align 2, !tbaa !5
+  %241 = zext <16 x i16> %240 to <16 x i32>
+  %242 = shl nuw <16 x i32> %241, splat (i32 16)
+  %243 = bitcast <16 x i32> %242 to <16 x float>
+  %244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %237, <16 x float> %243, <16 x float> %209)
+  %245 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 524
+  %246 = load float, ptr %245, align 4, !tbaa !5
+  %247 = insertelement <16 x float> poison, float %246, i64 0
+  %248 = shufflevector <16 x float> %247, <16 x float> poison, <16 x i32> zeroinitializer
+  %249 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %248, <16 x float> %243, <16 x float> %214)
+  %250 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1036
+  %251 = load float, ptr %250, align 4, !tbaa !5
+  %252 = insertelement <16 x float> poison, float %251, i64 0
+  %253 = shufflevector <16 x float> %252, <16 x float> poison, <16 x i32> zeroinitializer
+  %254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %253, <16 x float> %243, <16 x float> %219)
+  %255 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1548
+  %256 = load float, ptr %255, align 4, !tbaa !5
+  %257 = insertelement <16 x float> poison, float %256, i64 0
+  %258 = shufflevector <16 x float> %257, <16 x float> poison, <16 x i32> zeroinitializer
+  %259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %258, <16 x float> %243, <16 x float> %224)
+  %260 = getelementptr i8, ptr %gep152.i, i64 32
+  %261 = load <16 x i16>, ptr %260, align 2, !tbaa !5
+  %262 = zext <16 x i16> %261 to <16 x i32>
+  %263 = shl nuw <16 x i32> %262, splat (i32 16)
+  %264 = bitcast <16 x i32> %263 to <16 x float>
+  %265 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %237, <16 x float> %264, <16 x float> %230)
+  %266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %248, <16 x float> %264, <16 x float> %231)
+  %267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %253, <16 x float> %264, <16 x float> %232)
+  %268 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %258, <16 x float> %264, <16 x float> %233)
+  %269 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 16
+  %270 = load float, ptr %269, align 16, !tbaa !5
+  %271 = insertelement <16 x float> poison, float %270, i64 0
+  %272 = shufflevector <16 x float> %271, <16 x float> poison, <16 x i32> zeroinitializer
+  %273 = getelementptr inbounds nuw i8, ptr %133, i64 32
+  %274 = load i64, ptr %273, align 8, !tbaa !5
+  %gep156.i = getelementptr i16, ptr %gep258.i, i64 %274
+  %275 = load <16 x i16>, ptr %gep156.i, align 2, !tbaa !5
+  %276 = zext <16 x i16> %275 to <16 x i32>
+  %277 = shl nuw <16 x i32> %276, splat (i32 16)
+  %278 = bitcast <16 x i32> %277 to <16 x float>
+  %279 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %272, <16 x float> %278, <16 x float> %244)
+  %280 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 528
+  %281 = load float, ptr %280, align 16, !tbaa !5
+  %282 = insertelement <16 x float> poison, float %281, i64 0
+  %283 = shufflevector <16 x float> %282, <16 x float> poison, <16 x i32> zeroinitializer
+  %284 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %278, <16 x float> %249)
+  %285 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1040
+  %286 = load float, ptr %285, align 16, !tbaa !5
+  %287 = insertelement <16 x float> poison, float %286, i64 0
+  %288 = shufflevector <16 x float> %287, <16 x float> poison, <16 x i32> zeroinitializer
+  %289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %278, <16 x float> %254)
+  %290 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1552
+  %291 = load float, ptr %290, align 16, !tbaa !5
+  %292 = insertelement <16 x float> poison, float %291, i64 0
+  %293 = shufflevector <16 x float> %292, <16 x float> poison, <16 x i32> zeroinitializer
+  %294 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %293, <16 x float> %278, <16 x float> %259)
+  %295 = getelementptr i8, ptr %gep156.i, i64 32
+  %296 = load <16 x i16>, ptr %295, align 2, !tbaa !5
+  %297 = zext <16 x i16> %296 to <16 x i32>
+  %298 = shl nuw <16 x i32> %297, splat (i32 16)
+  %299 = bitcast <16 x i32> %298 to <16 x float>
+  %300 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %272, <16 x float> %299, <16 x float> %265)
+  %301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %283, <16 x float> %299, <16 x float> %266)
+  %302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> %299, <16 x float> %267)
+  %303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %293, <16 x float> %299, <16 x float> %268)
+  %304 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 20
+  %305 = load float, ptr %304, align 4, !tbaa !5
+  %306 = insertelement <16 x float> poison, float %305, i64 0
+  %307 = shufflevector <16 x float> %306, <16 x float> poison, <16 x i32> zeroinitializer
+  %308 = getelementptr inbounds nuw i8, ptr %133, i64 40
+  %309 = load i64, ptr %308, align 8, !tbaa !5
+  %gep160.i = getelementptr i16, ptr %gep258.i, i64 %309
+  %310 = load <16 x i16>, ptr %gep160.i, align 2, !tbaa !5
+  %311 = zext <16 x i16> %310 to <16 x i32>
+  %312 = shl nuw <16 x i32> %311, splat (i32 16)
+  %313 = bitcast <16 x i32> %312 to <16 x float>
+  %314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %307, <16 x float> %313, <16 x float> %279)
+  %315 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 532
+  %316 = load float, ptr %315, align 4, !tbaa !5
+  %317 = insertelement <16 x float> poison, float %316, i64 0
+  %318 = shufflevector <16 x float> %317, <16 x float> poison, <16 x i32> zeroinitializer
+  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %318, <16 x float> %313, <16 x float> %284)
+  %320 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1044
+  %321 = load float, ptr %320, align 4, !tbaa !5
+  %322 = insertelement <16 x float> poison, float %321, i64 0
+  %323 = shufflevector <16 x float> %322, <16 x float> poison, <16 x i32> zeroinitializer
+  %324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %323, <16 x float> %313, <16 x float> %289)
+  %325 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1556
+  %326 = load float, ptr %325, align 4, !tbaa !5
+  %327 = insertelement <16 x float> poison, float %326, i64 0
+  %328 = shufflevector <16 x float> %327, <16 x float> poison, <16 x i32> zeroinitializer
+  %329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %328, <16 x float> %313, <16 x float> %294)
+  %330 = getelementptr i8, ptr %gep160.i, i64 32
+  %331 = load <16 x i16>, ptr %330, align 2, !tbaa !5
+  %332 = zext <16 x i16> %331 to <16 x i32>
+  %333 = shl nuw <16 x i32> %332, splat (i32 16)
+  %334 = bitcast <16 x i32> %333 to <16 x float>
+  %335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %307, <16 x float> %334, <16 x float> %300)
+  %336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %318, <16 x float> %334, <16 x float> %301)
+  %337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %323, <16 x float> %334, <16 x float> %302)
+  %338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %328, <16 x float> %334, <16 x float> %303)
+  %339 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 24
+  %340 = load float, ptr %339, align 8, !tbaa !5
+  %341 = insertelement <16 x float> poison, float %340, i64 0
+  %342 = shufflevector <16 x float> %341, <16 x float> poison, <16 x i32> zeroinitializer
+  %343 = getelementptr inbounds nuw i8, ptr %133, i64 48
+  %344 = load i64, ptr %343, align 8, !tbaa !5
+  %gep164.i = getelementptr i16, ptr %gep258.i, i64 %344
+  %345 = load <16 x i16>, ptr %gep164.i, align 2, !tbaa !5
+  %346 = zext <16 x i16> %345 to <16 x i32>
+  %347 = shl nuw <16 x i32> %346, splat (i32 16)
+  %348 = bitcast <16 x i32> %347 to <16 x float>
+  %349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %342, <16 x float> %348, <16 x float> %314)
+  %350 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 536
+  %351 = load float, ptr %350, align 8, !tbaa !5
+  %352 = insertelement <16 x float> poison, float %351, i64 0
+  %353 = shufflevector <16 x float> %352, <16 x float> poison, <16 x i32> zeroinitializer
+  %354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %353, <16 x float> %348, <16 x float> %319)
+  %355 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1048
+  %356 = load float, ptr %355, align 8, !tbaa !5
+  %357 = insertelement <16 x float> poison, float %356, i64 0
+  %358 = shufflevector <16 x float> %357, <16 x float> poison, <16 x i32> zeroinitializer
+  %359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %358, <16 x float> %348, <16 x float> %324)
+  %360 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1560
+  %361 = load float, ptr %360, align 8, !tbaa !5
+  %362 = insertelement <16 x float> poison, float %361, i64 0
+  %363 = shufflevector <16 x float> %362, <16 x float> poison, <16 x i32> zeroinitializer
+  %364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %363, <16 x float> %348, <16 x float> %329)
+  %365 = getelementptr i8, ptr %gep164.i, i64 32
+  %366 = load <16 x i16>, ptr %365, align 2, !tbaa !5
+  %367 = zext <16 x i16> %366 to <16 x i32>
+  %368 = shl nuw <16 x i32> %367, splat (i32 16)
+  %369 = bitcast <16 x i32> %368 to <16 x float>
+  %370 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %342, <16 x float> %369, <16 x float> %335)
+  %371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %353, <16 x float> %369, <16 x float> %336)
+  %372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %358, <16 x float> %369, <16 x float> %337)
+  %373 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %363, <16 x float> %369, <16 x float> %338)
+  %374 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 28
+  %375 = load float, ptr %374, align 4, !tbaa !5
+  %376 = insertelement <16 x float> poison, float %375, i64 0
+  %377 = shufflevector <16 x float> %376, <16 x float> poison, <16 x i32> zeroinitializer
+  %378 = getelementptr inbounds nuw i8, ptr %133, i64 56
+  %379 = load i64, ptr %378, align 8, !tbaa !5
+  %gep168.i = getelementptr i16, ptr %gep258.i, i64 %379
+  %380 = load <16 x i16>, ptr %gep168.i, align 2, !tbaa !5
+  %381 = zext <16 x i16> %380 to <16 x i32>
+  %382 = shl nuw <16 x i32> %381, splat (i32 16)
+  %383 = bitcast <16 x i32> %382 to <16 x float>
+  %384 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %383, <16 x float> %349)
+  %385 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 540
+  %386 = load float, ptr %385, align 4, !tbaa !5
+  %387 = insertelement <16 x float> poison, float %386, i64 0
+  %388 = shufflevector <16 x float> %387, <16 x float> poison, <16 x i32> zeroinitializer
+  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %388, <16 x float> %383, <16 x float> %354)
+  %390 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1052
+  %391 = load float, ptr %390, align 4, !tbaa !5
+  %392 = insertelement <16 x float> poison, float %391, i64 0
+  %393 = shufflevector <16 x float> %392, <16 x float> poison, <16 x i32> zeroinitializer
+  %394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %393, <16 x float> %383, <16 x float> %359)
+  %395 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1564
+  %396 = load float, ptr %395, align 4, !tbaa !5
+  %397 = insertelement <16 x float> poison, float %396, i64 0
+  %398 = shufflevector <16 x float> %397, <16 x float> poison, <16 x i32> zeroinitializer
+  %399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %398, <16 x float> %383, <16 x float> %364)
+  %400 = getelementptr i8, ptr %gep168.i, i64 32
+  %401 = load <16 x i16>, ptr %400, align 2, !tbaa !5
+  %402 = zext <16 x i16> %401 to <16 x i32>
+  %403 = shl nuw <16 x i32> %402, splat (i32 16)
+  %404 = bitcast <16 x i32> %403 to <16 x float>
+  %405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %404, <16 x float> %370)
+  %406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %388, <16 x float> %404, <16 x float> %371)
+  %407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %393, <16 x float> %404, <16 x float> %372)
+  %408 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %398, <16 x float> %404, <16 x float> %373)
+  %409 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 32
+  %410 = load float, ptr %409, align 32, !tbaa !5
+  %411 = insertelement <16 x float> poison, float %410, i64 0
+  %412 = shufflevector <16 x float> %411, <16 x float> poison, <16 x i32> zeroinitializer
+  %413 = getelementptr inbounds nuw i8, ptr %133, i64 64
+  %414 = load i64, ptr %413, align 8, !tbaa !5
+  %gep172.i = getelementptr i16, ptr %gep258.i, i64 %414
+  %415 = load <16 x i16>, ptr %gep172.i, align 2, !tbaa !5
+  %416 = zext <16 x i16> %415 to <16 x i32>
+  %417 = shl nuw <16 x i32> %416, splat (i32 16)
+  %418 = bitcast <16 x i32> %417 to <16 x float>
+  %419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %412, <16 x float> %418, <16 x float> %384)
+  %420 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 544
+  %421 = load float, ptr %420, align 32, !tbaa !5
+  %422 = insertelement <16 x float> poison, float %421, i64 0
+  %423 = shufflevector <16 x float> %422, <16 x float> poison, <16 x i32> zeroinitializer
+  %424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %423, <16 x float> %418, <16 x float> %389)
+  %425 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1056
+  %426 = load float, ptr %425, align 32, !tbaa !5
+  %427 = insertelement <16 x float> poison, float %426, i64 0
+  %428 = shufflevector <16 x float> %427, <16 x float> poison, <16 x i32> zeroinitializer
+  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %428, <16 x float> %418, <16 x float> %394)
+  %430 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1568
+  %431 = load float, ptr %430, align 32, !tbaa !5
+  %432 = insertelement <16 x float> poison, float %431, i64 0
+  %433 = shufflevector <16 x float> %432, <16 x float> poison, <16 x i32> zeroinitializer
+  %434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %433, <16 x float> %418, <16 x float> %399)
+  %435 = getelementptr i8, ptr %gep172.i, i64 32
+  %436 = load <16 x i16>, ptr %435, align 2, !tbaa !5
+  %437 = zext <16 x i16> %436 to <16 x i32>
+  %438 = shl nuw <16 x i32> %437, splat (i32 16)
+  %439 = bitcast <16 x i32> %438 to <16 x float>
+  %440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %412, <16 x float> %439, <16 x float> %405)
+  %441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %423, <16 x float> %439, <16 x float> %406)
+  %442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %428, <16 x float> %439, <16 x float> %407)
+  %443 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %433, <16 x float> %439, <16 x float> %408)
+  %444 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 36
+  %445 = load float, ptr %444, align 4, !tbaa !5
+  %446 = insertelement <16 x float> poison, float %445, i64 0
+  %447 = shufflevector <16 x float> %446, <16 x float> poison, <16 x i32> zeroinitializer
+  %448 = getelementptr inbounds nuw i8, ptr %133, i64 72
+  %449 = load i64, ptr %448, align 8, !tbaa !5
+  %gep176.i = getelementptr i16, ptr %gep258.i, i64 %449
+  %450 = load <16 x i16>, ptr %gep176.i, align 2, !tbaa !5
+  %451 = zext <16 x i16> %450 to <16 x i32>
+  %452 = shl nuw <16 x i32> %451, splat (i32 16)
+  %453 = bitcast <16 x i32> %452 to <16 x float>
+  %454 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %447, <16 x float> %453, <16 x float> %419)
+  %455 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 548
+  %456 = load float, ptr %455, align 4, !tbaa !5
+  %457 = insertelement <16 x float> poison, float %456, i64 0
+  %458 = shufflevector <16 x float> %457, <16 x float> poison, <16 x i32> zeroinitializer
+  %459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %458, <16 x float> %453, <16 x float> %424)
+  %460 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1060
+  %461 = load float, ptr %460, align 4, !tbaa !5
+  %462 = insertelement <16 x float> poison, float %461, i64 0
+  %463 = shufflevector <16 x float> %462, <16 x float> poison, <16 x i32> zeroinitializer
+  %464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %463, <16 x float> %453, <16 x float> %429)
+  %465 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1572
+  %466 = load float, ptr %465, align 4, !tbaa !5
+  %467 = insertelement <16 x float> poison, float %466, i64 0
+  %468 = shufflevector <16 x float> %467, <16 x float> poison, <16 x i32> zeroinitializer
+  %469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %468, <16 x float> %453, <16 x float> %434)
+  %470 = getelementptr i8, ptr %gep176.i, i64 32
+  %471 = load <16 x i16>, ptr %470, align 2, !tbaa !5
+  %472 = zext <16 x i16> %471 to <16 x i32>
+  %473 = shl nuw <16 x i32> %472, splat (i32 16)
+  %474 = bitcast <16 x i32> %473 to <16 x float>
+  %475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %447, <16 x float> %474, <16 x float> %440)
+  %476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %458, <16 x float> %474, <16 x float> %441)
+  %477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %463, <16 x float> %474, <16 x float> %442)
+  %478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %468, <16 x float> %474, <16 x float> %443)
+  %479 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 40
+  %480 = load float, ptr %479, align 8, !tbaa !5
+  %481 = insertelement <16 x float> poison, float %480, i64 0
+  %482 = shufflevector <16 x float> %481, <16 x float> poison, <16 x i32> zeroinitializer
+  %483 = getelementptr inbounds nuw i8, ptr %133, i64 80
+  %484 = load i64, ptr %483, align 8, !tbaa !5
+  %gep180.i = getelementptr i16, ptr %gep258.i, i64 %484
+  %485 = load <16 x i16>, ptr %gep180.i, align 2, !tbaa !5
+  %486 = zext <16 x i16> %485 to <16 x i32>
+  %487 = shl nuw <16 x i32> %486, splat (i32 16)
+  %488 = bitcast <16 x i32> %487 to <16 x float>
+  %489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %482, <16 x float> %488, <16 x float> %454)
+  %490 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 552
+  %491 = load float, ptr %490, align 8, !tbaa !5
+  %492 = insertelement <16 x float> poison, float %491, i64 0
+  %493 = shufflevector <16 x float> %492, <16 x float> poison, <16 x i32> zeroinitializer
+  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %493, <16 x float> %488, <16 x float> %459)
+  %495 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1064
+  %496 = load float, ptr %495, align 8, !tbaa !5
+  %497 = insertelement <16 x float> poison, float %496, i64 0
+  %498 = shufflevector <16 x float> %497, <16 x float> poison, <16 x i32> zeroinitializer
+  %499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %498, <16 x float> %488, <16 x float> %464)
+  %500 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1576
+  %501 = load float, ptr %500, align 8, !tbaa !5
+  %502 = insertelement <16 x float> poison, float %501, i64 0
+  %503 = shufflevector <16 x float> %502, <16 x float> poison, <16 x i32> zeroinitializer
+  %504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %503, <16 x float> %488, <16 x float> %469)
+  %505 = getelementptr i8, ptr %gep180.i, i64 32
+  %506 = load <16 x i16>, ptr %505, align 2, !tbaa !5
+  %507 = zext <16 x i16> %506 to <16 x i32>
+  %508 = shl nuw <16 x i32> %507, splat (i32 16)
+  %509 = bitcast <16 x i32> %508 to <16 x float>
+  %510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %482, <16 x float> %509, <16 x float> %475)
+  %511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %493, <16 x float> %509, <16 x float> %476)
+  %512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %498, <16 x float> %509, <16 x float> %477)
+  %513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %503, <16 x float> %509, <16 x float> %478)
+  %514 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 44
+  %515 = load float, ptr %514, align 4, !tbaa !5
+  %516 = insertelement <16 x float> poison, float %515, i64 0
+  %517 = shufflevector <16 x float> %516, <16 x float> poison, <16 x i32> zeroinitializer
+  %518 = getelementptr inbounds nuw i8, ptr %133, i64 88
+  %519 = load i64, ptr %518, align 8, !tbaa !5
+  %gep184.i = getelementptr i16, ptr %gep258.i, i64 %519
+  %520 = load <16 x i16>, ptr %gep184.i, align 2, !tbaa !5
+  %521 = zext <16 x i16> %520 to <16 x i32>
+  %522 = shl nuw <16 x i32> %521, splat (i32 16)
+  %523 = bitcast <16 x i32> %522 to <16 x float>
+  %524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %517, <16 x float> %523, <16 x float> %489)
+  %525 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 556
+  %526 = load float, ptr %525, align 4, !tbaa !5
+  %527 = insertelement <16 x float> poison, float %526, i64 0
+  %528 = shufflevector <16 x float> %527, <16 x float> poison, <16 x i32> zeroinitializer
+  %529 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %528, <16 x float> %523, <16 x float> %494)
+  %530 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1068
+  %531 = load float, ptr %530, align 4, !tbaa !5
+  %532 = insertelement <16 x float> poison, float %531, i64 0
+  %533 = shufflevector <16 x float> %532, <16 x float> poison, <16 x i32> zeroinitializer
+  %534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %533, <16 x float> %523, <16 x float> %499)
+  %535 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1580
+  %536 = load float, ptr %535, align 4, !tbaa !5
+  %537 = insertelement <16 x float> poison, float %536, i64 0
+  %538 = shufflevector <16 x float> %537, <16 x float> poison, <16 x i32> zeroinitializer
+  %539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %538, <16 x float> %523, <16 x float> %504)
+  %540 = getelementptr i8, ptr %gep184.i, i64 32
+  %541 = load <16 x i16>, ptr %540, align 2, !tbaa !5
+  %542 = zext <16 x i16> %541 to <16 x i32>
+  %543 = shl nuw <16 x i32> %542, splat (i32 16)
+  %544 = bitcast <16 x i32> %543 to <16 x float>
+  %545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %517, <16 x float> %544, <16 x float> %510)
+  %546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %528, <16 x float> %544, <16 x float> %511)
+  %547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %533, <16 x float> %544, <16 x float> %512)
+  %548 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %538, <16 x float> %544, <16 x float> %513)
+  %549 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 48
+  %550 = load float, ptr %549, align 16, !tbaa !5
+  %551 = insertelement <16 x float> poison, float %550, i64 0
+  %552 = shufflevector <16 x float> %551, <16 x float> poison, <16 x i32> zeroinitializer
+  %553 = getelementptr inbounds nuw i8, ptr %133, i64 96
+  %554 = load i64, ptr %553, align 8, !tbaa !5
+  %gep188.i = getelementptr i16, ptr %gep258.i, i64 %554
+  %555 = load <16 x i16>, ptr %gep188.i, align 2, !tbaa !5
+  %556 = zext <16 x i16> %555 to <16 x i32>
+  %557 = shl nuw <16 x i32> %556, splat (i32 16)
+  %558 = bitcast <16 x i32> %557 to <16 x float>
+  %559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %552, <16 x float> %558, <16 x float> %524)
+  %560 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 560
+  %561 = load float, ptr %560, align 16, !tbaa !5
+  %562 = insertelement <16 x float> poison, float %561, i64 0
+  %563 = shufflevector <16 x float> %562, <16 x float> poison, <16 x i32> zeroinitializer
+  %564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %563, <16 x float> %558, <16 x float> %529)
+  %565 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1072
+  %566 = load float, ptr %565, align 16, !tbaa !5
+  %567 = insertelement <16 x float> poison, float %566, i64 0
+  %568 = shufflevector <16 x float> %567, <16 x float> poison, <16 x i32> zeroinitializer
+  %569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %568, <16 x float> %558, <16 x float> %534)
+  %570 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1584
+  %571 = load float, ptr %570, align 16, !tbaa !5
+  %572 = insertelement <16 x float> poison, float %571, i64 0
+  %573 = shufflevector <16 x float> %572, <16 x float> poison, <16 x i32> zeroinitializer
+  %574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %573, <16 x float> %558, <16 x float> %539)
+  %575 = getelementptr i8, ptr %gep188.i, i64 32
+  %576 = load <16 x i16>, ptr %575, align 2, !tbaa !5
+  %577 = zext <16 x i16> %576 to <16 x i32>
+  %578 = shl nuw <16 x i32> %577, splat (i32 16)
+  %579 = bitcast <16 x i32> %578 to <16 x float>
+  %580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %552, <16 x float> %579, <16 x float> %545)
+  %581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %563, <16 x float> %579, <16 x float> %546)
+  %582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %568, <16 x float> %579, <16 x float> %547)
+  %583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %573, <16 x float> %579, <16 x float> %548)
+  %584 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 52
+  %585 = load float, ptr %584, align 4, !tbaa !5
+  %586 = insertelement <16 x float> poison, float %585, i64 0
+  %587 = shufflevector <16 x float> %586, <16 x float> poison, <16 x i32> zeroinitializer
+  %588 = getelementptr inbounds nuw i8, ptr %133, i64 104
+  %589 = load i64, ptr %588, align 8, !tbaa !5
+  %gep192.i = getelementptr i16, ptr %gep258.i, i64 %589
+  %590 = load <16 x i16>, ptr %gep192.i, align 2, !tbaa !5
+  %591 = zext <16 x i16> %590 to <16 x i32>
+  %592 = shl nuw <16 x i32> %591, splat (i32 16)
+  %593 = bitcast <16 x i32> %592 to <16 x float>
+  %594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %587, <16 x float> %593, <16 x float> %559)
+  %595 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 564
+  %596 = load float, ptr %595, align 4, !tbaa !5
+  %597 = insertelement <16 x float> poison, float %596, i64 0
+  %598 = shufflevector <16 x float> %597, <16 x float> poison, <16 x i32> zeroinitializer
+  %599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %598, <16 x float> %593, <16 x float> %564)
+  %600 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1076
+  %601 = load float, ptr %600, align 4, !tbaa !5
+  %602 = insertelement <16 x float> poison, float %601, i64 0
+  %603 = shufflevector <16 x float> %602, <16 x float> poison, <16 x i32> zeroinitializer
+  %604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %603, <16 x float> %593, <16 x float> %569)
+  %605 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1588
+  %606 = load float, ptr %605, align 4, !tbaa !5
+  %607 = insertelement <16 x float> poison, float %606, i64 0
+  %608 = shufflevector <16 x float> %607, <16 x float> poison, <16 x i32> zeroinitializer
+  %609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %608, <16 x float> %593, <16 x float> %574)
+  %610 = getelementptr i8, ptr %gep192.i, i64 32
+  %611 = load <16 x i16>, ptr %610, align 2, !tbaa !5
+  %612 = zext <16 x i16> %611 to <16 x i32>
+  %613 = shl nuw <16 x i32> %612, splat (i32 16)
+  %614 = bitcast <16 x i32> %613 to <16 x float>
+  %615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %587, <16 x float> %614, <16 x float> %580)
+  %616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %598, <16 x float> %614, <16 x float> %581)
+  %617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %603, <16 x float> %614, <16 x float> %582)
+  %618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %608, <16 x float> %614, <16 x float> %583)
+  %619 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 56
+  %620 = load float, ptr %619, align 8, !tbaa !5
+  %621 = insertelement <16 x float> poison, float %620, i64 0
+  %622 = shufflevector <16 x float> %621, <16 x float> poison, <16 x i32> zeroinitializer
+  %623 = getelementptr inbounds nuw i8, ptr %133, i64 112
+  %624 = load i64, ptr %623, align 8, !tbaa !5
+  %gep196.i = getelementptr i16, ptr %gep258.i, i64 %624
+  %625 = load <16 x i16>, ptr %gep196.i, align 2, !tbaa !5
+  %626 = zext <16 x i16> %625 to <16 x i32>
+  %627 = shl nuw <16 x i32> %626, splat (i32 16)
+  %628 = bitcast <16 x i32> %627 to <16 x float>
+  %629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %622, <16 x float> %628, <16 x float> %594)
+  %630 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 568
+  %631 = load float, ptr %630, align 8, !tbaa !5
+  %632 = insertelement <16 x float> poison, float %631, i64 0
+  %633 = shufflevector <16 x float> %632, <16 x float> poison, <16 x i32> zeroinitializer
+  %634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %633, <16 x float> %628, <16 x float> %599)
+  %635 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1080
+  %636 = load float, ptr %635, align 8, !tbaa !5
+  %637 = insertelement <16 x float> poison, float %636, i64 0
+  %638 = shufflevector <16 x float> %637, <16 x float> poison, <16 x i32> zeroinitializer
+  %639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %638, <16 x float> %628, <16 x float> %604)
+  %640 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1592
+  %641 = load float, ptr %640, align 8, !tbaa !5
+  %642 = insertelement <16 x float> poison, float %641, i64 0
+  %643 = shufflevector <16 x float> %642, <16 x float> poison, <16 x i32> zeroinitializer
+  %644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %628, <16 x float> %609)
+  %645 = getelementptr i8, ptr %gep196.i, i64 32
+  %646 = load <16 x i16>, ptr %645, align 2, !tbaa !5
+  %647 = zext <16 x i16> %646 to <16 x i32>
+  %648 = shl nuw <16 x i32> %647, splat (i32 16)
+  %649 = bitcast <16 x i32> %648 to <16 x float>
+  %650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %622, <16 x float> %649, <16 x float> %615)
+  %651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %633, <16 x float> %649, <16 x float> %616)
+  %652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %638, <16 x float> %649, <16 x float> %617)
+  %653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %649, <16 x float> %618)
+  %654 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 60
+  %655 = load float, ptr %654, align 4, !tbaa !5
+  %656 = insertelement <16 x float> poison, float %655, i64 0
+  %657 = shufflevector <16 x float> %656, <16 x float> poison, <16 x i32> zeroinitializer
+  %658 = getelementptr inbounds nuw i8, ptr %133, i64 120
+  %659 = load i64, ptr %658, align 8, !tbaa !5
+  %gep200.i = getelementptr i16, ptr %gep258.i, i64 %659
+  %660 = load <16 x i16>, ptr %gep200.i, align 2, !tbaa !5
+  %661 = zext <16 x i16> %660 to <16 x i32>
+  %662 = shl nuw <16 x i32> %661, splat (i32 16)
+  %663 = bitcast <16 x i32> %662 to <16 x float>
+  %664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %657, <16 x float> %663, <16 x float> %629)
+  %665 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 572
+  %666 = load float, ptr %665, align 4, !tbaa !5
+  %667 = insertelement <16 x float> poison, float %666, i64 0
+  %668 = shufflevector <16 x float> %667, <16 x float> poison, <16 x i32> zeroinitializer
+  %669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %668, <16 x float> %663, <16 x float> %634)
+  %670 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1084
+  %671 = load float, ptr %670, align 4, !tbaa !5
+  %672 = insertelement <16 x float> poison, float %671, i64 0
+  %673 = shufflevector <16 x float> %672, <16 x float> poison, <16 x i32> zeroinitializer
+  %674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %673, <16 x float> %663, <16 x float> %639)
+  %675 = getelementptr inbounds nuw i8, ptr %gep361.i, i64 1596
+  %676 = load float, ptr %675, align 4, !tbaa !5
+  %677 = insertelement <16 x float> poison, float %676, i64 0
+  %678 = shufflevector <16 x float> %677, <16 x float> poison, <16 x i32> zeroinitializer
+  %679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %678, <16 x float> %663, <16 x float> %644)
+  %680 = getelementptr i8, ptr %gep200.i, i64 32
+  %681 = load <16 x i16>, ptr %680, align 2, !tbaa !5
+  %682 = zext <16 x i16> %681 to <16 x i32>
+  %683 = shl nuw <16 x i32> %682, splat (i32 16)
+  %684 = bitcast <16 x i32> %683 to <16 x float>
+  %685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %657, <16 x float> %684, <16 x float> %650)
+  %686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %668, <16 x float> %684, <16 x float> %651)
+  %687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %673, <16 x float> %684, <16 x float> %652)
+  %688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %678, <16 x float> %684, <16 x float> %653)
+  %indvars.iv.next324.i = add nuw nsw i64 %indvars.iv323.i, 1
+  %exitcond329.not.i = icmp eq i64 %indvars.iv.next324.i, %70
+  br i1 %exitcond329.not.i, label %for_end_to.i, label %if_end2.i, !prof !13
 
-for_begin_to.for_end_to_crit_edge.us.us.i:        ; preds = %if_end5.us.us.i
-  %gep355.i = getelementptr inbounds nuw float, ptr %invariant.gep354.i, i64 %73
-  store <16 x float> %651, ptr %gep355.i, align 4, !tbaa !5
-  %676 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 64
-  store <16 x float> %672, ptr %676, align 4, !tbaa !5
-  %677 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 512
-  store <16 x float> %656, ptr %677, align 4, !tbaa !5
-  %678 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 576
-  store <16 x float> %673, ptr %678, align 4, !tbaa !5
-  %679 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 1024
-  store <16 x float> %661, ptr %679, align 4, !tbaa !5
-  %680 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 1088
-  store <16 x float> %674, ptr %680, align 4, !tbaa !5
-  %681 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 1536
-  store <16 x float> %666, ptr %681, align 4, !tbaa !5
-  %682 = getelementptr inbounds nuw i8, ptr %gep355.i, i64 1600
-  store <16 x float> %675, ptr %682, align 4, !tbaa !5
-  %indvars.iv.next294.i = add nuw nsw i64 %indvars.iv293.i, 1
-  %exitcond298.not.i = icmp eq i64 %indvars.iv.next294.i, 4
-  br i1 %exitcond298.not.i, label %for_end_d_0.split.us.us.i, label %for_body_d_0.us.us.i, !prof !33
+for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_end_to.i
+  %indvars.iv330.i = phi i64 [ %indvars.iv.next331.i, %for_body_ti.i ], [ 0, %for_end_to.i ]
+  %689 = phi <16 x float> [ %775, %for_body_ti.i ], [ %.promoted256.i, %for_end_to.i ]
+  %690 = phi <16 x float> [ %765, %for_body_ti.i ], [ %.promoted255.i, %for_end_to.i ]
+  %691 = phi <16 x float> [ %755, %for_body_ti.i ], [ %.promoted254.i, %for_end_to.i ]
+  %692 = phi <16 x float> [ %745, %for_body_ti.i ], [ %.promoted253.i, %for_end_to.i ]
+  %693 = phi <16 x float> [ %735, %for_body_ti.i ], [ %.promoted252.i, %for_end_to.i ]
+  %694 = phi <16 x float> [ %725, %for_body_ti.i ], [ %.promoted251.i, %for_end_to.i ]
+  %695 = phi <16 x float> [ %715, %for_body_ti.i ], [ %.promoted250.i, %for_end_to.i ]
+  %696 = phi <16 x float> [ %705, %for_body_ti.i ], [ %.promoted.i, %for_end_to.i ]
+  %gep363.i = getelementptr inbounds nuw float, ptr %invariant.gep362.i, i64 %indvars.iv330.i
+  %697 = load float, ptr %gep363.i, align 4, !tbaa !5
+  %698 = insertelement <16 x float> poison, float %697, i64 0
+  %699 = shufflevector <16 x float> %698, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep365.i = getelementptr inbounds nuw i64, ptr %invariant.gep364.i, i64 %indvars.iv330.i
+  %700 = load i64, ptr %gep365.i, align 8, !tbaa !5
+  %gep220.i = getelementptr i16, ptr %gep258.i, i64 %700
+  %701 = load <16 x i16>, ptr %gep220.i, align 2, !tbaa !5
+  %702 = zext <16 x i16> %701 to <16 x i32>
+  %703 = shl nuw <16 x i32> %702, splat (i32 16)
+  %704 = bitcast <16 x i32> %703 to <16 x float>
+  %705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %699, <16 x float> %704, <16 x float> %696)
+  store <16 x float> %705, ptr %gep367.i, align 64, !tbaa !5
+  %706 = getelementptr inbounds nuw i8, ptr %gep363.i, i64 512
+  %707 = load float, ptr %706, align 4, !tbaa !5
+  %708 = insertelement <16 x float> poison, float %707, i64 0
+  %709 = shufflevector <16 x float> %708, <16 x float> poison, <16 x i32> zeroinitializer
+  %710 = load i64, ptr %gep365.i, align 8, !tbaa !5
+  %gep224.i = getelementptr i16, ptr %gep258.i, i64 %710
+  %711 = load <16 x i16>, ptr %gep224.i, align 2, !tbaa !5
+  %712 = zext <16 x i16> %711 to <16 x i32>
+  %713 = shl nuw <16 x i32> %712, splat (i32 16)
+  %714 = bitcast <16 x i32> %713 to <16 x float>
+  %715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %709, <16 x float> %714, <16 x float> %695)
+  store <16 x float> %715, ptr %81, align 64, !tbaa !5
+  %716 = getelementptr inbounds nuw i8, ptr %gep363.i, i64 1024
+  %717 = load float, ptr %716, align 4, !tbaa !5
+  %718 = insertelement <16 x float> poison, float %717, i64 0
+  %719 = shufflevector <16 x float> %718, <16 x float> poison, <16 x i32> zeroinitializer
+  %720 = load i64, ptr %gep365.i, align 8, !tbaa !5
+  %gep228.i = getelementptr i16, ptr %gep258.i, i64 %720
+  %721 = load <16 x i16>, ptr %gep228.i, align 2, !tbaa !5
+  %722 = zext <16 x i16> %721 to <16 x i32>
+  %723 = shl nuw <16 x i32> %722, splat (i32 16)
+  %724 = bitcast <16 x i32> %723 to <16 x float>
+  %725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %719, <16 x float> %724, <16 x float> %694)
+  store <16 x float> %725, ptr %82, align 64, !tbaa !5
+  %726 = getelementptr inbounds nuw i8, ptr %gep363.i, i64 1536
+  %727 = load float, ptr %726, align 4, !tbaa !5
+  %728 = insertelement <16 x float> poison, float %727, i64 0
+  %729 = shufflevector <16 x float> %728, <16 x float> poison, <16 x i32> zeroinitializer
+  %730 = load i64, ptr %gep365.i, align 8, !tbaa !5
+  %gep232.i = getelementptr i16, ptr %gep258.i, i64 %730
+  %731 = load <16 x i16>, ptr %gep232.i, align 2, !tbaa !5
+  %732 = zext <16 x i16> %731 to <16 x i32>
+  %733 = shl nuw <16 x i32> %732, splat (i32 16)
+  %734 = bitcast <16 x i32> %733 to <16 x float>
+  %735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %729, <16 x float> %734, <16 x float> %693)
+  store <16 x float> %735, ptr %83, align 64, !tbaa !5
+  %736 = load float, ptr %gep363.i, align 4, !tbaa !5
+  %737 = insertelement <16 x float> poison, float %736, i64 0
+  %738 = shufflevector <16 x float> %737, <16 x float> poison, <16 x i32> zeroinitializer
+  %739 = load i64, ptr %gep365.i, align 8, !tbaa !5
+  %gep236.i = getelementptr i16, ptr %gep258.i, i64 %739
+  %740 = getelementptr i8, ptr %gep236.i, i64 32
+  %741 = load <16 x i16>, ptr %740, align 2, !tbaa !5
+  %742 = zext <16 x i16> %741 to <16 x i32>
+  %743 = shl nuw <16 x i32> %742, splat (i32 16)
+  %744 = bitcast <16 x i32> %743 to <16 x float>
+  %745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %738, <16 x float> %744, <16 x float> %692)
+  store <16 x float> %745, ptr %84, align 64, !tbaa !5
+  %746 = load float, ptr %706, align 4, !tbaa !5
+  %747 = insertelement <16 x float> poison, float %746, i64 0
+  %748 = shufflevector <16 x float> %747, <16 x float> poison, <16 x i32> zeroinitializer
+  %749 = load i64, ptr %gep365.i, align 8, !tbaa !5
+  %gep240.i = getelementptr i16, ptr %gep258.i, i64 %749
+  %750 = getelementptr i8, ptr %gep240.i, i64 32
+  %751 = load <16 x i16>, ptr %750, align 2, !tbaa !5
+  %752 = zext <16 x i16> %751 to <16 x i32>
+  %753 = shl nuw <16 x i32> %752, splat (i32 16)
+  %754 = bitcast <16 x i32> %753 to <16 x float>
+  %755 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %748, <16 x float> %754, <16 x float> %691)
+  store <16 x float> %755, ptr %85, align 64, !tbaa !5
+  %756 = load float, ptr %716, align 4, !tbaa !5
+  %757 = insertelement <16 x float> poison, float %756, i64 0
+  %758 = shufflevector <16 x float> %757, <16 x float> poison, <16 x i32> zeroinitializer
+  %759 = load i64, ptr %gep365.i, align 8, !tbaa !5
+  %gep244.i = getelementptr i16, ptr %gep258.i, i64 %759
+  %760 = getelementptr i8, ptr %gep244.i, i64 32
+  %761 = load <16 x i16>, ptr %760, align 2, !tbaa !5
+  %762 = zext <16 x i16> %761 to <16 x i32>
+  %763 = shl nuw <16 x i32> %762, splat (i32 16)
+  %764 = bitcast <16 x i32> %763 to <16 x float>
+  %765 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %758, <16 x float> %764, <16 x float> %690)
+  store <16 x float> %765, ptr %86, align 64, !tbaa !5
+  %766 = load float, ptr %726, align 4, !tbaa !5
+  %767 = insertelement <16 x float> poison, float %766, i64 0
+  %768 = shufflevector <16 x float> %767, <16 x float> poison, <16 x i32> zeroinitializer
+  %769 = load i64, ptr %gep365.i, align 8, !tbaa !5
+  %gep248.i = getelementptr i16, ptr %gep258.i, i64 %769
+  %770 = getelementptr i8, ptr %gep248.i, i64 32
+  %771 = load <16 x i16>, ptr %770, align 2, !tbaa !5
+  %772 = zext <16 x i16> %771 to <16 x i32>
+  %773 = shl nuw <16 x i32> %772, splat (i32 16)
+  %774 = bitcast <16 x i32> %773 to <16 x float>
+  %775 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %768, <16 x float> %774, <16 x float> %689)
+  store <16 x float> %775, ptr %87, align 64, !tbaa !5
+  %indvars.iv.next331.i = add nuw nsw i64 %indvars.iv330.i, 1
+  %exitcond336.not.i = icmp eq i64 %indvars.iv.next331.i, %wide.trip.count335.i
+  br i1 %exitcond336.not.i, label %for_end_ti.i, label %for_body_ti.i, !prof !13
 
-for_end_d_0.split.us.us.i:                        ; preds = %for_begin_to.for_end_to_crit_edge.us.us.i
-  %indvars.iv.next300.i = add nuw nsw i64 %indvars.iv299.i, 1
-  %exitcond303.not.i = icmp eq i64 %indvars.iv.next300.i, 4
-  br i1 %exitcond303.not.i, label %for_begin_r_init.preheader.i, label %for_begin_d_0.preheader.us.i, !prof !33
+for_end_ti.i:                                     ; preds = %for_body_ti.i, %for_end_to.i
+  %indvars.iv.next338.i = add nuw nsw i64 %indvars.iv337.i, 1
+  %exitcond342.not.i = icmp eq i64 %indvars.iv.next338.i, 4
+  br i1 %exitcond342.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !40
 
-for_begin_r_init.preheader.i:                     ; preds = %for_end_d_0.split.us.us.i, %for_begin_d_0.preheader.preheader.i
-  %683 = and i64 %69, 4294965248
-  %invariant.gep = getelementptr inbounds nuw float, ptr %tile_acc, i64 %683
-  br label %for_begin_d_0_init.preheader.i
-
-for_begin_d_0_init.preheader.i:                   ; preds = %for_begin_d_0_init.preheader.i, %for_begin_r_init.preheader.i
-  %indvars.iv320.i = phi i64 [ 0, %for_begin_r_init.preheader.i ], [ %indvars.iv.next321.i.1, %for_begin_d_0_init.preheader.i ]
-  %684 = shl nuw nsw i64 %indvars.iv320.i, 7
-  %685 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %684
-  %686 = load <16 x float>, ptr %685, align 4, !tbaa !5
-  %gep = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %684
-  store <16 x float> %686, ptr %gep, align 64, !tbaa !5
-  %687 = getelementptr inbounds nuw i8, ptr %685, i64 64
-  %688 = load <16 x float>, ptr %687, align 4, !tbaa !5
-  %689 = getelementptr inbounds nuw i8, ptr %gep, i64 64
-  store <16 x float> %688, ptr %689, align 64, !tbaa !5
-  %690 = getelementptr inbounds nuw i8, ptr %685, i64 128
-  %691 = load <16 x float>, ptr %690, align 4, !tbaa !5
-  %692 = getelementptr inbounds nuw i8, ptr %gep, i64 128
-  store <16 x float> %691, ptr %692, align 64, !tbaa !5
-  %693 = getelementptr inbounds nuw i8, ptr %685, i64 192
-  %694 = load <16 x float>, ptr %693, align 4, !tbaa !5
-  %695 = getelementptr inbounds nuw i8, ptr %gep, i64 192
-  store <16 x float> %694, ptr %695, align 64, !tbaa !5
-  %696 = getelementptr inbounds nuw i8, ptr %685, i64 256
-  %697 = load <16 x float>, ptr %696, align 4, !tbaa !5
-  %698 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  store <16 x float> %697, ptr %698, align 64, !tbaa !5
-  %699 = getelementptr inbounds nuw i8, ptr %685, i64 320
-  %700 = load <16 x float>, ptr %699, align 4, !tbaa !5
-  %701 = getelementptr inbounds nuw i8, ptr %gep, i64 320
-  store <16 x float> %700, ptr %701, align 64, !tbaa !5
-  %702 = getelementptr inbounds nuw i8, ptr %685, i64 384
-  %703 = load <16 x float>, ptr %702, align 4, !tbaa !5
-  %704 = getelementptr inbounds nuw i8, ptr %gep, i64 384
-  store <16 x float> %703, ptr %704, align 64, !tbaa !5
-  %705 = getelementptr inbounds nuw i8, ptr %685, i64 448
-  %706 = load <16 x float>, ptr %705, align 4, !tbaa !5
-  %707 = getelementptr inbounds nuw i8, ptr %gep, i64 448
-  store <16 x float> %706, ptr %707, align 64, !tbaa !5
-  %indvars.iv.next321.i = shl i64 %indvars.iv320.i, 7
-  %708 = or disjoint i64 %indvars.iv.next321.i, 128
-  %709 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %708
-  %710 = load <16 x float>, ptr %709, align 4, !tbaa !5
-  %gep.1 = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %708
-  store <16 x float> %710, ptr %gep.1, align 64, !tbaa !5
-  %711 = getelementptr inbounds nuw i8, ptr %709, i64 64
-  %712 = load <16 x float>, ptr %711, align 4, !tbaa !5
-  %713 = getelementptr inbounds nuw i8, ptr %gep.1, i64 64
-  store <16 x float> %712, ptr %713, align 64, !tbaa !5
-  %714 = getelementptr inbounds nuw i8, ptr %709, i64 128
-  %715 = load <16 x float>, ptr %714, align 4, !tbaa !5
-  %716 = getelementptr inbounds nuw i8, ptr %gep.1, i64 128
-  store <16 x float> %715, ptr %716, align 64, !tbaa !5
-  %717 = getelementptr inbounds nuw i8, ptr %709, i64 192
-  %718 = load <16 x float>, ptr %717, align 4, !tbaa !5
-  %719 = getelementptr inbounds nuw i8, ptr %gep.1, i64 192
-  store <16 x float> %718, ptr %719, align 64, !tbaa !5
-  %720 = getelementptr inbounds nuw i8, ptr %709, i64 256
-  %721 = load <16 x float>, ptr %720, align 4, !tbaa !5
-  %722 = getelementptr inbounds nuw i8, ptr %gep.1, i64 256
-  store <16 x float> %721, ptr %722, align 64, !tbaa !5
-  %723 = getelementptr inbounds nuw i8, ptr %709, i64 320
-  %724 = load <16 x float>, ptr %723, align 4, !tbaa !5
-  %725 = getelementptr inbounds nuw i8, ptr %gep.1, i64 320
-  store <16 x float> %724, ptr %725, align 64, !tbaa !5
-  %726 = getelementptr inbounds nuw i8, ptr %709, i64 384
-  %727 = load <16 x float>, ptr %726, align 4, !tbaa !5
-  %728 = getelementptr inbounds nuw i8, ptr %gep.1, i64 384
-  store <16 x float> %727, ptr %728, align 64, !tbaa !5
-  %729 = getelementptr inbounds nuw i8, ptr %709, i64 448
-  %730 = load <16 x float>, ptr %729, align 4, !tbaa !5
-  %731 = getelementptr inbounds nuw i8, ptr %gep.1, i64 448
-  store <16 x float> %730, ptr %731, align 64, !tbaa !5
-  %indvars.iv.next321.i.1 = add nuw nsw i64 %indvars.iv320.i, 2
-  %exitcond325.not.i.1 = icmp eq i64 %indvars.iv.next321.i.1, 16
-  br i1 %exitcond325.not.i.1, label %for_end_r_init.i, label %for_begin_d_0_init.preheader.i, !prof !33, !llvm.loop !79
-
-for_end_r_init.i:                                 ; preds = %for_begin_d_0_init.preheader.i
-  %732 = and i32 %45, 15
-  %.not275.i = icmp eq i32 %732, 0
-  br i1 %.not275.i, label %for_end_ti.i, label %for_begin_r.preheader.lr.ph.i, !prof !58
-
-for_begin_r.preheader.lr.ph.i:                    ; preds = %for_end_r_init.i
-  %cse_v29.i = and i32 %45, 240
-  %733 = zext nneg i32 %cse_v29.i to i64
-  %wide.trip.count339.i = zext nneg i32 %732 to i64
-  br label %for_begin_r.preheader.i
-
-for_begin_r.preheader.i:                          ; preds = %for_end_r.i, %for_begin_r.preheader.lr.ph.i
-  %indvars.iv336.i = phi i64 [ 0, %for_begin_r.preheader.lr.ph.i ], [ %indvars.iv.next337.i, %for_end_r.i ]
-  %734 = add nuw nsw i64 %indvars.iv336.i, %733
-  %735 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %734
-  %736 = getelementptr inbounds nuw float, ptr %probs, i64 %734
-  br label %for_begin_d_06.preheader.i
-
-for_end_ti.i:                                     ; preds = %for_end_r.i, %for_end_r_init.i
-  %737 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %738 = tail call i32 %737(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
-  %.not.i = icmp eq i32 %738, 0
-  br i1 %.not.i, label %if_end12.i, label %pv_matmul_compute_.exit, !prof !81
-
-for_begin_d_06.preheader.i:                       ; preds = %for_begin_d_06.preheader.i, %for_begin_r.preheader.i
-  %indvars.iv331.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next332.i, %for_begin_d_06.preheader.i ]
-  %739 = shl nuw nsw i64 %indvars.iv331.i, 7
-  %740 = add nuw nsw i64 %739, %683
-  %741 = getelementptr inbounds nuw float, ptr %736, i64 %740
-  %742 = load float, ptr %741, align 4, !tbaa !5
-  %743 = insertelement <16 x float> poison, float %742, i64 0
-  %744 = shufflevector <16 x float> %743, <16 x float> poison, <16 x i32> zeroinitializer
-  %745 = load i64, ptr %735, align 8, !tbaa !5
-  %gep359.i = getelementptr i16, ptr %invariant.gep229.i, i64 %745
-  %746 = load <16 x i16>, ptr %gep359.i, align 2, !tbaa !5
-  %747 = zext <16 x i16> %746 to <16 x i32>
-  %748 = shl nuw <16 x i32> %747, splat (i32 16)
-  %749 = bitcast <16 x i32> %748 to <16 x float>
-  %750 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %740
-  %751 = load <16 x float>, ptr %750, align 64, !tbaa !5
-  %752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %744, <16 x float> %749, <16 x float> %751)
-  store <16 x float> %752, ptr %750, align 64, !tbaa !5
-  %753 = load float, ptr %741, align 4, !tbaa !5
-  %754 = insertelement <16 x float> poison, float %753, i64 0
-  %755 = shufflevector <16 x float> %754, <16 x float> poison, <16 x i32> zeroinitializer
-  %756 = load i64, ptr %735, align 8, !tbaa !5
-  %757 = getelementptr i16, ptr %value_cache, i64 %756
-  %758 = getelementptr i8, ptr %757, i64 32
-  %759 = getelementptr i16, ptr %758, i64 %head_offset.i
-  %760 = load <16 x i16>, ptr %759, align 2, !tbaa !5
-  %761 = zext <16 x i16> %760 to <16 x i32>
-  %762 = shl nuw <16 x i32> %761, splat (i32 16)
-  %763 = bitcast <16 x i32> %762 to <16 x float>
-  %764 = getelementptr inbounds nuw i8, ptr %750, i64 64
-  %765 = load <16 x float>, ptr %764, align 64, !tbaa !5
-  %766 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %755, <16 x float> %763, <16 x float> %765)
-  store <16 x float> %766, ptr %764, align 64, !tbaa !5
-  %767 = load float, ptr %741, align 4, !tbaa !5
-  %768 = insertelement <16 x float> poison, float %767, i64 0
-  %769 = shufflevector <16 x float> %768, <16 x float> poison, <16 x i32> zeroinitializer
-  %770 = load i64, ptr %735, align 8, !tbaa !5
-  %771 = getelementptr i16, ptr %value_cache, i64 %770
-  %772 = getelementptr i8, ptr %771, i64 64
-  %773 = getelementptr i16, ptr %772, i64 %head_offset.i
-  %774 = load <16 x i16>, ptr %773, align 2, !tbaa !5
-  %775 = zext <16 x i16> %774 to <16 x i32>
-  %776 = shl nuw <16 x i32> %775, splat (i32 16)
-  %777 = bitcast <16 x i32> %776 to <16 x float>
-  %778 = getelementptr inbounds nuw i8, ptr %750, i64 128
-  %779 = load <16 x float>, ptr %778, align 64, !tbaa !5
-  %780 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %769, <16 x float> %777, <16 x float> %779)
-  store <16 x float> %780, ptr %778, align 64, !tbaa !5
-  %781 = load float, ptr %741, align 4, !tbaa !5
-  %782 = insertelement <16 x float> poison, float %781, i64 0
-  %783 = shufflevector <16 x float> %782, <16 x float> poison, <16 x i32> zeroinitializer
-  %784 = load i64, ptr %735, align 8, !tbaa !5
-  %785 = getelementptr i16, ptr %value_cache, i64 %784
-  %786 = getelementptr i8, ptr %785, i64 96
-  %787 = getelementptr i16, ptr %786, i64 %head_offset.i
-  %788 = load <16 x i16>, ptr %787, align 2, !tbaa !5
-  %789 = zext <16 x i16> %788 to <16 x i32>
-  %790 = shl nuw <16 x i32> %789, splat (i32 16)
-  %791 = bitcast <16 x i32> %790 to <16 x float>
-  %792 = getelementptr inbounds nuw i8, ptr %750, i64 192
-  %793 = load <16 x float>, ptr %792, align 64, !tbaa !5
-  %794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %783, <16 x float> %791, <16 x float> %793)
-  store <16 x float> %794, ptr %792, align 64, !tbaa !5
-  %795 = load float, ptr %741, align 4, !tbaa !5
-  %796 = insertelement <16 x float> poison, float %795, i64 0
-  %797 = shufflevector <16 x float> %796, <16 x float> poison, <16 x i32> zeroinitializer
-  %798 = load i64, ptr %735, align 8, !tbaa !5
-  %799 = getelementptr i16, ptr %value_cache, i64 %798
-  %800 = getelementptr i8, ptr %799, i64 128
-  %801 = getelementptr i16, ptr %800, i64 %head_offset.i
-  %802 = load <16 x i16>, ptr %801, align 2, !tbaa !5
-  %803 = zext <16 x i16> %802 to <16 x i32>
-  %804 = shl nuw <16 x i32> %803, splat (i32 16)
-  %805 = bitcast <16 x i32> %804 to <16 x float>
-  %806 = getelementptr inbounds nuw i8, ptr %750, i64 256
-  %807 = load <16 x float>, ptr %806, align 64, !tbaa !5
-  %808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %797, <16 x float> %805, <16 x float> %807)
-  store <16 x float> %808, ptr %806, align 64, !tbaa !5
-  %809 = load float, ptr %741, align 4, !tbaa !5
-  %810 = insertelement <16 x float> poison, float %809, i64 0
-  %811 = shufflevector <16 x float> %810, <16 x float> poison, <16 x i32> zeroinitializer
-  %812 = load i64, ptr %735, align 8, !tbaa !5
-  %813 = getelementptr i16, ptr %value_cache, i64 %812
-  %814 = getelementptr i8, ptr %813, i64 160
-  %815 = getelementptr i16, ptr %814, i64 %head_offset.i
-  %816 = load <16 x i16>, ptr %815, align 2, !tbaa !5
-  %817 = zext <16 x i16> %816 to <16 x i32>
-  %818 = shl nuw <16 x i32> %817, splat (i32 16)
-  %819 = bitcast <16 x i32> %818 to <16 x float>
-  %820 = getelementptr inbounds nuw i8, ptr %750, i64 320
-  %821 = load <16 x float>, ptr %820, align 64, !tbaa !5
-  %822 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %811, <16 x float> %819, <16 x float> %821)
-  store <16 x float> %822, ptr %820, align 64, !tbaa !5
-  %823 = load float, ptr %741, align 4, !tbaa !5
-  %824 = insertelement <16 x float> poison, float %823, i64 0
-  %825 = shufflevector <16 x float> %824, <16 x float> poison, <16 x i32> zeroinitializer
-  %826 = load i64, ptr %735, align 8, !tbaa !5
-  %827 = getelementptr i16, ptr %value_cache, i64 %826
-  %828 = getelementptr i8, ptr %827, i64 192
-  %829 = getelementptr i16, ptr %828, i64 %head_offset.i
-  %830 = load <16 x i16>, ptr %829, align 2, !tbaa !5
-  %831 = zext <16 x i16> %830 to <16 x i32>
-  %832 = shl nuw <16 x i32> %831, splat (i32 16)
-  %833 = bitcast <16 x i32> %832 to <16 x float>
-  %834 = getelementptr inbounds nuw i8, ptr %750, i64 384
-  %835 = load <16 x float>, ptr %834, align 64, !tbaa !5
-  %836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %825, <16 x float> %833, <16 x float> %835)
-  store <16 x float> %836, ptr %834, align 64, !tbaa !5
-  %837 = load float, ptr %741, align 4, !tbaa !5
-  %838 = insertelement <16 x float> poison, float %837, i64 0
-  %839 = shufflevector <16 x float> %838, <16 x float> poison, <16 x i32> zeroinitializer
-  %840 = load i64, ptr %735, align 8, !tbaa !5
-  %841 = getelementptr i16, ptr %value_cache, i64 %840
-  %842 = getelementptr i8, ptr %841, i64 224
-  %843 = getelementptr i16, ptr %842, i64 %head_offset.i
-  %844 = load <16 x i16>, ptr %843, align 2, !tbaa !5
-  %845 = zext <16 x i16> %844 to <16 x i32>
-  %846 = shl nuw <16 x i32> %845, splat (i32 16)
-  %847 = bitcast <16 x i32> %846 to <16 x float>
-  %848 = getelementptr inbounds nuw i8, ptr %750, i64 448
-  %849 = load <16 x float>, ptr %848, align 64, !tbaa !5
-  %850 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %839, <16 x float> %847, <16 x float> %849)
-  store <16 x float> %850, ptr %848, align 64, !tbaa !5
-  %indvars.iv.next332.i = add nuw nsw i64 %indvars.iv331.i, 1
-  %exitcond335.not.i = icmp eq i64 %indvars.iv.next332.i, 16
-  br i1 %exitcond335.not.i, label %for_end_r.i, label %for_begin_d_06.preheader.i, !prof !33
-
-for_end_r.i:                                      ; preds = %for_begin_d_06.preheader.i
-  %indvars.iv.next337.i = add nuw nsw i64 %indvars.iv336.i, 1
-  %exitcond340.not.i = icmp eq i64 %indvars.iv.next337.i, %wide.trip.count339.i
-  br i1 %exitcond340.not.i, label %for_end_ti.i, label %for_begin_r.preheader.i, !prof !13
-
-if_end12.i:                                       ; preds = %for_end_ti.i
-  %851 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %852 = tail call i32 %851(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not18.i = icmp eq i32 %852, 0
-  br i1 %.not18.i, label %for_begin_s.i, label %pv_matmul_compute_.exit, !prof !81
-
-pv_matmul_compute_.exit:                          ; preds = %if_end12.i, %for_end_ti.i, %for_end_t.i, %for_body_s.i, %for_begin_s.i, %entry
-  %common.ret.op.i = phi i32 [ 0, %entry ], [ 0, %for_begin_s.i ], [ -1, %for_end_ti.i ], [ -1, %for_end_t.i ], [ -1, %for_body_s.i ], [ -1, %if_end12.i ]
+pv_matmul_compute_.exit:                          ; preds = %for_end_r_0_m.i, %for_body_s.i, %for_begin_s.i, %entry
+  %common.ret.op.i = phi i32 [ 0, %entry ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_r_0_m.i ]
   ret i32 %common.ret.op.i
 }
 
@@ -3159,7 +3158,7 @@ for_body_d_0.us.preheader.i:                      ; preds = %for_begin_d_0.prehe
 for_end_d_0.i:                                    ; preds = %for_body_d_0.us.preheader.i, %for_body_d_0.preheader.i
   %indvar.next.i = add nuw nsw i64 %indvar.i, 1
   %exitcond.not.i = icmp eq i64 %indvar.next.i, 16
-  br i1 %exitcond.not.i, label %for_begin_t.preheader.i, label %for_begin_d_0.preheader.i, !prof !33
+  br i1 %exitcond.not.i, label %for_begin_t.preheader.i, label %for_begin_d_0.preheader.i, !prof !40
 
 for_begin_to_m.preheader.i:                       ; preds = %for_body_t.i, %for_begin_t.preheader.i
   %.not89.i = icmp eq i32 %cse_v5.i, 0
@@ -3204,7 +3203,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %123, ptr %124, align 8, !tbaa !5
   %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
   %exitcond104.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, %wide.trip.count.i
-  br i1 %exitcond104.not.i.1, label %for_begin_to_m.preheader.i, label %for_body_t.i, !prof !13, !llvm.loop !82
+  br i1 %exitcond104.not.i.1, label %for_begin_to_m.preheader.i, label %for_body_t.i, !prof !13, !llvm.loop !80
 
 for_begin_to_m.i:                                 ; preds = %for_end_r17.i
   %indvars.iv.next133.i = add nuw nsw i64 %indvars.iv132.i, 1
@@ -3222,12 +3221,12 @@ for_end_to_m.i:                                   ; preds = %for_begin_to_m.i, %
   %127 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
   %128 = tail call i32 %127(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not.i = icmp eq i32 %128, 0
-  br i1 %.not.i, label %if_end24.i, label %qk_matmul_compute_.exit, !prof !81
+  br i1 %.not.i, label %if_end24.i, label %qk_matmul_compute_.exit, !prof !79
 
 for_body_n_0_m.us.preheader.i:                    ; preds = %for_body_to_m.i
   %129 = shl nsw i64 %indvars.iv132.i, 4
   %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %129
-  br i1 %105, label %for_body_n_0_m.us.i.us, label %for_body_n_0_m.us.i.preheader, !prof !83
+  br i1 %105, label %for_body_n_0_m.us.i.us, label %for_body_n_0_m.us.i.preheader, !prof !81
 
 for_body_n_0_m.us.i.preheader:                    ; preds = %for_body_n_0_m.us.preheader.i
   %130 = load i64, ptr %invariant.gep, align 8, !tbaa !5
@@ -3722,12 +3721,12 @@ for_body_ax3_0.us.us.i.us.us:                     ; preds = %for_body_ax3_0.us.u
   store <16 x float> %358, ptr %501, align 4, !tbaa !5
   %indvars.iv.next118.i.us.us = add nuw nsw i64 %indvars.iv117.i.us.us, 1
   %exitcond121.not.i.us.us = icmp eq i64 %indvars.iv.next118.i.us.us, 4
-  br i1 %exitcond121.not.i.us.us, label %for_end_ax3_0.split.us.us.i.split.us.us, label %for_body_ax3_0.us.us.i.us.us, !prof !33
+  br i1 %exitcond121.not.i.us.us, label %for_end_ax3_0.split.us.us.i.split.us.us, label %for_body_ax3_0.us.us.i.us.us, !prof !40
 
 for_end_ax3_0.split.us.us.i.split.us.us:          ; preds = %for_body_ax3_0.us.us.i.us.us
   %indvars.iv.next123.i.us = add nuw nsw i64 %indvars.iv122.i.us, 1
   %exitcond126.not.i.us = icmp eq i64 %indvars.iv.next123.i.us, 8
-  br i1 %exitcond126.not.i.us, label %for_begin_r15.preheader.i, label %for_body_n_0_m.us.i.us, !prof !33
+  br i1 %exitcond126.not.i.us, label %for_begin_r15.preheader.i, label %for_body_n_0_m.us.i.us, !prof !40
 
 for_begin_r15.preheader.i:                        ; preds = %for_end_ax3_0.split.us.us.i.split.us.us, %for_body_n_0_m.us.i.preheader
   %502 = add nuw nsw i64 %129, %106
@@ -3822,19 +3821,19 @@ for_body_r16.i:                                   ; preds = %for_body_r16.i, %fo
   store <16 x float> %553, ptr %505, align 64, !tbaa !5
   %indvars.iv.next128.i = add nuw nsw i64 %indvars.iv127.i, 1
   %exitcond131.not.i = icmp eq i64 %indvars.iv.next128.i, 16
-  br i1 %exitcond131.not.i, label %for_end_r17.i, label %for_body_r16.i, !prof !33
+  br i1 %exitcond131.not.i, label %for_end_r17.i, label %for_body_r16.i, !prof !40
 
 for_end_r17.i:                                    ; preds = %for_body_r16.i
   %554 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
   %555 = tail call i32 %554(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
   %.not31.i = icmp eq i32 %555, 0
-  br i1 %.not31.i, label %for_begin_to_m.i, label %qk_matmul_compute_.exit, !prof !81
+  br i1 %.not31.i, label %for_begin_to_m.i, label %qk_matmul_compute_.exit, !prof !79
 
 if_end24.i:                                       ; preds = %for_end_to_m.i
   %556 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
   %557 = tail call i32 %556(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not30.i = icmp eq i32 %557, 0
-  br i1 %.not30.i, label %for_begin_s.i, label %qk_matmul_compute_.exit, !prof !81
+  br i1 %.not30.i, label %for_begin_s.i, label %qk_matmul_compute_.exit, !prof !79
 
 qk_matmul_compute_.exit:                          ; preds = %if_end24.i, %for_end_r17.i, %for_end_to_m.i, %for_body_to_m.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %for_body_to_m.i ], [ 0, %if_end21 ], [ -1, %for_end_r17.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end24.i ], [ -1, %if_end.i ]
@@ -4037,7 +4036,7 @@ for_begin_to.preheader.i:                         ; preds = %for_begin_to.prehea
   store <16 x float> %119, ptr %120, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_begin_ax1.preheader.i, label %for_begin_to.preheader.i, !prof !33
+  br i1 %exitcond.not.i, label %for_begin_ax1.preheader.i, label %for_begin_to.preheader.i, !prof !40
 
 for_begin_ax1.preheader.i:                        ; preds = %for_begin_ax1.preheader.i, %for_begin_to.preheader.i
   %indvars.iv73.i = phi i64 [ %indvars.iv.next74.i, %for_begin_ax1.preheader.i ], [ 0, %for_begin_to.preheader.i ]
@@ -4123,10 +4122,10 @@ for_begin_ax1.preheader.i:                        ; preds = %for_begin_ax1.prehe
   %peak.rf39.sroa.0.60.vec.extract.i = extractelement <16 x float> %152, i64 15
   %184 = fcmp ogt float %183, %peak.rf39.sroa.0.60.vec.extract.i
   %185 = select i1 %184, float %183, float %peak.rf39.sroa.0.60.vec.extract.i
-  store float %185, ptr %153, align 4, !tbaa !84
+  store float %185, ptr %153, align 4, !tbaa !82
   %indvars.iv.next74.i = add nuw nsw i64 %indvars.iv73.i, 1
   %exitcond76.not.i = icmp eq i64 %indvars.iv.next74.i, 16
-  br i1 %exitcond76.not.i, label %for_end_r3.i, label %for_begin_ax1.preheader.i, !prof !33
+  br i1 %exitcond76.not.i, label %for_end_r3.i, label %for_begin_ax1.preheader.i, !prof !40
 
 for_end_r3.i:                                     ; preds = %for_begin_ax1.preheader.i
   %186 = shl nsw i64 %indvars.iv107.i, 4
@@ -4397,7 +4396,7 @@ for_begin_to18.preheader.i:                       ; preds = %for_begin_to18.preh
   store <16 x float> %404, ptr %405, align 64, !tbaa !5
   %indvars.iv.next91.i = add nuw nsw i64 %indvars.iv90.i, 1
   %exitcond95.not.i = icmp eq i64 %indvars.iv.next91.i, 16
-  br i1 %exitcond95.not.i, label %for_begin_ax128.preheader.preheader.i, label %for_begin_to18.preheader.i, !prof !33
+  br i1 %exitcond95.not.i, label %for_begin_ax128.preheader.preheader.i, label %for_begin_to18.preheader.i, !prof !40
 
 for_begin_ax128.preheader.preheader.i:            ; preds = %for_begin_to18.preheader.i
   %invariant.gep115.i = getelementptr inbounds nuw float, ptr %tile_sum, i64 %.pre-phi114.i
@@ -4466,13 +4465,13 @@ for_begin_ax128.preheader.i:                      ; preds = %for_begin_ax128.pre
   store float %444, ptr %gep116.i, align 4, !tbaa !5
   %indvars.iv.next102.i = add nuw nsw i64 %indvars.iv101.i, 1
   %exitcond106.not.i = icmp eq i64 %indvars.iv.next102.i, 16
-  br i1 %exitcond106.not.i, label %for_end_r25.i, label %for_begin_ax128.preheader.i, !prof !33
+  br i1 %exitcond106.not.i, label %for_end_r25.i, label %for_begin_ax128.preheader.i, !prof !40
 
 for_end_r25.i:                                    ; preds = %for_begin_ax128.preheader.i
   %445 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
   %446 = tail call i32 %445(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
   %.not.i = icmp eq i32 %446, 0
-  br i1 %.not.i, label %for_begin_s.i, label %softmax_prepare_compute_.exit, !prof !81
+  br i1 %.not.i, label %for_begin_s.i, label %softmax_prepare_compute_.exit, !prof !79
 
 softmax_prepare_compute_.exit:                    ; preds = %for_end_r25.i, %for_body_s.i, %for_begin_s.i, %entry
   %common.ret.op.i = phi i32 [ 0, %entry ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_r25.i ]
@@ -4720,17 +4719,17 @@ attributes #9 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !28 = !{!"buffer1.w512.b0", !29, i64 0}
 !29 = !{!"buffer1.w1024.b0", !30, i64 0}
 !30 = !{!"buffer1", !7, i64 0}
-!31 = !{!30, !30, i64 0}
-!32 = !{!23, !23, i64 0}
-!33 = !{!"branch_weights", i32 1, i32 1048575}
-!34 = !{!35, !35, i64 0}
-!35 = !{!"buffer2.w64.b0", !36, i64 0}
-!36 = !{!"buffer2.w128.b0", !37, i64 0}
-!37 = !{!"buffer2.w256.b0", !38, i64 0}
-!38 = !{!"buffer2.w512.b0", !39, i64 0}
-!39 = !{!"buffer2.w1024.b0", !40, i64 0}
-!40 = !{!"buffer2", !7, i64 0}
-!41 = !{!40, !40, i64 0}
+!31 = !{!32, !32, i64 0}
+!32 = !{!"buffer2.w64.b0", !33, i64 0}
+!33 = !{!"buffer2.w128.b0", !34, i64 0}
+!34 = !{!"buffer2.w256.b0", !35, i64 0}
+!35 = !{!"buffer2.w512.b0", !36, i64 0}
+!36 = !{!"buffer2.w1024.b0", !37, i64 0}
+!37 = !{!"buffer2", !7, i64 0}
+!38 = !{!30, !30, i64 0}
+!39 = !{!23, !23, i64 0}
+!40 = !{!"branch_weights", i32 1, i32 1048575}
+!41 = !{!37, !37, i64 0}
 !42 = !{!43, !43, i64 0}
 !43 = !{!"buffer3.w64.b0", !44, i64 0}
 !44 = !{!"buffer3.w128.b0", !45, i64 0}
@@ -4768,10 +4767,8 @@ attributes #9 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !76 = distinct !{!76, !11}
 !77 = distinct !{!77, !78}
 !78 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!79 = distinct !{!79, !80}
-!80 = !{!"llvm.loop.estimated_trip_count", i32 524288}
-!81 = !{!"branch_weights", i32 1, i32 1048576}
-!82 = distinct !{!82, !78}
-!83 = !{!"branch_weights", i32 -2147483648, i32 0}
-!84 = !{!85, !85, i64 0}
-!85 = !{!"buffer5", !7, i64 0}
+!79 = !{!"branch_weights", i32 1, i32 1048576}
+!80 = distinct !{!80, !78}
+!81 = !{!"branch_weights", i32 -2147483648, i32 0}
+!82 = !{!83, !83, i64 0}
+!83 = !{!"buffer5", !7, i64 0}

@@ -488,10 +488,8 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %beta233.i = alloca [4 x float], align 16
-  %alpha234.i = alloca [4 x float], align 16
-  %row_sum246.i = alloca [32 x float], align 16
-  %row_max247.i = alloca [32 x float], align 16
+  %row_sum270.i = alloca [32 x float], align 16
+  %row_max271.i = alloca [32 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -674,10 +672,8 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta233.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha234.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum246.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max247.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum270.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max271.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -708,18 +704,18 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %91 = shufflevector <16 x float> %90, <16 x float> poison, <16 x i32> zeroinitializer
   %92 = and i64 %50, 2147483648
   %.not = icmp eq i64 %92, 0
-  %cse_v22.i = and i64 %50, 4294967295
+  %cse_v26.i = and i64 %50, 4294967295
   %93 = zext i32 %range_begin.i to i64
-  %wide.trip.count884.i = and i64 %44, 2147483647
+  %wide.trip.count890.i = and i64 %44, 2147483647
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end226.i
-  %indvars.iv.next882.i = add nuw nsw i64 %indvars.iv881.i, 1
-  %exitcond885.not.i = icmp eq i64 %indvars.iv.next882.i, %wide.trip.count884.i
-  br i1 %exitcond885.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
+for_begin_s.i:                                    ; preds = %if_end245.i
+  %indvars.iv.next888.i = add nuw nsw i64 %indvars.iv887.i, 1
+  %exitcond891.not.i = icmp eq i64 %indvars.iv.next888.i, %wide.trip.count890.i
+  br i1 %exitcond891.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv881.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next882.i, %for_begin_s.i ]
+  %indvars.iv887.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next888.i, %for_begin_s.i ]
   %94 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
   %q_tile.i = tail call ptr %94(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %95 = icmp eq ptr %q_tile.i, null
@@ -732,529 +728,524 @@ if_end.i:                                         ; preds = %for_body_s.i
   br i1 %97, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %cse_v24.i = add nsw i64 %indvars.iv881.i, %87
-  %98 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v24.i
+  %cse_v28.i = add nsw i64 %indvars.iv887.i, %87
+  %98 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v28.i
   %99 = load i32, ptr %98, align 4, !tbaa !5
-  %100 = mul nsw i64 %cse_v24.i, %q_batch
+  %100 = mul nsw i64 %cse_v28.i, %q_batch
   %101 = getelementptr i16, ptr %query, i64 %100
-  br label %for_begin_r.preheader.i
+  br label %for_begin_ax1.preheader.i
 
-for_begin_step.preheader.i:                       ; preds = %for_end_r.i
+for_begin_step.preheader.i:                       ; preds = %for_end_ax1.i
   %102 = tail call i32 @llvm.smin.i32(i32 %88, i32 %99)
   %103 = sub nsw i32 %102, %range_begin.i
   %range_len.i = tail call i32 @llvm.smax.i32(i32 %103, i32 0)
   %104 = add nuw nsw i32 %range_len.i, 127
-  %cse_v25.i = lshr i32 %104, 7
-  %num_steps.i = tail call i32 @llvm.umax.i32(i32 %cse_v25.i, i32 1)
+  %cse_v29.i = lshr i32 %104, 7
+  %num_steps.i = tail call i32 @llvm.umax.i32(i32 %cse_v29.i, i32 1)
   %last_token.i = add i32 %89, %range_len.i
-  %cse_v110.i = mul nsw i64 %cse_v24.i, %table_seq
-  %invariant.gep412.i = getelementptr i32, ptr %block_table, i64 %cse_v110.i
-  %105 = zext nneg i32 %cse_v25.i to i64
+  %cse_v114.i = mul nsw i64 %cse_v28.i, %table_seq
+  %invariant.gep435.i = getelementptr i32, ptr %block_table, i64 %cse_v114.i
+  %105 = zext nneg i32 %cse_v29.i to i64
   %106 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count833.i = zext nneg i32 %num_steps.i to i64
+  %wide.trip.count839.i = zext nneg i32 %num_steps.i to i64
   br label %for_begin_step.i
 
-for_begin_r.preheader.i:                          ; preds = %for_end_r.i, %if_end2.i
-  %indvars.iv634.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next635.i, %for_end_r.i ]
-  %107 = shl nuw nsw i64 %indvars.iv634.i, 2
-  %.idx58 = shl nuw nsw i64 %indvars.iv634.i, 11
+for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %if_end2.i
+  %indvars.iv686.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next687.i, %for_end_ax1.i ]
+  %107 = shl nuw nsw i64 %indvars.iv686.i, 2
+  %.idx58 = shl nuw nsw i64 %indvars.iv686.i, 11
   %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx58
-  br label %for_begin_d_0.preheader.i
+  br label %for_begin_ax2.preheader.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_begin_r.preheader.i
-  %indvars.iv630.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next631.i, %for_end_d_0.i ]
-  %108 = add nuw nsw i64 %indvars.iv630.i, %107
+for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.preheader.i, %for_begin_ax1.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_ax1.preheader.i ], [ %indvars.iv.next.i, %for_begin_ax2.preheader.i ]
+  %108 = add nuw nsw i64 %indvars.iv.i, %107
   %109 = mul nsw i64 %108, %q_head
   %invariant.gep.i = getelementptr i16, ptr %101, i64 %109
-  %.idx = shl nuw nsw i64 %indvars.iv630.i, 9
+  %110 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !5
+  %111 = zext <32 x i16> %110 to <32 x i32>
+  %112 = shl nuw <32 x i32> %111, splat (i32 16)
+  %113 = shufflevector <32 x i32> %112, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %.idx = shl nuw nsw i64 %indvars.iv.i, 9
   %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx
-  br label %for_begin_d_2.preheader.i
-
-for_end_r.i:                                      ; preds = %for_end_d_0.i
-  %indvars.iv.next635.i = add nuw nsw i64 %indvars.iv634.i, 1
-  %exitcond637.not.i = icmp eq i64 %indvars.iv.next635.i, 8
-  br i1 %exitcond637.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !prof !17
-
-for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_d_0.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next.i, %for_begin_d_2.preheader.i ]
-  %110 = shl nuw nsw i64 %indvars.iv.i, 5
-  %gep.i = getelementptr i16, ptr %invariant.gep.i, i64 %110
-  %111 = load i16, ptr %gep.i, align 2, !tbaa !5
-  %112 = getelementptr i8, ptr %gep.i, i64 4
-  %113 = load i16, ptr %112, align 2, !tbaa !5
-  %114 = getelementptr i8, ptr %gep.i, i64 8
-  %115 = load i16, ptr %114, align 2, !tbaa !5
-  %116 = getelementptr i8, ptr %gep.i, i64 12
-  %117 = load i16, ptr %116, align 2, !tbaa !5
-  %118 = getelementptr i8, ptr %gep.i, i64 16
-  %119 = load i16, ptr %118, align 2, !tbaa !5
-  %120 = getelementptr i8, ptr %gep.i, i64 20
-  %121 = load i16, ptr %120, align 2, !tbaa !5
-  %122 = getelementptr i8, ptr %gep.i, i64 24
-  %123 = load i16, ptr %122, align 2, !tbaa !5
-  %124 = getelementptr i8, ptr %gep.i, i64 28
-  %125 = load i16, ptr %124, align 2, !tbaa !5
-  %126 = getelementptr i8, ptr %gep.i, i64 32
-  %127 = load i16, ptr %126, align 2, !tbaa !5
-  %128 = getelementptr i8, ptr %gep.i, i64 36
-  %129 = load i16, ptr %128, align 2, !tbaa !5
-  %130 = getelementptr i8, ptr %gep.i, i64 40
-  %131 = load i16, ptr %130, align 2, !tbaa !5
-  %132 = getelementptr i8, ptr %gep.i, i64 44
-  %133 = load i16, ptr %132, align 2, !tbaa !5
-  %134 = getelementptr i8, ptr %gep.i, i64 48
-  %135 = load i16, ptr %134, align 2, !tbaa !5
-  %136 = getelementptr i8, ptr %gep.i, i64 52
-  %137 = load i16, ptr %136, align 2, !tbaa !5
-  %138 = getelementptr i8, ptr %gep.i, i64 56
-  %139 = load i16, ptr %138, align 2, !tbaa !5
-  %140 = getelementptr i8, ptr %gep.i, i64 60
-  %141 = load i16, ptr %140, align 2, !tbaa !5
-  %142 = insertelement <16 x i16> <i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef>, i16 %111, i64 0
-  %143 = insertelement <16 x i16> %142, i16 %113, i64 1
-  %144 = insertelement <16 x i16> %143, i16 %115, i64 2
-  %145 = insertelement <16 x i16> %144, i16 %117, i64 3
-  %146 = insertelement <16 x i16> %145, i16 %119, i64 4
-  %147 = insertelement <16 x i16> %146, i16 %121, i64 5
-  %148 = insertelement <16 x i16> %147, i16 %123, i64 6
-  %149 = insertelement <16 x i16> %148, i16 %125, i64 7
-  %150 = insertelement <16 x i16> %149, i16 %127, i64 8
-  %151 = insertelement <16 x i16> %150, i16 %129, i64 9
-  %152 = insertelement <16 x i16> %151, i16 %131, i64 10
-  %153 = insertelement <16 x i16> %152, i16 %133, i64 11
-  %154 = insertelement <16 x i16> %153, i16 %135, i64 12
-  %155 = insertelement <16 x i16> %154, i16 %137, i64 13
-  %156 = insertelement <16 x i16> %155, i16 %139, i64 14
-  %157 = insertelement <16 x i16> %156, i16 %141, i64 15
-  %158 = zext <16 x i16> %157 to <16 x i32>
-  %159 = shl nuw <16 x i32> %158, splat (i32 16)
-  %160 = getelementptr inbounds nuw float, ptr %gep, i64 %110
-  store <16 x i32> %159, ptr %160, align 4, !tbaa !5
-  %161 = getelementptr i8, ptr %gep.i, i64 2
-  %162 = load i16, ptr %161, align 2, !tbaa !5
-  %163 = getelementptr i8, ptr %gep.i, i64 6
-  %164 = load i16, ptr %163, align 2, !tbaa !5
-  %165 = getelementptr i8, ptr %gep.i, i64 10
-  %166 = load i16, ptr %165, align 2, !tbaa !5
-  %167 = getelementptr i8, ptr %gep.i, i64 14
-  %168 = load i16, ptr %167, align 2, !tbaa !5
-  %169 = getelementptr i8, ptr %gep.i, i64 18
-  %170 = load i16, ptr %169, align 2, !tbaa !5
-  %171 = getelementptr i8, ptr %gep.i, i64 22
-  %172 = load i16, ptr %171, align 2, !tbaa !5
-  %173 = getelementptr i8, ptr %gep.i, i64 26
-  %174 = load i16, ptr %173, align 2, !tbaa !5
-  %175 = getelementptr i8, ptr %gep.i, i64 30
-  %176 = load i16, ptr %175, align 2, !tbaa !5
-  %177 = getelementptr i8, ptr %gep.i, i64 34
-  %178 = load i16, ptr %177, align 2, !tbaa !5
-  %179 = getelementptr i8, ptr %gep.i, i64 38
-  %180 = load i16, ptr %179, align 2, !tbaa !5
-  %181 = getelementptr i8, ptr %gep.i, i64 42
-  %182 = load i16, ptr %181, align 2, !tbaa !5
-  %183 = getelementptr i8, ptr %gep.i, i64 46
-  %184 = load i16, ptr %183, align 2, !tbaa !5
-  %185 = getelementptr i8, ptr %gep.i, i64 50
-  %186 = load i16, ptr %185, align 2, !tbaa !5
-  %187 = getelementptr i8, ptr %gep.i, i64 54
-  %188 = load i16, ptr %187, align 2, !tbaa !5
-  %189 = getelementptr i8, ptr %gep.i, i64 58
-  %190 = load i16, ptr %189, align 2, !tbaa !5
-  %191 = getelementptr i8, ptr %gep.i, i64 62
-  %192 = load i16, ptr %191, align 2, !tbaa !5
-  %193 = insertelement <16 x i16> <i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef>, i16 %162, i64 0
-  %194 = insertelement <16 x i16> %193, i16 %164, i64 1
-  %195 = insertelement <16 x i16> %194, i16 %166, i64 2
-  %196 = insertelement <16 x i16> %195, i16 %168, i64 3
-  %197 = insertelement <16 x i16> %196, i16 %170, i64 4
-  %198 = insertelement <16 x i16> %197, i16 %172, i64 5
-  %199 = insertelement <16 x i16> %198, i16 %174, i64 6
-  %200 = insertelement <16 x i16> %199, i16 %176, i64 7
-  %201 = insertelement <16 x i16> %200, i16 %178, i64 8
-  %202 = insertelement <16 x i16> %201, i16 %180, i64 9
-  %203 = insertelement <16 x i16> %202, i16 %182, i64 10
-  %204 = insertelement <16 x i16> %203, i16 %184, i64 11
-  %205 = insertelement <16 x i16> %204, i16 %186, i64 12
-  %206 = insertelement <16 x i16> %205, i16 %188, i64 13
-  %207 = insertelement <16 x i16> %206, i16 %190, i64 14
-  %208 = insertelement <16 x i16> %207, i16 %192, i64 15
-  %209 = zext <16 x i16> %208 to <16 x i32>
-  %210 = shl nuw <16 x i32> %209, splat (i32 16)
-  %211 = getelementptr inbounds nuw i8, ptr %160, i64 64
-  store <16 x i32> %210, ptr %211, align 4, !tbaa !5
+  store <4 x i32> %113, ptr %gep, align 4, !tbaa !5
+  %114 = shufflevector <32 x i32> %112, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %115 = getelementptr inbounds nuw i8, ptr %gep, i64 64
+  store <4 x i32> %114, ptr %115, align 4, !tbaa !5
+  %116 = shufflevector <32 x i32> %112, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %117 = getelementptr inbounds nuw i8, ptr %gep, i64 16
+  store <4 x i32> %116, ptr %117, align 4, !tbaa !5
+  %118 = shufflevector <32 x i32> %112, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %119 = getelementptr inbounds nuw i8, ptr %gep, i64 80
+  store <4 x i32> %118, ptr %119, align 4, !tbaa !5
+  %120 = shufflevector <32 x i32> %112, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %121 = getelementptr inbounds nuw i8, ptr %gep, i64 32
+  store <4 x i32> %120, ptr %121, align 4, !tbaa !5
+  %122 = shufflevector <32 x i32> %112, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %123 = getelementptr inbounds nuw i8, ptr %gep, i64 96
+  store <4 x i32> %122, ptr %123, align 4, !tbaa !5
+  %124 = shufflevector <32 x i32> %112, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %125 = getelementptr inbounds nuw i8, ptr %gep, i64 48
+  store <4 x i32> %124, ptr %125, align 4, !tbaa !5
+  %126 = shufflevector <32 x i32> %112, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %127 = getelementptr inbounds nuw i8, ptr %gep, i64 112
+  store <4 x i32> %126, ptr %127, align 4, !tbaa !5
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  %128 = load <32 x i16>, ptr %gep.1.i, align 2, !tbaa !5
+  %129 = zext <32 x i16> %128 to <32 x i32>
+  %130 = shl nuw <32 x i32> %129, splat (i32 16)
+  %131 = shufflevector <32 x i32> %130, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %132 = getelementptr inbounds nuw i8, ptr %gep, i64 128
+  store <4 x i32> %131, ptr %132, align 4, !tbaa !5
+  %133 = shufflevector <32 x i32> %130, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %134 = getelementptr inbounds nuw i8, ptr %gep, i64 192
+  store <4 x i32> %133, ptr %134, align 4, !tbaa !5
+  %135 = shufflevector <32 x i32> %130, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %136 = getelementptr inbounds nuw i8, ptr %gep, i64 144
+  store <4 x i32> %135, ptr %136, align 4, !tbaa !5
+  %137 = shufflevector <32 x i32> %130, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %138 = getelementptr inbounds nuw i8, ptr %gep, i64 208
+  store <4 x i32> %137, ptr %138, align 4, !tbaa !5
+  %139 = shufflevector <32 x i32> %130, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %140 = getelementptr inbounds nuw i8, ptr %gep, i64 160
+  store <4 x i32> %139, ptr %140, align 4, !tbaa !5
+  %141 = shufflevector <32 x i32> %130, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %142 = getelementptr inbounds nuw i8, ptr %gep, i64 224
+  store <4 x i32> %141, ptr %142, align 4, !tbaa !5
+  %143 = shufflevector <32 x i32> %130, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %144 = getelementptr inbounds nuw i8, ptr %gep, i64 176
+  store <4 x i32> %143, ptr %144, align 4, !tbaa !5
+  %145 = shufflevector <32 x i32> %130, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %146 = getelementptr inbounds nuw i8, ptr %gep, i64 240
+  store <4 x i32> %145, ptr %146, align 4, !tbaa !5
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  %147 = load <32 x i16>, ptr %gep.2.i, align 2, !tbaa !5
+  %148 = zext <32 x i16> %147 to <32 x i32>
+  %149 = shl nuw <32 x i32> %148, splat (i32 16)
+  %150 = shufflevector <32 x i32> %149, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %151 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  store <4 x i32> %150, ptr %151, align 4, !tbaa !5
+  %152 = shufflevector <32 x i32> %149, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %153 = getelementptr inbounds nuw i8, ptr %gep, i64 320
+  store <4 x i32> %152, ptr %153, align 4, !tbaa !5
+  %154 = shufflevector <32 x i32> %149, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %155 = getelementptr inbounds nuw i8, ptr %gep, i64 272
+  store <4 x i32> %154, ptr %155, align 4, !tbaa !5
+  %156 = shufflevector <32 x i32> %149, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %157 = getelementptr inbounds nuw i8, ptr %gep, i64 336
+  store <4 x i32> %156, ptr %157, align 4, !tbaa !5
+  %158 = shufflevector <32 x i32> %149, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %159 = getelementptr inbounds nuw i8, ptr %gep, i64 288
+  store <4 x i32> %158, ptr %159, align 4, !tbaa !5
+  %160 = shufflevector <32 x i32> %149, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %161 = getelementptr inbounds nuw i8, ptr %gep, i64 352
+  store <4 x i32> %160, ptr %161, align 4, !tbaa !5
+  %162 = shufflevector <32 x i32> %149, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %163 = getelementptr inbounds nuw i8, ptr %gep, i64 304
+  store <4 x i32> %162, ptr %163, align 4, !tbaa !5
+  %164 = shufflevector <32 x i32> %149, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %165 = getelementptr inbounds nuw i8, ptr %gep, i64 368
+  store <4 x i32> %164, ptr %165, align 4, !tbaa !5
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  %166 = load <32 x i16>, ptr %gep.3.i, align 2, !tbaa !5
+  %167 = zext <32 x i16> %166 to <32 x i32>
+  %168 = shl nuw <32 x i32> %167, splat (i32 16)
+  %169 = shufflevector <32 x i32> %168, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %170 = getelementptr inbounds nuw i8, ptr %gep, i64 384
+  store <4 x i32> %169, ptr %170, align 4, !tbaa !5
+  %171 = shufflevector <32 x i32> %168, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %172 = getelementptr inbounds nuw i8, ptr %gep, i64 448
+  store <4 x i32> %171, ptr %172, align 4, !tbaa !5
+  %173 = shufflevector <32 x i32> %168, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %174 = getelementptr inbounds nuw i8, ptr %gep, i64 400
+  store <4 x i32> %173, ptr %174, align 4, !tbaa !5
+  %175 = shufflevector <32 x i32> %168, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %176 = getelementptr inbounds nuw i8, ptr %gep, i64 464
+  store <4 x i32> %175, ptr %176, align 4, !tbaa !5
+  %177 = shufflevector <32 x i32> %168, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %178 = getelementptr inbounds nuw i8, ptr %gep, i64 416
+  store <4 x i32> %177, ptr %178, align 4, !tbaa !5
+  %179 = shufflevector <32 x i32> %168, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %180 = getelementptr inbounds nuw i8, ptr %gep, i64 480
+  store <4 x i32> %179, ptr %180, align 4, !tbaa !5
+  %181 = shufflevector <32 x i32> %168, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %182 = getelementptr inbounds nuw i8, ptr %gep, i64 432
+  store <4 x i32> %181, ptr %182, align 4, !tbaa !5
+  %183 = shufflevector <32 x i32> %168, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %184 = getelementptr inbounds nuw i8, ptr %gep, i64 496
+  store <4 x i32> %183, ptr %184, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
-  br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_begin_d_2.preheader.i, !prof !17
+  br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !17
 
-for_end_d_0.i:                                    ; preds = %for_begin_d_2.preheader.i
-  %indvars.iv.next631.i = add nuw nsw i64 %indvars.iv630.i, 1
-  %exitcond633.not.i = icmp eq i64 %indvars.iv.next631.i, 4
-  br i1 %exitcond633.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
+for_end_ax1.i:                                    ; preds = %for_begin_ax2.preheader.i
+  %indvars.iv.next687.i = add nuw nsw i64 %indvars.iv686.i, 1
+  %exitcond689.not.i = icmp eq i64 %indvars.iv.next687.i, 8
+  br i1 %exitcond689.not.i, label %for_begin_step.preheader.i, label %for_begin_ax1.preheader.i, !prof !17
 
-for_begin_step.i:                                 ; preds = %if_end172.i, %for_begin_step.preheader.i
-  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end172.i ], [ %range_len.i, %for_begin_step.preheader.i ]
-  %indvars.iv827.i = phi i64 [ %indvars.iv.next828.i, %if_end172.i ], [ 0, %for_begin_step.preheader.i ]
-  %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %212 = and i32 %smin, 15
-  %213 = zext nneg i32 %212 to i64
-  %exitcond834.not.i = icmp eq i64 %indvars.iv827.i, %wide.trip.count833.i
-  br i1 %exitcond834.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
+for_begin_step.i:                                 ; preds = %if_end196.i, %for_begin_step.preheader.i
+  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end196.i ], [ %range_len.i, %for_begin_step.preheader.i ]
+  %indvars.iv833.i = phi i64 [ %indvars.iv.next834.i, %if_end196.i ], [ 0, %for_begin_step.preheader.i ]
+  %smin276 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
+  %185 = and i32 %smin276, 15
+  %186 = zext nneg i32 %185 to i64
+  %exitcond840.not.i = icmp eq i64 %indvars.iv833.i, %wide.trip.count839.i
+  br i1 %exitcond840.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
-  %214 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %key_offsets.i = tail call ptr %214(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %215 = icmp eq ptr %key_offsets.i, null
-  br i1 %215, label %fused_decode_compute_.exit, label %if_end5.i, !prof !8
+  %187 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %key_offsets.i = tail call ptr %187(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %188 = icmp eq ptr %key_offsets.i, null
+  br i1 %188, label %fused_decode_compute_.exit, label %if_end15.i, !prof !8
 
 for_end_step.i:                                   ; preds = %for_begin_step.i
-  br i1 %.not, label %for_begin_tile203.preheader.i, label %for_begin_tile180.preheader.i
+  br i1 %.not, label %for_begin_tile222.preheader.i, label %for_begin_tile204.preheader.i
 
-for_begin_tile203.preheader.i:                    ; preds = %for_end_step.i
-  %216 = add nuw nsw i64 %indvars.iv881.i, %cse_v22.i
-  %217 = shl nuw nsw i64 %216, 5
-  %.idx.i = shl nuw nsw i64 %216, 14
-  %218 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  br label %for_body_tile204.i
+for_begin_tile222.preheader.i:                    ; preds = %for_end_step.i
+  %189 = add nuw nsw i64 %indvars.iv887.i, %cse_v26.i
+  %190 = shl nuw nsw i64 %189, 5
+  %.idx.i = shl nuw nsw i64 %189, 14
+  %191 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
+  br label %for_body_tile223.i
 
-for_begin_tile180.preheader.i:                    ; preds = %for_end_step.i
-  %219 = mul nsw i64 %cse_v24.i, %out_batch
-  %220 = getelementptr i16, ptr %out, i64 %219
-  %221 = mul nsw i64 %cse_v24.i, %lse_batch
-  %222 = getelementptr float, ptr %lse, i64 %221
-  br label %for_body_tile181.i
+for_begin_tile204.preheader.i:                    ; preds = %for_end_step.i
+  %192 = mul nsw i64 %cse_v28.i, %out_batch
+  %193 = getelementptr i16, ptr %out, i64 %192
+  %194 = mul nsw i64 %cse_v28.i, %lse_batch
+  %195 = getelementptr float, ptr %lse, i64 %194
+  br label %for_body_tile205.i
 
-if_end5.i:                                        ; preds = %for_body_step.i
-  %223 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %value_offsets.i = tail call ptr %223(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %224 = icmp eq ptr %value_offsets.i, null
-  br i1 %224, label %fused_decode_compute_.exit, label %if_end8.i, !prof !8
+if_end15.i:                                       ; preds = %for_body_step.i
+  %196 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %value_offsets.i = tail call ptr %196(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %197 = icmp eq ptr %value_offsets.i, null
+  br i1 %197, label %fused_decode_compute_.exit, label %if_end18.i, !prof !8
 
-if_end8.i:                                        ; preds = %if_end5.i
-  %225 = shl nsw i64 %indvars.iv827.i, 7
-  %226 = add nuw nsw i64 %225, %93
-  %227 = sub nsw i64 %106, %225
-  %228 = trunc nsw i64 %227 to i32
-  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %228, i32 128)
-  %229 = add nsw i32 %valid_len.i, 15
-  %num_groups.i = ashr i32 %229, 4
-  %indvars.iv.next828.i = add nuw nsw i64 %indvars.iv827.i, 1
-  %230 = and i32 %229, -16
-  %231 = icmp samesign ult i64 %indvars.iv.next828.i, %105
-  %num_offsets.i = select i1 %231, i32 256, i32 %230
-  %232 = icmp sgt i32 %num_offsets.i, 0
-  br i1 %232, label %for_body_t.preheader.i, label %for_begin_kv_head.preheader.i, !prof !3
+if_end18.i:                                       ; preds = %if_end15.i
+  %198 = shl nsw i64 %indvars.iv833.i, 7
+  %199 = add nuw nsw i64 %198, %93
+  %200 = sub nsw i64 %106, %198
+  %201 = trunc nsw i64 %200 to i32
+  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %201, i32 128)
+  %202 = add nsw i32 %valid_len.i, 15
+  %num_groups.i = ashr i32 %202, 4
+  %indvars.iv.next834.i = add nuw nsw i64 %indvars.iv833.i, 1
+  %203 = and i32 %202, -16
+  %204 = icmp samesign ult i64 %indvars.iv.next834.i, %105
+  %num_offsets.i = select i1 %204, i32 256, i32 %203
+  %205 = icmp sgt i32 %num_offsets.i, 0
+  br i1 %205, label %for_body_t.preheader.i, label %for_begin_kv_head.preheader.i, !prof !3
 
-for_body_t.preheader.i:                           ; preds = %if_end8.i
+for_body_t.preheader.i:                           ; preds = %if_end18.i
   %wide.trip.count.i = zext nneg i32 %num_offsets.i to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.preheader.i
-  %indvars.iv638.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next639.i.1, %for_body_t.i ]
-  %233 = add nuw nsw i64 %indvars.iv638.i, %226
-  %234 = trunc i64 %233 to i32
-  %token.i = tail call i32 @llvm.smin.i32(i32 %234, i32 %last_token.i)
-  %cse_v131.i = sext i32 %token.i to i64
-  %235 = ashr i64 %cse_v131.i, 4
-  %gep413.i = getelementptr i32, ptr %invariant.gep412.i, i64 %235
-  %236 = load i32, ptr %gep413.i, align 4, !tbaa !5
-  %block.i = sext i32 %236 to i64
-  %237 = and i64 %cse_v131.i, 15
-  %238 = mul nsw i64 %237, %k_row
-  %239 = mul nsw i64 %k_block, %block.i
-  %240 = add nsw i64 %238, %239
-  %241 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv638.i
-  store i64 %240, ptr %241, align 8, !tbaa !5
-  %indvars.iv.next639.i = or disjoint i64 %indvars.iv638.i, 1
-  %242 = add nuw nsw i64 %indvars.iv.next639.i, %226
-  %243 = trunc i64 %242 to i32
-  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %243, i32 %last_token.i)
-  %cse_v131.i.1 = sext i32 %token.i.1 to i64
-  %244 = ashr i64 %cse_v131.i.1, 4
-  %gep413.i.1 = getelementptr i32, ptr %invariant.gep412.i, i64 %244
-  %245 = load i32, ptr %gep413.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %245 to i64
-  %246 = and i64 %cse_v131.i.1, 15
-  %247 = mul nsw i64 %246, %k_row
-  %248 = mul nsw i64 %k_block, %block.i.1
-  %249 = add nsw i64 %247, %248
-  %250 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next639.i
-  store i64 %249, ptr %250, align 8, !tbaa !5
-  %indvars.iv.next639.i.1 = add nuw nsw i64 %indvars.iv638.i, 2
-  %exitcond641.not.i.1 = icmp eq i64 %indvars.iv.next639.i.1, %wide.trip.count.i
-  br i1 %exitcond641.not.i.1, label %for_body_t11.i, label %for_body_t.i, !prof !13, !llvm.loop !19
+  %indvars.iv690.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next691.i.1, %for_body_t.i ]
+  %206 = add nuw nsw i64 %indvars.iv690.i, %199
+  %207 = trunc i64 %206 to i32
+  %token.i = tail call i32 @llvm.smin.i32(i32 %207, i32 %last_token.i)
+  %cse_v134.i = sext i32 %token.i to i64
+  %208 = ashr i64 %cse_v134.i, 4
+  %gep436.i = getelementptr i32, ptr %invariant.gep435.i, i64 %208
+  %209 = load i32, ptr %gep436.i, align 4, !tbaa !5
+  %block.i = sext i32 %209 to i64
+  %210 = and i64 %cse_v134.i, 15
+  %211 = mul nsw i64 %210, %k_row
+  %212 = mul nsw i64 %k_block, %block.i
+  %213 = add nsw i64 %211, %212
+  %214 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv690.i
+  store i64 %213, ptr %214, align 8, !tbaa !5
+  %indvars.iv.next691.i = or disjoint i64 %indvars.iv690.i, 1
+  %215 = add nuw nsw i64 %indvars.iv.next691.i, %199
+  %216 = trunc i64 %215 to i32
+  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %216, i32 %last_token.i)
+  %cse_v134.i.1 = sext i32 %token.i.1 to i64
+  %217 = ashr i64 %cse_v134.i.1, 4
+  %gep436.i.1 = getelementptr i32, ptr %invariant.gep435.i, i64 %217
+  %218 = load i32, ptr %gep436.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %218 to i64
+  %219 = and i64 %cse_v134.i.1, 15
+  %220 = mul nsw i64 %219, %k_row
+  %221 = mul nsw i64 %k_block, %block.i.1
+  %222 = add nsw i64 %220, %221
+  %223 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next691.i
+  store i64 %222, ptr %223, align 8, !tbaa !5
+  %indvars.iv.next691.i.1 = add nuw nsw i64 %indvars.iv690.i, 2
+  %exitcond693.not.i.1 = icmp eq i64 %indvars.iv.next691.i.1, %wide.trip.count.i
+  br i1 %exitcond693.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !19
 
-for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
-  %251 = icmp sgt i32 %num_groups.i, 0
-  %252 = icmp sgt i64 %227, 0
+for_begin_kv_head.preheader.i:                    ; preds = %for_body_t21.i, %if_end18.i
+  %224 = icmp sgt i32 %num_groups.i, 0
+  %225 = icmp sgt i64 %200, 0
+  %226 = icmp eq i64 %indvars.iv833.i, 0
+  %227 = insertelement <4 x i1> poison, i1 %226, i64 0
+  %228 = shufflevector <4 x i1> %227, <4 x i1> poison, <4 x i32> zeroinitializer
   %num_full.i = ashr i32 %valid_len.i, 4
-  %253 = icmp sgt i32 %num_full.i, 0
-  %254 = and i32 %valid_len.i, 15
-  %.not601.i = icmp eq i32 %254, 0
-  %cse_v134.i = and i32 %valid_len.i, -16
-  %255 = icmp eq i64 %indvars.iv827.i, 0
-  %256 = insertelement <4 x i1> poison, i1 %255, i64 0
-  %257 = shufflevector <4 x i1> %256, <4 x i1> poison, <4 x i32> zeroinitializer
-  %258 = zext i32 %num_full.i to i64
-  %259 = sext i32 %cse_v134.i to i64
-  %wide.trip.count668.i = zext i32 %num_groups.i to i64
-  %xtraiter = and i64 %wide.trip.count668.i, 3
-  %260 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter = and i64 %wide.trip.count668.i, 2147483644
+  %229 = icmp sgt i32 %num_full.i, 0
+  %230 = and i32 %valid_len.i, 15
+  %.not640.i = icmp eq i32 %230, 0
+  %231 = and i32 %valid_len.i, -16
+  %232 = sext i32 %231 to i64
+  %233 = zext i32 %num_full.i to i64
+  %wide.trip.count720.i = zext i32 %num_groups.i to i64
+  %xtraiter = and i64 %wide.trip.count720.i, 3
+  %234 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter = and i64 %wide.trip.count720.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod163 = icmp ne i64 %xtraiter, 0
-  %xtraiter164 = and i64 %wide.trip.count668.i, 3
-  %261 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter168 = and i64 %wide.trip.count668.i, 2147483644
-  %lcmp.mod166.not = icmp eq i64 %xtraiter164, 0
-  %lcmp.mod167 = icmp ne i64 %xtraiter164, 0
-  %xtraiter170 = and i64 %wide.trip.count668.i, 3
-  %262 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter174 = and i64 %wide.trip.count668.i, 2147483644
-  %lcmp.mod172.not = icmp eq i64 %xtraiter170, 0
-  %lcmp.mod173 = icmp ne i64 %xtraiter170, 0
-  %xtraiter176 = and i64 %wide.trip.count668.i, 3
-  %263 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter180 = and i64 %wide.trip.count668.i, 2147483644
-  %lcmp.mod178.not = icmp eq i64 %xtraiter176, 0
-  %lcmp.mod179 = icmp ne i64 %xtraiter176, 0
-  %xtraiter182 = and i64 %wide.trip.count668.i, 7
-  %264 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter187 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod184.not = icmp eq i64 %xtraiter182, 0
-  %lcmp.mod186 = icmp ne i64 %xtraiter182, 0
-  %xtraiter189 = and i64 %wide.trip.count668.i, 7
-  %265 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter194 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod191.not = icmp eq i64 %xtraiter189, 0
-  %lcmp.mod193 = icmp ne i64 %xtraiter189, 0
-  %xtraiter196 = and i64 %wide.trip.count668.i, 7
-  %266 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter201 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod198.not = icmp eq i64 %xtraiter196, 0
-  %lcmp.mod200 = icmp ne i64 %xtraiter196, 0
-  %xtraiter203 = and i64 %wide.trip.count668.i, 7
-  %267 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter208 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod205.not = icmp eq i64 %xtraiter203, 0
-  %lcmp.mod207 = icmp ne i64 %xtraiter203, 0
-  %xtraiter210 = and i64 %wide.trip.count668.i, 7
-  %268 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter215 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod212.not = icmp eq i64 %xtraiter210, 0
-  %lcmp.mod214 = icmp ne i64 %xtraiter210, 0
-  %xtraiter217 = and i64 %wide.trip.count668.i, 7
-  %269 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter222 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod219.not = icmp eq i64 %xtraiter217, 0
-  %lcmp.mod221 = icmp ne i64 %xtraiter217, 0
-  %xtraiter224 = and i64 %wide.trip.count668.i, 7
-  %270 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter229 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod226.not = icmp eq i64 %xtraiter224, 0
-  %lcmp.mod228 = icmp ne i64 %xtraiter224, 0
-  %xtraiter231 = and i64 %wide.trip.count668.i, 7
-  %271 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter236 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod233.not = icmp eq i64 %xtraiter231, 0
-  %lcmp.mod235 = icmp ne i64 %xtraiter231, 0
+  %lcmp.mod201 = icmp ne i64 %xtraiter, 0
+  %xtraiter202 = and i64 %wide.trip.count720.i, 3
+  %235 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter206 = and i64 %wide.trip.count720.i, 2147483644
+  %lcmp.mod204.not = icmp eq i64 %xtraiter202, 0
+  %lcmp.mod205 = icmp ne i64 %xtraiter202, 0
+  %xtraiter208 = and i64 %wide.trip.count720.i, 3
+  %236 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter212 = and i64 %wide.trip.count720.i, 2147483644
+  %lcmp.mod210.not = icmp eq i64 %xtraiter208, 0
+  %lcmp.mod211 = icmp ne i64 %xtraiter208, 0
+  %xtraiter214 = and i64 %wide.trip.count720.i, 3
+  %237 = icmp ult i32 %num_groups.i, 4
+  %unroll_iter218 = and i64 %wide.trip.count720.i, 2147483644
+  %lcmp.mod216.not = icmp eq i64 %xtraiter214, 0
+  %lcmp.mod217 = icmp ne i64 %xtraiter214, 0
+  %xtraiter220 = and i64 %wide.trip.count720.i, 7
+  %238 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter225 = and i64 %wide.trip.count720.i, 2147483640
+  %lcmp.mod222.not = icmp eq i64 %xtraiter220, 0
+  %lcmp.mod224 = icmp ne i64 %xtraiter220, 0
+  %xtraiter227 = and i64 %wide.trip.count720.i, 7
+  %239 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter232 = and i64 %wide.trip.count720.i, 2147483640
+  %lcmp.mod229.not = icmp eq i64 %xtraiter227, 0
+  %lcmp.mod231 = icmp ne i64 %xtraiter227, 0
+  %xtraiter234 = and i64 %wide.trip.count720.i, 7
+  %240 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter239 = and i64 %wide.trip.count720.i, 2147483640
+  %lcmp.mod236.not = icmp eq i64 %xtraiter234, 0
+  %lcmp.mod238 = icmp ne i64 %xtraiter234, 0
+  %xtraiter241 = and i64 %wide.trip.count720.i, 7
+  %241 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter246 = and i64 %wide.trip.count720.i, 2147483640
+  %lcmp.mod243.not = icmp eq i64 %xtraiter241, 0
+  %lcmp.mod245 = icmp ne i64 %xtraiter241, 0
+  %xtraiter248 = and i64 %wide.trip.count720.i, 7
+  %242 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter253 = and i64 %wide.trip.count720.i, 2147483640
+  %lcmp.mod250.not = icmp eq i64 %xtraiter248, 0
+  %lcmp.mod252 = icmp ne i64 %xtraiter248, 0
+  %xtraiter255 = and i64 %wide.trip.count720.i, 7
+  %243 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter260 = and i64 %wide.trip.count720.i, 2147483640
+  %lcmp.mod257.not = icmp eq i64 %xtraiter255, 0
+  %lcmp.mod259 = icmp ne i64 %xtraiter255, 0
+  %xtraiter262 = and i64 %wide.trip.count720.i, 7
+  %244 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter267 = and i64 %wide.trip.count720.i, 2147483640
+  %lcmp.mod264.not = icmp eq i64 %xtraiter262, 0
+  %lcmp.mod266 = icmp ne i64 %xtraiter262, 0
+  %xtraiter269 = and i64 %wide.trip.count720.i, 7
+  %245 = icmp ult i32 %num_groups.i, 8
+  %unroll_iter274 = and i64 %wide.trip.count720.i, 2147483640
+  %lcmp.mod271.not = icmp eq i64 %xtraiter269, 0
+  %lcmp.mod273 = icmp ne i64 %xtraiter269, 0
+  %xtraiter277 = and i64 %186, 1
+  %246 = icmp eq i32 %185, 1
+  %unroll_iter303 = and i64 %186, 14
+  %lcmp.mod293.not = icmp eq i64 %xtraiter277, 0
+  %lcmp.mod302 = icmp ne i64 %xtraiter277, 0
   br label %for_begin_kv_head.i
 
-for_body_t11.i:                                   ; preds = %for_body_t11.i, %for_body_t.i
-  %indvars.iv642.i = phi i64 [ %indvars.iv.next643.i.1, %for_body_t11.i ], [ 0, %for_body_t.i ]
-  %272 = add nuw nsw i64 %indvars.iv642.i, %226
-  %273 = trunc i64 %272 to i32
-  %token16.i = tail call i32 @llvm.smin.i32(i32 %273, i32 %last_token.i)
-  %cse_v132.i = sext i32 %token16.i to i64
-  %274 = ashr i64 %cse_v132.i, 4
-  %gep416.i = getelementptr i32, ptr %invariant.gep412.i, i64 %274
-  %275 = load i32, ptr %gep416.i, align 4, !tbaa !5
-  %block18.i = sext i32 %275 to i64
-  %276 = and i64 %cse_v132.i, 15
-  %277 = mul nsw i64 %276, %v_row
-  %278 = mul nsw i64 %v_block, %block18.i
-  %279 = add nsw i64 %277, %278
-  %280 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv642.i
-  store i64 %279, ptr %280, align 8, !tbaa !5
-  %indvars.iv.next643.i = or disjoint i64 %indvars.iv642.i, 1
-  %281 = add nuw nsw i64 %indvars.iv.next643.i, %226
-  %282 = trunc i64 %281 to i32
-  %token16.i.1 = tail call i32 @llvm.smin.i32(i32 %282, i32 %last_token.i)
-  %cse_v132.i.1 = sext i32 %token16.i.1 to i64
-  %283 = ashr i64 %cse_v132.i.1, 4
-  %gep416.i.1 = getelementptr i32, ptr %invariant.gep412.i, i64 %283
-  %284 = load i32, ptr %gep416.i.1, align 4, !tbaa !5
-  %block18.i.1 = sext i32 %284 to i64
-  %285 = and i64 %cse_v132.i.1, 15
-  %286 = mul nsw i64 %285, %v_row
-  %287 = mul nsw i64 %v_block, %block18.i.1
-  %288 = add nsw i64 %286, %287
-  %289 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next643.i
-  store i64 %288, ptr %289, align 8, !tbaa !5
-  %indvars.iv.next643.i.1 = add nuw nsw i64 %indvars.iv642.i, 2
-  %exitcond646.not.i.1 = icmp eq i64 %indvars.iv.next643.i.1, %wide.trip.count.i
-  br i1 %exitcond646.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !13, !llvm.loop !21
+for_body_t21.i:                                   ; preds = %for_body_t21.i, %for_body_t.i
+  %indvars.iv694.i = phi i64 [ %indvars.iv.next695.i.1, %for_body_t21.i ], [ 0, %for_body_t.i ]
+  %247 = add nuw nsw i64 %indvars.iv694.i, %199
+  %248 = trunc i64 %247 to i32
+  %token26.i = tail call i32 @llvm.smin.i32(i32 %248, i32 %last_token.i)
+  %cse_v135.i = sext i32 %token26.i to i64
+  %249 = ashr i64 %cse_v135.i, 4
+  %gep439.i = getelementptr i32, ptr %invariant.gep435.i, i64 %249
+  %250 = load i32, ptr %gep439.i, align 4, !tbaa !5
+  %block28.i = sext i32 %250 to i64
+  %251 = and i64 %cse_v135.i, 15
+  %252 = mul nsw i64 %251, %v_row
+  %253 = mul nsw i64 %v_block, %block28.i
+  %254 = add nsw i64 %252, %253
+  %255 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv694.i
+  store i64 %254, ptr %255, align 8, !tbaa !5
+  %indvars.iv.next695.i = or disjoint i64 %indvars.iv694.i, 1
+  %256 = add nuw nsw i64 %indvars.iv.next695.i, %199
+  %257 = trunc i64 %256 to i32
+  %token26.i.1 = tail call i32 @llvm.smin.i32(i32 %257, i32 %last_token.i)
+  %cse_v135.i.1 = sext i32 %token26.i.1 to i64
+  %258 = ashr i64 %cse_v135.i.1, 4
+  %gep439.i.1 = getelementptr i32, ptr %invariant.gep435.i, i64 %258
+  %259 = load i32, ptr %gep439.i.1, align 4, !tbaa !5
+  %block28.i.1 = sext i32 %259 to i64
+  %260 = and i64 %cse_v135.i.1, 15
+  %261 = mul nsw i64 %260, %v_row
+  %262 = mul nsw i64 %v_block, %block28.i.1
+  %263 = add nsw i64 %261, %262
+  %264 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next695.i
+  store i64 %263, ptr %264, align 8, !tbaa !5
+  %indvars.iv.next695.i.1 = add nuw nsw i64 %indvars.iv694.i, 2
+  %exitcond698.not.i.1 = icmp eq i64 %indvars.iv.next695.i.1, %wide.trip.count.i
+  br i1 %exitcond698.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !21
 
-for_begin_kv_head.i:                              ; preds = %if_end166.i, %for_begin_kv_head.preheader.i
-  %indvars.iv821.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next822.i, %if_end166.i ]
-  %exitcond826.not.i = icmp eq i64 %indvars.iv821.i, 8
-  br i1 %exitcond826.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !18
+for_begin_kv_head.i:                              ; preds = %if_end190.i, %for_begin_kv_head.preheader.i
+  %indvars.iv827.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next828.i, %if_end190.i ]
+  %exitcond832.not.i = icmp eq i64 %indvars.iv827.i, 8
+  br i1 %exitcond832.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !18
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %290 = icmp eq i64 %indvars.iv821.i, 7
-  %291 = and i1 %231, %290
-  %ahead_t.i = select i1 %291, i32 128, i32 0
-  %indvars.iv.next822.i = add nuw nsw i64 %indvars.iv821.i, 1
-  %ahead_head.i = select i1 %290, i64 0, i64 %indvars.iv.next822.i
-  %k_now.i = mul nsw i64 %indvars.iv821.i, %k_head
-  %v_now.i = mul nsw i64 %indvars.iv821.i, %v_head
-  %292 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scores.i = tail call ptr %292(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %293 = icmp eq ptr %scores.i, null
-  br i1 %293, label %fused_decode_compute_.exit, label %if_end22.i, !prof !8
+  %265 = icmp eq i64 %indvars.iv827.i, 7
+  %266 = and i1 %204, %265
+  %ahead_t.i = select i1 %266, i32 128, i32 0
+  %indvars.iv.next828.i = add nuw nsw i64 %indvars.iv827.i, 1
+  %ahead_head.i = select i1 %265, i64 0, i64 %indvars.iv.next828.i
+  %k_now.i = mul nsw i64 %indvars.iv827.i, %k_head
+  %v_now.i = mul nsw i64 %indvars.iv827.i, %v_head
+  %267 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scores.i = tail call ptr %267(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %268 = icmp eq ptr %scores.i, null
+  br i1 %268, label %fused_decode_compute_.exit, label %if_end32.i, !prof !8
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %294 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %295 = tail call i32 %294(i32 1, i32 %dev_id, ptr %value_offsets.i)
-  %.not250.i = icmp eq i32 %295, 0
-  br i1 %.not250.i, label %if_end172.i, label %fused_decode_compute_.exit, !prof !18
+  %269 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %270 = tail call i32 %269(i32 1, i32 %dev_id, ptr %value_offsets.i)
+  %.not274.i = icmp eq i32 %270, 0
+  br i1 %.not274.i, label %if_end196.i, label %fused_decode_compute_.exit, !prof !18
 
-if_end22.i:                                       ; preds = %for_body_kv_head.i
-  %296 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %probs.i = tail call ptr %296(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %297 = icmp eq ptr %probs.i, null
-  br i1 %297, label %fused_decode_compute_.exit, label %if_end25.i, !prof !8
+if_end32.i:                                       ; preds = %for_body_kv_head.i
+  %271 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %probs.i = tail call ptr %271(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %272 = icmp eq ptr %probs.i, null
+  br i1 %272, label %fused_decode_compute_.exit, label %if_end35.i, !prof !8
 
-if_end25.i:                                       ; preds = %if_end22.i
-  %298 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %tile_acc.i = tail call ptr %298(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %299 = icmp eq ptr %tile_acc.i, null
-  br i1 %299, label %fused_decode_compute_.exit, label %if_end28.i, !prof !8
+if_end35.i:                                       ; preds = %if_end32.i
+  %273 = shl nuw nsw i64 %indvars.iv827.i, 9
+  br i1 %224, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
 
-if_end28.i:                                       ; preds = %if_end25.i
-  %300 = shl nuw nsw i64 %indvars.iv821.i, 9
-  br i1 %251, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
-
-for_body_to_m.lr.ph.i:                            ; preds = %if_end28.i
-  %301 = mul nsw i64 %ahead_head.i, %k_head
-  %invariant.gep432.i = getelementptr i32, ptr %key_cache, i64 %k_now.i
-  %302 = zext nneg i32 %ahead_t.i to i64
-  %303 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %300
-  %304 = getelementptr inbounds nuw i8, ptr %303, i64 512
-  %305 = getelementptr inbounds nuw i8, ptr %303, i64 1024
-  %306 = getelementptr inbounds nuw i8, ptr %303, i64 1536
-  %307 = getelementptr inbounds nuw i8, ptr %303, i64 64
-  %308 = getelementptr inbounds nuw i8, ptr %303, i64 576
-  %309 = getelementptr inbounds nuw i8, ptr %303, i64 1088
-  %310 = getelementptr inbounds nuw i8, ptr %303, i64 1600
-  %311 = getelementptr inbounds nuw i8, ptr %303, i64 128
-  %312 = getelementptr inbounds nuw i8, ptr %303, i64 640
-  %313 = getelementptr inbounds nuw i8, ptr %303, i64 1152
-  %314 = getelementptr inbounds nuw i8, ptr %303, i64 1664
-  %315 = getelementptr inbounds nuw i8, ptr %303, i64 192
-  %316 = getelementptr inbounds nuw i8, ptr %303, i64 704
-  %317 = getelementptr inbounds nuw i8, ptr %303, i64 1216
-  %318 = getelementptr inbounds nuw i8, ptr %303, i64 1728
-  %319 = getelementptr inbounds nuw i8, ptr %303, i64 256
-  %320 = getelementptr inbounds nuw i8, ptr %303, i64 768
-  %321 = getelementptr inbounds nuw i8, ptr %303, i64 1280
-  %322 = getelementptr inbounds nuw i8, ptr %303, i64 1792
-  %323 = getelementptr inbounds nuw i8, ptr %303, i64 320
-  %324 = getelementptr inbounds nuw i8, ptr %303, i64 832
-  %325 = getelementptr inbounds nuw i8, ptr %303, i64 1344
-  %326 = getelementptr inbounds nuw i8, ptr %303, i64 1856
-  %327 = getelementptr inbounds nuw i8, ptr %303, i64 384
-  %328 = getelementptr inbounds nuw i8, ptr %303, i64 896
-  %329 = getelementptr inbounds nuw i8, ptr %303, i64 1408
-  %330 = getelementptr inbounds nuw i8, ptr %303, i64 1920
-  %331 = getelementptr inbounds nuw i8, ptr %303, i64 448
-  %332 = getelementptr inbounds nuw i8, ptr %303, i64 960
-  %333 = getelementptr inbounds nuw i8, ptr %303, i64 1472
-  %334 = getelementptr inbounds nuw i8, ptr %303, i64 1984
-  %invariant.gep80 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %302
+for_body_to_m.lr.ph.i:                            ; preds = %if_end35.i
+  %274 = mul nsw i64 %ahead_head.i, %k_head
+  %invariant.gep455.i = getelementptr i32, ptr %key_cache, i64 %k_now.i
+  %275 = zext nneg i32 %ahead_t.i to i64
+  %276 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %273
+  %277 = getelementptr inbounds nuw i8, ptr %276, i64 512
+  %278 = getelementptr inbounds nuw i8, ptr %276, i64 1024
+  %279 = getelementptr inbounds nuw i8, ptr %276, i64 1536
+  %280 = getelementptr inbounds nuw i8, ptr %276, i64 64
+  %281 = getelementptr inbounds nuw i8, ptr %276, i64 576
+  %282 = getelementptr inbounds nuw i8, ptr %276, i64 1088
+  %283 = getelementptr inbounds nuw i8, ptr %276, i64 1600
+  %284 = getelementptr inbounds nuw i8, ptr %276, i64 128
+  %285 = getelementptr inbounds nuw i8, ptr %276, i64 640
+  %286 = getelementptr inbounds nuw i8, ptr %276, i64 1152
+  %287 = getelementptr inbounds nuw i8, ptr %276, i64 1664
+  %288 = getelementptr inbounds nuw i8, ptr %276, i64 192
+  %289 = getelementptr inbounds nuw i8, ptr %276, i64 704
+  %290 = getelementptr inbounds nuw i8, ptr %276, i64 1216
+  %291 = getelementptr inbounds nuw i8, ptr %276, i64 1728
+  %292 = getelementptr inbounds nuw i8, ptr %276, i64 256
+  %293 = getelementptr inbounds nuw i8, ptr %276, i64 768
+  %294 = getelementptr inbounds nuw i8, ptr %276, i64 1280
+  %295 = getelementptr inbounds nuw i8, ptr %276, i64 1792
+  %296 = getelementptr inbounds nuw i8, ptr %276, i64 320
+  %297 = getelementptr inbounds nuw i8, ptr %276, i64 832
+  %298 = getelementptr inbounds nuw i8, ptr %276, i64 1344
+  %299 = getelementptr inbounds nuw i8, ptr %276, i64 1856
+  %300 = getelementptr inbounds nuw i8, ptr %276, i64 384
+  %301 = getelementptr inbounds nuw i8, ptr %276, i64 896
+  %302 = getelementptr inbounds nuw i8, ptr %276, i64 1408
+  %303 = getelementptr inbounds nuw i8, ptr %276, i64 1920
+  %304 = getelementptr inbounds nuw i8, ptr %276, i64 448
+  %305 = getelementptr inbounds nuw i8, ptr %276, i64 960
+  %306 = getelementptr inbounds nuw i8, ptr %276, i64 1472
+  %307 = getelementptr inbounds nuw i8, ptr %276, i64 1984
+  %invariant.gep88 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %275
   br label %for_body_to_m.i
 
-for_begin_to_m.i:                                 ; preds = %for_body_r34.preheader.i
-  %indvars.iv.next665.i = add nuw nsw i64 %indvars.iv664.i, 1
-  %exitcond669.not.i = icmp eq i64 %indvars.iv.next665.i, %wide.trip.count668.i
-  br i1 %exitcond669.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
+for_begin_to_m.i:                                 ; preds = %for_body_r.preheader.i
+  %indvars.iv.next717.i = add nuw nsw i64 %indvars.iv716.i, 1
+  %exitcond721.not.i = icmp eq i64 %indvars.iv.next717.i, %wide.trip.count720.i
+  br i1 %exitcond721.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
 
 for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
-  %indvars.iv664.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next665.i, %for_begin_to_m.i ]
-  %335 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scores.rf.i = tail call ptr %335(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
-  %336 = icmp eq ptr %scores.rf.i, null
-  br i1 %336, label %fused_decode_compute_.exit, label %if_end31.i, !prof !8
+  %indvars.iv716.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next717.i, %for_begin_to_m.i ]
+  %308 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scores.rf.i = tail call ptr %308(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
+  %309 = icmp eq ptr %scores.rf.i, null
+  br i1 %309, label %fused_decode_compute_.exit, label %if_end38.i, !prof !8
 
 for_end_to_m.i:                                   ; preds = %for_begin_to_m.i
-  %337 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scaled.i = tail call ptr %337(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %338 = icmp eq ptr %scaled.i, null
-  br i1 %338, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
+  %310 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scaled.i = tail call ptr %310(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %311 = icmp eq ptr %scaled.i, null
+  br i1 %311, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
 
 for_body_to.us.i.preheader:                       ; preds = %for_end_to_m.i
-  br i1 %260, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !22
+  br i1 %234, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !22
 
-for_end_to_m.thread.i:                            ; preds = %if_end28.i
-  %339 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scaled1083.i = tail call ptr %339(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %340 = icmp eq ptr %scaled1083.i, null
-  br i1 %340, label %fused_decode_compute_.exit, label %for_end_ax1.i, !prof !8
+for_end_to_m.thread.i:                            ; preds = %if_end35.i
+  %312 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scaled968.i = tail call ptr %312(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %313 = icmp eq ptr %scaled968.i, null
+  br i1 %313, label %fused_decode_compute_.exit, label %for_end_ax158.i, !prof !8
 
 for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
-  %indvars.iv670.i = phi i64 [ %indvars.iv.next671.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
+  %indvars.iv722.i = phi i64 [ %indvars.iv.next723.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
   %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %341 = shl nsw i64 %indvars.iv670.i, 4
-  %342 = getelementptr inbounds nuw float, ptr %scores.i, i64 %341
-  %343 = load <16 x float>, ptr %342, align 4, !tbaa !5
-  %344 = fmul <16 x float> %91, %343
-  %345 = trunc i64 %341 to i32
-  %346 = sub i32 %valid_len.i, %345
-  %347 = insertelement <16 x i32> poison, i32 %346, i64 0
-  %348 = shufflevector <16 x i32> %347, <16 x i32> poison, <16 x i32> zeroinitializer
-  %349 = icmp sgt <16 x i32> %348, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %350 = select <16 x i1> %349, <16 x float> %344, <16 x float> splat (float 0xFFF0000000000000)
-  %351 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %341
-  store <16 x float> %350, ptr %351, align 4, !tbaa !5
-  %indvars.iv.next671.i = shl i64 %indvars.iv670.i, 4
-  %352 = or disjoint i64 %indvars.iv.next671.i, 16
-  %353 = getelementptr inbounds nuw float, ptr %scores.i, i64 %352
-  %354 = load <16 x float>, ptr %353, align 4, !tbaa !5
-  %355 = fmul <16 x float> %91, %354
-  %356 = trunc i64 %352 to i32
-  %357 = sub i32 %valid_len.i, %356
-  %358 = insertelement <16 x i32> poison, i32 %357, i64 0
-  %359 = shufflevector <16 x i32> %358, <16 x i32> poison, <16 x i32> zeroinitializer
-  %360 = icmp sgt <16 x i32> %359, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %361 = select <16 x i1> %360, <16 x float> %355, <16 x float> splat (float 0xFFF0000000000000)
-  %362 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %352
-  store <16 x float> %361, ptr %362, align 4, !tbaa !5
-  %indvars.iv.next671.i.1 = shl i64 %indvars.iv670.i, 4
-  %363 = or disjoint i64 %indvars.iv.next671.i.1, 32
-  %364 = getelementptr inbounds nuw float, ptr %scores.i, i64 %363
-  %365 = load <16 x float>, ptr %364, align 4, !tbaa !5
-  %366 = fmul <16 x float> %91, %365
-  %367 = trunc i64 %363 to i32
-  %368 = sub i32 %valid_len.i, %367
-  %369 = insertelement <16 x i32> poison, i32 %368, i64 0
-  %370 = shufflevector <16 x i32> %369, <16 x i32> poison, <16 x i32> zeroinitializer
-  %371 = icmp sgt <16 x i32> %370, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %372 = select <16 x i1> %371, <16 x float> %366, <16 x float> splat (float 0xFFF0000000000000)
-  %373 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %363
-  store <16 x float> %372, ptr %373, align 4, !tbaa !5
-  %indvars.iv.next671.i.2 = shl i64 %indvars.iv670.i, 4
-  %374 = or disjoint i64 %indvars.iv.next671.i.2, 48
-  %375 = getelementptr inbounds nuw float, ptr %scores.i, i64 %374
-  %376 = load <16 x float>, ptr %375, align 4, !tbaa !5
-  %377 = fmul <16 x float> %91, %376
-  %378 = trunc i64 %374 to i32
-  %379 = sub i32 %valid_len.i, %378
-  %380 = insertelement <16 x i32> poison, i32 %379, i64 0
-  %381 = shufflevector <16 x i32> %380, <16 x i32> poison, <16 x i32> zeroinitializer
-  %382 = icmp sgt <16 x i32> %381, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %383 = select <16 x i1> %382, <16 x float> %377, <16 x float> splat (float 0xFFF0000000000000)
-  %384 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %374
-  store <16 x float> %383, ptr %384, align 4, !tbaa !5
-  %indvars.iv.next671.i.3 = add nuw nsw i64 %indvars.iv670.i, 4
+  %314 = shl nsw i64 %indvars.iv722.i, 4
+  %315 = getelementptr inbounds nuw float, ptr %scores.i, i64 %314
+  %316 = load <16 x float>, ptr %315, align 4, !tbaa !5
+  %317 = fmul <16 x float> %91, %316
+  %318 = trunc i64 %314 to i32
+  %319 = sub i32 %valid_len.i, %318
+  %320 = insertelement <16 x i32> poison, i32 %319, i64 0
+  %321 = shufflevector <16 x i32> %320, <16 x i32> poison, <16 x i32> zeroinitializer
+  %322 = icmp sgt <16 x i32> %321, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %323 = select <16 x i1> %322, <16 x float> %317, <16 x float> splat (float 0xFFF0000000000000)
+  %324 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %314
+  store <16 x float> %323, ptr %324, align 4, !tbaa !5
+  %indvars.iv.next723.i = shl i64 %indvars.iv722.i, 4
+  %325 = or disjoint i64 %indvars.iv.next723.i, 16
+  %326 = getelementptr inbounds nuw float, ptr %scores.i, i64 %325
+  %327 = load <16 x float>, ptr %326, align 4, !tbaa !5
+  %328 = fmul <16 x float> %91, %327
+  %329 = trunc i64 %325 to i32
+  %330 = sub i32 %valid_len.i, %329
+  %331 = insertelement <16 x i32> poison, i32 %330, i64 0
+  %332 = shufflevector <16 x i32> %331, <16 x i32> poison, <16 x i32> zeroinitializer
+  %333 = icmp sgt <16 x i32> %332, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %334 = select <16 x i1> %333, <16 x float> %328, <16 x float> splat (float 0xFFF0000000000000)
+  %335 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %325
+  store <16 x float> %334, ptr %335, align 4, !tbaa !5
+  %indvars.iv.next723.i.1 = shl i64 %indvars.iv722.i, 4
+  %336 = or disjoint i64 %indvars.iv.next723.i.1, 32
+  %337 = getelementptr inbounds nuw float, ptr %scores.i, i64 %336
+  %338 = load <16 x float>, ptr %337, align 4, !tbaa !5
+  %339 = fmul <16 x float> %91, %338
+  %340 = trunc i64 %336 to i32
+  %341 = sub i32 %valid_len.i, %340
+  %342 = insertelement <16 x i32> poison, i32 %341, i64 0
+  %343 = shufflevector <16 x i32> %342, <16 x i32> poison, <16 x i32> zeroinitializer
+  %344 = icmp sgt <16 x i32> %343, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %345 = select <16 x i1> %344, <16 x float> %339, <16 x float> splat (float 0xFFF0000000000000)
+  %346 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %336
+  store <16 x float> %345, ptr %346, align 4, !tbaa !5
+  %indvars.iv.next723.i.2 = shl i64 %indvars.iv722.i, 4
+  %347 = or disjoint i64 %indvars.iv.next723.i.2, 48
+  %348 = getelementptr inbounds nuw float, ptr %scores.i, i64 %347
+  %349 = load <16 x float>, ptr %348, align 4, !tbaa !5
+  %350 = fmul <16 x float> %91, %349
+  %351 = trunc i64 %347 to i32
+  %352 = sub i32 %valid_len.i, %351
+  %353 = insertelement <16 x i32> poison, i32 %352, i64 0
+  %354 = shufflevector <16 x i32> %353, <16 x i32> poison, <16 x i32> zeroinitializer
+  %355 = icmp sgt <16 x i32> %354, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %356 = select <16 x i1> %355, <16 x float> %350, <16 x float> splat (float 0xFFF0000000000000)
+  %357 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %347
+  store <16 x float> %356, ptr %357, align 4, !tbaa !5
+  %indvars.iv.next723.i.3 = add nuw nsw i64 %indvars.iv722.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
   br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !23, !llvm.loop !24
@@ -1263,3956 +1254,3355 @@ for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
   br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !26
 
 for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
-  %indvars.iv670.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next671.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod163)
+  %indvars.iv722.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next723.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod201)
   br label %for_body_to.us.i.epil
 
 for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
-  %indvars.iv670.i.epil = phi i64 [ %indvars.iv.next671.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv670.i.epil.init, %for_body_to.us.i.epil.preheader ]
+  %indvars.iv722.i.epil = phi i64 [ %indvars.iv.next723.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv722.i.epil.init, %for_body_to.us.i.epil.preheader ]
   %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
-  %385 = shl nsw i64 %indvars.iv670.i.epil, 4
-  %386 = getelementptr inbounds nuw float, ptr %scores.i, i64 %385
-  %387 = load <16 x float>, ptr %386, align 4, !tbaa !5
-  %388 = fmul <16 x float> %91, %387
-  %389 = trunc i64 %385 to i32
-  %390 = sub i32 %valid_len.i, %389
-  %391 = insertelement <16 x i32> poison, i32 %390, i64 0
-  %392 = shufflevector <16 x i32> %391, <16 x i32> poison, <16 x i32> zeroinitializer
-  %393 = icmp sgt <16 x i32> %392, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %394 = select <16 x i1> %393, <16 x float> %388, <16 x float> splat (float 0xFFF0000000000000)
-  %395 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %385
-  store <16 x float> %394, ptr %395, align 4, !tbaa !5
-  %indvars.iv.next671.i.epil = add nuw nsw i64 %indvars.iv670.i.epil, 1
+  %358 = shl nsw i64 %indvars.iv722.i.epil, 4
+  %359 = getelementptr inbounds nuw float, ptr %scores.i, i64 %358
+  %360 = load <16 x float>, ptr %359, align 4, !tbaa !5
+  %361 = fmul <16 x float> %91, %360
+  %362 = trunc i64 %358 to i32
+  %363 = sub i32 %valid_len.i, %362
+  %364 = insertelement <16 x i32> poison, i32 %363, i64 0
+  %365 = shufflevector <16 x i32> %364, <16 x i32> poison, <16 x i32> zeroinitializer
+  %366 = icmp sgt <16 x i32> %365, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %367 = select <16 x i1> %366, <16 x float> %361, <16 x float> splat (float 0xFFF0000000000000)
+  %368 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %358
+  store <16 x float> %367, ptr %368, align 4, !tbaa !5
+  %indvars.iv.next723.i.epil = add nuw nsw i64 %indvars.iv722.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
   br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !12, !llvm.loop !27
 
 for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.epil, %for_body_to.us.1.i.preheader.unr-lcssa
-  br i1 %261, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !22
+  br i1 %235, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !22
 
 for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
-  %indvars.iv670.1.i = phi i64 [ %indvars.iv.next671.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %niter169 = phi i64 [ %niter169.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %396 = shl nsw i64 %indvars.iv670.1.i, 4
-  %397 = add nuw nsw i64 %396, 128
-  %398 = getelementptr inbounds nuw float, ptr %scores.i, i64 %397
-  %399 = load <16 x float>, ptr %398, align 4, !tbaa !5
-  %400 = fmul <16 x float> %91, %399
-  %401 = trunc i64 %396 to i32
-  %402 = sub i32 %valid_len.i, %401
-  %403 = insertelement <16 x i32> poison, i32 %402, i64 0
-  %404 = shufflevector <16 x i32> %403, <16 x i32> poison, <16 x i32> zeroinitializer
-  %405 = icmp sgt <16 x i32> %404, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %406 = select <16 x i1> %405, <16 x float> %400, <16 x float> splat (float 0xFFF0000000000000)
-  %407 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %397
-  store <16 x float> %406, ptr %407, align 4, !tbaa !5
-  %indvars.iv.next671.1.i = shl i64 %indvars.iv670.1.i, 4
-  %408 = add nuw nsw i64 %indvars.iv.next671.1.i, 144
-  %409 = getelementptr inbounds nuw float, ptr %scores.i, i64 %408
-  %410 = load <16 x float>, ptr %409, align 4, !tbaa !5
-  %411 = fmul <16 x float> %91, %410
-  %412 = trunc i64 %indvars.iv.next671.1.i to i32
-  %413 = or disjoint i32 %412, 16
-  %414 = sub i32 %valid_len.i, %413
-  %415 = insertelement <16 x i32> poison, i32 %414, i64 0
-  %416 = shufflevector <16 x i32> %415, <16 x i32> poison, <16 x i32> zeroinitializer
-  %417 = icmp sgt <16 x i32> %416, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %418 = select <16 x i1> %417, <16 x float> %411, <16 x float> splat (float 0xFFF0000000000000)
-  %419 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %408
-  store <16 x float> %418, ptr %419, align 4, !tbaa !5
-  %indvars.iv.next671.1.i.1 = shl i64 %indvars.iv670.1.i, 4
-  %420 = add nuw nsw i64 %indvars.iv.next671.1.i.1, 160
-  %421 = getelementptr inbounds nuw float, ptr %scores.i, i64 %420
-  %422 = load <16 x float>, ptr %421, align 4, !tbaa !5
-  %423 = fmul <16 x float> %91, %422
-  %424 = trunc i64 %indvars.iv.next671.1.i.1 to i32
-  %425 = or disjoint i32 %424, 32
-  %426 = sub i32 %valid_len.i, %425
-  %427 = insertelement <16 x i32> poison, i32 %426, i64 0
-  %428 = shufflevector <16 x i32> %427, <16 x i32> poison, <16 x i32> zeroinitializer
-  %429 = icmp sgt <16 x i32> %428, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %430 = select <16 x i1> %429, <16 x float> %423, <16 x float> splat (float 0xFFF0000000000000)
-  %431 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %420
-  store <16 x float> %430, ptr %431, align 4, !tbaa !5
-  %indvars.iv.next671.1.i.2 = shl i64 %indvars.iv670.1.i, 4
-  %432 = add nuw nsw i64 %indvars.iv.next671.1.i.2, 176
-  %433 = getelementptr inbounds nuw float, ptr %scores.i, i64 %432
-  %434 = load <16 x float>, ptr %433, align 4, !tbaa !5
-  %435 = fmul <16 x float> %91, %434
-  %436 = trunc i64 %indvars.iv.next671.1.i.2 to i32
-  %437 = or disjoint i32 %436, 48
-  %438 = sub i32 %valid_len.i, %437
-  %439 = insertelement <16 x i32> poison, i32 %438, i64 0
-  %440 = shufflevector <16 x i32> %439, <16 x i32> poison, <16 x i32> zeroinitializer
-  %441 = icmp sgt <16 x i32> %440, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %442 = select <16 x i1> %441, <16 x float> %435, <16 x float> splat (float 0xFFF0000000000000)
-  %443 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %432
-  store <16 x float> %442, ptr %443, align 4, !tbaa !5
-  %indvars.iv.next671.1.i.3 = add nuw nsw i64 %indvars.iv670.1.i, 4
-  %niter169.next.3 = add i64 %niter169, 4
-  %niter169.ncmp.3 = icmp eq i64 %niter169.next.3, %unroll_iter168
-  br i1 %niter169.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !23, !llvm.loop !30
+  %indvars.iv722.1.i = phi i64 [ %indvars.iv.next723.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %niter207 = phi i64 [ %niter207.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %369 = shl nsw i64 %indvars.iv722.1.i, 4
+  %370 = add nuw nsw i64 %369, 128
+  %371 = getelementptr inbounds nuw float, ptr %scores.i, i64 %370
+  %372 = load <16 x float>, ptr %371, align 4, !tbaa !5
+  %373 = fmul <16 x float> %91, %372
+  %374 = trunc i64 %369 to i32
+  %375 = sub i32 %valid_len.i, %374
+  %376 = insertelement <16 x i32> poison, i32 %375, i64 0
+  %377 = shufflevector <16 x i32> %376, <16 x i32> poison, <16 x i32> zeroinitializer
+  %378 = icmp sgt <16 x i32> %377, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %379 = select <16 x i1> %378, <16 x float> %373, <16 x float> splat (float 0xFFF0000000000000)
+  %380 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %370
+  store <16 x float> %379, ptr %380, align 4, !tbaa !5
+  %indvars.iv.next723.1.i = shl i64 %indvars.iv722.1.i, 4
+  %381 = add nuw nsw i64 %indvars.iv.next723.1.i, 144
+  %382 = getelementptr inbounds nuw float, ptr %scores.i, i64 %381
+  %383 = load <16 x float>, ptr %382, align 4, !tbaa !5
+  %384 = fmul <16 x float> %91, %383
+  %385 = trunc i64 %indvars.iv.next723.1.i to i32
+  %386 = or disjoint i32 %385, 16
+  %387 = sub i32 %valid_len.i, %386
+  %388 = insertelement <16 x i32> poison, i32 %387, i64 0
+  %389 = shufflevector <16 x i32> %388, <16 x i32> poison, <16 x i32> zeroinitializer
+  %390 = icmp sgt <16 x i32> %389, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %391 = select <16 x i1> %390, <16 x float> %384, <16 x float> splat (float 0xFFF0000000000000)
+  %392 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %381
+  store <16 x float> %391, ptr %392, align 4, !tbaa !5
+  %indvars.iv.next723.1.i.1 = shl i64 %indvars.iv722.1.i, 4
+  %393 = add nuw nsw i64 %indvars.iv.next723.1.i.1, 160
+  %394 = getelementptr inbounds nuw float, ptr %scores.i, i64 %393
+  %395 = load <16 x float>, ptr %394, align 4, !tbaa !5
+  %396 = fmul <16 x float> %91, %395
+  %397 = trunc i64 %indvars.iv.next723.1.i.1 to i32
+  %398 = or disjoint i32 %397, 32
+  %399 = sub i32 %valid_len.i, %398
+  %400 = insertelement <16 x i32> poison, i32 %399, i64 0
+  %401 = shufflevector <16 x i32> %400, <16 x i32> poison, <16 x i32> zeroinitializer
+  %402 = icmp sgt <16 x i32> %401, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %403 = select <16 x i1> %402, <16 x float> %396, <16 x float> splat (float 0xFFF0000000000000)
+  %404 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %393
+  store <16 x float> %403, ptr %404, align 4, !tbaa !5
+  %indvars.iv.next723.1.i.2 = shl i64 %indvars.iv722.1.i, 4
+  %405 = add nuw nsw i64 %indvars.iv.next723.1.i.2, 176
+  %406 = getelementptr inbounds nuw float, ptr %scores.i, i64 %405
+  %407 = load <16 x float>, ptr %406, align 4, !tbaa !5
+  %408 = fmul <16 x float> %91, %407
+  %409 = trunc i64 %indvars.iv.next723.1.i.2 to i32
+  %410 = or disjoint i32 %409, 48
+  %411 = sub i32 %valid_len.i, %410
+  %412 = insertelement <16 x i32> poison, i32 %411, i64 0
+  %413 = shufflevector <16 x i32> %412, <16 x i32> poison, <16 x i32> zeroinitializer
+  %414 = icmp sgt <16 x i32> %413, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %415 = select <16 x i1> %414, <16 x float> %408, <16 x float> splat (float 0xFFF0000000000000)
+  %416 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %405
+  store <16 x float> %415, ptr %416, align 4, !tbaa !5
+  %indvars.iv.next723.1.i.3 = add nuw nsw i64 %indvars.iv722.1.i, 4
+  %niter207.next.3 = add i64 %niter207, 4
+  %niter207.ncmp.3 = icmp eq i64 %niter207.next.3, %unroll_iter206
+  br i1 %niter207.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !23, !llvm.loop !30
 
 for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
-  br i1 %lcmp.mod166.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod204.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !26
 
 for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
-  %indvars.iv670.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next671.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod167)
+  %indvars.iv722.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next723.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod205)
   br label %for_body_to.us.1.i.epil
 
 for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
-  %indvars.iv670.1.i.epil = phi i64 [ %indvars.iv.next671.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv670.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
-  %epil.iter165 = phi i64 [ %epil.iter165.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
-  %444 = shl nsw i64 %indvars.iv670.1.i.epil, 4
-  %445 = add nuw nsw i64 %444, 128
-  %446 = getelementptr inbounds nuw float, ptr %scores.i, i64 %445
-  %447 = load <16 x float>, ptr %446, align 4, !tbaa !5
-  %448 = fmul <16 x float> %91, %447
-  %449 = trunc i64 %444 to i32
-  %450 = sub i32 %valid_len.i, %449
-  %451 = insertelement <16 x i32> poison, i32 %450, i64 0
-  %452 = shufflevector <16 x i32> %451, <16 x i32> poison, <16 x i32> zeroinitializer
-  %453 = icmp sgt <16 x i32> %452, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %454 = select <16 x i1> %453, <16 x float> %448, <16 x float> splat (float 0xFFF0000000000000)
-  %455 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %445
-  store <16 x float> %454, ptr %455, align 4, !tbaa !5
-  %indvars.iv.next671.1.i.epil = add nuw nsw i64 %indvars.iv670.1.i.epil, 1
-  %epil.iter165.next = add i64 %epil.iter165, 1
-  %epil.iter165.cmp.not = icmp eq i64 %epil.iter165.next, %xtraiter164
-  br i1 %epil.iter165.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !31
+  %indvars.iv722.1.i.epil = phi i64 [ %indvars.iv.next723.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv722.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
+  %epil.iter203 = phi i64 [ %epil.iter203.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
+  %417 = shl nsw i64 %indvars.iv722.1.i.epil, 4
+  %418 = add nuw nsw i64 %417, 128
+  %419 = getelementptr inbounds nuw float, ptr %scores.i, i64 %418
+  %420 = load <16 x float>, ptr %419, align 4, !tbaa !5
+  %421 = fmul <16 x float> %91, %420
+  %422 = trunc i64 %417 to i32
+  %423 = sub i32 %valid_len.i, %422
+  %424 = insertelement <16 x i32> poison, i32 %423, i64 0
+  %425 = shufflevector <16 x i32> %424, <16 x i32> poison, <16 x i32> zeroinitializer
+  %426 = icmp sgt <16 x i32> %425, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %427 = select <16 x i1> %426, <16 x float> %421, <16 x float> splat (float 0xFFF0000000000000)
+  %428 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %418
+  store <16 x float> %427, ptr %428, align 4, !tbaa !5
+  %indvars.iv.next723.1.i.epil = add nuw nsw i64 %indvars.iv722.1.i.epil, 1
+  %epil.iter203.next = add i64 %epil.iter203, 1
+  %epil.iter203.cmp.not = icmp eq i64 %epil.iter203.next, %xtraiter202
+  br i1 %epil.iter203.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !31
 
 for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
-  br i1 %262, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !22
+  br i1 %236, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !22
 
 for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
-  %indvars.iv670.2.i = phi i64 [ %indvars.iv.next671.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %niter175 = phi i64 [ %niter175.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %456 = shl nsw i64 %indvars.iv670.2.i, 4
-  %457 = add nuw nsw i64 %456, 256
-  %458 = getelementptr inbounds nuw float, ptr %scores.i, i64 %457
-  %459 = load <16 x float>, ptr %458, align 4, !tbaa !5
-  %460 = fmul <16 x float> %91, %459
-  %461 = trunc i64 %456 to i32
-  %462 = sub i32 %valid_len.i, %461
-  %463 = insertelement <16 x i32> poison, i32 %462, i64 0
-  %464 = shufflevector <16 x i32> %463, <16 x i32> poison, <16 x i32> zeroinitializer
-  %465 = icmp sgt <16 x i32> %464, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %466 = select <16 x i1> %465, <16 x float> %460, <16 x float> splat (float 0xFFF0000000000000)
-  %467 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %457
-  store <16 x float> %466, ptr %467, align 4, !tbaa !5
-  %indvars.iv.next671.2.i = shl i64 %indvars.iv670.2.i, 4
-  %468 = add nuw nsw i64 %indvars.iv.next671.2.i, 272
-  %469 = getelementptr inbounds nuw float, ptr %scores.i, i64 %468
-  %470 = load <16 x float>, ptr %469, align 4, !tbaa !5
-  %471 = fmul <16 x float> %91, %470
-  %472 = trunc i64 %indvars.iv.next671.2.i to i32
-  %473 = or disjoint i32 %472, 16
-  %474 = sub i32 %valid_len.i, %473
-  %475 = insertelement <16 x i32> poison, i32 %474, i64 0
-  %476 = shufflevector <16 x i32> %475, <16 x i32> poison, <16 x i32> zeroinitializer
-  %477 = icmp sgt <16 x i32> %476, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %478 = select <16 x i1> %477, <16 x float> %471, <16 x float> splat (float 0xFFF0000000000000)
-  %479 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %468
-  store <16 x float> %478, ptr %479, align 4, !tbaa !5
-  %indvars.iv.next671.2.i.1 = shl i64 %indvars.iv670.2.i, 4
-  %480 = add nuw nsw i64 %indvars.iv.next671.2.i.1, 288
-  %481 = getelementptr inbounds nuw float, ptr %scores.i, i64 %480
-  %482 = load <16 x float>, ptr %481, align 4, !tbaa !5
-  %483 = fmul <16 x float> %91, %482
-  %484 = trunc i64 %indvars.iv.next671.2.i.1 to i32
-  %485 = or disjoint i32 %484, 32
-  %486 = sub i32 %valid_len.i, %485
-  %487 = insertelement <16 x i32> poison, i32 %486, i64 0
-  %488 = shufflevector <16 x i32> %487, <16 x i32> poison, <16 x i32> zeroinitializer
-  %489 = icmp sgt <16 x i32> %488, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %490 = select <16 x i1> %489, <16 x float> %483, <16 x float> splat (float 0xFFF0000000000000)
-  %491 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %480
-  store <16 x float> %490, ptr %491, align 4, !tbaa !5
-  %indvars.iv.next671.2.i.2 = shl i64 %indvars.iv670.2.i, 4
-  %492 = add nuw nsw i64 %indvars.iv.next671.2.i.2, 304
-  %493 = getelementptr inbounds nuw float, ptr %scores.i, i64 %492
-  %494 = load <16 x float>, ptr %493, align 4, !tbaa !5
-  %495 = fmul <16 x float> %91, %494
-  %496 = trunc i64 %indvars.iv.next671.2.i.2 to i32
-  %497 = or disjoint i32 %496, 48
-  %498 = sub i32 %valid_len.i, %497
-  %499 = insertelement <16 x i32> poison, i32 %498, i64 0
-  %500 = shufflevector <16 x i32> %499, <16 x i32> poison, <16 x i32> zeroinitializer
-  %501 = icmp sgt <16 x i32> %500, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %502 = select <16 x i1> %501, <16 x float> %495, <16 x float> splat (float 0xFFF0000000000000)
-  %503 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %492
-  store <16 x float> %502, ptr %503, align 4, !tbaa !5
-  %indvars.iv.next671.2.i.3 = add nuw nsw i64 %indvars.iv670.2.i, 4
-  %niter175.next.3 = add i64 %niter175, 4
-  %niter175.ncmp.3 = icmp eq i64 %niter175.next.3, %unroll_iter174
-  br i1 %niter175.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !23, !llvm.loop !32
+  %indvars.iv722.2.i = phi i64 [ %indvars.iv.next723.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %niter213 = phi i64 [ %niter213.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %429 = shl nsw i64 %indvars.iv722.2.i, 4
+  %430 = add nuw nsw i64 %429, 256
+  %431 = getelementptr inbounds nuw float, ptr %scores.i, i64 %430
+  %432 = load <16 x float>, ptr %431, align 4, !tbaa !5
+  %433 = fmul <16 x float> %91, %432
+  %434 = trunc i64 %429 to i32
+  %435 = sub i32 %valid_len.i, %434
+  %436 = insertelement <16 x i32> poison, i32 %435, i64 0
+  %437 = shufflevector <16 x i32> %436, <16 x i32> poison, <16 x i32> zeroinitializer
+  %438 = icmp sgt <16 x i32> %437, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %439 = select <16 x i1> %438, <16 x float> %433, <16 x float> splat (float 0xFFF0000000000000)
+  %440 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %430
+  store <16 x float> %439, ptr %440, align 4, !tbaa !5
+  %indvars.iv.next723.2.i = shl i64 %indvars.iv722.2.i, 4
+  %441 = add nuw nsw i64 %indvars.iv.next723.2.i, 272
+  %442 = getelementptr inbounds nuw float, ptr %scores.i, i64 %441
+  %443 = load <16 x float>, ptr %442, align 4, !tbaa !5
+  %444 = fmul <16 x float> %91, %443
+  %445 = trunc i64 %indvars.iv.next723.2.i to i32
+  %446 = or disjoint i32 %445, 16
+  %447 = sub i32 %valid_len.i, %446
+  %448 = insertelement <16 x i32> poison, i32 %447, i64 0
+  %449 = shufflevector <16 x i32> %448, <16 x i32> poison, <16 x i32> zeroinitializer
+  %450 = icmp sgt <16 x i32> %449, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %451 = select <16 x i1> %450, <16 x float> %444, <16 x float> splat (float 0xFFF0000000000000)
+  %452 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %441
+  store <16 x float> %451, ptr %452, align 4, !tbaa !5
+  %indvars.iv.next723.2.i.1 = shl i64 %indvars.iv722.2.i, 4
+  %453 = add nuw nsw i64 %indvars.iv.next723.2.i.1, 288
+  %454 = getelementptr inbounds nuw float, ptr %scores.i, i64 %453
+  %455 = load <16 x float>, ptr %454, align 4, !tbaa !5
+  %456 = fmul <16 x float> %91, %455
+  %457 = trunc i64 %indvars.iv.next723.2.i.1 to i32
+  %458 = or disjoint i32 %457, 32
+  %459 = sub i32 %valid_len.i, %458
+  %460 = insertelement <16 x i32> poison, i32 %459, i64 0
+  %461 = shufflevector <16 x i32> %460, <16 x i32> poison, <16 x i32> zeroinitializer
+  %462 = icmp sgt <16 x i32> %461, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %463 = select <16 x i1> %462, <16 x float> %456, <16 x float> splat (float 0xFFF0000000000000)
+  %464 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %453
+  store <16 x float> %463, ptr %464, align 4, !tbaa !5
+  %indvars.iv.next723.2.i.2 = shl i64 %indvars.iv722.2.i, 4
+  %465 = add nuw nsw i64 %indvars.iv.next723.2.i.2, 304
+  %466 = getelementptr inbounds nuw float, ptr %scores.i, i64 %465
+  %467 = load <16 x float>, ptr %466, align 4, !tbaa !5
+  %468 = fmul <16 x float> %91, %467
+  %469 = trunc i64 %indvars.iv.next723.2.i.2 to i32
+  %470 = or disjoint i32 %469, 48
+  %471 = sub i32 %valid_len.i, %470
+  %472 = insertelement <16 x i32> poison, i32 %471, i64 0
+  %473 = shufflevector <16 x i32> %472, <16 x i32> poison, <16 x i32> zeroinitializer
+  %474 = icmp sgt <16 x i32> %473, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %475 = select <16 x i1> %474, <16 x float> %468, <16 x float> splat (float 0xFFF0000000000000)
+  %476 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %465
+  store <16 x float> %475, ptr %476, align 4, !tbaa !5
+  %indvars.iv.next723.2.i.3 = add nuw nsw i64 %indvars.iv722.2.i, 4
+  %niter213.next.3 = add i64 %niter213, 4
+  %niter213.ncmp.3 = icmp eq i64 %niter213.next.3, %unroll_iter212
+  br i1 %niter213.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !23, !llvm.loop !32
 
 for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
-  br i1 %lcmp.mod172.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod210.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !26
 
 for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
-  %indvars.iv670.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next671.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod173)
+  %indvars.iv722.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next723.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod211)
   br label %for_body_to.us.2.i.epil
 
 for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
-  %indvars.iv670.2.i.epil = phi i64 [ %indvars.iv.next671.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv670.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
-  %epil.iter171 = phi i64 [ %epil.iter171.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
-  %504 = shl nsw i64 %indvars.iv670.2.i.epil, 4
-  %505 = add nuw nsw i64 %504, 256
-  %506 = getelementptr inbounds nuw float, ptr %scores.i, i64 %505
-  %507 = load <16 x float>, ptr %506, align 4, !tbaa !5
-  %508 = fmul <16 x float> %91, %507
-  %509 = trunc i64 %504 to i32
-  %510 = sub i32 %valid_len.i, %509
-  %511 = insertelement <16 x i32> poison, i32 %510, i64 0
-  %512 = shufflevector <16 x i32> %511, <16 x i32> poison, <16 x i32> zeroinitializer
-  %513 = icmp sgt <16 x i32> %512, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %514 = select <16 x i1> %513, <16 x float> %508, <16 x float> splat (float 0xFFF0000000000000)
-  %515 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %505
-  store <16 x float> %514, ptr %515, align 4, !tbaa !5
-  %indvars.iv.next671.2.i.epil = add nuw nsw i64 %indvars.iv670.2.i.epil, 1
-  %epil.iter171.next = add i64 %epil.iter171, 1
-  %epil.iter171.cmp.not = icmp eq i64 %epil.iter171.next, %xtraiter170
-  br i1 %epil.iter171.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !33
+  %indvars.iv722.2.i.epil = phi i64 [ %indvars.iv.next723.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv722.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
+  %epil.iter209 = phi i64 [ %epil.iter209.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
+  %477 = shl nsw i64 %indvars.iv722.2.i.epil, 4
+  %478 = add nuw nsw i64 %477, 256
+  %479 = getelementptr inbounds nuw float, ptr %scores.i, i64 %478
+  %480 = load <16 x float>, ptr %479, align 4, !tbaa !5
+  %481 = fmul <16 x float> %91, %480
+  %482 = trunc i64 %477 to i32
+  %483 = sub i32 %valid_len.i, %482
+  %484 = insertelement <16 x i32> poison, i32 %483, i64 0
+  %485 = shufflevector <16 x i32> %484, <16 x i32> poison, <16 x i32> zeroinitializer
+  %486 = icmp sgt <16 x i32> %485, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %487 = select <16 x i1> %486, <16 x float> %481, <16 x float> splat (float 0xFFF0000000000000)
+  %488 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %478
+  store <16 x float> %487, ptr %488, align 4, !tbaa !5
+  %indvars.iv.next723.2.i.epil = add nuw nsw i64 %indvars.iv722.2.i.epil, 1
+  %epil.iter209.next = add i64 %epil.iter209, 1
+  %epil.iter209.cmp.not = icmp eq i64 %epil.iter209.next, %xtraiter208
+  br i1 %epil.iter209.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !33
 
 for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
-  br i1 %263, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !22
+  br i1 %237, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !22
 
 for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
-  %indvars.iv670.3.i = phi i64 [ %indvars.iv.next671.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %niter181 = phi i64 [ %niter181.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %516 = shl nsw i64 %indvars.iv670.3.i, 4
-  %517 = add nuw nsw i64 %516, 384
-  %518 = getelementptr inbounds nuw float, ptr %scores.i, i64 %517
-  %519 = load <16 x float>, ptr %518, align 4, !tbaa !5
-  %520 = fmul <16 x float> %91, %519
-  %521 = trunc i64 %516 to i32
-  %522 = sub i32 %valid_len.i, %521
-  %523 = insertelement <16 x i32> poison, i32 %522, i64 0
-  %524 = shufflevector <16 x i32> %523, <16 x i32> poison, <16 x i32> zeroinitializer
-  %525 = icmp sgt <16 x i32> %524, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %526 = select <16 x i1> %525, <16 x float> %520, <16 x float> splat (float 0xFFF0000000000000)
-  %527 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %517
-  store <16 x float> %526, ptr %527, align 4, !tbaa !5
-  %indvars.iv.next671.3.i = shl i64 %indvars.iv670.3.i, 4
-  %528 = add nuw nsw i64 %indvars.iv.next671.3.i, 400
-  %529 = getelementptr inbounds nuw float, ptr %scores.i, i64 %528
-  %530 = load <16 x float>, ptr %529, align 4, !tbaa !5
-  %531 = fmul <16 x float> %91, %530
-  %532 = trunc i64 %indvars.iv.next671.3.i to i32
-  %533 = or disjoint i32 %532, 16
-  %534 = sub i32 %valid_len.i, %533
-  %535 = insertelement <16 x i32> poison, i32 %534, i64 0
-  %536 = shufflevector <16 x i32> %535, <16 x i32> poison, <16 x i32> zeroinitializer
-  %537 = icmp sgt <16 x i32> %536, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %538 = select <16 x i1> %537, <16 x float> %531, <16 x float> splat (float 0xFFF0000000000000)
-  %539 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %528
-  store <16 x float> %538, ptr %539, align 4, !tbaa !5
-  %indvars.iv.next671.3.i.1 = shl i64 %indvars.iv670.3.i, 4
-  %540 = add nuw nsw i64 %indvars.iv.next671.3.i.1, 416
-  %541 = getelementptr inbounds nuw float, ptr %scores.i, i64 %540
-  %542 = load <16 x float>, ptr %541, align 4, !tbaa !5
-  %543 = fmul <16 x float> %91, %542
-  %544 = trunc i64 %indvars.iv.next671.3.i.1 to i32
-  %545 = or disjoint i32 %544, 32
-  %546 = sub i32 %valid_len.i, %545
-  %547 = insertelement <16 x i32> poison, i32 %546, i64 0
-  %548 = shufflevector <16 x i32> %547, <16 x i32> poison, <16 x i32> zeroinitializer
-  %549 = icmp sgt <16 x i32> %548, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %550 = select <16 x i1> %549, <16 x float> %543, <16 x float> splat (float 0xFFF0000000000000)
-  %551 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %540
-  store <16 x float> %550, ptr %551, align 4, !tbaa !5
-  %indvars.iv.next671.3.i.2 = shl i64 %indvars.iv670.3.i, 4
-  %552 = add nuw nsw i64 %indvars.iv.next671.3.i.2, 432
-  %553 = getelementptr inbounds nuw float, ptr %scores.i, i64 %552
-  %554 = load <16 x float>, ptr %553, align 4, !tbaa !5
-  %555 = fmul <16 x float> %91, %554
-  %556 = trunc i64 %indvars.iv.next671.3.i.2 to i32
-  %557 = or disjoint i32 %556, 48
-  %558 = sub i32 %valid_len.i, %557
-  %559 = insertelement <16 x i32> poison, i32 %558, i64 0
-  %560 = shufflevector <16 x i32> %559, <16 x i32> poison, <16 x i32> zeroinitializer
-  %561 = icmp sgt <16 x i32> %560, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %562 = select <16 x i1> %561, <16 x float> %555, <16 x float> splat (float 0xFFF0000000000000)
-  %563 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %552
-  store <16 x float> %562, ptr %563, align 4, !tbaa !5
-  %indvars.iv.next671.3.i.3 = add nuw nsw i64 %indvars.iv670.3.i, 4
-  %niter181.next.3 = add i64 %niter181, 4
-  %niter181.ncmp.3 = icmp eq i64 %niter181.next.3, %unroll_iter180
-  br i1 %niter181.ncmp.3, label %for_body_ax1.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !23, !llvm.loop !34
+  %indvars.iv722.3.i = phi i64 [ %indvars.iv.next723.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %niter219 = phi i64 [ %niter219.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %489 = shl nsw i64 %indvars.iv722.3.i, 4
+  %490 = add nuw nsw i64 %489, 384
+  %491 = getelementptr inbounds nuw float, ptr %scores.i, i64 %490
+  %492 = load <16 x float>, ptr %491, align 4, !tbaa !5
+  %493 = fmul <16 x float> %91, %492
+  %494 = trunc i64 %489 to i32
+  %495 = sub i32 %valid_len.i, %494
+  %496 = insertelement <16 x i32> poison, i32 %495, i64 0
+  %497 = shufflevector <16 x i32> %496, <16 x i32> poison, <16 x i32> zeroinitializer
+  %498 = icmp sgt <16 x i32> %497, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %499 = select <16 x i1> %498, <16 x float> %493, <16 x float> splat (float 0xFFF0000000000000)
+  %500 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %490
+  store <16 x float> %499, ptr %500, align 4, !tbaa !5
+  %indvars.iv.next723.3.i = shl i64 %indvars.iv722.3.i, 4
+  %501 = add nuw nsw i64 %indvars.iv.next723.3.i, 400
+  %502 = getelementptr inbounds nuw float, ptr %scores.i, i64 %501
+  %503 = load <16 x float>, ptr %502, align 4, !tbaa !5
+  %504 = fmul <16 x float> %91, %503
+  %505 = trunc i64 %indvars.iv.next723.3.i to i32
+  %506 = or disjoint i32 %505, 16
+  %507 = sub i32 %valid_len.i, %506
+  %508 = insertelement <16 x i32> poison, i32 %507, i64 0
+  %509 = shufflevector <16 x i32> %508, <16 x i32> poison, <16 x i32> zeroinitializer
+  %510 = icmp sgt <16 x i32> %509, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %511 = select <16 x i1> %510, <16 x float> %504, <16 x float> splat (float 0xFFF0000000000000)
+  %512 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %501
+  store <16 x float> %511, ptr %512, align 4, !tbaa !5
+  %indvars.iv.next723.3.i.1 = shl i64 %indvars.iv722.3.i, 4
+  %513 = add nuw nsw i64 %indvars.iv.next723.3.i.1, 416
+  %514 = getelementptr inbounds nuw float, ptr %scores.i, i64 %513
+  %515 = load <16 x float>, ptr %514, align 4, !tbaa !5
+  %516 = fmul <16 x float> %91, %515
+  %517 = trunc i64 %indvars.iv.next723.3.i.1 to i32
+  %518 = or disjoint i32 %517, 32
+  %519 = sub i32 %valid_len.i, %518
+  %520 = insertelement <16 x i32> poison, i32 %519, i64 0
+  %521 = shufflevector <16 x i32> %520, <16 x i32> poison, <16 x i32> zeroinitializer
+  %522 = icmp sgt <16 x i32> %521, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %523 = select <16 x i1> %522, <16 x float> %516, <16 x float> splat (float 0xFFF0000000000000)
+  %524 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %513
+  store <16 x float> %523, ptr %524, align 4, !tbaa !5
+  %indvars.iv.next723.3.i.2 = shl i64 %indvars.iv722.3.i, 4
+  %525 = add nuw nsw i64 %indvars.iv.next723.3.i.2, 432
+  %526 = getelementptr inbounds nuw float, ptr %scores.i, i64 %525
+  %527 = load <16 x float>, ptr %526, align 4, !tbaa !5
+  %528 = fmul <16 x float> %91, %527
+  %529 = trunc i64 %indvars.iv.next723.3.i.2 to i32
+  %530 = or disjoint i32 %529, 48
+  %531 = sub i32 %valid_len.i, %530
+  %532 = insertelement <16 x i32> poison, i32 %531, i64 0
+  %533 = shufflevector <16 x i32> %532, <16 x i32> poison, <16 x i32> zeroinitializer
+  %534 = icmp sgt <16 x i32> %533, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %535 = select <16 x i1> %534, <16 x float> %528, <16 x float> splat (float 0xFFF0000000000000)
+  %536 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %525
+  store <16 x float> %535, ptr %536, align 4, !tbaa !5
+  %indvars.iv.next723.3.i.3 = add nuw nsw i64 %indvars.iv722.3.i, 4
+  %niter219.next.3 = add i64 %niter219, 4
+  %niter219.ncmp.3 = icmp eq i64 %niter219.next.3, %unroll_iter218
+  br i1 %niter219.ncmp.3, label %for_body_ax157.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !23, !llvm.loop !34
 
-for_body_ax1.i.preheader.unr-lcssa:               ; preds = %for_body_to.us.3.i
-  br i1 %lcmp.mod178.not, label %for_body_ax1.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !26
+for_body_ax157.i.preheader.unr-lcssa:             ; preds = %for_body_to.us.3.i
+  br i1 %lcmp.mod216.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !26
 
-for_body_to.us.3.i.epil.preheader:                ; preds = %for_body_ax1.i.preheader.unr-lcssa, %for_body_to.us.3.i.preheader
-  %indvars.iv670.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next671.3.i.3, %for_body_ax1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod179)
+for_body_to.us.3.i.epil.preheader:                ; preds = %for_body_ax157.i.preheader.unr-lcssa, %for_body_to.us.3.i.preheader
+  %indvars.iv722.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next723.3.i.3, %for_body_ax157.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod217)
   br label %for_body_to.us.3.i.epil
 
 for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
-  %indvars.iv670.3.i.epil = phi i64 [ %indvars.iv.next671.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv670.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
-  %epil.iter177 = phi i64 [ %epil.iter177.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
-  %564 = shl nsw i64 %indvars.iv670.3.i.epil, 4
-  %565 = add nuw nsw i64 %564, 384
-  %566 = getelementptr inbounds nuw float, ptr %scores.i, i64 %565
-  %567 = load <16 x float>, ptr %566, align 4, !tbaa !5
-  %568 = fmul <16 x float> %91, %567
-  %569 = trunc i64 %564 to i32
-  %570 = sub i32 %valid_len.i, %569
-  %571 = insertelement <16 x i32> poison, i32 %570, i64 0
-  %572 = shufflevector <16 x i32> %571, <16 x i32> poison, <16 x i32> zeroinitializer
-  %573 = icmp sgt <16 x i32> %572, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %574 = select <16 x i1> %573, <16 x float> %568, <16 x float> splat (float 0xFFF0000000000000)
-  %575 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %565
-  store <16 x float> %574, ptr %575, align 4, !tbaa !5
-  %indvars.iv.next671.3.i.epil = add nuw nsw i64 %indvars.iv670.3.i.epil, 1
-  %epil.iter177.next = add i64 %epil.iter177, 1
-  %epil.iter177.cmp.not = icmp eq i64 %epil.iter177.next, %xtraiter176
-  br i1 %epil.iter177.cmp.not, label %for_body_ax1.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !35
+  %indvars.iv722.3.i.epil = phi i64 [ %indvars.iv.next723.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv722.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
+  %epil.iter215 = phi i64 [ %epil.iter215.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
+  %537 = shl nsw i64 %indvars.iv722.3.i.epil, 4
+  %538 = add nuw nsw i64 %537, 384
+  %539 = getelementptr inbounds nuw float, ptr %scores.i, i64 %538
+  %540 = load <16 x float>, ptr %539, align 4, !tbaa !5
+  %541 = fmul <16 x float> %91, %540
+  %542 = trunc i64 %537 to i32
+  %543 = sub i32 %valid_len.i, %542
+  %544 = insertelement <16 x i32> poison, i32 %543, i64 0
+  %545 = shufflevector <16 x i32> %544, <16 x i32> poison, <16 x i32> zeroinitializer
+  %546 = icmp sgt <16 x i32> %545, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %547 = select <16 x i1> %546, <16 x float> %541, <16 x float> splat (float 0xFFF0000000000000)
+  %548 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %538
+  store <16 x float> %547, ptr %548, align 4, !tbaa !5
+  %indvars.iv.next723.3.i.epil = add nuw nsw i64 %indvars.iv722.3.i.epil, 1
+  %epil.iter215.next = add i64 %epil.iter215, 1
+  %epil.iter215.cmp.not = icmp eq i64 %epil.iter215.next, %xtraiter214
+  br i1 %epil.iter215.cmp.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !35
 
-for_body_ax1.i.preheader:                         ; preds = %for_body_to.us.3.i.epil, %for_body_ax1.i.preheader.unr-lcssa
-  br i1 %264, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !36
+for_body_ax157.i.preheader:                       ; preds = %for_body_to.us.3.i.epil, %for_body_ax157.i.preheader.unr-lcssa
+  br i1 %238, label %for_body_ax157.i.epil.preheader, label %for_body_ax157.i, !prof !36
 
-if_end31.i:                                       ; preds = %for_body_to_m.i
-  %576 = shl nsw i64 %indvars.iv664.i, 4
+if_end38.i:                                       ; preds = %for_body_to_m.i
+  %549 = shl nsw i64 %indvars.iv716.i, 4
   br label %for_body_n_0_m.i
 
-for_body_n_0_m.i:                                 ; preds = %for_body_n_0_m.i, %if_end31.i
-  %indvars.iv653.i = phi i64 [ 0, %if_end31.i ], [ %indvars.iv.next654.i, %for_body_n_0_m.i ]
-  %577 = shl nuw nsw i64 %indvars.iv653.i, 1
-  %578 = add nuw nsw i64 %577, %576
-  %gep81 = getelementptr inbounds nuw i64, ptr %invariant.gep80, i64 %578
-  %579 = load i64, ptr %gep81, align 8, !tbaa !5
-  %580 = getelementptr i32, ptr %key_cache, i64 %579
-  %581 = getelementptr i32, ptr %580, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %581, i32 0, i32 2, i32 1)
-  %582 = getelementptr i8, ptr %580, i64 64
-  %583 = getelementptr i32, ptr %582, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %583, i32 0, i32 2, i32 1)
-  %584 = getelementptr i8, ptr %580, i64 128
-  %585 = getelementptr i32, ptr %584, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %585, i32 0, i32 2, i32 1)
-  %586 = getelementptr i8, ptr %580, i64 192
-  %587 = getelementptr i32, ptr %586, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %587, i32 0, i32 2, i32 1)
-  %588 = getelementptr inbounds nuw i8, ptr %gep81, i64 8
-  %589 = load i64, ptr %588, align 8, !tbaa !5
-  %590 = getelementptr i32, ptr %key_cache, i64 %589
-  %591 = getelementptr i32, ptr %590, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %591, i32 0, i32 2, i32 1)
-  %592 = getelementptr i8, ptr %590, i64 64
-  %593 = getelementptr i32, ptr %592, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %593, i32 0, i32 2, i32 1)
-  %594 = getelementptr i8, ptr %590, i64 128
-  %595 = getelementptr i32, ptr %594, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %595, i32 0, i32 2, i32 1)
-  %596 = getelementptr i8, ptr %590, i64 192
-  %597 = getelementptr i32, ptr %596, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %597, i32 0, i32 2, i32 1)
-  %598 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %578
-  %599 = load i64, ptr %598, align 8, !tbaa !5
-  %gep433.i = getelementptr i32, ptr %invariant.gep432.i, i64 %599
-  %600 = getelementptr inbounds nuw i8, ptr %598, i64 8
-  %601 = load i64, ptr %600, align 8, !tbaa !5
-  %gep435.i = getelementptr i32, ptr %invariant.gep432.i, i64 %601
-  %602 = load <16 x float>, ptr %303, align 4, !tbaa !5
-  %603 = load <16 x i32>, ptr %gep433.i, align 4, !tbaa !5
-  %604 = shl <16 x i32> %603, splat (i32 16)
-  %605 = bitcast <16 x i32> %604 to <16 x float>
-  %606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %602, <16 x float> %605, <16 x float> zeroinitializer)
-  %607 = load <16 x float>, ptr %304, align 4, !tbaa !5
-  %608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %607, <16 x float> %605, <16 x float> zeroinitializer)
-  %609 = load <16 x float>, ptr %305, align 4, !tbaa !5
-  %610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %605, <16 x float> zeroinitializer)
-  %611 = load <16 x float>, ptr %306, align 4, !tbaa !5
-  %612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %611, <16 x float> %605, <16 x float> zeroinitializer)
-  %613 = load <16 x i32>, ptr %gep435.i, align 4, !tbaa !5
-  %614 = shl <16 x i32> %613, splat (i32 16)
-  %615 = bitcast <16 x i32> %614 to <16 x float>
-  %616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %602, <16 x float> %615, <16 x float> zeroinitializer)
-  %617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %607, <16 x float> %615, <16 x float> zeroinitializer)
-  %618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %615, <16 x float> zeroinitializer)
-  %619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %611, <16 x float> %615, <16 x float> zeroinitializer)
-  %620 = load <16 x float>, ptr %307, align 4, !tbaa !5
-  %621 = and <16 x i32> %603, splat (i32 -65536)
+for_body_n_0_m.i:                                 ; preds = %for_body_n_0_m.i, %if_end38.i
+  %indvars.iv705.i = phi i64 [ 0, %if_end38.i ], [ %indvars.iv.next706.i, %for_body_n_0_m.i ]
+  %550 = shl nuw nsw i64 %indvars.iv705.i, 1
+  %551 = add nuw nsw i64 %550, %549
+  %gep89 = getelementptr inbounds nuw i64, ptr %invariant.gep88, i64 %551
+  %552 = load i64, ptr %gep89, align 8, !tbaa !5
+  %553 = getelementptr i32, ptr %key_cache, i64 %552
+  %554 = getelementptr i32, ptr %553, i64 %274
+  tail call void @llvm.prefetch.p0(ptr readonly %554, i32 0, i32 2, i32 1)
+  %555 = getelementptr i8, ptr %553, i64 64
+  %556 = getelementptr i32, ptr %555, i64 %274
+  tail call void @llvm.prefetch.p0(ptr readonly %556, i32 0, i32 2, i32 1)
+  %557 = getelementptr i8, ptr %553, i64 128
+  %558 = getelementptr i32, ptr %557, i64 %274
+  tail call void @llvm.prefetch.p0(ptr readonly %558, i32 0, i32 2, i32 1)
+  %559 = getelementptr i8, ptr %553, i64 192
+  %560 = getelementptr i32, ptr %559, i64 %274
+  tail call void @llvm.prefetch.p0(ptr readonly %560, i32 0, i32 2, i32 1)
+  %561 = getelementptr inbounds nuw i8, ptr %gep89, i64 8
+  %562 = load i64, ptr %561, align 8, !tbaa !5
+  %563 = getelementptr i32, ptr %key_cache, i64 %562
+  %564 = getelementptr i32, ptr %563, i64 %274
+  tail call void @llvm.prefetch.p0(ptr readonly %564, i32 0, i32 2, i32 1)
+  %565 = getelementptr i8, ptr %563, i64 64
+  %566 = getelementptr i32, ptr %565, i64 %274
+  tail call void @llvm.prefetch.p0(ptr readonly %566, i32 0, i32 2, i32 1)
+  %567 = getelementptr i8, ptr %563, i64 128
+  %568 = getelementptr i32, ptr %567, i64 %274
+  tail call void @llvm.prefetch.p0(ptr readonly %568, i32 0, i32 2, i32 1)
+  %569 = getelementptr i8, ptr %563, i64 192
+  %570 = getelementptr i32, ptr %569, i64 %274
+  tail call void @llvm.prefetch.p0(ptr readonly %570, i32 0, i32 2, i32 1)
+  %571 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %551
+  %572 = load i64, ptr %571, align 8, !tbaa !5
+  %gep456.i = getelementptr i32, ptr %invariant.gep455.i, i64 %572
+  %573 = getelementptr inbounds nuw i8, ptr %571, i64 8
+  %574 = load i64, ptr %573, align 8, !tbaa !5
+  %gep458.i = getelementptr i32, ptr %invariant.gep455.i, i64 %574
+  %575 = load <16 x float>, ptr %276, align 4, !tbaa !5
+  %576 = load <16 x i32>, ptr %gep456.i, align 4, !tbaa !5
+  %577 = shl <16 x i32> %576, splat (i32 16)
+  %578 = bitcast <16 x i32> %577 to <16 x float>
+  %579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %575, <16 x float> %578, <16 x float> zeroinitializer)
+  %580 = load <16 x float>, ptr %277, align 4, !tbaa !5
+  %581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %580, <16 x float> %578, <16 x float> zeroinitializer)
+  %582 = load <16 x float>, ptr %278, align 4, !tbaa !5
+  %583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %582, <16 x float> %578, <16 x float> zeroinitializer)
+  %584 = load <16 x float>, ptr %279, align 4, !tbaa !5
+  %585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %584, <16 x float> %578, <16 x float> zeroinitializer)
+  %586 = load <16 x i32>, ptr %gep458.i, align 4, !tbaa !5
+  %587 = shl <16 x i32> %586, splat (i32 16)
+  %588 = bitcast <16 x i32> %587 to <16 x float>
+  %589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %575, <16 x float> %588, <16 x float> zeroinitializer)
+  %590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %580, <16 x float> %588, <16 x float> zeroinitializer)
+  %591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %582, <16 x float> %588, <16 x float> zeroinitializer)
+  %592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %584, <16 x float> %588, <16 x float> zeroinitializer)
+  %593 = load <16 x float>, ptr %280, align 4, !tbaa !5
+  %594 = and <16 x i32> %576, splat (i32 -65536)
+  %595 = bitcast <16 x i32> %594 to <16 x float>
+  %596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %593, <16 x float> %595, <16 x float> %579)
+  %597 = load <16 x float>, ptr %281, align 4, !tbaa !5
+  %598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %597, <16 x float> %595, <16 x float> %581)
+  %599 = load <16 x float>, ptr %282, align 4, !tbaa !5
+  %600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %599, <16 x float> %595, <16 x float> %583)
+  %601 = load <16 x float>, ptr %283, align 4, !tbaa !5
+  %602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %601, <16 x float> %595, <16 x float> %585)
+  %603 = and <16 x i32> %586, splat (i32 -65536)
+  %604 = bitcast <16 x i32> %603 to <16 x float>
+  %605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %593, <16 x float> %604, <16 x float> %589)
+  %606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %597, <16 x float> %604, <16 x float> %590)
+  %607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %599, <16 x float> %604, <16 x float> %591)
+  %608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %601, <16 x float> %604, <16 x float> %592)
+  %609 = load <16 x float>, ptr %284, align 4, !tbaa !5
+  %gep443.1.i = getelementptr i8, ptr %gep456.i, i64 64
+  %610 = load <16 x i32>, ptr %gep443.1.i, align 4, !tbaa !5
+  %611 = shl <16 x i32> %610, splat (i32 16)
+  %612 = bitcast <16 x i32> %611 to <16 x float>
+  %613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %612, <16 x float> %596)
+  %614 = load <16 x float>, ptr %285, align 4, !tbaa !5
+  %615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %614, <16 x float> %612, <16 x float> %598)
+  %616 = load <16 x float>, ptr %286, align 4, !tbaa !5
+  %617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %616, <16 x float> %612, <16 x float> %600)
+  %618 = load <16 x float>, ptr %287, align 4, !tbaa !5
+  %619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %618, <16 x float> %612, <16 x float> %602)
+  %gep445.1.i = getelementptr i8, ptr %gep458.i, i64 64
+  %620 = load <16 x i32>, ptr %gep445.1.i, align 4, !tbaa !5
+  %621 = shl <16 x i32> %620, splat (i32 16)
   %622 = bitcast <16 x i32> %621 to <16 x float>
-  %623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %622, <16 x float> %606)
-  %624 = load <16 x float>, ptr %308, align 4, !tbaa !5
-  %625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %624, <16 x float> %622, <16 x float> %608)
-  %626 = load <16 x float>, ptr %309, align 4, !tbaa !5
-  %627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %626, <16 x float> %622, <16 x float> %610)
-  %628 = load <16 x float>, ptr %310, align 4, !tbaa !5
-  %629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %628, <16 x float> %622, <16 x float> %612)
-  %630 = and <16 x i32> %613, splat (i32 -65536)
-  %631 = bitcast <16 x i32> %630 to <16 x float>
-  %632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %631, <16 x float> %616)
-  %633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %624, <16 x float> %631, <16 x float> %617)
-  %634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %626, <16 x float> %631, <16 x float> %618)
-  %635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %628, <16 x float> %631, <16 x float> %619)
-  %636 = load <16 x float>, ptr %311, align 4, !tbaa !5
-  %gep420.1.i = getelementptr i8, ptr %gep433.i, i64 64
-  %637 = load <16 x i32>, ptr %gep420.1.i, align 4, !tbaa !5
-  %638 = shl <16 x i32> %637, splat (i32 16)
-  %639 = bitcast <16 x i32> %638 to <16 x float>
-  %640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %636, <16 x float> %639, <16 x float> %623)
-  %641 = load <16 x float>, ptr %312, align 4, !tbaa !5
-  %642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %641, <16 x float> %639, <16 x float> %625)
-  %643 = load <16 x float>, ptr %313, align 4, !tbaa !5
-  %644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %639, <16 x float> %627)
-  %645 = load <16 x float>, ptr %314, align 4, !tbaa !5
-  %646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %645, <16 x float> %639, <16 x float> %629)
-  %gep422.1.i = getelementptr i8, ptr %gep435.i, i64 64
-  %647 = load <16 x i32>, ptr %gep422.1.i, align 4, !tbaa !5
-  %648 = shl <16 x i32> %647, splat (i32 16)
-  %649 = bitcast <16 x i32> %648 to <16 x float>
-  %650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %636, <16 x float> %649, <16 x float> %632)
-  %651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %641, <16 x float> %649, <16 x float> %633)
-  %652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %649, <16 x float> %634)
-  %653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %645, <16 x float> %649, <16 x float> %635)
-  %654 = load <16 x float>, ptr %315, align 4, !tbaa !5
-  %655 = and <16 x i32> %637, splat (i32 -65536)
+  %623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %622, <16 x float> %605)
+  %624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %614, <16 x float> %622, <16 x float> %606)
+  %625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %616, <16 x float> %622, <16 x float> %607)
+  %626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %618, <16 x float> %622, <16 x float> %608)
+  %627 = load <16 x float>, ptr %288, align 4, !tbaa !5
+  %628 = and <16 x i32> %610, splat (i32 -65536)
+  %629 = bitcast <16 x i32> %628 to <16 x float>
+  %630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %627, <16 x float> %629, <16 x float> %613)
+  %631 = load <16 x float>, ptr %289, align 4, !tbaa !5
+  %632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %631, <16 x float> %629, <16 x float> %615)
+  %633 = load <16 x float>, ptr %290, align 4, !tbaa !5
+  %634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %633, <16 x float> %629, <16 x float> %617)
+  %635 = load <16 x float>, ptr %291, align 4, !tbaa !5
+  %636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %635, <16 x float> %629, <16 x float> %619)
+  %637 = and <16 x i32> %620, splat (i32 -65536)
+  %638 = bitcast <16 x i32> %637 to <16 x float>
+  %639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %627, <16 x float> %638, <16 x float> %623)
+  %640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %631, <16 x float> %638, <16 x float> %624)
+  %641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %633, <16 x float> %638, <16 x float> %625)
+  %642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %635, <16 x float> %638, <16 x float> %626)
+  %643 = load <16 x float>, ptr %292, align 4, !tbaa !5
+  %gep443.2.i = getelementptr i8, ptr %gep456.i, i64 128
+  %644 = load <16 x i32>, ptr %gep443.2.i, align 4, !tbaa !5
+  %645 = shl <16 x i32> %644, splat (i32 16)
+  %646 = bitcast <16 x i32> %645 to <16 x float>
+  %647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %646, <16 x float> %630)
+  %648 = load <16 x float>, ptr %293, align 4, !tbaa !5
+  %649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %648, <16 x float> %646, <16 x float> %632)
+  %650 = load <16 x float>, ptr %294, align 4, !tbaa !5
+  %651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %650, <16 x float> %646, <16 x float> %634)
+  %652 = load <16 x float>, ptr %295, align 4, !tbaa !5
+  %653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %652, <16 x float> %646, <16 x float> %636)
+  %gep445.2.i = getelementptr i8, ptr %gep458.i, i64 128
+  %654 = load <16 x i32>, ptr %gep445.2.i, align 4, !tbaa !5
+  %655 = shl <16 x i32> %654, splat (i32 16)
   %656 = bitcast <16 x i32> %655 to <16 x float>
-  %657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %654, <16 x float> %656, <16 x float> %640)
-  %658 = load <16 x float>, ptr %316, align 4, !tbaa !5
-  %659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %658, <16 x float> %656, <16 x float> %642)
-  %660 = load <16 x float>, ptr %317, align 4, !tbaa !5
-  %661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %656, <16 x float> %644)
-  %662 = load <16 x float>, ptr %318, align 4, !tbaa !5
-  %663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %662, <16 x float> %656, <16 x float> %646)
-  %664 = and <16 x i32> %647, splat (i32 -65536)
-  %665 = bitcast <16 x i32> %664 to <16 x float>
-  %666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %654, <16 x float> %665, <16 x float> %650)
-  %667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %658, <16 x float> %665, <16 x float> %651)
-  %668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %665, <16 x float> %652)
-  %669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %662, <16 x float> %665, <16 x float> %653)
-  %670 = load <16 x float>, ptr %319, align 4, !tbaa !5
-  %gep420.2.i = getelementptr i8, ptr %gep433.i, i64 128
-  %671 = load <16 x i32>, ptr %gep420.2.i, align 4, !tbaa !5
-  %672 = shl <16 x i32> %671, splat (i32 16)
-  %673 = bitcast <16 x i32> %672 to <16 x float>
-  %674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %670, <16 x float> %673, <16 x float> %657)
-  %675 = load <16 x float>, ptr %320, align 4, !tbaa !5
-  %676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %675, <16 x float> %673, <16 x float> %659)
-  %677 = load <16 x float>, ptr %321, align 4, !tbaa !5
-  %678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %677, <16 x float> %673, <16 x float> %661)
-  %679 = load <16 x float>, ptr %322, align 4, !tbaa !5
-  %680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %679, <16 x float> %673, <16 x float> %663)
-  %gep422.2.i = getelementptr i8, ptr %gep435.i, i64 128
-  %681 = load <16 x i32>, ptr %gep422.2.i, align 4, !tbaa !5
-  %682 = shl <16 x i32> %681, splat (i32 16)
-  %683 = bitcast <16 x i32> %682 to <16 x float>
-  %684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %670, <16 x float> %683, <16 x float> %666)
-  %685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %675, <16 x float> %683, <16 x float> %667)
-  %686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %677, <16 x float> %683, <16 x float> %668)
-  %687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %679, <16 x float> %683, <16 x float> %669)
-  %688 = load <16 x float>, ptr %323, align 4, !tbaa !5
-  %689 = and <16 x i32> %671, splat (i32 -65536)
+  %657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %656, <16 x float> %639)
+  %658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %648, <16 x float> %656, <16 x float> %640)
+  %659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %650, <16 x float> %656, <16 x float> %641)
+  %660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %652, <16 x float> %656, <16 x float> %642)
+  %661 = load <16 x float>, ptr %296, align 4, !tbaa !5
+  %662 = and <16 x i32> %644, splat (i32 -65536)
+  %663 = bitcast <16 x i32> %662 to <16 x float>
+  %664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %661, <16 x float> %663, <16 x float> %647)
+  %665 = load <16 x float>, ptr %297, align 4, !tbaa !5
+  %666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %665, <16 x float> %663, <16 x float> %649)
+  %667 = load <16 x float>, ptr %298, align 4, !tbaa !5
+  %668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %667, <16 x float> %663, <16 x float> %651)
+  %669 = load <16 x float>, ptr %299, align 4, !tbaa !5
+  %670 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %669, <16 x float> %663, <16 x float> %653)
+  %671 = and <16 x i32> %654, splat (i32 -65536)
+  %672 = bitcast <16 x i32> %671 to <16 x float>
+  %673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %661, <16 x float> %672, <16 x float> %657)
+  %674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %665, <16 x float> %672, <16 x float> %658)
+  %675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %667, <16 x float> %672, <16 x float> %659)
+  %676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %669, <16 x float> %672, <16 x float> %660)
+  %677 = load <16 x float>, ptr %300, align 4, !tbaa !5
+  %gep443.3.i = getelementptr i8, ptr %gep456.i, i64 192
+  %678 = load <16 x i32>, ptr %gep443.3.i, align 4, !tbaa !5
+  %679 = shl <16 x i32> %678, splat (i32 16)
+  %680 = bitcast <16 x i32> %679 to <16 x float>
+  %681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %677, <16 x float> %680, <16 x float> %664)
+  %682 = load <16 x float>, ptr %301, align 4, !tbaa !5
+  %683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %682, <16 x float> %680, <16 x float> %666)
+  %684 = load <16 x float>, ptr %302, align 4, !tbaa !5
+  %685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %684, <16 x float> %680, <16 x float> %668)
+  %686 = load <16 x float>, ptr %303, align 4, !tbaa !5
+  %687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %686, <16 x float> %680, <16 x float> %670)
+  %gep445.3.i = getelementptr i8, ptr %gep458.i, i64 192
+  %688 = load <16 x i32>, ptr %gep445.3.i, align 4, !tbaa !5
+  %689 = shl <16 x i32> %688, splat (i32 16)
   %690 = bitcast <16 x i32> %689 to <16 x float>
-  %691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %688, <16 x float> %690, <16 x float> %674)
-  %692 = load <16 x float>, ptr %324, align 4, !tbaa !5
-  %693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %692, <16 x float> %690, <16 x float> %676)
-  %694 = load <16 x float>, ptr %325, align 4, !tbaa !5
-  %695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %694, <16 x float> %690, <16 x float> %678)
-  %696 = load <16 x float>, ptr %326, align 4, !tbaa !5
-  %697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %696, <16 x float> %690, <16 x float> %680)
-  %698 = and <16 x i32> %681, splat (i32 -65536)
-  %699 = bitcast <16 x i32> %698 to <16 x float>
-  %700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %688, <16 x float> %699, <16 x float> %684)
-  %701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %692, <16 x float> %699, <16 x float> %685)
-  %702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %694, <16 x float> %699, <16 x float> %686)
-  %703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %696, <16 x float> %699, <16 x float> %687)
-  %704 = load <16 x float>, ptr %327, align 4, !tbaa !5
-  %gep420.3.i = getelementptr i8, ptr %gep433.i, i64 192
-  %705 = load <16 x i32>, ptr %gep420.3.i, align 4, !tbaa !5
-  %706 = shl <16 x i32> %705, splat (i32 16)
-  %707 = bitcast <16 x i32> %706 to <16 x float>
-  %708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %704, <16 x float> %707, <16 x float> %691)
-  %709 = load <16 x float>, ptr %328, align 4, !tbaa !5
-  %710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %709, <16 x float> %707, <16 x float> %693)
-  %711 = load <16 x float>, ptr %329, align 4, !tbaa !5
-  %712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %711, <16 x float> %707, <16 x float> %695)
-  %713 = load <16 x float>, ptr %330, align 4, !tbaa !5
-  %714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %713, <16 x float> %707, <16 x float> %697)
-  %gep422.3.i = getelementptr i8, ptr %gep435.i, i64 192
-  %715 = load <16 x i32>, ptr %gep422.3.i, align 4, !tbaa !5
-  %716 = shl <16 x i32> %715, splat (i32 16)
-  %717 = bitcast <16 x i32> %716 to <16 x float>
-  %718 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %704, <16 x float> %717, <16 x float> %700)
-  %719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %709, <16 x float> %717, <16 x float> %701)
-  %720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %711, <16 x float> %717, <16 x float> %702)
-  %721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %713, <16 x float> %717, <16 x float> %703)
-  %722 = load <16 x float>, ptr %331, align 4, !tbaa !5
-  %723 = and <16 x i32> %705, splat (i32 -65536)
-  %724 = bitcast <16 x i32> %723 to <16 x float>
-  %725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %722, <16 x float> %724, <16 x float> %708)
-  %726 = load <16 x float>, ptr %332, align 4, !tbaa !5
-  %727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %726, <16 x float> %724, <16 x float> %710)
-  %728 = load <16 x float>, ptr %333, align 4, !tbaa !5
-  %729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %728, <16 x float> %724, <16 x float> %712)
-  %730 = load <16 x float>, ptr %334, align 4, !tbaa !5
-  %731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %730, <16 x float> %724, <16 x float> %714)
-  %732 = and <16 x i32> %715, splat (i32 -65536)
-  %733 = bitcast <16 x i32> %732 to <16 x float>
-  %734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %722, <16 x float> %733, <16 x float> %718)
-  %735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %726, <16 x float> %733, <16 x float> %719)
-  %736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %728, <16 x float> %733, <16 x float> %720)
-  %737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %730, <16 x float> %733, <16 x float> %721)
-  %.idx1071.i = shl nuw nsw i64 %indvars.iv653.i, 7
-  %738 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx1071.i
-  store <16 x float> %725, ptr %738, align 4, !tbaa !5
-  %739 = getelementptr inbounds nuw i8, ptr %738, i64 64
-  store <16 x float> %734, ptr %739, align 4, !tbaa !5
-  %740 = getelementptr inbounds nuw i8, ptr %738, i64 1024
-  store <16 x float> %727, ptr %740, align 4, !tbaa !5
-  %741 = getelementptr inbounds nuw i8, ptr %738, i64 1088
-  store <16 x float> %735, ptr %741, align 4, !tbaa !5
-  %742 = getelementptr inbounds nuw i8, ptr %738, i64 2048
-  store <16 x float> %729, ptr %742, align 4, !tbaa !5
-  %743 = getelementptr inbounds nuw i8, ptr %738, i64 2112
-  store <16 x float> %736, ptr %743, align 4, !tbaa !5
-  %744 = getelementptr inbounds nuw i8, ptr %738, i64 3072
-  store <16 x float> %731, ptr %744, align 4, !tbaa !5
-  %745 = getelementptr inbounds nuw i8, ptr %738, i64 3136
-  store <16 x float> %737, ptr %745, align 4, !tbaa !5
-  %indvars.iv.next654.i = add nuw nsw i64 %indvars.iv653.i, 1
-  %exitcond658.not.i = icmp eq i64 %indvars.iv.next654.i, 8
-  br i1 %exitcond658.not.i, label %for_body_r34.preheader.i, label %for_body_n_0_m.i, !prof !17
+  %691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %677, <16 x float> %690, <16 x float> %673)
+  %692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %682, <16 x float> %690, <16 x float> %674)
+  %693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %684, <16 x float> %690, <16 x float> %675)
+  %694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %686, <16 x float> %690, <16 x float> %676)
+  %695 = load <16 x float>, ptr %304, align 4, !tbaa !5
+  %696 = and <16 x i32> %678, splat (i32 -65536)
+  %697 = bitcast <16 x i32> %696 to <16 x float>
+  %698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %695, <16 x float> %697, <16 x float> %681)
+  %699 = load <16 x float>, ptr %305, align 4, !tbaa !5
+  %700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %699, <16 x float> %697, <16 x float> %683)
+  %701 = load <16 x float>, ptr %306, align 4, !tbaa !5
+  %702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %701, <16 x float> %697, <16 x float> %685)
+  %703 = load <16 x float>, ptr %307, align 4, !tbaa !5
+  %704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %703, <16 x float> %697, <16 x float> %687)
+  %705 = and <16 x i32> %688, splat (i32 -65536)
+  %706 = bitcast <16 x i32> %705 to <16 x float>
+  %707 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %695, <16 x float> %706, <16 x float> %691)
+  %708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %699, <16 x float> %706, <16 x float> %692)
+  %709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %701, <16 x float> %706, <16 x float> %693)
+  %710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %703, <16 x float> %706, <16 x float> %694)
+  %.idx959.i = shl nuw nsw i64 %indvars.iv705.i, 7
+  %711 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx959.i
+  store <16 x float> %698, ptr %711, align 4, !tbaa !5
+  %712 = getelementptr inbounds nuw i8, ptr %711, i64 64
+  store <16 x float> %707, ptr %712, align 4, !tbaa !5
+  %713 = getelementptr inbounds nuw i8, ptr %711, i64 1024
+  store <16 x float> %700, ptr %713, align 4, !tbaa !5
+  %714 = getelementptr inbounds nuw i8, ptr %711, i64 1088
+  store <16 x float> %708, ptr %714, align 4, !tbaa !5
+  %715 = getelementptr inbounds nuw i8, ptr %711, i64 2048
+  store <16 x float> %702, ptr %715, align 4, !tbaa !5
+  %716 = getelementptr inbounds nuw i8, ptr %711, i64 2112
+  store <16 x float> %709, ptr %716, align 4, !tbaa !5
+  %717 = getelementptr inbounds nuw i8, ptr %711, i64 3072
+  store <16 x float> %704, ptr %717, align 4, !tbaa !5
+  %718 = getelementptr inbounds nuw i8, ptr %711, i64 3136
+  store <16 x float> %710, ptr %718, align 4, !tbaa !5
+  %indvars.iv.next706.i = add nuw nsw i64 %indvars.iv705.i, 1
+  %exitcond710.not.i = icmp eq i64 %indvars.iv.next706.i, 8
+  br i1 %exitcond710.not.i, label %for_body_r.preheader.i, label %for_body_n_0_m.i, !prof !17
 
-for_body_r34.preheader.i:                         ; preds = %for_body_n_0_m.i
-  %746 = getelementptr inbounds nuw float, ptr %scores.i, i64 %576
-  store <16 x float> zeroinitializer, ptr %746, align 4, !tbaa !5
+for_body_r.preheader.i:                           ; preds = %for_body_n_0_m.i
+  %719 = getelementptr inbounds nuw float, ptr %scores.i, i64 %549
+  store <16 x float> zeroinitializer, ptr %719, align 4, !tbaa !5
   %sum_0.i = load <16 x float>, ptr %scores.rf.i, align 4, !tbaa !5
-  %747 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
-  %sum_1.i = load <16 x float>, ptr %747, align 4, !tbaa !5
-  %748 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
-  %sum_2.i = load <16 x float>, ptr %748, align 4, !tbaa !5
-  %749 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
-  %sum_3.i = load <16 x float>, ptr %749, align 4, !tbaa !5
-  %750 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
-  %sum_4.i = load <16 x float>, ptr %750, align 4, !tbaa !5
-  %751 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
-  %sum_5.i = load <16 x float>, ptr %751, align 4, !tbaa !5
-  %752 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
-  %sum_6.i = load <16 x float>, ptr %752, align 4, !tbaa !5
-  %753 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
-  %sum_7.i = load <16 x float>, ptr %753, align 4, !tbaa !5
-  %754 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
-  %sum_8.i = load <16 x float>, ptr %754, align 4, !tbaa !5
-  %755 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
-  %sum_9.i = load <16 x float>, ptr %755, align 4, !tbaa !5
-  %756 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
-  %sum_10.i = load <16 x float>, ptr %756, align 4, !tbaa !5
-  %757 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
-  %sum_11.i = load <16 x float>, ptr %757, align 4, !tbaa !5
-  %758 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
-  %sum_12.i = load <16 x float>, ptr %758, align 4, !tbaa !5
-  %759 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
-  %sum_13.i = load <16 x float>, ptr %759, align 4, !tbaa !5
-  %760 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
-  %sum_14.i = load <16 x float>, ptr %760, align 4, !tbaa !5
-  %761 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
-  %sum_15.i = load <16 x float>, ptr %761, align 4, !tbaa !5
-  %762 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %763 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.i = fadd <16 x float> %763, %762
-  %764 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %765 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.i = fadd <16 x float> %765, %764
-  %766 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %767 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.i = fadd <16 x float> %767, %766
-  %768 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %769 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.i = fadd <16 x float> %769, %768
-  %770 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %771 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.i = fadd <16 x float> %771, %770
-  %772 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %773 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.i = fadd <16 x float> %773, %772
-  %774 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %775 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.i = fadd <16 x float> %775, %774
-  %776 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %777 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.i = fadd <16 x float> %777, %776
-  %778 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %779 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.i = fadd <16 x float> %779, %778
-  %780 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %781 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.i = fadd <16 x float> %781, %780
-  %782 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %783 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.i = fadd <16 x float> %783, %782
-  %784 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %785 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.i = fadd <16 x float> %785, %784
-  %786 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %787 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.i = fadd <16 x float> %787, %786
-  %788 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %789 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.i = fadd <16 x float> %789, %788
-  %790 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %791 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %792 = fadd <16 x float> %791, %790
-  %793 = fadd <16 x float> %792, zeroinitializer
-  store <16 x float> %793, ptr %746, align 4, !tbaa !5
-  %794 = getelementptr inbounds nuw i8, ptr %746, i64 512
-  store <16 x float> zeroinitializer, ptr %794, align 4, !tbaa !5
-  %795 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
-  %sum_0.1.i = load <16 x float>, ptr %795, align 4, !tbaa !5
-  %796 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
-  %sum_1.1.i = load <16 x float>, ptr %796, align 4, !tbaa !5
-  %797 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
-  %sum_2.1.i = load <16 x float>, ptr %797, align 4, !tbaa !5
-  %798 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
-  %sum_3.1.i = load <16 x float>, ptr %798, align 4, !tbaa !5
-  %799 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
-  %sum_4.1.i = load <16 x float>, ptr %799, align 4, !tbaa !5
-  %800 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
-  %sum_5.1.i = load <16 x float>, ptr %800, align 4, !tbaa !5
-  %801 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
-  %sum_6.1.i = load <16 x float>, ptr %801, align 4, !tbaa !5
-  %802 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
-  %sum_7.1.i = load <16 x float>, ptr %802, align 4, !tbaa !5
-  %803 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
-  %sum_8.1.i = load <16 x float>, ptr %803, align 4, !tbaa !5
-  %804 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
-  %sum_9.1.i = load <16 x float>, ptr %804, align 4, !tbaa !5
-  %805 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
-  %sum_10.1.i = load <16 x float>, ptr %805, align 4, !tbaa !5
-  %806 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
-  %sum_11.1.i = load <16 x float>, ptr %806, align 4, !tbaa !5
-  %807 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
-  %sum_12.1.i = load <16 x float>, ptr %807, align 4, !tbaa !5
-  %808 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
-  %sum_13.1.i = load <16 x float>, ptr %808, align 4, !tbaa !5
-  %809 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
-  %sum_14.1.i = load <16 x float>, ptr %809, align 4, !tbaa !5
-  %810 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
-  %sum_15.1.i = load <16 x float>, ptr %810, align 4, !tbaa !5
-  %811 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %812 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.1.i = fadd <16 x float> %812, %811
-  %813 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %814 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.1.i = fadd <16 x float> %814, %813
-  %815 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %816 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.1.i = fadd <16 x float> %816, %815
-  %817 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %818 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.1.i = fadd <16 x float> %818, %817
-  %819 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %820 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.1.i = fadd <16 x float> %820, %819
-  %821 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %822 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.1.i = fadd <16 x float> %822, %821
-  %823 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %824 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.1.i = fadd <16 x float> %824, %823
-  %825 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %826 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.1.i = fadd <16 x float> %826, %825
-  %827 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %828 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.1.i = fadd <16 x float> %828, %827
-  %829 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %830 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.1.i = fadd <16 x float> %830, %829
-  %831 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %832 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.1.i = fadd <16 x float> %832, %831
-  %833 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %834 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.1.i = fadd <16 x float> %834, %833
-  %835 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %836 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.1.i = fadd <16 x float> %836, %835
-  %837 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %838 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.1.i = fadd <16 x float> %838, %837
-  %839 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %840 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %841 = fadd <16 x float> %840, %839
-  %842 = fadd <16 x float> %841, zeroinitializer
-  store <16 x float> %842, ptr %794, align 4, !tbaa !5
-  %843 = getelementptr inbounds nuw i8, ptr %746, i64 1024
-  store <16 x float> zeroinitializer, ptr %843, align 4, !tbaa !5
-  %844 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
-  %sum_0.2.i = load <16 x float>, ptr %844, align 4, !tbaa !5
-  %845 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
-  %sum_1.2.i = load <16 x float>, ptr %845, align 4, !tbaa !5
-  %846 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
-  %sum_2.2.i = load <16 x float>, ptr %846, align 4, !tbaa !5
-  %847 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
-  %sum_3.2.i = load <16 x float>, ptr %847, align 4, !tbaa !5
-  %848 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
-  %sum_4.2.i = load <16 x float>, ptr %848, align 4, !tbaa !5
-  %849 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
-  %sum_5.2.i = load <16 x float>, ptr %849, align 4, !tbaa !5
-  %850 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
-  %sum_6.2.i = load <16 x float>, ptr %850, align 4, !tbaa !5
-  %851 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
-  %sum_7.2.i = load <16 x float>, ptr %851, align 4, !tbaa !5
-  %852 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
-  %sum_8.2.i = load <16 x float>, ptr %852, align 4, !tbaa !5
-  %853 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
-  %sum_9.2.i = load <16 x float>, ptr %853, align 4, !tbaa !5
-  %854 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
-  %sum_10.2.i = load <16 x float>, ptr %854, align 4, !tbaa !5
-  %855 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
-  %sum_11.2.i = load <16 x float>, ptr %855, align 4, !tbaa !5
-  %856 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
-  %sum_12.2.i = load <16 x float>, ptr %856, align 4, !tbaa !5
-  %857 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
-  %sum_13.2.i = load <16 x float>, ptr %857, align 4, !tbaa !5
-  %858 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
-  %sum_14.2.i = load <16 x float>, ptr %858, align 4, !tbaa !5
-  %859 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
-  %sum_15.2.i = load <16 x float>, ptr %859, align 4, !tbaa !5
-  %860 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %861 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.2.i = fadd <16 x float> %861, %860
-  %862 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %863 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.2.i = fadd <16 x float> %863, %862
-  %864 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %865 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.2.i = fadd <16 x float> %865, %864
-  %866 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %867 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.2.i = fadd <16 x float> %867, %866
-  %868 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %869 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.2.i = fadd <16 x float> %869, %868
-  %870 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %871 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.2.i = fadd <16 x float> %871, %870
-  %872 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %873 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.2.i = fadd <16 x float> %873, %872
-  %874 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %875 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.2.i = fadd <16 x float> %875, %874
-  %876 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %877 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.2.i = fadd <16 x float> %877, %876
-  %878 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %879 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.2.i = fadd <16 x float> %879, %878
-  %880 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %881 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.2.i = fadd <16 x float> %881, %880
-  %882 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %883 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.2.i = fadd <16 x float> %883, %882
-  %884 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %885 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.2.i = fadd <16 x float> %885, %884
-  %886 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %887 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.2.i = fadd <16 x float> %887, %886
-  %888 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %889 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %890 = fadd <16 x float> %889, %888
-  %891 = fadd <16 x float> %890, zeroinitializer
-  store <16 x float> %891, ptr %843, align 4, !tbaa !5
-  %892 = getelementptr inbounds nuw i8, ptr %746, i64 1536
-  store <16 x float> zeroinitializer, ptr %892, align 4, !tbaa !5
-  %893 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
-  %sum_0.3.i = load <16 x float>, ptr %893, align 4, !tbaa !5
-  %894 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
-  %sum_1.3.i = load <16 x float>, ptr %894, align 4, !tbaa !5
-  %895 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
-  %sum_2.3.i = load <16 x float>, ptr %895, align 4, !tbaa !5
-  %896 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
-  %sum_3.3.i = load <16 x float>, ptr %896, align 4, !tbaa !5
-  %897 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
-  %sum_4.3.i = load <16 x float>, ptr %897, align 4, !tbaa !5
-  %898 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
-  %sum_5.3.i = load <16 x float>, ptr %898, align 4, !tbaa !5
-  %899 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
-  %sum_6.3.i = load <16 x float>, ptr %899, align 4, !tbaa !5
-  %900 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
-  %sum_7.3.i = load <16 x float>, ptr %900, align 4, !tbaa !5
-  %901 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
-  %sum_8.3.i = load <16 x float>, ptr %901, align 4, !tbaa !5
-  %902 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
-  %sum_9.3.i = load <16 x float>, ptr %902, align 4, !tbaa !5
-  %903 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
-  %sum_10.3.i = load <16 x float>, ptr %903, align 4, !tbaa !5
-  %904 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
-  %sum_11.3.i = load <16 x float>, ptr %904, align 4, !tbaa !5
-  %905 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
-  %sum_12.3.i = load <16 x float>, ptr %905, align 4, !tbaa !5
-  %906 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
-  %sum_13.3.i = load <16 x float>, ptr %906, align 4, !tbaa !5
-  %907 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
-  %sum_14.3.i = load <16 x float>, ptr %907, align 4, !tbaa !5
-  %908 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
-  %sum_15.3.i = load <16 x float>, ptr %908, align 4, !tbaa !5
-  %909 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %910 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.3.i = fadd <16 x float> %910, %909
-  %911 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %912 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.3.i = fadd <16 x float> %912, %911
-  %913 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %914 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.3.i = fadd <16 x float> %914, %913
-  %915 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %916 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.3.i = fadd <16 x float> %916, %915
-  %917 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %918 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.3.i = fadd <16 x float> %918, %917
-  %919 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %920 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.3.i = fadd <16 x float> %920, %919
-  %921 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %922 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.3.i = fadd <16 x float> %922, %921
-  %923 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %924 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.3.i = fadd <16 x float> %924, %923
-  %925 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %926 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.3.i = fadd <16 x float> %926, %925
-  %927 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %928 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.3.i = fadd <16 x float> %928, %927
-  %929 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %930 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.3.i = fadd <16 x float> %930, %929
-  %931 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %932 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.3.i = fadd <16 x float> %932, %931
-  %933 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %934 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.3.i = fadd <16 x float> %934, %933
-  %935 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %936 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.3.i = fadd <16 x float> %936, %935
-  %937 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %938 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %939 = fadd <16 x float> %938, %937
-  %940 = fadd <16 x float> %939, zeroinitializer
-  store <16 x float> %940, ptr %892, align 4, !tbaa !5
-  %941 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %942 = tail call i32 %941(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not257.i = icmp eq i32 %942, 0
-  br i1 %.not257.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !18
+  %720 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
+  %sum_1.i = load <16 x float>, ptr %720, align 4, !tbaa !5
+  %721 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
+  %sum_2.i = load <16 x float>, ptr %721, align 4, !tbaa !5
+  %722 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
+  %sum_3.i = load <16 x float>, ptr %722, align 4, !tbaa !5
+  %723 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
+  %sum_4.i = load <16 x float>, ptr %723, align 4, !tbaa !5
+  %724 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
+  %sum_5.i = load <16 x float>, ptr %724, align 4, !tbaa !5
+  %725 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
+  %sum_6.i = load <16 x float>, ptr %725, align 4, !tbaa !5
+  %726 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
+  %sum_7.i = load <16 x float>, ptr %726, align 4, !tbaa !5
+  %727 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
+  %sum_8.i = load <16 x float>, ptr %727, align 4, !tbaa !5
+  %728 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
+  %sum_9.i = load <16 x float>, ptr %728, align 4, !tbaa !5
+  %729 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
+  %sum_10.i = load <16 x float>, ptr %729, align 4, !tbaa !5
+  %730 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
+  %sum_11.i = load <16 x float>, ptr %730, align 4, !tbaa !5
+  %731 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
+  %sum_12.i = load <16 x float>, ptr %731, align 4, !tbaa !5
+  %732 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
+  %sum_13.i = load <16 x float>, ptr %732, align 4, !tbaa !5
+  %733 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
+  %sum_14.i = load <16 x float>, ptr %733, align 4, !tbaa !5
+  %734 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
+  %sum_15.i = load <16 x float>, ptr %734, align 4, !tbaa !5
+  %735 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %736 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.i = fadd <16 x float> %736, %735
+  %737 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %738 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.i = fadd <16 x float> %738, %737
+  %739 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %740 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.i = fadd <16 x float> %740, %739
+  %741 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %742 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.i = fadd <16 x float> %742, %741
+  %743 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %744 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.i = fadd <16 x float> %744, %743
+  %745 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %746 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.i = fadd <16 x float> %746, %745
+  %747 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %748 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.i = fadd <16 x float> %748, %747
+  %749 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %750 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.i = fadd <16 x float> %750, %749
+  %751 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %752 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.i = fadd <16 x float> %752, %751
+  %753 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %754 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.i = fadd <16 x float> %754, %753
+  %755 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %756 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.i = fadd <16 x float> %756, %755
+  %757 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %758 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.i = fadd <16 x float> %758, %757
+  %759 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %760 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.i = fadd <16 x float> %760, %759
+  %761 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %762 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.i = fadd <16 x float> %762, %761
+  %763 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %764 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %765 = fadd <16 x float> %764, %763
+  %766 = fadd <16 x float> %765, zeroinitializer
+  store <16 x float> %766, ptr %719, align 4, !tbaa !5
+  %767 = getelementptr inbounds nuw i8, ptr %719, i64 512
+  store <16 x float> zeroinitializer, ptr %767, align 4, !tbaa !5
+  %768 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
+  %sum_0.1.i = load <16 x float>, ptr %768, align 4, !tbaa !5
+  %769 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
+  %sum_1.1.i = load <16 x float>, ptr %769, align 4, !tbaa !5
+  %770 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
+  %sum_2.1.i = load <16 x float>, ptr %770, align 4, !tbaa !5
+  %771 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
+  %sum_3.1.i = load <16 x float>, ptr %771, align 4, !tbaa !5
+  %772 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
+  %sum_4.1.i = load <16 x float>, ptr %772, align 4, !tbaa !5
+  %773 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
+  %sum_5.1.i = load <16 x float>, ptr %773, align 4, !tbaa !5
+  %774 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
+  %sum_6.1.i = load <16 x float>, ptr %774, align 4, !tbaa !5
+  %775 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
+  %sum_7.1.i = load <16 x float>, ptr %775, align 4, !tbaa !5
+  %776 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
+  %sum_8.1.i = load <16 x float>, ptr %776, align 4, !tbaa !5
+  %777 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
+  %sum_9.1.i = load <16 x float>, ptr %777, align 4, !tbaa !5
+  %778 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
+  %sum_10.1.i = load <16 x float>, ptr %778, align 4, !tbaa !5
+  %779 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
+  %sum_11.1.i = load <16 x float>, ptr %779, align 4, !tbaa !5
+  %780 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
+  %sum_12.1.i = load <16 x float>, ptr %780, align 4, !tbaa !5
+  %781 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
+  %sum_13.1.i = load <16 x float>, ptr %781, align 4, !tbaa !5
+  %782 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
+  %sum_14.1.i = load <16 x float>, ptr %782, align 4, !tbaa !5
+  %783 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
+  %sum_15.1.i = load <16 x float>, ptr %783, align 4, !tbaa !5
+  %784 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %785 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.1.i = fadd <16 x float> %785, %784
+  %786 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %787 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.1.i = fadd <16 x float> %787, %786
+  %788 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %789 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.1.i = fadd <16 x float> %789, %788
+  %790 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %791 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.1.i = fadd <16 x float> %791, %790
+  %792 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %793 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.1.i = fadd <16 x float> %793, %792
+  %794 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %795 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.1.i = fadd <16 x float> %795, %794
+  %796 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %797 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.1.i = fadd <16 x float> %797, %796
+  %798 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %799 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.1.i = fadd <16 x float> %799, %798
+  %800 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %801 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.1.i = fadd <16 x float> %801, %800
+  %802 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %803 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.1.i = fadd <16 x float> %803, %802
+  %804 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %805 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.1.i = fadd <16 x float> %805, %804
+  %806 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %807 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.1.i = fadd <16 x float> %807, %806
+  %808 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %809 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.1.i = fadd <16 x float> %809, %808
+  %810 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %811 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.1.i = fadd <16 x float> %811, %810
+  %812 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %813 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %814 = fadd <16 x float> %813, %812
+  %815 = fadd <16 x float> %814, zeroinitializer
+  store <16 x float> %815, ptr %767, align 4, !tbaa !5
+  %816 = getelementptr inbounds nuw i8, ptr %719, i64 1024
+  store <16 x float> zeroinitializer, ptr %816, align 4, !tbaa !5
+  %817 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
+  %sum_0.2.i = load <16 x float>, ptr %817, align 4, !tbaa !5
+  %818 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
+  %sum_1.2.i = load <16 x float>, ptr %818, align 4, !tbaa !5
+  %819 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
+  %sum_2.2.i = load <16 x float>, ptr %819, align 4, !tbaa !5
+  %820 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
+  %sum_3.2.i = load <16 x float>, ptr %820, align 4, !tbaa !5
+  %821 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
+  %sum_4.2.i = load <16 x float>, ptr %821, align 4, !tbaa !5
+  %822 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
+  %sum_5.2.i = load <16 x float>, ptr %822, align 4, !tbaa !5
+  %823 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
+  %sum_6.2.i = load <16 x float>, ptr %823, align 4, !tbaa !5
+  %824 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
+  %sum_7.2.i = load <16 x float>, ptr %824, align 4, !tbaa !5
+  %825 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
+  %sum_8.2.i = load <16 x float>, ptr %825, align 4, !tbaa !5
+  %826 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
+  %sum_9.2.i = load <16 x float>, ptr %826, align 4, !tbaa !5
+  %827 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
+  %sum_10.2.i = load <16 x float>, ptr %827, align 4, !tbaa !5
+  %828 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
+  %sum_11.2.i = load <16 x float>, ptr %828, align 4, !tbaa !5
+  %829 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
+  %sum_12.2.i = load <16 x float>, ptr %829, align 4, !tbaa !5
+  %830 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
+  %sum_13.2.i = load <16 x float>, ptr %830, align 4, !tbaa !5
+  %831 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
+  %sum_14.2.i = load <16 x float>, ptr %831, align 4, !tbaa !5
+  %832 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
+  %sum_15.2.i = load <16 x float>, ptr %832, align 4, !tbaa !5
+  %833 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %834 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.2.i = fadd <16 x float> %834, %833
+  %835 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %836 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.2.i = fadd <16 x float> %836, %835
+  %837 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %838 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.2.i = fadd <16 x float> %838, %837
+  %839 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %840 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.2.i = fadd <16 x float> %840, %839
+  %841 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %842 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.2.i = fadd <16 x float> %842, %841
+  %843 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %844 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.2.i = fadd <16 x float> %844, %843
+  %845 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %846 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.2.i = fadd <16 x float> %846, %845
+  %847 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %848 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.2.i = fadd <16 x float> %848, %847
+  %849 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %850 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.2.i = fadd <16 x float> %850, %849
+  %851 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %852 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.2.i = fadd <16 x float> %852, %851
+  %853 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %854 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.2.i = fadd <16 x float> %854, %853
+  %855 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %856 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.2.i = fadd <16 x float> %856, %855
+  %857 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %858 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.2.i = fadd <16 x float> %858, %857
+  %859 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %860 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.2.i = fadd <16 x float> %860, %859
+  %861 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %862 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %863 = fadd <16 x float> %862, %861
+  %864 = fadd <16 x float> %863, zeroinitializer
+  store <16 x float> %864, ptr %816, align 4, !tbaa !5
+  %865 = getelementptr inbounds nuw i8, ptr %719, i64 1536
+  store <16 x float> zeroinitializer, ptr %865, align 4, !tbaa !5
+  %866 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
+  %sum_0.3.i = load <16 x float>, ptr %866, align 4, !tbaa !5
+  %867 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
+  %sum_1.3.i = load <16 x float>, ptr %867, align 4, !tbaa !5
+  %868 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
+  %sum_2.3.i = load <16 x float>, ptr %868, align 4, !tbaa !5
+  %869 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
+  %sum_3.3.i = load <16 x float>, ptr %869, align 4, !tbaa !5
+  %870 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
+  %sum_4.3.i = load <16 x float>, ptr %870, align 4, !tbaa !5
+  %871 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
+  %sum_5.3.i = load <16 x float>, ptr %871, align 4, !tbaa !5
+  %872 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
+  %sum_6.3.i = load <16 x float>, ptr %872, align 4, !tbaa !5
+  %873 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
+  %sum_7.3.i = load <16 x float>, ptr %873, align 4, !tbaa !5
+  %874 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
+  %sum_8.3.i = load <16 x float>, ptr %874, align 4, !tbaa !5
+  %875 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
+  %sum_9.3.i = load <16 x float>, ptr %875, align 4, !tbaa !5
+  %876 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
+  %sum_10.3.i = load <16 x float>, ptr %876, align 4, !tbaa !5
+  %877 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
+  %sum_11.3.i = load <16 x float>, ptr %877, align 4, !tbaa !5
+  %878 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
+  %sum_12.3.i = load <16 x float>, ptr %878, align 4, !tbaa !5
+  %879 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
+  %sum_13.3.i = load <16 x float>, ptr %879, align 4, !tbaa !5
+  %880 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
+  %sum_14.3.i = load <16 x float>, ptr %880, align 4, !tbaa !5
+  %881 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
+  %sum_15.3.i = load <16 x float>, ptr %881, align 4, !tbaa !5
+  %882 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %883 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.3.i = fadd <16 x float> %883, %882
+  %884 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %885 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.3.i = fadd <16 x float> %885, %884
+  %886 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %887 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.3.i = fadd <16 x float> %887, %886
+  %888 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %889 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.3.i = fadd <16 x float> %889, %888
+  %890 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %891 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.3.i = fadd <16 x float> %891, %890
+  %892 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %893 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.3.i = fadd <16 x float> %893, %892
+  %894 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %895 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.3.i = fadd <16 x float> %895, %894
+  %896 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %897 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.3.i = fadd <16 x float> %897, %896
+  %898 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %899 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.3.i = fadd <16 x float> %899, %898
+  %900 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %901 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.3.i = fadd <16 x float> %901, %900
+  %902 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %903 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.3.i = fadd <16 x float> %903, %902
+  %904 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %905 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.3.i = fadd <16 x float> %905, %904
+  %906 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %907 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.3.i = fadd <16 x float> %907, %906
+  %908 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %909 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.3.i = fadd <16 x float> %909, %908
+  %910 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %911 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %912 = fadd <16 x float> %911, %910
+  %913 = fadd <16 x float> %912, zeroinitializer
+  store <16 x float> %913, ptr %865, align 4, !tbaa !5
+  %914 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %915 = tail call i32 %914(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
+  %.not279.i = icmp eq i32 %915, 0
+  br i1 %.not279.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !18
 
-for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.i.preheader
-  %indvars.iv681.i = phi i64 [ %indvars.iv.next682.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.i.preheader ]
-  %peak.rf_global240.sroa.0.0441.i = phi <16 x float> [ %981, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ]
-  %niter188 = phi i64 [ %niter188.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.i.preheader ]
-  %.idx1072.i = shl nsw i64 %indvars.iv681.i, 6
-  %943 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1072.i
-  %944 = load <16 x float>, ptr %943, align 4, !tbaa !5
-  %945 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.i, %944
-  %946 = select <16 x i1> %945, <16 x float> %peak.rf_global240.sroa.0.0441.i, <16 x float> %944
-  %indvars.iv.next682.i = shl i64 %indvars.iv681.i, 6
-  %947 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i
-  %948 = getelementptr inbounds nuw i8, ptr %947, i64 64
+for_body_r62.us.preheader.i:                      ; preds = %for_end_ax158.3.i
+  %peak.rf262.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 0
+  %916 = fcmp olt float %peak.rf262.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
+  %917 = select i1 %916, float 0xC7EFFFFFE0000000, float %peak.rf262.sroa.0.0.vec.extract.3.i
+  %peak.rf262.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 1
+  %918 = fcmp ogt float %917, %peak.rf262.sroa.0.4.vec.extract.3.i
+  %919 = select i1 %918, float %917, float %peak.rf262.sroa.0.4.vec.extract.3.i
+  %peak.rf262.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 2
+  %920 = fcmp ogt float %919, %peak.rf262.sroa.0.8.vec.extract.3.i
+  %921 = select i1 %920, float %919, float %peak.rf262.sroa.0.8.vec.extract.3.i
+  %peak.rf262.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 3
+  %922 = fcmp ogt float %921, %peak.rf262.sroa.0.12.vec.extract.3.i
+  %923 = select i1 %922, float %921, float %peak.rf262.sroa.0.12.vec.extract.3.i
+  %peak.rf262.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 4
+  %924 = fcmp ogt float %923, %peak.rf262.sroa.0.16.vec.extract.3.i
+  %925 = select i1 %924, float %923, float %peak.rf262.sroa.0.16.vec.extract.3.i
+  %peak.rf262.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 5
+  %926 = fcmp ogt float %925, %peak.rf262.sroa.0.20.vec.extract.3.i
+  %927 = select i1 %926, float %925, float %peak.rf262.sroa.0.20.vec.extract.3.i
+  %peak.rf262.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 6
+  %928 = fcmp ogt float %927, %peak.rf262.sroa.0.24.vec.extract.3.i
+  %929 = select i1 %928, float %927, float %peak.rf262.sroa.0.24.vec.extract.3.i
+  %peak.rf262.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 7
+  %930 = fcmp ogt float %929, %peak.rf262.sroa.0.28.vec.extract.3.i
+  %931 = select i1 %930, float %929, float %peak.rf262.sroa.0.28.vec.extract.3.i
+  %peak.rf262.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 8
+  %932 = fcmp ogt float %931, %peak.rf262.sroa.0.32.vec.extract.3.i
+  %933 = select i1 %932, float %931, float %peak.rf262.sroa.0.32.vec.extract.3.i
+  %peak.rf262.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 9
+  %934 = fcmp ogt float %933, %peak.rf262.sroa.0.36.vec.extract.3.i
+  %935 = select i1 %934, float %933, float %peak.rf262.sroa.0.36.vec.extract.3.i
+  %peak.rf262.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 10
+  %936 = fcmp ogt float %935, %peak.rf262.sroa.0.40.vec.extract.3.i
+  %937 = select i1 %936, float %935, float %peak.rf262.sroa.0.40.vec.extract.3.i
+  %peak.rf262.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 11
+  %938 = fcmp ogt float %937, %peak.rf262.sroa.0.44.vec.extract.3.i
+  %939 = select i1 %938, float %937, float %peak.rf262.sroa.0.44.vec.extract.3.i
+  %peak.rf262.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 12
+  %940 = fcmp ogt float %939, %peak.rf262.sroa.0.48.vec.extract.3.i
+  %941 = select i1 %940, float %939, float %peak.rf262.sroa.0.48.vec.extract.3.i
+  %peak.rf262.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 13
+  %942 = fcmp ogt float %941, %peak.rf262.sroa.0.52.vec.extract.3.i
+  %943 = select i1 %942, float %941, float %peak.rf262.sroa.0.52.vec.extract.3.i
+  %peak.rf262.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 14
+  %944 = fcmp ogt float %943, %peak.rf262.sroa.0.56.vec.extract.3.i
+  %945 = select i1 %944, float %943, float %peak.rf262.sroa.0.56.vec.extract.3.i
+  %peak.rf262.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.3.i, i64 15
+  %946 = fcmp ogt float %945, %peak.rf262.sroa.0.60.vec.extract.3.i
+  %947 = select i1 %946, float %945, float %peak.rf262.sroa.0.60.vec.extract.3.i
+  %peak263.sroa.0.12.vec.insert.i = insertelement <4 x float> %peak263.sroa.0.8.vec.insert.i, float %947, i64 3
+  br label %for_begin_r68.preheader.i
+
+for_body_ax157.i:                                 ; preds = %for_body_ax157.i, %for_body_ax157.i.preheader
+  %indvars.iv733.i = phi i64 [ %indvars.iv.next734.i.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
+  %peak.rf_global261.sroa.0.0464.i = phi <16 x float> [ %986, %for_body_ax157.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ]
+  %niter226 = phi i64 [ %niter226.next.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
+  %.idx960.i = shl nsw i64 %indvars.iv733.i, 6
+  %948 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx960.i
   %949 = load <16 x float>, ptr %948, align 4, !tbaa !5
-  %950 = fcmp ogt <16 x float> %946, %949
-  %951 = select <16 x i1> %950, <16 x float> %946, <16 x float> %949
-  %indvars.iv.next682.i.1 = shl i64 %indvars.iv681.i, 6
-  %952 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.1
-  %953 = getelementptr inbounds nuw i8, ptr %952, i64 128
+  %950 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.i, %949
+  %951 = select <16 x i1> %950, <16 x float> %peak.rf_global261.sroa.0.0464.i, <16 x float> %949
+  %indvars.iv.next734.i = shl i64 %indvars.iv733.i, 6
+  %952 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i
+  %953 = getelementptr inbounds nuw i8, ptr %952, i64 64
   %954 = load <16 x float>, ptr %953, align 4, !tbaa !5
   %955 = fcmp ogt <16 x float> %951, %954
   %956 = select <16 x i1> %955, <16 x float> %951, <16 x float> %954
-  %indvars.iv.next682.i.2 = shl i64 %indvars.iv681.i, 6
-  %957 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.2
-  %958 = getelementptr inbounds nuw i8, ptr %957, i64 192
+  %indvars.iv.next734.i.1 = shl i64 %indvars.iv733.i, 6
+  %957 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.1
+  %958 = getelementptr inbounds nuw i8, ptr %957, i64 128
   %959 = load <16 x float>, ptr %958, align 4, !tbaa !5
   %960 = fcmp ogt <16 x float> %956, %959
   %961 = select <16 x i1> %960, <16 x float> %956, <16 x float> %959
-  %indvars.iv.next682.i.3 = shl i64 %indvars.iv681.i, 6
-  %962 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.3
-  %963 = getelementptr inbounds nuw i8, ptr %962, i64 256
+  %indvars.iv.next734.i.2 = shl i64 %indvars.iv733.i, 6
+  %962 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.2
+  %963 = getelementptr inbounds nuw i8, ptr %962, i64 192
   %964 = load <16 x float>, ptr %963, align 4, !tbaa !5
   %965 = fcmp ogt <16 x float> %961, %964
   %966 = select <16 x i1> %965, <16 x float> %961, <16 x float> %964
-  %indvars.iv.next682.i.4 = shl i64 %indvars.iv681.i, 6
-  %967 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.4
-  %968 = getelementptr inbounds nuw i8, ptr %967, i64 320
+  %indvars.iv.next734.i.3 = shl i64 %indvars.iv733.i, 6
+  %967 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.3
+  %968 = getelementptr inbounds nuw i8, ptr %967, i64 256
   %969 = load <16 x float>, ptr %968, align 4, !tbaa !5
   %970 = fcmp ogt <16 x float> %966, %969
   %971 = select <16 x i1> %970, <16 x float> %966, <16 x float> %969
-  %indvars.iv.next682.i.5 = shl i64 %indvars.iv681.i, 6
-  %972 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.5
-  %973 = getelementptr inbounds nuw i8, ptr %972, i64 384
+  %indvars.iv.next734.i.4 = shl i64 %indvars.iv733.i, 6
+  %972 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.4
+  %973 = getelementptr inbounds nuw i8, ptr %972, i64 320
   %974 = load <16 x float>, ptr %973, align 4, !tbaa !5
   %975 = fcmp ogt <16 x float> %971, %974
   %976 = select <16 x i1> %975, <16 x float> %971, <16 x float> %974
-  %indvars.iv.next682.i.6 = shl i64 %indvars.iv681.i, 6
-  %977 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.6
-  %978 = getelementptr inbounds nuw i8, ptr %977, i64 448
+  %indvars.iv.next734.i.5 = shl i64 %indvars.iv733.i, 6
+  %977 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.5
+  %978 = getelementptr inbounds nuw i8, ptr %977, i64 384
   %979 = load <16 x float>, ptr %978, align 4, !tbaa !5
   %980 = fcmp ogt <16 x float> %976, %979
   %981 = select <16 x i1> %980, <16 x float> %976, <16 x float> %979
-  %indvars.iv.next682.i.7 = add nuw nsw i64 %indvars.iv681.i, 8
-  %niter188.next.7 = add i64 %niter188, 8
-  %niter188.ncmp.7 = icmp eq i64 %niter188.next.7, %unroll_iter187
-  br i1 %niter188.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !37, !llvm.loop !38
+  %indvars.iv.next734.i.6 = shl i64 %indvars.iv733.i, 6
+  %982 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next734.i.6
+  %983 = getelementptr inbounds nuw i8, ptr %982, i64 448
+  %984 = load <16 x float>, ptr %983, align 4, !tbaa !5
+  %985 = fcmp ogt <16 x float> %981, %984
+  %986 = select <16 x i1> %985, <16 x float> %981, <16 x float> %984
+  %indvars.iv.next734.i.7 = add nuw nsw i64 %indvars.iv733.i, 8
+  %niter226.next.7 = add i64 %niter226, 8
+  %niter226.ncmp.7 = icmp eq i64 %niter226.next.7, %unroll_iter225
+  br i1 %niter226.ncmp.7, label %for_end_ax158.i.loopexit.unr-lcssa, label %for_body_ax157.i, !prof !37, !llvm.loop !38
 
-for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
-  br i1 %lcmp.mod184.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !40
+for_end_ax158.i.loopexit.unr-lcssa:               ; preds = %for_body_ax157.i
+  br i1 %lcmp.mod222.not, label %for_end_ax158.i, label %for_body_ax157.i.epil.preheader, !prof !40
 
-for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.i.preheader
-  %indvars.iv681.i.epil.init = phi i64 [ 0, %for_body_ax1.i.preheader ], [ %indvars.iv.next682.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0441.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ], [ %981, %for_end_ax1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod186)
-  br label %for_body_ax1.i.epil
+for_body_ax157.i.epil.preheader:                  ; preds = %for_end_ax158.i.loopexit.unr-lcssa, %for_body_ax157.i.preheader
+  %indvars.iv733.i.epil.init = phi i64 [ 0, %for_body_ax157.i.preheader ], [ %indvars.iv.next734.i.7, %for_end_ax158.i.loopexit.unr-lcssa ]
+  %peak.rf_global261.sroa.0.0464.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ], [ %986, %for_end_ax158.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod224)
+  br label %for_body_ax157.i.epil
 
-for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil, %for_body_ax1.i.epil.preheader
-  %indvars.iv681.i.epil = phi i64 [ %indvars.iv.next682.i.epil, %for_body_ax1.i.epil ], [ %indvars.iv681.i.epil.init, %for_body_ax1.i.epil.preheader ]
-  %peak.rf_global240.sroa.0.0441.i.epil = phi <16 x float> [ %985, %for_body_ax1.i.epil ], [ %peak.rf_global240.sroa.0.0441.i.epil.init, %for_body_ax1.i.epil.preheader ]
-  %epil.iter183 = phi i64 [ %epil.iter183.next, %for_body_ax1.i.epil ], [ 0, %for_body_ax1.i.epil.preheader ]
-  %.idx1072.i.epil = shl nsw i64 %indvars.iv681.i.epil, 6
-  %982 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1072.i.epil
-  %983 = load <16 x float>, ptr %982, align 4, !tbaa !5
-  %984 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.i.epil, %983
-  %985 = select <16 x i1> %984, <16 x float> %peak.rf_global240.sroa.0.0441.i.epil, <16 x float> %983
-  %indvars.iv.next682.i.epil = add nuw nsw i64 %indvars.iv681.i.epil, 1
-  %epil.iter183.next = add i64 %epil.iter183, 1
-  %epil.iter183.cmp.not = icmp eq i64 %epil.iter183.next, %xtraiter182
-  br i1 %epil.iter183.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !26, !llvm.loop !41
+for_body_ax157.i.epil:                            ; preds = %for_body_ax157.i.epil, %for_body_ax157.i.epil.preheader
+  %indvars.iv733.i.epil = phi i64 [ %indvars.iv.next734.i.epil, %for_body_ax157.i.epil ], [ %indvars.iv733.i.epil.init, %for_body_ax157.i.epil.preheader ]
+  %peak.rf_global261.sroa.0.0464.i.epil = phi <16 x float> [ %990, %for_body_ax157.i.epil ], [ %peak.rf_global261.sroa.0.0464.i.epil.init, %for_body_ax157.i.epil.preheader ]
+  %epil.iter221 = phi i64 [ %epil.iter221.next, %for_body_ax157.i.epil ], [ 0, %for_body_ax157.i.epil.preheader ]
+  %.idx960.i.epil = shl nsw i64 %indvars.iv733.i.epil, 6
+  %987 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx960.i.epil
+  %988 = load <16 x float>, ptr %987, align 4, !tbaa !5
+  %989 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.i.epil, %988
+  %990 = select <16 x i1> %989, <16 x float> %peak.rf_global261.sroa.0.0464.i.epil, <16 x float> %988
+  %indvars.iv.next734.i.epil = add nuw nsw i64 %indvars.iv733.i.epil, 1
+  %epil.iter221.next = add i64 %epil.iter221, 1
+  %epil.iter221.cmp.not = icmp eq i64 %epil.iter221.next, %xtraiter220
+  br i1 %epil.iter221.cmp.not, label %for_end_ax158.i, label %for_body_ax157.i.epil, !prof !26, !llvm.loop !41
 
-for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_end_to_m.thread.i
-  %scaled108410861089.i = phi ptr [ %scaled1083.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax1.i.epil ], [ %scaled.i, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %981, %for_end_ax1.i.loopexit.unr-lcssa ], [ %985, %for_body_ax1.i.epil ]
-  %peak.rf241.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 0
-  %986 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %987 = select i1 %986, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.i
-  %peak.rf241.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 1
-  %988 = fcmp ogt float %987, %peak.rf241.sroa.0.4.vec.extract.i
-  %989 = select i1 %988, float %987, float %peak.rf241.sroa.0.4.vec.extract.i
-  %peak.rf241.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 2
-  %990 = fcmp ogt float %989, %peak.rf241.sroa.0.8.vec.extract.i
-  %991 = select i1 %990, float %989, float %peak.rf241.sroa.0.8.vec.extract.i
-  %peak.rf241.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 3
-  %992 = fcmp ogt float %991, %peak.rf241.sroa.0.12.vec.extract.i
-  %993 = select i1 %992, float %991, float %peak.rf241.sroa.0.12.vec.extract.i
-  %peak.rf241.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 4
-  %994 = fcmp ogt float %993, %peak.rf241.sroa.0.16.vec.extract.i
-  %995 = select i1 %994, float %993, float %peak.rf241.sroa.0.16.vec.extract.i
-  %peak.rf241.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 5
-  %996 = fcmp ogt float %995, %peak.rf241.sroa.0.20.vec.extract.i
-  %997 = select i1 %996, float %995, float %peak.rf241.sroa.0.20.vec.extract.i
-  %peak.rf241.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 6
-  %998 = fcmp ogt float %997, %peak.rf241.sroa.0.24.vec.extract.i
-  %999 = select i1 %998, float %997, float %peak.rf241.sroa.0.24.vec.extract.i
-  %peak.rf241.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 7
-  %1000 = fcmp ogt float %999, %peak.rf241.sroa.0.28.vec.extract.i
-  %1001 = select i1 %1000, float %999, float %peak.rf241.sroa.0.28.vec.extract.i
-  %peak.rf241.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 8
-  %1002 = fcmp ogt float %1001, %peak.rf241.sroa.0.32.vec.extract.i
-  %1003 = select i1 %1002, float %1001, float %peak.rf241.sroa.0.32.vec.extract.i
-  %peak.rf241.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 9
-  %1004 = fcmp ogt float %1003, %peak.rf241.sroa.0.36.vec.extract.i
-  %1005 = select i1 %1004, float %1003, float %peak.rf241.sroa.0.36.vec.extract.i
-  %peak.rf241.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 10
-  %1006 = fcmp ogt float %1005, %peak.rf241.sroa.0.40.vec.extract.i
-  %1007 = select i1 %1006, float %1005, float %peak.rf241.sroa.0.40.vec.extract.i
-  %peak.rf241.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 11
-  %1008 = fcmp ogt float %1007, %peak.rf241.sroa.0.44.vec.extract.i
-  %1009 = select i1 %1008, float %1007, float %peak.rf241.sroa.0.44.vec.extract.i
-  %peak.rf241.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 12
-  %1010 = fcmp ogt float %1009, %peak.rf241.sroa.0.48.vec.extract.i
-  %1011 = select i1 %1010, float %1009, float %peak.rf241.sroa.0.48.vec.extract.i
-  %peak.rf241.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 13
-  %1012 = fcmp ogt float %1011, %peak.rf241.sroa.0.52.vec.extract.i
-  %1013 = select i1 %1012, float %1011, float %peak.rf241.sroa.0.52.vec.extract.i
-  %peak.rf241.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 14
-  %1014 = fcmp ogt float %1013, %peak.rf241.sroa.0.56.vec.extract.i
-  %1015 = select i1 %1014, float %1013, float %peak.rf241.sroa.0.56.vec.extract.i
-  %peak.rf241.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 15
-  %1016 = fcmp ogt float %1015, %peak.rf241.sroa.0.60.vec.extract.i
-  %1017 = select i1 %1016, float %1015, float %peak.rf241.sroa.0.60.vec.extract.i
-  br i1 %251, label %for_body_ax1.1.i.preheader, label %for_end_ax1.1.i, !prof !3
+for_end_ax158.i:                                  ; preds = %for_body_ax157.i.epil, %for_end_ax158.i.loopexit.unr-lcssa, %for_end_to_m.thread.i
+  %scaled969971974.i = phi ptr [ %scaled968.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax157.i.epil ], [ %scaled.i, %for_end_ax158.i.loopexit.unr-lcssa ]
+  %peak.rf_global261.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %986, %for_end_ax158.i.loopexit.unr-lcssa ], [ %990, %for_body_ax157.i.epil ]
+  %peak.rf262.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 0
+  %991 = fcmp olt float %peak.rf262.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %992 = select i1 %991, float 0xC7EFFFFFE0000000, float %peak.rf262.sroa.0.0.vec.extract.i
+  %peak.rf262.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 1
+  %993 = fcmp ogt float %992, %peak.rf262.sroa.0.4.vec.extract.i
+  %994 = select i1 %993, float %992, float %peak.rf262.sroa.0.4.vec.extract.i
+  %peak.rf262.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 2
+  %995 = fcmp ogt float %994, %peak.rf262.sroa.0.8.vec.extract.i
+  %996 = select i1 %995, float %994, float %peak.rf262.sroa.0.8.vec.extract.i
+  %peak.rf262.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 3
+  %997 = fcmp ogt float %996, %peak.rf262.sroa.0.12.vec.extract.i
+  %998 = select i1 %997, float %996, float %peak.rf262.sroa.0.12.vec.extract.i
+  %peak.rf262.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 4
+  %999 = fcmp ogt float %998, %peak.rf262.sroa.0.16.vec.extract.i
+  %1000 = select i1 %999, float %998, float %peak.rf262.sroa.0.16.vec.extract.i
+  %peak.rf262.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 5
+  %1001 = fcmp ogt float %1000, %peak.rf262.sroa.0.20.vec.extract.i
+  %1002 = select i1 %1001, float %1000, float %peak.rf262.sroa.0.20.vec.extract.i
+  %peak.rf262.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 6
+  %1003 = fcmp ogt float %1002, %peak.rf262.sroa.0.24.vec.extract.i
+  %1004 = select i1 %1003, float %1002, float %peak.rf262.sroa.0.24.vec.extract.i
+  %peak.rf262.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 7
+  %1005 = fcmp ogt float %1004, %peak.rf262.sroa.0.28.vec.extract.i
+  %1006 = select i1 %1005, float %1004, float %peak.rf262.sroa.0.28.vec.extract.i
+  %peak.rf262.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 8
+  %1007 = fcmp ogt float %1006, %peak.rf262.sroa.0.32.vec.extract.i
+  %1008 = select i1 %1007, float %1006, float %peak.rf262.sroa.0.32.vec.extract.i
+  %peak.rf262.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 9
+  %1009 = fcmp ogt float %1008, %peak.rf262.sroa.0.36.vec.extract.i
+  %1010 = select i1 %1009, float %1008, float %peak.rf262.sroa.0.36.vec.extract.i
+  %peak.rf262.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 10
+  %1011 = fcmp ogt float %1010, %peak.rf262.sroa.0.40.vec.extract.i
+  %1012 = select i1 %1011, float %1010, float %peak.rf262.sroa.0.40.vec.extract.i
+  %peak.rf262.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 11
+  %1013 = fcmp ogt float %1012, %peak.rf262.sroa.0.44.vec.extract.i
+  %1014 = select i1 %1013, float %1012, float %peak.rf262.sroa.0.44.vec.extract.i
+  %peak.rf262.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 12
+  %1015 = fcmp ogt float %1014, %peak.rf262.sroa.0.48.vec.extract.i
+  %1016 = select i1 %1015, float %1014, float %peak.rf262.sroa.0.48.vec.extract.i
+  %peak.rf262.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 13
+  %1017 = fcmp ogt float %1016, %peak.rf262.sroa.0.52.vec.extract.i
+  %1018 = select i1 %1017, float %1016, float %peak.rf262.sroa.0.52.vec.extract.i
+  %peak.rf262.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 14
+  %1019 = fcmp ogt float %1018, %peak.rf262.sroa.0.56.vec.extract.i
+  %1020 = select i1 %1019, float %1018, float %peak.rf262.sroa.0.56.vec.extract.i
+  %peak.rf262.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.i, i64 15
+  %1021 = fcmp ogt float %1020, %peak.rf262.sroa.0.60.vec.extract.i
+  %1022 = select i1 %1021, float %1020, float %peak.rf262.sroa.0.60.vec.extract.i
+  %peak263.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1022, i64 0
+  br i1 %224, label %for_body_ax157.1.i.preheader, label %for_end_ax158.1.i, !prof !3
 
-for_body_ax1.1.i.preheader:                       ; preds = %for_end_ax1.i
-  br i1 %265, label %for_body_ax1.1.i.epil.preheader, label %for_body_ax1.1.i, !prof !36
+for_body_ax157.1.i.preheader:                     ; preds = %for_end_ax158.i
+  br i1 %239, label %for_body_ax157.1.i.epil.preheader, label %for_body_ax157.1.i, !prof !36
 
-for_body_ax1.1.i:                                 ; preds = %for_body_ax1.1.i, %for_body_ax1.1.i.preheader
-  %indvars.iv681.1.i = phi i64 [ %indvars.iv.next682.1.i.7, %for_body_ax1.1.i ], [ 0, %for_body_ax1.1.i.preheader ]
-  %peak.rf_global240.sroa.0.0441.1.i = phi <16 x float> [ %1057, %for_body_ax1.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ]
-  %niter195 = phi i64 [ %niter195.next.7, %for_body_ax1.1.i ], [ 0, %for_body_ax1.1.i.preheader ]
-  %.idx1073.i = shl nsw i64 %indvars.iv681.1.i, 6
-  %1018 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1073.i
-  %1019 = getelementptr inbounds nuw i8, ptr %1018, i64 512
-  %1020 = load <16 x float>, ptr %1019, align 4, !tbaa !5
-  %1021 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.1.i, %1020
-  %1022 = select <16 x i1> %1021, <16 x float> %peak.rf_global240.sroa.0.0441.1.i, <16 x float> %1020
-  %indvars.iv.next682.1.i = shl i64 %indvars.iv681.1.i, 6
-  %1023 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i
-  %1024 = getelementptr inbounds nuw i8, ptr %1023, i64 576
+for_body_ax157.1.i:                               ; preds = %for_body_ax157.1.i, %for_body_ax157.1.i.preheader
+  %indvars.iv733.1.i = phi i64 [ %indvars.iv.next734.1.i.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
+  %peak.rf_global261.sroa.0.0464.1.i = phi <16 x float> [ %1062, %for_body_ax157.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ]
+  %niter233 = phi i64 [ %niter233.next.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
+  %.idx961.i = shl nsw i64 %indvars.iv733.1.i, 6
+  %1023 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %.idx961.i
+  %1024 = getelementptr inbounds nuw i8, ptr %1023, i64 512
   %1025 = load <16 x float>, ptr %1024, align 4, !tbaa !5
-  %1026 = fcmp ogt <16 x float> %1022, %1025
-  %1027 = select <16 x i1> %1026, <16 x float> %1022, <16 x float> %1025
-  %indvars.iv.next682.1.i.1 = shl i64 %indvars.iv681.1.i, 6
-  %1028 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.1
-  %1029 = getelementptr inbounds nuw i8, ptr %1028, i64 640
+  %1026 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.1.i, %1025
+  %1027 = select <16 x i1> %1026, <16 x float> %peak.rf_global261.sroa.0.0464.1.i, <16 x float> %1025
+  %indvars.iv.next734.1.i = shl i64 %indvars.iv733.1.i, 6
+  %1028 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.1.i
+  %1029 = getelementptr inbounds nuw i8, ptr %1028, i64 576
   %1030 = load <16 x float>, ptr %1029, align 4, !tbaa !5
   %1031 = fcmp ogt <16 x float> %1027, %1030
   %1032 = select <16 x i1> %1031, <16 x float> %1027, <16 x float> %1030
-  %indvars.iv.next682.1.i.2 = shl i64 %indvars.iv681.1.i, 6
-  %1033 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.2
-  %1034 = getelementptr inbounds nuw i8, ptr %1033, i64 704
+  %indvars.iv.next734.1.i.1 = shl i64 %indvars.iv733.1.i, 6
+  %1033 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.1.i.1
+  %1034 = getelementptr inbounds nuw i8, ptr %1033, i64 640
   %1035 = load <16 x float>, ptr %1034, align 4, !tbaa !5
   %1036 = fcmp ogt <16 x float> %1032, %1035
   %1037 = select <16 x i1> %1036, <16 x float> %1032, <16 x float> %1035
-  %indvars.iv.next682.1.i.3 = shl i64 %indvars.iv681.1.i, 6
-  %1038 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.3
-  %1039 = getelementptr inbounds nuw i8, ptr %1038, i64 768
+  %indvars.iv.next734.1.i.2 = shl i64 %indvars.iv733.1.i, 6
+  %1038 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.1.i.2
+  %1039 = getelementptr inbounds nuw i8, ptr %1038, i64 704
   %1040 = load <16 x float>, ptr %1039, align 4, !tbaa !5
   %1041 = fcmp ogt <16 x float> %1037, %1040
   %1042 = select <16 x i1> %1041, <16 x float> %1037, <16 x float> %1040
-  %indvars.iv.next682.1.i.4 = shl i64 %indvars.iv681.1.i, 6
-  %1043 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.4
-  %1044 = getelementptr inbounds nuw i8, ptr %1043, i64 832
+  %indvars.iv.next734.1.i.3 = shl i64 %indvars.iv733.1.i, 6
+  %1043 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.1.i.3
+  %1044 = getelementptr inbounds nuw i8, ptr %1043, i64 768
   %1045 = load <16 x float>, ptr %1044, align 4, !tbaa !5
   %1046 = fcmp ogt <16 x float> %1042, %1045
   %1047 = select <16 x i1> %1046, <16 x float> %1042, <16 x float> %1045
-  %indvars.iv.next682.1.i.5 = shl i64 %indvars.iv681.1.i, 6
-  %1048 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.5
-  %1049 = getelementptr inbounds nuw i8, ptr %1048, i64 896
+  %indvars.iv.next734.1.i.4 = shl i64 %indvars.iv733.1.i, 6
+  %1048 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.1.i.4
+  %1049 = getelementptr inbounds nuw i8, ptr %1048, i64 832
   %1050 = load <16 x float>, ptr %1049, align 4, !tbaa !5
   %1051 = fcmp ogt <16 x float> %1047, %1050
   %1052 = select <16 x i1> %1051, <16 x float> %1047, <16 x float> %1050
-  %indvars.iv.next682.1.i.6 = shl i64 %indvars.iv681.1.i, 6
-  %1053 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.6
-  %1054 = getelementptr inbounds nuw i8, ptr %1053, i64 960
+  %indvars.iv.next734.1.i.5 = shl i64 %indvars.iv733.1.i, 6
+  %1053 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.1.i.5
+  %1054 = getelementptr inbounds nuw i8, ptr %1053, i64 896
   %1055 = load <16 x float>, ptr %1054, align 4, !tbaa !5
   %1056 = fcmp ogt <16 x float> %1052, %1055
   %1057 = select <16 x i1> %1056, <16 x float> %1052, <16 x float> %1055
-  %indvars.iv.next682.1.i.7 = add nuw nsw i64 %indvars.iv681.1.i, 8
-  %niter195.next.7 = add i64 %niter195, 8
-  %niter195.ncmp.7 = icmp eq i64 %niter195.next.7, %unroll_iter194
-  br i1 %niter195.ncmp.7, label %for_end_ax1.1.i.loopexit.unr-lcssa, label %for_body_ax1.1.i, !prof !37, !llvm.loop !42
-
-for_end_ax1.1.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.1.i
-  br i1 %lcmp.mod191.not, label %for_end_ax1.1.i, label %for_body_ax1.1.i.epil.preheader, !prof !40
-
-for_body_ax1.1.i.epil.preheader:                  ; preds = %for_end_ax1.1.i.loopexit.unr-lcssa, %for_body_ax1.1.i.preheader
-  %indvars.iv681.1.i.epil.init = phi i64 [ 0, %for_body_ax1.1.i.preheader ], [ %indvars.iv.next682.1.i.7, %for_end_ax1.1.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0441.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ], [ %1057, %for_end_ax1.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod193)
-  br label %for_body_ax1.1.i.epil
-
-for_body_ax1.1.i.epil:                            ; preds = %for_body_ax1.1.i.epil, %for_body_ax1.1.i.epil.preheader
-  %indvars.iv681.1.i.epil = phi i64 [ %indvars.iv.next682.1.i.epil, %for_body_ax1.1.i.epil ], [ %indvars.iv681.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
-  %peak.rf_global240.sroa.0.0441.1.i.epil = phi <16 x float> [ %1062, %for_body_ax1.1.i.epil ], [ %peak.rf_global240.sroa.0.0441.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
-  %epil.iter190 = phi i64 [ %epil.iter190.next, %for_body_ax1.1.i.epil ], [ 0, %for_body_ax1.1.i.epil.preheader ]
-  %.idx1073.i.epil = shl nsw i64 %indvars.iv681.1.i.epil, 6
-  %1058 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1073.i.epil
-  %1059 = getelementptr inbounds nuw i8, ptr %1058, i64 512
+  %indvars.iv.next734.1.i.6 = shl i64 %indvars.iv733.1.i, 6
+  %1058 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.1.i.6
+  %1059 = getelementptr inbounds nuw i8, ptr %1058, i64 960
   %1060 = load <16 x float>, ptr %1059, align 4, !tbaa !5
-  %1061 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.1.i.epil, %1060
-  %1062 = select <16 x i1> %1061, <16 x float> %peak.rf_global240.sroa.0.0441.1.i.epil, <16 x float> %1060
-  %indvars.iv.next682.1.i.epil = add nuw nsw i64 %indvars.iv681.1.i.epil, 1
-  %epil.iter190.next = add i64 %epil.iter190, 1
-  %epil.iter190.cmp.not = icmp eq i64 %epil.iter190.next, %xtraiter189
-  br i1 %epil.iter190.cmp.not, label %for_end_ax1.1.i, label %for_body_ax1.1.i.epil, !prof !26, !llvm.loop !43
+  %1061 = fcmp ogt <16 x float> %1057, %1060
+  %1062 = select <16 x i1> %1061, <16 x float> %1057, <16 x float> %1060
+  %indvars.iv.next734.1.i.7 = add nuw nsw i64 %indvars.iv733.1.i, 8
+  %niter233.next.7 = add i64 %niter233, 8
+  %niter233.ncmp.7 = icmp eq i64 %niter233.next.7, %unroll_iter232
+  br i1 %niter233.ncmp.7, label %for_end_ax158.1.i.loopexit.unr-lcssa, label %for_body_ax157.1.i, !prof !37, !llvm.loop !42
 
-for_end_ax1.1.i:                                  ; preds = %for_body_ax1.1.i.epil, %for_end_ax1.1.i.loopexit.unr-lcssa, %for_end_ax1.i
-  %peak.rf_global240.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.i ], [ %1057, %for_end_ax1.1.i.loopexit.unr-lcssa ], [ %1062, %for_body_ax1.1.i.epil ]
-  %peak.rf241.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 0
-  %1063 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
-  %1064 = select i1 %1063, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.1.i
-  %peak.rf241.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 1
-  %1065 = fcmp ogt float %1064, %peak.rf241.sroa.0.4.vec.extract.1.i
-  %1066 = select i1 %1065, float %1064, float %peak.rf241.sroa.0.4.vec.extract.1.i
-  %peak.rf241.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 2
-  %1067 = fcmp ogt float %1066, %peak.rf241.sroa.0.8.vec.extract.1.i
-  %1068 = select i1 %1067, float %1066, float %peak.rf241.sroa.0.8.vec.extract.1.i
-  %peak.rf241.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 3
-  %1069 = fcmp ogt float %1068, %peak.rf241.sroa.0.12.vec.extract.1.i
-  %1070 = select i1 %1069, float %1068, float %peak.rf241.sroa.0.12.vec.extract.1.i
-  %peak.rf241.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 4
-  %1071 = fcmp ogt float %1070, %peak.rf241.sroa.0.16.vec.extract.1.i
-  %1072 = select i1 %1071, float %1070, float %peak.rf241.sroa.0.16.vec.extract.1.i
-  %peak.rf241.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 5
-  %1073 = fcmp ogt float %1072, %peak.rf241.sroa.0.20.vec.extract.1.i
-  %1074 = select i1 %1073, float %1072, float %peak.rf241.sroa.0.20.vec.extract.1.i
-  %peak.rf241.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 6
-  %1075 = fcmp ogt float %1074, %peak.rf241.sroa.0.24.vec.extract.1.i
-  %1076 = select i1 %1075, float %1074, float %peak.rf241.sroa.0.24.vec.extract.1.i
-  %peak.rf241.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 7
-  %1077 = fcmp ogt float %1076, %peak.rf241.sroa.0.28.vec.extract.1.i
-  %1078 = select i1 %1077, float %1076, float %peak.rf241.sroa.0.28.vec.extract.1.i
-  %peak.rf241.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 8
-  %1079 = fcmp ogt float %1078, %peak.rf241.sroa.0.32.vec.extract.1.i
-  %1080 = select i1 %1079, float %1078, float %peak.rf241.sroa.0.32.vec.extract.1.i
-  %peak.rf241.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 9
-  %1081 = fcmp ogt float %1080, %peak.rf241.sroa.0.36.vec.extract.1.i
-  %1082 = select i1 %1081, float %1080, float %peak.rf241.sroa.0.36.vec.extract.1.i
-  %peak.rf241.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 10
-  %1083 = fcmp ogt float %1082, %peak.rf241.sroa.0.40.vec.extract.1.i
-  %1084 = select i1 %1083, float %1082, float %peak.rf241.sroa.0.40.vec.extract.1.i
-  %peak.rf241.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 11
-  %1085 = fcmp ogt float %1084, %peak.rf241.sroa.0.44.vec.extract.1.i
-  %1086 = select i1 %1085, float %1084, float %peak.rf241.sroa.0.44.vec.extract.1.i
-  %peak.rf241.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 12
-  %1087 = fcmp ogt float %1086, %peak.rf241.sroa.0.48.vec.extract.1.i
-  %1088 = select i1 %1087, float %1086, float %peak.rf241.sroa.0.48.vec.extract.1.i
-  %peak.rf241.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 13
-  %1089 = fcmp ogt float %1088, %peak.rf241.sroa.0.52.vec.extract.1.i
-  %1090 = select i1 %1089, float %1088, float %peak.rf241.sroa.0.52.vec.extract.1.i
-  %peak.rf241.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 14
-  %1091 = fcmp ogt float %1090, %peak.rf241.sroa.0.56.vec.extract.1.i
-  %1092 = select i1 %1091, float %1090, float %peak.rf241.sroa.0.56.vec.extract.1.i
-  %peak.rf241.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 15
-  %1093 = fcmp ogt float %1092, %peak.rf241.sroa.0.60.vec.extract.1.i
-  %1094 = select i1 %1093, float %1092, float %peak.rf241.sroa.0.60.vec.extract.1.i
-  br i1 %251, label %for_body_ax1.2.i.preheader, label %for_end_ax1.2.i, !prof !3
+for_end_ax158.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.1.i
+  br i1 %lcmp.mod229.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil.preheader, !prof !40
 
-for_body_ax1.2.i.preheader:                       ; preds = %for_end_ax1.1.i
-  br i1 %266, label %for_body_ax1.2.i.epil.preheader, label %for_body_ax1.2.i, !prof !36
+for_body_ax157.1.i.epil.preheader:                ; preds = %for_end_ax158.1.i.loopexit.unr-lcssa, %for_body_ax157.1.i.preheader
+  %indvars.iv733.1.i.epil.init = phi i64 [ 0, %for_body_ax157.1.i.preheader ], [ %indvars.iv.next734.1.i.7, %for_end_ax158.1.i.loopexit.unr-lcssa ]
+  %peak.rf_global261.sroa.0.0464.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ], [ %1062, %for_end_ax158.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod231)
+  br label %for_body_ax157.1.i.epil
 
-for_body_ax1.2.i:                                 ; preds = %for_body_ax1.2.i, %for_body_ax1.2.i.preheader
-  %indvars.iv681.2.i = phi i64 [ %indvars.iv.next682.2.i.7, %for_body_ax1.2.i ], [ 0, %for_body_ax1.2.i.preheader ]
-  %peak.rf_global240.sroa.0.0441.2.i = phi <16 x float> [ %1134, %for_body_ax1.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ]
-  %niter202 = phi i64 [ %niter202.next.7, %for_body_ax1.2.i ], [ 0, %for_body_ax1.2.i.preheader ]
-  %.idx1074.i = shl nsw i64 %indvars.iv681.2.i, 6
-  %1095 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1074.i
-  %1096 = getelementptr inbounds nuw i8, ptr %1095, i64 1024
-  %1097 = load <16 x float>, ptr %1096, align 4, !tbaa !5
-  %1098 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.2.i, %1097
-  %1099 = select <16 x i1> %1098, <16 x float> %peak.rf_global240.sroa.0.0441.2.i, <16 x float> %1097
-  %indvars.iv.next682.2.i = shl i64 %indvars.iv681.2.i, 6
-  %1100 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i
-  %1101 = getelementptr inbounds nuw i8, ptr %1100, i64 1088
+for_body_ax157.1.i.epil:                          ; preds = %for_body_ax157.1.i.epil, %for_body_ax157.1.i.epil.preheader
+  %indvars.iv733.1.i.epil = phi i64 [ %indvars.iv.next734.1.i.epil, %for_body_ax157.1.i.epil ], [ %indvars.iv733.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
+  %peak.rf_global261.sroa.0.0464.1.i.epil = phi <16 x float> [ %1067, %for_body_ax157.1.i.epil ], [ %peak.rf_global261.sroa.0.0464.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
+  %epil.iter228 = phi i64 [ %epil.iter228.next, %for_body_ax157.1.i.epil ], [ 0, %for_body_ax157.1.i.epil.preheader ]
+  %.idx961.i.epil = shl nsw i64 %indvars.iv733.1.i.epil, 6
+  %1063 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %.idx961.i.epil
+  %1064 = getelementptr inbounds nuw i8, ptr %1063, i64 512
+  %1065 = load <16 x float>, ptr %1064, align 4, !tbaa !5
+  %1066 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.1.i.epil, %1065
+  %1067 = select <16 x i1> %1066, <16 x float> %peak.rf_global261.sroa.0.0464.1.i.epil, <16 x float> %1065
+  %indvars.iv.next734.1.i.epil = add nuw nsw i64 %indvars.iv733.1.i.epil, 1
+  %epil.iter228.next = add i64 %epil.iter228, 1
+  %epil.iter228.cmp.not = icmp eq i64 %epil.iter228.next, %xtraiter227
+  br i1 %epil.iter228.cmp.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil, !prof !26, !llvm.loop !43
+
+for_end_ax158.1.i:                                ; preds = %for_body_ax157.1.i.epil, %for_end_ax158.1.i.loopexit.unr-lcssa, %for_end_ax158.i
+  %peak.rf_global261.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.i ], [ %1062, %for_end_ax158.1.i.loopexit.unr-lcssa ], [ %1067, %for_body_ax157.1.i.epil ]
+  %peak.rf262.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 0
+  %1068 = fcmp olt float %peak.rf262.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
+  %1069 = select i1 %1068, float 0xC7EFFFFFE0000000, float %peak.rf262.sroa.0.0.vec.extract.1.i
+  %peak.rf262.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 1
+  %1070 = fcmp ogt float %1069, %peak.rf262.sroa.0.4.vec.extract.1.i
+  %1071 = select i1 %1070, float %1069, float %peak.rf262.sroa.0.4.vec.extract.1.i
+  %peak.rf262.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 2
+  %1072 = fcmp ogt float %1071, %peak.rf262.sroa.0.8.vec.extract.1.i
+  %1073 = select i1 %1072, float %1071, float %peak.rf262.sroa.0.8.vec.extract.1.i
+  %peak.rf262.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 3
+  %1074 = fcmp ogt float %1073, %peak.rf262.sroa.0.12.vec.extract.1.i
+  %1075 = select i1 %1074, float %1073, float %peak.rf262.sroa.0.12.vec.extract.1.i
+  %peak.rf262.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 4
+  %1076 = fcmp ogt float %1075, %peak.rf262.sroa.0.16.vec.extract.1.i
+  %1077 = select i1 %1076, float %1075, float %peak.rf262.sroa.0.16.vec.extract.1.i
+  %peak.rf262.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 5
+  %1078 = fcmp ogt float %1077, %peak.rf262.sroa.0.20.vec.extract.1.i
+  %1079 = select i1 %1078, float %1077, float %peak.rf262.sroa.0.20.vec.extract.1.i
+  %peak.rf262.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 6
+  %1080 = fcmp ogt float %1079, %peak.rf262.sroa.0.24.vec.extract.1.i
+  %1081 = select i1 %1080, float %1079, float %peak.rf262.sroa.0.24.vec.extract.1.i
+  %peak.rf262.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 7
+  %1082 = fcmp ogt float %1081, %peak.rf262.sroa.0.28.vec.extract.1.i
+  %1083 = select i1 %1082, float %1081, float %peak.rf262.sroa.0.28.vec.extract.1.i
+  %peak.rf262.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 8
+  %1084 = fcmp ogt float %1083, %peak.rf262.sroa.0.32.vec.extract.1.i
+  %1085 = select i1 %1084, float %1083, float %peak.rf262.sroa.0.32.vec.extract.1.i
+  %peak.rf262.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 9
+  %1086 = fcmp ogt float %1085, %peak.rf262.sroa.0.36.vec.extract.1.i
+  %1087 = select i1 %1086, float %1085, float %peak.rf262.sroa.0.36.vec.extract.1.i
+  %peak.rf262.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 10
+  %1088 = fcmp ogt float %1087, %peak.rf262.sroa.0.40.vec.extract.1.i
+  %1089 = select i1 %1088, float %1087, float %peak.rf262.sroa.0.40.vec.extract.1.i
+  %peak.rf262.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 11
+  %1090 = fcmp ogt float %1089, %peak.rf262.sroa.0.44.vec.extract.1.i
+  %1091 = select i1 %1090, float %1089, float %peak.rf262.sroa.0.44.vec.extract.1.i
+  %peak.rf262.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 12
+  %1092 = fcmp ogt float %1091, %peak.rf262.sroa.0.48.vec.extract.1.i
+  %1093 = select i1 %1092, float %1091, float %peak.rf262.sroa.0.48.vec.extract.1.i
+  %peak.rf262.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 13
+  %1094 = fcmp ogt float %1093, %peak.rf262.sroa.0.52.vec.extract.1.i
+  %1095 = select i1 %1094, float %1093, float %peak.rf262.sroa.0.52.vec.extract.1.i
+  %peak.rf262.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 14
+  %1096 = fcmp ogt float %1095, %peak.rf262.sroa.0.56.vec.extract.1.i
+  %1097 = select i1 %1096, float %1095, float %peak.rf262.sroa.0.56.vec.extract.1.i
+  %peak.rf262.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.1.i, i64 15
+  %1098 = fcmp ogt float %1097, %peak.rf262.sroa.0.60.vec.extract.1.i
+  %1099 = select i1 %1098, float %1097, float %peak.rf262.sroa.0.60.vec.extract.1.i
+  %peak263.sroa.0.4.vec.insert.i = insertelement <4 x float> %peak263.sroa.0.0.vec.insert.i, float %1099, i64 1
+  br i1 %224, label %for_body_ax157.2.i.preheader, label %for_end_ax158.2.i, !prof !3
+
+for_body_ax157.2.i.preheader:                     ; preds = %for_end_ax158.1.i
+  br i1 %240, label %for_body_ax157.2.i.epil.preheader, label %for_body_ax157.2.i, !prof !36
+
+for_body_ax157.2.i:                               ; preds = %for_body_ax157.2.i, %for_body_ax157.2.i.preheader
+  %indvars.iv733.2.i = phi i64 [ %indvars.iv.next734.2.i.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
+  %peak.rf_global261.sroa.0.0464.2.i = phi <16 x float> [ %1139, %for_body_ax157.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ]
+  %niter240 = phi i64 [ %niter240.next.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
+  %.idx962.i = shl nsw i64 %indvars.iv733.2.i, 6
+  %1100 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %.idx962.i
+  %1101 = getelementptr inbounds nuw i8, ptr %1100, i64 1024
   %1102 = load <16 x float>, ptr %1101, align 4, !tbaa !5
-  %1103 = fcmp ogt <16 x float> %1099, %1102
-  %1104 = select <16 x i1> %1103, <16 x float> %1099, <16 x float> %1102
-  %indvars.iv.next682.2.i.1 = shl i64 %indvars.iv681.2.i, 6
-  %1105 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.1
-  %1106 = getelementptr inbounds nuw i8, ptr %1105, i64 1152
+  %1103 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.2.i, %1102
+  %1104 = select <16 x i1> %1103, <16 x float> %peak.rf_global261.sroa.0.0464.2.i, <16 x float> %1102
+  %indvars.iv.next734.2.i = shl i64 %indvars.iv733.2.i, 6
+  %1105 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.2.i
+  %1106 = getelementptr inbounds nuw i8, ptr %1105, i64 1088
   %1107 = load <16 x float>, ptr %1106, align 4, !tbaa !5
   %1108 = fcmp ogt <16 x float> %1104, %1107
   %1109 = select <16 x i1> %1108, <16 x float> %1104, <16 x float> %1107
-  %indvars.iv.next682.2.i.2 = shl i64 %indvars.iv681.2.i, 6
-  %1110 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.2
-  %1111 = getelementptr inbounds nuw i8, ptr %1110, i64 1216
+  %indvars.iv.next734.2.i.1 = shl i64 %indvars.iv733.2.i, 6
+  %1110 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.2.i.1
+  %1111 = getelementptr inbounds nuw i8, ptr %1110, i64 1152
   %1112 = load <16 x float>, ptr %1111, align 4, !tbaa !5
   %1113 = fcmp ogt <16 x float> %1109, %1112
   %1114 = select <16 x i1> %1113, <16 x float> %1109, <16 x float> %1112
-  %indvars.iv.next682.2.i.3 = shl i64 %indvars.iv681.2.i, 6
-  %1115 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.3
-  %1116 = getelementptr inbounds nuw i8, ptr %1115, i64 1280
+  %indvars.iv.next734.2.i.2 = shl i64 %indvars.iv733.2.i, 6
+  %1115 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.2.i.2
+  %1116 = getelementptr inbounds nuw i8, ptr %1115, i64 1216
   %1117 = load <16 x float>, ptr %1116, align 4, !tbaa !5
   %1118 = fcmp ogt <16 x float> %1114, %1117
   %1119 = select <16 x i1> %1118, <16 x float> %1114, <16 x float> %1117
-  %indvars.iv.next682.2.i.4 = shl i64 %indvars.iv681.2.i, 6
-  %1120 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.4
-  %1121 = getelementptr inbounds nuw i8, ptr %1120, i64 1344
+  %indvars.iv.next734.2.i.3 = shl i64 %indvars.iv733.2.i, 6
+  %1120 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.2.i.3
+  %1121 = getelementptr inbounds nuw i8, ptr %1120, i64 1280
   %1122 = load <16 x float>, ptr %1121, align 4, !tbaa !5
   %1123 = fcmp ogt <16 x float> %1119, %1122
   %1124 = select <16 x i1> %1123, <16 x float> %1119, <16 x float> %1122
-  %indvars.iv.next682.2.i.5 = shl i64 %indvars.iv681.2.i, 6
-  %1125 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.5
-  %1126 = getelementptr inbounds nuw i8, ptr %1125, i64 1408
+  %indvars.iv.next734.2.i.4 = shl i64 %indvars.iv733.2.i, 6
+  %1125 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.2.i.4
+  %1126 = getelementptr inbounds nuw i8, ptr %1125, i64 1344
   %1127 = load <16 x float>, ptr %1126, align 4, !tbaa !5
   %1128 = fcmp ogt <16 x float> %1124, %1127
   %1129 = select <16 x i1> %1128, <16 x float> %1124, <16 x float> %1127
-  %indvars.iv.next682.2.i.6 = shl i64 %indvars.iv681.2.i, 6
-  %1130 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.6
-  %1131 = getelementptr inbounds nuw i8, ptr %1130, i64 1472
+  %indvars.iv.next734.2.i.5 = shl i64 %indvars.iv733.2.i, 6
+  %1130 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.2.i.5
+  %1131 = getelementptr inbounds nuw i8, ptr %1130, i64 1408
   %1132 = load <16 x float>, ptr %1131, align 4, !tbaa !5
   %1133 = fcmp ogt <16 x float> %1129, %1132
   %1134 = select <16 x i1> %1133, <16 x float> %1129, <16 x float> %1132
-  %indvars.iv.next682.2.i.7 = add nuw nsw i64 %indvars.iv681.2.i, 8
-  %niter202.next.7 = add i64 %niter202, 8
-  %niter202.ncmp.7 = icmp eq i64 %niter202.next.7, %unroll_iter201
-  br i1 %niter202.ncmp.7, label %for_end_ax1.2.i.loopexit.unr-lcssa, label %for_body_ax1.2.i, !prof !37, !llvm.loop !44
-
-for_end_ax1.2.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.2.i
-  br i1 %lcmp.mod198.not, label %for_end_ax1.2.i, label %for_body_ax1.2.i.epil.preheader, !prof !40
-
-for_body_ax1.2.i.epil.preheader:                  ; preds = %for_end_ax1.2.i.loopexit.unr-lcssa, %for_body_ax1.2.i.preheader
-  %indvars.iv681.2.i.epil.init = phi i64 [ 0, %for_body_ax1.2.i.preheader ], [ %indvars.iv.next682.2.i.7, %for_end_ax1.2.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0441.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ], [ %1134, %for_end_ax1.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod200)
-  br label %for_body_ax1.2.i.epil
-
-for_body_ax1.2.i.epil:                            ; preds = %for_body_ax1.2.i.epil, %for_body_ax1.2.i.epil.preheader
-  %indvars.iv681.2.i.epil = phi i64 [ %indvars.iv.next682.2.i.epil, %for_body_ax1.2.i.epil ], [ %indvars.iv681.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
-  %peak.rf_global240.sroa.0.0441.2.i.epil = phi <16 x float> [ %1139, %for_body_ax1.2.i.epil ], [ %peak.rf_global240.sroa.0.0441.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
-  %epil.iter197 = phi i64 [ %epil.iter197.next, %for_body_ax1.2.i.epil ], [ 0, %for_body_ax1.2.i.epil.preheader ]
-  %.idx1074.i.epil = shl nsw i64 %indvars.iv681.2.i.epil, 6
-  %1135 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1074.i.epil
-  %1136 = getelementptr inbounds nuw i8, ptr %1135, i64 1024
+  %indvars.iv.next734.2.i.6 = shl i64 %indvars.iv733.2.i, 6
+  %1135 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.2.i.6
+  %1136 = getelementptr inbounds nuw i8, ptr %1135, i64 1472
   %1137 = load <16 x float>, ptr %1136, align 4, !tbaa !5
-  %1138 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.2.i.epil, %1137
-  %1139 = select <16 x i1> %1138, <16 x float> %peak.rf_global240.sroa.0.0441.2.i.epil, <16 x float> %1137
-  %indvars.iv.next682.2.i.epil = add nuw nsw i64 %indvars.iv681.2.i.epil, 1
-  %epil.iter197.next = add i64 %epil.iter197, 1
-  %epil.iter197.cmp.not = icmp eq i64 %epil.iter197.next, %xtraiter196
-  br i1 %epil.iter197.cmp.not, label %for_end_ax1.2.i, label %for_body_ax1.2.i.epil, !prof !26, !llvm.loop !45
+  %1138 = fcmp ogt <16 x float> %1134, %1137
+  %1139 = select <16 x i1> %1138, <16 x float> %1134, <16 x float> %1137
+  %indvars.iv.next734.2.i.7 = add nuw nsw i64 %indvars.iv733.2.i, 8
+  %niter240.next.7 = add i64 %niter240, 8
+  %niter240.ncmp.7 = icmp eq i64 %niter240.next.7, %unroll_iter239
+  br i1 %niter240.ncmp.7, label %for_end_ax158.2.i.loopexit.unr-lcssa, label %for_body_ax157.2.i, !prof !37, !llvm.loop !44
 
-for_end_ax1.2.i:                                  ; preds = %for_body_ax1.2.i.epil, %for_end_ax1.2.i.loopexit.unr-lcssa, %for_end_ax1.1.i
-  %peak.rf_global240.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.1.i ], [ %1134, %for_end_ax1.2.i.loopexit.unr-lcssa ], [ %1139, %for_body_ax1.2.i.epil ]
-  %peak.rf241.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 0
-  %1140 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
-  %1141 = select i1 %1140, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.2.i
-  %peak.rf241.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 1
-  %1142 = fcmp ogt float %1141, %peak.rf241.sroa.0.4.vec.extract.2.i
-  %1143 = select i1 %1142, float %1141, float %peak.rf241.sroa.0.4.vec.extract.2.i
-  %peak.rf241.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 2
-  %1144 = fcmp ogt float %1143, %peak.rf241.sroa.0.8.vec.extract.2.i
-  %1145 = select i1 %1144, float %1143, float %peak.rf241.sroa.0.8.vec.extract.2.i
-  %peak.rf241.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 3
-  %1146 = fcmp ogt float %1145, %peak.rf241.sroa.0.12.vec.extract.2.i
-  %1147 = select i1 %1146, float %1145, float %peak.rf241.sroa.0.12.vec.extract.2.i
-  %peak.rf241.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 4
-  %1148 = fcmp ogt float %1147, %peak.rf241.sroa.0.16.vec.extract.2.i
-  %1149 = select i1 %1148, float %1147, float %peak.rf241.sroa.0.16.vec.extract.2.i
-  %peak.rf241.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 5
-  %1150 = fcmp ogt float %1149, %peak.rf241.sroa.0.20.vec.extract.2.i
-  %1151 = select i1 %1150, float %1149, float %peak.rf241.sroa.0.20.vec.extract.2.i
-  %peak.rf241.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 6
-  %1152 = fcmp ogt float %1151, %peak.rf241.sroa.0.24.vec.extract.2.i
-  %1153 = select i1 %1152, float %1151, float %peak.rf241.sroa.0.24.vec.extract.2.i
-  %peak.rf241.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 7
-  %1154 = fcmp ogt float %1153, %peak.rf241.sroa.0.28.vec.extract.2.i
-  %1155 = select i1 %1154, float %1153, float %peak.rf241.sroa.0.28.vec.extract.2.i
-  %peak.rf241.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 8
-  %1156 = fcmp ogt float %1155, %peak.rf241.sroa.0.32.vec.extract.2.i
-  %1157 = select i1 %1156, float %1155, float %peak.rf241.sroa.0.32.vec.extract.2.i
-  %peak.rf241.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 9
-  %1158 = fcmp ogt float %1157, %peak.rf241.sroa.0.36.vec.extract.2.i
-  %1159 = select i1 %1158, float %1157, float %peak.rf241.sroa.0.36.vec.extract.2.i
-  %peak.rf241.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 10
-  %1160 = fcmp ogt float %1159, %peak.rf241.sroa.0.40.vec.extract.2.i
-  %1161 = select i1 %1160, float %1159, float %peak.rf241.sroa.0.40.vec.extract.2.i
-  %peak.rf241.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 11
-  %1162 = fcmp ogt float %1161, %peak.rf241.sroa.0.44.vec.extract.2.i
-  %1163 = select i1 %1162, float %1161, float %peak.rf241.sroa.0.44.vec.extract.2.i
-  %peak.rf241.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 12
-  %1164 = fcmp ogt float %1163, %peak.rf241.sroa.0.48.vec.extract.2.i
-  %1165 = select i1 %1164, float %1163, float %peak.rf241.sroa.0.48.vec.extract.2.i
-  %peak.rf241.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 13
-  %1166 = fcmp ogt float %1165, %peak.rf241.sroa.0.52.vec.extract.2.i
-  %1167 = select i1 %1166, float %1165, float %peak.rf241.sroa.0.52.vec.extract.2.i
-  %peak.rf241.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 14
-  %1168 = fcmp ogt float %1167, %peak.rf241.sroa.0.56.vec.extract.2.i
-  %1169 = select i1 %1168, float %1167, float %peak.rf241.sroa.0.56.vec.extract.2.i
-  %peak.rf241.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 15
-  %1170 = fcmp ogt float %1169, %peak.rf241.sroa.0.60.vec.extract.2.i
-  %1171 = select i1 %1170, float %1169, float %peak.rf241.sroa.0.60.vec.extract.2.i
-  br i1 %251, label %for_body_ax1.3.i.preheader, label %for_end_ax1.3.i, !prof !3
+for_end_ax158.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.2.i
+  br i1 %lcmp.mod236.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil.preheader, !prof !40
 
-for_body_ax1.3.i.preheader:                       ; preds = %for_end_ax1.2.i
-  br i1 %267, label %for_body_ax1.3.i.epil.preheader, label %for_body_ax1.3.i, !prof !36
+for_body_ax157.2.i.epil.preheader:                ; preds = %for_end_ax158.2.i.loopexit.unr-lcssa, %for_body_ax157.2.i.preheader
+  %indvars.iv733.2.i.epil.init = phi i64 [ 0, %for_body_ax157.2.i.preheader ], [ %indvars.iv.next734.2.i.7, %for_end_ax158.2.i.loopexit.unr-lcssa ]
+  %peak.rf_global261.sroa.0.0464.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ], [ %1139, %for_end_ax158.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod238)
+  br label %for_body_ax157.2.i.epil
 
-for_body_ax1.3.i:                                 ; preds = %for_body_ax1.3.i, %for_body_ax1.3.i.preheader
-  %indvars.iv681.3.i = phi i64 [ %indvars.iv.next682.3.i.7, %for_body_ax1.3.i ], [ 0, %for_body_ax1.3.i.preheader ]
-  %peak.rf_global240.sroa.0.0441.3.i = phi <16 x float> [ %1211, %for_body_ax1.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ]
-  %niter209 = phi i64 [ %niter209.next.7, %for_body_ax1.3.i ], [ 0, %for_body_ax1.3.i.preheader ]
-  %.idx1075.i = shl nsw i64 %indvars.iv681.3.i, 6
-  %1172 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1075.i
-  %1173 = getelementptr inbounds nuw i8, ptr %1172, i64 1536
-  %1174 = load <16 x float>, ptr %1173, align 4, !tbaa !5
-  %1175 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.3.i, %1174
-  %1176 = select <16 x i1> %1175, <16 x float> %peak.rf_global240.sroa.0.0441.3.i, <16 x float> %1174
-  %indvars.iv.next682.3.i = shl i64 %indvars.iv681.3.i, 6
-  %1177 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i
-  %1178 = getelementptr inbounds nuw i8, ptr %1177, i64 1600
+for_body_ax157.2.i.epil:                          ; preds = %for_body_ax157.2.i.epil, %for_body_ax157.2.i.epil.preheader
+  %indvars.iv733.2.i.epil = phi i64 [ %indvars.iv.next734.2.i.epil, %for_body_ax157.2.i.epil ], [ %indvars.iv733.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
+  %peak.rf_global261.sroa.0.0464.2.i.epil = phi <16 x float> [ %1144, %for_body_ax157.2.i.epil ], [ %peak.rf_global261.sroa.0.0464.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
+  %epil.iter235 = phi i64 [ %epil.iter235.next, %for_body_ax157.2.i.epil ], [ 0, %for_body_ax157.2.i.epil.preheader ]
+  %.idx962.i.epil = shl nsw i64 %indvars.iv733.2.i.epil, 6
+  %1140 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %.idx962.i.epil
+  %1141 = getelementptr inbounds nuw i8, ptr %1140, i64 1024
+  %1142 = load <16 x float>, ptr %1141, align 4, !tbaa !5
+  %1143 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.2.i.epil, %1142
+  %1144 = select <16 x i1> %1143, <16 x float> %peak.rf_global261.sroa.0.0464.2.i.epil, <16 x float> %1142
+  %indvars.iv.next734.2.i.epil = add nuw nsw i64 %indvars.iv733.2.i.epil, 1
+  %epil.iter235.next = add i64 %epil.iter235, 1
+  %epil.iter235.cmp.not = icmp eq i64 %epil.iter235.next, %xtraiter234
+  br i1 %epil.iter235.cmp.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil, !prof !26, !llvm.loop !45
+
+for_end_ax158.2.i:                                ; preds = %for_body_ax157.2.i.epil, %for_end_ax158.2.i.loopexit.unr-lcssa, %for_end_ax158.1.i
+  %peak.rf_global261.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.1.i ], [ %1139, %for_end_ax158.2.i.loopexit.unr-lcssa ], [ %1144, %for_body_ax157.2.i.epil ]
+  %peak.rf262.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 0
+  %1145 = fcmp olt float %peak.rf262.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
+  %1146 = select i1 %1145, float 0xC7EFFFFFE0000000, float %peak.rf262.sroa.0.0.vec.extract.2.i
+  %peak.rf262.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 1
+  %1147 = fcmp ogt float %1146, %peak.rf262.sroa.0.4.vec.extract.2.i
+  %1148 = select i1 %1147, float %1146, float %peak.rf262.sroa.0.4.vec.extract.2.i
+  %peak.rf262.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 2
+  %1149 = fcmp ogt float %1148, %peak.rf262.sroa.0.8.vec.extract.2.i
+  %1150 = select i1 %1149, float %1148, float %peak.rf262.sroa.0.8.vec.extract.2.i
+  %peak.rf262.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 3
+  %1151 = fcmp ogt float %1150, %peak.rf262.sroa.0.12.vec.extract.2.i
+  %1152 = select i1 %1151, float %1150, float %peak.rf262.sroa.0.12.vec.extract.2.i
+  %peak.rf262.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 4
+  %1153 = fcmp ogt float %1152, %peak.rf262.sroa.0.16.vec.extract.2.i
+  %1154 = select i1 %1153, float %1152, float %peak.rf262.sroa.0.16.vec.extract.2.i
+  %peak.rf262.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 5
+  %1155 = fcmp ogt float %1154, %peak.rf262.sroa.0.20.vec.extract.2.i
+  %1156 = select i1 %1155, float %1154, float %peak.rf262.sroa.0.20.vec.extract.2.i
+  %peak.rf262.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 6
+  %1157 = fcmp ogt float %1156, %peak.rf262.sroa.0.24.vec.extract.2.i
+  %1158 = select i1 %1157, float %1156, float %peak.rf262.sroa.0.24.vec.extract.2.i
+  %peak.rf262.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 7
+  %1159 = fcmp ogt float %1158, %peak.rf262.sroa.0.28.vec.extract.2.i
+  %1160 = select i1 %1159, float %1158, float %peak.rf262.sroa.0.28.vec.extract.2.i
+  %peak.rf262.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 8
+  %1161 = fcmp ogt float %1160, %peak.rf262.sroa.0.32.vec.extract.2.i
+  %1162 = select i1 %1161, float %1160, float %peak.rf262.sroa.0.32.vec.extract.2.i
+  %peak.rf262.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 9
+  %1163 = fcmp ogt float %1162, %peak.rf262.sroa.0.36.vec.extract.2.i
+  %1164 = select i1 %1163, float %1162, float %peak.rf262.sroa.0.36.vec.extract.2.i
+  %peak.rf262.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 10
+  %1165 = fcmp ogt float %1164, %peak.rf262.sroa.0.40.vec.extract.2.i
+  %1166 = select i1 %1165, float %1164, float %peak.rf262.sroa.0.40.vec.extract.2.i
+  %peak.rf262.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 11
+  %1167 = fcmp ogt float %1166, %peak.rf262.sroa.0.44.vec.extract.2.i
+  %1168 = select i1 %1167, float %1166, float %peak.rf262.sroa.0.44.vec.extract.2.i
+  %peak.rf262.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 12
+  %1169 = fcmp ogt float %1168, %peak.rf262.sroa.0.48.vec.extract.2.i
+  %1170 = select i1 %1169, float %1168, float %peak.rf262.sroa.0.48.vec.extract.2.i
+  %peak.rf262.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 13
+  %1171 = fcmp ogt float %1170, %peak.rf262.sroa.0.52.vec.extract.2.i
+  %1172 = select i1 %1171, float %1170, float %peak.rf262.sroa.0.52.vec.extract.2.i
+  %peak.rf262.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 14
+  %1173 = fcmp ogt float %1172, %peak.rf262.sroa.0.56.vec.extract.2.i
+  %1174 = select i1 %1173, float %1172, float %peak.rf262.sroa.0.56.vec.extract.2.i
+  %peak.rf262.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global261.sroa.0.0.lcssa.2.i, i64 15
+  %1175 = fcmp ogt float %1174, %peak.rf262.sroa.0.60.vec.extract.2.i
+  %1176 = select i1 %1175, float %1174, float %peak.rf262.sroa.0.60.vec.extract.2.i
+  %peak263.sroa.0.8.vec.insert.i = insertelement <4 x float> %peak263.sroa.0.4.vec.insert.i, float %1176, i64 2
+  br i1 %224, label %for_body_ax157.3.i.preheader, label %for_end_ax158.3.i, !prof !3
+
+for_body_ax157.3.i.preheader:                     ; preds = %for_end_ax158.2.i
+  br i1 %241, label %for_body_ax157.3.i.epil.preheader, label %for_body_ax157.3.i, !prof !36
+
+for_body_ax157.3.i:                               ; preds = %for_body_ax157.3.i, %for_body_ax157.3.i.preheader
+  %indvars.iv733.3.i = phi i64 [ %indvars.iv.next734.3.i.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
+  %peak.rf_global261.sroa.0.0464.3.i = phi <16 x float> [ %1216, %for_body_ax157.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ]
+  %niter247 = phi i64 [ %niter247.next.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
+  %.idx963.i = shl nsw i64 %indvars.iv733.3.i, 6
+  %1177 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %.idx963.i
+  %1178 = getelementptr inbounds nuw i8, ptr %1177, i64 1536
   %1179 = load <16 x float>, ptr %1178, align 4, !tbaa !5
-  %1180 = fcmp ogt <16 x float> %1176, %1179
-  %1181 = select <16 x i1> %1180, <16 x float> %1176, <16 x float> %1179
-  %indvars.iv.next682.3.i.1 = shl i64 %indvars.iv681.3.i, 6
-  %1182 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.1
-  %1183 = getelementptr inbounds nuw i8, ptr %1182, i64 1664
+  %1180 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.3.i, %1179
+  %1181 = select <16 x i1> %1180, <16 x float> %peak.rf_global261.sroa.0.0464.3.i, <16 x float> %1179
+  %indvars.iv.next734.3.i = shl i64 %indvars.iv733.3.i, 6
+  %1182 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.3.i
+  %1183 = getelementptr inbounds nuw i8, ptr %1182, i64 1600
   %1184 = load <16 x float>, ptr %1183, align 4, !tbaa !5
   %1185 = fcmp ogt <16 x float> %1181, %1184
   %1186 = select <16 x i1> %1185, <16 x float> %1181, <16 x float> %1184
-  %indvars.iv.next682.3.i.2 = shl i64 %indvars.iv681.3.i, 6
-  %1187 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.2
-  %1188 = getelementptr inbounds nuw i8, ptr %1187, i64 1728
+  %indvars.iv.next734.3.i.1 = shl i64 %indvars.iv733.3.i, 6
+  %1187 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.3.i.1
+  %1188 = getelementptr inbounds nuw i8, ptr %1187, i64 1664
   %1189 = load <16 x float>, ptr %1188, align 4, !tbaa !5
   %1190 = fcmp ogt <16 x float> %1186, %1189
   %1191 = select <16 x i1> %1190, <16 x float> %1186, <16 x float> %1189
-  %indvars.iv.next682.3.i.3 = shl i64 %indvars.iv681.3.i, 6
-  %1192 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.3
-  %1193 = getelementptr inbounds nuw i8, ptr %1192, i64 1792
+  %indvars.iv.next734.3.i.2 = shl i64 %indvars.iv733.3.i, 6
+  %1192 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.3.i.2
+  %1193 = getelementptr inbounds nuw i8, ptr %1192, i64 1728
   %1194 = load <16 x float>, ptr %1193, align 4, !tbaa !5
   %1195 = fcmp ogt <16 x float> %1191, %1194
   %1196 = select <16 x i1> %1195, <16 x float> %1191, <16 x float> %1194
-  %indvars.iv.next682.3.i.4 = shl i64 %indvars.iv681.3.i, 6
-  %1197 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.4
-  %1198 = getelementptr inbounds nuw i8, ptr %1197, i64 1856
+  %indvars.iv.next734.3.i.3 = shl i64 %indvars.iv733.3.i, 6
+  %1197 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.3.i.3
+  %1198 = getelementptr inbounds nuw i8, ptr %1197, i64 1792
   %1199 = load <16 x float>, ptr %1198, align 4, !tbaa !5
   %1200 = fcmp ogt <16 x float> %1196, %1199
   %1201 = select <16 x i1> %1200, <16 x float> %1196, <16 x float> %1199
-  %indvars.iv.next682.3.i.5 = shl i64 %indvars.iv681.3.i, 6
-  %1202 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.5
-  %1203 = getelementptr inbounds nuw i8, ptr %1202, i64 1920
+  %indvars.iv.next734.3.i.4 = shl i64 %indvars.iv733.3.i, 6
+  %1202 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.3.i.4
+  %1203 = getelementptr inbounds nuw i8, ptr %1202, i64 1856
   %1204 = load <16 x float>, ptr %1203, align 4, !tbaa !5
   %1205 = fcmp ogt <16 x float> %1201, %1204
   %1206 = select <16 x i1> %1205, <16 x float> %1201, <16 x float> %1204
-  %indvars.iv.next682.3.i.6 = shl i64 %indvars.iv681.3.i, 6
-  %1207 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.6
-  %1208 = getelementptr inbounds nuw i8, ptr %1207, i64 1984
+  %indvars.iv.next734.3.i.5 = shl i64 %indvars.iv733.3.i, 6
+  %1207 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.3.i.5
+  %1208 = getelementptr inbounds nuw i8, ptr %1207, i64 1920
   %1209 = load <16 x float>, ptr %1208, align 4, !tbaa !5
   %1210 = fcmp ogt <16 x float> %1206, %1209
   %1211 = select <16 x i1> %1210, <16 x float> %1206, <16 x float> %1209
-  %indvars.iv.next682.3.i.7 = add nuw nsw i64 %indvars.iv681.3.i, 8
-  %niter209.next.7 = add i64 %niter209, 8
-  %niter209.ncmp.7 = icmp eq i64 %niter209.next.7, %unroll_iter208
-  br i1 %niter209.ncmp.7, label %for_end_ax1.3.i.loopexit.unr-lcssa, label %for_body_ax1.3.i, !prof !37, !llvm.loop !46
-
-for_end_ax1.3.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.3.i
-  br i1 %lcmp.mod205.not, label %for_end_ax1.3.i, label %for_body_ax1.3.i.epil.preheader, !prof !40
-
-for_body_ax1.3.i.epil.preheader:                  ; preds = %for_end_ax1.3.i.loopexit.unr-lcssa, %for_body_ax1.3.i.preheader
-  %indvars.iv681.3.i.epil.init = phi i64 [ 0, %for_body_ax1.3.i.preheader ], [ %indvars.iv.next682.3.i.7, %for_end_ax1.3.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0441.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ], [ %1211, %for_end_ax1.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod207)
-  br label %for_body_ax1.3.i.epil
-
-for_body_ax1.3.i.epil:                            ; preds = %for_body_ax1.3.i.epil, %for_body_ax1.3.i.epil.preheader
-  %indvars.iv681.3.i.epil = phi i64 [ %indvars.iv.next682.3.i.epil, %for_body_ax1.3.i.epil ], [ %indvars.iv681.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
-  %peak.rf_global240.sroa.0.0441.3.i.epil = phi <16 x float> [ %1216, %for_body_ax1.3.i.epil ], [ %peak.rf_global240.sroa.0.0441.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
-  %epil.iter204 = phi i64 [ %epil.iter204.next, %for_body_ax1.3.i.epil ], [ 0, %for_body_ax1.3.i.epil.preheader ]
-  %.idx1075.i.epil = shl nsw i64 %indvars.iv681.3.i.epil, 6
-  %1212 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1075.i.epil
-  %1213 = getelementptr inbounds nuw i8, ptr %1212, i64 1536
+  %indvars.iv.next734.3.i.6 = shl i64 %indvars.iv733.3.i, 6
+  %1212 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %indvars.iv.next734.3.i.6
+  %1213 = getelementptr inbounds nuw i8, ptr %1212, i64 1984
   %1214 = load <16 x float>, ptr %1213, align 4, !tbaa !5
-  %1215 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.3.i.epil, %1214
-  %1216 = select <16 x i1> %1215, <16 x float> %peak.rf_global240.sroa.0.0441.3.i.epil, <16 x float> %1214
-  %indvars.iv.next682.3.i.epil = add nuw nsw i64 %indvars.iv681.3.i.epil, 1
-  %epil.iter204.next = add i64 %epil.iter204, 1
-  %epil.iter204.cmp.not = icmp eq i64 %epil.iter204.next, %xtraiter203
-  br i1 %epil.iter204.cmp.not, label %for_end_ax1.3.i, label %for_body_ax1.3.i.epil, !prof !26, !llvm.loop !47
+  %1215 = fcmp ogt <16 x float> %1211, %1214
+  %1216 = select <16 x i1> %1215, <16 x float> %1211, <16 x float> %1214
+  %indvars.iv.next734.3.i.7 = add nuw nsw i64 %indvars.iv733.3.i, 8
+  %niter247.next.7 = add i64 %niter247, 8
+  %niter247.ncmp.7 = icmp eq i64 %niter247.next.7, %unroll_iter246
+  br i1 %niter247.ncmp.7, label %for_end_ax158.3.i.loopexit.unr-lcssa, label %for_body_ax157.3.i, !prof !37, !llvm.loop !46
 
-for_end_ax1.3.i:                                  ; preds = %for_body_ax1.3.i.epil, %for_end_ax1.3.i.loopexit.unr-lcssa, %for_end_ax1.2.i
-  %peak.rf_global240.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.2.i ], [ %1211, %for_end_ax1.3.i.loopexit.unr-lcssa ], [ %1216, %for_body_ax1.3.i.epil ]
-  br i1 %252, label %if_then59.3.i, label %if_end60.3.i
+for_end_ax158.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.3.i
+  br i1 %lcmp.mod243.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil.preheader, !prof !40
 
-for_begin_to66.preheader.us.preheader.i:          ; preds = %if_end60.3.i
-  %1217 = insertelement <16 x float> poison, float %1361, i64 0
-  %1218 = shufflevector <16 x float> %1217, <16 x float> poison, <16 x i32> zeroinitializer
-  br label %for_body_to67.us.i
+for_body_ax157.3.i.epil.preheader:                ; preds = %for_end_ax158.3.i.loopexit.unr-lcssa, %for_body_ax157.3.i.preheader
+  %indvars.iv733.3.i.epil.init = phi i64 [ 0, %for_body_ax157.3.i.preheader ], [ %indvars.iv.next734.3.i.7, %for_end_ax158.3.i.loopexit.unr-lcssa ]
+  %peak.rf_global261.sroa.0.0464.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ], [ %1216, %for_end_ax158.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod245)
+  br label %for_body_ax157.3.i.epil
 
-for_body_to67.us.i:                               ; preds = %for_body_to67.us.i, %for_begin_to66.preheader.us.preheader.i
-  %indvars.iv694.i = phi i64 [ 0, %for_begin_to66.preheader.us.preheader.i ], [ %indvars.iv.next695.i, %for_body_to67.us.i ]
-  %1219 = shl nsw i64 %indvars.iv694.i, 4
-  %1220 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1219
-  %1221 = load <16 x float>, ptr %1220, align 4, !tbaa !5
-  %arg.us.i = fsub <16 x float> %1221, %1218
-  %cse_v37.us.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1222 = bitcast <16 x float> %cse_v37.us.i to <16 x i32>
-  %1223 = add nsw <16 x i32> %1222, splat (i32 -1262485504)
-  %1224 = sitofp <16 x i32> %1223 to <16 x float>
-  %1225 = fmul <16 x float> %1224, splat (float 0x3F2BD01060000000)
-  %1226 = fmul <16 x float> %1224, splat (float 0x3FE6300000000000)
-  %1227 = fsub <16 x float> %arg.us.i, %1226
-  %1228 = fadd <16 x float> %1225, %1227
-  %1229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1228, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1229, <16 x float> %1228, <16 x float> splat (float 0x3F81112100000000))
-  %1231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1230, <16 x float> %1228, <16 x float> splat (float 0x3FA5553820000000))
-  %1232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1231, <16 x float> %1228, <16 x float> splat (float 0x3FC5555540000000))
-  %1233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1232, <16 x float> %1228, <16 x float> splat (float 5.000000e-01))
-  %1234 = fmul <16 x float> %1228, %1233
-  %1235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1234, <16 x float> %1228, <16 x float> %1228)
-  %1236 = shl <16 x i32> %1222, splat (i32 23)
-  %1237 = add <16 x i32> %1236, splat (i32 1065353216)
-  %1238 = bitcast <16 x i32> %1237 to <16 x float>
-  %1239 = fadd <16 x float> %1235, splat (float 1.000000e+00)
-  %1240 = fmul <16 x float> %1239, %1238
-  %1241 = fcmp olt <16 x float> %arg.us.i, splat (float -8.700000e+01)
-  %1242 = select <16 x i1> %1241, <16 x float> zeroinitializer, <16 x float> %1240
-  %1243 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1219
-  store <16 x float> %1242, ptr %1243, align 4, !tbaa !5
-  %indvars.iv.next695.i = add nuw nsw i64 %indvars.iv694.i, 1
-  %exitcond699.not.i = icmp eq i64 %indvars.iv.next695.i, %wide.trip.count668.i
-  br i1 %exitcond699.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.i, label %for_body_to67.us.i, !prof !13
+for_body_ax157.3.i.epil:                          ; preds = %for_body_ax157.3.i.epil, %for_body_ax157.3.i.epil.preheader
+  %indvars.iv733.3.i.epil = phi i64 [ %indvars.iv.next734.3.i.epil, %for_body_ax157.3.i.epil ], [ %indvars.iv733.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
+  %peak.rf_global261.sroa.0.0464.3.i.epil = phi <16 x float> [ %1221, %for_body_ax157.3.i.epil ], [ %peak.rf_global261.sroa.0.0464.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
+  %epil.iter242 = phi i64 [ %epil.iter242.next, %for_body_ax157.3.i.epil ], [ 0, %for_body_ax157.3.i.epil.preheader ]
+  %.idx963.i.epil = shl nsw i64 %indvars.iv733.3.i.epil, 6
+  %1217 = getelementptr inbounds nuw i8, ptr %scaled969971974.i, i64 %.idx963.i.epil
+  %1218 = getelementptr inbounds nuw i8, ptr %1217, i64 1536
+  %1219 = load <16 x float>, ptr %1218, align 4, !tbaa !5
+  %1220 = fcmp ogt <16 x float> %peak.rf_global261.sroa.0.0464.3.i.epil, %1219
+  %1221 = select <16 x i1> %1220, <16 x float> %peak.rf_global261.sroa.0.0464.3.i.epil, <16 x float> %1219
+  %indvars.iv.next734.3.i.epil = add nuw nsw i64 %indvars.iv733.3.i.epil, 1
+  %epil.iter242.next = add i64 %epil.iter242, 1
+  %epil.iter242.cmp.not = icmp eq i64 %epil.iter242.next, %xtraiter241
+  br i1 %epil.iter242.cmp.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil, !prof !26, !llvm.loop !47
 
-for_begin_to66.for_end_to68_crit_edge.us.i:       ; preds = %for_body_to67.us.i
-  %1244 = insertelement <16 x float> poison, float %1362, i64 0
-  %1245 = shufflevector <16 x float> %1244, <16 x float> poison, <16 x i32> zeroinitializer
-  br label %for_body_to67.us.1.i
+for_end_ax158.3.i:                                ; preds = %for_body_ax157.3.i.epil, %for_end_ax158.3.i.loopexit.unr-lcssa, %for_end_ax158.2.i
+  %peak.rf_global261.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.2.i ], [ %1216, %for_end_ax158.3.i.loopexit.unr-lcssa ], [ %1221, %for_body_ax157.3.i.epil ]
+  br i1 %225, label %for_body_r62.us.preheader.i, label %for_begin_r68.preheader.i
 
-for_body_to67.us.1.i:                             ; preds = %for_body_to67.us.1.i, %for_begin_to66.for_end_to68_crit_edge.us.i
-  %indvars.iv694.1.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.i ], [ %indvars.iv.next695.1.i, %for_body_to67.us.1.i ]
-  %1246 = shl nsw i64 %indvars.iv694.1.i, 4
-  %1247 = add nuw nsw i64 %1246, 128
-  %1248 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1247
-  %1249 = load <16 x float>, ptr %1248, align 4, !tbaa !5
-  %arg.us.1.i = fsub <16 x float> %1249, %1245
-  %cse_v37.us.1.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1250 = bitcast <16 x float> %cse_v37.us.1.i to <16 x i32>
-  %1251 = add nsw <16 x i32> %1250, splat (i32 -1262485504)
-  %1252 = sitofp <16 x i32> %1251 to <16 x float>
-  %1253 = fmul <16 x float> %1252, splat (float 0x3F2BD01060000000)
-  %1254 = fmul <16 x float> %1252, splat (float 0x3FE6300000000000)
-  %1255 = fsub <16 x float> %arg.us.1.i, %1254
-  %1256 = fadd <16 x float> %1253, %1255
-  %1257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1256, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1257, <16 x float> %1256, <16 x float> splat (float 0x3F81112100000000))
-  %1259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1258, <16 x float> %1256, <16 x float> splat (float 0x3FA5553820000000))
-  %1260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1259, <16 x float> %1256, <16 x float> splat (float 0x3FC5555540000000))
-  %1261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1260, <16 x float> %1256, <16 x float> splat (float 5.000000e-01))
-  %1262 = fmul <16 x float> %1256, %1261
-  %1263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %1256, <16 x float> %1256)
-  %1264 = shl <16 x i32> %1250, splat (i32 23)
-  %1265 = add <16 x i32> %1264, splat (i32 1065353216)
-  %1266 = bitcast <16 x i32> %1265 to <16 x float>
-  %1267 = fadd <16 x float> %1263, splat (float 1.000000e+00)
-  %1268 = fmul <16 x float> %1267, %1266
-  %1269 = fcmp olt <16 x float> %arg.us.1.i, splat (float -8.700000e+01)
-  %1270 = select <16 x i1> %1269, <16 x float> zeroinitializer, <16 x float> %1268
-  %1271 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1247
-  store <16 x float> %1270, ptr %1271, align 4, !tbaa !5
-  %indvars.iv.next695.1.i = add nuw nsw i64 %indvars.iv694.1.i, 1
-  %exitcond699.1.not.i = icmp eq i64 %indvars.iv.next695.1.i, %wide.trip.count668.i
-  br i1 %exitcond699.1.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.1.i, label %for_body_to67.us.1.i, !prof !13
+for_begin_r68.preheader.i:                        ; preds = %for_end_ax158.3.i, %for_body_r62.us.preheader.i
+  %tile_max265.sroa.0.3.i = phi <4 x float> [ %peak263.sroa.0.12.vec.insert.i, %for_body_r62.us.preheader.i ], [ splat (float 0xC6293E5940000000), %for_end_ax158.3.i ]
+  br i1 %224, label %for_begin_to73.preheader.us.preheader.i, label %for_end_ax185.i, !prof !3
 
-for_begin_to66.for_end_to68_crit_edge.us.1.i:     ; preds = %for_body_to67.us.1.i
-  %1272 = insertelement <16 x float> poison, float %1360, i64 0
-  %1273 = shufflevector <16 x float> %1272, <16 x float> poison, <16 x i32> zeroinitializer
-  br label %for_body_to67.us.2.i
+for_begin_to73.preheader.us.preheader.i:          ; preds = %for_begin_r68.preheader.i
+  %1222 = shufflevector <4 x float> %tile_max265.sroa.0.3.i, <4 x float> poison, <16 x i32> zeroinitializer
+  br label %for_body_to74.us.i
 
-for_body_to67.us.2.i:                             ; preds = %for_body_to67.us.2.i, %for_begin_to66.for_end_to68_crit_edge.us.1.i
-  %indvars.iv694.2.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.1.i ], [ %indvars.iv.next695.2.i, %for_body_to67.us.2.i ]
-  %1274 = shl nsw i64 %indvars.iv694.2.i, 4
-  %1275 = add nuw nsw i64 %1274, 256
-  %1276 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1275
-  %1277 = load <16 x float>, ptr %1276, align 4, !tbaa !5
-  %arg.us.2.i = fsub <16 x float> %1277, %1273
-  %cse_v37.us.2.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1278 = bitcast <16 x float> %cse_v37.us.2.i to <16 x i32>
-  %1279 = add nsw <16 x i32> %1278, splat (i32 -1262485504)
-  %1280 = sitofp <16 x i32> %1279 to <16 x float>
-  %1281 = fmul <16 x float> %1280, splat (float 0x3F2BD01060000000)
-  %1282 = fmul <16 x float> %1280, splat (float 0x3FE6300000000000)
-  %1283 = fsub <16 x float> %arg.us.2.i, %1282
-  %1284 = fadd <16 x float> %1281, %1283
-  %1285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1284, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1285, <16 x float> %1284, <16 x float> splat (float 0x3F81112100000000))
-  %1287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %1284, <16 x float> splat (float 0x3FA5553820000000))
-  %1288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1287, <16 x float> %1284, <16 x float> splat (float 0x3FC5555540000000))
-  %1289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1288, <16 x float> %1284, <16 x float> splat (float 5.000000e-01))
-  %1290 = fmul <16 x float> %1284, %1289
-  %1291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1290, <16 x float> %1284, <16 x float> %1284)
-  %1292 = shl <16 x i32> %1278, splat (i32 23)
-  %1293 = add <16 x i32> %1292, splat (i32 1065353216)
-  %1294 = bitcast <16 x i32> %1293 to <16 x float>
-  %1295 = fadd <16 x float> %1291, splat (float 1.000000e+00)
-  %1296 = fmul <16 x float> %1295, %1294
-  %1297 = fcmp olt <16 x float> %arg.us.2.i, splat (float -8.700000e+01)
-  %1298 = select <16 x i1> %1297, <16 x float> zeroinitializer, <16 x float> %1296
-  %1299 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1275
-  store <16 x float> %1298, ptr %1299, align 4, !tbaa !5
-  %indvars.iv.next695.2.i = add nuw nsw i64 %indvars.iv694.2.i, 1
-  %exitcond699.2.not.i = icmp eq i64 %indvars.iv.next695.2.i, %wide.trip.count668.i
-  br i1 %exitcond699.2.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.2.i, label %for_body_to67.us.2.i, !prof !13
+for_body_to74.us.i:                               ; preds = %for_body_to74.us.i, %for_begin_to73.preheader.us.preheader.i
+  %indvars.iv749.i = phi i64 [ 0, %for_begin_to73.preheader.us.preheader.i ], [ %indvars.iv.next750.i, %for_body_to74.us.i ]
+  %1223 = shl nsw i64 %indvars.iv749.i, 4
+  %1224 = getelementptr inbounds nuw float, ptr %scaled969971974.i, i64 %1223
+  %1225 = load <16 x float>, ptr %1224, align 4, !tbaa !5
+  %arg.us.i = fsub <16 x float> %1225, %1222
+  %cse_v41.us.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1226 = bitcast <16 x float> %cse_v41.us.i to <16 x i32>
+  %1227 = add nsw <16 x i32> %1226, splat (i32 -1262485504)
+  %1228 = sitofp <16 x i32> %1227 to <16 x float>
+  %1229 = fmul <16 x float> %1228, splat (float 0x3F2BD01060000000)
+  %1230 = fmul <16 x float> %1228, splat (float 0x3FE6300000000000)
+  %1231 = fsub <16 x float> %arg.us.i, %1230
+  %1232 = fadd <16 x float> %1229, %1231
+  %1233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1232, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1233, <16 x float> %1232, <16 x float> splat (float 0x3F81112100000000))
+  %1235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1234, <16 x float> %1232, <16 x float> splat (float 0x3FA5553820000000))
+  %1236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1235, <16 x float> %1232, <16 x float> splat (float 0x3FC5555540000000))
+  %1237 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1236, <16 x float> %1232, <16 x float> splat (float 5.000000e-01))
+  %1238 = fmul <16 x float> %1232, %1237
+  %1239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1238, <16 x float> %1232, <16 x float> %1232)
+  %1240 = shl <16 x i32> %1226, splat (i32 23)
+  %1241 = add <16 x i32> %1240, splat (i32 1065353216)
+  %1242 = bitcast <16 x i32> %1241 to <16 x float>
+  %1243 = fadd <16 x float> %1239, splat (float 1.000000e+00)
+  %1244 = fmul <16 x float> %1243, %1242
+  %1245 = fcmp olt <16 x float> %arg.us.i, splat (float -8.700000e+01)
+  %1246 = select <16 x i1> %1245, <16 x float> zeroinitializer, <16 x float> %1244
+  %1247 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1223
+  store <16 x float> %1246, ptr %1247, align 4, !tbaa !5
+  %indvars.iv.next750.i = add nuw nsw i64 %indvars.iv749.i, 1
+  %exitcond754.not.i = icmp eq i64 %indvars.iv.next750.i, %wide.trip.count720.i
+  br i1 %exitcond754.not.i, label %for_begin_to73.for_end_to75_crit_edge.us.i, label %for_body_to74.us.i, !prof !13
 
-for_begin_to66.for_end_to68_crit_edge.us.2.i:     ; preds = %for_body_to67.us.2.i
-  %1300 = insertelement <16 x float> poison, float %1363, i64 0
-  %1301 = shufflevector <16 x float> %1300, <16 x float> poison, <16 x i32> zeroinitializer
-  br label %for_body_to67.us.3.i
+for_begin_to73.for_end_to75_crit_edge.us.i:       ; preds = %for_body_to74.us.i
+  %1248 = shufflevector <4 x float> %tile_max265.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  br label %for_body_to74.us.1.i
 
-for_body_to67.us.3.i:                             ; preds = %for_body_to67.us.3.i, %for_begin_to66.for_end_to68_crit_edge.us.2.i
-  %indvars.iv694.3.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.2.i ], [ %indvars.iv.next695.3.i, %for_body_to67.us.3.i ]
-  %1302 = shl nsw i64 %indvars.iv694.3.i, 4
-  %1303 = add nuw nsw i64 %1302, 384
-  %1304 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1303
-  %1305 = load <16 x float>, ptr %1304, align 4, !tbaa !5
-  %arg.us.3.i = fsub <16 x float> %1305, %1301
-  %cse_v37.us.3.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1306 = bitcast <16 x float> %cse_v37.us.3.i to <16 x i32>
-  %1307 = add nsw <16 x i32> %1306, splat (i32 -1262485504)
-  %1308 = sitofp <16 x i32> %1307 to <16 x float>
-  %1309 = fmul <16 x float> %1308, splat (float 0x3F2BD01060000000)
-  %1310 = fmul <16 x float> %1308, splat (float 0x3FE6300000000000)
-  %1311 = fsub <16 x float> %arg.us.3.i, %1310
-  %1312 = fadd <16 x float> %1309, %1311
-  %1313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1312, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1313, <16 x float> %1312, <16 x float> splat (float 0x3F81112100000000))
-  %1315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1314, <16 x float> %1312, <16 x float> splat (float 0x3FA5553820000000))
-  %1316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1315, <16 x float> %1312, <16 x float> splat (float 0x3FC5555540000000))
-  %1317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1316, <16 x float> %1312, <16 x float> splat (float 5.000000e-01))
-  %1318 = fmul <16 x float> %1312, %1317
-  %1319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1318, <16 x float> %1312, <16 x float> %1312)
-  %1320 = shl <16 x i32> %1306, splat (i32 23)
-  %1321 = add <16 x i32> %1320, splat (i32 1065353216)
-  %1322 = bitcast <16 x i32> %1321 to <16 x float>
-  %1323 = fadd <16 x float> %1319, splat (float 1.000000e+00)
-  %1324 = fmul <16 x float> %1323, %1322
-  %1325 = fcmp olt <16 x float> %arg.us.3.i, splat (float -8.700000e+01)
-  %1326 = select <16 x i1> %1325, <16 x float> zeroinitializer, <16 x float> %1324
-  %1327 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1303
-  store <16 x float> %1326, ptr %1327, align 4, !tbaa !5
-  %indvars.iv.next695.3.i = add nuw nsw i64 %indvars.iv694.3.i, 1
-  %exitcond699.3.not.i = icmp eq i64 %indvars.iv.next695.3.i, %wide.trip.count668.i
-  br i1 %exitcond699.3.not.i, label %for_body_ax177.i.preheader, label %for_body_to67.us.3.i, !prof !13
+for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.i, %for_begin_to73.for_end_to75_crit_edge.us.i
+  %indvars.iv749.1.i = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ], [ %indvars.iv.next750.1.i, %for_body_to74.us.1.i ]
+  %1249 = shl nsw i64 %indvars.iv749.1.i, 4
+  %1250 = add nuw nsw i64 %1249, 128
+  %1251 = getelementptr inbounds nuw float, ptr %scaled969971974.i, i64 %1250
+  %1252 = load <16 x float>, ptr %1251, align 4, !tbaa !5
+  %arg.us.1.i = fsub <16 x float> %1252, %1248
+  %cse_v41.us.1.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1253 = bitcast <16 x float> %cse_v41.us.1.i to <16 x i32>
+  %1254 = add nsw <16 x i32> %1253, splat (i32 -1262485504)
+  %1255 = sitofp <16 x i32> %1254 to <16 x float>
+  %1256 = fmul <16 x float> %1255, splat (float 0x3F2BD01060000000)
+  %1257 = fmul <16 x float> %1255, splat (float 0x3FE6300000000000)
+  %1258 = fsub <16 x float> %arg.us.1.i, %1257
+  %1259 = fadd <16 x float> %1256, %1258
+  %1260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1259, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1260, <16 x float> %1259, <16 x float> splat (float 0x3F81112100000000))
+  %1262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1261, <16 x float> %1259, <16 x float> splat (float 0x3FA5553820000000))
+  %1263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %1259, <16 x float> splat (float 0x3FC5555540000000))
+  %1264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1263, <16 x float> %1259, <16 x float> splat (float 5.000000e-01))
+  %1265 = fmul <16 x float> %1259, %1264
+  %1266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1265, <16 x float> %1259, <16 x float> %1259)
+  %1267 = shl <16 x i32> %1253, splat (i32 23)
+  %1268 = add <16 x i32> %1267, splat (i32 1065353216)
+  %1269 = bitcast <16 x i32> %1268 to <16 x float>
+  %1270 = fadd <16 x float> %1266, splat (float 1.000000e+00)
+  %1271 = fmul <16 x float> %1270, %1269
+  %1272 = fcmp olt <16 x float> %arg.us.1.i, splat (float -8.700000e+01)
+  %1273 = select <16 x i1> %1272, <16 x float> zeroinitializer, <16 x float> %1271
+  %1274 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1250
+  store <16 x float> %1273, ptr %1274, align 4, !tbaa !5
+  %indvars.iv.next750.1.i = add nuw nsw i64 %indvars.iv749.1.i, 1
+  %exitcond754.1.not.i = icmp eq i64 %indvars.iv.next750.1.i, %wide.trip.count720.i
+  br i1 %exitcond754.1.not.i, label %for_begin_to73.for_end_to75_crit_edge.us.1.i, label %for_body_to74.us.1.i, !prof !13
 
-for_body_ax177.i.preheader:                       ; preds = %for_body_to67.us.3.i
-  br i1 %268, label %for_body_ax177.i.epil.preheader, label %for_body_ax177.i, !prof !36
+for_begin_to73.for_end_to75_crit_edge.us.1.i:     ; preds = %for_body_to74.us.1.i
+  %1275 = shufflevector <4 x float> %tile_max265.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  br label %for_body_to74.us.2.i
 
-if_then59.3.i:                                    ; preds = %for_end_ax1.3.i
-  %peak.rf241.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 0
-  %1328 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
-  %1329 = select i1 %1328, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.3.i
-  %peak.rf241.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 1
-  %1330 = fcmp ogt float %1329, %peak.rf241.sroa.0.4.vec.extract.3.i
-  %1331 = select i1 %1330, float %1329, float %peak.rf241.sroa.0.4.vec.extract.3.i
-  %peak.rf241.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 2
-  %1332 = fcmp ogt float %1331, %peak.rf241.sroa.0.8.vec.extract.3.i
-  %1333 = select i1 %1332, float %1331, float %peak.rf241.sroa.0.8.vec.extract.3.i
-  %peak.rf241.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 3
-  %1334 = fcmp ogt float %1333, %peak.rf241.sroa.0.12.vec.extract.3.i
-  %1335 = select i1 %1334, float %1333, float %peak.rf241.sroa.0.12.vec.extract.3.i
-  %peak.rf241.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 4
-  %1336 = fcmp ogt float %1335, %peak.rf241.sroa.0.16.vec.extract.3.i
-  %1337 = select i1 %1336, float %1335, float %peak.rf241.sroa.0.16.vec.extract.3.i
-  %peak.rf241.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 5
-  %1338 = fcmp ogt float %1337, %peak.rf241.sroa.0.20.vec.extract.3.i
-  %1339 = select i1 %1338, float %1337, float %peak.rf241.sroa.0.20.vec.extract.3.i
-  %peak.rf241.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 6
-  %1340 = fcmp ogt float %1339, %peak.rf241.sroa.0.24.vec.extract.3.i
-  %1341 = select i1 %1340, float %1339, float %peak.rf241.sroa.0.24.vec.extract.3.i
-  %peak.rf241.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 7
-  %1342 = fcmp ogt float %1341, %peak.rf241.sroa.0.28.vec.extract.3.i
-  %1343 = select i1 %1342, float %1341, float %peak.rf241.sroa.0.28.vec.extract.3.i
-  %peak.rf241.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 8
-  %1344 = fcmp ogt float %1343, %peak.rf241.sroa.0.32.vec.extract.3.i
-  %1345 = select i1 %1344, float %1343, float %peak.rf241.sroa.0.32.vec.extract.3.i
-  %peak.rf241.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 9
-  %1346 = fcmp ogt float %1345, %peak.rf241.sroa.0.36.vec.extract.3.i
-  %1347 = select i1 %1346, float %1345, float %peak.rf241.sroa.0.36.vec.extract.3.i
-  %peak.rf241.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 10
-  %1348 = fcmp ogt float %1347, %peak.rf241.sroa.0.40.vec.extract.3.i
-  %1349 = select i1 %1348, float %1347, float %peak.rf241.sroa.0.40.vec.extract.3.i
-  %peak.rf241.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 11
-  %1350 = fcmp ogt float %1349, %peak.rf241.sroa.0.44.vec.extract.3.i
-  %1351 = select i1 %1350, float %1349, float %peak.rf241.sroa.0.44.vec.extract.3.i
-  %peak.rf241.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 12
-  %1352 = fcmp ogt float %1351, %peak.rf241.sroa.0.48.vec.extract.3.i
-  %1353 = select i1 %1352, float %1351, float %peak.rf241.sroa.0.48.vec.extract.3.i
-  %peak.rf241.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 13
-  %1354 = fcmp ogt float %1353, %peak.rf241.sroa.0.52.vec.extract.3.i
-  %1355 = select i1 %1354, float %1353, float %peak.rf241.sroa.0.52.vec.extract.3.i
-  %peak.rf241.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 14
-  %1356 = fcmp ogt float %1355, %peak.rf241.sroa.0.56.vec.extract.3.i
-  %1357 = select i1 %1356, float %1355, float %peak.rf241.sroa.0.56.vec.extract.3.i
-  %peak.rf241.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 15
-  %1358 = fcmp ogt float %1357, %peak.rf241.sroa.0.60.vec.extract.3.i
-  %1359 = select i1 %1358, float %1357, float %peak.rf241.sroa.0.60.vec.extract.3.i
-  %tile_max245.sroa.0.0.vec.insert1090.i = insertelement <4 x float> poison, float %1017, i64 0
-  %tile_max245.sroa.0.4.vec.insert1094.i = insertelement <4 x float> %tile_max245.sroa.0.0.vec.insert1090.i, float %1094, i64 1
-  %tile_max245.sroa.0.8.vec.insert1098.i = insertelement <4 x float> %tile_max245.sroa.0.4.vec.insert1094.i, float %1171, i64 2
-  br label %if_end60.3.i
+for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.i, %for_begin_to73.for_end_to75_crit_edge.us.1.i
+  %indvars.iv749.2.i = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ], [ %indvars.iv.next750.2.i, %for_body_to74.us.2.i ]
+  %1276 = shl nsw i64 %indvars.iv749.2.i, 4
+  %1277 = add nuw nsw i64 %1276, 256
+  %1278 = getelementptr inbounds nuw float, ptr %scaled969971974.i, i64 %1277
+  %1279 = load <16 x float>, ptr %1278, align 4, !tbaa !5
+  %arg.us.2.i = fsub <16 x float> %1279, %1275
+  %cse_v41.us.2.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1280 = bitcast <16 x float> %cse_v41.us.2.i to <16 x i32>
+  %1281 = add nsw <16 x i32> %1280, splat (i32 -1262485504)
+  %1282 = sitofp <16 x i32> %1281 to <16 x float>
+  %1283 = fmul <16 x float> %1282, splat (float 0x3F2BD01060000000)
+  %1284 = fmul <16 x float> %1282, splat (float 0x3FE6300000000000)
+  %1285 = fsub <16 x float> %arg.us.2.i, %1284
+  %1286 = fadd <16 x float> %1283, %1285
+  %1287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1287, <16 x float> %1286, <16 x float> splat (float 0x3F81112100000000))
+  %1289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1288, <16 x float> %1286, <16 x float> splat (float 0x3FA5553820000000))
+  %1290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1289, <16 x float> %1286, <16 x float> splat (float 0x3FC5555540000000))
+  %1291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1290, <16 x float> %1286, <16 x float> splat (float 5.000000e-01))
+  %1292 = fmul <16 x float> %1286, %1291
+  %1293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1292, <16 x float> %1286, <16 x float> %1286)
+  %1294 = shl <16 x i32> %1280, splat (i32 23)
+  %1295 = add <16 x i32> %1294, splat (i32 1065353216)
+  %1296 = bitcast <16 x i32> %1295 to <16 x float>
+  %1297 = fadd <16 x float> %1293, splat (float 1.000000e+00)
+  %1298 = fmul <16 x float> %1297, %1296
+  %1299 = fcmp olt <16 x float> %arg.us.2.i, splat (float -8.700000e+01)
+  %1300 = select <16 x i1> %1299, <16 x float> zeroinitializer, <16 x float> %1298
+  %1301 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1277
+  store <16 x float> %1300, ptr %1301, align 4, !tbaa !5
+  %indvars.iv.next750.2.i = add nuw nsw i64 %indvars.iv749.2.i, 1
+  %exitcond754.2.not.i = icmp eq i64 %indvars.iv.next750.2.i, %wide.trip.count720.i
+  br i1 %exitcond754.2.not.i, label %for_begin_to73.for_end_to75_crit_edge.us.2.i, label %for_body_to74.us.2.i, !prof !13
 
-if_end60.3.i:                                     ; preds = %if_then59.3.i, %for_end_ax1.3.i
-  %tile_max245.sroa.0.8.vec.insert1099.i = phi <4 x float> [ %tile_max245.sroa.0.8.vec.insert1098.i, %if_then59.3.i ], [ <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>, %for_end_ax1.3.i ]
-  %1360 = phi float [ %1171, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1361 = phi float [ %1017, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1362 = phi float [ %1094, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1363 = phi float [ %1359, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %tile_max245.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_max245.sroa.0.8.vec.insert1099.i, float %1363, i64 3
-  br i1 %251, label %for_begin_to66.preheader.us.preheader.i, label %for_end_ax178.i, !prof !3
+for_begin_to73.for_end_to75_crit_edge.us.2.i:     ; preds = %for_body_to74.us.2.i
+  %1302 = shufflevector <4 x float> %tile_max265.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  br label %for_body_to74.us.3.i
 
-for_begin_d_084.preheader.i:                      ; preds = %for_end_ax178.3.i
-  %invariant.gep533.i = getelementptr i32, ptr %value_cache, i64 %v_now.i
-  %1364 = mul nsw i64 %ahead_head.i, %v_head
-  br label %for_begin_to89.preheader.i
+for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.i, %for_begin_to73.for_end_to75_crit_edge.us.2.i
+  %indvars.iv749.3.i = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ], [ %indvars.iv.next750.3.i, %for_body_to74.us.3.i ]
+  %1303 = shl nsw i64 %indvars.iv749.3.i, 4
+  %1304 = add nuw nsw i64 %1303, 384
+  %1305 = getelementptr inbounds nuw float, ptr %scaled969971974.i, i64 %1304
+  %1306 = load <16 x float>, ptr %1305, align 4, !tbaa !5
+  %arg.us.3.i = fsub <16 x float> %1306, %1302
+  %cse_v41.us.3.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1307 = bitcast <16 x float> %cse_v41.us.3.i to <16 x i32>
+  %1308 = add nsw <16 x i32> %1307, splat (i32 -1262485504)
+  %1309 = sitofp <16 x i32> %1308 to <16 x float>
+  %1310 = fmul <16 x float> %1309, splat (float 0x3F2BD01060000000)
+  %1311 = fmul <16 x float> %1309, splat (float 0x3FE6300000000000)
+  %1312 = fsub <16 x float> %arg.us.3.i, %1311
+  %1313 = fadd <16 x float> %1310, %1312
+  %1314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1313, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1314, <16 x float> %1313, <16 x float> splat (float 0x3F81112100000000))
+  %1316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1315, <16 x float> %1313, <16 x float> splat (float 0x3FA5553820000000))
+  %1317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1316, <16 x float> %1313, <16 x float> splat (float 0x3FC5555540000000))
+  %1318 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1317, <16 x float> %1313, <16 x float> splat (float 5.000000e-01))
+  %1319 = fmul <16 x float> %1313, %1318
+  %1320 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1319, <16 x float> %1313, <16 x float> %1313)
+  %1321 = shl <16 x i32> %1307, splat (i32 23)
+  %1322 = add <16 x i32> %1321, splat (i32 1065353216)
+  %1323 = bitcast <16 x i32> %1322 to <16 x float>
+  %1324 = fadd <16 x float> %1320, splat (float 1.000000e+00)
+  %1325 = fmul <16 x float> %1324, %1323
+  %1326 = fcmp olt <16 x float> %arg.us.3.i, splat (float -8.700000e+01)
+  %1327 = select <16 x i1> %1326, <16 x float> zeroinitializer, <16 x float> %1325
+  %1328 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1304
+  store <16 x float> %1327, ptr %1328, align 4, !tbaa !5
+  %indvars.iv.next750.3.i = add nuw nsw i64 %indvars.iv749.3.i, 1
+  %exitcond754.3.not.i = icmp eq i64 %indvars.iv.next750.3.i, %wide.trip.count720.i
+  br i1 %exitcond754.3.not.i, label %for_body_ax184.i.preheader, label %for_body_to74.us.3.i, !prof !13
 
-for_body_ax177.i:                                 ; preds = %for_body_ax177.i, %for_body_ax177.i.preheader
-  %indvars.iv704.i = phi i64 [ %indvars.iv.next705.i.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.i = phi <16 x float> [ %1395, %for_body_ax177.i ], [ zeroinitializer, %for_body_ax177.i.preheader ]
-  %niter216 = phi i64 [ %niter216.next.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
-  %.idx1076.i = shl nsw i64 %indvars.iv704.i, 6
-  %1365 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1076.i
-  %1366 = load <16 x float>, ptr %1365, align 4, !tbaa !5
-  %1367 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.i, %1366
-  %indvars.iv.next705.i = shl i64 %indvars.iv704.i, 6
-  %1368 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i
-  %1369 = getelementptr inbounds nuw i8, ptr %1368, i64 64
-  %1370 = load <16 x float>, ptr %1369, align 4, !tbaa !5
-  %1371 = fadd <16 x float> %1367, %1370
-  %indvars.iv.next705.i.1 = shl i64 %indvars.iv704.i, 6
-  %1372 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.1
-  %1373 = getelementptr inbounds nuw i8, ptr %1372, i64 128
-  %1374 = load <16 x float>, ptr %1373, align 4, !tbaa !5
-  %1375 = fadd <16 x float> %1371, %1374
-  %indvars.iv.next705.i.2 = shl i64 %indvars.iv704.i, 6
-  %1376 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.2
-  %1377 = getelementptr inbounds nuw i8, ptr %1376, i64 192
-  %1378 = load <16 x float>, ptr %1377, align 4, !tbaa !5
-  %1379 = fadd <16 x float> %1375, %1378
-  %indvars.iv.next705.i.3 = shl i64 %indvars.iv704.i, 6
-  %1380 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.3
-  %1381 = getelementptr inbounds nuw i8, ptr %1380, i64 256
-  %1382 = load <16 x float>, ptr %1381, align 4, !tbaa !5
-  %1383 = fadd <16 x float> %1379, %1382
-  %indvars.iv.next705.i.4 = shl i64 %indvars.iv704.i, 6
-  %1384 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.4
-  %1385 = getelementptr inbounds nuw i8, ptr %1384, i64 320
-  %1386 = load <16 x float>, ptr %1385, align 4, !tbaa !5
-  %1387 = fadd <16 x float> %1383, %1386
-  %indvars.iv.next705.i.5 = shl i64 %indvars.iv704.i, 6
-  %1388 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.5
-  %1389 = getelementptr inbounds nuw i8, ptr %1388, i64 384
-  %1390 = load <16 x float>, ptr %1389, align 4, !tbaa !5
-  %1391 = fadd <16 x float> %1387, %1390
-  %indvars.iv.next705.i.6 = shl i64 %indvars.iv704.i, 6
-  %1392 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.6
-  %1393 = getelementptr inbounds nuw i8, ptr %1392, i64 448
-  %1394 = load <16 x float>, ptr %1393, align 4, !tbaa !5
-  %1395 = fadd <16 x float> %1391, %1394
-  %indvars.iv.next705.i.7 = add nuw nsw i64 %indvars.iv704.i, 8
-  %niter216.next.7 = add i64 %niter216, 8
-  %niter216.ncmp.7 = icmp eq i64 %niter216.next.7, %unroll_iter215
-  br i1 %niter216.ncmp.7, label %for_end_ax178.i.loopexit.unr-lcssa, label %for_body_ax177.i, !prof !37, !llvm.loop !48
+for_body_ax184.i.preheader:                       ; preds = %for_body_to74.us.3.i
+  br i1 %242, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !36
 
-for_end_ax178.i.loopexit.unr-lcssa:               ; preds = %for_body_ax177.i
-  br i1 %lcmp.mod212.not, label %for_end_ax178.i, label %for_body_ax177.i.epil.preheader, !prof !40
+for_body_ax184.i:                                 ; preds = %for_body_ax184.i, %for_body_ax184.i.preheader
+  %indvars.iv759.i = phi i64 [ %indvars.iv.next760.i.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
+  %tile_sum.rf_global259.sroa.0.0471.i = phi <16 x float> [ %1359, %for_body_ax184.i ], [ zeroinitializer, %for_body_ax184.i.preheader ]
+  %niter254 = phi i64 [ %niter254.next.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
+  %.idx964.i = shl nsw i64 %indvars.iv759.i, 6
+  %1329 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx964.i
+  %1330 = load <16 x float>, ptr %1329, align 4, !tbaa !5
+  %1331 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.i, %1330
+  %indvars.iv.next760.i = shl i64 %indvars.iv759.i, 6
+  %1332 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.i
+  %1333 = getelementptr inbounds nuw i8, ptr %1332, i64 64
+  %1334 = load <16 x float>, ptr %1333, align 4, !tbaa !5
+  %1335 = fadd <16 x float> %1331, %1334
+  %indvars.iv.next760.i.1 = shl i64 %indvars.iv759.i, 6
+  %1336 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.i.1
+  %1337 = getelementptr inbounds nuw i8, ptr %1336, i64 128
+  %1338 = load <16 x float>, ptr %1337, align 4, !tbaa !5
+  %1339 = fadd <16 x float> %1335, %1338
+  %indvars.iv.next760.i.2 = shl i64 %indvars.iv759.i, 6
+  %1340 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.i.2
+  %1341 = getelementptr inbounds nuw i8, ptr %1340, i64 192
+  %1342 = load <16 x float>, ptr %1341, align 4, !tbaa !5
+  %1343 = fadd <16 x float> %1339, %1342
+  %indvars.iv.next760.i.3 = shl i64 %indvars.iv759.i, 6
+  %1344 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.i.3
+  %1345 = getelementptr inbounds nuw i8, ptr %1344, i64 256
+  %1346 = load <16 x float>, ptr %1345, align 4, !tbaa !5
+  %1347 = fadd <16 x float> %1343, %1346
+  %indvars.iv.next760.i.4 = shl i64 %indvars.iv759.i, 6
+  %1348 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.i.4
+  %1349 = getelementptr inbounds nuw i8, ptr %1348, i64 320
+  %1350 = load <16 x float>, ptr %1349, align 4, !tbaa !5
+  %1351 = fadd <16 x float> %1347, %1350
+  %indvars.iv.next760.i.5 = shl i64 %indvars.iv759.i, 6
+  %1352 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.i.5
+  %1353 = getelementptr inbounds nuw i8, ptr %1352, i64 384
+  %1354 = load <16 x float>, ptr %1353, align 4, !tbaa !5
+  %1355 = fadd <16 x float> %1351, %1354
+  %indvars.iv.next760.i.6 = shl i64 %indvars.iv759.i, 6
+  %1356 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.i.6
+  %1357 = getelementptr inbounds nuw i8, ptr %1356, i64 448
+  %1358 = load <16 x float>, ptr %1357, align 4, !tbaa !5
+  %1359 = fadd <16 x float> %1355, %1358
+  %indvars.iv.next760.i.7 = add nuw nsw i64 %indvars.iv759.i, 8
+  %niter254.next.7 = add i64 %niter254, 8
+  %niter254.ncmp.7 = icmp eq i64 %niter254.next.7, %unroll_iter253
+  br i1 %niter254.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !37, !llvm.loop !48
 
-for_body_ax177.i.epil.preheader:                  ; preds = %for_end_ax178.i.loopexit.unr-lcssa, %for_body_ax177.i.preheader
-  %indvars.iv704.i.epil.init = phi i64 [ 0, %for_body_ax177.i.preheader ], [ %indvars.iv.next705.i.7, %for_end_ax178.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global238.sroa.0.0447.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.i.preheader ], [ %1395, %for_end_ax178.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod214)
-  br label %for_body_ax177.i.epil
+for_end_ax185.i.loopexit.unr-lcssa:               ; preds = %for_body_ax184.i
+  br i1 %lcmp.mod250.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !40
 
-for_body_ax177.i.epil:                            ; preds = %for_body_ax177.i.epil, %for_body_ax177.i.epil.preheader
-  %indvars.iv704.i.epil = phi i64 [ %indvars.iv.next705.i.epil, %for_body_ax177.i.epil ], [ %indvars.iv704.i.epil.init, %for_body_ax177.i.epil.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.i.epil = phi <16 x float> [ %1398, %for_body_ax177.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.i.epil.init, %for_body_ax177.i.epil.preheader ]
-  %epil.iter211 = phi i64 [ %epil.iter211.next, %for_body_ax177.i.epil ], [ 0, %for_body_ax177.i.epil.preheader ]
-  %.idx1076.i.epil = shl nsw i64 %indvars.iv704.i.epil, 6
-  %1396 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1076.i.epil
+for_body_ax184.i.epil.preheader:                  ; preds = %for_end_ax185.i.loopexit.unr-lcssa, %for_body_ax184.i.preheader
+  %indvars.iv759.i.epil.init = phi i64 [ 0, %for_body_ax184.i.preheader ], [ %indvars.iv.next760.i.7, %for_end_ax185.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global259.sroa.0.0471.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.i.preheader ], [ %1359, %for_end_ax185.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod252)
+  br label %for_body_ax184.i.epil
+
+for_body_ax184.i.epil:                            ; preds = %for_body_ax184.i.epil, %for_body_ax184.i.epil.preheader
+  %indvars.iv759.i.epil = phi i64 [ %indvars.iv.next760.i.epil, %for_body_ax184.i.epil ], [ %indvars.iv759.i.epil.init, %for_body_ax184.i.epil.preheader ]
+  %tile_sum.rf_global259.sroa.0.0471.i.epil = phi <16 x float> [ %1362, %for_body_ax184.i.epil ], [ %tile_sum.rf_global259.sroa.0.0471.i.epil.init, %for_body_ax184.i.epil.preheader ]
+  %epil.iter249 = phi i64 [ %epil.iter249.next, %for_body_ax184.i.epil ], [ 0, %for_body_ax184.i.epil.preheader ]
+  %.idx964.i.epil = shl nsw i64 %indvars.iv759.i.epil, 6
+  %1360 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx964.i.epil
+  %1361 = load <16 x float>, ptr %1360, align 4, !tbaa !5
+  %1362 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.i.epil, %1361
+  %indvars.iv.next760.i.epil = add nuw nsw i64 %indvars.iv759.i.epil, 1
+  %epil.iter249.next = add i64 %epil.iter249, 1
+  %epil.iter249.cmp.not = icmp eq i64 %epil.iter249.next, %xtraiter248
+  br i1 %epil.iter249.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !26, !llvm.loop !49
+
+for_end_ax185.i:                                  ; preds = %for_body_ax184.i.epil, %for_end_ax185.i.loopexit.unr-lcssa, %for_begin_r68.preheader.i
+  %tile_sum.rf_global259.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r68.preheader.i ], [ %1359, %for_end_ax185.i.loopexit.unr-lcssa ], [ %1362, %for_body_ax184.i.epil ]
+  %tile_sum.rf260.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 0
+  %1363 = fadd float %tile_sum.rf260.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf260.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 1
+  %1364 = fadd float %tile_sum.rf260.sroa.0.4.vec.extract.i, %1363
+  %tile_sum.rf260.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 2
+  %1365 = fadd float %tile_sum.rf260.sroa.0.8.vec.extract.i, %1364
+  %tile_sum.rf260.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 3
+  %1366 = fadd float %tile_sum.rf260.sroa.0.12.vec.extract.i, %1365
+  %tile_sum.rf260.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 4
+  %1367 = fadd float %tile_sum.rf260.sroa.0.16.vec.extract.i, %1366
+  %tile_sum.rf260.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 5
+  %1368 = fadd float %tile_sum.rf260.sroa.0.20.vec.extract.i, %1367
+  %tile_sum.rf260.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 6
+  %1369 = fadd float %tile_sum.rf260.sroa.0.24.vec.extract.i, %1368
+  %tile_sum.rf260.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 7
+  %1370 = fadd float %tile_sum.rf260.sroa.0.28.vec.extract.i, %1369
+  %tile_sum.rf260.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 8
+  %1371 = fadd float %tile_sum.rf260.sroa.0.32.vec.extract.i, %1370
+  %tile_sum.rf260.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 9
+  %1372 = fadd float %tile_sum.rf260.sroa.0.36.vec.extract.i, %1371
+  %tile_sum.rf260.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 10
+  %1373 = fadd float %tile_sum.rf260.sroa.0.40.vec.extract.i, %1372
+  %tile_sum.rf260.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 11
+  %1374 = fadd float %tile_sum.rf260.sroa.0.44.vec.extract.i, %1373
+  %tile_sum.rf260.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 12
+  %1375 = fadd float %tile_sum.rf260.sroa.0.48.vec.extract.i, %1374
+  %tile_sum.rf260.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 13
+  %1376 = fadd float %tile_sum.rf260.sroa.0.52.vec.extract.i, %1375
+  %tile_sum.rf260.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 14
+  %1377 = fadd float %tile_sum.rf260.sroa.0.56.vec.extract.i, %1376
+  %tile_sum.rf260.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.i, i64 15
+  %1378 = fadd float %tile_sum.rf260.sroa.0.60.vec.extract.i, %1377
+  %tile_sum264.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1378, i64 0
+  br i1 %224, label %for_body_ax184.1.i.preheader, label %for_end_ax185.1.i, !prof !3
+
+for_body_ax184.1.i.preheader:                     ; preds = %for_end_ax185.i
+  br i1 %243, label %for_body_ax184.1.i.epil.preheader, label %for_body_ax184.1.i, !prof !36
+
+for_body_ax184.1.i:                               ; preds = %for_body_ax184.1.i, %for_body_ax184.1.i.preheader
+  %indvars.iv759.1.i = phi i64 [ %indvars.iv.next760.1.i.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
+  %tile_sum.rf_global259.sroa.0.0471.1.i = phi <16 x float> [ %1410, %for_body_ax184.1.i ], [ zeroinitializer, %for_body_ax184.1.i.preheader ]
+  %niter261 = phi i64 [ %niter261.next.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
+  %.idx965.i = shl nsw i64 %indvars.iv759.1.i, 6
+  %1379 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx965.i
+  %1380 = getelementptr inbounds nuw i8, ptr %1379, i64 512
+  %1381 = load <16 x float>, ptr %1380, align 4, !tbaa !5
+  %1382 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.1.i, %1381
+  %indvars.iv.next760.1.i = shl i64 %indvars.iv759.1.i, 6
+  %1383 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.1.i
+  %1384 = getelementptr inbounds nuw i8, ptr %1383, i64 576
+  %1385 = load <16 x float>, ptr %1384, align 4, !tbaa !5
+  %1386 = fadd <16 x float> %1382, %1385
+  %indvars.iv.next760.1.i.1 = shl i64 %indvars.iv759.1.i, 6
+  %1387 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.1.i.1
+  %1388 = getelementptr inbounds nuw i8, ptr %1387, i64 640
+  %1389 = load <16 x float>, ptr %1388, align 4, !tbaa !5
+  %1390 = fadd <16 x float> %1386, %1389
+  %indvars.iv.next760.1.i.2 = shl i64 %indvars.iv759.1.i, 6
+  %1391 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.1.i.2
+  %1392 = getelementptr inbounds nuw i8, ptr %1391, i64 704
+  %1393 = load <16 x float>, ptr %1392, align 4, !tbaa !5
+  %1394 = fadd <16 x float> %1390, %1393
+  %indvars.iv.next760.1.i.3 = shl i64 %indvars.iv759.1.i, 6
+  %1395 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.1.i.3
+  %1396 = getelementptr inbounds nuw i8, ptr %1395, i64 768
   %1397 = load <16 x float>, ptr %1396, align 4, !tbaa !5
-  %1398 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.i.epil, %1397
-  %indvars.iv.next705.i.epil = add nuw nsw i64 %indvars.iv704.i.epil, 1
-  %epil.iter211.next = add i64 %epil.iter211, 1
-  %epil.iter211.cmp.not = icmp eq i64 %epil.iter211.next, %xtraiter210
-  br i1 %epil.iter211.cmp.not, label %for_end_ax178.i, label %for_body_ax177.i.epil, !prof !26, !llvm.loop !49
+  %1398 = fadd <16 x float> %1394, %1397
+  %indvars.iv.next760.1.i.4 = shl i64 %indvars.iv759.1.i, 6
+  %1399 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.1.i.4
+  %1400 = getelementptr inbounds nuw i8, ptr %1399, i64 832
+  %1401 = load <16 x float>, ptr %1400, align 4, !tbaa !5
+  %1402 = fadd <16 x float> %1398, %1401
+  %indvars.iv.next760.1.i.5 = shl i64 %indvars.iv759.1.i, 6
+  %1403 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.1.i.5
+  %1404 = getelementptr inbounds nuw i8, ptr %1403, i64 896
+  %1405 = load <16 x float>, ptr %1404, align 4, !tbaa !5
+  %1406 = fadd <16 x float> %1402, %1405
+  %indvars.iv.next760.1.i.6 = shl i64 %indvars.iv759.1.i, 6
+  %1407 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.1.i.6
+  %1408 = getelementptr inbounds nuw i8, ptr %1407, i64 960
+  %1409 = load <16 x float>, ptr %1408, align 4, !tbaa !5
+  %1410 = fadd <16 x float> %1406, %1409
+  %indvars.iv.next760.1.i.7 = add nuw nsw i64 %indvars.iv759.1.i, 8
+  %niter261.next.7 = add i64 %niter261, 8
+  %niter261.ncmp.7 = icmp eq i64 %niter261.next.7, %unroll_iter260
+  br i1 %niter261.ncmp.7, label %for_end_ax185.1.i.loopexit.unr-lcssa, label %for_body_ax184.1.i, !prof !37, !llvm.loop !50
 
-for_end_ax178.i:                                  ; preds = %for_body_ax177.i.epil, %for_end_ax178.i.loopexit.unr-lcssa, %if_end60.3.i
-  %tile_sum.rf_global238.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %if_end60.3.i ], [ %1395, %for_end_ax178.i.loopexit.unr-lcssa ], [ %1398, %for_body_ax177.i.epil ]
-  %tile_sum.rf239.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 0
-  %1399 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf239.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 1
-  %1400 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.i, %1399
-  %tile_sum.rf239.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 2
-  %1401 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.i, %1400
-  %tile_sum.rf239.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 3
-  %1402 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.i, %1401
-  %tile_sum.rf239.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 4
-  %1403 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.i, %1402
-  %tile_sum.rf239.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 5
-  %1404 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.i, %1403
-  %tile_sum.rf239.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 6
-  %1405 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.i, %1404
-  %tile_sum.rf239.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 7
-  %1406 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.i, %1405
-  %tile_sum.rf239.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 8
-  %1407 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.i, %1406
-  %tile_sum.rf239.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 9
-  %1408 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.i, %1407
-  %tile_sum.rf239.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 10
-  %1409 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.i, %1408
-  %tile_sum.rf239.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 11
-  %1410 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.i, %1409
-  %tile_sum.rf239.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 12
-  %1411 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.i, %1410
-  %tile_sum.rf239.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 13
-  %1412 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.i, %1411
-  %tile_sum.rf239.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 14
-  %1413 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.i, %1412
-  %tile_sum.rf239.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 15
-  %1414 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.i, %1413
-  %tile_sum244.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1414, i64 0
-  br i1 %251, label %for_body_ax177.1.i.preheader, label %for_end_ax178.1.i, !prof !3
+for_end_ax185.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.1.i
+  br i1 %lcmp.mod257.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil.preheader, !prof !40
 
-for_body_ax177.1.i.preheader:                     ; preds = %for_end_ax178.i
-  br i1 %269, label %for_body_ax177.1.i.epil.preheader, label %for_body_ax177.1.i, !prof !36
+for_body_ax184.1.i.epil.preheader:                ; preds = %for_end_ax185.1.i.loopexit.unr-lcssa, %for_body_ax184.1.i.preheader
+  %indvars.iv759.1.i.epil.init = phi i64 [ 0, %for_body_ax184.1.i.preheader ], [ %indvars.iv.next760.1.i.7, %for_end_ax185.1.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global259.sroa.0.0471.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.1.i.preheader ], [ %1410, %for_end_ax185.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod259)
+  br label %for_body_ax184.1.i.epil
 
-for_body_ax177.1.i:                               ; preds = %for_body_ax177.1.i, %for_body_ax177.1.i.preheader
-  %indvars.iv704.1.i = phi i64 [ %indvars.iv.next705.1.i.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.1.i = phi <16 x float> [ %1446, %for_body_ax177.1.i ], [ zeroinitializer, %for_body_ax177.1.i.preheader ]
-  %niter223 = phi i64 [ %niter223.next.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
-  %.idx1077.i = shl nsw i64 %indvars.iv704.1.i, 6
-  %1415 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1077.i
-  %1416 = getelementptr inbounds nuw i8, ptr %1415, i64 512
-  %1417 = load <16 x float>, ptr %1416, align 4, !tbaa !5
-  %1418 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.1.i, %1417
-  %indvars.iv.next705.1.i = shl i64 %indvars.iv704.1.i, 6
-  %1419 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i
-  %1420 = getelementptr inbounds nuw i8, ptr %1419, i64 576
-  %1421 = load <16 x float>, ptr %1420, align 4, !tbaa !5
-  %1422 = fadd <16 x float> %1418, %1421
-  %indvars.iv.next705.1.i.1 = shl i64 %indvars.iv704.1.i, 6
-  %1423 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.1
-  %1424 = getelementptr inbounds nuw i8, ptr %1423, i64 640
-  %1425 = load <16 x float>, ptr %1424, align 4, !tbaa !5
-  %1426 = fadd <16 x float> %1422, %1425
-  %indvars.iv.next705.1.i.2 = shl i64 %indvars.iv704.1.i, 6
-  %1427 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.2
-  %1428 = getelementptr inbounds nuw i8, ptr %1427, i64 704
-  %1429 = load <16 x float>, ptr %1428, align 4, !tbaa !5
-  %1430 = fadd <16 x float> %1426, %1429
-  %indvars.iv.next705.1.i.3 = shl i64 %indvars.iv704.1.i, 6
-  %1431 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.3
-  %1432 = getelementptr inbounds nuw i8, ptr %1431, i64 768
+for_body_ax184.1.i.epil:                          ; preds = %for_body_ax184.1.i.epil, %for_body_ax184.1.i.epil.preheader
+  %indvars.iv759.1.i.epil = phi i64 [ %indvars.iv.next760.1.i.epil, %for_body_ax184.1.i.epil ], [ %indvars.iv759.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
+  %tile_sum.rf_global259.sroa.0.0471.1.i.epil = phi <16 x float> [ %1414, %for_body_ax184.1.i.epil ], [ %tile_sum.rf_global259.sroa.0.0471.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
+  %epil.iter256 = phi i64 [ %epil.iter256.next, %for_body_ax184.1.i.epil ], [ 0, %for_body_ax184.1.i.epil.preheader ]
+  %.idx965.i.epil = shl nsw i64 %indvars.iv759.1.i.epil, 6
+  %1411 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx965.i.epil
+  %1412 = getelementptr inbounds nuw i8, ptr %1411, i64 512
+  %1413 = load <16 x float>, ptr %1412, align 4, !tbaa !5
+  %1414 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.1.i.epil, %1413
+  %indvars.iv.next760.1.i.epil = add nuw nsw i64 %indvars.iv759.1.i.epil, 1
+  %epil.iter256.next = add i64 %epil.iter256, 1
+  %epil.iter256.cmp.not = icmp eq i64 %epil.iter256.next, %xtraiter255
+  br i1 %epil.iter256.cmp.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil, !prof !26, !llvm.loop !51
+
+for_end_ax185.1.i:                                ; preds = %for_body_ax184.1.i.epil, %for_end_ax185.1.i.loopexit.unr-lcssa, %for_end_ax185.i
+  %tile_sum.rf_global259.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.i ], [ %1410, %for_end_ax185.1.i.loopexit.unr-lcssa ], [ %1414, %for_body_ax184.1.i.epil ]
+  %tile_sum.rf260.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 0
+  %1415 = fadd float %tile_sum.rf260.sroa.0.0.vec.extract.1.i, 0.000000e+00
+  %tile_sum.rf260.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 1
+  %1416 = fadd float %tile_sum.rf260.sroa.0.4.vec.extract.1.i, %1415
+  %tile_sum.rf260.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 2
+  %1417 = fadd float %tile_sum.rf260.sroa.0.8.vec.extract.1.i, %1416
+  %tile_sum.rf260.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 3
+  %1418 = fadd float %tile_sum.rf260.sroa.0.12.vec.extract.1.i, %1417
+  %tile_sum.rf260.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 4
+  %1419 = fadd float %tile_sum.rf260.sroa.0.16.vec.extract.1.i, %1418
+  %tile_sum.rf260.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 5
+  %1420 = fadd float %tile_sum.rf260.sroa.0.20.vec.extract.1.i, %1419
+  %tile_sum.rf260.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 6
+  %1421 = fadd float %tile_sum.rf260.sroa.0.24.vec.extract.1.i, %1420
+  %tile_sum.rf260.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 7
+  %1422 = fadd float %tile_sum.rf260.sroa.0.28.vec.extract.1.i, %1421
+  %tile_sum.rf260.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 8
+  %1423 = fadd float %tile_sum.rf260.sroa.0.32.vec.extract.1.i, %1422
+  %tile_sum.rf260.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 9
+  %1424 = fadd float %tile_sum.rf260.sroa.0.36.vec.extract.1.i, %1423
+  %tile_sum.rf260.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 10
+  %1425 = fadd float %tile_sum.rf260.sroa.0.40.vec.extract.1.i, %1424
+  %tile_sum.rf260.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 11
+  %1426 = fadd float %tile_sum.rf260.sroa.0.44.vec.extract.1.i, %1425
+  %tile_sum.rf260.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 12
+  %1427 = fadd float %tile_sum.rf260.sroa.0.48.vec.extract.1.i, %1426
+  %tile_sum.rf260.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 13
+  %1428 = fadd float %tile_sum.rf260.sroa.0.52.vec.extract.1.i, %1427
+  %tile_sum.rf260.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 14
+  %1429 = fadd float %tile_sum.rf260.sroa.0.56.vec.extract.1.i, %1428
+  %tile_sum.rf260.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.1.i, i64 15
+  %1430 = fadd float %tile_sum.rf260.sroa.0.60.vec.extract.1.i, %1429
+  %tile_sum264.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum264.sroa.0.0.vec.insert.i, float %1430, i64 1
+  br i1 %224, label %for_body_ax184.2.i.preheader, label %for_end_ax185.2.i, !prof !3
+
+for_body_ax184.2.i.preheader:                     ; preds = %for_end_ax185.1.i
+  br i1 %244, label %for_body_ax184.2.i.epil.preheader, label %for_body_ax184.2.i, !prof !36
+
+for_body_ax184.2.i:                               ; preds = %for_body_ax184.2.i, %for_body_ax184.2.i.preheader
+  %indvars.iv759.2.i = phi i64 [ %indvars.iv.next760.2.i.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
+  %tile_sum.rf_global259.sroa.0.0471.2.i = phi <16 x float> [ %1462, %for_body_ax184.2.i ], [ zeroinitializer, %for_body_ax184.2.i.preheader ]
+  %niter268 = phi i64 [ %niter268.next.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
+  %.idx966.i = shl nsw i64 %indvars.iv759.2.i, 6
+  %1431 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx966.i
+  %1432 = getelementptr inbounds nuw i8, ptr %1431, i64 1024
   %1433 = load <16 x float>, ptr %1432, align 4, !tbaa !5
-  %1434 = fadd <16 x float> %1430, %1433
-  %indvars.iv.next705.1.i.4 = shl i64 %indvars.iv704.1.i, 6
-  %1435 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.4
-  %1436 = getelementptr inbounds nuw i8, ptr %1435, i64 832
+  %1434 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.2.i, %1433
+  %indvars.iv.next760.2.i = shl i64 %indvars.iv759.2.i, 6
+  %1435 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.2.i
+  %1436 = getelementptr inbounds nuw i8, ptr %1435, i64 1088
   %1437 = load <16 x float>, ptr %1436, align 4, !tbaa !5
   %1438 = fadd <16 x float> %1434, %1437
-  %indvars.iv.next705.1.i.5 = shl i64 %indvars.iv704.1.i, 6
-  %1439 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.5
-  %1440 = getelementptr inbounds nuw i8, ptr %1439, i64 896
+  %indvars.iv.next760.2.i.1 = shl i64 %indvars.iv759.2.i, 6
+  %1439 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.2.i.1
+  %1440 = getelementptr inbounds nuw i8, ptr %1439, i64 1152
   %1441 = load <16 x float>, ptr %1440, align 4, !tbaa !5
   %1442 = fadd <16 x float> %1438, %1441
-  %indvars.iv.next705.1.i.6 = shl i64 %indvars.iv704.1.i, 6
-  %1443 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.6
-  %1444 = getelementptr inbounds nuw i8, ptr %1443, i64 960
+  %indvars.iv.next760.2.i.2 = shl i64 %indvars.iv759.2.i, 6
+  %1443 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.2.i.2
+  %1444 = getelementptr inbounds nuw i8, ptr %1443, i64 1216
   %1445 = load <16 x float>, ptr %1444, align 4, !tbaa !5
   %1446 = fadd <16 x float> %1442, %1445
-  %indvars.iv.next705.1.i.7 = add nuw nsw i64 %indvars.iv704.1.i, 8
-  %niter223.next.7 = add i64 %niter223, 8
-  %niter223.ncmp.7 = icmp eq i64 %niter223.next.7, %unroll_iter222
-  br i1 %niter223.ncmp.7, label %for_end_ax178.1.i.loopexit.unr-lcssa, label %for_body_ax177.1.i, !prof !37, !llvm.loop !50
-
-for_end_ax178.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.1.i
-  br i1 %lcmp.mod219.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil.preheader, !prof !40
-
-for_body_ax177.1.i.epil.preheader:                ; preds = %for_end_ax178.1.i.loopexit.unr-lcssa, %for_body_ax177.1.i.preheader
-  %indvars.iv704.1.i.epil.init = phi i64 [ 0, %for_body_ax177.1.i.preheader ], [ %indvars.iv.next705.1.i.7, %for_end_ax178.1.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global238.sroa.0.0447.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.1.i.preheader ], [ %1446, %for_end_ax178.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod221)
-  br label %for_body_ax177.1.i.epil
-
-for_body_ax177.1.i.epil:                          ; preds = %for_body_ax177.1.i.epil, %for_body_ax177.1.i.epil.preheader
-  %indvars.iv704.1.i.epil = phi i64 [ %indvars.iv.next705.1.i.epil, %for_body_ax177.1.i.epil ], [ %indvars.iv704.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.1.i.epil = phi <16 x float> [ %1450, %for_body_ax177.1.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
-  %epil.iter218 = phi i64 [ %epil.iter218.next, %for_body_ax177.1.i.epil ], [ 0, %for_body_ax177.1.i.epil.preheader ]
-  %.idx1077.i.epil = shl nsw i64 %indvars.iv704.1.i.epil, 6
-  %1447 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1077.i.epil
-  %1448 = getelementptr inbounds nuw i8, ptr %1447, i64 512
+  %indvars.iv.next760.2.i.3 = shl i64 %indvars.iv759.2.i, 6
+  %1447 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.2.i.3
+  %1448 = getelementptr inbounds nuw i8, ptr %1447, i64 1280
   %1449 = load <16 x float>, ptr %1448, align 4, !tbaa !5
-  %1450 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.1.i.epil, %1449
-  %indvars.iv.next705.1.i.epil = add nuw nsw i64 %indvars.iv704.1.i.epil, 1
-  %epil.iter218.next = add i64 %epil.iter218, 1
-  %epil.iter218.cmp.not = icmp eq i64 %epil.iter218.next, %xtraiter217
-  br i1 %epil.iter218.cmp.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil, !prof !26, !llvm.loop !51
+  %1450 = fadd <16 x float> %1446, %1449
+  %indvars.iv.next760.2.i.4 = shl i64 %indvars.iv759.2.i, 6
+  %1451 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.2.i.4
+  %1452 = getelementptr inbounds nuw i8, ptr %1451, i64 1344
+  %1453 = load <16 x float>, ptr %1452, align 4, !tbaa !5
+  %1454 = fadd <16 x float> %1450, %1453
+  %indvars.iv.next760.2.i.5 = shl i64 %indvars.iv759.2.i, 6
+  %1455 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.2.i.5
+  %1456 = getelementptr inbounds nuw i8, ptr %1455, i64 1408
+  %1457 = load <16 x float>, ptr %1456, align 4, !tbaa !5
+  %1458 = fadd <16 x float> %1454, %1457
+  %indvars.iv.next760.2.i.6 = shl i64 %indvars.iv759.2.i, 6
+  %1459 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.2.i.6
+  %1460 = getelementptr inbounds nuw i8, ptr %1459, i64 1472
+  %1461 = load <16 x float>, ptr %1460, align 4, !tbaa !5
+  %1462 = fadd <16 x float> %1458, %1461
+  %indvars.iv.next760.2.i.7 = add nuw nsw i64 %indvars.iv759.2.i, 8
+  %niter268.next.7 = add i64 %niter268, 8
+  %niter268.ncmp.7 = icmp eq i64 %niter268.next.7, %unroll_iter267
+  br i1 %niter268.ncmp.7, label %for_end_ax185.2.i.loopexit.unr-lcssa, label %for_body_ax184.2.i, !prof !37, !llvm.loop !52
 
-for_end_ax178.1.i:                                ; preds = %for_body_ax177.1.i.epil, %for_end_ax178.1.i.loopexit.unr-lcssa, %for_end_ax178.i
-  %tile_sum.rf_global238.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.i ], [ %1446, %for_end_ax178.1.i.loopexit.unr-lcssa ], [ %1450, %for_body_ax177.1.i.epil ]
-  %tile_sum.rf239.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 0
-  %1451 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.1.i, 0.000000e+00
-  %tile_sum.rf239.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 1
-  %1452 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.1.i, %1451
-  %tile_sum.rf239.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 2
-  %1453 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.1.i, %1452
-  %tile_sum.rf239.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 3
-  %1454 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.1.i, %1453
-  %tile_sum.rf239.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 4
-  %1455 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.1.i, %1454
-  %tile_sum.rf239.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 5
-  %1456 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.1.i, %1455
-  %tile_sum.rf239.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 6
-  %1457 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.1.i, %1456
-  %tile_sum.rf239.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 7
-  %1458 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.1.i, %1457
-  %tile_sum.rf239.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 8
-  %1459 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.1.i, %1458
-  %tile_sum.rf239.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 9
-  %1460 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.1.i, %1459
-  %tile_sum.rf239.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 10
-  %1461 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.1.i, %1460
-  %tile_sum.rf239.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 11
-  %1462 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.1.i, %1461
-  %tile_sum.rf239.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 12
-  %1463 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.1.i, %1462
-  %tile_sum.rf239.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 13
-  %1464 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.1.i, %1463
-  %tile_sum.rf239.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 14
-  %1465 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.1.i, %1464
-  %tile_sum.rf239.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 15
-  %1466 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.1.i, %1465
-  %tile_sum244.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum244.sroa.0.0.vec.insert.i, float %1466, i64 1
-  br i1 %251, label %for_body_ax177.2.i.preheader, label %for_end_ax178.2.i, !prof !3
+for_end_ax185.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.2.i
+  br i1 %lcmp.mod264.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil.preheader, !prof !40
 
-for_body_ax177.2.i.preheader:                     ; preds = %for_end_ax178.1.i
-  br i1 %270, label %for_body_ax177.2.i.epil.preheader, label %for_body_ax177.2.i, !prof !36
+for_body_ax184.2.i.epil.preheader:                ; preds = %for_end_ax185.2.i.loopexit.unr-lcssa, %for_body_ax184.2.i.preheader
+  %indvars.iv759.2.i.epil.init = phi i64 [ 0, %for_body_ax184.2.i.preheader ], [ %indvars.iv.next760.2.i.7, %for_end_ax185.2.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global259.sroa.0.0471.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.2.i.preheader ], [ %1462, %for_end_ax185.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod266)
+  br label %for_body_ax184.2.i.epil
 
-for_body_ax177.2.i:                               ; preds = %for_body_ax177.2.i, %for_body_ax177.2.i.preheader
-  %indvars.iv704.2.i = phi i64 [ %indvars.iv.next705.2.i.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.2.i = phi <16 x float> [ %1498, %for_body_ax177.2.i ], [ zeroinitializer, %for_body_ax177.2.i.preheader ]
-  %niter230 = phi i64 [ %niter230.next.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
-  %.idx1078.i = shl nsw i64 %indvars.iv704.2.i, 6
-  %1467 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1078.i
-  %1468 = getelementptr inbounds nuw i8, ptr %1467, i64 1024
-  %1469 = load <16 x float>, ptr %1468, align 4, !tbaa !5
-  %1470 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.2.i, %1469
-  %indvars.iv.next705.2.i = shl i64 %indvars.iv704.2.i, 6
-  %1471 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i
-  %1472 = getelementptr inbounds nuw i8, ptr %1471, i64 1088
-  %1473 = load <16 x float>, ptr %1472, align 4, !tbaa !5
-  %1474 = fadd <16 x float> %1470, %1473
-  %indvars.iv.next705.2.i.1 = shl i64 %indvars.iv704.2.i, 6
-  %1475 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.1
-  %1476 = getelementptr inbounds nuw i8, ptr %1475, i64 1152
-  %1477 = load <16 x float>, ptr %1476, align 4, !tbaa !5
-  %1478 = fadd <16 x float> %1474, %1477
-  %indvars.iv.next705.2.i.2 = shl i64 %indvars.iv704.2.i, 6
-  %1479 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.2
-  %1480 = getelementptr inbounds nuw i8, ptr %1479, i64 1216
-  %1481 = load <16 x float>, ptr %1480, align 4, !tbaa !5
-  %1482 = fadd <16 x float> %1478, %1481
-  %indvars.iv.next705.2.i.3 = shl i64 %indvars.iv704.2.i, 6
-  %1483 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.3
-  %1484 = getelementptr inbounds nuw i8, ptr %1483, i64 1280
+for_body_ax184.2.i.epil:                          ; preds = %for_body_ax184.2.i.epil, %for_body_ax184.2.i.epil.preheader
+  %indvars.iv759.2.i.epil = phi i64 [ %indvars.iv.next760.2.i.epil, %for_body_ax184.2.i.epil ], [ %indvars.iv759.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
+  %tile_sum.rf_global259.sroa.0.0471.2.i.epil = phi <16 x float> [ %1466, %for_body_ax184.2.i.epil ], [ %tile_sum.rf_global259.sroa.0.0471.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
+  %epil.iter263 = phi i64 [ %epil.iter263.next, %for_body_ax184.2.i.epil ], [ 0, %for_body_ax184.2.i.epil.preheader ]
+  %.idx966.i.epil = shl nsw i64 %indvars.iv759.2.i.epil, 6
+  %1463 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx966.i.epil
+  %1464 = getelementptr inbounds nuw i8, ptr %1463, i64 1024
+  %1465 = load <16 x float>, ptr %1464, align 4, !tbaa !5
+  %1466 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.2.i.epil, %1465
+  %indvars.iv.next760.2.i.epil = add nuw nsw i64 %indvars.iv759.2.i.epil, 1
+  %epil.iter263.next = add i64 %epil.iter263, 1
+  %epil.iter263.cmp.not = icmp eq i64 %epil.iter263.next, %xtraiter262
+  br i1 %epil.iter263.cmp.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil, !prof !26, !llvm.loop !53
+
+for_end_ax185.2.i:                                ; preds = %for_body_ax184.2.i.epil, %for_end_ax185.2.i.loopexit.unr-lcssa, %for_end_ax185.1.i
+  %tile_sum.rf_global259.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.1.i ], [ %1462, %for_end_ax185.2.i.loopexit.unr-lcssa ], [ %1466, %for_body_ax184.2.i.epil ]
+  %tile_sum.rf260.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 0
+  %1467 = fadd float %tile_sum.rf260.sroa.0.0.vec.extract.2.i, 0.000000e+00
+  %tile_sum.rf260.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 1
+  %1468 = fadd float %tile_sum.rf260.sroa.0.4.vec.extract.2.i, %1467
+  %tile_sum.rf260.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 2
+  %1469 = fadd float %tile_sum.rf260.sroa.0.8.vec.extract.2.i, %1468
+  %tile_sum.rf260.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 3
+  %1470 = fadd float %tile_sum.rf260.sroa.0.12.vec.extract.2.i, %1469
+  %tile_sum.rf260.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 4
+  %1471 = fadd float %tile_sum.rf260.sroa.0.16.vec.extract.2.i, %1470
+  %tile_sum.rf260.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 5
+  %1472 = fadd float %tile_sum.rf260.sroa.0.20.vec.extract.2.i, %1471
+  %tile_sum.rf260.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 6
+  %1473 = fadd float %tile_sum.rf260.sroa.0.24.vec.extract.2.i, %1472
+  %tile_sum.rf260.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 7
+  %1474 = fadd float %tile_sum.rf260.sroa.0.28.vec.extract.2.i, %1473
+  %tile_sum.rf260.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 8
+  %1475 = fadd float %tile_sum.rf260.sroa.0.32.vec.extract.2.i, %1474
+  %tile_sum.rf260.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 9
+  %1476 = fadd float %tile_sum.rf260.sroa.0.36.vec.extract.2.i, %1475
+  %tile_sum.rf260.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 10
+  %1477 = fadd float %tile_sum.rf260.sroa.0.40.vec.extract.2.i, %1476
+  %tile_sum.rf260.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 11
+  %1478 = fadd float %tile_sum.rf260.sroa.0.44.vec.extract.2.i, %1477
+  %tile_sum.rf260.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 12
+  %1479 = fadd float %tile_sum.rf260.sroa.0.48.vec.extract.2.i, %1478
+  %tile_sum.rf260.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 13
+  %1480 = fadd float %tile_sum.rf260.sroa.0.52.vec.extract.2.i, %1479
+  %tile_sum.rf260.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 14
+  %1481 = fadd float %tile_sum.rf260.sroa.0.56.vec.extract.2.i, %1480
+  %tile_sum.rf260.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.2.i, i64 15
+  %1482 = fadd float %tile_sum.rf260.sroa.0.60.vec.extract.2.i, %1481
+  %tile_sum264.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum264.sroa.0.4.vec.insert.i, float %1482, i64 2
+  br i1 %224, label %for_body_ax184.3.i.preheader, label %for_end_ax185.3.i, !prof !3
+
+for_body_ax184.3.i.preheader:                     ; preds = %for_end_ax185.2.i
+  br i1 %245, label %for_body_ax184.3.i.epil.preheader, label %for_body_ax184.3.i, !prof !36
+
+for_body_ax184.3.i:                               ; preds = %for_body_ax184.3.i, %for_body_ax184.3.i.preheader
+  %indvars.iv759.3.i = phi i64 [ %indvars.iv.next760.3.i.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
+  %tile_sum.rf_global259.sroa.0.0471.3.i = phi <16 x float> [ %1514, %for_body_ax184.3.i ], [ zeroinitializer, %for_body_ax184.3.i.preheader ]
+  %niter275 = phi i64 [ %niter275.next.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
+  %.idx967.i = shl nsw i64 %indvars.iv759.3.i, 6
+  %1483 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx967.i
+  %1484 = getelementptr inbounds nuw i8, ptr %1483, i64 1536
   %1485 = load <16 x float>, ptr %1484, align 4, !tbaa !5
-  %1486 = fadd <16 x float> %1482, %1485
-  %indvars.iv.next705.2.i.4 = shl i64 %indvars.iv704.2.i, 6
-  %1487 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.4
-  %1488 = getelementptr inbounds nuw i8, ptr %1487, i64 1344
+  %1486 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.3.i, %1485
+  %indvars.iv.next760.3.i = shl i64 %indvars.iv759.3.i, 6
+  %1487 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.3.i
+  %1488 = getelementptr inbounds nuw i8, ptr %1487, i64 1600
   %1489 = load <16 x float>, ptr %1488, align 4, !tbaa !5
   %1490 = fadd <16 x float> %1486, %1489
-  %indvars.iv.next705.2.i.5 = shl i64 %indvars.iv704.2.i, 6
-  %1491 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.5
-  %1492 = getelementptr inbounds nuw i8, ptr %1491, i64 1408
+  %indvars.iv.next760.3.i.1 = shl i64 %indvars.iv759.3.i, 6
+  %1491 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.3.i.1
+  %1492 = getelementptr inbounds nuw i8, ptr %1491, i64 1664
   %1493 = load <16 x float>, ptr %1492, align 4, !tbaa !5
   %1494 = fadd <16 x float> %1490, %1493
-  %indvars.iv.next705.2.i.6 = shl i64 %indvars.iv704.2.i, 6
-  %1495 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.6
-  %1496 = getelementptr inbounds nuw i8, ptr %1495, i64 1472
+  %indvars.iv.next760.3.i.2 = shl i64 %indvars.iv759.3.i, 6
+  %1495 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.3.i.2
+  %1496 = getelementptr inbounds nuw i8, ptr %1495, i64 1728
   %1497 = load <16 x float>, ptr %1496, align 4, !tbaa !5
   %1498 = fadd <16 x float> %1494, %1497
-  %indvars.iv.next705.2.i.7 = add nuw nsw i64 %indvars.iv704.2.i, 8
-  %niter230.next.7 = add i64 %niter230, 8
-  %niter230.ncmp.7 = icmp eq i64 %niter230.next.7, %unroll_iter229
-  br i1 %niter230.ncmp.7, label %for_end_ax178.2.i.loopexit.unr-lcssa, label %for_body_ax177.2.i, !prof !37, !llvm.loop !52
-
-for_end_ax178.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.2.i
-  br i1 %lcmp.mod226.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil.preheader, !prof !40
-
-for_body_ax177.2.i.epil.preheader:                ; preds = %for_end_ax178.2.i.loopexit.unr-lcssa, %for_body_ax177.2.i.preheader
-  %indvars.iv704.2.i.epil.init = phi i64 [ 0, %for_body_ax177.2.i.preheader ], [ %indvars.iv.next705.2.i.7, %for_end_ax178.2.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global238.sroa.0.0447.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.2.i.preheader ], [ %1498, %for_end_ax178.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod228)
-  br label %for_body_ax177.2.i.epil
-
-for_body_ax177.2.i.epil:                          ; preds = %for_body_ax177.2.i.epil, %for_body_ax177.2.i.epil.preheader
-  %indvars.iv704.2.i.epil = phi i64 [ %indvars.iv.next705.2.i.epil, %for_body_ax177.2.i.epil ], [ %indvars.iv704.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.2.i.epil = phi <16 x float> [ %1502, %for_body_ax177.2.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
-  %epil.iter225 = phi i64 [ %epil.iter225.next, %for_body_ax177.2.i.epil ], [ 0, %for_body_ax177.2.i.epil.preheader ]
-  %.idx1078.i.epil = shl nsw i64 %indvars.iv704.2.i.epil, 6
-  %1499 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1078.i.epil
-  %1500 = getelementptr inbounds nuw i8, ptr %1499, i64 1024
+  %indvars.iv.next760.3.i.3 = shl i64 %indvars.iv759.3.i, 6
+  %1499 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.3.i.3
+  %1500 = getelementptr inbounds nuw i8, ptr %1499, i64 1792
   %1501 = load <16 x float>, ptr %1500, align 4, !tbaa !5
-  %1502 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.2.i.epil, %1501
-  %indvars.iv.next705.2.i.epil = add nuw nsw i64 %indvars.iv704.2.i.epil, 1
-  %epil.iter225.next = add i64 %epil.iter225, 1
-  %epil.iter225.cmp.not = icmp eq i64 %epil.iter225.next, %xtraiter224
-  br i1 %epil.iter225.cmp.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil, !prof !26, !llvm.loop !53
+  %1502 = fadd <16 x float> %1498, %1501
+  %indvars.iv.next760.3.i.4 = shl i64 %indvars.iv759.3.i, 6
+  %1503 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.3.i.4
+  %1504 = getelementptr inbounds nuw i8, ptr %1503, i64 1856
+  %1505 = load <16 x float>, ptr %1504, align 4, !tbaa !5
+  %1506 = fadd <16 x float> %1502, %1505
+  %indvars.iv.next760.3.i.5 = shl i64 %indvars.iv759.3.i, 6
+  %1507 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.3.i.5
+  %1508 = getelementptr inbounds nuw i8, ptr %1507, i64 1920
+  %1509 = load <16 x float>, ptr %1508, align 4, !tbaa !5
+  %1510 = fadd <16 x float> %1506, %1509
+  %indvars.iv.next760.3.i.6 = shl i64 %indvars.iv759.3.i, 6
+  %1511 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next760.3.i.6
+  %1512 = getelementptr inbounds nuw i8, ptr %1511, i64 1984
+  %1513 = load <16 x float>, ptr %1512, align 4, !tbaa !5
+  %1514 = fadd <16 x float> %1510, %1513
+  %indvars.iv.next760.3.i.7 = add nuw nsw i64 %indvars.iv759.3.i, 8
+  %niter275.next.7 = add i64 %niter275, 8
+  %niter275.ncmp.7 = icmp eq i64 %niter275.next.7, %unroll_iter274
+  br i1 %niter275.ncmp.7, label %for_end_ax185.3.i.loopexit.unr-lcssa, label %for_body_ax184.3.i, !prof !37, !llvm.loop !54
 
-for_end_ax178.2.i:                                ; preds = %for_body_ax177.2.i.epil, %for_end_ax178.2.i.loopexit.unr-lcssa, %for_end_ax178.1.i
-  %tile_sum.rf_global238.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.1.i ], [ %1498, %for_end_ax178.2.i.loopexit.unr-lcssa ], [ %1502, %for_body_ax177.2.i.epil ]
-  %tile_sum.rf239.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 0
-  %1503 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.2.i, 0.000000e+00
-  %tile_sum.rf239.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 1
-  %1504 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.2.i, %1503
-  %tile_sum.rf239.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 2
-  %1505 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.2.i, %1504
-  %tile_sum.rf239.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 3
-  %1506 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.2.i, %1505
-  %tile_sum.rf239.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 4
-  %1507 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.2.i, %1506
-  %tile_sum.rf239.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 5
-  %1508 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.2.i, %1507
-  %tile_sum.rf239.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 6
-  %1509 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.2.i, %1508
-  %tile_sum.rf239.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 7
-  %1510 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.2.i, %1509
-  %tile_sum.rf239.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 8
-  %1511 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.2.i, %1510
-  %tile_sum.rf239.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 9
-  %1512 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.2.i, %1511
-  %tile_sum.rf239.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 10
-  %1513 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.2.i, %1512
-  %tile_sum.rf239.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 11
-  %1514 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.2.i, %1513
-  %tile_sum.rf239.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 12
-  %1515 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.2.i, %1514
-  %tile_sum.rf239.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 13
-  %1516 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.2.i, %1515
-  %tile_sum.rf239.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 14
-  %1517 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.2.i, %1516
-  %tile_sum.rf239.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 15
-  %1518 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.2.i, %1517
-  %tile_sum244.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum244.sroa.0.4.vec.insert.i, float %1518, i64 2
-  br i1 %251, label %for_body_ax177.3.i.preheader, label %for_end_ax178.3.i, !prof !3
+for_end_ax185.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.3.i
+  br i1 %lcmp.mod271.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil.preheader, !prof !40
 
-for_body_ax177.3.i.preheader:                     ; preds = %for_end_ax178.2.i
-  br i1 %271, label %for_body_ax177.3.i.epil.preheader, label %for_body_ax177.3.i, !prof !36
+for_body_ax184.3.i.epil.preheader:                ; preds = %for_end_ax185.3.i.loopexit.unr-lcssa, %for_body_ax184.3.i.preheader
+  %indvars.iv759.3.i.epil.init = phi i64 [ 0, %for_body_ax184.3.i.preheader ], [ %indvars.iv.next760.3.i.7, %for_end_ax185.3.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global259.sroa.0.0471.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.3.i.preheader ], [ %1514, %for_end_ax185.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod273)
+  br label %for_body_ax184.3.i.epil
 
-for_body_ax177.3.i:                               ; preds = %for_body_ax177.3.i, %for_body_ax177.3.i.preheader
-  %indvars.iv704.3.i = phi i64 [ %indvars.iv.next705.3.i.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.3.i = phi <16 x float> [ %1550, %for_body_ax177.3.i ], [ zeroinitializer, %for_body_ax177.3.i.preheader ]
-  %niter237 = phi i64 [ %niter237.next.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
-  %.idx1079.i = shl nsw i64 %indvars.iv704.3.i, 6
-  %1519 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1079.i
-  %1520 = getelementptr inbounds nuw i8, ptr %1519, i64 1536
-  %1521 = load <16 x float>, ptr %1520, align 4, !tbaa !5
-  %1522 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.3.i, %1521
-  %indvars.iv.next705.3.i = shl i64 %indvars.iv704.3.i, 6
-  %1523 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i
-  %1524 = getelementptr inbounds nuw i8, ptr %1523, i64 1600
-  %1525 = load <16 x float>, ptr %1524, align 4, !tbaa !5
-  %1526 = fadd <16 x float> %1522, %1525
-  %indvars.iv.next705.3.i.1 = shl i64 %indvars.iv704.3.i, 6
-  %1527 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.1
-  %1528 = getelementptr inbounds nuw i8, ptr %1527, i64 1664
-  %1529 = load <16 x float>, ptr %1528, align 4, !tbaa !5
-  %1530 = fadd <16 x float> %1526, %1529
-  %indvars.iv.next705.3.i.2 = shl i64 %indvars.iv704.3.i, 6
-  %1531 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.2
-  %1532 = getelementptr inbounds nuw i8, ptr %1531, i64 1728
-  %1533 = load <16 x float>, ptr %1532, align 4, !tbaa !5
-  %1534 = fadd <16 x float> %1530, %1533
-  %indvars.iv.next705.3.i.3 = shl i64 %indvars.iv704.3.i, 6
-  %1535 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.3
-  %1536 = getelementptr inbounds nuw i8, ptr %1535, i64 1792
-  %1537 = load <16 x float>, ptr %1536, align 4, !tbaa !5
-  %1538 = fadd <16 x float> %1534, %1537
-  %indvars.iv.next705.3.i.4 = shl i64 %indvars.iv704.3.i, 6
-  %1539 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.4
-  %1540 = getelementptr inbounds nuw i8, ptr %1539, i64 1856
-  %1541 = load <16 x float>, ptr %1540, align 4, !tbaa !5
-  %1542 = fadd <16 x float> %1538, %1541
-  %indvars.iv.next705.3.i.5 = shl i64 %indvars.iv704.3.i, 6
-  %1543 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.5
-  %1544 = getelementptr inbounds nuw i8, ptr %1543, i64 1920
-  %1545 = load <16 x float>, ptr %1544, align 4, !tbaa !5
-  %1546 = fadd <16 x float> %1542, %1545
-  %indvars.iv.next705.3.i.6 = shl i64 %indvars.iv704.3.i, 6
-  %1547 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.6
-  %1548 = getelementptr inbounds nuw i8, ptr %1547, i64 1984
-  %1549 = load <16 x float>, ptr %1548, align 4, !tbaa !5
-  %1550 = fadd <16 x float> %1546, %1549
-  %indvars.iv.next705.3.i.7 = add nuw nsw i64 %indvars.iv704.3.i, 8
-  %niter237.next.7 = add i64 %niter237, 8
-  %niter237.ncmp.7 = icmp eq i64 %niter237.next.7, %unroll_iter236
-  br i1 %niter237.ncmp.7, label %for_end_ax178.3.i.loopexit.unr-lcssa, label %for_body_ax177.3.i, !prof !37, !llvm.loop !54
+for_body_ax184.3.i.epil:                          ; preds = %for_body_ax184.3.i.epil, %for_body_ax184.3.i.epil.preheader
+  %indvars.iv759.3.i.epil = phi i64 [ %indvars.iv.next760.3.i.epil, %for_body_ax184.3.i.epil ], [ %indvars.iv759.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
+  %tile_sum.rf_global259.sroa.0.0471.3.i.epil = phi <16 x float> [ %1518, %for_body_ax184.3.i.epil ], [ %tile_sum.rf_global259.sroa.0.0471.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
+  %epil.iter270 = phi i64 [ %epil.iter270.next, %for_body_ax184.3.i.epil ], [ 0, %for_body_ax184.3.i.epil.preheader ]
+  %.idx967.i.epil = shl nsw i64 %indvars.iv759.3.i.epil, 6
+  %1515 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx967.i.epil
+  %1516 = getelementptr inbounds nuw i8, ptr %1515, i64 1536
+  %1517 = load <16 x float>, ptr %1516, align 4, !tbaa !5
+  %1518 = fadd <16 x float> %tile_sum.rf_global259.sroa.0.0471.3.i.epil, %1517
+  %indvars.iv.next760.3.i.epil = add nuw nsw i64 %indvars.iv759.3.i.epil, 1
+  %epil.iter270.next = add i64 %epil.iter270, 1
+  %epil.iter270.cmp.not = icmp eq i64 %epil.iter270.next, %xtraiter269
+  br i1 %epil.iter270.cmp.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil, !prof !26, !llvm.loop !55
 
-for_end_ax178.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.3.i
-  br i1 %lcmp.mod233.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil.preheader, !prof !40
+for_end_ax185.3.i:                                ; preds = %for_body_ax184.3.i.epil, %for_end_ax185.3.i.loopexit.unr-lcssa, %for_end_ax185.2.i
+  %tile_sum.rf_global259.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.2.i ], [ %1514, %for_end_ax185.3.i.loopexit.unr-lcssa ], [ %1518, %for_body_ax184.3.i.epil ]
+  %tile_sum.rf260.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 0
+  %1519 = fadd float %tile_sum.rf260.sroa.0.0.vec.extract.3.i, 0.000000e+00
+  %tile_sum.rf260.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 1
+  %1520 = fadd float %tile_sum.rf260.sroa.0.4.vec.extract.3.i, %1519
+  %tile_sum.rf260.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 2
+  %1521 = fadd float %tile_sum.rf260.sroa.0.8.vec.extract.3.i, %1520
+  %tile_sum.rf260.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 3
+  %1522 = fadd float %tile_sum.rf260.sroa.0.12.vec.extract.3.i, %1521
+  %tile_sum.rf260.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 4
+  %1523 = fadd float %tile_sum.rf260.sroa.0.16.vec.extract.3.i, %1522
+  %tile_sum.rf260.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 5
+  %1524 = fadd float %tile_sum.rf260.sroa.0.20.vec.extract.3.i, %1523
+  %tile_sum.rf260.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 6
+  %1525 = fadd float %tile_sum.rf260.sroa.0.24.vec.extract.3.i, %1524
+  %tile_sum.rf260.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 7
+  %1526 = fadd float %tile_sum.rf260.sroa.0.28.vec.extract.3.i, %1525
+  %tile_sum.rf260.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 8
+  %1527 = fadd float %tile_sum.rf260.sroa.0.32.vec.extract.3.i, %1526
+  %tile_sum.rf260.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 9
+  %1528 = fadd float %tile_sum.rf260.sroa.0.36.vec.extract.3.i, %1527
+  %tile_sum.rf260.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 10
+  %1529 = fadd float %tile_sum.rf260.sroa.0.40.vec.extract.3.i, %1528
+  %tile_sum.rf260.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 11
+  %1530 = fadd float %tile_sum.rf260.sroa.0.44.vec.extract.3.i, %1529
+  %tile_sum.rf260.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 12
+  %1531 = fadd float %tile_sum.rf260.sroa.0.48.vec.extract.3.i, %1530
+  %tile_sum.rf260.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 13
+  %1532 = fadd float %tile_sum.rf260.sroa.0.52.vec.extract.3.i, %1531
+  %tile_sum.rf260.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 14
+  %1533 = fadd float %tile_sum.rf260.sroa.0.56.vec.extract.3.i, %1532
+  %tile_sum.rf260.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global259.sroa.0.0.lcssa.3.i, i64 15
+  %1534 = fadd float %tile_sum.rf260.sroa.0.60.vec.extract.3.i, %1533
+  %tile_sum264.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum264.sroa.0.8.vec.insert.i, float %1534, i64 3
+  %1535 = shl nuw nsw i64 %indvars.iv827.i, 2
+  %1536 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %1535
+  %1537 = load <4 x float>, ptr %1536, align 16, !tbaa !56
+  %old_max.i = select <4 x i1> %228, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %1537
+  %1538 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %1535
+  %1539 = load <4 x float>, ptr %1538, align 16, !tbaa !58
+  %old_sum.i = select <4 x i1> %228, <4 x float> zeroinitializer, <4 x float> %1539
+  %1540 = fcmp ogt <4 x float> %old_max.i, %tile_max265.sroa.0.3.i
+  %1541 = fcmp oeq <4 x float> %tile_sum264.sroa.0.12.vec.insert.i, zeroinitializer
+  %1542 = select <4 x i1> %1541, <4 x i1> splat (i1 true), <4 x i1> %1540
+  %old_or_both.i = select <4 x i1> %1542, <4 x float> %old_max.i, <4 x float> %tile_max265.sroa.0.3.i
+  %1543 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %1543, <4 x float> %tile_max265.sroa.0.3.i, <4 x float> %old_or_both.i
+  %arg89.i = fsub <4 x float> %old_max.i, %m.i
+  %cse_v124.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg89.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %1544 = bitcast <4 x float> %cse_v124.i to <4 x i32>
+  %1545 = add nsw <4 x i32> %1544, splat (i32 -1262485504)
+  %1546 = sitofp <4 x i32> %1545 to <4 x float>
+  %1547 = fmul <4 x float> %1546, splat (float 0x3F2BD01060000000)
+  %1548 = fmul <4 x float> %1546, splat (float 0x3FE6300000000000)
+  %1549 = fsub <4 x float> %arg89.i, %1548
+  %1550 = fadd <4 x float> %1547, %1549
+  %1551 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1550, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %1552 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1551, <4 x float> %1550, <4 x float> splat (float 0x3F81112100000000))
+  %1553 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1552, <4 x float> %1550, <4 x float> splat (float 0x3FA5553820000000))
+  %1554 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1553, <4 x float> %1550, <4 x float> splat (float 0x3FC5555540000000))
+  %1555 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1554, <4 x float> %1550, <4 x float> splat (float 5.000000e-01))
+  %1556 = fmul <4 x float> %1550, %1555
+  %1557 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1556, <4 x float> %1550, <4 x float> %1550)
+  %1558 = shl <4 x i32> %1544, splat (i32 23)
+  %1559 = add <4 x i32> %1558, splat (i32 1065353216)
+  %1560 = bitcast <4 x i32> %1559 to <4 x float>
+  %1561 = fadd <4 x float> %1557, splat (float 1.000000e+00)
+  %1562 = fmul <4 x float> %1561, %1560
+  %1563 = fcmp olt <4 x float> %arg89.i, splat (float -8.700000e+01)
+  %1564 = select <4 x i1> %1563, <4 x float> zeroinitializer, <4 x float> %1562
+  %1565 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %1566 = select <4 x i1> %1565, <4 x float> %1564, <4 x float> zeroinitializer
+  %arg103.i = fsub <4 x float> %tile_max265.sroa.0.3.i, %m.i
+  %cse_v42.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg103.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %1567 = bitcast <4 x float> %cse_v42.i to <4 x i32>
+  %1568 = add nsw <4 x i32> %1567, splat (i32 -1262485504)
+  %1569 = sitofp <4 x i32> %1568 to <4 x float>
+  %1570 = fmul <4 x float> %1569, splat (float 0x3F2BD01060000000)
+  %1571 = fmul <4 x float> %1569, splat (float 0x3FE6300000000000)
+  %1572 = fsub <4 x float> %arg103.i, %1571
+  %1573 = fadd <4 x float> %1570, %1572
+  %1574 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1573, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %1575 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1574, <4 x float> %1573, <4 x float> splat (float 0x3F81112100000000))
+  %1576 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1575, <4 x float> %1573, <4 x float> splat (float 0x3FA5553820000000))
+  %1577 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1576, <4 x float> %1573, <4 x float> splat (float 0x3FC5555540000000))
+  %1578 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1577, <4 x float> %1573, <4 x float> splat (float 5.000000e-01))
+  %1579 = fmul <4 x float> %1573, %1578
+  %1580 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1579, <4 x float> %1573, <4 x float> %1573)
+  %1581 = shl <4 x i32> %1567, splat (i32 23)
+  %1582 = add <4 x i32> %1581, splat (i32 1065353216)
+  %1583 = bitcast <4 x i32> %1582 to <4 x float>
+  %1584 = fadd <4 x float> %1580, splat (float 1.000000e+00)
+  %1585 = fmul <4 x float> %1584, %1583
+  %1586 = fcmp olt <4 x float> %arg103.i, splat (float -8.700000e+01)
+  %1587 = select <4 x i1> %1586, <4 x float> zeroinitializer, <4 x float> %1585
+  %1588 = fcmp one <4 x float> %tile_sum264.sroa.0.12.vec.insert.i, zeroinitializer
+  %1589 = select <4 x i1> %1588, <4 x float> %1587, <4 x float> zeroinitializer
+  %1590 = fmul <4 x float> %old_sum.i, %1566
+  %1591 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1589, <4 x float> %tile_sum264.sroa.0.12.vec.insert.i, <4 x float> %1590)
+  store <4 x float> %m.i, ptr %1536, align 16, !tbaa !56
+  store <4 x float> %1591, ptr %1538, align 16, !tbaa !58
+  %invariant.gep587.i = getelementptr i32, ptr %value_cache, i64 %v_now.i
+  %1592 = shufflevector <4 x float> %1589, <4 x float> poison, <32 x i32> zeroinitializer
+  %1593 = shufflevector <4 x float> %1566, <4 x float> poison, <32 x i32> zeroinitializer
+  %1594 = shufflevector <4 x float> %1589, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %1595 = shufflevector <4 x float> %1566, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %1596 = shufflevector <4 x float> %1589, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %1597 = shufflevector <4 x float> %1566, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %1598 = shufflevector <4 x float> %1589, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %1599 = shufflevector <4 x float> %1566, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %1600 = mul nsw i64 %ahead_head.i, %v_head
+  br label %for_body_d_0_m.i
 
-for_body_ax177.3.i.epil.preheader:                ; preds = %for_end_ax178.3.i.loopexit.unr-lcssa, %for_body_ax177.3.i.preheader
-  %indvars.iv704.3.i.epil.init = phi i64 [ 0, %for_body_ax177.3.i.preheader ], [ %indvars.iv.next705.3.i.7, %for_end_ax178.3.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global238.sroa.0.0447.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.3.i.preheader ], [ %1550, %for_end_ax178.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod235)
-  br label %for_body_ax177.3.i.epil
+for_body_d_0_m.i:                                 ; preds = %if_end185.i, %for_end_ax185.3.i
+  %indvars.iv818.i = phi i64 [ 0, %for_end_ax185.3.i ], [ %indvars.iv.next819.i, %if_end185.i ]
+  %gep588.idx.i = shl i64 %indvars.iv818.i, 6
+  %gep588.i = getelementptr i8, ptr %invariant.gep587.i, i64 %gep588.idx.i
+  br i1 %229, label %for_body_to117.lr.ph.i, label %for_end_to118.i, !prof !3
 
-for_body_ax177.3.i.epil:                          ; preds = %for_body_ax177.3.i.epil, %for_body_ax177.3.i.epil.preheader
-  %indvars.iv704.3.i.epil = phi i64 [ %indvars.iv.next705.3.i.epil, %for_body_ax177.3.i.epil ], [ %indvars.iv704.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.3.i.epil = phi <16 x float> [ %1554, %for_body_ax177.3.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
-  %epil.iter232 = phi i64 [ %epil.iter232.next, %for_body_ax177.3.i.epil ], [ 0, %for_body_ax177.3.i.epil.preheader ]
-  %.idx1079.i.epil = shl nsw i64 %indvars.iv704.3.i.epil, 6
-  %1551 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1079.i.epil
-  %1552 = getelementptr inbounds nuw i8, ptr %1551, i64 1536
-  %1553 = load <16 x float>, ptr %1552, align 4, !tbaa !5
-  %1554 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.3.i.epil, %1553
-  %indvars.iv.next705.3.i.epil = add nuw nsw i64 %indvars.iv704.3.i.epil, 1
-  %epil.iter232.next = add i64 %epil.iter232, 1
-  %epil.iter232.cmp.not = icmp eq i64 %epil.iter232.next, %xtraiter231
-  br i1 %epil.iter232.cmp.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil, !prof !26, !llvm.loop !55
+for_body_to117.lr.ph.i:                           ; preds = %for_body_d_0_m.i
+  %1601 = mul nuw nsw i64 %indvars.iv818.i, %233
+  br label %for_body_to117.i
 
-for_end_ax178.3.i:                                ; preds = %for_body_ax177.3.i.epil, %for_end_ax178.3.i.loopexit.unr-lcssa, %for_end_ax178.2.i
-  %tile_sum.rf_global238.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.2.i ], [ %1550, %for_end_ax178.3.i.loopexit.unr-lcssa ], [ %1554, %for_body_ax177.3.i.epil ]
-  %tile_sum.rf239.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 0
-  %1555 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.3.i, 0.000000e+00
-  %tile_sum.rf239.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 1
-  %1556 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.3.i, %1555
-  %tile_sum.rf239.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 2
-  %1557 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.3.i, %1556
-  %tile_sum.rf239.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 3
-  %1558 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.3.i, %1557
-  %tile_sum.rf239.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 4
-  %1559 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.3.i, %1558
-  %tile_sum.rf239.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 5
-  %1560 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.3.i, %1559
-  %tile_sum.rf239.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 6
-  %1561 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.3.i, %1560
-  %tile_sum.rf239.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 7
-  %1562 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.3.i, %1561
-  %tile_sum.rf239.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 8
-  %1563 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.3.i, %1562
-  %tile_sum.rf239.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 9
-  %1564 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.3.i, %1563
-  %tile_sum.rf239.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 10
-  %1565 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.3.i, %1564
-  %tile_sum.rf239.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 11
-  %1566 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.3.i, %1565
-  %tile_sum.rf239.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 12
-  %1567 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.3.i, %1566
-  %tile_sum.rf239.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 13
-  %1568 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.3.i, %1567
-  %tile_sum.rf239.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 14
-  %1569 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.3.i, %1568
-  %tile_sum.rf239.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 15
-  %1570 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.3.i, %1569
-  %tile_sum244.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum244.sroa.0.8.vec.insert.i, float %1570, i64 3
-  %1571 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %full_acc.i = tail call ptr %1571(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1572 = icmp eq ptr %full_acc.i, null
-  br i1 %1572, label %fused_decode_compute_.exit, label %for_begin_d_084.preheader.i, !prof !8
+for_end_d_0_m.i:                                  ; preds = %if_end185.i
+  %1602 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %1603 = tail call i32 %1602(i32 1, i32 %dev_id, ptr nonnull %scaled969971974.i)
+  %.not276.i = icmp eq i32 %1603, 0
+  br i1 %.not276.i, label %if_end187.i, label %fused_decode_compute_.exit, !prof !18
 
-for_begin_to89.preheader.i:                       ; preds = %for_end_to91.i, %for_begin_d_084.preheader.i
-  %indvars.iv735.i = phi i64 [ 0, %for_begin_d_084.preheader.i ], [ %indvars.iv.next736.i, %for_end_to91.i ]
-  br i1 %253, label %for_body_to90.lr.ph.i, label %for_end_to91.i, !prof !3
-
-for_body_to90.lr.ph.i:                            ; preds = %for_begin_to89.preheader.i
-  %1573 = mul nuw nsw i64 %indvars.iv735.i, %258
-  %gep534.idx.i = shl i64 %indvars.iv735.i, 6
-  %gep534.i = getelementptr i8, ptr %invariant.gep533.i, i64 %gep534.idx.i
-  br label %for_body_to90.i
-
-for_body_to90.i:                                  ; preds = %for_body_to90.i, %for_body_to90.lr.ph.i
-  %indvars.iv714.i = phi i64 [ 0, %for_body_to90.lr.ph.i ], [ %indvars.iv.next715.i, %for_body_to90.i ]
-  %full_acc_global237.sroa.238.0459.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2130, %for_body_to90.i ]
-  %full_acc_global237.sroa.204.0458.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2124, %for_body_to90.i ]
-  %full_acc_global237.sroa.0.0457.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2109, %for_body_to90.i ]
-  %full_acc_global237.sroa.34.0456.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2127, %for_body_to90.i ]
-  %full_acc_global237.sroa.68.0455.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2114, %for_body_to90.i ]
-  %full_acc_global237.sroa.102.0454.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2128, %for_body_to90.i ]
-  %full_acc_global237.sroa.136.0453.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2119, %for_body_to90.i ]
-  %full_acc_global237.sroa.170.0452.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2129, %for_body_to90.i ]
-  %1574 = add nuw nsw i64 %indvars.iv714.i, %1573
-  %1575 = trunc i64 %1574 to i32
-  %1576 = shl i32 %1575, 2
-  %1577 = add i32 %1576, %ahead_t.i
-  %1578 = sext i32 %1577 to i64
-  %1579 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1578
-  %1580 = load i64, ptr %1579, align 8, !tbaa !5
-  %1581 = getelementptr i32, ptr %value_cache, i64 %1580
-  %1582 = getelementptr i32, ptr %1581, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1582, i32 0, i32 2, i32 1)
-  %1583 = getelementptr i8, ptr %1581, i64 64
-  %1584 = getelementptr i32, ptr %1583, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1584, i32 0, i32 2, i32 1)
-  %1585 = getelementptr i8, ptr %1581, i64 128
-  %1586 = getelementptr i32, ptr %1585, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1586, i32 0, i32 2, i32 1)
-  %1587 = getelementptr i8, ptr %1581, i64 192
-  %1588 = getelementptr i32, ptr %1587, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1588, i32 0, i32 2, i32 1)
-  %1589 = getelementptr i8, ptr %1579, i64 8
-  %1590 = load i64, ptr %1589, align 8, !tbaa !5
-  %1591 = getelementptr i32, ptr %value_cache, i64 %1590
-  %1592 = getelementptr i32, ptr %1591, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1592, i32 0, i32 2, i32 1)
-  %1593 = getelementptr i8, ptr %1591, i64 64
-  %1594 = getelementptr i32, ptr %1593, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1594, i32 0, i32 2, i32 1)
-  %1595 = getelementptr i8, ptr %1591, i64 128
-  %1596 = getelementptr i32, ptr %1595, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1596, i32 0, i32 2, i32 1)
-  %1597 = getelementptr i8, ptr %1591, i64 192
-  %1598 = getelementptr i32, ptr %1597, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1598, i32 0, i32 2, i32 1)
-  %1599 = getelementptr i8, ptr %1579, i64 16
-  %1600 = load i64, ptr %1599, align 8, !tbaa !5
-  %1601 = getelementptr i32, ptr %value_cache, i64 %1600
-  %1602 = getelementptr i32, ptr %1601, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1602, i32 0, i32 2, i32 1)
-  %1603 = getelementptr i8, ptr %1601, i64 64
-  %1604 = getelementptr i32, ptr %1603, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1604, i32 0, i32 2, i32 1)
-  %1605 = getelementptr i8, ptr %1601, i64 128
-  %1606 = getelementptr i32, ptr %1605, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1606, i32 0, i32 2, i32 1)
-  %1607 = getelementptr i8, ptr %1601, i64 192
-  %1608 = getelementptr i32, ptr %1607, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1608, i32 0, i32 2, i32 1)
-  %1609 = getelementptr i8, ptr %1579, i64 24
+for_body_to117.i:                                 ; preds = %for_body_to117.i, %for_body_to117.lr.ph.i
+  %indvars.iv769.i = phi i64 [ 0, %for_body_to117.lr.ph.i ], [ %indvars.iv.next770.i, %for_body_to117.i ]
+  %full_acc255.sroa.238.0547.i = phi <16 x float> [ zeroinitializer, %for_body_to117.lr.ph.i ], [ %2160, %for_body_to117.i ]
+  %full_acc255.sroa.204.0546.i = phi <16 x float> [ zeroinitializer, %for_body_to117.lr.ph.i ], [ %2154, %for_body_to117.i ]
+  %full_acc255.sroa.170.0545.i = phi <16 x float> [ zeroinitializer, %for_body_to117.lr.ph.i ], [ %2159, %for_body_to117.i ]
+  %full_acc255.sroa.136.0544.i = phi <16 x float> [ zeroinitializer, %for_body_to117.lr.ph.i ], [ %2149, %for_body_to117.i ]
+  %full_acc255.sroa.102.0543.i = phi <16 x float> [ zeroinitializer, %for_body_to117.lr.ph.i ], [ %2158, %for_body_to117.i ]
+  %full_acc255.sroa.0.0542.i = phi <16 x float> [ zeroinitializer, %for_body_to117.lr.ph.i ], [ %2139, %for_body_to117.i ]
+  %full_acc255.sroa.34.0541.i = phi <16 x float> [ zeroinitializer, %for_body_to117.lr.ph.i ], [ %2157, %for_body_to117.i ]
+  %full_acc255.sroa.68.0540.i = phi <16 x float> [ zeroinitializer, %for_body_to117.lr.ph.i ], [ %2144, %for_body_to117.i ]
+  %1604 = add nuw nsw i64 %indvars.iv769.i, %1601
+  %1605 = trunc i64 %1604 to i32
+  %1606 = shl i32 %1605, 2
+  %1607 = add i32 %1606, %ahead_t.i
+  %1608 = sext i32 %1607 to i64
+  %1609 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1608
   %1610 = load i64, ptr %1609, align 8, !tbaa !5
   %1611 = getelementptr i32, ptr %value_cache, i64 %1610
-  %1612 = getelementptr i32, ptr %1611, i64 %1364
+  %1612 = getelementptr i32, ptr %1611, i64 %1600
   tail call void @llvm.prefetch.p0(ptr readonly %1612, i32 0, i32 2, i32 1)
   %1613 = getelementptr i8, ptr %1611, i64 64
-  %1614 = getelementptr i32, ptr %1613, i64 %1364
+  %1614 = getelementptr i32, ptr %1613, i64 %1600
   tail call void @llvm.prefetch.p0(ptr readonly %1614, i32 0, i32 2, i32 1)
   %1615 = getelementptr i8, ptr %1611, i64 128
-  %1616 = getelementptr i32, ptr %1615, i64 %1364
+  %1616 = getelementptr i32, ptr %1615, i64 %1600
   tail call void @llvm.prefetch.p0(ptr readonly %1616, i32 0, i32 2, i32 1)
   %1617 = getelementptr i8, ptr %1611, i64 192
-  %1618 = getelementptr i32, ptr %1617, i64 %1364
+  %1618 = getelementptr i32, ptr %1617, i64 %1600
   tail call void @llvm.prefetch.p0(ptr readonly %1618, i32 0, i32 2, i32 1)
-  %1619 = shl nsw i64 %indvars.iv714.i, 4
-  %1620 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1619
-  %1621 = load float, ptr %1620, align 4, !tbaa !5
-  %1622 = insertelement <16 x float> poison, float %1621, i64 0
-  %1623 = shufflevector <16 x float> %1622, <16 x float> poison, <16 x i32> zeroinitializer
-  %1624 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1619
-  %1625 = load i64, ptr %1624, align 8, !tbaa !5
-  %gep472.i = getelementptr i32, ptr %gep534.i, i64 %1625
-  %1626 = load <16 x i32>, ptr %gep472.i, align 4, !tbaa !5
-  %1627 = shl <16 x i32> %1626, splat (i32 16)
-  %1628 = bitcast <16 x i32> %1627 to <16 x float>
-  %1629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.0.0457.i)
-  %1630 = getelementptr inbounds nuw i8, ptr %1620, i64 512
-  %1631 = load float, ptr %1630, align 4, !tbaa !5
-  %1632 = insertelement <16 x float> poison, float %1631, i64 0
-  %1633 = shufflevector <16 x float> %1632, <16 x float> poison, <16 x i32> zeroinitializer
-  %1634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1633, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.68.0455.i)
-  %1635 = getelementptr inbounds nuw i8, ptr %1620, i64 1024
-  %1636 = load float, ptr %1635, align 4, !tbaa !5
-  %1637 = insertelement <16 x float> poison, float %1636, i64 0
-  %1638 = shufflevector <16 x float> %1637, <16 x float> poison, <16 x i32> zeroinitializer
-  %1639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.136.0453.i)
-  %1640 = getelementptr inbounds nuw i8, ptr %1620, i64 1536
-  %1641 = load float, ptr %1640, align 4, !tbaa !5
-  %1642 = insertelement <16 x float> poison, float %1641, i64 0
-  %1643 = shufflevector <16 x float> %1642, <16 x float> poison, <16 x i32> zeroinitializer
-  %1644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1643, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.204.0458.i)
-  %1645 = and <16 x i32> %1626, splat (i32 -65536)
-  %1646 = bitcast <16 x i32> %1645 to <16 x float>
-  %1647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.34.0456.i)
-  %1648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1633, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.102.0454.i)
-  %1649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.170.0452.i)
-  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1643, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.238.0459.i)
-  %1651 = or disjoint i64 %1619, 1
-  %1652 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1651
-  %1653 = load float, ptr %1652, align 4, !tbaa !5
-  %1654 = insertelement <16 x float> poison, float %1653, i64 0
-  %1655 = shufflevector <16 x float> %1654, <16 x float> poison, <16 x i32> zeroinitializer
-  %1656 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1651
-  %1657 = load i64, ptr %1656, align 8, !tbaa !5
-  %gep476.i = getelementptr i32, ptr %gep534.i, i64 %1657
-  %1658 = load <16 x i32>, ptr %gep476.i, align 4, !tbaa !5
-  %1659 = shl <16 x i32> %1658, splat (i32 16)
-  %1660 = bitcast <16 x i32> %1659 to <16 x float>
-  %1661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1655, <16 x float> %1660, <16 x float> %1629)
-  %1662 = getelementptr inbounds nuw i8, ptr %1620, i64 516
-  %1663 = load float, ptr %1662, align 4, !tbaa !5
-  %1664 = insertelement <16 x float> poison, float %1663, i64 0
-  %1665 = shufflevector <16 x float> %1664, <16 x float> poison, <16 x i32> zeroinitializer
-  %1666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1660, <16 x float> %1634)
-  %1667 = getelementptr inbounds nuw i8, ptr %1620, i64 1028
-  %1668 = load float, ptr %1667, align 4, !tbaa !5
-  %1669 = insertelement <16 x float> poison, float %1668, i64 0
-  %1670 = shufflevector <16 x float> %1669, <16 x float> poison, <16 x i32> zeroinitializer
-  %1671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1660, <16 x float> %1639)
-  %1672 = getelementptr inbounds nuw i8, ptr %1620, i64 1540
-  %1673 = load float, ptr %1672, align 4, !tbaa !5
-  %1674 = insertelement <16 x float> poison, float %1673, i64 0
-  %1675 = shufflevector <16 x float> %1674, <16 x float> poison, <16 x i32> zeroinitializer
-  %1676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1660, <16 x float> %1644)
-  %1677 = and <16 x i32> %1658, splat (i32 -65536)
-  %1678 = bitcast <16 x i32> %1677 to <16 x float>
-  %1679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1655, <16 x float> %1678, <16 x float> %1647)
-  %1680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1678, <16 x float> %1648)
-  %1681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1678, <16 x float> %1649)
-  %1682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1678, <16 x float> %1650)
-  %1683 = or disjoint i64 %1619, 2
-  %1684 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1683
-  %1685 = load float, ptr %1684, align 4, !tbaa !5
-  %1686 = insertelement <16 x float> poison, float %1685, i64 0
-  %1687 = shufflevector <16 x float> %1686, <16 x float> poison, <16 x i32> zeroinitializer
-  %1688 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1683
-  %1689 = load i64, ptr %1688, align 8, !tbaa !5
-  %gep480.i = getelementptr i32, ptr %gep534.i, i64 %1689
-  %1690 = load <16 x i32>, ptr %gep480.i, align 4, !tbaa !5
-  %1691 = shl <16 x i32> %1690, splat (i32 16)
-  %1692 = bitcast <16 x i32> %1691 to <16 x float>
-  %1693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1692, <16 x float> %1661)
-  %1694 = getelementptr inbounds nuw i8, ptr %1620, i64 520
-  %1695 = load float, ptr %1694, align 4, !tbaa !5
-  %1696 = insertelement <16 x float> poison, float %1695, i64 0
-  %1697 = shufflevector <16 x float> %1696, <16 x float> poison, <16 x i32> zeroinitializer
-  %1698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1692, <16 x float> %1666)
-  %1699 = getelementptr inbounds nuw i8, ptr %1620, i64 1032
-  %1700 = load float, ptr %1699, align 4, !tbaa !5
-  %1701 = insertelement <16 x float> poison, float %1700, i64 0
-  %1702 = shufflevector <16 x float> %1701, <16 x float> poison, <16 x i32> zeroinitializer
-  %1703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1702, <16 x float> %1692, <16 x float> %1671)
-  %1704 = getelementptr inbounds nuw i8, ptr %1620, i64 1544
-  %1705 = load float, ptr %1704, align 4, !tbaa !5
-  %1706 = insertelement <16 x float> poison, float %1705, i64 0
-  %1707 = shufflevector <16 x float> %1706, <16 x float> poison, <16 x i32> zeroinitializer
-  %1708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1707, <16 x float> %1692, <16 x float> %1676)
-  %1709 = and <16 x i32> %1690, splat (i32 -65536)
-  %1710 = bitcast <16 x i32> %1709 to <16 x float>
-  %1711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1710, <16 x float> %1679)
-  %1712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1710, <16 x float> %1680)
-  %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1702, <16 x float> %1710, <16 x float> %1681)
-  %1714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1707, <16 x float> %1710, <16 x float> %1682)
-  %1715 = or disjoint i64 %1619, 3
-  %1716 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1715
-  %1717 = load float, ptr %1716, align 4, !tbaa !5
-  %1718 = insertelement <16 x float> poison, float %1717, i64 0
-  %1719 = shufflevector <16 x float> %1718, <16 x float> poison, <16 x i32> zeroinitializer
-  %1720 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1715
-  %1721 = load i64, ptr %1720, align 8, !tbaa !5
-  %gep484.i = getelementptr i32, ptr %gep534.i, i64 %1721
-  %1722 = load <16 x i32>, ptr %gep484.i, align 4, !tbaa !5
-  %1723 = shl <16 x i32> %1722, splat (i32 16)
-  %1724 = bitcast <16 x i32> %1723 to <16 x float>
-  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1724, <16 x float> %1693)
-  %1726 = getelementptr inbounds nuw i8, ptr %1620, i64 524
-  %1727 = load float, ptr %1726, align 4, !tbaa !5
-  %1728 = insertelement <16 x float> poison, float %1727, i64 0
-  %1729 = shufflevector <16 x float> %1728, <16 x float> poison, <16 x i32> zeroinitializer
-  %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1729, <16 x float> %1724, <16 x float> %1698)
-  %1731 = getelementptr inbounds nuw i8, ptr %1620, i64 1036
-  %1732 = load float, ptr %1731, align 4, !tbaa !5
-  %1733 = insertelement <16 x float> poison, float %1732, i64 0
-  %1734 = shufflevector <16 x float> %1733, <16 x float> poison, <16 x i32> zeroinitializer
-  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1734, <16 x float> %1724, <16 x float> %1703)
-  %1736 = getelementptr inbounds nuw i8, ptr %1620, i64 1548
-  %1737 = load float, ptr %1736, align 4, !tbaa !5
-  %1738 = insertelement <16 x float> poison, float %1737, i64 0
-  %1739 = shufflevector <16 x float> %1738, <16 x float> poison, <16 x i32> zeroinitializer
-  %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1724, <16 x float> %1708)
-  %1741 = and <16 x i32> %1722, splat (i32 -65536)
-  %1742 = bitcast <16 x i32> %1741 to <16 x float>
-  %1743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1742, <16 x float> %1711)
-  %1744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1729, <16 x float> %1742, <16 x float> %1712)
-  %1745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1734, <16 x float> %1742, <16 x float> %1713)
-  %1746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1742, <16 x float> %1714)
-  %1747 = or disjoint i64 %1619, 4
-  %1748 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1747
-  %1749 = load float, ptr %1748, align 4, !tbaa !5
-  %1750 = insertelement <16 x float> poison, float %1749, i64 0
-  %1751 = shufflevector <16 x float> %1750, <16 x float> poison, <16 x i32> zeroinitializer
-  %1752 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1747
-  %1753 = load i64, ptr %1752, align 8, !tbaa !5
-  %gep488.i = getelementptr i32, ptr %gep534.i, i64 %1753
-  %1754 = load <16 x i32>, ptr %gep488.i, align 4, !tbaa !5
-  %1755 = shl <16 x i32> %1754, splat (i32 16)
-  %1756 = bitcast <16 x i32> %1755 to <16 x float>
-  %1757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1751, <16 x float> %1756, <16 x float> %1725)
-  %1758 = getelementptr inbounds nuw i8, ptr %1620, i64 528
-  %1759 = load float, ptr %1758, align 4, !tbaa !5
-  %1760 = insertelement <16 x float> poison, float %1759, i64 0
-  %1761 = shufflevector <16 x float> %1760, <16 x float> poison, <16 x i32> zeroinitializer
-  %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1756, <16 x float> %1730)
-  %1763 = getelementptr inbounds nuw i8, ptr %1620, i64 1040
-  %1764 = load float, ptr %1763, align 4, !tbaa !5
-  %1765 = insertelement <16 x float> poison, float %1764, i64 0
-  %1766 = shufflevector <16 x float> %1765, <16 x float> poison, <16 x i32> zeroinitializer
-  %1767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1766, <16 x float> %1756, <16 x float> %1735)
-  %1768 = getelementptr inbounds nuw i8, ptr %1620, i64 1552
-  %1769 = load float, ptr %1768, align 4, !tbaa !5
-  %1770 = insertelement <16 x float> poison, float %1769, i64 0
-  %1771 = shufflevector <16 x float> %1770, <16 x float> poison, <16 x i32> zeroinitializer
-  %1772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1771, <16 x float> %1756, <16 x float> %1740)
-  %1773 = and <16 x i32> %1754, splat (i32 -65536)
-  %1774 = bitcast <16 x i32> %1773 to <16 x float>
-  %1775 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1751, <16 x float> %1774, <16 x float> %1743)
-  %1776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1774, <16 x float> %1744)
-  %1777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1766, <16 x float> %1774, <16 x float> %1745)
-  %1778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1771, <16 x float> %1774, <16 x float> %1746)
-  %1779 = or disjoint i64 %1619, 5
-  %1780 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1779
-  %1781 = load float, ptr %1780, align 4, !tbaa !5
-  %1782 = insertelement <16 x float> poison, float %1781, i64 0
-  %1783 = shufflevector <16 x float> %1782, <16 x float> poison, <16 x i32> zeroinitializer
-  %1784 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1779
-  %1785 = load i64, ptr %1784, align 8, !tbaa !5
-  %gep492.i = getelementptr i32, ptr %gep534.i, i64 %1785
-  %1786 = load <16 x i32>, ptr %gep492.i, align 4, !tbaa !5
-  %1787 = shl <16 x i32> %1786, splat (i32 16)
-  %1788 = bitcast <16 x i32> %1787 to <16 x float>
-  %1789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1783, <16 x float> %1788, <16 x float> %1757)
-  %1790 = getelementptr inbounds nuw i8, ptr %1620, i64 532
-  %1791 = load float, ptr %1790, align 4, !tbaa !5
-  %1792 = insertelement <16 x float> poison, float %1791, i64 0
-  %1793 = shufflevector <16 x float> %1792, <16 x float> poison, <16 x i32> zeroinitializer
-  %1794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1793, <16 x float> %1788, <16 x float> %1762)
-  %1795 = getelementptr inbounds nuw i8, ptr %1620, i64 1044
-  %1796 = load float, ptr %1795, align 4, !tbaa !5
-  %1797 = insertelement <16 x float> poison, float %1796, i64 0
-  %1798 = shufflevector <16 x float> %1797, <16 x float> poison, <16 x i32> zeroinitializer
-  %1799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1798, <16 x float> %1788, <16 x float> %1767)
-  %1800 = getelementptr inbounds nuw i8, ptr %1620, i64 1556
-  %1801 = load float, ptr %1800, align 4, !tbaa !5
-  %1802 = insertelement <16 x float> poison, float %1801, i64 0
-  %1803 = shufflevector <16 x float> %1802, <16 x float> poison, <16 x i32> zeroinitializer
-  %1804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1803, <16 x float> %1788, <16 x float> %1772)
-  %1805 = and <16 x i32> %1786, splat (i32 -65536)
-  %1806 = bitcast <16 x i32> %1805 to <16 x float>
-  %1807 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1783, <16 x float> %1806, <16 x float> %1775)
-  %1808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1793, <16 x float> %1806, <16 x float> %1776)
-  %1809 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1798, <16 x float> %1806, <16 x float> %1777)
-  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1803, <16 x float> %1806, <16 x float> %1778)
-  %1811 = or disjoint i64 %1619, 6
-  %1812 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1811
-  %1813 = load float, ptr %1812, align 4, !tbaa !5
-  %1814 = insertelement <16 x float> poison, float %1813, i64 0
-  %1815 = shufflevector <16 x float> %1814, <16 x float> poison, <16 x i32> zeroinitializer
-  %1816 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1811
-  %1817 = load i64, ptr %1816, align 8, !tbaa !5
-  %gep496.i = getelementptr i32, ptr %gep534.i, i64 %1817
-  %1818 = load <16 x i32>, ptr %gep496.i, align 4, !tbaa !5
-  %1819 = shl <16 x i32> %1818, splat (i32 16)
-  %1820 = bitcast <16 x i32> %1819 to <16 x float>
-  %1821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1815, <16 x float> %1820, <16 x float> %1789)
-  %1822 = getelementptr inbounds nuw i8, ptr %1620, i64 536
-  %1823 = load float, ptr %1822, align 4, !tbaa !5
-  %1824 = insertelement <16 x float> poison, float %1823, i64 0
-  %1825 = shufflevector <16 x float> %1824, <16 x float> poison, <16 x i32> zeroinitializer
-  %1826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1825, <16 x float> %1820, <16 x float> %1794)
-  %1827 = getelementptr inbounds nuw i8, ptr %1620, i64 1048
-  %1828 = load float, ptr %1827, align 4, !tbaa !5
-  %1829 = insertelement <16 x float> poison, float %1828, i64 0
-  %1830 = shufflevector <16 x float> %1829, <16 x float> poison, <16 x i32> zeroinitializer
-  %1831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1830, <16 x float> %1820, <16 x float> %1799)
-  %1832 = getelementptr inbounds nuw i8, ptr %1620, i64 1560
-  %1833 = load float, ptr %1832, align 4, !tbaa !5
-  %1834 = insertelement <16 x float> poison, float %1833, i64 0
-  %1835 = shufflevector <16 x float> %1834, <16 x float> poison, <16 x i32> zeroinitializer
-  %1836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1835, <16 x float> %1820, <16 x float> %1804)
-  %1837 = and <16 x i32> %1818, splat (i32 -65536)
-  %1838 = bitcast <16 x i32> %1837 to <16 x float>
-  %1839 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1815, <16 x float> %1838, <16 x float> %1807)
-  %1840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1825, <16 x float> %1838, <16 x float> %1808)
-  %1841 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1830, <16 x float> %1838, <16 x float> %1809)
-  %1842 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1835, <16 x float> %1838, <16 x float> %1810)
-  %1843 = or disjoint i64 %1619, 7
-  %1844 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1843
-  %1845 = load float, ptr %1844, align 4, !tbaa !5
-  %1846 = insertelement <16 x float> poison, float %1845, i64 0
-  %1847 = shufflevector <16 x float> %1846, <16 x float> poison, <16 x i32> zeroinitializer
-  %1848 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1843
-  %1849 = load i64, ptr %1848, align 8, !tbaa !5
-  %gep500.i = getelementptr i32, ptr %gep534.i, i64 %1849
-  %1850 = load <16 x i32>, ptr %gep500.i, align 4, !tbaa !5
-  %1851 = shl <16 x i32> %1850, splat (i32 16)
-  %1852 = bitcast <16 x i32> %1851 to <16 x float>
-  %1853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1847, <16 x float> %1852, <16 x float> %1821)
-  %1854 = getelementptr inbounds nuw i8, ptr %1620, i64 540
-  %1855 = load float, ptr %1854, align 4, !tbaa !5
-  %1856 = insertelement <16 x float> poison, float %1855, i64 0
-  %1857 = shufflevector <16 x float> %1856, <16 x float> poison, <16 x i32> zeroinitializer
-  %1858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1857, <16 x float> %1852, <16 x float> %1826)
-  %1859 = getelementptr inbounds nuw i8, ptr %1620, i64 1052
-  %1860 = load float, ptr %1859, align 4, !tbaa !5
-  %1861 = insertelement <16 x float> poison, float %1860, i64 0
-  %1862 = shufflevector <16 x float> %1861, <16 x float> poison, <16 x i32> zeroinitializer
-  %1863 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1862, <16 x float> %1852, <16 x float> %1831)
-  %1864 = getelementptr inbounds nuw i8, ptr %1620, i64 1564
-  %1865 = load float, ptr %1864, align 4, !tbaa !5
-  %1866 = insertelement <16 x float> poison, float %1865, i64 0
-  %1867 = shufflevector <16 x float> %1866, <16 x float> poison, <16 x i32> zeroinitializer
-  %1868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1867, <16 x float> %1852, <16 x float> %1836)
-  %1869 = and <16 x i32> %1850, splat (i32 -65536)
-  %1870 = bitcast <16 x i32> %1869 to <16 x float>
-  %1871 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1847, <16 x float> %1870, <16 x float> %1839)
-  %1872 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1857, <16 x float> %1870, <16 x float> %1840)
-  %1873 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1862, <16 x float> %1870, <16 x float> %1841)
-  %1874 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1867, <16 x float> %1870, <16 x float> %1842)
-  %1875 = or disjoint i64 %1619, 8
-  %1876 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1875
-  %1877 = load float, ptr %1876, align 4, !tbaa !5
-  %1878 = insertelement <16 x float> poison, float %1877, i64 0
-  %1879 = shufflevector <16 x float> %1878, <16 x float> poison, <16 x i32> zeroinitializer
-  %1880 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1875
-  %1881 = load i64, ptr %1880, align 8, !tbaa !5
-  %gep504.i = getelementptr i32, ptr %gep534.i, i64 %1881
-  %1882 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !5
-  %1883 = shl <16 x i32> %1882, splat (i32 16)
-  %1884 = bitcast <16 x i32> %1883 to <16 x float>
-  %1885 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1879, <16 x float> %1884, <16 x float> %1853)
-  %1886 = getelementptr inbounds nuw i8, ptr %1620, i64 544
-  %1887 = load float, ptr %1886, align 4, !tbaa !5
-  %1888 = insertelement <16 x float> poison, float %1887, i64 0
-  %1889 = shufflevector <16 x float> %1888, <16 x float> poison, <16 x i32> zeroinitializer
-  %1890 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1889, <16 x float> %1884, <16 x float> %1858)
-  %1891 = getelementptr inbounds nuw i8, ptr %1620, i64 1056
-  %1892 = load float, ptr %1891, align 4, !tbaa !5
-  %1893 = insertelement <16 x float> poison, float %1892, i64 0
-  %1894 = shufflevector <16 x float> %1893, <16 x float> poison, <16 x i32> zeroinitializer
-  %1895 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1884, <16 x float> %1863)
-  %1896 = getelementptr inbounds nuw i8, ptr %1620, i64 1568
-  %1897 = load float, ptr %1896, align 4, !tbaa !5
-  %1898 = insertelement <16 x float> poison, float %1897, i64 0
-  %1899 = shufflevector <16 x float> %1898, <16 x float> poison, <16 x i32> zeroinitializer
-  %1900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1899, <16 x float> %1884, <16 x float> %1868)
-  %1901 = and <16 x i32> %1882, splat (i32 -65536)
-  %1902 = bitcast <16 x i32> %1901 to <16 x float>
-  %1903 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1879, <16 x float> %1902, <16 x float> %1871)
-  %1904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1889, <16 x float> %1902, <16 x float> %1872)
-  %1905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1902, <16 x float> %1873)
-  %1906 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1899, <16 x float> %1902, <16 x float> %1874)
-  %1907 = or disjoint i64 %1619, 9
-  %1908 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1907
-  %1909 = load float, ptr %1908, align 4, !tbaa !5
-  %1910 = insertelement <16 x float> poison, float %1909, i64 0
-  %1911 = shufflevector <16 x float> %1910, <16 x float> poison, <16 x i32> zeroinitializer
-  %1912 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1907
-  %1913 = load i64, ptr %1912, align 8, !tbaa !5
-  %gep508.i = getelementptr i32, ptr %gep534.i, i64 %1913
-  %1914 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !5
-  %1915 = shl <16 x i32> %1914, splat (i32 16)
-  %1916 = bitcast <16 x i32> %1915 to <16 x float>
-  %1917 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1911, <16 x float> %1916, <16 x float> %1885)
-  %1918 = getelementptr inbounds nuw i8, ptr %1620, i64 548
-  %1919 = load float, ptr %1918, align 4, !tbaa !5
-  %1920 = insertelement <16 x float> poison, float %1919, i64 0
-  %1921 = shufflevector <16 x float> %1920, <16 x float> poison, <16 x i32> zeroinitializer
-  %1922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1921, <16 x float> %1916, <16 x float> %1890)
-  %1923 = getelementptr inbounds nuw i8, ptr %1620, i64 1060
-  %1924 = load float, ptr %1923, align 4, !tbaa !5
-  %1925 = insertelement <16 x float> poison, float %1924, i64 0
-  %1926 = shufflevector <16 x float> %1925, <16 x float> poison, <16 x i32> zeroinitializer
-  %1927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1916, <16 x float> %1895)
-  %1928 = getelementptr inbounds nuw i8, ptr %1620, i64 1572
-  %1929 = load float, ptr %1928, align 4, !tbaa !5
-  %1930 = insertelement <16 x float> poison, float %1929, i64 0
-  %1931 = shufflevector <16 x float> %1930, <16 x float> poison, <16 x i32> zeroinitializer
-  %1932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1931, <16 x float> %1916, <16 x float> %1900)
-  %1933 = and <16 x i32> %1914, splat (i32 -65536)
-  %1934 = bitcast <16 x i32> %1933 to <16 x float>
-  %1935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1911, <16 x float> %1934, <16 x float> %1903)
-  %1936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1921, <16 x float> %1934, <16 x float> %1904)
-  %1937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1934, <16 x float> %1905)
-  %1938 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1931, <16 x float> %1934, <16 x float> %1906)
-  %1939 = or disjoint i64 %1619, 10
-  %1940 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1939
-  %1941 = load float, ptr %1940, align 4, !tbaa !5
-  %1942 = insertelement <16 x float> poison, float %1941, i64 0
-  %1943 = shufflevector <16 x float> %1942, <16 x float> poison, <16 x i32> zeroinitializer
-  %1944 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1939
-  %1945 = load i64, ptr %1944, align 8, !tbaa !5
-  %gep512.i = getelementptr i32, ptr %gep534.i, i64 %1945
-  %1946 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !5
-  %1947 = shl <16 x i32> %1946, splat (i32 16)
-  %1948 = bitcast <16 x i32> %1947 to <16 x float>
-  %1949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1943, <16 x float> %1948, <16 x float> %1917)
-  %1950 = getelementptr inbounds nuw i8, ptr %1620, i64 552
-  %1951 = load float, ptr %1950, align 4, !tbaa !5
-  %1952 = insertelement <16 x float> poison, float %1951, i64 0
-  %1953 = shufflevector <16 x float> %1952, <16 x float> poison, <16 x i32> zeroinitializer
-  %1954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1953, <16 x float> %1948, <16 x float> %1922)
-  %1955 = getelementptr inbounds nuw i8, ptr %1620, i64 1064
-  %1956 = load float, ptr %1955, align 4, !tbaa !5
-  %1957 = insertelement <16 x float> poison, float %1956, i64 0
-  %1958 = shufflevector <16 x float> %1957, <16 x float> poison, <16 x i32> zeroinitializer
-  %1959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1948, <16 x float> %1927)
-  %1960 = getelementptr inbounds nuw i8, ptr %1620, i64 1576
-  %1961 = load float, ptr %1960, align 4, !tbaa !5
-  %1962 = insertelement <16 x float> poison, float %1961, i64 0
-  %1963 = shufflevector <16 x float> %1962, <16 x float> poison, <16 x i32> zeroinitializer
-  %1964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1963, <16 x float> %1948, <16 x float> %1932)
-  %1965 = and <16 x i32> %1946, splat (i32 -65536)
-  %1966 = bitcast <16 x i32> %1965 to <16 x float>
-  %1967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1943, <16 x float> %1966, <16 x float> %1935)
-  %1968 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1953, <16 x float> %1966, <16 x float> %1936)
-  %1969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1966, <16 x float> %1937)
-  %1970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1963, <16 x float> %1966, <16 x float> %1938)
-  %1971 = or disjoint i64 %1619, 11
-  %1972 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1971
-  %1973 = load float, ptr %1972, align 4, !tbaa !5
-  %1974 = insertelement <16 x float> poison, float %1973, i64 0
-  %1975 = shufflevector <16 x float> %1974, <16 x float> poison, <16 x i32> zeroinitializer
-  %1976 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1971
-  %1977 = load i64, ptr %1976, align 8, !tbaa !5
-  %gep516.i = getelementptr i32, ptr %gep534.i, i64 %1977
-  %1978 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !5
-  %1979 = shl <16 x i32> %1978, splat (i32 16)
-  %1980 = bitcast <16 x i32> %1979 to <16 x float>
-  %1981 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1975, <16 x float> %1980, <16 x float> %1949)
-  %1982 = getelementptr inbounds nuw i8, ptr %1620, i64 556
-  %1983 = load float, ptr %1982, align 4, !tbaa !5
-  %1984 = insertelement <16 x float> poison, float %1983, i64 0
-  %1985 = shufflevector <16 x float> %1984, <16 x float> poison, <16 x i32> zeroinitializer
-  %1986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1985, <16 x float> %1980, <16 x float> %1954)
-  %1987 = getelementptr inbounds nuw i8, ptr %1620, i64 1068
-  %1988 = load float, ptr %1987, align 4, !tbaa !5
-  %1989 = insertelement <16 x float> poison, float %1988, i64 0
-  %1990 = shufflevector <16 x float> %1989, <16 x float> poison, <16 x i32> zeroinitializer
-  %1991 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %1980, <16 x float> %1959)
-  %1992 = getelementptr inbounds nuw i8, ptr %1620, i64 1580
-  %1993 = load float, ptr %1992, align 4, !tbaa !5
-  %1994 = insertelement <16 x float> poison, float %1993, i64 0
-  %1995 = shufflevector <16 x float> %1994, <16 x float> poison, <16 x i32> zeroinitializer
-  %1996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1995, <16 x float> %1980, <16 x float> %1964)
-  %1997 = and <16 x i32> %1978, splat (i32 -65536)
-  %1998 = bitcast <16 x i32> %1997 to <16 x float>
-  %1999 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1975, <16 x float> %1998, <16 x float> %1967)
-  %2000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1985, <16 x float> %1998, <16 x float> %1968)
-  %2001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %1998, <16 x float> %1969)
-  %2002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1995, <16 x float> %1998, <16 x float> %1970)
-  %2003 = or disjoint i64 %1619, 12
-  %2004 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2003
-  %2005 = load float, ptr %2004, align 4, !tbaa !5
-  %2006 = insertelement <16 x float> poison, float %2005, i64 0
-  %2007 = shufflevector <16 x float> %2006, <16 x float> poison, <16 x i32> zeroinitializer
-  %2008 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2003
-  %2009 = load i64, ptr %2008, align 8, !tbaa !5
-  %gep520.i = getelementptr i32, ptr %gep534.i, i64 %2009
-  %2010 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !5
-  %2011 = shl <16 x i32> %2010, splat (i32 16)
-  %2012 = bitcast <16 x i32> %2011 to <16 x float>
-  %2013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2007, <16 x float> %2012, <16 x float> %1981)
-  %2014 = getelementptr inbounds nuw i8, ptr %1620, i64 560
-  %2015 = load float, ptr %2014, align 4, !tbaa !5
-  %2016 = insertelement <16 x float> poison, float %2015, i64 0
-  %2017 = shufflevector <16 x float> %2016, <16 x float> poison, <16 x i32> zeroinitializer
-  %2018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2017, <16 x float> %2012, <16 x float> %1986)
-  %2019 = getelementptr inbounds nuw i8, ptr %1620, i64 1072
-  %2020 = load float, ptr %2019, align 4, !tbaa !5
-  %2021 = insertelement <16 x float> poison, float %2020, i64 0
-  %2022 = shufflevector <16 x float> %2021, <16 x float> poison, <16 x i32> zeroinitializer
-  %2023 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2012, <16 x float> %1991)
-  %2024 = getelementptr inbounds nuw i8, ptr %1620, i64 1584
-  %2025 = load float, ptr %2024, align 4, !tbaa !5
-  %2026 = insertelement <16 x float> poison, float %2025, i64 0
-  %2027 = shufflevector <16 x float> %2026, <16 x float> poison, <16 x i32> zeroinitializer
-  %2028 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2027, <16 x float> %2012, <16 x float> %1996)
-  %2029 = and <16 x i32> %2010, splat (i32 -65536)
-  %2030 = bitcast <16 x i32> %2029 to <16 x float>
-  %2031 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2007, <16 x float> %2030, <16 x float> %1999)
-  %2032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2017, <16 x float> %2030, <16 x float> %2000)
-  %2033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2030, <16 x float> %2001)
-  %2034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2027, <16 x float> %2030, <16 x float> %2002)
-  %2035 = or disjoint i64 %1619, 13
-  %2036 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2035
-  %2037 = load float, ptr %2036, align 4, !tbaa !5
-  %2038 = insertelement <16 x float> poison, float %2037, i64 0
-  %2039 = shufflevector <16 x float> %2038, <16 x float> poison, <16 x i32> zeroinitializer
-  %2040 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2035
-  %2041 = load i64, ptr %2040, align 8, !tbaa !5
-  %gep524.i = getelementptr i32, ptr %gep534.i, i64 %2041
-  %2042 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !5
-  %2043 = shl <16 x i32> %2042, splat (i32 16)
-  %2044 = bitcast <16 x i32> %2043 to <16 x float>
-  %2045 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2039, <16 x float> %2044, <16 x float> %2013)
-  %2046 = getelementptr inbounds nuw i8, ptr %1620, i64 564
-  %2047 = load float, ptr %2046, align 4, !tbaa !5
-  %2048 = insertelement <16 x float> poison, float %2047, i64 0
-  %2049 = shufflevector <16 x float> %2048, <16 x float> poison, <16 x i32> zeroinitializer
-  %2050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2049, <16 x float> %2044, <16 x float> %2018)
-  %2051 = getelementptr inbounds nuw i8, ptr %1620, i64 1076
-  %2052 = load float, ptr %2051, align 4, !tbaa !5
-  %2053 = insertelement <16 x float> poison, float %2052, i64 0
-  %2054 = shufflevector <16 x float> %2053, <16 x float> poison, <16 x i32> zeroinitializer
-  %2055 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2044, <16 x float> %2023)
-  %2056 = getelementptr inbounds nuw i8, ptr %1620, i64 1588
-  %2057 = load float, ptr %2056, align 4, !tbaa !5
-  %2058 = insertelement <16 x float> poison, float %2057, i64 0
-  %2059 = shufflevector <16 x float> %2058, <16 x float> poison, <16 x i32> zeroinitializer
-  %2060 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2059, <16 x float> %2044, <16 x float> %2028)
-  %2061 = and <16 x i32> %2042, splat (i32 -65536)
-  %2062 = bitcast <16 x i32> %2061 to <16 x float>
-  %2063 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2039, <16 x float> %2062, <16 x float> %2031)
-  %2064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2049, <16 x float> %2062, <16 x float> %2032)
-  %2065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2062, <16 x float> %2033)
-  %2066 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2059, <16 x float> %2062, <16 x float> %2034)
-  %2067 = or disjoint i64 %1619, 14
-  %2068 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2067
-  %2069 = load float, ptr %2068, align 4, !tbaa !5
-  %2070 = insertelement <16 x float> poison, float %2069, i64 0
-  %2071 = shufflevector <16 x float> %2070, <16 x float> poison, <16 x i32> zeroinitializer
-  %2072 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2067
-  %2073 = load i64, ptr %2072, align 8, !tbaa !5
-  %gep528.i = getelementptr i32, ptr %gep534.i, i64 %2073
-  %2074 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !5
-  %2075 = shl <16 x i32> %2074, splat (i32 16)
-  %2076 = bitcast <16 x i32> %2075 to <16 x float>
-  %2077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2071, <16 x float> %2076, <16 x float> %2045)
-  %2078 = getelementptr inbounds nuw i8, ptr %1620, i64 568
-  %2079 = load float, ptr %2078, align 4, !tbaa !5
-  %2080 = insertelement <16 x float> poison, float %2079, i64 0
-  %2081 = shufflevector <16 x float> %2080, <16 x float> poison, <16 x i32> zeroinitializer
-  %2082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> %2076, <16 x float> %2050)
-  %2083 = getelementptr inbounds nuw i8, ptr %1620, i64 1080
-  %2084 = load float, ptr %2083, align 4, !tbaa !5
-  %2085 = insertelement <16 x float> poison, float %2084, i64 0
-  %2086 = shufflevector <16 x float> %2085, <16 x float> poison, <16 x i32> zeroinitializer
-  %2087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2076, <16 x float> %2055)
-  %2088 = getelementptr inbounds nuw i8, ptr %1620, i64 1592
-  %2089 = load float, ptr %2088, align 4, !tbaa !5
-  %2090 = insertelement <16 x float> poison, float %2089, i64 0
-  %2091 = shufflevector <16 x float> %2090, <16 x float> poison, <16 x i32> zeroinitializer
-  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2076, <16 x float> %2060)
-  %2093 = and <16 x i32> %2074, splat (i32 -65536)
-  %2094 = bitcast <16 x i32> %2093 to <16 x float>
-  %2095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2071, <16 x float> %2094, <16 x float> %2063)
-  %2096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> %2094, <16 x float> %2064)
-  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2094, <16 x float> %2065)
-  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2094, <16 x float> %2066)
-  %2099 = or disjoint i64 %1619, 15
-  %2100 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2099
-  %2101 = load float, ptr %2100, align 4, !tbaa !5
-  %2102 = insertelement <16 x float> poison, float %2101, i64 0
-  %2103 = shufflevector <16 x float> %2102, <16 x float> poison, <16 x i32> zeroinitializer
-  %2104 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2099
-  %2105 = load i64, ptr %2104, align 8, !tbaa !5
-  %gep532.i = getelementptr i32, ptr %gep534.i, i64 %2105
-  %2106 = load <16 x i32>, ptr %gep532.i, align 4, !tbaa !5
-  %2107 = shl <16 x i32> %2106, splat (i32 16)
-  %2108 = bitcast <16 x i32> %2107 to <16 x float>
-  %2109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2103, <16 x float> %2108, <16 x float> %2077)
-  %2110 = getelementptr inbounds nuw i8, ptr %1620, i64 572
-  %2111 = load float, ptr %2110, align 4, !tbaa !5
-  %2112 = insertelement <16 x float> poison, float %2111, i64 0
-  %2113 = shufflevector <16 x float> %2112, <16 x float> poison, <16 x i32> zeroinitializer
-  %2114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2113, <16 x float> %2108, <16 x float> %2082)
-  %2115 = getelementptr inbounds nuw i8, ptr %1620, i64 1084
-  %2116 = load float, ptr %2115, align 4, !tbaa !5
-  %2117 = insertelement <16 x float> poison, float %2116, i64 0
-  %2118 = shufflevector <16 x float> %2117, <16 x float> poison, <16 x i32> zeroinitializer
-  %2119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2108, <16 x float> %2087)
-  %2120 = getelementptr inbounds nuw i8, ptr %1620, i64 1596
-  %2121 = load float, ptr %2120, align 4, !tbaa !5
-  %2122 = insertelement <16 x float> poison, float %2121, i64 0
-  %2123 = shufflevector <16 x float> %2122, <16 x float> poison, <16 x i32> zeroinitializer
-  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2108, <16 x float> %2092)
-  %2125 = and <16 x i32> %2106, splat (i32 -65536)
-  %2126 = bitcast <16 x i32> %2125 to <16 x float>
-  %2127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2103, <16 x float> %2126, <16 x float> %2095)
-  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2113, <16 x float> %2126, <16 x float> %2096)
-  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2126, <16 x float> %2097)
-  %2130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2126, <16 x float> %2098)
-  %indvars.iv.next715.i = add nuw nsw i64 %indvars.iv714.i, 1
-  %exitcond734.not.i = icmp eq i64 %indvars.iv.next715.i, %258
-  br i1 %exitcond734.not.i, label %for_end_to91.i, label %for_body_to90.i, !prof !13
+  %1619 = getelementptr i8, ptr %1609, i64 8
+  %1620 = load i64, ptr %1619, align 8, !tbaa !5
+  %1621 = getelementptr i32, ptr %value_cache, i64 %1620
+  %1622 = getelementptr i32, ptr %1621, i64 %1600
+  tail call void @llvm.prefetch.p0(ptr readonly %1622, i32 0, i32 2, i32 1)
+  %1623 = getelementptr i8, ptr %1621, i64 64
+  %1624 = getelementptr i32, ptr %1623, i64 %1600
+  tail call void @llvm.prefetch.p0(ptr readonly %1624, i32 0, i32 2, i32 1)
+  %1625 = getelementptr i8, ptr %1621, i64 128
+  %1626 = getelementptr i32, ptr %1625, i64 %1600
+  tail call void @llvm.prefetch.p0(ptr readonly %1626, i32 0, i32 2, i32 1)
+  %1627 = getelementptr i8, ptr %1621, i64 192
+  %1628 = getelementptr i32, ptr %1627, i64 %1600
+  tail call void @llvm.prefetch.p0(ptr readonly %1628, i32 0, i32 2, i32 1)
+  %1629 = getelementptr i8, ptr %1609, i64 16
+  %1630 = load i64, ptr %1629, align 8, !tbaa !5
+  %1631 = getelementptr i32, ptr %value_cache, i64 %1630
+  %1632 = getelementptr i32, ptr %1631, i64 %1600
+  tail call void @llvm.prefetch.p0(ptr readonly %1632, i32 0, i32 2, i32 1)
+  %1633 = getelementptr i8, ptr %1631, i64 64
+  %1634 = getelementptr i32, ptr %1633, i64 %1600
+  tail call void @llvm.prefetch.p0(ptr readonly %1634, i32 0, i32 2, i32 1)
+  %1635 = getelementptr i8, ptr %1631, i64 128
+  %1636 = getelementptr i32, ptr %1635, i64 %1600
+  tail call void @llvm.prefetch.p0(ptr readonly %1636, i32 0, i32 2, i32 1)
+  %1637 = getelementptr i8, ptr %1631, i64 192
+  %1638 = getelementptr i32, ptr %1637, i64 %1600
+  tail call void @llvm.prefetch.p0(ptr readonly %1638, i32 0, i32 2, i32 1)
+  %1639 = getelementptr i8, ptr %1609, i64 24
+  %1640 = load i64, ptr %1639, align 8, !tbaa !5
+  %1641 = getelementptr i32, ptr %value_cache, i64 %1640
+  %1642 = getelementptr i32, ptr %1641, i64 %1600
+  tail call void @llvm.prefetch.p0(ptr readonly %1642, i32 0, i32 2, i32 1)
+  %1643 = getelementptr i8, ptr %1641, i64 64
+  %1644 = getelementptr i32, ptr %1643, i64 %1600
+  tail call void @llvm.prefetch.p0(ptr readonly %1644, i32 0, i32 2, i32 1)
+  %1645 = getelementptr i8, ptr %1641, i64 128
+  %1646 = getelementptr i32, ptr %1645, i64 %1600
+  tail call void @llvm.prefetch.p0(ptr readonly %1646, i32 0, i32 2, i32 1)
+  %1647 = getelementptr i8, ptr %1641, i64 192
+  %1648 = getelementptr i32, ptr %1647, i64 %1600
+  tail call void @llvm.prefetch.p0(ptr readonly %1648, i32 0, i32 2, i32 1)
+  %1649 = shl nsw i64 %indvars.iv769.i, 4
+  %1650 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1649
+  %1651 = load float, ptr %1650, align 4, !tbaa !5
+  %1652 = insertelement <16 x float> poison, float %1651, i64 0
+  %1653 = shufflevector <16 x float> %1652, <16 x float> poison, <16 x i32> zeroinitializer
+  %1654 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1649
+  %1655 = load i64, ptr %1654, align 8, !tbaa !5
+  %gep479.i = getelementptr i32, ptr %gep588.i, i64 %1655
+  %1656 = load <16 x i32>, ptr %gep479.i, align 4, !tbaa !5
+  %1657 = shl <16 x i32> %1656, splat (i32 16)
+  %1658 = bitcast <16 x i32> %1657 to <16 x float>
+  %1659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1653, <16 x float> %1658, <16 x float> %full_acc255.sroa.0.0542.i)
+  %1660 = getelementptr inbounds nuw i8, ptr %1650, i64 512
+  %1661 = load float, ptr %1660, align 4, !tbaa !5
+  %1662 = insertelement <16 x float> poison, float %1661, i64 0
+  %1663 = shufflevector <16 x float> %1662, <16 x float> poison, <16 x i32> zeroinitializer
+  %1664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1663, <16 x float> %1658, <16 x float> %full_acc255.sroa.68.0540.i)
+  %1665 = getelementptr inbounds nuw i8, ptr %1650, i64 1024
+  %1666 = load float, ptr %1665, align 4, !tbaa !5
+  %1667 = insertelement <16 x float> poison, float %1666, i64 0
+  %1668 = shufflevector <16 x float> %1667, <16 x float> poison, <16 x i32> zeroinitializer
+  %1669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1668, <16 x float> %1658, <16 x float> %full_acc255.sroa.136.0544.i)
+  %1670 = getelementptr inbounds nuw i8, ptr %1650, i64 1536
+  %1671 = load float, ptr %1670, align 4, !tbaa !5
+  %1672 = insertelement <16 x float> poison, float %1671, i64 0
+  %1673 = shufflevector <16 x float> %1672, <16 x float> poison, <16 x i32> zeroinitializer
+  %1674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1658, <16 x float> %full_acc255.sroa.204.0546.i)
+  %1675 = and <16 x i32> %1656, splat (i32 -65536)
+  %1676 = bitcast <16 x i32> %1675 to <16 x float>
+  %1677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1653, <16 x float> %1676, <16 x float> %full_acc255.sroa.34.0541.i)
+  %1678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1663, <16 x float> %1676, <16 x float> %full_acc255.sroa.102.0543.i)
+  %1679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1668, <16 x float> %1676, <16 x float> %full_acc255.sroa.170.0545.i)
+  %1680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1676, <16 x float> %full_acc255.sroa.238.0547.i)
+  %1681 = or disjoint i64 %1649, 1
+  %1682 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1681
+  %1683 = load float, ptr %1682, align 4, !tbaa !5
+  %1684 = insertelement <16 x float> poison, float %1683, i64 0
+  %1685 = shufflevector <16 x float> %1684, <16 x float> poison, <16 x i32> zeroinitializer
+  %1686 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1681
+  %1687 = load i64, ptr %1686, align 8, !tbaa !5
+  %gep483.i = getelementptr i32, ptr %gep588.i, i64 %1687
+  %1688 = load <16 x i32>, ptr %gep483.i, align 4, !tbaa !5
+  %1689 = shl <16 x i32> %1688, splat (i32 16)
+  %1690 = bitcast <16 x i32> %1689 to <16 x float>
+  %1691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1685, <16 x float> %1690, <16 x float> %1659)
+  %1692 = getelementptr inbounds nuw i8, ptr %1650, i64 516
+  %1693 = load float, ptr %1692, align 4, !tbaa !5
+  %1694 = insertelement <16 x float> poison, float %1693, i64 0
+  %1695 = shufflevector <16 x float> %1694, <16 x float> poison, <16 x i32> zeroinitializer
+  %1696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1690, <16 x float> %1664)
+  %1697 = getelementptr inbounds nuw i8, ptr %1650, i64 1028
+  %1698 = load float, ptr %1697, align 4, !tbaa !5
+  %1699 = insertelement <16 x float> poison, float %1698, i64 0
+  %1700 = shufflevector <16 x float> %1699, <16 x float> poison, <16 x i32> zeroinitializer
+  %1701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1690, <16 x float> %1669)
+  %1702 = getelementptr inbounds nuw i8, ptr %1650, i64 1540
+  %1703 = load float, ptr %1702, align 4, !tbaa !5
+  %1704 = insertelement <16 x float> poison, float %1703, i64 0
+  %1705 = shufflevector <16 x float> %1704, <16 x float> poison, <16 x i32> zeroinitializer
+  %1706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1705, <16 x float> %1690, <16 x float> %1674)
+  %1707 = and <16 x i32> %1688, splat (i32 -65536)
+  %1708 = bitcast <16 x i32> %1707 to <16 x float>
+  %1709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1685, <16 x float> %1708, <16 x float> %1677)
+  %1710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1695, <16 x float> %1708, <16 x float> %1678)
+  %1711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1708, <16 x float> %1679)
+  %1712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1705, <16 x float> %1708, <16 x float> %1680)
+  %1713 = or disjoint i64 %1649, 2
+  %1714 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1713
+  %1715 = load float, ptr %1714, align 4, !tbaa !5
+  %1716 = insertelement <16 x float> poison, float %1715, i64 0
+  %1717 = shufflevector <16 x float> %1716, <16 x float> poison, <16 x i32> zeroinitializer
+  %1718 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1713
+  %1719 = load i64, ptr %1718, align 8, !tbaa !5
+  %gep487.i = getelementptr i32, ptr %gep588.i, i64 %1719
+  %1720 = load <16 x i32>, ptr %gep487.i, align 4, !tbaa !5
+  %1721 = shl <16 x i32> %1720, splat (i32 16)
+  %1722 = bitcast <16 x i32> %1721 to <16 x float>
+  %1723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1717, <16 x float> %1722, <16 x float> %1691)
+  %1724 = getelementptr inbounds nuw i8, ptr %1650, i64 520
+  %1725 = load float, ptr %1724, align 4, !tbaa !5
+  %1726 = insertelement <16 x float> poison, float %1725, i64 0
+  %1727 = shufflevector <16 x float> %1726, <16 x float> poison, <16 x i32> zeroinitializer
+  %1728 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1727, <16 x float> %1722, <16 x float> %1696)
+  %1729 = getelementptr inbounds nuw i8, ptr %1650, i64 1032
+  %1730 = load float, ptr %1729, align 4, !tbaa !5
+  %1731 = insertelement <16 x float> poison, float %1730, i64 0
+  %1732 = shufflevector <16 x float> %1731, <16 x float> poison, <16 x i32> zeroinitializer
+  %1733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1732, <16 x float> %1722, <16 x float> %1701)
+  %1734 = getelementptr inbounds nuw i8, ptr %1650, i64 1544
+  %1735 = load float, ptr %1734, align 4, !tbaa !5
+  %1736 = insertelement <16 x float> poison, float %1735, i64 0
+  %1737 = shufflevector <16 x float> %1736, <16 x float> poison, <16 x i32> zeroinitializer
+  %1738 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1722, <16 x float> %1706)
+  %1739 = and <16 x i32> %1720, splat (i32 -65536)
+  %1740 = bitcast <16 x i32> %1739 to <16 x float>
+  %1741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1717, <16 x float> %1740, <16 x float> %1709)
+  %1742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1727, <16 x float> %1740, <16 x float> %1710)
+  %1743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1732, <16 x float> %1740, <16 x float> %1711)
+  %1744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1740, <16 x float> %1712)
+  %1745 = or disjoint i64 %1649, 3
+  %1746 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1745
+  %1747 = load float, ptr %1746, align 4, !tbaa !5
+  %1748 = insertelement <16 x float> poison, float %1747, i64 0
+  %1749 = shufflevector <16 x float> %1748, <16 x float> poison, <16 x i32> zeroinitializer
+  %1750 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1745
+  %1751 = load i64, ptr %1750, align 8, !tbaa !5
+  %gep491.i = getelementptr i32, ptr %gep588.i, i64 %1751
+  %1752 = load <16 x i32>, ptr %gep491.i, align 4, !tbaa !5
+  %1753 = shl <16 x i32> %1752, splat (i32 16)
+  %1754 = bitcast <16 x i32> %1753 to <16 x float>
+  %1755 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1749, <16 x float> %1754, <16 x float> %1723)
+  %1756 = getelementptr inbounds nuw i8, ptr %1650, i64 524
+  %1757 = load float, ptr %1756, align 4, !tbaa !5
+  %1758 = insertelement <16 x float> poison, float %1757, i64 0
+  %1759 = shufflevector <16 x float> %1758, <16 x float> poison, <16 x i32> zeroinitializer
+  %1760 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1759, <16 x float> %1754, <16 x float> %1728)
+  %1761 = getelementptr inbounds nuw i8, ptr %1650, i64 1036
+  %1762 = load float, ptr %1761, align 4, !tbaa !5
+  %1763 = insertelement <16 x float> poison, float %1762, i64 0
+  %1764 = shufflevector <16 x float> %1763, <16 x float> poison, <16 x i32> zeroinitializer
+  %1765 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1754, <16 x float> %1733)
+  %1766 = getelementptr inbounds nuw i8, ptr %1650, i64 1548
+  %1767 = load float, ptr %1766, align 4, !tbaa !5
+  %1768 = insertelement <16 x float> poison, float %1767, i64 0
+  %1769 = shufflevector <16 x float> %1768, <16 x float> poison, <16 x i32> zeroinitializer
+  %1770 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1769, <16 x float> %1754, <16 x float> %1738)
+  %1771 = and <16 x i32> %1752, splat (i32 -65536)
+  %1772 = bitcast <16 x i32> %1771 to <16 x float>
+  %1773 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1749, <16 x float> %1772, <16 x float> %1741)
+  %1774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1759, <16 x float> %1772, <16 x float> %1742)
+  %1775 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1764, <16 x float> %1772, <16 x float> %1743)
+  %1776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1769, <16 x float> %1772, <16 x float> %1744)
+  %1777 = or disjoint i64 %1649, 4
+  %1778 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1777
+  %1779 = load float, ptr %1778, align 4, !tbaa !5
+  %1780 = insertelement <16 x float> poison, float %1779, i64 0
+  %1781 = shufflevector <16 x float> %1780, <16 x float> poison, <16 x i32> zeroinitializer
+  %1782 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1777
+  %1783 = load i64, ptr %1782, align 8, !tbaa !5
+  %gep495.i = getelementptr i32, ptr %gep588.i, i64 %1783
+  %1784 = load <16 x i32>, ptr %gep495.i, align 4, !tbaa !5
+  %1785 = shl <16 x i32> %1784, splat (i32 16)
+  %1786 = bitcast <16 x i32> %1785 to <16 x float>
+  %1787 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1781, <16 x float> %1786, <16 x float> %1755)
+  %1788 = getelementptr inbounds nuw i8, ptr %1650, i64 528
+  %1789 = load float, ptr %1788, align 4, !tbaa !5
+  %1790 = insertelement <16 x float> poison, float %1789, i64 0
+  %1791 = shufflevector <16 x float> %1790, <16 x float> poison, <16 x i32> zeroinitializer
+  %1792 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1791, <16 x float> %1786, <16 x float> %1760)
+  %1793 = getelementptr inbounds nuw i8, ptr %1650, i64 1040
+  %1794 = load float, ptr %1793, align 4, !tbaa !5
+  %1795 = insertelement <16 x float> poison, float %1794, i64 0
+  %1796 = shufflevector <16 x float> %1795, <16 x float> poison, <16 x i32> zeroinitializer
+  %1797 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1796, <16 x float> %1786, <16 x float> %1765)
+  %1798 = getelementptr inbounds nuw i8, ptr %1650, i64 1552
+  %1799 = load float, ptr %1798, align 4, !tbaa !5
+  %1800 = insertelement <16 x float> poison, float %1799, i64 0
+  %1801 = shufflevector <16 x float> %1800, <16 x float> poison, <16 x i32> zeroinitializer
+  %1802 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1801, <16 x float> %1786, <16 x float> %1770)
+  %1803 = and <16 x i32> %1784, splat (i32 -65536)
+  %1804 = bitcast <16 x i32> %1803 to <16 x float>
+  %1805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1781, <16 x float> %1804, <16 x float> %1773)
+  %1806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1791, <16 x float> %1804, <16 x float> %1774)
+  %1807 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1796, <16 x float> %1804, <16 x float> %1775)
+  %1808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1801, <16 x float> %1804, <16 x float> %1776)
+  %1809 = or disjoint i64 %1649, 5
+  %1810 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1809
+  %1811 = load float, ptr %1810, align 4, !tbaa !5
+  %1812 = insertelement <16 x float> poison, float %1811, i64 0
+  %1813 = shufflevector <16 x float> %1812, <16 x float> poison, <16 x i32> zeroinitializer
+  %1814 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1809
+  %1815 = load i64, ptr %1814, align 8, !tbaa !5
+  %gep499.i = getelementptr i32, ptr %gep588.i, i64 %1815
+  %1816 = load <16 x i32>, ptr %gep499.i, align 4, !tbaa !5
+  %1817 = shl <16 x i32> %1816, splat (i32 16)
+  %1818 = bitcast <16 x i32> %1817 to <16 x float>
+  %1819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1813, <16 x float> %1818, <16 x float> %1787)
+  %1820 = getelementptr inbounds nuw i8, ptr %1650, i64 532
+  %1821 = load float, ptr %1820, align 4, !tbaa !5
+  %1822 = insertelement <16 x float> poison, float %1821, i64 0
+  %1823 = shufflevector <16 x float> %1822, <16 x float> poison, <16 x i32> zeroinitializer
+  %1824 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1823, <16 x float> %1818, <16 x float> %1792)
+  %1825 = getelementptr inbounds nuw i8, ptr %1650, i64 1044
+  %1826 = load float, ptr %1825, align 4, !tbaa !5
+  %1827 = insertelement <16 x float> poison, float %1826, i64 0
+  %1828 = shufflevector <16 x float> %1827, <16 x float> poison, <16 x i32> zeroinitializer
+  %1829 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1818, <16 x float> %1797)
+  %1830 = getelementptr inbounds nuw i8, ptr %1650, i64 1556
+  %1831 = load float, ptr %1830, align 4, !tbaa !5
+  %1832 = insertelement <16 x float> poison, float %1831, i64 0
+  %1833 = shufflevector <16 x float> %1832, <16 x float> poison, <16 x i32> zeroinitializer
+  %1834 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1833, <16 x float> %1818, <16 x float> %1802)
+  %1835 = and <16 x i32> %1816, splat (i32 -65536)
+  %1836 = bitcast <16 x i32> %1835 to <16 x float>
+  %1837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1813, <16 x float> %1836, <16 x float> %1805)
+  %1838 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1823, <16 x float> %1836, <16 x float> %1806)
+  %1839 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1828, <16 x float> %1836, <16 x float> %1807)
+  %1840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1833, <16 x float> %1836, <16 x float> %1808)
+  %1841 = or disjoint i64 %1649, 6
+  %1842 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1841
+  %1843 = load float, ptr %1842, align 4, !tbaa !5
+  %1844 = insertelement <16 x float> poison, float %1843, i64 0
+  %1845 = shufflevector <16 x float> %1844, <16 x float> poison, <16 x i32> zeroinitializer
+  %1846 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1841
+  %1847 = load i64, ptr %1846, align 8, !tbaa !5
+  %gep503.i = getelementptr i32, ptr %gep588.i, i64 %1847
+  %1848 = load <16 x i32>, ptr %gep503.i, align 4, !tbaa !5
+  %1849 = shl <16 x i32> %1848, splat (i32 16)
+  %1850 = bitcast <16 x i32> %1849 to <16 x float>
+  %1851 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1845, <16 x float> %1850, <16 x float> %1819)
+  %1852 = getelementptr inbounds nuw i8, ptr %1650, i64 536
+  %1853 = load float, ptr %1852, align 4, !tbaa !5
+  %1854 = insertelement <16 x float> poison, float %1853, i64 0
+  %1855 = shufflevector <16 x float> %1854, <16 x float> poison, <16 x i32> zeroinitializer
+  %1856 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1855, <16 x float> %1850, <16 x float> %1824)
+  %1857 = getelementptr inbounds nuw i8, ptr %1650, i64 1048
+  %1858 = load float, ptr %1857, align 4, !tbaa !5
+  %1859 = insertelement <16 x float> poison, float %1858, i64 0
+  %1860 = shufflevector <16 x float> %1859, <16 x float> poison, <16 x i32> zeroinitializer
+  %1861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1860, <16 x float> %1850, <16 x float> %1829)
+  %1862 = getelementptr inbounds nuw i8, ptr %1650, i64 1560
+  %1863 = load float, ptr %1862, align 4, !tbaa !5
+  %1864 = insertelement <16 x float> poison, float %1863, i64 0
+  %1865 = shufflevector <16 x float> %1864, <16 x float> poison, <16 x i32> zeroinitializer
+  %1866 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1865, <16 x float> %1850, <16 x float> %1834)
+  %1867 = and <16 x i32> %1848, splat (i32 -65536)
+  %1868 = bitcast <16 x i32> %1867 to <16 x float>
+  %1869 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1845, <16 x float> %1868, <16 x float> %1837)
+  %1870 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1855, <16 x float> %1868, <16 x float> %1838)
+  %1871 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1860, <16 x float> %1868, <16 x float> %1839)
+  %1872 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1865, <16 x float> %1868, <16 x float> %1840)
+  %1873 = or disjoint i64 %1649, 7
+  %1874 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1873
+  %1875 = load float, ptr %1874, align 4, !tbaa !5
+  %1876 = insertelement <16 x float> poison, float %1875, i64 0
+  %1877 = shufflevector <16 x float> %1876, <16 x float> poison, <16 x i32> zeroinitializer
+  %1878 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1873
+  %1879 = load i64, ptr %1878, align 8, !tbaa !5
+  %gep507.i = getelementptr i32, ptr %gep588.i, i64 %1879
+  %1880 = load <16 x i32>, ptr %gep507.i, align 4, !tbaa !5
+  %1881 = shl <16 x i32> %1880, splat (i32 16)
+  %1882 = bitcast <16 x i32> %1881 to <16 x float>
+  %1883 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1877, <16 x float> %1882, <16 x float> %1851)
+  %1884 = getelementptr inbounds nuw i8, ptr %1650, i64 540
+  %1885 = load float, ptr %1884, align 4, !tbaa !5
+  %1886 = insertelement <16 x float> poison, float %1885, i64 0
+  %1887 = shufflevector <16 x float> %1886, <16 x float> poison, <16 x i32> zeroinitializer
+  %1888 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1887, <16 x float> %1882, <16 x float> %1856)
+  %1889 = getelementptr inbounds nuw i8, ptr %1650, i64 1052
+  %1890 = load float, ptr %1889, align 4, !tbaa !5
+  %1891 = insertelement <16 x float> poison, float %1890, i64 0
+  %1892 = shufflevector <16 x float> %1891, <16 x float> poison, <16 x i32> zeroinitializer
+  %1893 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1892, <16 x float> %1882, <16 x float> %1861)
+  %1894 = getelementptr inbounds nuw i8, ptr %1650, i64 1564
+  %1895 = load float, ptr %1894, align 4, !tbaa !5
+  %1896 = insertelement <16 x float> poison, float %1895, i64 0
+  %1897 = shufflevector <16 x float> %1896, <16 x float> poison, <16 x i32> zeroinitializer
+  %1898 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1897, <16 x float> %1882, <16 x float> %1866)
+  %1899 = and <16 x i32> %1880, splat (i32 -65536)
+  %1900 = bitcast <16 x i32> %1899 to <16 x float>
+  %1901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1877, <16 x float> %1900, <16 x float> %1869)
+  %1902 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1887, <16 x float> %1900, <16 x float> %1870)
+  %1903 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1892, <16 x float> %1900, <16 x float> %1871)
+  %1904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1897, <16 x float> %1900, <16 x float> %1872)
+  %1905 = or disjoint i64 %1649, 8
+  %1906 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1905
+  %1907 = load float, ptr %1906, align 4, !tbaa !5
+  %1908 = insertelement <16 x float> poison, float %1907, i64 0
+  %1909 = shufflevector <16 x float> %1908, <16 x float> poison, <16 x i32> zeroinitializer
+  %1910 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1905
+  %1911 = load i64, ptr %1910, align 8, !tbaa !5
+  %gep511.i = getelementptr i32, ptr %gep588.i, i64 %1911
+  %1912 = load <16 x i32>, ptr %gep511.i, align 4, !tbaa !5
+  %1913 = shl <16 x i32> %1912, splat (i32 16)
+  %1914 = bitcast <16 x i32> %1913 to <16 x float>
+  %1915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1914, <16 x float> %1883)
+  %1916 = getelementptr inbounds nuw i8, ptr %1650, i64 544
+  %1917 = load float, ptr %1916, align 4, !tbaa !5
+  %1918 = insertelement <16 x float> poison, float %1917, i64 0
+  %1919 = shufflevector <16 x float> %1918, <16 x float> poison, <16 x i32> zeroinitializer
+  %1920 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1919, <16 x float> %1914, <16 x float> %1888)
+  %1921 = getelementptr inbounds nuw i8, ptr %1650, i64 1056
+  %1922 = load float, ptr %1921, align 4, !tbaa !5
+  %1923 = insertelement <16 x float> poison, float %1922, i64 0
+  %1924 = shufflevector <16 x float> %1923, <16 x float> poison, <16 x i32> zeroinitializer
+  %1925 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1924, <16 x float> %1914, <16 x float> %1893)
+  %1926 = getelementptr inbounds nuw i8, ptr %1650, i64 1568
+  %1927 = load float, ptr %1926, align 4, !tbaa !5
+  %1928 = insertelement <16 x float> poison, float %1927, i64 0
+  %1929 = shufflevector <16 x float> %1928, <16 x float> poison, <16 x i32> zeroinitializer
+  %1930 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1929, <16 x float> %1914, <16 x float> %1898)
+  %1931 = and <16 x i32> %1912, splat (i32 -65536)
+  %1932 = bitcast <16 x i32> %1931 to <16 x float>
+  %1933 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1909, <16 x float> %1932, <16 x float> %1901)
+  %1934 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1919, <16 x float> %1932, <16 x float> %1902)
+  %1935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1924, <16 x float> %1932, <16 x float> %1903)
+  %1936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1929, <16 x float> %1932, <16 x float> %1904)
+  %1937 = or disjoint i64 %1649, 9
+  %1938 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1937
+  %1939 = load float, ptr %1938, align 4, !tbaa !5
+  %1940 = insertelement <16 x float> poison, float %1939, i64 0
+  %1941 = shufflevector <16 x float> %1940, <16 x float> poison, <16 x i32> zeroinitializer
+  %1942 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1937
+  %1943 = load i64, ptr %1942, align 8, !tbaa !5
+  %gep515.i = getelementptr i32, ptr %gep588.i, i64 %1943
+  %1944 = load <16 x i32>, ptr %gep515.i, align 4, !tbaa !5
+  %1945 = shl <16 x i32> %1944, splat (i32 16)
+  %1946 = bitcast <16 x i32> %1945 to <16 x float>
+  %1947 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1941, <16 x float> %1946, <16 x float> %1915)
+  %1948 = getelementptr inbounds nuw i8, ptr %1650, i64 548
+  %1949 = load float, ptr %1948, align 4, !tbaa !5
+  %1950 = insertelement <16 x float> poison, float %1949, i64 0
+  %1951 = shufflevector <16 x float> %1950, <16 x float> poison, <16 x i32> zeroinitializer
+  %1952 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %1946, <16 x float> %1920)
+  %1953 = getelementptr inbounds nuw i8, ptr %1650, i64 1060
+  %1954 = load float, ptr %1953, align 4, !tbaa !5
+  %1955 = insertelement <16 x float> poison, float %1954, i64 0
+  %1956 = shufflevector <16 x float> %1955, <16 x float> poison, <16 x i32> zeroinitializer
+  %1957 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1956, <16 x float> %1946, <16 x float> %1925)
+  %1958 = getelementptr inbounds nuw i8, ptr %1650, i64 1572
+  %1959 = load float, ptr %1958, align 4, !tbaa !5
+  %1960 = insertelement <16 x float> poison, float %1959, i64 0
+  %1961 = shufflevector <16 x float> %1960, <16 x float> poison, <16 x i32> zeroinitializer
+  %1962 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1961, <16 x float> %1946, <16 x float> %1930)
+  %1963 = and <16 x i32> %1944, splat (i32 -65536)
+  %1964 = bitcast <16 x i32> %1963 to <16 x float>
+  %1965 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1941, <16 x float> %1964, <16 x float> %1933)
+  %1966 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %1964, <16 x float> %1934)
+  %1967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1956, <16 x float> %1964, <16 x float> %1935)
+  %1968 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1961, <16 x float> %1964, <16 x float> %1936)
+  %1969 = or disjoint i64 %1649, 10
+  %1970 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1969
+  %1971 = load float, ptr %1970, align 4, !tbaa !5
+  %1972 = insertelement <16 x float> poison, float %1971, i64 0
+  %1973 = shufflevector <16 x float> %1972, <16 x float> poison, <16 x i32> zeroinitializer
+  %1974 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1969
+  %1975 = load i64, ptr %1974, align 8, !tbaa !5
+  %gep519.i = getelementptr i32, ptr %gep588.i, i64 %1975
+  %1976 = load <16 x i32>, ptr %gep519.i, align 4, !tbaa !5
+  %1977 = shl <16 x i32> %1976, splat (i32 16)
+  %1978 = bitcast <16 x i32> %1977 to <16 x float>
+  %1979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1973, <16 x float> %1978, <16 x float> %1947)
+  %1980 = getelementptr inbounds nuw i8, ptr %1650, i64 552
+  %1981 = load float, ptr %1980, align 4, !tbaa !5
+  %1982 = insertelement <16 x float> poison, float %1981, i64 0
+  %1983 = shufflevector <16 x float> %1982, <16 x float> poison, <16 x i32> zeroinitializer
+  %1984 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1983, <16 x float> %1978, <16 x float> %1952)
+  %1985 = getelementptr inbounds nuw i8, ptr %1650, i64 1064
+  %1986 = load float, ptr %1985, align 4, !tbaa !5
+  %1987 = insertelement <16 x float> poison, float %1986, i64 0
+  %1988 = shufflevector <16 x float> %1987, <16 x float> poison, <16 x i32> zeroinitializer
+  %1989 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1988, <16 x float> %1978, <16 x float> %1957)
+  %1990 = getelementptr inbounds nuw i8, ptr %1650, i64 1576
+  %1991 = load float, ptr %1990, align 4, !tbaa !5
+  %1992 = insertelement <16 x float> poison, float %1991, i64 0
+  %1993 = shufflevector <16 x float> %1992, <16 x float> poison, <16 x i32> zeroinitializer
+  %1994 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1993, <16 x float> %1978, <16 x float> %1962)
+  %1995 = and <16 x i32> %1976, splat (i32 -65536)
+  %1996 = bitcast <16 x i32> %1995 to <16 x float>
+  %1997 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1973, <16 x float> %1996, <16 x float> %1965)
+  %1998 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1983, <16 x float> %1996, <16 x float> %1966)
+  %1999 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1988, <16 x float> %1996, <16 x float> %1967)
+  %2000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1993, <16 x float> %1996, <16 x float> %1968)
+  %2001 = or disjoint i64 %1649, 11
+  %2002 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2001
+  %2003 = load float, ptr %2002, align 4, !tbaa !5
+  %2004 = insertelement <16 x float> poison, float %2003, i64 0
+  %2005 = shufflevector <16 x float> %2004, <16 x float> poison, <16 x i32> zeroinitializer
+  %2006 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2001
+  %2007 = load i64, ptr %2006, align 8, !tbaa !5
+  %gep523.i = getelementptr i32, ptr %gep588.i, i64 %2007
+  %2008 = load <16 x i32>, ptr %gep523.i, align 4, !tbaa !5
+  %2009 = shl <16 x i32> %2008, splat (i32 16)
+  %2010 = bitcast <16 x i32> %2009 to <16 x float>
+  %2011 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2005, <16 x float> %2010, <16 x float> %1979)
+  %2012 = getelementptr inbounds nuw i8, ptr %1650, i64 556
+  %2013 = load float, ptr %2012, align 4, !tbaa !5
+  %2014 = insertelement <16 x float> poison, float %2013, i64 0
+  %2015 = shufflevector <16 x float> %2014, <16 x float> poison, <16 x i32> zeroinitializer
+  %2016 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2015, <16 x float> %2010, <16 x float> %1984)
+  %2017 = getelementptr inbounds nuw i8, ptr %1650, i64 1068
+  %2018 = load float, ptr %2017, align 4, !tbaa !5
+  %2019 = insertelement <16 x float> poison, float %2018, i64 0
+  %2020 = shufflevector <16 x float> %2019, <16 x float> poison, <16 x i32> zeroinitializer
+  %2021 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2020, <16 x float> %2010, <16 x float> %1989)
+  %2022 = getelementptr inbounds nuw i8, ptr %1650, i64 1580
+  %2023 = load float, ptr %2022, align 4, !tbaa !5
+  %2024 = insertelement <16 x float> poison, float %2023, i64 0
+  %2025 = shufflevector <16 x float> %2024, <16 x float> poison, <16 x i32> zeroinitializer
+  %2026 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2025, <16 x float> %2010, <16 x float> %1994)
+  %2027 = and <16 x i32> %2008, splat (i32 -65536)
+  %2028 = bitcast <16 x i32> %2027 to <16 x float>
+  %2029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2005, <16 x float> %2028, <16 x float> %1997)
+  %2030 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2015, <16 x float> %2028, <16 x float> %1998)
+  %2031 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2020, <16 x float> %2028, <16 x float> %1999)
+  %2032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2025, <16 x float> %2028, <16 x float> %2000)
+  %2033 = or disjoint i64 %1649, 12
+  %2034 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2033
+  %2035 = load float, ptr %2034, align 4, !tbaa !5
+  %2036 = insertelement <16 x float> poison, float %2035, i64 0
+  %2037 = shufflevector <16 x float> %2036, <16 x float> poison, <16 x i32> zeroinitializer
+  %2038 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2033
+  %2039 = load i64, ptr %2038, align 8, !tbaa !5
+  %gep527.i = getelementptr i32, ptr %gep588.i, i64 %2039
+  %2040 = load <16 x i32>, ptr %gep527.i, align 4, !tbaa !5
+  %2041 = shl <16 x i32> %2040, splat (i32 16)
+  %2042 = bitcast <16 x i32> %2041 to <16 x float>
+  %2043 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2037, <16 x float> %2042, <16 x float> %2011)
+  %2044 = getelementptr inbounds nuw i8, ptr %1650, i64 560
+  %2045 = load float, ptr %2044, align 4, !tbaa !5
+  %2046 = insertelement <16 x float> poison, float %2045, i64 0
+  %2047 = shufflevector <16 x float> %2046, <16 x float> poison, <16 x i32> zeroinitializer
+  %2048 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2047, <16 x float> %2042, <16 x float> %2016)
+  %2049 = getelementptr inbounds nuw i8, ptr %1650, i64 1072
+  %2050 = load float, ptr %2049, align 4, !tbaa !5
+  %2051 = insertelement <16 x float> poison, float %2050, i64 0
+  %2052 = shufflevector <16 x float> %2051, <16 x float> poison, <16 x i32> zeroinitializer
+  %2053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2052, <16 x float> %2042, <16 x float> %2021)
+  %2054 = getelementptr inbounds nuw i8, ptr %1650, i64 1584
+  %2055 = load float, ptr %2054, align 4, !tbaa !5
+  %2056 = insertelement <16 x float> poison, float %2055, i64 0
+  %2057 = shufflevector <16 x float> %2056, <16 x float> poison, <16 x i32> zeroinitializer
+  %2058 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2057, <16 x float> %2042, <16 x float> %2026)
+  %2059 = and <16 x i32> %2040, splat (i32 -65536)
+  %2060 = bitcast <16 x i32> %2059 to <16 x float>
+  %2061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2037, <16 x float> %2060, <16 x float> %2029)
+  %2062 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2047, <16 x float> %2060, <16 x float> %2030)
+  %2063 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2052, <16 x float> %2060, <16 x float> %2031)
+  %2064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2057, <16 x float> %2060, <16 x float> %2032)
+  %2065 = or disjoint i64 %1649, 13
+  %2066 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2065
+  %2067 = load float, ptr %2066, align 4, !tbaa !5
+  %2068 = insertelement <16 x float> poison, float %2067, i64 0
+  %2069 = shufflevector <16 x float> %2068, <16 x float> poison, <16 x i32> zeroinitializer
+  %2070 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2065
+  %2071 = load i64, ptr %2070, align 8, !tbaa !5
+  %gep531.i = getelementptr i32, ptr %gep588.i, i64 %2071
+  %2072 = load <16 x i32>, ptr %gep531.i, align 4, !tbaa !5
+  %2073 = shl <16 x i32> %2072, splat (i32 16)
+  %2074 = bitcast <16 x i32> %2073 to <16 x float>
+  %2075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2069, <16 x float> %2074, <16 x float> %2043)
+  %2076 = getelementptr inbounds nuw i8, ptr %1650, i64 564
+  %2077 = load float, ptr %2076, align 4, !tbaa !5
+  %2078 = insertelement <16 x float> poison, float %2077, i64 0
+  %2079 = shufflevector <16 x float> %2078, <16 x float> poison, <16 x i32> zeroinitializer
+  %2080 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2079, <16 x float> %2074, <16 x float> %2048)
+  %2081 = getelementptr inbounds nuw i8, ptr %1650, i64 1076
+  %2082 = load float, ptr %2081, align 4, !tbaa !5
+  %2083 = insertelement <16 x float> poison, float %2082, i64 0
+  %2084 = shufflevector <16 x float> %2083, <16 x float> poison, <16 x i32> zeroinitializer
+  %2085 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2084, <16 x float> %2074, <16 x float> %2053)
+  %2086 = getelementptr inbounds nuw i8, ptr %1650, i64 1588
+  %2087 = load float, ptr %2086, align 4, !tbaa !5
+  %2088 = insertelement <16 x float> poison, float %2087, i64 0
+  %2089 = shufflevector <16 x float> %2088, <16 x float> poison, <16 x i32> zeroinitializer
+  %2090 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2089, <16 x float> %2074, <16 x float> %2058)
+  %2091 = and <16 x i32> %2072, splat (i32 -65536)
+  %2092 = bitcast <16 x i32> %2091 to <16 x float>
+  %2093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2069, <16 x float> %2092, <16 x float> %2061)
+  %2094 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2079, <16 x float> %2092, <16 x float> %2062)
+  %2095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2084, <16 x float> %2092, <16 x float> %2063)
+  %2096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2089, <16 x float> %2092, <16 x float> %2064)
+  %2097 = or disjoint i64 %1649, 14
+  %2098 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2097
+  %2099 = load float, ptr %2098, align 4, !tbaa !5
+  %2100 = insertelement <16 x float> poison, float %2099, i64 0
+  %2101 = shufflevector <16 x float> %2100, <16 x float> poison, <16 x i32> zeroinitializer
+  %2102 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2097
+  %2103 = load i64, ptr %2102, align 8, !tbaa !5
+  %gep535.i = getelementptr i32, ptr %gep588.i, i64 %2103
+  %2104 = load <16 x i32>, ptr %gep535.i, align 4, !tbaa !5
+  %2105 = shl <16 x i32> %2104, splat (i32 16)
+  %2106 = bitcast <16 x i32> %2105 to <16 x float>
+  %2107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> %2106, <16 x float> %2075)
+  %2108 = getelementptr inbounds nuw i8, ptr %1650, i64 568
+  %2109 = load float, ptr %2108, align 4, !tbaa !5
+  %2110 = insertelement <16 x float> poison, float %2109, i64 0
+  %2111 = shufflevector <16 x float> %2110, <16 x float> poison, <16 x i32> zeroinitializer
+  %2112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2111, <16 x float> %2106, <16 x float> %2080)
+  %2113 = getelementptr inbounds nuw i8, ptr %1650, i64 1080
+  %2114 = load float, ptr %2113, align 4, !tbaa !5
+  %2115 = insertelement <16 x float> poison, float %2114, i64 0
+  %2116 = shufflevector <16 x float> %2115, <16 x float> poison, <16 x i32> zeroinitializer
+  %2117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2116, <16 x float> %2106, <16 x float> %2085)
+  %2118 = getelementptr inbounds nuw i8, ptr %1650, i64 1592
+  %2119 = load float, ptr %2118, align 4, !tbaa !5
+  %2120 = insertelement <16 x float> poison, float %2119, i64 0
+  %2121 = shufflevector <16 x float> %2120, <16 x float> poison, <16 x i32> zeroinitializer
+  %2122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2121, <16 x float> %2106, <16 x float> %2090)
+  %2123 = and <16 x i32> %2104, splat (i32 -65536)
+  %2124 = bitcast <16 x i32> %2123 to <16 x float>
+  %2125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> %2124, <16 x float> %2093)
+  %2126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2111, <16 x float> %2124, <16 x float> %2094)
+  %2127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2116, <16 x float> %2124, <16 x float> %2095)
+  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2121, <16 x float> %2124, <16 x float> %2096)
+  %2129 = or disjoint i64 %1649, 15
+  %2130 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2129
+  %2131 = load float, ptr %2130, align 4, !tbaa !5
+  %2132 = insertelement <16 x float> poison, float %2131, i64 0
+  %2133 = shufflevector <16 x float> %2132, <16 x float> poison, <16 x i32> zeroinitializer
+  %2134 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2129
+  %2135 = load i64, ptr %2134, align 8, !tbaa !5
+  %gep539.i = getelementptr i32, ptr %gep588.i, i64 %2135
+  %2136 = load <16 x i32>, ptr %gep539.i, align 4, !tbaa !5
+  %2137 = shl <16 x i32> %2136, splat (i32 16)
+  %2138 = bitcast <16 x i32> %2137 to <16 x float>
+  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2133, <16 x float> %2138, <16 x float> %2107)
+  %2140 = getelementptr inbounds nuw i8, ptr %1650, i64 572
+  %2141 = load float, ptr %2140, align 4, !tbaa !5
+  %2142 = insertelement <16 x float> poison, float %2141, i64 0
+  %2143 = shufflevector <16 x float> %2142, <16 x float> poison, <16 x i32> zeroinitializer
+  %2144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2143, <16 x float> %2138, <16 x float> %2112)
+  %2145 = getelementptr inbounds nuw i8, ptr %1650, i64 1084
+  %2146 = load float, ptr %2145, align 4, !tbaa !5
+  %2147 = insertelement <16 x float> poison, float %2146, i64 0
+  %2148 = shufflevector <16 x float> %2147, <16 x float> poison, <16 x i32> zeroinitializer
+  %2149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2148, <16 x float> %2138, <16 x float> %2117)
+  %2150 = getelementptr inbounds nuw i8, ptr %1650, i64 1596
+  %2151 = load float, ptr %2150, align 4, !tbaa !5
+  %2152 = insertelement <16 x float> poison, float %2151, i64 0
+  %2153 = shufflevector <16 x float> %2152, <16 x float> poison, <16 x i32> zeroinitializer
+  %2154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2153, <16 x float> %2138, <16 x float> %2122)
+  %2155 = and <16 x i32> %2136, splat (i32 -65536)
+  %2156 = bitcast <16 x i32> %2155 to <16 x float>
+  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2133, <16 x float> %2156, <16 x float> %2125)
+  %2158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2143, <16 x float> %2156, <16 x float> %2126)
+  %2159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2148, <16 x float> %2156, <16 x float> %2127)
+  %2160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2153, <16 x float> %2156, <16 x float> %2128)
+  %indvars.iv.next770.i = add nuw nsw i64 %indvars.iv769.i, 1
+  %exitcond789.not.i = icmp eq i64 %indvars.iv.next770.i, %233
+  br i1 %exitcond789.not.i, label %for_end_to118.i, label %for_body_to117.i, !prof !13
 
-for_end_to91.i:                                   ; preds = %for_body_to90.i, %for_begin_to89.preheader.i
-  %full_acc_global237.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2129, %for_body_to90.i ]
-  %full_acc_global237.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2119, %for_body_to90.i ]
-  %full_acc_global237.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2128, %for_body_to90.i ]
-  %full_acc_global237.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2114, %for_body_to90.i ]
-  %full_acc_global237.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2127, %for_body_to90.i ]
-  %full_acc_global237.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2109, %for_body_to90.i ]
-  %full_acc_global237.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2124, %for_body_to90.i ]
-  %full_acc_global237.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2130, %for_body_to90.i ]
-  %.idx1080.i = shl nuw nsw i64 %indvars.iv735.i, 7
-  %2131 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 %.idx1080.i
-  store <16 x float> %full_acc_global237.sroa.0.0.lcssa.i, ptr %2131, align 4, !tbaa !5
-  %2132 = getelementptr inbounds nuw i8, ptr %2131, i64 64
-  store <16 x float> %full_acc_global237.sroa.34.0.lcssa.i, ptr %2132, align 4, !tbaa !5
-  %2133 = getelementptr inbounds nuw i8, ptr %2131, i64 512
-  store <16 x float> %full_acc_global237.sroa.68.0.lcssa.i, ptr %2133, align 4, !tbaa !5
-  %2134 = getelementptr inbounds nuw i8, ptr %2131, i64 576
-  store <16 x float> %full_acc_global237.sroa.102.0.lcssa.i, ptr %2134, align 4, !tbaa !5
-  %2135 = getelementptr inbounds nuw i8, ptr %2131, i64 1024
-  store <16 x float> %full_acc_global237.sroa.136.0.lcssa.i, ptr %2135, align 4, !tbaa !5
-  %2136 = getelementptr inbounds nuw i8, ptr %2131, i64 1088
-  store <16 x float> %full_acc_global237.sroa.170.0.lcssa.i, ptr %2136, align 4, !tbaa !5
-  %2137 = getelementptr inbounds nuw i8, ptr %2131, i64 1536
-  store <16 x float> %full_acc_global237.sroa.204.0.lcssa.i, ptr %2137, align 4, !tbaa !5
-  %2138 = getelementptr inbounds nuw i8, ptr %2131, i64 1600
-  store <16 x float> %full_acc_global237.sroa.238.0.lcssa.i, ptr %2138, align 4, !tbaa !5
-  %indvars.iv.next736.i = add nuw nsw i64 %indvars.iv735.i, 1
-  %exitcond740.not.i = icmp eq i64 %indvars.iv.next736.i, 4
-  br i1 %exitcond740.not.i, label %for_begin_d_0_init.preheader.preheader.i, label %for_begin_to89.preheader.i, !prof !17
+for_end_to118.i:                                  ; preds = %for_body_to117.i, %for_body_d_0_m.i
+  %full_acc255.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2144, %for_body_to117.i ]
+  %full_acc255.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2157, %for_body_to117.i ]
+  %full_acc255.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2139, %for_body_to117.i ]
+  %full_acc255.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2158, %for_body_to117.i ]
+  %full_acc255.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2149, %for_body_to117.i ]
+  %full_acc255.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2159, %for_body_to117.i ]
+  %full_acc255.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2154, %for_body_to117.i ]
+  %full_acc255.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2160, %for_body_to117.i ]
+  br i1 %.not640.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.preheader, !prof !60
 
-for_begin_d_0_init.preheader.preheader.i:         ; preds = %for_end_to91.i
-  %2139 = load <16 x float>, ptr %full_acc.i, align 4, !tbaa !5
-  store <16 x float> %2139, ptr %tile_acc.i, align 4, !tbaa !5
-  %2140 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 64
-  %2141 = load <16 x float>, ptr %2140, align 4, !tbaa !5
-  %2142 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 64
-  store <16 x float> %2141, ptr %2142, align 4, !tbaa !5
-  %2143 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 128
-  %2144 = load <16 x float>, ptr %2143, align 4, !tbaa !5
-  %2145 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 128
-  store <16 x float> %2144, ptr %2145, align 4, !tbaa !5
-  %2146 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 192
-  %2147 = load <16 x float>, ptr %2146, align 4, !tbaa !5
-  %2148 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 192
-  store <16 x float> %2147, ptr %2148, align 4, !tbaa !5
-  %2149 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 256
-  %2150 = load <16 x float>, ptr %2149, align 4, !tbaa !5
-  %2151 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 256
-  store <16 x float> %2150, ptr %2151, align 4, !tbaa !5
-  %2152 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 320
-  %2153 = load <16 x float>, ptr %2152, align 4, !tbaa !5
-  %2154 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 320
-  store <16 x float> %2153, ptr %2154, align 4, !tbaa !5
-  %2155 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 384
-  %2156 = load <16 x float>, ptr %2155, align 4, !tbaa !5
-  %2157 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 384
-  store <16 x float> %2156, ptr %2157, align 4, !tbaa !5
-  %2158 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 448
-  %2159 = load <16 x float>, ptr %2158, align 4, !tbaa !5
-  %2160 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 448
-  store <16 x float> %2159, ptr %2160, align 4, !tbaa !5
-  %2161 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 512
-  %2162 = load <16 x float>, ptr %2161, align 4, !tbaa !5
-  %2163 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 512
-  store <16 x float> %2162, ptr %2163, align 4, !tbaa !5
-  %2164 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 576
-  %2165 = load <16 x float>, ptr %2164, align 4, !tbaa !5
-  %2166 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 576
-  store <16 x float> %2165, ptr %2166, align 4, !tbaa !5
-  %2167 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 640
-  %2168 = load <16 x float>, ptr %2167, align 4, !tbaa !5
-  %2169 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 640
-  store <16 x float> %2168, ptr %2169, align 4, !tbaa !5
-  %2170 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 704
-  %2171 = load <16 x float>, ptr %2170, align 4, !tbaa !5
-  %2172 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 704
-  store <16 x float> %2171, ptr %2172, align 4, !tbaa !5
-  %2173 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 768
-  %2174 = load <16 x float>, ptr %2173, align 4, !tbaa !5
-  %2175 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 768
-  store <16 x float> %2174, ptr %2175, align 4, !tbaa !5
-  %2176 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 832
-  %2177 = load <16 x float>, ptr %2176, align 4, !tbaa !5
-  %2178 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 832
-  store <16 x float> %2177, ptr %2178, align 4, !tbaa !5
-  %2179 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 896
-  %2180 = load <16 x float>, ptr %2179, align 4, !tbaa !5
-  %2181 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 896
-  store <16 x float> %2180, ptr %2181, align 4, !tbaa !5
-  %2182 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 960
-  %2183 = load <16 x float>, ptr %2182, align 4, !tbaa !5
-  %2184 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 960
-  store <16 x float> %2183, ptr %2184, align 4, !tbaa !5
-  %2185 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1024
-  %2186 = load <16 x float>, ptr %2185, align 4, !tbaa !5
-  %2187 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1024
-  store <16 x float> %2186, ptr %2187, align 4, !tbaa !5
-  %2188 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1088
-  %2189 = load <16 x float>, ptr %2188, align 4, !tbaa !5
-  %2190 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1088
-  store <16 x float> %2189, ptr %2190, align 4, !tbaa !5
-  %2191 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1152
-  %2192 = load <16 x float>, ptr %2191, align 4, !tbaa !5
-  %2193 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1152
-  store <16 x float> %2192, ptr %2193, align 4, !tbaa !5
-  %2194 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1216
-  %2195 = load <16 x float>, ptr %2194, align 4, !tbaa !5
-  %2196 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1216
-  store <16 x float> %2195, ptr %2196, align 4, !tbaa !5
-  %2197 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1280
-  %2198 = load <16 x float>, ptr %2197, align 4, !tbaa !5
-  %2199 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1280
-  store <16 x float> %2198, ptr %2199, align 4, !tbaa !5
-  %2200 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1344
-  %2201 = load <16 x float>, ptr %2200, align 4, !tbaa !5
-  %2202 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1344
-  store <16 x float> %2201, ptr %2202, align 4, !tbaa !5
-  %2203 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1408
-  %2204 = load <16 x float>, ptr %2203, align 4, !tbaa !5
-  %2205 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1408
-  store <16 x float> %2204, ptr %2205, align 4, !tbaa !5
-  %2206 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1472
-  %2207 = load <16 x float>, ptr %2206, align 4, !tbaa !5
-  %2208 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1472
-  store <16 x float> %2207, ptr %2208, align 4, !tbaa !5
-  %2209 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1536
-  %2210 = load <16 x float>, ptr %2209, align 4, !tbaa !5
-  %2211 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1536
-  store <16 x float> %2210, ptr %2211, align 4, !tbaa !5
-  %2212 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1600
-  %2213 = load <16 x float>, ptr %2212, align 4, !tbaa !5
-  %2214 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1600
-  store <16 x float> %2213, ptr %2214, align 4, !tbaa !5
-  %2215 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1664
-  %2216 = load <16 x float>, ptr %2215, align 4, !tbaa !5
-  %2217 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1664
-  store <16 x float> %2216, ptr %2217, align 4, !tbaa !5
-  %2218 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1728
-  %2219 = load <16 x float>, ptr %2218, align 4, !tbaa !5
-  %2220 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1728
-  store <16 x float> %2219, ptr %2220, align 4, !tbaa !5
-  %2221 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1792
-  %2222 = load <16 x float>, ptr %2221, align 4, !tbaa !5
-  %2223 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1792
-  store <16 x float> %2222, ptr %2223, align 4, !tbaa !5
-  %2224 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1856
-  %2225 = load <16 x float>, ptr %2224, align 4, !tbaa !5
-  %2226 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1856
-  store <16 x float> %2225, ptr %2226, align 4, !tbaa !5
-  %2227 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1920
-  %2228 = load <16 x float>, ptr %2227, align 4, !tbaa !5
-  %2229 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1920
-  store <16 x float> %2228, ptr %2229, align 4, !tbaa !5
-  %2230 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1984
-  %2231 = load <16 x float>, ptr %2230, align 4, !tbaa !5
-  %2232 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1984
-  store <16 x float> %2231, ptr %2232, align 4, !tbaa !5
-  br i1 %.not601.i, label %for_end_ti.i, label %for_begin_r101.preheader.lr.ph.i, !prof !56
+for_body_ti.i.preheader:                          ; preds = %for_end_to118.i
+  br i1 %246, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !4
 
-for_begin_r101.preheader.lr.ph.i:                 ; preds = %for_begin_d_0_init.preheader.preheader.i
-  %gep576.1.i = getelementptr i8, ptr %invariant.gep533.i, i64 64
-  %gep576.2.i = getelementptr i8, ptr %invariant.gep533.i, i64 128
-  %gep576.3.i = getelementptr i8, ptr %invariant.gep533.i, i64 192
-  br label %for_begin_r101.preheader.i
+for_begin_ax4_0.preheader.i.loopexit.unr-lcssa:   ; preds = %for_body_ti.i
+  br i1 %lcmp.mod293.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !12
 
-for_begin_r101.preheader.i:                       ; preds = %for_begin_r101.preheader.i, %for_begin_r101.preheader.lr.ph.i
-  %2233 = phi <16 x float> [ %2231, %for_begin_r101.preheader.lr.ph.i ], [ %2530, %for_begin_r101.preheader.i ]
-  %2234 = phi <16 x float> [ %2228, %for_begin_r101.preheader.lr.ph.i ], [ %2522, %for_begin_r101.preheader.i ]
-  %2235 = phi <16 x float> [ %2225, %for_begin_r101.preheader.lr.ph.i ], [ %2514, %for_begin_r101.preheader.i ]
-  %2236 = phi <16 x float> [ %2222, %for_begin_r101.preheader.lr.ph.i ], [ %2506, %for_begin_r101.preheader.i ]
-  %2237 = phi <16 x float> [ %2219, %for_begin_r101.preheader.lr.ph.i ], [ %2498, %for_begin_r101.preheader.i ]
-  %2238 = phi <16 x float> [ %2216, %for_begin_r101.preheader.lr.ph.i ], [ %2490, %for_begin_r101.preheader.i ]
-  %2239 = phi <16 x float> [ %2213, %for_begin_r101.preheader.lr.ph.i ], [ %2482, %for_begin_r101.preheader.i ]
-  %2240 = phi <16 x float> [ %2210, %for_begin_r101.preheader.lr.ph.i ], [ %2474, %for_begin_r101.preheader.i ]
-  %2241 = phi <16 x float> [ %2207, %for_begin_r101.preheader.lr.ph.i ], [ %2464, %for_begin_r101.preheader.i ]
-  %2242 = phi <16 x float> [ %2204, %for_begin_r101.preheader.lr.ph.i ], [ %2456, %for_begin_r101.preheader.i ]
-  %2243 = phi <16 x float> [ %2201, %for_begin_r101.preheader.lr.ph.i ], [ %2448, %for_begin_r101.preheader.i ]
-  %2244 = phi <16 x float> [ %2198, %for_begin_r101.preheader.lr.ph.i ], [ %2440, %for_begin_r101.preheader.i ]
-  %2245 = phi <16 x float> [ %2195, %for_begin_r101.preheader.lr.ph.i ], [ %2432, %for_begin_r101.preheader.i ]
-  %2246 = phi <16 x float> [ %2192, %for_begin_r101.preheader.lr.ph.i ], [ %2424, %for_begin_r101.preheader.i ]
-  %2247 = phi <16 x float> [ %2189, %for_begin_r101.preheader.lr.ph.i ], [ %2416, %for_begin_r101.preheader.i ]
-  %2248 = phi <16 x float> [ %2186, %for_begin_r101.preheader.lr.ph.i ], [ %2408, %for_begin_r101.preheader.i ]
-  %2249 = phi <16 x float> [ %2183, %for_begin_r101.preheader.lr.ph.i ], [ %2398, %for_begin_r101.preheader.i ]
-  %2250 = phi <16 x float> [ %2180, %for_begin_r101.preheader.lr.ph.i ], [ %2390, %for_begin_r101.preheader.i ]
-  %2251 = phi <16 x float> [ %2177, %for_begin_r101.preheader.lr.ph.i ], [ %2382, %for_begin_r101.preheader.i ]
-  %2252 = phi <16 x float> [ %2174, %for_begin_r101.preheader.lr.ph.i ], [ %2374, %for_begin_r101.preheader.i ]
-  %2253 = phi <16 x float> [ %2171, %for_begin_r101.preheader.lr.ph.i ], [ %2366, %for_begin_r101.preheader.i ]
-  %2254 = phi <16 x float> [ %2168, %for_begin_r101.preheader.lr.ph.i ], [ %2358, %for_begin_r101.preheader.i ]
-  %2255 = phi <16 x float> [ %2165, %for_begin_r101.preheader.lr.ph.i ], [ %2350, %for_begin_r101.preheader.i ]
-  %2256 = phi <16 x float> [ %2162, %for_begin_r101.preheader.lr.ph.i ], [ %2342, %for_begin_r101.preheader.i ]
-  %2257 = phi <16 x float> [ %2159, %for_begin_r101.preheader.lr.ph.i ], [ %2331, %for_begin_r101.preheader.i ]
-  %2258 = phi <16 x float> [ %2156, %for_begin_r101.preheader.lr.ph.i ], [ %2323, %for_begin_r101.preheader.i ]
-  %2259 = phi <16 x float> [ %2153, %for_begin_r101.preheader.lr.ph.i ], [ %2315, %for_begin_r101.preheader.i ]
-  %2260 = phi <16 x float> [ %2150, %for_begin_r101.preheader.lr.ph.i ], [ %2307, %for_begin_r101.preheader.i ]
-  %2261 = phi <16 x float> [ %2147, %for_begin_r101.preheader.lr.ph.i ], [ %2299, %for_begin_r101.preheader.i ]
-  %2262 = phi <16 x float> [ %2144, %for_begin_r101.preheader.lr.ph.i ], [ %2291, %for_begin_r101.preheader.i ]
-  %2263 = phi <16 x float> [ %2141, %for_begin_r101.preheader.lr.ph.i ], [ %2283, %for_begin_r101.preheader.i ]
-  %2264 = phi <16 x float> [ %2139, %for_begin_r101.preheader.lr.ph.i ], [ %2275, %for_begin_r101.preheader.i ]
-  %indvars.iv783.i = phi i64 [ 0, %for_begin_r101.preheader.lr.ph.i ], [ %indvars.iv.next784.i, %for_begin_r101.preheader.i ]
-  %2265 = add nuw nsw i64 %indvars.iv783.i, %259
-  %2266 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2265
-  %2267 = getelementptr inbounds float, ptr %probs.i, i64 %2265
-  %2268 = load float, ptr %2267, align 4, !tbaa !5
-  %2269 = insertelement <16 x float> poison, float %2268, i64 0
-  %2270 = shufflevector <16 x float> %2269, <16 x float> poison, <16 x i32> zeroinitializer
-  %2271 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2271
-  %2272 = load <16 x i32>, ptr %gep573.i, align 4, !tbaa !5
-  %2273 = shl <16 x i32> %2272, splat (i32 16)
-  %2274 = bitcast <16 x i32> %2273 to <16 x float>
-  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2274, <16 x float> %2264)
-  store <16 x float> %2275, ptr %tile_acc.i, align 4, !tbaa !5
-  %2276 = load float, ptr %2267, align 4, !tbaa !5
-  %2277 = insertelement <16 x float> poison, float %2276, i64 0
-  %2278 = shufflevector <16 x float> %2277, <16 x float> poison, <16 x i32> zeroinitializer
-  %2279 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2279
-  %2280 = load <16 x i32>, ptr %gep573.1.i, align 4, !tbaa !5
-  %2281 = and <16 x i32> %2280, splat (i32 -65536)
-  %2282 = bitcast <16 x i32> %2281 to <16 x float>
-  %2283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %2282, <16 x float> %2263)
-  store <16 x float> %2283, ptr %2142, align 4, !tbaa !5
-  %2284 = load float, ptr %2267, align 4, !tbaa !5
-  %2285 = insertelement <16 x float> poison, float %2284, i64 0
-  %2286 = shufflevector <16 x float> %2285, <16 x float> poison, <16 x i32> zeroinitializer
-  %2287 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1768.i = getelementptr i32, ptr %gep576.1.i, i64 %2287
-  %2288 = load <16 x i32>, ptr %gep573.1768.i, align 4, !tbaa !5
-  %2289 = shl <16 x i32> %2288, splat (i32 16)
-  %2290 = bitcast <16 x i32> %2289 to <16 x float>
-  %2291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2286, <16 x float> %2290, <16 x float> %2262)
-  store <16 x float> %2291, ptr %2145, align 4, !tbaa !5
-  %2292 = load float, ptr %2267, align 4, !tbaa !5
-  %2293 = insertelement <16 x float> poison, float %2292, i64 0
-  %2294 = shufflevector <16 x float> %2293, <16 x float> poison, <16 x i32> zeroinitializer
-  %2295 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1.i = getelementptr i32, ptr %gep576.1.i, i64 %2295
-  %2296 = load <16 x i32>, ptr %gep573.1.1.i, align 4, !tbaa !5
-  %2297 = and <16 x i32> %2296, splat (i32 -65536)
-  %2298 = bitcast <16 x i32> %2297 to <16 x float>
-  %2299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2298, <16 x float> %2261)
-  store <16 x float> %2299, ptr %2148, align 4, !tbaa !5
-  %2300 = load float, ptr %2267, align 4, !tbaa !5
-  %2301 = insertelement <16 x float> poison, float %2300, i64 0
-  %2302 = shufflevector <16 x float> %2301, <16 x float> poison, <16 x i32> zeroinitializer
-  %2303 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2303
-  %2304 = load <16 x i32>, ptr %gep573.2.i, align 4, !tbaa !5
-  %2305 = shl <16 x i32> %2304, splat (i32 16)
-  %2306 = bitcast <16 x i32> %2305 to <16 x float>
-  %2307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2302, <16 x float> %2306, <16 x float> %2260)
-  store <16 x float> %2307, ptr %2151, align 4, !tbaa !5
-  %2308 = load float, ptr %2267, align 4, !tbaa !5
-  %2309 = insertelement <16 x float> poison, float %2308, i64 0
-  %2310 = shufflevector <16 x float> %2309, <16 x float> poison, <16 x i32> zeroinitializer
-  %2311 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2311
-  %2312 = load <16 x i32>, ptr %gep573.1.2.i, align 4, !tbaa !5
-  %2313 = and <16 x i32> %2312, splat (i32 -65536)
-  %2314 = bitcast <16 x i32> %2313 to <16 x float>
-  %2315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2314, <16 x float> %2259)
-  store <16 x float> %2315, ptr %2154, align 4, !tbaa !5
-  %2316 = load float, ptr %2267, align 4, !tbaa !5
-  %2317 = insertelement <16 x float> poison, float %2316, i64 0
-  %2318 = shufflevector <16 x float> %2317, <16 x float> poison, <16 x i32> zeroinitializer
-  %2319 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2319
-  %2320 = load <16 x i32>, ptr %gep573.3.i, align 4, !tbaa !5
-  %2321 = shl <16 x i32> %2320, splat (i32 16)
-  %2322 = bitcast <16 x i32> %2321 to <16 x float>
-  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2318, <16 x float> %2322, <16 x float> %2258)
-  store <16 x float> %2323, ptr %2157, align 4, !tbaa !5
-  %2324 = load float, ptr %2267, align 4, !tbaa !5
-  %2325 = insertelement <16 x float> poison, float %2324, i64 0
-  %2326 = shufflevector <16 x float> %2325, <16 x float> poison, <16 x i32> zeroinitializer
-  %2327 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2327
-  %2328 = load <16 x i32>, ptr %gep573.1.3.i, align 4, !tbaa !5
-  %2329 = and <16 x i32> %2328, splat (i32 -65536)
-  %2330 = bitcast <16 x i32> %2329 to <16 x float>
-  %2331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2326, <16 x float> %2330, <16 x float> %2257)
-  store <16 x float> %2331, ptr %2160, align 4, !tbaa !5
-  %2332 = shl i64 %2265, 32
-  %sext.i = add i64 %2332, 549755813888
-  %2333 = ashr exact i64 %sext.i, 30
-  %2334 = getelementptr inbounds i8, ptr %probs.i, i64 %2333
-  %2335 = load float, ptr %2334, align 4, !tbaa !5
-  %2336 = insertelement <16 x float> poison, float %2335, i64 0
-  %2337 = shufflevector <16 x float> %2336, <16 x float> poison, <16 x i32> zeroinitializer
-  %2338 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1774.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2338
-  %2339 = load <16 x i32>, ptr %gep573.1774.i, align 4, !tbaa !5
-  %2340 = shl <16 x i32> %2339, splat (i32 16)
-  %2341 = bitcast <16 x i32> %2340 to <16 x float>
-  %2342 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2337, <16 x float> %2341, <16 x float> %2256)
-  store <16 x float> %2342, ptr %2163, align 4, !tbaa !5
-  %2343 = load float, ptr %2334, align 4, !tbaa !5
-  %2344 = insertelement <16 x float> poison, float %2343, i64 0
-  %2345 = shufflevector <16 x float> %2344, <16 x float> poison, <16 x i32> zeroinitializer
-  %2346 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1775.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2346
-  %2347 = load <16 x i32>, ptr %gep573.1.1775.i, align 4, !tbaa !5
-  %2348 = and <16 x i32> %2347, splat (i32 -65536)
-  %2349 = bitcast <16 x i32> %2348 to <16 x float>
-  %2350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2345, <16 x float> %2349, <16 x float> %2255)
-  store <16 x float> %2350, ptr %2166, align 4, !tbaa !5
-  %2351 = load float, ptr %2334, align 4, !tbaa !5
-  %2352 = insertelement <16 x float> poison, float %2351, i64 0
-  %2353 = shufflevector <16 x float> %2352, <16 x float> poison, <16 x i32> zeroinitializer
-  %2354 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1768.1.i = getelementptr i32, ptr %gep576.1.i, i64 %2354
-  %2355 = load <16 x i32>, ptr %gep573.1768.1.i, align 4, !tbaa !5
-  %2356 = shl <16 x i32> %2355, splat (i32 16)
-  %2357 = bitcast <16 x i32> %2356 to <16 x float>
-  %2358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2353, <16 x float> %2357, <16 x float> %2254)
-  store <16 x float> %2358, ptr %2169, align 4, !tbaa !5
-  %2359 = load float, ptr %2334, align 4, !tbaa !5
-  %2360 = insertelement <16 x float> poison, float %2359, i64 0
-  %2361 = shufflevector <16 x float> %2360, <16 x float> poison, <16 x i32> zeroinitializer
-  %2362 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1.1.i = getelementptr i32, ptr %gep576.1.i, i64 %2362
-  %2363 = load <16 x i32>, ptr %gep573.1.1.1.i, align 4, !tbaa !5
-  %2364 = and <16 x i32> %2363, splat (i32 -65536)
-  %2365 = bitcast <16 x i32> %2364 to <16 x float>
-  %2366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2361, <16 x float> %2365, <16 x float> %2253)
-  store <16 x float> %2366, ptr %2172, align 4, !tbaa !5
-  %2367 = load float, ptr %2334, align 4, !tbaa !5
-  %2368 = insertelement <16 x float> poison, float %2367, i64 0
-  %2369 = shufflevector <16 x float> %2368, <16 x float> poison, <16 x i32> zeroinitializer
-  %2370 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2.1.i = getelementptr i32, ptr %gep576.2.i, i64 %2370
-  %2371 = load <16 x i32>, ptr %gep573.2.1.i, align 4, !tbaa !5
-  %2372 = shl <16 x i32> %2371, splat (i32 16)
-  %2373 = bitcast <16 x i32> %2372 to <16 x float>
-  %2374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2369, <16 x float> %2373, <16 x float> %2252)
-  store <16 x float> %2374, ptr %2175, align 4, !tbaa !5
-  %2375 = load float, ptr %2334, align 4, !tbaa !5
-  %2376 = insertelement <16 x float> poison, float %2375, i64 0
-  %2377 = shufflevector <16 x float> %2376, <16 x float> poison, <16 x i32> zeroinitializer
-  %2378 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2.1.i = getelementptr i32, ptr %gep576.2.i, i64 %2378
-  %2379 = load <16 x i32>, ptr %gep573.1.2.1.i, align 4, !tbaa !5
-  %2380 = and <16 x i32> %2379, splat (i32 -65536)
-  %2381 = bitcast <16 x i32> %2380 to <16 x float>
-  %2382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2377, <16 x float> %2381, <16 x float> %2251)
-  store <16 x float> %2382, ptr %2178, align 4, !tbaa !5
-  %2383 = load float, ptr %2334, align 4, !tbaa !5
-  %2384 = insertelement <16 x float> poison, float %2383, i64 0
-  %2385 = shufflevector <16 x float> %2384, <16 x float> poison, <16 x i32> zeroinitializer
-  %2386 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3.1.i = getelementptr i32, ptr %gep576.3.i, i64 %2386
-  %2387 = load <16 x i32>, ptr %gep573.3.1.i, align 4, !tbaa !5
-  %2388 = shl <16 x i32> %2387, splat (i32 16)
-  %2389 = bitcast <16 x i32> %2388 to <16 x float>
-  %2390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2385, <16 x float> %2389, <16 x float> %2250)
-  store <16 x float> %2390, ptr %2181, align 4, !tbaa !5
-  %2391 = load float, ptr %2334, align 4, !tbaa !5
-  %2392 = insertelement <16 x float> poison, float %2391, i64 0
-  %2393 = shufflevector <16 x float> %2392, <16 x float> poison, <16 x i32> zeroinitializer
-  %2394 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3.1.i = getelementptr i32, ptr %gep576.3.i, i64 %2394
-  %2395 = load <16 x i32>, ptr %gep573.1.3.1.i, align 4, !tbaa !5
-  %2396 = and <16 x i32> %2395, splat (i32 -65536)
-  %2397 = bitcast <16 x i32> %2396 to <16 x float>
-  %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2393, <16 x float> %2397, <16 x float> %2249)
-  store <16 x float> %2398, ptr %2184, align 4, !tbaa !5
-  %sext1081.i = add i64 %2332, 1099511627776
-  %2399 = ashr exact i64 %sext1081.i, 30
-  %2400 = getelementptr inbounds i8, ptr %probs.i, i64 %2399
-  %2401 = load float, ptr %2400, align 4, !tbaa !5
-  %2402 = insertelement <16 x float> poison, float %2401, i64 0
-  %2403 = shufflevector <16 x float> %2402, <16 x float> poison, <16 x i32> zeroinitializer
-  %2404 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2777.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2404
-  %2405 = load <16 x i32>, ptr %gep573.2777.i, align 4, !tbaa !5
-  %2406 = shl <16 x i32> %2405, splat (i32 16)
-  %2407 = bitcast <16 x i32> %2406 to <16 x float>
-  %2408 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2403, <16 x float> %2407, <16 x float> %2248)
-  store <16 x float> %2408, ptr %2187, align 4, !tbaa !5
-  %2409 = load float, ptr %2400, align 4, !tbaa !5
-  %2410 = insertelement <16 x float> poison, float %2409, i64 0
-  %2411 = shufflevector <16 x float> %2410, <16 x float> poison, <16 x i32> zeroinitializer
-  %2412 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2778.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2412
-  %2413 = load <16 x i32>, ptr %gep573.1.2778.i, align 4, !tbaa !5
-  %2414 = and <16 x i32> %2413, splat (i32 -65536)
-  %2415 = bitcast <16 x i32> %2414 to <16 x float>
-  %2416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2415, <16 x float> %2247)
-  store <16 x float> %2416, ptr %2190, align 4, !tbaa !5
-  %2417 = load float, ptr %2400, align 4, !tbaa !5
-  %2418 = insertelement <16 x float> poison, float %2417, i64 0
-  %2419 = shufflevector <16 x float> %2418, <16 x float> poison, <16 x i32> zeroinitializer
-  %2420 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1768.2.i = getelementptr i32, ptr %gep576.1.i, i64 %2420
-  %2421 = load <16 x i32>, ptr %gep573.1768.2.i, align 4, !tbaa !5
-  %2422 = shl <16 x i32> %2421, splat (i32 16)
-  %2423 = bitcast <16 x i32> %2422 to <16 x float>
-  %2424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2419, <16 x float> %2423, <16 x float> %2246)
-  store <16 x float> %2424, ptr %2193, align 4, !tbaa !5
-  %2425 = load float, ptr %2400, align 4, !tbaa !5
-  %2426 = insertelement <16 x float> poison, float %2425, i64 0
-  %2427 = shufflevector <16 x float> %2426, <16 x float> poison, <16 x i32> zeroinitializer
-  %2428 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1.2.i = getelementptr i32, ptr %gep576.1.i, i64 %2428
-  %2429 = load <16 x i32>, ptr %gep573.1.1.2.i, align 4, !tbaa !5
-  %2430 = and <16 x i32> %2429, splat (i32 -65536)
-  %2431 = bitcast <16 x i32> %2430 to <16 x float>
-  %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2427, <16 x float> %2431, <16 x float> %2245)
-  store <16 x float> %2432, ptr %2196, align 4, !tbaa !5
-  %2433 = load float, ptr %2400, align 4, !tbaa !5
-  %2434 = insertelement <16 x float> poison, float %2433, i64 0
-  %2435 = shufflevector <16 x float> %2434, <16 x float> poison, <16 x i32> zeroinitializer
-  %2436 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2436
-  %2437 = load <16 x i32>, ptr %gep573.2.2.i, align 4, !tbaa !5
-  %2438 = shl <16 x i32> %2437, splat (i32 16)
-  %2439 = bitcast <16 x i32> %2438 to <16 x float>
-  %2440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2435, <16 x float> %2439, <16 x float> %2244)
-  store <16 x float> %2440, ptr %2199, align 4, !tbaa !5
-  %2441 = load float, ptr %2400, align 4, !tbaa !5
-  %2442 = insertelement <16 x float> poison, float %2441, i64 0
-  %2443 = shufflevector <16 x float> %2442, <16 x float> poison, <16 x i32> zeroinitializer
-  %2444 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2444
-  %2445 = load <16 x i32>, ptr %gep573.1.2.2.i, align 4, !tbaa !5
-  %2446 = and <16 x i32> %2445, splat (i32 -65536)
-  %2447 = bitcast <16 x i32> %2446 to <16 x float>
-  %2448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2443, <16 x float> %2447, <16 x float> %2243)
-  store <16 x float> %2448, ptr %2202, align 4, !tbaa !5
-  %2449 = load float, ptr %2400, align 4, !tbaa !5
-  %2450 = insertelement <16 x float> poison, float %2449, i64 0
-  %2451 = shufflevector <16 x float> %2450, <16 x float> poison, <16 x i32> zeroinitializer
-  %2452 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3.2.i = getelementptr i32, ptr %gep576.3.i, i64 %2452
-  %2453 = load <16 x i32>, ptr %gep573.3.2.i, align 4, !tbaa !5
-  %2454 = shl <16 x i32> %2453, splat (i32 16)
-  %2455 = bitcast <16 x i32> %2454 to <16 x float>
-  %2456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2451, <16 x float> %2455, <16 x float> %2242)
-  store <16 x float> %2456, ptr %2205, align 4, !tbaa !5
-  %2457 = load float, ptr %2400, align 4, !tbaa !5
-  %2458 = insertelement <16 x float> poison, float %2457, i64 0
-  %2459 = shufflevector <16 x float> %2458, <16 x float> poison, <16 x i32> zeroinitializer
-  %2460 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3.2.i = getelementptr i32, ptr %gep576.3.i, i64 %2460
-  %2461 = load <16 x i32>, ptr %gep573.1.3.2.i, align 4, !tbaa !5
-  %2462 = and <16 x i32> %2461, splat (i32 -65536)
-  %2463 = bitcast <16 x i32> %2462 to <16 x float>
-  %2464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2459, <16 x float> %2463, <16 x float> %2241)
-  store <16 x float> %2464, ptr %2208, align 4, !tbaa !5
-  %sext1082.i = add i64 %2332, 1649267441664
-  %2465 = ashr exact i64 %sext1082.i, 30
-  %2466 = getelementptr inbounds i8, ptr %probs.i, i64 %2465
-  %2467 = load float, ptr %2466, align 4, !tbaa !5
-  %2468 = insertelement <16 x float> poison, float %2467, i64 0
-  %2469 = shufflevector <16 x float> %2468, <16 x float> poison, <16 x i32> zeroinitializer
-  %2470 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3780.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2470
-  %2471 = load <16 x i32>, ptr %gep573.3780.i, align 4, !tbaa !5
-  %2472 = shl <16 x i32> %2471, splat (i32 16)
-  %2473 = bitcast <16 x i32> %2472 to <16 x float>
-  %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2473, <16 x float> %2240)
-  store <16 x float> %2474, ptr %2211, align 4, !tbaa !5
-  %2475 = load float, ptr %2466, align 4, !tbaa !5
-  %2476 = insertelement <16 x float> poison, float %2475, i64 0
-  %2477 = shufflevector <16 x float> %2476, <16 x float> poison, <16 x i32> zeroinitializer
-  %2478 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3781.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2478
-  %2479 = load <16 x i32>, ptr %gep573.1.3781.i, align 4, !tbaa !5
-  %2480 = and <16 x i32> %2479, splat (i32 -65536)
-  %2481 = bitcast <16 x i32> %2480 to <16 x float>
-  %2482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2477, <16 x float> %2481, <16 x float> %2239)
-  store <16 x float> %2482, ptr %2214, align 4, !tbaa !5
-  %2483 = load float, ptr %2466, align 4, !tbaa !5
-  %2484 = insertelement <16 x float> poison, float %2483, i64 0
-  %2485 = shufflevector <16 x float> %2484, <16 x float> poison, <16 x i32> zeroinitializer
-  %2486 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1768.3.i = getelementptr i32, ptr %gep576.1.i, i64 %2486
-  %2487 = load <16 x i32>, ptr %gep573.1768.3.i, align 4, !tbaa !5
-  %2488 = shl <16 x i32> %2487, splat (i32 16)
-  %2489 = bitcast <16 x i32> %2488 to <16 x float>
-  %2490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2485, <16 x float> %2489, <16 x float> %2238)
-  store <16 x float> %2490, ptr %2217, align 4, !tbaa !5
-  %2491 = load float, ptr %2466, align 4, !tbaa !5
-  %2492 = insertelement <16 x float> poison, float %2491, i64 0
-  %2493 = shufflevector <16 x float> %2492, <16 x float> poison, <16 x i32> zeroinitializer
-  %2494 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1.3.i = getelementptr i32, ptr %gep576.1.i, i64 %2494
-  %2495 = load <16 x i32>, ptr %gep573.1.1.3.i, align 4, !tbaa !5
-  %2496 = and <16 x i32> %2495, splat (i32 -65536)
-  %2497 = bitcast <16 x i32> %2496 to <16 x float>
-  %2498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2493, <16 x float> %2497, <16 x float> %2237)
-  store <16 x float> %2498, ptr %2220, align 4, !tbaa !5
-  %2499 = load float, ptr %2466, align 4, !tbaa !5
-  %2500 = insertelement <16 x float> poison, float %2499, i64 0
-  %2501 = shufflevector <16 x float> %2500, <16 x float> poison, <16 x i32> zeroinitializer
-  %2502 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2.3.i = getelementptr i32, ptr %gep576.2.i, i64 %2502
-  %2503 = load <16 x i32>, ptr %gep573.2.3.i, align 4, !tbaa !5
-  %2504 = shl <16 x i32> %2503, splat (i32 16)
-  %2505 = bitcast <16 x i32> %2504 to <16 x float>
-  %2506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %2505, <16 x float> %2236)
-  store <16 x float> %2506, ptr %2223, align 4, !tbaa !5
-  %2507 = load float, ptr %2466, align 4, !tbaa !5
-  %2508 = insertelement <16 x float> poison, float %2507, i64 0
-  %2509 = shufflevector <16 x float> %2508, <16 x float> poison, <16 x i32> zeroinitializer
-  %2510 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2.3.i = getelementptr i32, ptr %gep576.2.i, i64 %2510
-  %2511 = load <16 x i32>, ptr %gep573.1.2.3.i, align 4, !tbaa !5
-  %2512 = and <16 x i32> %2511, splat (i32 -65536)
-  %2513 = bitcast <16 x i32> %2512 to <16 x float>
-  %2514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2509, <16 x float> %2513, <16 x float> %2235)
-  store <16 x float> %2514, ptr %2226, align 4, !tbaa !5
-  %2515 = load float, ptr %2466, align 4, !tbaa !5
-  %2516 = insertelement <16 x float> poison, float %2515, i64 0
-  %2517 = shufflevector <16 x float> %2516, <16 x float> poison, <16 x i32> zeroinitializer
-  %2518 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2518
-  %2519 = load <16 x i32>, ptr %gep573.3.3.i, align 4, !tbaa !5
-  %2520 = shl <16 x i32> %2519, splat (i32 16)
-  %2521 = bitcast <16 x i32> %2520 to <16 x float>
-  %2522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2517, <16 x float> %2521, <16 x float> %2234)
-  store <16 x float> %2522, ptr %2229, align 4, !tbaa !5
-  %2523 = load float, ptr %2466, align 4, !tbaa !5
-  %2524 = insertelement <16 x float> poison, float %2523, i64 0
-  %2525 = shufflevector <16 x float> %2524, <16 x float> poison, <16 x i32> zeroinitializer
-  %2526 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2526
-  %2527 = load <16 x i32>, ptr %gep573.1.3.3.i, align 4, !tbaa !5
-  %2528 = and <16 x i32> %2527, splat (i32 -65536)
-  %2529 = bitcast <16 x i32> %2528 to <16 x float>
-  %2530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2529, <16 x float> %2233)
-  store <16 x float> %2530, ptr %2232, align 4, !tbaa !5
-  %indvars.iv.next784.i = add nuw nsw i64 %indvars.iv783.i, 1
-  %exitcond.not = icmp eq i64 %indvars.iv.next784.i, %213
-  br i1 %exitcond.not, label %for_end_ti.i, label %for_begin_r101.preheader.i, !prof !13
+for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_body_ti.i.preheader
+  %indvars.iv790.i.epil.init = phi i64 [ 0, %for_body_ti.i.preheader ], [ %indvars.iv.next791.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init = phi <16 x float> [ %full_acc255.sroa.0.0.lcssa.i, %for_body_ti.i.preheader ], [ %2246, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init280 = phi <16 x float> [ %full_acc255.sroa.34.0.lcssa.i, %for_body_ti.i.preheader ], [ %2264, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init282 = phi <16 x float> [ %full_acc255.sroa.68.0.lcssa.i, %for_body_ti.i.preheader ], [ %2251, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init284 = phi <16 x float> [ %full_acc255.sroa.102.0.lcssa.i, %for_body_ti.i.preheader ], [ %2265, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init286 = phi <16 x float> [ %full_acc255.sroa.136.0.lcssa.i, %for_body_ti.i.preheader ], [ %2256, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init288 = phi <16 x float> [ %full_acc255.sroa.170.0.lcssa.i, %for_body_ti.i.preheader ], [ %2266, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init290 = phi <16 x float> [ %full_acc255.sroa.204.0.lcssa.i, %for_body_ti.i.preheader ], [ %2261, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init292 = phi <16 x float> [ %full_acc255.sroa.238.0.lcssa.i, %for_body_ti.i.preheader ], [ %2267, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod302)
+  %2161 = add nuw nsw i64 %indvars.iv790.i.epil.init, %232
+  %2162 = getelementptr inbounds float, ptr %probs.i, i64 %2161
+  %2163 = load float, ptr %2162, align 4, !tbaa !5
+  %2164 = insertelement <16 x float> poison, float %2163, i64 0
+  %2165 = shufflevector <16 x float> %2164, <16 x float> poison, <16 x i32> zeroinitializer
+  %2166 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2161
+  %2167 = load i64, ptr %2166, align 8, !tbaa !5
+  %gep560.i.epil = getelementptr i32, ptr %gep588.i, i64 %2167
+  %2168 = load <16 x i32>, ptr %gep560.i.epil, align 4, !tbaa !5
+  %2169 = shl <16 x i32> %2168, splat (i32 16)
+  %2170 = bitcast <16 x i32> %2169 to <16 x float>
+  %2171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2165, <16 x float> %2170, <16 x float> %.epil.init)
+  %2172 = getelementptr i8, ptr %2162, i64 512
+  %2173 = load float, ptr %2172, align 4, !tbaa !5
+  %2174 = insertelement <16 x float> poison, float %2173, i64 0
+  %2175 = shufflevector <16 x float> %2174, <16 x float> poison, <16 x i32> zeroinitializer
+  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> %2170, <16 x float> %.epil.init282)
+  %2177 = getelementptr i8, ptr %2162, i64 1024
+  %2178 = load float, ptr %2177, align 4, !tbaa !5
+  %2179 = insertelement <16 x float> poison, float %2178, i64 0
+  %2180 = shufflevector <16 x float> %2179, <16 x float> poison, <16 x i32> zeroinitializer
+  %2181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2180, <16 x float> %2170, <16 x float> %.epil.init286)
+  %2182 = getelementptr i8, ptr %2162, i64 1536
+  %2183 = load float, ptr %2182, align 4, !tbaa !5
+  %2184 = insertelement <16 x float> poison, float %2183, i64 0
+  %2185 = shufflevector <16 x float> %2184, <16 x float> poison, <16 x i32> zeroinitializer
+  %2186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2185, <16 x float> %2170, <16 x float> %.epil.init290)
+  %2187 = and <16 x i32> %2168, splat (i32 -65536)
+  %2188 = bitcast <16 x i32> %2187 to <16 x float>
+  %2189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2165, <16 x float> %2188, <16 x float> %.epil.init280)
+  %2190 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> %2188, <16 x float> %.epil.init284)
+  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2180, <16 x float> %2188, <16 x float> %.epil.init288)
+  %2192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2185, <16 x float> %2188, <16 x float> %.epil.init292)
+  br label %for_begin_ax4_0.preheader.i
 
-for_end_ti.i:                                     ; preds = %for_begin_r101.preheader.i, %for_begin_d_0_init.preheader.preheader.i
-  %2531 = shl nuw nsw i64 %indvars.iv821.i, 2
-  %2532 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2531
-  %2533 = load <4 x float>, ptr %2532, align 16, !tbaa !57
-  %old_max.i = select <4 x i1> %257, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2533
-  %2534 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2531
-  %2535 = load <4 x float>, ptr %2534, align 16, !tbaa !59
-  %old_sum.i = select <4 x i1> %257, <4 x float> zeroinitializer, <4 x float> %2535
-  %2536 = fcmp ogt <4 x float> %old_max.i, %tile_max245.sroa.0.12.vec.insert.i
-  %2537 = fcmp oeq <4 x float> %tile_sum244.sroa.0.12.vec.insert.i, zeroinitializer
-  %2538 = select <4 x i1> %2537, <4 x i1> splat (i1 true), <4 x i1> %2536
-  %old_or_both.i = select <4 x i1> %2538, <4 x float> %old_max.i, <4 x float> %tile_max245.sroa.0.12.vec.insert.i
-  %2539 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %2539, <4 x float> %tile_max245.sroa.0.12.vec.insert.i, <4 x float> %old_or_both.i
-  %arg117.i = fsub <4 x float> %old_max.i, %m.i
-  %cse_v122.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg117.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2540 = bitcast <4 x float> %cse_v122.i to <4 x i32>
-  %2541 = add nsw <4 x i32> %2540, splat (i32 -1262485504)
-  %2542 = sitofp <4 x i32> %2541 to <4 x float>
-  %2543 = fmul <4 x float> %2542, splat (float 0x3F2BD01060000000)
-  %2544 = fmul <4 x float> %2542, splat (float 0x3FE6300000000000)
-  %2545 = fsub <4 x float> %arg117.i, %2544
-  %2546 = fadd <4 x float> %2543, %2545
-  %2547 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2546, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2548 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2547, <4 x float> %2546, <4 x float> splat (float 0x3F81112100000000))
-  %2549 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2548, <4 x float> %2546, <4 x float> splat (float 0x3FA5553820000000))
-  %2550 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2549, <4 x float> %2546, <4 x float> splat (float 0x3FC5555540000000))
-  %2551 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2550, <4 x float> %2546, <4 x float> splat (float 5.000000e-01))
-  %2552 = fmul <4 x float> %2546, %2551
-  %2553 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2552, <4 x float> %2546, <4 x float> %2546)
-  %2554 = shl <4 x i32> %2540, splat (i32 23)
-  %2555 = add <4 x i32> %2554, splat (i32 1065353216)
-  %2556 = bitcast <4 x i32> %2555 to <4 x float>
-  %2557 = fadd <4 x float> %2553, splat (float 1.000000e+00)
-  %2558 = fmul <4 x float> %2557, %2556
-  %2559 = fcmp olt <4 x float> %arg117.i, splat (float -8.700000e+01)
-  %2560 = select <4 x i1> %2559, <4 x float> zeroinitializer, <4 x float> %2558
-  %2561 = fcmp one <4 x float> %old_sum.i, zeroinitializer
-  %2562 = select <4 x i1> %2561, <4 x float> %2560, <4 x float> zeroinitializer
-  store <4 x float> %2562, ptr %alpha234.i, align 16, !tbaa !61
-  %arg131.i = fsub <4 x float> %tile_max245.sroa.0.12.vec.insert.i, %m.i
-  %cse_v103.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg131.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2563 = bitcast <4 x float> %cse_v103.i to <4 x i32>
-  %2564 = add nsw <4 x i32> %2563, splat (i32 -1262485504)
-  %2565 = sitofp <4 x i32> %2564 to <4 x float>
-  %2566 = fmul <4 x float> %2565, splat (float 0x3F2BD01060000000)
-  %2567 = fmul <4 x float> %2565, splat (float 0x3FE6300000000000)
-  %2568 = fsub <4 x float> %arg131.i, %2567
-  %2569 = fadd <4 x float> %2566, %2568
-  %2570 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2569, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2571 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2570, <4 x float> %2569, <4 x float> splat (float 0x3F81112100000000))
-  %2572 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2571, <4 x float> %2569, <4 x float> splat (float 0x3FA5553820000000))
-  %2573 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2572, <4 x float> %2569, <4 x float> splat (float 0x3FC5555540000000))
-  %2574 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2573, <4 x float> %2569, <4 x float> splat (float 5.000000e-01))
-  %2575 = fmul <4 x float> %2569, %2574
-  %2576 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2575, <4 x float> %2569, <4 x float> %2569)
-  %2577 = shl <4 x i32> %2563, splat (i32 23)
-  %2578 = add <4 x i32> %2577, splat (i32 1065353216)
-  %2579 = bitcast <4 x i32> %2578 to <4 x float>
-  %2580 = fadd <4 x float> %2576, splat (float 1.000000e+00)
-  %2581 = fmul <4 x float> %2580, %2579
-  %2582 = fcmp olt <4 x float> %arg131.i, splat (float -8.700000e+01)
-  %2583 = select <4 x i1> %2582, <4 x float> zeroinitializer, <4 x float> %2581
-  %2584 = fcmp one <4 x float> %tile_sum244.sroa.0.12.vec.insert.i, zeroinitializer
-  %2585 = select <4 x i1> %2584, <4 x float> %2583, <4 x float> zeroinitializer
-  store <4 x float> %2585, ptr %beta233.i, align 16, !tbaa !70
-  %2586 = fmul <4 x float> %old_sum.i, %2562
-  %2587 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2585, <4 x float> %tile_sum244.sroa.0.12.vec.insert.i, <4 x float> %2586)
-  store <4 x float> %m.i, ptr %2532, align 16, !tbaa !57
-  store <4 x float> %2587, ptr %2534, align 16, !tbaa !59
-  %invariant.gep82 = getelementptr inbounds nuw float, ptr %acc.i, i64 %300
-  br label %for_begin_d_0149.preheader.i
+for_begin_ax4_0.preheader.i:                      ; preds = %for_body_ti.i.epil.preheader, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_end_to118.i
+  %.lcssa573.i = phi <16 x float> [ %full_acc255.sroa.238.0.lcssa.i, %for_end_to118.i ], [ %2267, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2192, %for_body_ti.i.epil.preheader ]
+  %.lcssa571.i = phi <16 x float> [ %full_acc255.sroa.170.0.lcssa.i, %for_end_to118.i ], [ %2266, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2191, %for_body_ti.i.epil.preheader ]
+  %.lcssa569.i = phi <16 x float> [ %full_acc255.sroa.102.0.lcssa.i, %for_end_to118.i ], [ %2265, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2190, %for_body_ti.i.epil.preheader ]
+  %.lcssa567.i = phi <16 x float> [ %full_acc255.sroa.34.0.lcssa.i, %for_end_to118.i ], [ %2264, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2189, %for_body_ti.i.epil.preheader ]
+  %.lcssa565.i = phi <16 x float> [ %full_acc255.sroa.204.0.lcssa.i, %for_end_to118.i ], [ %2261, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2186, %for_body_ti.i.epil.preheader ]
+  %.lcssa563.i = phi <16 x float> [ %full_acc255.sroa.136.0.lcssa.i, %for_end_to118.i ], [ %2256, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2181, %for_body_ti.i.epil.preheader ]
+  %.lcssa561.i = phi <16 x float> [ %full_acc255.sroa.68.0.lcssa.i, %for_end_to118.i ], [ %2251, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2176, %for_body_ti.i.epil.preheader ]
+  %.lcssa.i = phi <16 x float> [ %full_acc255.sroa.0.0.lcssa.i, %for_end_to118.i ], [ %2246, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2171, %for_body_ti.i.epil.preheader ]
+  %2193 = shufflevector <16 x float> %.lcssa.i, <16 x float> %.lcssa567.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %2194 = shl nuw nsw i64 %indvars.iv818.i, 5
+  %2195 = add nuw nsw i64 %2194, %273
+  br i1 %226, label %if_end137.i, label %for_begin_ax4_0.preheader.if_end137_crit_edge.i, !prof !8
 
-for_begin_d_0149.preheader.i:                     ; preds = %for_end_d_0151.i, %for_end_ti.i
-  %indvars.iv815.i = phi i64 [ 0, %for_end_ti.i ], [ %indvars.iv.next816.i, %for_end_d_0151.i ]
-  %2588 = shl nuw nsw i64 %indvars.iv815.i, 7
-  %2589 = getelementptr inbounds nuw float, ptr %beta233.i, i64 %indvars.iv815.i
-  %2590 = load float, ptr %2589, align 4, !tbaa !79
-  %2591 = insertelement <32 x float> poison, float %2590, i64 0
-  %2592 = shufflevector <32 x float> %2591, <32 x float> poison, <32 x i32> zeroinitializer
-  %2593 = getelementptr inbounds nuw float, ptr %alpha234.i, i64 %indvars.iv815.i
-  %2594 = load float, ptr %2593, align 4, !tbaa !80
-  %2595 = insertelement <32 x float> poison, float %2594, i64 0
-  %2596 = shufflevector <32 x float> %2595, <32 x float> poison, <32 x i32> zeroinitializer
-  %2597 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2588
-  %2598 = load <4 x float>, ptr %2597, align 4, !tbaa !5
-  %2599 = getelementptr inbounds nuw i8, ptr %2597, i64 64
-  %2600 = load <4 x float>, ptr %2599, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend932.i = shufflevector <4 x float> %2598, <4 x float> %2600, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2601 = getelementptr inbounds nuw i8, ptr %2597, i64 16
-  %2602 = load <4 x float>, ptr %2601, align 4, !tbaa !5
-  %2603 = getelementptr inbounds nuw i8, ptr %2597, i64 80
-  %2604 = load <4 x float>, ptr %2603, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand952.i = shufflevector <4 x float> %2602, <4 x float> %2604, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend953.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend932.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand952.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand973.i = shufflevector <4 x float> %2602, <4 x float> %2604, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend974.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend953.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand973.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2605 = getelementptr inbounds nuw i8, ptr %2597, i64 32
-  %2606 = load <4 x float>, ptr %2605, align 4, !tbaa !5
-  %2607 = getelementptr inbounds nuw i8, ptr %2597, i64 96
-  %2608 = load <4 x float>, ptr %2607, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand994.i = shufflevector <4 x float> %2606, <4 x float> %2608, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend995.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend974.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand994.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1015.i = shufflevector <4 x float> %2606, <4 x float> %2608, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1016.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend995.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1015.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2609 = getelementptr inbounds nuw i8, ptr %2597, i64 48
-  %2610 = load <4 x float>, ptr %2609, align 4, !tbaa !5
-  %2611 = getelementptr inbounds nuw i8, ptr %2597, i64 112
-  %2612 = load <4 x float>, ptr %2611, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1036.i = shufflevector <4 x float> %2610, <4 x float> %2612, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1037.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1016.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1036.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1057.i = shufflevector <4 x float> %2610, <4 x float> %2612, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1058.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1037.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1057.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %gep83 = getelementptr inbounds nuw float, ptr %invariant.gep82, i64 %2588
-  br i1 %255, label %for_body_d_0150.us.preheader.i, label %for_body_d_0150.preheader.i, !prof !8
+for_begin_ax4_0.preheader.if_end137_crit_edge.i:  ; preds = %for_begin_ax4_0.preheader.i
+  %.phi.trans.insert.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2195
+  %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
+  br label %if_end137.i
 
-for_body_d_0150.preheader.i:                      ; preds = %for_begin_d_0149.preheader.i
-  %2613 = load <32 x float>, ptr %gep83, align 4, !tbaa !5
-  %2614 = fmul <32 x float> %2596, %2613
-  %2615 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1058.i, <32 x float> %2614)
-  store <32 x float> %2615, ptr %gep83, align 4, !tbaa !5
-  %2616 = getelementptr inbounds nuw i8, ptr %2597, i64 128
-  %2617 = load <4 x float>, ptr %2616, align 4, !tbaa !5
-  %2618 = getelementptr inbounds nuw i8, ptr %2597, i64 192
-  %2619 = load <4 x float>, ptr %2618, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend923.i = shufflevector <4 x float> %2617, <4 x float> %2619, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2620 = getelementptr inbounds nuw i8, ptr %2597, i64 144
-  %2621 = load <4 x float>, ptr %2620, align 4, !tbaa !5
-  %2622 = getelementptr inbounds nuw i8, ptr %2597, i64 208
-  %2623 = load <4 x float>, ptr %2622, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand943.i = shufflevector <4 x float> %2621, <4 x float> %2623, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend944.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend923.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand943.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand964.i = shufflevector <4 x float> %2621, <4 x float> %2623, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend965.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend944.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand964.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2624 = getelementptr inbounds nuw i8, ptr %2597, i64 160
-  %2625 = load <4 x float>, ptr %2624, align 4, !tbaa !5
-  %2626 = getelementptr inbounds nuw i8, ptr %2597, i64 224
-  %2627 = load <4 x float>, ptr %2626, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand985.i = shufflevector <4 x float> %2625, <4 x float> %2627, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend986.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend965.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand985.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1006.i = shufflevector <4 x float> %2625, <4 x float> %2627, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1007.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend986.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1006.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2628 = getelementptr inbounds nuw i8, ptr %2597, i64 176
-  %2629 = load <4 x float>, ptr %2628, align 4, !tbaa !5
-  %2630 = getelementptr inbounds nuw i8, ptr %2597, i64 240
-  %2631 = load <4 x float>, ptr %2630, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1027.i = shufflevector <4 x float> %2629, <4 x float> %2631, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1028.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1007.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1027.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1048.i = shufflevector <4 x float> %2629, <4 x float> %2631, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1049.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1028.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1048.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2632 = getelementptr inbounds nuw i8, ptr %gep83, i64 128
-  %2633 = load <32 x float>, ptr %2632, align 4, !tbaa !5
-  %2634 = fmul <32 x float> %2596, %2633
-  %2635 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1049.i, <32 x float> %2634)
-  store <32 x float> %2635, ptr %2632, align 4, !tbaa !5
-  %2636 = getelementptr inbounds nuw i8, ptr %2597, i64 256
-  %2637 = load <4 x float>, ptr %2636, align 4, !tbaa !5
-  %2638 = getelementptr inbounds nuw i8, ptr %2597, i64 320
-  %2639 = load <4 x float>, ptr %2638, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend926.i = shufflevector <4 x float> %2637, <4 x float> %2639, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2640 = getelementptr inbounds nuw i8, ptr %2597, i64 272
-  %2641 = load <4 x float>, ptr %2640, align 4, !tbaa !5
-  %2642 = getelementptr inbounds nuw i8, ptr %2597, i64 336
-  %2643 = load <4 x float>, ptr %2642, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand946.i = shufflevector <4 x float> %2641, <4 x float> %2643, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend947.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend926.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand946.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand967.i = shufflevector <4 x float> %2641, <4 x float> %2643, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend968.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend947.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand967.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2644 = getelementptr inbounds nuw i8, ptr %2597, i64 288
-  %2645 = load <4 x float>, ptr %2644, align 4, !tbaa !5
-  %2646 = getelementptr inbounds nuw i8, ptr %2597, i64 352
-  %2647 = load <4 x float>, ptr %2646, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand988.i = shufflevector <4 x float> %2645, <4 x float> %2647, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend989.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend968.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand988.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1009.i = shufflevector <4 x float> %2645, <4 x float> %2647, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1010.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend989.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1009.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2648 = getelementptr inbounds nuw i8, ptr %2597, i64 304
-  %2649 = load <4 x float>, ptr %2648, align 4, !tbaa !5
-  %2650 = getelementptr inbounds nuw i8, ptr %2597, i64 368
-  %2651 = load <4 x float>, ptr %2650, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1030.i = shufflevector <4 x float> %2649, <4 x float> %2651, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1031.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1010.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1030.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1051.i = shufflevector <4 x float> %2649, <4 x float> %2651, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1052.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1031.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1051.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2652 = getelementptr inbounds nuw i8, ptr %gep83, i64 256
-  %2653 = load <32 x float>, ptr %2652, align 4, !tbaa !5
-  %2654 = fmul <32 x float> %2596, %2653
-  %2655 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1052.i, <32 x float> %2654)
-  store <32 x float> %2655, ptr %2652, align 4, !tbaa !5
-  %2656 = getelementptr inbounds nuw i8, ptr %2597, i64 384
-  %2657 = load <4 x float>, ptr %2656, align 4, !tbaa !5
-  %2658 = getelementptr inbounds nuw i8, ptr %2597, i64 448
-  %2659 = load <4 x float>, ptr %2658, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend929.i = shufflevector <4 x float> %2657, <4 x float> %2659, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2660 = getelementptr inbounds nuw i8, ptr %2597, i64 400
-  %2661 = load <4 x float>, ptr %2660, align 4, !tbaa !5
-  %2662 = getelementptr inbounds nuw i8, ptr %2597, i64 464
-  %2663 = load <4 x float>, ptr %2662, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand949.i = shufflevector <4 x float> %2661, <4 x float> %2663, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend950.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend929.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand949.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand970.i = shufflevector <4 x float> %2661, <4 x float> %2663, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend971.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend950.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand970.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2664 = getelementptr inbounds nuw i8, ptr %2597, i64 416
-  %2665 = load <4 x float>, ptr %2664, align 4, !tbaa !5
-  %2666 = getelementptr inbounds nuw i8, ptr %2597, i64 480
-  %2667 = load <4 x float>, ptr %2666, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand991.i = shufflevector <4 x float> %2665, <4 x float> %2667, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend992.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend971.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand991.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1012.i = shufflevector <4 x float> %2665, <4 x float> %2667, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1013.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend992.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1012.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2668 = getelementptr inbounds nuw i8, ptr %2597, i64 432
-  %2669 = load <4 x float>, ptr %2668, align 4, !tbaa !5
-  %2670 = getelementptr inbounds nuw i8, ptr %2597, i64 496
-  %2671 = load <4 x float>, ptr %2670, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1033.i = shufflevector <4 x float> %2669, <4 x float> %2671, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1034.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1013.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1033.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1054.i = shufflevector <4 x float> %2669, <4 x float> %2671, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1055.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1034.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1054.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2672 = getelementptr inbounds nuw i8, ptr %gep83, i64 384
-  %2673 = load <32 x float>, ptr %2672, align 4, !tbaa !5
-  %2674 = fmul <32 x float> %2596, %2673
-  %2675 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1055.i, <32 x float> %2674)
-  store <32 x float> %2675, ptr %2672, align 4, !tbaa !5
-  br label %for_end_d_0151.i
+for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.i.preheader
+  %indvars.iv790.i = phi i64 [ %indvars.iv.next791.i.1, %for_body_ti.i ], [ 0, %for_body_ti.i.preheader ]
+  %2196 = phi <16 x float> [ %2246, %for_body_ti.i ], [ %full_acc255.sroa.0.0.lcssa.i, %for_body_ti.i.preheader ]
+  %2197 = phi <16 x float> [ %2264, %for_body_ti.i ], [ %full_acc255.sroa.34.0.lcssa.i, %for_body_ti.i.preheader ]
+  %2198 = phi <16 x float> [ %2251, %for_body_ti.i ], [ %full_acc255.sroa.68.0.lcssa.i, %for_body_ti.i.preheader ]
+  %2199 = phi <16 x float> [ %2265, %for_body_ti.i ], [ %full_acc255.sroa.102.0.lcssa.i, %for_body_ti.i.preheader ]
+  %2200 = phi <16 x float> [ %2256, %for_body_ti.i ], [ %full_acc255.sroa.136.0.lcssa.i, %for_body_ti.i.preheader ]
+  %2201 = phi <16 x float> [ %2266, %for_body_ti.i ], [ %full_acc255.sroa.170.0.lcssa.i, %for_body_ti.i.preheader ]
+  %2202 = phi <16 x float> [ %2261, %for_body_ti.i ], [ %full_acc255.sroa.204.0.lcssa.i, %for_body_ti.i.preheader ]
+  %2203 = phi <16 x float> [ %2267, %for_body_ti.i ], [ %full_acc255.sroa.238.0.lcssa.i, %for_body_ti.i.preheader ]
+  %niter304 = phi i64 [ %niter304.next.1, %for_body_ti.i ], [ 0, %for_body_ti.i.preheader ]
+  %2204 = add nuw nsw i64 %indvars.iv790.i, %232
+  %2205 = getelementptr inbounds float, ptr %probs.i, i64 %2204
+  %2206 = load float, ptr %2205, align 4, !tbaa !5
+  %2207 = insertelement <16 x float> poison, float %2206, i64 0
+  %2208 = shufflevector <16 x float> %2207, <16 x float> poison, <16 x i32> zeroinitializer
+  %2209 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2204
+  %2210 = load i64, ptr %2209, align 8, !tbaa !5
+  %gep560.i = getelementptr i32, ptr %gep588.i, i64 %2210
+  %2211 = load <16 x i32>, ptr %gep560.i, align 4, !tbaa !5
+  %2212 = shl <16 x i32> %2211, splat (i32 16)
+  %2213 = bitcast <16 x i32> %2212 to <16 x float>
+  %2214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2213, <16 x float> %2196)
+  %2215 = getelementptr i8, ptr %2205, i64 512
+  %2216 = load float, ptr %2215, align 4, !tbaa !5
+  %2217 = insertelement <16 x float> poison, float %2216, i64 0
+  %2218 = shufflevector <16 x float> %2217, <16 x float> poison, <16 x i32> zeroinitializer
+  %2219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2218, <16 x float> %2213, <16 x float> %2198)
+  %2220 = getelementptr i8, ptr %2205, i64 1024
+  %2221 = load float, ptr %2220, align 4, !tbaa !5
+  %2222 = insertelement <16 x float> poison, float %2221, i64 0
+  %2223 = shufflevector <16 x float> %2222, <16 x float> poison, <16 x i32> zeroinitializer
+  %2224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2223, <16 x float> %2213, <16 x float> %2200)
+  %2225 = getelementptr i8, ptr %2205, i64 1536
+  %2226 = load float, ptr %2225, align 4, !tbaa !5
+  %2227 = insertelement <16 x float> poison, float %2226, i64 0
+  %2228 = shufflevector <16 x float> %2227, <16 x float> poison, <16 x i32> zeroinitializer
+  %2229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2213, <16 x float> %2202)
+  %2230 = and <16 x i32> %2211, splat (i32 -65536)
+  %2231 = bitcast <16 x i32> %2230 to <16 x float>
+  %2232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2231, <16 x float> %2197)
+  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2218, <16 x float> %2231, <16 x float> %2199)
+  %2234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2223, <16 x float> %2231, <16 x float> %2201)
+  %2235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2231, <16 x float> %2203)
+  %indvars.iv.next791.i = or disjoint i64 %indvars.iv790.i, 1
+  %2236 = add nuw nsw i64 %indvars.iv.next791.i, %232
+  %2237 = getelementptr inbounds float, ptr %probs.i, i64 %2236
+  %2238 = load float, ptr %2237, align 4, !tbaa !5
+  %2239 = insertelement <16 x float> poison, float %2238, i64 0
+  %2240 = shufflevector <16 x float> %2239, <16 x float> poison, <16 x i32> zeroinitializer
+  %2241 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2236
+  %2242 = load i64, ptr %2241, align 8, !tbaa !5
+  %gep560.i.1 = getelementptr i32, ptr %gep588.i, i64 %2242
+  %2243 = load <16 x i32>, ptr %gep560.i.1, align 4, !tbaa !5
+  %2244 = shl <16 x i32> %2243, splat (i32 16)
+  %2245 = bitcast <16 x i32> %2244 to <16 x float>
+  %2246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2245, <16 x float> %2214)
+  %2247 = getelementptr i8, ptr %2237, i64 512
+  %2248 = load float, ptr %2247, align 4, !tbaa !5
+  %2249 = insertelement <16 x float> poison, float %2248, i64 0
+  %2250 = shufflevector <16 x float> %2249, <16 x float> poison, <16 x i32> zeroinitializer
+  %2251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2245, <16 x float> %2219)
+  %2252 = getelementptr i8, ptr %2237, i64 1024
+  %2253 = load float, ptr %2252, align 4, !tbaa !5
+  %2254 = insertelement <16 x float> poison, float %2253, i64 0
+  %2255 = shufflevector <16 x float> %2254, <16 x float> poison, <16 x i32> zeroinitializer
+  %2256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2255, <16 x float> %2245, <16 x float> %2224)
+  %2257 = getelementptr i8, ptr %2237, i64 1536
+  %2258 = load float, ptr %2257, align 4, !tbaa !5
+  %2259 = insertelement <16 x float> poison, float %2258, i64 0
+  %2260 = shufflevector <16 x float> %2259, <16 x float> poison, <16 x i32> zeroinitializer
+  %2261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2245, <16 x float> %2229)
+  %2262 = and <16 x i32> %2243, splat (i32 -65536)
+  %2263 = bitcast <16 x i32> %2262 to <16 x float>
+  %2264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2263, <16 x float> %2232)
+  %2265 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2263, <16 x float> %2233)
+  %2266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2255, <16 x float> %2263, <16 x float> %2234)
+  %2267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2263, <16 x float> %2235)
+  %indvars.iv.next791.i.1 = add nuw nsw i64 %indvars.iv790.i, 2
+  %niter304.next.1 = add i64 %niter304, 2
+  %niter304.ncmp.1 = icmp eq i64 %niter304.next.1, %unroll_iter303
+  br i1 %niter304.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !61
 
-for_body_d_0150.us.preheader.i:                   ; preds = %for_begin_d_0149.preheader.i
-  %2676 = fmul <32 x float> %2596, zeroinitializer
-  %2677 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1058.i, <32 x float> %2676)
-  store <32 x float> %2677, ptr %gep83, align 4, !tbaa !5
-  %2678 = getelementptr inbounds nuw i8, ptr %2597, i64 128
-  %2679 = load <4 x float>, ptr %2678, align 4, !tbaa !5
-  %2680 = getelementptr inbounds nuw i8, ptr %2597, i64 192
-  %2681 = load <4 x float>, ptr %2680, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend935.i = shufflevector <4 x float> %2679, <4 x float> %2681, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2682 = getelementptr inbounds nuw i8, ptr %2597, i64 144
-  %2683 = load <4 x float>, ptr %2682, align 4, !tbaa !5
-  %2684 = getelementptr inbounds nuw i8, ptr %2597, i64 208
-  %2685 = load <4 x float>, ptr %2684, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand955.i = shufflevector <4 x float> %2683, <4 x float> %2685, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend956.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend935.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand955.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand976.i = shufflevector <4 x float> %2683, <4 x float> %2685, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend977.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend956.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand976.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2686 = getelementptr inbounds nuw i8, ptr %2597, i64 160
-  %2687 = load <4 x float>, ptr %2686, align 4, !tbaa !5
-  %2688 = getelementptr inbounds nuw i8, ptr %2597, i64 224
-  %2689 = load <4 x float>, ptr %2688, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand997.i = shufflevector <4 x float> %2687, <4 x float> %2689, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend998.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend977.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand997.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1018.i = shufflevector <4 x float> %2687, <4 x float> %2689, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1019.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend998.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1018.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2690 = getelementptr inbounds nuw i8, ptr %2597, i64 176
-  %2691 = load <4 x float>, ptr %2690, align 4, !tbaa !5
-  %2692 = getelementptr inbounds nuw i8, ptr %2597, i64 240
-  %2693 = load <4 x float>, ptr %2692, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1039.i = shufflevector <4 x float> %2691, <4 x float> %2693, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1040.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1019.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1039.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1060.i = shufflevector <4 x float> %2691, <4 x float> %2693, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1061.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1040.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1060.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2694 = getelementptr inbounds nuw i8, ptr %gep83, i64 128
-  %2695 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1061.i, <32 x float> %2676)
-  store <32 x float> %2695, ptr %2694, align 4, !tbaa !5
-  %2696 = getelementptr inbounds nuw i8, ptr %2597, i64 256
-  %2697 = load <4 x float>, ptr %2696, align 4, !tbaa !5
-  %2698 = getelementptr inbounds nuw i8, ptr %2597, i64 320
-  %2699 = load <4 x float>, ptr %2698, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend938.i = shufflevector <4 x float> %2697, <4 x float> %2699, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2700 = getelementptr inbounds nuw i8, ptr %2597, i64 272
-  %2701 = load <4 x float>, ptr %2700, align 4, !tbaa !5
-  %2702 = getelementptr inbounds nuw i8, ptr %2597, i64 336
-  %2703 = load <4 x float>, ptr %2702, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand958.i = shufflevector <4 x float> %2701, <4 x float> %2703, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend959.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend938.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand958.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand979.i = shufflevector <4 x float> %2701, <4 x float> %2703, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend980.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend959.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand979.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2704 = getelementptr inbounds nuw i8, ptr %2597, i64 288
-  %2705 = load <4 x float>, ptr %2704, align 4, !tbaa !5
-  %2706 = getelementptr inbounds nuw i8, ptr %2597, i64 352
-  %2707 = load <4 x float>, ptr %2706, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand1000.i = shufflevector <4 x float> %2705, <4 x float> %2707, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend1001.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend980.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand1000.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1021.i = shufflevector <4 x float> %2705, <4 x float> %2707, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1022.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend1001.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1021.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2708 = getelementptr inbounds nuw i8, ptr %2597, i64 304
-  %2709 = load <4 x float>, ptr %2708, align 4, !tbaa !5
-  %2710 = getelementptr inbounds nuw i8, ptr %2597, i64 368
-  %2711 = load <4 x float>, ptr %2710, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1042.i = shufflevector <4 x float> %2709, <4 x float> %2711, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1043.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1022.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1042.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1063.i = shufflevector <4 x float> %2709, <4 x float> %2711, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1064.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1043.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1063.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2712 = getelementptr inbounds nuw i8, ptr %gep83, i64 256
-  %2713 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1064.i, <32 x float> %2676)
-  store <32 x float> %2713, ptr %2712, align 4, !tbaa !5
-  %2714 = getelementptr inbounds nuw i8, ptr %2597, i64 384
-  %2715 = load <4 x float>, ptr %2714, align 4, !tbaa !5
-  %2716 = getelementptr inbounds nuw i8, ptr %2597, i64 448
-  %2717 = load <4 x float>, ptr %2716, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend941.i = shufflevector <4 x float> %2715, <4 x float> %2717, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2718 = getelementptr inbounds nuw i8, ptr %2597, i64 400
-  %2719 = load <4 x float>, ptr %2718, align 4, !tbaa !5
-  %2720 = getelementptr inbounds nuw i8, ptr %2597, i64 464
-  %2721 = load <4 x float>, ptr %2720, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand961.i = shufflevector <4 x float> %2719, <4 x float> %2721, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend962.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend941.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand961.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand982.i = shufflevector <4 x float> %2719, <4 x float> %2721, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend983.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend962.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand982.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2722 = getelementptr inbounds nuw i8, ptr %2597, i64 416
-  %2723 = load <4 x float>, ptr %2722, align 4, !tbaa !5
-  %2724 = getelementptr inbounds nuw i8, ptr %2597, i64 480
-  %2725 = load <4 x float>, ptr %2724, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand1003.i = shufflevector <4 x float> %2723, <4 x float> %2725, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend1004.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend983.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand1003.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1024.i = shufflevector <4 x float> %2723, <4 x float> %2725, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1025.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend1004.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1024.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2726 = getelementptr inbounds nuw i8, ptr %2597, i64 432
-  %2727 = load <4 x float>, ptr %2726, align 4, !tbaa !5
-  %2728 = getelementptr inbounds nuw i8, ptr %2597, i64 496
-  %2729 = load <4 x float>, ptr %2728, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1045.i = shufflevector <4 x float> %2727, <4 x float> %2729, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1046.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1025.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1045.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1066.i = shufflevector <4 x float> %2727, <4 x float> %2729, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1067.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1046.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1066.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2730 = getelementptr inbounds nuw i8, ptr %gep83, i64 384
-  %2731 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1067.i, <32 x float> %2676)
-  store <32 x float> %2731, ptr %2730, align 4, !tbaa !5
-  br label %for_end_d_0151.i
+if_end137.i:                                      ; preds = %for_begin_ax4_0.preheader.if_end137_crit_edge.i, %for_begin_ax4_0.preheader.i
+  %2268 = phi <32 x float> [ %.pre.i, %for_begin_ax4_0.preheader.if_end137_crit_edge.i ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
+  %2269 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2195
+  %2270 = fmul <32 x float> %1593, %2268
+  %2271 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1592, <32 x float> %2193, <32 x float> %2270)
+  store <32 x float> %2271, ptr %2269, align 4, !tbaa !5
+  %2272 = shufflevector <16 x float> %.lcssa561.i, <16 x float> %.lcssa569.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %2273 = or disjoint i64 %2195, 128
+  br i1 %226, label %if_end153.i, label %if_end137.if_end153_crit_edge.i, !prof !8
 
-for_end_r146.i:                                   ; preds = %for_end_d_0151.i
-  %2732 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2733 = tail call i32 %2732(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
-  %.not252.i = icmp eq i32 %2733, 0
-  br i1 %.not252.i, label %if_end157.i, label %fused_decode_compute_.exit, !prof !18
+if_end137.if_end153_crit_edge.i:                  ; preds = %if_end137.i
+  %.phi.trans.insert950.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2273
+  %.pre951.i = load <32 x float>, ptr %.phi.trans.insert950.i, align 4, !tbaa !5
+  br label %if_end153.i
 
-for_end_d_0151.i:                                 ; preds = %for_body_d_0150.us.preheader.i, %for_body_d_0150.preheader.i
-  %indvars.iv.next816.i = add nuw nsw i64 %indvars.iv815.i, 1
-  %exitcond820.not.i = icmp eq i64 %indvars.iv.next816.i, 4
-  br i1 %exitcond820.not.i, label %for_end_r146.i, label %for_begin_d_0149.preheader.i, !prof !17
+if_end153.i:                                      ; preds = %if_end137.if_end153_crit_edge.i, %if_end137.i
+  %2274 = phi <32 x float> [ %.pre951.i, %if_end137.if_end153_crit_edge.i ], [ zeroinitializer, %if_end137.i ]
+  %2275 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2273
+  %2276 = fmul <32 x float> %1595, %2274
+  %2277 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1594, <32 x float> %2272, <32 x float> %2276)
+  store <32 x float> %2277, ptr %2275, align 4, !tbaa !5
+  %2278 = shufflevector <16 x float> %.lcssa563.i, <16 x float> %.lcssa571.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %2279 = or disjoint i64 %2195, 256
+  br i1 %226, label %if_end169.i, label %if_end153.if_end169_crit_edge.i, !prof !8
 
-if_end157.i:                                      ; preds = %for_end_r146.i
-  %2734 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2735 = tail call i32 %2734(i32 1, i32 %dev_id, ptr nonnull %scaled108410861089.i)
-  %.not253.i = icmp eq i32 %2735, 0
-  br i1 %.not253.i, label %if_end160.i, label %fused_decode_compute_.exit, !prof !18
+if_end153.if_end169_crit_edge.i:                  ; preds = %if_end153.i
+  %.phi.trans.insert952.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2279
+  %.pre953.i = load <32 x float>, ptr %.phi.trans.insert952.i, align 4, !tbaa !5
+  br label %if_end169.i
 
-if_end160.i:                                      ; preds = %if_end157.i
-  %2736 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2737 = tail call i32 %2736(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
-  %.not254.i = icmp eq i32 %2737, 0
-  br i1 %.not254.i, label %if_end163.i, label %fused_decode_compute_.exit, !prof !18
+if_end169.i:                                      ; preds = %if_end153.if_end169_crit_edge.i, %if_end153.i
+  %2280 = phi <32 x float> [ %.pre953.i, %if_end153.if_end169_crit_edge.i ], [ zeroinitializer, %if_end153.i ]
+  %2281 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2279
+  %2282 = fmul <32 x float> %1597, %2280
+  %2283 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1596, <32 x float> %2278, <32 x float> %2282)
+  store <32 x float> %2283, ptr %2281, align 4, !tbaa !5
+  %2284 = shufflevector <16 x float> %.lcssa565.i, <16 x float> %.lcssa573.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %2285 = or disjoint i64 %2195, 384
+  br i1 %226, label %if_end185.i, label %if_end169.if_end185_crit_edge.i, !prof !8
 
-if_end163.i:                                      ; preds = %if_end160.i
-  %2738 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2739 = tail call i32 %2738(i32 1, i32 %dev_id, ptr %probs.i)
-  %.not255.i = icmp eq i32 %2739, 0
-  br i1 %.not255.i, label %if_end166.i, label %fused_decode_compute_.exit, !prof !18
+if_end169.if_end185_crit_edge.i:                  ; preds = %if_end169.i
+  %.phi.trans.insert954.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2285
+  %.pre955.i = load <32 x float>, ptr %.phi.trans.insert954.i, align 4, !tbaa !5
+  br label %if_end185.i
 
-if_end166.i:                                      ; preds = %if_end163.i
-  %2740 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2741 = tail call i32 %2740(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not256.i = icmp eq i32 %2741, 0
-  br i1 %.not256.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !18
+if_end185.i:                                      ; preds = %if_end169.if_end185_crit_edge.i, %if_end169.i
+  %2286 = phi <32 x float> [ %.pre955.i, %if_end169.if_end185_crit_edge.i ], [ zeroinitializer, %if_end169.i ]
+  %2287 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2285
+  %2288 = fmul <32 x float> %1599, %2286
+  %2289 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1598, <32 x float> %2284, <32 x float> %2288)
+  store <32 x float> %2289, ptr %2287, align 4, !tbaa !5
+  %indvars.iv.next819.i = add nuw nsw i64 %indvars.iv818.i, 1
+  %exitcond826.not.i = icmp eq i64 %indvars.iv.next819.i, 4
+  br i1 %exitcond826.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !17
 
-if_end172.i:                                      ; preds = %for_end_kv_head.i
-  %2742 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2743 = tail call i32 %2742(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not251.i = icmp eq i32 %2743, 0
+if_end187.i:                                      ; preds = %for_end_d_0_m.i
+  %2290 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2291 = tail call i32 %2290(i32 1, i32 %dev_id, ptr %probs.i)
+  %.not277.i = icmp eq i32 %2291, 0
+  br i1 %.not277.i, label %if_end190.i, label %fused_decode_compute_.exit, !prof !18
+
+if_end190.i:                                      ; preds = %if_end187.i
+  %2292 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2293 = tail call i32 %2292(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not278.i = icmp eq i32 %2293, 0
+  br i1 %.not278.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !18
+
+if_end196.i:                                      ; preds = %for_end_kv_head.i
+  %2294 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2295 = tail call i32 %2294(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not275.i = icmp eq i32 %2295, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not251.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !18
+  br i1 %.not275.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !18
 
-if_end178.i:                                      ; preds = %for_body_tile204.i, %if_end202.3.i
-  %2744 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2745 = tail call i32 %2744(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2745, 0
-  br i1 %.not.i, label %if_end226.i, label %fused_decode_compute_.exit, !prof !18
+if_end202.i:                                      ; preds = %for_body_tile223.i, %if_end221.3.i
+  %2296 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2297 = tail call i32 %2296(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2297, 0
+  br i1 %.not.i, label %if_end245.i, label %fused_decode_compute_.exit, !prof !18
 
-for_body_tile181.i:                               ; preds = %if_end202.3.i, %for_begin_tile180.preheader.i
-  %indvars.iv876.i = phi i64 [ 0, %for_begin_tile180.preheader.i ], [ %indvars.iv.next877.i, %if_end202.3.i ]
-  %2746 = shl nuw nsw i64 %indvars.iv876.i, 2
-  %2747 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2746
-  %total.i = load <4 x float>, ptr %2747, align 16, !tbaa !59
-  %2748 = fdiv <4 x float> splat (float 1.000000e+00), %total.i
-  %2749 = fcmp oeq <4 x float> %total.i, zeroinitializer
-  %2750 = select <4 x i1> %2749, <4 x float> zeroinitializer, <4 x float> %2748
-  %2751 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> zeroinitializer
-  %2752 = mul nsw i64 %2746, %out_head
-  %invariant.gep589.i = getelementptr i16, ptr %220, i64 %2752
-  %.idx60 = shl nuw nsw i64 %indvars.iv876.i, 11
-  %2753 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
-  %2754 = load <32 x float>, ptr %2753, align 4, !tbaa !5
-  %2755 = fmul <32 x float> %2754, %2751
-  %2756 = bitcast <32 x float> %2755 to <32 x i32>
-  %2757 = lshr <32 x i32> %2756, splat (i32 16)
-  %2758 = and <32 x i32> %2757, splat (i32 1)
-  %2759 = add nuw <32 x i32> %2756, splat (i32 32767)
-  %2760 = add nuw <32 x i32> %2759, %2758
-  %2761 = lshr <32 x i32> %2760, splat (i32 16)
-  %2762 = trunc nuw <32 x i32> %2761 to <32 x i16>
-  store <32 x i16> %2762, ptr %invariant.gep589.i, align 2, !tbaa !5
-  %2763 = getelementptr inbounds nuw i8, ptr %2753, i64 128
-  %2764 = load <32 x float>, ptr %2763, align 4, !tbaa !5
-  %2765 = fmul <32 x float> %2764, %2751
-  %2766 = bitcast <32 x float> %2765 to <32 x i32>
-  %2767 = lshr <32 x i32> %2766, splat (i32 16)
-  %2768 = and <32 x i32> %2767, splat (i32 1)
-  %2769 = add nuw <32 x i32> %2766, splat (i32 32767)
-  %2770 = add nuw <32 x i32> %2769, %2768
-  %2771 = lshr <32 x i32> %2770, splat (i32 16)
-  %2772 = trunc nuw <32 x i32> %2771 to <32 x i16>
-  %gep590.1.i = getelementptr i8, ptr %invariant.gep589.i, i64 64
-  store <32 x i16> %2772, ptr %gep590.1.i, align 2, !tbaa !5
-  %2773 = getelementptr inbounds nuw i8, ptr %2753, i64 256
-  %2774 = load <32 x float>, ptr %2773, align 4, !tbaa !5
-  %2775 = fmul <32 x float> %2751, %2774
-  %2776 = bitcast <32 x float> %2775 to <32 x i32>
-  %2777 = lshr <32 x i32> %2776, splat (i32 16)
-  %2778 = and <32 x i32> %2777, splat (i32 1)
-  %2779 = add nuw <32 x i32> %2776, splat (i32 32767)
-  %2780 = add nuw <32 x i32> %2779, %2778
-  %2781 = lshr <32 x i32> %2780, splat (i32 16)
-  %2782 = trunc nuw <32 x i32> %2781 to <32 x i16>
-  %gep590.2.i = getelementptr i8, ptr %invariant.gep589.i, i64 128
-  store <32 x i16> %2782, ptr %gep590.2.i, align 2, !tbaa !5
-  %2783 = getelementptr inbounds nuw i8, ptr %2753, i64 384
-  %2784 = load <32 x float>, ptr %2783, align 4, !tbaa !5
-  %2785 = fmul <32 x float> %2751, %2784
-  %2786 = bitcast <32 x float> %2785 to <32 x i32>
-  %2787 = lshr <32 x i32> %2786, splat (i32 16)
-  %2788 = and <32 x i32> %2787, splat (i32 1)
-  %2789 = add nuw <32 x i32> %2786, splat (i32 32767)
-  %2790 = add nuw <32 x i32> %2789, %2788
-  %2791 = lshr <32 x i32> %2790, splat (i32 16)
-  %2792 = trunc nuw <32 x i32> %2791 to <32 x i16>
-  %gep590.3.i = getelementptr i8, ptr %invariant.gep589.i, i64 192
-  store <32 x i16> %2792, ptr %gep590.3.i, align 2, !tbaa !5
-  %2793 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2794 = or disjoint i64 %2746, 1
-  %2795 = mul nsw i64 %2794, %out_head
-  %invariant.gep589.1.i = getelementptr i16, ptr %220, i64 %2795
-  %2796 = getelementptr inbounds nuw i8, ptr %2753, i64 512
-  %2797 = load <32 x float>, ptr %2796, align 4, !tbaa !5
-  %2798 = fmul <32 x float> %2793, %2797
-  %2799 = bitcast <32 x float> %2798 to <32 x i32>
-  %2800 = lshr <32 x i32> %2799, splat (i32 16)
-  %2801 = and <32 x i32> %2800, splat (i32 1)
-  %2802 = add nuw <32 x i32> %2799, splat (i32 32767)
-  %2803 = add nuw <32 x i32> %2802, %2801
-  %2804 = lshr <32 x i32> %2803, splat (i32 16)
-  %2805 = trunc nuw <32 x i32> %2804 to <32 x i16>
-  store <32 x i16> %2805, ptr %invariant.gep589.1.i, align 2, !tbaa !5
-  %2806 = getelementptr inbounds nuw i8, ptr %2753, i64 640
-  %2807 = load <32 x float>, ptr %2806, align 4, !tbaa !5
-  %2808 = fmul <32 x float> %2793, %2807
-  %2809 = bitcast <32 x float> %2808 to <32 x i32>
-  %2810 = lshr <32 x i32> %2809, splat (i32 16)
-  %2811 = and <32 x i32> %2810, splat (i32 1)
-  %2812 = add nuw <32 x i32> %2809, splat (i32 32767)
-  %2813 = add nuw <32 x i32> %2812, %2811
-  %2814 = lshr <32 x i32> %2813, splat (i32 16)
-  %2815 = trunc nuw <32 x i32> %2814 to <32 x i16>
-  %gep590.1.1.i = getelementptr i8, ptr %invariant.gep589.1.i, i64 64
-  store <32 x i16> %2815, ptr %gep590.1.1.i, align 2, !tbaa !5
-  %2816 = getelementptr inbounds nuw i8, ptr %2753, i64 768
-  %2817 = load <32 x float>, ptr %2816, align 4, !tbaa !5
-  %2818 = fmul <32 x float> %2793, %2817
-  %2819 = bitcast <32 x float> %2818 to <32 x i32>
-  %2820 = lshr <32 x i32> %2819, splat (i32 16)
-  %2821 = and <32 x i32> %2820, splat (i32 1)
-  %2822 = add nuw <32 x i32> %2819, splat (i32 32767)
-  %2823 = add nuw <32 x i32> %2822, %2821
-  %2824 = lshr <32 x i32> %2823, splat (i32 16)
-  %2825 = trunc nuw <32 x i32> %2824 to <32 x i16>
-  %gep590.2.1.i = getelementptr i8, ptr %invariant.gep589.1.i, i64 128
-  store <32 x i16> %2825, ptr %gep590.2.1.i, align 2, !tbaa !5
-  %2826 = getelementptr inbounds nuw i8, ptr %2753, i64 896
-  %2827 = load <32 x float>, ptr %2826, align 4, !tbaa !5
-  %2828 = fmul <32 x float> %2793, %2827
-  %2829 = bitcast <32 x float> %2828 to <32 x i32>
-  %2830 = lshr <32 x i32> %2829, splat (i32 16)
-  %2831 = and <32 x i32> %2830, splat (i32 1)
-  %2832 = add nuw <32 x i32> %2829, splat (i32 32767)
-  %2833 = add nuw <32 x i32> %2832, %2831
-  %2834 = lshr <32 x i32> %2833, splat (i32 16)
-  %2835 = trunc nuw <32 x i32> %2834 to <32 x i16>
-  %gep590.3.1.i = getelementptr i8, ptr %invariant.gep589.1.i, i64 192
-  store <32 x i16> %2835, ptr %gep590.3.1.i, align 2, !tbaa !5
-  %2836 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2837 = or disjoint i64 %2746, 2
-  %2838 = mul nsw i64 %2837, %out_head
-  %invariant.gep589.2.i = getelementptr i16, ptr %220, i64 %2838
-  %2839 = getelementptr inbounds nuw i8, ptr %2753, i64 1024
-  %2840 = load <32 x float>, ptr %2839, align 4, !tbaa !5
-  %2841 = fmul <32 x float> %2836, %2840
-  %2842 = bitcast <32 x float> %2841 to <32 x i32>
-  %2843 = lshr <32 x i32> %2842, splat (i32 16)
-  %2844 = and <32 x i32> %2843, splat (i32 1)
-  %2845 = add nuw <32 x i32> %2842, splat (i32 32767)
-  %2846 = add nuw <32 x i32> %2845, %2844
-  %2847 = lshr <32 x i32> %2846, splat (i32 16)
-  %2848 = trunc nuw <32 x i32> %2847 to <32 x i16>
-  store <32 x i16> %2848, ptr %invariant.gep589.2.i, align 2, !tbaa !5
-  %2849 = getelementptr inbounds nuw i8, ptr %2753, i64 1152
-  %2850 = load <32 x float>, ptr %2849, align 4, !tbaa !5
-  %2851 = fmul <32 x float> %2836, %2850
-  %2852 = bitcast <32 x float> %2851 to <32 x i32>
-  %2853 = lshr <32 x i32> %2852, splat (i32 16)
-  %2854 = and <32 x i32> %2853, splat (i32 1)
-  %2855 = add nuw <32 x i32> %2852, splat (i32 32767)
-  %2856 = add nuw <32 x i32> %2855, %2854
-  %2857 = lshr <32 x i32> %2856, splat (i32 16)
-  %2858 = trunc nuw <32 x i32> %2857 to <32 x i16>
-  %gep590.1.2.i = getelementptr i8, ptr %invariant.gep589.2.i, i64 64
-  store <32 x i16> %2858, ptr %gep590.1.2.i, align 2, !tbaa !5
-  %2859 = getelementptr inbounds nuw i8, ptr %2753, i64 1280
-  %2860 = load <32 x float>, ptr %2859, align 4, !tbaa !5
-  %2861 = fmul <32 x float> %2836, %2860
-  %2862 = bitcast <32 x float> %2861 to <32 x i32>
-  %2863 = lshr <32 x i32> %2862, splat (i32 16)
-  %2864 = and <32 x i32> %2863, splat (i32 1)
-  %2865 = add nuw <32 x i32> %2862, splat (i32 32767)
-  %2866 = add nuw <32 x i32> %2865, %2864
-  %2867 = lshr <32 x i32> %2866, splat (i32 16)
-  %2868 = trunc nuw <32 x i32> %2867 to <32 x i16>
-  %gep590.2.2.i = getelementptr i8, ptr %invariant.gep589.2.i, i64 128
-  store <32 x i16> %2868, ptr %gep590.2.2.i, align 2, !tbaa !5
-  %2869 = getelementptr inbounds nuw i8, ptr %2753, i64 1408
-  %2870 = load <32 x float>, ptr %2869, align 4, !tbaa !5
-  %2871 = fmul <32 x float> %2836, %2870
-  %2872 = bitcast <32 x float> %2871 to <32 x i32>
-  %2873 = lshr <32 x i32> %2872, splat (i32 16)
-  %2874 = and <32 x i32> %2873, splat (i32 1)
-  %2875 = add nuw <32 x i32> %2872, splat (i32 32767)
-  %2876 = add nuw <32 x i32> %2875, %2874
-  %2877 = lshr <32 x i32> %2876, splat (i32 16)
-  %2878 = trunc nuw <32 x i32> %2877 to <32 x i16>
-  %gep590.3.2.i = getelementptr i8, ptr %invariant.gep589.2.i, i64 192
-  store <32 x i16> %2878, ptr %gep590.3.2.i, align 2, !tbaa !5
-  %2879 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2880 = or disjoint i64 %2746, 3
-  %2881 = mul nsw i64 %2880, %out_head
-  %invariant.gep589.3.i = getelementptr i16, ptr %220, i64 %2881
-  %2882 = getelementptr inbounds nuw i8, ptr %2753, i64 1536
-  %2883 = load <32 x float>, ptr %2882, align 4, !tbaa !5
-  %2884 = fmul <32 x float> %2879, %2883
-  %2885 = bitcast <32 x float> %2884 to <32 x i32>
-  %2886 = lshr <32 x i32> %2885, splat (i32 16)
-  %2887 = and <32 x i32> %2886, splat (i32 1)
-  %2888 = add nuw <32 x i32> %2885, splat (i32 32767)
-  %2889 = add nuw <32 x i32> %2888, %2887
-  %2890 = lshr <32 x i32> %2889, splat (i32 16)
-  %2891 = trunc nuw <32 x i32> %2890 to <32 x i16>
-  store <32 x i16> %2891, ptr %invariant.gep589.3.i, align 2, !tbaa !5
-  %2892 = getelementptr inbounds nuw i8, ptr %2753, i64 1664
-  %2893 = load <32 x float>, ptr %2892, align 4, !tbaa !5
-  %2894 = fmul <32 x float> %2879, %2893
-  %2895 = bitcast <32 x float> %2894 to <32 x i32>
-  %2896 = lshr <32 x i32> %2895, splat (i32 16)
-  %2897 = and <32 x i32> %2896, splat (i32 1)
-  %2898 = add nuw <32 x i32> %2895, splat (i32 32767)
-  %2899 = add nuw <32 x i32> %2898, %2897
-  %2900 = lshr <32 x i32> %2899, splat (i32 16)
-  %2901 = trunc nuw <32 x i32> %2900 to <32 x i16>
-  %gep590.1.3.i = getelementptr i8, ptr %invariant.gep589.3.i, i64 64
-  store <32 x i16> %2901, ptr %gep590.1.3.i, align 2, !tbaa !5
-  %2902 = getelementptr inbounds nuw i8, ptr %2753, i64 1792
-  %2903 = load <32 x float>, ptr %2902, align 4, !tbaa !5
-  %2904 = fmul <32 x float> %2879, %2903
-  %2905 = bitcast <32 x float> %2904 to <32 x i32>
-  %2906 = lshr <32 x i32> %2905, splat (i32 16)
-  %2907 = and <32 x i32> %2906, splat (i32 1)
-  %2908 = add nuw <32 x i32> %2905, splat (i32 32767)
-  %2909 = add nuw <32 x i32> %2908, %2907
-  %2910 = lshr <32 x i32> %2909, splat (i32 16)
-  %2911 = trunc nuw <32 x i32> %2910 to <32 x i16>
-  %gep590.2.3.i = getelementptr i8, ptr %invariant.gep589.3.i, i64 128
-  store <32 x i16> %2911, ptr %gep590.2.3.i, align 2, !tbaa !5
-  %2912 = getelementptr inbounds nuw i8, ptr %2753, i64 1920
-  %2913 = load <32 x float>, ptr %2912, align 4, !tbaa !5
-  %2914 = fmul <32 x float> %2879, %2913
-  %2915 = bitcast <32 x float> %2914 to <32 x i32>
-  %2916 = lshr <32 x i32> %2915, splat (i32 16)
-  %2917 = and <32 x i32> %2916, splat (i32 1)
-  %2918 = add nuw <32 x i32> %2915, splat (i32 32767)
-  %2919 = add nuw <32 x i32> %2918, %2917
-  %2920 = lshr <32 x i32> %2919, splat (i32 16)
-  %2921 = trunc nuw <32 x i32> %2920 to <32 x i16>
-  %gep590.3.3.i = getelementptr i8, ptr %invariant.gep589.3.i, i64 192
-  store <32 x i16> %2921, ptr %gep590.3.3.i, align 2, !tbaa !5
-  %2922 = getelementptr float, ptr %222, i64 %2746
-  %2923 = load float, ptr %2747, align 16, !tbaa !59
-  %2924 = fcmp oeq float %2923, 0.000000e+00
-  br i1 %2924, label %if_end202.i, label %if_else201.i
+for_body_tile205.i:                               ; preds = %if_end221.3.i, %for_begin_tile204.preheader.i
+  %indvars.iv882.i = phi i64 [ 0, %for_begin_tile204.preheader.i ], [ %indvars.iv.next883.i, %if_end221.3.i ]
+  %2298 = shl nuw nsw i64 %indvars.iv882.i, 2
+  %2299 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2298
+  %total.i = load <4 x float>, ptr %2299, align 16, !tbaa !58
+  %2300 = fdiv <4 x float> splat (float 1.000000e+00), %total.i
+  %2301 = fcmp oeq <4 x float> %total.i, zeroinitializer
+  %2302 = select <4 x i1> %2301, <4 x float> zeroinitializer, <4 x float> %2300
+  %2303 = shufflevector <4 x float> %2302, <4 x float> poison, <32 x i32> zeroinitializer
+  %2304 = mul nsw i64 %2298, %out_head
+  %invariant.gep628.i = getelementptr i16, ptr %193, i64 %2304
+  %.idx60 = shl nuw nsw i64 %indvars.iv882.i, 11
+  %2305 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
+  %2306 = load <32 x float>, ptr %2305, align 4, !tbaa !5
+  %2307 = fmul <32 x float> %2306, %2303
+  %2308 = bitcast <32 x float> %2307 to <32 x i32>
+  %2309 = lshr <32 x i32> %2308, splat (i32 16)
+  %2310 = and <32 x i32> %2309, splat (i32 1)
+  %2311 = add nuw <32 x i32> %2308, splat (i32 32767)
+  %2312 = add nuw <32 x i32> %2311, %2310
+  %2313 = lshr <32 x i32> %2312, splat (i32 16)
+  %2314 = trunc nuw <32 x i32> %2313 to <32 x i16>
+  store <32 x i16> %2314, ptr %invariant.gep628.i, align 2, !tbaa !5
+  %2315 = getelementptr inbounds nuw i8, ptr %2305, i64 128
+  %2316 = load <32 x float>, ptr %2315, align 4, !tbaa !5
+  %2317 = fmul <32 x float> %2316, %2303
+  %2318 = bitcast <32 x float> %2317 to <32 x i32>
+  %2319 = lshr <32 x i32> %2318, splat (i32 16)
+  %2320 = and <32 x i32> %2319, splat (i32 1)
+  %2321 = add nuw <32 x i32> %2318, splat (i32 32767)
+  %2322 = add nuw <32 x i32> %2321, %2320
+  %2323 = lshr <32 x i32> %2322, splat (i32 16)
+  %2324 = trunc nuw <32 x i32> %2323 to <32 x i16>
+  %gep629.1.i = getelementptr i8, ptr %invariant.gep628.i, i64 64
+  store <32 x i16> %2324, ptr %gep629.1.i, align 2, !tbaa !5
+  %2325 = getelementptr inbounds nuw i8, ptr %2305, i64 256
+  %2326 = load <32 x float>, ptr %2325, align 4, !tbaa !5
+  %2327 = fmul <32 x float> %2303, %2326
+  %2328 = bitcast <32 x float> %2327 to <32 x i32>
+  %2329 = lshr <32 x i32> %2328, splat (i32 16)
+  %2330 = and <32 x i32> %2329, splat (i32 1)
+  %2331 = add nuw <32 x i32> %2328, splat (i32 32767)
+  %2332 = add nuw <32 x i32> %2331, %2330
+  %2333 = lshr <32 x i32> %2332, splat (i32 16)
+  %2334 = trunc nuw <32 x i32> %2333 to <32 x i16>
+  %gep629.2.i = getelementptr i8, ptr %invariant.gep628.i, i64 128
+  store <32 x i16> %2334, ptr %gep629.2.i, align 2, !tbaa !5
+  %2335 = getelementptr inbounds nuw i8, ptr %2305, i64 384
+  %2336 = load <32 x float>, ptr %2335, align 4, !tbaa !5
+  %2337 = fmul <32 x float> %2303, %2336
+  %2338 = bitcast <32 x float> %2337 to <32 x i32>
+  %2339 = lshr <32 x i32> %2338, splat (i32 16)
+  %2340 = and <32 x i32> %2339, splat (i32 1)
+  %2341 = add nuw <32 x i32> %2338, splat (i32 32767)
+  %2342 = add nuw <32 x i32> %2341, %2340
+  %2343 = lshr <32 x i32> %2342, splat (i32 16)
+  %2344 = trunc nuw <32 x i32> %2343 to <32 x i16>
+  %gep629.3.i = getelementptr i8, ptr %invariant.gep628.i, i64 192
+  store <32 x i16> %2344, ptr %gep629.3.i, align 2, !tbaa !5
+  %2345 = shufflevector <4 x float> %2302, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2346 = or disjoint i64 %2298, 1
+  %2347 = mul nsw i64 %2346, %out_head
+  %invariant.gep628.1.i = getelementptr i16, ptr %193, i64 %2347
+  %2348 = getelementptr inbounds nuw i8, ptr %2305, i64 512
+  %2349 = load <32 x float>, ptr %2348, align 4, !tbaa !5
+  %2350 = fmul <32 x float> %2345, %2349
+  %2351 = bitcast <32 x float> %2350 to <32 x i32>
+  %2352 = lshr <32 x i32> %2351, splat (i32 16)
+  %2353 = and <32 x i32> %2352, splat (i32 1)
+  %2354 = add nuw <32 x i32> %2351, splat (i32 32767)
+  %2355 = add nuw <32 x i32> %2354, %2353
+  %2356 = lshr <32 x i32> %2355, splat (i32 16)
+  %2357 = trunc nuw <32 x i32> %2356 to <32 x i16>
+  store <32 x i16> %2357, ptr %invariant.gep628.1.i, align 2, !tbaa !5
+  %2358 = getelementptr inbounds nuw i8, ptr %2305, i64 640
+  %2359 = load <32 x float>, ptr %2358, align 4, !tbaa !5
+  %2360 = fmul <32 x float> %2345, %2359
+  %2361 = bitcast <32 x float> %2360 to <32 x i32>
+  %2362 = lshr <32 x i32> %2361, splat (i32 16)
+  %2363 = and <32 x i32> %2362, splat (i32 1)
+  %2364 = add nuw <32 x i32> %2361, splat (i32 32767)
+  %2365 = add nuw <32 x i32> %2364, %2363
+  %2366 = lshr <32 x i32> %2365, splat (i32 16)
+  %2367 = trunc nuw <32 x i32> %2366 to <32 x i16>
+  %gep629.1.1.i = getelementptr i8, ptr %invariant.gep628.1.i, i64 64
+  store <32 x i16> %2367, ptr %gep629.1.1.i, align 2, !tbaa !5
+  %2368 = getelementptr inbounds nuw i8, ptr %2305, i64 768
+  %2369 = load <32 x float>, ptr %2368, align 4, !tbaa !5
+  %2370 = fmul <32 x float> %2345, %2369
+  %2371 = bitcast <32 x float> %2370 to <32 x i32>
+  %2372 = lshr <32 x i32> %2371, splat (i32 16)
+  %2373 = and <32 x i32> %2372, splat (i32 1)
+  %2374 = add nuw <32 x i32> %2371, splat (i32 32767)
+  %2375 = add nuw <32 x i32> %2374, %2373
+  %2376 = lshr <32 x i32> %2375, splat (i32 16)
+  %2377 = trunc nuw <32 x i32> %2376 to <32 x i16>
+  %gep629.2.1.i = getelementptr i8, ptr %invariant.gep628.1.i, i64 128
+  store <32 x i16> %2377, ptr %gep629.2.1.i, align 2, !tbaa !5
+  %2378 = getelementptr inbounds nuw i8, ptr %2305, i64 896
+  %2379 = load <32 x float>, ptr %2378, align 4, !tbaa !5
+  %2380 = fmul <32 x float> %2345, %2379
+  %2381 = bitcast <32 x float> %2380 to <32 x i32>
+  %2382 = lshr <32 x i32> %2381, splat (i32 16)
+  %2383 = and <32 x i32> %2382, splat (i32 1)
+  %2384 = add nuw <32 x i32> %2381, splat (i32 32767)
+  %2385 = add nuw <32 x i32> %2384, %2383
+  %2386 = lshr <32 x i32> %2385, splat (i32 16)
+  %2387 = trunc nuw <32 x i32> %2386 to <32 x i16>
+  %gep629.3.1.i = getelementptr i8, ptr %invariant.gep628.1.i, i64 192
+  store <32 x i16> %2387, ptr %gep629.3.1.i, align 2, !tbaa !5
+  %2388 = shufflevector <4 x float> %2302, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2389 = or disjoint i64 %2298, 2
+  %2390 = mul nsw i64 %2389, %out_head
+  %invariant.gep628.2.i = getelementptr i16, ptr %193, i64 %2390
+  %2391 = getelementptr inbounds nuw i8, ptr %2305, i64 1024
+  %2392 = load <32 x float>, ptr %2391, align 4, !tbaa !5
+  %2393 = fmul <32 x float> %2388, %2392
+  %2394 = bitcast <32 x float> %2393 to <32 x i32>
+  %2395 = lshr <32 x i32> %2394, splat (i32 16)
+  %2396 = and <32 x i32> %2395, splat (i32 1)
+  %2397 = add nuw <32 x i32> %2394, splat (i32 32767)
+  %2398 = add nuw <32 x i32> %2397, %2396
+  %2399 = lshr <32 x i32> %2398, splat (i32 16)
+  %2400 = trunc nuw <32 x i32> %2399 to <32 x i16>
+  store <32 x i16> %2400, ptr %invariant.gep628.2.i, align 2, !tbaa !5
+  %2401 = getelementptr inbounds nuw i8, ptr %2305, i64 1152
+  %2402 = load <32 x float>, ptr %2401, align 4, !tbaa !5
+  %2403 = fmul <32 x float> %2388, %2402
+  %2404 = bitcast <32 x float> %2403 to <32 x i32>
+  %2405 = lshr <32 x i32> %2404, splat (i32 16)
+  %2406 = and <32 x i32> %2405, splat (i32 1)
+  %2407 = add nuw <32 x i32> %2404, splat (i32 32767)
+  %2408 = add nuw <32 x i32> %2407, %2406
+  %2409 = lshr <32 x i32> %2408, splat (i32 16)
+  %2410 = trunc nuw <32 x i32> %2409 to <32 x i16>
+  %gep629.1.2.i = getelementptr i8, ptr %invariant.gep628.2.i, i64 64
+  store <32 x i16> %2410, ptr %gep629.1.2.i, align 2, !tbaa !5
+  %2411 = getelementptr inbounds nuw i8, ptr %2305, i64 1280
+  %2412 = load <32 x float>, ptr %2411, align 4, !tbaa !5
+  %2413 = fmul <32 x float> %2388, %2412
+  %2414 = bitcast <32 x float> %2413 to <32 x i32>
+  %2415 = lshr <32 x i32> %2414, splat (i32 16)
+  %2416 = and <32 x i32> %2415, splat (i32 1)
+  %2417 = add nuw <32 x i32> %2414, splat (i32 32767)
+  %2418 = add nuw <32 x i32> %2417, %2416
+  %2419 = lshr <32 x i32> %2418, splat (i32 16)
+  %2420 = trunc nuw <32 x i32> %2419 to <32 x i16>
+  %gep629.2.2.i = getelementptr i8, ptr %invariant.gep628.2.i, i64 128
+  store <32 x i16> %2420, ptr %gep629.2.2.i, align 2, !tbaa !5
+  %2421 = getelementptr inbounds nuw i8, ptr %2305, i64 1408
+  %2422 = load <32 x float>, ptr %2421, align 4, !tbaa !5
+  %2423 = fmul <32 x float> %2388, %2422
+  %2424 = bitcast <32 x float> %2423 to <32 x i32>
+  %2425 = lshr <32 x i32> %2424, splat (i32 16)
+  %2426 = and <32 x i32> %2425, splat (i32 1)
+  %2427 = add nuw <32 x i32> %2424, splat (i32 32767)
+  %2428 = add nuw <32 x i32> %2427, %2426
+  %2429 = lshr <32 x i32> %2428, splat (i32 16)
+  %2430 = trunc nuw <32 x i32> %2429 to <32 x i16>
+  %gep629.3.2.i = getelementptr i8, ptr %invariant.gep628.2.i, i64 192
+  store <32 x i16> %2430, ptr %gep629.3.2.i, align 2, !tbaa !5
+  %2431 = shufflevector <4 x float> %2302, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2432 = or disjoint i64 %2298, 3
+  %2433 = mul nsw i64 %2432, %out_head
+  %invariant.gep628.3.i = getelementptr i16, ptr %193, i64 %2433
+  %2434 = getelementptr inbounds nuw i8, ptr %2305, i64 1536
+  %2435 = load <32 x float>, ptr %2434, align 4, !tbaa !5
+  %2436 = fmul <32 x float> %2431, %2435
+  %2437 = bitcast <32 x float> %2436 to <32 x i32>
+  %2438 = lshr <32 x i32> %2437, splat (i32 16)
+  %2439 = and <32 x i32> %2438, splat (i32 1)
+  %2440 = add nuw <32 x i32> %2437, splat (i32 32767)
+  %2441 = add nuw <32 x i32> %2440, %2439
+  %2442 = lshr <32 x i32> %2441, splat (i32 16)
+  %2443 = trunc nuw <32 x i32> %2442 to <32 x i16>
+  store <32 x i16> %2443, ptr %invariant.gep628.3.i, align 2, !tbaa !5
+  %2444 = getelementptr inbounds nuw i8, ptr %2305, i64 1664
+  %2445 = load <32 x float>, ptr %2444, align 4, !tbaa !5
+  %2446 = fmul <32 x float> %2431, %2445
+  %2447 = bitcast <32 x float> %2446 to <32 x i32>
+  %2448 = lshr <32 x i32> %2447, splat (i32 16)
+  %2449 = and <32 x i32> %2448, splat (i32 1)
+  %2450 = add nuw <32 x i32> %2447, splat (i32 32767)
+  %2451 = add nuw <32 x i32> %2450, %2449
+  %2452 = lshr <32 x i32> %2451, splat (i32 16)
+  %2453 = trunc nuw <32 x i32> %2452 to <32 x i16>
+  %gep629.1.3.i = getelementptr i8, ptr %invariant.gep628.3.i, i64 64
+  store <32 x i16> %2453, ptr %gep629.1.3.i, align 2, !tbaa !5
+  %2454 = getelementptr inbounds nuw i8, ptr %2305, i64 1792
+  %2455 = load <32 x float>, ptr %2454, align 4, !tbaa !5
+  %2456 = fmul <32 x float> %2431, %2455
+  %2457 = bitcast <32 x float> %2456 to <32 x i32>
+  %2458 = lshr <32 x i32> %2457, splat (i32 16)
+  %2459 = and <32 x i32> %2458, splat (i32 1)
+  %2460 = add nuw <32 x i32> %2457, splat (i32 32767)
+  %2461 = add nuw <32 x i32> %2460, %2459
+  %2462 = lshr <32 x i32> %2461, splat (i32 16)
+  %2463 = trunc nuw <32 x i32> %2462 to <32 x i16>
+  %gep629.2.3.i = getelementptr i8, ptr %invariant.gep628.3.i, i64 128
+  store <32 x i16> %2463, ptr %gep629.2.3.i, align 2, !tbaa !5
+  %2464 = getelementptr inbounds nuw i8, ptr %2305, i64 1920
+  %2465 = load <32 x float>, ptr %2464, align 4, !tbaa !5
+  %2466 = fmul <32 x float> %2431, %2465
+  %2467 = bitcast <32 x float> %2466 to <32 x i32>
+  %2468 = lshr <32 x i32> %2467, splat (i32 16)
+  %2469 = and <32 x i32> %2468, splat (i32 1)
+  %2470 = add nuw <32 x i32> %2467, splat (i32 32767)
+  %2471 = add nuw <32 x i32> %2470, %2469
+  %2472 = lshr <32 x i32> %2471, splat (i32 16)
+  %2473 = trunc nuw <32 x i32> %2472 to <32 x i16>
+  %gep629.3.3.i = getelementptr i8, ptr %invariant.gep628.3.i, i64 192
+  store <32 x i16> %2473, ptr %gep629.3.3.i, align 2, !tbaa !5
+  %2474 = getelementptr float, ptr %195, i64 %2298
+  %2475 = load float, ptr %2299, align 16, !tbaa !58
+  %2476 = fcmp oeq float %2475, 0.000000e+00
+  br i1 %2476, label %if_end221.i, label %if_else220.i
 
-if_else201.i:                                     ; preds = %for_body_tile181.i
-  %2925 = tail call float @llvm.log.f32(float %2923)
-  %2926 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2746
-  %2927 = load float, ptr %2926, align 16, !tbaa !57
-  %2928 = fadd float %2925, %2927
-  br label %if_end202.i
+if_else220.i:                                     ; preds = %for_body_tile205.i
+  %2477 = tail call float @llvm.log.f32(float %2475)
+  %2478 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2298
+  %2479 = load float, ptr %2478, align 16, !tbaa !56
+  %2480 = fadd float %2477, %2479
+  br label %if_end221.i
 
-if_end202.i:                                      ; preds = %if_else201.i, %for_body_tile181.i
-  %2929 = phi float [ %2928, %if_else201.i ], [ 0xFFF0000000000000, %for_body_tile181.i ]
-  store float %2929, ptr %2922, align 4, !tbaa !5
-  %2930 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2794
-  %2931 = load float, ptr %2930, align 4, !tbaa !59
-  %2932 = fcmp oeq float %2931, 0.000000e+00
-  br i1 %2932, label %if_end202.1.i, label %if_else201.1.i
+if_end221.i:                                      ; preds = %if_else220.i, %for_body_tile205.i
+  %2481 = phi float [ %2480, %if_else220.i ], [ 0xFFF0000000000000, %for_body_tile205.i ]
+  store float %2481, ptr %2474, align 4, !tbaa !5
+  %2482 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2346
+  %2483 = load float, ptr %2482, align 4, !tbaa !58
+  %2484 = fcmp oeq float %2483, 0.000000e+00
+  br i1 %2484, label %if_end221.1.i, label %if_else220.1.i
 
-if_else201.1.i:                                   ; preds = %if_end202.i
-  %2933 = tail call float @llvm.log.f32(float %2931)
-  %2934 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2794
-  %2935 = load float, ptr %2934, align 4, !tbaa !57
-  %2936 = fadd float %2933, %2935
-  br label %if_end202.1.i
+if_else220.1.i:                                   ; preds = %if_end221.i
+  %2485 = tail call float @llvm.log.f32(float %2483)
+  %2486 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2346
+  %2487 = load float, ptr %2486, align 4, !tbaa !56
+  %2488 = fadd float %2485, %2487
+  br label %if_end221.1.i
 
-if_end202.1.i:                                    ; preds = %if_else201.1.i, %if_end202.i
-  %2937 = phi float [ %2936, %if_else201.1.i ], [ 0xFFF0000000000000, %if_end202.i ]
-  %2938 = getelementptr i8, ptr %2922, i64 4
-  store float %2937, ptr %2938, align 4, !tbaa !5
-  %2939 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2837
-  %2940 = load float, ptr %2939, align 8, !tbaa !59
-  %2941 = fcmp oeq float %2940, 0.000000e+00
-  br i1 %2941, label %if_end202.2.i, label %if_else201.2.i
+if_end221.1.i:                                    ; preds = %if_else220.1.i, %if_end221.i
+  %2489 = phi float [ %2488, %if_else220.1.i ], [ 0xFFF0000000000000, %if_end221.i ]
+  %2490 = getelementptr i8, ptr %2474, i64 4
+  store float %2489, ptr %2490, align 4, !tbaa !5
+  %2491 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2389
+  %2492 = load float, ptr %2491, align 8, !tbaa !58
+  %2493 = fcmp oeq float %2492, 0.000000e+00
+  br i1 %2493, label %if_end221.2.i, label %if_else220.2.i
 
-if_else201.2.i:                                   ; preds = %if_end202.1.i
-  %2942 = tail call float @llvm.log.f32(float %2940)
-  %2943 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2837
-  %2944 = load float, ptr %2943, align 8, !tbaa !57
-  %2945 = fadd float %2942, %2944
-  br label %if_end202.2.i
+if_else220.2.i:                                   ; preds = %if_end221.1.i
+  %2494 = tail call float @llvm.log.f32(float %2492)
+  %2495 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2389
+  %2496 = load float, ptr %2495, align 8, !tbaa !56
+  %2497 = fadd float %2494, %2496
+  br label %if_end221.2.i
 
-if_end202.2.i:                                    ; preds = %if_else201.2.i, %if_end202.1.i
-  %2946 = phi float [ %2945, %if_else201.2.i ], [ 0xFFF0000000000000, %if_end202.1.i ]
-  %2947 = getelementptr i8, ptr %2922, i64 8
-  store float %2946, ptr %2947, align 4, !tbaa !5
-  %2948 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2880
-  %2949 = load float, ptr %2948, align 4, !tbaa !59
-  %2950 = fcmp oeq float %2949, 0.000000e+00
-  br i1 %2950, label %if_end202.3.i, label %if_else201.3.i
+if_end221.2.i:                                    ; preds = %if_else220.2.i, %if_end221.1.i
+  %2498 = phi float [ %2497, %if_else220.2.i ], [ 0xFFF0000000000000, %if_end221.1.i ]
+  %2499 = getelementptr i8, ptr %2474, i64 8
+  store float %2498, ptr %2499, align 4, !tbaa !5
+  %2500 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2432
+  %2501 = load float, ptr %2500, align 4, !tbaa !58
+  %2502 = fcmp oeq float %2501, 0.000000e+00
+  br i1 %2502, label %if_end221.3.i, label %if_else220.3.i
 
-if_else201.3.i:                                   ; preds = %if_end202.2.i
-  %2951 = tail call float @llvm.log.f32(float %2949)
-  %2952 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2880
-  %2953 = load float, ptr %2952, align 4, !tbaa !57
-  %2954 = fadd float %2951, %2953
-  br label %if_end202.3.i
+if_else220.3.i:                                   ; preds = %if_end221.2.i
+  %2503 = tail call float @llvm.log.f32(float %2501)
+  %2504 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2432
+  %2505 = load float, ptr %2504, align 4, !tbaa !56
+  %2506 = fadd float %2503, %2505
+  br label %if_end221.3.i
 
-if_end202.3.i:                                    ; preds = %if_else201.3.i, %if_end202.2.i
-  %2955 = phi float [ %2954, %if_else201.3.i ], [ 0xFFF0000000000000, %if_end202.2.i ]
-  %2956 = getelementptr i8, ptr %2922, i64 12
-  store float %2955, ptr %2956, align 4, !tbaa !5
-  %indvars.iv.next877.i = add nuw nsw i64 %indvars.iv876.i, 1
-  %exitcond880.not.i = icmp eq i64 %indvars.iv.next877.i, 8
-  br i1 %exitcond880.not.i, label %if_end178.i, label %for_body_tile181.i, !prof !17
+if_end221.3.i:                                    ; preds = %if_else220.3.i, %if_end221.2.i
+  %2507 = phi float [ %2506, %if_else220.3.i ], [ 0xFFF0000000000000, %if_end221.2.i ]
+  %2508 = getelementptr i8, ptr %2474, i64 12
+  store float %2507, ptr %2508, align 4, !tbaa !5
+  %indvars.iv.next883.i = add nuw nsw i64 %indvars.iv882.i, 1
+  %exitcond886.not.i = icmp eq i64 %indvars.iv.next883.i, 8
+  br i1 %exitcond886.not.i, label %if_end202.i, label %for_body_tile205.i, !prof !17
 
-for_body_tile204.i:                               ; preds = %for_body_tile204.i, %for_begin_tile203.preheader.i
-  %indvars.iv857.i = phi i64 [ 0, %for_begin_tile203.preheader.i ], [ %indvars.iv.next858.i, %for_body_tile204.i ]
-  %2957 = shl nuw nsw i64 %indvars.iv857.i, 2
-  %2958 = add nuw nsw i64 %2957, %217
-  %2959 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2957
-  %2960 = load float, ptr %2959, align 16, !tbaa !57
-  %2961 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2958
-  store float %2960, ptr %2961, align 4, !tbaa !5
-  %2962 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2957
-  %2963 = load float, ptr %2962, align 16, !tbaa !59
-  %2964 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2958
-  store float %2963, ptr %2964, align 4, !tbaa !5
-  %2965 = or disjoint i64 %2957, 1
-  %cse_v135.1.i = or disjoint i64 %2958, 1
-  %2966 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2965
-  %2967 = load float, ptr %2966, align 4, !tbaa !57
-  %2968 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.1.i
-  store float %2967, ptr %2968, align 4, !tbaa !5
-  %2969 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2965
-  %2970 = load float, ptr %2969, align 4, !tbaa !59
-  %2971 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.1.i
-  store float %2970, ptr %2971, align 4, !tbaa !5
-  %2972 = or disjoint i64 %2957, 2
-  %cse_v135.2.i = or disjoint i64 %2958, 2
-  %2973 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2972
-  %2974 = load float, ptr %2973, align 8, !tbaa !57
-  %2975 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.2.i
-  store float %2974, ptr %2975, align 4, !tbaa !5
-  %2976 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2972
-  %2977 = load float, ptr %2976, align 8, !tbaa !59
-  %2978 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.2.i
-  store float %2977, ptr %2978, align 4, !tbaa !5
-  %2979 = or disjoint i64 %2957, 3
-  %cse_v135.3.i = or disjoint i64 %2958, 3
-  %2980 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2979
-  %2981 = load float, ptr %2980, align 4, !tbaa !57
-  %2982 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.3.i
-  store float %2981, ptr %2982, align 4, !tbaa !5
-  %2983 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2979
-  %2984 = load float, ptr %2983, align 4, !tbaa !59
-  %2985 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.3.i
-  store float %2984, ptr %2985, align 4, !tbaa !5
-  %.idx248.i = shl nuw nsw i64 %indvars.iv857.i, 11
-  %2986 = getelementptr inbounds nuw i8, ptr %218, i64 %.idx248.i
-  %2987 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx248.i
-  %2988 = load <32 x float>, ptr %2987, align 4, !tbaa !5
-  store <32 x float> %2988, ptr %2986, align 4, !tbaa !5
-  %2989 = getelementptr inbounds nuw i8, ptr %2987, i64 128
-  %2990 = load <32 x float>, ptr %2989, align 4, !tbaa !5
-  %2991 = getelementptr inbounds nuw i8, ptr %2986, i64 128
-  store <32 x float> %2990, ptr %2991, align 4, !tbaa !5
-  %2992 = getelementptr inbounds nuw i8, ptr %2987, i64 256
-  %2993 = load <32 x float>, ptr %2992, align 4, !tbaa !5
-  %2994 = getelementptr inbounds nuw i8, ptr %2986, i64 256
-  store <32 x float> %2993, ptr %2994, align 4, !tbaa !5
-  %2995 = getelementptr inbounds nuw i8, ptr %2987, i64 384
-  %2996 = load <32 x float>, ptr %2995, align 4, !tbaa !5
-  %2997 = getelementptr inbounds nuw i8, ptr %2986, i64 384
-  store <32 x float> %2996, ptr %2997, align 4, !tbaa !5
-  %2998 = getelementptr inbounds nuw i8, ptr %2986, i64 512
-  %2999 = getelementptr inbounds nuw i8, ptr %2987, i64 512
-  %3000 = load <32 x float>, ptr %2999, align 4, !tbaa !5
-  store <32 x float> %3000, ptr %2998, align 4, !tbaa !5
-  %3001 = getelementptr inbounds nuw i8, ptr %2987, i64 640
-  %3002 = load <32 x float>, ptr %3001, align 4, !tbaa !5
-  %3003 = getelementptr inbounds nuw i8, ptr %2986, i64 640
-  store <32 x float> %3002, ptr %3003, align 4, !tbaa !5
-  %3004 = getelementptr inbounds nuw i8, ptr %2987, i64 768
-  %3005 = load <32 x float>, ptr %3004, align 4, !tbaa !5
-  %3006 = getelementptr inbounds nuw i8, ptr %2986, i64 768
-  store <32 x float> %3005, ptr %3006, align 4, !tbaa !5
-  %3007 = getelementptr inbounds nuw i8, ptr %2987, i64 896
-  %3008 = load <32 x float>, ptr %3007, align 4, !tbaa !5
-  %3009 = getelementptr inbounds nuw i8, ptr %2986, i64 896
-  store <32 x float> %3008, ptr %3009, align 4, !tbaa !5
-  %3010 = getelementptr inbounds nuw i8, ptr %2986, i64 1024
-  %3011 = getelementptr inbounds nuw i8, ptr %2987, i64 1024
-  %3012 = load <32 x float>, ptr %3011, align 4, !tbaa !5
-  store <32 x float> %3012, ptr %3010, align 4, !tbaa !5
-  %3013 = getelementptr inbounds nuw i8, ptr %2987, i64 1152
-  %3014 = load <32 x float>, ptr %3013, align 4, !tbaa !5
-  %3015 = getelementptr inbounds nuw i8, ptr %2986, i64 1152
-  store <32 x float> %3014, ptr %3015, align 4, !tbaa !5
-  %3016 = getelementptr inbounds nuw i8, ptr %2987, i64 1280
-  %3017 = load <32 x float>, ptr %3016, align 4, !tbaa !5
-  %3018 = getelementptr inbounds nuw i8, ptr %2986, i64 1280
-  store <32 x float> %3017, ptr %3018, align 4, !tbaa !5
-  %3019 = getelementptr inbounds nuw i8, ptr %2987, i64 1408
-  %3020 = load <32 x float>, ptr %3019, align 4, !tbaa !5
-  %3021 = getelementptr inbounds nuw i8, ptr %2986, i64 1408
-  store <32 x float> %3020, ptr %3021, align 4, !tbaa !5
-  %3022 = getelementptr inbounds nuw i8, ptr %2986, i64 1536
-  %3023 = getelementptr inbounds nuw i8, ptr %2987, i64 1536
-  %3024 = load <32 x float>, ptr %3023, align 4, !tbaa !5
-  store <32 x float> %3024, ptr %3022, align 4, !tbaa !5
-  %3025 = getelementptr inbounds nuw i8, ptr %2987, i64 1664
-  %3026 = load <32 x float>, ptr %3025, align 4, !tbaa !5
-  %3027 = getelementptr inbounds nuw i8, ptr %2986, i64 1664
-  store <32 x float> %3026, ptr %3027, align 4, !tbaa !5
-  %3028 = getelementptr inbounds nuw i8, ptr %2987, i64 1792
-  %3029 = load <32 x float>, ptr %3028, align 4, !tbaa !5
-  %3030 = getelementptr inbounds nuw i8, ptr %2986, i64 1792
-  store <32 x float> %3029, ptr %3030, align 4, !tbaa !5
-  %3031 = getelementptr inbounds nuw i8, ptr %2987, i64 1920
-  %3032 = load <32 x float>, ptr %3031, align 4, !tbaa !5
-  %3033 = getelementptr inbounds nuw i8, ptr %2986, i64 1920
-  store <32 x float> %3032, ptr %3033, align 4, !tbaa !5
-  %indvars.iv.next858.i = add nuw nsw i64 %indvars.iv857.i, 1
-  %exitcond861.not.i = icmp eq i64 %indvars.iv.next858.i, 8
-  br i1 %exitcond861.not.i, label %if_end178.i, label %for_body_tile204.i, !prof !17
+for_body_tile223.i:                               ; preds = %for_body_tile223.i, %for_begin_tile222.preheader.i
+  %indvars.iv863.i = phi i64 [ 0, %for_begin_tile222.preheader.i ], [ %indvars.iv.next864.i, %for_body_tile223.i ]
+  %2509 = shl nuw nsw i64 %indvars.iv863.i, 2
+  %2510 = add nuw nsw i64 %2509, %190
+  %2511 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2509
+  %2512 = load float, ptr %2511, align 16, !tbaa !56
+  %2513 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2510
+  store float %2512, ptr %2513, align 4, !tbaa !5
+  %2514 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2509
+  %2515 = load float, ptr %2514, align 16, !tbaa !58
+  %2516 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2510
+  store float %2515, ptr %2516, align 4, !tbaa !5
+  %2517 = or disjoint i64 %2509, 1
+  %cse_v137.1.i = or disjoint i64 %2510, 1
+  %2518 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2517
+  %2519 = load float, ptr %2518, align 4, !tbaa !56
+  %2520 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v137.1.i
+  store float %2519, ptr %2520, align 4, !tbaa !5
+  %2521 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2517
+  %2522 = load float, ptr %2521, align 4, !tbaa !58
+  %2523 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v137.1.i
+  store float %2522, ptr %2523, align 4, !tbaa !5
+  %2524 = or disjoint i64 %2509, 2
+  %cse_v137.2.i = or disjoint i64 %2510, 2
+  %2525 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2524
+  %2526 = load float, ptr %2525, align 8, !tbaa !56
+  %2527 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v137.2.i
+  store float %2526, ptr %2527, align 4, !tbaa !5
+  %2528 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2524
+  %2529 = load float, ptr %2528, align 8, !tbaa !58
+  %2530 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v137.2.i
+  store float %2529, ptr %2530, align 4, !tbaa !5
+  %2531 = or disjoint i64 %2509, 3
+  %cse_v137.3.i = or disjoint i64 %2510, 3
+  %2532 = getelementptr inbounds nuw float, ptr %row_max271.i, i64 %2531
+  %2533 = load float, ptr %2532, align 4, !tbaa !56
+  %2534 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v137.3.i
+  store float %2533, ptr %2534, align 4, !tbaa !5
+  %2535 = getelementptr inbounds nuw float, ptr %row_sum270.i, i64 %2531
+  %2536 = load float, ptr %2535, align 4, !tbaa !58
+  %2537 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v137.3.i
+  store float %2536, ptr %2537, align 4, !tbaa !5
+  %.idx272.i = shl nuw nsw i64 %indvars.iv863.i, 11
+  %2538 = getelementptr inbounds nuw i8, ptr %191, i64 %.idx272.i
+  %2539 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx272.i
+  %2540 = load <32 x float>, ptr %2539, align 4, !tbaa !5
+  store <32 x float> %2540, ptr %2538, align 4, !tbaa !5
+  %2541 = getelementptr inbounds nuw i8, ptr %2539, i64 128
+  %2542 = load <32 x float>, ptr %2541, align 4, !tbaa !5
+  %2543 = getelementptr inbounds nuw i8, ptr %2538, i64 128
+  store <32 x float> %2542, ptr %2543, align 4, !tbaa !5
+  %2544 = getelementptr inbounds nuw i8, ptr %2539, i64 256
+  %2545 = load <32 x float>, ptr %2544, align 4, !tbaa !5
+  %2546 = getelementptr inbounds nuw i8, ptr %2538, i64 256
+  store <32 x float> %2545, ptr %2546, align 4, !tbaa !5
+  %2547 = getelementptr inbounds nuw i8, ptr %2539, i64 384
+  %2548 = load <32 x float>, ptr %2547, align 4, !tbaa !5
+  %2549 = getelementptr inbounds nuw i8, ptr %2538, i64 384
+  store <32 x float> %2548, ptr %2549, align 4, !tbaa !5
+  %2550 = getelementptr inbounds nuw i8, ptr %2538, i64 512
+  %2551 = getelementptr inbounds nuw i8, ptr %2539, i64 512
+  %2552 = load <32 x float>, ptr %2551, align 4, !tbaa !5
+  store <32 x float> %2552, ptr %2550, align 4, !tbaa !5
+  %2553 = getelementptr inbounds nuw i8, ptr %2539, i64 640
+  %2554 = load <32 x float>, ptr %2553, align 4, !tbaa !5
+  %2555 = getelementptr inbounds nuw i8, ptr %2538, i64 640
+  store <32 x float> %2554, ptr %2555, align 4, !tbaa !5
+  %2556 = getelementptr inbounds nuw i8, ptr %2539, i64 768
+  %2557 = load <32 x float>, ptr %2556, align 4, !tbaa !5
+  %2558 = getelementptr inbounds nuw i8, ptr %2538, i64 768
+  store <32 x float> %2557, ptr %2558, align 4, !tbaa !5
+  %2559 = getelementptr inbounds nuw i8, ptr %2539, i64 896
+  %2560 = load <32 x float>, ptr %2559, align 4, !tbaa !5
+  %2561 = getelementptr inbounds nuw i8, ptr %2538, i64 896
+  store <32 x float> %2560, ptr %2561, align 4, !tbaa !5
+  %2562 = getelementptr inbounds nuw i8, ptr %2538, i64 1024
+  %2563 = getelementptr inbounds nuw i8, ptr %2539, i64 1024
+  %2564 = load <32 x float>, ptr %2563, align 4, !tbaa !5
+  store <32 x float> %2564, ptr %2562, align 4, !tbaa !5
+  %2565 = getelementptr inbounds nuw i8, ptr %2539, i64 1152
+  %2566 = load <32 x float>, ptr %2565, align 4, !tbaa !5
+  %2567 = getelementptr inbounds nuw i8, ptr %2538, i64 1152
+  store <32 x float> %2566, ptr %2567, align 4, !tbaa !5
+  %2568 = getelementptr inbounds nuw i8, ptr %2539, i64 1280
+  %2569 = load <32 x float>, ptr %2568, align 4, !tbaa !5
+  %2570 = getelementptr inbounds nuw i8, ptr %2538, i64 1280
+  store <32 x float> %2569, ptr %2570, align 4, !tbaa !5
+  %2571 = getelementptr inbounds nuw i8, ptr %2539, i64 1408
+  %2572 = load <32 x float>, ptr %2571, align 4, !tbaa !5
+  %2573 = getelementptr inbounds nuw i8, ptr %2538, i64 1408
+  store <32 x float> %2572, ptr %2573, align 4, !tbaa !5
+  %2574 = getelementptr inbounds nuw i8, ptr %2538, i64 1536
+  %2575 = getelementptr inbounds nuw i8, ptr %2539, i64 1536
+  %2576 = load <32 x float>, ptr %2575, align 4, !tbaa !5
+  store <32 x float> %2576, ptr %2574, align 4, !tbaa !5
+  %2577 = getelementptr inbounds nuw i8, ptr %2539, i64 1664
+  %2578 = load <32 x float>, ptr %2577, align 4, !tbaa !5
+  %2579 = getelementptr inbounds nuw i8, ptr %2538, i64 1664
+  store <32 x float> %2578, ptr %2579, align 4, !tbaa !5
+  %2580 = getelementptr inbounds nuw i8, ptr %2539, i64 1792
+  %2581 = load <32 x float>, ptr %2580, align 4, !tbaa !5
+  %2582 = getelementptr inbounds nuw i8, ptr %2538, i64 1792
+  store <32 x float> %2581, ptr %2582, align 4, !tbaa !5
+  %2583 = getelementptr inbounds nuw i8, ptr %2539, i64 1920
+  %2584 = load <32 x float>, ptr %2583, align 4, !tbaa !5
+  %2585 = getelementptr inbounds nuw i8, ptr %2538, i64 1920
+  store <32 x float> %2584, ptr %2585, align 4, !tbaa !5
+  %indvars.iv.next864.i = add nuw nsw i64 %indvars.iv863.i, 1
+  %exitcond867.not.i = icmp eq i64 %indvars.iv.next864.i, 8
+  br i1 %exitcond867.not.i, label %if_end202.i, label %for_body_tile223.i, !prof !17
 
-if_end226.i:                                      ; preds = %if_end178.i
-  %3034 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %3035 = tail call i32 %3034(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not249.i = icmp eq i32 %3035, 0
-  br i1 %.not249.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !18
+if_end245.i:                                      ; preds = %if_end202.i
+  %2586 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2587 = tail call i32 %2586(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not273.i = icmp eq i32 %2587, 0
+  br i1 %.not273.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !18
 
-fused_decode_compute_.exit:                       ; preds = %if_end226.i, %if_end178.i, %if_end172.i, %if_end166.i, %if_end163.i, %if_end160.i, %if_end157.i, %for_end_r146.i, %for_end_ax178.3.i, %for_body_r34.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end25.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ 0, %if_end45 ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ -1, %for_body_r34.preheader.i ], [ -1, %if_end166.i ], [ -1, %if_end163.i ], [ -1, %if_end160.i ], [ -1, %if_end157.i ], [ -1, %for_end_r146.i ], [ -1, %for_end_ax178.3.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end25.i ], [ -1, %if_end22.i ], [ -1, %if_end172.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end178.i ], [ 0, %for_begin_s.i ], [ -1, %if_end226.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta233.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha234.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum246.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max247.i)
+fused_decode_compute_.exit:                       ; preds = %if_end245.i, %if_end202.i, %if_end196.i, %if_end190.i, %if_end187.i, %for_end_d_0_m.i, %for_body_r.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end32.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ 0, %if_end45 ], [ -1, %for_body_r.preheader.i ], [ -1, %if_end190.i ], [ -1, %if_end187.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end32.i ], [ -1, %if_end196.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end15.i ], [ -1, %if_end202.i ], [ -1, %if_end245.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum270.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max271.i)
   ret i32 %common.ret.op.i
 }
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor37.i = alloca [32 x float], align 16
-  %beta38.i = alloca [32 x float], align 16
-  %alpha39.i = alloca [32 x float], align 16
-  %row_sum42.i = alloca [32 x float], align 16
-  %row_max43.i = alloca [32 x float], align 16
+  %factor46.i = alloca [32 x float], align 16
+  %beta49.i = alloca [32 x float], align 16
+  %alpha50.i = alloca [32 x float], align 16
+  %row_sum51.i = alloca [32 x float], align 16
+  %row_max52.i = alloca [32 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -5303,11 +4693,11 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha39.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum42.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max43.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor46.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta49.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha50.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum51.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max52.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -5329,21 +4719,21 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   %wide.trip.count.i = and i64 %24, 2147483647
   br label %for_body_step.i
 
-for_body_step.i:                                  ; preds = %for_end_r.i, %for_body_step.lr.ph.i
-  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r.i ]
-  %43 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r.i ]
-  %total4448.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %103, %for_end_r.i ]
-  %44 = icmp eq i64 %indvars.iv69.i, 0
+for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
+  %indvars.iv94.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next95.i, %for_end_r_0.i ]
+  %43 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
+  %total5366.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %151, %for_end_r_0.i ]
+  %44 = icmp eq i64 %indvars.iv94.i, 0
   %45 = insertelement <32 x i1> poison, i1 %44, i64 0
   %46 = shufflevector <32 x i1> %45, <32 x i1> poison, <32 x i32> zeroinitializer
   %old_max.i = select <32 x i1> %46, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %43
-  %old_sum.i = select <32 x i1> %46, <32 x float> zeroinitializer, <32 x float> %total4448.i
-  %47 = add nsw i64 %indvars.iv69.i, %cse_v2.i
-  %cse_v9.i = shl nsw i64 %47, 5
-  %48 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v9.i
+  %old_sum.i = select <32 x i1> %46, <32 x float> zeroinitializer, <32 x float> %total5366.i
+  %47 = add nsw i64 %indvars.iv94.i, %cse_v2.i
+  %cse_v13.i = shl nsw i64 %47, 5
+  %48 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v13.i
   %49 = load <32 x float>, ptr %48, align 4, !tbaa !5
   %50 = fcmp ogt <32 x float> %old_max.i, %49
-  %51 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v9.i
+  %51 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v13.i
   %52 = load <32 x float>, ptr %51, align 4, !tbaa !5
   %53 = fcmp oeq <32 x float> %52, zeroinitializer
   %54 = select <32 x i1> %53, <32 x i1> splat (i1 true), <32 x i1> %50
@@ -5351,8 +4741,8 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %55 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
   %m.i = select <32 x i1> %55, <32 x float> %49, <32 x float> %old_or_both.i
   %arg.i = fsub <32 x float> %old_max.i, %m.i
-  %cse_v10.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %56 = bitcast <32 x float> %cse_v10.i to <32 x i32>
+  %cse_v14.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %56 = bitcast <32 x float> %cse_v14.i to <32 x i32>
   %57 = add nsw <32 x i32> %56, splat (i32 -1262485504)
   %58 = sitofp <32 x i32> %57 to <32 x float>
   %59 = fmul <32 x float> %58, splat (float 0x3F2BD01060000000)
@@ -5375,10 +4765,10 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %76 = select <32 x i1> %75, <32 x float> zeroinitializer, <32 x float> %74
   %77 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %78 = select <32 x i1> %77, <32 x float> %76, <32 x float> zeroinitializer
-  store <32 x float> %78, ptr %alpha39.i, align 16, !tbaa !81
+  store <32 x float> %78, ptr %alpha50.i, align 16, !tbaa !62
   %arg2.i = fsub <32 x float> %49, %m.i
-  %cse_v6.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %79 = bitcast <32 x float> %cse_v6.i to <32 x i32>
+  %cse_v7.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %79 = bitcast <32 x float> %cse_v7.i to <32 x i32>
   %80 = add nsw <32 x i32> %79, splat (i32 -1262485504)
   %81 = sitofp <32 x i32> %80 to <32 x float>
   %82 = fmul <32 x float> %81, splat (float 0x3F2BD01060000000)
@@ -5401,368 +4791,428 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %99 = select <32 x i1> %98, <32 x float> zeroinitializer, <32 x float> %97
   %100 = fcmp one <32 x float> %52, zeroinitializer
   %101 = select <32 x i1> %100, <32 x float> %99, <32 x float> zeroinitializer
-  store <32 x float> %101, ptr %beta38.i, align 16, !tbaa !87
-  %102 = fmul <32 x float> %old_sum.i, %78
-  %103 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %101, <32 x float> %52, <32 x float> %102)
+  store <32 x float> %101, ptr %beta49.i, align 16, !tbaa !68
   %.idx.i = shl nsw i64 %47, 14
-  %104 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %44, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+  %102 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br label %for_begin_d_0.preheader.i
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %105 = shl nuw nsw i64 %indvars.iv65.i, 7
-  %106 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv65.i
-  %107 = load float, ptr %106, align 4, !tbaa !93
-  %108 = insertelement <16 x float> poison, float %107, i64 0
-  %109 = shufflevector <16 x float> %108, <16 x float> poison, <16 x i32> zeroinitializer
-  %110 = getelementptr float, ptr %104, i64 %105
-  %111 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv65.i
-  %112 = load float, ptr %111, align 4, !tbaa !94
-  %113 = getelementptr inbounds nuw float, ptr %acc.i, i64 %105
-  store <16 x float> zeroinitializer, ptr %113, align 4, !tbaa !5
-  %114 = load <16 x float>, ptr %110, align 4, !tbaa !5
-  %.scalar = fmul float %112, 0.000000e+00
-  %115 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %116 = shufflevector <16 x float> %115, <16 x float> poison, <16 x i32> zeroinitializer
-  %117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %114, <16 x float> %116)
-  store <16 x float> %117, ptr %113, align 4, !tbaa !5
-  %118 = getelementptr inbounds nuw i8, ptr %113, i64 64
-  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
-  %119 = getelementptr i8, ptr %110, i64 64
-  %120 = load <16 x float>, ptr %119, align 4, !tbaa !5
-  %121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %120, <16 x float> %116)
-  store <16 x float> %121, ptr %118, align 4, !tbaa !5
-  %122 = getelementptr inbounds nuw i8, ptr %113, i64 128
-  store <16 x float> zeroinitializer, ptr %122, align 4, !tbaa !5
-  %123 = getelementptr i8, ptr %110, i64 128
-  %124 = load <16 x float>, ptr %123, align 4, !tbaa !5
-  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %124, <16 x float> %116)
-  store <16 x float> %125, ptr %122, align 4, !tbaa !5
-  %126 = getelementptr inbounds nuw i8, ptr %113, i64 192
-  store <16 x float> zeroinitializer, ptr %126, align 4, !tbaa !5
-  %127 = getelementptr i8, ptr %110, i64 192
-  %128 = load <16 x float>, ptr %127, align 4, !tbaa !5
-  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %128, <16 x float> %116)
-  store <16 x float> %129, ptr %126, align 4, !tbaa !5
-  %130 = getelementptr inbounds nuw i8, ptr %113, i64 256
-  store <16 x float> zeroinitializer, ptr %130, align 4, !tbaa !5
-  %131 = getelementptr i8, ptr %110, i64 256
-  %132 = load <16 x float>, ptr %131, align 4, !tbaa !5
-  %133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %132, <16 x float> %116)
-  store <16 x float> %133, ptr %130, align 4, !tbaa !5
-  %134 = getelementptr inbounds nuw i8, ptr %113, i64 320
-  store <16 x float> zeroinitializer, ptr %134, align 4, !tbaa !5
-  %135 = getelementptr i8, ptr %110, i64 320
-  %136 = load <16 x float>, ptr %135, align 4, !tbaa !5
-  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %136, <16 x float> %116)
-  store <16 x float> %137, ptr %134, align 4, !tbaa !5
-  %138 = getelementptr inbounds nuw i8, ptr %113, i64 384
-  store <16 x float> zeroinitializer, ptr %138, align 4, !tbaa !5
-  %139 = getelementptr i8, ptr %110, i64 384
-  %140 = load <16 x float>, ptr %139, align 4, !tbaa !5
-  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %140, <16 x float> %116)
-  store <16 x float> %141, ptr %138, align 4, !tbaa !5
-  %142 = getelementptr inbounds nuw i8, ptr %113, i64 448
-  store <16 x float> zeroinitializer, ptr %142, align 4, !tbaa !5
-  %143 = getelementptr i8, ptr %110, i64 448
-  %144 = load <16 x float>, ptr %143, align 4, !tbaa !5
-  %145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %144, <16 x float> %116)
-  store <16 x float> %145, ptr %142, align 4, !tbaa !5
-  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
-  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 32
-  br i1 %exitcond68.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !17
-
-for_end_step.i:                                   ; preds = %for_end_r.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %103, %for_end_r.i ]
-  %m47.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
-  store <32 x float> %m47.lcssa.i, ptr %row_max43.i, align 16
-  store <32 x float> %.lcssa.i, ptr %row_sum42.i, align 16
-  %146 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %147 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %148 = select <32 x i1> %147, <32 x float> zeroinitializer, <32 x float> %146
-  store <32 x float> %148, ptr %factor37.i, align 16, !tbaa !95
+for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %151, %for_end_r_0.i ]
+  %m65.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+  store <32 x float> %m65.lcssa.i, ptr %row_max52.i, align 16
+  store <32 x float> %.lcssa.i, ptr %row_sum51.i, align 16
+  %103 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %104 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %105 = select <32 x i1> %104, <32 x float> zeroinitializer, <32 x float> %103
+  store <32 x float> %105, ptr %factor46.i, align 16, !tbaa !74
   %sext28 = shl i64 %20, 32
-  %cse_v5.i = ashr exact i64 %sext28, 32
-  %149 = mul nsw i64 %out_batch, %cse_v5.i
-  %150 = getelementptr i16, ptr %out, i64 %149
-  br label %for_begin_d_022.preheader.i
+  %cse_v6.i = ashr exact i64 %sext28, 32
+  %106 = mul nsw i64 %out_batch, %cse_v6.i
+  %107 = getelementptr i16, ptr %out, i64 %106
+  br label %for_begin_d_031.preheader.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %151 = shl nuw nsw i64 %indvars.iv.i, 7
-  %152 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv.i
-  %153 = load float, ptr %152, align 4, !tbaa !93
-  %154 = insertelement <16 x float> poison, float %153, i64 0
-  %155 = shufflevector <16 x float> %154, <16 x float> poison, <16 x i32> zeroinitializer
-  %156 = getelementptr float, ptr %104, i64 %151
-  %157 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !94
-  %159 = insertelement <16 x float> poison, float %158, i64 0
-  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = load <16 x float>, ptr %156, align 4, !tbaa !5
-  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %151
+for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_body_step.i
+  %indvars.iv86.i = phi i64 [ 0, %for_body_step.i ], [ %indvars.iv.next87.i, %for_end_d_0.i ]
+  %108 = shl nuw nsw i64 %indvars.iv86.i, 9
+  %109 = shl nuw nsw i64 %indvars.iv86.i, 2
+  %110 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %109
+  %111 = load float, ptr %110, align 16, !tbaa !80
+  %112 = insertelement <16 x float> poison, float %111, i64 0
+  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
+  %114 = getelementptr float, ptr %102, i64 %108
+  %115 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %109
+  %116 = load float, ptr %115, align 16, !tbaa !81
+  %117 = insertelement <16 x float> poison, float %116, i64 0
+  %118 = shufflevector <16 x float> %117, <16 x float> poison, <16 x i32> zeroinitializer
+  %119 = or disjoint i64 %109, 1
+  %120 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %119
+  %121 = load float, ptr %120, align 4, !tbaa !80
+  %122 = insertelement <16 x float> poison, float %121, i64 0
+  %123 = shufflevector <16 x float> %122, <16 x float> poison, <16 x i32> zeroinitializer
+  %124 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %119
+  %125 = load float, ptr %124, align 4, !tbaa !81
+  %126 = insertelement <16 x float> poison, float %125, i64 0
+  %127 = shufflevector <16 x float> %126, <16 x float> poison, <16 x i32> zeroinitializer
+  %128 = or disjoint i64 %109, 2
+  %129 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %128
+  %130 = load float, ptr %129, align 8, !tbaa !80
+  %131 = insertelement <16 x float> poison, float %130, i64 0
+  %132 = shufflevector <16 x float> %131, <16 x float> poison, <16 x i32> zeroinitializer
+  %133 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %128
+  %134 = load float, ptr %133, align 8, !tbaa !81
+  %135 = insertelement <16 x float> poison, float %134, i64 0
+  %136 = shufflevector <16 x float> %135, <16 x float> poison, <16 x i32> zeroinitializer
+  %137 = or disjoint i64 %109, 3
+  %138 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %137
+  %139 = load float, ptr %138, align 4, !tbaa !80
+  %140 = insertelement <16 x float> poison, float %139, i64 0
+  %141 = shufflevector <16 x float> %140, <16 x float> poison, <16 x i32> zeroinitializer
+  %142 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %137
+  %143 = load float, ptr %142, align 4, !tbaa !81
+  %144 = insertelement <16 x float> poison, float %143, i64 0
+  %145 = shufflevector <16 x float> %144, <16 x float> poison, <16 x i32> zeroinitializer
+  %146 = trunc nuw nsw i64 %108 to i32
+  %147 = fmul <16 x float> %118, zeroinitializer
+  %148 = fmul <16 x float> %127, zeroinitializer
+  %149 = fmul <16 x float> %136, zeroinitializer
+  br label %for_body_d_0.i
+
+for_end_r_0.i:                                    ; preds = %for_end_d_0.i
+  %150 = fmul <32 x float> %old_sum.i, %78
+  %151 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %101, <32 x float> %52, <32 x float> %150)
+  %indvars.iv.next95.i = add nuw nsw i64 %indvars.iv94.i, 1
+  %exitcond97.not.i = icmp eq i64 %indvars.iv.next95.i, %wide.trip.count.i
+  br i1 %exitcond97.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+
+for_body_d_0.i:                                   ; preds = %if_end30.i, %for_begin_d_0.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next.i, %if_end30.i ]
+  %indvars85.i = trunc i64 %indvars.iv.i to i32
+  %152 = shl nuw nsw i64 %indvars.iv.i, 5
+  %153 = shl nuw nsw i32 %indvars85.i, 5
+  %154 = or disjoint i64 %152, %108
+  %cse_v8.i = add nuw nsw i32 %153, %146
+  %155 = getelementptr inbounds nuw float, ptr %acc.i, i64 %154
+  %156 = getelementptr float, ptr %114, i64 %152
+  br i1 %44, label %if_then19.i, label %if_end18.i, !prof !8
+
+for_end_d_0.i:                                    ; preds = %if_end30.i
+  %indvars.iv.next87.i = add nuw nsw i64 %indvars.iv86.i, 1
+  %exitcond93.not.i = icmp eq i64 %indvars.iv.next87.i, 8
+  br i1 %exitcond93.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !17
+
+if_end18.i:                                       ; preds = %for_body_d_0.i
+  %.pre.i = load <16 x float>, ptr %155, align 4, !tbaa !5
+  %157 = load <16 x float>, ptr %156, align 4, !tbaa !5
+  %158 = fmul <16 x float> %118, %.pre.i
+  %159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %157, <16 x float> %158)
+  store <16 x float> %159, ptr %155, align 4, !tbaa !5
+  %160 = getelementptr i8, ptr %156, i64 64
+  %161 = load <16 x float>, ptr %160, align 4, !tbaa !5
+  %162 = getelementptr inbounds nuw i8, ptr %155, i64 64
   %163 = load <16 x float>, ptr %162, align 4, !tbaa !5
-  %164 = fmul <16 x float> %163, %160
-  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %161, <16 x float> %164)
+  %164 = fmul <16 x float> %118, %163
+  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %161, <16 x float> %164)
   store <16 x float> %165, ptr %162, align 4, !tbaa !5
-  %166 = getelementptr i8, ptr %156, i64 64
-  %167 = load <16 x float>, ptr %166, align 4, !tbaa !5
-  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
-  %170 = fmul <16 x float> %160, %169
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %167, <16 x float> %170)
-  store <16 x float> %171, ptr %168, align 4, !tbaa !5
-  %172 = getelementptr i8, ptr %156, i64 128
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
-  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
+  %166 = trunc i64 %154 to i32
+  br label %if_end20.i
+
+if_then19.i:                                      ; preds = %for_body_d_0.i
+  store <16 x float> zeroinitializer, ptr %155, align 4, !tbaa !5
+  %167 = load <16 x float>, ptr %156, align 4, !tbaa !5
+  %168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %167, <16 x float> %147)
+  store <16 x float> %168, ptr %155, align 4, !tbaa !5
+  %169 = getelementptr inbounds nuw i8, ptr %155, i64 64
+  store <16 x float> zeroinitializer, ptr %169, align 4, !tbaa !5
+  %170 = getelementptr i8, ptr %156, i64 64
+  %171 = load <16 x float>, ptr %170, align 4, !tbaa !5
+  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %171, <16 x float> %147)
+  store <16 x float> %172, ptr %169, align 4, !tbaa !5
+  %173 = getelementptr inbounds nuw i8, ptr %155, i64 512
+  store <16 x float> zeroinitializer, ptr %173, align 4, !tbaa !5
+  br label %if_end20.i
+
+if_end20.i:                                       ; preds = %if_then19.i, %if_end18.i
+  %cse_v1656.in.i = phi i32 [ %cse_v8.i, %if_then19.i ], [ %166, %if_end18.i ]
+  %cse_v1656.i = or i32 %cse_v1656.in.i, 128
+  %174 = getelementptr i8, ptr %156, i64 512
   %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
-  %176 = fmul <16 x float> %160, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %173, <16 x float> %176)
-  store <16 x float> %177, ptr %174, align 4, !tbaa !5
-  %178 = getelementptr i8, ptr %156, i64 192
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
-  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
-  %182 = fmul <16 x float> %160, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %179, <16 x float> %182)
-  store <16 x float> %183, ptr %180, align 4, !tbaa !5
-  %184 = getelementptr i8, ptr %156, i64 256
+  %176 = zext nneg i32 %cse_v1656.i to i64
+  %177 = getelementptr inbounds nuw float, ptr %acc.i, i64 %176
+  %178 = load <16 x float>, ptr %177, align 4, !tbaa !5
+  %179 = fmul <16 x float> %127, %178
+  %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %175, <16 x float> %179)
+  store <16 x float> %180, ptr %177, align 4, !tbaa !5
+  %181 = or disjoint i64 %154, 144
+  br i1 %44, label %if_then23.i, label %if_end22.i, !prof !8
+
+if_end22.i:                                       ; preds = %if_end20.i
+  %182 = getelementptr i8, ptr %156, i64 576
+  %183 = load <16 x float>, ptr %182, align 4, !tbaa !5
+  %184 = getelementptr inbounds nuw float, ptr %acc.i, i64 %181
   %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
-  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
-  %188 = fmul <16 x float> %160, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %185, <16 x float> %188)
-  store <16 x float> %189, ptr %186, align 4, !tbaa !5
-  %190 = getelementptr i8, ptr %156, i64 320
+  %186 = fmul <16 x float> %127, %185
+  %187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %183, <16 x float> %186)
+  store <16 x float> %187, ptr %184, align 4, !tbaa !5
+  %188 = trunc i64 %154 to i32
+  br label %if_end24.i
+
+if_then23.i:                                      ; preds = %if_end20.i
+  %189 = getelementptr inbounds nuw float, ptr %acc.i, i64 %181
+  store <16 x float> zeroinitializer, ptr %189, align 4, !tbaa !5
+  %190 = getelementptr i8, ptr %156, i64 576
   %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
-  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
-  %194 = fmul <16 x float> %160, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %191, <16 x float> %194)
-  store <16 x float> %195, ptr %192, align 4, !tbaa !5
-  %196 = getelementptr i8, ptr %156, i64 384
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
-  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
-  %200 = fmul <16 x float> %160, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %197, <16 x float> %200)
-  store <16 x float> %201, ptr %198, align 4, !tbaa !5
-  %202 = getelementptr i8, ptr %156, i64 448
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
-  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
+  %192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %191, <16 x float> %148)
+  store <16 x float> %192, ptr %189, align 4, !tbaa !5
+  %193 = getelementptr inbounds nuw i8, ptr %155, i64 1024
+  store <16 x float> zeroinitializer, ptr %193, align 4, !tbaa !5
+  br label %if_end24.i
+
+if_end24.i:                                       ; preds = %if_then23.i, %if_end22.i
+  %cse_v1859.in.i = phi i32 [ %cse_v8.i, %if_then23.i ], [ %188, %if_end22.i ]
+  %cse_v1859.i = or i32 %cse_v1859.in.i, 256
+  %194 = getelementptr i8, ptr %156, i64 1024
+  %195 = load <16 x float>, ptr %194, align 4, !tbaa !5
+  %196 = zext nneg i32 %cse_v1859.i to i64
+  %197 = getelementptr inbounds nuw float, ptr %acc.i, i64 %196
+  %198 = load <16 x float>, ptr %197, align 4, !tbaa !5
+  %199 = fmul <16 x float> %136, %198
+  %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %195, <16 x float> %199)
+  store <16 x float> %200, ptr %197, align 4, !tbaa !5
+  %201 = or disjoint i64 %154, 272
+  %202 = getelementptr i8, ptr %156, i64 1536
+  %203 = getelementptr inbounds nuw i8, ptr %155, i64 1600
+  br i1 %44, label %if_then29.i, label %if_end28.if_end30_crit_edge.i, !prof !8
+
+if_end28.if_end30_crit_edge.i:                    ; preds = %if_end24.i
+  %204 = getelementptr i8, ptr %156, i64 1088
   %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
-  %206 = fmul <16 x float> %160, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %203, <16 x float> %206)
-  store <16 x float> %207, ptr %204, align 4, !tbaa !5
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
+  %206 = getelementptr inbounds nuw float, ptr %acc.i, i64 %201
+  %207 = load <16 x float>, ptr %206, align 4, !tbaa !5
+  %208 = fmul <16 x float> %136, %207
+  %209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %205, <16 x float> %208)
+  store <16 x float> %209, ptr %206, align 4, !tbaa !5
+  %210 = load <16 x float>, ptr %202, align 4, !tbaa !5
+  %cse_v2062.i = and i64 %154, 4294966880
+  %211 = getelementptr inbounds nuw float, ptr %acc.i, i64 %cse_v2062.i
+  %212 = getelementptr inbounds nuw i8, ptr %211, i64 1536
+  %213 = load <16 x float>, ptr %212, align 4, !tbaa !5
+  %214 = fmul <16 x float> %145, %213
+  %215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %210, <16 x float> %214)
+  store <16 x float> %215, ptr %212, align 4, !tbaa !5
+  %.pre112.i = load <16 x float>, ptr %203, align 4, !tbaa !5
+  br label %if_end30.i
 
-for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
-  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
-  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
-
-for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.preheader.i, %for_end_step.i
-  %indvars.iv78.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next79.i, %for_begin_d_022.preheader.i ]
-  %208 = getelementptr inbounds nuw float, ptr %factor37.i, i64 %indvars.iv78.i
-  %209 = load float, ptr %208, align 4, !tbaa !101
-  %210 = insertelement <16 x float> poison, float %209, i64 0
-  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
-  %212 = mul nsw i64 %indvars.iv78.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %150, i64 %212
-  %.idx = shl nuw nsw i64 %indvars.iv78.i, 9
-  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %214 = load <16 x float>, ptr %213, align 4, !tbaa !5
-  %215 = fmul <16 x float> %214, %211
-  %216 = bitcast <16 x float> %215 to <16 x i32>
-  %217 = lshr <16 x i32> %216, splat (i32 16)
-  %218 = and <16 x i32> %217, splat (i32 1)
-  %219 = add nuw <16 x i32> %216, splat (i32 32767)
-  %220 = add nuw <16 x i32> %219, %218
-  %221 = lshr <16 x i32> %220, splat (i32 16)
-  %222 = trunc nuw <16 x i32> %221 to <16 x i16>
-  store <16 x i16> %222, ptr %invariant.gep.i, align 2, !tbaa !5
-  %223 = getelementptr inbounds nuw i8, ptr %213, i64 64
+if_then29.i:                                      ; preds = %if_end24.i
+  %216 = getelementptr inbounds nuw float, ptr %acc.i, i64 %201
+  store <16 x float> zeroinitializer, ptr %216, align 4, !tbaa !5
+  %217 = getelementptr i8, ptr %156, i64 1088
+  %218 = load <16 x float>, ptr %217, align 4, !tbaa !5
+  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %218, <16 x float> %149)
+  store <16 x float> %219, ptr %216, align 4, !tbaa !5
+  %220 = getelementptr inbounds nuw i8, ptr %155, i64 1536
+  store <16 x float> zeroinitializer, ptr %220, align 4, !tbaa !5
+  %cse_v2062.i30 = or i32 %cse_v8.i, 384
+  %221 = load <16 x float>, ptr %202, align 4, !tbaa !5
+  %222 = zext nneg i32 %cse_v2062.i30 to i64
+  %223 = getelementptr inbounds nuw float, ptr %acc.i, i64 %222
   %224 = load <16 x float>, ptr %223, align 4, !tbaa !5
-  %225 = fmul <16 x float> %211, %224
-  %226 = bitcast <16 x float> %225 to <16 x i32>
-  %227 = lshr <16 x i32> %226, splat (i32 16)
-  %228 = and <16 x i32> %227, splat (i32 1)
-  %229 = add nuw <16 x i32> %226, splat (i32 32767)
-  %230 = add nuw <16 x i32> %229, %228
-  %231 = lshr <16 x i32> %230, splat (i32 16)
-  %232 = trunc nuw <16 x i32> %231 to <16 x i16>
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %232, ptr %gep.1.i, align 2, !tbaa !5
-  %233 = getelementptr inbounds nuw i8, ptr %213, i64 128
-  %234 = load <16 x float>, ptr %233, align 4, !tbaa !5
-  %235 = fmul <16 x float> %211, %234
-  %236 = bitcast <16 x float> %235 to <16 x i32>
-  %237 = lshr <16 x i32> %236, splat (i32 16)
-  %238 = and <16 x i32> %237, splat (i32 1)
-  %239 = add nuw <16 x i32> %236, splat (i32 32767)
-  %240 = add nuw <16 x i32> %239, %238
+  %225 = fmul <16 x float> %145, %224
+  %226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %221, <16 x float> %225)
+  store <16 x float> %226, ptr %223, align 4, !tbaa !5
+  store <16 x float> zeroinitializer, ptr %203, align 4, !tbaa !5
+  br label %if_end30.i
+
+if_end30.i:                                       ; preds = %if_then29.i, %if_end28.if_end30_crit_edge.i
+  %227 = phi <16 x float> [ %.pre112.i, %if_end28.if_end30_crit_edge.i ], [ zeroinitializer, %if_then29.i ]
+  %228 = getelementptr i8, ptr %156, i64 1600
+  %229 = load <16 x float>, ptr %228, align 4, !tbaa !5
+  %230 = fmul <16 x float> %145, %227
+  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %229, <16 x float> %230)
+  store <16 x float> %231, ptr %203, align 4, !tbaa !5
+  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
+  br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !prof !17
+
+for_begin_d_031.preheader.i:                      ; preds = %for_begin_d_031.preheader.i, %for_end_step.i
+  %indvars.iv103.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next104.i, %for_begin_d_031.preheader.i ]
+  %232 = getelementptr inbounds nuw float, ptr %factor46.i, i64 %indvars.iv103.i
+  %233 = load float, ptr %232, align 4, !tbaa !82
+  %234 = insertelement <16 x float> poison, float %233, i64 0
+  %235 = shufflevector <16 x float> %234, <16 x float> poison, <16 x i32> zeroinitializer
+  %236 = mul nsw i64 %indvars.iv103.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %107, i64 %236
+  %.idx = shl nuw nsw i64 %indvars.iv103.i, 9
+  %237 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %238 = load <16 x float>, ptr %237, align 4, !tbaa !5
+  %239 = fmul <16 x float> %238, %235
+  %240 = bitcast <16 x float> %239 to <16 x i32>
   %241 = lshr <16 x i32> %240, splat (i32 16)
-  %242 = trunc nuw <16 x i32> %241 to <16 x i16>
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %242, ptr %gep.2.i, align 2, !tbaa !5
-  %243 = getelementptr inbounds nuw i8, ptr %213, i64 192
-  %244 = load <16 x float>, ptr %243, align 4, !tbaa !5
-  %245 = fmul <16 x float> %211, %244
-  %246 = bitcast <16 x float> %245 to <16 x i32>
-  %247 = lshr <16 x i32> %246, splat (i32 16)
-  %248 = and <16 x i32> %247, splat (i32 1)
-  %249 = add nuw <16 x i32> %246, splat (i32 32767)
-  %250 = add nuw <16 x i32> %249, %248
+  %242 = and <16 x i32> %241, splat (i32 1)
+  %243 = add nuw <16 x i32> %240, splat (i32 32767)
+  %244 = add nuw <16 x i32> %243, %242
+  %245 = lshr <16 x i32> %244, splat (i32 16)
+  %246 = trunc nuw <16 x i32> %245 to <16 x i16>
+  store <16 x i16> %246, ptr %invariant.gep.i, align 2, !tbaa !5
+  %247 = getelementptr inbounds nuw i8, ptr %237, i64 64
+  %248 = load <16 x float>, ptr %247, align 4, !tbaa !5
+  %249 = fmul <16 x float> %235, %248
+  %250 = bitcast <16 x float> %249 to <16 x i32>
   %251 = lshr <16 x i32> %250, splat (i32 16)
-  %252 = trunc nuw <16 x i32> %251 to <16 x i16>
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %252, ptr %gep.3.i, align 2, !tbaa !5
-  %253 = getelementptr inbounds nuw i8, ptr %213, i64 256
-  %254 = load <16 x float>, ptr %253, align 4, !tbaa !5
-  %255 = fmul <16 x float> %211, %254
-  %256 = bitcast <16 x float> %255 to <16 x i32>
-  %257 = lshr <16 x i32> %256, splat (i32 16)
-  %258 = and <16 x i32> %257, splat (i32 1)
-  %259 = add nuw <16 x i32> %256, splat (i32 32767)
-  %260 = add nuw <16 x i32> %259, %258
+  %252 = and <16 x i32> %251, splat (i32 1)
+  %253 = add nuw <16 x i32> %250, splat (i32 32767)
+  %254 = add nuw <16 x i32> %253, %252
+  %255 = lshr <16 x i32> %254, splat (i32 16)
+  %256 = trunc nuw <16 x i32> %255 to <16 x i16>
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
+  store <16 x i16> %256, ptr %gep.1.i, align 2, !tbaa !5
+  %257 = getelementptr inbounds nuw i8, ptr %237, i64 128
+  %258 = load <16 x float>, ptr %257, align 4, !tbaa !5
+  %259 = fmul <16 x float> %235, %258
+  %260 = bitcast <16 x float> %259 to <16 x i32>
   %261 = lshr <16 x i32> %260, splat (i32 16)
-  %262 = trunc nuw <16 x i32> %261 to <16 x i16>
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %262, ptr %gep.4.i, align 2, !tbaa !5
-  %263 = getelementptr inbounds nuw i8, ptr %213, i64 320
-  %264 = load <16 x float>, ptr %263, align 4, !tbaa !5
-  %265 = fmul <16 x float> %211, %264
-  %266 = bitcast <16 x float> %265 to <16 x i32>
-  %267 = lshr <16 x i32> %266, splat (i32 16)
-  %268 = and <16 x i32> %267, splat (i32 1)
-  %269 = add nuw <16 x i32> %266, splat (i32 32767)
-  %270 = add nuw <16 x i32> %269, %268
+  %262 = and <16 x i32> %261, splat (i32 1)
+  %263 = add nuw <16 x i32> %260, splat (i32 32767)
+  %264 = add nuw <16 x i32> %263, %262
+  %265 = lshr <16 x i32> %264, splat (i32 16)
+  %266 = trunc nuw <16 x i32> %265 to <16 x i16>
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  store <16 x i16> %266, ptr %gep.2.i, align 2, !tbaa !5
+  %267 = getelementptr inbounds nuw i8, ptr %237, i64 192
+  %268 = load <16 x float>, ptr %267, align 4, !tbaa !5
+  %269 = fmul <16 x float> %235, %268
+  %270 = bitcast <16 x float> %269 to <16 x i32>
   %271 = lshr <16 x i32> %270, splat (i32 16)
-  %272 = trunc nuw <16 x i32> %271 to <16 x i16>
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %272, ptr %gep.5.i, align 2, !tbaa !5
-  %273 = getelementptr inbounds nuw i8, ptr %213, i64 384
-  %274 = load <16 x float>, ptr %273, align 4, !tbaa !5
-  %275 = fmul <16 x float> %211, %274
-  %276 = bitcast <16 x float> %275 to <16 x i32>
-  %277 = lshr <16 x i32> %276, splat (i32 16)
-  %278 = and <16 x i32> %277, splat (i32 1)
-  %279 = add nuw <16 x i32> %276, splat (i32 32767)
-  %280 = add nuw <16 x i32> %279, %278
+  %272 = and <16 x i32> %271, splat (i32 1)
+  %273 = add nuw <16 x i32> %270, splat (i32 32767)
+  %274 = add nuw <16 x i32> %273, %272
+  %275 = lshr <16 x i32> %274, splat (i32 16)
+  %276 = trunc nuw <16 x i32> %275 to <16 x i16>
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
+  store <16 x i16> %276, ptr %gep.3.i, align 2, !tbaa !5
+  %277 = getelementptr inbounds nuw i8, ptr %237, i64 256
+  %278 = load <16 x float>, ptr %277, align 4, !tbaa !5
+  %279 = fmul <16 x float> %235, %278
+  %280 = bitcast <16 x float> %279 to <16 x i32>
   %281 = lshr <16 x i32> %280, splat (i32 16)
-  %282 = trunc nuw <16 x i32> %281 to <16 x i16>
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %282, ptr %gep.6.i, align 2, !tbaa !5
-  %283 = getelementptr inbounds nuw i8, ptr %213, i64 448
-  %284 = load <16 x float>, ptr %283, align 4, !tbaa !5
-  %285 = fmul <16 x float> %211, %284
-  %286 = bitcast <16 x float> %285 to <16 x i32>
-  %287 = lshr <16 x i32> %286, splat (i32 16)
-  %288 = and <16 x i32> %287, splat (i32 1)
-  %289 = add nuw <16 x i32> %286, splat (i32 32767)
-  %290 = add nuw <16 x i32> %289, %288
+  %282 = and <16 x i32> %281, splat (i32 1)
+  %283 = add nuw <16 x i32> %280, splat (i32 32767)
+  %284 = add nuw <16 x i32> %283, %282
+  %285 = lshr <16 x i32> %284, splat (i32 16)
+  %286 = trunc nuw <16 x i32> %285 to <16 x i16>
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  store <16 x i16> %286, ptr %gep.4.i, align 2, !tbaa !5
+  %287 = getelementptr inbounds nuw i8, ptr %237, i64 320
+  %288 = load <16 x float>, ptr %287, align 4, !tbaa !5
+  %289 = fmul <16 x float> %235, %288
+  %290 = bitcast <16 x float> %289 to <16 x i32>
   %291 = lshr <16 x i32> %290, splat (i32 16)
-  %292 = trunc nuw <16 x i32> %291 to <16 x i16>
+  %292 = and <16 x i32> %291, splat (i32 1)
+  %293 = add nuw <16 x i32> %290, splat (i32 32767)
+  %294 = add nuw <16 x i32> %293, %292
+  %295 = lshr <16 x i32> %294, splat (i32 16)
+  %296 = trunc nuw <16 x i32> %295 to <16 x i16>
+  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
+  store <16 x i16> %296, ptr %gep.5.i, align 2, !tbaa !5
+  %297 = getelementptr inbounds nuw i8, ptr %237, i64 384
+  %298 = load <16 x float>, ptr %297, align 4, !tbaa !5
+  %299 = fmul <16 x float> %235, %298
+  %300 = bitcast <16 x float> %299 to <16 x i32>
+  %301 = lshr <16 x i32> %300, splat (i32 16)
+  %302 = and <16 x i32> %301, splat (i32 1)
+  %303 = add nuw <16 x i32> %300, splat (i32 32767)
+  %304 = add nuw <16 x i32> %303, %302
+  %305 = lshr <16 x i32> %304, splat (i32 16)
+  %306 = trunc nuw <16 x i32> %305 to <16 x i16>
+  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  store <16 x i16> %306, ptr %gep.6.i, align 2, !tbaa !5
+  %307 = getelementptr inbounds nuw i8, ptr %237, i64 448
+  %308 = load <16 x float>, ptr %307, align 4, !tbaa !5
+  %309 = fmul <16 x float> %235, %308
+  %310 = bitcast <16 x float> %309 to <16 x i32>
+  %311 = lshr <16 x i32> %310, splat (i32 16)
+  %312 = and <16 x i32> %311, splat (i32 1)
+  %313 = add nuw <16 x i32> %310, splat (i32 32767)
+  %314 = add nuw <16 x i32> %313, %312
+  %315 = lshr <16 x i32> %314, splat (i32 16)
+  %316 = trunc nuw <16 x i32> %315 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %292, ptr %gep.7.i, align 2, !tbaa !5
-  %indvars.iv.next79.i = add nuw nsw i64 %indvars.iv78.i, 1
-  %exitcond81.not.i = icmp eq i64 %indvars.iv.next79.i, 32
-  br i1 %exitcond81.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !17
+  store <16 x i16> %316, ptr %gep.7.i, align 2, !tbaa !5
+  %indvars.iv.next104.i = add nuw nsw i64 %indvars.iv103.i, 1
+  %exitcond106.not.i = icmp eq i64 %indvars.iv.next104.i, 32
+  br i1 %exitcond106.not.i, label %for_begin_r36.preheader.i, label %for_begin_d_031.preheader.i, !prof !17
 
-for_begin_r27.preheader.i:                        ; preds = %for_begin_d_022.preheader.i
-  %293 = mul nsw i64 %lse_batch, %cse_v5.i
-  %294 = getelementptr float, ptr %lse, i64 %293
-  br label %for_body_r28.i
+for_begin_r36.preheader.i:                        ; preds = %for_begin_d_031.preheader.i
+  %317 = mul nsw i64 %lse_batch, %cse_v6.i
+  %318 = getelementptr float, ptr %lse, i64 %317
+  br label %for_body_r37.i
 
-for_body_r28.i:                                   ; preds = %if_end33.i.3, %for_begin_r27.preheader.i
-  %indvars.iv82.i = phi i64 [ 0, %for_begin_r27.preheader.i ], [ %indvars.iv.next83.i.3, %if_end33.i.3 ]
-  %295 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv82.i
-  %296 = load float, ptr %295, align 16, !tbaa !102
-  %297 = fcmp oeq float %296, 0.000000e+00
-  br i1 %297, label %if_end33.i, label %if_else.i
+for_body_r37.i:                                   ; preds = %if_end42.i.3, %for_begin_r36.preheader.i
+  %indvars.iv107.i = phi i64 [ 0, %for_begin_r36.preheader.i ], [ %indvars.iv.next108.i.3, %if_end42.i.3 ]
+  %319 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv107.i
+  %320 = load float, ptr %319, align 16, !tbaa !83
+  %321 = fcmp oeq float %320, 0.000000e+00
+  br i1 %321, label %if_end42.i, label %if_else.i
 
-for_end_r29.i:                                    ; preds = %if_end33.i.3
-  %298 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %299 = tail call i32 %298(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %299, 0
+for_end_r38.i:                                    ; preds = %if_end42.i.3
+  %322 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %323 = tail call i32 %322(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %323, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-if_else.i:                                        ; preds = %for_body_r28.i
-  %300 = tail call float @llvm.log.f32(float %296)
-  %301 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv82.i
-  %302 = load float, ptr %301, align 16, !tbaa !104
-  %303 = fadd float %300, %302
-  br label %if_end33.i
+if_else.i:                                        ; preds = %for_body_r37.i
+  %324 = tail call float @llvm.log.f32(float %320)
+  %325 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv107.i
+  %326 = load float, ptr %325, align 16, !tbaa !85
+  %327 = fadd float %324, %326
+  br label %if_end42.i
 
-if_end33.i:                                       ; preds = %if_else.i, %for_body_r28.i
-  %304 = phi float [ %303, %if_else.i ], [ 0xFFF0000000000000, %for_body_r28.i ]
-  %305 = getelementptr float, ptr %294, i64 %indvars.iv82.i
-  store float %304, ptr %305, align 4, !tbaa !5
-  %indvars.iv.next83.i = or disjoint i64 %indvars.iv82.i, 1
-  %306 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i
-  %307 = load float, ptr %306, align 4, !tbaa !102
-  %308 = fcmp oeq float %307, 0.000000e+00
-  br i1 %308, label %if_end33.i.1, label %if_else.i.1
+if_end42.i:                                       ; preds = %if_else.i, %for_body_r37.i
+  %328 = phi float [ %327, %if_else.i ], [ 0xFFF0000000000000, %for_body_r37.i ]
+  %329 = getelementptr float, ptr %318, i64 %indvars.iv107.i
+  store float %328, ptr %329, align 4, !tbaa !5
+  %indvars.iv.next108.i = or disjoint i64 %indvars.iv107.i, 1
+  %330 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next108.i
+  %331 = load float, ptr %330, align 4, !tbaa !83
+  %332 = fcmp oeq float %331, 0.000000e+00
+  br i1 %332, label %if_end42.i.1, label %if_else.i.1
 
-if_else.i.1:                                      ; preds = %if_end33.i
-  %309 = tail call float @llvm.log.f32(float %307)
-  %310 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i
-  %311 = load float, ptr %310, align 4, !tbaa !104
-  %312 = fadd float %309, %311
-  br label %if_end33.i.1
+if_else.i.1:                                      ; preds = %if_end42.i
+  %333 = tail call float @llvm.log.f32(float %331)
+  %334 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next108.i
+  %335 = load float, ptr %334, align 4, !tbaa !85
+  %336 = fadd float %333, %335
+  br label %if_end42.i.1
 
-if_end33.i.1:                                     ; preds = %if_else.i.1, %if_end33.i
-  %313 = phi float [ %312, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end33.i ]
-  %314 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i
-  store float %313, ptr %314, align 4, !tbaa !5
-  %indvars.iv.next83.i.1 = or disjoint i64 %indvars.iv82.i, 2
-  %315 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.1
-  %316 = load float, ptr %315, align 8, !tbaa !102
-  %317 = fcmp oeq float %316, 0.000000e+00
-  br i1 %317, label %if_end33.i.2, label %if_else.i.2
+if_end42.i.1:                                     ; preds = %if_else.i.1, %if_end42.i
+  %337 = phi float [ %336, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end42.i ]
+  %338 = getelementptr float, ptr %318, i64 %indvars.iv.next108.i
+  store float %337, ptr %338, align 4, !tbaa !5
+  %indvars.iv.next108.i.1 = or disjoint i64 %indvars.iv107.i, 2
+  %339 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next108.i.1
+  %340 = load float, ptr %339, align 8, !tbaa !83
+  %341 = fcmp oeq float %340, 0.000000e+00
+  br i1 %341, label %if_end42.i.2, label %if_else.i.2
 
-if_else.i.2:                                      ; preds = %if_end33.i.1
-  %318 = tail call float @llvm.log.f32(float %316)
-  %319 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.1
-  %320 = load float, ptr %319, align 8, !tbaa !104
-  %321 = fadd float %318, %320
-  br label %if_end33.i.2
+if_else.i.2:                                      ; preds = %if_end42.i.1
+  %342 = tail call float @llvm.log.f32(float %340)
+  %343 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next108.i.1
+  %344 = load float, ptr %343, align 8, !tbaa !85
+  %345 = fadd float %342, %344
+  br label %if_end42.i.2
 
-if_end33.i.2:                                     ; preds = %if_else.i.2, %if_end33.i.1
-  %322 = phi float [ %321, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end33.i.1 ]
-  %323 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.1
-  store float %322, ptr %323, align 4, !tbaa !5
-  %indvars.iv.next83.i.2 = or disjoint i64 %indvars.iv82.i, 3
-  %324 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.2
-  %325 = load float, ptr %324, align 4, !tbaa !102
-  %326 = fcmp oeq float %325, 0.000000e+00
-  br i1 %326, label %if_end33.i.3, label %if_else.i.3
+if_end42.i.2:                                     ; preds = %if_else.i.2, %if_end42.i.1
+  %346 = phi float [ %345, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end42.i.1 ]
+  %347 = getelementptr float, ptr %318, i64 %indvars.iv.next108.i.1
+  store float %346, ptr %347, align 4, !tbaa !5
+  %indvars.iv.next108.i.2 = or disjoint i64 %indvars.iv107.i, 3
+  %348 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next108.i.2
+  %349 = load float, ptr %348, align 4, !tbaa !83
+  %350 = fcmp oeq float %349, 0.000000e+00
+  br i1 %350, label %if_end42.i.3, label %if_else.i.3
 
-if_else.i.3:                                      ; preds = %if_end33.i.2
-  %327 = tail call float @llvm.log.f32(float %325)
-  %328 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.2
-  %329 = load float, ptr %328, align 4, !tbaa !104
-  %330 = fadd float %327, %329
-  br label %if_end33.i.3
+if_else.i.3:                                      ; preds = %if_end42.i.2
+  %351 = tail call float @llvm.log.f32(float %349)
+  %352 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next108.i.2
+  %353 = load float, ptr %352, align 4, !tbaa !85
+  %354 = fadd float %351, %353
+  br label %if_end42.i.3
 
-if_end33.i.3:                                     ; preds = %if_else.i.3, %if_end33.i.2
-  %331 = phi float [ %330, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end33.i.2 ]
-  %332 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.2
-  store float %331, ptr %332, align 4, !tbaa !5
-  %indvars.iv.next83.i.3 = add nuw nsw i64 %indvars.iv82.i, 4
-  %exitcond85.not.i.3 = icmp eq i64 %indvars.iv.next83.i.3, 32
-  br i1 %exitcond85.not.i.3, label %for_end_r29.i, label %for_body_r28.i, !prof !17, !llvm.loop !106
+if_end42.i.3:                                     ; preds = %if_else.i.3, %if_end42.i.2
+  %355 = phi float [ %354, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end42.i.2 ]
+  %356 = getelementptr float, ptr %318, i64 %indvars.iv.next108.i.2
+  store float %355, ptr %356, align 4, !tbaa !5
+  %indvars.iv.next108.i.3 = add nuw nsw i64 %indvars.iv107.i, 4
+  %exitcond110.not.i.3 = icmp eq i64 %indvars.iv.next108.i.3, 32
+  br i1 %exitcond110.not.i.3, label %for_end_r38.i, label %for_body_r37.i, !prof !17, !llvm.loop !87
 
-merge_partials_compute_.exit:                     ; preds = %for_end_r29.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r29.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha39.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum42.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max43.i)
+merge_partials_compute_.exit:                     ; preds = %for_end_r38.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r38.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor46.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta49.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha50.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum51.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max52.i)
   ret i32 %common.ret.op.i
 }
 
@@ -6029,55 +5479,36 @@ attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !53 = distinct !{!53, !28, !29}
 !54 = distinct !{!54, !39}
 !55 = distinct !{!55, !28, !29}
-!56 = !{!"branch_weights", i32 1, i32 127}
-!57 = !{!58, !58, i64 0}
-!58 = !{!"buffer0", !7, i64 0}
-!59 = !{!60, !60, i64 0}
-!60 = !{!"buffer1", !7, i64 0}
-!61 = !{!62, !62, i64 0}
-!62 = !{!"buffer2.w16.b0", !63, i64 0}
-!63 = !{!"buffer2.w32.b0", !64, i64 0}
-!64 = !{!"buffer2.w64.b0", !65, i64 0}
-!65 = !{!"buffer2.w128.b0", !66, i64 0}
-!66 = !{!"buffer2.w256.b0", !67, i64 0}
-!67 = !{!"buffer2.w512.b0", !68, i64 0}
-!68 = !{!"buffer2.w1024.b0", !69, i64 0}
-!69 = !{!"buffer2", !7, i64 0}
-!70 = !{!71, !71, i64 0}
-!71 = !{!"buffer3.w16.b0", !72, i64 0}
-!72 = !{!"buffer3.w32.b0", !73, i64 0}
-!73 = !{!"buffer3.w64.b0", !74, i64 0}
-!74 = !{!"buffer3.w128.b0", !75, i64 0}
-!75 = !{!"buffer3.w256.b0", !76, i64 0}
-!76 = !{!"buffer3.w512.b0", !77, i64 0}
-!77 = !{!"buffer3.w1024.b0", !78, i64 0}
-!78 = !{!"buffer3", !7, i64 0}
-!79 = !{!78, !78, i64 0}
-!80 = !{!69, !69, i64 0}
-!81 = !{!82, !82, i64 0}
-!82 = !{!"buffer4.w128.b0", !83, i64 0}
-!83 = !{!"buffer4.w256.b0", !84, i64 0}
-!84 = !{!"buffer4.w512.b0", !85, i64 0}
-!85 = !{!"buffer4.w1024.b0", !86, i64 0}
-!86 = !{!"buffer4", !7, i64 0}
-!87 = !{!88, !88, i64 0}
-!88 = !{!"buffer5.w128.b0", !89, i64 0}
-!89 = !{!"buffer5.w256.b0", !90, i64 0}
-!90 = !{!"buffer5.w512.b0", !91, i64 0}
-!91 = !{!"buffer5.w1024.b0", !92, i64 0}
-!92 = !{!"buffer5", !7, i64 0}
-!93 = !{!92, !92, i64 0}
-!94 = !{!86, !86, i64 0}
-!95 = !{!96, !96, i64 0}
-!96 = !{!"buffer6.w128.b0", !97, i64 0}
-!97 = !{!"buffer6.w256.b0", !98, i64 0}
-!98 = !{!"buffer6.w512.b0", !99, i64 0}
-!99 = !{!"buffer6.w1024.b0", !100, i64 0}
-!100 = !{!"buffer6", !7, i64 0}
-!101 = !{!100, !100, i64 0}
-!102 = !{!103, !103, i64 0}
-!103 = !{!"buffer7", !7, i64 0}
-!104 = !{!105, !105, i64 0}
-!105 = !{!"buffer8", !7, i64 0}
-!106 = distinct !{!106, !107}
-!107 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!56 = !{!57, !57, i64 0}
+!57 = !{!"buffer0", !7, i64 0}
+!58 = !{!59, !59, i64 0}
+!59 = !{!"buffer1", !7, i64 0}
+!60 = !{!"branch_weights", i32 1, i32 127}
+!61 = distinct !{!61, !11}
+!62 = !{!63, !63, i64 0}
+!63 = !{!"buffer2.w128.b0", !64, i64 0}
+!64 = !{!"buffer2.w256.b0", !65, i64 0}
+!65 = !{!"buffer2.w512.b0", !66, i64 0}
+!66 = !{!"buffer2.w1024.b0", !67, i64 0}
+!67 = !{!"buffer2", !7, i64 0}
+!68 = !{!69, !69, i64 0}
+!69 = !{!"buffer3.w128.b0", !70, i64 0}
+!70 = !{!"buffer3.w256.b0", !71, i64 0}
+!71 = !{!"buffer3.w512.b0", !72, i64 0}
+!72 = !{!"buffer3.w1024.b0", !73, i64 0}
+!73 = !{!"buffer3", !7, i64 0}
+!74 = !{!75, !75, i64 0}
+!75 = !{!"buffer4.w128.b0", !76, i64 0}
+!76 = !{!"buffer4.w256.b0", !77, i64 0}
+!77 = !{!"buffer4.w512.b0", !78, i64 0}
+!78 = !{!"buffer4.w1024.b0", !79, i64 0}
+!79 = !{!"buffer4", !7, i64 0}
+!80 = !{!73, !73, i64 0}
+!81 = !{!67, !67, i64 0}
+!82 = !{!79, !79, i64 0}
+!83 = !{!84, !84, i64 0}
+!84 = !{!"buffer5", !7, i64 0}
+!85 = !{!86, !86, i64 0}
+!86 = !{!"buffer6", !7, i64 0}
+!87 = distinct !{!87, !88}
+!88 = !{!"llvm.loop.estimated_trip_count", i32 262144}

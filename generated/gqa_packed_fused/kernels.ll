@@ -1135,12 +1135,10 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %beta243.i = alloca [4 x float], align 16
-  %alpha244.i = alloca [4 x float], align 16
-  %peak252.i = alloca [4 x float], align 16
-  %tile_sum254.i = alloca [4 x float], align 16
-  %row_sum256.i = alloca [32 x float], align 16
-  %row_max257.i = alloca [32 x float], align 16
+  %peak228.i = alloca [4 x float], align 16
+  %tile_sum229.i = alloca [4 x float], align 16
+  %row_sum234.i = alloca [32 x float], align 16
+  %row_max235.i = alloca [32 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -1323,12 +1321,10 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta243.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha244.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %peak252.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum254.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum256.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max257.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %peak228.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum229.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum234.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max235.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -1359,9 +1355,9 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %91 = shufflevector <32 x float> %90, <32 x float> poison, <32 x i32> zeroinitializer
   %92 = and i64 %50, 2147483648
   %.not = icmp eq i64 %92, 0
-  %cse_v21.i = and i64 %50, 4294967295
+  %cse_v19.i = and i64 %50, 4294967295
   %93 = zext i32 %range_begin.i to i64
-  %wide.trip.count1288.i = and i64 %44, 2147483647
+  %wide.trip.count1301.i = and i64 %44, 2147483647
   %94 = mul i64 %q_batch, %87
   %95 = shl i64 %94, 1
   %96 = shl i64 %q_batch, 1
@@ -1374,16 +1370,16 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %stride.check = icmp ne i64 %.mask, 0
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end237.i
-  %indvars.iv.next1286.i = add nuw nsw i64 %indvars.iv1285.i, 1
-  %exitcond1289.not.i = icmp eq i64 %indvars.iv.next1286.i, %wide.trip.count1288.i
-  br i1 %exitcond1289.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
+for_begin_s.i:                                    ; preds = %if_end214.i
+  %indvars.iv.next1299.i = add nuw nsw i64 %indvars.iv1298.i, 1
+  %exitcond1302.not.i = icmp eq i64 %indvars.iv.next1299.i, %wide.trip.count1301.i
+  br i1 %exitcond1302.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv1285.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1286.i, %for_begin_s.i ]
-  %102 = mul i64 %96, %indvars.iv1285.i
-  %scevgep88 = getelementptr i8, ptr %98, i64 %102
-  %scevgep89 = getelementptr i8, ptr %101, i64 %102
+  %indvars.iv1298.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1299.i, %for_begin_s.i ]
+  %102 = mul i64 %96, %indvars.iv1298.i
+  %scevgep86 = getelementptr i8, ptr %98, i64 %102
+  %scevgep87 = getelementptr i8, ptr %101, i64 %102
   %103 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
   %q_tile.i = tail call ptr %103(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
   %104 = icmp eq ptr %q_tile.i, null
@@ -1396,14 +1392,14 @@ if_end.i:                                         ; preds = %for_body_s.i
   br i1 %106, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
 
 if_end2.i:                                        ; preds = %if_end.i
-  %cse_v23.i = add nsw i64 %indvars.iv1285.i, %87
-  %107 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v23.i
+  %cse_v21.i = add nsw i64 %indvars.iv1298.i, %87
+  %107 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v21.i
   %108 = load i32, ptr %107, align 4, !tbaa !4
-  %109 = mul nsw i64 %cse_v23.i, %q_batch
+  %109 = mul nsw i64 %cse_v21.i, %q_batch
   %110 = getelementptr i16, ptr %query, i64 %109
   %scevgep = getelementptr i8, ptr %q_tile.i, i64 7424
-  %bound0 = icmp ult ptr %q_tile.i, %scevgep89
-  %bound1 = icmp ult ptr %scevgep88, %scevgep
+  %bound0 = icmp ult ptr %q_tile.i, %scevgep87
+  %bound1 = icmp ult ptr %scevgep86, %scevgep
   %found.conflict = and i1 %bound0, %bound1
   %111 = or i1 %found.conflict, %stride.check
   br label %for_begin_r.preheader.i
@@ -1413,23 +1409,23 @@ for_begin_step.preheader.i:                       ; preds = %for_end_d.i
   %113 = sub nsw i32 %112, %range_begin.i
   %range_len.i = tail call i32 @llvm.smax.i32(i32 %113, i32 0)
   %114 = add nuw nsw i32 %range_len.i, 127
-  %cse_v24.i = lshr i32 %114, 7
-  %num_steps.i = tail call i32 @llvm.umax.i32(i32 %cse_v24.i, i32 1)
+  %cse_v22.i = lshr i32 %114, 7
+  %num_steps.i = tail call i32 @llvm.umax.i32(i32 %cse_v22.i, i32 1)
   %last_token.i = add i32 %89, %range_len.i
-  %cse_v124.i = mul nsw i64 %cse_v23.i, %table_seq
-  %115 = getelementptr i32, ptr %block_table, i64 %cse_v124.i
-  %116 = zext nneg i32 %cse_v24.i to i64
+  %cse_v121.i = mul nsw i64 %cse_v21.i, %table_seq
+  %115 = getelementptr i32, ptr %block_table, i64 %cse_v121.i
+  %116 = zext nneg i32 %cse_v22.i to i64
   %117 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count1237.i = zext nneg i32 %num_steps.i to i64
+  %wide.trip.count1250.i = zext nneg i32 %num_steps.i to i64
   br label %for_begin_step.i
 
 for_begin_r.preheader.i:                          ; preds = %for_end_d.i, %if_end2.i
-  %indvars.iv1065.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next1066.i, %for_end_d.i ]
-  %118 = shl nuw nsw i64 %indvars.iv1065.i, 2
+  %indvars.iv1115.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next1116.i, %for_end_d.i ]
+  %118 = shl nuw nsw i64 %indvars.iv1115.i, 2
   %119 = mul nsw i64 %118, %q_head
   %invariant.gep.i = getelementptr i16, ptr %110, i64 %119
-  %invariant.gep1327.i.idx = shl nuw nsw i64 %indvars.iv1065.i, 10
-  %invariant.gep1327.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %invariant.gep1327.i.idx
+  %invariant.gep1345.i.idx = shl nuw nsw i64 %indvars.iv1115.i, 10
+  %invariant.gep1345.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %invariant.gep1345.i.idx
   br i1 %111, label %for_body_d.i, label %vector.body, !prof !11
 
 vector.body:                                      ; preds = %for_begin_r.preheader.i
@@ -1437,32 +1433,32 @@ vector.body:                                      ; preds = %for_begin_r.prehead
   %121 = getelementptr i8, ptr %invariant.gep.i, i64 64
   %122 = getelementptr i8, ptr %invariant.gep.i, i64 96
   %wide.load = load <8 x i32>, ptr %invariant.gep.i, align 2, !alias.scope !12
-  %wide.load90 = load <8 x i32>, ptr %120, align 2, !alias.scope !12
-  %wide.load91 = load <8 x i32>, ptr %121, align 2, !alias.scope !12
-  %wide.load92 = load <8 x i32>, ptr %122, align 2, !alias.scope !12
-  %123 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 32
-  %124 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 64
-  %125 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 96
-  store <8 x i32> %wide.load, ptr %invariant.gep1327.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load90, ptr %123, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load91, ptr %124, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load92, ptr %125, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  %wide.load88 = load <8 x i32>, ptr %120, align 2, !alias.scope !12
+  %wide.load89 = load <8 x i32>, ptr %121, align 2, !alias.scope !12
+  %wide.load90 = load <8 x i32>, ptr %122, align 2, !alias.scope !12
+  %123 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 32
+  %124 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 64
+  %125 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 96
+  store <8 x i32> %wide.load, ptr %invariant.gep1345.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load88, ptr %123, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load89, ptr %124, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load90, ptr %125, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   %126 = getelementptr i8, ptr %invariant.gep.i, i64 128
   %127 = getelementptr i8, ptr %invariant.gep.i, i64 160
   %128 = getelementptr i8, ptr %invariant.gep.i, i64 192
   %129 = getelementptr i8, ptr %invariant.gep.i, i64 224
   %wide.load.1 = load <8 x i32>, ptr %126, align 2, !alias.scope !12
-  %wide.load90.1 = load <8 x i32>, ptr %127, align 2, !alias.scope !12
-  %wide.load91.1 = load <8 x i32>, ptr %128, align 2, !alias.scope !12
-  %wide.load92.1 = load <8 x i32>, ptr %129, align 2, !alias.scope !12
-  %130 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 128
-  %131 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 160
-  %132 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 192
-  %133 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 224
+  %wide.load88.1 = load <8 x i32>, ptr %127, align 2, !alias.scope !12
+  %wide.load89.1 = load <8 x i32>, ptr %128, align 2, !alias.scope !12
+  %wide.load90.1 = load <8 x i32>, ptr %129, align 2, !alias.scope !12
+  %130 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 128
+  %131 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 160
+  %132 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 192
+  %133 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 224
   store <8 x i32> %wide.load.1, ptr %130, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load90.1, ptr %131, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load91.1, ptr %132, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load92.1, ptr %133, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load88.1, ptr %131, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load89.1, ptr %132, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %wide.load90.1, ptr %133, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   br label %for_end_d.i
 
 for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r.preheader.i
@@ -1470,50 +1466,50 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %gep.idx.i = shl i64 %indvars.iv.i, 2
   %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i
   %134 = load i32, ptr %gep.i, align 2
-  %gep1328.i = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.i
-  store i32 %134, ptr %gep1328.i, align 4, !tbaa !4
+  %gep1346.i = getelementptr inbounds nuw i32, ptr %invariant.gep1345.i, i64 %indvars.iv.i
+  store i32 %134, ptr %gep1346.i, align 4, !tbaa !4
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
   %135 = load i32, ptr %gep.i.1, align 2
-  %gep1328.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i
-  store i32 %135, ptr %gep1328.i.1, align 4, !tbaa !4
+  %gep1346.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1345.i, i64 %indvars.iv.next.i
+  store i32 %135, ptr %gep1346.i.1, align 4, !tbaa !4
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
   %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
   %136 = load i32, ptr %gep.i.2, align 2
-  %gep1328.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.1
-  store i32 %136, ptr %gep1328.i.2, align 4, !tbaa !4
+  %gep1346.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1345.i, i64 %indvars.iv.next.i.1
+  store i32 %136, ptr %gep1346.i.2, align 4, !tbaa !4
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
   %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
   %137 = load i32, ptr %gep.i.3, align 2
-  %gep1328.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.2
-  store i32 %137, ptr %gep1328.i.3, align 4, !tbaa !4
+  %gep1346.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1345.i, i64 %indvars.iv.next.i.2
+  store i32 %137, ptr %gep1346.i.3, align 4, !tbaa !4
   %indvars.iv.next.i.3 = or disjoint i64 %indvars.iv.i, 4
   %gep.idx.i.4 = shl i64 %indvars.iv.next.i.3, 2
   %gep.i.4 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.4
   %138 = load i32, ptr %gep.i.4, align 2
-  %gep1328.i.4 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.3
-  store i32 %138, ptr %gep1328.i.4, align 4, !tbaa !4
+  %gep1346.i.4 = getelementptr inbounds nuw i32, ptr %invariant.gep1345.i, i64 %indvars.iv.next.i.3
+  store i32 %138, ptr %gep1346.i.4, align 4, !tbaa !4
   %indvars.iv.next.i.4 = or disjoint i64 %indvars.iv.i, 5
   %gep.idx.i.5 = shl i64 %indvars.iv.next.i.4, 2
   %gep.i.5 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.5
   %139 = load i32, ptr %gep.i.5, align 2
-  %gep1328.i.5 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.4
-  store i32 %139, ptr %gep1328.i.5, align 4, !tbaa !4
+  %gep1346.i.5 = getelementptr inbounds nuw i32, ptr %invariant.gep1345.i, i64 %indvars.iv.next.i.4
+  store i32 %139, ptr %gep1346.i.5, align 4, !tbaa !4
   %indvars.iv.next.i.5 = or disjoint i64 %indvars.iv.i, 6
   %gep.idx.i.6 = shl i64 %indvars.iv.next.i.5, 2
   %gep.i.6 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.6
   %140 = load i32, ptr %gep.i.6, align 2
-  %gep1328.i.6 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.5
-  store i32 %140, ptr %gep1328.i.6, align 4, !tbaa !4
+  %gep1346.i.6 = getelementptr inbounds nuw i32, ptr %invariant.gep1345.i, i64 %indvars.iv.next.i.5
+  store i32 %140, ptr %gep1346.i.6, align 4, !tbaa !4
   %indvars.iv.next.i.6 = or disjoint i64 %indvars.iv.i, 7
   %gep.idx.i.7 = shl i64 %indvars.iv.next.i.6, 2
   %gep.i.7 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.7
   %141 = load i32, ptr %gep.i.7, align 2
-  %gep1328.i.7 = getelementptr inbounds nuw i32, ptr %invariant.gep1327.i, i64 %indvars.iv.next.i.6
-  store i32 %141, ptr %gep1328.i.7, align 4, !tbaa !4
+  %gep1346.i.7 = getelementptr inbounds nuw i32, ptr %invariant.gep1345.i, i64 %indvars.iv.next.i.6
+  store i32 %141, ptr %gep1346.i.7, align 4, !tbaa !4
   %indvars.iv.next.i.7 = add nuw nsw i64 %indvars.iv.i, 8
   %exitcond.not.i.7 = icmp eq i64 %indvars.iv.next.i.7, 64
   br i1 %exitcond.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !17, !llvm.loop !18
@@ -1523,790 +1519,790 @@ for_end_d.i:                                      ; preds = %for_body_d.i, %vect
   %143 = mul nsw i64 %142, %q_head
   %invariant.gep.1.i = getelementptr i16, ptr %110, i64 %143
   %144 = load i32, ptr %invariant.gep.1.i, align 2
-  %145 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 256
+  %145 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 256
   store i32 %144, ptr %145, align 4, !tbaa !4
   %gep.1.i.1 = getelementptr i8, ptr %invariant.gep.1.i, i64 4
   %146 = load i32, ptr %gep.1.i.1, align 2
-  %147 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 260
+  %147 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 260
   store i32 %146, ptr %147, align 4, !tbaa !4
   %gep.1.i.2 = getelementptr i8, ptr %invariant.gep.1.i, i64 8
   %148 = load i32, ptr %gep.1.i.2, align 2
-  %149 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 264
+  %149 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 264
   store i32 %148, ptr %149, align 4, !tbaa !4
   %gep.1.i.3 = getelementptr i8, ptr %invariant.gep.1.i, i64 12
   %150 = load i32, ptr %gep.1.i.3, align 2
-  %151 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 268
+  %151 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 268
   store i32 %150, ptr %151, align 4, !tbaa !4
   %gep.1.i.4 = getelementptr i8, ptr %invariant.gep.1.i, i64 16
   %152 = load i32, ptr %gep.1.i.4, align 2
-  %153 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 272
+  %153 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 272
   store i32 %152, ptr %153, align 4, !tbaa !4
   %gep.1.i.5 = getelementptr i8, ptr %invariant.gep.1.i, i64 20
   %154 = load i32, ptr %gep.1.i.5, align 2
-  %155 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 276
+  %155 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 276
   store i32 %154, ptr %155, align 4, !tbaa !4
   %gep.1.i.6 = getelementptr i8, ptr %invariant.gep.1.i, i64 24
   %156 = load i32, ptr %gep.1.i.6, align 2
-  %157 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 280
+  %157 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 280
   store i32 %156, ptr %157, align 4, !tbaa !4
   %gep.1.i.7 = getelementptr i8, ptr %invariant.gep.1.i, i64 28
   %158 = load i32, ptr %gep.1.i.7, align 2
-  %159 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 284
+  %159 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 284
   store i32 %158, ptr %159, align 4, !tbaa !4
   %gep.1.i.8 = getelementptr i8, ptr %invariant.gep.1.i, i64 32
   %160 = load i32, ptr %gep.1.i.8, align 2
-  %161 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 288
+  %161 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 288
   store i32 %160, ptr %161, align 4, !tbaa !4
   %gep.1.i.9 = getelementptr i8, ptr %invariant.gep.1.i, i64 36
   %162 = load i32, ptr %gep.1.i.9, align 2
-  %163 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 292
+  %163 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 292
   store i32 %162, ptr %163, align 4, !tbaa !4
   %gep.1.i.10 = getelementptr i8, ptr %invariant.gep.1.i, i64 40
   %164 = load i32, ptr %gep.1.i.10, align 2
-  %165 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 296
+  %165 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 296
   store i32 %164, ptr %165, align 4, !tbaa !4
   %gep.1.i.11 = getelementptr i8, ptr %invariant.gep.1.i, i64 44
   %166 = load i32, ptr %gep.1.i.11, align 2
-  %167 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 300
+  %167 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 300
   store i32 %166, ptr %167, align 4, !tbaa !4
   %gep.1.i.12 = getelementptr i8, ptr %invariant.gep.1.i, i64 48
   %168 = load i32, ptr %gep.1.i.12, align 2
-  %169 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 304
+  %169 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 304
   store i32 %168, ptr %169, align 4, !tbaa !4
   %gep.1.i.13 = getelementptr i8, ptr %invariant.gep.1.i, i64 52
   %170 = load i32, ptr %gep.1.i.13, align 2
-  %171 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 308
+  %171 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 308
   store i32 %170, ptr %171, align 4, !tbaa !4
   %gep.1.i.14 = getelementptr i8, ptr %invariant.gep.1.i, i64 56
   %172 = load i32, ptr %gep.1.i.14, align 2
-  %173 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 312
+  %173 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 312
   store i32 %172, ptr %173, align 4, !tbaa !4
   %gep.1.i.15 = getelementptr i8, ptr %invariant.gep.1.i, i64 60
   %174 = load i32, ptr %gep.1.i.15, align 2
-  %175 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 316
+  %175 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 316
   store i32 %174, ptr %175, align 4, !tbaa !4
   %gep.1.i.16 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
   %176 = load i32, ptr %gep.1.i.16, align 2
-  %177 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 320
+  %177 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 320
   store i32 %176, ptr %177, align 4, !tbaa !4
   %gep.1.i.17 = getelementptr i8, ptr %invariant.gep.1.i, i64 68
   %178 = load i32, ptr %gep.1.i.17, align 2
-  %179 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 324
+  %179 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 324
   store i32 %178, ptr %179, align 4, !tbaa !4
   %gep.1.i.18 = getelementptr i8, ptr %invariant.gep.1.i, i64 72
   %180 = load i32, ptr %gep.1.i.18, align 2
-  %181 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 328
+  %181 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 328
   store i32 %180, ptr %181, align 4, !tbaa !4
   %gep.1.i.19 = getelementptr i8, ptr %invariant.gep.1.i, i64 76
   %182 = load i32, ptr %gep.1.i.19, align 2
-  %183 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 332
+  %183 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 332
   store i32 %182, ptr %183, align 4, !tbaa !4
   %gep.1.i.20 = getelementptr i8, ptr %invariant.gep.1.i, i64 80
   %184 = load i32, ptr %gep.1.i.20, align 2
-  %185 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 336
+  %185 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 336
   store i32 %184, ptr %185, align 4, !tbaa !4
   %gep.1.i.21 = getelementptr i8, ptr %invariant.gep.1.i, i64 84
   %186 = load i32, ptr %gep.1.i.21, align 2
-  %187 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 340
+  %187 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 340
   store i32 %186, ptr %187, align 4, !tbaa !4
   %gep.1.i.22 = getelementptr i8, ptr %invariant.gep.1.i, i64 88
   %188 = load i32, ptr %gep.1.i.22, align 2
-  %189 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 344
+  %189 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 344
   store i32 %188, ptr %189, align 4, !tbaa !4
   %gep.1.i.23 = getelementptr i8, ptr %invariant.gep.1.i, i64 92
   %190 = load i32, ptr %gep.1.i.23, align 2
-  %191 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 348
+  %191 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 348
   store i32 %190, ptr %191, align 4, !tbaa !4
   %gep.1.i.24 = getelementptr i8, ptr %invariant.gep.1.i, i64 96
   %192 = load i32, ptr %gep.1.i.24, align 2
-  %193 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 352
+  %193 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 352
   store i32 %192, ptr %193, align 4, !tbaa !4
   %gep.1.i.25 = getelementptr i8, ptr %invariant.gep.1.i, i64 100
   %194 = load i32, ptr %gep.1.i.25, align 2
-  %195 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 356
+  %195 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 356
   store i32 %194, ptr %195, align 4, !tbaa !4
   %gep.1.i.26 = getelementptr i8, ptr %invariant.gep.1.i, i64 104
   %196 = load i32, ptr %gep.1.i.26, align 2
-  %197 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 360
+  %197 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 360
   store i32 %196, ptr %197, align 4, !tbaa !4
   %gep.1.i.27 = getelementptr i8, ptr %invariant.gep.1.i, i64 108
   %198 = load i32, ptr %gep.1.i.27, align 2
-  %199 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 364
+  %199 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 364
   store i32 %198, ptr %199, align 4, !tbaa !4
   %gep.1.i.28 = getelementptr i8, ptr %invariant.gep.1.i, i64 112
   %200 = load i32, ptr %gep.1.i.28, align 2
-  %201 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 368
+  %201 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 368
   store i32 %200, ptr %201, align 4, !tbaa !4
   %gep.1.i.29 = getelementptr i8, ptr %invariant.gep.1.i, i64 116
   %202 = load i32, ptr %gep.1.i.29, align 2
-  %203 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 372
+  %203 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 372
   store i32 %202, ptr %203, align 4, !tbaa !4
   %gep.1.i.30 = getelementptr i8, ptr %invariant.gep.1.i, i64 120
   %204 = load i32, ptr %gep.1.i.30, align 2
-  %205 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 376
+  %205 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 376
   store i32 %204, ptr %205, align 4, !tbaa !4
   %gep.1.i.31 = getelementptr i8, ptr %invariant.gep.1.i, i64 124
   %206 = load i32, ptr %gep.1.i.31, align 2
-  %207 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 380
+  %207 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 380
   store i32 %206, ptr %207, align 4, !tbaa !4
   %gep.1.i.32 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
   %208 = load i32, ptr %gep.1.i.32, align 2
-  %209 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 384
+  %209 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 384
   store i32 %208, ptr %209, align 4, !tbaa !4
   %gep.1.i.33 = getelementptr i8, ptr %invariant.gep.1.i, i64 132
   %210 = load i32, ptr %gep.1.i.33, align 2
-  %211 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 388
+  %211 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 388
   store i32 %210, ptr %211, align 4, !tbaa !4
   %gep.1.i.34 = getelementptr i8, ptr %invariant.gep.1.i, i64 136
   %212 = load i32, ptr %gep.1.i.34, align 2
-  %213 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 392
+  %213 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 392
   store i32 %212, ptr %213, align 4, !tbaa !4
   %gep.1.i.35 = getelementptr i8, ptr %invariant.gep.1.i, i64 140
   %214 = load i32, ptr %gep.1.i.35, align 2
-  %215 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 396
+  %215 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 396
   store i32 %214, ptr %215, align 4, !tbaa !4
   %gep.1.i.36 = getelementptr i8, ptr %invariant.gep.1.i, i64 144
   %216 = load i32, ptr %gep.1.i.36, align 2
-  %217 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 400
+  %217 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 400
   store i32 %216, ptr %217, align 4, !tbaa !4
   %gep.1.i.37 = getelementptr i8, ptr %invariant.gep.1.i, i64 148
   %218 = load i32, ptr %gep.1.i.37, align 2
-  %219 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 404
+  %219 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 404
   store i32 %218, ptr %219, align 4, !tbaa !4
   %gep.1.i.38 = getelementptr i8, ptr %invariant.gep.1.i, i64 152
   %220 = load i32, ptr %gep.1.i.38, align 2
-  %221 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 408
+  %221 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 408
   store i32 %220, ptr %221, align 4, !tbaa !4
   %gep.1.i.39 = getelementptr i8, ptr %invariant.gep.1.i, i64 156
   %222 = load i32, ptr %gep.1.i.39, align 2
-  %223 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 412
+  %223 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 412
   store i32 %222, ptr %223, align 4, !tbaa !4
   %gep.1.i.40 = getelementptr i8, ptr %invariant.gep.1.i, i64 160
   %224 = load i32, ptr %gep.1.i.40, align 2
-  %225 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 416
+  %225 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 416
   store i32 %224, ptr %225, align 4, !tbaa !4
   %gep.1.i.41 = getelementptr i8, ptr %invariant.gep.1.i, i64 164
   %226 = load i32, ptr %gep.1.i.41, align 2
-  %227 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 420
+  %227 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 420
   store i32 %226, ptr %227, align 4, !tbaa !4
   %gep.1.i.42 = getelementptr i8, ptr %invariant.gep.1.i, i64 168
   %228 = load i32, ptr %gep.1.i.42, align 2
-  %229 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 424
+  %229 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 424
   store i32 %228, ptr %229, align 4, !tbaa !4
   %gep.1.i.43 = getelementptr i8, ptr %invariant.gep.1.i, i64 172
   %230 = load i32, ptr %gep.1.i.43, align 2
-  %231 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 428
+  %231 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 428
   store i32 %230, ptr %231, align 4, !tbaa !4
   %gep.1.i.44 = getelementptr i8, ptr %invariant.gep.1.i, i64 176
   %232 = load i32, ptr %gep.1.i.44, align 2
-  %233 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 432
+  %233 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 432
   store i32 %232, ptr %233, align 4, !tbaa !4
   %gep.1.i.45 = getelementptr i8, ptr %invariant.gep.1.i, i64 180
   %234 = load i32, ptr %gep.1.i.45, align 2
-  %235 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 436
+  %235 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 436
   store i32 %234, ptr %235, align 4, !tbaa !4
   %gep.1.i.46 = getelementptr i8, ptr %invariant.gep.1.i, i64 184
   %236 = load i32, ptr %gep.1.i.46, align 2
-  %237 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 440
+  %237 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 440
   store i32 %236, ptr %237, align 4, !tbaa !4
   %gep.1.i.47 = getelementptr i8, ptr %invariant.gep.1.i, i64 188
   %238 = load i32, ptr %gep.1.i.47, align 2
-  %239 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 444
+  %239 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 444
   store i32 %238, ptr %239, align 4, !tbaa !4
   %gep.1.i.48 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
   %240 = load i32, ptr %gep.1.i.48, align 2
-  %241 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 448
+  %241 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 448
   store i32 %240, ptr %241, align 4, !tbaa !4
   %gep.1.i.49 = getelementptr i8, ptr %invariant.gep.1.i, i64 196
   %242 = load i32, ptr %gep.1.i.49, align 2
-  %243 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 452
+  %243 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 452
   store i32 %242, ptr %243, align 4, !tbaa !4
   %gep.1.i.50 = getelementptr i8, ptr %invariant.gep.1.i, i64 200
   %244 = load i32, ptr %gep.1.i.50, align 2
-  %245 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 456
+  %245 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 456
   store i32 %244, ptr %245, align 4, !tbaa !4
   %gep.1.i.51 = getelementptr i8, ptr %invariant.gep.1.i, i64 204
   %246 = load i32, ptr %gep.1.i.51, align 2
-  %247 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 460
+  %247 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 460
   store i32 %246, ptr %247, align 4, !tbaa !4
   %gep.1.i.52 = getelementptr i8, ptr %invariant.gep.1.i, i64 208
   %248 = load i32, ptr %gep.1.i.52, align 2
-  %249 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 464
+  %249 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 464
   store i32 %248, ptr %249, align 4, !tbaa !4
   %gep.1.i.53 = getelementptr i8, ptr %invariant.gep.1.i, i64 212
   %250 = load i32, ptr %gep.1.i.53, align 2
-  %251 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 468
+  %251 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 468
   store i32 %250, ptr %251, align 4, !tbaa !4
   %gep.1.i.54 = getelementptr i8, ptr %invariant.gep.1.i, i64 216
   %252 = load i32, ptr %gep.1.i.54, align 2
-  %253 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 472
+  %253 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 472
   store i32 %252, ptr %253, align 4, !tbaa !4
   %gep.1.i.55 = getelementptr i8, ptr %invariant.gep.1.i, i64 220
   %254 = load i32, ptr %gep.1.i.55, align 2
-  %255 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 476
+  %255 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 476
   store i32 %254, ptr %255, align 4, !tbaa !4
   %gep.1.i.56 = getelementptr i8, ptr %invariant.gep.1.i, i64 224
   %256 = load i32, ptr %gep.1.i.56, align 2
-  %257 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 480
+  %257 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 480
   store i32 %256, ptr %257, align 4, !tbaa !4
   %gep.1.i.57 = getelementptr i8, ptr %invariant.gep.1.i, i64 228
   %258 = load i32, ptr %gep.1.i.57, align 2
-  %259 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 484
+  %259 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 484
   store i32 %258, ptr %259, align 4, !tbaa !4
   %gep.1.i.58 = getelementptr i8, ptr %invariant.gep.1.i, i64 232
   %260 = load i32, ptr %gep.1.i.58, align 2
-  %261 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 488
+  %261 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 488
   store i32 %260, ptr %261, align 4, !tbaa !4
   %gep.1.i.59 = getelementptr i8, ptr %invariant.gep.1.i, i64 236
   %262 = load i32, ptr %gep.1.i.59, align 2
-  %263 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 492
+  %263 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 492
   store i32 %262, ptr %263, align 4, !tbaa !4
   %gep.1.i.60 = getelementptr i8, ptr %invariant.gep.1.i, i64 240
   %264 = load i32, ptr %gep.1.i.60, align 2
-  %265 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 496
+  %265 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 496
   store i32 %264, ptr %265, align 4, !tbaa !4
   %gep.1.i.61 = getelementptr i8, ptr %invariant.gep.1.i, i64 244
   %266 = load i32, ptr %gep.1.i.61, align 2
-  %267 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 500
+  %267 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 500
   store i32 %266, ptr %267, align 4, !tbaa !4
   %gep.1.i.62 = getelementptr i8, ptr %invariant.gep.1.i, i64 248
   %268 = load i32, ptr %gep.1.i.62, align 2
-  %269 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 504
+  %269 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 504
   store i32 %268, ptr %269, align 4, !tbaa !4
   %gep.1.i.63 = getelementptr i8, ptr %invariant.gep.1.i, i64 252
   %270 = load i32, ptr %gep.1.i.63, align 2
-  %271 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 508
+  %271 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 508
   store i32 %270, ptr %271, align 4, !tbaa !4
   %272 = or disjoint i64 %118, 2
   %273 = mul nsw i64 %272, %q_head
   %invariant.gep.2.i = getelementptr i16, ptr %110, i64 %273
   %274 = load i32, ptr %invariant.gep.2.i, align 2
-  %275 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 512
+  %275 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 512
   store i32 %274, ptr %275, align 4, !tbaa !4
   %gep.2.i.1 = getelementptr i8, ptr %invariant.gep.2.i, i64 4
   %276 = load i32, ptr %gep.2.i.1, align 2
-  %277 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 516
+  %277 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 516
   store i32 %276, ptr %277, align 4, !tbaa !4
   %gep.2.i.2 = getelementptr i8, ptr %invariant.gep.2.i, i64 8
   %278 = load i32, ptr %gep.2.i.2, align 2
-  %279 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 520
+  %279 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 520
   store i32 %278, ptr %279, align 4, !tbaa !4
   %gep.2.i.3 = getelementptr i8, ptr %invariant.gep.2.i, i64 12
   %280 = load i32, ptr %gep.2.i.3, align 2
-  %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 524
+  %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 524
   store i32 %280, ptr %281, align 4, !tbaa !4
   %gep.2.i.4 = getelementptr i8, ptr %invariant.gep.2.i, i64 16
   %282 = load i32, ptr %gep.2.i.4, align 2
-  %283 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 528
+  %283 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 528
   store i32 %282, ptr %283, align 4, !tbaa !4
   %gep.2.i.5 = getelementptr i8, ptr %invariant.gep.2.i, i64 20
   %284 = load i32, ptr %gep.2.i.5, align 2
-  %285 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 532
+  %285 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 532
   store i32 %284, ptr %285, align 4, !tbaa !4
   %gep.2.i.6 = getelementptr i8, ptr %invariant.gep.2.i, i64 24
   %286 = load i32, ptr %gep.2.i.6, align 2
-  %287 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 536
+  %287 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 536
   store i32 %286, ptr %287, align 4, !tbaa !4
   %gep.2.i.7 = getelementptr i8, ptr %invariant.gep.2.i, i64 28
   %288 = load i32, ptr %gep.2.i.7, align 2
-  %289 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 540
+  %289 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 540
   store i32 %288, ptr %289, align 4, !tbaa !4
   %gep.2.i.8 = getelementptr i8, ptr %invariant.gep.2.i, i64 32
   %290 = load i32, ptr %gep.2.i.8, align 2
-  %291 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 544
+  %291 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 544
   store i32 %290, ptr %291, align 4, !tbaa !4
   %gep.2.i.9 = getelementptr i8, ptr %invariant.gep.2.i, i64 36
   %292 = load i32, ptr %gep.2.i.9, align 2
-  %293 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 548
+  %293 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 548
   store i32 %292, ptr %293, align 4, !tbaa !4
   %gep.2.i.10 = getelementptr i8, ptr %invariant.gep.2.i, i64 40
   %294 = load i32, ptr %gep.2.i.10, align 2
-  %295 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 552
+  %295 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 552
   store i32 %294, ptr %295, align 4, !tbaa !4
   %gep.2.i.11 = getelementptr i8, ptr %invariant.gep.2.i, i64 44
   %296 = load i32, ptr %gep.2.i.11, align 2
-  %297 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 556
+  %297 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 556
   store i32 %296, ptr %297, align 4, !tbaa !4
   %gep.2.i.12 = getelementptr i8, ptr %invariant.gep.2.i, i64 48
   %298 = load i32, ptr %gep.2.i.12, align 2
-  %299 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 560
+  %299 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 560
   store i32 %298, ptr %299, align 4, !tbaa !4
   %gep.2.i.13 = getelementptr i8, ptr %invariant.gep.2.i, i64 52
   %300 = load i32, ptr %gep.2.i.13, align 2
-  %301 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 564
+  %301 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 564
   store i32 %300, ptr %301, align 4, !tbaa !4
   %gep.2.i.14 = getelementptr i8, ptr %invariant.gep.2.i, i64 56
   %302 = load i32, ptr %gep.2.i.14, align 2
-  %303 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 568
+  %303 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 568
   store i32 %302, ptr %303, align 4, !tbaa !4
   %gep.2.i.15 = getelementptr i8, ptr %invariant.gep.2.i, i64 60
   %304 = load i32, ptr %gep.2.i.15, align 2
-  %305 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 572
+  %305 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 572
   store i32 %304, ptr %305, align 4, !tbaa !4
   %gep.2.i.16 = getelementptr i8, ptr %invariant.gep.2.i, i64 64
   %306 = load i32, ptr %gep.2.i.16, align 2
-  %307 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 576
+  %307 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 576
   store i32 %306, ptr %307, align 4, !tbaa !4
   %gep.2.i.17 = getelementptr i8, ptr %invariant.gep.2.i, i64 68
   %308 = load i32, ptr %gep.2.i.17, align 2
-  %309 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 580
+  %309 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 580
   store i32 %308, ptr %309, align 4, !tbaa !4
   %gep.2.i.18 = getelementptr i8, ptr %invariant.gep.2.i, i64 72
   %310 = load i32, ptr %gep.2.i.18, align 2
-  %311 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 584
+  %311 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 584
   store i32 %310, ptr %311, align 4, !tbaa !4
   %gep.2.i.19 = getelementptr i8, ptr %invariant.gep.2.i, i64 76
   %312 = load i32, ptr %gep.2.i.19, align 2
-  %313 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 588
+  %313 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 588
   store i32 %312, ptr %313, align 4, !tbaa !4
   %gep.2.i.20 = getelementptr i8, ptr %invariant.gep.2.i, i64 80
   %314 = load i32, ptr %gep.2.i.20, align 2
-  %315 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 592
+  %315 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 592
   store i32 %314, ptr %315, align 4, !tbaa !4
   %gep.2.i.21 = getelementptr i8, ptr %invariant.gep.2.i, i64 84
   %316 = load i32, ptr %gep.2.i.21, align 2
-  %317 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 596
+  %317 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 596
   store i32 %316, ptr %317, align 4, !tbaa !4
   %gep.2.i.22 = getelementptr i8, ptr %invariant.gep.2.i, i64 88
   %318 = load i32, ptr %gep.2.i.22, align 2
-  %319 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 600
+  %319 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 600
   store i32 %318, ptr %319, align 4, !tbaa !4
   %gep.2.i.23 = getelementptr i8, ptr %invariant.gep.2.i, i64 92
   %320 = load i32, ptr %gep.2.i.23, align 2
-  %321 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 604
+  %321 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 604
   store i32 %320, ptr %321, align 4, !tbaa !4
   %gep.2.i.24 = getelementptr i8, ptr %invariant.gep.2.i, i64 96
   %322 = load i32, ptr %gep.2.i.24, align 2
-  %323 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 608
+  %323 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 608
   store i32 %322, ptr %323, align 4, !tbaa !4
   %gep.2.i.25 = getelementptr i8, ptr %invariant.gep.2.i, i64 100
   %324 = load i32, ptr %gep.2.i.25, align 2
-  %325 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 612
+  %325 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 612
   store i32 %324, ptr %325, align 4, !tbaa !4
   %gep.2.i.26 = getelementptr i8, ptr %invariant.gep.2.i, i64 104
   %326 = load i32, ptr %gep.2.i.26, align 2
-  %327 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 616
+  %327 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 616
   store i32 %326, ptr %327, align 4, !tbaa !4
   %gep.2.i.27 = getelementptr i8, ptr %invariant.gep.2.i, i64 108
   %328 = load i32, ptr %gep.2.i.27, align 2
-  %329 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 620
+  %329 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 620
   store i32 %328, ptr %329, align 4, !tbaa !4
   %gep.2.i.28 = getelementptr i8, ptr %invariant.gep.2.i, i64 112
   %330 = load i32, ptr %gep.2.i.28, align 2
-  %331 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 624
+  %331 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 624
   store i32 %330, ptr %331, align 4, !tbaa !4
   %gep.2.i.29 = getelementptr i8, ptr %invariant.gep.2.i, i64 116
   %332 = load i32, ptr %gep.2.i.29, align 2
-  %333 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 628
+  %333 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 628
   store i32 %332, ptr %333, align 4, !tbaa !4
   %gep.2.i.30 = getelementptr i8, ptr %invariant.gep.2.i, i64 120
   %334 = load i32, ptr %gep.2.i.30, align 2
-  %335 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 632
+  %335 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 632
   store i32 %334, ptr %335, align 4, !tbaa !4
   %gep.2.i.31 = getelementptr i8, ptr %invariant.gep.2.i, i64 124
   %336 = load i32, ptr %gep.2.i.31, align 2
-  %337 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 636
+  %337 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 636
   store i32 %336, ptr %337, align 4, !tbaa !4
   %gep.2.i.32 = getelementptr i8, ptr %invariant.gep.2.i, i64 128
   %338 = load i32, ptr %gep.2.i.32, align 2
-  %339 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 640
+  %339 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 640
   store i32 %338, ptr %339, align 4, !tbaa !4
   %gep.2.i.33 = getelementptr i8, ptr %invariant.gep.2.i, i64 132
   %340 = load i32, ptr %gep.2.i.33, align 2
-  %341 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 644
+  %341 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 644
   store i32 %340, ptr %341, align 4, !tbaa !4
   %gep.2.i.34 = getelementptr i8, ptr %invariant.gep.2.i, i64 136
   %342 = load i32, ptr %gep.2.i.34, align 2
-  %343 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 648
+  %343 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 648
   store i32 %342, ptr %343, align 4, !tbaa !4
   %gep.2.i.35 = getelementptr i8, ptr %invariant.gep.2.i, i64 140
   %344 = load i32, ptr %gep.2.i.35, align 2
-  %345 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 652
+  %345 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 652
   store i32 %344, ptr %345, align 4, !tbaa !4
   %gep.2.i.36 = getelementptr i8, ptr %invariant.gep.2.i, i64 144
   %346 = load i32, ptr %gep.2.i.36, align 2
-  %347 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 656
+  %347 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 656
   store i32 %346, ptr %347, align 4, !tbaa !4
   %gep.2.i.37 = getelementptr i8, ptr %invariant.gep.2.i, i64 148
   %348 = load i32, ptr %gep.2.i.37, align 2
-  %349 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 660
+  %349 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 660
   store i32 %348, ptr %349, align 4, !tbaa !4
   %gep.2.i.38 = getelementptr i8, ptr %invariant.gep.2.i, i64 152
   %350 = load i32, ptr %gep.2.i.38, align 2
-  %351 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 664
+  %351 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 664
   store i32 %350, ptr %351, align 4, !tbaa !4
   %gep.2.i.39 = getelementptr i8, ptr %invariant.gep.2.i, i64 156
   %352 = load i32, ptr %gep.2.i.39, align 2
-  %353 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 668
+  %353 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 668
   store i32 %352, ptr %353, align 4, !tbaa !4
   %gep.2.i.40 = getelementptr i8, ptr %invariant.gep.2.i, i64 160
   %354 = load i32, ptr %gep.2.i.40, align 2
-  %355 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 672
+  %355 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 672
   store i32 %354, ptr %355, align 4, !tbaa !4
   %gep.2.i.41 = getelementptr i8, ptr %invariant.gep.2.i, i64 164
   %356 = load i32, ptr %gep.2.i.41, align 2
-  %357 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 676
+  %357 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 676
   store i32 %356, ptr %357, align 4, !tbaa !4
   %gep.2.i.42 = getelementptr i8, ptr %invariant.gep.2.i, i64 168
   %358 = load i32, ptr %gep.2.i.42, align 2
-  %359 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 680
+  %359 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 680
   store i32 %358, ptr %359, align 4, !tbaa !4
   %gep.2.i.43 = getelementptr i8, ptr %invariant.gep.2.i, i64 172
   %360 = load i32, ptr %gep.2.i.43, align 2
-  %361 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 684
+  %361 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 684
   store i32 %360, ptr %361, align 4, !tbaa !4
   %gep.2.i.44 = getelementptr i8, ptr %invariant.gep.2.i, i64 176
   %362 = load i32, ptr %gep.2.i.44, align 2
-  %363 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 688
+  %363 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 688
   store i32 %362, ptr %363, align 4, !tbaa !4
   %gep.2.i.45 = getelementptr i8, ptr %invariant.gep.2.i, i64 180
   %364 = load i32, ptr %gep.2.i.45, align 2
-  %365 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 692
+  %365 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 692
   store i32 %364, ptr %365, align 4, !tbaa !4
   %gep.2.i.46 = getelementptr i8, ptr %invariant.gep.2.i, i64 184
   %366 = load i32, ptr %gep.2.i.46, align 2
-  %367 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 696
+  %367 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 696
   store i32 %366, ptr %367, align 4, !tbaa !4
   %gep.2.i.47 = getelementptr i8, ptr %invariant.gep.2.i, i64 188
   %368 = load i32, ptr %gep.2.i.47, align 2
-  %369 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 700
+  %369 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 700
   store i32 %368, ptr %369, align 4, !tbaa !4
   %gep.2.i.48 = getelementptr i8, ptr %invariant.gep.2.i, i64 192
   %370 = load i32, ptr %gep.2.i.48, align 2
-  %371 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 704
+  %371 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 704
   store i32 %370, ptr %371, align 4, !tbaa !4
   %gep.2.i.49 = getelementptr i8, ptr %invariant.gep.2.i, i64 196
   %372 = load i32, ptr %gep.2.i.49, align 2
-  %373 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 708
+  %373 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 708
   store i32 %372, ptr %373, align 4, !tbaa !4
   %gep.2.i.50 = getelementptr i8, ptr %invariant.gep.2.i, i64 200
   %374 = load i32, ptr %gep.2.i.50, align 2
-  %375 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 712
+  %375 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 712
   store i32 %374, ptr %375, align 4, !tbaa !4
   %gep.2.i.51 = getelementptr i8, ptr %invariant.gep.2.i, i64 204
   %376 = load i32, ptr %gep.2.i.51, align 2
-  %377 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 716
+  %377 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 716
   store i32 %376, ptr %377, align 4, !tbaa !4
   %gep.2.i.52 = getelementptr i8, ptr %invariant.gep.2.i, i64 208
   %378 = load i32, ptr %gep.2.i.52, align 2
-  %379 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 720
+  %379 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 720
   store i32 %378, ptr %379, align 4, !tbaa !4
   %gep.2.i.53 = getelementptr i8, ptr %invariant.gep.2.i, i64 212
   %380 = load i32, ptr %gep.2.i.53, align 2
-  %381 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 724
+  %381 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 724
   store i32 %380, ptr %381, align 4, !tbaa !4
   %gep.2.i.54 = getelementptr i8, ptr %invariant.gep.2.i, i64 216
   %382 = load i32, ptr %gep.2.i.54, align 2
-  %383 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 728
+  %383 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 728
   store i32 %382, ptr %383, align 4, !tbaa !4
   %gep.2.i.55 = getelementptr i8, ptr %invariant.gep.2.i, i64 220
   %384 = load i32, ptr %gep.2.i.55, align 2
-  %385 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 732
+  %385 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 732
   store i32 %384, ptr %385, align 4, !tbaa !4
   %gep.2.i.56 = getelementptr i8, ptr %invariant.gep.2.i, i64 224
   %386 = load i32, ptr %gep.2.i.56, align 2
-  %387 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 736
+  %387 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 736
   store i32 %386, ptr %387, align 4, !tbaa !4
   %gep.2.i.57 = getelementptr i8, ptr %invariant.gep.2.i, i64 228
   %388 = load i32, ptr %gep.2.i.57, align 2
-  %389 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 740
+  %389 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 740
   store i32 %388, ptr %389, align 4, !tbaa !4
   %gep.2.i.58 = getelementptr i8, ptr %invariant.gep.2.i, i64 232
   %390 = load i32, ptr %gep.2.i.58, align 2
-  %391 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 744
+  %391 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 744
   store i32 %390, ptr %391, align 4, !tbaa !4
   %gep.2.i.59 = getelementptr i8, ptr %invariant.gep.2.i, i64 236
   %392 = load i32, ptr %gep.2.i.59, align 2
-  %393 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 748
+  %393 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 748
   store i32 %392, ptr %393, align 4, !tbaa !4
   %gep.2.i.60 = getelementptr i8, ptr %invariant.gep.2.i, i64 240
   %394 = load i32, ptr %gep.2.i.60, align 2
-  %395 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 752
+  %395 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 752
   store i32 %394, ptr %395, align 4, !tbaa !4
   %gep.2.i.61 = getelementptr i8, ptr %invariant.gep.2.i, i64 244
   %396 = load i32, ptr %gep.2.i.61, align 2
-  %397 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 756
+  %397 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 756
   store i32 %396, ptr %397, align 4, !tbaa !4
   %gep.2.i.62 = getelementptr i8, ptr %invariant.gep.2.i, i64 248
   %398 = load i32, ptr %gep.2.i.62, align 2
-  %399 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 760
+  %399 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 760
   store i32 %398, ptr %399, align 4, !tbaa !4
   %gep.2.i.63 = getelementptr i8, ptr %invariant.gep.2.i, i64 252
   %400 = load i32, ptr %gep.2.i.63, align 2
-  %401 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 764
+  %401 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 764
   store i32 %400, ptr %401, align 4, !tbaa !4
   %402 = or disjoint i64 %118, 3
   %403 = mul nsw i64 %402, %q_head
   %invariant.gep.3.i = getelementptr i16, ptr %110, i64 %403
   %404 = load i32, ptr %invariant.gep.3.i, align 2
-  %405 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 768
+  %405 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 768
   store i32 %404, ptr %405, align 4, !tbaa !4
   %gep.3.i.1 = getelementptr i8, ptr %invariant.gep.3.i, i64 4
   %406 = load i32, ptr %gep.3.i.1, align 2
-  %407 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 772
+  %407 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 772
   store i32 %406, ptr %407, align 4, !tbaa !4
   %gep.3.i.2 = getelementptr i8, ptr %invariant.gep.3.i, i64 8
   %408 = load i32, ptr %gep.3.i.2, align 2
-  %409 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 776
+  %409 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 776
   store i32 %408, ptr %409, align 4, !tbaa !4
   %gep.3.i.3 = getelementptr i8, ptr %invariant.gep.3.i, i64 12
   %410 = load i32, ptr %gep.3.i.3, align 2
-  %411 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 780
+  %411 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 780
   store i32 %410, ptr %411, align 4, !tbaa !4
   %gep.3.i.4 = getelementptr i8, ptr %invariant.gep.3.i, i64 16
   %412 = load i32, ptr %gep.3.i.4, align 2
-  %413 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 784
+  %413 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 784
   store i32 %412, ptr %413, align 4, !tbaa !4
   %gep.3.i.5 = getelementptr i8, ptr %invariant.gep.3.i, i64 20
   %414 = load i32, ptr %gep.3.i.5, align 2
-  %415 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 788
+  %415 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 788
   store i32 %414, ptr %415, align 4, !tbaa !4
   %gep.3.i.6 = getelementptr i8, ptr %invariant.gep.3.i, i64 24
   %416 = load i32, ptr %gep.3.i.6, align 2
-  %417 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 792
+  %417 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 792
   store i32 %416, ptr %417, align 4, !tbaa !4
   %gep.3.i.7 = getelementptr i8, ptr %invariant.gep.3.i, i64 28
   %418 = load i32, ptr %gep.3.i.7, align 2
-  %419 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 796
+  %419 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 796
   store i32 %418, ptr %419, align 4, !tbaa !4
   %gep.3.i.8 = getelementptr i8, ptr %invariant.gep.3.i, i64 32
   %420 = load i32, ptr %gep.3.i.8, align 2
-  %421 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 800
+  %421 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 800
   store i32 %420, ptr %421, align 4, !tbaa !4
   %gep.3.i.9 = getelementptr i8, ptr %invariant.gep.3.i, i64 36
   %422 = load i32, ptr %gep.3.i.9, align 2
-  %423 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 804
+  %423 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 804
   store i32 %422, ptr %423, align 4, !tbaa !4
   %gep.3.i.10 = getelementptr i8, ptr %invariant.gep.3.i, i64 40
   %424 = load i32, ptr %gep.3.i.10, align 2
-  %425 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 808
+  %425 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 808
   store i32 %424, ptr %425, align 4, !tbaa !4
   %gep.3.i.11 = getelementptr i8, ptr %invariant.gep.3.i, i64 44
   %426 = load i32, ptr %gep.3.i.11, align 2
-  %427 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 812
+  %427 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 812
   store i32 %426, ptr %427, align 4, !tbaa !4
   %gep.3.i.12 = getelementptr i8, ptr %invariant.gep.3.i, i64 48
   %428 = load i32, ptr %gep.3.i.12, align 2
-  %429 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 816
+  %429 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 816
   store i32 %428, ptr %429, align 4, !tbaa !4
   %gep.3.i.13 = getelementptr i8, ptr %invariant.gep.3.i, i64 52
   %430 = load i32, ptr %gep.3.i.13, align 2
-  %431 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 820
+  %431 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 820
   store i32 %430, ptr %431, align 4, !tbaa !4
   %gep.3.i.14 = getelementptr i8, ptr %invariant.gep.3.i, i64 56
   %432 = load i32, ptr %gep.3.i.14, align 2
-  %433 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 824
+  %433 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 824
   store i32 %432, ptr %433, align 4, !tbaa !4
   %gep.3.i.15 = getelementptr i8, ptr %invariant.gep.3.i, i64 60
   %434 = load i32, ptr %gep.3.i.15, align 2
-  %435 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 828
+  %435 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 828
   store i32 %434, ptr %435, align 4, !tbaa !4
   %gep.3.i.16 = getelementptr i8, ptr %invariant.gep.3.i, i64 64
   %436 = load i32, ptr %gep.3.i.16, align 2
-  %437 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 832
+  %437 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 832
   store i32 %436, ptr %437, align 4, !tbaa !4
   %gep.3.i.17 = getelementptr i8, ptr %invariant.gep.3.i, i64 68
   %438 = load i32, ptr %gep.3.i.17, align 2
-  %439 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 836
+  %439 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 836
   store i32 %438, ptr %439, align 4, !tbaa !4
   %gep.3.i.18 = getelementptr i8, ptr %invariant.gep.3.i, i64 72
   %440 = load i32, ptr %gep.3.i.18, align 2
-  %441 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 840
+  %441 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 840
   store i32 %440, ptr %441, align 4, !tbaa !4
   %gep.3.i.19 = getelementptr i8, ptr %invariant.gep.3.i, i64 76
   %442 = load i32, ptr %gep.3.i.19, align 2
-  %443 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 844
+  %443 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 844
   store i32 %442, ptr %443, align 4, !tbaa !4
   %gep.3.i.20 = getelementptr i8, ptr %invariant.gep.3.i, i64 80
   %444 = load i32, ptr %gep.3.i.20, align 2
-  %445 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 848
+  %445 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 848
   store i32 %444, ptr %445, align 4, !tbaa !4
   %gep.3.i.21 = getelementptr i8, ptr %invariant.gep.3.i, i64 84
   %446 = load i32, ptr %gep.3.i.21, align 2
-  %447 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 852
+  %447 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 852
   store i32 %446, ptr %447, align 4, !tbaa !4
   %gep.3.i.22 = getelementptr i8, ptr %invariant.gep.3.i, i64 88
   %448 = load i32, ptr %gep.3.i.22, align 2
-  %449 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 856
+  %449 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 856
   store i32 %448, ptr %449, align 4, !tbaa !4
   %gep.3.i.23 = getelementptr i8, ptr %invariant.gep.3.i, i64 92
   %450 = load i32, ptr %gep.3.i.23, align 2
-  %451 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 860
+  %451 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 860
   store i32 %450, ptr %451, align 4, !tbaa !4
   %gep.3.i.24 = getelementptr i8, ptr %invariant.gep.3.i, i64 96
   %452 = load i32, ptr %gep.3.i.24, align 2
-  %453 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 864
+  %453 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 864
   store i32 %452, ptr %453, align 4, !tbaa !4
   %gep.3.i.25 = getelementptr i8, ptr %invariant.gep.3.i, i64 100
   %454 = load i32, ptr %gep.3.i.25, align 2
-  %455 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 868
+  %455 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 868
   store i32 %454, ptr %455, align 4, !tbaa !4
   %gep.3.i.26 = getelementptr i8, ptr %invariant.gep.3.i, i64 104
   %456 = load i32, ptr %gep.3.i.26, align 2
-  %457 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 872
+  %457 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 872
   store i32 %456, ptr %457, align 4, !tbaa !4
   %gep.3.i.27 = getelementptr i8, ptr %invariant.gep.3.i, i64 108
   %458 = load i32, ptr %gep.3.i.27, align 2
-  %459 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 876
+  %459 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 876
   store i32 %458, ptr %459, align 4, !tbaa !4
   %gep.3.i.28 = getelementptr i8, ptr %invariant.gep.3.i, i64 112
   %460 = load i32, ptr %gep.3.i.28, align 2
-  %461 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 880
+  %461 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 880
   store i32 %460, ptr %461, align 4, !tbaa !4
   %gep.3.i.29 = getelementptr i8, ptr %invariant.gep.3.i, i64 116
   %462 = load i32, ptr %gep.3.i.29, align 2
-  %463 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 884
+  %463 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 884
   store i32 %462, ptr %463, align 4, !tbaa !4
   %gep.3.i.30 = getelementptr i8, ptr %invariant.gep.3.i, i64 120
   %464 = load i32, ptr %gep.3.i.30, align 2
-  %465 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 888
+  %465 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 888
   store i32 %464, ptr %465, align 4, !tbaa !4
   %gep.3.i.31 = getelementptr i8, ptr %invariant.gep.3.i, i64 124
   %466 = load i32, ptr %gep.3.i.31, align 2
-  %467 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 892
+  %467 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 892
   store i32 %466, ptr %467, align 4, !tbaa !4
   %gep.3.i.32 = getelementptr i8, ptr %invariant.gep.3.i, i64 128
   %468 = load i32, ptr %gep.3.i.32, align 2
-  %469 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 896
+  %469 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 896
   store i32 %468, ptr %469, align 4, !tbaa !4
   %gep.3.i.33 = getelementptr i8, ptr %invariant.gep.3.i, i64 132
   %470 = load i32, ptr %gep.3.i.33, align 2
-  %471 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 900
+  %471 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 900
   store i32 %470, ptr %471, align 4, !tbaa !4
   %gep.3.i.34 = getelementptr i8, ptr %invariant.gep.3.i, i64 136
   %472 = load i32, ptr %gep.3.i.34, align 2
-  %473 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 904
+  %473 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 904
   store i32 %472, ptr %473, align 4, !tbaa !4
   %gep.3.i.35 = getelementptr i8, ptr %invariant.gep.3.i, i64 140
   %474 = load i32, ptr %gep.3.i.35, align 2
-  %475 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 908
+  %475 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 908
   store i32 %474, ptr %475, align 4, !tbaa !4
   %gep.3.i.36 = getelementptr i8, ptr %invariant.gep.3.i, i64 144
   %476 = load i32, ptr %gep.3.i.36, align 2
-  %477 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 912
+  %477 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 912
   store i32 %476, ptr %477, align 4, !tbaa !4
   %gep.3.i.37 = getelementptr i8, ptr %invariant.gep.3.i, i64 148
   %478 = load i32, ptr %gep.3.i.37, align 2
-  %479 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 916
+  %479 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 916
   store i32 %478, ptr %479, align 4, !tbaa !4
   %gep.3.i.38 = getelementptr i8, ptr %invariant.gep.3.i, i64 152
   %480 = load i32, ptr %gep.3.i.38, align 2
-  %481 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 920
+  %481 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 920
   store i32 %480, ptr %481, align 4, !tbaa !4
   %gep.3.i.39 = getelementptr i8, ptr %invariant.gep.3.i, i64 156
   %482 = load i32, ptr %gep.3.i.39, align 2
-  %483 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 924
+  %483 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 924
   store i32 %482, ptr %483, align 4, !tbaa !4
   %gep.3.i.40 = getelementptr i8, ptr %invariant.gep.3.i, i64 160
   %484 = load i32, ptr %gep.3.i.40, align 2
-  %485 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 928
+  %485 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 928
   store i32 %484, ptr %485, align 4, !tbaa !4
   %gep.3.i.41 = getelementptr i8, ptr %invariant.gep.3.i, i64 164
   %486 = load i32, ptr %gep.3.i.41, align 2
-  %487 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 932
+  %487 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 932
   store i32 %486, ptr %487, align 4, !tbaa !4
   %gep.3.i.42 = getelementptr i8, ptr %invariant.gep.3.i, i64 168
   %488 = load i32, ptr %gep.3.i.42, align 2
-  %489 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 936
+  %489 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 936
   store i32 %488, ptr %489, align 4, !tbaa !4
   %gep.3.i.43 = getelementptr i8, ptr %invariant.gep.3.i, i64 172
   %490 = load i32, ptr %gep.3.i.43, align 2
-  %491 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 940
+  %491 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 940
   store i32 %490, ptr %491, align 4, !tbaa !4
   %gep.3.i.44 = getelementptr i8, ptr %invariant.gep.3.i, i64 176
   %492 = load i32, ptr %gep.3.i.44, align 2
-  %493 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 944
+  %493 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 944
   store i32 %492, ptr %493, align 4, !tbaa !4
   %gep.3.i.45 = getelementptr i8, ptr %invariant.gep.3.i, i64 180
   %494 = load i32, ptr %gep.3.i.45, align 2
-  %495 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 948
+  %495 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 948
   store i32 %494, ptr %495, align 4, !tbaa !4
   %gep.3.i.46 = getelementptr i8, ptr %invariant.gep.3.i, i64 184
   %496 = load i32, ptr %gep.3.i.46, align 2
-  %497 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 952
+  %497 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 952
   store i32 %496, ptr %497, align 4, !tbaa !4
   %gep.3.i.47 = getelementptr i8, ptr %invariant.gep.3.i, i64 188
   %498 = load i32, ptr %gep.3.i.47, align 2
-  %499 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 956
+  %499 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 956
   store i32 %498, ptr %499, align 4, !tbaa !4
   %gep.3.i.48 = getelementptr i8, ptr %invariant.gep.3.i, i64 192
   %500 = load i32, ptr %gep.3.i.48, align 2
-  %501 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 960
+  %501 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 960
   store i32 %500, ptr %501, align 4, !tbaa !4
   %gep.3.i.49 = getelementptr i8, ptr %invariant.gep.3.i, i64 196
   %502 = load i32, ptr %gep.3.i.49, align 2
-  %503 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 964
+  %503 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 964
   store i32 %502, ptr %503, align 4, !tbaa !4
   %gep.3.i.50 = getelementptr i8, ptr %invariant.gep.3.i, i64 200
   %504 = load i32, ptr %gep.3.i.50, align 2
-  %505 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 968
+  %505 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 968
   store i32 %504, ptr %505, align 4, !tbaa !4
   %gep.3.i.51 = getelementptr i8, ptr %invariant.gep.3.i, i64 204
   %506 = load i32, ptr %gep.3.i.51, align 2
-  %507 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 972
+  %507 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 972
   store i32 %506, ptr %507, align 4, !tbaa !4
   %gep.3.i.52 = getelementptr i8, ptr %invariant.gep.3.i, i64 208
   %508 = load i32, ptr %gep.3.i.52, align 2
-  %509 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 976
+  %509 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 976
   store i32 %508, ptr %509, align 4, !tbaa !4
   %gep.3.i.53 = getelementptr i8, ptr %invariant.gep.3.i, i64 212
   %510 = load i32, ptr %gep.3.i.53, align 2
-  %511 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 980
+  %511 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 980
   store i32 %510, ptr %511, align 4, !tbaa !4
   %gep.3.i.54 = getelementptr i8, ptr %invariant.gep.3.i, i64 216
   %512 = load i32, ptr %gep.3.i.54, align 2
-  %513 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 984
+  %513 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 984
   store i32 %512, ptr %513, align 4, !tbaa !4
   %gep.3.i.55 = getelementptr i8, ptr %invariant.gep.3.i, i64 220
   %514 = load i32, ptr %gep.3.i.55, align 2
-  %515 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 988
+  %515 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 988
   store i32 %514, ptr %515, align 4, !tbaa !4
   %gep.3.i.56 = getelementptr i8, ptr %invariant.gep.3.i, i64 224
   %516 = load i32, ptr %gep.3.i.56, align 2
-  %517 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 992
+  %517 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 992
   store i32 %516, ptr %517, align 4, !tbaa !4
   %gep.3.i.57 = getelementptr i8, ptr %invariant.gep.3.i, i64 228
   %518 = load i32, ptr %gep.3.i.57, align 2
-  %519 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 996
+  %519 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 996
   store i32 %518, ptr %519, align 4, !tbaa !4
   %gep.3.i.58 = getelementptr i8, ptr %invariant.gep.3.i, i64 232
   %520 = load i32, ptr %gep.3.i.58, align 2
-  %521 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1000
+  %521 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 1000
   store i32 %520, ptr %521, align 4, !tbaa !4
   %gep.3.i.59 = getelementptr i8, ptr %invariant.gep.3.i, i64 236
   %522 = load i32, ptr %gep.3.i.59, align 2
-  %523 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1004
+  %523 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 1004
   store i32 %522, ptr %523, align 4, !tbaa !4
   %gep.3.i.60 = getelementptr i8, ptr %invariant.gep.3.i, i64 240
   %524 = load i32, ptr %gep.3.i.60, align 2
-  %525 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1008
+  %525 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 1008
   store i32 %524, ptr %525, align 4, !tbaa !4
   %gep.3.i.61 = getelementptr i8, ptr %invariant.gep.3.i, i64 244
   %526 = load i32, ptr %gep.3.i.61, align 2
-  %527 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1012
+  %527 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 1012
   store i32 %526, ptr %527, align 4, !tbaa !4
   %gep.3.i.62 = getelementptr i8, ptr %invariant.gep.3.i, i64 248
   %528 = load i32, ptr %gep.3.i.62, align 2
-  %529 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1016
+  %529 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 1016
   store i32 %528, ptr %529, align 4, !tbaa !4
   %gep.3.i.63 = getelementptr i8, ptr %invariant.gep.3.i, i64 252
   %530 = load i32, ptr %gep.3.i.63, align 2
-  %531 = getelementptr inbounds nuw i8, ptr %invariant.gep1327.i, i64 1020
+  %531 = getelementptr inbounds nuw i8, ptr %invariant.gep1345.i, i64 1020
   store i32 %530, ptr %531, align 4, !tbaa !4
-  %indvars.iv.next1066.i = add nuw nsw i64 %indvars.iv1065.i, 1
-  %exitcond1068.not.i = icmp eq i64 %indvars.iv.next1066.i, 8
-  br i1 %exitcond1068.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !prof !21
+  %indvars.iv.next1116.i = add nuw nsw i64 %indvars.iv1115.i, 1
+  %exitcond1118.not.i = icmp eq i64 %indvars.iv.next1116.i, 8
+  br i1 %exitcond1118.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !prof !21
 
-for_begin_step.i:                                 ; preds = %if_end183.i, %for_begin_step.preheader.i
-  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end183.i ], [ %range_len.i, %for_begin_step.preheader.i ]
-  %indvars.iv1231.i = phi i64 [ %indvars.iv.next1232.i, %if_end183.i ], [ 0, %for_begin_step.preheader.i ]
-  %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %532 = and i32 %smin, 31
+for_begin_step.i:                                 ; preds = %if_end165.i, %for_begin_step.preheader.i
+  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end165.i ], [ %range_len.i, %for_begin_step.preheader.i ]
+  %indvars.iv1244.i = phi i64 [ %indvars.iv.next1245.i, %if_end165.i ], [ 0, %for_begin_step.preheader.i ]
+  %smin177 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
+  %532 = and i32 %smin177, 31
   %narrow = add nuw nsw i32 %532, 1
   %533 = lshr i32 %narrow, 1
   %534 = zext nneg i32 %533 to i64
-  %exitcond1238.not.i = icmp eq i64 %indvars.iv1231.i, %wide.trip.count1237.i
-  br i1 %exitcond1238.not.i, label %for_end_step.i, label %for_body_step.i, !prof !22
+  %exitcond1251.not.i = icmp eq i64 %indvars.iv1244.i, %wide.trip.count1250.i
+  br i1 %exitcond1251.not.i, label %for_end_step.i, label %for_body_step.i, !prof !22
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
   %535 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -2315,21 +2311,21 @@ for_body_step.i:                                  ; preds = %for_begin_step.i
   br i1 %536, label %fused_decode_compute_.exit, label %if_end5.i, !prof !7
 
 for_end_step.i:                                   ; preds = %for_begin_step.i
-  br i1 %.not, label %for_begin_tile214.preheader.i, label %for_begin_tile191.preheader.i
+  br i1 %.not, label %for_begin_tile191.preheader.i, label %for_begin_tile173.preheader.i
 
-for_begin_tile214.preheader.i:                    ; preds = %for_end_step.i
-  %537 = add nuw nsw i64 %indvars.iv1285.i, %cse_v21.i
+for_begin_tile191.preheader.i:                    ; preds = %for_end_step.i
+  %537 = add nuw nsw i64 %indvars.iv1298.i, %cse_v19.i
   %538 = shl nuw nsw i64 %537, 5
   %.idx.i = shl nuw nsw i64 %537, 14
   %539 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  br label %for_body_tile215.i
-
-for_begin_tile191.preheader.i:                    ; preds = %for_end_step.i
-  %540 = mul nsw i64 %cse_v23.i, %out_batch
-  %541 = getelementptr i16, ptr %out, i64 %540
-  %542 = mul nsw i64 %cse_v23.i, %lse_batch
-  %543 = getelementptr float, ptr %lse, i64 %542
   br label %for_body_tile192.i
+
+for_begin_tile173.preheader.i:                    ; preds = %for_end_step.i
+  %540 = mul nsw i64 %cse_v21.i, %out_batch
+  %541 = getelementptr i16, ptr %out, i64 %540
+  %542 = mul nsw i64 %cse_v21.i, %lse_batch
+  %543 = getelementptr float, ptr %lse, i64 %542
+  br label %for_body_tile174.i
 
 if_end5.i:                                        ; preds = %for_body_step.i
   %544 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -2338,16 +2334,16 @@ if_end5.i:                                        ; preds = %for_body_step.i
   br i1 %545, label %fused_decode_compute_.exit, label %if_end8.i, !prof !7
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %546 = shl nsw i64 %indvars.iv1231.i, 7
+  %546 = shl nsw i64 %indvars.iv1244.i, 7
   %547 = add nuw nsw i64 %546, %93
   %548 = sub nsw i64 %117, %546
   %549 = trunc nsw i64 %548 to i32
   %valid_len.i = tail call i32 @llvm.smin.i32(i32 %549, i32 128)
   %550 = add nsw i32 %valid_len.i, 31
   %num_groups.i = ashr i32 %550, 5
-  %indvars.iv.next1232.i = add nuw nsw i64 %indvars.iv1231.i, 1
+  %indvars.iv.next1245.i = add nuw nsw i64 %indvars.iv1244.i, 1
   %551 = and i32 %550, -32
-  %552 = icmp samesign ult i64 %indvars.iv.next1232.i, %116
+  %552 = icmp samesign ult i64 %indvars.iv.next1245.i, %116
   %num_offsets.i = select i1 %552, i32 256, i32 %551
   %553 = icmp sgt i32 %num_offsets.i, 0
   br i1 %553, label %for_body_t.preheader.i, label %for_begin_kv_head.preheader.i, !prof !3
@@ -2357,8 +2353,8 @@ for_body_t.preheader.i:                           ; preds = %if_end8.i
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.preheader.i
-  %indvars.iv1069.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next1070.i.3, %for_body_t.i ]
-  %554 = add nuw nsw i64 %indvars.iv1069.i, %547
+  %indvars.iv1119.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next1120.i.3, %for_body_t.i ]
+  %554 = add nuw nsw i64 %indvars.iv1119.i, %547
   %555 = trunc i64 %554 to i32
   %token.i = tail call i32 @llvm.smin.i32(i32 %555, i32 %last_token.i)
   %556 = ashr i32 %token.i, 4
@@ -2367,10 +2363,10 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %559 = load i32, ptr %558, align 4, !tbaa !4
   %block.i = sext i32 %559 to i64
   %560 = mul nsw i64 %k_block, %block.i
-  %561 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1069.i
+  %561 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1119.i
   store i64 %560, ptr %561, align 8, !tbaa !4
-  %indvars.iv.next1070.i = or disjoint i64 %indvars.iv1069.i, 1
-  %562 = add nuw nsw i64 %indvars.iv.next1070.i, %547
+  %indvars.iv.next1120.i = or disjoint i64 %indvars.iv1119.i, 1
+  %562 = add nuw nsw i64 %indvars.iv.next1120.i, %547
   %563 = trunc i64 %562 to i32
   %token.i.1 = tail call i32 @llvm.smin.i32(i32 %563, i32 %last_token.i)
   %564 = ashr i32 %token.i.1, 4
@@ -2379,10 +2375,10 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %567 = load i32, ptr %566, align 4, !tbaa !4
   %block.i.1 = sext i32 %567 to i64
   %568 = mul nsw i64 %k_block, %block.i.1
-  %569 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1070.i
+  %569 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1120.i
   store i64 %568, ptr %569, align 8, !tbaa !4
-  %indvars.iv.next1070.i.1 = or disjoint i64 %indvars.iv1069.i, 2
-  %570 = add nuw nsw i64 %indvars.iv.next1070.i.1, %547
+  %indvars.iv.next1120.i.1 = or disjoint i64 %indvars.iv1119.i, 2
+  %570 = add nuw nsw i64 %indvars.iv.next1120.i.1, %547
   %571 = trunc i64 %570 to i32
   %token.i.2 = tail call i32 @llvm.smin.i32(i32 %571, i32 %last_token.i)
   %572 = ashr i32 %token.i.2, 4
@@ -2391,10 +2387,10 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %575 = load i32, ptr %574, align 4, !tbaa !4
   %block.i.2 = sext i32 %575 to i64
   %576 = mul nsw i64 %k_block, %block.i.2
-  %577 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1070.i.1
+  %577 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1120.i.1
   store i64 %576, ptr %577, align 8, !tbaa !4
-  %indvars.iv.next1070.i.2 = or disjoint i64 %indvars.iv1069.i, 3
-  %578 = add nuw nsw i64 %indvars.iv.next1070.i.2, %547
+  %indvars.iv.next1120.i.2 = or disjoint i64 %indvars.iv1119.i, 3
+  %578 = add nuw nsw i64 %indvars.iv.next1120.i.2, %547
   %579 = trunc i64 %578 to i32
   %token.i.3 = tail call i32 @llvm.smin.i32(i32 %579, i32 %last_token.i)
   %580 = ashr i32 %token.i.3, 4
@@ -2403,4329 +2399,3846 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %583 = load i32, ptr %582, align 4, !tbaa !4
   %block.i.3 = sext i32 %583 to i64
   %584 = mul nsw i64 %k_block, %block.i.3
-  %585 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1070.i.2
+  %585 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1120.i.2
   store i64 %584, ptr %585, align 8, !tbaa !4
-  %indvars.iv.next1070.i.3 = add nuw nsw i64 %indvars.iv1069.i, 4
-  %exitcond1072.not.i.3 = icmp eq i64 %indvars.iv.next1070.i.3, %wide.trip.count.i
-  br i1 %exitcond1072.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !23
+  %indvars.iv.next1120.i.3 = add nuw nsw i64 %indvars.iv1119.i, 4
+  %exitcond1122.not.i.3 = icmp eq i64 %indvars.iv.next1120.i.3, %wide.trip.count.i
+  br i1 %exitcond1122.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !23
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
   %586 = icmp sgt i32 %num_groups.i, 0
   %587 = icmp sgt i64 %548, 0
+  %588 = icmp eq i64 %indvars.iv1244.i, 0
+  %589 = insertelement <4 x i1> poison, i1 %588, i64 0
+  %590 = shufflevector <4 x i1> %589, <4 x i1> poison, <4 x i32> zeroinitializer
   %num_full.i = ashr i32 %valid_len.i, 5
-  %588 = icmp sgt i32 %num_full.i, 0
-  %589 = and i32 %valid_len.i, 31
-  %.not1037.i = icmp eq i32 %589, 0
-  %590 = and i32 %valid_len.i, -32
-  %591 = shl nsw i32 %num_full.i, 4
-  %592 = icmp eq i64 %indvars.iv1231.i, 0
-  %593 = insertelement <4 x i1> poison, i1 %592, i64 0
-  %594 = shufflevector <4 x i1> %593, <4 x i1> poison, <4 x i32> zeroinitializer
-  %595 = zext i32 %num_full.i to i64
-  %596 = sext i32 %591 to i64
-  %597 = sext i32 %590 to i64
-  %wide.trip.count1096.i = zext i32 %num_groups.i to i64
-  %xtraiter = and i64 %wide.trip.count1096.i, 3
+  %591 = icmp sgt i32 %num_full.i, 0
+  %592 = and i32 %valid_len.i, 31
+  %.not1085.i = icmp eq i32 %592, 0
+  %593 = and i32 %valid_len.i, -32
+  %594 = shl nsw i32 %num_full.i, 4
+  %595 = sext i32 %593 to i64
+  %596 = sext i32 %594 to i64
+  %597 = zext i32 %num_full.i to i64
+  %wide.trip.count1146.i = zext i32 %num_groups.i to i64
+  %xtraiter = and i64 %wide.trip.count1146.i, 3
   %598 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter = and i64 %wide.trip.count1096.i, 2147483644
+  %unroll_iter = and i64 %wide.trip.count1146.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod98 = icmp ne i64 %xtraiter, 0
-  %xtraiter99 = and i64 %wide.trip.count1096.i, 3
+  %lcmp.mod96 = icmp ne i64 %xtraiter, 0
+  %xtraiter97 = and i64 %wide.trip.count1146.i, 3
   %599 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter103 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod101.not = icmp eq i64 %xtraiter99, 0
-  %lcmp.mod102 = icmp ne i64 %xtraiter99, 0
-  %xtraiter105 = and i64 %wide.trip.count1096.i, 3
+  %unroll_iter101 = and i64 %wide.trip.count1146.i, 2147483644
+  %lcmp.mod99.not = icmp eq i64 %xtraiter97, 0
+  %lcmp.mod100 = icmp ne i64 %xtraiter97, 0
+  %xtraiter103 = and i64 %wide.trip.count1146.i, 3
   %600 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter109 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod107.not = icmp eq i64 %xtraiter105, 0
-  %lcmp.mod108 = icmp ne i64 %xtraiter105, 0
-  %xtraiter111 = and i64 %wide.trip.count1096.i, 3
+  %unroll_iter107 = and i64 %wide.trip.count1146.i, 2147483644
+  %lcmp.mod105.not = icmp eq i64 %xtraiter103, 0
+  %lcmp.mod106 = icmp ne i64 %xtraiter103, 0
+  %xtraiter109 = and i64 %wide.trip.count1146.i, 3
   %601 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter115 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod113.not = icmp eq i64 %xtraiter111, 0
-  %lcmp.mod114 = icmp ne i64 %xtraiter111, 0
-  %xtraiter117 = and i64 %wide.trip.count1096.i, 7
+  %unroll_iter113 = and i64 %wide.trip.count1146.i, 2147483644
+  %lcmp.mod111.not = icmp eq i64 %xtraiter109, 0
+  %lcmp.mod112 = icmp ne i64 %xtraiter109, 0
+  %xtraiter115 = and i64 %wide.trip.count1146.i, 7
   %602 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter122 = and i64 %wide.trip.count1096.i, 2147483640
-  %lcmp.mod119.not = icmp eq i64 %xtraiter117, 0
-  %lcmp.mod121 = icmp ne i64 %xtraiter117, 0
-  %xtraiter124 = and i64 %wide.trip.count1096.i, 3
+  %unroll_iter120 = and i64 %wide.trip.count1146.i, 2147483640
+  %lcmp.mod117.not = icmp eq i64 %xtraiter115, 0
+  %lcmp.mod119 = icmp ne i64 %xtraiter115, 0
+  %xtraiter122 = and i64 %wide.trip.count1146.i, 3
   %603 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter128 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod126.not = icmp eq i64 %xtraiter124, 0
-  %lcmp.mod127 = icmp ne i64 %xtraiter124, 0
-  %xtraiter130 = and i64 %wide.trip.count1096.i, 3
+  %unroll_iter126 = and i64 %wide.trip.count1146.i, 2147483644
+  %lcmp.mod124.not = icmp eq i64 %xtraiter122, 0
+  %lcmp.mod125 = icmp ne i64 %xtraiter122, 0
+  %xtraiter128 = and i64 %wide.trip.count1146.i, 3
   %604 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter134 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod132.not = icmp eq i64 %xtraiter130, 0
-  %lcmp.mod133 = icmp ne i64 %xtraiter130, 0
-  %xtraiter136 = and i64 %wide.trip.count1096.i, 3
+  %unroll_iter132 = and i64 %wide.trip.count1146.i, 2147483644
+  %lcmp.mod130.not = icmp eq i64 %xtraiter128, 0
+  %lcmp.mod131 = icmp ne i64 %xtraiter128, 0
+  %xtraiter134 = and i64 %wide.trip.count1146.i, 3
   %605 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter140 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod138.not = icmp eq i64 %xtraiter136, 0
-  %lcmp.mod139 = icmp ne i64 %xtraiter136, 0
-  %xtraiter142 = and i64 %wide.trip.count1096.i, 3
+  %unroll_iter138 = and i64 %wide.trip.count1146.i, 2147483644
+  %lcmp.mod136.not = icmp eq i64 %xtraiter134, 0
+  %lcmp.mod137 = icmp ne i64 %xtraiter134, 0
+  %xtraiter140 = and i64 %wide.trip.count1146.i, 3
   %606 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter146 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod144.not = icmp eq i64 %xtraiter142, 0
-  %lcmp.mod145 = icmp ne i64 %xtraiter142, 0
-  %xtraiter148 = and i64 %wide.trip.count1096.i, 7
+  %unroll_iter144 = and i64 %wide.trip.count1146.i, 2147483644
+  %lcmp.mod142.not = icmp eq i64 %xtraiter140, 0
+  %lcmp.mod143 = icmp ne i64 %xtraiter140, 0
+  %xtraiter146 = and i64 %wide.trip.count1146.i, 7
   %607 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter153 = and i64 %wide.trip.count1096.i, 2147483640
-  %lcmp.mod150.not = icmp eq i64 %xtraiter148, 0
-  %lcmp.mod152 = icmp ne i64 %xtraiter148, 0
-  %xtraiter155 = and i64 %wide.trip.count1096.i, 3
+  %unroll_iter151 = and i64 %wide.trip.count1146.i, 2147483640
+  %lcmp.mod148.not = icmp eq i64 %xtraiter146, 0
+  %lcmp.mod150 = icmp ne i64 %xtraiter146, 0
+  %xtraiter153 = and i64 %wide.trip.count1146.i, 3
   %608 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter159 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod157.not = icmp eq i64 %xtraiter155, 0
-  %lcmp.mod158 = icmp ne i64 %xtraiter155, 0
-  %xtraiter161 = and i64 %wide.trip.count1096.i, 3
+  %unroll_iter157 = and i64 %wide.trip.count1146.i, 2147483644
+  %lcmp.mod155.not = icmp eq i64 %xtraiter153, 0
+  %lcmp.mod156 = icmp ne i64 %xtraiter153, 0
+  %xtraiter159 = and i64 %wide.trip.count1146.i, 3
   %609 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter165 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod163.not = icmp eq i64 %xtraiter161, 0
-  %lcmp.mod164 = icmp ne i64 %xtraiter161, 0
-  %xtraiter167 = and i64 %wide.trip.count1096.i, 3
+  %unroll_iter163 = and i64 %wide.trip.count1146.i, 2147483644
+  %lcmp.mod161.not = icmp eq i64 %xtraiter159, 0
+  %lcmp.mod162 = icmp ne i64 %xtraiter159, 0
+  %xtraiter165 = and i64 %wide.trip.count1146.i, 3
   %610 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter171 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod169.not = icmp eq i64 %xtraiter167, 0
-  %lcmp.mod170 = icmp ne i64 %xtraiter167, 0
-  %xtraiter173 = and i64 %wide.trip.count1096.i, 3
+  %unroll_iter169 = and i64 %wide.trip.count1146.i, 2147483644
+  %lcmp.mod167.not = icmp eq i64 %xtraiter165, 0
+  %lcmp.mod168 = icmp ne i64 %xtraiter165, 0
+  %xtraiter171 = and i64 %wide.trip.count1146.i, 3
   %611 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter177 = and i64 %wide.trip.count1096.i, 2147483644
-  %lcmp.mod175.not = icmp eq i64 %xtraiter173, 0
-  %lcmp.mod176 = icmp ne i64 %xtraiter173, 0
+  %unroll_iter175 = and i64 %wide.trip.count1146.i, 2147483644
+  %lcmp.mod173.not = icmp eq i64 %xtraiter171, 0
+  %lcmp.mod174 = icmp ne i64 %xtraiter171, 0
+  %xtraiter178 = and i64 %534, 1
+  %612 = icmp eq i32 %533, 1
+  %unroll_iter190 = and i64 %534, 30
+  %lcmp.mod180.not = icmp eq i64 %xtraiter178, 0
+  %lcmp.mod189 = icmp ne i64 %xtraiter178, 0
   br label %for_begin_kv_head.i
 
 for_body_t11.i:                                   ; preds = %for_body_t11.i, %for_body_t.i
-  %indvars.iv1073.i = phi i64 [ %indvars.iv.next1074.i.3, %for_body_t11.i ], [ 0, %for_body_t.i ]
-  %612 = add nuw nsw i64 %indvars.iv1073.i, %547
-  %613 = trunc i64 %612 to i32
-  %token16.i = tail call i32 @llvm.smin.i32(i32 %613, i32 %last_token.i)
-  %cse_v145.i = sext i32 %token16.i to i64
-  %614 = ashr i64 %cse_v145.i, 4
-  %gep855.i = getelementptr i32, ptr %115, i64 %614
-  %615 = load i32, ptr %gep855.i, align 4, !tbaa !4
-  %block18.i = sext i32 %615 to i64
-  %616 = lshr i64 %cse_v145.i, 1
-  %617 = and i64 %616, 7
-  %618 = mul nsw i64 %617, %v_row
-  %619 = mul nsw i64 %v_block, %block18.i
-  %620 = add nsw i64 %618, %619
-  %621 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1073.i
-  store i64 %620, ptr %621, align 8, !tbaa !4
-  %indvars.iv.next1074.i = or disjoint i64 %indvars.iv1073.i, 1
-  %622 = add nuw nsw i64 %indvars.iv.next1074.i, %547
-  %623 = trunc i64 %622 to i32
-  %token16.i.1 = tail call i32 @llvm.smin.i32(i32 %623, i32 %last_token.i)
-  %cse_v145.i.1 = sext i32 %token16.i.1 to i64
-  %624 = ashr i64 %cse_v145.i.1, 4
-  %gep855.i.1 = getelementptr i32, ptr %115, i64 %624
-  %625 = load i32, ptr %gep855.i.1, align 4, !tbaa !4
-  %block18.i.1 = sext i32 %625 to i64
-  %626 = lshr i64 %cse_v145.i.1, 1
-  %627 = and i64 %626, 7
-  %628 = mul nsw i64 %627, %v_row
-  %629 = mul nsw i64 %v_block, %block18.i.1
-  %630 = add nsw i64 %628, %629
-  %631 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1074.i
-  store i64 %630, ptr %631, align 8, !tbaa !4
-  %indvars.iv.next1074.i.1 = or disjoint i64 %indvars.iv1073.i, 2
-  %632 = add nuw nsw i64 %indvars.iv.next1074.i.1, %547
-  %633 = trunc i64 %632 to i32
-  %token16.i.2 = tail call i32 @llvm.smin.i32(i32 %633, i32 %last_token.i)
-  %cse_v145.i.2 = sext i32 %token16.i.2 to i64
-  %634 = ashr i64 %cse_v145.i.2, 4
-  %gep855.i.2 = getelementptr i32, ptr %115, i64 %634
-  %635 = load i32, ptr %gep855.i.2, align 4, !tbaa !4
-  %block18.i.2 = sext i32 %635 to i64
-  %636 = lshr i64 %cse_v145.i.2, 1
-  %637 = and i64 %636, 7
-  %638 = mul nsw i64 %637, %v_row
-  %639 = mul nsw i64 %v_block, %block18.i.2
-  %640 = add nsw i64 %638, %639
-  %641 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1074.i.1
-  store i64 %640, ptr %641, align 8, !tbaa !4
-  %indvars.iv.next1074.i.2 = or disjoint i64 %indvars.iv1073.i, 3
-  %642 = add nuw nsw i64 %indvars.iv.next1074.i.2, %547
-  %643 = trunc i64 %642 to i32
-  %token16.i.3 = tail call i32 @llvm.smin.i32(i32 %643, i32 %last_token.i)
-  %cse_v145.i.3 = sext i32 %token16.i.3 to i64
-  %644 = ashr i64 %cse_v145.i.3, 4
-  %gep855.i.3 = getelementptr i32, ptr %115, i64 %644
-  %645 = load i32, ptr %gep855.i.3, align 4, !tbaa !4
-  %block18.i.3 = sext i32 %645 to i64
-  %646 = lshr i64 %cse_v145.i.3, 1
-  %647 = and i64 %646, 7
-  %648 = mul nsw i64 %647, %v_row
-  %649 = mul nsw i64 %v_block, %block18.i.3
-  %650 = add nsw i64 %648, %649
-  %651 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1074.i.2
-  store i64 %650, ptr %651, align 8, !tbaa !4
-  %indvars.iv.next1074.i.3 = add nuw nsw i64 %indvars.iv1073.i, 4
-  %exitcond1077.not.i.3 = icmp eq i64 %indvars.iv.next1074.i.3, %wide.trip.count.i
-  br i1 %exitcond1077.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !25
+  %indvars.iv1123.i = phi i64 [ %indvars.iv.next1124.i.3, %for_body_t11.i ], [ 0, %for_body_t.i ]
+  %613 = add nuw nsw i64 %indvars.iv1123.i, %547
+  %614 = trunc i64 %613 to i32
+  %token16.i = tail call i32 @llvm.smin.i32(i32 %614, i32 %last_token.i)
+  %cse_v148.i = sext i32 %token16.i to i64
+  %615 = ashr i64 %cse_v148.i, 4
+  %gep886.i = getelementptr i32, ptr %115, i64 %615
+  %616 = load i32, ptr %gep886.i, align 4, !tbaa !4
+  %block18.i = sext i32 %616 to i64
+  %617 = lshr i64 %cse_v148.i, 1
+  %618 = and i64 %617, 7
+  %619 = mul nsw i64 %618, %v_row
+  %620 = mul nsw i64 %v_block, %block18.i
+  %621 = add nsw i64 %619, %620
+  %622 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1123.i
+  store i64 %621, ptr %622, align 8, !tbaa !4
+  %indvars.iv.next1124.i = or disjoint i64 %indvars.iv1123.i, 1
+  %623 = add nuw nsw i64 %indvars.iv.next1124.i, %547
+  %624 = trunc i64 %623 to i32
+  %token16.i.1 = tail call i32 @llvm.smin.i32(i32 %624, i32 %last_token.i)
+  %cse_v148.i.1 = sext i32 %token16.i.1 to i64
+  %625 = ashr i64 %cse_v148.i.1, 4
+  %gep886.i.1 = getelementptr i32, ptr %115, i64 %625
+  %626 = load i32, ptr %gep886.i.1, align 4, !tbaa !4
+  %block18.i.1 = sext i32 %626 to i64
+  %627 = lshr i64 %cse_v148.i.1, 1
+  %628 = and i64 %627, 7
+  %629 = mul nsw i64 %628, %v_row
+  %630 = mul nsw i64 %v_block, %block18.i.1
+  %631 = add nsw i64 %629, %630
+  %632 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1124.i
+  store i64 %631, ptr %632, align 8, !tbaa !4
+  %indvars.iv.next1124.i.1 = or disjoint i64 %indvars.iv1123.i, 2
+  %633 = add nuw nsw i64 %indvars.iv.next1124.i.1, %547
+  %634 = trunc i64 %633 to i32
+  %token16.i.2 = tail call i32 @llvm.smin.i32(i32 %634, i32 %last_token.i)
+  %cse_v148.i.2 = sext i32 %token16.i.2 to i64
+  %635 = ashr i64 %cse_v148.i.2, 4
+  %gep886.i.2 = getelementptr i32, ptr %115, i64 %635
+  %636 = load i32, ptr %gep886.i.2, align 4, !tbaa !4
+  %block18.i.2 = sext i32 %636 to i64
+  %637 = lshr i64 %cse_v148.i.2, 1
+  %638 = and i64 %637, 7
+  %639 = mul nsw i64 %638, %v_row
+  %640 = mul nsw i64 %v_block, %block18.i.2
+  %641 = add nsw i64 %639, %640
+  %642 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1124.i.1
+  store i64 %641, ptr %642, align 8, !tbaa !4
+  %indvars.iv.next1124.i.2 = or disjoint i64 %indvars.iv1123.i, 3
+  %643 = add nuw nsw i64 %indvars.iv.next1124.i.2, %547
+  %644 = trunc i64 %643 to i32
+  %token16.i.3 = tail call i32 @llvm.smin.i32(i32 %644, i32 %last_token.i)
+  %cse_v148.i.3 = sext i32 %token16.i.3 to i64
+  %645 = ashr i64 %cse_v148.i.3, 4
+  %gep886.i.3 = getelementptr i32, ptr %115, i64 %645
+  %646 = load i32, ptr %gep886.i.3, align 4, !tbaa !4
+  %block18.i.3 = sext i32 %646 to i64
+  %647 = lshr i64 %cse_v148.i.3, 1
+  %648 = and i64 %647, 7
+  %649 = mul nsw i64 %648, %v_row
+  %650 = mul nsw i64 %v_block, %block18.i.3
+  %651 = add nsw i64 %649, %650
+  %652 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1124.i.2
+  store i64 %651, ptr %652, align 8, !tbaa !4
+  %indvars.iv.next1124.i.3 = add nuw nsw i64 %indvars.iv1123.i, 4
+  %exitcond1127.not.i.3 = icmp eq i64 %indvars.iv.next1124.i.3, %wide.trip.count.i
+  br i1 %exitcond1127.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !25
 
-for_begin_kv_head.i:                              ; preds = %if_end177.i, %for_begin_kv_head.preheader.i
-  %indvars.iv1226.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1227.i, %if_end177.i ]
-  %exitcond1230.not.i = icmp eq i64 %indvars.iv1226.i, 8
-  br i1 %exitcond1230.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !22
+for_begin_kv_head.i:                              ; preds = %if_end159.i, %for_begin_kv_head.preheader.i
+  %indvars.iv1239.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1240.i, %if_end159.i ]
+  %exitcond1243.not.i = icmp eq i64 %indvars.iv1239.i, 8
+  br i1 %exitcond1243.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !22
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %652 = icmp eq i64 %indvars.iv1226.i, 7
-  %653 = and i1 %552, %652
-  %ahead_t.i = select i1 %653, i32 128, i32 0
-  %indvars.iv.next1227.i = add nuw nsw i64 %indvars.iv1226.i, 1
-  %ahead_head.i = select i1 %652, i64 0, i64 %indvars.iv.next1227.i
-  %k_now.i = mul nsw i64 %indvars.iv1226.i, %k_head
-  %v_now.i = mul nsw i64 %indvars.iv1226.i, %v_head
-  %654 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scores.i = tail call ptr %654(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %655 = icmp eq ptr %scores.i, null
-  br i1 %655, label %fused_decode_compute_.exit, label %if_end22.i, !prof !7
+  %653 = icmp eq i64 %indvars.iv1239.i, 7
+  %654 = and i1 %552, %653
+  %ahead_t.i = select i1 %654, i32 128, i32 0
+  %indvars.iv.next1240.i = add nuw nsw i64 %indvars.iv1239.i, 1
+  %ahead_head.i = select i1 %653, i64 0, i64 %indvars.iv.next1240.i
+  %k_now.i = mul nsw i64 %indvars.iv1239.i, %k_head
+  %v_now.i = mul nsw i64 %indvars.iv1239.i, %v_head
+  %655 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scores.i = tail call ptr %655(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %656 = icmp eq ptr %scores.i, null
+  br i1 %656, label %fused_decode_compute_.exit, label %if_end22.i, !prof !7
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %656 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %657 = tail call i32 %656(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not260.i = icmp eq i32 %657, 0
-  br i1 %.not260.i, label %if_end183.i, label %fused_decode_compute_.exit, !prof !22
+  %657 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %658 = tail call i32 %657(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not238.i = icmp eq i32 %658, 0
+  br i1 %.not238.i, label %if_end165.i, label %fused_decode_compute_.exit, !prof !22
 
 if_end22.i:                                       ; preds = %for_body_kv_head.i
-  %658 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %tile_acc.i = tail call ptr %658(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %659 = icmp eq ptr %tile_acc.i, null
-  br i1 %659, label %fused_decode_compute_.exit, label %if_end25.i, !prof !7
+  %659 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %prob_pairs.i = tail call ptr %659(i32 1, i32 %dev_id, i64 1024, i32 0, i32 32)
+  %660 = icmp eq ptr %prob_pairs.i, null
+  br i1 %660, label %fused_decode_compute_.exit, label %for_begin___m.preheader.i, !prof !7
 
-if_end25.i:                                       ; preds = %if_end22.i
-  %660 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %prob_pairs.i = tail call ptr %660(i32 1, i32 %dev_id, i64 1024, i32 0, i32 32)
-  %661 = icmp eq ptr %prob_pairs.i, null
-  br i1 %661, label %fused_decode_compute_.exit, label %for_begin___m.preheader.i, !prof !7
-
-for_begin___m.preheader.i:                        ; preds = %if_end25.i
-  %invariant.gep878.i = getelementptr i32, ptr %key_cache, i64 %k_now.i
-  %662 = mul nsw i64 %ahead_head.i, %k_head
-  %invariant.gep867.i = getelementptr i32, ptr %key_cache, i64 %662
+for_begin___m.preheader.i:                        ; preds = %if_end22.i
+  %invariant.gep909.i = getelementptr i32, ptr %key_cache, i64 %k_now.i
+  %661 = mul nsw i64 %ahead_head.i, %k_head
+  %invariant.gep898.i = getelementptr i32, ptr %key_cache, i64 %661
   br i1 %586, label %for_body_to_m.us.i.preheader, label %for_end___m.i, !prof !3
 
 for_body_to_m.us.i.preheader:                     ; preds = %for_begin___m.preheader.i
-  %.idx = shl nuw nsw i64 %indvars.iv1226.i, 10
+  %.idx = shl nuw nsw i64 %indvars.iv1239.i, 10
   %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx
   br label %for_body_to_m.us.i
 
 for_body_to_m.us.i:                               ; preds = %for_end_n_1_m.us.i, %for_body_to_m.us.i.preheader
-  %indvars.iv1091.i = phi i64 [ %indvars.iv.next1092.i, %for_end_n_1_m.us.i ], [ 0, %for_body_to_m.us.i.preheader ]
-  %663 = shl nsw i64 %indvars.iv1091.i, 5
-  %664 = or disjoint i64 %663, 16
-  %665 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %663
-  %666 = load i64, ptr %665, align 8, !tbaa !4
-  %gep879.us.i = getelementptr i32, ptr %invariant.gep878.i, i64 %666
-  %667 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %664
-  %668 = load i64, ptr %667, align 8, !tbaa !4
-  %gep881.us.i = getelementptr i32, ptr %invariant.gep878.i, i64 %668
-  %669 = trunc i64 %663 to i32
-  %670 = add i32 %ahead_t.i, %669
+  %indvars.iv1141.i = phi i64 [ %indvars.iv.next1142.i, %for_end_n_1_m.us.i ], [ 0, %for_body_to_m.us.i.preheader ]
+  %662 = shl nsw i64 %indvars.iv1141.i, 5
+  %663 = or disjoint i64 %662, 16
+  %664 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %662
+  %665 = load i64, ptr %664, align 8, !tbaa !4
+  %gep910.us.i = getelementptr i32, ptr %invariant.gep909.i, i64 %665
+  %666 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %663
+  %667 = load i64, ptr %666, align 8, !tbaa !4
+  %gep912.us.i = getelementptr i32, ptr %invariant.gep909.i, i64 %667
+  %668 = trunc i64 %662 to i32
+  %669 = add i32 %ahead_t.i, %668
   br label %for_body_n_1_m.us.i
 
 for_end_n_1_m.us.i:                               ; preds = %for_body_n_1_m.us.i
+  %670 = getelementptr inbounds nuw float, ptr %scores.i, i64 %662
+  store <16 x float> %r.i268.us.1.i, ptr %670, align 4, !tbaa !4
   %671 = getelementptr inbounds nuw float, ptr %scores.i, i64 %663
-  store <16 x float> %r.i292.us.1.i, ptr %671, align 4, !tbaa !4
-  %672 = getelementptr inbounds nuw float, ptr %scores.i, i64 %664
-  store <16 x float> %r.i295.us.1.i, ptr %672, align 4, !tbaa !4
-  %673 = getelementptr inbounds nuw i8, ptr %671, i64 512
-  store <16 x float> %r.i298.us.1.i, ptr %673, align 4, !tbaa !4
-  %674 = getelementptr inbounds nuw i8, ptr %671, i64 576
-  store <16 x float> %r.i301.us.1.i, ptr %674, align 4, !tbaa !4
-  %675 = getelementptr inbounds nuw i8, ptr %671, i64 1024
-  store <16 x float> %r.i304.us.1.i, ptr %675, align 4, !tbaa !4
-  %676 = getelementptr inbounds nuw i8, ptr %671, i64 1088
-  store <16 x float> %r.i307.us.1.i, ptr %676, align 4, !tbaa !4
-  %677 = getelementptr inbounds nuw i8, ptr %671, i64 1536
-  store <16 x float> %r.i310.us.1.i, ptr %677, align 4, !tbaa !4
-  %678 = getelementptr inbounds nuw i8, ptr %671, i64 1600
-  store <16 x float> %r.i313.us.1.i, ptr %678, align 4, !tbaa !4
-  %indvars.iv.next1092.i = add nuw nsw i64 %indvars.iv1091.i, 1
-  %exitcond1097.not.i = icmp eq i64 %indvars.iv.next1092.i, %wide.trip.count1096.i
-  br i1 %exitcond1097.not.i, label %for_end___m.i, label %for_body_to_m.us.i, !prof !8
+  store <16 x float> %r.i271.us.1.i, ptr %671, align 4, !tbaa !4
+  %672 = getelementptr inbounds nuw i8, ptr %670, i64 512
+  store <16 x float> %r.i274.us.1.i, ptr %672, align 4, !tbaa !4
+  %673 = getelementptr inbounds nuw i8, ptr %670, i64 576
+  store <16 x float> %r.i277.us.1.i, ptr %673, align 4, !tbaa !4
+  %674 = getelementptr inbounds nuw i8, ptr %670, i64 1024
+  store <16 x float> %r.i280.us.1.i, ptr %674, align 4, !tbaa !4
+  %675 = getelementptr inbounds nuw i8, ptr %670, i64 1088
+  store <16 x float> %r.i283.us.1.i, ptr %675, align 4, !tbaa !4
+  %676 = getelementptr inbounds nuw i8, ptr %670, i64 1536
+  store <16 x float> %r.i286.us.1.i, ptr %676, align 4, !tbaa !4
+  %677 = getelementptr inbounds nuw i8, ptr %670, i64 1600
+  store <16 x float> %r.i289.us.1.i, ptr %677, align 4, !tbaa !4
+  %indvars.iv.next1142.i = add nuw nsw i64 %indvars.iv1141.i, 1
+  %exitcond1147.not.i = icmp eq i64 %indvars.iv.next1142.i, %wide.trip.count1146.i
+  br i1 %exitcond1147.not.i, label %for_end___m.i, label %for_body_to_m.us.i, !prof !8
 
 for_body_n_1_m.us.i:                              ; preds = %for_body_n_1_m.us.i, %for_body_to_m.us.i
-  %indvars.iv1086.i = phi i64 [ %indvars.iv.next1087.i, %for_body_n_1_m.us.i ], [ 0, %for_body_to_m.us.i ]
-  %scores_global253.sroa.0.0876.us.i = phi <16 x float> [ %r.i292.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.6.0875.us.i = phi <16 x float> [ %r.i295.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.12.0874.us.i = phi <16 x float> [ %r.i298.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.18.0873.us.i = phi <16 x float> [ %r.i301.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.24.0872.us.i = phi <16 x float> [ %r.i304.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.30.0871.us.i = phi <16 x float> [ %r.i307.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.36.0870.us.i = phi <16 x float> [ %r.i310.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %scores_global253.sroa.42.0869.us.i = phi <16 x float> [ %r.i313.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
-  %679 = shl nuw nsw i64 %indvars.iv1086.i, 3
-  %.masked.us.i = and i64 %679, 56
-  %indvars.iv1086.tr.i = trunc i64 %indvars.iv1086.i to i32
-  %680 = shl i32 %indvars.iv1086.tr.i, 1
-  %cse_v8.masked.us.i = and i32 %680, 16
-  %681 = or disjoint i32 %cse_v8.masked.us.i, %670
-  %682 = zext nneg i32 %681 to i64
-  %683 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %682
-  %684 = load i64, ptr %683, align 8, !tbaa !4
-  %gep868.us.i = getelementptr i32, ptr %invariant.gep867.i, i64 %684
-  %685 = mul nsw i64 %.masked.us.i, %k_row
-  %686 = getelementptr i32, ptr %gep868.us.i, i64 %685
-  tail call void @llvm.prefetch.p0(ptr readonly %686, i32 0, i32 2, i32 1)
-  %687 = or disjoint i64 %.masked.us.i, 1
-  %688 = mul nsw i64 %687, %k_row
-  %689 = getelementptr i32, ptr %gep868.us.i, i64 %688
-  tail call void @llvm.prefetch.p0(ptr readonly %689, i32 0, i32 2, i32 1)
-  %690 = or disjoint i64 %.masked.us.i, 2
-  %691 = mul nsw i64 %690, %k_row
-  %692 = getelementptr i32, ptr %gep868.us.i, i64 %691
-  tail call void @llvm.prefetch.p0(ptr readonly %692, i32 0, i32 2, i32 1)
-  %693 = or disjoint i64 %.masked.us.i, 3
-  %694 = mul nsw i64 %693, %k_row
-  %695 = getelementptr i32, ptr %gep868.us.i, i64 %694
-  tail call void @llvm.prefetch.p0(ptr readonly %695, i32 0, i32 2, i32 1)
-  %696 = or disjoint i64 %.masked.us.i, 4
-  %697 = mul nsw i64 %696, %k_row
-  %698 = getelementptr i32, ptr %gep868.us.i, i64 %697
-  tail call void @llvm.prefetch.p0(ptr readonly %698, i32 0, i32 2, i32 1)
-  %699 = or disjoint i64 %.masked.us.i, 5
-  %700 = mul nsw i64 %699, %k_row
-  %701 = getelementptr i32, ptr %gep868.us.i, i64 %700
-  tail call void @llvm.prefetch.p0(ptr readonly %701, i32 0, i32 2, i32 1)
-  %702 = or disjoint i64 %.masked.us.i, 6
-  %703 = mul nsw i64 %702, %k_row
-  %704 = getelementptr i32, ptr %gep868.us.i, i64 %703
-  tail call void @llvm.prefetch.p0(ptr readonly %704, i32 0, i32 2, i32 1)
-  %705 = or disjoint i64 %.masked.us.i, 7
-  %706 = mul nsw i64 %705, %k_row
-  %707 = getelementptr i32, ptr %gep868.us.i, i64 %706
-  tail call void @llvm.prefetch.p0(ptr readonly %707, i32 0, i32 2, i32 1)
-  %708 = shl nuw nsw i64 %indvars.iv1086.i, 2
-  %cse_v134.us.i = mul nsw i64 %708, %k_row
-  %gep = getelementptr inbounds nuw i32, ptr %invariant.gep, i64 %708
-  %709 = load i32, ptr %gep, align 4, !tbaa !4
-  %710 = insertelement <16 x i32> poison, i32 %709, i64 0
-  %711 = shufflevector <16 x i32> %710, <16 x i32> poison, <16 x i32> zeroinitializer
-  %712 = getelementptr i32, ptr %gep879.us.i, i64 %cse_v134.us.i
-  %713 = load <32 x bfloat>, ptr %712, align 4, !tbaa !4
-  %x.i.us.i = bitcast <16 x i32> %711 to <32 x bfloat>
-  %r.i.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.0.0876.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %713)
-  %714 = getelementptr i32, ptr %gep881.us.i, i64 %cse_v134.us.i
-  %715 = load <32 x bfloat>, ptr %714, align 4, !tbaa !4
-  %r.i271.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.6.0875.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %715)
-  %716 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  %717 = load i32, ptr %716, align 4, !tbaa !4
-  %718 = insertelement <16 x i32> poison, i32 %717, i64 0
-  %719 = shufflevector <16 x i32> %718, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i272.us.i = bitcast <16 x i32> %719 to <32 x bfloat>
-  %r.i274.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.12.0874.us.i, <32 x bfloat> %x.i272.us.i, <32 x bfloat> %713)
-  %r.i277.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.18.0873.us.i, <32 x bfloat> %x.i272.us.i, <32 x bfloat> %715)
-  %720 = getelementptr inbounds nuw i8, ptr %gep, i64 512
-  %721 = load i32, ptr %720, align 4, !tbaa !4
-  %722 = insertelement <16 x i32> poison, i32 %721, i64 0
-  %723 = shufflevector <16 x i32> %722, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i278.us.i = bitcast <16 x i32> %723 to <32 x bfloat>
-  %r.i280.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.24.0872.us.i, <32 x bfloat> %x.i278.us.i, <32 x bfloat> %713)
-  %r.i283.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.30.0871.us.i, <32 x bfloat> %x.i278.us.i, <32 x bfloat> %715)
-  %724 = getelementptr inbounds nuw i8, ptr %gep, i64 768
-  %725 = load i32, ptr %724, align 4, !tbaa !4
-  %726 = insertelement <16 x i32> poison, i32 %725, i64 0
-  %727 = shufflevector <16 x i32> %726, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i284.us.i = bitcast <16 x i32> %727 to <32 x bfloat>
-  %r.i286.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.36.0870.us.i, <32 x bfloat> %x.i284.us.i, <32 x bfloat> %713)
-  %r.i289.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global253.sroa.42.0869.us.i, <32 x bfloat> %x.i284.us.i, <32 x bfloat> %715)
-  %728 = or disjoint i64 %708, 1
-  %cse_v146.us.i = mul nsw i64 %728, %k_row
-  %729 = getelementptr inbounds nuw i8, ptr %gep, i64 4
-  %730 = load i32, ptr %729, align 4, !tbaa !4
-  %731 = insertelement <16 x i32> poison, i32 %730, i64 0
-  %732 = shufflevector <16 x i32> %731, <16 x i32> poison, <16 x i32> zeroinitializer
-  %733 = getelementptr i32, ptr %gep879.us.i, i64 %cse_v146.us.i
-  %734 = load <32 x bfloat>, ptr %733, align 4, !tbaa !4
-  %x.i290.us.i = bitcast <16 x i32> %732 to <32 x bfloat>
-  %r.i292.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.i, <32 x bfloat> %x.i290.us.i, <32 x bfloat> %734)
-  %735 = getelementptr i32, ptr %gep881.us.i, i64 %cse_v146.us.i
-  %736 = load <32 x bfloat>, ptr %735, align 4, !tbaa !4
-  %r.i295.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i271.us.i, <32 x bfloat> %x.i290.us.i, <32 x bfloat> %736)
-  %737 = getelementptr inbounds nuw i8, ptr %gep, i64 260
-  %738 = load i32, ptr %737, align 4, !tbaa !4
-  %739 = insertelement <16 x i32> poison, i32 %738, i64 0
-  %740 = shufflevector <16 x i32> %739, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i296.us.i = bitcast <16 x i32> %740 to <32 x bfloat>
-  %r.i298.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i274.us.i, <32 x bfloat> %x.i296.us.i, <32 x bfloat> %734)
-  %r.i301.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i277.us.i, <32 x bfloat> %x.i296.us.i, <32 x bfloat> %736)
-  %741 = getelementptr inbounds nuw i8, ptr %gep, i64 516
-  %742 = load i32, ptr %741, align 4, !tbaa !4
-  %743 = insertelement <16 x i32> poison, i32 %742, i64 0
-  %744 = shufflevector <16 x i32> %743, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i302.us.i = bitcast <16 x i32> %744 to <32 x bfloat>
-  %r.i304.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i280.us.i, <32 x bfloat> %x.i302.us.i, <32 x bfloat> %734)
-  %r.i307.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i283.us.i, <32 x bfloat> %x.i302.us.i, <32 x bfloat> %736)
-  %745 = getelementptr inbounds nuw i8, ptr %gep, i64 772
-  %746 = load i32, ptr %745, align 4, !tbaa !4
-  %747 = insertelement <16 x i32> poison, i32 %746, i64 0
-  %748 = shufflevector <16 x i32> %747, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i308.us.i = bitcast <16 x i32> %748 to <32 x bfloat>
-  %r.i310.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i286.us.i, <32 x bfloat> %x.i308.us.i, <32 x bfloat> %734)
-  %r.i313.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i289.us.i, <32 x bfloat> %x.i308.us.i, <32 x bfloat> %736)
-  %cse_v128.us.1.i = or disjoint i64 %708, 2
-  %cse_v134.us.1.i = mul nsw i64 %cse_v128.us.1.i, %k_row
-  %749 = getelementptr inbounds nuw i8, ptr %gep, i64 8
-  %750 = load i32, ptr %749, align 4, !tbaa !4
-  %751 = insertelement <16 x i32> poison, i32 %750, i64 0
-  %752 = shufflevector <16 x i32> %751, <16 x i32> poison, <16 x i32> zeroinitializer
-  %753 = getelementptr i32, ptr %gep879.us.i, i64 %cse_v134.us.1.i
-  %754 = load <32 x bfloat>, ptr %753, align 4, !tbaa !4
-  %x.i.us.1.i = bitcast <16 x i32> %752 to <32 x bfloat>
-  %r.i.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i292.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %754)
-  %755 = getelementptr i32, ptr %gep881.us.i, i64 %cse_v134.us.1.i
-  %756 = load <32 x bfloat>, ptr %755, align 4, !tbaa !4
-  %r.i271.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i295.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %756)
-  %757 = getelementptr inbounds nuw i8, ptr %gep, i64 264
-  %758 = load i32, ptr %757, align 4, !tbaa !4
-  %759 = insertelement <16 x i32> poison, i32 %758, i64 0
-  %760 = shufflevector <16 x i32> %759, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i272.us.1.i = bitcast <16 x i32> %760 to <32 x bfloat>
-  %r.i274.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i298.us.i, <32 x bfloat> %x.i272.us.1.i, <32 x bfloat> %754)
-  %r.i277.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i301.us.i, <32 x bfloat> %x.i272.us.1.i, <32 x bfloat> %756)
-  %761 = getelementptr inbounds nuw i8, ptr %gep, i64 520
-  %762 = load i32, ptr %761, align 4, !tbaa !4
-  %763 = insertelement <16 x i32> poison, i32 %762, i64 0
-  %764 = shufflevector <16 x i32> %763, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i278.us.1.i = bitcast <16 x i32> %764 to <32 x bfloat>
-  %r.i280.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i304.us.i, <32 x bfloat> %x.i278.us.1.i, <32 x bfloat> %754)
-  %r.i283.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i307.us.i, <32 x bfloat> %x.i278.us.1.i, <32 x bfloat> %756)
-  %765 = getelementptr inbounds nuw i8, ptr %gep, i64 776
-  %766 = load i32, ptr %765, align 4, !tbaa !4
-  %767 = insertelement <16 x i32> poison, i32 %766, i64 0
-  %768 = shufflevector <16 x i32> %767, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i284.us.1.i = bitcast <16 x i32> %768 to <32 x bfloat>
-  %r.i286.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i310.us.i, <32 x bfloat> %x.i284.us.1.i, <32 x bfloat> %754)
-  %r.i289.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i313.us.i, <32 x bfloat> %x.i284.us.1.i, <32 x bfloat> %756)
-  %769 = or disjoint i64 %708, 3
-  %cse_v146.us.1.i = mul nsw i64 %769, %k_row
-  %770 = getelementptr inbounds nuw i8, ptr %gep, i64 12
-  %771 = load i32, ptr %770, align 4, !tbaa !4
-  %772 = insertelement <16 x i32> poison, i32 %771, i64 0
-  %773 = shufflevector <16 x i32> %772, <16 x i32> poison, <16 x i32> zeroinitializer
-  %774 = getelementptr i32, ptr %gep879.us.i, i64 %cse_v146.us.1.i
-  %775 = load <32 x bfloat>, ptr %774, align 4, !tbaa !4
-  %x.i290.us.1.i = bitcast <16 x i32> %773 to <32 x bfloat>
-  %r.i292.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.1.i, <32 x bfloat> %x.i290.us.1.i, <32 x bfloat> %775)
-  %776 = getelementptr i32, ptr %gep881.us.i, i64 %cse_v146.us.1.i
-  %777 = load <32 x bfloat>, ptr %776, align 4, !tbaa !4
-  %r.i295.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i271.us.1.i, <32 x bfloat> %x.i290.us.1.i, <32 x bfloat> %777)
-  %778 = getelementptr inbounds nuw i8, ptr %gep, i64 268
-  %779 = load i32, ptr %778, align 4, !tbaa !4
-  %780 = insertelement <16 x i32> poison, i32 %779, i64 0
-  %781 = shufflevector <16 x i32> %780, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i296.us.1.i = bitcast <16 x i32> %781 to <32 x bfloat>
-  %r.i298.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i274.us.1.i, <32 x bfloat> %x.i296.us.1.i, <32 x bfloat> %775)
-  %r.i301.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i277.us.1.i, <32 x bfloat> %x.i296.us.1.i, <32 x bfloat> %777)
-  %782 = getelementptr inbounds nuw i8, ptr %gep, i64 524
-  %783 = load i32, ptr %782, align 4, !tbaa !4
-  %784 = insertelement <16 x i32> poison, i32 %783, i64 0
-  %785 = shufflevector <16 x i32> %784, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i302.us.1.i = bitcast <16 x i32> %785 to <32 x bfloat>
-  %r.i304.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i280.us.1.i, <32 x bfloat> %x.i302.us.1.i, <32 x bfloat> %775)
-  %r.i307.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i283.us.1.i, <32 x bfloat> %x.i302.us.1.i, <32 x bfloat> %777)
-  %786 = getelementptr inbounds nuw i8, ptr %gep, i64 780
-  %787 = load i32, ptr %786, align 4, !tbaa !4
-  %788 = insertelement <16 x i32> poison, i32 %787, i64 0
-  %789 = shufflevector <16 x i32> %788, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i308.us.1.i = bitcast <16 x i32> %789 to <32 x bfloat>
-  %r.i310.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i286.us.1.i, <32 x bfloat> %x.i308.us.1.i, <32 x bfloat> %775)
-  %r.i313.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i289.us.1.i, <32 x bfloat> %x.i308.us.1.i, <32 x bfloat> %777)
-  %indvars.iv.next1087.i = add nuw nsw i64 %indvars.iv1086.i, 1
-  %exitcond1090.not.i = icmp eq i64 %indvars.iv.next1087.i, 16
-  br i1 %exitcond1090.not.i, label %for_end_n_1_m.us.i, label %for_body_n_1_m.us.i, !prof !21
+  %indvars.iv1136.i = phi i64 [ %indvars.iv.next1137.i, %for_body_n_1_m.us.i ], [ 0, %for_body_to_m.us.i ]
+  %scores_global231.sroa.0.0907.us.i = phi <16 x float> [ %r.i268.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global231.sroa.6.0906.us.i = phi <16 x float> [ %r.i271.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global231.sroa.12.0905.us.i = phi <16 x float> [ %r.i274.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global231.sroa.18.0904.us.i = phi <16 x float> [ %r.i277.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global231.sroa.24.0903.us.i = phi <16 x float> [ %r.i280.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global231.sroa.30.0902.us.i = phi <16 x float> [ %r.i283.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global231.sroa.36.0901.us.i = phi <16 x float> [ %r.i286.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %scores_global231.sroa.42.0900.us.i = phi <16 x float> [ %r.i289.us.1.i, %for_body_n_1_m.us.i ], [ zeroinitializer, %for_body_to_m.us.i ]
+  %678 = shl nuw nsw i64 %indvars.iv1136.i, 3
+  %.masked.us.i = and i64 %678, 56
+  %indvars.iv1136.tr.i = trunc i64 %indvars.iv1136.i to i32
+  %679 = shl i32 %indvars.iv1136.tr.i, 1
+  %cse_v8.masked.us.i = and i32 %679, 16
+  %680 = or disjoint i32 %cse_v8.masked.us.i, %669
+  %681 = zext nneg i32 %680 to i64
+  %682 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %681
+  %683 = load i64, ptr %682, align 8, !tbaa !4
+  %gep899.us.i = getelementptr i32, ptr %invariant.gep898.i, i64 %683
+  %684 = mul nsw i64 %.masked.us.i, %k_row
+  %685 = getelementptr i32, ptr %gep899.us.i, i64 %684
+  tail call void @llvm.prefetch.p0(ptr readonly %685, i32 0, i32 2, i32 1)
+  %686 = or disjoint i64 %.masked.us.i, 1
+  %687 = mul nsw i64 %686, %k_row
+  %688 = getelementptr i32, ptr %gep899.us.i, i64 %687
+  tail call void @llvm.prefetch.p0(ptr readonly %688, i32 0, i32 2, i32 1)
+  %689 = or disjoint i64 %.masked.us.i, 2
+  %690 = mul nsw i64 %689, %k_row
+  %691 = getelementptr i32, ptr %gep899.us.i, i64 %690
+  tail call void @llvm.prefetch.p0(ptr readonly %691, i32 0, i32 2, i32 1)
+  %692 = or disjoint i64 %.masked.us.i, 3
+  %693 = mul nsw i64 %692, %k_row
+  %694 = getelementptr i32, ptr %gep899.us.i, i64 %693
+  tail call void @llvm.prefetch.p0(ptr readonly %694, i32 0, i32 2, i32 1)
+  %695 = or disjoint i64 %.masked.us.i, 4
+  %696 = mul nsw i64 %695, %k_row
+  %697 = getelementptr i32, ptr %gep899.us.i, i64 %696
+  tail call void @llvm.prefetch.p0(ptr readonly %697, i32 0, i32 2, i32 1)
+  %698 = or disjoint i64 %.masked.us.i, 5
+  %699 = mul nsw i64 %698, %k_row
+  %700 = getelementptr i32, ptr %gep899.us.i, i64 %699
+  tail call void @llvm.prefetch.p0(ptr readonly %700, i32 0, i32 2, i32 1)
+  %701 = or disjoint i64 %.masked.us.i, 6
+  %702 = mul nsw i64 %701, %k_row
+  %703 = getelementptr i32, ptr %gep899.us.i, i64 %702
+  tail call void @llvm.prefetch.p0(ptr readonly %703, i32 0, i32 2, i32 1)
+  %704 = or disjoint i64 %.masked.us.i, 7
+  %705 = mul nsw i64 %704, %k_row
+  %706 = getelementptr i32, ptr %gep899.us.i, i64 %705
+  tail call void @llvm.prefetch.p0(ptr readonly %706, i32 0, i32 2, i32 1)
+  %707 = shl nuw nsw i64 %indvars.iv1136.i, 2
+  %cse_v137.us.i = mul nsw i64 %707, %k_row
+  %gep = getelementptr inbounds nuw i32, ptr %invariant.gep, i64 %707
+  %708 = load i32, ptr %gep, align 4, !tbaa !4
+  %709 = insertelement <16 x i32> poison, i32 %708, i64 0
+  %710 = shufflevector <16 x i32> %709, <16 x i32> poison, <16 x i32> zeroinitializer
+  %711 = getelementptr i32, ptr %gep910.us.i, i64 %cse_v137.us.i
+  %712 = load <32 x bfloat>, ptr %711, align 4, !tbaa !4
+  %x.i.us.i = bitcast <16 x i32> %710 to <32 x bfloat>
+  %r.i.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global231.sroa.0.0907.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %712)
+  %713 = getelementptr i32, ptr %gep912.us.i, i64 %cse_v137.us.i
+  %714 = load <32 x bfloat>, ptr %713, align 4, !tbaa !4
+  %r.i247.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global231.sroa.6.0906.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %714)
+  %715 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  %716 = load i32, ptr %715, align 4, !tbaa !4
+  %717 = insertelement <16 x i32> poison, i32 %716, i64 0
+  %718 = shufflevector <16 x i32> %717, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i248.us.i = bitcast <16 x i32> %718 to <32 x bfloat>
+  %r.i250.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global231.sroa.12.0905.us.i, <32 x bfloat> %x.i248.us.i, <32 x bfloat> %712)
+  %r.i253.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global231.sroa.18.0904.us.i, <32 x bfloat> %x.i248.us.i, <32 x bfloat> %714)
+  %719 = getelementptr inbounds nuw i8, ptr %gep, i64 512
+  %720 = load i32, ptr %719, align 4, !tbaa !4
+  %721 = insertelement <16 x i32> poison, i32 %720, i64 0
+  %722 = shufflevector <16 x i32> %721, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i254.us.i = bitcast <16 x i32> %722 to <32 x bfloat>
+  %r.i256.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global231.sroa.24.0903.us.i, <32 x bfloat> %x.i254.us.i, <32 x bfloat> %712)
+  %r.i259.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global231.sroa.30.0902.us.i, <32 x bfloat> %x.i254.us.i, <32 x bfloat> %714)
+  %723 = getelementptr inbounds nuw i8, ptr %gep, i64 768
+  %724 = load i32, ptr %723, align 4, !tbaa !4
+  %725 = insertelement <16 x i32> poison, i32 %724, i64 0
+  %726 = shufflevector <16 x i32> %725, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i260.us.i = bitcast <16 x i32> %726 to <32 x bfloat>
+  %r.i262.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global231.sroa.36.0901.us.i, <32 x bfloat> %x.i260.us.i, <32 x bfloat> %712)
+  %r.i265.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global231.sroa.42.0900.us.i, <32 x bfloat> %x.i260.us.i, <32 x bfloat> %714)
+  %727 = or disjoint i64 %707, 1
+  %cse_v149.us.i = mul nsw i64 %727, %k_row
+  %728 = getelementptr inbounds nuw i8, ptr %gep, i64 4
+  %729 = load i32, ptr %728, align 4, !tbaa !4
+  %730 = insertelement <16 x i32> poison, i32 %729, i64 0
+  %731 = shufflevector <16 x i32> %730, <16 x i32> poison, <16 x i32> zeroinitializer
+  %732 = getelementptr i32, ptr %gep910.us.i, i64 %cse_v149.us.i
+  %733 = load <32 x bfloat>, ptr %732, align 4, !tbaa !4
+  %x.i266.us.i = bitcast <16 x i32> %731 to <32 x bfloat>
+  %r.i268.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.i, <32 x bfloat> %x.i266.us.i, <32 x bfloat> %733)
+  %734 = getelementptr i32, ptr %gep912.us.i, i64 %cse_v149.us.i
+  %735 = load <32 x bfloat>, ptr %734, align 4, !tbaa !4
+  %r.i271.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i247.us.i, <32 x bfloat> %x.i266.us.i, <32 x bfloat> %735)
+  %736 = getelementptr inbounds nuw i8, ptr %gep, i64 260
+  %737 = load i32, ptr %736, align 4, !tbaa !4
+  %738 = insertelement <16 x i32> poison, i32 %737, i64 0
+  %739 = shufflevector <16 x i32> %738, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i272.us.i = bitcast <16 x i32> %739 to <32 x bfloat>
+  %r.i274.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i250.us.i, <32 x bfloat> %x.i272.us.i, <32 x bfloat> %733)
+  %r.i277.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i253.us.i, <32 x bfloat> %x.i272.us.i, <32 x bfloat> %735)
+  %740 = getelementptr inbounds nuw i8, ptr %gep, i64 516
+  %741 = load i32, ptr %740, align 4, !tbaa !4
+  %742 = insertelement <16 x i32> poison, i32 %741, i64 0
+  %743 = shufflevector <16 x i32> %742, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i278.us.i = bitcast <16 x i32> %743 to <32 x bfloat>
+  %r.i280.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i256.us.i, <32 x bfloat> %x.i278.us.i, <32 x bfloat> %733)
+  %r.i283.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i259.us.i, <32 x bfloat> %x.i278.us.i, <32 x bfloat> %735)
+  %744 = getelementptr inbounds nuw i8, ptr %gep, i64 772
+  %745 = load i32, ptr %744, align 4, !tbaa !4
+  %746 = insertelement <16 x i32> poison, i32 %745, i64 0
+  %747 = shufflevector <16 x i32> %746, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i284.us.i = bitcast <16 x i32> %747 to <32 x bfloat>
+  %r.i286.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i262.us.i, <32 x bfloat> %x.i284.us.i, <32 x bfloat> %733)
+  %r.i289.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i265.us.i, <32 x bfloat> %x.i284.us.i, <32 x bfloat> %735)
+  %cse_v125.us.1.i = or disjoint i64 %707, 2
+  %cse_v137.us.1.i = mul nsw i64 %cse_v125.us.1.i, %k_row
+  %748 = getelementptr inbounds nuw i8, ptr %gep, i64 8
+  %749 = load i32, ptr %748, align 4, !tbaa !4
+  %750 = insertelement <16 x i32> poison, i32 %749, i64 0
+  %751 = shufflevector <16 x i32> %750, <16 x i32> poison, <16 x i32> zeroinitializer
+  %752 = getelementptr i32, ptr %gep910.us.i, i64 %cse_v137.us.1.i
+  %753 = load <32 x bfloat>, ptr %752, align 4, !tbaa !4
+  %x.i.us.1.i = bitcast <16 x i32> %751 to <32 x bfloat>
+  %r.i.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i268.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %753)
+  %754 = getelementptr i32, ptr %gep912.us.i, i64 %cse_v137.us.1.i
+  %755 = load <32 x bfloat>, ptr %754, align 4, !tbaa !4
+  %r.i247.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i271.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %755)
+  %756 = getelementptr inbounds nuw i8, ptr %gep, i64 264
+  %757 = load i32, ptr %756, align 4, !tbaa !4
+  %758 = insertelement <16 x i32> poison, i32 %757, i64 0
+  %759 = shufflevector <16 x i32> %758, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i248.us.1.i = bitcast <16 x i32> %759 to <32 x bfloat>
+  %r.i250.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i274.us.i, <32 x bfloat> %x.i248.us.1.i, <32 x bfloat> %753)
+  %r.i253.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i277.us.i, <32 x bfloat> %x.i248.us.1.i, <32 x bfloat> %755)
+  %760 = getelementptr inbounds nuw i8, ptr %gep, i64 520
+  %761 = load i32, ptr %760, align 4, !tbaa !4
+  %762 = insertelement <16 x i32> poison, i32 %761, i64 0
+  %763 = shufflevector <16 x i32> %762, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i254.us.1.i = bitcast <16 x i32> %763 to <32 x bfloat>
+  %r.i256.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i280.us.i, <32 x bfloat> %x.i254.us.1.i, <32 x bfloat> %753)
+  %r.i259.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i283.us.i, <32 x bfloat> %x.i254.us.1.i, <32 x bfloat> %755)
+  %764 = getelementptr inbounds nuw i8, ptr %gep, i64 776
+  %765 = load i32, ptr %764, align 4, !tbaa !4
+  %766 = insertelement <16 x i32> poison, i32 %765, i64 0
+  %767 = shufflevector <16 x i32> %766, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i260.us.1.i = bitcast <16 x i32> %767 to <32 x bfloat>
+  %r.i262.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i286.us.i, <32 x bfloat> %x.i260.us.1.i, <32 x bfloat> %753)
+  %r.i265.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i289.us.i, <32 x bfloat> %x.i260.us.1.i, <32 x bfloat> %755)
+  %768 = or disjoint i64 %707, 3
+  %cse_v149.us.1.i = mul nsw i64 %768, %k_row
+  %769 = getelementptr inbounds nuw i8, ptr %gep, i64 12
+  %770 = load i32, ptr %769, align 4, !tbaa !4
+  %771 = insertelement <16 x i32> poison, i32 %770, i64 0
+  %772 = shufflevector <16 x i32> %771, <16 x i32> poison, <16 x i32> zeroinitializer
+  %773 = getelementptr i32, ptr %gep910.us.i, i64 %cse_v149.us.1.i
+  %774 = load <32 x bfloat>, ptr %773, align 4, !tbaa !4
+  %x.i266.us.1.i = bitcast <16 x i32> %772 to <32 x bfloat>
+  %r.i268.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.1.i, <32 x bfloat> %x.i266.us.1.i, <32 x bfloat> %774)
+  %775 = getelementptr i32, ptr %gep912.us.i, i64 %cse_v149.us.1.i
+  %776 = load <32 x bfloat>, ptr %775, align 4, !tbaa !4
+  %r.i271.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i247.us.1.i, <32 x bfloat> %x.i266.us.1.i, <32 x bfloat> %776)
+  %777 = getelementptr inbounds nuw i8, ptr %gep, i64 268
+  %778 = load i32, ptr %777, align 4, !tbaa !4
+  %779 = insertelement <16 x i32> poison, i32 %778, i64 0
+  %780 = shufflevector <16 x i32> %779, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i272.us.1.i = bitcast <16 x i32> %780 to <32 x bfloat>
+  %r.i274.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i250.us.1.i, <32 x bfloat> %x.i272.us.1.i, <32 x bfloat> %774)
+  %r.i277.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i253.us.1.i, <32 x bfloat> %x.i272.us.1.i, <32 x bfloat> %776)
+  %781 = getelementptr inbounds nuw i8, ptr %gep, i64 524
+  %782 = load i32, ptr %781, align 4, !tbaa !4
+  %783 = insertelement <16 x i32> poison, i32 %782, i64 0
+  %784 = shufflevector <16 x i32> %783, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i278.us.1.i = bitcast <16 x i32> %784 to <32 x bfloat>
+  %r.i280.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i256.us.1.i, <32 x bfloat> %x.i278.us.1.i, <32 x bfloat> %774)
+  %r.i283.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i259.us.1.i, <32 x bfloat> %x.i278.us.1.i, <32 x bfloat> %776)
+  %785 = getelementptr inbounds nuw i8, ptr %gep, i64 780
+  %786 = load i32, ptr %785, align 4, !tbaa !4
+  %787 = insertelement <16 x i32> poison, i32 %786, i64 0
+  %788 = shufflevector <16 x i32> %787, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i284.us.1.i = bitcast <16 x i32> %788 to <32 x bfloat>
+  %r.i286.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i262.us.1.i, <32 x bfloat> %x.i284.us.1.i, <32 x bfloat> %774)
+  %r.i289.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i265.us.1.i, <32 x bfloat> %x.i284.us.1.i, <32 x bfloat> %776)
+  %indvars.iv.next1137.i = add nuw nsw i64 %indvars.iv1136.i, 1
+  %exitcond1140.not.i = icmp eq i64 %indvars.iv.next1137.i, 16
+  br i1 %exitcond1140.not.i, label %for_end_n_1_m.us.i, label %for_body_n_1_m.us.i, !prof !21
 
 for_end___m.i:                                    ; preds = %for_end_n_1_m.us.i, %for_begin___m.preheader.i
-  %790 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %probs.i = tail call ptr %790(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %791 = icmp eq ptr %probs.i, null
-  br i1 %791, label %fused_decode_compute_.exit, label %if_end31.i, !prof !7
+  %789 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %probs.i = tail call ptr %789(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %790 = icmp eq ptr %probs.i, null
+  br i1 %790, label %fused_decode_compute_.exit, label %if_end28.i, !prof !7
 
-if_end31.i:                                       ; preds = %for_end___m.i
-  %792 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scaled.i = tail call ptr %792(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %793 = icmp eq ptr %scaled.i, null
-  br i1 %793, label %fused_decode_compute_.exit, label %if_end34.i, !prof !7
+if_end28.i:                                       ; preds = %for_end___m.i
+  %791 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scaled.i = tail call ptr %791(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %792 = icmp eq ptr %scaled.i, null
+  br i1 %792, label %fused_decode_compute_.exit, label %if_end31.i, !prof !7
 
-if_end34.i:                                       ; preds = %if_end31.i
-  %794 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %exact.i = tail call ptr %794(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %795 = icmp eq ptr %exact.i, null
-  br i1 %795, label %fused_decode_compute_.exit, label %for_begin_to.preheader.preheader.i, !prof !7
+if_end31.i:                                       ; preds = %if_end28.i
+  %793 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %exact.i = tail call ptr %793(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %794 = icmp eq ptr %exact.i, null
+  br i1 %794, label %fused_decode_compute_.exit, label %for_begin_r36.preheader.i, !prof !7
 
-for_begin_to.preheader.preheader.i:               ; preds = %if_end34.i
-  br i1 %586, label %for_body_to.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
+for_begin_r36.preheader.i:                        ; preds = %if_end31.i
+  br i1 %586, label %for_body_to.us.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
 
-for_body_to.i.preheader:                          ; preds = %for_begin_to.preheader.preheader.i
-  br i1 %598, label %for_body_to.i.epil.preheader, label %for_body_to.i, !prof !26
+for_body_to.us.i.preheader:                       ; preds = %for_begin_r36.preheader.i
+  br i1 %598, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !26
 
-for_body_to.i:                                    ; preds = %for_body_to.i, %for_body_to.i.preheader
-  %indvars.iv1098.i = phi i64 [ %indvars.iv.next1099.i.3, %for_body_to.i ], [ 0, %for_body_to.i.preheader ]
-  %niter = phi i64 [ %niter.next.3, %for_body_to.i ], [ 0, %for_body_to.i.preheader ]
-  %796 = shl nsw i64 %indvars.iv1098.i, 5
-  %797 = getelementptr inbounds nuw float, ptr %scores.i, i64 %796
-  %798 = load <32 x float>, ptr %797, align 4, !tbaa !4
-  %799 = fmul <32 x float> %91, %798
-  %800 = trunc i64 %796 to i32
-  %801 = sub i32 %valid_len.i, %800
-  %802 = insertelement <32 x i32> poison, i32 %801, i64 0
-  %803 = shufflevector <32 x i32> %802, <32 x i32> poison, <32 x i32> zeroinitializer
-  %804 = icmp sgt <32 x i32> %803, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %805 = select <32 x i1> %804, <32 x float> %799, <32 x float> splat (float 0xFFF0000000000000)
-  %806 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %796
-  store <32 x float> %805, ptr %806, align 4, !tbaa !4
-  %indvars.iv.next1099.i = shl i64 %indvars.iv1098.i, 5
-  %807 = or disjoint i64 %indvars.iv.next1099.i, 32
-  %808 = getelementptr inbounds nuw float, ptr %scores.i, i64 %807
-  %809 = load <32 x float>, ptr %808, align 4, !tbaa !4
-  %810 = fmul <32 x float> %91, %809
-  %811 = trunc i64 %807 to i32
-  %812 = sub i32 %valid_len.i, %811
-  %813 = insertelement <32 x i32> poison, i32 %812, i64 0
-  %814 = shufflevector <32 x i32> %813, <32 x i32> poison, <32 x i32> zeroinitializer
-  %815 = icmp sgt <32 x i32> %814, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %816 = select <32 x i1> %815, <32 x float> %810, <32 x float> splat (float 0xFFF0000000000000)
-  %817 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %807
-  store <32 x float> %816, ptr %817, align 4, !tbaa !4
-  %indvars.iv.next1099.i.1 = shl i64 %indvars.iv1098.i, 5
-  %818 = or disjoint i64 %indvars.iv.next1099.i.1, 64
-  %819 = getelementptr inbounds nuw float, ptr %scores.i, i64 %818
-  %820 = load <32 x float>, ptr %819, align 4, !tbaa !4
-  %821 = fmul <32 x float> %91, %820
-  %822 = trunc i64 %818 to i32
-  %823 = sub i32 %valid_len.i, %822
-  %824 = insertelement <32 x i32> poison, i32 %823, i64 0
-  %825 = shufflevector <32 x i32> %824, <32 x i32> poison, <32 x i32> zeroinitializer
-  %826 = icmp sgt <32 x i32> %825, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %827 = select <32 x i1> %826, <32 x float> %821, <32 x float> splat (float 0xFFF0000000000000)
-  %828 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %818
-  store <32 x float> %827, ptr %828, align 4, !tbaa !4
-  %indvars.iv.next1099.i.2 = shl i64 %indvars.iv1098.i, 5
-  %829 = or disjoint i64 %indvars.iv.next1099.i.2, 96
-  %830 = getelementptr inbounds nuw float, ptr %scores.i, i64 %829
-  %831 = load <32 x float>, ptr %830, align 4, !tbaa !4
-  %832 = fmul <32 x float> %91, %831
-  %833 = trunc i64 %829 to i32
-  %834 = sub i32 %valid_len.i, %833
-  %835 = insertelement <32 x i32> poison, i32 %834, i64 0
-  %836 = shufflevector <32 x i32> %835, <32 x i32> poison, <32 x i32> zeroinitializer
-  %837 = icmp sgt <32 x i32> %836, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %838 = select <32 x i1> %837, <32 x float> %832, <32 x float> splat (float 0xFFF0000000000000)
-  %839 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %829
-  store <32 x float> %838, ptr %839, align 4, !tbaa !4
-  %indvars.iv.next1099.i.3 = add nuw nsw i64 %indvars.iv1098.i, 4
+for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
+  %indvars.iv1148.i = phi i64 [ %indvars.iv.next1149.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
+  %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
+  %795 = shl nsw i64 %indvars.iv1148.i, 5
+  %796 = getelementptr inbounds nuw float, ptr %scores.i, i64 %795
+  %797 = load <32 x float>, ptr %796, align 4, !tbaa !4
+  %798 = fmul <32 x float> %91, %797
+  %799 = trunc i64 %795 to i32
+  %800 = sub i32 %valid_len.i, %799
+  %801 = insertelement <32 x i32> poison, i32 %800, i64 0
+  %802 = shufflevector <32 x i32> %801, <32 x i32> poison, <32 x i32> zeroinitializer
+  %803 = icmp sgt <32 x i32> %802, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %804 = select <32 x i1> %803, <32 x float> %798, <32 x float> splat (float 0xFFF0000000000000)
+  %805 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %795
+  store <32 x float> %804, ptr %805, align 4, !tbaa !4
+  %indvars.iv.next1149.i = shl i64 %indvars.iv1148.i, 5
+  %806 = or disjoint i64 %indvars.iv.next1149.i, 32
+  %807 = getelementptr inbounds nuw float, ptr %scores.i, i64 %806
+  %808 = load <32 x float>, ptr %807, align 4, !tbaa !4
+  %809 = fmul <32 x float> %91, %808
+  %810 = trunc i64 %806 to i32
+  %811 = sub i32 %valid_len.i, %810
+  %812 = insertelement <32 x i32> poison, i32 %811, i64 0
+  %813 = shufflevector <32 x i32> %812, <32 x i32> poison, <32 x i32> zeroinitializer
+  %814 = icmp sgt <32 x i32> %813, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %815 = select <32 x i1> %814, <32 x float> %809, <32 x float> splat (float 0xFFF0000000000000)
+  %816 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %806
+  store <32 x float> %815, ptr %816, align 4, !tbaa !4
+  %indvars.iv.next1149.i.1 = shl i64 %indvars.iv1148.i, 5
+  %817 = or disjoint i64 %indvars.iv.next1149.i.1, 64
+  %818 = getelementptr inbounds nuw float, ptr %scores.i, i64 %817
+  %819 = load <32 x float>, ptr %818, align 4, !tbaa !4
+  %820 = fmul <32 x float> %91, %819
+  %821 = trunc i64 %817 to i32
+  %822 = sub i32 %valid_len.i, %821
+  %823 = insertelement <32 x i32> poison, i32 %822, i64 0
+  %824 = shufflevector <32 x i32> %823, <32 x i32> poison, <32 x i32> zeroinitializer
+  %825 = icmp sgt <32 x i32> %824, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %826 = select <32 x i1> %825, <32 x float> %820, <32 x float> splat (float 0xFFF0000000000000)
+  %827 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %817
+  store <32 x float> %826, ptr %827, align 4, !tbaa !4
+  %indvars.iv.next1149.i.2 = shl i64 %indvars.iv1148.i, 5
+  %828 = or disjoint i64 %indvars.iv.next1149.i.2, 96
+  %829 = getelementptr inbounds nuw float, ptr %scores.i, i64 %828
+  %830 = load <32 x float>, ptr %829, align 4, !tbaa !4
+  %831 = fmul <32 x float> %91, %830
+  %832 = trunc i64 %828 to i32
+  %833 = sub i32 %valid_len.i, %832
+  %834 = insertelement <32 x i32> poison, i32 %833, i64 0
+  %835 = shufflevector <32 x i32> %834, <32 x i32> poison, <32 x i32> zeroinitializer
+  %836 = icmp sgt <32 x i32> %835, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %837 = select <32 x i1> %836, <32 x float> %831, <32 x float> splat (float 0xFFF0000000000000)
+  %838 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %828
+  store <32 x float> %837, ptr %838, align 4, !tbaa !4
+  %indvars.iv.next1149.i.3 = add nuw nsw i64 %indvars.iv1148.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to.1.i.preheader.unr-lcssa, label %for_body_to.i, !prof !27, !llvm.loop !28
+  br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !27, !llvm.loop !28
 
-for_body_to.1.i.preheader.unr-lcssa:              ; preds = %for_body_to.i
-  br i1 %lcmp.mod.not, label %for_body_to.1.i.preheader, label %for_body_to.i.epil.preheader, !prof !30
+for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
+  br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !30
 
-for_body_to.i.epil.preheader:                     ; preds = %for_body_to.1.i.preheader.unr-lcssa, %for_body_to.i.preheader
-  %indvars.iv1098.i.epil.init = phi i64 [ 0, %for_body_to.i.preheader ], [ %indvars.iv.next1099.i.3, %for_body_to.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod98)
-  br label %for_body_to.i.epil
+for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
+  %indvars.iv1148.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next1149.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod96)
+  br label %for_body_to.us.i.epil
 
-for_body_to.i.epil:                               ; preds = %for_body_to.i.epil, %for_body_to.i.epil.preheader
-  %indvars.iv1098.i.epil = phi i64 [ %indvars.iv.next1099.i.epil, %for_body_to.i.epil ], [ %indvars.iv1098.i.epil.init, %for_body_to.i.epil.preheader ]
-  %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.i.epil ], [ 0, %for_body_to.i.epil.preheader ]
-  %840 = shl nsw i64 %indvars.iv1098.i.epil, 5
-  %841 = getelementptr inbounds nuw float, ptr %scores.i, i64 %840
-  %842 = load <32 x float>, ptr %841, align 4, !tbaa !4
-  %843 = fmul <32 x float> %91, %842
-  %844 = trunc i64 %840 to i32
-  %845 = sub i32 %valid_len.i, %844
-  %846 = insertelement <32 x i32> poison, i32 %845, i64 0
-  %847 = shufflevector <32 x i32> %846, <32 x i32> poison, <32 x i32> zeroinitializer
-  %848 = icmp sgt <32 x i32> %847, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %849 = select <32 x i1> %848, <32 x float> %843, <32 x float> splat (float 0xFFF0000000000000)
-  %850 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %840
-  store <32 x float> %849, ptr %850, align 4, !tbaa !4
-  %indvars.iv.next1099.i.epil = add nuw nsw i64 %indvars.iv1098.i.epil, 1
+for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
+  %indvars.iv1148.i.epil = phi i64 [ %indvars.iv.next1149.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv1148.i.epil.init, %for_body_to.us.i.epil.preheader ]
+  %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
+  %839 = shl nsw i64 %indvars.iv1148.i.epil, 5
+  %840 = getelementptr inbounds nuw float, ptr %scores.i, i64 %839
+  %841 = load <32 x float>, ptr %840, align 4, !tbaa !4
+  %842 = fmul <32 x float> %91, %841
+  %843 = trunc i64 %839 to i32
+  %844 = sub i32 %valid_len.i, %843
+  %845 = insertelement <32 x i32> poison, i32 %844, i64 0
+  %846 = shufflevector <32 x i32> %845, <32 x i32> poison, <32 x i32> zeroinitializer
+  %847 = icmp sgt <32 x i32> %846, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %848 = select <32 x i1> %847, <32 x float> %842, <32 x float> splat (float 0xFFF0000000000000)
+  %849 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %839
+  store <32 x float> %848, ptr %849, align 4, !tbaa !4
+  %indvars.iv.next1149.i.epil = add nuw nsw i64 %indvars.iv1148.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to.1.i.preheader, label %for_body_to.i.epil, !prof !31, !llvm.loop !32
+  br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !31, !llvm.loop !32
 
-for_body_to.1.i.preheader:                        ; preds = %for_body_to.i.epil, %for_body_to.1.i.preheader.unr-lcssa
-  br i1 %599, label %for_body_to.1.i.epil.preheader, label %for_body_to.1.i, !prof !26
+for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.epil, %for_body_to.us.1.i.preheader.unr-lcssa
+  br i1 %599, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !26
 
-for_body_to.1.i:                                  ; preds = %for_body_to.1.i, %for_body_to.1.i.preheader
-  %indvars.iv1098.1.i = phi i64 [ %indvars.iv.next1099.1.i.3, %for_body_to.1.i ], [ 0, %for_body_to.1.i.preheader ]
-  %niter104 = phi i64 [ %niter104.next.3, %for_body_to.1.i ], [ 0, %for_body_to.1.i.preheader ]
-  %851 = shl nsw i64 %indvars.iv1098.1.i, 5
-  %852 = add nuw nsw i64 %851, 128
-  %853 = getelementptr inbounds nuw float, ptr %scores.i, i64 %852
-  %854 = load <32 x float>, ptr %853, align 4, !tbaa !4
-  %855 = fmul <32 x float> %91, %854
-  %856 = trunc i64 %851 to i32
-  %857 = sub i32 %valid_len.i, %856
-  %858 = insertelement <32 x i32> poison, i32 %857, i64 0
-  %859 = shufflevector <32 x i32> %858, <32 x i32> poison, <32 x i32> zeroinitializer
-  %860 = icmp sgt <32 x i32> %859, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %861 = select <32 x i1> %860, <32 x float> %855, <32 x float> splat (float 0xFFF0000000000000)
-  %862 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %852
-  store <32 x float> %861, ptr %862, align 4, !tbaa !4
-  %indvars.iv.next1099.1.i = shl i64 %indvars.iv1098.1.i, 5
-  %863 = add nuw nsw i64 %indvars.iv.next1099.1.i, 160
-  %864 = getelementptr inbounds nuw float, ptr %scores.i, i64 %863
-  %865 = load <32 x float>, ptr %864, align 4, !tbaa !4
-  %866 = fmul <32 x float> %91, %865
-  %867 = trunc i64 %indvars.iv.next1099.1.i to i32
-  %868 = or disjoint i32 %867, 32
-  %869 = sub i32 %valid_len.i, %868
-  %870 = insertelement <32 x i32> poison, i32 %869, i64 0
-  %871 = shufflevector <32 x i32> %870, <32 x i32> poison, <32 x i32> zeroinitializer
-  %872 = icmp sgt <32 x i32> %871, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %873 = select <32 x i1> %872, <32 x float> %866, <32 x float> splat (float 0xFFF0000000000000)
-  %874 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %863
-  store <32 x float> %873, ptr %874, align 4, !tbaa !4
-  %indvars.iv.next1099.1.i.1 = shl i64 %indvars.iv1098.1.i, 5
-  %875 = add nuw nsw i64 %indvars.iv.next1099.1.i.1, 192
-  %876 = getelementptr inbounds nuw float, ptr %scores.i, i64 %875
-  %877 = load <32 x float>, ptr %876, align 4, !tbaa !4
-  %878 = fmul <32 x float> %91, %877
-  %879 = trunc i64 %indvars.iv.next1099.1.i.1 to i32
-  %880 = or disjoint i32 %879, 64
-  %881 = sub i32 %valid_len.i, %880
-  %882 = insertelement <32 x i32> poison, i32 %881, i64 0
-  %883 = shufflevector <32 x i32> %882, <32 x i32> poison, <32 x i32> zeroinitializer
-  %884 = icmp sgt <32 x i32> %883, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %885 = select <32 x i1> %884, <32 x float> %878, <32 x float> splat (float 0xFFF0000000000000)
-  %886 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %875
-  store <32 x float> %885, ptr %886, align 4, !tbaa !4
-  %indvars.iv.next1099.1.i.2 = shl i64 %indvars.iv1098.1.i, 5
-  %887 = add nuw nsw i64 %indvars.iv.next1099.1.i.2, 224
-  %888 = getelementptr inbounds nuw float, ptr %scores.i, i64 %887
-  %889 = load <32 x float>, ptr %888, align 4, !tbaa !4
-  %890 = fmul <32 x float> %91, %889
-  %891 = trunc i64 %indvars.iv.next1099.1.i.2 to i32
-  %892 = or disjoint i32 %891, 96
-  %893 = sub i32 %valid_len.i, %892
-  %894 = insertelement <32 x i32> poison, i32 %893, i64 0
-  %895 = shufflevector <32 x i32> %894, <32 x i32> poison, <32 x i32> zeroinitializer
-  %896 = icmp sgt <32 x i32> %895, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %897 = select <32 x i1> %896, <32 x float> %890, <32 x float> splat (float 0xFFF0000000000000)
-  %898 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %887
-  store <32 x float> %897, ptr %898, align 4, !tbaa !4
-  %indvars.iv.next1099.1.i.3 = add nuw nsw i64 %indvars.iv1098.1.i, 4
-  %niter104.next.3 = add i64 %niter104, 4
-  %niter104.ncmp.3 = icmp eq i64 %niter104.next.3, %unroll_iter103
-  br i1 %niter104.ncmp.3, label %for_body_to.2.i.preheader.unr-lcssa, label %for_body_to.1.i, !prof !27, !llvm.loop !35
+for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
+  %indvars.iv1148.1.i = phi i64 [ %indvars.iv.next1149.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %niter102 = phi i64 [ %niter102.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %850 = shl nsw i64 %indvars.iv1148.1.i, 5
+  %851 = add nuw nsw i64 %850, 128
+  %852 = getelementptr inbounds nuw float, ptr %scores.i, i64 %851
+  %853 = load <32 x float>, ptr %852, align 4, !tbaa !4
+  %854 = fmul <32 x float> %91, %853
+  %855 = trunc i64 %850 to i32
+  %856 = sub i32 %valid_len.i, %855
+  %857 = insertelement <32 x i32> poison, i32 %856, i64 0
+  %858 = shufflevector <32 x i32> %857, <32 x i32> poison, <32 x i32> zeroinitializer
+  %859 = icmp sgt <32 x i32> %858, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %860 = select <32 x i1> %859, <32 x float> %854, <32 x float> splat (float 0xFFF0000000000000)
+  %861 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %851
+  store <32 x float> %860, ptr %861, align 4, !tbaa !4
+  %indvars.iv.next1149.1.i = shl i64 %indvars.iv1148.1.i, 5
+  %862 = add nuw nsw i64 %indvars.iv.next1149.1.i, 160
+  %863 = getelementptr inbounds nuw float, ptr %scores.i, i64 %862
+  %864 = load <32 x float>, ptr %863, align 4, !tbaa !4
+  %865 = fmul <32 x float> %91, %864
+  %866 = trunc i64 %indvars.iv.next1149.1.i to i32
+  %867 = or disjoint i32 %866, 32
+  %868 = sub i32 %valid_len.i, %867
+  %869 = insertelement <32 x i32> poison, i32 %868, i64 0
+  %870 = shufflevector <32 x i32> %869, <32 x i32> poison, <32 x i32> zeroinitializer
+  %871 = icmp sgt <32 x i32> %870, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %872 = select <32 x i1> %871, <32 x float> %865, <32 x float> splat (float 0xFFF0000000000000)
+  %873 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %862
+  store <32 x float> %872, ptr %873, align 4, !tbaa !4
+  %indvars.iv.next1149.1.i.1 = shl i64 %indvars.iv1148.1.i, 5
+  %874 = add nuw nsw i64 %indvars.iv.next1149.1.i.1, 192
+  %875 = getelementptr inbounds nuw float, ptr %scores.i, i64 %874
+  %876 = load <32 x float>, ptr %875, align 4, !tbaa !4
+  %877 = fmul <32 x float> %91, %876
+  %878 = trunc i64 %indvars.iv.next1149.1.i.1 to i32
+  %879 = or disjoint i32 %878, 64
+  %880 = sub i32 %valid_len.i, %879
+  %881 = insertelement <32 x i32> poison, i32 %880, i64 0
+  %882 = shufflevector <32 x i32> %881, <32 x i32> poison, <32 x i32> zeroinitializer
+  %883 = icmp sgt <32 x i32> %882, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %884 = select <32 x i1> %883, <32 x float> %877, <32 x float> splat (float 0xFFF0000000000000)
+  %885 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %874
+  store <32 x float> %884, ptr %885, align 4, !tbaa !4
+  %indvars.iv.next1149.1.i.2 = shl i64 %indvars.iv1148.1.i, 5
+  %886 = add nuw nsw i64 %indvars.iv.next1149.1.i.2, 224
+  %887 = getelementptr inbounds nuw float, ptr %scores.i, i64 %886
+  %888 = load <32 x float>, ptr %887, align 4, !tbaa !4
+  %889 = fmul <32 x float> %91, %888
+  %890 = trunc i64 %indvars.iv.next1149.1.i.2 to i32
+  %891 = or disjoint i32 %890, 96
+  %892 = sub i32 %valid_len.i, %891
+  %893 = insertelement <32 x i32> poison, i32 %892, i64 0
+  %894 = shufflevector <32 x i32> %893, <32 x i32> poison, <32 x i32> zeroinitializer
+  %895 = icmp sgt <32 x i32> %894, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %896 = select <32 x i1> %895, <32 x float> %889, <32 x float> splat (float 0xFFF0000000000000)
+  %897 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %886
+  store <32 x float> %896, ptr %897, align 4, !tbaa !4
+  %indvars.iv.next1149.1.i.3 = add nuw nsw i64 %indvars.iv1148.1.i, 4
+  %niter102.next.3 = add i64 %niter102, 4
+  %niter102.ncmp.3 = icmp eq i64 %niter102.next.3, %unroll_iter101
+  br i1 %niter102.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !27, !llvm.loop !35
 
-for_body_to.2.i.preheader.unr-lcssa:              ; preds = %for_body_to.1.i
-  br i1 %lcmp.mod101.not, label %for_body_to.2.i.preheader, label %for_body_to.1.i.epil.preheader, !prof !30
+for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
+  br i1 %lcmp.mod99.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !30
 
-for_body_to.1.i.epil.preheader:                   ; preds = %for_body_to.2.i.preheader.unr-lcssa, %for_body_to.1.i.preheader
-  %indvars.iv1098.1.i.epil.init = phi i64 [ 0, %for_body_to.1.i.preheader ], [ %indvars.iv.next1099.1.i.3, %for_body_to.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod102)
-  br label %for_body_to.1.i.epil
+for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
+  %indvars.iv1148.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next1149.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod100)
+  br label %for_body_to.us.1.i.epil
 
-for_body_to.1.i.epil:                             ; preds = %for_body_to.1.i.epil, %for_body_to.1.i.epil.preheader
-  %indvars.iv1098.1.i.epil = phi i64 [ %indvars.iv.next1099.1.i.epil, %for_body_to.1.i.epil ], [ %indvars.iv1098.1.i.epil.init, %for_body_to.1.i.epil.preheader ]
-  %epil.iter100 = phi i64 [ %epil.iter100.next, %for_body_to.1.i.epil ], [ 0, %for_body_to.1.i.epil.preheader ]
-  %899 = shl nsw i64 %indvars.iv1098.1.i.epil, 5
-  %900 = add nuw nsw i64 %899, 128
-  %901 = getelementptr inbounds nuw float, ptr %scores.i, i64 %900
-  %902 = load <32 x float>, ptr %901, align 4, !tbaa !4
-  %903 = fmul <32 x float> %91, %902
-  %904 = trunc i64 %899 to i32
-  %905 = sub i32 %valid_len.i, %904
-  %906 = insertelement <32 x i32> poison, i32 %905, i64 0
-  %907 = shufflevector <32 x i32> %906, <32 x i32> poison, <32 x i32> zeroinitializer
-  %908 = icmp sgt <32 x i32> %907, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %909 = select <32 x i1> %908, <32 x float> %903, <32 x float> splat (float 0xFFF0000000000000)
-  %910 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %900
-  store <32 x float> %909, ptr %910, align 4, !tbaa !4
-  %indvars.iv.next1099.1.i.epil = add nuw nsw i64 %indvars.iv1098.1.i.epil, 1
-  %epil.iter100.next = add i64 %epil.iter100, 1
-  %epil.iter100.cmp.not = icmp eq i64 %epil.iter100.next, %xtraiter99
-  br i1 %epil.iter100.cmp.not, label %for_body_to.2.i.preheader, label %for_body_to.1.i.epil, !prof !31, !llvm.loop !36
+for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
+  %indvars.iv1148.1.i.epil = phi i64 [ %indvars.iv.next1149.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv1148.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
+  %epil.iter98 = phi i64 [ %epil.iter98.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
+  %898 = shl nsw i64 %indvars.iv1148.1.i.epil, 5
+  %899 = add nuw nsw i64 %898, 128
+  %900 = getelementptr inbounds nuw float, ptr %scores.i, i64 %899
+  %901 = load <32 x float>, ptr %900, align 4, !tbaa !4
+  %902 = fmul <32 x float> %91, %901
+  %903 = trunc i64 %898 to i32
+  %904 = sub i32 %valid_len.i, %903
+  %905 = insertelement <32 x i32> poison, i32 %904, i64 0
+  %906 = shufflevector <32 x i32> %905, <32 x i32> poison, <32 x i32> zeroinitializer
+  %907 = icmp sgt <32 x i32> %906, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %908 = select <32 x i1> %907, <32 x float> %902, <32 x float> splat (float 0xFFF0000000000000)
+  %909 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %899
+  store <32 x float> %908, ptr %909, align 4, !tbaa !4
+  %indvars.iv.next1149.1.i.epil = add nuw nsw i64 %indvars.iv1148.1.i.epil, 1
+  %epil.iter98.next = add i64 %epil.iter98, 1
+  %epil.iter98.cmp.not = icmp eq i64 %epil.iter98.next, %xtraiter97
+  br i1 %epil.iter98.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !31, !llvm.loop !36
 
-for_body_to.2.i.preheader:                        ; preds = %for_body_to.1.i.epil, %for_body_to.2.i.preheader.unr-lcssa
-  br i1 %600, label %for_body_to.2.i.epil.preheader, label %for_body_to.2.i, !prof !26
+for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
+  br i1 %600, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !26
 
-for_body_to.2.i:                                  ; preds = %for_body_to.2.i, %for_body_to.2.i.preheader
-  %indvars.iv1098.2.i = phi i64 [ %indvars.iv.next1099.2.i.3, %for_body_to.2.i ], [ 0, %for_body_to.2.i.preheader ]
-  %niter110 = phi i64 [ %niter110.next.3, %for_body_to.2.i ], [ 0, %for_body_to.2.i.preheader ]
-  %911 = shl nsw i64 %indvars.iv1098.2.i, 5
-  %912 = add nuw nsw i64 %911, 256
-  %913 = getelementptr inbounds nuw float, ptr %scores.i, i64 %912
-  %914 = load <32 x float>, ptr %913, align 4, !tbaa !4
-  %915 = fmul <32 x float> %91, %914
-  %916 = trunc i64 %911 to i32
-  %917 = sub i32 %valid_len.i, %916
-  %918 = insertelement <32 x i32> poison, i32 %917, i64 0
-  %919 = shufflevector <32 x i32> %918, <32 x i32> poison, <32 x i32> zeroinitializer
-  %920 = icmp sgt <32 x i32> %919, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %921 = select <32 x i1> %920, <32 x float> %915, <32 x float> splat (float 0xFFF0000000000000)
-  %922 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %912
-  store <32 x float> %921, ptr %922, align 4, !tbaa !4
-  %indvars.iv.next1099.2.i = shl i64 %indvars.iv1098.2.i, 5
-  %923 = add nuw nsw i64 %indvars.iv.next1099.2.i, 288
-  %924 = getelementptr inbounds nuw float, ptr %scores.i, i64 %923
-  %925 = load <32 x float>, ptr %924, align 4, !tbaa !4
-  %926 = fmul <32 x float> %91, %925
-  %927 = trunc i64 %indvars.iv.next1099.2.i to i32
-  %928 = or disjoint i32 %927, 32
-  %929 = sub i32 %valid_len.i, %928
-  %930 = insertelement <32 x i32> poison, i32 %929, i64 0
-  %931 = shufflevector <32 x i32> %930, <32 x i32> poison, <32 x i32> zeroinitializer
-  %932 = icmp sgt <32 x i32> %931, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %933 = select <32 x i1> %932, <32 x float> %926, <32 x float> splat (float 0xFFF0000000000000)
-  %934 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %923
-  store <32 x float> %933, ptr %934, align 4, !tbaa !4
-  %indvars.iv.next1099.2.i.1 = shl i64 %indvars.iv1098.2.i, 5
-  %935 = add nuw nsw i64 %indvars.iv.next1099.2.i.1, 320
-  %936 = getelementptr inbounds nuw float, ptr %scores.i, i64 %935
-  %937 = load <32 x float>, ptr %936, align 4, !tbaa !4
-  %938 = fmul <32 x float> %91, %937
-  %939 = trunc i64 %indvars.iv.next1099.2.i.1 to i32
-  %940 = or disjoint i32 %939, 64
-  %941 = sub i32 %valid_len.i, %940
-  %942 = insertelement <32 x i32> poison, i32 %941, i64 0
-  %943 = shufflevector <32 x i32> %942, <32 x i32> poison, <32 x i32> zeroinitializer
-  %944 = icmp sgt <32 x i32> %943, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %945 = select <32 x i1> %944, <32 x float> %938, <32 x float> splat (float 0xFFF0000000000000)
-  %946 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %935
-  store <32 x float> %945, ptr %946, align 4, !tbaa !4
-  %indvars.iv.next1099.2.i.2 = shl i64 %indvars.iv1098.2.i, 5
-  %947 = add nuw nsw i64 %indvars.iv.next1099.2.i.2, 352
-  %948 = getelementptr inbounds nuw float, ptr %scores.i, i64 %947
-  %949 = load <32 x float>, ptr %948, align 4, !tbaa !4
-  %950 = fmul <32 x float> %91, %949
-  %951 = trunc i64 %indvars.iv.next1099.2.i.2 to i32
-  %952 = or disjoint i32 %951, 96
-  %953 = sub i32 %valid_len.i, %952
-  %954 = insertelement <32 x i32> poison, i32 %953, i64 0
-  %955 = shufflevector <32 x i32> %954, <32 x i32> poison, <32 x i32> zeroinitializer
-  %956 = icmp sgt <32 x i32> %955, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %957 = select <32 x i1> %956, <32 x float> %950, <32 x float> splat (float 0xFFF0000000000000)
-  %958 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %947
-  store <32 x float> %957, ptr %958, align 4, !tbaa !4
-  %indvars.iv.next1099.2.i.3 = add nuw nsw i64 %indvars.iv1098.2.i, 4
-  %niter110.next.3 = add i64 %niter110, 4
-  %niter110.ncmp.3 = icmp eq i64 %niter110.next.3, %unroll_iter109
-  br i1 %niter110.ncmp.3, label %for_body_to.3.i.preheader.unr-lcssa, label %for_body_to.2.i, !prof !27, !llvm.loop !37
+for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
+  %indvars.iv1148.2.i = phi i64 [ %indvars.iv.next1149.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %niter108 = phi i64 [ %niter108.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %910 = shl nsw i64 %indvars.iv1148.2.i, 5
+  %911 = add nuw nsw i64 %910, 256
+  %912 = getelementptr inbounds nuw float, ptr %scores.i, i64 %911
+  %913 = load <32 x float>, ptr %912, align 4, !tbaa !4
+  %914 = fmul <32 x float> %91, %913
+  %915 = trunc i64 %910 to i32
+  %916 = sub i32 %valid_len.i, %915
+  %917 = insertelement <32 x i32> poison, i32 %916, i64 0
+  %918 = shufflevector <32 x i32> %917, <32 x i32> poison, <32 x i32> zeroinitializer
+  %919 = icmp sgt <32 x i32> %918, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %920 = select <32 x i1> %919, <32 x float> %914, <32 x float> splat (float 0xFFF0000000000000)
+  %921 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %911
+  store <32 x float> %920, ptr %921, align 4, !tbaa !4
+  %indvars.iv.next1149.2.i = shl i64 %indvars.iv1148.2.i, 5
+  %922 = add nuw nsw i64 %indvars.iv.next1149.2.i, 288
+  %923 = getelementptr inbounds nuw float, ptr %scores.i, i64 %922
+  %924 = load <32 x float>, ptr %923, align 4, !tbaa !4
+  %925 = fmul <32 x float> %91, %924
+  %926 = trunc i64 %indvars.iv.next1149.2.i to i32
+  %927 = or disjoint i32 %926, 32
+  %928 = sub i32 %valid_len.i, %927
+  %929 = insertelement <32 x i32> poison, i32 %928, i64 0
+  %930 = shufflevector <32 x i32> %929, <32 x i32> poison, <32 x i32> zeroinitializer
+  %931 = icmp sgt <32 x i32> %930, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %932 = select <32 x i1> %931, <32 x float> %925, <32 x float> splat (float 0xFFF0000000000000)
+  %933 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %922
+  store <32 x float> %932, ptr %933, align 4, !tbaa !4
+  %indvars.iv.next1149.2.i.1 = shl i64 %indvars.iv1148.2.i, 5
+  %934 = add nuw nsw i64 %indvars.iv.next1149.2.i.1, 320
+  %935 = getelementptr inbounds nuw float, ptr %scores.i, i64 %934
+  %936 = load <32 x float>, ptr %935, align 4, !tbaa !4
+  %937 = fmul <32 x float> %91, %936
+  %938 = trunc i64 %indvars.iv.next1149.2.i.1 to i32
+  %939 = or disjoint i32 %938, 64
+  %940 = sub i32 %valid_len.i, %939
+  %941 = insertelement <32 x i32> poison, i32 %940, i64 0
+  %942 = shufflevector <32 x i32> %941, <32 x i32> poison, <32 x i32> zeroinitializer
+  %943 = icmp sgt <32 x i32> %942, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %944 = select <32 x i1> %943, <32 x float> %937, <32 x float> splat (float 0xFFF0000000000000)
+  %945 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %934
+  store <32 x float> %944, ptr %945, align 4, !tbaa !4
+  %indvars.iv.next1149.2.i.2 = shl i64 %indvars.iv1148.2.i, 5
+  %946 = add nuw nsw i64 %indvars.iv.next1149.2.i.2, 352
+  %947 = getelementptr inbounds nuw float, ptr %scores.i, i64 %946
+  %948 = load <32 x float>, ptr %947, align 4, !tbaa !4
+  %949 = fmul <32 x float> %91, %948
+  %950 = trunc i64 %indvars.iv.next1149.2.i.2 to i32
+  %951 = or disjoint i32 %950, 96
+  %952 = sub i32 %valid_len.i, %951
+  %953 = insertelement <32 x i32> poison, i32 %952, i64 0
+  %954 = shufflevector <32 x i32> %953, <32 x i32> poison, <32 x i32> zeroinitializer
+  %955 = icmp sgt <32 x i32> %954, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %956 = select <32 x i1> %955, <32 x float> %949, <32 x float> splat (float 0xFFF0000000000000)
+  %957 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %946
+  store <32 x float> %956, ptr %957, align 4, !tbaa !4
+  %indvars.iv.next1149.2.i.3 = add nuw nsw i64 %indvars.iv1148.2.i, 4
+  %niter108.next.3 = add i64 %niter108, 4
+  %niter108.ncmp.3 = icmp eq i64 %niter108.next.3, %unroll_iter107
+  br i1 %niter108.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !27, !llvm.loop !37
 
-for_body_to.3.i.preheader.unr-lcssa:              ; preds = %for_body_to.2.i
-  br i1 %lcmp.mod107.not, label %for_body_to.3.i.preheader, label %for_body_to.2.i.epil.preheader, !prof !30
+for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
+  br i1 %lcmp.mod105.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !30
 
-for_body_to.2.i.epil.preheader:                   ; preds = %for_body_to.3.i.preheader.unr-lcssa, %for_body_to.2.i.preheader
-  %indvars.iv1098.2.i.epil.init = phi i64 [ 0, %for_body_to.2.i.preheader ], [ %indvars.iv.next1099.2.i.3, %for_body_to.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod108)
-  br label %for_body_to.2.i.epil
+for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
+  %indvars.iv1148.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next1149.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod106)
+  br label %for_body_to.us.2.i.epil
 
-for_body_to.2.i.epil:                             ; preds = %for_body_to.2.i.epil, %for_body_to.2.i.epil.preheader
-  %indvars.iv1098.2.i.epil = phi i64 [ %indvars.iv.next1099.2.i.epil, %for_body_to.2.i.epil ], [ %indvars.iv1098.2.i.epil.init, %for_body_to.2.i.epil.preheader ]
-  %epil.iter106 = phi i64 [ %epil.iter106.next, %for_body_to.2.i.epil ], [ 0, %for_body_to.2.i.epil.preheader ]
-  %959 = shl nsw i64 %indvars.iv1098.2.i.epil, 5
-  %960 = add nuw nsw i64 %959, 256
-  %961 = getelementptr inbounds nuw float, ptr %scores.i, i64 %960
-  %962 = load <32 x float>, ptr %961, align 4, !tbaa !4
-  %963 = fmul <32 x float> %91, %962
-  %964 = trunc i64 %959 to i32
-  %965 = sub i32 %valid_len.i, %964
-  %966 = insertelement <32 x i32> poison, i32 %965, i64 0
-  %967 = shufflevector <32 x i32> %966, <32 x i32> poison, <32 x i32> zeroinitializer
-  %968 = icmp sgt <32 x i32> %967, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %969 = select <32 x i1> %968, <32 x float> %963, <32 x float> splat (float 0xFFF0000000000000)
-  %970 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %960
-  store <32 x float> %969, ptr %970, align 4, !tbaa !4
-  %indvars.iv.next1099.2.i.epil = add nuw nsw i64 %indvars.iv1098.2.i.epil, 1
-  %epil.iter106.next = add i64 %epil.iter106, 1
-  %epil.iter106.cmp.not = icmp eq i64 %epil.iter106.next, %xtraiter105
-  br i1 %epil.iter106.cmp.not, label %for_body_to.3.i.preheader, label %for_body_to.2.i.epil, !prof !31, !llvm.loop !38
+for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
+  %indvars.iv1148.2.i.epil = phi i64 [ %indvars.iv.next1149.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv1148.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
+  %epil.iter104 = phi i64 [ %epil.iter104.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
+  %958 = shl nsw i64 %indvars.iv1148.2.i.epil, 5
+  %959 = add nuw nsw i64 %958, 256
+  %960 = getelementptr inbounds nuw float, ptr %scores.i, i64 %959
+  %961 = load <32 x float>, ptr %960, align 4, !tbaa !4
+  %962 = fmul <32 x float> %91, %961
+  %963 = trunc i64 %958 to i32
+  %964 = sub i32 %valid_len.i, %963
+  %965 = insertelement <32 x i32> poison, i32 %964, i64 0
+  %966 = shufflevector <32 x i32> %965, <32 x i32> poison, <32 x i32> zeroinitializer
+  %967 = icmp sgt <32 x i32> %966, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %968 = select <32 x i1> %967, <32 x float> %962, <32 x float> splat (float 0xFFF0000000000000)
+  %969 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %959
+  store <32 x float> %968, ptr %969, align 4, !tbaa !4
+  %indvars.iv.next1149.2.i.epil = add nuw nsw i64 %indvars.iv1148.2.i.epil, 1
+  %epil.iter104.next = add i64 %epil.iter104, 1
+  %epil.iter104.cmp.not = icmp eq i64 %epil.iter104.next, %xtraiter103
+  br i1 %epil.iter104.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !31, !llvm.loop !38
 
-for_body_to.3.i.preheader:                        ; preds = %for_body_to.2.i.epil, %for_body_to.3.i.preheader.unr-lcssa
-  br i1 %601, label %for_body_to.3.i.epil.preheader, label %for_body_to.3.i, !prof !26
+for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
+  br i1 %601, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !26
 
-for_body_to.3.i:                                  ; preds = %for_body_to.3.i, %for_body_to.3.i.preheader
-  %indvars.iv1098.3.i = phi i64 [ %indvars.iv.next1099.3.i.3, %for_body_to.3.i ], [ 0, %for_body_to.3.i.preheader ]
-  %niter116 = phi i64 [ %niter116.next.3, %for_body_to.3.i ], [ 0, %for_body_to.3.i.preheader ]
-  %971 = shl nsw i64 %indvars.iv1098.3.i, 5
-  %972 = add nuw nsw i64 %971, 384
-  %973 = getelementptr inbounds nuw float, ptr %scores.i, i64 %972
-  %974 = load <32 x float>, ptr %973, align 4, !tbaa !4
-  %975 = fmul <32 x float> %91, %974
-  %976 = trunc i64 %971 to i32
-  %977 = sub i32 %valid_len.i, %976
-  %978 = insertelement <32 x i32> poison, i32 %977, i64 0
-  %979 = shufflevector <32 x i32> %978, <32 x i32> poison, <32 x i32> zeroinitializer
-  %980 = icmp sgt <32 x i32> %979, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %981 = select <32 x i1> %980, <32 x float> %975, <32 x float> splat (float 0xFFF0000000000000)
-  %982 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %972
-  store <32 x float> %981, ptr %982, align 4, !tbaa !4
-  %indvars.iv.next1099.3.i = shl i64 %indvars.iv1098.3.i, 5
-  %983 = add nuw nsw i64 %indvars.iv.next1099.3.i, 416
-  %984 = getelementptr inbounds nuw float, ptr %scores.i, i64 %983
-  %985 = load <32 x float>, ptr %984, align 4, !tbaa !4
-  %986 = fmul <32 x float> %91, %985
-  %987 = trunc i64 %indvars.iv.next1099.3.i to i32
-  %988 = or disjoint i32 %987, 32
-  %989 = sub i32 %valid_len.i, %988
-  %990 = insertelement <32 x i32> poison, i32 %989, i64 0
-  %991 = shufflevector <32 x i32> %990, <32 x i32> poison, <32 x i32> zeroinitializer
-  %992 = icmp sgt <32 x i32> %991, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %993 = select <32 x i1> %992, <32 x float> %986, <32 x float> splat (float 0xFFF0000000000000)
-  %994 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %983
-  store <32 x float> %993, ptr %994, align 4, !tbaa !4
-  %indvars.iv.next1099.3.i.1 = shl i64 %indvars.iv1098.3.i, 5
-  %995 = add nuw nsw i64 %indvars.iv.next1099.3.i.1, 448
-  %996 = getelementptr inbounds nuw float, ptr %scores.i, i64 %995
-  %997 = load <32 x float>, ptr %996, align 4, !tbaa !4
-  %998 = fmul <32 x float> %91, %997
-  %999 = trunc i64 %indvars.iv.next1099.3.i.1 to i32
-  %1000 = or disjoint i32 %999, 64
-  %1001 = sub i32 %valid_len.i, %1000
-  %1002 = insertelement <32 x i32> poison, i32 %1001, i64 0
-  %1003 = shufflevector <32 x i32> %1002, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1004 = icmp sgt <32 x i32> %1003, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1005 = select <32 x i1> %1004, <32 x float> %998, <32 x float> splat (float 0xFFF0000000000000)
-  %1006 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %995
-  store <32 x float> %1005, ptr %1006, align 4, !tbaa !4
-  %indvars.iv.next1099.3.i.2 = shl i64 %indvars.iv1098.3.i, 5
-  %1007 = add nuw nsw i64 %indvars.iv.next1099.3.i.2, 480
-  %1008 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1007
-  %1009 = load <32 x float>, ptr %1008, align 4, !tbaa !4
-  %1010 = fmul <32 x float> %91, %1009
-  %1011 = trunc i64 %indvars.iv.next1099.3.i.2 to i32
-  %1012 = or disjoint i32 %1011, 96
-  %1013 = sub i32 %valid_len.i, %1012
-  %1014 = insertelement <32 x i32> poison, i32 %1013, i64 0
-  %1015 = shufflevector <32 x i32> %1014, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1016 = icmp sgt <32 x i32> %1015, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1017 = select <32 x i1> %1016, <32 x float> %1010, <32 x float> splat (float 0xFFF0000000000000)
-  %1018 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1007
-  store <32 x float> %1017, ptr %1018, align 4, !tbaa !4
-  %indvars.iv.next1099.3.i.3 = add nuw nsw i64 %indvars.iv1098.3.i, 4
-  %niter116.next.3 = add i64 %niter116, 4
-  %niter116.ncmp.3 = icmp eq i64 %niter116.next.3, %unroll_iter115
-  br i1 %niter116.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to.3.i, !prof !27, !llvm.loop !39
+for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
+  %indvars.iv1148.3.i = phi i64 [ %indvars.iv.next1149.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %niter114 = phi i64 [ %niter114.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %970 = shl nsw i64 %indvars.iv1148.3.i, 5
+  %971 = add nuw nsw i64 %970, 384
+  %972 = getelementptr inbounds nuw float, ptr %scores.i, i64 %971
+  %973 = load <32 x float>, ptr %972, align 4, !tbaa !4
+  %974 = fmul <32 x float> %91, %973
+  %975 = trunc i64 %970 to i32
+  %976 = sub i32 %valid_len.i, %975
+  %977 = insertelement <32 x i32> poison, i32 %976, i64 0
+  %978 = shufflevector <32 x i32> %977, <32 x i32> poison, <32 x i32> zeroinitializer
+  %979 = icmp sgt <32 x i32> %978, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %980 = select <32 x i1> %979, <32 x float> %974, <32 x float> splat (float 0xFFF0000000000000)
+  %981 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %971
+  store <32 x float> %980, ptr %981, align 4, !tbaa !4
+  %indvars.iv.next1149.3.i = shl i64 %indvars.iv1148.3.i, 5
+  %982 = add nuw nsw i64 %indvars.iv.next1149.3.i, 416
+  %983 = getelementptr inbounds nuw float, ptr %scores.i, i64 %982
+  %984 = load <32 x float>, ptr %983, align 4, !tbaa !4
+  %985 = fmul <32 x float> %91, %984
+  %986 = trunc i64 %indvars.iv.next1149.3.i to i32
+  %987 = or disjoint i32 %986, 32
+  %988 = sub i32 %valid_len.i, %987
+  %989 = insertelement <32 x i32> poison, i32 %988, i64 0
+  %990 = shufflevector <32 x i32> %989, <32 x i32> poison, <32 x i32> zeroinitializer
+  %991 = icmp sgt <32 x i32> %990, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %992 = select <32 x i1> %991, <32 x float> %985, <32 x float> splat (float 0xFFF0000000000000)
+  %993 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %982
+  store <32 x float> %992, ptr %993, align 4, !tbaa !4
+  %indvars.iv.next1149.3.i.1 = shl i64 %indvars.iv1148.3.i, 5
+  %994 = add nuw nsw i64 %indvars.iv.next1149.3.i.1, 448
+  %995 = getelementptr inbounds nuw float, ptr %scores.i, i64 %994
+  %996 = load <32 x float>, ptr %995, align 4, !tbaa !4
+  %997 = fmul <32 x float> %91, %996
+  %998 = trunc i64 %indvars.iv.next1149.3.i.1 to i32
+  %999 = or disjoint i32 %998, 64
+  %1000 = sub i32 %valid_len.i, %999
+  %1001 = insertelement <32 x i32> poison, i32 %1000, i64 0
+  %1002 = shufflevector <32 x i32> %1001, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1003 = icmp sgt <32 x i32> %1002, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1004 = select <32 x i1> %1003, <32 x float> %997, <32 x float> splat (float 0xFFF0000000000000)
+  %1005 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %994
+  store <32 x float> %1004, ptr %1005, align 4, !tbaa !4
+  %indvars.iv.next1149.3.i.2 = shl i64 %indvars.iv1148.3.i, 5
+  %1006 = add nuw nsw i64 %indvars.iv.next1149.3.i.2, 480
+  %1007 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1006
+  %1008 = load <32 x float>, ptr %1007, align 4, !tbaa !4
+  %1009 = fmul <32 x float> %91, %1008
+  %1010 = trunc i64 %indvars.iv.next1149.3.i.2 to i32
+  %1011 = or disjoint i32 %1010, 96
+  %1012 = sub i32 %valid_len.i, %1011
+  %1013 = insertelement <32 x i32> poison, i32 %1012, i64 0
+  %1014 = shufflevector <32 x i32> %1013, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1015 = icmp sgt <32 x i32> %1014, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1016 = select <32 x i1> %1015, <32 x float> %1009, <32 x float> splat (float 0xFFF0000000000000)
+  %1017 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1006
+  store <32 x float> %1016, ptr %1017, align 4, !tbaa !4
+  %indvars.iv.next1149.3.i.3 = add nuw nsw i64 %indvars.iv1148.3.i, 4
+  %niter114.next.3 = add i64 %niter114, 4
+  %niter114.ncmp.3 = icmp eq i64 %niter114.next.3, %unroll_iter113
+  br i1 %niter114.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to.us.3.i, !prof !27, !llvm.loop !39
 
-for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to.3.i
-  br i1 %lcmp.mod113.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.3.i.epil.preheader, !prof !30
+for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to.us.3.i
+  br i1 %lcmp.mod111.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !30
 
-for_body_to.3.i.epil.preheader:                   ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to.3.i.preheader
-  %indvars.iv1098.3.i.epil.init = phi i64 [ 0, %for_body_to.3.i.preheader ], [ %indvars.iv.next1099.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod114)
-  br label %for_body_to.3.i.epil
+for_body_to.us.3.i.epil.preheader:                ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to.us.3.i.preheader
+  %indvars.iv1148.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next1149.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod112)
+  br label %for_body_to.us.3.i.epil
 
-for_body_to.3.i.epil:                             ; preds = %for_body_to.3.i.epil, %for_body_to.3.i.epil.preheader
-  %indvars.iv1098.3.i.epil = phi i64 [ %indvars.iv.next1099.3.i.epil, %for_body_to.3.i.epil ], [ %indvars.iv1098.3.i.epil.init, %for_body_to.3.i.epil.preheader ]
-  %epil.iter112 = phi i64 [ %epil.iter112.next, %for_body_to.3.i.epil ], [ 0, %for_body_to.3.i.epil.preheader ]
-  %1019 = shl nsw i64 %indvars.iv1098.3.i.epil, 5
-  %1020 = add nuw nsw i64 %1019, 384
-  %1021 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1020
-  %1022 = load <32 x float>, ptr %1021, align 4, !tbaa !4
-  %1023 = fmul <32 x float> %91, %1022
-  %1024 = trunc i64 %1019 to i32
-  %1025 = sub i32 %valid_len.i, %1024
-  %1026 = insertelement <32 x i32> poison, i32 %1025, i64 0
-  %1027 = shufflevector <32 x i32> %1026, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1028 = icmp sgt <32 x i32> %1027, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1029 = select <32 x i1> %1028, <32 x float> %1023, <32 x float> splat (float 0xFFF0000000000000)
-  %1030 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1020
-  store <32 x float> %1029, ptr %1030, align 4, !tbaa !4
-  %indvars.iv.next1099.3.i.epil = add nuw nsw i64 %indvars.iv1098.3.i.epil, 1
-  %epil.iter112.next = add i64 %epil.iter112, 1
-  %epil.iter112.cmp.not = icmp eq i64 %epil.iter112.next, %xtraiter111
-  br i1 %epil.iter112.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.3.i.epil, !prof !31, !llvm.loop !40
+for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
+  %indvars.iv1148.3.i.epil = phi i64 [ %indvars.iv.next1149.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv1148.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
+  %epil.iter110 = phi i64 [ %epil.iter110.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
+  %1018 = shl nsw i64 %indvars.iv1148.3.i.epil, 5
+  %1019 = add nuw nsw i64 %1018, 384
+  %1020 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1019
+  %1021 = load <32 x float>, ptr %1020, align 4, !tbaa !4
+  %1022 = fmul <32 x float> %91, %1021
+  %1023 = trunc i64 %1018 to i32
+  %1024 = sub i32 %valid_len.i, %1023
+  %1025 = insertelement <32 x i32> poison, i32 %1024, i64 0
+  %1026 = shufflevector <32 x i32> %1025, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1027 = icmp sgt <32 x i32> %1026, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1028 = select <32 x i1> %1027, <32 x float> %1022, <32 x float> splat (float 0xFFF0000000000000)
+  %1029 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1019
+  store <32 x float> %1028, ptr %1029, align 4, !tbaa !4
+  %indvars.iv.next1149.3.i.epil = add nuw nsw i64 %indvars.iv1148.3.i.epil, 1
+  %epil.iter110.next = add i64 %epil.iter110, 1
+  %epil.iter110.cmp.not = icmp eq i64 %epil.iter110.next, %xtraiter109
+  br i1 %epil.iter110.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.us.3.i.epil, !prof !31, !llvm.loop !40
 
-for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to.3.i.epil, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_begin_to.preheader.preheader.i
+for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to.us.3.i.epil, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_begin_r36.preheader.i
   br label %for_begin_ax1.preheader.i
 
 for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %for_begin_ax1.preheader.i.preheader
-  %indvars.iv1114.i = phi i64 [ %indvars.iv.next1115.i, %for_end_ax1.i ], [ 0, %for_begin_ax1.preheader.i.preheader ]
+  %indvars.iv1164.i = phi i64 [ %indvars.iv.next1165.i, %for_end_ax1.i ], [ 0, %for_begin_ax1.preheader.i.preheader ]
   br i1 %586, label %for_body_ax1.lr.ph.i, label %for_end_ax1.i, !prof !3
 
 for_body_ax1.lr.ph.i:                             ; preds = %for_begin_ax1.preheader.i
-  %.idx1299.i = shl nuw nsw i64 %indvars.iv1114.i, 9
-  %invariant.gep1335.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1299.i
+  %.idx1314.i = shl nuw nsw i64 %indvars.iv1164.i, 9
+  %invariant.gep1353.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1314.i
   br i1 %602, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !41
 
 for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.lr.ph.i
-  %indvars.iv1109.i = phi i64 [ %indvars.iv.next1110.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
-  %peak.rf_global250.sroa.0.0885.i = phi <32 x float> [ %1061, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ]
-  %niter123 = phi i64 [ %niter123.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
-  %.idx1298.i = shl nsw i64 %indvars.iv1109.i, 7
-  %gep1336.i = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %.idx1298.i
-  %1031 = load <32 x float>, ptr %gep1336.i, align 4, !tbaa !4
-  %1032 = fcmp ogt <32 x float> %peak.rf_global250.sroa.0.0885.i, %1031
-  %1033 = select <32 x i1> %1032, <32 x float> %peak.rf_global250.sroa.0.0885.i, <32 x float> %1031
-  %indvars.iv.next1110.i = shl i64 %indvars.iv1109.i, 7
-  %1034 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i
-  %gep1336.i.1 = getelementptr inbounds nuw i8, ptr %1034, i64 128
-  %1035 = load <32 x float>, ptr %gep1336.i.1, align 4, !tbaa !4
-  %1036 = fcmp ogt <32 x float> %1033, %1035
-  %1037 = select <32 x i1> %1036, <32 x float> %1033, <32 x float> %1035
-  %indvars.iv.next1110.i.1 = shl i64 %indvars.iv1109.i, 7
-  %1038 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.1
-  %gep1336.i.2 = getelementptr inbounds nuw i8, ptr %1038, i64 256
-  %1039 = load <32 x float>, ptr %gep1336.i.2, align 4, !tbaa !4
-  %1040 = fcmp ogt <32 x float> %1037, %1039
-  %1041 = select <32 x i1> %1040, <32 x float> %1037, <32 x float> %1039
-  %indvars.iv.next1110.i.2 = shl i64 %indvars.iv1109.i, 7
-  %1042 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.2
-  %gep1336.i.3 = getelementptr inbounds nuw i8, ptr %1042, i64 384
-  %1043 = load <32 x float>, ptr %gep1336.i.3, align 4, !tbaa !4
-  %1044 = fcmp ogt <32 x float> %1041, %1043
-  %1045 = select <32 x i1> %1044, <32 x float> %1041, <32 x float> %1043
-  %indvars.iv.next1110.i.3 = shl i64 %indvars.iv1109.i, 7
-  %1046 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.3
-  %gep1336.i.4 = getelementptr inbounds nuw i8, ptr %1046, i64 512
-  %1047 = load <32 x float>, ptr %gep1336.i.4, align 4, !tbaa !4
-  %1048 = fcmp ogt <32 x float> %1045, %1047
-  %1049 = select <32 x i1> %1048, <32 x float> %1045, <32 x float> %1047
-  %indvars.iv.next1110.i.4 = shl i64 %indvars.iv1109.i, 7
-  %1050 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.4
-  %gep1336.i.5 = getelementptr inbounds nuw i8, ptr %1050, i64 640
-  %1051 = load <32 x float>, ptr %gep1336.i.5, align 4, !tbaa !4
-  %1052 = fcmp ogt <32 x float> %1049, %1051
-  %1053 = select <32 x i1> %1052, <32 x float> %1049, <32 x float> %1051
-  %indvars.iv.next1110.i.5 = shl i64 %indvars.iv1109.i, 7
-  %1054 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.5
-  %gep1336.i.6 = getelementptr inbounds nuw i8, ptr %1054, i64 768
-  %1055 = load <32 x float>, ptr %gep1336.i.6, align 4, !tbaa !4
-  %1056 = fcmp ogt <32 x float> %1053, %1055
-  %1057 = select <32 x i1> %1056, <32 x float> %1053, <32 x float> %1055
-  %indvars.iv.next1110.i.6 = shl i64 %indvars.iv1109.i, 7
-  %1058 = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %indvars.iv.next1110.i.6
-  %gep1336.i.7 = getelementptr inbounds nuw i8, ptr %1058, i64 896
-  %1059 = load <32 x float>, ptr %gep1336.i.7, align 4, !tbaa !4
-  %1060 = fcmp ogt <32 x float> %1057, %1059
-  %1061 = select <32 x i1> %1060, <32 x float> %1057, <32 x float> %1059
-  %indvars.iv.next1110.i.7 = add nuw nsw i64 %indvars.iv1109.i, 8
-  %niter123.next.7 = add i64 %niter123, 8
-  %niter123.ncmp.7 = icmp eq i64 %niter123.next.7, %unroll_iter122
-  br i1 %niter123.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !42, !llvm.loop !43
+  %indvars.iv1159.i = phi i64 [ %indvars.iv.next1160.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
+  %peak.rf_global226.sroa.0.0916.i = phi <32 x float> [ %1060, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ]
+  %niter121 = phi i64 [ %niter121.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
+  %.idx1313.i = shl nsw i64 %indvars.iv1159.i, 7
+  %gep1354.i = getelementptr inbounds nuw i8, ptr %invariant.gep1353.i, i64 %.idx1313.i
+  %1030 = load <32 x float>, ptr %gep1354.i, align 4, !tbaa !4
+  %1031 = fcmp ogt <32 x float> %peak.rf_global226.sroa.0.0916.i, %1030
+  %1032 = select <32 x i1> %1031, <32 x float> %peak.rf_global226.sroa.0.0916.i, <32 x float> %1030
+  %indvars.iv.next1160.i = shl i64 %indvars.iv1159.i, 7
+  %1033 = getelementptr inbounds nuw i8, ptr %invariant.gep1353.i, i64 %indvars.iv.next1160.i
+  %gep1354.i.1 = getelementptr inbounds nuw i8, ptr %1033, i64 128
+  %1034 = load <32 x float>, ptr %gep1354.i.1, align 4, !tbaa !4
+  %1035 = fcmp ogt <32 x float> %1032, %1034
+  %1036 = select <32 x i1> %1035, <32 x float> %1032, <32 x float> %1034
+  %indvars.iv.next1160.i.1 = shl i64 %indvars.iv1159.i, 7
+  %1037 = getelementptr inbounds nuw i8, ptr %invariant.gep1353.i, i64 %indvars.iv.next1160.i.1
+  %gep1354.i.2 = getelementptr inbounds nuw i8, ptr %1037, i64 256
+  %1038 = load <32 x float>, ptr %gep1354.i.2, align 4, !tbaa !4
+  %1039 = fcmp ogt <32 x float> %1036, %1038
+  %1040 = select <32 x i1> %1039, <32 x float> %1036, <32 x float> %1038
+  %indvars.iv.next1160.i.2 = shl i64 %indvars.iv1159.i, 7
+  %1041 = getelementptr inbounds nuw i8, ptr %invariant.gep1353.i, i64 %indvars.iv.next1160.i.2
+  %gep1354.i.3 = getelementptr inbounds nuw i8, ptr %1041, i64 384
+  %1042 = load <32 x float>, ptr %gep1354.i.3, align 4, !tbaa !4
+  %1043 = fcmp ogt <32 x float> %1040, %1042
+  %1044 = select <32 x i1> %1043, <32 x float> %1040, <32 x float> %1042
+  %indvars.iv.next1160.i.3 = shl i64 %indvars.iv1159.i, 7
+  %1045 = getelementptr inbounds nuw i8, ptr %invariant.gep1353.i, i64 %indvars.iv.next1160.i.3
+  %gep1354.i.4 = getelementptr inbounds nuw i8, ptr %1045, i64 512
+  %1046 = load <32 x float>, ptr %gep1354.i.4, align 4, !tbaa !4
+  %1047 = fcmp ogt <32 x float> %1044, %1046
+  %1048 = select <32 x i1> %1047, <32 x float> %1044, <32 x float> %1046
+  %indvars.iv.next1160.i.4 = shl i64 %indvars.iv1159.i, 7
+  %1049 = getelementptr inbounds nuw i8, ptr %invariant.gep1353.i, i64 %indvars.iv.next1160.i.4
+  %gep1354.i.5 = getelementptr inbounds nuw i8, ptr %1049, i64 640
+  %1050 = load <32 x float>, ptr %gep1354.i.5, align 4, !tbaa !4
+  %1051 = fcmp ogt <32 x float> %1048, %1050
+  %1052 = select <32 x i1> %1051, <32 x float> %1048, <32 x float> %1050
+  %indvars.iv.next1160.i.5 = shl i64 %indvars.iv1159.i, 7
+  %1053 = getelementptr inbounds nuw i8, ptr %invariant.gep1353.i, i64 %indvars.iv.next1160.i.5
+  %gep1354.i.6 = getelementptr inbounds nuw i8, ptr %1053, i64 768
+  %1054 = load <32 x float>, ptr %gep1354.i.6, align 4, !tbaa !4
+  %1055 = fcmp ogt <32 x float> %1052, %1054
+  %1056 = select <32 x i1> %1055, <32 x float> %1052, <32 x float> %1054
+  %indvars.iv.next1160.i.6 = shl i64 %indvars.iv1159.i, 7
+  %1057 = getelementptr inbounds nuw i8, ptr %invariant.gep1353.i, i64 %indvars.iv.next1160.i.6
+  %gep1354.i.7 = getelementptr inbounds nuw i8, ptr %1057, i64 896
+  %1058 = load <32 x float>, ptr %gep1354.i.7, align 4, !tbaa !4
+  %1059 = fcmp ogt <32 x float> %1056, %1058
+  %1060 = select <32 x i1> %1059, <32 x float> %1056, <32 x float> %1058
+  %indvars.iv.next1160.i.7 = add nuw nsw i64 %indvars.iv1159.i, 8
+  %niter121.next.7 = add i64 %niter121, 8
+  %niter121.ncmp.7 = icmp eq i64 %niter121.next.7, %unroll_iter120
+  br i1 %niter121.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !42, !llvm.loop !43
 
 for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
-  br i1 %lcmp.mod119.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !45
+  br i1 %lcmp.mod117.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !45
 
 for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.lr.ph.i
-  %indvars.iv1109.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1110.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global250.sroa.0.0885.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ], [ %1061, %for_end_ax1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod121)
+  %indvars.iv1159.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1160.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %peak.rf_global226.sroa.0.0916.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ], [ %1060, %for_end_ax1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod119)
   br label %for_body_ax1.i.epil
 
 for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil, %for_body_ax1.i.epil.preheader
-  %indvars.iv1109.i.epil = phi i64 [ %indvars.iv1109.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %indvars.iv.next1110.i.epil, %for_body_ax1.i.epil ]
-  %peak.rf_global250.sroa.0.0885.i.epil = phi <32 x float> [ %peak.rf_global250.sroa.0.0885.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %1064, %for_body_ax1.i.epil ]
-  %epil.iter118 = phi i64 [ 0, %for_body_ax1.i.epil.preheader ], [ %epil.iter118.next, %for_body_ax1.i.epil ]
-  %.idx1298.i.epil = shl nsw i64 %indvars.iv1109.i.epil, 7
-  %gep1336.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1335.i, i64 %.idx1298.i.epil
-  %1062 = load <32 x float>, ptr %gep1336.i.epil, align 4, !tbaa !4
-  %1063 = fcmp ogt <32 x float> %peak.rf_global250.sroa.0.0885.i.epil, %1062
-  %1064 = select <32 x i1> %1063, <32 x float> %peak.rf_global250.sroa.0.0885.i.epil, <32 x float> %1062
-  %indvars.iv.next1110.i.epil = add nuw nsw i64 %indvars.iv1109.i.epil, 1
-  %epil.iter118.next = add i64 %epil.iter118, 1
-  %epil.iter118.cmp.not = icmp eq i64 %epil.iter118.next, %xtraiter117
-  br i1 %epil.iter118.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !30, !llvm.loop !46
+  %indvars.iv1159.i.epil = phi i64 [ %indvars.iv1159.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %indvars.iv.next1160.i.epil, %for_body_ax1.i.epil ]
+  %peak.rf_global226.sroa.0.0916.i.epil = phi <32 x float> [ %peak.rf_global226.sroa.0.0916.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %1063, %for_body_ax1.i.epil ]
+  %epil.iter116 = phi i64 [ 0, %for_body_ax1.i.epil.preheader ], [ %epil.iter116.next, %for_body_ax1.i.epil ]
+  %.idx1313.i.epil = shl nsw i64 %indvars.iv1159.i.epil, 7
+  %gep1354.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1353.i, i64 %.idx1313.i.epil
+  %1061 = load <32 x float>, ptr %gep1354.i.epil, align 4, !tbaa !4
+  %1062 = fcmp ogt <32 x float> %peak.rf_global226.sroa.0.0916.i.epil, %1061
+  %1063 = select <32 x i1> %1062, <32 x float> %peak.rf_global226.sroa.0.0916.i.epil, <32 x float> %1061
+  %indvars.iv.next1160.i.epil = add nuw nsw i64 %indvars.iv1159.i.epil, 1
+  %epil.iter116.next = add i64 %epil.iter116, 1
+  %epil.iter116.cmp.not = icmp eq i64 %epil.iter116.next, %xtraiter115
+  br i1 %epil.iter116.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !30, !llvm.loop !46
 
 for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_begin_ax1.preheader.i
-  %peak.rf_global250.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1061, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1064, %for_body_ax1.i.epil ]
-  %1065 = getelementptr inbounds nuw float, ptr %peak252.i, i64 %indvars.iv1114.i
-  %peak.rf251.sroa.0.0.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 0
-  %1066 = fcmp olt float %peak.rf251.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %1067 = select i1 %1066, float 0xC7EFFFFFE0000000, float %peak.rf251.sroa.0.0.vec.extract.i
-  %peak.rf251.sroa.0.4.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 1
-  %1068 = fcmp ogt float %1067, %peak.rf251.sroa.0.4.vec.extract.i
-  %1069 = select i1 %1068, float %1067, float %peak.rf251.sroa.0.4.vec.extract.i
-  %peak.rf251.sroa.0.8.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 2
-  %1070 = fcmp ogt float %1069, %peak.rf251.sroa.0.8.vec.extract.i
-  %1071 = select i1 %1070, float %1069, float %peak.rf251.sroa.0.8.vec.extract.i
-  %peak.rf251.sroa.0.12.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 3
-  %1072 = fcmp ogt float %1071, %peak.rf251.sroa.0.12.vec.extract.i
-  %1073 = select i1 %1072, float %1071, float %peak.rf251.sroa.0.12.vec.extract.i
-  %peak.rf251.sroa.0.16.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 4
-  %1074 = fcmp ogt float %1073, %peak.rf251.sroa.0.16.vec.extract.i
-  %1075 = select i1 %1074, float %1073, float %peak.rf251.sroa.0.16.vec.extract.i
-  %peak.rf251.sroa.0.20.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 5
-  %1076 = fcmp ogt float %1075, %peak.rf251.sroa.0.20.vec.extract.i
-  %1077 = select i1 %1076, float %1075, float %peak.rf251.sroa.0.20.vec.extract.i
-  %peak.rf251.sroa.0.24.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 6
-  %1078 = fcmp ogt float %1077, %peak.rf251.sroa.0.24.vec.extract.i
-  %1079 = select i1 %1078, float %1077, float %peak.rf251.sroa.0.24.vec.extract.i
-  %peak.rf251.sroa.0.28.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 7
-  %1080 = fcmp ogt float %1079, %peak.rf251.sroa.0.28.vec.extract.i
-  %1081 = select i1 %1080, float %1079, float %peak.rf251.sroa.0.28.vec.extract.i
-  %peak.rf251.sroa.0.32.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 8
-  %1082 = fcmp ogt float %1081, %peak.rf251.sroa.0.32.vec.extract.i
-  %1083 = select i1 %1082, float %1081, float %peak.rf251.sroa.0.32.vec.extract.i
-  %peak.rf251.sroa.0.36.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 9
-  %1084 = fcmp ogt float %1083, %peak.rf251.sroa.0.36.vec.extract.i
-  %1085 = select i1 %1084, float %1083, float %peak.rf251.sroa.0.36.vec.extract.i
-  %peak.rf251.sroa.0.40.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 10
-  %1086 = fcmp ogt float %1085, %peak.rf251.sroa.0.40.vec.extract.i
-  %1087 = select i1 %1086, float %1085, float %peak.rf251.sroa.0.40.vec.extract.i
-  %peak.rf251.sroa.0.44.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 11
-  %1088 = fcmp ogt float %1087, %peak.rf251.sroa.0.44.vec.extract.i
-  %1089 = select i1 %1088, float %1087, float %peak.rf251.sroa.0.44.vec.extract.i
-  %peak.rf251.sroa.0.48.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 12
-  %1090 = fcmp ogt float %1089, %peak.rf251.sroa.0.48.vec.extract.i
-  %1091 = select i1 %1090, float %1089, float %peak.rf251.sroa.0.48.vec.extract.i
-  %peak.rf251.sroa.0.52.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 13
-  %1092 = fcmp ogt float %1091, %peak.rf251.sroa.0.52.vec.extract.i
-  %1093 = select i1 %1092, float %1091, float %peak.rf251.sroa.0.52.vec.extract.i
-  %peak.rf251.sroa.0.56.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 14
-  %1094 = fcmp ogt float %1093, %peak.rf251.sroa.0.56.vec.extract.i
-  %1095 = select i1 %1094, float %1093, float %peak.rf251.sroa.0.56.vec.extract.i
-  %peak.rf251.sroa.0.60.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 15
-  %1096 = fcmp ogt float %1095, %peak.rf251.sroa.0.60.vec.extract.i
-  %1097 = select i1 %1096, float %1095, float %peak.rf251.sroa.0.60.vec.extract.i
-  %peak.rf251.sroa.0.64.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 16
-  %1098 = fcmp ogt float %1097, %peak.rf251.sroa.0.64.vec.extract.i
-  %1099 = select i1 %1098, float %1097, float %peak.rf251.sroa.0.64.vec.extract.i
-  %peak.rf251.sroa.0.68.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 17
-  %1100 = fcmp ogt float %1099, %peak.rf251.sroa.0.68.vec.extract.i
-  %1101 = select i1 %1100, float %1099, float %peak.rf251.sroa.0.68.vec.extract.i
-  %peak.rf251.sroa.0.72.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 18
-  %1102 = fcmp ogt float %1101, %peak.rf251.sroa.0.72.vec.extract.i
-  %1103 = select i1 %1102, float %1101, float %peak.rf251.sroa.0.72.vec.extract.i
-  %peak.rf251.sroa.0.76.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 19
-  %1104 = fcmp ogt float %1103, %peak.rf251.sroa.0.76.vec.extract.i
-  %1105 = select i1 %1104, float %1103, float %peak.rf251.sroa.0.76.vec.extract.i
-  %peak.rf251.sroa.0.80.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 20
-  %1106 = fcmp ogt float %1105, %peak.rf251.sroa.0.80.vec.extract.i
-  %1107 = select i1 %1106, float %1105, float %peak.rf251.sroa.0.80.vec.extract.i
-  %peak.rf251.sroa.0.84.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 21
-  %1108 = fcmp ogt float %1107, %peak.rf251.sroa.0.84.vec.extract.i
-  %1109 = select i1 %1108, float %1107, float %peak.rf251.sroa.0.84.vec.extract.i
-  %peak.rf251.sroa.0.88.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 22
-  %1110 = fcmp ogt float %1109, %peak.rf251.sroa.0.88.vec.extract.i
-  %1111 = select i1 %1110, float %1109, float %peak.rf251.sroa.0.88.vec.extract.i
-  %peak.rf251.sroa.0.92.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 23
-  %1112 = fcmp ogt float %1111, %peak.rf251.sroa.0.92.vec.extract.i
-  %1113 = select i1 %1112, float %1111, float %peak.rf251.sroa.0.92.vec.extract.i
-  %peak.rf251.sroa.0.96.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 24
-  %1114 = fcmp ogt float %1113, %peak.rf251.sroa.0.96.vec.extract.i
-  %1115 = select i1 %1114, float %1113, float %peak.rf251.sroa.0.96.vec.extract.i
-  %peak.rf251.sroa.0.100.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 25
-  %1116 = fcmp ogt float %1115, %peak.rf251.sroa.0.100.vec.extract.i
-  %1117 = select i1 %1116, float %1115, float %peak.rf251.sroa.0.100.vec.extract.i
-  %peak.rf251.sroa.0.104.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 26
-  %1118 = fcmp ogt float %1117, %peak.rf251.sroa.0.104.vec.extract.i
-  %1119 = select i1 %1118, float %1117, float %peak.rf251.sroa.0.104.vec.extract.i
-  %peak.rf251.sroa.0.108.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 27
-  %1120 = fcmp ogt float %1119, %peak.rf251.sroa.0.108.vec.extract.i
-  %1121 = select i1 %1120, float %1119, float %peak.rf251.sroa.0.108.vec.extract.i
-  %peak.rf251.sroa.0.112.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 28
-  %1122 = fcmp ogt float %1121, %peak.rf251.sroa.0.112.vec.extract.i
-  %1123 = select i1 %1122, float %1121, float %peak.rf251.sroa.0.112.vec.extract.i
-  %peak.rf251.sroa.0.116.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 29
-  %1124 = fcmp ogt float %1123, %peak.rf251.sroa.0.116.vec.extract.i
-  %1125 = select i1 %1124, float %1123, float %peak.rf251.sroa.0.116.vec.extract.i
-  %peak.rf251.sroa.0.120.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 30
-  %1126 = fcmp ogt float %1125, %peak.rf251.sroa.0.120.vec.extract.i
-  %1127 = select i1 %1126, float %1125, float %peak.rf251.sroa.0.120.vec.extract.i
-  %peak.rf251.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global250.sroa.0.0.lcssa.i, i64 31
-  %1128 = fcmp ogt float %1127, %peak.rf251.sroa.0.124.vec.extract.i
-  %1129 = select i1 %1128, float %1127, float %peak.rf251.sroa.0.124.vec.extract.i
-  store float %1129, ptr %1065, align 4, !tbaa !47
-  %indvars.iv.next1115.i = add nuw nsw i64 %indvars.iv1114.i, 1
-  %exitcond1117.not.i = icmp eq i64 %indvars.iv.next1115.i, 4
-  br i1 %exitcond1117.not.i, label %for_body_r50.preheader.i, label %for_begin_ax1.preheader.i, !prof !21
-
-for_body_r50.preheader.i:                         ; preds = %for_end_ax1.i
-  %1130 = load <4 x float>, ptr %peak252.i, align 16
-  %spec.select = select i1 %587, <4 x float> %1130, <4 x float> <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>
-  %spec.select183 = select i1 %587, <4 x float> %1130, <4 x float> splat (float 0xC6293E5940000000)
-  %1131 = shufflevector <4 x float> %spec.select, <4 x float> %spec.select183, <4 x i32> <i32 0, i32 1, i32 2, i32 7>
-  br i1 %586, label %for_body_to62.lr.ph.i, label %for_begin_ax181.preheader.i.preheader, !prof !3
-
-for_body_to62.lr.ph.i:                            ; preds = %for_body_r50.preheader.i
-  %1132 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> zeroinitializer
-  br label %for_body_to62.i
-
-for_body_to62.i:                                  ; preds = %for_body_to62.i, %for_body_to62.lr.ph.i
-  %indvars.iv1122.i = phi i64 [ 0, %for_body_to62.lr.ph.i ], [ %indvars.iv.next1123.i, %for_body_to62.i ]
-  %1133 = shl nsw i64 %indvars.iv1122.i, 5
-  %1134 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1133
-  %1135 = load <32 x float>, ptr %1134, align 4, !tbaa !4
-  %arg.i = fsub <32 x float> %1135, %1132
-  %cse_v33.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1136 = bitcast <32 x float> %cse_v33.i to <32 x i32>
-  %1137 = add nsw <32 x i32> %1136, splat (i32 -1262485504)
-  %1138 = sitofp <32 x i32> %1137 to <32 x float>
-  %1139 = fmul <32 x float> %1138, splat (float 0x3F2BD01060000000)
-  %1140 = fmul <32 x float> %1138, splat (float 0x3FE6300000000000)
-  %1141 = fsub <32 x float> %arg.i, %1140
-  %1142 = fadd <32 x float> %1139, %1141
-  %1143 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1142, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1144 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1143, <32 x float> %1142, <32 x float> splat (float 0x3F81112100000000))
-  %1145 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1144, <32 x float> %1142, <32 x float> splat (float 0x3FA5553820000000))
-  %1146 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1145, <32 x float> %1142, <32 x float> splat (float 0x3FC5555540000000))
-  %1147 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1146, <32 x float> %1142, <32 x float> splat (float 5.000000e-01))
-  %1148 = fmul <32 x float> %1142, %1147
-  %1149 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1148, <32 x float> %1142, <32 x float> %1142)
-  %1150 = shl <32 x i32> %1136, splat (i32 23)
-  %1151 = add <32 x i32> %1150, splat (i32 1065353216)
-  %1152 = bitcast <32 x i32> %1151 to <32 x float>
-  %1153 = fadd <32 x float> %1149, splat (float 1.000000e+00)
-  %1154 = fmul <32 x float> %1153, %1152
-  %1155 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
-  %1156 = select <32 x i1> %1155, <32 x float> zeroinitializer, <32 x float> %1154
-  %1157 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1133
-  store <32 x float> %1156, ptr %1157, align 4, !tbaa !4
-  %indvars.iv.next1123.i = add nuw nsw i64 %indvars.iv1122.i, 1
-  %exitcond1127.not.i = icmp eq i64 %indvars.iv.next1123.i, %wide.trip.count1096.i
-  br i1 %exitcond1127.not.i, label %for_body_to62.lr.ph.1.i, label %for_body_to62.i, !prof !8
-
-for_body_to62.lr.ph.1.i:                          ; preds = %for_body_to62.i
-  %1158 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  br label %for_body_to62.1.i
-
-for_body_to62.1.i:                                ; preds = %for_body_to62.1.i, %for_body_to62.lr.ph.1.i
-  %indvars.iv1122.1.i = phi i64 [ 0, %for_body_to62.lr.ph.1.i ], [ %indvars.iv.next1123.1.i, %for_body_to62.1.i ]
-  %1159 = shl nsw i64 %indvars.iv1122.1.i, 5
-  %1160 = add nuw nsw i64 %1159, 128
-  %1161 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1160
-  %1162 = load <32 x float>, ptr %1161, align 4, !tbaa !4
-  %arg.1.i = fsub <32 x float> %1162, %1158
-  %cse_v33.1.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.1.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1163 = bitcast <32 x float> %cse_v33.1.i to <32 x i32>
-  %1164 = add nsw <32 x i32> %1163, splat (i32 -1262485504)
-  %1165 = sitofp <32 x i32> %1164 to <32 x float>
-  %1166 = fmul <32 x float> %1165, splat (float 0x3F2BD01060000000)
-  %1167 = fmul <32 x float> %1165, splat (float 0x3FE6300000000000)
-  %1168 = fsub <32 x float> %arg.1.i, %1167
-  %1169 = fadd <32 x float> %1166, %1168
-  %1170 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1169, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1171 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1170, <32 x float> %1169, <32 x float> splat (float 0x3F81112100000000))
-  %1172 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1171, <32 x float> %1169, <32 x float> splat (float 0x3FA5553820000000))
-  %1173 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1172, <32 x float> %1169, <32 x float> splat (float 0x3FC5555540000000))
-  %1174 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1173, <32 x float> %1169, <32 x float> splat (float 5.000000e-01))
-  %1175 = fmul <32 x float> %1169, %1174
-  %1176 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1175, <32 x float> %1169, <32 x float> %1169)
-  %1177 = shl <32 x i32> %1163, splat (i32 23)
-  %1178 = add <32 x i32> %1177, splat (i32 1065353216)
-  %1179 = bitcast <32 x i32> %1178 to <32 x float>
-  %1180 = fadd <32 x float> %1176, splat (float 1.000000e+00)
-  %1181 = fmul <32 x float> %1180, %1179
-  %1182 = fcmp olt <32 x float> %arg.1.i, splat (float -8.700000e+01)
-  %1183 = select <32 x i1> %1182, <32 x float> zeroinitializer, <32 x float> %1181
-  %1184 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1160
-  store <32 x float> %1183, ptr %1184, align 4, !tbaa !4
-  %indvars.iv.next1123.1.i = add nuw nsw i64 %indvars.iv1122.1.i, 1
-  %exitcond1127.1.not.i = icmp eq i64 %indvars.iv.next1123.1.i, %wide.trip.count1096.i
-  br i1 %exitcond1127.1.not.i, label %for_body_to62.lr.ph.2.i, label %for_body_to62.1.i, !prof !8
-
-for_body_to62.lr.ph.2.i:                          ; preds = %for_body_to62.1.i
-  %1185 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  br label %for_body_to62.2.i
-
-for_body_to62.2.i:                                ; preds = %for_body_to62.2.i, %for_body_to62.lr.ph.2.i
-  %indvars.iv1122.2.i = phi i64 [ 0, %for_body_to62.lr.ph.2.i ], [ %indvars.iv.next1123.2.i, %for_body_to62.2.i ]
-  %1186 = shl nsw i64 %indvars.iv1122.2.i, 5
-  %1187 = add nuw nsw i64 %1186, 256
-  %1188 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1187
-  %1189 = load <32 x float>, ptr %1188, align 4, !tbaa !4
-  %arg.2.i = fsub <32 x float> %1189, %1185
-  %cse_v33.2.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1190 = bitcast <32 x float> %cse_v33.2.i to <32 x i32>
-  %1191 = add nsw <32 x i32> %1190, splat (i32 -1262485504)
-  %1192 = sitofp <32 x i32> %1191 to <32 x float>
-  %1193 = fmul <32 x float> %1192, splat (float 0x3F2BD01060000000)
-  %1194 = fmul <32 x float> %1192, splat (float 0x3FE6300000000000)
-  %1195 = fsub <32 x float> %arg.2.i, %1194
-  %1196 = fadd <32 x float> %1193, %1195
-  %1197 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1196, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1198 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1197, <32 x float> %1196, <32 x float> splat (float 0x3F81112100000000))
-  %1199 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1198, <32 x float> %1196, <32 x float> splat (float 0x3FA5553820000000))
-  %1200 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1199, <32 x float> %1196, <32 x float> splat (float 0x3FC5555540000000))
-  %1201 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1200, <32 x float> %1196, <32 x float> splat (float 5.000000e-01))
-  %1202 = fmul <32 x float> %1196, %1201
-  %1203 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1202, <32 x float> %1196, <32 x float> %1196)
-  %1204 = shl <32 x i32> %1190, splat (i32 23)
-  %1205 = add <32 x i32> %1204, splat (i32 1065353216)
-  %1206 = bitcast <32 x i32> %1205 to <32 x float>
-  %1207 = fadd <32 x float> %1203, splat (float 1.000000e+00)
-  %1208 = fmul <32 x float> %1207, %1206
-  %1209 = fcmp olt <32 x float> %arg.2.i, splat (float -8.700000e+01)
-  %1210 = select <32 x i1> %1209, <32 x float> zeroinitializer, <32 x float> %1208
-  %1211 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1187
-  store <32 x float> %1210, ptr %1211, align 4, !tbaa !4
-  %indvars.iv.next1123.2.i = add nuw nsw i64 %indvars.iv1122.2.i, 1
-  %exitcond1127.2.not.i = icmp eq i64 %indvars.iv.next1123.2.i, %wide.trip.count1096.i
-  br i1 %exitcond1127.2.not.i, label %for_body_to62.lr.ph.3.i, label %for_body_to62.2.i, !prof !8
-
-for_body_to62.lr.ph.3.i:                          ; preds = %for_body_to62.2.i
-  %1212 = shufflevector <4 x float> %spec.select183, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  br label %for_body_to62.3.i
-
-for_body_to62.3.i:                                ; preds = %for_body_to62.3.i, %for_body_to62.lr.ph.3.i
-  %indvars.iv1122.3.i = phi i64 [ 0, %for_body_to62.lr.ph.3.i ], [ %indvars.iv.next1123.3.i, %for_body_to62.3.i ]
-  %1213 = shl nsw i64 %indvars.iv1122.3.i, 5
-  %1214 = add nuw nsw i64 %1213, 384
-  %1215 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1214
-  %1216 = load <32 x float>, ptr %1215, align 4, !tbaa !4
-  %arg.3.i = fsub <32 x float> %1216, %1212
-  %cse_v33.3.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.3.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %1217 = bitcast <32 x float> %cse_v33.3.i to <32 x i32>
-  %1218 = add nsw <32 x i32> %1217, splat (i32 -1262485504)
-  %1219 = sitofp <32 x i32> %1218 to <32 x float>
-  %1220 = fmul <32 x float> %1219, splat (float 0x3F2BD01060000000)
-  %1221 = fmul <32 x float> %1219, splat (float 0x3FE6300000000000)
-  %1222 = fsub <32 x float> %arg.3.i, %1221
-  %1223 = fadd <32 x float> %1220, %1222
-  %1224 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1223, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %1225 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1224, <32 x float> %1223, <32 x float> splat (float 0x3F81112100000000))
-  %1226 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1225, <32 x float> %1223, <32 x float> splat (float 0x3FA5553820000000))
-  %1227 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1226, <32 x float> %1223, <32 x float> splat (float 0x3FC5555540000000))
-  %1228 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1227, <32 x float> %1223, <32 x float> splat (float 5.000000e-01))
-  %1229 = fmul <32 x float> %1223, %1228
-  %1230 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1229, <32 x float> %1223, <32 x float> %1223)
-  %1231 = shl <32 x i32> %1217, splat (i32 23)
-  %1232 = add <32 x i32> %1231, splat (i32 1065353216)
-  %1233 = bitcast <32 x i32> %1232 to <32 x float>
-  %1234 = fadd <32 x float> %1230, splat (float 1.000000e+00)
-  %1235 = fmul <32 x float> %1234, %1233
-  %1236 = fcmp olt <32 x float> %arg.3.i, splat (float -8.700000e+01)
-  %1237 = select <32 x i1> %1236, <32 x float> zeroinitializer, <32 x float> %1235
-  %1238 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1214
-  store <32 x float> %1237, ptr %1238, align 4, !tbaa !4
-  %indvars.iv.next1123.3.i = add nuw nsw i64 %indvars.iv1122.3.i, 1
-  %exitcond1127.3.not.i = icmp eq i64 %indvars.iv.next1123.3.i, %wide.trip.count1096.i
-  br i1 %exitcond1127.3.not.i, label %for_body_to72.i.preheader, label %for_body_to62.3.i, !prof !8
-
-for_body_to72.i.preheader:                        ; preds = %for_body_to62.3.i
-  br i1 %603, label %for_body_to72.i.epil.preheader, label %for_body_to72.i, !prof !26
-
-for_body_to72.i:                                  ; preds = %for_body_to72.i, %for_body_to72.i.preheader
-  %indvars.iv1132.i = phi i64 [ %indvars.iv.next1133.i.3, %for_body_to72.i ], [ 0, %for_body_to72.i.preheader ]
-  %niter129 = phi i64 [ %niter129.next.3, %for_body_to72.i ], [ 0, %for_body_to72.i.preheader ]
-  %1239 = shl nsw i64 %indvars.iv1132.i, 5
-  %1240 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1239
-  %1241 = load <32 x i32>, ptr %1240, align 4, !tbaa !4
-  %1242 = lshr <32 x i32> %1241, splat (i32 16)
-  %1243 = and <32 x i32> %1242, splat (i32 1)
-  %1244 = add <32 x i32> %1241, splat (i32 32767)
-  %1245 = add <32 x i32> %1244, %1243
-  %1246 = and <32 x i32> %1245, splat (i32 -65536)
-  %1247 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1239
-  store <32 x i32> %1246, ptr %1247, align 4, !tbaa !4
-  %indvars.iv.next1133.i = shl i64 %indvars.iv1132.i, 5
-  %1248 = or disjoint i64 %indvars.iv.next1133.i, 32
-  %1249 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1248
-  %1250 = load <32 x i32>, ptr %1249, align 4, !tbaa !4
-  %1251 = lshr <32 x i32> %1250, splat (i32 16)
-  %1252 = and <32 x i32> %1251, splat (i32 1)
-  %1253 = add <32 x i32> %1250, splat (i32 32767)
-  %1254 = add <32 x i32> %1253, %1252
-  %1255 = and <32 x i32> %1254, splat (i32 -65536)
-  %1256 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1248
-  store <32 x i32> %1255, ptr %1256, align 4, !tbaa !4
-  %indvars.iv.next1133.i.1 = shl i64 %indvars.iv1132.i, 5
-  %1257 = or disjoint i64 %indvars.iv.next1133.i.1, 64
-  %1258 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1257
-  %1259 = load <32 x i32>, ptr %1258, align 4, !tbaa !4
-  %1260 = lshr <32 x i32> %1259, splat (i32 16)
-  %1261 = and <32 x i32> %1260, splat (i32 1)
-  %1262 = add <32 x i32> %1259, splat (i32 32767)
-  %1263 = add <32 x i32> %1262, %1261
-  %1264 = and <32 x i32> %1263, splat (i32 -65536)
-  %1265 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1257
-  store <32 x i32> %1264, ptr %1265, align 4, !tbaa !4
-  %indvars.iv.next1133.i.2 = shl i64 %indvars.iv1132.i, 5
-  %1266 = or disjoint i64 %indvars.iv.next1133.i.2, 96
-  %1267 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1266
-  %1268 = load <32 x i32>, ptr %1267, align 4, !tbaa !4
-  %1269 = lshr <32 x i32> %1268, splat (i32 16)
-  %1270 = and <32 x i32> %1269, splat (i32 1)
-  %1271 = add <32 x i32> %1268, splat (i32 32767)
-  %1272 = add <32 x i32> %1271, %1270
-  %1273 = and <32 x i32> %1272, splat (i32 -65536)
-  %1274 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1266
-  store <32 x i32> %1273, ptr %1274, align 4, !tbaa !4
-  %indvars.iv.next1133.i.3 = add nuw nsw i64 %indvars.iv1132.i, 4
-  %niter129.next.3 = add i64 %niter129, 4
-  %niter129.ncmp.3 = icmp eq i64 %niter129.next.3, %unroll_iter128
-  br i1 %niter129.ncmp.3, label %for_body_to72.1.i.preheader.unr-lcssa, label %for_body_to72.i, !prof !27, !llvm.loop !49
-
-for_body_to72.1.i.preheader.unr-lcssa:            ; preds = %for_body_to72.i
-  br i1 %lcmp.mod126.not, label %for_body_to72.1.i.preheader, label %for_body_to72.i.epil.preheader, !prof !30
-
-for_body_to72.i.epil.preheader:                   ; preds = %for_body_to72.1.i.preheader.unr-lcssa, %for_body_to72.i.preheader
-  %indvars.iv1132.i.epil.init = phi i64 [ 0, %for_body_to72.i.preheader ], [ %indvars.iv.next1133.i.3, %for_body_to72.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod127)
-  br label %for_body_to72.i.epil
-
-for_body_to72.i.epil:                             ; preds = %for_body_to72.i.epil, %for_body_to72.i.epil.preheader
-  %indvars.iv1132.i.epil = phi i64 [ %indvars.iv.next1133.i.epil, %for_body_to72.i.epil ], [ %indvars.iv1132.i.epil.init, %for_body_to72.i.epil.preheader ]
-  %epil.iter125 = phi i64 [ %epil.iter125.next, %for_body_to72.i.epil ], [ 0, %for_body_to72.i.epil.preheader ]
-  %1275 = shl nsw i64 %indvars.iv1132.i.epil, 5
-  %1276 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1275
-  %1277 = load <32 x i32>, ptr %1276, align 4, !tbaa !4
-  %1278 = lshr <32 x i32> %1277, splat (i32 16)
-  %1279 = and <32 x i32> %1278, splat (i32 1)
-  %1280 = add <32 x i32> %1277, splat (i32 32767)
-  %1281 = add <32 x i32> %1280, %1279
-  %1282 = and <32 x i32> %1281, splat (i32 -65536)
-  %1283 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1275
-  store <32 x i32> %1282, ptr %1283, align 4, !tbaa !4
-  %indvars.iv.next1133.i.epil = add nuw nsw i64 %indvars.iv1132.i.epil, 1
-  %epil.iter125.next = add i64 %epil.iter125, 1
-  %epil.iter125.cmp.not = icmp eq i64 %epil.iter125.next, %xtraiter124
-  br i1 %epil.iter125.cmp.not, label %for_body_to72.1.i.preheader, label %for_body_to72.i.epil, !prof !31, !llvm.loop !50
-
-for_body_to72.1.i.preheader:                      ; preds = %for_body_to72.i.epil, %for_body_to72.1.i.preheader.unr-lcssa
-  br i1 %604, label %for_body_to72.1.i.epil.preheader, label %for_body_to72.1.i, !prof !26
-
-for_body_to72.1.i:                                ; preds = %for_body_to72.1.i, %for_body_to72.1.i.preheader
-  %indvars.iv1132.1.i = phi i64 [ %indvars.iv.next1133.1.i.3, %for_body_to72.1.i ], [ 0, %for_body_to72.1.i.preheader ]
-  %niter135 = phi i64 [ %niter135.next.3, %for_body_to72.1.i ], [ 0, %for_body_to72.1.i.preheader ]
-  %1284 = shl nsw i64 %indvars.iv1132.1.i, 5
-  %1285 = add nuw nsw i64 %1284, 128
-  %1286 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1285
-  %1287 = load <32 x i32>, ptr %1286, align 4, !tbaa !4
-  %1288 = lshr <32 x i32> %1287, splat (i32 16)
-  %1289 = and <32 x i32> %1288, splat (i32 1)
-  %1290 = add <32 x i32> %1287, splat (i32 32767)
-  %1291 = add <32 x i32> %1290, %1289
-  %1292 = and <32 x i32> %1291, splat (i32 -65536)
-  %1293 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1285
-  store <32 x i32> %1292, ptr %1293, align 4, !tbaa !4
-  %indvars.iv.next1133.1.i = shl i64 %indvars.iv1132.1.i, 5
-  %1294 = add nuw nsw i64 %indvars.iv.next1133.1.i, 160
-  %1295 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1294
-  %1296 = load <32 x i32>, ptr %1295, align 4, !tbaa !4
-  %1297 = lshr <32 x i32> %1296, splat (i32 16)
-  %1298 = and <32 x i32> %1297, splat (i32 1)
-  %1299 = add <32 x i32> %1296, splat (i32 32767)
-  %1300 = add <32 x i32> %1299, %1298
-  %1301 = and <32 x i32> %1300, splat (i32 -65536)
-  %1302 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1294
-  store <32 x i32> %1301, ptr %1302, align 4, !tbaa !4
-  %indvars.iv.next1133.1.i.1 = shl i64 %indvars.iv1132.1.i, 5
-  %1303 = add nuw nsw i64 %indvars.iv.next1133.1.i.1, 192
-  %1304 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1303
-  %1305 = load <32 x i32>, ptr %1304, align 4, !tbaa !4
-  %1306 = lshr <32 x i32> %1305, splat (i32 16)
-  %1307 = and <32 x i32> %1306, splat (i32 1)
-  %1308 = add <32 x i32> %1305, splat (i32 32767)
-  %1309 = add <32 x i32> %1308, %1307
-  %1310 = and <32 x i32> %1309, splat (i32 -65536)
-  %1311 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1303
-  store <32 x i32> %1310, ptr %1311, align 4, !tbaa !4
-  %indvars.iv.next1133.1.i.2 = shl i64 %indvars.iv1132.1.i, 5
-  %1312 = add nuw nsw i64 %indvars.iv.next1133.1.i.2, 224
-  %1313 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1312
-  %1314 = load <32 x i32>, ptr %1313, align 4, !tbaa !4
-  %1315 = lshr <32 x i32> %1314, splat (i32 16)
-  %1316 = and <32 x i32> %1315, splat (i32 1)
-  %1317 = add <32 x i32> %1314, splat (i32 32767)
-  %1318 = add <32 x i32> %1317, %1316
-  %1319 = and <32 x i32> %1318, splat (i32 -65536)
-  %1320 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1312
-  store <32 x i32> %1319, ptr %1320, align 4, !tbaa !4
-  %indvars.iv.next1133.1.i.3 = add nuw nsw i64 %indvars.iv1132.1.i, 4
-  %niter135.next.3 = add i64 %niter135, 4
-  %niter135.ncmp.3 = icmp eq i64 %niter135.next.3, %unroll_iter134
-  br i1 %niter135.ncmp.3, label %for_body_to72.2.i.preheader.unr-lcssa, label %for_body_to72.1.i, !prof !27, !llvm.loop !51
-
-for_body_to72.2.i.preheader.unr-lcssa:            ; preds = %for_body_to72.1.i
-  br i1 %lcmp.mod132.not, label %for_body_to72.2.i.preheader, label %for_body_to72.1.i.epil.preheader, !prof !30
-
-for_body_to72.1.i.epil.preheader:                 ; preds = %for_body_to72.2.i.preheader.unr-lcssa, %for_body_to72.1.i.preheader
-  %indvars.iv1132.1.i.epil.init = phi i64 [ 0, %for_body_to72.1.i.preheader ], [ %indvars.iv.next1133.1.i.3, %for_body_to72.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod133)
-  br label %for_body_to72.1.i.epil
-
-for_body_to72.1.i.epil:                           ; preds = %for_body_to72.1.i.epil, %for_body_to72.1.i.epil.preheader
-  %indvars.iv1132.1.i.epil = phi i64 [ %indvars.iv.next1133.1.i.epil, %for_body_to72.1.i.epil ], [ %indvars.iv1132.1.i.epil.init, %for_body_to72.1.i.epil.preheader ]
-  %epil.iter131 = phi i64 [ %epil.iter131.next, %for_body_to72.1.i.epil ], [ 0, %for_body_to72.1.i.epil.preheader ]
-  %1321 = shl nsw i64 %indvars.iv1132.1.i.epil, 5
-  %1322 = add nuw nsw i64 %1321, 128
-  %1323 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1322
-  %1324 = load <32 x i32>, ptr %1323, align 4, !tbaa !4
-  %1325 = lshr <32 x i32> %1324, splat (i32 16)
-  %1326 = and <32 x i32> %1325, splat (i32 1)
-  %1327 = add <32 x i32> %1324, splat (i32 32767)
-  %1328 = add <32 x i32> %1327, %1326
-  %1329 = and <32 x i32> %1328, splat (i32 -65536)
-  %1330 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1322
-  store <32 x i32> %1329, ptr %1330, align 4, !tbaa !4
-  %indvars.iv.next1133.1.i.epil = add nuw nsw i64 %indvars.iv1132.1.i.epil, 1
-  %epil.iter131.next = add i64 %epil.iter131, 1
-  %epil.iter131.cmp.not = icmp eq i64 %epil.iter131.next, %xtraiter130
-  br i1 %epil.iter131.cmp.not, label %for_body_to72.2.i.preheader, label %for_body_to72.1.i.epil, !prof !31, !llvm.loop !52
-
-for_body_to72.2.i.preheader:                      ; preds = %for_body_to72.1.i.epil, %for_body_to72.2.i.preheader.unr-lcssa
-  br i1 %605, label %for_body_to72.2.i.epil.preheader, label %for_body_to72.2.i, !prof !26
-
-for_body_to72.2.i:                                ; preds = %for_body_to72.2.i, %for_body_to72.2.i.preheader
-  %indvars.iv1132.2.i = phi i64 [ %indvars.iv.next1133.2.i.3, %for_body_to72.2.i ], [ 0, %for_body_to72.2.i.preheader ]
-  %niter141 = phi i64 [ %niter141.next.3, %for_body_to72.2.i ], [ 0, %for_body_to72.2.i.preheader ]
-  %1331 = shl nsw i64 %indvars.iv1132.2.i, 5
-  %1332 = add nuw nsw i64 %1331, 256
-  %1333 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1332
-  %1334 = load <32 x i32>, ptr %1333, align 4, !tbaa !4
-  %1335 = lshr <32 x i32> %1334, splat (i32 16)
-  %1336 = and <32 x i32> %1335, splat (i32 1)
-  %1337 = add <32 x i32> %1334, splat (i32 32767)
-  %1338 = add <32 x i32> %1337, %1336
-  %1339 = and <32 x i32> %1338, splat (i32 -65536)
-  %1340 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1332
-  store <32 x i32> %1339, ptr %1340, align 4, !tbaa !4
-  %indvars.iv.next1133.2.i = shl i64 %indvars.iv1132.2.i, 5
-  %1341 = add nuw nsw i64 %indvars.iv.next1133.2.i, 288
-  %1342 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1341
-  %1343 = load <32 x i32>, ptr %1342, align 4, !tbaa !4
-  %1344 = lshr <32 x i32> %1343, splat (i32 16)
-  %1345 = and <32 x i32> %1344, splat (i32 1)
-  %1346 = add <32 x i32> %1343, splat (i32 32767)
-  %1347 = add <32 x i32> %1346, %1345
-  %1348 = and <32 x i32> %1347, splat (i32 -65536)
-  %1349 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1341
-  store <32 x i32> %1348, ptr %1349, align 4, !tbaa !4
-  %indvars.iv.next1133.2.i.1 = shl i64 %indvars.iv1132.2.i, 5
-  %1350 = add nuw nsw i64 %indvars.iv.next1133.2.i.1, 320
-  %1351 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1350
-  %1352 = load <32 x i32>, ptr %1351, align 4, !tbaa !4
-  %1353 = lshr <32 x i32> %1352, splat (i32 16)
-  %1354 = and <32 x i32> %1353, splat (i32 1)
-  %1355 = add <32 x i32> %1352, splat (i32 32767)
-  %1356 = add <32 x i32> %1355, %1354
-  %1357 = and <32 x i32> %1356, splat (i32 -65536)
-  %1358 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1350
-  store <32 x i32> %1357, ptr %1358, align 4, !tbaa !4
-  %indvars.iv.next1133.2.i.2 = shl i64 %indvars.iv1132.2.i, 5
-  %1359 = add nuw nsw i64 %indvars.iv.next1133.2.i.2, 352
-  %1360 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1359
-  %1361 = load <32 x i32>, ptr %1360, align 4, !tbaa !4
-  %1362 = lshr <32 x i32> %1361, splat (i32 16)
-  %1363 = and <32 x i32> %1362, splat (i32 1)
-  %1364 = add <32 x i32> %1361, splat (i32 32767)
-  %1365 = add <32 x i32> %1364, %1363
-  %1366 = and <32 x i32> %1365, splat (i32 -65536)
-  %1367 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1359
-  store <32 x i32> %1366, ptr %1367, align 4, !tbaa !4
-  %indvars.iv.next1133.2.i.3 = add nuw nsw i64 %indvars.iv1132.2.i, 4
-  %niter141.next.3 = add i64 %niter141, 4
-  %niter141.ncmp.3 = icmp eq i64 %niter141.next.3, %unroll_iter140
-  br i1 %niter141.ncmp.3, label %for_body_to72.3.i.preheader.unr-lcssa, label %for_body_to72.2.i, !prof !27, !llvm.loop !53
-
-for_body_to72.3.i.preheader.unr-lcssa:            ; preds = %for_body_to72.2.i
-  br i1 %lcmp.mod138.not, label %for_body_to72.3.i.preheader, label %for_body_to72.2.i.epil.preheader, !prof !30
-
-for_body_to72.2.i.epil.preheader:                 ; preds = %for_body_to72.3.i.preheader.unr-lcssa, %for_body_to72.2.i.preheader
-  %indvars.iv1132.2.i.epil.init = phi i64 [ 0, %for_body_to72.2.i.preheader ], [ %indvars.iv.next1133.2.i.3, %for_body_to72.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod139)
-  br label %for_body_to72.2.i.epil
-
-for_body_to72.2.i.epil:                           ; preds = %for_body_to72.2.i.epil, %for_body_to72.2.i.epil.preheader
-  %indvars.iv1132.2.i.epil = phi i64 [ %indvars.iv.next1133.2.i.epil, %for_body_to72.2.i.epil ], [ %indvars.iv1132.2.i.epil.init, %for_body_to72.2.i.epil.preheader ]
-  %epil.iter137 = phi i64 [ %epil.iter137.next, %for_body_to72.2.i.epil ], [ 0, %for_body_to72.2.i.epil.preheader ]
-  %1368 = shl nsw i64 %indvars.iv1132.2.i.epil, 5
-  %1369 = add nuw nsw i64 %1368, 256
-  %1370 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1369
-  %1371 = load <32 x i32>, ptr %1370, align 4, !tbaa !4
-  %1372 = lshr <32 x i32> %1371, splat (i32 16)
-  %1373 = and <32 x i32> %1372, splat (i32 1)
-  %1374 = add <32 x i32> %1371, splat (i32 32767)
-  %1375 = add <32 x i32> %1374, %1373
-  %1376 = and <32 x i32> %1375, splat (i32 -65536)
-  %1377 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1369
-  store <32 x i32> %1376, ptr %1377, align 4, !tbaa !4
-  %indvars.iv.next1133.2.i.epil = add nuw nsw i64 %indvars.iv1132.2.i.epil, 1
-  %epil.iter137.next = add i64 %epil.iter137, 1
-  %epil.iter137.cmp.not = icmp eq i64 %epil.iter137.next, %xtraiter136
-  br i1 %epil.iter137.cmp.not, label %for_body_to72.3.i.preheader, label %for_body_to72.2.i.epil, !prof !31, !llvm.loop !54
-
-for_body_to72.3.i.preheader:                      ; preds = %for_body_to72.2.i.epil, %for_body_to72.3.i.preheader.unr-lcssa
-  br i1 %606, label %for_body_to72.3.i.epil.preheader, label %for_body_to72.3.i, !prof !26
-
-for_body_to72.3.i:                                ; preds = %for_body_to72.3.i, %for_body_to72.3.i.preheader
-  %indvars.iv1132.3.i = phi i64 [ %indvars.iv.next1133.3.i.3, %for_body_to72.3.i ], [ 0, %for_body_to72.3.i.preheader ]
-  %niter147 = phi i64 [ %niter147.next.3, %for_body_to72.3.i ], [ 0, %for_body_to72.3.i.preheader ]
-  %1378 = shl nsw i64 %indvars.iv1132.3.i, 5
-  %1379 = add nuw nsw i64 %1378, 384
-  %1380 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1379
-  %1381 = load <32 x i32>, ptr %1380, align 4, !tbaa !4
-  %1382 = lshr <32 x i32> %1381, splat (i32 16)
-  %1383 = and <32 x i32> %1382, splat (i32 1)
-  %1384 = add <32 x i32> %1381, splat (i32 32767)
-  %1385 = add <32 x i32> %1384, %1383
-  %1386 = and <32 x i32> %1385, splat (i32 -65536)
-  %1387 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1379
-  store <32 x i32> %1386, ptr %1387, align 4, !tbaa !4
-  %indvars.iv.next1133.3.i = shl i64 %indvars.iv1132.3.i, 5
-  %1388 = add nuw nsw i64 %indvars.iv.next1133.3.i, 416
-  %1389 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1388
-  %1390 = load <32 x i32>, ptr %1389, align 4, !tbaa !4
-  %1391 = lshr <32 x i32> %1390, splat (i32 16)
-  %1392 = and <32 x i32> %1391, splat (i32 1)
-  %1393 = add <32 x i32> %1390, splat (i32 32767)
-  %1394 = add <32 x i32> %1393, %1392
-  %1395 = and <32 x i32> %1394, splat (i32 -65536)
-  %1396 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1388
-  store <32 x i32> %1395, ptr %1396, align 4, !tbaa !4
-  %indvars.iv.next1133.3.i.1 = shl i64 %indvars.iv1132.3.i, 5
-  %1397 = add nuw nsw i64 %indvars.iv.next1133.3.i.1, 448
-  %1398 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1397
-  %1399 = load <32 x i32>, ptr %1398, align 4, !tbaa !4
-  %1400 = lshr <32 x i32> %1399, splat (i32 16)
-  %1401 = and <32 x i32> %1400, splat (i32 1)
-  %1402 = add <32 x i32> %1399, splat (i32 32767)
-  %1403 = add <32 x i32> %1402, %1401
-  %1404 = and <32 x i32> %1403, splat (i32 -65536)
-  %1405 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1397
-  store <32 x i32> %1404, ptr %1405, align 4, !tbaa !4
-  %indvars.iv.next1133.3.i.2 = shl i64 %indvars.iv1132.3.i, 5
-  %1406 = add nuw nsw i64 %indvars.iv.next1133.3.i.2, 480
-  %1407 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1406
-  %1408 = load <32 x i32>, ptr %1407, align 4, !tbaa !4
-  %1409 = lshr <32 x i32> %1408, splat (i32 16)
-  %1410 = and <32 x i32> %1409, splat (i32 1)
-  %1411 = add <32 x i32> %1408, splat (i32 32767)
-  %1412 = add <32 x i32> %1411, %1410
-  %1413 = and <32 x i32> %1412, splat (i32 -65536)
-  %1414 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1406
-  store <32 x i32> %1413, ptr %1414, align 4, !tbaa !4
-  %indvars.iv.next1133.3.i.3 = add nuw nsw i64 %indvars.iv1132.3.i, 4
-  %niter147.next.3 = add i64 %niter147, 4
-  %niter147.ncmp.3 = icmp eq i64 %niter147.next.3, %unroll_iter146
-  br i1 %niter147.ncmp.3, label %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to72.3.i, !prof !27, !llvm.loop !55
-
-for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to72.3.i
-  br i1 %lcmp.mod144.not, label %for_begin_ax181.preheader.i.preheader, label %for_body_to72.3.i.epil.preheader, !prof !30
-
-for_body_to72.3.i.epil.preheader:                 ; preds = %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to72.3.i.preheader
-  %indvars.iv1132.3.i.epil.init = phi i64 [ 0, %for_body_to72.3.i.preheader ], [ %indvars.iv.next1133.3.i.3, %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod145)
-  br label %for_body_to72.3.i.epil
-
-for_body_to72.3.i.epil:                           ; preds = %for_body_to72.3.i.epil, %for_body_to72.3.i.epil.preheader
-  %indvars.iv1132.3.i.epil = phi i64 [ %indvars.iv.next1133.3.i.epil, %for_body_to72.3.i.epil ], [ %indvars.iv1132.3.i.epil.init, %for_body_to72.3.i.epil.preheader ]
-  %epil.iter143 = phi i64 [ %epil.iter143.next, %for_body_to72.3.i.epil ], [ 0, %for_body_to72.3.i.epil.preheader ]
-  %1415 = shl nsw i64 %indvars.iv1132.3.i.epil, 5
-  %1416 = add nuw nsw i64 %1415, 384
-  %1417 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1416
-  %1418 = load <32 x i32>, ptr %1417, align 4, !tbaa !4
-  %1419 = lshr <32 x i32> %1418, splat (i32 16)
-  %1420 = and <32 x i32> %1419, splat (i32 1)
-  %1421 = add <32 x i32> %1418, splat (i32 32767)
-  %1422 = add <32 x i32> %1421, %1420
-  %1423 = and <32 x i32> %1422, splat (i32 -65536)
-  %1424 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1416
-  store <32 x i32> %1423, ptr %1424, align 4, !tbaa !4
-  %indvars.iv.next1133.3.i.epil = add nuw nsw i64 %indvars.iv1132.3.i.epil, 1
-  %epil.iter143.next = add i64 %epil.iter143, 1
-  %epil.iter143.cmp.not = icmp eq i64 %epil.iter143.next, %xtraiter142
-  br i1 %epil.iter143.cmp.not, label %for_begin_ax181.preheader.i.preheader, label %for_body_to72.3.i.epil, !prof !31, !llvm.loop !56
-
-for_begin_ax181.preheader.i.preheader:            ; preds = %for_body_to72.3.i.epil, %for_begin_ax181.preheader.i.preheader.loopexit.unr-lcssa, %for_body_r50.preheader.i
-  br label %for_begin_ax181.preheader.i
-
-for_begin_ax181.preheader.i:                      ; preds = %for_end_ax183.i, %for_begin_ax181.preheader.i.preheader
-  %indvars.iv1147.i = phi i64 [ %indvars.iv.next1148.i, %for_end_ax183.i ], [ 0, %for_begin_ax181.preheader.i.preheader ]
-  br i1 %586, label %for_body_ax182.lr.ph.i, label %for_end_ax183.i, !prof !3
-
-for_body_ax182.lr.ph.i:                           ; preds = %for_begin_ax181.preheader.i
-  %.idx1301.i = shl nuw nsw i64 %indvars.iv1147.i, 9
-  %invariant.gep1337.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1301.i
-  br i1 %607, label %for_body_ax182.i.epil.preheader, label %for_body_ax182.i, !prof !41
-
-for_body_ax182.i:                                 ; preds = %for_body_ax182.i, %for_body_ax182.lr.ph.i
-  %indvars.iv1142.i = phi i64 [ %indvars.iv.next1143.i.7, %for_body_ax182.i ], [ 0, %for_body_ax182.lr.ph.i ]
-  %tile_sum.rf_global248.sroa.0.0893.i = phi <32 x float> [ %1447, %for_body_ax182.i ], [ zeroinitializer, %for_body_ax182.lr.ph.i ]
-  %niter154 = phi i64 [ %niter154.next.7, %for_body_ax182.i ], [ 0, %for_body_ax182.lr.ph.i ]
-  %.idx1300.i = shl nsw i64 %indvars.iv1142.i, 7
-  %gep1338.i = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %.idx1300.i
-  %1425 = load <32 x float>, ptr %gep1338.i, align 4, !tbaa !4
-  %1426 = fadd <32 x float> %tile_sum.rf_global248.sroa.0.0893.i, %1425
-  %indvars.iv.next1143.i = shl i64 %indvars.iv1142.i, 7
-  %1427 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i
-  %gep1338.i.1 = getelementptr inbounds nuw i8, ptr %1427, i64 128
-  %1428 = load <32 x float>, ptr %gep1338.i.1, align 4, !tbaa !4
-  %1429 = fadd <32 x float> %1426, %1428
-  %indvars.iv.next1143.i.1 = shl i64 %indvars.iv1142.i, 7
-  %1430 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.1
-  %gep1338.i.2 = getelementptr inbounds nuw i8, ptr %1430, i64 256
-  %1431 = load <32 x float>, ptr %gep1338.i.2, align 4, !tbaa !4
-  %1432 = fadd <32 x float> %1429, %1431
-  %indvars.iv.next1143.i.2 = shl i64 %indvars.iv1142.i, 7
-  %1433 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.2
-  %gep1338.i.3 = getelementptr inbounds nuw i8, ptr %1433, i64 384
-  %1434 = load <32 x float>, ptr %gep1338.i.3, align 4, !tbaa !4
-  %1435 = fadd <32 x float> %1432, %1434
-  %indvars.iv.next1143.i.3 = shl i64 %indvars.iv1142.i, 7
-  %1436 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.3
-  %gep1338.i.4 = getelementptr inbounds nuw i8, ptr %1436, i64 512
-  %1437 = load <32 x float>, ptr %gep1338.i.4, align 4, !tbaa !4
-  %1438 = fadd <32 x float> %1435, %1437
-  %indvars.iv.next1143.i.4 = shl i64 %indvars.iv1142.i, 7
-  %1439 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.4
-  %gep1338.i.5 = getelementptr inbounds nuw i8, ptr %1439, i64 640
-  %1440 = load <32 x float>, ptr %gep1338.i.5, align 4, !tbaa !4
-  %1441 = fadd <32 x float> %1438, %1440
-  %indvars.iv.next1143.i.5 = shl i64 %indvars.iv1142.i, 7
-  %1442 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.5
-  %gep1338.i.6 = getelementptr inbounds nuw i8, ptr %1442, i64 768
-  %1443 = load <32 x float>, ptr %gep1338.i.6, align 4, !tbaa !4
-  %1444 = fadd <32 x float> %1441, %1443
-  %indvars.iv.next1143.i.6 = shl i64 %indvars.iv1142.i, 7
-  %1445 = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %indvars.iv.next1143.i.6
-  %gep1338.i.7 = getelementptr inbounds nuw i8, ptr %1445, i64 896
-  %1446 = load <32 x float>, ptr %gep1338.i.7, align 4, !tbaa !4
-  %1447 = fadd <32 x float> %1444, %1446
-  %indvars.iv.next1143.i.7 = add nuw nsw i64 %indvars.iv1142.i, 8
-  %niter154.next.7 = add i64 %niter154, 8
-  %niter154.ncmp.7 = icmp eq i64 %niter154.next.7, %unroll_iter153
-  br i1 %niter154.ncmp.7, label %for_end_ax183.i.loopexit.unr-lcssa, label %for_body_ax182.i, !prof !42, !llvm.loop !57
-
-for_end_ax183.i.loopexit.unr-lcssa:               ; preds = %for_body_ax182.i
-  br i1 %lcmp.mod150.not, label %for_end_ax183.i, label %for_body_ax182.i.epil.preheader, !prof !45
-
-for_body_ax182.i.epil.preheader:                  ; preds = %for_end_ax183.i.loopexit.unr-lcssa, %for_body_ax182.lr.ph.i
-  %indvars.iv1142.i.epil.init = phi i64 [ 0, %for_body_ax182.lr.ph.i ], [ %indvars.iv.next1143.i.7, %for_end_ax183.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global248.sroa.0.0893.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax182.lr.ph.i ], [ %1447, %for_end_ax183.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod152)
-  br label %for_body_ax182.i.epil
-
-for_body_ax182.i.epil:                            ; preds = %for_body_ax182.i.epil, %for_body_ax182.i.epil.preheader
-  %indvars.iv1142.i.epil = phi i64 [ %indvars.iv1142.i.epil.init, %for_body_ax182.i.epil.preheader ], [ %indvars.iv.next1143.i.epil, %for_body_ax182.i.epil ]
-  %tile_sum.rf_global248.sroa.0.0893.i.epil = phi <32 x float> [ %tile_sum.rf_global248.sroa.0.0893.i.epil.init, %for_body_ax182.i.epil.preheader ], [ %1449, %for_body_ax182.i.epil ]
-  %epil.iter149 = phi i64 [ 0, %for_body_ax182.i.epil.preheader ], [ %epil.iter149.next, %for_body_ax182.i.epil ]
-  %.idx1300.i.epil = shl nsw i64 %indvars.iv1142.i.epil, 7
-  %gep1338.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1337.i, i64 %.idx1300.i.epil
-  %1448 = load <32 x float>, ptr %gep1338.i.epil, align 4, !tbaa !4
-  %1449 = fadd <32 x float> %tile_sum.rf_global248.sroa.0.0893.i.epil, %1448
-  %indvars.iv.next1143.i.epil = add nuw nsw i64 %indvars.iv1142.i.epil, 1
-  %epil.iter149.next = add i64 %epil.iter149, 1
-  %epil.iter149.cmp.not = icmp eq i64 %epil.iter149.next, %xtraiter148
-  br i1 %epil.iter149.cmp.not, label %for_end_ax183.i, label %for_body_ax182.i.epil, !prof !30, !llvm.loop !58
-
-for_end_ax183.i:                                  ; preds = %for_body_ax182.i.epil, %for_end_ax183.i.loopexit.unr-lcssa, %for_begin_ax181.preheader.i
-  %tile_sum.rf_global248.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax181.preheader.i ], [ %1447, %for_end_ax183.i.loopexit.unr-lcssa ], [ %1449, %for_body_ax182.i.epil ]
-  %1450 = getelementptr inbounds nuw float, ptr %tile_sum254.i, i64 %indvars.iv1147.i
-  %tile_sum.rf249.sroa.0.0.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 0
-  %1451 = fadd float %tile_sum.rf249.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf249.sroa.0.4.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 1
-  %1452 = fadd float %tile_sum.rf249.sroa.0.4.vec.extract.i, %1451
-  %tile_sum.rf249.sroa.0.8.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 2
-  %1453 = fadd float %tile_sum.rf249.sroa.0.8.vec.extract.i, %1452
-  %tile_sum.rf249.sroa.0.12.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 3
-  %1454 = fadd float %tile_sum.rf249.sroa.0.12.vec.extract.i, %1453
-  %tile_sum.rf249.sroa.0.16.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 4
-  %1455 = fadd float %tile_sum.rf249.sroa.0.16.vec.extract.i, %1454
-  %tile_sum.rf249.sroa.0.20.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 5
-  %1456 = fadd float %tile_sum.rf249.sroa.0.20.vec.extract.i, %1455
-  %tile_sum.rf249.sroa.0.24.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 6
-  %1457 = fadd float %tile_sum.rf249.sroa.0.24.vec.extract.i, %1456
-  %tile_sum.rf249.sroa.0.28.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 7
-  %1458 = fadd float %tile_sum.rf249.sroa.0.28.vec.extract.i, %1457
-  %tile_sum.rf249.sroa.0.32.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 8
-  %1459 = fadd float %tile_sum.rf249.sroa.0.32.vec.extract.i, %1458
-  %tile_sum.rf249.sroa.0.36.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 9
-  %1460 = fadd float %tile_sum.rf249.sroa.0.36.vec.extract.i, %1459
-  %tile_sum.rf249.sroa.0.40.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 10
-  %1461 = fadd float %tile_sum.rf249.sroa.0.40.vec.extract.i, %1460
-  %tile_sum.rf249.sroa.0.44.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 11
-  %1462 = fadd float %tile_sum.rf249.sroa.0.44.vec.extract.i, %1461
-  %tile_sum.rf249.sroa.0.48.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 12
-  %1463 = fadd float %tile_sum.rf249.sroa.0.48.vec.extract.i, %1462
-  %tile_sum.rf249.sroa.0.52.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 13
-  %1464 = fadd float %tile_sum.rf249.sroa.0.52.vec.extract.i, %1463
-  %tile_sum.rf249.sroa.0.56.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 14
-  %1465 = fadd float %tile_sum.rf249.sroa.0.56.vec.extract.i, %1464
-  %tile_sum.rf249.sroa.0.60.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 15
-  %1466 = fadd float %tile_sum.rf249.sroa.0.60.vec.extract.i, %1465
-  %tile_sum.rf249.sroa.0.64.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 16
-  %1467 = fadd float %tile_sum.rf249.sroa.0.64.vec.extract.i, %1466
-  %tile_sum.rf249.sroa.0.68.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 17
-  %1468 = fadd float %tile_sum.rf249.sroa.0.68.vec.extract.i, %1467
-  %tile_sum.rf249.sroa.0.72.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 18
-  %1469 = fadd float %tile_sum.rf249.sroa.0.72.vec.extract.i, %1468
-  %tile_sum.rf249.sroa.0.76.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 19
-  %1470 = fadd float %tile_sum.rf249.sroa.0.76.vec.extract.i, %1469
-  %tile_sum.rf249.sroa.0.80.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 20
-  %1471 = fadd float %tile_sum.rf249.sroa.0.80.vec.extract.i, %1470
-  %tile_sum.rf249.sroa.0.84.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 21
-  %1472 = fadd float %tile_sum.rf249.sroa.0.84.vec.extract.i, %1471
-  %tile_sum.rf249.sroa.0.88.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 22
-  %1473 = fadd float %tile_sum.rf249.sroa.0.88.vec.extract.i, %1472
-  %tile_sum.rf249.sroa.0.92.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 23
-  %1474 = fadd float %tile_sum.rf249.sroa.0.92.vec.extract.i, %1473
-  %tile_sum.rf249.sroa.0.96.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 24
-  %1475 = fadd float %tile_sum.rf249.sroa.0.96.vec.extract.i, %1474
-  %tile_sum.rf249.sroa.0.100.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 25
-  %1476 = fadd float %tile_sum.rf249.sroa.0.100.vec.extract.i, %1475
-  %tile_sum.rf249.sroa.0.104.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 26
-  %1477 = fadd float %tile_sum.rf249.sroa.0.104.vec.extract.i, %1476
-  %tile_sum.rf249.sroa.0.108.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 27
-  %1478 = fadd float %tile_sum.rf249.sroa.0.108.vec.extract.i, %1477
-  %tile_sum.rf249.sroa.0.112.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 28
-  %1479 = fadd float %tile_sum.rf249.sroa.0.112.vec.extract.i, %1478
-  %tile_sum.rf249.sroa.0.116.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 29
-  %1480 = fadd float %tile_sum.rf249.sroa.0.116.vec.extract.i, %1479
-  %tile_sum.rf249.sroa.0.120.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 30
-  %1481 = fadd float %tile_sum.rf249.sroa.0.120.vec.extract.i, %1480
-  %tile_sum.rf249.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global248.sroa.0.0.lcssa.i, i64 31
-  %1482 = fadd float %tile_sum.rf249.sroa.0.124.vec.extract.i, %1481
-  store float %1482, ptr %1450, align 4, !tbaa !59
-  %indvars.iv.next1148.i = add nuw nsw i64 %indvars.iv1147.i, 1
-  %exitcond1150.not.i = icmp eq i64 %indvars.iv.next1148.i, 4
-  br i1 %exitcond1150.not.i, label %for_begin_to91.preheader.preheader.i, label %for_begin_ax181.preheader.i, !prof !21
-
-for_begin_to91.preheader.preheader.i:             ; preds = %for_end_ax183.i
-  br i1 %586, label %for_body_to92.i.preheader, label %for_end_to93.3.i, !prof !3
-
-for_body_to92.i.preheader:                        ; preds = %for_begin_to91.preheader.preheader.i
-  br i1 %608, label %for_body_to92.i.epil.preheader, label %for_body_to92.i, !prof !26
-
-for_begin_d_0.preheader.i:                        ; preds = %for_end_to93.3.i
-  %invariant.gep981.i = getelementptr i32, ptr %value_cache, i64 %v_now.i
-  %1483 = mul nsw i64 %ahead_head.i, %v_head
-  br label %for_begin_to99.preheader.i
-
-for_body_to92.i:                                  ; preds = %for_body_to92.i, %for_body_to92.i.preheader
-  %indvars.iv1151.i = phi i64 [ %indvars.iv.next1152.i.3, %for_body_to92.i ], [ 0, %for_body_to92.i.preheader ]
-  %niter160 = phi i64 [ %niter160.next.3, %for_body_to92.i ], [ 0, %for_body_to92.i.preheader ]
-  %.idx1302.i = shl nsw i64 %indvars.iv1151.i, 7
-  %1484 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i
-  %1485 = load <32 x float>, ptr %1484, align 4, !tbaa !4
-  %1486 = bitcast <32 x float> %1485 to <32 x i32>
-  %1487 = shufflevector <32 x i32> %1486, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1488 = lshr <16 x i32> %1487, splat (i32 16)
-  %1489 = bitcast <32 x float> %1485 to <32 x i32>
-  %1490 = shufflevector <32 x i32> %1489, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1491 = or <16 x i32> %1488, %1490
-  %.idx1303.i = shl nsw i64 %indvars.iv1151.i, 6
-  %1492 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i
-  store <16 x i32> %1491, ptr %1492, align 4, !tbaa !4
-  %indvars.iv.next1152.i = or disjoint i64 %indvars.iv1151.i, 1
-  %.idx1302.i.1 = shl nsw i64 %indvars.iv.next1152.i, 7
-  %1493 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i.1
-  %1494 = load <32 x float>, ptr %1493, align 4, !tbaa !4
-  %1495 = bitcast <32 x float> %1494 to <32 x i32>
-  %1496 = shufflevector <32 x i32> %1495, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1497 = lshr <16 x i32> %1496, splat (i32 16)
-  %1498 = bitcast <32 x float> %1494 to <32 x i32>
-  %1499 = shufflevector <32 x i32> %1498, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1500 = or <16 x i32> %1497, %1499
-  %.idx1303.i.1 = shl nsw i64 %indvars.iv.next1152.i, 6
-  %1501 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i.1
-  store <16 x i32> %1500, ptr %1501, align 4, !tbaa !4
-  %indvars.iv.next1152.i.1 = or disjoint i64 %indvars.iv1151.i, 2
-  %.idx1302.i.2 = shl nsw i64 %indvars.iv.next1152.i.1, 7
-  %1502 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i.2
-  %1503 = load <32 x float>, ptr %1502, align 4, !tbaa !4
-  %1504 = bitcast <32 x float> %1503 to <32 x i32>
-  %1505 = shufflevector <32 x i32> %1504, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1506 = lshr <16 x i32> %1505, splat (i32 16)
-  %1507 = bitcast <32 x float> %1503 to <32 x i32>
-  %1508 = shufflevector <32 x i32> %1507, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1509 = or <16 x i32> %1506, %1508
-  %.idx1303.i.2 = shl nsw i64 %indvars.iv.next1152.i.1, 6
-  %1510 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i.2
-  store <16 x i32> %1509, ptr %1510, align 4, !tbaa !4
-  %indvars.iv.next1152.i.2 = or disjoint i64 %indvars.iv1151.i, 3
-  %.idx1302.i.3 = shl nsw i64 %indvars.iv.next1152.i.2, 7
-  %1511 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i.3
-  %1512 = load <32 x float>, ptr %1511, align 4, !tbaa !4
-  %1513 = bitcast <32 x float> %1512 to <32 x i32>
-  %1514 = shufflevector <32 x i32> %1513, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1515 = lshr <16 x i32> %1514, splat (i32 16)
-  %1516 = bitcast <32 x float> %1512 to <32 x i32>
-  %1517 = shufflevector <32 x i32> %1516, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1518 = or <16 x i32> %1515, %1517
-  %.idx1303.i.3 = shl nsw i64 %indvars.iv.next1152.i.2, 6
-  %1519 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i.3
-  store <16 x i32> %1518, ptr %1519, align 4, !tbaa !4
-  %indvars.iv.next1152.i.3 = add nuw nsw i64 %indvars.iv1151.i, 4
-  %niter160.next.3 = add i64 %niter160, 4
-  %niter160.ncmp.3 = icmp eq i64 %niter160.next.3, %unroll_iter159
-  br i1 %niter160.ncmp.3, label %for_body_to92.1.i.preheader.unr-lcssa, label %for_body_to92.i, !prof !27, !llvm.loop !61
-
-for_body_to92.1.i.preheader.unr-lcssa:            ; preds = %for_body_to92.i
-  br i1 %lcmp.mod157.not, label %for_body_to92.1.i.preheader, label %for_body_to92.i.epil.preheader, !prof !30
-
-for_body_to92.i.epil.preheader:                   ; preds = %for_body_to92.1.i.preheader.unr-lcssa, %for_body_to92.i.preheader
-  %indvars.iv1151.i.epil.init = phi i64 [ 0, %for_body_to92.i.preheader ], [ %indvars.iv.next1152.i.3, %for_body_to92.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod158)
-  br label %for_body_to92.i.epil
-
-for_body_to92.i.epil:                             ; preds = %for_body_to92.i.epil, %for_body_to92.i.epil.preheader
-  %indvars.iv1151.i.epil = phi i64 [ %indvars.iv.next1152.i.epil, %for_body_to92.i.epil ], [ %indvars.iv1151.i.epil.init, %for_body_to92.i.epil.preheader ]
-  %epil.iter156 = phi i64 [ %epil.iter156.next, %for_body_to92.i.epil ], [ 0, %for_body_to92.i.epil.preheader ]
-  %.idx1302.i.epil = shl nsw i64 %indvars.iv1151.i.epil, 7
-  %1520 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1302.i.epil
-  %1521 = load <32 x float>, ptr %1520, align 4, !tbaa !4
-  %1522 = bitcast <32 x float> %1521 to <32 x i32>
-  %1523 = shufflevector <32 x i32> %1522, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1524 = lshr <16 x i32> %1523, splat (i32 16)
-  %1525 = bitcast <32 x float> %1521 to <32 x i32>
-  %1526 = shufflevector <32 x i32> %1525, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1527 = or <16 x i32> %1524, %1526
-  %.idx1303.i.epil = shl nsw i64 %indvars.iv1151.i.epil, 6
-  %1528 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1303.i.epil
-  store <16 x i32> %1527, ptr %1528, align 4, !tbaa !4
-  %indvars.iv.next1152.i.epil = add nuw nsw i64 %indvars.iv1151.i.epil, 1
-  %epil.iter156.next = add i64 %epil.iter156, 1
-  %epil.iter156.cmp.not = icmp eq i64 %epil.iter156.next, %xtraiter155
-  br i1 %epil.iter156.cmp.not, label %for_body_to92.1.i.preheader, label %for_body_to92.i.epil, !prof !31, !llvm.loop !62
-
-for_body_to92.1.i.preheader:                      ; preds = %for_body_to92.i.epil, %for_body_to92.1.i.preheader.unr-lcssa
-  br i1 %609, label %for_body_to92.1.i.epil.preheader, label %for_body_to92.1.i, !prof !26
-
-for_body_to92.1.i:                                ; preds = %for_body_to92.1.i, %for_body_to92.1.i.preheader
-  %indvars.iv1151.1.i = phi i64 [ %indvars.iv.next1152.1.i.3, %for_body_to92.1.i ], [ 0, %for_body_to92.1.i.preheader ]
-  %niter166 = phi i64 [ %niter166.next.3, %for_body_to92.1.i ], [ 0, %for_body_to92.1.i.preheader ]
-  %.idx1304.i = shl nsw i64 %indvars.iv1151.1.i, 7
-  %1529 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i
-  %1530 = getelementptr inbounds nuw i8, ptr %1529, i64 512
-  %1531 = load <32 x float>, ptr %1530, align 4, !tbaa !4
-  %1532 = bitcast <32 x float> %1531 to <32 x i32>
-  %1533 = shufflevector <32 x i32> %1532, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1534 = lshr <16 x i32> %1533, splat (i32 16)
-  %1535 = bitcast <32 x float> %1531 to <32 x i32>
-  %1536 = shufflevector <32 x i32> %1535, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1537 = or <16 x i32> %1534, %1536
-  %.idx1305.i = shl nsw i64 %indvars.iv1151.1.i, 6
-  %1538 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i
-  %1539 = getelementptr inbounds nuw i8, ptr %1538, i64 256
-  store <16 x i32> %1537, ptr %1539, align 4, !tbaa !4
-  %indvars.iv.next1152.1.i = or disjoint i64 %indvars.iv1151.1.i, 1
-  %.idx1304.i.1 = shl nsw i64 %indvars.iv.next1152.1.i, 7
-  %1540 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i.1
-  %1541 = getelementptr inbounds nuw i8, ptr %1540, i64 512
-  %1542 = load <32 x float>, ptr %1541, align 4, !tbaa !4
-  %1543 = bitcast <32 x float> %1542 to <32 x i32>
-  %1544 = shufflevector <32 x i32> %1543, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1545 = lshr <16 x i32> %1544, splat (i32 16)
-  %1546 = bitcast <32 x float> %1542 to <32 x i32>
-  %1547 = shufflevector <32 x i32> %1546, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1548 = or <16 x i32> %1545, %1547
-  %.idx1305.i.1 = shl nsw i64 %indvars.iv.next1152.1.i, 6
-  %1549 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i.1
-  %1550 = getelementptr inbounds nuw i8, ptr %1549, i64 256
-  store <16 x i32> %1548, ptr %1550, align 4, !tbaa !4
-  %indvars.iv.next1152.1.i.1 = or disjoint i64 %indvars.iv1151.1.i, 2
-  %.idx1304.i.2 = shl nsw i64 %indvars.iv.next1152.1.i.1, 7
-  %1551 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i.2
-  %1552 = getelementptr inbounds nuw i8, ptr %1551, i64 512
-  %1553 = load <32 x float>, ptr %1552, align 4, !tbaa !4
-  %1554 = bitcast <32 x float> %1553 to <32 x i32>
-  %1555 = shufflevector <32 x i32> %1554, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1556 = lshr <16 x i32> %1555, splat (i32 16)
-  %1557 = bitcast <32 x float> %1553 to <32 x i32>
-  %1558 = shufflevector <32 x i32> %1557, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1559 = or <16 x i32> %1556, %1558
-  %.idx1305.i.2 = shl nsw i64 %indvars.iv.next1152.1.i.1, 6
-  %1560 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i.2
-  %1561 = getelementptr inbounds nuw i8, ptr %1560, i64 256
-  store <16 x i32> %1559, ptr %1561, align 4, !tbaa !4
-  %indvars.iv.next1152.1.i.2 = or disjoint i64 %indvars.iv1151.1.i, 3
-  %.idx1304.i.3 = shl nsw i64 %indvars.iv.next1152.1.i.2, 7
-  %1562 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i.3
-  %1563 = getelementptr inbounds nuw i8, ptr %1562, i64 512
-  %1564 = load <32 x float>, ptr %1563, align 4, !tbaa !4
-  %1565 = bitcast <32 x float> %1564 to <32 x i32>
-  %1566 = shufflevector <32 x i32> %1565, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1567 = lshr <16 x i32> %1566, splat (i32 16)
-  %1568 = bitcast <32 x float> %1564 to <32 x i32>
-  %1569 = shufflevector <32 x i32> %1568, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1570 = or <16 x i32> %1567, %1569
-  %.idx1305.i.3 = shl nsw i64 %indvars.iv.next1152.1.i.2, 6
-  %1571 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i.3
-  %1572 = getelementptr inbounds nuw i8, ptr %1571, i64 256
-  store <16 x i32> %1570, ptr %1572, align 4, !tbaa !4
-  %indvars.iv.next1152.1.i.3 = add nuw nsw i64 %indvars.iv1151.1.i, 4
-  %niter166.next.3 = add i64 %niter166, 4
-  %niter166.ncmp.3 = icmp eq i64 %niter166.next.3, %unroll_iter165
-  br i1 %niter166.ncmp.3, label %for_body_to92.2.i.preheader.unr-lcssa, label %for_body_to92.1.i, !prof !27, !llvm.loop !63
-
-for_body_to92.2.i.preheader.unr-lcssa:            ; preds = %for_body_to92.1.i
-  br i1 %lcmp.mod163.not, label %for_body_to92.2.i.preheader, label %for_body_to92.1.i.epil.preheader, !prof !30
-
-for_body_to92.1.i.epil.preheader:                 ; preds = %for_body_to92.2.i.preheader.unr-lcssa, %for_body_to92.1.i.preheader
-  %indvars.iv1151.1.i.epil.init = phi i64 [ 0, %for_body_to92.1.i.preheader ], [ %indvars.iv.next1152.1.i.3, %for_body_to92.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod164)
-  br label %for_body_to92.1.i.epil
-
-for_body_to92.1.i.epil:                           ; preds = %for_body_to92.1.i.epil, %for_body_to92.1.i.epil.preheader
-  %indvars.iv1151.1.i.epil = phi i64 [ %indvars.iv.next1152.1.i.epil, %for_body_to92.1.i.epil ], [ %indvars.iv1151.1.i.epil.init, %for_body_to92.1.i.epil.preheader ]
-  %epil.iter162 = phi i64 [ %epil.iter162.next, %for_body_to92.1.i.epil ], [ 0, %for_body_to92.1.i.epil.preheader ]
-  %.idx1304.i.epil = shl nsw i64 %indvars.iv1151.1.i.epil, 7
-  %1573 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1304.i.epil
-  %1574 = getelementptr inbounds nuw i8, ptr %1573, i64 512
-  %1575 = load <32 x float>, ptr %1574, align 4, !tbaa !4
-  %1576 = bitcast <32 x float> %1575 to <32 x i32>
-  %1577 = shufflevector <32 x i32> %1576, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1578 = lshr <16 x i32> %1577, splat (i32 16)
-  %1579 = bitcast <32 x float> %1575 to <32 x i32>
-  %1580 = shufflevector <32 x i32> %1579, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1581 = or <16 x i32> %1578, %1580
-  %.idx1305.i.epil = shl nsw i64 %indvars.iv1151.1.i.epil, 6
-  %1582 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1305.i.epil
-  %1583 = getelementptr inbounds nuw i8, ptr %1582, i64 256
-  store <16 x i32> %1581, ptr %1583, align 4, !tbaa !4
-  %indvars.iv.next1152.1.i.epil = add nuw nsw i64 %indvars.iv1151.1.i.epil, 1
-  %epil.iter162.next = add i64 %epil.iter162, 1
-  %epil.iter162.cmp.not = icmp eq i64 %epil.iter162.next, %xtraiter161
-  br i1 %epil.iter162.cmp.not, label %for_body_to92.2.i.preheader, label %for_body_to92.1.i.epil, !prof !31, !llvm.loop !64
-
-for_body_to92.2.i.preheader:                      ; preds = %for_body_to92.1.i.epil, %for_body_to92.2.i.preheader.unr-lcssa
-  br i1 %610, label %for_body_to92.2.i.epil.preheader, label %for_body_to92.2.i, !prof !26
-
-for_body_to92.2.i:                                ; preds = %for_body_to92.2.i, %for_body_to92.2.i.preheader
-  %indvars.iv1151.2.i = phi i64 [ %indvars.iv.next1152.2.i.3, %for_body_to92.2.i ], [ 0, %for_body_to92.2.i.preheader ]
-  %niter172 = phi i64 [ %niter172.next.3, %for_body_to92.2.i ], [ 0, %for_body_to92.2.i.preheader ]
-  %.idx1306.i = shl nsw i64 %indvars.iv1151.2.i, 7
-  %1584 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i
-  %1585 = getelementptr inbounds nuw i8, ptr %1584, i64 1024
-  %1586 = load <32 x float>, ptr %1585, align 4, !tbaa !4
-  %1587 = bitcast <32 x float> %1586 to <32 x i32>
-  %1588 = shufflevector <32 x i32> %1587, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1589 = lshr <16 x i32> %1588, splat (i32 16)
-  %1590 = bitcast <32 x float> %1586 to <32 x i32>
-  %1591 = shufflevector <32 x i32> %1590, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1592 = or <16 x i32> %1589, %1591
-  %.idx1307.i = shl nsw i64 %indvars.iv1151.2.i, 6
-  %1593 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i
-  %1594 = getelementptr inbounds nuw i8, ptr %1593, i64 512
-  store <16 x i32> %1592, ptr %1594, align 4, !tbaa !4
-  %indvars.iv.next1152.2.i = or disjoint i64 %indvars.iv1151.2.i, 1
-  %.idx1306.i.1 = shl nsw i64 %indvars.iv.next1152.2.i, 7
-  %1595 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i.1
-  %1596 = getelementptr inbounds nuw i8, ptr %1595, i64 1024
-  %1597 = load <32 x float>, ptr %1596, align 4, !tbaa !4
-  %1598 = bitcast <32 x float> %1597 to <32 x i32>
-  %1599 = shufflevector <32 x i32> %1598, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1600 = lshr <16 x i32> %1599, splat (i32 16)
-  %1601 = bitcast <32 x float> %1597 to <32 x i32>
-  %1602 = shufflevector <32 x i32> %1601, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1603 = or <16 x i32> %1600, %1602
-  %.idx1307.i.1 = shl nsw i64 %indvars.iv.next1152.2.i, 6
-  %1604 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i.1
-  %1605 = getelementptr inbounds nuw i8, ptr %1604, i64 512
-  store <16 x i32> %1603, ptr %1605, align 4, !tbaa !4
-  %indvars.iv.next1152.2.i.1 = or disjoint i64 %indvars.iv1151.2.i, 2
-  %.idx1306.i.2 = shl nsw i64 %indvars.iv.next1152.2.i.1, 7
-  %1606 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i.2
-  %1607 = getelementptr inbounds nuw i8, ptr %1606, i64 1024
-  %1608 = load <32 x float>, ptr %1607, align 4, !tbaa !4
-  %1609 = bitcast <32 x float> %1608 to <32 x i32>
-  %1610 = shufflevector <32 x i32> %1609, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1611 = lshr <16 x i32> %1610, splat (i32 16)
-  %1612 = bitcast <32 x float> %1608 to <32 x i32>
-  %1613 = shufflevector <32 x i32> %1612, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1614 = or <16 x i32> %1611, %1613
-  %.idx1307.i.2 = shl nsw i64 %indvars.iv.next1152.2.i.1, 6
-  %1615 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i.2
-  %1616 = getelementptr inbounds nuw i8, ptr %1615, i64 512
-  store <16 x i32> %1614, ptr %1616, align 4, !tbaa !4
-  %indvars.iv.next1152.2.i.2 = or disjoint i64 %indvars.iv1151.2.i, 3
-  %.idx1306.i.3 = shl nsw i64 %indvars.iv.next1152.2.i.2, 7
-  %1617 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i.3
-  %1618 = getelementptr inbounds nuw i8, ptr %1617, i64 1024
-  %1619 = load <32 x float>, ptr %1618, align 4, !tbaa !4
-  %1620 = bitcast <32 x float> %1619 to <32 x i32>
-  %1621 = shufflevector <32 x i32> %1620, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1622 = lshr <16 x i32> %1621, splat (i32 16)
-  %1623 = bitcast <32 x float> %1619 to <32 x i32>
-  %1624 = shufflevector <32 x i32> %1623, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1625 = or <16 x i32> %1622, %1624
-  %.idx1307.i.3 = shl nsw i64 %indvars.iv.next1152.2.i.2, 6
-  %1626 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i.3
-  %1627 = getelementptr inbounds nuw i8, ptr %1626, i64 512
-  store <16 x i32> %1625, ptr %1627, align 4, !tbaa !4
-  %indvars.iv.next1152.2.i.3 = add nuw nsw i64 %indvars.iv1151.2.i, 4
-  %niter172.next.3 = add i64 %niter172, 4
-  %niter172.ncmp.3 = icmp eq i64 %niter172.next.3, %unroll_iter171
-  br i1 %niter172.ncmp.3, label %for_body_to92.3.i.preheader.unr-lcssa, label %for_body_to92.2.i, !prof !27, !llvm.loop !65
-
-for_body_to92.3.i.preheader.unr-lcssa:            ; preds = %for_body_to92.2.i
-  br i1 %lcmp.mod169.not, label %for_body_to92.3.i.preheader, label %for_body_to92.2.i.epil.preheader, !prof !30
-
-for_body_to92.2.i.epil.preheader:                 ; preds = %for_body_to92.3.i.preheader.unr-lcssa, %for_body_to92.2.i.preheader
-  %indvars.iv1151.2.i.epil.init = phi i64 [ 0, %for_body_to92.2.i.preheader ], [ %indvars.iv.next1152.2.i.3, %for_body_to92.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod170)
-  br label %for_body_to92.2.i.epil
-
-for_body_to92.2.i.epil:                           ; preds = %for_body_to92.2.i.epil, %for_body_to92.2.i.epil.preheader
-  %indvars.iv1151.2.i.epil = phi i64 [ %indvars.iv.next1152.2.i.epil, %for_body_to92.2.i.epil ], [ %indvars.iv1151.2.i.epil.init, %for_body_to92.2.i.epil.preheader ]
-  %epil.iter168 = phi i64 [ %epil.iter168.next, %for_body_to92.2.i.epil ], [ 0, %for_body_to92.2.i.epil.preheader ]
-  %.idx1306.i.epil = shl nsw i64 %indvars.iv1151.2.i.epil, 7
-  %1628 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1306.i.epil
-  %1629 = getelementptr inbounds nuw i8, ptr %1628, i64 1024
-  %1630 = load <32 x float>, ptr %1629, align 4, !tbaa !4
-  %1631 = bitcast <32 x float> %1630 to <32 x i32>
-  %1632 = shufflevector <32 x i32> %1631, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1633 = lshr <16 x i32> %1632, splat (i32 16)
-  %1634 = bitcast <32 x float> %1630 to <32 x i32>
-  %1635 = shufflevector <32 x i32> %1634, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1636 = or <16 x i32> %1633, %1635
-  %.idx1307.i.epil = shl nsw i64 %indvars.iv1151.2.i.epil, 6
-  %1637 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1307.i.epil
-  %1638 = getelementptr inbounds nuw i8, ptr %1637, i64 512
-  store <16 x i32> %1636, ptr %1638, align 4, !tbaa !4
-  %indvars.iv.next1152.2.i.epil = add nuw nsw i64 %indvars.iv1151.2.i.epil, 1
-  %epil.iter168.next = add i64 %epil.iter168, 1
-  %epil.iter168.cmp.not = icmp eq i64 %epil.iter168.next, %xtraiter167
-  br i1 %epil.iter168.cmp.not, label %for_body_to92.3.i.preheader, label %for_body_to92.2.i.epil, !prof !31, !llvm.loop !66
-
-for_body_to92.3.i.preheader:                      ; preds = %for_body_to92.2.i.epil, %for_body_to92.3.i.preheader.unr-lcssa
-  br i1 %611, label %for_body_to92.3.i.epil.preheader, label %for_body_to92.3.i, !prof !26
-
-for_body_to92.3.i:                                ; preds = %for_body_to92.3.i, %for_body_to92.3.i.preheader
-  %indvars.iv1151.3.i = phi i64 [ %indvars.iv.next1152.3.i.3, %for_body_to92.3.i ], [ 0, %for_body_to92.3.i.preheader ]
-  %niter178 = phi i64 [ %niter178.next.3, %for_body_to92.3.i ], [ 0, %for_body_to92.3.i.preheader ]
-  %.idx1308.i = shl nsw i64 %indvars.iv1151.3.i, 7
-  %1639 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i
-  %1640 = getelementptr inbounds nuw i8, ptr %1639, i64 1536
-  %1641 = load <32 x float>, ptr %1640, align 4, !tbaa !4
-  %1642 = bitcast <32 x float> %1641 to <32 x i32>
-  %1643 = shufflevector <32 x i32> %1642, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1644 = lshr <16 x i32> %1643, splat (i32 16)
-  %1645 = bitcast <32 x float> %1641 to <32 x i32>
-  %1646 = shufflevector <32 x i32> %1645, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1647 = or <16 x i32> %1644, %1646
-  %.idx1309.i = shl nsw i64 %indvars.iv1151.3.i, 6
-  %1648 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i
-  %1649 = getelementptr inbounds nuw i8, ptr %1648, i64 768
-  store <16 x i32> %1647, ptr %1649, align 4, !tbaa !4
-  %indvars.iv.next1152.3.i = or disjoint i64 %indvars.iv1151.3.i, 1
-  %.idx1308.i.1 = shl nsw i64 %indvars.iv.next1152.3.i, 7
-  %1650 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i.1
-  %1651 = getelementptr inbounds nuw i8, ptr %1650, i64 1536
-  %1652 = load <32 x float>, ptr %1651, align 4, !tbaa !4
-  %1653 = bitcast <32 x float> %1652 to <32 x i32>
-  %1654 = shufflevector <32 x i32> %1653, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1655 = lshr <16 x i32> %1654, splat (i32 16)
-  %1656 = bitcast <32 x float> %1652 to <32 x i32>
-  %1657 = shufflevector <32 x i32> %1656, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1658 = or <16 x i32> %1655, %1657
-  %.idx1309.i.1 = shl nsw i64 %indvars.iv.next1152.3.i, 6
-  %1659 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i.1
-  %1660 = getelementptr inbounds nuw i8, ptr %1659, i64 768
-  store <16 x i32> %1658, ptr %1660, align 4, !tbaa !4
-  %indvars.iv.next1152.3.i.1 = or disjoint i64 %indvars.iv1151.3.i, 2
-  %.idx1308.i.2 = shl nsw i64 %indvars.iv.next1152.3.i.1, 7
-  %1661 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i.2
-  %1662 = getelementptr inbounds nuw i8, ptr %1661, i64 1536
-  %1663 = load <32 x float>, ptr %1662, align 4, !tbaa !4
-  %1664 = bitcast <32 x float> %1663 to <32 x i32>
-  %1665 = shufflevector <32 x i32> %1664, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1666 = lshr <16 x i32> %1665, splat (i32 16)
-  %1667 = bitcast <32 x float> %1663 to <32 x i32>
-  %1668 = shufflevector <32 x i32> %1667, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1669 = or <16 x i32> %1666, %1668
-  %.idx1309.i.2 = shl nsw i64 %indvars.iv.next1152.3.i.1, 6
-  %1670 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i.2
-  %1671 = getelementptr inbounds nuw i8, ptr %1670, i64 768
-  store <16 x i32> %1669, ptr %1671, align 4, !tbaa !4
-  %indvars.iv.next1152.3.i.2 = or disjoint i64 %indvars.iv1151.3.i, 3
-  %.idx1308.i.3 = shl nsw i64 %indvars.iv.next1152.3.i.2, 7
-  %1672 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i.3
-  %1673 = getelementptr inbounds nuw i8, ptr %1672, i64 1536
-  %1674 = load <32 x float>, ptr %1673, align 4, !tbaa !4
-  %1675 = bitcast <32 x float> %1674 to <32 x i32>
-  %1676 = shufflevector <32 x i32> %1675, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1677 = lshr <16 x i32> %1676, splat (i32 16)
-  %1678 = bitcast <32 x float> %1674 to <32 x i32>
-  %1679 = shufflevector <32 x i32> %1678, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1680 = or <16 x i32> %1677, %1679
-  %.idx1309.i.3 = shl nsw i64 %indvars.iv.next1152.3.i.2, 6
-  %1681 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i.3
-  %1682 = getelementptr inbounds nuw i8, ptr %1681, i64 768
-  store <16 x i32> %1680, ptr %1682, align 4, !tbaa !4
-  %indvars.iv.next1152.3.i.3 = add nuw nsw i64 %indvars.iv1151.3.i, 4
-  %niter178.next.3 = add i64 %niter178, 4
-  %niter178.ncmp.3 = icmp eq i64 %niter178.next.3, %unroll_iter177
-  br i1 %niter178.ncmp.3, label %for_end_to93.3.i.loopexit.unr-lcssa, label %for_body_to92.3.i, !prof !27, !llvm.loop !67
-
-for_end_to93.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to92.3.i
-  br i1 %lcmp.mod175.not, label %for_end_to93.3.i, label %for_body_to92.3.i.epil.preheader, !prof !30
-
-for_body_to92.3.i.epil.preheader:                 ; preds = %for_end_to93.3.i.loopexit.unr-lcssa, %for_body_to92.3.i.preheader
-  %indvars.iv1151.3.i.epil.init = phi i64 [ 0, %for_body_to92.3.i.preheader ], [ %indvars.iv.next1152.3.i.3, %for_end_to93.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod176)
-  br label %for_body_to92.3.i.epil
-
-for_body_to92.3.i.epil:                           ; preds = %for_body_to92.3.i.epil, %for_body_to92.3.i.epil.preheader
-  %indvars.iv1151.3.i.epil = phi i64 [ %indvars.iv.next1152.3.i.epil, %for_body_to92.3.i.epil ], [ %indvars.iv1151.3.i.epil.init, %for_body_to92.3.i.epil.preheader ]
-  %epil.iter174 = phi i64 [ %epil.iter174.next, %for_body_to92.3.i.epil ], [ 0, %for_body_to92.3.i.epil.preheader ]
-  %.idx1308.i.epil = shl nsw i64 %indvars.iv1151.3.i.epil, 7
-  %1683 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1308.i.epil
-  %1684 = getelementptr inbounds nuw i8, ptr %1683, i64 1536
-  %1685 = load <32 x float>, ptr %1684, align 4, !tbaa !4
-  %1686 = bitcast <32 x float> %1685 to <32 x i32>
-  %1687 = shufflevector <32 x i32> %1686, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1688 = lshr <16 x i32> %1687, splat (i32 16)
-  %1689 = bitcast <32 x float> %1685 to <32 x i32>
-  %1690 = shufflevector <32 x i32> %1689, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1691 = or <16 x i32> %1688, %1690
-  %.idx1309.i.epil = shl nsw i64 %indvars.iv1151.3.i.epil, 6
-  %1692 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1309.i.epil
-  %1693 = getelementptr inbounds nuw i8, ptr %1692, i64 768
-  store <16 x i32> %1691, ptr %1693, align 4, !tbaa !4
-  %indvars.iv.next1152.3.i.epil = add nuw nsw i64 %indvars.iv1151.3.i.epil, 1
-  %epil.iter174.next = add i64 %epil.iter174, 1
-  %epil.iter174.cmp.not = icmp eq i64 %epil.iter174.next, %xtraiter173
-  br i1 %epil.iter174.cmp.not, label %for_end_to93.3.i, label %for_body_to92.3.i.epil, !prof !31, !llvm.loop !68
-
-for_end_to93.3.i:                                 ; preds = %for_body_to92.3.i.epil, %for_end_to93.3.i.loopexit.unr-lcssa, %for_begin_to91.preheader.preheader.i
-  %1694 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %full_acc.i = tail call ptr %1694(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1695 = icmp eq ptr %full_acc.i, null
-  br i1 %1695, label %fused_decode_compute_.exit, label %for_begin_d_0.preheader.i, !prof !7
-
-for_begin_to99.preheader.i:                       ; preds = %for_end_to101.i, %for_begin_d_0.preheader.i
-  %indvars.iv1169.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next1170.i, %for_end_to101.i ]
-  br i1 %588, label %for_body_to100.lr.ph.i, label %for_begin_to99.preheader.for_end_to101_crit_edge.i, !prof !3
-
-for_begin_to99.preheader.for_end_to101_crit_edge.i: ; preds = %for_begin_to99.preheader.i
-  %.pre.i = shl nuw nsw i64 %indvars.iv1169.i, 5
-  br label %for_end_to101.i
-
-for_body_to100.lr.ph.i:                           ; preds = %for_begin_to99.preheader.i
-  %1696 = mul nuw nsw i64 %indvars.iv1169.i, %595
-  %1697 = shl nuw nsw i64 %indvars.iv1169.i, 5
-  %gep982.i = getelementptr i32, ptr %invariant.gep981.i, i64 %1697
-  br label %for_body_to100.i
-
-for_body_to100.i:                                 ; preds = %for_body_to100.i, %for_body_to100.lr.ph.i
-  %indvars.iv1162.i = phi i64 [ 0, %for_body_to100.lr.ph.i ], [ %indvars.iv.next1163.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.238.0907.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i697.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.204.0906.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i685.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.0.0905.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i676.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.34.0904.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i688.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.68.0903.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i679.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.102.0902.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i691.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.136.0901.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i682.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.170.0900.i = phi <16 x float> [ zeroinitializer, %for_body_to100.lr.ph.i ], [ %r.i694.i, %for_body_to100.i ]
-  %1698 = add nuw nsw i64 %indvars.iv1162.i, %1696
-  %1699 = trunc i64 %1698 to i32
-  %1700 = shl i32 %1699, 3
-  %1701 = add i32 %1700, %ahead_t.i
-  %1702 = sext i32 %1701 to i64
-  %1703 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1702
-  %1704 = load i64, ptr %1703, align 8, !tbaa !4
-  %1705 = getelementptr i32, ptr %value_cache, i64 %1704
-  %1706 = getelementptr i32, ptr %1705, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1706, i32 0, i32 2, i32 1)
-  %1707 = getelementptr i8, ptr %1705, i64 64
-  %1708 = getelementptr i32, ptr %1707, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1708, i32 0, i32 2, i32 1)
-  %1709 = getelementptr i8, ptr %1705, i64 128
-  %1710 = getelementptr i32, ptr %1709, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1710, i32 0, i32 2, i32 1)
-  %1711 = getelementptr i8, ptr %1705, i64 192
-  %1712 = getelementptr i32, ptr %1711, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1712, i32 0, i32 2, i32 1)
-  %1713 = getelementptr i8, ptr %1703, i64 8
-  %1714 = load i64, ptr %1713, align 8, !tbaa !4
-  %1715 = getelementptr i32, ptr %value_cache, i64 %1714
-  %1716 = getelementptr i8, ptr %1715, i64 256
-  %1717 = getelementptr i32, ptr %1716, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1717, i32 0, i32 2, i32 1)
-  %1718 = getelementptr i8, ptr %1715, i64 320
-  %1719 = getelementptr i32, ptr %1718, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1719, i32 0, i32 2, i32 1)
-  %1720 = getelementptr i8, ptr %1715, i64 384
-  %1721 = getelementptr i32, ptr %1720, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1721, i32 0, i32 2, i32 1)
-  %1722 = getelementptr i8, ptr %1715, i64 448
-  %1723 = getelementptr i32, ptr %1722, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1723, i32 0, i32 2, i32 1)
-  %1724 = getelementptr i8, ptr %1703, i64 16
-  %1725 = load i64, ptr %1724, align 8, !tbaa !4
-  %1726 = getelementptr i32, ptr %value_cache, i64 %1725
-  %1727 = getelementptr i32, ptr %1726, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1727, i32 0, i32 2, i32 1)
-  %1728 = getelementptr i8, ptr %1726, i64 64
-  %1729 = getelementptr i32, ptr %1728, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1729, i32 0, i32 2, i32 1)
-  %1730 = getelementptr i8, ptr %1726, i64 128
-  %1731 = getelementptr i32, ptr %1730, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1731, i32 0, i32 2, i32 1)
-  %1732 = getelementptr i8, ptr %1726, i64 192
-  %1733 = getelementptr i32, ptr %1732, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1733, i32 0, i32 2, i32 1)
-  %1734 = getelementptr i8, ptr %1703, i64 24
-  %1735 = load i64, ptr %1734, align 8, !tbaa !4
-  %1736 = getelementptr i32, ptr %value_cache, i64 %1735
-  %1737 = getelementptr i8, ptr %1736, i64 256
-  %1738 = getelementptr i32, ptr %1737, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1738, i32 0, i32 2, i32 1)
-  %1739 = getelementptr i8, ptr %1736, i64 320
-  %1740 = getelementptr i32, ptr %1739, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1740, i32 0, i32 2, i32 1)
-  %1741 = getelementptr i8, ptr %1736, i64 384
-  %1742 = getelementptr i32, ptr %1741, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1742, i32 0, i32 2, i32 1)
-  %1743 = getelementptr i8, ptr %1736, i64 448
-  %1744 = getelementptr i32, ptr %1743, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1744, i32 0, i32 2, i32 1)
-  %1745 = getelementptr i8, ptr %1703, i64 32
-  %1746 = load i64, ptr %1745, align 8, !tbaa !4
-  %1747 = getelementptr i32, ptr %value_cache, i64 %1746
-  %1748 = getelementptr i32, ptr %1747, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1748, i32 0, i32 2, i32 1)
-  %1749 = getelementptr i8, ptr %1747, i64 64
-  %1750 = getelementptr i32, ptr %1749, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1750, i32 0, i32 2, i32 1)
-  %1751 = getelementptr i8, ptr %1747, i64 128
-  %1752 = getelementptr i32, ptr %1751, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1752, i32 0, i32 2, i32 1)
-  %1753 = getelementptr i8, ptr %1747, i64 192
-  %1754 = getelementptr i32, ptr %1753, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1754, i32 0, i32 2, i32 1)
-  %1755 = getelementptr i8, ptr %1703, i64 40
-  %1756 = load i64, ptr %1755, align 8, !tbaa !4
-  %1757 = getelementptr i32, ptr %value_cache, i64 %1756
-  %1758 = getelementptr i8, ptr %1757, i64 256
-  %1759 = getelementptr i32, ptr %1758, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1759, i32 0, i32 2, i32 1)
-  %1760 = getelementptr i8, ptr %1757, i64 320
-  %1761 = getelementptr i32, ptr %1760, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1761, i32 0, i32 2, i32 1)
-  %1762 = getelementptr i8, ptr %1757, i64 384
-  %1763 = getelementptr i32, ptr %1762, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1763, i32 0, i32 2, i32 1)
-  %1764 = getelementptr i8, ptr %1757, i64 448
-  %1765 = getelementptr i32, ptr %1764, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1765, i32 0, i32 2, i32 1)
-  %1766 = getelementptr i8, ptr %1703, i64 48
-  %1767 = load i64, ptr %1766, align 8, !tbaa !4
-  %1768 = getelementptr i32, ptr %value_cache, i64 %1767
-  %1769 = getelementptr i32, ptr %1768, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1769, i32 0, i32 2, i32 1)
-  %1770 = getelementptr i8, ptr %1768, i64 64
-  %1771 = getelementptr i32, ptr %1770, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1771, i32 0, i32 2, i32 1)
-  %1772 = getelementptr i8, ptr %1768, i64 128
-  %1773 = getelementptr i32, ptr %1772, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1773, i32 0, i32 2, i32 1)
-  %1774 = getelementptr i8, ptr %1768, i64 192
-  %1775 = getelementptr i32, ptr %1774, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1775, i32 0, i32 2, i32 1)
-  %1776 = getelementptr i8, ptr %1703, i64 56
-  %1777 = load i64, ptr %1776, align 8, !tbaa !4
-  %1778 = getelementptr i32, ptr %value_cache, i64 %1777
-  %1779 = getelementptr i8, ptr %1778, i64 256
-  %1780 = getelementptr i32, ptr %1779, i64 %1483
+  %peak.rf_global226.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1060, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1063, %for_body_ax1.i.epil ]
+  %1064 = getelementptr inbounds nuw float, ptr %peak228.i, i64 %indvars.iv1164.i
+  %peak.rf227.sroa.0.0.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 0
+  %1065 = fcmp olt float %peak.rf227.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1066 = select i1 %1065, float 0xC7EFFFFFE0000000, float %peak.rf227.sroa.0.0.vec.extract.i
+  %peak.rf227.sroa.0.4.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 1
+  %1067 = fcmp ogt float %1066, %peak.rf227.sroa.0.4.vec.extract.i
+  %1068 = select i1 %1067, float %1066, float %peak.rf227.sroa.0.4.vec.extract.i
+  %peak.rf227.sroa.0.8.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 2
+  %1069 = fcmp ogt float %1068, %peak.rf227.sroa.0.8.vec.extract.i
+  %1070 = select i1 %1069, float %1068, float %peak.rf227.sroa.0.8.vec.extract.i
+  %peak.rf227.sroa.0.12.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 3
+  %1071 = fcmp ogt float %1070, %peak.rf227.sroa.0.12.vec.extract.i
+  %1072 = select i1 %1071, float %1070, float %peak.rf227.sroa.0.12.vec.extract.i
+  %peak.rf227.sroa.0.16.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 4
+  %1073 = fcmp ogt float %1072, %peak.rf227.sroa.0.16.vec.extract.i
+  %1074 = select i1 %1073, float %1072, float %peak.rf227.sroa.0.16.vec.extract.i
+  %peak.rf227.sroa.0.20.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 5
+  %1075 = fcmp ogt float %1074, %peak.rf227.sroa.0.20.vec.extract.i
+  %1076 = select i1 %1075, float %1074, float %peak.rf227.sroa.0.20.vec.extract.i
+  %peak.rf227.sroa.0.24.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 6
+  %1077 = fcmp ogt float %1076, %peak.rf227.sroa.0.24.vec.extract.i
+  %1078 = select i1 %1077, float %1076, float %peak.rf227.sroa.0.24.vec.extract.i
+  %peak.rf227.sroa.0.28.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 7
+  %1079 = fcmp ogt float %1078, %peak.rf227.sroa.0.28.vec.extract.i
+  %1080 = select i1 %1079, float %1078, float %peak.rf227.sroa.0.28.vec.extract.i
+  %peak.rf227.sroa.0.32.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 8
+  %1081 = fcmp ogt float %1080, %peak.rf227.sroa.0.32.vec.extract.i
+  %1082 = select i1 %1081, float %1080, float %peak.rf227.sroa.0.32.vec.extract.i
+  %peak.rf227.sroa.0.36.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 9
+  %1083 = fcmp ogt float %1082, %peak.rf227.sroa.0.36.vec.extract.i
+  %1084 = select i1 %1083, float %1082, float %peak.rf227.sroa.0.36.vec.extract.i
+  %peak.rf227.sroa.0.40.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 10
+  %1085 = fcmp ogt float %1084, %peak.rf227.sroa.0.40.vec.extract.i
+  %1086 = select i1 %1085, float %1084, float %peak.rf227.sroa.0.40.vec.extract.i
+  %peak.rf227.sroa.0.44.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 11
+  %1087 = fcmp ogt float %1086, %peak.rf227.sroa.0.44.vec.extract.i
+  %1088 = select i1 %1087, float %1086, float %peak.rf227.sroa.0.44.vec.extract.i
+  %peak.rf227.sroa.0.48.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 12
+  %1089 = fcmp ogt float %1088, %peak.rf227.sroa.0.48.vec.extract.i
+  %1090 = select i1 %1089, float %1088, float %peak.rf227.sroa.0.48.vec.extract.i
+  %peak.rf227.sroa.0.52.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 13
+  %1091 = fcmp ogt float %1090, %peak.rf227.sroa.0.52.vec.extract.i
+  %1092 = select i1 %1091, float %1090, float %peak.rf227.sroa.0.52.vec.extract.i
+  %peak.rf227.sroa.0.56.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 14
+  %1093 = fcmp ogt float %1092, %peak.rf227.sroa.0.56.vec.extract.i
+  %1094 = select i1 %1093, float %1092, float %peak.rf227.sroa.0.56.vec.extract.i
+  %peak.rf227.sroa.0.60.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 15
+  %1095 = fcmp ogt float %1094, %peak.rf227.sroa.0.60.vec.extract.i
+  %1096 = select i1 %1095, float %1094, float %peak.rf227.sroa.0.60.vec.extract.i
+  %peak.rf227.sroa.0.64.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 16
+  %1097 = fcmp ogt float %1096, %peak.rf227.sroa.0.64.vec.extract.i
+  %1098 = select i1 %1097, float %1096, float %peak.rf227.sroa.0.64.vec.extract.i
+  %peak.rf227.sroa.0.68.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 17
+  %1099 = fcmp ogt float %1098, %peak.rf227.sroa.0.68.vec.extract.i
+  %1100 = select i1 %1099, float %1098, float %peak.rf227.sroa.0.68.vec.extract.i
+  %peak.rf227.sroa.0.72.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 18
+  %1101 = fcmp ogt float %1100, %peak.rf227.sroa.0.72.vec.extract.i
+  %1102 = select i1 %1101, float %1100, float %peak.rf227.sroa.0.72.vec.extract.i
+  %peak.rf227.sroa.0.76.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 19
+  %1103 = fcmp ogt float %1102, %peak.rf227.sroa.0.76.vec.extract.i
+  %1104 = select i1 %1103, float %1102, float %peak.rf227.sroa.0.76.vec.extract.i
+  %peak.rf227.sroa.0.80.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 20
+  %1105 = fcmp ogt float %1104, %peak.rf227.sroa.0.80.vec.extract.i
+  %1106 = select i1 %1105, float %1104, float %peak.rf227.sroa.0.80.vec.extract.i
+  %peak.rf227.sroa.0.84.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 21
+  %1107 = fcmp ogt float %1106, %peak.rf227.sroa.0.84.vec.extract.i
+  %1108 = select i1 %1107, float %1106, float %peak.rf227.sroa.0.84.vec.extract.i
+  %peak.rf227.sroa.0.88.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 22
+  %1109 = fcmp ogt float %1108, %peak.rf227.sroa.0.88.vec.extract.i
+  %1110 = select i1 %1109, float %1108, float %peak.rf227.sroa.0.88.vec.extract.i
+  %peak.rf227.sroa.0.92.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 23
+  %1111 = fcmp ogt float %1110, %peak.rf227.sroa.0.92.vec.extract.i
+  %1112 = select i1 %1111, float %1110, float %peak.rf227.sroa.0.92.vec.extract.i
+  %peak.rf227.sroa.0.96.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 24
+  %1113 = fcmp ogt float %1112, %peak.rf227.sroa.0.96.vec.extract.i
+  %1114 = select i1 %1113, float %1112, float %peak.rf227.sroa.0.96.vec.extract.i
+  %peak.rf227.sroa.0.100.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 25
+  %1115 = fcmp ogt float %1114, %peak.rf227.sroa.0.100.vec.extract.i
+  %1116 = select i1 %1115, float %1114, float %peak.rf227.sroa.0.100.vec.extract.i
+  %peak.rf227.sroa.0.104.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 26
+  %1117 = fcmp ogt float %1116, %peak.rf227.sroa.0.104.vec.extract.i
+  %1118 = select i1 %1117, float %1116, float %peak.rf227.sroa.0.104.vec.extract.i
+  %peak.rf227.sroa.0.108.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 27
+  %1119 = fcmp ogt float %1118, %peak.rf227.sroa.0.108.vec.extract.i
+  %1120 = select i1 %1119, float %1118, float %peak.rf227.sroa.0.108.vec.extract.i
+  %peak.rf227.sroa.0.112.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 28
+  %1121 = fcmp ogt float %1120, %peak.rf227.sroa.0.112.vec.extract.i
+  %1122 = select i1 %1121, float %1120, float %peak.rf227.sroa.0.112.vec.extract.i
+  %peak.rf227.sroa.0.116.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 29
+  %1123 = fcmp ogt float %1122, %peak.rf227.sroa.0.116.vec.extract.i
+  %1124 = select i1 %1123, float %1122, float %peak.rf227.sroa.0.116.vec.extract.i
+  %peak.rf227.sroa.0.120.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 30
+  %1125 = fcmp ogt float %1124, %peak.rf227.sroa.0.120.vec.extract.i
+  %1126 = select i1 %1125, float %1124, float %peak.rf227.sroa.0.120.vec.extract.i
+  %peak.rf227.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global226.sroa.0.0.lcssa.i, i64 31
+  %1127 = fcmp ogt float %1126, %peak.rf227.sroa.0.124.vec.extract.i
+  %1128 = select i1 %1127, float %1126, float %peak.rf227.sroa.0.124.vec.extract.i
+  store float %1128, ptr %1064, align 4, !tbaa !47
+  %indvars.iv.next1165.i = add nuw nsw i64 %indvars.iv1164.i, 1
+  %exitcond1167.not.i = icmp eq i64 %indvars.iv.next1165.i, 4
+  br i1 %exitcond1167.not.i, label %for_body_r47.preheader.i, label %for_begin_ax1.preheader.i, !prof !21
+
+for_body_r47.preheader.i:                         ; preds = %for_end_ax1.i
+  %1129 = load <4 x float>, ptr %peak228.i, align 16
+  %spec.select = select i1 %587, <4 x float> %1129, <4 x float> <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>
+  %spec.select196 = select i1 %587, <4 x float> %1129, <4 x float> splat (float 0xC6293E5940000000)
+  %1130 = shufflevector <4 x float> %spec.select, <4 x float> %spec.select196, <4 x i32> <i32 0, i32 1, i32 2, i32 7>
+  br i1 %586, label %for_begin_to58.preheader.us.preheader.i, label %for_begin_ax178.preheader.i.preheader, !prof !3
+
+for_begin_to58.preheader.us.preheader.i:          ; preds = %for_body_r47.preheader.i
+  %1131 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> zeroinitializer
+  br label %for_body_to59.us.i
+
+for_body_to59.us.i:                               ; preds = %for_body_to59.us.i, %for_begin_to58.preheader.us.preheader.i
+  %indvars.iv1172.i = phi i64 [ 0, %for_begin_to58.preheader.us.preheader.i ], [ %indvars.iv.next1173.i, %for_body_to59.us.i ]
+  %1132 = shl nsw i64 %indvars.iv1172.i, 5
+  %1133 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1132
+  %1134 = load <32 x float>, ptr %1133, align 4, !tbaa !4
+  %arg.us.i = fsub <32 x float> %1134, %1131
+  %cse_v31.us.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %1135 = bitcast <32 x float> %cse_v31.us.i to <32 x i32>
+  %1136 = add nsw <32 x i32> %1135, splat (i32 -1262485504)
+  %1137 = sitofp <32 x i32> %1136 to <32 x float>
+  %1138 = fmul <32 x float> %1137, splat (float 0x3F2BD01060000000)
+  %1139 = fmul <32 x float> %1137, splat (float 0x3FE6300000000000)
+  %1140 = fsub <32 x float> %arg.us.i, %1139
+  %1141 = fadd <32 x float> %1138, %1140
+  %1142 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1141, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %1143 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1142, <32 x float> %1141, <32 x float> splat (float 0x3F81112100000000))
+  %1144 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1143, <32 x float> %1141, <32 x float> splat (float 0x3FA5553820000000))
+  %1145 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1144, <32 x float> %1141, <32 x float> splat (float 0x3FC5555540000000))
+  %1146 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1145, <32 x float> %1141, <32 x float> splat (float 5.000000e-01))
+  %1147 = fmul <32 x float> %1141, %1146
+  %1148 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1147, <32 x float> %1141, <32 x float> %1141)
+  %1149 = shl <32 x i32> %1135, splat (i32 23)
+  %1150 = add <32 x i32> %1149, splat (i32 1065353216)
+  %1151 = bitcast <32 x i32> %1150 to <32 x float>
+  %1152 = fadd <32 x float> %1148, splat (float 1.000000e+00)
+  %1153 = fmul <32 x float> %1152, %1151
+  %1154 = fcmp olt <32 x float> %arg.us.i, splat (float -8.700000e+01)
+  %1155 = select <32 x i1> %1154, <32 x float> zeroinitializer, <32 x float> %1153
+  %1156 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1132
+  store <32 x float> %1155, ptr %1156, align 4, !tbaa !4
+  %indvars.iv.next1173.i = add nuw nsw i64 %indvars.iv1172.i, 1
+  %exitcond1177.not.i = icmp eq i64 %indvars.iv.next1173.i, %wide.trip.count1146.i
+  br i1 %exitcond1177.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.i, label %for_body_to59.us.i, !prof !8
+
+for_begin_to58.for_end_to60_crit_edge.us.i:       ; preds = %for_body_to59.us.i
+  %1157 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  br label %for_body_to59.us.1.i
+
+for_body_to59.us.1.i:                             ; preds = %for_body_to59.us.1.i, %for_begin_to58.for_end_to60_crit_edge.us.i
+  %indvars.iv1172.1.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.i ], [ %indvars.iv.next1173.1.i, %for_body_to59.us.1.i ]
+  %1158 = shl nsw i64 %indvars.iv1172.1.i, 5
+  %1159 = add nuw nsw i64 %1158, 128
+  %1160 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1159
+  %1161 = load <32 x float>, ptr %1160, align 4, !tbaa !4
+  %arg.us.1.i = fsub <32 x float> %1161, %1157
+  %cse_v31.us.1.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.1.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %1162 = bitcast <32 x float> %cse_v31.us.1.i to <32 x i32>
+  %1163 = add nsw <32 x i32> %1162, splat (i32 -1262485504)
+  %1164 = sitofp <32 x i32> %1163 to <32 x float>
+  %1165 = fmul <32 x float> %1164, splat (float 0x3F2BD01060000000)
+  %1166 = fmul <32 x float> %1164, splat (float 0x3FE6300000000000)
+  %1167 = fsub <32 x float> %arg.us.1.i, %1166
+  %1168 = fadd <32 x float> %1165, %1167
+  %1169 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1168, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %1170 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1169, <32 x float> %1168, <32 x float> splat (float 0x3F81112100000000))
+  %1171 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1170, <32 x float> %1168, <32 x float> splat (float 0x3FA5553820000000))
+  %1172 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1171, <32 x float> %1168, <32 x float> splat (float 0x3FC5555540000000))
+  %1173 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1172, <32 x float> %1168, <32 x float> splat (float 5.000000e-01))
+  %1174 = fmul <32 x float> %1168, %1173
+  %1175 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1174, <32 x float> %1168, <32 x float> %1168)
+  %1176 = shl <32 x i32> %1162, splat (i32 23)
+  %1177 = add <32 x i32> %1176, splat (i32 1065353216)
+  %1178 = bitcast <32 x i32> %1177 to <32 x float>
+  %1179 = fadd <32 x float> %1175, splat (float 1.000000e+00)
+  %1180 = fmul <32 x float> %1179, %1178
+  %1181 = fcmp olt <32 x float> %arg.us.1.i, splat (float -8.700000e+01)
+  %1182 = select <32 x i1> %1181, <32 x float> zeroinitializer, <32 x float> %1180
+  %1183 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1159
+  store <32 x float> %1182, ptr %1183, align 4, !tbaa !4
+  %indvars.iv.next1173.1.i = add nuw nsw i64 %indvars.iv1172.1.i, 1
+  %exitcond1177.1.not.i = icmp eq i64 %indvars.iv.next1173.1.i, %wide.trip.count1146.i
+  br i1 %exitcond1177.1.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.1.i, label %for_body_to59.us.1.i, !prof !8
+
+for_begin_to58.for_end_to60_crit_edge.us.1.i:     ; preds = %for_body_to59.us.1.i
+  %1184 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  br label %for_body_to59.us.2.i
+
+for_body_to59.us.2.i:                             ; preds = %for_body_to59.us.2.i, %for_begin_to58.for_end_to60_crit_edge.us.1.i
+  %indvars.iv1172.2.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.1.i ], [ %indvars.iv.next1173.2.i, %for_body_to59.us.2.i ]
+  %1185 = shl nsw i64 %indvars.iv1172.2.i, 5
+  %1186 = add nuw nsw i64 %1185, 256
+  %1187 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1186
+  %1188 = load <32 x float>, ptr %1187, align 4, !tbaa !4
+  %arg.us.2.i = fsub <32 x float> %1188, %1184
+  %cse_v31.us.2.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %1189 = bitcast <32 x float> %cse_v31.us.2.i to <32 x i32>
+  %1190 = add nsw <32 x i32> %1189, splat (i32 -1262485504)
+  %1191 = sitofp <32 x i32> %1190 to <32 x float>
+  %1192 = fmul <32 x float> %1191, splat (float 0x3F2BD01060000000)
+  %1193 = fmul <32 x float> %1191, splat (float 0x3FE6300000000000)
+  %1194 = fsub <32 x float> %arg.us.2.i, %1193
+  %1195 = fadd <32 x float> %1192, %1194
+  %1196 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1195, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %1197 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1196, <32 x float> %1195, <32 x float> splat (float 0x3F81112100000000))
+  %1198 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1197, <32 x float> %1195, <32 x float> splat (float 0x3FA5553820000000))
+  %1199 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1198, <32 x float> %1195, <32 x float> splat (float 0x3FC5555540000000))
+  %1200 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1199, <32 x float> %1195, <32 x float> splat (float 5.000000e-01))
+  %1201 = fmul <32 x float> %1195, %1200
+  %1202 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1201, <32 x float> %1195, <32 x float> %1195)
+  %1203 = shl <32 x i32> %1189, splat (i32 23)
+  %1204 = add <32 x i32> %1203, splat (i32 1065353216)
+  %1205 = bitcast <32 x i32> %1204 to <32 x float>
+  %1206 = fadd <32 x float> %1202, splat (float 1.000000e+00)
+  %1207 = fmul <32 x float> %1206, %1205
+  %1208 = fcmp olt <32 x float> %arg.us.2.i, splat (float -8.700000e+01)
+  %1209 = select <32 x i1> %1208, <32 x float> zeroinitializer, <32 x float> %1207
+  %1210 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1186
+  store <32 x float> %1209, ptr %1210, align 4, !tbaa !4
+  %indvars.iv.next1173.2.i = add nuw nsw i64 %indvars.iv1172.2.i, 1
+  %exitcond1177.2.not.i = icmp eq i64 %indvars.iv.next1173.2.i, %wide.trip.count1146.i
+  br i1 %exitcond1177.2.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.2.i, label %for_body_to59.us.2.i, !prof !8
+
+for_begin_to58.for_end_to60_crit_edge.us.2.i:     ; preds = %for_body_to59.us.2.i
+  %1211 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  br label %for_body_to59.us.3.i
+
+for_body_to59.us.3.i:                             ; preds = %for_body_to59.us.3.i, %for_begin_to58.for_end_to60_crit_edge.us.2.i
+  %indvars.iv1172.3.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.2.i ], [ %indvars.iv.next1173.3.i, %for_body_to59.us.3.i ]
+  %1212 = shl nsw i64 %indvars.iv1172.3.i, 5
+  %1213 = add nuw nsw i64 %1212, 384
+  %1214 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1213
+  %1215 = load <32 x float>, ptr %1214, align 4, !tbaa !4
+  %arg.us.3.i = fsub <32 x float> %1215, %1211
+  %cse_v31.us.3.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.3.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %1216 = bitcast <32 x float> %cse_v31.us.3.i to <32 x i32>
+  %1217 = add nsw <32 x i32> %1216, splat (i32 -1262485504)
+  %1218 = sitofp <32 x i32> %1217 to <32 x float>
+  %1219 = fmul <32 x float> %1218, splat (float 0x3F2BD01060000000)
+  %1220 = fmul <32 x float> %1218, splat (float 0x3FE6300000000000)
+  %1221 = fsub <32 x float> %arg.us.3.i, %1220
+  %1222 = fadd <32 x float> %1219, %1221
+  %1223 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1222, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %1224 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1223, <32 x float> %1222, <32 x float> splat (float 0x3F81112100000000))
+  %1225 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1224, <32 x float> %1222, <32 x float> splat (float 0x3FA5553820000000))
+  %1226 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1225, <32 x float> %1222, <32 x float> splat (float 0x3FC5555540000000))
+  %1227 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1226, <32 x float> %1222, <32 x float> splat (float 5.000000e-01))
+  %1228 = fmul <32 x float> %1222, %1227
+  %1229 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1228, <32 x float> %1222, <32 x float> %1222)
+  %1230 = shl <32 x i32> %1216, splat (i32 23)
+  %1231 = add <32 x i32> %1230, splat (i32 1065353216)
+  %1232 = bitcast <32 x i32> %1231 to <32 x float>
+  %1233 = fadd <32 x float> %1229, splat (float 1.000000e+00)
+  %1234 = fmul <32 x float> %1233, %1232
+  %1235 = fcmp olt <32 x float> %arg.us.3.i, splat (float -8.700000e+01)
+  %1236 = select <32 x i1> %1235, <32 x float> zeroinitializer, <32 x float> %1234
+  %1237 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1213
+  store <32 x float> %1236, ptr %1237, align 4, !tbaa !4
+  %indvars.iv.next1173.3.i = add nuw nsw i64 %indvars.iv1172.3.i, 1
+  %exitcond1177.3.not.i = icmp eq i64 %indvars.iv.next1173.3.i, %wide.trip.count1146.i
+  br i1 %exitcond1177.3.not.i, label %for_body_to69.us.i.preheader, label %for_body_to59.us.3.i, !prof !8
+
+for_body_to69.us.i.preheader:                     ; preds = %for_body_to59.us.3.i
+  br i1 %603, label %for_body_to69.us.i.epil.preheader, label %for_body_to69.us.i, !prof !26
+
+for_body_to69.us.i:                               ; preds = %for_body_to69.us.i, %for_body_to69.us.i.preheader
+  %indvars.iv1182.i = phi i64 [ %indvars.iv.next1183.i.3, %for_body_to69.us.i ], [ 0, %for_body_to69.us.i.preheader ]
+  %niter127 = phi i64 [ %niter127.next.3, %for_body_to69.us.i ], [ 0, %for_body_to69.us.i.preheader ]
+  %1238 = shl nsw i64 %indvars.iv1182.i, 5
+  %1239 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1238
+  %1240 = load <32 x i32>, ptr %1239, align 4, !tbaa !4
+  %1241 = lshr <32 x i32> %1240, splat (i32 16)
+  %1242 = and <32 x i32> %1241, splat (i32 1)
+  %1243 = add <32 x i32> %1240, splat (i32 32767)
+  %1244 = add <32 x i32> %1243, %1242
+  %1245 = and <32 x i32> %1244, splat (i32 -65536)
+  %1246 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1238
+  store <32 x i32> %1245, ptr %1246, align 4, !tbaa !4
+  %indvars.iv.next1183.i = shl i64 %indvars.iv1182.i, 5
+  %1247 = or disjoint i64 %indvars.iv.next1183.i, 32
+  %1248 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1247
+  %1249 = load <32 x i32>, ptr %1248, align 4, !tbaa !4
+  %1250 = lshr <32 x i32> %1249, splat (i32 16)
+  %1251 = and <32 x i32> %1250, splat (i32 1)
+  %1252 = add <32 x i32> %1249, splat (i32 32767)
+  %1253 = add <32 x i32> %1252, %1251
+  %1254 = and <32 x i32> %1253, splat (i32 -65536)
+  %1255 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1247
+  store <32 x i32> %1254, ptr %1255, align 4, !tbaa !4
+  %indvars.iv.next1183.i.1 = shl i64 %indvars.iv1182.i, 5
+  %1256 = or disjoint i64 %indvars.iv.next1183.i.1, 64
+  %1257 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1256
+  %1258 = load <32 x i32>, ptr %1257, align 4, !tbaa !4
+  %1259 = lshr <32 x i32> %1258, splat (i32 16)
+  %1260 = and <32 x i32> %1259, splat (i32 1)
+  %1261 = add <32 x i32> %1258, splat (i32 32767)
+  %1262 = add <32 x i32> %1261, %1260
+  %1263 = and <32 x i32> %1262, splat (i32 -65536)
+  %1264 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1256
+  store <32 x i32> %1263, ptr %1264, align 4, !tbaa !4
+  %indvars.iv.next1183.i.2 = shl i64 %indvars.iv1182.i, 5
+  %1265 = or disjoint i64 %indvars.iv.next1183.i.2, 96
+  %1266 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1265
+  %1267 = load <32 x i32>, ptr %1266, align 4, !tbaa !4
+  %1268 = lshr <32 x i32> %1267, splat (i32 16)
+  %1269 = and <32 x i32> %1268, splat (i32 1)
+  %1270 = add <32 x i32> %1267, splat (i32 32767)
+  %1271 = add <32 x i32> %1270, %1269
+  %1272 = and <32 x i32> %1271, splat (i32 -65536)
+  %1273 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1265
+  store <32 x i32> %1272, ptr %1273, align 4, !tbaa !4
+  %indvars.iv.next1183.i.3 = add nuw nsw i64 %indvars.iv1182.i, 4
+  %niter127.next.3 = add i64 %niter127, 4
+  %niter127.ncmp.3 = icmp eq i64 %niter127.next.3, %unroll_iter126
+  br i1 %niter127.ncmp.3, label %for_body_to69.us.1.i.preheader.unr-lcssa, label %for_body_to69.us.i, !prof !27, !llvm.loop !49
+
+for_body_to69.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.i
+  br i1 %lcmp.mod124.not, label %for_body_to69.us.1.i.preheader, label %for_body_to69.us.i.epil.preheader, !prof !30
+
+for_body_to69.us.i.epil.preheader:                ; preds = %for_body_to69.us.1.i.preheader.unr-lcssa, %for_body_to69.us.i.preheader
+  %indvars.iv1182.i.epil.init = phi i64 [ 0, %for_body_to69.us.i.preheader ], [ %indvars.iv.next1183.i.3, %for_body_to69.us.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod125)
+  br label %for_body_to69.us.i.epil
+
+for_body_to69.us.i.epil:                          ; preds = %for_body_to69.us.i.epil, %for_body_to69.us.i.epil.preheader
+  %indvars.iv1182.i.epil = phi i64 [ %indvars.iv.next1183.i.epil, %for_body_to69.us.i.epil ], [ %indvars.iv1182.i.epil.init, %for_body_to69.us.i.epil.preheader ]
+  %epil.iter123 = phi i64 [ %epil.iter123.next, %for_body_to69.us.i.epil ], [ 0, %for_body_to69.us.i.epil.preheader ]
+  %1274 = shl nsw i64 %indvars.iv1182.i.epil, 5
+  %1275 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1274
+  %1276 = load <32 x i32>, ptr %1275, align 4, !tbaa !4
+  %1277 = lshr <32 x i32> %1276, splat (i32 16)
+  %1278 = and <32 x i32> %1277, splat (i32 1)
+  %1279 = add <32 x i32> %1276, splat (i32 32767)
+  %1280 = add <32 x i32> %1279, %1278
+  %1281 = and <32 x i32> %1280, splat (i32 -65536)
+  %1282 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1274
+  store <32 x i32> %1281, ptr %1282, align 4, !tbaa !4
+  %indvars.iv.next1183.i.epil = add nuw nsw i64 %indvars.iv1182.i.epil, 1
+  %epil.iter123.next = add i64 %epil.iter123, 1
+  %epil.iter123.cmp.not = icmp eq i64 %epil.iter123.next, %xtraiter122
+  br i1 %epil.iter123.cmp.not, label %for_body_to69.us.1.i.preheader, label %for_body_to69.us.i.epil, !prof !31, !llvm.loop !50
+
+for_body_to69.us.1.i.preheader:                   ; preds = %for_body_to69.us.i.epil, %for_body_to69.us.1.i.preheader.unr-lcssa
+  br i1 %604, label %for_body_to69.us.1.i.epil.preheader, label %for_body_to69.us.1.i, !prof !26
+
+for_body_to69.us.1.i:                             ; preds = %for_body_to69.us.1.i, %for_body_to69.us.1.i.preheader
+  %indvars.iv1182.1.i = phi i64 [ %indvars.iv.next1183.1.i.3, %for_body_to69.us.1.i ], [ 0, %for_body_to69.us.1.i.preheader ]
+  %niter133 = phi i64 [ %niter133.next.3, %for_body_to69.us.1.i ], [ 0, %for_body_to69.us.1.i.preheader ]
+  %1283 = shl nsw i64 %indvars.iv1182.1.i, 5
+  %1284 = add nuw nsw i64 %1283, 128
+  %1285 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1284
+  %1286 = load <32 x i32>, ptr %1285, align 4, !tbaa !4
+  %1287 = lshr <32 x i32> %1286, splat (i32 16)
+  %1288 = and <32 x i32> %1287, splat (i32 1)
+  %1289 = add <32 x i32> %1286, splat (i32 32767)
+  %1290 = add <32 x i32> %1289, %1288
+  %1291 = and <32 x i32> %1290, splat (i32 -65536)
+  %1292 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1284
+  store <32 x i32> %1291, ptr %1292, align 4, !tbaa !4
+  %indvars.iv.next1183.1.i = shl i64 %indvars.iv1182.1.i, 5
+  %1293 = add nuw nsw i64 %indvars.iv.next1183.1.i, 160
+  %1294 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1293
+  %1295 = load <32 x i32>, ptr %1294, align 4, !tbaa !4
+  %1296 = lshr <32 x i32> %1295, splat (i32 16)
+  %1297 = and <32 x i32> %1296, splat (i32 1)
+  %1298 = add <32 x i32> %1295, splat (i32 32767)
+  %1299 = add <32 x i32> %1298, %1297
+  %1300 = and <32 x i32> %1299, splat (i32 -65536)
+  %1301 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1293
+  store <32 x i32> %1300, ptr %1301, align 4, !tbaa !4
+  %indvars.iv.next1183.1.i.1 = shl i64 %indvars.iv1182.1.i, 5
+  %1302 = add nuw nsw i64 %indvars.iv.next1183.1.i.1, 192
+  %1303 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1302
+  %1304 = load <32 x i32>, ptr %1303, align 4, !tbaa !4
+  %1305 = lshr <32 x i32> %1304, splat (i32 16)
+  %1306 = and <32 x i32> %1305, splat (i32 1)
+  %1307 = add <32 x i32> %1304, splat (i32 32767)
+  %1308 = add <32 x i32> %1307, %1306
+  %1309 = and <32 x i32> %1308, splat (i32 -65536)
+  %1310 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1302
+  store <32 x i32> %1309, ptr %1310, align 4, !tbaa !4
+  %indvars.iv.next1183.1.i.2 = shl i64 %indvars.iv1182.1.i, 5
+  %1311 = add nuw nsw i64 %indvars.iv.next1183.1.i.2, 224
+  %1312 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1311
+  %1313 = load <32 x i32>, ptr %1312, align 4, !tbaa !4
+  %1314 = lshr <32 x i32> %1313, splat (i32 16)
+  %1315 = and <32 x i32> %1314, splat (i32 1)
+  %1316 = add <32 x i32> %1313, splat (i32 32767)
+  %1317 = add <32 x i32> %1316, %1315
+  %1318 = and <32 x i32> %1317, splat (i32 -65536)
+  %1319 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1311
+  store <32 x i32> %1318, ptr %1319, align 4, !tbaa !4
+  %indvars.iv.next1183.1.i.3 = add nuw nsw i64 %indvars.iv1182.1.i, 4
+  %niter133.next.3 = add i64 %niter133, 4
+  %niter133.ncmp.3 = icmp eq i64 %niter133.next.3, %unroll_iter132
+  br i1 %niter133.ncmp.3, label %for_body_to69.us.2.i.preheader.unr-lcssa, label %for_body_to69.us.1.i, !prof !27, !llvm.loop !51
+
+for_body_to69.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.1.i
+  br i1 %lcmp.mod130.not, label %for_body_to69.us.2.i.preheader, label %for_body_to69.us.1.i.epil.preheader, !prof !30
+
+for_body_to69.us.1.i.epil.preheader:              ; preds = %for_body_to69.us.2.i.preheader.unr-lcssa, %for_body_to69.us.1.i.preheader
+  %indvars.iv1182.1.i.epil.init = phi i64 [ 0, %for_body_to69.us.1.i.preheader ], [ %indvars.iv.next1183.1.i.3, %for_body_to69.us.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod131)
+  br label %for_body_to69.us.1.i.epil
+
+for_body_to69.us.1.i.epil:                        ; preds = %for_body_to69.us.1.i.epil, %for_body_to69.us.1.i.epil.preheader
+  %indvars.iv1182.1.i.epil = phi i64 [ %indvars.iv.next1183.1.i.epil, %for_body_to69.us.1.i.epil ], [ %indvars.iv1182.1.i.epil.init, %for_body_to69.us.1.i.epil.preheader ]
+  %epil.iter129 = phi i64 [ %epil.iter129.next, %for_body_to69.us.1.i.epil ], [ 0, %for_body_to69.us.1.i.epil.preheader ]
+  %1320 = shl nsw i64 %indvars.iv1182.1.i.epil, 5
+  %1321 = add nuw nsw i64 %1320, 128
+  %1322 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1321
+  %1323 = load <32 x i32>, ptr %1322, align 4, !tbaa !4
+  %1324 = lshr <32 x i32> %1323, splat (i32 16)
+  %1325 = and <32 x i32> %1324, splat (i32 1)
+  %1326 = add <32 x i32> %1323, splat (i32 32767)
+  %1327 = add <32 x i32> %1326, %1325
+  %1328 = and <32 x i32> %1327, splat (i32 -65536)
+  %1329 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1321
+  store <32 x i32> %1328, ptr %1329, align 4, !tbaa !4
+  %indvars.iv.next1183.1.i.epil = add nuw nsw i64 %indvars.iv1182.1.i.epil, 1
+  %epil.iter129.next = add i64 %epil.iter129, 1
+  %epil.iter129.cmp.not = icmp eq i64 %epil.iter129.next, %xtraiter128
+  br i1 %epil.iter129.cmp.not, label %for_body_to69.us.2.i.preheader, label %for_body_to69.us.1.i.epil, !prof !31, !llvm.loop !52
+
+for_body_to69.us.2.i.preheader:                   ; preds = %for_body_to69.us.1.i.epil, %for_body_to69.us.2.i.preheader.unr-lcssa
+  br i1 %605, label %for_body_to69.us.2.i.epil.preheader, label %for_body_to69.us.2.i, !prof !26
+
+for_body_to69.us.2.i:                             ; preds = %for_body_to69.us.2.i, %for_body_to69.us.2.i.preheader
+  %indvars.iv1182.2.i = phi i64 [ %indvars.iv.next1183.2.i.3, %for_body_to69.us.2.i ], [ 0, %for_body_to69.us.2.i.preheader ]
+  %niter139 = phi i64 [ %niter139.next.3, %for_body_to69.us.2.i ], [ 0, %for_body_to69.us.2.i.preheader ]
+  %1330 = shl nsw i64 %indvars.iv1182.2.i, 5
+  %1331 = add nuw nsw i64 %1330, 256
+  %1332 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1331
+  %1333 = load <32 x i32>, ptr %1332, align 4, !tbaa !4
+  %1334 = lshr <32 x i32> %1333, splat (i32 16)
+  %1335 = and <32 x i32> %1334, splat (i32 1)
+  %1336 = add <32 x i32> %1333, splat (i32 32767)
+  %1337 = add <32 x i32> %1336, %1335
+  %1338 = and <32 x i32> %1337, splat (i32 -65536)
+  %1339 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1331
+  store <32 x i32> %1338, ptr %1339, align 4, !tbaa !4
+  %indvars.iv.next1183.2.i = shl i64 %indvars.iv1182.2.i, 5
+  %1340 = add nuw nsw i64 %indvars.iv.next1183.2.i, 288
+  %1341 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1340
+  %1342 = load <32 x i32>, ptr %1341, align 4, !tbaa !4
+  %1343 = lshr <32 x i32> %1342, splat (i32 16)
+  %1344 = and <32 x i32> %1343, splat (i32 1)
+  %1345 = add <32 x i32> %1342, splat (i32 32767)
+  %1346 = add <32 x i32> %1345, %1344
+  %1347 = and <32 x i32> %1346, splat (i32 -65536)
+  %1348 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1340
+  store <32 x i32> %1347, ptr %1348, align 4, !tbaa !4
+  %indvars.iv.next1183.2.i.1 = shl i64 %indvars.iv1182.2.i, 5
+  %1349 = add nuw nsw i64 %indvars.iv.next1183.2.i.1, 320
+  %1350 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1349
+  %1351 = load <32 x i32>, ptr %1350, align 4, !tbaa !4
+  %1352 = lshr <32 x i32> %1351, splat (i32 16)
+  %1353 = and <32 x i32> %1352, splat (i32 1)
+  %1354 = add <32 x i32> %1351, splat (i32 32767)
+  %1355 = add <32 x i32> %1354, %1353
+  %1356 = and <32 x i32> %1355, splat (i32 -65536)
+  %1357 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1349
+  store <32 x i32> %1356, ptr %1357, align 4, !tbaa !4
+  %indvars.iv.next1183.2.i.2 = shl i64 %indvars.iv1182.2.i, 5
+  %1358 = add nuw nsw i64 %indvars.iv.next1183.2.i.2, 352
+  %1359 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1358
+  %1360 = load <32 x i32>, ptr %1359, align 4, !tbaa !4
+  %1361 = lshr <32 x i32> %1360, splat (i32 16)
+  %1362 = and <32 x i32> %1361, splat (i32 1)
+  %1363 = add <32 x i32> %1360, splat (i32 32767)
+  %1364 = add <32 x i32> %1363, %1362
+  %1365 = and <32 x i32> %1364, splat (i32 -65536)
+  %1366 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1358
+  store <32 x i32> %1365, ptr %1366, align 4, !tbaa !4
+  %indvars.iv.next1183.2.i.3 = add nuw nsw i64 %indvars.iv1182.2.i, 4
+  %niter139.next.3 = add i64 %niter139, 4
+  %niter139.ncmp.3 = icmp eq i64 %niter139.next.3, %unroll_iter138
+  br i1 %niter139.ncmp.3, label %for_body_to69.us.3.i.preheader.unr-lcssa, label %for_body_to69.us.2.i, !prof !27, !llvm.loop !53
+
+for_body_to69.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.2.i
+  br i1 %lcmp.mod136.not, label %for_body_to69.us.3.i.preheader, label %for_body_to69.us.2.i.epil.preheader, !prof !30
+
+for_body_to69.us.2.i.epil.preheader:              ; preds = %for_body_to69.us.3.i.preheader.unr-lcssa, %for_body_to69.us.2.i.preheader
+  %indvars.iv1182.2.i.epil.init = phi i64 [ 0, %for_body_to69.us.2.i.preheader ], [ %indvars.iv.next1183.2.i.3, %for_body_to69.us.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod137)
+  br label %for_body_to69.us.2.i.epil
+
+for_body_to69.us.2.i.epil:                        ; preds = %for_body_to69.us.2.i.epil, %for_body_to69.us.2.i.epil.preheader
+  %indvars.iv1182.2.i.epil = phi i64 [ %indvars.iv.next1183.2.i.epil, %for_body_to69.us.2.i.epil ], [ %indvars.iv1182.2.i.epil.init, %for_body_to69.us.2.i.epil.preheader ]
+  %epil.iter135 = phi i64 [ %epil.iter135.next, %for_body_to69.us.2.i.epil ], [ 0, %for_body_to69.us.2.i.epil.preheader ]
+  %1367 = shl nsw i64 %indvars.iv1182.2.i.epil, 5
+  %1368 = add nuw nsw i64 %1367, 256
+  %1369 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1368
+  %1370 = load <32 x i32>, ptr %1369, align 4, !tbaa !4
+  %1371 = lshr <32 x i32> %1370, splat (i32 16)
+  %1372 = and <32 x i32> %1371, splat (i32 1)
+  %1373 = add <32 x i32> %1370, splat (i32 32767)
+  %1374 = add <32 x i32> %1373, %1372
+  %1375 = and <32 x i32> %1374, splat (i32 -65536)
+  %1376 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1368
+  store <32 x i32> %1375, ptr %1376, align 4, !tbaa !4
+  %indvars.iv.next1183.2.i.epil = add nuw nsw i64 %indvars.iv1182.2.i.epil, 1
+  %epil.iter135.next = add i64 %epil.iter135, 1
+  %epil.iter135.cmp.not = icmp eq i64 %epil.iter135.next, %xtraiter134
+  br i1 %epil.iter135.cmp.not, label %for_body_to69.us.3.i.preheader, label %for_body_to69.us.2.i.epil, !prof !31, !llvm.loop !54
+
+for_body_to69.us.3.i.preheader:                   ; preds = %for_body_to69.us.2.i.epil, %for_body_to69.us.3.i.preheader.unr-lcssa
+  br i1 %606, label %for_body_to69.us.3.i.epil.preheader, label %for_body_to69.us.3.i, !prof !26
+
+for_body_to69.us.3.i:                             ; preds = %for_body_to69.us.3.i, %for_body_to69.us.3.i.preheader
+  %indvars.iv1182.3.i = phi i64 [ %indvars.iv.next1183.3.i.3, %for_body_to69.us.3.i ], [ 0, %for_body_to69.us.3.i.preheader ]
+  %niter145 = phi i64 [ %niter145.next.3, %for_body_to69.us.3.i ], [ 0, %for_body_to69.us.3.i.preheader ]
+  %1377 = shl nsw i64 %indvars.iv1182.3.i, 5
+  %1378 = add nuw nsw i64 %1377, 384
+  %1379 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1378
+  %1380 = load <32 x i32>, ptr %1379, align 4, !tbaa !4
+  %1381 = lshr <32 x i32> %1380, splat (i32 16)
+  %1382 = and <32 x i32> %1381, splat (i32 1)
+  %1383 = add <32 x i32> %1380, splat (i32 32767)
+  %1384 = add <32 x i32> %1383, %1382
+  %1385 = and <32 x i32> %1384, splat (i32 -65536)
+  %1386 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1378
+  store <32 x i32> %1385, ptr %1386, align 4, !tbaa !4
+  %indvars.iv.next1183.3.i = shl i64 %indvars.iv1182.3.i, 5
+  %1387 = add nuw nsw i64 %indvars.iv.next1183.3.i, 416
+  %1388 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1387
+  %1389 = load <32 x i32>, ptr %1388, align 4, !tbaa !4
+  %1390 = lshr <32 x i32> %1389, splat (i32 16)
+  %1391 = and <32 x i32> %1390, splat (i32 1)
+  %1392 = add <32 x i32> %1389, splat (i32 32767)
+  %1393 = add <32 x i32> %1392, %1391
+  %1394 = and <32 x i32> %1393, splat (i32 -65536)
+  %1395 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1387
+  store <32 x i32> %1394, ptr %1395, align 4, !tbaa !4
+  %indvars.iv.next1183.3.i.1 = shl i64 %indvars.iv1182.3.i, 5
+  %1396 = add nuw nsw i64 %indvars.iv.next1183.3.i.1, 448
+  %1397 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1396
+  %1398 = load <32 x i32>, ptr %1397, align 4, !tbaa !4
+  %1399 = lshr <32 x i32> %1398, splat (i32 16)
+  %1400 = and <32 x i32> %1399, splat (i32 1)
+  %1401 = add <32 x i32> %1398, splat (i32 32767)
+  %1402 = add <32 x i32> %1401, %1400
+  %1403 = and <32 x i32> %1402, splat (i32 -65536)
+  %1404 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1396
+  store <32 x i32> %1403, ptr %1404, align 4, !tbaa !4
+  %indvars.iv.next1183.3.i.2 = shl i64 %indvars.iv1182.3.i, 5
+  %1405 = add nuw nsw i64 %indvars.iv.next1183.3.i.2, 480
+  %1406 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1405
+  %1407 = load <32 x i32>, ptr %1406, align 4, !tbaa !4
+  %1408 = lshr <32 x i32> %1407, splat (i32 16)
+  %1409 = and <32 x i32> %1408, splat (i32 1)
+  %1410 = add <32 x i32> %1407, splat (i32 32767)
+  %1411 = add <32 x i32> %1410, %1409
+  %1412 = and <32 x i32> %1411, splat (i32 -65536)
+  %1413 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1405
+  store <32 x i32> %1412, ptr %1413, align 4, !tbaa !4
+  %indvars.iv.next1183.3.i.3 = add nuw nsw i64 %indvars.iv1182.3.i, 4
+  %niter145.next.3 = add i64 %niter145, 4
+  %niter145.ncmp.3 = icmp eq i64 %niter145.next.3, %unroll_iter144
+  br i1 %niter145.ncmp.3, label %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to69.us.3.i, !prof !27, !llvm.loop !55
+
+for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to69.us.3.i
+  br i1 %lcmp.mod142.not, label %for_begin_ax178.preheader.i.preheader, label %for_body_to69.us.3.i.epil.preheader, !prof !30
+
+for_body_to69.us.3.i.epil.preheader:              ; preds = %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to69.us.3.i.preheader
+  %indvars.iv1182.3.i.epil.init = phi i64 [ 0, %for_body_to69.us.3.i.preheader ], [ %indvars.iv.next1183.3.i.3, %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod143)
+  br label %for_body_to69.us.3.i.epil
+
+for_body_to69.us.3.i.epil:                        ; preds = %for_body_to69.us.3.i.epil, %for_body_to69.us.3.i.epil.preheader
+  %indvars.iv1182.3.i.epil = phi i64 [ %indvars.iv.next1183.3.i.epil, %for_body_to69.us.3.i.epil ], [ %indvars.iv1182.3.i.epil.init, %for_body_to69.us.3.i.epil.preheader ]
+  %epil.iter141 = phi i64 [ %epil.iter141.next, %for_body_to69.us.3.i.epil ], [ 0, %for_body_to69.us.3.i.epil.preheader ]
+  %1414 = shl nsw i64 %indvars.iv1182.3.i.epil, 5
+  %1415 = add nuw nsw i64 %1414, 384
+  %1416 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1415
+  %1417 = load <32 x i32>, ptr %1416, align 4, !tbaa !4
+  %1418 = lshr <32 x i32> %1417, splat (i32 16)
+  %1419 = and <32 x i32> %1418, splat (i32 1)
+  %1420 = add <32 x i32> %1417, splat (i32 32767)
+  %1421 = add <32 x i32> %1420, %1419
+  %1422 = and <32 x i32> %1421, splat (i32 -65536)
+  %1423 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1415
+  store <32 x i32> %1422, ptr %1423, align 4, !tbaa !4
+  %indvars.iv.next1183.3.i.epil = add nuw nsw i64 %indvars.iv1182.3.i.epil, 1
+  %epil.iter141.next = add i64 %epil.iter141, 1
+  %epil.iter141.cmp.not = icmp eq i64 %epil.iter141.next, %xtraiter140
+  br i1 %epil.iter141.cmp.not, label %for_begin_ax178.preheader.i.preheader, label %for_body_to69.us.3.i.epil, !prof !31, !llvm.loop !56
+
+for_begin_ax178.preheader.i.preheader:            ; preds = %for_body_to69.us.3.i.epil, %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa, %for_body_r47.preheader.i
+  br label %for_begin_ax178.preheader.i
+
+for_begin_ax178.preheader.i:                      ; preds = %for_end_ax180.i, %for_begin_ax178.preheader.i.preheader
+  %indvars.iv1197.i = phi i64 [ %indvars.iv.next1198.i, %for_end_ax180.i ], [ 0, %for_begin_ax178.preheader.i.preheader ]
+  br i1 %586, label %for_body_ax179.lr.ph.i, label %for_end_ax180.i, !prof !3
+
+for_body_ax179.lr.ph.i:                           ; preds = %for_begin_ax178.preheader.i
+  %.idx1316.i = shl nuw nsw i64 %indvars.iv1197.i, 9
+  %invariant.gep1355.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1316.i
+  br i1 %607, label %for_body_ax179.i.epil.preheader, label %for_body_ax179.i, !prof !41
+
+for_body_ax179.i:                                 ; preds = %for_body_ax179.i, %for_body_ax179.lr.ph.i
+  %indvars.iv1192.i = phi i64 [ %indvars.iv.next1193.i.7, %for_body_ax179.i ], [ 0, %for_body_ax179.lr.ph.i ]
+  %tile_sum.rf_global224.sroa.0.0925.i = phi <32 x float> [ %1446, %for_body_ax179.i ], [ zeroinitializer, %for_body_ax179.lr.ph.i ]
+  %niter152 = phi i64 [ %niter152.next.7, %for_body_ax179.i ], [ 0, %for_body_ax179.lr.ph.i ]
+  %.idx1315.i = shl nsw i64 %indvars.iv1192.i, 7
+  %gep1356.i = getelementptr inbounds nuw i8, ptr %invariant.gep1355.i, i64 %.idx1315.i
+  %1424 = load <32 x float>, ptr %gep1356.i, align 4, !tbaa !4
+  %1425 = fadd <32 x float> %tile_sum.rf_global224.sroa.0.0925.i, %1424
+  %indvars.iv.next1193.i = shl i64 %indvars.iv1192.i, 7
+  %1426 = getelementptr inbounds nuw i8, ptr %invariant.gep1355.i, i64 %indvars.iv.next1193.i
+  %gep1356.i.1 = getelementptr inbounds nuw i8, ptr %1426, i64 128
+  %1427 = load <32 x float>, ptr %gep1356.i.1, align 4, !tbaa !4
+  %1428 = fadd <32 x float> %1425, %1427
+  %indvars.iv.next1193.i.1 = shl i64 %indvars.iv1192.i, 7
+  %1429 = getelementptr inbounds nuw i8, ptr %invariant.gep1355.i, i64 %indvars.iv.next1193.i.1
+  %gep1356.i.2 = getelementptr inbounds nuw i8, ptr %1429, i64 256
+  %1430 = load <32 x float>, ptr %gep1356.i.2, align 4, !tbaa !4
+  %1431 = fadd <32 x float> %1428, %1430
+  %indvars.iv.next1193.i.2 = shl i64 %indvars.iv1192.i, 7
+  %1432 = getelementptr inbounds nuw i8, ptr %invariant.gep1355.i, i64 %indvars.iv.next1193.i.2
+  %gep1356.i.3 = getelementptr inbounds nuw i8, ptr %1432, i64 384
+  %1433 = load <32 x float>, ptr %gep1356.i.3, align 4, !tbaa !4
+  %1434 = fadd <32 x float> %1431, %1433
+  %indvars.iv.next1193.i.3 = shl i64 %indvars.iv1192.i, 7
+  %1435 = getelementptr inbounds nuw i8, ptr %invariant.gep1355.i, i64 %indvars.iv.next1193.i.3
+  %gep1356.i.4 = getelementptr inbounds nuw i8, ptr %1435, i64 512
+  %1436 = load <32 x float>, ptr %gep1356.i.4, align 4, !tbaa !4
+  %1437 = fadd <32 x float> %1434, %1436
+  %indvars.iv.next1193.i.4 = shl i64 %indvars.iv1192.i, 7
+  %1438 = getelementptr inbounds nuw i8, ptr %invariant.gep1355.i, i64 %indvars.iv.next1193.i.4
+  %gep1356.i.5 = getelementptr inbounds nuw i8, ptr %1438, i64 640
+  %1439 = load <32 x float>, ptr %gep1356.i.5, align 4, !tbaa !4
+  %1440 = fadd <32 x float> %1437, %1439
+  %indvars.iv.next1193.i.5 = shl i64 %indvars.iv1192.i, 7
+  %1441 = getelementptr inbounds nuw i8, ptr %invariant.gep1355.i, i64 %indvars.iv.next1193.i.5
+  %gep1356.i.6 = getelementptr inbounds nuw i8, ptr %1441, i64 768
+  %1442 = load <32 x float>, ptr %gep1356.i.6, align 4, !tbaa !4
+  %1443 = fadd <32 x float> %1440, %1442
+  %indvars.iv.next1193.i.6 = shl i64 %indvars.iv1192.i, 7
+  %1444 = getelementptr inbounds nuw i8, ptr %invariant.gep1355.i, i64 %indvars.iv.next1193.i.6
+  %gep1356.i.7 = getelementptr inbounds nuw i8, ptr %1444, i64 896
+  %1445 = load <32 x float>, ptr %gep1356.i.7, align 4, !tbaa !4
+  %1446 = fadd <32 x float> %1443, %1445
+  %indvars.iv.next1193.i.7 = add nuw nsw i64 %indvars.iv1192.i, 8
+  %niter152.next.7 = add i64 %niter152, 8
+  %niter152.ncmp.7 = icmp eq i64 %niter152.next.7, %unroll_iter151
+  br i1 %niter152.ncmp.7, label %for_end_ax180.i.loopexit.unr-lcssa, label %for_body_ax179.i, !prof !42, !llvm.loop !57
+
+for_end_ax180.i.loopexit.unr-lcssa:               ; preds = %for_body_ax179.i
+  br i1 %lcmp.mod148.not, label %for_end_ax180.i, label %for_body_ax179.i.epil.preheader, !prof !45
+
+for_body_ax179.i.epil.preheader:                  ; preds = %for_end_ax180.i.loopexit.unr-lcssa, %for_body_ax179.lr.ph.i
+  %indvars.iv1192.i.epil.init = phi i64 [ 0, %for_body_ax179.lr.ph.i ], [ %indvars.iv.next1193.i.7, %for_end_ax180.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global224.sroa.0.0925.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax179.lr.ph.i ], [ %1446, %for_end_ax180.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod150)
+  br label %for_body_ax179.i.epil
+
+for_body_ax179.i.epil:                            ; preds = %for_body_ax179.i.epil, %for_body_ax179.i.epil.preheader
+  %indvars.iv1192.i.epil = phi i64 [ %indvars.iv1192.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %indvars.iv.next1193.i.epil, %for_body_ax179.i.epil ]
+  %tile_sum.rf_global224.sroa.0.0925.i.epil = phi <32 x float> [ %tile_sum.rf_global224.sroa.0.0925.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %1448, %for_body_ax179.i.epil ]
+  %epil.iter147 = phi i64 [ 0, %for_body_ax179.i.epil.preheader ], [ %epil.iter147.next, %for_body_ax179.i.epil ]
+  %.idx1315.i.epil = shl nsw i64 %indvars.iv1192.i.epil, 7
+  %gep1356.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1355.i, i64 %.idx1315.i.epil
+  %1447 = load <32 x float>, ptr %gep1356.i.epil, align 4, !tbaa !4
+  %1448 = fadd <32 x float> %tile_sum.rf_global224.sroa.0.0925.i.epil, %1447
+  %indvars.iv.next1193.i.epil = add nuw nsw i64 %indvars.iv1192.i.epil, 1
+  %epil.iter147.next = add i64 %epil.iter147, 1
+  %epil.iter147.cmp.not = icmp eq i64 %epil.iter147.next, %xtraiter146
+  br i1 %epil.iter147.cmp.not, label %for_end_ax180.i, label %for_body_ax179.i.epil, !prof !30, !llvm.loop !58
+
+for_end_ax180.i:                                  ; preds = %for_body_ax179.i.epil, %for_end_ax180.i.loopexit.unr-lcssa, %for_begin_ax178.preheader.i
+  %tile_sum.rf_global224.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax178.preheader.i ], [ %1446, %for_end_ax180.i.loopexit.unr-lcssa ], [ %1448, %for_body_ax179.i.epil ]
+  %1449 = getelementptr inbounds nuw float, ptr %tile_sum229.i, i64 %indvars.iv1197.i
+  %tile_sum.rf225.sroa.0.0.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 0
+  %1450 = fadd float %tile_sum.rf225.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf225.sroa.0.4.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 1
+  %1451 = fadd float %tile_sum.rf225.sroa.0.4.vec.extract.i, %1450
+  %tile_sum.rf225.sroa.0.8.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 2
+  %1452 = fadd float %tile_sum.rf225.sroa.0.8.vec.extract.i, %1451
+  %tile_sum.rf225.sroa.0.12.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 3
+  %1453 = fadd float %tile_sum.rf225.sroa.0.12.vec.extract.i, %1452
+  %tile_sum.rf225.sroa.0.16.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 4
+  %1454 = fadd float %tile_sum.rf225.sroa.0.16.vec.extract.i, %1453
+  %tile_sum.rf225.sroa.0.20.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 5
+  %1455 = fadd float %tile_sum.rf225.sroa.0.20.vec.extract.i, %1454
+  %tile_sum.rf225.sroa.0.24.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 6
+  %1456 = fadd float %tile_sum.rf225.sroa.0.24.vec.extract.i, %1455
+  %tile_sum.rf225.sroa.0.28.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 7
+  %1457 = fadd float %tile_sum.rf225.sroa.0.28.vec.extract.i, %1456
+  %tile_sum.rf225.sroa.0.32.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 8
+  %1458 = fadd float %tile_sum.rf225.sroa.0.32.vec.extract.i, %1457
+  %tile_sum.rf225.sroa.0.36.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 9
+  %1459 = fadd float %tile_sum.rf225.sroa.0.36.vec.extract.i, %1458
+  %tile_sum.rf225.sroa.0.40.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 10
+  %1460 = fadd float %tile_sum.rf225.sroa.0.40.vec.extract.i, %1459
+  %tile_sum.rf225.sroa.0.44.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 11
+  %1461 = fadd float %tile_sum.rf225.sroa.0.44.vec.extract.i, %1460
+  %tile_sum.rf225.sroa.0.48.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 12
+  %1462 = fadd float %tile_sum.rf225.sroa.0.48.vec.extract.i, %1461
+  %tile_sum.rf225.sroa.0.52.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 13
+  %1463 = fadd float %tile_sum.rf225.sroa.0.52.vec.extract.i, %1462
+  %tile_sum.rf225.sroa.0.56.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 14
+  %1464 = fadd float %tile_sum.rf225.sroa.0.56.vec.extract.i, %1463
+  %tile_sum.rf225.sroa.0.60.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 15
+  %1465 = fadd float %tile_sum.rf225.sroa.0.60.vec.extract.i, %1464
+  %tile_sum.rf225.sroa.0.64.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 16
+  %1466 = fadd float %tile_sum.rf225.sroa.0.64.vec.extract.i, %1465
+  %tile_sum.rf225.sroa.0.68.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 17
+  %1467 = fadd float %tile_sum.rf225.sroa.0.68.vec.extract.i, %1466
+  %tile_sum.rf225.sroa.0.72.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 18
+  %1468 = fadd float %tile_sum.rf225.sroa.0.72.vec.extract.i, %1467
+  %tile_sum.rf225.sroa.0.76.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 19
+  %1469 = fadd float %tile_sum.rf225.sroa.0.76.vec.extract.i, %1468
+  %tile_sum.rf225.sroa.0.80.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 20
+  %1470 = fadd float %tile_sum.rf225.sroa.0.80.vec.extract.i, %1469
+  %tile_sum.rf225.sroa.0.84.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 21
+  %1471 = fadd float %tile_sum.rf225.sroa.0.84.vec.extract.i, %1470
+  %tile_sum.rf225.sroa.0.88.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 22
+  %1472 = fadd float %tile_sum.rf225.sroa.0.88.vec.extract.i, %1471
+  %tile_sum.rf225.sroa.0.92.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 23
+  %1473 = fadd float %tile_sum.rf225.sroa.0.92.vec.extract.i, %1472
+  %tile_sum.rf225.sroa.0.96.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 24
+  %1474 = fadd float %tile_sum.rf225.sroa.0.96.vec.extract.i, %1473
+  %tile_sum.rf225.sroa.0.100.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 25
+  %1475 = fadd float %tile_sum.rf225.sroa.0.100.vec.extract.i, %1474
+  %tile_sum.rf225.sroa.0.104.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 26
+  %1476 = fadd float %tile_sum.rf225.sroa.0.104.vec.extract.i, %1475
+  %tile_sum.rf225.sroa.0.108.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 27
+  %1477 = fadd float %tile_sum.rf225.sroa.0.108.vec.extract.i, %1476
+  %tile_sum.rf225.sroa.0.112.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 28
+  %1478 = fadd float %tile_sum.rf225.sroa.0.112.vec.extract.i, %1477
+  %tile_sum.rf225.sroa.0.116.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 29
+  %1479 = fadd float %tile_sum.rf225.sroa.0.116.vec.extract.i, %1478
+  %tile_sum.rf225.sroa.0.120.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 30
+  %1480 = fadd float %tile_sum.rf225.sroa.0.120.vec.extract.i, %1479
+  %tile_sum.rf225.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global224.sroa.0.0.lcssa.i, i64 31
+  %1481 = fadd float %tile_sum.rf225.sroa.0.124.vec.extract.i, %1480
+  store float %1481, ptr %1449, align 4, !tbaa !59
+  %indvars.iv.next1198.i = add nuw nsw i64 %indvars.iv1197.i, 1
+  %exitcond1200.not.i = icmp eq i64 %indvars.iv.next1198.i, 4
+  br i1 %exitcond1200.not.i, label %for_begin_to88.preheader.preheader.i, label %for_begin_ax178.preheader.i, !prof !21
+
+for_begin_to88.preheader.preheader.i:             ; preds = %for_end_ax180.i
+  br i1 %586, label %for_body_to89.i.preheader, label %for_end_to90.3.i, !prof !3
+
+for_body_to89.i.preheader:                        ; preds = %for_begin_to88.preheader.preheader.i
+  br i1 %608, label %for_body_to89.i.epil.preheader, label %for_body_to89.i, !prof !26
+
+for_body_to89.i:                                  ; preds = %for_body_to89.i, %for_body_to89.i.preheader
+  %indvars.iv1201.i = phi i64 [ %indvars.iv.next1202.i.3, %for_body_to89.i ], [ 0, %for_body_to89.i.preheader ]
+  %niter158 = phi i64 [ %niter158.next.3, %for_body_to89.i ], [ 0, %for_body_to89.i.preheader ]
+  %.idx1317.i = shl nsw i64 %indvars.iv1201.i, 7
+  %1482 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1317.i
+  %1483 = load <32 x float>, ptr %1482, align 4, !tbaa !4
+  %1484 = bitcast <32 x float> %1483 to <32 x i32>
+  %1485 = shufflevector <32 x i32> %1484, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1486 = lshr <16 x i32> %1485, splat (i32 16)
+  %1487 = bitcast <32 x float> %1483 to <32 x i32>
+  %1488 = shufflevector <32 x i32> %1487, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1489 = or <16 x i32> %1486, %1488
+  %.idx1318.i = shl nsw i64 %indvars.iv1201.i, 6
+  %1490 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1318.i
+  store <16 x i32> %1489, ptr %1490, align 4, !tbaa !4
+  %indvars.iv.next1202.i = or disjoint i64 %indvars.iv1201.i, 1
+  %.idx1317.i.1 = shl nsw i64 %indvars.iv.next1202.i, 7
+  %1491 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1317.i.1
+  %1492 = load <32 x float>, ptr %1491, align 4, !tbaa !4
+  %1493 = bitcast <32 x float> %1492 to <32 x i32>
+  %1494 = shufflevector <32 x i32> %1493, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1495 = lshr <16 x i32> %1494, splat (i32 16)
+  %1496 = bitcast <32 x float> %1492 to <32 x i32>
+  %1497 = shufflevector <32 x i32> %1496, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1498 = or <16 x i32> %1495, %1497
+  %.idx1318.i.1 = shl nsw i64 %indvars.iv.next1202.i, 6
+  %1499 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1318.i.1
+  store <16 x i32> %1498, ptr %1499, align 4, !tbaa !4
+  %indvars.iv.next1202.i.1 = or disjoint i64 %indvars.iv1201.i, 2
+  %.idx1317.i.2 = shl nsw i64 %indvars.iv.next1202.i.1, 7
+  %1500 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1317.i.2
+  %1501 = load <32 x float>, ptr %1500, align 4, !tbaa !4
+  %1502 = bitcast <32 x float> %1501 to <32 x i32>
+  %1503 = shufflevector <32 x i32> %1502, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1504 = lshr <16 x i32> %1503, splat (i32 16)
+  %1505 = bitcast <32 x float> %1501 to <32 x i32>
+  %1506 = shufflevector <32 x i32> %1505, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1507 = or <16 x i32> %1504, %1506
+  %.idx1318.i.2 = shl nsw i64 %indvars.iv.next1202.i.1, 6
+  %1508 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1318.i.2
+  store <16 x i32> %1507, ptr %1508, align 4, !tbaa !4
+  %indvars.iv.next1202.i.2 = or disjoint i64 %indvars.iv1201.i, 3
+  %.idx1317.i.3 = shl nsw i64 %indvars.iv.next1202.i.2, 7
+  %1509 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1317.i.3
+  %1510 = load <32 x float>, ptr %1509, align 4, !tbaa !4
+  %1511 = bitcast <32 x float> %1510 to <32 x i32>
+  %1512 = shufflevector <32 x i32> %1511, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1513 = lshr <16 x i32> %1512, splat (i32 16)
+  %1514 = bitcast <32 x float> %1510 to <32 x i32>
+  %1515 = shufflevector <32 x i32> %1514, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1516 = or <16 x i32> %1513, %1515
+  %.idx1318.i.3 = shl nsw i64 %indvars.iv.next1202.i.2, 6
+  %1517 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1318.i.3
+  store <16 x i32> %1516, ptr %1517, align 4, !tbaa !4
+  %indvars.iv.next1202.i.3 = add nuw nsw i64 %indvars.iv1201.i, 4
+  %niter158.next.3 = add i64 %niter158, 4
+  %niter158.ncmp.3 = icmp eq i64 %niter158.next.3, %unroll_iter157
+  br i1 %niter158.ncmp.3, label %for_body_to89.1.i.preheader.unr-lcssa, label %for_body_to89.i, !prof !27, !llvm.loop !61
+
+for_body_to89.1.i.preheader.unr-lcssa:            ; preds = %for_body_to89.i
+  br i1 %lcmp.mod155.not, label %for_body_to89.1.i.preheader, label %for_body_to89.i.epil.preheader, !prof !30
+
+for_body_to89.i.epil.preheader:                   ; preds = %for_body_to89.1.i.preheader.unr-lcssa, %for_body_to89.i.preheader
+  %indvars.iv1201.i.epil.init = phi i64 [ 0, %for_body_to89.i.preheader ], [ %indvars.iv.next1202.i.3, %for_body_to89.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod156)
+  br label %for_body_to89.i.epil
+
+for_body_to89.i.epil:                             ; preds = %for_body_to89.i.epil, %for_body_to89.i.epil.preheader
+  %indvars.iv1201.i.epil = phi i64 [ %indvars.iv.next1202.i.epil, %for_body_to89.i.epil ], [ %indvars.iv1201.i.epil.init, %for_body_to89.i.epil.preheader ]
+  %epil.iter154 = phi i64 [ %epil.iter154.next, %for_body_to89.i.epil ], [ 0, %for_body_to89.i.epil.preheader ]
+  %.idx1317.i.epil = shl nsw i64 %indvars.iv1201.i.epil, 7
+  %1518 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1317.i.epil
+  %1519 = load <32 x float>, ptr %1518, align 4, !tbaa !4
+  %1520 = bitcast <32 x float> %1519 to <32 x i32>
+  %1521 = shufflevector <32 x i32> %1520, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1522 = lshr <16 x i32> %1521, splat (i32 16)
+  %1523 = bitcast <32 x float> %1519 to <32 x i32>
+  %1524 = shufflevector <32 x i32> %1523, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1525 = or <16 x i32> %1522, %1524
+  %.idx1318.i.epil = shl nsw i64 %indvars.iv1201.i.epil, 6
+  %1526 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1318.i.epil
+  store <16 x i32> %1525, ptr %1526, align 4, !tbaa !4
+  %indvars.iv.next1202.i.epil = add nuw nsw i64 %indvars.iv1201.i.epil, 1
+  %epil.iter154.next = add i64 %epil.iter154, 1
+  %epil.iter154.cmp.not = icmp eq i64 %epil.iter154.next, %xtraiter153
+  br i1 %epil.iter154.cmp.not, label %for_body_to89.1.i.preheader, label %for_body_to89.i.epil, !prof !31, !llvm.loop !62
+
+for_body_to89.1.i.preheader:                      ; preds = %for_body_to89.i.epil, %for_body_to89.1.i.preheader.unr-lcssa
+  br i1 %609, label %for_body_to89.1.i.epil.preheader, label %for_body_to89.1.i, !prof !26
+
+for_body_to89.1.i:                                ; preds = %for_body_to89.1.i, %for_body_to89.1.i.preheader
+  %indvars.iv1201.1.i = phi i64 [ %indvars.iv.next1202.1.i.3, %for_body_to89.1.i ], [ 0, %for_body_to89.1.i.preheader ]
+  %niter164 = phi i64 [ %niter164.next.3, %for_body_to89.1.i ], [ 0, %for_body_to89.1.i.preheader ]
+  %.idx1319.i = shl nsw i64 %indvars.iv1201.1.i, 7
+  %1527 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1319.i
+  %1528 = getelementptr inbounds nuw i8, ptr %1527, i64 512
+  %1529 = load <32 x float>, ptr %1528, align 4, !tbaa !4
+  %1530 = bitcast <32 x float> %1529 to <32 x i32>
+  %1531 = shufflevector <32 x i32> %1530, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1532 = lshr <16 x i32> %1531, splat (i32 16)
+  %1533 = bitcast <32 x float> %1529 to <32 x i32>
+  %1534 = shufflevector <32 x i32> %1533, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1535 = or <16 x i32> %1532, %1534
+  %.idx1320.i = shl nsw i64 %indvars.iv1201.1.i, 6
+  %1536 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1320.i
+  %1537 = getelementptr inbounds nuw i8, ptr %1536, i64 256
+  store <16 x i32> %1535, ptr %1537, align 4, !tbaa !4
+  %indvars.iv.next1202.1.i = or disjoint i64 %indvars.iv1201.1.i, 1
+  %.idx1319.i.1 = shl nsw i64 %indvars.iv.next1202.1.i, 7
+  %1538 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1319.i.1
+  %1539 = getelementptr inbounds nuw i8, ptr %1538, i64 512
+  %1540 = load <32 x float>, ptr %1539, align 4, !tbaa !4
+  %1541 = bitcast <32 x float> %1540 to <32 x i32>
+  %1542 = shufflevector <32 x i32> %1541, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1543 = lshr <16 x i32> %1542, splat (i32 16)
+  %1544 = bitcast <32 x float> %1540 to <32 x i32>
+  %1545 = shufflevector <32 x i32> %1544, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1546 = or <16 x i32> %1543, %1545
+  %.idx1320.i.1 = shl nsw i64 %indvars.iv.next1202.1.i, 6
+  %1547 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1320.i.1
+  %1548 = getelementptr inbounds nuw i8, ptr %1547, i64 256
+  store <16 x i32> %1546, ptr %1548, align 4, !tbaa !4
+  %indvars.iv.next1202.1.i.1 = or disjoint i64 %indvars.iv1201.1.i, 2
+  %.idx1319.i.2 = shl nsw i64 %indvars.iv.next1202.1.i.1, 7
+  %1549 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1319.i.2
+  %1550 = getelementptr inbounds nuw i8, ptr %1549, i64 512
+  %1551 = load <32 x float>, ptr %1550, align 4, !tbaa !4
+  %1552 = bitcast <32 x float> %1551 to <32 x i32>
+  %1553 = shufflevector <32 x i32> %1552, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1554 = lshr <16 x i32> %1553, splat (i32 16)
+  %1555 = bitcast <32 x float> %1551 to <32 x i32>
+  %1556 = shufflevector <32 x i32> %1555, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1557 = or <16 x i32> %1554, %1556
+  %.idx1320.i.2 = shl nsw i64 %indvars.iv.next1202.1.i.1, 6
+  %1558 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1320.i.2
+  %1559 = getelementptr inbounds nuw i8, ptr %1558, i64 256
+  store <16 x i32> %1557, ptr %1559, align 4, !tbaa !4
+  %indvars.iv.next1202.1.i.2 = or disjoint i64 %indvars.iv1201.1.i, 3
+  %.idx1319.i.3 = shl nsw i64 %indvars.iv.next1202.1.i.2, 7
+  %1560 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1319.i.3
+  %1561 = getelementptr inbounds nuw i8, ptr %1560, i64 512
+  %1562 = load <32 x float>, ptr %1561, align 4, !tbaa !4
+  %1563 = bitcast <32 x float> %1562 to <32 x i32>
+  %1564 = shufflevector <32 x i32> %1563, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1565 = lshr <16 x i32> %1564, splat (i32 16)
+  %1566 = bitcast <32 x float> %1562 to <32 x i32>
+  %1567 = shufflevector <32 x i32> %1566, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1568 = or <16 x i32> %1565, %1567
+  %.idx1320.i.3 = shl nsw i64 %indvars.iv.next1202.1.i.2, 6
+  %1569 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1320.i.3
+  %1570 = getelementptr inbounds nuw i8, ptr %1569, i64 256
+  store <16 x i32> %1568, ptr %1570, align 4, !tbaa !4
+  %indvars.iv.next1202.1.i.3 = add nuw nsw i64 %indvars.iv1201.1.i, 4
+  %niter164.next.3 = add i64 %niter164, 4
+  %niter164.ncmp.3 = icmp eq i64 %niter164.next.3, %unroll_iter163
+  br i1 %niter164.ncmp.3, label %for_body_to89.2.i.preheader.unr-lcssa, label %for_body_to89.1.i, !prof !27, !llvm.loop !63
+
+for_body_to89.2.i.preheader.unr-lcssa:            ; preds = %for_body_to89.1.i
+  br i1 %lcmp.mod161.not, label %for_body_to89.2.i.preheader, label %for_body_to89.1.i.epil.preheader, !prof !30
+
+for_body_to89.1.i.epil.preheader:                 ; preds = %for_body_to89.2.i.preheader.unr-lcssa, %for_body_to89.1.i.preheader
+  %indvars.iv1201.1.i.epil.init = phi i64 [ 0, %for_body_to89.1.i.preheader ], [ %indvars.iv.next1202.1.i.3, %for_body_to89.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod162)
+  br label %for_body_to89.1.i.epil
+
+for_body_to89.1.i.epil:                           ; preds = %for_body_to89.1.i.epil, %for_body_to89.1.i.epil.preheader
+  %indvars.iv1201.1.i.epil = phi i64 [ %indvars.iv.next1202.1.i.epil, %for_body_to89.1.i.epil ], [ %indvars.iv1201.1.i.epil.init, %for_body_to89.1.i.epil.preheader ]
+  %epil.iter160 = phi i64 [ %epil.iter160.next, %for_body_to89.1.i.epil ], [ 0, %for_body_to89.1.i.epil.preheader ]
+  %.idx1319.i.epil = shl nsw i64 %indvars.iv1201.1.i.epil, 7
+  %1571 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1319.i.epil
+  %1572 = getelementptr inbounds nuw i8, ptr %1571, i64 512
+  %1573 = load <32 x float>, ptr %1572, align 4, !tbaa !4
+  %1574 = bitcast <32 x float> %1573 to <32 x i32>
+  %1575 = shufflevector <32 x i32> %1574, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1576 = lshr <16 x i32> %1575, splat (i32 16)
+  %1577 = bitcast <32 x float> %1573 to <32 x i32>
+  %1578 = shufflevector <32 x i32> %1577, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1579 = or <16 x i32> %1576, %1578
+  %.idx1320.i.epil = shl nsw i64 %indvars.iv1201.1.i.epil, 6
+  %1580 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1320.i.epil
+  %1581 = getelementptr inbounds nuw i8, ptr %1580, i64 256
+  store <16 x i32> %1579, ptr %1581, align 4, !tbaa !4
+  %indvars.iv.next1202.1.i.epil = add nuw nsw i64 %indvars.iv1201.1.i.epil, 1
+  %epil.iter160.next = add i64 %epil.iter160, 1
+  %epil.iter160.cmp.not = icmp eq i64 %epil.iter160.next, %xtraiter159
+  br i1 %epil.iter160.cmp.not, label %for_body_to89.2.i.preheader, label %for_body_to89.1.i.epil, !prof !31, !llvm.loop !64
+
+for_body_to89.2.i.preheader:                      ; preds = %for_body_to89.1.i.epil, %for_body_to89.2.i.preheader.unr-lcssa
+  br i1 %610, label %for_body_to89.2.i.epil.preheader, label %for_body_to89.2.i, !prof !26
+
+for_body_to89.2.i:                                ; preds = %for_body_to89.2.i, %for_body_to89.2.i.preheader
+  %indvars.iv1201.2.i = phi i64 [ %indvars.iv.next1202.2.i.3, %for_body_to89.2.i ], [ 0, %for_body_to89.2.i.preheader ]
+  %niter170 = phi i64 [ %niter170.next.3, %for_body_to89.2.i ], [ 0, %for_body_to89.2.i.preheader ]
+  %.idx1321.i = shl nsw i64 %indvars.iv1201.2.i, 7
+  %1582 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1321.i
+  %1583 = getelementptr inbounds nuw i8, ptr %1582, i64 1024
+  %1584 = load <32 x float>, ptr %1583, align 4, !tbaa !4
+  %1585 = bitcast <32 x float> %1584 to <32 x i32>
+  %1586 = shufflevector <32 x i32> %1585, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1587 = lshr <16 x i32> %1586, splat (i32 16)
+  %1588 = bitcast <32 x float> %1584 to <32 x i32>
+  %1589 = shufflevector <32 x i32> %1588, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1590 = or <16 x i32> %1587, %1589
+  %.idx1322.i = shl nsw i64 %indvars.iv1201.2.i, 6
+  %1591 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1322.i
+  %1592 = getelementptr inbounds nuw i8, ptr %1591, i64 512
+  store <16 x i32> %1590, ptr %1592, align 4, !tbaa !4
+  %indvars.iv.next1202.2.i = or disjoint i64 %indvars.iv1201.2.i, 1
+  %.idx1321.i.1 = shl nsw i64 %indvars.iv.next1202.2.i, 7
+  %1593 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1321.i.1
+  %1594 = getelementptr inbounds nuw i8, ptr %1593, i64 1024
+  %1595 = load <32 x float>, ptr %1594, align 4, !tbaa !4
+  %1596 = bitcast <32 x float> %1595 to <32 x i32>
+  %1597 = shufflevector <32 x i32> %1596, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1598 = lshr <16 x i32> %1597, splat (i32 16)
+  %1599 = bitcast <32 x float> %1595 to <32 x i32>
+  %1600 = shufflevector <32 x i32> %1599, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1601 = or <16 x i32> %1598, %1600
+  %.idx1322.i.1 = shl nsw i64 %indvars.iv.next1202.2.i, 6
+  %1602 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1322.i.1
+  %1603 = getelementptr inbounds nuw i8, ptr %1602, i64 512
+  store <16 x i32> %1601, ptr %1603, align 4, !tbaa !4
+  %indvars.iv.next1202.2.i.1 = or disjoint i64 %indvars.iv1201.2.i, 2
+  %.idx1321.i.2 = shl nsw i64 %indvars.iv.next1202.2.i.1, 7
+  %1604 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1321.i.2
+  %1605 = getelementptr inbounds nuw i8, ptr %1604, i64 1024
+  %1606 = load <32 x float>, ptr %1605, align 4, !tbaa !4
+  %1607 = bitcast <32 x float> %1606 to <32 x i32>
+  %1608 = shufflevector <32 x i32> %1607, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1609 = lshr <16 x i32> %1608, splat (i32 16)
+  %1610 = bitcast <32 x float> %1606 to <32 x i32>
+  %1611 = shufflevector <32 x i32> %1610, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1612 = or <16 x i32> %1609, %1611
+  %.idx1322.i.2 = shl nsw i64 %indvars.iv.next1202.2.i.1, 6
+  %1613 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1322.i.2
+  %1614 = getelementptr inbounds nuw i8, ptr %1613, i64 512
+  store <16 x i32> %1612, ptr %1614, align 4, !tbaa !4
+  %indvars.iv.next1202.2.i.2 = or disjoint i64 %indvars.iv1201.2.i, 3
+  %.idx1321.i.3 = shl nsw i64 %indvars.iv.next1202.2.i.2, 7
+  %1615 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1321.i.3
+  %1616 = getelementptr inbounds nuw i8, ptr %1615, i64 1024
+  %1617 = load <32 x float>, ptr %1616, align 4, !tbaa !4
+  %1618 = bitcast <32 x float> %1617 to <32 x i32>
+  %1619 = shufflevector <32 x i32> %1618, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1620 = lshr <16 x i32> %1619, splat (i32 16)
+  %1621 = bitcast <32 x float> %1617 to <32 x i32>
+  %1622 = shufflevector <32 x i32> %1621, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1623 = or <16 x i32> %1620, %1622
+  %.idx1322.i.3 = shl nsw i64 %indvars.iv.next1202.2.i.2, 6
+  %1624 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1322.i.3
+  %1625 = getelementptr inbounds nuw i8, ptr %1624, i64 512
+  store <16 x i32> %1623, ptr %1625, align 4, !tbaa !4
+  %indvars.iv.next1202.2.i.3 = add nuw nsw i64 %indvars.iv1201.2.i, 4
+  %niter170.next.3 = add i64 %niter170, 4
+  %niter170.ncmp.3 = icmp eq i64 %niter170.next.3, %unroll_iter169
+  br i1 %niter170.ncmp.3, label %for_body_to89.3.i.preheader.unr-lcssa, label %for_body_to89.2.i, !prof !27, !llvm.loop !65
+
+for_body_to89.3.i.preheader.unr-lcssa:            ; preds = %for_body_to89.2.i
+  br i1 %lcmp.mod167.not, label %for_body_to89.3.i.preheader, label %for_body_to89.2.i.epil.preheader, !prof !30
+
+for_body_to89.2.i.epil.preheader:                 ; preds = %for_body_to89.3.i.preheader.unr-lcssa, %for_body_to89.2.i.preheader
+  %indvars.iv1201.2.i.epil.init = phi i64 [ 0, %for_body_to89.2.i.preheader ], [ %indvars.iv.next1202.2.i.3, %for_body_to89.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod168)
+  br label %for_body_to89.2.i.epil
+
+for_body_to89.2.i.epil:                           ; preds = %for_body_to89.2.i.epil, %for_body_to89.2.i.epil.preheader
+  %indvars.iv1201.2.i.epil = phi i64 [ %indvars.iv.next1202.2.i.epil, %for_body_to89.2.i.epil ], [ %indvars.iv1201.2.i.epil.init, %for_body_to89.2.i.epil.preheader ]
+  %epil.iter166 = phi i64 [ %epil.iter166.next, %for_body_to89.2.i.epil ], [ 0, %for_body_to89.2.i.epil.preheader ]
+  %.idx1321.i.epil = shl nsw i64 %indvars.iv1201.2.i.epil, 7
+  %1626 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1321.i.epil
+  %1627 = getelementptr inbounds nuw i8, ptr %1626, i64 1024
+  %1628 = load <32 x float>, ptr %1627, align 4, !tbaa !4
+  %1629 = bitcast <32 x float> %1628 to <32 x i32>
+  %1630 = shufflevector <32 x i32> %1629, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1631 = lshr <16 x i32> %1630, splat (i32 16)
+  %1632 = bitcast <32 x float> %1628 to <32 x i32>
+  %1633 = shufflevector <32 x i32> %1632, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1634 = or <16 x i32> %1631, %1633
+  %.idx1322.i.epil = shl nsw i64 %indvars.iv1201.2.i.epil, 6
+  %1635 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1322.i.epil
+  %1636 = getelementptr inbounds nuw i8, ptr %1635, i64 512
+  store <16 x i32> %1634, ptr %1636, align 4, !tbaa !4
+  %indvars.iv.next1202.2.i.epil = add nuw nsw i64 %indvars.iv1201.2.i.epil, 1
+  %epil.iter166.next = add i64 %epil.iter166, 1
+  %epil.iter166.cmp.not = icmp eq i64 %epil.iter166.next, %xtraiter165
+  br i1 %epil.iter166.cmp.not, label %for_body_to89.3.i.preheader, label %for_body_to89.2.i.epil, !prof !31, !llvm.loop !66
+
+for_body_to89.3.i.preheader:                      ; preds = %for_body_to89.2.i.epil, %for_body_to89.3.i.preheader.unr-lcssa
+  br i1 %611, label %for_body_to89.3.i.epil.preheader, label %for_body_to89.3.i, !prof !26
+
+for_body_to89.3.i:                                ; preds = %for_body_to89.3.i, %for_body_to89.3.i.preheader
+  %indvars.iv1201.3.i = phi i64 [ %indvars.iv.next1202.3.i.3, %for_body_to89.3.i ], [ 0, %for_body_to89.3.i.preheader ]
+  %niter176 = phi i64 [ %niter176.next.3, %for_body_to89.3.i ], [ 0, %for_body_to89.3.i.preheader ]
+  %.idx1323.i = shl nsw i64 %indvars.iv1201.3.i, 7
+  %1637 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1323.i
+  %1638 = getelementptr inbounds nuw i8, ptr %1637, i64 1536
+  %1639 = load <32 x float>, ptr %1638, align 4, !tbaa !4
+  %1640 = bitcast <32 x float> %1639 to <32 x i32>
+  %1641 = shufflevector <32 x i32> %1640, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1642 = lshr <16 x i32> %1641, splat (i32 16)
+  %1643 = bitcast <32 x float> %1639 to <32 x i32>
+  %1644 = shufflevector <32 x i32> %1643, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1645 = or <16 x i32> %1642, %1644
+  %.idx1324.i = shl nsw i64 %indvars.iv1201.3.i, 6
+  %1646 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1324.i
+  %1647 = getelementptr inbounds nuw i8, ptr %1646, i64 768
+  store <16 x i32> %1645, ptr %1647, align 4, !tbaa !4
+  %indvars.iv.next1202.3.i = or disjoint i64 %indvars.iv1201.3.i, 1
+  %.idx1323.i.1 = shl nsw i64 %indvars.iv.next1202.3.i, 7
+  %1648 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1323.i.1
+  %1649 = getelementptr inbounds nuw i8, ptr %1648, i64 1536
+  %1650 = load <32 x float>, ptr %1649, align 4, !tbaa !4
+  %1651 = bitcast <32 x float> %1650 to <32 x i32>
+  %1652 = shufflevector <32 x i32> %1651, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1653 = lshr <16 x i32> %1652, splat (i32 16)
+  %1654 = bitcast <32 x float> %1650 to <32 x i32>
+  %1655 = shufflevector <32 x i32> %1654, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1656 = or <16 x i32> %1653, %1655
+  %.idx1324.i.1 = shl nsw i64 %indvars.iv.next1202.3.i, 6
+  %1657 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1324.i.1
+  %1658 = getelementptr inbounds nuw i8, ptr %1657, i64 768
+  store <16 x i32> %1656, ptr %1658, align 4, !tbaa !4
+  %indvars.iv.next1202.3.i.1 = or disjoint i64 %indvars.iv1201.3.i, 2
+  %.idx1323.i.2 = shl nsw i64 %indvars.iv.next1202.3.i.1, 7
+  %1659 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1323.i.2
+  %1660 = getelementptr inbounds nuw i8, ptr %1659, i64 1536
+  %1661 = load <32 x float>, ptr %1660, align 4, !tbaa !4
+  %1662 = bitcast <32 x float> %1661 to <32 x i32>
+  %1663 = shufflevector <32 x i32> %1662, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1664 = lshr <16 x i32> %1663, splat (i32 16)
+  %1665 = bitcast <32 x float> %1661 to <32 x i32>
+  %1666 = shufflevector <32 x i32> %1665, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1667 = or <16 x i32> %1664, %1666
+  %.idx1324.i.2 = shl nsw i64 %indvars.iv.next1202.3.i.1, 6
+  %1668 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1324.i.2
+  %1669 = getelementptr inbounds nuw i8, ptr %1668, i64 768
+  store <16 x i32> %1667, ptr %1669, align 4, !tbaa !4
+  %indvars.iv.next1202.3.i.2 = or disjoint i64 %indvars.iv1201.3.i, 3
+  %.idx1323.i.3 = shl nsw i64 %indvars.iv.next1202.3.i.2, 7
+  %1670 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1323.i.3
+  %1671 = getelementptr inbounds nuw i8, ptr %1670, i64 1536
+  %1672 = load <32 x float>, ptr %1671, align 4, !tbaa !4
+  %1673 = bitcast <32 x float> %1672 to <32 x i32>
+  %1674 = shufflevector <32 x i32> %1673, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1675 = lshr <16 x i32> %1674, splat (i32 16)
+  %1676 = bitcast <32 x float> %1672 to <32 x i32>
+  %1677 = shufflevector <32 x i32> %1676, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1678 = or <16 x i32> %1675, %1677
+  %.idx1324.i.3 = shl nsw i64 %indvars.iv.next1202.3.i.2, 6
+  %1679 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1324.i.3
+  %1680 = getelementptr inbounds nuw i8, ptr %1679, i64 768
+  store <16 x i32> %1678, ptr %1680, align 4, !tbaa !4
+  %indvars.iv.next1202.3.i.3 = add nuw nsw i64 %indvars.iv1201.3.i, 4
+  %niter176.next.3 = add i64 %niter176, 4
+  %niter176.ncmp.3 = icmp eq i64 %niter176.next.3, %unroll_iter175
+  br i1 %niter176.ncmp.3, label %for_end_to90.3.i.loopexit.unr-lcssa, label %for_body_to89.3.i, !prof !27, !llvm.loop !67
+
+for_end_to90.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to89.3.i
+  br i1 %lcmp.mod173.not, label %for_end_to90.3.i, label %for_body_to89.3.i.epil.preheader, !prof !30
+
+for_body_to89.3.i.epil.preheader:                 ; preds = %for_end_to90.3.i.loopexit.unr-lcssa, %for_body_to89.3.i.preheader
+  %indvars.iv1201.3.i.epil.init = phi i64 [ 0, %for_body_to89.3.i.preheader ], [ %indvars.iv.next1202.3.i.3, %for_end_to90.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod174)
+  br label %for_body_to89.3.i.epil
+
+for_body_to89.3.i.epil:                           ; preds = %for_body_to89.3.i.epil, %for_body_to89.3.i.epil.preheader
+  %indvars.iv1201.3.i.epil = phi i64 [ %indvars.iv.next1202.3.i.epil, %for_body_to89.3.i.epil ], [ %indvars.iv1201.3.i.epil.init, %for_body_to89.3.i.epil.preheader ]
+  %epil.iter172 = phi i64 [ %epil.iter172.next, %for_body_to89.3.i.epil ], [ 0, %for_body_to89.3.i.epil.preheader ]
+  %.idx1323.i.epil = shl nsw i64 %indvars.iv1201.3.i.epil, 7
+  %1681 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1323.i.epil
+  %1682 = getelementptr inbounds nuw i8, ptr %1681, i64 1536
+  %1683 = load <32 x float>, ptr %1682, align 4, !tbaa !4
+  %1684 = bitcast <32 x float> %1683 to <32 x i32>
+  %1685 = shufflevector <32 x i32> %1684, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1686 = lshr <16 x i32> %1685, splat (i32 16)
+  %1687 = bitcast <32 x float> %1683 to <32 x i32>
+  %1688 = shufflevector <32 x i32> %1687, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1689 = or <16 x i32> %1686, %1688
+  %.idx1324.i.epil = shl nsw i64 %indvars.iv1201.3.i.epil, 6
+  %1690 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1324.i.epil
+  %1691 = getelementptr inbounds nuw i8, ptr %1690, i64 768
+  store <16 x i32> %1689, ptr %1691, align 4, !tbaa !4
+  %indvars.iv.next1202.3.i.epil = add nuw nsw i64 %indvars.iv1201.3.i.epil, 1
+  %epil.iter172.next = add i64 %epil.iter172, 1
+  %epil.iter172.cmp.not = icmp eq i64 %epil.iter172.next, %xtraiter171
+  br i1 %epil.iter172.cmp.not, label %for_end_to90.3.i, label %for_body_to89.3.i.epil, !prof !31, !llvm.loop !68
+
+for_end_to90.3.i:                                 ; preds = %for_body_to89.3.i.epil, %for_end_to90.3.i.loopexit.unr-lcssa, %for_begin_to88.preheader.preheader.i
+  %1692 = shl nuw nsw i64 %indvars.iv1239.i, 2
+  %1693 = getelementptr inbounds nuw float, ptr %row_max235.i, i64 %1692
+  %1694 = load <4 x float>, ptr %1693, align 16, !tbaa !69
+  %old_max.i = select <4 x i1> %590, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %1694
+  %1695 = getelementptr inbounds nuw float, ptr %row_sum234.i, i64 %1692
+  %1696 = load <4 x float>, ptr %1695, align 16, !tbaa !71
+  %old_sum.i = select <4 x i1> %590, <4 x float> zeroinitializer, <4 x float> %1696
+  %1697 = fcmp ogt <4 x float> %old_max.i, %1130
+  %1698 = load <4 x float>, ptr %tile_sum229.i, align 16, !tbaa !73
+  %1699 = fcmp oeq <4 x float> %1698, zeroinitializer
+  %1700 = select <4 x i1> %1699, <4 x i1> splat (i1 true), <4 x i1> %1697
+  %old_or_both.i = select <4 x i1> %1700, <4 x float> %old_max.i, <4 x float> %1130
+  %1701 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %1701, <4 x float> %1130, <4 x float> %old_or_both.i
+  %arg94.i = fsub <4 x float> %old_max.i, %m.i
+  %cse_v126.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg94.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %1702 = bitcast <4 x float> %cse_v126.i to <4 x i32>
+  %1703 = add nsw <4 x i32> %1702, splat (i32 -1262485504)
+  %1704 = sitofp <4 x i32> %1703 to <4 x float>
+  %1705 = fmul <4 x float> %1704, splat (float 0x3F2BD01060000000)
+  %1706 = fmul <4 x float> %1704, splat (float 0x3FE6300000000000)
+  %1707 = fsub <4 x float> %arg94.i, %1706
+  %1708 = fadd <4 x float> %1705, %1707
+  %1709 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1708, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %1710 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1709, <4 x float> %1708, <4 x float> splat (float 0x3F81112100000000))
+  %1711 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1710, <4 x float> %1708, <4 x float> splat (float 0x3FA5553820000000))
+  %1712 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1711, <4 x float> %1708, <4 x float> splat (float 0x3FC5555540000000))
+  %1713 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1712, <4 x float> %1708, <4 x float> splat (float 5.000000e-01))
+  %1714 = fmul <4 x float> %1708, %1713
+  %1715 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1714, <4 x float> %1708, <4 x float> %1708)
+  %1716 = shl <4 x i32> %1702, splat (i32 23)
+  %1717 = add <4 x i32> %1716, splat (i32 1065353216)
+  %1718 = bitcast <4 x i32> %1717 to <4 x float>
+  %1719 = fadd <4 x float> %1715, splat (float 1.000000e+00)
+  %1720 = fmul <4 x float> %1719, %1718
+  %1721 = fcmp olt <4 x float> %arg94.i, splat (float -8.700000e+01)
+  %1722 = select <4 x i1> %1721, <4 x float> zeroinitializer, <4 x float> %1720
+  %1723 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %1724 = select <4 x i1> %1723, <4 x float> %1722, <4 x float> zeroinitializer
+  %arg108.i = fsub <4 x float> %1130, %m.i
+  %cse_v34.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg108.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %1725 = bitcast <4 x float> %cse_v34.i to <4 x i32>
+  %1726 = add nsw <4 x i32> %1725, splat (i32 -1262485504)
+  %1727 = sitofp <4 x i32> %1726 to <4 x float>
+  %1728 = fmul <4 x float> %1727, splat (float 0x3F2BD01060000000)
+  %1729 = fmul <4 x float> %1727, splat (float 0x3FE6300000000000)
+  %1730 = fsub <4 x float> %arg108.i, %1729
+  %1731 = fadd <4 x float> %1728, %1730
+  %1732 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1731, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %1733 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1732, <4 x float> %1731, <4 x float> splat (float 0x3F81112100000000))
+  %1734 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1733, <4 x float> %1731, <4 x float> splat (float 0x3FA5553820000000))
+  %1735 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1734, <4 x float> %1731, <4 x float> splat (float 0x3FC5555540000000))
+  %1736 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1735, <4 x float> %1731, <4 x float> splat (float 5.000000e-01))
+  %1737 = fmul <4 x float> %1731, %1736
+  %1738 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1737, <4 x float> %1731, <4 x float> %1731)
+  %1739 = shl <4 x i32> %1725, splat (i32 23)
+  %1740 = add <4 x i32> %1739, splat (i32 1065353216)
+  %1741 = bitcast <4 x i32> %1740 to <4 x float>
+  %1742 = fadd <4 x float> %1738, splat (float 1.000000e+00)
+  %1743 = fmul <4 x float> %1742, %1741
+  %1744 = fcmp olt <4 x float> %arg108.i, splat (float -8.700000e+01)
+  %1745 = select <4 x i1> %1744, <4 x float> zeroinitializer, <4 x float> %1743
+  %1746 = fcmp one <4 x float> %1698, zeroinitializer
+  %1747 = select <4 x i1> %1746, <4 x float> %1745, <4 x float> zeroinitializer
+  %1748 = fmul <4 x float> %old_sum.i, %1724
+  %1749 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1747, <4 x float> %1698, <4 x float> %1748)
+  store <4 x float> %m.i, ptr %1693, align 16, !tbaa !69
+  store <4 x float> %1749, ptr %1695, align 16, !tbaa !71
+  %invariant.gep1034.i = getelementptr i32, ptr %value_cache, i64 %v_now.i
+  %1750 = shl nuw nsw i64 %indvars.iv1239.i, 9
+  %1751 = shufflevector <4 x float> %1747, <4 x float> poison, <16 x i32> zeroinitializer
+  %1752 = shufflevector <4 x float> %1724, <4 x float> poison, <16 x i32> zeroinitializer
+  %1753 = shufflevector <4 x float> %1747, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %1754 = shufflevector <4 x float> %1724, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %1755 = shufflevector <4 x float> %1747, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %1756 = shufflevector <4 x float> %1724, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %1757 = shufflevector <4 x float> %1747, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %1758 = shufflevector <4 x float> %1724, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %1759 = mul nsw i64 %ahead_head.i, %v_head
+  %invariant.gep1357.i = getelementptr i32, ptr %prob_pairs.i, i64 %596
+  %1760 = trunc nuw nsw i64 %1750 to i32
+  %1761 = fmul <16 x float> %1752, zeroinitializer
+  %1762 = fmul <16 x float> %1754, zeroinitializer
+  %1763 = fmul <16 x float> %1756, zeroinitializer
+  %1764 = fmul <16 x float> %1758, zeroinitializer
+  br label %for_body_d_0_m.i
+
+for_body_d_0_m.i:                                 ; preds = %if_end148.i, %for_end_to90.3.i
+  %indvars.iv1223.i = phi i64 [ 0, %for_end_to90.3.i ], [ %indvars.iv.next1224.i, %if_end148.i ]
+  %indvars1237.i = trunc i64 %indvars.iv1223.i to i32
+  %1765 = shl nuw nsw i64 %indvars.iv1223.i, 5
+  %1766 = shl nuw nsw i32 %indvars1237.i, 5
+  %gep1035.i = getelementptr i32, ptr %invariant.gep1034.i, i64 %1765
+  br i1 %591, label %for_body_to122.lr.ph.i, label %for_end_to123.i, !prof !3
+
+for_body_to122.lr.ph.i:                           ; preds = %for_body_d_0_m.i
+  %1767 = mul nuw nsw i64 %indvars.iv1223.i, %597
+  br label %for_body_to122.i
+
+for_end_d_0_m.i:                                  ; preds = %if_end148.i
+  %1768 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1769 = tail call i32 %1768(i32 1, i32 %dev_id, ptr nonnull %exact.i)
+  %.not240.i = icmp eq i32 %1769, 0
+  br i1 %.not240.i, label %if_end150.i, label %fused_decode_compute_.exit, !prof !22
+
+for_body_to122.i:                                 ; preds = %for_body_to122.i, %for_body_to122.lr.ph.i
+  %indvars.iv1212.i = phi i64 [ 0, %for_body_to122.lr.ph.i ], [ %indvars.iv.next1213.i, %for_body_to122.i ]
+  %full_acc220.sroa.238.01003.i = phi <16 x float> [ zeroinitializer, %for_body_to122.lr.ph.i ], [ %r.i673.i, %for_body_to122.i ]
+  %full_acc220.sroa.204.01002.i = phi <16 x float> [ zeroinitializer, %for_body_to122.lr.ph.i ], [ %r.i661.i, %for_body_to122.i ]
+  %full_acc220.sroa.170.01001.i = phi <16 x float> [ zeroinitializer, %for_body_to122.lr.ph.i ], [ %r.i670.i, %for_body_to122.i ]
+  %full_acc220.sroa.136.01000.i = phi <16 x float> [ zeroinitializer, %for_body_to122.lr.ph.i ], [ %r.i658.i, %for_body_to122.i ]
+  %full_acc220.sroa.102.0999.i = phi <16 x float> [ zeroinitializer, %for_body_to122.lr.ph.i ], [ %r.i667.i, %for_body_to122.i ]
+  %full_acc220.sroa.0.0998.i = phi <16 x float> [ zeroinitializer, %for_body_to122.lr.ph.i ], [ %r.i652.i, %for_body_to122.i ]
+  %full_acc220.sroa.34.0997.i = phi <16 x float> [ zeroinitializer, %for_body_to122.lr.ph.i ], [ %r.i664.i, %for_body_to122.i ]
+  %full_acc220.sroa.68.0996.i = phi <16 x float> [ zeroinitializer, %for_body_to122.lr.ph.i ], [ %r.i655.i, %for_body_to122.i ]
+  %1770 = add nuw nsw i64 %indvars.iv1212.i, %1767
+  %1771 = trunc i64 %1770 to i32
+  %1772 = shl i32 %1771, 3
+  %1773 = add i32 %1772, %ahead_t.i
+  %1774 = sext i32 %1773 to i64
+  %1775 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1774
+  %1776 = load i64, ptr %1775, align 8, !tbaa !4
+  %1777 = getelementptr i32, ptr %value_cache, i64 %1776
+  %1778 = getelementptr i32, ptr %1777, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1778, i32 0, i32 2, i32 1)
+  %1779 = getelementptr i8, ptr %1777, i64 64
+  %1780 = getelementptr i32, ptr %1779, i64 %1759
   tail call void @llvm.prefetch.p0(ptr readonly %1780, i32 0, i32 2, i32 1)
-  %1781 = getelementptr i8, ptr %1778, i64 320
-  %1782 = getelementptr i32, ptr %1781, i64 %1483
+  %1781 = getelementptr i8, ptr %1777, i64 128
+  %1782 = getelementptr i32, ptr %1781, i64 %1759
   tail call void @llvm.prefetch.p0(ptr readonly %1782, i32 0, i32 2, i32 1)
-  %1783 = getelementptr i8, ptr %1778, i64 384
-  %1784 = getelementptr i32, ptr %1783, i64 %1483
+  %1783 = getelementptr i8, ptr %1777, i64 192
+  %1784 = getelementptr i32, ptr %1783, i64 %1759
   tail call void @llvm.prefetch.p0(ptr readonly %1784, i32 0, i32 2, i32 1)
-  %1785 = getelementptr i8, ptr %1778, i64 448
-  %1786 = getelementptr i32, ptr %1785, i64 %1483
-  tail call void @llvm.prefetch.p0(ptr readonly %1786, i32 0, i32 2, i32 1)
-  %.idx1310.i = shl nsw i64 %indvars.iv1162.i, 6
-  %1787 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1310.i
-  %1788 = load i32, ptr %1787, align 4, !tbaa !4
-  %1789 = insertelement <16 x i32> poison, i32 %1788, i64 0
-  %1790 = shufflevector <16 x i32> %1789, <16 x i32> poison, <16 x i32> zeroinitializer
-  %.idx1311.i = shl nsw i64 %indvars.iv1162.i, 8
-  %1791 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1311.i
-  %1792 = load i64, ptr %1791, align 8, !tbaa !4
-  %gep920.i = getelementptr i32, ptr %gep982.i, i64 %1792
-  %1793 = load <32 x bfloat>, ptr %gep920.i, align 4, !tbaa !4
-  %x.i314.i = bitcast <16 x i32> %1790 to <32 x bfloat>
-  %r.i316.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.0.0905.i, <32 x bfloat> %x.i314.i, <32 x bfloat> %1793)
-  %1794 = getelementptr inbounds nuw i8, ptr %1787, i64 256
-  %1795 = load i32, ptr %1794, align 4, !tbaa !4
-  %1796 = insertelement <16 x i32> poison, i32 %1795, i64 0
-  %1797 = shufflevector <16 x i32> %1796, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i317.i = bitcast <16 x i32> %1797 to <32 x bfloat>
-  %r.i319.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.68.0903.i, <32 x bfloat> %x.i317.i, <32 x bfloat> %1793)
-  %1798 = getelementptr inbounds nuw i8, ptr %1787, i64 512
-  %1799 = load i32, ptr %1798, align 4, !tbaa !4
-  %1800 = insertelement <16 x i32> poison, i32 %1799, i64 0
-  %1801 = shufflevector <16 x i32> %1800, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i320.i = bitcast <16 x i32> %1801 to <32 x bfloat>
-  %r.i322.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.136.0901.i, <32 x bfloat> %x.i320.i, <32 x bfloat> %1793)
-  %1802 = getelementptr inbounds nuw i8, ptr %1787, i64 768
-  %1803 = load i32, ptr %1802, align 4, !tbaa !4
-  %1804 = insertelement <16 x i32> poison, i32 %1803, i64 0
-  %1805 = shufflevector <16 x i32> %1804, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i323.i = bitcast <16 x i32> %1805 to <32 x bfloat>
-  %r.i325.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.204.0906.i, <32 x bfloat> %x.i323.i, <32 x bfloat> %1793)
-  %1806 = getelementptr i8, ptr %gep920.i, i64 64
-  %1807 = load <32 x bfloat>, ptr %1806, align 4, !tbaa !4
-  %r.i328.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.34.0904.i, <32 x bfloat> %x.i314.i, <32 x bfloat> %1807)
-  %r.i331.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.102.0902.i, <32 x bfloat> %x.i317.i, <32 x bfloat> %1807)
-  %r.i334.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.170.0900.i, <32 x bfloat> %x.i320.i, <32 x bfloat> %1807)
-  %r.i337.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc_global247.sroa.238.0907.i, <32 x bfloat> %x.i323.i, <32 x bfloat> %1807)
-  %1808 = getelementptr inbounds nuw i8, ptr %1787, i64 4
-  %1809 = load i32, ptr %1808, align 4, !tbaa !4
-  %1810 = insertelement <16 x i32> poison, i32 %1809, i64 0
-  %1811 = shufflevector <16 x i32> %1810, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1812 = getelementptr inbounds nuw i8, ptr %1791, i64 16
-  %1813 = load i64, ptr %1812, align 8, !tbaa !4
-  %gep924.i = getelementptr i32, ptr %gep982.i, i64 %1813
-  %1814 = load <32 x bfloat>, ptr %gep924.i, align 4, !tbaa !4
-  %x.i338.i = bitcast <16 x i32> %1811 to <32 x bfloat>
-  %r.i340.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i316.i, <32 x bfloat> %x.i338.i, <32 x bfloat> %1814)
-  %1815 = getelementptr inbounds nuw i8, ptr %1787, i64 260
-  %1816 = load i32, ptr %1815, align 4, !tbaa !4
-  %1817 = insertelement <16 x i32> poison, i32 %1816, i64 0
-  %1818 = shufflevector <16 x i32> %1817, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i341.i = bitcast <16 x i32> %1818 to <32 x bfloat>
-  %r.i343.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i319.i, <32 x bfloat> %x.i341.i, <32 x bfloat> %1814)
-  %1819 = getelementptr inbounds nuw i8, ptr %1787, i64 516
-  %1820 = load i32, ptr %1819, align 4, !tbaa !4
-  %1821 = insertelement <16 x i32> poison, i32 %1820, i64 0
-  %1822 = shufflevector <16 x i32> %1821, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i344.i = bitcast <16 x i32> %1822 to <32 x bfloat>
-  %r.i346.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i322.i, <32 x bfloat> %x.i344.i, <32 x bfloat> %1814)
-  %1823 = getelementptr inbounds nuw i8, ptr %1787, i64 772
-  %1824 = load i32, ptr %1823, align 4, !tbaa !4
-  %1825 = insertelement <16 x i32> poison, i32 %1824, i64 0
-  %1826 = shufflevector <16 x i32> %1825, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i347.i = bitcast <16 x i32> %1826 to <32 x bfloat>
-  %r.i349.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i325.i, <32 x bfloat> %x.i347.i, <32 x bfloat> %1814)
-  %1827 = getelementptr i8, ptr %gep924.i, i64 64
-  %1828 = load <32 x bfloat>, ptr %1827, align 4, !tbaa !4
-  %r.i352.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i328.i, <32 x bfloat> %x.i338.i, <32 x bfloat> %1828)
-  %r.i355.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i331.i, <32 x bfloat> %x.i341.i, <32 x bfloat> %1828)
-  %r.i358.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i334.i, <32 x bfloat> %x.i344.i, <32 x bfloat> %1828)
-  %r.i361.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i337.i, <32 x bfloat> %x.i347.i, <32 x bfloat> %1828)
-  %1829 = getelementptr inbounds nuw i8, ptr %1787, i64 8
-  %1830 = load i32, ptr %1829, align 4, !tbaa !4
-  %1831 = insertelement <16 x i32> poison, i32 %1830, i64 0
-  %1832 = shufflevector <16 x i32> %1831, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1833 = getelementptr inbounds nuw i8, ptr %1791, i64 32
-  %1834 = load i64, ptr %1833, align 8, !tbaa !4
-  %gep928.i = getelementptr i32, ptr %gep982.i, i64 %1834
-  %1835 = load <32 x bfloat>, ptr %gep928.i, align 4, !tbaa !4
-  %x.i362.i = bitcast <16 x i32> %1832 to <32 x bfloat>
-  %r.i364.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i340.i, <32 x bfloat> %x.i362.i, <32 x bfloat> %1835)
-  %1836 = getelementptr inbounds nuw i8, ptr %1787, i64 264
-  %1837 = load i32, ptr %1836, align 4, !tbaa !4
-  %1838 = insertelement <16 x i32> poison, i32 %1837, i64 0
-  %1839 = shufflevector <16 x i32> %1838, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i365.i = bitcast <16 x i32> %1839 to <32 x bfloat>
-  %r.i367.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i343.i, <32 x bfloat> %x.i365.i, <32 x bfloat> %1835)
-  %1840 = getelementptr inbounds nuw i8, ptr %1787, i64 520
-  %1841 = load i32, ptr %1840, align 4, !tbaa !4
-  %1842 = insertelement <16 x i32> poison, i32 %1841, i64 0
-  %1843 = shufflevector <16 x i32> %1842, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i368.i = bitcast <16 x i32> %1843 to <32 x bfloat>
-  %r.i370.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i346.i, <32 x bfloat> %x.i368.i, <32 x bfloat> %1835)
-  %1844 = getelementptr inbounds nuw i8, ptr %1787, i64 776
-  %1845 = load i32, ptr %1844, align 4, !tbaa !4
-  %1846 = insertelement <16 x i32> poison, i32 %1845, i64 0
-  %1847 = shufflevector <16 x i32> %1846, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i371.i = bitcast <16 x i32> %1847 to <32 x bfloat>
-  %r.i373.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i349.i, <32 x bfloat> %x.i371.i, <32 x bfloat> %1835)
-  %1848 = getelementptr i8, ptr %gep928.i, i64 64
-  %1849 = load <32 x bfloat>, ptr %1848, align 4, !tbaa !4
-  %r.i376.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i352.i, <32 x bfloat> %x.i362.i, <32 x bfloat> %1849)
-  %r.i379.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i355.i, <32 x bfloat> %x.i365.i, <32 x bfloat> %1849)
-  %r.i382.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i358.i, <32 x bfloat> %x.i368.i, <32 x bfloat> %1849)
-  %r.i385.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i361.i, <32 x bfloat> %x.i371.i, <32 x bfloat> %1849)
-  %1850 = getelementptr inbounds nuw i8, ptr %1787, i64 12
-  %1851 = load i32, ptr %1850, align 4, !tbaa !4
-  %1852 = insertelement <16 x i32> poison, i32 %1851, i64 0
-  %1853 = shufflevector <16 x i32> %1852, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1854 = getelementptr inbounds nuw i8, ptr %1791, i64 48
-  %1855 = load i64, ptr %1854, align 8, !tbaa !4
-  %gep932.i = getelementptr i32, ptr %gep982.i, i64 %1855
-  %1856 = load <32 x bfloat>, ptr %gep932.i, align 4, !tbaa !4
-  %x.i386.i = bitcast <16 x i32> %1853 to <32 x bfloat>
-  %r.i388.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i364.i, <32 x bfloat> %x.i386.i, <32 x bfloat> %1856)
-  %1857 = getelementptr inbounds nuw i8, ptr %1787, i64 268
-  %1858 = load i32, ptr %1857, align 4, !tbaa !4
-  %1859 = insertelement <16 x i32> poison, i32 %1858, i64 0
-  %1860 = shufflevector <16 x i32> %1859, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i389.i = bitcast <16 x i32> %1860 to <32 x bfloat>
-  %r.i391.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i367.i, <32 x bfloat> %x.i389.i, <32 x bfloat> %1856)
-  %1861 = getelementptr inbounds nuw i8, ptr %1787, i64 524
-  %1862 = load i32, ptr %1861, align 4, !tbaa !4
-  %1863 = insertelement <16 x i32> poison, i32 %1862, i64 0
-  %1864 = shufflevector <16 x i32> %1863, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i392.i = bitcast <16 x i32> %1864 to <32 x bfloat>
-  %r.i394.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i370.i, <32 x bfloat> %x.i392.i, <32 x bfloat> %1856)
-  %1865 = getelementptr inbounds nuw i8, ptr %1787, i64 780
-  %1866 = load i32, ptr %1865, align 4, !tbaa !4
-  %1867 = insertelement <16 x i32> poison, i32 %1866, i64 0
-  %1868 = shufflevector <16 x i32> %1867, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i395.i = bitcast <16 x i32> %1868 to <32 x bfloat>
-  %r.i397.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i373.i, <32 x bfloat> %x.i395.i, <32 x bfloat> %1856)
-  %1869 = getelementptr i8, ptr %gep932.i, i64 64
-  %1870 = load <32 x bfloat>, ptr %1869, align 4, !tbaa !4
-  %r.i400.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i376.i, <32 x bfloat> %x.i386.i, <32 x bfloat> %1870)
-  %r.i403.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i379.i, <32 x bfloat> %x.i389.i, <32 x bfloat> %1870)
-  %r.i406.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i382.i, <32 x bfloat> %x.i392.i, <32 x bfloat> %1870)
-  %r.i409.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i385.i, <32 x bfloat> %x.i395.i, <32 x bfloat> %1870)
-  %1871 = getelementptr inbounds nuw i8, ptr %1787, i64 16
-  %1872 = load i32, ptr %1871, align 4, !tbaa !4
-  %1873 = insertelement <16 x i32> poison, i32 %1872, i64 0
-  %1874 = shufflevector <16 x i32> %1873, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1875 = getelementptr inbounds nuw i8, ptr %1791, i64 64
-  %1876 = load i64, ptr %1875, align 8, !tbaa !4
-  %gep936.i = getelementptr i32, ptr %gep982.i, i64 %1876
-  %1877 = load <32 x bfloat>, ptr %gep936.i, align 4, !tbaa !4
-  %x.i410.i = bitcast <16 x i32> %1874 to <32 x bfloat>
-  %r.i412.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i388.i, <32 x bfloat> %x.i410.i, <32 x bfloat> %1877)
-  %1878 = getelementptr inbounds nuw i8, ptr %1787, i64 272
-  %1879 = load i32, ptr %1878, align 4, !tbaa !4
-  %1880 = insertelement <16 x i32> poison, i32 %1879, i64 0
-  %1881 = shufflevector <16 x i32> %1880, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i413.i = bitcast <16 x i32> %1881 to <32 x bfloat>
-  %r.i415.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i391.i, <32 x bfloat> %x.i413.i, <32 x bfloat> %1877)
-  %1882 = getelementptr inbounds nuw i8, ptr %1787, i64 528
-  %1883 = load i32, ptr %1882, align 4, !tbaa !4
-  %1884 = insertelement <16 x i32> poison, i32 %1883, i64 0
-  %1885 = shufflevector <16 x i32> %1884, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i416.i = bitcast <16 x i32> %1885 to <32 x bfloat>
-  %r.i418.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i394.i, <32 x bfloat> %x.i416.i, <32 x bfloat> %1877)
-  %1886 = getelementptr inbounds nuw i8, ptr %1787, i64 784
-  %1887 = load i32, ptr %1886, align 4, !tbaa !4
-  %1888 = insertelement <16 x i32> poison, i32 %1887, i64 0
-  %1889 = shufflevector <16 x i32> %1888, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i419.i = bitcast <16 x i32> %1889 to <32 x bfloat>
-  %r.i421.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i397.i, <32 x bfloat> %x.i419.i, <32 x bfloat> %1877)
-  %1890 = getelementptr i8, ptr %gep936.i, i64 64
-  %1891 = load <32 x bfloat>, ptr %1890, align 4, !tbaa !4
-  %r.i424.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i400.i, <32 x bfloat> %x.i410.i, <32 x bfloat> %1891)
-  %r.i427.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i403.i, <32 x bfloat> %x.i413.i, <32 x bfloat> %1891)
-  %r.i430.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i406.i, <32 x bfloat> %x.i416.i, <32 x bfloat> %1891)
-  %r.i433.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i409.i, <32 x bfloat> %x.i419.i, <32 x bfloat> %1891)
-  %1892 = getelementptr inbounds nuw i8, ptr %1787, i64 20
-  %1893 = load i32, ptr %1892, align 4, !tbaa !4
-  %1894 = insertelement <16 x i32> poison, i32 %1893, i64 0
-  %1895 = shufflevector <16 x i32> %1894, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1896 = getelementptr inbounds nuw i8, ptr %1791, i64 80
-  %1897 = load i64, ptr %1896, align 8, !tbaa !4
-  %gep940.i = getelementptr i32, ptr %gep982.i, i64 %1897
-  %1898 = load <32 x bfloat>, ptr %gep940.i, align 4, !tbaa !4
-  %x.i434.i = bitcast <16 x i32> %1895 to <32 x bfloat>
-  %r.i436.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i412.i, <32 x bfloat> %x.i434.i, <32 x bfloat> %1898)
-  %1899 = getelementptr inbounds nuw i8, ptr %1787, i64 276
-  %1900 = load i32, ptr %1899, align 4, !tbaa !4
-  %1901 = insertelement <16 x i32> poison, i32 %1900, i64 0
-  %1902 = shufflevector <16 x i32> %1901, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i437.i = bitcast <16 x i32> %1902 to <32 x bfloat>
-  %r.i439.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i415.i, <32 x bfloat> %x.i437.i, <32 x bfloat> %1898)
-  %1903 = getelementptr inbounds nuw i8, ptr %1787, i64 532
-  %1904 = load i32, ptr %1903, align 4, !tbaa !4
-  %1905 = insertelement <16 x i32> poison, i32 %1904, i64 0
-  %1906 = shufflevector <16 x i32> %1905, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i440.i = bitcast <16 x i32> %1906 to <32 x bfloat>
-  %r.i442.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i418.i, <32 x bfloat> %x.i440.i, <32 x bfloat> %1898)
-  %1907 = getelementptr inbounds nuw i8, ptr %1787, i64 788
-  %1908 = load i32, ptr %1907, align 4, !tbaa !4
-  %1909 = insertelement <16 x i32> poison, i32 %1908, i64 0
-  %1910 = shufflevector <16 x i32> %1909, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i443.i = bitcast <16 x i32> %1910 to <32 x bfloat>
-  %r.i445.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i421.i, <32 x bfloat> %x.i443.i, <32 x bfloat> %1898)
-  %1911 = getelementptr i8, ptr %gep940.i, i64 64
-  %1912 = load <32 x bfloat>, ptr %1911, align 4, !tbaa !4
-  %r.i448.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i424.i, <32 x bfloat> %x.i434.i, <32 x bfloat> %1912)
-  %r.i451.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i427.i, <32 x bfloat> %x.i437.i, <32 x bfloat> %1912)
-  %r.i454.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i430.i, <32 x bfloat> %x.i440.i, <32 x bfloat> %1912)
-  %r.i457.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i433.i, <32 x bfloat> %x.i443.i, <32 x bfloat> %1912)
-  %1913 = getelementptr inbounds nuw i8, ptr %1787, i64 24
-  %1914 = load i32, ptr %1913, align 4, !tbaa !4
-  %1915 = insertelement <16 x i32> poison, i32 %1914, i64 0
-  %1916 = shufflevector <16 x i32> %1915, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1917 = getelementptr inbounds nuw i8, ptr %1791, i64 96
-  %1918 = load i64, ptr %1917, align 8, !tbaa !4
-  %gep944.i = getelementptr i32, ptr %gep982.i, i64 %1918
-  %1919 = load <32 x bfloat>, ptr %gep944.i, align 4, !tbaa !4
-  %x.i458.i = bitcast <16 x i32> %1916 to <32 x bfloat>
-  %r.i460.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i436.i, <32 x bfloat> %x.i458.i, <32 x bfloat> %1919)
-  %1920 = getelementptr inbounds nuw i8, ptr %1787, i64 280
-  %1921 = load i32, ptr %1920, align 4, !tbaa !4
-  %1922 = insertelement <16 x i32> poison, i32 %1921, i64 0
-  %1923 = shufflevector <16 x i32> %1922, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i461.i = bitcast <16 x i32> %1923 to <32 x bfloat>
-  %r.i463.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i439.i, <32 x bfloat> %x.i461.i, <32 x bfloat> %1919)
-  %1924 = getelementptr inbounds nuw i8, ptr %1787, i64 536
-  %1925 = load i32, ptr %1924, align 4, !tbaa !4
-  %1926 = insertelement <16 x i32> poison, i32 %1925, i64 0
-  %1927 = shufflevector <16 x i32> %1926, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i464.i = bitcast <16 x i32> %1927 to <32 x bfloat>
-  %r.i466.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i442.i, <32 x bfloat> %x.i464.i, <32 x bfloat> %1919)
-  %1928 = getelementptr inbounds nuw i8, ptr %1787, i64 792
-  %1929 = load i32, ptr %1928, align 4, !tbaa !4
-  %1930 = insertelement <16 x i32> poison, i32 %1929, i64 0
-  %1931 = shufflevector <16 x i32> %1930, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i467.i = bitcast <16 x i32> %1931 to <32 x bfloat>
-  %r.i469.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i445.i, <32 x bfloat> %x.i467.i, <32 x bfloat> %1919)
-  %1932 = getelementptr i8, ptr %gep944.i, i64 64
-  %1933 = load <32 x bfloat>, ptr %1932, align 4, !tbaa !4
-  %r.i472.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i448.i, <32 x bfloat> %x.i458.i, <32 x bfloat> %1933)
-  %r.i475.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i451.i, <32 x bfloat> %x.i461.i, <32 x bfloat> %1933)
-  %r.i478.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i454.i, <32 x bfloat> %x.i464.i, <32 x bfloat> %1933)
-  %r.i481.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i457.i, <32 x bfloat> %x.i467.i, <32 x bfloat> %1933)
-  %1934 = getelementptr inbounds nuw i8, ptr %1787, i64 28
-  %1935 = load i32, ptr %1934, align 4, !tbaa !4
-  %1936 = insertelement <16 x i32> poison, i32 %1935, i64 0
-  %1937 = shufflevector <16 x i32> %1936, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1938 = getelementptr inbounds nuw i8, ptr %1791, i64 112
-  %1939 = load i64, ptr %1938, align 8, !tbaa !4
-  %gep948.i = getelementptr i32, ptr %gep982.i, i64 %1939
-  %1940 = load <32 x bfloat>, ptr %gep948.i, align 4, !tbaa !4
-  %x.i482.i = bitcast <16 x i32> %1937 to <32 x bfloat>
-  %r.i484.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i460.i, <32 x bfloat> %x.i482.i, <32 x bfloat> %1940)
-  %1941 = getelementptr inbounds nuw i8, ptr %1787, i64 284
-  %1942 = load i32, ptr %1941, align 4, !tbaa !4
-  %1943 = insertelement <16 x i32> poison, i32 %1942, i64 0
-  %1944 = shufflevector <16 x i32> %1943, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i485.i = bitcast <16 x i32> %1944 to <32 x bfloat>
-  %r.i487.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i463.i, <32 x bfloat> %x.i485.i, <32 x bfloat> %1940)
-  %1945 = getelementptr inbounds nuw i8, ptr %1787, i64 540
-  %1946 = load i32, ptr %1945, align 4, !tbaa !4
-  %1947 = insertelement <16 x i32> poison, i32 %1946, i64 0
-  %1948 = shufflevector <16 x i32> %1947, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i488.i = bitcast <16 x i32> %1948 to <32 x bfloat>
-  %r.i490.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i466.i, <32 x bfloat> %x.i488.i, <32 x bfloat> %1940)
-  %1949 = getelementptr inbounds nuw i8, ptr %1787, i64 796
-  %1950 = load i32, ptr %1949, align 4, !tbaa !4
-  %1951 = insertelement <16 x i32> poison, i32 %1950, i64 0
-  %1952 = shufflevector <16 x i32> %1951, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i491.i = bitcast <16 x i32> %1952 to <32 x bfloat>
-  %r.i493.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i469.i, <32 x bfloat> %x.i491.i, <32 x bfloat> %1940)
-  %1953 = getelementptr i8, ptr %gep948.i, i64 64
-  %1954 = load <32 x bfloat>, ptr %1953, align 4, !tbaa !4
-  %r.i496.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i472.i, <32 x bfloat> %x.i482.i, <32 x bfloat> %1954)
-  %r.i499.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i475.i, <32 x bfloat> %x.i485.i, <32 x bfloat> %1954)
-  %r.i502.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i478.i, <32 x bfloat> %x.i488.i, <32 x bfloat> %1954)
-  %r.i505.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i481.i, <32 x bfloat> %x.i491.i, <32 x bfloat> %1954)
-  %1955 = getelementptr inbounds nuw i8, ptr %1787, i64 32
-  %1956 = load i32, ptr %1955, align 4, !tbaa !4
-  %1957 = insertelement <16 x i32> poison, i32 %1956, i64 0
-  %1958 = shufflevector <16 x i32> %1957, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1959 = getelementptr inbounds nuw i8, ptr %1791, i64 128
-  %1960 = load i64, ptr %1959, align 8, !tbaa !4
-  %gep952.i = getelementptr i32, ptr %gep982.i, i64 %1960
-  %1961 = load <32 x bfloat>, ptr %gep952.i, align 4, !tbaa !4
-  %x.i506.i = bitcast <16 x i32> %1958 to <32 x bfloat>
-  %r.i508.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i484.i, <32 x bfloat> %x.i506.i, <32 x bfloat> %1961)
-  %1962 = getelementptr inbounds nuw i8, ptr %1787, i64 288
-  %1963 = load i32, ptr %1962, align 4, !tbaa !4
-  %1964 = insertelement <16 x i32> poison, i32 %1963, i64 0
-  %1965 = shufflevector <16 x i32> %1964, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i509.i = bitcast <16 x i32> %1965 to <32 x bfloat>
-  %r.i511.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i487.i, <32 x bfloat> %x.i509.i, <32 x bfloat> %1961)
-  %1966 = getelementptr inbounds nuw i8, ptr %1787, i64 544
-  %1967 = load i32, ptr %1966, align 4, !tbaa !4
-  %1968 = insertelement <16 x i32> poison, i32 %1967, i64 0
-  %1969 = shufflevector <16 x i32> %1968, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i512.i = bitcast <16 x i32> %1969 to <32 x bfloat>
-  %r.i514.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i490.i, <32 x bfloat> %x.i512.i, <32 x bfloat> %1961)
-  %1970 = getelementptr inbounds nuw i8, ptr %1787, i64 800
-  %1971 = load i32, ptr %1970, align 4, !tbaa !4
-  %1972 = insertelement <16 x i32> poison, i32 %1971, i64 0
-  %1973 = shufflevector <16 x i32> %1972, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i515.i = bitcast <16 x i32> %1973 to <32 x bfloat>
-  %r.i517.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i493.i, <32 x bfloat> %x.i515.i, <32 x bfloat> %1961)
-  %1974 = getelementptr i8, ptr %gep952.i, i64 64
-  %1975 = load <32 x bfloat>, ptr %1974, align 4, !tbaa !4
-  %r.i520.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i496.i, <32 x bfloat> %x.i506.i, <32 x bfloat> %1975)
-  %r.i523.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i499.i, <32 x bfloat> %x.i509.i, <32 x bfloat> %1975)
-  %r.i526.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i502.i, <32 x bfloat> %x.i512.i, <32 x bfloat> %1975)
-  %r.i529.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i505.i, <32 x bfloat> %x.i515.i, <32 x bfloat> %1975)
-  %1976 = getelementptr inbounds nuw i8, ptr %1787, i64 36
-  %1977 = load i32, ptr %1976, align 4, !tbaa !4
-  %1978 = insertelement <16 x i32> poison, i32 %1977, i64 0
-  %1979 = shufflevector <16 x i32> %1978, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1980 = getelementptr inbounds nuw i8, ptr %1791, i64 144
-  %1981 = load i64, ptr %1980, align 8, !tbaa !4
-  %gep956.i = getelementptr i32, ptr %gep982.i, i64 %1981
-  %1982 = load <32 x bfloat>, ptr %gep956.i, align 4, !tbaa !4
-  %x.i530.i = bitcast <16 x i32> %1979 to <32 x bfloat>
-  %r.i532.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i508.i, <32 x bfloat> %x.i530.i, <32 x bfloat> %1982)
-  %1983 = getelementptr inbounds nuw i8, ptr %1787, i64 292
-  %1984 = load i32, ptr %1983, align 4, !tbaa !4
-  %1985 = insertelement <16 x i32> poison, i32 %1984, i64 0
-  %1986 = shufflevector <16 x i32> %1985, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i533.i = bitcast <16 x i32> %1986 to <32 x bfloat>
-  %r.i535.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i511.i, <32 x bfloat> %x.i533.i, <32 x bfloat> %1982)
-  %1987 = getelementptr inbounds nuw i8, ptr %1787, i64 548
-  %1988 = load i32, ptr %1987, align 4, !tbaa !4
-  %1989 = insertelement <16 x i32> poison, i32 %1988, i64 0
-  %1990 = shufflevector <16 x i32> %1989, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i536.i = bitcast <16 x i32> %1990 to <32 x bfloat>
-  %r.i538.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i514.i, <32 x bfloat> %x.i536.i, <32 x bfloat> %1982)
-  %1991 = getelementptr inbounds nuw i8, ptr %1787, i64 804
-  %1992 = load i32, ptr %1991, align 4, !tbaa !4
-  %1993 = insertelement <16 x i32> poison, i32 %1992, i64 0
-  %1994 = shufflevector <16 x i32> %1993, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i539.i = bitcast <16 x i32> %1994 to <32 x bfloat>
-  %r.i541.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i517.i, <32 x bfloat> %x.i539.i, <32 x bfloat> %1982)
-  %1995 = getelementptr i8, ptr %gep956.i, i64 64
-  %1996 = load <32 x bfloat>, ptr %1995, align 4, !tbaa !4
-  %r.i544.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i520.i, <32 x bfloat> %x.i530.i, <32 x bfloat> %1996)
-  %r.i547.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i523.i, <32 x bfloat> %x.i533.i, <32 x bfloat> %1996)
-  %r.i550.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i526.i, <32 x bfloat> %x.i536.i, <32 x bfloat> %1996)
-  %r.i553.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i529.i, <32 x bfloat> %x.i539.i, <32 x bfloat> %1996)
-  %1997 = getelementptr inbounds nuw i8, ptr %1787, i64 40
-  %1998 = load i32, ptr %1997, align 4, !tbaa !4
-  %1999 = insertelement <16 x i32> poison, i32 %1998, i64 0
-  %2000 = shufflevector <16 x i32> %1999, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2001 = getelementptr inbounds nuw i8, ptr %1791, i64 160
-  %2002 = load i64, ptr %2001, align 8, !tbaa !4
-  %gep960.i = getelementptr i32, ptr %gep982.i, i64 %2002
-  %2003 = load <32 x bfloat>, ptr %gep960.i, align 4, !tbaa !4
-  %x.i554.i = bitcast <16 x i32> %2000 to <32 x bfloat>
-  %r.i556.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i532.i, <32 x bfloat> %x.i554.i, <32 x bfloat> %2003)
-  %2004 = getelementptr inbounds nuw i8, ptr %1787, i64 296
-  %2005 = load i32, ptr %2004, align 4, !tbaa !4
-  %2006 = insertelement <16 x i32> poison, i32 %2005, i64 0
-  %2007 = shufflevector <16 x i32> %2006, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i557.i = bitcast <16 x i32> %2007 to <32 x bfloat>
-  %r.i559.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i535.i, <32 x bfloat> %x.i557.i, <32 x bfloat> %2003)
-  %2008 = getelementptr inbounds nuw i8, ptr %1787, i64 552
-  %2009 = load i32, ptr %2008, align 4, !tbaa !4
-  %2010 = insertelement <16 x i32> poison, i32 %2009, i64 0
-  %2011 = shufflevector <16 x i32> %2010, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i560.i = bitcast <16 x i32> %2011 to <32 x bfloat>
-  %r.i562.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i538.i, <32 x bfloat> %x.i560.i, <32 x bfloat> %2003)
-  %2012 = getelementptr inbounds nuw i8, ptr %1787, i64 808
-  %2013 = load i32, ptr %2012, align 4, !tbaa !4
-  %2014 = insertelement <16 x i32> poison, i32 %2013, i64 0
-  %2015 = shufflevector <16 x i32> %2014, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i563.i = bitcast <16 x i32> %2015 to <32 x bfloat>
-  %r.i565.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i541.i, <32 x bfloat> %x.i563.i, <32 x bfloat> %2003)
-  %2016 = getelementptr i8, ptr %gep960.i, i64 64
-  %2017 = load <32 x bfloat>, ptr %2016, align 4, !tbaa !4
-  %r.i568.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i544.i, <32 x bfloat> %x.i554.i, <32 x bfloat> %2017)
-  %r.i571.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i547.i, <32 x bfloat> %x.i557.i, <32 x bfloat> %2017)
-  %r.i574.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i550.i, <32 x bfloat> %x.i560.i, <32 x bfloat> %2017)
-  %r.i577.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i553.i, <32 x bfloat> %x.i563.i, <32 x bfloat> %2017)
-  %2018 = getelementptr inbounds nuw i8, ptr %1787, i64 44
-  %2019 = load i32, ptr %2018, align 4, !tbaa !4
-  %2020 = insertelement <16 x i32> poison, i32 %2019, i64 0
-  %2021 = shufflevector <16 x i32> %2020, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2022 = getelementptr inbounds nuw i8, ptr %1791, i64 176
-  %2023 = load i64, ptr %2022, align 8, !tbaa !4
-  %gep964.i = getelementptr i32, ptr %gep982.i, i64 %2023
-  %2024 = load <32 x bfloat>, ptr %gep964.i, align 4, !tbaa !4
-  %x.i578.i = bitcast <16 x i32> %2021 to <32 x bfloat>
-  %r.i580.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i556.i, <32 x bfloat> %x.i578.i, <32 x bfloat> %2024)
-  %2025 = getelementptr inbounds nuw i8, ptr %1787, i64 300
-  %2026 = load i32, ptr %2025, align 4, !tbaa !4
-  %2027 = insertelement <16 x i32> poison, i32 %2026, i64 0
-  %2028 = shufflevector <16 x i32> %2027, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i581.i = bitcast <16 x i32> %2028 to <32 x bfloat>
-  %r.i583.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i559.i, <32 x bfloat> %x.i581.i, <32 x bfloat> %2024)
-  %2029 = getelementptr inbounds nuw i8, ptr %1787, i64 556
-  %2030 = load i32, ptr %2029, align 4, !tbaa !4
-  %2031 = insertelement <16 x i32> poison, i32 %2030, i64 0
-  %2032 = shufflevector <16 x i32> %2031, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i584.i = bitcast <16 x i32> %2032 to <32 x bfloat>
-  %r.i586.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i562.i, <32 x bfloat> %x.i584.i, <32 x bfloat> %2024)
-  %2033 = getelementptr inbounds nuw i8, ptr %1787, i64 812
-  %2034 = load i32, ptr %2033, align 4, !tbaa !4
-  %2035 = insertelement <16 x i32> poison, i32 %2034, i64 0
-  %2036 = shufflevector <16 x i32> %2035, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i587.i = bitcast <16 x i32> %2036 to <32 x bfloat>
-  %r.i589.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i565.i, <32 x bfloat> %x.i587.i, <32 x bfloat> %2024)
-  %2037 = getelementptr i8, ptr %gep964.i, i64 64
-  %2038 = load <32 x bfloat>, ptr %2037, align 4, !tbaa !4
-  %r.i592.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i568.i, <32 x bfloat> %x.i578.i, <32 x bfloat> %2038)
-  %r.i595.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i571.i, <32 x bfloat> %x.i581.i, <32 x bfloat> %2038)
-  %r.i598.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i574.i, <32 x bfloat> %x.i584.i, <32 x bfloat> %2038)
-  %r.i601.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i577.i, <32 x bfloat> %x.i587.i, <32 x bfloat> %2038)
-  %2039 = getelementptr inbounds nuw i8, ptr %1787, i64 48
-  %2040 = load i32, ptr %2039, align 4, !tbaa !4
-  %2041 = insertelement <16 x i32> poison, i32 %2040, i64 0
-  %2042 = shufflevector <16 x i32> %2041, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2043 = getelementptr inbounds nuw i8, ptr %1791, i64 192
-  %2044 = load i64, ptr %2043, align 8, !tbaa !4
-  %gep968.i = getelementptr i32, ptr %gep982.i, i64 %2044
-  %2045 = load <32 x bfloat>, ptr %gep968.i, align 4, !tbaa !4
-  %x.i602.i = bitcast <16 x i32> %2042 to <32 x bfloat>
-  %r.i604.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i580.i, <32 x bfloat> %x.i602.i, <32 x bfloat> %2045)
-  %2046 = getelementptr inbounds nuw i8, ptr %1787, i64 304
-  %2047 = load i32, ptr %2046, align 4, !tbaa !4
-  %2048 = insertelement <16 x i32> poison, i32 %2047, i64 0
-  %2049 = shufflevector <16 x i32> %2048, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i605.i = bitcast <16 x i32> %2049 to <32 x bfloat>
-  %r.i607.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i583.i, <32 x bfloat> %x.i605.i, <32 x bfloat> %2045)
-  %2050 = getelementptr inbounds nuw i8, ptr %1787, i64 560
-  %2051 = load i32, ptr %2050, align 4, !tbaa !4
-  %2052 = insertelement <16 x i32> poison, i32 %2051, i64 0
-  %2053 = shufflevector <16 x i32> %2052, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i608.i = bitcast <16 x i32> %2053 to <32 x bfloat>
-  %r.i610.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i586.i, <32 x bfloat> %x.i608.i, <32 x bfloat> %2045)
-  %2054 = getelementptr inbounds nuw i8, ptr %1787, i64 816
-  %2055 = load i32, ptr %2054, align 4, !tbaa !4
-  %2056 = insertelement <16 x i32> poison, i32 %2055, i64 0
-  %2057 = shufflevector <16 x i32> %2056, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i611.i = bitcast <16 x i32> %2057 to <32 x bfloat>
-  %r.i613.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i589.i, <32 x bfloat> %x.i611.i, <32 x bfloat> %2045)
-  %2058 = getelementptr i8, ptr %gep968.i, i64 64
-  %2059 = load <32 x bfloat>, ptr %2058, align 4, !tbaa !4
-  %r.i616.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i592.i, <32 x bfloat> %x.i602.i, <32 x bfloat> %2059)
-  %r.i619.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i595.i, <32 x bfloat> %x.i605.i, <32 x bfloat> %2059)
-  %r.i622.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i598.i, <32 x bfloat> %x.i608.i, <32 x bfloat> %2059)
-  %r.i625.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i601.i, <32 x bfloat> %x.i611.i, <32 x bfloat> %2059)
-  %2060 = getelementptr inbounds nuw i8, ptr %1787, i64 52
-  %2061 = load i32, ptr %2060, align 4, !tbaa !4
-  %2062 = insertelement <16 x i32> poison, i32 %2061, i64 0
-  %2063 = shufflevector <16 x i32> %2062, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2064 = getelementptr inbounds nuw i8, ptr %1791, i64 208
-  %2065 = load i64, ptr %2064, align 8, !tbaa !4
-  %gep972.i = getelementptr i32, ptr %gep982.i, i64 %2065
-  %2066 = load <32 x bfloat>, ptr %gep972.i, align 4, !tbaa !4
-  %x.i626.i = bitcast <16 x i32> %2063 to <32 x bfloat>
-  %r.i628.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i604.i, <32 x bfloat> %x.i626.i, <32 x bfloat> %2066)
-  %2067 = getelementptr inbounds nuw i8, ptr %1787, i64 308
-  %2068 = load i32, ptr %2067, align 4, !tbaa !4
-  %2069 = insertelement <16 x i32> poison, i32 %2068, i64 0
-  %2070 = shufflevector <16 x i32> %2069, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i629.i = bitcast <16 x i32> %2070 to <32 x bfloat>
-  %r.i631.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i607.i, <32 x bfloat> %x.i629.i, <32 x bfloat> %2066)
-  %2071 = getelementptr inbounds nuw i8, ptr %1787, i64 564
-  %2072 = load i32, ptr %2071, align 4, !tbaa !4
-  %2073 = insertelement <16 x i32> poison, i32 %2072, i64 0
-  %2074 = shufflevector <16 x i32> %2073, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i632.i = bitcast <16 x i32> %2074 to <32 x bfloat>
-  %r.i634.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i610.i, <32 x bfloat> %x.i632.i, <32 x bfloat> %2066)
-  %2075 = getelementptr inbounds nuw i8, ptr %1787, i64 820
-  %2076 = load i32, ptr %2075, align 4, !tbaa !4
-  %2077 = insertelement <16 x i32> poison, i32 %2076, i64 0
-  %2078 = shufflevector <16 x i32> %2077, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i635.i = bitcast <16 x i32> %2078 to <32 x bfloat>
-  %r.i637.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i613.i, <32 x bfloat> %x.i635.i, <32 x bfloat> %2066)
-  %2079 = getelementptr i8, ptr %gep972.i, i64 64
-  %2080 = load <32 x bfloat>, ptr %2079, align 4, !tbaa !4
-  %r.i640.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i616.i, <32 x bfloat> %x.i626.i, <32 x bfloat> %2080)
-  %r.i643.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i619.i, <32 x bfloat> %x.i629.i, <32 x bfloat> %2080)
-  %r.i646.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i622.i, <32 x bfloat> %x.i632.i, <32 x bfloat> %2080)
-  %r.i649.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i625.i, <32 x bfloat> %x.i635.i, <32 x bfloat> %2080)
-  %2081 = getelementptr inbounds nuw i8, ptr %1787, i64 56
-  %2082 = load i32, ptr %2081, align 4, !tbaa !4
-  %2083 = insertelement <16 x i32> poison, i32 %2082, i64 0
-  %2084 = shufflevector <16 x i32> %2083, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2085 = getelementptr inbounds nuw i8, ptr %1791, i64 224
-  %2086 = load i64, ptr %2085, align 8, !tbaa !4
-  %gep976.i = getelementptr i32, ptr %gep982.i, i64 %2086
-  %2087 = load <32 x bfloat>, ptr %gep976.i, align 4, !tbaa !4
-  %x.i650.i = bitcast <16 x i32> %2084 to <32 x bfloat>
-  %r.i652.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i628.i, <32 x bfloat> %x.i650.i, <32 x bfloat> %2087)
-  %2088 = getelementptr inbounds nuw i8, ptr %1787, i64 312
-  %2089 = load i32, ptr %2088, align 4, !tbaa !4
-  %2090 = insertelement <16 x i32> poison, i32 %2089, i64 0
-  %2091 = shufflevector <16 x i32> %2090, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i653.i = bitcast <16 x i32> %2091 to <32 x bfloat>
-  %r.i655.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i631.i, <32 x bfloat> %x.i653.i, <32 x bfloat> %2087)
-  %2092 = getelementptr inbounds nuw i8, ptr %1787, i64 568
-  %2093 = load i32, ptr %2092, align 4, !tbaa !4
-  %2094 = insertelement <16 x i32> poison, i32 %2093, i64 0
-  %2095 = shufflevector <16 x i32> %2094, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i656.i = bitcast <16 x i32> %2095 to <32 x bfloat>
-  %r.i658.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i634.i, <32 x bfloat> %x.i656.i, <32 x bfloat> %2087)
-  %2096 = getelementptr inbounds nuw i8, ptr %1787, i64 824
-  %2097 = load i32, ptr %2096, align 4, !tbaa !4
-  %2098 = insertelement <16 x i32> poison, i32 %2097, i64 0
-  %2099 = shufflevector <16 x i32> %2098, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i659.i = bitcast <16 x i32> %2099 to <32 x bfloat>
-  %r.i661.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i637.i, <32 x bfloat> %x.i659.i, <32 x bfloat> %2087)
-  %2100 = getelementptr i8, ptr %gep976.i, i64 64
-  %2101 = load <32 x bfloat>, ptr %2100, align 4, !tbaa !4
-  %r.i664.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i640.i, <32 x bfloat> %x.i650.i, <32 x bfloat> %2101)
-  %r.i667.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i643.i, <32 x bfloat> %x.i653.i, <32 x bfloat> %2101)
-  %r.i670.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i646.i, <32 x bfloat> %x.i656.i, <32 x bfloat> %2101)
-  %r.i673.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i649.i, <32 x bfloat> %x.i659.i, <32 x bfloat> %2101)
-  %2102 = getelementptr inbounds nuw i8, ptr %1787, i64 60
-  %2103 = load i32, ptr %2102, align 4, !tbaa !4
-  %2104 = insertelement <16 x i32> poison, i32 %2103, i64 0
-  %2105 = shufflevector <16 x i32> %2104, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2106 = getelementptr inbounds nuw i8, ptr %1791, i64 240
-  %2107 = load i64, ptr %2106, align 8, !tbaa !4
-  %gep980.i = getelementptr i32, ptr %gep982.i, i64 %2107
-  %2108 = load <32 x bfloat>, ptr %gep980.i, align 4, !tbaa !4
-  %x.i674.i = bitcast <16 x i32> %2105 to <32 x bfloat>
-  %r.i676.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i652.i, <32 x bfloat> %x.i674.i, <32 x bfloat> %2108)
-  %2109 = getelementptr inbounds nuw i8, ptr %1787, i64 316
-  %2110 = load i32, ptr %2109, align 4, !tbaa !4
-  %2111 = insertelement <16 x i32> poison, i32 %2110, i64 0
-  %2112 = shufflevector <16 x i32> %2111, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i677.i = bitcast <16 x i32> %2112 to <32 x bfloat>
-  %r.i679.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i655.i, <32 x bfloat> %x.i677.i, <32 x bfloat> %2108)
-  %2113 = getelementptr inbounds nuw i8, ptr %1787, i64 572
-  %2114 = load i32, ptr %2113, align 4, !tbaa !4
-  %2115 = insertelement <16 x i32> poison, i32 %2114, i64 0
-  %2116 = shufflevector <16 x i32> %2115, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i680.i = bitcast <16 x i32> %2116 to <32 x bfloat>
-  %r.i682.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i658.i, <32 x bfloat> %x.i680.i, <32 x bfloat> %2108)
-  %2117 = getelementptr inbounds nuw i8, ptr %1787, i64 828
-  %2118 = load i32, ptr %2117, align 4, !tbaa !4
-  %2119 = insertelement <16 x i32> poison, i32 %2118, i64 0
-  %2120 = shufflevector <16 x i32> %2119, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i683.i = bitcast <16 x i32> %2120 to <32 x bfloat>
-  %r.i685.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i661.i, <32 x bfloat> %x.i683.i, <32 x bfloat> %2108)
-  %2121 = getelementptr i8, ptr %gep980.i, i64 64
-  %2122 = load <32 x bfloat>, ptr %2121, align 4, !tbaa !4
-  %r.i688.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i664.i, <32 x bfloat> %x.i674.i, <32 x bfloat> %2122)
-  %r.i691.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i667.i, <32 x bfloat> %x.i677.i, <32 x bfloat> %2122)
-  %r.i694.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i670.i, <32 x bfloat> %x.i680.i, <32 x bfloat> %2122)
-  %r.i697.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i673.i, <32 x bfloat> %x.i683.i, <32 x bfloat> %2122)
-  %indvars.iv.next1163.i = add nuw nsw i64 %indvars.iv1162.i, 1
-  %exitcond1168.not.i = icmp eq i64 %indvars.iv.next1163.i, %595
-  br i1 %exitcond1168.not.i, label %for_end_to101.i, label %for_body_to100.i, !prof !8
+  %1785 = getelementptr i8, ptr %1775, i64 8
+  %1786 = load i64, ptr %1785, align 8, !tbaa !4
+  %1787 = getelementptr i32, ptr %value_cache, i64 %1786
+  %1788 = getelementptr i8, ptr %1787, i64 256
+  %1789 = getelementptr i32, ptr %1788, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1789, i32 0, i32 2, i32 1)
+  %1790 = getelementptr i8, ptr %1787, i64 320
+  %1791 = getelementptr i32, ptr %1790, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1791, i32 0, i32 2, i32 1)
+  %1792 = getelementptr i8, ptr %1787, i64 384
+  %1793 = getelementptr i32, ptr %1792, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1793, i32 0, i32 2, i32 1)
+  %1794 = getelementptr i8, ptr %1787, i64 448
+  %1795 = getelementptr i32, ptr %1794, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1795, i32 0, i32 2, i32 1)
+  %1796 = getelementptr i8, ptr %1775, i64 16
+  %1797 = load i64, ptr %1796, align 8, !tbaa !4
+  %1798 = getelementptr i32, ptr %value_cache, i64 %1797
+  %1799 = getelementptr i32, ptr %1798, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1799, i32 0, i32 2, i32 1)
+  %1800 = getelementptr i8, ptr %1798, i64 64
+  %1801 = getelementptr i32, ptr %1800, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1801, i32 0, i32 2, i32 1)
+  %1802 = getelementptr i8, ptr %1798, i64 128
+  %1803 = getelementptr i32, ptr %1802, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1803, i32 0, i32 2, i32 1)
+  %1804 = getelementptr i8, ptr %1798, i64 192
+  %1805 = getelementptr i32, ptr %1804, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1805, i32 0, i32 2, i32 1)
+  %1806 = getelementptr i8, ptr %1775, i64 24
+  %1807 = load i64, ptr %1806, align 8, !tbaa !4
+  %1808 = getelementptr i32, ptr %value_cache, i64 %1807
+  %1809 = getelementptr i8, ptr %1808, i64 256
+  %1810 = getelementptr i32, ptr %1809, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1810, i32 0, i32 2, i32 1)
+  %1811 = getelementptr i8, ptr %1808, i64 320
+  %1812 = getelementptr i32, ptr %1811, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1812, i32 0, i32 2, i32 1)
+  %1813 = getelementptr i8, ptr %1808, i64 384
+  %1814 = getelementptr i32, ptr %1813, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1814, i32 0, i32 2, i32 1)
+  %1815 = getelementptr i8, ptr %1808, i64 448
+  %1816 = getelementptr i32, ptr %1815, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1816, i32 0, i32 2, i32 1)
+  %1817 = getelementptr i8, ptr %1775, i64 32
+  %1818 = load i64, ptr %1817, align 8, !tbaa !4
+  %1819 = getelementptr i32, ptr %value_cache, i64 %1818
+  %1820 = getelementptr i32, ptr %1819, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1820, i32 0, i32 2, i32 1)
+  %1821 = getelementptr i8, ptr %1819, i64 64
+  %1822 = getelementptr i32, ptr %1821, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1822, i32 0, i32 2, i32 1)
+  %1823 = getelementptr i8, ptr %1819, i64 128
+  %1824 = getelementptr i32, ptr %1823, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1824, i32 0, i32 2, i32 1)
+  %1825 = getelementptr i8, ptr %1819, i64 192
+  %1826 = getelementptr i32, ptr %1825, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1826, i32 0, i32 2, i32 1)
+  %1827 = getelementptr i8, ptr %1775, i64 40
+  %1828 = load i64, ptr %1827, align 8, !tbaa !4
+  %1829 = getelementptr i32, ptr %value_cache, i64 %1828
+  %1830 = getelementptr i8, ptr %1829, i64 256
+  %1831 = getelementptr i32, ptr %1830, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1831, i32 0, i32 2, i32 1)
+  %1832 = getelementptr i8, ptr %1829, i64 320
+  %1833 = getelementptr i32, ptr %1832, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1833, i32 0, i32 2, i32 1)
+  %1834 = getelementptr i8, ptr %1829, i64 384
+  %1835 = getelementptr i32, ptr %1834, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1835, i32 0, i32 2, i32 1)
+  %1836 = getelementptr i8, ptr %1829, i64 448
+  %1837 = getelementptr i32, ptr %1836, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1837, i32 0, i32 2, i32 1)
+  %1838 = getelementptr i8, ptr %1775, i64 48
+  %1839 = load i64, ptr %1838, align 8, !tbaa !4
+  %1840 = getelementptr i32, ptr %value_cache, i64 %1839
+  %1841 = getelementptr i32, ptr %1840, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1841, i32 0, i32 2, i32 1)
+  %1842 = getelementptr i8, ptr %1840, i64 64
+  %1843 = getelementptr i32, ptr %1842, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1843, i32 0, i32 2, i32 1)
+  %1844 = getelementptr i8, ptr %1840, i64 128
+  %1845 = getelementptr i32, ptr %1844, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1845, i32 0, i32 2, i32 1)
+  %1846 = getelementptr i8, ptr %1840, i64 192
+  %1847 = getelementptr i32, ptr %1846, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1847, i32 0, i32 2, i32 1)
+  %1848 = getelementptr i8, ptr %1775, i64 56
+  %1849 = load i64, ptr %1848, align 8, !tbaa !4
+  %1850 = getelementptr i32, ptr %value_cache, i64 %1849
+  %1851 = getelementptr i8, ptr %1850, i64 256
+  %1852 = getelementptr i32, ptr %1851, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1852, i32 0, i32 2, i32 1)
+  %1853 = getelementptr i8, ptr %1850, i64 320
+  %1854 = getelementptr i32, ptr %1853, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1854, i32 0, i32 2, i32 1)
+  %1855 = getelementptr i8, ptr %1850, i64 384
+  %1856 = getelementptr i32, ptr %1855, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1856, i32 0, i32 2, i32 1)
+  %1857 = getelementptr i8, ptr %1850, i64 448
+  %1858 = getelementptr i32, ptr %1857, i64 %1759
+  tail call void @llvm.prefetch.p0(ptr readonly %1858, i32 0, i32 2, i32 1)
+  %.idx1325.i = shl nsw i64 %indvars.iv1212.i, 6
+  %1859 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1325.i
+  %1860 = load i32, ptr %1859, align 4, !tbaa !4
+  %1861 = insertelement <16 x i32> poison, i32 %1860, i64 0
+  %1862 = shufflevector <16 x i32> %1861, <16 x i32> poison, <16 x i32> zeroinitializer
+  %.idx1326.i = shl nsw i64 %indvars.iv1212.i, 8
+  %1863 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1326.i
+  %1864 = load i64, ptr %1863, align 8, !tbaa !4
+  %gep935.i = getelementptr i32, ptr %gep1035.i, i64 %1864
+  %1865 = load <32 x bfloat>, ptr %gep935.i, align 4, !tbaa !4
+  %x.i290.i = bitcast <16 x i32> %1862 to <32 x bfloat>
+  %r.i292.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc220.sroa.0.0998.i, <32 x bfloat> %x.i290.i, <32 x bfloat> %1865)
+  %1866 = getelementptr inbounds nuw i8, ptr %1859, i64 256
+  %1867 = load i32, ptr %1866, align 4, !tbaa !4
+  %1868 = insertelement <16 x i32> poison, i32 %1867, i64 0
+  %1869 = shufflevector <16 x i32> %1868, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i293.i = bitcast <16 x i32> %1869 to <32 x bfloat>
+  %r.i295.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc220.sroa.68.0996.i, <32 x bfloat> %x.i293.i, <32 x bfloat> %1865)
+  %1870 = getelementptr inbounds nuw i8, ptr %1859, i64 512
+  %1871 = load i32, ptr %1870, align 4, !tbaa !4
+  %1872 = insertelement <16 x i32> poison, i32 %1871, i64 0
+  %1873 = shufflevector <16 x i32> %1872, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i296.i = bitcast <16 x i32> %1873 to <32 x bfloat>
+  %r.i298.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc220.sroa.136.01000.i, <32 x bfloat> %x.i296.i, <32 x bfloat> %1865)
+  %1874 = getelementptr inbounds nuw i8, ptr %1859, i64 768
+  %1875 = load i32, ptr %1874, align 4, !tbaa !4
+  %1876 = insertelement <16 x i32> poison, i32 %1875, i64 0
+  %1877 = shufflevector <16 x i32> %1876, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i299.i = bitcast <16 x i32> %1877 to <32 x bfloat>
+  %r.i301.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc220.sroa.204.01002.i, <32 x bfloat> %x.i299.i, <32 x bfloat> %1865)
+  %1878 = getelementptr i8, ptr %gep935.i, i64 64
+  %1879 = load <32 x bfloat>, ptr %1878, align 4, !tbaa !4
+  %r.i304.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc220.sroa.34.0997.i, <32 x bfloat> %x.i290.i, <32 x bfloat> %1879)
+  %r.i307.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc220.sroa.102.0999.i, <32 x bfloat> %x.i293.i, <32 x bfloat> %1879)
+  %r.i310.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc220.sroa.170.01001.i, <32 x bfloat> %x.i296.i, <32 x bfloat> %1879)
+  %r.i313.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc220.sroa.238.01003.i, <32 x bfloat> %x.i299.i, <32 x bfloat> %1879)
+  %1880 = getelementptr inbounds nuw i8, ptr %1859, i64 4
+  %1881 = load i32, ptr %1880, align 4, !tbaa !4
+  %1882 = insertelement <16 x i32> poison, i32 %1881, i64 0
+  %1883 = shufflevector <16 x i32> %1882, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1884 = getelementptr inbounds nuw i8, ptr %1863, i64 16
+  %1885 = load i64, ptr %1884, align 8, !tbaa !4
+  %gep939.i = getelementptr i32, ptr %gep1035.i, i64 %1885
+  %1886 = load <32 x bfloat>, ptr %gep939.i, align 4, !tbaa !4
+  %x.i314.i = bitcast <16 x i32> %1883 to <32 x bfloat>
+  %r.i316.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i292.i, <32 x bfloat> %x.i314.i, <32 x bfloat> %1886)
+  %1887 = getelementptr inbounds nuw i8, ptr %1859, i64 260
+  %1888 = load i32, ptr %1887, align 4, !tbaa !4
+  %1889 = insertelement <16 x i32> poison, i32 %1888, i64 0
+  %1890 = shufflevector <16 x i32> %1889, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i317.i = bitcast <16 x i32> %1890 to <32 x bfloat>
+  %r.i319.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i295.i, <32 x bfloat> %x.i317.i, <32 x bfloat> %1886)
+  %1891 = getelementptr inbounds nuw i8, ptr %1859, i64 516
+  %1892 = load i32, ptr %1891, align 4, !tbaa !4
+  %1893 = insertelement <16 x i32> poison, i32 %1892, i64 0
+  %1894 = shufflevector <16 x i32> %1893, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i320.i = bitcast <16 x i32> %1894 to <32 x bfloat>
+  %r.i322.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i298.i, <32 x bfloat> %x.i320.i, <32 x bfloat> %1886)
+  %1895 = getelementptr inbounds nuw i8, ptr %1859, i64 772
+  %1896 = load i32, ptr %1895, align 4, !tbaa !4
+  %1897 = insertelement <16 x i32> poison, i32 %1896, i64 0
+  %1898 = shufflevector <16 x i32> %1897, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i323.i = bitcast <16 x i32> %1898 to <32 x bfloat>
+  %r.i325.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i301.i, <32 x bfloat> %x.i323.i, <32 x bfloat> %1886)
+  %1899 = getelementptr i8, ptr %gep939.i, i64 64
+  %1900 = load <32 x bfloat>, ptr %1899, align 4, !tbaa !4
+  %r.i328.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i304.i, <32 x bfloat> %x.i314.i, <32 x bfloat> %1900)
+  %r.i331.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i307.i, <32 x bfloat> %x.i317.i, <32 x bfloat> %1900)
+  %r.i334.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i310.i, <32 x bfloat> %x.i320.i, <32 x bfloat> %1900)
+  %r.i337.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i313.i, <32 x bfloat> %x.i323.i, <32 x bfloat> %1900)
+  %1901 = getelementptr inbounds nuw i8, ptr %1859, i64 8
+  %1902 = load i32, ptr %1901, align 4, !tbaa !4
+  %1903 = insertelement <16 x i32> poison, i32 %1902, i64 0
+  %1904 = shufflevector <16 x i32> %1903, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1905 = getelementptr inbounds nuw i8, ptr %1863, i64 32
+  %1906 = load i64, ptr %1905, align 8, !tbaa !4
+  %gep943.i = getelementptr i32, ptr %gep1035.i, i64 %1906
+  %1907 = load <32 x bfloat>, ptr %gep943.i, align 4, !tbaa !4
+  %x.i338.i = bitcast <16 x i32> %1904 to <32 x bfloat>
+  %r.i340.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i316.i, <32 x bfloat> %x.i338.i, <32 x bfloat> %1907)
+  %1908 = getelementptr inbounds nuw i8, ptr %1859, i64 264
+  %1909 = load i32, ptr %1908, align 4, !tbaa !4
+  %1910 = insertelement <16 x i32> poison, i32 %1909, i64 0
+  %1911 = shufflevector <16 x i32> %1910, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i341.i = bitcast <16 x i32> %1911 to <32 x bfloat>
+  %r.i343.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i319.i, <32 x bfloat> %x.i341.i, <32 x bfloat> %1907)
+  %1912 = getelementptr inbounds nuw i8, ptr %1859, i64 520
+  %1913 = load i32, ptr %1912, align 4, !tbaa !4
+  %1914 = insertelement <16 x i32> poison, i32 %1913, i64 0
+  %1915 = shufflevector <16 x i32> %1914, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i344.i = bitcast <16 x i32> %1915 to <32 x bfloat>
+  %r.i346.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i322.i, <32 x bfloat> %x.i344.i, <32 x bfloat> %1907)
+  %1916 = getelementptr inbounds nuw i8, ptr %1859, i64 776
+  %1917 = load i32, ptr %1916, align 4, !tbaa !4
+  %1918 = insertelement <16 x i32> poison, i32 %1917, i64 0
+  %1919 = shufflevector <16 x i32> %1918, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i347.i = bitcast <16 x i32> %1919 to <32 x bfloat>
+  %r.i349.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i325.i, <32 x bfloat> %x.i347.i, <32 x bfloat> %1907)
+  %1920 = getelementptr i8, ptr %gep943.i, i64 64
+  %1921 = load <32 x bfloat>, ptr %1920, align 4, !tbaa !4
+  %r.i352.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i328.i, <32 x bfloat> %x.i338.i, <32 x bfloat> %1921)
+  %r.i355.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i331.i, <32 x bfloat> %x.i341.i, <32 x bfloat> %1921)
+  %r.i358.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i334.i, <32 x bfloat> %x.i344.i, <32 x bfloat> %1921)
+  %r.i361.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i337.i, <32 x bfloat> %x.i347.i, <32 x bfloat> %1921)
+  %1922 = getelementptr inbounds nuw i8, ptr %1859, i64 12
+  %1923 = load i32, ptr %1922, align 4, !tbaa !4
+  %1924 = insertelement <16 x i32> poison, i32 %1923, i64 0
+  %1925 = shufflevector <16 x i32> %1924, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1926 = getelementptr inbounds nuw i8, ptr %1863, i64 48
+  %1927 = load i64, ptr %1926, align 8, !tbaa !4
+  %gep947.i = getelementptr i32, ptr %gep1035.i, i64 %1927
+  %1928 = load <32 x bfloat>, ptr %gep947.i, align 4, !tbaa !4
+  %x.i362.i = bitcast <16 x i32> %1925 to <32 x bfloat>
+  %r.i364.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i340.i, <32 x bfloat> %x.i362.i, <32 x bfloat> %1928)
+  %1929 = getelementptr inbounds nuw i8, ptr %1859, i64 268
+  %1930 = load i32, ptr %1929, align 4, !tbaa !4
+  %1931 = insertelement <16 x i32> poison, i32 %1930, i64 0
+  %1932 = shufflevector <16 x i32> %1931, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i365.i = bitcast <16 x i32> %1932 to <32 x bfloat>
+  %r.i367.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i343.i, <32 x bfloat> %x.i365.i, <32 x bfloat> %1928)
+  %1933 = getelementptr inbounds nuw i8, ptr %1859, i64 524
+  %1934 = load i32, ptr %1933, align 4, !tbaa !4
+  %1935 = insertelement <16 x i32> poison, i32 %1934, i64 0
+  %1936 = shufflevector <16 x i32> %1935, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i368.i = bitcast <16 x i32> %1936 to <32 x bfloat>
+  %r.i370.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i346.i, <32 x bfloat> %x.i368.i, <32 x bfloat> %1928)
+  %1937 = getelementptr inbounds nuw i8, ptr %1859, i64 780
+  %1938 = load i32, ptr %1937, align 4, !tbaa !4
+  %1939 = insertelement <16 x i32> poison, i32 %1938, i64 0
+  %1940 = shufflevector <16 x i32> %1939, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i371.i = bitcast <16 x i32> %1940 to <32 x bfloat>
+  %r.i373.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i349.i, <32 x bfloat> %x.i371.i, <32 x bfloat> %1928)
+  %1941 = getelementptr i8, ptr %gep947.i, i64 64
+  %1942 = load <32 x bfloat>, ptr %1941, align 4, !tbaa !4
+  %r.i376.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i352.i, <32 x bfloat> %x.i362.i, <32 x bfloat> %1942)
+  %r.i379.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i355.i, <32 x bfloat> %x.i365.i, <32 x bfloat> %1942)
+  %r.i382.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i358.i, <32 x bfloat> %x.i368.i, <32 x bfloat> %1942)
+  %r.i385.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i361.i, <32 x bfloat> %x.i371.i, <32 x bfloat> %1942)
+  %1943 = getelementptr inbounds nuw i8, ptr %1859, i64 16
+  %1944 = load i32, ptr %1943, align 4, !tbaa !4
+  %1945 = insertelement <16 x i32> poison, i32 %1944, i64 0
+  %1946 = shufflevector <16 x i32> %1945, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1947 = getelementptr inbounds nuw i8, ptr %1863, i64 64
+  %1948 = load i64, ptr %1947, align 8, !tbaa !4
+  %gep951.i = getelementptr i32, ptr %gep1035.i, i64 %1948
+  %1949 = load <32 x bfloat>, ptr %gep951.i, align 4, !tbaa !4
+  %x.i386.i = bitcast <16 x i32> %1946 to <32 x bfloat>
+  %r.i388.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i364.i, <32 x bfloat> %x.i386.i, <32 x bfloat> %1949)
+  %1950 = getelementptr inbounds nuw i8, ptr %1859, i64 272
+  %1951 = load i32, ptr %1950, align 4, !tbaa !4
+  %1952 = insertelement <16 x i32> poison, i32 %1951, i64 0
+  %1953 = shufflevector <16 x i32> %1952, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i389.i = bitcast <16 x i32> %1953 to <32 x bfloat>
+  %r.i391.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i367.i, <32 x bfloat> %x.i389.i, <32 x bfloat> %1949)
+  %1954 = getelementptr inbounds nuw i8, ptr %1859, i64 528
+  %1955 = load i32, ptr %1954, align 4, !tbaa !4
+  %1956 = insertelement <16 x i32> poison, i32 %1955, i64 0
+  %1957 = shufflevector <16 x i32> %1956, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i392.i = bitcast <16 x i32> %1957 to <32 x bfloat>
+  %r.i394.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i370.i, <32 x bfloat> %x.i392.i, <32 x bfloat> %1949)
+  %1958 = getelementptr inbounds nuw i8, ptr %1859, i64 784
+  %1959 = load i32, ptr %1958, align 4, !tbaa !4
+  %1960 = insertelement <16 x i32> poison, i32 %1959, i64 0
+  %1961 = shufflevector <16 x i32> %1960, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i395.i = bitcast <16 x i32> %1961 to <32 x bfloat>
+  %r.i397.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i373.i, <32 x bfloat> %x.i395.i, <32 x bfloat> %1949)
+  %1962 = getelementptr i8, ptr %gep951.i, i64 64
+  %1963 = load <32 x bfloat>, ptr %1962, align 4, !tbaa !4
+  %r.i400.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i376.i, <32 x bfloat> %x.i386.i, <32 x bfloat> %1963)
+  %r.i403.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i379.i, <32 x bfloat> %x.i389.i, <32 x bfloat> %1963)
+  %r.i406.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i382.i, <32 x bfloat> %x.i392.i, <32 x bfloat> %1963)
+  %r.i409.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i385.i, <32 x bfloat> %x.i395.i, <32 x bfloat> %1963)
+  %1964 = getelementptr inbounds nuw i8, ptr %1859, i64 20
+  %1965 = load i32, ptr %1964, align 4, !tbaa !4
+  %1966 = insertelement <16 x i32> poison, i32 %1965, i64 0
+  %1967 = shufflevector <16 x i32> %1966, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1968 = getelementptr inbounds nuw i8, ptr %1863, i64 80
+  %1969 = load i64, ptr %1968, align 8, !tbaa !4
+  %gep955.i = getelementptr i32, ptr %gep1035.i, i64 %1969
+  %1970 = load <32 x bfloat>, ptr %gep955.i, align 4, !tbaa !4
+  %x.i410.i = bitcast <16 x i32> %1967 to <32 x bfloat>
+  %r.i412.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i388.i, <32 x bfloat> %x.i410.i, <32 x bfloat> %1970)
+  %1971 = getelementptr inbounds nuw i8, ptr %1859, i64 276
+  %1972 = load i32, ptr %1971, align 4, !tbaa !4
+  %1973 = insertelement <16 x i32> poison, i32 %1972, i64 0
+  %1974 = shufflevector <16 x i32> %1973, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i413.i = bitcast <16 x i32> %1974 to <32 x bfloat>
+  %r.i415.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i391.i, <32 x bfloat> %x.i413.i, <32 x bfloat> %1970)
+  %1975 = getelementptr inbounds nuw i8, ptr %1859, i64 532
+  %1976 = load i32, ptr %1975, align 4, !tbaa !4
+  %1977 = insertelement <16 x i32> poison, i32 %1976, i64 0
+  %1978 = shufflevector <16 x i32> %1977, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i416.i = bitcast <16 x i32> %1978 to <32 x bfloat>
+  %r.i418.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i394.i, <32 x bfloat> %x.i416.i, <32 x bfloat> %1970)
+  %1979 = getelementptr inbounds nuw i8, ptr %1859, i64 788
+  %1980 = load i32, ptr %1979, align 4, !tbaa !4
+  %1981 = insertelement <16 x i32> poison, i32 %1980, i64 0
+  %1982 = shufflevector <16 x i32> %1981, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i419.i = bitcast <16 x i32> %1982 to <32 x bfloat>
+  %r.i421.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i397.i, <32 x bfloat> %x.i419.i, <32 x bfloat> %1970)
+  %1983 = getelementptr i8, ptr %gep955.i, i64 64
+  %1984 = load <32 x bfloat>, ptr %1983, align 4, !tbaa !4
+  %r.i424.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i400.i, <32 x bfloat> %x.i410.i, <32 x bfloat> %1984)
+  %r.i427.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i403.i, <32 x bfloat> %x.i413.i, <32 x bfloat> %1984)
+  %r.i430.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i406.i, <32 x bfloat> %x.i416.i, <32 x bfloat> %1984)
+  %r.i433.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i409.i, <32 x bfloat> %x.i419.i, <32 x bfloat> %1984)
+  %1985 = getelementptr inbounds nuw i8, ptr %1859, i64 24
+  %1986 = load i32, ptr %1985, align 4, !tbaa !4
+  %1987 = insertelement <16 x i32> poison, i32 %1986, i64 0
+  %1988 = shufflevector <16 x i32> %1987, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1989 = getelementptr inbounds nuw i8, ptr %1863, i64 96
+  %1990 = load i64, ptr %1989, align 8, !tbaa !4
+  %gep959.i = getelementptr i32, ptr %gep1035.i, i64 %1990
+  %1991 = load <32 x bfloat>, ptr %gep959.i, align 4, !tbaa !4
+  %x.i434.i = bitcast <16 x i32> %1988 to <32 x bfloat>
+  %r.i436.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i412.i, <32 x bfloat> %x.i434.i, <32 x bfloat> %1991)
+  %1992 = getelementptr inbounds nuw i8, ptr %1859, i64 280
+  %1993 = load i32, ptr %1992, align 4, !tbaa !4
+  %1994 = insertelement <16 x i32> poison, i32 %1993, i64 0
+  %1995 = shufflevector <16 x i32> %1994, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i437.i = bitcast <16 x i32> %1995 to <32 x bfloat>
+  %r.i439.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i415.i, <32 x bfloat> %x.i437.i, <32 x bfloat> %1991)
+  %1996 = getelementptr inbounds nuw i8, ptr %1859, i64 536
+  %1997 = load i32, ptr %1996, align 4, !tbaa !4
+  %1998 = insertelement <16 x i32> poison, i32 %1997, i64 0
+  %1999 = shufflevector <16 x i32> %1998, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i440.i = bitcast <16 x i32> %1999 to <32 x bfloat>
+  %r.i442.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i418.i, <32 x bfloat> %x.i440.i, <32 x bfloat> %1991)
+  %2000 = getelementptr inbounds nuw i8, ptr %1859, i64 792
+  %2001 = load i32, ptr %2000, align 4, !tbaa !4
+  %2002 = insertelement <16 x i32> poison, i32 %2001, i64 0
+  %2003 = shufflevector <16 x i32> %2002, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i443.i = bitcast <16 x i32> %2003 to <32 x bfloat>
+  %r.i445.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i421.i, <32 x bfloat> %x.i443.i, <32 x bfloat> %1991)
+  %2004 = getelementptr i8, ptr %gep959.i, i64 64
+  %2005 = load <32 x bfloat>, ptr %2004, align 4, !tbaa !4
+  %r.i448.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i424.i, <32 x bfloat> %x.i434.i, <32 x bfloat> %2005)
+  %r.i451.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i427.i, <32 x bfloat> %x.i437.i, <32 x bfloat> %2005)
+  %r.i454.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i430.i, <32 x bfloat> %x.i440.i, <32 x bfloat> %2005)
+  %r.i457.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i433.i, <32 x bfloat> %x.i443.i, <32 x bfloat> %2005)
+  %2006 = getelementptr inbounds nuw i8, ptr %1859, i64 28
+  %2007 = load i32, ptr %2006, align 4, !tbaa !4
+  %2008 = insertelement <16 x i32> poison, i32 %2007, i64 0
+  %2009 = shufflevector <16 x i32> %2008, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2010 = getelementptr inbounds nuw i8, ptr %1863, i64 112
+  %2011 = load i64, ptr %2010, align 8, !tbaa !4
+  %gep963.i = getelementptr i32, ptr %gep1035.i, i64 %2011
+  %2012 = load <32 x bfloat>, ptr %gep963.i, align 4, !tbaa !4
+  %x.i458.i = bitcast <16 x i32> %2009 to <32 x bfloat>
+  %r.i460.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i436.i, <32 x bfloat> %x.i458.i, <32 x bfloat> %2012)
+  %2013 = getelementptr inbounds nuw i8, ptr %1859, i64 284
+  %2014 = load i32, ptr %2013, align 4, !tbaa !4
+  %2015 = insertelement <16 x i32> poison, i32 %2014, i64 0
+  %2016 = shufflevector <16 x i32> %2015, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i461.i = bitcast <16 x i32> %2016 to <32 x bfloat>
+  %r.i463.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i439.i, <32 x bfloat> %x.i461.i, <32 x bfloat> %2012)
+  %2017 = getelementptr inbounds nuw i8, ptr %1859, i64 540
+  %2018 = load i32, ptr %2017, align 4, !tbaa !4
+  %2019 = insertelement <16 x i32> poison, i32 %2018, i64 0
+  %2020 = shufflevector <16 x i32> %2019, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i464.i = bitcast <16 x i32> %2020 to <32 x bfloat>
+  %r.i466.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i442.i, <32 x bfloat> %x.i464.i, <32 x bfloat> %2012)
+  %2021 = getelementptr inbounds nuw i8, ptr %1859, i64 796
+  %2022 = load i32, ptr %2021, align 4, !tbaa !4
+  %2023 = insertelement <16 x i32> poison, i32 %2022, i64 0
+  %2024 = shufflevector <16 x i32> %2023, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i467.i = bitcast <16 x i32> %2024 to <32 x bfloat>
+  %r.i469.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i445.i, <32 x bfloat> %x.i467.i, <32 x bfloat> %2012)
+  %2025 = getelementptr i8, ptr %gep963.i, i64 64
+  %2026 = load <32 x bfloat>, ptr %2025, align 4, !tbaa !4
+  %r.i472.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i448.i, <32 x bfloat> %x.i458.i, <32 x bfloat> %2026)
+  %r.i475.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i451.i, <32 x bfloat> %x.i461.i, <32 x bfloat> %2026)
+  %r.i478.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i454.i, <32 x bfloat> %x.i464.i, <32 x bfloat> %2026)
+  %r.i481.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i457.i, <32 x bfloat> %x.i467.i, <32 x bfloat> %2026)
+  %2027 = getelementptr inbounds nuw i8, ptr %1859, i64 32
+  %2028 = load i32, ptr %2027, align 4, !tbaa !4
+  %2029 = insertelement <16 x i32> poison, i32 %2028, i64 0
+  %2030 = shufflevector <16 x i32> %2029, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2031 = getelementptr inbounds nuw i8, ptr %1863, i64 128
+  %2032 = load i64, ptr %2031, align 8, !tbaa !4
+  %gep967.i = getelementptr i32, ptr %gep1035.i, i64 %2032
+  %2033 = load <32 x bfloat>, ptr %gep967.i, align 4, !tbaa !4
+  %x.i482.i = bitcast <16 x i32> %2030 to <32 x bfloat>
+  %r.i484.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i460.i, <32 x bfloat> %x.i482.i, <32 x bfloat> %2033)
+  %2034 = getelementptr inbounds nuw i8, ptr %1859, i64 288
+  %2035 = load i32, ptr %2034, align 4, !tbaa !4
+  %2036 = insertelement <16 x i32> poison, i32 %2035, i64 0
+  %2037 = shufflevector <16 x i32> %2036, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i485.i = bitcast <16 x i32> %2037 to <32 x bfloat>
+  %r.i487.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i463.i, <32 x bfloat> %x.i485.i, <32 x bfloat> %2033)
+  %2038 = getelementptr inbounds nuw i8, ptr %1859, i64 544
+  %2039 = load i32, ptr %2038, align 4, !tbaa !4
+  %2040 = insertelement <16 x i32> poison, i32 %2039, i64 0
+  %2041 = shufflevector <16 x i32> %2040, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i488.i = bitcast <16 x i32> %2041 to <32 x bfloat>
+  %r.i490.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i466.i, <32 x bfloat> %x.i488.i, <32 x bfloat> %2033)
+  %2042 = getelementptr inbounds nuw i8, ptr %1859, i64 800
+  %2043 = load i32, ptr %2042, align 4, !tbaa !4
+  %2044 = insertelement <16 x i32> poison, i32 %2043, i64 0
+  %2045 = shufflevector <16 x i32> %2044, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i491.i = bitcast <16 x i32> %2045 to <32 x bfloat>
+  %r.i493.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i469.i, <32 x bfloat> %x.i491.i, <32 x bfloat> %2033)
+  %2046 = getelementptr i8, ptr %gep967.i, i64 64
+  %2047 = load <32 x bfloat>, ptr %2046, align 4, !tbaa !4
+  %r.i496.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i472.i, <32 x bfloat> %x.i482.i, <32 x bfloat> %2047)
+  %r.i499.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i475.i, <32 x bfloat> %x.i485.i, <32 x bfloat> %2047)
+  %r.i502.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i478.i, <32 x bfloat> %x.i488.i, <32 x bfloat> %2047)
+  %r.i505.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i481.i, <32 x bfloat> %x.i491.i, <32 x bfloat> %2047)
+  %2048 = getelementptr inbounds nuw i8, ptr %1859, i64 36
+  %2049 = load i32, ptr %2048, align 4, !tbaa !4
+  %2050 = insertelement <16 x i32> poison, i32 %2049, i64 0
+  %2051 = shufflevector <16 x i32> %2050, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2052 = getelementptr inbounds nuw i8, ptr %1863, i64 144
+  %2053 = load i64, ptr %2052, align 8, !tbaa !4
+  %gep971.i = getelementptr i32, ptr %gep1035.i, i64 %2053
+  %2054 = load <32 x bfloat>, ptr %gep971.i, align 4, !tbaa !4
+  %x.i506.i = bitcast <16 x i32> %2051 to <32 x bfloat>
+  %r.i508.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i484.i, <32 x bfloat> %x.i506.i, <32 x bfloat> %2054)
+  %2055 = getelementptr inbounds nuw i8, ptr %1859, i64 292
+  %2056 = load i32, ptr %2055, align 4, !tbaa !4
+  %2057 = insertelement <16 x i32> poison, i32 %2056, i64 0
+  %2058 = shufflevector <16 x i32> %2057, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i509.i = bitcast <16 x i32> %2058 to <32 x bfloat>
+  %r.i511.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i487.i, <32 x bfloat> %x.i509.i, <32 x bfloat> %2054)
+  %2059 = getelementptr inbounds nuw i8, ptr %1859, i64 548
+  %2060 = load i32, ptr %2059, align 4, !tbaa !4
+  %2061 = insertelement <16 x i32> poison, i32 %2060, i64 0
+  %2062 = shufflevector <16 x i32> %2061, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i512.i = bitcast <16 x i32> %2062 to <32 x bfloat>
+  %r.i514.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i490.i, <32 x bfloat> %x.i512.i, <32 x bfloat> %2054)
+  %2063 = getelementptr inbounds nuw i8, ptr %1859, i64 804
+  %2064 = load i32, ptr %2063, align 4, !tbaa !4
+  %2065 = insertelement <16 x i32> poison, i32 %2064, i64 0
+  %2066 = shufflevector <16 x i32> %2065, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i515.i = bitcast <16 x i32> %2066 to <32 x bfloat>
+  %r.i517.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i493.i, <32 x bfloat> %x.i515.i, <32 x bfloat> %2054)
+  %2067 = getelementptr i8, ptr %gep971.i, i64 64
+  %2068 = load <32 x bfloat>, ptr %2067, align 4, !tbaa !4
+  %r.i520.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i496.i, <32 x bfloat> %x.i506.i, <32 x bfloat> %2068)
+  %r.i523.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i499.i, <32 x bfloat> %x.i509.i, <32 x bfloat> %2068)
+  %r.i526.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i502.i, <32 x bfloat> %x.i512.i, <32 x bfloat> %2068)
+  %r.i529.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i505.i, <32 x bfloat> %x.i515.i, <32 x bfloat> %2068)
+  %2069 = getelementptr inbounds nuw i8, ptr %1859, i64 40
+  %2070 = load i32, ptr %2069, align 4, !tbaa !4
+  %2071 = insertelement <16 x i32> poison, i32 %2070, i64 0
+  %2072 = shufflevector <16 x i32> %2071, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2073 = getelementptr inbounds nuw i8, ptr %1863, i64 160
+  %2074 = load i64, ptr %2073, align 8, !tbaa !4
+  %gep975.i = getelementptr i32, ptr %gep1035.i, i64 %2074
+  %2075 = load <32 x bfloat>, ptr %gep975.i, align 4, !tbaa !4
+  %x.i530.i = bitcast <16 x i32> %2072 to <32 x bfloat>
+  %r.i532.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i508.i, <32 x bfloat> %x.i530.i, <32 x bfloat> %2075)
+  %2076 = getelementptr inbounds nuw i8, ptr %1859, i64 296
+  %2077 = load i32, ptr %2076, align 4, !tbaa !4
+  %2078 = insertelement <16 x i32> poison, i32 %2077, i64 0
+  %2079 = shufflevector <16 x i32> %2078, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i533.i = bitcast <16 x i32> %2079 to <32 x bfloat>
+  %r.i535.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i511.i, <32 x bfloat> %x.i533.i, <32 x bfloat> %2075)
+  %2080 = getelementptr inbounds nuw i8, ptr %1859, i64 552
+  %2081 = load i32, ptr %2080, align 4, !tbaa !4
+  %2082 = insertelement <16 x i32> poison, i32 %2081, i64 0
+  %2083 = shufflevector <16 x i32> %2082, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i536.i = bitcast <16 x i32> %2083 to <32 x bfloat>
+  %r.i538.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i514.i, <32 x bfloat> %x.i536.i, <32 x bfloat> %2075)
+  %2084 = getelementptr inbounds nuw i8, ptr %1859, i64 808
+  %2085 = load i32, ptr %2084, align 4, !tbaa !4
+  %2086 = insertelement <16 x i32> poison, i32 %2085, i64 0
+  %2087 = shufflevector <16 x i32> %2086, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i539.i = bitcast <16 x i32> %2087 to <32 x bfloat>
+  %r.i541.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i517.i, <32 x bfloat> %x.i539.i, <32 x bfloat> %2075)
+  %2088 = getelementptr i8, ptr %gep975.i, i64 64
+  %2089 = load <32 x bfloat>, ptr %2088, align 4, !tbaa !4
+  %r.i544.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i520.i, <32 x bfloat> %x.i530.i, <32 x bfloat> %2089)
+  %r.i547.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i523.i, <32 x bfloat> %x.i533.i, <32 x bfloat> %2089)
+  %r.i550.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i526.i, <32 x bfloat> %x.i536.i, <32 x bfloat> %2089)
+  %r.i553.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i529.i, <32 x bfloat> %x.i539.i, <32 x bfloat> %2089)
+  %2090 = getelementptr inbounds nuw i8, ptr %1859, i64 44
+  %2091 = load i32, ptr %2090, align 4, !tbaa !4
+  %2092 = insertelement <16 x i32> poison, i32 %2091, i64 0
+  %2093 = shufflevector <16 x i32> %2092, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2094 = getelementptr inbounds nuw i8, ptr %1863, i64 176
+  %2095 = load i64, ptr %2094, align 8, !tbaa !4
+  %gep979.i = getelementptr i32, ptr %gep1035.i, i64 %2095
+  %2096 = load <32 x bfloat>, ptr %gep979.i, align 4, !tbaa !4
+  %x.i554.i = bitcast <16 x i32> %2093 to <32 x bfloat>
+  %r.i556.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i532.i, <32 x bfloat> %x.i554.i, <32 x bfloat> %2096)
+  %2097 = getelementptr inbounds nuw i8, ptr %1859, i64 300
+  %2098 = load i32, ptr %2097, align 4, !tbaa !4
+  %2099 = insertelement <16 x i32> poison, i32 %2098, i64 0
+  %2100 = shufflevector <16 x i32> %2099, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i557.i = bitcast <16 x i32> %2100 to <32 x bfloat>
+  %r.i559.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i535.i, <32 x bfloat> %x.i557.i, <32 x bfloat> %2096)
+  %2101 = getelementptr inbounds nuw i8, ptr %1859, i64 556
+  %2102 = load i32, ptr %2101, align 4, !tbaa !4
+  %2103 = insertelement <16 x i32> poison, i32 %2102, i64 0
+  %2104 = shufflevector <16 x i32> %2103, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i560.i = bitcast <16 x i32> %2104 to <32 x bfloat>
+  %r.i562.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i538.i, <32 x bfloat> %x.i560.i, <32 x bfloat> %2096)
+  %2105 = getelementptr inbounds nuw i8, ptr %1859, i64 812
+  %2106 = load i32, ptr %2105, align 4, !tbaa !4
+  %2107 = insertelement <16 x i32> poison, i32 %2106, i64 0
+  %2108 = shufflevector <16 x i32> %2107, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i563.i = bitcast <16 x i32> %2108 to <32 x bfloat>
+  %r.i565.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i541.i, <32 x bfloat> %x.i563.i, <32 x bfloat> %2096)
+  %2109 = getelementptr i8, ptr %gep979.i, i64 64
+  %2110 = load <32 x bfloat>, ptr %2109, align 4, !tbaa !4
+  %r.i568.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i544.i, <32 x bfloat> %x.i554.i, <32 x bfloat> %2110)
+  %r.i571.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i547.i, <32 x bfloat> %x.i557.i, <32 x bfloat> %2110)
+  %r.i574.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i550.i, <32 x bfloat> %x.i560.i, <32 x bfloat> %2110)
+  %r.i577.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i553.i, <32 x bfloat> %x.i563.i, <32 x bfloat> %2110)
+  %2111 = getelementptr inbounds nuw i8, ptr %1859, i64 48
+  %2112 = load i32, ptr %2111, align 4, !tbaa !4
+  %2113 = insertelement <16 x i32> poison, i32 %2112, i64 0
+  %2114 = shufflevector <16 x i32> %2113, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2115 = getelementptr inbounds nuw i8, ptr %1863, i64 192
+  %2116 = load i64, ptr %2115, align 8, !tbaa !4
+  %gep983.i = getelementptr i32, ptr %gep1035.i, i64 %2116
+  %2117 = load <32 x bfloat>, ptr %gep983.i, align 4, !tbaa !4
+  %x.i578.i = bitcast <16 x i32> %2114 to <32 x bfloat>
+  %r.i580.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i556.i, <32 x bfloat> %x.i578.i, <32 x bfloat> %2117)
+  %2118 = getelementptr inbounds nuw i8, ptr %1859, i64 304
+  %2119 = load i32, ptr %2118, align 4, !tbaa !4
+  %2120 = insertelement <16 x i32> poison, i32 %2119, i64 0
+  %2121 = shufflevector <16 x i32> %2120, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i581.i = bitcast <16 x i32> %2121 to <32 x bfloat>
+  %r.i583.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i559.i, <32 x bfloat> %x.i581.i, <32 x bfloat> %2117)
+  %2122 = getelementptr inbounds nuw i8, ptr %1859, i64 560
+  %2123 = load i32, ptr %2122, align 4, !tbaa !4
+  %2124 = insertelement <16 x i32> poison, i32 %2123, i64 0
+  %2125 = shufflevector <16 x i32> %2124, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i584.i = bitcast <16 x i32> %2125 to <32 x bfloat>
+  %r.i586.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i562.i, <32 x bfloat> %x.i584.i, <32 x bfloat> %2117)
+  %2126 = getelementptr inbounds nuw i8, ptr %1859, i64 816
+  %2127 = load i32, ptr %2126, align 4, !tbaa !4
+  %2128 = insertelement <16 x i32> poison, i32 %2127, i64 0
+  %2129 = shufflevector <16 x i32> %2128, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i587.i = bitcast <16 x i32> %2129 to <32 x bfloat>
+  %r.i589.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i565.i, <32 x bfloat> %x.i587.i, <32 x bfloat> %2117)
+  %2130 = getelementptr i8, ptr %gep983.i, i64 64
+  %2131 = load <32 x bfloat>, ptr %2130, align 4, !tbaa !4
+  %r.i592.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i568.i, <32 x bfloat> %x.i578.i, <32 x bfloat> %2131)
+  %r.i595.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i571.i, <32 x bfloat> %x.i581.i, <32 x bfloat> %2131)
+  %r.i598.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i574.i, <32 x bfloat> %x.i584.i, <32 x bfloat> %2131)
+  %r.i601.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i577.i, <32 x bfloat> %x.i587.i, <32 x bfloat> %2131)
+  %2132 = getelementptr inbounds nuw i8, ptr %1859, i64 52
+  %2133 = load i32, ptr %2132, align 4, !tbaa !4
+  %2134 = insertelement <16 x i32> poison, i32 %2133, i64 0
+  %2135 = shufflevector <16 x i32> %2134, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2136 = getelementptr inbounds nuw i8, ptr %1863, i64 208
+  %2137 = load i64, ptr %2136, align 8, !tbaa !4
+  %gep987.i = getelementptr i32, ptr %gep1035.i, i64 %2137
+  %2138 = load <32 x bfloat>, ptr %gep987.i, align 4, !tbaa !4
+  %x.i602.i = bitcast <16 x i32> %2135 to <32 x bfloat>
+  %r.i604.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i580.i, <32 x bfloat> %x.i602.i, <32 x bfloat> %2138)
+  %2139 = getelementptr inbounds nuw i8, ptr %1859, i64 308
+  %2140 = load i32, ptr %2139, align 4, !tbaa !4
+  %2141 = insertelement <16 x i32> poison, i32 %2140, i64 0
+  %2142 = shufflevector <16 x i32> %2141, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i605.i = bitcast <16 x i32> %2142 to <32 x bfloat>
+  %r.i607.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i583.i, <32 x bfloat> %x.i605.i, <32 x bfloat> %2138)
+  %2143 = getelementptr inbounds nuw i8, ptr %1859, i64 564
+  %2144 = load i32, ptr %2143, align 4, !tbaa !4
+  %2145 = insertelement <16 x i32> poison, i32 %2144, i64 0
+  %2146 = shufflevector <16 x i32> %2145, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i608.i = bitcast <16 x i32> %2146 to <32 x bfloat>
+  %r.i610.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i586.i, <32 x bfloat> %x.i608.i, <32 x bfloat> %2138)
+  %2147 = getelementptr inbounds nuw i8, ptr %1859, i64 820
+  %2148 = load i32, ptr %2147, align 4, !tbaa !4
+  %2149 = insertelement <16 x i32> poison, i32 %2148, i64 0
+  %2150 = shufflevector <16 x i32> %2149, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i611.i = bitcast <16 x i32> %2150 to <32 x bfloat>
+  %r.i613.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i589.i, <32 x bfloat> %x.i611.i, <32 x bfloat> %2138)
+  %2151 = getelementptr i8, ptr %gep987.i, i64 64
+  %2152 = load <32 x bfloat>, ptr %2151, align 4, !tbaa !4
+  %r.i616.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i592.i, <32 x bfloat> %x.i602.i, <32 x bfloat> %2152)
+  %r.i619.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i595.i, <32 x bfloat> %x.i605.i, <32 x bfloat> %2152)
+  %r.i622.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i598.i, <32 x bfloat> %x.i608.i, <32 x bfloat> %2152)
+  %r.i625.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i601.i, <32 x bfloat> %x.i611.i, <32 x bfloat> %2152)
+  %2153 = getelementptr inbounds nuw i8, ptr %1859, i64 56
+  %2154 = load i32, ptr %2153, align 4, !tbaa !4
+  %2155 = insertelement <16 x i32> poison, i32 %2154, i64 0
+  %2156 = shufflevector <16 x i32> %2155, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2157 = getelementptr inbounds nuw i8, ptr %1863, i64 224
+  %2158 = load i64, ptr %2157, align 8, !tbaa !4
+  %gep991.i = getelementptr i32, ptr %gep1035.i, i64 %2158
+  %2159 = load <32 x bfloat>, ptr %gep991.i, align 4, !tbaa !4
+  %x.i626.i = bitcast <16 x i32> %2156 to <32 x bfloat>
+  %r.i628.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i604.i, <32 x bfloat> %x.i626.i, <32 x bfloat> %2159)
+  %2160 = getelementptr inbounds nuw i8, ptr %1859, i64 312
+  %2161 = load i32, ptr %2160, align 4, !tbaa !4
+  %2162 = insertelement <16 x i32> poison, i32 %2161, i64 0
+  %2163 = shufflevector <16 x i32> %2162, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i629.i = bitcast <16 x i32> %2163 to <32 x bfloat>
+  %r.i631.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i607.i, <32 x bfloat> %x.i629.i, <32 x bfloat> %2159)
+  %2164 = getelementptr inbounds nuw i8, ptr %1859, i64 568
+  %2165 = load i32, ptr %2164, align 4, !tbaa !4
+  %2166 = insertelement <16 x i32> poison, i32 %2165, i64 0
+  %2167 = shufflevector <16 x i32> %2166, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i632.i = bitcast <16 x i32> %2167 to <32 x bfloat>
+  %r.i634.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i610.i, <32 x bfloat> %x.i632.i, <32 x bfloat> %2159)
+  %2168 = getelementptr inbounds nuw i8, ptr %1859, i64 824
+  %2169 = load i32, ptr %2168, align 4, !tbaa !4
+  %2170 = insertelement <16 x i32> poison, i32 %2169, i64 0
+  %2171 = shufflevector <16 x i32> %2170, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i635.i = bitcast <16 x i32> %2171 to <32 x bfloat>
+  %r.i637.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i613.i, <32 x bfloat> %x.i635.i, <32 x bfloat> %2159)
+  %2172 = getelementptr i8, ptr %gep991.i, i64 64
+  %2173 = load <32 x bfloat>, ptr %2172, align 4, !tbaa !4
+  %r.i640.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i616.i, <32 x bfloat> %x.i626.i, <32 x bfloat> %2173)
+  %r.i643.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i619.i, <32 x bfloat> %x.i629.i, <32 x bfloat> %2173)
+  %r.i646.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i622.i, <32 x bfloat> %x.i632.i, <32 x bfloat> %2173)
+  %r.i649.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i625.i, <32 x bfloat> %x.i635.i, <32 x bfloat> %2173)
+  %2174 = getelementptr inbounds nuw i8, ptr %1859, i64 60
+  %2175 = load i32, ptr %2174, align 4, !tbaa !4
+  %2176 = insertelement <16 x i32> poison, i32 %2175, i64 0
+  %2177 = shufflevector <16 x i32> %2176, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2178 = getelementptr inbounds nuw i8, ptr %1863, i64 240
+  %2179 = load i64, ptr %2178, align 8, !tbaa !4
+  %gep995.i = getelementptr i32, ptr %gep1035.i, i64 %2179
+  %2180 = load <32 x bfloat>, ptr %gep995.i, align 4, !tbaa !4
+  %x.i650.i = bitcast <16 x i32> %2177 to <32 x bfloat>
+  %r.i652.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i628.i, <32 x bfloat> %x.i650.i, <32 x bfloat> %2180)
+  %2181 = getelementptr inbounds nuw i8, ptr %1859, i64 316
+  %2182 = load i32, ptr %2181, align 4, !tbaa !4
+  %2183 = insertelement <16 x i32> poison, i32 %2182, i64 0
+  %2184 = shufflevector <16 x i32> %2183, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i653.i = bitcast <16 x i32> %2184 to <32 x bfloat>
+  %r.i655.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i631.i, <32 x bfloat> %x.i653.i, <32 x bfloat> %2180)
+  %2185 = getelementptr inbounds nuw i8, ptr %1859, i64 572
+  %2186 = load i32, ptr %2185, align 4, !tbaa !4
+  %2187 = insertelement <16 x i32> poison, i32 %2186, i64 0
+  %2188 = shufflevector <16 x i32> %2187, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i656.i = bitcast <16 x i32> %2188 to <32 x bfloat>
+  %r.i658.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i634.i, <32 x bfloat> %x.i656.i, <32 x bfloat> %2180)
+  %2189 = getelementptr inbounds nuw i8, ptr %1859, i64 828
+  %2190 = load i32, ptr %2189, align 4, !tbaa !4
+  %2191 = insertelement <16 x i32> poison, i32 %2190, i64 0
+  %2192 = shufflevector <16 x i32> %2191, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i659.i = bitcast <16 x i32> %2192 to <32 x bfloat>
+  %r.i661.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i637.i, <32 x bfloat> %x.i659.i, <32 x bfloat> %2180)
+  %2193 = getelementptr i8, ptr %gep995.i, i64 64
+  %2194 = load <32 x bfloat>, ptr %2193, align 4, !tbaa !4
+  %r.i664.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i640.i, <32 x bfloat> %x.i650.i, <32 x bfloat> %2194)
+  %r.i667.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i643.i, <32 x bfloat> %x.i653.i, <32 x bfloat> %2194)
+  %r.i670.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i646.i, <32 x bfloat> %x.i656.i, <32 x bfloat> %2194)
+  %r.i673.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i649.i, <32 x bfloat> %x.i659.i, <32 x bfloat> %2194)
+  %indvars.iv.next1213.i = add nuw nsw i64 %indvars.iv1212.i, 1
+  %exitcond1218.not.i = icmp eq i64 %indvars.iv.next1213.i, %597
+  br i1 %exitcond1218.not.i, label %for_end_to123.i, label %for_body_to122.i, !prof !8
 
-for_end_to101.i:                                  ; preds = %for_body_to100.i, %for_begin_to99.preheader.for_end_to101_crit_edge.i
-  %.pre-phi.i = phi i64 [ %.pre.i, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %1697, %for_body_to100.i ]
-  %full_acc_global247.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i694.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i682.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i691.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i679.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i688.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i676.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i685.i, %for_body_to100.i ]
-  %full_acc_global247.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to99.preheader.for_end_to101_crit_edge.i ], [ %r.i697.i, %for_body_to100.i ]
-  %2123 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %.pre-phi.i
-  store <16 x float> %full_acc_global247.sroa.0.0.lcssa.i, ptr %2123, align 4, !tbaa !4
-  %2124 = getelementptr inbounds nuw i8, ptr %2123, i64 64
-  store <16 x float> %full_acc_global247.sroa.34.0.lcssa.i, ptr %2124, align 4, !tbaa !4
-  %2125 = getelementptr inbounds nuw i8, ptr %2123, i64 512
-  store <16 x float> %full_acc_global247.sroa.68.0.lcssa.i, ptr %2125, align 4, !tbaa !4
-  %2126 = getelementptr inbounds nuw i8, ptr %2123, i64 576
-  store <16 x float> %full_acc_global247.sroa.102.0.lcssa.i, ptr %2126, align 4, !tbaa !4
-  %2127 = getelementptr inbounds nuw i8, ptr %2123, i64 1024
-  store <16 x float> %full_acc_global247.sroa.136.0.lcssa.i, ptr %2127, align 4, !tbaa !4
-  %2128 = getelementptr inbounds nuw i8, ptr %2123, i64 1088
-  store <16 x float> %full_acc_global247.sroa.170.0.lcssa.i, ptr %2128, align 4, !tbaa !4
-  %2129 = getelementptr inbounds nuw i8, ptr %2123, i64 1536
-  store <16 x float> %full_acc_global247.sroa.204.0.lcssa.i, ptr %2129, align 4, !tbaa !4
-  %2130 = getelementptr inbounds nuw i8, ptr %2123, i64 1600
-  store <16 x float> %full_acc_global247.sroa.238.0.lcssa.i, ptr %2130, align 4, !tbaa !4
-  %indvars.iv.next1170.i = add nuw nsw i64 %indvars.iv1169.i, 1
-  %exitcond1174.not.i = icmp eq i64 %indvars.iv.next1170.i, 4
-  br i1 %exitcond1174.not.i, label %for_begin_d_0_init.preheader.preheader.i, label %for_begin_to99.preheader.i, !prof !21
+for_end_to123.i:                                  ; preds = %for_body_to122.i, %for_body_d_0_m.i
+  %full_acc220.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i655.i, %for_body_to122.i ]
+  %full_acc220.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i664.i, %for_body_to122.i ]
+  %full_acc220.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i652.i, %for_body_to122.i ]
+  %full_acc220.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i667.i, %for_body_to122.i ]
+  %full_acc220.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i658.i, %for_body_to122.i ]
+  %full_acc220.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i670.i, %for_body_to122.i ]
+  %full_acc220.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i661.i, %for_body_to122.i ]
+  %full_acc220.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i673.i, %for_body_to122.i ]
+  br i1 %.not1085.i, label %for_end_ti.i, label %for_body_ti.i.preheader, !prof !11
 
-for_begin_d_0_init.preheader.preheader.i:         ; preds = %for_end_to101.i
-  %2131 = load <16 x float>, ptr %full_acc.i, align 4, !tbaa !4
-  store <16 x float> %2131, ptr %tile_acc.i, align 4, !tbaa !4
-  %2132 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 64
-  %2133 = load <16 x float>, ptr %2132, align 4, !tbaa !4
-  %2134 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 64
-  store <16 x float> %2133, ptr %2134, align 4, !tbaa !4
-  %2135 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 128
-  %2136 = load <16 x float>, ptr %2135, align 4, !tbaa !4
-  %2137 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 128
-  store <16 x float> %2136, ptr %2137, align 4, !tbaa !4
-  %2138 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 192
-  %2139 = load <16 x float>, ptr %2138, align 4, !tbaa !4
-  %2140 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 192
-  store <16 x float> %2139, ptr %2140, align 4, !tbaa !4
-  %2141 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 256
-  %2142 = load <16 x float>, ptr %2141, align 4, !tbaa !4
-  %2143 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 256
-  store <16 x float> %2142, ptr %2143, align 4, !tbaa !4
-  %2144 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 320
-  %2145 = load <16 x float>, ptr %2144, align 4, !tbaa !4
-  %2146 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 320
-  store <16 x float> %2145, ptr %2146, align 4, !tbaa !4
-  %2147 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 384
-  %2148 = load <16 x float>, ptr %2147, align 4, !tbaa !4
-  %2149 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 384
-  store <16 x float> %2148, ptr %2149, align 4, !tbaa !4
-  %2150 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 448
-  %2151 = load <16 x float>, ptr %2150, align 4, !tbaa !4
-  %2152 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 448
-  store <16 x float> %2151, ptr %2152, align 4, !tbaa !4
-  %2153 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 512
-  %2154 = load <16 x float>, ptr %2153, align 4, !tbaa !4
-  %2155 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 512
-  store <16 x float> %2154, ptr %2155, align 4, !tbaa !4
-  %2156 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 576
-  %2157 = load <16 x float>, ptr %2156, align 4, !tbaa !4
-  %2158 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 576
-  store <16 x float> %2157, ptr %2158, align 4, !tbaa !4
-  %2159 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 640
-  %2160 = load <16 x float>, ptr %2159, align 4, !tbaa !4
-  %2161 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 640
-  store <16 x float> %2160, ptr %2161, align 4, !tbaa !4
-  %2162 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 704
-  %2163 = load <16 x float>, ptr %2162, align 4, !tbaa !4
-  %2164 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 704
-  store <16 x float> %2163, ptr %2164, align 4, !tbaa !4
-  %2165 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 768
-  %2166 = load <16 x float>, ptr %2165, align 4, !tbaa !4
-  %2167 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 768
-  store <16 x float> %2166, ptr %2167, align 4, !tbaa !4
-  %2168 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 832
-  %2169 = load <16 x float>, ptr %2168, align 4, !tbaa !4
-  %2170 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 832
-  store <16 x float> %2169, ptr %2170, align 4, !tbaa !4
-  %2171 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 896
-  %2172 = load <16 x float>, ptr %2171, align 4, !tbaa !4
-  %2173 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 896
-  store <16 x float> %2172, ptr %2173, align 4, !tbaa !4
-  %2174 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 960
-  %2175 = load <16 x float>, ptr %2174, align 4, !tbaa !4
-  %2176 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 960
-  store <16 x float> %2175, ptr %2176, align 4, !tbaa !4
-  %2177 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1024
-  %2178 = load <16 x float>, ptr %2177, align 4, !tbaa !4
-  %2179 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1024
-  store <16 x float> %2178, ptr %2179, align 4, !tbaa !4
-  %2180 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1088
-  %2181 = load <16 x float>, ptr %2180, align 4, !tbaa !4
-  %2182 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1088
-  store <16 x float> %2181, ptr %2182, align 4, !tbaa !4
-  %2183 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1152
-  %2184 = load <16 x float>, ptr %2183, align 4, !tbaa !4
-  %2185 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1152
-  store <16 x float> %2184, ptr %2185, align 4, !tbaa !4
-  %2186 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1216
-  %2187 = load <16 x float>, ptr %2186, align 4, !tbaa !4
-  %2188 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1216
-  store <16 x float> %2187, ptr %2188, align 4, !tbaa !4
-  %2189 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1280
-  %2190 = load <16 x float>, ptr %2189, align 4, !tbaa !4
-  %2191 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1280
-  store <16 x float> %2190, ptr %2191, align 4, !tbaa !4
-  %2192 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1344
-  %2193 = load <16 x float>, ptr %2192, align 4, !tbaa !4
-  %2194 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1344
-  store <16 x float> %2193, ptr %2194, align 4, !tbaa !4
-  %2195 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1408
-  %2196 = load <16 x float>, ptr %2195, align 4, !tbaa !4
-  %2197 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1408
-  store <16 x float> %2196, ptr %2197, align 4, !tbaa !4
-  %2198 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1472
-  %2199 = load <16 x float>, ptr %2198, align 4, !tbaa !4
-  %2200 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1472
-  store <16 x float> %2199, ptr %2200, align 4, !tbaa !4
-  %2201 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1536
-  %2202 = load <16 x float>, ptr %2201, align 4, !tbaa !4
-  %2203 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1536
-  store <16 x float> %2202, ptr %2203, align 4, !tbaa !4
-  %2204 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1600
-  %2205 = load <16 x float>, ptr %2204, align 4, !tbaa !4
-  %2206 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1600
-  store <16 x float> %2205, ptr %2206, align 4, !tbaa !4
-  %2207 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1664
-  %2208 = load <16 x float>, ptr %2207, align 4, !tbaa !4
-  %2209 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1664
-  store <16 x float> %2208, ptr %2209, align 4, !tbaa !4
-  %2210 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1728
-  %2211 = load <16 x float>, ptr %2210, align 4, !tbaa !4
-  %2212 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1728
-  store <16 x float> %2211, ptr %2212, align 4, !tbaa !4
-  %2213 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1792
-  %2214 = load <16 x float>, ptr %2213, align 4, !tbaa !4
-  %2215 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1792
-  store <16 x float> %2214, ptr %2215, align 4, !tbaa !4
-  %2216 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1856
-  %2217 = load <16 x float>, ptr %2216, align 4, !tbaa !4
-  %2218 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1856
-  store <16 x float> %2217, ptr %2218, align 4, !tbaa !4
-  %2219 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1920
-  %2220 = load <16 x float>, ptr %2219, align 4, !tbaa !4
-  %2221 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1920
-  store <16 x float> %2220, ptr %2221, align 4, !tbaa !4
-  %2222 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1984
-  %2223 = load <16 x float>, ptr %2222, align 4, !tbaa !4
-  %2224 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1984
-  store <16 x float> %2223, ptr %2224, align 4, !tbaa !4
-  br i1 %.not1037.i, label %for_end_ti.i, label %for_begin_r111.preheader.i.preheader, !prof !11
+for_body_ti.i.preheader:                          ; preds = %for_end_to123.i
+  br i1 %612, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !81
 
-for_begin_r111.preheader.i.preheader:             ; preds = %for_begin_d_0_init.preheader.preheader.i
-  %invariant.gep65 = getelementptr i32, ptr %prob_pairs.i, i64 %596
-  br label %for_begin_r111.preheader.i
+for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.i.preheader
+  %indvars.iv1219.i = phi i64 [ %indvars.iv.next1220.i.1, %for_body_ti.i ], [ 0, %for_body_ti.i.preheader ]
+  %tile_acc221.sroa.0.01024.i = phi <16 x float> [ %r.i676.i.1, %for_body_ti.i ], [ %full_acc220.sroa.0.0.lcssa.i, %for_body_ti.i.preheader ]
+  %tile_acc221.sroa.4.01023.i = phi <16 x float> [ %r.i688.i.1, %for_body_ti.i ], [ %full_acc220.sroa.34.0.lcssa.i, %for_body_ti.i.preheader ]
+  %tile_acc221.sroa.8.01022.i = phi <16 x float> [ %r.i679.i.1, %for_body_ti.i ], [ %full_acc220.sroa.68.0.lcssa.i, %for_body_ti.i.preheader ]
+  %tile_acc221.sroa.12.01021.i = phi <16 x float> [ %r.i691.i.1, %for_body_ti.i ], [ %full_acc220.sroa.102.0.lcssa.i, %for_body_ti.i.preheader ]
+  %tile_acc221.sroa.16.01020.i = phi <16 x float> [ %r.i682.i.1, %for_body_ti.i ], [ %full_acc220.sroa.136.0.lcssa.i, %for_body_ti.i.preheader ]
+  %tile_acc221.sroa.20.01019.i = phi <16 x float> [ %r.i694.i.1, %for_body_ti.i ], [ %full_acc220.sroa.170.0.lcssa.i, %for_body_ti.i.preheader ]
+  %tile_acc221.sroa.24.01018.i = phi <16 x float> [ %r.i685.i.1, %for_body_ti.i ], [ %full_acc220.sroa.204.0.lcssa.i, %for_body_ti.i.preheader ]
+  %tile_acc221.sroa.28.01017.i = phi <16 x float> [ %r.i697.i.1, %for_body_ti.i ], [ %full_acc220.sroa.238.0.lcssa.i, %for_body_ti.i.preheader ]
+  %niter191 = phi i64 [ %niter191.next.1, %for_body_ti.i ], [ 0, %for_body_ti.i.preheader ]
+  %2195 = shl nuw nsw i64 %indvars.iv1219.i, 1
+  %2196 = add nuw nsw i64 %2195, %595
+  %2197 = icmp slt i64 %2196, 127
+  %2198 = or disjoint i64 %2196, 1
+  %2199 = icmp slt i64 %2198, %548
+  %2200 = and i1 %2197, %2199
+  %cse_v16.i = select i1 %2200, i32 -1, i32 65535
+  %gep1358.i = getelementptr i32, ptr %invariant.gep1357.i, i64 %indvars.iv1219.i
+  %2201 = load i32, ptr %gep1358.i, align 4, !tbaa !4
+  %2202 = insertelement <16 x i32> poison, i32 %2201, i64 0
+  %2203 = shufflevector <16 x i32> %2202, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2204 = insertelement <16 x i32> poison, i32 %cse_v16.i, i64 0
+  %2205 = shufflevector <16 x i32> %2204, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2206 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2196
+  %2207 = load i64, ptr %2206, align 8, !tbaa !4
+  %gep1016.i = getelementptr i32, ptr %gep1035.i, i64 %2207
+  %2208 = load <16 x i32>, ptr %gep1016.i, align 4, !tbaa !4
+  %2209 = and <16 x i32> %2208, %2205
+  %x.i674.i = bitcast <16 x i32> %2203 to <32 x bfloat>
+  %y.i675.i = bitcast <16 x i32> %2209 to <32 x bfloat>
+  %r.i676.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc221.sroa.0.01024.i, <32 x bfloat> %x.i674.i, <32 x bfloat> %y.i675.i)
+  %2210 = getelementptr i8, ptr %gep1358.i, i64 256
+  %2211 = load i32, ptr %2210, align 4, !tbaa !4
+  %2212 = insertelement <16 x i32> poison, i32 %2211, i64 0
+  %2213 = shufflevector <16 x i32> %2212, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i677.i = bitcast <16 x i32> %2213 to <32 x bfloat>
+  %r.i679.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc221.sroa.8.01022.i, <32 x bfloat> %x.i677.i, <32 x bfloat> %y.i675.i)
+  %2214 = getelementptr i8, ptr %gep1358.i, i64 512
+  %2215 = load i32, ptr %2214, align 4, !tbaa !4
+  %2216 = insertelement <16 x i32> poison, i32 %2215, i64 0
+  %2217 = shufflevector <16 x i32> %2216, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i680.i = bitcast <16 x i32> %2217 to <32 x bfloat>
+  %r.i682.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc221.sroa.16.01020.i, <32 x bfloat> %x.i680.i, <32 x bfloat> %y.i675.i)
+  %2218 = getelementptr i8, ptr %gep1358.i, i64 768
+  %2219 = load i32, ptr %2218, align 4, !tbaa !4
+  %2220 = insertelement <16 x i32> poison, i32 %2219, i64 0
+  %2221 = shufflevector <16 x i32> %2220, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i683.i = bitcast <16 x i32> %2221 to <32 x bfloat>
+  %r.i685.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc221.sroa.24.01018.i, <32 x bfloat> %x.i683.i, <32 x bfloat> %y.i675.i)
+  %2222 = getelementptr i8, ptr %gep1016.i, i64 64
+  %2223 = load <16 x i32>, ptr %2222, align 4, !tbaa !4
+  %2224 = and <16 x i32> %2223, %2205
+  %y.i687.i = bitcast <16 x i32> %2224 to <32 x bfloat>
+  %r.i688.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc221.sroa.4.01023.i, <32 x bfloat> %x.i674.i, <32 x bfloat> %y.i687.i)
+  %r.i691.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc221.sroa.12.01021.i, <32 x bfloat> %x.i677.i, <32 x bfloat> %y.i687.i)
+  %r.i694.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc221.sroa.20.01019.i, <32 x bfloat> %x.i680.i, <32 x bfloat> %y.i687.i)
+  %r.i697.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc221.sroa.28.01017.i, <32 x bfloat> %x.i683.i, <32 x bfloat> %y.i687.i)
+  %indvars.iv.next1220.i = or disjoint i64 %indvars.iv1219.i, 1
+  %2225 = shl nuw nsw i64 %indvars.iv.next1220.i, 1
+  %2226 = add nuw nsw i64 %2225, %595
+  %2227 = icmp slt i64 %2226, 127
+  %2228 = or disjoint i64 %2226, 1
+  %2229 = icmp slt i64 %2228, %548
+  %2230 = and i1 %2227, %2229
+  %cse_v16.i.1 = select i1 %2230, i32 -1, i32 65535
+  %gep1358.i.1 = getelementptr i32, ptr %invariant.gep1357.i, i64 %indvars.iv.next1220.i
+  %2231 = load i32, ptr %gep1358.i.1, align 4, !tbaa !4
+  %2232 = insertelement <16 x i32> poison, i32 %2231, i64 0
+  %2233 = shufflevector <16 x i32> %2232, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2234 = insertelement <16 x i32> poison, i32 %cse_v16.i.1, i64 0
+  %2235 = shufflevector <16 x i32> %2234, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2236 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2226
+  %2237 = load i64, ptr %2236, align 8, !tbaa !4
+  %gep1016.i.1 = getelementptr i32, ptr %gep1035.i, i64 %2237
+  %2238 = load <16 x i32>, ptr %gep1016.i.1, align 4, !tbaa !4
+  %2239 = and <16 x i32> %2238, %2235
+  %x.i674.i.1 = bitcast <16 x i32> %2233 to <32 x bfloat>
+  %y.i675.i.1 = bitcast <16 x i32> %2239 to <32 x bfloat>
+  %r.i676.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i676.i, <32 x bfloat> %x.i674.i.1, <32 x bfloat> %y.i675.i.1)
+  %2240 = getelementptr i8, ptr %gep1358.i.1, i64 256
+  %2241 = load i32, ptr %2240, align 4, !tbaa !4
+  %2242 = insertelement <16 x i32> poison, i32 %2241, i64 0
+  %2243 = shufflevector <16 x i32> %2242, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i677.i.1 = bitcast <16 x i32> %2243 to <32 x bfloat>
+  %r.i679.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i679.i, <32 x bfloat> %x.i677.i.1, <32 x bfloat> %y.i675.i.1)
+  %2244 = getelementptr i8, ptr %gep1358.i.1, i64 512
+  %2245 = load i32, ptr %2244, align 4, !tbaa !4
+  %2246 = insertelement <16 x i32> poison, i32 %2245, i64 0
+  %2247 = shufflevector <16 x i32> %2246, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i680.i.1 = bitcast <16 x i32> %2247 to <32 x bfloat>
+  %r.i682.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i682.i, <32 x bfloat> %x.i680.i.1, <32 x bfloat> %y.i675.i.1)
+  %2248 = getelementptr i8, ptr %gep1358.i.1, i64 768
+  %2249 = load i32, ptr %2248, align 4, !tbaa !4
+  %2250 = insertelement <16 x i32> poison, i32 %2249, i64 0
+  %2251 = shufflevector <16 x i32> %2250, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i683.i.1 = bitcast <16 x i32> %2251 to <32 x bfloat>
+  %r.i685.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i685.i, <32 x bfloat> %x.i683.i.1, <32 x bfloat> %y.i675.i.1)
+  %2252 = getelementptr i8, ptr %gep1016.i.1, i64 64
+  %2253 = load <16 x i32>, ptr %2252, align 4, !tbaa !4
+  %2254 = and <16 x i32> %2253, %2235
+  %y.i687.i.1 = bitcast <16 x i32> %2254 to <32 x bfloat>
+  %r.i688.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i688.i, <32 x bfloat> %x.i674.i.1, <32 x bfloat> %y.i687.i.1)
+  %r.i691.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i691.i, <32 x bfloat> %x.i677.i.1, <32 x bfloat> %y.i687.i.1)
+  %r.i694.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i694.i, <32 x bfloat> %x.i680.i.1, <32 x bfloat> %y.i687.i.1)
+  %r.i697.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i697.i, <32 x bfloat> %x.i683.i.1, <32 x bfloat> %y.i687.i.1)
+  %indvars.iv.next1220.i.1 = add nuw nsw i64 %indvars.iv1219.i, 2
+  %niter191.next.1 = add nuw i64 %niter191, 2
+  %niter191.ncmp.1 = icmp eq i64 %niter191.next.1, %unroll_iter190
+  br i1 %niter191.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !82, !llvm.loop !83
 
-for_begin_r111.preheader.i:                       ; preds = %for_begin_r111.preheader.i, %for_begin_r111.preheader.i.preheader
-  %r.i700.7.31407.i = phi <16 x float> [ %r.i700.7.3.i, %for_begin_r111.preheader.i ], [ %2223, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.6.31405.i = phi <16 x float> [ %r.i700.6.3.i, %for_begin_r111.preheader.i ], [ %2220, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.5.31403.i = phi <16 x float> [ %r.i700.5.3.i, %for_begin_r111.preheader.i ], [ %2217, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.4.31401.i = phi <16 x float> [ %r.i700.4.3.i, %for_begin_r111.preheader.i ], [ %2214, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.3.31399.i = phi <16 x float> [ %r.i700.3.3.i, %for_begin_r111.preheader.i ], [ %2211, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.2.31397.i = phi <16 x float> [ %r.i700.2.3.i, %for_begin_r111.preheader.i ], [ %2208, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.1.31395.i = phi <16 x float> [ %r.i700.1.3.i, %for_begin_r111.preheader.i ], [ %2205, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.312021393.i = phi <16 x float> [ %r.i700.31202.i, %for_begin_r111.preheader.i ], [ %2202, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.7.21391.i = phi <16 x float> [ %r.i700.7.2.i, %for_begin_r111.preheader.i ], [ %2199, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.6.21389.i = phi <16 x float> [ %r.i700.6.2.i, %for_begin_r111.preheader.i ], [ %2196, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.5.21387.i = phi <16 x float> [ %r.i700.5.2.i, %for_begin_r111.preheader.i ], [ %2193, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.4.21385.i = phi <16 x float> [ %r.i700.4.2.i, %for_begin_r111.preheader.i ], [ %2190, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.3.21383.i = phi <16 x float> [ %r.i700.3.2.i, %for_begin_r111.preheader.i ], [ %2187, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.2.21381.i = phi <16 x float> [ %r.i700.2.2.i, %for_begin_r111.preheader.i ], [ %2184, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.1.21379.i = phi <16 x float> [ %r.i700.1.2.i, %for_begin_r111.preheader.i ], [ %2181, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.211991377.i = phi <16 x float> [ %r.i700.21199.i, %for_begin_r111.preheader.i ], [ %2178, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.7.11375.i = phi <16 x float> [ %r.i700.7.1.i, %for_begin_r111.preheader.i ], [ %2175, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.6.11373.i = phi <16 x float> [ %r.i700.6.1.i, %for_begin_r111.preheader.i ], [ %2172, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.5.11371.i = phi <16 x float> [ %r.i700.5.1.i, %for_begin_r111.preheader.i ], [ %2169, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.4.11369.i = phi <16 x float> [ %r.i700.4.1.i, %for_begin_r111.preheader.i ], [ %2166, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.3.11367.i = phi <16 x float> [ %r.i700.3.1.i, %for_begin_r111.preheader.i ], [ %2163, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.2.11365.i = phi <16 x float> [ %r.i700.2.1.i, %for_begin_r111.preheader.i ], [ %2160, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.1.11363.i = phi <16 x float> [ %r.i700.1.1.i, %for_begin_r111.preheader.i ], [ %2157, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.111961361.i = phi <16 x float> [ %r.i700.11196.i, %for_begin_r111.preheader.i ], [ %2154, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.71359.i = phi <16 x float> [ %r.i700.7.i, %for_begin_r111.preheader.i ], [ %2151, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.61357.i = phi <16 x float> [ %r.i700.6.i, %for_begin_r111.preheader.i ], [ %2148, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.51355.i = phi <16 x float> [ %r.i700.5.i, %for_begin_r111.preheader.i ], [ %2145, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.41353.i = phi <16 x float> [ %r.i700.4.i, %for_begin_r111.preheader.i ], [ %2142, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.31351.i = phi <16 x float> [ %r.i700.3.i, %for_begin_r111.preheader.i ], [ %2139, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.21349.i = phi <16 x float> [ %r.i700.2.i, %for_begin_r111.preheader.i ], [ %2136, %for_begin_r111.preheader.i.preheader ]
-  %r.i700.11347.i = phi <16 x float> [ %r.i700.1.i, %for_begin_r111.preheader.i ], [ %2133, %for_begin_r111.preheader.i.preheader ]
-  %2225 = phi <16 x float> [ %r.i700.i, %for_begin_r111.preheader.i ], [ %2131, %for_begin_r111.preheader.i.preheader ]
-  %indvars.iv1203.i = phi i64 [ %indvars.iv.next1204.i, %for_begin_r111.preheader.i ], [ 0, %for_begin_r111.preheader.i.preheader ]
-  %2226 = shl nuw nsw i64 %indvars.iv1203.i, 1
-  %2227 = add nuw nsw i64 %2226, %597
-  %2228 = icmp slt i64 %2227, 127
-  %2229 = or disjoint i64 %2227, 1
-  %2230 = icmp slt i64 %2229, %548
-  %2231 = and i1 %2228, %2230
-  %2232 = select i1 %2231, i32 -1, i32 65535
-  %2233 = insertelement <16 x i32> poison, i32 %2232, i64 0
-  %2234 = shufflevector <16 x i32> %2233, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2235 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2227
-  %gep66 = getelementptr i32, ptr %invariant.gep65, i64 %indvars.iv1203.i
-  %2236 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2237 = insertelement <16 x i32> poison, i32 %2236, i64 0
-  %2238 = shufflevector <16 x i32> %2237, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2239 = load i64, ptr %2235, align 8, !tbaa !4
-  %gep1340.i = getelementptr i32, ptr %invariant.gep981.i, i64 %2239
-  %2240 = load <16 x i32>, ptr %gep1340.i, align 4, !tbaa !4
-  %2241 = and <16 x i32> %2234, %2240
-  %x.i698.i = bitcast <16 x i32> %2238 to <32 x bfloat>
-  %y.i699.i = bitcast <16 x i32> %2241 to <32 x bfloat>
-  %r.i700.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %2225, <32 x bfloat> %x.i698.i, <32 x bfloat> %y.i699.i)
-  store <16 x float> %r.i700.i, ptr %tile_acc.i, align 4, !tbaa !4
-  %2242 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2243 = insertelement <16 x i32> poison, i32 %2242, i64 0
-  %2244 = shufflevector <16 x i32> %2243, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2245 = load i64, ptr %2235, align 8, !tbaa !4
-  %2246 = getelementptr i32, ptr %value_cache, i64 %2245
-  %2247 = getelementptr i8, ptr %2246, i64 64
-  %2248 = getelementptr i32, ptr %2247, i64 %v_now.i
-  %2249 = load <16 x i32>, ptr %2248, align 4, !tbaa !4
-  %2250 = and <16 x i32> %2249, %2234
-  %x.i698.1.i = bitcast <16 x i32> %2244 to <32 x bfloat>
-  %y.i699.1.i = bitcast <16 x i32> %2250 to <32 x bfloat>
-  %r.i700.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.11347.i, <32 x bfloat> %x.i698.1.i, <32 x bfloat> %y.i699.1.i)
-  store <16 x float> %r.i700.1.i, ptr %2134, align 4, !tbaa !4
-  %2251 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2252 = insertelement <16 x i32> poison, i32 %2251, i64 0
-  %2253 = shufflevector <16 x i32> %2252, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2254 = load i64, ptr %2235, align 8, !tbaa !4
-  %2255 = getelementptr i32, ptr %value_cache, i64 %2254
-  %2256 = getelementptr i8, ptr %2255, i64 128
-  %2257 = getelementptr i32, ptr %2256, i64 %v_now.i
-  %2258 = load <16 x i32>, ptr %2257, align 4, !tbaa !4
-  %2259 = and <16 x i32> %2258, %2234
-  %x.i698.2.i = bitcast <16 x i32> %2253 to <32 x bfloat>
-  %y.i699.2.i = bitcast <16 x i32> %2259 to <32 x bfloat>
-  %r.i700.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.21349.i, <32 x bfloat> %x.i698.2.i, <32 x bfloat> %y.i699.2.i)
-  store <16 x float> %r.i700.2.i, ptr %2137, align 4, !tbaa !4
-  %2260 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2261 = insertelement <16 x i32> poison, i32 %2260, i64 0
-  %2262 = shufflevector <16 x i32> %2261, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2263 = load i64, ptr %2235, align 8, !tbaa !4
-  %2264 = getelementptr i32, ptr %value_cache, i64 %2263
-  %2265 = getelementptr i8, ptr %2264, i64 192
-  %2266 = getelementptr i32, ptr %2265, i64 %v_now.i
-  %2267 = load <16 x i32>, ptr %2266, align 4, !tbaa !4
-  %2268 = and <16 x i32> %2267, %2234
-  %x.i698.3.i = bitcast <16 x i32> %2262 to <32 x bfloat>
-  %y.i699.3.i = bitcast <16 x i32> %2268 to <32 x bfloat>
-  %r.i700.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.31351.i, <32 x bfloat> %x.i698.3.i, <32 x bfloat> %y.i699.3.i)
-  store <16 x float> %r.i700.3.i, ptr %2140, align 4, !tbaa !4
-  %2269 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2270 = insertelement <16 x i32> poison, i32 %2269, i64 0
-  %2271 = shufflevector <16 x i32> %2270, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2272 = load i64, ptr %2235, align 8, !tbaa !4
-  %2273 = getelementptr i32, ptr %value_cache, i64 %2272
-  %2274 = getelementptr i8, ptr %2273, i64 256
-  %2275 = getelementptr i32, ptr %2274, i64 %v_now.i
-  %2276 = load <16 x i32>, ptr %2275, align 4, !tbaa !4
-  %2277 = and <16 x i32> %2276, %2234
-  %x.i698.4.i = bitcast <16 x i32> %2271 to <32 x bfloat>
-  %y.i699.4.i = bitcast <16 x i32> %2277 to <32 x bfloat>
-  %r.i700.4.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.41353.i, <32 x bfloat> %x.i698.4.i, <32 x bfloat> %y.i699.4.i)
-  store <16 x float> %r.i700.4.i, ptr %2143, align 4, !tbaa !4
-  %2278 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2279 = insertelement <16 x i32> poison, i32 %2278, i64 0
-  %2280 = shufflevector <16 x i32> %2279, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2281 = load i64, ptr %2235, align 8, !tbaa !4
-  %2282 = getelementptr i32, ptr %value_cache, i64 %2281
-  %2283 = getelementptr i8, ptr %2282, i64 320
-  %2284 = getelementptr i32, ptr %2283, i64 %v_now.i
-  %2285 = load <16 x i32>, ptr %2284, align 4, !tbaa !4
-  %2286 = and <16 x i32> %2285, %2234
-  %x.i698.5.i = bitcast <16 x i32> %2280 to <32 x bfloat>
-  %y.i699.5.i = bitcast <16 x i32> %2286 to <32 x bfloat>
-  %r.i700.5.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.51355.i, <32 x bfloat> %x.i698.5.i, <32 x bfloat> %y.i699.5.i)
-  store <16 x float> %r.i700.5.i, ptr %2146, align 4, !tbaa !4
-  %2287 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2288 = insertelement <16 x i32> poison, i32 %2287, i64 0
-  %2289 = shufflevector <16 x i32> %2288, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2290 = load i64, ptr %2235, align 8, !tbaa !4
-  %2291 = getelementptr i32, ptr %value_cache, i64 %2290
-  %2292 = getelementptr i8, ptr %2291, i64 384
-  %2293 = getelementptr i32, ptr %2292, i64 %v_now.i
-  %2294 = load <16 x i32>, ptr %2293, align 4, !tbaa !4
-  %2295 = and <16 x i32> %2294, %2234
-  %x.i698.6.i = bitcast <16 x i32> %2289 to <32 x bfloat>
-  %y.i699.6.i = bitcast <16 x i32> %2295 to <32 x bfloat>
-  %r.i700.6.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.61357.i, <32 x bfloat> %x.i698.6.i, <32 x bfloat> %y.i699.6.i)
-  store <16 x float> %r.i700.6.i, ptr %2149, align 4, !tbaa !4
-  %2296 = load i32, ptr %gep66, align 4, !tbaa !4
-  %2297 = insertelement <16 x i32> poison, i32 %2296, i64 0
-  %2298 = shufflevector <16 x i32> %2297, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2299 = load i64, ptr %2235, align 8, !tbaa !4
-  %2300 = getelementptr i32, ptr %value_cache, i64 %2299
-  %2301 = getelementptr i8, ptr %2300, i64 448
-  %2302 = getelementptr i32, ptr %2301, i64 %v_now.i
-  %2303 = load <16 x i32>, ptr %2302, align 4, !tbaa !4
-  %2304 = and <16 x i32> %2303, %2234
-  %x.i698.7.i = bitcast <16 x i32> %2298 to <32 x bfloat>
-  %y.i699.7.i = bitcast <16 x i32> %2304 to <32 x bfloat>
-  %r.i700.7.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.71359.i, <32 x bfloat> %x.i698.7.i, <32 x bfloat> %y.i699.7.i)
-  store <16 x float> %r.i700.7.i, ptr %2152, align 4, !tbaa !4
-  %2305 = getelementptr i8, ptr %gep66, i64 256
-  %2306 = load i32, ptr %2305, align 4, !tbaa !4
-  %2307 = insertelement <16 x i32> poison, i32 %2306, i64 0
-  %2308 = shufflevector <16 x i32> %2307, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2309 = load i64, ptr %2235, align 8, !tbaa !4
-  %gep1342.i = getelementptr i32, ptr %invariant.gep981.i, i64 %2309
-  %2310 = load <16 x i32>, ptr %gep1342.i, align 4, !tbaa !4
-  %2311 = and <16 x i32> %2310, %2234
-  %x.i698.11194.i = bitcast <16 x i32> %2308 to <32 x bfloat>
-  %y.i699.11195.i = bitcast <16 x i32> %2311 to <32 x bfloat>
-  %r.i700.11196.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.111961361.i, <32 x bfloat> %x.i698.11194.i, <32 x bfloat> %y.i699.11195.i)
-  store <16 x float> %r.i700.11196.i, ptr %2155, align 4, !tbaa !4
-  %2312 = load i32, ptr %2305, align 4, !tbaa !4
-  %2313 = insertelement <16 x i32> poison, i32 %2312, i64 0
-  %2314 = shufflevector <16 x i32> %2313, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2315 = load i64, ptr %2235, align 8, !tbaa !4
-  %2316 = getelementptr i32, ptr %value_cache, i64 %2315
-  %2317 = getelementptr i8, ptr %2316, i64 64
-  %2318 = getelementptr i32, ptr %2317, i64 %v_now.i
-  %2319 = load <16 x i32>, ptr %2318, align 4, !tbaa !4
-  %2320 = and <16 x i32> %2319, %2234
-  %x.i698.1.1.i = bitcast <16 x i32> %2314 to <32 x bfloat>
-  %y.i699.1.1.i = bitcast <16 x i32> %2320 to <32 x bfloat>
-  %r.i700.1.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.1.11363.i, <32 x bfloat> %x.i698.1.1.i, <32 x bfloat> %y.i699.1.1.i)
-  store <16 x float> %r.i700.1.1.i, ptr %2158, align 4, !tbaa !4
-  %2321 = load i32, ptr %2305, align 4, !tbaa !4
-  %2322 = insertelement <16 x i32> poison, i32 %2321, i64 0
-  %2323 = shufflevector <16 x i32> %2322, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2324 = load i64, ptr %2235, align 8, !tbaa !4
-  %2325 = getelementptr i32, ptr %value_cache, i64 %2324
-  %2326 = getelementptr i8, ptr %2325, i64 128
-  %2327 = getelementptr i32, ptr %2326, i64 %v_now.i
-  %2328 = load <16 x i32>, ptr %2327, align 4, !tbaa !4
-  %2329 = and <16 x i32> %2328, %2234
-  %x.i698.2.1.i = bitcast <16 x i32> %2323 to <32 x bfloat>
-  %y.i699.2.1.i = bitcast <16 x i32> %2329 to <32 x bfloat>
-  %r.i700.2.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.2.11365.i, <32 x bfloat> %x.i698.2.1.i, <32 x bfloat> %y.i699.2.1.i)
-  store <16 x float> %r.i700.2.1.i, ptr %2161, align 4, !tbaa !4
-  %2330 = load i32, ptr %2305, align 4, !tbaa !4
-  %2331 = insertelement <16 x i32> poison, i32 %2330, i64 0
-  %2332 = shufflevector <16 x i32> %2331, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2333 = load i64, ptr %2235, align 8, !tbaa !4
-  %2334 = getelementptr i32, ptr %value_cache, i64 %2333
-  %2335 = getelementptr i8, ptr %2334, i64 192
-  %2336 = getelementptr i32, ptr %2335, i64 %v_now.i
-  %2337 = load <16 x i32>, ptr %2336, align 4, !tbaa !4
-  %2338 = and <16 x i32> %2337, %2234
-  %x.i698.3.1.i = bitcast <16 x i32> %2332 to <32 x bfloat>
-  %y.i699.3.1.i = bitcast <16 x i32> %2338 to <32 x bfloat>
-  %r.i700.3.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.3.11367.i, <32 x bfloat> %x.i698.3.1.i, <32 x bfloat> %y.i699.3.1.i)
-  store <16 x float> %r.i700.3.1.i, ptr %2164, align 4, !tbaa !4
-  %2339 = load i32, ptr %2305, align 4, !tbaa !4
-  %2340 = insertelement <16 x i32> poison, i32 %2339, i64 0
-  %2341 = shufflevector <16 x i32> %2340, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2342 = load i64, ptr %2235, align 8, !tbaa !4
-  %2343 = getelementptr i32, ptr %value_cache, i64 %2342
-  %2344 = getelementptr i8, ptr %2343, i64 256
-  %2345 = getelementptr i32, ptr %2344, i64 %v_now.i
-  %2346 = load <16 x i32>, ptr %2345, align 4, !tbaa !4
-  %2347 = and <16 x i32> %2346, %2234
-  %x.i698.4.1.i = bitcast <16 x i32> %2341 to <32 x bfloat>
-  %y.i699.4.1.i = bitcast <16 x i32> %2347 to <32 x bfloat>
-  %r.i700.4.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.4.11369.i, <32 x bfloat> %x.i698.4.1.i, <32 x bfloat> %y.i699.4.1.i)
-  store <16 x float> %r.i700.4.1.i, ptr %2167, align 4, !tbaa !4
-  %2348 = load i32, ptr %2305, align 4, !tbaa !4
-  %2349 = insertelement <16 x i32> poison, i32 %2348, i64 0
-  %2350 = shufflevector <16 x i32> %2349, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2351 = load i64, ptr %2235, align 8, !tbaa !4
-  %2352 = getelementptr i32, ptr %value_cache, i64 %2351
-  %2353 = getelementptr i8, ptr %2352, i64 320
-  %2354 = getelementptr i32, ptr %2353, i64 %v_now.i
-  %2355 = load <16 x i32>, ptr %2354, align 4, !tbaa !4
-  %2356 = and <16 x i32> %2355, %2234
-  %x.i698.5.1.i = bitcast <16 x i32> %2350 to <32 x bfloat>
-  %y.i699.5.1.i = bitcast <16 x i32> %2356 to <32 x bfloat>
-  %r.i700.5.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.5.11371.i, <32 x bfloat> %x.i698.5.1.i, <32 x bfloat> %y.i699.5.1.i)
-  store <16 x float> %r.i700.5.1.i, ptr %2170, align 4, !tbaa !4
-  %2357 = load i32, ptr %2305, align 4, !tbaa !4
-  %2358 = insertelement <16 x i32> poison, i32 %2357, i64 0
-  %2359 = shufflevector <16 x i32> %2358, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2360 = load i64, ptr %2235, align 8, !tbaa !4
-  %2361 = getelementptr i32, ptr %value_cache, i64 %2360
-  %2362 = getelementptr i8, ptr %2361, i64 384
-  %2363 = getelementptr i32, ptr %2362, i64 %v_now.i
-  %2364 = load <16 x i32>, ptr %2363, align 4, !tbaa !4
-  %2365 = and <16 x i32> %2364, %2234
-  %x.i698.6.1.i = bitcast <16 x i32> %2359 to <32 x bfloat>
-  %y.i699.6.1.i = bitcast <16 x i32> %2365 to <32 x bfloat>
-  %r.i700.6.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.6.11373.i, <32 x bfloat> %x.i698.6.1.i, <32 x bfloat> %y.i699.6.1.i)
-  store <16 x float> %r.i700.6.1.i, ptr %2173, align 4, !tbaa !4
-  %2366 = load i32, ptr %2305, align 4, !tbaa !4
-  %2367 = insertelement <16 x i32> poison, i32 %2366, i64 0
-  %2368 = shufflevector <16 x i32> %2367, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2369 = load i64, ptr %2235, align 8, !tbaa !4
-  %2370 = getelementptr i32, ptr %value_cache, i64 %2369
-  %2371 = getelementptr i8, ptr %2370, i64 448
-  %2372 = getelementptr i32, ptr %2371, i64 %v_now.i
-  %2373 = load <16 x i32>, ptr %2372, align 4, !tbaa !4
-  %2374 = and <16 x i32> %2373, %2234
-  %x.i698.7.1.i = bitcast <16 x i32> %2368 to <32 x bfloat>
-  %y.i699.7.1.i = bitcast <16 x i32> %2374 to <32 x bfloat>
-  %r.i700.7.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.7.11375.i, <32 x bfloat> %x.i698.7.1.i, <32 x bfloat> %y.i699.7.1.i)
-  store <16 x float> %r.i700.7.1.i, ptr %2176, align 4, !tbaa !4
-  %2375 = getelementptr i8, ptr %gep66, i64 512
-  %2376 = load i32, ptr %2375, align 4, !tbaa !4
-  %2377 = insertelement <16 x i32> poison, i32 %2376, i64 0
-  %2378 = shufflevector <16 x i32> %2377, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2379 = load i64, ptr %2235, align 8, !tbaa !4
-  %gep1344.i = getelementptr i32, ptr %invariant.gep981.i, i64 %2379
-  %2380 = load <16 x i32>, ptr %gep1344.i, align 4, !tbaa !4
-  %2381 = and <16 x i32> %2380, %2234
-  %x.i698.21197.i = bitcast <16 x i32> %2378 to <32 x bfloat>
-  %y.i699.21198.i = bitcast <16 x i32> %2381 to <32 x bfloat>
-  %r.i700.21199.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.211991377.i, <32 x bfloat> %x.i698.21197.i, <32 x bfloat> %y.i699.21198.i)
-  store <16 x float> %r.i700.21199.i, ptr %2179, align 4, !tbaa !4
-  %2382 = load i32, ptr %2375, align 4, !tbaa !4
-  %2383 = insertelement <16 x i32> poison, i32 %2382, i64 0
-  %2384 = shufflevector <16 x i32> %2383, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2385 = load i64, ptr %2235, align 8, !tbaa !4
-  %2386 = getelementptr i32, ptr %value_cache, i64 %2385
-  %2387 = getelementptr i8, ptr %2386, i64 64
-  %2388 = getelementptr i32, ptr %2387, i64 %v_now.i
-  %2389 = load <16 x i32>, ptr %2388, align 4, !tbaa !4
-  %2390 = and <16 x i32> %2389, %2234
-  %x.i698.1.2.i = bitcast <16 x i32> %2384 to <32 x bfloat>
-  %y.i699.1.2.i = bitcast <16 x i32> %2390 to <32 x bfloat>
-  %r.i700.1.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.1.21379.i, <32 x bfloat> %x.i698.1.2.i, <32 x bfloat> %y.i699.1.2.i)
-  store <16 x float> %r.i700.1.2.i, ptr %2182, align 4, !tbaa !4
-  %2391 = load i32, ptr %2375, align 4, !tbaa !4
-  %2392 = insertelement <16 x i32> poison, i32 %2391, i64 0
-  %2393 = shufflevector <16 x i32> %2392, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2394 = load i64, ptr %2235, align 8, !tbaa !4
-  %2395 = getelementptr i32, ptr %value_cache, i64 %2394
-  %2396 = getelementptr i8, ptr %2395, i64 128
-  %2397 = getelementptr i32, ptr %2396, i64 %v_now.i
-  %2398 = load <16 x i32>, ptr %2397, align 4, !tbaa !4
-  %2399 = and <16 x i32> %2398, %2234
-  %x.i698.2.2.i = bitcast <16 x i32> %2393 to <32 x bfloat>
-  %y.i699.2.2.i = bitcast <16 x i32> %2399 to <32 x bfloat>
-  %r.i700.2.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.2.21381.i, <32 x bfloat> %x.i698.2.2.i, <32 x bfloat> %y.i699.2.2.i)
-  store <16 x float> %r.i700.2.2.i, ptr %2185, align 4, !tbaa !4
-  %2400 = load i32, ptr %2375, align 4, !tbaa !4
-  %2401 = insertelement <16 x i32> poison, i32 %2400, i64 0
-  %2402 = shufflevector <16 x i32> %2401, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2403 = load i64, ptr %2235, align 8, !tbaa !4
-  %2404 = getelementptr i32, ptr %value_cache, i64 %2403
-  %2405 = getelementptr i8, ptr %2404, i64 192
-  %2406 = getelementptr i32, ptr %2405, i64 %v_now.i
-  %2407 = load <16 x i32>, ptr %2406, align 4, !tbaa !4
-  %2408 = and <16 x i32> %2407, %2234
-  %x.i698.3.2.i = bitcast <16 x i32> %2402 to <32 x bfloat>
-  %y.i699.3.2.i = bitcast <16 x i32> %2408 to <32 x bfloat>
-  %r.i700.3.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.3.21383.i, <32 x bfloat> %x.i698.3.2.i, <32 x bfloat> %y.i699.3.2.i)
-  store <16 x float> %r.i700.3.2.i, ptr %2188, align 4, !tbaa !4
-  %2409 = load i32, ptr %2375, align 4, !tbaa !4
-  %2410 = insertelement <16 x i32> poison, i32 %2409, i64 0
-  %2411 = shufflevector <16 x i32> %2410, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2412 = load i64, ptr %2235, align 8, !tbaa !4
-  %2413 = getelementptr i32, ptr %value_cache, i64 %2412
-  %2414 = getelementptr i8, ptr %2413, i64 256
-  %2415 = getelementptr i32, ptr %2414, i64 %v_now.i
-  %2416 = load <16 x i32>, ptr %2415, align 4, !tbaa !4
-  %2417 = and <16 x i32> %2416, %2234
-  %x.i698.4.2.i = bitcast <16 x i32> %2411 to <32 x bfloat>
-  %y.i699.4.2.i = bitcast <16 x i32> %2417 to <32 x bfloat>
-  %r.i700.4.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.4.21385.i, <32 x bfloat> %x.i698.4.2.i, <32 x bfloat> %y.i699.4.2.i)
-  store <16 x float> %r.i700.4.2.i, ptr %2191, align 4, !tbaa !4
-  %2418 = load i32, ptr %2375, align 4, !tbaa !4
-  %2419 = insertelement <16 x i32> poison, i32 %2418, i64 0
-  %2420 = shufflevector <16 x i32> %2419, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2421 = load i64, ptr %2235, align 8, !tbaa !4
-  %2422 = getelementptr i32, ptr %value_cache, i64 %2421
-  %2423 = getelementptr i8, ptr %2422, i64 320
-  %2424 = getelementptr i32, ptr %2423, i64 %v_now.i
-  %2425 = load <16 x i32>, ptr %2424, align 4, !tbaa !4
-  %2426 = and <16 x i32> %2425, %2234
-  %x.i698.5.2.i = bitcast <16 x i32> %2420 to <32 x bfloat>
-  %y.i699.5.2.i = bitcast <16 x i32> %2426 to <32 x bfloat>
-  %r.i700.5.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.5.21387.i, <32 x bfloat> %x.i698.5.2.i, <32 x bfloat> %y.i699.5.2.i)
-  store <16 x float> %r.i700.5.2.i, ptr %2194, align 4, !tbaa !4
-  %2427 = load i32, ptr %2375, align 4, !tbaa !4
-  %2428 = insertelement <16 x i32> poison, i32 %2427, i64 0
-  %2429 = shufflevector <16 x i32> %2428, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2430 = load i64, ptr %2235, align 8, !tbaa !4
-  %2431 = getelementptr i32, ptr %value_cache, i64 %2430
-  %2432 = getelementptr i8, ptr %2431, i64 384
-  %2433 = getelementptr i32, ptr %2432, i64 %v_now.i
-  %2434 = load <16 x i32>, ptr %2433, align 4, !tbaa !4
-  %2435 = and <16 x i32> %2434, %2234
-  %x.i698.6.2.i = bitcast <16 x i32> %2429 to <32 x bfloat>
-  %y.i699.6.2.i = bitcast <16 x i32> %2435 to <32 x bfloat>
-  %r.i700.6.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.6.21389.i, <32 x bfloat> %x.i698.6.2.i, <32 x bfloat> %y.i699.6.2.i)
-  store <16 x float> %r.i700.6.2.i, ptr %2197, align 4, !tbaa !4
-  %2436 = load i32, ptr %2375, align 4, !tbaa !4
-  %2437 = insertelement <16 x i32> poison, i32 %2436, i64 0
-  %2438 = shufflevector <16 x i32> %2437, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2439 = load i64, ptr %2235, align 8, !tbaa !4
-  %2440 = getelementptr i32, ptr %value_cache, i64 %2439
-  %2441 = getelementptr i8, ptr %2440, i64 448
-  %2442 = getelementptr i32, ptr %2441, i64 %v_now.i
-  %2443 = load <16 x i32>, ptr %2442, align 4, !tbaa !4
-  %2444 = and <16 x i32> %2443, %2234
-  %x.i698.7.2.i = bitcast <16 x i32> %2438 to <32 x bfloat>
-  %y.i699.7.2.i = bitcast <16 x i32> %2444 to <32 x bfloat>
-  %r.i700.7.2.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.7.21391.i, <32 x bfloat> %x.i698.7.2.i, <32 x bfloat> %y.i699.7.2.i)
-  store <16 x float> %r.i700.7.2.i, ptr %2200, align 4, !tbaa !4
-  %2445 = getelementptr i8, ptr %gep66, i64 768
-  %2446 = load i32, ptr %2445, align 4, !tbaa !4
-  %2447 = insertelement <16 x i32> poison, i32 %2446, i64 0
-  %2448 = shufflevector <16 x i32> %2447, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2449 = load i64, ptr %2235, align 8, !tbaa !4
-  %gep1346.i = getelementptr i32, ptr %invariant.gep981.i, i64 %2449
-  %2450 = load <16 x i32>, ptr %gep1346.i, align 4, !tbaa !4
-  %2451 = and <16 x i32> %2450, %2234
-  %x.i698.31200.i = bitcast <16 x i32> %2448 to <32 x bfloat>
-  %y.i699.31201.i = bitcast <16 x i32> %2451 to <32 x bfloat>
-  %r.i700.31202.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.312021393.i, <32 x bfloat> %x.i698.31200.i, <32 x bfloat> %y.i699.31201.i)
-  store <16 x float> %r.i700.31202.i, ptr %2203, align 4, !tbaa !4
-  %2452 = load i32, ptr %2445, align 4, !tbaa !4
-  %2453 = insertelement <16 x i32> poison, i32 %2452, i64 0
-  %2454 = shufflevector <16 x i32> %2453, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2455 = load i64, ptr %2235, align 8, !tbaa !4
-  %2456 = getelementptr i32, ptr %value_cache, i64 %2455
-  %2457 = getelementptr i8, ptr %2456, i64 64
-  %2458 = getelementptr i32, ptr %2457, i64 %v_now.i
-  %2459 = load <16 x i32>, ptr %2458, align 4, !tbaa !4
-  %2460 = and <16 x i32> %2459, %2234
-  %x.i698.1.3.i = bitcast <16 x i32> %2454 to <32 x bfloat>
-  %y.i699.1.3.i = bitcast <16 x i32> %2460 to <32 x bfloat>
-  %r.i700.1.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.1.31395.i, <32 x bfloat> %x.i698.1.3.i, <32 x bfloat> %y.i699.1.3.i)
-  store <16 x float> %r.i700.1.3.i, ptr %2206, align 4, !tbaa !4
-  %2461 = load i32, ptr %2445, align 4, !tbaa !4
-  %2462 = insertelement <16 x i32> poison, i32 %2461, i64 0
-  %2463 = shufflevector <16 x i32> %2462, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2464 = load i64, ptr %2235, align 8, !tbaa !4
-  %2465 = getelementptr i32, ptr %value_cache, i64 %2464
-  %2466 = getelementptr i8, ptr %2465, i64 128
-  %2467 = getelementptr i32, ptr %2466, i64 %v_now.i
-  %2468 = load <16 x i32>, ptr %2467, align 4, !tbaa !4
-  %2469 = and <16 x i32> %2468, %2234
-  %x.i698.2.3.i = bitcast <16 x i32> %2463 to <32 x bfloat>
-  %y.i699.2.3.i = bitcast <16 x i32> %2469 to <32 x bfloat>
-  %r.i700.2.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.2.31397.i, <32 x bfloat> %x.i698.2.3.i, <32 x bfloat> %y.i699.2.3.i)
-  store <16 x float> %r.i700.2.3.i, ptr %2209, align 4, !tbaa !4
-  %2470 = load i32, ptr %2445, align 4, !tbaa !4
-  %2471 = insertelement <16 x i32> poison, i32 %2470, i64 0
-  %2472 = shufflevector <16 x i32> %2471, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2473 = load i64, ptr %2235, align 8, !tbaa !4
-  %2474 = getelementptr i32, ptr %value_cache, i64 %2473
-  %2475 = getelementptr i8, ptr %2474, i64 192
-  %2476 = getelementptr i32, ptr %2475, i64 %v_now.i
-  %2477 = load <16 x i32>, ptr %2476, align 4, !tbaa !4
-  %2478 = and <16 x i32> %2477, %2234
-  %x.i698.3.3.i = bitcast <16 x i32> %2472 to <32 x bfloat>
-  %y.i699.3.3.i = bitcast <16 x i32> %2478 to <32 x bfloat>
-  %r.i700.3.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.3.31399.i, <32 x bfloat> %x.i698.3.3.i, <32 x bfloat> %y.i699.3.3.i)
-  store <16 x float> %r.i700.3.3.i, ptr %2212, align 4, !tbaa !4
-  %2479 = load i32, ptr %2445, align 4, !tbaa !4
-  %2480 = insertelement <16 x i32> poison, i32 %2479, i64 0
-  %2481 = shufflevector <16 x i32> %2480, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2482 = load i64, ptr %2235, align 8, !tbaa !4
-  %2483 = getelementptr i32, ptr %value_cache, i64 %2482
-  %2484 = getelementptr i8, ptr %2483, i64 256
-  %2485 = getelementptr i32, ptr %2484, i64 %v_now.i
-  %2486 = load <16 x i32>, ptr %2485, align 4, !tbaa !4
-  %2487 = and <16 x i32> %2486, %2234
-  %x.i698.4.3.i = bitcast <16 x i32> %2481 to <32 x bfloat>
-  %y.i699.4.3.i = bitcast <16 x i32> %2487 to <32 x bfloat>
-  %r.i700.4.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.4.31401.i, <32 x bfloat> %x.i698.4.3.i, <32 x bfloat> %y.i699.4.3.i)
-  store <16 x float> %r.i700.4.3.i, ptr %2215, align 4, !tbaa !4
-  %2488 = load i32, ptr %2445, align 4, !tbaa !4
-  %2489 = insertelement <16 x i32> poison, i32 %2488, i64 0
-  %2490 = shufflevector <16 x i32> %2489, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2491 = load i64, ptr %2235, align 8, !tbaa !4
-  %2492 = getelementptr i32, ptr %value_cache, i64 %2491
-  %2493 = getelementptr i8, ptr %2492, i64 320
-  %2494 = getelementptr i32, ptr %2493, i64 %v_now.i
-  %2495 = load <16 x i32>, ptr %2494, align 4, !tbaa !4
-  %2496 = and <16 x i32> %2495, %2234
-  %x.i698.5.3.i = bitcast <16 x i32> %2490 to <32 x bfloat>
-  %y.i699.5.3.i = bitcast <16 x i32> %2496 to <32 x bfloat>
-  %r.i700.5.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.5.31403.i, <32 x bfloat> %x.i698.5.3.i, <32 x bfloat> %y.i699.5.3.i)
-  store <16 x float> %r.i700.5.3.i, ptr %2218, align 4, !tbaa !4
-  %2497 = load i32, ptr %2445, align 4, !tbaa !4
-  %2498 = insertelement <16 x i32> poison, i32 %2497, i64 0
-  %2499 = shufflevector <16 x i32> %2498, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2500 = load i64, ptr %2235, align 8, !tbaa !4
-  %2501 = getelementptr i32, ptr %value_cache, i64 %2500
-  %2502 = getelementptr i8, ptr %2501, i64 384
-  %2503 = getelementptr i32, ptr %2502, i64 %v_now.i
-  %2504 = load <16 x i32>, ptr %2503, align 4, !tbaa !4
-  %2505 = and <16 x i32> %2504, %2234
-  %x.i698.6.3.i = bitcast <16 x i32> %2499 to <32 x bfloat>
-  %y.i699.6.3.i = bitcast <16 x i32> %2505 to <32 x bfloat>
-  %r.i700.6.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.6.31405.i, <32 x bfloat> %x.i698.6.3.i, <32 x bfloat> %y.i699.6.3.i)
-  store <16 x float> %r.i700.6.3.i, ptr %2221, align 4, !tbaa !4
-  %2506 = load i32, ptr %2445, align 4, !tbaa !4
-  %2507 = insertelement <16 x i32> poison, i32 %2506, i64 0
-  %2508 = shufflevector <16 x i32> %2507, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2509 = load i64, ptr %2235, align 8, !tbaa !4
-  %2510 = getelementptr i32, ptr %value_cache, i64 %2509
-  %2511 = getelementptr i8, ptr %2510, i64 448
-  %2512 = getelementptr i32, ptr %2511, i64 %v_now.i
-  %2513 = load <16 x i32>, ptr %2512, align 4, !tbaa !4
-  %2514 = and <16 x i32> %2513, %2234
-  %x.i698.7.3.i = bitcast <16 x i32> %2508 to <32 x bfloat>
-  %y.i699.7.3.i = bitcast <16 x i32> %2514 to <32 x bfloat>
-  %r.i700.7.3.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i700.7.31407.i, <32 x bfloat> %x.i698.7.3.i, <32 x bfloat> %y.i699.7.3.i)
-  store <16 x float> %r.i700.7.3.i, ptr %2224, align 4, !tbaa !4
-  %indvars.iv.next1204.i = add nuw nsw i64 %indvars.iv1203.i, 1
-  %exitcond.not = icmp eq i64 %indvars.iv.next1204.i, %534
-  br i1 %exitcond.not, label %for_end_ti.i, label %for_begin_r111.preheader.i, !prof !8
+for_end_ti.i.loopexit.unr-lcssa:                  ; preds = %for_body_ti.i
+  br i1 %lcmp.mod180.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !31
 
-for_end_ti.i:                                     ; preds = %for_begin_r111.preheader.i, %for_begin_d_0_init.preheader.preheader.i
-  %2515 = shl nuw nsw i64 %indvars.iv1226.i, 2
-  %2516 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %2515
-  %2517 = load <4 x float>, ptr %2516, align 16, !tbaa !69
-  %old_max.i = select <4 x i1> %594, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2517
-  %2518 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %2515
-  %2519 = load <4 x float>, ptr %2518, align 16, !tbaa !71
-  %old_sum.i = select <4 x i1> %594, <4 x float> zeroinitializer, <4 x float> %2519
-  %2520 = fcmp ogt <4 x float> %old_max.i, %1131
-  %2521 = load <4 x float>, ptr %tile_sum254.i, align 16, !tbaa !73
-  %2522 = fcmp oeq <4 x float> %2521, zeroinitializer
-  %2523 = select <4 x i1> %2522, <4 x i1> splat (i1 true), <4 x i1> %2520
-  %old_or_both.i = select <4 x i1> %2523, <4 x float> %old_max.i, <4 x float> %1131
-  %2524 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %2524, <4 x float> %1131, <4 x float> %old_or_both.i
-  %arg122.i = fsub <4 x float> %old_max.i, %m.i
-  %cse_v129.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg122.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2525 = bitcast <4 x float> %cse_v129.i to <4 x i32>
-  %2526 = add nsw <4 x i32> %2525, splat (i32 -1262485504)
-  %2527 = sitofp <4 x i32> %2526 to <4 x float>
-  %2528 = fmul <4 x float> %2527, splat (float 0x3F2BD01060000000)
-  %2529 = fmul <4 x float> %2527, splat (float 0x3FE6300000000000)
-  %2530 = fsub <4 x float> %arg122.i, %2529
-  %2531 = fadd <4 x float> %2528, %2530
-  %2532 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2531, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2533 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2532, <4 x float> %2531, <4 x float> splat (float 0x3F81112100000000))
-  %2534 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2533, <4 x float> %2531, <4 x float> splat (float 0x3FA5553820000000))
-  %2535 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2534, <4 x float> %2531, <4 x float> splat (float 0x3FC5555540000000))
-  %2536 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2535, <4 x float> %2531, <4 x float> splat (float 5.000000e-01))
-  %2537 = fmul <4 x float> %2531, %2536
-  %2538 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2537, <4 x float> %2531, <4 x float> %2531)
-  %2539 = shl <4 x i32> %2525, splat (i32 23)
-  %2540 = add <4 x i32> %2539, splat (i32 1065353216)
-  %2541 = bitcast <4 x i32> %2540 to <4 x float>
-  %2542 = fadd <4 x float> %2538, splat (float 1.000000e+00)
-  %2543 = fmul <4 x float> %2542, %2541
-  %2544 = fcmp olt <4 x float> %arg122.i, splat (float -8.700000e+01)
-  %2545 = select <4 x i1> %2544, <4 x float> zeroinitializer, <4 x float> %2543
-  %2546 = fcmp one <4 x float> %old_sum.i, zeroinitializer
-  %2547 = select <4 x i1> %2546, <4 x float> %2545, <4 x float> zeroinitializer
-  store <4 x float> %2547, ptr %alpha244.i, align 16, !tbaa !81
-  %arg136.i = fsub <4 x float> %1131, %m.i
-  %cse_v117.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg136.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2548 = bitcast <4 x float> %cse_v117.i to <4 x i32>
-  %2549 = add nsw <4 x i32> %2548, splat (i32 -1262485504)
-  %2550 = sitofp <4 x i32> %2549 to <4 x float>
-  %2551 = fmul <4 x float> %2550, splat (float 0x3F2BD01060000000)
-  %2552 = fmul <4 x float> %2550, splat (float 0x3FE6300000000000)
-  %2553 = fsub <4 x float> %arg136.i, %2552
-  %2554 = fadd <4 x float> %2551, %2553
-  %2555 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2554, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2556 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2555, <4 x float> %2554, <4 x float> splat (float 0x3F81112100000000))
-  %2557 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2556, <4 x float> %2554, <4 x float> splat (float 0x3FA5553820000000))
-  %2558 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2557, <4 x float> %2554, <4 x float> splat (float 0x3FC5555540000000))
-  %2559 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2558, <4 x float> %2554, <4 x float> splat (float 5.000000e-01))
-  %2560 = fmul <4 x float> %2554, %2559
-  %2561 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2560, <4 x float> %2554, <4 x float> %2554)
-  %2562 = shl <4 x i32> %2548, splat (i32 23)
-  %2563 = add <4 x i32> %2562, splat (i32 1065353216)
-  %2564 = bitcast <4 x i32> %2563 to <4 x float>
-  %2565 = fadd <4 x float> %2561, splat (float 1.000000e+00)
-  %2566 = fmul <4 x float> %2565, %2564
-  %2567 = fcmp olt <4 x float> %arg136.i, splat (float -8.700000e+01)
-  %2568 = select <4 x i1> %2567, <4 x float> zeroinitializer, <4 x float> %2566
-  %2569 = fcmp one <4 x float> %2521, zeroinitializer
-  %2570 = select <4 x i1> %2569, <4 x float> %2568, <4 x float> zeroinitializer
-  store <4 x float> %2570, ptr %beta243.i, align 16, !tbaa !90
-  %2571 = fmul <4 x float> %old_sum.i, %2547
-  %2572 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2570, <4 x float> %2521, <4 x float> %2571)
-  store <4 x float> %m.i, ptr %2516, align 16, !tbaa !69
-  store <4 x float> %2572, ptr %2518, align 16, !tbaa !71
-  %2573 = shl nuw nsw i64 %indvars.iv1226.i, 9
-  br label %for_begin_d_0154.preheader.i
+for_body_ti.i.epil.preheader:                     ; preds = %for_end_ti.i.loopexit.unr-lcssa, %for_body_ti.i.preheader
+  %indvars.iv1219.i.epil.init = phi i64 [ 0, %for_body_ti.i.preheader ], [ %indvars.iv.next1220.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc221.sroa.0.01024.i.epil.init = phi <16 x float> [ %full_acc220.sroa.0.0.lcssa.i, %for_body_ti.i.preheader ], [ %r.i676.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc221.sroa.4.01023.i.epil.init = phi <16 x float> [ %full_acc220.sroa.34.0.lcssa.i, %for_body_ti.i.preheader ], [ %r.i688.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc221.sroa.8.01022.i.epil.init = phi <16 x float> [ %full_acc220.sroa.68.0.lcssa.i, %for_body_ti.i.preheader ], [ %r.i679.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc221.sroa.12.01021.i.epil.init = phi <16 x float> [ %full_acc220.sroa.102.0.lcssa.i, %for_body_ti.i.preheader ], [ %r.i691.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc221.sroa.16.01020.i.epil.init = phi <16 x float> [ %full_acc220.sroa.136.0.lcssa.i, %for_body_ti.i.preheader ], [ %r.i682.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc221.sroa.20.01019.i.epil.init = phi <16 x float> [ %full_acc220.sroa.170.0.lcssa.i, %for_body_ti.i.preheader ], [ %r.i694.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc221.sroa.24.01018.i.epil.init = phi <16 x float> [ %full_acc220.sroa.204.0.lcssa.i, %for_body_ti.i.preheader ], [ %r.i685.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc221.sroa.28.01017.i.epil.init = phi <16 x float> [ %full_acc220.sroa.238.0.lcssa.i, %for_body_ti.i.preheader ], [ %r.i697.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod189)
+  %2255 = shl nuw nsw i64 %indvars.iv1219.i.epil.init, 1
+  %2256 = add nuw nsw i64 %2255, %595
+  %2257 = icmp slt i64 %2256, 127
+  %2258 = or disjoint i64 %2256, 1
+  %2259 = icmp slt i64 %2258, %548
+  %2260 = and i1 %2257, %2259
+  %cse_v16.i.epil = select i1 %2260, i32 -1, i32 65535
+  %gep1358.i.epil = getelementptr i32, ptr %invariant.gep1357.i, i64 %indvars.iv1219.i.epil.init
+  %2261 = load i32, ptr %gep1358.i.epil, align 4, !tbaa !4
+  %2262 = insertelement <16 x i32> poison, i32 %2261, i64 0
+  %2263 = shufflevector <16 x i32> %2262, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2264 = insertelement <16 x i32> poison, i32 %cse_v16.i.epil, i64 0
+  %2265 = shufflevector <16 x i32> %2264, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2266 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2256
+  %2267 = load i64, ptr %2266, align 8, !tbaa !4
+  %gep1016.i.epil = getelementptr i32, ptr %gep1035.i, i64 %2267
+  %2268 = load <16 x i32>, ptr %gep1016.i.epil, align 4, !tbaa !4
+  %2269 = and <16 x i32> %2268, %2265
+  %x.i674.i.epil = bitcast <16 x i32> %2263 to <32 x bfloat>
+  %y.i675.i.epil = bitcast <16 x i32> %2269 to <32 x bfloat>
+  %r.i676.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc221.sroa.0.01024.i.epil.init, <32 x bfloat> %x.i674.i.epil, <32 x bfloat> %y.i675.i.epil)
+  %2270 = getelementptr i8, ptr %gep1358.i.epil, i64 256
+  %2271 = load i32, ptr %2270, align 4, !tbaa !4
+  %2272 = insertelement <16 x i32> poison, i32 %2271, i64 0
+  %2273 = shufflevector <16 x i32> %2272, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i677.i.epil = bitcast <16 x i32> %2273 to <32 x bfloat>
+  %r.i679.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc221.sroa.8.01022.i.epil.init, <32 x bfloat> %x.i677.i.epil, <32 x bfloat> %y.i675.i.epil)
+  %2274 = getelementptr i8, ptr %gep1358.i.epil, i64 512
+  %2275 = load i32, ptr %2274, align 4, !tbaa !4
+  %2276 = insertelement <16 x i32> poison, i32 %2275, i64 0
+  %2277 = shufflevector <16 x i32> %2276, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i680.i.epil = bitcast <16 x i32> %2277 to <32 x bfloat>
+  %r.i682.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc221.sroa.16.01020.i.epil.init, <32 x bfloat> %x.i680.i.epil, <32 x bfloat> %y.i675.i.epil)
+  %2278 = getelementptr i8, ptr %gep1358.i.epil, i64 768
+  %2279 = load i32, ptr %2278, align 4, !tbaa !4
+  %2280 = insertelement <16 x i32> poison, i32 %2279, i64 0
+  %2281 = shufflevector <16 x i32> %2280, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i683.i.epil = bitcast <16 x i32> %2281 to <32 x bfloat>
+  %r.i685.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc221.sroa.24.01018.i.epil.init, <32 x bfloat> %x.i683.i.epil, <32 x bfloat> %y.i675.i.epil)
+  %2282 = getelementptr i8, ptr %gep1016.i.epil, i64 64
+  %2283 = load <16 x i32>, ptr %2282, align 4, !tbaa !4
+  %2284 = and <16 x i32> %2283, %2265
+  %y.i687.i.epil = bitcast <16 x i32> %2284 to <32 x bfloat>
+  %r.i688.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc221.sroa.4.01023.i.epil.init, <32 x bfloat> %x.i674.i.epil, <32 x bfloat> %y.i687.i.epil)
+  %r.i691.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc221.sroa.12.01021.i.epil.init, <32 x bfloat> %x.i677.i.epil, <32 x bfloat> %y.i687.i.epil)
+  %r.i694.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc221.sroa.20.01019.i.epil.init, <32 x bfloat> %x.i680.i.epil, <32 x bfloat> %y.i687.i.epil)
+  %r.i697.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc221.sroa.28.01017.i.epil.init, <32 x bfloat> %x.i683.i.epil, <32 x bfloat> %y.i687.i.epil)
+  br label %for_end_ti.i
 
-for_begin_d_0154.preheader.i:                     ; preds = %for_end_d_0156.i, %for_end_ti.i
-  %indvars.iv1221.i = phi i64 [ 0, %for_end_ti.i ], [ %indvars.iv.next1222.i, %for_end_d_0156.i ]
-  %2574 = shl nuw nsw i64 %indvars.iv1221.i, 7
-  %2575 = add nuw nsw i64 %2574, %2573
-  %2576 = getelementptr inbounds nuw float, ptr %beta243.i, i64 %indvars.iv1221.i
-  %2577 = load float, ptr %2576, align 4, !tbaa !99
-  %2578 = insertelement <16 x float> poison, float %2577, i64 0
-  %2579 = shufflevector <16 x float> %2578, <16 x float> poison, <16 x i32> zeroinitializer
-  %2580 = getelementptr inbounds nuw float, ptr %alpha244.i, i64 %indvars.iv1221.i
-  %2581 = load float, ptr %2580, align 4, !tbaa !100
-  %2582 = insertelement <16 x float> poison, float %2581, i64 0
-  %2583 = shufflevector <16 x float> %2582, <16 x float> poison, <16 x i32> zeroinitializer
-  br i1 %592, label %for_body_d_0155.us.preheader.i, label %for_body_d_0155.preheader.i, !prof !7
+for_end_ti.i:                                     ; preds = %for_body_ti.i.epil.preheader, %for_end_ti.i.loopexit.unr-lcssa, %for_end_to123.i
+  %tile_acc221.sroa.28.0.lcssa.i = phi <16 x float> [ %full_acc220.sroa.238.0.lcssa.i, %for_end_to123.i ], [ %r.i697.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i697.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc221.sroa.24.0.lcssa.i = phi <16 x float> [ %full_acc220.sroa.204.0.lcssa.i, %for_end_to123.i ], [ %r.i685.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i685.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc221.sroa.20.0.lcssa.i = phi <16 x float> [ %full_acc220.sroa.170.0.lcssa.i, %for_end_to123.i ], [ %r.i694.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i694.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc221.sroa.16.0.lcssa.i = phi <16 x float> [ %full_acc220.sroa.136.0.lcssa.i, %for_end_to123.i ], [ %r.i682.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i682.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc221.sroa.12.0.lcssa.i = phi <16 x float> [ %full_acc220.sroa.102.0.lcssa.i, %for_end_to123.i ], [ %r.i691.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i691.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc221.sroa.8.0.lcssa.i = phi <16 x float> [ %full_acc220.sroa.68.0.lcssa.i, %for_end_to123.i ], [ %r.i679.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i679.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc221.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc220.sroa.34.0.lcssa.i, %for_end_to123.i ], [ %r.i688.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i688.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc221.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc220.sroa.0.0.lcssa.i, %for_end_to123.i ], [ %r.i676.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i676.i.epil, %for_body_ti.i.epil.preheader ]
+  %2285 = add nuw nsw i64 %1765, %1750
+  %2286 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2285
+  br i1 %588, label %if_then147.i, label %if_end146.if_end148_crit_edge.i, !prof !7
 
-for_body_d_0155.preheader.i:                      ; preds = %for_begin_d_0154.preheader.i
-  %2584 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2574
-  %2585 = load <16 x float>, ptr %2584, align 4, !tbaa !4
-  %2586 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2575
-  %2587 = load <16 x float>, ptr %2586, align 4, !tbaa !4
-  %2588 = fmul <16 x float> %2583, %2587
-  %2589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2585, <16 x float> %2588)
-  store <16 x float> %2589, ptr %2586, align 4, !tbaa !4
-  %2590 = getelementptr inbounds nuw i8, ptr %2584, i64 64
-  %2591 = load <16 x float>, ptr %2590, align 4, !tbaa !4
-  %2592 = getelementptr inbounds nuw i8, ptr %2586, i64 64
-  %2593 = load <16 x float>, ptr %2592, align 4, !tbaa !4
-  %2594 = fmul <16 x float> %2583, %2593
-  %2595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2591, <16 x float> %2594)
-  store <16 x float> %2595, ptr %2592, align 4, !tbaa !4
-  %2596 = getelementptr inbounds nuw i8, ptr %2584, i64 128
-  %2597 = load <16 x float>, ptr %2596, align 4, !tbaa !4
-  %2598 = getelementptr inbounds nuw i8, ptr %2586, i64 128
-  %2599 = load <16 x float>, ptr %2598, align 4, !tbaa !4
-  %2600 = fmul <16 x float> %2583, %2599
-  %2601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2597, <16 x float> %2600)
-  store <16 x float> %2601, ptr %2598, align 4, !tbaa !4
-  %2602 = getelementptr inbounds nuw i8, ptr %2584, i64 192
-  %2603 = load <16 x float>, ptr %2602, align 4, !tbaa !4
-  %2604 = getelementptr inbounds nuw i8, ptr %2586, i64 192
-  %2605 = load <16 x float>, ptr %2604, align 4, !tbaa !4
-  %2606 = fmul <16 x float> %2583, %2605
-  %2607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2603, <16 x float> %2606)
-  store <16 x float> %2607, ptr %2604, align 4, !tbaa !4
-  %2608 = getelementptr inbounds nuw i8, ptr %2584, i64 256
-  %2609 = load <16 x float>, ptr %2608, align 4, !tbaa !4
-  %2610 = getelementptr inbounds nuw i8, ptr %2586, i64 256
-  %2611 = load <16 x float>, ptr %2610, align 4, !tbaa !4
-  %2612 = fmul <16 x float> %2583, %2611
-  %2613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2609, <16 x float> %2612)
-  store <16 x float> %2613, ptr %2610, align 4, !tbaa !4
-  %2614 = getelementptr inbounds nuw i8, ptr %2584, i64 320
-  %2615 = load <16 x float>, ptr %2614, align 4, !tbaa !4
-  %2616 = getelementptr inbounds nuw i8, ptr %2586, i64 320
-  %2617 = load <16 x float>, ptr %2616, align 4, !tbaa !4
-  %2618 = fmul <16 x float> %2583, %2617
-  %2619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2615, <16 x float> %2618)
-  store <16 x float> %2619, ptr %2616, align 4, !tbaa !4
-  %2620 = getelementptr inbounds nuw i8, ptr %2584, i64 384
-  %2621 = load <16 x float>, ptr %2620, align 4, !tbaa !4
-  %2622 = getelementptr inbounds nuw i8, ptr %2586, i64 384
-  %2623 = load <16 x float>, ptr %2622, align 4, !tbaa !4
-  %2624 = fmul <16 x float> %2583, %2623
-  %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2621, <16 x float> %2624)
-  store <16 x float> %2625, ptr %2622, align 4, !tbaa !4
-  %2626 = getelementptr inbounds nuw i8, ptr %2584, i64 448
-  %2627 = load <16 x float>, ptr %2626, align 4, !tbaa !4
-  %2628 = getelementptr inbounds nuw i8, ptr %2586, i64 448
-  %2629 = load <16 x float>, ptr %2628, align 4, !tbaa !4
-  %2630 = fmul <16 x float> %2583, %2629
-  %2631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2627, <16 x float> %2630)
-  store <16 x float> %2631, ptr %2628, align 4, !tbaa !4
-  br label %for_end_d_0156.i
+if_end146.if_end148_crit_edge.i:                  ; preds = %for_end_ti.i
+  %cse_v114.i = add nuw nsw i32 %1766, %1760
+  %.pre.i = load <16 x float>, ptr %2286, align 4, !tbaa !4
+  %2287 = fmul <16 x float> %1752, %.pre.i
+  %2288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1751, <16 x float> %tile_acc221.sroa.0.0.lcssa.i, <16 x float> %2287)
+  store <16 x float> %2288, ptr %2286, align 4, !tbaa !4
+  %2289 = getelementptr inbounds nuw i8, ptr %2286, i64 64
+  %2290 = load <16 x float>, ptr %2289, align 4, !tbaa !4
+  %2291 = fmul <16 x float> %1752, %2290
+  %2292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1751, <16 x float> %tile_acc221.sroa.4.0.lcssa.i, <16 x float> %2291)
+  store <16 x float> %2292, ptr %2289, align 4, !tbaa !4
+  %2293 = sext i32 %cse_v114.i to i64
+  %2294 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2293
+  %2295 = getelementptr inbounds nuw i8, ptr %2294, i64 512
+  %2296 = load <16 x float>, ptr %2295, align 4, !tbaa !4
+  %2297 = fmul <16 x float> %1754, %2296
+  %2298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1753, <16 x float> %tile_acc221.sroa.8.0.lcssa.i, <16 x float> %2297)
+  store <16 x float> %2298, ptr %2295, align 4, !tbaa !4
+  %2299 = getelementptr inbounds nuw i8, ptr %2286, i64 576
+  %2300 = load <16 x float>, ptr %2299, align 4, !tbaa !4
+  %2301 = fmul <16 x float> %1754, %2300
+  %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1753, <16 x float> %tile_acc221.sroa.12.0.lcssa.i, <16 x float> %2301)
+  store <16 x float> %2302, ptr %2299, align 4, !tbaa !4
+  %2303 = getelementptr inbounds nuw i8, ptr %2294, i64 1024
+  %2304 = load <16 x float>, ptr %2303, align 4, !tbaa !4
+  %2305 = fmul <16 x float> %1756, %2304
+  %2306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1755, <16 x float> %tile_acc221.sroa.16.0.lcssa.i, <16 x float> %2305)
+  store <16 x float> %2306, ptr %2303, align 4, !tbaa !4
+  %2307 = getelementptr inbounds nuw i8, ptr %2286, i64 1088
+  %2308 = load <16 x float>, ptr %2307, align 4, !tbaa !4
+  %2309 = fmul <16 x float> %1756, %2308
+  %2310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1755, <16 x float> %tile_acc221.sroa.20.0.lcssa.i, <16 x float> %2309)
+  store <16 x float> %2310, ptr %2307, align 4, !tbaa !4
+  %2311 = getelementptr inbounds nuw i8, ptr %2294, i64 1536
+  %2312 = load <16 x float>, ptr %2311, align 4, !tbaa !4
+  %2313 = fmul <16 x float> %1758, %2312
+  %2314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1757, <16 x float> %tile_acc221.sroa.24.0.lcssa.i, <16 x float> %2313)
+  store <16 x float> %2314, ptr %2311, align 4, !tbaa !4
+  %2315 = or disjoint i64 %2285, 400
+  %.phi.trans.insert1308.i = getelementptr inbounds nuw float, ptr %acc.i, i64 %2315
+  %.pre1309.i = load <16 x float>, ptr %.phi.trans.insert1308.i, align 4, !tbaa !4
+  %.pre = fmul <16 x float> %1758, %.pre1309.i
+  br label %if_end148.i
 
-for_body_d_0155.us.preheader.i:                   ; preds = %for_begin_d_0154.preheader.i
-  %2632 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2575
-  store <16 x float> zeroinitializer, ptr %2632, align 4, !tbaa !4
-  %2633 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2574
-  %2634 = load <16 x float>, ptr %2633, align 4, !tbaa !4
-  %2635 = fmul <16 x float> %2583, zeroinitializer
-  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2634, <16 x float> %2635)
-  store <16 x float> %2636, ptr %2632, align 4, !tbaa !4
-  %2637 = getelementptr inbounds nuw i8, ptr %2632, i64 64
-  store <16 x float> zeroinitializer, ptr %2637, align 4, !tbaa !4
-  %2638 = getelementptr inbounds nuw i8, ptr %2633, i64 64
-  %2639 = load <16 x float>, ptr %2638, align 4, !tbaa !4
-  %2640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2639, <16 x float> %2635)
-  store <16 x float> %2640, ptr %2637, align 4, !tbaa !4
-  %2641 = getelementptr inbounds nuw i8, ptr %2632, i64 128
-  store <16 x float> zeroinitializer, ptr %2641, align 4, !tbaa !4
-  %2642 = getelementptr inbounds nuw i8, ptr %2633, i64 128
-  %2643 = load <16 x float>, ptr %2642, align 4, !tbaa !4
-  %2644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2643, <16 x float> %2635)
-  store <16 x float> %2644, ptr %2641, align 4, !tbaa !4
-  %2645 = getelementptr inbounds nuw i8, ptr %2632, i64 192
-  store <16 x float> zeroinitializer, ptr %2645, align 4, !tbaa !4
-  %2646 = getelementptr inbounds nuw i8, ptr %2633, i64 192
-  %2647 = load <16 x float>, ptr %2646, align 4, !tbaa !4
-  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2647, <16 x float> %2635)
-  store <16 x float> %2648, ptr %2645, align 4, !tbaa !4
-  %2649 = getelementptr inbounds nuw i8, ptr %2632, i64 256
-  store <16 x float> zeroinitializer, ptr %2649, align 4, !tbaa !4
-  %2650 = getelementptr inbounds nuw i8, ptr %2633, i64 256
-  %2651 = load <16 x float>, ptr %2650, align 4, !tbaa !4
-  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2651, <16 x float> %2635)
-  store <16 x float> %2652, ptr %2649, align 4, !tbaa !4
-  %2653 = getelementptr inbounds nuw i8, ptr %2632, i64 320
-  store <16 x float> zeroinitializer, ptr %2653, align 4, !tbaa !4
-  %2654 = getelementptr inbounds nuw i8, ptr %2633, i64 320
-  %2655 = load <16 x float>, ptr %2654, align 4, !tbaa !4
-  %2656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2655, <16 x float> %2635)
-  store <16 x float> %2656, ptr %2653, align 4, !tbaa !4
-  %2657 = getelementptr inbounds nuw i8, ptr %2632, i64 384
-  store <16 x float> zeroinitializer, ptr %2657, align 4, !tbaa !4
-  %2658 = getelementptr inbounds nuw i8, ptr %2633, i64 384
-  %2659 = load <16 x float>, ptr %2658, align 4, !tbaa !4
-  %2660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2659, <16 x float> %2635)
-  store <16 x float> %2660, ptr %2657, align 4, !tbaa !4
-  %2661 = getelementptr inbounds nuw i8, ptr %2632, i64 448
-  store <16 x float> zeroinitializer, ptr %2661, align 4, !tbaa !4
-  %2662 = getelementptr inbounds nuw i8, ptr %2633, i64 448
-  %2663 = load <16 x float>, ptr %2662, align 4, !tbaa !4
-  %2664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2579, <16 x float> %2663, <16 x float> %2635)
-  store <16 x float> %2664, ptr %2661, align 4, !tbaa !4
-  br label %for_end_d_0156.i
+if_then147.i:                                     ; preds = %for_end_ti.i
+  %2316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1751, <16 x float> %tile_acc221.sroa.0.0.lcssa.i, <16 x float> %1761)
+  store <16 x float> %2316, ptr %2286, align 4, !tbaa !4
+  %2317 = getelementptr inbounds nuw i8, ptr %2286, i64 64
+  %2318 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1751, <16 x float> %tile_acc221.sroa.4.0.lcssa.i, <16 x float> %1761)
+  store <16 x float> %2318, ptr %2317, align 4, !tbaa !4
+  %2319 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2285
+  %2320 = getelementptr inbounds nuw i8, ptr %2319, i64 512
+  %2321 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1753, <16 x float> %tile_acc221.sroa.8.0.lcssa.i, <16 x float> %1762)
+  store <16 x float> %2321, ptr %2320, align 4, !tbaa !4
+  %2322 = getelementptr inbounds nuw i8, ptr %2286, i64 576
+  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1753, <16 x float> %tile_acc221.sroa.12.0.lcssa.i, <16 x float> %1762)
+  store <16 x float> %2323, ptr %2322, align 4, !tbaa !4
+  %2324 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2285
+  %2325 = getelementptr inbounds nuw i8, ptr %2324, i64 1024
+  %2326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1755, <16 x float> %tile_acc221.sroa.16.0.lcssa.i, <16 x float> %1763)
+  store <16 x float> %2326, ptr %2325, align 4, !tbaa !4
+  %2327 = getelementptr inbounds nuw i8, ptr %2286, i64 1088
+  %2328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1755, <16 x float> %tile_acc221.sroa.20.0.lcssa.i, <16 x float> %1763)
+  store <16 x float> %2328, ptr %2327, align 4, !tbaa !4
+  %2329 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2285
+  %2330 = getelementptr inbounds nuw i8, ptr %2329, i64 1536
+  %2331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1757, <16 x float> %tile_acc221.sroa.24.0.lcssa.i, <16 x float> %1764)
+  store <16 x float> %2331, ptr %2330, align 4, !tbaa !4
+  %2332 = or disjoint i64 %2285, 400
+  %2333 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2332
+  store <16 x float> zeroinitializer, ptr %2333, align 4, !tbaa !4
+  br label %if_end148.i
 
-for_end_r151.i:                                   ; preds = %for_end_d_0156.i
-  %2665 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2666 = tail call i32 %2665(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
-  %.not262.i = icmp eq i32 %2666, 0
-  br i1 %.not262.i, label %if_end162.i, label %fused_decode_compute_.exit, !prof !22
+if_end148.i:                                      ; preds = %if_then147.i, %if_end146.if_end148_crit_edge.i
+  %.pre-phi = phi <16 x float> [ %1764, %if_then147.i ], [ %.pre, %if_end146.if_end148_crit_edge.i ]
+  %2334 = phi i64 [ %2332, %if_then147.i ], [ %2315, %if_end146.if_end148_crit_edge.i ]
+  %2335 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2334
+  %2336 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1757, <16 x float> %tile_acc221.sroa.28.0.lcssa.i, <16 x float> %.pre-phi)
+  store <16 x float> %2336, ptr %2335, align 4, !tbaa !4
+  %indvars.iv.next1224.i = add nuw nsw i64 %indvars.iv1223.i, 1
+  %exitcond1238.not.i = icmp eq i64 %indvars.iv.next1224.i, 4
+  br i1 %exitcond1238.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !21
 
-for_end_d_0156.i:                                 ; preds = %for_body_d_0155.us.preheader.i, %for_body_d_0155.preheader.i
-  %indvars.iv.next1222.i = add nuw nsw i64 %indvars.iv1221.i, 1
-  %exitcond1225.not.i = icmp eq i64 %indvars.iv.next1222.i, 4
-  br i1 %exitcond1225.not.i, label %for_end_r151.i, label %for_begin_d_0154.preheader.i, !prof !21
+if_end150.i:                                      ; preds = %for_end_d_0_m.i
+  %2337 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2338 = tail call i32 %2337(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not241.i = icmp eq i32 %2338, 0
+  br i1 %.not241.i, label %if_end153.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end162.i:                                      ; preds = %for_end_r151.i
-  %2667 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2668 = tail call i32 %2667(i32 1, i32 %dev_id, ptr nonnull %exact.i)
-  %.not263.i = icmp eq i32 %2668, 0
-  br i1 %.not263.i, label %if_end165.i, label %fused_decode_compute_.exit, !prof !22
+if_end153.i:                                      ; preds = %if_end150.i
+  %2339 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2340 = tail call i32 %2339(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not242.i = icmp eq i32 %2340, 0
+  br i1 %.not242.i, label %if_end156.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end165.i:                                      ; preds = %if_end162.i
-  %2669 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2670 = tail call i32 %2669(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not264.i = icmp eq i32 %2670, 0
-  br i1 %.not264.i, label %if_end168.i, label %fused_decode_compute_.exit, !prof !22
+if_end156.i:                                      ; preds = %if_end153.i
+  %2341 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2342 = tail call i32 %2341(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
+  %.not243.i = icmp eq i32 %2342, 0
+  br i1 %.not243.i, label %if_end159.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end168.i:                                      ; preds = %if_end165.i
-  %2671 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2672 = tail call i32 %2671(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not265.i = icmp eq i32 %2672, 0
-  br i1 %.not265.i, label %if_end171.i, label %fused_decode_compute_.exit, !prof !22
+if_end159.i:                                      ; preds = %if_end156.i
+  %2343 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2344 = tail call i32 %2343(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not244.i = icmp eq i32 %2344, 0
+  br i1 %.not244.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end171.i:                                      ; preds = %if_end168.i
-  %2673 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2674 = tail call i32 %2673(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
-  %.not266.i = icmp eq i32 %2674, 0
-  br i1 %.not266.i, label %if_end174.i, label %fused_decode_compute_.exit, !prof !22
-
-if_end174.i:                                      ; preds = %if_end171.i
-  %2675 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2676 = tail call i32 %2675(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
-  %.not267.i = icmp eq i32 %2676, 0
-  br i1 %.not267.i, label %if_end177.i, label %fused_decode_compute_.exit, !prof !22
-
-if_end177.i:                                      ; preds = %if_end174.i
-  %2677 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2678 = tail call i32 %2677(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not268.i = icmp eq i32 %2678, 0
-  br i1 %.not268.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !22
-
-if_end183.i:                                      ; preds = %for_end_kv_head.i
-  %2679 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2680 = tail call i32 %2679(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not261.i = icmp eq i32 %2680, 0
+if_end165.i:                                      ; preds = %for_end_kv_head.i
+  %2345 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2346 = tail call i32 %2345(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not239.i = icmp eq i32 %2346, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not261.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !22
+  br i1 %.not239.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end189.i:                                      ; preds = %for_body_tile215.i, %if_end213.3.i
-  %2681 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2682 = tail call i32 %2681(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2682, 0
-  br i1 %.not.i, label %if_end237.i, label %fused_decode_compute_.exit, !prof !22
+if_end171.i:                                      ; preds = %for_body_tile192.i, %if_end190.3.i
+  %2347 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2348 = tail call i32 %2347(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2348, 0
+  br i1 %.not.i, label %if_end214.i, label %fused_decode_compute_.exit, !prof !22
 
-for_body_tile192.i:                               ; preds = %if_end213.3.i, %for_begin_tile191.preheader.i
-  %indvars.iv1280.i = phi i64 [ 0, %for_begin_tile191.preheader.i ], [ %indvars.iv.next1281.i, %if_end213.3.i ]
-  %2683 = shl nuw nsw i64 %indvars.iv1280.i, 2
-  %2684 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %2683
-  %total.i = load <4 x float>, ptr %2684, align 16, !tbaa !71
-  %2685 = fdiv <4 x float> splat (float 1.000000e+00), %total.i
-  %2686 = fcmp oeq <4 x float> %total.i, zeroinitializer
-  %2687 = select <4 x i1> %2686, <4 x float> zeroinitializer, <4 x float> %2685
-  %.idx60 = shl nuw nsw i64 %indvars.iv1280.i, 11
-  %invariant.gep67 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
-  %2688 = shufflevector <4 x float> %2687, <4 x float> poison, <16 x i32> zeroinitializer
-  %2689 = mul nsw i64 %2683, %out_head
-  %invariant.gep1025.i = getelementptr i16, ptr %541, i64 %2689
-  %2690 = load <16 x float>, ptr %invariant.gep67, align 4, !tbaa !4
-  %2691 = fmul <16 x float> %2690, %2688
-  %2692 = bitcast <16 x float> %2691 to <16 x i32>
-  %2693 = lshr <16 x i32> %2692, splat (i32 16)
-  %2694 = and <16 x i32> %2693, splat (i32 1)
-  %2695 = add nuw <16 x i32> %2692, splat (i32 32767)
-  %2696 = add nuw <16 x i32> %2695, %2694
-  %2697 = lshr <16 x i32> %2696, splat (i32 16)
-  %2698 = trunc nuw <16 x i32> %2697 to <16 x i16>
-  store <16 x i16> %2698, ptr %invariant.gep1025.i, align 2, !tbaa !4
-  %2699 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 64
-  %2700 = load <16 x float>, ptr %2699, align 4, !tbaa !4
-  %2701 = fmul <16 x float> %2688, %2700
-  %2702 = bitcast <16 x float> %2701 to <16 x i32>
-  %2703 = lshr <16 x i32> %2702, splat (i32 16)
-  %2704 = and <16 x i32> %2703, splat (i32 1)
-  %2705 = add nuw <16 x i32> %2702, splat (i32 32767)
-  %2706 = add nuw <16 x i32> %2705, %2704
-  %2707 = lshr <16 x i32> %2706, splat (i32 16)
-  %2708 = trunc nuw <16 x i32> %2707 to <16 x i16>
-  %gep1026.1.i = getelementptr i8, ptr %invariant.gep1025.i, i64 32
-  store <16 x i16> %2708, ptr %gep1026.1.i, align 2, !tbaa !4
-  %2709 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 128
-  %2710 = load <16 x float>, ptr %2709, align 4, !tbaa !4
-  %2711 = fmul <16 x float> %2688, %2710
-  %2712 = bitcast <16 x float> %2711 to <16 x i32>
-  %2713 = lshr <16 x i32> %2712, splat (i32 16)
-  %2714 = and <16 x i32> %2713, splat (i32 1)
-  %2715 = add nuw <16 x i32> %2712, splat (i32 32767)
-  %2716 = add nuw <16 x i32> %2715, %2714
-  %2717 = lshr <16 x i32> %2716, splat (i32 16)
-  %2718 = trunc nuw <16 x i32> %2717 to <16 x i16>
-  %gep1026.2.i = getelementptr i8, ptr %invariant.gep1025.i, i64 64
-  store <16 x i16> %2718, ptr %gep1026.2.i, align 2, !tbaa !4
-  %2719 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 192
-  %2720 = load <16 x float>, ptr %2719, align 4, !tbaa !4
-  %2721 = fmul <16 x float> %2688, %2720
-  %2722 = bitcast <16 x float> %2721 to <16 x i32>
-  %2723 = lshr <16 x i32> %2722, splat (i32 16)
-  %2724 = and <16 x i32> %2723, splat (i32 1)
-  %2725 = add nuw <16 x i32> %2722, splat (i32 32767)
-  %2726 = add nuw <16 x i32> %2725, %2724
-  %2727 = lshr <16 x i32> %2726, splat (i32 16)
-  %2728 = trunc nuw <16 x i32> %2727 to <16 x i16>
-  %gep1026.3.i = getelementptr i8, ptr %invariant.gep1025.i, i64 96
-  store <16 x i16> %2728, ptr %gep1026.3.i, align 2, !tbaa !4
-  %2729 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 256
-  %2730 = load <16 x float>, ptr %2729, align 4, !tbaa !4
-  %2731 = fmul <16 x float> %2688, %2730
-  %2732 = bitcast <16 x float> %2731 to <16 x i32>
-  %2733 = lshr <16 x i32> %2732, splat (i32 16)
-  %2734 = and <16 x i32> %2733, splat (i32 1)
-  %2735 = add nuw <16 x i32> %2732, splat (i32 32767)
-  %2736 = add nuw <16 x i32> %2735, %2734
-  %2737 = lshr <16 x i32> %2736, splat (i32 16)
-  %2738 = trunc nuw <16 x i32> %2737 to <16 x i16>
-  %gep1026.4.i = getelementptr i8, ptr %invariant.gep1025.i, i64 128
-  store <16 x i16> %2738, ptr %gep1026.4.i, align 2, !tbaa !4
-  %2739 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 320
-  %2740 = load <16 x float>, ptr %2739, align 4, !tbaa !4
-  %2741 = fmul <16 x float> %2688, %2740
-  %2742 = bitcast <16 x float> %2741 to <16 x i32>
-  %2743 = lshr <16 x i32> %2742, splat (i32 16)
-  %2744 = and <16 x i32> %2743, splat (i32 1)
-  %2745 = add nuw <16 x i32> %2742, splat (i32 32767)
-  %2746 = add nuw <16 x i32> %2745, %2744
-  %2747 = lshr <16 x i32> %2746, splat (i32 16)
-  %2748 = trunc nuw <16 x i32> %2747 to <16 x i16>
-  %gep1026.5.i = getelementptr i8, ptr %invariant.gep1025.i, i64 160
-  store <16 x i16> %2748, ptr %gep1026.5.i, align 2, !tbaa !4
-  %2749 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 384
+for_body_tile174.i:                               ; preds = %if_end190.3.i, %for_begin_tile173.preheader.i
+  %indvars.iv1293.i = phi i64 [ 0, %for_begin_tile173.preheader.i ], [ %indvars.iv.next1294.i, %if_end190.3.i ]
+  %2349 = shl nuw nsw i64 %indvars.iv1293.i, 2
+  %2350 = getelementptr inbounds nuw float, ptr %row_sum234.i, i64 %2349
+  %total.i = load <4 x float>, ptr %2350, align 16, !tbaa !71
+  %2351 = fdiv <4 x float> splat (float 1.000000e+00), %total.i
+  %2352 = fcmp oeq <4 x float> %total.i, zeroinitializer
+  %2353 = select <4 x i1> %2352, <4 x float> zeroinitializer, <4 x float> %2351
+  %.idx60 = shl nuw nsw i64 %indvars.iv1293.i, 11
+  %invariant.gep65 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
+  %2354 = shufflevector <4 x float> %2353, <4 x float> poison, <16 x i32> zeroinitializer
+  %2355 = mul nsw i64 %2349, %out_head
+  %invariant.gep1073.i = getelementptr i16, ptr %541, i64 %2355
+  %2356 = load <16 x float>, ptr %invariant.gep65, align 4, !tbaa !4
+  %2357 = fmul <16 x float> %2356, %2354
+  %2358 = bitcast <16 x float> %2357 to <16 x i32>
+  %2359 = lshr <16 x i32> %2358, splat (i32 16)
+  %2360 = and <16 x i32> %2359, splat (i32 1)
+  %2361 = add nuw <16 x i32> %2358, splat (i32 32767)
+  %2362 = add nuw <16 x i32> %2361, %2360
+  %2363 = lshr <16 x i32> %2362, splat (i32 16)
+  %2364 = trunc nuw <16 x i32> %2363 to <16 x i16>
+  store <16 x i16> %2364, ptr %invariant.gep1073.i, align 2, !tbaa !4
+  %2365 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 64
+  %2366 = load <16 x float>, ptr %2365, align 4, !tbaa !4
+  %2367 = fmul <16 x float> %2354, %2366
+  %2368 = bitcast <16 x float> %2367 to <16 x i32>
+  %2369 = lshr <16 x i32> %2368, splat (i32 16)
+  %2370 = and <16 x i32> %2369, splat (i32 1)
+  %2371 = add nuw <16 x i32> %2368, splat (i32 32767)
+  %2372 = add nuw <16 x i32> %2371, %2370
+  %2373 = lshr <16 x i32> %2372, splat (i32 16)
+  %2374 = trunc nuw <16 x i32> %2373 to <16 x i16>
+  %gep1074.1.i = getelementptr i8, ptr %invariant.gep1073.i, i64 32
+  store <16 x i16> %2374, ptr %gep1074.1.i, align 2, !tbaa !4
+  %2375 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 128
+  %2376 = load <16 x float>, ptr %2375, align 4, !tbaa !4
+  %2377 = fmul <16 x float> %2354, %2376
+  %2378 = bitcast <16 x float> %2377 to <16 x i32>
+  %2379 = lshr <16 x i32> %2378, splat (i32 16)
+  %2380 = and <16 x i32> %2379, splat (i32 1)
+  %2381 = add nuw <16 x i32> %2378, splat (i32 32767)
+  %2382 = add nuw <16 x i32> %2381, %2380
+  %2383 = lshr <16 x i32> %2382, splat (i32 16)
+  %2384 = trunc nuw <16 x i32> %2383 to <16 x i16>
+  %gep1074.2.i = getelementptr i8, ptr %invariant.gep1073.i, i64 64
+  store <16 x i16> %2384, ptr %gep1074.2.i, align 2, !tbaa !4
+  %2385 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 192
+  %2386 = load <16 x float>, ptr %2385, align 4, !tbaa !4
+  %2387 = fmul <16 x float> %2354, %2386
+  %2388 = bitcast <16 x float> %2387 to <16 x i32>
+  %2389 = lshr <16 x i32> %2388, splat (i32 16)
+  %2390 = and <16 x i32> %2389, splat (i32 1)
+  %2391 = add nuw <16 x i32> %2388, splat (i32 32767)
+  %2392 = add nuw <16 x i32> %2391, %2390
+  %2393 = lshr <16 x i32> %2392, splat (i32 16)
+  %2394 = trunc nuw <16 x i32> %2393 to <16 x i16>
+  %gep1074.3.i = getelementptr i8, ptr %invariant.gep1073.i, i64 96
+  store <16 x i16> %2394, ptr %gep1074.3.i, align 2, !tbaa !4
+  %2395 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 256
+  %2396 = load <16 x float>, ptr %2395, align 4, !tbaa !4
+  %2397 = fmul <16 x float> %2354, %2396
+  %2398 = bitcast <16 x float> %2397 to <16 x i32>
+  %2399 = lshr <16 x i32> %2398, splat (i32 16)
+  %2400 = and <16 x i32> %2399, splat (i32 1)
+  %2401 = add nuw <16 x i32> %2398, splat (i32 32767)
+  %2402 = add nuw <16 x i32> %2401, %2400
+  %2403 = lshr <16 x i32> %2402, splat (i32 16)
+  %2404 = trunc nuw <16 x i32> %2403 to <16 x i16>
+  %gep1074.4.i = getelementptr i8, ptr %invariant.gep1073.i, i64 128
+  store <16 x i16> %2404, ptr %gep1074.4.i, align 2, !tbaa !4
+  %2405 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 320
+  %2406 = load <16 x float>, ptr %2405, align 4, !tbaa !4
+  %2407 = fmul <16 x float> %2354, %2406
+  %2408 = bitcast <16 x float> %2407 to <16 x i32>
+  %2409 = lshr <16 x i32> %2408, splat (i32 16)
+  %2410 = and <16 x i32> %2409, splat (i32 1)
+  %2411 = add nuw <16 x i32> %2408, splat (i32 32767)
+  %2412 = add nuw <16 x i32> %2411, %2410
+  %2413 = lshr <16 x i32> %2412, splat (i32 16)
+  %2414 = trunc nuw <16 x i32> %2413 to <16 x i16>
+  %gep1074.5.i = getelementptr i8, ptr %invariant.gep1073.i, i64 160
+  store <16 x i16> %2414, ptr %gep1074.5.i, align 2, !tbaa !4
+  %2415 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 384
+  %2416 = load <16 x float>, ptr %2415, align 4, !tbaa !4
+  %2417 = fmul <16 x float> %2354, %2416
+  %2418 = bitcast <16 x float> %2417 to <16 x i32>
+  %2419 = lshr <16 x i32> %2418, splat (i32 16)
+  %2420 = and <16 x i32> %2419, splat (i32 1)
+  %2421 = add nuw <16 x i32> %2418, splat (i32 32767)
+  %2422 = add nuw <16 x i32> %2421, %2420
+  %2423 = lshr <16 x i32> %2422, splat (i32 16)
+  %2424 = trunc nuw <16 x i32> %2423 to <16 x i16>
+  %gep1074.6.i = getelementptr i8, ptr %invariant.gep1073.i, i64 192
+  store <16 x i16> %2424, ptr %gep1074.6.i, align 2, !tbaa !4
+  %2425 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 448
+  %2426 = load <16 x float>, ptr %2425, align 4, !tbaa !4
+  %2427 = fmul <16 x float> %2354, %2426
+  %2428 = bitcast <16 x float> %2427 to <16 x i32>
+  %2429 = lshr <16 x i32> %2428, splat (i32 16)
+  %2430 = and <16 x i32> %2429, splat (i32 1)
+  %2431 = add nuw <16 x i32> %2428, splat (i32 32767)
+  %2432 = add nuw <16 x i32> %2431, %2430
+  %2433 = lshr <16 x i32> %2432, splat (i32 16)
+  %2434 = trunc nuw <16 x i32> %2433 to <16 x i16>
+  %gep1074.7.i = getelementptr i8, ptr %invariant.gep1073.i, i64 224
+  store <16 x i16> %2434, ptr %gep1074.7.i, align 2, !tbaa !4
+  %2435 = shufflevector <4 x float> %2353, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2436 = or disjoint i64 %2349, 1
+  %2437 = mul nsw i64 %2436, %out_head
+  %invariant.gep1073.i.1 = getelementptr i16, ptr %541, i64 %2437
+  %gep66.1 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 512
+  %2438 = load <16 x float>, ptr %gep66.1, align 4, !tbaa !4
+  %2439 = fmul <16 x float> %2438, %2435
+  %2440 = bitcast <16 x float> %2439 to <16 x i32>
+  %2441 = lshr <16 x i32> %2440, splat (i32 16)
+  %2442 = and <16 x i32> %2441, splat (i32 1)
+  %2443 = add nuw <16 x i32> %2440, splat (i32 32767)
+  %2444 = add nuw <16 x i32> %2443, %2442
+  %2445 = lshr <16 x i32> %2444, splat (i32 16)
+  %2446 = trunc nuw <16 x i32> %2445 to <16 x i16>
+  store <16 x i16> %2446, ptr %invariant.gep1073.i.1, align 2, !tbaa !4
+  %2447 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 576
+  %2448 = load <16 x float>, ptr %2447, align 4, !tbaa !4
+  %2449 = fmul <16 x float> %2435, %2448
+  %2450 = bitcast <16 x float> %2449 to <16 x i32>
+  %2451 = lshr <16 x i32> %2450, splat (i32 16)
+  %2452 = and <16 x i32> %2451, splat (i32 1)
+  %2453 = add nuw <16 x i32> %2450, splat (i32 32767)
+  %2454 = add nuw <16 x i32> %2453, %2452
+  %2455 = lshr <16 x i32> %2454, splat (i32 16)
+  %2456 = trunc nuw <16 x i32> %2455 to <16 x i16>
+  %gep1074.1.i.1 = getelementptr i8, ptr %invariant.gep1073.i.1, i64 32
+  store <16 x i16> %2456, ptr %gep1074.1.i.1, align 2, !tbaa !4
+  %2457 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 640
+  %2458 = load <16 x float>, ptr %2457, align 4, !tbaa !4
+  %2459 = fmul <16 x float> %2435, %2458
+  %2460 = bitcast <16 x float> %2459 to <16 x i32>
+  %2461 = lshr <16 x i32> %2460, splat (i32 16)
+  %2462 = and <16 x i32> %2461, splat (i32 1)
+  %2463 = add nuw <16 x i32> %2460, splat (i32 32767)
+  %2464 = add nuw <16 x i32> %2463, %2462
+  %2465 = lshr <16 x i32> %2464, splat (i32 16)
+  %2466 = trunc nuw <16 x i32> %2465 to <16 x i16>
+  %gep1074.2.i.1 = getelementptr i8, ptr %invariant.gep1073.i.1, i64 64
+  store <16 x i16> %2466, ptr %gep1074.2.i.1, align 2, !tbaa !4
+  %2467 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 704
+  %2468 = load <16 x float>, ptr %2467, align 4, !tbaa !4
+  %2469 = fmul <16 x float> %2435, %2468
+  %2470 = bitcast <16 x float> %2469 to <16 x i32>
+  %2471 = lshr <16 x i32> %2470, splat (i32 16)
+  %2472 = and <16 x i32> %2471, splat (i32 1)
+  %2473 = add nuw <16 x i32> %2470, splat (i32 32767)
+  %2474 = add nuw <16 x i32> %2473, %2472
+  %2475 = lshr <16 x i32> %2474, splat (i32 16)
+  %2476 = trunc nuw <16 x i32> %2475 to <16 x i16>
+  %gep1074.3.i.1 = getelementptr i8, ptr %invariant.gep1073.i.1, i64 96
+  store <16 x i16> %2476, ptr %gep1074.3.i.1, align 2, !tbaa !4
+  %2477 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 768
+  %2478 = load <16 x float>, ptr %2477, align 4, !tbaa !4
+  %2479 = fmul <16 x float> %2435, %2478
+  %2480 = bitcast <16 x float> %2479 to <16 x i32>
+  %2481 = lshr <16 x i32> %2480, splat (i32 16)
+  %2482 = and <16 x i32> %2481, splat (i32 1)
+  %2483 = add nuw <16 x i32> %2480, splat (i32 32767)
+  %2484 = add nuw <16 x i32> %2483, %2482
+  %2485 = lshr <16 x i32> %2484, splat (i32 16)
+  %2486 = trunc nuw <16 x i32> %2485 to <16 x i16>
+  %gep1074.4.i.1 = getelementptr i8, ptr %invariant.gep1073.i.1, i64 128
+  store <16 x i16> %2486, ptr %gep1074.4.i.1, align 2, !tbaa !4
+  %2487 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 832
+  %2488 = load <16 x float>, ptr %2487, align 4, !tbaa !4
+  %2489 = fmul <16 x float> %2435, %2488
+  %2490 = bitcast <16 x float> %2489 to <16 x i32>
+  %2491 = lshr <16 x i32> %2490, splat (i32 16)
+  %2492 = and <16 x i32> %2491, splat (i32 1)
+  %2493 = add nuw <16 x i32> %2490, splat (i32 32767)
+  %2494 = add nuw <16 x i32> %2493, %2492
+  %2495 = lshr <16 x i32> %2494, splat (i32 16)
+  %2496 = trunc nuw <16 x i32> %2495 to <16 x i16>
+  %gep1074.5.i.1 = getelementptr i8, ptr %invariant.gep1073.i.1, i64 160
+  store <16 x i16> %2496, ptr %gep1074.5.i.1, align 2, !tbaa !4
+  %2497 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 896
+  %2498 = load <16 x float>, ptr %2497, align 4, !tbaa !4
+  %2499 = fmul <16 x float> %2435, %2498
+  %2500 = bitcast <16 x float> %2499 to <16 x i32>
+  %2501 = lshr <16 x i32> %2500, splat (i32 16)
+  %2502 = and <16 x i32> %2501, splat (i32 1)
+  %2503 = add nuw <16 x i32> %2500, splat (i32 32767)
+  %2504 = add nuw <16 x i32> %2503, %2502
+  %2505 = lshr <16 x i32> %2504, splat (i32 16)
+  %2506 = trunc nuw <16 x i32> %2505 to <16 x i16>
+  %gep1074.6.i.1 = getelementptr i8, ptr %invariant.gep1073.i.1, i64 192
+  store <16 x i16> %2506, ptr %gep1074.6.i.1, align 2, !tbaa !4
+  %2507 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 960
+  %2508 = load <16 x float>, ptr %2507, align 4, !tbaa !4
+  %2509 = fmul <16 x float> %2435, %2508
+  %2510 = bitcast <16 x float> %2509 to <16 x i32>
+  %2511 = lshr <16 x i32> %2510, splat (i32 16)
+  %2512 = and <16 x i32> %2511, splat (i32 1)
+  %2513 = add nuw <16 x i32> %2510, splat (i32 32767)
+  %2514 = add nuw <16 x i32> %2513, %2512
+  %2515 = lshr <16 x i32> %2514, splat (i32 16)
+  %2516 = trunc nuw <16 x i32> %2515 to <16 x i16>
+  %gep1074.7.i.1 = getelementptr i8, ptr %invariant.gep1073.i.1, i64 224
+  store <16 x i16> %2516, ptr %gep1074.7.i.1, align 2, !tbaa !4
+  %2517 = shufflevector <4 x float> %2353, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2518 = or disjoint i64 %2349, 2
+  %2519 = mul nsw i64 %2518, %out_head
+  %invariant.gep1073.i.2 = getelementptr i16, ptr %541, i64 %2519
+  %gep66.2 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1024
+  %2520 = load <16 x float>, ptr %gep66.2, align 4, !tbaa !4
+  %2521 = fmul <16 x float> %2520, %2517
+  %2522 = bitcast <16 x float> %2521 to <16 x i32>
+  %2523 = lshr <16 x i32> %2522, splat (i32 16)
+  %2524 = and <16 x i32> %2523, splat (i32 1)
+  %2525 = add nuw <16 x i32> %2522, splat (i32 32767)
+  %2526 = add nuw <16 x i32> %2525, %2524
+  %2527 = lshr <16 x i32> %2526, splat (i32 16)
+  %2528 = trunc nuw <16 x i32> %2527 to <16 x i16>
+  store <16 x i16> %2528, ptr %invariant.gep1073.i.2, align 2, !tbaa !4
+  %2529 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1088
+  %2530 = load <16 x float>, ptr %2529, align 4, !tbaa !4
+  %2531 = fmul <16 x float> %2517, %2530
+  %2532 = bitcast <16 x float> %2531 to <16 x i32>
+  %2533 = lshr <16 x i32> %2532, splat (i32 16)
+  %2534 = and <16 x i32> %2533, splat (i32 1)
+  %2535 = add nuw <16 x i32> %2532, splat (i32 32767)
+  %2536 = add nuw <16 x i32> %2535, %2534
+  %2537 = lshr <16 x i32> %2536, splat (i32 16)
+  %2538 = trunc nuw <16 x i32> %2537 to <16 x i16>
+  %gep1074.1.i.2 = getelementptr i8, ptr %invariant.gep1073.i.2, i64 32
+  store <16 x i16> %2538, ptr %gep1074.1.i.2, align 2, !tbaa !4
+  %2539 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1152
+  %2540 = load <16 x float>, ptr %2539, align 4, !tbaa !4
+  %2541 = fmul <16 x float> %2517, %2540
+  %2542 = bitcast <16 x float> %2541 to <16 x i32>
+  %2543 = lshr <16 x i32> %2542, splat (i32 16)
+  %2544 = and <16 x i32> %2543, splat (i32 1)
+  %2545 = add nuw <16 x i32> %2542, splat (i32 32767)
+  %2546 = add nuw <16 x i32> %2545, %2544
+  %2547 = lshr <16 x i32> %2546, splat (i32 16)
+  %2548 = trunc nuw <16 x i32> %2547 to <16 x i16>
+  %gep1074.2.i.2 = getelementptr i8, ptr %invariant.gep1073.i.2, i64 64
+  store <16 x i16> %2548, ptr %gep1074.2.i.2, align 2, !tbaa !4
+  %2549 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1216
+  %2550 = load <16 x float>, ptr %2549, align 4, !tbaa !4
+  %2551 = fmul <16 x float> %2517, %2550
+  %2552 = bitcast <16 x float> %2551 to <16 x i32>
+  %2553 = lshr <16 x i32> %2552, splat (i32 16)
+  %2554 = and <16 x i32> %2553, splat (i32 1)
+  %2555 = add nuw <16 x i32> %2552, splat (i32 32767)
+  %2556 = add nuw <16 x i32> %2555, %2554
+  %2557 = lshr <16 x i32> %2556, splat (i32 16)
+  %2558 = trunc nuw <16 x i32> %2557 to <16 x i16>
+  %gep1074.3.i.2 = getelementptr i8, ptr %invariant.gep1073.i.2, i64 96
+  store <16 x i16> %2558, ptr %gep1074.3.i.2, align 2, !tbaa !4
+  %2559 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1280
+  %2560 = load <16 x float>, ptr %2559, align 4, !tbaa !4
+  %2561 = fmul <16 x float> %2517, %2560
+  %2562 = bitcast <16 x float> %2561 to <16 x i32>
+  %2563 = lshr <16 x i32> %2562, splat (i32 16)
+  %2564 = and <16 x i32> %2563, splat (i32 1)
+  %2565 = add nuw <16 x i32> %2562, splat (i32 32767)
+  %2566 = add nuw <16 x i32> %2565, %2564
+  %2567 = lshr <16 x i32> %2566, splat (i32 16)
+  %2568 = trunc nuw <16 x i32> %2567 to <16 x i16>
+  %gep1074.4.i.2 = getelementptr i8, ptr %invariant.gep1073.i.2, i64 128
+  store <16 x i16> %2568, ptr %gep1074.4.i.2, align 2, !tbaa !4
+  %2569 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1344
+  %2570 = load <16 x float>, ptr %2569, align 4, !tbaa !4
+  %2571 = fmul <16 x float> %2517, %2570
+  %2572 = bitcast <16 x float> %2571 to <16 x i32>
+  %2573 = lshr <16 x i32> %2572, splat (i32 16)
+  %2574 = and <16 x i32> %2573, splat (i32 1)
+  %2575 = add nuw <16 x i32> %2572, splat (i32 32767)
+  %2576 = add nuw <16 x i32> %2575, %2574
+  %2577 = lshr <16 x i32> %2576, splat (i32 16)
+  %2578 = trunc nuw <16 x i32> %2577 to <16 x i16>
+  %gep1074.5.i.2 = getelementptr i8, ptr %invariant.gep1073.i.2, i64 160
+  store <16 x i16> %2578, ptr %gep1074.5.i.2, align 2, !tbaa !4
+  %2579 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1408
+  %2580 = load <16 x float>, ptr %2579, align 4, !tbaa !4
+  %2581 = fmul <16 x float> %2517, %2580
+  %2582 = bitcast <16 x float> %2581 to <16 x i32>
+  %2583 = lshr <16 x i32> %2582, splat (i32 16)
+  %2584 = and <16 x i32> %2583, splat (i32 1)
+  %2585 = add nuw <16 x i32> %2582, splat (i32 32767)
+  %2586 = add nuw <16 x i32> %2585, %2584
+  %2587 = lshr <16 x i32> %2586, splat (i32 16)
+  %2588 = trunc nuw <16 x i32> %2587 to <16 x i16>
+  %gep1074.6.i.2 = getelementptr i8, ptr %invariant.gep1073.i.2, i64 192
+  store <16 x i16> %2588, ptr %gep1074.6.i.2, align 2, !tbaa !4
+  %2589 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1472
+  %2590 = load <16 x float>, ptr %2589, align 4, !tbaa !4
+  %2591 = fmul <16 x float> %2517, %2590
+  %2592 = bitcast <16 x float> %2591 to <16 x i32>
+  %2593 = lshr <16 x i32> %2592, splat (i32 16)
+  %2594 = and <16 x i32> %2593, splat (i32 1)
+  %2595 = add nuw <16 x i32> %2592, splat (i32 32767)
+  %2596 = add nuw <16 x i32> %2595, %2594
+  %2597 = lshr <16 x i32> %2596, splat (i32 16)
+  %2598 = trunc nuw <16 x i32> %2597 to <16 x i16>
+  %gep1074.7.i.2 = getelementptr i8, ptr %invariant.gep1073.i.2, i64 224
+  store <16 x i16> %2598, ptr %gep1074.7.i.2, align 2, !tbaa !4
+  %2599 = shufflevector <4 x float> %2353, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2600 = or disjoint i64 %2349, 3
+  %2601 = mul nsw i64 %2600, %out_head
+  %invariant.gep1073.i.3 = getelementptr i16, ptr %541, i64 %2601
+  %gep66.3 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1536
+  %2602 = load <16 x float>, ptr %gep66.3, align 4, !tbaa !4
+  %2603 = fmul <16 x float> %2602, %2599
+  %2604 = bitcast <16 x float> %2603 to <16 x i32>
+  %2605 = lshr <16 x i32> %2604, splat (i32 16)
+  %2606 = and <16 x i32> %2605, splat (i32 1)
+  %2607 = add nuw <16 x i32> %2604, splat (i32 32767)
+  %2608 = add nuw <16 x i32> %2607, %2606
+  %2609 = lshr <16 x i32> %2608, splat (i32 16)
+  %2610 = trunc nuw <16 x i32> %2609 to <16 x i16>
+  store <16 x i16> %2610, ptr %invariant.gep1073.i.3, align 2, !tbaa !4
+  %2611 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1600
+  %2612 = load <16 x float>, ptr %2611, align 4, !tbaa !4
+  %2613 = fmul <16 x float> %2599, %2612
+  %2614 = bitcast <16 x float> %2613 to <16 x i32>
+  %2615 = lshr <16 x i32> %2614, splat (i32 16)
+  %2616 = and <16 x i32> %2615, splat (i32 1)
+  %2617 = add nuw <16 x i32> %2614, splat (i32 32767)
+  %2618 = add nuw <16 x i32> %2617, %2616
+  %2619 = lshr <16 x i32> %2618, splat (i32 16)
+  %2620 = trunc nuw <16 x i32> %2619 to <16 x i16>
+  %gep1074.1.i.3 = getelementptr i8, ptr %invariant.gep1073.i.3, i64 32
+  store <16 x i16> %2620, ptr %gep1074.1.i.3, align 2, !tbaa !4
+  %2621 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1664
+  %2622 = load <16 x float>, ptr %2621, align 4, !tbaa !4
+  %2623 = fmul <16 x float> %2599, %2622
+  %2624 = bitcast <16 x float> %2623 to <16 x i32>
+  %2625 = lshr <16 x i32> %2624, splat (i32 16)
+  %2626 = and <16 x i32> %2625, splat (i32 1)
+  %2627 = add nuw <16 x i32> %2624, splat (i32 32767)
+  %2628 = add nuw <16 x i32> %2627, %2626
+  %2629 = lshr <16 x i32> %2628, splat (i32 16)
+  %2630 = trunc nuw <16 x i32> %2629 to <16 x i16>
+  %gep1074.2.i.3 = getelementptr i8, ptr %invariant.gep1073.i.3, i64 64
+  store <16 x i16> %2630, ptr %gep1074.2.i.3, align 2, !tbaa !4
+  %2631 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1728
+  %2632 = load <16 x float>, ptr %2631, align 4, !tbaa !4
+  %2633 = fmul <16 x float> %2599, %2632
+  %2634 = bitcast <16 x float> %2633 to <16 x i32>
+  %2635 = lshr <16 x i32> %2634, splat (i32 16)
+  %2636 = and <16 x i32> %2635, splat (i32 1)
+  %2637 = add nuw <16 x i32> %2634, splat (i32 32767)
+  %2638 = add nuw <16 x i32> %2637, %2636
+  %2639 = lshr <16 x i32> %2638, splat (i32 16)
+  %2640 = trunc nuw <16 x i32> %2639 to <16 x i16>
+  %gep1074.3.i.3 = getelementptr i8, ptr %invariant.gep1073.i.3, i64 96
+  store <16 x i16> %2640, ptr %gep1074.3.i.3, align 2, !tbaa !4
+  %2641 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1792
+  %2642 = load <16 x float>, ptr %2641, align 4, !tbaa !4
+  %2643 = fmul <16 x float> %2599, %2642
+  %2644 = bitcast <16 x float> %2643 to <16 x i32>
+  %2645 = lshr <16 x i32> %2644, splat (i32 16)
+  %2646 = and <16 x i32> %2645, splat (i32 1)
+  %2647 = add nuw <16 x i32> %2644, splat (i32 32767)
+  %2648 = add nuw <16 x i32> %2647, %2646
+  %2649 = lshr <16 x i32> %2648, splat (i32 16)
+  %2650 = trunc nuw <16 x i32> %2649 to <16 x i16>
+  %gep1074.4.i.3 = getelementptr i8, ptr %invariant.gep1073.i.3, i64 128
+  store <16 x i16> %2650, ptr %gep1074.4.i.3, align 2, !tbaa !4
+  %2651 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1856
+  %2652 = load <16 x float>, ptr %2651, align 4, !tbaa !4
+  %2653 = fmul <16 x float> %2599, %2652
+  %2654 = bitcast <16 x float> %2653 to <16 x i32>
+  %2655 = lshr <16 x i32> %2654, splat (i32 16)
+  %2656 = and <16 x i32> %2655, splat (i32 1)
+  %2657 = add nuw <16 x i32> %2654, splat (i32 32767)
+  %2658 = add nuw <16 x i32> %2657, %2656
+  %2659 = lshr <16 x i32> %2658, splat (i32 16)
+  %2660 = trunc nuw <16 x i32> %2659 to <16 x i16>
+  %gep1074.5.i.3 = getelementptr i8, ptr %invariant.gep1073.i.3, i64 160
+  store <16 x i16> %2660, ptr %gep1074.5.i.3, align 2, !tbaa !4
+  %2661 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1920
+  %2662 = load <16 x float>, ptr %2661, align 4, !tbaa !4
+  %2663 = fmul <16 x float> %2599, %2662
+  %2664 = bitcast <16 x float> %2663 to <16 x i32>
+  %2665 = lshr <16 x i32> %2664, splat (i32 16)
+  %2666 = and <16 x i32> %2665, splat (i32 1)
+  %2667 = add nuw <16 x i32> %2664, splat (i32 32767)
+  %2668 = add nuw <16 x i32> %2667, %2666
+  %2669 = lshr <16 x i32> %2668, splat (i32 16)
+  %2670 = trunc nuw <16 x i32> %2669 to <16 x i16>
+  %gep1074.6.i.3 = getelementptr i8, ptr %invariant.gep1073.i.3, i64 192
+  store <16 x i16> %2670, ptr %gep1074.6.i.3, align 2, !tbaa !4
+  %2671 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1984
+  %2672 = load <16 x float>, ptr %2671, align 4, !tbaa !4
+  %2673 = fmul <16 x float> %2599, %2672
+  %2674 = bitcast <16 x float> %2673 to <16 x i32>
+  %2675 = lshr <16 x i32> %2674, splat (i32 16)
+  %2676 = and <16 x i32> %2675, splat (i32 1)
+  %2677 = add nuw <16 x i32> %2674, splat (i32 32767)
+  %2678 = add nuw <16 x i32> %2677, %2676
+  %2679 = lshr <16 x i32> %2678, splat (i32 16)
+  %2680 = trunc nuw <16 x i32> %2679 to <16 x i16>
+  %gep1074.7.i.3 = getelementptr i8, ptr %invariant.gep1073.i.3, i64 224
+  store <16 x i16> %2680, ptr %gep1074.7.i.3, align 2, !tbaa !4
+  %2681 = getelementptr float, ptr %543, i64 %2349
+  %2682 = load float, ptr %2350, align 16, !tbaa !71
+  %2683 = fcmp oeq float %2682, 0.000000e+00
+  br i1 %2683, label %if_end190.i, label %if_else189.i
+
+if_else189.i:                                     ; preds = %for_body_tile174.i
+  %2684 = tail call float @llvm.log.f32(float %2682)
+  %2685 = getelementptr inbounds nuw float, ptr %row_max235.i, i64 %2349
+  %2686 = load float, ptr %2685, align 16, !tbaa !69
+  %2687 = fadd float %2684, %2686
+  br label %if_end190.i
+
+if_end190.i:                                      ; preds = %if_else189.i, %for_body_tile174.i
+  %2688 = phi float [ %2687, %if_else189.i ], [ 0xFFF0000000000000, %for_body_tile174.i ]
+  store float %2688, ptr %2681, align 4, !tbaa !4
+  %2689 = or disjoint i64 %2349, 1
+  %2690 = getelementptr inbounds nuw float, ptr %row_sum234.i, i64 %2689
+  %2691 = load float, ptr %2690, align 4, !tbaa !71
+  %2692 = fcmp oeq float %2691, 0.000000e+00
+  br i1 %2692, label %if_end190.1.i, label %if_else189.1.i
+
+if_else189.1.i:                                   ; preds = %if_end190.i
+  %2693 = tail call float @llvm.log.f32(float %2691)
+  %2694 = getelementptr inbounds nuw float, ptr %row_max235.i, i64 %2689
+  %2695 = load float, ptr %2694, align 4, !tbaa !69
+  %2696 = fadd float %2693, %2695
+  br label %if_end190.1.i
+
+if_end190.1.i:                                    ; preds = %if_else189.1.i, %if_end190.i
+  %2697 = phi float [ %2696, %if_else189.1.i ], [ 0xFFF0000000000000, %if_end190.i ]
+  %2698 = getelementptr i8, ptr %2681, i64 4
+  store float %2697, ptr %2698, align 4, !tbaa !4
+  %2699 = or disjoint i64 %2349, 2
+  %2700 = getelementptr inbounds nuw float, ptr %row_sum234.i, i64 %2699
+  %2701 = load float, ptr %2700, align 8, !tbaa !71
+  %2702 = fcmp oeq float %2701, 0.000000e+00
+  br i1 %2702, label %if_end190.2.i, label %if_else189.2.i
+
+if_else189.2.i:                                   ; preds = %if_end190.1.i
+  %2703 = tail call float @llvm.log.f32(float %2701)
+  %2704 = getelementptr inbounds nuw float, ptr %row_max235.i, i64 %2699
+  %2705 = load float, ptr %2704, align 8, !tbaa !69
+  %2706 = fadd float %2703, %2705
+  br label %if_end190.2.i
+
+if_end190.2.i:                                    ; preds = %if_else189.2.i, %if_end190.1.i
+  %2707 = phi float [ %2706, %if_else189.2.i ], [ 0xFFF0000000000000, %if_end190.1.i ]
+  %2708 = getelementptr i8, ptr %2681, i64 8
+  store float %2707, ptr %2708, align 4, !tbaa !4
+  %2709 = or disjoint i64 %2349, 3
+  %2710 = getelementptr inbounds nuw float, ptr %row_sum234.i, i64 %2709
+  %2711 = load float, ptr %2710, align 4, !tbaa !71
+  %2712 = fcmp oeq float %2711, 0.000000e+00
+  br i1 %2712, label %if_end190.3.i, label %if_else189.3.i
+
+if_else189.3.i:                                   ; preds = %if_end190.2.i
+  %2713 = tail call float @llvm.log.f32(float %2711)
+  %2714 = getelementptr inbounds nuw float, ptr %row_max235.i, i64 %2709
+  %2715 = load float, ptr %2714, align 4, !tbaa !69
+  %2716 = fadd float %2713, %2715
+  br label %if_end190.3.i
+
+if_end190.3.i:                                    ; preds = %if_else189.3.i, %if_end190.2.i
+  %2717 = phi float [ %2716, %if_else189.3.i ], [ 0xFFF0000000000000, %if_end190.2.i ]
+  %2718 = getelementptr i8, ptr %2681, i64 12
+  store float %2717, ptr %2718, align 4, !tbaa !4
+  %indvars.iv.next1294.i = add nuw nsw i64 %indvars.iv1293.i, 1
+  %exitcond1297.not.i = icmp eq i64 %indvars.iv.next1294.i, 8
+  br i1 %exitcond1297.not.i, label %if_end171.i, label %for_body_tile174.i, !prof !21
+
+for_body_tile192.i:                               ; preds = %for_body_tile192.i, %for_begin_tile191.preheader.i
+  %indvars.iv1274.i = phi i64 [ 0, %for_begin_tile191.preheader.i ], [ %indvars.iv.next1275.i, %for_body_tile192.i ]
+  %2719 = shl nuw nsw i64 %indvars.iv1274.i, 2
+  %2720 = add nuw nsw i64 %2719, %538
+  %2721 = getelementptr inbounds nuw float, ptr %row_max235.i, i64 %2719
+  %2722 = load float, ptr %2721, align 16, !tbaa !69
+  %2723 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2720
+  store float %2722, ptr %2723, align 4, !tbaa !4
+  %2724 = getelementptr inbounds nuw float, ptr %row_sum234.i, i64 %2719
+  %2725 = load float, ptr %2724, align 16, !tbaa !71
+  %2726 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2720
+  store float %2725, ptr %2726, align 4, !tbaa !4
+  %2727 = or disjoint i64 %2719, 1
+  %cse_v151.1.i = or disjoint i64 %2720, 1
+  %2728 = getelementptr inbounds nuw float, ptr %row_max235.i, i64 %2727
+  %2729 = load float, ptr %2728, align 4, !tbaa !69
+  %2730 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v151.1.i
+  store float %2729, ptr %2730, align 4, !tbaa !4
+  %2731 = getelementptr inbounds nuw float, ptr %row_sum234.i, i64 %2727
+  %2732 = load float, ptr %2731, align 4, !tbaa !71
+  %2733 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v151.1.i
+  store float %2732, ptr %2733, align 4, !tbaa !4
+  %2734 = or disjoint i64 %2719, 2
+  %cse_v151.2.i = or disjoint i64 %2720, 2
+  %2735 = getelementptr inbounds nuw float, ptr %row_max235.i, i64 %2734
+  %2736 = load float, ptr %2735, align 8, !tbaa !69
+  %2737 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v151.2.i
+  store float %2736, ptr %2737, align 4, !tbaa !4
+  %2738 = getelementptr inbounds nuw float, ptr %row_sum234.i, i64 %2734
+  %2739 = load float, ptr %2738, align 8, !tbaa !71
+  %2740 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v151.2.i
+  store float %2739, ptr %2740, align 4, !tbaa !4
+  %2741 = or disjoint i64 %2719, 3
+  %cse_v151.3.i = or disjoint i64 %2720, 3
+  %2742 = getelementptr inbounds nuw float, ptr %row_max235.i, i64 %2741
+  %2743 = load float, ptr %2742, align 4, !tbaa !69
+  %2744 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v151.3.i
+  store float %2743, ptr %2744, align 4, !tbaa !4
+  %2745 = getelementptr inbounds nuw float, ptr %row_sum234.i, i64 %2741
+  %2746 = load float, ptr %2745, align 4, !tbaa !71
+  %2747 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v151.3.i
+  store float %2746, ptr %2747, align 4, !tbaa !4
+  %.idx236.i = shl nuw nsw i64 %indvars.iv1274.i, 11
+  %2748 = getelementptr inbounds nuw i8, ptr %539, i64 %.idx236.i
+  %2749 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx236.i
   %2750 = load <16 x float>, ptr %2749, align 4, !tbaa !4
-  %2751 = fmul <16 x float> %2688, %2750
-  %2752 = bitcast <16 x float> %2751 to <16 x i32>
-  %2753 = lshr <16 x i32> %2752, splat (i32 16)
-  %2754 = and <16 x i32> %2753, splat (i32 1)
-  %2755 = add nuw <16 x i32> %2752, splat (i32 32767)
-  %2756 = add nuw <16 x i32> %2755, %2754
-  %2757 = lshr <16 x i32> %2756, splat (i32 16)
-  %2758 = trunc nuw <16 x i32> %2757 to <16 x i16>
-  %gep1026.6.i = getelementptr i8, ptr %invariant.gep1025.i, i64 192
-  store <16 x i16> %2758, ptr %gep1026.6.i, align 2, !tbaa !4
-  %2759 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 448
-  %2760 = load <16 x float>, ptr %2759, align 4, !tbaa !4
-  %2761 = fmul <16 x float> %2688, %2760
-  %2762 = bitcast <16 x float> %2761 to <16 x i32>
-  %2763 = lshr <16 x i32> %2762, splat (i32 16)
-  %2764 = and <16 x i32> %2763, splat (i32 1)
-  %2765 = add nuw <16 x i32> %2762, splat (i32 32767)
-  %2766 = add nuw <16 x i32> %2765, %2764
-  %2767 = lshr <16 x i32> %2766, splat (i32 16)
-  %2768 = trunc nuw <16 x i32> %2767 to <16 x i16>
-  %gep1026.7.i = getelementptr i8, ptr %invariant.gep1025.i, i64 224
-  store <16 x i16> %2768, ptr %gep1026.7.i, align 2, !tbaa !4
-  %2769 = shufflevector <4 x float> %2687, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2770 = or disjoint i64 %2683, 1
-  %2771 = mul nsw i64 %2770, %out_head
-  %invariant.gep1025.i.1 = getelementptr i16, ptr %541, i64 %2771
-  %gep68.1 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 512
-  %2772 = load <16 x float>, ptr %gep68.1, align 4, !tbaa !4
-  %2773 = fmul <16 x float> %2772, %2769
-  %2774 = bitcast <16 x float> %2773 to <16 x i32>
-  %2775 = lshr <16 x i32> %2774, splat (i32 16)
-  %2776 = and <16 x i32> %2775, splat (i32 1)
-  %2777 = add nuw <16 x i32> %2774, splat (i32 32767)
-  %2778 = add nuw <16 x i32> %2777, %2776
-  %2779 = lshr <16 x i32> %2778, splat (i32 16)
-  %2780 = trunc nuw <16 x i32> %2779 to <16 x i16>
-  store <16 x i16> %2780, ptr %invariant.gep1025.i.1, align 2, !tbaa !4
-  %2781 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 576
+  store <16 x float> %2750, ptr %2748, align 4, !tbaa !4
+  %2751 = getelementptr inbounds nuw i8, ptr %2749, i64 64
+  %2752 = load <16 x float>, ptr %2751, align 4, !tbaa !4
+  %2753 = getelementptr inbounds nuw i8, ptr %2748, i64 64
+  store <16 x float> %2752, ptr %2753, align 4, !tbaa !4
+  %2754 = getelementptr inbounds nuw i8, ptr %2749, i64 128
+  %2755 = load <16 x float>, ptr %2754, align 4, !tbaa !4
+  %2756 = getelementptr inbounds nuw i8, ptr %2748, i64 128
+  store <16 x float> %2755, ptr %2756, align 4, !tbaa !4
+  %2757 = getelementptr inbounds nuw i8, ptr %2749, i64 192
+  %2758 = load <16 x float>, ptr %2757, align 4, !tbaa !4
+  %2759 = getelementptr inbounds nuw i8, ptr %2748, i64 192
+  store <16 x float> %2758, ptr %2759, align 4, !tbaa !4
+  %2760 = getelementptr inbounds nuw i8, ptr %2749, i64 256
+  %2761 = load <16 x float>, ptr %2760, align 4, !tbaa !4
+  %2762 = getelementptr inbounds nuw i8, ptr %2748, i64 256
+  store <16 x float> %2761, ptr %2762, align 4, !tbaa !4
+  %2763 = getelementptr inbounds nuw i8, ptr %2749, i64 320
+  %2764 = load <16 x float>, ptr %2763, align 4, !tbaa !4
+  %2765 = getelementptr inbounds nuw i8, ptr %2748, i64 320
+  store <16 x float> %2764, ptr %2765, align 4, !tbaa !4
+  %2766 = getelementptr inbounds nuw i8, ptr %2749, i64 384
+  %2767 = load <16 x float>, ptr %2766, align 4, !tbaa !4
+  %2768 = getelementptr inbounds nuw i8, ptr %2748, i64 384
+  store <16 x float> %2767, ptr %2768, align 4, !tbaa !4
+  %2769 = getelementptr inbounds nuw i8, ptr %2749, i64 448
+  %2770 = load <16 x float>, ptr %2769, align 4, !tbaa !4
+  %2771 = getelementptr inbounds nuw i8, ptr %2748, i64 448
+  store <16 x float> %2770, ptr %2771, align 4, !tbaa !4
+  %2772 = getelementptr inbounds nuw i8, ptr %2748, i64 512
+  %2773 = getelementptr inbounds nuw i8, ptr %2749, i64 512
+  %2774 = load <16 x float>, ptr %2773, align 4, !tbaa !4
+  store <16 x float> %2774, ptr %2772, align 4, !tbaa !4
+  %2775 = getelementptr inbounds nuw i8, ptr %2749, i64 576
+  %2776 = load <16 x float>, ptr %2775, align 4, !tbaa !4
+  %2777 = getelementptr inbounds nuw i8, ptr %2748, i64 576
+  store <16 x float> %2776, ptr %2777, align 4, !tbaa !4
+  %2778 = getelementptr inbounds nuw i8, ptr %2749, i64 640
+  %2779 = load <16 x float>, ptr %2778, align 4, !tbaa !4
+  %2780 = getelementptr inbounds nuw i8, ptr %2748, i64 640
+  store <16 x float> %2779, ptr %2780, align 4, !tbaa !4
+  %2781 = getelementptr inbounds nuw i8, ptr %2749, i64 704
   %2782 = load <16 x float>, ptr %2781, align 4, !tbaa !4
-  %2783 = fmul <16 x float> %2769, %2782
-  %2784 = bitcast <16 x float> %2783 to <16 x i32>
-  %2785 = lshr <16 x i32> %2784, splat (i32 16)
-  %2786 = and <16 x i32> %2785, splat (i32 1)
-  %2787 = add nuw <16 x i32> %2784, splat (i32 32767)
-  %2788 = add nuw <16 x i32> %2787, %2786
-  %2789 = lshr <16 x i32> %2788, splat (i32 16)
-  %2790 = trunc nuw <16 x i32> %2789 to <16 x i16>
-  %gep1026.1.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 32
-  store <16 x i16> %2790, ptr %gep1026.1.i.1, align 2, !tbaa !4
-  %2791 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 640
-  %2792 = load <16 x float>, ptr %2791, align 4, !tbaa !4
-  %2793 = fmul <16 x float> %2769, %2792
-  %2794 = bitcast <16 x float> %2793 to <16 x i32>
-  %2795 = lshr <16 x i32> %2794, splat (i32 16)
-  %2796 = and <16 x i32> %2795, splat (i32 1)
-  %2797 = add nuw <16 x i32> %2794, splat (i32 32767)
-  %2798 = add nuw <16 x i32> %2797, %2796
-  %2799 = lshr <16 x i32> %2798, splat (i32 16)
-  %2800 = trunc nuw <16 x i32> %2799 to <16 x i16>
-  %gep1026.2.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 64
-  store <16 x i16> %2800, ptr %gep1026.2.i.1, align 2, !tbaa !4
-  %2801 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 704
-  %2802 = load <16 x float>, ptr %2801, align 4, !tbaa !4
-  %2803 = fmul <16 x float> %2769, %2802
-  %2804 = bitcast <16 x float> %2803 to <16 x i32>
-  %2805 = lshr <16 x i32> %2804, splat (i32 16)
-  %2806 = and <16 x i32> %2805, splat (i32 1)
-  %2807 = add nuw <16 x i32> %2804, splat (i32 32767)
-  %2808 = add nuw <16 x i32> %2807, %2806
-  %2809 = lshr <16 x i32> %2808, splat (i32 16)
-  %2810 = trunc nuw <16 x i32> %2809 to <16 x i16>
-  %gep1026.3.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 96
-  store <16 x i16> %2810, ptr %gep1026.3.i.1, align 2, !tbaa !4
-  %2811 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 768
+  %2783 = getelementptr inbounds nuw i8, ptr %2748, i64 704
+  store <16 x float> %2782, ptr %2783, align 4, !tbaa !4
+  %2784 = getelementptr inbounds nuw i8, ptr %2749, i64 768
+  %2785 = load <16 x float>, ptr %2784, align 4, !tbaa !4
+  %2786 = getelementptr inbounds nuw i8, ptr %2748, i64 768
+  store <16 x float> %2785, ptr %2786, align 4, !tbaa !4
+  %2787 = getelementptr inbounds nuw i8, ptr %2749, i64 832
+  %2788 = load <16 x float>, ptr %2787, align 4, !tbaa !4
+  %2789 = getelementptr inbounds nuw i8, ptr %2748, i64 832
+  store <16 x float> %2788, ptr %2789, align 4, !tbaa !4
+  %2790 = getelementptr inbounds nuw i8, ptr %2749, i64 896
+  %2791 = load <16 x float>, ptr %2790, align 4, !tbaa !4
+  %2792 = getelementptr inbounds nuw i8, ptr %2748, i64 896
+  store <16 x float> %2791, ptr %2792, align 4, !tbaa !4
+  %2793 = getelementptr inbounds nuw i8, ptr %2749, i64 960
+  %2794 = load <16 x float>, ptr %2793, align 4, !tbaa !4
+  %2795 = getelementptr inbounds nuw i8, ptr %2748, i64 960
+  store <16 x float> %2794, ptr %2795, align 4, !tbaa !4
+  %2796 = getelementptr inbounds nuw i8, ptr %2748, i64 1024
+  %2797 = getelementptr inbounds nuw i8, ptr %2749, i64 1024
+  %2798 = load <16 x float>, ptr %2797, align 4, !tbaa !4
+  store <16 x float> %2798, ptr %2796, align 4, !tbaa !4
+  %2799 = getelementptr inbounds nuw i8, ptr %2749, i64 1088
+  %2800 = load <16 x float>, ptr %2799, align 4, !tbaa !4
+  %2801 = getelementptr inbounds nuw i8, ptr %2748, i64 1088
+  store <16 x float> %2800, ptr %2801, align 4, !tbaa !4
+  %2802 = getelementptr inbounds nuw i8, ptr %2749, i64 1152
+  %2803 = load <16 x float>, ptr %2802, align 4, !tbaa !4
+  %2804 = getelementptr inbounds nuw i8, ptr %2748, i64 1152
+  store <16 x float> %2803, ptr %2804, align 4, !tbaa !4
+  %2805 = getelementptr inbounds nuw i8, ptr %2749, i64 1216
+  %2806 = load <16 x float>, ptr %2805, align 4, !tbaa !4
+  %2807 = getelementptr inbounds nuw i8, ptr %2748, i64 1216
+  store <16 x float> %2806, ptr %2807, align 4, !tbaa !4
+  %2808 = getelementptr inbounds nuw i8, ptr %2749, i64 1280
+  %2809 = load <16 x float>, ptr %2808, align 4, !tbaa !4
+  %2810 = getelementptr inbounds nuw i8, ptr %2748, i64 1280
+  store <16 x float> %2809, ptr %2810, align 4, !tbaa !4
+  %2811 = getelementptr inbounds nuw i8, ptr %2749, i64 1344
   %2812 = load <16 x float>, ptr %2811, align 4, !tbaa !4
-  %2813 = fmul <16 x float> %2769, %2812
-  %2814 = bitcast <16 x float> %2813 to <16 x i32>
-  %2815 = lshr <16 x i32> %2814, splat (i32 16)
-  %2816 = and <16 x i32> %2815, splat (i32 1)
-  %2817 = add nuw <16 x i32> %2814, splat (i32 32767)
-  %2818 = add nuw <16 x i32> %2817, %2816
-  %2819 = lshr <16 x i32> %2818, splat (i32 16)
-  %2820 = trunc nuw <16 x i32> %2819 to <16 x i16>
-  %gep1026.4.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 128
-  store <16 x i16> %2820, ptr %gep1026.4.i.1, align 2, !tbaa !4
-  %2821 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 832
+  %2813 = getelementptr inbounds nuw i8, ptr %2748, i64 1344
+  store <16 x float> %2812, ptr %2813, align 4, !tbaa !4
+  %2814 = getelementptr inbounds nuw i8, ptr %2749, i64 1408
+  %2815 = load <16 x float>, ptr %2814, align 4, !tbaa !4
+  %2816 = getelementptr inbounds nuw i8, ptr %2748, i64 1408
+  store <16 x float> %2815, ptr %2816, align 4, !tbaa !4
+  %2817 = getelementptr inbounds nuw i8, ptr %2749, i64 1472
+  %2818 = load <16 x float>, ptr %2817, align 4, !tbaa !4
+  %2819 = getelementptr inbounds nuw i8, ptr %2748, i64 1472
+  store <16 x float> %2818, ptr %2819, align 4, !tbaa !4
+  %2820 = getelementptr inbounds nuw i8, ptr %2748, i64 1536
+  %2821 = getelementptr inbounds nuw i8, ptr %2749, i64 1536
   %2822 = load <16 x float>, ptr %2821, align 4, !tbaa !4
-  %2823 = fmul <16 x float> %2769, %2822
-  %2824 = bitcast <16 x float> %2823 to <16 x i32>
-  %2825 = lshr <16 x i32> %2824, splat (i32 16)
-  %2826 = and <16 x i32> %2825, splat (i32 1)
-  %2827 = add nuw <16 x i32> %2824, splat (i32 32767)
-  %2828 = add nuw <16 x i32> %2827, %2826
-  %2829 = lshr <16 x i32> %2828, splat (i32 16)
-  %2830 = trunc nuw <16 x i32> %2829 to <16 x i16>
-  %gep1026.5.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 160
-  store <16 x i16> %2830, ptr %gep1026.5.i.1, align 2, !tbaa !4
-  %2831 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 896
-  %2832 = load <16 x float>, ptr %2831, align 4, !tbaa !4
-  %2833 = fmul <16 x float> %2769, %2832
-  %2834 = bitcast <16 x float> %2833 to <16 x i32>
-  %2835 = lshr <16 x i32> %2834, splat (i32 16)
-  %2836 = and <16 x i32> %2835, splat (i32 1)
-  %2837 = add nuw <16 x i32> %2834, splat (i32 32767)
-  %2838 = add nuw <16 x i32> %2837, %2836
-  %2839 = lshr <16 x i32> %2838, splat (i32 16)
-  %2840 = trunc nuw <16 x i32> %2839 to <16 x i16>
-  %gep1026.6.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 192
-  store <16 x i16> %2840, ptr %gep1026.6.i.1, align 2, !tbaa !4
-  %2841 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 960
+  store <16 x float> %2822, ptr %2820, align 4, !tbaa !4
+  %2823 = getelementptr inbounds nuw i8, ptr %2749, i64 1600
+  %2824 = load <16 x float>, ptr %2823, align 4, !tbaa !4
+  %2825 = getelementptr inbounds nuw i8, ptr %2748, i64 1600
+  store <16 x float> %2824, ptr %2825, align 4, !tbaa !4
+  %2826 = getelementptr inbounds nuw i8, ptr %2749, i64 1664
+  %2827 = load <16 x float>, ptr %2826, align 4, !tbaa !4
+  %2828 = getelementptr inbounds nuw i8, ptr %2748, i64 1664
+  store <16 x float> %2827, ptr %2828, align 4, !tbaa !4
+  %2829 = getelementptr inbounds nuw i8, ptr %2749, i64 1728
+  %2830 = load <16 x float>, ptr %2829, align 4, !tbaa !4
+  %2831 = getelementptr inbounds nuw i8, ptr %2748, i64 1728
+  store <16 x float> %2830, ptr %2831, align 4, !tbaa !4
+  %2832 = getelementptr inbounds nuw i8, ptr %2749, i64 1792
+  %2833 = load <16 x float>, ptr %2832, align 4, !tbaa !4
+  %2834 = getelementptr inbounds nuw i8, ptr %2748, i64 1792
+  store <16 x float> %2833, ptr %2834, align 4, !tbaa !4
+  %2835 = getelementptr inbounds nuw i8, ptr %2749, i64 1856
+  %2836 = load <16 x float>, ptr %2835, align 4, !tbaa !4
+  %2837 = getelementptr inbounds nuw i8, ptr %2748, i64 1856
+  store <16 x float> %2836, ptr %2837, align 4, !tbaa !4
+  %2838 = getelementptr inbounds nuw i8, ptr %2749, i64 1920
+  %2839 = load <16 x float>, ptr %2838, align 4, !tbaa !4
+  %2840 = getelementptr inbounds nuw i8, ptr %2748, i64 1920
+  store <16 x float> %2839, ptr %2840, align 4, !tbaa !4
+  %2841 = getelementptr inbounds nuw i8, ptr %2749, i64 1984
   %2842 = load <16 x float>, ptr %2841, align 4, !tbaa !4
-  %2843 = fmul <16 x float> %2769, %2842
-  %2844 = bitcast <16 x float> %2843 to <16 x i32>
-  %2845 = lshr <16 x i32> %2844, splat (i32 16)
-  %2846 = and <16 x i32> %2845, splat (i32 1)
-  %2847 = add nuw <16 x i32> %2844, splat (i32 32767)
-  %2848 = add nuw <16 x i32> %2847, %2846
-  %2849 = lshr <16 x i32> %2848, splat (i32 16)
-  %2850 = trunc nuw <16 x i32> %2849 to <16 x i16>
-  %gep1026.7.i.1 = getelementptr i8, ptr %invariant.gep1025.i.1, i64 224
-  store <16 x i16> %2850, ptr %gep1026.7.i.1, align 2, !tbaa !4
-  %2851 = shufflevector <4 x float> %2687, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2852 = or disjoint i64 %2683, 2
-  %2853 = mul nsw i64 %2852, %out_head
-  %invariant.gep1025.i.2 = getelementptr i16, ptr %541, i64 %2853
-  %gep68.2 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1024
-  %2854 = load <16 x float>, ptr %gep68.2, align 4, !tbaa !4
-  %2855 = fmul <16 x float> %2854, %2851
-  %2856 = bitcast <16 x float> %2855 to <16 x i32>
-  %2857 = lshr <16 x i32> %2856, splat (i32 16)
-  %2858 = and <16 x i32> %2857, splat (i32 1)
-  %2859 = add nuw <16 x i32> %2856, splat (i32 32767)
-  %2860 = add nuw <16 x i32> %2859, %2858
-  %2861 = lshr <16 x i32> %2860, splat (i32 16)
-  %2862 = trunc nuw <16 x i32> %2861 to <16 x i16>
-  store <16 x i16> %2862, ptr %invariant.gep1025.i.2, align 2, !tbaa !4
-  %2863 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1088
-  %2864 = load <16 x float>, ptr %2863, align 4, !tbaa !4
-  %2865 = fmul <16 x float> %2851, %2864
-  %2866 = bitcast <16 x float> %2865 to <16 x i32>
-  %2867 = lshr <16 x i32> %2866, splat (i32 16)
-  %2868 = and <16 x i32> %2867, splat (i32 1)
-  %2869 = add nuw <16 x i32> %2866, splat (i32 32767)
-  %2870 = add nuw <16 x i32> %2869, %2868
-  %2871 = lshr <16 x i32> %2870, splat (i32 16)
-  %2872 = trunc nuw <16 x i32> %2871 to <16 x i16>
-  %gep1026.1.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 32
-  store <16 x i16> %2872, ptr %gep1026.1.i.2, align 2, !tbaa !4
-  %2873 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1152
-  %2874 = load <16 x float>, ptr %2873, align 4, !tbaa !4
-  %2875 = fmul <16 x float> %2851, %2874
-  %2876 = bitcast <16 x float> %2875 to <16 x i32>
-  %2877 = lshr <16 x i32> %2876, splat (i32 16)
-  %2878 = and <16 x i32> %2877, splat (i32 1)
-  %2879 = add nuw <16 x i32> %2876, splat (i32 32767)
-  %2880 = add nuw <16 x i32> %2879, %2878
-  %2881 = lshr <16 x i32> %2880, splat (i32 16)
-  %2882 = trunc nuw <16 x i32> %2881 to <16 x i16>
-  %gep1026.2.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 64
-  store <16 x i16> %2882, ptr %gep1026.2.i.2, align 2, !tbaa !4
-  %2883 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1216
-  %2884 = load <16 x float>, ptr %2883, align 4, !tbaa !4
-  %2885 = fmul <16 x float> %2851, %2884
-  %2886 = bitcast <16 x float> %2885 to <16 x i32>
-  %2887 = lshr <16 x i32> %2886, splat (i32 16)
-  %2888 = and <16 x i32> %2887, splat (i32 1)
-  %2889 = add nuw <16 x i32> %2886, splat (i32 32767)
-  %2890 = add nuw <16 x i32> %2889, %2888
-  %2891 = lshr <16 x i32> %2890, splat (i32 16)
-  %2892 = trunc nuw <16 x i32> %2891 to <16 x i16>
-  %gep1026.3.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 96
-  store <16 x i16> %2892, ptr %gep1026.3.i.2, align 2, !tbaa !4
-  %2893 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1280
-  %2894 = load <16 x float>, ptr %2893, align 4, !tbaa !4
-  %2895 = fmul <16 x float> %2851, %2894
-  %2896 = bitcast <16 x float> %2895 to <16 x i32>
-  %2897 = lshr <16 x i32> %2896, splat (i32 16)
-  %2898 = and <16 x i32> %2897, splat (i32 1)
-  %2899 = add nuw <16 x i32> %2896, splat (i32 32767)
-  %2900 = add nuw <16 x i32> %2899, %2898
-  %2901 = lshr <16 x i32> %2900, splat (i32 16)
-  %2902 = trunc nuw <16 x i32> %2901 to <16 x i16>
-  %gep1026.4.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 128
-  store <16 x i16> %2902, ptr %gep1026.4.i.2, align 2, !tbaa !4
-  %2903 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1344
-  %2904 = load <16 x float>, ptr %2903, align 4, !tbaa !4
-  %2905 = fmul <16 x float> %2851, %2904
-  %2906 = bitcast <16 x float> %2905 to <16 x i32>
-  %2907 = lshr <16 x i32> %2906, splat (i32 16)
-  %2908 = and <16 x i32> %2907, splat (i32 1)
-  %2909 = add nuw <16 x i32> %2906, splat (i32 32767)
-  %2910 = add nuw <16 x i32> %2909, %2908
-  %2911 = lshr <16 x i32> %2910, splat (i32 16)
-  %2912 = trunc nuw <16 x i32> %2911 to <16 x i16>
-  %gep1026.5.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 160
-  store <16 x i16> %2912, ptr %gep1026.5.i.2, align 2, !tbaa !4
-  %2913 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1408
-  %2914 = load <16 x float>, ptr %2913, align 4, !tbaa !4
-  %2915 = fmul <16 x float> %2851, %2914
-  %2916 = bitcast <16 x float> %2915 to <16 x i32>
-  %2917 = lshr <16 x i32> %2916, splat (i32 16)
-  %2918 = and <16 x i32> %2917, splat (i32 1)
-  %2919 = add nuw <16 x i32> %2916, splat (i32 32767)
-  %2920 = add nuw <16 x i32> %2919, %2918
-  %2921 = lshr <16 x i32> %2920, splat (i32 16)
-  %2922 = trunc nuw <16 x i32> %2921 to <16 x i16>
-  %gep1026.6.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 192
-  store <16 x i16> %2922, ptr %gep1026.6.i.2, align 2, !tbaa !4
-  %2923 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1472
-  %2924 = load <16 x float>, ptr %2923, align 4, !tbaa !4
-  %2925 = fmul <16 x float> %2851, %2924
-  %2926 = bitcast <16 x float> %2925 to <16 x i32>
-  %2927 = lshr <16 x i32> %2926, splat (i32 16)
-  %2928 = and <16 x i32> %2927, splat (i32 1)
-  %2929 = add nuw <16 x i32> %2926, splat (i32 32767)
-  %2930 = add nuw <16 x i32> %2929, %2928
-  %2931 = lshr <16 x i32> %2930, splat (i32 16)
-  %2932 = trunc nuw <16 x i32> %2931 to <16 x i16>
-  %gep1026.7.i.2 = getelementptr i8, ptr %invariant.gep1025.i.2, i64 224
-  store <16 x i16> %2932, ptr %gep1026.7.i.2, align 2, !tbaa !4
-  %2933 = shufflevector <4 x float> %2687, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2934 = or disjoint i64 %2683, 3
-  %2935 = mul nsw i64 %2934, %out_head
-  %invariant.gep1025.i.3 = getelementptr i16, ptr %541, i64 %2935
-  %gep68.3 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1536
-  %2936 = load <16 x float>, ptr %gep68.3, align 4, !tbaa !4
-  %2937 = fmul <16 x float> %2936, %2933
-  %2938 = bitcast <16 x float> %2937 to <16 x i32>
-  %2939 = lshr <16 x i32> %2938, splat (i32 16)
-  %2940 = and <16 x i32> %2939, splat (i32 1)
-  %2941 = add nuw <16 x i32> %2938, splat (i32 32767)
-  %2942 = add nuw <16 x i32> %2941, %2940
-  %2943 = lshr <16 x i32> %2942, splat (i32 16)
-  %2944 = trunc nuw <16 x i32> %2943 to <16 x i16>
-  store <16 x i16> %2944, ptr %invariant.gep1025.i.3, align 2, !tbaa !4
-  %2945 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1600
-  %2946 = load <16 x float>, ptr %2945, align 4, !tbaa !4
-  %2947 = fmul <16 x float> %2933, %2946
-  %2948 = bitcast <16 x float> %2947 to <16 x i32>
-  %2949 = lshr <16 x i32> %2948, splat (i32 16)
-  %2950 = and <16 x i32> %2949, splat (i32 1)
-  %2951 = add nuw <16 x i32> %2948, splat (i32 32767)
-  %2952 = add nuw <16 x i32> %2951, %2950
-  %2953 = lshr <16 x i32> %2952, splat (i32 16)
-  %2954 = trunc nuw <16 x i32> %2953 to <16 x i16>
-  %gep1026.1.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 32
-  store <16 x i16> %2954, ptr %gep1026.1.i.3, align 2, !tbaa !4
-  %2955 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1664
-  %2956 = load <16 x float>, ptr %2955, align 4, !tbaa !4
-  %2957 = fmul <16 x float> %2933, %2956
-  %2958 = bitcast <16 x float> %2957 to <16 x i32>
-  %2959 = lshr <16 x i32> %2958, splat (i32 16)
-  %2960 = and <16 x i32> %2959, splat (i32 1)
-  %2961 = add nuw <16 x i32> %2958, splat (i32 32767)
-  %2962 = add nuw <16 x i32> %2961, %2960
-  %2963 = lshr <16 x i32> %2962, splat (i32 16)
-  %2964 = trunc nuw <16 x i32> %2963 to <16 x i16>
-  %gep1026.2.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 64
-  store <16 x i16> %2964, ptr %gep1026.2.i.3, align 2, !tbaa !4
-  %2965 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1728
-  %2966 = load <16 x float>, ptr %2965, align 4, !tbaa !4
-  %2967 = fmul <16 x float> %2933, %2966
-  %2968 = bitcast <16 x float> %2967 to <16 x i32>
-  %2969 = lshr <16 x i32> %2968, splat (i32 16)
-  %2970 = and <16 x i32> %2969, splat (i32 1)
-  %2971 = add nuw <16 x i32> %2968, splat (i32 32767)
-  %2972 = add nuw <16 x i32> %2971, %2970
-  %2973 = lshr <16 x i32> %2972, splat (i32 16)
-  %2974 = trunc nuw <16 x i32> %2973 to <16 x i16>
-  %gep1026.3.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 96
-  store <16 x i16> %2974, ptr %gep1026.3.i.3, align 2, !tbaa !4
-  %2975 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1792
-  %2976 = load <16 x float>, ptr %2975, align 4, !tbaa !4
-  %2977 = fmul <16 x float> %2933, %2976
-  %2978 = bitcast <16 x float> %2977 to <16 x i32>
-  %2979 = lshr <16 x i32> %2978, splat (i32 16)
-  %2980 = and <16 x i32> %2979, splat (i32 1)
-  %2981 = add nuw <16 x i32> %2978, splat (i32 32767)
-  %2982 = add nuw <16 x i32> %2981, %2980
-  %2983 = lshr <16 x i32> %2982, splat (i32 16)
-  %2984 = trunc nuw <16 x i32> %2983 to <16 x i16>
-  %gep1026.4.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 128
-  store <16 x i16> %2984, ptr %gep1026.4.i.3, align 2, !tbaa !4
-  %2985 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1856
-  %2986 = load <16 x float>, ptr %2985, align 4, !tbaa !4
-  %2987 = fmul <16 x float> %2933, %2986
-  %2988 = bitcast <16 x float> %2987 to <16 x i32>
-  %2989 = lshr <16 x i32> %2988, splat (i32 16)
-  %2990 = and <16 x i32> %2989, splat (i32 1)
-  %2991 = add nuw <16 x i32> %2988, splat (i32 32767)
-  %2992 = add nuw <16 x i32> %2991, %2990
-  %2993 = lshr <16 x i32> %2992, splat (i32 16)
-  %2994 = trunc nuw <16 x i32> %2993 to <16 x i16>
-  %gep1026.5.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 160
-  store <16 x i16> %2994, ptr %gep1026.5.i.3, align 2, !tbaa !4
-  %2995 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1920
-  %2996 = load <16 x float>, ptr %2995, align 4, !tbaa !4
-  %2997 = fmul <16 x float> %2933, %2996
-  %2998 = bitcast <16 x float> %2997 to <16 x i32>
-  %2999 = lshr <16 x i32> %2998, splat (i32 16)
-  %3000 = and <16 x i32> %2999, splat (i32 1)
-  %3001 = add nuw <16 x i32> %2998, splat (i32 32767)
-  %3002 = add nuw <16 x i32> %3001, %3000
-  %3003 = lshr <16 x i32> %3002, splat (i32 16)
-  %3004 = trunc nuw <16 x i32> %3003 to <16 x i16>
-  %gep1026.6.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 192
-  store <16 x i16> %3004, ptr %gep1026.6.i.3, align 2, !tbaa !4
-  %3005 = getelementptr inbounds nuw i8, ptr %invariant.gep67, i64 1984
-  %3006 = load <16 x float>, ptr %3005, align 4, !tbaa !4
-  %3007 = fmul <16 x float> %2933, %3006
-  %3008 = bitcast <16 x float> %3007 to <16 x i32>
-  %3009 = lshr <16 x i32> %3008, splat (i32 16)
-  %3010 = and <16 x i32> %3009, splat (i32 1)
-  %3011 = add nuw <16 x i32> %3008, splat (i32 32767)
-  %3012 = add nuw <16 x i32> %3011, %3010
-  %3013 = lshr <16 x i32> %3012, splat (i32 16)
-  %3014 = trunc nuw <16 x i32> %3013 to <16 x i16>
-  %gep1026.7.i.3 = getelementptr i8, ptr %invariant.gep1025.i.3, i64 224
-  store <16 x i16> %3014, ptr %gep1026.7.i.3, align 2, !tbaa !4
-  %3015 = getelementptr float, ptr %543, i64 %2683
-  %3016 = load float, ptr %2684, align 16, !tbaa !71
-  %3017 = fcmp oeq float %3016, 0.000000e+00
-  br i1 %3017, label %if_end213.i, label %if_else212.i
+  %2843 = getelementptr inbounds nuw i8, ptr %2748, i64 1984
+  store <16 x float> %2842, ptr %2843, align 4, !tbaa !4
+  %indvars.iv.next1275.i = add nuw nsw i64 %indvars.iv1274.i, 1
+  %exitcond1278.not.i = icmp eq i64 %indvars.iv.next1275.i, 8
+  br i1 %exitcond1278.not.i, label %if_end171.i, label %for_body_tile192.i, !prof !21
 
-if_else212.i:                                     ; preds = %for_body_tile192.i
-  %3018 = tail call float @llvm.log.f32(float %3016)
-  %3019 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %2683
-  %3020 = load float, ptr %3019, align 16, !tbaa !69
-  %3021 = fadd float %3018, %3020
-  br label %if_end213.i
+if_end214.i:                                      ; preds = %if_end171.i
+  %2844 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2845 = tail call i32 %2844(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not237.i = icmp eq i32 %2845, 0
+  br i1 %.not237.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !22
 
-if_end213.i:                                      ; preds = %if_else212.i, %for_body_tile192.i
-  %3022 = phi float [ %3021, %if_else212.i ], [ 0xFFF0000000000000, %for_body_tile192.i ]
-  store float %3022, ptr %3015, align 4, !tbaa !4
-  %3023 = or disjoint i64 %2683, 1
-  %3024 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3023
-  %3025 = load float, ptr %3024, align 4, !tbaa !71
-  %3026 = fcmp oeq float %3025, 0.000000e+00
-  br i1 %3026, label %if_end213.1.i, label %if_else212.1.i
-
-if_else212.1.i:                                   ; preds = %if_end213.i
-  %3027 = tail call float @llvm.log.f32(float %3025)
-  %3028 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3023
-  %3029 = load float, ptr %3028, align 4, !tbaa !69
-  %3030 = fadd float %3027, %3029
-  br label %if_end213.1.i
-
-if_end213.1.i:                                    ; preds = %if_else212.1.i, %if_end213.i
-  %3031 = phi float [ %3030, %if_else212.1.i ], [ 0xFFF0000000000000, %if_end213.i ]
-  %3032 = getelementptr i8, ptr %3015, i64 4
-  store float %3031, ptr %3032, align 4, !tbaa !4
-  %3033 = or disjoint i64 %2683, 2
-  %3034 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3033
-  %3035 = load float, ptr %3034, align 8, !tbaa !71
-  %3036 = fcmp oeq float %3035, 0.000000e+00
-  br i1 %3036, label %if_end213.2.i, label %if_else212.2.i
-
-if_else212.2.i:                                   ; preds = %if_end213.1.i
-  %3037 = tail call float @llvm.log.f32(float %3035)
-  %3038 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3033
-  %3039 = load float, ptr %3038, align 8, !tbaa !69
-  %3040 = fadd float %3037, %3039
-  br label %if_end213.2.i
-
-if_end213.2.i:                                    ; preds = %if_else212.2.i, %if_end213.1.i
-  %3041 = phi float [ %3040, %if_else212.2.i ], [ 0xFFF0000000000000, %if_end213.1.i ]
-  %3042 = getelementptr i8, ptr %3015, i64 8
-  store float %3041, ptr %3042, align 4, !tbaa !4
-  %3043 = or disjoint i64 %2683, 3
-  %3044 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3043
-  %3045 = load float, ptr %3044, align 4, !tbaa !71
-  %3046 = fcmp oeq float %3045, 0.000000e+00
-  br i1 %3046, label %if_end213.3.i, label %if_else212.3.i
-
-if_else212.3.i:                                   ; preds = %if_end213.2.i
-  %3047 = tail call float @llvm.log.f32(float %3045)
-  %3048 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3043
-  %3049 = load float, ptr %3048, align 4, !tbaa !69
-  %3050 = fadd float %3047, %3049
-  br label %if_end213.3.i
-
-if_end213.3.i:                                    ; preds = %if_else212.3.i, %if_end213.2.i
-  %3051 = phi float [ %3050, %if_else212.3.i ], [ 0xFFF0000000000000, %if_end213.2.i ]
-  %3052 = getelementptr i8, ptr %3015, i64 12
-  store float %3051, ptr %3052, align 4, !tbaa !4
-  %indvars.iv.next1281.i = add nuw nsw i64 %indvars.iv1280.i, 1
-  %exitcond1284.not.i = icmp eq i64 %indvars.iv.next1281.i, 8
-  br i1 %exitcond1284.not.i, label %if_end189.i, label %for_body_tile192.i, !prof !21
-
-for_body_tile215.i:                               ; preds = %for_body_tile215.i, %for_begin_tile214.preheader.i
-  %indvars.iv1261.i = phi i64 [ 0, %for_begin_tile214.preheader.i ], [ %indvars.iv.next1262.i, %for_body_tile215.i ]
-  %3053 = shl nuw nsw i64 %indvars.iv1261.i, 2
-  %3054 = add nuw nsw i64 %3053, %538
-  %3055 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3053
-  %3056 = load float, ptr %3055, align 16, !tbaa !69
-  %3057 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3054
-  store float %3056, ptr %3057, align 4, !tbaa !4
-  %3058 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3053
-  %3059 = load float, ptr %3058, align 16, !tbaa !71
-  %3060 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3054
-  store float %3059, ptr %3060, align 4, !tbaa !4
-  %3061 = or disjoint i64 %3053, 1
-  %cse_v148.1.i = or disjoint i64 %3054, 1
-  %3062 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3061
-  %3063 = load float, ptr %3062, align 4, !tbaa !69
-  %3064 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v148.1.i
-  store float %3063, ptr %3064, align 4, !tbaa !4
-  %3065 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3061
-  %3066 = load float, ptr %3065, align 4, !tbaa !71
-  %3067 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v148.1.i
-  store float %3066, ptr %3067, align 4, !tbaa !4
-  %3068 = or disjoint i64 %3053, 2
-  %cse_v148.2.i = or disjoint i64 %3054, 2
-  %3069 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3068
-  %3070 = load float, ptr %3069, align 8, !tbaa !69
-  %3071 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v148.2.i
-  store float %3070, ptr %3071, align 4, !tbaa !4
-  %3072 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3068
-  %3073 = load float, ptr %3072, align 8, !tbaa !71
-  %3074 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v148.2.i
-  store float %3073, ptr %3074, align 4, !tbaa !4
-  %3075 = or disjoint i64 %3053, 3
-  %cse_v148.3.i = or disjoint i64 %3054, 3
-  %3076 = getelementptr inbounds nuw float, ptr %row_max257.i, i64 %3075
-  %3077 = load float, ptr %3076, align 4, !tbaa !69
-  %3078 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v148.3.i
-  store float %3077, ptr %3078, align 4, !tbaa !4
-  %3079 = getelementptr inbounds nuw float, ptr %row_sum256.i, i64 %3075
-  %3080 = load float, ptr %3079, align 4, !tbaa !71
-  %3081 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v148.3.i
-  store float %3080, ptr %3081, align 4, !tbaa !4
-  %.idx258.i = shl nuw nsw i64 %indvars.iv1261.i, 11
-  %3082 = getelementptr inbounds nuw i8, ptr %539, i64 %.idx258.i
-  %3083 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx258.i
-  %3084 = load <16 x float>, ptr %3083, align 4, !tbaa !4
-  store <16 x float> %3084, ptr %3082, align 4, !tbaa !4
-  %3085 = getelementptr inbounds nuw i8, ptr %3083, i64 64
-  %3086 = load <16 x float>, ptr %3085, align 4, !tbaa !4
-  %3087 = getelementptr inbounds nuw i8, ptr %3082, i64 64
-  store <16 x float> %3086, ptr %3087, align 4, !tbaa !4
-  %3088 = getelementptr inbounds nuw i8, ptr %3083, i64 128
-  %3089 = load <16 x float>, ptr %3088, align 4, !tbaa !4
-  %3090 = getelementptr inbounds nuw i8, ptr %3082, i64 128
-  store <16 x float> %3089, ptr %3090, align 4, !tbaa !4
-  %3091 = getelementptr inbounds nuw i8, ptr %3083, i64 192
-  %3092 = load <16 x float>, ptr %3091, align 4, !tbaa !4
-  %3093 = getelementptr inbounds nuw i8, ptr %3082, i64 192
-  store <16 x float> %3092, ptr %3093, align 4, !tbaa !4
-  %3094 = getelementptr inbounds nuw i8, ptr %3083, i64 256
-  %3095 = load <16 x float>, ptr %3094, align 4, !tbaa !4
-  %3096 = getelementptr inbounds nuw i8, ptr %3082, i64 256
-  store <16 x float> %3095, ptr %3096, align 4, !tbaa !4
-  %3097 = getelementptr inbounds nuw i8, ptr %3083, i64 320
-  %3098 = load <16 x float>, ptr %3097, align 4, !tbaa !4
-  %3099 = getelementptr inbounds nuw i8, ptr %3082, i64 320
-  store <16 x float> %3098, ptr %3099, align 4, !tbaa !4
-  %3100 = getelementptr inbounds nuw i8, ptr %3083, i64 384
-  %3101 = load <16 x float>, ptr %3100, align 4, !tbaa !4
-  %3102 = getelementptr inbounds nuw i8, ptr %3082, i64 384
-  store <16 x float> %3101, ptr %3102, align 4, !tbaa !4
-  %3103 = getelementptr inbounds nuw i8, ptr %3083, i64 448
-  %3104 = load <16 x float>, ptr %3103, align 4, !tbaa !4
-  %3105 = getelementptr inbounds nuw i8, ptr %3082, i64 448
-  store <16 x float> %3104, ptr %3105, align 4, !tbaa !4
-  %3106 = getelementptr inbounds nuw i8, ptr %3082, i64 512
-  %3107 = getelementptr inbounds nuw i8, ptr %3083, i64 512
-  %3108 = load <16 x float>, ptr %3107, align 4, !tbaa !4
-  store <16 x float> %3108, ptr %3106, align 4, !tbaa !4
-  %3109 = getelementptr inbounds nuw i8, ptr %3083, i64 576
-  %3110 = load <16 x float>, ptr %3109, align 4, !tbaa !4
-  %3111 = getelementptr inbounds nuw i8, ptr %3082, i64 576
-  store <16 x float> %3110, ptr %3111, align 4, !tbaa !4
-  %3112 = getelementptr inbounds nuw i8, ptr %3083, i64 640
-  %3113 = load <16 x float>, ptr %3112, align 4, !tbaa !4
-  %3114 = getelementptr inbounds nuw i8, ptr %3082, i64 640
-  store <16 x float> %3113, ptr %3114, align 4, !tbaa !4
-  %3115 = getelementptr inbounds nuw i8, ptr %3083, i64 704
-  %3116 = load <16 x float>, ptr %3115, align 4, !tbaa !4
-  %3117 = getelementptr inbounds nuw i8, ptr %3082, i64 704
-  store <16 x float> %3116, ptr %3117, align 4, !tbaa !4
-  %3118 = getelementptr inbounds nuw i8, ptr %3083, i64 768
-  %3119 = load <16 x float>, ptr %3118, align 4, !tbaa !4
-  %3120 = getelementptr inbounds nuw i8, ptr %3082, i64 768
-  store <16 x float> %3119, ptr %3120, align 4, !tbaa !4
-  %3121 = getelementptr inbounds nuw i8, ptr %3083, i64 832
-  %3122 = load <16 x float>, ptr %3121, align 4, !tbaa !4
-  %3123 = getelementptr inbounds nuw i8, ptr %3082, i64 832
-  store <16 x float> %3122, ptr %3123, align 4, !tbaa !4
-  %3124 = getelementptr inbounds nuw i8, ptr %3083, i64 896
-  %3125 = load <16 x float>, ptr %3124, align 4, !tbaa !4
-  %3126 = getelementptr inbounds nuw i8, ptr %3082, i64 896
-  store <16 x float> %3125, ptr %3126, align 4, !tbaa !4
-  %3127 = getelementptr inbounds nuw i8, ptr %3083, i64 960
-  %3128 = load <16 x float>, ptr %3127, align 4, !tbaa !4
-  %3129 = getelementptr inbounds nuw i8, ptr %3082, i64 960
-  store <16 x float> %3128, ptr %3129, align 4, !tbaa !4
-  %3130 = getelementptr inbounds nuw i8, ptr %3082, i64 1024
-  %3131 = getelementptr inbounds nuw i8, ptr %3083, i64 1024
-  %3132 = load <16 x float>, ptr %3131, align 4, !tbaa !4
-  store <16 x float> %3132, ptr %3130, align 4, !tbaa !4
-  %3133 = getelementptr inbounds nuw i8, ptr %3083, i64 1088
-  %3134 = load <16 x float>, ptr %3133, align 4, !tbaa !4
-  %3135 = getelementptr inbounds nuw i8, ptr %3082, i64 1088
-  store <16 x float> %3134, ptr %3135, align 4, !tbaa !4
-  %3136 = getelementptr inbounds nuw i8, ptr %3083, i64 1152
-  %3137 = load <16 x float>, ptr %3136, align 4, !tbaa !4
-  %3138 = getelementptr inbounds nuw i8, ptr %3082, i64 1152
-  store <16 x float> %3137, ptr %3138, align 4, !tbaa !4
-  %3139 = getelementptr inbounds nuw i8, ptr %3083, i64 1216
-  %3140 = load <16 x float>, ptr %3139, align 4, !tbaa !4
-  %3141 = getelementptr inbounds nuw i8, ptr %3082, i64 1216
-  store <16 x float> %3140, ptr %3141, align 4, !tbaa !4
-  %3142 = getelementptr inbounds nuw i8, ptr %3083, i64 1280
-  %3143 = load <16 x float>, ptr %3142, align 4, !tbaa !4
-  %3144 = getelementptr inbounds nuw i8, ptr %3082, i64 1280
-  store <16 x float> %3143, ptr %3144, align 4, !tbaa !4
-  %3145 = getelementptr inbounds nuw i8, ptr %3083, i64 1344
-  %3146 = load <16 x float>, ptr %3145, align 4, !tbaa !4
-  %3147 = getelementptr inbounds nuw i8, ptr %3082, i64 1344
-  store <16 x float> %3146, ptr %3147, align 4, !tbaa !4
-  %3148 = getelementptr inbounds nuw i8, ptr %3083, i64 1408
-  %3149 = load <16 x float>, ptr %3148, align 4, !tbaa !4
-  %3150 = getelementptr inbounds nuw i8, ptr %3082, i64 1408
-  store <16 x float> %3149, ptr %3150, align 4, !tbaa !4
-  %3151 = getelementptr inbounds nuw i8, ptr %3083, i64 1472
-  %3152 = load <16 x float>, ptr %3151, align 4, !tbaa !4
-  %3153 = getelementptr inbounds nuw i8, ptr %3082, i64 1472
-  store <16 x float> %3152, ptr %3153, align 4, !tbaa !4
-  %3154 = getelementptr inbounds nuw i8, ptr %3082, i64 1536
-  %3155 = getelementptr inbounds nuw i8, ptr %3083, i64 1536
-  %3156 = load <16 x float>, ptr %3155, align 4, !tbaa !4
-  store <16 x float> %3156, ptr %3154, align 4, !tbaa !4
-  %3157 = getelementptr inbounds nuw i8, ptr %3083, i64 1600
-  %3158 = load <16 x float>, ptr %3157, align 4, !tbaa !4
-  %3159 = getelementptr inbounds nuw i8, ptr %3082, i64 1600
-  store <16 x float> %3158, ptr %3159, align 4, !tbaa !4
-  %3160 = getelementptr inbounds nuw i8, ptr %3083, i64 1664
-  %3161 = load <16 x float>, ptr %3160, align 4, !tbaa !4
-  %3162 = getelementptr inbounds nuw i8, ptr %3082, i64 1664
-  store <16 x float> %3161, ptr %3162, align 4, !tbaa !4
-  %3163 = getelementptr inbounds nuw i8, ptr %3083, i64 1728
-  %3164 = load <16 x float>, ptr %3163, align 4, !tbaa !4
-  %3165 = getelementptr inbounds nuw i8, ptr %3082, i64 1728
-  store <16 x float> %3164, ptr %3165, align 4, !tbaa !4
-  %3166 = getelementptr inbounds nuw i8, ptr %3083, i64 1792
-  %3167 = load <16 x float>, ptr %3166, align 4, !tbaa !4
-  %3168 = getelementptr inbounds nuw i8, ptr %3082, i64 1792
-  store <16 x float> %3167, ptr %3168, align 4, !tbaa !4
-  %3169 = getelementptr inbounds nuw i8, ptr %3083, i64 1856
-  %3170 = load <16 x float>, ptr %3169, align 4, !tbaa !4
-  %3171 = getelementptr inbounds nuw i8, ptr %3082, i64 1856
-  store <16 x float> %3170, ptr %3171, align 4, !tbaa !4
-  %3172 = getelementptr inbounds nuw i8, ptr %3083, i64 1920
-  %3173 = load <16 x float>, ptr %3172, align 4, !tbaa !4
-  %3174 = getelementptr inbounds nuw i8, ptr %3082, i64 1920
-  store <16 x float> %3173, ptr %3174, align 4, !tbaa !4
-  %3175 = getelementptr inbounds nuw i8, ptr %3083, i64 1984
-  %3176 = load <16 x float>, ptr %3175, align 4, !tbaa !4
-  %3177 = getelementptr inbounds nuw i8, ptr %3082, i64 1984
-  store <16 x float> %3176, ptr %3177, align 4, !tbaa !4
-  %indvars.iv.next1262.i = add nuw nsw i64 %indvars.iv1261.i, 1
-  %exitcond1265.not.i = icmp eq i64 %indvars.iv.next1262.i, 8
-  br i1 %exitcond1265.not.i, label %if_end189.i, label %for_body_tile215.i, !prof !21
-
-if_end237.i:                                      ; preds = %if_end189.i
-  %3178 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %3179 = tail call i32 %3178(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not259.i = icmp eq i32 %3179, 0
-  br i1 %.not259.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !22
-
-fused_decode_compute_.exit:                       ; preds = %if_end237.i, %if_end189.i, %if_end183.i, %if_end177.i, %if_end174.i, %if_end171.i, %if_end168.i, %if_end165.i, %if_end162.i, %for_end_r151.i, %for_end_to93.3.i, %if_end34.i, %if_end31.i, %for_end___m.i, %if_end25.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ 0, %if_end45 ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %if_end177.i ], [ -1, %if_end174.i ], [ -1, %if_end171.i ], [ -1, %if_end168.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %for_end_r151.i ], [ -1, %for_end_to93.3.i ], [ -1, %if_end34.i ], [ -1, %if_end31.i ], [ -1, %for_end___m.i ], [ -1, %if_end25.i ], [ -1, %if_end22.i ], [ -1, %if_end183.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end237.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end189.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta243.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha244.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %peak252.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum254.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum256.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max257.i)
+fused_decode_compute_.exit:                       ; preds = %if_end214.i, %if_end171.i, %if_end165.i, %if_end159.i, %if_end156.i, %if_end153.i, %if_end150.i, %for_end_d_0_m.i, %if_end31.i, %if_end28.i, %for_end___m.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end159.i ], [ -1, %if_end156.i ], [ -1, %if_end153.i ], [ -1, %if_end150.i ], [ -1, %for_end_d_0_m.i ], [ -1, %if_end31.i ], [ -1, %if_end28.i ], [ -1, %for_end___m.i ], [ -1, %if_end22.i ], [ -1, %if_end165.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end214.i ], [ -1, %if_end171.i ], [ 0, %for_begin_s.i ], [ -1, %if_end.i ], [ -1, %for_body_s.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %peak228.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum229.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum234.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max235.i)
   ret i32 %common.ret.op.i
 }
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_partials(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor37.i = alloca [32 x float], align 16
-  %beta38.i = alloca [32 x float], align 16
-  %alpha39.i = alloca [32 x float], align 16
-  %row_sum42.i = alloca [32 x float], align 16
-  %row_max43.i = alloca [32 x float], align 16
+  %factor46.i = alloca [32 x float], align 16
+  %beta49.i = alloca [32 x float], align 16
+  %alpha50.i = alloca [32 x float], align 16
+  %row_sum51.i = alloca [32 x float], align 16
+  %row_max52.i = alloca [32 x float], align 16
   %partial_max.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %partial_max.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -6816,11 +6329,11 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha39.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum42.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max43.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor46.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta49.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha50.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum51.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max52.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
@@ -6842,21 +6355,21 @@ for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preh
   %wide.trip.count.i = and i64 %24, 2147483647
   br label %for_body_step.i
 
-for_body_step.i:                                  ; preds = %for_end_r.i, %for_body_step.lr.ph.i
-  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r.i ]
-  %43 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r.i ]
-  %total4448.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %103, %for_end_r.i ]
-  %44 = icmp eq i64 %indvars.iv69.i, 0
+for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
+  %indvars.iv94.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next95.i, %for_end_r_0.i ]
+  %43 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
+  %total5366.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %151, %for_end_r_0.i ]
+  %44 = icmp eq i64 %indvars.iv94.i, 0
   %45 = insertelement <32 x i1> poison, i1 %44, i64 0
   %46 = shufflevector <32 x i1> %45, <32 x i1> poison, <32 x i32> zeroinitializer
   %old_max.i = select <32 x i1> %46, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %43
-  %old_sum.i = select <32 x i1> %46, <32 x float> zeroinitializer, <32 x float> %total4448.i
-  %47 = add nsw i64 %indvars.iv69.i, %cse_v2.i
-  %cse_v9.i = shl nsw i64 %47, 5
-  %48 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v9.i
+  %old_sum.i = select <32 x i1> %46, <32 x float> zeroinitializer, <32 x float> %total5366.i
+  %47 = add nsw i64 %indvars.iv94.i, %cse_v2.i
+  %cse_v13.i = shl nsw i64 %47, 5
+  %48 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v13.i
   %49 = load <32 x float>, ptr %48, align 4, !tbaa !4
   %50 = fcmp ogt <32 x float> %old_max.i, %49
-  %51 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v9.i
+  %51 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v13.i
   %52 = load <32 x float>, ptr %51, align 4, !tbaa !4
   %53 = fcmp oeq <32 x float> %52, zeroinitializer
   %54 = select <32 x i1> %53, <32 x i1> splat (i1 true), <32 x i1> %50
@@ -6864,8 +6377,8 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %55 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
   %m.i = select <32 x i1> %55, <32 x float> %49, <32 x float> %old_or_both.i
   %arg.i = fsub <32 x float> %old_max.i, %m.i
-  %cse_v10.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %56 = bitcast <32 x float> %cse_v10.i to <32 x i32>
+  %cse_v14.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %56 = bitcast <32 x float> %cse_v14.i to <32 x i32>
   %57 = add nsw <32 x i32> %56, splat (i32 -1262485504)
   %58 = sitofp <32 x i32> %57 to <32 x float>
   %59 = fmul <32 x float> %58, splat (float 0x3F2BD01060000000)
@@ -6888,10 +6401,10 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %76 = select <32 x i1> %75, <32 x float> zeroinitializer, <32 x float> %74
   %77 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %78 = select <32 x i1> %77, <32 x float> %76, <32 x float> zeroinitializer
-  store <32 x float> %78, ptr %alpha39.i, align 16, !tbaa !101
+  store <32 x float> %78, ptr %alpha50.i, align 16, !tbaa !85
   %arg2.i = fsub <32 x float> %49, %m.i
-  %cse_v6.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %79 = bitcast <32 x float> %cse_v6.i to <32 x i32>
+  %cse_v7.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %79 = bitcast <32 x float> %cse_v7.i to <32 x i32>
   %80 = add nsw <32 x i32> %79, splat (i32 -1262485504)
   %81 = sitofp <32 x i32> %80 to <32 x float>
   %82 = fmul <32 x float> %81, splat (float 0x3F2BD01060000000)
@@ -6914,368 +6427,428 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %99 = select <32 x i1> %98, <32 x float> zeroinitializer, <32 x float> %97
   %100 = fcmp one <32 x float> %52, zeroinitializer
   %101 = select <32 x i1> %100, <32 x float> %99, <32 x float> zeroinitializer
-  store <32 x float> %101, ptr %beta38.i, align 16, !tbaa !107
-  %102 = fmul <32 x float> %old_sum.i, %78
-  %103 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %101, <32 x float> %52, <32 x float> %102)
+  store <32 x float> %101, ptr %beta49.i, align 16, !tbaa !91
   %.idx.i = shl nsw i64 %47, 14
-  %104 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %44, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !7
+  %102 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br label %for_begin_d_0.preheader.i
 
-for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %105 = shl nuw nsw i64 %indvars.iv65.i, 7
-  %106 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv65.i
-  %107 = load float, ptr %106, align 4, !tbaa !113
-  %108 = insertelement <16 x float> poison, float %107, i64 0
-  %109 = shufflevector <16 x float> %108, <16 x float> poison, <16 x i32> zeroinitializer
-  %110 = getelementptr float, ptr %104, i64 %105
-  %111 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv65.i
-  %112 = load float, ptr %111, align 4, !tbaa !114
-  %113 = getelementptr inbounds nuw float, ptr %acc.i, i64 %105
-  store <16 x float> zeroinitializer, ptr %113, align 4, !tbaa !4
-  %114 = load <16 x float>, ptr %110, align 4, !tbaa !4
-  %.scalar = fmul float %112, 0.000000e+00
-  %115 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %116 = shufflevector <16 x float> %115, <16 x float> poison, <16 x i32> zeroinitializer
-  %117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %114, <16 x float> %116)
-  store <16 x float> %117, ptr %113, align 4, !tbaa !4
-  %118 = getelementptr inbounds nuw i8, ptr %113, i64 64
-  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !4
-  %119 = getelementptr i8, ptr %110, i64 64
-  %120 = load <16 x float>, ptr %119, align 4, !tbaa !4
-  %121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %120, <16 x float> %116)
-  store <16 x float> %121, ptr %118, align 4, !tbaa !4
-  %122 = getelementptr inbounds nuw i8, ptr %113, i64 128
-  store <16 x float> zeroinitializer, ptr %122, align 4, !tbaa !4
-  %123 = getelementptr i8, ptr %110, i64 128
-  %124 = load <16 x float>, ptr %123, align 4, !tbaa !4
-  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %124, <16 x float> %116)
-  store <16 x float> %125, ptr %122, align 4, !tbaa !4
-  %126 = getelementptr inbounds nuw i8, ptr %113, i64 192
-  store <16 x float> zeroinitializer, ptr %126, align 4, !tbaa !4
-  %127 = getelementptr i8, ptr %110, i64 192
-  %128 = load <16 x float>, ptr %127, align 4, !tbaa !4
-  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %128, <16 x float> %116)
-  store <16 x float> %129, ptr %126, align 4, !tbaa !4
-  %130 = getelementptr inbounds nuw i8, ptr %113, i64 256
-  store <16 x float> zeroinitializer, ptr %130, align 4, !tbaa !4
-  %131 = getelementptr i8, ptr %110, i64 256
-  %132 = load <16 x float>, ptr %131, align 4, !tbaa !4
-  %133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %132, <16 x float> %116)
-  store <16 x float> %133, ptr %130, align 4, !tbaa !4
-  %134 = getelementptr inbounds nuw i8, ptr %113, i64 320
-  store <16 x float> zeroinitializer, ptr %134, align 4, !tbaa !4
-  %135 = getelementptr i8, ptr %110, i64 320
-  %136 = load <16 x float>, ptr %135, align 4, !tbaa !4
-  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %136, <16 x float> %116)
-  store <16 x float> %137, ptr %134, align 4, !tbaa !4
-  %138 = getelementptr inbounds nuw i8, ptr %113, i64 384
-  store <16 x float> zeroinitializer, ptr %138, align 4, !tbaa !4
-  %139 = getelementptr i8, ptr %110, i64 384
-  %140 = load <16 x float>, ptr %139, align 4, !tbaa !4
-  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %140, <16 x float> %116)
-  store <16 x float> %141, ptr %138, align 4, !tbaa !4
-  %142 = getelementptr inbounds nuw i8, ptr %113, i64 448
-  store <16 x float> zeroinitializer, ptr %142, align 4, !tbaa !4
-  %143 = getelementptr i8, ptr %110, i64 448
-  %144 = load <16 x float>, ptr %143, align 4, !tbaa !4
-  %145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %144, <16 x float> %116)
-  store <16 x float> %145, ptr %142, align 4, !tbaa !4
-  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
-  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 32
-  br i1 %exitcond68.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !21
-
-for_end_step.i:                                   ; preds = %for_end_r.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %103, %for_end_r.i ]
-  %m47.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
-  store <32 x float> %m47.lcssa.i, ptr %row_max43.i, align 16
-  store <32 x float> %.lcssa.i, ptr %row_sum42.i, align 16
-  %146 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %147 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %148 = select <32 x i1> %147, <32 x float> zeroinitializer, <32 x float> %146
-  store <32 x float> %148, ptr %factor37.i, align 16, !tbaa !115
+for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %151, %for_end_r_0.i ]
+  %m65.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+  store <32 x float> %m65.lcssa.i, ptr %row_max52.i, align 16
+  store <32 x float> %.lcssa.i, ptr %row_sum51.i, align 16
+  %103 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %104 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %105 = select <32 x i1> %104, <32 x float> zeroinitializer, <32 x float> %103
+  store <32 x float> %105, ptr %factor46.i, align 16, !tbaa !97
   %sext28 = shl i64 %20, 32
-  %cse_v5.i = ashr exact i64 %sext28, 32
-  %149 = mul nsw i64 %out_batch, %cse_v5.i
-  %150 = getelementptr i16, ptr %out, i64 %149
-  br label %for_begin_d_022.preheader.i
+  %cse_v6.i = ashr exact i64 %sext28, 32
+  %106 = mul nsw i64 %out_batch, %cse_v6.i
+  %107 = getelementptr i16, ptr %out, i64 %106
+  br label %for_begin_d_031.preheader.i
 
-for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %151 = shl nuw nsw i64 %indvars.iv.i, 7
-  %152 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv.i
-  %153 = load float, ptr %152, align 4, !tbaa !113
-  %154 = insertelement <16 x float> poison, float %153, i64 0
-  %155 = shufflevector <16 x float> %154, <16 x float> poison, <16 x i32> zeroinitializer
-  %156 = getelementptr float, ptr %104, i64 %151
-  %157 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !114
-  %159 = insertelement <16 x float> poison, float %158, i64 0
-  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = load <16 x float>, ptr %156, align 4, !tbaa !4
-  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %151
+for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_body_step.i
+  %indvars.iv86.i = phi i64 [ 0, %for_body_step.i ], [ %indvars.iv.next87.i, %for_end_d_0.i ]
+  %108 = shl nuw nsw i64 %indvars.iv86.i, 9
+  %109 = shl nuw nsw i64 %indvars.iv86.i, 2
+  %110 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %109
+  %111 = load float, ptr %110, align 16, !tbaa !103
+  %112 = insertelement <16 x float> poison, float %111, i64 0
+  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
+  %114 = getelementptr float, ptr %102, i64 %108
+  %115 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %109
+  %116 = load float, ptr %115, align 16, !tbaa !104
+  %117 = insertelement <16 x float> poison, float %116, i64 0
+  %118 = shufflevector <16 x float> %117, <16 x float> poison, <16 x i32> zeroinitializer
+  %119 = or disjoint i64 %109, 1
+  %120 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %119
+  %121 = load float, ptr %120, align 4, !tbaa !103
+  %122 = insertelement <16 x float> poison, float %121, i64 0
+  %123 = shufflevector <16 x float> %122, <16 x float> poison, <16 x i32> zeroinitializer
+  %124 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %119
+  %125 = load float, ptr %124, align 4, !tbaa !104
+  %126 = insertelement <16 x float> poison, float %125, i64 0
+  %127 = shufflevector <16 x float> %126, <16 x float> poison, <16 x i32> zeroinitializer
+  %128 = or disjoint i64 %109, 2
+  %129 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %128
+  %130 = load float, ptr %129, align 8, !tbaa !103
+  %131 = insertelement <16 x float> poison, float %130, i64 0
+  %132 = shufflevector <16 x float> %131, <16 x float> poison, <16 x i32> zeroinitializer
+  %133 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %128
+  %134 = load float, ptr %133, align 8, !tbaa !104
+  %135 = insertelement <16 x float> poison, float %134, i64 0
+  %136 = shufflevector <16 x float> %135, <16 x float> poison, <16 x i32> zeroinitializer
+  %137 = or disjoint i64 %109, 3
+  %138 = getelementptr inbounds nuw float, ptr %beta49.i, i64 %137
+  %139 = load float, ptr %138, align 4, !tbaa !103
+  %140 = insertelement <16 x float> poison, float %139, i64 0
+  %141 = shufflevector <16 x float> %140, <16 x float> poison, <16 x i32> zeroinitializer
+  %142 = getelementptr inbounds nuw float, ptr %alpha50.i, i64 %137
+  %143 = load float, ptr %142, align 4, !tbaa !104
+  %144 = insertelement <16 x float> poison, float %143, i64 0
+  %145 = shufflevector <16 x float> %144, <16 x float> poison, <16 x i32> zeroinitializer
+  %146 = trunc nuw nsw i64 %108 to i32
+  %147 = fmul <16 x float> %118, zeroinitializer
+  %148 = fmul <16 x float> %127, zeroinitializer
+  %149 = fmul <16 x float> %136, zeroinitializer
+  br label %for_body_d_0.i
+
+for_end_r_0.i:                                    ; preds = %for_end_d_0.i
+  %150 = fmul <32 x float> %old_sum.i, %78
+  %151 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %101, <32 x float> %52, <32 x float> %150)
+  %indvars.iv.next95.i = add nuw nsw i64 %indvars.iv94.i, 1
+  %exitcond97.not.i = icmp eq i64 %indvars.iv.next95.i, %wide.trip.count.i
+  br i1 %exitcond97.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
+
+for_body_d_0.i:                                   ; preds = %if_end30.i, %for_begin_d_0.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next.i, %if_end30.i ]
+  %indvars85.i = trunc i64 %indvars.iv.i to i32
+  %152 = shl nuw nsw i64 %indvars.iv.i, 5
+  %153 = shl nuw nsw i32 %indvars85.i, 5
+  %154 = or disjoint i64 %152, %108
+  %cse_v8.i = add nuw nsw i32 %153, %146
+  %155 = getelementptr inbounds nuw float, ptr %acc.i, i64 %154
+  %156 = getelementptr float, ptr %114, i64 %152
+  br i1 %44, label %if_then19.i, label %if_end18.i, !prof !7
+
+for_end_d_0.i:                                    ; preds = %if_end30.i
+  %indvars.iv.next87.i = add nuw nsw i64 %indvars.iv86.i, 1
+  %exitcond93.not.i = icmp eq i64 %indvars.iv.next87.i, 8
+  br i1 %exitcond93.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !21
+
+if_end18.i:                                       ; preds = %for_body_d_0.i
+  %.pre.i = load <16 x float>, ptr %155, align 4, !tbaa !4
+  %157 = load <16 x float>, ptr %156, align 4, !tbaa !4
+  %158 = fmul <16 x float> %118, %.pre.i
+  %159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %157, <16 x float> %158)
+  store <16 x float> %159, ptr %155, align 4, !tbaa !4
+  %160 = getelementptr i8, ptr %156, i64 64
+  %161 = load <16 x float>, ptr %160, align 4, !tbaa !4
+  %162 = getelementptr inbounds nuw i8, ptr %155, i64 64
   %163 = load <16 x float>, ptr %162, align 4, !tbaa !4
-  %164 = fmul <16 x float> %163, %160
-  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %161, <16 x float> %164)
+  %164 = fmul <16 x float> %118, %163
+  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %161, <16 x float> %164)
   store <16 x float> %165, ptr %162, align 4, !tbaa !4
-  %166 = getelementptr i8, ptr %156, i64 64
-  %167 = load <16 x float>, ptr %166, align 4, !tbaa !4
-  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
-  %169 = load <16 x float>, ptr %168, align 4, !tbaa !4
-  %170 = fmul <16 x float> %160, %169
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %167, <16 x float> %170)
-  store <16 x float> %171, ptr %168, align 4, !tbaa !4
-  %172 = getelementptr i8, ptr %156, i64 128
-  %173 = load <16 x float>, ptr %172, align 4, !tbaa !4
-  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
+  %166 = trunc i64 %154 to i32
+  br label %if_end20.i
+
+if_then19.i:                                      ; preds = %for_body_d_0.i
+  store <16 x float> zeroinitializer, ptr %155, align 4, !tbaa !4
+  %167 = load <16 x float>, ptr %156, align 4, !tbaa !4
+  %168 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %167, <16 x float> %147)
+  store <16 x float> %168, ptr %155, align 4, !tbaa !4
+  %169 = getelementptr inbounds nuw i8, ptr %155, i64 64
+  store <16 x float> zeroinitializer, ptr %169, align 4, !tbaa !4
+  %170 = getelementptr i8, ptr %156, i64 64
+  %171 = load <16 x float>, ptr %170, align 4, !tbaa !4
+  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %171, <16 x float> %147)
+  store <16 x float> %172, ptr %169, align 4, !tbaa !4
+  %173 = getelementptr inbounds nuw i8, ptr %155, i64 512
+  store <16 x float> zeroinitializer, ptr %173, align 4, !tbaa !4
+  br label %if_end20.i
+
+if_end20.i:                                       ; preds = %if_then19.i, %if_end18.i
+  %cse_v1656.in.i = phi i32 [ %cse_v8.i, %if_then19.i ], [ %166, %if_end18.i ]
+  %cse_v1656.i = or i32 %cse_v1656.in.i, 128
+  %174 = getelementptr i8, ptr %156, i64 512
   %175 = load <16 x float>, ptr %174, align 4, !tbaa !4
-  %176 = fmul <16 x float> %160, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %173, <16 x float> %176)
-  store <16 x float> %177, ptr %174, align 4, !tbaa !4
-  %178 = getelementptr i8, ptr %156, i64 192
-  %179 = load <16 x float>, ptr %178, align 4, !tbaa !4
-  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
-  %181 = load <16 x float>, ptr %180, align 4, !tbaa !4
-  %182 = fmul <16 x float> %160, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %179, <16 x float> %182)
-  store <16 x float> %183, ptr %180, align 4, !tbaa !4
-  %184 = getelementptr i8, ptr %156, i64 256
+  %176 = zext nneg i32 %cse_v1656.i to i64
+  %177 = getelementptr inbounds nuw float, ptr %acc.i, i64 %176
+  %178 = load <16 x float>, ptr %177, align 4, !tbaa !4
+  %179 = fmul <16 x float> %127, %178
+  %180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %175, <16 x float> %179)
+  store <16 x float> %180, ptr %177, align 4, !tbaa !4
+  %181 = or disjoint i64 %154, 144
+  br i1 %44, label %if_then23.i, label %if_end22.i, !prof !7
+
+if_end22.i:                                       ; preds = %if_end20.i
+  %182 = getelementptr i8, ptr %156, i64 576
+  %183 = load <16 x float>, ptr %182, align 4, !tbaa !4
+  %184 = getelementptr inbounds nuw float, ptr %acc.i, i64 %181
   %185 = load <16 x float>, ptr %184, align 4, !tbaa !4
-  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
-  %187 = load <16 x float>, ptr %186, align 4, !tbaa !4
-  %188 = fmul <16 x float> %160, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %185, <16 x float> %188)
-  store <16 x float> %189, ptr %186, align 4, !tbaa !4
-  %190 = getelementptr i8, ptr %156, i64 320
+  %186 = fmul <16 x float> %127, %185
+  %187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %183, <16 x float> %186)
+  store <16 x float> %187, ptr %184, align 4, !tbaa !4
+  %188 = trunc i64 %154 to i32
+  br label %if_end24.i
+
+if_then23.i:                                      ; preds = %if_end20.i
+  %189 = getelementptr inbounds nuw float, ptr %acc.i, i64 %181
+  store <16 x float> zeroinitializer, ptr %189, align 4, !tbaa !4
+  %190 = getelementptr i8, ptr %156, i64 576
   %191 = load <16 x float>, ptr %190, align 4, !tbaa !4
-  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
-  %193 = load <16 x float>, ptr %192, align 4, !tbaa !4
-  %194 = fmul <16 x float> %160, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %191, <16 x float> %194)
-  store <16 x float> %195, ptr %192, align 4, !tbaa !4
-  %196 = getelementptr i8, ptr %156, i64 384
-  %197 = load <16 x float>, ptr %196, align 4, !tbaa !4
-  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
-  %199 = load <16 x float>, ptr %198, align 4, !tbaa !4
-  %200 = fmul <16 x float> %160, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %197, <16 x float> %200)
-  store <16 x float> %201, ptr %198, align 4, !tbaa !4
-  %202 = getelementptr i8, ptr %156, i64 448
-  %203 = load <16 x float>, ptr %202, align 4, !tbaa !4
-  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
+  %192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %191, <16 x float> %148)
+  store <16 x float> %192, ptr %189, align 4, !tbaa !4
+  %193 = getelementptr inbounds nuw i8, ptr %155, i64 1024
+  store <16 x float> zeroinitializer, ptr %193, align 4, !tbaa !4
+  br label %if_end24.i
+
+if_end24.i:                                       ; preds = %if_then23.i, %if_end22.i
+  %cse_v1859.in.i = phi i32 [ %cse_v8.i, %if_then23.i ], [ %188, %if_end22.i ]
+  %cse_v1859.i = or i32 %cse_v1859.in.i, 256
+  %194 = getelementptr i8, ptr %156, i64 1024
+  %195 = load <16 x float>, ptr %194, align 4, !tbaa !4
+  %196 = zext nneg i32 %cse_v1859.i to i64
+  %197 = getelementptr inbounds nuw float, ptr %acc.i, i64 %196
+  %198 = load <16 x float>, ptr %197, align 4, !tbaa !4
+  %199 = fmul <16 x float> %136, %198
+  %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %195, <16 x float> %199)
+  store <16 x float> %200, ptr %197, align 4, !tbaa !4
+  %201 = or disjoint i64 %154, 272
+  %202 = getelementptr i8, ptr %156, i64 1536
+  %203 = getelementptr inbounds nuw i8, ptr %155, i64 1600
+  br i1 %44, label %if_then29.i, label %if_end28.if_end30_crit_edge.i, !prof !7
+
+if_end28.if_end30_crit_edge.i:                    ; preds = %if_end24.i
+  %204 = getelementptr i8, ptr %156, i64 1088
   %205 = load <16 x float>, ptr %204, align 4, !tbaa !4
-  %206 = fmul <16 x float> %160, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %203, <16 x float> %206)
-  store <16 x float> %207, ptr %204, align 4, !tbaa !4
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !21
+  %206 = getelementptr inbounds nuw float, ptr %acc.i, i64 %201
+  %207 = load <16 x float>, ptr %206, align 4, !tbaa !4
+  %208 = fmul <16 x float> %136, %207
+  %209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %205, <16 x float> %208)
+  store <16 x float> %209, ptr %206, align 4, !tbaa !4
+  %210 = load <16 x float>, ptr %202, align 4, !tbaa !4
+  %cse_v2062.i = and i64 %154, 4294966880
+  %211 = getelementptr inbounds nuw float, ptr %acc.i, i64 %cse_v2062.i
+  %212 = getelementptr inbounds nuw i8, ptr %211, i64 1536
+  %213 = load <16 x float>, ptr %212, align 4, !tbaa !4
+  %214 = fmul <16 x float> %145, %213
+  %215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %210, <16 x float> %214)
+  store <16 x float> %215, ptr %212, align 4, !tbaa !4
+  %.pre112.i = load <16 x float>, ptr %203, align 4, !tbaa !4
+  br label %if_end30.i
 
-for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
-  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
-  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
-
-for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.preheader.i, %for_end_step.i
-  %indvars.iv78.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next79.i, %for_begin_d_022.preheader.i ]
-  %208 = getelementptr inbounds nuw float, ptr %factor37.i, i64 %indvars.iv78.i
-  %209 = load float, ptr %208, align 4, !tbaa !121
-  %210 = insertelement <16 x float> poison, float %209, i64 0
-  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
-  %212 = mul nsw i64 %indvars.iv78.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %150, i64 %212
-  %.idx = shl nuw nsw i64 %indvars.iv78.i, 9
-  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %214 = load <16 x float>, ptr %213, align 4, !tbaa !4
-  %215 = fmul <16 x float> %214, %211
-  %216 = bitcast <16 x float> %215 to <16 x i32>
-  %217 = lshr <16 x i32> %216, splat (i32 16)
-  %218 = and <16 x i32> %217, splat (i32 1)
-  %219 = add nuw <16 x i32> %216, splat (i32 32767)
-  %220 = add nuw <16 x i32> %219, %218
-  %221 = lshr <16 x i32> %220, splat (i32 16)
-  %222 = trunc nuw <16 x i32> %221 to <16 x i16>
-  store <16 x i16> %222, ptr %invariant.gep.i, align 2, !tbaa !4
-  %223 = getelementptr inbounds nuw i8, ptr %213, i64 64
+if_then29.i:                                      ; preds = %if_end24.i
+  %216 = getelementptr inbounds nuw float, ptr %acc.i, i64 %201
+  store <16 x float> zeroinitializer, ptr %216, align 4, !tbaa !4
+  %217 = getelementptr i8, ptr %156, i64 1088
+  %218 = load <16 x float>, ptr %217, align 4, !tbaa !4
+  %219 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %132, <16 x float> %218, <16 x float> %149)
+  store <16 x float> %219, ptr %216, align 4, !tbaa !4
+  %220 = getelementptr inbounds nuw i8, ptr %155, i64 1536
+  store <16 x float> zeroinitializer, ptr %220, align 4, !tbaa !4
+  %cse_v2062.i30 = or i32 %cse_v8.i, 384
+  %221 = load <16 x float>, ptr %202, align 4, !tbaa !4
+  %222 = zext nneg i32 %cse_v2062.i30 to i64
+  %223 = getelementptr inbounds nuw float, ptr %acc.i, i64 %222
   %224 = load <16 x float>, ptr %223, align 4, !tbaa !4
-  %225 = fmul <16 x float> %211, %224
-  %226 = bitcast <16 x float> %225 to <16 x i32>
-  %227 = lshr <16 x i32> %226, splat (i32 16)
-  %228 = and <16 x i32> %227, splat (i32 1)
-  %229 = add nuw <16 x i32> %226, splat (i32 32767)
-  %230 = add nuw <16 x i32> %229, %228
-  %231 = lshr <16 x i32> %230, splat (i32 16)
-  %232 = trunc nuw <16 x i32> %231 to <16 x i16>
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %232, ptr %gep.1.i, align 2, !tbaa !4
-  %233 = getelementptr inbounds nuw i8, ptr %213, i64 128
-  %234 = load <16 x float>, ptr %233, align 4, !tbaa !4
-  %235 = fmul <16 x float> %211, %234
-  %236 = bitcast <16 x float> %235 to <16 x i32>
-  %237 = lshr <16 x i32> %236, splat (i32 16)
-  %238 = and <16 x i32> %237, splat (i32 1)
-  %239 = add nuw <16 x i32> %236, splat (i32 32767)
-  %240 = add nuw <16 x i32> %239, %238
+  %225 = fmul <16 x float> %145, %224
+  %226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %221, <16 x float> %225)
+  store <16 x float> %226, ptr %223, align 4, !tbaa !4
+  store <16 x float> zeroinitializer, ptr %203, align 4, !tbaa !4
+  br label %if_end30.i
+
+if_end30.i:                                       ; preds = %if_then29.i, %if_end28.if_end30_crit_edge.i
+  %227 = phi <16 x float> [ %.pre112.i, %if_end28.if_end30_crit_edge.i ], [ zeroinitializer, %if_then29.i ]
+  %228 = getelementptr i8, ptr %156, i64 1600
+  %229 = load <16 x float>, ptr %228, align 4, !tbaa !4
+  %230 = fmul <16 x float> %145, %227
+  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %229, <16 x float> %230)
+  store <16 x float> %231, ptr %203, align 4, !tbaa !4
+  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
+  br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_body_d_0.i, !prof !21
+
+for_begin_d_031.preheader.i:                      ; preds = %for_begin_d_031.preheader.i, %for_end_step.i
+  %indvars.iv103.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next104.i, %for_begin_d_031.preheader.i ]
+  %232 = getelementptr inbounds nuw float, ptr %factor46.i, i64 %indvars.iv103.i
+  %233 = load float, ptr %232, align 4, !tbaa !105
+  %234 = insertelement <16 x float> poison, float %233, i64 0
+  %235 = shufflevector <16 x float> %234, <16 x float> poison, <16 x i32> zeroinitializer
+  %236 = mul nsw i64 %indvars.iv103.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %107, i64 %236
+  %.idx = shl nuw nsw i64 %indvars.iv103.i, 9
+  %237 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %238 = load <16 x float>, ptr %237, align 4, !tbaa !4
+  %239 = fmul <16 x float> %238, %235
+  %240 = bitcast <16 x float> %239 to <16 x i32>
   %241 = lshr <16 x i32> %240, splat (i32 16)
-  %242 = trunc nuw <16 x i32> %241 to <16 x i16>
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %242, ptr %gep.2.i, align 2, !tbaa !4
-  %243 = getelementptr inbounds nuw i8, ptr %213, i64 192
-  %244 = load <16 x float>, ptr %243, align 4, !tbaa !4
-  %245 = fmul <16 x float> %211, %244
-  %246 = bitcast <16 x float> %245 to <16 x i32>
-  %247 = lshr <16 x i32> %246, splat (i32 16)
-  %248 = and <16 x i32> %247, splat (i32 1)
-  %249 = add nuw <16 x i32> %246, splat (i32 32767)
-  %250 = add nuw <16 x i32> %249, %248
+  %242 = and <16 x i32> %241, splat (i32 1)
+  %243 = add nuw <16 x i32> %240, splat (i32 32767)
+  %244 = add nuw <16 x i32> %243, %242
+  %245 = lshr <16 x i32> %244, splat (i32 16)
+  %246 = trunc nuw <16 x i32> %245 to <16 x i16>
+  store <16 x i16> %246, ptr %invariant.gep.i, align 2, !tbaa !4
+  %247 = getelementptr inbounds nuw i8, ptr %237, i64 64
+  %248 = load <16 x float>, ptr %247, align 4, !tbaa !4
+  %249 = fmul <16 x float> %235, %248
+  %250 = bitcast <16 x float> %249 to <16 x i32>
   %251 = lshr <16 x i32> %250, splat (i32 16)
-  %252 = trunc nuw <16 x i32> %251 to <16 x i16>
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %252, ptr %gep.3.i, align 2, !tbaa !4
-  %253 = getelementptr inbounds nuw i8, ptr %213, i64 256
-  %254 = load <16 x float>, ptr %253, align 4, !tbaa !4
-  %255 = fmul <16 x float> %211, %254
-  %256 = bitcast <16 x float> %255 to <16 x i32>
-  %257 = lshr <16 x i32> %256, splat (i32 16)
-  %258 = and <16 x i32> %257, splat (i32 1)
-  %259 = add nuw <16 x i32> %256, splat (i32 32767)
-  %260 = add nuw <16 x i32> %259, %258
+  %252 = and <16 x i32> %251, splat (i32 1)
+  %253 = add nuw <16 x i32> %250, splat (i32 32767)
+  %254 = add nuw <16 x i32> %253, %252
+  %255 = lshr <16 x i32> %254, splat (i32 16)
+  %256 = trunc nuw <16 x i32> %255 to <16 x i16>
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
+  store <16 x i16> %256, ptr %gep.1.i, align 2, !tbaa !4
+  %257 = getelementptr inbounds nuw i8, ptr %237, i64 128
+  %258 = load <16 x float>, ptr %257, align 4, !tbaa !4
+  %259 = fmul <16 x float> %235, %258
+  %260 = bitcast <16 x float> %259 to <16 x i32>
   %261 = lshr <16 x i32> %260, splat (i32 16)
-  %262 = trunc nuw <16 x i32> %261 to <16 x i16>
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %262, ptr %gep.4.i, align 2, !tbaa !4
-  %263 = getelementptr inbounds nuw i8, ptr %213, i64 320
-  %264 = load <16 x float>, ptr %263, align 4, !tbaa !4
-  %265 = fmul <16 x float> %211, %264
-  %266 = bitcast <16 x float> %265 to <16 x i32>
-  %267 = lshr <16 x i32> %266, splat (i32 16)
-  %268 = and <16 x i32> %267, splat (i32 1)
-  %269 = add nuw <16 x i32> %266, splat (i32 32767)
-  %270 = add nuw <16 x i32> %269, %268
+  %262 = and <16 x i32> %261, splat (i32 1)
+  %263 = add nuw <16 x i32> %260, splat (i32 32767)
+  %264 = add nuw <16 x i32> %263, %262
+  %265 = lshr <16 x i32> %264, splat (i32 16)
+  %266 = trunc nuw <16 x i32> %265 to <16 x i16>
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  store <16 x i16> %266, ptr %gep.2.i, align 2, !tbaa !4
+  %267 = getelementptr inbounds nuw i8, ptr %237, i64 192
+  %268 = load <16 x float>, ptr %267, align 4, !tbaa !4
+  %269 = fmul <16 x float> %235, %268
+  %270 = bitcast <16 x float> %269 to <16 x i32>
   %271 = lshr <16 x i32> %270, splat (i32 16)
-  %272 = trunc nuw <16 x i32> %271 to <16 x i16>
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %272, ptr %gep.5.i, align 2, !tbaa !4
-  %273 = getelementptr inbounds nuw i8, ptr %213, i64 384
-  %274 = load <16 x float>, ptr %273, align 4, !tbaa !4
-  %275 = fmul <16 x float> %211, %274
-  %276 = bitcast <16 x float> %275 to <16 x i32>
-  %277 = lshr <16 x i32> %276, splat (i32 16)
-  %278 = and <16 x i32> %277, splat (i32 1)
-  %279 = add nuw <16 x i32> %276, splat (i32 32767)
-  %280 = add nuw <16 x i32> %279, %278
+  %272 = and <16 x i32> %271, splat (i32 1)
+  %273 = add nuw <16 x i32> %270, splat (i32 32767)
+  %274 = add nuw <16 x i32> %273, %272
+  %275 = lshr <16 x i32> %274, splat (i32 16)
+  %276 = trunc nuw <16 x i32> %275 to <16 x i16>
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
+  store <16 x i16> %276, ptr %gep.3.i, align 2, !tbaa !4
+  %277 = getelementptr inbounds nuw i8, ptr %237, i64 256
+  %278 = load <16 x float>, ptr %277, align 4, !tbaa !4
+  %279 = fmul <16 x float> %235, %278
+  %280 = bitcast <16 x float> %279 to <16 x i32>
   %281 = lshr <16 x i32> %280, splat (i32 16)
-  %282 = trunc nuw <16 x i32> %281 to <16 x i16>
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %282, ptr %gep.6.i, align 2, !tbaa !4
-  %283 = getelementptr inbounds nuw i8, ptr %213, i64 448
-  %284 = load <16 x float>, ptr %283, align 4, !tbaa !4
-  %285 = fmul <16 x float> %211, %284
-  %286 = bitcast <16 x float> %285 to <16 x i32>
-  %287 = lshr <16 x i32> %286, splat (i32 16)
-  %288 = and <16 x i32> %287, splat (i32 1)
-  %289 = add nuw <16 x i32> %286, splat (i32 32767)
-  %290 = add nuw <16 x i32> %289, %288
+  %282 = and <16 x i32> %281, splat (i32 1)
+  %283 = add nuw <16 x i32> %280, splat (i32 32767)
+  %284 = add nuw <16 x i32> %283, %282
+  %285 = lshr <16 x i32> %284, splat (i32 16)
+  %286 = trunc nuw <16 x i32> %285 to <16 x i16>
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  store <16 x i16> %286, ptr %gep.4.i, align 2, !tbaa !4
+  %287 = getelementptr inbounds nuw i8, ptr %237, i64 320
+  %288 = load <16 x float>, ptr %287, align 4, !tbaa !4
+  %289 = fmul <16 x float> %235, %288
+  %290 = bitcast <16 x float> %289 to <16 x i32>
   %291 = lshr <16 x i32> %290, splat (i32 16)
-  %292 = trunc nuw <16 x i32> %291 to <16 x i16>
+  %292 = and <16 x i32> %291, splat (i32 1)
+  %293 = add nuw <16 x i32> %290, splat (i32 32767)
+  %294 = add nuw <16 x i32> %293, %292
+  %295 = lshr <16 x i32> %294, splat (i32 16)
+  %296 = trunc nuw <16 x i32> %295 to <16 x i16>
+  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
+  store <16 x i16> %296, ptr %gep.5.i, align 2, !tbaa !4
+  %297 = getelementptr inbounds nuw i8, ptr %237, i64 384
+  %298 = load <16 x float>, ptr %297, align 4, !tbaa !4
+  %299 = fmul <16 x float> %235, %298
+  %300 = bitcast <16 x float> %299 to <16 x i32>
+  %301 = lshr <16 x i32> %300, splat (i32 16)
+  %302 = and <16 x i32> %301, splat (i32 1)
+  %303 = add nuw <16 x i32> %300, splat (i32 32767)
+  %304 = add nuw <16 x i32> %303, %302
+  %305 = lshr <16 x i32> %304, splat (i32 16)
+  %306 = trunc nuw <16 x i32> %305 to <16 x i16>
+  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  store <16 x i16> %306, ptr %gep.6.i, align 2, !tbaa !4
+  %307 = getelementptr inbounds nuw i8, ptr %237, i64 448
+  %308 = load <16 x float>, ptr %307, align 4, !tbaa !4
+  %309 = fmul <16 x float> %235, %308
+  %310 = bitcast <16 x float> %309 to <16 x i32>
+  %311 = lshr <16 x i32> %310, splat (i32 16)
+  %312 = and <16 x i32> %311, splat (i32 1)
+  %313 = add nuw <16 x i32> %310, splat (i32 32767)
+  %314 = add nuw <16 x i32> %313, %312
+  %315 = lshr <16 x i32> %314, splat (i32 16)
+  %316 = trunc nuw <16 x i32> %315 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %292, ptr %gep.7.i, align 2, !tbaa !4
-  %indvars.iv.next79.i = add nuw nsw i64 %indvars.iv78.i, 1
-  %exitcond81.not.i = icmp eq i64 %indvars.iv.next79.i, 32
-  br i1 %exitcond81.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !21
+  store <16 x i16> %316, ptr %gep.7.i, align 2, !tbaa !4
+  %indvars.iv.next104.i = add nuw nsw i64 %indvars.iv103.i, 1
+  %exitcond106.not.i = icmp eq i64 %indvars.iv.next104.i, 32
+  br i1 %exitcond106.not.i, label %for_begin_r36.preheader.i, label %for_begin_d_031.preheader.i, !prof !21
 
-for_begin_r27.preheader.i:                        ; preds = %for_begin_d_022.preheader.i
-  %293 = mul nsw i64 %lse_batch, %cse_v5.i
-  %294 = getelementptr float, ptr %lse, i64 %293
-  br label %for_body_r28.i
+for_begin_r36.preheader.i:                        ; preds = %for_begin_d_031.preheader.i
+  %317 = mul nsw i64 %lse_batch, %cse_v6.i
+  %318 = getelementptr float, ptr %lse, i64 %317
+  br label %for_body_r37.i
 
-for_body_r28.i:                                   ; preds = %if_end33.i.3, %for_begin_r27.preheader.i
-  %indvars.iv82.i = phi i64 [ 0, %for_begin_r27.preheader.i ], [ %indvars.iv.next83.i.3, %if_end33.i.3 ]
-  %295 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv82.i
-  %296 = load float, ptr %295, align 16, !tbaa !122
-  %297 = fcmp oeq float %296, 0.000000e+00
-  br i1 %297, label %if_end33.i, label %if_else.i
+for_body_r37.i:                                   ; preds = %if_end42.i.3, %for_begin_r36.preheader.i
+  %indvars.iv107.i = phi i64 [ 0, %for_begin_r36.preheader.i ], [ %indvars.iv.next108.i.3, %if_end42.i.3 ]
+  %319 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv107.i
+  %320 = load float, ptr %319, align 16, !tbaa !106
+  %321 = fcmp oeq float %320, 0.000000e+00
+  br i1 %321, label %if_end42.i, label %if_else.i
 
-for_end_r29.i:                                    ; preds = %if_end33.i.3
-  %298 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %299 = tail call i32 %298(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %299, 0
+for_end_r38.i:                                    ; preds = %if_end42.i.3
+  %322 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %323 = tail call i32 %322(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %323, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-if_else.i:                                        ; preds = %for_body_r28.i
-  %300 = tail call float @llvm.log.f32(float %296)
-  %301 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv82.i
-  %302 = load float, ptr %301, align 16, !tbaa !124
-  %303 = fadd float %300, %302
-  br label %if_end33.i
+if_else.i:                                        ; preds = %for_body_r37.i
+  %324 = tail call float @llvm.log.f32(float %320)
+  %325 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv107.i
+  %326 = load float, ptr %325, align 16, !tbaa !108
+  %327 = fadd float %324, %326
+  br label %if_end42.i
 
-if_end33.i:                                       ; preds = %if_else.i, %for_body_r28.i
-  %304 = phi float [ %303, %if_else.i ], [ 0xFFF0000000000000, %for_body_r28.i ]
-  %305 = getelementptr float, ptr %294, i64 %indvars.iv82.i
-  store float %304, ptr %305, align 4, !tbaa !4
-  %indvars.iv.next83.i = or disjoint i64 %indvars.iv82.i, 1
-  %306 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i
-  %307 = load float, ptr %306, align 4, !tbaa !122
-  %308 = fcmp oeq float %307, 0.000000e+00
-  br i1 %308, label %if_end33.i.1, label %if_else.i.1
+if_end42.i:                                       ; preds = %if_else.i, %for_body_r37.i
+  %328 = phi float [ %327, %if_else.i ], [ 0xFFF0000000000000, %for_body_r37.i ]
+  %329 = getelementptr float, ptr %318, i64 %indvars.iv107.i
+  store float %328, ptr %329, align 4, !tbaa !4
+  %indvars.iv.next108.i = or disjoint i64 %indvars.iv107.i, 1
+  %330 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next108.i
+  %331 = load float, ptr %330, align 4, !tbaa !106
+  %332 = fcmp oeq float %331, 0.000000e+00
+  br i1 %332, label %if_end42.i.1, label %if_else.i.1
 
-if_else.i.1:                                      ; preds = %if_end33.i
-  %309 = tail call float @llvm.log.f32(float %307)
-  %310 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i
-  %311 = load float, ptr %310, align 4, !tbaa !124
-  %312 = fadd float %309, %311
-  br label %if_end33.i.1
+if_else.i.1:                                      ; preds = %if_end42.i
+  %333 = tail call float @llvm.log.f32(float %331)
+  %334 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next108.i
+  %335 = load float, ptr %334, align 4, !tbaa !108
+  %336 = fadd float %333, %335
+  br label %if_end42.i.1
 
-if_end33.i.1:                                     ; preds = %if_else.i.1, %if_end33.i
-  %313 = phi float [ %312, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end33.i ]
-  %314 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i
-  store float %313, ptr %314, align 4, !tbaa !4
-  %indvars.iv.next83.i.1 = or disjoint i64 %indvars.iv82.i, 2
-  %315 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.1
-  %316 = load float, ptr %315, align 8, !tbaa !122
-  %317 = fcmp oeq float %316, 0.000000e+00
-  br i1 %317, label %if_end33.i.2, label %if_else.i.2
+if_end42.i.1:                                     ; preds = %if_else.i.1, %if_end42.i
+  %337 = phi float [ %336, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end42.i ]
+  %338 = getelementptr float, ptr %318, i64 %indvars.iv.next108.i
+  store float %337, ptr %338, align 4, !tbaa !4
+  %indvars.iv.next108.i.1 = or disjoint i64 %indvars.iv107.i, 2
+  %339 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next108.i.1
+  %340 = load float, ptr %339, align 8, !tbaa !106
+  %341 = fcmp oeq float %340, 0.000000e+00
+  br i1 %341, label %if_end42.i.2, label %if_else.i.2
 
-if_else.i.2:                                      ; preds = %if_end33.i.1
-  %318 = tail call float @llvm.log.f32(float %316)
-  %319 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.1
-  %320 = load float, ptr %319, align 8, !tbaa !124
-  %321 = fadd float %318, %320
-  br label %if_end33.i.2
+if_else.i.2:                                      ; preds = %if_end42.i.1
+  %342 = tail call float @llvm.log.f32(float %340)
+  %343 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next108.i.1
+  %344 = load float, ptr %343, align 8, !tbaa !108
+  %345 = fadd float %342, %344
+  br label %if_end42.i.2
 
-if_end33.i.2:                                     ; preds = %if_else.i.2, %if_end33.i.1
-  %322 = phi float [ %321, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end33.i.1 ]
-  %323 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.1
-  store float %322, ptr %323, align 4, !tbaa !4
-  %indvars.iv.next83.i.2 = or disjoint i64 %indvars.iv82.i, 3
-  %324 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.2
-  %325 = load float, ptr %324, align 4, !tbaa !122
-  %326 = fcmp oeq float %325, 0.000000e+00
-  br i1 %326, label %if_end33.i.3, label %if_else.i.3
+if_end42.i.2:                                     ; preds = %if_else.i.2, %if_end42.i.1
+  %346 = phi float [ %345, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end42.i.1 ]
+  %347 = getelementptr float, ptr %318, i64 %indvars.iv.next108.i.1
+  store float %346, ptr %347, align 4, !tbaa !4
+  %indvars.iv.next108.i.2 = or disjoint i64 %indvars.iv107.i, 3
+  %348 = getelementptr inbounds nuw float, ptr %row_sum51.i, i64 %indvars.iv.next108.i.2
+  %349 = load float, ptr %348, align 4, !tbaa !106
+  %350 = fcmp oeq float %349, 0.000000e+00
+  br i1 %350, label %if_end42.i.3, label %if_else.i.3
 
-if_else.i.3:                                      ; preds = %if_end33.i.2
-  %327 = tail call float @llvm.log.f32(float %325)
-  %328 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.2
-  %329 = load float, ptr %328, align 4, !tbaa !124
-  %330 = fadd float %327, %329
-  br label %if_end33.i.3
+if_else.i.3:                                      ; preds = %if_end42.i.2
+  %351 = tail call float @llvm.log.f32(float %349)
+  %352 = getelementptr inbounds nuw float, ptr %row_max52.i, i64 %indvars.iv.next108.i.2
+  %353 = load float, ptr %352, align 4, !tbaa !108
+  %354 = fadd float %351, %353
+  br label %if_end42.i.3
 
-if_end33.i.3:                                     ; preds = %if_else.i.3, %if_end33.i.2
-  %331 = phi float [ %330, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end33.i.2 ]
-  %332 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.2
-  store float %331, ptr %332, align 4, !tbaa !4
-  %indvars.iv.next83.i.3 = add nuw nsw i64 %indvars.iv82.i, 4
-  %exitcond85.not.i.3 = icmp eq i64 %indvars.iv.next83.i.3, 32
-  br i1 %exitcond85.not.i.3, label %for_end_r29.i, label %for_body_r28.i, !prof !21, !llvm.loop !126
+if_end42.i.3:                                     ; preds = %if_else.i.3, %if_end42.i.2
+  %355 = phi float [ %354, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end42.i.2 ]
+  %356 = getelementptr float, ptr %318, i64 %indvars.iv.next108.i.2
+  store float %355, ptr %356, align 4, !tbaa !4
+  %indvars.iv.next108.i.3 = add nuw nsw i64 %indvars.iv107.i, 4
+  %exitcond110.not.i.3 = icmp eq i64 %indvars.iv.next108.i.3, 32
+  br i1 %exitcond110.not.i.3, label %for_end_r38.i, label %for_body_r37.i, !prof !21, !llvm.loop !110
 
-merge_partials_compute_.exit:                     ; preds = %for_end_r29.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r29.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor37.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta38.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha39.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum42.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max43.i)
+merge_partials_compute_.exit:                     ; preds = %for_end_r38.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r38.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor46.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta49.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha50.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum51.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max52.i)
   ret i32 %common.ret.op.i
 }
 
@@ -7571,50 +7144,34 @@ attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !78 = !{!"buffer1.w256.b0", !79, i64 0}
 !79 = !{!"buffer1.w512.b0", !80, i64 0}
 !80 = !{!"buffer1.w1024.b0", !60, i64 0}
-!81 = !{!82, !82, i64 0}
-!82 = !{!"buffer4.w16.b0", !83, i64 0}
-!83 = !{!"buffer4.w32.b0", !84, i64 0}
-!84 = !{!"buffer4.w64.b0", !85, i64 0}
-!85 = !{!"buffer4.w128.b0", !86, i64 0}
-!86 = !{!"buffer4.w256.b0", !87, i64 0}
-!87 = !{!"buffer4.w512.b0", !88, i64 0}
-!88 = !{!"buffer4.w1024.b0", !89, i64 0}
-!89 = !{!"buffer4", !6, i64 0}
-!90 = !{!91, !91, i64 0}
-!91 = !{!"buffer5.w16.b0", !92, i64 0}
-!92 = !{!"buffer5.w32.b0", !93, i64 0}
-!93 = !{!"buffer5.w64.b0", !94, i64 0}
-!94 = !{!"buffer5.w128.b0", !95, i64 0}
-!95 = !{!"buffer5.w256.b0", !96, i64 0}
-!96 = !{!"buffer5.w512.b0", !97, i64 0}
-!97 = !{!"buffer5.w1024.b0", !98, i64 0}
-!98 = !{!"buffer5", !6, i64 0}
-!99 = !{!98, !98, i64 0}
-!100 = !{!89, !89, i64 0}
-!101 = !{!102, !102, i64 0}
-!102 = !{!"buffer6.w128.b0", !103, i64 0}
-!103 = !{!"buffer6.w256.b0", !104, i64 0}
-!104 = !{!"buffer6.w512.b0", !105, i64 0}
-!105 = !{!"buffer6.w1024.b0", !106, i64 0}
-!106 = !{!"buffer6", !6, i64 0}
-!107 = !{!108, !108, i64 0}
-!108 = !{!"buffer7.w128.b0", !109, i64 0}
-!109 = !{!"buffer7.w256.b0", !110, i64 0}
-!110 = !{!"buffer7.w512.b0", !111, i64 0}
-!111 = !{!"buffer7.w1024.b0", !112, i64 0}
-!112 = !{!"buffer7", !6, i64 0}
-!113 = !{!112, !112, i64 0}
-!114 = !{!106, !106, i64 0}
-!115 = !{!116, !116, i64 0}
-!116 = !{!"buffer8.w128.b0", !117, i64 0}
-!117 = !{!"buffer8.w256.b0", !118, i64 0}
-!118 = !{!"buffer8.w512.b0", !119, i64 0}
-!119 = !{!"buffer8.w1024.b0", !120, i64 0}
-!120 = !{!"buffer8", !6, i64 0}
-!121 = !{!120, !120, i64 0}
-!122 = !{!123, !123, i64 0}
-!123 = !{!"buffer9", !6, i64 0}
-!124 = !{!125, !125, i64 0}
-!125 = !{!"buffer10", !6, i64 0}
-!126 = distinct !{!126, !127}
-!127 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!81 = !{!"branch_weights", i32 2032, i32 2147481616}
+!82 = !{!"branch_weights", i32 4064, i32 2147479584}
+!83 = distinct !{!83, !84}
+!84 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!85 = !{!86, !86, i64 0}
+!86 = !{!"buffer4.w128.b0", !87, i64 0}
+!87 = !{!"buffer4.w256.b0", !88, i64 0}
+!88 = !{!"buffer4.w512.b0", !89, i64 0}
+!89 = !{!"buffer4.w1024.b0", !90, i64 0}
+!90 = !{!"buffer4", !6, i64 0}
+!91 = !{!92, !92, i64 0}
+!92 = !{!"buffer5.w128.b0", !93, i64 0}
+!93 = !{!"buffer5.w256.b0", !94, i64 0}
+!94 = !{!"buffer5.w512.b0", !95, i64 0}
+!95 = !{!"buffer5.w1024.b0", !96, i64 0}
+!96 = !{!"buffer5", !6, i64 0}
+!97 = !{!98, !98, i64 0}
+!98 = !{!"buffer6.w128.b0", !99, i64 0}
+!99 = !{!"buffer6.w256.b0", !100, i64 0}
+!100 = !{!"buffer6.w512.b0", !101, i64 0}
+!101 = !{!"buffer6.w1024.b0", !102, i64 0}
+!102 = !{!"buffer6", !6, i64 0}
+!103 = !{!96, !96, i64 0}
+!104 = !{!90, !90, i64 0}
+!105 = !{!102, !102, i64 0}
+!106 = !{!107, !107, i64 0}
+!107 = !{!"buffer7", !6, i64 0}
+!108 = !{!109, !109, i64 0}
+!109 = !{!"buffer8", !6, i64 0}
+!110 = distinct !{!110, !111}
+!111 = !{!"llvm.loop.estimated_trip_count", i32 262144}

@@ -78,9 +78,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 T.writes(full_acc[vi, vr, vd])
                 with T.init():
                     full_acc[vi, vr, vd] = T.float32(0)
-                full_acc[vi, vr, vd] += product(
-                    probs[at, vr, vt], read(values, value_offsets, vt, now, row_stride, vd)
-                )
+                full_acc[vi, vr, vd] += product(probs[at, vr, vt], read(values, value_offsets, vt, now, row_stride, vd))
         for i, ti, r, d in T.grid(num_tiles, steps(T.floormod(valid_len, group)), rows, head_dim):
             with T.sblock("tile_acc"):
                 vt = T.axis.reduce(tokens // pair, num_full * (group // pair) + ti)
