@@ -9,6 +9,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from pa_compiler.kernels import script
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
 # (block, slot, head, d) -> where element d of a head's key or value lies in its cache
@@ -66,7 +67,7 @@ def _append(spec: PagedAttentionSpec, name: str, extents: Sequence[int], place: 
     bits = f"uint{8 * itemsize}"
     first, second, third = (T.int64(extent) for extent in extents)
 
-    @T.prim_func(s_tir=True)
+    @script.prim_func(s_tir=True)
     def append(
         new_handle: T.handle,
         cache_handle: T.handle,
