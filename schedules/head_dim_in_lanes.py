@@ -21,10 +21,19 @@ from pa_compiler.tiling import Tiling, largest_divisor
 
 
 def load_query(sch: Schedule, tiling: Tiling) -> None:
-    """Rows of the query as vectors."""
-    if not tiling.dot_pairs:
+    """Rows of the query as vectors. Pairs are read in order, and their halves parted in registers."""
+    if tiling.dot_pairs:
+        return
+    if tiling.dim_pair > 1:
         evens_first(sch, tiling, "q_tile")
-        vectorize_dims(sch, tiling, "q_tile")
+        parted = sch.cache_write("q_tile", 0, "global")
+        sch.transform_layout("q_tile", ("write", 0), lambda *i: (*i[:-3], i[-3] * tiling.lanes + i[-1], i[-2]))
+        sch.reorder_block_iter_var(parted, [0, 1, 2, 4, 3])
+        vector, half, lane = sch.get_loops(parted)[-3:]
+        sch.reorder(lane, half)
+        sch.compute_at("q_tile", vector, preserve_unit_loops=True)
+        turn(sch, parted, 4, 2)
+    sch.vectorize(sch.split(sch.get_loops("q_tile")[-1], [None, tiling.lanes * tiling.dim_pair])[-1])
 
 
 def load_keys(sch: Schedule, tiling: Tiling) -> None:

@@ -375,11 +375,11 @@ class Module:
                 with T.sblock("load_query"):
                     T.reads(query[seq, head_start:head_start + num_rows, 0:128])
                     T.writes(q_tile[0, 0:16, 0:128])
-                    for r, d_0, d_2 in T.grid(16, 8, 1):
+                    for r, d_0 in T.grid(16, 8):
                         for d_1 in T.vectorized(16):
                             with T.sblock("q_tile"):
                                 vr = T.axis.spatial(16, r)
-                                vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
+                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
                                 T.reads(query[seq, head_start + vr, vd])
                                 T.writes(q_tile[0, vr, vd])
                                 q_tile[0, vr, vd] = T.if_then_else(vr < num_rows, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))

@@ -124,81 +124,81 @@ for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.prehead
 
 for_begin_t.preheader.us.i:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.us.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_t.preheader.us.preheader.i ], [ %indvars.iv.next.i, %for_begin_t.for_end_t_crit_edge.us.i ]
-  %cse_v1.us.i = add nsw i64 %indvars.iv.i, %42
-  %44 = mul nsw i64 %cse_v1.us.i, %new_head
-  %45 = mul nsw i64 %cse_v1.us.i, %cache_2
-  %invariant.gep.us.i = getelementptr i16, ptr %new, i64 %44
+  %44 = add nsw i64 %indvars.iv.i, %42
+  %45 = mul nsw i64 %44, %new_head
+  %invariant.gep.us.i = getelementptr i16, ptr %new, i64 %45
+  %46 = mul nsw i64 %44, %cache_2
   br i1 %43, label %for_body_t.us.i.epil.preheader, label %for_body_t.us.i, !prof !4
 
 for_body_t.us.i:                                  ; preds = %if_end.us.i.1, %for_begin_t.preheader.us.i
-  %t1.us.i = phi i64 [ %87, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
+  %t1.us.i = phi i64 [ %88, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
   %niter = phi i64 [ %niter.next.1, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
-  %46 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i
-  %target.us.i = load i64, ptr %46, align 8, !tbaa !5
-  %47 = icmp sgt i64 %target.us.i, -1
-  br i1 %47, label %if_then.us.i, label %if_end.us.i, !prof !8
+  %47 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i
+  %target.us.i = load i64, ptr %47, align 8, !tbaa !5
+  %48 = icmp sgt i64 %target.us.i, -1
+  br i1 %48, label %if_then.us.i, label %if_end.us.i, !prof !8
 
 if_then.us.i:                                     ; preds = %for_body_t.us.i
-  %48 = mul nsw i64 %t1.us.i, %new_token
-  %49 = and i64 %target.us.i, 15
-  %50 = mul nsw i64 %49, %cache_125
-  %51 = lshr i64 %target.us.i, 4
-  %52 = mul nsw i64 %51, %cache_0
-  %gep.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %48
-  %53 = load <32 x i16>, ptr %gep.us.i, align 2, !tbaa !5
-  %54 = getelementptr i16, ptr %cache, i64 %52
-  %55 = getelementptr i16, ptr %54, i64 %50
-  %56 = getelementptr i16, ptr %55, i64 %45
-  store <32 x i16> %53, ptr %56, align 2, !tbaa !5
-  %57 = getelementptr i8, ptr %gep.us.i, i64 64
-  %58 = load <32 x i16>, ptr %57, align 2, !tbaa !5
-  %59 = getelementptr i8, ptr %56, i64 64
-  store <32 x i16> %58, ptr %59, align 2, !tbaa !5
-  %60 = getelementptr i8, ptr %gep.us.i, i64 128
-  %61 = load <32 x i16>, ptr %60, align 2, !tbaa !5
-  %62 = getelementptr i8, ptr %56, i64 128
-  store <32 x i16> %61, ptr %62, align 2, !tbaa !5
-  %63 = getelementptr i8, ptr %gep.us.i, i64 192
-  %64 = load <32 x i16>, ptr %63, align 2, !tbaa !5
-  %65 = getelementptr i8, ptr %56, i64 192
-  store <32 x i16> %64, ptr %65, align 2, !tbaa !5
+  %49 = mul nsw i64 %t1.us.i, %new_token
+  %gep.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %49
+  %50 = load <32 x i16>, ptr %gep.us.i, align 2, !tbaa !5
+  %51 = and i64 %target.us.i, 15
+  %52 = mul nsw i64 %51, %cache_125
+  %53 = lshr i64 %target.us.i, 4
+  %54 = mul nsw i64 %53, %cache_0
+  %55 = getelementptr i16, ptr %cache, i64 %54
+  %56 = getelementptr i16, ptr %55, i64 %52
+  %57 = getelementptr i16, ptr %56, i64 %46
+  store <32 x i16> %50, ptr %57, align 2, !tbaa !5
+  %58 = getelementptr i8, ptr %gep.us.i, i64 64
+  %59 = load <32 x i16>, ptr %58, align 2, !tbaa !5
+  %60 = getelementptr i8, ptr %57, i64 64
+  store <32 x i16> %59, ptr %60, align 2, !tbaa !5
+  %61 = getelementptr i8, ptr %gep.us.i, i64 128
+  %62 = load <32 x i16>, ptr %61, align 2, !tbaa !5
+  %63 = getelementptr i8, ptr %57, i64 128
+  store <32 x i16> %62, ptr %63, align 2, !tbaa !5
+  %64 = getelementptr i8, ptr %gep.us.i, i64 192
+  %65 = load <32 x i16>, ptr %64, align 2, !tbaa !5
+  %66 = getelementptr i8, ptr %57, i64 192
+  store <32 x i16> %65, ptr %66, align 2, !tbaa !5
   br label %if_end.us.i
 
 if_end.us.i:                                      ; preds = %if_then.us.i, %for_body_t.us.i
-  %66 = or disjoint i64 %t1.us.i, 1
-  %67 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %66
-  %target.us.i.1 = load i64, ptr %67, align 8, !tbaa !5
-  %68 = icmp sgt i64 %target.us.i.1, -1
-  br i1 %68, label %if_then.us.i.1, label %if_end.us.i.1, !prof !8
+  %67 = or disjoint i64 %t1.us.i, 1
+  %68 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %67
+  %target.us.i.1 = load i64, ptr %68, align 8, !tbaa !5
+  %69 = icmp sgt i64 %target.us.i.1, -1
+  br i1 %69, label %if_then.us.i.1, label %if_end.us.i.1, !prof !8
 
 if_then.us.i.1:                                   ; preds = %if_end.us.i
-  %69 = mul nsw i64 %66, %new_token
-  %70 = and i64 %target.us.i.1, 15
-  %71 = mul nsw i64 %70, %cache_125
-  %72 = lshr i64 %target.us.i.1, 4
-  %73 = mul nsw i64 %72, %cache_0
-  %gep.us.i.1 = getelementptr i16, ptr %invariant.gep.us.i, i64 %69
-  %74 = load <32 x i16>, ptr %gep.us.i.1, align 2, !tbaa !5
-  %75 = getelementptr i16, ptr %cache, i64 %73
-  %76 = getelementptr i16, ptr %75, i64 %71
-  %77 = getelementptr i16, ptr %76, i64 %45
-  store <32 x i16> %74, ptr %77, align 2, !tbaa !5
-  %78 = getelementptr i8, ptr %gep.us.i.1, i64 64
-  %79 = load <32 x i16>, ptr %78, align 2, !tbaa !5
-  %80 = getelementptr i8, ptr %77, i64 64
-  store <32 x i16> %79, ptr %80, align 2, !tbaa !5
-  %81 = getelementptr i8, ptr %gep.us.i.1, i64 128
-  %82 = load <32 x i16>, ptr %81, align 2, !tbaa !5
-  %83 = getelementptr i8, ptr %77, i64 128
-  store <32 x i16> %82, ptr %83, align 2, !tbaa !5
-  %84 = getelementptr i8, ptr %gep.us.i.1, i64 192
-  %85 = load <32 x i16>, ptr %84, align 2, !tbaa !5
-  %86 = getelementptr i8, ptr %77, i64 192
-  store <32 x i16> %85, ptr %86, align 2, !tbaa !5
+  %70 = mul nsw i64 %67, %new_token
+  %gep.us.i.1 = getelementptr i16, ptr %invariant.gep.us.i, i64 %70
+  %71 = load <32 x i16>, ptr %gep.us.i.1, align 2, !tbaa !5
+  %72 = and i64 %target.us.i.1, 15
+  %73 = mul nsw i64 %72, %cache_125
+  %74 = lshr i64 %target.us.i.1, 4
+  %75 = mul nsw i64 %74, %cache_0
+  %76 = getelementptr i16, ptr %cache, i64 %75
+  %77 = getelementptr i16, ptr %76, i64 %73
+  %78 = getelementptr i16, ptr %77, i64 %46
+  store <32 x i16> %71, ptr %78, align 2, !tbaa !5
+  %79 = getelementptr i8, ptr %gep.us.i.1, i64 64
+  %80 = load <32 x i16>, ptr %79, align 2, !tbaa !5
+  %81 = getelementptr i8, ptr %78, i64 64
+  store <32 x i16> %80, ptr %81, align 2, !tbaa !5
+  %82 = getelementptr i8, ptr %gep.us.i.1, i64 128
+  %83 = load <32 x i16>, ptr %82, align 2, !tbaa !5
+  %84 = getelementptr i8, ptr %78, i64 128
+  store <32 x i16> %83, ptr %84, align 2, !tbaa !5
+  %85 = getelementptr i8, ptr %gep.us.i.1, i64 192
+  %86 = load <32 x i16>, ptr %85, align 2, !tbaa !5
+  %87 = getelementptr i8, ptr %78, i64 192
+  store <32 x i16> %86, ptr %87, align 2, !tbaa !5
   br label %if_end.us.i.1
 
 if_end.us.i.1:                                    ; preds = %if_then.us.i.1, %if_end.us.i
-  %87 = add nuw nsw i64 %t1.us.i, 2
+  %88 = add nuw nsw i64 %t1.us.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
   br i1 %niter.ncmp.1, label %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, label %for_body_t.us.i, !prof !9, !llvm.loop !10
@@ -207,37 +207,37 @@ for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa:   ; preds = %if_end.us.i.1
   br i1 %lcmp.mod.not, label %for_begin_t.for_end_t_crit_edge.us.i, label %for_body_t.us.i.epil.preheader, !prof !12
 
 for_body_t.us.i.epil.preheader:                   ; preds = %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, %for_begin_t.preheader.us.i
-  %t1.us.i.epil.init = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %87, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa ]
+  %t1.us.i.epil.init = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %88, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod27)
-  %88 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i.epil.init
-  %target.us.i.epil = load i64, ptr %88, align 8, !tbaa !5
-  %89 = icmp sgt i64 %target.us.i.epil, -1
-  br i1 %89, label %if_then.us.i.epil, label %for_begin_t.for_end_t_crit_edge.us.i, !prof !8
+  %89 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i.epil.init
+  %target.us.i.epil = load i64, ptr %89, align 8, !tbaa !5
+  %90 = icmp sgt i64 %target.us.i.epil, -1
+  br i1 %90, label %if_then.us.i.epil, label %for_begin_t.for_end_t_crit_edge.us.i, !prof !8
 
 if_then.us.i.epil:                                ; preds = %for_body_t.us.i.epil.preheader
-  %90 = mul nsw i64 %t1.us.i.epil.init, %new_token
-  %91 = and i64 %target.us.i.epil, 15
-  %92 = mul nsw i64 %91, %cache_125
-  %93 = lshr i64 %target.us.i.epil, 4
-  %94 = mul nsw i64 %93, %cache_0
-  %gep.us.i.epil = getelementptr i16, ptr %invariant.gep.us.i, i64 %90
-  %95 = load <32 x i16>, ptr %gep.us.i.epil, align 2, !tbaa !5
-  %96 = getelementptr i16, ptr %cache, i64 %94
-  %97 = getelementptr i16, ptr %96, i64 %92
-  %98 = getelementptr i16, ptr %97, i64 %45
-  store <32 x i16> %95, ptr %98, align 2, !tbaa !5
-  %99 = getelementptr i8, ptr %gep.us.i.epil, i64 64
-  %100 = load <32 x i16>, ptr %99, align 2, !tbaa !5
-  %101 = getelementptr i8, ptr %98, i64 64
-  store <32 x i16> %100, ptr %101, align 2, !tbaa !5
-  %102 = getelementptr i8, ptr %gep.us.i.epil, i64 128
-  %103 = load <32 x i16>, ptr %102, align 2, !tbaa !5
-  %104 = getelementptr i8, ptr %98, i64 128
-  store <32 x i16> %103, ptr %104, align 2, !tbaa !5
-  %105 = getelementptr i8, ptr %gep.us.i.epil, i64 192
-  %106 = load <32 x i16>, ptr %105, align 2, !tbaa !5
-  %107 = getelementptr i8, ptr %98, i64 192
-  store <32 x i16> %106, ptr %107, align 2, !tbaa !5
+  %91 = mul nsw i64 %t1.us.i.epil.init, %new_token
+  %gep.us.i.epil = getelementptr i16, ptr %invariant.gep.us.i, i64 %91
+  %92 = load <32 x i16>, ptr %gep.us.i.epil, align 2, !tbaa !5
+  %93 = and i64 %target.us.i.epil, 15
+  %94 = mul nsw i64 %93, %cache_125
+  %95 = lshr i64 %target.us.i.epil, 4
+  %96 = mul nsw i64 %95, %cache_0
+  %97 = getelementptr i16, ptr %cache, i64 %96
+  %98 = getelementptr i16, ptr %97, i64 %94
+  %99 = getelementptr i16, ptr %98, i64 %46
+  store <32 x i16> %92, ptr %99, align 2, !tbaa !5
+  %100 = getelementptr i8, ptr %gep.us.i.epil, i64 64
+  %101 = load <32 x i16>, ptr %100, align 2, !tbaa !5
+  %102 = getelementptr i8, ptr %99, i64 64
+  store <32 x i16> %101, ptr %102, align 2, !tbaa !5
+  %103 = getelementptr i8, ptr %gep.us.i.epil, i64 128
+  %104 = load <32 x i16>, ptr %103, align 2, !tbaa !5
+  %105 = getelementptr i8, ptr %99, i64 128
+  store <32 x i16> %104, ptr %105, align 2, !tbaa !5
+  %106 = getelementptr i8, ptr %gep.us.i.epil, i64 192
+  %107 = load <32 x i16>, ptr %106, align 2, !tbaa !5
+  %108 = getelementptr i8, ptr %99, i64 192
+  store <32 x i16> %107, ptr %108, align 2, !tbaa !5
   br label %for_begin_t.for_end_t_crit_edge.us.i
 
 for_begin_t.for_end_t_crit_edge.us.i:             ; preds = %if_then.us.i.epil, %for_body_t.us.i.epil.preheader, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa
@@ -361,81 +361,81 @@ for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.prehead
 
 for_begin_t.preheader.us.i:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.us.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_t.preheader.us.preheader.i ], [ %indvars.iv.next.i, %for_begin_t.for_end_t_crit_edge.us.i ]
-  %cse_v1.us.i = add nsw i64 %indvars.iv.i, %42
-  %44 = mul nsw i64 %cse_v1.us.i, %new_head
-  %45 = mul nsw i64 %cse_v1.us.i, %cache_2
-  %invariant.gep.us.i = getelementptr i16, ptr %new, i64 %44
+  %44 = add nsw i64 %indvars.iv.i, %42
+  %45 = mul nsw i64 %44, %new_head
+  %invariant.gep.us.i = getelementptr i16, ptr %new, i64 %45
+  %46 = mul nsw i64 %44, %cache_2
   br i1 %43, label %for_body_t.us.i.epil.preheader, label %for_body_t.us.i, !prof !4
 
 for_body_t.us.i:                                  ; preds = %if_end.us.i.1, %for_begin_t.preheader.us.i
-  %t1.us.i = phi i64 [ %87, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
+  %t1.us.i = phi i64 [ %88, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
   %niter = phi i64 [ %niter.next.1, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
-  %46 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i
-  %target.us.i = load i64, ptr %46, align 8, !tbaa !5
-  %47 = icmp sgt i64 %target.us.i, -1
-  br i1 %47, label %if_then.us.i, label %if_end.us.i, !prof !8
+  %47 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i
+  %target.us.i = load i64, ptr %47, align 8, !tbaa !5
+  %48 = icmp sgt i64 %target.us.i, -1
+  br i1 %48, label %if_then.us.i, label %if_end.us.i, !prof !8
 
 if_then.us.i:                                     ; preds = %for_body_t.us.i
-  %48 = mul nsw i64 %t1.us.i, %new_token
-  %49 = and i64 %target.us.i, 15
-  %50 = mul nsw i64 %49, %cache_125
-  %51 = lshr i64 %target.us.i, 4
-  %52 = mul nsw i64 %51, %cache_0
-  %gep.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %48
-  %53 = load <32 x i16>, ptr %gep.us.i, align 2, !tbaa !5
-  %54 = getelementptr i16, ptr %cache, i64 %52
-  %55 = getelementptr i16, ptr %54, i64 %50
-  %56 = getelementptr i16, ptr %55, i64 %45
-  store <32 x i16> %53, ptr %56, align 2, !tbaa !5
-  %57 = getelementptr i8, ptr %gep.us.i, i64 64
-  %58 = load <32 x i16>, ptr %57, align 2, !tbaa !5
-  %59 = getelementptr i8, ptr %56, i64 64
-  store <32 x i16> %58, ptr %59, align 2, !tbaa !5
-  %60 = getelementptr i8, ptr %gep.us.i, i64 128
-  %61 = load <32 x i16>, ptr %60, align 2, !tbaa !5
-  %62 = getelementptr i8, ptr %56, i64 128
-  store <32 x i16> %61, ptr %62, align 2, !tbaa !5
-  %63 = getelementptr i8, ptr %gep.us.i, i64 192
-  %64 = load <32 x i16>, ptr %63, align 2, !tbaa !5
-  %65 = getelementptr i8, ptr %56, i64 192
-  store <32 x i16> %64, ptr %65, align 2, !tbaa !5
+  %49 = mul nsw i64 %t1.us.i, %new_token
+  %gep.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %49
+  %50 = load <32 x i16>, ptr %gep.us.i, align 2, !tbaa !5
+  %51 = and i64 %target.us.i, 15
+  %52 = mul nsw i64 %51, %cache_125
+  %53 = lshr i64 %target.us.i, 4
+  %54 = mul nsw i64 %53, %cache_0
+  %55 = getelementptr i16, ptr %cache, i64 %54
+  %56 = getelementptr i16, ptr %55, i64 %52
+  %57 = getelementptr i16, ptr %56, i64 %46
+  store <32 x i16> %50, ptr %57, align 2, !tbaa !5
+  %58 = getelementptr i8, ptr %gep.us.i, i64 64
+  %59 = load <32 x i16>, ptr %58, align 2, !tbaa !5
+  %60 = getelementptr i8, ptr %57, i64 64
+  store <32 x i16> %59, ptr %60, align 2, !tbaa !5
+  %61 = getelementptr i8, ptr %gep.us.i, i64 128
+  %62 = load <32 x i16>, ptr %61, align 2, !tbaa !5
+  %63 = getelementptr i8, ptr %57, i64 128
+  store <32 x i16> %62, ptr %63, align 2, !tbaa !5
+  %64 = getelementptr i8, ptr %gep.us.i, i64 192
+  %65 = load <32 x i16>, ptr %64, align 2, !tbaa !5
+  %66 = getelementptr i8, ptr %57, i64 192
+  store <32 x i16> %65, ptr %66, align 2, !tbaa !5
   br label %if_end.us.i
 
 if_end.us.i:                                      ; preds = %if_then.us.i, %for_body_t.us.i
-  %66 = or disjoint i64 %t1.us.i, 1
-  %67 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %66
-  %target.us.i.1 = load i64, ptr %67, align 8, !tbaa !5
-  %68 = icmp sgt i64 %target.us.i.1, -1
-  br i1 %68, label %if_then.us.i.1, label %if_end.us.i.1, !prof !8
+  %67 = or disjoint i64 %t1.us.i, 1
+  %68 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %67
+  %target.us.i.1 = load i64, ptr %68, align 8, !tbaa !5
+  %69 = icmp sgt i64 %target.us.i.1, -1
+  br i1 %69, label %if_then.us.i.1, label %if_end.us.i.1, !prof !8
 
 if_then.us.i.1:                                   ; preds = %if_end.us.i
-  %69 = mul nsw i64 %66, %new_token
-  %70 = and i64 %target.us.i.1, 15
-  %71 = mul nsw i64 %70, %cache_125
-  %72 = lshr i64 %target.us.i.1, 4
-  %73 = mul nsw i64 %72, %cache_0
-  %gep.us.i.1 = getelementptr i16, ptr %invariant.gep.us.i, i64 %69
-  %74 = load <32 x i16>, ptr %gep.us.i.1, align 2, !tbaa !5
-  %75 = getelementptr i16, ptr %cache, i64 %73
-  %76 = getelementptr i16, ptr %75, i64 %71
-  %77 = getelementptr i16, ptr %76, i64 %45
-  store <32 x i16> %74, ptr %77, align 2, !tbaa !5
-  %78 = getelementptr i8, ptr %gep.us.i.1, i64 64
-  %79 = load <32 x i16>, ptr %78, align 2, !tbaa !5
-  %80 = getelementptr i8, ptr %77, i64 64
-  store <32 x i16> %79, ptr %80, align 2, !tbaa !5
-  %81 = getelementptr i8, ptr %gep.us.i.1, i64 128
-  %82 = load <32 x i16>, ptr %81, align 2, !tbaa !5
-  %83 = getelementptr i8, ptr %77, i64 128
-  store <32 x i16> %82, ptr %83, align 2, !tbaa !5
-  %84 = getelementptr i8, ptr %gep.us.i.1, i64 192
-  %85 = load <32 x i16>, ptr %84, align 2, !tbaa !5
-  %86 = getelementptr i8, ptr %77, i64 192
-  store <32 x i16> %85, ptr %86, align 2, !tbaa !5
+  %70 = mul nsw i64 %67, %new_token
+  %gep.us.i.1 = getelementptr i16, ptr %invariant.gep.us.i, i64 %70
+  %71 = load <32 x i16>, ptr %gep.us.i.1, align 2, !tbaa !5
+  %72 = and i64 %target.us.i.1, 15
+  %73 = mul nsw i64 %72, %cache_125
+  %74 = lshr i64 %target.us.i.1, 4
+  %75 = mul nsw i64 %74, %cache_0
+  %76 = getelementptr i16, ptr %cache, i64 %75
+  %77 = getelementptr i16, ptr %76, i64 %73
+  %78 = getelementptr i16, ptr %77, i64 %46
+  store <32 x i16> %71, ptr %78, align 2, !tbaa !5
+  %79 = getelementptr i8, ptr %gep.us.i.1, i64 64
+  %80 = load <32 x i16>, ptr %79, align 2, !tbaa !5
+  %81 = getelementptr i8, ptr %78, i64 64
+  store <32 x i16> %80, ptr %81, align 2, !tbaa !5
+  %82 = getelementptr i8, ptr %gep.us.i.1, i64 128
+  %83 = load <32 x i16>, ptr %82, align 2, !tbaa !5
+  %84 = getelementptr i8, ptr %78, i64 128
+  store <32 x i16> %83, ptr %84, align 2, !tbaa !5
+  %85 = getelementptr i8, ptr %gep.us.i.1, i64 192
+  %86 = load <32 x i16>, ptr %85, align 2, !tbaa !5
+  %87 = getelementptr i8, ptr %78, i64 192
+  store <32 x i16> %86, ptr %87, align 2, !tbaa !5
   br label %if_end.us.i.1
 
 if_end.us.i.1:                                    ; preds = %if_then.us.i.1, %if_end.us.i
-  %87 = add nuw nsw i64 %t1.us.i, 2
+  %88 = add nuw nsw i64 %t1.us.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
   br i1 %niter.ncmp.1, label %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, label %for_body_t.us.i, !prof !9, !llvm.loop !14
@@ -444,37 +444,37 @@ for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa:   ; preds = %if_end.us.i.1
   br i1 %lcmp.mod.not, label %for_begin_t.for_end_t_crit_edge.us.i, label %for_body_t.us.i.epil.preheader, !prof !12
 
 for_body_t.us.i.epil.preheader:                   ; preds = %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, %for_begin_t.preheader.us.i
-  %t1.us.i.epil.init = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %87, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa ]
+  %t1.us.i.epil.init = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %88, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod27)
-  %88 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i.epil.init
-  %target.us.i.epil = load i64, ptr %88, align 8, !tbaa !5
-  %89 = icmp sgt i64 %target.us.i.epil, -1
-  br i1 %89, label %if_then.us.i.epil, label %for_begin_t.for_end_t_crit_edge.us.i, !prof !8
+  %89 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i.epil.init
+  %target.us.i.epil = load i64, ptr %89, align 8, !tbaa !5
+  %90 = icmp sgt i64 %target.us.i.epil, -1
+  br i1 %90, label %if_then.us.i.epil, label %for_begin_t.for_end_t_crit_edge.us.i, !prof !8
 
 if_then.us.i.epil:                                ; preds = %for_body_t.us.i.epil.preheader
-  %90 = mul nsw i64 %t1.us.i.epil.init, %new_token
-  %91 = and i64 %target.us.i.epil, 15
-  %92 = mul nsw i64 %91, %cache_125
-  %93 = lshr i64 %target.us.i.epil, 4
-  %94 = mul nsw i64 %93, %cache_0
-  %gep.us.i.epil = getelementptr i16, ptr %invariant.gep.us.i, i64 %90
-  %95 = load <32 x i16>, ptr %gep.us.i.epil, align 2, !tbaa !5
-  %96 = getelementptr i16, ptr %cache, i64 %94
-  %97 = getelementptr i16, ptr %96, i64 %92
-  %98 = getelementptr i16, ptr %97, i64 %45
-  store <32 x i16> %95, ptr %98, align 2, !tbaa !5
-  %99 = getelementptr i8, ptr %gep.us.i.epil, i64 64
-  %100 = load <32 x i16>, ptr %99, align 2, !tbaa !5
-  %101 = getelementptr i8, ptr %98, i64 64
-  store <32 x i16> %100, ptr %101, align 2, !tbaa !5
-  %102 = getelementptr i8, ptr %gep.us.i.epil, i64 128
-  %103 = load <32 x i16>, ptr %102, align 2, !tbaa !5
-  %104 = getelementptr i8, ptr %98, i64 128
-  store <32 x i16> %103, ptr %104, align 2, !tbaa !5
-  %105 = getelementptr i8, ptr %gep.us.i.epil, i64 192
-  %106 = load <32 x i16>, ptr %105, align 2, !tbaa !5
-  %107 = getelementptr i8, ptr %98, i64 192
-  store <32 x i16> %106, ptr %107, align 2, !tbaa !5
+  %91 = mul nsw i64 %t1.us.i.epil.init, %new_token
+  %gep.us.i.epil = getelementptr i16, ptr %invariant.gep.us.i, i64 %91
+  %92 = load <32 x i16>, ptr %gep.us.i.epil, align 2, !tbaa !5
+  %93 = and i64 %target.us.i.epil, 15
+  %94 = mul nsw i64 %93, %cache_125
+  %95 = lshr i64 %target.us.i.epil, 4
+  %96 = mul nsw i64 %95, %cache_0
+  %97 = getelementptr i16, ptr %cache, i64 %96
+  %98 = getelementptr i16, ptr %97, i64 %94
+  %99 = getelementptr i16, ptr %98, i64 %46
+  store <32 x i16> %92, ptr %99, align 2, !tbaa !5
+  %100 = getelementptr i8, ptr %gep.us.i.epil, i64 64
+  %101 = load <32 x i16>, ptr %100, align 2, !tbaa !5
+  %102 = getelementptr i8, ptr %99, i64 64
+  store <32 x i16> %101, ptr %102, align 2, !tbaa !5
+  %103 = getelementptr i8, ptr %gep.us.i.epil, i64 128
+  %104 = load <32 x i16>, ptr %103, align 2, !tbaa !5
+  %105 = getelementptr i8, ptr %99, i64 128
+  store <32 x i16> %104, ptr %105, align 2, !tbaa !5
+  %106 = getelementptr i8, ptr %gep.us.i.epil, i64 192
+  %107 = load <32 x i16>, ptr %106, align 2, !tbaa !5
+  %108 = getelementptr i8, ptr %99, i64 192
+  store <32 x i16> %107, ptr %108, align 2, !tbaa !5
   br label %for_begin_t.for_end_t_crit_edge.us.i
 
 for_begin_t.for_end_t_crit_edge.us.i:             ; preds = %if_then.us.i.epil, %for_body_t.us.i.epil.preheader, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa
@@ -488,10 +488,10 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %beta233.i = alloca [4 x float], align 16
-  %alpha234.i = alloca [4 x float], align 16
-  %row_sum246.i = alloca [32 x float], align 16
-  %row_max247.i = alloca [32 x float], align 16
+  %beta223.i = alloca [4 x float], align 16
+  %alpha224.i = alloca [4 x float], align 16
+  %row_sum237.i = alloca [32 x float], align 16
+  %row_max238.i = alloca [32 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -674,10 +674,10 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %beta233.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %alpha234.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum246.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max247.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta223.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha224.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum237.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max238.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -699,4510 +699,4400 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %85 = fptrunc double %.cast to float
   %86 = sitofp i64 %53 to float
   %scale = select i1 %84, float %85, float %86
-  %range_begin.i = shl nsw i32 %block_begin, 4
-  %sext = shl i64 %42, 32
-  %87 = ashr exact i64 %sext, 32
+  %87 = shl nsw i32 %block_begin, 4
   %88 = shl nsw i32 %block_end, 4
-  %89 = add i32 %range_begin.i, -1
+  %sext = shl i64 %42, 32
+  %89 = ashr exact i64 %sext, 32
   %90 = insertelement <16 x float> poison, float %scale, i64 0
   %91 = shufflevector <16 x float> %90, <16 x float> poison, <16 x i32> zeroinitializer
   %92 = and i64 %50, 2147483648
   %.not = icmp eq i64 %92, 0
-  %cse_v22.i = and i64 %50, 4294967295
-  %93 = zext i32 %range_begin.i to i64
-  %wide.trip.count884.i = and i64 %44, 2147483647
+  %93 = zext i32 %87 to i64
+  %94 = and i64 %50, 4294967295
+  %wide.trip.count783.i = and i64 %44, 2147483647
+  %invariant.op.i = add i32 %87, -1
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end226.i
-  %indvars.iv.next882.i = add nuw nsw i64 %indvars.iv881.i, 1
-  %exitcond885.not.i = icmp eq i64 %indvars.iv.next882.i, %wide.trip.count884.i
-  br i1 %exitcond885.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
+for_begin_s.i:                                    ; preds = %if_end214.i
+  %indvars.iv.next779.i = add nuw nsw i64 %indvars.iv778.i, 1
+  %exitcond784.not.i = icmp eq i64 %indvars.iv.next779.i, %wide.trip.count783.i
+  br i1 %exitcond784.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv881.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next882.i, %for_begin_s.i ]
-  %94 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %q_tile.i = tail call ptr %94(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %95 = icmp eq ptr %q_tile.i, null
-  br i1 %95, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
+  %indvars.iv778.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next779.i, %for_begin_s.i ]
+  %95 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %q_tile.i = tail call ptr %95(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %96 = icmp eq ptr %q_tile.i, null
+  br i1 %96, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %96 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %acc.i = tail call ptr %96(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %97 = icmp eq ptr %acc.i, null
-  br i1 %97, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
+  %97 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %acc.i = tail call ptr %97(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %98 = icmp eq ptr %acc.i, null
+  br i1 %98, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %cse_v24.i = add nsw i64 %indvars.iv881.i, %87
-  %98 = getelementptr inbounds i32, ptr %context_lens, i64 %cse_v24.i
-  %99 = load i32, ptr %98, align 4, !tbaa !5
-  %100 = mul nsw i64 %cse_v24.i, %q_batch
-  %101 = getelementptr i16, ptr %query, i64 %100
-  br label %for_begin_r.preheader.i
+  %99 = add nsw i64 %indvars.iv778.i, %89
+  %100 = getelementptr inbounds i32, ptr %context_lens, i64 %99
+  %101 = load i32, ptr %100, align 4, !tbaa !5
+  %102 = mul nsw i64 %99, %q_batch
+  %103 = getelementptr i16, ptr %query, i64 %102
+  br label %for_begin_ax1.preheader.i
 
-for_begin_step.preheader.i:                       ; preds = %for_end_r.i
-  %102 = tail call i32 @llvm.smin.i32(i32 %88, i32 %99)
-  %103 = sub nsw i32 %102, %range_begin.i
-  %range_len.i = tail call i32 @llvm.smax.i32(i32 %103, i32 0)
-  %104 = add nuw nsw i32 %range_len.i, 127
-  %cse_v25.i = lshr i32 %104, 7
-  %num_steps.i = tail call i32 @llvm.umax.i32(i32 %cse_v25.i, i32 1)
-  %last_token.i = add i32 %89, %range_len.i
-  %cse_v110.i = mul nsw i64 %cse_v24.i, %table_seq
-  %invariant.gep412.i = getelementptr i32, ptr %block_table, i64 %cse_v110.i
-  %105 = zext nneg i32 %cse_v25.i to i64
-  %106 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count833.i = zext nneg i32 %num_steps.i to i64
+for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %if_end2.i
+  %indvars.iv618.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next619.i, %for_end_ax1.i ]
+  %104 = shl nuw nsw i64 %indvars.iv618.i, 2
+  %.idx58 = shl nuw nsw i64 %indvars.iv618.i, 11
+  %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx58
+  br label %for_begin_ax2.preheader.i
+
+for_end_tile.i:                                   ; preds = %for_end_ax1.i
+  %105 = tail call i32 @llvm.smin.i32(i32 %88, i32 %101)
+  %106 = sub nsw i32 %105, %87
+  %range_len.i = tail call i32 @llvm.smax.i32(i32 %106, i32 0)
+  %107 = add nuw nsw i32 %range_len.i, 127
+  %108 = lshr i32 %107, 7
+  %109 = tail call i32 @llvm.umax.i32(i32 %108, i32 1)
+  %.reass.i = add i32 %invariant.op.i, %range_len.i
+  %110 = mul nsw i64 %99, %table_seq
+  %invariant.gep404.i = getelementptr i32, ptr %block_table, i64 %110
+  %111 = zext nneg i32 %108 to i64
+  %112 = zext nneg i32 %range_len.i to i64
+  %wide.trip.count741.i = zext nneg i32 %109 to i64
   br label %for_begin_step.i
 
-for_begin_r.preheader.i:                          ; preds = %for_end_r.i, %if_end2.i
-  %indvars.iv634.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next635.i, %for_end_r.i ]
-  %107 = shl nuw nsw i64 %indvars.iv634.i, 2
-  %.idx58 = shl nuw nsw i64 %indvars.iv634.i, 11
-  %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx58
-  br label %for_begin_d_0.preheader.i
-
-for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %for_begin_r.preheader.i
-  %indvars.iv630.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next631.i, %for_end_d_0.i ]
-  %108 = add nuw nsw i64 %indvars.iv630.i, %107
-  %109 = mul nsw i64 %108, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %101, i64 %109
-  %.idx = shl nuw nsw i64 %indvars.iv630.i, 9
+for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.preheader.i, %for_begin_ax1.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_ax1.preheader.i ], [ %indvars.iv.next.i, %for_begin_ax2.preheader.i ]
+  %113 = add nuw nsw i64 %indvars.iv.i, %104
+  %114 = mul nsw i64 %113, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %103, i64 %114
+  %115 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !5
+  %116 = zext <32 x i16> %115 to <32 x i32>
+  %117 = shl nuw <32 x i32> %116, splat (i32 16)
+  %118 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %.idx = shl nuw nsw i64 %indvars.iv.i, 9
   %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx
-  br label %for_begin_d_2.preheader.i
-
-for_end_r.i:                                      ; preds = %for_end_d_0.i
-  %indvars.iv.next635.i = add nuw nsw i64 %indvars.iv634.i, 1
-  %exitcond637.not.i = icmp eq i64 %indvars.iv.next635.i, 8
-  br i1 %exitcond637.not.i, label %for_begin_step.preheader.i, label %for_begin_r.preheader.i, !prof !17
-
-for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_d_0.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next.i, %for_begin_d_2.preheader.i ]
-  %110 = shl nuw nsw i64 %indvars.iv.i, 5
-  %gep.i = getelementptr i16, ptr %invariant.gep.i, i64 %110
-  %111 = load i16, ptr %gep.i, align 2, !tbaa !5
-  %112 = getelementptr i8, ptr %gep.i, i64 4
-  %113 = load i16, ptr %112, align 2, !tbaa !5
-  %114 = getelementptr i8, ptr %gep.i, i64 8
-  %115 = load i16, ptr %114, align 2, !tbaa !5
-  %116 = getelementptr i8, ptr %gep.i, i64 12
-  %117 = load i16, ptr %116, align 2, !tbaa !5
-  %118 = getelementptr i8, ptr %gep.i, i64 16
-  %119 = load i16, ptr %118, align 2, !tbaa !5
-  %120 = getelementptr i8, ptr %gep.i, i64 20
-  %121 = load i16, ptr %120, align 2, !tbaa !5
-  %122 = getelementptr i8, ptr %gep.i, i64 24
-  %123 = load i16, ptr %122, align 2, !tbaa !5
-  %124 = getelementptr i8, ptr %gep.i, i64 28
-  %125 = load i16, ptr %124, align 2, !tbaa !5
-  %126 = getelementptr i8, ptr %gep.i, i64 32
-  %127 = load i16, ptr %126, align 2, !tbaa !5
-  %128 = getelementptr i8, ptr %gep.i, i64 36
-  %129 = load i16, ptr %128, align 2, !tbaa !5
-  %130 = getelementptr i8, ptr %gep.i, i64 40
-  %131 = load i16, ptr %130, align 2, !tbaa !5
-  %132 = getelementptr i8, ptr %gep.i, i64 44
-  %133 = load i16, ptr %132, align 2, !tbaa !5
-  %134 = getelementptr i8, ptr %gep.i, i64 48
-  %135 = load i16, ptr %134, align 2, !tbaa !5
-  %136 = getelementptr i8, ptr %gep.i, i64 52
-  %137 = load i16, ptr %136, align 2, !tbaa !5
-  %138 = getelementptr i8, ptr %gep.i, i64 56
-  %139 = load i16, ptr %138, align 2, !tbaa !5
-  %140 = getelementptr i8, ptr %gep.i, i64 60
-  %141 = load i16, ptr %140, align 2, !tbaa !5
-  %142 = insertelement <16 x i16> <i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef>, i16 %111, i64 0
-  %143 = insertelement <16 x i16> %142, i16 %113, i64 1
-  %144 = insertelement <16 x i16> %143, i16 %115, i64 2
-  %145 = insertelement <16 x i16> %144, i16 %117, i64 3
-  %146 = insertelement <16 x i16> %145, i16 %119, i64 4
-  %147 = insertelement <16 x i16> %146, i16 %121, i64 5
-  %148 = insertelement <16 x i16> %147, i16 %123, i64 6
-  %149 = insertelement <16 x i16> %148, i16 %125, i64 7
-  %150 = insertelement <16 x i16> %149, i16 %127, i64 8
-  %151 = insertelement <16 x i16> %150, i16 %129, i64 9
-  %152 = insertelement <16 x i16> %151, i16 %131, i64 10
-  %153 = insertelement <16 x i16> %152, i16 %133, i64 11
-  %154 = insertelement <16 x i16> %153, i16 %135, i64 12
-  %155 = insertelement <16 x i16> %154, i16 %137, i64 13
-  %156 = insertelement <16 x i16> %155, i16 %139, i64 14
-  %157 = insertelement <16 x i16> %156, i16 %141, i64 15
-  %158 = zext <16 x i16> %157 to <16 x i32>
-  %159 = shl nuw <16 x i32> %158, splat (i32 16)
-  %160 = getelementptr inbounds nuw float, ptr %gep, i64 %110
-  store <16 x i32> %159, ptr %160, align 4, !tbaa !5
-  %161 = getelementptr i8, ptr %gep.i, i64 2
-  %162 = load i16, ptr %161, align 2, !tbaa !5
-  %163 = getelementptr i8, ptr %gep.i, i64 6
-  %164 = load i16, ptr %163, align 2, !tbaa !5
-  %165 = getelementptr i8, ptr %gep.i, i64 10
-  %166 = load i16, ptr %165, align 2, !tbaa !5
-  %167 = getelementptr i8, ptr %gep.i, i64 14
-  %168 = load i16, ptr %167, align 2, !tbaa !5
-  %169 = getelementptr i8, ptr %gep.i, i64 18
-  %170 = load i16, ptr %169, align 2, !tbaa !5
-  %171 = getelementptr i8, ptr %gep.i, i64 22
-  %172 = load i16, ptr %171, align 2, !tbaa !5
-  %173 = getelementptr i8, ptr %gep.i, i64 26
-  %174 = load i16, ptr %173, align 2, !tbaa !5
-  %175 = getelementptr i8, ptr %gep.i, i64 30
-  %176 = load i16, ptr %175, align 2, !tbaa !5
-  %177 = getelementptr i8, ptr %gep.i, i64 34
-  %178 = load i16, ptr %177, align 2, !tbaa !5
-  %179 = getelementptr i8, ptr %gep.i, i64 38
-  %180 = load i16, ptr %179, align 2, !tbaa !5
-  %181 = getelementptr i8, ptr %gep.i, i64 42
-  %182 = load i16, ptr %181, align 2, !tbaa !5
-  %183 = getelementptr i8, ptr %gep.i, i64 46
-  %184 = load i16, ptr %183, align 2, !tbaa !5
-  %185 = getelementptr i8, ptr %gep.i, i64 50
-  %186 = load i16, ptr %185, align 2, !tbaa !5
-  %187 = getelementptr i8, ptr %gep.i, i64 54
-  %188 = load i16, ptr %187, align 2, !tbaa !5
-  %189 = getelementptr i8, ptr %gep.i, i64 58
-  %190 = load i16, ptr %189, align 2, !tbaa !5
-  %191 = getelementptr i8, ptr %gep.i, i64 62
-  %192 = load i16, ptr %191, align 2, !tbaa !5
-  %193 = insertelement <16 x i16> <i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 poison, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef, i16 undef>, i16 %162, i64 0
-  %194 = insertelement <16 x i16> %193, i16 %164, i64 1
-  %195 = insertelement <16 x i16> %194, i16 %166, i64 2
-  %196 = insertelement <16 x i16> %195, i16 %168, i64 3
-  %197 = insertelement <16 x i16> %196, i16 %170, i64 4
-  %198 = insertelement <16 x i16> %197, i16 %172, i64 5
-  %199 = insertelement <16 x i16> %198, i16 %174, i64 6
-  %200 = insertelement <16 x i16> %199, i16 %176, i64 7
-  %201 = insertelement <16 x i16> %200, i16 %178, i64 8
-  %202 = insertelement <16 x i16> %201, i16 %180, i64 9
-  %203 = insertelement <16 x i16> %202, i16 %182, i64 10
-  %204 = insertelement <16 x i16> %203, i16 %184, i64 11
-  %205 = insertelement <16 x i16> %204, i16 %186, i64 12
-  %206 = insertelement <16 x i16> %205, i16 %188, i64 13
-  %207 = insertelement <16 x i16> %206, i16 %190, i64 14
-  %208 = insertelement <16 x i16> %207, i16 %192, i64 15
-  %209 = zext <16 x i16> %208 to <16 x i32>
-  %210 = shl nuw <16 x i32> %209, splat (i32 16)
-  %211 = getelementptr inbounds nuw i8, ptr %160, i64 64
-  store <16 x i32> %210, ptr %211, align 4, !tbaa !5
+  store <4 x i32> %118, ptr %gep, align 4, !tbaa !5
+  %119 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %120 = getelementptr inbounds nuw i8, ptr %gep, i64 64
+  store <4 x i32> %119, ptr %120, align 4, !tbaa !5
+  %121 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %122 = getelementptr inbounds nuw i8, ptr %gep, i64 16
+  store <4 x i32> %121, ptr %122, align 4, !tbaa !5
+  %123 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %124 = getelementptr inbounds nuw i8, ptr %gep, i64 80
+  store <4 x i32> %123, ptr %124, align 4, !tbaa !5
+  %125 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %126 = getelementptr inbounds nuw i8, ptr %gep, i64 32
+  store <4 x i32> %125, ptr %126, align 4, !tbaa !5
+  %127 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %128 = getelementptr inbounds nuw i8, ptr %gep, i64 96
+  store <4 x i32> %127, ptr %128, align 4, !tbaa !5
+  %129 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %130 = getelementptr inbounds nuw i8, ptr %gep, i64 48
+  store <4 x i32> %129, ptr %130, align 4, !tbaa !5
+  %131 = shufflevector <32 x i32> %117, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %132 = getelementptr inbounds nuw i8, ptr %gep, i64 112
+  store <4 x i32> %131, ptr %132, align 4, !tbaa !5
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  %133 = load <32 x i16>, ptr %gep.1.i, align 2, !tbaa !5
+  %134 = zext <32 x i16> %133 to <32 x i32>
+  %135 = shl nuw <32 x i32> %134, splat (i32 16)
+  %136 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %137 = getelementptr inbounds nuw i8, ptr %gep, i64 128
+  store <4 x i32> %136, ptr %137, align 4, !tbaa !5
+  %138 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %139 = getelementptr inbounds nuw i8, ptr %gep, i64 192
+  store <4 x i32> %138, ptr %139, align 4, !tbaa !5
+  %140 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %141 = getelementptr inbounds nuw i8, ptr %gep, i64 144
+  store <4 x i32> %140, ptr %141, align 4, !tbaa !5
+  %142 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %143 = getelementptr inbounds nuw i8, ptr %gep, i64 208
+  store <4 x i32> %142, ptr %143, align 4, !tbaa !5
+  %144 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %145 = getelementptr inbounds nuw i8, ptr %gep, i64 160
+  store <4 x i32> %144, ptr %145, align 4, !tbaa !5
+  %146 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %147 = getelementptr inbounds nuw i8, ptr %gep, i64 224
+  store <4 x i32> %146, ptr %147, align 4, !tbaa !5
+  %148 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %149 = getelementptr inbounds nuw i8, ptr %gep, i64 176
+  store <4 x i32> %148, ptr %149, align 4, !tbaa !5
+  %150 = shufflevector <32 x i32> %135, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %151 = getelementptr inbounds nuw i8, ptr %gep, i64 240
+  store <4 x i32> %150, ptr %151, align 4, !tbaa !5
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  %152 = load <32 x i16>, ptr %gep.2.i, align 2, !tbaa !5
+  %153 = zext <32 x i16> %152 to <32 x i32>
+  %154 = shl nuw <32 x i32> %153, splat (i32 16)
+  %155 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %156 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  store <4 x i32> %155, ptr %156, align 4, !tbaa !5
+  %157 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %158 = getelementptr inbounds nuw i8, ptr %gep, i64 320
+  store <4 x i32> %157, ptr %158, align 4, !tbaa !5
+  %159 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %160 = getelementptr inbounds nuw i8, ptr %gep, i64 272
+  store <4 x i32> %159, ptr %160, align 4, !tbaa !5
+  %161 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %162 = getelementptr inbounds nuw i8, ptr %gep, i64 336
+  store <4 x i32> %161, ptr %162, align 4, !tbaa !5
+  %163 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %164 = getelementptr inbounds nuw i8, ptr %gep, i64 288
+  store <4 x i32> %163, ptr %164, align 4, !tbaa !5
+  %165 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %166 = getelementptr inbounds nuw i8, ptr %gep, i64 352
+  store <4 x i32> %165, ptr %166, align 4, !tbaa !5
+  %167 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %168 = getelementptr inbounds nuw i8, ptr %gep, i64 304
+  store <4 x i32> %167, ptr %168, align 4, !tbaa !5
+  %169 = shufflevector <32 x i32> %154, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %170 = getelementptr inbounds nuw i8, ptr %gep, i64 368
+  store <4 x i32> %169, ptr %170, align 4, !tbaa !5
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  %171 = load <32 x i16>, ptr %gep.3.i, align 2, !tbaa !5
+  %172 = zext <32 x i16> %171 to <32 x i32>
+  %173 = shl nuw <32 x i32> %172, splat (i32 16)
+  %174 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %175 = getelementptr inbounds nuw i8, ptr %gep, i64 384
+  store <4 x i32> %174, ptr %175, align 4, !tbaa !5
+  %176 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %177 = getelementptr inbounds nuw i8, ptr %gep, i64 448
+  store <4 x i32> %176, ptr %177, align 4, !tbaa !5
+  %178 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %179 = getelementptr inbounds nuw i8, ptr %gep, i64 400
+  store <4 x i32> %178, ptr %179, align 4, !tbaa !5
+  %180 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %181 = getelementptr inbounds nuw i8, ptr %gep, i64 464
+  store <4 x i32> %180, ptr %181, align 4, !tbaa !5
+  %182 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %183 = getelementptr inbounds nuw i8, ptr %gep, i64 416
+  store <4 x i32> %182, ptr %183, align 4, !tbaa !5
+  %184 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %185 = getelementptr inbounds nuw i8, ptr %gep, i64 480
+  store <4 x i32> %184, ptr %185, align 4, !tbaa !5
+  %186 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %187 = getelementptr inbounds nuw i8, ptr %gep, i64 432
+  store <4 x i32> %186, ptr %187, align 4, !tbaa !5
+  %188 = shufflevector <32 x i32> %173, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %189 = getelementptr inbounds nuw i8, ptr %gep, i64 496
+  store <4 x i32> %188, ptr %189, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
-  br i1 %exitcond.not.i, label %for_end_d_0.i, label %for_begin_d_2.preheader.i, !prof !17
+  br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !17
 
-for_end_d_0.i:                                    ; preds = %for_begin_d_2.preheader.i
-  %indvars.iv.next631.i = add nuw nsw i64 %indvars.iv630.i, 1
-  %exitcond633.not.i = icmp eq i64 %indvars.iv.next631.i, 4
-  br i1 %exitcond633.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
+for_end_ax1.i:                                    ; preds = %for_begin_ax2.preheader.i
+  %indvars.iv.next619.i = add nuw nsw i64 %indvars.iv618.i, 1
+  %exitcond621.not.i = icmp eq i64 %indvars.iv.next619.i, 8
+  br i1 %exitcond621.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !17
 
-for_begin_step.i:                                 ; preds = %if_end172.i, %for_begin_step.preheader.i
-  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end172.i ], [ %range_len.i, %for_begin_step.preheader.i ]
-  %indvars.iv827.i = phi i64 [ %indvars.iv.next828.i, %if_end172.i ], [ 0, %for_begin_step.preheader.i ]
+for_begin_step.i:                                 ; preds = %if_end167.i, %for_end_tile.i
+  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end167.i ], [ %range_len.i, %for_end_tile.i ]
+  %indvars.iv738.i = phi i64 [ %indvars.iv.next739.i, %if_end167.i ], [ 0, %for_end_tile.i ]
   %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %212 = and i32 %smin, 15
-  %213 = zext nneg i32 %212 to i64
-  %exitcond834.not.i = icmp eq i64 %indvars.iv827.i, %wide.trip.count833.i
-  br i1 %exitcond834.not.i, label %for_end_step.i, label %for_body_step.i, !prof !18
+  %190 = and i32 %smin, 15
+  %191 = zext nneg i32 %190 to i64
+  %exitcond742.not.i = icmp eq i64 %indvars.iv738.i, %wide.trip.count741.i
+  br i1 %exitcond742.not.i, label %for_begin_tile172.preheader.i, label %for_body_step.i, !prof !18
+
+for_begin_tile172.preheader.i:                    ; preds = %for_begin_step.i
+  %192 = add nuw nsw i64 %indvars.iv778.i, %94
+  %193 = shl nuw nsw i64 %192, 5
+  %.idx.i = shl nuw nsw i64 %192, 14
+  %194 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
+  %195 = mul nsw i64 %99, %out_batch
+  %196 = getelementptr i16, ptr %out, i64 %195
+  %197 = mul nsw i64 %99, %lse_batch
+  %198 = getelementptr float, ptr %lse, i64 %197
+  br i1 %.not, label %for_body_tile173.i, label %for_body_tile173.us.i
+
+for_body_tile173.us.i:                            ; preds = %if_end197.us.3.i, %for_begin_tile172.preheader.i
+  %indvars.iv774.i = phi i64 [ %indvars.iv.next775.i, %if_end197.us.3.i ], [ 0, %for_begin_tile172.preheader.i ]
+  %199 = shl nuw nsw i64 %indvars.iv774.i, 2
+  %200 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %199
+  %total.us.i = load <4 x float>, ptr %200, align 16, !tbaa !19
+  %201 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
+  %202 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
+  %203 = select <4 x i1> %202, <4 x float> zeroinitializer, <4 x float> %201
+  %204 = shufflevector <4 x float> %203, <4 x float> poison, <32 x i32> zeroinitializer
+  %205 = mul nsw i64 %199, %out_head
+  %invariant.gep576.us.i = getelementptr i16, ptr %196, i64 %205
+  %.idx61 = shl nuw nsw i64 %indvars.iv774.i, 11
+  %206 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx61
+  %207 = load <32 x float>, ptr %206, align 4, !tbaa !5
+  %208 = fmul <32 x float> %207, %204
+  %209 = bitcast <32 x float> %208 to <32 x i32>
+  %210 = lshr <32 x i32> %209, splat (i32 16)
+  %211 = and <32 x i32> %210, splat (i32 1)
+  %212 = add nuw <32 x i32> %209, splat (i32 32767)
+  %213 = add nuw <32 x i32> %212, %211
+  %214 = lshr <32 x i32> %213, splat (i32 16)
+  %215 = trunc nuw <32 x i32> %214 to <32 x i16>
+  store <32 x i16> %215, ptr %invariant.gep576.us.i, align 2, !tbaa !5
+  %216 = getelementptr inbounds nuw i8, ptr %206, i64 128
+  %217 = load <32 x float>, ptr %216, align 4, !tbaa !5
+  %218 = fmul <32 x float> %217, %204
+  %219 = bitcast <32 x float> %218 to <32 x i32>
+  %220 = lshr <32 x i32> %219, splat (i32 16)
+  %221 = and <32 x i32> %220, splat (i32 1)
+  %222 = add nuw <32 x i32> %219, splat (i32 32767)
+  %223 = add nuw <32 x i32> %222, %221
+  %224 = lshr <32 x i32> %223, splat (i32 16)
+  %225 = trunc nuw <32 x i32> %224 to <32 x i16>
+  %gep577.us.1.i = getelementptr i8, ptr %invariant.gep576.us.i, i64 64
+  store <32 x i16> %225, ptr %gep577.us.1.i, align 2, !tbaa !5
+  %226 = getelementptr inbounds nuw i8, ptr %206, i64 256
+  %227 = load <32 x float>, ptr %226, align 4, !tbaa !5
+  %228 = fmul <32 x float> %204, %227
+  %229 = bitcast <32 x float> %228 to <32 x i32>
+  %230 = lshr <32 x i32> %229, splat (i32 16)
+  %231 = and <32 x i32> %230, splat (i32 1)
+  %232 = add nuw <32 x i32> %229, splat (i32 32767)
+  %233 = add nuw <32 x i32> %232, %231
+  %234 = lshr <32 x i32> %233, splat (i32 16)
+  %235 = trunc nuw <32 x i32> %234 to <32 x i16>
+  %gep577.us.2.i = getelementptr i8, ptr %invariant.gep576.us.i, i64 128
+  store <32 x i16> %235, ptr %gep577.us.2.i, align 2, !tbaa !5
+  %236 = getelementptr inbounds nuw i8, ptr %206, i64 384
+  %237 = load <32 x float>, ptr %236, align 4, !tbaa !5
+  %238 = fmul <32 x float> %204, %237
+  %239 = bitcast <32 x float> %238 to <32 x i32>
+  %240 = lshr <32 x i32> %239, splat (i32 16)
+  %241 = and <32 x i32> %240, splat (i32 1)
+  %242 = add nuw <32 x i32> %239, splat (i32 32767)
+  %243 = add nuw <32 x i32> %242, %241
+  %244 = lshr <32 x i32> %243, splat (i32 16)
+  %245 = trunc nuw <32 x i32> %244 to <32 x i16>
+  %gep577.us.3.i = getelementptr i8, ptr %invariant.gep576.us.i, i64 192
+  store <32 x i16> %245, ptr %gep577.us.3.i, align 2, !tbaa !5
+  %246 = shufflevector <4 x float> %203, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %247 = or disjoint i64 %199, 1
+  %248 = mul nsw i64 %247, %out_head
+  %invariant.gep576.us.1.i = getelementptr i16, ptr %196, i64 %248
+  %249 = getelementptr inbounds nuw i8, ptr %206, i64 512
+  %250 = load <32 x float>, ptr %249, align 4, !tbaa !5
+  %251 = fmul <32 x float> %246, %250
+  %252 = bitcast <32 x float> %251 to <32 x i32>
+  %253 = lshr <32 x i32> %252, splat (i32 16)
+  %254 = and <32 x i32> %253, splat (i32 1)
+  %255 = add nuw <32 x i32> %252, splat (i32 32767)
+  %256 = add nuw <32 x i32> %255, %254
+  %257 = lshr <32 x i32> %256, splat (i32 16)
+  %258 = trunc nuw <32 x i32> %257 to <32 x i16>
+  store <32 x i16> %258, ptr %invariant.gep576.us.1.i, align 2, !tbaa !5
+  %259 = getelementptr inbounds nuw i8, ptr %206, i64 640
+  %260 = load <32 x float>, ptr %259, align 4, !tbaa !5
+  %261 = fmul <32 x float> %246, %260
+  %262 = bitcast <32 x float> %261 to <32 x i32>
+  %263 = lshr <32 x i32> %262, splat (i32 16)
+  %264 = and <32 x i32> %263, splat (i32 1)
+  %265 = add nuw <32 x i32> %262, splat (i32 32767)
+  %266 = add nuw <32 x i32> %265, %264
+  %267 = lshr <32 x i32> %266, splat (i32 16)
+  %268 = trunc nuw <32 x i32> %267 to <32 x i16>
+  %gep577.us.1.1.i = getelementptr i8, ptr %invariant.gep576.us.1.i, i64 64
+  store <32 x i16> %268, ptr %gep577.us.1.1.i, align 2, !tbaa !5
+  %269 = getelementptr inbounds nuw i8, ptr %206, i64 768
+  %270 = load <32 x float>, ptr %269, align 4, !tbaa !5
+  %271 = fmul <32 x float> %246, %270
+  %272 = bitcast <32 x float> %271 to <32 x i32>
+  %273 = lshr <32 x i32> %272, splat (i32 16)
+  %274 = and <32 x i32> %273, splat (i32 1)
+  %275 = add nuw <32 x i32> %272, splat (i32 32767)
+  %276 = add nuw <32 x i32> %275, %274
+  %277 = lshr <32 x i32> %276, splat (i32 16)
+  %278 = trunc nuw <32 x i32> %277 to <32 x i16>
+  %gep577.us.2.1.i = getelementptr i8, ptr %invariant.gep576.us.1.i, i64 128
+  store <32 x i16> %278, ptr %gep577.us.2.1.i, align 2, !tbaa !5
+  %279 = getelementptr inbounds nuw i8, ptr %206, i64 896
+  %280 = load <32 x float>, ptr %279, align 4, !tbaa !5
+  %281 = fmul <32 x float> %246, %280
+  %282 = bitcast <32 x float> %281 to <32 x i32>
+  %283 = lshr <32 x i32> %282, splat (i32 16)
+  %284 = and <32 x i32> %283, splat (i32 1)
+  %285 = add nuw <32 x i32> %282, splat (i32 32767)
+  %286 = add nuw <32 x i32> %285, %284
+  %287 = lshr <32 x i32> %286, splat (i32 16)
+  %288 = trunc nuw <32 x i32> %287 to <32 x i16>
+  %gep577.us.3.1.i = getelementptr i8, ptr %invariant.gep576.us.1.i, i64 192
+  store <32 x i16> %288, ptr %gep577.us.3.1.i, align 2, !tbaa !5
+  %289 = shufflevector <4 x float> %203, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %290 = or disjoint i64 %199, 2
+  %291 = mul nsw i64 %290, %out_head
+  %invariant.gep576.us.2.i = getelementptr i16, ptr %196, i64 %291
+  %292 = getelementptr inbounds nuw i8, ptr %206, i64 1024
+  %293 = load <32 x float>, ptr %292, align 4, !tbaa !5
+  %294 = fmul <32 x float> %289, %293
+  %295 = bitcast <32 x float> %294 to <32 x i32>
+  %296 = lshr <32 x i32> %295, splat (i32 16)
+  %297 = and <32 x i32> %296, splat (i32 1)
+  %298 = add nuw <32 x i32> %295, splat (i32 32767)
+  %299 = add nuw <32 x i32> %298, %297
+  %300 = lshr <32 x i32> %299, splat (i32 16)
+  %301 = trunc nuw <32 x i32> %300 to <32 x i16>
+  store <32 x i16> %301, ptr %invariant.gep576.us.2.i, align 2, !tbaa !5
+  %302 = getelementptr inbounds nuw i8, ptr %206, i64 1152
+  %303 = load <32 x float>, ptr %302, align 4, !tbaa !5
+  %304 = fmul <32 x float> %289, %303
+  %305 = bitcast <32 x float> %304 to <32 x i32>
+  %306 = lshr <32 x i32> %305, splat (i32 16)
+  %307 = and <32 x i32> %306, splat (i32 1)
+  %308 = add nuw <32 x i32> %305, splat (i32 32767)
+  %309 = add nuw <32 x i32> %308, %307
+  %310 = lshr <32 x i32> %309, splat (i32 16)
+  %311 = trunc nuw <32 x i32> %310 to <32 x i16>
+  %gep577.us.1.2.i = getelementptr i8, ptr %invariant.gep576.us.2.i, i64 64
+  store <32 x i16> %311, ptr %gep577.us.1.2.i, align 2, !tbaa !5
+  %312 = getelementptr inbounds nuw i8, ptr %206, i64 1280
+  %313 = load <32 x float>, ptr %312, align 4, !tbaa !5
+  %314 = fmul <32 x float> %289, %313
+  %315 = bitcast <32 x float> %314 to <32 x i32>
+  %316 = lshr <32 x i32> %315, splat (i32 16)
+  %317 = and <32 x i32> %316, splat (i32 1)
+  %318 = add nuw <32 x i32> %315, splat (i32 32767)
+  %319 = add nuw <32 x i32> %318, %317
+  %320 = lshr <32 x i32> %319, splat (i32 16)
+  %321 = trunc nuw <32 x i32> %320 to <32 x i16>
+  %gep577.us.2.2.i = getelementptr i8, ptr %invariant.gep576.us.2.i, i64 128
+  store <32 x i16> %321, ptr %gep577.us.2.2.i, align 2, !tbaa !5
+  %322 = getelementptr inbounds nuw i8, ptr %206, i64 1408
+  %323 = load <32 x float>, ptr %322, align 4, !tbaa !5
+  %324 = fmul <32 x float> %289, %323
+  %325 = bitcast <32 x float> %324 to <32 x i32>
+  %326 = lshr <32 x i32> %325, splat (i32 16)
+  %327 = and <32 x i32> %326, splat (i32 1)
+  %328 = add nuw <32 x i32> %325, splat (i32 32767)
+  %329 = add nuw <32 x i32> %328, %327
+  %330 = lshr <32 x i32> %329, splat (i32 16)
+  %331 = trunc nuw <32 x i32> %330 to <32 x i16>
+  %gep577.us.3.2.i = getelementptr i8, ptr %invariant.gep576.us.2.i, i64 192
+  store <32 x i16> %331, ptr %gep577.us.3.2.i, align 2, !tbaa !5
+  %332 = shufflevector <4 x float> %203, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %333 = or disjoint i64 %199, 3
+  %334 = mul nsw i64 %333, %out_head
+  %invariant.gep576.us.3.i = getelementptr i16, ptr %196, i64 %334
+  %335 = getelementptr inbounds nuw i8, ptr %206, i64 1536
+  %336 = load <32 x float>, ptr %335, align 4, !tbaa !5
+  %337 = fmul <32 x float> %332, %336
+  %338 = bitcast <32 x float> %337 to <32 x i32>
+  %339 = lshr <32 x i32> %338, splat (i32 16)
+  %340 = and <32 x i32> %339, splat (i32 1)
+  %341 = add nuw <32 x i32> %338, splat (i32 32767)
+  %342 = add nuw <32 x i32> %341, %340
+  %343 = lshr <32 x i32> %342, splat (i32 16)
+  %344 = trunc nuw <32 x i32> %343 to <32 x i16>
+  store <32 x i16> %344, ptr %invariant.gep576.us.3.i, align 2, !tbaa !5
+  %345 = getelementptr inbounds nuw i8, ptr %206, i64 1664
+  %346 = load <32 x float>, ptr %345, align 4, !tbaa !5
+  %347 = fmul <32 x float> %332, %346
+  %348 = bitcast <32 x float> %347 to <32 x i32>
+  %349 = lshr <32 x i32> %348, splat (i32 16)
+  %350 = and <32 x i32> %349, splat (i32 1)
+  %351 = add nuw <32 x i32> %348, splat (i32 32767)
+  %352 = add nuw <32 x i32> %351, %350
+  %353 = lshr <32 x i32> %352, splat (i32 16)
+  %354 = trunc nuw <32 x i32> %353 to <32 x i16>
+  %gep577.us.1.3.i = getelementptr i8, ptr %invariant.gep576.us.3.i, i64 64
+  store <32 x i16> %354, ptr %gep577.us.1.3.i, align 2, !tbaa !5
+  %355 = getelementptr inbounds nuw i8, ptr %206, i64 1792
+  %356 = load <32 x float>, ptr %355, align 4, !tbaa !5
+  %357 = fmul <32 x float> %332, %356
+  %358 = bitcast <32 x float> %357 to <32 x i32>
+  %359 = lshr <32 x i32> %358, splat (i32 16)
+  %360 = and <32 x i32> %359, splat (i32 1)
+  %361 = add nuw <32 x i32> %358, splat (i32 32767)
+  %362 = add nuw <32 x i32> %361, %360
+  %363 = lshr <32 x i32> %362, splat (i32 16)
+  %364 = trunc nuw <32 x i32> %363 to <32 x i16>
+  %gep577.us.2.3.i = getelementptr i8, ptr %invariant.gep576.us.3.i, i64 128
+  store <32 x i16> %364, ptr %gep577.us.2.3.i, align 2, !tbaa !5
+  %365 = getelementptr inbounds nuw i8, ptr %206, i64 1920
+  %366 = load <32 x float>, ptr %365, align 4, !tbaa !5
+  %367 = fmul <32 x float> %332, %366
+  %368 = bitcast <32 x float> %367 to <32 x i32>
+  %369 = lshr <32 x i32> %368, splat (i32 16)
+  %370 = and <32 x i32> %369, splat (i32 1)
+  %371 = add nuw <32 x i32> %368, splat (i32 32767)
+  %372 = add nuw <32 x i32> %371, %370
+  %373 = lshr <32 x i32> %372, splat (i32 16)
+  %374 = trunc nuw <32 x i32> %373 to <32 x i16>
+  %gep577.us.3.3.i = getelementptr i8, ptr %invariant.gep576.us.3.i, i64 192
+  store <32 x i16> %374, ptr %gep577.us.3.3.i, align 2, !tbaa !5
+  %375 = getelementptr float, ptr %198, i64 %199
+  %376 = load float, ptr %200, align 16, !tbaa !19
+  %377 = fcmp oeq float %376, 0.000000e+00
+  br i1 %377, label %if_end197.us.i, label %if_else196.us.i
+
+if_else196.us.i:                                  ; preds = %for_body_tile173.us.i
+  %378 = tail call float @llvm.log.f32(float %376)
+  %379 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %199
+  %380 = load float, ptr %379, align 16, !tbaa !21
+  %381 = fadd float %378, %380
+  br label %if_end197.us.i
+
+if_end197.us.i:                                   ; preds = %if_else196.us.i, %for_body_tile173.us.i
+  %382 = phi float [ %381, %if_else196.us.i ], [ 0xFFF0000000000000, %for_body_tile173.us.i ]
+  store float %382, ptr %375, align 4, !tbaa !5
+  %383 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %247
+  %384 = load float, ptr %383, align 4, !tbaa !19
+  %385 = fcmp oeq float %384, 0.000000e+00
+  br i1 %385, label %if_end197.us.1.i, label %if_else196.us.1.i
+
+if_else196.us.1.i:                                ; preds = %if_end197.us.i
+  %386 = tail call float @llvm.log.f32(float %384)
+  %387 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %247
+  %388 = load float, ptr %387, align 4, !tbaa !21
+  %389 = fadd float %386, %388
+  br label %if_end197.us.1.i
+
+if_end197.us.1.i:                                 ; preds = %if_else196.us.1.i, %if_end197.us.i
+  %390 = phi float [ %389, %if_else196.us.1.i ], [ 0xFFF0000000000000, %if_end197.us.i ]
+  %391 = getelementptr i8, ptr %375, i64 4
+  store float %390, ptr %391, align 4, !tbaa !5
+  %392 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %290
+  %393 = load float, ptr %392, align 8, !tbaa !19
+  %394 = fcmp oeq float %393, 0.000000e+00
+  br i1 %394, label %if_end197.us.2.i, label %if_else196.us.2.i
+
+if_else196.us.2.i:                                ; preds = %if_end197.us.1.i
+  %395 = tail call float @llvm.log.f32(float %393)
+  %396 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %290
+  %397 = load float, ptr %396, align 8, !tbaa !21
+  %398 = fadd float %395, %397
+  br label %if_end197.us.2.i
+
+if_end197.us.2.i:                                 ; preds = %if_else196.us.2.i, %if_end197.us.1.i
+  %399 = phi float [ %398, %if_else196.us.2.i ], [ 0xFFF0000000000000, %if_end197.us.1.i ]
+  %400 = getelementptr i8, ptr %375, i64 8
+  store float %399, ptr %400, align 4, !tbaa !5
+  %401 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %333
+  %402 = load float, ptr %401, align 4, !tbaa !19
+  %403 = fcmp oeq float %402, 0.000000e+00
+  br i1 %403, label %if_end197.us.3.i, label %if_else196.us.3.i
+
+if_else196.us.3.i:                                ; preds = %if_end197.us.2.i
+  %404 = tail call float @llvm.log.f32(float %402)
+  %405 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %333
+  %406 = load float, ptr %405, align 4, !tbaa !21
+  %407 = fadd float %404, %406
+  br label %if_end197.us.3.i
+
+if_end197.us.3.i:                                 ; preds = %if_else196.us.3.i, %if_end197.us.2.i
+  %408 = phi float [ %407, %if_else196.us.3.i ], [ 0xFFF0000000000000, %if_end197.us.2.i ]
+  %409 = getelementptr i8, ptr %375, i64 12
+  store float %408, ptr %409, align 4, !tbaa !5
+  %indvars.iv.next775.i = add nuw nsw i64 %indvars.iv774.i, 1
+  %exitcond777.not.i = icmp eq i64 %indvars.iv.next775.i, 8
+  br i1 %exitcond777.not.i, label %for_end_tile174.i, label %for_body_tile173.us.i, !prof !17
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
-  %214 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %key_offsets.i = tail call ptr %214(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %215 = icmp eq ptr %key_offsets.i, null
-  br i1 %215, label %fused_decode_compute_.exit, label %if_end5.i, !prof !8
-
-for_end_step.i:                                   ; preds = %for_begin_step.i
-  br i1 %.not, label %for_begin_tile203.preheader.i, label %for_begin_tile180.preheader.i
-
-for_begin_tile203.preheader.i:                    ; preds = %for_end_step.i
-  %216 = add nuw nsw i64 %indvars.iv881.i, %cse_v22.i
-  %217 = shl nuw nsw i64 %216, 5
-  %.idx.i = shl nuw nsw i64 %216, 14
-  %218 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  br label %for_body_tile204.i
-
-for_begin_tile180.preheader.i:                    ; preds = %for_end_step.i
-  %219 = mul nsw i64 %cse_v24.i, %out_batch
-  %220 = getelementptr i16, ptr %out, i64 %219
-  %221 = mul nsw i64 %cse_v24.i, %lse_batch
-  %222 = getelementptr float, ptr %lse, i64 %221
-  br label %for_body_tile181.i
+  %410 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %key_offsets.i = tail call ptr %410(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %411 = icmp eq ptr %key_offsets.i, null
+  br i1 %411, label %fused_decode_compute_.exit, label %if_end5.i, !prof !8
 
 if_end5.i:                                        ; preds = %for_body_step.i
-  %223 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %value_offsets.i = tail call ptr %223(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %224 = icmp eq ptr %value_offsets.i, null
-  br i1 %224, label %fused_decode_compute_.exit, label %if_end8.i, !prof !8
+  %412 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %value_offsets.i = tail call ptr %412(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %413 = icmp eq ptr %value_offsets.i, null
+  br i1 %413, label %fused_decode_compute_.exit, label %if_end8.i, !prof !8
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %225 = shl nsw i64 %indvars.iv827.i, 7
-  %226 = add nuw nsw i64 %225, %93
-  %227 = sub nsw i64 %106, %225
-  %228 = trunc nsw i64 %227 to i32
-  %valid_len.i = tail call i32 @llvm.smin.i32(i32 %228, i32 128)
-  %229 = add nsw i32 %valid_len.i, 15
-  %num_groups.i = ashr i32 %229, 4
-  %indvars.iv.next828.i = add nuw nsw i64 %indvars.iv827.i, 1
-  %230 = and i32 %229, -16
-  %231 = icmp samesign ult i64 %indvars.iv.next828.i, %105
-  %num_offsets.i = select i1 %231, i32 256, i32 %230
-  %232 = icmp sgt i32 %num_offsets.i, 0
-  br i1 %232, label %for_body_t.preheader.i, label %for_begin_kv_head.preheader.i, !prof !3
+  %414 = shl nsw i64 %indvars.iv738.i, 7
+  %415 = sub nsw i64 %112, %414
+  %416 = trunc nsw i64 %415 to i32
+  %417 = tail call i32 @llvm.smin.i32(i32 %416, i32 128)
+  %418 = add nsw i32 %417, 15
+  %indvars.iv.next739.i = add nuw nsw i64 %indvars.iv738.i, 1
+  %419 = ashr i32 %418, 4
+  %420 = and i32 %418, -16
+  %421 = icmp samesign ult i64 %indvars.iv.next739.i, %111
+  %422 = select i1 %421, i32 256, i32 %420
+  %423 = icmp sgt i32 %422, 0
+  br i1 %423, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
 
-for_body_t.preheader.i:                           ; preds = %if_end8.i
-  %wide.trip.count.i = zext nneg i32 %num_offsets.i to i64
+for_body_t.lr.ph.i:                               ; preds = %if_end8.i
+  %424 = add nuw nsw i64 %414, %93
+  %wide.trip.count.i = zext nneg i32 %422 to i64
   br label %for_body_t.i
 
-for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.preheader.i
-  %indvars.iv638.i = phi i64 [ 0, %for_body_t.preheader.i ], [ %indvars.iv.next639.i.1, %for_body_t.i ]
-  %233 = add nuw nsw i64 %indvars.iv638.i, %226
-  %234 = trunc i64 %233 to i32
-  %token.i = tail call i32 @llvm.smin.i32(i32 %234, i32 %last_token.i)
-  %cse_v131.i = sext i32 %token.i to i64
-  %235 = ashr i64 %cse_v131.i, 4
-  %gep413.i = getelementptr i32, ptr %invariant.gep412.i, i64 %235
-  %236 = load i32, ptr %gep413.i, align 4, !tbaa !5
-  %block.i = sext i32 %236 to i64
-  %237 = and i64 %cse_v131.i, 15
-  %238 = mul nsw i64 %237, %k_row
-  %239 = mul nsw i64 %k_block, %block.i
-  %240 = add nsw i64 %238, %239
-  %241 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv638.i
-  store i64 %240, ptr %241, align 8, !tbaa !5
-  %indvars.iv.next639.i = or disjoint i64 %indvars.iv638.i, 1
-  %242 = add nuw nsw i64 %indvars.iv.next639.i, %226
-  %243 = trunc i64 %242 to i32
-  %token.i.1 = tail call i32 @llvm.smin.i32(i32 %243, i32 %last_token.i)
-  %cse_v131.i.1 = sext i32 %token.i.1 to i64
-  %244 = ashr i64 %cse_v131.i.1, 4
-  %gep413.i.1 = getelementptr i32, ptr %invariant.gep412.i, i64 %244
-  %245 = load i32, ptr %gep413.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %245 to i64
-  %246 = and i64 %cse_v131.i.1, 15
-  %247 = mul nsw i64 %246, %k_row
-  %248 = mul nsw i64 %k_block, %block.i.1
-  %249 = add nsw i64 %247, %248
-  %250 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next639.i
-  store i64 %249, ptr %250, align 8, !tbaa !5
-  %indvars.iv.next639.i.1 = add nuw nsw i64 %indvars.iv638.i, 2
-  %exitcond641.not.i.1 = icmp eq i64 %indvars.iv.next639.i.1, %wide.trip.count.i
-  br i1 %exitcond641.not.i.1, label %for_body_t11.i, label %for_body_t.i, !prof !13, !llvm.loop !19
+for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
+  %indvars.iv622.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next623.i.1, %for_body_t.i ]
+  %425 = add nuw nsw i64 %indvars.iv622.i, %424
+  %426 = trunc i64 %425 to i32
+  %427 = tail call i32 @llvm.smin.i32(i32 %426, i32 %.reass.i)
+  %428 = sext i32 %427 to i64
+  %429 = ashr i64 %428, 4
+  %gep405.i = getelementptr i32, ptr %invariant.gep404.i, i64 %429
+  %430 = load i32, ptr %gep405.i, align 4, !tbaa !5
+  %block.i = sext i32 %430 to i64
+  %431 = and i64 %428, 15
+  %432 = mul nsw i64 %431, %k_row
+  %433 = mul nsw i64 %k_block, %block.i
+  %434 = add nsw i64 %432, %433
+  %435 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv622.i
+  store i64 %434, ptr %435, align 8, !tbaa !5
+  %indvars.iv.next623.i = or disjoint i64 %indvars.iv622.i, 1
+  %436 = add nuw nsw i64 %indvars.iv.next623.i, %424
+  %437 = trunc i64 %436 to i32
+  %438 = tail call i32 @llvm.smin.i32(i32 %437, i32 %.reass.i)
+  %439 = sext i32 %438 to i64
+  %440 = ashr i64 %439, 4
+  %gep405.i.1 = getelementptr i32, ptr %invariant.gep404.i, i64 %440
+  %441 = load i32, ptr %gep405.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %441 to i64
+  %442 = and i64 %439, 15
+  %443 = mul nsw i64 %442, %k_row
+  %444 = mul nsw i64 %k_block, %block.i.1
+  %445 = add nsw i64 %443, %444
+  %446 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next623.i
+  store i64 %445, ptr %446, align 8, !tbaa !5
+  %indvars.iv.next623.i.1 = add nuw nsw i64 %indvars.iv622.i, 2
+  %exitcond625.not.i.1 = icmp eq i64 %indvars.iv.next623.i.1, %wide.trip.count.i
+  br i1 %exitcond625.not.i.1, label %for_body_t11.i, label %for_body_t.i, !prof !13, !llvm.loop !23
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
-  %251 = icmp sgt i32 %num_groups.i, 0
-  %252 = icmp sgt i64 %227, 0
-  %num_full.i = ashr i32 %valid_len.i, 4
-  %253 = icmp sgt i32 %num_full.i, 0
-  %254 = and i32 %valid_len.i, 15
-  %.not601.i = icmp eq i32 %254, 0
-  %cse_v134.i = and i32 %valid_len.i, -16
-  %255 = icmp eq i64 %indvars.iv827.i, 0
-  %256 = insertelement <4 x i1> poison, i1 %255, i64 0
-  %257 = shufflevector <4 x i1> %256, <4 x i1> poison, <4 x i32> zeroinitializer
-  %258 = zext i32 %num_full.i to i64
-  %259 = sext i32 %cse_v134.i to i64
-  %wide.trip.count668.i = zext i32 %num_groups.i to i64
-  %xtraiter = and i64 %wide.trip.count668.i, 3
-  %260 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter = and i64 %wide.trip.count668.i, 2147483644
+  %447 = icmp sgt i32 %419, 0
+  %448 = icmp sgt i64 %415, 0
+  %449 = ashr i32 %417, 4
+  %450 = icmp sgt i32 %449, 0
+  %451 = and i32 %417, 15
+  %.not588.i = icmp eq i32 %451, 0
+  %452 = and i32 %417, -16
+  %453 = icmp eq i64 %indvars.iv738.i, 0
+  %454 = insertelement <4 x i1> poison, i1 %453, i64 0
+  %455 = shufflevector <4 x i1> %454, <4 x i1> poison, <4 x i32> zeroinitializer
+  %456 = zext i32 %449 to i64
+  %457 = sext i32 %452 to i64
+  %wide.trip.count647.i = zext i32 %419 to i64
+  %xtraiter = and i64 %wide.trip.count647.i, 3
+  %458 = icmp ult i32 %419, 4
+  %unroll_iter = and i64 %wide.trip.count647.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod163 = icmp ne i64 %xtraiter, 0
-  %xtraiter164 = and i64 %wide.trip.count668.i, 3
-  %261 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter168 = and i64 %wide.trip.count668.i, 2147483644
-  %lcmp.mod166.not = icmp eq i64 %xtraiter164, 0
-  %lcmp.mod167 = icmp ne i64 %xtraiter164, 0
-  %xtraiter170 = and i64 %wide.trip.count668.i, 3
-  %262 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter174 = and i64 %wide.trip.count668.i, 2147483644
-  %lcmp.mod172.not = icmp eq i64 %xtraiter170, 0
-  %lcmp.mod173 = icmp ne i64 %xtraiter170, 0
-  %xtraiter176 = and i64 %wide.trip.count668.i, 3
-  %263 = icmp ult i32 %num_groups.i, 4
-  %unroll_iter180 = and i64 %wide.trip.count668.i, 2147483644
-  %lcmp.mod178.not = icmp eq i64 %xtraiter176, 0
-  %lcmp.mod179 = icmp ne i64 %xtraiter176, 0
-  %xtraiter182 = and i64 %wide.trip.count668.i, 7
-  %264 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter187 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod184.not = icmp eq i64 %xtraiter182, 0
-  %lcmp.mod186 = icmp ne i64 %xtraiter182, 0
-  %xtraiter189 = and i64 %wide.trip.count668.i, 7
-  %265 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter194 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod191.not = icmp eq i64 %xtraiter189, 0
-  %lcmp.mod193 = icmp ne i64 %xtraiter189, 0
-  %xtraiter196 = and i64 %wide.trip.count668.i, 7
-  %266 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter201 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod198.not = icmp eq i64 %xtraiter196, 0
-  %lcmp.mod200 = icmp ne i64 %xtraiter196, 0
-  %xtraiter203 = and i64 %wide.trip.count668.i, 7
-  %267 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter208 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod205.not = icmp eq i64 %xtraiter203, 0
-  %lcmp.mod207 = icmp ne i64 %xtraiter203, 0
-  %xtraiter210 = and i64 %wide.trip.count668.i, 7
-  %268 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter215 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod212.not = icmp eq i64 %xtraiter210, 0
-  %lcmp.mod214 = icmp ne i64 %xtraiter210, 0
-  %xtraiter217 = and i64 %wide.trip.count668.i, 7
-  %269 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter222 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod219.not = icmp eq i64 %xtraiter217, 0
-  %lcmp.mod221 = icmp ne i64 %xtraiter217, 0
-  %xtraiter224 = and i64 %wide.trip.count668.i, 7
-  %270 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter229 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod226.not = icmp eq i64 %xtraiter224, 0
-  %lcmp.mod228 = icmp ne i64 %xtraiter224, 0
-  %xtraiter231 = and i64 %wide.trip.count668.i, 7
-  %271 = icmp ult i32 %num_groups.i, 8
-  %unroll_iter236 = and i64 %wide.trip.count668.i, 2147483640
-  %lcmp.mod233.not = icmp eq i64 %xtraiter231, 0
-  %lcmp.mod235 = icmp ne i64 %xtraiter231, 0
+  %lcmp.mod166 = icmp ne i64 %xtraiter, 0
+  %xtraiter167 = and i64 %wide.trip.count647.i, 3
+  %459 = icmp ult i32 %419, 4
+  %unroll_iter171 = and i64 %wide.trip.count647.i, 2147483644
+  %lcmp.mod169.not = icmp eq i64 %xtraiter167, 0
+  %lcmp.mod170 = icmp ne i64 %xtraiter167, 0
+  %xtraiter173 = and i64 %wide.trip.count647.i, 3
+  %460 = icmp ult i32 %419, 4
+  %unroll_iter177 = and i64 %wide.trip.count647.i, 2147483644
+  %lcmp.mod175.not = icmp eq i64 %xtraiter173, 0
+  %lcmp.mod176 = icmp ne i64 %xtraiter173, 0
+  %xtraiter179 = and i64 %wide.trip.count647.i, 3
+  %461 = icmp ult i32 %419, 4
+  %unroll_iter183 = and i64 %wide.trip.count647.i, 2147483644
+  %lcmp.mod181.not = icmp eq i64 %xtraiter179, 0
+  %lcmp.mod182 = icmp ne i64 %xtraiter179, 0
+  %xtraiter185 = and i64 %wide.trip.count647.i, 7
+  %462 = icmp ult i32 %419, 8
+  %unroll_iter190 = and i64 %wide.trip.count647.i, 2147483640
+  %lcmp.mod187.not = icmp eq i64 %xtraiter185, 0
+  %lcmp.mod189 = icmp ne i64 %xtraiter185, 0
+  %xtraiter192 = and i64 %wide.trip.count647.i, 7
+  %463 = icmp ult i32 %419, 8
+  %unroll_iter197 = and i64 %wide.trip.count647.i, 2147483640
+  %lcmp.mod194.not = icmp eq i64 %xtraiter192, 0
+  %lcmp.mod196 = icmp ne i64 %xtraiter192, 0
+  %xtraiter199 = and i64 %wide.trip.count647.i, 7
+  %464 = icmp ult i32 %419, 8
+  %unroll_iter204 = and i64 %wide.trip.count647.i, 2147483640
+  %lcmp.mod201.not = icmp eq i64 %xtraiter199, 0
+  %lcmp.mod203 = icmp ne i64 %xtraiter199, 0
+  %xtraiter206 = and i64 %wide.trip.count647.i, 7
+  %465 = icmp ult i32 %419, 8
+  %unroll_iter211 = and i64 %wide.trip.count647.i, 2147483640
+  %lcmp.mod208.not = icmp eq i64 %xtraiter206, 0
+  %lcmp.mod210 = icmp ne i64 %xtraiter206, 0
+  %xtraiter213 = and i64 %wide.trip.count647.i, 7
+  %466 = icmp ult i32 %419, 8
+  %unroll_iter218 = and i64 %wide.trip.count647.i, 2147483640
+  %lcmp.mod215.not = icmp eq i64 %xtraiter213, 0
+  %lcmp.mod217 = icmp ne i64 %xtraiter213, 0
+  %xtraiter220 = and i64 %wide.trip.count647.i, 7
+  %467 = icmp ult i32 %419, 8
+  %unroll_iter225 = and i64 %wide.trip.count647.i, 2147483640
+  %lcmp.mod222.not = icmp eq i64 %xtraiter220, 0
+  %lcmp.mod224 = icmp ne i64 %xtraiter220, 0
+  %xtraiter227 = and i64 %wide.trip.count647.i, 7
+  %468 = icmp ult i32 %419, 8
+  %unroll_iter232 = and i64 %wide.trip.count647.i, 2147483640
+  %lcmp.mod229.not = icmp eq i64 %xtraiter227, 0
+  %lcmp.mod231 = icmp ne i64 %xtraiter227, 0
+  %xtraiter234 = and i64 %wide.trip.count647.i, 7
+  %469 = icmp ult i32 %419, 8
+  %unroll_iter239 = and i64 %wide.trip.count647.i, 2147483640
+  %lcmp.mod236.not = icmp eq i64 %xtraiter234, 0
+  %lcmp.mod238 = icmp ne i64 %xtraiter234, 0
   br label %for_begin_kv_head.i
 
 for_body_t11.i:                                   ; preds = %for_body_t11.i, %for_body_t.i
-  %indvars.iv642.i = phi i64 [ %indvars.iv.next643.i.1, %for_body_t11.i ], [ 0, %for_body_t.i ]
-  %272 = add nuw nsw i64 %indvars.iv642.i, %226
-  %273 = trunc i64 %272 to i32
-  %token16.i = tail call i32 @llvm.smin.i32(i32 %273, i32 %last_token.i)
-  %cse_v132.i = sext i32 %token16.i to i64
-  %274 = ashr i64 %cse_v132.i, 4
-  %gep416.i = getelementptr i32, ptr %invariant.gep412.i, i64 %274
-  %275 = load i32, ptr %gep416.i, align 4, !tbaa !5
-  %block18.i = sext i32 %275 to i64
-  %276 = and i64 %cse_v132.i, 15
-  %277 = mul nsw i64 %276, %v_row
-  %278 = mul nsw i64 %v_block, %block18.i
-  %279 = add nsw i64 %277, %278
-  %280 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv642.i
-  store i64 %279, ptr %280, align 8, !tbaa !5
-  %indvars.iv.next643.i = or disjoint i64 %indvars.iv642.i, 1
-  %281 = add nuw nsw i64 %indvars.iv.next643.i, %226
-  %282 = trunc i64 %281 to i32
-  %token16.i.1 = tail call i32 @llvm.smin.i32(i32 %282, i32 %last_token.i)
-  %cse_v132.i.1 = sext i32 %token16.i.1 to i64
-  %283 = ashr i64 %cse_v132.i.1, 4
-  %gep416.i.1 = getelementptr i32, ptr %invariant.gep412.i, i64 %283
-  %284 = load i32, ptr %gep416.i.1, align 4, !tbaa !5
-  %block18.i.1 = sext i32 %284 to i64
-  %285 = and i64 %cse_v132.i.1, 15
-  %286 = mul nsw i64 %285, %v_row
-  %287 = mul nsw i64 %v_block, %block18.i.1
-  %288 = add nsw i64 %286, %287
-  %289 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next643.i
-  store i64 %288, ptr %289, align 8, !tbaa !5
-  %indvars.iv.next643.i.1 = add nuw nsw i64 %indvars.iv642.i, 2
-  %exitcond646.not.i.1 = icmp eq i64 %indvars.iv.next643.i.1, %wide.trip.count.i
-  br i1 %exitcond646.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !13, !llvm.loop !21
+  %indvars.iv626.i = phi i64 [ %indvars.iv.next627.i.1, %for_body_t11.i ], [ 0, %for_body_t.i ]
+  %470 = add nuw nsw i64 %indvars.iv626.i, %424
+  %471 = trunc i64 %470 to i32
+  %472 = tail call i32 @llvm.smin.i32(i32 %471, i32 %.reass.i)
+  %473 = sext i32 %472 to i64
+  %474 = ashr i64 %473, 4
+  %gep408.i = getelementptr i32, ptr %invariant.gep404.i, i64 %474
+  %475 = load i32, ptr %gep408.i, align 4, !tbaa !5
+  %block18.i = sext i32 %475 to i64
+  %476 = and i64 %473, 15
+  %477 = mul nsw i64 %476, %v_row
+  %478 = mul nsw i64 %v_block, %block18.i
+  %479 = add nsw i64 %477, %478
+  %480 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv626.i
+  store i64 %479, ptr %480, align 8, !tbaa !5
+  %indvars.iv.next627.i = or disjoint i64 %indvars.iv626.i, 1
+  %481 = add nuw nsw i64 %indvars.iv.next627.i, %424
+  %482 = trunc i64 %481 to i32
+  %483 = tail call i32 @llvm.smin.i32(i32 %482, i32 %.reass.i)
+  %484 = sext i32 %483 to i64
+  %485 = ashr i64 %484, 4
+  %gep408.i.1 = getelementptr i32, ptr %invariant.gep404.i, i64 %485
+  %486 = load i32, ptr %gep408.i.1, align 4, !tbaa !5
+  %block18.i.1 = sext i32 %486 to i64
+  %487 = and i64 %484, 15
+  %488 = mul nsw i64 %487, %v_row
+  %489 = mul nsw i64 %v_block, %block18.i.1
+  %490 = add nsw i64 %488, %489
+  %491 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next627.i
+  store i64 %490, ptr %491, align 8, !tbaa !5
+  %indvars.iv.next627.i.1 = add nuw nsw i64 %indvars.iv626.i, 2
+  %exitcond630.not.i.1 = icmp eq i64 %indvars.iv.next627.i.1, %wide.trip.count.i
+  br i1 %exitcond630.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !13, !llvm.loop !25
 
-for_begin_kv_head.i:                              ; preds = %if_end166.i, %for_begin_kv_head.preheader.i
-  %indvars.iv821.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next822.i, %if_end166.i ]
-  %exitcond826.not.i = icmp eq i64 %indvars.iv821.i, 8
-  br i1 %exitcond826.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !18
+for_begin_kv_head.i:                              ; preds = %if_end161.i, %for_begin_kv_head.preheader.i
+  %indvars.iv734.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next735.i, %if_end161.i ]
+  %exitcond737.not.i = icmp eq i64 %indvars.iv734.i, 8
+  br i1 %exitcond737.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !18
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %290 = icmp eq i64 %indvars.iv821.i, 7
-  %291 = and i1 %231, %290
-  %ahead_t.i = select i1 %291, i32 128, i32 0
-  %indvars.iv.next822.i = add nuw nsw i64 %indvars.iv821.i, 1
-  %ahead_head.i = select i1 %290, i64 0, i64 %indvars.iv.next822.i
-  %k_now.i = mul nsw i64 %indvars.iv821.i, %k_head
-  %v_now.i = mul nsw i64 %indvars.iv821.i, %v_head
-  %292 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scores.i = tail call ptr %292(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %293 = icmp eq ptr %scores.i, null
-  br i1 %293, label %fused_decode_compute_.exit, label %if_end22.i, !prof !8
+  %492 = icmp eq i64 %indvars.iv734.i, 7
+  %493 = and i1 %421, %492
+  %indvars.iv.next735.i = add nuw nsw i64 %indvars.iv734.i, 1
+  %494 = trunc nuw nsw i64 %indvars.iv.next735.i to i32
+  %495 = select i1 %492, i32 0, i32 %494
+  %496 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scores.i = tail call ptr %496(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %497 = icmp eq ptr %scores.i, null
+  br i1 %497, label %fused_decode_compute_.exit, label %if_end22.i, !prof !8
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %294 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %295 = tail call i32 %294(i32 1, i32 %dev_id, ptr %value_offsets.i)
-  %.not250.i = icmp eq i32 %295, 0
-  br i1 %.not250.i, label %if_end172.i, label %fused_decode_compute_.exit, !prof !18
+  %498 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %499 = tail call i32 %498(i32 1, i32 %dev_id, ptr %value_offsets.i)
+  %.not241.i = icmp eq i32 %499, 0
+  br i1 %.not241.i, label %if_end167.i, label %fused_decode_compute_.exit, !prof !18
 
 if_end22.i:                                       ; preds = %for_body_kv_head.i
-  %296 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %probs.i = tail call ptr %296(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %297 = icmp eq ptr %probs.i, null
-  br i1 %297, label %fused_decode_compute_.exit, label %if_end25.i, !prof !8
+  %500 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %probs.i = tail call ptr %500(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %501 = icmp eq ptr %probs.i, null
+  br i1 %501, label %fused_decode_compute_.exit, label %if_end25.i, !prof !8
 
 if_end25.i:                                       ; preds = %if_end22.i
-  %298 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %tile_acc.i = tail call ptr %298(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %299 = icmp eq ptr %tile_acc.i, null
-  br i1 %299, label %fused_decode_compute_.exit, label %if_end28.i, !prof !8
+  %502 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %tile_acc.i = tail call ptr %502(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %503 = icmp eq ptr %tile_acc.i, null
+  br i1 %503, label %fused_decode_compute_.exit, label %for_begin_to_m.preheader.i, !prof !8
 
-if_end28.i:                                       ; preds = %if_end25.i
-  %300 = shl nuw nsw i64 %indvars.iv821.i, 9
-  br i1 %251, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
+for_begin_to_m.preheader.i:                       ; preds = %if_end25.i
+  br i1 %447, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
 
-for_body_to_m.lr.ph.i:                            ; preds = %if_end28.i
-  %301 = mul nsw i64 %ahead_head.i, %k_head
-  %invariant.gep432.i = getelementptr i32, ptr %key_cache, i64 %k_now.i
-  %302 = zext nneg i32 %ahead_t.i to i64
-  %303 = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %300
-  %304 = getelementptr inbounds nuw i8, ptr %303, i64 512
-  %305 = getelementptr inbounds nuw i8, ptr %303, i64 1024
-  %306 = getelementptr inbounds nuw i8, ptr %303, i64 1536
-  %307 = getelementptr inbounds nuw i8, ptr %303, i64 64
-  %308 = getelementptr inbounds nuw i8, ptr %303, i64 576
-  %309 = getelementptr inbounds nuw i8, ptr %303, i64 1088
-  %310 = getelementptr inbounds nuw i8, ptr %303, i64 1600
-  %311 = getelementptr inbounds nuw i8, ptr %303, i64 128
-  %312 = getelementptr inbounds nuw i8, ptr %303, i64 640
-  %313 = getelementptr inbounds nuw i8, ptr %303, i64 1152
-  %314 = getelementptr inbounds nuw i8, ptr %303, i64 1664
-  %315 = getelementptr inbounds nuw i8, ptr %303, i64 192
-  %316 = getelementptr inbounds nuw i8, ptr %303, i64 704
-  %317 = getelementptr inbounds nuw i8, ptr %303, i64 1216
-  %318 = getelementptr inbounds nuw i8, ptr %303, i64 1728
-  %319 = getelementptr inbounds nuw i8, ptr %303, i64 256
-  %320 = getelementptr inbounds nuw i8, ptr %303, i64 768
-  %321 = getelementptr inbounds nuw i8, ptr %303, i64 1280
-  %322 = getelementptr inbounds nuw i8, ptr %303, i64 1792
-  %323 = getelementptr inbounds nuw i8, ptr %303, i64 320
-  %324 = getelementptr inbounds nuw i8, ptr %303, i64 832
-  %325 = getelementptr inbounds nuw i8, ptr %303, i64 1344
-  %326 = getelementptr inbounds nuw i8, ptr %303, i64 1856
-  %327 = getelementptr inbounds nuw i8, ptr %303, i64 384
-  %328 = getelementptr inbounds nuw i8, ptr %303, i64 896
-  %329 = getelementptr inbounds nuw i8, ptr %303, i64 1408
-  %330 = getelementptr inbounds nuw i8, ptr %303, i64 1920
-  %331 = getelementptr inbounds nuw i8, ptr %303, i64 448
-  %332 = getelementptr inbounds nuw i8, ptr %303, i64 960
-  %333 = getelementptr inbounds nuw i8, ptr %303, i64 1472
-  %334 = getelementptr inbounds nuw i8, ptr %303, i64 1984
-  %invariant.gep80 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %302
+for_body_to_m.lr.ph.i:                            ; preds = %for_begin_to_m.preheader.i
+  %504 = zext nneg i32 %495 to i64
+  %505 = mul nsw i64 %k_head, %504
+  %506 = mul nsw i64 %indvars.iv734.i, %k_head
+  %invariant.gep423.i = getelementptr i32, ptr %key_cache, i64 %506
+  %507 = select i1 %493, i64 128, i64 0
+  %.idx59 = shl nuw nsw i64 %indvars.iv734.i, 11
+  %508 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx59
+  %509 = getelementptr inbounds nuw i8, ptr %508, i64 512
+  %510 = getelementptr inbounds nuw i8, ptr %508, i64 1024
+  %511 = getelementptr inbounds nuw i8, ptr %508, i64 1536
+  %512 = getelementptr inbounds nuw i8, ptr %508, i64 64
+  %513 = getelementptr inbounds nuw i8, ptr %508, i64 576
+  %514 = getelementptr inbounds nuw i8, ptr %508, i64 1088
+  %515 = getelementptr inbounds nuw i8, ptr %508, i64 1600
+  %516 = getelementptr inbounds nuw i8, ptr %508, i64 128
+  %517 = getelementptr inbounds nuw i8, ptr %508, i64 640
+  %518 = getelementptr inbounds nuw i8, ptr %508, i64 1152
+  %519 = getelementptr inbounds nuw i8, ptr %508, i64 1664
+  %520 = getelementptr inbounds nuw i8, ptr %508, i64 192
+  %521 = getelementptr inbounds nuw i8, ptr %508, i64 704
+  %522 = getelementptr inbounds nuw i8, ptr %508, i64 1216
+  %523 = getelementptr inbounds nuw i8, ptr %508, i64 1728
+  %524 = getelementptr inbounds nuw i8, ptr %508, i64 256
+  %525 = getelementptr inbounds nuw i8, ptr %508, i64 768
+  %526 = getelementptr inbounds nuw i8, ptr %508, i64 1280
+  %527 = getelementptr inbounds nuw i8, ptr %508, i64 1792
+  %528 = getelementptr inbounds nuw i8, ptr %508, i64 320
+  %529 = getelementptr inbounds nuw i8, ptr %508, i64 832
+  %530 = getelementptr inbounds nuw i8, ptr %508, i64 1344
+  %531 = getelementptr inbounds nuw i8, ptr %508, i64 1856
+  %532 = getelementptr inbounds nuw i8, ptr %508, i64 384
+  %533 = getelementptr inbounds nuw i8, ptr %508, i64 896
+  %534 = getelementptr inbounds nuw i8, ptr %508, i64 1408
+  %535 = getelementptr inbounds nuw i8, ptr %508, i64 1920
+  %536 = getelementptr inbounds nuw i8, ptr %508, i64 448
+  %537 = getelementptr inbounds nuw i8, ptr %508, i64 960
+  %538 = getelementptr inbounds nuw i8, ptr %508, i64 1472
+  %539 = getelementptr inbounds nuw i8, ptr %508, i64 1984
+  %invariant.gep126 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %507
   br label %for_body_to_m.i
 
-for_begin_to_m.i:                                 ; preds = %for_body_r34.preheader.i
-  %indvars.iv.next665.i = add nuw nsw i64 %indvars.iv664.i, 1
-  %exitcond669.not.i = icmp eq i64 %indvars.iv.next665.i, %wide.trip.count668.i
-  br i1 %exitcond669.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
+for_begin_to_m.i:                                 ; preds = %for_begin_r.preheader.i
+  %indvars.iv.next645.i = add nuw nsw i64 %indvars.iv644.i, 1
+  %exitcond648.not.i = icmp eq i64 %indvars.iv.next645.i, %wide.trip.count647.i
+  br i1 %exitcond648.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
 
 for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
-  %indvars.iv664.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next665.i, %for_begin_to_m.i ]
-  %335 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scores.rf.i = tail call ptr %335(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
-  %336 = icmp eq ptr %scores.rf.i, null
-  br i1 %336, label %fused_decode_compute_.exit, label %if_end31.i, !prof !8
+  %indvars.iv644.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next645.i, %for_begin_to_m.i ]
+  %540 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scores.rf.i = tail call ptr %540(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
+  %541 = icmp eq ptr %scores.rf.i, null
+  br i1 %541, label %fused_decode_compute_.exit, label %for_begin_n_0_m.preheader.i, !prof !8
+
+for_begin_n_0_m.preheader.i:                      ; preds = %for_body_to_m.i
+  %542 = shl nsw i64 %indvars.iv644.i, 4
+  %invariant.gep1072.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %542
+  %gep127 = getelementptr inbounds nuw i64, ptr %invariant.gep126, i64 %542
+  br label %for_begin_n_1.preheader.i
 
 for_end_to_m.i:                                   ; preds = %for_begin_to_m.i
-  %337 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scaled.i = tail call ptr %337(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %338 = icmp eq ptr %scaled.i, null
-  br i1 %338, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
+  %543 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scaled.i = tail call ptr %543(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %544 = icmp eq ptr %scaled.i, null
+  br i1 %544, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
 
 for_body_to.us.i.preheader:                       ; preds = %for_end_to_m.i
-  br i1 %260, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !22
+  br i1 %458, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !26
 
-for_end_to_m.thread.i:                            ; preds = %if_end28.i
-  %339 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %scaled1083.i = tail call ptr %339(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %340 = icmp eq ptr %scaled1083.i, null
-  br i1 %340, label %fused_decode_compute_.exit, label %for_end_ax1.i, !prof !8
+for_end_to_m.thread.i:                            ; preds = %for_begin_to_m.preheader.i
+  %545 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %scaled1035.i = tail call ptr %545(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %546 = icmp eq ptr %scaled1035.i, null
+  br i1 %546, label %fused_decode_compute_.exit, label %for_end_ax151.i, !prof !8
 
 for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
-  %indvars.iv670.i = phi i64 [ %indvars.iv.next671.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
+  %indvars.iv649.i = phi i64 [ %indvars.iv.next650.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
   %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %341 = shl nsw i64 %indvars.iv670.i, 4
-  %342 = getelementptr inbounds nuw float, ptr %scores.i, i64 %341
-  %343 = load <16 x float>, ptr %342, align 4, !tbaa !5
-  %344 = fmul <16 x float> %91, %343
-  %345 = trunc i64 %341 to i32
-  %346 = sub i32 %valid_len.i, %345
-  %347 = insertelement <16 x i32> poison, i32 %346, i64 0
-  %348 = shufflevector <16 x i32> %347, <16 x i32> poison, <16 x i32> zeroinitializer
-  %349 = icmp sgt <16 x i32> %348, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %350 = select <16 x i1> %349, <16 x float> %344, <16 x float> splat (float 0xFFF0000000000000)
-  %351 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %341
-  store <16 x float> %350, ptr %351, align 4, !tbaa !5
-  %indvars.iv.next671.i = shl i64 %indvars.iv670.i, 4
-  %352 = or disjoint i64 %indvars.iv.next671.i, 16
-  %353 = getelementptr inbounds nuw float, ptr %scores.i, i64 %352
-  %354 = load <16 x float>, ptr %353, align 4, !tbaa !5
-  %355 = fmul <16 x float> %91, %354
-  %356 = trunc i64 %352 to i32
-  %357 = sub i32 %valid_len.i, %356
-  %358 = insertelement <16 x i32> poison, i32 %357, i64 0
-  %359 = shufflevector <16 x i32> %358, <16 x i32> poison, <16 x i32> zeroinitializer
-  %360 = icmp sgt <16 x i32> %359, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %361 = select <16 x i1> %360, <16 x float> %355, <16 x float> splat (float 0xFFF0000000000000)
-  %362 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %352
-  store <16 x float> %361, ptr %362, align 4, !tbaa !5
-  %indvars.iv.next671.i.1 = shl i64 %indvars.iv670.i, 4
-  %363 = or disjoint i64 %indvars.iv.next671.i.1, 32
-  %364 = getelementptr inbounds nuw float, ptr %scores.i, i64 %363
-  %365 = load <16 x float>, ptr %364, align 4, !tbaa !5
-  %366 = fmul <16 x float> %91, %365
-  %367 = trunc i64 %363 to i32
-  %368 = sub i32 %valid_len.i, %367
-  %369 = insertelement <16 x i32> poison, i32 %368, i64 0
-  %370 = shufflevector <16 x i32> %369, <16 x i32> poison, <16 x i32> zeroinitializer
-  %371 = icmp sgt <16 x i32> %370, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %372 = select <16 x i1> %371, <16 x float> %366, <16 x float> splat (float 0xFFF0000000000000)
-  %373 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %363
-  store <16 x float> %372, ptr %373, align 4, !tbaa !5
-  %indvars.iv.next671.i.2 = shl i64 %indvars.iv670.i, 4
-  %374 = or disjoint i64 %indvars.iv.next671.i.2, 48
-  %375 = getelementptr inbounds nuw float, ptr %scores.i, i64 %374
-  %376 = load <16 x float>, ptr %375, align 4, !tbaa !5
-  %377 = fmul <16 x float> %91, %376
-  %378 = trunc i64 %374 to i32
-  %379 = sub i32 %valid_len.i, %378
-  %380 = insertelement <16 x i32> poison, i32 %379, i64 0
-  %381 = shufflevector <16 x i32> %380, <16 x i32> poison, <16 x i32> zeroinitializer
-  %382 = icmp sgt <16 x i32> %381, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %383 = select <16 x i1> %382, <16 x float> %377, <16 x float> splat (float 0xFFF0000000000000)
-  %384 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %374
-  store <16 x float> %383, ptr %384, align 4, !tbaa !5
-  %indvars.iv.next671.i.3 = add nuw nsw i64 %indvars.iv670.i, 4
+  %547 = shl nsw i64 %indvars.iv649.i, 4
+  %548 = getelementptr inbounds nuw float, ptr %scores.i, i64 %547
+  %549 = load <16 x float>, ptr %548, align 4, !tbaa !5
+  %550 = fmul <16 x float> %91, %549
+  %551 = trunc i64 %547 to i32
+  %552 = sub i32 %417, %551
+  %553 = insertelement <16 x i32> poison, i32 %552, i64 0
+  %554 = shufflevector <16 x i32> %553, <16 x i32> poison, <16 x i32> zeroinitializer
+  %555 = icmp sgt <16 x i32> %554, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %556 = select <16 x i1> %555, <16 x float> %550, <16 x float> splat (float 0xFFF0000000000000)
+  %557 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %547
+  store <16 x float> %556, ptr %557, align 4, !tbaa !5
+  %indvars.iv.next650.i = shl i64 %indvars.iv649.i, 4
+  %558 = or disjoint i64 %indvars.iv.next650.i, 16
+  %559 = getelementptr inbounds nuw float, ptr %scores.i, i64 %558
+  %560 = load <16 x float>, ptr %559, align 4, !tbaa !5
+  %561 = fmul <16 x float> %91, %560
+  %562 = trunc i64 %558 to i32
+  %563 = sub i32 %417, %562
+  %564 = insertelement <16 x i32> poison, i32 %563, i64 0
+  %565 = shufflevector <16 x i32> %564, <16 x i32> poison, <16 x i32> zeroinitializer
+  %566 = icmp sgt <16 x i32> %565, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %567 = select <16 x i1> %566, <16 x float> %561, <16 x float> splat (float 0xFFF0000000000000)
+  %568 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %558
+  store <16 x float> %567, ptr %568, align 4, !tbaa !5
+  %indvars.iv.next650.i.1 = shl i64 %indvars.iv649.i, 4
+  %569 = or disjoint i64 %indvars.iv.next650.i.1, 32
+  %570 = getelementptr inbounds nuw float, ptr %scores.i, i64 %569
+  %571 = load <16 x float>, ptr %570, align 4, !tbaa !5
+  %572 = fmul <16 x float> %91, %571
+  %573 = trunc i64 %569 to i32
+  %574 = sub i32 %417, %573
+  %575 = insertelement <16 x i32> poison, i32 %574, i64 0
+  %576 = shufflevector <16 x i32> %575, <16 x i32> poison, <16 x i32> zeroinitializer
+  %577 = icmp sgt <16 x i32> %576, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %578 = select <16 x i1> %577, <16 x float> %572, <16 x float> splat (float 0xFFF0000000000000)
+  %579 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %569
+  store <16 x float> %578, ptr %579, align 4, !tbaa !5
+  %indvars.iv.next650.i.2 = shl i64 %indvars.iv649.i, 4
+  %580 = or disjoint i64 %indvars.iv.next650.i.2, 48
+  %581 = getelementptr inbounds nuw float, ptr %scores.i, i64 %580
+  %582 = load <16 x float>, ptr %581, align 4, !tbaa !5
+  %583 = fmul <16 x float> %91, %582
+  %584 = trunc i64 %580 to i32
+  %585 = sub i32 %417, %584
+  %586 = insertelement <16 x i32> poison, i32 %585, i64 0
+  %587 = shufflevector <16 x i32> %586, <16 x i32> poison, <16 x i32> zeroinitializer
+  %588 = icmp sgt <16 x i32> %587, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %589 = select <16 x i1> %588, <16 x float> %583, <16 x float> splat (float 0xFFF0000000000000)
+  %590 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %580
+  store <16 x float> %589, ptr %590, align 4, !tbaa !5
+  %indvars.iv.next650.i.3 = add nuw nsw i64 %indvars.iv649.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !23, !llvm.loop !24
+  br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !27, !llvm.loop !28
 
 for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
-  br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !30
 
 for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
-  %indvars.iv670.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next671.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod163)
+  %indvars.iv649.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next650.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod166)
   br label %for_body_to.us.i.epil
 
 for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
-  %indvars.iv670.i.epil = phi i64 [ %indvars.iv.next671.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv670.i.epil.init, %for_body_to.us.i.epil.preheader ]
+  %indvars.iv649.i.epil = phi i64 [ %indvars.iv.next650.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv649.i.epil.init, %for_body_to.us.i.epil.preheader ]
   %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
-  %385 = shl nsw i64 %indvars.iv670.i.epil, 4
-  %386 = getelementptr inbounds nuw float, ptr %scores.i, i64 %385
-  %387 = load <16 x float>, ptr %386, align 4, !tbaa !5
-  %388 = fmul <16 x float> %91, %387
-  %389 = trunc i64 %385 to i32
-  %390 = sub i32 %valid_len.i, %389
-  %391 = insertelement <16 x i32> poison, i32 %390, i64 0
-  %392 = shufflevector <16 x i32> %391, <16 x i32> poison, <16 x i32> zeroinitializer
-  %393 = icmp sgt <16 x i32> %392, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %394 = select <16 x i1> %393, <16 x float> %388, <16 x float> splat (float 0xFFF0000000000000)
-  %395 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %385
-  store <16 x float> %394, ptr %395, align 4, !tbaa !5
-  %indvars.iv.next671.i.epil = add nuw nsw i64 %indvars.iv670.i.epil, 1
+  %591 = shl nsw i64 %indvars.iv649.i.epil, 4
+  %592 = getelementptr inbounds nuw float, ptr %scores.i, i64 %591
+  %593 = load <16 x float>, ptr %592, align 4, !tbaa !5
+  %594 = fmul <16 x float> %91, %593
+  %595 = trunc i64 %591 to i32
+  %596 = sub i32 %417, %595
+  %597 = insertelement <16 x i32> poison, i32 %596, i64 0
+  %598 = shufflevector <16 x i32> %597, <16 x i32> poison, <16 x i32> zeroinitializer
+  %599 = icmp sgt <16 x i32> %598, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %600 = select <16 x i1> %599, <16 x float> %594, <16 x float> splat (float 0xFFF0000000000000)
+  %601 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %591
+  store <16 x float> %600, ptr %601, align 4, !tbaa !5
+  %indvars.iv.next650.i.epil = add nuw nsw i64 %indvars.iv649.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !12, !llvm.loop !27
+  br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !12, !llvm.loop !31
 
 for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.epil, %for_body_to.us.1.i.preheader.unr-lcssa
-  br i1 %261, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !22
+  br i1 %459, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !26
 
 for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
-  %indvars.iv670.1.i = phi i64 [ %indvars.iv.next671.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %niter169 = phi i64 [ %niter169.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %396 = shl nsw i64 %indvars.iv670.1.i, 4
-  %397 = add nuw nsw i64 %396, 128
-  %398 = getelementptr inbounds nuw float, ptr %scores.i, i64 %397
-  %399 = load <16 x float>, ptr %398, align 4, !tbaa !5
-  %400 = fmul <16 x float> %91, %399
-  %401 = trunc i64 %396 to i32
-  %402 = sub i32 %valid_len.i, %401
-  %403 = insertelement <16 x i32> poison, i32 %402, i64 0
-  %404 = shufflevector <16 x i32> %403, <16 x i32> poison, <16 x i32> zeroinitializer
-  %405 = icmp sgt <16 x i32> %404, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %406 = select <16 x i1> %405, <16 x float> %400, <16 x float> splat (float 0xFFF0000000000000)
-  %407 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %397
-  store <16 x float> %406, ptr %407, align 4, !tbaa !5
-  %indvars.iv.next671.1.i = shl i64 %indvars.iv670.1.i, 4
-  %408 = add nuw nsw i64 %indvars.iv.next671.1.i, 144
-  %409 = getelementptr inbounds nuw float, ptr %scores.i, i64 %408
-  %410 = load <16 x float>, ptr %409, align 4, !tbaa !5
-  %411 = fmul <16 x float> %91, %410
-  %412 = trunc i64 %indvars.iv.next671.1.i to i32
-  %413 = or disjoint i32 %412, 16
-  %414 = sub i32 %valid_len.i, %413
-  %415 = insertelement <16 x i32> poison, i32 %414, i64 0
-  %416 = shufflevector <16 x i32> %415, <16 x i32> poison, <16 x i32> zeroinitializer
-  %417 = icmp sgt <16 x i32> %416, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %418 = select <16 x i1> %417, <16 x float> %411, <16 x float> splat (float 0xFFF0000000000000)
-  %419 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %408
-  store <16 x float> %418, ptr %419, align 4, !tbaa !5
-  %indvars.iv.next671.1.i.1 = shl i64 %indvars.iv670.1.i, 4
-  %420 = add nuw nsw i64 %indvars.iv.next671.1.i.1, 160
-  %421 = getelementptr inbounds nuw float, ptr %scores.i, i64 %420
-  %422 = load <16 x float>, ptr %421, align 4, !tbaa !5
-  %423 = fmul <16 x float> %91, %422
-  %424 = trunc i64 %indvars.iv.next671.1.i.1 to i32
-  %425 = or disjoint i32 %424, 32
-  %426 = sub i32 %valid_len.i, %425
-  %427 = insertelement <16 x i32> poison, i32 %426, i64 0
-  %428 = shufflevector <16 x i32> %427, <16 x i32> poison, <16 x i32> zeroinitializer
-  %429 = icmp sgt <16 x i32> %428, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %430 = select <16 x i1> %429, <16 x float> %423, <16 x float> splat (float 0xFFF0000000000000)
-  %431 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %420
-  store <16 x float> %430, ptr %431, align 4, !tbaa !5
-  %indvars.iv.next671.1.i.2 = shl i64 %indvars.iv670.1.i, 4
-  %432 = add nuw nsw i64 %indvars.iv.next671.1.i.2, 176
-  %433 = getelementptr inbounds nuw float, ptr %scores.i, i64 %432
-  %434 = load <16 x float>, ptr %433, align 4, !tbaa !5
-  %435 = fmul <16 x float> %91, %434
-  %436 = trunc i64 %indvars.iv.next671.1.i.2 to i32
-  %437 = or disjoint i32 %436, 48
-  %438 = sub i32 %valid_len.i, %437
-  %439 = insertelement <16 x i32> poison, i32 %438, i64 0
-  %440 = shufflevector <16 x i32> %439, <16 x i32> poison, <16 x i32> zeroinitializer
-  %441 = icmp sgt <16 x i32> %440, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %442 = select <16 x i1> %441, <16 x float> %435, <16 x float> splat (float 0xFFF0000000000000)
-  %443 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %432
-  store <16 x float> %442, ptr %443, align 4, !tbaa !5
-  %indvars.iv.next671.1.i.3 = add nuw nsw i64 %indvars.iv670.1.i, 4
-  %niter169.next.3 = add i64 %niter169, 4
-  %niter169.ncmp.3 = icmp eq i64 %niter169.next.3, %unroll_iter168
-  br i1 %niter169.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !23, !llvm.loop !30
+  %indvars.iv649.1.i = phi i64 [ %indvars.iv.next650.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %niter172 = phi i64 [ %niter172.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %602 = shl nsw i64 %indvars.iv649.1.i, 4
+  %603 = add nuw nsw i64 %602, 128
+  %604 = getelementptr inbounds nuw float, ptr %scores.i, i64 %603
+  %605 = load <16 x float>, ptr %604, align 4, !tbaa !5
+  %606 = fmul <16 x float> %91, %605
+  %607 = trunc i64 %602 to i32
+  %608 = sub i32 %417, %607
+  %609 = insertelement <16 x i32> poison, i32 %608, i64 0
+  %610 = shufflevector <16 x i32> %609, <16 x i32> poison, <16 x i32> zeroinitializer
+  %611 = icmp sgt <16 x i32> %610, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %612 = select <16 x i1> %611, <16 x float> %606, <16 x float> splat (float 0xFFF0000000000000)
+  %613 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %603
+  store <16 x float> %612, ptr %613, align 4, !tbaa !5
+  %indvars.iv.next650.1.i = shl i64 %indvars.iv649.1.i, 4
+  %614 = add nuw nsw i64 %indvars.iv.next650.1.i, 144
+  %615 = getelementptr inbounds nuw float, ptr %scores.i, i64 %614
+  %616 = load <16 x float>, ptr %615, align 4, !tbaa !5
+  %617 = fmul <16 x float> %91, %616
+  %618 = trunc i64 %indvars.iv.next650.1.i to i32
+  %619 = or disjoint i32 %618, 16
+  %620 = sub i32 %417, %619
+  %621 = insertelement <16 x i32> poison, i32 %620, i64 0
+  %622 = shufflevector <16 x i32> %621, <16 x i32> poison, <16 x i32> zeroinitializer
+  %623 = icmp sgt <16 x i32> %622, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %624 = select <16 x i1> %623, <16 x float> %617, <16 x float> splat (float 0xFFF0000000000000)
+  %625 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %614
+  store <16 x float> %624, ptr %625, align 4, !tbaa !5
+  %indvars.iv.next650.1.i.1 = shl i64 %indvars.iv649.1.i, 4
+  %626 = add nuw nsw i64 %indvars.iv.next650.1.i.1, 160
+  %627 = getelementptr inbounds nuw float, ptr %scores.i, i64 %626
+  %628 = load <16 x float>, ptr %627, align 4, !tbaa !5
+  %629 = fmul <16 x float> %91, %628
+  %630 = trunc i64 %indvars.iv.next650.1.i.1 to i32
+  %631 = or disjoint i32 %630, 32
+  %632 = sub i32 %417, %631
+  %633 = insertelement <16 x i32> poison, i32 %632, i64 0
+  %634 = shufflevector <16 x i32> %633, <16 x i32> poison, <16 x i32> zeroinitializer
+  %635 = icmp sgt <16 x i32> %634, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %636 = select <16 x i1> %635, <16 x float> %629, <16 x float> splat (float 0xFFF0000000000000)
+  %637 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %626
+  store <16 x float> %636, ptr %637, align 4, !tbaa !5
+  %indvars.iv.next650.1.i.2 = shl i64 %indvars.iv649.1.i, 4
+  %638 = add nuw nsw i64 %indvars.iv.next650.1.i.2, 176
+  %639 = getelementptr inbounds nuw float, ptr %scores.i, i64 %638
+  %640 = load <16 x float>, ptr %639, align 4, !tbaa !5
+  %641 = fmul <16 x float> %91, %640
+  %642 = trunc i64 %indvars.iv.next650.1.i.2 to i32
+  %643 = or disjoint i32 %642, 48
+  %644 = sub i32 %417, %643
+  %645 = insertelement <16 x i32> poison, i32 %644, i64 0
+  %646 = shufflevector <16 x i32> %645, <16 x i32> poison, <16 x i32> zeroinitializer
+  %647 = icmp sgt <16 x i32> %646, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %648 = select <16 x i1> %647, <16 x float> %641, <16 x float> splat (float 0xFFF0000000000000)
+  %649 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %638
+  store <16 x float> %648, ptr %649, align 4, !tbaa !5
+  %indvars.iv.next650.1.i.3 = add nuw nsw i64 %indvars.iv649.1.i, 4
+  %niter172.next.3 = add i64 %niter172, 4
+  %niter172.ncmp.3 = icmp eq i64 %niter172.next.3, %unroll_iter171
+  br i1 %niter172.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !27, !llvm.loop !34
 
 for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
-  br i1 %lcmp.mod166.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod169.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !30
 
 for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
-  %indvars.iv670.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next671.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod167)
+  %indvars.iv649.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next650.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod170)
   br label %for_body_to.us.1.i.epil
 
 for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
-  %indvars.iv670.1.i.epil = phi i64 [ %indvars.iv.next671.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv670.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
-  %epil.iter165 = phi i64 [ %epil.iter165.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
-  %444 = shl nsw i64 %indvars.iv670.1.i.epil, 4
-  %445 = add nuw nsw i64 %444, 128
-  %446 = getelementptr inbounds nuw float, ptr %scores.i, i64 %445
-  %447 = load <16 x float>, ptr %446, align 4, !tbaa !5
-  %448 = fmul <16 x float> %91, %447
-  %449 = trunc i64 %444 to i32
-  %450 = sub i32 %valid_len.i, %449
-  %451 = insertelement <16 x i32> poison, i32 %450, i64 0
-  %452 = shufflevector <16 x i32> %451, <16 x i32> poison, <16 x i32> zeroinitializer
-  %453 = icmp sgt <16 x i32> %452, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %454 = select <16 x i1> %453, <16 x float> %448, <16 x float> splat (float 0xFFF0000000000000)
-  %455 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %445
-  store <16 x float> %454, ptr %455, align 4, !tbaa !5
-  %indvars.iv.next671.1.i.epil = add nuw nsw i64 %indvars.iv670.1.i.epil, 1
-  %epil.iter165.next = add i64 %epil.iter165, 1
-  %epil.iter165.cmp.not = icmp eq i64 %epil.iter165.next, %xtraiter164
-  br i1 %epil.iter165.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !31
+  %indvars.iv649.1.i.epil = phi i64 [ %indvars.iv.next650.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv649.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
+  %epil.iter168 = phi i64 [ %epil.iter168.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
+  %650 = shl nsw i64 %indvars.iv649.1.i.epil, 4
+  %651 = add nuw nsw i64 %650, 128
+  %652 = getelementptr inbounds nuw float, ptr %scores.i, i64 %651
+  %653 = load <16 x float>, ptr %652, align 4, !tbaa !5
+  %654 = fmul <16 x float> %91, %653
+  %655 = trunc i64 %650 to i32
+  %656 = sub i32 %417, %655
+  %657 = insertelement <16 x i32> poison, i32 %656, i64 0
+  %658 = shufflevector <16 x i32> %657, <16 x i32> poison, <16 x i32> zeroinitializer
+  %659 = icmp sgt <16 x i32> %658, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %660 = select <16 x i1> %659, <16 x float> %654, <16 x float> splat (float 0xFFF0000000000000)
+  %661 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %651
+  store <16 x float> %660, ptr %661, align 4, !tbaa !5
+  %indvars.iv.next650.1.i.epil = add nuw nsw i64 %indvars.iv649.1.i.epil, 1
+  %epil.iter168.next = add i64 %epil.iter168, 1
+  %epil.iter168.cmp.not = icmp eq i64 %epil.iter168.next, %xtraiter167
+  br i1 %epil.iter168.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !35
 
 for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
-  br i1 %262, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !22
+  br i1 %460, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !26
 
 for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
-  %indvars.iv670.2.i = phi i64 [ %indvars.iv.next671.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %niter175 = phi i64 [ %niter175.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %456 = shl nsw i64 %indvars.iv670.2.i, 4
-  %457 = add nuw nsw i64 %456, 256
-  %458 = getelementptr inbounds nuw float, ptr %scores.i, i64 %457
-  %459 = load <16 x float>, ptr %458, align 4, !tbaa !5
-  %460 = fmul <16 x float> %91, %459
-  %461 = trunc i64 %456 to i32
-  %462 = sub i32 %valid_len.i, %461
-  %463 = insertelement <16 x i32> poison, i32 %462, i64 0
-  %464 = shufflevector <16 x i32> %463, <16 x i32> poison, <16 x i32> zeroinitializer
-  %465 = icmp sgt <16 x i32> %464, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %466 = select <16 x i1> %465, <16 x float> %460, <16 x float> splat (float 0xFFF0000000000000)
-  %467 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %457
-  store <16 x float> %466, ptr %467, align 4, !tbaa !5
-  %indvars.iv.next671.2.i = shl i64 %indvars.iv670.2.i, 4
-  %468 = add nuw nsw i64 %indvars.iv.next671.2.i, 272
-  %469 = getelementptr inbounds nuw float, ptr %scores.i, i64 %468
-  %470 = load <16 x float>, ptr %469, align 4, !tbaa !5
-  %471 = fmul <16 x float> %91, %470
-  %472 = trunc i64 %indvars.iv.next671.2.i to i32
-  %473 = or disjoint i32 %472, 16
-  %474 = sub i32 %valid_len.i, %473
-  %475 = insertelement <16 x i32> poison, i32 %474, i64 0
-  %476 = shufflevector <16 x i32> %475, <16 x i32> poison, <16 x i32> zeroinitializer
-  %477 = icmp sgt <16 x i32> %476, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %478 = select <16 x i1> %477, <16 x float> %471, <16 x float> splat (float 0xFFF0000000000000)
-  %479 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %468
-  store <16 x float> %478, ptr %479, align 4, !tbaa !5
-  %indvars.iv.next671.2.i.1 = shl i64 %indvars.iv670.2.i, 4
-  %480 = add nuw nsw i64 %indvars.iv.next671.2.i.1, 288
-  %481 = getelementptr inbounds nuw float, ptr %scores.i, i64 %480
-  %482 = load <16 x float>, ptr %481, align 4, !tbaa !5
-  %483 = fmul <16 x float> %91, %482
-  %484 = trunc i64 %indvars.iv.next671.2.i.1 to i32
-  %485 = or disjoint i32 %484, 32
-  %486 = sub i32 %valid_len.i, %485
-  %487 = insertelement <16 x i32> poison, i32 %486, i64 0
-  %488 = shufflevector <16 x i32> %487, <16 x i32> poison, <16 x i32> zeroinitializer
-  %489 = icmp sgt <16 x i32> %488, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %490 = select <16 x i1> %489, <16 x float> %483, <16 x float> splat (float 0xFFF0000000000000)
-  %491 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %480
-  store <16 x float> %490, ptr %491, align 4, !tbaa !5
-  %indvars.iv.next671.2.i.2 = shl i64 %indvars.iv670.2.i, 4
-  %492 = add nuw nsw i64 %indvars.iv.next671.2.i.2, 304
-  %493 = getelementptr inbounds nuw float, ptr %scores.i, i64 %492
-  %494 = load <16 x float>, ptr %493, align 4, !tbaa !5
-  %495 = fmul <16 x float> %91, %494
-  %496 = trunc i64 %indvars.iv.next671.2.i.2 to i32
-  %497 = or disjoint i32 %496, 48
-  %498 = sub i32 %valid_len.i, %497
-  %499 = insertelement <16 x i32> poison, i32 %498, i64 0
-  %500 = shufflevector <16 x i32> %499, <16 x i32> poison, <16 x i32> zeroinitializer
-  %501 = icmp sgt <16 x i32> %500, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %502 = select <16 x i1> %501, <16 x float> %495, <16 x float> splat (float 0xFFF0000000000000)
-  %503 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %492
-  store <16 x float> %502, ptr %503, align 4, !tbaa !5
-  %indvars.iv.next671.2.i.3 = add nuw nsw i64 %indvars.iv670.2.i, 4
-  %niter175.next.3 = add i64 %niter175, 4
-  %niter175.ncmp.3 = icmp eq i64 %niter175.next.3, %unroll_iter174
-  br i1 %niter175.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !23, !llvm.loop !32
+  %indvars.iv649.2.i = phi i64 [ %indvars.iv.next650.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %niter178 = phi i64 [ %niter178.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %662 = shl nsw i64 %indvars.iv649.2.i, 4
+  %663 = add nuw nsw i64 %662, 256
+  %664 = getelementptr inbounds nuw float, ptr %scores.i, i64 %663
+  %665 = load <16 x float>, ptr %664, align 4, !tbaa !5
+  %666 = fmul <16 x float> %91, %665
+  %667 = trunc i64 %662 to i32
+  %668 = sub i32 %417, %667
+  %669 = insertelement <16 x i32> poison, i32 %668, i64 0
+  %670 = shufflevector <16 x i32> %669, <16 x i32> poison, <16 x i32> zeroinitializer
+  %671 = icmp sgt <16 x i32> %670, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %672 = select <16 x i1> %671, <16 x float> %666, <16 x float> splat (float 0xFFF0000000000000)
+  %673 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %663
+  store <16 x float> %672, ptr %673, align 4, !tbaa !5
+  %indvars.iv.next650.2.i = shl i64 %indvars.iv649.2.i, 4
+  %674 = add nuw nsw i64 %indvars.iv.next650.2.i, 272
+  %675 = getelementptr inbounds nuw float, ptr %scores.i, i64 %674
+  %676 = load <16 x float>, ptr %675, align 4, !tbaa !5
+  %677 = fmul <16 x float> %91, %676
+  %678 = trunc i64 %indvars.iv.next650.2.i to i32
+  %679 = or disjoint i32 %678, 16
+  %680 = sub i32 %417, %679
+  %681 = insertelement <16 x i32> poison, i32 %680, i64 0
+  %682 = shufflevector <16 x i32> %681, <16 x i32> poison, <16 x i32> zeroinitializer
+  %683 = icmp sgt <16 x i32> %682, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %684 = select <16 x i1> %683, <16 x float> %677, <16 x float> splat (float 0xFFF0000000000000)
+  %685 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %674
+  store <16 x float> %684, ptr %685, align 4, !tbaa !5
+  %indvars.iv.next650.2.i.1 = shl i64 %indvars.iv649.2.i, 4
+  %686 = add nuw nsw i64 %indvars.iv.next650.2.i.1, 288
+  %687 = getelementptr inbounds nuw float, ptr %scores.i, i64 %686
+  %688 = load <16 x float>, ptr %687, align 4, !tbaa !5
+  %689 = fmul <16 x float> %91, %688
+  %690 = trunc i64 %indvars.iv.next650.2.i.1 to i32
+  %691 = or disjoint i32 %690, 32
+  %692 = sub i32 %417, %691
+  %693 = insertelement <16 x i32> poison, i32 %692, i64 0
+  %694 = shufflevector <16 x i32> %693, <16 x i32> poison, <16 x i32> zeroinitializer
+  %695 = icmp sgt <16 x i32> %694, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %696 = select <16 x i1> %695, <16 x float> %689, <16 x float> splat (float 0xFFF0000000000000)
+  %697 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %686
+  store <16 x float> %696, ptr %697, align 4, !tbaa !5
+  %indvars.iv.next650.2.i.2 = shl i64 %indvars.iv649.2.i, 4
+  %698 = add nuw nsw i64 %indvars.iv.next650.2.i.2, 304
+  %699 = getelementptr inbounds nuw float, ptr %scores.i, i64 %698
+  %700 = load <16 x float>, ptr %699, align 4, !tbaa !5
+  %701 = fmul <16 x float> %91, %700
+  %702 = trunc i64 %indvars.iv.next650.2.i.2 to i32
+  %703 = or disjoint i32 %702, 48
+  %704 = sub i32 %417, %703
+  %705 = insertelement <16 x i32> poison, i32 %704, i64 0
+  %706 = shufflevector <16 x i32> %705, <16 x i32> poison, <16 x i32> zeroinitializer
+  %707 = icmp sgt <16 x i32> %706, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %708 = select <16 x i1> %707, <16 x float> %701, <16 x float> splat (float 0xFFF0000000000000)
+  %709 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %698
+  store <16 x float> %708, ptr %709, align 4, !tbaa !5
+  %indvars.iv.next650.2.i.3 = add nuw nsw i64 %indvars.iv649.2.i, 4
+  %niter178.next.3 = add i64 %niter178, 4
+  %niter178.ncmp.3 = icmp eq i64 %niter178.next.3, %unroll_iter177
+  br i1 %niter178.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !27, !llvm.loop !36
 
 for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
-  br i1 %lcmp.mod172.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !26
+  br i1 %lcmp.mod175.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !30
 
 for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
-  %indvars.iv670.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next671.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod173)
+  %indvars.iv649.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next650.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod176)
   br label %for_body_to.us.2.i.epil
 
 for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
-  %indvars.iv670.2.i.epil = phi i64 [ %indvars.iv.next671.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv670.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
-  %epil.iter171 = phi i64 [ %epil.iter171.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
-  %504 = shl nsw i64 %indvars.iv670.2.i.epil, 4
-  %505 = add nuw nsw i64 %504, 256
-  %506 = getelementptr inbounds nuw float, ptr %scores.i, i64 %505
-  %507 = load <16 x float>, ptr %506, align 4, !tbaa !5
-  %508 = fmul <16 x float> %91, %507
-  %509 = trunc i64 %504 to i32
-  %510 = sub i32 %valid_len.i, %509
-  %511 = insertelement <16 x i32> poison, i32 %510, i64 0
-  %512 = shufflevector <16 x i32> %511, <16 x i32> poison, <16 x i32> zeroinitializer
-  %513 = icmp sgt <16 x i32> %512, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %514 = select <16 x i1> %513, <16 x float> %508, <16 x float> splat (float 0xFFF0000000000000)
-  %515 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %505
-  store <16 x float> %514, ptr %515, align 4, !tbaa !5
-  %indvars.iv.next671.2.i.epil = add nuw nsw i64 %indvars.iv670.2.i.epil, 1
-  %epil.iter171.next = add i64 %epil.iter171, 1
-  %epil.iter171.cmp.not = icmp eq i64 %epil.iter171.next, %xtraiter170
-  br i1 %epil.iter171.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !33
+  %indvars.iv649.2.i.epil = phi i64 [ %indvars.iv.next650.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv649.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
+  %epil.iter174 = phi i64 [ %epil.iter174.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
+  %710 = shl nsw i64 %indvars.iv649.2.i.epil, 4
+  %711 = add nuw nsw i64 %710, 256
+  %712 = getelementptr inbounds nuw float, ptr %scores.i, i64 %711
+  %713 = load <16 x float>, ptr %712, align 4, !tbaa !5
+  %714 = fmul <16 x float> %91, %713
+  %715 = trunc i64 %710 to i32
+  %716 = sub i32 %417, %715
+  %717 = insertelement <16 x i32> poison, i32 %716, i64 0
+  %718 = shufflevector <16 x i32> %717, <16 x i32> poison, <16 x i32> zeroinitializer
+  %719 = icmp sgt <16 x i32> %718, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %720 = select <16 x i1> %719, <16 x float> %714, <16 x float> splat (float 0xFFF0000000000000)
+  %721 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %711
+  store <16 x float> %720, ptr %721, align 4, !tbaa !5
+  %indvars.iv.next650.2.i.epil = add nuw nsw i64 %indvars.iv649.2.i.epil, 1
+  %epil.iter174.next = add i64 %epil.iter174, 1
+  %epil.iter174.cmp.not = icmp eq i64 %epil.iter174.next, %xtraiter173
+  br i1 %epil.iter174.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !37
 
 for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
-  br i1 %263, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !22
+  br i1 %461, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !26
 
 for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
-  %indvars.iv670.3.i = phi i64 [ %indvars.iv.next671.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %niter181 = phi i64 [ %niter181.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %516 = shl nsw i64 %indvars.iv670.3.i, 4
-  %517 = add nuw nsw i64 %516, 384
-  %518 = getelementptr inbounds nuw float, ptr %scores.i, i64 %517
-  %519 = load <16 x float>, ptr %518, align 4, !tbaa !5
-  %520 = fmul <16 x float> %91, %519
-  %521 = trunc i64 %516 to i32
-  %522 = sub i32 %valid_len.i, %521
-  %523 = insertelement <16 x i32> poison, i32 %522, i64 0
-  %524 = shufflevector <16 x i32> %523, <16 x i32> poison, <16 x i32> zeroinitializer
-  %525 = icmp sgt <16 x i32> %524, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %526 = select <16 x i1> %525, <16 x float> %520, <16 x float> splat (float 0xFFF0000000000000)
-  %527 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %517
-  store <16 x float> %526, ptr %527, align 4, !tbaa !5
-  %indvars.iv.next671.3.i = shl i64 %indvars.iv670.3.i, 4
-  %528 = add nuw nsw i64 %indvars.iv.next671.3.i, 400
-  %529 = getelementptr inbounds nuw float, ptr %scores.i, i64 %528
-  %530 = load <16 x float>, ptr %529, align 4, !tbaa !5
-  %531 = fmul <16 x float> %91, %530
-  %532 = trunc i64 %indvars.iv.next671.3.i to i32
-  %533 = or disjoint i32 %532, 16
-  %534 = sub i32 %valid_len.i, %533
-  %535 = insertelement <16 x i32> poison, i32 %534, i64 0
-  %536 = shufflevector <16 x i32> %535, <16 x i32> poison, <16 x i32> zeroinitializer
-  %537 = icmp sgt <16 x i32> %536, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %538 = select <16 x i1> %537, <16 x float> %531, <16 x float> splat (float 0xFFF0000000000000)
-  %539 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %528
-  store <16 x float> %538, ptr %539, align 4, !tbaa !5
-  %indvars.iv.next671.3.i.1 = shl i64 %indvars.iv670.3.i, 4
-  %540 = add nuw nsw i64 %indvars.iv.next671.3.i.1, 416
-  %541 = getelementptr inbounds nuw float, ptr %scores.i, i64 %540
-  %542 = load <16 x float>, ptr %541, align 4, !tbaa !5
-  %543 = fmul <16 x float> %91, %542
-  %544 = trunc i64 %indvars.iv.next671.3.i.1 to i32
-  %545 = or disjoint i32 %544, 32
-  %546 = sub i32 %valid_len.i, %545
-  %547 = insertelement <16 x i32> poison, i32 %546, i64 0
-  %548 = shufflevector <16 x i32> %547, <16 x i32> poison, <16 x i32> zeroinitializer
-  %549 = icmp sgt <16 x i32> %548, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %550 = select <16 x i1> %549, <16 x float> %543, <16 x float> splat (float 0xFFF0000000000000)
-  %551 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %540
-  store <16 x float> %550, ptr %551, align 4, !tbaa !5
-  %indvars.iv.next671.3.i.2 = shl i64 %indvars.iv670.3.i, 4
-  %552 = add nuw nsw i64 %indvars.iv.next671.3.i.2, 432
-  %553 = getelementptr inbounds nuw float, ptr %scores.i, i64 %552
-  %554 = load <16 x float>, ptr %553, align 4, !tbaa !5
-  %555 = fmul <16 x float> %91, %554
-  %556 = trunc i64 %indvars.iv.next671.3.i.2 to i32
-  %557 = or disjoint i32 %556, 48
-  %558 = sub i32 %valid_len.i, %557
-  %559 = insertelement <16 x i32> poison, i32 %558, i64 0
-  %560 = shufflevector <16 x i32> %559, <16 x i32> poison, <16 x i32> zeroinitializer
-  %561 = icmp sgt <16 x i32> %560, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %562 = select <16 x i1> %561, <16 x float> %555, <16 x float> splat (float 0xFFF0000000000000)
-  %563 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %552
-  store <16 x float> %562, ptr %563, align 4, !tbaa !5
-  %indvars.iv.next671.3.i.3 = add nuw nsw i64 %indvars.iv670.3.i, 4
-  %niter181.next.3 = add i64 %niter181, 4
-  %niter181.ncmp.3 = icmp eq i64 %niter181.next.3, %unroll_iter180
-  br i1 %niter181.ncmp.3, label %for_body_ax1.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !23, !llvm.loop !34
+  %indvars.iv649.3.i = phi i64 [ %indvars.iv.next650.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %niter184 = phi i64 [ %niter184.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %722 = shl nsw i64 %indvars.iv649.3.i, 4
+  %723 = add nuw nsw i64 %722, 384
+  %724 = getelementptr inbounds nuw float, ptr %scores.i, i64 %723
+  %725 = load <16 x float>, ptr %724, align 4, !tbaa !5
+  %726 = fmul <16 x float> %91, %725
+  %727 = trunc i64 %722 to i32
+  %728 = sub i32 %417, %727
+  %729 = insertelement <16 x i32> poison, i32 %728, i64 0
+  %730 = shufflevector <16 x i32> %729, <16 x i32> poison, <16 x i32> zeroinitializer
+  %731 = icmp sgt <16 x i32> %730, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %732 = select <16 x i1> %731, <16 x float> %726, <16 x float> splat (float 0xFFF0000000000000)
+  %733 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %723
+  store <16 x float> %732, ptr %733, align 4, !tbaa !5
+  %indvars.iv.next650.3.i = shl i64 %indvars.iv649.3.i, 4
+  %734 = add nuw nsw i64 %indvars.iv.next650.3.i, 400
+  %735 = getelementptr inbounds nuw float, ptr %scores.i, i64 %734
+  %736 = load <16 x float>, ptr %735, align 4, !tbaa !5
+  %737 = fmul <16 x float> %91, %736
+  %738 = trunc i64 %indvars.iv.next650.3.i to i32
+  %739 = or disjoint i32 %738, 16
+  %740 = sub i32 %417, %739
+  %741 = insertelement <16 x i32> poison, i32 %740, i64 0
+  %742 = shufflevector <16 x i32> %741, <16 x i32> poison, <16 x i32> zeroinitializer
+  %743 = icmp sgt <16 x i32> %742, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %744 = select <16 x i1> %743, <16 x float> %737, <16 x float> splat (float 0xFFF0000000000000)
+  %745 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %734
+  store <16 x float> %744, ptr %745, align 4, !tbaa !5
+  %indvars.iv.next650.3.i.1 = shl i64 %indvars.iv649.3.i, 4
+  %746 = add nuw nsw i64 %indvars.iv.next650.3.i.1, 416
+  %747 = getelementptr inbounds nuw float, ptr %scores.i, i64 %746
+  %748 = load <16 x float>, ptr %747, align 4, !tbaa !5
+  %749 = fmul <16 x float> %91, %748
+  %750 = trunc i64 %indvars.iv.next650.3.i.1 to i32
+  %751 = or disjoint i32 %750, 32
+  %752 = sub i32 %417, %751
+  %753 = insertelement <16 x i32> poison, i32 %752, i64 0
+  %754 = shufflevector <16 x i32> %753, <16 x i32> poison, <16 x i32> zeroinitializer
+  %755 = icmp sgt <16 x i32> %754, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %756 = select <16 x i1> %755, <16 x float> %749, <16 x float> splat (float 0xFFF0000000000000)
+  %757 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %746
+  store <16 x float> %756, ptr %757, align 4, !tbaa !5
+  %indvars.iv.next650.3.i.2 = shl i64 %indvars.iv649.3.i, 4
+  %758 = add nuw nsw i64 %indvars.iv.next650.3.i.2, 432
+  %759 = getelementptr inbounds nuw float, ptr %scores.i, i64 %758
+  %760 = load <16 x float>, ptr %759, align 4, !tbaa !5
+  %761 = fmul <16 x float> %91, %760
+  %762 = trunc i64 %indvars.iv.next650.3.i.2 to i32
+  %763 = or disjoint i32 %762, 48
+  %764 = sub i32 %417, %763
+  %765 = insertelement <16 x i32> poison, i32 %764, i64 0
+  %766 = shufflevector <16 x i32> %765, <16 x i32> poison, <16 x i32> zeroinitializer
+  %767 = icmp sgt <16 x i32> %766, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %768 = select <16 x i1> %767, <16 x float> %761, <16 x float> splat (float 0xFFF0000000000000)
+  %769 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %758
+  store <16 x float> %768, ptr %769, align 4, !tbaa !5
+  %indvars.iv.next650.3.i.3 = add nuw nsw i64 %indvars.iv649.3.i, 4
+  %niter184.next.3 = add i64 %niter184, 4
+  %niter184.ncmp.3 = icmp eq i64 %niter184.next.3, %unroll_iter183
+  br i1 %niter184.ncmp.3, label %for_body_ax150.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !27, !llvm.loop !38
 
-for_body_ax1.i.preheader.unr-lcssa:               ; preds = %for_body_to.us.3.i
-  br i1 %lcmp.mod178.not, label %for_body_ax1.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !26
+for_body_ax150.i.preheader.unr-lcssa:             ; preds = %for_body_to.us.3.i
+  br i1 %lcmp.mod181.not, label %for_body_ax150.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !30
 
-for_body_to.us.3.i.epil.preheader:                ; preds = %for_body_ax1.i.preheader.unr-lcssa, %for_body_to.us.3.i.preheader
-  %indvars.iv670.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next671.3.i.3, %for_body_ax1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod179)
+for_body_to.us.3.i.epil.preheader:                ; preds = %for_body_ax150.i.preheader.unr-lcssa, %for_body_to.us.3.i.preheader
+  %indvars.iv649.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next650.3.i.3, %for_body_ax150.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod182)
   br label %for_body_to.us.3.i.epil
 
 for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
-  %indvars.iv670.3.i.epil = phi i64 [ %indvars.iv.next671.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv670.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
-  %epil.iter177 = phi i64 [ %epil.iter177.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
-  %564 = shl nsw i64 %indvars.iv670.3.i.epil, 4
-  %565 = add nuw nsw i64 %564, 384
-  %566 = getelementptr inbounds nuw float, ptr %scores.i, i64 %565
-  %567 = load <16 x float>, ptr %566, align 4, !tbaa !5
-  %568 = fmul <16 x float> %91, %567
-  %569 = trunc i64 %564 to i32
-  %570 = sub i32 %valid_len.i, %569
-  %571 = insertelement <16 x i32> poison, i32 %570, i64 0
-  %572 = shufflevector <16 x i32> %571, <16 x i32> poison, <16 x i32> zeroinitializer
-  %573 = icmp sgt <16 x i32> %572, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %574 = select <16 x i1> %573, <16 x float> %568, <16 x float> splat (float 0xFFF0000000000000)
-  %575 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %565
-  store <16 x float> %574, ptr %575, align 4, !tbaa !5
-  %indvars.iv.next671.3.i.epil = add nuw nsw i64 %indvars.iv670.3.i.epil, 1
-  %epil.iter177.next = add i64 %epil.iter177, 1
-  %epil.iter177.cmp.not = icmp eq i64 %epil.iter177.next, %xtraiter176
-  br i1 %epil.iter177.cmp.not, label %for_body_ax1.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !35
+  %indvars.iv649.3.i.epil = phi i64 [ %indvars.iv.next650.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv649.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
+  %epil.iter180 = phi i64 [ %epil.iter180.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
+  %770 = shl nsw i64 %indvars.iv649.3.i.epil, 4
+  %771 = add nuw nsw i64 %770, 384
+  %772 = getelementptr inbounds nuw float, ptr %scores.i, i64 %771
+  %773 = load <16 x float>, ptr %772, align 4, !tbaa !5
+  %774 = fmul <16 x float> %91, %773
+  %775 = trunc i64 %770 to i32
+  %776 = sub i32 %417, %775
+  %777 = insertelement <16 x i32> poison, i32 %776, i64 0
+  %778 = shufflevector <16 x i32> %777, <16 x i32> poison, <16 x i32> zeroinitializer
+  %779 = icmp sgt <16 x i32> %778, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %780 = select <16 x i1> %779, <16 x float> %774, <16 x float> splat (float 0xFFF0000000000000)
+  %781 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %771
+  store <16 x float> %780, ptr %781, align 4, !tbaa !5
+  %indvars.iv.next650.3.i.epil = add nuw nsw i64 %indvars.iv649.3.i.epil, 1
+  %epil.iter180.next = add i64 %epil.iter180, 1
+  %epil.iter180.cmp.not = icmp eq i64 %epil.iter180.next, %xtraiter179
+  br i1 %epil.iter180.cmp.not, label %for_body_ax150.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !39
 
-for_body_ax1.i.preheader:                         ; preds = %for_body_to.us.3.i.epil, %for_body_ax1.i.preheader.unr-lcssa
-  br i1 %264, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !36
+for_body_ax150.i.preheader:                       ; preds = %for_body_to.us.3.i.epil, %for_body_ax150.i.preheader.unr-lcssa
+  br i1 %462, label %for_body_ax150.i.epil.preheader, label %for_body_ax150.i, !prof !40
 
-if_end31.i:                                       ; preds = %for_body_to_m.i
-  %576 = shl nsw i64 %indvars.iv664.i, 4
-  br label %for_body_n_0_m.i
-
-for_body_n_0_m.i:                                 ; preds = %for_body_n_0_m.i, %if_end31.i
-  %indvars.iv653.i = phi i64 [ 0, %if_end31.i ], [ %indvars.iv.next654.i, %for_body_n_0_m.i ]
-  %577 = shl nuw nsw i64 %indvars.iv653.i, 1
-  %578 = add nuw nsw i64 %577, %576
-  %gep81 = getelementptr inbounds nuw i64, ptr %invariant.gep80, i64 %578
-  %579 = load i64, ptr %gep81, align 8, !tbaa !5
-  %580 = getelementptr i32, ptr %key_cache, i64 %579
-  %581 = getelementptr i32, ptr %580, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %581, i32 0, i32 2, i32 1)
-  %582 = getelementptr i8, ptr %580, i64 64
-  %583 = getelementptr i32, ptr %582, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %583, i32 0, i32 2, i32 1)
-  %584 = getelementptr i8, ptr %580, i64 128
-  %585 = getelementptr i32, ptr %584, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %585, i32 0, i32 2, i32 1)
-  %586 = getelementptr i8, ptr %580, i64 192
-  %587 = getelementptr i32, ptr %586, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %587, i32 0, i32 2, i32 1)
-  %588 = getelementptr inbounds nuw i8, ptr %gep81, i64 8
-  %589 = load i64, ptr %588, align 8, !tbaa !5
-  %590 = getelementptr i32, ptr %key_cache, i64 %589
-  %591 = getelementptr i32, ptr %590, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %591, i32 0, i32 2, i32 1)
-  %592 = getelementptr i8, ptr %590, i64 64
-  %593 = getelementptr i32, ptr %592, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %593, i32 0, i32 2, i32 1)
-  %594 = getelementptr i8, ptr %590, i64 128
-  %595 = getelementptr i32, ptr %594, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %595, i32 0, i32 2, i32 1)
-  %596 = getelementptr i8, ptr %590, i64 192
-  %597 = getelementptr i32, ptr %596, i64 %301
-  tail call void @llvm.prefetch.p0(ptr readonly %597, i32 0, i32 2, i32 1)
-  %598 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %578
-  %599 = load i64, ptr %598, align 8, !tbaa !5
-  %gep433.i = getelementptr i32, ptr %invariant.gep432.i, i64 %599
-  %600 = getelementptr inbounds nuw i8, ptr %598, i64 8
-  %601 = load i64, ptr %600, align 8, !tbaa !5
-  %gep435.i = getelementptr i32, ptr %invariant.gep432.i, i64 %601
-  %602 = load <16 x float>, ptr %303, align 4, !tbaa !5
-  %603 = load <16 x i32>, ptr %gep433.i, align 4, !tbaa !5
-  %604 = shl <16 x i32> %603, splat (i32 16)
-  %605 = bitcast <16 x i32> %604 to <16 x float>
-  %606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %602, <16 x float> %605, <16 x float> zeroinitializer)
-  %607 = load <16 x float>, ptr %304, align 4, !tbaa !5
-  %608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %607, <16 x float> %605, <16 x float> zeroinitializer)
-  %609 = load <16 x float>, ptr %305, align 4, !tbaa !5
-  %610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %605, <16 x float> zeroinitializer)
-  %611 = load <16 x float>, ptr %306, align 4, !tbaa !5
-  %612 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %611, <16 x float> %605, <16 x float> zeroinitializer)
-  %613 = load <16 x i32>, ptr %gep435.i, align 4, !tbaa !5
-  %614 = shl <16 x i32> %613, splat (i32 16)
-  %615 = bitcast <16 x i32> %614 to <16 x float>
-  %616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %602, <16 x float> %615, <16 x float> zeroinitializer)
-  %617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %607, <16 x float> %615, <16 x float> zeroinitializer)
-  %618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %609, <16 x float> %615, <16 x float> zeroinitializer)
-  %619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %611, <16 x float> %615, <16 x float> zeroinitializer)
-  %620 = load <16 x float>, ptr %307, align 4, !tbaa !5
-  %621 = and <16 x i32> %603, splat (i32 -65536)
-  %622 = bitcast <16 x i32> %621 to <16 x float>
-  %623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %622, <16 x float> %606)
-  %624 = load <16 x float>, ptr %308, align 4, !tbaa !5
-  %625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %624, <16 x float> %622, <16 x float> %608)
-  %626 = load <16 x float>, ptr %309, align 4, !tbaa !5
-  %627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %626, <16 x float> %622, <16 x float> %610)
-  %628 = load <16 x float>, ptr %310, align 4, !tbaa !5
-  %629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %628, <16 x float> %622, <16 x float> %612)
-  %630 = and <16 x i32> %613, splat (i32 -65536)
-  %631 = bitcast <16 x i32> %630 to <16 x float>
-  %632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %620, <16 x float> %631, <16 x float> %616)
-  %633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %624, <16 x float> %631, <16 x float> %617)
-  %634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %626, <16 x float> %631, <16 x float> %618)
-  %635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %628, <16 x float> %631, <16 x float> %619)
-  %636 = load <16 x float>, ptr %311, align 4, !tbaa !5
-  %gep420.1.i = getelementptr i8, ptr %gep433.i, i64 64
-  %637 = load <16 x i32>, ptr %gep420.1.i, align 4, !tbaa !5
-  %638 = shl <16 x i32> %637, splat (i32 16)
-  %639 = bitcast <16 x i32> %638 to <16 x float>
-  %640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %636, <16 x float> %639, <16 x float> %623)
-  %641 = load <16 x float>, ptr %312, align 4, !tbaa !5
-  %642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %641, <16 x float> %639, <16 x float> %625)
-  %643 = load <16 x float>, ptr %313, align 4, !tbaa !5
-  %644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %639, <16 x float> %627)
-  %645 = load <16 x float>, ptr %314, align 4, !tbaa !5
-  %646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %645, <16 x float> %639, <16 x float> %629)
-  %gep422.1.i = getelementptr i8, ptr %gep435.i, i64 64
-  %647 = load <16 x i32>, ptr %gep422.1.i, align 4, !tbaa !5
-  %648 = shl <16 x i32> %647, splat (i32 16)
-  %649 = bitcast <16 x i32> %648 to <16 x float>
-  %650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %636, <16 x float> %649, <16 x float> %632)
-  %651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %641, <16 x float> %649, <16 x float> %633)
-  %652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %643, <16 x float> %649, <16 x float> %634)
-  %653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %645, <16 x float> %649, <16 x float> %635)
-  %654 = load <16 x float>, ptr %315, align 4, !tbaa !5
-  %655 = and <16 x i32> %637, splat (i32 -65536)
-  %656 = bitcast <16 x i32> %655 to <16 x float>
-  %657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %654, <16 x float> %656, <16 x float> %640)
-  %658 = load <16 x float>, ptr %316, align 4, !tbaa !5
-  %659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %658, <16 x float> %656, <16 x float> %642)
-  %660 = load <16 x float>, ptr %317, align 4, !tbaa !5
-  %661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %656, <16 x float> %644)
-  %662 = load <16 x float>, ptr %318, align 4, !tbaa !5
-  %663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %662, <16 x float> %656, <16 x float> %646)
-  %664 = and <16 x i32> %647, splat (i32 -65536)
-  %665 = bitcast <16 x i32> %664 to <16 x float>
-  %666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %654, <16 x float> %665, <16 x float> %650)
-  %667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %658, <16 x float> %665, <16 x float> %651)
-  %668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %665, <16 x float> %652)
-  %669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %662, <16 x float> %665, <16 x float> %653)
-  %670 = load <16 x float>, ptr %319, align 4, !tbaa !5
-  %gep420.2.i = getelementptr i8, ptr %gep433.i, i64 128
-  %671 = load <16 x i32>, ptr %gep420.2.i, align 4, !tbaa !5
-  %672 = shl <16 x i32> %671, splat (i32 16)
-  %673 = bitcast <16 x i32> %672 to <16 x float>
-  %674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %670, <16 x float> %673, <16 x float> %657)
-  %675 = load <16 x float>, ptr %320, align 4, !tbaa !5
-  %676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %675, <16 x float> %673, <16 x float> %659)
-  %677 = load <16 x float>, ptr %321, align 4, !tbaa !5
-  %678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %677, <16 x float> %673, <16 x float> %661)
-  %679 = load <16 x float>, ptr %322, align 4, !tbaa !5
-  %680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %679, <16 x float> %673, <16 x float> %663)
-  %gep422.2.i = getelementptr i8, ptr %gep435.i, i64 128
-  %681 = load <16 x i32>, ptr %gep422.2.i, align 4, !tbaa !5
-  %682 = shl <16 x i32> %681, splat (i32 16)
-  %683 = bitcast <16 x i32> %682 to <16 x float>
-  %684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %670, <16 x float> %683, <16 x float> %666)
-  %685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %675, <16 x float> %683, <16 x float> %667)
-  %686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %677, <16 x float> %683, <16 x float> %668)
-  %687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %679, <16 x float> %683, <16 x float> %669)
-  %688 = load <16 x float>, ptr %323, align 4, !tbaa !5
-  %689 = and <16 x i32> %671, splat (i32 -65536)
-  %690 = bitcast <16 x i32> %689 to <16 x float>
-  %691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %688, <16 x float> %690, <16 x float> %674)
-  %692 = load <16 x float>, ptr %324, align 4, !tbaa !5
-  %693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %692, <16 x float> %690, <16 x float> %676)
-  %694 = load <16 x float>, ptr %325, align 4, !tbaa !5
-  %695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %694, <16 x float> %690, <16 x float> %678)
-  %696 = load <16 x float>, ptr %326, align 4, !tbaa !5
-  %697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %696, <16 x float> %690, <16 x float> %680)
-  %698 = and <16 x i32> %681, splat (i32 -65536)
-  %699 = bitcast <16 x i32> %698 to <16 x float>
-  %700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %688, <16 x float> %699, <16 x float> %684)
-  %701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %692, <16 x float> %699, <16 x float> %685)
-  %702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %694, <16 x float> %699, <16 x float> %686)
-  %703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %696, <16 x float> %699, <16 x float> %687)
-  %704 = load <16 x float>, ptr %327, align 4, !tbaa !5
-  %gep420.3.i = getelementptr i8, ptr %gep433.i, i64 192
-  %705 = load <16 x i32>, ptr %gep420.3.i, align 4, !tbaa !5
-  %706 = shl <16 x i32> %705, splat (i32 16)
-  %707 = bitcast <16 x i32> %706 to <16 x float>
-  %708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %704, <16 x float> %707, <16 x float> %691)
-  %709 = load <16 x float>, ptr %328, align 4, !tbaa !5
-  %710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %709, <16 x float> %707, <16 x float> %693)
-  %711 = load <16 x float>, ptr %329, align 4, !tbaa !5
-  %712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %711, <16 x float> %707, <16 x float> %695)
-  %713 = load <16 x float>, ptr %330, align 4, !tbaa !5
-  %714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %713, <16 x float> %707, <16 x float> %697)
-  %gep422.3.i = getelementptr i8, ptr %gep435.i, i64 192
-  %715 = load <16 x i32>, ptr %gep422.3.i, align 4, !tbaa !5
-  %716 = shl <16 x i32> %715, splat (i32 16)
-  %717 = bitcast <16 x i32> %716 to <16 x float>
-  %718 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %704, <16 x float> %717, <16 x float> %700)
-  %719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %709, <16 x float> %717, <16 x float> %701)
-  %720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %711, <16 x float> %717, <16 x float> %702)
-  %721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %713, <16 x float> %717, <16 x float> %703)
-  %722 = load <16 x float>, ptr %331, align 4, !tbaa !5
-  %723 = and <16 x i32> %705, splat (i32 -65536)
-  %724 = bitcast <16 x i32> %723 to <16 x float>
-  %725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %722, <16 x float> %724, <16 x float> %708)
-  %726 = load <16 x float>, ptr %332, align 4, !tbaa !5
-  %727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %726, <16 x float> %724, <16 x float> %710)
-  %728 = load <16 x float>, ptr %333, align 4, !tbaa !5
-  %729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %728, <16 x float> %724, <16 x float> %712)
-  %730 = load <16 x float>, ptr %334, align 4, !tbaa !5
-  %731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %730, <16 x float> %724, <16 x float> %714)
-  %732 = and <16 x i32> %715, splat (i32 -65536)
-  %733 = bitcast <16 x i32> %732 to <16 x float>
-  %734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %722, <16 x float> %733, <16 x float> %718)
-  %735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %726, <16 x float> %733, <16 x float> %719)
-  %736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %728, <16 x float> %733, <16 x float> %720)
-  %737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %730, <16 x float> %733, <16 x float> %721)
-  %.idx1071.i = shl nuw nsw i64 %indvars.iv653.i, 7
-  %738 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx1071.i
-  store <16 x float> %725, ptr %738, align 4, !tbaa !5
-  %739 = getelementptr inbounds nuw i8, ptr %738, i64 64
-  store <16 x float> %734, ptr %739, align 4, !tbaa !5
-  %740 = getelementptr inbounds nuw i8, ptr %738, i64 1024
-  store <16 x float> %727, ptr %740, align 4, !tbaa !5
-  %741 = getelementptr inbounds nuw i8, ptr %738, i64 1088
-  store <16 x float> %735, ptr %741, align 4, !tbaa !5
-  %742 = getelementptr inbounds nuw i8, ptr %738, i64 2048
-  store <16 x float> %729, ptr %742, align 4, !tbaa !5
-  %743 = getelementptr inbounds nuw i8, ptr %738, i64 2112
-  store <16 x float> %736, ptr %743, align 4, !tbaa !5
-  %744 = getelementptr inbounds nuw i8, ptr %738, i64 3072
-  store <16 x float> %731, ptr %744, align 4, !tbaa !5
-  %745 = getelementptr inbounds nuw i8, ptr %738, i64 3136
-  store <16 x float> %737, ptr %745, align 4, !tbaa !5
-  %indvars.iv.next654.i = add nuw nsw i64 %indvars.iv653.i, 1
-  %exitcond658.not.i = icmp eq i64 %indvars.iv.next654.i, 8
-  br i1 %exitcond658.not.i, label %for_body_r34.preheader.i, label %for_body_n_0_m.i, !prof !17
-
-for_body_r34.preheader.i:                         ; preds = %for_body_n_0_m.i
-  %746 = getelementptr inbounds nuw float, ptr %scores.i, i64 %576
-  store <16 x float> zeroinitializer, ptr %746, align 4, !tbaa !5
+for_begin_r.preheader.i:                          ; preds = %for_begin_n_1.preheader.i
+  %782 = getelementptr inbounds nuw float, ptr %scores.i, i64 %542
+  store <16 x float> zeroinitializer, ptr %782, align 4, !tbaa !5
   %sum_0.i = load <16 x float>, ptr %scores.rf.i, align 4, !tbaa !5
-  %747 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
-  %sum_1.i = load <16 x float>, ptr %747, align 4, !tbaa !5
-  %748 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
-  %sum_2.i = load <16 x float>, ptr %748, align 4, !tbaa !5
-  %749 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
-  %sum_3.i = load <16 x float>, ptr %749, align 4, !tbaa !5
-  %750 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
-  %sum_4.i = load <16 x float>, ptr %750, align 4, !tbaa !5
-  %751 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
-  %sum_5.i = load <16 x float>, ptr %751, align 4, !tbaa !5
-  %752 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
-  %sum_6.i = load <16 x float>, ptr %752, align 4, !tbaa !5
-  %753 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
-  %sum_7.i = load <16 x float>, ptr %753, align 4, !tbaa !5
-  %754 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
-  %sum_8.i = load <16 x float>, ptr %754, align 4, !tbaa !5
-  %755 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
-  %sum_9.i = load <16 x float>, ptr %755, align 4, !tbaa !5
-  %756 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
-  %sum_10.i = load <16 x float>, ptr %756, align 4, !tbaa !5
-  %757 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
-  %sum_11.i = load <16 x float>, ptr %757, align 4, !tbaa !5
-  %758 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
-  %sum_12.i = load <16 x float>, ptr %758, align 4, !tbaa !5
-  %759 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
-  %sum_13.i = load <16 x float>, ptr %759, align 4, !tbaa !5
-  %760 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
-  %sum_14.i = load <16 x float>, ptr %760, align 4, !tbaa !5
-  %761 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
-  %sum_15.i = load <16 x float>, ptr %761, align 4, !tbaa !5
-  %762 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %763 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.i = fadd <16 x float> %763, %762
-  %764 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %765 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.i = fadd <16 x float> %765, %764
-  %766 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %767 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.i = fadd <16 x float> %767, %766
-  %768 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %769 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.i = fadd <16 x float> %769, %768
-  %770 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %771 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.i = fadd <16 x float> %771, %770
-  %772 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %773 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.i = fadd <16 x float> %773, %772
-  %774 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %775 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.i = fadd <16 x float> %775, %774
-  %776 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %777 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.i = fadd <16 x float> %777, %776
-  %778 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %779 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.i = fadd <16 x float> %779, %778
-  %780 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %781 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.i = fadd <16 x float> %781, %780
-  %782 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %783 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.i = fadd <16 x float> %783, %782
-  %784 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %785 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.i = fadd <16 x float> %785, %784
-  %786 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %787 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.i = fadd <16 x float> %787, %786
-  %788 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %789 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.i = fadd <16 x float> %789, %788
-  %790 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %791 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %792 = fadd <16 x float> %791, %790
-  %793 = fadd <16 x float> %792, zeroinitializer
-  store <16 x float> %793, ptr %746, align 4, !tbaa !5
-  %794 = getelementptr inbounds nuw i8, ptr %746, i64 512
-  store <16 x float> zeroinitializer, ptr %794, align 4, !tbaa !5
-  %795 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
-  %sum_0.1.i = load <16 x float>, ptr %795, align 4, !tbaa !5
-  %796 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
-  %sum_1.1.i = load <16 x float>, ptr %796, align 4, !tbaa !5
-  %797 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
-  %sum_2.1.i = load <16 x float>, ptr %797, align 4, !tbaa !5
-  %798 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
-  %sum_3.1.i = load <16 x float>, ptr %798, align 4, !tbaa !5
-  %799 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
-  %sum_4.1.i = load <16 x float>, ptr %799, align 4, !tbaa !5
-  %800 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
-  %sum_5.1.i = load <16 x float>, ptr %800, align 4, !tbaa !5
-  %801 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
-  %sum_6.1.i = load <16 x float>, ptr %801, align 4, !tbaa !5
-  %802 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
-  %sum_7.1.i = load <16 x float>, ptr %802, align 4, !tbaa !5
-  %803 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
-  %sum_8.1.i = load <16 x float>, ptr %803, align 4, !tbaa !5
-  %804 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
-  %sum_9.1.i = load <16 x float>, ptr %804, align 4, !tbaa !5
-  %805 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
-  %sum_10.1.i = load <16 x float>, ptr %805, align 4, !tbaa !5
-  %806 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
-  %sum_11.1.i = load <16 x float>, ptr %806, align 4, !tbaa !5
-  %807 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
-  %sum_12.1.i = load <16 x float>, ptr %807, align 4, !tbaa !5
-  %808 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
-  %sum_13.1.i = load <16 x float>, ptr %808, align 4, !tbaa !5
-  %809 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
-  %sum_14.1.i = load <16 x float>, ptr %809, align 4, !tbaa !5
-  %810 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
-  %sum_15.1.i = load <16 x float>, ptr %810, align 4, !tbaa !5
-  %811 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %812 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.1.i = fadd <16 x float> %812, %811
-  %813 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %814 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.1.i = fadd <16 x float> %814, %813
-  %815 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %816 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.1.i = fadd <16 x float> %816, %815
-  %817 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %818 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.1.i = fadd <16 x float> %818, %817
-  %819 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %820 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.1.i = fadd <16 x float> %820, %819
-  %821 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %822 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.1.i = fadd <16 x float> %822, %821
-  %823 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %824 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.1.i = fadd <16 x float> %824, %823
-  %825 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %826 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.1.i = fadd <16 x float> %826, %825
-  %827 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %828 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.1.i = fadd <16 x float> %828, %827
-  %829 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %830 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.1.i = fadd <16 x float> %830, %829
-  %831 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %832 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.1.i = fadd <16 x float> %832, %831
-  %833 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %834 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.1.i = fadd <16 x float> %834, %833
-  %835 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %836 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.1.i = fadd <16 x float> %836, %835
-  %837 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %838 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.1.i = fadd <16 x float> %838, %837
-  %839 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %840 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %841 = fadd <16 x float> %840, %839
-  %842 = fadd <16 x float> %841, zeroinitializer
-  store <16 x float> %842, ptr %794, align 4, !tbaa !5
-  %843 = getelementptr inbounds nuw i8, ptr %746, i64 1024
-  store <16 x float> zeroinitializer, ptr %843, align 4, !tbaa !5
-  %844 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
-  %sum_0.2.i = load <16 x float>, ptr %844, align 4, !tbaa !5
-  %845 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
-  %sum_1.2.i = load <16 x float>, ptr %845, align 4, !tbaa !5
-  %846 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
-  %sum_2.2.i = load <16 x float>, ptr %846, align 4, !tbaa !5
-  %847 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
-  %sum_3.2.i = load <16 x float>, ptr %847, align 4, !tbaa !5
-  %848 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
-  %sum_4.2.i = load <16 x float>, ptr %848, align 4, !tbaa !5
-  %849 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
-  %sum_5.2.i = load <16 x float>, ptr %849, align 4, !tbaa !5
-  %850 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
-  %sum_6.2.i = load <16 x float>, ptr %850, align 4, !tbaa !5
-  %851 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
-  %sum_7.2.i = load <16 x float>, ptr %851, align 4, !tbaa !5
-  %852 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
-  %sum_8.2.i = load <16 x float>, ptr %852, align 4, !tbaa !5
-  %853 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
-  %sum_9.2.i = load <16 x float>, ptr %853, align 4, !tbaa !5
-  %854 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
-  %sum_10.2.i = load <16 x float>, ptr %854, align 4, !tbaa !5
-  %855 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
-  %sum_11.2.i = load <16 x float>, ptr %855, align 4, !tbaa !5
-  %856 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
-  %sum_12.2.i = load <16 x float>, ptr %856, align 4, !tbaa !5
-  %857 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
-  %sum_13.2.i = load <16 x float>, ptr %857, align 4, !tbaa !5
-  %858 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
-  %sum_14.2.i = load <16 x float>, ptr %858, align 4, !tbaa !5
-  %859 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
-  %sum_15.2.i = load <16 x float>, ptr %859, align 4, !tbaa !5
-  %860 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %861 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.2.i = fadd <16 x float> %861, %860
-  %862 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %863 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.2.i = fadd <16 x float> %863, %862
-  %864 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %865 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.2.i = fadd <16 x float> %865, %864
-  %866 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %867 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.2.i = fadd <16 x float> %867, %866
-  %868 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %869 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.2.i = fadd <16 x float> %869, %868
-  %870 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %871 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.2.i = fadd <16 x float> %871, %870
-  %872 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %873 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.2.i = fadd <16 x float> %873, %872
-  %874 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %875 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.2.i = fadd <16 x float> %875, %874
-  %876 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %877 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.2.i = fadd <16 x float> %877, %876
-  %878 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %879 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.2.i = fadd <16 x float> %879, %878
-  %880 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %881 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.2.i = fadd <16 x float> %881, %880
-  %882 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %883 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.2.i = fadd <16 x float> %883, %882
-  %884 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %885 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.2.i = fadd <16 x float> %885, %884
-  %886 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %887 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.2.i = fadd <16 x float> %887, %886
-  %888 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %889 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %890 = fadd <16 x float> %889, %888
-  %891 = fadd <16 x float> %890, zeroinitializer
-  store <16 x float> %891, ptr %843, align 4, !tbaa !5
-  %892 = getelementptr inbounds nuw i8, ptr %746, i64 1536
-  store <16 x float> zeroinitializer, ptr %892, align 4, !tbaa !5
-  %893 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
-  %sum_0.3.i = load <16 x float>, ptr %893, align 4, !tbaa !5
-  %894 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
-  %sum_1.3.i = load <16 x float>, ptr %894, align 4, !tbaa !5
-  %895 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
-  %sum_2.3.i = load <16 x float>, ptr %895, align 4, !tbaa !5
-  %896 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
-  %sum_3.3.i = load <16 x float>, ptr %896, align 4, !tbaa !5
-  %897 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
-  %sum_4.3.i = load <16 x float>, ptr %897, align 4, !tbaa !5
-  %898 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
-  %sum_5.3.i = load <16 x float>, ptr %898, align 4, !tbaa !5
-  %899 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
-  %sum_6.3.i = load <16 x float>, ptr %899, align 4, !tbaa !5
-  %900 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
-  %sum_7.3.i = load <16 x float>, ptr %900, align 4, !tbaa !5
-  %901 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
-  %sum_8.3.i = load <16 x float>, ptr %901, align 4, !tbaa !5
-  %902 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
-  %sum_9.3.i = load <16 x float>, ptr %902, align 4, !tbaa !5
-  %903 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
-  %sum_10.3.i = load <16 x float>, ptr %903, align 4, !tbaa !5
-  %904 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
-  %sum_11.3.i = load <16 x float>, ptr %904, align 4, !tbaa !5
-  %905 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
-  %sum_12.3.i = load <16 x float>, ptr %905, align 4, !tbaa !5
-  %906 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
-  %sum_13.3.i = load <16 x float>, ptr %906, align 4, !tbaa !5
-  %907 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
-  %sum_14.3.i = load <16 x float>, ptr %907, align 4, !tbaa !5
-  %908 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
-  %sum_15.3.i = load <16 x float>, ptr %908, align 4, !tbaa !5
-  %909 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %910 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.3.i = fadd <16 x float> %910, %909
-  %911 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %912 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.3.i = fadd <16 x float> %912, %911
-  %913 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %914 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.3.i = fadd <16 x float> %914, %913
-  %915 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %916 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.3.i = fadd <16 x float> %916, %915
-  %917 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %918 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.3.i = fadd <16 x float> %918, %917
-  %919 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %920 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.3.i = fadd <16 x float> %920, %919
-  %921 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %922 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.3.i = fadd <16 x float> %922, %921
-  %923 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %924 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.3.i = fadd <16 x float> %924, %923
-  %925 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %926 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.3.i = fadd <16 x float> %926, %925
-  %927 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %928 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.3.i = fadd <16 x float> %928, %927
-  %929 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %930 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.3.i = fadd <16 x float> %930, %929
-  %931 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %932 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.3.i = fadd <16 x float> %932, %931
-  %933 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %934 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.3.i = fadd <16 x float> %934, %933
-  %935 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %936 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.3.i = fadd <16 x float> %936, %935
-  %937 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %938 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %939 = fadd <16 x float> %938, %937
-  %940 = fadd <16 x float> %939, zeroinitializer
-  store <16 x float> %940, ptr %892, align 4, !tbaa !5
-  %941 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %942 = tail call i32 %941(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not257.i = icmp eq i32 %942, 0
-  br i1 %.not257.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !18
+  %783 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
+  %sum_1.i = load <16 x float>, ptr %783, align 4, !tbaa !5
+  %784 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
+  %sum_2.i = load <16 x float>, ptr %784, align 4, !tbaa !5
+  %785 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
+  %sum_3.i = load <16 x float>, ptr %785, align 4, !tbaa !5
+  %786 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
+  %sum_4.i = load <16 x float>, ptr %786, align 4, !tbaa !5
+  %787 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
+  %sum_5.i = load <16 x float>, ptr %787, align 4, !tbaa !5
+  %788 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
+  %sum_6.i = load <16 x float>, ptr %788, align 4, !tbaa !5
+  %789 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
+  %sum_7.i = load <16 x float>, ptr %789, align 4, !tbaa !5
+  %790 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
+  %sum_8.i = load <16 x float>, ptr %790, align 4, !tbaa !5
+  %791 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
+  %sum_9.i = load <16 x float>, ptr %791, align 4, !tbaa !5
+  %792 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
+  %sum_10.i = load <16 x float>, ptr %792, align 4, !tbaa !5
+  %793 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
+  %sum_11.i = load <16 x float>, ptr %793, align 4, !tbaa !5
+  %794 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
+  %sum_12.i = load <16 x float>, ptr %794, align 4, !tbaa !5
+  %795 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
+  %sum_13.i = load <16 x float>, ptr %795, align 4, !tbaa !5
+  %796 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
+  %sum_14.i = load <16 x float>, ptr %796, align 4, !tbaa !5
+  %797 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
+  %sum_15.i = load <16 x float>, ptr %797, align 4, !tbaa !5
+  %798 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %799 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.i = fadd <16 x float> %799, %798
+  %800 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %801 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.i = fadd <16 x float> %801, %800
+  %802 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %803 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.i = fadd <16 x float> %803, %802
+  %804 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %805 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.i = fadd <16 x float> %805, %804
+  %806 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %807 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.i = fadd <16 x float> %807, %806
+  %808 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %809 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.i = fadd <16 x float> %809, %808
+  %810 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %811 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.i = fadd <16 x float> %811, %810
+  %812 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %813 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.i = fadd <16 x float> %813, %812
+  %814 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %815 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.i = fadd <16 x float> %815, %814
+  %816 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %817 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.i = fadd <16 x float> %817, %816
+  %818 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %819 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.i = fadd <16 x float> %819, %818
+  %820 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %821 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.i = fadd <16 x float> %821, %820
+  %822 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %823 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.i = fadd <16 x float> %823, %822
+  %824 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %825 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.i = fadd <16 x float> %825, %824
+  %826 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %827 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %828 = fadd <16 x float> %827, %826
+  %829 = fadd <16 x float> %828, zeroinitializer
+  store <16 x float> %829, ptr %782, align 4, !tbaa !5
+  %830 = getelementptr inbounds nuw i8, ptr %782, i64 512
+  store <16 x float> zeroinitializer, ptr %830, align 4, !tbaa !5
+  %831 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
+  %sum_0.1.i = load <16 x float>, ptr %831, align 4, !tbaa !5
+  %832 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
+  %sum_1.1.i = load <16 x float>, ptr %832, align 4, !tbaa !5
+  %833 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
+  %sum_2.1.i = load <16 x float>, ptr %833, align 4, !tbaa !5
+  %834 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
+  %sum_3.1.i = load <16 x float>, ptr %834, align 4, !tbaa !5
+  %835 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
+  %sum_4.1.i = load <16 x float>, ptr %835, align 4, !tbaa !5
+  %836 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
+  %sum_5.1.i = load <16 x float>, ptr %836, align 4, !tbaa !5
+  %837 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
+  %sum_6.1.i = load <16 x float>, ptr %837, align 4, !tbaa !5
+  %838 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
+  %sum_7.1.i = load <16 x float>, ptr %838, align 4, !tbaa !5
+  %839 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
+  %sum_8.1.i = load <16 x float>, ptr %839, align 4, !tbaa !5
+  %840 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
+  %sum_9.1.i = load <16 x float>, ptr %840, align 4, !tbaa !5
+  %841 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
+  %sum_10.1.i = load <16 x float>, ptr %841, align 4, !tbaa !5
+  %842 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
+  %sum_11.1.i = load <16 x float>, ptr %842, align 4, !tbaa !5
+  %843 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
+  %sum_12.1.i = load <16 x float>, ptr %843, align 4, !tbaa !5
+  %844 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
+  %sum_13.1.i = load <16 x float>, ptr %844, align 4, !tbaa !5
+  %845 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
+  %sum_14.1.i = load <16 x float>, ptr %845, align 4, !tbaa !5
+  %846 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
+  %sum_15.1.i = load <16 x float>, ptr %846, align 4, !tbaa !5
+  %847 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %848 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.1.i = fadd <16 x float> %848, %847
+  %849 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %850 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.1.i = fadd <16 x float> %850, %849
+  %851 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %852 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.1.i = fadd <16 x float> %852, %851
+  %853 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %854 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.1.i = fadd <16 x float> %854, %853
+  %855 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %856 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.1.i = fadd <16 x float> %856, %855
+  %857 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %858 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.1.i = fadd <16 x float> %858, %857
+  %859 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %860 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.1.i = fadd <16 x float> %860, %859
+  %861 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %862 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.1.i = fadd <16 x float> %862, %861
+  %863 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %864 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.1.i = fadd <16 x float> %864, %863
+  %865 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %866 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.1.i = fadd <16 x float> %866, %865
+  %867 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %868 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.1.i = fadd <16 x float> %868, %867
+  %869 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %870 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.1.i = fadd <16 x float> %870, %869
+  %871 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %872 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.1.i = fadd <16 x float> %872, %871
+  %873 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %874 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.1.i = fadd <16 x float> %874, %873
+  %875 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %876 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %877 = fadd <16 x float> %876, %875
+  %878 = fadd <16 x float> %877, zeroinitializer
+  store <16 x float> %878, ptr %830, align 4, !tbaa !5
+  %879 = getelementptr inbounds nuw i8, ptr %782, i64 1024
+  store <16 x float> zeroinitializer, ptr %879, align 4, !tbaa !5
+  %880 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
+  %sum_0.2.i = load <16 x float>, ptr %880, align 4, !tbaa !5
+  %881 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
+  %sum_1.2.i = load <16 x float>, ptr %881, align 4, !tbaa !5
+  %882 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
+  %sum_2.2.i = load <16 x float>, ptr %882, align 4, !tbaa !5
+  %883 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
+  %sum_3.2.i = load <16 x float>, ptr %883, align 4, !tbaa !5
+  %884 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
+  %sum_4.2.i = load <16 x float>, ptr %884, align 4, !tbaa !5
+  %885 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
+  %sum_5.2.i = load <16 x float>, ptr %885, align 4, !tbaa !5
+  %886 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
+  %sum_6.2.i = load <16 x float>, ptr %886, align 4, !tbaa !5
+  %887 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
+  %sum_7.2.i = load <16 x float>, ptr %887, align 4, !tbaa !5
+  %888 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
+  %sum_8.2.i = load <16 x float>, ptr %888, align 4, !tbaa !5
+  %889 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
+  %sum_9.2.i = load <16 x float>, ptr %889, align 4, !tbaa !5
+  %890 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
+  %sum_10.2.i = load <16 x float>, ptr %890, align 4, !tbaa !5
+  %891 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
+  %sum_11.2.i = load <16 x float>, ptr %891, align 4, !tbaa !5
+  %892 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
+  %sum_12.2.i = load <16 x float>, ptr %892, align 4, !tbaa !5
+  %893 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
+  %sum_13.2.i = load <16 x float>, ptr %893, align 4, !tbaa !5
+  %894 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
+  %sum_14.2.i = load <16 x float>, ptr %894, align 4, !tbaa !5
+  %895 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
+  %sum_15.2.i = load <16 x float>, ptr %895, align 4, !tbaa !5
+  %896 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %897 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.2.i = fadd <16 x float> %897, %896
+  %898 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %899 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.2.i = fadd <16 x float> %899, %898
+  %900 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %901 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.2.i = fadd <16 x float> %901, %900
+  %902 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %903 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.2.i = fadd <16 x float> %903, %902
+  %904 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %905 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.2.i = fadd <16 x float> %905, %904
+  %906 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %907 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.2.i = fadd <16 x float> %907, %906
+  %908 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %909 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.2.i = fadd <16 x float> %909, %908
+  %910 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %911 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.2.i = fadd <16 x float> %911, %910
+  %912 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %913 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.2.i = fadd <16 x float> %913, %912
+  %914 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %915 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.2.i = fadd <16 x float> %915, %914
+  %916 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %917 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.2.i = fadd <16 x float> %917, %916
+  %918 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %919 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.2.i = fadd <16 x float> %919, %918
+  %920 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %921 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.2.i = fadd <16 x float> %921, %920
+  %922 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %923 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.2.i = fadd <16 x float> %923, %922
+  %924 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %925 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %926 = fadd <16 x float> %925, %924
+  %927 = fadd <16 x float> %926, zeroinitializer
+  store <16 x float> %927, ptr %879, align 4, !tbaa !5
+  %928 = getelementptr inbounds nuw i8, ptr %782, i64 1536
+  store <16 x float> zeroinitializer, ptr %928, align 4, !tbaa !5
+  %929 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
+  %sum_0.3.i = load <16 x float>, ptr %929, align 4, !tbaa !5
+  %930 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
+  %sum_1.3.i = load <16 x float>, ptr %930, align 4, !tbaa !5
+  %931 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
+  %sum_2.3.i = load <16 x float>, ptr %931, align 4, !tbaa !5
+  %932 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
+  %sum_3.3.i = load <16 x float>, ptr %932, align 4, !tbaa !5
+  %933 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
+  %sum_4.3.i = load <16 x float>, ptr %933, align 4, !tbaa !5
+  %934 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
+  %sum_5.3.i = load <16 x float>, ptr %934, align 4, !tbaa !5
+  %935 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
+  %sum_6.3.i = load <16 x float>, ptr %935, align 4, !tbaa !5
+  %936 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
+  %sum_7.3.i = load <16 x float>, ptr %936, align 4, !tbaa !5
+  %937 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
+  %sum_8.3.i = load <16 x float>, ptr %937, align 4, !tbaa !5
+  %938 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
+  %sum_9.3.i = load <16 x float>, ptr %938, align 4, !tbaa !5
+  %939 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
+  %sum_10.3.i = load <16 x float>, ptr %939, align 4, !tbaa !5
+  %940 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
+  %sum_11.3.i = load <16 x float>, ptr %940, align 4, !tbaa !5
+  %941 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
+  %sum_12.3.i = load <16 x float>, ptr %941, align 4, !tbaa !5
+  %942 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
+  %sum_13.3.i = load <16 x float>, ptr %942, align 4, !tbaa !5
+  %943 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
+  %sum_14.3.i = load <16 x float>, ptr %943, align 4, !tbaa !5
+  %944 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
+  %sum_15.3.i = load <16 x float>, ptr %944, align 4, !tbaa !5
+  %945 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %946 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.3.i = fadd <16 x float> %946, %945
+  %947 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %948 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.3.i = fadd <16 x float> %948, %947
+  %949 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %950 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.3.i = fadd <16 x float> %950, %949
+  %951 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %952 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.3.i = fadd <16 x float> %952, %951
+  %953 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %954 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.3.i = fadd <16 x float> %954, %953
+  %955 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %956 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.3.i = fadd <16 x float> %956, %955
+  %957 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %958 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.3.i = fadd <16 x float> %958, %957
+  %959 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %960 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.3.i = fadd <16 x float> %960, %959
+  %961 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %962 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.3.i = fadd <16 x float> %962, %961
+  %963 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %964 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.3.i = fadd <16 x float> %964, %963
+  %965 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %966 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.3.i = fadd <16 x float> %966, %965
+  %967 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %968 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.3.i = fadd <16 x float> %968, %967
+  %969 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %970 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.3.i = fadd <16 x float> %970, %969
+  %971 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %972 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.3.i = fadd <16 x float> %972, %971
+  %973 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %974 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %975 = fadd <16 x float> %974, %973
+  %976 = fadd <16 x float> %975, zeroinitializer
+  store <16 x float> %976, ptr %928, align 4, !tbaa !5
+  %977 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %978 = tail call i32 %977(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
+  %.not248.i = icmp eq i32 %978, 0
+  br i1 %.not248.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !18
 
-for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.i.preheader
-  %indvars.iv681.i = phi i64 [ %indvars.iv.next682.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.i.preheader ]
-  %peak.rf_global240.sroa.0.0441.i = phi <16 x float> [ %981, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ]
-  %niter188 = phi i64 [ %niter188.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.i.preheader ]
-  %.idx1072.i = shl nsw i64 %indvars.iv681.i, 6
-  %943 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1072.i
-  %944 = load <16 x float>, ptr %943, align 4, !tbaa !5
-  %945 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.i, %944
-  %946 = select <16 x i1> %945, <16 x float> %peak.rf_global240.sroa.0.0441.i, <16 x float> %944
-  %indvars.iv.next682.i = shl i64 %indvars.iv681.i, 6
-  %947 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i
-  %948 = getelementptr inbounds nuw i8, ptr %947, i64 64
-  %949 = load <16 x float>, ptr %948, align 4, !tbaa !5
-  %950 = fcmp ogt <16 x float> %946, %949
-  %951 = select <16 x i1> %950, <16 x float> %946, <16 x float> %949
-  %indvars.iv.next682.i.1 = shl i64 %indvars.iv681.i, 6
-  %952 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.1
-  %953 = getelementptr inbounds nuw i8, ptr %952, i64 128
-  %954 = load <16 x float>, ptr %953, align 4, !tbaa !5
-  %955 = fcmp ogt <16 x float> %951, %954
-  %956 = select <16 x i1> %955, <16 x float> %951, <16 x float> %954
-  %indvars.iv.next682.i.2 = shl i64 %indvars.iv681.i, 6
-  %957 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.2
-  %958 = getelementptr inbounds nuw i8, ptr %957, i64 192
-  %959 = load <16 x float>, ptr %958, align 4, !tbaa !5
-  %960 = fcmp ogt <16 x float> %956, %959
-  %961 = select <16 x i1> %960, <16 x float> %956, <16 x float> %959
-  %indvars.iv.next682.i.3 = shl i64 %indvars.iv681.i, 6
-  %962 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.3
-  %963 = getelementptr inbounds nuw i8, ptr %962, i64 256
-  %964 = load <16 x float>, ptr %963, align 4, !tbaa !5
-  %965 = fcmp ogt <16 x float> %961, %964
-  %966 = select <16 x i1> %965, <16 x float> %961, <16 x float> %964
-  %indvars.iv.next682.i.4 = shl i64 %indvars.iv681.i, 6
-  %967 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.4
-  %968 = getelementptr inbounds nuw i8, ptr %967, i64 320
-  %969 = load <16 x float>, ptr %968, align 4, !tbaa !5
-  %970 = fcmp ogt <16 x float> %966, %969
-  %971 = select <16 x i1> %970, <16 x float> %966, <16 x float> %969
-  %indvars.iv.next682.i.5 = shl i64 %indvars.iv681.i, 6
-  %972 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.5
-  %973 = getelementptr inbounds nuw i8, ptr %972, i64 384
-  %974 = load <16 x float>, ptr %973, align 4, !tbaa !5
-  %975 = fcmp ogt <16 x float> %971, %974
-  %976 = select <16 x i1> %975, <16 x float> %971, <16 x float> %974
-  %indvars.iv.next682.i.6 = shl i64 %indvars.iv681.i, 6
-  %977 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next682.i.6
-  %978 = getelementptr inbounds nuw i8, ptr %977, i64 448
-  %979 = load <16 x float>, ptr %978, align 4, !tbaa !5
-  %980 = fcmp ogt <16 x float> %976, %979
-  %981 = select <16 x i1> %980, <16 x float> %976, <16 x float> %979
-  %indvars.iv.next682.i.7 = add nuw nsw i64 %indvars.iv681.i, 8
-  %niter188.next.7 = add i64 %niter188, 8
-  %niter188.ncmp.7 = icmp eq i64 %niter188.next.7, %unroll_iter187
-  br i1 %niter188.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !37, !llvm.loop !38
+for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.preheader.i, %for_begin_n_0_m.preheader.i
+  %indvars.iv636.i = phi i64 [ 0, %for_begin_n_0_m.preheader.i ], [ %indvars.iv.next637.i, %for_begin_n_1.preheader.i ]
+  %979 = shl nuw nsw i64 %indvars.iv636.i, 1
+  %980 = getelementptr inbounds nuw i64, ptr %gep127, i64 %979
+  %981 = load i64, ptr %980, align 8, !tbaa !5
+  %982 = getelementptr i32, ptr %key_cache, i64 %981
+  %983 = getelementptr i32, ptr %982, i64 %505
+  tail call void @llvm.prefetch.p0(ptr readonly %983, i32 0, i32 2, i32 1)
+  %984 = getelementptr i8, ptr %982, i64 64
+  %985 = getelementptr i32, ptr %984, i64 %505
+  tail call void @llvm.prefetch.p0(ptr readonly %985, i32 0, i32 2, i32 1)
+  %986 = getelementptr i8, ptr %982, i64 128
+  %987 = getelementptr i32, ptr %986, i64 %505
+  tail call void @llvm.prefetch.p0(ptr readonly %987, i32 0, i32 2, i32 1)
+  %988 = getelementptr i8, ptr %982, i64 192
+  %989 = getelementptr i32, ptr %988, i64 %505
+  tail call void @llvm.prefetch.p0(ptr readonly %989, i32 0, i32 2, i32 1)
+  %990 = getelementptr inbounds nuw i8, ptr %980, i64 8
+  %991 = load i64, ptr %990, align 8, !tbaa !5
+  %992 = getelementptr i32, ptr %key_cache, i64 %991
+  %993 = getelementptr i32, ptr %992, i64 %505
+  tail call void @llvm.prefetch.p0(ptr readonly %993, i32 0, i32 2, i32 1)
+  %994 = getelementptr i8, ptr %992, i64 64
+  %995 = getelementptr i32, ptr %994, i64 %505
+  tail call void @llvm.prefetch.p0(ptr readonly %995, i32 0, i32 2, i32 1)
+  %996 = getelementptr i8, ptr %992, i64 128
+  %997 = getelementptr i32, ptr %996, i64 %505
+  tail call void @llvm.prefetch.p0(ptr readonly %997, i32 0, i32 2, i32 1)
+  %998 = getelementptr i8, ptr %992, i64 192
+  %999 = getelementptr i32, ptr %998, i64 %505
+  tail call void @llvm.prefetch.p0(ptr readonly %999, i32 0, i32 2, i32 1)
+  %gep.i = getelementptr inbounds nuw i64, ptr %invariant.gep1072.i, i64 %979
+  %1000 = load i64, ptr %gep.i, align 8, !tbaa !5
+  %gep424.i = getelementptr i32, ptr %invariant.gep423.i, i64 %1000
+  %1001 = getelementptr inbounds nuw i8, ptr %gep.i, i64 8
+  %1002 = load i64, ptr %1001, align 8, !tbaa !5
+  %gep426.i = getelementptr i32, ptr %invariant.gep423.i, i64 %1002
+  %1003 = load <16 x float>, ptr %508, align 4, !tbaa !5
+  %1004 = load <16 x i32>, ptr %gep424.i, align 4, !tbaa !5
+  %1005 = shl <16 x i32> %1004, splat (i32 16)
+  %1006 = bitcast <16 x i32> %1005 to <16 x float>
+  %1007 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1003, <16 x float> %1006, <16 x float> zeroinitializer)
+  %1008 = load <16 x float>, ptr %509, align 4, !tbaa !5
+  %1009 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1008, <16 x float> %1006, <16 x float> zeroinitializer)
+  %1010 = load <16 x float>, ptr %510, align 4, !tbaa !5
+  %1011 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1010, <16 x float> %1006, <16 x float> zeroinitializer)
+  %1012 = load <16 x float>, ptr %511, align 4, !tbaa !5
+  %1013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1012, <16 x float> %1006, <16 x float> zeroinitializer)
+  %1014 = load <16 x i32>, ptr %gep426.i, align 4, !tbaa !5
+  %1015 = shl <16 x i32> %1014, splat (i32 16)
+  %1016 = bitcast <16 x i32> %1015 to <16 x float>
+  %1017 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1003, <16 x float> %1016, <16 x float> zeroinitializer)
+  %1018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1008, <16 x float> %1016, <16 x float> zeroinitializer)
+  %1019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1010, <16 x float> %1016, <16 x float> zeroinitializer)
+  %1020 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1012, <16 x float> %1016, <16 x float> zeroinitializer)
+  %1021 = load <16 x float>, ptr %512, align 4, !tbaa !5
+  %1022 = and <16 x i32> %1004, splat (i32 -65536)
+  %1023 = bitcast <16 x i32> %1022 to <16 x float>
+  %1024 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1021, <16 x float> %1023, <16 x float> %1007)
+  %1025 = load <16 x float>, ptr %513, align 4, !tbaa !5
+  %1026 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1025, <16 x float> %1023, <16 x float> %1009)
+  %1027 = load <16 x float>, ptr %514, align 4, !tbaa !5
+  %1028 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1027, <16 x float> %1023, <16 x float> %1011)
+  %1029 = load <16 x float>, ptr %515, align 4, !tbaa !5
+  %1030 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1029, <16 x float> %1023, <16 x float> %1013)
+  %1031 = and <16 x i32> %1014, splat (i32 -65536)
+  %1032 = bitcast <16 x i32> %1031 to <16 x float>
+  %1033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1021, <16 x float> %1032, <16 x float> %1017)
+  %1034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1025, <16 x float> %1032, <16 x float> %1018)
+  %1035 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1027, <16 x float> %1032, <16 x float> %1019)
+  %1036 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1029, <16 x float> %1032, <16 x float> %1020)
+  %1037 = load <16 x float>, ptr %516, align 4, !tbaa !5
+  %gep411.1.i = getelementptr i8, ptr %gep424.i, i64 64
+  %1038 = load <16 x i32>, ptr %gep411.1.i, align 4, !tbaa !5
+  %1039 = shl <16 x i32> %1038, splat (i32 16)
+  %1040 = bitcast <16 x i32> %1039 to <16 x float>
+  %1041 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1037, <16 x float> %1040, <16 x float> %1024)
+  %1042 = load <16 x float>, ptr %517, align 4, !tbaa !5
+  %1043 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1042, <16 x float> %1040, <16 x float> %1026)
+  %1044 = load <16 x float>, ptr %518, align 4, !tbaa !5
+  %1045 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1044, <16 x float> %1040, <16 x float> %1028)
+  %1046 = load <16 x float>, ptr %519, align 4, !tbaa !5
+  %1047 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1046, <16 x float> %1040, <16 x float> %1030)
+  %gep413.1.i = getelementptr i8, ptr %gep426.i, i64 64
+  %1048 = load <16 x i32>, ptr %gep413.1.i, align 4, !tbaa !5
+  %1049 = shl <16 x i32> %1048, splat (i32 16)
+  %1050 = bitcast <16 x i32> %1049 to <16 x float>
+  %1051 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1037, <16 x float> %1050, <16 x float> %1033)
+  %1052 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1042, <16 x float> %1050, <16 x float> %1034)
+  %1053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1044, <16 x float> %1050, <16 x float> %1035)
+  %1054 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1046, <16 x float> %1050, <16 x float> %1036)
+  %1055 = load <16 x float>, ptr %520, align 4, !tbaa !5
+  %1056 = and <16 x i32> %1038, splat (i32 -65536)
+  %1057 = bitcast <16 x i32> %1056 to <16 x float>
+  %1058 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1055, <16 x float> %1057, <16 x float> %1041)
+  %1059 = load <16 x float>, ptr %521, align 4, !tbaa !5
+  %1060 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1059, <16 x float> %1057, <16 x float> %1043)
+  %1061 = load <16 x float>, ptr %522, align 4, !tbaa !5
+  %1062 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1061, <16 x float> %1057, <16 x float> %1045)
+  %1063 = load <16 x float>, ptr %523, align 4, !tbaa !5
+  %1064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1063, <16 x float> %1057, <16 x float> %1047)
+  %1065 = and <16 x i32> %1048, splat (i32 -65536)
+  %1066 = bitcast <16 x i32> %1065 to <16 x float>
+  %1067 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1055, <16 x float> %1066, <16 x float> %1051)
+  %1068 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1059, <16 x float> %1066, <16 x float> %1052)
+  %1069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1061, <16 x float> %1066, <16 x float> %1053)
+  %1070 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1063, <16 x float> %1066, <16 x float> %1054)
+  %1071 = load <16 x float>, ptr %524, align 4, !tbaa !5
+  %gep411.2.i = getelementptr i8, ptr %gep424.i, i64 128
+  %1072 = load <16 x i32>, ptr %gep411.2.i, align 4, !tbaa !5
+  %1073 = shl <16 x i32> %1072, splat (i32 16)
+  %1074 = bitcast <16 x i32> %1073 to <16 x float>
+  %1075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1071, <16 x float> %1074, <16 x float> %1058)
+  %1076 = load <16 x float>, ptr %525, align 4, !tbaa !5
+  %1077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1076, <16 x float> %1074, <16 x float> %1060)
+  %1078 = load <16 x float>, ptr %526, align 4, !tbaa !5
+  %1079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1078, <16 x float> %1074, <16 x float> %1062)
+  %1080 = load <16 x float>, ptr %527, align 4, !tbaa !5
+  %1081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1080, <16 x float> %1074, <16 x float> %1064)
+  %gep413.2.i = getelementptr i8, ptr %gep426.i, i64 128
+  %1082 = load <16 x i32>, ptr %gep413.2.i, align 4, !tbaa !5
+  %1083 = shl <16 x i32> %1082, splat (i32 16)
+  %1084 = bitcast <16 x i32> %1083 to <16 x float>
+  %1085 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1071, <16 x float> %1084, <16 x float> %1067)
+  %1086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1076, <16 x float> %1084, <16 x float> %1068)
+  %1087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1078, <16 x float> %1084, <16 x float> %1069)
+  %1088 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1080, <16 x float> %1084, <16 x float> %1070)
+  %1089 = load <16 x float>, ptr %528, align 4, !tbaa !5
+  %1090 = and <16 x i32> %1072, splat (i32 -65536)
+  %1091 = bitcast <16 x i32> %1090 to <16 x float>
+  %1092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1089, <16 x float> %1091, <16 x float> %1075)
+  %1093 = load <16 x float>, ptr %529, align 4, !tbaa !5
+  %1094 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1093, <16 x float> %1091, <16 x float> %1077)
+  %1095 = load <16 x float>, ptr %530, align 4, !tbaa !5
+  %1096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1095, <16 x float> %1091, <16 x float> %1079)
+  %1097 = load <16 x float>, ptr %531, align 4, !tbaa !5
+  %1098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1097, <16 x float> %1091, <16 x float> %1081)
+  %1099 = and <16 x i32> %1082, splat (i32 -65536)
+  %1100 = bitcast <16 x i32> %1099 to <16 x float>
+  %1101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1089, <16 x float> %1100, <16 x float> %1085)
+  %1102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1093, <16 x float> %1100, <16 x float> %1086)
+  %1103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1095, <16 x float> %1100, <16 x float> %1087)
+  %1104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1097, <16 x float> %1100, <16 x float> %1088)
+  %1105 = load <16 x float>, ptr %532, align 4, !tbaa !5
+  %gep411.3.i = getelementptr i8, ptr %gep424.i, i64 192
+  %1106 = load <16 x i32>, ptr %gep411.3.i, align 4, !tbaa !5
+  %1107 = shl <16 x i32> %1106, splat (i32 16)
+  %1108 = bitcast <16 x i32> %1107 to <16 x float>
+  %1109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1105, <16 x float> %1108, <16 x float> %1092)
+  %1110 = load <16 x float>, ptr %533, align 4, !tbaa !5
+  %1111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1110, <16 x float> %1108, <16 x float> %1094)
+  %1112 = load <16 x float>, ptr %534, align 4, !tbaa !5
+  %1113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1112, <16 x float> %1108, <16 x float> %1096)
+  %1114 = load <16 x float>, ptr %535, align 4, !tbaa !5
+  %1115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1114, <16 x float> %1108, <16 x float> %1098)
+  %gep413.3.i = getelementptr i8, ptr %gep426.i, i64 192
+  %1116 = load <16 x i32>, ptr %gep413.3.i, align 4, !tbaa !5
+  %1117 = shl <16 x i32> %1116, splat (i32 16)
+  %1118 = bitcast <16 x i32> %1117 to <16 x float>
+  %1119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1105, <16 x float> %1118, <16 x float> %1101)
+  %1120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1110, <16 x float> %1118, <16 x float> %1102)
+  %1121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1112, <16 x float> %1118, <16 x float> %1103)
+  %1122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1114, <16 x float> %1118, <16 x float> %1104)
+  %1123 = load <16 x float>, ptr %536, align 4, !tbaa !5
+  %1124 = and <16 x i32> %1106, splat (i32 -65536)
+  %1125 = bitcast <16 x i32> %1124 to <16 x float>
+  %1126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1123, <16 x float> %1125, <16 x float> %1109)
+  %1127 = load <16 x float>, ptr %537, align 4, !tbaa !5
+  %1128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1127, <16 x float> %1125, <16 x float> %1111)
+  %1129 = load <16 x float>, ptr %538, align 4, !tbaa !5
+  %1130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1129, <16 x float> %1125, <16 x float> %1113)
+  %1131 = load <16 x float>, ptr %539, align 4, !tbaa !5
+  %1132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1131, <16 x float> %1125, <16 x float> %1115)
+  %1133 = and <16 x i32> %1116, splat (i32 -65536)
+  %1134 = bitcast <16 x i32> %1133 to <16 x float>
+  %1135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1123, <16 x float> %1134, <16 x float> %1119)
+  %1136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1127, <16 x float> %1134, <16 x float> %1120)
+  %1137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1129, <16 x float> %1134, <16 x float> %1121)
+  %1138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1131, <16 x float> %1134, <16 x float> %1122)
+  %.idx1025.i = shl nuw nsw i64 %indvars.iv636.i, 7
+  %1139 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx1025.i
+  store <16 x float> %1126, ptr %1139, align 4, !tbaa !5
+  %1140 = getelementptr inbounds nuw i8, ptr %1139, i64 64
+  store <16 x float> %1135, ptr %1140, align 4, !tbaa !5
+  %1141 = getelementptr inbounds nuw i8, ptr %1139, i64 1024
+  store <16 x float> %1128, ptr %1141, align 4, !tbaa !5
+  %1142 = getelementptr inbounds nuw i8, ptr %1139, i64 1088
+  store <16 x float> %1136, ptr %1142, align 4, !tbaa !5
+  %1143 = getelementptr inbounds nuw i8, ptr %1139, i64 2048
+  store <16 x float> %1130, ptr %1143, align 4, !tbaa !5
+  %1144 = getelementptr inbounds nuw i8, ptr %1139, i64 2112
+  store <16 x float> %1137, ptr %1144, align 4, !tbaa !5
+  %1145 = getelementptr inbounds nuw i8, ptr %1139, i64 3072
+  store <16 x float> %1132, ptr %1145, align 4, !tbaa !5
+  %1146 = getelementptr inbounds nuw i8, ptr %1139, i64 3136
+  store <16 x float> %1138, ptr %1146, align 4, !tbaa !5
+  %indvars.iv.next637.i = add nuw nsw i64 %indvars.iv636.i, 1
+  %exitcond639.not.i = icmp eq i64 %indvars.iv.next637.i, 8
+  br i1 %exitcond639.not.i, label %for_begin_r.preheader.i, label %for_begin_n_1.preheader.i, !prof !17
 
-for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
-  br i1 %lcmp.mod184.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !40
+for_body_ax150.i:                                 ; preds = %for_body_ax150.i, %for_body_ax150.i.preheader
+  %indvars.iv658.i = phi i64 [ %indvars.iv.next659.i.7, %for_body_ax150.i ], [ 0, %for_body_ax150.i.preheader ]
+  %peak.rf_global230.sroa.0.0432.i = phi <16 x float> [ %1185, %for_body_ax150.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax150.i.preheader ]
+  %niter191 = phi i64 [ %niter191.next.7, %for_body_ax150.i ], [ 0, %for_body_ax150.i.preheader ]
+  %.idx1026.i = shl nsw i64 %indvars.iv658.i, 6
+  %1147 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1026.i
+  %1148 = load <16 x float>, ptr %1147, align 4, !tbaa !5
+  %1149 = fcmp ogt <16 x float> %peak.rf_global230.sroa.0.0432.i, %1148
+  %1150 = select <16 x i1> %1149, <16 x float> %peak.rf_global230.sroa.0.0432.i, <16 x float> %1148
+  %indvars.iv.next659.i = shl i64 %indvars.iv658.i, 6
+  %1151 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next659.i
+  %1152 = getelementptr inbounds nuw i8, ptr %1151, i64 64
+  %1153 = load <16 x float>, ptr %1152, align 4, !tbaa !5
+  %1154 = fcmp ogt <16 x float> %1150, %1153
+  %1155 = select <16 x i1> %1154, <16 x float> %1150, <16 x float> %1153
+  %indvars.iv.next659.i.1 = shl i64 %indvars.iv658.i, 6
+  %1156 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next659.i.1
+  %1157 = getelementptr inbounds nuw i8, ptr %1156, i64 128
+  %1158 = load <16 x float>, ptr %1157, align 4, !tbaa !5
+  %1159 = fcmp ogt <16 x float> %1155, %1158
+  %1160 = select <16 x i1> %1159, <16 x float> %1155, <16 x float> %1158
+  %indvars.iv.next659.i.2 = shl i64 %indvars.iv658.i, 6
+  %1161 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next659.i.2
+  %1162 = getelementptr inbounds nuw i8, ptr %1161, i64 192
+  %1163 = load <16 x float>, ptr %1162, align 4, !tbaa !5
+  %1164 = fcmp ogt <16 x float> %1160, %1163
+  %1165 = select <16 x i1> %1164, <16 x float> %1160, <16 x float> %1163
+  %indvars.iv.next659.i.3 = shl i64 %indvars.iv658.i, 6
+  %1166 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next659.i.3
+  %1167 = getelementptr inbounds nuw i8, ptr %1166, i64 256
+  %1168 = load <16 x float>, ptr %1167, align 4, !tbaa !5
+  %1169 = fcmp ogt <16 x float> %1165, %1168
+  %1170 = select <16 x i1> %1169, <16 x float> %1165, <16 x float> %1168
+  %indvars.iv.next659.i.4 = shl i64 %indvars.iv658.i, 6
+  %1171 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next659.i.4
+  %1172 = getelementptr inbounds nuw i8, ptr %1171, i64 320
+  %1173 = load <16 x float>, ptr %1172, align 4, !tbaa !5
+  %1174 = fcmp ogt <16 x float> %1170, %1173
+  %1175 = select <16 x i1> %1174, <16 x float> %1170, <16 x float> %1173
+  %indvars.iv.next659.i.5 = shl i64 %indvars.iv658.i, 6
+  %1176 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next659.i.5
+  %1177 = getelementptr inbounds nuw i8, ptr %1176, i64 384
+  %1178 = load <16 x float>, ptr %1177, align 4, !tbaa !5
+  %1179 = fcmp ogt <16 x float> %1175, %1178
+  %1180 = select <16 x i1> %1179, <16 x float> %1175, <16 x float> %1178
+  %indvars.iv.next659.i.6 = shl i64 %indvars.iv658.i, 6
+  %1181 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next659.i.6
+  %1182 = getelementptr inbounds nuw i8, ptr %1181, i64 448
+  %1183 = load <16 x float>, ptr %1182, align 4, !tbaa !5
+  %1184 = fcmp ogt <16 x float> %1180, %1183
+  %1185 = select <16 x i1> %1184, <16 x float> %1180, <16 x float> %1183
+  %indvars.iv.next659.i.7 = add nuw nsw i64 %indvars.iv658.i, 8
+  %niter191.next.7 = add i64 %niter191, 8
+  %niter191.ncmp.7 = icmp eq i64 %niter191.next.7, %unroll_iter190
+  br i1 %niter191.ncmp.7, label %for_end_ax151.i.loopexit.unr-lcssa, label %for_body_ax150.i, !prof !41, !llvm.loop !42
 
-for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.i.preheader
-  %indvars.iv681.i.epil.init = phi i64 [ 0, %for_body_ax1.i.preheader ], [ %indvars.iv.next682.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0441.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.i.preheader ], [ %981, %for_end_ax1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod186)
-  br label %for_body_ax1.i.epil
+for_end_ax151.i.loopexit.unr-lcssa:               ; preds = %for_body_ax150.i
+  br i1 %lcmp.mod187.not, label %for_end_ax151.i, label %for_body_ax150.i.epil.preheader, !prof !44
 
-for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil, %for_body_ax1.i.epil.preheader
-  %indvars.iv681.i.epil = phi i64 [ %indvars.iv.next682.i.epil, %for_body_ax1.i.epil ], [ %indvars.iv681.i.epil.init, %for_body_ax1.i.epil.preheader ]
-  %peak.rf_global240.sroa.0.0441.i.epil = phi <16 x float> [ %985, %for_body_ax1.i.epil ], [ %peak.rf_global240.sroa.0.0441.i.epil.init, %for_body_ax1.i.epil.preheader ]
-  %epil.iter183 = phi i64 [ %epil.iter183.next, %for_body_ax1.i.epil ], [ 0, %for_body_ax1.i.epil.preheader ]
-  %.idx1072.i.epil = shl nsw i64 %indvars.iv681.i.epil, 6
-  %982 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1072.i.epil
-  %983 = load <16 x float>, ptr %982, align 4, !tbaa !5
-  %984 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.i.epil, %983
-  %985 = select <16 x i1> %984, <16 x float> %peak.rf_global240.sroa.0.0441.i.epil, <16 x float> %983
-  %indvars.iv.next682.i.epil = add nuw nsw i64 %indvars.iv681.i.epil, 1
-  %epil.iter183.next = add i64 %epil.iter183, 1
-  %epil.iter183.cmp.not = icmp eq i64 %epil.iter183.next, %xtraiter182
-  br i1 %epil.iter183.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !26, !llvm.loop !41
+for_body_ax150.i.epil.preheader:                  ; preds = %for_end_ax151.i.loopexit.unr-lcssa, %for_body_ax150.i.preheader
+  %indvars.iv658.i.epil.init = phi i64 [ 0, %for_body_ax150.i.preheader ], [ %indvars.iv.next659.i.7, %for_end_ax151.i.loopexit.unr-lcssa ]
+  %peak.rf_global230.sroa.0.0432.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax150.i.preheader ], [ %1185, %for_end_ax151.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod189)
+  br label %for_body_ax150.i.epil
 
-for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_end_to_m.thread.i
-  %scaled108410861089.i = phi ptr [ %scaled1083.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax1.i.epil ], [ %scaled.i, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %981, %for_end_ax1.i.loopexit.unr-lcssa ], [ %985, %for_body_ax1.i.epil ]
-  %peak.rf241.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 0
-  %986 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %987 = select i1 %986, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.i
-  %peak.rf241.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 1
-  %988 = fcmp ogt float %987, %peak.rf241.sroa.0.4.vec.extract.i
-  %989 = select i1 %988, float %987, float %peak.rf241.sroa.0.4.vec.extract.i
-  %peak.rf241.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 2
-  %990 = fcmp ogt float %989, %peak.rf241.sroa.0.8.vec.extract.i
-  %991 = select i1 %990, float %989, float %peak.rf241.sroa.0.8.vec.extract.i
-  %peak.rf241.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 3
-  %992 = fcmp ogt float %991, %peak.rf241.sroa.0.12.vec.extract.i
-  %993 = select i1 %992, float %991, float %peak.rf241.sroa.0.12.vec.extract.i
-  %peak.rf241.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 4
-  %994 = fcmp ogt float %993, %peak.rf241.sroa.0.16.vec.extract.i
-  %995 = select i1 %994, float %993, float %peak.rf241.sroa.0.16.vec.extract.i
-  %peak.rf241.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 5
-  %996 = fcmp ogt float %995, %peak.rf241.sroa.0.20.vec.extract.i
-  %997 = select i1 %996, float %995, float %peak.rf241.sroa.0.20.vec.extract.i
-  %peak.rf241.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 6
-  %998 = fcmp ogt float %997, %peak.rf241.sroa.0.24.vec.extract.i
-  %999 = select i1 %998, float %997, float %peak.rf241.sroa.0.24.vec.extract.i
-  %peak.rf241.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 7
-  %1000 = fcmp ogt float %999, %peak.rf241.sroa.0.28.vec.extract.i
-  %1001 = select i1 %1000, float %999, float %peak.rf241.sroa.0.28.vec.extract.i
-  %peak.rf241.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 8
-  %1002 = fcmp ogt float %1001, %peak.rf241.sroa.0.32.vec.extract.i
-  %1003 = select i1 %1002, float %1001, float %peak.rf241.sroa.0.32.vec.extract.i
-  %peak.rf241.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 9
-  %1004 = fcmp ogt float %1003, %peak.rf241.sroa.0.36.vec.extract.i
-  %1005 = select i1 %1004, float %1003, float %peak.rf241.sroa.0.36.vec.extract.i
-  %peak.rf241.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 10
-  %1006 = fcmp ogt float %1005, %peak.rf241.sroa.0.40.vec.extract.i
-  %1007 = select i1 %1006, float %1005, float %peak.rf241.sroa.0.40.vec.extract.i
-  %peak.rf241.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 11
-  %1008 = fcmp ogt float %1007, %peak.rf241.sroa.0.44.vec.extract.i
-  %1009 = select i1 %1008, float %1007, float %peak.rf241.sroa.0.44.vec.extract.i
-  %peak.rf241.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 12
-  %1010 = fcmp ogt float %1009, %peak.rf241.sroa.0.48.vec.extract.i
-  %1011 = select i1 %1010, float %1009, float %peak.rf241.sroa.0.48.vec.extract.i
-  %peak.rf241.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 13
-  %1012 = fcmp ogt float %1011, %peak.rf241.sroa.0.52.vec.extract.i
-  %1013 = select i1 %1012, float %1011, float %peak.rf241.sroa.0.52.vec.extract.i
-  %peak.rf241.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 14
-  %1014 = fcmp ogt float %1013, %peak.rf241.sroa.0.56.vec.extract.i
-  %1015 = select i1 %1014, float %1013, float %peak.rf241.sroa.0.56.vec.extract.i
-  %peak.rf241.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.i, i64 15
-  %1016 = fcmp ogt float %1015, %peak.rf241.sroa.0.60.vec.extract.i
-  %1017 = select i1 %1016, float %1015, float %peak.rf241.sroa.0.60.vec.extract.i
-  br i1 %251, label %for_body_ax1.1.i.preheader, label %for_end_ax1.1.i, !prof !3
+for_body_ax150.i.epil:                            ; preds = %for_body_ax150.i.epil, %for_body_ax150.i.epil.preheader
+  %indvars.iv658.i.epil = phi i64 [ %indvars.iv.next659.i.epil, %for_body_ax150.i.epil ], [ %indvars.iv658.i.epil.init, %for_body_ax150.i.epil.preheader ]
+  %peak.rf_global230.sroa.0.0432.i.epil = phi <16 x float> [ %1189, %for_body_ax150.i.epil ], [ %peak.rf_global230.sroa.0.0432.i.epil.init, %for_body_ax150.i.epil.preheader ]
+  %epil.iter186 = phi i64 [ %epil.iter186.next, %for_body_ax150.i.epil ], [ 0, %for_body_ax150.i.epil.preheader ]
+  %.idx1026.i.epil = shl nsw i64 %indvars.iv658.i.epil, 6
+  %1186 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1026.i.epil
+  %1187 = load <16 x float>, ptr %1186, align 4, !tbaa !5
+  %1188 = fcmp ogt <16 x float> %peak.rf_global230.sroa.0.0432.i.epil, %1187
+  %1189 = select <16 x i1> %1188, <16 x float> %peak.rf_global230.sroa.0.0432.i.epil, <16 x float> %1187
+  %indvars.iv.next659.i.epil = add nuw nsw i64 %indvars.iv658.i.epil, 1
+  %epil.iter186.next = add i64 %epil.iter186, 1
+  %epil.iter186.cmp.not = icmp eq i64 %epil.iter186.next, %xtraiter185
+  br i1 %epil.iter186.cmp.not, label %for_end_ax151.i, label %for_body_ax150.i.epil, !prof !30, !llvm.loop !45
 
-for_body_ax1.1.i.preheader:                       ; preds = %for_end_ax1.i
-  br i1 %265, label %for_body_ax1.1.i.epil.preheader, label %for_body_ax1.1.i, !prof !36
+for_end_ax151.i:                                  ; preds = %for_body_ax150.i.epil, %for_end_ax151.i.loopexit.unr-lcssa, %for_end_to_m.thread.i
+  %scaled103610381041.i = phi ptr [ %scaled1035.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax150.i.epil ], [ %scaled.i, %for_end_ax151.i.loopexit.unr-lcssa ]
+  %peak.rf_global230.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %1185, %for_end_ax151.i.loopexit.unr-lcssa ], [ %1189, %for_body_ax150.i.epil ]
+  %peak.rf231.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.i, i64 0
+  %1190 = fcmp olt float %peak.rf231.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1191 = select i1 %1190, float 0xC7EFFFFFE0000000, float %peak.rf231.sroa.0.0.vec.extract.i
+  %peak.rf231.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.i, i64 1
+  %1192 = fcmp ogt float %1191, %peak.rf231.sroa.0.4.vec.extract.i
+  %1193 = select i1 %1192, float %1191, float %peak.rf231.sroa.0.4.vec.extract.i
+  %peak.rf231.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.i, i64 2
+  %1194 = fcmp ogt float %1193, %peak.rf231.sroa.0.8.vec.extract.i
+  %1195 = select i1 %1194, float %1193, float %peak.rf231.sroa.0.8.vec.extract.i
+  %peak.rf231.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.i, i64 3
+  %1196 = fcmp ogt float %1195, %peak.rf231.sroa.0.12.vec.extract.i
+  %1197 = select i1 %1196, float %1195, float %peak.rf231.sroa.0.12.vec.extract.i
+  %peak.rf231.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.i, i64 4
+  %1198 = fcmp ogt float %1197, %peak.rf231.sroa.0.16.vec.extract.i
+  %1199 = select i1 %1198, float %1197, float %peak.rf231.sroa.0.16.vec.extract.i
+  %peak.rf231.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.i, i64 5
+  %1200 = fcmp ogt float %1199, %peak.rf231.sroa.0.20.vec.extract.i
+  %1201 = select i1 %1200, float %1199, float %peak.rf231.sroa.0.20.vec.extract.i
+  %peak.rf231.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.i, i64 6
+  %1202 = fcmp ogt float %1201, %peak.rf231.sroa.0.24.vec.extract.i
+  %1203 = select i1 %1202, float %1201, float %peak.rf231.sroa.0.24.vec.extract.i
+  %peak.rf231.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.i, i64 7
+  %1204 = fcmp ogt float %1203, %peak.rf231.sroa.0.28.vec.extract.i
+  %1205 = select i1 %1204, float %1203, float %peak.rf231.sroa.0.28.vec.extract.i
+  %peak.rf231.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.i, i64 8
+  %1206 = fcmp ogt float %1205, %peak.rf231.sroa.0.32.vec.extract.i
+  %1207 = select i1 %1206, float %1205, float %peak.rf231.sroa.0.32.vec.extract.i
+  %peak.rf231.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.i, i64 9
+  %1208 = fcmp ogt float %1207, %peak.rf231.sroa.0.36.vec.extract.i
+  %1209 = select i1 %1208, float %1207, float %peak.rf231.sroa.0.36.vec.extract.i
+  %peak.rf231.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.i, i64 10
+  %1210 = fcmp ogt float %1209, %peak.rf231.sroa.0.40.vec.extract.i
+  %1211 = select i1 %1210, float %1209, float %peak.rf231.sroa.0.40.vec.extract.i
+  %peak.rf231.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.i, i64 11
+  %1212 = fcmp ogt float %1211, %peak.rf231.sroa.0.44.vec.extract.i
+  %1213 = select i1 %1212, float %1211, float %peak.rf231.sroa.0.44.vec.extract.i
+  %peak.rf231.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.i, i64 12
+  %1214 = fcmp ogt float %1213, %peak.rf231.sroa.0.48.vec.extract.i
+  %1215 = select i1 %1214, float %1213, float %peak.rf231.sroa.0.48.vec.extract.i
+  %peak.rf231.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.i, i64 13
+  %1216 = fcmp ogt float %1215, %peak.rf231.sroa.0.52.vec.extract.i
+  %1217 = select i1 %1216, float %1215, float %peak.rf231.sroa.0.52.vec.extract.i
+  %peak.rf231.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.i, i64 14
+  %1218 = fcmp ogt float %1217, %peak.rf231.sroa.0.56.vec.extract.i
+  %1219 = select i1 %1218, float %1217, float %peak.rf231.sroa.0.56.vec.extract.i
+  %peak.rf231.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.i, i64 15
+  %1220 = fcmp ogt float %1219, %peak.rf231.sroa.0.60.vec.extract.i
+  %1221 = select i1 %1220, float %1219, float %peak.rf231.sroa.0.60.vec.extract.i
+  br i1 %447, label %for_body_ax150.1.i.preheader, label %for_end_ax151.1.i, !prof !3
 
-for_body_ax1.1.i:                                 ; preds = %for_body_ax1.1.i, %for_body_ax1.1.i.preheader
-  %indvars.iv681.1.i = phi i64 [ %indvars.iv.next682.1.i.7, %for_body_ax1.1.i ], [ 0, %for_body_ax1.1.i.preheader ]
-  %peak.rf_global240.sroa.0.0441.1.i = phi <16 x float> [ %1057, %for_body_ax1.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ]
-  %niter195 = phi i64 [ %niter195.next.7, %for_body_ax1.1.i ], [ 0, %for_body_ax1.1.i.preheader ]
-  %.idx1073.i = shl nsw i64 %indvars.iv681.1.i, 6
-  %1018 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1073.i
-  %1019 = getelementptr inbounds nuw i8, ptr %1018, i64 512
-  %1020 = load <16 x float>, ptr %1019, align 4, !tbaa !5
-  %1021 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.1.i, %1020
-  %1022 = select <16 x i1> %1021, <16 x float> %peak.rf_global240.sroa.0.0441.1.i, <16 x float> %1020
-  %indvars.iv.next682.1.i = shl i64 %indvars.iv681.1.i, 6
-  %1023 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i
-  %1024 = getelementptr inbounds nuw i8, ptr %1023, i64 576
-  %1025 = load <16 x float>, ptr %1024, align 4, !tbaa !5
-  %1026 = fcmp ogt <16 x float> %1022, %1025
-  %1027 = select <16 x i1> %1026, <16 x float> %1022, <16 x float> %1025
-  %indvars.iv.next682.1.i.1 = shl i64 %indvars.iv681.1.i, 6
-  %1028 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.1
-  %1029 = getelementptr inbounds nuw i8, ptr %1028, i64 640
-  %1030 = load <16 x float>, ptr %1029, align 4, !tbaa !5
-  %1031 = fcmp ogt <16 x float> %1027, %1030
-  %1032 = select <16 x i1> %1031, <16 x float> %1027, <16 x float> %1030
-  %indvars.iv.next682.1.i.2 = shl i64 %indvars.iv681.1.i, 6
-  %1033 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.2
-  %1034 = getelementptr inbounds nuw i8, ptr %1033, i64 704
-  %1035 = load <16 x float>, ptr %1034, align 4, !tbaa !5
-  %1036 = fcmp ogt <16 x float> %1032, %1035
-  %1037 = select <16 x i1> %1036, <16 x float> %1032, <16 x float> %1035
-  %indvars.iv.next682.1.i.3 = shl i64 %indvars.iv681.1.i, 6
-  %1038 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.3
-  %1039 = getelementptr inbounds nuw i8, ptr %1038, i64 768
-  %1040 = load <16 x float>, ptr %1039, align 4, !tbaa !5
-  %1041 = fcmp ogt <16 x float> %1037, %1040
-  %1042 = select <16 x i1> %1041, <16 x float> %1037, <16 x float> %1040
-  %indvars.iv.next682.1.i.4 = shl i64 %indvars.iv681.1.i, 6
-  %1043 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.4
-  %1044 = getelementptr inbounds nuw i8, ptr %1043, i64 832
-  %1045 = load <16 x float>, ptr %1044, align 4, !tbaa !5
-  %1046 = fcmp ogt <16 x float> %1042, %1045
-  %1047 = select <16 x i1> %1046, <16 x float> %1042, <16 x float> %1045
-  %indvars.iv.next682.1.i.5 = shl i64 %indvars.iv681.1.i, 6
-  %1048 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.5
-  %1049 = getelementptr inbounds nuw i8, ptr %1048, i64 896
-  %1050 = load <16 x float>, ptr %1049, align 4, !tbaa !5
-  %1051 = fcmp ogt <16 x float> %1047, %1050
-  %1052 = select <16 x i1> %1051, <16 x float> %1047, <16 x float> %1050
-  %indvars.iv.next682.1.i.6 = shl i64 %indvars.iv681.1.i, 6
-  %1053 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.1.i.6
-  %1054 = getelementptr inbounds nuw i8, ptr %1053, i64 960
-  %1055 = load <16 x float>, ptr %1054, align 4, !tbaa !5
-  %1056 = fcmp ogt <16 x float> %1052, %1055
-  %1057 = select <16 x i1> %1056, <16 x float> %1052, <16 x float> %1055
-  %indvars.iv.next682.1.i.7 = add nuw nsw i64 %indvars.iv681.1.i, 8
-  %niter195.next.7 = add i64 %niter195, 8
-  %niter195.ncmp.7 = icmp eq i64 %niter195.next.7, %unroll_iter194
-  br i1 %niter195.ncmp.7, label %for_end_ax1.1.i.loopexit.unr-lcssa, label %for_body_ax1.1.i, !prof !37, !llvm.loop !42
+for_body_ax150.1.i.preheader:                     ; preds = %for_end_ax151.i
+  br i1 %463, label %for_body_ax150.1.i.epil.preheader, label %for_body_ax150.1.i, !prof !40
 
-for_end_ax1.1.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.1.i
-  br i1 %lcmp.mod191.not, label %for_end_ax1.1.i, label %for_body_ax1.1.i.epil.preheader, !prof !40
+for_body_ax150.1.i:                               ; preds = %for_body_ax150.1.i, %for_body_ax150.1.i.preheader
+  %indvars.iv658.1.i = phi i64 [ %indvars.iv.next659.1.i.7, %for_body_ax150.1.i ], [ 0, %for_body_ax150.1.i.preheader ]
+  %peak.rf_global230.sroa.0.0432.1.i = phi <16 x float> [ %1261, %for_body_ax150.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax150.1.i.preheader ]
+  %niter198 = phi i64 [ %niter198.next.7, %for_body_ax150.1.i ], [ 0, %for_body_ax150.1.i.preheader ]
+  %.idx1027.i = shl nsw i64 %indvars.iv658.1.i, 6
+  %1222 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %.idx1027.i
+  %1223 = getelementptr inbounds nuw i8, ptr %1222, i64 512
+  %1224 = load <16 x float>, ptr %1223, align 4, !tbaa !5
+  %1225 = fcmp ogt <16 x float> %peak.rf_global230.sroa.0.0432.1.i, %1224
+  %1226 = select <16 x i1> %1225, <16 x float> %peak.rf_global230.sroa.0.0432.1.i, <16 x float> %1224
+  %indvars.iv.next659.1.i = shl i64 %indvars.iv658.1.i, 6
+  %1227 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.1.i
+  %1228 = getelementptr inbounds nuw i8, ptr %1227, i64 576
+  %1229 = load <16 x float>, ptr %1228, align 4, !tbaa !5
+  %1230 = fcmp ogt <16 x float> %1226, %1229
+  %1231 = select <16 x i1> %1230, <16 x float> %1226, <16 x float> %1229
+  %indvars.iv.next659.1.i.1 = shl i64 %indvars.iv658.1.i, 6
+  %1232 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.1.i.1
+  %1233 = getelementptr inbounds nuw i8, ptr %1232, i64 640
+  %1234 = load <16 x float>, ptr %1233, align 4, !tbaa !5
+  %1235 = fcmp ogt <16 x float> %1231, %1234
+  %1236 = select <16 x i1> %1235, <16 x float> %1231, <16 x float> %1234
+  %indvars.iv.next659.1.i.2 = shl i64 %indvars.iv658.1.i, 6
+  %1237 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.1.i.2
+  %1238 = getelementptr inbounds nuw i8, ptr %1237, i64 704
+  %1239 = load <16 x float>, ptr %1238, align 4, !tbaa !5
+  %1240 = fcmp ogt <16 x float> %1236, %1239
+  %1241 = select <16 x i1> %1240, <16 x float> %1236, <16 x float> %1239
+  %indvars.iv.next659.1.i.3 = shl i64 %indvars.iv658.1.i, 6
+  %1242 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.1.i.3
+  %1243 = getelementptr inbounds nuw i8, ptr %1242, i64 768
+  %1244 = load <16 x float>, ptr %1243, align 4, !tbaa !5
+  %1245 = fcmp ogt <16 x float> %1241, %1244
+  %1246 = select <16 x i1> %1245, <16 x float> %1241, <16 x float> %1244
+  %indvars.iv.next659.1.i.4 = shl i64 %indvars.iv658.1.i, 6
+  %1247 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.1.i.4
+  %1248 = getelementptr inbounds nuw i8, ptr %1247, i64 832
+  %1249 = load <16 x float>, ptr %1248, align 4, !tbaa !5
+  %1250 = fcmp ogt <16 x float> %1246, %1249
+  %1251 = select <16 x i1> %1250, <16 x float> %1246, <16 x float> %1249
+  %indvars.iv.next659.1.i.5 = shl i64 %indvars.iv658.1.i, 6
+  %1252 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.1.i.5
+  %1253 = getelementptr inbounds nuw i8, ptr %1252, i64 896
+  %1254 = load <16 x float>, ptr %1253, align 4, !tbaa !5
+  %1255 = fcmp ogt <16 x float> %1251, %1254
+  %1256 = select <16 x i1> %1255, <16 x float> %1251, <16 x float> %1254
+  %indvars.iv.next659.1.i.6 = shl i64 %indvars.iv658.1.i, 6
+  %1257 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.1.i.6
+  %1258 = getelementptr inbounds nuw i8, ptr %1257, i64 960
+  %1259 = load <16 x float>, ptr %1258, align 4, !tbaa !5
+  %1260 = fcmp ogt <16 x float> %1256, %1259
+  %1261 = select <16 x i1> %1260, <16 x float> %1256, <16 x float> %1259
+  %indvars.iv.next659.1.i.7 = add nuw nsw i64 %indvars.iv658.1.i, 8
+  %niter198.next.7 = add i64 %niter198, 8
+  %niter198.ncmp.7 = icmp eq i64 %niter198.next.7, %unroll_iter197
+  br i1 %niter198.ncmp.7, label %for_end_ax151.1.i.loopexit.unr-lcssa, label %for_body_ax150.1.i, !prof !41, !llvm.loop !46
 
-for_body_ax1.1.i.epil.preheader:                  ; preds = %for_end_ax1.1.i.loopexit.unr-lcssa, %for_body_ax1.1.i.preheader
-  %indvars.iv681.1.i.epil.init = phi i64 [ 0, %for_body_ax1.1.i.preheader ], [ %indvars.iv.next682.1.i.7, %for_end_ax1.1.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0441.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.1.i.preheader ], [ %1057, %for_end_ax1.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod193)
-  br label %for_body_ax1.1.i.epil
+for_end_ax151.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax150.1.i
+  br i1 %lcmp.mod194.not, label %for_end_ax151.1.i, label %for_body_ax150.1.i.epil.preheader, !prof !44
 
-for_body_ax1.1.i.epil:                            ; preds = %for_body_ax1.1.i.epil, %for_body_ax1.1.i.epil.preheader
-  %indvars.iv681.1.i.epil = phi i64 [ %indvars.iv.next682.1.i.epil, %for_body_ax1.1.i.epil ], [ %indvars.iv681.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
-  %peak.rf_global240.sroa.0.0441.1.i.epil = phi <16 x float> [ %1062, %for_body_ax1.1.i.epil ], [ %peak.rf_global240.sroa.0.0441.1.i.epil.init, %for_body_ax1.1.i.epil.preheader ]
-  %epil.iter190 = phi i64 [ %epil.iter190.next, %for_body_ax1.1.i.epil ], [ 0, %for_body_ax1.1.i.epil.preheader ]
-  %.idx1073.i.epil = shl nsw i64 %indvars.iv681.1.i.epil, 6
-  %1058 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1073.i.epil
-  %1059 = getelementptr inbounds nuw i8, ptr %1058, i64 512
-  %1060 = load <16 x float>, ptr %1059, align 4, !tbaa !5
-  %1061 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.1.i.epil, %1060
-  %1062 = select <16 x i1> %1061, <16 x float> %peak.rf_global240.sroa.0.0441.1.i.epil, <16 x float> %1060
-  %indvars.iv.next682.1.i.epil = add nuw nsw i64 %indvars.iv681.1.i.epil, 1
-  %epil.iter190.next = add i64 %epil.iter190, 1
-  %epil.iter190.cmp.not = icmp eq i64 %epil.iter190.next, %xtraiter189
-  br i1 %epil.iter190.cmp.not, label %for_end_ax1.1.i, label %for_body_ax1.1.i.epil, !prof !26, !llvm.loop !43
+for_body_ax150.1.i.epil.preheader:                ; preds = %for_end_ax151.1.i.loopexit.unr-lcssa, %for_body_ax150.1.i.preheader
+  %indvars.iv658.1.i.epil.init = phi i64 [ 0, %for_body_ax150.1.i.preheader ], [ %indvars.iv.next659.1.i.7, %for_end_ax151.1.i.loopexit.unr-lcssa ]
+  %peak.rf_global230.sroa.0.0432.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax150.1.i.preheader ], [ %1261, %for_end_ax151.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod196)
+  br label %for_body_ax150.1.i.epil
 
-for_end_ax1.1.i:                                  ; preds = %for_body_ax1.1.i.epil, %for_end_ax1.1.i.loopexit.unr-lcssa, %for_end_ax1.i
-  %peak.rf_global240.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.i ], [ %1057, %for_end_ax1.1.i.loopexit.unr-lcssa ], [ %1062, %for_body_ax1.1.i.epil ]
-  %peak.rf241.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 0
-  %1063 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
-  %1064 = select i1 %1063, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.1.i
-  %peak.rf241.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 1
-  %1065 = fcmp ogt float %1064, %peak.rf241.sroa.0.4.vec.extract.1.i
-  %1066 = select i1 %1065, float %1064, float %peak.rf241.sroa.0.4.vec.extract.1.i
-  %peak.rf241.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 2
-  %1067 = fcmp ogt float %1066, %peak.rf241.sroa.0.8.vec.extract.1.i
-  %1068 = select i1 %1067, float %1066, float %peak.rf241.sroa.0.8.vec.extract.1.i
-  %peak.rf241.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 3
-  %1069 = fcmp ogt float %1068, %peak.rf241.sroa.0.12.vec.extract.1.i
-  %1070 = select i1 %1069, float %1068, float %peak.rf241.sroa.0.12.vec.extract.1.i
-  %peak.rf241.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 4
-  %1071 = fcmp ogt float %1070, %peak.rf241.sroa.0.16.vec.extract.1.i
-  %1072 = select i1 %1071, float %1070, float %peak.rf241.sroa.0.16.vec.extract.1.i
-  %peak.rf241.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 5
-  %1073 = fcmp ogt float %1072, %peak.rf241.sroa.0.20.vec.extract.1.i
-  %1074 = select i1 %1073, float %1072, float %peak.rf241.sroa.0.20.vec.extract.1.i
-  %peak.rf241.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 6
-  %1075 = fcmp ogt float %1074, %peak.rf241.sroa.0.24.vec.extract.1.i
-  %1076 = select i1 %1075, float %1074, float %peak.rf241.sroa.0.24.vec.extract.1.i
-  %peak.rf241.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 7
-  %1077 = fcmp ogt float %1076, %peak.rf241.sroa.0.28.vec.extract.1.i
-  %1078 = select i1 %1077, float %1076, float %peak.rf241.sroa.0.28.vec.extract.1.i
-  %peak.rf241.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 8
-  %1079 = fcmp ogt float %1078, %peak.rf241.sroa.0.32.vec.extract.1.i
-  %1080 = select i1 %1079, float %1078, float %peak.rf241.sroa.0.32.vec.extract.1.i
-  %peak.rf241.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 9
-  %1081 = fcmp ogt float %1080, %peak.rf241.sroa.0.36.vec.extract.1.i
-  %1082 = select i1 %1081, float %1080, float %peak.rf241.sroa.0.36.vec.extract.1.i
-  %peak.rf241.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 10
-  %1083 = fcmp ogt float %1082, %peak.rf241.sroa.0.40.vec.extract.1.i
-  %1084 = select i1 %1083, float %1082, float %peak.rf241.sroa.0.40.vec.extract.1.i
-  %peak.rf241.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 11
-  %1085 = fcmp ogt float %1084, %peak.rf241.sroa.0.44.vec.extract.1.i
-  %1086 = select i1 %1085, float %1084, float %peak.rf241.sroa.0.44.vec.extract.1.i
-  %peak.rf241.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 12
-  %1087 = fcmp ogt float %1086, %peak.rf241.sroa.0.48.vec.extract.1.i
-  %1088 = select i1 %1087, float %1086, float %peak.rf241.sroa.0.48.vec.extract.1.i
-  %peak.rf241.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 13
-  %1089 = fcmp ogt float %1088, %peak.rf241.sroa.0.52.vec.extract.1.i
-  %1090 = select i1 %1089, float %1088, float %peak.rf241.sroa.0.52.vec.extract.1.i
-  %peak.rf241.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 14
-  %1091 = fcmp ogt float %1090, %peak.rf241.sroa.0.56.vec.extract.1.i
-  %1092 = select i1 %1091, float %1090, float %peak.rf241.sroa.0.56.vec.extract.1.i
-  %peak.rf241.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.1.i, i64 15
-  %1093 = fcmp ogt float %1092, %peak.rf241.sroa.0.60.vec.extract.1.i
-  %1094 = select i1 %1093, float %1092, float %peak.rf241.sroa.0.60.vec.extract.1.i
-  br i1 %251, label %for_body_ax1.2.i.preheader, label %for_end_ax1.2.i, !prof !3
+for_body_ax150.1.i.epil:                          ; preds = %for_body_ax150.1.i.epil, %for_body_ax150.1.i.epil.preheader
+  %indvars.iv658.1.i.epil = phi i64 [ %indvars.iv.next659.1.i.epil, %for_body_ax150.1.i.epil ], [ %indvars.iv658.1.i.epil.init, %for_body_ax150.1.i.epil.preheader ]
+  %peak.rf_global230.sroa.0.0432.1.i.epil = phi <16 x float> [ %1266, %for_body_ax150.1.i.epil ], [ %peak.rf_global230.sroa.0.0432.1.i.epil.init, %for_body_ax150.1.i.epil.preheader ]
+  %epil.iter193 = phi i64 [ %epil.iter193.next, %for_body_ax150.1.i.epil ], [ 0, %for_body_ax150.1.i.epil.preheader ]
+  %.idx1027.i.epil = shl nsw i64 %indvars.iv658.1.i.epil, 6
+  %1262 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %.idx1027.i.epil
+  %1263 = getelementptr inbounds nuw i8, ptr %1262, i64 512
+  %1264 = load <16 x float>, ptr %1263, align 4, !tbaa !5
+  %1265 = fcmp ogt <16 x float> %peak.rf_global230.sroa.0.0432.1.i.epil, %1264
+  %1266 = select <16 x i1> %1265, <16 x float> %peak.rf_global230.sroa.0.0432.1.i.epil, <16 x float> %1264
+  %indvars.iv.next659.1.i.epil = add nuw nsw i64 %indvars.iv658.1.i.epil, 1
+  %epil.iter193.next = add i64 %epil.iter193, 1
+  %epil.iter193.cmp.not = icmp eq i64 %epil.iter193.next, %xtraiter192
+  br i1 %epil.iter193.cmp.not, label %for_end_ax151.1.i, label %for_body_ax150.1.i.epil, !prof !30, !llvm.loop !47
 
-for_body_ax1.2.i.preheader:                       ; preds = %for_end_ax1.1.i
-  br i1 %266, label %for_body_ax1.2.i.epil.preheader, label %for_body_ax1.2.i, !prof !36
+for_end_ax151.1.i:                                ; preds = %for_body_ax150.1.i.epil, %for_end_ax151.1.i.loopexit.unr-lcssa, %for_end_ax151.i
+  %peak.rf_global230.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax151.i ], [ %1261, %for_end_ax151.1.i.loopexit.unr-lcssa ], [ %1266, %for_body_ax150.1.i.epil ]
+  %peak.rf231.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.1.i, i64 0
+  %1267 = fcmp olt float %peak.rf231.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
+  %1268 = select i1 %1267, float 0xC7EFFFFFE0000000, float %peak.rf231.sroa.0.0.vec.extract.1.i
+  %peak.rf231.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.1.i, i64 1
+  %1269 = fcmp ogt float %1268, %peak.rf231.sroa.0.4.vec.extract.1.i
+  %1270 = select i1 %1269, float %1268, float %peak.rf231.sroa.0.4.vec.extract.1.i
+  %peak.rf231.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.1.i, i64 2
+  %1271 = fcmp ogt float %1270, %peak.rf231.sroa.0.8.vec.extract.1.i
+  %1272 = select i1 %1271, float %1270, float %peak.rf231.sroa.0.8.vec.extract.1.i
+  %peak.rf231.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.1.i, i64 3
+  %1273 = fcmp ogt float %1272, %peak.rf231.sroa.0.12.vec.extract.1.i
+  %1274 = select i1 %1273, float %1272, float %peak.rf231.sroa.0.12.vec.extract.1.i
+  %peak.rf231.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.1.i, i64 4
+  %1275 = fcmp ogt float %1274, %peak.rf231.sroa.0.16.vec.extract.1.i
+  %1276 = select i1 %1275, float %1274, float %peak.rf231.sroa.0.16.vec.extract.1.i
+  %peak.rf231.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.1.i, i64 5
+  %1277 = fcmp ogt float %1276, %peak.rf231.sroa.0.20.vec.extract.1.i
+  %1278 = select i1 %1277, float %1276, float %peak.rf231.sroa.0.20.vec.extract.1.i
+  %peak.rf231.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.1.i, i64 6
+  %1279 = fcmp ogt float %1278, %peak.rf231.sroa.0.24.vec.extract.1.i
+  %1280 = select i1 %1279, float %1278, float %peak.rf231.sroa.0.24.vec.extract.1.i
+  %peak.rf231.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.1.i, i64 7
+  %1281 = fcmp ogt float %1280, %peak.rf231.sroa.0.28.vec.extract.1.i
+  %1282 = select i1 %1281, float %1280, float %peak.rf231.sroa.0.28.vec.extract.1.i
+  %peak.rf231.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.1.i, i64 8
+  %1283 = fcmp ogt float %1282, %peak.rf231.sroa.0.32.vec.extract.1.i
+  %1284 = select i1 %1283, float %1282, float %peak.rf231.sroa.0.32.vec.extract.1.i
+  %peak.rf231.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.1.i, i64 9
+  %1285 = fcmp ogt float %1284, %peak.rf231.sroa.0.36.vec.extract.1.i
+  %1286 = select i1 %1285, float %1284, float %peak.rf231.sroa.0.36.vec.extract.1.i
+  %peak.rf231.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.1.i, i64 10
+  %1287 = fcmp ogt float %1286, %peak.rf231.sroa.0.40.vec.extract.1.i
+  %1288 = select i1 %1287, float %1286, float %peak.rf231.sroa.0.40.vec.extract.1.i
+  %peak.rf231.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.1.i, i64 11
+  %1289 = fcmp ogt float %1288, %peak.rf231.sroa.0.44.vec.extract.1.i
+  %1290 = select i1 %1289, float %1288, float %peak.rf231.sroa.0.44.vec.extract.1.i
+  %peak.rf231.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.1.i, i64 12
+  %1291 = fcmp ogt float %1290, %peak.rf231.sroa.0.48.vec.extract.1.i
+  %1292 = select i1 %1291, float %1290, float %peak.rf231.sroa.0.48.vec.extract.1.i
+  %peak.rf231.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.1.i, i64 13
+  %1293 = fcmp ogt float %1292, %peak.rf231.sroa.0.52.vec.extract.1.i
+  %1294 = select i1 %1293, float %1292, float %peak.rf231.sroa.0.52.vec.extract.1.i
+  %peak.rf231.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.1.i, i64 14
+  %1295 = fcmp ogt float %1294, %peak.rf231.sroa.0.56.vec.extract.1.i
+  %1296 = select i1 %1295, float %1294, float %peak.rf231.sroa.0.56.vec.extract.1.i
+  %peak.rf231.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.1.i, i64 15
+  %1297 = fcmp ogt float %1296, %peak.rf231.sroa.0.60.vec.extract.1.i
+  %1298 = select i1 %1297, float %1296, float %peak.rf231.sroa.0.60.vec.extract.1.i
+  br i1 %447, label %for_body_ax150.2.i.preheader, label %for_end_ax151.2.i, !prof !3
 
-for_body_ax1.2.i:                                 ; preds = %for_body_ax1.2.i, %for_body_ax1.2.i.preheader
-  %indvars.iv681.2.i = phi i64 [ %indvars.iv.next682.2.i.7, %for_body_ax1.2.i ], [ 0, %for_body_ax1.2.i.preheader ]
-  %peak.rf_global240.sroa.0.0441.2.i = phi <16 x float> [ %1134, %for_body_ax1.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ]
-  %niter202 = phi i64 [ %niter202.next.7, %for_body_ax1.2.i ], [ 0, %for_body_ax1.2.i.preheader ]
-  %.idx1074.i = shl nsw i64 %indvars.iv681.2.i, 6
-  %1095 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1074.i
-  %1096 = getelementptr inbounds nuw i8, ptr %1095, i64 1024
-  %1097 = load <16 x float>, ptr %1096, align 4, !tbaa !5
-  %1098 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.2.i, %1097
-  %1099 = select <16 x i1> %1098, <16 x float> %peak.rf_global240.sroa.0.0441.2.i, <16 x float> %1097
-  %indvars.iv.next682.2.i = shl i64 %indvars.iv681.2.i, 6
-  %1100 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i
-  %1101 = getelementptr inbounds nuw i8, ptr %1100, i64 1088
-  %1102 = load <16 x float>, ptr %1101, align 4, !tbaa !5
-  %1103 = fcmp ogt <16 x float> %1099, %1102
-  %1104 = select <16 x i1> %1103, <16 x float> %1099, <16 x float> %1102
-  %indvars.iv.next682.2.i.1 = shl i64 %indvars.iv681.2.i, 6
-  %1105 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.1
-  %1106 = getelementptr inbounds nuw i8, ptr %1105, i64 1152
-  %1107 = load <16 x float>, ptr %1106, align 4, !tbaa !5
-  %1108 = fcmp ogt <16 x float> %1104, %1107
-  %1109 = select <16 x i1> %1108, <16 x float> %1104, <16 x float> %1107
-  %indvars.iv.next682.2.i.2 = shl i64 %indvars.iv681.2.i, 6
-  %1110 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.2
-  %1111 = getelementptr inbounds nuw i8, ptr %1110, i64 1216
-  %1112 = load <16 x float>, ptr %1111, align 4, !tbaa !5
-  %1113 = fcmp ogt <16 x float> %1109, %1112
-  %1114 = select <16 x i1> %1113, <16 x float> %1109, <16 x float> %1112
-  %indvars.iv.next682.2.i.3 = shl i64 %indvars.iv681.2.i, 6
-  %1115 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.3
-  %1116 = getelementptr inbounds nuw i8, ptr %1115, i64 1280
-  %1117 = load <16 x float>, ptr %1116, align 4, !tbaa !5
-  %1118 = fcmp ogt <16 x float> %1114, %1117
-  %1119 = select <16 x i1> %1118, <16 x float> %1114, <16 x float> %1117
-  %indvars.iv.next682.2.i.4 = shl i64 %indvars.iv681.2.i, 6
-  %1120 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.4
-  %1121 = getelementptr inbounds nuw i8, ptr %1120, i64 1344
-  %1122 = load <16 x float>, ptr %1121, align 4, !tbaa !5
-  %1123 = fcmp ogt <16 x float> %1119, %1122
-  %1124 = select <16 x i1> %1123, <16 x float> %1119, <16 x float> %1122
-  %indvars.iv.next682.2.i.5 = shl i64 %indvars.iv681.2.i, 6
-  %1125 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.5
-  %1126 = getelementptr inbounds nuw i8, ptr %1125, i64 1408
-  %1127 = load <16 x float>, ptr %1126, align 4, !tbaa !5
-  %1128 = fcmp ogt <16 x float> %1124, %1127
-  %1129 = select <16 x i1> %1128, <16 x float> %1124, <16 x float> %1127
-  %indvars.iv.next682.2.i.6 = shl i64 %indvars.iv681.2.i, 6
-  %1130 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.2.i.6
-  %1131 = getelementptr inbounds nuw i8, ptr %1130, i64 1472
-  %1132 = load <16 x float>, ptr %1131, align 4, !tbaa !5
-  %1133 = fcmp ogt <16 x float> %1129, %1132
-  %1134 = select <16 x i1> %1133, <16 x float> %1129, <16 x float> %1132
-  %indvars.iv.next682.2.i.7 = add nuw nsw i64 %indvars.iv681.2.i, 8
-  %niter202.next.7 = add i64 %niter202, 8
-  %niter202.ncmp.7 = icmp eq i64 %niter202.next.7, %unroll_iter201
-  br i1 %niter202.ncmp.7, label %for_end_ax1.2.i.loopexit.unr-lcssa, label %for_body_ax1.2.i, !prof !37, !llvm.loop !44
+for_body_ax150.2.i.preheader:                     ; preds = %for_end_ax151.1.i
+  br i1 %464, label %for_body_ax150.2.i.epil.preheader, label %for_body_ax150.2.i, !prof !40
 
-for_end_ax1.2.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.2.i
-  br i1 %lcmp.mod198.not, label %for_end_ax1.2.i, label %for_body_ax1.2.i.epil.preheader, !prof !40
+for_body_ax150.2.i:                               ; preds = %for_body_ax150.2.i, %for_body_ax150.2.i.preheader
+  %indvars.iv658.2.i = phi i64 [ %indvars.iv.next659.2.i.7, %for_body_ax150.2.i ], [ 0, %for_body_ax150.2.i.preheader ]
+  %peak.rf_global230.sroa.0.0432.2.i = phi <16 x float> [ %1338, %for_body_ax150.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax150.2.i.preheader ]
+  %niter205 = phi i64 [ %niter205.next.7, %for_body_ax150.2.i ], [ 0, %for_body_ax150.2.i.preheader ]
+  %.idx1028.i = shl nsw i64 %indvars.iv658.2.i, 6
+  %1299 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %.idx1028.i
+  %1300 = getelementptr inbounds nuw i8, ptr %1299, i64 1024
+  %1301 = load <16 x float>, ptr %1300, align 4, !tbaa !5
+  %1302 = fcmp ogt <16 x float> %peak.rf_global230.sroa.0.0432.2.i, %1301
+  %1303 = select <16 x i1> %1302, <16 x float> %peak.rf_global230.sroa.0.0432.2.i, <16 x float> %1301
+  %indvars.iv.next659.2.i = shl i64 %indvars.iv658.2.i, 6
+  %1304 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.2.i
+  %1305 = getelementptr inbounds nuw i8, ptr %1304, i64 1088
+  %1306 = load <16 x float>, ptr %1305, align 4, !tbaa !5
+  %1307 = fcmp ogt <16 x float> %1303, %1306
+  %1308 = select <16 x i1> %1307, <16 x float> %1303, <16 x float> %1306
+  %indvars.iv.next659.2.i.1 = shl i64 %indvars.iv658.2.i, 6
+  %1309 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.2.i.1
+  %1310 = getelementptr inbounds nuw i8, ptr %1309, i64 1152
+  %1311 = load <16 x float>, ptr %1310, align 4, !tbaa !5
+  %1312 = fcmp ogt <16 x float> %1308, %1311
+  %1313 = select <16 x i1> %1312, <16 x float> %1308, <16 x float> %1311
+  %indvars.iv.next659.2.i.2 = shl i64 %indvars.iv658.2.i, 6
+  %1314 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.2.i.2
+  %1315 = getelementptr inbounds nuw i8, ptr %1314, i64 1216
+  %1316 = load <16 x float>, ptr %1315, align 4, !tbaa !5
+  %1317 = fcmp ogt <16 x float> %1313, %1316
+  %1318 = select <16 x i1> %1317, <16 x float> %1313, <16 x float> %1316
+  %indvars.iv.next659.2.i.3 = shl i64 %indvars.iv658.2.i, 6
+  %1319 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.2.i.3
+  %1320 = getelementptr inbounds nuw i8, ptr %1319, i64 1280
+  %1321 = load <16 x float>, ptr %1320, align 4, !tbaa !5
+  %1322 = fcmp ogt <16 x float> %1318, %1321
+  %1323 = select <16 x i1> %1322, <16 x float> %1318, <16 x float> %1321
+  %indvars.iv.next659.2.i.4 = shl i64 %indvars.iv658.2.i, 6
+  %1324 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.2.i.4
+  %1325 = getelementptr inbounds nuw i8, ptr %1324, i64 1344
+  %1326 = load <16 x float>, ptr %1325, align 4, !tbaa !5
+  %1327 = fcmp ogt <16 x float> %1323, %1326
+  %1328 = select <16 x i1> %1327, <16 x float> %1323, <16 x float> %1326
+  %indvars.iv.next659.2.i.5 = shl i64 %indvars.iv658.2.i, 6
+  %1329 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.2.i.5
+  %1330 = getelementptr inbounds nuw i8, ptr %1329, i64 1408
+  %1331 = load <16 x float>, ptr %1330, align 4, !tbaa !5
+  %1332 = fcmp ogt <16 x float> %1328, %1331
+  %1333 = select <16 x i1> %1332, <16 x float> %1328, <16 x float> %1331
+  %indvars.iv.next659.2.i.6 = shl i64 %indvars.iv658.2.i, 6
+  %1334 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.2.i.6
+  %1335 = getelementptr inbounds nuw i8, ptr %1334, i64 1472
+  %1336 = load <16 x float>, ptr %1335, align 4, !tbaa !5
+  %1337 = fcmp ogt <16 x float> %1333, %1336
+  %1338 = select <16 x i1> %1337, <16 x float> %1333, <16 x float> %1336
+  %indvars.iv.next659.2.i.7 = add nuw nsw i64 %indvars.iv658.2.i, 8
+  %niter205.next.7 = add i64 %niter205, 8
+  %niter205.ncmp.7 = icmp eq i64 %niter205.next.7, %unroll_iter204
+  br i1 %niter205.ncmp.7, label %for_end_ax151.2.i.loopexit.unr-lcssa, label %for_body_ax150.2.i, !prof !41, !llvm.loop !48
 
-for_body_ax1.2.i.epil.preheader:                  ; preds = %for_end_ax1.2.i.loopexit.unr-lcssa, %for_body_ax1.2.i.preheader
-  %indvars.iv681.2.i.epil.init = phi i64 [ 0, %for_body_ax1.2.i.preheader ], [ %indvars.iv.next682.2.i.7, %for_end_ax1.2.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0441.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.2.i.preheader ], [ %1134, %for_end_ax1.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod200)
-  br label %for_body_ax1.2.i.epil
+for_end_ax151.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax150.2.i
+  br i1 %lcmp.mod201.not, label %for_end_ax151.2.i, label %for_body_ax150.2.i.epil.preheader, !prof !44
 
-for_body_ax1.2.i.epil:                            ; preds = %for_body_ax1.2.i.epil, %for_body_ax1.2.i.epil.preheader
-  %indvars.iv681.2.i.epil = phi i64 [ %indvars.iv.next682.2.i.epil, %for_body_ax1.2.i.epil ], [ %indvars.iv681.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
-  %peak.rf_global240.sroa.0.0441.2.i.epil = phi <16 x float> [ %1139, %for_body_ax1.2.i.epil ], [ %peak.rf_global240.sroa.0.0441.2.i.epil.init, %for_body_ax1.2.i.epil.preheader ]
-  %epil.iter197 = phi i64 [ %epil.iter197.next, %for_body_ax1.2.i.epil ], [ 0, %for_body_ax1.2.i.epil.preheader ]
-  %.idx1074.i.epil = shl nsw i64 %indvars.iv681.2.i.epil, 6
-  %1135 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1074.i.epil
-  %1136 = getelementptr inbounds nuw i8, ptr %1135, i64 1024
-  %1137 = load <16 x float>, ptr %1136, align 4, !tbaa !5
-  %1138 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.2.i.epil, %1137
-  %1139 = select <16 x i1> %1138, <16 x float> %peak.rf_global240.sroa.0.0441.2.i.epil, <16 x float> %1137
-  %indvars.iv.next682.2.i.epil = add nuw nsw i64 %indvars.iv681.2.i.epil, 1
-  %epil.iter197.next = add i64 %epil.iter197, 1
-  %epil.iter197.cmp.not = icmp eq i64 %epil.iter197.next, %xtraiter196
-  br i1 %epil.iter197.cmp.not, label %for_end_ax1.2.i, label %for_body_ax1.2.i.epil, !prof !26, !llvm.loop !45
+for_body_ax150.2.i.epil.preheader:                ; preds = %for_end_ax151.2.i.loopexit.unr-lcssa, %for_body_ax150.2.i.preheader
+  %indvars.iv658.2.i.epil.init = phi i64 [ 0, %for_body_ax150.2.i.preheader ], [ %indvars.iv.next659.2.i.7, %for_end_ax151.2.i.loopexit.unr-lcssa ]
+  %peak.rf_global230.sroa.0.0432.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax150.2.i.preheader ], [ %1338, %for_end_ax151.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod203)
+  br label %for_body_ax150.2.i.epil
 
-for_end_ax1.2.i:                                  ; preds = %for_body_ax1.2.i.epil, %for_end_ax1.2.i.loopexit.unr-lcssa, %for_end_ax1.1.i
-  %peak.rf_global240.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.1.i ], [ %1134, %for_end_ax1.2.i.loopexit.unr-lcssa ], [ %1139, %for_body_ax1.2.i.epil ]
-  %peak.rf241.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 0
-  %1140 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
-  %1141 = select i1 %1140, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.2.i
-  %peak.rf241.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 1
-  %1142 = fcmp ogt float %1141, %peak.rf241.sroa.0.4.vec.extract.2.i
-  %1143 = select i1 %1142, float %1141, float %peak.rf241.sroa.0.4.vec.extract.2.i
-  %peak.rf241.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 2
-  %1144 = fcmp ogt float %1143, %peak.rf241.sroa.0.8.vec.extract.2.i
-  %1145 = select i1 %1144, float %1143, float %peak.rf241.sroa.0.8.vec.extract.2.i
-  %peak.rf241.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 3
-  %1146 = fcmp ogt float %1145, %peak.rf241.sroa.0.12.vec.extract.2.i
-  %1147 = select i1 %1146, float %1145, float %peak.rf241.sroa.0.12.vec.extract.2.i
-  %peak.rf241.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 4
-  %1148 = fcmp ogt float %1147, %peak.rf241.sroa.0.16.vec.extract.2.i
-  %1149 = select i1 %1148, float %1147, float %peak.rf241.sroa.0.16.vec.extract.2.i
-  %peak.rf241.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 5
-  %1150 = fcmp ogt float %1149, %peak.rf241.sroa.0.20.vec.extract.2.i
-  %1151 = select i1 %1150, float %1149, float %peak.rf241.sroa.0.20.vec.extract.2.i
-  %peak.rf241.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 6
-  %1152 = fcmp ogt float %1151, %peak.rf241.sroa.0.24.vec.extract.2.i
-  %1153 = select i1 %1152, float %1151, float %peak.rf241.sroa.0.24.vec.extract.2.i
-  %peak.rf241.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 7
-  %1154 = fcmp ogt float %1153, %peak.rf241.sroa.0.28.vec.extract.2.i
-  %1155 = select i1 %1154, float %1153, float %peak.rf241.sroa.0.28.vec.extract.2.i
-  %peak.rf241.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 8
-  %1156 = fcmp ogt float %1155, %peak.rf241.sroa.0.32.vec.extract.2.i
-  %1157 = select i1 %1156, float %1155, float %peak.rf241.sroa.0.32.vec.extract.2.i
-  %peak.rf241.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 9
-  %1158 = fcmp ogt float %1157, %peak.rf241.sroa.0.36.vec.extract.2.i
-  %1159 = select i1 %1158, float %1157, float %peak.rf241.sroa.0.36.vec.extract.2.i
-  %peak.rf241.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 10
-  %1160 = fcmp ogt float %1159, %peak.rf241.sroa.0.40.vec.extract.2.i
-  %1161 = select i1 %1160, float %1159, float %peak.rf241.sroa.0.40.vec.extract.2.i
-  %peak.rf241.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 11
-  %1162 = fcmp ogt float %1161, %peak.rf241.sroa.0.44.vec.extract.2.i
-  %1163 = select i1 %1162, float %1161, float %peak.rf241.sroa.0.44.vec.extract.2.i
-  %peak.rf241.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 12
-  %1164 = fcmp ogt float %1163, %peak.rf241.sroa.0.48.vec.extract.2.i
-  %1165 = select i1 %1164, float %1163, float %peak.rf241.sroa.0.48.vec.extract.2.i
-  %peak.rf241.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 13
-  %1166 = fcmp ogt float %1165, %peak.rf241.sroa.0.52.vec.extract.2.i
-  %1167 = select i1 %1166, float %1165, float %peak.rf241.sroa.0.52.vec.extract.2.i
-  %peak.rf241.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 14
-  %1168 = fcmp ogt float %1167, %peak.rf241.sroa.0.56.vec.extract.2.i
-  %1169 = select i1 %1168, float %1167, float %peak.rf241.sroa.0.56.vec.extract.2.i
-  %peak.rf241.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.2.i, i64 15
-  %1170 = fcmp ogt float %1169, %peak.rf241.sroa.0.60.vec.extract.2.i
-  %1171 = select i1 %1170, float %1169, float %peak.rf241.sroa.0.60.vec.extract.2.i
-  br i1 %251, label %for_body_ax1.3.i.preheader, label %for_end_ax1.3.i, !prof !3
+for_body_ax150.2.i.epil:                          ; preds = %for_body_ax150.2.i.epil, %for_body_ax150.2.i.epil.preheader
+  %indvars.iv658.2.i.epil = phi i64 [ %indvars.iv.next659.2.i.epil, %for_body_ax150.2.i.epil ], [ %indvars.iv658.2.i.epil.init, %for_body_ax150.2.i.epil.preheader ]
+  %peak.rf_global230.sroa.0.0432.2.i.epil = phi <16 x float> [ %1343, %for_body_ax150.2.i.epil ], [ %peak.rf_global230.sroa.0.0432.2.i.epil.init, %for_body_ax150.2.i.epil.preheader ]
+  %epil.iter200 = phi i64 [ %epil.iter200.next, %for_body_ax150.2.i.epil ], [ 0, %for_body_ax150.2.i.epil.preheader ]
+  %.idx1028.i.epil = shl nsw i64 %indvars.iv658.2.i.epil, 6
+  %1339 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %.idx1028.i.epil
+  %1340 = getelementptr inbounds nuw i8, ptr %1339, i64 1024
+  %1341 = load <16 x float>, ptr %1340, align 4, !tbaa !5
+  %1342 = fcmp ogt <16 x float> %peak.rf_global230.sroa.0.0432.2.i.epil, %1341
+  %1343 = select <16 x i1> %1342, <16 x float> %peak.rf_global230.sroa.0.0432.2.i.epil, <16 x float> %1341
+  %indvars.iv.next659.2.i.epil = add nuw nsw i64 %indvars.iv658.2.i.epil, 1
+  %epil.iter200.next = add i64 %epil.iter200, 1
+  %epil.iter200.cmp.not = icmp eq i64 %epil.iter200.next, %xtraiter199
+  br i1 %epil.iter200.cmp.not, label %for_end_ax151.2.i, label %for_body_ax150.2.i.epil, !prof !30, !llvm.loop !49
 
-for_body_ax1.3.i.preheader:                       ; preds = %for_end_ax1.2.i
-  br i1 %267, label %for_body_ax1.3.i.epil.preheader, label %for_body_ax1.3.i, !prof !36
+for_end_ax151.2.i:                                ; preds = %for_body_ax150.2.i.epil, %for_end_ax151.2.i.loopexit.unr-lcssa, %for_end_ax151.1.i
+  %peak.rf_global230.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax151.1.i ], [ %1338, %for_end_ax151.2.i.loopexit.unr-lcssa ], [ %1343, %for_body_ax150.2.i.epil ]
+  %peak.rf231.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.2.i, i64 0
+  %1344 = fcmp olt float %peak.rf231.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
+  %1345 = select i1 %1344, float 0xC7EFFFFFE0000000, float %peak.rf231.sroa.0.0.vec.extract.2.i
+  %peak.rf231.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.2.i, i64 1
+  %1346 = fcmp ogt float %1345, %peak.rf231.sroa.0.4.vec.extract.2.i
+  %1347 = select i1 %1346, float %1345, float %peak.rf231.sroa.0.4.vec.extract.2.i
+  %peak.rf231.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.2.i, i64 2
+  %1348 = fcmp ogt float %1347, %peak.rf231.sroa.0.8.vec.extract.2.i
+  %1349 = select i1 %1348, float %1347, float %peak.rf231.sroa.0.8.vec.extract.2.i
+  %peak.rf231.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.2.i, i64 3
+  %1350 = fcmp ogt float %1349, %peak.rf231.sroa.0.12.vec.extract.2.i
+  %1351 = select i1 %1350, float %1349, float %peak.rf231.sroa.0.12.vec.extract.2.i
+  %peak.rf231.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.2.i, i64 4
+  %1352 = fcmp ogt float %1351, %peak.rf231.sroa.0.16.vec.extract.2.i
+  %1353 = select i1 %1352, float %1351, float %peak.rf231.sroa.0.16.vec.extract.2.i
+  %peak.rf231.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.2.i, i64 5
+  %1354 = fcmp ogt float %1353, %peak.rf231.sroa.0.20.vec.extract.2.i
+  %1355 = select i1 %1354, float %1353, float %peak.rf231.sroa.0.20.vec.extract.2.i
+  %peak.rf231.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.2.i, i64 6
+  %1356 = fcmp ogt float %1355, %peak.rf231.sroa.0.24.vec.extract.2.i
+  %1357 = select i1 %1356, float %1355, float %peak.rf231.sroa.0.24.vec.extract.2.i
+  %peak.rf231.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.2.i, i64 7
+  %1358 = fcmp ogt float %1357, %peak.rf231.sroa.0.28.vec.extract.2.i
+  %1359 = select i1 %1358, float %1357, float %peak.rf231.sroa.0.28.vec.extract.2.i
+  %peak.rf231.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.2.i, i64 8
+  %1360 = fcmp ogt float %1359, %peak.rf231.sroa.0.32.vec.extract.2.i
+  %1361 = select i1 %1360, float %1359, float %peak.rf231.sroa.0.32.vec.extract.2.i
+  %peak.rf231.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.2.i, i64 9
+  %1362 = fcmp ogt float %1361, %peak.rf231.sroa.0.36.vec.extract.2.i
+  %1363 = select i1 %1362, float %1361, float %peak.rf231.sroa.0.36.vec.extract.2.i
+  %peak.rf231.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.2.i, i64 10
+  %1364 = fcmp ogt float %1363, %peak.rf231.sroa.0.40.vec.extract.2.i
+  %1365 = select i1 %1364, float %1363, float %peak.rf231.sroa.0.40.vec.extract.2.i
+  %peak.rf231.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.2.i, i64 11
+  %1366 = fcmp ogt float %1365, %peak.rf231.sroa.0.44.vec.extract.2.i
+  %1367 = select i1 %1366, float %1365, float %peak.rf231.sroa.0.44.vec.extract.2.i
+  %peak.rf231.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.2.i, i64 12
+  %1368 = fcmp ogt float %1367, %peak.rf231.sroa.0.48.vec.extract.2.i
+  %1369 = select i1 %1368, float %1367, float %peak.rf231.sroa.0.48.vec.extract.2.i
+  %peak.rf231.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.2.i, i64 13
+  %1370 = fcmp ogt float %1369, %peak.rf231.sroa.0.52.vec.extract.2.i
+  %1371 = select i1 %1370, float %1369, float %peak.rf231.sroa.0.52.vec.extract.2.i
+  %peak.rf231.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.2.i, i64 14
+  %1372 = fcmp ogt float %1371, %peak.rf231.sroa.0.56.vec.extract.2.i
+  %1373 = select i1 %1372, float %1371, float %peak.rf231.sroa.0.56.vec.extract.2.i
+  %peak.rf231.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.2.i, i64 15
+  %1374 = fcmp ogt float %1373, %peak.rf231.sroa.0.60.vec.extract.2.i
+  %1375 = select i1 %1374, float %1373, float %peak.rf231.sroa.0.60.vec.extract.2.i
+  br i1 %447, label %for_body_ax150.3.i.preheader, label %for_end_ax151.3.i, !prof !3
 
-for_body_ax1.3.i:                                 ; preds = %for_body_ax1.3.i, %for_body_ax1.3.i.preheader
-  %indvars.iv681.3.i = phi i64 [ %indvars.iv.next682.3.i.7, %for_body_ax1.3.i ], [ 0, %for_body_ax1.3.i.preheader ]
-  %peak.rf_global240.sroa.0.0441.3.i = phi <16 x float> [ %1211, %for_body_ax1.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ]
-  %niter209 = phi i64 [ %niter209.next.7, %for_body_ax1.3.i ], [ 0, %for_body_ax1.3.i.preheader ]
-  %.idx1075.i = shl nsw i64 %indvars.iv681.3.i, 6
-  %1172 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1075.i
-  %1173 = getelementptr inbounds nuw i8, ptr %1172, i64 1536
-  %1174 = load <16 x float>, ptr %1173, align 4, !tbaa !5
-  %1175 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.3.i, %1174
-  %1176 = select <16 x i1> %1175, <16 x float> %peak.rf_global240.sroa.0.0441.3.i, <16 x float> %1174
-  %indvars.iv.next682.3.i = shl i64 %indvars.iv681.3.i, 6
-  %1177 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i
-  %1178 = getelementptr inbounds nuw i8, ptr %1177, i64 1600
-  %1179 = load <16 x float>, ptr %1178, align 4, !tbaa !5
-  %1180 = fcmp ogt <16 x float> %1176, %1179
-  %1181 = select <16 x i1> %1180, <16 x float> %1176, <16 x float> %1179
-  %indvars.iv.next682.3.i.1 = shl i64 %indvars.iv681.3.i, 6
-  %1182 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.1
-  %1183 = getelementptr inbounds nuw i8, ptr %1182, i64 1664
-  %1184 = load <16 x float>, ptr %1183, align 4, !tbaa !5
-  %1185 = fcmp ogt <16 x float> %1181, %1184
-  %1186 = select <16 x i1> %1185, <16 x float> %1181, <16 x float> %1184
-  %indvars.iv.next682.3.i.2 = shl i64 %indvars.iv681.3.i, 6
-  %1187 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.2
-  %1188 = getelementptr inbounds nuw i8, ptr %1187, i64 1728
-  %1189 = load <16 x float>, ptr %1188, align 4, !tbaa !5
-  %1190 = fcmp ogt <16 x float> %1186, %1189
-  %1191 = select <16 x i1> %1190, <16 x float> %1186, <16 x float> %1189
-  %indvars.iv.next682.3.i.3 = shl i64 %indvars.iv681.3.i, 6
-  %1192 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.3
-  %1193 = getelementptr inbounds nuw i8, ptr %1192, i64 1792
-  %1194 = load <16 x float>, ptr %1193, align 4, !tbaa !5
-  %1195 = fcmp ogt <16 x float> %1191, %1194
-  %1196 = select <16 x i1> %1195, <16 x float> %1191, <16 x float> %1194
-  %indvars.iv.next682.3.i.4 = shl i64 %indvars.iv681.3.i, 6
-  %1197 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.4
-  %1198 = getelementptr inbounds nuw i8, ptr %1197, i64 1856
-  %1199 = load <16 x float>, ptr %1198, align 4, !tbaa !5
-  %1200 = fcmp ogt <16 x float> %1196, %1199
-  %1201 = select <16 x i1> %1200, <16 x float> %1196, <16 x float> %1199
-  %indvars.iv.next682.3.i.5 = shl i64 %indvars.iv681.3.i, 6
-  %1202 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.5
-  %1203 = getelementptr inbounds nuw i8, ptr %1202, i64 1920
-  %1204 = load <16 x float>, ptr %1203, align 4, !tbaa !5
-  %1205 = fcmp ogt <16 x float> %1201, %1204
-  %1206 = select <16 x i1> %1205, <16 x float> %1201, <16 x float> %1204
-  %indvars.iv.next682.3.i.6 = shl i64 %indvars.iv681.3.i, 6
-  %1207 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %indvars.iv.next682.3.i.6
-  %1208 = getelementptr inbounds nuw i8, ptr %1207, i64 1984
-  %1209 = load <16 x float>, ptr %1208, align 4, !tbaa !5
-  %1210 = fcmp ogt <16 x float> %1206, %1209
-  %1211 = select <16 x i1> %1210, <16 x float> %1206, <16 x float> %1209
-  %indvars.iv.next682.3.i.7 = add nuw nsw i64 %indvars.iv681.3.i, 8
-  %niter209.next.7 = add i64 %niter209, 8
-  %niter209.ncmp.7 = icmp eq i64 %niter209.next.7, %unroll_iter208
-  br i1 %niter209.ncmp.7, label %for_end_ax1.3.i.loopexit.unr-lcssa, label %for_body_ax1.3.i, !prof !37, !llvm.loop !46
+for_body_ax150.3.i.preheader:                     ; preds = %for_end_ax151.2.i
+  br i1 %465, label %for_body_ax150.3.i.epil.preheader, label %for_body_ax150.3.i, !prof !40
 
-for_end_ax1.3.i.loopexit.unr-lcssa:               ; preds = %for_body_ax1.3.i
-  br i1 %lcmp.mod205.not, label %for_end_ax1.3.i, label %for_body_ax1.3.i.epil.preheader, !prof !40
+for_body_ax150.3.i:                               ; preds = %for_body_ax150.3.i, %for_body_ax150.3.i.preheader
+  %indvars.iv658.3.i = phi i64 [ %indvars.iv.next659.3.i.7, %for_body_ax150.3.i ], [ 0, %for_body_ax150.3.i.preheader ]
+  %peak.rf_global230.sroa.0.0432.3.i = phi <16 x float> [ %1415, %for_body_ax150.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax150.3.i.preheader ]
+  %niter212 = phi i64 [ %niter212.next.7, %for_body_ax150.3.i ], [ 0, %for_body_ax150.3.i.preheader ]
+  %.idx1029.i = shl nsw i64 %indvars.iv658.3.i, 6
+  %1376 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %.idx1029.i
+  %1377 = getelementptr inbounds nuw i8, ptr %1376, i64 1536
+  %1378 = load <16 x float>, ptr %1377, align 4, !tbaa !5
+  %1379 = fcmp ogt <16 x float> %peak.rf_global230.sroa.0.0432.3.i, %1378
+  %1380 = select <16 x i1> %1379, <16 x float> %peak.rf_global230.sroa.0.0432.3.i, <16 x float> %1378
+  %indvars.iv.next659.3.i = shl i64 %indvars.iv658.3.i, 6
+  %1381 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.3.i
+  %1382 = getelementptr inbounds nuw i8, ptr %1381, i64 1600
+  %1383 = load <16 x float>, ptr %1382, align 4, !tbaa !5
+  %1384 = fcmp ogt <16 x float> %1380, %1383
+  %1385 = select <16 x i1> %1384, <16 x float> %1380, <16 x float> %1383
+  %indvars.iv.next659.3.i.1 = shl i64 %indvars.iv658.3.i, 6
+  %1386 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.3.i.1
+  %1387 = getelementptr inbounds nuw i8, ptr %1386, i64 1664
+  %1388 = load <16 x float>, ptr %1387, align 4, !tbaa !5
+  %1389 = fcmp ogt <16 x float> %1385, %1388
+  %1390 = select <16 x i1> %1389, <16 x float> %1385, <16 x float> %1388
+  %indvars.iv.next659.3.i.2 = shl i64 %indvars.iv658.3.i, 6
+  %1391 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.3.i.2
+  %1392 = getelementptr inbounds nuw i8, ptr %1391, i64 1728
+  %1393 = load <16 x float>, ptr %1392, align 4, !tbaa !5
+  %1394 = fcmp ogt <16 x float> %1390, %1393
+  %1395 = select <16 x i1> %1394, <16 x float> %1390, <16 x float> %1393
+  %indvars.iv.next659.3.i.3 = shl i64 %indvars.iv658.3.i, 6
+  %1396 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.3.i.3
+  %1397 = getelementptr inbounds nuw i8, ptr %1396, i64 1792
+  %1398 = load <16 x float>, ptr %1397, align 4, !tbaa !5
+  %1399 = fcmp ogt <16 x float> %1395, %1398
+  %1400 = select <16 x i1> %1399, <16 x float> %1395, <16 x float> %1398
+  %indvars.iv.next659.3.i.4 = shl i64 %indvars.iv658.3.i, 6
+  %1401 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.3.i.4
+  %1402 = getelementptr inbounds nuw i8, ptr %1401, i64 1856
+  %1403 = load <16 x float>, ptr %1402, align 4, !tbaa !5
+  %1404 = fcmp ogt <16 x float> %1400, %1403
+  %1405 = select <16 x i1> %1404, <16 x float> %1400, <16 x float> %1403
+  %indvars.iv.next659.3.i.5 = shl i64 %indvars.iv658.3.i, 6
+  %1406 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.3.i.5
+  %1407 = getelementptr inbounds nuw i8, ptr %1406, i64 1920
+  %1408 = load <16 x float>, ptr %1407, align 4, !tbaa !5
+  %1409 = fcmp ogt <16 x float> %1405, %1408
+  %1410 = select <16 x i1> %1409, <16 x float> %1405, <16 x float> %1408
+  %indvars.iv.next659.3.i.6 = shl i64 %indvars.iv658.3.i, 6
+  %1411 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %indvars.iv.next659.3.i.6
+  %1412 = getelementptr inbounds nuw i8, ptr %1411, i64 1984
+  %1413 = load <16 x float>, ptr %1412, align 4, !tbaa !5
+  %1414 = fcmp ogt <16 x float> %1410, %1413
+  %1415 = select <16 x i1> %1414, <16 x float> %1410, <16 x float> %1413
+  %indvars.iv.next659.3.i.7 = add nuw nsw i64 %indvars.iv658.3.i, 8
+  %niter212.next.7 = add i64 %niter212, 8
+  %niter212.ncmp.7 = icmp eq i64 %niter212.next.7, %unroll_iter211
+  br i1 %niter212.ncmp.7, label %for_end_ax151.3.i.loopexit.unr-lcssa, label %for_body_ax150.3.i, !prof !41, !llvm.loop !50
 
-for_body_ax1.3.i.epil.preheader:                  ; preds = %for_end_ax1.3.i.loopexit.unr-lcssa, %for_body_ax1.3.i.preheader
-  %indvars.iv681.3.i.epil.init = phi i64 [ 0, %for_body_ax1.3.i.preheader ], [ %indvars.iv.next682.3.i.7, %for_end_ax1.3.i.loopexit.unr-lcssa ]
-  %peak.rf_global240.sroa.0.0441.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.3.i.preheader ], [ %1211, %for_end_ax1.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod207)
-  br label %for_body_ax1.3.i.epil
+for_end_ax151.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax150.3.i
+  br i1 %lcmp.mod208.not, label %for_end_ax151.3.i, label %for_body_ax150.3.i.epil.preheader, !prof !44
 
-for_body_ax1.3.i.epil:                            ; preds = %for_body_ax1.3.i.epil, %for_body_ax1.3.i.epil.preheader
-  %indvars.iv681.3.i.epil = phi i64 [ %indvars.iv.next682.3.i.epil, %for_body_ax1.3.i.epil ], [ %indvars.iv681.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
-  %peak.rf_global240.sroa.0.0441.3.i.epil = phi <16 x float> [ %1216, %for_body_ax1.3.i.epil ], [ %peak.rf_global240.sroa.0.0441.3.i.epil.init, %for_body_ax1.3.i.epil.preheader ]
-  %epil.iter204 = phi i64 [ %epil.iter204.next, %for_body_ax1.3.i.epil ], [ 0, %for_body_ax1.3.i.epil.preheader ]
-  %.idx1075.i.epil = shl nsw i64 %indvars.iv681.3.i.epil, 6
-  %1212 = getelementptr inbounds nuw i8, ptr %scaled108410861089.i, i64 %.idx1075.i.epil
-  %1213 = getelementptr inbounds nuw i8, ptr %1212, i64 1536
-  %1214 = load <16 x float>, ptr %1213, align 4, !tbaa !5
-  %1215 = fcmp ogt <16 x float> %peak.rf_global240.sroa.0.0441.3.i.epil, %1214
-  %1216 = select <16 x i1> %1215, <16 x float> %peak.rf_global240.sroa.0.0441.3.i.epil, <16 x float> %1214
-  %indvars.iv.next682.3.i.epil = add nuw nsw i64 %indvars.iv681.3.i.epil, 1
-  %epil.iter204.next = add i64 %epil.iter204, 1
-  %epil.iter204.cmp.not = icmp eq i64 %epil.iter204.next, %xtraiter203
-  br i1 %epil.iter204.cmp.not, label %for_end_ax1.3.i, label %for_body_ax1.3.i.epil, !prof !26, !llvm.loop !47
+for_body_ax150.3.i.epil.preheader:                ; preds = %for_end_ax151.3.i.loopexit.unr-lcssa, %for_body_ax150.3.i.preheader
+  %indvars.iv658.3.i.epil.init = phi i64 [ 0, %for_body_ax150.3.i.preheader ], [ %indvars.iv.next659.3.i.7, %for_end_ax151.3.i.loopexit.unr-lcssa ]
+  %peak.rf_global230.sroa.0.0432.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax150.3.i.preheader ], [ %1415, %for_end_ax151.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod210)
+  br label %for_body_ax150.3.i.epil
 
-for_end_ax1.3.i:                                  ; preds = %for_body_ax1.3.i.epil, %for_end_ax1.3.i.loopexit.unr-lcssa, %for_end_ax1.2.i
-  %peak.rf_global240.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax1.2.i ], [ %1211, %for_end_ax1.3.i.loopexit.unr-lcssa ], [ %1216, %for_body_ax1.3.i.epil ]
-  br i1 %252, label %if_then59.3.i, label %if_end60.3.i
+for_body_ax150.3.i.epil:                          ; preds = %for_body_ax150.3.i.epil, %for_body_ax150.3.i.epil.preheader
+  %indvars.iv658.3.i.epil = phi i64 [ %indvars.iv.next659.3.i.epil, %for_body_ax150.3.i.epil ], [ %indvars.iv658.3.i.epil.init, %for_body_ax150.3.i.epil.preheader ]
+  %peak.rf_global230.sroa.0.0432.3.i.epil = phi <16 x float> [ %1420, %for_body_ax150.3.i.epil ], [ %peak.rf_global230.sroa.0.0432.3.i.epil.init, %for_body_ax150.3.i.epil.preheader ]
+  %epil.iter207 = phi i64 [ %epil.iter207.next, %for_body_ax150.3.i.epil ], [ 0, %for_body_ax150.3.i.epil.preheader ]
+  %.idx1029.i.epil = shl nsw i64 %indvars.iv658.3.i.epil, 6
+  %1416 = getelementptr inbounds nuw i8, ptr %scaled103610381041.i, i64 %.idx1029.i.epil
+  %1417 = getelementptr inbounds nuw i8, ptr %1416, i64 1536
+  %1418 = load <16 x float>, ptr %1417, align 4, !tbaa !5
+  %1419 = fcmp ogt <16 x float> %peak.rf_global230.sroa.0.0432.3.i.epil, %1418
+  %1420 = select <16 x i1> %1419, <16 x float> %peak.rf_global230.sroa.0.0432.3.i.epil, <16 x float> %1418
+  %indvars.iv.next659.3.i.epil = add nuw nsw i64 %indvars.iv658.3.i.epil, 1
+  %epil.iter207.next = add i64 %epil.iter207, 1
+  %epil.iter207.cmp.not = icmp eq i64 %epil.iter207.next, %xtraiter206
+  br i1 %epil.iter207.cmp.not, label %for_end_ax151.3.i, label %for_body_ax150.3.i.epil, !prof !30, !llvm.loop !51
+
+for_end_ax151.3.i:                                ; preds = %for_body_ax150.3.i.epil, %for_end_ax151.3.i.loopexit.unr-lcssa, %for_end_ax151.2.i
+  %peak.rf_global230.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax151.2.i ], [ %1415, %for_end_ax151.3.i.loopexit.unr-lcssa ], [ %1420, %for_body_ax150.3.i.epil ]
+  br i1 %448, label %if_then59.3.i, label %if_end60.3.i
 
 for_begin_to66.preheader.us.preheader.i:          ; preds = %if_end60.3.i
-  %1217 = insertelement <16 x float> poison, float %1361, i64 0
-  %1218 = shufflevector <16 x float> %1217, <16 x float> poison, <16 x i32> zeroinitializer
+  %1421 = insertelement <16 x float> poison, float %1569, i64 0
+  %1422 = shufflevector <16 x float> %1421, <16 x float> poison, <16 x i32> zeroinitializer
   br label %for_body_to67.us.i
 
 for_body_to67.us.i:                               ; preds = %for_body_to67.us.i, %for_begin_to66.preheader.us.preheader.i
-  %indvars.iv694.i = phi i64 [ 0, %for_begin_to66.preheader.us.preheader.i ], [ %indvars.iv.next695.i, %for_body_to67.us.i ]
-  %1219 = shl nsw i64 %indvars.iv694.i, 4
-  %1220 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1219
-  %1221 = load <16 x float>, ptr %1220, align 4, !tbaa !5
-  %arg.us.i = fsub <16 x float> %1221, %1218
-  %cse_v37.us.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1222 = bitcast <16 x float> %cse_v37.us.i to <16 x i32>
-  %1223 = add nsw <16 x i32> %1222, splat (i32 -1262485504)
-  %1224 = sitofp <16 x i32> %1223 to <16 x float>
-  %1225 = fmul <16 x float> %1224, splat (float 0x3F2BD01060000000)
-  %1226 = fmul <16 x float> %1224, splat (float 0x3FE6300000000000)
-  %1227 = fsub <16 x float> %arg.us.i, %1226
-  %1228 = fadd <16 x float> %1225, %1227
-  %1229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1228, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1229, <16 x float> %1228, <16 x float> splat (float 0x3F81112100000000))
-  %1231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1230, <16 x float> %1228, <16 x float> splat (float 0x3FA5553820000000))
-  %1232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1231, <16 x float> %1228, <16 x float> splat (float 0x3FC5555540000000))
-  %1233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1232, <16 x float> %1228, <16 x float> splat (float 5.000000e-01))
-  %1234 = fmul <16 x float> %1228, %1233
-  %1235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1234, <16 x float> %1228, <16 x float> %1228)
-  %1236 = shl <16 x i32> %1222, splat (i32 23)
-  %1237 = add <16 x i32> %1236, splat (i32 1065353216)
-  %1238 = bitcast <16 x i32> %1237 to <16 x float>
-  %1239 = fadd <16 x float> %1235, splat (float 1.000000e+00)
-  %1240 = fmul <16 x float> %1239, %1238
-  %1241 = fcmp olt <16 x float> %arg.us.i, splat (float -8.700000e+01)
-  %1242 = select <16 x i1> %1241, <16 x float> zeroinitializer, <16 x float> %1240
-  %1243 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1219
-  store <16 x float> %1242, ptr %1243, align 4, !tbaa !5
-  %indvars.iv.next695.i = add nuw nsw i64 %indvars.iv694.i, 1
-  %exitcond699.not.i = icmp eq i64 %indvars.iv.next695.i, %wide.trip.count668.i
-  br i1 %exitcond699.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.i, label %for_body_to67.us.i, !prof !13
+  %indvars.iv671.i = phi i64 [ 0, %for_begin_to66.preheader.us.preheader.i ], [ %indvars.iv.next672.i, %for_body_to67.us.i ]
+  %1423 = shl nsw i64 %indvars.iv671.i, 4
+  %1424 = getelementptr inbounds nuw float, ptr %scaled103610381041.i, i64 %1423
+  %1425 = load <16 x float>, ptr %1424, align 4, !tbaa !5
+  %arg.us.i = fsub <16 x float> %1425, %1422
+  %1426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1427 = bitcast <16 x float> %1426 to <16 x i32>
+  %1428 = add nsw <16 x i32> %1427, splat (i32 -1262485504)
+  %1429 = sitofp <16 x i32> %1428 to <16 x float>
+  %1430 = fmul <16 x float> %1429, splat (float 0x3F2BD01060000000)
+  %1431 = fmul <16 x float> %1429, splat (float 0x3FE6300000000000)
+  %1432 = fsub <16 x float> %arg.us.i, %1431
+  %1433 = fadd <16 x float> %1430, %1432
+  %1434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1433, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1435 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1434, <16 x float> %1433, <16 x float> splat (float 0x3F81112100000000))
+  %1436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1435, <16 x float> %1433, <16 x float> splat (float 0x3FA5553820000000))
+  %1437 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1436, <16 x float> %1433, <16 x float> splat (float 0x3FC5555540000000))
+  %1438 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1437, <16 x float> %1433, <16 x float> splat (float 5.000000e-01))
+  %1439 = fmul <16 x float> %1433, %1438
+  %1440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1439, <16 x float> %1433, <16 x float> %1433)
+  %1441 = shl <16 x i32> %1427, splat (i32 23)
+  %1442 = add <16 x i32> %1441, splat (i32 1065353216)
+  %1443 = bitcast <16 x i32> %1442 to <16 x float>
+  %1444 = fadd <16 x float> %1440, splat (float 1.000000e+00)
+  %1445 = fmul <16 x float> %1444, %1443
+  %1446 = fcmp olt <16 x float> %arg.us.i, splat (float -8.700000e+01)
+  %1447 = select <16 x i1> %1446, <16 x float> zeroinitializer, <16 x float> %1445
+  %1448 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1423
+  store <16 x float> %1447, ptr %1448, align 4, !tbaa !5
+  %indvars.iv.next672.i = add nuw nsw i64 %indvars.iv671.i, 1
+  %exitcond675.not.i = icmp eq i64 %indvars.iv.next672.i, %wide.trip.count647.i
+  br i1 %exitcond675.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.i, label %for_body_to67.us.i, !prof !13
 
 for_begin_to66.for_end_to68_crit_edge.us.i:       ; preds = %for_body_to67.us.i
-  %1244 = insertelement <16 x float> poison, float %1362, i64 0
-  %1245 = shufflevector <16 x float> %1244, <16 x float> poison, <16 x i32> zeroinitializer
+  %1449 = insertelement <16 x float> poison, float %1570, i64 0
+  %1450 = shufflevector <16 x float> %1449, <16 x float> poison, <16 x i32> zeroinitializer
   br label %for_body_to67.us.1.i
 
 for_body_to67.us.1.i:                             ; preds = %for_body_to67.us.1.i, %for_begin_to66.for_end_to68_crit_edge.us.i
-  %indvars.iv694.1.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.i ], [ %indvars.iv.next695.1.i, %for_body_to67.us.1.i ]
-  %1246 = shl nsw i64 %indvars.iv694.1.i, 4
-  %1247 = add nuw nsw i64 %1246, 128
-  %1248 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1247
-  %1249 = load <16 x float>, ptr %1248, align 4, !tbaa !5
-  %arg.us.1.i = fsub <16 x float> %1249, %1245
-  %cse_v37.us.1.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1250 = bitcast <16 x float> %cse_v37.us.1.i to <16 x i32>
-  %1251 = add nsw <16 x i32> %1250, splat (i32 -1262485504)
-  %1252 = sitofp <16 x i32> %1251 to <16 x float>
-  %1253 = fmul <16 x float> %1252, splat (float 0x3F2BD01060000000)
-  %1254 = fmul <16 x float> %1252, splat (float 0x3FE6300000000000)
-  %1255 = fsub <16 x float> %arg.us.1.i, %1254
-  %1256 = fadd <16 x float> %1253, %1255
-  %1257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1256, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1257, <16 x float> %1256, <16 x float> splat (float 0x3F81112100000000))
-  %1259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1258, <16 x float> %1256, <16 x float> splat (float 0x3FA5553820000000))
-  %1260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1259, <16 x float> %1256, <16 x float> splat (float 0x3FC5555540000000))
-  %1261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1260, <16 x float> %1256, <16 x float> splat (float 5.000000e-01))
-  %1262 = fmul <16 x float> %1256, %1261
-  %1263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1262, <16 x float> %1256, <16 x float> %1256)
-  %1264 = shl <16 x i32> %1250, splat (i32 23)
-  %1265 = add <16 x i32> %1264, splat (i32 1065353216)
-  %1266 = bitcast <16 x i32> %1265 to <16 x float>
-  %1267 = fadd <16 x float> %1263, splat (float 1.000000e+00)
-  %1268 = fmul <16 x float> %1267, %1266
-  %1269 = fcmp olt <16 x float> %arg.us.1.i, splat (float -8.700000e+01)
-  %1270 = select <16 x i1> %1269, <16 x float> zeroinitializer, <16 x float> %1268
-  %1271 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1247
-  store <16 x float> %1270, ptr %1271, align 4, !tbaa !5
-  %indvars.iv.next695.1.i = add nuw nsw i64 %indvars.iv694.1.i, 1
-  %exitcond699.1.not.i = icmp eq i64 %indvars.iv.next695.1.i, %wide.trip.count668.i
-  br i1 %exitcond699.1.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.1.i, label %for_body_to67.us.1.i, !prof !13
+  %indvars.iv671.1.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.i ], [ %indvars.iv.next672.1.i, %for_body_to67.us.1.i ]
+  %1451 = shl nsw i64 %indvars.iv671.1.i, 4
+  %1452 = add nuw nsw i64 %1451, 128
+  %1453 = getelementptr inbounds nuw float, ptr %scaled103610381041.i, i64 %1452
+  %1454 = load <16 x float>, ptr %1453, align 4, !tbaa !5
+  %arg.us.1.i = fsub <16 x float> %1454, %1450
+  %1455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1456 = bitcast <16 x float> %1455 to <16 x i32>
+  %1457 = add nsw <16 x i32> %1456, splat (i32 -1262485504)
+  %1458 = sitofp <16 x i32> %1457 to <16 x float>
+  %1459 = fmul <16 x float> %1458, splat (float 0x3F2BD01060000000)
+  %1460 = fmul <16 x float> %1458, splat (float 0x3FE6300000000000)
+  %1461 = fsub <16 x float> %arg.us.1.i, %1460
+  %1462 = fadd <16 x float> %1459, %1461
+  %1463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1462, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1463, <16 x float> %1462, <16 x float> splat (float 0x3F81112100000000))
+  %1465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1464, <16 x float> %1462, <16 x float> splat (float 0x3FA5553820000000))
+  %1466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1462, <16 x float> splat (float 0x3FC5555540000000))
+  %1467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1466, <16 x float> %1462, <16 x float> splat (float 5.000000e-01))
+  %1468 = fmul <16 x float> %1462, %1467
+  %1469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1468, <16 x float> %1462, <16 x float> %1462)
+  %1470 = shl <16 x i32> %1456, splat (i32 23)
+  %1471 = add <16 x i32> %1470, splat (i32 1065353216)
+  %1472 = bitcast <16 x i32> %1471 to <16 x float>
+  %1473 = fadd <16 x float> %1469, splat (float 1.000000e+00)
+  %1474 = fmul <16 x float> %1473, %1472
+  %1475 = fcmp olt <16 x float> %arg.us.1.i, splat (float -8.700000e+01)
+  %1476 = select <16 x i1> %1475, <16 x float> zeroinitializer, <16 x float> %1474
+  %1477 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1452
+  store <16 x float> %1476, ptr %1477, align 4, !tbaa !5
+  %indvars.iv.next672.1.i = add nuw nsw i64 %indvars.iv671.1.i, 1
+  %exitcond675.1.not.i = icmp eq i64 %indvars.iv.next672.1.i, %wide.trip.count647.i
+  br i1 %exitcond675.1.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.1.i, label %for_body_to67.us.1.i, !prof !13
 
 for_begin_to66.for_end_to68_crit_edge.us.1.i:     ; preds = %for_body_to67.us.1.i
-  %1272 = insertelement <16 x float> poison, float %1360, i64 0
-  %1273 = shufflevector <16 x float> %1272, <16 x float> poison, <16 x i32> zeroinitializer
+  %1478 = insertelement <16 x float> poison, float %1568, i64 0
+  %1479 = shufflevector <16 x float> %1478, <16 x float> poison, <16 x i32> zeroinitializer
   br label %for_body_to67.us.2.i
 
 for_body_to67.us.2.i:                             ; preds = %for_body_to67.us.2.i, %for_begin_to66.for_end_to68_crit_edge.us.1.i
-  %indvars.iv694.2.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.1.i ], [ %indvars.iv.next695.2.i, %for_body_to67.us.2.i ]
-  %1274 = shl nsw i64 %indvars.iv694.2.i, 4
-  %1275 = add nuw nsw i64 %1274, 256
-  %1276 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1275
-  %1277 = load <16 x float>, ptr %1276, align 4, !tbaa !5
-  %arg.us.2.i = fsub <16 x float> %1277, %1273
-  %cse_v37.us.2.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1278 = bitcast <16 x float> %cse_v37.us.2.i to <16 x i32>
-  %1279 = add nsw <16 x i32> %1278, splat (i32 -1262485504)
-  %1280 = sitofp <16 x i32> %1279 to <16 x float>
-  %1281 = fmul <16 x float> %1280, splat (float 0x3F2BD01060000000)
-  %1282 = fmul <16 x float> %1280, splat (float 0x3FE6300000000000)
-  %1283 = fsub <16 x float> %arg.us.2.i, %1282
-  %1284 = fadd <16 x float> %1281, %1283
-  %1285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1284, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1285, <16 x float> %1284, <16 x float> splat (float 0x3F81112100000000))
-  %1287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1286, <16 x float> %1284, <16 x float> splat (float 0x3FA5553820000000))
-  %1288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1287, <16 x float> %1284, <16 x float> splat (float 0x3FC5555540000000))
-  %1289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1288, <16 x float> %1284, <16 x float> splat (float 5.000000e-01))
-  %1290 = fmul <16 x float> %1284, %1289
-  %1291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1290, <16 x float> %1284, <16 x float> %1284)
-  %1292 = shl <16 x i32> %1278, splat (i32 23)
-  %1293 = add <16 x i32> %1292, splat (i32 1065353216)
-  %1294 = bitcast <16 x i32> %1293 to <16 x float>
-  %1295 = fadd <16 x float> %1291, splat (float 1.000000e+00)
-  %1296 = fmul <16 x float> %1295, %1294
-  %1297 = fcmp olt <16 x float> %arg.us.2.i, splat (float -8.700000e+01)
-  %1298 = select <16 x i1> %1297, <16 x float> zeroinitializer, <16 x float> %1296
-  %1299 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1275
-  store <16 x float> %1298, ptr %1299, align 4, !tbaa !5
-  %indvars.iv.next695.2.i = add nuw nsw i64 %indvars.iv694.2.i, 1
-  %exitcond699.2.not.i = icmp eq i64 %indvars.iv.next695.2.i, %wide.trip.count668.i
-  br i1 %exitcond699.2.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.2.i, label %for_body_to67.us.2.i, !prof !13
+  %indvars.iv671.2.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.1.i ], [ %indvars.iv.next672.2.i, %for_body_to67.us.2.i ]
+  %1480 = shl nsw i64 %indvars.iv671.2.i, 4
+  %1481 = add nuw nsw i64 %1480, 256
+  %1482 = getelementptr inbounds nuw float, ptr %scaled103610381041.i, i64 %1481
+  %1483 = load <16 x float>, ptr %1482, align 4, !tbaa !5
+  %arg.us.2.i = fsub <16 x float> %1483, %1479
+  %1484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1485 = bitcast <16 x float> %1484 to <16 x i32>
+  %1486 = add nsw <16 x i32> %1485, splat (i32 -1262485504)
+  %1487 = sitofp <16 x i32> %1486 to <16 x float>
+  %1488 = fmul <16 x float> %1487, splat (float 0x3F2BD01060000000)
+  %1489 = fmul <16 x float> %1487, splat (float 0x3FE6300000000000)
+  %1490 = fsub <16 x float> %arg.us.2.i, %1489
+  %1491 = fadd <16 x float> %1488, %1490
+  %1492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1491, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1492, <16 x float> %1491, <16 x float> splat (float 0x3F81112100000000))
+  %1494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1493, <16 x float> %1491, <16 x float> splat (float 0x3FA5553820000000))
+  %1495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1494, <16 x float> %1491, <16 x float> splat (float 0x3FC5555540000000))
+  %1496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1491, <16 x float> splat (float 5.000000e-01))
+  %1497 = fmul <16 x float> %1491, %1496
+  %1498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1497, <16 x float> %1491, <16 x float> %1491)
+  %1499 = shl <16 x i32> %1485, splat (i32 23)
+  %1500 = add <16 x i32> %1499, splat (i32 1065353216)
+  %1501 = bitcast <16 x i32> %1500 to <16 x float>
+  %1502 = fadd <16 x float> %1498, splat (float 1.000000e+00)
+  %1503 = fmul <16 x float> %1502, %1501
+  %1504 = fcmp olt <16 x float> %arg.us.2.i, splat (float -8.700000e+01)
+  %1505 = select <16 x i1> %1504, <16 x float> zeroinitializer, <16 x float> %1503
+  %1506 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1481
+  store <16 x float> %1505, ptr %1506, align 4, !tbaa !5
+  %indvars.iv.next672.2.i = add nuw nsw i64 %indvars.iv671.2.i, 1
+  %exitcond675.2.not.i = icmp eq i64 %indvars.iv.next672.2.i, %wide.trip.count647.i
+  br i1 %exitcond675.2.not.i, label %for_begin_to66.for_end_to68_crit_edge.us.2.i, label %for_body_to67.us.2.i, !prof !13
 
 for_begin_to66.for_end_to68_crit_edge.us.2.i:     ; preds = %for_body_to67.us.2.i
-  %1300 = insertelement <16 x float> poison, float %1363, i64 0
-  %1301 = shufflevector <16 x float> %1300, <16 x float> poison, <16 x i32> zeroinitializer
+  %1507 = insertelement <16 x float> poison, float %1571, i64 0
+  %1508 = shufflevector <16 x float> %1507, <16 x float> poison, <16 x i32> zeroinitializer
   br label %for_body_to67.us.3.i
 
 for_body_to67.us.3.i:                             ; preds = %for_body_to67.us.3.i, %for_begin_to66.for_end_to68_crit_edge.us.2.i
-  %indvars.iv694.3.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.2.i ], [ %indvars.iv.next695.3.i, %for_body_to67.us.3.i ]
-  %1302 = shl nsw i64 %indvars.iv694.3.i, 4
-  %1303 = add nuw nsw i64 %1302, 384
-  %1304 = getelementptr inbounds nuw float, ptr %scaled108410861089.i, i64 %1303
-  %1305 = load <16 x float>, ptr %1304, align 4, !tbaa !5
-  %arg.us.3.i = fsub <16 x float> %1305, %1301
-  %cse_v37.us.3.i = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
-  %1306 = bitcast <16 x float> %cse_v37.us.3.i to <16 x i32>
-  %1307 = add nsw <16 x i32> %1306, splat (i32 -1262485504)
-  %1308 = sitofp <16 x i32> %1307 to <16 x float>
-  %1309 = fmul <16 x float> %1308, splat (float 0x3F2BD01060000000)
-  %1310 = fmul <16 x float> %1308, splat (float 0x3FE6300000000000)
-  %1311 = fsub <16 x float> %arg.us.3.i, %1310
-  %1312 = fadd <16 x float> %1309, %1311
-  %1313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1312, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
-  %1314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1313, <16 x float> %1312, <16 x float> splat (float 0x3F81112100000000))
-  %1315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1314, <16 x float> %1312, <16 x float> splat (float 0x3FA5553820000000))
-  %1316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1315, <16 x float> %1312, <16 x float> splat (float 0x3FC5555540000000))
-  %1317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1316, <16 x float> %1312, <16 x float> splat (float 5.000000e-01))
-  %1318 = fmul <16 x float> %1312, %1317
-  %1319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1318, <16 x float> %1312, <16 x float> %1312)
-  %1320 = shl <16 x i32> %1306, splat (i32 23)
-  %1321 = add <16 x i32> %1320, splat (i32 1065353216)
-  %1322 = bitcast <16 x i32> %1321 to <16 x float>
-  %1323 = fadd <16 x float> %1319, splat (float 1.000000e+00)
-  %1324 = fmul <16 x float> %1323, %1322
-  %1325 = fcmp olt <16 x float> %arg.us.3.i, splat (float -8.700000e+01)
-  %1326 = select <16 x i1> %1325, <16 x float> zeroinitializer, <16 x float> %1324
-  %1327 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1303
-  store <16 x float> %1326, ptr %1327, align 4, !tbaa !5
-  %indvars.iv.next695.3.i = add nuw nsw i64 %indvars.iv694.3.i, 1
-  %exitcond699.3.not.i = icmp eq i64 %indvars.iv.next695.3.i, %wide.trip.count668.i
-  br i1 %exitcond699.3.not.i, label %for_body_ax177.i.preheader, label %for_body_to67.us.3.i, !prof !13
+  %indvars.iv671.3.i = phi i64 [ 0, %for_begin_to66.for_end_to68_crit_edge.us.2.i ], [ %indvars.iv.next672.3.i, %for_body_to67.us.3.i ]
+  %1509 = shl nsw i64 %indvars.iv671.3.i, 4
+  %1510 = add nuw nsw i64 %1509, 384
+  %1511 = getelementptr inbounds nuw float, ptr %scaled103610381041.i, i64 %1510
+  %1512 = load <16 x float>, ptr %1511, align 4, !tbaa !5
+  %arg.us.3.i = fsub <16 x float> %1512, %1508
+  %1513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
+  %1514 = bitcast <16 x float> %1513 to <16 x i32>
+  %1515 = add nsw <16 x i32> %1514, splat (i32 -1262485504)
+  %1516 = sitofp <16 x i32> %1515 to <16 x float>
+  %1517 = fmul <16 x float> %1516, splat (float 0x3F2BD01060000000)
+  %1518 = fmul <16 x float> %1516, splat (float 0x3FE6300000000000)
+  %1519 = fsub <16 x float> %arg.us.3.i, %1518
+  %1520 = fadd <16 x float> %1517, %1519
+  %1521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1520, <16 x float> splat (float 0x3F2A0D2CE0000000), <16 x float> splat (float 0x3F56E879C0000000))
+  %1522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1521, <16 x float> %1520, <16 x float> splat (float 0x3F81112100000000))
+  %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1522, <16 x float> %1520, <16 x float> splat (float 0x3FA5553820000000))
+  %1524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1523, <16 x float> %1520, <16 x float> splat (float 0x3FC5555540000000))
+  %1525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1524, <16 x float> %1520, <16 x float> splat (float 5.000000e-01))
+  %1526 = fmul <16 x float> %1520, %1525
+  %1527 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1526, <16 x float> %1520, <16 x float> %1520)
+  %1528 = shl <16 x i32> %1514, splat (i32 23)
+  %1529 = add <16 x i32> %1528, splat (i32 1065353216)
+  %1530 = bitcast <16 x i32> %1529 to <16 x float>
+  %1531 = fadd <16 x float> %1527, splat (float 1.000000e+00)
+  %1532 = fmul <16 x float> %1531, %1530
+  %1533 = fcmp olt <16 x float> %arg.us.3.i, splat (float -8.700000e+01)
+  %1534 = select <16 x i1> %1533, <16 x float> zeroinitializer, <16 x float> %1532
+  %1535 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1510
+  store <16 x float> %1534, ptr %1535, align 4, !tbaa !5
+  %indvars.iv.next672.3.i = add nuw nsw i64 %indvars.iv671.3.i, 1
+  %exitcond675.3.not.i = icmp eq i64 %indvars.iv.next672.3.i, %wide.trip.count647.i
+  br i1 %exitcond675.3.not.i, label %for_body_ax177.i.preheader, label %for_body_to67.us.3.i, !prof !13
 
 for_body_ax177.i.preheader:                       ; preds = %for_body_to67.us.3.i
-  br i1 %268, label %for_body_ax177.i.epil.preheader, label %for_body_ax177.i, !prof !36
+  br i1 %466, label %for_body_ax177.i.epil.preheader, label %for_body_ax177.i, !prof !40
 
-if_then59.3.i:                                    ; preds = %for_end_ax1.3.i
-  %peak.rf241.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 0
-  %1328 = fcmp olt float %peak.rf241.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
-  %1329 = select i1 %1328, float 0xC7EFFFFFE0000000, float %peak.rf241.sroa.0.0.vec.extract.3.i
-  %peak.rf241.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 1
-  %1330 = fcmp ogt float %1329, %peak.rf241.sroa.0.4.vec.extract.3.i
-  %1331 = select i1 %1330, float %1329, float %peak.rf241.sroa.0.4.vec.extract.3.i
-  %peak.rf241.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 2
-  %1332 = fcmp ogt float %1331, %peak.rf241.sroa.0.8.vec.extract.3.i
-  %1333 = select i1 %1332, float %1331, float %peak.rf241.sroa.0.8.vec.extract.3.i
-  %peak.rf241.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 3
-  %1334 = fcmp ogt float %1333, %peak.rf241.sroa.0.12.vec.extract.3.i
-  %1335 = select i1 %1334, float %1333, float %peak.rf241.sroa.0.12.vec.extract.3.i
-  %peak.rf241.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 4
-  %1336 = fcmp ogt float %1335, %peak.rf241.sroa.0.16.vec.extract.3.i
-  %1337 = select i1 %1336, float %1335, float %peak.rf241.sroa.0.16.vec.extract.3.i
-  %peak.rf241.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 5
-  %1338 = fcmp ogt float %1337, %peak.rf241.sroa.0.20.vec.extract.3.i
-  %1339 = select i1 %1338, float %1337, float %peak.rf241.sroa.0.20.vec.extract.3.i
-  %peak.rf241.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 6
-  %1340 = fcmp ogt float %1339, %peak.rf241.sroa.0.24.vec.extract.3.i
-  %1341 = select i1 %1340, float %1339, float %peak.rf241.sroa.0.24.vec.extract.3.i
-  %peak.rf241.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 7
-  %1342 = fcmp ogt float %1341, %peak.rf241.sroa.0.28.vec.extract.3.i
-  %1343 = select i1 %1342, float %1341, float %peak.rf241.sroa.0.28.vec.extract.3.i
-  %peak.rf241.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 8
-  %1344 = fcmp ogt float %1343, %peak.rf241.sroa.0.32.vec.extract.3.i
-  %1345 = select i1 %1344, float %1343, float %peak.rf241.sroa.0.32.vec.extract.3.i
-  %peak.rf241.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 9
-  %1346 = fcmp ogt float %1345, %peak.rf241.sroa.0.36.vec.extract.3.i
-  %1347 = select i1 %1346, float %1345, float %peak.rf241.sroa.0.36.vec.extract.3.i
-  %peak.rf241.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 10
-  %1348 = fcmp ogt float %1347, %peak.rf241.sroa.0.40.vec.extract.3.i
-  %1349 = select i1 %1348, float %1347, float %peak.rf241.sroa.0.40.vec.extract.3.i
-  %peak.rf241.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 11
-  %1350 = fcmp ogt float %1349, %peak.rf241.sroa.0.44.vec.extract.3.i
-  %1351 = select i1 %1350, float %1349, float %peak.rf241.sroa.0.44.vec.extract.3.i
-  %peak.rf241.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 12
-  %1352 = fcmp ogt float %1351, %peak.rf241.sroa.0.48.vec.extract.3.i
-  %1353 = select i1 %1352, float %1351, float %peak.rf241.sroa.0.48.vec.extract.3.i
-  %peak.rf241.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 13
-  %1354 = fcmp ogt float %1353, %peak.rf241.sroa.0.52.vec.extract.3.i
-  %1355 = select i1 %1354, float %1353, float %peak.rf241.sroa.0.52.vec.extract.3.i
-  %peak.rf241.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 14
-  %1356 = fcmp ogt float %1355, %peak.rf241.sroa.0.56.vec.extract.3.i
-  %1357 = select i1 %1356, float %1355, float %peak.rf241.sroa.0.56.vec.extract.3.i
-  %peak.rf241.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global240.sroa.0.0.lcssa.3.i, i64 15
-  %1358 = fcmp ogt float %1357, %peak.rf241.sroa.0.60.vec.extract.3.i
-  %1359 = select i1 %1358, float %1357, float %peak.rf241.sroa.0.60.vec.extract.3.i
-  %tile_max245.sroa.0.0.vec.insert1090.i = insertelement <4 x float> poison, float %1017, i64 0
-  %tile_max245.sroa.0.4.vec.insert1094.i = insertelement <4 x float> %tile_max245.sroa.0.0.vec.insert1090.i, float %1094, i64 1
-  %tile_max245.sroa.0.8.vec.insert1098.i = insertelement <4 x float> %tile_max245.sroa.0.4.vec.insert1094.i, float %1171, i64 2
+if_then59.3.i:                                    ; preds = %for_end_ax151.3.i
+  %peak.rf231.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.3.i, i64 0
+  %1536 = fcmp olt float %peak.rf231.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
+  %1537 = select i1 %1536, float 0xC7EFFFFFE0000000, float %peak.rf231.sroa.0.0.vec.extract.3.i
+  %peak.rf231.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.3.i, i64 1
+  %1538 = fcmp ogt float %1537, %peak.rf231.sroa.0.4.vec.extract.3.i
+  %1539 = select i1 %1538, float %1537, float %peak.rf231.sroa.0.4.vec.extract.3.i
+  %peak.rf231.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.3.i, i64 2
+  %1540 = fcmp ogt float %1539, %peak.rf231.sroa.0.8.vec.extract.3.i
+  %1541 = select i1 %1540, float %1539, float %peak.rf231.sroa.0.8.vec.extract.3.i
+  %peak.rf231.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.3.i, i64 3
+  %1542 = fcmp ogt float %1541, %peak.rf231.sroa.0.12.vec.extract.3.i
+  %1543 = select i1 %1542, float %1541, float %peak.rf231.sroa.0.12.vec.extract.3.i
+  %peak.rf231.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.3.i, i64 4
+  %1544 = fcmp ogt float %1543, %peak.rf231.sroa.0.16.vec.extract.3.i
+  %1545 = select i1 %1544, float %1543, float %peak.rf231.sroa.0.16.vec.extract.3.i
+  %peak.rf231.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.3.i, i64 5
+  %1546 = fcmp ogt float %1545, %peak.rf231.sroa.0.20.vec.extract.3.i
+  %1547 = select i1 %1546, float %1545, float %peak.rf231.sroa.0.20.vec.extract.3.i
+  %peak.rf231.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.3.i, i64 6
+  %1548 = fcmp ogt float %1547, %peak.rf231.sroa.0.24.vec.extract.3.i
+  %1549 = select i1 %1548, float %1547, float %peak.rf231.sroa.0.24.vec.extract.3.i
+  %peak.rf231.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.3.i, i64 7
+  %1550 = fcmp ogt float %1549, %peak.rf231.sroa.0.28.vec.extract.3.i
+  %1551 = select i1 %1550, float %1549, float %peak.rf231.sroa.0.28.vec.extract.3.i
+  %peak.rf231.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.3.i, i64 8
+  %1552 = fcmp ogt float %1551, %peak.rf231.sroa.0.32.vec.extract.3.i
+  %1553 = select i1 %1552, float %1551, float %peak.rf231.sroa.0.32.vec.extract.3.i
+  %peak.rf231.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.3.i, i64 9
+  %1554 = fcmp ogt float %1553, %peak.rf231.sroa.0.36.vec.extract.3.i
+  %1555 = select i1 %1554, float %1553, float %peak.rf231.sroa.0.36.vec.extract.3.i
+  %peak.rf231.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.3.i, i64 10
+  %1556 = fcmp ogt float %1555, %peak.rf231.sroa.0.40.vec.extract.3.i
+  %1557 = select i1 %1556, float %1555, float %peak.rf231.sroa.0.40.vec.extract.3.i
+  %peak.rf231.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.3.i, i64 11
+  %1558 = fcmp ogt float %1557, %peak.rf231.sroa.0.44.vec.extract.3.i
+  %1559 = select i1 %1558, float %1557, float %peak.rf231.sroa.0.44.vec.extract.3.i
+  %peak.rf231.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.3.i, i64 12
+  %1560 = fcmp ogt float %1559, %peak.rf231.sroa.0.48.vec.extract.3.i
+  %1561 = select i1 %1560, float %1559, float %peak.rf231.sroa.0.48.vec.extract.3.i
+  %peak.rf231.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.3.i, i64 13
+  %1562 = fcmp ogt float %1561, %peak.rf231.sroa.0.52.vec.extract.3.i
+  %1563 = select i1 %1562, float %1561, float %peak.rf231.sroa.0.52.vec.extract.3.i
+  %peak.rf231.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.3.i, i64 14
+  %1564 = fcmp ogt float %1563, %peak.rf231.sroa.0.56.vec.extract.3.i
+  %1565 = select i1 %1564, float %1563, float %peak.rf231.sroa.0.56.vec.extract.3.i
+  %peak.rf231.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.3.i, i64 15
+  %1566 = fcmp ogt float %1565, %peak.rf231.sroa.0.60.vec.extract.3.i
+  %1567 = select i1 %1566, float %1565, float %peak.rf231.sroa.0.60.vec.extract.3.i
+  %tile_max235.sroa.0.0.vec.insert1042.i = insertelement <4 x float> poison, float %1221, i64 0
+  %tile_max235.sroa.0.4.vec.insert1046.i = insertelement <4 x float> %tile_max235.sroa.0.0.vec.insert1042.i, float %1298, i64 1
+  %tile_max235.sroa.0.8.vec.insert1050.i = insertelement <4 x float> %tile_max235.sroa.0.4.vec.insert1046.i, float %1375, i64 2
   br label %if_end60.3.i
 
-if_end60.3.i:                                     ; preds = %if_then59.3.i, %for_end_ax1.3.i
-  %tile_max245.sroa.0.8.vec.insert1099.i = phi <4 x float> [ %tile_max245.sroa.0.8.vec.insert1098.i, %if_then59.3.i ], [ <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>, %for_end_ax1.3.i ]
-  %1360 = phi float [ %1171, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1361 = phi float [ %1017, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1362 = phi float [ %1094, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %1363 = phi float [ %1359, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax1.3.i ]
-  %tile_max245.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_max245.sroa.0.8.vec.insert1099.i, float %1363, i64 3
-  br i1 %251, label %for_begin_to66.preheader.us.preheader.i, label %for_end_ax178.i, !prof !3
+if_end60.3.i:                                     ; preds = %if_then59.3.i, %for_end_ax151.3.i
+  %tile_max235.sroa.0.8.vec.insert1051.i = phi <4 x float> [ %tile_max235.sroa.0.8.vec.insert1050.i, %if_then59.3.i ], [ <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>, %for_end_ax151.3.i ]
+  %1568 = phi float [ %1375, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax151.3.i ]
+  %1569 = phi float [ %1221, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax151.3.i ]
+  %1570 = phi float [ %1298, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax151.3.i ]
+  %1571 = phi float [ %1567, %if_then59.3.i ], [ 0xC6293E5940000000, %for_end_ax151.3.i ]
+  %tile_max235.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_max235.sroa.0.8.vec.insert1051.i, float %1571, i64 3
+  br i1 %447, label %for_begin_to66.preheader.us.preheader.i, label %for_end_ax178.i, !prof !3
 
-for_begin_d_084.preheader.i:                      ; preds = %for_end_ax178.3.i
-  %invariant.gep533.i = getelementptr i32, ptr %value_cache, i64 %v_now.i
-  %1364 = mul nsw i64 %ahead_head.i, %v_head
-  br label %for_begin_to89.preheader.i
+for_begin_d_0.preheader.i:                        ; preds = %for_end_ax178.3.i
+  %1572 = select i1 %493, i32 128, i32 0
+  %1573 = zext nneg i32 %495 to i64
+  %1574 = mul nsw i64 %v_head, %1573
+  %1575 = mul nsw i64 %indvars.iv734.i, %v_head
+  %invariant.gep525.i = getelementptr i32, ptr %value_cache, i64 %1575
+  br label %for_body_d_0.i
 
 for_body_ax177.i:                                 ; preds = %for_body_ax177.i, %for_body_ax177.i.preheader
-  %indvars.iv704.i = phi i64 [ %indvars.iv.next705.i.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.i = phi <16 x float> [ %1395, %for_body_ax177.i ], [ zeroinitializer, %for_body_ax177.i.preheader ]
-  %niter216 = phi i64 [ %niter216.next.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
-  %.idx1076.i = shl nsw i64 %indvars.iv704.i, 6
-  %1365 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1076.i
-  %1366 = load <16 x float>, ptr %1365, align 4, !tbaa !5
-  %1367 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.i, %1366
-  %indvars.iv.next705.i = shl i64 %indvars.iv704.i, 6
-  %1368 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i
-  %1369 = getelementptr inbounds nuw i8, ptr %1368, i64 64
-  %1370 = load <16 x float>, ptr %1369, align 4, !tbaa !5
-  %1371 = fadd <16 x float> %1367, %1370
-  %indvars.iv.next705.i.1 = shl i64 %indvars.iv704.i, 6
-  %1372 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.1
-  %1373 = getelementptr inbounds nuw i8, ptr %1372, i64 128
-  %1374 = load <16 x float>, ptr %1373, align 4, !tbaa !5
-  %1375 = fadd <16 x float> %1371, %1374
-  %indvars.iv.next705.i.2 = shl i64 %indvars.iv704.i, 6
-  %1376 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.2
-  %1377 = getelementptr inbounds nuw i8, ptr %1376, i64 192
-  %1378 = load <16 x float>, ptr %1377, align 4, !tbaa !5
-  %1379 = fadd <16 x float> %1375, %1378
-  %indvars.iv.next705.i.3 = shl i64 %indvars.iv704.i, 6
-  %1380 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.3
-  %1381 = getelementptr inbounds nuw i8, ptr %1380, i64 256
-  %1382 = load <16 x float>, ptr %1381, align 4, !tbaa !5
-  %1383 = fadd <16 x float> %1379, %1382
-  %indvars.iv.next705.i.4 = shl i64 %indvars.iv704.i, 6
-  %1384 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.4
-  %1385 = getelementptr inbounds nuw i8, ptr %1384, i64 320
-  %1386 = load <16 x float>, ptr %1385, align 4, !tbaa !5
-  %1387 = fadd <16 x float> %1383, %1386
-  %indvars.iv.next705.i.5 = shl i64 %indvars.iv704.i, 6
-  %1388 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.5
-  %1389 = getelementptr inbounds nuw i8, ptr %1388, i64 384
-  %1390 = load <16 x float>, ptr %1389, align 4, !tbaa !5
-  %1391 = fadd <16 x float> %1387, %1390
-  %indvars.iv.next705.i.6 = shl i64 %indvars.iv704.i, 6
-  %1392 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.i.6
-  %1393 = getelementptr inbounds nuw i8, ptr %1392, i64 448
-  %1394 = load <16 x float>, ptr %1393, align 4, !tbaa !5
-  %1395 = fadd <16 x float> %1391, %1394
-  %indvars.iv.next705.i.7 = add nuw nsw i64 %indvars.iv704.i, 8
-  %niter216.next.7 = add i64 %niter216, 8
-  %niter216.ncmp.7 = icmp eq i64 %niter216.next.7, %unroll_iter215
-  br i1 %niter216.ncmp.7, label %for_end_ax178.i.loopexit.unr-lcssa, label %for_body_ax177.i, !prof !37, !llvm.loop !48
+  %indvars.iv680.i = phi i64 [ %indvars.iv.next681.i.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
+  %tile_sum.rf_global228.sroa.0.0438.i = phi <16 x float> [ %1606, %for_body_ax177.i ], [ zeroinitializer, %for_body_ax177.i.preheader ]
+  %niter219 = phi i64 [ %niter219.next.7, %for_body_ax177.i ], [ 0, %for_body_ax177.i.preheader ]
+  %.idx1030.i = shl nsw i64 %indvars.iv680.i, 6
+  %1576 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1030.i
+  %1577 = load <16 x float>, ptr %1576, align 4, !tbaa !5
+  %1578 = fadd <16 x float> %tile_sum.rf_global228.sroa.0.0438.i, %1577
+  %indvars.iv.next681.i = shl i64 %indvars.iv680.i, 6
+  %1579 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.i
+  %1580 = getelementptr inbounds nuw i8, ptr %1579, i64 64
+  %1581 = load <16 x float>, ptr %1580, align 4, !tbaa !5
+  %1582 = fadd <16 x float> %1578, %1581
+  %indvars.iv.next681.i.1 = shl i64 %indvars.iv680.i, 6
+  %1583 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.i.1
+  %1584 = getelementptr inbounds nuw i8, ptr %1583, i64 128
+  %1585 = load <16 x float>, ptr %1584, align 4, !tbaa !5
+  %1586 = fadd <16 x float> %1582, %1585
+  %indvars.iv.next681.i.2 = shl i64 %indvars.iv680.i, 6
+  %1587 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.i.2
+  %1588 = getelementptr inbounds nuw i8, ptr %1587, i64 192
+  %1589 = load <16 x float>, ptr %1588, align 4, !tbaa !5
+  %1590 = fadd <16 x float> %1586, %1589
+  %indvars.iv.next681.i.3 = shl i64 %indvars.iv680.i, 6
+  %1591 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.i.3
+  %1592 = getelementptr inbounds nuw i8, ptr %1591, i64 256
+  %1593 = load <16 x float>, ptr %1592, align 4, !tbaa !5
+  %1594 = fadd <16 x float> %1590, %1593
+  %indvars.iv.next681.i.4 = shl i64 %indvars.iv680.i, 6
+  %1595 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.i.4
+  %1596 = getelementptr inbounds nuw i8, ptr %1595, i64 320
+  %1597 = load <16 x float>, ptr %1596, align 4, !tbaa !5
+  %1598 = fadd <16 x float> %1594, %1597
+  %indvars.iv.next681.i.5 = shl i64 %indvars.iv680.i, 6
+  %1599 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.i.5
+  %1600 = getelementptr inbounds nuw i8, ptr %1599, i64 384
+  %1601 = load <16 x float>, ptr %1600, align 4, !tbaa !5
+  %1602 = fadd <16 x float> %1598, %1601
+  %indvars.iv.next681.i.6 = shl i64 %indvars.iv680.i, 6
+  %1603 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.i.6
+  %1604 = getelementptr inbounds nuw i8, ptr %1603, i64 448
+  %1605 = load <16 x float>, ptr %1604, align 4, !tbaa !5
+  %1606 = fadd <16 x float> %1602, %1605
+  %indvars.iv.next681.i.7 = add nuw nsw i64 %indvars.iv680.i, 8
+  %niter219.next.7 = add i64 %niter219, 8
+  %niter219.ncmp.7 = icmp eq i64 %niter219.next.7, %unroll_iter218
+  br i1 %niter219.ncmp.7, label %for_end_ax178.i.loopexit.unr-lcssa, label %for_body_ax177.i, !prof !41, !llvm.loop !52
 
 for_end_ax178.i.loopexit.unr-lcssa:               ; preds = %for_body_ax177.i
-  br i1 %lcmp.mod212.not, label %for_end_ax178.i, label %for_body_ax177.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod215.not, label %for_end_ax178.i, label %for_body_ax177.i.epil.preheader, !prof !44
 
 for_body_ax177.i.epil.preheader:                  ; preds = %for_end_ax178.i.loopexit.unr-lcssa, %for_body_ax177.i.preheader
-  %indvars.iv704.i.epil.init = phi i64 [ 0, %for_body_ax177.i.preheader ], [ %indvars.iv.next705.i.7, %for_end_ax178.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global238.sroa.0.0447.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.i.preheader ], [ %1395, %for_end_ax178.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod214)
+  %indvars.iv680.i.epil.init = phi i64 [ 0, %for_body_ax177.i.preheader ], [ %indvars.iv.next681.i.7, %for_end_ax178.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global228.sroa.0.0438.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.i.preheader ], [ %1606, %for_end_ax178.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod217)
   br label %for_body_ax177.i.epil
 
 for_body_ax177.i.epil:                            ; preds = %for_body_ax177.i.epil, %for_body_ax177.i.epil.preheader
-  %indvars.iv704.i.epil = phi i64 [ %indvars.iv.next705.i.epil, %for_body_ax177.i.epil ], [ %indvars.iv704.i.epil.init, %for_body_ax177.i.epil.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.i.epil = phi <16 x float> [ %1398, %for_body_ax177.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.i.epil.init, %for_body_ax177.i.epil.preheader ]
-  %epil.iter211 = phi i64 [ %epil.iter211.next, %for_body_ax177.i.epil ], [ 0, %for_body_ax177.i.epil.preheader ]
-  %.idx1076.i.epil = shl nsw i64 %indvars.iv704.i.epil, 6
-  %1396 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1076.i.epil
-  %1397 = load <16 x float>, ptr %1396, align 4, !tbaa !5
-  %1398 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.i.epil, %1397
-  %indvars.iv.next705.i.epil = add nuw nsw i64 %indvars.iv704.i.epil, 1
-  %epil.iter211.next = add i64 %epil.iter211, 1
-  %epil.iter211.cmp.not = icmp eq i64 %epil.iter211.next, %xtraiter210
-  br i1 %epil.iter211.cmp.not, label %for_end_ax178.i, label %for_body_ax177.i.epil, !prof !26, !llvm.loop !49
+  %indvars.iv680.i.epil = phi i64 [ %indvars.iv.next681.i.epil, %for_body_ax177.i.epil ], [ %indvars.iv680.i.epil.init, %for_body_ax177.i.epil.preheader ]
+  %tile_sum.rf_global228.sroa.0.0438.i.epil = phi <16 x float> [ %1609, %for_body_ax177.i.epil ], [ %tile_sum.rf_global228.sroa.0.0438.i.epil.init, %for_body_ax177.i.epil.preheader ]
+  %epil.iter214 = phi i64 [ %epil.iter214.next, %for_body_ax177.i.epil ], [ 0, %for_body_ax177.i.epil.preheader ]
+  %.idx1030.i.epil = shl nsw i64 %indvars.iv680.i.epil, 6
+  %1607 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1030.i.epil
+  %1608 = load <16 x float>, ptr %1607, align 4, !tbaa !5
+  %1609 = fadd <16 x float> %tile_sum.rf_global228.sroa.0.0438.i.epil, %1608
+  %indvars.iv.next681.i.epil = add nuw nsw i64 %indvars.iv680.i.epil, 1
+  %epil.iter214.next = add i64 %epil.iter214, 1
+  %epil.iter214.cmp.not = icmp eq i64 %epil.iter214.next, %xtraiter213
+  br i1 %epil.iter214.cmp.not, label %for_end_ax178.i, label %for_body_ax177.i.epil, !prof !30, !llvm.loop !53
 
 for_end_ax178.i:                                  ; preds = %for_body_ax177.i.epil, %for_end_ax178.i.loopexit.unr-lcssa, %if_end60.3.i
-  %tile_sum.rf_global238.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %if_end60.3.i ], [ %1395, %for_end_ax178.i.loopexit.unr-lcssa ], [ %1398, %for_body_ax177.i.epil ]
-  %tile_sum.rf239.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 0
-  %1399 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf239.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 1
-  %1400 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.i, %1399
-  %tile_sum.rf239.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 2
-  %1401 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.i, %1400
-  %tile_sum.rf239.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 3
-  %1402 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.i, %1401
-  %tile_sum.rf239.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 4
-  %1403 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.i, %1402
-  %tile_sum.rf239.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 5
-  %1404 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.i, %1403
-  %tile_sum.rf239.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 6
-  %1405 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.i, %1404
-  %tile_sum.rf239.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 7
-  %1406 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.i, %1405
-  %tile_sum.rf239.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 8
-  %1407 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.i, %1406
-  %tile_sum.rf239.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 9
-  %1408 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.i, %1407
-  %tile_sum.rf239.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 10
-  %1409 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.i, %1408
-  %tile_sum.rf239.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 11
-  %1410 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.i, %1409
-  %tile_sum.rf239.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 12
-  %1411 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.i, %1410
-  %tile_sum.rf239.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 13
-  %1412 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.i, %1411
-  %tile_sum.rf239.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 14
-  %1413 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.i, %1412
-  %tile_sum.rf239.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.i, i64 15
-  %1414 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.i, %1413
-  %tile_sum244.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1414, i64 0
-  br i1 %251, label %for_body_ax177.1.i.preheader, label %for_end_ax178.1.i, !prof !3
+  %tile_sum.rf_global228.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %if_end60.3.i ], [ %1606, %for_end_ax178.i.loopexit.unr-lcssa ], [ %1609, %for_body_ax177.i.epil ]
+  %tile_sum.rf229.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.i, i64 0
+  %1610 = fadd float %tile_sum.rf229.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf229.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.i, i64 1
+  %1611 = fadd float %tile_sum.rf229.sroa.0.4.vec.extract.i, %1610
+  %tile_sum.rf229.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.i, i64 2
+  %1612 = fadd float %tile_sum.rf229.sroa.0.8.vec.extract.i, %1611
+  %tile_sum.rf229.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.i, i64 3
+  %1613 = fadd float %tile_sum.rf229.sroa.0.12.vec.extract.i, %1612
+  %tile_sum.rf229.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.i, i64 4
+  %1614 = fadd float %tile_sum.rf229.sroa.0.16.vec.extract.i, %1613
+  %tile_sum.rf229.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.i, i64 5
+  %1615 = fadd float %tile_sum.rf229.sroa.0.20.vec.extract.i, %1614
+  %tile_sum.rf229.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.i, i64 6
+  %1616 = fadd float %tile_sum.rf229.sroa.0.24.vec.extract.i, %1615
+  %tile_sum.rf229.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.i, i64 7
+  %1617 = fadd float %tile_sum.rf229.sroa.0.28.vec.extract.i, %1616
+  %tile_sum.rf229.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.i, i64 8
+  %1618 = fadd float %tile_sum.rf229.sroa.0.32.vec.extract.i, %1617
+  %tile_sum.rf229.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.i, i64 9
+  %1619 = fadd float %tile_sum.rf229.sroa.0.36.vec.extract.i, %1618
+  %tile_sum.rf229.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.i, i64 10
+  %1620 = fadd float %tile_sum.rf229.sroa.0.40.vec.extract.i, %1619
+  %tile_sum.rf229.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.i, i64 11
+  %1621 = fadd float %tile_sum.rf229.sroa.0.44.vec.extract.i, %1620
+  %tile_sum.rf229.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.i, i64 12
+  %1622 = fadd float %tile_sum.rf229.sroa.0.48.vec.extract.i, %1621
+  %tile_sum.rf229.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.i, i64 13
+  %1623 = fadd float %tile_sum.rf229.sroa.0.52.vec.extract.i, %1622
+  %tile_sum.rf229.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.i, i64 14
+  %1624 = fadd float %tile_sum.rf229.sroa.0.56.vec.extract.i, %1623
+  %tile_sum.rf229.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.i, i64 15
+  %1625 = fadd float %tile_sum.rf229.sroa.0.60.vec.extract.i, %1624
+  %tile_sum234.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1625, i64 0
+  br i1 %447, label %for_body_ax177.1.i.preheader, label %for_end_ax178.1.i, !prof !3
 
 for_body_ax177.1.i.preheader:                     ; preds = %for_end_ax178.i
-  br i1 %269, label %for_body_ax177.1.i.epil.preheader, label %for_body_ax177.1.i, !prof !36
+  br i1 %467, label %for_body_ax177.1.i.epil.preheader, label %for_body_ax177.1.i, !prof !40
 
 for_body_ax177.1.i:                               ; preds = %for_body_ax177.1.i, %for_body_ax177.1.i.preheader
-  %indvars.iv704.1.i = phi i64 [ %indvars.iv.next705.1.i.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.1.i = phi <16 x float> [ %1446, %for_body_ax177.1.i ], [ zeroinitializer, %for_body_ax177.1.i.preheader ]
-  %niter223 = phi i64 [ %niter223.next.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
-  %.idx1077.i = shl nsw i64 %indvars.iv704.1.i, 6
-  %1415 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1077.i
-  %1416 = getelementptr inbounds nuw i8, ptr %1415, i64 512
-  %1417 = load <16 x float>, ptr %1416, align 4, !tbaa !5
-  %1418 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.1.i, %1417
-  %indvars.iv.next705.1.i = shl i64 %indvars.iv704.1.i, 6
-  %1419 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i
-  %1420 = getelementptr inbounds nuw i8, ptr %1419, i64 576
-  %1421 = load <16 x float>, ptr %1420, align 4, !tbaa !5
-  %1422 = fadd <16 x float> %1418, %1421
-  %indvars.iv.next705.1.i.1 = shl i64 %indvars.iv704.1.i, 6
-  %1423 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.1
-  %1424 = getelementptr inbounds nuw i8, ptr %1423, i64 640
-  %1425 = load <16 x float>, ptr %1424, align 4, !tbaa !5
-  %1426 = fadd <16 x float> %1422, %1425
-  %indvars.iv.next705.1.i.2 = shl i64 %indvars.iv704.1.i, 6
-  %1427 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.2
-  %1428 = getelementptr inbounds nuw i8, ptr %1427, i64 704
-  %1429 = load <16 x float>, ptr %1428, align 4, !tbaa !5
-  %1430 = fadd <16 x float> %1426, %1429
-  %indvars.iv.next705.1.i.3 = shl i64 %indvars.iv704.1.i, 6
-  %1431 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.3
-  %1432 = getelementptr inbounds nuw i8, ptr %1431, i64 768
-  %1433 = load <16 x float>, ptr %1432, align 4, !tbaa !5
-  %1434 = fadd <16 x float> %1430, %1433
-  %indvars.iv.next705.1.i.4 = shl i64 %indvars.iv704.1.i, 6
-  %1435 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.4
-  %1436 = getelementptr inbounds nuw i8, ptr %1435, i64 832
-  %1437 = load <16 x float>, ptr %1436, align 4, !tbaa !5
-  %1438 = fadd <16 x float> %1434, %1437
-  %indvars.iv.next705.1.i.5 = shl i64 %indvars.iv704.1.i, 6
-  %1439 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.5
-  %1440 = getelementptr inbounds nuw i8, ptr %1439, i64 896
-  %1441 = load <16 x float>, ptr %1440, align 4, !tbaa !5
-  %1442 = fadd <16 x float> %1438, %1441
-  %indvars.iv.next705.1.i.6 = shl i64 %indvars.iv704.1.i, 6
-  %1443 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.1.i.6
-  %1444 = getelementptr inbounds nuw i8, ptr %1443, i64 960
-  %1445 = load <16 x float>, ptr %1444, align 4, !tbaa !5
-  %1446 = fadd <16 x float> %1442, %1445
-  %indvars.iv.next705.1.i.7 = add nuw nsw i64 %indvars.iv704.1.i, 8
-  %niter223.next.7 = add i64 %niter223, 8
-  %niter223.ncmp.7 = icmp eq i64 %niter223.next.7, %unroll_iter222
-  br i1 %niter223.ncmp.7, label %for_end_ax178.1.i.loopexit.unr-lcssa, label %for_body_ax177.1.i, !prof !37, !llvm.loop !50
+  %indvars.iv680.1.i = phi i64 [ %indvars.iv.next681.1.i.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
+  %tile_sum.rf_global228.sroa.0.0438.1.i = phi <16 x float> [ %1657, %for_body_ax177.1.i ], [ zeroinitializer, %for_body_ax177.1.i.preheader ]
+  %niter226 = phi i64 [ %niter226.next.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
+  %.idx1031.i = shl nsw i64 %indvars.iv680.1.i, 6
+  %1626 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1031.i
+  %1627 = getelementptr inbounds nuw i8, ptr %1626, i64 512
+  %1628 = load <16 x float>, ptr %1627, align 4, !tbaa !5
+  %1629 = fadd <16 x float> %tile_sum.rf_global228.sroa.0.0438.1.i, %1628
+  %indvars.iv.next681.1.i = shl i64 %indvars.iv680.1.i, 6
+  %1630 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.1.i
+  %1631 = getelementptr inbounds nuw i8, ptr %1630, i64 576
+  %1632 = load <16 x float>, ptr %1631, align 4, !tbaa !5
+  %1633 = fadd <16 x float> %1629, %1632
+  %indvars.iv.next681.1.i.1 = shl i64 %indvars.iv680.1.i, 6
+  %1634 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.1.i.1
+  %1635 = getelementptr inbounds nuw i8, ptr %1634, i64 640
+  %1636 = load <16 x float>, ptr %1635, align 4, !tbaa !5
+  %1637 = fadd <16 x float> %1633, %1636
+  %indvars.iv.next681.1.i.2 = shl i64 %indvars.iv680.1.i, 6
+  %1638 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.1.i.2
+  %1639 = getelementptr inbounds nuw i8, ptr %1638, i64 704
+  %1640 = load <16 x float>, ptr %1639, align 4, !tbaa !5
+  %1641 = fadd <16 x float> %1637, %1640
+  %indvars.iv.next681.1.i.3 = shl i64 %indvars.iv680.1.i, 6
+  %1642 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.1.i.3
+  %1643 = getelementptr inbounds nuw i8, ptr %1642, i64 768
+  %1644 = load <16 x float>, ptr %1643, align 4, !tbaa !5
+  %1645 = fadd <16 x float> %1641, %1644
+  %indvars.iv.next681.1.i.4 = shl i64 %indvars.iv680.1.i, 6
+  %1646 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.1.i.4
+  %1647 = getelementptr inbounds nuw i8, ptr %1646, i64 832
+  %1648 = load <16 x float>, ptr %1647, align 4, !tbaa !5
+  %1649 = fadd <16 x float> %1645, %1648
+  %indvars.iv.next681.1.i.5 = shl i64 %indvars.iv680.1.i, 6
+  %1650 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.1.i.5
+  %1651 = getelementptr inbounds nuw i8, ptr %1650, i64 896
+  %1652 = load <16 x float>, ptr %1651, align 4, !tbaa !5
+  %1653 = fadd <16 x float> %1649, %1652
+  %indvars.iv.next681.1.i.6 = shl i64 %indvars.iv680.1.i, 6
+  %1654 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.1.i.6
+  %1655 = getelementptr inbounds nuw i8, ptr %1654, i64 960
+  %1656 = load <16 x float>, ptr %1655, align 4, !tbaa !5
+  %1657 = fadd <16 x float> %1653, %1656
+  %indvars.iv.next681.1.i.7 = add nuw nsw i64 %indvars.iv680.1.i, 8
+  %niter226.next.7 = add i64 %niter226, 8
+  %niter226.ncmp.7 = icmp eq i64 %niter226.next.7, %unroll_iter225
+  br i1 %niter226.ncmp.7, label %for_end_ax178.1.i.loopexit.unr-lcssa, label %for_body_ax177.1.i, !prof !41, !llvm.loop !54
 
 for_end_ax178.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.1.i
-  br i1 %lcmp.mod219.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod222.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil.preheader, !prof !44
 
 for_body_ax177.1.i.epil.preheader:                ; preds = %for_end_ax178.1.i.loopexit.unr-lcssa, %for_body_ax177.1.i.preheader
-  %indvars.iv704.1.i.epil.init = phi i64 [ 0, %for_body_ax177.1.i.preheader ], [ %indvars.iv.next705.1.i.7, %for_end_ax178.1.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global238.sroa.0.0447.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.1.i.preheader ], [ %1446, %for_end_ax178.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod221)
+  %indvars.iv680.1.i.epil.init = phi i64 [ 0, %for_body_ax177.1.i.preheader ], [ %indvars.iv.next681.1.i.7, %for_end_ax178.1.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global228.sroa.0.0438.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.1.i.preheader ], [ %1657, %for_end_ax178.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod224)
   br label %for_body_ax177.1.i.epil
 
 for_body_ax177.1.i.epil:                          ; preds = %for_body_ax177.1.i.epil, %for_body_ax177.1.i.epil.preheader
-  %indvars.iv704.1.i.epil = phi i64 [ %indvars.iv.next705.1.i.epil, %for_body_ax177.1.i.epil ], [ %indvars.iv704.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.1.i.epil = phi <16 x float> [ %1450, %for_body_ax177.1.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
-  %epil.iter218 = phi i64 [ %epil.iter218.next, %for_body_ax177.1.i.epil ], [ 0, %for_body_ax177.1.i.epil.preheader ]
-  %.idx1077.i.epil = shl nsw i64 %indvars.iv704.1.i.epil, 6
-  %1447 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1077.i.epil
-  %1448 = getelementptr inbounds nuw i8, ptr %1447, i64 512
-  %1449 = load <16 x float>, ptr %1448, align 4, !tbaa !5
-  %1450 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.1.i.epil, %1449
-  %indvars.iv.next705.1.i.epil = add nuw nsw i64 %indvars.iv704.1.i.epil, 1
-  %epil.iter218.next = add i64 %epil.iter218, 1
-  %epil.iter218.cmp.not = icmp eq i64 %epil.iter218.next, %xtraiter217
-  br i1 %epil.iter218.cmp.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil, !prof !26, !llvm.loop !51
+  %indvars.iv680.1.i.epil = phi i64 [ %indvars.iv.next681.1.i.epil, %for_body_ax177.1.i.epil ], [ %indvars.iv680.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
+  %tile_sum.rf_global228.sroa.0.0438.1.i.epil = phi <16 x float> [ %1661, %for_body_ax177.1.i.epil ], [ %tile_sum.rf_global228.sroa.0.0438.1.i.epil.init, %for_body_ax177.1.i.epil.preheader ]
+  %epil.iter221 = phi i64 [ %epil.iter221.next, %for_body_ax177.1.i.epil ], [ 0, %for_body_ax177.1.i.epil.preheader ]
+  %.idx1031.i.epil = shl nsw i64 %indvars.iv680.1.i.epil, 6
+  %1658 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1031.i.epil
+  %1659 = getelementptr inbounds nuw i8, ptr %1658, i64 512
+  %1660 = load <16 x float>, ptr %1659, align 4, !tbaa !5
+  %1661 = fadd <16 x float> %tile_sum.rf_global228.sroa.0.0438.1.i.epil, %1660
+  %indvars.iv.next681.1.i.epil = add nuw nsw i64 %indvars.iv680.1.i.epil, 1
+  %epil.iter221.next = add i64 %epil.iter221, 1
+  %epil.iter221.cmp.not = icmp eq i64 %epil.iter221.next, %xtraiter220
+  br i1 %epil.iter221.cmp.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil, !prof !30, !llvm.loop !55
 
 for_end_ax178.1.i:                                ; preds = %for_body_ax177.1.i.epil, %for_end_ax178.1.i.loopexit.unr-lcssa, %for_end_ax178.i
-  %tile_sum.rf_global238.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.i ], [ %1446, %for_end_ax178.1.i.loopexit.unr-lcssa ], [ %1450, %for_body_ax177.1.i.epil ]
-  %tile_sum.rf239.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 0
-  %1451 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.1.i, 0.000000e+00
-  %tile_sum.rf239.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 1
-  %1452 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.1.i, %1451
-  %tile_sum.rf239.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 2
-  %1453 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.1.i, %1452
-  %tile_sum.rf239.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 3
-  %1454 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.1.i, %1453
-  %tile_sum.rf239.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 4
-  %1455 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.1.i, %1454
-  %tile_sum.rf239.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 5
-  %1456 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.1.i, %1455
-  %tile_sum.rf239.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 6
-  %1457 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.1.i, %1456
-  %tile_sum.rf239.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 7
-  %1458 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.1.i, %1457
-  %tile_sum.rf239.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 8
-  %1459 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.1.i, %1458
-  %tile_sum.rf239.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 9
-  %1460 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.1.i, %1459
-  %tile_sum.rf239.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 10
-  %1461 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.1.i, %1460
-  %tile_sum.rf239.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 11
-  %1462 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.1.i, %1461
-  %tile_sum.rf239.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 12
-  %1463 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.1.i, %1462
-  %tile_sum.rf239.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 13
-  %1464 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.1.i, %1463
-  %tile_sum.rf239.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 14
-  %1465 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.1.i, %1464
-  %tile_sum.rf239.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.1.i, i64 15
-  %1466 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.1.i, %1465
-  %tile_sum244.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum244.sroa.0.0.vec.insert.i, float %1466, i64 1
-  br i1 %251, label %for_body_ax177.2.i.preheader, label %for_end_ax178.2.i, !prof !3
+  %tile_sum.rf_global228.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.i ], [ %1657, %for_end_ax178.1.i.loopexit.unr-lcssa ], [ %1661, %for_body_ax177.1.i.epil ]
+  %tile_sum.rf229.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.1.i, i64 0
+  %1662 = fadd float %tile_sum.rf229.sroa.0.0.vec.extract.1.i, 0.000000e+00
+  %tile_sum.rf229.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.1.i, i64 1
+  %1663 = fadd float %tile_sum.rf229.sroa.0.4.vec.extract.1.i, %1662
+  %tile_sum.rf229.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.1.i, i64 2
+  %1664 = fadd float %tile_sum.rf229.sroa.0.8.vec.extract.1.i, %1663
+  %tile_sum.rf229.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.1.i, i64 3
+  %1665 = fadd float %tile_sum.rf229.sroa.0.12.vec.extract.1.i, %1664
+  %tile_sum.rf229.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.1.i, i64 4
+  %1666 = fadd float %tile_sum.rf229.sroa.0.16.vec.extract.1.i, %1665
+  %tile_sum.rf229.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.1.i, i64 5
+  %1667 = fadd float %tile_sum.rf229.sroa.0.20.vec.extract.1.i, %1666
+  %tile_sum.rf229.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.1.i, i64 6
+  %1668 = fadd float %tile_sum.rf229.sroa.0.24.vec.extract.1.i, %1667
+  %tile_sum.rf229.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.1.i, i64 7
+  %1669 = fadd float %tile_sum.rf229.sroa.0.28.vec.extract.1.i, %1668
+  %tile_sum.rf229.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.1.i, i64 8
+  %1670 = fadd float %tile_sum.rf229.sroa.0.32.vec.extract.1.i, %1669
+  %tile_sum.rf229.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.1.i, i64 9
+  %1671 = fadd float %tile_sum.rf229.sroa.0.36.vec.extract.1.i, %1670
+  %tile_sum.rf229.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.1.i, i64 10
+  %1672 = fadd float %tile_sum.rf229.sroa.0.40.vec.extract.1.i, %1671
+  %tile_sum.rf229.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.1.i, i64 11
+  %1673 = fadd float %tile_sum.rf229.sroa.0.44.vec.extract.1.i, %1672
+  %tile_sum.rf229.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.1.i, i64 12
+  %1674 = fadd float %tile_sum.rf229.sroa.0.48.vec.extract.1.i, %1673
+  %tile_sum.rf229.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.1.i, i64 13
+  %1675 = fadd float %tile_sum.rf229.sroa.0.52.vec.extract.1.i, %1674
+  %tile_sum.rf229.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.1.i, i64 14
+  %1676 = fadd float %tile_sum.rf229.sroa.0.56.vec.extract.1.i, %1675
+  %tile_sum.rf229.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.1.i, i64 15
+  %1677 = fadd float %tile_sum.rf229.sroa.0.60.vec.extract.1.i, %1676
+  %tile_sum234.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum234.sroa.0.0.vec.insert.i, float %1677, i64 1
+  br i1 %447, label %for_body_ax177.2.i.preheader, label %for_end_ax178.2.i, !prof !3
 
 for_body_ax177.2.i.preheader:                     ; preds = %for_end_ax178.1.i
-  br i1 %270, label %for_body_ax177.2.i.epil.preheader, label %for_body_ax177.2.i, !prof !36
+  br i1 %468, label %for_body_ax177.2.i.epil.preheader, label %for_body_ax177.2.i, !prof !40
 
 for_body_ax177.2.i:                               ; preds = %for_body_ax177.2.i, %for_body_ax177.2.i.preheader
-  %indvars.iv704.2.i = phi i64 [ %indvars.iv.next705.2.i.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.2.i = phi <16 x float> [ %1498, %for_body_ax177.2.i ], [ zeroinitializer, %for_body_ax177.2.i.preheader ]
-  %niter230 = phi i64 [ %niter230.next.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
-  %.idx1078.i = shl nsw i64 %indvars.iv704.2.i, 6
-  %1467 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1078.i
-  %1468 = getelementptr inbounds nuw i8, ptr %1467, i64 1024
-  %1469 = load <16 x float>, ptr %1468, align 4, !tbaa !5
-  %1470 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.2.i, %1469
-  %indvars.iv.next705.2.i = shl i64 %indvars.iv704.2.i, 6
-  %1471 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i
-  %1472 = getelementptr inbounds nuw i8, ptr %1471, i64 1088
-  %1473 = load <16 x float>, ptr %1472, align 4, !tbaa !5
-  %1474 = fadd <16 x float> %1470, %1473
-  %indvars.iv.next705.2.i.1 = shl i64 %indvars.iv704.2.i, 6
-  %1475 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.1
-  %1476 = getelementptr inbounds nuw i8, ptr %1475, i64 1152
-  %1477 = load <16 x float>, ptr %1476, align 4, !tbaa !5
-  %1478 = fadd <16 x float> %1474, %1477
-  %indvars.iv.next705.2.i.2 = shl i64 %indvars.iv704.2.i, 6
-  %1479 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.2
-  %1480 = getelementptr inbounds nuw i8, ptr %1479, i64 1216
-  %1481 = load <16 x float>, ptr %1480, align 4, !tbaa !5
-  %1482 = fadd <16 x float> %1478, %1481
-  %indvars.iv.next705.2.i.3 = shl i64 %indvars.iv704.2.i, 6
-  %1483 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.3
-  %1484 = getelementptr inbounds nuw i8, ptr %1483, i64 1280
-  %1485 = load <16 x float>, ptr %1484, align 4, !tbaa !5
-  %1486 = fadd <16 x float> %1482, %1485
-  %indvars.iv.next705.2.i.4 = shl i64 %indvars.iv704.2.i, 6
-  %1487 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.4
-  %1488 = getelementptr inbounds nuw i8, ptr %1487, i64 1344
-  %1489 = load <16 x float>, ptr %1488, align 4, !tbaa !5
-  %1490 = fadd <16 x float> %1486, %1489
-  %indvars.iv.next705.2.i.5 = shl i64 %indvars.iv704.2.i, 6
-  %1491 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.5
-  %1492 = getelementptr inbounds nuw i8, ptr %1491, i64 1408
-  %1493 = load <16 x float>, ptr %1492, align 4, !tbaa !5
-  %1494 = fadd <16 x float> %1490, %1493
-  %indvars.iv.next705.2.i.6 = shl i64 %indvars.iv704.2.i, 6
-  %1495 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.2.i.6
-  %1496 = getelementptr inbounds nuw i8, ptr %1495, i64 1472
-  %1497 = load <16 x float>, ptr %1496, align 4, !tbaa !5
-  %1498 = fadd <16 x float> %1494, %1497
-  %indvars.iv.next705.2.i.7 = add nuw nsw i64 %indvars.iv704.2.i, 8
-  %niter230.next.7 = add i64 %niter230, 8
-  %niter230.ncmp.7 = icmp eq i64 %niter230.next.7, %unroll_iter229
-  br i1 %niter230.ncmp.7, label %for_end_ax178.2.i.loopexit.unr-lcssa, label %for_body_ax177.2.i, !prof !37, !llvm.loop !52
+  %indvars.iv680.2.i = phi i64 [ %indvars.iv.next681.2.i.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
+  %tile_sum.rf_global228.sroa.0.0438.2.i = phi <16 x float> [ %1709, %for_body_ax177.2.i ], [ zeroinitializer, %for_body_ax177.2.i.preheader ]
+  %niter233 = phi i64 [ %niter233.next.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
+  %.idx1032.i = shl nsw i64 %indvars.iv680.2.i, 6
+  %1678 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1032.i
+  %1679 = getelementptr inbounds nuw i8, ptr %1678, i64 1024
+  %1680 = load <16 x float>, ptr %1679, align 4, !tbaa !5
+  %1681 = fadd <16 x float> %tile_sum.rf_global228.sroa.0.0438.2.i, %1680
+  %indvars.iv.next681.2.i = shl i64 %indvars.iv680.2.i, 6
+  %1682 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.2.i
+  %1683 = getelementptr inbounds nuw i8, ptr %1682, i64 1088
+  %1684 = load <16 x float>, ptr %1683, align 4, !tbaa !5
+  %1685 = fadd <16 x float> %1681, %1684
+  %indvars.iv.next681.2.i.1 = shl i64 %indvars.iv680.2.i, 6
+  %1686 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.2.i.1
+  %1687 = getelementptr inbounds nuw i8, ptr %1686, i64 1152
+  %1688 = load <16 x float>, ptr %1687, align 4, !tbaa !5
+  %1689 = fadd <16 x float> %1685, %1688
+  %indvars.iv.next681.2.i.2 = shl i64 %indvars.iv680.2.i, 6
+  %1690 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.2.i.2
+  %1691 = getelementptr inbounds nuw i8, ptr %1690, i64 1216
+  %1692 = load <16 x float>, ptr %1691, align 4, !tbaa !5
+  %1693 = fadd <16 x float> %1689, %1692
+  %indvars.iv.next681.2.i.3 = shl i64 %indvars.iv680.2.i, 6
+  %1694 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.2.i.3
+  %1695 = getelementptr inbounds nuw i8, ptr %1694, i64 1280
+  %1696 = load <16 x float>, ptr %1695, align 4, !tbaa !5
+  %1697 = fadd <16 x float> %1693, %1696
+  %indvars.iv.next681.2.i.4 = shl i64 %indvars.iv680.2.i, 6
+  %1698 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.2.i.4
+  %1699 = getelementptr inbounds nuw i8, ptr %1698, i64 1344
+  %1700 = load <16 x float>, ptr %1699, align 4, !tbaa !5
+  %1701 = fadd <16 x float> %1697, %1700
+  %indvars.iv.next681.2.i.5 = shl i64 %indvars.iv680.2.i, 6
+  %1702 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.2.i.5
+  %1703 = getelementptr inbounds nuw i8, ptr %1702, i64 1408
+  %1704 = load <16 x float>, ptr %1703, align 4, !tbaa !5
+  %1705 = fadd <16 x float> %1701, %1704
+  %indvars.iv.next681.2.i.6 = shl i64 %indvars.iv680.2.i, 6
+  %1706 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.2.i.6
+  %1707 = getelementptr inbounds nuw i8, ptr %1706, i64 1472
+  %1708 = load <16 x float>, ptr %1707, align 4, !tbaa !5
+  %1709 = fadd <16 x float> %1705, %1708
+  %indvars.iv.next681.2.i.7 = add nuw nsw i64 %indvars.iv680.2.i, 8
+  %niter233.next.7 = add i64 %niter233, 8
+  %niter233.ncmp.7 = icmp eq i64 %niter233.next.7, %unroll_iter232
+  br i1 %niter233.ncmp.7, label %for_end_ax178.2.i.loopexit.unr-lcssa, label %for_body_ax177.2.i, !prof !41, !llvm.loop !56
 
 for_end_ax178.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.2.i
-  br i1 %lcmp.mod226.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod229.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil.preheader, !prof !44
 
 for_body_ax177.2.i.epil.preheader:                ; preds = %for_end_ax178.2.i.loopexit.unr-lcssa, %for_body_ax177.2.i.preheader
-  %indvars.iv704.2.i.epil.init = phi i64 [ 0, %for_body_ax177.2.i.preheader ], [ %indvars.iv.next705.2.i.7, %for_end_ax178.2.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global238.sroa.0.0447.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.2.i.preheader ], [ %1498, %for_end_ax178.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod228)
+  %indvars.iv680.2.i.epil.init = phi i64 [ 0, %for_body_ax177.2.i.preheader ], [ %indvars.iv.next681.2.i.7, %for_end_ax178.2.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global228.sroa.0.0438.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.2.i.preheader ], [ %1709, %for_end_ax178.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod231)
   br label %for_body_ax177.2.i.epil
 
 for_body_ax177.2.i.epil:                          ; preds = %for_body_ax177.2.i.epil, %for_body_ax177.2.i.epil.preheader
-  %indvars.iv704.2.i.epil = phi i64 [ %indvars.iv.next705.2.i.epil, %for_body_ax177.2.i.epil ], [ %indvars.iv704.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.2.i.epil = phi <16 x float> [ %1502, %for_body_ax177.2.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
-  %epil.iter225 = phi i64 [ %epil.iter225.next, %for_body_ax177.2.i.epil ], [ 0, %for_body_ax177.2.i.epil.preheader ]
-  %.idx1078.i.epil = shl nsw i64 %indvars.iv704.2.i.epil, 6
-  %1499 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1078.i.epil
-  %1500 = getelementptr inbounds nuw i8, ptr %1499, i64 1024
-  %1501 = load <16 x float>, ptr %1500, align 4, !tbaa !5
-  %1502 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.2.i.epil, %1501
-  %indvars.iv.next705.2.i.epil = add nuw nsw i64 %indvars.iv704.2.i.epil, 1
-  %epil.iter225.next = add i64 %epil.iter225, 1
-  %epil.iter225.cmp.not = icmp eq i64 %epil.iter225.next, %xtraiter224
-  br i1 %epil.iter225.cmp.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil, !prof !26, !llvm.loop !53
+  %indvars.iv680.2.i.epil = phi i64 [ %indvars.iv.next681.2.i.epil, %for_body_ax177.2.i.epil ], [ %indvars.iv680.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
+  %tile_sum.rf_global228.sroa.0.0438.2.i.epil = phi <16 x float> [ %1713, %for_body_ax177.2.i.epil ], [ %tile_sum.rf_global228.sroa.0.0438.2.i.epil.init, %for_body_ax177.2.i.epil.preheader ]
+  %epil.iter228 = phi i64 [ %epil.iter228.next, %for_body_ax177.2.i.epil ], [ 0, %for_body_ax177.2.i.epil.preheader ]
+  %.idx1032.i.epil = shl nsw i64 %indvars.iv680.2.i.epil, 6
+  %1710 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1032.i.epil
+  %1711 = getelementptr inbounds nuw i8, ptr %1710, i64 1024
+  %1712 = load <16 x float>, ptr %1711, align 4, !tbaa !5
+  %1713 = fadd <16 x float> %tile_sum.rf_global228.sroa.0.0438.2.i.epil, %1712
+  %indvars.iv.next681.2.i.epil = add nuw nsw i64 %indvars.iv680.2.i.epil, 1
+  %epil.iter228.next = add i64 %epil.iter228, 1
+  %epil.iter228.cmp.not = icmp eq i64 %epil.iter228.next, %xtraiter227
+  br i1 %epil.iter228.cmp.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil, !prof !30, !llvm.loop !57
 
 for_end_ax178.2.i:                                ; preds = %for_body_ax177.2.i.epil, %for_end_ax178.2.i.loopexit.unr-lcssa, %for_end_ax178.1.i
-  %tile_sum.rf_global238.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.1.i ], [ %1498, %for_end_ax178.2.i.loopexit.unr-lcssa ], [ %1502, %for_body_ax177.2.i.epil ]
-  %tile_sum.rf239.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 0
-  %1503 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.2.i, 0.000000e+00
-  %tile_sum.rf239.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 1
-  %1504 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.2.i, %1503
-  %tile_sum.rf239.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 2
-  %1505 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.2.i, %1504
-  %tile_sum.rf239.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 3
-  %1506 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.2.i, %1505
-  %tile_sum.rf239.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 4
-  %1507 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.2.i, %1506
-  %tile_sum.rf239.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 5
-  %1508 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.2.i, %1507
-  %tile_sum.rf239.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 6
-  %1509 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.2.i, %1508
-  %tile_sum.rf239.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 7
-  %1510 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.2.i, %1509
-  %tile_sum.rf239.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 8
-  %1511 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.2.i, %1510
-  %tile_sum.rf239.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 9
-  %1512 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.2.i, %1511
-  %tile_sum.rf239.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 10
-  %1513 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.2.i, %1512
-  %tile_sum.rf239.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 11
-  %1514 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.2.i, %1513
-  %tile_sum.rf239.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 12
-  %1515 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.2.i, %1514
-  %tile_sum.rf239.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 13
-  %1516 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.2.i, %1515
-  %tile_sum.rf239.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 14
-  %1517 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.2.i, %1516
-  %tile_sum.rf239.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.2.i, i64 15
-  %1518 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.2.i, %1517
-  %tile_sum244.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum244.sroa.0.4.vec.insert.i, float %1518, i64 2
-  br i1 %251, label %for_body_ax177.3.i.preheader, label %for_end_ax178.3.i, !prof !3
+  %tile_sum.rf_global228.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.1.i ], [ %1709, %for_end_ax178.2.i.loopexit.unr-lcssa ], [ %1713, %for_body_ax177.2.i.epil ]
+  %tile_sum.rf229.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.2.i, i64 0
+  %1714 = fadd float %tile_sum.rf229.sroa.0.0.vec.extract.2.i, 0.000000e+00
+  %tile_sum.rf229.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.2.i, i64 1
+  %1715 = fadd float %tile_sum.rf229.sroa.0.4.vec.extract.2.i, %1714
+  %tile_sum.rf229.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.2.i, i64 2
+  %1716 = fadd float %tile_sum.rf229.sroa.0.8.vec.extract.2.i, %1715
+  %tile_sum.rf229.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.2.i, i64 3
+  %1717 = fadd float %tile_sum.rf229.sroa.0.12.vec.extract.2.i, %1716
+  %tile_sum.rf229.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.2.i, i64 4
+  %1718 = fadd float %tile_sum.rf229.sroa.0.16.vec.extract.2.i, %1717
+  %tile_sum.rf229.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.2.i, i64 5
+  %1719 = fadd float %tile_sum.rf229.sroa.0.20.vec.extract.2.i, %1718
+  %tile_sum.rf229.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.2.i, i64 6
+  %1720 = fadd float %tile_sum.rf229.sroa.0.24.vec.extract.2.i, %1719
+  %tile_sum.rf229.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.2.i, i64 7
+  %1721 = fadd float %tile_sum.rf229.sroa.0.28.vec.extract.2.i, %1720
+  %tile_sum.rf229.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.2.i, i64 8
+  %1722 = fadd float %tile_sum.rf229.sroa.0.32.vec.extract.2.i, %1721
+  %tile_sum.rf229.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.2.i, i64 9
+  %1723 = fadd float %tile_sum.rf229.sroa.0.36.vec.extract.2.i, %1722
+  %tile_sum.rf229.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.2.i, i64 10
+  %1724 = fadd float %tile_sum.rf229.sroa.0.40.vec.extract.2.i, %1723
+  %tile_sum.rf229.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.2.i, i64 11
+  %1725 = fadd float %tile_sum.rf229.sroa.0.44.vec.extract.2.i, %1724
+  %tile_sum.rf229.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.2.i, i64 12
+  %1726 = fadd float %tile_sum.rf229.sroa.0.48.vec.extract.2.i, %1725
+  %tile_sum.rf229.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.2.i, i64 13
+  %1727 = fadd float %tile_sum.rf229.sroa.0.52.vec.extract.2.i, %1726
+  %tile_sum.rf229.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.2.i, i64 14
+  %1728 = fadd float %tile_sum.rf229.sroa.0.56.vec.extract.2.i, %1727
+  %tile_sum.rf229.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.2.i, i64 15
+  %1729 = fadd float %tile_sum.rf229.sroa.0.60.vec.extract.2.i, %1728
+  %tile_sum234.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum234.sroa.0.4.vec.insert.i, float %1729, i64 2
+  br i1 %447, label %for_body_ax177.3.i.preheader, label %for_end_ax178.3.i, !prof !3
 
 for_body_ax177.3.i.preheader:                     ; preds = %for_end_ax178.2.i
-  br i1 %271, label %for_body_ax177.3.i.epil.preheader, label %for_body_ax177.3.i, !prof !36
+  br i1 %469, label %for_body_ax177.3.i.epil.preheader, label %for_body_ax177.3.i, !prof !40
 
 for_body_ax177.3.i:                               ; preds = %for_body_ax177.3.i, %for_body_ax177.3.i.preheader
-  %indvars.iv704.3.i = phi i64 [ %indvars.iv.next705.3.i.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.3.i = phi <16 x float> [ %1550, %for_body_ax177.3.i ], [ zeroinitializer, %for_body_ax177.3.i.preheader ]
-  %niter237 = phi i64 [ %niter237.next.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
-  %.idx1079.i = shl nsw i64 %indvars.iv704.3.i, 6
-  %1519 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1079.i
-  %1520 = getelementptr inbounds nuw i8, ptr %1519, i64 1536
-  %1521 = load <16 x float>, ptr %1520, align 4, !tbaa !5
-  %1522 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.3.i, %1521
-  %indvars.iv.next705.3.i = shl i64 %indvars.iv704.3.i, 6
-  %1523 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i
-  %1524 = getelementptr inbounds nuw i8, ptr %1523, i64 1600
-  %1525 = load <16 x float>, ptr %1524, align 4, !tbaa !5
-  %1526 = fadd <16 x float> %1522, %1525
-  %indvars.iv.next705.3.i.1 = shl i64 %indvars.iv704.3.i, 6
-  %1527 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.1
-  %1528 = getelementptr inbounds nuw i8, ptr %1527, i64 1664
-  %1529 = load <16 x float>, ptr %1528, align 4, !tbaa !5
-  %1530 = fadd <16 x float> %1526, %1529
-  %indvars.iv.next705.3.i.2 = shl i64 %indvars.iv704.3.i, 6
-  %1531 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.2
-  %1532 = getelementptr inbounds nuw i8, ptr %1531, i64 1728
-  %1533 = load <16 x float>, ptr %1532, align 4, !tbaa !5
-  %1534 = fadd <16 x float> %1530, %1533
-  %indvars.iv.next705.3.i.3 = shl i64 %indvars.iv704.3.i, 6
-  %1535 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.3
-  %1536 = getelementptr inbounds nuw i8, ptr %1535, i64 1792
-  %1537 = load <16 x float>, ptr %1536, align 4, !tbaa !5
-  %1538 = fadd <16 x float> %1534, %1537
-  %indvars.iv.next705.3.i.4 = shl i64 %indvars.iv704.3.i, 6
-  %1539 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.4
-  %1540 = getelementptr inbounds nuw i8, ptr %1539, i64 1856
-  %1541 = load <16 x float>, ptr %1540, align 4, !tbaa !5
-  %1542 = fadd <16 x float> %1538, %1541
-  %indvars.iv.next705.3.i.5 = shl i64 %indvars.iv704.3.i, 6
-  %1543 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.5
-  %1544 = getelementptr inbounds nuw i8, ptr %1543, i64 1920
-  %1545 = load <16 x float>, ptr %1544, align 4, !tbaa !5
-  %1546 = fadd <16 x float> %1542, %1545
-  %indvars.iv.next705.3.i.6 = shl i64 %indvars.iv704.3.i, 6
-  %1547 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next705.3.i.6
-  %1548 = getelementptr inbounds nuw i8, ptr %1547, i64 1984
-  %1549 = load <16 x float>, ptr %1548, align 4, !tbaa !5
-  %1550 = fadd <16 x float> %1546, %1549
-  %indvars.iv.next705.3.i.7 = add nuw nsw i64 %indvars.iv704.3.i, 8
-  %niter237.next.7 = add i64 %niter237, 8
-  %niter237.ncmp.7 = icmp eq i64 %niter237.next.7, %unroll_iter236
-  br i1 %niter237.ncmp.7, label %for_end_ax178.3.i.loopexit.unr-lcssa, label %for_body_ax177.3.i, !prof !37, !llvm.loop !54
+  %indvars.iv680.3.i = phi i64 [ %indvars.iv.next681.3.i.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
+  %tile_sum.rf_global228.sroa.0.0438.3.i = phi <16 x float> [ %1761, %for_body_ax177.3.i ], [ zeroinitializer, %for_body_ax177.3.i.preheader ]
+  %niter240 = phi i64 [ %niter240.next.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
+  %.idx1033.i = shl nsw i64 %indvars.iv680.3.i, 6
+  %1730 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1033.i
+  %1731 = getelementptr inbounds nuw i8, ptr %1730, i64 1536
+  %1732 = load <16 x float>, ptr %1731, align 4, !tbaa !5
+  %1733 = fadd <16 x float> %tile_sum.rf_global228.sroa.0.0438.3.i, %1732
+  %indvars.iv.next681.3.i = shl i64 %indvars.iv680.3.i, 6
+  %1734 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.3.i
+  %1735 = getelementptr inbounds nuw i8, ptr %1734, i64 1600
+  %1736 = load <16 x float>, ptr %1735, align 4, !tbaa !5
+  %1737 = fadd <16 x float> %1733, %1736
+  %indvars.iv.next681.3.i.1 = shl i64 %indvars.iv680.3.i, 6
+  %1738 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.3.i.1
+  %1739 = getelementptr inbounds nuw i8, ptr %1738, i64 1664
+  %1740 = load <16 x float>, ptr %1739, align 4, !tbaa !5
+  %1741 = fadd <16 x float> %1737, %1740
+  %indvars.iv.next681.3.i.2 = shl i64 %indvars.iv680.3.i, 6
+  %1742 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.3.i.2
+  %1743 = getelementptr inbounds nuw i8, ptr %1742, i64 1728
+  %1744 = load <16 x float>, ptr %1743, align 4, !tbaa !5
+  %1745 = fadd <16 x float> %1741, %1744
+  %indvars.iv.next681.3.i.3 = shl i64 %indvars.iv680.3.i, 6
+  %1746 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.3.i.3
+  %1747 = getelementptr inbounds nuw i8, ptr %1746, i64 1792
+  %1748 = load <16 x float>, ptr %1747, align 4, !tbaa !5
+  %1749 = fadd <16 x float> %1745, %1748
+  %indvars.iv.next681.3.i.4 = shl i64 %indvars.iv680.3.i, 6
+  %1750 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.3.i.4
+  %1751 = getelementptr inbounds nuw i8, ptr %1750, i64 1856
+  %1752 = load <16 x float>, ptr %1751, align 4, !tbaa !5
+  %1753 = fadd <16 x float> %1749, %1752
+  %indvars.iv.next681.3.i.5 = shl i64 %indvars.iv680.3.i, 6
+  %1754 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.3.i.5
+  %1755 = getelementptr inbounds nuw i8, ptr %1754, i64 1920
+  %1756 = load <16 x float>, ptr %1755, align 4, !tbaa !5
+  %1757 = fadd <16 x float> %1753, %1756
+  %indvars.iv.next681.3.i.6 = shl i64 %indvars.iv680.3.i, 6
+  %1758 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next681.3.i.6
+  %1759 = getelementptr inbounds nuw i8, ptr %1758, i64 1984
+  %1760 = load <16 x float>, ptr %1759, align 4, !tbaa !5
+  %1761 = fadd <16 x float> %1757, %1760
+  %indvars.iv.next681.3.i.7 = add nuw nsw i64 %indvars.iv680.3.i, 8
+  %niter240.next.7 = add i64 %niter240, 8
+  %niter240.ncmp.7 = icmp eq i64 %niter240.next.7, %unroll_iter239
+  br i1 %niter240.ncmp.7, label %for_end_ax178.3.i.loopexit.unr-lcssa, label %for_body_ax177.3.i, !prof !41, !llvm.loop !58
 
 for_end_ax178.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.3.i
-  br i1 %lcmp.mod233.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil.preheader, !prof !40
+  br i1 %lcmp.mod236.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil.preheader, !prof !44
 
 for_body_ax177.3.i.epil.preheader:                ; preds = %for_end_ax178.3.i.loopexit.unr-lcssa, %for_body_ax177.3.i.preheader
-  %indvars.iv704.3.i.epil.init = phi i64 [ 0, %for_body_ax177.3.i.preheader ], [ %indvars.iv.next705.3.i.7, %for_end_ax178.3.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global238.sroa.0.0447.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.3.i.preheader ], [ %1550, %for_end_ax178.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod235)
+  %indvars.iv680.3.i.epil.init = phi i64 [ 0, %for_body_ax177.3.i.preheader ], [ %indvars.iv.next681.3.i.7, %for_end_ax178.3.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global228.sroa.0.0438.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax177.3.i.preheader ], [ %1761, %for_end_ax178.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod238)
   br label %for_body_ax177.3.i.epil
 
 for_body_ax177.3.i.epil:                          ; preds = %for_body_ax177.3.i.epil, %for_body_ax177.3.i.epil.preheader
-  %indvars.iv704.3.i.epil = phi i64 [ %indvars.iv.next705.3.i.epil, %for_body_ax177.3.i.epil ], [ %indvars.iv704.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
-  %tile_sum.rf_global238.sroa.0.0447.3.i.epil = phi <16 x float> [ %1554, %for_body_ax177.3.i.epil ], [ %tile_sum.rf_global238.sroa.0.0447.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
-  %epil.iter232 = phi i64 [ %epil.iter232.next, %for_body_ax177.3.i.epil ], [ 0, %for_body_ax177.3.i.epil.preheader ]
-  %.idx1079.i.epil = shl nsw i64 %indvars.iv704.3.i.epil, 6
-  %1551 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1079.i.epil
-  %1552 = getelementptr inbounds nuw i8, ptr %1551, i64 1536
-  %1553 = load <16 x float>, ptr %1552, align 4, !tbaa !5
-  %1554 = fadd <16 x float> %tile_sum.rf_global238.sroa.0.0447.3.i.epil, %1553
-  %indvars.iv.next705.3.i.epil = add nuw nsw i64 %indvars.iv704.3.i.epil, 1
-  %epil.iter232.next = add i64 %epil.iter232, 1
-  %epil.iter232.cmp.not = icmp eq i64 %epil.iter232.next, %xtraiter231
-  br i1 %epil.iter232.cmp.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil, !prof !26, !llvm.loop !55
+  %indvars.iv680.3.i.epil = phi i64 [ %indvars.iv.next681.3.i.epil, %for_body_ax177.3.i.epil ], [ %indvars.iv680.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
+  %tile_sum.rf_global228.sroa.0.0438.3.i.epil = phi <16 x float> [ %1765, %for_body_ax177.3.i.epil ], [ %tile_sum.rf_global228.sroa.0.0438.3.i.epil.init, %for_body_ax177.3.i.epil.preheader ]
+  %epil.iter235 = phi i64 [ %epil.iter235.next, %for_body_ax177.3.i.epil ], [ 0, %for_body_ax177.3.i.epil.preheader ]
+  %.idx1033.i.epil = shl nsw i64 %indvars.iv680.3.i.epil, 6
+  %1762 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1033.i.epil
+  %1763 = getelementptr inbounds nuw i8, ptr %1762, i64 1536
+  %1764 = load <16 x float>, ptr %1763, align 4, !tbaa !5
+  %1765 = fadd <16 x float> %tile_sum.rf_global228.sroa.0.0438.3.i.epil, %1764
+  %indvars.iv.next681.3.i.epil = add nuw nsw i64 %indvars.iv680.3.i.epil, 1
+  %epil.iter235.next = add i64 %epil.iter235, 1
+  %epil.iter235.cmp.not = icmp eq i64 %epil.iter235.next, %xtraiter234
+  br i1 %epil.iter235.cmp.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil, !prof !30, !llvm.loop !59
 
 for_end_ax178.3.i:                                ; preds = %for_body_ax177.3.i.epil, %for_end_ax178.3.i.loopexit.unr-lcssa, %for_end_ax178.2.i
-  %tile_sum.rf_global238.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.2.i ], [ %1550, %for_end_ax178.3.i.loopexit.unr-lcssa ], [ %1554, %for_body_ax177.3.i.epil ]
-  %tile_sum.rf239.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 0
-  %1555 = fadd float %tile_sum.rf239.sroa.0.0.vec.extract.3.i, 0.000000e+00
-  %tile_sum.rf239.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 1
-  %1556 = fadd float %tile_sum.rf239.sroa.0.4.vec.extract.3.i, %1555
-  %tile_sum.rf239.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 2
-  %1557 = fadd float %tile_sum.rf239.sroa.0.8.vec.extract.3.i, %1556
-  %tile_sum.rf239.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 3
-  %1558 = fadd float %tile_sum.rf239.sroa.0.12.vec.extract.3.i, %1557
-  %tile_sum.rf239.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 4
-  %1559 = fadd float %tile_sum.rf239.sroa.0.16.vec.extract.3.i, %1558
-  %tile_sum.rf239.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 5
-  %1560 = fadd float %tile_sum.rf239.sroa.0.20.vec.extract.3.i, %1559
-  %tile_sum.rf239.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 6
-  %1561 = fadd float %tile_sum.rf239.sroa.0.24.vec.extract.3.i, %1560
-  %tile_sum.rf239.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 7
-  %1562 = fadd float %tile_sum.rf239.sroa.0.28.vec.extract.3.i, %1561
-  %tile_sum.rf239.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 8
-  %1563 = fadd float %tile_sum.rf239.sroa.0.32.vec.extract.3.i, %1562
-  %tile_sum.rf239.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 9
-  %1564 = fadd float %tile_sum.rf239.sroa.0.36.vec.extract.3.i, %1563
-  %tile_sum.rf239.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 10
-  %1565 = fadd float %tile_sum.rf239.sroa.0.40.vec.extract.3.i, %1564
-  %tile_sum.rf239.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 11
-  %1566 = fadd float %tile_sum.rf239.sroa.0.44.vec.extract.3.i, %1565
-  %tile_sum.rf239.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 12
-  %1567 = fadd float %tile_sum.rf239.sroa.0.48.vec.extract.3.i, %1566
-  %tile_sum.rf239.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 13
-  %1568 = fadd float %tile_sum.rf239.sroa.0.52.vec.extract.3.i, %1567
-  %tile_sum.rf239.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 14
-  %1569 = fadd float %tile_sum.rf239.sroa.0.56.vec.extract.3.i, %1568
-  %tile_sum.rf239.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global238.sroa.0.0.lcssa.3.i, i64 15
-  %1570 = fadd float %tile_sum.rf239.sroa.0.60.vec.extract.3.i, %1569
-  %tile_sum244.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum244.sroa.0.8.vec.insert.i, float %1570, i64 3
-  %1571 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
-  %full_acc.i = tail call ptr %1571(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1572 = icmp eq ptr %full_acc.i, null
-  br i1 %1572, label %fused_decode_compute_.exit, label %for_begin_d_084.preheader.i, !prof !8
+  %tile_sum.rf_global228.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.2.i ], [ %1761, %for_end_ax178.3.i.loopexit.unr-lcssa ], [ %1765, %for_body_ax177.3.i.epil ]
+  %tile_sum.rf229.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.3.i, i64 0
+  %1766 = fadd float %tile_sum.rf229.sroa.0.0.vec.extract.3.i, 0.000000e+00
+  %tile_sum.rf229.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.3.i, i64 1
+  %1767 = fadd float %tile_sum.rf229.sroa.0.4.vec.extract.3.i, %1766
+  %tile_sum.rf229.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.3.i, i64 2
+  %1768 = fadd float %tile_sum.rf229.sroa.0.8.vec.extract.3.i, %1767
+  %tile_sum.rf229.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.3.i, i64 3
+  %1769 = fadd float %tile_sum.rf229.sroa.0.12.vec.extract.3.i, %1768
+  %tile_sum.rf229.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.3.i, i64 4
+  %1770 = fadd float %tile_sum.rf229.sroa.0.16.vec.extract.3.i, %1769
+  %tile_sum.rf229.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.3.i, i64 5
+  %1771 = fadd float %tile_sum.rf229.sroa.0.20.vec.extract.3.i, %1770
+  %tile_sum.rf229.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.3.i, i64 6
+  %1772 = fadd float %tile_sum.rf229.sroa.0.24.vec.extract.3.i, %1771
+  %tile_sum.rf229.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.3.i, i64 7
+  %1773 = fadd float %tile_sum.rf229.sroa.0.28.vec.extract.3.i, %1772
+  %tile_sum.rf229.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.3.i, i64 8
+  %1774 = fadd float %tile_sum.rf229.sroa.0.32.vec.extract.3.i, %1773
+  %tile_sum.rf229.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.3.i, i64 9
+  %1775 = fadd float %tile_sum.rf229.sroa.0.36.vec.extract.3.i, %1774
+  %tile_sum.rf229.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.3.i, i64 10
+  %1776 = fadd float %tile_sum.rf229.sroa.0.40.vec.extract.3.i, %1775
+  %tile_sum.rf229.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.3.i, i64 11
+  %1777 = fadd float %tile_sum.rf229.sroa.0.44.vec.extract.3.i, %1776
+  %tile_sum.rf229.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.3.i, i64 12
+  %1778 = fadd float %tile_sum.rf229.sroa.0.48.vec.extract.3.i, %1777
+  %tile_sum.rf229.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.3.i, i64 13
+  %1779 = fadd float %tile_sum.rf229.sroa.0.52.vec.extract.3.i, %1778
+  %tile_sum.rf229.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.3.i, i64 14
+  %1780 = fadd float %tile_sum.rf229.sroa.0.56.vec.extract.3.i, %1779
+  %tile_sum.rf229.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.3.i, i64 15
+  %1781 = fadd float %tile_sum.rf229.sroa.0.60.vec.extract.3.i, %1780
+  %tile_sum234.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum234.sroa.0.8.vec.insert.i, float %1781, i64 3
+  %1782 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %full_acc.i = tail call ptr %1782(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1783 = icmp eq ptr %full_acc.i, null
+  br i1 %1783, label %fused_decode_compute_.exit, label %for_begin_d_0.preheader.i, !prof !8
 
-for_begin_to89.preheader.i:                       ; preds = %for_end_to91.i, %for_begin_d_084.preheader.i
-  %indvars.iv735.i = phi i64 [ 0, %for_begin_d_084.preheader.i ], [ %indvars.iv.next736.i, %for_end_to91.i ]
-  br i1 %253, label %for_body_to90.lr.ph.i, label %for_end_to91.i, !prof !3
+for_body_d_0.i:                                   ; preds = %for_end_to86.i, %for_begin_d_0.preheader.i
+  %indvars.iv695.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next696.i, %for_end_to86.i ]
+  br i1 %450, label %for_begin_ax189.preheader.lr.ph.i, label %for_end_to86.i, !prof !3
 
-for_body_to90.lr.ph.i:                            ; preds = %for_begin_to89.preheader.i
-  %1573 = mul nuw nsw i64 %indvars.iv735.i, %258
-  %gep534.idx.i = shl i64 %indvars.iv735.i, 6
-  %gep534.i = getelementptr i8, ptr %invariant.gep533.i, i64 %gep534.idx.i
-  br label %for_body_to90.i
+for_begin_ax189.preheader.lr.ph.i:                ; preds = %for_body_d_0.i
+  %1784 = mul nuw nsw i64 %indvars.iv695.i, %456
+  %gep526.idx.i = shl i64 %indvars.iv695.i, 6
+  %gep526.i = getelementptr i8, ptr %invariant.gep525.i, i64 %gep526.idx.i
+  br label %for_begin_ax189.preheader.i
 
-for_body_to90.i:                                  ; preds = %for_body_to90.i, %for_body_to90.lr.ph.i
-  %indvars.iv714.i = phi i64 [ 0, %for_body_to90.lr.ph.i ], [ %indvars.iv.next715.i, %for_body_to90.i ]
-  %full_acc_global237.sroa.238.0459.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2130, %for_body_to90.i ]
-  %full_acc_global237.sroa.204.0458.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2124, %for_body_to90.i ]
-  %full_acc_global237.sroa.0.0457.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2109, %for_body_to90.i ]
-  %full_acc_global237.sroa.34.0456.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2127, %for_body_to90.i ]
-  %full_acc_global237.sroa.68.0455.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2114, %for_body_to90.i ]
-  %full_acc_global237.sroa.102.0454.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2128, %for_body_to90.i ]
-  %full_acc_global237.sroa.136.0453.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2119, %for_body_to90.i ]
-  %full_acc_global237.sroa.170.0452.i = phi <16 x float> [ zeroinitializer, %for_body_to90.lr.ph.i ], [ %2129, %for_body_to90.i ]
-  %1574 = add nuw nsw i64 %indvars.iv714.i, %1573
-  %1575 = trunc i64 %1574 to i32
-  %1576 = shl i32 %1575, 2
-  %1577 = add i32 %1576, %ahead_t.i
-  %1578 = sext i32 %1577 to i64
-  %1579 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1578
-  %1580 = load i64, ptr %1579, align 8, !tbaa !5
-  %1581 = getelementptr i32, ptr %value_cache, i64 %1580
-  %1582 = getelementptr i32, ptr %1581, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1582, i32 0, i32 2, i32 1)
-  %1583 = getelementptr i8, ptr %1581, i64 64
-  %1584 = getelementptr i32, ptr %1583, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1584, i32 0, i32 2, i32 1)
-  %1585 = getelementptr i8, ptr %1581, i64 128
-  %1586 = getelementptr i32, ptr %1585, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1586, i32 0, i32 2, i32 1)
-  %1587 = getelementptr i8, ptr %1581, i64 192
-  %1588 = getelementptr i32, ptr %1587, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1588, i32 0, i32 2, i32 1)
-  %1589 = getelementptr i8, ptr %1579, i64 8
-  %1590 = load i64, ptr %1589, align 8, !tbaa !5
-  %1591 = getelementptr i32, ptr %value_cache, i64 %1590
-  %1592 = getelementptr i32, ptr %1591, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1592, i32 0, i32 2, i32 1)
-  %1593 = getelementptr i8, ptr %1591, i64 64
-  %1594 = getelementptr i32, ptr %1593, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1594, i32 0, i32 2, i32 1)
-  %1595 = getelementptr i8, ptr %1591, i64 128
-  %1596 = getelementptr i32, ptr %1595, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1596, i32 0, i32 2, i32 1)
-  %1597 = getelementptr i8, ptr %1591, i64 192
-  %1598 = getelementptr i32, ptr %1597, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1598, i32 0, i32 2, i32 1)
-  %1599 = getelementptr i8, ptr %1579, i64 16
-  %1600 = load i64, ptr %1599, align 8, !tbaa !5
-  %1601 = getelementptr i32, ptr %value_cache, i64 %1600
-  %1602 = getelementptr i32, ptr %1601, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1602, i32 0, i32 2, i32 1)
-  %1603 = getelementptr i8, ptr %1601, i64 64
-  %1604 = getelementptr i32, ptr %1603, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1604, i32 0, i32 2, i32 1)
-  %1605 = getelementptr i8, ptr %1601, i64 128
-  %1606 = getelementptr i32, ptr %1605, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1606, i32 0, i32 2, i32 1)
-  %1607 = getelementptr i8, ptr %1601, i64 192
-  %1608 = getelementptr i32, ptr %1607, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1608, i32 0, i32 2, i32 1)
-  %1609 = getelementptr i8, ptr %1579, i64 24
-  %1610 = load i64, ptr %1609, align 8, !tbaa !5
-  %1611 = getelementptr i32, ptr %value_cache, i64 %1610
-  %1612 = getelementptr i32, ptr %1611, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1612, i32 0, i32 2, i32 1)
-  %1613 = getelementptr i8, ptr %1611, i64 64
-  %1614 = getelementptr i32, ptr %1613, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1614, i32 0, i32 2, i32 1)
-  %1615 = getelementptr i8, ptr %1611, i64 128
-  %1616 = getelementptr i32, ptr %1615, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1616, i32 0, i32 2, i32 1)
-  %1617 = getelementptr i8, ptr %1611, i64 192
-  %1618 = getelementptr i32, ptr %1617, i64 %1364
-  tail call void @llvm.prefetch.p0(ptr readonly %1618, i32 0, i32 2, i32 1)
-  %1619 = shl nsw i64 %indvars.iv714.i, 4
-  %1620 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1619
-  %1621 = load float, ptr %1620, align 4, !tbaa !5
-  %1622 = insertelement <16 x float> poison, float %1621, i64 0
-  %1623 = shufflevector <16 x float> %1622, <16 x float> poison, <16 x i32> zeroinitializer
-  %1624 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1619
-  %1625 = load i64, ptr %1624, align 8, !tbaa !5
-  %gep472.i = getelementptr i32, ptr %gep534.i, i64 %1625
-  %1626 = load <16 x i32>, ptr %gep472.i, align 4, !tbaa !5
-  %1627 = shl <16 x i32> %1626, splat (i32 16)
-  %1628 = bitcast <16 x i32> %1627 to <16 x float>
-  %1629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.0.0457.i)
-  %1630 = getelementptr inbounds nuw i8, ptr %1620, i64 512
-  %1631 = load float, ptr %1630, align 4, !tbaa !5
-  %1632 = insertelement <16 x float> poison, float %1631, i64 0
-  %1633 = shufflevector <16 x float> %1632, <16 x float> poison, <16 x i32> zeroinitializer
-  %1634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1633, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.68.0455.i)
-  %1635 = getelementptr inbounds nuw i8, ptr %1620, i64 1024
-  %1636 = load float, ptr %1635, align 4, !tbaa !5
-  %1637 = insertelement <16 x float> poison, float %1636, i64 0
-  %1638 = shufflevector <16 x float> %1637, <16 x float> poison, <16 x i32> zeroinitializer
-  %1639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.136.0453.i)
-  %1640 = getelementptr inbounds nuw i8, ptr %1620, i64 1536
-  %1641 = load float, ptr %1640, align 4, !tbaa !5
-  %1642 = insertelement <16 x float> poison, float %1641, i64 0
-  %1643 = shufflevector <16 x float> %1642, <16 x float> poison, <16 x i32> zeroinitializer
-  %1644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1643, <16 x float> %1628, <16 x float> %full_acc_global237.sroa.204.0458.i)
-  %1645 = and <16 x i32> %1626, splat (i32 -65536)
-  %1646 = bitcast <16 x i32> %1645 to <16 x float>
-  %1647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.34.0456.i)
-  %1648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1633, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.102.0454.i)
-  %1649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.170.0452.i)
-  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1643, <16 x float> %1646, <16 x float> %full_acc_global237.sroa.238.0459.i)
-  %1651 = or disjoint i64 %1619, 1
-  %1652 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1651
-  %1653 = load float, ptr %1652, align 4, !tbaa !5
-  %1654 = insertelement <16 x float> poison, float %1653, i64 0
-  %1655 = shufflevector <16 x float> %1654, <16 x float> poison, <16 x i32> zeroinitializer
-  %1656 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1651
-  %1657 = load i64, ptr %1656, align 8, !tbaa !5
-  %gep476.i = getelementptr i32, ptr %gep534.i, i64 %1657
-  %1658 = load <16 x i32>, ptr %gep476.i, align 4, !tbaa !5
-  %1659 = shl <16 x i32> %1658, splat (i32 16)
-  %1660 = bitcast <16 x i32> %1659 to <16 x float>
-  %1661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1655, <16 x float> %1660, <16 x float> %1629)
-  %1662 = getelementptr inbounds nuw i8, ptr %1620, i64 516
-  %1663 = load float, ptr %1662, align 4, !tbaa !5
-  %1664 = insertelement <16 x float> poison, float %1663, i64 0
-  %1665 = shufflevector <16 x float> %1664, <16 x float> poison, <16 x i32> zeroinitializer
-  %1666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1660, <16 x float> %1634)
-  %1667 = getelementptr inbounds nuw i8, ptr %1620, i64 1028
-  %1668 = load float, ptr %1667, align 4, !tbaa !5
-  %1669 = insertelement <16 x float> poison, float %1668, i64 0
-  %1670 = shufflevector <16 x float> %1669, <16 x float> poison, <16 x i32> zeroinitializer
-  %1671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1660, <16 x float> %1639)
-  %1672 = getelementptr inbounds nuw i8, ptr %1620, i64 1540
-  %1673 = load float, ptr %1672, align 4, !tbaa !5
-  %1674 = insertelement <16 x float> poison, float %1673, i64 0
-  %1675 = shufflevector <16 x float> %1674, <16 x float> poison, <16 x i32> zeroinitializer
-  %1676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1660, <16 x float> %1644)
-  %1677 = and <16 x i32> %1658, splat (i32 -65536)
-  %1678 = bitcast <16 x i32> %1677 to <16 x float>
-  %1679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1655, <16 x float> %1678, <16 x float> %1647)
-  %1680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1678, <16 x float> %1648)
-  %1681 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1670, <16 x float> %1678, <16 x float> %1649)
-  %1682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1678, <16 x float> %1650)
-  %1683 = or disjoint i64 %1619, 2
-  %1684 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1683
-  %1685 = load float, ptr %1684, align 4, !tbaa !5
-  %1686 = insertelement <16 x float> poison, float %1685, i64 0
-  %1687 = shufflevector <16 x float> %1686, <16 x float> poison, <16 x i32> zeroinitializer
-  %1688 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1683
-  %1689 = load i64, ptr %1688, align 8, !tbaa !5
-  %gep480.i = getelementptr i32, ptr %gep534.i, i64 %1689
-  %1690 = load <16 x i32>, ptr %gep480.i, align 4, !tbaa !5
-  %1691 = shl <16 x i32> %1690, splat (i32 16)
-  %1692 = bitcast <16 x i32> %1691 to <16 x float>
-  %1693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1692, <16 x float> %1661)
-  %1694 = getelementptr inbounds nuw i8, ptr %1620, i64 520
-  %1695 = load float, ptr %1694, align 4, !tbaa !5
-  %1696 = insertelement <16 x float> poison, float %1695, i64 0
-  %1697 = shufflevector <16 x float> %1696, <16 x float> poison, <16 x i32> zeroinitializer
-  %1698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1692, <16 x float> %1666)
-  %1699 = getelementptr inbounds nuw i8, ptr %1620, i64 1032
-  %1700 = load float, ptr %1699, align 4, !tbaa !5
-  %1701 = insertelement <16 x float> poison, float %1700, i64 0
-  %1702 = shufflevector <16 x float> %1701, <16 x float> poison, <16 x i32> zeroinitializer
-  %1703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1702, <16 x float> %1692, <16 x float> %1671)
-  %1704 = getelementptr inbounds nuw i8, ptr %1620, i64 1544
-  %1705 = load float, ptr %1704, align 4, !tbaa !5
-  %1706 = insertelement <16 x float> poison, float %1705, i64 0
-  %1707 = shufflevector <16 x float> %1706, <16 x float> poison, <16 x i32> zeroinitializer
-  %1708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1707, <16 x float> %1692, <16 x float> %1676)
-  %1709 = and <16 x i32> %1690, splat (i32 -65536)
-  %1710 = bitcast <16 x i32> %1709 to <16 x float>
-  %1711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1710, <16 x float> %1679)
-  %1712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1710, <16 x float> %1680)
-  %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1702, <16 x float> %1710, <16 x float> %1681)
-  %1714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1707, <16 x float> %1710, <16 x float> %1682)
-  %1715 = or disjoint i64 %1619, 3
-  %1716 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1715
-  %1717 = load float, ptr %1716, align 4, !tbaa !5
-  %1718 = insertelement <16 x float> poison, float %1717, i64 0
-  %1719 = shufflevector <16 x float> %1718, <16 x float> poison, <16 x i32> zeroinitializer
-  %1720 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1715
-  %1721 = load i64, ptr %1720, align 8, !tbaa !5
-  %gep484.i = getelementptr i32, ptr %gep534.i, i64 %1721
-  %1722 = load <16 x i32>, ptr %gep484.i, align 4, !tbaa !5
-  %1723 = shl <16 x i32> %1722, splat (i32 16)
-  %1724 = bitcast <16 x i32> %1723 to <16 x float>
-  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1724, <16 x float> %1693)
-  %1726 = getelementptr inbounds nuw i8, ptr %1620, i64 524
-  %1727 = load float, ptr %1726, align 4, !tbaa !5
-  %1728 = insertelement <16 x float> poison, float %1727, i64 0
-  %1729 = shufflevector <16 x float> %1728, <16 x float> poison, <16 x i32> zeroinitializer
-  %1730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1729, <16 x float> %1724, <16 x float> %1698)
-  %1731 = getelementptr inbounds nuw i8, ptr %1620, i64 1036
-  %1732 = load float, ptr %1731, align 4, !tbaa !5
-  %1733 = insertelement <16 x float> poison, float %1732, i64 0
-  %1734 = shufflevector <16 x float> %1733, <16 x float> poison, <16 x i32> zeroinitializer
-  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1734, <16 x float> %1724, <16 x float> %1703)
-  %1736 = getelementptr inbounds nuw i8, ptr %1620, i64 1548
-  %1737 = load float, ptr %1736, align 4, !tbaa !5
-  %1738 = insertelement <16 x float> poison, float %1737, i64 0
-  %1739 = shufflevector <16 x float> %1738, <16 x float> poison, <16 x i32> zeroinitializer
-  %1740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1724, <16 x float> %1708)
-  %1741 = and <16 x i32> %1722, splat (i32 -65536)
-  %1742 = bitcast <16 x i32> %1741 to <16 x float>
-  %1743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1719, <16 x float> %1742, <16 x float> %1711)
-  %1744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1729, <16 x float> %1742, <16 x float> %1712)
-  %1745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1734, <16 x float> %1742, <16 x float> %1713)
-  %1746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1742, <16 x float> %1714)
-  %1747 = or disjoint i64 %1619, 4
-  %1748 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1747
-  %1749 = load float, ptr %1748, align 4, !tbaa !5
-  %1750 = insertelement <16 x float> poison, float %1749, i64 0
-  %1751 = shufflevector <16 x float> %1750, <16 x float> poison, <16 x i32> zeroinitializer
-  %1752 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1747
-  %1753 = load i64, ptr %1752, align 8, !tbaa !5
-  %gep488.i = getelementptr i32, ptr %gep534.i, i64 %1753
-  %1754 = load <16 x i32>, ptr %gep488.i, align 4, !tbaa !5
-  %1755 = shl <16 x i32> %1754, splat (i32 16)
-  %1756 = bitcast <16 x i32> %1755 to <16 x float>
-  %1757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1751, <16 x float> %1756, <16 x float> %1725)
-  %1758 = getelementptr inbounds nuw i8, ptr %1620, i64 528
-  %1759 = load float, ptr %1758, align 4, !tbaa !5
-  %1760 = insertelement <16 x float> poison, float %1759, i64 0
-  %1761 = shufflevector <16 x float> %1760, <16 x float> poison, <16 x i32> zeroinitializer
-  %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1756, <16 x float> %1730)
-  %1763 = getelementptr inbounds nuw i8, ptr %1620, i64 1040
-  %1764 = load float, ptr %1763, align 4, !tbaa !5
-  %1765 = insertelement <16 x float> poison, float %1764, i64 0
-  %1766 = shufflevector <16 x float> %1765, <16 x float> poison, <16 x i32> zeroinitializer
-  %1767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1766, <16 x float> %1756, <16 x float> %1735)
-  %1768 = getelementptr inbounds nuw i8, ptr %1620, i64 1552
-  %1769 = load float, ptr %1768, align 4, !tbaa !5
-  %1770 = insertelement <16 x float> poison, float %1769, i64 0
-  %1771 = shufflevector <16 x float> %1770, <16 x float> poison, <16 x i32> zeroinitializer
-  %1772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1771, <16 x float> %1756, <16 x float> %1740)
-  %1773 = and <16 x i32> %1754, splat (i32 -65536)
-  %1774 = bitcast <16 x i32> %1773 to <16 x float>
-  %1775 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1751, <16 x float> %1774, <16 x float> %1743)
-  %1776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1761, <16 x float> %1774, <16 x float> %1744)
-  %1777 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1766, <16 x float> %1774, <16 x float> %1745)
-  %1778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1771, <16 x float> %1774, <16 x float> %1746)
-  %1779 = or disjoint i64 %1619, 5
-  %1780 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1779
-  %1781 = load float, ptr %1780, align 4, !tbaa !5
-  %1782 = insertelement <16 x float> poison, float %1781, i64 0
-  %1783 = shufflevector <16 x float> %1782, <16 x float> poison, <16 x i32> zeroinitializer
-  %1784 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1779
-  %1785 = load i64, ptr %1784, align 8, !tbaa !5
-  %gep492.i = getelementptr i32, ptr %gep534.i, i64 %1785
-  %1786 = load <16 x i32>, ptr %gep492.i, align 4, !tbaa !5
-  %1787 = shl <16 x i32> %1786, splat (i32 16)
-  %1788 = bitcast <16 x i32> %1787 to <16 x float>
-  %1789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1783, <16 x float> %1788, <16 x float> %1757)
-  %1790 = getelementptr inbounds nuw i8, ptr %1620, i64 532
-  %1791 = load float, ptr %1790, align 4, !tbaa !5
-  %1792 = insertelement <16 x float> poison, float %1791, i64 0
-  %1793 = shufflevector <16 x float> %1792, <16 x float> poison, <16 x i32> zeroinitializer
-  %1794 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1793, <16 x float> %1788, <16 x float> %1762)
-  %1795 = getelementptr inbounds nuw i8, ptr %1620, i64 1044
-  %1796 = load float, ptr %1795, align 4, !tbaa !5
-  %1797 = insertelement <16 x float> poison, float %1796, i64 0
-  %1798 = shufflevector <16 x float> %1797, <16 x float> poison, <16 x i32> zeroinitializer
-  %1799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1798, <16 x float> %1788, <16 x float> %1767)
-  %1800 = getelementptr inbounds nuw i8, ptr %1620, i64 1556
-  %1801 = load float, ptr %1800, align 4, !tbaa !5
-  %1802 = insertelement <16 x float> poison, float %1801, i64 0
-  %1803 = shufflevector <16 x float> %1802, <16 x float> poison, <16 x i32> zeroinitializer
-  %1804 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1803, <16 x float> %1788, <16 x float> %1772)
-  %1805 = and <16 x i32> %1786, splat (i32 -65536)
-  %1806 = bitcast <16 x i32> %1805 to <16 x float>
-  %1807 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1783, <16 x float> %1806, <16 x float> %1775)
-  %1808 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1793, <16 x float> %1806, <16 x float> %1776)
-  %1809 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1798, <16 x float> %1806, <16 x float> %1777)
-  %1810 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1803, <16 x float> %1806, <16 x float> %1778)
-  %1811 = or disjoint i64 %1619, 6
-  %1812 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1811
-  %1813 = load float, ptr %1812, align 4, !tbaa !5
-  %1814 = insertelement <16 x float> poison, float %1813, i64 0
-  %1815 = shufflevector <16 x float> %1814, <16 x float> poison, <16 x i32> zeroinitializer
-  %1816 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1811
-  %1817 = load i64, ptr %1816, align 8, !tbaa !5
-  %gep496.i = getelementptr i32, ptr %gep534.i, i64 %1817
-  %1818 = load <16 x i32>, ptr %gep496.i, align 4, !tbaa !5
-  %1819 = shl <16 x i32> %1818, splat (i32 16)
-  %1820 = bitcast <16 x i32> %1819 to <16 x float>
-  %1821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1815, <16 x float> %1820, <16 x float> %1789)
-  %1822 = getelementptr inbounds nuw i8, ptr %1620, i64 536
-  %1823 = load float, ptr %1822, align 4, !tbaa !5
-  %1824 = insertelement <16 x float> poison, float %1823, i64 0
-  %1825 = shufflevector <16 x float> %1824, <16 x float> poison, <16 x i32> zeroinitializer
-  %1826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1825, <16 x float> %1820, <16 x float> %1794)
-  %1827 = getelementptr inbounds nuw i8, ptr %1620, i64 1048
-  %1828 = load float, ptr %1827, align 4, !tbaa !5
-  %1829 = insertelement <16 x float> poison, float %1828, i64 0
-  %1830 = shufflevector <16 x float> %1829, <16 x float> poison, <16 x i32> zeroinitializer
-  %1831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1830, <16 x float> %1820, <16 x float> %1799)
-  %1832 = getelementptr inbounds nuw i8, ptr %1620, i64 1560
-  %1833 = load float, ptr %1832, align 4, !tbaa !5
-  %1834 = insertelement <16 x float> poison, float %1833, i64 0
-  %1835 = shufflevector <16 x float> %1834, <16 x float> poison, <16 x i32> zeroinitializer
-  %1836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1835, <16 x float> %1820, <16 x float> %1804)
-  %1837 = and <16 x i32> %1818, splat (i32 -65536)
-  %1838 = bitcast <16 x i32> %1837 to <16 x float>
-  %1839 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1815, <16 x float> %1838, <16 x float> %1807)
-  %1840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1825, <16 x float> %1838, <16 x float> %1808)
-  %1841 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1830, <16 x float> %1838, <16 x float> %1809)
-  %1842 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1835, <16 x float> %1838, <16 x float> %1810)
-  %1843 = or disjoint i64 %1619, 7
-  %1844 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1843
-  %1845 = load float, ptr %1844, align 4, !tbaa !5
-  %1846 = insertelement <16 x float> poison, float %1845, i64 0
-  %1847 = shufflevector <16 x float> %1846, <16 x float> poison, <16 x i32> zeroinitializer
-  %1848 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1843
-  %1849 = load i64, ptr %1848, align 8, !tbaa !5
-  %gep500.i = getelementptr i32, ptr %gep534.i, i64 %1849
-  %1850 = load <16 x i32>, ptr %gep500.i, align 4, !tbaa !5
-  %1851 = shl <16 x i32> %1850, splat (i32 16)
-  %1852 = bitcast <16 x i32> %1851 to <16 x float>
-  %1853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1847, <16 x float> %1852, <16 x float> %1821)
-  %1854 = getelementptr inbounds nuw i8, ptr %1620, i64 540
-  %1855 = load float, ptr %1854, align 4, !tbaa !5
-  %1856 = insertelement <16 x float> poison, float %1855, i64 0
-  %1857 = shufflevector <16 x float> %1856, <16 x float> poison, <16 x i32> zeroinitializer
-  %1858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1857, <16 x float> %1852, <16 x float> %1826)
-  %1859 = getelementptr inbounds nuw i8, ptr %1620, i64 1052
-  %1860 = load float, ptr %1859, align 4, !tbaa !5
-  %1861 = insertelement <16 x float> poison, float %1860, i64 0
-  %1862 = shufflevector <16 x float> %1861, <16 x float> poison, <16 x i32> zeroinitializer
-  %1863 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1862, <16 x float> %1852, <16 x float> %1831)
-  %1864 = getelementptr inbounds nuw i8, ptr %1620, i64 1564
-  %1865 = load float, ptr %1864, align 4, !tbaa !5
-  %1866 = insertelement <16 x float> poison, float %1865, i64 0
-  %1867 = shufflevector <16 x float> %1866, <16 x float> poison, <16 x i32> zeroinitializer
-  %1868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1867, <16 x float> %1852, <16 x float> %1836)
-  %1869 = and <16 x i32> %1850, splat (i32 -65536)
-  %1870 = bitcast <16 x i32> %1869 to <16 x float>
-  %1871 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1847, <16 x float> %1870, <16 x float> %1839)
-  %1872 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1857, <16 x float> %1870, <16 x float> %1840)
-  %1873 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1862, <16 x float> %1870, <16 x float> %1841)
-  %1874 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1867, <16 x float> %1870, <16 x float> %1842)
-  %1875 = or disjoint i64 %1619, 8
-  %1876 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1875
-  %1877 = load float, ptr %1876, align 4, !tbaa !5
-  %1878 = insertelement <16 x float> poison, float %1877, i64 0
-  %1879 = shufflevector <16 x float> %1878, <16 x float> poison, <16 x i32> zeroinitializer
-  %1880 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1875
-  %1881 = load i64, ptr %1880, align 8, !tbaa !5
-  %gep504.i = getelementptr i32, ptr %gep534.i, i64 %1881
-  %1882 = load <16 x i32>, ptr %gep504.i, align 4, !tbaa !5
-  %1883 = shl <16 x i32> %1882, splat (i32 16)
-  %1884 = bitcast <16 x i32> %1883 to <16 x float>
-  %1885 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1879, <16 x float> %1884, <16 x float> %1853)
-  %1886 = getelementptr inbounds nuw i8, ptr %1620, i64 544
-  %1887 = load float, ptr %1886, align 4, !tbaa !5
-  %1888 = insertelement <16 x float> poison, float %1887, i64 0
-  %1889 = shufflevector <16 x float> %1888, <16 x float> poison, <16 x i32> zeroinitializer
-  %1890 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1889, <16 x float> %1884, <16 x float> %1858)
-  %1891 = getelementptr inbounds nuw i8, ptr %1620, i64 1056
-  %1892 = load float, ptr %1891, align 4, !tbaa !5
-  %1893 = insertelement <16 x float> poison, float %1892, i64 0
-  %1894 = shufflevector <16 x float> %1893, <16 x float> poison, <16 x i32> zeroinitializer
-  %1895 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1884, <16 x float> %1863)
-  %1896 = getelementptr inbounds nuw i8, ptr %1620, i64 1568
-  %1897 = load float, ptr %1896, align 4, !tbaa !5
-  %1898 = insertelement <16 x float> poison, float %1897, i64 0
-  %1899 = shufflevector <16 x float> %1898, <16 x float> poison, <16 x i32> zeroinitializer
-  %1900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1899, <16 x float> %1884, <16 x float> %1868)
-  %1901 = and <16 x i32> %1882, splat (i32 -65536)
-  %1902 = bitcast <16 x i32> %1901 to <16 x float>
-  %1903 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1879, <16 x float> %1902, <16 x float> %1871)
-  %1904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1889, <16 x float> %1902, <16 x float> %1872)
-  %1905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1894, <16 x float> %1902, <16 x float> %1873)
-  %1906 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1899, <16 x float> %1902, <16 x float> %1874)
-  %1907 = or disjoint i64 %1619, 9
-  %1908 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1907
-  %1909 = load float, ptr %1908, align 4, !tbaa !5
-  %1910 = insertelement <16 x float> poison, float %1909, i64 0
-  %1911 = shufflevector <16 x float> %1910, <16 x float> poison, <16 x i32> zeroinitializer
-  %1912 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1907
-  %1913 = load i64, ptr %1912, align 8, !tbaa !5
-  %gep508.i = getelementptr i32, ptr %gep534.i, i64 %1913
-  %1914 = load <16 x i32>, ptr %gep508.i, align 4, !tbaa !5
-  %1915 = shl <16 x i32> %1914, splat (i32 16)
-  %1916 = bitcast <16 x i32> %1915 to <16 x float>
-  %1917 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1911, <16 x float> %1916, <16 x float> %1885)
-  %1918 = getelementptr inbounds nuw i8, ptr %1620, i64 548
-  %1919 = load float, ptr %1918, align 4, !tbaa !5
-  %1920 = insertelement <16 x float> poison, float %1919, i64 0
-  %1921 = shufflevector <16 x float> %1920, <16 x float> poison, <16 x i32> zeroinitializer
-  %1922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1921, <16 x float> %1916, <16 x float> %1890)
-  %1923 = getelementptr inbounds nuw i8, ptr %1620, i64 1060
-  %1924 = load float, ptr %1923, align 4, !tbaa !5
-  %1925 = insertelement <16 x float> poison, float %1924, i64 0
-  %1926 = shufflevector <16 x float> %1925, <16 x float> poison, <16 x i32> zeroinitializer
-  %1927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1916, <16 x float> %1895)
-  %1928 = getelementptr inbounds nuw i8, ptr %1620, i64 1572
-  %1929 = load float, ptr %1928, align 4, !tbaa !5
-  %1930 = insertelement <16 x float> poison, float %1929, i64 0
-  %1931 = shufflevector <16 x float> %1930, <16 x float> poison, <16 x i32> zeroinitializer
-  %1932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1931, <16 x float> %1916, <16 x float> %1900)
-  %1933 = and <16 x i32> %1914, splat (i32 -65536)
-  %1934 = bitcast <16 x i32> %1933 to <16 x float>
-  %1935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1911, <16 x float> %1934, <16 x float> %1903)
-  %1936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1921, <16 x float> %1934, <16 x float> %1904)
-  %1937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1934, <16 x float> %1905)
-  %1938 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1931, <16 x float> %1934, <16 x float> %1906)
-  %1939 = or disjoint i64 %1619, 10
-  %1940 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1939
-  %1941 = load float, ptr %1940, align 4, !tbaa !5
-  %1942 = insertelement <16 x float> poison, float %1941, i64 0
-  %1943 = shufflevector <16 x float> %1942, <16 x float> poison, <16 x i32> zeroinitializer
-  %1944 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1939
-  %1945 = load i64, ptr %1944, align 8, !tbaa !5
-  %gep512.i = getelementptr i32, ptr %gep534.i, i64 %1945
-  %1946 = load <16 x i32>, ptr %gep512.i, align 4, !tbaa !5
-  %1947 = shl <16 x i32> %1946, splat (i32 16)
-  %1948 = bitcast <16 x i32> %1947 to <16 x float>
-  %1949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1943, <16 x float> %1948, <16 x float> %1917)
-  %1950 = getelementptr inbounds nuw i8, ptr %1620, i64 552
-  %1951 = load float, ptr %1950, align 4, !tbaa !5
-  %1952 = insertelement <16 x float> poison, float %1951, i64 0
-  %1953 = shufflevector <16 x float> %1952, <16 x float> poison, <16 x i32> zeroinitializer
-  %1954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1953, <16 x float> %1948, <16 x float> %1922)
-  %1955 = getelementptr inbounds nuw i8, ptr %1620, i64 1064
-  %1956 = load float, ptr %1955, align 4, !tbaa !5
-  %1957 = insertelement <16 x float> poison, float %1956, i64 0
-  %1958 = shufflevector <16 x float> %1957, <16 x float> poison, <16 x i32> zeroinitializer
-  %1959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1948, <16 x float> %1927)
-  %1960 = getelementptr inbounds nuw i8, ptr %1620, i64 1576
-  %1961 = load float, ptr %1960, align 4, !tbaa !5
-  %1962 = insertelement <16 x float> poison, float %1961, i64 0
-  %1963 = shufflevector <16 x float> %1962, <16 x float> poison, <16 x i32> zeroinitializer
-  %1964 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1963, <16 x float> %1948, <16 x float> %1932)
-  %1965 = and <16 x i32> %1946, splat (i32 -65536)
-  %1966 = bitcast <16 x i32> %1965 to <16 x float>
-  %1967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1943, <16 x float> %1966, <16 x float> %1935)
-  %1968 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1953, <16 x float> %1966, <16 x float> %1936)
-  %1969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1966, <16 x float> %1937)
-  %1970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1963, <16 x float> %1966, <16 x float> %1938)
-  %1971 = or disjoint i64 %1619, 11
-  %1972 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1971
-  %1973 = load float, ptr %1972, align 4, !tbaa !5
-  %1974 = insertelement <16 x float> poison, float %1973, i64 0
-  %1975 = shufflevector <16 x float> %1974, <16 x float> poison, <16 x i32> zeroinitializer
-  %1976 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1971
-  %1977 = load i64, ptr %1976, align 8, !tbaa !5
-  %gep516.i = getelementptr i32, ptr %gep534.i, i64 %1977
-  %1978 = load <16 x i32>, ptr %gep516.i, align 4, !tbaa !5
-  %1979 = shl <16 x i32> %1978, splat (i32 16)
-  %1980 = bitcast <16 x i32> %1979 to <16 x float>
-  %1981 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1975, <16 x float> %1980, <16 x float> %1949)
-  %1982 = getelementptr inbounds nuw i8, ptr %1620, i64 556
-  %1983 = load float, ptr %1982, align 4, !tbaa !5
-  %1984 = insertelement <16 x float> poison, float %1983, i64 0
-  %1985 = shufflevector <16 x float> %1984, <16 x float> poison, <16 x i32> zeroinitializer
-  %1986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1985, <16 x float> %1980, <16 x float> %1954)
-  %1987 = getelementptr inbounds nuw i8, ptr %1620, i64 1068
-  %1988 = load float, ptr %1987, align 4, !tbaa !5
-  %1989 = insertelement <16 x float> poison, float %1988, i64 0
-  %1990 = shufflevector <16 x float> %1989, <16 x float> poison, <16 x i32> zeroinitializer
-  %1991 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %1980, <16 x float> %1959)
-  %1992 = getelementptr inbounds nuw i8, ptr %1620, i64 1580
-  %1993 = load float, ptr %1992, align 4, !tbaa !5
-  %1994 = insertelement <16 x float> poison, float %1993, i64 0
-  %1995 = shufflevector <16 x float> %1994, <16 x float> poison, <16 x i32> zeroinitializer
-  %1996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1995, <16 x float> %1980, <16 x float> %1964)
-  %1997 = and <16 x i32> %1978, splat (i32 -65536)
-  %1998 = bitcast <16 x i32> %1997 to <16 x float>
-  %1999 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1975, <16 x float> %1998, <16 x float> %1967)
-  %2000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1985, <16 x float> %1998, <16 x float> %1968)
-  %2001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1990, <16 x float> %1998, <16 x float> %1969)
-  %2002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1995, <16 x float> %1998, <16 x float> %1970)
-  %2003 = or disjoint i64 %1619, 12
-  %2004 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2003
-  %2005 = load float, ptr %2004, align 4, !tbaa !5
-  %2006 = insertelement <16 x float> poison, float %2005, i64 0
-  %2007 = shufflevector <16 x float> %2006, <16 x float> poison, <16 x i32> zeroinitializer
-  %2008 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2003
-  %2009 = load i64, ptr %2008, align 8, !tbaa !5
-  %gep520.i = getelementptr i32, ptr %gep534.i, i64 %2009
-  %2010 = load <16 x i32>, ptr %gep520.i, align 4, !tbaa !5
-  %2011 = shl <16 x i32> %2010, splat (i32 16)
-  %2012 = bitcast <16 x i32> %2011 to <16 x float>
-  %2013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2007, <16 x float> %2012, <16 x float> %1981)
-  %2014 = getelementptr inbounds nuw i8, ptr %1620, i64 560
-  %2015 = load float, ptr %2014, align 4, !tbaa !5
-  %2016 = insertelement <16 x float> poison, float %2015, i64 0
-  %2017 = shufflevector <16 x float> %2016, <16 x float> poison, <16 x i32> zeroinitializer
-  %2018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2017, <16 x float> %2012, <16 x float> %1986)
-  %2019 = getelementptr inbounds nuw i8, ptr %1620, i64 1072
-  %2020 = load float, ptr %2019, align 4, !tbaa !5
-  %2021 = insertelement <16 x float> poison, float %2020, i64 0
-  %2022 = shufflevector <16 x float> %2021, <16 x float> poison, <16 x i32> zeroinitializer
-  %2023 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2012, <16 x float> %1991)
-  %2024 = getelementptr inbounds nuw i8, ptr %1620, i64 1584
-  %2025 = load float, ptr %2024, align 4, !tbaa !5
-  %2026 = insertelement <16 x float> poison, float %2025, i64 0
-  %2027 = shufflevector <16 x float> %2026, <16 x float> poison, <16 x i32> zeroinitializer
-  %2028 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2027, <16 x float> %2012, <16 x float> %1996)
-  %2029 = and <16 x i32> %2010, splat (i32 -65536)
-  %2030 = bitcast <16 x i32> %2029 to <16 x float>
-  %2031 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2007, <16 x float> %2030, <16 x float> %1999)
-  %2032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2017, <16 x float> %2030, <16 x float> %2000)
-  %2033 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2022, <16 x float> %2030, <16 x float> %2001)
-  %2034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2027, <16 x float> %2030, <16 x float> %2002)
-  %2035 = or disjoint i64 %1619, 13
-  %2036 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2035
-  %2037 = load float, ptr %2036, align 4, !tbaa !5
-  %2038 = insertelement <16 x float> poison, float %2037, i64 0
-  %2039 = shufflevector <16 x float> %2038, <16 x float> poison, <16 x i32> zeroinitializer
-  %2040 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2035
-  %2041 = load i64, ptr %2040, align 8, !tbaa !5
-  %gep524.i = getelementptr i32, ptr %gep534.i, i64 %2041
-  %2042 = load <16 x i32>, ptr %gep524.i, align 4, !tbaa !5
-  %2043 = shl <16 x i32> %2042, splat (i32 16)
-  %2044 = bitcast <16 x i32> %2043 to <16 x float>
-  %2045 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2039, <16 x float> %2044, <16 x float> %2013)
-  %2046 = getelementptr inbounds nuw i8, ptr %1620, i64 564
-  %2047 = load float, ptr %2046, align 4, !tbaa !5
-  %2048 = insertelement <16 x float> poison, float %2047, i64 0
-  %2049 = shufflevector <16 x float> %2048, <16 x float> poison, <16 x i32> zeroinitializer
-  %2050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2049, <16 x float> %2044, <16 x float> %2018)
-  %2051 = getelementptr inbounds nuw i8, ptr %1620, i64 1076
-  %2052 = load float, ptr %2051, align 4, !tbaa !5
-  %2053 = insertelement <16 x float> poison, float %2052, i64 0
-  %2054 = shufflevector <16 x float> %2053, <16 x float> poison, <16 x i32> zeroinitializer
-  %2055 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2044, <16 x float> %2023)
-  %2056 = getelementptr inbounds nuw i8, ptr %1620, i64 1588
-  %2057 = load float, ptr %2056, align 4, !tbaa !5
-  %2058 = insertelement <16 x float> poison, float %2057, i64 0
-  %2059 = shufflevector <16 x float> %2058, <16 x float> poison, <16 x i32> zeroinitializer
-  %2060 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2059, <16 x float> %2044, <16 x float> %2028)
-  %2061 = and <16 x i32> %2042, splat (i32 -65536)
-  %2062 = bitcast <16 x i32> %2061 to <16 x float>
-  %2063 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2039, <16 x float> %2062, <16 x float> %2031)
-  %2064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2049, <16 x float> %2062, <16 x float> %2032)
-  %2065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2054, <16 x float> %2062, <16 x float> %2033)
-  %2066 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2059, <16 x float> %2062, <16 x float> %2034)
-  %2067 = or disjoint i64 %1619, 14
-  %2068 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2067
-  %2069 = load float, ptr %2068, align 4, !tbaa !5
-  %2070 = insertelement <16 x float> poison, float %2069, i64 0
-  %2071 = shufflevector <16 x float> %2070, <16 x float> poison, <16 x i32> zeroinitializer
-  %2072 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2067
-  %2073 = load i64, ptr %2072, align 8, !tbaa !5
-  %gep528.i = getelementptr i32, ptr %gep534.i, i64 %2073
-  %2074 = load <16 x i32>, ptr %gep528.i, align 4, !tbaa !5
-  %2075 = shl <16 x i32> %2074, splat (i32 16)
-  %2076 = bitcast <16 x i32> %2075 to <16 x float>
-  %2077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2071, <16 x float> %2076, <16 x float> %2045)
-  %2078 = getelementptr inbounds nuw i8, ptr %1620, i64 568
-  %2079 = load float, ptr %2078, align 4, !tbaa !5
-  %2080 = insertelement <16 x float> poison, float %2079, i64 0
-  %2081 = shufflevector <16 x float> %2080, <16 x float> poison, <16 x i32> zeroinitializer
-  %2082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> %2076, <16 x float> %2050)
-  %2083 = getelementptr inbounds nuw i8, ptr %1620, i64 1080
-  %2084 = load float, ptr %2083, align 4, !tbaa !5
-  %2085 = insertelement <16 x float> poison, float %2084, i64 0
-  %2086 = shufflevector <16 x float> %2085, <16 x float> poison, <16 x i32> zeroinitializer
-  %2087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2076, <16 x float> %2055)
-  %2088 = getelementptr inbounds nuw i8, ptr %1620, i64 1592
-  %2089 = load float, ptr %2088, align 4, !tbaa !5
-  %2090 = insertelement <16 x float> poison, float %2089, i64 0
-  %2091 = shufflevector <16 x float> %2090, <16 x float> poison, <16 x i32> zeroinitializer
-  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2076, <16 x float> %2060)
-  %2093 = and <16 x i32> %2074, splat (i32 -65536)
-  %2094 = bitcast <16 x i32> %2093 to <16 x float>
-  %2095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2071, <16 x float> %2094, <16 x float> %2063)
-  %2096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> %2094, <16 x float> %2064)
-  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2086, <16 x float> %2094, <16 x float> %2065)
-  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2094, <16 x float> %2066)
-  %2099 = or disjoint i64 %1619, 15
-  %2100 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2099
-  %2101 = load float, ptr %2100, align 4, !tbaa !5
-  %2102 = insertelement <16 x float> poison, float %2101, i64 0
-  %2103 = shufflevector <16 x float> %2102, <16 x float> poison, <16 x i32> zeroinitializer
-  %2104 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2099
-  %2105 = load i64, ptr %2104, align 8, !tbaa !5
-  %gep532.i = getelementptr i32, ptr %gep534.i, i64 %2105
-  %2106 = load <16 x i32>, ptr %gep532.i, align 4, !tbaa !5
-  %2107 = shl <16 x i32> %2106, splat (i32 16)
-  %2108 = bitcast <16 x i32> %2107 to <16 x float>
-  %2109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2103, <16 x float> %2108, <16 x float> %2077)
-  %2110 = getelementptr inbounds nuw i8, ptr %1620, i64 572
-  %2111 = load float, ptr %2110, align 4, !tbaa !5
-  %2112 = insertelement <16 x float> poison, float %2111, i64 0
-  %2113 = shufflevector <16 x float> %2112, <16 x float> poison, <16 x i32> zeroinitializer
-  %2114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2113, <16 x float> %2108, <16 x float> %2082)
-  %2115 = getelementptr inbounds nuw i8, ptr %1620, i64 1084
-  %2116 = load float, ptr %2115, align 4, !tbaa !5
-  %2117 = insertelement <16 x float> poison, float %2116, i64 0
-  %2118 = shufflevector <16 x float> %2117, <16 x float> poison, <16 x i32> zeroinitializer
-  %2119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2108, <16 x float> %2087)
-  %2120 = getelementptr inbounds nuw i8, ptr %1620, i64 1596
-  %2121 = load float, ptr %2120, align 4, !tbaa !5
-  %2122 = insertelement <16 x float> poison, float %2121, i64 0
-  %2123 = shufflevector <16 x float> %2122, <16 x float> poison, <16 x i32> zeroinitializer
-  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2108, <16 x float> %2092)
-  %2125 = and <16 x i32> %2106, splat (i32 -65536)
-  %2126 = bitcast <16 x i32> %2125 to <16 x float>
-  %2127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2103, <16 x float> %2126, <16 x float> %2095)
-  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2113, <16 x float> %2126, <16 x float> %2096)
-  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2118, <16 x float> %2126, <16 x float> %2097)
-  %2130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2126, <16 x float> %2098)
-  %indvars.iv.next715.i = add nuw nsw i64 %indvars.iv714.i, 1
-  %exitcond734.not.i = icmp eq i64 %indvars.iv.next715.i, %258
-  br i1 %exitcond734.not.i, label %for_end_to91.i, label %for_body_to90.i, !prof !13
-
-for_end_to91.i:                                   ; preds = %for_body_to90.i, %for_begin_to89.preheader.i
-  %full_acc_global237.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2129, %for_body_to90.i ]
-  %full_acc_global237.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2119, %for_body_to90.i ]
-  %full_acc_global237.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2128, %for_body_to90.i ]
-  %full_acc_global237.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2114, %for_body_to90.i ]
-  %full_acc_global237.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2127, %for_body_to90.i ]
-  %full_acc_global237.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2109, %for_body_to90.i ]
-  %full_acc_global237.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2124, %for_body_to90.i ]
-  %full_acc_global237.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2130, %for_body_to90.i ]
-  %.idx1080.i = shl nuw nsw i64 %indvars.iv735.i, 7
-  %2131 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 %.idx1080.i
-  store <16 x float> %full_acc_global237.sroa.0.0.lcssa.i, ptr %2131, align 4, !tbaa !5
-  %2132 = getelementptr inbounds nuw i8, ptr %2131, i64 64
-  store <16 x float> %full_acc_global237.sroa.34.0.lcssa.i, ptr %2132, align 4, !tbaa !5
-  %2133 = getelementptr inbounds nuw i8, ptr %2131, i64 512
-  store <16 x float> %full_acc_global237.sroa.68.0.lcssa.i, ptr %2133, align 4, !tbaa !5
-  %2134 = getelementptr inbounds nuw i8, ptr %2131, i64 576
-  store <16 x float> %full_acc_global237.sroa.102.0.lcssa.i, ptr %2134, align 4, !tbaa !5
-  %2135 = getelementptr inbounds nuw i8, ptr %2131, i64 1024
-  store <16 x float> %full_acc_global237.sroa.136.0.lcssa.i, ptr %2135, align 4, !tbaa !5
-  %2136 = getelementptr inbounds nuw i8, ptr %2131, i64 1088
-  store <16 x float> %full_acc_global237.sroa.170.0.lcssa.i, ptr %2136, align 4, !tbaa !5
-  %2137 = getelementptr inbounds nuw i8, ptr %2131, i64 1536
-  store <16 x float> %full_acc_global237.sroa.204.0.lcssa.i, ptr %2137, align 4, !tbaa !5
-  %2138 = getelementptr inbounds nuw i8, ptr %2131, i64 1600
-  store <16 x float> %full_acc_global237.sroa.238.0.lcssa.i, ptr %2138, align 4, !tbaa !5
-  %indvars.iv.next736.i = add nuw nsw i64 %indvars.iv735.i, 1
-  %exitcond740.not.i = icmp eq i64 %indvars.iv.next736.i, 4
-  br i1 %exitcond740.not.i, label %for_begin_d_0_init.preheader.preheader.i, label %for_begin_to89.preheader.i, !prof !17
-
-for_begin_d_0_init.preheader.preheader.i:         ; preds = %for_end_to91.i
-  %2139 = load <16 x float>, ptr %full_acc.i, align 4, !tbaa !5
-  store <16 x float> %2139, ptr %tile_acc.i, align 4, !tbaa !5
-  %2140 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 64
-  %2141 = load <16 x float>, ptr %2140, align 4, !tbaa !5
-  %2142 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 64
-  store <16 x float> %2141, ptr %2142, align 4, !tbaa !5
-  %2143 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 128
-  %2144 = load <16 x float>, ptr %2143, align 4, !tbaa !5
-  %2145 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 128
-  store <16 x float> %2144, ptr %2145, align 4, !tbaa !5
-  %2146 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 192
-  %2147 = load <16 x float>, ptr %2146, align 4, !tbaa !5
-  %2148 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 192
-  store <16 x float> %2147, ptr %2148, align 4, !tbaa !5
-  %2149 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 256
-  %2150 = load <16 x float>, ptr %2149, align 4, !tbaa !5
-  %2151 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 256
-  store <16 x float> %2150, ptr %2151, align 4, !tbaa !5
-  %2152 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 320
-  %2153 = load <16 x float>, ptr %2152, align 4, !tbaa !5
-  %2154 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 320
-  store <16 x float> %2153, ptr %2154, align 4, !tbaa !5
-  %2155 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 384
-  %2156 = load <16 x float>, ptr %2155, align 4, !tbaa !5
-  %2157 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 384
-  store <16 x float> %2156, ptr %2157, align 4, !tbaa !5
-  %2158 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 448
-  %2159 = load <16 x float>, ptr %2158, align 4, !tbaa !5
-  %2160 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 448
-  store <16 x float> %2159, ptr %2160, align 4, !tbaa !5
-  %2161 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 512
-  %2162 = load <16 x float>, ptr %2161, align 4, !tbaa !5
-  %2163 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 512
-  store <16 x float> %2162, ptr %2163, align 4, !tbaa !5
-  %2164 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 576
-  %2165 = load <16 x float>, ptr %2164, align 4, !tbaa !5
-  %2166 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 576
-  store <16 x float> %2165, ptr %2166, align 4, !tbaa !5
-  %2167 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 640
-  %2168 = load <16 x float>, ptr %2167, align 4, !tbaa !5
-  %2169 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 640
-  store <16 x float> %2168, ptr %2169, align 4, !tbaa !5
-  %2170 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 704
-  %2171 = load <16 x float>, ptr %2170, align 4, !tbaa !5
-  %2172 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 704
-  store <16 x float> %2171, ptr %2172, align 4, !tbaa !5
-  %2173 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 768
-  %2174 = load <16 x float>, ptr %2173, align 4, !tbaa !5
-  %2175 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 768
-  store <16 x float> %2174, ptr %2175, align 4, !tbaa !5
-  %2176 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 832
-  %2177 = load <16 x float>, ptr %2176, align 4, !tbaa !5
-  %2178 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 832
-  store <16 x float> %2177, ptr %2178, align 4, !tbaa !5
-  %2179 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 896
-  %2180 = load <16 x float>, ptr %2179, align 4, !tbaa !5
-  %2181 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 896
-  store <16 x float> %2180, ptr %2181, align 4, !tbaa !5
-  %2182 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 960
-  %2183 = load <16 x float>, ptr %2182, align 4, !tbaa !5
-  %2184 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 960
-  store <16 x float> %2183, ptr %2184, align 4, !tbaa !5
-  %2185 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1024
-  %2186 = load <16 x float>, ptr %2185, align 4, !tbaa !5
-  %2187 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1024
-  store <16 x float> %2186, ptr %2187, align 4, !tbaa !5
-  %2188 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1088
-  %2189 = load <16 x float>, ptr %2188, align 4, !tbaa !5
-  %2190 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1088
-  store <16 x float> %2189, ptr %2190, align 4, !tbaa !5
-  %2191 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1152
-  %2192 = load <16 x float>, ptr %2191, align 4, !tbaa !5
-  %2193 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1152
-  store <16 x float> %2192, ptr %2193, align 4, !tbaa !5
-  %2194 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1216
-  %2195 = load <16 x float>, ptr %2194, align 4, !tbaa !5
-  %2196 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1216
-  store <16 x float> %2195, ptr %2196, align 4, !tbaa !5
-  %2197 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1280
-  %2198 = load <16 x float>, ptr %2197, align 4, !tbaa !5
-  %2199 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1280
-  store <16 x float> %2198, ptr %2199, align 4, !tbaa !5
-  %2200 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1344
-  %2201 = load <16 x float>, ptr %2200, align 4, !tbaa !5
-  %2202 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1344
-  store <16 x float> %2201, ptr %2202, align 4, !tbaa !5
-  %2203 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1408
-  %2204 = load <16 x float>, ptr %2203, align 4, !tbaa !5
-  %2205 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1408
-  store <16 x float> %2204, ptr %2205, align 4, !tbaa !5
-  %2206 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1472
-  %2207 = load <16 x float>, ptr %2206, align 4, !tbaa !5
-  %2208 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1472
-  store <16 x float> %2207, ptr %2208, align 4, !tbaa !5
-  %2209 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1536
-  %2210 = load <16 x float>, ptr %2209, align 4, !tbaa !5
-  %2211 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1536
-  store <16 x float> %2210, ptr %2211, align 4, !tbaa !5
-  %2212 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1600
-  %2213 = load <16 x float>, ptr %2212, align 4, !tbaa !5
-  %2214 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1600
-  store <16 x float> %2213, ptr %2214, align 4, !tbaa !5
-  %2215 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1664
-  %2216 = load <16 x float>, ptr %2215, align 4, !tbaa !5
-  %2217 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1664
-  store <16 x float> %2216, ptr %2217, align 4, !tbaa !5
-  %2218 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1728
-  %2219 = load <16 x float>, ptr %2218, align 4, !tbaa !5
-  %2220 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1728
-  store <16 x float> %2219, ptr %2220, align 4, !tbaa !5
-  %2221 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1792
-  %2222 = load <16 x float>, ptr %2221, align 4, !tbaa !5
-  %2223 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1792
-  store <16 x float> %2222, ptr %2223, align 4, !tbaa !5
-  %2224 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1856
-  %2225 = load <16 x float>, ptr %2224, align 4, !tbaa !5
-  %2226 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1856
-  store <16 x float> %2225, ptr %2226, align 4, !tbaa !5
-  %2227 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1920
-  %2228 = load <16 x float>, ptr %2227, align 4, !tbaa !5
-  %2229 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1920
-  store <16 x float> %2228, ptr %2229, align 4, !tbaa !5
-  %2230 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 1984
-  %2231 = load <16 x float>, ptr %2230, align 4, !tbaa !5
-  %2232 = getelementptr inbounds nuw i8, ptr %tile_acc.i, i64 1984
-  store <16 x float> %2231, ptr %2232, align 4, !tbaa !5
-  br i1 %.not601.i, label %for_end_ti.i, label %for_begin_r101.preheader.lr.ph.i, !prof !56
-
-for_begin_r101.preheader.lr.ph.i:                 ; preds = %for_begin_d_0_init.preheader.preheader.i
-  %gep576.1.i = getelementptr i8, ptr %invariant.gep533.i, i64 64
-  %gep576.2.i = getelementptr i8, ptr %invariant.gep533.i, i64 128
-  %gep576.3.i = getelementptr i8, ptr %invariant.gep533.i, i64 192
-  br label %for_begin_r101.preheader.i
-
-for_begin_r101.preheader.i:                       ; preds = %for_begin_r101.preheader.i, %for_begin_r101.preheader.lr.ph.i
-  %2233 = phi <16 x float> [ %2231, %for_begin_r101.preheader.lr.ph.i ], [ %2530, %for_begin_r101.preheader.i ]
-  %2234 = phi <16 x float> [ %2228, %for_begin_r101.preheader.lr.ph.i ], [ %2522, %for_begin_r101.preheader.i ]
-  %2235 = phi <16 x float> [ %2225, %for_begin_r101.preheader.lr.ph.i ], [ %2514, %for_begin_r101.preheader.i ]
-  %2236 = phi <16 x float> [ %2222, %for_begin_r101.preheader.lr.ph.i ], [ %2506, %for_begin_r101.preheader.i ]
-  %2237 = phi <16 x float> [ %2219, %for_begin_r101.preheader.lr.ph.i ], [ %2498, %for_begin_r101.preheader.i ]
-  %2238 = phi <16 x float> [ %2216, %for_begin_r101.preheader.lr.ph.i ], [ %2490, %for_begin_r101.preheader.i ]
-  %2239 = phi <16 x float> [ %2213, %for_begin_r101.preheader.lr.ph.i ], [ %2482, %for_begin_r101.preheader.i ]
-  %2240 = phi <16 x float> [ %2210, %for_begin_r101.preheader.lr.ph.i ], [ %2474, %for_begin_r101.preheader.i ]
-  %2241 = phi <16 x float> [ %2207, %for_begin_r101.preheader.lr.ph.i ], [ %2464, %for_begin_r101.preheader.i ]
-  %2242 = phi <16 x float> [ %2204, %for_begin_r101.preheader.lr.ph.i ], [ %2456, %for_begin_r101.preheader.i ]
-  %2243 = phi <16 x float> [ %2201, %for_begin_r101.preheader.lr.ph.i ], [ %2448, %for_begin_r101.preheader.i ]
-  %2244 = phi <16 x float> [ %2198, %for_begin_r101.preheader.lr.ph.i ], [ %2440, %for_begin_r101.preheader.i ]
-  %2245 = phi <16 x float> [ %2195, %for_begin_r101.preheader.lr.ph.i ], [ %2432, %for_begin_r101.preheader.i ]
-  %2246 = phi <16 x float> [ %2192, %for_begin_r101.preheader.lr.ph.i ], [ %2424, %for_begin_r101.preheader.i ]
-  %2247 = phi <16 x float> [ %2189, %for_begin_r101.preheader.lr.ph.i ], [ %2416, %for_begin_r101.preheader.i ]
-  %2248 = phi <16 x float> [ %2186, %for_begin_r101.preheader.lr.ph.i ], [ %2408, %for_begin_r101.preheader.i ]
-  %2249 = phi <16 x float> [ %2183, %for_begin_r101.preheader.lr.ph.i ], [ %2398, %for_begin_r101.preheader.i ]
-  %2250 = phi <16 x float> [ %2180, %for_begin_r101.preheader.lr.ph.i ], [ %2390, %for_begin_r101.preheader.i ]
-  %2251 = phi <16 x float> [ %2177, %for_begin_r101.preheader.lr.ph.i ], [ %2382, %for_begin_r101.preheader.i ]
-  %2252 = phi <16 x float> [ %2174, %for_begin_r101.preheader.lr.ph.i ], [ %2374, %for_begin_r101.preheader.i ]
-  %2253 = phi <16 x float> [ %2171, %for_begin_r101.preheader.lr.ph.i ], [ %2366, %for_begin_r101.preheader.i ]
-  %2254 = phi <16 x float> [ %2168, %for_begin_r101.preheader.lr.ph.i ], [ %2358, %for_begin_r101.preheader.i ]
-  %2255 = phi <16 x float> [ %2165, %for_begin_r101.preheader.lr.ph.i ], [ %2350, %for_begin_r101.preheader.i ]
-  %2256 = phi <16 x float> [ %2162, %for_begin_r101.preheader.lr.ph.i ], [ %2342, %for_begin_r101.preheader.i ]
-  %2257 = phi <16 x float> [ %2159, %for_begin_r101.preheader.lr.ph.i ], [ %2331, %for_begin_r101.preheader.i ]
-  %2258 = phi <16 x float> [ %2156, %for_begin_r101.preheader.lr.ph.i ], [ %2323, %for_begin_r101.preheader.i ]
-  %2259 = phi <16 x float> [ %2153, %for_begin_r101.preheader.lr.ph.i ], [ %2315, %for_begin_r101.preheader.i ]
-  %2260 = phi <16 x float> [ %2150, %for_begin_r101.preheader.lr.ph.i ], [ %2307, %for_begin_r101.preheader.i ]
-  %2261 = phi <16 x float> [ %2147, %for_begin_r101.preheader.lr.ph.i ], [ %2299, %for_begin_r101.preheader.i ]
-  %2262 = phi <16 x float> [ %2144, %for_begin_r101.preheader.lr.ph.i ], [ %2291, %for_begin_r101.preheader.i ]
-  %2263 = phi <16 x float> [ %2141, %for_begin_r101.preheader.lr.ph.i ], [ %2283, %for_begin_r101.preheader.i ]
-  %2264 = phi <16 x float> [ %2139, %for_begin_r101.preheader.lr.ph.i ], [ %2275, %for_begin_r101.preheader.i ]
-  %indvars.iv783.i = phi i64 [ 0, %for_begin_r101.preheader.lr.ph.i ], [ %indvars.iv.next784.i, %for_begin_r101.preheader.i ]
-  %2265 = add nuw nsw i64 %indvars.iv783.i, %259
-  %2266 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2265
-  %2267 = getelementptr inbounds float, ptr %probs.i, i64 %2265
+for_begin_ax189.preheader.i:                      ; preds = %for_begin_ax189.preheader.i, %for_begin_ax189.preheader.lr.ph.i
+  %indvars.iv690.i = phi i64 [ 0, %for_begin_ax189.preheader.lr.ph.i ], [ %indvars.iv.next691.i, %for_begin_ax189.preheader.i ]
+  %full_acc_global227.sroa.238.0450.i = phi <16 x float> [ zeroinitializer, %for_begin_ax189.preheader.lr.ph.i ], [ %2341, %for_begin_ax189.preheader.i ]
+  %full_acc_global227.sroa.204.0449.i = phi <16 x float> [ zeroinitializer, %for_begin_ax189.preheader.lr.ph.i ], [ %2335, %for_begin_ax189.preheader.i ]
+  %full_acc_global227.sroa.0.0448.i = phi <16 x float> [ zeroinitializer, %for_begin_ax189.preheader.lr.ph.i ], [ %2320, %for_begin_ax189.preheader.i ]
+  %full_acc_global227.sroa.34.0447.i = phi <16 x float> [ zeroinitializer, %for_begin_ax189.preheader.lr.ph.i ], [ %2338, %for_begin_ax189.preheader.i ]
+  %full_acc_global227.sroa.68.0446.i = phi <16 x float> [ zeroinitializer, %for_begin_ax189.preheader.lr.ph.i ], [ %2325, %for_begin_ax189.preheader.i ]
+  %full_acc_global227.sroa.102.0445.i = phi <16 x float> [ zeroinitializer, %for_begin_ax189.preheader.lr.ph.i ], [ %2339, %for_begin_ax189.preheader.i ]
+  %full_acc_global227.sroa.136.0444.i = phi <16 x float> [ zeroinitializer, %for_begin_ax189.preheader.lr.ph.i ], [ %2330, %for_begin_ax189.preheader.i ]
+  %full_acc_global227.sroa.170.0443.i = phi <16 x float> [ zeroinitializer, %for_begin_ax189.preheader.lr.ph.i ], [ %2340, %for_begin_ax189.preheader.i ]
+  %1785 = add nuw nsw i64 %indvars.iv690.i, %1784
+  %1786 = trunc i64 %1785 to i32
+  %1787 = shl i32 %1786, 2
+  %1788 = add i32 %1787, %1572
+  %1789 = sext i32 %1788 to i64
+  %1790 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %1789
+  %1791 = load i64, ptr %1790, align 8, !tbaa !5
+  %1792 = getelementptr i32, ptr %value_cache, i64 %1791
+  %1793 = getelementptr i32, ptr %1792, i64 %1574
+  tail call void @llvm.prefetch.p0(ptr readonly %1793, i32 0, i32 2, i32 1)
+  %1794 = getelementptr i8, ptr %1792, i64 64
+  %1795 = getelementptr i32, ptr %1794, i64 %1574
+  tail call void @llvm.prefetch.p0(ptr readonly %1795, i32 0, i32 2, i32 1)
+  %1796 = getelementptr i8, ptr %1792, i64 128
+  %1797 = getelementptr i32, ptr %1796, i64 %1574
+  tail call void @llvm.prefetch.p0(ptr readonly %1797, i32 0, i32 2, i32 1)
+  %1798 = getelementptr i8, ptr %1792, i64 192
+  %1799 = getelementptr i32, ptr %1798, i64 %1574
+  tail call void @llvm.prefetch.p0(ptr readonly %1799, i32 0, i32 2, i32 1)
+  %1800 = getelementptr i8, ptr %1790, i64 8
+  %1801 = load i64, ptr %1800, align 8, !tbaa !5
+  %1802 = getelementptr i32, ptr %value_cache, i64 %1801
+  %1803 = getelementptr i32, ptr %1802, i64 %1574
+  tail call void @llvm.prefetch.p0(ptr readonly %1803, i32 0, i32 2, i32 1)
+  %1804 = getelementptr i8, ptr %1802, i64 64
+  %1805 = getelementptr i32, ptr %1804, i64 %1574
+  tail call void @llvm.prefetch.p0(ptr readonly %1805, i32 0, i32 2, i32 1)
+  %1806 = getelementptr i8, ptr %1802, i64 128
+  %1807 = getelementptr i32, ptr %1806, i64 %1574
+  tail call void @llvm.prefetch.p0(ptr readonly %1807, i32 0, i32 2, i32 1)
+  %1808 = getelementptr i8, ptr %1802, i64 192
+  %1809 = getelementptr i32, ptr %1808, i64 %1574
+  tail call void @llvm.prefetch.p0(ptr readonly %1809, i32 0, i32 2, i32 1)
+  %1810 = getelementptr i8, ptr %1790, i64 16
+  %1811 = load i64, ptr %1810, align 8, !tbaa !5
+  %1812 = getelementptr i32, ptr %value_cache, i64 %1811
+  %1813 = getelementptr i32, ptr %1812, i64 %1574
+  tail call void @llvm.prefetch.p0(ptr readonly %1813, i32 0, i32 2, i32 1)
+  %1814 = getelementptr i8, ptr %1812, i64 64
+  %1815 = getelementptr i32, ptr %1814, i64 %1574
+  tail call void @llvm.prefetch.p0(ptr readonly %1815, i32 0, i32 2, i32 1)
+  %1816 = getelementptr i8, ptr %1812, i64 128
+  %1817 = getelementptr i32, ptr %1816, i64 %1574
+  tail call void @llvm.prefetch.p0(ptr readonly %1817, i32 0, i32 2, i32 1)
+  %1818 = getelementptr i8, ptr %1812, i64 192
+  %1819 = getelementptr i32, ptr %1818, i64 %1574
+  tail call void @llvm.prefetch.p0(ptr readonly %1819, i32 0, i32 2, i32 1)
+  %1820 = getelementptr i8, ptr %1790, i64 24
+  %1821 = load i64, ptr %1820, align 8, !tbaa !5
+  %1822 = getelementptr i32, ptr %value_cache, i64 %1821
+  %1823 = getelementptr i32, ptr %1822, i64 %1574
+  tail call void @llvm.prefetch.p0(ptr readonly %1823, i32 0, i32 2, i32 1)
+  %1824 = getelementptr i8, ptr %1822, i64 64
+  %1825 = getelementptr i32, ptr %1824, i64 %1574
+  tail call void @llvm.prefetch.p0(ptr readonly %1825, i32 0, i32 2, i32 1)
+  %1826 = getelementptr i8, ptr %1822, i64 128
+  %1827 = getelementptr i32, ptr %1826, i64 %1574
+  tail call void @llvm.prefetch.p0(ptr readonly %1827, i32 0, i32 2, i32 1)
+  %1828 = getelementptr i8, ptr %1822, i64 192
+  %1829 = getelementptr i32, ptr %1828, i64 %1574
+  tail call void @llvm.prefetch.p0(ptr readonly %1829, i32 0, i32 2, i32 1)
+  %1830 = shl nsw i64 %indvars.iv690.i, 4
+  %1831 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1830
+  %1832 = load float, ptr %1831, align 4, !tbaa !5
+  %1833 = insertelement <16 x float> poison, float %1832, i64 0
+  %1834 = shufflevector <16 x float> %1833, <16 x float> poison, <16 x i32> zeroinitializer
+  %1835 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1830
+  %1836 = load i64, ptr %1835, align 8, !tbaa !5
+  %gep463.i = getelementptr i32, ptr %gep526.i, i64 %1836
+  %1837 = load <16 x i32>, ptr %gep463.i, align 4, !tbaa !5
+  %1838 = shl <16 x i32> %1837, splat (i32 16)
+  %1839 = bitcast <16 x i32> %1838 to <16 x float>
+  %1840 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1834, <16 x float> %1839, <16 x float> %full_acc_global227.sroa.0.0448.i)
+  %1841 = getelementptr inbounds nuw i8, ptr %1831, i64 512
+  %1842 = load float, ptr %1841, align 4, !tbaa !5
+  %1843 = insertelement <16 x float> poison, float %1842, i64 0
+  %1844 = shufflevector <16 x float> %1843, <16 x float> poison, <16 x i32> zeroinitializer
+  %1845 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1844, <16 x float> %1839, <16 x float> %full_acc_global227.sroa.68.0446.i)
+  %1846 = getelementptr inbounds nuw i8, ptr %1831, i64 1024
+  %1847 = load float, ptr %1846, align 4, !tbaa !5
+  %1848 = insertelement <16 x float> poison, float %1847, i64 0
+  %1849 = shufflevector <16 x float> %1848, <16 x float> poison, <16 x i32> zeroinitializer
+  %1850 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1839, <16 x float> %full_acc_global227.sroa.136.0444.i)
+  %1851 = getelementptr inbounds nuw i8, ptr %1831, i64 1536
+  %1852 = load float, ptr %1851, align 4, !tbaa !5
+  %1853 = insertelement <16 x float> poison, float %1852, i64 0
+  %1854 = shufflevector <16 x float> %1853, <16 x float> poison, <16 x i32> zeroinitializer
+  %1855 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1854, <16 x float> %1839, <16 x float> %full_acc_global227.sroa.204.0449.i)
+  %1856 = and <16 x i32> %1837, splat (i32 -65536)
+  %1857 = bitcast <16 x i32> %1856 to <16 x float>
+  %1858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1834, <16 x float> %1857, <16 x float> %full_acc_global227.sroa.34.0447.i)
+  %1859 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1844, <16 x float> %1857, <16 x float> %full_acc_global227.sroa.102.0445.i)
+  %1860 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1849, <16 x float> %1857, <16 x float> %full_acc_global227.sroa.170.0443.i)
+  %1861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1854, <16 x float> %1857, <16 x float> %full_acc_global227.sroa.238.0450.i)
+  %1862 = or disjoint i64 %1830, 1
+  %1863 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1862
+  %1864 = load float, ptr %1863, align 4, !tbaa !5
+  %1865 = insertelement <16 x float> poison, float %1864, i64 0
+  %1866 = shufflevector <16 x float> %1865, <16 x float> poison, <16 x i32> zeroinitializer
+  %1867 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1862
+  %1868 = load i64, ptr %1867, align 8, !tbaa !5
+  %gep467.i = getelementptr i32, ptr %gep526.i, i64 %1868
+  %1869 = load <16 x i32>, ptr %gep467.i, align 4, !tbaa !5
+  %1870 = shl <16 x i32> %1869, splat (i32 16)
+  %1871 = bitcast <16 x i32> %1870 to <16 x float>
+  %1872 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1866, <16 x float> %1871, <16 x float> %1840)
+  %1873 = getelementptr inbounds nuw i8, ptr %1831, i64 516
+  %1874 = load float, ptr %1873, align 4, !tbaa !5
+  %1875 = insertelement <16 x float> poison, float %1874, i64 0
+  %1876 = shufflevector <16 x float> %1875, <16 x float> poison, <16 x i32> zeroinitializer
+  %1877 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1876, <16 x float> %1871, <16 x float> %1845)
+  %1878 = getelementptr inbounds nuw i8, ptr %1831, i64 1028
+  %1879 = load float, ptr %1878, align 4, !tbaa !5
+  %1880 = insertelement <16 x float> poison, float %1879, i64 0
+  %1881 = shufflevector <16 x float> %1880, <16 x float> poison, <16 x i32> zeroinitializer
+  %1882 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1881, <16 x float> %1871, <16 x float> %1850)
+  %1883 = getelementptr inbounds nuw i8, ptr %1831, i64 1540
+  %1884 = load float, ptr %1883, align 4, !tbaa !5
+  %1885 = insertelement <16 x float> poison, float %1884, i64 0
+  %1886 = shufflevector <16 x float> %1885, <16 x float> poison, <16 x i32> zeroinitializer
+  %1887 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1886, <16 x float> %1871, <16 x float> %1855)
+  %1888 = and <16 x i32> %1869, splat (i32 -65536)
+  %1889 = bitcast <16 x i32> %1888 to <16 x float>
+  %1890 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1866, <16 x float> %1889, <16 x float> %1858)
+  %1891 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1876, <16 x float> %1889, <16 x float> %1859)
+  %1892 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1881, <16 x float> %1889, <16 x float> %1860)
+  %1893 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1886, <16 x float> %1889, <16 x float> %1861)
+  %1894 = or disjoint i64 %1830, 2
+  %1895 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1894
+  %1896 = load float, ptr %1895, align 4, !tbaa !5
+  %1897 = insertelement <16 x float> poison, float %1896, i64 0
+  %1898 = shufflevector <16 x float> %1897, <16 x float> poison, <16 x i32> zeroinitializer
+  %1899 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1894
+  %1900 = load i64, ptr %1899, align 8, !tbaa !5
+  %gep471.i = getelementptr i32, ptr %gep526.i, i64 %1900
+  %1901 = load <16 x i32>, ptr %gep471.i, align 4, !tbaa !5
+  %1902 = shl <16 x i32> %1901, splat (i32 16)
+  %1903 = bitcast <16 x i32> %1902 to <16 x float>
+  %1904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1898, <16 x float> %1903, <16 x float> %1872)
+  %1905 = getelementptr inbounds nuw i8, ptr %1831, i64 520
+  %1906 = load float, ptr %1905, align 4, !tbaa !5
+  %1907 = insertelement <16 x float> poison, float %1906, i64 0
+  %1908 = shufflevector <16 x float> %1907, <16 x float> poison, <16 x i32> zeroinitializer
+  %1909 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1908, <16 x float> %1903, <16 x float> %1877)
+  %1910 = getelementptr inbounds nuw i8, ptr %1831, i64 1032
+  %1911 = load float, ptr %1910, align 4, !tbaa !5
+  %1912 = insertelement <16 x float> poison, float %1911, i64 0
+  %1913 = shufflevector <16 x float> %1912, <16 x float> poison, <16 x i32> zeroinitializer
+  %1914 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1913, <16 x float> %1903, <16 x float> %1882)
+  %1915 = getelementptr inbounds nuw i8, ptr %1831, i64 1544
+  %1916 = load float, ptr %1915, align 4, !tbaa !5
+  %1917 = insertelement <16 x float> poison, float %1916, i64 0
+  %1918 = shufflevector <16 x float> %1917, <16 x float> poison, <16 x i32> zeroinitializer
+  %1919 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1918, <16 x float> %1903, <16 x float> %1887)
+  %1920 = and <16 x i32> %1901, splat (i32 -65536)
+  %1921 = bitcast <16 x i32> %1920 to <16 x float>
+  %1922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1898, <16 x float> %1921, <16 x float> %1890)
+  %1923 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1908, <16 x float> %1921, <16 x float> %1891)
+  %1924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1913, <16 x float> %1921, <16 x float> %1892)
+  %1925 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1918, <16 x float> %1921, <16 x float> %1893)
+  %1926 = or disjoint i64 %1830, 3
+  %1927 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1926
+  %1928 = load float, ptr %1927, align 4, !tbaa !5
+  %1929 = insertelement <16 x float> poison, float %1928, i64 0
+  %1930 = shufflevector <16 x float> %1929, <16 x float> poison, <16 x i32> zeroinitializer
+  %1931 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1926
+  %1932 = load i64, ptr %1931, align 8, !tbaa !5
+  %gep475.i = getelementptr i32, ptr %gep526.i, i64 %1932
+  %1933 = load <16 x i32>, ptr %gep475.i, align 4, !tbaa !5
+  %1934 = shl <16 x i32> %1933, splat (i32 16)
+  %1935 = bitcast <16 x i32> %1934 to <16 x float>
+  %1936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1930, <16 x float> %1935, <16 x float> %1904)
+  %1937 = getelementptr inbounds nuw i8, ptr %1831, i64 524
+  %1938 = load float, ptr %1937, align 4, !tbaa !5
+  %1939 = insertelement <16 x float> poison, float %1938, i64 0
+  %1940 = shufflevector <16 x float> %1939, <16 x float> poison, <16 x i32> zeroinitializer
+  %1941 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1940, <16 x float> %1935, <16 x float> %1909)
+  %1942 = getelementptr inbounds nuw i8, ptr %1831, i64 1036
+  %1943 = load float, ptr %1942, align 4, !tbaa !5
+  %1944 = insertelement <16 x float> poison, float %1943, i64 0
+  %1945 = shufflevector <16 x float> %1944, <16 x float> poison, <16 x i32> zeroinitializer
+  %1946 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1945, <16 x float> %1935, <16 x float> %1914)
+  %1947 = getelementptr inbounds nuw i8, ptr %1831, i64 1548
+  %1948 = load float, ptr %1947, align 4, !tbaa !5
+  %1949 = insertelement <16 x float> poison, float %1948, i64 0
+  %1950 = shufflevector <16 x float> %1949, <16 x float> poison, <16 x i32> zeroinitializer
+  %1951 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1950, <16 x float> %1935, <16 x float> %1919)
+  %1952 = and <16 x i32> %1933, splat (i32 -65536)
+  %1953 = bitcast <16 x i32> %1952 to <16 x float>
+  %1954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1930, <16 x float> %1953, <16 x float> %1922)
+  %1955 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1940, <16 x float> %1953, <16 x float> %1923)
+  %1956 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1945, <16 x float> %1953, <16 x float> %1924)
+  %1957 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1950, <16 x float> %1953, <16 x float> %1925)
+  %1958 = or disjoint i64 %1830, 4
+  %1959 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1958
+  %1960 = load float, ptr %1959, align 4, !tbaa !5
+  %1961 = insertelement <16 x float> poison, float %1960, i64 0
+  %1962 = shufflevector <16 x float> %1961, <16 x float> poison, <16 x i32> zeroinitializer
+  %1963 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1958
+  %1964 = load i64, ptr %1963, align 8, !tbaa !5
+  %gep479.i = getelementptr i32, ptr %gep526.i, i64 %1964
+  %1965 = load <16 x i32>, ptr %gep479.i, align 4, !tbaa !5
+  %1966 = shl <16 x i32> %1965, splat (i32 16)
+  %1967 = bitcast <16 x i32> %1966 to <16 x float>
+  %1968 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1962, <16 x float> %1967, <16 x float> %1936)
+  %1969 = getelementptr inbounds nuw i8, ptr %1831, i64 528
+  %1970 = load float, ptr %1969, align 4, !tbaa !5
+  %1971 = insertelement <16 x float> poison, float %1970, i64 0
+  %1972 = shufflevector <16 x float> %1971, <16 x float> poison, <16 x i32> zeroinitializer
+  %1973 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1972, <16 x float> %1967, <16 x float> %1941)
+  %1974 = getelementptr inbounds nuw i8, ptr %1831, i64 1040
+  %1975 = load float, ptr %1974, align 4, !tbaa !5
+  %1976 = insertelement <16 x float> poison, float %1975, i64 0
+  %1977 = shufflevector <16 x float> %1976, <16 x float> poison, <16 x i32> zeroinitializer
+  %1978 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1977, <16 x float> %1967, <16 x float> %1946)
+  %1979 = getelementptr inbounds nuw i8, ptr %1831, i64 1552
+  %1980 = load float, ptr %1979, align 4, !tbaa !5
+  %1981 = insertelement <16 x float> poison, float %1980, i64 0
+  %1982 = shufflevector <16 x float> %1981, <16 x float> poison, <16 x i32> zeroinitializer
+  %1983 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1982, <16 x float> %1967, <16 x float> %1951)
+  %1984 = and <16 x i32> %1965, splat (i32 -65536)
+  %1985 = bitcast <16 x i32> %1984 to <16 x float>
+  %1986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1962, <16 x float> %1985, <16 x float> %1954)
+  %1987 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1972, <16 x float> %1985, <16 x float> %1955)
+  %1988 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1977, <16 x float> %1985, <16 x float> %1956)
+  %1989 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1982, <16 x float> %1985, <16 x float> %1957)
+  %1990 = or disjoint i64 %1830, 5
+  %1991 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1990
+  %1992 = load float, ptr %1991, align 4, !tbaa !5
+  %1993 = insertelement <16 x float> poison, float %1992, i64 0
+  %1994 = shufflevector <16 x float> %1993, <16 x float> poison, <16 x i32> zeroinitializer
+  %1995 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %1990
+  %1996 = load i64, ptr %1995, align 8, !tbaa !5
+  %gep483.i = getelementptr i32, ptr %gep526.i, i64 %1996
+  %1997 = load <16 x i32>, ptr %gep483.i, align 4, !tbaa !5
+  %1998 = shl <16 x i32> %1997, splat (i32 16)
+  %1999 = bitcast <16 x i32> %1998 to <16 x float>
+  %2000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1994, <16 x float> %1999, <16 x float> %1968)
+  %2001 = getelementptr inbounds nuw i8, ptr %1831, i64 532
+  %2002 = load float, ptr %2001, align 4, !tbaa !5
+  %2003 = insertelement <16 x float> poison, float %2002, i64 0
+  %2004 = shufflevector <16 x float> %2003, <16 x float> poison, <16 x i32> zeroinitializer
+  %2005 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2004, <16 x float> %1999, <16 x float> %1973)
+  %2006 = getelementptr inbounds nuw i8, ptr %1831, i64 1044
+  %2007 = load float, ptr %2006, align 4, !tbaa !5
+  %2008 = insertelement <16 x float> poison, float %2007, i64 0
+  %2009 = shufflevector <16 x float> %2008, <16 x float> poison, <16 x i32> zeroinitializer
+  %2010 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2009, <16 x float> %1999, <16 x float> %1978)
+  %2011 = getelementptr inbounds nuw i8, ptr %1831, i64 1556
+  %2012 = load float, ptr %2011, align 4, !tbaa !5
+  %2013 = insertelement <16 x float> poison, float %2012, i64 0
+  %2014 = shufflevector <16 x float> %2013, <16 x float> poison, <16 x i32> zeroinitializer
+  %2015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2014, <16 x float> %1999, <16 x float> %1983)
+  %2016 = and <16 x i32> %1997, splat (i32 -65536)
+  %2017 = bitcast <16 x i32> %2016 to <16 x float>
+  %2018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1994, <16 x float> %2017, <16 x float> %1986)
+  %2019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2004, <16 x float> %2017, <16 x float> %1987)
+  %2020 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2009, <16 x float> %2017, <16 x float> %1988)
+  %2021 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2014, <16 x float> %2017, <16 x float> %1989)
+  %2022 = or disjoint i64 %1830, 6
+  %2023 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2022
+  %2024 = load float, ptr %2023, align 4, !tbaa !5
+  %2025 = insertelement <16 x float> poison, float %2024, i64 0
+  %2026 = shufflevector <16 x float> %2025, <16 x float> poison, <16 x i32> zeroinitializer
+  %2027 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2022
+  %2028 = load i64, ptr %2027, align 8, !tbaa !5
+  %gep487.i = getelementptr i32, ptr %gep526.i, i64 %2028
+  %2029 = load <16 x i32>, ptr %gep487.i, align 4, !tbaa !5
+  %2030 = shl <16 x i32> %2029, splat (i32 16)
+  %2031 = bitcast <16 x i32> %2030 to <16 x float>
+  %2032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2026, <16 x float> %2031, <16 x float> %2000)
+  %2033 = getelementptr inbounds nuw i8, ptr %1831, i64 536
+  %2034 = load float, ptr %2033, align 4, !tbaa !5
+  %2035 = insertelement <16 x float> poison, float %2034, i64 0
+  %2036 = shufflevector <16 x float> %2035, <16 x float> poison, <16 x i32> zeroinitializer
+  %2037 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2036, <16 x float> %2031, <16 x float> %2005)
+  %2038 = getelementptr inbounds nuw i8, ptr %1831, i64 1048
+  %2039 = load float, ptr %2038, align 4, !tbaa !5
+  %2040 = insertelement <16 x float> poison, float %2039, i64 0
+  %2041 = shufflevector <16 x float> %2040, <16 x float> poison, <16 x i32> zeroinitializer
+  %2042 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2041, <16 x float> %2031, <16 x float> %2010)
+  %2043 = getelementptr inbounds nuw i8, ptr %1831, i64 1560
+  %2044 = load float, ptr %2043, align 4, !tbaa !5
+  %2045 = insertelement <16 x float> poison, float %2044, i64 0
+  %2046 = shufflevector <16 x float> %2045, <16 x float> poison, <16 x i32> zeroinitializer
+  %2047 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2046, <16 x float> %2031, <16 x float> %2015)
+  %2048 = and <16 x i32> %2029, splat (i32 -65536)
+  %2049 = bitcast <16 x i32> %2048 to <16 x float>
+  %2050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2026, <16 x float> %2049, <16 x float> %2018)
+  %2051 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2036, <16 x float> %2049, <16 x float> %2019)
+  %2052 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2041, <16 x float> %2049, <16 x float> %2020)
+  %2053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2046, <16 x float> %2049, <16 x float> %2021)
+  %2054 = or disjoint i64 %1830, 7
+  %2055 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2054
+  %2056 = load float, ptr %2055, align 4, !tbaa !5
+  %2057 = insertelement <16 x float> poison, float %2056, i64 0
+  %2058 = shufflevector <16 x float> %2057, <16 x float> poison, <16 x i32> zeroinitializer
+  %2059 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2054
+  %2060 = load i64, ptr %2059, align 8, !tbaa !5
+  %gep491.i = getelementptr i32, ptr %gep526.i, i64 %2060
+  %2061 = load <16 x i32>, ptr %gep491.i, align 4, !tbaa !5
+  %2062 = shl <16 x i32> %2061, splat (i32 16)
+  %2063 = bitcast <16 x i32> %2062 to <16 x float>
+  %2064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2058, <16 x float> %2063, <16 x float> %2032)
+  %2065 = getelementptr inbounds nuw i8, ptr %1831, i64 540
+  %2066 = load float, ptr %2065, align 4, !tbaa !5
+  %2067 = insertelement <16 x float> poison, float %2066, i64 0
+  %2068 = shufflevector <16 x float> %2067, <16 x float> poison, <16 x i32> zeroinitializer
+  %2069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2068, <16 x float> %2063, <16 x float> %2037)
+  %2070 = getelementptr inbounds nuw i8, ptr %1831, i64 1052
+  %2071 = load float, ptr %2070, align 4, !tbaa !5
+  %2072 = insertelement <16 x float> poison, float %2071, i64 0
+  %2073 = shufflevector <16 x float> %2072, <16 x float> poison, <16 x i32> zeroinitializer
+  %2074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2063, <16 x float> %2042)
+  %2075 = getelementptr inbounds nuw i8, ptr %1831, i64 1564
+  %2076 = load float, ptr %2075, align 4, !tbaa !5
+  %2077 = insertelement <16 x float> poison, float %2076, i64 0
+  %2078 = shufflevector <16 x float> %2077, <16 x float> poison, <16 x i32> zeroinitializer
+  %2079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2078, <16 x float> %2063, <16 x float> %2047)
+  %2080 = and <16 x i32> %2061, splat (i32 -65536)
+  %2081 = bitcast <16 x i32> %2080 to <16 x float>
+  %2082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2058, <16 x float> %2081, <16 x float> %2050)
+  %2083 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2068, <16 x float> %2081, <16 x float> %2051)
+  %2084 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2081, <16 x float> %2052)
+  %2085 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2078, <16 x float> %2081, <16 x float> %2053)
+  %2086 = or disjoint i64 %1830, 8
+  %2087 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2086
+  %2088 = load float, ptr %2087, align 4, !tbaa !5
+  %2089 = insertelement <16 x float> poison, float %2088, i64 0
+  %2090 = shufflevector <16 x float> %2089, <16 x float> poison, <16 x i32> zeroinitializer
+  %2091 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2086
+  %2092 = load i64, ptr %2091, align 8, !tbaa !5
+  %gep495.i = getelementptr i32, ptr %gep526.i, i64 %2092
+  %2093 = load <16 x i32>, ptr %gep495.i, align 4, !tbaa !5
+  %2094 = shl <16 x i32> %2093, splat (i32 16)
+  %2095 = bitcast <16 x i32> %2094 to <16 x float>
+  %2096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2090, <16 x float> %2095, <16 x float> %2064)
+  %2097 = getelementptr inbounds nuw i8, ptr %1831, i64 544
+  %2098 = load float, ptr %2097, align 4, !tbaa !5
+  %2099 = insertelement <16 x float> poison, float %2098, i64 0
+  %2100 = shufflevector <16 x float> %2099, <16 x float> poison, <16 x i32> zeroinitializer
+  %2101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2100, <16 x float> %2095, <16 x float> %2069)
+  %2102 = getelementptr inbounds nuw i8, ptr %1831, i64 1056
+  %2103 = load float, ptr %2102, align 4, !tbaa !5
+  %2104 = insertelement <16 x float> poison, float %2103, i64 0
+  %2105 = shufflevector <16 x float> %2104, <16 x float> poison, <16 x i32> zeroinitializer
+  %2106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %2095, <16 x float> %2074)
+  %2107 = getelementptr inbounds nuw i8, ptr %1831, i64 1568
+  %2108 = load float, ptr %2107, align 4, !tbaa !5
+  %2109 = insertelement <16 x float> poison, float %2108, i64 0
+  %2110 = shufflevector <16 x float> %2109, <16 x float> poison, <16 x i32> zeroinitializer
+  %2111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2110, <16 x float> %2095, <16 x float> %2079)
+  %2112 = and <16 x i32> %2093, splat (i32 -65536)
+  %2113 = bitcast <16 x i32> %2112 to <16 x float>
+  %2114 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2090, <16 x float> %2113, <16 x float> %2082)
+  %2115 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2100, <16 x float> %2113, <16 x float> %2083)
+  %2116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2105, <16 x float> %2113, <16 x float> %2084)
+  %2117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2110, <16 x float> %2113, <16 x float> %2085)
+  %2118 = or disjoint i64 %1830, 9
+  %2119 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2118
+  %2120 = load float, ptr %2119, align 4, !tbaa !5
+  %2121 = insertelement <16 x float> poison, float %2120, i64 0
+  %2122 = shufflevector <16 x float> %2121, <16 x float> poison, <16 x i32> zeroinitializer
+  %2123 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2118
+  %2124 = load i64, ptr %2123, align 8, !tbaa !5
+  %gep499.i = getelementptr i32, ptr %gep526.i, i64 %2124
+  %2125 = load <16 x i32>, ptr %gep499.i, align 4, !tbaa !5
+  %2126 = shl <16 x i32> %2125, splat (i32 16)
+  %2127 = bitcast <16 x i32> %2126 to <16 x float>
+  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2122, <16 x float> %2127, <16 x float> %2096)
+  %2129 = getelementptr inbounds nuw i8, ptr %1831, i64 548
+  %2130 = load float, ptr %2129, align 4, !tbaa !5
+  %2131 = insertelement <16 x float> poison, float %2130, i64 0
+  %2132 = shufflevector <16 x float> %2131, <16 x float> poison, <16 x i32> zeroinitializer
+  %2133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2127, <16 x float> %2101)
+  %2134 = getelementptr inbounds nuw i8, ptr %1831, i64 1060
+  %2135 = load float, ptr %2134, align 4, !tbaa !5
+  %2136 = insertelement <16 x float> poison, float %2135, i64 0
+  %2137 = shufflevector <16 x float> %2136, <16 x float> poison, <16 x i32> zeroinitializer
+  %2138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %2127, <16 x float> %2106)
+  %2139 = getelementptr inbounds nuw i8, ptr %1831, i64 1572
+  %2140 = load float, ptr %2139, align 4, !tbaa !5
+  %2141 = insertelement <16 x float> poison, float %2140, i64 0
+  %2142 = shufflevector <16 x float> %2141, <16 x float> poison, <16 x i32> zeroinitializer
+  %2143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2142, <16 x float> %2127, <16 x float> %2111)
+  %2144 = and <16 x i32> %2125, splat (i32 -65536)
+  %2145 = bitcast <16 x i32> %2144 to <16 x float>
+  %2146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2122, <16 x float> %2145, <16 x float> %2114)
+  %2147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2145, <16 x float> %2115)
+  %2148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2137, <16 x float> %2145, <16 x float> %2116)
+  %2149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2142, <16 x float> %2145, <16 x float> %2117)
+  %2150 = or disjoint i64 %1830, 10
+  %2151 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2150
+  %2152 = load float, ptr %2151, align 4, !tbaa !5
+  %2153 = insertelement <16 x float> poison, float %2152, i64 0
+  %2154 = shufflevector <16 x float> %2153, <16 x float> poison, <16 x i32> zeroinitializer
+  %2155 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2150
+  %2156 = load i64, ptr %2155, align 8, !tbaa !5
+  %gep503.i = getelementptr i32, ptr %gep526.i, i64 %2156
+  %2157 = load <16 x i32>, ptr %gep503.i, align 4, !tbaa !5
+  %2158 = shl <16 x i32> %2157, splat (i32 16)
+  %2159 = bitcast <16 x i32> %2158 to <16 x float>
+  %2160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2154, <16 x float> %2159, <16 x float> %2128)
+  %2161 = getelementptr inbounds nuw i8, ptr %1831, i64 552
+  %2162 = load float, ptr %2161, align 4, !tbaa !5
+  %2163 = insertelement <16 x float> poison, float %2162, i64 0
+  %2164 = shufflevector <16 x float> %2163, <16 x float> poison, <16 x i32> zeroinitializer
+  %2165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2164, <16 x float> %2159, <16 x float> %2133)
+  %2166 = getelementptr inbounds nuw i8, ptr %1831, i64 1064
+  %2167 = load float, ptr %2166, align 4, !tbaa !5
+  %2168 = insertelement <16 x float> poison, float %2167, i64 0
+  %2169 = shufflevector <16 x float> %2168, <16 x float> poison, <16 x i32> zeroinitializer
+  %2170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2169, <16 x float> %2159, <16 x float> %2138)
+  %2171 = getelementptr inbounds nuw i8, ptr %1831, i64 1576
+  %2172 = load float, ptr %2171, align 4, !tbaa !5
+  %2173 = insertelement <16 x float> poison, float %2172, i64 0
+  %2174 = shufflevector <16 x float> %2173, <16 x float> poison, <16 x i32> zeroinitializer
+  %2175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2174, <16 x float> %2159, <16 x float> %2143)
+  %2176 = and <16 x i32> %2157, splat (i32 -65536)
+  %2177 = bitcast <16 x i32> %2176 to <16 x float>
+  %2178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2154, <16 x float> %2177, <16 x float> %2146)
+  %2179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2164, <16 x float> %2177, <16 x float> %2147)
+  %2180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2169, <16 x float> %2177, <16 x float> %2148)
+  %2181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2174, <16 x float> %2177, <16 x float> %2149)
+  %2182 = or disjoint i64 %1830, 11
+  %2183 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2182
+  %2184 = load float, ptr %2183, align 4, !tbaa !5
+  %2185 = insertelement <16 x float> poison, float %2184, i64 0
+  %2186 = shufflevector <16 x float> %2185, <16 x float> poison, <16 x i32> zeroinitializer
+  %2187 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2182
+  %2188 = load i64, ptr %2187, align 8, !tbaa !5
+  %gep507.i = getelementptr i32, ptr %gep526.i, i64 %2188
+  %2189 = load <16 x i32>, ptr %gep507.i, align 4, !tbaa !5
+  %2190 = shl <16 x i32> %2189, splat (i32 16)
+  %2191 = bitcast <16 x i32> %2190 to <16 x float>
+  %2192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2191, <16 x float> %2160)
+  %2193 = getelementptr inbounds nuw i8, ptr %1831, i64 556
+  %2194 = load float, ptr %2193, align 4, !tbaa !5
+  %2195 = insertelement <16 x float> poison, float %2194, i64 0
+  %2196 = shufflevector <16 x float> %2195, <16 x float> poison, <16 x i32> zeroinitializer
+  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> %2191, <16 x float> %2165)
+  %2198 = getelementptr inbounds nuw i8, ptr %1831, i64 1068
+  %2199 = load float, ptr %2198, align 4, !tbaa !5
+  %2200 = insertelement <16 x float> poison, float %2199, i64 0
+  %2201 = shufflevector <16 x float> %2200, <16 x float> poison, <16 x i32> zeroinitializer
+  %2202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2201, <16 x float> %2191, <16 x float> %2170)
+  %2203 = getelementptr inbounds nuw i8, ptr %1831, i64 1580
+  %2204 = load float, ptr %2203, align 4, !tbaa !5
+  %2205 = insertelement <16 x float> poison, float %2204, i64 0
+  %2206 = shufflevector <16 x float> %2205, <16 x float> poison, <16 x i32> zeroinitializer
+  %2207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2206, <16 x float> %2191, <16 x float> %2175)
+  %2208 = and <16 x i32> %2189, splat (i32 -65536)
+  %2209 = bitcast <16 x i32> %2208 to <16 x float>
+  %2210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2186, <16 x float> %2209, <16 x float> %2178)
+  %2211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> %2209, <16 x float> %2179)
+  %2212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2201, <16 x float> %2209, <16 x float> %2180)
+  %2213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2206, <16 x float> %2209, <16 x float> %2181)
+  %2214 = or disjoint i64 %1830, 12
+  %2215 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2214
+  %2216 = load float, ptr %2215, align 4, !tbaa !5
+  %2217 = insertelement <16 x float> poison, float %2216, i64 0
+  %2218 = shufflevector <16 x float> %2217, <16 x float> poison, <16 x i32> zeroinitializer
+  %2219 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2214
+  %2220 = load i64, ptr %2219, align 8, !tbaa !5
+  %gep511.i = getelementptr i32, ptr %gep526.i, i64 %2220
+  %2221 = load <16 x i32>, ptr %gep511.i, align 4, !tbaa !5
+  %2222 = shl <16 x i32> %2221, splat (i32 16)
+  %2223 = bitcast <16 x i32> %2222 to <16 x float>
+  %2224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2218, <16 x float> %2223, <16 x float> %2192)
+  %2225 = getelementptr inbounds nuw i8, ptr %1831, i64 560
+  %2226 = load float, ptr %2225, align 4, !tbaa !5
+  %2227 = insertelement <16 x float> poison, float %2226, i64 0
+  %2228 = shufflevector <16 x float> %2227, <16 x float> poison, <16 x i32> zeroinitializer
+  %2229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2223, <16 x float> %2197)
+  %2230 = getelementptr inbounds nuw i8, ptr %1831, i64 1072
+  %2231 = load float, ptr %2230, align 4, !tbaa !5
+  %2232 = insertelement <16 x float> poison, float %2231, i64 0
+  %2233 = shufflevector <16 x float> %2232, <16 x float> poison, <16 x i32> zeroinitializer
+  %2234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2233, <16 x float> %2223, <16 x float> %2202)
+  %2235 = getelementptr inbounds nuw i8, ptr %1831, i64 1584
+  %2236 = load float, ptr %2235, align 4, !tbaa !5
+  %2237 = insertelement <16 x float> poison, float %2236, i64 0
+  %2238 = shufflevector <16 x float> %2237, <16 x float> poison, <16 x i32> zeroinitializer
+  %2239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %2223, <16 x float> %2207)
+  %2240 = and <16 x i32> %2221, splat (i32 -65536)
+  %2241 = bitcast <16 x i32> %2240 to <16 x float>
+  %2242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2218, <16 x float> %2241, <16 x float> %2210)
+  %2243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2241, <16 x float> %2211)
+  %2244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2233, <16 x float> %2241, <16 x float> %2212)
+  %2245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %2241, <16 x float> %2213)
+  %2246 = or disjoint i64 %1830, 13
+  %2247 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2246
+  %2248 = load float, ptr %2247, align 4, !tbaa !5
+  %2249 = insertelement <16 x float> poison, float %2248, i64 0
+  %2250 = shufflevector <16 x float> %2249, <16 x float> poison, <16 x i32> zeroinitializer
+  %2251 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2246
+  %2252 = load i64, ptr %2251, align 8, !tbaa !5
+  %gep515.i = getelementptr i32, ptr %gep526.i, i64 %2252
+  %2253 = load <16 x i32>, ptr %gep515.i, align 4, !tbaa !5
+  %2254 = shl <16 x i32> %2253, splat (i32 16)
+  %2255 = bitcast <16 x i32> %2254 to <16 x float>
+  %2256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2255, <16 x float> %2224)
+  %2257 = getelementptr inbounds nuw i8, ptr %1831, i64 564
+  %2258 = load float, ptr %2257, align 4, !tbaa !5
+  %2259 = insertelement <16 x float> poison, float %2258, i64 0
+  %2260 = shufflevector <16 x float> %2259, <16 x float> poison, <16 x i32> zeroinitializer
+  %2261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2255, <16 x float> %2229)
+  %2262 = getelementptr inbounds nuw i8, ptr %1831, i64 1076
+  %2263 = load float, ptr %2262, align 4, !tbaa !5
+  %2264 = insertelement <16 x float> poison, float %2263, i64 0
+  %2265 = shufflevector <16 x float> %2264, <16 x float> poison, <16 x i32> zeroinitializer
+  %2266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2265, <16 x float> %2255, <16 x float> %2234)
+  %2267 = getelementptr inbounds nuw i8, ptr %1831, i64 1588
   %2268 = load float, ptr %2267, align 4, !tbaa !5
   %2269 = insertelement <16 x float> poison, float %2268, i64 0
   %2270 = shufflevector <16 x float> %2269, <16 x float> poison, <16 x i32> zeroinitializer
-  %2271 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2271
-  %2272 = load <16 x i32>, ptr %gep573.i, align 4, !tbaa !5
-  %2273 = shl <16 x i32> %2272, splat (i32 16)
-  %2274 = bitcast <16 x i32> %2273 to <16 x float>
-  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2274, <16 x float> %2264)
-  store <16 x float> %2275, ptr %tile_acc.i, align 4, !tbaa !5
-  %2276 = load float, ptr %2267, align 4, !tbaa !5
-  %2277 = insertelement <16 x float> poison, float %2276, i64 0
-  %2278 = shufflevector <16 x float> %2277, <16 x float> poison, <16 x i32> zeroinitializer
-  %2279 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2279
-  %2280 = load <16 x i32>, ptr %gep573.1.i, align 4, !tbaa !5
-  %2281 = and <16 x i32> %2280, splat (i32 -65536)
-  %2282 = bitcast <16 x i32> %2281 to <16 x float>
-  %2283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %2282, <16 x float> %2263)
-  store <16 x float> %2283, ptr %2142, align 4, !tbaa !5
-  %2284 = load float, ptr %2267, align 4, !tbaa !5
-  %2285 = insertelement <16 x float> poison, float %2284, i64 0
-  %2286 = shufflevector <16 x float> %2285, <16 x float> poison, <16 x i32> zeroinitializer
-  %2287 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1768.i = getelementptr i32, ptr %gep576.1.i, i64 %2287
-  %2288 = load <16 x i32>, ptr %gep573.1768.i, align 4, !tbaa !5
-  %2289 = shl <16 x i32> %2288, splat (i32 16)
-  %2290 = bitcast <16 x i32> %2289 to <16 x float>
-  %2291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2286, <16 x float> %2290, <16 x float> %2262)
-  store <16 x float> %2291, ptr %2145, align 4, !tbaa !5
-  %2292 = load float, ptr %2267, align 4, !tbaa !5
-  %2293 = insertelement <16 x float> poison, float %2292, i64 0
-  %2294 = shufflevector <16 x float> %2293, <16 x float> poison, <16 x i32> zeroinitializer
-  %2295 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1.i = getelementptr i32, ptr %gep576.1.i, i64 %2295
-  %2296 = load <16 x i32>, ptr %gep573.1.1.i, align 4, !tbaa !5
-  %2297 = and <16 x i32> %2296, splat (i32 -65536)
-  %2298 = bitcast <16 x i32> %2297 to <16 x float>
-  %2299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2298, <16 x float> %2261)
-  store <16 x float> %2299, ptr %2148, align 4, !tbaa !5
-  %2300 = load float, ptr %2267, align 4, !tbaa !5
+  %2271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2255, <16 x float> %2239)
+  %2272 = and <16 x i32> %2253, splat (i32 -65536)
+  %2273 = bitcast <16 x i32> %2272 to <16 x float>
+  %2274 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2273, <16 x float> %2242)
+  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2273, <16 x float> %2243)
+  %2276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2265, <16 x float> %2273, <16 x float> %2244)
+  %2277 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2270, <16 x float> %2273, <16 x float> %2245)
+  %2278 = or disjoint i64 %1830, 14
+  %2279 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2278
+  %2280 = load float, ptr %2279, align 4, !tbaa !5
+  %2281 = insertelement <16 x float> poison, float %2280, i64 0
+  %2282 = shufflevector <16 x float> %2281, <16 x float> poison, <16 x i32> zeroinitializer
+  %2283 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2278
+  %2284 = load i64, ptr %2283, align 8, !tbaa !5
+  %gep519.i = getelementptr i32, ptr %gep526.i, i64 %2284
+  %2285 = load <16 x i32>, ptr %gep519.i, align 4, !tbaa !5
+  %2286 = shl <16 x i32> %2285, splat (i32 16)
+  %2287 = bitcast <16 x i32> %2286 to <16 x float>
+  %2288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2287, <16 x float> %2256)
+  %2289 = getelementptr inbounds nuw i8, ptr %1831, i64 568
+  %2290 = load float, ptr %2289, align 4, !tbaa !5
+  %2291 = insertelement <16 x float> poison, float %2290, i64 0
+  %2292 = shufflevector <16 x float> %2291, <16 x float> poison, <16 x i32> zeroinitializer
+  %2293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2287, <16 x float> %2261)
+  %2294 = getelementptr inbounds nuw i8, ptr %1831, i64 1080
+  %2295 = load float, ptr %2294, align 4, !tbaa !5
+  %2296 = insertelement <16 x float> poison, float %2295, i64 0
+  %2297 = shufflevector <16 x float> %2296, <16 x float> poison, <16 x i32> zeroinitializer
+  %2298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2297, <16 x float> %2287, <16 x float> %2266)
+  %2299 = getelementptr inbounds nuw i8, ptr %1831, i64 1592
+  %2300 = load float, ptr %2299, align 4, !tbaa !5
   %2301 = insertelement <16 x float> poison, float %2300, i64 0
   %2302 = shufflevector <16 x float> %2301, <16 x float> poison, <16 x i32> zeroinitializer
-  %2303 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2303
-  %2304 = load <16 x i32>, ptr %gep573.2.i, align 4, !tbaa !5
-  %2305 = shl <16 x i32> %2304, splat (i32 16)
-  %2306 = bitcast <16 x i32> %2305 to <16 x float>
-  %2307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2302, <16 x float> %2306, <16 x float> %2260)
-  store <16 x float> %2307, ptr %2151, align 4, !tbaa !5
-  %2308 = load float, ptr %2267, align 4, !tbaa !5
-  %2309 = insertelement <16 x float> poison, float %2308, i64 0
-  %2310 = shufflevector <16 x float> %2309, <16 x float> poison, <16 x i32> zeroinitializer
-  %2311 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2311
-  %2312 = load <16 x i32>, ptr %gep573.1.2.i, align 4, !tbaa !5
-  %2313 = and <16 x i32> %2312, splat (i32 -65536)
-  %2314 = bitcast <16 x i32> %2313 to <16 x float>
-  %2315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2310, <16 x float> %2314, <16 x float> %2259)
-  store <16 x float> %2315, ptr %2154, align 4, !tbaa !5
-  %2316 = load float, ptr %2267, align 4, !tbaa !5
-  %2317 = insertelement <16 x float> poison, float %2316, i64 0
-  %2318 = shufflevector <16 x float> %2317, <16 x float> poison, <16 x i32> zeroinitializer
-  %2319 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2319
-  %2320 = load <16 x i32>, ptr %gep573.3.i, align 4, !tbaa !5
-  %2321 = shl <16 x i32> %2320, splat (i32 16)
-  %2322 = bitcast <16 x i32> %2321 to <16 x float>
-  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2318, <16 x float> %2322, <16 x float> %2258)
-  store <16 x float> %2323, ptr %2157, align 4, !tbaa !5
-  %2324 = load float, ptr %2267, align 4, !tbaa !5
-  %2325 = insertelement <16 x float> poison, float %2324, i64 0
-  %2326 = shufflevector <16 x float> %2325, <16 x float> poison, <16 x i32> zeroinitializer
-  %2327 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2327
-  %2328 = load <16 x i32>, ptr %gep573.1.3.i, align 4, !tbaa !5
-  %2329 = and <16 x i32> %2328, splat (i32 -65536)
-  %2330 = bitcast <16 x i32> %2329 to <16 x float>
-  %2331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2326, <16 x float> %2330, <16 x float> %2257)
-  store <16 x float> %2331, ptr %2160, align 4, !tbaa !5
-  %2332 = shl i64 %2265, 32
-  %sext.i = add i64 %2332, 549755813888
-  %2333 = ashr exact i64 %sext.i, 30
-  %2334 = getelementptr inbounds i8, ptr %probs.i, i64 %2333
-  %2335 = load float, ptr %2334, align 4, !tbaa !5
-  %2336 = insertelement <16 x float> poison, float %2335, i64 0
-  %2337 = shufflevector <16 x float> %2336, <16 x float> poison, <16 x i32> zeroinitializer
-  %2338 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1774.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2338
-  %2339 = load <16 x i32>, ptr %gep573.1774.i, align 4, !tbaa !5
-  %2340 = shl <16 x i32> %2339, splat (i32 16)
-  %2341 = bitcast <16 x i32> %2340 to <16 x float>
-  %2342 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2337, <16 x float> %2341, <16 x float> %2256)
-  store <16 x float> %2342, ptr %2163, align 4, !tbaa !5
-  %2343 = load float, ptr %2334, align 4, !tbaa !5
-  %2344 = insertelement <16 x float> poison, float %2343, i64 0
-  %2345 = shufflevector <16 x float> %2344, <16 x float> poison, <16 x i32> zeroinitializer
-  %2346 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1775.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2346
-  %2347 = load <16 x i32>, ptr %gep573.1.1775.i, align 4, !tbaa !5
-  %2348 = and <16 x i32> %2347, splat (i32 -65536)
-  %2349 = bitcast <16 x i32> %2348 to <16 x float>
-  %2350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2345, <16 x float> %2349, <16 x float> %2255)
-  store <16 x float> %2350, ptr %2166, align 4, !tbaa !5
-  %2351 = load float, ptr %2334, align 4, !tbaa !5
-  %2352 = insertelement <16 x float> poison, float %2351, i64 0
-  %2353 = shufflevector <16 x float> %2352, <16 x float> poison, <16 x i32> zeroinitializer
-  %2354 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1768.1.i = getelementptr i32, ptr %gep576.1.i, i64 %2354
-  %2355 = load <16 x i32>, ptr %gep573.1768.1.i, align 4, !tbaa !5
-  %2356 = shl <16 x i32> %2355, splat (i32 16)
-  %2357 = bitcast <16 x i32> %2356 to <16 x float>
-  %2358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2353, <16 x float> %2357, <16 x float> %2254)
-  store <16 x float> %2358, ptr %2169, align 4, !tbaa !5
-  %2359 = load float, ptr %2334, align 4, !tbaa !5
-  %2360 = insertelement <16 x float> poison, float %2359, i64 0
-  %2361 = shufflevector <16 x float> %2360, <16 x float> poison, <16 x i32> zeroinitializer
-  %2362 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1.1.i = getelementptr i32, ptr %gep576.1.i, i64 %2362
-  %2363 = load <16 x i32>, ptr %gep573.1.1.1.i, align 4, !tbaa !5
-  %2364 = and <16 x i32> %2363, splat (i32 -65536)
-  %2365 = bitcast <16 x i32> %2364 to <16 x float>
-  %2366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2361, <16 x float> %2365, <16 x float> %2253)
-  store <16 x float> %2366, ptr %2172, align 4, !tbaa !5
-  %2367 = load float, ptr %2334, align 4, !tbaa !5
-  %2368 = insertelement <16 x float> poison, float %2367, i64 0
-  %2369 = shufflevector <16 x float> %2368, <16 x float> poison, <16 x i32> zeroinitializer
-  %2370 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2.1.i = getelementptr i32, ptr %gep576.2.i, i64 %2370
-  %2371 = load <16 x i32>, ptr %gep573.2.1.i, align 4, !tbaa !5
-  %2372 = shl <16 x i32> %2371, splat (i32 16)
-  %2373 = bitcast <16 x i32> %2372 to <16 x float>
-  %2374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2369, <16 x float> %2373, <16 x float> %2252)
-  store <16 x float> %2374, ptr %2175, align 4, !tbaa !5
-  %2375 = load float, ptr %2334, align 4, !tbaa !5
-  %2376 = insertelement <16 x float> poison, float %2375, i64 0
-  %2377 = shufflevector <16 x float> %2376, <16 x float> poison, <16 x i32> zeroinitializer
-  %2378 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2.1.i = getelementptr i32, ptr %gep576.2.i, i64 %2378
-  %2379 = load <16 x i32>, ptr %gep573.1.2.1.i, align 4, !tbaa !5
-  %2380 = and <16 x i32> %2379, splat (i32 -65536)
-  %2381 = bitcast <16 x i32> %2380 to <16 x float>
-  %2382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2377, <16 x float> %2381, <16 x float> %2251)
-  store <16 x float> %2382, ptr %2178, align 4, !tbaa !5
-  %2383 = load float, ptr %2334, align 4, !tbaa !5
-  %2384 = insertelement <16 x float> poison, float %2383, i64 0
-  %2385 = shufflevector <16 x float> %2384, <16 x float> poison, <16 x i32> zeroinitializer
-  %2386 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3.1.i = getelementptr i32, ptr %gep576.3.i, i64 %2386
-  %2387 = load <16 x i32>, ptr %gep573.3.1.i, align 4, !tbaa !5
-  %2388 = shl <16 x i32> %2387, splat (i32 16)
-  %2389 = bitcast <16 x i32> %2388 to <16 x float>
-  %2390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2385, <16 x float> %2389, <16 x float> %2250)
-  store <16 x float> %2390, ptr %2181, align 4, !tbaa !5
-  %2391 = load float, ptr %2334, align 4, !tbaa !5
-  %2392 = insertelement <16 x float> poison, float %2391, i64 0
-  %2393 = shufflevector <16 x float> %2392, <16 x float> poison, <16 x i32> zeroinitializer
-  %2394 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3.1.i = getelementptr i32, ptr %gep576.3.i, i64 %2394
-  %2395 = load <16 x i32>, ptr %gep573.1.3.1.i, align 4, !tbaa !5
-  %2396 = and <16 x i32> %2395, splat (i32 -65536)
-  %2397 = bitcast <16 x i32> %2396 to <16 x float>
-  %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2393, <16 x float> %2397, <16 x float> %2249)
-  store <16 x float> %2398, ptr %2184, align 4, !tbaa !5
-  %sext1081.i = add i64 %2332, 1099511627776
-  %2399 = ashr exact i64 %sext1081.i, 30
-  %2400 = getelementptr inbounds i8, ptr %probs.i, i64 %2399
-  %2401 = load float, ptr %2400, align 4, !tbaa !5
-  %2402 = insertelement <16 x float> poison, float %2401, i64 0
-  %2403 = shufflevector <16 x float> %2402, <16 x float> poison, <16 x i32> zeroinitializer
-  %2404 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2777.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2404
-  %2405 = load <16 x i32>, ptr %gep573.2777.i, align 4, !tbaa !5
-  %2406 = shl <16 x i32> %2405, splat (i32 16)
-  %2407 = bitcast <16 x i32> %2406 to <16 x float>
-  %2408 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2403, <16 x float> %2407, <16 x float> %2248)
-  store <16 x float> %2408, ptr %2187, align 4, !tbaa !5
-  %2409 = load float, ptr %2400, align 4, !tbaa !5
-  %2410 = insertelement <16 x float> poison, float %2409, i64 0
-  %2411 = shufflevector <16 x float> %2410, <16 x float> poison, <16 x i32> zeroinitializer
-  %2412 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2778.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2412
-  %2413 = load <16 x i32>, ptr %gep573.1.2778.i, align 4, !tbaa !5
-  %2414 = and <16 x i32> %2413, splat (i32 -65536)
-  %2415 = bitcast <16 x i32> %2414 to <16 x float>
-  %2416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2415, <16 x float> %2247)
-  store <16 x float> %2416, ptr %2190, align 4, !tbaa !5
-  %2417 = load float, ptr %2400, align 4, !tbaa !5
-  %2418 = insertelement <16 x float> poison, float %2417, i64 0
-  %2419 = shufflevector <16 x float> %2418, <16 x float> poison, <16 x i32> zeroinitializer
-  %2420 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1768.2.i = getelementptr i32, ptr %gep576.1.i, i64 %2420
-  %2421 = load <16 x i32>, ptr %gep573.1768.2.i, align 4, !tbaa !5
-  %2422 = shl <16 x i32> %2421, splat (i32 16)
-  %2423 = bitcast <16 x i32> %2422 to <16 x float>
-  %2424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2419, <16 x float> %2423, <16 x float> %2246)
-  store <16 x float> %2424, ptr %2193, align 4, !tbaa !5
-  %2425 = load float, ptr %2400, align 4, !tbaa !5
-  %2426 = insertelement <16 x float> poison, float %2425, i64 0
-  %2427 = shufflevector <16 x float> %2426, <16 x float> poison, <16 x i32> zeroinitializer
-  %2428 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1.2.i = getelementptr i32, ptr %gep576.1.i, i64 %2428
-  %2429 = load <16 x i32>, ptr %gep573.1.1.2.i, align 4, !tbaa !5
-  %2430 = and <16 x i32> %2429, splat (i32 -65536)
-  %2431 = bitcast <16 x i32> %2430 to <16 x float>
-  %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2427, <16 x float> %2431, <16 x float> %2245)
-  store <16 x float> %2432, ptr %2196, align 4, !tbaa !5
-  %2433 = load float, ptr %2400, align 4, !tbaa !5
-  %2434 = insertelement <16 x float> poison, float %2433, i64 0
-  %2435 = shufflevector <16 x float> %2434, <16 x float> poison, <16 x i32> zeroinitializer
-  %2436 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2436
-  %2437 = load <16 x i32>, ptr %gep573.2.2.i, align 4, !tbaa !5
-  %2438 = shl <16 x i32> %2437, splat (i32 16)
-  %2439 = bitcast <16 x i32> %2438 to <16 x float>
-  %2440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2435, <16 x float> %2439, <16 x float> %2244)
-  store <16 x float> %2440, ptr %2199, align 4, !tbaa !5
-  %2441 = load float, ptr %2400, align 4, !tbaa !5
-  %2442 = insertelement <16 x float> poison, float %2441, i64 0
-  %2443 = shufflevector <16 x float> %2442, <16 x float> poison, <16 x i32> zeroinitializer
-  %2444 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2.2.i = getelementptr i32, ptr %gep576.2.i, i64 %2444
-  %2445 = load <16 x i32>, ptr %gep573.1.2.2.i, align 4, !tbaa !5
-  %2446 = and <16 x i32> %2445, splat (i32 -65536)
-  %2447 = bitcast <16 x i32> %2446 to <16 x float>
-  %2448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2443, <16 x float> %2447, <16 x float> %2243)
-  store <16 x float> %2448, ptr %2202, align 4, !tbaa !5
-  %2449 = load float, ptr %2400, align 4, !tbaa !5
-  %2450 = insertelement <16 x float> poison, float %2449, i64 0
-  %2451 = shufflevector <16 x float> %2450, <16 x float> poison, <16 x i32> zeroinitializer
-  %2452 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3.2.i = getelementptr i32, ptr %gep576.3.i, i64 %2452
-  %2453 = load <16 x i32>, ptr %gep573.3.2.i, align 4, !tbaa !5
-  %2454 = shl <16 x i32> %2453, splat (i32 16)
-  %2455 = bitcast <16 x i32> %2454 to <16 x float>
-  %2456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2451, <16 x float> %2455, <16 x float> %2242)
-  store <16 x float> %2456, ptr %2205, align 4, !tbaa !5
-  %2457 = load float, ptr %2400, align 4, !tbaa !5
-  %2458 = insertelement <16 x float> poison, float %2457, i64 0
-  %2459 = shufflevector <16 x float> %2458, <16 x float> poison, <16 x i32> zeroinitializer
-  %2460 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3.2.i = getelementptr i32, ptr %gep576.3.i, i64 %2460
-  %2461 = load <16 x i32>, ptr %gep573.1.3.2.i, align 4, !tbaa !5
-  %2462 = and <16 x i32> %2461, splat (i32 -65536)
-  %2463 = bitcast <16 x i32> %2462 to <16 x float>
-  %2464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2459, <16 x float> %2463, <16 x float> %2241)
-  store <16 x float> %2464, ptr %2208, align 4, !tbaa !5
-  %sext1082.i = add i64 %2332, 1649267441664
-  %2465 = ashr exact i64 %sext1082.i, 30
-  %2466 = getelementptr inbounds i8, ptr %probs.i, i64 %2465
-  %2467 = load float, ptr %2466, align 4, !tbaa !5
-  %2468 = insertelement <16 x float> poison, float %2467, i64 0
-  %2469 = shufflevector <16 x float> %2468, <16 x float> poison, <16 x i32> zeroinitializer
-  %2470 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3780.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2470
-  %2471 = load <16 x i32>, ptr %gep573.3780.i, align 4, !tbaa !5
-  %2472 = shl <16 x i32> %2471, splat (i32 16)
-  %2473 = bitcast <16 x i32> %2472 to <16 x float>
-  %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2473, <16 x float> %2240)
-  store <16 x float> %2474, ptr %2211, align 4, !tbaa !5
-  %2475 = load float, ptr %2466, align 4, !tbaa !5
-  %2476 = insertelement <16 x float> poison, float %2475, i64 0
-  %2477 = shufflevector <16 x float> %2476, <16 x float> poison, <16 x i32> zeroinitializer
-  %2478 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3781.i = getelementptr i32, ptr %invariant.gep533.i, i64 %2478
-  %2479 = load <16 x i32>, ptr %gep573.1.3781.i, align 4, !tbaa !5
-  %2480 = and <16 x i32> %2479, splat (i32 -65536)
-  %2481 = bitcast <16 x i32> %2480 to <16 x float>
-  %2482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2477, <16 x float> %2481, <16 x float> %2239)
-  store <16 x float> %2482, ptr %2214, align 4, !tbaa !5
-  %2483 = load float, ptr %2466, align 4, !tbaa !5
-  %2484 = insertelement <16 x float> poison, float %2483, i64 0
-  %2485 = shufflevector <16 x float> %2484, <16 x float> poison, <16 x i32> zeroinitializer
-  %2486 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1768.3.i = getelementptr i32, ptr %gep576.1.i, i64 %2486
-  %2487 = load <16 x i32>, ptr %gep573.1768.3.i, align 4, !tbaa !5
-  %2488 = shl <16 x i32> %2487, splat (i32 16)
-  %2489 = bitcast <16 x i32> %2488 to <16 x float>
-  %2490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2485, <16 x float> %2489, <16 x float> %2238)
-  store <16 x float> %2490, ptr %2217, align 4, !tbaa !5
-  %2491 = load float, ptr %2466, align 4, !tbaa !5
-  %2492 = insertelement <16 x float> poison, float %2491, i64 0
-  %2493 = shufflevector <16 x float> %2492, <16 x float> poison, <16 x i32> zeroinitializer
-  %2494 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.1.3.i = getelementptr i32, ptr %gep576.1.i, i64 %2494
-  %2495 = load <16 x i32>, ptr %gep573.1.1.3.i, align 4, !tbaa !5
-  %2496 = and <16 x i32> %2495, splat (i32 -65536)
-  %2497 = bitcast <16 x i32> %2496 to <16 x float>
-  %2498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2493, <16 x float> %2497, <16 x float> %2237)
-  store <16 x float> %2498, ptr %2220, align 4, !tbaa !5
-  %2499 = load float, ptr %2466, align 4, !tbaa !5
-  %2500 = insertelement <16 x float> poison, float %2499, i64 0
-  %2501 = shufflevector <16 x float> %2500, <16 x float> poison, <16 x i32> zeroinitializer
-  %2502 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.2.3.i = getelementptr i32, ptr %gep576.2.i, i64 %2502
-  %2503 = load <16 x i32>, ptr %gep573.2.3.i, align 4, !tbaa !5
-  %2504 = shl <16 x i32> %2503, splat (i32 16)
-  %2505 = bitcast <16 x i32> %2504 to <16 x float>
-  %2506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %2505, <16 x float> %2236)
-  store <16 x float> %2506, ptr %2223, align 4, !tbaa !5
-  %2507 = load float, ptr %2466, align 4, !tbaa !5
-  %2508 = insertelement <16 x float> poison, float %2507, i64 0
-  %2509 = shufflevector <16 x float> %2508, <16 x float> poison, <16 x i32> zeroinitializer
-  %2510 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.2.3.i = getelementptr i32, ptr %gep576.2.i, i64 %2510
-  %2511 = load <16 x i32>, ptr %gep573.1.2.3.i, align 4, !tbaa !5
-  %2512 = and <16 x i32> %2511, splat (i32 -65536)
-  %2513 = bitcast <16 x i32> %2512 to <16 x float>
-  %2514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2509, <16 x float> %2513, <16 x float> %2235)
-  store <16 x float> %2514, ptr %2226, align 4, !tbaa !5
-  %2515 = load float, ptr %2466, align 4, !tbaa !5
-  %2516 = insertelement <16 x float> poison, float %2515, i64 0
-  %2517 = shufflevector <16 x float> %2516, <16 x float> poison, <16 x i32> zeroinitializer
-  %2518 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.3.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2518
-  %2519 = load <16 x i32>, ptr %gep573.3.3.i, align 4, !tbaa !5
-  %2520 = shl <16 x i32> %2519, splat (i32 16)
-  %2521 = bitcast <16 x i32> %2520 to <16 x float>
-  %2522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2517, <16 x float> %2521, <16 x float> %2234)
-  store <16 x float> %2522, ptr %2229, align 4, !tbaa !5
-  %2523 = load float, ptr %2466, align 4, !tbaa !5
-  %2524 = insertelement <16 x float> poison, float %2523, i64 0
-  %2525 = shufflevector <16 x float> %2524, <16 x float> poison, <16 x i32> zeroinitializer
-  %2526 = load i64, ptr %2266, align 8, !tbaa !5
-  %gep573.1.3.3.i = getelementptr i32, ptr %gep576.3.i, i64 %2526
-  %2527 = load <16 x i32>, ptr %gep573.1.3.3.i, align 4, !tbaa !5
-  %2528 = and <16 x i32> %2527, splat (i32 -65536)
-  %2529 = bitcast <16 x i32> %2528 to <16 x float>
-  %2530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2525, <16 x float> %2529, <16 x float> %2233)
-  store <16 x float> %2530, ptr %2232, align 4, !tbaa !5
-  %indvars.iv.next784.i = add nuw nsw i64 %indvars.iv783.i, 1
-  %exitcond.not = icmp eq i64 %indvars.iv.next784.i, %213
-  br i1 %exitcond.not, label %for_end_ti.i, label %for_begin_r101.preheader.i, !prof !13
+  %2303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2302, <16 x float> %2287, <16 x float> %2271)
+  %2304 = and <16 x i32> %2285, splat (i32 -65536)
+  %2305 = bitcast <16 x i32> %2304 to <16 x float>
+  %2306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2305, <16 x float> %2274)
+  %2307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2305, <16 x float> %2275)
+  %2308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2297, <16 x float> %2305, <16 x float> %2276)
+  %2309 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2302, <16 x float> %2305, <16 x float> %2277)
+  %2310 = or disjoint i64 %1830, 15
+  %2311 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2310
+  %2312 = load float, ptr %2311, align 4, !tbaa !5
+  %2313 = insertelement <16 x float> poison, float %2312, i64 0
+  %2314 = shufflevector <16 x float> %2313, <16 x float> poison, <16 x i32> zeroinitializer
+  %2315 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2310
+  %2316 = load i64, ptr %2315, align 8, !tbaa !5
+  %gep523.i = getelementptr i32, ptr %gep526.i, i64 %2316
+  %2317 = load <16 x i32>, ptr %gep523.i, align 4, !tbaa !5
+  %2318 = shl <16 x i32> %2317, splat (i32 16)
+  %2319 = bitcast <16 x i32> %2318 to <16 x float>
+  %2320 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %2319, <16 x float> %2288)
+  %2321 = getelementptr inbounds nuw i8, ptr %1831, i64 572
+  %2322 = load float, ptr %2321, align 4, !tbaa !5
+  %2323 = insertelement <16 x float> poison, float %2322, i64 0
+  %2324 = shufflevector <16 x float> %2323, <16 x float> poison, <16 x i32> zeroinitializer
+  %2325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2319, <16 x float> %2293)
+  %2326 = getelementptr inbounds nuw i8, ptr %1831, i64 1084
+  %2327 = load float, ptr %2326, align 4, !tbaa !5
+  %2328 = insertelement <16 x float> poison, float %2327, i64 0
+  %2329 = shufflevector <16 x float> %2328, <16 x float> poison, <16 x i32> zeroinitializer
+  %2330 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2329, <16 x float> %2319, <16 x float> %2298)
+  %2331 = getelementptr inbounds nuw i8, ptr %1831, i64 1596
+  %2332 = load float, ptr %2331, align 4, !tbaa !5
+  %2333 = insertelement <16 x float> poison, float %2332, i64 0
+  %2334 = shufflevector <16 x float> %2333, <16 x float> poison, <16 x i32> zeroinitializer
+  %2335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2319, <16 x float> %2303)
+  %2336 = and <16 x i32> %2317, splat (i32 -65536)
+  %2337 = bitcast <16 x i32> %2336 to <16 x float>
+  %2338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2314, <16 x float> %2337, <16 x float> %2306)
+  %2339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2337, <16 x float> %2307)
+  %2340 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2329, <16 x float> %2337, <16 x float> %2308)
+  %2341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2337, <16 x float> %2309)
+  %indvars.iv.next691.i = add nuw nsw i64 %indvars.iv690.i, 1
+  %exitcond694.not.i = icmp eq i64 %indvars.iv.next691.i, %456
+  br i1 %exitcond694.not.i, label %for_end_to86.i, label %for_begin_ax189.preheader.i, !prof !13
 
-for_end_ti.i:                                     ; preds = %for_begin_r101.preheader.i, %for_begin_d_0_init.preheader.preheader.i
-  %2531 = shl nuw nsw i64 %indvars.iv821.i, 2
-  %2532 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2531
-  %2533 = load <4 x float>, ptr %2532, align 16, !tbaa !57
-  %old_max.i = select <4 x i1> %257, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2533
-  %2534 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2531
-  %2535 = load <4 x float>, ptr %2534, align 16, !tbaa !59
-  %old_sum.i = select <4 x i1> %257, <4 x float> zeroinitializer, <4 x float> %2535
-  %2536 = fcmp ogt <4 x float> %old_max.i, %tile_max245.sroa.0.12.vec.insert.i
-  %2537 = fcmp oeq <4 x float> %tile_sum244.sroa.0.12.vec.insert.i, zeroinitializer
+for_end_to86.i:                                   ; preds = %for_begin_ax189.preheader.i, %for_body_d_0.i
+  %full_acc_global227.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %2340, %for_begin_ax189.preheader.i ]
+  %full_acc_global227.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %2330, %for_begin_ax189.preheader.i ]
+  %full_acc_global227.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %2339, %for_begin_ax189.preheader.i ]
+  %full_acc_global227.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %2325, %for_begin_ax189.preheader.i ]
+  %full_acc_global227.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %2338, %for_begin_ax189.preheader.i ]
+  %full_acc_global227.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %2320, %for_begin_ax189.preheader.i ]
+  %full_acc_global227.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %2335, %for_begin_ax189.preheader.i ]
+  %full_acc_global227.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0.i ], [ %2341, %for_begin_ax189.preheader.i ]
+  %.idx1034.i = shl nuw nsw i64 %indvars.iv695.i, 7
+  %2342 = getelementptr inbounds nuw i8, ptr %full_acc.i, i64 %.idx1034.i
+  store <16 x float> %full_acc_global227.sroa.0.0.lcssa.i, ptr %2342, align 4, !tbaa !5
+  %2343 = getelementptr inbounds nuw i8, ptr %2342, i64 64
+  store <16 x float> %full_acc_global227.sroa.34.0.lcssa.i, ptr %2343, align 4, !tbaa !5
+  %2344 = getelementptr inbounds nuw i8, ptr %2342, i64 512
+  store <16 x float> %full_acc_global227.sroa.68.0.lcssa.i, ptr %2344, align 4, !tbaa !5
+  %2345 = getelementptr inbounds nuw i8, ptr %2342, i64 576
+  store <16 x float> %full_acc_global227.sroa.102.0.lcssa.i, ptr %2345, align 4, !tbaa !5
+  %2346 = getelementptr inbounds nuw i8, ptr %2342, i64 1024
+  store <16 x float> %full_acc_global227.sroa.136.0.lcssa.i, ptr %2346, align 4, !tbaa !5
+  %2347 = getelementptr inbounds nuw i8, ptr %2342, i64 1088
+  store <16 x float> %full_acc_global227.sroa.170.0.lcssa.i, ptr %2347, align 4, !tbaa !5
+  %2348 = getelementptr inbounds nuw i8, ptr %2342, i64 1536
+  store <16 x float> %full_acc_global227.sroa.204.0.lcssa.i, ptr %2348, align 4, !tbaa !5
+  %2349 = getelementptr inbounds nuw i8, ptr %2342, i64 1600
+  store <16 x float> %full_acc_global227.sroa.238.0.lcssa.i, ptr %2349, align 4, !tbaa !5
+  %indvars.iv.next696.i = add nuw nsw i64 %indvars.iv695.i, 1
+  %exitcond698.not.i = icmp eq i64 %indvars.iv.next696.i, 4
+  br i1 %exitcond698.not.i, label %for_begin_d_0_init.preheader.i, label %for_body_d_0.i, !prof !17
+
+for_begin_d_0_init.preheader.i:                   ; preds = %for_end_d_0_init.i, %for_end_to86.i
+  %r_init559.i = phi i32 [ %2527, %for_end_d_0_init.i ], [ 0, %for_end_to86.i ]
+  %2350 = shl nuw nsw i32 %r_init559.i, 7
+  br label %for_begin_d_2_init.preheader.i
+
+for_end_r_init.i:                                 ; preds = %for_end_d_0_init.i
+  br i1 %.not588.i, label %for_end_ti.i, label %for_begin_r96.preheader.i, !prof !60
+
+for_begin_d_2_init.preheader.i:                   ; preds = %for_begin_d_2_init.preheader.i, %for_begin_d_0_init.preheader.i
+  %d_0_init558.i = phi i32 [ 0, %for_begin_d_0_init.preheader.i ], [ %2526, %for_begin_d_2_init.preheader.i ]
+  %2351 = shl nuw nsw i32 %d_0_init558.i, 5
+  %.scalar.i = add nuw nsw i32 %2351, %2350
+  %2352 = insertelement <16 x i32> poison, i32 %.scalar.i, i64 0
+  %2353 = shufflevector <16 x i32> %2352, <16 x i32> poison, <16 x i32> <i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison>
+  %2354 = or disjoint <16 x i32> %2353, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 poison, i32 poison, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 poison, i32 poison>
+  %2355 = extractelement <16 x i32> %2354, i64 0
+  %2356 = zext nneg i32 %2355 to i64
+  %2357 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2356
+  %2358 = load float, ptr %2357, align 4, !tbaa !5
+  %2359 = extractelement <16 x i32> %2354, i64 1
+  %2360 = zext nneg i32 %2359 to i64
+  %2361 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2360
+  %2362 = load float, ptr %2361, align 4, !tbaa !5
+  %2363 = extractelement <16 x i32> %2354, i64 2
+  %2364 = zext nneg i32 %2363 to i64
+  %2365 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2364
+  %2366 = load float, ptr %2365, align 4, !tbaa !5
+  %2367 = extractelement <16 x i32> %2354, i64 3
+  %2368 = zext nneg i32 %2367 to i64
+  %2369 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2368
+  %2370 = load float, ptr %2369, align 4, !tbaa !5
+  %2371 = extractelement <16 x i32> %2354, i64 4
+  %2372 = zext nneg i32 %2371 to i64
+  %2373 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2372
+  %2374 = load float, ptr %2373, align 4, !tbaa !5
+  %2375 = extractelement <16 x i32> %2354, i64 5
+  %2376 = zext nneg i32 %2375 to i64
+  %2377 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2376
+  %2378 = load float, ptr %2377, align 4, !tbaa !5
+  %2379 = shufflevector <16 x i32> %2352, <16 x i32> poison, <2 x i32> zeroinitializer
+  %2380 = or disjoint <2 x i32> %2379, <i32 6, i32 7>
+  %2381 = extractelement <2 x i32> %2380, i64 0
+  %2382 = zext nneg i32 %2381 to i64
+  %2383 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2382
+  %2384 = load float, ptr %2383, align 4, !tbaa !5
+  %2385 = extractelement <2 x i32> %2380, i64 1
+  %2386 = zext nneg i32 %2385 to i64
+  %2387 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2386
+  %2388 = load float, ptr %2387, align 4, !tbaa !5
+  %2389 = extractelement <16 x i32> %2354, i64 8
+  %2390 = zext nneg i32 %2389 to i64
+  %2391 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2390
+  %2392 = load float, ptr %2391, align 4, !tbaa !5
+  %2393 = extractelement <16 x i32> %2354, i64 9
+  %2394 = zext nneg i32 %2393 to i64
+  %2395 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2394
+  %2396 = load float, ptr %2395, align 4, !tbaa !5
+  %2397 = extractelement <16 x i32> %2354, i64 10
+  %2398 = zext nneg i32 %2397 to i64
+  %2399 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2398
+  %2400 = load float, ptr %2399, align 4, !tbaa !5
+  %2401 = extractelement <16 x i32> %2354, i64 11
+  %2402 = zext nneg i32 %2401 to i64
+  %2403 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2402
+  %2404 = load float, ptr %2403, align 4, !tbaa !5
+  %2405 = extractelement <16 x i32> %2354, i64 12
+  %2406 = zext nneg i32 %2405 to i64
+  %2407 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2406
+  %2408 = load float, ptr %2407, align 4, !tbaa !5
+  %2409 = extractelement <16 x i32> %2354, i64 13
+  %2410 = zext nneg i32 %2409 to i64
+  %2411 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2410
+  %2412 = load float, ptr %2411, align 4, !tbaa !5
+  %2413 = shufflevector <16 x i32> %2352, <16 x i32> poison, <2 x i32> zeroinitializer
+  %2414 = or disjoint <2 x i32> %2413, <i32 14, i32 15>
+  %2415 = extractelement <2 x i32> %2414, i64 0
+  %2416 = zext nneg i32 %2415 to i64
+  %2417 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2416
+  %2418 = load float, ptr %2417, align 4, !tbaa !5
+  %2419 = extractelement <2 x i32> %2414, i64 1
+  %2420 = zext nneg i32 %2419 to i64
+  %2421 = getelementptr inbounds nuw float, ptr %full_acc.i, i64 %2420
+  %2422 = load float, ptr %2421, align 4, !tbaa !5
+  %2423 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2356
+  store float %2358, ptr %2423, align 4, !tbaa !5
+  %2424 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2360
+  store float %2362, ptr %2424, align 4, !tbaa !5
+  %2425 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2364
+  store float %2366, ptr %2425, align 4, !tbaa !5
+  %2426 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2368
+  store float %2370, ptr %2426, align 4, !tbaa !5
+  %2427 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2372
+  store float %2374, ptr %2427, align 4, !tbaa !5
+  %2428 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2376
+  store float %2378, ptr %2428, align 4, !tbaa !5
+  %2429 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2382
+  store float %2384, ptr %2429, align 4, !tbaa !5
+  %2430 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2386
+  store float %2388, ptr %2430, align 4, !tbaa !5
+  %2431 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2390
+  store float %2392, ptr %2431, align 4, !tbaa !5
+  %2432 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2394
+  store float %2396, ptr %2432, align 4, !tbaa !5
+  %2433 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2398
+  store float %2400, ptr %2433, align 4, !tbaa !5
+  %2434 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2402
+  store float %2404, ptr %2434, align 4, !tbaa !5
+  %2435 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2406
+  store float %2408, ptr %2435, align 4, !tbaa !5
+  %2436 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2410
+  store float %2412, ptr %2436, align 4, !tbaa !5
+  %2437 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2416
+  store float %2418, ptr %2437, align 4, !tbaa !5
+  %2438 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2420
+  store float %2422, ptr %2438, align 4, !tbaa !5
+  %2439 = add <16 x i32> %2352, <i32 16, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2440 = shufflevector <16 x i32> %2439, <16 x i32> poison, <16 x i32> <i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison>
+  %2441 = or disjoint <16 x i32> %2440, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 poison, i32 poison, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 poison, i32 poison>
+  %2442 = extractelement <16 x i32> %2441, i64 0
+  %2443 = sext i32 %2442 to i64
+  %2444 = getelementptr inbounds float, ptr %full_acc.i, i64 %2443
+  %2445 = load float, ptr %2444, align 4, !tbaa !5
+  %2446 = extractelement <16 x i32> %2441, i64 1
+  %2447 = sext i32 %2446 to i64
+  %2448 = getelementptr inbounds float, ptr %full_acc.i, i64 %2447
+  %2449 = load float, ptr %2448, align 4, !tbaa !5
+  %2450 = extractelement <16 x i32> %2441, i64 2
+  %2451 = sext i32 %2450 to i64
+  %2452 = getelementptr inbounds float, ptr %full_acc.i, i64 %2451
+  %2453 = load float, ptr %2452, align 4, !tbaa !5
+  %2454 = extractelement <16 x i32> %2441, i64 3
+  %2455 = sext i32 %2454 to i64
+  %2456 = getelementptr inbounds float, ptr %full_acc.i, i64 %2455
+  %2457 = load float, ptr %2456, align 4, !tbaa !5
+  %2458 = extractelement <16 x i32> %2441, i64 4
+  %2459 = sext i32 %2458 to i64
+  %2460 = getelementptr inbounds float, ptr %full_acc.i, i64 %2459
+  %2461 = load float, ptr %2460, align 4, !tbaa !5
+  %2462 = extractelement <16 x i32> %2441, i64 5
+  %2463 = sext i32 %2462 to i64
+  %2464 = getelementptr inbounds float, ptr %full_acc.i, i64 %2463
+  %2465 = load float, ptr %2464, align 4, !tbaa !5
+  %2466 = shufflevector <16 x i32> %2439, <16 x i32> poison, <2 x i32> zeroinitializer
+  %2467 = or disjoint <2 x i32> %2466, <i32 6, i32 7>
+  %2468 = extractelement <2 x i32> %2467, i64 0
+  %2469 = sext i32 %2468 to i64
+  %2470 = getelementptr inbounds float, ptr %full_acc.i, i64 %2469
+  %2471 = load float, ptr %2470, align 4, !tbaa !5
+  %2472 = extractelement <2 x i32> %2467, i64 1
+  %2473 = sext i32 %2472 to i64
+  %2474 = getelementptr inbounds float, ptr %full_acc.i, i64 %2473
+  %2475 = load float, ptr %2474, align 4, !tbaa !5
+  %2476 = extractelement <16 x i32> %2441, i64 8
+  %2477 = sext i32 %2476 to i64
+  %2478 = getelementptr inbounds float, ptr %full_acc.i, i64 %2477
+  %2479 = load float, ptr %2478, align 4, !tbaa !5
+  %2480 = extractelement <16 x i32> %2441, i64 9
+  %2481 = sext i32 %2480 to i64
+  %2482 = getelementptr inbounds float, ptr %full_acc.i, i64 %2481
+  %2483 = load float, ptr %2482, align 4, !tbaa !5
+  %2484 = extractelement <16 x i32> %2441, i64 10
+  %2485 = sext i32 %2484 to i64
+  %2486 = getelementptr inbounds float, ptr %full_acc.i, i64 %2485
+  %2487 = load float, ptr %2486, align 4, !tbaa !5
+  %2488 = extractelement <16 x i32> %2441, i64 11
+  %2489 = sext i32 %2488 to i64
+  %2490 = getelementptr inbounds float, ptr %full_acc.i, i64 %2489
+  %2491 = load float, ptr %2490, align 4, !tbaa !5
+  %2492 = extractelement <16 x i32> %2441, i64 12
+  %2493 = sext i32 %2492 to i64
+  %2494 = getelementptr inbounds float, ptr %full_acc.i, i64 %2493
+  %2495 = load float, ptr %2494, align 4, !tbaa !5
+  %2496 = extractelement <16 x i32> %2441, i64 13
+  %2497 = sext i32 %2496 to i64
+  %2498 = getelementptr inbounds float, ptr %full_acc.i, i64 %2497
+  %2499 = load float, ptr %2498, align 4, !tbaa !5
+  %2500 = shufflevector <16 x i32> %2439, <16 x i32> poison, <2 x i32> zeroinitializer
+  %2501 = or disjoint <2 x i32> %2500, <i32 14, i32 15>
+  %2502 = extractelement <2 x i32> %2501, i64 0
+  %2503 = sext i32 %2502 to i64
+  %2504 = getelementptr inbounds float, ptr %full_acc.i, i64 %2503
+  %2505 = load float, ptr %2504, align 4, !tbaa !5
+  %2506 = extractelement <2 x i32> %2501, i64 1
+  %2507 = sext i32 %2506 to i64
+  %2508 = getelementptr inbounds float, ptr %full_acc.i, i64 %2507
+  %2509 = load float, ptr %2508, align 4, !tbaa !5
+  %2510 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2443
+  store float %2445, ptr %2510, align 4, !tbaa !5
+  %2511 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2447
+  store float %2449, ptr %2511, align 4, !tbaa !5
+  %2512 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2451
+  store float %2453, ptr %2512, align 4, !tbaa !5
+  %2513 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2455
+  store float %2457, ptr %2513, align 4, !tbaa !5
+  %2514 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2459
+  store float %2461, ptr %2514, align 4, !tbaa !5
+  %2515 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2463
+  store float %2465, ptr %2515, align 4, !tbaa !5
+  %2516 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2469
+  store float %2471, ptr %2516, align 4, !tbaa !5
+  %2517 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2473
+  store float %2475, ptr %2517, align 4, !tbaa !5
+  %2518 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2477
+  store float %2479, ptr %2518, align 4, !tbaa !5
+  %2519 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2481
+  store float %2483, ptr %2519, align 4, !tbaa !5
+  %2520 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2485
+  store float %2487, ptr %2520, align 4, !tbaa !5
+  %2521 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2489
+  store float %2491, ptr %2521, align 4, !tbaa !5
+  %2522 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2493
+  store float %2495, ptr %2522, align 4, !tbaa !5
+  %2523 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2497
+  store float %2499, ptr %2523, align 4, !tbaa !5
+  %2524 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2503
+  store float %2505, ptr %2524, align 4, !tbaa !5
+  %2525 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2507
+  store float %2509, ptr %2525, align 4, !tbaa !5
+  %2526 = add nuw nsw i32 %d_0_init558.i, 1
+  %exitcond699.not.i = icmp eq i32 %2526, 4
+  br i1 %exitcond699.not.i, label %for_end_d_0_init.i, label %for_begin_d_2_init.preheader.i, !prof !17
+
+for_end_d_0_init.i:                               ; preds = %for_begin_d_2_init.preheader.i
+  %2527 = add nuw nsw i32 %r_init559.i, 1
+  %exitcond700.not.i = icmp eq i32 %2527, 4
+  br i1 %exitcond700.not.i, label %for_end_r_init.i, label %for_begin_d_0_init.preheader.i, !prof !17
+
+for_begin_r96.preheader.i:                        ; preds = %for_end_r98.i, %for_end_r_init.i
+  %indvars.iv709.i = phi i64 [ %indvars.iv.next710.i, %for_end_r98.i ], [ 0, %for_end_r_init.i ]
+  %2528 = add nuw nsw i64 %indvars.iv709.i, %457
+  %2529 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2528
+  %2530 = trunc nsw i64 %2528 to i32
+  br label %for_begin_d_0101.preheader.i
+
+for_end_ti.i:                                     ; preds = %for_end_r98.i, %for_end_r_init.i
+  %2531 = shl nuw nsw i64 %indvars.iv734.i, 2
+  %2532 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %2531
+  %2533 = load <4 x float>, ptr %2532, align 16, !tbaa !21
+  %old_max.i = select <4 x i1> %455, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2533
+  %2534 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %2531
+  %2535 = load <4 x float>, ptr %2534, align 16, !tbaa !19
+  %old_sum.i = select <4 x i1> %455, <4 x float> zeroinitializer, <4 x float> %2535
+  %2536 = fcmp ogt <4 x float> %old_max.i, %tile_max235.sroa.0.12.vec.insert.i
+  %2537 = fcmp oeq <4 x float> %tile_sum234.sroa.0.12.vec.insert.i, zeroinitializer
   %2538 = select <4 x i1> %2537, <4 x i1> splat (i1 true), <4 x i1> %2536
-  %old_or_both.i = select <4 x i1> %2538, <4 x float> %old_max.i, <4 x float> %tile_max245.sroa.0.12.vec.insert.i
+  %old_or_both.i = select <4 x i1> %2538, <4 x float> %old_max.i, <4 x float> %tile_max235.sroa.0.12.vec.insert.i
   %2539 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %2539, <4 x float> %tile_max245.sroa.0.12.vec.insert.i, <4 x float> %old_or_both.i
-  %arg117.i = fsub <4 x float> %old_max.i, %m.i
-  %cse_v122.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg117.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2540 = bitcast <4 x float> %cse_v122.i to <4 x i32>
-  %2541 = add nsw <4 x i32> %2540, splat (i32 -1262485504)
-  %2542 = sitofp <4 x i32> %2541 to <4 x float>
-  %2543 = fmul <4 x float> %2542, splat (float 0x3F2BD01060000000)
-  %2544 = fmul <4 x float> %2542, splat (float 0x3FE6300000000000)
-  %2545 = fsub <4 x float> %arg117.i, %2544
-  %2546 = fadd <4 x float> %2543, %2545
-  %2547 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2546, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2548 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2547, <4 x float> %2546, <4 x float> splat (float 0x3F81112100000000))
-  %2549 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2548, <4 x float> %2546, <4 x float> splat (float 0x3FA5553820000000))
-  %2550 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2549, <4 x float> %2546, <4 x float> splat (float 0x3FC5555540000000))
-  %2551 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2550, <4 x float> %2546, <4 x float> splat (float 5.000000e-01))
-  %2552 = fmul <4 x float> %2546, %2551
-  %2553 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2552, <4 x float> %2546, <4 x float> %2546)
-  %2554 = shl <4 x i32> %2540, splat (i32 23)
-  %2555 = add <4 x i32> %2554, splat (i32 1065353216)
-  %2556 = bitcast <4 x i32> %2555 to <4 x float>
-  %2557 = fadd <4 x float> %2553, splat (float 1.000000e+00)
-  %2558 = fmul <4 x float> %2557, %2556
-  %2559 = fcmp olt <4 x float> %arg117.i, splat (float -8.700000e+01)
-  %2560 = select <4 x i1> %2559, <4 x float> zeroinitializer, <4 x float> %2558
-  %2561 = fcmp one <4 x float> %old_sum.i, zeroinitializer
-  %2562 = select <4 x i1> %2561, <4 x float> %2560, <4 x float> zeroinitializer
-  store <4 x float> %2562, ptr %alpha234.i, align 16, !tbaa !61
-  %arg131.i = fsub <4 x float> %tile_max245.sroa.0.12.vec.insert.i, %m.i
-  %cse_v103.i = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg131.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
-  %2563 = bitcast <4 x float> %cse_v103.i to <4 x i32>
-  %2564 = add nsw <4 x i32> %2563, splat (i32 -1262485504)
-  %2565 = sitofp <4 x i32> %2564 to <4 x float>
-  %2566 = fmul <4 x float> %2565, splat (float 0x3F2BD01060000000)
-  %2567 = fmul <4 x float> %2565, splat (float 0x3FE6300000000000)
-  %2568 = fsub <4 x float> %arg131.i, %2567
-  %2569 = fadd <4 x float> %2566, %2568
-  %2570 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2569, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
-  %2571 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2570, <4 x float> %2569, <4 x float> splat (float 0x3F81112100000000))
-  %2572 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2571, <4 x float> %2569, <4 x float> splat (float 0x3FA5553820000000))
-  %2573 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2572, <4 x float> %2569, <4 x float> splat (float 0x3FC5555540000000))
-  %2574 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2573, <4 x float> %2569, <4 x float> splat (float 5.000000e-01))
-  %2575 = fmul <4 x float> %2569, %2574
-  %2576 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2575, <4 x float> %2569, <4 x float> %2569)
-  %2577 = shl <4 x i32> %2563, splat (i32 23)
-  %2578 = add <4 x i32> %2577, splat (i32 1065353216)
-  %2579 = bitcast <4 x i32> %2578 to <4 x float>
-  %2580 = fadd <4 x float> %2576, splat (float 1.000000e+00)
-  %2581 = fmul <4 x float> %2580, %2579
-  %2582 = fcmp olt <4 x float> %arg131.i, splat (float -8.700000e+01)
-  %2583 = select <4 x i1> %2582, <4 x float> zeroinitializer, <4 x float> %2581
-  %2584 = fcmp one <4 x float> %tile_sum244.sroa.0.12.vec.insert.i, zeroinitializer
-  %2585 = select <4 x i1> %2584, <4 x float> %2583, <4 x float> zeroinitializer
-  store <4 x float> %2585, ptr %beta233.i, align 16, !tbaa !70
-  %2586 = fmul <4 x float> %old_sum.i, %2562
-  %2587 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2585, <4 x float> %tile_sum244.sroa.0.12.vec.insert.i, <4 x float> %2586)
-  store <4 x float> %m.i, ptr %2532, align 16, !tbaa !57
-  store <4 x float> %2587, ptr %2534, align 16, !tbaa !59
-  %invariant.gep82 = getelementptr inbounds nuw float, ptr %acc.i, i64 %300
-  br label %for_begin_d_0149.preheader.i
+  %m.i = select <4 x i1> %2539, <4 x float> %tile_max235.sroa.0.12.vec.insert.i, <4 x float> %old_or_both.i
+  %2540 = fsub <4 x float> %old_max.i, %m.i
+  %2541 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2540, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %2542 = bitcast <4 x float> %2541 to <4 x i32>
+  %2543 = add nsw <4 x i32> %2542, splat (i32 -1262485504)
+  %2544 = sitofp <4 x i32> %2543 to <4 x float>
+  %2545 = fmul <4 x float> %2544, splat (float 0x3F2BD01060000000)
+  %2546 = fmul <4 x float> %2544, splat (float 0x3FE6300000000000)
+  %2547 = fsub <4 x float> %2540, %2546
+  %2548 = fadd <4 x float> %2545, %2547
+  %2549 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2548, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %2550 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2549, <4 x float> %2548, <4 x float> splat (float 0x3F81112100000000))
+  %2551 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2550, <4 x float> %2548, <4 x float> splat (float 0x3FA5553820000000))
+  %2552 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2551, <4 x float> %2548, <4 x float> splat (float 0x3FC5555540000000))
+  %2553 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2552, <4 x float> %2548, <4 x float> splat (float 5.000000e-01))
+  %2554 = fmul <4 x float> %2548, %2553
+  %2555 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2554, <4 x float> %2548, <4 x float> %2548)
+  %2556 = shl <4 x i32> %2542, splat (i32 23)
+  %2557 = add <4 x i32> %2556, splat (i32 1065353216)
+  %2558 = bitcast <4 x i32> %2557 to <4 x float>
+  %2559 = fadd <4 x float> %2555, splat (float 1.000000e+00)
+  %2560 = fmul <4 x float> %2559, %2558
+  %2561 = fcmp olt <4 x float> %2540, splat (float -8.700000e+01)
+  %2562 = select <4 x i1> %2561, <4 x float> zeroinitializer, <4 x float> %2560
+  %2563 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %2564 = select <4 x i1> %2563, <4 x float> %2562, <4 x float> zeroinitializer
+  store <4 x float> %2564, ptr %alpha224.i, align 16, !tbaa !61
+  %arg121.i = fsub <4 x float> %tile_max235.sroa.0.12.vec.insert.i, %m.i
+  %2565 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg121.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
+  %2566 = bitcast <4 x float> %2565 to <4 x i32>
+  %2567 = add nsw <4 x i32> %2566, splat (i32 -1262485504)
+  %2568 = sitofp <4 x i32> %2567 to <4 x float>
+  %2569 = fmul <4 x float> %2568, splat (float 0x3F2BD01060000000)
+  %2570 = fmul <4 x float> %2568, splat (float 0x3FE6300000000000)
+  %2571 = fsub <4 x float> %arg121.i, %2570
+  %2572 = fadd <4 x float> %2569, %2571
+  %2573 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2572, <4 x float> splat (float 0x3F2A0D2CE0000000), <4 x float> splat (float 0x3F56E879C0000000))
+  %2574 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2573, <4 x float> %2572, <4 x float> splat (float 0x3F81112100000000))
+  %2575 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2574, <4 x float> %2572, <4 x float> splat (float 0x3FA5553820000000))
+  %2576 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2575, <4 x float> %2572, <4 x float> splat (float 0x3FC5555540000000))
+  %2577 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2576, <4 x float> %2572, <4 x float> splat (float 5.000000e-01))
+  %2578 = fmul <4 x float> %2572, %2577
+  %2579 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2578, <4 x float> %2572, <4 x float> %2572)
+  %2580 = shl <4 x i32> %2566, splat (i32 23)
+  %2581 = add <4 x i32> %2580, splat (i32 1065353216)
+  %2582 = bitcast <4 x i32> %2581 to <4 x float>
+  %2583 = fadd <4 x float> %2579, splat (float 1.000000e+00)
+  %2584 = fmul <4 x float> %2583, %2582
+  %2585 = fcmp olt <4 x float> %arg121.i, splat (float -8.700000e+01)
+  %2586 = select <4 x i1> %2585, <4 x float> zeroinitializer, <4 x float> %2584
+  %2587 = fcmp one <4 x float> %tile_sum234.sroa.0.12.vec.insert.i, zeroinitializer
+  %2588 = select <4 x i1> %2587, <4 x float> %2586, <4 x float> zeroinitializer
+  store <4 x float> %2588, ptr %beta223.i, align 16, !tbaa !70
+  %2589 = fmul <4 x float> %old_sum.i, %2564
+  %2590 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2588, <4 x float> %tile_sum234.sroa.0.12.vec.insert.i, <4 x float> %2589)
+  store <4 x float> %m.i, ptr %2532, align 16, !tbaa !21
+  store <4 x float> %2590, ptr %2534, align 16, !tbaa !19
+  %.idx60 = shl nuw nsw i64 %indvars.iv734.i, 11
+  %invariant.gep81 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
+  br label %for_begin_d_0139.preheader.i
 
-for_begin_d_0149.preheader.i:                     ; preds = %for_end_d_0151.i, %for_end_ti.i
-  %indvars.iv815.i = phi i64 [ 0, %for_end_ti.i ], [ %indvars.iv.next816.i, %for_end_d_0151.i ]
-  %2588 = shl nuw nsw i64 %indvars.iv815.i, 7
-  %2589 = getelementptr inbounds nuw float, ptr %beta233.i, i64 %indvars.iv815.i
-  %2590 = load float, ptr %2589, align 4, !tbaa !79
-  %2591 = insertelement <32 x float> poison, float %2590, i64 0
-  %2592 = shufflevector <32 x float> %2591, <32 x float> poison, <32 x i32> zeroinitializer
-  %2593 = getelementptr inbounds nuw float, ptr %alpha234.i, i64 %indvars.iv815.i
-  %2594 = load float, ptr %2593, align 4, !tbaa !80
-  %2595 = insertelement <32 x float> poison, float %2594, i64 0
-  %2596 = shufflevector <32 x float> %2595, <32 x float> poison, <32 x i32> zeroinitializer
-  %2597 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2588
-  %2598 = load <4 x float>, ptr %2597, align 4, !tbaa !5
-  %2599 = getelementptr inbounds nuw i8, ptr %2597, i64 64
-  %2600 = load <4 x float>, ptr %2599, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend932.i = shufflevector <4 x float> %2598, <4 x float> %2600, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2601 = getelementptr inbounds nuw i8, ptr %2597, i64 16
-  %2602 = load <4 x float>, ptr %2601, align 4, !tbaa !5
-  %2603 = getelementptr inbounds nuw i8, ptr %2597, i64 80
-  %2604 = load <4 x float>, ptr %2603, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand952.i = shufflevector <4 x float> %2602, <4 x float> %2604, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend953.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend932.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand952.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand973.i = shufflevector <4 x float> %2602, <4 x float> %2604, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend974.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend953.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand973.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2605 = getelementptr inbounds nuw i8, ptr %2597, i64 32
-  %2606 = load <4 x float>, ptr %2605, align 4, !tbaa !5
-  %2607 = getelementptr inbounds nuw i8, ptr %2597, i64 96
-  %2608 = load <4 x float>, ptr %2607, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand994.i = shufflevector <4 x float> %2606, <4 x float> %2608, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend995.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend974.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand994.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1015.i = shufflevector <4 x float> %2606, <4 x float> %2608, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1016.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend995.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1015.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2609 = getelementptr inbounds nuw i8, ptr %2597, i64 48
-  %2610 = load <4 x float>, ptr %2609, align 4, !tbaa !5
-  %2611 = getelementptr inbounds nuw i8, ptr %2597, i64 112
-  %2612 = load <4 x float>, ptr %2611, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1036.i = shufflevector <4 x float> %2610, <4 x float> %2612, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1037.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1016.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1036.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1057.i = shufflevector <4 x float> %2610, <4 x float> %2612, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1058.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1037.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1057.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %gep83 = getelementptr inbounds nuw float, ptr %invariant.gep82, i64 %2588
-  br i1 %255, label %for_body_d_0150.us.preheader.i, label %for_body_d_0150.preheader.i, !prof !8
+for_begin_d_0101.preheader.i:                     ; preds = %for_end_d_0103.i, %for_begin_r96.preheader.i
+  %indvars.iv705.i = phi i64 [ 0, %for_begin_r96.preheader.i ], [ %indvars.iv.next706.i, %for_end_d_0103.i ]
+  %indvars.iv705.tr.i = trunc i64 %indvars.iv705.i to i32
+  %2591 = shl i32 %indvars.iv705.tr.i, 7
+  %2592 = add i32 %2591, %2530
+  %2593 = sext i32 %2592 to i64
+  %2594 = getelementptr inbounds float, ptr %probs.i, i64 %2593
+  br label %for_begin_d_2.preheader.i
 
-for_body_d_0150.preheader.i:                      ; preds = %for_begin_d_0149.preheader.i
-  %2613 = load <32 x float>, ptr %gep83, align 4, !tbaa !5
-  %2614 = fmul <32 x float> %2596, %2613
-  %2615 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1058.i, <32 x float> %2614)
-  store <32 x float> %2615, ptr %gep83, align 4, !tbaa !5
-  %2616 = getelementptr inbounds nuw i8, ptr %2597, i64 128
-  %2617 = load <4 x float>, ptr %2616, align 4, !tbaa !5
-  %2618 = getelementptr inbounds nuw i8, ptr %2597, i64 192
-  %2619 = load <4 x float>, ptr %2618, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend923.i = shufflevector <4 x float> %2617, <4 x float> %2619, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2620 = getelementptr inbounds nuw i8, ptr %2597, i64 144
-  %2621 = load <4 x float>, ptr %2620, align 4, !tbaa !5
-  %2622 = getelementptr inbounds nuw i8, ptr %2597, i64 208
-  %2623 = load <4 x float>, ptr %2622, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand943.i = shufflevector <4 x float> %2621, <4 x float> %2623, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend944.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend923.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand943.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand964.i = shufflevector <4 x float> %2621, <4 x float> %2623, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend965.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend944.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand964.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2624 = getelementptr inbounds nuw i8, ptr %2597, i64 160
-  %2625 = load <4 x float>, ptr %2624, align 4, !tbaa !5
-  %2626 = getelementptr inbounds nuw i8, ptr %2597, i64 224
-  %2627 = load <4 x float>, ptr %2626, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand985.i = shufflevector <4 x float> %2625, <4 x float> %2627, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend986.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend965.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand985.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1006.i = shufflevector <4 x float> %2625, <4 x float> %2627, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1007.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend986.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1006.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2628 = getelementptr inbounds nuw i8, ptr %2597, i64 176
-  %2629 = load <4 x float>, ptr %2628, align 4, !tbaa !5
-  %2630 = getelementptr inbounds nuw i8, ptr %2597, i64 240
-  %2631 = load <4 x float>, ptr %2630, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1027.i = shufflevector <4 x float> %2629, <4 x float> %2631, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1028.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1007.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1027.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1048.i = shufflevector <4 x float> %2629, <4 x float> %2631, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1049.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1028.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1048.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2632 = getelementptr inbounds nuw i8, ptr %gep83, i64 128
-  %2633 = load <32 x float>, ptr %2632, align 4, !tbaa !5
-  %2634 = fmul <32 x float> %2596, %2633
-  %2635 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1049.i, <32 x float> %2634)
-  store <32 x float> %2635, ptr %2632, align 4, !tbaa !5
-  %2636 = getelementptr inbounds nuw i8, ptr %2597, i64 256
-  %2637 = load <4 x float>, ptr %2636, align 4, !tbaa !5
-  %2638 = getelementptr inbounds nuw i8, ptr %2597, i64 320
-  %2639 = load <4 x float>, ptr %2638, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend926.i = shufflevector <4 x float> %2637, <4 x float> %2639, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2640 = getelementptr inbounds nuw i8, ptr %2597, i64 272
-  %2641 = load <4 x float>, ptr %2640, align 4, !tbaa !5
-  %2642 = getelementptr inbounds nuw i8, ptr %2597, i64 336
-  %2643 = load <4 x float>, ptr %2642, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand946.i = shufflevector <4 x float> %2641, <4 x float> %2643, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend947.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend926.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand946.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand967.i = shufflevector <4 x float> %2641, <4 x float> %2643, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend968.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend947.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand967.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2644 = getelementptr inbounds nuw i8, ptr %2597, i64 288
-  %2645 = load <4 x float>, ptr %2644, align 4, !tbaa !5
-  %2646 = getelementptr inbounds nuw i8, ptr %2597, i64 352
-  %2647 = load <4 x float>, ptr %2646, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand988.i = shufflevector <4 x float> %2645, <4 x float> %2647, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend989.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend968.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand988.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1009.i = shufflevector <4 x float> %2645, <4 x float> %2647, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1010.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend989.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1009.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2648 = getelementptr inbounds nuw i8, ptr %2597, i64 304
-  %2649 = load <4 x float>, ptr %2648, align 4, !tbaa !5
-  %2650 = getelementptr inbounds nuw i8, ptr %2597, i64 368
-  %2651 = load <4 x float>, ptr %2650, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1030.i = shufflevector <4 x float> %2649, <4 x float> %2651, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1031.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1010.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1030.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1051.i = shufflevector <4 x float> %2649, <4 x float> %2651, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1052.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1031.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1051.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2652 = getelementptr inbounds nuw i8, ptr %gep83, i64 256
-  %2653 = load <32 x float>, ptr %2652, align 4, !tbaa !5
-  %2654 = fmul <32 x float> %2596, %2653
-  %2655 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1052.i, <32 x float> %2654)
-  store <32 x float> %2655, ptr %2652, align 4, !tbaa !5
-  %2656 = getelementptr inbounds nuw i8, ptr %2597, i64 384
-  %2657 = load <4 x float>, ptr %2656, align 4, !tbaa !5
-  %2658 = getelementptr inbounds nuw i8, ptr %2597, i64 448
-  %2659 = load <4 x float>, ptr %2658, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend929.i = shufflevector <4 x float> %2657, <4 x float> %2659, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2660 = getelementptr inbounds nuw i8, ptr %2597, i64 400
-  %2661 = load <4 x float>, ptr %2660, align 4, !tbaa !5
-  %2662 = getelementptr inbounds nuw i8, ptr %2597, i64 464
-  %2663 = load <4 x float>, ptr %2662, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand949.i = shufflevector <4 x float> %2661, <4 x float> %2663, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend950.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend929.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand949.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand970.i = shufflevector <4 x float> %2661, <4 x float> %2663, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend971.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend950.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand970.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2664 = getelementptr inbounds nuw i8, ptr %2597, i64 416
-  %2665 = load <4 x float>, ptr %2664, align 4, !tbaa !5
-  %2666 = getelementptr inbounds nuw i8, ptr %2597, i64 480
-  %2667 = load <4 x float>, ptr %2666, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand991.i = shufflevector <4 x float> %2665, <4 x float> %2667, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend992.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend971.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand991.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1012.i = shufflevector <4 x float> %2665, <4 x float> %2667, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1013.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend992.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1012.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2668 = getelementptr inbounds nuw i8, ptr %2597, i64 432
-  %2669 = load <4 x float>, ptr %2668, align 4, !tbaa !5
-  %2670 = getelementptr inbounds nuw i8, ptr %2597, i64 496
-  %2671 = load <4 x float>, ptr %2670, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1033.i = shufflevector <4 x float> %2669, <4 x float> %2671, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1034.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1013.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1033.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1054.i = shufflevector <4 x float> %2669, <4 x float> %2671, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1055.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1034.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1054.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2672 = getelementptr inbounds nuw i8, ptr %gep83, i64 384
-  %2673 = load <32 x float>, ptr %2672, align 4, !tbaa !5
-  %2674 = fmul <32 x float> %2596, %2673
-  %2675 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1055.i, <32 x float> %2674)
-  store <32 x float> %2675, ptr %2672, align 4, !tbaa !5
-  br label %for_end_d_0151.i
+for_end_r98.i:                                    ; preds = %for_end_d_0103.i
+  %indvars.iv.next710.i = add nuw nsw i64 %indvars.iv709.i, 1
+  %exitcond.not = icmp eq i64 %indvars.iv.next710.i, %191
+  br i1 %exitcond.not, label %for_end_ti.i, label %for_begin_r96.preheader.i, !prof !13
 
-for_body_d_0150.us.preheader.i:                   ; preds = %for_begin_d_0149.preheader.i
-  %2676 = fmul <32 x float> %2596, zeroinitializer
-  %2677 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1058.i, <32 x float> %2676)
-  store <32 x float> %2677, ptr %gep83, align 4, !tbaa !5
-  %2678 = getelementptr inbounds nuw i8, ptr %2597, i64 128
-  %2679 = load <4 x float>, ptr %2678, align 4, !tbaa !5
-  %2680 = getelementptr inbounds nuw i8, ptr %2597, i64 192
-  %2681 = load <4 x float>, ptr %2680, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend935.i = shufflevector <4 x float> %2679, <4 x float> %2681, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2682 = getelementptr inbounds nuw i8, ptr %2597, i64 144
-  %2683 = load <4 x float>, ptr %2682, align 4, !tbaa !5
-  %2684 = getelementptr inbounds nuw i8, ptr %2597, i64 208
-  %2685 = load <4 x float>, ptr %2684, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand955.i = shufflevector <4 x float> %2683, <4 x float> %2685, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend956.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend935.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand955.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand976.i = shufflevector <4 x float> %2683, <4 x float> %2685, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend977.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend956.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand976.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2686 = getelementptr inbounds nuw i8, ptr %2597, i64 160
-  %2687 = load <4 x float>, ptr %2686, align 4, !tbaa !5
-  %2688 = getelementptr inbounds nuw i8, ptr %2597, i64 224
-  %2689 = load <4 x float>, ptr %2688, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand997.i = shufflevector <4 x float> %2687, <4 x float> %2689, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend998.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend977.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand997.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1018.i = shufflevector <4 x float> %2687, <4 x float> %2689, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1019.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend998.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1018.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2690 = getelementptr inbounds nuw i8, ptr %2597, i64 176
-  %2691 = load <4 x float>, ptr %2690, align 4, !tbaa !5
-  %2692 = getelementptr inbounds nuw i8, ptr %2597, i64 240
-  %2693 = load <4 x float>, ptr %2692, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1039.i = shufflevector <4 x float> %2691, <4 x float> %2693, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1040.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1019.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1039.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1060.i = shufflevector <4 x float> %2691, <4 x float> %2693, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1061.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1040.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1060.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2694 = getelementptr inbounds nuw i8, ptr %gep83, i64 128
-  %2695 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1061.i, <32 x float> %2676)
-  store <32 x float> %2695, ptr %2694, align 4, !tbaa !5
-  %2696 = getelementptr inbounds nuw i8, ptr %2597, i64 256
-  %2697 = load <4 x float>, ptr %2696, align 4, !tbaa !5
-  %2698 = getelementptr inbounds nuw i8, ptr %2597, i64 320
-  %2699 = load <4 x float>, ptr %2698, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend938.i = shufflevector <4 x float> %2697, <4 x float> %2699, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2700 = getelementptr inbounds nuw i8, ptr %2597, i64 272
-  %2701 = load <4 x float>, ptr %2700, align 4, !tbaa !5
-  %2702 = getelementptr inbounds nuw i8, ptr %2597, i64 336
-  %2703 = load <4 x float>, ptr %2702, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand958.i = shufflevector <4 x float> %2701, <4 x float> %2703, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend959.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend938.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand958.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand979.i = shufflevector <4 x float> %2701, <4 x float> %2703, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend980.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend959.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand979.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2704 = getelementptr inbounds nuw i8, ptr %2597, i64 288
-  %2705 = load <4 x float>, ptr %2704, align 4, !tbaa !5
-  %2706 = getelementptr inbounds nuw i8, ptr %2597, i64 352
-  %2707 = load <4 x float>, ptr %2706, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand1000.i = shufflevector <4 x float> %2705, <4 x float> %2707, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend1001.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend980.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand1000.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1021.i = shufflevector <4 x float> %2705, <4 x float> %2707, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1022.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend1001.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1021.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2708 = getelementptr inbounds nuw i8, ptr %2597, i64 304
-  %2709 = load <4 x float>, ptr %2708, align 4, !tbaa !5
-  %2710 = getelementptr inbounds nuw i8, ptr %2597, i64 368
-  %2711 = load <4 x float>, ptr %2710, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1042.i = shufflevector <4 x float> %2709, <4 x float> %2711, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1043.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1022.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1042.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1063.i = shufflevector <4 x float> %2709, <4 x float> %2711, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1064.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1043.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1063.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2712 = getelementptr inbounds nuw i8, ptr %gep83, i64 256
-  %2713 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1064.i, <32 x float> %2676)
-  store <32 x float> %2713, ptr %2712, align 4, !tbaa !5
-  %2714 = getelementptr inbounds nuw i8, ptr %2597, i64 384
-  %2715 = load <4 x float>, ptr %2714, align 4, !tbaa !5
-  %2716 = getelementptr inbounds nuw i8, ptr %2597, i64 448
-  %2717 = load <4 x float>, ptr %2716, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.16.vecblend941.i = shufflevector <4 x float> %2715, <4 x float> %2717, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2718 = getelementptr inbounds nuw i8, ptr %2597, i64 400
-  %2719 = load <4 x float>, ptr %2718, align 4, !tbaa !5
-  %2720 = getelementptr inbounds nuw i8, ptr %2597, i64 464
-  %2721 = load <4 x float>, ptr %2720, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.32.vec.expand961.i = shufflevector <4 x float> %2719, <4 x float> %2721, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.32.vecblend962.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.16.vecblend941.i, <32 x float> %tile_acc_global232.sroa.0.32.vec.expand961.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vec.expand982.i = shufflevector <4 x float> %2719, <4 x float> %2721, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.48.vecblend983.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.32.vecblend962.i, <32 x float> %tile_acc_global232.sroa.0.48.vec.expand982.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2722 = getelementptr inbounds nuw i8, ptr %2597, i64 416
-  %2723 = load <4 x float>, ptr %2722, align 4, !tbaa !5
-  %2724 = getelementptr inbounds nuw i8, ptr %2597, i64 480
-  %2725 = load <4 x float>, ptr %2724, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.64.vec.expand1003.i = shufflevector <4 x float> %2723, <4 x float> %2725, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.64.vecblend1004.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.48.vecblend983.i, <32 x float> %tile_acc_global232.sroa.0.64.vec.expand1003.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vec.expand1024.i = shufflevector <4 x float> %2723, <4 x float> %2725, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.80.vecblend1025.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.64.vecblend1004.i, <32 x float> %tile_acc_global232.sroa.0.80.vec.expand1024.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
-  %2726 = getelementptr inbounds nuw i8, ptr %2597, i64 432
-  %2727 = load <4 x float>, ptr %2726, align 4, !tbaa !5
-  %2728 = getelementptr inbounds nuw i8, ptr %2597, i64 496
-  %2729 = load <4 x float>, ptr %2728, align 4, !tbaa !5
-  %tile_acc_global232.sroa.0.96.vec.expand1045.i = shufflevector <4 x float> %2727, <4 x float> %2729, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.96.vecblend1046.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.80.vecblend1025.i, <32 x float> %tile_acc_global232.sroa.0.96.vec.expand1045.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
-  %tile_acc_global232.sroa.0.112.vec.expand1066.i = shufflevector <4 x float> %2727, <4 x float> %2729, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
-  %tile_acc_global232.sroa.0.112.vecblend1067.i = shufflevector <32 x float> %tile_acc_global232.sroa.0.96.vecblend1046.i, <32 x float> %tile_acc_global232.sroa.0.112.vec.expand1066.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
-  %2730 = getelementptr inbounds nuw i8, ptr %gep83, i64 384
-  %2731 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2592, <32 x float> %tile_acc_global232.sroa.0.112.vecblend1067.i, <32 x float> %2676)
-  store <32 x float> %2731, ptr %2730, align 4, !tbaa !5
-  br label %for_end_d_0151.i
+for_begin_d_2.preheader.i:                        ; preds = %for_end_d_2.i, %for_begin_d_0101.preheader.i
+  %indvars.iv701.i = phi i64 [ 0, %for_begin_d_0101.preheader.i ], [ %indvars.iv.next702.i, %for_end_d_2.i ]
+  %gep566.idx.i = shl i64 %indvars.iv701.i, 6
+  %gep566.i = getelementptr i8, ptr %invariant.gep525.i, i64 %gep566.idx.i
+  %indvars.iv701.tr.i = trunc i64 %indvars.iv701.i to i32
+  %2595 = shl i32 %indvars.iv701.tr.i, 5
+  %.scalar1015.i = add i32 %2595, %2591
+  br label %for_body_d_2.i
 
-for_end_r146.i:                                   ; preds = %for_end_d_0151.i
-  %2732 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2733 = tail call i32 %2732(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
-  %.not252.i = icmp eq i32 %2733, 0
-  br i1 %.not252.i, label %if_end157.i, label %fused_decode_compute_.exit, !prof !18
+for_end_d_0103.i:                                 ; preds = %for_end_d_2.i
+  %indvars.iv.next706.i = add nuw nsw i64 %indvars.iv705.i, 1
+  %exitcond708.not.i = icmp eq i64 %indvars.iv.next706.i, 4
+  br i1 %exitcond708.not.i, label %for_end_r98.i, label %for_begin_d_0101.preheader.i, !prof !17
 
-for_end_d_0151.i:                                 ; preds = %for_body_d_0150.us.preheader.i, %for_body_d_0150.preheader.i
-  %indvars.iv.next816.i = add nuw nsw i64 %indvars.iv815.i, 1
-  %exitcond820.not.i = icmp eq i64 %indvars.iv.next816.i, 4
-  br i1 %exitcond820.not.i, label %for_end_r146.i, label %for_begin_d_0149.preheader.i, !prof !17
+for_body_d_2.i:                                   ; preds = %for_body_d_2.i, %for_begin_d_2.preheader.i
+  %2596 = phi i1 [ true, %for_begin_d_2.preheader.i ], [ false, %for_body_d_2.i ]
+  %d_2564.i = phi i32 [ 0, %for_begin_d_2.preheader.i ], [ 16, %for_body_d_2.i ]
+  %2597 = load float, ptr %2594, align 4, !tbaa !5
+  %2598 = insertelement <16 x float> poison, float %2597, i64 0
+  %2599 = shufflevector <16 x float> %2598, <16 x float> poison, <16 x i32> zeroinitializer
+  %2600 = load i64, ptr %2529, align 8, !tbaa !5
+  %gep563.i = getelementptr i32, ptr %gep566.i, i64 %2600
+  %2601 = load <16 x i32>, ptr %gep563.i, align 4, !tbaa !5
+  %2602 = and <16 x i32> %2601, splat (i32 -65536)
+  %2603 = shl <16 x i32> %2601, splat (i32 16)
+  %2604 = insertelement <16 x i1> poison, i1 %2596, i64 0
+  %2605 = shufflevector <16 x i1> %2604, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2606 = select <16 x i1> %2605, <16 x i32> %2603, <16 x i32> %2602
+  %2607 = bitcast <16 x i32> %2606 to <16 x float>
+  %.scalar1016.i = or disjoint i32 %d_2564.i, %.scalar1015.i
+  %2608 = insertelement <16 x i32> poison, i32 %.scalar1016.i, i64 0
+  %2609 = shufflevector <16 x i32> %2608, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2610 = or disjoint <16 x i32> %2609, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2611 = extractelement <16 x i32> %2610, i64 0
+  %2612 = sext i32 %2611 to i64
+  %2613 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2612
+  %2614 = load float, ptr %2613, align 4, !tbaa !5
+  %2615 = extractelement <16 x i32> %2610, i64 1
+  %2616 = sext i32 %2615 to i64
+  %2617 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2616
+  %2618 = load float, ptr %2617, align 4, !tbaa !5
+  %2619 = extractelement <16 x i32> %2610, i64 2
+  %2620 = sext i32 %2619 to i64
+  %2621 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2620
+  %2622 = load float, ptr %2621, align 4, !tbaa !5
+  %2623 = extractelement <16 x i32> %2610, i64 3
+  %2624 = sext i32 %2623 to i64
+  %2625 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2624
+  %2626 = load float, ptr %2625, align 4, !tbaa !5
+  %2627 = extractelement <16 x i32> %2610, i64 4
+  %2628 = sext i32 %2627 to i64
+  %2629 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2628
+  %2630 = load float, ptr %2629, align 4, !tbaa !5
+  %2631 = extractelement <16 x i32> %2610, i64 5
+  %2632 = sext i32 %2631 to i64
+  %2633 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2632
+  %2634 = load float, ptr %2633, align 4, !tbaa !5
+  %2635 = extractelement <16 x i32> %2610, i64 6
+  %2636 = sext i32 %2635 to i64
+  %2637 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2636
+  %2638 = load float, ptr %2637, align 4, !tbaa !5
+  %2639 = extractelement <16 x i32> %2610, i64 7
+  %2640 = sext i32 %2639 to i64
+  %2641 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2640
+  %2642 = load float, ptr %2641, align 4, !tbaa !5
+  %2643 = extractelement <16 x i32> %2610, i64 8
+  %2644 = sext i32 %2643 to i64
+  %2645 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2644
+  %2646 = load float, ptr %2645, align 4, !tbaa !5
+  %2647 = extractelement <16 x i32> %2610, i64 9
+  %2648 = sext i32 %2647 to i64
+  %2649 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2648
+  %2650 = load float, ptr %2649, align 4, !tbaa !5
+  %2651 = extractelement <16 x i32> %2610, i64 10
+  %2652 = sext i32 %2651 to i64
+  %2653 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2652
+  %2654 = load float, ptr %2653, align 4, !tbaa !5
+  %2655 = extractelement <16 x i32> %2610, i64 11
+  %2656 = sext i32 %2655 to i64
+  %2657 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2656
+  %2658 = load float, ptr %2657, align 4, !tbaa !5
+  %2659 = extractelement <16 x i32> %2610, i64 12
+  %2660 = sext i32 %2659 to i64
+  %2661 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2660
+  %2662 = load float, ptr %2661, align 4, !tbaa !5
+  %2663 = extractelement <16 x i32> %2610, i64 13
+  %2664 = sext i32 %2663 to i64
+  %2665 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2664
+  %2666 = load float, ptr %2665, align 4, !tbaa !5
+  %2667 = extractelement <16 x i32> %2610, i64 14
+  %2668 = sext i32 %2667 to i64
+  %2669 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2668
+  %2670 = load float, ptr %2669, align 4, !tbaa !5
+  %2671 = extractelement <16 x i32> %2610, i64 15
+  %2672 = sext i32 %2671 to i64
+  %2673 = getelementptr inbounds float, ptr %tile_acc.i, i64 %2672
+  %2674 = load float, ptr %2673, align 4, !tbaa !5
+  %2675 = insertelement <16 x float> <float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float poison, float undef, float undef, float undef, float undef, float undef, float undef>, float %2614, i64 0
+  %2676 = insertelement <16 x float> %2675, float %2618, i64 1
+  %2677 = insertelement <16 x float> %2676, float %2622, i64 2
+  %2678 = insertelement <16 x float> %2677, float %2626, i64 3
+  %2679 = insertelement <16 x float> %2678, float %2630, i64 4
+  %2680 = insertelement <16 x float> %2679, float %2634, i64 5
+  %2681 = insertelement <16 x float> %2680, float %2638, i64 6
+  %2682 = insertelement <16 x float> %2681, float %2642, i64 7
+  %2683 = insertelement <16 x float> %2682, float %2646, i64 8
+  %2684 = insertelement <16 x float> %2683, float %2650, i64 9
+  %2685 = insertelement <16 x float> %2684, float %2654, i64 10
+  %2686 = insertelement <16 x float> %2685, float %2658, i64 11
+  %2687 = insertelement <16 x float> %2686, float %2662, i64 12
+  %2688 = insertelement <16 x float> %2687, float %2666, i64 13
+  %2689 = insertelement <16 x float> %2688, float %2670, i64 14
+  %2690 = insertelement <16 x float> %2689, float %2674, i64 15
+  %2691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2599, <16 x float> %2607, <16 x float> %2690)
+  %2692 = extractelement <16 x float> %2691, i64 0
+  store float %2692, ptr %2613, align 4, !tbaa !5
+  %2693 = extractelement <16 x float> %2691, i64 1
+  store float %2693, ptr %2617, align 4, !tbaa !5
+  %2694 = extractelement <16 x float> %2691, i64 2
+  store float %2694, ptr %2621, align 4, !tbaa !5
+  %2695 = extractelement <16 x float> %2691, i64 3
+  store float %2695, ptr %2625, align 4, !tbaa !5
+  %2696 = extractelement <16 x float> %2691, i64 4
+  store float %2696, ptr %2629, align 4, !tbaa !5
+  %2697 = extractelement <16 x float> %2691, i64 5
+  store float %2697, ptr %2633, align 4, !tbaa !5
+  %2698 = extractelement <16 x float> %2691, i64 6
+  store float %2698, ptr %2637, align 4, !tbaa !5
+  %2699 = extractelement <16 x float> %2691, i64 7
+  store float %2699, ptr %2641, align 4, !tbaa !5
+  %2700 = extractelement <16 x float> %2691, i64 8
+  store float %2700, ptr %2645, align 4, !tbaa !5
+  %2701 = extractelement <16 x float> %2691, i64 9
+  store float %2701, ptr %2649, align 4, !tbaa !5
+  %2702 = extractelement <16 x float> %2691, i64 10
+  store float %2702, ptr %2653, align 4, !tbaa !5
+  %2703 = extractelement <16 x float> %2691, i64 11
+  store float %2703, ptr %2657, align 4, !tbaa !5
+  %2704 = extractelement <16 x float> %2691, i64 12
+  store float %2704, ptr %2661, align 4, !tbaa !5
+  %2705 = extractelement <16 x float> %2691, i64 13
+  store float %2705, ptr %2665, align 4, !tbaa !5
+  %2706 = extractelement <16 x float> %2691, i64 14
+  store float %2706, ptr %2669, align 4, !tbaa !5
+  %2707 = extractelement <16 x float> %2691, i64 15
+  store float %2707, ptr %2673, align 4, !tbaa !5
+  br i1 %2596, label %for_body_d_2.i, label %for_end_d_2.i, !prof !79
 
-if_end157.i:                                      ; preds = %for_end_r146.i
-  %2734 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2735 = tail call i32 %2734(i32 1, i32 %dev_id, ptr nonnull %scaled108410861089.i)
-  %.not253.i = icmp eq i32 %2735, 0
-  br i1 %.not253.i, label %if_end160.i, label %fused_decode_compute_.exit, !prof !18
+for_end_d_2.i:                                    ; preds = %for_body_d_2.i
+  %indvars.iv.next702.i = add nuw nsw i64 %indvars.iv701.i, 1
+  %exitcond704.not.i = icmp eq i64 %indvars.iv.next702.i, 4
+  br i1 %exitcond704.not.i, label %for_end_d_0103.i, label %for_begin_d_2.preheader.i, !prof !17
 
-if_end160.i:                                      ; preds = %if_end157.i
-  %2736 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2737 = tail call i32 %2736(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
-  %.not254.i = icmp eq i32 %2737, 0
-  br i1 %.not254.i, label %if_end163.i, label %fused_decode_compute_.exit, !prof !18
+for_begin_d_0139.preheader.i:                     ; preds = %for_end_d_0141.i, %for_end_ti.i
+  %indvars.iv730.i = phi i64 [ 0, %for_end_ti.i ], [ %indvars.iv.next731.i, %for_end_d_0141.i ]
+  %2708 = shl nuw nsw i64 %indvars.iv730.i, 7
+  %2709 = getelementptr inbounds nuw float, ptr %beta223.i, i64 %indvars.iv730.i
+  %2710 = load float, ptr %2709, align 4, !tbaa !80
+  %2711 = insertelement <32 x float> poison, float %2710, i64 0
+  %2712 = shufflevector <32 x float> %2711, <32 x float> poison, <32 x i32> zeroinitializer
+  %2713 = getelementptr inbounds nuw float, ptr %alpha224.i, i64 %indvars.iv730.i
+  %2714 = load float, ptr %2713, align 4, !tbaa !81
+  %2715 = insertelement <32 x float> poison, float %2714, i64 0
+  %2716 = shufflevector <32 x float> %2715, <32 x float> poison, <32 x i32> zeroinitializer
+  %2717 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2708
+  %2718 = load <4 x float>, ptr %2717, align 4, !tbaa !5
+  %2719 = getelementptr inbounds nuw i8, ptr %2717, i64 64
+  %2720 = load <4 x float>, ptr %2719, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.16.vecblend879.i = shufflevector <4 x float> %2718, <4 x float> %2720, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2721 = getelementptr inbounds nuw i8, ptr %2717, i64 16
+  %2722 = load <4 x float>, ptr %2721, align 4, !tbaa !5
+  %2723 = getelementptr inbounds nuw i8, ptr %2717, i64 80
+  %2724 = load <4 x float>, ptr %2723, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.32.vec.expand899.i = shufflevector <4 x float> %2722, <4 x float> %2724, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.32.vecblend900.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.16.vecblend879.i, <32 x float> %tile_acc_global222.sroa.0.32.vec.expand899.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.48.vec.expand920.i = shufflevector <4 x float> %2722, <4 x float> %2724, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.48.vecblend921.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.32.vecblend900.i, <32 x float> %tile_acc_global222.sroa.0.48.vec.expand920.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2725 = getelementptr inbounds nuw i8, ptr %2717, i64 32
+  %2726 = load <4 x float>, ptr %2725, align 4, !tbaa !5
+  %2727 = getelementptr inbounds nuw i8, ptr %2717, i64 96
+  %2728 = load <4 x float>, ptr %2727, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.64.vec.expand941.i = shufflevector <4 x float> %2726, <4 x float> %2728, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.64.vecblend942.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.48.vecblend921.i, <32 x float> %tile_acc_global222.sroa.0.64.vec.expand941.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.80.vec.expand962.i = shufflevector <4 x float> %2726, <4 x float> %2728, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.80.vecblend963.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.64.vecblend942.i, <32 x float> %tile_acc_global222.sroa.0.80.vec.expand962.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2729 = getelementptr inbounds nuw i8, ptr %2717, i64 48
+  %2730 = load <4 x float>, ptr %2729, align 4, !tbaa !5
+  %2731 = getelementptr inbounds nuw i8, ptr %2717, i64 112
+  %2732 = load <4 x float>, ptr %2731, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.96.vec.expand983.i = shufflevector <4 x float> %2730, <4 x float> %2732, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.96.vecblend984.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.80.vecblend963.i, <32 x float> %tile_acc_global222.sroa.0.96.vec.expand983.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.112.vec.expand1004.i = shufflevector <4 x float> %2730, <4 x float> %2732, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global222.sroa.0.112.vecblend1005.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.96.vecblend984.i, <32 x float> %tile_acc_global222.sroa.0.112.vec.expand1004.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %gep82 = getelementptr inbounds nuw float, ptr %invariant.gep81, i64 %2708
+  br i1 %453, label %for_begin_ax4_0144.preheader.us.preheader.i, label %for_begin_ax4_0144.preheader.preheader.i, !prof !8
 
-if_end163.i:                                      ; preds = %if_end160.i
-  %2738 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2739 = tail call i32 %2738(i32 1, i32 %dev_id, ptr %probs.i)
-  %.not255.i = icmp eq i32 %2739, 0
-  br i1 %.not255.i, label %if_end166.i, label %fused_decode_compute_.exit, !prof !18
+for_begin_ax4_0144.preheader.preheader.i:         ; preds = %for_begin_d_0139.preheader.i
+  %2733 = load <32 x float>, ptr %gep82, align 4, !tbaa !5
+  %2734 = fmul <32 x float> %2716, %2733
+  %2735 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2712, <32 x float> %tile_acc_global222.sroa.0.112.vecblend1005.i, <32 x float> %2734)
+  store <32 x float> %2735, ptr %gep82, align 4, !tbaa !5
+  %2736 = getelementptr inbounds nuw i8, ptr %2717, i64 128
+  %2737 = load <4 x float>, ptr %2736, align 4, !tbaa !5
+  %2738 = getelementptr inbounds nuw i8, ptr %2717, i64 192
+  %2739 = load <4 x float>, ptr %2738, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.16.vecblend870.i = shufflevector <4 x float> %2737, <4 x float> %2739, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2740 = getelementptr inbounds nuw i8, ptr %2717, i64 144
+  %2741 = load <4 x float>, ptr %2740, align 4, !tbaa !5
+  %2742 = getelementptr inbounds nuw i8, ptr %2717, i64 208
+  %2743 = load <4 x float>, ptr %2742, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.32.vec.expand890.i = shufflevector <4 x float> %2741, <4 x float> %2743, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.32.vecblend891.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.16.vecblend870.i, <32 x float> %tile_acc_global222.sroa.0.32.vec.expand890.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.48.vec.expand911.i = shufflevector <4 x float> %2741, <4 x float> %2743, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.48.vecblend912.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.32.vecblend891.i, <32 x float> %tile_acc_global222.sroa.0.48.vec.expand911.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2744 = getelementptr inbounds nuw i8, ptr %2717, i64 160
+  %2745 = load <4 x float>, ptr %2744, align 4, !tbaa !5
+  %2746 = getelementptr inbounds nuw i8, ptr %2717, i64 224
+  %2747 = load <4 x float>, ptr %2746, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.64.vec.expand932.i = shufflevector <4 x float> %2745, <4 x float> %2747, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.64.vecblend933.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.48.vecblend912.i, <32 x float> %tile_acc_global222.sroa.0.64.vec.expand932.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.80.vec.expand953.i = shufflevector <4 x float> %2745, <4 x float> %2747, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.80.vecblend954.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.64.vecblend933.i, <32 x float> %tile_acc_global222.sroa.0.80.vec.expand953.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2748 = getelementptr inbounds nuw i8, ptr %2717, i64 176
+  %2749 = load <4 x float>, ptr %2748, align 4, !tbaa !5
+  %2750 = getelementptr inbounds nuw i8, ptr %2717, i64 240
+  %2751 = load <4 x float>, ptr %2750, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.96.vec.expand974.i = shufflevector <4 x float> %2749, <4 x float> %2751, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.96.vecblend975.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.80.vecblend954.i, <32 x float> %tile_acc_global222.sroa.0.96.vec.expand974.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.112.vec.expand995.i = shufflevector <4 x float> %2749, <4 x float> %2751, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global222.sroa.0.112.vecblend996.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.96.vecblend975.i, <32 x float> %tile_acc_global222.sroa.0.112.vec.expand995.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2752 = getelementptr inbounds nuw i8, ptr %gep82, i64 128
+  %2753 = load <32 x float>, ptr %2752, align 4, !tbaa !5
+  %2754 = fmul <32 x float> %2716, %2753
+  %2755 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2712, <32 x float> %tile_acc_global222.sroa.0.112.vecblend996.i, <32 x float> %2754)
+  store <32 x float> %2755, ptr %2752, align 4, !tbaa !5
+  %2756 = getelementptr inbounds nuw i8, ptr %2717, i64 256
+  %2757 = load <4 x float>, ptr %2756, align 4, !tbaa !5
+  %2758 = getelementptr inbounds nuw i8, ptr %2717, i64 320
+  %2759 = load <4 x float>, ptr %2758, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.16.vecblend873.i = shufflevector <4 x float> %2757, <4 x float> %2759, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2760 = getelementptr inbounds nuw i8, ptr %2717, i64 272
+  %2761 = load <4 x float>, ptr %2760, align 4, !tbaa !5
+  %2762 = getelementptr inbounds nuw i8, ptr %2717, i64 336
+  %2763 = load <4 x float>, ptr %2762, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.32.vec.expand893.i = shufflevector <4 x float> %2761, <4 x float> %2763, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.32.vecblend894.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.16.vecblend873.i, <32 x float> %tile_acc_global222.sroa.0.32.vec.expand893.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.48.vec.expand914.i = shufflevector <4 x float> %2761, <4 x float> %2763, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.48.vecblend915.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.32.vecblend894.i, <32 x float> %tile_acc_global222.sroa.0.48.vec.expand914.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2764 = getelementptr inbounds nuw i8, ptr %2717, i64 288
+  %2765 = load <4 x float>, ptr %2764, align 4, !tbaa !5
+  %2766 = getelementptr inbounds nuw i8, ptr %2717, i64 352
+  %2767 = load <4 x float>, ptr %2766, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.64.vec.expand935.i = shufflevector <4 x float> %2765, <4 x float> %2767, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.64.vecblend936.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.48.vecblend915.i, <32 x float> %tile_acc_global222.sroa.0.64.vec.expand935.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.80.vec.expand956.i = shufflevector <4 x float> %2765, <4 x float> %2767, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.80.vecblend957.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.64.vecblend936.i, <32 x float> %tile_acc_global222.sroa.0.80.vec.expand956.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2768 = getelementptr inbounds nuw i8, ptr %2717, i64 304
+  %2769 = load <4 x float>, ptr %2768, align 4, !tbaa !5
+  %2770 = getelementptr inbounds nuw i8, ptr %2717, i64 368
+  %2771 = load <4 x float>, ptr %2770, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.96.vec.expand977.i = shufflevector <4 x float> %2769, <4 x float> %2771, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.96.vecblend978.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.80.vecblend957.i, <32 x float> %tile_acc_global222.sroa.0.96.vec.expand977.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.112.vec.expand998.i = shufflevector <4 x float> %2769, <4 x float> %2771, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global222.sroa.0.112.vecblend999.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.96.vecblend978.i, <32 x float> %tile_acc_global222.sroa.0.112.vec.expand998.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2772 = getelementptr inbounds nuw i8, ptr %gep82, i64 256
+  %2773 = load <32 x float>, ptr %2772, align 4, !tbaa !5
+  %2774 = fmul <32 x float> %2716, %2773
+  %2775 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2712, <32 x float> %tile_acc_global222.sroa.0.112.vecblend999.i, <32 x float> %2774)
+  store <32 x float> %2775, ptr %2772, align 4, !tbaa !5
+  %2776 = getelementptr inbounds nuw i8, ptr %2717, i64 384
+  %2777 = load <4 x float>, ptr %2776, align 4, !tbaa !5
+  %2778 = getelementptr inbounds nuw i8, ptr %2717, i64 448
+  %2779 = load <4 x float>, ptr %2778, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.16.vecblend876.i = shufflevector <4 x float> %2777, <4 x float> %2779, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2780 = getelementptr inbounds nuw i8, ptr %2717, i64 400
+  %2781 = load <4 x float>, ptr %2780, align 4, !tbaa !5
+  %2782 = getelementptr inbounds nuw i8, ptr %2717, i64 464
+  %2783 = load <4 x float>, ptr %2782, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.32.vec.expand896.i = shufflevector <4 x float> %2781, <4 x float> %2783, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.32.vecblend897.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.16.vecblend876.i, <32 x float> %tile_acc_global222.sroa.0.32.vec.expand896.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.48.vec.expand917.i = shufflevector <4 x float> %2781, <4 x float> %2783, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.48.vecblend918.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.32.vecblend897.i, <32 x float> %tile_acc_global222.sroa.0.48.vec.expand917.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2784 = getelementptr inbounds nuw i8, ptr %2717, i64 416
+  %2785 = load <4 x float>, ptr %2784, align 4, !tbaa !5
+  %2786 = getelementptr inbounds nuw i8, ptr %2717, i64 480
+  %2787 = load <4 x float>, ptr %2786, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.64.vec.expand938.i = shufflevector <4 x float> %2785, <4 x float> %2787, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.64.vecblend939.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.48.vecblend918.i, <32 x float> %tile_acc_global222.sroa.0.64.vec.expand938.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.80.vec.expand959.i = shufflevector <4 x float> %2785, <4 x float> %2787, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.80.vecblend960.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.64.vecblend939.i, <32 x float> %tile_acc_global222.sroa.0.80.vec.expand959.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2788 = getelementptr inbounds nuw i8, ptr %2717, i64 432
+  %2789 = load <4 x float>, ptr %2788, align 4, !tbaa !5
+  %2790 = getelementptr inbounds nuw i8, ptr %2717, i64 496
+  %2791 = load <4 x float>, ptr %2790, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.96.vec.expand980.i = shufflevector <4 x float> %2789, <4 x float> %2791, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.96.vecblend981.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.80.vecblend960.i, <32 x float> %tile_acc_global222.sroa.0.96.vec.expand980.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.112.vec.expand1001.i = shufflevector <4 x float> %2789, <4 x float> %2791, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global222.sroa.0.112.vecblend1002.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.96.vecblend981.i, <32 x float> %tile_acc_global222.sroa.0.112.vec.expand1001.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2792 = getelementptr inbounds nuw i8, ptr %gep82, i64 384
+  %2793 = load <32 x float>, ptr %2792, align 4, !tbaa !5
+  %2794 = fmul <32 x float> %2716, %2793
+  %2795 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2712, <32 x float> %tile_acc_global222.sroa.0.112.vecblend1002.i, <32 x float> %2794)
+  store <32 x float> %2795, ptr %2792, align 4, !tbaa !5
+  br label %for_end_d_0141.i
 
-if_end166.i:                                      ; preds = %if_end163.i
-  %2740 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2741 = tail call i32 %2740(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not256.i = icmp eq i32 %2741, 0
-  br i1 %.not256.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !18
+for_begin_ax4_0144.preheader.us.preheader.i:      ; preds = %for_begin_d_0139.preheader.i
+  %2796 = fmul <32 x float> %2716, zeroinitializer
+  %2797 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2712, <32 x float> %tile_acc_global222.sroa.0.112.vecblend1005.i, <32 x float> %2796)
+  store <32 x float> %2797, ptr %gep82, align 4, !tbaa !5
+  %2798 = getelementptr inbounds nuw i8, ptr %2717, i64 128
+  %2799 = load <4 x float>, ptr %2798, align 4, !tbaa !5
+  %2800 = getelementptr inbounds nuw i8, ptr %2717, i64 192
+  %2801 = load <4 x float>, ptr %2800, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.16.vecblend882.i = shufflevector <4 x float> %2799, <4 x float> %2801, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2802 = getelementptr inbounds nuw i8, ptr %2717, i64 144
+  %2803 = load <4 x float>, ptr %2802, align 4, !tbaa !5
+  %2804 = getelementptr inbounds nuw i8, ptr %2717, i64 208
+  %2805 = load <4 x float>, ptr %2804, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.32.vec.expand902.i = shufflevector <4 x float> %2803, <4 x float> %2805, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.32.vecblend903.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.16.vecblend882.i, <32 x float> %tile_acc_global222.sroa.0.32.vec.expand902.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.48.vec.expand923.i = shufflevector <4 x float> %2803, <4 x float> %2805, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.48.vecblend924.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.32.vecblend903.i, <32 x float> %tile_acc_global222.sroa.0.48.vec.expand923.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2806 = getelementptr inbounds nuw i8, ptr %2717, i64 160
+  %2807 = load <4 x float>, ptr %2806, align 4, !tbaa !5
+  %2808 = getelementptr inbounds nuw i8, ptr %2717, i64 224
+  %2809 = load <4 x float>, ptr %2808, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.64.vec.expand944.i = shufflevector <4 x float> %2807, <4 x float> %2809, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.64.vecblend945.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.48.vecblend924.i, <32 x float> %tile_acc_global222.sroa.0.64.vec.expand944.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.80.vec.expand965.i = shufflevector <4 x float> %2807, <4 x float> %2809, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.80.vecblend966.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.64.vecblend945.i, <32 x float> %tile_acc_global222.sroa.0.80.vec.expand965.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2810 = getelementptr inbounds nuw i8, ptr %2717, i64 176
+  %2811 = load <4 x float>, ptr %2810, align 4, !tbaa !5
+  %2812 = getelementptr inbounds nuw i8, ptr %2717, i64 240
+  %2813 = load <4 x float>, ptr %2812, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.96.vec.expand986.i = shufflevector <4 x float> %2811, <4 x float> %2813, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.96.vecblend987.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.80.vecblend966.i, <32 x float> %tile_acc_global222.sroa.0.96.vec.expand986.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.112.vec.expand1007.i = shufflevector <4 x float> %2811, <4 x float> %2813, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global222.sroa.0.112.vecblend1008.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.96.vecblend987.i, <32 x float> %tile_acc_global222.sroa.0.112.vec.expand1007.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2814 = getelementptr inbounds nuw i8, ptr %gep82, i64 128
+  %2815 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2712, <32 x float> %tile_acc_global222.sroa.0.112.vecblend1008.i, <32 x float> %2796)
+  store <32 x float> %2815, ptr %2814, align 4, !tbaa !5
+  %2816 = getelementptr inbounds nuw i8, ptr %2717, i64 256
+  %2817 = load <4 x float>, ptr %2816, align 4, !tbaa !5
+  %2818 = getelementptr inbounds nuw i8, ptr %2717, i64 320
+  %2819 = load <4 x float>, ptr %2818, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.16.vecblend885.i = shufflevector <4 x float> %2817, <4 x float> %2819, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2820 = getelementptr inbounds nuw i8, ptr %2717, i64 272
+  %2821 = load <4 x float>, ptr %2820, align 4, !tbaa !5
+  %2822 = getelementptr inbounds nuw i8, ptr %2717, i64 336
+  %2823 = load <4 x float>, ptr %2822, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.32.vec.expand905.i = shufflevector <4 x float> %2821, <4 x float> %2823, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.32.vecblend906.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.16.vecblend885.i, <32 x float> %tile_acc_global222.sroa.0.32.vec.expand905.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.48.vec.expand926.i = shufflevector <4 x float> %2821, <4 x float> %2823, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.48.vecblend927.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.32.vecblend906.i, <32 x float> %tile_acc_global222.sroa.0.48.vec.expand926.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2824 = getelementptr inbounds nuw i8, ptr %2717, i64 288
+  %2825 = load <4 x float>, ptr %2824, align 4, !tbaa !5
+  %2826 = getelementptr inbounds nuw i8, ptr %2717, i64 352
+  %2827 = load <4 x float>, ptr %2826, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.64.vec.expand947.i = shufflevector <4 x float> %2825, <4 x float> %2827, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.64.vecblend948.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.48.vecblend927.i, <32 x float> %tile_acc_global222.sroa.0.64.vec.expand947.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.80.vec.expand968.i = shufflevector <4 x float> %2825, <4 x float> %2827, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.80.vecblend969.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.64.vecblend948.i, <32 x float> %tile_acc_global222.sroa.0.80.vec.expand968.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2828 = getelementptr inbounds nuw i8, ptr %2717, i64 304
+  %2829 = load <4 x float>, ptr %2828, align 4, !tbaa !5
+  %2830 = getelementptr inbounds nuw i8, ptr %2717, i64 368
+  %2831 = load <4 x float>, ptr %2830, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.96.vec.expand989.i = shufflevector <4 x float> %2829, <4 x float> %2831, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.96.vecblend990.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.80.vecblend969.i, <32 x float> %tile_acc_global222.sroa.0.96.vec.expand989.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.112.vec.expand1010.i = shufflevector <4 x float> %2829, <4 x float> %2831, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global222.sroa.0.112.vecblend1011.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.96.vecblend990.i, <32 x float> %tile_acc_global222.sroa.0.112.vec.expand1010.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2832 = getelementptr inbounds nuw i8, ptr %gep82, i64 256
+  %2833 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2712, <32 x float> %tile_acc_global222.sroa.0.112.vecblend1011.i, <32 x float> %2796)
+  store <32 x float> %2833, ptr %2832, align 4, !tbaa !5
+  %2834 = getelementptr inbounds nuw i8, ptr %2717, i64 384
+  %2835 = load <4 x float>, ptr %2834, align 4, !tbaa !5
+  %2836 = getelementptr inbounds nuw i8, ptr %2717, i64 448
+  %2837 = load <4 x float>, ptr %2836, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.16.vecblend888.i = shufflevector <4 x float> %2835, <4 x float> %2837, <32 x i32> <i32 0, i32 4, i32 1, i32 5, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2838 = getelementptr inbounds nuw i8, ptr %2717, i64 400
+  %2839 = load <4 x float>, ptr %2838, align 4, !tbaa !5
+  %2840 = getelementptr inbounds nuw i8, ptr %2717, i64 464
+  %2841 = load <4 x float>, ptr %2840, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.32.vec.expand908.i = shufflevector <4 x float> %2839, <4 x float> %2841, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.32.vecblend909.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.16.vecblend888.i, <32 x float> %tile_acc_global222.sroa.0.32.vec.expand908.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 40, i32 41, i32 42, i32 43, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.48.vec.expand929.i = shufflevector <4 x float> %2839, <4 x float> %2841, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.48.vecblend930.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.32.vecblend909.i, <32 x float> %tile_acc_global222.sroa.0.48.vec.expand929.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2842 = getelementptr inbounds nuw i8, ptr %2717, i64 416
+  %2843 = load <4 x float>, ptr %2842, align 4, !tbaa !5
+  %2844 = getelementptr inbounds nuw i8, ptr %2717, i64 480
+  %2845 = load <4 x float>, ptr %2844, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.64.vec.expand950.i = shufflevector <4 x float> %2843, <4 x float> %2845, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.64.vecblend951.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.48.vecblend930.i, <32 x float> %tile_acc_global222.sroa.0.64.vec.expand950.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 48, i32 49, i32 50, i32 51, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.80.vec.expand971.i = shufflevector <4 x float> %2843, <4 x float> %2845, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.80.vecblend972.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.64.vecblend951.i, <32 x float> %tile_acc_global222.sroa.0.80.vec.expand971.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 52, i32 53, i32 54, i32 55, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2846 = getelementptr inbounds nuw i8, ptr %2717, i64 432
+  %2847 = load <4 x float>, ptr %2846, align 4, !tbaa !5
+  %2848 = getelementptr inbounds nuw i8, ptr %2717, i64 496
+  %2849 = load <4 x float>, ptr %2848, align 4, !tbaa !5
+  %tile_acc_global222.sroa.0.96.vec.expand992.i = shufflevector <4 x float> %2847, <4 x float> %2849, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 0, i32 4, i32 1, i32 5, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.96.vecblend993.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.80.vecblend972.i, <32 x float> %tile_acc_global222.sroa.0.96.vec.expand992.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 56, i32 57, i32 58, i32 59, i32 poison, i32 poison, i32 poison, i32 poison>
+  %tile_acc_global222.sroa.0.112.vec.expand1013.i = shufflevector <4 x float> %2847, <4 x float> %2849, <32 x i32> <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 2, i32 6, i32 3, i32 7>
+  %tile_acc_global222.sroa.0.112.vecblend1014.i = shufflevector <32 x float> %tile_acc_global222.sroa.0.96.vecblend993.i, <32 x float> %tile_acc_global222.sroa.0.112.vec.expand1013.i, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 60, i32 61, i32 62, i32 63>
+  %2850 = getelementptr inbounds nuw i8, ptr %gep82, i64 384
+  %2851 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2712, <32 x float> %tile_acc_global222.sroa.0.112.vecblend1014.i, <32 x float> %2796)
+  store <32 x float> %2851, ptr %2850, align 4, !tbaa !5
+  br label %for_end_d_0141.i
 
-if_end172.i:                                      ; preds = %for_end_kv_head.i
-  %2742 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2743 = tail call i32 %2742(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not251.i = icmp eq i32 %2743, 0
+for_end_r136.i:                                   ; preds = %for_end_d_0141.i
+  %2852 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2853 = tail call i32 %2852(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
+  %.not243.i = icmp eq i32 %2853, 0
+  br i1 %.not243.i, label %if_end152.i, label %fused_decode_compute_.exit, !prof !18
+
+for_end_d_0141.i:                                 ; preds = %for_begin_ax4_0144.preheader.us.preheader.i, %for_begin_ax4_0144.preheader.preheader.i
+  %indvars.iv.next731.i = add nuw nsw i64 %indvars.iv730.i, 1
+  %exitcond733.not.i = icmp eq i64 %indvars.iv.next731.i, 4
+  br i1 %exitcond733.not.i, label %for_end_r136.i, label %for_begin_d_0139.preheader.i, !prof !17
+
+if_end152.i:                                      ; preds = %for_end_r136.i
+  %2854 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2855 = tail call i32 %2854(i32 1, i32 %dev_id, ptr nonnull %scaled103610381041.i)
+  %.not244.i = icmp eq i32 %2855, 0
+  br i1 %.not244.i, label %if_end155.i, label %fused_decode_compute_.exit, !prof !18
+
+if_end155.i:                                      ; preds = %if_end152.i
+  %2856 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2857 = tail call i32 %2856(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
+  %.not245.i = icmp eq i32 %2857, 0
+  br i1 %.not245.i, label %if_end158.i, label %fused_decode_compute_.exit, !prof !18
+
+if_end158.i:                                      ; preds = %if_end155.i
+  %2858 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2859 = tail call i32 %2858(i32 1, i32 %dev_id, ptr %probs.i)
+  %.not246.i = icmp eq i32 %2859, 0
+  br i1 %.not246.i, label %if_end161.i, label %fused_decode_compute_.exit, !prof !18
+
+if_end161.i:                                      ; preds = %if_end158.i
+  %2860 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2861 = tail call i32 %2860(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not247.i = icmp eq i32 %2861, 0
+  br i1 %.not247.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !18
+
+if_end167.i:                                      ; preds = %for_end_kv_head.i
+  %2862 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2863 = tail call i32 %2862(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not242.i = icmp eq i32 %2863, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not251.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !18
+  br i1 %.not242.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !18
 
-if_end178.i:                                      ; preds = %for_body_tile204.i, %if_end202.3.i
-  %2744 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %2745 = tail call i32 %2744(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2745, 0
-  br i1 %.not.i, label %if_end226.i, label %fused_decode_compute_.exit, !prof !18
-
-for_body_tile181.i:                               ; preds = %if_end202.3.i, %for_begin_tile180.preheader.i
-  %indvars.iv876.i = phi i64 [ 0, %for_begin_tile180.preheader.i ], [ %indvars.iv.next877.i, %if_end202.3.i ]
-  %2746 = shl nuw nsw i64 %indvars.iv876.i, 2
-  %2747 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2746
-  %total.i = load <4 x float>, ptr %2747, align 16, !tbaa !59
-  %2748 = fdiv <4 x float> splat (float 1.000000e+00), %total.i
-  %2749 = fcmp oeq <4 x float> %total.i, zeroinitializer
-  %2750 = select <4 x i1> %2749, <4 x float> zeroinitializer, <4 x float> %2748
-  %2751 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> zeroinitializer
-  %2752 = mul nsw i64 %2746, %out_head
-  %invariant.gep589.i = getelementptr i16, ptr %220, i64 %2752
-  %.idx60 = shl nuw nsw i64 %indvars.iv876.i, 11
-  %2753 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
-  %2754 = load <32 x float>, ptr %2753, align 4, !tbaa !5
-  %2755 = fmul <32 x float> %2754, %2751
-  %2756 = bitcast <32 x float> %2755 to <32 x i32>
-  %2757 = lshr <32 x i32> %2756, splat (i32 16)
-  %2758 = and <32 x i32> %2757, splat (i32 1)
-  %2759 = add nuw <32 x i32> %2756, splat (i32 32767)
-  %2760 = add nuw <32 x i32> %2759, %2758
-  %2761 = lshr <32 x i32> %2760, splat (i32 16)
-  %2762 = trunc nuw <32 x i32> %2761 to <32 x i16>
-  store <32 x i16> %2762, ptr %invariant.gep589.i, align 2, !tbaa !5
-  %2763 = getelementptr inbounds nuw i8, ptr %2753, i64 128
-  %2764 = load <32 x float>, ptr %2763, align 4, !tbaa !5
-  %2765 = fmul <32 x float> %2764, %2751
-  %2766 = bitcast <32 x float> %2765 to <32 x i32>
-  %2767 = lshr <32 x i32> %2766, splat (i32 16)
-  %2768 = and <32 x i32> %2767, splat (i32 1)
-  %2769 = add nuw <32 x i32> %2766, splat (i32 32767)
-  %2770 = add nuw <32 x i32> %2769, %2768
-  %2771 = lshr <32 x i32> %2770, splat (i32 16)
-  %2772 = trunc nuw <32 x i32> %2771 to <32 x i16>
-  %gep590.1.i = getelementptr i8, ptr %invariant.gep589.i, i64 64
-  store <32 x i16> %2772, ptr %gep590.1.i, align 2, !tbaa !5
-  %2773 = getelementptr inbounds nuw i8, ptr %2753, i64 256
-  %2774 = load <32 x float>, ptr %2773, align 4, !tbaa !5
-  %2775 = fmul <32 x float> %2751, %2774
-  %2776 = bitcast <32 x float> %2775 to <32 x i32>
-  %2777 = lshr <32 x i32> %2776, splat (i32 16)
-  %2778 = and <32 x i32> %2777, splat (i32 1)
-  %2779 = add nuw <32 x i32> %2776, splat (i32 32767)
-  %2780 = add nuw <32 x i32> %2779, %2778
-  %2781 = lshr <32 x i32> %2780, splat (i32 16)
-  %2782 = trunc nuw <32 x i32> %2781 to <32 x i16>
-  %gep590.2.i = getelementptr i8, ptr %invariant.gep589.i, i64 128
-  store <32 x i16> %2782, ptr %gep590.2.i, align 2, !tbaa !5
-  %2783 = getelementptr inbounds nuw i8, ptr %2753, i64 384
-  %2784 = load <32 x float>, ptr %2783, align 4, !tbaa !5
-  %2785 = fmul <32 x float> %2751, %2784
-  %2786 = bitcast <32 x float> %2785 to <32 x i32>
-  %2787 = lshr <32 x i32> %2786, splat (i32 16)
-  %2788 = and <32 x i32> %2787, splat (i32 1)
-  %2789 = add nuw <32 x i32> %2786, splat (i32 32767)
-  %2790 = add nuw <32 x i32> %2789, %2788
-  %2791 = lshr <32 x i32> %2790, splat (i32 16)
-  %2792 = trunc nuw <32 x i32> %2791 to <32 x i16>
-  %gep590.3.i = getelementptr i8, ptr %invariant.gep589.i, i64 192
-  store <32 x i16> %2792, ptr %gep590.3.i, align 2, !tbaa !5
-  %2793 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2794 = or disjoint i64 %2746, 1
-  %2795 = mul nsw i64 %2794, %out_head
-  %invariant.gep589.1.i = getelementptr i16, ptr %220, i64 %2795
-  %2796 = getelementptr inbounds nuw i8, ptr %2753, i64 512
-  %2797 = load <32 x float>, ptr %2796, align 4, !tbaa !5
-  %2798 = fmul <32 x float> %2793, %2797
-  %2799 = bitcast <32 x float> %2798 to <32 x i32>
-  %2800 = lshr <32 x i32> %2799, splat (i32 16)
-  %2801 = and <32 x i32> %2800, splat (i32 1)
-  %2802 = add nuw <32 x i32> %2799, splat (i32 32767)
-  %2803 = add nuw <32 x i32> %2802, %2801
-  %2804 = lshr <32 x i32> %2803, splat (i32 16)
-  %2805 = trunc nuw <32 x i32> %2804 to <32 x i16>
-  store <32 x i16> %2805, ptr %invariant.gep589.1.i, align 2, !tbaa !5
-  %2806 = getelementptr inbounds nuw i8, ptr %2753, i64 640
-  %2807 = load <32 x float>, ptr %2806, align 4, !tbaa !5
-  %2808 = fmul <32 x float> %2793, %2807
-  %2809 = bitcast <32 x float> %2808 to <32 x i32>
-  %2810 = lshr <32 x i32> %2809, splat (i32 16)
-  %2811 = and <32 x i32> %2810, splat (i32 1)
-  %2812 = add nuw <32 x i32> %2809, splat (i32 32767)
-  %2813 = add nuw <32 x i32> %2812, %2811
-  %2814 = lshr <32 x i32> %2813, splat (i32 16)
-  %2815 = trunc nuw <32 x i32> %2814 to <32 x i16>
-  %gep590.1.1.i = getelementptr i8, ptr %invariant.gep589.1.i, i64 64
-  store <32 x i16> %2815, ptr %gep590.1.1.i, align 2, !tbaa !5
-  %2816 = getelementptr inbounds nuw i8, ptr %2753, i64 768
-  %2817 = load <32 x float>, ptr %2816, align 4, !tbaa !5
-  %2818 = fmul <32 x float> %2793, %2817
-  %2819 = bitcast <32 x float> %2818 to <32 x i32>
-  %2820 = lshr <32 x i32> %2819, splat (i32 16)
-  %2821 = and <32 x i32> %2820, splat (i32 1)
-  %2822 = add nuw <32 x i32> %2819, splat (i32 32767)
-  %2823 = add nuw <32 x i32> %2822, %2821
-  %2824 = lshr <32 x i32> %2823, splat (i32 16)
-  %2825 = trunc nuw <32 x i32> %2824 to <32 x i16>
-  %gep590.2.1.i = getelementptr i8, ptr %invariant.gep589.1.i, i64 128
-  store <32 x i16> %2825, ptr %gep590.2.1.i, align 2, !tbaa !5
-  %2826 = getelementptr inbounds nuw i8, ptr %2753, i64 896
-  %2827 = load <32 x float>, ptr %2826, align 4, !tbaa !5
-  %2828 = fmul <32 x float> %2793, %2827
-  %2829 = bitcast <32 x float> %2828 to <32 x i32>
-  %2830 = lshr <32 x i32> %2829, splat (i32 16)
-  %2831 = and <32 x i32> %2830, splat (i32 1)
-  %2832 = add nuw <32 x i32> %2829, splat (i32 32767)
-  %2833 = add nuw <32 x i32> %2832, %2831
-  %2834 = lshr <32 x i32> %2833, splat (i32 16)
-  %2835 = trunc nuw <32 x i32> %2834 to <32 x i16>
-  %gep590.3.1.i = getelementptr i8, ptr %invariant.gep589.1.i, i64 192
-  store <32 x i16> %2835, ptr %gep590.3.1.i, align 2, !tbaa !5
-  %2836 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2837 = or disjoint i64 %2746, 2
-  %2838 = mul nsw i64 %2837, %out_head
-  %invariant.gep589.2.i = getelementptr i16, ptr %220, i64 %2838
-  %2839 = getelementptr inbounds nuw i8, ptr %2753, i64 1024
-  %2840 = load <32 x float>, ptr %2839, align 4, !tbaa !5
-  %2841 = fmul <32 x float> %2836, %2840
-  %2842 = bitcast <32 x float> %2841 to <32 x i32>
-  %2843 = lshr <32 x i32> %2842, splat (i32 16)
-  %2844 = and <32 x i32> %2843, splat (i32 1)
-  %2845 = add nuw <32 x i32> %2842, splat (i32 32767)
-  %2846 = add nuw <32 x i32> %2845, %2844
-  %2847 = lshr <32 x i32> %2846, splat (i32 16)
-  %2848 = trunc nuw <32 x i32> %2847 to <32 x i16>
-  store <32 x i16> %2848, ptr %invariant.gep589.2.i, align 2, !tbaa !5
-  %2849 = getelementptr inbounds nuw i8, ptr %2753, i64 1152
-  %2850 = load <32 x float>, ptr %2849, align 4, !tbaa !5
-  %2851 = fmul <32 x float> %2836, %2850
-  %2852 = bitcast <32 x float> %2851 to <32 x i32>
-  %2853 = lshr <32 x i32> %2852, splat (i32 16)
-  %2854 = and <32 x i32> %2853, splat (i32 1)
-  %2855 = add nuw <32 x i32> %2852, splat (i32 32767)
-  %2856 = add nuw <32 x i32> %2855, %2854
-  %2857 = lshr <32 x i32> %2856, splat (i32 16)
-  %2858 = trunc nuw <32 x i32> %2857 to <32 x i16>
-  %gep590.1.2.i = getelementptr i8, ptr %invariant.gep589.2.i, i64 64
-  store <32 x i16> %2858, ptr %gep590.1.2.i, align 2, !tbaa !5
-  %2859 = getelementptr inbounds nuw i8, ptr %2753, i64 1280
-  %2860 = load <32 x float>, ptr %2859, align 4, !tbaa !5
-  %2861 = fmul <32 x float> %2836, %2860
-  %2862 = bitcast <32 x float> %2861 to <32 x i32>
-  %2863 = lshr <32 x i32> %2862, splat (i32 16)
-  %2864 = and <32 x i32> %2863, splat (i32 1)
-  %2865 = add nuw <32 x i32> %2862, splat (i32 32767)
-  %2866 = add nuw <32 x i32> %2865, %2864
-  %2867 = lshr <32 x i32> %2866, splat (i32 16)
-  %2868 = trunc nuw <32 x i32> %2867 to <32 x i16>
-  %gep590.2.2.i = getelementptr i8, ptr %invariant.gep589.2.i, i64 128
-  store <32 x i16> %2868, ptr %gep590.2.2.i, align 2, !tbaa !5
-  %2869 = getelementptr inbounds nuw i8, ptr %2753, i64 1408
-  %2870 = load <32 x float>, ptr %2869, align 4, !tbaa !5
-  %2871 = fmul <32 x float> %2836, %2870
-  %2872 = bitcast <32 x float> %2871 to <32 x i32>
-  %2873 = lshr <32 x i32> %2872, splat (i32 16)
-  %2874 = and <32 x i32> %2873, splat (i32 1)
-  %2875 = add nuw <32 x i32> %2872, splat (i32 32767)
-  %2876 = add nuw <32 x i32> %2875, %2874
-  %2877 = lshr <32 x i32> %2876, splat (i32 16)
-  %2878 = trunc nuw <32 x i32> %2877 to <32 x i16>
-  %gep590.3.2.i = getelementptr i8, ptr %invariant.gep589.2.i, i64 192
-  store <32 x i16> %2878, ptr %gep590.3.2.i, align 2, !tbaa !5
-  %2879 = shufflevector <4 x float> %2750, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2880 = or disjoint i64 %2746, 3
-  %2881 = mul nsw i64 %2880, %out_head
-  %invariant.gep589.3.i = getelementptr i16, ptr %220, i64 %2881
-  %2882 = getelementptr inbounds nuw i8, ptr %2753, i64 1536
-  %2883 = load <32 x float>, ptr %2882, align 4, !tbaa !5
-  %2884 = fmul <32 x float> %2879, %2883
-  %2885 = bitcast <32 x float> %2884 to <32 x i32>
-  %2886 = lshr <32 x i32> %2885, splat (i32 16)
-  %2887 = and <32 x i32> %2886, splat (i32 1)
-  %2888 = add nuw <32 x i32> %2885, splat (i32 32767)
-  %2889 = add nuw <32 x i32> %2888, %2887
-  %2890 = lshr <32 x i32> %2889, splat (i32 16)
-  %2891 = trunc nuw <32 x i32> %2890 to <32 x i16>
-  store <32 x i16> %2891, ptr %invariant.gep589.3.i, align 2, !tbaa !5
-  %2892 = getelementptr inbounds nuw i8, ptr %2753, i64 1664
-  %2893 = load <32 x float>, ptr %2892, align 4, !tbaa !5
-  %2894 = fmul <32 x float> %2879, %2893
-  %2895 = bitcast <32 x float> %2894 to <32 x i32>
-  %2896 = lshr <32 x i32> %2895, splat (i32 16)
-  %2897 = and <32 x i32> %2896, splat (i32 1)
-  %2898 = add nuw <32 x i32> %2895, splat (i32 32767)
-  %2899 = add nuw <32 x i32> %2898, %2897
-  %2900 = lshr <32 x i32> %2899, splat (i32 16)
-  %2901 = trunc nuw <32 x i32> %2900 to <32 x i16>
-  %gep590.1.3.i = getelementptr i8, ptr %invariant.gep589.3.i, i64 64
-  store <32 x i16> %2901, ptr %gep590.1.3.i, align 2, !tbaa !5
-  %2902 = getelementptr inbounds nuw i8, ptr %2753, i64 1792
-  %2903 = load <32 x float>, ptr %2902, align 4, !tbaa !5
-  %2904 = fmul <32 x float> %2879, %2903
-  %2905 = bitcast <32 x float> %2904 to <32 x i32>
-  %2906 = lshr <32 x i32> %2905, splat (i32 16)
-  %2907 = and <32 x i32> %2906, splat (i32 1)
-  %2908 = add nuw <32 x i32> %2905, splat (i32 32767)
-  %2909 = add nuw <32 x i32> %2908, %2907
-  %2910 = lshr <32 x i32> %2909, splat (i32 16)
-  %2911 = trunc nuw <32 x i32> %2910 to <32 x i16>
-  %gep590.2.3.i = getelementptr i8, ptr %invariant.gep589.3.i, i64 128
-  store <32 x i16> %2911, ptr %gep590.2.3.i, align 2, !tbaa !5
-  %2912 = getelementptr inbounds nuw i8, ptr %2753, i64 1920
+for_body_tile173.i:                               ; preds = %for_body_tile173.i, %for_begin_tile172.preheader.i
+  %indvars.iv758.i = phi i64 [ %indvars.iv.next759.i, %for_body_tile173.i ], [ 0, %for_begin_tile172.preheader.i ]
+  %2864 = shl nuw nsw i64 %indvars.iv758.i, 2
+  %2865 = add nuw nsw i64 %2864, %193
+  %2866 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %2864
+  %2867 = load float, ptr %2866, align 16, !tbaa !21
+  %2868 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2865
+  store float %2867, ptr %2868, align 4, !tbaa !5
+  %2869 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %2864
+  %2870 = load float, ptr %2869, align 16, !tbaa !19
+  %2871 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2865
+  store float %2870, ptr %2871, align 4, !tbaa !5
+  %2872 = or disjoint i64 %2864, 1
+  %2873 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %2872
+  %2874 = load float, ptr %2873, align 4, !tbaa !21
+  %2875 = or disjoint i64 %2865, 1
+  %2876 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2875
+  store float %2874, ptr %2876, align 4, !tbaa !5
+  %2877 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %2872
+  %2878 = load float, ptr %2877, align 4, !tbaa !19
+  %2879 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2875
+  store float %2878, ptr %2879, align 4, !tbaa !5
+  %2880 = or disjoint i64 %2864, 2
+  %2881 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %2880
+  %2882 = load float, ptr %2881, align 8, !tbaa !21
+  %2883 = or disjoint i64 %2865, 2
+  %2884 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2883
+  store float %2882, ptr %2884, align 4, !tbaa !5
+  %2885 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %2880
+  %2886 = load float, ptr %2885, align 8, !tbaa !19
+  %2887 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2883
+  store float %2886, ptr %2887, align 4, !tbaa !5
+  %2888 = or disjoint i64 %2864, 3
+  %2889 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %2888
+  %2890 = load float, ptr %2889, align 4, !tbaa !21
+  %2891 = or disjoint i64 %2865, 3
+  %2892 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2891
+  store float %2890, ptr %2892, align 4, !tbaa !5
+  %2893 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %2888
+  %2894 = load float, ptr %2893, align 4, !tbaa !19
+  %2895 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2891
+  store float %2894, ptr %2895, align 4, !tbaa !5
+  %2896 = shl nuw nsw i64 %indvars.iv758.i, 9
+  %2897 = getelementptr inbounds nuw float, ptr %194, i64 %2896
+  %2898 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2896
+  %2899 = load <32 x float>, ptr %2898, align 4, !tbaa !5
+  store <32 x float> %2899, ptr %2897, align 4, !tbaa !5
+  %2900 = getelementptr inbounds nuw i8, ptr %2898, i64 128
+  %2901 = load <32 x float>, ptr %2900, align 4, !tbaa !5
+  %2902 = getelementptr inbounds nuw i8, ptr %2897, i64 128
+  store <32 x float> %2901, ptr %2902, align 4, !tbaa !5
+  %2903 = getelementptr inbounds nuw i8, ptr %2898, i64 256
+  %2904 = load <32 x float>, ptr %2903, align 4, !tbaa !5
+  %2905 = getelementptr inbounds nuw i8, ptr %2897, i64 256
+  store <32 x float> %2904, ptr %2905, align 4, !tbaa !5
+  %2906 = getelementptr inbounds nuw i8, ptr %2898, i64 384
+  %2907 = load <32 x float>, ptr %2906, align 4, !tbaa !5
+  %2908 = getelementptr inbounds nuw i8, ptr %2897, i64 384
+  store <32 x float> %2907, ptr %2908, align 4, !tbaa !5
+  %2909 = getelementptr inbounds nuw i8, ptr %2897, i64 512
+  %2910 = getelementptr inbounds nuw i8, ptr %2898, i64 512
+  %2911 = load <32 x float>, ptr %2910, align 4, !tbaa !5
+  store <32 x float> %2911, ptr %2909, align 4, !tbaa !5
+  %2912 = getelementptr inbounds nuw i8, ptr %2898, i64 640
   %2913 = load <32 x float>, ptr %2912, align 4, !tbaa !5
-  %2914 = fmul <32 x float> %2879, %2913
-  %2915 = bitcast <32 x float> %2914 to <32 x i32>
-  %2916 = lshr <32 x i32> %2915, splat (i32 16)
-  %2917 = and <32 x i32> %2916, splat (i32 1)
-  %2918 = add nuw <32 x i32> %2915, splat (i32 32767)
-  %2919 = add nuw <32 x i32> %2918, %2917
-  %2920 = lshr <32 x i32> %2919, splat (i32 16)
-  %2921 = trunc nuw <32 x i32> %2920 to <32 x i16>
-  %gep590.3.3.i = getelementptr i8, ptr %invariant.gep589.3.i, i64 192
-  store <32 x i16> %2921, ptr %gep590.3.3.i, align 2, !tbaa !5
-  %2922 = getelementptr float, ptr %222, i64 %2746
-  %2923 = load float, ptr %2747, align 16, !tbaa !59
-  %2924 = fcmp oeq float %2923, 0.000000e+00
-  br i1 %2924, label %if_end202.i, label %if_else201.i
+  %2914 = getelementptr inbounds nuw i8, ptr %2897, i64 640
+  store <32 x float> %2913, ptr %2914, align 4, !tbaa !5
+  %2915 = getelementptr inbounds nuw i8, ptr %2898, i64 768
+  %2916 = load <32 x float>, ptr %2915, align 4, !tbaa !5
+  %2917 = getelementptr inbounds nuw i8, ptr %2897, i64 768
+  store <32 x float> %2916, ptr %2917, align 4, !tbaa !5
+  %2918 = getelementptr inbounds nuw i8, ptr %2898, i64 896
+  %2919 = load <32 x float>, ptr %2918, align 4, !tbaa !5
+  %2920 = getelementptr inbounds nuw i8, ptr %2897, i64 896
+  store <32 x float> %2919, ptr %2920, align 4, !tbaa !5
+  %2921 = getelementptr inbounds nuw i8, ptr %2897, i64 1024
+  %2922 = getelementptr inbounds nuw i8, ptr %2898, i64 1024
+  %2923 = load <32 x float>, ptr %2922, align 4, !tbaa !5
+  store <32 x float> %2923, ptr %2921, align 4, !tbaa !5
+  %2924 = getelementptr inbounds nuw i8, ptr %2898, i64 1152
+  %2925 = load <32 x float>, ptr %2924, align 4, !tbaa !5
+  %2926 = getelementptr inbounds nuw i8, ptr %2897, i64 1152
+  store <32 x float> %2925, ptr %2926, align 4, !tbaa !5
+  %2927 = getelementptr inbounds nuw i8, ptr %2898, i64 1280
+  %2928 = load <32 x float>, ptr %2927, align 4, !tbaa !5
+  %2929 = getelementptr inbounds nuw i8, ptr %2897, i64 1280
+  store <32 x float> %2928, ptr %2929, align 4, !tbaa !5
+  %2930 = getelementptr inbounds nuw i8, ptr %2898, i64 1408
+  %2931 = load <32 x float>, ptr %2930, align 4, !tbaa !5
+  %2932 = getelementptr inbounds nuw i8, ptr %2897, i64 1408
+  store <32 x float> %2931, ptr %2932, align 4, !tbaa !5
+  %2933 = getelementptr inbounds nuw i8, ptr %2897, i64 1536
+  %2934 = getelementptr inbounds nuw i8, ptr %2898, i64 1536
+  %2935 = load <32 x float>, ptr %2934, align 4, !tbaa !5
+  store <32 x float> %2935, ptr %2933, align 4, !tbaa !5
+  %2936 = getelementptr inbounds nuw i8, ptr %2898, i64 1664
+  %2937 = load <32 x float>, ptr %2936, align 4, !tbaa !5
+  %2938 = getelementptr inbounds nuw i8, ptr %2897, i64 1664
+  store <32 x float> %2937, ptr %2938, align 4, !tbaa !5
+  %2939 = getelementptr inbounds nuw i8, ptr %2898, i64 1792
+  %2940 = load <32 x float>, ptr %2939, align 4, !tbaa !5
+  %2941 = getelementptr inbounds nuw i8, ptr %2897, i64 1792
+  store <32 x float> %2940, ptr %2941, align 4, !tbaa !5
+  %2942 = getelementptr inbounds nuw i8, ptr %2898, i64 1920
+  %2943 = load <32 x float>, ptr %2942, align 4, !tbaa !5
+  %2944 = getelementptr inbounds nuw i8, ptr %2897, i64 1920
+  store <32 x float> %2943, ptr %2944, align 4, !tbaa !5
+  %indvars.iv.next759.i = add nuw nsw i64 %indvars.iv758.i, 1
+  %exitcond761.not.i = icmp eq i64 %indvars.iv.next759.i, 8
+  br i1 %exitcond761.not.i, label %for_end_tile174.i, label %for_body_tile173.i, !prof !17
 
-if_else201.i:                                     ; preds = %for_body_tile181.i
-  %2925 = tail call float @llvm.log.f32(float %2923)
-  %2926 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2746
-  %2927 = load float, ptr %2926, align 16, !tbaa !57
-  %2928 = fadd float %2925, %2927
-  br label %if_end202.i
+for_end_tile174.i:                                ; preds = %for_body_tile173.i, %if_end197.us.3.i
+  %2945 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2946 = tail call i32 %2945(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2946, 0
+  br i1 %.not.i, label %if_end214.i, label %fused_decode_compute_.exit, !prof !18
 
-if_end202.i:                                      ; preds = %if_else201.i, %for_body_tile181.i
-  %2929 = phi float [ %2928, %if_else201.i ], [ 0xFFF0000000000000, %for_body_tile181.i ]
-  store float %2929, ptr %2922, align 4, !tbaa !5
-  %2930 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2794
-  %2931 = load float, ptr %2930, align 4, !tbaa !59
-  %2932 = fcmp oeq float %2931, 0.000000e+00
-  br i1 %2932, label %if_end202.1.i, label %if_else201.1.i
+if_end214.i:                                      ; preds = %for_end_tile174.i
+  %2947 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2948 = tail call i32 %2947(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not239.i = icmp eq i32 %2948, 0
+  br i1 %.not239.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !18
 
-if_else201.1.i:                                   ; preds = %if_end202.i
-  %2933 = tail call float @llvm.log.f32(float %2931)
-  %2934 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2794
-  %2935 = load float, ptr %2934, align 4, !tbaa !57
-  %2936 = fadd float %2933, %2935
-  br label %if_end202.1.i
-
-if_end202.1.i:                                    ; preds = %if_else201.1.i, %if_end202.i
-  %2937 = phi float [ %2936, %if_else201.1.i ], [ 0xFFF0000000000000, %if_end202.i ]
-  %2938 = getelementptr i8, ptr %2922, i64 4
-  store float %2937, ptr %2938, align 4, !tbaa !5
-  %2939 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2837
-  %2940 = load float, ptr %2939, align 8, !tbaa !59
-  %2941 = fcmp oeq float %2940, 0.000000e+00
-  br i1 %2941, label %if_end202.2.i, label %if_else201.2.i
-
-if_else201.2.i:                                   ; preds = %if_end202.1.i
-  %2942 = tail call float @llvm.log.f32(float %2940)
-  %2943 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2837
-  %2944 = load float, ptr %2943, align 8, !tbaa !57
-  %2945 = fadd float %2942, %2944
-  br label %if_end202.2.i
-
-if_end202.2.i:                                    ; preds = %if_else201.2.i, %if_end202.1.i
-  %2946 = phi float [ %2945, %if_else201.2.i ], [ 0xFFF0000000000000, %if_end202.1.i ]
-  %2947 = getelementptr i8, ptr %2922, i64 8
-  store float %2946, ptr %2947, align 4, !tbaa !5
-  %2948 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2880
-  %2949 = load float, ptr %2948, align 4, !tbaa !59
-  %2950 = fcmp oeq float %2949, 0.000000e+00
-  br i1 %2950, label %if_end202.3.i, label %if_else201.3.i
-
-if_else201.3.i:                                   ; preds = %if_end202.2.i
-  %2951 = tail call float @llvm.log.f32(float %2949)
-  %2952 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2880
-  %2953 = load float, ptr %2952, align 4, !tbaa !57
-  %2954 = fadd float %2951, %2953
-  br label %if_end202.3.i
-
-if_end202.3.i:                                    ; preds = %if_else201.3.i, %if_end202.2.i
-  %2955 = phi float [ %2954, %if_else201.3.i ], [ 0xFFF0000000000000, %if_end202.2.i ]
-  %2956 = getelementptr i8, ptr %2922, i64 12
-  store float %2955, ptr %2956, align 4, !tbaa !5
-  %indvars.iv.next877.i = add nuw nsw i64 %indvars.iv876.i, 1
-  %exitcond880.not.i = icmp eq i64 %indvars.iv.next877.i, 8
-  br i1 %exitcond880.not.i, label %if_end178.i, label %for_body_tile181.i, !prof !17
-
-for_body_tile204.i:                               ; preds = %for_body_tile204.i, %for_begin_tile203.preheader.i
-  %indvars.iv857.i = phi i64 [ 0, %for_begin_tile203.preheader.i ], [ %indvars.iv.next858.i, %for_body_tile204.i ]
-  %2957 = shl nuw nsw i64 %indvars.iv857.i, 2
-  %2958 = add nuw nsw i64 %2957, %217
-  %2959 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2957
-  %2960 = load float, ptr %2959, align 16, !tbaa !57
-  %2961 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2958
-  store float %2960, ptr %2961, align 4, !tbaa !5
-  %2962 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2957
-  %2963 = load float, ptr %2962, align 16, !tbaa !59
-  %2964 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2958
-  store float %2963, ptr %2964, align 4, !tbaa !5
-  %2965 = or disjoint i64 %2957, 1
-  %cse_v135.1.i = or disjoint i64 %2958, 1
-  %2966 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2965
-  %2967 = load float, ptr %2966, align 4, !tbaa !57
-  %2968 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.1.i
-  store float %2967, ptr %2968, align 4, !tbaa !5
-  %2969 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2965
-  %2970 = load float, ptr %2969, align 4, !tbaa !59
-  %2971 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.1.i
-  store float %2970, ptr %2971, align 4, !tbaa !5
-  %2972 = or disjoint i64 %2957, 2
-  %cse_v135.2.i = or disjoint i64 %2958, 2
-  %2973 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2972
-  %2974 = load float, ptr %2973, align 8, !tbaa !57
-  %2975 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.2.i
-  store float %2974, ptr %2975, align 4, !tbaa !5
-  %2976 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2972
-  %2977 = load float, ptr %2976, align 8, !tbaa !59
-  %2978 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.2.i
-  store float %2977, ptr %2978, align 4, !tbaa !5
-  %2979 = or disjoint i64 %2957, 3
-  %cse_v135.3.i = or disjoint i64 %2958, 3
-  %2980 = getelementptr inbounds nuw float, ptr %row_max247.i, i64 %2979
-  %2981 = load float, ptr %2980, align 4, !tbaa !57
-  %2982 = getelementptr inbounds nuw float, ptr %partial_max, i64 %cse_v135.3.i
-  store float %2981, ptr %2982, align 4, !tbaa !5
-  %2983 = getelementptr inbounds nuw float, ptr %row_sum246.i, i64 %2979
-  %2984 = load float, ptr %2983, align 4, !tbaa !59
-  %2985 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %cse_v135.3.i
-  store float %2984, ptr %2985, align 4, !tbaa !5
-  %.idx248.i = shl nuw nsw i64 %indvars.iv857.i, 11
-  %2986 = getelementptr inbounds nuw i8, ptr %218, i64 %.idx248.i
-  %2987 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx248.i
-  %2988 = load <32 x float>, ptr %2987, align 4, !tbaa !5
-  store <32 x float> %2988, ptr %2986, align 4, !tbaa !5
-  %2989 = getelementptr inbounds nuw i8, ptr %2987, i64 128
-  %2990 = load <32 x float>, ptr %2989, align 4, !tbaa !5
-  %2991 = getelementptr inbounds nuw i8, ptr %2986, i64 128
-  store <32 x float> %2990, ptr %2991, align 4, !tbaa !5
-  %2992 = getelementptr inbounds nuw i8, ptr %2987, i64 256
-  %2993 = load <32 x float>, ptr %2992, align 4, !tbaa !5
-  %2994 = getelementptr inbounds nuw i8, ptr %2986, i64 256
-  store <32 x float> %2993, ptr %2994, align 4, !tbaa !5
-  %2995 = getelementptr inbounds nuw i8, ptr %2987, i64 384
-  %2996 = load <32 x float>, ptr %2995, align 4, !tbaa !5
-  %2997 = getelementptr inbounds nuw i8, ptr %2986, i64 384
-  store <32 x float> %2996, ptr %2997, align 4, !tbaa !5
-  %2998 = getelementptr inbounds nuw i8, ptr %2986, i64 512
-  %2999 = getelementptr inbounds nuw i8, ptr %2987, i64 512
-  %3000 = load <32 x float>, ptr %2999, align 4, !tbaa !5
-  store <32 x float> %3000, ptr %2998, align 4, !tbaa !5
-  %3001 = getelementptr inbounds nuw i8, ptr %2987, i64 640
-  %3002 = load <32 x float>, ptr %3001, align 4, !tbaa !5
-  %3003 = getelementptr inbounds nuw i8, ptr %2986, i64 640
-  store <32 x float> %3002, ptr %3003, align 4, !tbaa !5
-  %3004 = getelementptr inbounds nuw i8, ptr %2987, i64 768
-  %3005 = load <32 x float>, ptr %3004, align 4, !tbaa !5
-  %3006 = getelementptr inbounds nuw i8, ptr %2986, i64 768
-  store <32 x float> %3005, ptr %3006, align 4, !tbaa !5
-  %3007 = getelementptr inbounds nuw i8, ptr %2987, i64 896
-  %3008 = load <32 x float>, ptr %3007, align 4, !tbaa !5
-  %3009 = getelementptr inbounds nuw i8, ptr %2986, i64 896
-  store <32 x float> %3008, ptr %3009, align 4, !tbaa !5
-  %3010 = getelementptr inbounds nuw i8, ptr %2986, i64 1024
-  %3011 = getelementptr inbounds nuw i8, ptr %2987, i64 1024
-  %3012 = load <32 x float>, ptr %3011, align 4, !tbaa !5
-  store <32 x float> %3012, ptr %3010, align 4, !tbaa !5
-  %3013 = getelementptr inbounds nuw i8, ptr %2987, i64 1152
-  %3014 = load <32 x float>, ptr %3013, align 4, !tbaa !5
-  %3015 = getelementptr inbounds nuw i8, ptr %2986, i64 1152
-  store <32 x float> %3014, ptr %3015, align 4, !tbaa !5
-  %3016 = getelementptr inbounds nuw i8, ptr %2987, i64 1280
-  %3017 = load <32 x float>, ptr %3016, align 4, !tbaa !5
-  %3018 = getelementptr inbounds nuw i8, ptr %2986, i64 1280
-  store <32 x float> %3017, ptr %3018, align 4, !tbaa !5
-  %3019 = getelementptr inbounds nuw i8, ptr %2987, i64 1408
-  %3020 = load <32 x float>, ptr %3019, align 4, !tbaa !5
-  %3021 = getelementptr inbounds nuw i8, ptr %2986, i64 1408
-  store <32 x float> %3020, ptr %3021, align 4, !tbaa !5
-  %3022 = getelementptr inbounds nuw i8, ptr %2986, i64 1536
-  %3023 = getelementptr inbounds nuw i8, ptr %2987, i64 1536
-  %3024 = load <32 x float>, ptr %3023, align 4, !tbaa !5
-  store <32 x float> %3024, ptr %3022, align 4, !tbaa !5
-  %3025 = getelementptr inbounds nuw i8, ptr %2987, i64 1664
-  %3026 = load <32 x float>, ptr %3025, align 4, !tbaa !5
-  %3027 = getelementptr inbounds nuw i8, ptr %2986, i64 1664
-  store <32 x float> %3026, ptr %3027, align 4, !tbaa !5
-  %3028 = getelementptr inbounds nuw i8, ptr %2987, i64 1792
-  %3029 = load <32 x float>, ptr %3028, align 4, !tbaa !5
-  %3030 = getelementptr inbounds nuw i8, ptr %2986, i64 1792
-  store <32 x float> %3029, ptr %3030, align 4, !tbaa !5
-  %3031 = getelementptr inbounds nuw i8, ptr %2987, i64 1920
-  %3032 = load <32 x float>, ptr %3031, align 4, !tbaa !5
-  %3033 = getelementptr inbounds nuw i8, ptr %2986, i64 1920
-  store <32 x float> %3032, ptr %3033, align 4, !tbaa !5
-  %indvars.iv.next858.i = add nuw nsw i64 %indvars.iv857.i, 1
-  %exitcond861.not.i = icmp eq i64 %indvars.iv.next858.i, 8
-  br i1 %exitcond861.not.i, label %if_end178.i, label %for_body_tile204.i, !prof !17
-
-if_end226.i:                                      ; preds = %if_end178.i
-  %3034 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %3035 = tail call i32 %3034(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not249.i = icmp eq i32 %3035, 0
-  br i1 %.not249.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !18
-
-fused_decode_compute_.exit:                       ; preds = %if_end226.i, %if_end178.i, %if_end172.i, %if_end166.i, %if_end163.i, %if_end160.i, %if_end157.i, %for_end_r146.i, %for_end_ax178.3.i, %for_body_r34.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end25.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ 0, %if_end45 ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ -1, %for_body_r34.preheader.i ], [ -1, %if_end166.i ], [ -1, %if_end163.i ], [ -1, %if_end160.i ], [ -1, %if_end157.i ], [ -1, %for_end_r146.i ], [ -1, %for_end_ax178.3.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end25.i ], [ -1, %if_end22.i ], [ -1, %if_end172.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end178.i ], [ 0, %for_begin_s.i ], [ -1, %if_end226.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %beta233.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %alpha234.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum246.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max247.i)
+fused_decode_compute_.exit:                       ; preds = %if_end214.i, %for_end_tile174.i, %if_end167.i, %if_end161.i, %if_end158.i, %if_end155.i, %if_end152.i, %for_end_r136.i, %for_end_ax178.3.i, %for_begin_r.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end25.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ 0, %if_end45 ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end161.i ], [ -1, %if_end158.i ], [ -1, %if_end155.i ], [ -1, %if_end152.i ], [ -1, %for_end_r136.i ], [ -1, %for_end_ax178.3.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end25.i ], [ -1, %if_end22.i ], [ -1, %if_end167.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %for_end_tile174.i ], [ 0, %for_begin_s.i ], [ -1, %if_end214.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta223.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha224.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum237.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max238.i)
   ret i32 %common.ret.op.i
 }
 
@@ -5325,436 +5215,436 @@ for_begin_step.preheader.i:                       ; preds = %if_end21
 
 for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
   %sext = shl i64 %22, 32
-  %cse_v2.i = ashr exact i64 %sext, 32
+  %43 = ashr exact i64 %sext, 32
   %wide.trip.count.i = and i64 %24, 2147483647
   br label %for_body_step.i
 
 for_body_step.i:                                  ; preds = %for_end_r.i, %for_body_step.lr.ph.i
-  %indvars.iv69.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next70.i, %for_end_r.i ]
-  %43 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r.i ]
-  %total4448.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %103, %for_end_r.i ]
-  %44 = icmp eq i64 %indvars.iv69.i, 0
-  %45 = insertelement <32 x i1> poison, i1 %44, i64 0
-  %46 = shufflevector <32 x i1> %45, <32 x i1> poison, <32 x i32> zeroinitializer
-  %old_max.i = select <32 x i1> %46, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %43
-  %old_sum.i = select <32 x i1> %46, <32 x float> zeroinitializer, <32 x float> %total4448.i
-  %47 = add nsw i64 %indvars.iv69.i, %cse_v2.i
-  %cse_v9.i = shl nsw i64 %47, 5
-  %48 = getelementptr inbounds float, ptr %partial_max, i64 %cse_v9.i
-  %49 = load <32 x float>, ptr %48, align 4, !tbaa !5
-  %50 = fcmp ogt <32 x float> %old_max.i, %49
-  %51 = getelementptr inbounds float, ptr %partial_sum, i64 %cse_v9.i
-  %52 = load <32 x float>, ptr %51, align 4, !tbaa !5
-  %53 = fcmp oeq <32 x float> %52, zeroinitializer
-  %54 = select <32 x i1> %53, <32 x i1> splat (i1 true), <32 x i1> %50
-  %old_or_both.i = select <32 x i1> %54, <32 x float> %old_max.i, <32 x float> %49
-  %55 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
-  %m.i = select <32 x i1> %55, <32 x float> %49, <32 x float> %old_or_both.i
-  %arg.i = fsub <32 x float> %old_max.i, %m.i
-  %cse_v10.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %56 = bitcast <32 x float> %cse_v10.i to <32 x i32>
-  %57 = add nsw <32 x i32> %56, splat (i32 -1262485504)
-  %58 = sitofp <32 x i32> %57 to <32 x float>
-  %59 = fmul <32 x float> %58, splat (float 0x3F2BD01060000000)
-  %60 = fmul <32 x float> %58, splat (float 0x3FE6300000000000)
-  %61 = fsub <32 x float> %arg.i, %60
-  %62 = fadd <32 x float> %59, %61
-  %63 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %62, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %64 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %63, <32 x float> %62, <32 x float> splat (float 0x3F81112100000000))
-  %65 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %64, <32 x float> %62, <32 x float> splat (float 0x3FA5553820000000))
-  %66 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %65, <32 x float> %62, <32 x float> splat (float 0x3FC5555540000000))
-  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> %62, <32 x float> splat (float 5.000000e-01))
-  %68 = fmul <32 x float> %62, %67
-  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %62, <32 x float> %62)
-  %70 = shl <32 x i32> %56, splat (i32 23)
-  %71 = add <32 x i32> %70, splat (i32 1065353216)
-  %72 = bitcast <32 x i32> %71 to <32 x float>
-  %73 = fadd <32 x float> %69, splat (float 1.000000e+00)
-  %74 = fmul <32 x float> %73, %72
-  %75 = fcmp olt <32 x float> %arg.i, splat (float -8.700000e+01)
-  %76 = select <32 x i1> %75, <32 x float> zeroinitializer, <32 x float> %74
-  %77 = fcmp one <32 x float> %old_sum.i, zeroinitializer
-  %78 = select <32 x i1> %77, <32 x float> %76, <32 x float> zeroinitializer
-  store <32 x float> %78, ptr %alpha39.i, align 16, !tbaa !81
-  %arg2.i = fsub <32 x float> %49, %m.i
-  %cse_v6.i = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
-  %79 = bitcast <32 x float> %cse_v6.i to <32 x i32>
-  %80 = add nsw <32 x i32> %79, splat (i32 -1262485504)
-  %81 = sitofp <32 x i32> %80 to <32 x float>
-  %82 = fmul <32 x float> %81, splat (float 0x3F2BD01060000000)
-  %83 = fmul <32 x float> %81, splat (float 0x3FE6300000000000)
-  %84 = fsub <32 x float> %arg2.i, %83
-  %85 = fadd <32 x float> %82, %84
-  %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %85, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
-  %87 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %86, <32 x float> %85, <32 x float> splat (float 0x3F81112100000000))
-  %88 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %87, <32 x float> %85, <32 x float> splat (float 0x3FA5553820000000))
-  %89 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %88, <32 x float> %85, <32 x float> splat (float 0x3FC5555540000000))
-  %90 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %89, <32 x float> %85, <32 x float> splat (float 5.000000e-01))
-  %91 = fmul <32 x float> %85, %90
-  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %91, <32 x float> %85, <32 x float> %85)
-  %93 = shl <32 x i32> %79, splat (i32 23)
-  %94 = add <32 x i32> %93, splat (i32 1065353216)
-  %95 = bitcast <32 x i32> %94 to <32 x float>
-  %96 = fadd <32 x float> %92, splat (float 1.000000e+00)
-  %97 = fmul <32 x float> %96, %95
-  %98 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
-  %99 = select <32 x i1> %98, <32 x float> zeroinitializer, <32 x float> %97
-  %100 = fcmp one <32 x float> %52, zeroinitializer
-  %101 = select <32 x i1> %100, <32 x float> %99, <32 x float> zeroinitializer
-  store <32 x float> %101, ptr %beta38.i, align 16, !tbaa !87
-  %102 = fmul <32 x float> %old_sum.i, %78
-  %103 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %101, <32 x float> %52, <32 x float> %102)
-  %.idx.i = shl nsw i64 %47, 14
-  %104 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %44, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+  %indvars.iv67.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next68.i, %for_end_r.i ]
+  %44 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r.i ]
+  %total4448.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %108, %for_end_r.i ]
+  %45 = icmp eq i64 %indvars.iv67.i, 0
+  %46 = insertelement <32 x i1> poison, i1 %45, i64 0
+  %47 = shufflevector <32 x i1> %46, <32 x i1> poison, <32 x i32> zeroinitializer
+  %old_max.i = select <32 x i1> %47, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %44
+  %old_sum.i = select <32 x i1> %47, <32 x float> zeroinitializer, <32 x float> %total4448.i
+  %48 = add nsw i64 %indvars.iv67.i, %43
+  %49 = shl nsw i64 %48, 5
+  %50 = getelementptr inbounds float, ptr %partial_max, i64 %49
+  %51 = load <32 x float>, ptr %50, align 4, !tbaa !5
+  %52 = fcmp ogt <32 x float> %old_max.i, %51
+  %53 = getelementptr inbounds float, ptr %partial_sum, i64 %49
+  %54 = load <32 x float>, ptr %53, align 4, !tbaa !5
+  %55 = fcmp oeq <32 x float> %54, zeroinitializer
+  %56 = select <32 x i1> %55, <32 x i1> splat (i1 true), <32 x i1> %52
+  %old_or_both.i = select <32 x i1> %56, <32 x float> %old_max.i, <32 x float> %51
+  %57 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
+  %m.i = select <32 x i1> %57, <32 x float> %51, <32 x float> %old_or_both.i
+  %58 = fsub <32 x float> %old_max.i, %m.i
+  %59 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %58, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %60 = bitcast <32 x float> %59 to <32 x i32>
+  %61 = add nsw <32 x i32> %60, splat (i32 -1262485504)
+  %62 = sitofp <32 x i32> %61 to <32 x float>
+  %63 = fmul <32 x float> %62, splat (float 0x3F2BD01060000000)
+  %64 = fmul <32 x float> %62, splat (float 0x3FE6300000000000)
+  %65 = fsub <32 x float> %58, %64
+  %66 = fadd <32 x float> %63, %65
+  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %68 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %67, <32 x float> %66, <32 x float> splat (float 0x3F81112100000000))
+  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %66, <32 x float> splat (float 0x3FA5553820000000))
+  %70 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %69, <32 x float> %66, <32 x float> splat (float 0x3FC5555540000000))
+  %71 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %70, <32 x float> %66, <32 x float> splat (float 5.000000e-01))
+  %72 = fmul <32 x float> %66, %71
+  %73 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %72, <32 x float> %66, <32 x float> %66)
+  %74 = shl <32 x i32> %60, splat (i32 23)
+  %75 = add <32 x i32> %74, splat (i32 1065353216)
+  %76 = bitcast <32 x i32> %75 to <32 x float>
+  %77 = fadd <32 x float> %73, splat (float 1.000000e+00)
+  %78 = fmul <32 x float> %77, %76
+  %79 = fcmp olt <32 x float> %58, splat (float -8.700000e+01)
+  %80 = select <32 x i1> %79, <32 x float> zeroinitializer, <32 x float> %78
+  %81 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %82 = select <32 x i1> %81, <32 x float> %80, <32 x float> zeroinitializer
+  store <32 x float> %82, ptr %alpha39.i, align 16, !tbaa !82
+  %arg2.i = fsub <32 x float> %51, %m.i
+  %83 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
+  %84 = bitcast <32 x float> %83 to <32 x i32>
+  %85 = add nsw <32 x i32> %84, splat (i32 -1262485504)
+  %86 = sitofp <32 x i32> %85 to <32 x float>
+  %87 = fmul <32 x float> %86, splat (float 0x3F2BD01060000000)
+  %88 = fmul <32 x float> %86, splat (float 0x3FE6300000000000)
+  %89 = fsub <32 x float> %arg2.i, %88
+  %90 = fadd <32 x float> %87, %89
+  %91 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %90, <32 x float> splat (float 0x3F2A0D2CE0000000), <32 x float> splat (float 0x3F56E879C0000000))
+  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %91, <32 x float> %90, <32 x float> splat (float 0x3F81112100000000))
+  %93 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %92, <32 x float> %90, <32 x float> splat (float 0x3FA5553820000000))
+  %94 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %93, <32 x float> %90, <32 x float> splat (float 0x3FC5555540000000))
+  %95 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %94, <32 x float> %90, <32 x float> splat (float 5.000000e-01))
+  %96 = fmul <32 x float> %90, %95
+  %97 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %96, <32 x float> %90, <32 x float> %90)
+  %98 = shl <32 x i32> %84, splat (i32 23)
+  %99 = add <32 x i32> %98, splat (i32 1065353216)
+  %100 = bitcast <32 x i32> %99 to <32 x float>
+  %101 = fadd <32 x float> %97, splat (float 1.000000e+00)
+  %102 = fmul <32 x float> %101, %100
+  %103 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
+  %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
+  %105 = fcmp one <32 x float> %54, zeroinitializer
+  %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
+  store <32 x float> %106, ptr %beta38.i, align 16, !tbaa !88
+  %107 = fmul <32 x float> %old_sum.i, %82
+  %108 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %54, <32 x float> %107)
+  %.idx.i = shl nsw i64 %48, 14
+  %109 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %45, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
-  %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %105 = shl nuw nsw i64 %indvars.iv65.i, 7
-  %106 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv65.i
-  %107 = load float, ptr %106, align 4, !tbaa !93
-  %108 = insertelement <16 x float> poison, float %107, i64 0
-  %109 = shufflevector <16 x float> %108, <16 x float> poison, <16 x i32> zeroinitializer
-  %110 = getelementptr float, ptr %104, i64 %105
-  %111 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv65.i
-  %112 = load float, ptr %111, align 4, !tbaa !94
-  %113 = getelementptr inbounds nuw float, ptr %acc.i, i64 %105
-  store <16 x float> zeroinitializer, ptr %113, align 4, !tbaa !5
-  %114 = load <16 x float>, ptr %110, align 4, !tbaa !5
-  %.scalar = fmul float %112, 0.000000e+00
-  %115 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %116 = shufflevector <16 x float> %115, <16 x float> poison, <16 x i32> zeroinitializer
-  %117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %114, <16 x float> %116)
-  store <16 x float> %117, ptr %113, align 4, !tbaa !5
-  %118 = getelementptr inbounds nuw i8, ptr %113, i64 64
+  %indvars.iv63.i = phi i64 [ %indvars.iv.next64.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
+  %110 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv63.i
+  %111 = load float, ptr %110, align 4, !tbaa !94
+  %112 = insertelement <16 x float> poison, float %111, i64 0
+  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
+  %114 = shl nuw nsw i64 %indvars.iv63.i, 7
+  %115 = getelementptr float, ptr %109, i64 %114
+  %116 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv63.i
+  %117 = load float, ptr %116, align 4, !tbaa !95
+  %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
   store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
-  %119 = getelementptr i8, ptr %110, i64 64
-  %120 = load <16 x float>, ptr %119, align 4, !tbaa !5
-  %121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %120, <16 x float> %116)
-  store <16 x float> %121, ptr %118, align 4, !tbaa !5
-  %122 = getelementptr inbounds nuw i8, ptr %113, i64 128
-  store <16 x float> zeroinitializer, ptr %122, align 4, !tbaa !5
-  %123 = getelementptr i8, ptr %110, i64 128
-  %124 = load <16 x float>, ptr %123, align 4, !tbaa !5
-  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %124, <16 x float> %116)
-  store <16 x float> %125, ptr %122, align 4, !tbaa !5
-  %126 = getelementptr inbounds nuw i8, ptr %113, i64 192
-  store <16 x float> zeroinitializer, ptr %126, align 4, !tbaa !5
-  %127 = getelementptr i8, ptr %110, i64 192
-  %128 = load <16 x float>, ptr %127, align 4, !tbaa !5
-  %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %128, <16 x float> %116)
-  store <16 x float> %129, ptr %126, align 4, !tbaa !5
-  %130 = getelementptr inbounds nuw i8, ptr %113, i64 256
-  store <16 x float> zeroinitializer, ptr %130, align 4, !tbaa !5
-  %131 = getelementptr i8, ptr %110, i64 256
-  %132 = load <16 x float>, ptr %131, align 4, !tbaa !5
-  %133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %132, <16 x float> %116)
-  store <16 x float> %133, ptr %130, align 4, !tbaa !5
-  %134 = getelementptr inbounds nuw i8, ptr %113, i64 320
-  store <16 x float> zeroinitializer, ptr %134, align 4, !tbaa !5
-  %135 = getelementptr i8, ptr %110, i64 320
-  %136 = load <16 x float>, ptr %135, align 4, !tbaa !5
-  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %136, <16 x float> %116)
-  store <16 x float> %137, ptr %134, align 4, !tbaa !5
-  %138 = getelementptr inbounds nuw i8, ptr %113, i64 384
-  store <16 x float> zeroinitializer, ptr %138, align 4, !tbaa !5
-  %139 = getelementptr i8, ptr %110, i64 384
-  %140 = load <16 x float>, ptr %139, align 4, !tbaa !5
-  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %140, <16 x float> %116)
-  store <16 x float> %141, ptr %138, align 4, !tbaa !5
-  %142 = getelementptr inbounds nuw i8, ptr %113, i64 448
-  store <16 x float> zeroinitializer, ptr %142, align 4, !tbaa !5
-  %143 = getelementptr i8, ptr %110, i64 448
-  %144 = load <16 x float>, ptr %143, align 4, !tbaa !5
-  %145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %109, <16 x float> %144, <16 x float> %116)
-  store <16 x float> %145, ptr %142, align 4, !tbaa !5
-  %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
-  %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 32
-  br i1 %exitcond68.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !17
+  %119 = load <16 x float>, ptr %115, align 4, !tbaa !5
+  %.scalar = fmul float %117, 0.000000e+00
+  %120 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %121 = shufflevector <16 x float> %120, <16 x float> poison, <16 x i32> zeroinitializer
+  %122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %119, <16 x float> %121)
+  store <16 x float> %122, ptr %118, align 4, !tbaa !5
+  %123 = getelementptr inbounds nuw i8, ptr %118, i64 64
+  store <16 x float> zeroinitializer, ptr %123, align 4, !tbaa !5
+  %124 = getelementptr i8, ptr %115, i64 64
+  %125 = load <16 x float>, ptr %124, align 4, !tbaa !5
+  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %125, <16 x float> %121)
+  store <16 x float> %126, ptr %123, align 4, !tbaa !5
+  %127 = getelementptr inbounds nuw i8, ptr %118, i64 128
+  store <16 x float> zeroinitializer, ptr %127, align 4, !tbaa !5
+  %128 = getelementptr i8, ptr %115, i64 128
+  %129 = load <16 x float>, ptr %128, align 4, !tbaa !5
+  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %129, <16 x float> %121)
+  store <16 x float> %130, ptr %127, align 4, !tbaa !5
+  %131 = getelementptr inbounds nuw i8, ptr %118, i64 192
+  store <16 x float> zeroinitializer, ptr %131, align 4, !tbaa !5
+  %132 = getelementptr i8, ptr %115, i64 192
+  %133 = load <16 x float>, ptr %132, align 4, !tbaa !5
+  %134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %133, <16 x float> %121)
+  store <16 x float> %134, ptr %131, align 4, !tbaa !5
+  %135 = getelementptr inbounds nuw i8, ptr %118, i64 256
+  store <16 x float> zeroinitializer, ptr %135, align 4, !tbaa !5
+  %136 = getelementptr i8, ptr %115, i64 256
+  %137 = load <16 x float>, ptr %136, align 4, !tbaa !5
+  %138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %137, <16 x float> %121)
+  store <16 x float> %138, ptr %135, align 4, !tbaa !5
+  %139 = getelementptr inbounds nuw i8, ptr %118, i64 320
+  store <16 x float> zeroinitializer, ptr %139, align 4, !tbaa !5
+  %140 = getelementptr i8, ptr %115, i64 320
+  %141 = load <16 x float>, ptr %140, align 4, !tbaa !5
+  %142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %141, <16 x float> %121)
+  store <16 x float> %142, ptr %139, align 4, !tbaa !5
+  %143 = getelementptr inbounds nuw i8, ptr %118, i64 384
+  store <16 x float> zeroinitializer, ptr %143, align 4, !tbaa !5
+  %144 = getelementptr i8, ptr %115, i64 384
+  %145 = load <16 x float>, ptr %144, align 4, !tbaa !5
+  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %145, <16 x float> %121)
+  store <16 x float> %146, ptr %143, align 4, !tbaa !5
+  %147 = getelementptr inbounds nuw i8, ptr %118, i64 448
+  store <16 x float> zeroinitializer, ptr %147, align 4, !tbaa !5
+  %148 = getelementptr i8, ptr %115, i64 448
+  %149 = load <16 x float>, ptr %148, align 4, !tbaa !5
+  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %149, <16 x float> %121)
+  store <16 x float> %150, ptr %147, align 4, !tbaa !5
+  %indvars.iv.next64.i = add nuw nsw i64 %indvars.iv63.i, 1
+  %exitcond66.not.i = icmp eq i64 %indvars.iv.next64.i, 32
+  br i1 %exitcond66.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !17
 
 for_end_step.i:                                   ; preds = %for_end_r.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %103, %for_end_r.i ]
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %108, %for_end_r.i ]
   %m47.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r.i ]
   store <32 x float> %m47.lcssa.i, ptr %row_max43.i, align 16
   store <32 x float> %.lcssa.i, ptr %row_sum42.i, align 16
-  %146 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %147 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %148 = select <32 x i1> %147, <32 x float> zeroinitializer, <32 x float> %146
-  store <32 x float> %148, ptr %factor37.i, align 16, !tbaa !95
+  %151 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %152 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %153 = select <32 x i1> %152, <32 x float> zeroinitializer, <32 x float> %151
+  store <32 x float> %153, ptr %factor37.i, align 16, !tbaa !96
   %sext28 = shl i64 %20, 32
-  %cse_v5.i = ashr exact i64 %sext28, 32
-  %149 = mul nsw i64 %out_batch, %cse_v5.i
-  %150 = getelementptr i16, ptr %out, i64 %149
+  %154 = ashr exact i64 %sext28, 32
+  %155 = mul nsw i64 %out_batch, %154
+  %156 = getelementptr i16, ptr %out, i64 %155
   br label %for_begin_d_022.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %151 = shl nuw nsw i64 %indvars.iv.i, 7
-  %152 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv.i
-  %153 = load float, ptr %152, align 4, !tbaa !93
-  %154 = insertelement <16 x float> poison, float %153, i64 0
-  %155 = shufflevector <16 x float> %154, <16 x float> poison, <16 x i32> zeroinitializer
-  %156 = getelementptr float, ptr %104, i64 %151
-  %157 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv.i
+  %157 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv.i
   %158 = load float, ptr %157, align 4, !tbaa !94
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = load <16 x float>, ptr %156, align 4, !tbaa !5
-  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %151
-  %163 = load <16 x float>, ptr %162, align 4, !tbaa !5
-  %164 = fmul <16 x float> %163, %160
-  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %161, <16 x float> %164)
-  store <16 x float> %165, ptr %162, align 4, !tbaa !5
-  %166 = getelementptr i8, ptr %156, i64 64
-  %167 = load <16 x float>, ptr %166, align 4, !tbaa !5
-  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
+  %161 = shl nuw nsw i64 %indvars.iv.i, 7
+  %162 = getelementptr float, ptr %109, i64 %161
+  %163 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv.i
+  %164 = load float, ptr %163, align 4, !tbaa !95
+  %165 = insertelement <16 x float> poison, float %164, i64 0
+  %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
+  %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
+  %168 = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
   %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
-  %170 = fmul <16 x float> %160, %169
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %167, <16 x float> %170)
+  %170 = fmul <16 x float> %169, %166
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %167, <16 x float> %170)
   store <16 x float> %171, ptr %168, align 4, !tbaa !5
-  %172 = getelementptr i8, ptr %156, i64 128
+  %172 = getelementptr i8, ptr %162, i64 64
   %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
-  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
+  %174 = getelementptr inbounds nuw i8, ptr %168, i64 64
   %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
-  %176 = fmul <16 x float> %160, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %173, <16 x float> %176)
+  %176 = fmul <16 x float> %166, %175
+  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %173, <16 x float> %176)
   store <16 x float> %177, ptr %174, align 4, !tbaa !5
-  %178 = getelementptr i8, ptr %156, i64 192
+  %178 = getelementptr i8, ptr %162, i64 128
   %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
-  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
+  %180 = getelementptr inbounds nuw i8, ptr %168, i64 128
   %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
-  %182 = fmul <16 x float> %160, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %179, <16 x float> %182)
+  %182 = fmul <16 x float> %166, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %179, <16 x float> %182)
   store <16 x float> %183, ptr %180, align 4, !tbaa !5
-  %184 = getelementptr i8, ptr %156, i64 256
+  %184 = getelementptr i8, ptr %162, i64 192
   %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
-  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
+  %186 = getelementptr inbounds nuw i8, ptr %168, i64 192
   %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
-  %188 = fmul <16 x float> %160, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %185, <16 x float> %188)
+  %188 = fmul <16 x float> %166, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %185, <16 x float> %188)
   store <16 x float> %189, ptr %186, align 4, !tbaa !5
-  %190 = getelementptr i8, ptr %156, i64 320
+  %190 = getelementptr i8, ptr %162, i64 256
   %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
-  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
+  %192 = getelementptr inbounds nuw i8, ptr %168, i64 256
   %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
-  %194 = fmul <16 x float> %160, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %191, <16 x float> %194)
+  %194 = fmul <16 x float> %166, %193
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %191, <16 x float> %194)
   store <16 x float> %195, ptr %192, align 4, !tbaa !5
-  %196 = getelementptr i8, ptr %156, i64 384
+  %196 = getelementptr i8, ptr %162, i64 320
   %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
-  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
+  %198 = getelementptr inbounds nuw i8, ptr %168, i64 320
   %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
-  %200 = fmul <16 x float> %160, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %197, <16 x float> %200)
+  %200 = fmul <16 x float> %166, %199
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %197, <16 x float> %200)
   store <16 x float> %201, ptr %198, align 4, !tbaa !5
-  %202 = getelementptr i8, ptr %156, i64 448
+  %202 = getelementptr i8, ptr %162, i64 384
   %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
-  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
+  %204 = getelementptr inbounds nuw i8, ptr %168, i64 384
   %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
-  %206 = fmul <16 x float> %160, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %155, <16 x float> %203, <16 x float> %206)
+  %206 = fmul <16 x float> %166, %205
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %203, <16 x float> %206)
   store <16 x float> %207, ptr %204, align 4, !tbaa !5
+  %208 = getelementptr i8, ptr %162, i64 448
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !5
+  %210 = getelementptr inbounds nuw i8, ptr %168, i64 448
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !5
+  %212 = fmul <16 x float> %166, %211
+  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %209, <16 x float> %212)
+  store <16 x float> %213, ptr %210, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
 
 for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
-  %indvars.iv.next70.i = add nuw nsw i64 %indvars.iv69.i, 1
-  %exitcond72.not.i = icmp eq i64 %indvars.iv.next70.i, %wide.trip.count.i
-  br i1 %exitcond72.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+  %indvars.iv.next68.i = add nuw nsw i64 %indvars.iv67.i, 1
+  %exitcond70.not.i = icmp eq i64 %indvars.iv.next68.i, %wide.trip.count.i
+  br i1 %exitcond70.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
 
 for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.preheader.i, %for_end_step.i
-  %indvars.iv78.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next79.i, %for_begin_d_022.preheader.i ]
-  %208 = getelementptr inbounds nuw float, ptr %factor37.i, i64 %indvars.iv78.i
-  %209 = load float, ptr %208, align 4, !tbaa !101
-  %210 = insertelement <16 x float> poison, float %209, i64 0
-  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
-  %212 = mul nsw i64 %indvars.iv78.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %150, i64 %212
-  %.idx = shl nuw nsw i64 %indvars.iv78.i, 9
-  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %214 = load <16 x float>, ptr %213, align 4, !tbaa !5
-  %215 = fmul <16 x float> %214, %211
-  %216 = bitcast <16 x float> %215 to <16 x i32>
-  %217 = lshr <16 x i32> %216, splat (i32 16)
-  %218 = and <16 x i32> %217, splat (i32 1)
-  %219 = add nuw <16 x i32> %216, splat (i32 32767)
-  %220 = add nuw <16 x i32> %219, %218
-  %221 = lshr <16 x i32> %220, splat (i32 16)
-  %222 = trunc nuw <16 x i32> %221 to <16 x i16>
-  store <16 x i16> %222, ptr %invariant.gep.i, align 2, !tbaa !5
-  %223 = getelementptr inbounds nuw i8, ptr %213, i64 64
-  %224 = load <16 x float>, ptr %223, align 4, !tbaa !5
-  %225 = fmul <16 x float> %211, %224
-  %226 = bitcast <16 x float> %225 to <16 x i32>
+  %indvars.iv75.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next76.i, %for_begin_d_022.preheader.i ]
+  %214 = getelementptr inbounds nuw float, ptr %factor37.i, i64 %indvars.iv75.i
+  %215 = load float, ptr %214, align 4, !tbaa !102
+  %216 = insertelement <16 x float> poison, float %215, i64 0
+  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
+  %218 = mul nsw i64 %indvars.iv75.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %156, i64 %218
+  %.idx = shl nuw nsw i64 %indvars.iv75.i, 9
+  %219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %220 = load <16 x float>, ptr %219, align 4, !tbaa !5
+  %221 = fmul <16 x float> %220, %217
+  %222 = bitcast <16 x float> %221 to <16 x i32>
+  %223 = lshr <16 x i32> %222, splat (i32 16)
+  %224 = and <16 x i32> %223, splat (i32 1)
+  %225 = add nuw <16 x i32> %222, splat (i32 32767)
+  %226 = add nuw <16 x i32> %225, %224
   %227 = lshr <16 x i32> %226, splat (i32 16)
-  %228 = and <16 x i32> %227, splat (i32 1)
-  %229 = add nuw <16 x i32> %226, splat (i32 32767)
-  %230 = add nuw <16 x i32> %229, %228
-  %231 = lshr <16 x i32> %230, splat (i32 16)
-  %232 = trunc nuw <16 x i32> %231 to <16 x i16>
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %232, ptr %gep.1.i, align 2, !tbaa !5
-  %233 = getelementptr inbounds nuw i8, ptr %213, i64 128
-  %234 = load <16 x float>, ptr %233, align 4, !tbaa !5
-  %235 = fmul <16 x float> %211, %234
-  %236 = bitcast <16 x float> %235 to <16 x i32>
+  %228 = trunc nuw <16 x i32> %227 to <16 x i16>
+  store <16 x i16> %228, ptr %invariant.gep.i, align 2, !tbaa !5
+  %229 = getelementptr inbounds nuw i8, ptr %219, i64 64
+  %230 = load <16 x float>, ptr %229, align 4, !tbaa !5
+  %231 = fmul <16 x float> %217, %230
+  %232 = bitcast <16 x float> %231 to <16 x i32>
+  %233 = lshr <16 x i32> %232, splat (i32 16)
+  %234 = and <16 x i32> %233, splat (i32 1)
+  %235 = add nuw <16 x i32> %232, splat (i32 32767)
+  %236 = add nuw <16 x i32> %235, %234
   %237 = lshr <16 x i32> %236, splat (i32 16)
-  %238 = and <16 x i32> %237, splat (i32 1)
-  %239 = add nuw <16 x i32> %236, splat (i32 32767)
-  %240 = add nuw <16 x i32> %239, %238
-  %241 = lshr <16 x i32> %240, splat (i32 16)
-  %242 = trunc nuw <16 x i32> %241 to <16 x i16>
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %242, ptr %gep.2.i, align 2, !tbaa !5
-  %243 = getelementptr inbounds nuw i8, ptr %213, i64 192
-  %244 = load <16 x float>, ptr %243, align 4, !tbaa !5
-  %245 = fmul <16 x float> %211, %244
-  %246 = bitcast <16 x float> %245 to <16 x i32>
+  %238 = trunc nuw <16 x i32> %237 to <16 x i16>
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
+  store <16 x i16> %238, ptr %gep.1.i, align 2, !tbaa !5
+  %239 = getelementptr inbounds nuw i8, ptr %219, i64 128
+  %240 = load <16 x float>, ptr %239, align 4, !tbaa !5
+  %241 = fmul <16 x float> %217, %240
+  %242 = bitcast <16 x float> %241 to <16 x i32>
+  %243 = lshr <16 x i32> %242, splat (i32 16)
+  %244 = and <16 x i32> %243, splat (i32 1)
+  %245 = add nuw <16 x i32> %242, splat (i32 32767)
+  %246 = add nuw <16 x i32> %245, %244
   %247 = lshr <16 x i32> %246, splat (i32 16)
-  %248 = and <16 x i32> %247, splat (i32 1)
-  %249 = add nuw <16 x i32> %246, splat (i32 32767)
-  %250 = add nuw <16 x i32> %249, %248
-  %251 = lshr <16 x i32> %250, splat (i32 16)
-  %252 = trunc nuw <16 x i32> %251 to <16 x i16>
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %252, ptr %gep.3.i, align 2, !tbaa !5
-  %253 = getelementptr inbounds nuw i8, ptr %213, i64 256
-  %254 = load <16 x float>, ptr %253, align 4, !tbaa !5
-  %255 = fmul <16 x float> %211, %254
-  %256 = bitcast <16 x float> %255 to <16 x i32>
+  %248 = trunc nuw <16 x i32> %247 to <16 x i16>
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  store <16 x i16> %248, ptr %gep.2.i, align 2, !tbaa !5
+  %249 = getelementptr inbounds nuw i8, ptr %219, i64 192
+  %250 = load <16 x float>, ptr %249, align 4, !tbaa !5
+  %251 = fmul <16 x float> %217, %250
+  %252 = bitcast <16 x float> %251 to <16 x i32>
+  %253 = lshr <16 x i32> %252, splat (i32 16)
+  %254 = and <16 x i32> %253, splat (i32 1)
+  %255 = add nuw <16 x i32> %252, splat (i32 32767)
+  %256 = add nuw <16 x i32> %255, %254
   %257 = lshr <16 x i32> %256, splat (i32 16)
-  %258 = and <16 x i32> %257, splat (i32 1)
-  %259 = add nuw <16 x i32> %256, splat (i32 32767)
-  %260 = add nuw <16 x i32> %259, %258
-  %261 = lshr <16 x i32> %260, splat (i32 16)
-  %262 = trunc nuw <16 x i32> %261 to <16 x i16>
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %262, ptr %gep.4.i, align 2, !tbaa !5
-  %263 = getelementptr inbounds nuw i8, ptr %213, i64 320
-  %264 = load <16 x float>, ptr %263, align 4, !tbaa !5
-  %265 = fmul <16 x float> %211, %264
-  %266 = bitcast <16 x float> %265 to <16 x i32>
+  %258 = trunc nuw <16 x i32> %257 to <16 x i16>
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
+  store <16 x i16> %258, ptr %gep.3.i, align 2, !tbaa !5
+  %259 = getelementptr inbounds nuw i8, ptr %219, i64 256
+  %260 = load <16 x float>, ptr %259, align 4, !tbaa !5
+  %261 = fmul <16 x float> %217, %260
+  %262 = bitcast <16 x float> %261 to <16 x i32>
+  %263 = lshr <16 x i32> %262, splat (i32 16)
+  %264 = and <16 x i32> %263, splat (i32 1)
+  %265 = add nuw <16 x i32> %262, splat (i32 32767)
+  %266 = add nuw <16 x i32> %265, %264
   %267 = lshr <16 x i32> %266, splat (i32 16)
-  %268 = and <16 x i32> %267, splat (i32 1)
-  %269 = add nuw <16 x i32> %266, splat (i32 32767)
-  %270 = add nuw <16 x i32> %269, %268
-  %271 = lshr <16 x i32> %270, splat (i32 16)
-  %272 = trunc nuw <16 x i32> %271 to <16 x i16>
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %272, ptr %gep.5.i, align 2, !tbaa !5
-  %273 = getelementptr inbounds nuw i8, ptr %213, i64 384
-  %274 = load <16 x float>, ptr %273, align 4, !tbaa !5
-  %275 = fmul <16 x float> %211, %274
-  %276 = bitcast <16 x float> %275 to <16 x i32>
+  %268 = trunc nuw <16 x i32> %267 to <16 x i16>
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  store <16 x i16> %268, ptr %gep.4.i, align 2, !tbaa !5
+  %269 = getelementptr inbounds nuw i8, ptr %219, i64 320
+  %270 = load <16 x float>, ptr %269, align 4, !tbaa !5
+  %271 = fmul <16 x float> %217, %270
+  %272 = bitcast <16 x float> %271 to <16 x i32>
+  %273 = lshr <16 x i32> %272, splat (i32 16)
+  %274 = and <16 x i32> %273, splat (i32 1)
+  %275 = add nuw <16 x i32> %272, splat (i32 32767)
+  %276 = add nuw <16 x i32> %275, %274
   %277 = lshr <16 x i32> %276, splat (i32 16)
-  %278 = and <16 x i32> %277, splat (i32 1)
-  %279 = add nuw <16 x i32> %276, splat (i32 32767)
-  %280 = add nuw <16 x i32> %279, %278
-  %281 = lshr <16 x i32> %280, splat (i32 16)
-  %282 = trunc nuw <16 x i32> %281 to <16 x i16>
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %282, ptr %gep.6.i, align 2, !tbaa !5
-  %283 = getelementptr inbounds nuw i8, ptr %213, i64 448
-  %284 = load <16 x float>, ptr %283, align 4, !tbaa !5
-  %285 = fmul <16 x float> %211, %284
-  %286 = bitcast <16 x float> %285 to <16 x i32>
+  %278 = trunc nuw <16 x i32> %277 to <16 x i16>
+  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
+  store <16 x i16> %278, ptr %gep.5.i, align 2, !tbaa !5
+  %279 = getelementptr inbounds nuw i8, ptr %219, i64 384
+  %280 = load <16 x float>, ptr %279, align 4, !tbaa !5
+  %281 = fmul <16 x float> %217, %280
+  %282 = bitcast <16 x float> %281 to <16 x i32>
+  %283 = lshr <16 x i32> %282, splat (i32 16)
+  %284 = and <16 x i32> %283, splat (i32 1)
+  %285 = add nuw <16 x i32> %282, splat (i32 32767)
+  %286 = add nuw <16 x i32> %285, %284
   %287 = lshr <16 x i32> %286, splat (i32 16)
-  %288 = and <16 x i32> %287, splat (i32 1)
-  %289 = add nuw <16 x i32> %286, splat (i32 32767)
-  %290 = add nuw <16 x i32> %289, %288
-  %291 = lshr <16 x i32> %290, splat (i32 16)
-  %292 = trunc nuw <16 x i32> %291 to <16 x i16>
+  %288 = trunc nuw <16 x i32> %287 to <16 x i16>
+  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  store <16 x i16> %288, ptr %gep.6.i, align 2, !tbaa !5
+  %289 = getelementptr inbounds nuw i8, ptr %219, i64 448
+  %290 = load <16 x float>, ptr %289, align 4, !tbaa !5
+  %291 = fmul <16 x float> %217, %290
+  %292 = bitcast <16 x float> %291 to <16 x i32>
+  %293 = lshr <16 x i32> %292, splat (i32 16)
+  %294 = and <16 x i32> %293, splat (i32 1)
+  %295 = add nuw <16 x i32> %292, splat (i32 32767)
+  %296 = add nuw <16 x i32> %295, %294
+  %297 = lshr <16 x i32> %296, splat (i32 16)
+  %298 = trunc nuw <16 x i32> %297 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %292, ptr %gep.7.i, align 2, !tbaa !5
-  %indvars.iv.next79.i = add nuw nsw i64 %indvars.iv78.i, 1
-  %exitcond81.not.i = icmp eq i64 %indvars.iv.next79.i, 32
-  br i1 %exitcond81.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !17
+  store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !5
+  %indvars.iv.next76.i = add nuw nsw i64 %indvars.iv75.i, 1
+  %exitcond78.not.i = icmp eq i64 %indvars.iv.next76.i, 32
+  br i1 %exitcond78.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !17
 
 for_begin_r27.preheader.i:                        ; preds = %for_begin_d_022.preheader.i
-  %293 = mul nsw i64 %lse_batch, %cse_v5.i
-  %294 = getelementptr float, ptr %lse, i64 %293
+  %299 = mul nsw i64 %lse_batch, %154
+  %300 = getelementptr float, ptr %lse, i64 %299
   br label %for_body_r28.i
 
 for_body_r28.i:                                   ; preds = %if_end33.i.3, %for_begin_r27.preheader.i
-  %indvars.iv82.i = phi i64 [ 0, %for_begin_r27.preheader.i ], [ %indvars.iv.next83.i.3, %if_end33.i.3 ]
-  %295 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv82.i
-  %296 = load float, ptr %295, align 16, !tbaa !102
-  %297 = fcmp oeq float %296, 0.000000e+00
-  br i1 %297, label %if_end33.i, label %if_else.i
+  %indvars.iv79.i = phi i64 [ 0, %for_begin_r27.preheader.i ], [ %indvars.iv.next80.i.3, %if_end33.i.3 ]
+  %301 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv79.i
+  %302 = load float, ptr %301, align 16, !tbaa !103
+  %303 = fcmp oeq float %302, 0.000000e+00
+  br i1 %303, label %if_end33.i, label %if_else.i
 
 for_end_r29.i:                                    ; preds = %if_end33.i.3
-  %298 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
-  %299 = tail call i32 %298(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %299, 0
+  %304 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %305 = tail call i32 %304(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %305, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
 if_else.i:                                        ; preds = %for_body_r28.i
-  %300 = tail call float @llvm.log.f32(float %296)
-  %301 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv82.i
-  %302 = load float, ptr %301, align 16, !tbaa !104
-  %303 = fadd float %300, %302
+  %306 = tail call float @llvm.log.f32(float %302)
+  %307 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv79.i
+  %308 = load float, ptr %307, align 16, !tbaa !105
+  %309 = fadd float %306, %308
   br label %if_end33.i
 
 if_end33.i:                                       ; preds = %if_else.i, %for_body_r28.i
-  %304 = phi float [ %303, %if_else.i ], [ 0xFFF0000000000000, %for_body_r28.i ]
-  %305 = getelementptr float, ptr %294, i64 %indvars.iv82.i
-  store float %304, ptr %305, align 4, !tbaa !5
-  %indvars.iv.next83.i = or disjoint i64 %indvars.iv82.i, 1
-  %306 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i
-  %307 = load float, ptr %306, align 4, !tbaa !102
-  %308 = fcmp oeq float %307, 0.000000e+00
-  br i1 %308, label %if_end33.i.1, label %if_else.i.1
+  %310 = phi float [ %309, %if_else.i ], [ 0xFFF0000000000000, %for_body_r28.i ]
+  %311 = getelementptr float, ptr %300, i64 %indvars.iv79.i
+  store float %310, ptr %311, align 4, !tbaa !5
+  %indvars.iv.next80.i = or disjoint i64 %indvars.iv79.i, 1
+  %312 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next80.i
+  %313 = load float, ptr %312, align 4, !tbaa !103
+  %314 = fcmp oeq float %313, 0.000000e+00
+  br i1 %314, label %if_end33.i.1, label %if_else.i.1
 
 if_else.i.1:                                      ; preds = %if_end33.i
-  %309 = tail call float @llvm.log.f32(float %307)
-  %310 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i
-  %311 = load float, ptr %310, align 4, !tbaa !104
-  %312 = fadd float %309, %311
+  %315 = tail call float @llvm.log.f32(float %313)
+  %316 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next80.i
+  %317 = load float, ptr %316, align 4, !tbaa !105
+  %318 = fadd float %315, %317
   br label %if_end33.i.1
 
 if_end33.i.1:                                     ; preds = %if_else.i.1, %if_end33.i
-  %313 = phi float [ %312, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end33.i ]
-  %314 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i
-  store float %313, ptr %314, align 4, !tbaa !5
-  %indvars.iv.next83.i.1 = or disjoint i64 %indvars.iv82.i, 2
-  %315 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.1
-  %316 = load float, ptr %315, align 8, !tbaa !102
-  %317 = fcmp oeq float %316, 0.000000e+00
-  br i1 %317, label %if_end33.i.2, label %if_else.i.2
+  %319 = phi float [ %318, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end33.i ]
+  %320 = getelementptr float, ptr %300, i64 %indvars.iv.next80.i
+  store float %319, ptr %320, align 4, !tbaa !5
+  %indvars.iv.next80.i.1 = or disjoint i64 %indvars.iv79.i, 2
+  %321 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next80.i.1
+  %322 = load float, ptr %321, align 8, !tbaa !103
+  %323 = fcmp oeq float %322, 0.000000e+00
+  br i1 %323, label %if_end33.i.2, label %if_else.i.2
 
 if_else.i.2:                                      ; preds = %if_end33.i.1
-  %318 = tail call float @llvm.log.f32(float %316)
-  %319 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.1
-  %320 = load float, ptr %319, align 8, !tbaa !104
-  %321 = fadd float %318, %320
+  %324 = tail call float @llvm.log.f32(float %322)
+  %325 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next80.i.1
+  %326 = load float, ptr %325, align 8, !tbaa !105
+  %327 = fadd float %324, %326
   br label %if_end33.i.2
 
 if_end33.i.2:                                     ; preds = %if_else.i.2, %if_end33.i.1
-  %322 = phi float [ %321, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end33.i.1 ]
-  %323 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.1
-  store float %322, ptr %323, align 4, !tbaa !5
-  %indvars.iv.next83.i.2 = or disjoint i64 %indvars.iv82.i, 3
-  %324 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next83.i.2
-  %325 = load float, ptr %324, align 4, !tbaa !102
-  %326 = fcmp oeq float %325, 0.000000e+00
-  br i1 %326, label %if_end33.i.3, label %if_else.i.3
+  %328 = phi float [ %327, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end33.i.1 ]
+  %329 = getelementptr float, ptr %300, i64 %indvars.iv.next80.i.1
+  store float %328, ptr %329, align 4, !tbaa !5
+  %indvars.iv.next80.i.2 = or disjoint i64 %indvars.iv79.i, 3
+  %330 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next80.i.2
+  %331 = load float, ptr %330, align 4, !tbaa !103
+  %332 = fcmp oeq float %331, 0.000000e+00
+  br i1 %332, label %if_end33.i.3, label %if_else.i.3
 
 if_else.i.3:                                      ; preds = %if_end33.i.2
-  %327 = tail call float @llvm.log.f32(float %325)
-  %328 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next83.i.2
-  %329 = load float, ptr %328, align 4, !tbaa !104
-  %330 = fadd float %327, %329
+  %333 = tail call float @llvm.log.f32(float %331)
+  %334 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next80.i.2
+  %335 = load float, ptr %334, align 4, !tbaa !105
+  %336 = fadd float %333, %335
   br label %if_end33.i.3
 
 if_end33.i.3:                                     ; preds = %if_else.i.3, %if_end33.i.2
-  %331 = phi float [ %330, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end33.i.2 ]
-  %332 = getelementptr float, ptr %294, i64 %indvars.iv.next83.i.2
-  store float %331, ptr %332, align 4, !tbaa !5
-  %indvars.iv.next83.i.3 = add nuw nsw i64 %indvars.iv82.i, 4
-  %exitcond85.not.i.3 = icmp eq i64 %indvars.iv.next83.i.3, 32
-  br i1 %exitcond85.not.i.3, label %for_end_r29.i, label %for_body_r28.i, !prof !17, !llvm.loop !106
+  %337 = phi float [ %336, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end33.i.2 ]
+  %338 = getelementptr float, ptr %300, i64 %indvars.iv.next80.i.2
+  store float %337, ptr %338, align 4, !tbaa !5
+  %indvars.iv.next80.i.3 = add nuw nsw i64 %indvars.iv79.i, 4
+  %exitcond82.not.i.3 = icmp eq i64 %indvars.iv.next80.i.3, 32
+  br i1 %exitcond82.not.i.3, label %for_end_r29.i, label %for_body_r28.i, !prof !17, !llvm.loop !107
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r29.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r29.i ]
@@ -5992,48 +5882,48 @@ attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !16 = !{!"ctx_ptr", !7, i64 0}
 !17 = !{!"branch_weights", i32 1, i32 1048575}
 !18 = !{!"branch_weights", i32 1, i32 1048576}
-!19 = distinct !{!19, !20}
-!20 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!21 = distinct !{!21, !20}
-!22 = !{!"branch_weights", i32 6096, i32 2147477552}
-!23 = !{!"branch_weights", i32 8128, i32 2147475520}
-!24 = distinct !{!24, !25}
-!25 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!26 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!27 = distinct !{!27, !28, !29}
-!28 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!29 = !{!"llvm.loop.unroll.disable"}
-!30 = distinct !{!30, !25}
-!31 = distinct !{!31, !28, !29}
-!32 = distinct !{!32, !25}
-!33 = distinct !{!33, !28, !29}
-!34 = distinct !{!34, !25}
-!35 = distinct !{!35, !28, !29}
-!36 = !{!"branch_weights", i32 14224, i32 2147469424}
-!37 = !{!"branch_weights", i32 16256, i32 2147467392}
-!38 = distinct !{!38, !39}
-!39 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!40 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!41 = distinct !{!41, !28, !29}
-!42 = distinct !{!42, !39}
-!43 = distinct !{!43, !28, !29}
-!44 = distinct !{!44, !39}
-!45 = distinct !{!45, !28, !29}
-!46 = distinct !{!46, !39}
-!47 = distinct !{!47, !28, !29}
-!48 = distinct !{!48, !39}
-!49 = distinct !{!49, !28, !29}
-!50 = distinct !{!50, !39}
-!51 = distinct !{!51, !28, !29}
-!52 = distinct !{!52, !39}
-!53 = distinct !{!53, !28, !29}
-!54 = distinct !{!54, !39}
-!55 = distinct !{!55, !28, !29}
-!56 = !{!"branch_weights", i32 1, i32 127}
-!57 = !{!58, !58, i64 0}
-!58 = !{!"buffer0", !7, i64 0}
-!59 = !{!60, !60, i64 0}
-!60 = !{!"buffer1", !7, i64 0}
+!19 = !{!20, !20, i64 0}
+!20 = !{!"buffer0", !7, i64 0}
+!21 = !{!22, !22, i64 0}
+!22 = !{!"buffer1", !7, i64 0}
+!23 = distinct !{!23, !24}
+!24 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!25 = distinct !{!25, !24}
+!26 = !{!"branch_weights", i32 6096, i32 2147477552}
+!27 = !{!"branch_weights", i32 8128, i32 2147475520}
+!28 = distinct !{!28, !29}
+!29 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!30 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!31 = distinct !{!31, !32, !33}
+!32 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!33 = !{!"llvm.loop.unroll.disable"}
+!34 = distinct !{!34, !29}
+!35 = distinct !{!35, !32, !33}
+!36 = distinct !{!36, !29}
+!37 = distinct !{!37, !32, !33}
+!38 = distinct !{!38, !29}
+!39 = distinct !{!39, !32, !33}
+!40 = !{!"branch_weights", i32 14224, i32 2147469424}
+!41 = !{!"branch_weights", i32 16256, i32 2147467392}
+!42 = distinct !{!42, !43}
+!43 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!44 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!45 = distinct !{!45, !32, !33}
+!46 = distinct !{!46, !43}
+!47 = distinct !{!47, !32, !33}
+!48 = distinct !{!48, !43}
+!49 = distinct !{!49, !32, !33}
+!50 = distinct !{!50, !43}
+!51 = distinct !{!51, !32, !33}
+!52 = distinct !{!52, !43}
+!53 = distinct !{!53, !32, !33}
+!54 = distinct !{!54, !43}
+!55 = distinct !{!55, !32, !33}
+!56 = distinct !{!56, !43}
+!57 = distinct !{!57, !32, !33}
+!58 = distinct !{!58, !43}
+!59 = distinct !{!59, !32, !33}
+!60 = !{!"branch_weights", i32 1, i32 127}
 !61 = !{!62, !62, i64 0}
 !62 = !{!"buffer2.w16.b0", !63, i64 0}
 !63 = !{!"buffer2.w32.b0", !64, i64 0}
@@ -6052,32 +5942,33 @@ attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !76 = !{!"buffer3.w512.b0", !77, i64 0}
 !77 = !{!"buffer3.w1024.b0", !78, i64 0}
 !78 = !{!"buffer3", !7, i64 0}
-!79 = !{!78, !78, i64 0}
-!80 = !{!69, !69, i64 0}
-!81 = !{!82, !82, i64 0}
-!82 = !{!"buffer4.w128.b0", !83, i64 0}
-!83 = !{!"buffer4.w256.b0", !84, i64 0}
-!84 = !{!"buffer4.w512.b0", !85, i64 0}
-!85 = !{!"buffer4.w1024.b0", !86, i64 0}
-!86 = !{!"buffer4", !7, i64 0}
-!87 = !{!88, !88, i64 0}
-!88 = !{!"buffer5.w128.b0", !89, i64 0}
-!89 = !{!"buffer5.w256.b0", !90, i64 0}
-!90 = !{!"buffer5.w512.b0", !91, i64 0}
-!91 = !{!"buffer5.w1024.b0", !92, i64 0}
-!92 = !{!"buffer5", !7, i64 0}
-!93 = !{!92, !92, i64 0}
-!94 = !{!86, !86, i64 0}
-!95 = !{!96, !96, i64 0}
-!96 = !{!"buffer6.w128.b0", !97, i64 0}
-!97 = !{!"buffer6.w256.b0", !98, i64 0}
-!98 = !{!"buffer6.w512.b0", !99, i64 0}
-!99 = !{!"buffer6.w1024.b0", !100, i64 0}
-!100 = !{!"buffer6", !7, i64 0}
-!101 = !{!100, !100, i64 0}
-!102 = !{!103, !103, i64 0}
-!103 = !{!"buffer7", !7, i64 0}
-!104 = !{!105, !105, i64 0}
-!105 = !{!"buffer8", !7, i64 0}
-!106 = distinct !{!106, !107}
-!107 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!79 = !{!"branch_weights", i32 1048575, i32 1}
+!80 = !{!78, !78, i64 0}
+!81 = !{!69, !69, i64 0}
+!82 = !{!83, !83, i64 0}
+!83 = !{!"buffer4.w128.b0", !84, i64 0}
+!84 = !{!"buffer4.w256.b0", !85, i64 0}
+!85 = !{!"buffer4.w512.b0", !86, i64 0}
+!86 = !{!"buffer4.w1024.b0", !87, i64 0}
+!87 = !{!"buffer4", !7, i64 0}
+!88 = !{!89, !89, i64 0}
+!89 = !{!"buffer5.w128.b0", !90, i64 0}
+!90 = !{!"buffer5.w256.b0", !91, i64 0}
+!91 = !{!"buffer5.w512.b0", !92, i64 0}
+!92 = !{!"buffer5.w1024.b0", !93, i64 0}
+!93 = !{!"buffer5", !7, i64 0}
+!94 = !{!93, !93, i64 0}
+!95 = !{!87, !87, i64 0}
+!96 = !{!97, !97, i64 0}
+!97 = !{!"buffer6.w128.b0", !98, i64 0}
+!98 = !{!"buffer6.w256.b0", !99, i64 0}
+!99 = !{!"buffer6.w512.b0", !100, i64 0}
+!100 = !{!"buffer6.w1024.b0", !101, i64 0}
+!101 = !{!"buffer6", !7, i64 0}
+!102 = !{!101, !101, i64 0}
+!103 = !{!104, !104, i64 0}
+!104 = !{!"buffer7", !7, i64 0}
+!105 = !{!106, !106, i64 0}
+!106 = !{!"buffer8", !7, i64 0}
+!107 = distinct !{!107, !108}
+!108 = !{!"llvm.loop.estimated_trip_count", i32 262144}

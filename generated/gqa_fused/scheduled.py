@@ -95,14 +95,25 @@ class Module:
                         with T.sblock("load_query"):
                             T.reads(query[seq, head_start:head_start + 4, 0:128])
                             T.writes(q_tile[vtile, 0:4, 0:4, 0:2, 0:16])
-                            for r, d_0, d_2 in T.grid(4, 4, 2):
-                                for d_1 in T.vectorized(16):
-                                    with T.sblock("q_tile"):
-                                        vr = T.axis.spatial(4, r)
-                                        vd = T.axis.spatial(128, d_0 * 32 + d_1 * 2 + d_2)
-                                        T.reads(query[seq, head_start + vr, vd])
-                                        T.writes(q_tile[vtile, vr, vd // 32, vd % 2, vd % 32 // 2])
-                                        q_tile[vtile, vr, vd // 32, vd % 2, vd % 32 // 2] = T.if_then_else(vr < 4, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
+                            q_tile_global = T.sblock_alloc_buffer((1, 4, 64, 2))
+                            for ax0, ax1, ax2 in T.grid(1, 4, 4):
+                                for ax0_1, ax1_0 in T.grid(1, 1):
+                                    for ax1_1 in T.vectorized(32):
+                                        with T.sblock("q_tile"):
+                                            vr = T.axis.spatial(4, ax1 + ax0_1)
+                                            vd = T.axis.spatial(128, ax2 * 32 + ax1_0 * 32 + ax1_1)
+                                            T.reads(query[seq, head_start + vr, vd])
+                                            T.writes(q_tile_global[0, vr, vd // 2, vd % 2])
+                                            q_tile_global[0, vr, vd // 2, vd % 2] = T.if_then_else(vr < 4, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
+                                for ax4_0, ax3_0 in T.grid(4, 1):
+                                    with T.sblock("q_tile_global_o"):
+                                        v0_o, v1_o, v2_o, v4_o, v3_o = T.axis.remap("SSSSS", [ax0, ax1, ax2, ax4_0, ax3_0])
+                                        T.reads(q_tile_global[v0_o, v1_o, v2_o * 16 + v4_o * 4:v2_o * 16 + v4_o * 4 + 4, 0:2])
+                                        T.writes(q_tile[vtile + v0_o, v1_o, v2_o, 0:2, v4_o * 4:v4_o * 4 + 4])
+                                        turned = T.match_buffer(q_tile[vtile + v0_o, v1_o, v2_o, 0:2, v4_o * 4:v4_o * 4 + 4], (2, 4), strides=("turned_row", 1), offset_factor=1)
+                                        block = T.match_buffer(q_tile_global[v0_o, v1_o, v2_o * 16 + v4_o * 4:v2_o * 16 + v4_o * 4 + 4, 0:2], (4, 2), strides=("block_row", 1), offset_factor=1)
+                                        turned[0, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [0, 4, 1, 5]), T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [2, 6, 3, 7])], [0, 4, 1, 5])
+                                        turned[1, 0:4] = T.Shuffle([T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [0, 4, 1, 5]), T.Shuffle([block[0, T.Ramp(0, 1, 4)], block[2, T.Ramp(0, 1, 4)]], [2, 6, 3, 7])], [2, 6, 3, 7])
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
