@@ -13,7 +13,7 @@ target triple = "x86_64-conda-linux-gnu"
 @llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
-define dllexport noundef i32 @__tvm_ffi_append_key(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
+define dllexport noundef i32 @__tvm_ffi_append_row(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %new.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %new.type_index, 70
@@ -40,55 +40,55 @@ entry:
   %13 = getelementptr inbounds nuw i8, ptr %args, i64 72
   %14 = load i64, ptr %13, align 8
   %15 = getelementptr inbounds nuw i8, ptr %new.handle, i64 24
-  %append_key.new_shape = load ptr, ptr %15, align 8
-  %num_tokens = load i64, ptr %append_key.new_shape, align 8
+  %append_row.new_shape = load ptr, ptr %15, align 8
+  %num_tokens = load i64, ptr %append_row.new_shape, align 8
   %16 = getelementptr inbounds nuw i8, ptr %new.handle, i64 32
-  %append_key.new_strides = load ptr, ptr %16, align 8
-  %17 = icmp eq ptr %append_key.new_strides, null
-  %18 = getelementptr inbounds nuw i8, ptr %append_key.new_shape, i64 16
-  %19 = getelementptr inbounds nuw i8, ptr %append_key.new_strides, i64 8
+  %append_row.new_strides = load ptr, ptr %16, align 8
+  %17 = icmp eq ptr %append_row.new_strides, null
+  %18 = getelementptr inbounds nuw i8, ptr %append_row.new_shape, i64 16
+  %19 = getelementptr inbounds nuw i8, ptr %append_row.new_strides, i64 8
   %new_head.in = select i1 %17, ptr %18, ptr %19
   %new_head = load i64, ptr %new_head.in, align 8
   br i1 %17, label %if_then10, label %if_else11
 
 if_then10:                                        ; preds = %entry
-  %20 = getelementptr inbounds nuw i8, ptr %append_key.new_shape, i64 8
+  %20 = getelementptr inbounds nuw i8, ptr %append_row.new_shape, i64 8
   %21 = load i64, ptr %20, align 8
   %22 = load i64, ptr %18, align 8
   %23 = mul nsw i64 %22, %21
   br label %if_end12
 
 if_else11:                                        ; preds = %entry
-  %24 = load i64, ptr %append_key.new_strides, align 8
+  %24 = load i64, ptr %append_row.new_strides, align 8
   br label %if_end12
 
 if_end12:                                         ; preds = %if_else11, %if_then10
   %new_token = phi i64 [ %23, %if_then10 ], [ %24, %if_else11 ]
   %25 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 24
-  %append_key.cache_shape = load ptr, ptr %25, align 8
+  %append_row.cache_shape = load ptr, ptr %25, align 8
   %26 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 32
-  %append_key.cache_strides = load ptr, ptr %26, align 8
-  %27 = icmp eq ptr %append_key.cache_strides, null
-  %28 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 24
-  %29 = getelementptr inbounds nuw i8, ptr %append_key.cache_strides, i64 16
+  %append_row.cache_strides = load ptr, ptr %26, align 8
+  %27 = icmp eq ptr %append_row.cache_strides, null
+  %28 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 24
+  %29 = getelementptr inbounds nuw i8, ptr %append_row.cache_strides, i64 16
   %cache_2.in = select i1 %27, ptr %28, ptr %29
   %cache_2 = load i64, ptr %cache_2.in, align 8
   br i1 %27, label %if_then19, label %if_else20
 
 if_then19:                                        ; preds = %if_end12
-  %30 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 16
+  %30 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 16
   %31 = load i64, ptr %30, align 8
   %32 = load i64, ptr %28, align 8
   %33 = mul nsw i64 %32, %31
-  %34 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 8
+  %34 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 8
   %35 = load i64, ptr %34, align 8
   %36 = mul nsw i64 %33, %35
   br label %if_end21
 
 if_else20:                                        ; preds = %if_end12
-  %37 = getelementptr inbounds nuw i8, ptr %append_key.cache_strides, i64 8
+  %37 = getelementptr inbounds nuw i8, ptr %append_row.cache_strides, i64 8
   %38 = load i64, ptr %37, align 8
-  %39 = load i64, ptr %append_key.cache_strides, align 8
+  %39 = load i64, ptr %append_row.cache_strides, align 8
   br label %if_end21
 
 if_end21:                                         ; preds = %if_else20, %if_then19
@@ -105,13 +105,13 @@ if_end21:                                         ; preds = %if_else20, %if_then
   call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
   %40 = icmp sgt i32 %num_heads, 0
-  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_key_compute_.exit, !prof !3
+  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_row_compute_.exit, !prof !3
 
 for_begin_t.preheader.lr.ph.i:                    ; preds = %if_end21
   %41 = icmp sgt i64 %num_tokens, 0
   %sext = shl i64 %12, 32
   %42 = ashr exact i64 %sext, 32
-  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_key_compute_.exit, !prof !3
+  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_row_compute_.exit, !prof !3
 
 for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.preheader.lr.ph.i
   %wide.trip.count.i = and i64 %14, 2147483647
@@ -243,246 +243,9 @@ if_then.us.i.epil:                                ; preds = %for_body_t.us.i.epi
 for_begin_t.for_end_t_crit_edge.us.i:             ; preds = %if_then.us.i.epil, %for_body_t.us.i.epil.preheader, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond5.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
-  br i1 %exitcond5.not.i, label %append_key_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
+  br i1 %exitcond5.not.i, label %append_row_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
 
-append_key_compute_.exit:                         ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
-  ret i32 0
-}
-
-; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
-define dllexport noundef i32 @__tvm_ffi_append_value(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
-entry:
-  %new.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %new.type_index, 70
-  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
-  %2 = load ptr, ptr %1, align 8
-  %new.handle.idx = select i1 %0, i64 24, i64 0
-  %new.handle = getelementptr inbounds nuw i8, ptr %2, i64 %new.handle.idx
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %cache.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %cache.type_index, 70
-  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
-  %6 = load ptr, ptr %5, align 8
-  %cache.handle.idx = select i1 %4, i64 24, i64 0
-  %cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %cache.handle.idx
-  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %slot_mapping.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %slot_mapping.type_index, 70
-  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
-  %10 = load ptr, ptr %9, align 8
-  %slot_mapping.handle.idx = select i1 %8, i64 24, i64 0
-  %slot_mapping.handle = getelementptr inbounds nuw i8, ptr %10, i64 %slot_mapping.handle.idx
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 56
-  %12 = load i64, ptr %11, align 8
-  %13 = getelementptr inbounds nuw i8, ptr %args, i64 72
-  %14 = load i64, ptr %13, align 8
-  %15 = getelementptr inbounds nuw i8, ptr %new.handle, i64 24
-  %append_value.new_shape = load ptr, ptr %15, align 8
-  %num_tokens = load i64, ptr %append_value.new_shape, align 8
-  %16 = getelementptr inbounds nuw i8, ptr %new.handle, i64 32
-  %append_value.new_strides = load ptr, ptr %16, align 8
-  %17 = icmp eq ptr %append_value.new_strides, null
-  %18 = getelementptr inbounds nuw i8, ptr %append_value.new_shape, i64 16
-  %19 = getelementptr inbounds nuw i8, ptr %append_value.new_strides, i64 8
-  %new_head.in = select i1 %17, ptr %18, ptr %19
-  %new_head = load i64, ptr %new_head.in, align 8
-  br i1 %17, label %if_then10, label %if_else11
-
-if_then10:                                        ; preds = %entry
-  %20 = getelementptr inbounds nuw i8, ptr %append_value.new_shape, i64 8
-  %21 = load i64, ptr %20, align 8
-  %22 = load i64, ptr %18, align 8
-  %23 = mul nsw i64 %22, %21
-  br label %if_end12
-
-if_else11:                                        ; preds = %entry
-  %24 = load i64, ptr %append_value.new_strides, align 8
-  br label %if_end12
-
-if_end12:                                         ; preds = %if_else11, %if_then10
-  %new_token = phi i64 [ %23, %if_then10 ], [ %24, %if_else11 ]
-  %25 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 24
-  %append_value.cache_shape = load ptr, ptr %25, align 8
-  %26 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 32
-  %append_value.cache_strides = load ptr, ptr %26, align 8
-  %27 = icmp eq ptr %append_value.cache_strides, null
-  %28 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 24
-  %29 = getelementptr inbounds nuw i8, ptr %append_value.cache_strides, i64 16
-  %cache_2.in = select i1 %27, ptr %28, ptr %29
-  %cache_2 = load i64, ptr %cache_2.in, align 8
-  br i1 %27, label %if_then19, label %if_else20
-
-if_then19:                                        ; preds = %if_end12
-  %30 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 16
-  %31 = load i64, ptr %30, align 8
-  %32 = load i64, ptr %28, align 8
-  %33 = mul nsw i64 %32, %31
-  %34 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 8
-  %35 = load i64, ptr %34, align 8
-  %36 = mul nsw i64 %33, %35
-  br label %if_end21
-
-if_else20:                                        ; preds = %if_end12
-  %37 = getelementptr inbounds nuw i8, ptr %append_value.cache_strides, i64 8
-  %38 = load i64, ptr %37, align 8
-  %39 = load i64, ptr %append_value.cache_strides, align 8
-  br label %if_end21
-
-if_end21:                                         ; preds = %if_else20, %if_then19
-  %cache_125 = phi i64 [ %33, %if_then19 ], [ %38, %if_else20 ]
-  %cache_0 = phi i64 [ %36, %if_then19 ], [ %39, %if_else20 ]
-  %num_heads = trunc i64 %14 to i32
-  %new = load ptr, ptr %new.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %new, i64 2) ]
-  %cache = load ptr, ptr %cache.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
-  %slot_mapping = load ptr, ptr %slot_mapping.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %new, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
-  %40 = icmp sgt i32 %num_heads, 0
-  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_value_compute_.exit, !prof !3
-
-for_begin_t.preheader.lr.ph.i:                    ; preds = %if_end21
-  %41 = icmp sgt i64 %num_tokens, 0
-  %sext = shl i64 %12, 32
-  %42 = ashr exact i64 %sext, 32
-  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_value_compute_.exit, !prof !3
-
-for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.preheader.lr.ph.i
-  %wide.trip.count.i = and i64 %14, 2147483647
-  %xtraiter = and i64 %num_tokens, 1
-  %43 = icmp eq i64 %num_tokens, 1
-  %unroll_iter = and i64 %num_tokens, 9223372036854775806
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod27 = icmp ne i64 %xtraiter, 0
-  br label %for_begin_t.preheader.us.i
-
-for_begin_t.preheader.us.i:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.us.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_t.preheader.us.preheader.i ], [ %indvars.iv.next.i, %for_begin_t.for_end_t_crit_edge.us.i ]
-  %44 = add nsw i64 %indvars.iv.i, %42
-  %45 = mul nsw i64 %44, %new_head
-  %invariant.gep.us.i = getelementptr i16, ptr %new, i64 %45
-  %46 = mul nsw i64 %44, %cache_2
-  br i1 %43, label %for_body_t.us.i.epil.preheader, label %for_body_t.us.i, !prof !4
-
-for_body_t.us.i:                                  ; preds = %if_end.us.i.1, %for_begin_t.preheader.us.i
-  %t1.us.i = phi i64 [ %88, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
-  %niter = phi i64 [ %niter.next.1, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
-  %47 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i
-  %target.us.i = load i64, ptr %47, align 8, !tbaa !5
-  %48 = icmp sgt i64 %target.us.i, -1
-  br i1 %48, label %if_then.us.i, label %if_end.us.i, !prof !8
-
-if_then.us.i:                                     ; preds = %for_body_t.us.i
-  %49 = mul nsw i64 %t1.us.i, %new_token
-  %gep.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %49
-  %50 = load <32 x i16>, ptr %gep.us.i, align 2, !tbaa !5
-  %51 = and i64 %target.us.i, 127
-  %52 = mul nsw i64 %51, %cache_125
-  %53 = lshr i64 %target.us.i, 7
-  %54 = mul nsw i64 %53, %cache_0
-  %55 = getelementptr i16, ptr %cache, i64 %54
-  %56 = getelementptr i16, ptr %55, i64 %52
-  %57 = getelementptr i16, ptr %56, i64 %46
-  store <32 x i16> %50, ptr %57, align 2, !tbaa !5
-  %58 = getelementptr i8, ptr %gep.us.i, i64 64
-  %59 = load <32 x i16>, ptr %58, align 2, !tbaa !5
-  %60 = getelementptr i8, ptr %57, i64 64
-  store <32 x i16> %59, ptr %60, align 2, !tbaa !5
-  %61 = getelementptr i8, ptr %gep.us.i, i64 128
-  %62 = load <32 x i16>, ptr %61, align 2, !tbaa !5
-  %63 = getelementptr i8, ptr %57, i64 128
-  store <32 x i16> %62, ptr %63, align 2, !tbaa !5
-  %64 = getelementptr i8, ptr %gep.us.i, i64 192
-  %65 = load <32 x i16>, ptr %64, align 2, !tbaa !5
-  %66 = getelementptr i8, ptr %57, i64 192
-  store <32 x i16> %65, ptr %66, align 2, !tbaa !5
-  br label %if_end.us.i
-
-if_end.us.i:                                      ; preds = %if_then.us.i, %for_body_t.us.i
-  %67 = or disjoint i64 %t1.us.i, 1
-  %68 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %67
-  %target.us.i.1 = load i64, ptr %68, align 8, !tbaa !5
-  %69 = icmp sgt i64 %target.us.i.1, -1
-  br i1 %69, label %if_then.us.i.1, label %if_end.us.i.1, !prof !8
-
-if_then.us.i.1:                                   ; preds = %if_end.us.i
-  %70 = mul nsw i64 %67, %new_token
-  %gep.us.i.1 = getelementptr i16, ptr %invariant.gep.us.i, i64 %70
-  %71 = load <32 x i16>, ptr %gep.us.i.1, align 2, !tbaa !5
-  %72 = and i64 %target.us.i.1, 127
-  %73 = mul nsw i64 %72, %cache_125
-  %74 = lshr i64 %target.us.i.1, 7
-  %75 = mul nsw i64 %74, %cache_0
-  %76 = getelementptr i16, ptr %cache, i64 %75
-  %77 = getelementptr i16, ptr %76, i64 %73
-  %78 = getelementptr i16, ptr %77, i64 %46
-  store <32 x i16> %71, ptr %78, align 2, !tbaa !5
-  %79 = getelementptr i8, ptr %gep.us.i.1, i64 64
-  %80 = load <32 x i16>, ptr %79, align 2, !tbaa !5
-  %81 = getelementptr i8, ptr %78, i64 64
-  store <32 x i16> %80, ptr %81, align 2, !tbaa !5
-  %82 = getelementptr i8, ptr %gep.us.i.1, i64 128
-  %83 = load <32 x i16>, ptr %82, align 2, !tbaa !5
-  %84 = getelementptr i8, ptr %78, i64 128
-  store <32 x i16> %83, ptr %84, align 2, !tbaa !5
-  %85 = getelementptr i8, ptr %gep.us.i.1, i64 192
-  %86 = load <32 x i16>, ptr %85, align 2, !tbaa !5
-  %87 = getelementptr i8, ptr %78, i64 192
-  store <32 x i16> %86, ptr %87, align 2, !tbaa !5
-  br label %if_end.us.i.1
-
-if_end.us.i.1:                                    ; preds = %if_then.us.i.1, %if_end.us.i
-  %88 = add nuw nsw i64 %t1.us.i, 2
-  %niter.next.1 = add i64 %niter, 2
-  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, label %for_body_t.us.i, !prof !9, !llvm.loop !14
-
-for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa:   ; preds = %if_end.us.i.1
-  br i1 %lcmp.mod.not, label %for_begin_t.for_end_t_crit_edge.us.i, label %for_body_t.us.i.epil.preheader, !prof !12
-
-for_body_t.us.i.epil.preheader:                   ; preds = %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, %for_begin_t.preheader.us.i
-  %t1.us.i.epil.init = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %88, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod27)
-  %89 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i.epil.init
-  %target.us.i.epil = load i64, ptr %89, align 8, !tbaa !5
-  %90 = icmp sgt i64 %target.us.i.epil, -1
-  br i1 %90, label %if_then.us.i.epil, label %for_begin_t.for_end_t_crit_edge.us.i, !prof !8
-
-if_then.us.i.epil:                                ; preds = %for_body_t.us.i.epil.preheader
-  %91 = mul nsw i64 %t1.us.i.epil.init, %new_token
-  %gep.us.i.epil = getelementptr i16, ptr %invariant.gep.us.i, i64 %91
-  %92 = load <32 x i16>, ptr %gep.us.i.epil, align 2, !tbaa !5
-  %93 = and i64 %target.us.i.epil, 127
-  %94 = mul nsw i64 %93, %cache_125
-  %95 = lshr i64 %target.us.i.epil, 7
-  %96 = mul nsw i64 %95, %cache_0
-  %97 = getelementptr i16, ptr %cache, i64 %96
-  %98 = getelementptr i16, ptr %97, i64 %94
-  %99 = getelementptr i16, ptr %98, i64 %46
-  store <32 x i16> %92, ptr %99, align 2, !tbaa !5
-  %100 = getelementptr i8, ptr %gep.us.i.epil, i64 64
-  %101 = load <32 x i16>, ptr %100, align 2, !tbaa !5
-  %102 = getelementptr i8, ptr %99, i64 64
-  store <32 x i16> %101, ptr %102, align 2, !tbaa !5
-  %103 = getelementptr i8, ptr %gep.us.i.epil, i64 128
-  %104 = load <32 x i16>, ptr %103, align 2, !tbaa !5
-  %105 = getelementptr i8, ptr %99, i64 128
-  store <32 x i16> %104, ptr %105, align 2, !tbaa !5
-  %106 = getelementptr i8, ptr %gep.us.i.epil, i64 192
-  %107 = load <32 x i16>, ptr %106, align 2, !tbaa !5
-  %108 = getelementptr i8, ptr %99, i64 192
-  store <32 x i16> %107, ptr %108, align 2, !tbaa !5
-  br label %for_begin_t.for_end_t_crit_edge.us.i
-
-for_begin_t.for_end_t_crit_edge.us.i:             ; preds = %if_then.us.i.epil, %for_body_t.us.i.epil.preheader, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond5.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
-  br i1 %exitcond5.not.i, label %append_value_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
-
-append_value_compute_.exit:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
+append_row_compute_.exit:                         ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
   ret i32 0
 }
 
@@ -822,13 +585,13 @@ for_body_s.i:                                     ; preds = %for_begin_s.i, %for
   %indvars.iv602.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next603.i, %for_begin_s.i ]
   %171 = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_begin_s.i ]
   %total273406.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %2775, %for_begin_s.i ]
-  %172 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %172 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %q_tile.i = tail call ptr %172(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %173 = icmp eq ptr %q_tile.i, null
   br i1 %173, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %174 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %174 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %acc.i = tail call ptr %174(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %175 = icmp eq ptr %acc.i, null
   br i1 %175, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
@@ -842,7 +605,7 @@ if_end2.i:                                        ; preds = %if_end.i
   %range_len.i = tail call i32 @llvm.smax.i32(i32 %180, i32 0)
   %181 = add nuw nsw i32 %range_len.i, 127
   %182 = lshr i32 %181, 7
-  %183 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %183 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %q_tile_global.i = tail call ptr %183(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %184 = icmp eq ptr %q_tile_global.i, null
   br i1 %184, label %fused_decode_compute_.exit, label %for_begin_r.preheader.i, !prof !8
@@ -906,7 +669,7 @@ for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.prehe
   store <16 x i32> %218, ptr %219, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_body_ax2_0.i, label %for_begin_d_0.preheader.i, !prof !17
+  br i1 %exitcond.not.i, label %for_body_ax2_0.i, label %for_begin_d_0.preheader.i, !prof !16
 
 for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %for_begin_d_0.preheader.i
   %indvars.iv444.i = phi i64 [ %indvars.iv.next445.i, %for_body_ax2_0.i ], [ 0, %for_begin_d_0.preheader.i ]
@@ -954,7 +717,7 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   store <4 x float> %254, ptr %255, align 4, !tbaa !5
   %indvars.iv.next445.i = add nuw nsw i64 %indvars.iv444.i, 1
   %exitcond447.not.i = icmp eq i64 %indvars.iv.next445.i, 32
-  br i1 %exitcond447.not.i, label %for_body_ax2_0.1.i, label %for_body_ax2_0.i, !prof !17
+  br i1 %exitcond447.not.i, label %for_body_ax2_0.1.i, label %for_body_ax2_0.i, !prof !16
 
 for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i, %for_body_ax2_0.i
   %indvars.iv444.1.i = phi i64 [ %indvars.iv.next445.1.i, %for_body_ax2_0.1.i ], [ 0, %for_body_ax2_0.i ]
@@ -1004,7 +767,7 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   store <4 x float> %292, ptr %293, align 4, !tbaa !5
   %indvars.iv.next445.1.i = add nuw nsw i64 %indvars.iv444.1.i, 1
   %exitcond447.1.not.i = icmp eq i64 %indvars.iv.next445.1.i, 32
-  br i1 %exitcond447.1.not.i, label %for_body_ax2_0.2.i, label %for_body_ax2_0.1.i, !prof !17
+  br i1 %exitcond447.1.not.i, label %for_body_ax2_0.2.i, label %for_body_ax2_0.1.i, !prof !16
 
 for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i, %for_body_ax2_0.1.i
   %indvars.iv444.2.i = phi i64 [ %indvars.iv.next445.2.i, %for_body_ax2_0.2.i ], [ 0, %for_body_ax2_0.1.i ]
@@ -1054,7 +817,7 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   store <4 x float> %330, ptr %331, align 4, !tbaa !5
   %indvars.iv.next445.2.i = add nuw nsw i64 %indvars.iv444.2.i, 1
   %exitcond447.2.not.i = icmp eq i64 %indvars.iv.next445.2.i, 32
-  br i1 %exitcond447.2.not.i, label %for_body_ax2_0.3.i, label %for_body_ax2_0.2.i, !prof !17
+  br i1 %exitcond447.2.not.i, label %for_body_ax2_0.3.i, label %for_body_ax2_0.2.i, !prof !16
 
 for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i, %for_body_ax2_0.2.i
   %indvars.iv444.3.i = phi i64 [ %indvars.iv.next445.3.i, %for_body_ax2_0.3.i ], [ 0, %for_body_ax2_0.2.i ]
@@ -1104,7 +867,7 @@ for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i,
   store <4 x float> %368, ptr %369, align 4, !tbaa !5
   %indvars.iv.next445.3.i = add nuw nsw i64 %indvars.iv444.3.i, 1
   %exitcond447.3.not.i = icmp eq i64 %indvars.iv.next445.3.i, 32
-  br i1 %exitcond447.3.not.i, label %for_end_ax2_0.3.i, label %for_body_ax2_0.3.i, !prof !17
+  br i1 %exitcond447.3.not.i, label %for_end_ax2_0.3.i, label %for_body_ax2_0.3.i, !prof !16
 
 for_end_ax2_0.3.i:                                ; preds = %for_body_ax2_0.3.i
   %370 = tail call i32 @llvm.umax.i32(i32 %182, i32 1)
@@ -1119,7 +882,7 @@ for_end_ax2_0.3.i:                                ; preds = %for_body_ax2_0.3.i
 for_begin_step.i:                                 ; preds = %if_end181.i
   %exitcond569.not.i = icmp eq i64 %indvars.iv.next566.i, %wide.trip.count568.i
   %indvars.iv.next = add nsw i32 %indvars.iv, -128
-  br i1 %exitcond569.not.i, label %for_end_step.i, label %for_body_step.i, !prof !17
+  br i1 %exitcond569.not.i, label %for_end_step.i, label %for_body_step.i, !prof !16
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_end_ax2_0.3.i
   %indvars.iv = phi i32 [ %range_len.i, %for_end_ax2_0.3.i ], [ %indvars.iv.next, %for_begin_step.i ]
@@ -1128,7 +891,7 @@ for_body_step.i:                                  ; preds = %for_begin_step.i, %
   %indvars.iv565.i124 = phi i64 [ 0, %for_end_ax2_0.3.i ], [ %indvars.iv.next566.i, %for_begin_step.i ]
   %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
   %375 = and i32 %smin, 7
-  %376 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %376 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %key_offsets.i = tail call ptr %376(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %377 = icmp eq ptr %key_offsets.i, null
   br i1 %377, label %fused_decode_compute_.exit, label %if_end8.i, !prof !8
@@ -1256,76 +1019,76 @@ for_begin_r222.preheader.i:                       ; preds = %for_end_step.i
   %bound0589 = icmp ult ptr %scevgep586, %scevgep588
   %bound1590 = icmp ult ptr %acc.i, %scevgep587
   %found.conflict591 = and i1 %bound0589, %bound1590
-  br i1 %found.conflict591, label %for_body_d233.i, label %vector.body594, !prof !18
+  br i1 %found.conflict591, label %for_body_d233.i, label %vector.body594, !prof !17
 
 vector.body594:                                   ; preds = %for_begin_r222.preheader.i
   %428 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
   %429 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
   %430 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
   %431 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather600 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %428, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !19
-  %wide.masked.gather601 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %429, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !19
-  %wide.masked.gather602 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %430, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !19
-  %wide.masked.gather603 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %431, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !19
+  %wide.masked.gather600 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %428, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather601 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %429, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather602 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %430, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather603 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %431, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
   %432 = getelementptr inbounds nuw i8, ptr %427, i64 32
   %433 = getelementptr inbounds nuw i8, ptr %427, i64 64
   %434 = getelementptr inbounds nuw i8, ptr %427, i64 96
-  store <8 x float> %wide.masked.gather600, ptr %427, align 4, !tbaa !5, !alias.scope !22, !noalias !19
-  store <8 x float> %wide.masked.gather601, ptr %432, align 4, !tbaa !5, !alias.scope !22, !noalias !19
-  store <8 x float> %wide.masked.gather602, ptr %433, align 4, !tbaa !5, !alias.scope !22, !noalias !19
-  store <8 x float> %wide.masked.gather603, ptr %434, align 4, !tbaa !5, !alias.scope !22, !noalias !19
+  store <8 x float> %wide.masked.gather600, ptr %427, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather601, ptr %432, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather602, ptr %433, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather603, ptr %434, align 4, !tbaa !5, !alias.scope !21, !noalias !18
   %435 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %436 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %437 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
   %438 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather600.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !19
-  %wide.masked.gather601.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %436, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !19
-  %wide.masked.gather602.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %437, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !19
-  %wide.masked.gather603.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %438, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !19
+  %wide.masked.gather600.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather601.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %436, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather602.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %437, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather603.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %438, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
   %439 = getelementptr inbounds nuw i8, ptr %427, i64 128
   %440 = getelementptr inbounds nuw i8, ptr %427, i64 160
   %441 = getelementptr inbounds nuw i8, ptr %427, i64 192
   %442 = getelementptr inbounds nuw i8, ptr %427, i64 224
-  store <8 x float> %wide.masked.gather600.1, ptr %439, align 4, !tbaa !5, !alias.scope !22, !noalias !19
-  store <8 x float> %wide.masked.gather601.1, ptr %440, align 4, !tbaa !5, !alias.scope !22, !noalias !19
-  store <8 x float> %wide.masked.gather602.1, ptr %441, align 4, !tbaa !5, !alias.scope !22, !noalias !19
-  store <8 x float> %wide.masked.gather603.1, ptr %442, align 4, !tbaa !5, !alias.scope !22, !noalias !19
+  store <8 x float> %wide.masked.gather600.1, ptr %439, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather601.1, ptr %440, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather602.1, ptr %441, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather603.1, ptr %442, align 4, !tbaa !5, !alias.scope !21, !noalias !18
   %443 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %444 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %445 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
   %446 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather600.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !19
-  %wide.masked.gather601.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %444, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !19
-  %wide.masked.gather602.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %445, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !19
-  %wide.masked.gather603.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %446, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !19
+  %wide.masked.gather600.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather601.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %444, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather602.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %445, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather603.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %446, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
   %447 = getelementptr inbounds nuw i8, ptr %427, i64 256
   %448 = getelementptr inbounds nuw i8, ptr %427, i64 288
   %449 = getelementptr inbounds nuw i8, ptr %427, i64 320
   %450 = getelementptr inbounds nuw i8, ptr %427, i64 352
-  store <8 x float> %wide.masked.gather600.2, ptr %447, align 4, !tbaa !5, !alias.scope !22, !noalias !19
-  store <8 x float> %wide.masked.gather601.2, ptr %448, align 4, !tbaa !5, !alias.scope !22, !noalias !19
-  store <8 x float> %wide.masked.gather602.2, ptr %449, align 4, !tbaa !5, !alias.scope !22, !noalias !19
-  store <8 x float> %wide.masked.gather603.2, ptr %450, align 4, !tbaa !5, !alias.scope !22, !noalias !19
+  store <8 x float> %wide.masked.gather600.2, ptr %447, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather601.2, ptr %448, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather602.2, ptr %449, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather603.2, ptr %450, align 4, !tbaa !5, !alias.scope !21, !noalias !18
   %451 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %452 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %453 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
   %454 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather600.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %451, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !19
-  %wide.masked.gather601.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %452, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !19
-  %wide.masked.gather602.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %453, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !19
-  %wide.masked.gather603.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %454, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !19
+  %wide.masked.gather600.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %451, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather601.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %452, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather602.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %453, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather603.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %454, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
   %455 = getelementptr inbounds nuw i8, ptr %427, i64 384
   %456 = getelementptr inbounds nuw i8, ptr %427, i64 416
   %457 = getelementptr inbounds nuw i8, ptr %427, i64 448
   %458 = getelementptr inbounds nuw i8, ptr %427, i64 480
-  store <8 x float> %wide.masked.gather600.3, ptr %455, align 4, !tbaa !5, !alias.scope !22, !noalias !19
-  store <8 x float> %wide.masked.gather601.3, ptr %456, align 4, !tbaa !5, !alias.scope !22, !noalias !19
-  store <8 x float> %wide.masked.gather602.3, ptr %457, align 4, !tbaa !5, !alias.scope !22, !noalias !19
-  store <8 x float> %wide.masked.gather603.3, ptr %458, align 4, !tbaa !5, !alias.scope !22, !noalias !19
+  store <8 x float> %wide.masked.gather600.3, ptr %455, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather601.3, ptr %456, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather602.3, ptr %457, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather603.3, ptr %458, align 4, !tbaa !5, !alias.scope !21, !noalias !18
   br label %for_end_d234.i
 
 if_end8.i:                                        ; preds = %for_body_step.i
-  %459 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %459 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %value_offsets.i = tail call ptr %459(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %460 = icmp eq ptr %value_offsets.i, null
   br i1 %460, label %fused_decode_compute_.exit, label %if_end11.i, !prof !8
@@ -1382,7 +1145,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %492, ptr %493, align 8, !tbaa !5
   %indvars.iv.next453.i.1 = add nuw nsw i64 %indvars.iv452.i, 2
   %exitcond455.not.i.1 = icmp eq i64 %indvars.iv.next453.i.1, %wide.trip.count.i
-  br i1 %exitcond455.not.i.1, label %for_body_t14.i, label %for_body_t.i, !prof !13, !llvm.loop !24
+  br i1 %exitcond455.not.i.1, label %for_body_t14.i, label %for_body_t.i, !prof !13, !llvm.loop !23
 
 for_body_t14.i:                                   ; preds = %for_body_t14.i, %for_body_t.i
   %indvars.iv456.i = phi i64 [ %indvars.iv.next457.i.1, %for_body_t14.i ], [ 0, %for_body_t.i ]
@@ -1417,16 +1180,16 @@ for_body_t14.i:                                   ; preds = %for_body_t14.i, %fo
   store i64 %514, ptr %515, align 8, !tbaa !5
   %indvars.iv.next457.i.1 = add nuw nsw i64 %indvars.iv456.i, 2
   %exitcond460.not.i.1 = icmp eq i64 %indvars.iv.next457.i.1, %wide.trip.count.i
-  br i1 %exitcond460.not.i.1, label %for_end_t15.i, label %for_body_t14.i, !prof !13, !llvm.loop !26
+  br i1 %exitcond460.not.i.1, label %for_end_t15.i, label %for_body_t14.i, !prof !13, !llvm.loop !25
 
 for_end_t15.i:                                    ; preds = %for_body_t14.i, %if_end11.i
-  %516 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %516 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %k_tile.i = tail call ptr %516(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
   %517 = icmp eq ptr %k_tile.i, null
   br i1 %517, label %fused_decode_compute_.exit, label %if_end25.i, !prof !8
 
 if_end25.i:                                       ; preds = %for_end_t15.i
-  %518 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %518 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %v_tile.i = tail call ptr %518(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
   %519 = icmp eq ptr %v_tile.i, null
   br i1 %519, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !8
@@ -2336,19 +2099,19 @@ for_begin_ti35.preheader.i:                       ; preds = %for_begin_ti35.preh
   br i1 %exitcond478.not.i, label %for_end_to32.i, label %for_begin_ti35.preheader.i, !prof !13
 
 for_end_to32.i:                                   ; preds = %for_begin_ti35.preheader.i, %for_begin_to.preheader.i
-  %1273 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %1273 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scores.i = tail call ptr %1273(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1274 = icmp eq ptr %scores.i, null
   br i1 %1274, label %fused_decode_compute_.exit, label %if_end41.i, !prof !8
 
 if_end41.i:                                       ; preds = %for_end_to32.i
-  %1275 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %1275 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %probs.i = tail call ptr %1275(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1276 = icmp eq ptr %probs.i, null
   br i1 %1276, label %fused_decode_compute_.exit, label %if_end44.i, !prof !8
 
 if_end44.i:                                       ; preds = %if_end41.i
-  %1277 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %1277 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %tile_acc.i = tail call ptr %1277(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1278 = icmp eq ptr %tile_acc.i, null
   br i1 %1278, label %fused_decode_compute_.exit, label %for_begin_to_m.preheader.i, !prof !8
@@ -2451,13 +2214,13 @@ for_begin_n.preheader.i:                          ; preds = %for_end_d_1.3.i, %f
   br label %for_begin_d_2.preheader.i
 
 for_end_to_m.i:                                   ; preds = %for_end_d_1.3.i
-  %1330 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %1330 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scaled.i = tail call ptr %1330(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1331 = icmp eq ptr %scaled.i, null
   br i1 %1331, label %fused_decode_compute_.exit, label %for_begin_to57.preheader.i, !prof !8
 
 for_end_to_m.thread.i:                            ; preds = %for_begin_to_m.preheader.i
-  %1332 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %1332 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scaled707.i = tail call ptr %1332(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1333 = icmp eq ptr %scaled707.i, null
   br i1 %1333, label %fused_decode_compute_.exit, label %for_begin_to89.preheader.i, !prof !8
@@ -2563,7 +2326,7 @@ for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.prehe
   %1418 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1378, <16 x float> %1417, <16 x float> %1376)
   %indvars.iv.next485.i = add nuw nsw i64 %indvars.iv484.i, 1
   %exitcond488.not.i = icmp eq i64 %indvars.iv.next485.i, 16
-  br i1 %exitcond488.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !17
+  br i1 %exitcond488.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !16
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
   %1419 = getelementptr inbounds nuw i8, ptr %1329, i64 128
@@ -2667,7 +2430,7 @@ for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.prehe
   %1504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1464, <16 x float> %1503, <16 x float> %1462)
   %indvars.iv.next485.1.i = add nuw nsw i64 %indvars.iv484.1.i, 1
   %exitcond488.1.not.i = icmp eq i64 %indvars.iv.next485.1.i, 16
-  br i1 %exitcond488.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !17
+  br i1 %exitcond488.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !16
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
   %1505 = getelementptr inbounds nuw i8, ptr %1329, i64 256
@@ -2771,7 +2534,7 @@ for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.prehe
   %1590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1589, <16 x float> %1548)
   %indvars.iv.next485.2.i = add nuw nsw i64 %indvars.iv484.2.i, 1
   %exitcond488.2.not.i = icmp eq i64 %indvars.iv.next485.2.i, 16
-  br i1 %exitcond488.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !17
+  br i1 %exitcond488.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !16
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
   %1591 = getelementptr inbounds nuw i8, ptr %1329, i64 384
@@ -2875,7 +2638,7 @@ for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.prehe
   %1676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1636, <16 x float> %1675, <16 x float> %1634)
   %indvars.iv.next485.3.i = add nuw nsw i64 %indvars.iv484.3.i, 1
   %exitcond488.3.not.i = icmp eq i64 %indvars.iv.next485.3.i, 16
-  br i1 %exitcond488.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !17
+  br i1 %exitcond488.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !16
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
   %.idx703.i = shl nsw i64 %indvars.iv493.i, 9
@@ -3338,7 +3101,7 @@ for_begin_ti94.preheader.i:                       ; preds = %for_begin_ti94.preh
   %indvars.iv.next530.i.1 = add nuw nsw i64 %indvars.iv529.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_end_to91.i.loopexit.unr-lcssa, label %for_begin_ti94.preheader.i, !prof !9, !llvm.loop !27
+  br i1 %niter.ncmp.1, label %for_end_to91.i.loopexit.unr-lcssa, label %for_begin_ti94.preheader.i, !prof !9, !llvm.loop !26
 
 for_end_to91.i.loopexit.unr-lcssa:                ; preds = %for_begin_ti94.preheader.i
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
@@ -3380,7 +3143,7 @@ for_end_to91.i:                                   ; preds = %for_begin_ti94.preh
   %scaled708710712715718.i = phi ptr [ %scaled707.i, %for_begin_to89.preheader.i ], [ %scaled.i, %for_end_to91.i.loopexit.unr-lcssa ], [ %scaled.i, %for_begin_ti94.preheader.i.epil.preheader ]
   %2081 = phi <16 x float> [ %1798, %for_begin_to89.preheader.i ], [ %1794, %for_end_to91.i.loopexit.unr-lcssa ], [ %1794, %for_begin_ti94.preheader.i.epil.preheader ]
   %tile_sum256.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to89.preheader.i ], [ %2056, %for_end_to91.i.loopexit.unr-lcssa ], [ %2080, %for_begin_ti94.preheader.i.epil.preheader ]
-  %2082 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %2082 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %full_acc.i = tail call ptr %2082(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %2083 = icmp eq ptr %full_acc.i, null
   br i1 %2083, label %fused_decode_compute_.exit, label %for_begin_d_0102.preheader.i, !prof !8
@@ -3815,7 +3578,7 @@ for_end_to109.i:                                  ; preds = %for_begin_ax1.prehe
   store <16 x float> %full_acc_global253.sroa.28.0.lcssa.i, ptr %2456, align 4, !tbaa !5
   %indvars.iv.next547.i = add nuw nsw i64 %indvars.iv546.i, 1
   %exitcond549.not.i = icmp eq i64 %indvars.iv.next547.i, 16
-  br i1 %exitcond549.not.i, label %for_body_d_init.i, label %for_body_d_0103.i, !prof !17
+  br i1 %exitcond549.not.i, label %for_body_d_init.i, label %for_body_d_0103.i, !prof !16
 
 for_body_d_init.i:                                ; preds = %for_body_d_init.i, %for_end_to109.i
   %indvars.iv550.i = phi i64 [ %indvars.iv.next551.i.7, %for_body_d_init.i ], [ 0, %for_end_to109.i ]
@@ -3868,12 +3631,12 @@ for_body_d_init.i:                                ; preds = %for_body_d_init.i, 
   store <16 x float> %2487, ptr %2488, align 4, !tbaa !5
   %indvars.iv.next551.i.7 = add nuw nsw i64 %indvars.iv550.i, 8
   %exitcond553.not.i.7 = icmp eq i64 %indvars.iv.next551.i.7, 128
-  br i1 %exitcond553.not.i.7, label %for_end_d_init.i, label %for_body_d_init.i, !prof !17, !llvm.loop !28
+  br i1 %exitcond553.not.i.7, label %for_end_d_init.i, label %for_body_d_init.i, !prof !16, !llvm.loop !27
 
 for_end_d_init.i:                                 ; preds = %for_body_d_init.i
   %2489 = and i32 %464, 7
   %.not417.i = icmp eq i32 %2489, 0
-  br i1 %.not417.i, label %for_end_ti121.i, label %for_begin_d.preheader.lr.ph.i, !prof !18
+  br i1 %.not417.i, label %for_end_ti121.i, label %for_begin_d.preheader.lr.ph.i, !prof !17
 
 for_begin_d.preheader.lr.ph.i:                    ; preds = %for_end_d_init.i
   %2490 = shl nsw i32 %2084, 7
@@ -3986,7 +3749,7 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   store <16 x float> %2579, ptr %2577, align 4, !tbaa !5
   %indvars.iv.next555.i.1 = add nuw nsw i64 %indvars.iv554.i, 2
   %exitcond557.not.i.1 = icmp eq i64 %indvars.iv.next555.i.1, 128
-  br i1 %exitcond557.not.i.1, label %for_end_d.i, label %for_body_d.i, !prof !17, !llvm.loop !30
+  br i1 %exitcond557.not.i.1, label %for_end_d.i, label %for_body_d.i, !prof !16, !llvm.loop !29
 
 for_end_d.i:                                      ; preds = %for_body_d.i
   %exitcond.not = icmp eq i32 %375, 1
@@ -4037,7 +3800,7 @@ for_body_d.i.1:                                   ; preds = %for_body_d.i.1, %fo
   store <16 x float> %2611, ptr %2609, align 4, !tbaa !5
   %indvars.iv.next555.i.1.1 = add nuw nsw i64 %indvars.iv554.i.1, 2
   %exitcond557.not.i.1.1 = icmp eq i64 %indvars.iv.next555.i.1.1, 128
-  br i1 %exitcond557.not.i.1.1, label %for_end_d.i.1, label %for_body_d.i.1, !prof !17, !llvm.loop !30
+  br i1 %exitcond557.not.i.1.1, label %for_end_d.i.1, label %for_body_d.i.1, !prof !16, !llvm.loop !29
 
 for_end_d.i.1:                                    ; preds = %for_body_d.i.1
   %exitcond.not.1 = icmp eq i32 %375, 2
@@ -4088,7 +3851,7 @@ for_body_d.i.2:                                   ; preds = %for_body_d.i.2, %fo
   store <16 x float> %2643, ptr %2641, align 4, !tbaa !5
   %indvars.iv.next555.i.1.2 = add nuw nsw i64 %indvars.iv554.i.2, 2
   %exitcond557.not.i.1.2 = icmp eq i64 %indvars.iv.next555.i.1.2, 128
-  br i1 %exitcond557.not.i.1.2, label %for_end_d.i.2, label %for_body_d.i.2, !prof !17, !llvm.loop !30
+  br i1 %exitcond557.not.i.1.2, label %for_end_d.i.2, label %for_body_d.i.2, !prof !16, !llvm.loop !29
 
 for_end_d.i.2:                                    ; preds = %for_body_d.i.2
   %exitcond.not.2 = icmp eq i32 %375, 3
@@ -4139,7 +3902,7 @@ for_body_d.i.3:                                   ; preds = %for_body_d.i.3, %fo
   store <16 x float> %2675, ptr %2673, align 4, !tbaa !5
   %indvars.iv.next555.i.1.3 = add nuw nsw i64 %indvars.iv554.i.3, 2
   %exitcond557.not.i.1.3 = icmp eq i64 %indvars.iv.next555.i.1.3, 128
-  br i1 %exitcond557.not.i.1.3, label %for_end_d.i.3, label %for_body_d.i.3, !prof !17, !llvm.loop !30
+  br i1 %exitcond557.not.i.1.3, label %for_end_d.i.3, label %for_body_d.i.3, !prof !16, !llvm.loop !29
 
 for_end_d.i.3:                                    ; preds = %for_body_d.i.3
   %exitcond.not.3 = icmp eq i32 %375, 4
@@ -4190,7 +3953,7 @@ for_body_d.i.4:                                   ; preds = %for_body_d.i.4, %fo
   store <16 x float> %2707, ptr %2705, align 4, !tbaa !5
   %indvars.iv.next555.i.1.4 = add nuw nsw i64 %indvars.iv554.i.4, 2
   %exitcond557.not.i.1.4 = icmp eq i64 %indvars.iv.next555.i.1.4, 128
-  br i1 %exitcond557.not.i.1.4, label %for_end_d.i.4, label %for_body_d.i.4, !prof !17, !llvm.loop !30
+  br i1 %exitcond557.not.i.1.4, label %for_end_d.i.4, label %for_body_d.i.4, !prof !16, !llvm.loop !29
 
 for_end_d.i.4:                                    ; preds = %for_body_d.i.4
   %exitcond.not.4 = icmp eq i32 %375, 5
@@ -4241,7 +4004,7 @@ for_body_d.i.5:                                   ; preds = %for_body_d.i.5, %fo
   store <16 x float> %2739, ptr %2737, align 4, !tbaa !5
   %indvars.iv.next555.i.1.5 = add nuw nsw i64 %indvars.iv554.i.5, 2
   %exitcond557.not.i.1.5 = icmp eq i64 %indvars.iv.next555.i.1.5, 128
-  br i1 %exitcond557.not.i.1.5, label %for_end_d.i.5, label %for_body_d.i.5, !prof !17, !llvm.loop !30
+  br i1 %exitcond557.not.i.1.5, label %for_end_d.i.5, label %for_body_d.i.5, !prof !16, !llvm.loop !29
 
 for_end_d.i.5:                                    ; preds = %for_body_d.i.5
   %exitcond.not.5 = icmp eq i32 %375, 6
@@ -4292,7 +4055,7 @@ for_body_d.i.6:                                   ; preds = %for_body_d.i.6, %fo
   store <16 x float> %2771, ptr %2769, align 4, !tbaa !5
   %indvars.iv.next555.i.1.6 = add nuw nsw i64 %indvars.iv554.i.6, 2
   %exitcond557.not.i.1.6 = icmp eq i64 %indvars.iv.next555.i.1.6, 128
-  br i1 %exitcond557.not.i.1.6, label %for_end_ti121.i, label %for_body_d.i.6, !prof !17, !llvm.loop !30
+  br i1 %exitcond557.not.i.1.6, label %for_end_ti121.i, label %for_body_d.i.6, !prof !16, !llvm.loop !29
 
 for_body_d153.i:                                  ; preds = %if_end158.i.1, %for_end_ti121.i
   %indvars.iv561.i = phi i64 [ 0, %for_end_ti121.i ], [ %indvars.iv.next562.i.1, %if_end158.i.1 ]
@@ -4307,10 +4070,10 @@ for_body_d153.i.if_end158.i_crit_edge:            ; preds = %for_body_d153.i
 for_end_d154.i:                                   ; preds = %if_end158.i.1
   %2774 = fmul <16 x float> %old_sum.i, %2524
   %2775 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %tile_sum256.sroa.0.0.lcssa.i, <16 x float> %2774)
-  %2776 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2776 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2777 = tail call i32 %2776(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
   %.not264.i = icmp eq i32 %2777, 0
-  br i1 %.not264.i, label %if_end160.i, label %fused_decode_compute_.exit, !prof !32
+  br i1 %.not264.i, label %if_end160.i, label %fused_decode_compute_.exit, !prof !31
 
 if_then157.i:                                     ; preds = %for_body_d153.i
   store <16 x float> zeroinitializer, ptr %2773, align 4, !tbaa !5
@@ -4347,67 +4110,67 @@ if_end158.i.1:                                    ; preds = %if_then157.i.1, %fo
   store <16 x float> %2791, ptr %2789, align 4, !tbaa !5
   %indvars.iv.next562.i.1 = add nuw nsw i64 %indvars.iv561.i, 2
   %exitcond564.not.i.1 = icmp eq i64 %indvars.iv.next562.i.1, 128
-  br i1 %exitcond564.not.i.1, label %for_end_d154.i, label %for_body_d153.i, !prof !17, !llvm.loop !33
+  br i1 %exitcond564.not.i.1, label %for_end_d154.i, label %for_body_d153.i, !prof !16, !llvm.loop !32
 
 if_end160.i:                                      ; preds = %for_end_d154.i
-  %2792 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2792 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2793 = tail call i32 %2792(i32 1, i32 %dev_id, ptr nonnull %scaled708710712715718.i)
   %.not265.i = icmp eq i32 %2793, 0
-  br i1 %.not265.i, label %if_end163.i, label %fused_decode_compute_.exit, !prof !32
+  br i1 %.not265.i, label %if_end163.i, label %fused_decode_compute_.exit, !prof !31
 
 if_end163.i:                                      ; preds = %if_end160.i
-  %2794 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2794 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2795 = tail call i32 %2794(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
   %.not266.i = icmp eq i32 %2795, 0
-  br i1 %.not266.i, label %if_end166.i, label %fused_decode_compute_.exit, !prof !32
+  br i1 %.not266.i, label %if_end166.i, label %fused_decode_compute_.exit, !prof !31
 
 if_end166.i:                                      ; preds = %if_end163.i
-  %2796 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2796 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2797 = tail call i32 %2796(i32 1, i32 %dev_id, ptr nonnull %probs.i)
   %.not267.i = icmp eq i32 %2797, 0
-  br i1 %.not267.i, label %if_end169.i, label %fused_decode_compute_.exit, !prof !32
+  br i1 %.not267.i, label %if_end169.i, label %fused_decode_compute_.exit, !prof !31
 
 if_end169.i:                                      ; preds = %if_end166.i
-  %2798 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2798 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2799 = tail call i32 %2798(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not268.i = icmp eq i32 %2799, 0
-  br i1 %.not268.i, label %if_end172.i, label %fused_decode_compute_.exit, !prof !32
+  br i1 %.not268.i, label %if_end172.i, label %fused_decode_compute_.exit, !prof !31
 
 if_end172.i:                                      ; preds = %if_end169.i
-  %2800 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2800 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2801 = tail call i32 %2800(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
   %.not269.i = icmp eq i32 %2801, 0
-  br i1 %.not269.i, label %if_end175.i, label %fused_decode_compute_.exit, !prof !32
+  br i1 %.not269.i, label %if_end175.i, label %fused_decode_compute_.exit, !prof !31
 
 if_end175.i:                                      ; preds = %if_end172.i
-  %2802 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2802 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2803 = tail call i32 %2802(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
   %.not270.i = icmp eq i32 %2803, 0
-  br i1 %.not270.i, label %if_end178.i, label %fused_decode_compute_.exit, !prof !32
+  br i1 %.not270.i, label %if_end178.i, label %fused_decode_compute_.exit, !prof !31
 
 if_end178.i:                                      ; preds = %if_end175.i
-  %2804 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2804 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2805 = tail call i32 %2804(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
   %.not271.i = icmp eq i32 %2805, 0
-  br i1 %.not271.i, label %if_end181.i, label %fused_decode_compute_.exit, !prof !32
+  br i1 %.not271.i, label %if_end181.i, label %fused_decode_compute_.exit, !prof !31
 
 if_end181.i:                                      ; preds = %if_end178.i
-  %2806 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2806 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2807 = tail call i32 %2806(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not272.i = icmp eq i32 %2807, 0
-  br i1 %.not272.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !32
+  br i1 %.not272.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !31
 
 if_then186.i:                                     ; preds = %for_end_step.i
-  %2808 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %2808 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %acc_global.i = tail call ptr %2808(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %2809 = icmp eq ptr %acc_global.i, null
   br i1 %2809, label %fused_decode_compute_.exit, label %for_begin_ax2_0196.preheader.i, !prof !8
 
 if_end187.i:                                      ; preds = %for_body_d233.15.i, %vector.body, %if_end218.15.i
-  %2810 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2810 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2811 = tail call i32 %2810(i32 1, i32 %dev_id, ptr nonnull %q_tile_global.i)
   %.not261.i = icmp eq i32 %2811, 0
-  br i1 %.not261.i, label %if_end238.i, label %fused_decode_compute_.exit, !prof !32
+  br i1 %.not261.i, label %if_end238.i, label %fused_decode_compute_.exit, !prof !31
 
 for_begin_ax2_0196.preheader.i:                   ; preds = %for_begin_ax2_0196.preheader.i, %if_then186.i
   %indvars.iv586.i = phi i64 [ %indvars.iv.next587.i, %for_begin_ax2_0196.preheader.i ], [ 0, %if_then186.i ]
@@ -4575,13 +4338,13 @@ for_begin_ax2_0196.preheader.i:                   ; preds = %for_begin_ax2_0196.
   store <4 x float> %2954, ptr %2955, align 4, !tbaa !5
   %indvars.iv.next587.i = add nuw nsw i64 %indvars.iv586.i, 1
   %exitcond589.not.i = icmp eq i64 %indvars.iv.next587.i, 32
-  br i1 %exitcond589.not.i, label %for_end_ax1_0193.i, label %for_begin_ax2_0196.preheader.i, !prof !17
+  br i1 %exitcond589.not.i, label %for_end_ax1_0193.i, label %for_begin_ax2_0196.preheader.i, !prof !16
 
 for_end_ax1_0193.i:                               ; preds = %for_begin_ax2_0196.preheader.i
   %2956 = fdiv <16 x float> splat (float 1.000000e+00), %2775
   %2957 = fcmp oeq <16 x float> %2775, zeroinitializer
   %2958 = select <16 x i1> %2957, <16 x float> zeroinitializer, <16 x float> %2956
-  store <16 x float> %2958, ptr %factor248.i, align 16, !tbaa !34
+  store <16 x float> %2958, ptr %factor248.i, align 16, !tbaa !33
   %2959 = mul nsw i64 %176, %out_batch
   %2960 = getelementptr float, ptr %out, i64 %2959
   br label %for_begin_d_0206.preheader.i
@@ -4596,7 +4359,7 @@ for_begin_r211.preheader.i:                       ; preds = %for_begin_d_0206.pr
 for_begin_d_0206.preheader.i:                     ; preds = %for_begin_d_0206.preheader.i, %for_end_ax1_0193.i
   %indvars.iv594.i = phi i64 [ 0, %for_end_ax1_0193.i ], [ %indvars.iv.next595.i.1, %for_begin_d_0206.preheader.i ]
   %2964 = getelementptr inbounds nuw float, ptr %factor248.i, i64 %indvars.iv594.i
-  %2965 = load float, ptr %2964, align 8, !tbaa !41
+  %2965 = load float, ptr %2964, align 8, !tbaa !40
   %2966 = insertelement <32 x float> poison, float %2965, i64 0
   %2967 = shufflevector <32 x float> %2966, <32 x float> poison, <32 x i32> zeroinitializer
   %2968 = mul nsw i64 %indvars.iv594.i, %out_head
@@ -4623,7 +4386,7 @@ for_begin_d_0206.preheader.i:                     ; preds = %for_begin_d_0206.pr
   store <32 x float> %2980, ptr %gep402.3.i, align 4, !tbaa !5
   %indvars.iv.next595.i = or disjoint i64 %indvars.iv594.i, 1
   %2981 = getelementptr inbounds nuw float, ptr %factor248.i, i64 %indvars.iv.next595.i
-  %2982 = load float, ptr %2981, align 4, !tbaa !41
+  %2982 = load float, ptr %2981, align 4, !tbaa !40
   %2983 = insertelement <32 x float> poison, float %2982, i64 0
   %2984 = shufflevector <32 x float> %2983, <32 x float> poison, <32 x i32> zeroinitializer
   %2985 = mul nsw i64 %indvars.iv.next595.i, %out_head
@@ -4650,7 +4413,7 @@ for_begin_d_0206.preheader.i:                     ; preds = %for_begin_d_0206.pr
   store <32 x float> %2997, ptr %gep402.3.i.1, align 4, !tbaa !5
   %indvars.iv.next595.i.1 = add nuw nsw i64 %indvars.iv594.i, 2
   %exitcond597.not.i.1 = icmp eq i64 %indvars.iv.next595.i.1, 16
-  br i1 %exitcond597.not.i.1, label %for_begin_r211.preheader.i, label %for_begin_d_0206.preheader.i, !prof !17, !llvm.loop !42
+  br i1 %exitcond597.not.i.1, label %for_begin_r211.preheader.i, label %for_begin_d_0206.preheader.i, !prof !16, !llvm.loop !41
 
 if_else217.i:                                     ; preds = %for_begin_r211.preheader.i
   %2998 = tail call float @llvm.log.f32(float %row_sum258.sroa.0.0.vec.extract644.i)
@@ -4871,10 +4634,10 @@ if_end218.15.i:                                   ; preds = %if_else217.15.i, %i
   %3074 = phi float [ %3073, %if_else217.15.i ], [ 0xFFF0000000000000, %if_end218.14.i ]
   %3075 = getelementptr i8, ptr %2962, i64 60
   store float %3074, ptr %3075, align 4, !tbaa !5
-  %3076 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %3076 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %3077 = tail call i32 %3076(i32 1, i32 %dev_id, ptr nonnull %acc_global.i)
   %.not.i = icmp eq i32 %3077, 0
-  br i1 %.not.i, label %if_end187.i, label %fused_decode_compute_.exit, !prof !32
+  br i1 %.not.i, label %if_end187.i, label %fused_decode_compute_.exit, !prof !31
 
 for_body_d233.i:                                  ; preds = %for_body_d233.i, %for_begin_r222.preheader.i
   %indvars.iv574.i = phi i64 [ %indvars.iv.next575.i.7, %for_body_d233.i ], [ 0, %for_begin_r222.preheader.i ]
@@ -4927,7 +4690,7 @@ for_body_d233.i:                                  ; preds = %for_body_d233.i, %f
   store float %3100, ptr %3101, align 4, !tbaa !5
   %indvars.iv.next575.i.7 = add nuw nsw i64 %indvars.iv574.i, 8
   %exitcond577.not.i.7 = icmp eq i64 %indvars.iv.next575.i.7, 128
-  br i1 %exitcond577.not.i.7, label %for_end_d234.i, label %for_body_d233.i, !prof !43, !llvm.loop !44
+  br i1 %exitcond577.not.i.7, label %for_end_d234.i, label %for_body_d233.i, !prof !42, !llvm.loop !43
 
 for_end_d234.i:                                   ; preds = %for_body_d233.i, %vector.body594
   %3102 = getelementptr inbounds nuw i8, ptr %427, i64 512
@@ -4936,7 +4699,7 @@ for_end_d234.i:                                   ; preds = %for_body_d233.i, %v
   %bound0567 = icmp ult ptr %scevgep563, %scevgep566
   %bound1568 = icmp ult ptr %scevgep565, %scevgep564
   %found.conflict569 = and i1 %bound0567, %bound1568
-  br i1 %found.conflict569, label %for_body_d233.1.i, label %vector.body572, !prof !18
+  br i1 %found.conflict569, label %for_body_d233.1.i, label %vector.body572, !prof !17
 
 vector.body572:                                   ; preds = %for_end_d234.i
   %3103 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -4947,17 +4710,17 @@ vector.body572:                                   ; preds = %for_end_d234.i
   %3108 = getelementptr inbounds nuw i8, <8 x ptr> %3104, i64 4
   %3109 = getelementptr inbounds nuw i8, <8 x ptr> %3105, i64 4
   %3110 = getelementptr inbounds nuw i8, <8 x ptr> %3106, i64 4
-  %wide.masked.gather578 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !47
-  %wide.masked.gather579 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3108, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !47
-  %wide.masked.gather580 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3109, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !47
-  %wide.masked.gather581 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3110, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !47
+  %wide.masked.gather578 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather579 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3108, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather580 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3109, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather581 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3110, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
   %3111 = getelementptr inbounds nuw i8, ptr %427, i64 544
   %3112 = getelementptr inbounds nuw i8, ptr %427, i64 576
   %3113 = getelementptr inbounds nuw i8, ptr %427, i64 608
-  store <8 x float> %wide.masked.gather578, ptr %3102, align 4, !tbaa !5, !alias.scope !50, !noalias !47
-  store <8 x float> %wide.masked.gather579, ptr %3111, align 4, !tbaa !5, !alias.scope !50, !noalias !47
-  store <8 x float> %wide.masked.gather580, ptr %3112, align 4, !tbaa !5, !alias.scope !50, !noalias !47
-  store <8 x float> %wide.masked.gather581, ptr %3113, align 4, !tbaa !5, !alias.scope !50, !noalias !47
+  store <8 x float> %wide.masked.gather578, ptr %3102, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather579, ptr %3111, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather580, ptr %3112, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather581, ptr %3113, align 4, !tbaa !5, !alias.scope !49, !noalias !46
   %3114 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3115 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3116 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -4966,18 +4729,18 @@ vector.body572:                                   ; preds = %for_end_d234.i
   %3119 = getelementptr inbounds nuw i8, <8 x ptr> %3115, i64 4
   %3120 = getelementptr inbounds nuw i8, <8 x ptr> %3116, i64 4
   %3121 = getelementptr inbounds nuw i8, <8 x ptr> %3117, i64 4
-  %wide.masked.gather578.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3118, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !47
-  %wide.masked.gather579.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3119, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !47
-  %wide.masked.gather580.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3120, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !47
-  %wide.masked.gather581.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3121, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !47
+  %wide.masked.gather578.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3118, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather579.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3119, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather580.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3120, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather581.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3121, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
   %3122 = getelementptr inbounds nuw i8, ptr %427, i64 640
   %3123 = getelementptr inbounds nuw i8, ptr %427, i64 672
   %3124 = getelementptr inbounds nuw i8, ptr %427, i64 704
   %3125 = getelementptr inbounds nuw i8, ptr %427, i64 736
-  store <8 x float> %wide.masked.gather578.1, ptr %3122, align 4, !tbaa !5, !alias.scope !50, !noalias !47
-  store <8 x float> %wide.masked.gather579.1, ptr %3123, align 4, !tbaa !5, !alias.scope !50, !noalias !47
-  store <8 x float> %wide.masked.gather580.1, ptr %3124, align 4, !tbaa !5, !alias.scope !50, !noalias !47
-  store <8 x float> %wide.masked.gather581.1, ptr %3125, align 4, !tbaa !5, !alias.scope !50, !noalias !47
+  store <8 x float> %wide.masked.gather578.1, ptr %3122, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather579.1, ptr %3123, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather580.1, ptr %3124, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather581.1, ptr %3125, align 4, !tbaa !5, !alias.scope !49, !noalias !46
   %3126 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3127 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3128 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -4986,18 +4749,18 @@ vector.body572:                                   ; preds = %for_end_d234.i
   %3131 = getelementptr inbounds nuw i8, <8 x ptr> %3127, i64 4
   %3132 = getelementptr inbounds nuw i8, <8 x ptr> %3128, i64 4
   %3133 = getelementptr inbounds nuw i8, <8 x ptr> %3129, i64 4
-  %wide.masked.gather578.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3130, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !47
-  %wide.masked.gather579.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3131, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !47
-  %wide.masked.gather580.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3132, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !47
-  %wide.masked.gather581.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3133, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !47
+  %wide.masked.gather578.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3130, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather579.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3131, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather580.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3132, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather581.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3133, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
   %3134 = getelementptr inbounds nuw i8, ptr %427, i64 768
   %3135 = getelementptr inbounds nuw i8, ptr %427, i64 800
   %3136 = getelementptr inbounds nuw i8, ptr %427, i64 832
   %3137 = getelementptr inbounds nuw i8, ptr %427, i64 864
-  store <8 x float> %wide.masked.gather578.2, ptr %3134, align 4, !tbaa !5, !alias.scope !50, !noalias !47
-  store <8 x float> %wide.masked.gather579.2, ptr %3135, align 4, !tbaa !5, !alias.scope !50, !noalias !47
-  store <8 x float> %wide.masked.gather580.2, ptr %3136, align 4, !tbaa !5, !alias.scope !50, !noalias !47
-  store <8 x float> %wide.masked.gather581.2, ptr %3137, align 4, !tbaa !5, !alias.scope !50, !noalias !47
+  store <8 x float> %wide.masked.gather578.2, ptr %3134, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather579.2, ptr %3135, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather580.2, ptr %3136, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather581.2, ptr %3137, align 4, !tbaa !5, !alias.scope !49, !noalias !46
   %3138 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3139 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3140 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5006,18 +4769,18 @@ vector.body572:                                   ; preds = %for_end_d234.i
   %3143 = getelementptr inbounds nuw i8, <8 x ptr> %3139, i64 4
   %3144 = getelementptr inbounds nuw i8, <8 x ptr> %3140, i64 4
   %3145 = getelementptr inbounds nuw i8, <8 x ptr> %3141, i64 4
-  %wide.masked.gather578.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3142, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !47
-  %wide.masked.gather579.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3143, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !47
-  %wide.masked.gather580.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3144, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !47
-  %wide.masked.gather581.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3145, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !47
+  %wide.masked.gather578.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3142, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather579.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3143, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather580.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3144, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather581.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3145, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
   %3146 = getelementptr inbounds nuw i8, ptr %427, i64 896
   %3147 = getelementptr inbounds nuw i8, ptr %427, i64 928
   %3148 = getelementptr inbounds nuw i8, ptr %427, i64 960
   %3149 = getelementptr inbounds nuw i8, ptr %427, i64 992
-  store <8 x float> %wide.masked.gather578.3, ptr %3146, align 4, !tbaa !5, !alias.scope !50, !noalias !47
-  store <8 x float> %wide.masked.gather579.3, ptr %3147, align 4, !tbaa !5, !alias.scope !50, !noalias !47
-  store <8 x float> %wide.masked.gather580.3, ptr %3148, align 4, !tbaa !5, !alias.scope !50, !noalias !47
-  store <8 x float> %wide.masked.gather581.3, ptr %3149, align 4, !tbaa !5, !alias.scope !50, !noalias !47
+  store <8 x float> %wide.masked.gather578.3, ptr %3146, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather579.3, ptr %3147, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather580.3, ptr %3148, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather581.3, ptr %3149, align 4, !tbaa !5, !alias.scope !49, !noalias !46
   br label %for_end_d234.1.i
 
 for_body_d233.1.i:                                ; preds = %for_body_d233.1.i, %for_end_d234.i
@@ -5079,7 +4842,7 @@ for_body_d233.1.i:                                ; preds = %for_body_d233.1.i, 
   store float %3180, ptr %3181, align 4, !tbaa !5
   %indvars.iv.next575.1.i.7 = add nuw nsw i64 %indvars.iv574.1.i, 8
   %exitcond577.1.not.i.7 = icmp eq i64 %indvars.iv.next575.1.i.7, 128
-  br i1 %exitcond577.1.not.i.7, label %for_end_d234.1.i, label %for_body_d233.1.i, !prof !43, !llvm.loop !52
+  br i1 %exitcond577.1.not.i.7, label %for_end_d234.1.i, label %for_body_d233.1.i, !prof !42, !llvm.loop !51
 
 for_end_d234.1.i:                                 ; preds = %for_body_d233.1.i, %vector.body572
   %3182 = getelementptr inbounds nuw i8, ptr %427, i64 1024
@@ -5088,7 +4851,7 @@ for_end_d234.1.i:                                 ; preds = %for_body_d233.1.i, 
   %bound0544 = icmp ult ptr %scevgep540, %scevgep543
   %bound1545 = icmp ult ptr %scevgep542, %scevgep541
   %found.conflict546 = and i1 %bound0544, %bound1545
-  br i1 %found.conflict546, label %for_body_d233.2.i, label %vector.body549, !prof !18
+  br i1 %found.conflict546, label %for_body_d233.2.i, label %vector.body549, !prof !17
 
 vector.body549:                                   ; preds = %for_end_d234.1.i
   %3183 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5099,17 +4862,17 @@ vector.body549:                                   ; preds = %for_end_d234.1.i
   %3188 = getelementptr inbounds nuw i8, <8 x ptr> %3184, i64 8
   %3189 = getelementptr inbounds nuw i8, <8 x ptr> %3185, i64 8
   %3190 = getelementptr inbounds nuw i8, <8 x ptr> %3186, i64 8
-  %wide.masked.gather555 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3187, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !53
-  %wide.masked.gather556 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3188, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !53
-  %wide.masked.gather557 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3189, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !53
-  %wide.masked.gather558 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3190, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !53
+  %wide.masked.gather555 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3187, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather556 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3188, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather557 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3189, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather558 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3190, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
   %3191 = getelementptr inbounds nuw i8, ptr %427, i64 1056
   %3192 = getelementptr inbounds nuw i8, ptr %427, i64 1088
   %3193 = getelementptr inbounds nuw i8, ptr %427, i64 1120
-  store <8 x float> %wide.masked.gather555, ptr %3182, align 4, !tbaa !5, !alias.scope !56, !noalias !53
-  store <8 x float> %wide.masked.gather556, ptr %3191, align 4, !tbaa !5, !alias.scope !56, !noalias !53
-  store <8 x float> %wide.masked.gather557, ptr %3192, align 4, !tbaa !5, !alias.scope !56, !noalias !53
-  store <8 x float> %wide.masked.gather558, ptr %3193, align 4, !tbaa !5, !alias.scope !56, !noalias !53
+  store <8 x float> %wide.masked.gather555, ptr %3182, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather556, ptr %3191, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather557, ptr %3192, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather558, ptr %3193, align 4, !tbaa !5, !alias.scope !55, !noalias !52
   %3194 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3195 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3196 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5118,18 +4881,18 @@ vector.body549:                                   ; preds = %for_end_d234.1.i
   %3199 = getelementptr inbounds nuw i8, <8 x ptr> %3195, i64 8
   %3200 = getelementptr inbounds nuw i8, <8 x ptr> %3196, i64 8
   %3201 = getelementptr inbounds nuw i8, <8 x ptr> %3197, i64 8
-  %wide.masked.gather555.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3198, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !53
-  %wide.masked.gather556.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3199, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !53
-  %wide.masked.gather557.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3200, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !53
-  %wide.masked.gather558.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3201, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !53
+  %wide.masked.gather555.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3198, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather556.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3199, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather557.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3200, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather558.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3201, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
   %3202 = getelementptr inbounds nuw i8, ptr %427, i64 1152
   %3203 = getelementptr inbounds nuw i8, ptr %427, i64 1184
   %3204 = getelementptr inbounds nuw i8, ptr %427, i64 1216
   %3205 = getelementptr inbounds nuw i8, ptr %427, i64 1248
-  store <8 x float> %wide.masked.gather555.1, ptr %3202, align 4, !tbaa !5, !alias.scope !56, !noalias !53
-  store <8 x float> %wide.masked.gather556.1, ptr %3203, align 4, !tbaa !5, !alias.scope !56, !noalias !53
-  store <8 x float> %wide.masked.gather557.1, ptr %3204, align 4, !tbaa !5, !alias.scope !56, !noalias !53
-  store <8 x float> %wide.masked.gather558.1, ptr %3205, align 4, !tbaa !5, !alias.scope !56, !noalias !53
+  store <8 x float> %wide.masked.gather555.1, ptr %3202, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather556.1, ptr %3203, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather557.1, ptr %3204, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather558.1, ptr %3205, align 4, !tbaa !5, !alias.scope !55, !noalias !52
   %3206 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3207 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3208 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5138,18 +4901,18 @@ vector.body549:                                   ; preds = %for_end_d234.1.i
   %3211 = getelementptr inbounds nuw i8, <8 x ptr> %3207, i64 8
   %3212 = getelementptr inbounds nuw i8, <8 x ptr> %3208, i64 8
   %3213 = getelementptr inbounds nuw i8, <8 x ptr> %3209, i64 8
-  %wide.masked.gather555.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3210, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !53
-  %wide.masked.gather556.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3211, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !53
-  %wide.masked.gather557.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3212, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !53
-  %wide.masked.gather558.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3213, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !53
+  %wide.masked.gather555.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3210, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather556.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3211, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather557.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3212, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather558.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3213, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
   %3214 = getelementptr inbounds nuw i8, ptr %427, i64 1280
   %3215 = getelementptr inbounds nuw i8, ptr %427, i64 1312
   %3216 = getelementptr inbounds nuw i8, ptr %427, i64 1344
   %3217 = getelementptr inbounds nuw i8, ptr %427, i64 1376
-  store <8 x float> %wide.masked.gather555.2, ptr %3214, align 4, !tbaa !5, !alias.scope !56, !noalias !53
-  store <8 x float> %wide.masked.gather556.2, ptr %3215, align 4, !tbaa !5, !alias.scope !56, !noalias !53
-  store <8 x float> %wide.masked.gather557.2, ptr %3216, align 4, !tbaa !5, !alias.scope !56, !noalias !53
-  store <8 x float> %wide.masked.gather558.2, ptr %3217, align 4, !tbaa !5, !alias.scope !56, !noalias !53
+  store <8 x float> %wide.masked.gather555.2, ptr %3214, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather556.2, ptr %3215, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather557.2, ptr %3216, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather558.2, ptr %3217, align 4, !tbaa !5, !alias.scope !55, !noalias !52
   %3218 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3219 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3220 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5158,18 +4921,18 @@ vector.body549:                                   ; preds = %for_end_d234.1.i
   %3223 = getelementptr inbounds nuw i8, <8 x ptr> %3219, i64 8
   %3224 = getelementptr inbounds nuw i8, <8 x ptr> %3220, i64 8
   %3225 = getelementptr inbounds nuw i8, <8 x ptr> %3221, i64 8
-  %wide.masked.gather555.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3222, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !53
-  %wide.masked.gather556.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3223, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !53
-  %wide.masked.gather557.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3224, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !53
-  %wide.masked.gather558.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3225, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !53
+  %wide.masked.gather555.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3222, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather556.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3223, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather557.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3224, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather558.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3225, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
   %3226 = getelementptr inbounds nuw i8, ptr %427, i64 1408
   %3227 = getelementptr inbounds nuw i8, ptr %427, i64 1440
   %3228 = getelementptr inbounds nuw i8, ptr %427, i64 1472
   %3229 = getelementptr inbounds nuw i8, ptr %427, i64 1504
-  store <8 x float> %wide.masked.gather555.3, ptr %3226, align 4, !tbaa !5, !alias.scope !56, !noalias !53
-  store <8 x float> %wide.masked.gather556.3, ptr %3227, align 4, !tbaa !5, !alias.scope !56, !noalias !53
-  store <8 x float> %wide.masked.gather557.3, ptr %3228, align 4, !tbaa !5, !alias.scope !56, !noalias !53
-  store <8 x float> %wide.masked.gather558.3, ptr %3229, align 4, !tbaa !5, !alias.scope !56, !noalias !53
+  store <8 x float> %wide.masked.gather555.3, ptr %3226, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather556.3, ptr %3227, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather557.3, ptr %3228, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather558.3, ptr %3229, align 4, !tbaa !5, !alias.scope !55, !noalias !52
   br label %for_end_d234.2.i
 
 for_body_d233.2.i:                                ; preds = %for_body_d233.2.i, %for_end_d234.1.i
@@ -5231,7 +4994,7 @@ for_body_d233.2.i:                                ; preds = %for_body_d233.2.i, 
   store float %3260, ptr %3261, align 4, !tbaa !5
   %indvars.iv.next575.2.i.7 = add nuw nsw i64 %indvars.iv574.2.i, 8
   %exitcond577.2.not.i.7 = icmp eq i64 %indvars.iv.next575.2.i.7, 128
-  br i1 %exitcond577.2.not.i.7, label %for_end_d234.2.i, label %for_body_d233.2.i, !prof !43, !llvm.loop !58
+  br i1 %exitcond577.2.not.i.7, label %for_end_d234.2.i, label %for_body_d233.2.i, !prof !42, !llvm.loop !57
 
 for_end_d234.2.i:                                 ; preds = %for_body_d233.2.i, %vector.body549
   %3262 = getelementptr inbounds nuw i8, ptr %427, i64 1536
@@ -5240,7 +5003,7 @@ for_end_d234.2.i:                                 ; preds = %for_body_d233.2.i, 
   %bound0521 = icmp ult ptr %scevgep517, %scevgep520
   %bound1522 = icmp ult ptr %scevgep519, %scevgep518
   %found.conflict523 = and i1 %bound0521, %bound1522
-  br i1 %found.conflict523, label %for_body_d233.3.i, label %vector.body526, !prof !18
+  br i1 %found.conflict523, label %for_body_d233.3.i, label %vector.body526, !prof !17
 
 vector.body526:                                   ; preds = %for_end_d234.2.i
   %3263 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5251,17 +5014,17 @@ vector.body526:                                   ; preds = %for_end_d234.2.i
   %3268 = getelementptr inbounds nuw i8, <8 x ptr> %3264, i64 12
   %3269 = getelementptr inbounds nuw i8, <8 x ptr> %3265, i64 12
   %3270 = getelementptr inbounds nuw i8, <8 x ptr> %3266, i64 12
-  %wide.masked.gather532 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3267, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !59
-  %wide.masked.gather533 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3268, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !59
-  %wide.masked.gather534 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3269, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !59
-  %wide.masked.gather535 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3270, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !59
+  %wide.masked.gather532 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3267, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather533 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3268, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather534 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3269, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather535 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3270, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
   %3271 = getelementptr inbounds nuw i8, ptr %427, i64 1568
   %3272 = getelementptr inbounds nuw i8, ptr %427, i64 1600
   %3273 = getelementptr inbounds nuw i8, ptr %427, i64 1632
-  store <8 x float> %wide.masked.gather532, ptr %3262, align 4, !tbaa !5, !alias.scope !62, !noalias !59
-  store <8 x float> %wide.masked.gather533, ptr %3271, align 4, !tbaa !5, !alias.scope !62, !noalias !59
-  store <8 x float> %wide.masked.gather534, ptr %3272, align 4, !tbaa !5, !alias.scope !62, !noalias !59
-  store <8 x float> %wide.masked.gather535, ptr %3273, align 4, !tbaa !5, !alias.scope !62, !noalias !59
+  store <8 x float> %wide.masked.gather532, ptr %3262, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather533, ptr %3271, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather534, ptr %3272, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather535, ptr %3273, align 4, !tbaa !5, !alias.scope !61, !noalias !58
   %3274 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3275 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3276 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5270,18 +5033,18 @@ vector.body526:                                   ; preds = %for_end_d234.2.i
   %3279 = getelementptr inbounds nuw i8, <8 x ptr> %3275, i64 12
   %3280 = getelementptr inbounds nuw i8, <8 x ptr> %3276, i64 12
   %3281 = getelementptr inbounds nuw i8, <8 x ptr> %3277, i64 12
-  %wide.masked.gather532.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3278, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !59
-  %wide.masked.gather533.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3279, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !59
-  %wide.masked.gather534.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3280, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !59
-  %wide.masked.gather535.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3281, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !59
+  %wide.masked.gather532.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3278, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather533.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3279, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather534.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3280, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather535.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3281, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
   %3282 = getelementptr inbounds nuw i8, ptr %427, i64 1664
   %3283 = getelementptr inbounds nuw i8, ptr %427, i64 1696
   %3284 = getelementptr inbounds nuw i8, ptr %427, i64 1728
   %3285 = getelementptr inbounds nuw i8, ptr %427, i64 1760
-  store <8 x float> %wide.masked.gather532.1, ptr %3282, align 4, !tbaa !5, !alias.scope !62, !noalias !59
-  store <8 x float> %wide.masked.gather533.1, ptr %3283, align 4, !tbaa !5, !alias.scope !62, !noalias !59
-  store <8 x float> %wide.masked.gather534.1, ptr %3284, align 4, !tbaa !5, !alias.scope !62, !noalias !59
-  store <8 x float> %wide.masked.gather535.1, ptr %3285, align 4, !tbaa !5, !alias.scope !62, !noalias !59
+  store <8 x float> %wide.masked.gather532.1, ptr %3282, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather533.1, ptr %3283, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather534.1, ptr %3284, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather535.1, ptr %3285, align 4, !tbaa !5, !alias.scope !61, !noalias !58
   %3286 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3287 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3288 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5290,18 +5053,18 @@ vector.body526:                                   ; preds = %for_end_d234.2.i
   %3291 = getelementptr inbounds nuw i8, <8 x ptr> %3287, i64 12
   %3292 = getelementptr inbounds nuw i8, <8 x ptr> %3288, i64 12
   %3293 = getelementptr inbounds nuw i8, <8 x ptr> %3289, i64 12
-  %wide.masked.gather532.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3290, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !59
-  %wide.masked.gather533.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3291, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !59
-  %wide.masked.gather534.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3292, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !59
-  %wide.masked.gather535.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3293, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !59
+  %wide.masked.gather532.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3290, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather533.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3291, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather534.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3292, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather535.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3293, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
   %3294 = getelementptr inbounds nuw i8, ptr %427, i64 1792
   %3295 = getelementptr inbounds nuw i8, ptr %427, i64 1824
   %3296 = getelementptr inbounds nuw i8, ptr %427, i64 1856
   %3297 = getelementptr inbounds nuw i8, ptr %427, i64 1888
-  store <8 x float> %wide.masked.gather532.2, ptr %3294, align 4, !tbaa !5, !alias.scope !62, !noalias !59
-  store <8 x float> %wide.masked.gather533.2, ptr %3295, align 4, !tbaa !5, !alias.scope !62, !noalias !59
-  store <8 x float> %wide.masked.gather534.2, ptr %3296, align 4, !tbaa !5, !alias.scope !62, !noalias !59
-  store <8 x float> %wide.masked.gather535.2, ptr %3297, align 4, !tbaa !5, !alias.scope !62, !noalias !59
+  store <8 x float> %wide.masked.gather532.2, ptr %3294, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather533.2, ptr %3295, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather534.2, ptr %3296, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather535.2, ptr %3297, align 4, !tbaa !5, !alias.scope !61, !noalias !58
   %3298 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3299 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3300 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5310,18 +5073,18 @@ vector.body526:                                   ; preds = %for_end_d234.2.i
   %3303 = getelementptr inbounds nuw i8, <8 x ptr> %3299, i64 12
   %3304 = getelementptr inbounds nuw i8, <8 x ptr> %3300, i64 12
   %3305 = getelementptr inbounds nuw i8, <8 x ptr> %3301, i64 12
-  %wide.masked.gather532.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3302, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !59
-  %wide.masked.gather533.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3303, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !59
-  %wide.masked.gather534.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3304, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !59
-  %wide.masked.gather535.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3305, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !59
+  %wide.masked.gather532.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3302, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather533.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3303, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather534.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3304, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather535.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3305, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
   %3306 = getelementptr inbounds nuw i8, ptr %427, i64 1920
   %3307 = getelementptr inbounds nuw i8, ptr %427, i64 1952
   %3308 = getelementptr inbounds nuw i8, ptr %427, i64 1984
   %3309 = getelementptr inbounds nuw i8, ptr %427, i64 2016
-  store <8 x float> %wide.masked.gather532.3, ptr %3306, align 4, !tbaa !5, !alias.scope !62, !noalias !59
-  store <8 x float> %wide.masked.gather533.3, ptr %3307, align 4, !tbaa !5, !alias.scope !62, !noalias !59
-  store <8 x float> %wide.masked.gather534.3, ptr %3308, align 4, !tbaa !5, !alias.scope !62, !noalias !59
-  store <8 x float> %wide.masked.gather535.3, ptr %3309, align 4, !tbaa !5, !alias.scope !62, !noalias !59
+  store <8 x float> %wide.masked.gather532.3, ptr %3306, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather533.3, ptr %3307, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather534.3, ptr %3308, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather535.3, ptr %3309, align 4, !tbaa !5, !alias.scope !61, !noalias !58
   br label %for_end_d234.3.i
 
 for_body_d233.3.i:                                ; preds = %for_body_d233.3.i, %for_end_d234.2.i
@@ -5383,7 +5146,7 @@ for_body_d233.3.i:                                ; preds = %for_body_d233.3.i, 
   store float %3340, ptr %3341, align 4, !tbaa !5
   %indvars.iv.next575.3.i.7 = add nuw nsw i64 %indvars.iv574.3.i, 8
   %exitcond577.3.not.i.7 = icmp eq i64 %indvars.iv.next575.3.i.7, 128
-  br i1 %exitcond577.3.not.i.7, label %for_end_d234.3.i, label %for_body_d233.3.i, !prof !43, !llvm.loop !64
+  br i1 %exitcond577.3.not.i.7, label %for_end_d234.3.i, label %for_body_d233.3.i, !prof !42, !llvm.loop !63
 
 for_end_d234.3.i:                                 ; preds = %for_body_d233.3.i, %vector.body526
   %3342 = getelementptr inbounds nuw i8, ptr %427, i64 2048
@@ -5392,7 +5155,7 @@ for_end_d234.3.i:                                 ; preds = %for_body_d233.3.i, 
   %bound0498 = icmp ult ptr %scevgep494, %scevgep497
   %bound1499 = icmp ult ptr %scevgep496, %scevgep495
   %found.conflict500 = and i1 %bound0498, %bound1499
-  br i1 %found.conflict500, label %for_body_d233.4.i, label %vector.body503, !prof !18
+  br i1 %found.conflict500, label %for_body_d233.4.i, label %vector.body503, !prof !17
 
 vector.body503:                                   ; preds = %for_end_d234.3.i
   %3343 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5403,17 +5166,17 @@ vector.body503:                                   ; preds = %for_end_d234.3.i
   %3348 = getelementptr inbounds nuw i8, <8 x ptr> %3344, i64 16
   %3349 = getelementptr inbounds nuw i8, <8 x ptr> %3345, i64 16
   %3350 = getelementptr inbounds nuw i8, <8 x ptr> %3346, i64 16
-  %wide.masked.gather509 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3347, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !65
-  %wide.masked.gather510 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3348, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !65
-  %wide.masked.gather511 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3349, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !65
-  %wide.masked.gather512 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3350, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !65
+  %wide.masked.gather509 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3347, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather510 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3348, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather511 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3349, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather512 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3350, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
   %3351 = getelementptr inbounds nuw i8, ptr %427, i64 2080
   %3352 = getelementptr inbounds nuw i8, ptr %427, i64 2112
   %3353 = getelementptr inbounds nuw i8, ptr %427, i64 2144
-  store <8 x float> %wide.masked.gather509, ptr %3342, align 4, !tbaa !5, !alias.scope !68, !noalias !65
-  store <8 x float> %wide.masked.gather510, ptr %3351, align 4, !tbaa !5, !alias.scope !68, !noalias !65
-  store <8 x float> %wide.masked.gather511, ptr %3352, align 4, !tbaa !5, !alias.scope !68, !noalias !65
-  store <8 x float> %wide.masked.gather512, ptr %3353, align 4, !tbaa !5, !alias.scope !68, !noalias !65
+  store <8 x float> %wide.masked.gather509, ptr %3342, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather510, ptr %3351, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather511, ptr %3352, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather512, ptr %3353, align 4, !tbaa !5, !alias.scope !67, !noalias !64
   %3354 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3355 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3356 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5422,18 +5185,18 @@ vector.body503:                                   ; preds = %for_end_d234.3.i
   %3359 = getelementptr inbounds nuw i8, <8 x ptr> %3355, i64 16
   %3360 = getelementptr inbounds nuw i8, <8 x ptr> %3356, i64 16
   %3361 = getelementptr inbounds nuw i8, <8 x ptr> %3357, i64 16
-  %wide.masked.gather509.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3358, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !65
-  %wide.masked.gather510.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3359, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !65
-  %wide.masked.gather511.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3360, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !65
-  %wide.masked.gather512.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3361, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !65
+  %wide.masked.gather509.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3358, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather510.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3359, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather511.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3360, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather512.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3361, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
   %3362 = getelementptr inbounds nuw i8, ptr %427, i64 2176
   %3363 = getelementptr inbounds nuw i8, ptr %427, i64 2208
   %3364 = getelementptr inbounds nuw i8, ptr %427, i64 2240
   %3365 = getelementptr inbounds nuw i8, ptr %427, i64 2272
-  store <8 x float> %wide.masked.gather509.1, ptr %3362, align 4, !tbaa !5, !alias.scope !68, !noalias !65
-  store <8 x float> %wide.masked.gather510.1, ptr %3363, align 4, !tbaa !5, !alias.scope !68, !noalias !65
-  store <8 x float> %wide.masked.gather511.1, ptr %3364, align 4, !tbaa !5, !alias.scope !68, !noalias !65
-  store <8 x float> %wide.masked.gather512.1, ptr %3365, align 4, !tbaa !5, !alias.scope !68, !noalias !65
+  store <8 x float> %wide.masked.gather509.1, ptr %3362, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather510.1, ptr %3363, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather511.1, ptr %3364, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather512.1, ptr %3365, align 4, !tbaa !5, !alias.scope !67, !noalias !64
   %3366 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3367 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3368 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5442,18 +5205,18 @@ vector.body503:                                   ; preds = %for_end_d234.3.i
   %3371 = getelementptr inbounds nuw i8, <8 x ptr> %3367, i64 16
   %3372 = getelementptr inbounds nuw i8, <8 x ptr> %3368, i64 16
   %3373 = getelementptr inbounds nuw i8, <8 x ptr> %3369, i64 16
-  %wide.masked.gather509.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3370, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !65
-  %wide.masked.gather510.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3371, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !65
-  %wide.masked.gather511.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3372, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !65
-  %wide.masked.gather512.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3373, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !65
+  %wide.masked.gather509.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3370, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather510.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3371, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather511.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3372, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather512.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3373, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
   %3374 = getelementptr inbounds nuw i8, ptr %427, i64 2304
   %3375 = getelementptr inbounds nuw i8, ptr %427, i64 2336
   %3376 = getelementptr inbounds nuw i8, ptr %427, i64 2368
   %3377 = getelementptr inbounds nuw i8, ptr %427, i64 2400
-  store <8 x float> %wide.masked.gather509.2, ptr %3374, align 4, !tbaa !5, !alias.scope !68, !noalias !65
-  store <8 x float> %wide.masked.gather510.2, ptr %3375, align 4, !tbaa !5, !alias.scope !68, !noalias !65
-  store <8 x float> %wide.masked.gather511.2, ptr %3376, align 4, !tbaa !5, !alias.scope !68, !noalias !65
-  store <8 x float> %wide.masked.gather512.2, ptr %3377, align 4, !tbaa !5, !alias.scope !68, !noalias !65
+  store <8 x float> %wide.masked.gather509.2, ptr %3374, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather510.2, ptr %3375, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather511.2, ptr %3376, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather512.2, ptr %3377, align 4, !tbaa !5, !alias.scope !67, !noalias !64
   %3378 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3379 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3380 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5462,18 +5225,18 @@ vector.body503:                                   ; preds = %for_end_d234.3.i
   %3383 = getelementptr inbounds nuw i8, <8 x ptr> %3379, i64 16
   %3384 = getelementptr inbounds nuw i8, <8 x ptr> %3380, i64 16
   %3385 = getelementptr inbounds nuw i8, <8 x ptr> %3381, i64 16
-  %wide.masked.gather509.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3382, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !65
-  %wide.masked.gather510.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3383, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !65
-  %wide.masked.gather511.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3384, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !65
-  %wide.masked.gather512.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3385, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !65
+  %wide.masked.gather509.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3382, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather510.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3383, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather511.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3384, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather512.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3385, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
   %3386 = getelementptr inbounds nuw i8, ptr %427, i64 2432
   %3387 = getelementptr inbounds nuw i8, ptr %427, i64 2464
   %3388 = getelementptr inbounds nuw i8, ptr %427, i64 2496
   %3389 = getelementptr inbounds nuw i8, ptr %427, i64 2528
-  store <8 x float> %wide.masked.gather509.3, ptr %3386, align 4, !tbaa !5, !alias.scope !68, !noalias !65
-  store <8 x float> %wide.masked.gather510.3, ptr %3387, align 4, !tbaa !5, !alias.scope !68, !noalias !65
-  store <8 x float> %wide.masked.gather511.3, ptr %3388, align 4, !tbaa !5, !alias.scope !68, !noalias !65
-  store <8 x float> %wide.masked.gather512.3, ptr %3389, align 4, !tbaa !5, !alias.scope !68, !noalias !65
+  store <8 x float> %wide.masked.gather509.3, ptr %3386, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather510.3, ptr %3387, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather511.3, ptr %3388, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather512.3, ptr %3389, align 4, !tbaa !5, !alias.scope !67, !noalias !64
   br label %for_end_d234.4.i
 
 for_body_d233.4.i:                                ; preds = %for_body_d233.4.i, %for_end_d234.3.i
@@ -5535,7 +5298,7 @@ for_body_d233.4.i:                                ; preds = %for_body_d233.4.i, 
   store float %3420, ptr %3421, align 4, !tbaa !5
   %indvars.iv.next575.4.i.7 = add nuw nsw i64 %indvars.iv574.4.i, 8
   %exitcond577.4.not.i.7 = icmp eq i64 %indvars.iv.next575.4.i.7, 128
-  br i1 %exitcond577.4.not.i.7, label %for_end_d234.4.i, label %for_body_d233.4.i, !prof !43, !llvm.loop !70
+  br i1 %exitcond577.4.not.i.7, label %for_end_d234.4.i, label %for_body_d233.4.i, !prof !42, !llvm.loop !69
 
 for_end_d234.4.i:                                 ; preds = %for_body_d233.4.i, %vector.body503
   %3422 = getelementptr inbounds nuw i8, ptr %427, i64 2560
@@ -5544,7 +5307,7 @@ for_end_d234.4.i:                                 ; preds = %for_body_d233.4.i, 
   %bound0475 = icmp ult ptr %scevgep471, %scevgep474
   %bound1476 = icmp ult ptr %scevgep473, %scevgep472
   %found.conflict477 = and i1 %bound0475, %bound1476
-  br i1 %found.conflict477, label %for_body_d233.5.i, label %vector.body480, !prof !18
+  br i1 %found.conflict477, label %for_body_d233.5.i, label %vector.body480, !prof !17
 
 vector.body480:                                   ; preds = %for_end_d234.4.i
   %3423 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5555,17 +5318,17 @@ vector.body480:                                   ; preds = %for_end_d234.4.i
   %3428 = getelementptr inbounds nuw i8, <8 x ptr> %3424, i64 20
   %3429 = getelementptr inbounds nuw i8, <8 x ptr> %3425, i64 20
   %3430 = getelementptr inbounds nuw i8, <8 x ptr> %3426, i64 20
-  %wide.masked.gather486 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3427, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !71
-  %wide.masked.gather487 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3428, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !71
-  %wide.masked.gather488 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3429, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !71
-  %wide.masked.gather489 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3430, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !71
+  %wide.masked.gather486 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3427, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather487 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3428, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather488 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3429, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather489 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3430, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
   %3431 = getelementptr inbounds nuw i8, ptr %427, i64 2592
   %3432 = getelementptr inbounds nuw i8, ptr %427, i64 2624
   %3433 = getelementptr inbounds nuw i8, ptr %427, i64 2656
-  store <8 x float> %wide.masked.gather486, ptr %3422, align 4, !tbaa !5, !alias.scope !74, !noalias !71
-  store <8 x float> %wide.masked.gather487, ptr %3431, align 4, !tbaa !5, !alias.scope !74, !noalias !71
-  store <8 x float> %wide.masked.gather488, ptr %3432, align 4, !tbaa !5, !alias.scope !74, !noalias !71
-  store <8 x float> %wide.masked.gather489, ptr %3433, align 4, !tbaa !5, !alias.scope !74, !noalias !71
+  store <8 x float> %wide.masked.gather486, ptr %3422, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather487, ptr %3431, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather488, ptr %3432, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather489, ptr %3433, align 4, !tbaa !5, !alias.scope !73, !noalias !70
   %3434 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3435 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3436 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5574,18 +5337,18 @@ vector.body480:                                   ; preds = %for_end_d234.4.i
   %3439 = getelementptr inbounds nuw i8, <8 x ptr> %3435, i64 20
   %3440 = getelementptr inbounds nuw i8, <8 x ptr> %3436, i64 20
   %3441 = getelementptr inbounds nuw i8, <8 x ptr> %3437, i64 20
-  %wide.masked.gather486.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3438, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !71
-  %wide.masked.gather487.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3439, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !71
-  %wide.masked.gather488.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3440, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !71
-  %wide.masked.gather489.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3441, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !71
+  %wide.masked.gather486.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3438, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather487.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3439, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather488.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3440, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather489.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3441, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
   %3442 = getelementptr inbounds nuw i8, ptr %427, i64 2688
   %3443 = getelementptr inbounds nuw i8, ptr %427, i64 2720
   %3444 = getelementptr inbounds nuw i8, ptr %427, i64 2752
   %3445 = getelementptr inbounds nuw i8, ptr %427, i64 2784
-  store <8 x float> %wide.masked.gather486.1, ptr %3442, align 4, !tbaa !5, !alias.scope !74, !noalias !71
-  store <8 x float> %wide.masked.gather487.1, ptr %3443, align 4, !tbaa !5, !alias.scope !74, !noalias !71
-  store <8 x float> %wide.masked.gather488.1, ptr %3444, align 4, !tbaa !5, !alias.scope !74, !noalias !71
-  store <8 x float> %wide.masked.gather489.1, ptr %3445, align 4, !tbaa !5, !alias.scope !74, !noalias !71
+  store <8 x float> %wide.masked.gather486.1, ptr %3442, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather487.1, ptr %3443, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather488.1, ptr %3444, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather489.1, ptr %3445, align 4, !tbaa !5, !alias.scope !73, !noalias !70
   %3446 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3447 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3448 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5594,18 +5357,18 @@ vector.body480:                                   ; preds = %for_end_d234.4.i
   %3451 = getelementptr inbounds nuw i8, <8 x ptr> %3447, i64 20
   %3452 = getelementptr inbounds nuw i8, <8 x ptr> %3448, i64 20
   %3453 = getelementptr inbounds nuw i8, <8 x ptr> %3449, i64 20
-  %wide.masked.gather486.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3450, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !71
-  %wide.masked.gather487.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3451, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !71
-  %wide.masked.gather488.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3452, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !71
-  %wide.masked.gather489.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3453, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !71
+  %wide.masked.gather486.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3450, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather487.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3451, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather488.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3452, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather489.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3453, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
   %3454 = getelementptr inbounds nuw i8, ptr %427, i64 2816
   %3455 = getelementptr inbounds nuw i8, ptr %427, i64 2848
   %3456 = getelementptr inbounds nuw i8, ptr %427, i64 2880
   %3457 = getelementptr inbounds nuw i8, ptr %427, i64 2912
-  store <8 x float> %wide.masked.gather486.2, ptr %3454, align 4, !tbaa !5, !alias.scope !74, !noalias !71
-  store <8 x float> %wide.masked.gather487.2, ptr %3455, align 4, !tbaa !5, !alias.scope !74, !noalias !71
-  store <8 x float> %wide.masked.gather488.2, ptr %3456, align 4, !tbaa !5, !alias.scope !74, !noalias !71
-  store <8 x float> %wide.masked.gather489.2, ptr %3457, align 4, !tbaa !5, !alias.scope !74, !noalias !71
+  store <8 x float> %wide.masked.gather486.2, ptr %3454, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather487.2, ptr %3455, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather488.2, ptr %3456, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather489.2, ptr %3457, align 4, !tbaa !5, !alias.scope !73, !noalias !70
   %3458 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3459 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3460 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5614,18 +5377,18 @@ vector.body480:                                   ; preds = %for_end_d234.4.i
   %3463 = getelementptr inbounds nuw i8, <8 x ptr> %3459, i64 20
   %3464 = getelementptr inbounds nuw i8, <8 x ptr> %3460, i64 20
   %3465 = getelementptr inbounds nuw i8, <8 x ptr> %3461, i64 20
-  %wide.masked.gather486.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3462, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !71
-  %wide.masked.gather487.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3463, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !71
-  %wide.masked.gather488.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3464, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !71
-  %wide.masked.gather489.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3465, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !71
+  %wide.masked.gather486.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3462, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather487.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3463, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather488.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3464, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather489.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3465, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
   %3466 = getelementptr inbounds nuw i8, ptr %427, i64 2944
   %3467 = getelementptr inbounds nuw i8, ptr %427, i64 2976
   %3468 = getelementptr inbounds nuw i8, ptr %427, i64 3008
   %3469 = getelementptr inbounds nuw i8, ptr %427, i64 3040
-  store <8 x float> %wide.masked.gather486.3, ptr %3466, align 4, !tbaa !5, !alias.scope !74, !noalias !71
-  store <8 x float> %wide.masked.gather487.3, ptr %3467, align 4, !tbaa !5, !alias.scope !74, !noalias !71
-  store <8 x float> %wide.masked.gather488.3, ptr %3468, align 4, !tbaa !5, !alias.scope !74, !noalias !71
-  store <8 x float> %wide.masked.gather489.3, ptr %3469, align 4, !tbaa !5, !alias.scope !74, !noalias !71
+  store <8 x float> %wide.masked.gather486.3, ptr %3466, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather487.3, ptr %3467, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather488.3, ptr %3468, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather489.3, ptr %3469, align 4, !tbaa !5, !alias.scope !73, !noalias !70
   br label %for_end_d234.5.i
 
 for_body_d233.5.i:                                ; preds = %for_body_d233.5.i, %for_end_d234.4.i
@@ -5687,7 +5450,7 @@ for_body_d233.5.i:                                ; preds = %for_body_d233.5.i, 
   store float %3500, ptr %3501, align 4, !tbaa !5
   %indvars.iv.next575.5.i.7 = add nuw nsw i64 %indvars.iv574.5.i, 8
   %exitcond577.5.not.i.7 = icmp eq i64 %indvars.iv.next575.5.i.7, 128
-  br i1 %exitcond577.5.not.i.7, label %for_end_d234.5.i, label %for_body_d233.5.i, !prof !43, !llvm.loop !76
+  br i1 %exitcond577.5.not.i.7, label %for_end_d234.5.i, label %for_body_d233.5.i, !prof !42, !llvm.loop !75
 
 for_end_d234.5.i:                                 ; preds = %for_body_d233.5.i, %vector.body480
   %3502 = getelementptr inbounds nuw i8, ptr %427, i64 3072
@@ -5696,7 +5459,7 @@ for_end_d234.5.i:                                 ; preds = %for_body_d233.5.i, 
   %bound0452 = icmp ult ptr %scevgep448, %scevgep451
   %bound1453 = icmp ult ptr %scevgep450, %scevgep449
   %found.conflict454 = and i1 %bound0452, %bound1453
-  br i1 %found.conflict454, label %for_body_d233.6.i, label %vector.body457, !prof !18
+  br i1 %found.conflict454, label %for_body_d233.6.i, label %vector.body457, !prof !17
 
 vector.body457:                                   ; preds = %for_end_d234.5.i
   %3503 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5707,17 +5470,17 @@ vector.body457:                                   ; preds = %for_end_d234.5.i
   %3508 = getelementptr inbounds nuw i8, <8 x ptr> %3504, i64 24
   %3509 = getelementptr inbounds nuw i8, <8 x ptr> %3505, i64 24
   %3510 = getelementptr inbounds nuw i8, <8 x ptr> %3506, i64 24
-  %wide.masked.gather463 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3507, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather464 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3508, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather465 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3509, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather466 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3510, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %wide.masked.gather463 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3507, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather464 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3508, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather465 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3509, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather466 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3510, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
   %3511 = getelementptr inbounds nuw i8, ptr %427, i64 3104
   %3512 = getelementptr inbounds nuw i8, ptr %427, i64 3136
   %3513 = getelementptr inbounds nuw i8, ptr %427, i64 3168
-  store <8 x float> %wide.masked.gather463, ptr %3502, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather464, ptr %3511, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather465, ptr %3512, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather466, ptr %3513, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  store <8 x float> %wide.masked.gather463, ptr %3502, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather464, ptr %3511, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather465, ptr %3512, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather466, ptr %3513, align 4, !tbaa !5, !alias.scope !79, !noalias !76
   %3514 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3515 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3516 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5726,18 +5489,18 @@ vector.body457:                                   ; preds = %for_end_d234.5.i
   %3519 = getelementptr inbounds nuw i8, <8 x ptr> %3515, i64 24
   %3520 = getelementptr inbounds nuw i8, <8 x ptr> %3516, i64 24
   %3521 = getelementptr inbounds nuw i8, <8 x ptr> %3517, i64 24
-  %wide.masked.gather463.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3518, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather464.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3519, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather465.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3520, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather466.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3521, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %wide.masked.gather463.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3518, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather464.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3519, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather465.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3520, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather466.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3521, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
   %3522 = getelementptr inbounds nuw i8, ptr %427, i64 3200
   %3523 = getelementptr inbounds nuw i8, ptr %427, i64 3232
   %3524 = getelementptr inbounds nuw i8, ptr %427, i64 3264
   %3525 = getelementptr inbounds nuw i8, ptr %427, i64 3296
-  store <8 x float> %wide.masked.gather463.1, ptr %3522, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather464.1, ptr %3523, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather465.1, ptr %3524, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather466.1, ptr %3525, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  store <8 x float> %wide.masked.gather463.1, ptr %3522, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather464.1, ptr %3523, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather465.1, ptr %3524, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather466.1, ptr %3525, align 4, !tbaa !5, !alias.scope !79, !noalias !76
   %3526 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3527 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3528 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5746,18 +5509,18 @@ vector.body457:                                   ; preds = %for_end_d234.5.i
   %3531 = getelementptr inbounds nuw i8, <8 x ptr> %3527, i64 24
   %3532 = getelementptr inbounds nuw i8, <8 x ptr> %3528, i64 24
   %3533 = getelementptr inbounds nuw i8, <8 x ptr> %3529, i64 24
-  %wide.masked.gather463.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3530, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather464.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3531, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather465.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3532, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather466.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3533, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %wide.masked.gather463.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3530, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather464.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3531, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather465.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3532, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather466.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3533, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
   %3534 = getelementptr inbounds nuw i8, ptr %427, i64 3328
   %3535 = getelementptr inbounds nuw i8, ptr %427, i64 3360
   %3536 = getelementptr inbounds nuw i8, ptr %427, i64 3392
   %3537 = getelementptr inbounds nuw i8, ptr %427, i64 3424
-  store <8 x float> %wide.masked.gather463.2, ptr %3534, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather464.2, ptr %3535, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather465.2, ptr %3536, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather466.2, ptr %3537, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  store <8 x float> %wide.masked.gather463.2, ptr %3534, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather464.2, ptr %3535, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather465.2, ptr %3536, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather466.2, ptr %3537, align 4, !tbaa !5, !alias.scope !79, !noalias !76
   %3538 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3539 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3540 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5766,18 +5529,18 @@ vector.body457:                                   ; preds = %for_end_d234.5.i
   %3543 = getelementptr inbounds nuw i8, <8 x ptr> %3539, i64 24
   %3544 = getelementptr inbounds nuw i8, <8 x ptr> %3540, i64 24
   %3545 = getelementptr inbounds nuw i8, <8 x ptr> %3541, i64 24
-  %wide.masked.gather463.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3542, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather464.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3543, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather465.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3544, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
-  %wide.masked.gather466.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3545, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !77
+  %wide.masked.gather463.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3542, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather464.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3543, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather465.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3544, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather466.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3545, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
   %3546 = getelementptr inbounds nuw i8, ptr %427, i64 3456
   %3547 = getelementptr inbounds nuw i8, ptr %427, i64 3488
   %3548 = getelementptr inbounds nuw i8, ptr %427, i64 3520
   %3549 = getelementptr inbounds nuw i8, ptr %427, i64 3552
-  store <8 x float> %wide.masked.gather463.3, ptr %3546, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather464.3, ptr %3547, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather465.3, ptr %3548, align 4, !tbaa !5, !alias.scope !80, !noalias !77
-  store <8 x float> %wide.masked.gather466.3, ptr %3549, align 4, !tbaa !5, !alias.scope !80, !noalias !77
+  store <8 x float> %wide.masked.gather463.3, ptr %3546, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather464.3, ptr %3547, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather465.3, ptr %3548, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather466.3, ptr %3549, align 4, !tbaa !5, !alias.scope !79, !noalias !76
   br label %for_end_d234.6.i
 
 for_body_d233.6.i:                                ; preds = %for_body_d233.6.i, %for_end_d234.5.i
@@ -5839,7 +5602,7 @@ for_body_d233.6.i:                                ; preds = %for_body_d233.6.i, 
   store float %3580, ptr %3581, align 4, !tbaa !5
   %indvars.iv.next575.6.i.7 = add nuw nsw i64 %indvars.iv574.6.i, 8
   %exitcond577.6.not.i.7 = icmp eq i64 %indvars.iv.next575.6.i.7, 128
-  br i1 %exitcond577.6.not.i.7, label %for_end_d234.6.i, label %for_body_d233.6.i, !prof !43, !llvm.loop !82
+  br i1 %exitcond577.6.not.i.7, label %for_end_d234.6.i, label %for_body_d233.6.i, !prof !42, !llvm.loop !81
 
 for_end_d234.6.i:                                 ; preds = %for_body_d233.6.i, %vector.body457
   %3582 = getelementptr inbounds nuw i8, ptr %427, i64 3584
@@ -5848,7 +5611,7 @@ for_end_d234.6.i:                                 ; preds = %for_body_d233.6.i, 
   %bound0429 = icmp ult ptr %scevgep425, %scevgep428
   %bound1430 = icmp ult ptr %scevgep427, %scevgep426
   %found.conflict431 = and i1 %bound0429, %bound1430
-  br i1 %found.conflict431, label %for_body_d233.7.i, label %vector.body434, !prof !18
+  br i1 %found.conflict431, label %for_body_d233.7.i, label %vector.body434, !prof !17
 
 vector.body434:                                   ; preds = %for_end_d234.6.i
   %3583 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5859,17 +5622,17 @@ vector.body434:                                   ; preds = %for_end_d234.6.i
   %3588 = getelementptr inbounds nuw i8, <8 x ptr> %3584, i64 28
   %3589 = getelementptr inbounds nuw i8, <8 x ptr> %3585, i64 28
   %3590 = getelementptr inbounds nuw i8, <8 x ptr> %3586, i64 28
-  %wide.masked.gather440 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3587, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !83
-  %wide.masked.gather441 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3588, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !83
-  %wide.masked.gather442 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3589, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !83
-  %wide.masked.gather443 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3590, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !83
+  %wide.masked.gather440 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3587, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather441 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3588, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather442 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3589, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather443 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3590, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
   %3591 = getelementptr inbounds nuw i8, ptr %427, i64 3616
   %3592 = getelementptr inbounds nuw i8, ptr %427, i64 3648
   %3593 = getelementptr inbounds nuw i8, ptr %427, i64 3680
-  store <8 x float> %wide.masked.gather440, ptr %3582, align 4, !tbaa !5, !alias.scope !86, !noalias !83
-  store <8 x float> %wide.masked.gather441, ptr %3591, align 4, !tbaa !5, !alias.scope !86, !noalias !83
-  store <8 x float> %wide.masked.gather442, ptr %3592, align 4, !tbaa !5, !alias.scope !86, !noalias !83
-  store <8 x float> %wide.masked.gather443, ptr %3593, align 4, !tbaa !5, !alias.scope !86, !noalias !83
+  store <8 x float> %wide.masked.gather440, ptr %3582, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather441, ptr %3591, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather442, ptr %3592, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather443, ptr %3593, align 4, !tbaa !5, !alias.scope !85, !noalias !82
   %3594 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3595 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3596 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5878,18 +5641,18 @@ vector.body434:                                   ; preds = %for_end_d234.6.i
   %3599 = getelementptr inbounds nuw i8, <8 x ptr> %3595, i64 28
   %3600 = getelementptr inbounds nuw i8, <8 x ptr> %3596, i64 28
   %3601 = getelementptr inbounds nuw i8, <8 x ptr> %3597, i64 28
-  %wide.masked.gather440.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3598, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !83
-  %wide.masked.gather441.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3599, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !83
-  %wide.masked.gather442.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3600, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !83
-  %wide.masked.gather443.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3601, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !83
+  %wide.masked.gather440.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3598, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather441.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3599, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather442.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3600, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather443.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3601, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
   %3602 = getelementptr inbounds nuw i8, ptr %427, i64 3712
   %3603 = getelementptr inbounds nuw i8, ptr %427, i64 3744
   %3604 = getelementptr inbounds nuw i8, ptr %427, i64 3776
   %3605 = getelementptr inbounds nuw i8, ptr %427, i64 3808
-  store <8 x float> %wide.masked.gather440.1, ptr %3602, align 4, !tbaa !5, !alias.scope !86, !noalias !83
-  store <8 x float> %wide.masked.gather441.1, ptr %3603, align 4, !tbaa !5, !alias.scope !86, !noalias !83
-  store <8 x float> %wide.masked.gather442.1, ptr %3604, align 4, !tbaa !5, !alias.scope !86, !noalias !83
-  store <8 x float> %wide.masked.gather443.1, ptr %3605, align 4, !tbaa !5, !alias.scope !86, !noalias !83
+  store <8 x float> %wide.masked.gather440.1, ptr %3602, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather441.1, ptr %3603, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather442.1, ptr %3604, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather443.1, ptr %3605, align 4, !tbaa !5, !alias.scope !85, !noalias !82
   %3606 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3607 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3608 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5898,18 +5661,18 @@ vector.body434:                                   ; preds = %for_end_d234.6.i
   %3611 = getelementptr inbounds nuw i8, <8 x ptr> %3607, i64 28
   %3612 = getelementptr inbounds nuw i8, <8 x ptr> %3608, i64 28
   %3613 = getelementptr inbounds nuw i8, <8 x ptr> %3609, i64 28
-  %wide.masked.gather440.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3610, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !83
-  %wide.masked.gather441.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3611, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !83
-  %wide.masked.gather442.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3612, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !83
-  %wide.masked.gather443.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3613, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !83
+  %wide.masked.gather440.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3610, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather441.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3611, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather442.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3612, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather443.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3613, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
   %3614 = getelementptr inbounds nuw i8, ptr %427, i64 3840
   %3615 = getelementptr inbounds nuw i8, ptr %427, i64 3872
   %3616 = getelementptr inbounds nuw i8, ptr %427, i64 3904
   %3617 = getelementptr inbounds nuw i8, ptr %427, i64 3936
-  store <8 x float> %wide.masked.gather440.2, ptr %3614, align 4, !tbaa !5, !alias.scope !86, !noalias !83
-  store <8 x float> %wide.masked.gather441.2, ptr %3615, align 4, !tbaa !5, !alias.scope !86, !noalias !83
-  store <8 x float> %wide.masked.gather442.2, ptr %3616, align 4, !tbaa !5, !alias.scope !86, !noalias !83
-  store <8 x float> %wide.masked.gather443.2, ptr %3617, align 4, !tbaa !5, !alias.scope !86, !noalias !83
+  store <8 x float> %wide.masked.gather440.2, ptr %3614, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather441.2, ptr %3615, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather442.2, ptr %3616, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather443.2, ptr %3617, align 4, !tbaa !5, !alias.scope !85, !noalias !82
   %3618 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3619 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3620 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5918,18 +5681,18 @@ vector.body434:                                   ; preds = %for_end_d234.6.i
   %3623 = getelementptr inbounds nuw i8, <8 x ptr> %3619, i64 28
   %3624 = getelementptr inbounds nuw i8, <8 x ptr> %3620, i64 28
   %3625 = getelementptr inbounds nuw i8, <8 x ptr> %3621, i64 28
-  %wide.masked.gather440.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3622, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !83
-  %wide.masked.gather441.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3623, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !83
-  %wide.masked.gather442.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3624, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !83
-  %wide.masked.gather443.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3625, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !83
+  %wide.masked.gather440.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3622, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather441.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3623, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather442.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3624, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather443.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3625, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
   %3626 = getelementptr inbounds nuw i8, ptr %427, i64 3968
   %3627 = getelementptr inbounds nuw i8, ptr %427, i64 4000
   %3628 = getelementptr inbounds nuw i8, ptr %427, i64 4032
   %3629 = getelementptr inbounds nuw i8, ptr %427, i64 4064
-  store <8 x float> %wide.masked.gather440.3, ptr %3626, align 4, !tbaa !5, !alias.scope !86, !noalias !83
-  store <8 x float> %wide.masked.gather441.3, ptr %3627, align 4, !tbaa !5, !alias.scope !86, !noalias !83
-  store <8 x float> %wide.masked.gather442.3, ptr %3628, align 4, !tbaa !5, !alias.scope !86, !noalias !83
-  store <8 x float> %wide.masked.gather443.3, ptr %3629, align 4, !tbaa !5, !alias.scope !86, !noalias !83
+  store <8 x float> %wide.masked.gather440.3, ptr %3626, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather441.3, ptr %3627, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather442.3, ptr %3628, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather443.3, ptr %3629, align 4, !tbaa !5, !alias.scope !85, !noalias !82
   br label %for_end_d234.7.i
 
 for_body_d233.7.i:                                ; preds = %for_body_d233.7.i, %for_end_d234.6.i
@@ -5991,7 +5754,7 @@ for_body_d233.7.i:                                ; preds = %for_body_d233.7.i, 
   store float %3660, ptr %3661, align 4, !tbaa !5
   %indvars.iv.next575.7.i.7 = add nuw nsw i64 %indvars.iv574.7.i, 8
   %exitcond577.7.not.i.7 = icmp eq i64 %indvars.iv.next575.7.i.7, 128
-  br i1 %exitcond577.7.not.i.7, label %for_end_d234.7.i, label %for_body_d233.7.i, !prof !43, !llvm.loop !88
+  br i1 %exitcond577.7.not.i.7, label %for_end_d234.7.i, label %for_body_d233.7.i, !prof !42, !llvm.loop !87
 
 for_end_d234.7.i:                                 ; preds = %for_body_d233.7.i, %vector.body434
   %3662 = getelementptr inbounds nuw i8, ptr %427, i64 4096
@@ -6000,7 +5763,7 @@ for_end_d234.7.i:                                 ; preds = %for_body_d233.7.i, 
   %bound0406 = icmp ult ptr %scevgep402, %scevgep405
   %bound1407 = icmp ult ptr %scevgep404, %scevgep403
   %found.conflict408 = and i1 %bound0406, %bound1407
-  br i1 %found.conflict408, label %for_body_d233.8.i, label %vector.body411, !prof !18
+  br i1 %found.conflict408, label %for_body_d233.8.i, label %vector.body411, !prof !17
 
 vector.body411:                                   ; preds = %for_end_d234.7.i
   %3663 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -6011,17 +5774,17 @@ vector.body411:                                   ; preds = %for_end_d234.7.i
   %3668 = getelementptr inbounds nuw i8, <8 x ptr> %3664, i64 32
   %3669 = getelementptr inbounds nuw i8, <8 x ptr> %3665, i64 32
   %3670 = getelementptr inbounds nuw i8, <8 x ptr> %3666, i64 32
-  %wide.masked.gather417 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3667, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !89
-  %wide.masked.gather418 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3668, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !89
-  %wide.masked.gather419 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3669, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !89
-  %wide.masked.gather420 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3670, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !89
+  %wide.masked.gather417 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3667, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather418 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3668, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather419 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3669, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather420 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3670, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
   %3671 = getelementptr inbounds nuw i8, ptr %427, i64 4128
   %3672 = getelementptr inbounds nuw i8, ptr %427, i64 4160
   %3673 = getelementptr inbounds nuw i8, ptr %427, i64 4192
-  store <8 x float> %wide.masked.gather417, ptr %3662, align 4, !tbaa !5, !alias.scope !92, !noalias !89
-  store <8 x float> %wide.masked.gather418, ptr %3671, align 4, !tbaa !5, !alias.scope !92, !noalias !89
-  store <8 x float> %wide.masked.gather419, ptr %3672, align 4, !tbaa !5, !alias.scope !92, !noalias !89
-  store <8 x float> %wide.masked.gather420, ptr %3673, align 4, !tbaa !5, !alias.scope !92, !noalias !89
+  store <8 x float> %wide.masked.gather417, ptr %3662, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather418, ptr %3671, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather419, ptr %3672, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather420, ptr %3673, align 4, !tbaa !5, !alias.scope !91, !noalias !88
   %3674 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3675 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3676 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -6030,18 +5793,18 @@ vector.body411:                                   ; preds = %for_end_d234.7.i
   %3679 = getelementptr inbounds nuw i8, <8 x ptr> %3675, i64 32
   %3680 = getelementptr inbounds nuw i8, <8 x ptr> %3676, i64 32
   %3681 = getelementptr inbounds nuw i8, <8 x ptr> %3677, i64 32
-  %wide.masked.gather417.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3678, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !89
-  %wide.masked.gather418.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3679, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !89
-  %wide.masked.gather419.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3680, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !89
-  %wide.masked.gather420.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3681, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !89
+  %wide.masked.gather417.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3678, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather418.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3679, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather419.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3680, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather420.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3681, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
   %3682 = getelementptr inbounds nuw i8, ptr %427, i64 4224
   %3683 = getelementptr inbounds nuw i8, ptr %427, i64 4256
   %3684 = getelementptr inbounds nuw i8, ptr %427, i64 4288
   %3685 = getelementptr inbounds nuw i8, ptr %427, i64 4320
-  store <8 x float> %wide.masked.gather417.1, ptr %3682, align 4, !tbaa !5, !alias.scope !92, !noalias !89
-  store <8 x float> %wide.masked.gather418.1, ptr %3683, align 4, !tbaa !5, !alias.scope !92, !noalias !89
-  store <8 x float> %wide.masked.gather419.1, ptr %3684, align 4, !tbaa !5, !alias.scope !92, !noalias !89
-  store <8 x float> %wide.masked.gather420.1, ptr %3685, align 4, !tbaa !5, !alias.scope !92, !noalias !89
+  store <8 x float> %wide.masked.gather417.1, ptr %3682, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather418.1, ptr %3683, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather419.1, ptr %3684, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather420.1, ptr %3685, align 4, !tbaa !5, !alias.scope !91, !noalias !88
   %3686 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3687 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3688 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -6050,18 +5813,18 @@ vector.body411:                                   ; preds = %for_end_d234.7.i
   %3691 = getelementptr inbounds nuw i8, <8 x ptr> %3687, i64 32
   %3692 = getelementptr inbounds nuw i8, <8 x ptr> %3688, i64 32
   %3693 = getelementptr inbounds nuw i8, <8 x ptr> %3689, i64 32
-  %wide.masked.gather417.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3690, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !89
-  %wide.masked.gather418.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3691, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !89
-  %wide.masked.gather419.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3692, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !89
-  %wide.masked.gather420.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3693, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !89
+  %wide.masked.gather417.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3690, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather418.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3691, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather419.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3692, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather420.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3693, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
   %3694 = getelementptr inbounds nuw i8, ptr %427, i64 4352
   %3695 = getelementptr inbounds nuw i8, ptr %427, i64 4384
   %3696 = getelementptr inbounds nuw i8, ptr %427, i64 4416
   %3697 = getelementptr inbounds nuw i8, ptr %427, i64 4448
-  store <8 x float> %wide.masked.gather417.2, ptr %3694, align 4, !tbaa !5, !alias.scope !92, !noalias !89
-  store <8 x float> %wide.masked.gather418.2, ptr %3695, align 4, !tbaa !5, !alias.scope !92, !noalias !89
-  store <8 x float> %wide.masked.gather419.2, ptr %3696, align 4, !tbaa !5, !alias.scope !92, !noalias !89
-  store <8 x float> %wide.masked.gather420.2, ptr %3697, align 4, !tbaa !5, !alias.scope !92, !noalias !89
+  store <8 x float> %wide.masked.gather417.2, ptr %3694, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather418.2, ptr %3695, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather419.2, ptr %3696, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather420.2, ptr %3697, align 4, !tbaa !5, !alias.scope !91, !noalias !88
   %3698 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3699 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3700 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -6070,18 +5833,18 @@ vector.body411:                                   ; preds = %for_end_d234.7.i
   %3703 = getelementptr inbounds nuw i8, <8 x ptr> %3699, i64 32
   %3704 = getelementptr inbounds nuw i8, <8 x ptr> %3700, i64 32
   %3705 = getelementptr inbounds nuw i8, <8 x ptr> %3701, i64 32
-  %wide.masked.gather417.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3702, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !89
-  %wide.masked.gather418.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3703, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !89
-  %wide.masked.gather419.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3704, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !89
-  %wide.masked.gather420.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3705, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !89
+  %wide.masked.gather417.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3702, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather418.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3703, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather419.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3704, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather420.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3705, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
   %3706 = getelementptr inbounds nuw i8, ptr %427, i64 4480
   %3707 = getelementptr inbounds nuw i8, ptr %427, i64 4512
   %3708 = getelementptr inbounds nuw i8, ptr %427, i64 4544
   %3709 = getelementptr inbounds nuw i8, ptr %427, i64 4576
-  store <8 x float> %wide.masked.gather417.3, ptr %3706, align 4, !tbaa !5, !alias.scope !92, !noalias !89
-  store <8 x float> %wide.masked.gather418.3, ptr %3707, align 4, !tbaa !5, !alias.scope !92, !noalias !89
-  store <8 x float> %wide.masked.gather419.3, ptr %3708, align 4, !tbaa !5, !alias.scope !92, !noalias !89
-  store <8 x float> %wide.masked.gather420.3, ptr %3709, align 4, !tbaa !5, !alias.scope !92, !noalias !89
+  store <8 x float> %wide.masked.gather417.3, ptr %3706, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather418.3, ptr %3707, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather419.3, ptr %3708, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather420.3, ptr %3709, align 4, !tbaa !5, !alias.scope !91, !noalias !88
   br label %for_end_d234.8.i
 
 for_body_d233.8.i:                                ; preds = %for_body_d233.8.i, %for_end_d234.7.i
@@ -6143,7 +5906,7 @@ for_body_d233.8.i:                                ; preds = %for_body_d233.8.i, 
   store float %3740, ptr %3741, align 4, !tbaa !5
   %indvars.iv.next575.8.i.7 = add nuw nsw i64 %indvars.iv574.8.i, 8
   %exitcond577.8.not.i.7 = icmp eq i64 %indvars.iv.next575.8.i.7, 128
-  br i1 %exitcond577.8.not.i.7, label %for_end_d234.8.i, label %for_body_d233.8.i, !prof !43, !llvm.loop !94
+  br i1 %exitcond577.8.not.i.7, label %for_end_d234.8.i, label %for_body_d233.8.i, !prof !42, !llvm.loop !93
 
 for_end_d234.8.i:                                 ; preds = %for_body_d233.8.i, %vector.body411
   %3742 = getelementptr inbounds nuw i8, ptr %427, i64 4608
@@ -6152,7 +5915,7 @@ for_end_d234.8.i:                                 ; preds = %for_body_d233.8.i, 
   %bound0383 = icmp ult ptr %scevgep379, %scevgep382
   %bound1384 = icmp ult ptr %scevgep381, %scevgep380
   %found.conflict385 = and i1 %bound0383, %bound1384
-  br i1 %found.conflict385, label %for_body_d233.9.i, label %vector.body388, !prof !18
+  br i1 %found.conflict385, label %for_body_d233.9.i, label %vector.body388, !prof !17
 
 vector.body388:                                   ; preds = %for_end_d234.8.i
   %3743 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -6163,17 +5926,17 @@ vector.body388:                                   ; preds = %for_end_d234.8.i
   %3748 = getelementptr inbounds nuw i8, <8 x ptr> %3744, i64 36
   %3749 = getelementptr inbounds nuw i8, <8 x ptr> %3745, i64 36
   %3750 = getelementptr inbounds nuw i8, <8 x ptr> %3746, i64 36
-  %wide.masked.gather394 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3747, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !95
-  %wide.masked.gather395 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3748, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !95
-  %wide.masked.gather396 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3749, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !95
-  %wide.masked.gather397 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3750, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !95
+  %wide.masked.gather394 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3747, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather395 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3748, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather396 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3749, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather397 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3750, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
   %3751 = getelementptr inbounds nuw i8, ptr %427, i64 4640
   %3752 = getelementptr inbounds nuw i8, ptr %427, i64 4672
   %3753 = getelementptr inbounds nuw i8, ptr %427, i64 4704
-  store <8 x float> %wide.masked.gather394, ptr %3742, align 4, !tbaa !5, !alias.scope !98, !noalias !95
-  store <8 x float> %wide.masked.gather395, ptr %3751, align 4, !tbaa !5, !alias.scope !98, !noalias !95
-  store <8 x float> %wide.masked.gather396, ptr %3752, align 4, !tbaa !5, !alias.scope !98, !noalias !95
-  store <8 x float> %wide.masked.gather397, ptr %3753, align 4, !tbaa !5, !alias.scope !98, !noalias !95
+  store <8 x float> %wide.masked.gather394, ptr %3742, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather395, ptr %3751, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather396, ptr %3752, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather397, ptr %3753, align 4, !tbaa !5, !alias.scope !97, !noalias !94
   %3754 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3755 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3756 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -6182,18 +5945,18 @@ vector.body388:                                   ; preds = %for_end_d234.8.i
   %3759 = getelementptr inbounds nuw i8, <8 x ptr> %3755, i64 36
   %3760 = getelementptr inbounds nuw i8, <8 x ptr> %3756, i64 36
   %3761 = getelementptr inbounds nuw i8, <8 x ptr> %3757, i64 36
-  %wide.masked.gather394.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3758, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !95
-  %wide.masked.gather395.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3759, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !95
-  %wide.masked.gather396.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3760, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !95
-  %wide.masked.gather397.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3761, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !95
+  %wide.masked.gather394.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3758, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather395.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3759, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather396.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3760, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather397.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3761, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
   %3762 = getelementptr inbounds nuw i8, ptr %427, i64 4736
   %3763 = getelementptr inbounds nuw i8, ptr %427, i64 4768
   %3764 = getelementptr inbounds nuw i8, ptr %427, i64 4800
   %3765 = getelementptr inbounds nuw i8, ptr %427, i64 4832
-  store <8 x float> %wide.masked.gather394.1, ptr %3762, align 4, !tbaa !5, !alias.scope !98, !noalias !95
-  store <8 x float> %wide.masked.gather395.1, ptr %3763, align 4, !tbaa !5, !alias.scope !98, !noalias !95
-  store <8 x float> %wide.masked.gather396.1, ptr %3764, align 4, !tbaa !5, !alias.scope !98, !noalias !95
-  store <8 x float> %wide.masked.gather397.1, ptr %3765, align 4, !tbaa !5, !alias.scope !98, !noalias !95
+  store <8 x float> %wide.masked.gather394.1, ptr %3762, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather395.1, ptr %3763, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather396.1, ptr %3764, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather397.1, ptr %3765, align 4, !tbaa !5, !alias.scope !97, !noalias !94
   %3766 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3767 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3768 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -6202,18 +5965,18 @@ vector.body388:                                   ; preds = %for_end_d234.8.i
   %3771 = getelementptr inbounds nuw i8, <8 x ptr> %3767, i64 36
   %3772 = getelementptr inbounds nuw i8, <8 x ptr> %3768, i64 36
   %3773 = getelementptr inbounds nuw i8, <8 x ptr> %3769, i64 36
-  %wide.masked.gather394.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3770, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !95
-  %wide.masked.gather395.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3771, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !95
-  %wide.masked.gather396.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3772, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !95
-  %wide.masked.gather397.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3773, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !95
+  %wide.masked.gather394.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3770, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather395.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3771, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather396.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3772, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather397.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3773, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
   %3774 = getelementptr inbounds nuw i8, ptr %427, i64 4864
   %3775 = getelementptr inbounds nuw i8, ptr %427, i64 4896
   %3776 = getelementptr inbounds nuw i8, ptr %427, i64 4928
   %3777 = getelementptr inbounds nuw i8, ptr %427, i64 4960
-  store <8 x float> %wide.masked.gather394.2, ptr %3774, align 4, !tbaa !5, !alias.scope !98, !noalias !95
-  store <8 x float> %wide.masked.gather395.2, ptr %3775, align 4, !tbaa !5, !alias.scope !98, !noalias !95
-  store <8 x float> %wide.masked.gather396.2, ptr %3776, align 4, !tbaa !5, !alias.scope !98, !noalias !95
-  store <8 x float> %wide.masked.gather397.2, ptr %3777, align 4, !tbaa !5, !alias.scope !98, !noalias !95
+  store <8 x float> %wide.masked.gather394.2, ptr %3774, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather395.2, ptr %3775, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather396.2, ptr %3776, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather397.2, ptr %3777, align 4, !tbaa !5, !alias.scope !97, !noalias !94
   %3778 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3779 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3780 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -6222,18 +5985,18 @@ vector.body388:                                   ; preds = %for_end_d234.8.i
   %3783 = getelementptr inbounds nuw i8, <8 x ptr> %3779, i64 36
   %3784 = getelementptr inbounds nuw i8, <8 x ptr> %3780, i64 36
   %3785 = getelementptr inbounds nuw i8, <8 x ptr> %3781, i64 36
-  %wide.masked.gather394.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3782, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !95
-  %wide.masked.gather395.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3783, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !95
-  %wide.masked.gather396.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3784, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !95
-  %wide.masked.gather397.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3785, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !95
+  %wide.masked.gather394.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3782, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather395.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3783, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather396.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3784, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather397.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3785, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
   %3786 = getelementptr inbounds nuw i8, ptr %427, i64 4992
   %3787 = getelementptr inbounds nuw i8, ptr %427, i64 5024
   %3788 = getelementptr inbounds nuw i8, ptr %427, i64 5056
   %3789 = getelementptr inbounds nuw i8, ptr %427, i64 5088
-  store <8 x float> %wide.masked.gather394.3, ptr %3786, align 4, !tbaa !5, !alias.scope !98, !noalias !95
-  store <8 x float> %wide.masked.gather395.3, ptr %3787, align 4, !tbaa !5, !alias.scope !98, !noalias !95
-  store <8 x float> %wide.masked.gather396.3, ptr %3788, align 4, !tbaa !5, !alias.scope !98, !noalias !95
-  store <8 x float> %wide.masked.gather397.3, ptr %3789, align 4, !tbaa !5, !alias.scope !98, !noalias !95
+  store <8 x float> %wide.masked.gather394.3, ptr %3786, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather395.3, ptr %3787, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather396.3, ptr %3788, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather397.3, ptr %3789, align 4, !tbaa !5, !alias.scope !97, !noalias !94
   br label %for_end_d234.9.i
 
 for_body_d233.9.i:                                ; preds = %for_body_d233.9.i, %for_end_d234.8.i
@@ -6295,7 +6058,7 @@ for_body_d233.9.i:                                ; preds = %for_body_d233.9.i, 
   store float %3820, ptr %3821, align 4, !tbaa !5
   %indvars.iv.next575.9.i.7 = add nuw nsw i64 %indvars.iv574.9.i, 8
   %exitcond577.9.not.i.7 = icmp eq i64 %indvars.iv.next575.9.i.7, 128
-  br i1 %exitcond577.9.not.i.7, label %for_end_d234.9.i, label %for_body_d233.9.i, !prof !43, !llvm.loop !100
+  br i1 %exitcond577.9.not.i.7, label %for_end_d234.9.i, label %for_body_d233.9.i, !prof !42, !llvm.loop !99
 
 for_end_d234.9.i:                                 ; preds = %for_body_d233.9.i, %vector.body388
   %3822 = getelementptr inbounds nuw i8, ptr %427, i64 5120
@@ -6304,7 +6067,7 @@ for_end_d234.9.i:                                 ; preds = %for_body_d233.9.i, 
   %bound0360 = icmp ult ptr %scevgep356, %scevgep359
   %bound1361 = icmp ult ptr %scevgep358, %scevgep357
   %found.conflict362 = and i1 %bound0360, %bound1361
-  br i1 %found.conflict362, label %for_body_d233.10.i, label %vector.body365, !prof !18
+  br i1 %found.conflict362, label %for_body_d233.10.i, label %vector.body365, !prof !17
 
 vector.body365:                                   ; preds = %for_end_d234.9.i
   %3823 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -6315,17 +6078,17 @@ vector.body365:                                   ; preds = %for_end_d234.9.i
   %3828 = getelementptr inbounds nuw i8, <8 x ptr> %3824, i64 40
   %3829 = getelementptr inbounds nuw i8, <8 x ptr> %3825, i64 40
   %3830 = getelementptr inbounds nuw i8, <8 x ptr> %3826, i64 40
-  %wide.masked.gather371 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3827, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !101
-  %wide.masked.gather372 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3828, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !101
-  %wide.masked.gather373 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3829, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !101
-  %wide.masked.gather374 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3830, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !101
+  %wide.masked.gather371 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3827, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather372 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3828, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather373 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3829, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather374 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3830, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
   %3831 = getelementptr inbounds nuw i8, ptr %427, i64 5152
   %3832 = getelementptr inbounds nuw i8, ptr %427, i64 5184
   %3833 = getelementptr inbounds nuw i8, ptr %427, i64 5216
-  store <8 x float> %wide.masked.gather371, ptr %3822, align 4, !tbaa !5, !alias.scope !104, !noalias !101
-  store <8 x float> %wide.masked.gather372, ptr %3831, align 4, !tbaa !5, !alias.scope !104, !noalias !101
-  store <8 x float> %wide.masked.gather373, ptr %3832, align 4, !tbaa !5, !alias.scope !104, !noalias !101
-  store <8 x float> %wide.masked.gather374, ptr %3833, align 4, !tbaa !5, !alias.scope !104, !noalias !101
+  store <8 x float> %wide.masked.gather371, ptr %3822, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather372, ptr %3831, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather373, ptr %3832, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather374, ptr %3833, align 4, !tbaa !5, !alias.scope !103, !noalias !100
   %3834 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3835 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3836 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -6334,18 +6097,18 @@ vector.body365:                                   ; preds = %for_end_d234.9.i
   %3839 = getelementptr inbounds nuw i8, <8 x ptr> %3835, i64 40
   %3840 = getelementptr inbounds nuw i8, <8 x ptr> %3836, i64 40
   %3841 = getelementptr inbounds nuw i8, <8 x ptr> %3837, i64 40
-  %wide.masked.gather371.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3838, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !101
-  %wide.masked.gather372.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3839, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !101
-  %wide.masked.gather373.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3840, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !101
-  %wide.masked.gather374.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3841, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !101
+  %wide.masked.gather371.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3838, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather372.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3839, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather373.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3840, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather374.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3841, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
   %3842 = getelementptr inbounds nuw i8, ptr %427, i64 5248
   %3843 = getelementptr inbounds nuw i8, ptr %427, i64 5280
   %3844 = getelementptr inbounds nuw i8, ptr %427, i64 5312
   %3845 = getelementptr inbounds nuw i8, ptr %427, i64 5344
-  store <8 x float> %wide.masked.gather371.1, ptr %3842, align 4, !tbaa !5, !alias.scope !104, !noalias !101
-  store <8 x float> %wide.masked.gather372.1, ptr %3843, align 4, !tbaa !5, !alias.scope !104, !noalias !101
-  store <8 x float> %wide.masked.gather373.1, ptr %3844, align 4, !tbaa !5, !alias.scope !104, !noalias !101
-  store <8 x float> %wide.masked.gather374.1, ptr %3845, align 4, !tbaa !5, !alias.scope !104, !noalias !101
+  store <8 x float> %wide.masked.gather371.1, ptr %3842, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather372.1, ptr %3843, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather373.1, ptr %3844, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather374.1, ptr %3845, align 4, !tbaa !5, !alias.scope !103, !noalias !100
   %3846 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3847 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3848 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -6354,18 +6117,18 @@ vector.body365:                                   ; preds = %for_end_d234.9.i
   %3851 = getelementptr inbounds nuw i8, <8 x ptr> %3847, i64 40
   %3852 = getelementptr inbounds nuw i8, <8 x ptr> %3848, i64 40
   %3853 = getelementptr inbounds nuw i8, <8 x ptr> %3849, i64 40
-  %wide.masked.gather371.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3850, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !101
-  %wide.masked.gather372.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3851, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !101
-  %wide.masked.gather373.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3852, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !101
-  %wide.masked.gather374.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3853, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !101
+  %wide.masked.gather371.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3850, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather372.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3851, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather373.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3852, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather374.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3853, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
   %3854 = getelementptr inbounds nuw i8, ptr %427, i64 5376
   %3855 = getelementptr inbounds nuw i8, ptr %427, i64 5408
   %3856 = getelementptr inbounds nuw i8, ptr %427, i64 5440
   %3857 = getelementptr inbounds nuw i8, ptr %427, i64 5472
-  store <8 x float> %wide.masked.gather371.2, ptr %3854, align 4, !tbaa !5, !alias.scope !104, !noalias !101
-  store <8 x float> %wide.masked.gather372.2, ptr %3855, align 4, !tbaa !5, !alias.scope !104, !noalias !101
-  store <8 x float> %wide.masked.gather373.2, ptr %3856, align 4, !tbaa !5, !alias.scope !104, !noalias !101
-  store <8 x float> %wide.masked.gather374.2, ptr %3857, align 4, !tbaa !5, !alias.scope !104, !noalias !101
+  store <8 x float> %wide.masked.gather371.2, ptr %3854, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather372.2, ptr %3855, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather373.2, ptr %3856, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather374.2, ptr %3857, align 4, !tbaa !5, !alias.scope !103, !noalias !100
   %3858 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3859 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3860 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -6374,18 +6137,18 @@ vector.body365:                                   ; preds = %for_end_d234.9.i
   %3863 = getelementptr inbounds nuw i8, <8 x ptr> %3859, i64 40
   %3864 = getelementptr inbounds nuw i8, <8 x ptr> %3860, i64 40
   %3865 = getelementptr inbounds nuw i8, <8 x ptr> %3861, i64 40
-  %wide.masked.gather371.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3862, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !101
-  %wide.masked.gather372.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3863, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !101
-  %wide.masked.gather373.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3864, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !101
-  %wide.masked.gather374.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3865, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !101
+  %wide.masked.gather371.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3862, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather372.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3863, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather373.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3864, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather374.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3865, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
   %3866 = getelementptr inbounds nuw i8, ptr %427, i64 5504
   %3867 = getelementptr inbounds nuw i8, ptr %427, i64 5536
   %3868 = getelementptr inbounds nuw i8, ptr %427, i64 5568
   %3869 = getelementptr inbounds nuw i8, ptr %427, i64 5600
-  store <8 x float> %wide.masked.gather371.3, ptr %3866, align 4, !tbaa !5, !alias.scope !104, !noalias !101
-  store <8 x float> %wide.masked.gather372.3, ptr %3867, align 4, !tbaa !5, !alias.scope !104, !noalias !101
-  store <8 x float> %wide.masked.gather373.3, ptr %3868, align 4, !tbaa !5, !alias.scope !104, !noalias !101
-  store <8 x float> %wide.masked.gather374.3, ptr %3869, align 4, !tbaa !5, !alias.scope !104, !noalias !101
+  store <8 x float> %wide.masked.gather371.3, ptr %3866, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather372.3, ptr %3867, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather373.3, ptr %3868, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather374.3, ptr %3869, align 4, !tbaa !5, !alias.scope !103, !noalias !100
   br label %for_end_d234.10.i
 
 for_body_d233.10.i:                               ; preds = %for_body_d233.10.i, %for_end_d234.9.i
@@ -6447,7 +6210,7 @@ for_body_d233.10.i:                               ; preds = %for_body_d233.10.i,
   store float %3900, ptr %3901, align 4, !tbaa !5
   %indvars.iv.next575.10.i.7 = add nuw nsw i64 %indvars.iv574.10.i, 8
   %exitcond577.10.not.i.7 = icmp eq i64 %indvars.iv.next575.10.i.7, 128
-  br i1 %exitcond577.10.not.i.7, label %for_end_d234.10.i, label %for_body_d233.10.i, !prof !43, !llvm.loop !106
+  br i1 %exitcond577.10.not.i.7, label %for_end_d234.10.i, label %for_body_d233.10.i, !prof !42, !llvm.loop !105
 
 for_end_d234.10.i:                                ; preds = %for_body_d233.10.i, %vector.body365
   %3902 = getelementptr inbounds nuw i8, ptr %427, i64 5632
@@ -6456,7 +6219,7 @@ for_end_d234.10.i:                                ; preds = %for_body_d233.10.i,
   %bound0337 = icmp ult ptr %scevgep333, %scevgep336
   %bound1338 = icmp ult ptr %scevgep335, %scevgep334
   %found.conflict339 = and i1 %bound0337, %bound1338
-  br i1 %found.conflict339, label %for_body_d233.11.i, label %vector.body342, !prof !18
+  br i1 %found.conflict339, label %for_body_d233.11.i, label %vector.body342, !prof !17
 
 vector.body342:                                   ; preds = %for_end_d234.10.i
   %3903 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -6467,17 +6230,17 @@ vector.body342:                                   ; preds = %for_end_d234.10.i
   %3908 = getelementptr inbounds nuw i8, <8 x ptr> %3904, i64 44
   %3909 = getelementptr inbounds nuw i8, <8 x ptr> %3905, i64 44
   %3910 = getelementptr inbounds nuw i8, <8 x ptr> %3906, i64 44
-  %wide.masked.gather348 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3907, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !107
-  %wide.masked.gather349 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3908, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !107
-  %wide.masked.gather350 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3909, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !107
-  %wide.masked.gather351 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3910, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !107
+  %wide.masked.gather348 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3907, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather349 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3908, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather350 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3909, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather351 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3910, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
   %3911 = getelementptr inbounds nuw i8, ptr %427, i64 5664
   %3912 = getelementptr inbounds nuw i8, ptr %427, i64 5696
   %3913 = getelementptr inbounds nuw i8, ptr %427, i64 5728
-  store <8 x float> %wide.masked.gather348, ptr %3902, align 4, !tbaa !5, !alias.scope !110, !noalias !107
-  store <8 x float> %wide.masked.gather349, ptr %3911, align 4, !tbaa !5, !alias.scope !110, !noalias !107
-  store <8 x float> %wide.masked.gather350, ptr %3912, align 4, !tbaa !5, !alias.scope !110, !noalias !107
-  store <8 x float> %wide.masked.gather351, ptr %3913, align 4, !tbaa !5, !alias.scope !110, !noalias !107
+  store <8 x float> %wide.masked.gather348, ptr %3902, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather349, ptr %3911, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather350, ptr %3912, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather351, ptr %3913, align 4, !tbaa !5, !alias.scope !109, !noalias !106
   %3914 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3915 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3916 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -6486,18 +6249,18 @@ vector.body342:                                   ; preds = %for_end_d234.10.i
   %3919 = getelementptr inbounds nuw i8, <8 x ptr> %3915, i64 44
   %3920 = getelementptr inbounds nuw i8, <8 x ptr> %3916, i64 44
   %3921 = getelementptr inbounds nuw i8, <8 x ptr> %3917, i64 44
-  %wide.masked.gather348.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3918, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !107
-  %wide.masked.gather349.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3919, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !107
-  %wide.masked.gather350.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3920, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !107
-  %wide.masked.gather351.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3921, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !107
+  %wide.masked.gather348.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3918, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather349.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3919, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather350.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3920, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather351.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3921, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
   %3922 = getelementptr inbounds nuw i8, ptr %427, i64 5760
   %3923 = getelementptr inbounds nuw i8, ptr %427, i64 5792
   %3924 = getelementptr inbounds nuw i8, ptr %427, i64 5824
   %3925 = getelementptr inbounds nuw i8, ptr %427, i64 5856
-  store <8 x float> %wide.masked.gather348.1, ptr %3922, align 4, !tbaa !5, !alias.scope !110, !noalias !107
-  store <8 x float> %wide.masked.gather349.1, ptr %3923, align 4, !tbaa !5, !alias.scope !110, !noalias !107
-  store <8 x float> %wide.masked.gather350.1, ptr %3924, align 4, !tbaa !5, !alias.scope !110, !noalias !107
-  store <8 x float> %wide.masked.gather351.1, ptr %3925, align 4, !tbaa !5, !alias.scope !110, !noalias !107
+  store <8 x float> %wide.masked.gather348.1, ptr %3922, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather349.1, ptr %3923, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather350.1, ptr %3924, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather351.1, ptr %3925, align 4, !tbaa !5, !alias.scope !109, !noalias !106
   %3926 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3927 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3928 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -6506,18 +6269,18 @@ vector.body342:                                   ; preds = %for_end_d234.10.i
   %3931 = getelementptr inbounds nuw i8, <8 x ptr> %3927, i64 44
   %3932 = getelementptr inbounds nuw i8, <8 x ptr> %3928, i64 44
   %3933 = getelementptr inbounds nuw i8, <8 x ptr> %3929, i64 44
-  %wide.masked.gather348.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3930, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !107
-  %wide.masked.gather349.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3931, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !107
-  %wide.masked.gather350.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3932, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !107
-  %wide.masked.gather351.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3933, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !107
+  %wide.masked.gather348.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3930, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather349.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3931, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather350.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3932, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather351.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3933, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
   %3934 = getelementptr inbounds nuw i8, ptr %427, i64 5888
   %3935 = getelementptr inbounds nuw i8, ptr %427, i64 5920
   %3936 = getelementptr inbounds nuw i8, ptr %427, i64 5952
   %3937 = getelementptr inbounds nuw i8, ptr %427, i64 5984
-  store <8 x float> %wide.masked.gather348.2, ptr %3934, align 4, !tbaa !5, !alias.scope !110, !noalias !107
-  store <8 x float> %wide.masked.gather349.2, ptr %3935, align 4, !tbaa !5, !alias.scope !110, !noalias !107
-  store <8 x float> %wide.masked.gather350.2, ptr %3936, align 4, !tbaa !5, !alias.scope !110, !noalias !107
-  store <8 x float> %wide.masked.gather351.2, ptr %3937, align 4, !tbaa !5, !alias.scope !110, !noalias !107
+  store <8 x float> %wide.masked.gather348.2, ptr %3934, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather349.2, ptr %3935, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather350.2, ptr %3936, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather351.2, ptr %3937, align 4, !tbaa !5, !alias.scope !109, !noalias !106
   %3938 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3939 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3940 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -6526,18 +6289,18 @@ vector.body342:                                   ; preds = %for_end_d234.10.i
   %3943 = getelementptr inbounds nuw i8, <8 x ptr> %3939, i64 44
   %3944 = getelementptr inbounds nuw i8, <8 x ptr> %3940, i64 44
   %3945 = getelementptr inbounds nuw i8, <8 x ptr> %3941, i64 44
-  %wide.masked.gather348.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3942, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !107
-  %wide.masked.gather349.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3943, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !107
-  %wide.masked.gather350.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3944, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !107
-  %wide.masked.gather351.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3945, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !107
+  %wide.masked.gather348.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3942, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather349.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3943, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather350.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3944, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather351.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3945, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
   %3946 = getelementptr inbounds nuw i8, ptr %427, i64 6016
   %3947 = getelementptr inbounds nuw i8, ptr %427, i64 6048
   %3948 = getelementptr inbounds nuw i8, ptr %427, i64 6080
   %3949 = getelementptr inbounds nuw i8, ptr %427, i64 6112
-  store <8 x float> %wide.masked.gather348.3, ptr %3946, align 4, !tbaa !5, !alias.scope !110, !noalias !107
-  store <8 x float> %wide.masked.gather349.3, ptr %3947, align 4, !tbaa !5, !alias.scope !110, !noalias !107
-  store <8 x float> %wide.masked.gather350.3, ptr %3948, align 4, !tbaa !5, !alias.scope !110, !noalias !107
-  store <8 x float> %wide.masked.gather351.3, ptr %3949, align 4, !tbaa !5, !alias.scope !110, !noalias !107
+  store <8 x float> %wide.masked.gather348.3, ptr %3946, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather349.3, ptr %3947, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather350.3, ptr %3948, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather351.3, ptr %3949, align 4, !tbaa !5, !alias.scope !109, !noalias !106
   br label %for_end_d234.11.i
 
 for_body_d233.11.i:                               ; preds = %for_body_d233.11.i, %for_end_d234.10.i
@@ -6599,7 +6362,7 @@ for_body_d233.11.i:                               ; preds = %for_body_d233.11.i,
   store float %3980, ptr %3981, align 4, !tbaa !5
   %indvars.iv.next575.11.i.7 = add nuw nsw i64 %indvars.iv574.11.i, 8
   %exitcond577.11.not.i.7 = icmp eq i64 %indvars.iv.next575.11.i.7, 128
-  br i1 %exitcond577.11.not.i.7, label %for_end_d234.11.i, label %for_body_d233.11.i, !prof !43, !llvm.loop !112
+  br i1 %exitcond577.11.not.i.7, label %for_end_d234.11.i, label %for_body_d233.11.i, !prof !42, !llvm.loop !111
 
 for_end_d234.11.i:                                ; preds = %for_body_d233.11.i, %vector.body342
   %3982 = getelementptr inbounds nuw i8, ptr %427, i64 6144
@@ -6608,7 +6371,7 @@ for_end_d234.11.i:                                ; preds = %for_body_d233.11.i,
   %bound0314 = icmp ult ptr %scevgep310, %scevgep313
   %bound1315 = icmp ult ptr %scevgep312, %scevgep311
   %found.conflict316 = and i1 %bound0314, %bound1315
-  br i1 %found.conflict316, label %for_body_d233.12.i, label %vector.body319, !prof !18
+  br i1 %found.conflict316, label %for_body_d233.12.i, label %vector.body319, !prof !17
 
 vector.body319:                                   ; preds = %for_end_d234.11.i
   %3983 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -6619,17 +6382,17 @@ vector.body319:                                   ; preds = %for_end_d234.11.i
   %3988 = getelementptr inbounds nuw i8, <8 x ptr> %3984, i64 48
   %3989 = getelementptr inbounds nuw i8, <8 x ptr> %3985, i64 48
   %3990 = getelementptr inbounds nuw i8, <8 x ptr> %3986, i64 48
-  %wide.masked.gather325 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3987, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !113
-  %wide.masked.gather326 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3988, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !113
-  %wide.masked.gather327 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3989, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !113
-  %wide.masked.gather328 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3990, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !113
+  %wide.masked.gather325 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3987, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather326 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3988, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather327 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3989, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather328 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3990, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
   %3991 = getelementptr inbounds nuw i8, ptr %427, i64 6176
   %3992 = getelementptr inbounds nuw i8, ptr %427, i64 6208
   %3993 = getelementptr inbounds nuw i8, ptr %427, i64 6240
-  store <8 x float> %wide.masked.gather325, ptr %3982, align 4, !tbaa !5, !alias.scope !116, !noalias !113
-  store <8 x float> %wide.masked.gather326, ptr %3991, align 4, !tbaa !5, !alias.scope !116, !noalias !113
-  store <8 x float> %wide.masked.gather327, ptr %3992, align 4, !tbaa !5, !alias.scope !116, !noalias !113
-  store <8 x float> %wide.masked.gather328, ptr %3993, align 4, !tbaa !5, !alias.scope !116, !noalias !113
+  store <8 x float> %wide.masked.gather325, ptr %3982, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather326, ptr %3991, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather327, ptr %3992, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather328, ptr %3993, align 4, !tbaa !5, !alias.scope !115, !noalias !112
   %3994 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3995 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3996 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -6638,18 +6401,18 @@ vector.body319:                                   ; preds = %for_end_d234.11.i
   %3999 = getelementptr inbounds nuw i8, <8 x ptr> %3995, i64 48
   %4000 = getelementptr inbounds nuw i8, <8 x ptr> %3996, i64 48
   %4001 = getelementptr inbounds nuw i8, <8 x ptr> %3997, i64 48
-  %wide.masked.gather325.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3998, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !113
-  %wide.masked.gather326.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3999, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !113
-  %wide.masked.gather327.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4000, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !113
-  %wide.masked.gather328.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4001, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !113
+  %wide.masked.gather325.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3998, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather326.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3999, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather327.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4000, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather328.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4001, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
   %4002 = getelementptr inbounds nuw i8, ptr %427, i64 6272
   %4003 = getelementptr inbounds nuw i8, ptr %427, i64 6304
   %4004 = getelementptr inbounds nuw i8, ptr %427, i64 6336
   %4005 = getelementptr inbounds nuw i8, ptr %427, i64 6368
-  store <8 x float> %wide.masked.gather325.1, ptr %4002, align 4, !tbaa !5, !alias.scope !116, !noalias !113
-  store <8 x float> %wide.masked.gather326.1, ptr %4003, align 4, !tbaa !5, !alias.scope !116, !noalias !113
-  store <8 x float> %wide.masked.gather327.1, ptr %4004, align 4, !tbaa !5, !alias.scope !116, !noalias !113
-  store <8 x float> %wide.masked.gather328.1, ptr %4005, align 4, !tbaa !5, !alias.scope !116, !noalias !113
+  store <8 x float> %wide.masked.gather325.1, ptr %4002, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather326.1, ptr %4003, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather327.1, ptr %4004, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather328.1, ptr %4005, align 4, !tbaa !5, !alias.scope !115, !noalias !112
   %4006 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %4007 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %4008 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -6658,18 +6421,18 @@ vector.body319:                                   ; preds = %for_end_d234.11.i
   %4011 = getelementptr inbounds nuw i8, <8 x ptr> %4007, i64 48
   %4012 = getelementptr inbounds nuw i8, <8 x ptr> %4008, i64 48
   %4013 = getelementptr inbounds nuw i8, <8 x ptr> %4009, i64 48
-  %wide.masked.gather325.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4010, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !113
-  %wide.masked.gather326.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4011, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !113
-  %wide.masked.gather327.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4012, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !113
-  %wide.masked.gather328.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4013, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !113
+  %wide.masked.gather325.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4010, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather326.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4011, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather327.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4012, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather328.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4013, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
   %4014 = getelementptr inbounds nuw i8, ptr %427, i64 6400
   %4015 = getelementptr inbounds nuw i8, ptr %427, i64 6432
   %4016 = getelementptr inbounds nuw i8, ptr %427, i64 6464
   %4017 = getelementptr inbounds nuw i8, ptr %427, i64 6496
-  store <8 x float> %wide.masked.gather325.2, ptr %4014, align 4, !tbaa !5, !alias.scope !116, !noalias !113
-  store <8 x float> %wide.masked.gather326.2, ptr %4015, align 4, !tbaa !5, !alias.scope !116, !noalias !113
-  store <8 x float> %wide.masked.gather327.2, ptr %4016, align 4, !tbaa !5, !alias.scope !116, !noalias !113
-  store <8 x float> %wide.masked.gather328.2, ptr %4017, align 4, !tbaa !5, !alias.scope !116, !noalias !113
+  store <8 x float> %wide.masked.gather325.2, ptr %4014, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather326.2, ptr %4015, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather327.2, ptr %4016, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather328.2, ptr %4017, align 4, !tbaa !5, !alias.scope !115, !noalias !112
   %4018 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %4019 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %4020 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -6678,18 +6441,18 @@ vector.body319:                                   ; preds = %for_end_d234.11.i
   %4023 = getelementptr inbounds nuw i8, <8 x ptr> %4019, i64 48
   %4024 = getelementptr inbounds nuw i8, <8 x ptr> %4020, i64 48
   %4025 = getelementptr inbounds nuw i8, <8 x ptr> %4021, i64 48
-  %wide.masked.gather325.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4022, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !113
-  %wide.masked.gather326.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4023, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !113
-  %wide.masked.gather327.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4024, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !113
-  %wide.masked.gather328.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4025, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !113
+  %wide.masked.gather325.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4022, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather326.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4023, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather327.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4024, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather328.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4025, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
   %4026 = getelementptr inbounds nuw i8, ptr %427, i64 6528
   %4027 = getelementptr inbounds nuw i8, ptr %427, i64 6560
   %4028 = getelementptr inbounds nuw i8, ptr %427, i64 6592
   %4029 = getelementptr inbounds nuw i8, ptr %427, i64 6624
-  store <8 x float> %wide.masked.gather325.3, ptr %4026, align 4, !tbaa !5, !alias.scope !116, !noalias !113
-  store <8 x float> %wide.masked.gather326.3, ptr %4027, align 4, !tbaa !5, !alias.scope !116, !noalias !113
-  store <8 x float> %wide.masked.gather327.3, ptr %4028, align 4, !tbaa !5, !alias.scope !116, !noalias !113
-  store <8 x float> %wide.masked.gather328.3, ptr %4029, align 4, !tbaa !5, !alias.scope !116, !noalias !113
+  store <8 x float> %wide.masked.gather325.3, ptr %4026, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather326.3, ptr %4027, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather327.3, ptr %4028, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather328.3, ptr %4029, align 4, !tbaa !5, !alias.scope !115, !noalias !112
   br label %for_end_d234.12.i
 
 for_body_d233.12.i:                               ; preds = %for_body_d233.12.i, %for_end_d234.11.i
@@ -6751,7 +6514,7 @@ for_body_d233.12.i:                               ; preds = %for_body_d233.12.i,
   store float %4060, ptr %4061, align 4, !tbaa !5
   %indvars.iv.next575.12.i.7 = add nuw nsw i64 %indvars.iv574.12.i, 8
   %exitcond577.12.not.i.7 = icmp eq i64 %indvars.iv.next575.12.i.7, 128
-  br i1 %exitcond577.12.not.i.7, label %for_end_d234.12.i, label %for_body_d233.12.i, !prof !43, !llvm.loop !118
+  br i1 %exitcond577.12.not.i.7, label %for_end_d234.12.i, label %for_body_d233.12.i, !prof !42, !llvm.loop !117
 
 for_end_d234.12.i:                                ; preds = %for_body_d233.12.i, %vector.body319
   %4062 = getelementptr inbounds nuw i8, ptr %427, i64 6656
@@ -6760,7 +6523,7 @@ for_end_d234.12.i:                                ; preds = %for_body_d233.12.i,
   %bound0291 = icmp ult ptr %scevgep287, %scevgep290
   %bound1292 = icmp ult ptr %scevgep289, %scevgep288
   %found.conflict293 = and i1 %bound0291, %bound1292
-  br i1 %found.conflict293, label %for_body_d233.13.i, label %vector.body296, !prof !18
+  br i1 %found.conflict293, label %for_body_d233.13.i, label %vector.body296, !prof !17
 
 vector.body296:                                   ; preds = %for_end_d234.12.i
   %4063 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -6771,17 +6534,17 @@ vector.body296:                                   ; preds = %for_end_d234.12.i
   %4068 = getelementptr inbounds nuw i8, <8 x ptr> %4064, i64 52
   %4069 = getelementptr inbounds nuw i8, <8 x ptr> %4065, i64 52
   %4070 = getelementptr inbounds nuw i8, <8 x ptr> %4066, i64 52
-  %wide.masked.gather302 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4067, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !119
-  %wide.masked.gather303 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4068, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !119
-  %wide.masked.gather304 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4069, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !119
-  %wide.masked.gather305 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4070, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !119
+  %wide.masked.gather302 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4067, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather303 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4068, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather304 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4069, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather305 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4070, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
   %4071 = getelementptr inbounds nuw i8, ptr %427, i64 6688
   %4072 = getelementptr inbounds nuw i8, ptr %427, i64 6720
   %4073 = getelementptr inbounds nuw i8, ptr %427, i64 6752
-  store <8 x float> %wide.masked.gather302, ptr %4062, align 4, !tbaa !5, !alias.scope !122, !noalias !119
-  store <8 x float> %wide.masked.gather303, ptr %4071, align 4, !tbaa !5, !alias.scope !122, !noalias !119
-  store <8 x float> %wide.masked.gather304, ptr %4072, align 4, !tbaa !5, !alias.scope !122, !noalias !119
-  store <8 x float> %wide.masked.gather305, ptr %4073, align 4, !tbaa !5, !alias.scope !122, !noalias !119
+  store <8 x float> %wide.masked.gather302, ptr %4062, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather303, ptr %4071, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather304, ptr %4072, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather305, ptr %4073, align 4, !tbaa !5, !alias.scope !121, !noalias !118
   %4074 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %4075 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %4076 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -6790,18 +6553,18 @@ vector.body296:                                   ; preds = %for_end_d234.12.i
   %4079 = getelementptr inbounds nuw i8, <8 x ptr> %4075, i64 52
   %4080 = getelementptr inbounds nuw i8, <8 x ptr> %4076, i64 52
   %4081 = getelementptr inbounds nuw i8, <8 x ptr> %4077, i64 52
-  %wide.masked.gather302.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4078, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !119
-  %wide.masked.gather303.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4079, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !119
-  %wide.masked.gather304.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4080, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !119
-  %wide.masked.gather305.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4081, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !119
+  %wide.masked.gather302.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4078, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather303.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4079, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather304.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4080, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather305.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4081, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
   %4082 = getelementptr inbounds nuw i8, ptr %427, i64 6784
   %4083 = getelementptr inbounds nuw i8, ptr %427, i64 6816
   %4084 = getelementptr inbounds nuw i8, ptr %427, i64 6848
   %4085 = getelementptr inbounds nuw i8, ptr %427, i64 6880
-  store <8 x float> %wide.masked.gather302.1, ptr %4082, align 4, !tbaa !5, !alias.scope !122, !noalias !119
-  store <8 x float> %wide.masked.gather303.1, ptr %4083, align 4, !tbaa !5, !alias.scope !122, !noalias !119
-  store <8 x float> %wide.masked.gather304.1, ptr %4084, align 4, !tbaa !5, !alias.scope !122, !noalias !119
-  store <8 x float> %wide.masked.gather305.1, ptr %4085, align 4, !tbaa !5, !alias.scope !122, !noalias !119
+  store <8 x float> %wide.masked.gather302.1, ptr %4082, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather303.1, ptr %4083, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather304.1, ptr %4084, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather305.1, ptr %4085, align 4, !tbaa !5, !alias.scope !121, !noalias !118
   %4086 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %4087 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %4088 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -6810,18 +6573,18 @@ vector.body296:                                   ; preds = %for_end_d234.12.i
   %4091 = getelementptr inbounds nuw i8, <8 x ptr> %4087, i64 52
   %4092 = getelementptr inbounds nuw i8, <8 x ptr> %4088, i64 52
   %4093 = getelementptr inbounds nuw i8, <8 x ptr> %4089, i64 52
-  %wide.masked.gather302.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4090, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !119
-  %wide.masked.gather303.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4091, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !119
-  %wide.masked.gather304.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4092, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !119
-  %wide.masked.gather305.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4093, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !119
+  %wide.masked.gather302.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4090, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather303.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4091, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather304.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4092, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather305.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4093, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
   %4094 = getelementptr inbounds nuw i8, ptr %427, i64 6912
   %4095 = getelementptr inbounds nuw i8, ptr %427, i64 6944
   %4096 = getelementptr inbounds nuw i8, ptr %427, i64 6976
   %4097 = getelementptr inbounds nuw i8, ptr %427, i64 7008
-  store <8 x float> %wide.masked.gather302.2, ptr %4094, align 4, !tbaa !5, !alias.scope !122, !noalias !119
-  store <8 x float> %wide.masked.gather303.2, ptr %4095, align 4, !tbaa !5, !alias.scope !122, !noalias !119
-  store <8 x float> %wide.masked.gather304.2, ptr %4096, align 4, !tbaa !5, !alias.scope !122, !noalias !119
-  store <8 x float> %wide.masked.gather305.2, ptr %4097, align 4, !tbaa !5, !alias.scope !122, !noalias !119
+  store <8 x float> %wide.masked.gather302.2, ptr %4094, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather303.2, ptr %4095, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather304.2, ptr %4096, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather305.2, ptr %4097, align 4, !tbaa !5, !alias.scope !121, !noalias !118
   %4098 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %4099 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %4100 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -6830,18 +6593,18 @@ vector.body296:                                   ; preds = %for_end_d234.12.i
   %4103 = getelementptr inbounds nuw i8, <8 x ptr> %4099, i64 52
   %4104 = getelementptr inbounds nuw i8, <8 x ptr> %4100, i64 52
   %4105 = getelementptr inbounds nuw i8, <8 x ptr> %4101, i64 52
-  %wide.masked.gather302.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4102, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !119
-  %wide.masked.gather303.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4103, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !119
-  %wide.masked.gather304.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4104, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !119
-  %wide.masked.gather305.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4105, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !119
+  %wide.masked.gather302.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4102, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather303.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4103, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather304.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4104, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather305.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4105, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
   %4106 = getelementptr inbounds nuw i8, ptr %427, i64 7040
   %4107 = getelementptr inbounds nuw i8, ptr %427, i64 7072
   %4108 = getelementptr inbounds nuw i8, ptr %427, i64 7104
   %4109 = getelementptr inbounds nuw i8, ptr %427, i64 7136
-  store <8 x float> %wide.masked.gather302.3, ptr %4106, align 4, !tbaa !5, !alias.scope !122, !noalias !119
-  store <8 x float> %wide.masked.gather303.3, ptr %4107, align 4, !tbaa !5, !alias.scope !122, !noalias !119
-  store <8 x float> %wide.masked.gather304.3, ptr %4108, align 4, !tbaa !5, !alias.scope !122, !noalias !119
-  store <8 x float> %wide.masked.gather305.3, ptr %4109, align 4, !tbaa !5, !alias.scope !122, !noalias !119
+  store <8 x float> %wide.masked.gather302.3, ptr %4106, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather303.3, ptr %4107, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather304.3, ptr %4108, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather305.3, ptr %4109, align 4, !tbaa !5, !alias.scope !121, !noalias !118
   br label %for_end_d234.13.i
 
 for_body_d233.13.i:                               ; preds = %for_body_d233.13.i, %for_end_d234.12.i
@@ -6903,7 +6666,7 @@ for_body_d233.13.i:                               ; preds = %for_body_d233.13.i,
   store float %4140, ptr %4141, align 4, !tbaa !5
   %indvars.iv.next575.13.i.7 = add nuw nsw i64 %indvars.iv574.13.i, 8
   %exitcond577.13.not.i.7 = icmp eq i64 %indvars.iv.next575.13.i.7, 128
-  br i1 %exitcond577.13.not.i.7, label %for_end_d234.13.i, label %for_body_d233.13.i, !prof !43, !llvm.loop !124
+  br i1 %exitcond577.13.not.i.7, label %for_end_d234.13.i, label %for_body_d233.13.i, !prof !42, !llvm.loop !123
 
 for_end_d234.13.i:                                ; preds = %for_body_d233.13.i, %vector.body296
   %4142 = getelementptr inbounds nuw i8, ptr %427, i64 7168
@@ -6912,7 +6675,7 @@ for_end_d234.13.i:                                ; preds = %for_body_d233.13.i,
   %bound0268 = icmp ult ptr %scevgep264, %scevgep267
   %bound1269 = icmp ult ptr %scevgep266, %scevgep265
   %found.conflict270 = and i1 %bound0268, %bound1269
-  br i1 %found.conflict270, label %for_body_d233.14.i, label %vector.body273, !prof !18
+  br i1 %found.conflict270, label %for_body_d233.14.i, label %vector.body273, !prof !17
 
 vector.body273:                                   ; preds = %for_end_d234.13.i
   %4143 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -6923,17 +6686,17 @@ vector.body273:                                   ; preds = %for_end_d234.13.i
   %4148 = getelementptr inbounds nuw i8, <8 x ptr> %4144, i64 56
   %4149 = getelementptr inbounds nuw i8, <8 x ptr> %4145, i64 56
   %4150 = getelementptr inbounds nuw i8, <8 x ptr> %4146, i64 56
-  %wide.masked.gather279 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4147, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !125
-  %wide.masked.gather280 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4148, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !125
-  %wide.masked.gather281 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !125
-  %wide.masked.gather282 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !125
+  %wide.masked.gather279 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4147, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather280 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4148, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather281 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather282 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
   %4151 = getelementptr inbounds nuw i8, ptr %427, i64 7200
   %4152 = getelementptr inbounds nuw i8, ptr %427, i64 7232
   %4153 = getelementptr inbounds nuw i8, ptr %427, i64 7264
-  store <8 x float> %wide.masked.gather279, ptr %4142, align 4, !tbaa !5, !alias.scope !128, !noalias !125
-  store <8 x float> %wide.masked.gather280, ptr %4151, align 4, !tbaa !5, !alias.scope !128, !noalias !125
-  store <8 x float> %wide.masked.gather281, ptr %4152, align 4, !tbaa !5, !alias.scope !128, !noalias !125
-  store <8 x float> %wide.masked.gather282, ptr %4153, align 4, !tbaa !5, !alias.scope !128, !noalias !125
+  store <8 x float> %wide.masked.gather279, ptr %4142, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather280, ptr %4151, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather281, ptr %4152, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather282, ptr %4153, align 4, !tbaa !5, !alias.scope !127, !noalias !124
   %4154 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %4155 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %4156 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -6942,18 +6705,18 @@ vector.body273:                                   ; preds = %for_end_d234.13.i
   %4159 = getelementptr inbounds nuw i8, <8 x ptr> %4155, i64 56
   %4160 = getelementptr inbounds nuw i8, <8 x ptr> %4156, i64 56
   %4161 = getelementptr inbounds nuw i8, <8 x ptr> %4157, i64 56
-  %wide.masked.gather279.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4158, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !125
-  %wide.masked.gather280.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4159, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !125
-  %wide.masked.gather281.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4160, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !125
-  %wide.masked.gather282.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4161, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !125
+  %wide.masked.gather279.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4158, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather280.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4159, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather281.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4160, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather282.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4161, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
   %4162 = getelementptr inbounds nuw i8, ptr %427, i64 7296
   %4163 = getelementptr inbounds nuw i8, ptr %427, i64 7328
   %4164 = getelementptr inbounds nuw i8, ptr %427, i64 7360
   %4165 = getelementptr inbounds nuw i8, ptr %427, i64 7392
-  store <8 x float> %wide.masked.gather279.1, ptr %4162, align 4, !tbaa !5, !alias.scope !128, !noalias !125
-  store <8 x float> %wide.masked.gather280.1, ptr %4163, align 4, !tbaa !5, !alias.scope !128, !noalias !125
-  store <8 x float> %wide.masked.gather281.1, ptr %4164, align 4, !tbaa !5, !alias.scope !128, !noalias !125
-  store <8 x float> %wide.masked.gather282.1, ptr %4165, align 4, !tbaa !5, !alias.scope !128, !noalias !125
+  store <8 x float> %wide.masked.gather279.1, ptr %4162, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather280.1, ptr %4163, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather281.1, ptr %4164, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather282.1, ptr %4165, align 4, !tbaa !5, !alias.scope !127, !noalias !124
   %4166 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %4167 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %4168 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -6962,18 +6725,18 @@ vector.body273:                                   ; preds = %for_end_d234.13.i
   %4171 = getelementptr inbounds nuw i8, <8 x ptr> %4167, i64 56
   %4172 = getelementptr inbounds nuw i8, <8 x ptr> %4168, i64 56
   %4173 = getelementptr inbounds nuw i8, <8 x ptr> %4169, i64 56
-  %wide.masked.gather279.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4170, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !125
-  %wide.masked.gather280.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4171, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !125
-  %wide.masked.gather281.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4172, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !125
-  %wide.masked.gather282.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4173, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !125
+  %wide.masked.gather279.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4170, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather280.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4171, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather281.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4172, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather282.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4173, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
   %4174 = getelementptr inbounds nuw i8, ptr %427, i64 7424
   %4175 = getelementptr inbounds nuw i8, ptr %427, i64 7456
   %4176 = getelementptr inbounds nuw i8, ptr %427, i64 7488
   %4177 = getelementptr inbounds nuw i8, ptr %427, i64 7520
-  store <8 x float> %wide.masked.gather279.2, ptr %4174, align 4, !tbaa !5, !alias.scope !128, !noalias !125
-  store <8 x float> %wide.masked.gather280.2, ptr %4175, align 4, !tbaa !5, !alias.scope !128, !noalias !125
-  store <8 x float> %wide.masked.gather281.2, ptr %4176, align 4, !tbaa !5, !alias.scope !128, !noalias !125
-  store <8 x float> %wide.masked.gather282.2, ptr %4177, align 4, !tbaa !5, !alias.scope !128, !noalias !125
+  store <8 x float> %wide.masked.gather279.2, ptr %4174, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather280.2, ptr %4175, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather281.2, ptr %4176, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather282.2, ptr %4177, align 4, !tbaa !5, !alias.scope !127, !noalias !124
   %4178 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %4179 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %4180 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -6982,18 +6745,18 @@ vector.body273:                                   ; preds = %for_end_d234.13.i
   %4183 = getelementptr inbounds nuw i8, <8 x ptr> %4179, i64 56
   %4184 = getelementptr inbounds nuw i8, <8 x ptr> %4180, i64 56
   %4185 = getelementptr inbounds nuw i8, <8 x ptr> %4181, i64 56
-  %wide.masked.gather279.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4182, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !125
-  %wide.masked.gather280.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4183, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !125
-  %wide.masked.gather281.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4184, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !125
-  %wide.masked.gather282.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4185, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !125
+  %wide.masked.gather279.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4182, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather280.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4183, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather281.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4184, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather282.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4185, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
   %4186 = getelementptr inbounds nuw i8, ptr %427, i64 7552
   %4187 = getelementptr inbounds nuw i8, ptr %427, i64 7584
   %4188 = getelementptr inbounds nuw i8, ptr %427, i64 7616
   %4189 = getelementptr inbounds nuw i8, ptr %427, i64 7648
-  store <8 x float> %wide.masked.gather279.3, ptr %4186, align 4, !tbaa !5, !alias.scope !128, !noalias !125
-  store <8 x float> %wide.masked.gather280.3, ptr %4187, align 4, !tbaa !5, !alias.scope !128, !noalias !125
-  store <8 x float> %wide.masked.gather281.3, ptr %4188, align 4, !tbaa !5, !alias.scope !128, !noalias !125
-  store <8 x float> %wide.masked.gather282.3, ptr %4189, align 4, !tbaa !5, !alias.scope !128, !noalias !125
+  store <8 x float> %wide.masked.gather279.3, ptr %4186, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather280.3, ptr %4187, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather281.3, ptr %4188, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather282.3, ptr %4189, align 4, !tbaa !5, !alias.scope !127, !noalias !124
   br label %for_end_d234.14.i
 
 for_body_d233.14.i:                               ; preds = %for_body_d233.14.i, %for_end_d234.13.i
@@ -7055,7 +6818,7 @@ for_body_d233.14.i:                               ; preds = %for_body_d233.14.i,
   store float %4220, ptr %4221, align 4, !tbaa !5
   %indvars.iv.next575.14.i.7 = add nuw nsw i64 %indvars.iv574.14.i, 8
   %exitcond577.14.not.i.7 = icmp eq i64 %indvars.iv.next575.14.i.7, 128
-  br i1 %exitcond577.14.not.i.7, label %for_end_d234.14.i, label %for_body_d233.14.i, !prof !43, !llvm.loop !130
+  br i1 %exitcond577.14.not.i.7, label %for_end_d234.14.i, label %for_body_d233.14.i, !prof !42, !llvm.loop !129
 
 for_end_d234.14.i:                                ; preds = %for_body_d233.14.i, %vector.body273
   %4222 = getelementptr inbounds nuw i8, ptr %427, i64 7680
@@ -7064,7 +6827,7 @@ for_end_d234.14.i:                                ; preds = %for_body_d233.14.i,
   %bound0 = icmp ult ptr %scevgep, %scevgep259
   %bound1 = icmp ult ptr %scevgep258, %scevgep257
   %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_d233.15.i, label %vector.body, !prof !18
+  br i1 %found.conflict, label %for_body_d233.15.i, label %vector.body, !prof !17
 
 vector.body:                                      ; preds = %for_end_d234.14.i
   %4223 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -7075,17 +6838,17 @@ vector.body:                                      ; preds = %for_end_d234.14.i
   %4228 = getelementptr inbounds nuw i8, <8 x ptr> %4224, i64 60
   %4229 = getelementptr inbounds nuw i8, <8 x ptr> %4225, i64 60
   %4230 = getelementptr inbounds nuw i8, <8 x ptr> %4226, i64 60
-  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4227, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !131
-  %wide.masked.gather260 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4228, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !131
-  %wide.masked.gather261 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4229, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !131
-  %wide.masked.gather262 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4230, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !131
+  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4227, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
+  %wide.masked.gather260 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4228, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
+  %wide.masked.gather261 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4229, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
+  %wide.masked.gather262 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4230, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
   %4231 = getelementptr inbounds nuw i8, ptr %427, i64 7712
   %4232 = getelementptr inbounds nuw i8, ptr %427, i64 7744
   %4233 = getelementptr inbounds nuw i8, ptr %427, i64 7776
-  store <8 x float> %wide.masked.gather, ptr %4222, align 4, !tbaa !5, !alias.scope !134, !noalias !131
-  store <8 x float> %wide.masked.gather260, ptr %4231, align 4, !tbaa !5, !alias.scope !134, !noalias !131
-  store <8 x float> %wide.masked.gather261, ptr %4232, align 4, !tbaa !5, !alias.scope !134, !noalias !131
-  store <8 x float> %wide.masked.gather262, ptr %4233, align 4, !tbaa !5, !alias.scope !134, !noalias !131
+  store <8 x float> %wide.masked.gather, ptr %4222, align 4, !tbaa !5, !alias.scope !133, !noalias !130
+  store <8 x float> %wide.masked.gather260, ptr %4231, align 4, !tbaa !5, !alias.scope !133, !noalias !130
+  store <8 x float> %wide.masked.gather261, ptr %4232, align 4, !tbaa !5, !alias.scope !133, !noalias !130
+  store <8 x float> %wide.masked.gather262, ptr %4233, align 4, !tbaa !5, !alias.scope !133, !noalias !130
   %4234 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %4235 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %4236 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -7094,18 +6857,18 @@ vector.body:                                      ; preds = %for_end_d234.14.i
   %4239 = getelementptr inbounds nuw i8, <8 x ptr> %4235, i64 60
   %4240 = getelementptr inbounds nuw i8, <8 x ptr> %4236, i64 60
   %4241 = getelementptr inbounds nuw i8, <8 x ptr> %4237, i64 60
-  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4238, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !131
-  %wide.masked.gather260.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4239, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !131
-  %wide.masked.gather261.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4240, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !131
-  %wide.masked.gather262.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4241, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !131
+  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4238, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
+  %wide.masked.gather260.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4239, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
+  %wide.masked.gather261.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4240, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
+  %wide.masked.gather262.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4241, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
   %4242 = getelementptr inbounds nuw i8, ptr %427, i64 7808
   %4243 = getelementptr inbounds nuw i8, ptr %427, i64 7840
   %4244 = getelementptr inbounds nuw i8, ptr %427, i64 7872
   %4245 = getelementptr inbounds nuw i8, ptr %427, i64 7904
-  store <8 x float> %wide.masked.gather.1, ptr %4242, align 4, !tbaa !5, !alias.scope !134, !noalias !131
-  store <8 x float> %wide.masked.gather260.1, ptr %4243, align 4, !tbaa !5, !alias.scope !134, !noalias !131
-  store <8 x float> %wide.masked.gather261.1, ptr %4244, align 4, !tbaa !5, !alias.scope !134, !noalias !131
-  store <8 x float> %wide.masked.gather262.1, ptr %4245, align 4, !tbaa !5, !alias.scope !134, !noalias !131
+  store <8 x float> %wide.masked.gather.1, ptr %4242, align 4, !tbaa !5, !alias.scope !133, !noalias !130
+  store <8 x float> %wide.masked.gather260.1, ptr %4243, align 4, !tbaa !5, !alias.scope !133, !noalias !130
+  store <8 x float> %wide.masked.gather261.1, ptr %4244, align 4, !tbaa !5, !alias.scope !133, !noalias !130
+  store <8 x float> %wide.masked.gather262.1, ptr %4245, align 4, !tbaa !5, !alias.scope !133, !noalias !130
   %4246 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %4247 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %4248 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -7114,18 +6877,18 @@ vector.body:                                      ; preds = %for_end_d234.14.i
   %4251 = getelementptr inbounds nuw i8, <8 x ptr> %4247, i64 60
   %4252 = getelementptr inbounds nuw i8, <8 x ptr> %4248, i64 60
   %4253 = getelementptr inbounds nuw i8, <8 x ptr> %4249, i64 60
-  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4250, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !131
-  %wide.masked.gather260.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4251, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !131
-  %wide.masked.gather261.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4252, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !131
-  %wide.masked.gather262.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4253, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !131
+  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4250, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
+  %wide.masked.gather260.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4251, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
+  %wide.masked.gather261.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4252, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
+  %wide.masked.gather262.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4253, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
   %4254 = getelementptr inbounds nuw i8, ptr %427, i64 7936
   %4255 = getelementptr inbounds nuw i8, ptr %427, i64 7968
   %4256 = getelementptr inbounds nuw i8, ptr %427, i64 8000
   %4257 = getelementptr inbounds nuw i8, ptr %427, i64 8032
-  store <8 x float> %wide.masked.gather.2, ptr %4254, align 4, !tbaa !5, !alias.scope !134, !noalias !131
-  store <8 x float> %wide.masked.gather260.2, ptr %4255, align 4, !tbaa !5, !alias.scope !134, !noalias !131
-  store <8 x float> %wide.masked.gather261.2, ptr %4256, align 4, !tbaa !5, !alias.scope !134, !noalias !131
-  store <8 x float> %wide.masked.gather262.2, ptr %4257, align 4, !tbaa !5, !alias.scope !134, !noalias !131
+  store <8 x float> %wide.masked.gather.2, ptr %4254, align 4, !tbaa !5, !alias.scope !133, !noalias !130
+  store <8 x float> %wide.masked.gather260.2, ptr %4255, align 4, !tbaa !5, !alias.scope !133, !noalias !130
+  store <8 x float> %wide.masked.gather261.2, ptr %4256, align 4, !tbaa !5, !alias.scope !133, !noalias !130
+  store <8 x float> %wide.masked.gather262.2, ptr %4257, align 4, !tbaa !5, !alias.scope !133, !noalias !130
   %4258 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %4259 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %4260 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -7134,18 +6897,18 @@ vector.body:                                      ; preds = %for_end_d234.14.i
   %4263 = getelementptr inbounds nuw i8, <8 x ptr> %4259, i64 60
   %4264 = getelementptr inbounds nuw i8, <8 x ptr> %4260, i64 60
   %4265 = getelementptr inbounds nuw i8, <8 x ptr> %4261, i64 60
-  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4262, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !131
-  %wide.masked.gather260.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4263, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !131
-  %wide.masked.gather261.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4264, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !131
-  %wide.masked.gather262.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4265, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !131
+  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4262, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
+  %wide.masked.gather260.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4263, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
+  %wide.masked.gather261.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4264, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
+  %wide.masked.gather262.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4265, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !130
   %4266 = getelementptr inbounds nuw i8, ptr %427, i64 8064
   %4267 = getelementptr inbounds nuw i8, ptr %427, i64 8096
   %4268 = getelementptr inbounds nuw i8, ptr %427, i64 8128
   %4269 = getelementptr inbounds nuw i8, ptr %427, i64 8160
-  store <8 x float> %wide.masked.gather.3, ptr %4266, align 4, !tbaa !5, !alias.scope !134, !noalias !131
-  store <8 x float> %wide.masked.gather260.3, ptr %4267, align 4, !tbaa !5, !alias.scope !134, !noalias !131
-  store <8 x float> %wide.masked.gather261.3, ptr %4268, align 4, !tbaa !5, !alias.scope !134, !noalias !131
-  store <8 x float> %wide.masked.gather262.3, ptr %4269, align 4, !tbaa !5, !alias.scope !134, !noalias !131
+  store <8 x float> %wide.masked.gather.3, ptr %4266, align 4, !tbaa !5, !alias.scope !133, !noalias !130
+  store <8 x float> %wide.masked.gather260.3, ptr %4267, align 4, !tbaa !5, !alias.scope !133, !noalias !130
+  store <8 x float> %wide.masked.gather261.3, ptr %4268, align 4, !tbaa !5, !alias.scope !133, !noalias !130
+  store <8 x float> %wide.masked.gather262.3, ptr %4269, align 4, !tbaa !5, !alias.scope !133, !noalias !130
   br label %if_end187.i
 
 for_body_d233.15.i:                               ; preds = %for_body_d233.15.i, %for_end_d234.14.i
@@ -7207,19 +6970,19 @@ for_body_d233.15.i:                               ; preds = %for_body_d233.15.i,
   store float %4300, ptr %4301, align 4, !tbaa !5
   %indvars.iv.next575.15.i.7 = add nuw nsw i64 %indvars.iv574.15.i, 8
   %exitcond577.15.not.i.7 = icmp eq i64 %indvars.iv.next575.15.i.7, 128
-  br i1 %exitcond577.15.not.i.7, label %if_end187.i, label %for_body_d233.15.i, !prof !43, !llvm.loop !136
+  br i1 %exitcond577.15.not.i.7, label %if_end187.i, label %for_body_d233.15.i, !prof !42, !llvm.loop !135
 
 if_end238.i:                                      ; preds = %if_end187.i
-  %4302 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %4302 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %4303 = tail call i32 %4302(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not262.i = icmp eq i32 %4303, 0
-  br i1 %.not262.i, label %if_end241.i, label %fused_decode_compute_.exit, !prof !32
+  br i1 %.not262.i, label %if_end241.i, label %fused_decode_compute_.exit, !prof !31
 
 if_end241.i:                                      ; preds = %if_end238.i
-  %4304 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %4304 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %4305 = tail call i32 %4304(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not263.i = icmp eq i32 %4305, 0
-  br i1 %.not263.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !32
+  br i1 %.not263.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !31
 
 fused_decode_compute_.exit:                       ; preds = %if_end241.i, %if_end238.i, %if_end218.15.i, %if_end187.i, %if_then186.i, %if_end181.i, %if_end178.i, %if_end175.i, %if_end172.i, %if_end169.i, %if_end166.i, %if_end163.i, %if_end160.i, %for_end_d154.i, %for_end_to91.i, %for_end_to_m.thread.i, %for_end_to_m.i, %if_end44.i, %if_end41.i, %for_end_to32.i, %if_end25.i, %for_end_t15.i, %if_end8.i, %for_body_step.i, %if_end2.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
   %common.ret.op.i = phi i32 [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end181.i ], [ -1, %if_end178.i ], [ -1, %if_end175.i ], [ -1, %if_end172.i ], [ -1, %if_end169.i ], [ -1, %if_end166.i ], [ -1, %if_end163.i ], [ -1, %if_end160.i ], [ -1, %for_end_d154.i ], [ -1, %for_end_to91.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end44.i ], [ -1, %if_end41.i ], [ -1, %for_end_to32.i ], [ -1, %if_end25.i ], [ -1, %for_end_t15.i ], [ -1, %if_end8.i ], [ -1, %if_end187.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ], [ -1, %if_end218.15.i ], [ -1, %if_end238.i ], [ -1, %if_end2.i ], [ -1, %if_then186.i ], [ -1, %if_end241.i ]
@@ -7330,7 +7093,7 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %40 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %40 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %acc.i = tail call ptr %40(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %41 = icmp eq ptr %acc.i, null
   br i1 %41, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !8
@@ -7392,7 +7155,7 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %80 = select <16 x i1> %79, <16 x float> zeroinitializer, <16 x float> %78
   %81 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %82 = select <16 x i1> %81, <16 x float> %80, <16 x float> zeroinitializer
-  store <16 x float> %82, ptr %alpha39.i, align 16, !tbaa !137
+  store <16 x float> %82, ptr %alpha39.i, align 16, !tbaa !136
   %arg2.i = fsub <16 x float> %51, %m.i
   %83 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
   %84 = bitcast <16 x float> %83 to <16 x i32>
@@ -7418,7 +7181,7 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %104 = select <16 x i1> %103, <16 x float> zeroinitializer, <16 x float> %102
   %105 = fcmp one <16 x float> %54, zeroinitializer
   %106 = select <16 x i1> %105, <16 x float> %104, <16 x float> zeroinitializer
-  store <16 x float> %106, ptr %beta38.i, align 16, !tbaa !144
+  store <16 x float> %106, ptr %beta38.i, align 16, !tbaa !143
   %107 = fmul <16 x float> %old_sum.i, %82
   %108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %54, <16 x float> %107)
   %.idx.i = shl nsw i64 %48, 13
@@ -7428,13 +7191,13 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv63.i = phi i64 [ %indvars.iv.next64.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %110 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv63.i
-  %111 = load float, ptr %110, align 4, !tbaa !151
+  %111 = load float, ptr %110, align 4, !tbaa !150
   %112 = insertelement <16 x float> poison, float %111, i64 0
   %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
   %114 = shl nuw nsw i64 %indvars.iv63.i, 7
   %115 = getelementptr float, ptr %109, i64 %114
   %116 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv63.i
-  %117 = load float, ptr %116, align 4, !tbaa !152
+  %117 = load float, ptr %116, align 4, !tbaa !151
   %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
   store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
   %119 = load <16 x float>, ptr %115, align 4, !tbaa !5
@@ -7487,7 +7250,7 @@ for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.prehe
   store <16 x float> %150, ptr %147, align 4, !tbaa !5
   %indvars.iv.next64.i = add nuw nsw i64 %indvars.iv63.i, 1
   %exitcond66.not.i = icmp eq i64 %indvars.iv.next64.i, 16
-  br i1 %exitcond66.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !17
+  br i1 %exitcond66.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !16
 
 for_end_step.i:                                   ; preds = %for_end_r.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %108, %for_end_r.i ]
@@ -7495,7 +7258,7 @@ for_end_step.i:                                   ; preds = %for_end_r.i, %for_b
   %151 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
   %152 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
   %153 = select <16 x i1> %152, <16 x float> zeroinitializer, <16 x float> %151
-  store <16 x float> %153, ptr %factor37.i, align 16, !tbaa !153
+  store <16 x float> %153, ptr %factor37.i, align 16, !tbaa !152
   %sext28 = shl i64 %20, 32
   %154 = ashr exact i64 %sext28, 32
   %155 = mul nsw i64 %out_batch, %154
@@ -7505,13 +7268,13 @@ for_end_step.i:                                   ; preds = %for_end_r.i, %for_b
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !151
+  %158 = load float, ptr %157, align 4, !tbaa !150
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %109, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !152
+  %164 = load float, ptr %163, align 4, !tbaa !151
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
@@ -7571,7 +7334,7 @@ for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.prehe
   store <16 x float> %213, ptr %210, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
+  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !16
 
 for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next68.i = add nuw nsw i64 %indvars.iv67.i, 1
@@ -7581,7 +7344,7 @@ for_end_r.i:                                      ; preds = %for_begin_d_0.prehe
 for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.preheader.i, %for_end_step.i
   %indvars.iv75.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next76.i, %for_begin_d_022.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor37.i, i64 %indvars.iv75.i
-  %215 = load float, ptr %214, align 4, !tbaa !160
+  %215 = load float, ptr %214, align 4, !tbaa !159
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv75.i, %out_head
@@ -7628,7 +7391,7 @@ for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.pre
   store <16 x float> %242, ptr %gep.7.i, align 4, !tbaa !5
   %indvars.iv.next76.i = add nuw nsw i64 %indvars.iv75.i, 1
   %exitcond78.not.i = icmp eq i64 %indvars.iv.next76.i, 16
-  br i1 %exitcond78.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !17
+  br i1 %exitcond78.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !16
 
 for_begin_r27.preheader.i:                        ; preds = %for_begin_d_022.preheader.i
   %243 = mul nsw i64 %lse_batch, %154
@@ -7856,7 +7619,7 @@ if_end33.15.i:                                    ; preds = %if_else.15.i, %if_e
   %322 = phi float [ %321, %if_else.15.i ], [ 0xFFF0000000000000, %if_end33.14.i ]
   %323 = getelementptr i8, ptr %244, i64 60
   store float %322, ptr %323, align 4, !tbaa !5
-  %324 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %324 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %325 = tail call i32 %324(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp ne i32 %325, 0
   %..i = sext i1 %.not.i to i32
@@ -8089,150 +7852,149 @@ attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !11 = !{!"llvm.loop.estimated_trip_count", i32 528416}
 !12 = !{!"branch_weights", i32 1073741824, i32 1073741824}
 !13 = !{!"branch_weights", i32 127, i32 134217601}
-!14 = distinct !{!14, !11}
-!15 = !{!16, !16, i64 0}
-!16 = !{!"ctx_ptr", !7, i64 0}
-!17 = !{!"branch_weights", i32 1, i32 1048575}
-!18 = !{!"branch_weights", i32 1, i32 127}
-!19 = !{!20}
-!20 = distinct !{!20, !21}
-!21 = distinct !{!21, !"LVerDomain"}
-!22 = !{!23}
-!23 = distinct !{!23, !21}
-!24 = distinct !{!24, !25}
-!25 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!26 = distinct !{!26, !25}
-!27 = distinct !{!27, !11}
-!28 = distinct !{!28, !29}
-!29 = !{!"llvm.loop.estimated_trip_count", i32 131072}
-!30 = distinct !{!30, !31}
-!31 = !{!"llvm.loop.estimated_trip_count", i32 524288}
-!32 = !{!"branch_weights", i32 1, i32 1048576}
-!33 = distinct !{!33, !31}
-!34 = !{!35, !35, i64 0}
-!35 = !{!"buffer0.w64.b0", !36, i64 0}
-!36 = !{!"buffer0.w128.b0", !37, i64 0}
-!37 = !{!"buffer0.w256.b0", !38, i64 0}
-!38 = !{!"buffer0.w512.b0", !39, i64 0}
-!39 = !{!"buffer0.w1024.b0", !40, i64 0}
-!40 = !{!"buffer0", !7, i64 0}
-!41 = !{!40, !40, i64 0}
-!42 = distinct !{!42, !31}
-!43 = !{!"branch_weights", i32 1, i32 0}
-!44 = distinct !{!44, !45, !46}
-!45 = !{!"llvm.loop.isvectorized", i32 1}
-!46 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!47 = !{!48}
-!48 = distinct !{!48, !49}
-!49 = distinct !{!49, !"LVerDomain"}
-!50 = !{!51}
-!51 = distinct !{!51, !49}
-!52 = distinct !{!52, !45, !46}
-!53 = !{!54}
-!54 = distinct !{!54, !55}
-!55 = distinct !{!55, !"LVerDomain"}
-!56 = !{!57}
-!57 = distinct !{!57, !55}
-!58 = distinct !{!58, !45, !46}
-!59 = !{!60}
-!60 = distinct !{!60, !61}
-!61 = distinct !{!61, !"LVerDomain"}
-!62 = !{!63}
-!63 = distinct !{!63, !61}
-!64 = distinct !{!64, !45, !46}
-!65 = !{!66}
-!66 = distinct !{!66, !67}
-!67 = distinct !{!67, !"LVerDomain"}
-!68 = !{!69}
-!69 = distinct !{!69, !67}
-!70 = distinct !{!70, !45, !46}
-!71 = !{!72}
-!72 = distinct !{!72, !73}
-!73 = distinct !{!73, !"LVerDomain"}
-!74 = !{!75}
-!75 = distinct !{!75, !73}
-!76 = distinct !{!76, !45, !46}
-!77 = !{!78}
-!78 = distinct !{!78, !79}
-!79 = distinct !{!79, !"LVerDomain"}
-!80 = !{!81}
-!81 = distinct !{!81, !79}
-!82 = distinct !{!82, !45, !46}
-!83 = !{!84}
-!84 = distinct !{!84, !85}
-!85 = distinct !{!85, !"LVerDomain"}
-!86 = !{!87}
-!87 = distinct !{!87, !85}
-!88 = distinct !{!88, !45, !46}
-!89 = !{!90}
-!90 = distinct !{!90, !91}
-!91 = distinct !{!91, !"LVerDomain"}
-!92 = !{!93}
-!93 = distinct !{!93, !91}
-!94 = distinct !{!94, !45, !46}
-!95 = !{!96}
-!96 = distinct !{!96, !97}
-!97 = distinct !{!97, !"LVerDomain"}
-!98 = !{!99}
-!99 = distinct !{!99, !97}
-!100 = distinct !{!100, !45, !46}
-!101 = !{!102}
-!102 = distinct !{!102, !103}
-!103 = distinct !{!103, !"LVerDomain"}
-!104 = !{!105}
-!105 = distinct !{!105, !103}
-!106 = distinct !{!106, !45, !46}
-!107 = !{!108}
-!108 = distinct !{!108, !109}
-!109 = distinct !{!109, !"LVerDomain"}
-!110 = !{!111}
-!111 = distinct !{!111, !109}
-!112 = distinct !{!112, !45, !46}
-!113 = !{!114}
-!114 = distinct !{!114, !115}
-!115 = distinct !{!115, !"LVerDomain"}
-!116 = !{!117}
-!117 = distinct !{!117, !115}
-!118 = distinct !{!118, !45, !46}
-!119 = !{!120}
-!120 = distinct !{!120, !121}
-!121 = distinct !{!121, !"LVerDomain"}
-!122 = !{!123}
-!123 = distinct !{!123, !121}
-!124 = distinct !{!124, !45, !46}
-!125 = !{!126}
-!126 = distinct !{!126, !127}
-!127 = distinct !{!127, !"LVerDomain"}
-!128 = !{!129}
-!129 = distinct !{!129, !127}
-!130 = distinct !{!130, !45, !46}
-!131 = !{!132}
-!132 = distinct !{!132, !133}
-!133 = distinct !{!133, !"LVerDomain"}
-!134 = !{!135}
-!135 = distinct !{!135, !133}
-!136 = distinct !{!136, !45, !46}
-!137 = !{!138, !138, i64 0}
-!138 = !{!"buffer1.w64.b0", !139, i64 0}
-!139 = !{!"buffer1.w128.b0", !140, i64 0}
-!140 = !{!"buffer1.w256.b0", !141, i64 0}
-!141 = !{!"buffer1.w512.b0", !142, i64 0}
-!142 = !{!"buffer1.w1024.b0", !143, i64 0}
-!143 = !{!"buffer1", !7, i64 0}
-!144 = !{!145, !145, i64 0}
-!145 = !{!"buffer2.w64.b0", !146, i64 0}
-!146 = !{!"buffer2.w128.b0", !147, i64 0}
-!147 = !{!"buffer2.w256.b0", !148, i64 0}
-!148 = !{!"buffer2.w512.b0", !149, i64 0}
-!149 = !{!"buffer2.w1024.b0", !150, i64 0}
-!150 = !{!"buffer2", !7, i64 0}
-!151 = !{!150, !150, i64 0}
-!152 = !{!143, !143, i64 0}
-!153 = !{!154, !154, i64 0}
-!154 = !{!"buffer3.w64.b0", !155, i64 0}
-!155 = !{!"buffer3.w128.b0", !156, i64 0}
-!156 = !{!"buffer3.w256.b0", !157, i64 0}
-!157 = !{!"buffer3.w512.b0", !158, i64 0}
-!158 = !{!"buffer3.w1024.b0", !159, i64 0}
-!159 = !{!"buffer3", !7, i64 0}
-!160 = !{!159, !159, i64 0}
+!14 = !{!15, !15, i64 0}
+!15 = !{!"ctx_ptr", !7, i64 0}
+!16 = !{!"branch_weights", i32 1, i32 1048575}
+!17 = !{!"branch_weights", i32 1, i32 127}
+!18 = !{!19}
+!19 = distinct !{!19, !20}
+!20 = distinct !{!20, !"LVerDomain"}
+!21 = !{!22}
+!22 = distinct !{!22, !20}
+!23 = distinct !{!23, !24}
+!24 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!25 = distinct !{!25, !24}
+!26 = distinct !{!26, !11}
+!27 = distinct !{!27, !28}
+!28 = !{!"llvm.loop.estimated_trip_count", i32 131072}
+!29 = distinct !{!29, !30}
+!30 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!31 = !{!"branch_weights", i32 1, i32 1048576}
+!32 = distinct !{!32, !30}
+!33 = !{!34, !34, i64 0}
+!34 = !{!"buffer0.w64.b0", !35, i64 0}
+!35 = !{!"buffer0.w128.b0", !36, i64 0}
+!36 = !{!"buffer0.w256.b0", !37, i64 0}
+!37 = !{!"buffer0.w512.b0", !38, i64 0}
+!38 = !{!"buffer0.w1024.b0", !39, i64 0}
+!39 = !{!"buffer0", !7, i64 0}
+!40 = !{!39, !39, i64 0}
+!41 = distinct !{!41, !30}
+!42 = !{!"branch_weights", i32 1, i32 0}
+!43 = distinct !{!43, !44, !45}
+!44 = !{!"llvm.loop.isvectorized", i32 1}
+!45 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!46 = !{!47}
+!47 = distinct !{!47, !48}
+!48 = distinct !{!48, !"LVerDomain"}
+!49 = !{!50}
+!50 = distinct !{!50, !48}
+!51 = distinct !{!51, !44, !45}
+!52 = !{!53}
+!53 = distinct !{!53, !54}
+!54 = distinct !{!54, !"LVerDomain"}
+!55 = !{!56}
+!56 = distinct !{!56, !54}
+!57 = distinct !{!57, !44, !45}
+!58 = !{!59}
+!59 = distinct !{!59, !60}
+!60 = distinct !{!60, !"LVerDomain"}
+!61 = !{!62}
+!62 = distinct !{!62, !60}
+!63 = distinct !{!63, !44, !45}
+!64 = !{!65}
+!65 = distinct !{!65, !66}
+!66 = distinct !{!66, !"LVerDomain"}
+!67 = !{!68}
+!68 = distinct !{!68, !66}
+!69 = distinct !{!69, !44, !45}
+!70 = !{!71}
+!71 = distinct !{!71, !72}
+!72 = distinct !{!72, !"LVerDomain"}
+!73 = !{!74}
+!74 = distinct !{!74, !72}
+!75 = distinct !{!75, !44, !45}
+!76 = !{!77}
+!77 = distinct !{!77, !78}
+!78 = distinct !{!78, !"LVerDomain"}
+!79 = !{!80}
+!80 = distinct !{!80, !78}
+!81 = distinct !{!81, !44, !45}
+!82 = !{!83}
+!83 = distinct !{!83, !84}
+!84 = distinct !{!84, !"LVerDomain"}
+!85 = !{!86}
+!86 = distinct !{!86, !84}
+!87 = distinct !{!87, !44, !45}
+!88 = !{!89}
+!89 = distinct !{!89, !90}
+!90 = distinct !{!90, !"LVerDomain"}
+!91 = !{!92}
+!92 = distinct !{!92, !90}
+!93 = distinct !{!93, !44, !45}
+!94 = !{!95}
+!95 = distinct !{!95, !96}
+!96 = distinct !{!96, !"LVerDomain"}
+!97 = !{!98}
+!98 = distinct !{!98, !96}
+!99 = distinct !{!99, !44, !45}
+!100 = !{!101}
+!101 = distinct !{!101, !102}
+!102 = distinct !{!102, !"LVerDomain"}
+!103 = !{!104}
+!104 = distinct !{!104, !102}
+!105 = distinct !{!105, !44, !45}
+!106 = !{!107}
+!107 = distinct !{!107, !108}
+!108 = distinct !{!108, !"LVerDomain"}
+!109 = !{!110}
+!110 = distinct !{!110, !108}
+!111 = distinct !{!111, !44, !45}
+!112 = !{!113}
+!113 = distinct !{!113, !114}
+!114 = distinct !{!114, !"LVerDomain"}
+!115 = !{!116}
+!116 = distinct !{!116, !114}
+!117 = distinct !{!117, !44, !45}
+!118 = !{!119}
+!119 = distinct !{!119, !120}
+!120 = distinct !{!120, !"LVerDomain"}
+!121 = !{!122}
+!122 = distinct !{!122, !120}
+!123 = distinct !{!123, !44, !45}
+!124 = !{!125}
+!125 = distinct !{!125, !126}
+!126 = distinct !{!126, !"LVerDomain"}
+!127 = !{!128}
+!128 = distinct !{!128, !126}
+!129 = distinct !{!129, !44, !45}
+!130 = !{!131}
+!131 = distinct !{!131, !132}
+!132 = distinct !{!132, !"LVerDomain"}
+!133 = !{!134}
+!134 = distinct !{!134, !132}
+!135 = distinct !{!135, !44, !45}
+!136 = !{!137, !137, i64 0}
+!137 = !{!"buffer1.w64.b0", !138, i64 0}
+!138 = !{!"buffer1.w128.b0", !139, i64 0}
+!139 = !{!"buffer1.w256.b0", !140, i64 0}
+!140 = !{!"buffer1.w512.b0", !141, i64 0}
+!141 = !{!"buffer1.w1024.b0", !142, i64 0}
+!142 = !{!"buffer1", !7, i64 0}
+!143 = !{!144, !144, i64 0}
+!144 = !{!"buffer2.w64.b0", !145, i64 0}
+!145 = !{!"buffer2.w128.b0", !146, i64 0}
+!146 = !{!"buffer2.w256.b0", !147, i64 0}
+!147 = !{!"buffer2.w512.b0", !148, i64 0}
+!148 = !{!"buffer2.w1024.b0", !149, i64 0}
+!149 = !{!"buffer2", !7, i64 0}
+!150 = !{!149, !149, i64 0}
+!151 = !{!142, !142, i64 0}
+!152 = !{!153, !153, i64 0}
+!153 = !{!"buffer3.w64.b0", !154, i64 0}
+!154 = !{!"buffer3.w128.b0", !155, i64 0}
+!155 = !{!"buffer3.w256.b0", !156, i64 0}
+!156 = !{!"buffer3.w512.b0", !157, i64 0}
+!157 = !{!"buffer3.w1024.b0", !158, i64 0}
+!158 = !{!"buffer3", !7, i64 0}
+!159 = !{!158, !158, i64 0}

@@ -13,7 +13,7 @@ target triple = "x86_64-conda-linux-gnu"
 @llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
-define dllexport noundef i32 @__tvm_ffi_append_key(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
+define dllexport noundef i32 @__tvm_ffi_append_row(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %new.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %new.type_index, 70
@@ -40,55 +40,55 @@ entry:
   %13 = getelementptr inbounds nuw i8, ptr %args, i64 72
   %14 = load i64, ptr %13, align 8
   %15 = getelementptr inbounds nuw i8, ptr %new.handle, i64 24
-  %append_key.new_shape = load ptr, ptr %15, align 8
-  %num_tokens = load i64, ptr %append_key.new_shape, align 8
+  %append_row.new_shape = load ptr, ptr %15, align 8
+  %num_tokens = load i64, ptr %append_row.new_shape, align 8
   %16 = getelementptr inbounds nuw i8, ptr %new.handle, i64 32
-  %append_key.new_strides = load ptr, ptr %16, align 8
-  %17 = icmp eq ptr %append_key.new_strides, null
-  %18 = getelementptr inbounds nuw i8, ptr %append_key.new_shape, i64 16
-  %19 = getelementptr inbounds nuw i8, ptr %append_key.new_strides, i64 8
+  %append_row.new_strides = load ptr, ptr %16, align 8
+  %17 = icmp eq ptr %append_row.new_strides, null
+  %18 = getelementptr inbounds nuw i8, ptr %append_row.new_shape, i64 16
+  %19 = getelementptr inbounds nuw i8, ptr %append_row.new_strides, i64 8
   %new_head.in = select i1 %17, ptr %18, ptr %19
   %new_head = load i64, ptr %new_head.in, align 8
   br i1 %17, label %if_then10, label %if_else11
 
 if_then10:                                        ; preds = %entry
-  %20 = getelementptr inbounds nuw i8, ptr %append_key.new_shape, i64 8
+  %20 = getelementptr inbounds nuw i8, ptr %append_row.new_shape, i64 8
   %21 = load i64, ptr %20, align 8
   %22 = load i64, ptr %18, align 8
   %23 = mul nsw i64 %22, %21
   br label %if_end12
 
 if_else11:                                        ; preds = %entry
-  %24 = load i64, ptr %append_key.new_strides, align 8
+  %24 = load i64, ptr %append_row.new_strides, align 8
   br label %if_end12
 
 if_end12:                                         ; preds = %if_else11, %if_then10
   %new_token = phi i64 [ %23, %if_then10 ], [ %24, %if_else11 ]
   %25 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 24
-  %append_key.cache_shape = load ptr, ptr %25, align 8
+  %append_row.cache_shape = load ptr, ptr %25, align 8
   %26 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 32
-  %append_key.cache_strides = load ptr, ptr %26, align 8
-  %27 = icmp eq ptr %append_key.cache_strides, null
-  %28 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 24
-  %29 = getelementptr inbounds nuw i8, ptr %append_key.cache_strides, i64 16
+  %append_row.cache_strides = load ptr, ptr %26, align 8
+  %27 = icmp eq ptr %append_row.cache_strides, null
+  %28 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 24
+  %29 = getelementptr inbounds nuw i8, ptr %append_row.cache_strides, i64 16
   %cache_2.in = select i1 %27, ptr %28, ptr %29
   %cache_2 = load i64, ptr %cache_2.in, align 8
   br i1 %27, label %if_then19, label %if_else20
 
 if_then19:                                        ; preds = %if_end12
-  %30 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 16
+  %30 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 16
   %31 = load i64, ptr %30, align 8
   %32 = load i64, ptr %28, align 8
   %33 = mul nsw i64 %32, %31
-  %34 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 8
+  %34 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 8
   %35 = load i64, ptr %34, align 8
   %36 = mul nsw i64 %33, %35
   br label %if_end21
 
 if_else20:                                        ; preds = %if_end12
-  %37 = getelementptr inbounds nuw i8, ptr %append_key.cache_strides, i64 8
+  %37 = getelementptr inbounds nuw i8, ptr %append_row.cache_strides, i64 8
   %38 = load i64, ptr %37, align 8
-  %39 = load i64, ptr %append_key.cache_strides, align 8
+  %39 = load i64, ptr %append_row.cache_strides, align 8
   br label %if_end21
 
 if_end21:                                         ; preds = %if_else20, %if_then19
@@ -105,13 +105,13 @@ if_end21:                                         ; preds = %if_else20, %if_then
   call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
   %40 = icmp sgt i32 %num_heads, 0
-  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_key_compute_.exit, !prof !3
+  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_row_compute_.exit, !prof !3
 
 for_begin_t.preheader.lr.ph.i:                    ; preds = %if_end21
   %41 = icmp sgt i64 %num_tokens, 0
   %sext = shl i64 %12, 32
   %42 = ashr exact i64 %sext, 32
-  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_key_compute_.exit, !prof !3
+  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_row_compute_.exit, !prof !3
 
 for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.preheader.lr.ph.i
   %wide.trip.count.i = and i64 %14, 2147483647
@@ -243,246 +243,9 @@ if_then.us.i.epil:                                ; preds = %for_body_t.us.i.epi
 for_begin_t.for_end_t_crit_edge.us.i:             ; preds = %if_then.us.i.epil, %for_body_t.us.i.epil.preheader, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond5.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
-  br i1 %exitcond5.not.i, label %append_key_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
+  br i1 %exitcond5.not.i, label %append_row_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
 
-append_key_compute_.exit:                         ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
-  ret i32 0
-}
-
-; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
-define dllexport noundef i32 @__tvm_ffi_append_value(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
-entry:
-  %new.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %new.type_index, 70
-  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
-  %2 = load ptr, ptr %1, align 8
-  %new.handle.idx = select i1 %0, i64 24, i64 0
-  %new.handle = getelementptr inbounds nuw i8, ptr %2, i64 %new.handle.idx
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %cache.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %cache.type_index, 70
-  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
-  %6 = load ptr, ptr %5, align 8
-  %cache.handle.idx = select i1 %4, i64 24, i64 0
-  %cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %cache.handle.idx
-  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %slot_mapping.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %slot_mapping.type_index, 70
-  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
-  %10 = load ptr, ptr %9, align 8
-  %slot_mapping.handle.idx = select i1 %8, i64 24, i64 0
-  %slot_mapping.handle = getelementptr inbounds nuw i8, ptr %10, i64 %slot_mapping.handle.idx
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 56
-  %12 = load i64, ptr %11, align 8
-  %13 = getelementptr inbounds nuw i8, ptr %args, i64 72
-  %14 = load i64, ptr %13, align 8
-  %15 = getelementptr inbounds nuw i8, ptr %new.handle, i64 24
-  %append_value.new_shape = load ptr, ptr %15, align 8
-  %num_tokens = load i64, ptr %append_value.new_shape, align 8
-  %16 = getelementptr inbounds nuw i8, ptr %new.handle, i64 32
-  %append_value.new_strides = load ptr, ptr %16, align 8
-  %17 = icmp eq ptr %append_value.new_strides, null
-  %18 = getelementptr inbounds nuw i8, ptr %append_value.new_shape, i64 16
-  %19 = getelementptr inbounds nuw i8, ptr %append_value.new_strides, i64 8
-  %new_head.in = select i1 %17, ptr %18, ptr %19
-  %new_head = load i64, ptr %new_head.in, align 8
-  br i1 %17, label %if_then10, label %if_else11
-
-if_then10:                                        ; preds = %entry
-  %20 = getelementptr inbounds nuw i8, ptr %append_value.new_shape, i64 8
-  %21 = load i64, ptr %20, align 8
-  %22 = load i64, ptr %18, align 8
-  %23 = mul nsw i64 %22, %21
-  br label %if_end12
-
-if_else11:                                        ; preds = %entry
-  %24 = load i64, ptr %append_value.new_strides, align 8
-  br label %if_end12
-
-if_end12:                                         ; preds = %if_else11, %if_then10
-  %new_token = phi i64 [ %23, %if_then10 ], [ %24, %if_else11 ]
-  %25 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 24
-  %append_value.cache_shape = load ptr, ptr %25, align 8
-  %26 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 32
-  %append_value.cache_strides = load ptr, ptr %26, align 8
-  %27 = icmp eq ptr %append_value.cache_strides, null
-  %28 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 24
-  %29 = getelementptr inbounds nuw i8, ptr %append_value.cache_strides, i64 16
-  %cache_2.in = select i1 %27, ptr %28, ptr %29
-  %cache_2 = load i64, ptr %cache_2.in, align 8
-  br i1 %27, label %if_then19, label %if_else20
-
-if_then19:                                        ; preds = %if_end12
-  %30 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 16
-  %31 = load i64, ptr %30, align 8
-  %32 = load i64, ptr %28, align 8
-  %33 = mul nsw i64 %32, %31
-  %34 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 8
-  %35 = load i64, ptr %34, align 8
-  %36 = mul nsw i64 %33, %35
-  br label %if_end21
-
-if_else20:                                        ; preds = %if_end12
-  %37 = getelementptr inbounds nuw i8, ptr %append_value.cache_strides, i64 8
-  %38 = load i64, ptr %37, align 8
-  %39 = load i64, ptr %append_value.cache_strides, align 8
-  br label %if_end21
-
-if_end21:                                         ; preds = %if_else20, %if_then19
-  %cache_125 = phi i64 [ %33, %if_then19 ], [ %38, %if_else20 ]
-  %cache_0 = phi i64 [ %36, %if_then19 ], [ %39, %if_else20 ]
-  %num_heads = trunc i64 %14 to i32
-  %new = load ptr, ptr %new.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %new, i64 2) ]
-  %cache = load ptr, ptr %cache.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
-  %slot_mapping = load ptr, ptr %slot_mapping.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %new, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
-  %40 = icmp sgt i32 %num_heads, 0
-  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_value_compute_.exit, !prof !3
-
-for_begin_t.preheader.lr.ph.i:                    ; preds = %if_end21
-  %41 = icmp sgt i64 %num_tokens, 0
-  %sext = shl i64 %12, 32
-  %42 = ashr exact i64 %sext, 32
-  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_value_compute_.exit, !prof !3
-
-for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.preheader.lr.ph.i
-  %wide.trip.count.i = and i64 %14, 2147483647
-  %xtraiter = and i64 %num_tokens, 1
-  %43 = icmp eq i64 %num_tokens, 1
-  %unroll_iter = and i64 %num_tokens, 9223372036854775806
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod27 = icmp ne i64 %xtraiter, 0
-  br label %for_begin_t.preheader.us.i
-
-for_begin_t.preheader.us.i:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.us.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_t.preheader.us.preheader.i ], [ %indvars.iv.next.i, %for_begin_t.for_end_t_crit_edge.us.i ]
-  %44 = add nsw i64 %indvars.iv.i, %42
-  %45 = mul nsw i64 %44, %new_head
-  %invariant.gep.us.i = getelementptr i16, ptr %new, i64 %45
-  %46 = mul nsw i64 %44, %cache_2
-  br i1 %43, label %for_body_t.us.i.epil.preheader, label %for_body_t.us.i, !prof !4
-
-for_body_t.us.i:                                  ; preds = %if_end.us.i.1, %for_begin_t.preheader.us.i
-  %t1.us.i = phi i64 [ %88, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
-  %niter = phi i64 [ %niter.next.1, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
-  %47 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i
-  %target.us.i = load i64, ptr %47, align 8, !tbaa !5
-  %48 = icmp sgt i64 %target.us.i, -1
-  br i1 %48, label %if_then.us.i, label %if_end.us.i, !prof !8
-
-if_then.us.i:                                     ; preds = %for_body_t.us.i
-  %49 = mul nsw i64 %t1.us.i, %new_token
-  %gep.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %49
-  %50 = load <32 x i16>, ptr %gep.us.i, align 2, !tbaa !5
-  %51 = and i64 %target.us.i, 127
-  %52 = mul nsw i64 %51, %cache_125
-  %53 = lshr i64 %target.us.i, 7
-  %54 = mul nsw i64 %53, %cache_0
-  %55 = getelementptr i16, ptr %cache, i64 %54
-  %56 = getelementptr i16, ptr %55, i64 %52
-  %57 = getelementptr i16, ptr %56, i64 %46
-  store <32 x i16> %50, ptr %57, align 2, !tbaa !5
-  %58 = getelementptr i8, ptr %gep.us.i, i64 64
-  %59 = load <32 x i16>, ptr %58, align 2, !tbaa !5
-  %60 = getelementptr i8, ptr %57, i64 64
-  store <32 x i16> %59, ptr %60, align 2, !tbaa !5
-  %61 = getelementptr i8, ptr %gep.us.i, i64 128
-  %62 = load <32 x i16>, ptr %61, align 2, !tbaa !5
-  %63 = getelementptr i8, ptr %57, i64 128
-  store <32 x i16> %62, ptr %63, align 2, !tbaa !5
-  %64 = getelementptr i8, ptr %gep.us.i, i64 192
-  %65 = load <32 x i16>, ptr %64, align 2, !tbaa !5
-  %66 = getelementptr i8, ptr %57, i64 192
-  store <32 x i16> %65, ptr %66, align 2, !tbaa !5
-  br label %if_end.us.i
-
-if_end.us.i:                                      ; preds = %if_then.us.i, %for_body_t.us.i
-  %67 = or disjoint i64 %t1.us.i, 1
-  %68 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %67
-  %target.us.i.1 = load i64, ptr %68, align 8, !tbaa !5
-  %69 = icmp sgt i64 %target.us.i.1, -1
-  br i1 %69, label %if_then.us.i.1, label %if_end.us.i.1, !prof !8
-
-if_then.us.i.1:                                   ; preds = %if_end.us.i
-  %70 = mul nsw i64 %67, %new_token
-  %gep.us.i.1 = getelementptr i16, ptr %invariant.gep.us.i, i64 %70
-  %71 = load <32 x i16>, ptr %gep.us.i.1, align 2, !tbaa !5
-  %72 = and i64 %target.us.i.1, 127
-  %73 = mul nsw i64 %72, %cache_125
-  %74 = lshr i64 %target.us.i.1, 7
-  %75 = mul nsw i64 %74, %cache_0
-  %76 = getelementptr i16, ptr %cache, i64 %75
-  %77 = getelementptr i16, ptr %76, i64 %73
-  %78 = getelementptr i16, ptr %77, i64 %46
-  store <32 x i16> %71, ptr %78, align 2, !tbaa !5
-  %79 = getelementptr i8, ptr %gep.us.i.1, i64 64
-  %80 = load <32 x i16>, ptr %79, align 2, !tbaa !5
-  %81 = getelementptr i8, ptr %78, i64 64
-  store <32 x i16> %80, ptr %81, align 2, !tbaa !5
-  %82 = getelementptr i8, ptr %gep.us.i.1, i64 128
-  %83 = load <32 x i16>, ptr %82, align 2, !tbaa !5
-  %84 = getelementptr i8, ptr %78, i64 128
-  store <32 x i16> %83, ptr %84, align 2, !tbaa !5
-  %85 = getelementptr i8, ptr %gep.us.i.1, i64 192
-  %86 = load <32 x i16>, ptr %85, align 2, !tbaa !5
-  %87 = getelementptr i8, ptr %78, i64 192
-  store <32 x i16> %86, ptr %87, align 2, !tbaa !5
-  br label %if_end.us.i.1
-
-if_end.us.i.1:                                    ; preds = %if_then.us.i.1, %if_end.us.i
-  %88 = add nuw nsw i64 %t1.us.i, 2
-  %niter.next.1 = add i64 %niter, 2
-  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, label %for_body_t.us.i, !prof !9, !llvm.loop !14
-
-for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa:   ; preds = %if_end.us.i.1
-  br i1 %lcmp.mod.not, label %for_begin_t.for_end_t_crit_edge.us.i, label %for_body_t.us.i.epil.preheader, !prof !12
-
-for_body_t.us.i.epil.preheader:                   ; preds = %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, %for_begin_t.preheader.us.i
-  %t1.us.i.epil.init = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %88, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod27)
-  %89 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i.epil.init
-  %target.us.i.epil = load i64, ptr %89, align 8, !tbaa !5
-  %90 = icmp sgt i64 %target.us.i.epil, -1
-  br i1 %90, label %if_then.us.i.epil, label %for_begin_t.for_end_t_crit_edge.us.i, !prof !8
-
-if_then.us.i.epil:                                ; preds = %for_body_t.us.i.epil.preheader
-  %91 = mul nsw i64 %t1.us.i.epil.init, %new_token
-  %gep.us.i.epil = getelementptr i16, ptr %invariant.gep.us.i, i64 %91
-  %92 = load <32 x i16>, ptr %gep.us.i.epil, align 2, !tbaa !5
-  %93 = and i64 %target.us.i.epil, 127
-  %94 = mul nsw i64 %93, %cache_125
-  %95 = lshr i64 %target.us.i.epil, 7
-  %96 = mul nsw i64 %95, %cache_0
-  %97 = getelementptr i16, ptr %cache, i64 %96
-  %98 = getelementptr i16, ptr %97, i64 %94
-  %99 = getelementptr i16, ptr %98, i64 %46
-  store <32 x i16> %92, ptr %99, align 2, !tbaa !5
-  %100 = getelementptr i8, ptr %gep.us.i.epil, i64 64
-  %101 = load <32 x i16>, ptr %100, align 2, !tbaa !5
-  %102 = getelementptr i8, ptr %99, i64 64
-  store <32 x i16> %101, ptr %102, align 2, !tbaa !5
-  %103 = getelementptr i8, ptr %gep.us.i.epil, i64 128
-  %104 = load <32 x i16>, ptr %103, align 2, !tbaa !5
-  %105 = getelementptr i8, ptr %99, i64 128
-  store <32 x i16> %104, ptr %105, align 2, !tbaa !5
-  %106 = getelementptr i8, ptr %gep.us.i.epil, i64 192
-  %107 = load <32 x i16>, ptr %106, align 2, !tbaa !5
-  %108 = getelementptr i8, ptr %99, i64 192
-  store <32 x i16> %107, ptr %108, align 2, !tbaa !5
-  br label %for_begin_t.for_end_t_crit_edge.us.i
-
-for_begin_t.for_end_t_crit_edge.us.i:             ; preds = %if_then.us.i.epil, %for_body_t.us.i.epil.preheader, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond5.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
-  br i1 %exitcond5.not.i, label %append_value_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
-
-append_value_compute_.exit:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
+append_row_compute_.exit:                         ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
   ret i32 0
 }
 
@@ -589,7 +352,7 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %40 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %40 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %acc.i = tail call ptr %40(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %41 = icmp eq ptr %acc.i, null
   br i1 %41, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !8
@@ -651,7 +414,7 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %80 = select <16 x i1> %79, <16 x float> zeroinitializer, <16 x float> %78
   %81 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %82 = select <16 x i1> %81, <16 x float> %80, <16 x float> zeroinitializer
-  store <16 x float> %82, ptr %alpha39.i, align 16, !tbaa !17
+  store <16 x float> %82, ptr %alpha39.i, align 16, !tbaa !16
   %arg2.i = fsub <16 x float> %51, %m.i
   %83 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
   %84 = bitcast <16 x float> %83 to <16 x i32>
@@ -677,7 +440,7 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %104 = select <16 x i1> %103, <16 x float> zeroinitializer, <16 x float> %102
   %105 = fcmp one <16 x float> %54, zeroinitializer
   %106 = select <16 x i1> %105, <16 x float> %104, <16 x float> zeroinitializer
-  store <16 x float> %106, ptr %beta38.i, align 16, !tbaa !24
+  store <16 x float> %106, ptr %beta38.i, align 16, !tbaa !23
   %107 = fmul <16 x float> %old_sum.i, %82
   %108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %54, <16 x float> %107)
   %.idx.i = shl nsw i64 %48, 13
@@ -687,13 +450,13 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv63.i = phi i64 [ %indvars.iv.next64.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %110 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv63.i
-  %111 = load float, ptr %110, align 4, !tbaa !31
+  %111 = load float, ptr %110, align 4, !tbaa !30
   %112 = insertelement <16 x float> poison, float %111, i64 0
   %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
   %114 = shl nuw nsw i64 %indvars.iv63.i, 7
   %115 = getelementptr float, ptr %109, i64 %114
   %116 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv63.i
-  %117 = load float, ptr %116, align 4, !tbaa !32
+  %117 = load float, ptr %116, align 4, !tbaa !31
   %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
   store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
   %119 = load <16 x float>, ptr %115, align 4, !tbaa !5
@@ -746,7 +509,7 @@ for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.prehe
   store <16 x float> %150, ptr %147, align 4, !tbaa !5
   %indvars.iv.next64.i = add nuw nsw i64 %indvars.iv63.i, 1
   %exitcond66.not.i = icmp eq i64 %indvars.iv.next64.i, 16
-  br i1 %exitcond66.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !33
+  br i1 %exitcond66.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !32
 
 for_end_step.i:                                   ; preds = %for_end_r.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %108, %for_end_r.i ]
@@ -754,7 +517,7 @@ for_end_step.i:                                   ; preds = %for_end_r.i, %for_b
   %151 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
   %152 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
   %153 = select <16 x i1> %152, <16 x float> zeroinitializer, <16 x float> %151
-  store <16 x float> %153, ptr %factor37.i, align 16, !tbaa !34
+  store <16 x float> %153, ptr %factor37.i, align 16, !tbaa !33
   %sext28 = shl i64 %20, 32
   %154 = ashr exact i64 %sext28, 32
   %155 = mul nsw i64 %out_batch, %154
@@ -764,13 +527,13 @@ for_end_step.i:                                   ; preds = %for_end_r.i, %for_b
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !31
+  %158 = load float, ptr %157, align 4, !tbaa !30
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %109, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !32
+  %164 = load float, ptr %163, align 4, !tbaa !31
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
@@ -830,7 +593,7 @@ for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.prehe
   store <16 x float> %213, ptr %210, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !33
+  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !32
 
 for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next68.i = add nuw nsw i64 %indvars.iv67.i, 1
@@ -840,7 +603,7 @@ for_end_r.i:                                      ; preds = %for_begin_d_0.prehe
 for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.preheader.i, %for_end_step.i
   %indvars.iv75.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next76.i, %for_begin_d_022.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor37.i, i64 %indvars.iv75.i
-  %215 = load float, ptr %214, align 4, !tbaa !41
+  %215 = load float, ptr %214, align 4, !tbaa !40
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv75.i, %out_head
@@ -887,7 +650,7 @@ for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.pre
   store <16 x float> %242, ptr %gep.7.i, align 4, !tbaa !5
   %indvars.iv.next76.i = add nuw nsw i64 %indvars.iv75.i, 1
   %exitcond78.not.i = icmp eq i64 %indvars.iv.next76.i, 16
-  br i1 %exitcond78.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !33
+  br i1 %exitcond78.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !32
 
 for_begin_r27.preheader.i:                        ; preds = %for_begin_d_022.preheader.i
   %243 = mul nsw i64 %lse_batch, %154
@@ -1115,7 +878,7 @@ if_end33.15.i:                                    ; preds = %if_else.15.i, %if_e
   %322 = phi float [ %321, %if_else.15.i ], [ 0xFFF0000000000000, %if_end33.14.i ]
   %323 = getelementptr i8, ptr %244, i64 60
   store float %322, ptr %323, align 4, !tbaa !5
-  %324 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %324 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %325 = tail call i32 %324(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp ne i32 %325, 0
   %..i = sext i1 %.not.i to i32
@@ -1332,7 +1095,7 @@ for_body_s.i:                                     ; preds = %for_end_r22.i, %for
   %101 = select <16 x i1> %100, <16 x float> zeroinitializer, <16 x float> %99
   %102 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %103 = select <16 x i1> %102, <16 x float> %101, <16 x float> zeroinitializer
-  store <16 x float> %103, ptr %alpha31.i, align 16, !tbaa !42
+  store <16 x float> %103, ptr %alpha31.i, align 16, !tbaa !41
   %arg2.i = fsub <16 x float> %72, %m.i
   %104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000000000000))
   %105 = bitcast <16 x float> %104 to <16 x i32>
@@ -1358,7 +1121,7 @@ for_body_s.i:                                     ; preds = %for_end_r22.i, %for
   %125 = select <16 x i1> %124, <16 x float> zeroinitializer, <16 x float> %123
   %126 = fcmp one <16 x float> %75, zeroinitializer
   %127 = select <16 x i1> %126, <16 x float> %125, <16 x float> zeroinitializer
-  store <16 x float> %127, ptr %beta30.i, align 16, !tbaa !49
+  store <16 x float> %127, ptr %beta30.i, align 16, !tbaa !48
   %128 = fmul <16 x float> %old_sum.i, %103
   %129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %127, <16 x float> %75, <16 x float> %128)
   store <16 x float> %m.i, ptr %67, align 64, !tbaa !5
@@ -1370,13 +1133,13 @@ for_body_s.i:                                     ; preds = %for_end_r22.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_s.i
   %indvars.iv48.i = phi i64 [ %indvars.iv.next49.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_s.i ]
   %132 = getelementptr inbounds nuw float, ptr %beta30.i, i64 %indvars.iv48.i
-  %133 = load float, ptr %132, align 4, !tbaa !56
+  %133 = load float, ptr %132, align 4, !tbaa !55
   %134 = insertelement <16 x float> poison, float %133, i64 0
   %135 = shufflevector <16 x float> %134, <16 x float> poison, <16 x i32> zeroinitializer
   %136 = shl nuw nsw i64 %indvars.iv48.i, 7
   %137 = add nuw nsw i64 %136, %131
   %138 = getelementptr inbounds nuw float, ptr %alpha31.i, i64 %indvars.iv48.i
-  %139 = load float, ptr %138, align 4, !tbaa !57
+  %139 = load float, ptr %138, align 4, !tbaa !56
   %140 = getelementptr inbounds nuw float, ptr %acc, i64 %137
   store <16 x float> zeroinitializer, ptr %140, align 64, !tbaa !5
   %141 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %137
@@ -1437,18 +1200,18 @@ for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.prehe
   store <16 x float> %180, ptr %177, align 64, !tbaa !5
   %indvars.iv.next49.i = add nuw nsw i64 %indvars.iv48.i, 1
   %exitcond51.not.i = icmp eq i64 %indvars.iv.next49.i, 16
-  br i1 %exitcond51.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !33
+  br i1 %exitcond51.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !32
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_s.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_s.i ]
   %181 = getelementptr inbounds nuw float, ptr %beta30.i, i64 %indvars.iv.i
-  %182 = load float, ptr %181, align 4, !tbaa !56
+  %182 = load float, ptr %181, align 4, !tbaa !55
   %183 = insertelement <16 x float> poison, float %182, i64 0
   %184 = shufflevector <16 x float> %183, <16 x float> poison, <16 x i32> zeroinitializer
   %185 = shl nuw nsw i64 %indvars.iv.i, 7
   %186 = add nuw nsw i64 %185, %131
   %187 = getelementptr inbounds nuw float, ptr %alpha31.i, i64 %indvars.iv.i
-  %188 = load float, ptr %187, align 4, !tbaa !57
+  %188 = load float, ptr %187, align 4, !tbaa !56
   %189 = insertelement <16 x float> poison, float %188, i64 0
   %190 = shufflevector <16 x float> %189, <16 x float> poison, <16 x i32> zeroinitializer
   %191 = getelementptr inbounds nuw float, ptr %tile_acc, i64 %186
@@ -1516,7 +1279,7 @@ for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.prehe
   store <16 x float> %245, ptr %242, align 64, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !33
+  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !32
 
 for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   br i1 %50, label %iter.check, label %for_end_r22.i, !prof !3
@@ -1525,11 +1288,11 @@ iter.check:                                       ; preds = %for_end_r.i
   %246 = add nsw i64 %indvars.iv68.i, %52
   %247 = shl nsw i64 %246, 4
   %248 = add nsw i64 %247, %51
-  %brmerge = select i1 %min.iters.check, i1 true, i1 %conflict.rdx58, !prof !58
-  br i1 %brmerge, label %for_body_r16.i.preheader, label %vector.main.loop.iter.check, !prof !59
+  %brmerge = select i1 %min.iters.check, i1 true, i1 %conflict.rdx58, !prof !57
+  br i1 %brmerge, label %for_body_r16.i.preheader, label %vector.main.loop.iter.check, !prof !58
 
 vector.main.loop.iter.check:                      ; preds = %iter.check
-  br i1 %min.iters.check59, label %vec.epilog.ph, label %vector.body, !prof !58
+  br i1 %min.iters.check59, label %vec.epilog.ph, label %vector.body, !prof !57
 
 vector.body:                                      ; preds = %vector.body, %vector.main.loop.iter.check
   %index = phi i64 [ %index.next, %vector.body ], [ 0, %vector.main.loop.iter.check ]
@@ -1553,13 +1316,13 @@ vector.body:                                      ; preds = %vector.body, %vecto
   store <8 x float> %wide.load62, ptr %258, align 4, !tbaa !5
   %index.next = add nuw i64 %index, 16
   %259 = icmp eq i64 %index.next, %n.vec
-  br i1 %259, label %middle.block, label %vector.body, !prof !60, !llvm.loop !61
+  br i1 %259, label %middle.block, label %vector.body, !prof !59, !llvm.loop !60
 
 middle.block:                                     ; preds = %vector.body
-  br i1 %cmp.n, label %for_begin_d_025.preheader.lr.ph.i, label %vec.epilog.iter.check, !prof !65
+  br i1 %cmp.n, label %for_begin_d_025.preheader.lr.ph.i, label %vec.epilog.iter.check, !prof !64
 
 vec.epilog.iter.check:                            ; preds = %middle.block
-  br i1 %min.epilog.iters.check, label %for_body_r16.i.preheader, label %vec.epilog.ph, !prof !66
+  br i1 %min.epilog.iters.check, label %for_body_r16.i.preheader, label %vec.epilog.ph, !prof !65
 
 vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
   %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
@@ -1579,10 +1342,10 @@ vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.b
   store <4 x float> %wide.load67, ptr %265, align 4, !tbaa !5
   %index.next68 = add nuw i64 %index65, 4
   %266 = icmp eq i64 %index.next68, %n.vec64
-  br i1 %266, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !prof !67, !llvm.loop !68
+  br i1 %266, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !prof !66, !llvm.loop !67
 
 vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
-  br i1 %cmp.n69, label %for_begin_d_025.preheader.lr.ph.i, label %for_body_r16.i.preheader, !prof !70
+  br i1 %cmp.n69, label %for_begin_d_025.preheader.lr.ph.i, label %for_body_r16.i.preheader, !prof !69
 
 for_body_r16.i.preheader:                         ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
   %indvars.iv52.i.ph = phi i64 [ 0, %iter.check ], [ %n.vec64, %vec.epilog.middle.block ], [ %n.vec, %vec.epilog.iter.check ]
@@ -1605,12 +1368,12 @@ for_body_r16.i.prol:                              ; preds = %for_body_r16.i.prol
   %indvars.iv.next53.i.prol = add nuw nsw i64 %indvars.iv52.i.prol, 1
   %prol.iter.next = add i64 %prol.iter, 1
   %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter
-  br i1 %prol.iter.cmp.not, label %for_body_r16.i.prol.loopexit, label %for_body_r16.i.prol, !prof !71, !llvm.loop !72
+  br i1 %prol.iter.cmp.not, label %for_body_r16.i.prol.loopexit, label %for_body_r16.i.prol, !prof !70, !llvm.loop !71
 
 for_body_r16.i.prol.loopexit:                     ; preds = %for_body_r16.i.prol, %for_body_r16.i.preheader
   %indvars.iv52.i.unr = phi i64 [ %indvars.iv52.i.ph, %for_body_r16.i.preheader ], [ %indvars.iv.next53.i.prol, %for_body_r16.i.prol ]
   %276 = icmp ult i64 %267, 3
-  br i1 %276, label %for_begin_d_025.preheader.lr.ph.i, label %for_body_r16.i, !prof !58
+  br i1 %276, label %for_begin_d_025.preheader.lr.ph.i, label %for_body_r16.i, !prof !57
 
 for_begin_d_025.preheader.lr.ph.i:                ; preds = %for_body_r16.i, %for_body_r16.i.prol.loopexit, %vec.epilog.middle.block, %middle.block
   %.idx34.i = shl nsw i64 %246, 13
@@ -1664,7 +1427,7 @@ for_body_r16.i:                                   ; preds = %for_body_r16.i, %fo
   store float %307, ptr %308, align 4, !tbaa !5
   %indvars.iv.next53.i.3 = add nuw nsw i64 %indvars.iv52.i, 4
   %exitcond55.not.i.3 = icmp eq i64 %indvars.iv.next53.i.3, %wide.trip.count.i
-  br i1 %exitcond55.not.i.3, label %for_begin_d_025.preheader.lr.ph.i, label %for_body_r16.i, !prof !74, !llvm.loop !75
+  br i1 %exitcond55.not.i.3, label %for_begin_d_025.preheader.lr.ph.i, label %for_body_r16.i, !prof !73, !llvm.loop !74
 
 for_begin_d_025.preheader.i:                      ; preds = %for_begin_d_025.preheader.i, %for_begin_d_025.preheader.lr.ph.i
   %indvars.iv63.i = phi i64 [ %indvars.iv.next64.i.1, %for_begin_d_025.preheader.i ], [ 0, %for_begin_d_025.preheader.lr.ph.i ]
@@ -1747,7 +1510,7 @@ for_begin_d_025.preheader.i:                      ; preds = %for_begin_d_025.pre
   %indvars.iv.next64.i.1 = add nuw nsw i64 %indvars.iv63.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_end_r22.i.loopexit.unr-lcssa, label %for_begin_d_025.preheader.i, !prof !9, !llvm.loop !76
+  br i1 %niter.ncmp.1, label %for_end_r22.i.loopexit.unr-lcssa, label %for_begin_d_025.preheader.i, !prof !9, !llvm.loop !75
 
 for_end_r22.i.loopexit.unr-lcssa:                 ; preds = %for_begin_d_025.preheader.i
   br i1 %lcmp.mod72.not, label %for_end_r22.i, label %for_begin_d_025.preheader.i.epil.preheader, !prof !12
@@ -1904,7 +1667,7 @@ for_begin_s.i:                                    ; preds = %if_end12.i
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
   %indvars.iv333.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next334.i, %for_begin_s.i ]
-  %41 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %41 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %value_offsets.i = tail call ptr %41(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %42 = icmp eq ptr %value_offsets.i, null
   br i1 %42, label %pv_matmul_compute_.exit, label %if_end.i, !prof !8
@@ -1919,7 +1682,7 @@ if_end.i:                                         ; preds = %for_body_s.i
   %49 = add nuw nsw i32 %48, 15
   %50 = and i32 %49, 496
   %.not277.i = icmp eq i32 %50, 0
-  br i1 %.not277.i, label %for_end_t.i, label %for_body_t.lr.ph.i, !prof !58
+  br i1 %.not277.i, label %for_end_t.i, label %for_body_t.lr.ph.i, !prof !57
 
 for_body_t.lr.ph.i:                               ; preds = %if_end.i
   %51 = add i32 %38, %48
@@ -1961,10 +1724,10 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %73, ptr %74, align 8, !tbaa !5
   %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
   %exitcond.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, %wide.trip.count.i
-  br i1 %exitcond.not.i.1, label %for_end_t.i, label %for_body_t.i, !prof !13, !llvm.loop !77
+  br i1 %exitcond.not.i.1, label %for_end_t.i, label %for_body_t.i, !prof !13, !llvm.loop !76
 
 for_end_t.i:                                      ; preds = %for_body_t.i, %if_end.i
-  %75 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %75 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %full_acc.i = tail call ptr %75(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %76 = icmp eq ptr %full_acc.i, null
   br i1 %76, label %pv_matmul_compute_.exit, label %for_begin_r_0.preheader.i, !prof !8
@@ -1973,7 +1736,7 @@ for_begin_r_0.preheader.i:                        ; preds = %for_end_t.i
   %77 = lshr i32 %48, 4
   %.not278.i = icmp eq i32 %77, 0
   %78 = shl nsw i64 %indvars.iv333.i, 11
-  br i1 %.not278.i, label %for_begin_d_0.preheader.preheader.i, label %for_begin_d_0.preheader.us.preheader.i, !prof !58
+  br i1 %.not278.i, label %for_begin_d_0.preheader.preheader.i, label %for_begin_d_0.preheader.us.preheader.i, !prof !57
 
 for_begin_d_0.preheader.us.preheader.i:           ; preds = %for_begin_r_0.preheader.i
   %79 = zext nneg i32 %77 to i64
@@ -2666,12 +2429,12 @@ for_begin_to.for_end_to_crit_edge.us.us.i:        ; preds = %for_end_ax1.us.us.i
   store <16 x float> %684, ptr %691, align 4, !tbaa !5
   %indvars.iv.next297.i = add nuw nsw i64 %indvars.iv296.i, 1
   %exitcond299.not.i = icmp eq i64 %indvars.iv.next297.i, 4
-  br i1 %exitcond299.not.i, label %for_end_d_0.split.us.us.i, label %for_body_d_0.us.us.i, !prof !33
+  br i1 %exitcond299.not.i, label %for_end_d_0.split.us.us.i, label %for_body_d_0.us.us.i, !prof !32
 
 for_end_d_0.split.us.us.i:                        ; preds = %for_begin_to.for_end_to_crit_edge.us.us.i
   %indvars.iv.next301.i = add nuw nsw i64 %indvars.iv300.i, 1
   %exitcond303.not.i = icmp eq i64 %indvars.iv.next301.i, 4
-  br i1 %exitcond303.not.i, label %for_begin_r_init.preheader.i, label %for_begin_d_0.preheader.us.i, !prof !33
+  br i1 %exitcond303.not.i, label %for_begin_r_init.preheader.i, label %for_begin_d_0.preheader.us.i, !prof !32
 
 for_begin_r_init.preheader.i:                     ; preds = %for_end_d_0.split.us.us.i, %for_begin_d_0.preheader.preheader.i
   %692 = and i64 %78, 4294965248
@@ -2749,12 +2512,12 @@ for_begin_d_0_init.preheader.i:                   ; preds = %for_begin_d_0_init.
   store <16 x float> %739, ptr %740, align 64, !tbaa !5
   %indvars.iv.next317.i.1 = add nuw nsw i64 %indvars.iv316.i, 2
   %exitcond319.not.i.1 = icmp eq i64 %indvars.iv.next317.i.1, 16
-  br i1 %exitcond319.not.i.1, label %for_end_r_init.i, label %for_begin_d_0_init.preheader.i, !prof !33, !llvm.loop !79
+  br i1 %exitcond319.not.i.1, label %for_end_r_init.i, label %for_begin_d_0_init.preheader.i, !prof !32, !llvm.loop !78
 
 for_end_r_init.i:                                 ; preds = %for_begin_d_0_init.preheader.i
   %741 = and i32 %48, 15
   %.not279.i = icmp eq i32 %741, 0
-  br i1 %.not279.i, label %for_end_ti.i, label %for_begin_r.preheader.lr.ph.i, !prof !58
+  br i1 %.not279.i, label %for_end_ti.i, label %for_begin_r.preheader.lr.ph.i, !prof !57
 
 for_begin_r.preheader.lr.ph.i:                    ; preds = %for_end_r_init.i
   %742 = and i32 %48, 240
@@ -2770,10 +2533,10 @@ for_begin_r.preheader.i:                          ; preds = %for_end_r.i, %for_b
   br label %for_begin_d_06.preheader.i
 
 for_end_ti.i:                                     ; preds = %for_end_r.i, %for_end_r_init.i
-  %747 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %747 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %748 = tail call i32 %747(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
   %.not.i = icmp eq i32 %748, 0
-  br i1 %.not.i, label %if_end12.i, label %pv_matmul_compute_.exit, !prof !81
+  br i1 %.not.i, label %if_end12.i, label %pv_matmul_compute_.exit, !prof !80
 
 for_begin_d_06.preheader.i:                       ; preds = %for_begin_d_06.preheader.i, %for_begin_r.preheader.i
   %indvars.iv324.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next325.i, %for_begin_d_06.preheader.i ]
@@ -2900,7 +2663,7 @@ for_begin_d_06.preheader.i:                       ; preds = %for_begin_d_06.preh
   store <16 x float> %860, ptr %858, align 64, !tbaa !5
   %indvars.iv.next325.i = add nuw nsw i64 %indvars.iv324.i, 1
   %exitcond327.not.i = icmp eq i64 %indvars.iv.next325.i, 16
-  br i1 %exitcond327.not.i, label %for_end_r.i, label %for_begin_d_06.preheader.i, !prof !33
+  br i1 %exitcond327.not.i, label %for_end_r.i, label %for_begin_d_06.preheader.i, !prof !32
 
 for_end_r.i:                                      ; preds = %for_begin_d_06.preheader.i
   %indvars.iv.next329.i = add nuw nsw i64 %indvars.iv328.i, 1
@@ -2908,10 +2671,10 @@ for_end_r.i:                                      ; preds = %for_begin_d_06.preh
   br i1 %exitcond332.not.i, label %for_end_ti.i, label %for_begin_r.preheader.i, !prof !13
 
 if_end12.i:                                       ; preds = %for_end_ti.i
-  %861 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %861 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %862 = tail call i32 %861(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
   %.not18.i = icmp eq i32 %862, 0
-  br i1 %.not18.i, label %for_begin_s.i, label %pv_matmul_compute_.exit, !prof !81
+  br i1 %.not18.i, label %for_begin_s.i, label %pv_matmul_compute_.exit, !prof !80
 
 pv_matmul_compute_.exit:                          ; preds = %if_end12.i, %for_end_ti.i, %for_end_t.i, %for_body_s.i, %for_begin_s.i, %entry
   %common.ret.op.i = phi i32 [ 0, %entry ], [ 0, %for_begin_s.i ], [ -1, %for_end_ti.i ], [ -1, %for_end_t.i ], [ -1, %for_body_s.i ], [ -1, %if_end12.i ]
@@ -3055,13 +2818,13 @@ for_begin_s.i:                                    ; preds = %if_end66.i
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
   %indvars.iv260.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next261.i, %for_begin_s.i ]
-  %57 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %57 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %q_tile.i = tail call ptr %57(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %58 = icmp eq ptr %q_tile.i, null
   br i1 %58, label %qk_matmul_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %59 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %59 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %key_offsets.i = tail call ptr %59(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
   %60 = icmp eq ptr %key_offsets.i, null
   br i1 %60, label %qk_matmul_compute_.exit, label %if_end2.i, !prof !8
@@ -3147,7 +2910,7 @@ for_end_r.i:                                      ; preds = %for_end_d_0.i
   %106 = lshr i32 %105, 4
   %107 = and i32 %105, 496
   %.not211.i = icmp eq i32 %107, 0
-  br i1 %.not211.i, label %for_begin_to_m.preheader.i, label %for_body_t.lr.ph.i, !prof !58
+  br i1 %.not211.i, label %for_begin_to_m.preheader.i, label %for_body_t.lr.ph.i, !prof !57
 
 for_body_t.lr.ph.i:                               ; preds = %for_end_r.i
   %108 = add i32 %54, %104
@@ -3159,11 +2922,11 @@ for_body_t.lr.ph.i:                               ; preds = %for_end_r.i
 for_end_d_0.i:                                    ; preds = %for_body_d_0.us.preheader.i, %for_body_d_0.preheader.i
   %indvar.next.i = add nuw nsw i64 %indvar.i, 1
   %exitcond.not.i = icmp eq i64 %indvar.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !33
+  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !32
 
 for_begin_to_m.preheader.i:                       ; preds = %for_body_t.i, %for_end_r.i
   %.not212.i = icmp eq i32 %106, 0
-  br i1 %.not212.i, label %for_end_to_m.i, label %for_body_to_m.lr.ph.i, !prof !58
+  br i1 %.not212.i, label %for_end_to_m.i, label %for_body_to_m.lr.ph.i, !prof !57
 
 for_body_to_m.lr.ph.i:                            ; preds = %for_begin_to_m.preheader.i
   %110 = icmp samesign ult i64 %indvars.iv260.i, 16
@@ -3204,7 +2967,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %132, ptr %133, align 8, !tbaa !5
   %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
   %exitcond228.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, %wide.trip.count.i
-  br i1 %exitcond228.not.i.1, label %for_begin_to_m.preheader.i, label %for_body_t.i, !prof !13, !llvm.loop !82
+  br i1 %exitcond228.not.i.1, label %for_begin_to_m.preheader.i, label %for_body_t.i, !prof !13, !llvm.loop !81
 
 for_begin_to_m.i:                                 ; preds = %for_end_r59.i
   %indvars.iv.next256.i = add nuw nsw i64 %indvars.iv255.i, 1
@@ -3213,7 +2976,7 @@ for_begin_to_m.i:                                 ; preds = %for_end_r59.i
 
 for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
   %indvars.iv255.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next256.i, %for_begin_to_m.i ]
-  %134 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %134 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scores.rf.i = tail call ptr %134(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %135 = icmp eq ptr %scores.rf.i, null
   br i1 %135, label %qk_matmul_compute_.exit, label %for_begin_n_1.preheader.us.preheader.i, !prof !8
@@ -3716,18 +3479,18 @@ for_body_ax3_0.us.us.i.us.us:                     ; preds = %for_body_ax3_0.us.u
   store <16 x float> %365, ptr %508, align 4, !tbaa !5
   %indvars.iv.next244.i.us.us = add nuw nsw i64 %indvars.iv243.i.us.us, 1
   %exitcond246.not.i.us.us = icmp eq i64 %indvars.iv.next244.i.us.us, 4
-  br i1 %exitcond246.not.i.us.us, label %for_end_ax3_0.split.us.us.i.split.us.us, label %for_body_ax3_0.us.us.i.us.us, !prof !33
+  br i1 %exitcond246.not.i.us.us, label %for_end_ax3_0.split.us.us.i.split.us.us, label %for_body_ax3_0.us.us.i.us.us, !prof !32
 
 for_end_ax3_0.split.us.us.i.split.us.us:          ; preds = %for_body_ax3_0.us.us.i.us.us
   %indvars.iv.next248.i.us = add nuw nsw i64 %indvars.iv247.i.us, 1
   %exitcond250.not.i.us = icmp eq i64 %indvars.iv.next248.i.us, 8
-  br i1 %exitcond250.not.i.us, label %for_begin_r57.preheader.i, label %for_begin_n_1.preheader.us.i.us, !prof !33
+  br i1 %exitcond250.not.i.us, label %for_begin_r57.preheader.i, label %for_begin_n_1.preheader.us.i.us, !prof !32
 
 for_end_to_m.i:                                   ; preds = %for_begin_to_m.i, %for_begin_to_m.preheader.i
-  %509 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %509 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %510 = tail call i32 %509(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not.i = icmp eq i32 %510, 0
-  br i1 %.not.i, label %if_end66.i, label %qk_matmul_compute_.exit, !prof !81
+  br i1 %.not.i, label %if_end66.i, label %qk_matmul_compute_.exit, !prof !80
 
 for_begin_r57.preheader.i:                        ; preds = %for_end_ax3_0.split.us.us.i.split.us.us, %for_begin_n_1.preheader.us.i.preheader
   %511 = add nuw nsw i64 %136, %111
@@ -3822,19 +3585,19 @@ for_body_r58.i:                                   ; preds = %for_body_r58.i, %fo
   store <16 x float> %562, ptr %514, align 64, !tbaa !5
   %indvars.iv.next252.i = add nuw nsw i64 %indvars.iv251.i, 1
   %exitcond254.not.i = icmp eq i64 %indvars.iv.next252.i, 16
-  br i1 %exitcond254.not.i, label %for_end_r59.i, label %for_body_r58.i, !prof !33
+  br i1 %exitcond254.not.i, label %for_end_r59.i, label %for_body_r58.i, !prof !32
 
 for_end_r59.i:                                    ; preds = %for_body_r58.i
-  %563 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %563 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %564 = tail call i32 %563(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
   %.not73.i = icmp eq i32 %564, 0
-  br i1 %.not73.i, label %for_begin_to_m.i, label %qk_matmul_compute_.exit, !prof !81
+  br i1 %.not73.i, label %for_begin_to_m.i, label %qk_matmul_compute_.exit, !prof !80
 
 if_end66.i:                                       ; preds = %for_end_to_m.i
-  %565 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %565 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %566 = tail call i32 %565(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not72.i = icmp eq i32 %566, 0
-  br i1 %.not72.i, label %for_begin_s.i, label %qk_matmul_compute_.exit, !prof !81
+  br i1 %.not72.i, label %for_begin_s.i, label %qk_matmul_compute_.exit, !prof !80
 
 qk_matmul_compute_.exit:                          ; preds = %if_end66.i, %for_end_r59.i, %for_end_to_m.i, %for_body_to_m.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %for_body_to_m.i ], [ 0, %if_end21 ], [ -1, %for_end_r59.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end66.i ], [ -1, %if_end.i ]
@@ -3940,7 +3703,7 @@ for_body_s.i:                                     ; preds = %for_begin_s.i, %for
   %41 = load i32, ptr %40, align 4, !tbaa !5
   %42 = sub nsw i32 %41, %29
   %43 = icmp sgt i32 %42, 0
-  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scaled.i = tail call ptr %44(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %45 = icmp eq ptr %scaled.i, null
   br i1 %45, label %softmax_prepare_compute_.exit, label %for_begin_r.preheader.i, !prof !8
@@ -4037,7 +3800,7 @@ for_begin_to.preheader.i:                         ; preds = %for_begin_to.prehea
   store <16 x float> %119, ptr %120, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_begin_ax1.preheader.i, label %for_begin_to.preheader.i, !prof !33
+  br i1 %exitcond.not.i, label %for_begin_ax1.preheader.i, label %for_begin_to.preheader.i, !prof !32
 
 for_begin_r6.preheader.i:                         ; preds = %for_begin_ax1.preheader.i
   %121 = shl nsw i64 %indvars.iv92.i, 4
@@ -4140,10 +3903,10 @@ for_begin_ax1.preheader.i:                        ; preds = %for_begin_ax1.prehe
   %peak.rf39.sroa.0.60.vec.extract.i = extractelement <16 x float> %156, i64 15
   %188 = fcmp ogt float %187, %peak.rf39.sroa.0.60.vec.extract.i
   %189 = select i1 %188, float %187, float %peak.rf39.sroa.0.60.vec.extract.i
-  store float %189, ptr %157, align 4, !tbaa !83
+  store float %189, ptr %157, align 4, !tbaa !82
   %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
   %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 16
-  br i1 %exitcond68.not.i, label %for_begin_r6.preheader.i, label %for_begin_ax1.preheader.i, !prof !33
+  br i1 %exitcond68.not.i, label %for_begin_r6.preheader.i, label %for_begin_ax1.preheader.i, !prof !32
 
 for_begin_r13.preheader.i:                        ; preds = %for_body_r7.us.preheader.i, %for_body_r7.preheader.i
   %.pre-phi97.i = phi i64 [ %122, %for_body_r7.preheader.i ], [ %.pre96.i, %for_body_r7.us.preheader.i ]
@@ -4401,7 +4164,7 @@ for_begin_to18.preheader.i:                       ; preds = %for_begin_to18.preh
   store <16 x float> %412, ptr %413, align 64, !tbaa !5
   %indvars.iv.next81.i = add nuw nsw i64 %indvars.iv80.i, 1
   %exitcond83.not.i = icmp eq i64 %indvars.iv.next81.i, 16
-  br i1 %exitcond83.not.i, label %for_begin_r23.preheader.i, label %for_begin_to18.preheader.i, !prof !33
+  br i1 %exitcond83.not.i, label %for_begin_r23.preheader.i, label %for_begin_to18.preheader.i, !prof !32
 
 for_begin_ax128.preheader.i:                      ; preds = %for_begin_ax128.preheader.i, %for_begin_r23.preheader.i
   %indvars.iv88.i = phi i64 [ 0, %for_begin_r23.preheader.i ], [ %indvars.iv.next89.i, %for_begin_ax128.preheader.i ]
@@ -4466,13 +4229,13 @@ for_begin_ax128.preheader.i:                      ; preds = %for_begin_ax128.pre
   store float %452, ptr %gep99.i, align 4, !tbaa !5
   %indvars.iv.next89.i = add nuw nsw i64 %indvars.iv88.i, 1
   %exitcond91.not.i = icmp eq i64 %indvars.iv.next89.i, 16
-  br i1 %exitcond91.not.i, label %for_end_r25.i, label %for_begin_ax128.preheader.i, !prof !33
+  br i1 %exitcond91.not.i, label %for_end_r25.i, label %for_begin_ax128.preheader.i, !prof !32
 
 for_end_r25.i:                                    ; preds = %for_begin_ax128.preheader.i
-  %453 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %453 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %454 = tail call i32 %453(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
   %.not.i = icmp eq i32 %454, 0
-  br i1 %.not.i, label %for_begin_s.i, label %softmax_prepare_compute_.exit, !prof !81
+  br i1 %.not.i, label %for_begin_s.i, label %softmax_prepare_compute_.exit, !prof !80
 
 softmax_prepare_compute_.exit:                    ; preds = %for_end_r25.i, %for_body_s.i, %for_begin_s.i, %entry
   %common.ret.op.i = phi i32 [ 0, %entry ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_r25.i ]
@@ -4703,74 +4466,73 @@ attributes #9 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !11 = !{!"llvm.loop.estimated_trip_count", i32 528416}
 !12 = !{!"branch_weights", i32 1073741824, i32 1073741824}
 !13 = !{!"branch_weights", i32 127, i32 134217601}
-!14 = distinct !{!14, !11}
-!15 = !{!16, !16, i64 0}
-!16 = !{!"ctx_ptr", !7, i64 0}
-!17 = !{!18, !18, i64 0}
-!18 = !{!"buffer0.w64.b0", !19, i64 0}
-!19 = !{!"buffer0.w128.b0", !20, i64 0}
-!20 = !{!"buffer0.w256.b0", !21, i64 0}
-!21 = !{!"buffer0.w512.b0", !22, i64 0}
-!22 = !{!"buffer0.w1024.b0", !23, i64 0}
-!23 = !{!"buffer0", !7, i64 0}
-!24 = !{!25, !25, i64 0}
-!25 = !{!"buffer1.w64.b0", !26, i64 0}
-!26 = !{!"buffer1.w128.b0", !27, i64 0}
-!27 = !{!"buffer1.w256.b0", !28, i64 0}
-!28 = !{!"buffer1.w512.b0", !29, i64 0}
-!29 = !{!"buffer1.w1024.b0", !30, i64 0}
-!30 = !{!"buffer1", !7, i64 0}
-!31 = !{!30, !30, i64 0}
-!32 = !{!23, !23, i64 0}
-!33 = !{!"branch_weights", i32 1, i32 1048575}
-!34 = !{!35, !35, i64 0}
-!35 = !{!"buffer2.w64.b0", !36, i64 0}
-!36 = !{!"buffer2.w128.b0", !37, i64 0}
-!37 = !{!"buffer2.w256.b0", !38, i64 0}
-!38 = !{!"buffer2.w512.b0", !39, i64 0}
-!39 = !{!"buffer2.w1024.b0", !40, i64 0}
-!40 = !{!"buffer2", !7, i64 0}
-!41 = !{!40, !40, i64 0}
-!42 = !{!43, !43, i64 0}
-!43 = !{!"buffer3.w64.b0", !44, i64 0}
-!44 = !{!"buffer3.w128.b0", !45, i64 0}
-!45 = !{!"buffer3.w256.b0", !46, i64 0}
-!46 = !{!"buffer3.w512.b0", !47, i64 0}
-!47 = !{!"buffer3.w1024.b0", !48, i64 0}
-!48 = !{!"buffer3", !7, i64 0}
-!49 = !{!50, !50, i64 0}
-!50 = !{!"buffer4.w64.b0", !51, i64 0}
-!51 = !{!"buffer4.w128.b0", !52, i64 0}
-!52 = !{!"buffer4.w256.b0", !53, i64 0}
-!53 = !{!"buffer4.w512.b0", !54, i64 0}
-!54 = !{!"buffer4.w1024.b0", !55, i64 0}
-!55 = !{!"buffer4", !7, i64 0}
-!56 = !{!55, !55, i64 0}
-!57 = !{!48, !48, i64 0}
-!58 = !{!"branch_weights", i32 1, i32 127}
-!59 = !{!"branch_weights", i32 255, i32 16129}
-!60 = !{!"branch_weights", i32 127, i32 8388477}
-!61 = distinct !{!61, !62, !63, !64}
-!62 = !{!"llvm.loop.isvectorized", i32 1}
-!63 = !{!"llvm.loop.unroll.runtime.disable"}
-!64 = !{!"llvm.loop.estimated_trip_count", i32 66052}
-!65 = !{!"branch_weights", i32 1, i32 15}
-!66 = !{!"branch_weights", i32 4, i32 12}
-!67 = !{!"branch_weights", i32 1, i32 0}
-!68 = distinct !{!68, !62, !63, !69}
-!69 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!70 = !{!"branch_weights", i32 1, i32 3}
-!71 = !{!"branch_weights", i32 1, i32 1}
-!72 = distinct !{!72, !73}
-!73 = !{!"llvm.loop.unroll.disable"}
-!74 = !{!"branch_weights", i32 127, i32 0}
-!75 = distinct !{!75, !62, !69}
-!76 = distinct !{!76, !11}
-!77 = distinct !{!77, !78}
-!78 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!79 = distinct !{!79, !80}
-!80 = !{!"llvm.loop.estimated_trip_count", i32 524288}
-!81 = !{!"branch_weights", i32 1, i32 1048576}
-!82 = distinct !{!82, !78}
-!83 = !{!84, !84, i64 0}
-!84 = !{!"buffer5", !7, i64 0}
+!14 = !{!15, !15, i64 0}
+!15 = !{!"ctx_ptr", !7, i64 0}
+!16 = !{!17, !17, i64 0}
+!17 = !{!"buffer0.w64.b0", !18, i64 0}
+!18 = !{!"buffer0.w128.b0", !19, i64 0}
+!19 = !{!"buffer0.w256.b0", !20, i64 0}
+!20 = !{!"buffer0.w512.b0", !21, i64 0}
+!21 = !{!"buffer0.w1024.b0", !22, i64 0}
+!22 = !{!"buffer0", !7, i64 0}
+!23 = !{!24, !24, i64 0}
+!24 = !{!"buffer1.w64.b0", !25, i64 0}
+!25 = !{!"buffer1.w128.b0", !26, i64 0}
+!26 = !{!"buffer1.w256.b0", !27, i64 0}
+!27 = !{!"buffer1.w512.b0", !28, i64 0}
+!28 = !{!"buffer1.w1024.b0", !29, i64 0}
+!29 = !{!"buffer1", !7, i64 0}
+!30 = !{!29, !29, i64 0}
+!31 = !{!22, !22, i64 0}
+!32 = !{!"branch_weights", i32 1, i32 1048575}
+!33 = !{!34, !34, i64 0}
+!34 = !{!"buffer2.w64.b0", !35, i64 0}
+!35 = !{!"buffer2.w128.b0", !36, i64 0}
+!36 = !{!"buffer2.w256.b0", !37, i64 0}
+!37 = !{!"buffer2.w512.b0", !38, i64 0}
+!38 = !{!"buffer2.w1024.b0", !39, i64 0}
+!39 = !{!"buffer2", !7, i64 0}
+!40 = !{!39, !39, i64 0}
+!41 = !{!42, !42, i64 0}
+!42 = !{!"buffer3.w64.b0", !43, i64 0}
+!43 = !{!"buffer3.w128.b0", !44, i64 0}
+!44 = !{!"buffer3.w256.b0", !45, i64 0}
+!45 = !{!"buffer3.w512.b0", !46, i64 0}
+!46 = !{!"buffer3.w1024.b0", !47, i64 0}
+!47 = !{!"buffer3", !7, i64 0}
+!48 = !{!49, !49, i64 0}
+!49 = !{!"buffer4.w64.b0", !50, i64 0}
+!50 = !{!"buffer4.w128.b0", !51, i64 0}
+!51 = !{!"buffer4.w256.b0", !52, i64 0}
+!52 = !{!"buffer4.w512.b0", !53, i64 0}
+!53 = !{!"buffer4.w1024.b0", !54, i64 0}
+!54 = !{!"buffer4", !7, i64 0}
+!55 = !{!54, !54, i64 0}
+!56 = !{!47, !47, i64 0}
+!57 = !{!"branch_weights", i32 1, i32 127}
+!58 = !{!"branch_weights", i32 255, i32 16129}
+!59 = !{!"branch_weights", i32 127, i32 8388477}
+!60 = distinct !{!60, !61, !62, !63}
+!61 = !{!"llvm.loop.isvectorized", i32 1}
+!62 = !{!"llvm.loop.unroll.runtime.disable"}
+!63 = !{!"llvm.loop.estimated_trip_count", i32 66052}
+!64 = !{!"branch_weights", i32 1, i32 15}
+!65 = !{!"branch_weights", i32 4, i32 12}
+!66 = !{!"branch_weights", i32 1, i32 0}
+!67 = distinct !{!67, !61, !62, !68}
+!68 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!69 = !{!"branch_weights", i32 1, i32 3}
+!70 = !{!"branch_weights", i32 1, i32 1}
+!71 = distinct !{!71, !72}
+!72 = !{!"llvm.loop.unroll.disable"}
+!73 = !{!"branch_weights", i32 127, i32 0}
+!74 = distinct !{!74, !61, !68}
+!75 = distinct !{!75, !11}
+!76 = distinct !{!76, !77}
+!77 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!78 = distinct !{!78, !79}
+!79 = !{!"llvm.loop.estimated_trip_count", i32 524288}
+!80 = !{!"branch_weights", i32 1, i32 1048576}
+!81 = distinct !{!81, !77}
+!82 = !{!83, !83, i64 0}
+!83 = !{!"buffer5", !7, i64 0}

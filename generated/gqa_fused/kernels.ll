@@ -13,7 +13,7 @@ target triple = "x86_64-conda-linux-gnu"
 @llvm.global_ctors = appending global [0 x { i32, ptr, ptr }] zeroinitializer
 
 ; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
-define dllexport noundef i32 @__tvm_ffi_append_key(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
+define dllexport noundef i32 @__tvm_ffi_append_row(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %new.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %new.type_index, 70
@@ -40,55 +40,55 @@ entry:
   %13 = getelementptr inbounds nuw i8, ptr %args, i64 72
   %14 = load i64, ptr %13, align 8
   %15 = getelementptr inbounds nuw i8, ptr %new.handle, i64 24
-  %append_key.new_shape = load ptr, ptr %15, align 8
-  %num_tokens = load i64, ptr %append_key.new_shape, align 8
+  %append_row.new_shape = load ptr, ptr %15, align 8
+  %num_tokens = load i64, ptr %append_row.new_shape, align 8
   %16 = getelementptr inbounds nuw i8, ptr %new.handle, i64 32
-  %append_key.new_strides = load ptr, ptr %16, align 8
-  %17 = icmp eq ptr %append_key.new_strides, null
-  %18 = getelementptr inbounds nuw i8, ptr %append_key.new_shape, i64 16
-  %19 = getelementptr inbounds nuw i8, ptr %append_key.new_strides, i64 8
+  %append_row.new_strides = load ptr, ptr %16, align 8
+  %17 = icmp eq ptr %append_row.new_strides, null
+  %18 = getelementptr inbounds nuw i8, ptr %append_row.new_shape, i64 16
+  %19 = getelementptr inbounds nuw i8, ptr %append_row.new_strides, i64 8
   %new_head.in = select i1 %17, ptr %18, ptr %19
   %new_head = load i64, ptr %new_head.in, align 8
   br i1 %17, label %if_then10, label %if_else11
 
 if_then10:                                        ; preds = %entry
-  %20 = getelementptr inbounds nuw i8, ptr %append_key.new_shape, i64 8
+  %20 = getelementptr inbounds nuw i8, ptr %append_row.new_shape, i64 8
   %21 = load i64, ptr %20, align 8
   %22 = load i64, ptr %18, align 8
   %23 = mul nsw i64 %22, %21
   br label %if_end12
 
 if_else11:                                        ; preds = %entry
-  %24 = load i64, ptr %append_key.new_strides, align 8
+  %24 = load i64, ptr %append_row.new_strides, align 8
   br label %if_end12
 
 if_end12:                                         ; preds = %if_else11, %if_then10
   %new_token = phi i64 [ %23, %if_then10 ], [ %24, %if_else11 ]
   %25 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 24
-  %append_key.cache_shape = load ptr, ptr %25, align 8
+  %append_row.cache_shape = load ptr, ptr %25, align 8
   %26 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 32
-  %append_key.cache_strides = load ptr, ptr %26, align 8
-  %27 = icmp eq ptr %append_key.cache_strides, null
-  %28 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 24
-  %29 = getelementptr inbounds nuw i8, ptr %append_key.cache_strides, i64 16
+  %append_row.cache_strides = load ptr, ptr %26, align 8
+  %27 = icmp eq ptr %append_row.cache_strides, null
+  %28 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 24
+  %29 = getelementptr inbounds nuw i8, ptr %append_row.cache_strides, i64 16
   %cache_2.in = select i1 %27, ptr %28, ptr %29
   %cache_2 = load i64, ptr %cache_2.in, align 8
   br i1 %27, label %if_then19, label %if_else20
 
 if_then19:                                        ; preds = %if_end12
-  %30 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 16
+  %30 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 16
   %31 = load i64, ptr %30, align 8
   %32 = load i64, ptr %28, align 8
   %33 = mul nsw i64 %32, %31
-  %34 = getelementptr inbounds nuw i8, ptr %append_key.cache_shape, i64 8
+  %34 = getelementptr inbounds nuw i8, ptr %append_row.cache_shape, i64 8
   %35 = load i64, ptr %34, align 8
   %36 = mul nsw i64 %33, %35
   br label %if_end21
 
 if_else20:                                        ; preds = %if_end12
-  %37 = getelementptr inbounds nuw i8, ptr %append_key.cache_strides, i64 8
+  %37 = getelementptr inbounds nuw i8, ptr %append_row.cache_strides, i64 8
   %38 = load i64, ptr %37, align 8
-  %39 = load i64, ptr %append_key.cache_strides, align 8
+  %39 = load i64, ptr %append_row.cache_strides, align 8
   br label %if_end21
 
 if_end21:                                         ; preds = %if_else20, %if_then19
@@ -105,13 +105,13 @@ if_end21:                                         ; preds = %if_else20, %if_then
   call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
   %40 = icmp sgt i32 %num_heads, 0
-  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_key_compute_.exit, !prof !3
+  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_row_compute_.exit, !prof !3
 
 for_begin_t.preheader.lr.ph.i:                    ; preds = %if_end21
   %41 = icmp sgt i64 %num_tokens, 0
   %sext = shl i64 %12, 32
   %42 = ashr exact i64 %sext, 32
-  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_key_compute_.exit, !prof !3
+  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_row_compute_.exit, !prof !3
 
 for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.preheader.lr.ph.i
   %wide.trip.count.i = and i64 %14, 2147483647
@@ -243,246 +243,9 @@ if_then.us.i.epil:                                ; preds = %for_body_t.us.i.epi
 for_begin_t.for_end_t_crit_edge.us.i:             ; preds = %if_then.us.i.epil, %for_body_t.us.i.epil.preheader, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond5.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
-  br i1 %exitcond5.not.i, label %append_key_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
+  br i1 %exitcond5.not.i, label %append_row_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
 
-append_key_compute_.exit:                         ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
-  ret i32 0
-}
-
-; Function Attrs: nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none)
-define dllexport noundef i32 @__tvm_ffi_append_value(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
-entry:
-  %new.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %new.type_index, 70
-  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
-  %2 = load ptr, ptr %1, align 8
-  %new.handle.idx = select i1 %0, i64 24, i64 0
-  %new.handle = getelementptr inbounds nuw i8, ptr %2, i64 %new.handle.idx
-  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %cache.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %cache.type_index, 70
-  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
-  %6 = load ptr, ptr %5, align 8
-  %cache.handle.idx = select i1 %4, i64 24, i64 0
-  %cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %cache.handle.idx
-  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %slot_mapping.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %slot_mapping.type_index, 70
-  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
-  %10 = load ptr, ptr %9, align 8
-  %slot_mapping.handle.idx = select i1 %8, i64 24, i64 0
-  %slot_mapping.handle = getelementptr inbounds nuw i8, ptr %10, i64 %slot_mapping.handle.idx
-  %11 = getelementptr inbounds nuw i8, ptr %args, i64 56
-  %12 = load i64, ptr %11, align 8
-  %13 = getelementptr inbounds nuw i8, ptr %args, i64 72
-  %14 = load i64, ptr %13, align 8
-  %15 = getelementptr inbounds nuw i8, ptr %new.handle, i64 24
-  %append_value.new_shape = load ptr, ptr %15, align 8
-  %num_tokens = load i64, ptr %append_value.new_shape, align 8
-  %16 = getelementptr inbounds nuw i8, ptr %new.handle, i64 32
-  %append_value.new_strides = load ptr, ptr %16, align 8
-  %17 = icmp eq ptr %append_value.new_strides, null
-  %18 = getelementptr inbounds nuw i8, ptr %append_value.new_shape, i64 16
-  %19 = getelementptr inbounds nuw i8, ptr %append_value.new_strides, i64 8
-  %new_head.in = select i1 %17, ptr %18, ptr %19
-  %new_head = load i64, ptr %new_head.in, align 8
-  br i1 %17, label %if_then10, label %if_else11
-
-if_then10:                                        ; preds = %entry
-  %20 = getelementptr inbounds nuw i8, ptr %append_value.new_shape, i64 8
-  %21 = load i64, ptr %20, align 8
-  %22 = load i64, ptr %18, align 8
-  %23 = mul nsw i64 %22, %21
-  br label %if_end12
-
-if_else11:                                        ; preds = %entry
-  %24 = load i64, ptr %append_value.new_strides, align 8
-  br label %if_end12
-
-if_end12:                                         ; preds = %if_else11, %if_then10
-  %new_token = phi i64 [ %23, %if_then10 ], [ %24, %if_else11 ]
-  %25 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 24
-  %append_value.cache_shape = load ptr, ptr %25, align 8
-  %26 = getelementptr inbounds nuw i8, ptr %cache.handle, i64 32
-  %append_value.cache_strides = load ptr, ptr %26, align 8
-  %27 = icmp eq ptr %append_value.cache_strides, null
-  %28 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 24
-  %29 = getelementptr inbounds nuw i8, ptr %append_value.cache_strides, i64 16
-  %cache_2.in = select i1 %27, ptr %28, ptr %29
-  %cache_2 = load i64, ptr %cache_2.in, align 8
-  br i1 %27, label %if_then19, label %if_else20
-
-if_then19:                                        ; preds = %if_end12
-  %30 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 16
-  %31 = load i64, ptr %30, align 8
-  %32 = load i64, ptr %28, align 8
-  %33 = mul nsw i64 %32, %31
-  %34 = getelementptr inbounds nuw i8, ptr %append_value.cache_shape, i64 8
-  %35 = load i64, ptr %34, align 8
-  %36 = mul nsw i64 %33, %35
-  br label %if_end21
-
-if_else20:                                        ; preds = %if_end12
-  %37 = getelementptr inbounds nuw i8, ptr %append_value.cache_strides, i64 8
-  %38 = load i64, ptr %37, align 8
-  %39 = load i64, ptr %append_value.cache_strides, align 8
-  br label %if_end21
-
-if_end21:                                         ; preds = %if_else20, %if_then19
-  %cache_125 = phi i64 [ %33, %if_then19 ], [ %38, %if_else20 ]
-  %cache_0 = phi i64 [ %36, %if_then19 ], [ %39, %if_else20 ]
-  %num_heads = trunc i64 %14 to i32
-  %new = load ptr, ptr %new.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %new, i64 2) ]
-  %cache = load ptr, ptr %cache.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
-  %slot_mapping = load ptr, ptr %slot_mapping.handle, align 8
-  call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %new, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %cache, i64 2) ]
-  call void @llvm.assume(i1 true) [ "align"(ptr %slot_mapping, i64 8) ]
-  %40 = icmp sgt i32 %num_heads, 0
-  br i1 %40, label %for_begin_t.preheader.lr.ph.i, label %append_value_compute_.exit, !prof !3
-
-for_begin_t.preheader.lr.ph.i:                    ; preds = %if_end21
-  %41 = icmp sgt i64 %num_tokens, 0
-  %sext = shl i64 %12, 32
-  %42 = ashr exact i64 %sext, 32
-  br i1 %41, label %for_begin_t.preheader.us.preheader.i, label %append_value_compute_.exit, !prof !3
-
-for_begin_t.preheader.us.preheader.i:             ; preds = %for_begin_t.preheader.lr.ph.i
-  %wide.trip.count.i = and i64 %14, 2147483647
-  %xtraiter = and i64 %num_tokens, 1
-  %43 = icmp eq i64 %num_tokens, 1
-  %unroll_iter = and i64 %num_tokens, 9223372036854775806
-  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod27 = icmp ne i64 %xtraiter, 0
-  br label %for_begin_t.preheader.us.i
-
-for_begin_t.preheader.us.i:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.us.preheader.i
-  %indvars.iv.i = phi i64 [ 0, %for_begin_t.preheader.us.preheader.i ], [ %indvars.iv.next.i, %for_begin_t.for_end_t_crit_edge.us.i ]
-  %44 = add nsw i64 %indvars.iv.i, %42
-  %45 = mul nsw i64 %44, %new_head
-  %invariant.gep.us.i = getelementptr i16, ptr %new, i64 %45
-  %46 = mul nsw i64 %44, %cache_2
-  br i1 %43, label %for_body_t.us.i.epil.preheader, label %for_body_t.us.i, !prof !4
-
-for_body_t.us.i:                                  ; preds = %if_end.us.i.1, %for_begin_t.preheader.us.i
-  %t1.us.i = phi i64 [ %88, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
-  %niter = phi i64 [ %niter.next.1, %if_end.us.i.1 ], [ 0, %for_begin_t.preheader.us.i ]
-  %47 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i
-  %target.us.i = load i64, ptr %47, align 8, !tbaa !5
-  %48 = icmp sgt i64 %target.us.i, -1
-  br i1 %48, label %if_then.us.i, label %if_end.us.i, !prof !8
-
-if_then.us.i:                                     ; preds = %for_body_t.us.i
-  %49 = mul nsw i64 %t1.us.i, %new_token
-  %gep.us.i = getelementptr i16, ptr %invariant.gep.us.i, i64 %49
-  %50 = load <32 x i16>, ptr %gep.us.i, align 2, !tbaa !5
-  %51 = and i64 %target.us.i, 15
-  %52 = mul nsw i64 %51, %cache_125
-  %53 = lshr i64 %target.us.i, 4
-  %54 = mul nsw i64 %53, %cache_0
-  %55 = getelementptr i16, ptr %cache, i64 %54
-  %56 = getelementptr i16, ptr %55, i64 %52
-  %57 = getelementptr i16, ptr %56, i64 %46
-  store <32 x i16> %50, ptr %57, align 2, !tbaa !5
-  %58 = getelementptr i8, ptr %gep.us.i, i64 64
-  %59 = load <32 x i16>, ptr %58, align 2, !tbaa !5
-  %60 = getelementptr i8, ptr %57, i64 64
-  store <32 x i16> %59, ptr %60, align 2, !tbaa !5
-  %61 = getelementptr i8, ptr %gep.us.i, i64 128
-  %62 = load <32 x i16>, ptr %61, align 2, !tbaa !5
-  %63 = getelementptr i8, ptr %57, i64 128
-  store <32 x i16> %62, ptr %63, align 2, !tbaa !5
-  %64 = getelementptr i8, ptr %gep.us.i, i64 192
-  %65 = load <32 x i16>, ptr %64, align 2, !tbaa !5
-  %66 = getelementptr i8, ptr %57, i64 192
-  store <32 x i16> %65, ptr %66, align 2, !tbaa !5
-  br label %if_end.us.i
-
-if_end.us.i:                                      ; preds = %if_then.us.i, %for_body_t.us.i
-  %67 = or disjoint i64 %t1.us.i, 1
-  %68 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %67
-  %target.us.i.1 = load i64, ptr %68, align 8, !tbaa !5
-  %69 = icmp sgt i64 %target.us.i.1, -1
-  br i1 %69, label %if_then.us.i.1, label %if_end.us.i.1, !prof !8
-
-if_then.us.i.1:                                   ; preds = %if_end.us.i
-  %70 = mul nsw i64 %67, %new_token
-  %gep.us.i.1 = getelementptr i16, ptr %invariant.gep.us.i, i64 %70
-  %71 = load <32 x i16>, ptr %gep.us.i.1, align 2, !tbaa !5
-  %72 = and i64 %target.us.i.1, 15
-  %73 = mul nsw i64 %72, %cache_125
-  %74 = lshr i64 %target.us.i.1, 4
-  %75 = mul nsw i64 %74, %cache_0
-  %76 = getelementptr i16, ptr %cache, i64 %75
-  %77 = getelementptr i16, ptr %76, i64 %73
-  %78 = getelementptr i16, ptr %77, i64 %46
-  store <32 x i16> %71, ptr %78, align 2, !tbaa !5
-  %79 = getelementptr i8, ptr %gep.us.i.1, i64 64
-  %80 = load <32 x i16>, ptr %79, align 2, !tbaa !5
-  %81 = getelementptr i8, ptr %78, i64 64
-  store <32 x i16> %80, ptr %81, align 2, !tbaa !5
-  %82 = getelementptr i8, ptr %gep.us.i.1, i64 128
-  %83 = load <32 x i16>, ptr %82, align 2, !tbaa !5
-  %84 = getelementptr i8, ptr %78, i64 128
-  store <32 x i16> %83, ptr %84, align 2, !tbaa !5
-  %85 = getelementptr i8, ptr %gep.us.i.1, i64 192
-  %86 = load <32 x i16>, ptr %85, align 2, !tbaa !5
-  %87 = getelementptr i8, ptr %78, i64 192
-  store <32 x i16> %86, ptr %87, align 2, !tbaa !5
-  br label %if_end.us.i.1
-
-if_end.us.i.1:                                    ; preds = %if_then.us.i.1, %if_end.us.i
-  %88 = add nuw nsw i64 %t1.us.i, 2
-  %niter.next.1 = add i64 %niter, 2
-  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, label %for_body_t.us.i, !prof !9, !llvm.loop !14
-
-for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa:   ; preds = %if_end.us.i.1
-  br i1 %lcmp.mod.not, label %for_begin_t.for_end_t_crit_edge.us.i, label %for_body_t.us.i.epil.preheader, !prof !12
-
-for_body_t.us.i.epil.preheader:                   ; preds = %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa, %for_begin_t.preheader.us.i
-  %t1.us.i.epil.init = phi i64 [ 0, %for_begin_t.preheader.us.i ], [ %88, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod27)
-  %89 = getelementptr inbounds nuw i64, ptr %slot_mapping, i64 %t1.us.i.epil.init
-  %target.us.i.epil = load i64, ptr %89, align 8, !tbaa !5
-  %90 = icmp sgt i64 %target.us.i.epil, -1
-  br i1 %90, label %if_then.us.i.epil, label %for_begin_t.for_end_t_crit_edge.us.i, !prof !8
-
-if_then.us.i.epil:                                ; preds = %for_body_t.us.i.epil.preheader
-  %91 = mul nsw i64 %t1.us.i.epil.init, %new_token
-  %gep.us.i.epil = getelementptr i16, ptr %invariant.gep.us.i, i64 %91
-  %92 = load <32 x i16>, ptr %gep.us.i.epil, align 2, !tbaa !5
-  %93 = and i64 %target.us.i.epil, 15
-  %94 = mul nsw i64 %93, %cache_125
-  %95 = lshr i64 %target.us.i.epil, 4
-  %96 = mul nsw i64 %95, %cache_0
-  %97 = getelementptr i16, ptr %cache, i64 %96
-  %98 = getelementptr i16, ptr %97, i64 %94
-  %99 = getelementptr i16, ptr %98, i64 %46
-  store <32 x i16> %92, ptr %99, align 2, !tbaa !5
-  %100 = getelementptr i8, ptr %gep.us.i.epil, i64 64
-  %101 = load <32 x i16>, ptr %100, align 2, !tbaa !5
-  %102 = getelementptr i8, ptr %99, i64 64
-  store <32 x i16> %101, ptr %102, align 2, !tbaa !5
-  %103 = getelementptr i8, ptr %gep.us.i.epil, i64 128
-  %104 = load <32 x i16>, ptr %103, align 2, !tbaa !5
-  %105 = getelementptr i8, ptr %99, i64 128
-  store <32 x i16> %104, ptr %105, align 2, !tbaa !5
-  %106 = getelementptr i8, ptr %gep.us.i.epil, i64 192
-  %107 = load <32 x i16>, ptr %106, align 2, !tbaa !5
-  %108 = getelementptr i8, ptr %99, i64 192
-  store <32 x i16> %107, ptr %108, align 2, !tbaa !5
-  br label %for_begin_t.for_end_t_crit_edge.us.i
-
-for_begin_t.for_end_t_crit_edge.us.i:             ; preds = %if_then.us.i.epil, %for_body_t.us.i.epil.preheader, %for_begin_t.for_end_t_crit_edge.us.i.unr-lcssa
-  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
-  %exitcond5.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
-  br i1 %exitcond5.not.i, label %append_value_compute_.exit, label %for_begin_t.preheader.us.i, !prof !13
-
-append_value_compute_.exit:                       ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
+append_row_compute_.exit:                         ; preds = %for_begin_t.for_end_t_crit_edge.us.i, %for_begin_t.preheader.lr.ph.i, %if_end21
   ret i32 0
 }
 
@@ -720,13 +483,13 @@ for_begin_s.i:                                    ; preds = %if_end214.i
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
   %indvars.iv778.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next779.i, %for_begin_s.i ]
-  %95 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %95 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %q_tile.i = tail call ptr %95(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %96 = icmp eq ptr %q_tile.i, null
   br i1 %96, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %97 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %97 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %acc.i = tail call ptr %97(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %98 = icmp eq ptr %acc.i, null
   br i1 %98, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
@@ -880,12 +643,12 @@ for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.prehe
   store <4 x i32> %188, ptr %189, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
-  br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !17
+  br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !16
 
 for_end_ax1.i:                                    ; preds = %for_begin_ax2.preheader.i
   %indvars.iv.next619.i = add nuw nsw i64 %indvars.iv618.i, 1
   %exitcond621.not.i = icmp eq i64 %indvars.iv.next619.i, 8
-  br i1 %exitcond621.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !17
+  br i1 %exitcond621.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !16
 
 for_begin_step.i:                                 ; preds = %if_end167.i, %for_end_tile.i
   %indvars.iv = phi i32 [ %indvars.iv.next, %if_end167.i ], [ %range_len.i, %for_end_tile.i ]
@@ -894,7 +657,7 @@ for_begin_step.i:                                 ; preds = %if_end167.i, %for_e
   %190 = and i32 %smin, 15
   %191 = zext nneg i32 %190 to i64
   %exitcond742.not.i = icmp eq i64 %indvars.iv738.i, %wide.trip.count741.i
-  br i1 %exitcond742.not.i, label %for_begin_tile172.preheader.i, label %for_body_step.i, !prof !18
+  br i1 %exitcond742.not.i, label %for_begin_tile172.preheader.i, label %for_body_step.i, !prof !17
 
 for_begin_tile172.preheader.i:                    ; preds = %for_begin_step.i
   %192 = add nuw nsw i64 %indvars.iv778.i, %94
@@ -911,7 +674,7 @@ for_body_tile173.us.i:                            ; preds = %if_end197.us.3.i, %
   %indvars.iv774.i = phi i64 [ %indvars.iv.next775.i, %if_end197.us.3.i ], [ 0, %for_begin_tile172.preheader.i ]
   %199 = shl nuw nsw i64 %indvars.iv774.i, 2
   %200 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %199
-  %total.us.i = load <4 x float>, ptr %200, align 16, !tbaa !19
+  %total.us.i = load <4 x float>, ptr %200, align 16, !tbaa !18
   %201 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %202 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %203 = select <4 x i1> %202, <4 x float> zeroinitializer, <4 x float> %201
@@ -1120,14 +883,14 @@ for_body_tile173.us.i:                            ; preds = %if_end197.us.3.i, %
   %gep577.us.3.3.i = getelementptr i8, ptr %invariant.gep576.us.3.i, i64 192
   store <32 x i16> %374, ptr %gep577.us.3.3.i, align 2, !tbaa !5
   %375 = getelementptr float, ptr %198, i64 %199
-  %376 = load float, ptr %200, align 16, !tbaa !19
+  %376 = load float, ptr %200, align 16, !tbaa !18
   %377 = fcmp oeq float %376, 0.000000e+00
   br i1 %377, label %if_end197.us.i, label %if_else196.us.i
 
 if_else196.us.i:                                  ; preds = %for_body_tile173.us.i
   %378 = tail call float @llvm.log.f32(float %376)
   %379 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %199
-  %380 = load float, ptr %379, align 16, !tbaa !21
+  %380 = load float, ptr %379, align 16, !tbaa !20
   %381 = fadd float %378, %380
   br label %if_end197.us.i
 
@@ -1135,14 +898,14 @@ if_end197.us.i:                                   ; preds = %if_else196.us.i, %f
   %382 = phi float [ %381, %if_else196.us.i ], [ 0xFFF0000000000000, %for_body_tile173.us.i ]
   store float %382, ptr %375, align 4, !tbaa !5
   %383 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %247
-  %384 = load float, ptr %383, align 4, !tbaa !19
+  %384 = load float, ptr %383, align 4, !tbaa !18
   %385 = fcmp oeq float %384, 0.000000e+00
   br i1 %385, label %if_end197.us.1.i, label %if_else196.us.1.i
 
 if_else196.us.1.i:                                ; preds = %if_end197.us.i
   %386 = tail call float @llvm.log.f32(float %384)
   %387 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %247
-  %388 = load float, ptr %387, align 4, !tbaa !21
+  %388 = load float, ptr %387, align 4, !tbaa !20
   %389 = fadd float %386, %388
   br label %if_end197.us.1.i
 
@@ -1151,14 +914,14 @@ if_end197.us.1.i:                                 ; preds = %if_else196.us.1.i, 
   %391 = getelementptr i8, ptr %375, i64 4
   store float %390, ptr %391, align 4, !tbaa !5
   %392 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %290
-  %393 = load float, ptr %392, align 8, !tbaa !19
+  %393 = load float, ptr %392, align 8, !tbaa !18
   %394 = fcmp oeq float %393, 0.000000e+00
   br i1 %394, label %if_end197.us.2.i, label %if_else196.us.2.i
 
 if_else196.us.2.i:                                ; preds = %if_end197.us.1.i
   %395 = tail call float @llvm.log.f32(float %393)
   %396 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %290
-  %397 = load float, ptr %396, align 8, !tbaa !21
+  %397 = load float, ptr %396, align 8, !tbaa !20
   %398 = fadd float %395, %397
   br label %if_end197.us.2.i
 
@@ -1167,14 +930,14 @@ if_end197.us.2.i:                                 ; preds = %if_else196.us.2.i, 
   %400 = getelementptr i8, ptr %375, i64 8
   store float %399, ptr %400, align 4, !tbaa !5
   %401 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %333
-  %402 = load float, ptr %401, align 4, !tbaa !19
+  %402 = load float, ptr %401, align 4, !tbaa !18
   %403 = fcmp oeq float %402, 0.000000e+00
   br i1 %403, label %if_end197.us.3.i, label %if_else196.us.3.i
 
 if_else196.us.3.i:                                ; preds = %if_end197.us.2.i
   %404 = tail call float @llvm.log.f32(float %402)
   %405 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %333
-  %406 = load float, ptr %405, align 4, !tbaa !21
+  %406 = load float, ptr %405, align 4, !tbaa !20
   %407 = fadd float %404, %406
   br label %if_end197.us.3.i
 
@@ -1184,16 +947,16 @@ if_end197.us.3.i:                                 ; preds = %if_else196.us.3.i, 
   store float %408, ptr %409, align 4, !tbaa !5
   %indvars.iv.next775.i = add nuw nsw i64 %indvars.iv774.i, 1
   %exitcond777.not.i = icmp eq i64 %indvars.iv.next775.i, 8
-  br i1 %exitcond777.not.i, label %for_end_tile174.i, label %for_body_tile173.us.i, !prof !17
+  br i1 %exitcond777.not.i, label %for_end_tile174.i, label %for_body_tile173.us.i, !prof !16
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
-  %410 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %410 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %key_offsets.i = tail call ptr %410(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %411 = icmp eq ptr %key_offsets.i, null
   br i1 %411, label %fused_decode_compute_.exit, label %if_end5.i, !prof !8
 
 if_end5.i:                                        ; preds = %for_body_step.i
-  %412 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %412 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %value_offsets.i = tail call ptr %412(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
   %413 = icmp eq ptr %value_offsets.i, null
   br i1 %413, label %fused_decode_compute_.exit, label %if_end8.i, !prof !8
@@ -1250,7 +1013,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %445, ptr %446, align 8, !tbaa !5
   %indvars.iv.next623.i.1 = add nuw nsw i64 %indvars.iv622.i, 2
   %exitcond625.not.i.1 = icmp eq i64 %indvars.iv.next623.i.1, %wide.trip.count.i
-  br i1 %exitcond625.not.i.1, label %for_body_t11.i, label %for_body_t.i, !prof !13, !llvm.loop !23
+  br i1 %exitcond625.not.i.1, label %for_body_t11.i, label %for_body_t.i, !prof !13, !llvm.loop !22
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
   %447 = icmp sgt i32 %419, 0
@@ -1361,12 +1124,12 @@ for_body_t11.i:                                   ; preds = %for_body_t11.i, %fo
   store i64 %490, ptr %491, align 8, !tbaa !5
   %indvars.iv.next627.i.1 = add nuw nsw i64 %indvars.iv626.i, 2
   %exitcond630.not.i.1 = icmp eq i64 %indvars.iv.next627.i.1, %wide.trip.count.i
-  br i1 %exitcond630.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !13, !llvm.loop !25
+  br i1 %exitcond630.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !13, !llvm.loop !24
 
 for_begin_kv_head.i:                              ; preds = %if_end161.i, %for_begin_kv_head.preheader.i
   %indvars.iv734.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next735.i, %if_end161.i ]
   %exitcond737.not.i = icmp eq i64 %indvars.iv734.i, 8
-  br i1 %exitcond737.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !18
+  br i1 %exitcond737.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !17
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
   %492 = icmp eq i64 %indvars.iv734.i, 7
@@ -1374,25 +1137,25 @@ for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
   %indvars.iv.next735.i = add nuw nsw i64 %indvars.iv734.i, 1
   %494 = trunc nuw nsw i64 %indvars.iv.next735.i to i32
   %495 = select i1 %492, i32 0, i32 %494
-  %496 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %496 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scores.i = tail call ptr %496(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %497 = icmp eq ptr %scores.i, null
   br i1 %497, label %fused_decode_compute_.exit, label %if_end22.i, !prof !8
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %498 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %498 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %499 = tail call i32 %498(i32 1, i32 %dev_id, ptr %value_offsets.i)
   %.not241.i = icmp eq i32 %499, 0
-  br i1 %.not241.i, label %if_end167.i, label %fused_decode_compute_.exit, !prof !18
+  br i1 %.not241.i, label %if_end167.i, label %fused_decode_compute_.exit, !prof !17
 
 if_end22.i:                                       ; preds = %for_body_kv_head.i
-  %500 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %500 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %probs.i = tail call ptr %500(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %501 = icmp eq ptr %probs.i, null
   br i1 %501, label %fused_decode_compute_.exit, label %if_end25.i, !prof !8
 
 if_end25.i:                                       ; preds = %if_end22.i
-  %502 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %502 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %tile_acc.i = tail call ptr %502(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %503 = icmp eq ptr %tile_acc.i, null
   br i1 %503, label %fused_decode_compute_.exit, label %for_begin_to_m.preheader.i, !prof !8
@@ -1449,7 +1212,7 @@ for_begin_to_m.i:                                 ; preds = %for_begin_r.prehead
 
 for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
   %indvars.iv644.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next645.i, %for_begin_to_m.i ]
-  %540 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %540 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scores.rf.i = tail call ptr %540(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
   %541 = icmp eq ptr %scores.rf.i, null
   br i1 %541, label %fused_decode_compute_.exit, label %for_begin_n_0_m.preheader.i, !prof !8
@@ -1461,16 +1224,16 @@ for_begin_n_0_m.preheader.i:                      ; preds = %for_body_to_m.i
   br label %for_begin_n_1.preheader.i
 
 for_end_to_m.i:                                   ; preds = %for_begin_to_m.i
-  %543 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %543 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scaled.i = tail call ptr %543(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %544 = icmp eq ptr %scaled.i, null
   br i1 %544, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
 
 for_body_to.us.i.preheader:                       ; preds = %for_end_to_m.i
-  br i1 %458, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !26
+  br i1 %458, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !25
 
 for_end_to_m.thread.i:                            ; preds = %for_begin_to_m.preheader.i
-  %545 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %545 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scaled1035.i = tail call ptr %545(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %546 = icmp eq ptr %scaled1035.i, null
   br i1 %546, label %fused_decode_compute_.exit, label %for_end_ax151.i, !prof !8
@@ -1532,10 +1295,10 @@ for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %
   %indvars.iv.next650.i.3 = add nuw nsw i64 %indvars.iv649.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !27, !llvm.loop !28
+  br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !26, !llvm.loop !27
 
 for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
-  br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !30
+  br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !29
 
 for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
   %indvars.iv649.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next650.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
@@ -1560,10 +1323,10 @@ for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.ep
   %indvars.iv.next650.i.epil = add nuw nsw i64 %indvars.iv649.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !12, !llvm.loop !31
+  br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !12, !llvm.loop !30
 
 for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.epil, %for_body_to.us.1.i.preheader.unr-lcssa
-  br i1 %459, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !26
+  br i1 %459, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !25
 
 for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
   %indvars.iv649.1.i = phi i64 [ %indvars.iv.next650.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
@@ -1626,10 +1389,10 @@ for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i,
   %indvars.iv.next650.1.i.3 = add nuw nsw i64 %indvars.iv649.1.i, 4
   %niter172.next.3 = add i64 %niter172, 4
   %niter172.ncmp.3 = icmp eq i64 %niter172.next.3, %unroll_iter171
-  br i1 %niter172.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !27, !llvm.loop !34
+  br i1 %niter172.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !26, !llvm.loop !33
 
 for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
-  br i1 %lcmp.mod169.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !30
+  br i1 %lcmp.mod169.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !29
 
 for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
   %indvars.iv649.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next650.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
@@ -1655,10 +1418,10 @@ for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.
   %indvars.iv.next650.1.i.epil = add nuw nsw i64 %indvars.iv649.1.i.epil, 1
   %epil.iter168.next = add i64 %epil.iter168, 1
   %epil.iter168.cmp.not = icmp eq i64 %epil.iter168.next, %xtraiter167
-  br i1 %epil.iter168.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !35
+  br i1 %epil.iter168.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !34
 
 for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
-  br i1 %460, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !26
+  br i1 %460, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !25
 
 for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
   %indvars.iv649.2.i = phi i64 [ %indvars.iv.next650.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
@@ -1721,10 +1484,10 @@ for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i,
   %indvars.iv.next650.2.i.3 = add nuw nsw i64 %indvars.iv649.2.i, 4
   %niter178.next.3 = add i64 %niter178, 4
   %niter178.ncmp.3 = icmp eq i64 %niter178.next.3, %unroll_iter177
-  br i1 %niter178.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !27, !llvm.loop !36
+  br i1 %niter178.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !26, !llvm.loop !35
 
 for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
-  br i1 %lcmp.mod175.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !30
+  br i1 %lcmp.mod175.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !29
 
 for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
   %indvars.iv649.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next650.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
@@ -1750,10 +1513,10 @@ for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.
   %indvars.iv.next650.2.i.epil = add nuw nsw i64 %indvars.iv649.2.i.epil, 1
   %epil.iter174.next = add i64 %epil.iter174, 1
   %epil.iter174.cmp.not = icmp eq i64 %epil.iter174.next, %xtraiter173
-  br i1 %epil.iter174.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !37
+  br i1 %epil.iter174.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !36
 
 for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
-  br i1 %461, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !26
+  br i1 %461, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !25
 
 for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
   %indvars.iv649.3.i = phi i64 [ %indvars.iv.next650.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
@@ -1816,10 +1579,10 @@ for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i,
   %indvars.iv.next650.3.i.3 = add nuw nsw i64 %indvars.iv649.3.i, 4
   %niter184.next.3 = add i64 %niter184, 4
   %niter184.ncmp.3 = icmp eq i64 %niter184.next.3, %unroll_iter183
-  br i1 %niter184.ncmp.3, label %for_body_ax150.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !27, !llvm.loop !38
+  br i1 %niter184.ncmp.3, label %for_body_ax150.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !26, !llvm.loop !37
 
 for_body_ax150.i.preheader.unr-lcssa:             ; preds = %for_body_to.us.3.i
-  br i1 %lcmp.mod181.not, label %for_body_ax150.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !30
+  br i1 %lcmp.mod181.not, label %for_body_ax150.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !29
 
 for_body_to.us.3.i.epil.preheader:                ; preds = %for_body_ax150.i.preheader.unr-lcssa, %for_body_to.us.3.i.preheader
   %indvars.iv649.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next650.3.i.3, %for_body_ax150.i.preheader.unr-lcssa ]
@@ -1845,10 +1608,10 @@ for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.
   %indvars.iv.next650.3.i.epil = add nuw nsw i64 %indvars.iv649.3.i.epil, 1
   %epil.iter180.next = add i64 %epil.iter180, 1
   %epil.iter180.cmp.not = icmp eq i64 %epil.iter180.next, %xtraiter179
-  br i1 %epil.iter180.cmp.not, label %for_body_ax150.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !39
+  br i1 %epil.iter180.cmp.not, label %for_body_ax150.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !38
 
 for_body_ax150.i.preheader:                       ; preds = %for_body_to.us.3.i.epil, %for_body_ax150.i.preheader.unr-lcssa
-  br i1 %462, label %for_body_ax150.i.epil.preheader, label %for_body_ax150.i, !prof !40
+  br i1 %462, label %for_body_ax150.i.epil.preheader, label %for_body_ax150.i, !prof !39
 
 for_begin_r.preheader.i:                          ; preds = %for_begin_n_1.preheader.i
   %782 = getelementptr inbounds nuw float, ptr %scores.i, i64 %542
@@ -2174,10 +1937,10 @@ for_begin_r.preheader.i:                          ; preds = %for_begin_n_1.prehe
   %975 = fadd <16 x float> %974, %973
   %976 = fadd <16 x float> %975, zeroinitializer
   store <16 x float> %976, ptr %928, align 4, !tbaa !5
-  %977 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %977 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %978 = tail call i32 %977(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
   %.not248.i = icmp eq i32 %978, 0
-  br i1 %.not248.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !18
+  br i1 %.not248.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !17
 
 for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.preheader.i, %for_begin_n_0_m.preheader.i
   %indvars.iv636.i = phi i64 [ 0, %for_begin_n_0_m.preheader.i ], [ %indvars.iv.next637.i, %for_begin_n_1.preheader.i ]
@@ -2377,7 +2140,7 @@ for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.prehe
   store <16 x float> %1138, ptr %1146, align 4, !tbaa !5
   %indvars.iv.next637.i = add nuw nsw i64 %indvars.iv636.i, 1
   %exitcond639.not.i = icmp eq i64 %indvars.iv.next637.i, 8
-  br i1 %exitcond639.not.i, label %for_begin_r.preheader.i, label %for_begin_n_1.preheader.i, !prof !17
+  br i1 %exitcond639.not.i, label %for_begin_r.preheader.i, label %for_begin_n_1.preheader.i, !prof !16
 
 for_body_ax150.i:                                 ; preds = %for_body_ax150.i, %for_body_ax150.i.preheader
   %indvars.iv658.i = phi i64 [ %indvars.iv.next659.i.7, %for_body_ax150.i ], [ 0, %for_body_ax150.i.preheader ]
@@ -2433,10 +2196,10 @@ for_body_ax150.i:                                 ; preds = %for_body_ax150.i, %
   %indvars.iv.next659.i.7 = add nuw nsw i64 %indvars.iv658.i, 8
   %niter191.next.7 = add i64 %niter191, 8
   %niter191.ncmp.7 = icmp eq i64 %niter191.next.7, %unroll_iter190
-  br i1 %niter191.ncmp.7, label %for_end_ax151.i.loopexit.unr-lcssa, label %for_body_ax150.i, !prof !41, !llvm.loop !42
+  br i1 %niter191.ncmp.7, label %for_end_ax151.i.loopexit.unr-lcssa, label %for_body_ax150.i, !prof !40, !llvm.loop !41
 
 for_end_ax151.i.loopexit.unr-lcssa:               ; preds = %for_body_ax150.i
-  br i1 %lcmp.mod187.not, label %for_end_ax151.i, label %for_body_ax150.i.epil.preheader, !prof !44
+  br i1 %lcmp.mod187.not, label %for_end_ax151.i, label %for_body_ax150.i.epil.preheader, !prof !43
 
 for_body_ax150.i.epil.preheader:                  ; preds = %for_end_ax151.i.loopexit.unr-lcssa, %for_body_ax150.i.preheader
   %indvars.iv658.i.epil.init = phi i64 [ 0, %for_body_ax150.i.preheader ], [ %indvars.iv.next659.i.7, %for_end_ax151.i.loopexit.unr-lcssa ]
@@ -2456,7 +2219,7 @@ for_body_ax150.i.epil:                            ; preds = %for_body_ax150.i.ep
   %indvars.iv.next659.i.epil = add nuw nsw i64 %indvars.iv658.i.epil, 1
   %epil.iter186.next = add i64 %epil.iter186, 1
   %epil.iter186.cmp.not = icmp eq i64 %epil.iter186.next, %xtraiter185
-  br i1 %epil.iter186.cmp.not, label %for_end_ax151.i, label %for_body_ax150.i.epil, !prof !30, !llvm.loop !45
+  br i1 %epil.iter186.cmp.not, label %for_end_ax151.i, label %for_body_ax150.i.epil, !prof !29, !llvm.loop !44
 
 for_end_ax151.i:                                  ; preds = %for_body_ax150.i.epil, %for_end_ax151.i.loopexit.unr-lcssa, %for_end_to_m.thread.i
   %scaled103610381041.i = phi ptr [ %scaled1035.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax150.i.epil ], [ %scaled.i, %for_end_ax151.i.loopexit.unr-lcssa ]
@@ -2512,7 +2275,7 @@ for_end_ax151.i:                                  ; preds = %for_body_ax150.i.ep
   br i1 %447, label %for_body_ax150.1.i.preheader, label %for_end_ax151.1.i, !prof !3
 
 for_body_ax150.1.i.preheader:                     ; preds = %for_end_ax151.i
-  br i1 %463, label %for_body_ax150.1.i.epil.preheader, label %for_body_ax150.1.i, !prof !40
+  br i1 %463, label %for_body_ax150.1.i.epil.preheader, label %for_body_ax150.1.i, !prof !39
 
 for_body_ax150.1.i:                               ; preds = %for_body_ax150.1.i, %for_body_ax150.1.i.preheader
   %indvars.iv658.1.i = phi i64 [ %indvars.iv.next659.1.i.7, %for_body_ax150.1.i ], [ 0, %for_body_ax150.1.i.preheader ]
@@ -2569,10 +2332,10 @@ for_body_ax150.1.i:                               ; preds = %for_body_ax150.1.i,
   %indvars.iv.next659.1.i.7 = add nuw nsw i64 %indvars.iv658.1.i, 8
   %niter198.next.7 = add i64 %niter198, 8
   %niter198.ncmp.7 = icmp eq i64 %niter198.next.7, %unroll_iter197
-  br i1 %niter198.ncmp.7, label %for_end_ax151.1.i.loopexit.unr-lcssa, label %for_body_ax150.1.i, !prof !41, !llvm.loop !46
+  br i1 %niter198.ncmp.7, label %for_end_ax151.1.i.loopexit.unr-lcssa, label %for_body_ax150.1.i, !prof !40, !llvm.loop !45
 
 for_end_ax151.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax150.1.i
-  br i1 %lcmp.mod194.not, label %for_end_ax151.1.i, label %for_body_ax150.1.i.epil.preheader, !prof !44
+  br i1 %lcmp.mod194.not, label %for_end_ax151.1.i, label %for_body_ax150.1.i.epil.preheader, !prof !43
 
 for_body_ax150.1.i.epil.preheader:                ; preds = %for_end_ax151.1.i.loopexit.unr-lcssa, %for_body_ax150.1.i.preheader
   %indvars.iv658.1.i.epil.init = phi i64 [ 0, %for_body_ax150.1.i.preheader ], [ %indvars.iv.next659.1.i.7, %for_end_ax151.1.i.loopexit.unr-lcssa ]
@@ -2593,7 +2356,7 @@ for_body_ax150.1.i.epil:                          ; preds = %for_body_ax150.1.i.
   %indvars.iv.next659.1.i.epil = add nuw nsw i64 %indvars.iv658.1.i.epil, 1
   %epil.iter193.next = add i64 %epil.iter193, 1
   %epil.iter193.cmp.not = icmp eq i64 %epil.iter193.next, %xtraiter192
-  br i1 %epil.iter193.cmp.not, label %for_end_ax151.1.i, label %for_body_ax150.1.i.epil, !prof !30, !llvm.loop !47
+  br i1 %epil.iter193.cmp.not, label %for_end_ax151.1.i, label %for_body_ax150.1.i.epil, !prof !29, !llvm.loop !46
 
 for_end_ax151.1.i:                                ; preds = %for_body_ax150.1.i.epil, %for_end_ax151.1.i.loopexit.unr-lcssa, %for_end_ax151.i
   %peak.rf_global230.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax151.i ], [ %1261, %for_end_ax151.1.i.loopexit.unr-lcssa ], [ %1266, %for_body_ax150.1.i.epil ]
@@ -2648,7 +2411,7 @@ for_end_ax151.1.i:                                ; preds = %for_body_ax150.1.i.
   br i1 %447, label %for_body_ax150.2.i.preheader, label %for_end_ax151.2.i, !prof !3
 
 for_body_ax150.2.i.preheader:                     ; preds = %for_end_ax151.1.i
-  br i1 %464, label %for_body_ax150.2.i.epil.preheader, label %for_body_ax150.2.i, !prof !40
+  br i1 %464, label %for_body_ax150.2.i.epil.preheader, label %for_body_ax150.2.i, !prof !39
 
 for_body_ax150.2.i:                               ; preds = %for_body_ax150.2.i, %for_body_ax150.2.i.preheader
   %indvars.iv658.2.i = phi i64 [ %indvars.iv.next659.2.i.7, %for_body_ax150.2.i ], [ 0, %for_body_ax150.2.i.preheader ]
@@ -2705,10 +2468,10 @@ for_body_ax150.2.i:                               ; preds = %for_body_ax150.2.i,
   %indvars.iv.next659.2.i.7 = add nuw nsw i64 %indvars.iv658.2.i, 8
   %niter205.next.7 = add i64 %niter205, 8
   %niter205.ncmp.7 = icmp eq i64 %niter205.next.7, %unroll_iter204
-  br i1 %niter205.ncmp.7, label %for_end_ax151.2.i.loopexit.unr-lcssa, label %for_body_ax150.2.i, !prof !41, !llvm.loop !48
+  br i1 %niter205.ncmp.7, label %for_end_ax151.2.i.loopexit.unr-lcssa, label %for_body_ax150.2.i, !prof !40, !llvm.loop !47
 
 for_end_ax151.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax150.2.i
-  br i1 %lcmp.mod201.not, label %for_end_ax151.2.i, label %for_body_ax150.2.i.epil.preheader, !prof !44
+  br i1 %lcmp.mod201.not, label %for_end_ax151.2.i, label %for_body_ax150.2.i.epil.preheader, !prof !43
 
 for_body_ax150.2.i.epil.preheader:                ; preds = %for_end_ax151.2.i.loopexit.unr-lcssa, %for_body_ax150.2.i.preheader
   %indvars.iv658.2.i.epil.init = phi i64 [ 0, %for_body_ax150.2.i.preheader ], [ %indvars.iv.next659.2.i.7, %for_end_ax151.2.i.loopexit.unr-lcssa ]
@@ -2729,7 +2492,7 @@ for_body_ax150.2.i.epil:                          ; preds = %for_body_ax150.2.i.
   %indvars.iv.next659.2.i.epil = add nuw nsw i64 %indvars.iv658.2.i.epil, 1
   %epil.iter200.next = add i64 %epil.iter200, 1
   %epil.iter200.cmp.not = icmp eq i64 %epil.iter200.next, %xtraiter199
-  br i1 %epil.iter200.cmp.not, label %for_end_ax151.2.i, label %for_body_ax150.2.i.epil, !prof !30, !llvm.loop !49
+  br i1 %epil.iter200.cmp.not, label %for_end_ax151.2.i, label %for_body_ax150.2.i.epil, !prof !29, !llvm.loop !48
 
 for_end_ax151.2.i:                                ; preds = %for_body_ax150.2.i.epil, %for_end_ax151.2.i.loopexit.unr-lcssa, %for_end_ax151.1.i
   %peak.rf_global230.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax151.1.i ], [ %1338, %for_end_ax151.2.i.loopexit.unr-lcssa ], [ %1343, %for_body_ax150.2.i.epil ]
@@ -2784,7 +2547,7 @@ for_end_ax151.2.i:                                ; preds = %for_body_ax150.2.i.
   br i1 %447, label %for_body_ax150.3.i.preheader, label %for_end_ax151.3.i, !prof !3
 
 for_body_ax150.3.i.preheader:                     ; preds = %for_end_ax151.2.i
-  br i1 %465, label %for_body_ax150.3.i.epil.preheader, label %for_body_ax150.3.i, !prof !40
+  br i1 %465, label %for_body_ax150.3.i.epil.preheader, label %for_body_ax150.3.i, !prof !39
 
 for_body_ax150.3.i:                               ; preds = %for_body_ax150.3.i, %for_body_ax150.3.i.preheader
   %indvars.iv658.3.i = phi i64 [ %indvars.iv.next659.3.i.7, %for_body_ax150.3.i ], [ 0, %for_body_ax150.3.i.preheader ]
@@ -2841,10 +2604,10 @@ for_body_ax150.3.i:                               ; preds = %for_body_ax150.3.i,
   %indvars.iv.next659.3.i.7 = add nuw nsw i64 %indvars.iv658.3.i, 8
   %niter212.next.7 = add i64 %niter212, 8
   %niter212.ncmp.7 = icmp eq i64 %niter212.next.7, %unroll_iter211
-  br i1 %niter212.ncmp.7, label %for_end_ax151.3.i.loopexit.unr-lcssa, label %for_body_ax150.3.i, !prof !41, !llvm.loop !50
+  br i1 %niter212.ncmp.7, label %for_end_ax151.3.i.loopexit.unr-lcssa, label %for_body_ax150.3.i, !prof !40, !llvm.loop !49
 
 for_end_ax151.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax150.3.i
-  br i1 %lcmp.mod208.not, label %for_end_ax151.3.i, label %for_body_ax150.3.i.epil.preheader, !prof !44
+  br i1 %lcmp.mod208.not, label %for_end_ax151.3.i, label %for_body_ax150.3.i.epil.preheader, !prof !43
 
 for_body_ax150.3.i.epil.preheader:                ; preds = %for_end_ax151.3.i.loopexit.unr-lcssa, %for_body_ax150.3.i.preheader
   %indvars.iv658.3.i.epil.init = phi i64 [ 0, %for_body_ax150.3.i.preheader ], [ %indvars.iv.next659.3.i.7, %for_end_ax151.3.i.loopexit.unr-lcssa ]
@@ -2865,7 +2628,7 @@ for_body_ax150.3.i.epil:                          ; preds = %for_body_ax150.3.i.
   %indvars.iv.next659.3.i.epil = add nuw nsw i64 %indvars.iv658.3.i.epil, 1
   %epil.iter207.next = add i64 %epil.iter207, 1
   %epil.iter207.cmp.not = icmp eq i64 %epil.iter207.next, %xtraiter206
-  br i1 %epil.iter207.cmp.not, label %for_end_ax151.3.i, label %for_body_ax150.3.i.epil, !prof !30, !llvm.loop !51
+  br i1 %epil.iter207.cmp.not, label %for_end_ax151.3.i, label %for_body_ax150.3.i.epil, !prof !29, !llvm.loop !50
 
 for_end_ax151.3.i:                                ; preds = %for_body_ax150.3.i.epil, %for_end_ax151.3.i.loopexit.unr-lcssa, %for_end_ax151.2.i
   %peak.rf_global230.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax151.2.i ], [ %1415, %for_end_ax151.3.i.loopexit.unr-lcssa ], [ %1420, %for_body_ax150.3.i.epil ]
@@ -3031,7 +2794,7 @@ for_body_to67.us.3.i:                             ; preds = %for_body_to67.us.3.
   br i1 %exitcond675.3.not.i, label %for_body_ax177.i.preheader, label %for_body_to67.us.3.i, !prof !13
 
 for_body_ax177.i.preheader:                       ; preds = %for_body_to67.us.3.i
-  br i1 %466, label %for_body_ax177.i.epil.preheader, label %for_body_ax177.i, !prof !40
+  br i1 %466, label %for_body_ax177.i.epil.preheader, label %for_body_ax177.i, !prof !39
 
 if_then59.3.i:                                    ; preds = %for_end_ax151.3.i
   %peak.rf231.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global230.sroa.0.0.lcssa.3.i, i64 0
@@ -3150,10 +2913,10 @@ for_body_ax177.i:                                 ; preds = %for_body_ax177.i, %
   %indvars.iv.next681.i.7 = add nuw nsw i64 %indvars.iv680.i, 8
   %niter219.next.7 = add i64 %niter219, 8
   %niter219.ncmp.7 = icmp eq i64 %niter219.next.7, %unroll_iter218
-  br i1 %niter219.ncmp.7, label %for_end_ax178.i.loopexit.unr-lcssa, label %for_body_ax177.i, !prof !41, !llvm.loop !52
+  br i1 %niter219.ncmp.7, label %for_end_ax178.i.loopexit.unr-lcssa, label %for_body_ax177.i, !prof !40, !llvm.loop !51
 
 for_end_ax178.i.loopexit.unr-lcssa:               ; preds = %for_body_ax177.i
-  br i1 %lcmp.mod215.not, label %for_end_ax178.i, label %for_body_ax177.i.epil.preheader, !prof !44
+  br i1 %lcmp.mod215.not, label %for_end_ax178.i, label %for_body_ax177.i.epil.preheader, !prof !43
 
 for_body_ax177.i.epil.preheader:                  ; preds = %for_end_ax178.i.loopexit.unr-lcssa, %for_body_ax177.i.preheader
   %indvars.iv680.i.epil.init = phi i64 [ 0, %for_body_ax177.i.preheader ], [ %indvars.iv.next681.i.7, %for_end_ax178.i.loopexit.unr-lcssa ]
@@ -3172,7 +2935,7 @@ for_body_ax177.i.epil:                            ; preds = %for_body_ax177.i.ep
   %indvars.iv.next681.i.epil = add nuw nsw i64 %indvars.iv680.i.epil, 1
   %epil.iter214.next = add i64 %epil.iter214, 1
   %epil.iter214.cmp.not = icmp eq i64 %epil.iter214.next, %xtraiter213
-  br i1 %epil.iter214.cmp.not, label %for_end_ax178.i, label %for_body_ax177.i.epil, !prof !30, !llvm.loop !53
+  br i1 %epil.iter214.cmp.not, label %for_end_ax178.i, label %for_body_ax177.i.epil, !prof !29, !llvm.loop !52
 
 for_end_ax178.i:                                  ; preds = %for_body_ax177.i.epil, %for_end_ax178.i.loopexit.unr-lcssa, %if_end60.3.i
   %tile_sum.rf_global228.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %if_end60.3.i ], [ %1606, %for_end_ax178.i.loopexit.unr-lcssa ], [ %1609, %for_body_ax177.i.epil ]
@@ -3212,7 +2975,7 @@ for_end_ax178.i:                                  ; preds = %for_body_ax177.i.ep
   br i1 %447, label %for_body_ax177.1.i.preheader, label %for_end_ax178.1.i, !prof !3
 
 for_body_ax177.1.i.preheader:                     ; preds = %for_end_ax178.i
-  br i1 %467, label %for_body_ax177.1.i.epil.preheader, label %for_body_ax177.1.i, !prof !40
+  br i1 %467, label %for_body_ax177.1.i.epil.preheader, label %for_body_ax177.1.i, !prof !39
 
 for_body_ax177.1.i:                               ; preds = %for_body_ax177.1.i, %for_body_ax177.1.i.preheader
   %indvars.iv680.1.i = phi i64 [ %indvars.iv.next681.1.i.7, %for_body_ax177.1.i ], [ 0, %for_body_ax177.1.i.preheader ]
@@ -3261,10 +3024,10 @@ for_body_ax177.1.i:                               ; preds = %for_body_ax177.1.i,
   %indvars.iv.next681.1.i.7 = add nuw nsw i64 %indvars.iv680.1.i, 8
   %niter226.next.7 = add i64 %niter226, 8
   %niter226.ncmp.7 = icmp eq i64 %niter226.next.7, %unroll_iter225
-  br i1 %niter226.ncmp.7, label %for_end_ax178.1.i.loopexit.unr-lcssa, label %for_body_ax177.1.i, !prof !41, !llvm.loop !54
+  br i1 %niter226.ncmp.7, label %for_end_ax178.1.i.loopexit.unr-lcssa, label %for_body_ax177.1.i, !prof !40, !llvm.loop !53
 
 for_end_ax178.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.1.i
-  br i1 %lcmp.mod222.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil.preheader, !prof !44
+  br i1 %lcmp.mod222.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil.preheader, !prof !43
 
 for_body_ax177.1.i.epil.preheader:                ; preds = %for_end_ax178.1.i.loopexit.unr-lcssa, %for_body_ax177.1.i.preheader
   %indvars.iv680.1.i.epil.init = phi i64 [ 0, %for_body_ax177.1.i.preheader ], [ %indvars.iv.next681.1.i.7, %for_end_ax178.1.i.loopexit.unr-lcssa ]
@@ -3284,7 +3047,7 @@ for_body_ax177.1.i.epil:                          ; preds = %for_body_ax177.1.i.
   %indvars.iv.next681.1.i.epil = add nuw nsw i64 %indvars.iv680.1.i.epil, 1
   %epil.iter221.next = add i64 %epil.iter221, 1
   %epil.iter221.cmp.not = icmp eq i64 %epil.iter221.next, %xtraiter220
-  br i1 %epil.iter221.cmp.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil, !prof !30, !llvm.loop !55
+  br i1 %epil.iter221.cmp.not, label %for_end_ax178.1.i, label %for_body_ax177.1.i.epil, !prof !29, !llvm.loop !54
 
 for_end_ax178.1.i:                                ; preds = %for_body_ax177.1.i.epil, %for_end_ax178.1.i.loopexit.unr-lcssa, %for_end_ax178.i
   %tile_sum.rf_global228.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.i ], [ %1657, %for_end_ax178.1.i.loopexit.unr-lcssa ], [ %1661, %for_body_ax177.1.i.epil ]
@@ -3324,7 +3087,7 @@ for_end_ax178.1.i:                                ; preds = %for_body_ax177.1.i.
   br i1 %447, label %for_body_ax177.2.i.preheader, label %for_end_ax178.2.i, !prof !3
 
 for_body_ax177.2.i.preheader:                     ; preds = %for_end_ax178.1.i
-  br i1 %468, label %for_body_ax177.2.i.epil.preheader, label %for_body_ax177.2.i, !prof !40
+  br i1 %468, label %for_body_ax177.2.i.epil.preheader, label %for_body_ax177.2.i, !prof !39
 
 for_body_ax177.2.i:                               ; preds = %for_body_ax177.2.i, %for_body_ax177.2.i.preheader
   %indvars.iv680.2.i = phi i64 [ %indvars.iv.next681.2.i.7, %for_body_ax177.2.i ], [ 0, %for_body_ax177.2.i.preheader ]
@@ -3373,10 +3136,10 @@ for_body_ax177.2.i:                               ; preds = %for_body_ax177.2.i,
   %indvars.iv.next681.2.i.7 = add nuw nsw i64 %indvars.iv680.2.i, 8
   %niter233.next.7 = add i64 %niter233, 8
   %niter233.ncmp.7 = icmp eq i64 %niter233.next.7, %unroll_iter232
-  br i1 %niter233.ncmp.7, label %for_end_ax178.2.i.loopexit.unr-lcssa, label %for_body_ax177.2.i, !prof !41, !llvm.loop !56
+  br i1 %niter233.ncmp.7, label %for_end_ax178.2.i.loopexit.unr-lcssa, label %for_body_ax177.2.i, !prof !40, !llvm.loop !55
 
 for_end_ax178.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.2.i
-  br i1 %lcmp.mod229.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil.preheader, !prof !44
+  br i1 %lcmp.mod229.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil.preheader, !prof !43
 
 for_body_ax177.2.i.epil.preheader:                ; preds = %for_end_ax178.2.i.loopexit.unr-lcssa, %for_body_ax177.2.i.preheader
   %indvars.iv680.2.i.epil.init = phi i64 [ 0, %for_body_ax177.2.i.preheader ], [ %indvars.iv.next681.2.i.7, %for_end_ax178.2.i.loopexit.unr-lcssa ]
@@ -3396,7 +3159,7 @@ for_body_ax177.2.i.epil:                          ; preds = %for_body_ax177.2.i.
   %indvars.iv.next681.2.i.epil = add nuw nsw i64 %indvars.iv680.2.i.epil, 1
   %epil.iter228.next = add i64 %epil.iter228, 1
   %epil.iter228.cmp.not = icmp eq i64 %epil.iter228.next, %xtraiter227
-  br i1 %epil.iter228.cmp.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil, !prof !30, !llvm.loop !57
+  br i1 %epil.iter228.cmp.not, label %for_end_ax178.2.i, label %for_body_ax177.2.i.epil, !prof !29, !llvm.loop !56
 
 for_end_ax178.2.i:                                ; preds = %for_body_ax177.2.i.epil, %for_end_ax178.2.i.loopexit.unr-lcssa, %for_end_ax178.1.i
   %tile_sum.rf_global228.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.1.i ], [ %1709, %for_end_ax178.2.i.loopexit.unr-lcssa ], [ %1713, %for_body_ax177.2.i.epil ]
@@ -3436,7 +3199,7 @@ for_end_ax178.2.i:                                ; preds = %for_body_ax177.2.i.
   br i1 %447, label %for_body_ax177.3.i.preheader, label %for_end_ax178.3.i, !prof !3
 
 for_body_ax177.3.i.preheader:                     ; preds = %for_end_ax178.2.i
-  br i1 %469, label %for_body_ax177.3.i.epil.preheader, label %for_body_ax177.3.i, !prof !40
+  br i1 %469, label %for_body_ax177.3.i.epil.preheader, label %for_body_ax177.3.i, !prof !39
 
 for_body_ax177.3.i:                               ; preds = %for_body_ax177.3.i, %for_body_ax177.3.i.preheader
   %indvars.iv680.3.i = phi i64 [ %indvars.iv.next681.3.i.7, %for_body_ax177.3.i ], [ 0, %for_body_ax177.3.i.preheader ]
@@ -3485,10 +3248,10 @@ for_body_ax177.3.i:                               ; preds = %for_body_ax177.3.i,
   %indvars.iv.next681.3.i.7 = add nuw nsw i64 %indvars.iv680.3.i, 8
   %niter240.next.7 = add i64 %niter240, 8
   %niter240.ncmp.7 = icmp eq i64 %niter240.next.7, %unroll_iter239
-  br i1 %niter240.ncmp.7, label %for_end_ax178.3.i.loopexit.unr-lcssa, label %for_body_ax177.3.i, !prof !41, !llvm.loop !58
+  br i1 %niter240.ncmp.7, label %for_end_ax178.3.i.loopexit.unr-lcssa, label %for_body_ax177.3.i, !prof !40, !llvm.loop !57
 
 for_end_ax178.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax177.3.i
-  br i1 %lcmp.mod236.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil.preheader, !prof !44
+  br i1 %lcmp.mod236.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil.preheader, !prof !43
 
 for_body_ax177.3.i.epil.preheader:                ; preds = %for_end_ax178.3.i.loopexit.unr-lcssa, %for_body_ax177.3.i.preheader
   %indvars.iv680.3.i.epil.init = phi i64 [ 0, %for_body_ax177.3.i.preheader ], [ %indvars.iv.next681.3.i.7, %for_end_ax178.3.i.loopexit.unr-lcssa ]
@@ -3508,7 +3271,7 @@ for_body_ax177.3.i.epil:                          ; preds = %for_body_ax177.3.i.
   %indvars.iv.next681.3.i.epil = add nuw nsw i64 %indvars.iv680.3.i.epil, 1
   %epil.iter235.next = add i64 %epil.iter235, 1
   %epil.iter235.cmp.not = icmp eq i64 %epil.iter235.next, %xtraiter234
-  br i1 %epil.iter235.cmp.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil, !prof !30, !llvm.loop !59
+  br i1 %epil.iter235.cmp.not, label %for_end_ax178.3.i, label %for_body_ax177.3.i.epil, !prof !29, !llvm.loop !58
 
 for_end_ax178.3.i:                                ; preds = %for_body_ax177.3.i.epil, %for_end_ax178.3.i.loopexit.unr-lcssa, %for_end_ax178.2.i
   %tile_sum.rf_global228.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax178.2.i ], [ %1761, %for_end_ax178.3.i.loopexit.unr-lcssa ], [ %1765, %for_body_ax177.3.i.epil ]
@@ -3545,7 +3308,7 @@ for_end_ax178.3.i:                                ; preds = %for_body_ax177.3.i.
   %tile_sum.rf229.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global228.sroa.0.0.lcssa.3.i, i64 15
   %1781 = fadd float %tile_sum.rf229.sroa.0.60.vec.extract.3.i, %1780
   %tile_sum234.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum234.sroa.0.8.vec.insert.i, float %1781, i64 3
-  %1782 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %1782 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %full_acc.i = tail call ptr %1782(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %1783 = icmp eq ptr %full_acc.i, null
   br i1 %1783, label %fused_decode_compute_.exit, label %for_begin_d_0.preheader.i, !prof !8
@@ -4191,7 +3954,7 @@ for_end_to86.i:                                   ; preds = %for_begin_ax189.pre
   store <16 x float> %full_acc_global227.sroa.238.0.lcssa.i, ptr %2349, align 4, !tbaa !5
   %indvars.iv.next696.i = add nuw nsw i64 %indvars.iv695.i, 1
   %exitcond698.not.i = icmp eq i64 %indvars.iv.next696.i, 4
-  br i1 %exitcond698.not.i, label %for_begin_d_0_init.preheader.i, label %for_body_d_0.i, !prof !17
+  br i1 %exitcond698.not.i, label %for_begin_d_0_init.preheader.i, label %for_body_d_0.i, !prof !16
 
 for_begin_d_0_init.preheader.i:                   ; preds = %for_end_d_0_init.i, %for_end_to86.i
   %r_init559.i = phi i32 [ %2527, %for_end_d_0_init.i ], [ 0, %for_end_to86.i ]
@@ -4199,7 +3962,7 @@ for_begin_d_0_init.preheader.i:                   ; preds = %for_end_d_0_init.i,
   br label %for_begin_d_2_init.preheader.i
 
 for_end_r_init.i:                                 ; preds = %for_end_d_0_init.i
-  br i1 %.not588.i, label %for_end_ti.i, label %for_begin_r96.preheader.i, !prof !60
+  br i1 %.not588.i, label %for_end_ti.i, label %for_begin_r96.preheader.i, !prof !59
 
 for_begin_d_2_init.preheader.i:                   ; preds = %for_begin_d_2_init.preheader.i, %for_begin_d_0_init.preheader.i
   %d_0_init558.i = phi i32 [ 0, %for_begin_d_0_init.preheader.i ], [ %2526, %for_begin_d_2_init.preheader.i ]
@@ -4413,12 +4176,12 @@ for_begin_d_2_init.preheader.i:                   ; preds = %for_begin_d_2_init.
   store float %2509, ptr %2525, align 4, !tbaa !5
   %2526 = add nuw nsw i32 %d_0_init558.i, 1
   %exitcond699.not.i = icmp eq i32 %2526, 4
-  br i1 %exitcond699.not.i, label %for_end_d_0_init.i, label %for_begin_d_2_init.preheader.i, !prof !17
+  br i1 %exitcond699.not.i, label %for_end_d_0_init.i, label %for_begin_d_2_init.preheader.i, !prof !16
 
 for_end_d_0_init.i:                               ; preds = %for_begin_d_2_init.preheader.i
   %2527 = add nuw nsw i32 %r_init559.i, 1
   %exitcond700.not.i = icmp eq i32 %2527, 4
-  br i1 %exitcond700.not.i, label %for_end_r_init.i, label %for_begin_d_0_init.preheader.i, !prof !17
+  br i1 %exitcond700.not.i, label %for_end_r_init.i, label %for_begin_d_0_init.preheader.i, !prof !16
 
 for_begin_r96.preheader.i:                        ; preds = %for_end_r98.i, %for_end_r_init.i
   %indvars.iv709.i = phi i64 [ %indvars.iv.next710.i, %for_end_r98.i ], [ 0, %for_end_r_init.i ]
@@ -4430,10 +4193,10 @@ for_begin_r96.preheader.i:                        ; preds = %for_end_r98.i, %for
 for_end_ti.i:                                     ; preds = %for_end_r98.i, %for_end_r_init.i
   %2531 = shl nuw nsw i64 %indvars.iv734.i, 2
   %2532 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %2531
-  %2533 = load <4 x float>, ptr %2532, align 16, !tbaa !21
+  %2533 = load <4 x float>, ptr %2532, align 16, !tbaa !20
   %old_max.i = select <4 x i1> %455, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2533
   %2534 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %2531
-  %2535 = load <4 x float>, ptr %2534, align 16, !tbaa !19
+  %2535 = load <4 x float>, ptr %2534, align 16, !tbaa !18
   %old_sum.i = select <4 x i1> %455, <4 x float> zeroinitializer, <4 x float> %2535
   %2536 = fcmp ogt <4 x float> %old_max.i, %tile_max235.sroa.0.12.vec.insert.i
   %2537 = fcmp oeq <4 x float> %tile_sum234.sroa.0.12.vec.insert.i, zeroinitializer
@@ -4466,7 +4229,7 @@ for_end_ti.i:                                     ; preds = %for_end_r98.i, %for
   %2562 = select <4 x i1> %2561, <4 x float> zeroinitializer, <4 x float> %2560
   %2563 = fcmp one <4 x float> %old_sum.i, zeroinitializer
   %2564 = select <4 x i1> %2563, <4 x float> %2562, <4 x float> zeroinitializer
-  store <4 x float> %2564, ptr %alpha224.i, align 16, !tbaa !61
+  store <4 x float> %2564, ptr %alpha224.i, align 16, !tbaa !60
   %arg121.i = fsub <4 x float> %tile_max235.sroa.0.12.vec.insert.i, %m.i
   %2565 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg121.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000000000000))
   %2566 = bitcast <4 x float> %2565 to <4 x i32>
@@ -4492,11 +4255,11 @@ for_end_ti.i:                                     ; preds = %for_end_r98.i, %for
   %2586 = select <4 x i1> %2585, <4 x float> zeroinitializer, <4 x float> %2584
   %2587 = fcmp one <4 x float> %tile_sum234.sroa.0.12.vec.insert.i, zeroinitializer
   %2588 = select <4 x i1> %2587, <4 x float> %2586, <4 x float> zeroinitializer
-  store <4 x float> %2588, ptr %beta223.i, align 16, !tbaa !70
+  store <4 x float> %2588, ptr %beta223.i, align 16, !tbaa !69
   %2589 = fmul <4 x float> %old_sum.i, %2564
   %2590 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2588, <4 x float> %tile_sum234.sroa.0.12.vec.insert.i, <4 x float> %2589)
-  store <4 x float> %m.i, ptr %2532, align 16, !tbaa !21
-  store <4 x float> %2590, ptr %2534, align 16, !tbaa !19
+  store <4 x float> %m.i, ptr %2532, align 16, !tbaa !20
+  store <4 x float> %2590, ptr %2534, align 16, !tbaa !18
   %.idx60 = shl nuw nsw i64 %indvars.iv734.i, 11
   %invariant.gep81 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
   br label %for_begin_d_0139.preheader.i
@@ -4527,7 +4290,7 @@ for_begin_d_2.preheader.i:                        ; preds = %for_end_d_2.i, %for
 for_end_d_0103.i:                                 ; preds = %for_end_d_2.i
   %indvars.iv.next706.i = add nuw nsw i64 %indvars.iv705.i, 1
   %exitcond708.not.i = icmp eq i64 %indvars.iv.next706.i, 4
-  br i1 %exitcond708.not.i, label %for_end_r98.i, label %for_begin_d_0101.preheader.i, !prof !17
+  br i1 %exitcond708.not.i, label %for_end_r98.i, label %for_begin_d_0101.preheader.i, !prof !16
 
 for_body_d_2.i:                                   ; preds = %for_body_d_2.i, %for_begin_d_2.preheader.i
   %2596 = phi i1 [ true, %for_begin_d_2.preheader.i ], [ false, %for_body_d_2.i ]
@@ -4661,22 +4424,22 @@ for_body_d_2.i:                                   ; preds = %for_body_d_2.i, %fo
   store float %2706, ptr %2669, align 4, !tbaa !5
   %2707 = extractelement <16 x float> %2691, i64 15
   store float %2707, ptr %2673, align 4, !tbaa !5
-  br i1 %2596, label %for_body_d_2.i, label %for_end_d_2.i, !prof !79
+  br i1 %2596, label %for_body_d_2.i, label %for_end_d_2.i, !prof !78
 
 for_end_d_2.i:                                    ; preds = %for_body_d_2.i
   %indvars.iv.next702.i = add nuw nsw i64 %indvars.iv701.i, 1
   %exitcond704.not.i = icmp eq i64 %indvars.iv.next702.i, 4
-  br i1 %exitcond704.not.i, label %for_end_d_0103.i, label %for_begin_d_2.preheader.i, !prof !17
+  br i1 %exitcond704.not.i, label %for_end_d_0103.i, label %for_begin_d_2.preheader.i, !prof !16
 
 for_begin_d_0139.preheader.i:                     ; preds = %for_end_d_0141.i, %for_end_ti.i
   %indvars.iv730.i = phi i64 [ 0, %for_end_ti.i ], [ %indvars.iv.next731.i, %for_end_d_0141.i ]
   %2708 = shl nuw nsw i64 %indvars.iv730.i, 7
   %2709 = getelementptr inbounds nuw float, ptr %beta223.i, i64 %indvars.iv730.i
-  %2710 = load float, ptr %2709, align 4, !tbaa !80
+  %2710 = load float, ptr %2709, align 4, !tbaa !79
   %2711 = insertelement <32 x float> poison, float %2710, i64 0
   %2712 = shufflevector <32 x float> %2711, <32 x float> poison, <32 x i32> zeroinitializer
   %2713 = getelementptr inbounds nuw float, ptr %alpha224.i, i64 %indvars.iv730.i
-  %2714 = load float, ptr %2713, align 4, !tbaa !81
+  %2714 = load float, ptr %2713, align 4, !tbaa !80
   %2715 = insertelement <32 x float> poison, float %2714, i64 0
   %2716 = shufflevector <32 x float> %2715, <32 x float> poison, <32 x i32> zeroinitializer
   %2717 = getelementptr inbounds nuw float, ptr %tile_acc.i, i64 %2708
@@ -4923,87 +4686,87 @@ for_begin_ax4_0144.preheader.us.preheader.i:      ; preds = %for_begin_d_0139.pr
   br label %for_end_d_0141.i
 
 for_end_r136.i:                                   ; preds = %for_end_d_0141.i
-  %2852 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2852 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2853 = tail call i32 %2852(i32 1, i32 %dev_id, ptr nonnull %full_acc.i)
   %.not243.i = icmp eq i32 %2853, 0
-  br i1 %.not243.i, label %if_end152.i, label %fused_decode_compute_.exit, !prof !18
+  br i1 %.not243.i, label %if_end152.i, label %fused_decode_compute_.exit, !prof !17
 
 for_end_d_0141.i:                                 ; preds = %for_begin_ax4_0144.preheader.us.preheader.i, %for_begin_ax4_0144.preheader.preheader.i
   %indvars.iv.next731.i = add nuw nsw i64 %indvars.iv730.i, 1
   %exitcond733.not.i = icmp eq i64 %indvars.iv.next731.i, 4
-  br i1 %exitcond733.not.i, label %for_end_r136.i, label %for_begin_d_0139.preheader.i, !prof !17
+  br i1 %exitcond733.not.i, label %for_end_r136.i, label %for_begin_d_0139.preheader.i, !prof !16
 
 if_end152.i:                                      ; preds = %for_end_r136.i
-  %2854 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2854 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2855 = tail call i32 %2854(i32 1, i32 %dev_id, ptr nonnull %scaled103610381041.i)
   %.not244.i = icmp eq i32 %2855, 0
-  br i1 %.not244.i, label %if_end155.i, label %fused_decode_compute_.exit, !prof !18
+  br i1 %.not244.i, label %if_end155.i, label %fused_decode_compute_.exit, !prof !17
 
 if_end155.i:                                      ; preds = %if_end152.i
-  %2856 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2856 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2857 = tail call i32 %2856(i32 1, i32 %dev_id, ptr nonnull %tile_acc.i)
   %.not245.i = icmp eq i32 %2857, 0
-  br i1 %.not245.i, label %if_end158.i, label %fused_decode_compute_.exit, !prof !18
+  br i1 %.not245.i, label %if_end158.i, label %fused_decode_compute_.exit, !prof !17
 
 if_end158.i:                                      ; preds = %if_end155.i
-  %2858 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2858 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2859 = tail call i32 %2858(i32 1, i32 %dev_id, ptr %probs.i)
   %.not246.i = icmp eq i32 %2859, 0
-  br i1 %.not246.i, label %if_end161.i, label %fused_decode_compute_.exit, !prof !18
+  br i1 %.not246.i, label %if_end161.i, label %fused_decode_compute_.exit, !prof !17
 
 if_end161.i:                                      ; preds = %if_end158.i
-  %2860 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2860 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2861 = tail call i32 %2860(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not247.i = icmp eq i32 %2861, 0
-  br i1 %.not247.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !18
+  br i1 %.not247.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !17
 
 if_end167.i:                                      ; preds = %for_end_kv_head.i
-  %2862 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2862 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2863 = tail call i32 %2862(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not242.i = icmp eq i32 %2863, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not242.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !18
+  br i1 %.not242.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !17
 
 for_body_tile173.i:                               ; preds = %for_body_tile173.i, %for_begin_tile172.preheader.i
   %indvars.iv758.i = phi i64 [ %indvars.iv.next759.i, %for_body_tile173.i ], [ 0, %for_begin_tile172.preheader.i ]
   %2864 = shl nuw nsw i64 %indvars.iv758.i, 2
   %2865 = add nuw nsw i64 %2864, %193
   %2866 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %2864
-  %2867 = load float, ptr %2866, align 16, !tbaa !21
+  %2867 = load float, ptr %2866, align 16, !tbaa !20
   %2868 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2865
   store float %2867, ptr %2868, align 4, !tbaa !5
   %2869 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %2864
-  %2870 = load float, ptr %2869, align 16, !tbaa !19
+  %2870 = load float, ptr %2869, align 16, !tbaa !18
   %2871 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2865
   store float %2870, ptr %2871, align 4, !tbaa !5
   %2872 = or disjoint i64 %2864, 1
   %2873 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %2872
-  %2874 = load float, ptr %2873, align 4, !tbaa !21
+  %2874 = load float, ptr %2873, align 4, !tbaa !20
   %2875 = or disjoint i64 %2865, 1
   %2876 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2875
   store float %2874, ptr %2876, align 4, !tbaa !5
   %2877 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %2872
-  %2878 = load float, ptr %2877, align 4, !tbaa !19
+  %2878 = load float, ptr %2877, align 4, !tbaa !18
   %2879 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2875
   store float %2878, ptr %2879, align 4, !tbaa !5
   %2880 = or disjoint i64 %2864, 2
   %2881 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %2880
-  %2882 = load float, ptr %2881, align 8, !tbaa !21
+  %2882 = load float, ptr %2881, align 8, !tbaa !20
   %2883 = or disjoint i64 %2865, 2
   %2884 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2883
   store float %2882, ptr %2884, align 4, !tbaa !5
   %2885 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %2880
-  %2886 = load float, ptr %2885, align 8, !tbaa !19
+  %2886 = load float, ptr %2885, align 8, !tbaa !18
   %2887 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2883
   store float %2886, ptr %2887, align 4, !tbaa !5
   %2888 = or disjoint i64 %2864, 3
   %2889 = getelementptr inbounds nuw float, ptr %row_max238.i, i64 %2888
-  %2890 = load float, ptr %2889, align 4, !tbaa !21
+  %2890 = load float, ptr %2889, align 4, !tbaa !20
   %2891 = or disjoint i64 %2865, 3
   %2892 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2891
   store float %2890, ptr %2892, align 4, !tbaa !5
   %2893 = getelementptr inbounds nuw float, ptr %row_sum237.i, i64 %2888
-  %2894 = load float, ptr %2893, align 4, !tbaa !19
+  %2894 = load float, ptr %2893, align 4, !tbaa !18
   %2895 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2891
   store float %2894, ptr %2895, align 4, !tbaa !5
   %2896 = shl nuw nsw i64 %indvars.iv758.i, 9
@@ -5073,19 +4836,19 @@ for_body_tile173.i:                               ; preds = %for_body_tile173.i,
   store <32 x float> %2943, ptr %2944, align 4, !tbaa !5
   %indvars.iv.next759.i = add nuw nsw i64 %indvars.iv758.i, 1
   %exitcond761.not.i = icmp eq i64 %indvars.iv.next759.i, 8
-  br i1 %exitcond761.not.i, label %for_end_tile174.i, label %for_body_tile173.i, !prof !17
+  br i1 %exitcond761.not.i, label %for_end_tile174.i, label %for_body_tile173.i, !prof !16
 
 for_end_tile174.i:                                ; preds = %for_body_tile173.i, %if_end197.us.3.i
-  %2945 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2945 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2946 = tail call i32 %2945(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %2946, 0
-  br i1 %.not.i, label %if_end214.i, label %fused_decode_compute_.exit, !prof !18
+  br i1 %.not.i, label %if_end214.i, label %fused_decode_compute_.exit, !prof !17
 
 if_end214.i:                                      ; preds = %for_end_tile174.i
-  %2947 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %2947 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2948 = tail call i32 %2947(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not239.i = icmp eq i32 %2948, 0
-  br i1 %.not239.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !18
+  br i1 %.not239.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !17
 
 fused_decode_compute_.exit:                       ; preds = %if_end214.i, %for_end_tile174.i, %if_end167.i, %if_end161.i, %if_end158.i, %if_end155.i, %if_end152.i, %for_end_r136.i, %for_end_ax178.3.i, %for_begin_r.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end25.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
   %common.ret.op.i = phi i32 [ 0, %if_end45 ], [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end161.i ], [ -1, %if_end158.i ], [ -1, %if_end155.i ], [ -1, %if_end152.i ], [ -1, %for_end_r136.i ], [ -1, %for_end_ax178.3.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end25.i ], [ -1, %if_end22.i ], [ -1, %if_end167.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %for_end_tile174.i ], [ 0, %for_begin_s.i ], [ -1, %if_end214.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
@@ -5203,7 +4966,7 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %40 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !15
+  %40 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %acc.i = tail call ptr %40(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %41 = icmp eq ptr %acc.i, null
   br i1 %41, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !8
@@ -5265,7 +5028,7 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %80 = select <32 x i1> %79, <32 x float> zeroinitializer, <32 x float> %78
   %81 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %82 = select <32 x i1> %81, <32 x float> %80, <32 x float> zeroinitializer
-  store <32 x float> %82, ptr %alpha39.i, align 16, !tbaa !82
+  store <32 x float> %82, ptr %alpha39.i, align 16, !tbaa !81
   %arg2.i = fsub <32 x float> %51, %m.i
   %83 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000000000000))
   %84 = bitcast <32 x float> %83 to <32 x i32>
@@ -5291,7 +5054,7 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
   %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
   %105 = fcmp one <32 x float> %54, zeroinitializer
   %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
-  store <32 x float> %106, ptr %beta38.i, align 16, !tbaa !88
+  store <32 x float> %106, ptr %beta38.i, align 16, !tbaa !87
   %107 = fmul <32 x float> %old_sum.i, %82
   %108 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %54, <32 x float> %107)
   %.idx.i = shl nsw i64 %48, 14
@@ -5301,13 +5064,13 @@ for_body_step.i:                                  ; preds = %for_end_r.i, %for_b
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv63.i = phi i64 [ %indvars.iv.next64.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %110 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv63.i
-  %111 = load float, ptr %110, align 4, !tbaa !94
+  %111 = load float, ptr %110, align 4, !tbaa !93
   %112 = insertelement <16 x float> poison, float %111, i64 0
   %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
   %114 = shl nuw nsw i64 %indvars.iv63.i, 7
   %115 = getelementptr float, ptr %109, i64 %114
   %116 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv63.i
-  %117 = load float, ptr %116, align 4, !tbaa !95
+  %117 = load float, ptr %116, align 4, !tbaa !94
   %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
   store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
   %119 = load <16 x float>, ptr %115, align 4, !tbaa !5
@@ -5360,7 +5123,7 @@ for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.prehe
   store <16 x float> %150, ptr %147, align 4, !tbaa !5
   %indvars.iv.next64.i = add nuw nsw i64 %indvars.iv63.i, 1
   %exitcond66.not.i = icmp eq i64 %indvars.iv.next64.i, 32
-  br i1 %exitcond66.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !17
+  br i1 %exitcond66.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.us.i, !prof !16
 
 for_end_step.i:                                   ; preds = %for_end_r.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %108, %for_end_r.i ]
@@ -5370,7 +5133,7 @@ for_end_step.i:                                   ; preds = %for_end_r.i, %for_b
   %151 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %152 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %153 = select <32 x i1> %152, <32 x float> zeroinitializer, <32 x float> %151
-  store <32 x float> %153, ptr %factor37.i, align 16, !tbaa !96
+  store <32 x float> %153, ptr %factor37.i, align 16, !tbaa !95
   %sext28 = shl i64 %20, 32
   %154 = ashr exact i64 %sext28, 32
   %155 = mul nsw i64 %out_batch, %154
@@ -5380,13 +5143,13 @@ for_end_step.i:                                   ; preds = %for_end_r.i, %for_b
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta38.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !94
+  %158 = load float, ptr %157, align 4, !tbaa !93
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %109, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha39.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !95
+  %164 = load float, ptr %163, align 4, !tbaa !94
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
@@ -5446,7 +5209,7 @@ for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.prehe
   store <16 x float> %213, ptr %210, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !17
+  br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !16
 
 for_end_r.i:                                      ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next68.i = add nuw nsw i64 %indvars.iv67.i, 1
@@ -5456,7 +5219,7 @@ for_end_r.i:                                      ; preds = %for_begin_d_0.prehe
 for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.preheader.i, %for_end_step.i
   %indvars.iv75.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next76.i, %for_begin_d_022.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor37.i, i64 %indvars.iv75.i
-  %215 = load float, ptr %214, align 4, !tbaa !102
+  %215 = load float, ptr %214, align 4, !tbaa !101
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv75.i, %out_head
@@ -5559,7 +5322,7 @@ for_begin_d_022.preheader.i:                      ; preds = %for_begin_d_022.pre
   store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !5
   %indvars.iv.next76.i = add nuw nsw i64 %indvars.iv75.i, 1
   %exitcond78.not.i = icmp eq i64 %indvars.iv.next76.i, 32
-  br i1 %exitcond78.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !17
+  br i1 %exitcond78.not.i, label %for_begin_r27.preheader.i, label %for_begin_d_022.preheader.i, !prof !16
 
 for_begin_r27.preheader.i:                        ; preds = %for_begin_d_022.preheader.i
   %299 = mul nsw i64 %lse_batch, %154
@@ -5569,12 +5332,12 @@ for_begin_r27.preheader.i:                        ; preds = %for_begin_d_022.pre
 for_body_r28.i:                                   ; preds = %if_end33.i.3, %for_begin_r27.preheader.i
   %indvars.iv79.i = phi i64 [ 0, %for_begin_r27.preheader.i ], [ %indvars.iv.next80.i.3, %if_end33.i.3 ]
   %301 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv79.i
-  %302 = load float, ptr %301, align 16, !tbaa !103
+  %302 = load float, ptr %301, align 16, !tbaa !102
   %303 = fcmp oeq float %302, 0.000000e+00
   br i1 %303, label %if_end33.i, label %if_else.i
 
 for_end_r29.i:                                    ; preds = %if_end33.i.3
-  %304 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !15
+  %304 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %305 = tail call i32 %304(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp ne i32 %305, 0
   %..i = sext i1 %.not.i to i32
@@ -5583,7 +5346,7 @@ for_end_r29.i:                                    ; preds = %if_end33.i.3
 if_else.i:                                        ; preds = %for_body_r28.i
   %306 = tail call float @llvm.log.f32(float %302)
   %307 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv79.i
-  %308 = load float, ptr %307, align 16, !tbaa !105
+  %308 = load float, ptr %307, align 16, !tbaa !104
   %309 = fadd float %306, %308
   br label %if_end33.i
 
@@ -5593,14 +5356,14 @@ if_end33.i:                                       ; preds = %if_else.i, %for_bod
   store float %310, ptr %311, align 4, !tbaa !5
   %indvars.iv.next80.i = or disjoint i64 %indvars.iv79.i, 1
   %312 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next80.i
-  %313 = load float, ptr %312, align 4, !tbaa !103
+  %313 = load float, ptr %312, align 4, !tbaa !102
   %314 = fcmp oeq float %313, 0.000000e+00
   br i1 %314, label %if_end33.i.1, label %if_else.i.1
 
 if_else.i.1:                                      ; preds = %if_end33.i
   %315 = tail call float @llvm.log.f32(float %313)
   %316 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next80.i
-  %317 = load float, ptr %316, align 4, !tbaa !105
+  %317 = load float, ptr %316, align 4, !tbaa !104
   %318 = fadd float %315, %317
   br label %if_end33.i.1
 
@@ -5610,14 +5373,14 @@ if_end33.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %319, ptr %320, align 4, !tbaa !5
   %indvars.iv.next80.i.1 = or disjoint i64 %indvars.iv79.i, 2
   %321 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next80.i.1
-  %322 = load float, ptr %321, align 8, !tbaa !103
+  %322 = load float, ptr %321, align 8, !tbaa !102
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end33.i.2, label %if_else.i.2
 
 if_else.i.2:                                      ; preds = %if_end33.i.1
   %324 = tail call float @llvm.log.f32(float %322)
   %325 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next80.i.1
-  %326 = load float, ptr %325, align 8, !tbaa !105
+  %326 = load float, ptr %325, align 8, !tbaa !104
   %327 = fadd float %324, %326
   br label %if_end33.i.2
 
@@ -5627,14 +5390,14 @@ if_end33.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %328, ptr %329, align 4, !tbaa !5
   %indvars.iv.next80.i.2 = or disjoint i64 %indvars.iv79.i, 3
   %330 = getelementptr inbounds nuw float, ptr %row_sum42.i, i64 %indvars.iv.next80.i.2
-  %331 = load float, ptr %330, align 4, !tbaa !103
+  %331 = load float, ptr %330, align 4, !tbaa !102
   %332 = fcmp oeq float %331, 0.000000e+00
   br i1 %332, label %if_end33.i.3, label %if_else.i.3
 
 if_else.i.3:                                      ; preds = %if_end33.i.2
   %333 = tail call float @llvm.log.f32(float %331)
   %334 = getelementptr inbounds nuw float, ptr %row_max43.i, i64 %indvars.iv.next80.i.2
-  %335 = load float, ptr %334, align 4, !tbaa !105
+  %335 = load float, ptr %334, align 4, !tbaa !104
   %336 = fadd float %333, %335
   br label %if_end33.i.3
 
@@ -5644,7 +5407,7 @@ if_end33.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %337, ptr %338, align 4, !tbaa !5
   %indvars.iv.next80.i.3 = add nuw nsw i64 %indvars.iv79.i, 4
   %exitcond82.not.i.3 = icmp eq i64 %indvars.iv.next80.i.3, 32
-  br i1 %exitcond82.not.i.3, label %for_end_r29.i, label %for_body_r28.i, !prof !17, !llvm.loop !107
+  br i1 %exitcond82.not.i.3, label %for_end_r29.i, label %for_body_r28.i, !prof !16, !llvm.loop !106
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r29.i, %if_end21
   %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r29.i ]
@@ -5877,98 +5640,97 @@ attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !11 = !{!"llvm.loop.estimated_trip_count", i32 528416}
 !12 = !{!"branch_weights", i32 1073741824, i32 1073741824}
 !13 = !{!"branch_weights", i32 127, i32 134217601}
-!14 = distinct !{!14, !11}
-!15 = !{!16, !16, i64 0}
-!16 = !{!"ctx_ptr", !7, i64 0}
-!17 = !{!"branch_weights", i32 1, i32 1048575}
-!18 = !{!"branch_weights", i32 1, i32 1048576}
-!19 = !{!20, !20, i64 0}
-!20 = !{!"buffer0", !7, i64 0}
-!21 = !{!22, !22, i64 0}
-!22 = !{!"buffer1", !7, i64 0}
-!23 = distinct !{!23, !24}
-!24 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!25 = distinct !{!25, !24}
-!26 = !{!"branch_weights", i32 6096, i32 2147477552}
-!27 = !{!"branch_weights", i32 8128, i32 2147475520}
-!28 = distinct !{!28, !29}
-!29 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!30 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!31 = distinct !{!31, !32, !33}
-!32 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!33 = !{!"llvm.loop.unroll.disable"}
-!34 = distinct !{!34, !29}
-!35 = distinct !{!35, !32, !33}
-!36 = distinct !{!36, !29}
-!37 = distinct !{!37, !32, !33}
-!38 = distinct !{!38, !29}
-!39 = distinct !{!39, !32, !33}
-!40 = !{!"branch_weights", i32 14224, i32 2147469424}
-!41 = !{!"branch_weights", i32 16256, i32 2147467392}
-!42 = distinct !{!42, !43}
-!43 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!44 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!45 = distinct !{!45, !32, !33}
-!46 = distinct !{!46, !43}
-!47 = distinct !{!47, !32, !33}
-!48 = distinct !{!48, !43}
-!49 = distinct !{!49, !32, !33}
-!50 = distinct !{!50, !43}
-!51 = distinct !{!51, !32, !33}
-!52 = distinct !{!52, !43}
-!53 = distinct !{!53, !32, !33}
-!54 = distinct !{!54, !43}
-!55 = distinct !{!55, !32, !33}
-!56 = distinct !{!56, !43}
-!57 = distinct !{!57, !32, !33}
-!58 = distinct !{!58, !43}
-!59 = distinct !{!59, !32, !33}
-!60 = !{!"branch_weights", i32 1, i32 127}
-!61 = !{!62, !62, i64 0}
-!62 = !{!"buffer2.w16.b0", !63, i64 0}
-!63 = !{!"buffer2.w32.b0", !64, i64 0}
-!64 = !{!"buffer2.w64.b0", !65, i64 0}
-!65 = !{!"buffer2.w128.b0", !66, i64 0}
-!66 = !{!"buffer2.w256.b0", !67, i64 0}
-!67 = !{!"buffer2.w512.b0", !68, i64 0}
-!68 = !{!"buffer2.w1024.b0", !69, i64 0}
-!69 = !{!"buffer2", !7, i64 0}
-!70 = !{!71, !71, i64 0}
-!71 = !{!"buffer3.w16.b0", !72, i64 0}
-!72 = !{!"buffer3.w32.b0", !73, i64 0}
-!73 = !{!"buffer3.w64.b0", !74, i64 0}
-!74 = !{!"buffer3.w128.b0", !75, i64 0}
-!75 = !{!"buffer3.w256.b0", !76, i64 0}
-!76 = !{!"buffer3.w512.b0", !77, i64 0}
-!77 = !{!"buffer3.w1024.b0", !78, i64 0}
-!78 = !{!"buffer3", !7, i64 0}
-!79 = !{!"branch_weights", i32 1048575, i32 1}
-!80 = !{!78, !78, i64 0}
-!81 = !{!69, !69, i64 0}
-!82 = !{!83, !83, i64 0}
-!83 = !{!"buffer4.w128.b0", !84, i64 0}
-!84 = !{!"buffer4.w256.b0", !85, i64 0}
-!85 = !{!"buffer4.w512.b0", !86, i64 0}
-!86 = !{!"buffer4.w1024.b0", !87, i64 0}
-!87 = !{!"buffer4", !7, i64 0}
-!88 = !{!89, !89, i64 0}
-!89 = !{!"buffer5.w128.b0", !90, i64 0}
-!90 = !{!"buffer5.w256.b0", !91, i64 0}
-!91 = !{!"buffer5.w512.b0", !92, i64 0}
-!92 = !{!"buffer5.w1024.b0", !93, i64 0}
-!93 = !{!"buffer5", !7, i64 0}
-!94 = !{!93, !93, i64 0}
-!95 = !{!87, !87, i64 0}
-!96 = !{!97, !97, i64 0}
-!97 = !{!"buffer6.w128.b0", !98, i64 0}
-!98 = !{!"buffer6.w256.b0", !99, i64 0}
-!99 = !{!"buffer6.w512.b0", !100, i64 0}
-!100 = !{!"buffer6.w1024.b0", !101, i64 0}
-!101 = !{!"buffer6", !7, i64 0}
-!102 = !{!101, !101, i64 0}
-!103 = !{!104, !104, i64 0}
-!104 = !{!"buffer7", !7, i64 0}
-!105 = !{!106, !106, i64 0}
-!106 = !{!"buffer8", !7, i64 0}
-!107 = distinct !{!107, !108}
-!108 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!14 = !{!15, !15, i64 0}
+!15 = !{!"ctx_ptr", !7, i64 0}
+!16 = !{!"branch_weights", i32 1, i32 1048575}
+!17 = !{!"branch_weights", i32 1, i32 1048576}
+!18 = !{!19, !19, i64 0}
+!19 = !{!"buffer0", !7, i64 0}
+!20 = !{!21, !21, i64 0}
+!21 = !{!"buffer1", !7, i64 0}
+!22 = distinct !{!22, !23}
+!23 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!24 = distinct !{!24, !23}
+!25 = !{!"branch_weights", i32 6096, i32 2147477552}
+!26 = !{!"branch_weights", i32 8128, i32 2147475520}
+!27 = distinct !{!27, !28}
+!28 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!29 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!30 = distinct !{!30, !31, !32}
+!31 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!32 = !{!"llvm.loop.unroll.disable"}
+!33 = distinct !{!33, !28}
+!34 = distinct !{!34, !31, !32}
+!35 = distinct !{!35, !28}
+!36 = distinct !{!36, !31, !32}
+!37 = distinct !{!37, !28}
+!38 = distinct !{!38, !31, !32}
+!39 = !{!"branch_weights", i32 14224, i32 2147469424}
+!40 = !{!"branch_weights", i32 16256, i32 2147467392}
+!41 = distinct !{!41, !42}
+!42 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!43 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!44 = distinct !{!44, !31, !32}
+!45 = distinct !{!45, !42}
+!46 = distinct !{!46, !31, !32}
+!47 = distinct !{!47, !42}
+!48 = distinct !{!48, !31, !32}
+!49 = distinct !{!49, !42}
+!50 = distinct !{!50, !31, !32}
+!51 = distinct !{!51, !42}
+!52 = distinct !{!52, !31, !32}
+!53 = distinct !{!53, !42}
+!54 = distinct !{!54, !31, !32}
+!55 = distinct !{!55, !42}
+!56 = distinct !{!56, !31, !32}
+!57 = distinct !{!57, !42}
+!58 = distinct !{!58, !31, !32}
+!59 = !{!"branch_weights", i32 1, i32 127}
+!60 = !{!61, !61, i64 0}
+!61 = !{!"buffer2.w16.b0", !62, i64 0}
+!62 = !{!"buffer2.w32.b0", !63, i64 0}
+!63 = !{!"buffer2.w64.b0", !64, i64 0}
+!64 = !{!"buffer2.w128.b0", !65, i64 0}
+!65 = !{!"buffer2.w256.b0", !66, i64 0}
+!66 = !{!"buffer2.w512.b0", !67, i64 0}
+!67 = !{!"buffer2.w1024.b0", !68, i64 0}
+!68 = !{!"buffer2", !7, i64 0}
+!69 = !{!70, !70, i64 0}
+!70 = !{!"buffer3.w16.b0", !71, i64 0}
+!71 = !{!"buffer3.w32.b0", !72, i64 0}
+!72 = !{!"buffer3.w64.b0", !73, i64 0}
+!73 = !{!"buffer3.w128.b0", !74, i64 0}
+!74 = !{!"buffer3.w256.b0", !75, i64 0}
+!75 = !{!"buffer3.w512.b0", !76, i64 0}
+!76 = !{!"buffer3.w1024.b0", !77, i64 0}
+!77 = !{!"buffer3", !7, i64 0}
+!78 = !{!"branch_weights", i32 1048575, i32 1}
+!79 = !{!77, !77, i64 0}
+!80 = !{!68, !68, i64 0}
+!81 = !{!82, !82, i64 0}
+!82 = !{!"buffer4.w128.b0", !83, i64 0}
+!83 = !{!"buffer4.w256.b0", !84, i64 0}
+!84 = !{!"buffer4.w512.b0", !85, i64 0}
+!85 = !{!"buffer4.w1024.b0", !86, i64 0}
+!86 = !{!"buffer4", !7, i64 0}
+!87 = !{!88, !88, i64 0}
+!88 = !{!"buffer5.w128.b0", !89, i64 0}
+!89 = !{!"buffer5.w256.b0", !90, i64 0}
+!90 = !{!"buffer5.w512.b0", !91, i64 0}
+!91 = !{!"buffer5.w1024.b0", !92, i64 0}
+!92 = !{!"buffer5", !7, i64 0}
+!93 = !{!92, !92, i64 0}
+!94 = !{!86, !86, i64 0}
+!95 = !{!96, !96, i64 0}
+!96 = !{!"buffer6.w128.b0", !97, i64 0}
+!97 = !{!"buffer6.w256.b0", !98, i64 0}
+!98 = !{!"buffer6.w512.b0", !99, i64 0}
+!99 = !{!"buffer6.w1024.b0", !100, i64 0}
+!100 = !{!"buffer6", !7, i64 0}
+!101 = !{!100, !100, i64 0}
+!102 = !{!103, !103, i64 0}
+!103 = !{!"buffer7", !7, i64 0}
+!104 = !{!105, !105, i64 0}
+!105 = !{!"buffer8", !7, i64 0}
+!106 = distinct !{!106, !107}
+!107 = !{!"llvm.loop.estimated_trip_count", i32 262144}

@@ -31,6 +31,9 @@ from tvm.tirx.script.parser.entry import TIRInline
 def prim_func(*, s_tir: bool) -> Callable[[Callable[..., None]], PrimFunc]:
     """As T.prim_func: the decorated function, TVMScript, becomes a PrimFunc.
 
+    Args:
+        s_tir: As there, and it is True here; what reads it is TVM's parser, in the text of the decorator.
+
     Raises:
         tvm.error.DiagnosticError: a mistake in the script; it names the statement.
     """
